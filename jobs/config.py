@@ -1,0 +1,214 @@
+"""The configuration: TOML files parsed once into typed models.
+
+A file may say `extends = "base.toml"` (a path beside it); its own values win, and `--set a.b=c` wins over both.
+An unknown key is an error that names the nearest known one. What a key means stands here, at the key.
+Relative paths in values are taken from the directory in which the command runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, Field, ValidationError
+
+from jobs.errors import TrailvecError
+from training.config import Section, TrainSettings, UtcDatetime
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class StorageSettings(Section):
+    """Where tables, models and exports lie."""
+
+    root: str = Field("build/warehouse", description="folder or file system URI that holds everything trailvec writes")
+    database: str = Field("trailvec", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="name of the database in SQL")
+
+
+class SparkSettings(Section):
+    """How Spark is started where nothing started it (spark-submit's own settings win)."""
+
+    master: str | None = Field("local[*]", description="None: what spark-submit says")
+    conf: dict[str, str] = Field(default_factory=dict, description="any spark.* settings")
+
+
+class IngestSettings(Section):
+    """files → events."""
+
+    sources: list[str] = Field(default_factory=list, description="the sources' mapping files (conf/sources/*.toml)")
+    data_dir: str = Field(".", description="the folder that a mapping's relative paths start from")
+    max_rejected_share: float = Field(0.05, ge=0, le=1, description="more refused records than this share stop the job")
+    earliest: UtcDatetime = Field(datetime(2000, 1, 1), description="UTC; an event before this is refused")
+    future_tolerance_hours: float = Field(24, ge=0, description="an event later than now plus this is refused")
+
+
+class SessionizeSettings(Section):
+    """events → sessions."""
+
+    gap_minutes: float = Field(30, gt=0, description="a longer pause than this ends a session")
+    gap_minutes_by_vertical: dict[str, float] = Field(
+        default_factory=dict, description="other gaps, by the vertical of the event before the pause"
+    )
+
+
+class VocabularySettings(Section):
+    """events → items, context_values."""
+
+    min_count: int = Field(5, ge=1, description="an item with fewer events in the training window is unknown to a model")
+
+
+class SequencesSettings(Section):
+    """sessions + items → sequences."""
+
+    max_length: int = Field(64, ge=2, description="actions in a row")
+    max_parts: int = Field(64, ge=1, description="train rows per user: the newest max_length actions, the ones before, ...")
+    split_by: Literal["time", "leave_one_out"] = Field("time", description="leave_one_out only to compare with papers")
+    valid_from: UtcDatetime | None = Field(None, description="UTC; training ends here. None: 56 days before the log's end")
+    test_from: UtcDatetime | None = Field(None, description="UTC; validation ends here. None: 28 days before the log's end")
+    seen_days: int = Field(28, ge=0, description="an item acted on in that many days before the cut is not new; 0: ever")
+    target_event_types: list[str] = Field(
+        default_factory=list, description="event types that are to be predicted; empty: all"
+    )
+    train_files: int = Field(8, ge=1, description="files of the train split: at least one for each training process")
+
+
+class ScoreSettings(Section):
+    """sequences + model → user_embeddings."""
+
+    batch_size: int = Field(512, ge=1, description="rows in one forward pass")
+
+
+class ModelSettings(Section):
+    """Which model the stages after training use."""
+
+    version: str | None = Field(None, description="None: the one that training made current")
+
+
+class EvaluateSettings(Section):
+    """vectors + sequences → evaluation."""
+
+    max_users: int = Field(20_000, ge=1, description="users ranked; a larger log is sampled by hash of user_id")
+    knn_max_users: int = Field(100_000, ge=1, description="users whose items the item-kNN floor is counted from")
+    knn_decay: float = Field(0.7, gt=0, le=1, description="weight of a history item per step back")
+
+
+class NeighboursSettings(Section):
+    """vectors → neighbours."""
+
+    k: int = Field(10, ge=1, description="neighbours of each item or user")
+    block_rows: int = Field(4096, ge=1, description="vectors in one side of a matrix product")
+
+
+class ExportSettings(Section):
+    """user_embeddings → segment files."""
+
+    segments: list[str] = Field(default_factory=list, description="the segments' files (conf/segments/*.toml)")
+
+
+class Config(Section):
+    """The whole configuration."""
+
+    storage: StorageSettings = StorageSettings()
+    spark: SparkSettings = SparkSettings()
+    ingest: IngestSettings = IngestSettings()
+    sessionize: SessionizeSettings = SessionizeSettings()
+    vocabulary: VocabularySettings = VocabularySettings()
+    sequences: SequencesSettings = SequencesSettings()
+    train: TrainSettings = TrainSettings()
+    model: ModelSettings = ModelSettings()
+    score: ScoreSettings = ScoreSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    neighbours: NeighboursSettings = NeighboursSettings()
+    export: ExportSettings = ExportSettings()
+
+
+def load_config(path: str | Path | None = None, sets: list[str] | None = None) -> Config:
+    """The resolved configuration of a file (None: all defaults) and of `a.b=c` settings.
+
+    Raises:
+        TrailvecError: the file is missing or no TOML, a key is unknown, a value is of the wrong type.
+    """
+    values = _read_with_bases(Path(path)) if path is not None else {}
+    for assignment in sets or []:
+        _assign(values, assignment)
+    return parse(Config, values, str(path) if path is not None else "the settings")
+
+
+def parse(model: type[M], values: dict[str, Any], where: str) -> M:
+    """`values` as a `model`.
+
+    Raises:
+        TrailvecError: a value is wrong or a key unknown; one sentence that says where, and the nearest known key.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "missing":
+            raise TrailvecError(f"{where}: {key} is missing: add it") from None
+        if first["type"] != "extra_forbidden":
+            raise TrailvecError(f"{where}: {key} = {first['input']!r}: {first['msg']}: correct it") from None
+        known = _keys_at(model, first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        raise TrailvecError(f"{where}: unknown key {key}; {hint}") from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The file's values.
+
+    Raises:
+        TrailvecError: the file is missing or no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TrailvecError(f"{path} does not exist: correct the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise TrailvecError(f"{path} is no TOML file: {error}: correct it") from None
+
+
+def _read_with_bases(path: Path) -> dict[str, Any]:
+    values = read_toml(path)
+    base = values.pop("extends", None)
+    return values if base is None else _merge(_read_with_bases(path.parent / base), values)
+
+
+def _merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in overlay.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _assign(values: dict[str, Any], assignment: str) -> None:
+    """Sets `a.b=c` in place; c is read as TOML and, where it is none, as a plain string."""
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise TrailvecError(f"--set {assignment}: found no key=value: write for example --set train.epochs=2")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise TrailvecError(f"--set {assignment}: {parent} is a value, not a section: correct the key")
+    values[last] = value
+
+
+def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The known keys of the section at a validation error's location."""
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
+        candidates = [annotation, *get_args(annotation)]
+        inner = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if inner:
+            model = inner[0]
+    return list(model.model_fields)

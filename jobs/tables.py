@@ -1,0 +1,254 @@
+"""Every table of trailvec as data: columns, types, comments, key; and `conform`, the contract's gate.
+
+A stage ends by `conform(df, TABLE)`, which selects exactly the contract's columns, in its order and
+with its types. Timestamps are UTC with microseconds. `docs/tables.md` shows the same for readers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+from pyspark.sql.types import StructField, StructType, _parse_datatype_string
+
+from jobs.errors import TrailvecError
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its Spark type as DDL text, what it means, and whether it may be NULL."""
+
+    name: str
+    type: str
+    comment: str
+    nullable: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """One Delta table. `key` are the columns whose values name a row once; empty where rows have no name."""
+
+    name: str
+    comment: str
+    columns: tuple[Column, ...]
+    key: tuple[str, ...]
+    stage: str  # the stage that writes it
+    partition_by: tuple[str, ...] = ()
+    properties: dict[str, str] = field(default_factory=dict)
+
+    def schema(self) -> StructType:
+        """The table's Spark schema, comments included. Needs a running Spark session (it parses DDL)."""
+        return StructType(
+            [
+                StructField(c.name, _parse_datatype_string(c.type), c.nullable, {"comment": c.comment})
+                for c in self.columns
+            ]
+        )
+
+
+def conform(df: DataFrame, table: Table) -> DataFrame:
+    """`df` with exactly the table's columns, order and types.
+
+    Raises:
+        TrailvecError: a column of the contract is missing; the message names it and what was found.
+    """
+    missing = [c.name for c in table.columns if c.name not in df.columns]
+    if missing:
+        raise TrailvecError(
+            f"table {table.name} needs the columns {', '.join(missing)}; found {', '.join(df.columns)}: "
+            f"add them before conform()"
+        )
+    return df.select(*[F.col(c.name).cast(c.type).alias(c.name, metadata={"comment": c.comment}) for c in table.columns])
+
+
+_EVENT_IN_SESSION = (
+    "struct<event_ts:timestamp,event_id:string,item_id:string,event_type:string,"
+    "vertical:string,amount:double,quantity:double,time_zone:string>"
+)
+
+EVENTS = Table(
+    "events",
+    "Who did what, to which item, when: one row per event, after validation and deduplication.",
+    (
+        Column("event_id", "string", "Names the event once; made by the source's mapping where the log has none."),
+        Column("user_id", "string", "The user as the business knows them."),
+        Column("item_id", "string", "The item acted upon, as the business knows it."),
+        Column("event_type", "string", "What was done: purchase, return, redeem_coupon, ..."),
+        Column("event_ts", "timestamp", "When it was done, UTC."),
+        Column("vertical", "string", "The line of business the event belongs to."),
+        Column("amount", "double", "Money of the event in the source's currency; negative for a return.", True),
+        Column("quantity", "double", "How many or how much; negative for a return.", True),
+        Column("time_zone", "string", "The user's IANA time zone: hour and weekday are read in it."),
+        Column("item_name", "string", "The item's name for people to read.", True),
+        Column("category", "string", "The item's category inside its vertical.", True),
+        Column("basket_id", "string", "What was bought or done together.", True),
+        Column("attributes", "map<string,string>", "Whatever else the source's mapping keeps.", True),
+        Column("source", "string", "The source's mapping that read the event."),
+    ),
+    key=("event_id",),
+    stage="ingest",
+)
+
+REJECTED_EVENTS = Table(
+    "rejected_events",
+    "Records of a source that are no events, each with the reason and the raw record.",
+    (
+        Column("source", "string", "The source's mapping that read the record."),
+        Column("file", "string", "The file the record stands in."),
+        Column("reason", "string", "Why it was refused: missing_user_id, bad_event_ts, broken_row, ..."),
+        Column("raw", "string", "The record as it was read: the raw line of a broken row, else JSON of its columns.", True),
+    ),
+    key=(),
+    stage="ingest",
+)
+
+SESSIONS = Table(
+    "sessions",
+    "Runs of a user's events without a longer pause than the gap; events in (event_ts, event_id) order.",
+    (
+        Column("session_id", "string", "Stable: a hash of the user and of the session's first event."),
+        Column("user_id", "string", "The user."),
+        Column("start_ts", "timestamp", "Time of the first event."),
+        Column("end_ts", "timestamp", "Time of the last event."),
+        Column("event_count", "int", "Number of events."),
+        Column("verticals", "array<string>", "The verticals met, sorted, each once."),
+        Column("amount", "double", "Sum of the events' amounts; NULL when none has one.", True),
+        Column("events", f"array<{_EVENT_IN_SESSION}>", "The events, in order."),
+    ),
+    key=("session_id",),
+    stage="sessionize",
+)
+
+ITEMS = Table(
+    "items",
+    "The vocabulary of items. A number is given once and never again: 0 is padding, 1 is unknown.",
+    (
+        Column("item_index", "int", "The item's number, from 2 on; never changes, never used again."),
+        Column("item_id", "string", "The item as the business knows it."),
+        Column("item_name", "string", "Its latest name.", True),
+        Column("category", "string", "Its latest category.", True),
+        Column("vertical", "string", "Its latest vertical."),
+        Column("first_ts", "timestamp", "When it was first seen."),
+        Column("event_count", "bigint", "Events with it in the whole log."),
+        Column("train_count", "bigint", "Events with it before valid_from: what a model's vocabulary is made by."),
+        Column("target_count", "bigint", "Of those, the events of the types that are to be predicted."),
+    ),
+    key=("item_id",),
+    stage="build_vocabulary",
+)
+
+CONTEXT_VALUES = Table(
+    "context_values",
+    "Numbers of verticals and event types, append-only like those of items: 0 is padding, 1 is unknown.",
+    (
+        Column("kind", "string", "vertical or event_type."),
+        Column("value", "string", "The value."),
+        Column("value_index", "int", "Its number, from 2 on, counted within the kind."),
+    ),
+    key=("kind", "value"),
+    stage="build_vocabulary",
+)
+
+SEQUENCES = Table(
+    "sequences",
+    "What a model reads: up to N actions of a user in order, as parallel lists of numbers, cut by time.",
+    (
+        Column("user_id", "string", "The user."),
+        Column("split", "string", "train, valid, test, or score (the row that gives the user their vector)."),
+        Column("part", "int", "0 holds the newest actions before as_of, 1 the ones before those (train only), ..."),
+        Column("as_of", "timestamp", "Every action in the row is strictly before this time."),
+        Column("length", "int", "Number of actions in the row."),
+        Column("item_index", "array<int>", "Items; 1 where the item is not in the training window's vocabulary."),
+        Column("event_type_index", "array<int>", "Kinds of action (context_values)."),
+        Column("vertical_index", "array<int>", "Verticals (context_values)."),
+        Column("gap_bucket", "array<int>", "Time since the user's last action: 1 first ever, 2 same moment, then log2 seconds + 3."),
+        Column("hour", "array<int>", "Hour in the user's zone, 1 to 24."),
+        Column("weekday", "array<int>", "Weekday in the user's zone, 1 Sunday to 7 Saturday."),
+        Column("price_bucket", "array<int>", "Unit price: 1 unknown, then half-octaves."),
+        Column("target_item_index", "array<int>", "valid/test: what the user did next, inside the window, in order.", True),
+        Column("target_ts", "array<timestamp>", "valid/test: when.", True),
+        Column("seen_item_index", "array<int>", "valid/test: items of the last seen_days before as_of; what is not new.", True),
+    ),
+    key=("user_id", "split", "part"),
+    stage="build_sequences",
+    partition_by=("split",),
+    # Petastorm reads the data files and knows nothing of deletion vectors.
+    properties={"delta.enableDeletionVectors": "false"},
+)
+
+USER_EMBEDDINGS = Table(
+    "user_embeddings",
+    "One vector for every user, in the space of item_embeddings of the same model_version.",
+    (
+        Column("user_id", "string", "The user."),
+        Column("model_version", "string", "The model that made the vector; never mix two in a query."),
+        Column("as_of", "timestamp", "Events strictly before this time were seen."),
+        Column("history_length", "int", "How many actions the model read."),
+        Column("vector", "array<float>", "The vector; its dot product with an item's is the model's own score."),
+    ),
+    key=("user_id", "model_version"),
+    stage="score_users",
+    partition_by=("model_version",),
+)
+
+ITEM_EMBEDDINGS = Table(
+    "item_embeddings",
+    "One vector for every item of a model's vocabulary, in the space of its user_embeddings.",
+    (
+        Column("item_id", "string", "The item."),
+        Column("item_index", "int", "Its number."),
+        Column("model_version", "string", "The model that made the vector; never mix two in a query."),
+        Column("as_of", "timestamp", "The model was trained on events strictly before this time."),
+        Column("vector", "array<float>", "The vector."),
+    ),
+    key=("item_id", "model_version"),
+    stage="embed_items",
+    partition_by=("model_version",),
+)
+
+EVALUATION = Table(
+    "evaluation",
+    "One row per metric, of the model and of the floors beside it.",
+    (
+        Column("model_version", "string", "The model that was evaluated (the floors stand under it too)."),
+        Column("split", "string", "valid or test."),
+        Column("task", "string", "next: any item; new: not acted on in the last seen_days; repeat: acted on in them."),
+        Column("method", "string", "model, popularity, own_frequency, item_knn."),
+        Column("metric", "string", "recall@10, ndcg@10, recall@20, ndcg@20, mrr@20."),
+        Column("value", "double", "Mean over users."),
+        Column("users", "bigint", "How many users the mean is over."),
+    ),
+    key=("model_version", "split", "task", "method", "metric"),
+    stage="evaluate",
+    partition_by=("model_version",),
+)
+
+NEIGHBOURS = Table(
+    "neighbours",
+    "The nearest items or users of an item or user.",
+    (
+        Column("model_version", "string", "The model whose vectors were compared."),
+        Column("kind", "string", "user_item (dot product), user_user or item_item (cosine)."),
+        Column("source_id", "string", "Whose neighbours."),
+        Column("rank", "int", "1 is the nearest."),
+        Column("neighbour_id", "string", "The neighbour; never the source itself."),
+        Column("score", "double", "Dot product or cosine."),
+    ),
+    key=("model_version", "kind", "source_id", "rank"),
+    stage="find_neighbours",
+    partition_by=("model_version", "kind"),
+)
+
+TABLES = (
+    EVENTS,
+    REJECTED_EVENTS,
+    SESSIONS,
+    ITEMS,
+    CONTEXT_VALUES,
+    SEQUENCES,
+    USER_EMBEDDINGS,
+    ITEM_EMBEDDINGS,
+    EVALUATION,
+    NEIGHBOURS,
+)

@@ -1,0 +1,46 @@
+"""One lazy Spark session for the whole run: no test that needs no JVM starts one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+
+from jobs.config import Config, load_config
+from jobs.runtime import Runtime, start_spark
+
+SPARK_CONF = {
+    "spark.driver.memory": "2g",
+    "spark.ui.enabled": "false",
+    "spark.sql.shuffle.partitions": "2",
+    "spark.databricks.delta.snapshotPartitions": "2",
+    "spark.driver.host": "127.0.0.1",
+    "spark.driver.bindAddress": "127.0.0.1",
+}
+
+
+def make_config(root: Path, *sets: str, conf: Path | None = None) -> Config:
+    """A configuration whose tables lie under `root`, with the tests' Spark settings."""
+    config = load_config(conf, [f'storage.root="{root}"', *sets])
+    return config.model_copy(
+        update={"spark": config.spark.model_copy(update={"master": "local[2]", "conf": SPARK_CONF})}
+    )
+
+
+@pytest.fixture(scope="session")
+def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
+    session = start_spark(make_config(tmp_path_factory.mktemp("spark")))
+    yield session
+    session.stop()
+
+
+@pytest.fixture
+def make_runtime(spark: SparkSession, tmp_path: Path) -> Callable[..., Runtime]:
+    """Runtimes over this test's own folder (or `root`), with `a.b=c` settings."""
+
+    def make(*sets: str, root: Path | None = None, conf: Path | None = None) -> Runtime:
+        return Runtime(make_config(root or tmp_path / "warehouse", *sets, conf=conf), spark)
+
+    return make
