@@ -225,6 +225,14 @@ class Runtime:
         texts = [row["userMetadata"] for row in history.select("userMetadata").collect() if row["userMetadata"]]
         return json.loads(texts[0]) if texts else None
 
+    def running_tasks(self) -> str:
+        """Spark's running stages as "done/all tasks"; empty when nothing runs or Spark is not up."""
+        if self._spark is None:
+            return ""
+        tracker = self._spark.sparkContext.statusTracker()
+        stages = [tracker.getStageInfo(number) for number in tracker.getActiveStageIds()]
+        return "  ".join(f"{info.numCompletedTasks}/{info.numTasks} tasks" for info in stages if info)
+
     # ---- models ------------------------------------------------------------------------------------
 
     def model_dir(self) -> Path:

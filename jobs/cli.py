@@ -1,0 +1,159 @@
+"""The command `trailvec`: one stage, all of them, the tables, SQL.
+
+trailvec run --conf conf/local.toml
+trailvec sessionize --conf conf/local.toml --set sessionize.gap_minutes=45
+trailvec sql --conf conf/local.toml "SELECT count(*) FROM events"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+
+from jobs.config import Config, load_config
+from jobs.errors import TrailvecError, explain
+from jobs.runtime import Report, Runtime, Stage
+
+_out = Console(stderr=True, highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line; exits with 1 and one sentence on stderr when something is wrong."""
+    from jobs.pipeline import STAGES  # noqa: PLC0415 - the stages import this module's stage_main
+
+    arguments = _parser(STAGES).parse_args(argv)
+    sys.exit(_guarded(lambda: _run(arguments, STAGES), debug=arguments.debug))
+
+
+def stage_main(name: str) -> None:
+    """The entry point of one stage: `spark-submit jobs/NAME.py …`, `trailvec-NAME …`."""
+    main([name, *sys.argv[1:]])
+
+
+def _parser(stages: Sequence[Stage]) -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--conf", metavar="FILE", default=os.environ.get("TRAILVEC_CONF"), help="the configuration, TOML (default: $TRAILVEC_CONF)")
+    common.add_argument("--set", metavar="a.b=c", action="append", default=[], help="one setting; wins over the file; repeatable")
+    common.add_argument("--show-config", action="store_true", help="print the resolved configuration as JSON and stop")
+    common.add_argument("--debug", action="store_true", help="show stack traces")
+    parser = argparse.ArgumentParser(prog="trailvec", description="Event logs in, vectors of users and items out.", epilog="Every stage skips itself when its tables are up to date; --force runs it all the same.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", parents=[common], help="run all stages, or a part")
+    names = [stage.name for stage in stages]
+    run.add_argument("--from", dest="first", choices=names, default=names[0], help="the first stage to run")
+    run.add_argument("--to", dest="last", choices=names, default=names[-1], help="the last stage to run")
+    run.add_argument("--force", action="store_true", help="run stages that are up to date too")
+    for stage in stages:
+        command = commands.add_parser(stage.name, parents=[common], help=stage.help, description=stage.help)
+        command.add_argument("--force", action="store_true", help="run it even when it is up to date")
+    tables = commands.add_parser("tables", parents=[common], help="every table: place, rows, version, size, last writer")
+    tables.add_argument("--json", action="store_true", help="one JSON array instead of a table")
+    sql = commands.add_parser("sql", parents=[common], help="answer one SQL query over the tables")
+    sql.add_argument("query", help="the query; vector_cosine_similarity and its kin are there")
+    sql.add_argument("--json", action="store_true", help="one JSON object per row")
+    return parser
+
+
+def _run(arguments: argparse.Namespace, stages: Sequence[Stage]) -> None:
+    config = load_config(arguments.conf, arguments.set)
+    if arguments.show_config:
+        print(json.dumps(config.model_dump(mode="json"), indent=2))
+    elif arguments.command == "run":
+        names = [stage.name for stage in stages]
+        first, last = names.index(arguments.first), names.index(arguments.last)
+        if first > last:
+            raise TrailvecError(f"--from {arguments.first} comes after --to {arguments.last}: swap them")
+        run_stages(config, stages[first : last + 1], arguments.force)
+    elif arguments.command == "tables":
+        from jobs.list_tables import print_tables  # noqa: PLC0415 - only this command needs it
+
+        print_tables(Runtime(config), arguments.json)
+    elif arguments.command == "sql":
+        from jobs.sql import run_sql  # noqa: PLC0415
+
+        run_sql(Runtime(config), arguments.query, arguments.json)
+    else:
+        run_stages(config, [s for s in stages if s.name == arguments.command], arguments.force)
+
+
+def run_stages(config: Config, stages: Sequence[Stage], force: bool) -> list[Report]:
+    """Runs the stages in order in one Spark session, saying what each did as it ends."""
+    runtime = Runtime(config)
+    reports = []
+    for stage in stages:
+        with _progress(runtime, stage.name):
+            report = runtime.execute(stage, force)
+        reports.append(report)
+        _out.print(_line(report))
+        for note in report.notes:
+            _out.print(f"    {note}", style="dim")
+    return reports
+
+
+def _line(report: Report) -> str:
+    def rows(counts: dict[str, int]) -> str:
+        return ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "-"
+
+    mark = "[dim]=[/]" if report.skipped else "[green]✓[/]"
+    end = " (up to date)" if report.skipped else ""
+    return f"{mark} {report.stage:<17} {report.seconds:6.1f} s   {rows(report.rows_in)} → {rows(report.rows_out)}{end}"
+
+
+@contextmanager
+def _progress(runtime: Runtime, name: str) -> Iterator[None]:
+    """A line that lives while a stage runs: what it says itself, else Spark's running tasks."""
+    if not _out.is_terminal:
+        runtime.on_progress = lambda text: _out.print(f"    {text}")
+        yield
+        return
+    done = threading.Event()
+    with _out.status(name) as status:
+        said = ""
+
+        def say(text: str) -> None:
+            nonlocal said
+            said = text
+
+        def watch() -> None:
+            while not done.wait(0.5):
+                status.update(f"{name}  {said or runtime.running_tasks()}")
+
+        runtime.on_progress = say
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+
+
+def _guarded(action: Callable[[], None], debug: bool) -> int:
+    """The exit code of `action`: 0, 1 with one sentence for what a user can mend, 130 for Ctrl-C."""
+    try:
+        action()
+    except KeyboardInterrupt:
+        print("trailvec: stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        sentence = str(error) if isinstance(error, TrailvecError) else explain(error)
+        if sentence is None:
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            sentence = f"unexpected {type(error).__name__}: {first_line} (run with --debug for the stack trace)"
+        print(f"trailvec: {sentence}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    main()

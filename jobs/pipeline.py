@@ -1,0 +1,29 @@
+"""The stages in the order of the road. A new stage is one file in `jobs/` and one line here."""
+
+from __future__ import annotations
+
+from jobs import (
+    build_sequences,
+    build_vocabulary,
+    embed_items,
+    evaluate,
+    export_segments,
+    find_neighbours,
+    ingest,
+    score_users,
+    sessionize,
+    train,
+)
+
+STAGES = (
+    ingest.STAGE,
+    sessionize.STAGE,
+    build_vocabulary.STAGE,
+    build_sequences.STAGE,
+    train.STAGE,
+    embed_items.STAGE,
+    score_users.STAGE,
+    evaluate.STAGE,
+    find_neighbours.STAGE,
+    export_segments.STAGE,
+)
