@@ -37,6 +37,8 @@ wheels=$cache/wheels/torch$(version_of torch)-cp311-x86_64-${HOROVOD_GPU_OPERATI
 if [[ ! -d $wheels ]]; then
   command -v g++ >/dev/null || fail "no C++ compiler, which Horovod's build needs: apt-get install g++ make"
   command -v make >/dev/null || fail "make is missing, which Horovod's build needs: apt-get install make"
+  headers=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+  [[ -f $headers/Python.h ]] || fail "Python's headers, which Horovod's build needs, are missing: apt-get install python3.11-dev"
 fi
 
 # ---- the steps ------------------------------------------------------------------------------------------
