@@ -103,7 +103,7 @@ class Runtime:
         return self.root / "exports"
 
     def exists(self, table: Table) -> bool:
-        return DeltaTable.isDeltaTable(self.spark, self.path(table))
+        return bool(DeltaTable.isDeltaTable(self.spark, self.path(table)))
 
     # ---- one stage ---------------------------------------------------------------------------------
 
@@ -202,6 +202,10 @@ class Runtime:
             "reads": self._versions,
             "inputs": stage.inputs(self),
         }
+
+    def latest(self, table: Table) -> DataFrame:
+        """The table as it is now; for a stage that reads what it writes itself."""
+        return self._load(table)
 
     def _load(self, table: Table, version: int | None = None) -> DataFrame:
         reader = self.spark.read.format("delta")
@@ -307,6 +311,9 @@ _SPARK_DEFAULTS = {
     "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
     "spark.sql.session.timeZone": "UTC",
+    # A text that is no number or no time is NULL, which ingest refuses with a reason; never an exception.
+    "spark.sql.ansi.enabled": "false",
+    "spark.sql.legacy.timeParserPolicy": "CORRECTED",
     # Parquet timestamps as microseconds, not INT96: what other readers expect.
     "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
     # Without it, Spark's CSV reader does not see a row with too many or too few fields.
@@ -369,7 +376,7 @@ def java_home() -> str:
 def _java_major(java: Path) -> int | None:
     try:
         text = subprocess.run([java, "-version"], capture_output=True, text=True, check=True).stderr
-        major, minor = (text.split('"')[1].split(".") + ["0"])[:2]
+        major, minor, *_ = [*text.split('"')[1].split("."), "0"]
         return int(minor if major == "1" else major)
     except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
         return None

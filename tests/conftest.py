@@ -6,10 +6,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from pyspark.sql import SparkSession
+from hypothesis import HealthCheck, settings
+from pyspark.sql import DataFrame, SparkSession
 
 from jobs.config import Config, load_config
-from jobs.runtime import Runtime, start_spark
+from jobs.runtime import Runtime, Stage, start_spark
+from jobs.tables import Table
+
+# The first example pays for imports and for Spark's code generation; a fixture that only makes folders may be shared.
+settings.register_profile(
+    "trailvec",
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("trailvec")
 
 SPARK_CONF = {
     "spark.driver.memory": "2g",
@@ -44,3 +55,8 @@ def make_runtime(spark: SparkSession, tmp_path: Path) -> Callable[..., Runtime]:
         return Runtime(make_config(root or tmp_path / "warehouse", *sets, conf=conf), spark)
 
     return make
+
+
+def put(runtime: Runtime, table: Table, rows: DataFrame) -> None:
+    """Makes `rows` the table's rows, as the stage that writes it would."""
+    runtime.execute(Stage("put", "", lambda r: r.write(table, rows), reads=(), writes=(), settings=()), force=True)

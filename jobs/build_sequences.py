@@ -1,0 +1,180 @@
+"""build_sequences: sessions + items + context_values → sequences.
+
+For each split one cut; a row holds a user's newest `max_length` actions before it. Train has older parts too, so that
+a long history teaches whole. How and why: docs/decisions/0004. One window over (user, newest first) ranks the actions
+for all four splits at once, and the rows are collected without a second shuffle.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+
+from jobs.cli import stage_main
+from jobs.config import SequencesSettings
+from jobs.runtime import Runtime, Stage
+from jobs.splits import Cuts, before_cut, cut_of, cut_times, newest_first, utc
+from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES, SESSIONS, conform
+
+UNKNOWN = 1
+SPLITS = ("train", "valid", "test", "score")
+# Buckets of the context features; 0 is padding everywhere. training/ sizes its embeddings by the largest.
+GAP_FIRST, GAP_SAME_MOMENT, GAP_MAX = 1, 2, 31
+PRICE_UNKNOWN, PRICE_NOT_POSITIVE, PRICE_MIN, PRICE_MAX = 1, 2, 3, 40
+FEATURES = ("item_index", "event_type_index", "vertical_index", "gap_bucket", "hour", "weekday", "price_bucket")
+
+
+def number_actions(sessions: DataFrame, items: DataFrame, values: DataFrame, min_count: int) -> DataFrame:
+    """One row per event with its numbers. An item outside the training window's vocabulary is unknown (1)."""
+    vocabulary = items.where(F.col("train_count") >= min_count).select("item_id", "item_index")
+    actions = sessions.select("user_id", F.explode("events").alias("event")).select("user_id", "event.*")
+    for kind in ("vertical", "event_type"):
+        numbers = values.where(F.col("kind") == kind).select(
+            F.col("value").alias(kind), F.col("value_index").alias(f"{kind}_index")
+        )
+        actions = actions.join(F.broadcast(numbers), kind, "left")
+    local = F.from_utc_timestamp("event_ts", F.col("time_zone"))
+    return actions.join(vocabulary, "item_id", "left").select(
+        "user_id",
+        "event_ts",
+        "event_id",
+        "event_type",
+        *[
+            F.coalesce(name, F.lit(UNKNOWN)).alias(name)
+            for name in ("item_index", "event_type_index", "vertical_index")
+        ],
+        (F.hour(local) + 1).alias("hour"),
+        F.dayofweek(local).alias("weekday"),
+        price_bucket(F.col("amount") / F.coalesce("quantity", F.lit(1.0))).alias("price_bucket"),
+    )
+
+
+def price_bucket(unit_price: Column) -> Column:
+    """Half-octaves of the unit price: 15 holds 1.00 to 1.41; NULL (also a quantity of 0) is unknown."""
+    bucket = F.floor(2 * F.log2(unit_price)) + 15
+    return (
+        F.when(unit_price.isNull(), PRICE_UNKNOWN)
+        .when(unit_price <= 0, PRICE_NOT_POSITIVE)
+        .otherwise(F.greatest(F.lit(PRICE_MIN), F.least(F.lit(PRICE_MAX), bucket)))
+        .cast("int")
+    )
+
+
+def gap_bucket(gap_us: Column) -> Column:
+    """Octaves of the seconds since the user's last action; NULL (there is none) is the first."""
+    octave = F.floor(F.log2(F.greatest(gap_us / 1e6, F.lit(1.0)))) + 3
+    return (
+        F.when(gap_us.isNull(), GAP_FIRST)
+        .when(gap_us == 0, GAP_SAME_MOMENT)
+        .otherwise(F.least(F.lit(GAP_MAX), octave))
+        .cast("int")
+    )
+
+
+def build_sequences(actions: DataFrame, cuts: Cuts, settings: SequencesSettings) -> DataFrame:
+    """SEQUENCES rows out of numbered actions."""
+    newest = newest_first()
+    micros = F.unix_micros("event_ts")
+    ranked = actions.withColumn("gap_bucket", gap_bucket(micros - F.lead(micros).over(newest)))
+    for split in SPLITS[1:]:  # train shares valid's cut
+        before = F.col(f"before_{split}")
+        ranked = ranked.withColumn(f"before_{split}", before_cut(split, cuts, settings)).withColumn(
+            # From newest to oldest, the running count of actions before the cut is their rank from it: 1, 2, ...
+            f"rank_{split}",
+            F.when(before, F.count_if(before).over(newest)),
+        )
+    element = F.struct("event_ts", "event_id", *FEATURES)
+    rows = (
+        ranked.withColumn("role", F.explode(F.filter(_roles(cuts, settings), lambda role: role.isNotNull())))
+        .select("user_id", "role.*", element.alias("action"))
+        .groupBy("user_id", "split", "part")
+        .agg(*[_in_order(role).alias(role) for role in ("input", "target", "seen")])
+    )
+    evaluated = F.col("split").isin("valid", "test")
+    as_of = F.create_map(*[c for s in SPLITS for c in (F.lit(s), utc(_as_of(s, cuts, settings)))])[F.col("split")]
+    sequences = rows.where(
+        (F.size("input") >= F.when(F.col("split") == "train", 2).otherwise(1)) & (~evaluated | (F.size("target") > 0))
+    ).select(
+        "user_id",
+        "split",
+        "part",
+        as_of.alias("as_of"),
+        F.size("input").alias("length"),
+        *[_pluck("input", name).alias(name) for name in FEATURES],
+        F.when(evaluated, _pluck("target", "item_index")).alias("target_item_index"),
+        F.when(evaluated, _pluck("target", "event_ts")).alias("target_ts"),
+        F.when(evaluated, F.array_sort(F.array_distinct(_pluck("seen", "item_index")))).alias("seen_item_index"),
+    )
+    return conform(sequences, SEQUENCES)
+
+
+def _roles(cuts: Cuts, settings: SequencesSettings) -> Column:
+    """The rows that an action has a part in: an array of (split, part, role), NULL where it has none."""
+    part = F.floor((F.col("rank_valid") - 1) / settings.max_length)
+    roles = [_role("train", part, "input", F.col("before_valid") & (part < settings.max_parts))]
+    for split in ("valid", "test", "score"):
+        roles.append(_role(split, F.lit(0), "input", F.col(f"rank_{split}") <= settings.max_length))
+    predicted = F.col("event_type").isin(settings.target_event_types) if settings.target_event_types else F.lit(True)
+    for split, following in (("valid", "test"), ("test", "score")):
+        is_target = ~F.col(f"before_{split}") & F.col(f"before_{following}") & predicted
+        is_seen = F.col(f"before_{split}") & predicted
+        if settings.seen_days and settings.split_by == "time":
+            is_seen &= F.col("event_ts") >= utc(cut_of(split, cuts) - timedelta(days=settings.seen_days))
+        roles += [_role(split, F.lit(0), "target", is_target), _role(split, F.lit(0), "seen", is_seen)]
+    return F.array(*roles)
+
+
+def _role(split: str, part: Column, role: str, condition: Column) -> Column:
+    return F.when(
+        condition, F.struct(F.lit(split).alias("split"), part.cast("int").alias("part"), F.lit(role).alias("role"))
+    )
+
+
+def _in_order(role: str) -> Column:
+    # The structs begin with (event_ts, event_id), so sorting them is sorting by time.
+    return F.sort_array(F.collect_list(F.when(F.col("role") == role, F.col("action"))))
+
+
+def _pluck(role: str, name: str) -> Column:
+    return F.transform(role, lambda action: action[name])
+
+
+def _as_of(split: str, cuts: Cuts, settings: SequencesSettings) -> datetime:
+    # Leave-one-out cuts by rank: no one time separates, so the row only promises the log's end.
+    return cuts.end if settings.split_by == "leave_one_out" else cut_of(split, cuts)
+
+
+def run(runtime: Runtime) -> None:
+    settings = runtime.config.sequences
+    sessions = runtime.read(SESSIONS)
+    cuts = cut_times(sessions.select(F.col("end_ts").alias("event_ts")), settings)
+    actions = number_actions(
+        sessions, runtime.read(ITEMS), runtime.read(CONTEXT_VALUES), runtime.config.vocabulary.min_count
+    )
+    # The rows of a split lie in `train_files` files of like size, in an order that has nothing to do with the users.
+    shuffled = F.xxhash64("user_id", "split", "part")
+    sequences = build_sequences(actions, cuts, settings)
+    runtime.write(
+        SEQUENCES,
+        sequences.repartition(settings.train_files).sortWithinPartitions("split", shuffled),
+    )
+
+
+STAGE = Stage(
+    "build_sequences",
+    "cut every user's actions into the rows that a model reads",
+    run,
+    reads=(SESSIONS, ITEMS, CONTEXT_VALUES),
+    writes=(SEQUENCES,),
+    settings=("vocabulary", "sequences"),
+)
+
+
+def main() -> None:
+    stage_main("build_sequences")
+
+
+if __name__ == "__main__":
+    main()

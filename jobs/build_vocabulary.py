@@ -1,0 +1,96 @@
+"""build_vocabulary: events (+ items, context_values as they are) → items, context_values.
+
+The law: a number is given once and never again (docs/decisions/0005). An item gets a row, and with it a number, once it
+has `vocabulary.min_count` events; numbers go up with the time of the first event, ties by item_id. The counts and names
+of old rows are brought up to date; their numbers are not touched. The numbering of one run's *new* items sorts them in
+one task: 10^8 new items at once are its limit, not the log's size.
+"""
+
+from __future__ import annotations
+
+from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import functions as F
+
+from jobs.cli import stage_main
+from jobs.config import SequencesSettings
+from jobs.runtime import Runtime, Stage
+from jobs.splits import Cuts, before_cut, cut_times
+from jobs.tables import CONTEXT_VALUES, EVENTS, ITEMS, conform
+
+FIRST_INDEX = 2  # 0 is padding, 1 is unknown
+
+
+def describe_items(events: DataFrame, cuts: Cuts, settings: SequencesSettings) -> DataFrame:
+    """One row per item of the log: everything in ITEMS but the number."""
+    targets = settings.target_event_types
+    is_target = F.col("event_type").isin(targets) if targets else F.lit(True)
+    order = F.struct("event_ts", "event_id")
+
+    def latest(name: str) -> Column:
+        return F.max_by(name, F.when(F.col(name).isNotNull(), order)).alias(name)
+
+    return (
+        events.withColumn("in_training", before_cut("train", cuts, settings))
+        .groupBy("item_id")
+        .agg(
+            latest("item_name"),
+            latest("category"),
+            latest("vertical"),
+            F.min("event_ts").alias("first_ts"),
+            F.count("*").alias("event_count"),
+            F.count_if("in_training").alias("train_count"),
+            F.count_if(F.col("in_training") & is_target).alias("target_count"),
+        )
+    )
+
+
+def number_items(described: DataFrame, items: DataFrame, min_count: int) -> DataFrame:
+    """ITEMS rows to merge: old items keep their number, new ones with `min_count` events get the next numbers."""
+    old = items.select("item_id", "item_index")
+    known = described.join(old, "item_id")
+    new = described.where(F.col("event_count") >= min_count).join(old, "item_id", "left_anti")
+    numbered = new.crossJoin(old.agg(F.coalesce(F.max("item_index") + 1, F.lit(FIRST_INDEX)).alias("next"))).withColumn(
+        "item_index", F.col("next") + F.row_number().over(Window.orderBy("first_ts", "item_id")) - 1
+    )
+    return conform(known.unionByName(numbered.drop("next")), ITEMS)
+
+
+def number_context_values(events: DataFrame, values: DataFrame) -> DataFrame:
+    """CONTEXT_VALUES rows to add: values of vertical and event_type that have no number yet, in their own order."""
+    kinds = ("vertical", "event_type")
+    found = [events.select(F.lit(kind).alias("kind"), F.col(kind).alias("value")) for kind in kinds]
+    new = found[0].union(found[1]).distinct().join(values, ["kind", "value"], "left_anti")
+    next_by_kind = values.groupBy("kind").agg((F.max("value_index") + 1).alias("next"))
+    rank = F.row_number().over(Window.partitionBy("kind").orderBy("value"))
+    numbered = new.join(next_by_kind, "kind", "left").withColumn(
+        "value_index", F.coalesce("next", F.lit(FIRST_INDEX)) + rank - 1
+    )
+    return conform(numbered, CONTEXT_VALUES)
+
+
+def run(runtime: Runtime) -> None:
+    settings = runtime.config.sequences
+    events = runtime.read(EVENTS)
+    runtime.create(ITEMS)
+    runtime.create(CONTEXT_VALUES)
+    runtime.merge(CONTEXT_VALUES, number_context_values(events, runtime.latest(CONTEXT_VALUES)))
+    described = describe_items(events, cut_times(events, settings), settings)
+    runtime.merge(ITEMS, number_items(described, runtime.latest(ITEMS), runtime.config.vocabulary.min_count))
+
+
+STAGE = Stage(
+    "build_vocabulary",
+    "give every item, vertical and event type its number, once and for all",
+    run,
+    reads=(EVENTS,),
+    writes=(CONTEXT_VALUES, ITEMS),
+    settings=("vocabulary", "sequences"),
+)
+
+
+def main() -> None:
+    stage_main("build_vocabulary")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Where training ends and testing begins: the two cut times, and which events a model may learn from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+
+from pyspark.sql import Column, DataFrame, Window, WindowSpec
+from pyspark.sql import functions as F
+
+from jobs.config import SequencesSettings
+from jobs.errors import TrailvecError
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """UTC times: training < valid_from ≤ validation < test_from ≤ test < end. All events are before `end`."""
+
+    valid_from: datetime
+    test_from: datetime
+    end: datetime
+
+
+def cut_times(events: DataFrame, settings: SequencesSettings) -> Cuts:
+    """The cut times of a log with an `event_ts` column; one pass over that column.
+
+    Raises:
+        TrailvecError: the log is empty, or the configured times are not in order.
+    """
+    last = events.agg(F.unix_micros(F.max("event_ts"))).collect()[0][0]
+    if last is None:
+        raise TrailvecError("table events is empty: look into rejected_events, then run `trailvec ingest` again")
+    # Exclusive, so that "strictly before" holds for the last event too.
+    end = datetime.fromtimestamp(0, timezone.utc).replace(tzinfo=None) + timedelta(microseconds=last + 1)
+    cuts = Cuts(
+        valid_from=settings.valid_from or end - timedelta(days=56),
+        test_from=settings.test_from or end - timedelta(days=28),
+        end=end,
+    )
+    if not cuts.valid_from <= cuts.test_from <= cuts.end:
+        raise TrailvecError(
+            f"sequences.valid_from = {cuts.valid_from} and sequences.test_from = {cuts.test_from} must be in order "
+            f"and not after the log's end, {cuts.end}: correct them"
+        )
+    return cuts
+
+
+def newest_first() -> WindowSpec:
+    """A user's events from the newest back: the total order of the house, (event_ts, event_id), reversed."""
+    return Window.partitionBy("user_id").orderBy(F.desc("event_ts"), F.desc("event_id"))
+
+
+def before_cut(split: str, cuts: Cuts, settings: SequencesSettings) -> Column:
+    """True for the events that come before the cut of `split` (train shares valid's).
+
+    By time: event_ts before the cut. Leave-one-out: all of a user's events but the last two (train, valid), the last
+    one (test), none (score).
+    """
+    if settings.split_by == "leave_one_out":
+        left_out = {"train": 2, "valid": 2, "test": 1, "score": 0}[split]
+        return F.row_number().over(newest_first()) > left_out
+    return F.col("event_ts") < utc(cut_of(split, cuts))
+
+
+def cut_of(split: str, cuts: Cuts) -> datetime:
+    """The time of a split's cut."""
+    return {"train": cuts.valid_from, "valid": cuts.valid_from, "test": cuts.test_from, "score": cuts.end}[split]
+
+
+def utc(time: datetime) -> Column:
+    """A naive UTC time as a Spark timestamp, whatever zone Python and the session are in."""
+    return F.timestamp_micros(F.lit(round((time - datetime(1970, 1, 1)) / timedelta(microseconds=1))))

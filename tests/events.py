@@ -1,0 +1,68 @@
+"""Small random logs for property tests, and their way into a Delta table."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Any
+
+from hypothesis import strategies as st
+from pyspark.sql import DataFrame, SparkSession
+
+from jobs.tables import EVENTS
+
+Row = dict[str, Any]
+START = datetime(2023, 3, 25, 22, 0)  # the night before the clocks go forward in Europe
+
+# Gaps on, just under and just over 30 minutes, none at all, and of days.
+_PAUSES = [0, 1, 1799_999_999, 1800_000_000, 1800_000_001, 3600_000_000, 26 * 3600_000_000]
+
+
+@st.composite
+def logs(draw: st.DrawFn, max_events: int = 40) -> list[Row]:
+    """A log of a few users over a few days: equal times, gaps on the boundary, several zones, missing amounts."""
+    events = []
+    clock = {f"u{number}": START for number in range(4)}
+    for number in range(draw(st.integers(1, max_events))):
+        user = draw(st.sampled_from(sorted(clock)))
+        clock[user] += timedelta(microseconds=draw(st.sampled_from(_PAUSES)))
+        events.append(
+            make_event(
+                event_id=f"e{draw(st.integers(0, 9))}-{number}",  # ids do not follow time
+                user_id=user,
+                item_id=f"i{draw(st.integers(0, 6))}",
+                event_type=draw(st.sampled_from(["purchase", "view"])),
+                event_ts=clock[user],
+                vertical=draw(st.sampled_from(["food", "rides", "retail"])),
+                amount=draw(st.sampled_from([None, -1.0, 0.0, 0.5, 1.0, 3.0, 1e9])),
+                quantity=draw(st.sampled_from([None, 0.0, 1.0, 2.0])),
+                time_zone=draw(st.sampled_from(["UTC", "Europe/London", "America/New_York"])),
+            )
+        )
+    return events
+
+
+def make_event(**values: Any) -> Row:
+    """An event with sensible values for whatever is not given."""
+    defaults = {
+        "event_type": "purchase",
+        "vertical": "food",
+        "amount": None,
+        "quantity": None,
+        "time_zone": "UTC",
+        "item_name": f"name of {values.get('item_id')}",
+        "category": None,
+        "basket_id": None,
+        "attributes": None,
+        "source": "test",
+    }
+    return defaults | values
+
+
+def to_frame(spark: SparkSession, events: list[Row], partitions: int = 1) -> DataFrame:
+    """The rows as a DataFrame of the EVENTS contract. Times are UTC."""
+    from zoneinfo import ZoneInfo
+
+    aware = [e | {"event_ts": e["event_ts"].replace(tzinfo=ZoneInfo("UTC"))} for e in events]
+    columns = [c.name for c in EVENTS.columns]
+    rows = [tuple(e[name] for name in columns) for e in aware]
+    return spark.createDataFrame(rows, EVENTS.schema()).repartition(partitions)

@@ -1,0 +1,116 @@
+"""What the tables must hold, worked out in plain Python from lists of dicts: slow, obvious, independent of Spark."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from datetime import datetime, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo
+
+Row = dict[str, Any]
+
+
+def in_order(events: list[Row]) -> list[Row]:
+    return sorted(events, key=lambda e: (e["user_id"], e["event_ts"], e["event_id"]))
+
+
+def sessions(events: list[Row], gap: timedelta, gap_by_vertical: dict[str, timedelta]) -> list[list[Row]]:
+    """The events of each session, in order."""
+    found: list[list[Row]] = []
+    for event in in_order(events):
+        last = found[-1][-1] if found else None
+        if (
+            last is not None
+            and last["user_id"] == event["user_id"]
+            and event["event_ts"] - last["event_ts"] <= gap_by_vertical.get(last["vertical"], gap)
+        ):
+            found[-1].append(event)
+        else:
+            found.append([event])
+    return found
+
+
+def gap_bucket(before: Row | None, event: Row) -> int:
+    if before is None:
+        return 1
+    seconds = (event["event_ts"] - before["event_ts"]).total_seconds()
+    if seconds == 0:
+        return 2
+    return min(31, 3 + (math.floor(math.log2(seconds)) if seconds >= 1 else 0))
+
+
+def price_bucket(event: Row) -> int:
+    quantity = 1.0 if event["quantity"] is None else event["quantity"]
+    if event["amount"] is None or quantity == 0:
+        return 1
+    price = event["amount"] / quantity
+    return 2 if price <= 0 else max(3, min(40, math.floor(2 * math.log2(price)) + 15))
+
+
+def sequences(
+    events: list[Row],
+    *,
+    numbers: dict[str, int],
+    verticals: dict[str, int],
+    event_types: dict[str, int],
+    valid_from: datetime,
+    test_from: datetime,
+    max_length: int,
+    max_parts: int,
+    seen_days: int,
+    target_types: list[str],
+    leave_one_out: bool = False,
+) -> dict[tuple[str, str, int], Row]:
+    """SEQUENCES rows by (user_id, split, part); `numbers` holds the training window's vocabulary alone."""
+    end = max(e["event_ts"] for e in events) + timedelta(microseconds=1)
+    by_user = defaultdict(list)
+    for event in in_order(events):
+        by_user[event["user_id"]].append(event)
+    rows: dict[tuple[str, str, int], Row] = {}
+    for user, history in by_user.items():
+        actions = []
+        for before, event in zip([None, *history], history, strict=False):
+            local = event["event_ts"].replace(tzinfo=ZoneInfo("UTC")).astimezone(ZoneInfo(event["time_zone"]))
+            actions.append(
+                {
+                    "event_ts": event["event_ts"],
+                    "predicted": not target_types or event["event_type"] in target_types,
+                    "item_index": numbers.get(event["item_id"], 1),
+                    "event_type_index": event_types[event["event_type"]],
+                    "vertical_index": verticals[event["vertical"]],
+                    "gap_bucket": gap_bucket(before, event),
+                    "hour": local.hour + 1,
+                    "weekday": local.isoweekday() % 7 + 1,
+                    "price_bucket": price_bucket(event),
+                }
+            )
+
+        def before_cut(cut: datetime, left_out: int, actions: list[Row] = actions) -> int:
+            if leave_one_out:
+                return max(0, len(actions) - left_out)
+            return sum(a["event_ts"] < cut for a in actions)
+
+        n_valid, n_test, n_all = before_cut(valid_from, 2), before_cut(test_from, 1), len(actions)
+        for part in range(max_parts):
+            stop = n_valid - part * max_length
+            chunk = actions[max(0, stop - max_length) : max(0, stop)]
+            if len(chunk) >= 2:
+                rows[user, "train", part] = _row(chunk, end if leave_one_out else valid_from)
+        for split, cut, n, following in (("valid", valid_from, n_valid, n_test), ("test", test_from, n_test, n_all)):
+            targets = [a for a in actions[n:following] if a["predicted"]]
+            if n and targets:
+                oldest = cut - timedelta(days=seen_days) if seen_days and not leave_one_out else datetime.min
+                seen = {a["item_index"] for a in actions[:n] if a["predicted"] and a["event_ts"] >= oldest}
+                rows[user, split, 0] = _row(actions[max(0, n - max_length) : n], end if leave_one_out else cut) | {
+                    "target_item_index": [a["item_index"] for a in targets],
+                    "target_ts": [a["event_ts"] for a in targets],
+                    "seen_item_index": sorted(seen),
+                }
+        rows[user, "score", 0] = _row(actions[-max_length:], end)
+    return rows
+
+
+def _row(chunk: list[Row], as_of: datetime) -> Row:
+    features = ("item_index", "event_type_index", "vertical_index", "gap_bucket", "hour", "weekday", "price_bucket")
+    return {"as_of": as_of, "length": len(chunk)} | {name: [a[name] for a in chunk] for name in features}

@@ -1,0 +1,153 @@
+"""Sequences against the plain-Python oracle, for both ways of splitting; and law 4 seen from the outside."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyspark.sql import SparkSession
+
+from jobs import build_sequences, build_vocabulary, sessionize
+from jobs.errors import TrailvecError
+from jobs.runtime import Runtime
+from jobs.tables import CONTEXT_VALUES, EVENTS, ITEMS, SEQUENCES, SESSIONS
+from tests import oracles
+from tests.conftest import put
+from tests.events import START, Row, logs, make_event, to_frame
+
+VALID_FROM, TEST_FROM = datetime(2023, 3, 26, 1, 30), datetime(2023, 3, 27, 12)
+STAGES = (sessionize.STAGE, build_vocabulary.STAGE, build_sequences.STAGE)
+
+
+def run(runtime: Runtime, events: list[Row], partitions: int = 1) -> dict[tuple[str, str, int], Row]:
+    put(runtime, EVENTS, to_frame(runtime.spark, events, partitions))
+    for stage in STAGES:
+        runtime.execute(stage)
+    return {(r.user_id, r.split, r.part): r.asDict() for r in runtime.latest(SEQUENCES).collect()}
+
+
+@settings(max_examples=5)
+@given(events=logs(max_events=60), leave_one_out=st.booleans(), partitions=st.integers(1, 3))
+def test_equals_the_plain_python_sequences(
+    make_runtime: Callable[..., Runtime],
+    tmp_path_factory: pytest.TempPathFactory,
+    events: list[Row],
+    leave_one_out: bool,
+    partitions: int,
+) -> None:
+    runtime = make_runtime(
+        f'sequences.valid_from="{VALID_FROM.isoformat()}"',
+        f'sequences.test_from="{TEST_FROM.isoformat()}"',
+        f'sequences.split_by="{"leave_one_out" if leave_one_out else "time"}"',
+        "sequences.max_length=4",
+        "sequences.max_parts=2",
+        "sequences.seen_days=1",
+        'sequences.target_event_types=["purchase"]',
+        "sequences.train_files=2",
+        "vocabulary.min_count=2",
+        root=tmp_path_factory.mktemp("log"),
+    )
+    # The cut times must lie inside the log, whatever was drawn.
+    last = make_event(event_id="last", user_id="last", item_id="i0", event_ts=START + timedelta(days=9))
+    events = [*events, last]
+    found = run(runtime, events, partitions)
+
+    values = {(r.kind, r.value): r.value_index for r in runtime.latest(CONTEXT_VALUES).collect()}
+    number_of = {r.item_id: r.item_index for r in runtime.latest(ITEMS).collect()}
+    training = _training_events(events, leave_one_out)
+    seen_often = Counter(e["item_id"] for e in training)
+    expected = oracles.sequences(
+        events,
+        numbers={item: number_of[item] for item, count in seen_often.items() if count >= 2},
+        verticals={value: index for (kind, value), index in values.items() if kind == "vertical"},
+        event_types={value: index for (kind, value), index in values.items() if kind == "event_type"},
+        valid_from=VALID_FROM,
+        test_from=TEST_FROM,
+        max_length=4,
+        max_parts=2,
+        seen_days=1,
+        target_types=["purchase"],
+        leave_one_out=leave_one_out,
+    )
+    assert found.keys() == expected.keys()
+    for key, row in expected.items():
+        assert {name: found[key][name] for name in row} == row, key
+
+
+def _training_events(events: list[Row], leave_one_out: bool) -> list[Row]:
+    if not leave_one_out:
+        return [e for e in events if e["event_ts"] < VALID_FROM]
+    kept: list[Row] = []
+    for user in {e["user_id"] for e in events}:
+        kept += oracles.in_order([e for e in events if e["user_id"] == user])[:-2]
+    return kept
+
+
+def test_what_comes_after_a_cut_does_not_change_what_lies_before(
+    make_runtime: Callable[..., Runtime], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Law 4: the training rows are the same bytes whether the later events exist or not."""
+    cuts = ['sequences.valid_from="2023-03-26T00:00:00"', 'sequences.test_from="2023-03-27T00:00:00"']
+    early = [
+        make_event(event_id=f"a{n}", user_id=f"u{n % 2}", item_id=f"i{n % 3}", event_ts=START + timedelta(minutes=n))
+        for n in range(12)
+    ]
+    late = [
+        make_event(event_id=f"b{n}", user_id=f"u{n % 2}", item_id=f"j{n % 3}", event_ts=START + timedelta(days=1 + n))
+        for n in range(6)
+    ]
+    edge = make_event(event_id="c", user_id="u0", item_id="i0", event_ts=START + timedelta(days=7))
+
+    def training_rows(events: list[Row]) -> list[Any]:
+        runtime = make_runtime(*cuts, "vocabulary.min_count=1", root=tmp_path_factory.mktemp("log"))
+        return sorted((k, r) for k, r in run(runtime, events).items() if k[1] == "train")
+
+    assert training_rows([*early, edge]) == training_rows([*early, *late, edge])
+
+
+def test_every_user_has_exactly_one_row_to_score(make_runtime: Callable[..., Runtime]) -> None:
+    events = [
+        make_event(event_id=f"{user}{n}", user_id=user, item_id=f"i{n}", event_ts=START + timedelta(days=n))
+        for user, count in (("one", 1), ("two", 2), ("many", 70))
+        for n in range(count)
+    ]
+    rows = run(make_runtime(), events)
+    lengths = {user: row["length"] for (user, split, _), row in rows.items() if split == "score"}
+    assert lengths == {"one": 1, "two": 2, "many": 64}
+
+
+def test_the_clock_change_is_read_in_the_users_zone(make_runtime: Callable[..., Runtime]) -> None:
+    """In London the clock went from 00:59:59 to 02:00 on 26 March 2023, a Sunday."""
+    zone = {"user_id": "u", "item_id": "i", "time_zone": "Europe/London"}
+    events = [
+        make_event(event_id="a", event_ts=datetime(2023, 3, 26, 0, 59, 59), **zone),
+        make_event(event_id="b", event_ts=datetime(2023, 3, 26, 1, 0, 0), **zone),
+        make_event(event_id="c", event_ts=datetime(2023, 3, 26, 23, 30, 0), **zone),
+    ]
+    row = run(make_runtime(), events)["u", "score", 0]
+    assert row["hour"] == [1, 3, 1]
+    assert row["weekday"] == [1, 1, 2]
+
+
+def test_cuts_out_of_order_or_an_empty_log_are_refused(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    runtime = make_runtime('sequences.valid_from="2023-04-01T00:00:00"', 'sequences.test_from="2023-03-01T00:00:00"')
+    put(runtime, EVENTS, to_frame(spark, [make_event(event_id="a", user_id="u", item_id="i", event_ts=START)]))
+    with pytest.raises(TrailvecError, match="must be in order"):
+        runtime.execute(build_vocabulary.STAGE)
+    empty = make_runtime()
+    put(empty, EVENTS, to_frame(spark, []))
+    with pytest.raises(TrailvecError, match="events is empty"):
+        empty.execute(build_vocabulary.STAGE)
+
+
+def test_a_missing_table_names_the_stage_that_makes_it(make_runtime: Callable[..., Runtime]) -> None:
+    with pytest.raises(TrailvecError, match="run `trailvec sessionize` first"):
+        make_runtime().execute(build_sequences.STAGE)
+    assert SESSIONS.stage == "sessionize"

@@ -1,0 +1,100 @@
+"""The vocabulary's law: a number is given once, whatever comes later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+
+from pyspark.sql import SparkSession
+
+from jobs import build_vocabulary
+from jobs.runtime import Runtime
+from jobs.tables import CONTEXT_VALUES, EVENTS, ITEMS
+from tests.conftest import put
+from tests.events import START, Row, make_event, to_frame
+
+CUTS = ['sequences.valid_from="2023-03-26T00:00:00"', 'sequences.test_from="2023-03-26T00:30:00"']
+
+
+def event(number: int, item: str, hours: float, **values: object) -> Row:
+    return make_event(
+        event_id=f"e{number}", user_id=f"u{number % 3}", item_id=item, event_ts=START + timedelta(hours=hours), **values
+    )
+
+
+def items(runtime: Runtime) -> dict[str, tuple[int, int, int, int]]:
+    return {
+        r.item_id: (r.item_index, r.event_count, r.train_count, r.target_count) for r in runtime.latest(ITEMS).collect()
+    }
+
+
+def test_numbers_go_by_first_time_and_never_change(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
+    runtime = make_runtime(*CUTS, "vocabulary.min_count=2", 'sequences.target_event_types=["purchase"]')
+    # 22:00 is START; the cut is two hours later. "c" is seen once only.
+    log = [
+        event(0, "b", 0),
+        event(1, "a", 0.5, event_type="view"),
+        event(2, "a", 1),
+        event(3, "b", 3),
+        event(4, "c", 3),
+    ]
+    put(runtime, EVENTS, to_frame(spark, log))
+    runtime.execute(build_vocabulary.STAGE)
+    assert items(runtime) == {"b": (2, 2, 1, 1), "a": (3, 2, 2, 1)}
+
+    # Later "c" is seen again and "z" comes, earlier than all: old numbers stay, new ones follow by their first time.
+    put(runtime, EVENTS, to_frame(spark, [*log, event(5, "c", 4), event(6, "z", -5), event(7, "z", -4)]))
+    runtime.execute(build_vocabulary.STAGE)
+    assert items(runtime) == {"b": (2, 2, 1, 1), "a": (3, 2, 2, 1), "z": (4, 2, 2, 2), "c": (5, 2, 0, 0)}
+
+    # An item that is gone from the log keeps its row and number.
+    put(runtime, EVENTS, to_frame(spark, log[:4]))
+    runtime.execute(build_vocabulary.STAGE)
+    assert items(runtime)["z"] == (4, 2, 2, 2)
+    assert items(runtime)["c"] == (5, 2, 0, 0)
+
+
+def test_name_and_category_are_the_latest_known(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
+    runtime = make_runtime(*CUTS, "vocabulary.min_count=1")
+    log = [
+        event(0, "a", 1, item_name="old", category="tea"),
+        event(1, "a", 2, item_name="new", category=None),
+        event(2, "a", 5, item_name=None, category=None),
+    ]
+    put(runtime, EVENTS, to_frame(spark, log))
+    runtime.execute(build_vocabulary.STAGE)
+    row = runtime.latest(ITEMS).collect()[0]
+    assert (row.item_name, row.category, row.vertical) == ("new", "tea", "food")
+
+
+def test_verticals_and_event_types_are_numbered_within_their_kind(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    runtime = make_runtime(*CUTS)
+
+    def values() -> dict[tuple[str, str], int]:
+        return {(r.kind, r.value): r.value_index for r in runtime.latest(CONTEXT_VALUES).collect()}
+
+    log = [event(0, "a", 0, vertical="food"), event(1, "a", 5, vertical="rides", event_type="view")]
+    put(runtime, EVENTS, to_frame(spark, log))
+    runtime.execute(build_vocabulary.STAGE)
+    first = {
+        ("vertical", "food"): 2,
+        ("vertical", "rides"): 3,
+        ("event_type", "purchase"): 2,
+        ("event_type", "view"): 3,
+    }
+    assert values() == first
+    put(runtime, EVENTS, to_frame(spark, [*log, event(2, "a", 2, vertical="ads")]))
+    runtime.execute(build_vocabulary.STAGE)
+    assert values() == first | {("vertical", "ads"): 4}
+
+
+def test_leave_one_out_counts_all_but_the_last_two_of_each_user(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    runtime = make_runtime('sequences.split_by="leave_one_out"', "vocabulary.min_count=1")
+    log = [event(3 * n, item, n) for n, item in enumerate("aabab")]  # all of user u0
+    put(runtime, EVENTS, to_frame(spark, log))
+    runtime.execute(build_vocabulary.STAGE)
+    assert {item: counts[2] for item, counts in items(runtime).items()} == {"a": 2, "b": 1}
