@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,8 @@ from jobs.errors import TrailvecError
 from jobs.tables import TABLES, Table, conform
 
 _PACKAGES = ("jobs", "spark_udfs", "training")
+# Spark settings that no commit and no manifest may show; the pattern is spark.redaction.regex's default.
+_SECRET = re.compile(r"(?i)secret|password|token|access[.]?key")
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Runtime:
         self._stage: Stage | None = None
         self._versions: dict[str, int] = {}
         self.fingerprint = ""
+        self.forced = False
         self.report = Report("")
         self.on_progress: Callable[[str], None] = lambda text: None
 
@@ -116,7 +120,8 @@ class Runtime:
         started = time.monotonic()
         self.report = Report(stage.name)
         self._stage = stage
-        self._versions = {table.name: self._current_version(table) for table in stage.reads}
+        self.forced = force
+        self._versions = {table.name: self.latest_version(table) for table in stage.reads}
         self.fingerprint = _digest(self._facts(stage))
         if not force and stage.writes and all(self._last_fingerprint(t) == self.fingerprint for t in stage.writes):
             self.report.skipped = True
@@ -180,14 +185,18 @@ class Runtime:
         builder.execute()
 
     def provenance(self) -> dict[str, Any]:
-        """What is running, as it is stored in what it writes."""
+        """What is running, as it is stored in what it writes; without secrets."""
         assert self._stage is not None
+        config = self.config.model_dump(mode="json")
+        config["spark"]["conf"] = {
+            key: "(redacted)" if _SECRET.search(key) else value for key, value in config["spark"]["conf"].items()
+        }
         return {
             "stage": self._stage.name,
             "fingerprint": self.fingerprint,
             "code_version": code_version(),
             "reads": self._versions,
-            "config": self.config.model_dump(mode="json"),
+            "config": config,
         }
 
     def _metadata(self) -> str:
@@ -211,7 +220,12 @@ class Runtime:
         reader = self.spark.read.format("delta")
         return (reader if version is None else reader.option("versionAsOf", version)).load(self.path(table))
 
-    def _current_version(self, table: Table) -> int:
+    def latest_version(self, table: Table) -> int:
+        """The table's newest Delta version.
+
+        Raises:
+            TrailvecError: the table does not exist.
+        """
         if not self.exists(table):
             raise TrailvecError(
                 f"table {table.name} does not exist under {self.root}: run `trailvec {table.stage}` first"
