@@ -1,0 +1,211 @@
+"""Vector functions for SQL, with the names and the rules of Spark 4.2's own.
+
+    vector_cosine_similarity(a, b)   vector_inner_product(a, b)   vector_l2_distance(a, b)
+    vector_norm(v [, degree])        vector_normalize(v [, degree])
+    vector_avg(v), vector_sum(v)     aggregates
+
+Vectors are ARRAY<FLOAT>; sums are taken in float64, results are FLOAT or ARRAY<FLOAT>. The rules:
+
+* A NULL vector, or a NULL element in one, gives NULL; the aggregates leave such rows out and give NULL where no
+  row is left. (Arrow hands a NULL element over as NaN, so a NaN counts as NULL; our vectors are finite by law.)
+* A zero vector has no direction: its cosine is NULL, and so is its normalised form. An empty vector's norm,
+  distance and inner product are 0.
+* `degree` is 1, 2 (the default) or float('inf').
+* Unequal lengths, another element type than FLOAT and another degree are errors.
+
+Two limits of Spark 3.5's pandas UDFs: an aggregate here can't stand beside a built-in one in the same SELECT, and a
+whole group passes through the memory of one Python worker.
+
+Source of the rules: https://apache.github.io/spark/api/sql/vector-functions and the pages of the same functions at
+https://docs.databricks.com/aws/en/sql/language-manual/functions/vector_norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from pyspark.sql import SparkSession
+from pyspark.sql.pandas.functions import pandas_udf
+
+from jobs.errors import TrailvecError
+
+if TYPE_CHECKING:
+    Series = pd.Series[Any]
+else:  # Spark evaluates the annotations of a pandas UDF, and pandas 1.5's class takes no parameter
+    Series = pd.Series
+
+Vectors = npt.NDArray[np.float64]  # [n, length]: vectors of equal length, one per row
+Numbers = npt.NDArray[np.float64]  # [n]
+
+# ---- numpy: vectors of equal length, one per row -----------------------------------------------------------------
+
+
+def inner_product(a: Vectors, b: Vectors) -> Numbers:
+    products: Vectors = a * b
+    return np.asarray(products.sum(axis=1))
+
+
+def l2_distance(a: Vectors, b: Vectors) -> Numbers:
+    return norm(a - b)
+
+
+def cosine_similarity(a: Vectors, b: Vectors) -> Numbers:
+    """The cosine of each pair of rows; NaN where one of them is a zero vector."""
+    lengths = norm(a) * norm(b)
+    return np.divide(inner_product(a, b), lengths, out=np.full(len(a), np.nan), where=lengths > 0)
+
+
+def norm(vectors: Vectors, degree: float = 2.0) -> Numbers:
+    """The norm of each row: the sum of absolute values (1), the Euclidean length (2), the largest value (inf).
+
+    Raises:
+        TrailvecError: another degree.
+    """
+    if degree == 1:
+        return np.asarray(np.abs(vectors).sum(axis=1))
+    if degree == 2:
+        return np.asarray(np.sqrt(inner_product(vectors, vectors)))
+    if degree == np.inf:
+        return np.asarray(np.abs(vectors).max(axis=1, initial=0.0))
+    raise TrailvecError(f"the degree of a vector's norm is {degree:g}: write 1, 2 or float('inf')")
+
+
+def normalize(vectors: Vectors, degree: float = 2.0) -> Vectors:
+    """Each row divided by its norm; a row of NaN for a zero vector."""
+    lengths = norm(vectors, degree)[:, None]
+    return np.divide(vectors, lengths, out=np.full_like(vectors, np.nan), where=lengths > 0)
+
+
+# ---- columns: rows of any length, NULLs among them ---------------------------------------------------------------
+
+
+def pairwise(name: str, function: Callable[[Vectors, Vectors], Numbers], a: Series, b: Series) -> Series:
+    """`function` of each pair of vectors of two columns, as float32; NaN (which is NULL to Spark) by the rules.
+
+    Raises:
+        TrailvecError: a pair is of unequal lengths, or the elements are no FLOATs.
+    """
+    rows = np.flatnonzero((a.notna() & b.notna()).to_numpy())
+    left, right = _lengths(name, a, rows), _lengths(name, b, rows)
+    if (unequal := left != right).any():
+        found = f"{left[unequal][0]} and {right[unequal][0]}"
+        raise TrailvecError(f"{name}: two vectors are of the lengths {found}: compare vectors of one model_version")
+    out = np.full(len(a), np.nan, np.float32)
+    for some in _by_value(rows, left):
+        out[some] = function(_stack(a, some), _stack(b, some))
+    return Series(out)
+
+
+def with_degree(
+    name: str, function: Callable[[Vectors, float], npt.NDArray[np.float64]], vectors: Series, degrees: Series
+) -> list[Any]:
+    """`function` of each vector and its degree, as float32 numbers or arrays; None by the rules.
+
+    `degrees` is as long as `vectors`, or a single value for all.
+
+    Raises:
+        TrailvecError: an unknown degree, or the elements are no FLOATs.
+    """
+    degree = np.broadcast_to(degrees.to_numpy(np.float64, na_value=np.nan), len(vectors))
+    rows = np.flatnonzero(vectors.notna().to_numpy() & ~np.isnan(degree))
+    out: list[Any] = [None] * len(vectors)
+    for same_degree in _by_value(rows, degree[rows]):
+        for some in _by_value(same_degree, _lengths(name, vectors, same_degree)):
+            results = function(_stack(vectors, some), degree[some[0]]).astype(np.float32)
+            valid = ~np.isnan(results).reshape(len(some), -1).any(axis=1)
+            for row, result in zip(some[valid], results[valid], strict=True):
+                out[row] = result
+    return out
+
+
+def total(name: str, function: Callable[[Vectors], Numbers], vectors: Series) -> list[float] | None:
+    """`function` of all valid vectors of a group at once; None where there is none.
+
+    Raises:
+        TrailvecError: the vectors are of unequal lengths, or the elements are no FLOATs.
+    """
+    rows = np.flatnonzero(vectors.notna().to_numpy())
+    lengths = np.unique(_lengths(name, vectors, rows))
+    if len(lengths) > 1:
+        found = " and ".join(str(length) for length in lengths[:2])
+        raise TrailvecError(f"{name}: vectors of a group are of the lengths {found}: group by model_version too")
+    stacked = _stack(vectors, rows)
+    stacked = stacked[~np.isnan(stacked).any(axis=1)]
+    return function(stacked).tolist() if len(stacked) else None
+
+
+def _lengths(name: str, vectors: Series, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
+    values = vectors.to_numpy()[rows]
+    for found in {type(value[0]).__name__ for value in values if len(value)} - {"float32"}:
+        raise TrailvecError(f"{name} takes ARRAY<FLOAT>, found {found} elements: write CAST(... AS ARRAY<FLOAT>)")
+    return np.fromiter((len(value) for value in values), np.int64, len(values))
+
+
+def _by_value(rows: npt.NDArray[np.intp], values: npt.NDArray[Any]) -> Iterator[npt.NDArray[np.intp]]:
+    """The rows in groups of an equal value; one group, as a rule."""
+    for value in np.unique(values):
+        yield rows[values == value]
+
+
+def _stack(vectors: Series, rows: npt.NDArray[np.intp]) -> Vectors:
+    values = vectors.to_numpy()[rows]
+    if not len(values):
+        return np.empty((0, 0))
+    stacked: Vectors = np.concatenate(values).astype(np.float64).reshape(len(values), -1)
+    return stacked
+
+
+# ---- SQL ---------------------------------------------------------------------------------------------------------
+
+_EUCLIDEAN = Series([2.0])
+
+
+def _cosine_similarity(a: Series, b: Series) -> Series:
+    return pairwise("vector_cosine_similarity", cosine_similarity, a, b)
+
+
+def _inner_product(a: Series, b: Series) -> Series:
+    return pairwise("vector_inner_product", inner_product, a, b)
+
+
+def _l2_distance(a: Series, b: Series) -> Series:
+    return pairwise("vector_l2_distance", l2_distance, a, b)
+
+
+def _norm(vector: Series, degree: Series = _EUCLIDEAN) -> Series:
+    norms: Series = Series(with_degree("vector_norm", norm, vector, degree), dtype="float32")
+    return norms
+
+
+def _normalize(vector: Series, degree: Series = _EUCLIDEAN) -> Series:
+    units: Series = Series(with_degree("vector_normalize", normalize, vector, degree), dtype=object)
+    return units
+
+
+def _avg(vectors: Series) -> Any:
+    return total("vector_avg", lambda stacked: stacked.mean(axis=0), vectors)
+
+
+def _sum(vectors: Series) -> Any:
+    return total("vector_sum", lambda stacked: stacked.sum(axis=0), vectors)
+
+
+_FUNCTIONS: dict[str, tuple[Callable[..., Any], str]] = {
+    "vector_cosine_similarity": (_cosine_similarity, "float"),
+    "vector_inner_product": (_inner_product, "float"),
+    "vector_l2_distance": (_l2_distance, "float"),
+    "vector_norm": (_norm, "float"),
+    "vector_normalize": (_normalize, "array<float>"),
+    "vector_avg": (_avg, "array<float>"),
+    "vector_sum": (_sum, "array<float>"),
+}
+
+
+def register(spark: SparkSession) -> None:
+    """Makes the functions known to SQL in this session."""
+    for name, (function, returns) in _FUNCTIONS.items():
+        spark.udf.register(name, pandas_udf(function, returns))  # type: ignore[call-overload]

@@ -1,0 +1,117 @@
+"""Blocked top-k against a plain loop over all pairs: ties, uneven blocks, the query itself, hard numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spark_udfs import topk
+from spark_udfs.topk import Metric, _compare, top_k
+
+Named = dict[str, list[float]]
+Neighbours = dict[str, list[tuple[str, float]]]
+
+
+def brute_force(queries: Named, candidates: Named, k: int, metric: Metric) -> Neighbours:
+    """Every pair, exact sums, sorted by (score as float32 from the highest on, id)."""
+    found = {}
+    for name, q in queries.items():
+        scored = []
+        for other, c in candidates.items():
+            score = math.fsum(x * y for x, y in zip(q, c, strict=True))
+            if metric == "cosine":
+                score /= math.sqrt(math.fsum(x * x for x in q)) * math.sqrt(math.fsum(x * x for x in c))
+            if other != name:
+                scored.append((other, float(np.float32(score))))
+        found[name] = sorted(scored, key=lambda pair: (-pair[1], pair[0]))[:k]
+    return found
+
+
+def blocks(vectors: Named, cuts: list[int]) -> list[Named]:
+    """The vectors in blocks of the given sizes, each sorted by id, in no order among them."""
+    names = sorted(vectors, key=lambda name: name[::-1])
+    bounds = sorted({0, len(names), *(cut % (len(names) + 1) for cut in cuts)})
+    return [{name: vectors[name] for name in sorted(names[a:b])} for a, b in itertools.pairwise(bounds)]
+
+
+def run(queries: Named, candidates: Named, k: int, metric: Metric, cuts: list[int]) -> Neighbours:
+    """`_compare` over all pairs of blocks, as Spark streams them; its partial results are one per query block."""
+    vector = pa.list_(pa.float32())
+    kind = pa.list_(pa.struct([("id", pa.string()), ("vector", vector)]))
+
+    def packed(block: Named) -> list[dict[str, object]]:
+        return [{"id": name, "vector": values} for name, values in block.items()]
+
+    schema = pa.schema(
+        [("query_block", pa.int32()), ("query", kind), ("candidate_block", pa.int32()), ("candidate", kind)]
+    )
+    batches = [
+        pa.RecordBatch.from_pylist(
+            [{"query_block": n, "query": packed(q), "candidate_block": m, "candidate": packed(c)}], schema
+        )
+        for n, q in enumerate(blocks(queries, cuts))
+        for m, c in enumerate(blocks(candidates, cuts))
+    ]
+    found: Neighbours = {name: [] for name in queries}
+    for batch in _compare(batches, k, metric):
+        for row in batch.to_pylist():
+            found[row["source_id"]].append((row["neighbour_id"], row["score"]))
+    return found
+
+
+# Small whole numbers: many ties, and exact sums whatever the order.
+small = st.lists(st.integers(-2, 2).map(float), min_size=2, max_size=2)
+names = st.text("abé~0", min_size=1, max_size=3)
+
+
+@given(
+    st.dictionaries(names, small, min_size=1, max_size=9),
+    st.dictionaries(names, small, min_size=1, max_size=9),
+    st.integers(1, 4),
+    st.lists(st.integers(0, 9), max_size=3),
+)
+def test_dot_products_with_ties_in_uneven_blocks(users: Named, items: Named, k: int, cuts: list[int]) -> None:
+    assert run(users, items, k, "dot", cuts) == brute_force(users, items, k, "dot")
+
+
+@given(
+    st.dictionaries(names, small.filter(any), min_size=1, max_size=9),
+    st.integers(1, 4),
+    st.lists(st.integers(0, 9), max_size=3),
+)
+def test_cosines_among_the_same_vectors_leave_the_vector_itself_out(users: Named, k: int, cuts: list[int]) -> None:
+    assert run(users, users, k, "cosine", cuts) == brute_force(users, users, k, "cosine")
+
+
+def test_scores_do_not_depend_on_the_block_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float32 matrix product gives equal candidates unequal scores by their place in the block: ours must not."""
+    monkeypatch.setattr(topk, "_PAIRS_AT_ONCE", 100)
+    rng = np.random.default_rng(7)
+    twins = np.repeat(rng.normal(size=(1, 63)).astype(np.float32), 101, axis=0)
+    queries = rng.normal(size=(13, 63)).astype(np.float32)
+    _, columns, scores = top_k(queries, twins, 5, "cosine")
+    assert columns.reshape(13, 5).tolist() == [[0, 1, 2, 3, 4]] * 13
+    alone = [top_k(queries[row : row + 1], twins[:1], 1, "cosine")[2][0] for row in range(13)]
+    assert scores.reshape(13, 5).tolist() == [[score] * 5 for score in alone]
+
+
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e18])
+def test_hard_numbers(metric: Metric, scale: float) -> None:
+    """Near ties that float32 products confuse, and sizes whose float32 squares overflow or vanish."""
+    rng = np.random.default_rng(3)
+    base = rng.normal(size=48)
+    candidates = np.array([base + 1e-6 * rng.normal(size=48) for _ in range(60)], np.float32) * np.float32(scale)
+    queries = np.array([base, -base, rng.normal(size=48)], np.float32) * np.float32(scale)
+    named = {f"c{n:02d}": row.astype(float).tolist() for n, row in enumerate(candidates)}
+    expected = brute_force({str(n): row.astype(float).tolist() for n, row in enumerate(queries)}, named, 7, metric)
+    rows, columns, scores = top_k(queries, candidates, 7, metric)
+    for n in range(3):
+        found = [(f"c{c:02d}", float(s)) for c, s in zip(columns[rows == n], scores[rows == n], strict=True)]
+        assert found == expected[str(n)]
