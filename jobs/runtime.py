@@ -333,6 +333,8 @@ _SPARK_DEFAULTS = {
     # Without it, Spark's CSV reader does not see a row with too many or too few fields.
     "spark.sql.csv.parser.columnPruning.enabled": "false",
     "spark.sql.execution.arrow.pyspark.enabled": "true",
+    # A write that changes nothing (an empty table stays empty) still records what ran.
+    "spark.databricks.delta.skipRecordingEmptyCommits": "false",
     # The task bar would fight with our own progress line.
     "spark.ui.showConsoleProgress": "false",
 }
