@@ -91,16 +91,17 @@ delta_jars_are_right() { (cd "$jars" && sha256sum --check --quiet -) <scripts/ja
 
 # A terminal sees a dot every five seconds.
 dots() { while sleep 5; do printf .; done; }
+ticker=
+trap '[[ -z $ticker ]] || kill "$ticker"' EXIT
 
 # step "what it does" command: one line for it, its seconds when it is done, its output in the log.
 step() {
-  local started=$SECONDS status ticker=
+  local started=$SECONDS status
   printf 'setup: %s ... ' "$1"
   if [[ -t 1 ]]; then
     dots &
     ticker=$!
     disown
-    trap 'kill "$ticker" 2>/dev/null || true' EXIT
   fi
   printf '\n==== %s\n' "$1" >>"$log"
   set +e
@@ -112,6 +113,7 @@ step() {
   set -e
   if [[ -n $ticker ]]; then
     kill "$ticker"
+    ticker=
     printf ' '
   fi
   if ((status)); then
