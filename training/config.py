@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timezone
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -42,3 +42,36 @@ class TrainSettings(Section):
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0, description="the gradient is scaled down to this norm")
     seed: int = Field(0, ge=0)
+
+
+class ModelSpec(Section):
+    """What a model is built from."""
+
+    architecture: Literal["gpt2"]
+    width: int
+    layers: int
+    heads: int
+    dropout: float
+    context_width: int
+    negatives: int
+    max_length: int = Field(description="actions in a row of sequences")
+    items: int = Field(description="rows of the item table: the largest item_index + 1")
+    context_sizes: dict[str, int] = Field(description="rows of each context feature's table")
+
+    @property
+    def history_length(self) -> int:
+        """How many actions the model reads of a user: from the last place in a row nothing was ever predicted."""
+        return self.max_length - 1
+
+
+class RunSpec(Section):
+    """The file that a training process is started with: plain values, so that training knows nothing of tables."""
+
+    settings: TrainSettings
+    model: ModelSpec
+    train_files: list[str] = Field(description="file:// URLs: the active files of one snapshot of sequences")
+    train_rows: int = Field(description="their rows")
+    valid_files: list[str]
+    item_counts: str = Field(description=".npy, int64 [items]: events of an item that training may see, 0: unknown")
+    output: str = Field(description="an empty folder: the model's files are written here, model.json last")
+    about: dict[str, Any] = Field(description="goes into model.json as it is")

@@ -1,0 +1,84 @@
+"""Small rows of `sequences` whose next item a model can learn, as Parquet files that training reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from training.batches import FEATURES
+from training.config import ModelSpec, RunSpec, TrainSettings
+
+ITEMS = 30  # numbers 2 to 29; 29 is in no row: training never saw it
+MAX_LENGTH = 8
+CONTEXT_SIZES = {
+    "event_type_index": 4,
+    "vertical_index": 5,
+    "gap_bucket": 32,
+    "hour": 25,
+    "weekday": 8,
+    "price_bucket": 41,
+}
+SPEC = ModelSpec(
+    architecture="gpt2",
+    width=16,
+    layers=1,
+    heads=2,
+    dropout=0.0,
+    context_width=4,
+    negatives=0,
+    max_length=MAX_LENGTH,
+    items=ITEMS,
+    context_sizes=CONTEXT_SIZES,
+)
+
+
+def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of 1 to MAX_LENGTH actions: each item is the one after the last action's, 2 comes after 28."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for length in random.integers(1, MAX_LENGTH + 1, count).tolist():
+        items = (random.integers(0, 27) + np.arange(length)) % 27 + 2
+        row = {"length": length, "item_index": items.tolist()}
+        for name in FEATURES[1:]:
+            row[name] = random.integers(1, CONTEXT_SIZES[name], length).tolist()
+        rows.append(row)
+    return rows
+
+
+def item_counts(rows: list[dict[str, Any]]) -> np.ndarray:
+    counts = np.bincount(np.concatenate([row["item_index"] for row in rows]), minlength=ITEMS)
+    counts[:2] = 0
+    return counts
+
+
+def write_files(folder: Path, *parts: list[dict[str, Any]]) -> list[str]:
+    """One file (of one row group) for each part; their URLs."""
+    schema = pa.schema([("length", pa.int32()), *((name, pa.list_(pa.int32())) for name in FEATURES)])
+    urls = []
+    for number, rows in enumerate(parts):
+        path = folder / f"part-{number}.parquet"
+        pq.write_table(pa.Table.from_pylist(rows, schema), path)
+        urls.append(f"file://{path}")
+    return urls
+
+
+def make_run(folder: Path, parts: list[list[dict[str, Any]]], **settings: Any) -> RunSpec:
+    """A run spec over those files, whose output is `folder`/model."""
+    (folder / "model").mkdir(parents=True)
+    rows = [row for part in parts for row in part]
+    counts = folder / "counts.npy"
+    np.save(counts, item_counts(rows))
+    return RunSpec(
+        settings=TrainSettings.model_validate({"dropout": 0.0, **settings}),
+        model=SPEC,
+        train_files=write_files(folder, *parts),
+        train_rows=len(rows),
+        valid_files=[],
+        item_counts=str(counts),
+        output=str(folder / "model"),
+        about={"model_version": "test"},
+    )

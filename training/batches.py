@@ -1,0 +1,43 @@
+"""What a batch is: for each feature one matrix of numbers [rows, length], actions left-aligned, zeros after them."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+# The columns of `sequences` that a model reads; the first is the item, the rest is its context.
+FEATURES = (
+    "item_index",
+    "event_type_index",
+    "vertical_index",
+    "gap_bucket",
+    "hour",
+    "weekday",
+    "price_bucket",
+)
+
+# Largest number of the context features that don't come from a vocabulary (jobs/tables.py says what they mean).
+MAX_GAP_BUCKET = 31
+MAX_HOUR = 24
+MAX_WEEKDAY = 7
+MAX_PRICE_BUCKET = 40
+
+
+def pad(values: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64], width: int) -> npt.NDArray[np.int32]:
+    """Rows of unequal length as one matrix.
+
+    Args:
+        values: the rows' values one after the other, [sum(lengths)].
+        lengths: how many values each row has, [rows].
+        width: columns of the result; a longer row keeps its last (newest) `width` values.
+
+    Returns:
+        int32 [rows, width]; 0 after a row's end.
+    """
+    kept = np.minimum(lengths, width)
+    columns = np.arange(width)
+    inside = columns < kept[:, None]
+    first = np.cumsum(lengths) - kept  # where the kept part of a row begins in `values`
+    padded = np.zeros((len(lengths), width), np.int32)
+    padded[inside] = values[(first[:, None] + columns)[inside]]
+    return padded
