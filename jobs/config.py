@@ -57,18 +57,28 @@ class SessionizeSettings(Section):
 class VocabularySettings(Section):
     """events → items, context_values."""
 
-    min_count: int = Field(5, ge=1, description="an item with fewer events in the training window is unknown to a model")
+    min_count: int = Field(
+        5, ge=1, description="an item with fewer events in the training window is unknown to a model"
+    )
 
 
 class SequencesSettings(Section):
     """sessions + items → sequences."""
 
     max_length: int = Field(64, ge=2, description="actions in a row")
-    max_parts: int = Field(64, ge=1, description="train rows per user: the newest max_length actions, the ones before, ...")
+    max_parts: int = Field(
+        64, ge=1, description="train rows per user: the newest max_length actions, the ones before, ..."
+    )
     split_by: Literal["time", "leave_one_out"] = Field("time", description="leave_one_out only to compare with papers")
-    valid_from: UtcDatetime | None = Field(None, description="UTC; training ends here. None: 56 days before the log's end")
-    test_from: UtcDatetime | None = Field(None, description="UTC; validation ends here. None: 28 days before the log's end")
-    seen_days: int = Field(28, ge=0, description="an item acted on in that many days before the cut is not new; 0: ever")
+    valid_from: UtcDatetime | None = Field(
+        None, description="UTC; training ends here. None: 56 days before the log's end"
+    )
+    test_from: UtcDatetime | None = Field(
+        None, description="UTC; validation ends here. None: 28 days before the log's end"
+    )
+    seen_days: int = Field(
+        28, ge=0, description="an item acted on in that many days before the cut is not new; 0: ever"
+    )
     target_event_types: list[str] = Field(
         default_factory=list, description="event types that are to be predicted; empty: all"
     )
@@ -146,10 +156,15 @@ def parse(model: type[M], values: dict[str, Any], where: str) -> M:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        errors = error.errors(include_url=False)
+        # A mistyped key also leaves the right one missing: the mistyped one is what to tell.
+        first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "missing":
             raise TrailvecError(f"{where}: {key} is missing: add it") from None
+        if first["type"] == "value_error":
+            what = f"{where}: {key}" if key else where
+            raise TrailvecError(f"{what}: {first['ctx']['error']}: correct it") from None
         if first["type"] != "extra_forbidden":
             raise TrailvecError(f"{where}: {key} = {first['input']!r}: {first['msg']}: correct it") from None
         known = _keys_at(model, first["loc"][:-1])

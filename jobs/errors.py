@@ -11,11 +11,47 @@ class TrailvecError(Exception):
 
 # (what Spark's message holds, what to tell the user); {0} is the first group of the pattern.
 _SPARK_MESSAGES = (
-    (r"\[PATH_NOT_FOUND\] Path does not exist: (\S+?)\.?(?:\s|$)", "{0} does not exist: correct the path in the source's file"),
-    (r"Could not read footer for file: .*?path=(\S+?)[;,}\s]", "{0} is not a whole Parquet file (truncated?): fetch it again or take it out of the folder"),
-    (r"(\S+) is not a Parquet file", "{0} is not a whole Parquet file (truncated?): fetch it again or take it out of the folder"),
-    (r"DELTA_CONCURRENT|Concurrent(?:Append|Write|DeleteRead|DeleteDelete|Transaction)Exception", "another job wrote to the same table at the same time: run this stage again"),
-    (r"No space left on device", "the disk is full: free some space and run this stage again; nothing already committed is lost"),
+    (r"jobs\.errors\.TrailvecError: ([^\n]+)", "{0}"),  # ours, raised in a Python worker
+    (
+        r"\[INVALID_PANDAS_UDF_PLACEMENT\] The group aggregate pandas UDF `(\w+)`",
+        "{0} can't stand beside Spark's own aggregates in one SELECT: give it a SELECT of its own and join the two",
+    ),
+    (
+        r"\[PATH_NOT_FOUND\] Path does not exist: (\S+?)\.?(?:\s|$)",
+        "{0} does not exist: correct the path in the source's file",
+    ),
+    (
+        r"Could not read footer for file: (\S+?)\. Please",
+        "{0} is not a whole Parquet file (truncated?): fetch it again or take it out of the folder",
+    ),
+    (
+        r"Parquet column cannot be converted in file (\S+?)\. Column: \[([^\]]*)\], Expected: (\w+), Found: (\w+)",
+        "{0}: column {1} is {3}, in the files beside it {2}: give it the same type or an input of its own",
+    ),
+    (
+        r"CSV header does not conform to the schema\.\s+Header: ([^\n]+)\s+Schema: ([^\n]+).*?CSV file: (\S+)",
+        "{2} has the columns {0}, the files beside it {1}: correct its header or give it an input of its own",
+    ),
+    (
+        r"Number of column in CSV header is not equal.*?Header length: (\d+), schema size: (\d+)\s+CSV file: (\S+)",
+        "{2} has {0} columns, the files beside it {1}: correct its header or give it an input of its own",
+    ),
+    (
+        r"Encountered error while reading file (\S+)\. Details:.*?Malformed CSV record: ([^\n]+)",
+        "{0}: the row {1} can't be split into the header's columns: correct it",
+    ),
+    (
+        r"(\S+) is not a Parquet file",
+        "{0} is not a whole Parquet file (truncated?): fetch it again or take it out of the folder",
+    ),
+    (
+        r"DELTA_CONCURRENT|Concurrent(?:Append|Write|DeleteRead|DeleteDelete|Transaction)Exception",
+        "another job wrote to the same table at the same time: run this stage again",
+    ),
+    (
+        r"No space left on device",
+        "the disk is full: free some space and run this stage again; nothing already committed is lost",
+    ),
     (r"\[(?:TABLE_OR_VIEW_NOT_FOUND|DELTA_TABLE_NOT_FOUND|UNRESOLVED_COLUMN)[^\]]*\] ([^\n]+)", "{0}"),
     (r"\[(?:PARSE_SYNTAX_ERROR)[^\]]*\] ([^\n]+)", "the SQL can't be read: {0}"),
 )

@@ -1,0 +1,73 @@
+"""`trailvec tables`: every table with its place, rows, Delta version, size and last writer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from delta.tables import DeltaTable
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table as Grid
+
+from jobs.runtime import Runtime
+from jobs.tables import TABLES
+
+
+def list_tables(runtime: Runtime) -> list[dict[str, Any]]:
+    """One dictionary per table of the contract, in its order.
+
+    Keys: table, stage (the one that writes it), location, exists; and where it exists rows, version (Delta's),
+    bytes and files (of the current version), written_at (UTC, ISO 8601), last_writer (stage and code_version of the
+    newest commit that a stage made, or None).
+    """
+    found = []
+    for table in TABLES:
+        entry: dict[str, Any] = {"table": table.name, "stage": table.stage, "location": runtime.path(table)}
+        entry["exists"] = runtime.exists(table)
+        if entry["exists"]:
+            delta = DeltaTable.forPath(runtime.spark, runtime.path(table))
+            detail = delta.detail().select("sizeInBytes", "numFiles").collect()[0]
+            # Formatted by Spark: a collected timestamp would come in the zone of this machine.
+            commit = delta.history(1).selectExpr(
+                "version", "date_format(timestamp, \"yyyy-MM-dd'T'HH:mm:ss'Z'\") AS written_at"
+            )
+            writer = runtime.last_writer(table)
+            entry |= {
+                "rows": delta.toDF().count(),
+                **commit.collect()[0].asDict(),
+                "bytes": detail["sizeInBytes"],
+                "files": detail["numFiles"],
+                "last_writer": writer and {key: writer[key] for key in ("stage", "code_version")},
+            }
+        found.append(entry)
+    return found
+
+
+def print_tables(runtime: Runtime, as_json: bool) -> None:
+    """Prints `list_tables` as a table, or as one JSON array."""
+    entries = list_tables(runtime)
+    if as_json:
+        print(json.dumps(entries, indent=2))
+        return
+    grid = Grid(caption=f"under {runtime.root / 'tables'}")
+    for heading in ("table", "rows", "version", "size", "files", "written (UTC)", "by"):
+        numeric = heading in ("rows", "version", "size", "files")
+        grid.add_column(heading, justify="right" if numeric else "left", no_wrap=numeric or heading == "table")
+    for entry in entries:
+        if not entry["exists"]:
+            grid.add_row(entry["table"], *["-"] * 4, "not there yet", f"run `trailvec {entry['stage']}`", style="dim")
+            continue
+        writer = entry["last_writer"]
+        grid.add_row(
+            entry["table"],
+            f"{entry['rows']:,}",
+            str(entry["version"]),
+            decimal(entry["bytes"]),
+            f"{entry['files']:,}",
+            entry["written_at"].replace("T", " ").rstrip("Z"),
+            f"{writer['stage']} {writer['code_version']}" if writer else "-",
+        )
+    # A pipe has no width of its own; 80 columns would break the cells.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(grid)

@@ -1,0 +1,86 @@
+"""`trailvec sql`: one query over the tables, with the vector functions of spark_udfs/vectors.py.
+
+trailvec sql --conf conf/local.toml "SELECT vertical, count(*) AS events FROM events GROUP BY vertical"
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+from pyspark.errors import PySparkException
+from pyspark.sql import DataFrame, Row
+from pyspark.sql import functions as F
+from rich.console import Console
+from rich.table import Table as Grid
+
+from jobs.errors import TrailvecError, explain
+from jobs.runtime import Runtime
+from spark_udfs import vectors
+
+_SHOWN_ELEMENTS = 3  # of an array
+
+
+def query(runtime: Runtime, text: str) -> DataFrame:
+    """The answer to a query over the tables, which it knows by their names.
+
+    Raises:
+        TrailvecError: Spark refuses the query; the message is Spark's own first sentence.
+    """
+    runtime.register_tables()
+    vectors.register(runtime.spark)
+    try:
+        return runtime.spark.sql(text)
+    except PySparkException as error:
+        raise _one_sentence(error) from error
+
+
+def run_sql(runtime: Runtime, text: str, as_json: bool, limit: int = 100) -> None:
+    """Prints the answer: a table of the first `limit` rows, or all rows as JSON lines.
+
+    Raises:
+        TrailvecError: Spark refuses the query, or it fails while it runs.
+    """
+    answer = query(runtime, text)
+    try:
+        if as_json:
+            line = F.to_json(F.struct("*"), {"ignoreNullFields": "false"})
+            for row in answer.select(line).toLocalIterator():
+                print(row[0])
+        elif answer.columns:
+            _print_rows(answer.columns, answer.limit(limit + 1).collect(), limit)
+    except PySparkException as error:
+        raise _one_sentence(error) from error
+
+
+def _print_rows(columns: list[str], rows: list[Row], limit: int) -> None:
+    grid = Grid()
+    for column in columns:
+        grid.add_column(column, overflow="fold")
+    for row in rows[:limit]:
+        grid.add_row(*[_cell(value) for value in row])
+    # A pipe has no width of its own; 80 columns would break most ids.
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    console.print(grid)
+    more = f"the first {limit:,} rows; there are more rows: add a WHERE, or --json for all"
+    console.print(more if len(rows) > limit else f"{len(rows):,} row{'s' * (len(rows) != 1)}")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "NULL"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        shown = ", ".join(_cell(element) for element in value[:_SHOWN_ELEMENTS])
+        return f"[{shown}, … {len(value):,} in all]" if len(value) > _SHOWN_ELEMENTS else f"[{shown}]"
+    return str(value)
+
+
+def _one_sentence(error: PySparkException) -> TrailvecError:
+    known = explain(error)
+    if known is None:
+        first = re.search(r"\[[A-Z][A-Z0-9_.]*\] ([^\n]+)", str(error))
+        known = f"the SQL can't be run: {first.group(1) if first else str(error).strip().splitlines()[0]}"
+    return TrailvecError(known.rstrip(";"))

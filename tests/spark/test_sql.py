@@ -1,0 +1,218 @@
+"""`trailvec sql` and `trailvec tables`: each rule of the vector functions through real SQL, and what is printed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import deltalake
+import pytest
+from pyspark.sql import SparkSession
+
+from jobs.errors import TrailvecError
+from jobs.list_tables import list_tables, print_tables
+from jobs.runtime import Runtime
+from jobs.sql import query, run_sql
+from jobs.tables import ITEM_EMBEDDINGS, TABLES
+from spark_udfs import vectors
+from tests.conftest import put
+
+
+@pytest.fixture(scope="module")
+def ask(spark: SparkSession) -> Callable[[str], Any]:
+    """The value of one expression (with what follows it)."""
+    vectors.register(spark)
+    return lambda text: spark.sql(f"SELECT {text}").collect()[0][0]
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("vector_inner_product(array(1F, 2F, 3F), array(4F, 5F, 6F))", 32.0),
+        ("vector_cosine_similarity(array(1F, 2F, 3F), array(4F, 5F, 6F))", 32 / math.sqrt(14 * 77)),
+        ("vector_l2_distance(array(1F, 2F, 3F), array(4F, 5F, 6F))", math.sqrt(27)),
+        ("vector_norm(array(3F, -4F))", 5.0),
+        ("vector_norm(array(3F, -4F), 1)", 7.0),
+        ("vector_norm(array(3F, -4F), 2.0)", 5.0),
+        ("vector_norm(array(3F, -4F), float('inf'))", 4.0),
+        ("vector_normalize(array(3F, 4F))", [0.6, 0.8]),
+        ("vector_normalize(array(1F, 3F), 1F)", [0.25, 0.75]),
+        ("vector_avg(v) FROM VALUES (array(1F, 2F)), (array(3F, 4F)), (NULL), (array(9F, NULL)) AS t(v)", [2.0, 3.0]),
+        ("vector_sum(v) FROM VALUES (array(1F, 2F)), (array(3F, 4F)), (NULL), (array(9F, NULL)) AS t(v)", [4.0, 6.0]),
+        ("vector_norm(CAST(array() AS ARRAY<FLOAT>))", 0.0),
+        ("vector_normalize(CAST(array() AS ARRAY<FLOAT>))", []),
+    ],
+)
+def test_values(ask: Callable[[str], Any], expression: str, expected: Any) -> None:
+    assert ask(expression) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "vector_cosine_similarity(array(0F, 0F), array(4F, 5F))",  # a zero vector
+        "vector_normalize(array(0F, 0F))",
+        "vector_cosine_similarity(NULL, array(4F, 5F))",  # a NULL vector
+        "vector_inner_product(array(4F, 5F), CAST(NULL AS ARRAY<FLOAT>))",
+        "vector_l2_distance(NULL, NULL)",
+        "vector_norm(CAST(NULL AS ARRAY<FLOAT>))",
+        "vector_norm(array(1F), NULL)",
+        "vector_normalize(NULL)",
+        "vector_cosine_similarity(array(1F, NULL), array(4F, 5F))",  # a NULL element
+        "vector_inner_product(array(4F, 5F), array(1F, NULL))",
+        "vector_l2_distance(array(4F, NULL), array(1F, 2F))",
+        "vector_norm(array(1F, NULL))",
+        "vector_normalize(array(1F, NULL))",
+        "vector_avg(v) FROM VALUES (CAST(NULL AS ARRAY<FLOAT>)), (array(1F, NULL)) AS t(v)",  # nothing left
+        "vector_sum(v) FROM VALUES (CAST(NULL AS ARRAY<FLOAT>)) AS t(v)",
+    ],
+)
+def test_nulls(ask: Callable[[str], Any], expression: str) -> None:
+    assert ask(expression) is None
+
+
+def test_types(spark: SparkSession) -> None:
+    vectors.register(spark)
+    answer = spark.sql("""
+        SELECT vector_norm(v), vector_inner_product(v, v), vector_cosine_similarity(v, v), vector_l2_distance(v, v),
+               vector_normalize(v)
+        FROM VALUES (array(1F)) AS t(v)""")
+    assert [kind for _, kind in answer.dtypes] == ["float"] * 4 + ["array<float>"]
+
+
+def test_sums_are_per_group(spark: SparkSession) -> None:
+    vectors.register(spark)
+    answer = spark.sql("""
+        SELECT k, vector_sum(v) AS total FROM VALUES ('a', array(1F)), ('b', array(5F)), ('a', array(2F)) AS t(k, v)
+        GROUP BY k""")
+    assert {row["k"]: row["total"] for row in answer.collect()} == {"a": [3.0], "b": [5.0]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "SELECT vector_cosine_similarity(array(1F, 2F), array(1F))",
+            "vector_cosine_similarity: two vectors are of the lengths 2 and 1: compare vectors of one model_version",
+        ),
+        (
+            "SELECT vector_sum(v) FROM VALUES (array(1F)), (array(1F, 2F)) AS t(v)",
+            "vector_sum: vectors of a group are of the lengths 1 and 2: group by model_version too",
+        ),
+        (
+            "SELECT vector_norm(array(1D))",
+            "vector_norm takes ARRAY<FLOAT>, found float64 elements: write CAST(... AS ARRAY<FLOAT>)",
+        ),
+        (
+            "SELECT vector_norm(array(1F), 3)",
+            "the degree of a vector's norm is 3: write 1, 2 or float('inf')",
+        ),
+        (
+            "SELECT count(*), vector_avg(v) FROM VALUES (array(1F)) AS t(v)",
+            "vector_avg can't stand beside Spark's own aggregates in one SELECT: "
+            "give it a SELECT of its own and join the two",
+        ),
+        ("SELEC 1", "the SQL can't be read: Syntax error at or near 'SELEC'.(line 1, pos 0)"),
+        (
+            "SELECT * FROM evnts",
+            "The table or view `evnts` cannot be found. Verify the spelling and correctness of the schema and catalog.",
+        ),
+        (
+            "SELECT b FROM VALUES (1) AS t(a)",
+            "A column or function parameter with name `b` cannot be resolved. "
+            "Did you mean one of the following? [`a`].; line 1 pos 7",
+        ),
+        (
+            "SELECT a, sum(b) FROM VALUES (1, 2) AS t(a, b)",
+            "the SQL can't be run: The query does not include a GROUP BY clause. "
+            "Add GROUP BY or turn it into the window functions using OVER clauses.; line 1 pos 0",
+        ),
+    ],
+)
+def test_errors_are_one_sentence(make_runtime: Callable[..., Runtime], text: str, message: str) -> None:
+    with pytest.raises(TrailvecError) as caught:
+        run_sql(make_runtime("storage.database=errors"), text, as_json=False)
+    assert str(caught.value) == message
+
+
+@pytest.fixture
+def shop(make_runtime: Callable[..., Runtime], spark: SparkSession) -> Runtime:
+    """Three items' vectors in a database of this test's own."""
+    runtime = make_runtime("storage.database=shop")
+    spark.sql("DROP DATABASE IF EXISTS shop CASCADE")  # the session is shared: forget the last test's tables
+    rows = [
+        (item, n, "m1", datetime(2017, 12, 1, tzinfo=timezone.utc), vector)
+        for n, (item, vector) in enumerate([("bread", [1.0, 0.0]), ("butter", [1.0, 1.0]), ("nails", [-1.0, 2.0])], 2)
+    ]
+    put(runtime, ITEM_EMBEDDINGS, spark.createDataFrame(rows, ITEM_EMBEDDINGS.schema()))
+    return runtime
+
+
+NEAREST = """
+    SELECT b.item_id, vector_cosine_similarity(a.vector, b.vector) AS likeness
+    FROM item_embeddings a JOIN item_embeddings b USING (model_version)
+    WHERE a.item_id = 'bread' AND b.item_id <> 'bread' ORDER BY likeness DESC"""
+
+
+def test_a_query_joins_tables_by_name(shop: Runtime) -> None:
+    assert [row["item_id"] for row in query(shop, NEAREST).collect()] == ["butter", "nails"]
+    comments = {row["col_name"]: row["comment"] for row in query(shop, "DESCRIBE item_embeddings").collect()}
+    assert comments["vector"] == "The vector."
+
+
+def test_the_printed_table(shop: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
+    run_sql(shop, NEAREST, as_json=False)
+    printed = capsys.readouterr().out
+    assert "butter" in printed
+    assert "0.707107" in printed
+    assert printed.endswith("2 rows\n")
+
+    run_sql(shop, "SELECT id FROM range(7)", as_json=False, limit=5)
+    printed = capsys.readouterr().out
+    assert "4" in printed
+    assert "5 │" not in printed
+    assert "the first 5 rows; there are more rows" in printed
+
+    run_sql(shop, "SELECT array(1F, 2F, 3F, 4F) AS v, NULL AS n, '[red]x[/red]' AS t", as_json=False)
+    printed = capsys.readouterr().out
+    assert "[1, 2, 3, … 4 in all]" in printed
+    assert "NULL" in printed
+    assert "[red]x[/red]" in printed
+
+
+def test_json_lines(shop: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
+    run_sql(shop, "SELECT item_id, vector, NULL AS nothing, as_of FROM item_embeddings ORDER BY item_id", as_json=True)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["item_id"] for line in lines] == ["bread", "butter", "nails"]
+    assert lines[1] == {"item_id": "butter", "vector": [1.0, 1.0], "nothing": None, "as_of": "2017-12-01T00:00:00.000Z"}
+
+
+def test_tables_against_delta_rs(shop: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
+    entries = {entry["table"]: entry for entry in list_tables(shop)}
+    assert list(entries) == [table.name for table in TABLES]
+    assert entries["events"] == {
+        "table": "events",
+        "stage": "ingest",
+        "location": shop.path(TABLES[0]),
+        "exists": False,
+    }
+
+    items = entries["item_embeddings"]
+    other = deltalake.DeltaTable(items["location"])
+    files = [Path(items["location"]) / name for name in other.file_uris()]
+    assert (items["rows"], items["version"]) == (3, other.version())
+    assert (items["files"], items["bytes"]) == (len(files), sum(file.stat().st_size for file in files))
+    commit = datetime.fromtimestamp(other.history(1)[0]["timestamp"] / 1000, timezone.utc)
+    assert items["written_at"] == commit.strftime("%Y-%m-%dT%H:%M:%SZ")
+    assert items["last_writer"]["stage"] == "put"
+
+    print_tables(shop, as_json=True)
+    assert json.loads(capsys.readouterr().out) == list(entries.values())
+    print_tables(shop, as_json=False)
+    printed = capsys.readouterr().out
+    assert "item_embeddings" in printed
+    assert "run `trailvec ingest`" in printed
