@@ -23,13 +23,27 @@ SPLITS = ("train", "valid", "test", "score")
 # Buckets of the context features; 0 is padding everywhere. training/ sizes its embeddings by the largest.
 GAP_FIRST, GAP_SAME_MOMENT, GAP_MAX = 1, 2, 31
 PRICE_UNKNOWN, PRICE_NOT_POSITIVE, PRICE_MIN, PRICE_MAX = 1, 2, 3, 40
-FEATURES = ("item_index", "event_type_index", "vertical_index", "gap_bucket", "hour", "weekday", "price_bucket")
+IN_SESSION, SESSION_END = 1, 2
+FEATURES = (
+    "item_index",
+    "event_type_index",
+    "vertical_index",
+    "gap_bucket",
+    "session_end",
+    "hour",
+    "weekday",
+    "price_bucket",
+)
 
 
 def number_actions(sessions: DataFrame, items: DataFrame, values: DataFrame, min_count: int) -> DataFrame:
     """One row per event with its numbers. An item outside the training window's vocabulary is unknown (1)."""
     vocabulary = items.where(F.col("train_count") >= min_count).select("item_id", "item_index")
-    actions = sessions.select("user_id", F.explode("events").alias("event")).select("user_id", "event.*")
+    actions = sessions.select("user_id", "event_count", F.posexplode("events").alias("place", "event")).select(
+        "user_id",
+        F.when(F.col("place") + 1 < F.col("event_count"), IN_SESSION).otherwise(SESSION_END).alias("session_end"),
+        "event.*",
+    )
     for kind in ("vertical", "event_type"):
         numbers = values.where(F.col("kind") == kind).select(
             F.col("value").alias(kind), F.col("value_index").alias(f"{kind}_index")
@@ -45,6 +59,7 @@ def number_actions(sessions: DataFrame, items: DataFrame, values: DataFrame, min
             F.coalesce(name, F.lit(UNKNOWN)).alias(name)
             for name in ("item_index", "event_type_index", "vertical_index")
         ],
+        "session_end",
         (F.hour(local) + 1).alias("hour"),
         F.dayofweek(local).alias("weekday"),
         price_bucket(F.col("amount") / F.coalesce("quantity", F.lit(1.0))).alias("price_bucket"),
@@ -85,12 +100,16 @@ def build_sequences(actions: DataFrame, cuts: Cuts, settings: SequencesSettings)
             f"rank_{split}",
             F.when(before, F.count_if(before).over(newest)),
         )
-    element = F.struct("event_ts", "event_id", *FEATURES)
+    # At the cut nobody knows whether the session goes on: the newest action always stands for its end, so that the
+    # state there asks what comes in the next session. (The true value would tell about events after the cut.)
+    session_end = F.when(F.col("newest"), SESSION_END).otherwise(F.col("session_end")).alias("session_end")
+    element = F.struct("event_ts", "event_id", *[session_end if name == "session_end" else name for name in FEATURES])
     rows = (
         ranked.withColumn("role", F.explode(F.filter(_roles(cuts, settings), lambda role: role.isNotNull())))
-        .select("user_id", "role.*", element.alias("action"))
+        .select("*", "role.*")
+        .select("user_id", "split", "part", "kind", element.alias("action"))
         .groupBy("user_id", "split", "part")
-        .agg(*[_in_order(role).alias(role) for role in ("input", "target", "seen")])
+        .agg(*[_in_order(kind).alias(kind) for kind in ("input", "target", "seen")])
     )
     evaluated = F.col("split").isin("valid", "test")
     as_of = F.create_map(*[c for s in SPLITS for c in (F.lit(s), utc(_as_of(s, cuts, settings)))])[F.col("split")]
@@ -111,11 +130,13 @@ def build_sequences(actions: DataFrame, cuts: Cuts, settings: SequencesSettings)
 
 
 def _roles(cuts: Cuts, settings: SequencesSettings) -> Column:
-    """The rows that an action has a part in: an array of (split, part, role), NULL where it has none."""
+    """The rows that an action has a part in: an array of (split, part, kind, newest), NULL where it has none."""
     part = F.floor((F.col("rank_valid") - 1) / settings.max_length)
-    roles = [_role("train", part, "input", F.col("before_valid") & (part < settings.max_parts))]
+    newest = F.col("rank_valid") == 1
+    roles = [_role("train", part, "input", F.col("before_valid") & (part < settings.max_parts), newest)]
     for split in ("valid", "test", "score"):
-        roles.append(_role(split, F.lit(0), "input", F.col(f"rank_{split}") <= settings.max_length))
+        rank = F.col(f"rank_{split}")
+        roles.append(_role(split, F.lit(0), "input", rank <= settings.max_length, rank == 1))
     predicted = F.col("event_type").isin(settings.target_event_types) if settings.target_event_types else F.lit(True)
     for split, following in (("valid", "test"), ("test", "score")):
         is_target = ~F.col(f"before_{split}") & F.col(f"before_{following}") & predicted
@@ -126,19 +147,23 @@ def _roles(cuts: Cuts, settings: SequencesSettings) -> Column:
     return F.array(*roles)
 
 
-def _role(split: str, part: Column, role: str, condition: Column) -> Column:
-    return F.when(
-        condition, F.struct(F.lit(split).alias("split"), part.cast("int").alias("part"), F.lit(role).alias("role"))
-    )
+def _role(split: str, part: Column, kind: str, condition: Column, newest: Column | None = None) -> Column:
+    fields = {
+        "split": F.lit(split),
+        "part": part.cast("int"),
+        "kind": F.lit(kind),
+        "newest": F.lit(False) if newest is None else newest,
+    }
+    return F.when(condition, F.struct(*[value.alias(name) for name, value in fields.items()]))
 
 
-def _in_order(role: str) -> Column:
+def _in_order(kind: str) -> Column:
     # The structs begin with (event_ts, event_id), so sorting them is sorting by time.
-    return F.sort_array(F.collect_list(F.when(F.col("role") == role, F.col("action"))))
+    return F.sort_array(F.collect_list(F.when(F.col("kind") == kind, F.col("action"))))
 
 
-def _pluck(role: str, name: str) -> Column:
-    return F.transform(role, lambda action: action[name])
+def _pluck(kind: str, name: str) -> Column:
+    return F.transform(kind, lambda action: action[name])
 
 
 def _as_of(split: str, cuts: Cuts, settings: SequencesSettings) -> datetime:

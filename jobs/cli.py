@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from jobs.config import Config, load_config
+from jobs.config import load_config
 from jobs.errors import TrailvecError, explain
 from jobs.runtime import Report, Runtime, Stage
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from jobs.pipeline import STAGES  # noqa: PLC0415 - the stages import this module's stage_main
 
     arguments = _parser(STAGES).parse_args(argv)
-    sys.exit(_guarded(lambda: _run(arguments, STAGES), debug=arguments.debug))
+    sys.exit(guarded(lambda: _run(arguments, STAGES), debug=arguments.debug))
 
 
 def stage_main(name: str) -> None:
@@ -39,11 +39,22 @@ def stage_main(name: str) -> None:
 
 def _parser(stages: Sequence[Stage]) -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--conf", metavar="FILE", default=os.environ.get("TRAILVEC_CONF"), help="the configuration, TOML (default: $TRAILVEC_CONF)")
-    common.add_argument("--set", metavar="a.b=c", action="append", default=[], help="one setting; wins over the file; repeatable")
+    common.add_argument(
+        "--conf",
+        metavar="FILE",
+        default=os.environ.get("TRAILVEC_CONF"),
+        help="the configuration, TOML (default: $TRAILVEC_CONF)",
+    )
+    common.add_argument(
+        "--set", metavar="a.b=c", action="append", default=[], help="one setting; wins over the file; repeatable"
+    )
     common.add_argument("--show-config", action="store_true", help="print the resolved configuration as JSON and stop")
     common.add_argument("--debug", action="store_true", help="show stack traces")
-    parser = argparse.ArgumentParser(prog="trailvec", description="Event logs in, vectors of users and items out.", epilog="Every stage skips itself when its tables are up to date; --force runs it all the same.")
+    parser = argparse.ArgumentParser(
+        prog="trailvec",
+        description="Event logs in, vectors of users and items out.",
+        epilog="Every stage skips itself when its tables are up to date; --force runs it all the same.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", parents=[common], help="run all stages, or a part")
@@ -54,7 +65,9 @@ def _parser(stages: Sequence[Stage]) -> argparse.ArgumentParser:
     for stage in stages:
         command = commands.add_parser(stage.name, parents=[common], help=stage.help, description=stage.help)
         command.add_argument("--force", action="store_true", help="run it even when it is up to date")
-    tables = commands.add_parser("tables", parents=[common], help="every table: place, rows, version, size, last writer")
+    tables = commands.add_parser(
+        "tables", parents=[common], help="every table: place, rows, version, size, last writer"
+    )
     tables.add_argument("--json", action="store_true", help="one JSON array instead of a table")
     sql = commands.add_parser("sql", parents=[common], help="answer one SQL query over the tables")
     sql.add_argument("query", help="the query; vector_cosine_similarity and its kin are there")
@@ -71,7 +84,7 @@ def _run(arguments: argparse.Namespace, stages: Sequence[Stage]) -> None:
         first, last = names.index(arguments.first), names.index(arguments.last)
         if first > last:
             raise TrailvecError(f"--from {arguments.first} comes after --to {arguments.last}: swap them")
-        run_stages(config, stages[first : last + 1], arguments.force)
+        run_stages(Runtime(config), stages[first : last + 1], arguments.force)
     elif arguments.command == "tables":
         from jobs.list_tables import print_tables  # noqa: PLC0415 - only this command needs it
 
@@ -81,12 +94,11 @@ def _run(arguments: argparse.Namespace, stages: Sequence[Stage]) -> None:
 
         run_sql(Runtime(config), arguments.query, arguments.json)
     else:
-        run_stages(config, [s for s in stages if s.name == arguments.command], arguments.force)
+        run_stages(Runtime(config), [s for s in stages if s.name == arguments.command], arguments.force)
 
 
-def run_stages(config: Config, stages: Sequence[Stage], force: bool) -> list[Report]:
+def run_stages(runtime: Runtime, stages: Sequence[Stage], force: bool = False) -> list[Report]:
     """Runs the stages in order in one Spark session, saying what each did as it ends."""
-    runtime = Runtime(config)
     reports = []
     for stage in stages:
         with _progress(runtime, stage.name):
@@ -136,7 +148,7 @@ def _progress(runtime: Runtime, name: str) -> Iterator[None]:
             watcher.join()
 
 
-def _guarded(action: Callable[[], None], debug: bool) -> int:
+def guarded(action: Callable[[], None], debug: bool = False) -> int:
     """The exit code of `action`: 0, 1 with one sentence for what a user can mend, 130 for Ctrl-C."""
     try:
         action()

@@ -1,7 +1,7 @@
 """Every table of trailvec as data: columns, types, comments, key; and `conform`, the contract's gate.
 
 A stage ends by `conform(df, TABLE)`, which selects exactly the contract's columns, in its order and
-with its types. Timestamps are UTC with microseconds. `docs/tables.md` shows the same for readers.
+with its types. Timestamps are UTC with microseconds.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def conform(df: DataFrame, table: Table) -> DataFrame:
             f"table {table.name} needs the columns {', '.join(missing)}; found {', '.join(df.columns)}: "
             f"add them before conform()"
         )
-    return df.select(*[F.col(c.name).cast(c.type).alias(c.name, metadata={"comment": c.comment}) for c in table.columns])
+    return df.select(
+        *[F.col(c.name).cast(c.type).alias(c.name, metadata={"comment": c.comment}) for c in table.columns]
+    )
 
 
 _EVENT_IN_SESSION = (
@@ -97,7 +99,9 @@ REJECTED_EVENTS = Table(
         Column("source", "string", "The source's mapping that read the record."),
         Column("file", "string", "The file the record stands in."),
         Column("reason", "string", "Why it was refused: missing_user_id, bad_event_ts, broken_row, ..."),
-        Column("raw", "string", "The record as it was read: the raw line of a broken row, else JSON of its columns.", True),
+        Column(
+            "raw", "string", "The record as it was read: the raw line of a broken row, else JSON of its columns.", True
+        ),
     ),
     key=(),
     stage="ingest",
@@ -162,13 +166,29 @@ SEQUENCES = Table(
         Column("item_index", "array<int>", "Items; 1 where the item is not in the training window's vocabulary."),
         Column("event_type_index", "array<int>", "Kinds of action (context_values)."),
         Column("vertical_index", "array<int>", "Verticals (context_values)."),
-        Column("gap_bucket", "array<int>", "Time since the user's last action: 1 first ever, 2 same moment, then log2 seconds + 3."),
+        Column(
+            "gap_bucket",
+            "array<int>",
+            "Time since the user's last action: 1 first ever, 2 same moment, then log2 seconds + 3.",
+        ),
+        Column(
+            "session_end",
+            "array<int>",
+            "2 at the last action of a session and at the row's newest before the cut, else 1.",
+        ),
         Column("hour", "array<int>", "Hour in the user's zone, 1 to 24."),
         Column("weekday", "array<int>", "Weekday in the user's zone, 1 Sunday to 7 Saturday."),
         Column("price_bucket", "array<int>", "Unit price: 1 unknown, then half-octaves."),
-        Column("target_item_index", "array<int>", "valid/test: what the user did next, inside the window, in order.", True),
+        Column(
+            "target_item_index", "array<int>", "valid/test: what the user did next, inside the window, in order.", True
+        ),
         Column("target_ts", "array<timestamp>", "valid/test: when.", True),
-        Column("seen_item_index", "array<int>", "valid/test: items of the last seen_days before as_of; what is not new.", True),
+        Column(
+            "seen_item_index",
+            "array<int>",
+            "valid/test: items of the last seen_days before as_of; what is not new.",
+            True,
+        ),
     ),
     key=("user_id", "split", "part"),
     stage="build_sequences",

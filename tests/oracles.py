@@ -67,6 +67,7 @@ def sequences(
     by_user = defaultdict(list)
     for event in in_order(events):
         by_user[event["user_id"]].append(event)
+    last_of_session = {session[-1]["event_id"] for session in sessions(events, timedelta(minutes=30), {})}
     rows: dict[tuple[str, str, int], Row] = {}
     for user, history in by_user.items():
         actions = []
@@ -80,6 +81,7 @@ def sequences(
                     "event_type_index": event_types[event["event_type"]],
                     "vertical_index": verticals[event["vertical"]],
                     "gap_bucket": gap_bucket(before, event),
+                    "session_end": 2 if event["event_id"] in last_of_session else 1,
                     "hour": local.hour + 1,
                     "weekday": local.isoweekday() % 7 + 1,
                     "price_bucket": price_bucket(event),
@@ -96,7 +98,7 @@ def sequences(
             stop = n_valid - part * max_length
             chunk = actions[max(0, stop - max_length) : max(0, stop)]
             if len(chunk) >= 2:
-                rows[user, "train", part] = _row(chunk, end if leave_one_out else valid_from)
+                rows[user, "train", part] = _row(chunk, end if leave_one_out else valid_from, newest=part == 0)
         for split, cut, n, following in (("valid", valid_from, n_valid, n_test), ("test", test_from, n_test, n_all)):
             targets = [a for a in actions[n:following] if a["predicted"]]
             if n and targets:
@@ -111,6 +113,10 @@ def sequences(
     return rows
 
 
-def _row(chunk: list[Row], as_of: datetime) -> Row:
-    features = ("item_index", "event_type_index", "vertical_index", "gap_bucket", "hour", "weekday", "price_bucket")
-    return {"as_of": as_of, "length": len(chunk)} | {name: [a[name] for a in chunk] for name in features}
+def _row(chunk: list[Row], as_of: datetime, newest: bool = True) -> Row:
+    features = ("item_index", "event_type_index", "vertical_index", "gap_bucket", "session_end", "hour", "weekday")
+    row = {"as_of": as_of, "length": len(chunk)}
+    row |= {name: [a[name] for a in chunk] for name in (*features, "price_bucket")}
+    if newest:  # at a cut nobody knows whether the session goes on
+        row["session_end"][-1] = 2
+    return row

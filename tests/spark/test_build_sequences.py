@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
 from jobs import build_sequences, build_vocabulary, sessionize
+from jobs.config import SequencesSettings, SessionizeSettings
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime
-from jobs.tables import CONTEXT_VALUES, EVENTS, ITEMS, SEQUENCES, SESSIONS
+from jobs.splits import cut_times
+from jobs.tables import EVENTS, SEQUENCES, SESSIONS
 from tests import oracles
 from tests.conftest import put
 from tests.events import START, Row, logs, make_event, to_frame
@@ -31,41 +33,47 @@ def run(runtime: Runtime, events: list[Row], partitions: int = 1) -> dict[tuple[
     return {(r.user_id, r.split, r.part): r.asDict() for r in runtime.latest(SEQUENCES).collect()}
 
 
-@settings(max_examples=5)
+@settings(max_examples=6)
 @given(events=logs(max_events=60), leave_one_out=st.booleans(), partitions=st.integers(1, 3))
 def test_equals_the_plain_python_sequences(
-    make_runtime: Callable[..., Runtime],
-    tmp_path_factory: pytest.TempPathFactory,
-    events: list[Row],
-    leave_one_out: bool,
-    partitions: int,
+    spark: SparkSession, events: list[Row], leave_one_out: bool, partitions: int
 ) -> None:
-    runtime = make_runtime(
-        f'sequences.valid_from="{VALID_FROM.isoformat()}"',
-        f'sequences.test_from="{TEST_FROM.isoformat()}"',
-        f'sequences.split_by="{"leave_one_out" if leave_one_out else "time"}"',
-        "sequences.max_length=4",
-        "sequences.max_parts=2",
-        "sequences.seen_days=1",
-        'sequences.target_event_types=["purchase"]',
-        "sequences.train_files=2",
-        "vocabulary.min_count=2",
-        root=tmp_path_factory.mktemp("log"),
-    )
     # The cut times must lie inside the log, whatever was drawn.
-    last = make_event(event_id="last", user_id="last", item_id="i0", event_ts=START + timedelta(days=9))
-    events = [*events, last]
-    found = run(runtime, events, partitions)
+    events = [*events, make_event(event_id="last", user_id="last", item_id="i0", event_ts=START + timedelta(days=9))]
+    rules = SequencesSettings(
+        valid_from=VALID_FROM,
+        test_from=TEST_FROM,
+        split_by="leave_one_out" if leave_one_out else "time",
+        max_length=4,
+        max_parts=2,
+        seen_days=1,
+        target_event_types=["purchase"],
+    )
+    counts = Counter(e["item_id"] for e in _training_events(events, leave_one_out))
+    numbers = {item: 2 + n for n, item in enumerate(sorted({e["item_id"] for e in events}))}
+    values = {
+        kind: {value: 2 + n for n, value in enumerate(sorted({e[kind] for e in events}))}
+        for kind in ("vertical", "event_type")
+    }
+    items_frame = spark.createDataFrame(
+        [(item, number, counts[item]) for item, number in numbers.items()],
+        "item_id string, item_index int, train_count long",
+    )
+    values_frame = spark.createDataFrame(
+        [(kind, value, number) for kind, of_kind in values.items() for value, number in of_kind.items()],
+        "kind string, value string, value_index int",
+    )
+    sessions = sessionize.sessionize(to_frame(spark, events, partitions), SessionizeSettings())
+    actions = build_sequences.number_actions(sessions, items_frame, values_frame, min_count=2)
+    cuts = cut_times(to_frame(spark, events), rules)
+    rows = build_sequences.build_sequences(actions, cuts, rules).collect()
+    found = {(r.user_id, r.split, r.part): r.asDict() for r in rows}
 
-    values = {(r.kind, r.value): r.value_index for r in runtime.latest(CONTEXT_VALUES).collect()}
-    number_of = {r.item_id: r.item_index for r in runtime.latest(ITEMS).collect()}
-    training = _training_events(events, leave_one_out)
-    seen_often = Counter(e["item_id"] for e in training)
     expected = oracles.sequences(
         events,
-        numbers={item: number_of[item] for item, count in seen_often.items() if count >= 2},
-        verticals={value: index for (kind, value), index in values.items() if kind == "vertical"},
-        event_types={value: index for (kind, value), index in values.items() if kind == "event_type"},
+        numbers={item: numbers[item] for item, count in counts.items() if count >= 2},
+        verticals=values["vertical"],
+        event_types=values["event_type"],
         valid_from=VALID_FROM,
         test_from=TEST_FROM,
         max_length=4,
@@ -74,6 +82,7 @@ def test_equals_the_plain_python_sequences(
         target_types=["purchase"],
         leave_one_out=leave_one_out,
     )
+    assert len(rows) == len(found)
     assert found.keys() == expected.keys()
     for key, row in expected.items():
         assert {name: found[key][name] for name in row} == row, key

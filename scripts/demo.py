@@ -1,0 +1,144 @@
+"""Runs the pipeline on the demo's data and shows what came out, for somebody who sees trailvec for the first time."""
+
+from __future__ import annotations
+
+import json
+
+from rich import box
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table as Grid
+
+from jobs.cli import guarded, run_stages
+from jobs.config import load_config
+from jobs.pipeline import STAGES
+from jobs.runtime import Report, Runtime
+from jobs.sql import run_sql
+
+screen = Console(highlight=False)
+
+TASKS = {
+    "new": "a new purchase (not bought in the last 28 days)",
+    "repeat": "a repeat purchase",
+    "next": "any next purchase",
+}
+METHODS = {
+    "model": "the model",
+    "popularity": "most popular items",
+    "own_frequency": "the user's own most frequent",
+    "item_knn": "item-kNN, decay 0.7",
+}
+LAST_BASKETS = """
+SELECT concat_ws(', ', slice(collect_list(item_name), 1, 6)) AS items FROM (
+  SELECT DISTINCT item_name, event_ts FROM events WHERE user_id = :user AND event_type = 'purchase'
+  ORDER BY event_ts DESC LIMIT 6)
+"""
+NEAREST = """
+SELECT concat_ws(', ', collect_list(item_name)) AS items FROM (
+  SELECT i.item_name FROM neighbours n JOIN items i ON i.item_id = n.neighbour_id
+  WHERE n.kind = 'user_item' AND n.source_id = :user AND n.model_version = :model AND n.rank <= 6 ORDER BY n.rank)
+"""
+ANSWERS = (
+    (
+        "What is used like the most bought item? (cosine of item vectors)",
+        """
+        SELECT i.item_name, i.vertical, round(n.score, 3) AS cosine
+        FROM neighbours n JOIN items i ON i.item_id = n.neighbour_id
+        WHERE n.kind = 'item_item' AND n.rank <= 5
+          AND n.model_version = (SELECT max_by(model_version, as_of) FROM user_embeddings)
+          AND n.source_id = (SELECT max_by(item_id, target_count) FROM items)
+        ORDER BY n.rank""",
+    ),
+    (
+        "Which two big departments do people use most alike? (a vector function on averaged vectors)",
+        """
+        WITH centres AS (
+          SELECT i.vertical, vector_avg(e.vector) AS centre FROM item_embeddings e JOIN items i USING (item_id)
+          WHERE e.model_version = (SELECT max_by(model_version, as_of) FROM user_embeddings)
+            AND i.vertical IN (SELECT vertical FROM items GROUP BY vertical HAVING sum(target_count) > 10000)
+          GROUP BY i.vertical)
+        SELECT a.vertical AS one, b.vertical AS other, round(vector_cosine_similarity(a.centre, b.centre), 3) AS cosine
+        FROM centres a JOIN centres b ON a.vertical < b.vertical ORDER BY cosine DESC LIMIT 5""",
+    ),
+)
+
+
+def main() -> None:
+    screen.print("[bold]trailvec[/]: a year of purchases → a vector for every household and item\n")
+    runtime = Runtime(load_config("conf/local.toml"))
+    reports = run_stages(runtime, STAGES)
+    show_stages(reports)
+    model = runtime.model_dir().name
+    show_ranking(runtime, model)
+    show_users(runtime, model)
+    for question, text in ANSWERS:
+        title(f"SQL: {question}")
+        screen.print(text, style="dim")
+        run_sql(runtime, text, as_json=False)
+    show_places(runtime, model)
+
+
+def title(text: str) -> None:
+    screen.print()
+    screen.print(Rule(text, align="left"))
+
+
+def show_stages(reports: list[Report]) -> None:
+    title("What each stage read and wrote (rows)")
+    grid = Grid(box=box.SIMPLE)
+    for heading in ("stage", "seconds", "in", "out"):
+        grid.add_column(heading, justify="right" if heading == "seconds" else "left")
+    for report in reports:
+        rows = [", ".join(f"{n} {count:,}" for n, count in r.items()) for r in (report.rows_in, report.rows_out)]
+        grid.add_row(report.stage, "up to date" if report.skipped else f"{report.seconds:.1f}", *rows)
+    screen.print(grid)
+
+
+def show_ranking(runtime: Runtime, model: str) -> None:
+    title("How well it says what a household buys next (December, never seen in training; whole catalogue)")
+    runtime.register_tables()
+    rows = runtime.spark.sql(
+        "SELECT task, method, metric, value, users FROM evaluation WHERE model_version = :model", {"model": model}
+    ).collect()
+    value = {(r.task, r.method, r.metric): r.value for r in rows}
+    users = {r.task: r.users for r in rows}
+    metrics = ("ndcg@10", "recall@10", "ndcg@20", "recall@20", "mrr@20")
+    grid = Grid(box=box.SIMPLE)
+    for heading in ("", *metrics):
+        grid.add_column(heading, justify="left" if not heading else "right")
+    for task, meaning in TASKS.items():
+        grid.add_row(f"[bold]{meaning}[/], {users[task]:,} users")
+        best = {metric: max(value[task, method, metric] for method in METHODS) for metric in metrics}
+        for method, name in METHODS.items():
+            cells = [(value[task, method, m], value[task, method, m] == best[m]) for m in metrics]
+            grid.add_row(f"  {name}", *[f"[green]{v:.4f}[/]" if first else f"{v:.4f}" for v, first in cells])
+    screen.print(grid)
+
+
+def show_users(runtime: Runtime, model: str) -> None:
+    title("Three households")
+    users = runtime.spark.sql(
+        "SELECT user_id FROM user_embeddings WHERE model_version = :model ORDER BY md5(user_id) LIMIT 3",
+        {"model": model},
+    ).collect()
+    for row in users:
+        values = {"user": row.user_id, "model": model}
+        bought = runtime.spark.sql(LAST_BASKETS, {"user": row.user_id}).collect()[0]["items"]
+        nearest = runtime.spark.sql(NEAREST, values).collect()[0]["items"]
+        screen.print(f"[bold]household {row.user_id}[/]")
+        screen.print(f"  bought last    {bought}")
+        screen.print(f"  nearest items  {nearest}")
+
+
+def show_places(runtime: Runtime, model: str) -> None:
+    title("Where things lie")
+    screen.print(f"tables   {runtime.root / 'tables'}   (trailvec tables --conf conf/local.toml)")
+    screen.print(f"model    {runtime.models / model}")
+    for manifest in sorted(runtime.exports.glob("*/manifest.json")):
+        exported = json.loads(manifest.read_text())["counts"]["exported"]
+        screen.print(f"segment  {manifest.parent}   ({exported:,} users, ids hashed)")
+    screen.print('\nNext: [bold].venv/bin/trailvec sql --conf conf/local.toml "SELECT * FROM items LIMIT 5"[/]')
+
+
+if __name__ == "__main__":
+    raise SystemExit(guarded(main))

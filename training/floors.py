@@ -1,0 +1,51 @@
+"""The floors that a model must beat: scores of every item for a block of users, without learning.
+
+All scores are float32 [users, items]; column i is the item with the number i. Which items may be ranked is the
+caller's business.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as sp
+
+Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
+
+
+def popularity(counts: Integers, users: int) -> Floats:
+    """The same for everybody: how often an item was acted on in the training window (`counts`, [items])."""
+    return np.broadcast_to(counts.astype(np.float32), (users, len(counts))).copy()
+
+
+def own_frequency(own_counts: sp.csr_matrix, counts: Integers) -> Floats:
+    """How often the user acted on the item before the cut (`own_counts`, [users, items]); ties by popularity."""
+    tie_break = counts.astype(np.float64) / (counts.max(initial=0) + 1)
+    return np.asarray(own_counts.toarray() + tie_break, dtype=np.float32)
+
+
+class ItemKnn:
+    """Item-kNN: cosine of two items over the users who acted on them, a history item's weight decaying per step back.
+
+    score(u, j) = sum over s of decay^s * cosine(history[-1 - s], j); an item is its own nearest neighbour.
+    """
+
+    def __init__(self, interactions: sp.csr_matrix, decay: float) -> None:
+        """`interactions`: users of the training window by items, non-zero where the user acted on the item."""
+        binary = (interactions > 0).astype(np.float32)
+        norms = np.sqrt(np.asarray(binary.sum(axis=0)).ravel())
+        self._unit = binary @ sp.diags(np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0))
+        self._unit = self._unit.tocsr()
+        self._decay = decay
+
+    def scores(self, history: Integers, offsets: Integers) -> Floats:
+        """Scores for the users whose items, oldest first, are history[offsets[u]:offsets[u + 1]]."""
+        lengths = np.diff(offsets)
+        users = np.repeat(np.arange(len(lengths)), lengths)
+        steps_back = np.repeat(offsets[1:], lengths) - 1 - np.arange(len(history))
+        shape = (len(lengths), self._unit.shape[1])
+        # Duplicate entries of one (user, item) add up, as the sum over s wants it.
+        weights = sp.csr_matrix((np.power(self._decay, steps_back, dtype=np.float32), (users, history)), shape=shape)
+        # By way of the users, not of an items-by-items matrix: (H Uᵀ) U.
+        return np.asarray(((weights @ self._unit.T) @ self._unit).toarray(), dtype=np.float32)
