@@ -1,0 +1,158 @@
+"""A source's mapping: a TOML file that says how raw files become rows of `events`, parsed into types.
+
+    name = "shop"
+
+    [[input]]
+    path = "orders"               # file, folder or pattern, from ingest.data_dir
+    format = "json"               # JSON lines; or csv, parquet
+    lookups = [{ path = "products.csv", format = "csv", on = ["sku"] }]
+    attributes = ["channel"]      # raw columns kept in the map
+
+    [input.columns]               # column of events = where it comes from
+    event_id = { columns = ["order", "sku"], sha256 = true, ordinal = true }
+    user_id = "customer"          # a raw column; short for { column = "customer" }
+    item_id = "sku"
+    event_type = { constant = "purchase" }
+    event_ts = { column = "at", format = "dd/MM/yyyy HH:mm", zone = "Europe/London" }
+    vertical = { column = "department", default = "OTHER" }
+    amount = { expr = "price * quantity" }
+
+    [[input.reject]]              # what the source itself refuses
+    reason = "test_order"
+    when = "customer LIKE 'test-%'"
+
+`jobs/ingest.py` reads the files by it. An input may be repeated: each is a kind of file of the same source.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from jobs.config import parse, read_toml
+from training.config import Section
+
+
+class Given(Section):
+    """Where a value comes from: exactly one of the keys below; a plain string is the name of a raw column."""
+
+    column: str | None = Field(None, description="a raw column")
+    constant: str | None = Field(None, description="the same text for every record")
+    expr: str | None = Field(None, description="a Spark SQL expression over the raw columns")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"column": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Given:
+        origins = [key for key in ("column", "columns", "constant", "expr") if key in type(self).model_fields]
+        if sum(getattr(self, key) is not None for key in origins) != 1:
+            raise ValueError(f"give exactly one of {', '.join(origins)}")
+        return self
+
+
+class Value(Given):
+    """A text or a number."""
+
+    default: str | None = Field(None, description="where the value is missing")
+
+
+class IdValue(Given):
+    """A name for the event; made from several columns where the log has none."""
+
+    columns: list[str] | None = Field(None, min_length=1, description="joined to one id; missing where one is missing")
+    separator: str = Field("-", description="between the columns")
+    sha256: bool = Field(False, description="the id is the hash of the joined columns")
+    ordinal: bool = Field(False, description="number identical records of one file, so that each has its own id")
+
+
+class TimeValue(Given):
+    """A time. A raw column that already is a time with a zone (Parquet) is taken as it is."""
+
+    format: str | None = Field(
+        None,
+        description="of a text: Spark's datetime pattern, epoch_s or epoch_ms; None: ISO 8601, with a zone or without",
+    )
+    zone: str = Field("UTC", description="IANA zone of times and days without one; a day begins at its midnight")
+
+
+class Columns(Section):
+    """The columns of the events table (`jobs/tables.py`), but for attributes and source."""
+
+    event_id: IdValue
+    user_id: Value
+    item_id: Value
+    event_type: Value
+    event_ts: TimeValue
+    vertical: Value
+    amount: Value | None = None
+    quantity: Value | None = None
+    time_zone: Value = Value(constant="UTC")
+    item_name: Value | None = None
+    category: Value | None = None
+    basket_id: Value | None = None
+
+    def given(self) -> dict[str, Given]:
+        """The columns that the mapping has, in the table's order."""
+        return {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
+
+
+class Lookup(Section):
+    """Another file whose columns are joined to every record that has the same `on`."""
+
+    path: str
+    format: Literal["csv", "parquet"]
+    on: list[str] = Field(min_length=1, description="columns that both have")
+    delimiter: str = Field(",", description="CSV: between the fields")
+
+
+class Reject(Section):
+    """Records that the source refuses."""
+
+    reason: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    when: str = Field(description="a Spark SQL condition over the raw columns")
+
+
+class Input(Section):
+    """One kind of file."""
+
+    path: str = Field(description="file, folder or pattern, from ingest.data_dir")
+    format: Literal["json", "csv", "parquet"] = Field(description="json: one object on each line")
+    delimiter: str = Field(",", description="CSV: between the fields")
+    lookups: list[Lookup] = Field(default_factory=list)
+    columns: Columns
+    attributes: list[str] = Field(default_factory=list, description="raw columns kept in the event's map")
+    reject: list[Reject] = Field(default_factory=list)
+
+    def column_names(self) -> list[str]:
+        """The raw columns that are named outside expressions, each once."""
+        values = self.columns.given().values()
+        names = [value.column for value in values if value.column]
+        names += self.columns.event_id.columns or []
+        names += [name for lookup in self.lookups for name in lookup.on]
+        return list(dict.fromkeys(names + self.attributes))
+
+    def expressions(self) -> list[str]:
+        """The SQL expressions of the mapping."""
+        values = self.columns.given().values()
+        return [value.expr for value in values if value.expr] + [rule.when for rule in self.reject]
+
+
+class Source(Section):
+    """A mapping file."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="stands in the source column of every event")
+    input: list[Input] = Field(min_length=1)
+
+
+def load_source(path: str | Path) -> Source:
+    """The mapping in a TOML file.
+
+    Raises:
+        TrailvecError: the file is missing or no TOML, a value is wrong, or a key is unknown (the nearest one is named).
+    """
+    return parse(Source, read_toml(Path(path)), str(path))

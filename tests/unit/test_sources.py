@@ -1,0 +1,97 @@
+"""The mapping files: what parses, what does not, and the sentence that says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobs.errors import TrailvecError
+from jobs.sources import Columns, load_source
+from jobs.tables import EVENTS
+
+SHIPPED = sorted(Path("conf/sources").glob("*.toml"))
+
+GOOD = """
+name = "shop"
+
+[[input]]
+path = "orders.csv"
+format = "csv"
+
+[input.columns]
+event_id = { columns = ["order", "line"] }
+user_id = "customer"
+item_id = { column = "sku", default = "none" }
+event_type = { constant = "purchase" }
+event_ts = { column = "at", zone = "Europe/London" }
+vertical = { expr = "upper(department)" }
+
+[[input.reject]]
+reason = "test_order"
+when = "customer = 'test'"
+"""
+
+
+def _load(tmp_path: Path, old: str = "", new: str = "") -> None:
+    assert old in GOOD
+    path = tmp_path / "shop.toml"
+    path.write_text(GOOD.replace(old, new) if old else GOOD)
+    load_source(path)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_mappings_parse_and_bear_the_name_of_their_file(path: Path) -> None:
+    assert load_source(path).name == path.stem
+
+
+def test_two_mappings_are_shipped() -> None:
+    assert [path.stem for path in SHIPPED] == ["completejourney", "online_retail"]
+
+
+def test_a_mapping_can_say_every_column_of_the_contract() -> None:
+    # attributes is a list beside the columns, source is the mapping's own name.
+    assert set(Columns.model_fields) | {"attributes", "source"} == {column.name for column in EVENTS.columns}
+    optional = {name for name, field in Columns.model_fields.items() if not field.is_required()}
+    nullable = {column.name for column in EVENTS.columns if column.nullable}
+    assert optional == (nullable - {"attributes"}) | {"time_zone"}  # its default is UTC
+
+
+def test_columns_and_expressions_are_collected(tmp_path: Path) -> None:
+    path = tmp_path / "shop.toml"
+    path.write_text(GOOD.replace('format = "csv"', 'format = "csv"\nattributes = ["store", "at"]'))
+    mapping = load_source(path).input[0]
+    assert mapping.column_names() == ["customer", "sku", "at", "order", "line", "store"]
+    assert mapping.expressions() == ["upper(department)", "customer = 'test'"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('path = "orders.csv"', 'pth = "orders.csv"\npath = "x"', "unknown key input.0.pth; did you mean path?"),
+        ("user_id =", "usr_id =", "unknown key input.0.columns.usr_id; did you mean user_id?"),
+        ("zone =", "zoen =", "unknown key input.0.columns.event_ts.zoen; did you mean zone?"),
+        ("default =", "defalt =", "unknown key input.0.columns.item_id.defalt; did you mean default?"),
+        ("when =", "wen =", "unknown key input.0.reject.0.wen; did you mean when?"),
+        ('{ constant = "purchase" }', '{ constant = "a", expr = "b" }', "give exactly one of column, constant, expr"),
+        (
+            '{ columns = ["order", "line"] }',
+            "{ ordinal = true }",
+            "give exactly one of column, columns, constant, expr",
+        ),
+        ('user_id = "customer"', "", "input.0.columns.user_id is missing"),
+        ('format = "csv"', 'format = "xlsx"', "input.0.format = 'xlsx'"),
+        ('"test_order"', '"Test order"', "input.0.reject.0.reason = 'Test order'"),
+        ('name = "shop"', 'name = "shop', "is no TOML file"),
+    ],
+)
+def test_a_wrong_mapping_is_one_sentence_that_says_where(tmp_path: Path, old: str, new: str, said: str) -> None:
+    with pytest.raises(TrailvecError) as error:
+        _load(tmp_path, old, new)
+    assert said in str(error.value)
+    assert str(tmp_path / "shop.toml") in str(error.value)
+
+
+def test_a_missing_mapping_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TrailvecError, match=r"nowhere\.toml does not exist"):
+        load_source(tmp_path / "nowhere.toml")
