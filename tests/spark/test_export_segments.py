@@ -23,6 +23,7 @@ from tests.spark.test_neighbours import embed
 SECRET = "correct horse battery staple"
 USERS = {
     "ann": [1.0, 0.0],  # seed
+    "amy": [2.0, 0.0],  # seed, as like ann as can be
     "bob": [0.0, 2.0],  # seed, of another taste
     "cat": [3.0, 0.1],
     "dan": [0.1, 3.0],
@@ -45,7 +46,7 @@ file = "seeds.txt"
 def shop(
     make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Runtime:
-    """Eight users' vectors, a segment's file and its seed list with one unknown user."""
+    """Nine users' vectors, a segment's file and its seed list with one unknown user."""
     monkeypatch.setenv(KEY, SECRET)
     spark.sql("DROP DATABASE IF EXISTS segments CASCADE")  # the session is shared: forget the last test's tables
     runtime = make_runtime(
@@ -55,7 +56,7 @@ def shop(
     )
     embed(runtime, spark, USERS, {"i": [1.0, 0.0]})
     (tmp_path / "likes.toml").write_text(SEGMENT)
-    (tmp_path / "seeds.txt").write_text("\ufeffann\r\n bob \n\nann\nghost\n", encoding="utf-8")
+    (tmp_path / "seeds.txt").write_text("\ufeffann\r\n bob \n\nann\nghost\namy\n", encoding="utf-8")
     return runtime
 
 
@@ -93,8 +94,8 @@ def test_who_is_in_a_segment(shop: Runtime, monkeypatch: pytest.MonkeyPatch) -> 
     assert [row["score"] for row in rows] == pytest.approx([score for _, score in expected], rel=1e-6)
     assert [part["rows"] for part in manifest["files"]] == [3, 1]
     assert manifest["counts"] == {
-        "seeds_given": 3,
-        "seeds_known": 2,
+        "seeds_given": 4,
+        "seeds_known": 3,
         "seeds_unknown": 1,
         "candidates": 5,
         "exported": 4,
@@ -168,7 +169,9 @@ def test_seeds_by_sql_plain_ids_and_chosen_columns(
     (tmp_path / "likes.toml").write_text(text)
     shop.execute(STAGE)
     manifest, rows = read(shop)
-    assert rows == [{"rank": n, "user_id": u} for n, u in enumerate(["cat", "eva", "eve", "dan", "bob", "far"], 1)]
+    assert rows == [
+        {"rank": n, "user_id": u} for n, u in enumerate(["amy", "cat", "eva", "eve", "dan", "bob", "far"], 1)
+    ]
     assert manifest["segment"]["approved_by"] == "the privacy officer"
 
     (tmp_path / "likes.toml").write_text(text.replace("SELECT user_id", "SELECT history_length"))
