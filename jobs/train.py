@@ -33,7 +33,7 @@ from jobs.config import Config
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage, published, write_json
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
-from training.batches import MAX_GAP_BUCKET, MAX_HOUR, MAX_PRICE_BUCKET, MAX_WEEKDAY
+from training.batches import MAX_GAP_BUCKET, MAX_HOUR, MAX_PRICE_BUCKET, MAX_SESSION_END, MAX_WEEKDAY
 from training.checkpoint import read_about
 from training.config import ModelSpec, RunSpec
 
@@ -62,6 +62,7 @@ def model_spec(config: Config, items: int, context_values: DataFrame) -> ModelSp
             "event_type_index": largest.get("event_type", 1) + 1,
             "vertical_index": largest.get("vertical", 1) + 1,
             "gap_bucket": MAX_GAP_BUCKET + 1,
+            "session_end": MAX_SESSION_END + 1,
             "hour": MAX_HOUR + 1,
             "weekday": MAX_WEEKDAY + 1,
             "price_bucket": MAX_PRICE_BUCKET + 1,

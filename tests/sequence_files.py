@@ -18,6 +18,7 @@ CONTEXT_SIZES = {
     "event_type_index": 4,
     "vertical_index": 5,
     "gap_bucket": 32,
+    "session_end": 3,
     "hour": 25,
     "weekday": 8,
     "price_bucket": 41,

@@ -11,6 +11,7 @@ FEATURES = (
     "event_type_index",
     "vertical_index",
     "gap_bucket",
+    "session_end",
     "hour",
     "weekday",
     "price_bucket",
@@ -18,6 +19,7 @@ FEATURES = (
 
 # Largest number of the context features that don't come from a vocabulary (jobs/tables.py says what they mean).
 MAX_GAP_BUCKET = 31
+MAX_SESSION_END = 2
 MAX_HOUR = 24
 MAX_WEEKDAY = 7
 MAX_PRICE_BUCKET = 40

@@ -70,7 +70,7 @@ def to_batch(actions: torch.Tensor) -> Batch:
 
 
 def _to_actions(frame: pd.DataFrame, max_length: int) -> pd.DataFrame:
-    # One column instead of seven: Petastorm handles every cell of every column by itself.
+    # One column instead of eight: Petastorm handles every cell of every column by itself.
     lengths = frame["length"].to_numpy(np.int64)
     columns = [pad(np.concatenate(frame[name].to_numpy()), lengths, max_length) for name in FEATURES]
     return pd.DataFrame({"actions": list(np.concatenate(columns, axis=1))})

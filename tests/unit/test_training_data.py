@@ -30,7 +30,7 @@ def read(files: list[str], rank: int = 0, size: int = 1, seed: int = 5, max_leng
 
 
 def as_rows(batches: list[dict[str, torch.Tensor]]) -> list[tuple[tuple[int, ...], ...]]:
-    """Each row as a tuple of its seven lists, without the padding."""
+    """Each row as a tuple of its lists, without the padding."""
     rows = []
     for batch in batches:
         for number in range(len(batch["item_index"])):

@@ -1,0 +1,251 @@
+"""The stages train, embed_items and score_users over real Delta tables, with two real Horovod processes."""
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import duckdb
+import duckdb_extension_delta
+import numpy as np
+import pytest
+import torch
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from jobs import embed_items, score_users, train
+from jobs.errors import TrailvecError
+from jobs.runtime import Runtime, Stage
+from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_EMBEDDINGS, Table
+from spark_udfs.encode import encode_rows
+from tests.conftest import make_config
+from tests.sequence_files import MAX_LENGTH, item_counts, make_rows
+from training.batches import FEATURES
+from training.checkpoint import load_model
+from training.config import ModelSpec
+
+CUT = datetime(2024, 6, 1)
+SETTINGS = (
+    f"sequences.max_length={MAX_LENGTH}",
+    "vocabulary.min_count=3",
+    "train.processes=2",
+    "train.epochs=6",
+    "train.width=16",
+    "train.negatives=12",
+    "train.batch_size=16",
+    "train.learning_rate=0.02",
+    "score.batch_size=7",
+)
+
+
+def fill(runtime: Runtime, table: Table, rows: list[dict[str, Any]], files: int = 1) -> None:
+    """Writes the rows as a stage would; `files` data files for each partition."""
+    frame = runtime.spark.createDataFrame(rows, table.schema()).repartition(files)
+    runtime.execute(Stage("fill", "", lambda r: r.write(table, frame), (), (table,), ()), force=True)
+
+
+def sequences(rows: list[dict[str, Any]], split: str, first_user: int = 0) -> list[dict[str, Any]]:
+    return [
+        {
+            **{column.name: None for column in SEQUENCES.columns},
+            "user_id": f"u{first_user + number // 2 if split == 'train' else number}",
+            "split": split,
+            "part": number % 2 if split == "train" else 0,
+            "as_of": CUT,
+            **row,
+        }
+        for number, row in enumerate(rows)
+    ]
+
+
+def fill_all(runtime: Runtime) -> None:
+    train_rows = make_rows(240, seed=1)
+    counts = item_counts(train_rows)
+    counts[28] = 2  # under vocabulary.min_count
+    items = [
+        {"item_index": number, "item_id": f"i{number}", "item_name": None, "category": None, "vertical": "shop"}
+        | {"first_ts": CUT, "event_count": 9, "train_count": int(counts[number]), "target_count": int(counts[number])}
+        for number in range(2, len(counts))
+    ]
+    values = [
+        {"kind": kind, "value": f"{kind}{number}", "value_index": number}
+        for kind, largest in (("event_type", 3), ("vertical", 4))
+        for number in range(2, largest + 1)
+    ]
+    valid = make_rows(20, seed=2)
+    for row in valid:
+        following = (row["item_index"][-1] - 1) % 27 + 2
+        row.update(target_item_index=[following], target_ts=[CUT], seen_item_index=[])
+    score = make_rows(40, seed=3)
+    score[0]["item_index"] = [1] * score[0]["length"]  # only unknown items
+    score[1]["item_index"][0] = 999  # an item appended after training
+    # Two earlier versions: their files stay on disk, and must not be read.
+    for seed in (8, 9):
+        fill(runtime, SEQUENCES, sequences(make_rows(50, seed), "train"), files=2)
+    fill(runtime, ITEMS, items)
+    fill(runtime, CONTEXT_VALUES, values)
+    rows = sequences(train_rows, "train") + sequences(valid, "valid") + sequences(score, "score")
+    fill(runtime, SEQUENCES, rows, files=3)
+
+
+@pytest.fixture(scope="module")
+def trained(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+    runtime = Runtime(make_config(tmp_path_factory.mktemp("trained"), *SETTINGS), spark)
+    fill_all(runtime)
+    report = runtime.execute(train.STAGE)
+    assert not report.skipped
+    runtime.execute(embed_items.STAGE)
+    runtime.execute(score_users.STAGE)
+    return runtime
+
+
+def about_of(runtime: Runtime) -> dict[str, Any]:
+    about: dict[str, Any] = json.loads((runtime.model_dir() / "model.json").read_text())
+    return about
+
+
+def test_loss_falls_on_both_ranks_which_end_alike(trained: Runtime) -> None:
+    training = about_of(trained)["training"]
+    first, last = training["epochs"][0], training["epochs"][-1]
+    assert all(after < before - 0.3 for before, after in zip(first["loss_by_rank"], last["loss_by_rank"], strict=True))
+    digests = training["parameters_sha256_by_rank"]
+    assert len(digests) == 2
+    assert digests[0] == digests[1]
+    assert training["epochs"][training["best_epoch"] - 1]["ndcg@10"] == max(e["ndcg@10"] for e in training["epochs"])
+    assert last["ndcg@10"] > 0.5  # by chance: about 0.15
+
+
+def active_files(table: Path) -> set[str]:
+    """The train split's files by the table's log, replayed by hand."""
+    active: set[str] = set()
+    for commit in sorted((table / "_delta_log").glob("*.json")):
+        actions = [json.loads(line) for line in commit.read_text().splitlines()]
+        active -= {action["remove"]["path"] for action in actions if "remove" in action}
+        active |= {action["add"]["path"] for action in actions if "add" in action}
+    return {str(table / unquote(path)) for path in active if "split=train" in path}
+
+
+def test_ranks_read_the_snapshots_active_files_each_row_once(trained: Runtime) -> None:
+    run = json.loads((trained.model_dir() / "run.json").read_text())
+    table = Path(trained.path(SEQUENCES))
+    on_disk = {str(path) for path in (table / "split=train").glob("*.parquet")}
+    read = {url.removeprefix("file://") for url in run["train_files"]}
+    assert read == active_files(table)
+    assert read < on_disk
+    for epoch in about_of(trained)["training"]["epochs"]:
+        assert all(epoch["rows_by_rank"])
+        assert sum(epoch["rows_by_rank"]) == run["train_rows"] == 240
+
+
+def test_model_json_says_what_made_it(trained: Runtime) -> None:
+    about = about_of(trained)
+    assert about["model_version"] == trained.model_dir().name
+    assert about["as_of"] == "2024-06-01T00:00:00.000000"
+    # Version 0 made the table, each write one more.
+    assert about["provenance"]["reads"] == {"sequences": 3, "items": 1, "context_values": 1}
+    assert about["provenance"]["config"]["train"]["epochs"] == 6
+    assert about["spec"]["context_sizes"]["vertical_index"] == 5
+
+
+def test_vectors_from_duckdb_rank_like_the_models_own_head(trained: Runtime) -> None:
+    database = duckdb.connect()
+    database.load_extension(
+        next(Path(duckdb_extension_delta.__file__).parent.rglob("delta.duckdb_extension")).as_posix()
+    )
+    users, items = (
+        database.sql(f"FROM delta_scan('{trained.path(table)}') ORDER BY {key}").fetchnumpy()
+        for table, key in ((USER_EMBEDDINGS, "user_id"), (ITEM_EMBEDDINGS, "item_index"))
+    )
+    user_vectors, item_vectors = (np.stack([np.array(v) for v in t["vector"]]) for t in (users, items))
+    assert np.isfinite(user_vectors).all()
+    # Known to the model: counted at least min_count times. Not 28 (2 times), nor 29 (never).
+    assert items["item_index"].tolist() == list(range(2, 28))
+
+    about = about_of(trained)
+    model = load_model(trained.model_dir() / "model.safetensors", ModelSpec.model_validate(about["spec"]))
+    rows = {row["user_id"]: row for row in sequences(make_rows(40, seed=3), "score")}
+    rows["u0"]["item_index"] = [1] * rows["u0"]["length"]
+    rows["u1"]["item_index"][0] = 1
+    for number, user in enumerate(users["user_id"]):
+        row = rows.pop(user)
+        batch = {name: torch.tensor([row[name][-(MAX_LENGTH - 1) :]]) for name in FEATURES}
+        batch["item_index"][batch["item_index"] == 28] = 1
+        with torch.inference_mode():
+            own = model.network(batch, training=False, testing=False)[0].numpy()
+        scores = user_vectors[number] @ item_vectors.T
+        np.testing.assert_allclose(scores, own[2:28], rtol=1e-4, atol=1e-4)
+        best = items["item_index"][np.argsort(-scores)[:10]].tolist()
+        assert best == (np.argsort(-own[2:28])[:10] + 2).tolist()
+        assert users["history_length"][number] == min(row["length"], MAX_LENGTH - 1)
+    assert rows == {}  # a vector for every user
+    assert set(users["model_version"]) == set(items["model_version"]) == {about["model_version"]}
+    assert set(users["as_of"].astype("datetime64[s]").tolist()) == {CUT}
+
+
+def test_rows_are_encoded_alike_in_any_order_and_batch_size(trained: Runtime) -> None:
+    spec = ModelSpec.model_validate(about_of(trained)["spec"])
+    model = load_model(trained.model_dir() / "model.safetensors", spec)
+    rows = make_rows(30, seed=4)
+
+    def encode(rows: list[dict[str, Any]], batch_size: int) -> np.ndarray:
+        values = [np.concatenate([row[name] for row in rows]).astype(np.int32) for name in FEATURES]
+        return encode_rows(model, np.array([row["length"] for row in rows]), values, batch_size)
+
+    expected = np.concatenate([encode([row], 1) for row in rows])
+    np.testing.assert_allclose(encode(rows, 7), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(encode(rows[::-1], 100)[::-1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_command_again_trains_nothing(trained: Runtime) -> None:
+    weights = trained.model_dir() / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    (trained.models / "current.json").unlink()
+    assert trained.execute(train.STAGE).skipped
+    assert weights.stat().st_mtime_ns == before
+    assert trained.execute(embed_items.STAGE).skipped  # so current.json is there again
+    assert trained.execute(score_users.STAGE).skipped
+
+
+def test_fewer_row_groups_than_processes(trained: Runtime) -> None:
+    config = make_config(trained.root, *SETTINGS, "train.processes=9")
+    with pytest.raises(TrailvecError, match=r"3 row groups for train\.processes = 9: set sequences\.train_files to 9"):
+        Runtime(config, trained.spark).execute(train.STAGE)
+
+
+def test_failed_training_leaves_the_old_model_current(trained: Runtime) -> None:
+    current = (trained.models / "current.json").read_text()
+    models = sorted(path.name for path in trained.models.glob("*/model.json"))
+    config = make_config(trained.root, *SETTINGS, "train.processes=1", "train.learning_rate=1e30", "train.epochs=2")
+    with pytest.raises(TrailvecError, match=r"training stopped: the loss is nan in epoch \d: lower train"):
+        Runtime(config, trained.spark).execute(train.STAGE)
+    assert (trained.models / "current.json").read_text() == current
+    assert sorted(path.name for path in trained.models.glob("*/model.json")) == models
+
+
+def test_missing_and_damaged_models(trained: Runtime) -> None:
+    config = make_config(trained.root, *SETTINGS, "model.version=nope")
+    with pytest.raises(TrailvecError, match="model nope does not exist under"):
+        Runtime(config, trained.spark).execute(score_users.STAGE)
+    damaged = trained.models / "damaged"
+    damaged.mkdir()
+    (damaged / "model.json").write_text((trained.model_dir() / "model.json").read_text())
+    config = make_config(trained.root, *SETTINGS, "model.version=damaged")
+    for stage in (score_users.STAGE, embed_items.STAGE):
+        with pytest.raises(TrailvecError, match=r"model\.safetensors is missing"):
+            Runtime(config, trained.spark).execute(stage)
+
+
+def test_a_user_in_many_batches_of_arrow_still_has_one_vector(trained: Runtime) -> None:
+    rows = trained.spark.read.format("delta").load(trained.path(SEQUENCES)).where("split = 'score'")
+    key = "spark.sql.execution.arrow.maxRecordsPerBatch"
+    trained.spark.conf.set(key, "3")
+    try:
+        small = score_users.encode_sequences(rows, trained.model_dir(), 2).select("user_id", "vector").collect()
+    finally:
+        trained.spark.conf.unset(key)
+    stored = trained.spark.read.format("delta").load(trained.path(USER_EMBEDDINGS)).select("user_id", F.col("vector"))
+    expected = {row["user_id"]: row["vector"] for row in stored.collect()}
+    assert len(small) == len(expected)
+    for row in small:
+        np.testing.assert_allclose(row["vector"], expected[row["user_id"]], rtol=1e-4, atol=1e-5)
