@@ -32,7 +32,7 @@ from pyspark.sql import types as T
 
 from jobs.cli import stage_main
 from jobs.config import IngestSettings
-from jobs.errors import TrailvecError
+from jobs.errors import TrailvecError, explain
 from jobs.runtime import Runtime, Stage
 from jobs.sources import Given, IdValue, Input, Lookup, TimeValue, Value, load_source
 from jobs.tables import EVENTS, REJECTED_EVENTS
@@ -234,7 +234,8 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
             F.col(FILE).alias("file"),
         )
     except AnalysisException as error:
-        raise TrailvecError(f"source {source}: {str(error).splitlines()[0]}: correct the mapping") from None
+        said = explain(error) or str(error).strip().splitlines()[0]
+        raise TrailvecError(f"source {source}: {said}: correct the mapping") from None
 
     events = given.withColumn("reason", _reason(settings, now, zones)).withColumns(
         {"amount": _number("amount"), "quantity": _number("quantity"), "source": F.lit(source)}

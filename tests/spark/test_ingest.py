@@ -1,0 +1,561 @@
+"""Ingest: real small files in all three formats, expectations by hand or from plain Python's csv."""
+
+from __future__ import annotations
+
+import collections
+import csv
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import date, datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from deltalake import DeltaTable
+from pyspark.sql import DataFrame, SparkSession
+
+from jobs.config import IngestSettings
+from jobs.errors import TrailvecError, explain
+from jobs.ingest import REPEAT, STAGE, mark_duplicates, read_raw, to_events
+from jobs.runtime import Runtime
+from jobs.sources import Input
+from jobs.tables import EVENTS, REJECTED_EVENTS, Table
+
+ONLINE_RETAIL = Path("tests/data/online_retail")
+NOW = datetime(2024, 1, 1, tzinfo=timezone.utc)
+Row = dict[str, Any]
+
+COLUMNS: Row = {
+    "event_id": "id",
+    "user_id": "user",
+    "item_id": "item",
+    "event_type": {"constant": "view"},
+    "event_ts": "at",
+    "vertical": {"constant": "shop"},
+    "amount": "price",
+}
+
+
+def mapping(path: str, form: str = "csv", columns: Row | None = None, **more: Any) -> Input:
+    return Input.model_validate({"path": path, "format": form, "columns": COLUMNS | (columns or {}), **more})
+
+
+def ingest(spark: SparkSession, data_dir: Path, given: Input, **settings: Any) -> list[Row]:
+    """The records that an input becomes, before deduplication, by event_id and raw."""
+    events = to_events(read_raw(spark, given, data_dir), given, "test", IngestSettings(**settings), NOW)
+    rows = [row.asDict(recursive=True) for row in events.collect()]
+    return sorted(rows, key=lambda row: (row["event_id"] or "", row["raw"] or ""))
+
+
+def stored(runtime: Runtime, table: Table) -> list[Row]:
+    """A table's rows as delta-rs reads them, in a fixed order."""
+    rows: list[Row] = DeltaTable(runtime.path(table)).to_pyarrow_table().to_pylist()
+    return sorted(rows, key=repr)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, str], Path]:
+    """Writes a text file in the test's folder, which it gives back."""
+
+    def write_file(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return tmp_path
+
+    return write_file
+
+
+# ---- the three formats --------------------------------------------------------------------------------
+
+RECORDS: list[Row] = [
+    {"id": "1", "user": "ann", "item": 'a "b", c', "at": "2023-05-01T10:00:00Z", "price": "1.5", "more": None},
+    {"id": "2", "user": "bob", "item": "é", "at": "2023-05-01T12:00:00+02:00", "price": "-2", "more": "x"},
+    {"id": "3", "user": None, "item": "d", "at": "2023-05-01T12:00:00Z", "price": None, "more": "y"},
+]
+
+
+def _write_records(folder: Path, form: str) -> None:
+    if form == "csv":
+        with (folder / "log.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(RECORDS[0]))
+            writer.writeheader()
+            writer.writerows(RECORDS)
+    elif form == "json":
+        (folder / "log.json").write_text("\n".join(map(json.dumps, RECORDS)) + "\n\n", encoding="utf-8")
+    else:
+        pq.write_table(pa.Table.from_pylist(RECORDS), folder / "log.parquet")
+
+
+@pytest.mark.parametrize("form", ["csv", "json", "parquet"])
+def test_each_format_gives_the_same_events(spark: SparkSession, tmp_path: Path, form: str) -> None:
+    _write_records(tmp_path, form)
+    first, second, third = ingest(spark, tmp_path, mapping(f"log.{form}", form, attributes=["more"]))
+    assert [first["reason"], second["reason"], third["reason"]] == [None, None, "missing_user_id"]
+    assert first["item_id"] == 'a "b", c'
+    assert second["item_id"] == "é"
+    assert (first["event_ts"], second["event_ts"]) == (datetime(2023, 5, 1, 10), datetime(2023, 5, 1, 10))
+    assert (first["amount"], second["amount"], third["amount"]) == (1.5, -2.0, None)
+    assert (first["attributes"], second["attributes"]) == ({}, {"more": "x"})
+    assert (first["quantity"], first["time_zone"], first["source"], first["raw"]) == (None, "UTC", "test", None)
+    assert json.loads(third["raw"])["more"] == "y"
+    assert third["file"].endswith(f"log.{form}")
+
+
+def test_a_nested_json_value_is_kept_as_its_text(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
+    record = '{"id": 7, "user": "ann", "item": "a", "at": "2023-05-01T10:00:00Z", "price": 3, "geo": %s}'
+    line = record % '{"lat": 1, "tags": ["x"]}'
+    columns = {"vertical": {"expr": "get_json_object(geo, '$.tags[0]')"}}  # a column that only an expression names
+    (row,) = ingest(spark, write("log.json", line), mapping("log.json", "json", columns, attributes=["geo"]))
+    assert row["reason"] is None
+    assert (row["event_id"], row["amount"], row["vertical"]) == ("7", 3.0, "x")
+    assert json.loads(row["attributes"]["geo"]) == {"lat": 1, "tags": ["x"]}
+
+
+# ---- times --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("form", "zone", "expected"),
+    [
+        (
+            "yyyy-MM-dd HH:mm:ss",
+            "Europe/London",
+            {
+                "2011-03-27 00:59:59": datetime(2011, 3, 27, 0, 59, 59),  # GMT, one second before the clocks go forward
+                "2011-03-27 02:00:00": datetime(2011, 3, 27, 1),  # BST, one second later
+                "2011-03-27 01:30:00": datetime(2011, 3, 27, 1, 30),  # the clock never showed it: read as GMT
+                "2011-10-30 01:30:00": datetime(2011, 10, 30, 0, 30),  # shown twice: the first, BST
+                "2011-10-30 02:00:00": datetime(2011, 10, 30, 2),
+                "2011-02-30 10:00:00": None,
+                "yesterday": None,
+            },
+        ),
+        (
+            "yyyy-MM-dd",  # a day begins at midnight of the zone, five hours behind UTC in winter, four in summer
+            "America/New_York",
+            {"2017-03-12": datetime(2017, 3, 12, 5), "2017-03-13": datetime(2017, 3, 13, 4), "2017-13-01": None},
+        ),
+        (
+            None,
+            "Europe/London",
+            {
+                "2011-07-01T12:00:00Z": datetime(2011, 7, 1, 12),
+                "2011-07-01T12:00:00+02:00": datetime(2011, 7, 1, 10),
+                "2011-07-01 12:00": datetime(2011, 7, 1, 11),
+                "2011-07-01T12:00:00.123456": datetime(2011, 7, 1, 11, 0, 0, 123456),
+                "2011-07-01": datetime(2011, 6, 30, 23),
+                "12:00": None,
+                "2011": None,
+            },
+        ),
+        ("dd/MM/yyyy HH:mm XXX", "Europe/London", {"01/07/2011 12:00 +02:00": datetime(2011, 7, 1, 10)}),
+        (
+            "epoch_s",
+            "Europe/London",
+            {
+                "1500000000": datetime(2017, 7, 14, 2, 40),
+                "1500000000.25": datetime(2017, 7, 14, 2, 40, 0, 250000),
+                "1500000000000000": None,  # microseconds: too large for seconds, and no wrapped-round time
+                "x": None,
+            },
+        ),
+        ("epoch_ms", "UTC", {"1500000000123": datetime(2017, 7, 14, 2, 40, 0, 123000)}),
+    ],
+)
+def test_times_as_text(
+    spark: SparkSession,
+    write: Callable[[str, str], Path],
+    form: str | None,
+    zone: str,
+    expected: dict[str, datetime | None],
+) -> None:
+    lines = [f"{text},ann,a,{text},1" for text in expected]
+    folder = write("log.csv", "\n".join(["id,user,item,at,price", *lines]))
+    rows = ingest(
+        spark, folder, mapping("log.csv", columns={"event_ts": {"column": "at", "format": form, "zone": zone}})
+    )
+    assert {row["event_id"]: row["event_ts"] for row in rows} == expected
+    assert {row["event_id"] for row in rows if row["reason"] == "bad_event_ts"} == {
+        t for t, v in expected.items() if not v
+    }
+
+
+def test_times_of_parquet_types(spark: SparkSession, tmp_path: Path) -> None:
+    noon = datetime(2011, 7, 1, 12)
+    kinds = {
+        "instant": pa.array([noon], pa.timestamp("us", tz="UTC")),
+        "naive": pa.array([noon], pa.timestamp("us")),
+        "day": pa.array([date(2011, 7, 1)]),
+        "int96": pa.array([noon], pa.timestamp("ns")),
+    }
+    seen = {}
+    for kind, array in kinds.items():
+        texts = {name: ["x"] for name in ("id", "user", "item")}
+        table = pa.table({**texts, "price": [1.0], "at": array})
+        pq.write_table(table, tmp_path / f"{kind}.parquet", use_deprecated_int96_timestamps=kind == "int96")
+        columns = {"event_ts": {"column": "at", "zone": "Europe/London"}}
+        (row,) = ingest(spark, tmp_path, mapping(f"{kind}.parquet", "parquet", columns))
+        seen[kind] = row["event_ts"]
+    assert seen == {"instant": noon, "naive": datetime(2011, 7, 1, 11), "day": datetime(2011, 6, 30, 23), "int96": noon}
+
+
+# ---- what is refused ----------------------------------------------------------------------------------
+
+
+def test_each_record_is_refused_for_its_first_reason(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
+    good, late = "2023-05-01T10:00:00Z", "2024-01-02T00:00:01Z"  # NOW and 24 hours, and one second
+    rows = {
+        "missing_user_id": f"e1, ,a,{good},1,2,UTC",
+        "missing_item_id": f"e2,ann,,{good},1,2,UTC",
+        "missing_event_ts": "e3,ann,a,,1,2,UTC",
+        "missing_event_id": f",ann,a,{good},1,2,UTC",
+        "bad_event_ts": "e5,ann,a,noon,x,2,UTC",  # its amount is bad too
+        "event_before_earliest": "e6,ann,a,1999-12-31T23:59:59Z,1,2,UTC",
+        "event_in_future": f"e7,ann,a,{late},1,2,UTC",
+        "bad_amount": f"e8,ann,a,{good},NaN,2,UTC",
+        "bad_quantity": f"e9,ann,a,{good},1,1e999,UTC",
+        "bad_time_zone": f"f1,ann,a,{good},1,2,Mars/Olympus",
+        "long_event_id": f"{'f' * 513},ann,a,{good},1,2,UTC",
+        "long_user_id": f"f3,{'u' * 513},a,{good},1,2,UTC",
+        "long_item_id": f"f4,ann,{'i' * 513},{good},1,2,UTC",
+        "test_order": f"f5,test,,{good},1,2,UTC",  # the mapping's own rule comes before missing_item_id
+    }
+    allowed = [f"{'g' * 512},ann,a,{good},,,UTC", "g2,ann,a,2024-01-02T00:00:00Z,-1e3,+.5,Europe/Paris"]
+    folder = write("log.csv", "\n".join(["id,user,item,at,price,n,zone", *rows.values(), *allowed]))
+    rules = [{"reason": "test_order", "when": "user = 'test'"}]
+    given = mapping("log.csv", columns={"quantity": "n", "time_zone": "zone"}, reject=rules)
+    found = ingest(spark, folder, given)
+    refused = {
+        row["reason"]: ",".join((json.loads(row["raw"]).get(n) or "") for n in ("id", "at"))
+        for row in found
+        if row["reason"]
+    }
+    assert refused == {reason: ",".join(line.split(",")[i] for i in (0, 3)) for reason, line in rows.items()}
+    kept = [(row["amount"], row["quantity"], row["time_zone"]) for row in found if row["reason"] is None]
+    assert kept == [(-1000.0, 0.5, "Europe/Paris"), (None, None, "UTC")]
+
+
+def test_a_broken_csv_row_is_kept_as_its_line(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
+    broken = ["2,bob,b", "3,bob,b,2023-05-01T10:00:00Z,1,extra", '4,bob,"b,2023-05-01T10:00:00Z,1']
+    text = ["id,user,item,at,price", "1,ann,a,2023-05-01T10:00:00Z,1", *broken, "5,cyd,c,2023-05-01T10:00:00Z,1"]
+    rows = ingest(spark, write("log.csv", "\n".join(text)), mapping("log.csv"))
+    assert [row["raw"] for row in rows if row["reason"] == "broken_row"] == broken
+    assert [row["user_id"] for row in rows if row["reason"] is None] == ["ann", "cyd"]
+
+
+def test_a_broken_json_line_is_kept_as_it_is(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
+    good = '{"id": "1", "user": "ann", "item": "a", "at": "2023-05-01T10:00:00Z", "price": 1}'
+    broken = ['"text"', '[{"id": "2"}]', good[:30]]
+    rows = ingest(spark, write("log.json", "\n".join([good, *broken])), mapping("log.json", "json"))
+    assert sorted(row["raw"] for row in rows if row["reason"] == "broken_row") == sorted(broken)
+    assert [row["event_id"] for row in rows if row["reason"] is None] == ["1"]
+
+
+def test_a_missing_file_or_column_is_named(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
+    folder = write("log.csv", "id,user,item,at,price\n1,ann,a,2023-05-01,1\n")
+    with pytest.raises(TrailvecError, match=r"nowhere\.csv: no such file"):
+        read_raw(spark, mapping("nowhere.csv"), folder)
+    with pytest.raises(TrailvecError, match=r"log\.csv has no column itm.*did you mean item\?"):
+        read_raw(spark, mapping("log.csv", columns={"item_id": "itm"}), folder)
+    with pytest.raises(TrailvecError, match=r"unknown zone Europe/Lodnon; did you mean Europe/London\?"):
+        ingest(spark, folder, mapping("log.csv", columns={"event_ts": {"column": "at", "zone": "Europe/Lodnon"}}))
+    with pytest.raises(TrailvecError, match=r"source test: .*`itm`.*correct the mapping"):
+        ingest(spark, folder, mapping("log.csv", columns={"item_id": {"expr": "upper(itm)"}}))
+    with pytest.raises(
+        TrailvecError, match=r"source test: the SQL can't be read: Syntax error at.*correct the mapping"
+    ):
+        ingest(spark, folder, mapping("log.csv", columns={"item_id": {"expr": "upper(("}}))
+
+
+def test_a_file_that_can_not_be_read_is_named(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
+    folder = write("day1.csv", "id,user,item,at,price\n")
+    write("day2.csv", "id,user,item,price,at\n1,ann,a,1,2023-05-01\n")
+    write("more/day1.csv", "id,user,item,at,price\n")
+    write("more/day2.csv", "id,user,item,at\n1,ann,a,2023-05-01\n")
+    table = pa.table({name: [str(n) for n in range(1000)] for name in ("id", "user", "item", "at", "price")})
+    pq.write_table(table, folder / "whole.parquet")
+    pq.write_table(table.set_column(1, "user", pa.array(range(1000))), folder / "zoned.parquet")
+    whole = (folder / "whole.parquet").read_bytes()
+    (folder / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+
+    def said(path: str, form: str) -> str:
+        with pytest.raises(Exception) as error:  # noqa: PT011 - Spark's own, of several types
+            ingest(spark, folder, mapping(path, form))
+        return str(explain(error.value))
+
+    assert "cut.parquet is not a whole Parquet file" in said("cut.parquet", "parquet")
+    assert "zoned.parquet: column user is INT64, in the files beside it string" in said("[wz]*.parquet", "parquet")
+    assert "day2.csv has the columns id, user, item, price, at, the files beside it id, user" in said("day*.csv", "csv")
+    assert "day2.csv has 4 columns, the files beside it 5" in said("more", "csv")
+
+
+def _source(folder: Path, name: str = "shop") -> str:
+    """A mapping file for log*.csv in the folder."""
+    path = folder / f"{name}.toml"
+    path.write_text(
+        f"""name = "{name}"
+[[input]]
+path = "log*.csv"
+format = "csv"
+[input.columns]
+event_id = "id"
+user_id = "user"
+item_id = "item"
+event_type = {{ constant = "view" }}
+event_ts = "at"
+vertical = {{ constant = "shop" }}
+amount = "price"
+"""
+    )
+    return str(path)
+
+
+def _settings(folder: Path, sources: list[str], share: float = 0.05) -> tuple[str, ...]:
+    return (
+        f"ingest.sources={json.dumps(sources)}",
+        f'ingest.data_dir="{folder}"',
+        f"ingest.max_rejected_share={share}",
+    )
+
+
+def test_too_many_refused_records_stop_before_anything_is_written(
+    make_runtime: Callable[..., Runtime], write: Callable[[str, str], Path]
+) -> None:
+    good = "id,user,item,at,price\n1,ann,a,2023-05-01,1\n2,ann,a,2023-05-02,1\n"
+    folder = write("log.csv", good)
+    sources = [_source(folder)]
+    runtime = make_runtime(*_settings(folder, sources, 0.4))
+    runtime.execute(STAGE)
+    before = [DeltaTable(runtime.path(table)).version() for table in STAGE.writes]
+
+    write("log.csv", good + "3,,a,2023-05-01,1\n4,ann,a,2023-05-01,much\n5,,b,2023-05-01,1\n")
+    with pytest.raises(TrailvecError) as error:
+        runtime.execute(STAGE)
+    text = str(error.value)
+    assert "3 of 5 records are refused, more than ingest.max_rejected_share = 0.4 allows" in text
+    assert (
+        'missing_user_id 2 (such as {"id":"3","item":"a","at":"2023-05-01","price":"1"}); bad_amount 1 (such as' in text
+    )
+    assert [DeltaTable(runtime.path(table)).version() for table in STAGE.writes] == before
+
+    allowed = make_runtime(*_settings(folder, sources, 0.6))
+    report = allowed.execute(STAGE)
+    assert (report.rows_in["records"], report.rows_out) == (5, {"events": 2, "rejected_events": 3})
+    assert {row["reason"] for row in stored(allowed, REJECTED_EVENTS)} == {"missing_user_id", "bad_amount"}
+
+
+def test_no_sources_is_an_error(make_runtime: Callable[..., Runtime]) -> None:
+    with pytest.raises(TrailvecError, match=r"ingest\.sources is empty"):
+        make_runtime().execute(STAGE)
+
+
+# ---- one event, one row -------------------------------------------------------------------------------
+
+
+def test_the_same_id_is_one_event(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
+    lines = ["1,ann,a,2023-05-02,1", "1,ann,a,2023-05-01,1", "1,ann,a,2023-05-01,1", "2,bob,b,2023-05-01,"]
+    given = mapping("log.csv", attributes=["user"])
+
+    def judge(order: list[str], partitions: int) -> list[tuple[Any, ...]]:
+        folder = write("log.csv", "\n".join(["id,user,item,at,price", *order]))
+        events: DataFrame = to_events(read_raw(spark, given, folder), given, "test", IngestSettings(), NOW)
+        rows = mark_duplicates(events.repartition(partitions)).collect()
+        return sorted((row["event_id"], row["event_ts"], row["reason"] or "", row["raw"] or "") for row in rows)
+
+    first = judge(lines, 1)
+    assert [row[:3] for row in first] == [
+        ("1", datetime(2023, 5, 1), ""),
+        ("1", datetime(2023, 5, 1), REPEAT),
+        ("1", datetime(2023, 5, 2), "duplicate_event_id"),
+        ("2", datetime(2023, 5, 1), ""),
+    ]
+    assert json.loads(first[2][3])["event_ts"].startswith("2023-05-02")
+    assert judge(lines[::-1], 3) == first
+
+
+def test_a_null_beside_a_value_is_other_content(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
+    # Spark's hash skips NULLs: (NULL, x) and (x, NULL) would look equal.
+    folder = write("log.csv", "id,user,item,at,price,name,kind\n1,a,a,2023-05-01,1,x,\n1,a,a,2023-05-01,1,,x\n")
+    given = mapping("log.csv", columns={"item_name": "name", "category": "kind"})
+    events = to_events(read_raw(spark, given, folder), given, "test", IngestSettings(), NOW)
+    assert sorted(row["reason"] or "" for row in mark_duplicates(events).collect()) == ["", "duplicate_event_id"]
+
+
+def test_a_lookup_never_multiplies_or_loses_records(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
+    folder = write("log.csv", "id,user,item,at,price\n1,ann,7,2023-05-01,1\n2,ann,8,2023-05-01,1\n")
+    table = pa.table({"item": [7, 7, 9], "department": ["toys", "food", "none"]})  # numbers here, text in the log
+    pq.write_table(table, folder / "items.parquet")
+    lookups = [{"path": "items.parquet", "format": "parquet", "on": ["item"]}]
+    columns = {"vertical": {"column": "department", "default": "OTHER"}}
+    rows = ingest(spark, folder, mapping("log.csv", columns=columns, lookups=lookups))
+    assert [(row["event_id"], row["vertical"]) for row in rows] == [("1", "food"), ("2", "OTHER")]
+
+
+# ---- Online Retail, four real days against plain Python -----------------------------------------------
+
+
+def _retail_oracle() -> Iterator[tuple[str, Row]]:
+    """(event_id or the reason of refusal, line) of each line of the fixture, by csv and hashlib."""
+    id_columns = ["InvoiceNo", "StockCode", "Description", "Quantity", "UnitPrice", "InvoiceDate", "CustomerID"]
+    for path in sorted(ONLINE_RETAIL.glob("*.csv")):
+        times: collections.Counter[tuple[str, ...]] = collections.Counter()
+        with path.open(newline="", encoding="utf-8") as file:
+            for line in csv.DictReader(file):
+                times[tuple(line.values())] += 1
+                if not (len(line["StockCode"]) >= 5 and line["StockCode"][:5].isdigit()):
+                    yield "not_a_product", line
+                elif not line["CustomerID"]:
+                    yield "missing_user_id", line
+                else:
+                    parts = [*(line[name] for name in id_columns), str(times[tuple(line.values())])]
+                    yield hashlib.sha256("-".join(parts).encode()).hexdigest(), line
+
+
+RETAIL = ("conf/sources/online_retail.toml",)
+
+
+def test_online_retail_against_plain_python(make_runtime: Callable[..., Runtime]) -> None:
+    runtime = make_runtime(*_settings(ONLINE_RETAIL, [*RETAIL], 0.6))
+    report = runtime.execute(STAGE)
+    oracle = list(_retail_oracle())
+    expected = {key: line for key, line in oracle if len(key) == 64}
+    refused = collections.Counter(key for key, _ in oracle if len(key) != 64)
+    assert len(expected) + sum(refused.values()) == len(oracle) == report.rows_in["records"]
+    assert min(refused.values()) > 0  # the fixture has both kinds
+
+    assert collections.Counter(row["reason"] for row in stored(runtime, REJECTED_EVENTS)) == refused
+    events = {row["event_id"]: row for row in stored(runtime, EVENTS)}
+    assert events.keys() == expected.keys()
+    returns = 0
+    for event_id, line in expected.items():
+        row = events[event_id]
+        # British Summer Time began on 2011-03-27 at 01:00; no line of that day is earlier.
+        summer = line["InvoiceDate"] >= "2011-03-27"
+        local = datetime.fromisoformat(line["InvoiceDate"]).replace(tzinfo=timezone.utc)
+        is_return = line["InvoiceNo"].startswith("C")
+        returns += is_return
+        assert row["event_ts"] == local - timedelta(hours=summer)
+        assert row["event_type"] == ("return" if is_return else "purchase")
+        assert row["amount"] == pytest.approx(int(line["Quantity"]) * float(line["UnitPrice"]), abs=1e-3)
+        assert row["quantity"] == int(line["Quantity"])
+        assert (row["user_id"], row["item_id"]) == (line["CustomerID"].removesuffix(".0"), line["StockCode"])
+        assert (row["basket_id"], row["item_name"]) == (line["InvoiceNo"], line["Description"].strip())
+        assert dict(row["attributes"]) == {"Country": line["Country"]}
+        assert (row["time_zone"], row["vertical"], row["source"]) == ("Europe/London", "GIFTS", "online_retail")
+    assert returns > 0
+
+
+def test_doubled_and_shuffled_files_give_the_same_events(make_runtime: Callable[..., Runtime], tmp_path: Path) -> None:
+    """Law 1, for a whole log."""
+    once = make_runtime(*_settings(ONLINE_RETAIL, [*RETAIL], 0.6), root=tmp_path / "once")
+    once.execute(STAGE)
+    twice = tmp_path / "twice"
+    twice.mkdir()
+    for number, path in enumerate(sorted(ONLINE_RETAIL.glob("*.csv"))):
+        header, *lines = path.read_text(encoding="utf-8").splitlines()
+        random.Random(number).shuffle(lines)
+        (twice / f"{9 - number}.csv").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+        shutil.copy(path, twice)
+    doubled = make_runtime(*_settings(twice, [*RETAIL], 0.6), root=tmp_path / "doubled")
+    report = doubled.execute(STAGE)
+    assert stored(doubled, EVENTS) == stored(once, EVENTS)
+    assert report.notes == [f"{report.rows_out['events']:,} exact repeats of an event dropped"]
+
+
+def test_a_second_run_is_skipped_and_a_forced_one_changes_no_row(
+    make_runtime: Callable[..., Runtime], write: Callable[[str, str], Path]
+) -> None:
+    folder = write("log.csv", "id,user,item,at,price\n1,ann,a,2023-05-01,1\n2,bob,b,2023-05-01,1\n")
+    runtime = make_runtime(*_settings(folder, [_source(folder)]))
+    assert not runtime.execute(STAGE).skipped
+    before = stored(runtime, EVENTS)
+    assert runtime.execute(STAGE).skipped  # rejected_events, which stays empty, has its commit too
+    assert not runtime.execute(STAGE, force=True).skipped
+    assert stored(runtime, EVENTS) == before
+    write("log2.csv", "id,user,item,at,price\n3,cyd,c,2023-05-01,1\n")
+    assert runtime.execute(STAGE).rows_out["events"] == 3  # a new file is seen
+
+
+# ---- Complete Journey, its shape with a few rows made by hand ------------------------------------------
+
+
+def test_complete_journey(make_runtime: Callable[..., Runtime], tmp_path: Path) -> None:
+    def put(name: str, **columns: Any) -> None:
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet", use_deprecated_int96_timestamps=True)
+
+    def times(*values: datetime) -> pa.Array:
+        return pa.array(values, pa.timestamp("ns"))
+
+    zeros = [0.0, 0.0]
+    put(
+        "transactions",
+        household_id=[900, 901],
+        store_id=[330, 330],
+        basket_id=[31198570044, 31198570044],
+        product_id=[1095275, 5],
+        quantity=[1, 19598],
+        sales_value=[0.5, 55.05],
+        retail_disc=zeros,
+        coupon_disc=zeros,
+        coupon_match_disc=zeros,
+        week=[1, 1],
+        transaction_timestamp=times(datetime(2017, 1, 1, 11, 53, 26), datetime(2017, 7, 1, 0, 0, 1)),
+    )
+    put(
+        "products",
+        product_id=[1095275],
+        manufacturer_id=[2],
+        department=["PASTRY"],
+        brand=["National"],
+        product_category=["ROLLS"],
+        product_type=["ROLLS: BAGELS"],
+        package_size=["4 OZ"],
+    )
+    put("campaigns", campaign_id=[18], household_id=[900])
+    put(
+        "campaign_descriptions",
+        campaign_id=[18],
+        campaign_type=["Type A"],
+        start_date=times(datetime(2017, 10, 30)),
+        end_date=times(datetime(2017, 12, 24)),
+    )
+    put(
+        "coupon_redemptions",
+        household_id=[900],
+        coupon_upc=[10000085364],
+        campaign_id=[18],
+        redemption_date=times(datetime(2017, 11, 6)),
+    )
+    runtime = make_runtime(*_settings(tmp_path, ["conf/sources/completejourney.toml"]))
+    assert runtime.execute(STAGE).rows_out == {"events": 4, "rejected_events": 0}
+    rows = {row["event_id"]: row for row in stored(runtime, EVENTS)}
+    what = ("user_id", "item_id", "event_type", "vertical", "category", "item_name", "amount", "quantity", "basket_id")
+    assert {event_id: tuple(row[name] for name in what) for event_id, row in rows.items()} == {
+        "31198570044-1095275": (
+            *("900", "1095275", "purchase", "PASTRY", "ROLLS", "ROLLS: BAGELS, 4 OZ, National brand"),
+            *(0.5, 1.0, "31198570044"),
+        ),
+        "31198570044-5": ("901", "5", "purchase", "UNKNOWN", None, "product 5", 55.05, 19598.0, "31198570044"),
+        "campaign-18-900": (
+            *("900", "campaign:18", "campaign_received", "CAMPAIGN", "Type A", "campaign 18, Type A"),
+            *(None, None, None),
+        ),
+        "coupon-900-10000085364-18-2017-11-06": (
+            *("900", "coupon:10000085364", "coupon_redeemed", "COUPON", None, "coupon 10000085364"),
+            *(None, None, None),
+        ),
+    }
+    # Purchases are instants; days begin at New York's midnight: UTC-4 until 2017-11-05, then UTC-5.
+    assert {event_id: row["event_ts"].replace(tzinfo=None) for event_id, row in rows.items()} == {
+        "31198570044-1095275": datetime(2017, 1, 1, 11, 53, 26),
+        "31198570044-5": datetime(2017, 7, 1, 0, 0, 1),
+        "campaign-18-900": datetime(2017, 10, 30, 4),
+        "coupon-900-10000085364-18-2017-11-06": datetime(2017, 11, 6, 5),
+    }
+    assert {row["time_zone"] for row in rows.values()} == {"America/New_York"}
