@@ -104,9 +104,9 @@ def run_stages(runtime: Runtime, stages: Sequence[Stage], force: bool = False) -
         with _progress(runtime, stage.name):
             report = runtime.execute(stage, force)
         reports.append(report)
-        _out.print(_line(report))
+        _out.print(_line(report), soft_wrap=True)
         for note in report.notes:
-            _out.print(f"    {note}", style="dim")
+            _out.print(f"    {note}", style="dim", soft_wrap=True)
     return reports
 
 
@@ -123,7 +123,7 @@ def _line(report: Report) -> str:
 def _progress(runtime: Runtime, name: str) -> Iterator[None]:
     """A line that lives while a stage runs: what it says itself, else Spark's running tasks."""
     if not _out.is_terminal:
-        runtime.on_progress = lambda text: _out.print(f"    {text}")
+        runtime.on_progress = lambda text: _out.print(f"    {text}", soft_wrap=True)
         yield
         return
     done = threading.Event()

@@ -145,8 +145,8 @@ class Runtime:
     def write(self, table: Table, df: DataFrame) -> None:
         """Replaces the table's rows by `df` in one commit; in a table partitioned by model_version, only
         the rows of the partitions that `df` holds."""
-        self.create(table)
         mode = "dynamic" if "model_version" in table.partition_by else "static"
+        self.create(table)
         (
             conform(df, table)
             .write.format("delta")
@@ -175,8 +175,18 @@ class Runtime:
             self.spark.conf.unset(key)
 
     def create(self, table: Table) -> None:
-        """Makes the table, empty, where it does not exist: types, NOT NULL, comments, partitions."""
+        """Makes the table, empty, where it does not exist: types, NOT NULL, comments, partitions.
+
+        Raises:
+            TrailvecError: it exists with other columns.
+        """
         if self.exists(table):
+            found, wanted = self.latest(table).schema, table.schema()
+            if [(f.name, f.dataType) for f in found] != [(f.name, f.dataType) for f in wanted]:
+                raise TrailvecError(
+                    f"table {table.name} at {self.path(table)} has the columns of another version of trailvec "
+                    f"({', '.join(found.names)}): move that folder away and run `trailvec {table.stage}` again"
+                )
             return
         builder = DeltaTable.createIfNotExists(self.spark).location(self.path(table)).comment(table.comment)
         builder = builder.addColumns(table.schema()).partitionedBy(*table.partition_by)
@@ -282,7 +292,9 @@ class Runtime:
         self.spark.sql(f"CREATE DATABASE IF NOT EXISTS `{database}`")  # the name's pattern is checked by the config
         self.spark.catalog.setCurrentDatabase(database)
         for table in TABLES:
-            if self.exists(table) and not self.spark.catalog.tableExists(f"{database}.{table.name}"):
+            if self.exists(table):
+                # Anew each time: the name may still mean a table under another root.
+                self.spark.sql(f"DROP TABLE IF EXISTS `{database}`.{table.name}")  # external: its files stay
                 self.spark.catalog.createTable(table.name, path=self.path(table), source="delta")
 
 

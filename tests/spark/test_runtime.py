@@ -1,0 +1,91 @@
+"""What the runtime promises of every table: its contract, its comments, what wrote it, one commit at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from jobs.errors import TrailvecError
+from jobs.runtime import Runtime, Stage
+from jobs.tables import CONTEXT_VALUES, EVALUATION, Column, conform
+from tests.conftest import put
+
+VALUES = "kind string, value string, value_index int"
+
+
+def test_a_missing_column_is_named(spark: SparkSession) -> None:
+    with pytest.raises(TrailvecError, match="context_values needs the columns value_index; found kind, value:"):
+        conform(spark.createDataFrame([("a", "b")], "kind string, value string"), CONTEXT_VALUES)
+
+
+def test_a_null_where_the_contract_has_none_is_not_committed(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    runtime = make_runtime()
+    put(runtime, CONTEXT_VALUES, spark.createDataFrame([("vertical", "food", 2)], VALUES))
+    with pytest.raises(Exception, match="NOT NULL constraint violated"):
+        put(runtime, CONTEXT_VALUES, spark.createDataFrame([("vertical", None, 3)], VALUES))
+    assert [r.value for r in runtime.latest(CONTEXT_VALUES).collect()] == ["food"]
+
+
+def test_comments_reach_sql(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
+    runtime = make_runtime('storage.database="comments"')
+    put(runtime, CONTEXT_VALUES, spark.createDataFrame([("vertical", "food", 2)], VALUES))
+    runtime.register_tables()
+    described = {r.col_name: r for r in spark.sql("DESCRIBE EXTENDED context_values").collect()}
+    assert described["value"].comment == "The value."
+    assert described["Comment"].data_type == CONTEXT_VALUES.comment
+
+
+def test_a_name_in_sql_follows_the_root(
+    make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    for value in ("one", "two"):
+        runtime = make_runtime('storage.database="roots"', root=tmp_path_factory.mktemp(value))
+        put(runtime, CONTEXT_VALUES, spark.createDataFrame([("vertical", value, 2)], VALUES))
+        runtime.register_tables()
+        assert spark.sql("SELECT value FROM context_values").collect()[0].value == value
+
+
+def test_other_models_rows_stay_when_one_models_are_replaced(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    runtime = make_runtime()
+
+    def write(model: str, value: float) -> None:
+        row = (model, "test", "next", "model", "ndcg@10", value, 5)
+        put(runtime, EVALUATION, spark.createDataFrame([row], EVALUATION.schema()))
+
+    for model, value in (("a", 0.1), ("b", 0.2), ("a", 0.3)):
+        write(model, value)
+    assert {r.model_version: r.value for r in runtime.latest(EVALUATION).collect()} == {"a": 0.3, "b": 0.2}
+
+
+def test_a_table_of_another_version_is_refused_and_kept(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    runtime = make_runtime()
+    put(runtime, CONTEXT_VALUES, spark.createDataFrame([("vertical", "food", 2)], VALUES))
+    wider = dataclasses.replace(CONTEXT_VALUES, columns=(*CONTEXT_VALUES.columns, Column("more", "int", "New.")))
+    with pytest.raises(TrailvecError, match="has the columns of another version"):
+        put(runtime, wider, spark.createDataFrame([("vertical", "rides", 3, 7)], f"{VALUES}, more int"))
+    assert [r.value for r in runtime.latest(CONTEXT_VALUES).collect()] == ["food"]
+
+
+def test_a_stage_reads_what_was_there_when_it_began(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
+    runtime = make_runtime()
+    put(runtime, CONTEXT_VALUES, spark.createDataFrame([("vertical", "before", 2)], VALUES))
+    seen = []
+
+    def run(runtime: Runtime) -> None:
+        rows = runtime.read(CONTEXT_VALUES)
+        runtime.write(CONTEXT_VALUES, rows.withColumn("value", F.lit("after")))
+        seen.append(runtime.read(CONTEXT_VALUES).collect()[0].value)
+
+    runtime.execute(Stage("reader", "", run, reads=(CONTEXT_VALUES,), writes=(), settings=()))
+    assert seen == ["before"]
+    assert runtime.latest(CONTEXT_VALUES).collect()[0].value == "after"
