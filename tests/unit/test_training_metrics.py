@@ -9,9 +9,9 @@ from training.metrics import rank_metrics
 
 
 def test_worked_by_hand() -> None:
-    # User 0: 2 of 3 relevant items, on ranks 1 and 3. User 1: only hit on rank 2. User 2: no hit. User 3: nothing
-    # relevant. User 4: fewer candidates than k, all relevant.
-    ranked = np.array([[7, 1, 9], [4, 5, 6], [1, 2, 3], [1, 2, 3], [8, -1, -1]])
+    # User 0: 2 of 3 relevant items, on ranks 1 and 3. User 1: only hit on rank 2, no third candidate. User 2: no hit.
+    # User 3: nothing relevant. User 4: fewer candidates than k, all relevant.
+    ranked = np.array([[7, 1, 9], [4, 5, -1], [1, 2, 3], [1, 2, 3], [8, -1, -1]])
     relevant, offsets = np.array([9, 7, 2, 5, 5, 8, 8]), np.array([0, 3, 5, 6, 6, 7])
     metrics = rank_metrics(ranked, relevant, offsets)
     third, all_three = 1 / log2(4), 1 + 1 / log2(3) + 1 / log2(4)

@@ -87,7 +87,7 @@ def test_what_the_model_has_not_learnt_is_read_as_unknown() -> None:
             torch.testing.assert_close(model.encode(newer), expected)
 
 
-def test_sampler_draws_as_often_as_it_says() -> None:
+def test_sampler_draws_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = torch.tensor([0, 0, 50, 5, 0, 30, 1])
     sampler, rounds = FrequencySampler(counts, draws=3), 20_000
     torch.manual_seed(0)
@@ -100,6 +100,9 @@ def test_sampler_draws_as_often_as_it_says() -> None:
     expected = [1 - (1 - count / 86) ** 3 for count in counts.tolist()]
     # Four standard deviations of a share over so many rounds.
     np.testing.assert_allclose(drawn_in / rounds, expected, atol=4 * np.sqrt(0.25 / rounds))
+    monkeypatch.setattr(torch, "rand", torch.zeros)  # the smallest number that it can give
+    assert sampler.sample(torch.tensor([2]))[0].tolist() == [2]
+    monkeypatch.undo()
     targets = torch.tensor([5, 2, 5, 6])
     drawn, of_targets, of_drawn = sampler.sample(targets)
     np.testing.assert_allclose(of_targets, [expected[item] for item in targets], rtol=1e-5)
