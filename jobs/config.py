@@ -100,6 +100,8 @@ class ModelSettings(Section):
 class EvaluateSettings(Section):
     """vectors + sequences → evaluation."""
 
+    split: Literal["valid", "test"] = Field("test", description="valid to choose settings by, test to report")
+
     max_users: int = Field(20_000, ge=1, description="users ranked; a larger log is sampled by hash of user_id")
     knn_max_users: int = Field(100_000, ge=1, description="users whose items the item-kNN floor is counted from")
     knn_decay: float = Field(0.7, gt=0, le=1, description="weight of a history item per step back")

@@ -31,7 +31,6 @@ from training.metrics import rank_metrics
 
 TASKS = ("next", "new", "repeat")
 METHODS = ("model", "popularity", "own_frequency", "item_knn")
-SPLIT = "test"
 _BLOCK_USERS = 256
 _DEEPEST = 20
 
@@ -119,7 +118,7 @@ def flatten(lists: list[npt.NDArray[Any]]) -> tuple[Integers, Integers]:
 def run(runtime: Runtime) -> None:
     settings = runtime.config.evaluate
     model_dir = runtime.model_dir()
-    sequences = runtime.read(SEQUENCES).where(F.col("split") == SPLIT)
+    sequences = runtime.read(SEQUENCES).where(F.col("split") == settings.split)
     sample = _sample(sequences, settings.max_users)
     encoded = encode_sequences(sample, model_dir, runtime.config.score.batch_size)
     rows = encoded.orderBy("user_id").toPandas()
@@ -136,7 +135,7 @@ def run(runtime: Runtime) -> None:
         per_user = np.concatenate(blocks)
         counted = per_user[~np.isnan(per_user)]  # a user without a relevant item has no value
         if len(counted):
-            row = (model_dir.name, SPLIT, task, method, metric, float(counted.mean()), len(counted))
+            row = (model_dir.name, settings.split, task, method, metric, float(counted.mean()), len(counted))
             results.append(row)
     runtime.write(EVALUATION, runtime.spark.createDataFrame(results, EVALUATION.schema()).coalesce(1))
     for task in TASKS:
@@ -170,14 +169,14 @@ def _catalogue(runtime: Runtime, model_version: str) -> Catalogue:
 
 
 def _interactions(runtime: Runtime, users: pd.Series[str], items: int) -> tuple[sp.csr_matrix, sp.csr_matrix]:
-    """(the users' own counts before the test cut [users, items], a sample's counts in training [sample, items])."""
-    settings = runtime.config.sequences
+    """(the users' own counts before the split's cut [users, items], a sample's counts in training [sample, items])."""
+    settings, split = runtime.config.sequences, runtime.config.evaluate.split
     sessions = runtime.read(SESSIONS)
     cuts = cut_times(sessions.select(F.col("end_ts").alias("event_ts")), settings)
     actions = number_actions(
         sessions, runtime.read(ITEMS), runtime.read(CONTEXT_VALUES), runtime.config.vocabulary.min_count
     )
-    split_of = {name: before_cut(name, cuts, settings) for name in ("train", SPLIT)}
+    split_of = {name: before_cut(name, cuts, settings) for name in ("train", split)}
     for name, condition in split_of.items():
         actions = actions.withColumn(f"in_{name}", condition)
     if settings.target_event_types:
@@ -190,7 +189,7 @@ def _interactions(runtime: Runtime, users: pd.Series[str], items: int) -> tuple[
         return sp.csr_matrix((found["count"], (row, found["item_index"])), shape=(len(columns), items))
 
     evaluated = runtime.spark.createDataFrame(pd.DataFrame({"user_id": users}))
-    own = matrix(actions.where(f"in_{SPLIT}").join(evaluated, "user_id"), {u: n for n, u in enumerate(users)})
+    own = matrix(actions.where(f"in_{split}").join(evaluated, "user_id"), {u: n for n, u in enumerate(users)})
     trained = actions.where("in_train")
     known = _sample(trained.select("user_id").distinct(), runtime.config.evaluate.knn_max_users)
     names = sorted(row.user_id for row in known.collect())

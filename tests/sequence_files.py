@@ -29,7 +29,6 @@ SPEC = ModelSpec(
     layers=1,
     heads=2,
     dropout=0.0,
-    context_width=4,
     negatives=0,
     max_length=MAX_LENGTH,
     items=ITEMS,
@@ -46,6 +45,9 @@ def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
         row = {"length": length, "item_index": items.tolist()}
         for name in FEATURES[1:]:
             row[name] = random.integers(1, CONTEXT_SIZES[name], length).tolist()
+        # Each action at a moment of its own, and all in one session: nothing for training to draw.
+        row["gap_bucket"] = random.integers(3, CONTEXT_SIZES["gap_bucket"], length).tolist()
+        row["session_end"] = [1] * length
         rows.append(row)
     return rows
 

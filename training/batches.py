@@ -17,9 +17,12 @@ FEATURES = (
     "price_bucket",
 )
 
+TARGET = "target"  # beside them in training: the item that each action is to predict
+
 # Largest number of the context features that don't come from a vocabulary (jobs/tables.py says what they mean).
+SAME_MOMENT = 2  # the gap_bucket of an action at the same event_ts as the one before it
 MAX_GAP_BUCKET = 31
-MAX_SESSION_END = 2
+SESSION_END = MAX_SESSION_END = 2
 MAX_HOUR = 24
 MAX_WEEKDAY = 7
 MAX_PRICE_BUCKET = 40

@@ -30,12 +30,15 @@ class TrainSettings(Section):
     architecture: Literal["gpt2"] = Field("gpt2", description="the Hugging Face block inside Transformers4Rec")
     width: int = Field(64, ge=8, description="length of the vectors")
     layers: int = Field(1, ge=1)
-    heads: int = Field(1, ge=1)
+    heads: int = Field(2, ge=1)
     dropout: float = Field(0.2, ge=0, lt=1)
-    context_width: int = Field(8, ge=1, description="length of the embedding of each context feature")
     negatives: int = Field(
         1024, ge=0, description="sampled softmax: items drawn by frequency, shared in a batch; 0: full softmax"
     )
+    later_share: float = Field(
+        1.0, ge=0, le=1, description="of the actions, those that are asked for later sessions, not the next action"
+    )
+    horizon: int = Field(64, ge=1, description="later sessions: any of that many actions after the session's end")
     batch_size: int = Field(64, ge=1, description="rows per process and step")
     epochs: int = Field(10, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
@@ -52,7 +55,6 @@ class ModelSpec(Section):
     layers: int
     heads: int
     dropout: float
-    context_width: int
     negatives: int
     max_length: int = Field(description="actions in a row of sequences")
     items: int = Field(description="rows of the item table: the largest item_index + 1")

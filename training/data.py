@@ -19,7 +19,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"petastorm\.")
 from petastorm import TransformSpec, make_batch_reader  # noqa: E402
 from petastorm.pytorch import BatchedDataLoader  # noqa: E402
 
-from training.batches import FEATURES, pad  # noqa: E402
+from training.batches import FEATURES, SAME_MOMENT, SESSION_END, TARGET, pad  # noqa: E402
 
 Batch = dict[str, torch.Tensor]
 
@@ -28,7 +28,15 @@ SHUFFLED_ROWS = 16_384
 
 
 def read_batches(
-    files: list[str], *, max_length: int, batch_size: int, rank: int, size: int, seed: int
+    files: list[str],
+    *,
+    max_length: int,
+    batch_size: int,
+    rank: int,
+    size: int,
+    seed: int,
+    later_share: float = 0.0,
+    horizon: int = 1,
 ) -> Iterator[Batch]:
     """One pass over this rank's row groups, every row once.
 
@@ -38,10 +46,11 @@ def read_batches(
         files: file:// URLs of Parquet files with the columns of `sequences`; at least `size` row groups in all.
         max_length: a longer row keeps its newest actions.
         seed: the same on all ranks; another one for each epoch.
+        later_share, horizon: see `choose_targets`.
 
     Yields:
-        For each of FEATURES int64 [rows, length]: `batch_size` rows (fewer in the last batch), the longest
-        row's length, zeros after a row's end.
+        For each of FEATURES, and `target`, int64 [rows, length]: `batch_size` rows (fewer in the last batch), the
+        longest row's length, zeros after a row's end.
     """
     spec = TransformSpec(
         lambda frame: _to_actions(frame, max_length),
@@ -60,13 +69,47 @@ def read_batches(
     )
     with BatchedDataLoader(reader, batch_size, shuffling_queue_capacity=SHUFFLED_ROWS) as loader:
         for batch in loader:
-            yield to_batch(batch["actions"].view(-1, len(FEATURES), max_length).transpose(0, 1))
+            rows = to_batch(batch["actions"].view(-1, len(FEATURES), max_length).transpose(0, 1))
+            yield choose_targets(shuffle_moments(rows), later_share, horizon)
 
 
 def to_batch(actions: torch.Tensor) -> Batch:
     """int [features, rows, length] → the batch, cut to its longest row."""
     longest = int((actions[0] > 0).sum(dim=1).max())
     return dict(zip(FEATURES, actions[:, :, :longest].long(), strict=True))
+
+
+def shuffle_moments(batch: Batch) -> Batch:
+    """The actions of each moment (the same event_ts: a basket) in a new order, drawn from torch's global generator.
+
+    Their order in the log goes by event_id and says nothing about the user, but a model would learn it. What belongs
+    to the place and not to the action, gap_bucket and session_end, stays where it is.
+    """
+    moment = (batch["gap_bucket"] != SAME_MOMENT).cumsum(dim=1)  # padding counts on, and so stays at the end
+    order = (moment + torch.rand(moment.shape)).argsort(dim=1)
+    return {n: v if n in ("gap_bucket", "session_end") else v.gather(1, order) for n, v in batch.items()}
+
+
+def choose_targets(batch: Batch, later_share: float, horizon: int) -> Batch:
+    """The batch with what each action is to predict: `target`, int64 [rows, length], 0 where there is nothing.
+
+    A share of the actions, drawn from torch's global generator, is asked not for the next action but for any of the
+    first `horizon` actions after its session, and says session_end, as the newest action before a cut does. The next
+    action mostly completes the visit that is going on; what comes in later visits is what a vector is asked for, and a
+    longer horizon is a steadier answer (Pancha et al., PinnerFormer, 2022, train on all actions of a window).
+    """
+    items, ends = batch[FEATURES[0]], batch["session_end"]
+    present = items > 0
+    following = torch.nn.functional.pad(items[:, 1:], (0, 1))
+    # Which session of its row an action is in: as many as have ended before it; and where the next one starts.
+    session = torch.nn.functional.pad((ends == SESSION_END).cumsum(dim=1)[:, :-1], (1, 0))
+    sizes = torch.zeros(len(items), items.shape[1] + 1, dtype=torch.int64).scatter_add_(1, session, present.long())
+    start = sizes.cumsum(dim=1).gather(1, session)
+    later = (present.sum(dim=1, keepdim=True) - start).clamp(max=horizon)
+    asked = (torch.rand(items.shape) < later_share) & (later > 0) & present
+    place = torch.where(asked, start + (torch.rand(items.shape) * later).long(), 0)
+    target = torch.where(asked, items.gather(1, place), following)
+    return {**batch, "session_end": ends.masked_fill(asked, SESSION_END), TARGET: target}
 
 
 def _to_actions(frame: pd.DataFrame, max_length: int) -> pd.DataFrame:

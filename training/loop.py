@@ -68,6 +68,8 @@ def train(spec: RunSpec) -> None:  # noqa: PLR0915 - one flat loop in reading or
             rank=rank,
             size=size,
             seed=seed,
+            later_share=settings.later_share,
+            horizon=settings.horizon,
         )
         mine, everyone = np.zeros(3), np.zeros(3)  # rows, positions, summed loss
         while True:

@@ -21,7 +21,7 @@ from merlin.schema import ColumnSchema, Schema, Tags  # noqa: E402
 from transformers4rec.config.transformer import GPT2Config  # noqa: E402
 from transformers4rec.torch.masking import CausalLanguageModeling, MaskingInfo  # noqa: E402
 
-from training.batches import FEATURES  # noqa: E402
+from training.batches import FEATURES, TARGET  # noqa: E402
 from training.config import ModelSpec  # noqa: E402
 
 ITEM = FEATURES[0]
@@ -46,8 +46,10 @@ class SequenceModel(nn.Module):
         self.network = _network(spec, item_counts)
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
-        """The summed loss over all positions whose next item is known, and how many they are."""
-        output = self.network(dict(batch), training=True)
+        """The summed loss over all positions whose target (`batch["target"]`) is known, and how many they are."""
+        features = dict(batch)
+        self._masking().chosen = features.pop(TARGET)
+        output = self.network(features, training=True)
         return output["loss"], len(output["labels"])
 
     def encode(self, batch: Batch) -> Tensor:
@@ -93,6 +95,9 @@ class SequenceModel(nn.Module):
         for name, tensor in mine.items():
             tensor.copy_(tensors[name])
 
+    def _masking(self) -> _ChosenTargets:
+        return cast(_ChosenTargets, self.network.heads[0].body.inputs.masking)
+
     def _table(self) -> nn.Embedding:
         return cast(nn.Embedding, self.network.heads[0].body.inputs.item_embedding_table)
 
@@ -126,10 +131,9 @@ def _network(spec: ModelSpec, item_counts: Tensor) -> nn.Module:
         Schema(columns),
         max_sequence_length=spec.max_length,
         embedding_dims={ITEM: spec.width},
-        embedding_dim_default=spec.context_width,
-        aggregation="concat",
-        projection=tr.MLPBlock([spec.width], activation=None),
-        masking=_KnownTargets(hidden_size=spec.width),
+        embedding_dim_default=spec.width,
+        aggregation="element-wise-sum",
+        masking=_ChosenTargets(hidden_size=spec.width),
     )
     block = tr.TransformerBlock(
         GPT2Config.build(
@@ -143,6 +147,7 @@ def _network(spec: ModelSpec, item_counts: Tensor) -> nn.Module:
         ),
         masking=inputs.masking,
     )
+    _pass_history_on(block.transformer)
     # It adds a causal mask to a block that is causal by itself, at the price of one more pass over all weights.
     block.prepare_module = None
     task = tr.NextItemPredictionTask(
@@ -159,12 +164,29 @@ def _network(spec: ModelSpec, item_counts: Tensor) -> nn.Module:
     return cast(nn.Module, model)
 
 
-class _KnownTargets(CausalLanguageModeling):  # type: ignore[misc]
-    """Predicts every next item but the unknown one, which stands for many; inputs stay as they are."""
+def _pass_history_on(transformer: nn.Module) -> None:
+    """Lets attention start as the mean of what it attends to: value and output projections begin as the identity.
+
+    With tied weights such a mean already scores the items of the history above all others. People mostly do again what
+    they did before, and from small random projections that takes many epochs to learn.
+    """
+    for layer in transformer.h:
+        width = layer.attn.c_proj.weight.shape[0]
+        with torch.no_grad():
+            layer.attn.c_proj.weight.copy_(torch.eye(width))
+            layer.attn.c_attn.weight[:, 2 * width :] = torch.eye(width)
+
+
+class _ChosenTargets(CausalLanguageModeling):  # type: ignore[misc]
+    """Causal, with targets chosen outside; never the unknown item, which stands for many. Inputs stay as they are."""
+
+    chosen: Tensor  # int64 [rows, length]
 
     def predict_all(self, item_ids: Tensor) -> MaskingInfo:
         info = super().predict_all(item_ids)
-        return MaskingInfo(info.schema, info.targets.masked_fill(info.targets == UNKNOWN, self.padding_idx))
+        # Transformers4Rec's schema hides a row's last action, so that nothing can be predicted from it.
+        targets = self.chosen.masked_fill((self.chosen == UNKNOWN) | ~info.schema, self.padding_idx)
+        return MaskingInfo(info.schema, targets)
 
 
 class FrequencySampler(nn.Module):

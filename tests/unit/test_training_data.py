@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.sequence_files import MAX_LENGTH, make_rows, write_files
-from training.batches import FEATURES, pad
-from training.data import read_batches, read_held
+from training.batches import FEATURES, TARGET, pad
+from training.data import choose_targets, read_batches, read_held, shuffle_moments
 
 
 @given(st.lists(st.lists(st.integers(1, 9), max_size=5), max_size=6), st.integers(1, 4))
@@ -73,6 +74,59 @@ def test_a_row_longer_than_the_model_keeps_its_newest_actions(tmp_path: Path) ->
     rows = [row for row in make_rows(40) if row["length"] > 3]
     batches = read(write_files(tmp_path, rows), max_length=3)
     assert sorted(as_rows(batches)) == sorted(tuple(values[-3:] for values in row) for row in as_tuples(rows))
+
+
+def actions(**features: list[list[int]]) -> dict[str, torch.Tensor]:
+    """A batch whose other features are the items' numbers times ten, so that they can be seen to stay together."""
+    items = torch.tensor(features["item_index"])
+    rest = {name: items * 10 for name in FEATURES[1:]}
+    return {**rest, **{name: torch.tensor(values) for name, values in features.items()}}
+
+
+def test_only_actions_of_one_moment_change_places() -> None:
+    #                      |one moment |    |one |        |padding
+    batch = actions(
+        item_index=[[11, 12, 13, 14, 15, 16, 17, 0, 0]] * 200,
+        gap_bucket=[[1, 2, 2, 9, 9, 2, 9, 0, 0]] * 200,
+        session_end=[[1, 1, 2, 2, 1, 2, 2, 0, 0]] * 200,
+    )
+    torch.manual_seed(1)
+    mixed = shuffle_moments(batch)
+    for moment in ([0, 1, 2], [3], [4, 5], [6], [7, 8]):
+        before, after = batch["item_index"][:, moment], mixed["item_index"][:, moment]
+        assert torch.equal(after.sort(dim=1).values, before.sort(dim=1).values)
+    orders = {tuple(row) for row in mixed["item_index"].tolist()}
+    assert len(orders) == 6 * 2  # every order of the three and of the two
+    for name in set(FEATURES) - {"item_index", "gap_bucket", "session_end"}:
+        assert torch.equal(mixed[name], mixed["item_index"] * 10)
+    for name in ("gap_bucket", "session_end"):
+        assert torch.equal(mixed[name], batch[name])
+
+
+@pytest.mark.parametrize(("horizon", "later"), [(1, [14]), (2, [14, 15]), (99, [14, 15, 16])])
+def test_an_action_asked_for_later_sessions_gets_one_of_their_first_actions(horizon: int, later: list[int]) -> None:
+    # Sessions (11 12 13), (14), (15 16), and padding; the second row is one session.
+    batch = actions(
+        item_index=[[11, 12, 13, 14, 15, 16, 0], [21, 22, 0, 0, 0, 0, 0]] * 200,
+        session_end=[[1, 1, 2, 2, 1, 2, 0], [1, 2, 0, 0, 0, 0, 0]] * 200,
+    )
+    torch.manual_seed(1)
+    asked = choose_targets(batch, 1.0, horizon)
+    targets = [sorted({*asked[TARGET][0::2, place].tolist()}) for place in range(7)]
+    # The last session has none after it: its actions are asked for the next action as ever.
+    assert targets == [later, later, later, [15, 16][:horizon], [16], [0], [0]]
+    assert asked["session_end"][0].tolist() == [2, 2, 2, 2, 1, 2, 0]
+    assert asked[TARGET][1].tolist() == [22, 0, 0, 0, 0, 0, 0]
+
+
+def test_the_share_of_actions_asked_for_later_sessions_is_a_setting() -> None:
+    batch = actions(item_index=[[11, 12, 13, 14]] * 200, session_end=[[1, 1, 2, 2]] * 200)
+    torch.manual_seed(1)
+    none = choose_targets(batch, 0.0, 9)
+    assert none[TARGET][0].tolist() == [12, 13, 14, 0]
+    assert torch.equal(none["session_end"], batch["session_end"])
+    half = (choose_targets(batch, 0.5, 9)["session_end"] == 2)[:, 0].float().mean()
+    assert 0.35 < half < 0.65
 
 
 def test_only_petastorms_warnings_are_silenced(tmp_path: Path) -> None:

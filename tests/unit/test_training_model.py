@@ -8,7 +8,7 @@ from torch import Tensor
 
 from jobs.errors import TrailvecError
 from tests.sequence_files import CONTEXT_SIZES, ITEMS, SPEC, item_counts, make_rows
-from training.batches import FEATURES, pad
+from training.batches import FEATURES, TARGET, pad
 from training.checkpoint import load_model, read_about, read_vectors, save_model
 from training.model import FrequencySampler, SequenceModel, build_model
 
@@ -26,13 +26,19 @@ def make_model(**changes: float) -> SequenceModel:
 
 def make_batch(rows: list[dict], width: int) -> dict[str, Tensor]:
     lengths = np.array([row["length"] for row in rows])
-    return {n: torch.from_numpy(pad(np.concatenate([r[n] for r in rows]), lengths, width)).long() for n in FEATURES}
+    batch = {n: torch.from_numpy(pad(np.concatenate([r[n] for r in rows]), lengths, width)).long() for n in FEATURES}
+    return with_targets(batch)
+
+
+def with_targets(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each action is to predict the next one of its row."""
+    return {**batch, TARGET: torch.nn.functional.pad(batch["item_index"][:, 1:], (0, 1))}
 
 
 def test_user_times_item_is_the_score_of_transformers4recs_own_head() -> None:
     model, batch = make_model(), make_batch(ROWS, SPEC.history_length)
     with torch.inference_mode():
-        own = model.network(dict(batch), training=False, testing=False)
+        own = model.network({name: batch[name] for name in FEATURES}, training=False, testing=False)
         ours = model.encode(batch) @ model.item_vectors().T
     assert own.shape == (len(ROWS), ITEMS)
     assert own.std() > 0.1
@@ -45,6 +51,7 @@ def test_loss_is_the_cross_entropy_of_every_known_next_item() -> None:
     model, batch = make_model(), make_batch(ROWS, SPEC.max_length)
     batch["item_index"][0, 0] = 1  # unknown as an input
     batch["item_index"][1, 1] = 1  # unknown as a target (and then as an input)
+    batch = with_targets(batch)
     with torch.inference_mode():
         total, positions = model.loss(batch)
         expected, count = 0.0, 0

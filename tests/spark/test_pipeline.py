@@ -1,0 +1,225 @@
+"""The whole road on four days of Online Retail: every stage real, then again, killed, and read by others."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from deltalake import DeltaTable
+from pyspark.sql import SparkSession
+
+from jobs import export_segments
+from jobs import runtime as runtime_module
+from jobs import train as train_module
+from jobs.cli import main
+from jobs.pipeline import STAGES
+from jobs.runtime import Runtime
+from jobs.tables import TABLES
+from tests.conftest import SPARK_CONF, make_config
+
+REPOSITORY = Path(__file__).parents[2]
+SETTINGS = {
+    "storage.database": "online_retail",
+    "ingest.sources": [str(REPOSITORY / "conf/sources/online_retail.toml")],
+    "ingest.data_dir": str(REPOSITORY / "tests/data/online_retail"),
+    "ingest.max_rejected_share": 0.6,
+    "vocabulary.min_count": 2,
+    "sequences.max_length": 16,
+    "sequences.split_by": "leave_one_out",  # four days that lie months apart: no two cut times suit them
+    "sequences.train_files": 2,
+    "train.epochs": 1,
+    "train.width": 16,
+    "train.heads": 2,
+    "train.negatives": 64,
+    "neighbours.k": 3,
+    "spark.master": "local[2]",
+}
+SEGMENT = """
+name = "retail"
+owner = "tests"
+purpose = "nearest to three customers"
+size = 20
+seeds = { sql = "SELECT user_id FROM user_embeddings ORDER BY user_id LIMIT 3" }
+"""
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    os.environ["TRAILVEC_EXPORT_KEY"] = "a key of the tests"
+    segment = tmp_path_factory.mktemp("segments") / "retail.toml"
+    segment.write_text(SEGMENT)
+    values = SETTINGS | {"export.segments": [str(segment)]}
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(spark: SparkSession, settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+    """Every stage, run once."""
+    runtime = Runtime(make_config(tmp_path_factory.mktemp("undisturbed"), *settings), spark)
+    for stage in STAGES:
+        runtime.execute(stage)
+    return runtime
+
+
+def rows(root: Path, table: str) -> list[str]:
+    """The table's rows as sorted text, read by delta-rs and pyarrow."""
+    files = DeltaTable(str(root / "tables" / table)).file_uris()
+    partitions = {name: None for name in left_out}
+    read = [pq.read_table(file.removeprefix("file://"), partitioning=None) for file in files]
+    whole = pa.concat_tables(read) if read else pa.table({})
+    return sorted(
+        json.dumps(r, default=str)
+        for r in whole.drop_columns([n for n in partitions if n in whole.column_names]).to_pylist()
+    )
+
+
+def same_rows(one: Path, other: Path) -> None:
+    for table in TABLES:
+        assert rows(one, table.name) == rows(other, table.name), table.name
+
+
+def test_every_stage_writes_and_then_has_nothing_to_do(undisturbed: Runtime) -> None:
+    for table in TABLES:
+        assert len(rows(undisturbed.root, table.name)) > 0, table.name
+    again = [undisturbed.execute(stage) for stage in STAGES]
+    assert [report.stage for report in again if not report.skipped] == []
+
+
+def test_every_user_has_a_finite_vector_of_the_models_length(undisturbed: Runtime) -> None:
+    events = {json.loads(r)["user_id"] for r in rows(undisturbed.root, "events")}
+    users = [json.loads(r) for r in rows(undisturbed.root, "user_embeddings")]
+    assert sorted(u["user_id"] for u in users) == sorted(events)
+    assert all(len(u["vector"]) == 16 and all(map(math.isfinite, u["vector"])) for u in users)
+
+
+def test_the_popularity_floor_is_what_plain_python_counts(undisturbed: Runtime) -> None:
+    items = [json.loads(r) for r in rows(undisturbed.root, "items")]
+    by_popularity = sorted(
+        (i for i in items if i["train_count"] >= 2), key=lambda i: (-i["target_count"], i["item_index"])
+    )
+    best = [i["item_index"] for i in by_popularity[:10]]
+    per_user = []
+    files = DeltaTable(str(undisturbed.root / "tables/sequences")).file_uris()
+    for file in (f for f in files if "split=test" in f):
+        for row in pq.read_table(file.removeprefix("file://"), partitioning=None).to_pylist():
+            (target,) = row["target_item_index"]  # leave-one-out: one item
+            per_user.append(1 / math.log2(best.index(target) + 2) if target in best else 0.0)
+    found = [json.loads(r) for r in rows(undisturbed.root, "evaluation")]
+    (row,) = [r for r in found if (r["task"], r["method"], r["metric"]) == ("next", "popularity", "ndcg@10")]
+    assert row["users"] == len(per_user) > 0
+    assert row["value"] == pytest.approx(sum(per_user) / len(per_user))
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing on the way may swallow it, as nothing survives kill -9."""
+
+
+@pytest.fixture
+def kill_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Dies right after the n-th thing that becomes visible to others: a commit, a renamed file or folder."""
+    left = [0]
+
+    def dying(write: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **named: Any) -> Any:
+            result = write(*arguments, **named)
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+            return result
+
+        return wrapped
+
+    for name in ("create", "write", "merge"):
+        monkeypatch.setattr(Runtime, name, dying(getattr(Runtime, name)))
+    for module in (runtime_module, train_module, export_segments):
+        monkeypatch.setattr(module, "write_json", dying(module.write_json))
+    monkeypatch.setattr(Path, "rename", dying(Path.rename))
+    return lambda writes: left.__setitem__(0, writes)
+
+
+def test_a_kill_after_any_write_and_the_same_command_end_as_if_nothing_had_happened(
+    undisturbed: Runtime,
+    spark: SparkSession,
+    settings: list[str],
+    tmp_path: Path,
+    kill_after: Callable[[int], None],
+) -> None:
+    config = make_config(tmp_path / "killed", *settings)
+    kills = {}
+    for stage in STAGES:
+        for writes in range(1, 20):
+            kill_after(writes)
+            try:
+                Runtime(config, spark).execute(stage)
+            except Killed:
+                kills[stage.name] = writes
+                continue
+            break
+        kill_after(0)
+        Runtime(config, spark).execute(stage)
+    assert kills.keys() == {stage.name for stage in STAGES}  # every stage was really killed at least once
+    same_rows(undisturbed.root, tmp_path / "killed")
+
+
+def test_a_process_killed_by_the_system_is_made_good_by_the_same_command(
+    undisturbed: Runtime, settings: list[str], tmp_path: Path
+) -> None:
+    sets = [*settings, f'storage.root="{tmp_path}"', *(f'spark.conf."{k}"="{v}"' for k, v in SPARK_CONF.items())]
+    overlay = tmp_path / "conf.toml"
+    overlay.write_text("[spark.conf]\n" + "".join(f'"{k}" = "{v}"\n' for k, v in SPARK_CONF.items()))
+    options = [part for assignment in sets if "spark.conf" not in assignment for part in ("--set", assignment)]
+    command = [sys.executable, "-m", "jobs.cli", "run", "--to", "sessionize", "--conf", str(overlay), *options]
+
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    log = tmp_path / "tables/rejected_events/_delta_log"
+    deadline = time.monotonic() + 120
+    while not log.exists() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGKILL)  # Python and its JVM, in the middle of ingest
+    first.wait()
+    assert log.exists()
+    assert not (tmp_path / "tables/sessions").exists()
+
+    subprocess.run(command, check=True, capture_output=True)
+    for table in ("events", "rejected_events", "sessions"):
+        assert rows(tmp_path, table) == rows(undisturbed.root, table), table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run", "--conf", "nowhere.toml"], "trailvec: nowhere.toml does not exist: correct the path"),
+        (["train", "--set", "train.epoch=3"], "trailvec: the settings: unknown key train.epoch; did you mean epochs?"),
+        (["run", "--set", "train.epochs"], "trailvec: --set train.epochs: found no key=value"),
+        (["run", "--from", "train", "--to", "ingest"], "trailvec: --from train comes after --to ingest: swap them"),
+    ],
+)
+def test_what_a_user_types_wrong_is_one_sentence(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(sentence)
+    assert "\n" not in said
+
+
+def test_show_config_prints_the_resolved_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", "--conf", str(REPOSITORY / "conf/local.toml"), "--set", "train.epochs=2", "--show-config"])
+    assert stopped.value.code == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["train"]["epochs"] == 2  # --set
+    assert shown["sequences"]["target_event_types"] == ["purchase"]  # the overlay
+    assert shown["sessionize"]["gap_minutes"] == 30  # the base

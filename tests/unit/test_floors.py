@@ -1,0 +1,66 @@
+"""The floors against plain Python, and the ranking's small parts by hand."""
+
+from __future__ import annotations
+
+import math
+from datetime import datetime
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.evaluate import flatten, relevant_items, top_items
+from training.floors import ItemKnn, own_frequency, popularity
+
+ITEMS = 6
+histories = st.lists(st.lists(st.integers(0, ITEMS - 1), max_size=8), min_size=1, max_size=5)
+
+
+def counts_of(lists: list[list[int]]) -> sp.csr_matrix:
+    rows = [[items.count(item) for item in range(ITEMS)] for items in lists]
+    return sp.csr_matrix(np.array(rows, np.int64).reshape(len(lists), ITEMS))
+
+
+@given(training=histories, history=histories)
+def test_item_knn_equals_plain_python(training: list[list[int]], history: list[list[int]]) -> None:
+    users_of = [{u for u, items in enumerate(training) if item in items} for item in range(ITEMS)]
+
+    def cosine(a: int, b: int) -> float:
+        both = len(users_of[a] & users_of[b])
+        return both / math.sqrt(len(users_of[a]) * len(users_of[b])) if both else 0.0
+
+    found = ItemKnn(counts_of(training), decay=0.7).scores(*flatten([np.array(items, np.int64) for items in history]))
+    for user, items in enumerate(history):
+        for candidate in range(ITEMS):
+            expected = sum(0.7**step * cosine(item, candidate) for step, item in enumerate(reversed(items)))
+            assert found[user, candidate] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_own_frequency_goes_by_the_users_count_and_then_by_popularity() -> None:
+    scores = own_frequency(counts_of([[1, 1, 2], []]), np.array([0, 1, 5, 9, 0, 0]))
+    assert top_items(scores, 4).tolist() == [[1, 2, 3, 0], [3, 2, 1, 0]]
+
+
+def test_popularity_is_the_same_for_everybody() -> None:
+    assert popularity(np.array([3, 1, 2]), 2).tolist() == [[3, 1, 2], [3, 1, 2]]
+
+
+def test_top_items_breaks_ties_by_number_and_fills_up_with_no_item() -> None:
+    scores = np.array([[1, 3, 3, 2], [-np.inf, 5, -np.inf, -np.inf]], np.float32)
+    assert top_items(scores, 3).tolist() == [[1, 2, 3], [1, -1, -1]]
+
+
+def test_what_comes_next_is_everything_at_the_first_moment() -> None:
+    morning, noon, night = (datetime(2024, 1, 1, hour) for hour in (8, 12, 22))
+    row = SimpleNamespace(
+        target_item_index=[5, 6, 7, 1, 8],
+        target_ts=[morning, morning, noon, noon, night],
+        seen_item_index=[1, 5, 6, 8],
+    )
+    assert relevant_items(row, "next") == [5, 6]
+    assert relevant_items(row, "new") == [7, 1]  # the unknown item is nobody's old one
+    assert relevant_items(row, "repeat") == [5, 6]
+    assert relevant_items(SimpleNamespace(target_item_index=[5], target_ts=[noon], seen_item_index=[5]), "new") == []
