@@ -347,6 +347,8 @@ _SPARK_DEFAULTS = {
     "spark.sql.execution.arrow.pyspark.enabled": "true",
     # A write that changes nothing (an empty table stays empty) still records what ran.
     "spark.databricks.delta.skipRecordingEmptyCommits": "false",
+    # Errors only, from the first line on: setLogLevel comes too late for what the JVM says as it starts.
+    "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={Path(__file__).parent / 'log4j2.properties'}",
     # The task bar would fight with our own progress line.
     "spark.ui.showConsoleProgress": "false",
 }
@@ -359,6 +361,9 @@ def start_spark(config: Config) -> SparkSession:
         TrailvecError: there is no Java, or Delta's jars are not on Spark's class path.
     """
     os.environ["JAVA_HOME"] = java_home()
+    # Spark alone would look for the machine's address, and warn about what it finds.
+    if (config.spark.master or "").startswith("local"):
+        os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
     # Workers run the interpreter that runs this (otherwise Spark takes the first python3 of the PATH).
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     builder = SparkSession.builder.appName("trailvec")
@@ -372,7 +377,6 @@ def start_spark(config: Config) -> SparkSession:
     for key, value in settings.items():
         builder = builder.config(key, value)
     spark = builder.getOrCreate()
-    spark.sparkContext.setLogLevel("ERROR")
     try:
         spark.sql("SELECT 1").collect()  # the extensions' classes load here
         DeltaTable.isDeltaTable(spark, "/")
