@@ -188,6 +188,10 @@ class Runtime:
                     f"({', '.join(found.names)}): move that folder away and run `trailvec {table.stage}` again"
                 )
             return
+        # A kill between the making of the log's folder and its first commit leaves a folder that is no table, and that
+        # Delta neither reads nor creates. It is empty, so rmdir can't lose anything.
+        with contextlib.suppress(OSError):
+            (Path(self.path(table)) / "_delta_log").rmdir()
         builder = DeltaTable.createIfNotExists(self.spark).location(self.path(table)).comment(table.comment)
         builder = builder.addColumns(table.schema()).partitionedBy(*table.partition_by)
         for name, value in table.properties.items():

@@ -28,6 +28,7 @@ from training.config import RunSpec, TrainSettings
 from training.data import Held, read_batches, read_held, to_batch
 from training.metrics import rank_metrics
 from training.model import SequenceModel, build_model
+from training.start import item_factors
 
 WARM_UP = 0.05  # of all rows: the learning rate rises to its full value
 FINAL_RATE = 0.05  # of the learning rate, reached at the end along a cosine
@@ -46,9 +47,11 @@ def train(spec: RunSpec) -> None:  # noqa: PLR0915 - one flat loop in reading or
     torch.manual_seed(settings.seed)
     item_counts = torch.from_numpy(np.load(spec.item_counts))
     model = build_model(spec.model, item_counts)
+    known = item_counts.numpy() > 0
+    if rank == 0:  # the other ranks get it with the first weights, from the broadcast below
+        model.start_from(torch.from_numpy(item_factors(spec.train_files, known, spec.model.width, settings.seed)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     optimizer = dist.distribute(model, optimizer)
-    known = item_counts.numpy() > 0
     held = read_held(spec.valid_files, spec.model.history_length, known, MAX_HELD_USERS) if spec.valid_files else None
     held_part = held.part(rank, size) if held is not None else None
 

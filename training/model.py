@@ -76,6 +76,12 @@ class SequenceModel(nn.Module):
         """The vectors of all items, float32 [items, width]; the rows of unknown items mean nothing."""
         return self._table().weight
 
+    @torch.no_grad()
+    def start_from(self, factors: Tensor) -> None:
+        """Makes `factors`, float32 [items, width], the first item vectors; some of the random ones stays in them, so
+        that no two items begin alike."""
+        self.item_vectors().mul_(0.3).add_(factors)
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything that was learnt, each tensor once: `item_vectors`, `item_counts`, and the network's."""
         table = self._table().weight

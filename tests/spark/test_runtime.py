@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from pyspark.sql import SparkSession
@@ -89,3 +90,11 @@ def test_a_stage_reads_what_was_there_when_it_began(make_runtime: Callable[..., 
     runtime.execute(Stage("reader", "", run, reads=(CONTEXT_VALUES,), writes=(), settings=()))
     assert seen == ["before"]
     assert runtime.latest(CONTEXT_VALUES).collect()[0].value == "after"
+
+
+def test_a_log_folder_without_a_commit_is_made_good(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
+    """What a kill at the very moment of a table's creation leaves behind."""
+    runtime = make_runtime()
+    (Path(runtime.path(CONTEXT_VALUES)) / "_delta_log").mkdir(parents=True)
+    put(runtime, CONTEXT_VALUES, spark.createDataFrame([("vertical", "food", 2)], VALUES))
+    assert [r.value for r in runtime.latest(CONTEXT_VALUES).collect()] == ["food"]
