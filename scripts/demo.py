@@ -18,7 +18,7 @@ from jobs.sql import run_sql
 screen = Console(highlight=False)
 
 TASKS = {
-    "new": "a new purchase (not bought in the last 28 days)",
+    "new": "a new purchase (not in the last 28 days)",
     "repeat": "a repeat purchase",
     "next": "any next purchase",
 }
@@ -50,7 +50,7 @@ ANSWERS = (
         ORDER BY n.rank""",
     ),
     (
-        "Which two big departments do people use most alike? (a vector function on averaged vectors)",
+        "Which big departments are used most alike? (vector functions)",
         """
         WITH centres AS (
           SELECT i.vertical, vector_avg(e.vector) AS centre FROM item_embeddings e JOIN items i USING (item_id)
@@ -73,7 +73,7 @@ def main() -> None:
     show_users(runtime, model)
     for question, text in ANSWERS:
         title(f"SQL: {question}")
-        screen.print(text, style="dim")
+        screen.print(text, style="dim", soft_wrap=True)
         run_sql(runtime, text, as_json=False)
     show_places(runtime, model)
 
@@ -95,7 +95,7 @@ def show_stages(reports: list[Report]) -> None:
 
 
 def show_ranking(runtime: Runtime, model: str) -> None:
-    title("How well it says what a household buys next (December, never seen in training; whole catalogue)")
+    title("What a household buys next, in December (never seen in training; whole catalogue ranked)")
     runtime.register_tables()
     rows = runtime.spark.sql(
         "SELECT task, method, metric, value, users FROM evaluation WHERE model_version = :model", {"model": model}
