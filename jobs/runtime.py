@@ -189,9 +189,10 @@ class Runtime:
                 )
             return
         # A kill between the making of the log's folder and its first commit leaves a folder that is no table, and that
-        # Delta neither reads nor creates. It is empty, so rmdir can't lose anything.
-        with contextlib.suppress(OSError):
-            (Path(self.path(table)) / "_delta_log").rmdir()
+        # Delta neither reads nor creates. At most a half-written commit lies in it, which nobody has ever seen.
+        log = Path(self.path(table)) / "_delta_log"
+        if not any(log.glob("*.json")):
+            shutil.rmtree(log, ignore_errors=True)
         builder = DeltaTable.createIfNotExists(self.spark).location(self.path(table)).comment(table.comment)
         builder = builder.addColumns(table.schema()).partitionedBy(*table.partition_by)
         for name, value in table.properties.items():

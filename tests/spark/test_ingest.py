@@ -54,7 +54,8 @@ def ingest(spark: SparkSession, data_dir: Path, given: Input, **settings: Any) -
 
 def stored(runtime: Runtime, table: Table) -> list[Row]:
     """A table's rows as delta-rs reads them, in a fixed order."""
-    rows: list[Row] = DeltaTable(runtime.path(table)).to_pyarrow_table().to_pylist()
+    files = [uri.removeprefix("file://") for uri in DeltaTable(runtime.path(table)).file_uris()]
+    rows: list[Row] = [row for file in files for row in pq.read_table(file).to_pylist()]
     return sorted(rows, key=repr)
 
 
