@@ -17,23 +17,14 @@ from jobs.config import SequencesSettings
 from jobs.runtime import Runtime, Stage
 from jobs.splits import Cuts, before_cut, cut_of, cut_times, newest_first, utc
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES, SESSIONS, conform
+from training.batches import FEATURES, MAX_GAP_BUCKET, MAX_PRICE_BUCKET, SAME_MOMENT, SESSION_END
 
 UNKNOWN = 1
 SPLITS = ("train", "valid", "test", "score")
-# Buckets of the context features; 0 is padding everywhere. training/ sizes its embeddings by the largest.
-GAP_FIRST, GAP_SAME_MOMENT, GAP_MAX = 1, 2, 31
-PRICE_UNKNOWN, PRICE_NOT_POSITIVE, PRICE_MIN, PRICE_MAX = 1, 2, 3, 40
-IN_SESSION, SESSION_END = 1, 2
-FEATURES = (
-    "item_index",
-    "event_type_index",
-    "vertical_index",
-    "gap_bucket",
-    "session_end",
-    "hour",
-    "weekday",
-    "price_bucket",
-)
+# Buckets of the context features; 0 is padding everywhere. Those that training knows too stand in training/batches.py.
+GAP_FIRST = 1
+PRICE_UNKNOWN, PRICE_NOT_POSITIVE, PRICE_MIN = 1, 2, 3
+IN_SESSION = 1
 
 
 def number_actions(sessions: DataFrame, items: DataFrame, values: DataFrame, min_count: int) -> DataFrame:
@@ -72,7 +63,7 @@ def price_bucket(unit_price: Column) -> Column:
     return (
         F.when(unit_price.isNull(), PRICE_UNKNOWN)
         .when(unit_price <= 0, PRICE_NOT_POSITIVE)
-        .otherwise(F.greatest(F.lit(PRICE_MIN), F.least(F.lit(PRICE_MAX), bucket)))
+        .otherwise(F.greatest(F.lit(PRICE_MIN), F.least(F.lit(MAX_PRICE_BUCKET), bucket)))
         .cast("int")
     )
 
@@ -82,8 +73,8 @@ def gap_bucket(gap_us: Column) -> Column:
     octave = F.floor(F.log2(F.greatest(gap_us / 1e6, F.lit(1.0)))) + 3
     return (
         F.when(gap_us.isNull(), GAP_FIRST)
-        .when(gap_us == 0, GAP_SAME_MOMENT)
-        .otherwise(F.least(F.lit(GAP_MAX), octave))
+        .when(gap_us == 0, SAME_MOMENT)
+        .otherwise(F.least(F.lit(MAX_GAP_BUCKET), octave))
         .cast("int")
     )
 
