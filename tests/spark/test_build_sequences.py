@@ -119,6 +119,20 @@ def test_what_comes_after_a_cut_does_not_change_what_lies_before(
     assert training_rows([*early, edge]) == training_rows([*early, *late, edge])
 
 
+def test_an_event_at_the_very_moment_of_the_cut_comes_after_it(make_runtime: Callable[..., Runtime]) -> None:
+    cut = datetime(2023, 3, 26)
+    moments = {"a": -2, "b": -1, "c": 0, "d": 1}  # microseconds from the cut
+    events = [
+        make_event(event_id=name, user_id="u", item_id=name, event_ts=cut + timedelta(microseconds=micros))
+        for name, micros in moments.items()
+    ]
+    cuts = [f'sequences.{name}="{time.isoformat()}"' for name, time in (("valid_from", cut), ("test_from", cut))]
+    rows = run(make_runtime(*cuts, "vocabulary.min_count=1"), events)
+    assert rows["u", "train", 0]["length"] == rows["u", "test", 0]["length"] == 2
+    targets = rows["u", "test", 0]["target_ts"]
+    assert [t - cut for t in targets] == [timedelta(0), timedelta(microseconds=1)]
+
+
 def test_every_user_has_exactly_one_row_to_score(make_runtime: Callable[..., Runtime]) -> None:
     events = [
         make_event(event_id=f"{user}{n}", user_id=user, item_id=f"i{n}", event_ts=START + timedelta(days=n))
