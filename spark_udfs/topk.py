@@ -161,7 +161,9 @@ def _compare(batches: Iterable[pa.RecordBatch], k: int, metric: Metric) -> Itera
 
 
 def _merge(best: Best, found: Best, k: int) -> Best:
-    rows, ids, scores = (np.concatenate(two) for two in zip(best, found, strict=True))
+    rows = np.concatenate([best[0], found[0]])
+    ids = np.concatenate([best[1], found[1]])
+    scores = np.concatenate([best[2], found[2]])
     return keep_best(rows, ids, scores, k)
 
 
