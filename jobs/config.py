@@ -43,6 +43,24 @@ class IngestSettings(Section):
     max_rejected_share: float = Field(0.05, ge=0, le=1, description="more refused records than this share stop the job")
     earliest: UtcDatetime = Field(datetime(2000, 1, 1), description="UTC; an event before this is refused")
     future_tolerance_hours: float = Field(24, ge=0, description="an event later than now plus this is refused")
+    negative_amount_event_types: list[str] = Field(
+        default_factory=lambda: ["return", "refund"], description="event types whose amount may be negative"
+    )
+    duplicates: Literal["everywhere", "same_day"] = Field(
+        "everywhere",
+        description="where a second event of the same id is looked for: in the whole table, or on its own day (UTC)",
+    )
+    max_files_per_batch: int = Field(1000, ge=1, description="files read, checked and committed at once")
+
+
+class FlagUsersSettings(Section):
+    """events → flagged_users: which users are bots or test accounts. None turns a rule off."""
+
+    events_per_minute: int | None = Field(1_000, ge=1, description="more events than this in one minute")
+    events_per_day: int | None = Field(20_000, ge=1, description="more events than this in one day (UTC)")
+    constant_interval_events: int | None = Field(
+        200, ge=3, description="at least this many events of one day in step, the same time from each to the next"
+    )
 
 
 class SessionizeSettings(Section):
@@ -52,6 +70,14 @@ class SessionizeSettings(Section):
     gap_minutes_by_vertical: dict[str, float] = Field(
         default_factory=dict, description="other gaps, by the vertical of the event before the pause"
     )
+    max_minutes: float | None = Field(
+        None, gt=0, description="an event later than this after the session's first starts a new one; None: no limit"
+    )
+    max_events: int = Field(10_000, ge=1, description="so many events end a session: memory is bounded by it")
+    midnight_of: str | None = Field(
+        None, description="an IANA zone whose midnight ends a session; None: midnight ends none"
+    )
+    cut_on_vertical: bool = Field(False, description="an event of another vertical starts a new session")
 
 
 class VocabularySettings(Section):
@@ -114,6 +140,14 @@ class NeighboursSettings(Section):
     block_rows: int = Field(4096, ge=1, description="vectors in one side of a matrix product")
 
 
+class MaintainSettings(Section):
+    """Upkeep of the tables."""
+
+    retention_hours: float = Field(
+        168, ge=24, description="files that a table dropped are kept so long, for readers that began before"
+    )
+
+
 class ExportSettings(Section):
     """user_embeddings → segment files."""
 
@@ -126,6 +160,7 @@ class Config(Section):
     storage: StorageSettings = StorageSettings()
     spark: SparkSettings = SparkSettings()
     ingest: IngestSettings = IngestSettings()
+    flag_users: FlagUsersSettings = FlagUsersSettings()
     sessionize: SessionizeSettings = SessionizeSettings()
     vocabulary: VocabularySettings = VocabularySettings()
     sequences: SequencesSettings = SequencesSettings()
@@ -135,6 +170,7 @@ class Config(Section):
     evaluate: EvaluateSettings = EvaluateSettings()
     neighbours: NeighboursSettings = NeighboursSettings()
     export: ExportSettings = ExportSettings()
+    maintain: MaintainSettings = MaintainSettings()
 
 
 def load_config(path: str | Path | None = None, sets: list[str] | None = None) -> Config:

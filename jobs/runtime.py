@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -25,9 +26,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from delta.exceptions import DeltaConcurrentModificationException
 from delta.tables import DeltaTable
 from pyspark.errors import AnalysisException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from jobs.config import Config
 from jobs.errors import TrailvecError
@@ -35,6 +38,9 @@ from jobs.tables import TABLES, Table, conform
 
 _PACKAGES = ("jobs", "spark_udfs", "training")
 # Spark settings that no commit and no manifest may show; the pattern is spark.redaction.regex's default.
+_ATTEMPTS = 5  # at a commit that another job's commit got in the way of
+# Commits that move or drop files and change no row.
+_UPKEEP = {"OPTIMIZE", "REORG", "VACUUM START", "VACUUM END", "CLUSTER BY", "SET TBLPROPERTIES"}
 _SECRET = re.compile(r"(?i)secret|password|token|access[.]?key")
 
 
@@ -142,37 +148,110 @@ class Runtime:
         """The Delta version at which the stage reads the table."""
         return self._versions[table.name]
 
+    def incremental(self, written: Table, read: Table) -> DataFrame | None:
+        """The changes of `read` (Delta's change data feed: its columns and _change_type) since `written` was made.
+
+        None where `written` has to be made anew: it does not exist yet, the stage was forced, its settings or the
+        table's revision are others, `read` was replaced as a whole, or its changes are too old to be kept.
+        """
+        last = None if self.forced else self.last_writer(written)
+        now = self.provenance()
+        assert self._stage is not None
+        same = last is not None and last.get("revisions") == now["revisions"]
+        if last is None or not same or any(last["config"][s] != now["config"][s] for s in self._stage.settings):
+            return None
+        since, until = last["reads"].get(read.name), self._versions[read.name]
+        if since is None or since > until:
+            return None
+        if since == until:
+            return self.read(read).limit(0).withColumn("_change_type", F.lit("insert"))
+        commits = DeltaTable.forPath(self.spark, self.path(read)).history(until - since + 1_000)
+        between = commits.where(F.col("version").between(since + 1, until)).select(
+            "version",
+            (F.col("operationParameters")["mode"] == "Overwrite").alias("replaced"),
+            (F.unix_timestamp() - F.unix_timestamp("timestamp")).alias("age"),
+        )
+        rows = between.collect()
+        kept = len(rows) == until - since and max(r["age"] for r in rows) < self.config.maintain.retention_hours * 3600
+        if not kept or any(row["replaced"] for row in rows):
+            return None
+        reader = self.spark.read.format("delta").option("readChangeFeed", "true")
+        return reader.option("startingVersion", since + 1).option("endingVersion", until).load(self.path(read))
+
     def write(self, table: Table, df: DataFrame) -> None:
         """Replaces the table's rows by `df` in one commit; in a table partitioned by model_version, only
         the rows of the partitions that `df` holds."""
         mode = "dynamic" if "model_version" in table.partition_by else "static"
-        self.create(table)
-        (
-            conform(df, table)
-            .write.format("delta")
-            .mode("overwrite")
-            .option("partitionOverwriteMode", mode)
-            .option("userMetadata", self._metadata())
-            .save(self.path(table))
-        )
+        self._save(table, df, "overwrite", {"partitionOverwriteMode": mode})
 
-    def merge(self, table: Table, df: DataFrame) -> None:
-        """Updates the rows of `df` by the table's key and inserts the new ones, in one commit."""
+    def append(self, table: Table, df: DataFrame, batch: tuple[str, int] | None = None, done: bool = True) -> None:
+        """Adds the rows of `df` in one commit.
+
+        Args:
+            batch: (writer, number): a number of that writer that was committed before is not written again.
+            done: False for a commit that others of the same run follow: the stage is not up to date after it.
+        """
+        options = {} if batch is None else {"txnAppId": batch[0], "txnVersion": str(batch[1])}
+        self._save(table, df, "append", options, done)
+
+    def touch(self, table: Table) -> None:
+        """Records that the stage ran and found nothing to change."""
         self.create(table)
-        on = " AND ".join(f"old.{name} <=> new.{name}" for name in table.key)
+        self.append(table, self._load(table).limit(0))
+
+    def _save(self, table: Table, df: DataFrame, mode: str, options: dict[str, str], done: bool = True) -> None:
+        self.create(table)
+        writer = conform(df, table).write.format("delta").mode(mode).options(**options)
+        writer = writer.option("userMetadata", self._metadata(done))
+        self._commit(lambda: writer.save(self.path(table)))
+
+    def merge(
+        self,
+        table: Table,
+        upserts: DataFrame,
+        deletes: DataFrame | None = None,
+        where: Column | None = None,
+        insert_only: bool = False,
+        done: bool = True,
+    ) -> None:
+        """Updates or inserts the rows of `upserts` by the table's key and deletes those of `deletes`, in one commit.
+
+        Args:
+            deletes: rows with the key's columns, none of them in `upserts`.
+            where: a condition over `old.*` that all old rows concerned fulfil: spares Delta the other files.
+            insert_only: old rows stay as they are, and no file is rewritten.
+            done: as in `append`.
+        """
+        self.create(table)
+        new = conform(upserts, table).withColumn("trailvec_delete", F.lit(False))
+        if deletes is not None:
+            gone = deletes.select(*table.key, F.lit(True).alias("trailvec_delete"))
+            new = new.unionByName(gone, allowMissingColumns=True)
+        on = where if where is not None else F.lit(True)
+        for name in table.key:
+            on &= F.col(f"old.{name}") == F.col(f"new.{name}")
+        values = {c.name: F.col(f"new.{c.name}") for c in table.columns}
+        merge = DeltaTable.forPath(self.spark, self.path(table)).alias("old").merge(new.alias("new"), on)
+        if not insert_only:
+            merge = merge.whenMatchedDelete("new.trailvec_delete").whenMatchedUpdate(set=values)
+        merge = merge.whenNotMatchedInsert("NOT new.trailvec_delete", values=values)
         key = "spark.databricks.delta.commitInfo.userMetadata"
-        self.spark.conf.set(key, self._metadata())
+        self.spark.conf.set(key, self._metadata(done))
         try:
-            (
-                DeltaTable.forPath(self.spark, self.path(table))
-                .alias("old")
-                .merge(conform(df, table).alias("new"), on)
-                .whenMatchedUpdateAll()
-                .whenNotMatchedInsertAll()
-                .execute()
-            )
+            self._commit(merge.execute)
         finally:
             self.spark.conf.unset(key)
+
+    def _commit(self, write: Callable[[], None]) -> None:
+        """Tries again where another job (maintain_tables, say) committed to the table in the meantime."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return write()
+            except DeltaConcurrentModificationException:
+                if attempt == _ATTEMPTS:
+                    raise
+                time.sleep(2**attempt * random.uniform(0.5, 1))  # noqa: S311 - spreads the two, nothing secret
+        return None
 
     def create(self, table: Table) -> None:
         """Makes the table, empty, where it does not exist: types, NOT NULL, comments, partitions.
@@ -194,7 +273,11 @@ class Runtime:
         if not any(log.glob("*.json")):
             shutil.rmtree(log, ignore_errors=True)
         builder = DeltaTable.createIfNotExists(self.spark).location(self.path(table)).comment(table.comment)
-        builder = builder.addColumns(table.schema()).partitionedBy(*table.partition_by)
+        builder = builder.addColumns(table.schema())
+        if table.partition_by:
+            builder = builder.partitionedBy(*table.partition_by)
+        if table.cluster_by:
+            builder = builder.clusterBy(*table.cluster_by)
         for name, value in table.properties.items():
             builder = builder.property(name, value)
         builder.execute()
@@ -211,11 +294,12 @@ class Runtime:
             "fingerprint": self.fingerprint,
             "code_version": code_version(),
             "reads": self._versions,
+            "revisions": {table.name: table.revision for table in self._stage.writes},
             "config": config,
         }
 
-    def _metadata(self) -> str:
-        return json.dumps(self.provenance(), sort_keys=True)
+    def _metadata(self, done: bool = True) -> str:
+        return json.dumps(self.provenance() | ({} if done else {"fingerprint": None}), sort_keys=True)
 
     def _facts(self, stage: Stage) -> dict[str, Any]:
         settings = self.config.model_dump(mode="json", include=set(stage.settings))
@@ -223,7 +307,7 @@ class Runtime:
             "stage": stage.name,
             "code": code_version(),
             "settings": settings,
-            "reads": self._versions,
+            "reads": {table.name: self._changed_version(table) for table in stage.reads},
             "inputs": stage.inputs(self),
         }
 
@@ -247,6 +331,13 @@ class Runtime:
             )
         return int(DeltaTable.forPath(self.spark, self.path(table)).history(1).collect()[0]["version"])
 
+    def _changed_version(self, table: Table) -> int:
+        """The newest version at or before the stage's that changed rows: upkeep makes nothing else out of date."""
+        history = DeltaTable.forPath(self.spark, self.path(table)).history(100)
+        changes = history.where(~F.col("operation").isin(*_UPKEEP) & (F.col("version") <= self._versions[table.name]))
+        newest = changes.agg(F.max("version")).collect()[0][0]
+        return self._versions[table.name] if newest is None else int(newest)
+
     def _last_fingerprint(self, table: Table) -> str | None:
         return (self.last_writer(table) or {}).get("fingerprint")
 
@@ -254,7 +345,7 @@ class Runtime:
         """The provenance of the table's newest commit that a stage made; None where there is none."""
         if not self.exists(table):
             return None
-        history = DeltaTable.forPath(self.spark, self.path(table)).history(20)
+        history = DeltaTable.forPath(self.spark, self.path(table)).history(100)
         texts = [row["userMetadata"] for row in history.select("userMetadata").collect() if row["userMetadata"]]
         return json.loads(texts[0]) if texts else None
 

@@ -27,14 +27,23 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """One Delta table. `key` are the columns whose values name a row once; empty where rows have no name."""
+    """One Delta table.
+
+    Attributes:
+        key: the columns whose values name a row once; empty where rows have no name.
+        stage: the stage that writes it.
+        cluster_by: liquid clustering (Delta's OPTIMIZE lays rows of like values into the same files).
+        revision: goes up when the same input and settings give other rows: an incremental stage then makes all anew.
+    """
 
     name: str
     comment: str
     columns: tuple[Column, ...]
     key: tuple[str, ...]
-    stage: str  # the stage that writes it
+    stage: str
     partition_by: tuple[str, ...] = ()
+    cluster_by: tuple[str, ...] = ()
+    revision: int = 1
     properties: dict[str, str] = field(default_factory=dict)
 
     def schema(self) -> StructType:
@@ -64,6 +73,9 @@ def conform(df: DataFrame, table: Table) -> DataFrame:
     )
 
 
+# Readers ask for what changed since they last looked, and a changed row does not rewrite the file it stands in.
+_INCREMENTAL = {"delta.enableChangeDataFeed": "true", "delta.enableDeletionVectors": "true"}
+
 _EVENT_IN_SESSION = (
     "struct<event_ts:timestamp,event_id:string,item_id:string,event_type:string,"
     "vertical:string,amount:double,quantity:double,time_zone:string>"
@@ -90,6 +102,8 @@ EVENTS = Table(
     ),
     key=("event_id",),
     stage="ingest",
+    cluster_by=("event_ts",),
+    properties=_INCREMENTAL,
 )
 
 REJECTED_EVENTS = Table(
@@ -107,9 +121,23 @@ REJECTED_EVENTS = Table(
     stage="ingest",
 )
 
+FLAGGED_USERS = Table(
+    "flagged_users",
+    "Bots and test accounts: their events stay in events and are left out of all that is made from them.",
+    (
+        Column("user_id", "string", "The user; one caught day is enough to leave the user out."),
+        Column("day", "date", "The day (UTC) whose events caught them."),
+        Column("rule", "string", "events_per_minute, events_per_day or constant_interval."),
+        Column("value", "double", "What was measured: the most events in a minute, the events, the events in step."),
+    ),
+    key=("user_id", "day", "rule"),
+    stage="flag_users",
+    properties=_INCREMENTAL,
+)
+
 SESSIONS = Table(
     "sessions",
-    "Runs of a user's events without a longer pause than the gap; events in (event_ts, event_id) order.",
+    "Runs of a user's events without a longer pause than the gap, cut by the rules of sessionize; events in order.",
     (
         Column("session_id", "string", "Stable: a hash of the user and of the session's first event."),
         Column("user_id", "string", "The user."),
@@ -118,10 +146,17 @@ SESSIONS = Table(
         Column("event_count", "int", "Number of events."),
         Column("verticals", "array<string>", "The verticals met, sorted, each once."),
         Column("amount", "double", "Sum of the events' amounts; NULL when none has one.", True),
-        Column("events", f"array<{_EVENT_IN_SESSION}>", "The events, in order."),
+        Column("events", f"array<{_EVENT_IN_SESSION}>", "The events, in (event_ts, event_id) order."),
+        Column(
+            "run_start_ts",
+            "timestamp",
+            "Start of the run of events without a long pause that the session was cut from; start_ts where it is whole.",
+        ),
     ),
     key=("session_id",),
     stage="sessionize",
+    cluster_by=("start_ts",),
+    properties=_INCREMENTAL,
 )
 
 ITEMS = Table(
@@ -193,8 +228,8 @@ SEQUENCES = Table(
     key=("user_id", "split", "part"),
     stage="build_sequences",
     partition_by=("split",),
-    # Petastorm reads the data files and knows nothing of deletion vectors.
-    properties={"delta.enableDeletionVectors": "false"},
+    # Petastorm knows nothing of deletion vectors: build_sequences purges them from what training reads.
+    properties={"delta.enableDeletionVectors": "true"},
 )
 
 USER_EMBEDDINGS = Table(
@@ -263,6 +298,7 @@ NEIGHBOURS = Table(
 TABLES = (
     EVENTS,
     REJECTED_EVENTS,
+    FLAGGED_USERS,
     SESSIONS,
     ITEMS,
     CONTEXT_VALUES,
