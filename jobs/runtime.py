@@ -210,6 +210,7 @@ class Runtime:
         table: Table,
         upserts: DataFrame,
         deletes: DataFrame | None = None,
+        *,
         where: Column | None = None,
         insert_only: bool = False,
         done: bool = True,

@@ -150,7 +150,7 @@ SESSIONS = Table(
         Column(
             "run_start_ts",
             "timestamp",
-            "Start of the run of events without a long pause that the session was cut from; start_ts where it is whole.",
+            "Start of the run of events without a long pause that the session was cut from; mostly start_ts.",
         ),
     ),
     key=("session_id",),
