@@ -10,10 +10,12 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pyspark
 import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
+SPARK_JARS = "lib/python3.11/site-packages/pyspark/jars"
 LOCKS = sorted(ROOT.glob("requirements*.lock"))
 REGISTRY = re.compile(r"https?://[^ ]*/(simple|maven2)(/|$)|index-url", re.MULTILINE)
 
@@ -43,10 +45,36 @@ def test_the_lock_holds_what_pyproject_asks_for() -> None:
     assert [str(r) for r in asked if not r.specifier.contains(locked(r.name.lower()))] == []
 
 
+def pinned_jars() -> dict[str, set[str]]:
+    """The names in jars.sha256, by their folder under .venv."""
+    paths = [Path(line.split()[1]) for line in (ROOT / "scripts/jars.sha256").read_text().splitlines()]
+    return {str(folder): {p.name for p in paths if p.parent == folder} for folder in {p.parent for p in paths}}
+
+
 def test_deltas_jars_are_those_of_the_locked_delta_spark() -> None:
-    names = {line.split()[1] for line in (ROOT / "scripts/jars.sha256").read_text().splitlines()}
     version = locked("delta-spark")
-    assert names == {f"delta-spark_2.12-{version}.jar", f"delta-storage-{version}.jar"}
+    delta = {name for name in pinned_jars()[SPARK_JARS] if name.startswith("delta-")}
+    assert delta == {f"delta-spark_2.12-{version}.jar", f"delta-storage-{version}.jar"}
+
+
+def test_the_kafka_source_and_the_tests_broker_are_of_one_kafka() -> None:
+    jars = pinned_jars()
+    assert set(jars) == {SPARK_JARS, "kafka"}
+    found = {r for name in jars["kafka"] | jars[SPARK_JARS] for r in re.findall(r"^kafka[-_].*-([\d.]+)\.jar$", name)}
+    assert found == {"3.4.1"}
+    # The set-up names the two roots; all else follows from them.
+    text = (ROOT / "scripts/setup.sh").read_text()
+    assert "org.apache.kafka:kafka_2.12:3.4.1" in text
+    source = re.findall(r"spark-sql-kafka-0-10_2\.12:([\d.]+)", text)
+    assert {f"spark-{part}-kafka-0-10_2.12-{source[0]}.jar" for part in ("sql", "token-provider")} < jars[SPARK_JARS]
+
+
+def test_no_jar_stands_on_sparks_class_path_in_two_versions() -> None:
+    names = [path.name for path in (Path(pyspark.__file__).parent / "jars").glob("*.jar")]
+    artifacts = [re.sub(r"-\d[\w.]*(-M?\d+)?\.jar$", "", name) for name in names]
+    assert len(names) > 200
+    assert pinned_jars()[SPARK_JARS] <= set(names)
+    assert sorted(a for a in set(artifacts) if artifacts.count(a) > 1) == []
 
 
 def test_no_file_names_a_package_registry() -> None:
