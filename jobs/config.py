@@ -11,7 +11,7 @@ import difflib
 import tomllib
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -19,6 +19,8 @@ from jobs.errors import TrailvecError
 from training.config import Section, TrainSettings, UtcDatetime
 
 M = TypeVar("M", bound=BaseModel)
+# What Spark takes as a LIKE pattern: a backslash stands before _, % or another backslash.
+LikePattern = Annotated[str, Field(pattern=r"^([^\\]|\\[_%\\])+$")]
 
 
 class StorageSettings(Section):
@@ -51,6 +53,9 @@ class IngestSettings(Section):
         description="where a second event of the same id is looked for: in the whole table, or on its own day (UTC)",
     )
     max_files_per_batch: int = Field(1000, ge=1, description="files read, checked and committed at once")
+    max_records_per_batch: int = Field(
+        5_000_000, ge=1, description="Kafka: records read, checked and committed at once"
+    )
 
 
 class FlagUsersSettings(Section):
@@ -60,6 +65,9 @@ class FlagUsersSettings(Section):
     events_per_day: int | None = Field(20_000, ge=1, description="more events than this in one day (UTC)")
     constant_interval_events: int | None = Field(
         200, ge=3, description="at least this many events of one day in step, the same time from each to the next"
+    )
+    test_accounts: list[LikePattern] = Field(
+        default_factory=list, description="SQL LIKE patterns of user ids ('qa-%'); a user that matches one is caught"
     )
 
 

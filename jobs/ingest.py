@@ -1,13 +1,20 @@
-"""ingest: files → events, rejected_events.
+"""ingest: files and topics → events, rejected_events.
 
-Each source's mapping (`jobs/sources.py`) is applied to its files; nothing in a record makes the job fail. A record
+Structured Streaming keeps the books: a checkpoint for each input says which files (or offsets) were read, and each run
+takes what is new (Trigger.AvailableNow). A batch is read, checked, deduplicated against the batch and the table, and
+committed: rejected_events first, under the batch's number, so that a batch that is done again adds nothing; then
+events, by MERGE. A kill at any moment and the same command end as if nothing had happened (docs/decisions/0007).
+
+Each source's mapping (`jobs/sources.py`) is applied to its records; nothing in a record makes the job fail. A record
 that is no event goes to rejected_events with the first reason that holds, in this order: broken_row; the mapping's
-own rules; missing_* (user_id, item_id, event_type, vertical, event_ts, event_id; blank counts as missing);
-bad_event_ts, event_before_earliest, event_in_future, bad_amount, bad_quantity, bad_time_zone; long_* (an id of more
-than 512 characters); duplicate_event_id.
+own rules; invalid_utf8; missing_* (user_id, item_id, event_type, vertical, event_ts, event_id; blank counts as
+missing); bad_type_* (an id that is no text and no whole number in its file); bad_event_ts, event_before_earliest,
+event_in_future, bad_amount, bad_quantity, negative_amount, bad_time_zone; long_* (an id of more than 512 characters);
+duplicate_event_id.
 
-The same event again, equal in every column, is dropped without a word; the same event_id with other content keeps
-the row with the smallest (event_ts, hash of content). So files may come in any order and any number of times.
+The same event again, equal in every column, is dropped without a word, however long ago it came; the same event_id with
+other content keeps the row with the smallest (event_ts, hash of content), whichever came first. So records may come in
+any order, in any batches and any number of times.
 
 An id with an ordinal numbers the identical records *of one file*: a line that stands twice in a file is two events,
 while a file that comes twice, even under another name, is the same events again. The price: a file cut in two
@@ -18,14 +25,19 @@ from __future__ import annotations
 
 import difflib
 import glob
+import json
+import os
+import re
+import shutil
+import time
 from collections.abc import Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from pyspark import StorageLevel
-from pyspark.errors import AnalysisException
+from pyspark.errors import AnalysisException, ParseException, StreamingQueryException
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
@@ -33,14 +45,16 @@ from pyspark.sql import types as T
 from jobs.cli import stage_main
 from jobs.config import IngestSettings
 from jobs.errors import TrailvecError, explain
+from jobs.pruning import within_days
 from jobs.runtime import Runtime, Stage
-from jobs.sources import Given, IdValue, Input, Lookup, TimeValue, Value, load_source
+from jobs.sources import Given, IdValue, Input, Kafka, Lookup, Source, TimeValue, Value, load_source
 from jobs.tables import EVENTS, REJECTED_EVENTS
 
 # Columns of a raw frame beside the record's own.
-FILE = "trailvec_file"  # the file's URI
+FILE = "trailvec_file"  # the file's URI, or the topic's name, partition and offset
 LINE = "trailvec_line"  # the record's text; NULL where the columns say it all
 BROKEN = "trailvec_broken"  # the line could not be split into columns
+REST = "trailvec_rest"  # what nothing in the mapping names, as a map
 _ORDINAL = "trailvec_ordinal"
 
 REPEAT = "exact_repeat"  # not a refusal: the event is there already
@@ -53,6 +67,8 @@ _ISO_LOCAL = r"\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?)?"
 _ISO_ZONED = r"\d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?\s*(Z|[+-]\d{2}(:?\d{2})?)"
 # Microseconds in one unit; and the widest number whose microseconds still fit into 64 bits.
 _EPOCH = {"epoch_s": (1_000_000, "decimal(18,6)"), "epoch_ms": (1_000, "decimal(21,6)")}
+# What Spark's own file listing gives of a file without reading it.
+_LISTING = "path string, modificationTime timestamp, length long, content binary"
 
 
 # ---- files → raw frames -------------------------------------------------------------------------------
@@ -78,61 +94,124 @@ def find_files(data_dir: Path, path: str) -> list[Path]:
     return sorted(files)
 
 
-def read_raw(spark: SparkSession, mapping: Input, data_dir: Path) -> DataFrame:
-    """The records of an input: their own columns, those of the lookups, FILE, LINE and BROKEN.
+def read_raw(spark: SparkSession, mapping: Input, data_dir: Path, files: Sequence[str]) -> list[DataFrame]:
+    """The records of some files of an input: their own columns, those of the lookups, FILE, LINE, BROKEN and REST.
 
-    CSV and JSON columns are strings (a nested JSON value is its JSON text); Parquet columns keep their types.
+    CSV and JSON columns are strings (a nested JSON value is its JSON text); Parquet columns keep their types. Files
+    whose columns differ come as frames of their own.
 
     Raises:
         TrailvecError: a file does not exist, or a column that the mapping names.
     """
-    # Spark takes the path itself, not the list of files: it finds partition columns (day=2017-01-01) that way.
-    location = f"file://{data_dir / mapping.path}"
-    files = find_files(data_dir, mapping.path)
-    lookups = [_read_lookup(spark, lookup, data_dir) for lookup in mapping.lookups]
-    looked_up = {name for lookup in lookups for name in lookup.columns}
+    # With it, Spark finds partition columns (day=2017-01-01) in the files' paths.
+    folder = data_dir / str(mapping.path)
+    base = {"basePath": f"file://{folder}"} if folder.is_dir() else {}
     if mapping.format == "csv":
-        records = _read_csv(spark, location, files[0], mapping.delimiter)
+        groups = [_read_csv(spark, group, mapping.delimiter, base) for group in _by_header(spark, files)]
     elif mapping.format == "parquet":
-        records = spark.read.parquet(location).select(
-            "*", _file(), F.lit(None).cast("string").alias(LINE), F.lit(False).alias(BROKEN)
-        )
+        groups = [_with_place(frame) for frame in _read_parquet(spark, _as_patterns(files), base)]
     else:
-        records = _read_json_lines(spark, location, [n for n in _named_columns(mapping) if n not in looked_up])
+        groups = [spark.read.options(**base).text(_as_patterns(files)).select(F.col("value").alias(LINE), _file())]
+    return [_finish(records, mapping, data_dir) for records in groups]
+
+
+def read_topic(records: DataFrame, mapping: Input, data_dir: Path) -> list[DataFrame]:
+    """As `read_raw`, of a batch of Kafka's records."""
+    place = F.concat_ws("/", "topic", "partition", "offset").alias(FILE)
+    return [_finish(records.select(F.col("value").cast("string").alias(LINE), place), mapping, data_dir)]
+
+
+def _finish(records: DataFrame, mapping: Input, data_dir: Path) -> DataFrame:
+    """The records parsed, if they are lines of JSON, with the lookups' columns and REST."""
+    lookups = [_read_lookup(records.sparkSession, lookup, data_dir) for lookup in mapping.lookups]
+    looked_up = {name for rows in lookups for name in rows.columns}
+    named = _named_columns(mapping)
+    claimed = {*named, *mapping.ignore} - set(mapping.attributes)
+    if mapping.format == "json":
+        records = _parse_json(records, [name for name in named if name not in looked_up], claimed)
+    else:
+        rest = [name for name in records.columns if not name.startswith("trailvec_") and name not in claimed]
+        records = records.withColumn(REST, _texts(rest))
     for lookup, rows in zip(mapping.lookups, lookups, strict=True):
         records = _join_lookup(records, rows, lookup)
-    _check_columns(mapping.path, records, mapping.column_names())
+    _check_columns(mapping.place, records, mapping.column_names())
     return records
+
+
+def _as_patterns(files: Sequence[str]) -> list[str]:
+    """Names as Spark's readers, which take patterns, have to be told them."""
+    return [re.sub(r"([][{}*?\\])", r"\\\1", file) for file in files]
+
+
+def _texts(names: Sequence[str]) -> Column:
+    if not names:
+        return F.lit(None).cast("map<string,string>")
+    pairs = [part for name in names for part in (F.lit(name), _text(_column(name)))]
+    return F.map_filter(F.create_map(*pairs), lambda _, value: value.isNotNull())
 
 
 def _file() -> Column:
     return F.col("_metadata.file_path").alias(FILE)
 
 
+def _with_place(rows: DataFrame) -> DataFrame:
+    return rows.select("*", _file(), F.lit(None).cast("string").alias(LINE), F.lit(False).alias(BROKEN))
+
+
+def _by_header(spark: SparkSession, files: Sequence[str]) -> list[list[str]]:
+    """The files of each header, in the order of their names."""
+    jvm: Any = spark._jvm
+    conf = spark._jsc.hadoopConfiguration()
+    groups: dict[str, list[str]] = {}
+    for file in sorted(files):
+        path = jvm.org.apache.hadoop.fs.Path(file)
+        stream = jvm.org.apache.hadoop.io.compress.CompressionCodecFactory(conf).getCodec(path)
+        opened = path.getFileSystem(conf).open(path)
+        text = opened if stream is None else stream.createInputStream(opened)
+        reader = jvm.java.io.BufferedReader(jvm.java.io.InputStreamReader(text, "UTF-8"))
+        groups.setdefault(reader.readLine() or "", []).append(file)
+        reader.close()
+    return [group for header, group in groups.items() if header]  # an empty file has no records
+
+
 def _read_csv(
-    spark: SparkSession, location: str, first_file: Path, delimiter: str, mode: str = "PERMISSIVE"
+    spark: SparkSession, files: Sequence[str], delimiter: str, base: dict[str, str], mode: str = "PERMISSIVE"
 ) -> DataFrame:
-    # enforceSchema=false: a file whose header is another one is an error, not shifted columns.
-    reader = spark.read.options(header=True, sep=delimiter, escape='"', enforceSchema=False)
-    header = reader.csv(f"file://{first_file}").columns
+    """Files of one header."""
+    reader = spark.read.options(header=True, sep=delimiter, escape='"', enforceSchema=False, **base)
+    files = _as_patterns(files)
+    header = reader.csv(files[0]).columns
     schema = T.StructType([T.StructField(name, T.StringType()) for name in [*header, LINE]])
-    rows = reader.options(mode=mode, columnNameOfCorruptRecord=LINE).schema(schema).csv(location)
+    rows = reader.options(mode=mode, columnNameOfCorruptRecord=LINE).schema(schema).csv(files)
     return rows.select("*", _file(), F.col(LINE).isNotNull().alias(BROKEN))
 
 
-def _read_json_lines(spark: SparkSession, location: str, names: list[str]) -> DataFrame:
-    schema = T.StructType([T.StructField(name, T.StringType()) for name in [*names, BROKEN]])
-    parsed = F.from_json(LINE, schema, {"mode": "PERMISSIVE", "columnNameOfCorruptRecord": BROKEN})
+def _read_parquet(spark: SparkSession, files: Sequence[str], base: dict[str, str]) -> list[DataFrame]:
+    reader = spark.read.options(**base)
+    try:
+        return [reader.option("mergeSchema", True).parquet(*files)]
+    except Exception as error:
+        if "CANNOT_MERGE_SCHEMAS" not in str(error):
+            raise
+    # A column has other types in other files: each kind of file is read by its own.
+    groups: dict[str, list[str]] = {}
+    for file in sorted(files):
+        groups.setdefault(reader.parquet(file).schema.json(), []).append(file)
+    return [reader.parquet(*group) for group in groups.values()]
+
+
+def _parse_json(lines: DataFrame, names: list[str], claimed: set[str]) -> DataFrame:
+    """One object of each line that is not blank; a key that the mapping names nowhere stands in REST."""
+    rest = F.map_filter("parsed", lambda key, value: ~key.isin(*claimed) & _text(value).isNotNull())
     return (
-        spark.read.text(location)
-        .select(F.col("value").alias(LINE), _file())
-        .where(F.trim(LINE) != "")
-        .select(LINE, FILE, parsed.alias("parsed"))
+        lines.where(F.trim(LINE) != "")
+        .select(LINE, FILE, F.from_json(LINE, "map<string,string>").alias("parsed"))
         .select(
-            *[F.col("parsed").getField(name).alias(name) for name in names],
+            *[F.col("parsed")[name].alias(name) for name in names],
             FILE,
             LINE,
-            F.col("parsed").getField(BROKEN).isNotNull().alias(BROKEN),
+            F.col("parsed").isNull().alias(BROKEN),
+            rest.alias(REST),
         )
     )
 
@@ -141,7 +220,10 @@ def _named_columns(mapping: Input) -> list[str]:
     """Every raw column that the mapping names, those inside SQL expressions too."""
     names = mapping.column_names()
     for expression in mapping.expressions():
-        leaves = F.expr(expression)._jc.expr().collectLeaves()
+        try:
+            leaves = F.expr(expression)._jc.expr().collectLeaves()
+        except ParseException as error:
+            raise TrailvecError(f"{mapping.place}: {explain(error)}: correct the mapping") from None
         for leaf in (leaves.apply(i) for i in range(leaves.size())):
             if leaf.getClass().getSimpleName() == "UnresolvedAttribute":
                 names.append(leaf.nameParts().head())
@@ -150,12 +232,11 @@ def _named_columns(mapping: Input) -> list[str]:
 
 def _read_lookup(spark: SparkSession, lookup: Lookup, data_dir: Path) -> DataFrame:
     """One row for each value of the `on` columns; these as text, under names of their own (_on)."""
-    files = find_files(data_dir, lookup.path)
-    location = f"file://{data_dir / lookup.path}"
+    files = [f"file://{file}" for file in find_files(data_dir, lookup.path)]
     if lookup.format == "csv":
-        rows = _read_csv(spark, location, files[0], lookup.delimiter, mode="FAILFAST").drop(FILE, LINE, BROKEN)
+        rows = _read_csv(spark, files, lookup.delimiter, {}, mode="FAILFAST").drop(FILE, LINE, BROKEN)
     else:
-        rows = spark.read.parquet(location)
+        rows = spark.read.parquet(*files)
     _check_columns(lookup.path, rows, lookup.on)
     rest = [_column(name) for name in rows.columns if name not in lookup.on]
     keys = [_column(name).cast("string").alias(_on(name)) for name in lookup.on]
@@ -210,7 +291,7 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
         hint = f"did you mean {near[0]}?" if near else "write an IANA name such as Europe/London"
         raise TrailvecError(f"source {source}: event_ts: unknown zone {columns.event_ts.zone}; {hint}")
 
-    fields = [_column(name) for name in raw.columns if name not in (FILE, LINE, BROKEN)]
+    fields = [_column(name) for name in raw.columns if name not in (FILE, LINE, BROKEN, REST)]
     record = F.coalesce(F.col(LINE), F.to_json(F.struct(*fields)))
     if columns.event_id.ordinal:
         identical = Window.partitionBy(FILE, F.sha2(record, 256)).orderBy(FILE)
@@ -219,6 +300,7 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
         event_ts = _given(columns.event_ts)
         event_ts_type = raw.select(event_ts).schema[0].dataType
         own_rules = [F.when(F.expr(rule.when), F.lit(rule.reason)) for rule in mapping.reject]
+        bad_types = [F.when(_is_no_id(raw, columns.given()[n], mapping), f"bad_type_{n}") for n in _given_ids(mapping)]
         texts = {n: _text(_given(value)) for n, value in columns.given().items() if n != "event_ts"}
         given = raw.select(
             *[
@@ -228,8 +310,9 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
             ],
             _time(event_ts, event_ts_type, columns.event_ts).alias("event_ts"),
             _text(event_ts).isNotNull().alias("has_event_ts"),
-            _attributes(mapping.attributes).alias("attributes"),
+            F.col(REST).alias("attributes"),
             F.coalesce(F.when(F.col(BROKEN), F.lit("broken_row")), *own_rules).alias("own_reason"),
+            F.coalesce(F.lit(None).cast("string"), *bad_types).alias("bad_type"),
             record.alias("raw"),
             F.col(FILE).alias("file"),
         )
@@ -310,35 +393,60 @@ def _has_zone(pattern: str) -> bool:
     return any(letter in part for part in pattern.split("'")[::2] for letter in "VzOXxZ")
 
 
-def _attributes(names: list[str]) -> Column:
-    if not names:
-        return F.lit(None).cast("map<string,string>")
-    pairs = [part for name in names for part in (F.lit(name), _text(_column(name)))]
-    return F.map_filter(F.create_map(*pairs), lambda _, value: value.isNotNull())
+def _given_ids(mapping: Input) -> list[str]:
+    return [name for name in _IDS if name in mapping.columns.given()]
+
+
+def _is_no_id(raw: DataFrame, value: Given, mapping: Input) -> Column:
+    """True where the value has a type that no id has: 17850.0 is 17850 in the file before, and nobody would notice."""
+    if isinstance(value, IdValue) and value.columns:
+        return F.lit(False)  # made of many values, of any type
+    given = _given(value)
+    kind = raw.select(given).schema[0].dataType
+    if mapping.format == "json":
+        return F.coalesce(F.ltrim(given.cast("string")).rlike(r"^[\[{]"), F.lit(False))  # an object or a list
+    return F.lit(not isinstance(kind, (T.StringType, T.IntegralType, T.DateType, T.NullType, T.DecimalType)))
+
+
+def _is_valid_text(names: Sequence[str]) -> Column:
+    """False where bytes are no UTF-8: Java reads them as U+FFFD, which no clean log holds."""
+    parts = [*map(F.col, names), F.array_join(F.map_values("attributes"), "")]
+    return ~F.decode(F.encode(F.concat_ws("", *parts), "UTF-8"), "UTF-8").contains("\ufffd")
 
 
 def _reason(settings: IngestSettings, now: datetime, zones: list[str]) -> Column:
     """Why a record is no event, over its texts; NULL when it is one."""
-    event_ts = F.col("event_ts")
+    event_ts, amount = F.col("event_ts"), _number("amount")
     earliest = settings.earliest.replace(tzinfo=timezone.utc)
     latest = now + timedelta(hours=settings.future_tolerance_hours)
-    checks = {f"missing_{name}": F.col(name).isNull() for name in _REQUIRED}
-    checks["missing_event_ts"] = ~F.col("has_event_ts")
-    checks["bad_event_ts"] = event_ts.isNull()
-    checks["event_before_earliest"] = event_ts < F.lit(earliest)
-    checks["event_in_future"] = event_ts > F.lit(latest)
-    for name in ("amount", "quantity"):
-        checks[f"bad_{name}"] = F.col(name).isNotNull() & _number(name).isNull()
-    checks["bad_time_zone"] = ~F.coalesce(F.col("time_zone").isin(zones), F.lit(False))
-    checks |= {f"long_{name}": F.length(name) > _LONGEST_ID for name in _IDS}
-    return F.coalesce(F.col("own_reason"), *[F.when(holds, F.lit(reason)) for reason, holds in checks.items()])
+    may_be_negative = F.col("event_type").isin(*settings.negative_amount_event_types)
+    texts = [c.name for c in EVENTS.columns if _is_mapped(c.name)]
+    unread = {"invalid_utf8": ~_is_valid_text(texts)}
+    unread |= {f"missing_{name}": F.col(name).isNull() for name in _REQUIRED}
+    unread["missing_event_ts"] = ~F.col("has_event_ts")
+    wrong = {
+        "bad_event_ts": event_ts.isNull(),
+        "event_before_earliest": event_ts < F.lit(earliest),
+        "event_in_future": event_ts > F.lit(latest),
+        "bad_amount": F.col("amount").isNotNull() & amount.isNull(),
+        "bad_quantity": F.col("quantity").isNotNull() & _number("quantity").isNull(),
+        "negative_amount": (amount < 0) & ~may_be_negative,
+        "bad_time_zone": ~F.coalesce(F.col("time_zone").isin(zones), F.lit(False)),
+        **{f"long_{name}": F.length(name) > _LONGEST_ID for name in _IDS},
+    }
+
+    def named(checks: dict[str, Column]) -> list[Column]:
+        return [F.when(holds, F.lit(reason)) for reason, holds in checks.items()]
+
+    return F.coalesce(F.col("own_reason"), *named(unread), F.col("bad_type"), *named(wrong))
 
 
 # ---- one event, one row -------------------------------------------------------------------------------
 
 
-def mark_duplicates(records: DataFrame) -> DataFrame:
-    """`records` (as `to_events` gives them) with a reason at every event but one of each event_id.
+def mark_duplicates(records: DataFrame, duplicates: str) -> DataFrame:
+    """`records` (as `to_events` gives them, and `stored`: the row is in the table) with a reason at every event but
+    one of each event_id (where duplicates is "same_day": of each event_id and day).
 
     The reason is REPEAT where the event equals the kept one in all columns, else duplicate_event_id. One shuffle.
     """
@@ -349,10 +457,14 @@ def mark_duplicates(records: DataFrame) -> DataFrame:
     ]
     content = F.xxhash64(*[part for column in comparable for part in (column, column.isNull())])
     # Refused records go the same way only to be spread evenly.
-    same_id = Window.partitionBy(is_event, F.when(is_event, F.col("event_id")).otherwise(F.sha2("raw", 256)))
+    key = [is_event, F.when(is_event, F.col("event_id")).otherwise(F.sha2("raw", 256))]
+    same_id = Window.partitionBy(*key, *([F.to_date("event_ts")] if duplicates == "same_day" else []))
     in_order = same_id.orderBy("event_ts", "content")
     ranked = records.withColumn("content", content).withColumns(
-        {"version": F.dense_rank().over(in_order), "place": F.row_number().over(in_order)}
+        {
+            "version": F.dense_rank().over(in_order),
+            "place": F.row_number().over(same_id.orderBy("event_ts", "content", F.desc("stored"))),
+        }
     )
     conflicts = is_event & (F.col("version") > 1)
     reason = (
@@ -366,34 +478,72 @@ def mark_duplicates(records: DataFrame) -> DataFrame:
     )
 
 
-# ---- the stage ----------------------------------------------------------------------------------------
+def same_ids(table: str, low: str, high: str, days: Sequence[date] | None) -> Column:
+    """A condition over the columns of the events table (`table` is its alias, with a dot, or "") that all its rows with
+    an event_id of a batch fulfil, in literals, so that the files' statistics spare most files.
+
+    Args:
+        low, high: the batch's first and last event_id. Ids that go up with time (most do) lie in few files.
+        days: the days on which such a row may lie; None: on any.
+    """
+    condition = F.col(f"{table}event_id").between(low, high)
+    return condition if days is None else condition & within_days(F.col(f"{table}event_ts"), days)
 
 
-def run(runtime: Runtime) -> None:
+# ---- one batch ----------------------------------------------------------------------------------------
+
+
+def commit_batch(runtime: Runtime, frames: list[DataFrame], writer: str, number: int) -> None:
+    """Checks, deduplicates and commits the records of one batch (frames as `to_events` gives them).
+
+    Args:
+        writer, number: the batch's name; of the same batch, rejected_events takes the rows once.
+    """
     settings = runtime.config.ingest
-    now = datetime.now(timezone.utc)
-    if not settings.sources:
-        raise TrailvecError(
-            "ingest.sources is empty: name at least one mapping, such as conf/sources/completejourney.toml"
+    same_day = settings.duplicates == "same_day"
+    # Read once; looked into for its ids, judged, counted and written.
+    given = reduce(DataFrame.unionByName, frames).withColumn("stored", F.lit(False)).persist(StorageLevel.DISK_ONLY)
+    events = given.where(F.col("reason").isNull())
+    bounds = events.agg(F.min("event_id"), F.max("event_id"), F.count("*")).collect()[0]
+    days = [row[0] for row in events.select(F.to_date("event_ts")).distinct().collect()] if same_day else None
+    runtime.create(EVENTS)
+    known = same_ids("", bounds[0], bounds[1], days) if bounds[2] else F.lit(False)
+    stored = (
+        runtime.latest(EVENTS)
+        .where(known)
+        .join(events.select("event_id").distinct(), "event_id", "left_semi")
+        .select(
+            *[c.name for c in EVENTS.columns],
+            F.lit(None).cast("string").alias("reason"),
+            F.lit(None).cast("string").alias("raw"),
+            F.lit("table events").alias("file"),
+            F.lit(True).alias("stored"),
         )
-    frames = []
-    for source in map(load_source, settings.sources):
-        for mapping in source.input:
-            raw = read_raw(runtime.spark, mapping, _data_dir(runtime))
-            frames.append(to_events(raw, mapping, source.name, settings, now))
-    # Counted and written twice: read the files once.
-    records = mark_duplicates(reduce(DataFrame.unionByName, frames)).persist(StorageLevel.DISK_ONLY)
+    )
+    records = mark_duplicates(given.unionByName(stored), settings.duplicates).persist(StorageLevel.DISK_ONLY)
     try:
-        counts = {row["reason"]: int(row["count"]) for row in records.groupBy("reason").count().collect()}
-        runtime.report.rows_in["records"] = sum(counts.values())
-        if repeats := counts.pop(REPEAT, 0):
+        found = records.groupBy("reason", "stored").count().collect()
+        counts = {row["reason"]: int(row["count"]) for row in found if not row["stored"]}
+        # What the table holds gives way to an earlier event of the same id.
+        replaced = sum(row["count"] for row in found if row["stored"] and row["reason"] is not None)
+        total = sum(counts.values())
+        runtime.report.rows_in["records"] = runtime.report.rows_in.get("records", 0) + total
+        repeats = counts.pop(REPEAT, 0)
+        _check_share(records.where(~F.col("stored")), counts, total, settings.max_rejected_share)
+        refused = records.where(F.col("reason").isNotNull() & (F.col("reason") != REPEAT))
+        if sum(counts.values()) > counts.get(None, 0) or replaced:
+            runtime.append(REJECTED_EVENTS, refused, batch=(writer, number), done=False)
+        if counts.get(None):
+            new = records.where(F.col("reason").isNull() & ~F.col("stored"))
+            where = same_ids("old.", bounds[0], bounds[1], days)
+            if same_day:
+                where &= F.to_date("old.event_ts") == F.to_date("new.event_ts")
+            runtime.merge(EVENTS, new, where=where, insert_only=replaced == 0, done=False)
+        if repeats:
             runtime.report.notes.append(f"{repeats:,} exact repeats of an event dropped")
-        _check_share(records, counts, runtime.report.rows_in["records"], settings.max_rejected_share)
-        refused = F.col("reason").isNotNull() & (F.col("reason") != REPEAT)
-        runtime.write(REJECTED_EVENTS, records.where(refused))
-        runtime.write(EVENTS, records.where(F.col("reason").isNull()))
     finally:
         records.unpersist()
+        given.unpersist()
 
 
 def _check_share(records: DataFrame, counts: dict[str | None, int], all_records: int, allowed: float) -> None:
@@ -412,6 +562,100 @@ def _check_share(records: DataFrame, counts: dict[str | None, int], all_records:
     )
 
 
+# ---- the stage ----------------------------------------------------------------------------------------
+
+
+def follow(runtime: Runtime, source: Source, number: int) -> None:
+    """Commits what is new of one input, batch by batch.
+
+    Raises:
+        TrailvecError: a batch is refused, or another ingest reads the same input right now.
+    """
+    mapping, settings, spark = source.input[number], runtime.config.ingest, runtime.spark
+    name = f"{source.name}-{number}"
+    checkpoint = runtime.root / "checkpoints" / "ingest" / name
+    if runtime.forced:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    now = datetime.now(timezone.utc)
+    failed: list[BaseException] = []
+
+    def batch(records: DataFrame, batch_number: int) -> None:
+        started = time.monotonic()
+        try:
+            if mapping.kafka is not None:
+                raw = read_topic(records, mapping, _data_dir(runtime))
+            else:
+                files = sorted(row["path"] for row in records.select("path").collect())
+                raw = read_raw(spark, mapping, _data_dir(runtime), files) if files else []
+            if raw:
+                query = json.loads((checkpoint / "metadata").read_text())["id"]
+                before = runtime.report.rows_in.get("records", 0)
+                events = [to_events(frame, mapping, source.name, settings, now) for frame in raw]
+                commit_batch(runtime, events, f"ingest-{query}", batch_number)
+                count = runtime.report.rows_in["records"] - before
+                seconds = time.monotonic() - started
+                runtime.on_progress(f"{name}: batch {batch_number}, {count:,} records in {seconds:.1f} s")
+        except BaseException as error:
+            failed.append(error)
+            raise RuntimeError("the batch failed") from error  # what the JVM is told, and does not understand
+
+    stream = _topic(spark, mapping.kafka, settings) if mapping.kafka else _listing(spark, mapping, runtime)
+    query = stream.writeStream.foreachBatch(batch).option("checkpointLocation", f"file://{checkpoint}")
+    try:
+        query.trigger(availableNow=True).start().awaitTermination()
+    except StreamingQueryException as error:
+        if failed:
+            raise failed[0] from None
+        raise TrailvecError(f"{name}: {explain(error) or str(error).strip().splitlines()[0]}") from error
+
+
+def _listing(spark: SparkSession, mapping: Input, runtime: Runtime) -> DataFrame:
+    """The names of the input's files, as a stream: which of them are new, Spark's checkpoint knows."""
+    path = str(_data_dir(runtime) / str(mapping.path))
+    find_files(_data_dir(runtime), str(mapping.path))  # says it where there are none
+    if Path(path).is_file():
+        path = f"{path[:-1]}[{path[-1]}]"  # Spark's stream takes a pattern or a folder, not a file
+    files = spark.readStream.format("binaryFile").schema(_LISTING)
+    # However old a file's time stamp is, when it comes, it is read.
+    options = {"maxFilesPerTrigger": str(runtime.config.ingest.max_files_per_batch), "maxFileAge": "36500d"}
+    return files.options(**options).load(f"file://{path}").select("path")
+
+
+def _topic(spark: SparkSession, kafka: Kafka, settings: IngestSettings) -> DataFrame:
+    options = {
+        "kafka.bootstrap.servers": kafka.bootstrap_servers,
+        "subscribe": kafka.topic,
+        "startingOffsets": "earliest",
+        "maxOffsetsPerTrigger": str(settings.max_records_per_batch),
+        **{key: _from_environment(value, kafka) for key, value in kafka.options.items()},
+    }
+    return spark.readStream.format("kafka").options(**options).load()
+
+
+def _from_environment(value: str, kafka: Kafka) -> str:
+    def look_up(found: re.Match[str]) -> str:
+        if found[1] not in os.environ:
+            raise TrailvecError(f"kafka topic {kafka.topic}: its options want ${found[1]}, which is not set: export it")
+        return os.environ[found[1]]
+
+    return re.sub(r"\$\{(\w+)\}", look_up, value)
+
+
+def run(runtime: Runtime) -> None:
+    settings = runtime.config.ingest
+    if not settings.sources:
+        raise TrailvecError(
+            "ingest.sources is empty: name at least one mapping, such as conf/sources/completejourney.toml"
+        )
+    runtime.report.rows_in["records"] = 0
+    for source in map(load_source, settings.sources):
+        for number in range(len(source.input)):
+            follow(runtime, source, number)
+    # Only now is the stage up to date: a killed one has batches to come.
+    runtime.touch(REJECTED_EVENTS)
+    runtime.touch(EVENTS)
+
+
 def _data_dir(runtime: Runtime) -> Path:
     return Path(runtime.config.ingest.data_dir.removeprefix("file://")).absolute()
 
@@ -424,7 +668,9 @@ def inputs(runtime: Runtime) -> dict[str, Any]:
         mappings[path] = Path(path).read_text(encoding="utf-8")
         for mapping in source.input:
             for pattern in (mapping.path, *[lookup.path for lookup in mapping.lookups]):
-                files += find_files(_data_dir(runtime), pattern)
+                files += find_files(_data_dir(runtime), pattern) if pattern else []
+            if mapping.kafka is not None:
+                mappings[path] += f"# {time.time()}"  # a topic is asked each time
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(set(files))]
     return {"mappings": mappings, "files": stats}
 

@@ -6,7 +6,7 @@
     path = "orders"               # file, folder or pattern, from ingest.data_dir
     format = "json"               # JSON lines; or csv, parquet
     lookups = [{ path = "products.csv", format = "csv", on = ["sku"] }]
-    attributes = ["channel"]      # raw columns kept in the map
+    ignore = ["trace"]            # raw columns that are not kept; all that nothing names go into `attributes`
 
     [input.columns]               # column of events = where it comes from
     event_id = { columns = ["order", "sku"], sha256 = true, ordinal = true }
@@ -21,7 +21,11 @@
     reason = "test_order"
     when = "customer LIKE 'test-%'"
 
-`jobs/ingest.py` reads the files by it. An input may be repeated: each is a kind of file of the same source.
+or, instead of path and format, records of a Kafka topic whose values are JSON objects:
+
+    kafka = { bootstrap_servers = "127.0.0.1:9092", topic = "orders" }
+
+`jobs/ingest.py` reads the records by it. An input may be repeated: each is a kind of record of the same source.
 """
 
 from __future__ import annotations
@@ -117,16 +121,47 @@ class Reject(Section):
     when: str = Field(description="a Spark SQL condition over the raw columns")
 
 
-class Input(Section):
-    """One kind of file."""
+class Kafka(Section):
+    """A topic."""
 
-    path: str = Field(description="file, folder or pattern, from ingest.data_dir")
-    format: Literal["json", "csv", "parquet"] = Field(description="json: one object on each line")
+    bootstrap_servers: str = Field(description="host:port, several with commas between")
+    topic: str
+    options: dict[str, str] = Field(
+        default_factory=dict,
+        description="further options of Spark's Kafka source; ${NAME} is taken from the environment, so that no "
+        "secret stands here",
+    )
+
+
+class Input(Section):
+    """One kind of file, or one topic."""
+
+    path: str | None = Field(None, description="file, folder or pattern, from ingest.data_dir")
+    kafka: Kafka | None = Field(None, description="a topic instead of a path; its values are JSON objects")
+    format: Literal["json", "csv", "parquet"] = Field("json", description="json: one object on each line")
     delimiter: str = Field(",", description="CSV: between the fields")
     lookups: list[Lookup] = Field(default_factory=list)
     columns: Columns
-    attributes: list[str] = Field(default_factory=list, description="raw columns kept in the event's map")
+    attributes: list[str] = Field(
+        default_factory=list, description="raw columns kept in the event's map though something else names them"
+    )
+    ignore: list[str] = Field(
+        default_factory=list, description="raw columns kept nowhere; all others that nothing names are attributes"
+    )
     reject: list[Reject] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Input:
+        if (self.path is None) == (self.kafka is None):
+            raise ValueError("give either path or kafka")
+        if self.kafka is not None and self.format != "json":
+            raise ValueError(f"format = {self.format}, but a topic's values are json")
+        return self
+
+    @property
+    def place(self) -> str:
+        """Where the records lie, for people to read."""
+        return self.path if self.path is not None else f"kafka topic {self.kafka and self.kafka.topic}"
 
     def column_names(self) -> list[str]:
         """The raw columns that are named outside expressions, each once."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import duckdb
+import duckdb_extension_delta
 import pytest
 from hypothesis import HealthCheck, settings
 from pyspark.sql import DataFrame, SparkSession
@@ -60,3 +63,11 @@ def make_runtime(spark: SparkSession, tmp_path: Path) -> Callable[..., Runtime]:
 def put(runtime: Runtime, table: Table, rows: DataFrame) -> None:
     """Makes `rows` the table's rows, as the stage that writes it would."""
     runtime.execute(Stage("put", "", lambda r: r.write(table, rows), reads=(), writes=(), settings=()), force=True)
+
+
+def read_delta(path: str | Path) -> list[dict[str, Any]]:
+    """A Delta table's rows as DuckDB reads them: an independent reader that knows deletion vectors."""
+    extension = next(Path(duckdb_extension_delta.__file__).parent.rglob("delta.duckdb_extension"))
+    connection = duckdb.connect()
+    connection.execute(f"LOAD '{extension}'; SET TimeZone = 'UTC'")
+    return connection.execute("SELECT * FROM delta_scan(?)", [str(path)]).fetch_arrow_table().to_pylist()

@@ -10,6 +10,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from datetime import date, datetime, timedelta, timezone
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from jobs.config import IngestSettings
 from jobs.errors import TrailvecError, explain
-from jobs.ingest import REPEAT, STAGE, mark_duplicates, read_raw, to_events
+from jobs.ingest import REPEAT, STAGE, find_files, mark_duplicates, read_raw, to_events
 from jobs.runtime import Runtime
 from jobs.sources import Input
 from jobs.tables import EVENTS, REJECTED_EVENTS, Table
+from tests.conftest import read_delta
 
 ONLINE_RETAIL = Path("tests/data/online_retail")
 NOW = datetime(2024, 1, 1, tzinfo=timezone.utc)
@@ -45,18 +48,24 @@ def mapping(path: str, form: str = "csv", columns: Row | None = None, **more: An
     return Input.model_validate({"path": path, "format": form, "columns": COLUMNS | (columns or {}), **more})
 
 
+def to_records(spark: SparkSession, data_dir: Path, given: Input, **settings: Any) -> DataFrame:
+    files = [f"file://{file}" for file in find_files(data_dir, str(given.path))]
+    settings = {"negative_amount_event_types": ["view"]} | settings
+    frames = read_raw(spark, given, data_dir, files)
+    return reduce(
+        DataFrame.unionByName, [to_events(raw, given, "test", IngestSettings(**settings), NOW) for raw in frames]
+    )
+
+
 def ingest(spark: SparkSession, data_dir: Path, given: Input, **settings: Any) -> list[Row]:
     """The records that an input becomes, before deduplication, by event_id and raw."""
-    events = to_events(read_raw(spark, given, data_dir), given, "test", IngestSettings(**settings), NOW)
-    rows = [row.asDict(recursive=True) for row in events.collect()]
+    rows = [row.asDict(recursive=True) for row in to_records(spark, data_dir, given, **settings).collect()]
     return sorted(rows, key=lambda row: (row["event_id"] or "", row["raw"] or ""))
 
 
 def stored(runtime: Runtime, table: Table) -> list[Row]:
-    """A table's rows as delta-rs reads them, in a fixed order."""
-    files = [uri.removeprefix("file://") for uri in DeltaTable(runtime.path(table)).file_uris()]
-    rows: list[Row] = [row for file in files for row in pq.read_table(file).to_pylist()]
-    return sorted(rows, key=repr)
+    """A table's rows as DuckDB reads them, in a fixed order."""
+    return sorted(read_delta(runtime.path(table)), key=repr)
 
 
 @pytest.fixture
@@ -261,39 +270,106 @@ def test_a_broken_json_line_is_kept_as_it_is(spark: SparkSession, write: Callabl
 def test_a_missing_file_or_column_is_named(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
     folder = write("log.csv", "id,user,item,at,price\n1,ann,a,2023-05-01,1\n")
     with pytest.raises(TrailvecError, match=r"nowhere\.csv: no such file"):
-        read_raw(spark, mapping("nowhere.csv"), folder)
+        ingest(spark, folder, mapping("nowhere.csv"))
     with pytest.raises(TrailvecError, match=r"log\.csv has no column itm.*did you mean item\?"):
-        read_raw(spark, mapping("log.csv", columns={"item_id": "itm"}), folder)
+        ingest(spark, folder, mapping("log.csv", columns={"item_id": "itm"}))
     with pytest.raises(TrailvecError, match=r"unknown zone Europe/Lodnon; did you mean Europe/London\?"):
         ingest(spark, folder, mapping("log.csv", columns={"event_ts": {"column": "at", "zone": "Europe/Lodnon"}}))
     with pytest.raises(TrailvecError, match=r"source test: .*`itm`.*correct the mapping"):
         ingest(spark, folder, mapping("log.csv", columns={"item_id": {"expr": "upper(itm)"}}))
-    with pytest.raises(
-        TrailvecError, match=r"source test: the SQL can't be read: Syntax error at.*correct the mapping"
-    ):
+    with pytest.raises(TrailvecError, match=r"log\.csv: the SQL can't be read: Syntax error at.*correct the mapping"):
         ingest(spark, folder, mapping("log.csv", columns={"item_id": {"expr": "upper(("}}))
 
 
-def test_a_file_that_can_not_be_read_is_named(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
-    folder = write("day1.csv", "id,user,item,at,price\n")
-    write("day2.csv", "id,user,item,price,at\n1,ann,a,1,2023-05-01\n")
-    write("more/day1.csv", "id,user,item,at,price\n")
-    write("more/day2.csv", "id,user,item,at\n1,ann,a,2023-05-01\n")
+def test_a_cut_parquet_file_is_named(spark: SparkSession, tmp_path: Path) -> None:
     table = pa.table({name: [str(n) for n in range(1000)] for name in ("id", "user", "item", "at", "price")})
-    pq.write_table(table, folder / "whole.parquet")
-    pq.write_table(table.set_column(1, "user", pa.array(range(1000))), folder / "zoned.parquet")
-    whole = (folder / "whole.parquet").read_bytes()
-    (folder / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    pq.write_table(table, tmp_path / "whole.parquet")
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(Exception) as error:  # noqa: PT011 - Spark's own, of several types
+        ingest(spark, tmp_path, mapping("*.parquet", "parquet"))
+    assert "cut.parquet is not a whole Parquet file" in str(explain(error.value))
 
-    def said(path: str, form: str) -> str:
-        with pytest.raises(Exception) as error:  # noqa: PT011 - Spark's own, of several types
-            ingest(spark, folder, mapping(path, form))
-        return str(explain(error.value))
 
-    assert "cut.parquet is not a whole Parquet file" in said("cut.parquet", "parquet")
-    assert "zoned.parquet: column user is INT64, in the files beside it string" in said("[wz]*.parquet", "parquet")
-    assert "day2.csv has the columns id, user, item, price, at, the files beside it id, user" in said("day*.csv", "csv")
-    assert "day2.csv has 4 columns, the files beside it 5" in said("more", "csv")
+# ---- logs that change -----------------------------------------------------------------------------------
+
+
+def test_a_csv_file_with_other_columns_is_read_by_its_own_header(
+    spark: SparkSession, write: Callable[[str, str], Path]
+) -> None:
+    folder = write("day1.csv", "id,user,item,at,price\n1,ann,a,2023-05-01,1\n")
+    write("day2.csv", "id,user,item,price,at\n2,ann,a,2,2023-05-02\n")
+    write("day3.csv", "id,user,item,at,price,channel\n3,ann,a,2023-05-03,3,app\n")
+    rows = ingest(spark, folder, mapping("day*.csv"))
+    assert [row["reason"] for row in rows] == [None] * 3
+    assert [row["amount"] for row in rows] == [1.0, 2.0, 3.0]
+    assert [row["event_ts"].day for row in rows] == [1, 2, 3]
+    assert [row["attributes"] or {} for row in rows] == [{}, {}, {"channel": "app"}]
+
+
+@pytest.mark.parametrize("form", ["json", "parquet"])
+def test_a_new_column_is_kept_in_attributes_unless_it_is_ignored(
+    spark: SparkSession, tmp_path: Path, form: str
+) -> None:
+    record = {"id": "1", "user": "ann", "item": "a", "at": "2023-05-01", "price": "1"}
+    newer = record | {"id": "2", "channel": "app", "trace": "x" * 40, "geo": {"lat": 1}}
+    for name, row in (("old", record), ("new", newer)):
+        if form == "json":
+            (tmp_path / f"{name}.json").write_text(json.dumps(row))
+        else:
+            pq.write_table(pa.Table.from_pylist([row]), tmp_path / f"{name}.parquet")
+    first, second = ingest(spark, tmp_path, mapping(f"*.{form}", form, ignore=["trace"]))
+    assert first["attributes"] == {}
+    assert second["attributes"].keys() == {"channel", "geo"}
+    assert second["attributes"]["channel"] == "app"
+
+
+def test_a_type_that_no_id_has_is_refused(spark: SparkSession, tmp_path: Path) -> None:
+    """17850.0 would be another user than 17850; a whole number and its text are the same user."""
+    rest = {"item": ["a"], "at": ["2023-05-01"], "price": [1.0]}
+    kinds: dict[str, list[Any]] = {"text": ["17850"], "whole": [17850], "real": [17850.0], "object": [{"id": 17850}]}
+    for kind, value in kinds.items():
+        pq.write_table(pa.table({"id": [kind], "user": value, **rest}), tmp_path / f"{kind}.parquet")
+    lines = [{"id": kind, "user": value[0]} | {k: v[0] for k, v in rest.items()} for kind, value in kinds.items()]
+    (tmp_path / "log.json").write_text("\n".join(map(json.dumps, lines)))
+    found = {
+        row["event_id"]: (row["user_id"], row["reason"])
+        for row in ingest(spark, tmp_path, mapping("*.parquet", "parquet"))
+    }
+    assert found["text"] == found["whole"] == ("17850", None)
+    assert found["real"][1] == found["object"][1] == "bad_type_user_id"
+    in_json = {row["event_id"]: row["reason"] for row in ingest(spark, tmp_path, mapping("log.json", "json"))}
+    assert in_json == {"text": None, "whole": None, "real": None, "object": "bad_type_user_id"}
+
+
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_bytes_that_are_no_utf8_are_refused(spark: SparkSession, tmp_path: Path, form: str) -> None:
+    lines = {
+        "csv": [b"id,user,item,at,price", b"1,ann,caf\xc3\xa9,2023-05-01,1", b"2,ann,caf\xe9,2023-05-01,1"],
+        "json": [
+            b'{"id": "%d", "user": "ann", "item": "caf%s", "at": "2023-05-01", "price": "1"}' % (n, e)
+            for n, e in ((1, b"\xc3\xa9"), (2, b"\xe9"))
+        ],
+    }
+    (tmp_path / f"log.{form}").write_bytes(b"\n".join(lines[form]))
+    first, second = ingest(spark, tmp_path, mapping(f"log.{form}", form))
+    assert (first["item_id"], first["reason"]) == ("caf\u00e9", None)
+    assert second["reason"] == "invalid_utf8"
+
+
+def test_a_negative_amount_is_for_returns_alone(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
+    lines = ["1,return,-1", "2,buy,-1", "3,buy,0", "4,buy,", "5,buy,-0.0"]
+    text = ["id,kind,price,user,item,at", *[f"{line},ann,a,2023-05-01" for line in lines]]
+    given = mapping("log.csv", columns={"event_type": "kind"})
+    rows = ingest(spark, write("log.csv", "\n".join(text)), given, negative_amount_event_types=["return"])
+    assert {row["event_id"]: row["reason"] for row in rows if row["reason"]} == {"2": "negative_amount"}
+
+
+def test_a_file_name_is_no_pattern(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
+    folder = write("log [1] {a}*.csv", "id,user,item,at,price\n1,ann,a,2023-05-01,1\n")
+    write("log 1 a.csv", "id,user,item,at,price\n2,ann,a,2023-05-01,1\n")
+    frames = read_raw(spark, mapping("*.csv"), folder, [f"file://{folder}/log [1] {{a}}*.csv"])
+    assert [row["id"] for frame in frames for row in frame.collect()] == ["1"]
 
 
 def _source(folder: Path, name: str = "shop") -> str:
@@ -335,19 +411,20 @@ def test_too_many_refused_records_stop_before_anything_is_written(
     runtime.execute(STAGE)
     before = [DeltaTable(runtime.path(table)).version() for table in STAGE.writes]
 
-    write("log.csv", good + "3,,a,2023-05-01,1\n4,ann,a,2023-05-01,much\n5,,b,2023-05-01,1\n")
+    more = "3,,a,2023-05-01,1\n4,ann,a,2023-05-01,much\n5,,b,2023-05-01,1\n6,ann,a,2023-05-01,1\n"
+    write("log2.csv", f"id,user,item,at,price\n{more}")
     with pytest.raises(TrailvecError) as error:
         runtime.execute(STAGE)
     text = str(error.value)
-    assert "3 of 5 records are refused, more than ingest.max_rejected_share = 0.4 allows" in text
+    assert "3 of 4 records are refused, more than ingest.max_rejected_share = 0.4 allows" in text
     assert (
         'missing_user_id 2 (such as {"id":"3","item":"a","at":"2023-05-01","price":"1"}); bad_amount 1 (such as' in text
     )
     assert [DeltaTable(runtime.path(table)).version() for table in STAGE.writes] == before
 
-    allowed = make_runtime(*_settings(folder, sources, 0.6))
+    allowed = make_runtime(*_settings(folder, sources, 0.8))
     report = allowed.execute(STAGE)
-    assert (report.rows_in["records"], report.rows_out) == (5, {"events": 2, "rejected_events": 3})
+    assert (report.rows_in["records"], report.rows_out) == (4, {"events": 3, "rejected_events": 3})
     assert {row["reason"] for row in stored(allowed, REJECTED_EVENTS)} == {"missing_user_id", "bad_amount"}
 
 
@@ -365,8 +442,8 @@ def test_the_same_id_is_one_event(spark: SparkSession, write: Callable[[str, str
 
     def judge(order: list[str], partitions: int) -> list[tuple[Any, ...]]:
         folder = write("log.csv", "\n".join(["id,user,item,at,price", *order]))
-        events: DataFrame = to_events(read_raw(spark, given, folder), given, "test", IngestSettings(), NOW)
-        rows = mark_duplicates(events.repartition(partitions)).collect()
+        events = to_records(spark, folder, given).withColumn("stored", F.lit(False))
+        rows = mark_duplicates(events.repartition(partitions), "everywhere").collect()
         return sorted((row["event_id"], row["event_ts"], row["reason"] or "", row["raw"] or "") for row in rows)
 
     first = judge(lines, 1)
@@ -384,8 +461,9 @@ def test_a_null_beside_a_value_is_other_content(spark: SparkSession, write: Call
     # Spark's hash skips NULLs: (NULL, x) and (x, NULL) would look equal.
     folder = write("log.csv", "id,user,item,at,price,name,kind\n1,a,a,2023-05-01,1,x,\n1,a,a,2023-05-01,1,,x\n")
     given = mapping("log.csv", columns={"item_name": "name", "category": "kind"})
-    events = to_events(read_raw(spark, given, folder), given, "test", IngestSettings(), NOW)
-    assert sorted(row["reason"] or "" for row in mark_duplicates(events).collect()) == ["", "duplicate_event_id"]
+    events = to_records(spark, folder, given).withColumn("stored", F.lit(False))
+    found = [row["reason"] or "" for row in mark_duplicates(events, "everywhere").collect()]
+    assert sorted(found) == ["", "duplicate_event_id"]
 
 
 def test_a_lookup_never_multiplies_or_loses_records(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
