@@ -3,11 +3,15 @@
 For each split one cut; a row holds a user's newest `max_length` actions before it. Train has older parts too, so that
 a long history teaches whole. How and why: docs/decisions/0004. One window over (user, newest first) ranks the actions
 for all four splits at once, and the rows are collected without a second shuffle.
+
+Rows are made anew for the users whose sessions changed since the last run, and for those who met an item, a vertical or
+an event type whose number changed; one MERGE puts them in the place of the old ones. Cut times that move with the
+log's end (the default) change everybody's rows: give `valid_from` and `test_from` to go by increments.
 """
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
@@ -27,9 +31,9 @@ PRICE_UNKNOWN, PRICE_NOT_POSITIVE, PRICE_MIN = 1, 2, 3
 IN_SESSION = 1
 
 
-def number_actions(sessions: DataFrame, items: DataFrame, values: DataFrame, min_count: int) -> DataFrame:
+def number_actions(sessions: DataFrame, vocabulary: DataFrame, values: DataFrame) -> DataFrame:
     """One row per event with its numbers. An item outside the training window's vocabulary is unknown (1)."""
-    vocabulary = items.where(F.col("train_count") >= min_count).select("item_id", "item_index")
+    vocabulary = vocabulary.select("item_id", "item_index")
     actions = sessions.select("user_id", "event_count", F.posexplode("events").alias("place", "event")).select(
         "user_id",
         F.when(F.col("place") + 1 < F.col("event_count"), IN_SESSION).otherwise(SESSION_END).alias("session_end"),
@@ -103,7 +107,12 @@ def build_sequences(actions: DataFrame, cuts: Cuts, settings: SequencesSettings)
         .agg(*[_in_order(kind).alias(kind) for kind in ("input", "target", "seen")])
     )
     evaluated = F.col("split").isin("valid", "test")
-    as_of = F.create_map(*[c for s in SPLITS for c in (F.lit(s), utc(_as_of(s, cuts, settings)))])[F.col("split")]
+    # A user's own time: the log's end would change every row with every event of anybody.
+    after_newest = F.timestamp_micros(F.unix_micros(F.element_at("input", -1)["event_ts"]) + 1)
+    as_of = after_newest
+    if settings.split_by == "time":
+        of_cut = F.create_map(*[c for s in SPLITS[:-1] for c in (F.lit(s), utc(cut_of(s, cuts)))])[F.col("split")]
+        as_of = F.coalesce(of_cut, after_newest)
     sequences = rows.where(
         (F.size("input") >= F.when(F.col("split") == "train", 2).otherwise(1)) & (~evaluated | (F.size("target") > 0))
     ).select(
@@ -157,25 +166,68 @@ def _pluck(kind: str, name: str) -> Column:
     return F.transform(kind, lambda action: action[name])
 
 
-def _as_of(split: str, cuts: Cuts, settings: SequencesSettings) -> datetime:
-    # Leave-one-out cuts by rank: no one time separates, so the row only promises the log's end.
-    return cuts.end if settings.split_by == "leave_one_out" else cut_of(split, cuts)
+def changed_users(
+    sessions: DataFrame, changes: DataFrame, numbers: tuple[DataFrame, DataFrame], old: tuple[DataFrame, DataFrame]
+) -> DataFrame:
+    """One row (user_id) for each user whose sequences may be others than they were.
+
+    Args:
+        changes: the sessions' change data feed.
+        numbers, old: the items of the vocabulary (item_id, item_index) and the context values, now and then.
+    """
+    users = changes.select("user_id")
+    items = _differing(numbers[0], old[0], ["item_id"], "item_index")
+    values = _differing(numbers[1], old[1], ["kind", "value"], "value_index")
+    # Both are rare: an item that comes into the training window's vocabulary by late events; a new vertical or type.
+    met = sessions.select("user_id", F.explode("events").alias("event"))
+    if not items.isEmpty():
+        users = users.union(met.join(F.broadcast(items), F.col("event.item_id") == F.col("item_id")).select("user_id"))
+    if not values.isEmpty():
+        same = F.when(F.col("kind") == "vertical", F.col("event.vertical")).otherwise(F.col("event.event_type"))
+        users = users.union(met.join(F.broadcast(values), same == F.col("value")).select("user_id"))
+    return users.distinct()
+
+
+def _differing(new: DataFrame, old: DataFrame, key: list[str], number: str) -> DataFrame:
+    """The keys whose number is another than it was, or that have come or gone."""
+    both = new.select(*key, number).join(old.select(*key, F.col(number).alias("old")), key, "full")
+    return both.where(~F.col(number).eqNullSafe(F.col("old"))).select(*key)
+
+
+def in_vocabulary(items: DataFrame, min_count: int) -> DataFrame:
+    """The items that a model may know: enough events in the training window."""
+    return items.where(F.col("train_count") >= min_count)
 
 
 def run(runtime: Runtime) -> None:
-    settings = runtime.config.sequences
-    sessions = runtime.read(SESSIONS)
+    settings, min_count = runtime.config.sequences, runtime.config.vocabulary.min_count
+    sessions, values = runtime.read(SESSIONS), runtime.read(CONTEXT_VALUES)
+    items = in_vocabulary(runtime.read(ITEMS), min_count)
     cuts = cut_times(sessions.select(F.col("end_ts").alias("event_ts")), settings)
-    actions = number_actions(
-        sessions, runtime.read(ITEMS), runtime.read(CONTEXT_VALUES), runtime.config.vocabulary.min_count
-    )
-    # The rows of a split lie in `train_files` files of like size, in an order that has nothing to do with the users.
-    shuffled = F.xxhash64("user_id", "split", "part")
-    sequences = build_sequences(actions, cuts, settings)
-    runtime.write(
-        SEQUENCES,
-        sequences.repartition(settings.train_files).sortWithinPartitions("split", shuffled),
-    )
+    fixed = settings.split_by == "leave_one_out" or (settings.valid_from and settings.test_from)
+    changes = runtime.incremental(SEQUENCES, SESSIONS) if fixed else None
+    old_items, old_values = runtime.previous(SEQUENCES, ITEMS), runtime.previous(SEQUENCES, CONTEXT_VALUES)
+    if changes is None or old_items is None or old_values is None:
+        sequences = build_sequences(number_actions(sessions, items, values), cuts, settings)
+        # A split lies in `train_files` files of like size, in an order that has nothing to do with the users.
+        shuffled = F.xxhash64("user_id", "split", "part")
+        runtime.write(SEQUENCES, sequences.repartition(settings.train_files).sortWithinPartitions("split", shuffled))
+        return
+    old = (in_vocabulary(old_items, min_count), old_values)
+    users = changed_users(sessions, changes, (items, values), old).persist()
+    try:
+        if users.isEmpty():
+            runtime.touch(SEQUENCES)
+        else:
+            of_users = sessions.join(users, "user_id", "left_semi")
+            new = build_sequences(number_actions(of_users, items, values), cuts, settings).persist()
+            before = runtime.latest(SEQUENCES).select(*SEQUENCES.key).join(users, "user_id", "left_semi")
+            runtime.merge(SEQUENCES, new, deletes=before.join(new, list(SEQUENCES.key), "left_anti"))
+            new.unpersist()
+    finally:
+        users.unpersist()
+    # Petastorm, which feeds the training, knows nothing of deletion vectors.
+    runtime.purge(SEQUENCES, "split IN ('train', 'valid')")
 
 
 STAGE = Stage(

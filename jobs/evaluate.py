@@ -20,7 +20,7 @@ import scipy.sparse as sp
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from jobs.build_sequences import UNKNOWN, number_actions
+from jobs.build_sequences import UNKNOWN, in_vocabulary, number_actions
 from jobs.cli import stage_main
 from jobs.runtime import Runtime, Stage
 from jobs.score_users import encode_sequences
@@ -173,9 +173,8 @@ def _interactions(runtime: Runtime, users: pd.Series[str], items: int) -> tuple[
     settings, split = runtime.config.sequences, runtime.config.evaluate.split
     sessions = runtime.read(SESSIONS)
     cuts = cut_times(sessions.select(F.col("end_ts").alias("event_ts")), settings)
-    actions = number_actions(
-        sessions, runtime.read(ITEMS), runtime.read(CONTEXT_VALUES), runtime.config.vocabulary.min_count
-    )
+    vocabulary = in_vocabulary(runtime.read(ITEMS), runtime.config.vocabulary.min_count)
+    actions = number_actions(sessions, vocabulary, runtime.read(CONTEXT_VALUES))
     split_of = {name: before_cut(name, cuts, settings) for name in ("train", split)}
     for name, condition in split_of.items():
         actions = actions.withColumn(f"in_{name}", condition)

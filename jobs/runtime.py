@@ -154,29 +154,41 @@ class Runtime:
         None where `written` has to be made anew: it does not exist yet, the stage was forced, its settings or the
         table's revision are others, `read` was replaced as a whole, or its changes are too old to be kept.
         """
+        since, until = self._since(written, read), self._versions[read.name]
+        if since is None:
+            return None
+        if since == until:
+            return self.read(read).limit(0).withColumn("_change_type", F.lit("insert"))
+        commits = DeltaTable.forPath(self.spark, self.path(read)).history()
+        replaced = (F.col("operationParameters")["mode"] == "Overwrite") & F.col("version").between(since + 1, until)
+        if not commits.where(replaced).isEmpty():
+            return None
+        reader = self.spark.read.format("delta").option("readChangeFeed", "true")
+        return reader.option("startingVersion", since + 1).option("endingVersion", until).load(self.path(read))
+
+    def previous(self, written: Table, read: Table) -> DataFrame | None:
+        """`read` as it was when `written` was made; None where `incremental` would give None."""
+        since = self._since(written, read)
+        return None if since is None else self._load(read, since)
+
+    def _since(self, written: Table, read: Table) -> int | None:
+        """The version of `read` that `written` was made from, if one can go on from there."""
+        assert self._stage is not None
         last = None if self.forced else self.last_writer(written)
         now = self.provenance()
-        assert self._stage is not None
-        same = last is not None and last.get("revisions") == now["revisions"]
-        if last is None or not same or any(last["config"][s] != now["config"][s] for s in self._stage.settings):
+        if last is None or last.get("revisions") != now["revisions"] or last["fingerprint"] is None:
+            return None
+        if any(last["config"].get(s) != now["config"][s] for s in self._stage.settings):
             return None
         since, until = last["reads"].get(read.name), self._versions[read.name]
         if since is None or since > until:
             return None
-        if since == until:
-            return self.read(read).limit(0).withColumn("_change_type", F.lit("insert"))
-        commits = DeltaTable.forPath(self.spark, self.path(read)).history(until - since + 1_000)
-        between = commits.where(F.col("version").between(since + 1, until)).select(
-            "version",
-            (F.col("operationParameters")["mode"] == "Overwrite").alias("replaced"),
-            (F.unix_timestamp() - F.unix_timestamp("timestamp")).alias("age"),
-        )
-        rows = between.collect()
-        kept = len(rows) == until - since and max(r["age"] for r in rows) < self.config.maintain.retention_hours * 3600
-        if not kept or any(row["replaced"] for row in rows):
-            return None
-        reader = self.spark.read.format("delta").option("readChangeFeed", "true")
-        return reader.option("startingVersion", since + 1).option("endingVersion", until).load(self.path(read))
+        # What the commit after `since` dropped is there until VACUUM takes it.
+        age = F.unix_timestamp() - F.unix_timestamp("timestamp")
+        history = DeltaTable.forPath(self.spark, self.path(read)).history()
+        next_commit = history.where(F.col("version") == since + 1).select(age.alias("age")).collect()
+        kept = since == until or (next_commit and next_commit[0]["age"] < self.config.maintain.retention_hours * 3600)
+        return int(since) if kept else None
 
     def write(self, table: Table, df: DataFrame) -> None:
         """Replaces the table's rows by `df` in one commit; in a table partitioned by model_version, only
@@ -243,16 +255,25 @@ class Runtime:
         finally:
             self.spark.conf.unset(key)
 
-    def _commit(self, write: Callable[[], None]) -> None:
+    def purge(self, table: Table, where: str) -> None:
+        """Rewrites the files of the partitions in which deletion vectors hide rows; does nothing where there are none.
+
+        Args:
+            where: a condition over the partition columns; SQL, from code, never from input.
+        """
+        path = self.path(table).replace("`", "``")
+        self._commit(lambda: self.spark.sql(f"REORG TABLE delta.`{path}` WHERE {where} APPLY (PURGE)"))
+
+    def _commit(self, write: Callable[[], Any]) -> None:
         """Tries again where another job (maintain_tables, say) committed to the table in the meantime."""
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                return write()
+                write()
+                return
             except DeltaConcurrentModificationException:
                 if attempt == _ATTEMPTS:
                     raise
                 time.sleep(2**attempt * random.uniform(0.5, 1))  # noqa: S311 - spreads the two, nothing secret
-        return None
 
     def create(self, table: Table) -> None:
         """Makes the table, empty, where it does not exist: types, NOT NULL, comments, partitions.
@@ -430,6 +451,9 @@ def _digest(value: dict[str, Any]) -> str:
 
 # ---- Spark --------------------------------------------------------------------------------------------
 
+# Errors only, from the first line on: setLogLevel comes too late for what the JVM says as it starts.
+QUIET = f"-Dlog4j2.configurationFile={Path(__file__).parent / 'log4j2.properties'}"
+
 _SPARK_DEFAULTS = {
     "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
@@ -444,8 +468,7 @@ _SPARK_DEFAULTS = {
     "spark.sql.execution.arrow.pyspark.enabled": "true",
     # A write that changes nothing (an empty table stays empty) still records what ran.
     "spark.databricks.delta.skipRecordingEmptyCommits": "false",
-    # Errors only, from the first line on: setLogLevel comes too late for what the JVM says as it starts.
-    "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={Path(__file__).parent / 'log4j2.properties'}",
+    "spark.driver.extraJavaOptions": QUIET,
     # The task bar would fight with our own progress line.
     "spark.ui.showConsoleProgress": "false",
 }

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from pyspark.sql import DataFrame, SparkSession
 
 from jobs.config import Config, load_config
-from jobs.runtime import Runtime, Stage, start_spark
+from jobs.runtime import QUIET, Runtime, Stage, start_spark
 from jobs.tables import Table
 
 # The first example pays for imports and for Spark's code generation; a fixture that only makes folders may be shared.
@@ -29,7 +29,9 @@ SPARK_CONF = {
     "spark.driver.memory": "2g",
     "spark.ui.enabled": "false",
     "spark.sql.shuffle.partitions": "2",
-    "spark.databricks.delta.snapshotPartitions": "2",
+    "spark.databricks.delta.snapshotPartitions": "1",
+    # Small data, many plans: the optimising compiler would cost more than it saves.
+    "spark.driver.extraJavaOptions": f"{QUIET} -XX:TieredStopAtLevel=1",
     "spark.driver.host": "127.0.0.1",
     "spark.driver.bindAddress": "127.0.0.1",
 }

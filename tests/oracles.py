@@ -15,8 +15,8 @@ def in_order(events: list[Row]) -> list[Row]:
     return sorted(events, key=lambda e: (e["user_id"], e["event_ts"], e["event_id"]))
 
 
-def sessions(events: list[Row], gap: timedelta, gap_by_vertical: dict[str, timedelta]) -> list[list[Row]]:
-    """The events of each session, in order."""
+def runs(events: list[Row], gap: timedelta, gap_by_vertical: dict[str, timedelta]) -> list[list[Row]]:
+    """The events of each user's chains without a pause longer than the gap, in order."""
     found: list[list[Row]] = []
     for event in in_order(events):
         last = found[-1][-1] if found else None
@@ -28,6 +28,37 @@ def sessions(events: list[Row], gap: timedelta, gap_by_vertical: dict[str, timed
             found[-1].append(event)
         else:
             found.append([event])
+    return found
+
+
+def sessions(
+    events: list[Row],
+    gap: timedelta,
+    gap_by_vertical: dict[str, timedelta],
+    *,
+    max_length: timedelta = timedelta.max,
+    max_events: int = 10_000,
+    midnight_of: str | None = None,
+    cut_on_vertical: bool = False,
+) -> list[list[Row]]:
+    """The events of each session, in order."""
+
+    def day(event: Row) -> Any:
+        return midnight_of and event["event_ts"].replace(tzinfo=ZoneInfo("UTC")).astimezone(ZoneInfo(midnight_of)).date()
+
+    found: list[list[Row]] = []
+    for run in runs(events, gap, gap_by_vertical):
+        found.append([run[0]])
+        for last, event in zip(run, run[1:], strict=False):
+            if (
+                day(event) != day(last)
+                or (cut_on_vertical and event["vertical"] != last["vertical"])
+                or event["event_ts"] - found[-1][0]["event_ts"] > max_length
+                or len(found[-1]) == max_events
+            ):
+                found.append([event])
+            else:
+                found[-1].append(event)
     return found
 
 
@@ -63,7 +94,6 @@ def sequences(
     leave_one_out: bool = False,
 ) -> dict[tuple[str, str, int], Row]:
     """SEQUENCES rows by (user_id, split, part); `numbers` holds the training window's vocabulary alone."""
-    end = max(e["event_ts"] for e in events) + timedelta(microseconds=1)
     by_user = defaultdict(list)
     for event in in_order(events):
         by_user[event["user_id"]].append(event)
@@ -98,22 +128,24 @@ def sequences(
             stop = n_valid - part * max_length
             chunk = actions[max(0, stop - max_length) : max(0, stop)]
             if len(chunk) >= 2:
-                rows[user, "train", part] = _row(chunk, end if leave_one_out else valid_from, newest=part == 0)
+                rows[user, "train", part] = _row(chunk, None if leave_one_out else valid_from, newest=part == 0)
         for split, cut, n, following in (("valid", valid_from, n_valid, n_test), ("test", test_from, n_test, n_all)):
             targets = [a for a in actions[n:following] if a["predicted"]]
             if n and targets:
                 oldest = cut - timedelta(days=seen_days) if seen_days and not leave_one_out else datetime.min
                 seen = {a["item_index"] for a in actions[:n] if a["predicted"] and a["event_ts"] >= oldest}
-                rows[user, split, 0] = _row(actions[max(0, n - max_length) : n], end if leave_one_out else cut) | {
+                rows[user, split, 0] = _row(actions[max(0, n - max_length) : n], None if leave_one_out else cut) | {
                     "target_item_index": [a["item_index"] for a in targets],
                     "target_ts": [a["event_ts"] for a in targets],
                     "seen_item_index": sorted(seen),
                 }
-        rows[user, "score", 0] = _row(actions[-max_length:], end)
+        rows[user, "score", 0] = _row(actions[-max_length:], None)
     return rows
 
 
-def _row(chunk: list[Row], as_of: datetime, newest: bool = True) -> Row:
+def _row(chunk: list[Row], as_of: datetime | None, newest: bool = True) -> Row:
+    """None: right after the newest action."""
+    as_of = as_of or chunk[-1]["event_ts"] + timedelta(microseconds=1)
     features = ("item_index", "event_type_index", "vertical_index", "gap_bucket", "session_end", "hour", "weekday")
     row = {"as_of": as_of, "length": len(chunk)}
     row |= {name: [a[name] for a in chunk] for name in (*features, "price_bucket")}

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+from delta.tables import DeltaTable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyspark.sql import SparkSession
@@ -15,9 +17,10 @@ from pyspark.sql import SparkSession
 from jobs import build_sequences, build_vocabulary, sessionize
 from jobs.config import SequencesSettings, SessionizeSettings
 from jobs.errors import TrailvecError
-from jobs.runtime import Runtime
+from jobs.runtime import Runtime, Stage
 from jobs.splits import cut_times
-from jobs.tables import EVENTS, SEQUENCES, SESSIONS
+from jobs.tables import EVENTS, FLAGGED_USERS, SEQUENCES, SESSIONS
+from jobs.train import snapshot_files
 from tests import oracles
 from tests.conftest import put
 from tests.events import START, Row, logs, make_event, to_frame
@@ -28,6 +31,7 @@ STAGES = (sessionize.STAGE, build_vocabulary.STAGE, build_sequences.STAGE)
 
 def run(runtime: Runtime, events: list[Row], partitions: int = 1) -> dict[tuple[str, str, int], Row]:
     put(runtime, EVENTS, to_frame(runtime.spark, events, partitions))
+    put(runtime, FLAGGED_USERS, runtime.spark.createDataFrame([], FLAGGED_USERS.schema()))
     for stage in STAGES:
         runtime.execute(stage)
     return {(r.user_id, r.split, r.part): r.asDict() for r in runtime.latest(SEQUENCES).collect()}
@@ -64,7 +68,7 @@ def test_equals_the_plain_python_sequences(
         "kind string, value string, value_index int",
     )
     sessions = sessionize.sessionize(to_frame(spark, events, partitions), SessionizeSettings())
-    actions = build_sequences.number_actions(sessions, items_frame, values_frame, min_count=2)
+    actions = build_sequences.number_actions(sessions, build_sequences.in_vocabulary(items_frame, 2), values_frame)
     cuts = cut_times(to_frame(spark, events), rules)
     rows = build_sequences.build_sequences(actions, cuts, rules).collect()
     found = {(r.user_id, r.split, r.part): r.asDict() for r in rows}
@@ -95,6 +99,79 @@ def _training_events(events: list[Row], leave_one_out: bool) -> list[Row]:
     for user in {e["user_id"] for e in events}:
         kept += oracles.in_order([e for e in events if e["user_id"] == user])[:-2]
     return kept
+
+
+@settings(max_examples=4)
+@given(events=logs(max_events=50), seed=st.randoms(), leave_one_out=st.booleans())
+def test_increments_end_in_the_same_rows_as_one_build(
+    spark: SparkSession,
+    make_runtime: Callable[..., Runtime],
+    tmp_path_factory: pytest.TempPathFactory,
+    events: list[Row],
+    seed: Any,
+    leave_one_out: bool,
+) -> None:
+    """Law 1: batches in any order, late ones too; items come into the training window's vocabulary on the way."""
+    sets = [
+        *(
+            f'sequences.{name}="{time.isoformat()}"'
+            for name, time in (("valid_from", VALID_FROM), ("test_from", TEST_FROM))
+        ),
+        f'sequences.split_by="{"leave_one_out" if leave_one_out else "time"}"',
+        *("sequences.max_length=4", "sequences.max_parts=2", "sequences.seen_days=1", "vocabulary.min_count=2"),
+    ]
+    runtime = make_runtime(*sets, root=tmp_path_factory.mktemp("increments"))
+    # The cut times must lie inside the log from the first batch on.
+    last = make_event(event_id="last", user_id="last", item_id="i0", event_ts=START + timedelta(days=9))
+    seed.shuffle(events)
+    for number, batch in enumerate(([last, *events[::3]], events[1::3], events[2::3])):
+        if not batch:
+            continue
+        frame = to_frame(spark, batch)
+        runtime.execute(
+            Stage("put", "", lambda r, f=frame: r.append(EVENTS, f), reads=(), writes=(), settings=()), True
+        )
+        if number == 0:
+            put(runtime, FLAGGED_USERS, spark.createDataFrame([], FLAGGED_USERS.schema()))
+        for stage in STAGES:
+            runtime.execute(stage)
+    history = DeltaTable.forPath(spark, runtime.path(SEQUENCES)).history().collect()
+    assert [h.operation for h in history].count("WRITE") == 1  # all else were increments
+    by_increments = _rows(runtime)
+    runtime.execute(build_sequences.STAGE, force=True)
+    assert by_increments == _rows(runtime)
+
+
+def _rows(runtime: Runtime) -> dict[tuple[str, str, int], Row]:
+    rows = runtime.latest(SEQUENCES).collect()
+    found = {(r.user_id, r.split, r.part): r.asDict() for r in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def test_training_meets_no_deletion_vector(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
+    cuts = [
+        f'sequences.{name}="{time.isoformat()}"'
+        for name, time in (("valid_from", VALID_FROM), ("test_from", TEST_FROM))
+    ]
+    runtime = make_runtime(*cuts, "vocabulary.min_count=1")
+    early = [
+        make_event(event_id=f"{user}{n}", user_id=user, item_id=f"i{n}", event_ts=START + timedelta(minutes=n))
+        for user in "abcd"
+        for n in range(3)
+    ]
+    run(runtime, early)
+    late = make_event(event_id="a9", user_id="a", item_id="i1", event_ts=START + timedelta(minutes=9))
+    runtime.execute(Stage("put", "", lambda r: r.append(EVENTS, to_frame(spark, [late])), (), (), ()), force=True)
+    for stage in STAGES:
+        runtime.execute(stage)
+    assert runtime.latest(SEQUENCES).where("split = 'train' AND user_id = 'a'").collect()[0].length == 4
+    version = runtime.latest_version(SEQUENCES)
+    trained = [
+        pq.read_metadata(url.removeprefix("file://")).num_rows
+        for url in snapshot_files(runtime.path(SEQUENCES), version, "train")
+    ]
+    assert sum(trained) == 4  # the old row of user a is in none of the files
 
 
 def test_what_comes_after_a_cut_does_not_change_what_lies_before(
