@@ -9,6 +9,7 @@ from jobs import (
     evaluate,
     export_segments,
     find_neighbours,
+    flag_users,
     ingest,
     score_users,
     sessionize,
@@ -17,6 +18,7 @@ from jobs import (
 
 STAGES = (
     ingest.STAGE,
+    flag_users.STAGE,
     sessionize.STAGE,
     build_vocabulary.STAGE,
     build_sequences.STAGE,

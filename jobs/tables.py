@@ -127,8 +127,13 @@ FLAGGED_USERS = Table(
     (
         Column("user_id", "string", "The user; one caught day is enough to leave the user out."),
         Column("day", "date", "The day (UTC) whose events caught them."),
-        Column("rule", "string", "events_per_minute, events_per_day or constant_interval."),
-        Column("value", "double", "What was measured: the most events in a minute, the events, the events in step."),
+        Column("rule", "string", "events_per_minute, events_per_day, constant_interval or test_account."),
+        Column(
+            "value",
+            "double",
+            "What was measured: the most events in a minute, the day's events, the events in step; of a test account "
+            "the day's events.",
+        ),
     ),
     key=("user_id", "day", "rule"),
     stage="flag_users",

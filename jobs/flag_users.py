@@ -1,0 +1,180 @@
+"""flag_users: events → flagged_users.
+
+Rules over each user's day (UTC) mark bots and test accounts: a row for every (user, day, rule) caught, with what was
+measured. Their events stay in events; sessionize leaves the users out. A row depends on one user's one day alone, so
+after a change of events only the days touched are measured again, and the result is that of a full build.
+
+A full build shuffles two columns of the log once, by (user, day), counts each day's events, and looks closer only at
+the days with as many events as some rule's limit.
+"""
+
+from __future__ import annotations
+
+import itertools
+from datetime import date, datetime, timedelta
+
+from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import functions as F
+
+from jobs.cli import stage_main
+from jobs.config import FlagUsersSettings
+from jobs.runtime import Runtime, Stage
+from jobs.splits import utc
+from jobs.tables import EVENTS, FLAGGED_USERS, conform
+
+USER_DAY = ["user_id", "day"]
+_MOST_RANGES = 100  # of days in one condition: each is compared with each file's statistics
+
+
+def flag_users(events: DataFrame, settings: FlagUsersSettings) -> DataFrame:
+    """FLAGGED_USERS rows of `events` (user_id and event_ts), which must hold whole days of a user."""
+    # rule: (what is measured, the least of it that is caught)
+    limits = {
+        "events_per_minute": ("busiest_minute", _more_than(settings.events_per_minute)),
+        "events_per_day": ("events", _more_than(settings.events_per_day)),
+        "constant_interval": ("in_step", settings.constant_interval_events),
+    }
+    least = [least for _, least in limits.values() if least is not None]
+    is_test = _any([F.col("user_id").like(pattern) for pattern in settings.test_accounts])
+
+    spread = events.select("user_id", day_of("event_ts").alias("day"), "event_ts").repartition(*USER_DAY)
+    # No rule catches a day that has fewer events than the least of the limits: most days are neither sorted nor
+    # counted by the minute. (That event_ts is named here makes both uses of `spread` read the same columns, and so
+    # Spark shuffles once.)
+    busy = (
+        spread.groupBy(*USER_DAY)
+        .agg(F.count("*").alias("events"), F.max("event_ts").alias("last_ts"))
+        .where("last_ts IS NOT NULL")
+        .where(is_test | (F.col("events") >= min(least)) if least else is_test)
+        .drop("last_ts")
+    )
+    caught = [_caught("test_account", "events", is_test)]
+    for rule, (measured, at_least) in limits.items():
+        if at_least is not None:
+            caught.append(_caught(rule, measured, F.col(measured) >= at_least))
+    rows = (
+        measure(spread.join(busy.hint("shuffle_hash"), USER_DAY))
+        .select(*USER_DAY, F.explode(F.array(*caught)).alias("caught"))
+        .where("caught IS NOT NULL")
+    )
+    return conform(rows.select(*USER_DAY, "caught.*"), FLAGGED_USERS)
+
+
+def measure(events: DataFrame) -> DataFrame:
+    """One row per (user, day, events) of `events`, with `busiest_minute`, the most events in one clock minute, and
+    `in_step`, the most events one after the other with the same interval from each to the next (1: no interval but 0).
+
+    Two intervals are the same if they round to the same number of milliseconds. So a timer that fires every 5,000 ms is
+    caught with up to half a millisecond of jitter, and so is any in a log of whole milliseconds or seconds that hide
+    it. A wider tolerance would have to say from what: the interval before (then it may drift without end), or the first
+    (then the choice of the first decides). An interval that rounds to 0 belongs to no series: a basket is no bot.
+    """
+    in_order = Window.partitionBy(*USER_DAY).orderBy("event_ts")
+    so_far = in_order.rowsBetween(Window.unboundedPreceding, Window.currentRow)
+    micros = F.unix_micros("event_ts")
+    # Which of two events of the same moment comes first decides nothing: only their time is looked at.
+    interval = F.round((micros - F.lag(micros).over(in_order)) / 1000)
+    intervals = events.withColumns({"interval": interval, "place": F.row_number().over(in_order)})
+    # Where an interval is another than the one before it, a series begins; its first event stands one place earlier.
+    begins = ~F.col("interval").eqNullSafe(F.lag("interval").over(in_order))
+    series = intervals.withColumn("begin", F.when(begins, F.col("place")))
+    length = F.when(F.col("interval") > 0, F.col("place") - F.max("begin").over(so_far) + 2).otherwise(1)
+    return (
+        series.withColumn("length", length)
+        .groupBy(*USER_DAY, "events", F.date_trunc("minute", "event_ts").alias("minute"))
+        .agg(F.count("*").alias("in_minute"), F.max("length").alias("length"))
+        .groupBy(*USER_DAY, "events")
+        .agg(F.max("in_minute").alias("busiest_minute"), F.max("length").alias("in_step"))
+    )
+
+
+def day_of(time: str) -> Column:
+    """The day (UTC) of a timestamp column: the runtime's sessions are in UTC."""
+    return F.to_date(time)
+
+
+def day_ranges(days: list[date], most: int = _MOST_RANGES) -> list[tuple[date, date]]:
+    """The days as (first, last) of at most `most` ranges, which hold other days too where they must."""
+    ordered = sorted(days)
+    if not ordered:
+        return []
+    gaps = [(after - before, place) for place, (before, after) in enumerate(itertools.pairwise(ordered), 1)]
+    widest = sorted((gap for gap in gaps if gap[0] > timedelta(days=1)), reverse=True)[: most - 1]
+    edges = [0, *sorted(place for _, place in widest), len(ordered)]
+    return [(ordered[start], ordered[stop - 1]) for start, stop in itertools.pairwise(edges)]
+
+
+def _more_than(limit: int | None) -> int | None:
+    return None if limit is None else limit + 1
+
+
+def _caught(rule: str, measured: str, holds: Column) -> Column:
+    row = F.struct(F.lit(rule).alias("rule"), F.col(measured).cast("double").alias("value"))
+    return F.when(holds, row)
+
+
+def _any(conditions: list[Column]) -> Column:
+    found = F.lit(False)
+    for condition in conditions:
+        found |= condition
+    return found
+
+
+def run(runtime: Runtime) -> None:
+    settings = runtime.config.flag_users
+    events = runtime.read(EVENTS)
+    changes = runtime.incremental(FLAGGED_USERS, EVENTS)
+    if changes is None:
+        runtime.write(FLAGGED_USERS, flag_users(events, settings))
+        return
+    # What an update changed stands in `changes` twice, as it was and as it is: both days are touched.
+    touched = changes.select("user_id", day_of("event_ts").alias("day")).distinct().persist()
+    flagged = None
+    try:
+        days = day_ranges([row["day"] for row in touched.select("day").distinct().collect()])
+        if not days:
+            runtime.touch(FLAGGED_USERS)
+            return
+        # Literal times, which Delta compares with each file's smallest and largest event_ts.
+        in_days = _any(
+            [
+                (F.col("event_ts") >= utc(_midnight(first))) & (F.col("event_ts") < utc(_midnight(last, 1)))
+                for first, last in days
+            ]
+        )
+        again = events.where(in_days).withColumn("day", day_of("event_ts")).join(touched, USER_DAY, "left_semi")
+        flagged = flag_users(again, settings).persist()
+        old = runtime.latest(FLAGGED_USERS).join(touched, USER_DAY, "left_semi")
+        upserts = flagged.join(old, [*FLAGGED_USERS.key, "value"], "left_anti")
+        deletes = old.join(flagged, [*FLAGGED_USERS.key], "left_anti")
+        if upserts.isEmpty() and deletes.isEmpty():
+            runtime.touch(FLAGGED_USERS)
+            return
+        within = F.col("old.day").between(F.lit(days[0][0]), F.lit(days[-1][1]))
+        runtime.merge(FLAGGED_USERS, upserts, deletes, where=within)
+    finally:
+        for frame in (touched, flagged):
+            if frame is not None:
+                frame.unpersist()
+
+
+def _midnight(day: date, later: int = 0) -> datetime:
+    return datetime(day.year, day.month, day.day) + timedelta(days=later)
+
+
+STAGE = Stage(
+    "flag_users",
+    "mark bots and test accounts by rules over each user's day",
+    run,
+    reads=(EVENTS,),
+    writes=(FLAGGED_USERS,),
+    settings=("flag_users",),
+)
+
+
+def main() -> None:
+    stage_main("flag_users")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,338 @@
+"""Bots and test accounts: each rule by numbers to check by hand, plain Python beside it, and law 1 of increments."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from datetime import date, datetime, timedelta
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from delta.tables import DeltaTable
+from deltalake import DeltaTable as DeltaTableFiles
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyspark.sql import DataFrame, SparkSession
+
+from jobs.config import FlagUsersSettings, load_config
+from jobs.errors import TrailvecError
+from jobs.flag_users import STAGE, day_ranges, flag_users
+from jobs.runtime import Runtime, Stage
+from jobs.tables import EVENTS, FLAGGED_USERS
+from tests.conftest import put
+from tests.events import Row, make_event, to_frame
+
+NOON = datetime(2023, 3, 25, 12, 0)
+OFF = {"events_per_minute": None, "events_per_day": None, "constant_interval_events": None}
+Flags = dict[tuple[str, date, str], float]
+
+
+def events_at(user: str, times: Iterable[datetime]) -> list[Row]:
+    return [make_event(event_id=f"{user}-{n}", user_id=user, item_id="i", event_ts=t) for n, t in enumerate(times)]
+
+
+def seconds(*later: float) -> list[datetime]:
+    return [NOON + timedelta(seconds=s) for s in later]
+
+
+def flags(rows: DataFrame) -> Flags:
+    found = [((r.user_id, r.day, r.rule), r.value) for r in rows.collect()]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def by_rule(spark: SparkSession, events: list[Row], **rules: object) -> dict[str, float]:
+    """What one rule alone measured, by user; the day is asserted to be NOON's."""
+    found = flags(flag_users(to_frame(spark, events), FlagUsersSettings.model_validate(OFF | rules)))
+    assert {day for _, day, _ in found} <= {NOON.date()}
+    return {user: value for (user, _, _), value in found.items()}
+
+
+# ---- each rule by hand ------------------------------------------------------------------------------------
+
+
+def test_more_events_in_one_clock_minute(spark: SparkSession) -> None:
+    events = [
+        *events_at("four", seconds(0, 10, 20, 59.999999)),
+        *events_at("three", seconds(0, 10, 20)),
+        *events_at("two minutes", seconds(58, 59, 60, 61)),  # four in three seconds, but two in each clock minute
+        *events_at("five then four", seconds(0, 1, 2, 3, 4, 60, 61, 62, 63)),
+    ]
+    assert by_rule(spark, events, events_per_minute=3) == {"four": 4, "five then four": 5}
+
+
+def test_more_events_in_one_day_of_utc(spark: SparkSession) -> None:
+    midnight = datetime(2023, 3, 25)
+    last = timedelta(hours=24) - timedelta(microseconds=1)
+    events = [
+        *events_at("first to last moment", [midnight, midnight, midnight + last]),
+        *events_at("two", [midnight, midnight + last]),
+        *events_at("over midnight", [midnight - timedelta(microseconds=1), midnight, midnight + last]),
+    ]
+    assert by_rule(spark, events, events_per_day=2) == {"first to last moment": 3}
+
+
+@pytest.mark.parametrize(
+    ("times", "in_step"),
+    [
+        (seconds(0, 5, 10, 15), 4),
+        (seconds(0, 5, 10), None),
+        (seconds(0, 5, 10, 16, 21, 26), None),  # 5 5 6 5 5
+        (seconds(0, 1, 6, 11, 16, 17), 4),  # the series may begin and end inside the day
+        (seconds(0, 5, 10, 15, 17, 19, 21, 23, 40), 5),  # the longest of two; its first event ends the other
+        (seconds(0, 5, 5, 10, 15), None),  # two events of one moment break a series
+        (seconds(0, 0, 0, 0, 0), None),  # a basket
+        (seconds(0, 5, 10.0004, 15.0007), 4),  # intervals of 5,000.0, 5,000.4 and 5,000.3 ms
+        (seconds(0, 5, 10.0006, 15.0012), None),  # 5,000.0, 5,000.6 and 5,000.6 ms
+        (seconds(0, 0.0004, 0.0008, 0.0012, 0.0016), None),  # less than half a millisecond is no time
+    ],
+)
+def test_four_events_in_step(spark: SparkSession, times: list[datetime], in_step: int | None) -> None:
+    found = by_rule(spark, events_at("u", times), constant_interval_events=4)
+    assert found == ({} if in_step is None else {"u": in_step})
+
+
+def test_a_series_ends_at_midnight(spark: SparkSession) -> None:
+    around = [datetime(2023, 3, 26) + timedelta(seconds=10 * n) for n in range(-3, 3)]
+    assert by_rule(spark, events_at("u", around), constant_interval_events=4) == {}
+
+
+def test_test_accounts_match_a_like_pattern_with_each_days_events(spark: SparkSession) -> None:
+    names = ("qa-1", "aqa-1", "load_test", "loadXtest", "QA-1")
+    events = [e for name in names for e in events_at(name, seconds(0, 1))]
+    events += events_at("qa-1 ", [NOON + timedelta(days=1)])
+    rules = FlagUsersSettings.model_validate(OFF | {"test_accounts": ["qa-%", r"load\_test"]})
+    assert flags(flag_users(to_frame(spark, events), rules)) == {
+        ("qa-1", NOON.date(), "test_account"): 2,
+        ("load_test", NOON.date(), "test_account"): 2,
+        ("qa-1 ", NOON.date() + timedelta(days=1), "test_account"): 1,
+    }
+
+
+@pytest.mark.parametrize("pattern", ["qa-\\\\", "\\\\d+", ""])
+def test_a_pattern_that_spark_would_not_take_is_refused_at_once(pattern: str) -> None:
+    with pytest.raises(TrailvecError, match=r"flag_users\.test_accounts\.0 = "):
+        load_config(None, [f'flag_users.test_accounts=["{pattern}"]'])
+
+
+def test_one_day_may_break_every_rule_and_none_need_hold(spark: SparkSession) -> None:
+    events = events_at("bot", seconds(*range(5)))
+    rules = {"events_per_minute": 3, "events_per_day": 4, "constant_interval_events": 5, "test_accounts": ["b%"]}
+    found = flags(flag_users(to_frame(spark, events), FlagUsersSettings.model_validate(rules)))
+    assert {rule: value for (_, _, rule), value in found.items()} == {
+        "events_per_minute": 5,
+        "events_per_day": 5,
+        "constant_interval": 5,
+        "test_account": 5,
+    }
+    assert by_rule(spark, events) == {}
+
+
+# ---- all rules against plain Python -----------------------------------------------------------------------
+
+
+def oracle(events: list[Row], rules: FlagUsersSettings) -> Flags:
+    days = defaultdict(list)
+    for event in events:
+        days[event["user_id"], event["event_ts"].date()].append(event["event_ts"])
+    found: Flags = {}
+    for (user, day), times in days.items():
+        times.sort()
+        gaps = [round((b - a) / timedelta(milliseconds=1)) for a, b in itertools.pairwise(times)]
+        series = [1 + len(list(group)) for gap, group in itertools.groupby(gaps) if gap]
+        minutes = Counter(time.replace(second=0, microsecond=0) for time in times)
+        busiest, in_step = max(minutes.values()), max(series, default=1)
+        if rules.events_per_minute is not None and busiest > rules.events_per_minute:
+            found[user, day, "events_per_minute"] = busiest
+        if rules.events_per_day is not None and len(times) > rules.events_per_day:
+            found[user, day, "events_per_day"] = len(times)
+        if rules.constant_interval_events is not None and in_step >= rules.constant_interval_events:
+            found[user, day, "constant_interval"] = in_step
+        if user == "u0" and rules.test_accounts:
+            found[user, day, "test_account"] = len(times)
+    return found
+
+
+# Steps in microseconds: the same moment, a millisecond, seconds in step, a minute, and over midnight.
+_STEPS = [0, 1_000, 10_000_000, 10_000_000, 10_000_000, 60_000_000, 5 * 3_600_000_000]
+
+
+@st.composite
+def busy_logs(draw: st.DrawFn) -> list[Row]:
+    events = []
+    for user in ("u0", "u1", "u2"):
+        steps = draw(st.lists(st.sampled_from(_STEPS), max_size=25))
+        times = [NOON + timedelta(microseconds=us) for us in itertools.accumulate(steps)]
+        events += events_at(user, times)
+    return draw(st.permutations(events))
+
+
+all_rules = st.builds(
+    FlagUsersSettings,
+    events_per_minute=st.none() | st.integers(1, 4),
+    events_per_day=st.none() | st.integers(1, 12),
+    constant_interval_events=st.none() | st.integers(3, 5),
+    test_accounts=st.sampled_from([[], ["_0"]]),
+)
+
+
+@settings(max_examples=8)
+@given(events=busy_logs(), rules=all_rules, partitions=st.integers(1, 3))
+def test_the_rows_are_those_of_plain_python(
+    spark: SparkSession, events: list[Row], rules: FlagUsersSettings, partitions: int
+) -> None:
+    assert flags(flag_users(to_frame(spark, events, partitions), rules)) == oracle(events, rules)
+
+
+@given(
+    days=st.sets(st.dates(date(2023, 1, 1), date(2023, 3, 1)), max_size=30),
+    most=st.integers(1, 5),
+)
+def test_few_ranges_hold_all_days_and_no_more_than_they_must(days: set[date], most: int) -> None:
+    ranges = day_ranges(list(days), most)
+    held = [first + timedelta(days=n) for first, last in ranges for n in range((last - first).days + 1)]
+    assert len(held) == len(set(held))
+    assert days <= set(held)
+    assert len(ranges) <= most
+    if len(ranges) < most:
+        assert days == set(held)
+
+
+# ---- the stage --------------------------------------------------------------------------------------------
+
+RULES = (
+    "flag_users.events_per_minute=3",
+    "flag_users.events_per_day=12",
+    "flag_users.constant_interval_events=4",
+)
+
+
+def change(runtime: Runtime, rows: DataFrame | None, deletes: DataFrame | None = None) -> None:
+    """Rows updated or inserted in events, or deleted from it, as another stage would."""
+    if rows is None:
+        assert deletes is not None
+        rows = deletes.limit(0)
+    stage = Stage("change", "", lambda r: r.merge(EVENTS, rows, deletes), reads=(), writes=(), settings=())
+    runtime.execute(stage, force=True)
+
+
+def latest_commit(runtime: Runtime) -> Row:
+    history = DeltaTable.forPath(runtime.spark, runtime.path(FLAGGED_USERS)).history(1)
+    return dict(history.select("version", "operation", "operationMetrics").collect()[0].asDict())
+
+
+@settings(max_examples=5)
+@given(events=busy_logs(), cuts=st.lists(st.integers(0, 75), min_size=1, max_size=2), doubled=st.integers(0, 20))
+def test_any_split_of_the_log_ends_in_the_rows_of_one_batch(
+    make_runtime: Callable[..., Runtime],
+    spark: SparkSession,
+    tmp_path_factory: pytest.TempPathFactory,
+    events: list[Row],
+    cuts: list[int],
+    doubled: int,
+) -> None:
+    runtime = make_runtime(*RULES, root=tmp_path_factory.mktemp("split"))
+    edges = [0, *sorted(min(cut, len(events)) for cut in cuts), len(events)]
+    for number, (start, stop) in enumerate(itertools.pairwise(edges)):
+        again = events[max(0, start - doubled) : stop]  # with events that were there before
+        if number == 0:
+            put(runtime, EVENTS, to_frame(spark, again))
+        else:
+            change(runtime, to_frame(spark, again))
+        runtime.execute(STAGE)
+    assert flags(runtime.latest(FLAGGED_USERS)) == oracle(events, runtime.config.flag_users)
+
+
+def test_a_flag_comes_changes_and_goes_with_the_events(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    runtime = make_runtime(*RULES)
+    bot, other = events_at("bot", seconds(0, 1, 2, 3)), events_at("other", seconds(0, 1, 2, 3))
+    day = NOON.date()
+    put(runtime, EVENTS, to_frame(spark, bot[:3] + other))
+    assert not runtime.execute(STAGE).skipped
+    kept = {("other", day, "events_per_minute"): 4.0, ("other", day, "constant_interval"): 4.0}
+    assert flags(runtime.latest(FLAGGED_USERS)) == kept
+    assert runtime.execute(STAGE).skipped
+
+    change(runtime, to_frame(spark, bot))  # a late event: caught
+    runtime.execute(STAGE)
+    caught = {("bot", day, "events_per_minute"): 4.0, ("bot", day, "constant_interval"): 4.0}
+    assert flags(runtime.latest(FLAGGED_USERS)) == kept | caught
+    commit = latest_commit(runtime)
+    assert (commit["operation"], commit["operationMetrics"]["numTargetRowsInserted"]) == ("MERGE", "2")
+    assert commit["operationMetrics"]["numTargetRowsUpdated"] == "0"  # other's rows are as they were
+
+    corrected = bot[3] | {"event_ts": NOON + timedelta(days=1)}  # an update: it was another day
+    change(runtime, to_frame(spark, [corrected]))
+    runtime.execute(STAGE)
+    assert flags(runtime.latest(FLAGGED_USERS)) == kept
+
+    change(runtime, None, to_frame(spark, other[1:2]))  # a deletion
+    runtime.execute(STAGE)
+    assert flags(runtime.latest(FLAGGED_USERS)) == {}
+
+
+def test_what_changes_no_flag_is_recorded_without_a_row(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    runtime = make_runtime(*RULES)
+    put(runtime, EVENTS, to_frame(spark, events_at("bot", seconds(0, 1, 2, 3))))
+    runtime.execute(STAGE)
+    before = latest_commit(runtime)["version"]
+    for new in (events_at("quiet", seconds(0)), []):
+        change(runtime, to_frame(spark, new))
+        assert not runtime.execute(STAGE).skipped
+        assert runtime.execute(STAGE).skipped
+    assert latest_commit(runtime)["version"] == before + 2
+    changes = spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", before + 1)
+    assert changes.load(runtime.path(FLAGGED_USERS)).count() == 0
+
+
+def test_other_rules_make_all_rows_anew(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
+    runtime = make_runtime(*RULES)
+    put(runtime, EVENTS, to_frame(spark, events_at("bot", seconds(0, 1, 2, 3))))
+    runtime.execute(STAGE)
+    laxer = make_runtime(*RULES, "flag_users.events_per_minute=4")
+    laxer.execute(STAGE)
+    assert flags(laxer.latest(FLAGGED_USERS)) == {("bot", NOON.date(), "constant_interval"): 4.0}
+
+
+# ---- what it costs ----------------------------------------------------------------------------------------
+
+
+def test_a_full_build_shuffles_the_log_once(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
+    runtime = make_runtime()
+    put(runtime, EVENTS, to_frame(spark, events_at("u", seconds(0, 1, 2))))
+    built = flag_users(runtime.latest(EVENTS), FlagUsersSettings())
+    built.collect()
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        built.explain()
+    final = said.getvalue().partition("== Initial Plan ==")[0]
+    assert "isFinalPlan=true" in final
+    assert re.findall(r"^\W*(?:\*\(\d+\) )?(\w*Exchange)\b", final, re.MULTILINE) == ["Exchange", "ReusedExchange"]
+
+
+def test_an_increment_reads_only_the_files_of_the_days_touched(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    runtime = make_runtime(*RULES)
+    put(runtime, EVENTS, to_frame(spark, events_at("bot", seconds(0, 1, 2, 3))))
+    for days in (1, 2):
+        change(runtime, to_frame(spark, events_at(f"u{days}", [t + timedelta(days=days) for t in seconds(0, 1)])))
+    runtime.execute(STAGE)
+    change(runtime, to_frame(spark, events_at("late", [t + timedelta(days=1) for t in seconds(0, 1, 2, 3)])))
+    files = [Path(f.removeprefix("file://")) for f in DeltaTableFiles(runtime.path(EVENTS)).file_uris()]
+    others = [f for f in files if {r["event_ts"].day for r in pq.read_table(f).to_pylist()} != {26}]
+    assert (len(files), len(others)) == (4, 2)
+    for file in others:
+        file.unlink()  # whoever reads it fails
+    runtime.execute(STAGE)
+    found = flags(runtime.latest(FLAGGED_USERS))
+    assert {(user, day.day) for user, day, _ in found} == {("bot", 25), ("late", 26)}
