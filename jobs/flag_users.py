@@ -10,20 +10,16 @@ the days with as many events as some rule's limit.
 
 from __future__ import annotations
 
-import itertools
-from datetime import date, datetime, timedelta
-
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from jobs.cli import stage_main
 from jobs.config import FlagUsersSettings
+from jobs.pruning import within_days
 from jobs.runtime import Runtime, Stage
-from jobs.splits import utc
 from jobs.tables import EVENTS, FLAGGED_USERS, conform
 
 USER_DAY = ["user_id", "day"]
-_MOST_RANGES = 100  # of days in one condition: each is compared with each file's statistics
 
 
 def flag_users(events: DataFrame, settings: FlagUsersSettings) -> DataFrame:
@@ -93,17 +89,6 @@ def day_of(time: str) -> Column:
     return F.to_date(time)
 
 
-def day_ranges(days: list[date], most: int = _MOST_RANGES) -> list[tuple[date, date]]:
-    """The days as (first, last) of at most `most` ranges, which hold other days too where they must."""
-    ordered = sorted(days)
-    if not ordered:
-        return []
-    gaps = [(after - before, place) for place, (before, after) in enumerate(itertools.pairwise(ordered), 1)]
-    widest = sorted((gap for gap in gaps if gap[0] > timedelta(days=1)), reverse=True)[: most - 1]
-    edges = [0, *sorted(place for _, place in widest), len(ordered)]
-    return [(ordered[start], ordered[stop - 1]) for start, stop in itertools.pairwise(edges)]
-
-
 def _more_than(limit: int | None) -> int | None:
     return None if limit is None else limit + 1
 
@@ -131,18 +116,15 @@ def run(runtime: Runtime) -> None:
     touched = changes.select("user_id", day_of("event_ts").alias("day")).distinct().persist()
     flagged = None
     try:
-        days = day_ranges([row["day"] for row in touched.select("day").distinct().collect()])
+        days = [row["day"] for row in touched.select("day").distinct().collect()]
         if not days:
             runtime.touch(FLAGGED_USERS)
             return
-        # Literal times, which Delta compares with each file's smallest and largest event_ts.
-        in_days = _any(
-            [
-                (F.col("event_ts") >= utc(_midnight(first))) & (F.col("event_ts") < utc(_midnight(last, 1)))
-                for first, last in days
-            ]
+        again = (
+            events.where(within_days(F.col("event_ts"), days))
+            .withColumn("day", day_of("event_ts"))
+            .join(touched, USER_DAY, "left_semi")
         )
-        again = events.where(in_days).withColumn("day", day_of("event_ts")).join(touched, USER_DAY, "left_semi")
         flagged = flag_users(again, settings).persist()
         old = runtime.latest(FLAGGED_USERS).join(touched, USER_DAY, "left_semi")
         upserts = flagged.join(old, [*FLAGGED_USERS.key, "value"], "left_anti")
@@ -150,16 +132,12 @@ def run(runtime: Runtime) -> None:
         if upserts.isEmpty() and deletes.isEmpty():
             runtime.touch(FLAGGED_USERS)
             return
-        within = F.col("old.day").between(F.lit(days[0][0]), F.lit(days[-1][1]))
+        within = F.col("old.day").between(F.lit(min(days)), F.lit(max(days)))
         runtime.merge(FLAGGED_USERS, upserts, deletes, where=within)
     finally:
         for frame in (touched, flagged):
             if frame is not None:
                 frame.unpersist()
-
-
-def _midnight(day: date, later: int = 0) -> datetime:
-    return datetime(day.year, day.month, day.day) + timedelta(days=later)
 
 
 STAGE = Stage(

@@ -21,7 +21,8 @@ from pyspark.sql import DataFrame, SparkSession
 
 from jobs.config import FlagUsersSettings, load_config
 from jobs.errors import TrailvecError
-from jobs.flag_users import STAGE, day_ranges, flag_users
+from jobs.flag_users import STAGE, flag_users
+from jobs.pruning import day_ranges
 from jobs.runtime import Runtime, Stage
 from jobs.tables import EVENTS, FLAGGED_USERS
 from tests.conftest import put
