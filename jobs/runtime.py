@@ -215,7 +215,7 @@ class Runtime:
         self.create(table)
         writer = conform(df, table).write.format("delta").mode(mode).options(**options)
         writer = writer.option("userMetadata", self._metadata(done))
-        self._commit(lambda: writer.save(self.path(table)))
+        self.commit(lambda: writer.save(self.path(table)))
 
     def merge(
         self,
@@ -251,7 +251,7 @@ class Runtime:
         key = "spark.databricks.delta.commitInfo.userMetadata"
         self.spark.conf.set(key, self._metadata(done))
         try:
-            self._commit(merge.execute)
+            self.commit(merge.execute)
         finally:
             self.spark.conf.unset(key)
 
@@ -262,10 +262,14 @@ class Runtime:
             where: a condition over the partition columns; SQL, from code, never from input.
         """
         path = self.path(table).replace("`", "``")
-        self._commit(lambda: self.spark.sql(f"REORG TABLE delta.`{path}` WHERE {where} APPLY (PURGE)"))
+        self.commit(lambda: self.spark.sql(f"REORG TABLE delta.`{path}` WHERE {where} APPLY (PURGE)"))
 
-    def _commit(self, write: Callable[[], Any]) -> None:
-        """Tries again where another job (maintain_tables, say) committed to the table in the meantime."""
+    def commit(self, write: Callable[[], Any]) -> None:
+        """One commit to a table; tries again where another job (maintain_tables, say) got in its way.
+
+        Raises:
+            DeltaConcurrentModificationException: it did so five times over about a minute.
+        """
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 write()
