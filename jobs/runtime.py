@@ -29,7 +29,7 @@ from typing import Any
 from delta.exceptions import DeltaConcurrentModificationException
 from delta.tables import DeltaTable
 from pyspark.errors import AnalysisException
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 from jobs.config import Config
@@ -38,6 +38,7 @@ from jobs.tables import TABLES, Table, conform
 
 _PACKAGES = ("jobs", "spark_udfs", "training")
 # Spark settings that no commit and no manifest may show; the pattern is spark.redaction.regex's default.
+_HISTORY = 500  # commits of a table that are looked at; a stage that is further behind makes all anew
 _ATTEMPTS = 5  # at a commit that another job's commit got in the way of
 # Commits that move or drop files and change no row.
 _UPKEEP = {"OPTIMIZE", "REORG", "VACUUM START", "VACUUM END", "CLUSTER BY", "SET TBLPROPERTIES"}
@@ -75,6 +76,41 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Commit:
+    """One commit of a table.
+
+    Attributes:
+        committed_at: seconds since 1970.
+        changed_rows: False for upkeep and for a commit that only records that a stage ran.
+        replaced_all: the commit put all its rows in the place of all that were there.
+        provenance: what the stage that made it stored (`Runtime.provenance`); None where no stage did.
+    """
+
+    version: int
+    committed_at: float
+    changed_rows: bool
+    replaced_all: bool
+    provenance: dict[str, Any] | None
+
+
+def _commit_of(row: Row) -> Commit:
+    """Out of a row of Delta's history."""
+    metrics, parameters = row["operationMetrics"] or {}, row["operationParameters"] or {}
+    mode = parameters.get("mode")
+    changes = [n for n in metrics if n in ("numTargetRowsInserted", "numTargetRowsUpdated", "numTargetRowsDeleted")]
+    if row["operation"] == "WRITE" and mode == "Append":
+        changes = ["numOutputRows"]
+    empty = bool(changes) and all(metrics.get(name, "1") == "0" for name in changes)
+    return Commit(
+        version=int(row["version"]),
+        committed_at=float(row["committed_at"]),
+        changed_rows=row["operation"] not in _UPKEEP and not empty,
+        replaced_all=mode == "Overwrite",
+        provenance=json.loads(row["userMetadata"]) if row["userMetadata"] else None,
+    )
+
+
 class Runtime:
     """Tables, models and exports of one configuration; one stage runs in it at a time."""
 
@@ -83,6 +119,7 @@ class Runtime:
         self._spark = spark
         self._stage: Stage | None = None
         self._versions: dict[str, int] = {}
+        self._history: dict[str, list[Commit]] = {}
         self.fingerprint = ""
         self.forced = False
         self.report = Report("")
@@ -126,6 +163,7 @@ class Runtime:
         started = time.monotonic()
         self.report = Report(stage.name)
         self._stage = stage
+        self._history = {}
         self.forced = force
         self._versions = {table.name: self.latest_version(table) for table in stage.reads}
         self.fingerprint = _digest(self._facts(stage))
@@ -159,9 +197,7 @@ class Runtime:
             return None
         if since == until:
             return self.read(read).limit(0).withColumn("_change_type", F.lit("insert"))
-        commits = DeltaTable.forPath(self.spark, self.path(read)).history()
-        replaced = (F.col("operationParameters")["mode"] == "Overwrite") & F.col("version").between(since + 1, until)
-        if not commits.where(replaced).isEmpty():
+        if any(c.replaced_all for c in self._commits(read) if since < c.version <= until):
             return None
         reader = self.spark.read.format("delta").option("readChangeFeed", "true")
         return reader.option("startingVersion", since + 1).option("endingVersion", until).load(self.path(read))
@@ -184,10 +220,9 @@ class Runtime:
         if since is None or since > until:
             return None
         # What the commit after `since` dropped is there until VACUUM takes it.
-        age = F.unix_timestamp() - F.unix_timestamp("timestamp")
-        history = DeltaTable.forPath(self.spark, self.path(read)).history()
-        next_commit = history.where(F.col("version") == since + 1).select(age.alias("age")).collect()
-        kept = since == until or (next_commit and next_commit[0]["age"] < self.config.maintain.retention_hours * 3600)
+        oldest = time.time() - self.config.maintain.retention_hours * 3600
+        commits = [c for c in self._commits(read) if since < c.version <= until]
+        kept = len(commits) == until - since and all(c.committed_at > oldest for c in commits)
         return int(since) if kept else None
 
     def write(self, table: Table, df: DataFrame) -> None:
@@ -273,6 +308,7 @@ class Runtime:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 write()
+                self._history = {}
                 return
             except DeltaConcurrentModificationException:
                 if attempt == _ATTEMPTS:
@@ -355,14 +391,24 @@ class Runtime:
             raise TrailvecError(
                 f"table {table.name} does not exist under {self.root}: run `trailvec {table.stage}` first"
             )
-        return int(DeltaTable.forPath(self.spark, self.path(table)).history(1).collect()[0]["version"])
+        self._history.pop(table.name, None)  # others may have written
+        return self._commits(table)[0].version
 
     def _changed_version(self, table: Table) -> int:
         """The newest version at or before the stage's that changed rows: upkeep makes nothing else out of date."""
-        history = DeltaTable.forPath(self.spark, self.path(table)).history(100)
-        changes = history.where(~F.col("operation").isin(*_UPKEEP) & (F.col("version") <= self._versions[table.name]))
-        newest = changes.agg(F.max("version")).collect()[0][0]
-        return self._versions[table.name] if newest is None else int(newest)
+        at = self._versions[table.name]
+        return max((c.version for c in self._commits(table) if c.changed_rows and c.version <= at), default=at)
+
+    def _commits(self, table: Table) -> list[Commit]:
+        """The table's newest commits, newest first; looked up once until the next commit of this runtime."""
+        if table.name not in self._history:
+            rows = (
+                DeltaTable.forPath(self.spark, self.path(table))
+                .history(_HISTORY)
+                .withColumn("committed_at", F.col("timestamp").cast("double"))
+            )
+            self._history[table.name] = [_commit_of(row) for row in rows.drop("timestamp").collect()]
+        return self._history[table.name]
 
     def _last_fingerprint(self, table: Table) -> str | None:
         return (self.last_writer(table) or {}).get("fingerprint")
@@ -371,9 +417,7 @@ class Runtime:
         """The provenance of the table's newest commit that a stage made; None where there is none."""
         if not self.exists(table):
             return None
-        history = DeltaTable.forPath(self.spark, self.path(table)).history(100)
-        texts = [row["userMetadata"] for row in history.select("userMetadata").collect() if row["userMetadata"]]
-        return json.loads(texts[0]) if texts else None
+        return next((c.provenance for c in self._commits(table) if c.provenance is not None), None)
 
     def running_tasks(self) -> str:
         """Spark's running stages as "done/all tasks"; empty when nothing runs or Spark is not up."""

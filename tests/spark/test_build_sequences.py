@@ -101,7 +101,7 @@ def _training_events(events: list[Row], leave_one_out: bool) -> list[Row]:
     return kept
 
 
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(events=logs(max_events=50), seed=st.randoms(), leave_one_out=st.booleans())
 def test_increments_end_in_the_same_rows_as_one_build(
     spark: SparkSession,
