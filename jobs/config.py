@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+import zoneinfo
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from jobs.errors import TrailvecError
 from training.config import Section, TrainSettings, UtcDatetime
@@ -21,6 +22,15 @@ from training.config import Section, TrainSettings, UtcDatetime
 M = TypeVar("M", bound=BaseModel)
 # What Spark takes as a LIKE pattern: a backslash stands before _, % or another backslash.
 LikePattern = Annotated[str, Field(pattern=r"^([^\\]|\\[_%\\])+$")]
+
+
+def _known_zone(name: str) -> str:
+    if name not in zoneinfo.available_timezones():
+        raise ValueError(f"found {name!r}, which is no IANA time zone")
+    return name
+
+
+TimeZone = Annotated[str, AfterValidator(_known_zone)]
 
 
 class StorageSettings(Section):
@@ -82,7 +92,7 @@ class SessionizeSettings(Section):
         None, gt=0, description="an event later than this after the session's first starts a new one; None: no limit"
     )
     max_events: int = Field(10_000, ge=1, description="so many events end a session: memory is bounded by it")
-    midnight_of: str | None = Field(
+    midnight_of: TimeZone | None = Field(
         None, description="an IANA zone whose midnight ends a session; None: midnight ends none"
     )
     cut_on_vertical: bool = Field(False, description="an event of another vertical starts a new session")

@@ -187,7 +187,8 @@ class Runtime:
         return self._versions[table.name]
 
     def incremental(self, written: Table, read: Table) -> DataFrame | None:
-        """The changes of `read` (Delta's change data feed: its columns and _change_type) since `written` was made.
+        """The changes of `read` (Delta's change data feed: its columns,
+        _change_type and _commit_version) since `written` was made.
 
         None where `written` has to be made anew: it does not exist yet, the stage was forced, its settings or the
         table's revision are others, `read` was replaced as a whole, or its changes are too old to be kept.
@@ -196,7 +197,8 @@ class Runtime:
         if since is None:
             return None
         if since == until:
-            return self.read(read).limit(0).withColumn("_change_type", F.lit("insert"))
+            nothing = self.read(read).limit(0).withColumn("_change_type", F.lit("insert"))
+            return nothing.withColumn("_commit_version", F.lit(until).cast("bigint"))
         if any(c.replaced_all for c in self._commits(read) if since < c.version <= until):
             return None
         reader = self.spark.read.format("delta").option("readChangeFeed", "true")
