@@ -1,44 +1,59 @@
-"""sessionize: events → sessions.
+"""sessionize: events + flagged_users → sessions.
 
-One shuffle by user, one sort by (user_id, event_ts, event_id), then Arrow (`spark_udfs/sessionize.py`).
+One shuffle by user, one sort by (user_id, event_ts, event_id), then Arrow (`spark_udfs/sessionize.py`). After the first
+time only the runs that changed events can have touched are made anew (docs/decisions/0006), in one merge.
 """
 
 from __future__ import annotations
 
+import itertools
+from datetime import datetime, timedelta, timezone
 from functools import partial
 
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, StructType
 
 from jobs.cli import stage_main
 from jobs.config import SessionizeSettings
 from jobs.runtime import Runtime, Stage
-from jobs.tables import EVENTS, SESSIONS, conform
+from jobs.tables import EVENTS, FLAGGED_USERS, SESSIONS, conform
+from spark_udfs.sessionize import Rules
 from spark_udfs.sessionize import sessionize as sessionize_arrow
+
+_DAY_US = 86_400_000_000
+_MOST_RANGES = 64  # of days in one condition: each is weighed against every file's statistics
 
 
 def sessionize(events: DataFrame, settings: SessionizeSettings) -> DataFrame:
     """The sessions of `events`, whatever their order and partitioning."""
     made = StructType([f for f in SESSIONS.schema() if f.name != "session_id"])
-    event_list = made["events"].dataType
-    assert isinstance(event_list, ArrayType)
-    event_fields = event_list.elementType.fieldNames()  # type: ignore[attr-defined]
-    in_partition = partial(
-        sessionize_arrow,
-        gap_us=_microseconds(settings.gap_minutes),
-        gap_us_by_vertical={v: _microseconds(minutes) for v, minutes in settings.gap_minutes_by_vertical.items()},
-        event_fields=event_fields,
-    )
-
+    fields = _event_fields()
     sessions = (
-        events.select("user_id", *event_fields)
+        events.select("user_id", *fields)
         .repartition("user_id")
         .sortWithinPartitions("user_id", "event_ts", "event_id")
-        .mapInArrow(in_partition, made)
+        .mapInArrow(partial(sessionize_arrow, rules=_rules(settings), event_fields=fields), made)
         .withColumn("session_id", _stable_id(F.col("user_id"), F.col("events")[0]["event_id"]))
     )
     return conform(sessions, SESSIONS)
+
+
+def _event_fields() -> list[str]:
+    events = SESSIONS.schema()["events"].dataType
+    assert isinstance(events, ArrayType)
+    return list(events.elementType.fieldNames())  # type: ignore[attr-defined]
+
+
+def _rules(settings: SessionizeSettings) -> Rules:
+    return Rules(
+        gap_us=_microseconds(settings.gap_minutes),
+        gap_us_by_vertical={v: _microseconds(minutes) for v, minutes in settings.gap_minutes_by_vertical.items()},
+        max_us=None if settings.max_minutes is None else _microseconds(settings.max_minutes),
+        max_events=settings.max_events,
+        midnight_of=settings.midnight_of,
+        cut_on_vertical=settings.cut_on_vertical,
+    )
 
 
 def _stable_id(*parts: Column) -> Column:
@@ -50,15 +65,157 @@ def _microseconds(minutes: float) -> int:
     return round(minutes * 60_000_000)
 
 
+# ---- what changed events can have touched ----------------------------------------------------------------
+
+
+def spans(changed: DataFrame, gap_us: int) -> DataFrame:
+    """user_id, from_ts, to_ts: what lies within `gap_us` of a changed event, overlapping stretches made one.
+
+    A session [start_ts, end_ts] meets such a span exactly when a changed event lies within `gap_us` of it. A user with
+    a million changes in an hour is one row, which keeps the join with the user's sessions small.
+    """
+    in_order = Window.partitionBy("user_id").orderBy("event_ts")
+    times = changed.select("user_id", "event_ts").distinct()
+    pause = F.unix_micros("event_ts") - F.unix_micros(F.lag("event_ts").over(in_order))
+    numbered = times.withColumn("first", (pause.isNull() | (pause > gap_us)).cast("int"))
+    return (
+        numbered.withColumn("span", F.sum("first").over(in_order))
+        .groupBy("user_id", "span")
+        .agg(
+            F.timestamp_micros(F.unix_micros(F.min("event_ts")) - gap_us).alias("from_ts"),
+            F.timestamp_micros(F.unix_micros(F.max("event_ts")) + gap_us).alias("to_ts"),
+        )
+        .drop("span")
+    )
+
+
+def affected(sessions: DataFrame, touched: DataFrame, gap_us: int) -> DataFrame:
+    """The rows of `sessions` whose run has a session that meets a span of `touched`.
+
+    Only the days of the spans are read; where a run goes beyond them, its days too.
+    """
+    days = _days(touched, F.col("from_ts"), F.col("to_ts"))
+    meets = (
+        (F.col("old.user_id") == F.col("span.user_id"))
+        & (F.col("start_ts") <= F.col("to_ts"))
+        & (F.col("end_ts") >= F.col("from_ts"))
+    )
+    reach = 1
+    while True:
+        near = sessions.where(_within(days, F.col("start_ts"), F.col("end_ts")))
+        runs = near.alias("old").join(touched.alias("span"), meets, "left_semi").select("user_id", "run_start_ts")
+        runs = runs.distinct().localCheckpoint()
+        found = near.join(runs, ["user_id", "run_start_ts"], "left_semi")
+        # The next session of a run begins at most a gap after this one's end.
+        until = F.timestamp_micros(F.unix_micros("end_ts") + gap_us)
+        beyond = _days(found, F.col("run_start_ts"), until) - days
+        if not beyond:
+            return found
+        # Twice as far each time: a run of a year is found in nine steps.
+        days |= beyond | {day + more for day in beyond for more in range(reach)}
+        reach *= 2
+
+
+def _days(rows: DataFrame, first: Column, last: Column) -> set[int]:
+    """Every day (UTC, since 1970) from `first` to `last` of any row."""
+    days = F.explode(F.sequence(_day(first), _day(last))).alias("day")
+    return {row["day"] for row in rows.select(days).distinct().collect()}
+
+
+def _day(time: Column) -> Column:
+    return F.floor(F.unix_micros(time) / _DAY_US)
+
+
+def _within(days: set[int], start: Column, end: Column) -> Column:
+    """Whether [start, end] meets one of the days: literals, so that Delta leaves out files by their statistics."""
+    condition = F.lit(False)
+    for first, last in ranges(days):
+        condition |= (start < _midnight(last + 1)) & (end >= _midnight(first))
+    return condition
+
+
+def ranges(days: set[int], most: int = _MOST_RANGES) -> list[tuple[int, int]]:
+    """At most `most` stretches, first and last day included, that hold all the days: the shortest holes are filled."""
+    ordered = sorted(days)
+    holes = [(b - a, a, b) for a, b in itertools.pairwise(ordered) if b - a > 1]
+    widest = sorted(sorted(holes, reverse=True)[: most - 1], key=lambda hole: hole[1])
+    firsts = [*ordered[:1], *(b for _, _, b in widest)]
+    lasts = [*(a for _, a, _ in widest), *ordered[-1:]]
+    return list(zip(firsts, lasts, strict=True))
+
+
+def _midnight(day: int) -> Column:
+    return F.lit(datetime(1970, 1, 1, tzinfo=timezone.utc) + timedelta(days=day))
+
+
+# ---- the stage ------------------------------------------------------------------------------------------
+
+
 def run(runtime: Runtime) -> None:
-    runtime.write(SESSIONS, sessionize(runtime.read(EVENTS), runtime.config.sessionize))
+    changed = runtime.incremental(SESSIONS, EVENTS)
+    flags = runtime.incremental(SESSIONS, FLAGGED_USERS)
+    if changed is None or flags is None:
+        flagged = runtime.read(FLAGGED_USERS).select("user_id").distinct()
+        events = runtime.read(EVENTS).join(flagged, "user_id", "left_anti")
+        runtime.write(SESSIONS, sessionize(events, runtime.config.sessionize))
+    else:
+        _update(runtime, changed, flags)
+
+
+def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame) -> None:
+    """Makes the affected sessions anew from the events they hold and from what changed."""
+    settings, gap_us, fields = (
+        runtime.config.sessionize,
+        _rules(runtime.config.sessionize).longest_gap_us,
+        _event_fields(),
+    )
+    sessions = runtime.latest(SESSIONS)
+    flagged = runtime.read(FLAGGED_USERS).select("user_id").distinct()
+    # Users with other flags than before: all their sessions go, and those of whom no flag is left are read from events.
+    turned = flags.select("user_id").distinct()
+
+    changed = changed.select("user_id", *fields, "_change_type", "_commit_version")
+    # What is used twice is checkpointed: a commit to a table makes Delta plan everything persisted from it anew.
+    changed = changed.join(flagged.union(turned), "user_id", "left_anti").localCheckpoint()
+    touched = spans(changed, gap_us).localCheckpoint()
+    old = affected(sessions, touched, gap_us).localCheckpoint()
+
+    there = F.col("_change_type").isin("insert", "update_postimage")
+    newest = F.max_by(F.struct("user_id", *fields, there.alias("there")), F.struct("_commit_version", there))
+    arrived = changed.groupBy("event_id").agg(newest.alias("event")).select("event.*").where("there").drop("there")
+    held = old.select("user_id", F.explode("events").alias("event")).select("user_id", "event.*")
+    events = held.join(changed.select("event_id").distinct(), "event_id", "left_anti").unionByName(arrived)
+    before = old
+    if not turned.isEmpty():
+        back = turned.join(flagged, "user_id", "left_anti")
+        events = events.unionByName(runtime.read(EVENTS).join(back, "user_id", "left_semi").select("user_id", *fields))
+        # Their rows are not read, only named.
+        gone = sessions.select("session_id", "user_id", "start_ts").join(turned, "user_id", "left_semi")
+        before = old.unionByName(gone, allowMissingColumns=True)
+
+    def whole(rows: DataFrame, name: str) -> DataFrame:
+        return rows.select("session_id", F.struct(*[c.name for c in SESSIONS.columns]).alias(name))
+
+    both = whole(sessionize(events, settings), "new").join(whole(before, "old"), "session_id", "full_outer")
+    differing = both.where(~F.col("new").eqNullSafe(F.col("old"))).localCheckpoint()
+    rewritten = differing.groupBy(_day(F.col("old.start_ts")).alias("day")).count().collect()
+    if rewritten:
+        days = {row["day"] for row in rewritten if row["day"] is not None}
+        runtime.merge(
+            SESSIONS,
+            upserts=differing.where("new IS NOT NULL").select("new.*"),
+            deletes=differing.where("new IS NULL").select("session_id"),
+            where=_within(days, F.col("old.start_ts"), F.col("old.start_ts")),
+        )
+    else:
+        runtime.touch(SESSIONS)
 
 
 STAGE = Stage(
     "sessionize",
     "cut each user's events into sessions at long pauses",
     run,
-    reads=(EVENTS,),
+    reads=(EVENTS, FLAGGED_USERS),
     writes=(SESSIONS,),
     settings=("sessionize",),
 )

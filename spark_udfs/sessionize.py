@@ -1,13 +1,16 @@
-"""Sessions out of sorted events, over Arrow: no Python object per event, memory bounded by a batch and one session.
+"""Sessions out of sorted events, over Arrow: no Python object per event, memory bounded by a batch and `max_events`.
 
-A session ends where the user changes or where the pause to the next event is longer than the gap of the vertical of
-the event before the pause (what somebody was doing says how long they may be away: a ride takes longer than a search).
-A pause of exactly the gap does not end it.
+A *run* is a user's longest chain of events in which every pause is at most the gap of the vertical of the event before
+the pause (what somebody was doing says how long they may be away: a ride takes longer than a search). Inside a run,
+sessions are cut from its start on: an event starts a new one where the local day or the vertical is another than that
+of the event before it, where it is later than `max_us` after the session's first event, and where the session already
+holds `max_events` events. A session is thus a function of its run's events alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -15,65 +18,163 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 Int64 = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+
+_DAY_US = 86_400_000_000
 
 
-def sessionize(
-    batches: Iterable[pa.RecordBatch], gap_us: int, gap_us_by_vertical: Mapping[str, int], event_fields: list[str]
-) -> Iterator[pa.RecordBatch]:
+@dataclass(frozen=True)
+class Rules:
+    """Where sessions end. Times are microseconds.
+
+    Attributes:
+        gap_us: the longest pause inside a run.
+        gap_us_by_vertical: other gaps, by vertical.
+        max_us: how long after its first event a session takes events; None: for ever.
+        max_events: how many it takes at most.
+        midnight_of: the IANA zone whose days part sessions; None: days part none.
+        cut_on_vertical: whether a session holds one vertical only.
+    """
+
+    gap_us: int
+    gap_us_by_vertical: Mapping[str, int] = field(default_factory=dict)
+    max_us: int | None = None
+    max_events: int = 10_000
+    midnight_of: str | None = None
+    cut_on_vertical: bool = False
+
+    @property
+    def longest_gap_us(self) -> int:
+        """No pause inside a run is longer, whatever the verticals."""
+        return max([self.gap_us, *self.gap_us_by_vertical.values()])
+
+
+@dataclass
+class _Open:
+    """What the next batch must know of the events before it."""
+
+    user_id: pa.Scalar
+    vertical: str
+    last_us: int  # of the last event
+    day: int  # of the last event, in the rules' zone
+    run_us: int  # start of its run
+    first_us: int  # start of its session
+    events: int  # of its session
+
+
+def sessionize(batches: Iterable[pa.RecordBatch], rules: Rules, event_fields: list[str]) -> Iterator[pa.RecordBatch]:
     """One row per session.
 
     Args:
         batches: events, sorted by (user_id, event_ts, event_id) across all batches; event_ts in microseconds.
-        gap_us: the longest pause inside a session, microseconds.
-        gap_us_by_vertical: other gaps, by vertical.
         event_fields: the columns that the `events` structs keep, in their order.
 
     Yields:
         Batches of user_id, start_ts, end_ts, event_count (int32), verticals (list, sorted, distinct), amount (sum,
-        NULL when no event has one), events (list of structs).
+        NULL when no event has one), events (list of structs), run_start_ts.
     """
-    open_session: list[pa.RecordBatch] = []  # the events of the session that the last batch left open
+    parts: list[pa.RecordBatch] = []  # the events of the session that the last batch left open
+    run_us = 0  # the start of that session's run
+    for batch, starts, runs_us in _cut(batches, rules):
+        if len(starts) == 0:
+            parts.append(batch)
+            continue
+        if starts[0] > 0 or parts:
+            carried = sum(part.num_rows for part in parts)
+            offsets = np.concatenate(([0], starts + carried))
+            closed = [*parts, batch.slice(0, starts[-1])]
+            yield _to_sessions(closed, offsets, np.concatenate(([run_us], runs_us[:-1])), event_fields)
+        elif len(starts) > 1:
+            yield _to_sessions([batch.slice(0, starts[-1])], starts, runs_us[:-1], event_fields)
+        parts, run_us = [batch.slice(starts[-1])], int(runs_us[-1])
+    if parts:
+        offsets = np.array([0, sum(part.num_rows for part in parts)])
+        yield _to_sessions(parts, offsets, np.array([run_us]), event_fields)
+
+
+def _cut(batches: Iterable[pa.RecordBatch], rules: Rules) -> Iterator[tuple[pa.RecordBatch, Int64, Int64]]:
+    """Each batch that is not empty, the numbers of its rows that start a session, and the starts of those' runs."""
+    before: _Open | None = None
     for batch in batches:
         if batch.num_rows == 0:
             continue
-        before = open_session[-1].slice(open_session[-1].num_rows - 1) if open_session else None
-        starts = _session_starts(batch, before, gap_us, gap_us_by_vertical)
-        if len(starts) > 0:
-            carried = sum(part.num_rows for part in open_session)
-            offsets = starts + carried if carried == 0 else np.concatenate(([0], starts + carried))
-            closed = [*open_session, batch.slice(0, starts[-1])]
-            if offsets[-1] > 0:
-                yield _to_sessions(closed, offsets, event_fields)
-            open_session = [batch.slice(starts[-1])]
+        users, times = batch["user_id"], batch["event_ts"].cast(pa.int64()).to_numpy()
+        verticals = batch["vertical"].dictionary_encode()
+        names, codes = verticals.dictionary.to_pylist(), verticals.indices.to_numpy()
+        gaps = np.array([rules.gap_us_by_vertical.get(name, rules.gap_us) for name in names], np.int64)[codes]
+        days = _local_days(batch["event_ts"], rules.midnight_of) if rules.midnight_of else np.zeros(1, np.int64)
+
+        new_run, cut = np.empty(len(times), bool), np.empty(len(times), bool)
+        new_run[1:] = pc.not_equal(users[1:], users[:-1]).to_numpy(zero_copy_only=False)
+        new_run[1:] |= np.diff(times) > gaps[:-1]
+        cut[1:] = new_run[1:]
+        if rules.midnight_of:
+            cut[1:] |= days[1:] != days[:-1]
+        if rules.cut_on_vertical:
+            cut[1:] |= codes[1:] != codes[:-1]
+        if before is None or before.user_id != users[0]:
+            new_run[0] = cut[0] = True
         else:
-            open_session.append(batch)
-    if open_session:
-        yield _to_sessions(open_session, np.array([0, sum(part.num_rows for part in open_session)]), event_fields)
+            gap = rules.gap_us_by_vertical.get(before.vertical, rules.gap_us)
+            new_run[0] = times[0] - before.last_us > gap
+            cut[0] = (
+                new_run[0]
+                or bool(rules.midnight_of and days[0] != before.day)
+                or (rules.cut_on_vertical and names[codes[0]] != before.vertical)
+            )
+
+        starts = _cut_long(times, np.flatnonzero(cut), before, rules)
+        run_rows = np.flatnonzero(new_run)
+        # Row 0 of these is the run that the last batch left open.
+        run_starts = np.concatenate(([before.run_us if before else 0], times[run_rows]))
+        runs = run_starts[np.searchsorted(run_rows, starts, side="right")]
+        yield batch, starts, runs
+
+        if len(starts):
+            first_us, events = int(times[starts[-1]]), len(times) - int(starts[-1])
+        else:
+            assert before is not None  # else row 0 starts a session
+            first_us, events = before.first_us, before.events + len(times)
+        last = int(codes[-1])
+        before = _Open(users[-1], names[last], int(times[-1]), int(days[-1]), int(run_starts[-1]), first_us, events)
 
 
-def _session_starts(
-    batch: pa.RecordBatch, before: pa.RecordBatch | None, gap_us: int, gap_us_by_vertical: Mapping[str, int]
-) -> Int64:
-    """Row numbers of `batch` at which a session starts; `before` is the one event that precedes the batch."""
-    key = ["user_id", "event_ts", "vertical"]
-    rows = pa.Table.from_batches(([before.select(key)] if before is not None else []) + [batch.select(key)])
-    rows = rows.combine_chunks()
-    users = rows["user_id"].combine_chunks()
-    times = rows["event_ts"].cast(pa.int64()).to_numpy()
-    verticals = rows["vertical"].combine_chunks().dictionary_encode()
-    gap_of_code = np.array(
-        [gap_us_by_vertical.get(name, gap_us) for name in verticals.dictionary.to_pylist()], np.int64
-    )
-    gaps = gap_of_code[verticals.indices.to_numpy()]
-
-    same_user = pc.equal(users[1:], users[:-1]).to_numpy(zero_copy_only=False)
-    starts = ~same_user | (np.diff(times) > gaps[:-1])
-    if before is None:
-        starts = np.concatenate(([True], starts))
-    return np.flatnonzero(starts).astype(np.int64)
+def _local_days(times: pa.Array, zone: str) -> Int64:
+    local = pc.local_timestamp(times.cast(pa.timestamp("us", zone)))
+    local_us: Int64 = local.cast(pa.int64()).to_numpy()
+    return local_us // _DAY_US
 
 
-def _to_sessions(parts: list[pa.RecordBatch], offsets: Int64, event_fields: list[str]) -> pa.RecordBatch:
+def _cut_long(times: Int64, starts: Int64, before: _Open | None, rules: Rules) -> Int64:
+    """`starts`, and those that a session's length makes: one step for each of these."""
+    if before is None or (len(starts) > 0 and starts[0] == 0):
+        first_rows, first_us, held = starts, times[starts], np.zeros(len(starts), np.int64)
+    else:  # the batch begins inside a session
+        first_rows = np.concatenate(([0], starts))
+        first_us = np.concatenate(([before.first_us], times[starts]))
+        held = np.zeros(len(first_rows), np.int64)
+        held[0] = before.events
+    ends = np.concatenate((first_rows[1:], [len(times)]))
+    long = ends - first_rows + held > rules.max_events
+    if rules.max_us is not None:
+        long |= times[ends - 1] - first_us > rules.max_us
+    more: list[int] = []
+    for segment in np.flatnonzero(long):
+        row, end, since, already = first_rows[segment], ends[segment], first_us[segment], held[segment]
+        while True:
+            stop = min(end, row + rules.max_events - already)
+            if rules.max_us is not None:
+                stop = row + np.searchsorted(times[row:stop], since + rules.max_us, side="right")
+            if stop == end:
+                break
+            more.append(stop)
+            row, since, already = stop, times[stop], 0
+    return np.sort(np.concatenate((starts, np.array(more, np.int64)))) if more else starts
+
+
+def _to_sessions(
+    parts: list[pa.RecordBatch], offsets: Int64, runs_us: Int64, event_fields: list[str]
+) -> pa.RecordBatch:
     """The sessions whose events are rows offsets[i] to offsets[i+1] of the parts laid end to end."""
     events = pa.Table.from_batches(parts).combine_chunks()
     column = {name: events[name].combine_chunks() for name in events.column_names}
@@ -89,6 +190,7 @@ def _to_sessions(parts: list[pa.RecordBatch], offsets: Int64, event_fields: list
             "verticals": _distinct_sorted(column["vertical"], offsets),
             "amount": _sums(column["amount"], offsets),
             "events": pa.ListArray.from_arrays(list_offsets, structs),
+            "run_start_ts": pa.array(runs_us, pa.int64()).cast(column["event_ts"].type),
         }
     )
 

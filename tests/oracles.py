@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from datetime import datetime, timedelta
@@ -44,12 +45,14 @@ def sessions(
     """The events of each session, in order."""
 
     def day(event: Row) -> Any:
-        return midnight_of and event["event_ts"].replace(tzinfo=ZoneInfo("UTC")).astimezone(ZoneInfo(midnight_of)).date()
+        return (
+            midnight_of and event["event_ts"].replace(tzinfo=ZoneInfo("UTC")).astimezone(ZoneInfo(midnight_of)).date()
+        )
 
     found: list[list[Row]] = []
     for run in runs(events, gap, gap_by_vertical):
         found.append([run[0]])
-        for last, event in zip(run, run[1:], strict=False):
+        for last, event in itertools.pairwise(run):
             if (
                 day(event) != day(last)
                 or (cut_on_vertical and event["vertical"] != last["vertical"])

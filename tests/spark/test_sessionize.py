@@ -1,26 +1,80 @@
-"""The sessions table through Spark: law 1 for reordered and re-partitioned input, and its stable ids."""
+"""The sessions table through Spark: law 1 for any order, partitioning and batches; stable ids; what a batch touches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import date, timedelta
 from typing import Any
 
+import pytest
+from delta.tables import DeltaTable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyspark.sql import DataFrame, SparkSession
 
 from jobs import sessionize
 from jobs.config import SessionizeSettings
-from jobs.runtime import Runtime
-from jobs.tables import EVENTS, SESSIONS
+from jobs.runtime import Runtime, Stage
+from jobs.tables import EVENTS, FLAGGED_USERS, SESSIONS
 from tests import oracles
 from tests.conftest import put
 from tests.events import START, Row, logs, make_event, to_frame
 
+GAPS = ("sessionize.gap_minutes=30", "sessionize.gap_minutes_by_vertical={rides = 60}")
+ORACLE_GAPS = (timedelta(minutes=30), {"rides": timedelta(hours=1)})
+
 
 def rows(frame: DataFrame) -> list[dict[str, Any]]:
     return sorted((r.asDict(recursive=True) for r in frame.collect()), key=lambda r: r["session_id"])
+
+
+def in_words(sessions: list[dict[str, Any]]) -> list[list[str]]:
+    return sorted([e["event_id"] for e in s["events"]] for s in sessions)
+
+
+def event(event_id: str, user_id: str, minutes: float, **values: Any) -> Row:
+    times = {"event_ts": START + timedelta(minutes=minutes)}
+    return make_event(event_id=event_id, user_id=user_id, item_id="i", **(times | values))
+
+
+class Tables:
+    """The stage's tables under one root, changed as ingest and flag_users would and seen after each run."""
+
+    def __init__(self, runtime: Runtime, events: list[Row]) -> None:
+        self.runtime, self.spark = runtime, runtime.spark
+        put(runtime, FLAGGED_USERS, self.spark.createDataFrame([], FLAGGED_USERS.schema()))
+        put(runtime, EVENTS, to_frame(self.spark, events))
+
+    def _commit(self, write: Callable[[Runtime], None]) -> None:
+        self.runtime.execute(Stage("send", "", write, reads=(), writes=(), settings=()), force=True)
+
+    def append(self, events: list[Row]) -> None:
+        self._commit(lambda r: r.append(EVENTS, to_frame(self.spark, events)))
+
+    def merge(self, events: list[Row], gone: list[str] | None = None) -> None:
+        deletes = self.spark.createDataFrame([(g,) for g in gone or []], "event_id string")
+        self._commit(lambda r: r.merge(EVENTS, to_frame(self.spark, events), deletes))
+
+    def flag(self, on: list[str], off: list[str]) -> None:
+        def frame(users: list[str]) -> DataFrame:
+            flags = [(user, date(2023, 3, 25), "events_per_day", 1.0) for user in users]
+            return self.spark.createDataFrame(flags, FLAGGED_USERS.schema())
+
+        self._commit(lambda r: r.merge(FLAGGED_USERS, frame(on), frame(off)))
+
+    def run(self) -> list[dict[str, Any]]:
+        assert not self.runtime.execute(sessionize.STAGE).skipped
+        return rows(self.runtime.latest(SESSIONS))
+
+    def last_commit(self) -> dict[str, Any]:
+        row = DeltaTable.forPath(self.spark, self.runtime.path(SESSIONS)).history(1).collect()[0]
+        return {"operation": row["operation"], "version": row["version"]} | row["operationMetrics"]
+
+    def changed_rows(self) -> dict[str, int]:
+        """Of the last commit."""
+        metrics = self.last_commit()
+        assert metrics["operation"] == "MERGE"
+        return {kind: int(metrics[f"numTargetRows{kind}"]) for kind in ("Inserted", "Updated", "Deleted")}
 
 
 @settings(max_examples=6)
@@ -32,42 +86,236 @@ def test_order_and_partitioning_of_the_events_do_not_matter(spark: SparkSession,
     first = rows(sessionize.sessionize(to_frame(spark, events, 1), rules))
     second = rows(sessionize.sessionize(to_frame(spark, shuffled, 3), rules))
     assert first == second
-
-    expected = oracles.sessions(events, timedelta(minutes=30), {"rides": timedelta(hours=1)})
-    assert sorted([e["event_id"] for e in s["events"]] for s in first) == sorted(
-        [e["event_id"] for e in s] for s in expected
-    )
+    assert in_words(first) == sorted([e["event_id"] for e in s] for s in oracles.sessions(events, *ORACLE_GAPS))
 
 
 def test_a_session_keeps_its_id_when_the_other_users_change(spark: SparkSession) -> None:
-    mine = [
-        make_event(event_id=f"m{n}", user_id="me", item_id="i", event_ts=START + timedelta(minutes=n)) for n in range(3)
-    ]
-    other = [make_event(event_id="o", user_id="aa", item_id="i", event_ts=START)]
+    mine = [event(f"m{n}", "me", n) for n in range(3)]
     alone = rows(sessionize.sessionize(to_frame(spark, mine), SessionizeSettings()))
-    together = rows(sessionize.sessionize(to_frame(spark, other + mine), SessionizeSettings()))
+    together = rows(sessionize.sessionize(to_frame(spark, [event("o", "aa", 0), *mine]), SessionizeSettings()))
     assert alone == [s for s in together if s["user_id"] == "me"]
     assert len({s["session_id"] for s in together}) == 2
+
+
+def test_the_settings_reach_the_rules(spark: SparkSession) -> None:
+    # Every 20 minutes from 22:00 UTC on 25 March; midnight of Paris is at 23:00.
+    events = to_frame(spark, [event(f"e{n}", "u", 20 * n, vertical="food" if n == 8 else "rides") for n in range(9)])
+
+    def lengths(**rules: Any) -> list[int]:
+        made = sessionize.sessionize(events, SessionizeSettings(**rules)).orderBy("start_ts")
+        return [r["event_count"] for r in made.collect()]
+
+    assert lengths(gap_minutes=20) == [9]
+    assert lengths(gap_minutes=10, gap_minutes_by_vertical={"rides": 20}) == [9]
+    assert lengths(gap_minutes=20, max_minutes=79.9) == [4, 4, 1]
+    assert lengths(gap_minutes=20, max_events=5) == [5, 4]
+    assert lengths(gap_minutes=20, midnight_of="Europe/Paris") == [3, 6]
+    assert lengths(gap_minutes=20, cut_on_vertical=True) == [8, 1]
 
 
 def test_the_stage_writes_once_and_then_is_up_to_date(
     make_runtime: Callable[..., Runtime], spark: SparkSession
 ) -> None:
     runtime = make_runtime()
-    events = [
-        make_event(event_id=f"e{n}", user_id="u", item_id="i", event_ts=START + timedelta(hours=n)) for n in range(3)
-    ]
-    put(runtime, EVENTS, to_frame(spark, events))
+    Tables(runtime, [event(f"e{n}", "u", 60 * n) for n in range(3)])
 
     first = runtime.execute(sessionize.STAGE)
     second = runtime.execute(sessionize.STAGE)
-    assert (first.skipped, first.rows_in, first.rows_out) == (False, {"events": 3}, {"sessions": 3})
-    assert (second.skipped, second.rows_in, second.rows_out) == (True, {"events": 3}, {"sessions": 3})
+    read = {"events": 3, "flagged_users": 0}
+    assert (first.skipped, first.rows_in, first.rows_out) == (False, read, {"sessions": 3})
+    assert (second.skipped, second.rows_in, second.rows_out) == (True, read, {"sessions": 3})
     changed = make_runtime("sessionize.gap_minutes=61").execute(sessionize.STAGE)
     assert (changed.skipped, changed.rows_out) == (False, {"sessions": 1})
 
     written = runtime.last_writer(SESSIONS)
     assert written is not None
     assert written["stage"] == "sessionize"
-    assert written["reads"] == {"events": 1}
+    assert written["reads"] == {"events": 1, "flagged_users": 1}
     assert written["config"]["sessionize"]["gap_minutes"] == 61
+
+
+# ---- batch by batch -------------------------------------------------------------------------------------
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[list[Row], list[tuple[str, list[Row]]]]:
+    """A log of many users, and the batches it comes in: in any order, some events again, some wrong at first."""
+    log = [
+        e | {"event_id": f"{n}-{e['event_id']}", "user_id": f"{n}-{e['user_id']}"}
+        for n, part in enumerate(draw(st.lists(logs(max_events=16), min_size=6, max_size=8)))
+        for e in part
+    ]
+    count = 3
+    sent: list[tuple[str, list[Row]]] = [(draw(st.sampled_from(["append", "merge"])), []) for _ in range(count)]
+    for e in log:
+        number = draw(st.integers(0, count - 1))
+        kind = draw(st.sampled_from(["once", "once", "again", "wrong"]))
+        later = [n for n in range(number + 1, count) if sent[n][0] == "merge"]
+        if kind == "wrong" and later:
+            minutes = draw(st.sampled_from([-31, -1, 1, 45]))
+            wrong = {"vertical": "retail", "event_ts": e["event_ts"] + timedelta(minutes=minutes)}
+            sent[number][1].append(e | wrong)
+        else:
+            sent[number][1].append(e)
+        if kind != "once" and later:
+            sent[later[0]][1].append(e)
+    return log, sent
+
+
+@settings(max_examples=3)
+@given(
+    log_and_batches=batches(),
+    max_minutes=st.sampled_from([None, 30]),
+    max_events=st.sampled_from([2, 10_000]),
+    midnight_of=st.sampled_from([None, "Europe/London"]),
+)
+def test_law_1_any_split_into_batches_ends_in_the_sessions_of_one_batch(
+    make_runtime: Callable[..., Runtime],
+    tmp_path_factory: pytest.TempPathFactory,
+    log_and_batches: tuple[list[Row], list[tuple[str, list[Row]]]],
+    max_minutes: float | None,
+    max_events: int,
+    midnight_of: str | None,
+) -> None:
+    log, sent = log_and_batches
+    sets = [*GAPS, f"sessionize.max_events={max_events}"]
+    sets += [f"sessionize.max_minutes={max_minutes}"] if max_minutes else []
+    sets += [f"sessionize.midnight_of={midnight_of}"] if midnight_of else []
+    runtime = make_runtime(*sets, root=tmp_path_factory.mktemp("batches"))
+
+    tables = Tables(runtime, sent[0][1])
+    found = tables.run()
+    for how, events in sent[1:]:
+        tables.append(events) if how == "append" else tables.merge(events)
+        found = tables.run()
+        assert tables.last_commit()["operation"] == "MERGE"
+    assert found == rows(sessionize.sessionize(to_frame(runtime.spark, log), runtime.config.sessionize))
+    expected = oracles.sessions(
+        log,
+        *ORACLE_GAPS,
+        max_length=timedelta.max if max_minutes is None else timedelta(minutes=max_minutes),
+        max_events=max_events,
+        midnight_of=midnight_of,
+    )
+    assert in_words(found) == sorted([e["event_id"] for e in s] for s in expected)
+
+
+def test_late_events_extend_join_split_and_precede_sessions(make_runtime: Callable[..., Runtime]) -> None:
+    tables = Tables(
+        make_runtime(*GAPS),
+        [
+            *(event(f"extended-{n}", "extended", 10 * n) for n in range(2)),
+            *(event(f"joined-{n}", "joined", 60 * n) for n in range(2)),
+            *(event(f"preceded-{n}", "preceded", 100 + n) for n in range(2)),
+            # A ride may be followed 50 minutes later: a meal in between, after which 30 are too many, parts the two.
+            *(event(f"split-{n}", "split", 50 * n, vertical="rides") for n in range(2)),
+            event("far-0", "far", 0),
+            event("still-0", "still", 0),
+        ],
+    )
+    before = {s["user_id"]: s["session_id"] for s in tables.run()}
+    tables.append(
+        [
+            event("extended-2", "extended", 40),
+            event("joined-late", "joined", 30),
+            event("preceded-late", "preceded", 70),
+            event("split-late", "split", 10),
+            event("far-late", "far", 30 + 1 / 60_000_000),
+        ]
+    )
+    after = tables.run()
+    assert in_words(after) == [
+        ["extended-0", "extended-1", "extended-2"],
+        ["far-0"],
+        ["far-late"],
+        ["joined-0", "joined-late", "joined-1"],
+        ["preceded-late", "preceded-0", "preceded-1"],
+        ["split-0", "split-late"],
+        ["split-1"],
+        ["still-0"],
+    ]
+    # preceded's session has another first event and so another name: it goes, and comes.
+    assert tables.changed_rows() == {"Updated": 3, "Deleted": 2, "Inserted": 3}
+    assert before["extended"] in {s["session_id"] for s in after}
+    assert before["preceded"] not in {s["session_id"] for s in after}
+
+
+def test_an_event_that_goes_can_join_part_and_end_sessions(make_runtime: Callable[..., Runtime]) -> None:
+    tables = Tables(
+        make_runtime(*GAPS),
+        [
+            # 40 minutes after the meal are too many, 50 after the ride are not.
+            *(event(f"joined-{n}", "joined", m, vertical=v) for n, (m, v) in enumerate([(0, "rides"), (10, "food")])),
+            event("joined-2", "joined", 50),
+            *(event(f"parted-{n}", "parted", 20 * n) for n in range(3)),
+            event("only", "gone", 0),
+        ],
+    )
+    assert in_words(tables.run())[0] == ["joined-0", "joined-1"]
+    tables.merge([], gone=["joined-1", "parted-1", "only"])
+    assert in_words(tables.run()) == [["joined-0", "joined-2"], ["parted-0"], ["parted-2"]]
+
+
+def test_a_late_event_moves_every_cut_of_a_run_that_goes_far_beyond_its_day(
+    make_runtime: Callable[..., Runtime],
+) -> None:
+    day = 24 * 60
+    tables = Tables(
+        make_runtime(f"sessionize.gap_minutes={2 * day}", "sessionize.max_events=2"),
+        [event(f"e{n:02}", "u", 1.5 * day * n) for n in range(40)],
+    )
+    assert in_words(tables.run())[0] == ["e00", "e01"]
+    tables.append([event("late", "u", -1)])
+    found = tables.run()
+    assert in_words(found)[-1] == ["late", "e00"]
+    assert in_words(found)[0] == ["e01", "e02"]
+    assert {s["run_start_ts"] for s in found} == {START - timedelta(minutes=1)}
+    assert len(found) == 21
+
+
+def test_a_flagged_user_is_left_out_from_then_on_and_comes_back_whole(make_runtime: Callable[..., Runtime]) -> None:
+    tables = Tables(make_runtime(*GAPS), [event("bot-0", "bot", 0), event("me-0", "me", 0)])
+    assert in_words(tables.run()) == [["bot-0"], ["me-0"]]
+
+    tables.flag(["bot"], [])
+    tables.append([event("bot-1", "bot", 10), event("me-1", "me", 10)])
+    assert in_words(tables.run()) == [["me-0", "me-1"]]
+    assert tables.changed_rows() == {"Updated": 1, "Deleted": 1, "Inserted": 0}
+
+    tables.append([event("bot-2", "bot", 100)])
+    assert in_words(tables.run()) == [["me-0", "me-1"]]
+
+    tables.flag([], ["bot"])
+    assert in_words(tables.run()) == [["bot-0", "bot-1"], ["bot-2"], ["me-0", "me-1"]]
+    assert tables.changed_rows() == {"Updated": 0, "Deleted": 0, "Inserted": 2}
+
+
+def test_a_batch_leaves_the_files_of_other_days_and_the_rows_of_other_users_alone(
+    make_runtime: Callable[..., Runtime],
+) -> None:
+    day = 24 * 60
+    tables = Tables(make_runtime(*GAPS), [event(f"a{n}", f"a{n}", 0) for n in range(20)])
+    tables.run()
+    tables.append([event(f"b{n}", f"b{n}", 5 * day) for n in range(20)])
+    tables.run()
+    tables.append([event("b3-late", "b3", 5 * day + 1)])
+    tables.run()
+
+    assert tables.changed_rows() == {"Updated": 1, "Deleted": 0, "Inserted": 0}
+    metrics = tables.last_commit()
+    # The row is marked in the file it stands in and written anew in another; nothing else is.
+    assert int(metrics["numTargetRowsCopied"]) == 0
+    assert int(metrics["numTargetFilesRemoved"]) == 0
+    assert int(metrics["numTargetDeletionVectorsAdded"]) == 1
+
+
+def test_a_change_that_no_session_shows_rewrites_nothing(make_runtime: Callable[..., Runtime]) -> None:
+    tables = Tables(make_runtime(*GAPS), [event("e", "u", 0)])
+    before = tables.run()
+    tables.merge([event("e", "u", 0, item_name="another name")])
+    assert tables.run() == before
+    assert {k: tables.last_commit()[k] for k in ("operation", "numOutputRows")} == {
+        "operation": "WRITE",
+        "numOutputRows": "0",
+    }
+    assert tables.runtime.execute(sessionize.STAGE).skipped

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from datetime import timedelta
+from datetime import datetime, timedelta
+from typing import Any
 
 import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spark_udfs.sessionize import sessionize
+from jobs.config import load_config
+from jobs.errors import TrailvecError
+from jobs.sessionize import ranges
+from spark_udfs.sessionize import Rules, sessionize
 from tests import oracles
 from tests.events import START, Row, logs, make_event
 
@@ -29,28 +34,72 @@ SCHEMA = pa.schema(
 MINUTE = 60_000_000
 
 
-def run(events: list[Row], borders: list[int], gaps: dict[str, int] | None = None) -> list[Row]:
+def run(events: list[Row], borders: list[int], rules: Rules) -> list[Row]:
     ordered = oracles.in_order(events)
     cuts = sorted({0, len(ordered), *[b % (len(ordered) + 1) for b in borders]})
     batches = [
         pa.RecordBatch.from_pylist([{n: e[n] for n in SCHEMA.names} for e in ordered[a:b]], SCHEMA)
         for a, b in itertools.pairwise(cuts)
     ]
-    made = sessionize(iter(batches), 30 * MINUTE, gaps or {}, FIELDS)
-    return [row for batch in made for row in batch.to_pylist()]
+    return [row for batch in sessionize(iter(batches), rules, FIELDS) for row in batch.to_pylist()]
 
 
-@given(events=logs(), borders=st.lists(st.integers(0, 60), max_size=12))
-def test_equals_the_plain_python_sessions_whatever_the_batches(events: list[Row], borders: list[int]) -> None:
-    expected = oracles.sessions(events, timedelta(minutes=30), {"rides": timedelta(hours=1)})
-    found = run(events, borders, {"rides": 60 * MINUTE})
+def ids(sessions: list[Row]) -> list[str]:
+    """Each session's event ids, written as one word."""
+    return ["".join(e["event_id"] for e in s["events"]) for s in sessions]
 
+
+def at(event_id: str, minutes: float, vertical: str = "food", start: datetime = START) -> Row:
+    return make_event(
+        event_id=event_id, user_id="u", item_id="i", vertical=vertical, event_ts=start + timedelta(minutes=minutes)
+    )
+
+
+# London's clocks change in the log's first night: forward in March, back 217 days later.
+zones = st.sampled_from([None, "Europe/London", "America/New_York", "Asia/Kolkata"])
+
+
+@given(
+    events=logs(),
+    days_later=st.sampled_from([0, 217]),
+    borders=st.lists(st.integers(0, 60), max_size=12),
+    max_minutes=st.sampled_from([None, 0.5, 30, 60, 61]),
+    max_events=st.sampled_from([1, 2, 3, 10_000]),
+    midnight_of=zones,
+    cut_on_vertical=st.booleans(),
+)
+def test_equals_the_plain_python_sessions_whatever_the_batches(
+    events: list[Row],
+    days_later: int,
+    borders: list[int],
+    max_minutes: float | None,
+    max_events: int,
+    midnight_of: str | None,
+    cut_on_vertical: bool,
+) -> None:
+    events = [e | {"event_ts": e["event_ts"] + timedelta(days=days_later)} for e in events]
+    gap, gap_by_vertical = timedelta(minutes=30), {"rides": timedelta(hours=1)}
+    expected = oracles.sessions(
+        events,
+        gap,
+        gap_by_vertical,
+        max_length=timedelta.max if max_minutes is None else timedelta(minutes=max_minutes),
+        max_events=max_events,
+        midnight_of=midnight_of,
+        cut_on_vertical=cut_on_vertical,
+    )
+    max_us = None if max_minutes is None else round(max_minutes * MINUTE)
+    rules = Rules(30 * MINUTE, {"rides": 60 * MINUTE}, max_us, max_events, midnight_of, cut_on_vertical)
+    found = run(events, borders, rules)
+
+    run_start = {e["event_id"]: r[0]["event_ts"] for r in oracles.runs(events, gap, gap_by_vertical) for e in r}
     assert [[e["event_id"] for e in s["events"]] for s in found] == [[e["event_id"] for e in s] for s in expected]
     for session, events_of in zip(found, expected, strict=True):
         amounts = [e["amount"] for e in events_of if e["amount"] is not None]
         assert session["user_id"] == events_of[0]["user_id"]
         assert session["start_ts"].replace(tzinfo=None) == events_of[0]["event_ts"]
         assert session["end_ts"].replace(tzinfo=None) == events_of[-1]["event_ts"]
+        assert session["run_start_ts"].replace(tzinfo=None) == run_start[events_of[0]["event_id"]]
         assert session["event_count"] == len(events_of)
         assert session["verticals"] == sorted({e["vertical"] for e in events_of})
         assert session["amount"] == (sum(amounts) if amounts else None)
@@ -58,27 +107,92 @@ def test_equals_the_plain_python_sessions_whatever_the_batches(events: list[Row]
 
 
 def test_a_pause_of_exactly_the_gap_stays_and_a_microsecond_more_ends_the_session() -> None:
-    start = make_event(event_id="a", user_id="u", item_id="i", event_ts=timedelta(0))
-    at = [timedelta(0), timedelta(minutes=30), timedelta(minutes=60, microseconds=1)]
-    events = [start | {"event_id": name, "event_ts": START + t} for name, t in zip("abc", at, strict=True)]
-    assert [[e["event_id"] for e in s["events"]] for s in run(events, [])] == [["a", "b"], ["c"]]
+    events = [at("a", 0), at("b", 30), at("c", 60 + 1 / MINUTE)]
+    assert ids(run(events, [], Rules(30 * MINUTE))) == ["ab", "c"]
 
 
 def test_the_vertical_before_the_pause_says_how_long_it_may_be() -> None:
-    def at(name: str, minutes: int, vertical: str) -> Row:
-        return make_event(
-            event_id=name, user_id="u", item_id="i", vertical=vertical, event_ts=START + timedelta(minutes=minutes)
-        )
-
     # 45 minutes after a ride are one session (its gap is 60); 45 minutes after food are not (30).
-    events = [at("a", 0, "rides"), at("b", 45, "food"), at("c", 90, "food")]
-    assert [[e["event_id"] for e in s["events"]] for s in run(events, [], {"rides": 60 * MINUTE})] == [
-        ["a", "b"],
-        ["c"],
-    ]
+    events = [at("a", 0, "rides"), at("b", 45), at("c", 90)]
+    assert ids(run(events, [], Rules(30 * MINUTE, {"rides": 60 * MINUTE}))) == ["ab", "c"]
+
+
+def test_an_event_later_than_the_longest_session_starts_a_new_one_which_counts_anew() -> None:
+    # Every 20 minutes, 40 at most: c is 40 after a and stays; d is 60 after a, f is 40 after d.
+    events = [at(name, 20 * n) for n, name in enumerate("abcdefg")]
+    rules = Rules(30 * MINUTE, max_us=40 * MINUTE)
+    for borders in ([], [1], [2, 3], [1, 2, 3, 4, 5, 6]):
+        found = run(events, borders, rules)
+        assert ids(found) == ["abc", "def", "g"]
+        assert {s["run_start_ts"].replace(tzinfo=None) for s in found} == {START}
+
+
+def test_a_session_holds_so_many_events_at_most() -> None:
+    events = [at(name, n) for n, name in enumerate("abcdefg")]
+    for borders in ([], [3], [1, 2, 3, 4, 5, 6]):
+        assert ids(run(events, borders, Rules(30 * MINUTE, max_events=3))) == ["abc", "def", "g"]
+
+
+def test_after_a_cut_by_length_the_count_of_events_begins_anew() -> None:
+    # a, b end by length (c is 25 after a); c, d, e are three; f would be the fourth.
+    events = [at("a", 0), at("b", 10), at("c", 25), at("d", 26), at("e", 27), at("f", 28)]
+    assert ids(run(events, [], Rules(30 * MINUTE, max_us=20 * MINUTE, max_events=3))) == ["ab", "cde", "f"]
+
+
+def test_midnight_is_that_of_the_zone() -> None:
+    # Paris is one hour ahead of UTC on 25 March 2023 and two on the 26th: midnights at 23:00 and 22:00 UTC.
+    first = datetime(2023, 3, 25, 22, 50)
+    events = [at("a", 0, start=first), at("b", 10, start=first), at("c", 75, start=first)]
+    assert ids(run(events, [], Rules(120 * MINUTE, midnight_of="Europe/Paris"))) == ["a", "bc"]
+    assert ids(run(events, [], Rules(120 * MINUTE, midnight_of="UTC"))) == ["ab", "c"]
+    assert ids(run(events, [1, 2], Rules(120 * MINUTE, midnight_of="UTC"))) == ["ab", "c"]
+    second = datetime(2023, 3, 26, 21, 59)
+    events = [at("a", 0, start=second), at("b", 1, start=second), at("c", 75, start=second)]
+    assert ids(run(events, [], Rules(120 * MINUTE, midnight_of="Europe/Paris"))) == ["a", "bc"]
+
+
+def test_a_zone_that_nobody_knows_is_refused_by_name() -> None:
+    with pytest.raises(TrailvecError, match=r"sessionize\.midnight_of: found 'Mars', which is no IANA time zone"):
+        load_config(sets=["sessionize.midnight_of=Mars"])
+
+
+def test_a_change_of_vertical_cuts_the_session_but_not_the_run() -> None:
+    events = [at("a", 0, "food"), at("b", 1, "rides"), at("c", 2, "rides"), at("d", 3, "food")]
+    for borders in ([], [1], [2], [1, 2, 3]):
+        found = run(events, borders, Rules(30 * MINUTE, cut_on_vertical=True))
+        assert ids(found) == ["a", "bc", "d"]
+        assert {s["run_start_ts"].replace(tzinfo=None) for s in found} == {START}
+
+
+def test_one_endless_run_is_never_held_as_a_whole() -> None:
+    """Whatever the length of the run, what waits for its session's end is less than a session and a batch."""
+    size, held, most = 1_000, 0, 0
+
+    def batches() -> Any:
+        nonlocal held, most
+        batch = pa.RecordBatch.from_pylist([{n: at("e", 0)[n] for n in SCHEMA.names}] * size, SCHEMA)
+        for _ in range(200):
+            held += size
+            most = max(most, held)
+            yield batch
+
+    for made in sessionize(batches(), Rules(1, max_events=1_500), FIELDS):
+        held -= sum(made["event_count"].to_pylist())
+    assert held == 0
+    assert most <= 1_500 + size
 
 
 def test_no_events_make_no_sessions() -> None:
-    assert list(sessionize(iter([]), 1, {}, FIELDS)) == []
+    assert list(sessionize(iter([]), Rules(1), FIELDS)) == []
     empty = pa.RecordBatch.from_pylist([], SCHEMA)
-    assert list(sessionize(iter([empty]), 1, {}, FIELDS)) == []
+    assert list(sessionize(iter([empty]), Rules(1), FIELDS)) == []
+
+
+@given(days=st.sets(st.integers(-5, 60)), most=st.integers(1, 8))
+def test_ranges_hold_all_the_days_and_fill_the_shortest_holes_only(days: set[int], most: int) -> None:
+    found = ranges(days, most)
+    held = {day for first, last in found for day in range(first, last + 1)}
+    holes = sorted(b - a - 1 for a, b in itertools.pairwise(sorted(days)) if b - a > 1)
+    assert len(found) == (min(most, len(holes) + 1) if days else 0)
+    assert days <= held
+    assert len(held - days) == sum(holes[: len(holes) + 1 - len(found)]) if days else not held
