@@ -1,0 +1,86 @@
+"""The tests' broker is a real one: what Spark wrote outlives a kill -9, and it stops when it is told to."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+
+from jobs.errors import TrailvecError
+from scripts.kafka_broker import Broker
+
+SCRIPT = Path(__file__).parents[2] / "scripts/kafka_broker.py"
+
+
+def write(spark: SparkSession, address: str, first: int, last: int) -> None:
+    rows = spark.range(first, last).selectExpr("string(id) AS key", "concat('value ', id) AS value")
+    rows.write.format("kafka").option("kafka.bootstrap.servers", address).option("topic", "numbers").save()
+
+
+def read(spark: SparkSession, address: str) -> list[tuple[str, str]]:
+    rows = spark.read.format("kafka").option("kafka.bootstrap.servers", address).option("subscribe", "numbers").load()
+    found = rows.selectExpr("string(key) AS key", "string(value) AS value").collect()
+    return sorted((row["key"], row["value"]) for row in found)
+
+
+def expected(last: int) -> list[tuple[str, str]]:
+    return sorted((str(number), f"value {number}") for number in range(last))
+
+
+def answers(address: str) -> bool:
+    host, port = address.split(":")
+    with socket.socket() as client:
+        return client.connect_ex((host, int(port))) == 0
+
+
+def test_what_was_written_outlives_a_kill(spark: SparkSession, tmp_path: Path) -> None:
+    with Broker(tmp_path / "kafka") as broker:
+        write(spark, broker.address, 0, 1_000)
+        assert read(spark, broker.address) == expected(1_000)
+        broker.kill()
+        assert not answers(broker.address)
+        with pytest.raises(TrailvecError, match="has ended"):
+            broker.check()
+        broker.start()
+        broker.check()
+        assert read(spark, broker.address) == expected(1_000)
+        write(spark, broker.address, 1_000, 1_100)
+        assert read(spark, broker.address) == expected(1_100)
+        address = broker.address
+    assert not answers(address)
+
+
+def test_the_script_says_its_address_stops_cleanly_and_keeps_port_and_data(spark: SparkSession, tmp_path: Path) -> None:
+    said = []
+    for first in (0, 10):
+        with subprocess.Popen(
+            [sys.executable, SCRIPT, "--data", tmp_path / "kafka"], stdout=subprocess.PIPE, text=True
+        ) as script:
+            assert script.stdout is not None
+            said.append(script.stdout.readline().strip())
+            write(spark, said[-1], first, first + 10)
+            assert read(spark, said[-1]) == expected(first + 10)
+            script.send_signal(signal.SIGTERM)
+            assert script.wait(120) == 0
+        assert not answers(said[-1])
+    assert said[0] == said[1]
+
+
+def test_a_taken_port_is_told_with_the_brokers_last_lines(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(TrailvecError, match=rf"127.0.0.1:{port} ended while it started(.|\n)*already in use"):
+            Broker(tmp_path / "kafka", port).start()
+
+
+def test_missing_jars_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    with pytest.raises(TrailvecError, match=r"broker's jars are not in .*: run scripts/setup.sh"):
+        Broker(tmp_path / "kafka").start()
