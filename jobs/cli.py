@@ -1,4 +1,4 @@
-"""The command `trailvec`: one stage, all of them, the tables, SQL.
+"""The command `trailvec`: one stage, all of them, the tables and their upkeep, SQL.
 
 trailvec run --conf conf/local.toml
 trailvec sessionize --conf conf/local.toml --set sessionize.gap_minutes=45
@@ -20,6 +20,7 @@ from rich.console import Console
 from jobs.config import load_config
 from jobs.errors import TrailvecError, explain
 from jobs.runtime import Report, Runtime, Stage
+from jobs.tables import TABLES
 
 _out = Console(stderr=True, highlight=False)
 
@@ -69,6 +70,19 @@ def _parser(stages: Sequence[Stage]) -> argparse.ArgumentParser:
         "tables", parents=[common], help="every table: place, rows, version, size, last writer"
     )
     tables.add_argument("--json", action="store_true", help="one JSON array instead of a table")
+    upkeep = commands.add_parser(
+        "maintain_tables", parents=[common], help="compact and cluster the tables, delete old files, report sizes"
+    )
+    upkeep.add_argument(
+        "--table",
+        metavar="NAME",
+        action="append",
+        default=[],
+        choices=[table.name for table in TABLES],
+        help="only this table; repeatable",
+    )
+    upkeep.add_argument("--dry-run", action="store_true", help="report only")
+    upkeep.add_argument("--json", action="store_true", help="one JSON array instead of a table")
     sql = commands.add_parser("sql", parents=[common], help="answer one SQL query over the tables")
     sql.add_argument("query", help="the query; vector_cosine_similarity and its kin are there")
     sql.add_argument("--json", action="store_true", help="one JSON object per row")
@@ -89,6 +103,10 @@ def _run(arguments: argparse.Namespace, stages: Sequence[Stage]) -> None:
         from jobs.list_tables import print_tables  # noqa: PLC0415 - only this command needs it
 
         print_tables(Runtime(config), arguments.json)
+    elif arguments.command == "maintain_tables":
+        from jobs.maintain_tables import run_maintain  # noqa: PLC0415
+
+        run_maintain(Runtime(config), arguments.table, arguments.dry_run, arguments.json)
     elif arguments.command == "sql":
         from jobs.sql import run_sql  # noqa: PLC0415
 

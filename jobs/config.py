@@ -162,8 +162,13 @@ class MaintainSettings(Section):
     """Upkeep of the tables."""
 
     retention_hours: float = Field(
-        168, ge=24, description="files that a table dropped are kept so long, for readers that began before"
+        168,
+        ge=24,
+        le=720,  # Delta keeps the history itself for 30 days
+        description="files that a table dropped are kept so long, for readers that began before; also how long a stage "
+        "may rest and still go on from the changes",
     )
+    target_file_mb: int = Field(256, ge=1, description="OPTIMIZE packs files together up to this size")
 
 
 class ExportSettings(Section):

@@ -305,7 +305,7 @@ class Runtime:
         """One commit to a table; tries again where another job (maintain_tables, say) got in its way.
 
         Raises:
-            DeltaConcurrentModificationException: it did so five times over about a minute.
+            DeltaConcurrentModificationException: it did so five times, 15 to 30 seconds of waiting in all.
         """
         for attempt in range(1, _ATTEMPTS + 1):
             try:

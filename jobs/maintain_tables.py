@@ -1,0 +1,218 @@
+"""maintain_tables: upkeep of every table; no stage of the road, but a job beside it, mostly once a night.
+
+trailvec maintain_tables --conf conf/local.toml [--table events] [--dry-run] [--json]
+
+For each table, in commits that change no row, so that no stage has more to do after them than before:
+
+- OPTIMIZE packs small files together up to `maintain.target_file_mb`, and clusters the tables that have `cluster_by`. A
+  file of half that size is left alone, so that a byte is rewritten a few times, not every night. In a clustered table
+  Delta packs whole cubes: what is new, and the newest cube until it holds 100 GB.
+- VACUUM deletes the files that no version of the last `maintain.retention_hours` holds. The one rule for readers: who
+  pins a version has that long to read it. A training reads the files of one snapshot to its end and does not resume
+  from an old one, so it too must end within the retention. The retention is written into the table's own properties,
+  where Delta needs it: it forgets a dropped file after that time, and VACUUM takes what is forgotten.
+- No ANALYZE: Delta keeps the smallest and largest values of every file, and from them skips files, answers count(*)
+  and sizes joins; Spark would read ANALYZE's statistics in its cost-based optimiser alone, which is off. Checkpoints
+  of the log are Delta's own business too.
+
+It may run beside the other jobs: where two commits meet, the later one is tried again, here as there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deltalake
+import pyarrow as pa
+from delta.exceptions import DeltaConcurrentModificationException
+from delta.tables import DeltaTable
+from pyspark.sql import SparkSession
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table as Grid
+
+from jobs.cli import stage_main
+from jobs.errors import TrailvecError
+from jobs.runtime import Runtime
+from jobs.tables import SEQUENCES, TABLES, Table
+
+MB = 1024 * 1024
+_SMALL = 8  # a file under an eighth of the target is small
+_RETENTION = "delta.deletedFileRetentionDuration"
+
+
+def maintain(runtime: Runtime, names: Sequence[str] = (), dry_run: bool = False) -> list[dict[str, Any]]:
+    """One dictionary per existing table (`names`: only those), in the contract's order.
+
+    Keys: table; rows; rows_hidden (deleted ones that files still hold: deletion vectors); bytes, files, small_files of
+    the current version; bytes_on_disk (older versions' files too); the same four keys with `_before` unless `dry_run`;
+    bytes_freed; seconds; conflict (True where another job's commits left no gap for ours).
+    """
+    found = []
+    for table in TABLES:
+        if (names and table.name not in names) or not runtime.exists(table):
+            continue
+        started = time.monotonic()
+        entry: dict[str, Any] = {"table": table.name}
+        before, disk_before = measure(runtime, table), disk_files(runtime, table)
+        after, disk_after, conflict = before, disk_before, False
+        if not dry_run:
+            try:
+                compact(runtime, table)
+                vacuum(runtime, table)
+            except DeltaConcurrentModificationException:
+                conflict = True
+            after, disk_after = measure(runtime, table), disk_files(runtime, table)
+            entry |= {f"{key}_before": before[key] for key in ("bytes", "files", "small_files")}
+            entry["bytes_on_disk_before"] = sum(disk_before.values())
+        entry |= after | {
+            "bytes_on_disk": sum(disk_after.values()),
+            "bytes_freed": sum(size for file, size in disk_before.items() if file not in disk_after),
+            "seconds": round(time.monotonic() - started, 3),
+            "conflict": conflict,
+        }
+        found.append(entry)
+    return found
+
+
+def measure(runtime: Runtime, table: Table) -> dict[str, int]:
+    """rows, rows_hidden, bytes, files and small_files of the current version; from the log, no data file is read."""
+    version = runtime.latest_version(table)
+    sizes, records = [], []
+    for file in active_files(runtime, table, version):
+        sizes.append(file["size_bytes"])
+        records.append(file["num_records"] or 0)
+    rows = runtime.spark.read.format("delta").option("versionAsOf", version).load(runtime.path(table)).count()
+    small = runtime.config.maintain.target_file_mb * MB / _SMALL
+    return {
+        "rows": rows,
+        "rows_hidden": sum(records) - rows,
+        "bytes": sum(sizes),
+        "files": len(sizes),
+        "small_files": sum(size < small for size in sizes),
+    }
+
+
+def active_files(runtime: Runtime, table: Table, version: int) -> list[dict[str, Any]]:
+    """path (in the table's folder), size_bytes and num_records (deleted ones too) of each file of the version."""
+    actions = deltalake.DeltaTable(runtime.path(table), version).get_add_actions(flatten=True)
+    return pa.table(actions).select(["path", "size_bytes", "num_records"]).to_pylist()  # type: ignore[no-any-return]
+
+
+def disk_files(runtime: Runtime, table: Table) -> dict[str, int]:
+    """Every file in the table's folder but those of the log and local checksums, with its size in bytes."""
+    found = {}
+    for folder, folders, files in os.walk(runtime.path(table)):
+        folders[:] = [name for name in folders if name != "_delta_log"]
+        for file in (Path(folder) / name for name in files if not name.startswith(".")):
+            try:
+                found[str(file)] = file.stat().st_size
+            except FileNotFoundError:  # another job's own file, gone in the meantime
+                continue
+    return found
+
+
+def compact(runtime: Runtime, table: Table) -> None:
+    """OPTIMIZE; commits nothing where the files are as they should be."""
+    target = target_bytes(runtime, table)
+    settings = {"maxFileSize": str(target), "minFileSize": str(max(1, target // 2))}
+    with spark_conf(runtime.spark, {f"spark.databricks.delta.optimize.{k}": v for k, v in settings.items()}):
+        delta = DeltaTable.forPath(runtime.spark, runtime.path(table))
+        runtime.commit(lambda: delta.optimize().executeCompaction())
+
+
+def target_bytes(runtime: Runtime, table: Table) -> int:
+    """The size of a well sized file. Each training process wants a file of its own of the train split."""
+    target: int = runtime.config.maintain.target_file_mb * MB
+    if table is not SEQUENCES:
+        return target
+    files = active_files(runtime, table, runtime.latest_version(table))
+    train: int = sum(file["size_bytes"] for file in files if file["path"].startswith("split=train/"))
+    return max(1, min(target, train // runtime.config.sequences.train_files))
+
+
+def vacuum(runtime: Runtime, table: Table) -> None:
+    """Deletes what no version of the retention holds, and what no version ever held and is as old."""
+    delta = DeltaTable.forPath(runtime.spark, runtime.path(table))
+    retention = f"interval {round(runtime.config.maintain.retention_hours * 60)} minutes"
+    if delta.detail().select("properties").collect()[0][0].get(_RETENTION) != retention:
+        path = runtime.path(table).replace("`", "``")
+        set_it = f"ALTER TABLE delta.`{path}` SET TBLPROPERTIES ('{_RETENTION}' = '{retention}')"
+        runtime.commit(lambda: runtime.spark.sql(set_it))
+    # Two commits for every VACUUM would in time push the stages' own out of the part of the history that is looked at.
+    with spark_conf(runtime.spark, {"spark.databricks.delta.vacuum.logging.enabled": "false"}):
+        delta.vacuum()
+
+
+@contextmanager
+def spark_conf(spark: SparkSession, settings: dict[str, str]) -> Iterator[None]:
+    """The session's settings, until the block ends."""
+    for key, value in settings.items():
+        spark.conf.set(key, value)
+    try:
+        yield
+    finally:
+        for key in settings:
+            spark.conf.unset(key)
+
+
+def run_maintain(runtime: Runtime, names: Sequence[str], dry_run: bool, as_json: bool) -> None:
+    """Maintains the tables and prints the report: a table, or one JSON array.
+
+    Raises:
+        TrailvecError: a table was committed to by other jobs each time that it was tried; the others are done.
+    """
+    entries = maintain(runtime, names, dry_run)
+    if as_json:
+        print(json.dumps(entries, indent=2))
+    else:
+        _print(runtime, entries)
+    if busy := [entry["table"] for entry in entries if entry["conflict"]]:
+        raise TrailvecError(
+            f"other jobs committed to {', '.join(busy)} each time that upkeep tried to: run `trailvec maintain_tables` "
+            f"again when they have ended; the other tables are done"
+        )
+
+
+def _print(runtime: Runtime, entries: list[dict[str, Any]]) -> None:
+    grid = Grid(
+        caption=f"under {runtime.root / 'tables'}; small: under {runtime.config.maintain.target_file_mb / 8:g} MB"
+    )
+    grid.add_column("table", no_wrap=True)
+    for heading in ("rows", "hidden", "size", "files", "small", "on disk", "freed", "s"):
+        grid.add_column(heading, justify="right", no_wrap=True)
+    for entry in entries:
+
+        def change(key: str, entry: dict[str, Any] = entry) -> str:
+            before = entry.get(f"{key}_before", entry[key])
+            return f"{entry[key]:,}" if before == entry[key] else f"{before:,} → {entry[key]:,}"
+
+        share = entry["small_files"] / entry["files"] if entry["files"] else 0
+        grid.add_row(
+            entry["table"],
+            f"{entry['rows']:,}",
+            f"{entry['rows_hidden']:,}",
+            decimal(entry["bytes"]),
+            change("files"),
+            f"{share:.0%}",
+            decimal(entry["bytes_on_disk"]),
+            decimal(entry["bytes_freed"]),
+            f"{entry['seconds']:.1f}",
+        )
+    # A pipe has no width of its own; 80 columns would break the cells.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(grid)
+
+
+def main() -> None:
+    stage_main("maintain_tables")
+
+
+if __name__ == "__main__":
+    main()

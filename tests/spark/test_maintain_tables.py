@@ -1,0 +1,296 @@
+"""Upkeep: files packed, old ones gone, no row changed; beside writers and readers; no stage out of date by it."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from delta.exceptions import ConcurrentDeleteReadException
+from delta.tables import DeltaTable
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from jobs import cli, flag_users, sessionize
+from jobs import maintain_tables as module
+from jobs import runtime as runtime_module
+from jobs.config import MaintainSettings
+from jobs.errors import TrailvecError
+from jobs.maintain_tables import maintain, run_maintain, target_bytes
+from jobs.runtime import Runtime, Stage
+from jobs.tables import CONTEXT_VALUES, EVENTS, SEQUENCES, SESSIONS, Table
+from tests.conftest import put, read_delta
+from tests.events import START, Row, make_event, to_frame
+
+
+def events(first: int, last: int) -> list[Row]:
+    """Events e<first> … e<last - 1>, an hour apart."""
+    return [
+        make_event(event_id=f"e{n}", user_id=f"u{n % 3}", item_id="i", event_ts=START + timedelta(hours=n))
+        for n in range(first, last)
+    ]
+
+
+def add(runtime: Runtime, rows: DataFrame, deletes: DataFrame | None = None, table: Table = EVENTS) -> None:
+    stage = Stage("add", "", lambda r: r.merge(table, rows, deletes), reads=(), writes=(table,), settings=())
+    runtime.execute(stage, force=True)
+
+
+def in_pieces(runtime: Runtime, pieces: int = 3) -> None:
+    """Events of many small commits."""
+    put(runtime, EVENTS, to_frame(runtime.spark, events(0, 10), partitions=2))
+    for number in range(1, pieces):
+        add(runtime, to_frame(runtime.spark, events(10 * number, 10 * (number + 1))))
+
+
+def expired(runtime: Runtime) -> Runtime:
+    """The runtime with a retention of no time at all, which no configuration may have."""
+    none = MaintainSettings.model_construct(retention_hours=0, target_file_mb=1)
+    return Runtime(runtime.config.model_copy(update={"maintain": none}), runtime.spark)
+
+
+def event_ids(runtime: Runtime) -> list[str]:
+    """As DuckDB reads them."""
+    return sorted(row["event_id"] for row in read_delta(runtime.path(EVENTS)))
+
+
+def operations(runtime: Runtime, table: Table = EVENTS) -> list[str]:
+    history = DeltaTable.forPath(runtime.spark, runtime.path(table)).history()
+    return [row.operation for row in history.orderBy("version").select("operation").collect()]
+
+
+def test_small_files_become_one_and_the_report_says_so(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    runtime = make_runtime()
+    in_pieces(runtime)
+    add(runtime, to_frame(spark, []), deletes=to_frame(spark, events(0, 4)))  # deletion vectors
+    files = [p for p in Path(runtime.path(EVENTS)).rglob("*.parquet") if "_delta_log" not in p.parts]
+    assert maintain(runtime, ["sessions"]) == []  # not there
+
+    (plan,) = maintain(runtime, dry_run=True)
+    assert "OPTIMIZE" not in operations(runtime)
+    (done,) = maintain(runtime)
+    (again,) = maintain(runtime)
+    assert operations(runtime).count("OPTIMIZE") == 1  # nothing to do the second time
+
+    assert (plan["table"], plan["rows"], plan["rows_hidden"], plan["bytes_freed"]) == ("events", 26, 4, 0)
+    assert plan["files"] == plan["small_files"] == done["files_before"] == done["small_files_before"] == 4
+    assert (done["rows"], done["rows_hidden"], done["files"], done["small_files"]) == (26, 0, 1, 1)
+    assert done["bytes_freed"] == 0  # within the retention
+    assert plan["bytes_on_disk"] == done["bytes_on_disk_before"] > sum(f.stat().st_size for f in files)  # and vectors
+    assert done["bytes_on_disk"] == plan["bytes_on_disk"] + done["bytes"] == again["bytes_on_disk"]
+    assert done["bytes"] > 0
+    assert event_ids(runtime) == sorted(e["event_id"] for e in events(4, 30))
+
+
+def test_well_sized_files_are_left_alone(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
+    runtime = make_runtime("maintain.target_file_mb=1")
+    noise = F.concat_ws("", *[F.sha2(F.concat("value", F.lit(str(n))), 256) for n in range(24)])  # 1.5 kB, no pattern
+    big = spark.range(0, 800).selectExpr(
+        "'vertical' AS kind", "CAST(id AS string) AS value", "CAST(id AS int) value_index"
+    )
+    for number in range(2):  # two files of some 0.6 MB: more than half of the target
+        one = big.where(F.col("value_index") % 2 == number).withColumn("value", noise)
+        stage = Stage("add", "", lambda r, one=one: r.append(CONTEXT_VALUES, one.coalesce(1)), (), (), ())
+        runtime.execute(stage, force=True)
+    (done,) = maintain(runtime)
+    assert (done["files_before"], done["files"], done["small_files"]) == (2, 2, 0)
+    assert "OPTIMIZE" not in operations(runtime, CONTEXT_VALUES)
+
+
+def test_a_table_of_its_own_by_name(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
+    runtime = make_runtime()
+    in_pieces(runtime)
+    runtime.execute(sessionize.STAGE)
+    assert [entry["table"] for entry in maintain(runtime, ["sessions"])] == ["sessions"]
+    assert "OPTIMIZE" not in operations(runtime)
+
+
+# ---- retention --------------------------------------------------------------------------------------------
+
+
+def test_vacuum_takes_what_is_older_than_the_retention_and_nothing_else(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    runtime = make_runtime("maintain.retention_hours=100")
+    in_pieces(runtime)
+    folder = Path(runtime.path(EVENTS))
+    strays = {}
+    for hours in (99, 101):  # what a killed write leaves behind
+        strays[hours] = folder / f"part-{hours}.snappy.parquet"
+        strays[hours].write_bytes(b"x" * 1000)
+        os.utime(strays[hours], (time.time() - hours * 3600,) * 2)
+    old_version = runtime.latest_version(EVENTS)
+    pinned = spark.read.format("delta").option("versionAsOf", old_version).load(str(folder))
+
+    (done,) = maintain(runtime)
+    assert (strays[99].exists(), strays[101].exists(), done["bytes_freed"]) == (True, False, 1000)
+    properties = DeltaTable.forPath(spark, str(folder)).detail().collect()[0].properties
+    assert properties["delta.deletedFileRetentionDuration"] == "interval 6000 minutes"
+    assert pinned.count() == 30
+    assert sorted(r.event_id for r in pinned.collect()) == sorted(e["event_id"] for e in events(0, 30))
+
+    (later,) = maintain(expired(runtime))
+    assert later["bytes_freed"] == done["bytes_on_disk"] - done["bytes"] > 0
+    left = {p for p in folder.rglob("*") if p.is_file() and "_delta_log" not in p.parts and p.suffix == ".parquet"}
+    assert len(left) == 1
+    assert event_ids(runtime) == sorted(e["event_id"] for e in events(0, 30))
+
+
+# ---- other jobs -------------------------------------------------------------------------------------------
+
+
+def test_upkeep_makes_no_stage_out_of_date_and_feeds_no_change(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    runtime = make_runtime()
+    in_pieces(runtime)
+    stages = (flag_users.STAGE, sessionize.STAGE)
+    for stage in stages:
+        runtime.execute(stage)
+    before = {table: runtime.latest_version(table) for table in (EVENTS, SESSIONS)}
+    maintain(runtime)
+    assert {"OPTIMIZE", "SET TBLPROPERTIES"} <= set(operations(runtime))
+    assert [runtime.execute(stage).skipped for stage in stages] == [True, True]
+    reader = spark.read.format("delta").option("readChangeFeed", "true")
+    for table, version in before.items():
+        assert runtime.latest_version(table) > version
+        assert reader.option("startingVersion", version + 1).load(runtime.path(table)).count() == 0
+
+    # An increment after upkeep starts from what it left, and sees the new event alone.
+    add(runtime, to_frame(spark, events(30, 31)))
+    seen: list[list[str]] = []
+    look = Stage(
+        "sessionize",
+        "",
+        lambda r: seen.append([c.event_id for c in r.incremental(SESSIONS, EVENTS).collect()]),  # type: ignore[union-attr]
+        reads=(EVENTS,),
+        writes=(SESSIONS,),
+        settings=sessionize.STAGE.settings,
+    )
+    runtime.execute(look)
+    assert seen == [["e30"]]
+
+
+def test_a_writer_beside_it_loses_nothing(
+    make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime_module.time, "sleep", lambda seconds: time_sleep(seconds / 20))
+    runtime = make_runtime()
+    in_pieces(runtime)
+    other = Runtime(runtime.config, spark.newSession())  # settings of its own, as another process has
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def write() -> None:
+        try:
+            for number in range(3, 7):  # each updates old rows, adds new ones and deletes one
+                rows = [e | {"amount": float(number)} for e in events(0, 2)] + events(10 * number, 10 * number + 10)
+                add(other, to_frame(other.spark, rows), deletes=to_frame(other.spark, events(number, number + 1)))
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    rounds = 0
+    while rounds == 0 or not done.is_set():
+        entries = maintain(runtime)
+        rounds += 1
+        assert [entry["conflict"] for entry in entries] == [False]
+    writer.join()
+    assert errors == []
+    assert event_ids(runtime) == sorted(e["event_id"] for e in events(0, 70) if e["event_id"] not in gone)
+    assert {r["amount"] for r in read_delta(runtime.path(EVENTS)) if r["event_id"] in ("e0", "e1")} == {6.0}
+    history = operations(runtime)
+    assert history.count("MERGE") == 2 + 4
+    assert "OPTIMIZE" in history
+
+
+gone = {"e3", "e4", "e5", "e6"}
+time_sleep = time.sleep
+
+
+def test_a_conflict_is_tried_again_and_told_when_it_does_not_end(
+    make_runtime: Callable[..., Runtime],
+    spark: SparkSession,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    runtime = make_runtime()
+    in_pieces(runtime, pieces=2)
+    put(runtime, CONTEXT_VALUES, spark.createDataFrame([("vertical", "food", 2)], CONTEXT_VALUES.schema()))
+    waited: list[float] = []
+    monkeypatch.setattr(runtime_module.time, "sleep", waited.append)
+    real, left = Runtime.commit, [2]
+
+    def meets_others(self: Runtime, write: Callable[[], Any]) -> None:
+        def once() -> None:
+            if left[0] > 0:
+                left[0] -= 1
+                raise ConcurrentDeleteReadException("another job deleted a file that this one read")
+            write()
+
+        real(self, once)
+
+    monkeypatch.setattr(Runtime, "commit", meets_others)
+    run_maintain(runtime, ["events"], dry_run=False, as_json=True)
+    assert json.loads(capsys.readouterr().out)[0]["files"] == 1
+    assert len(waited) == 2
+
+    add(runtime, to_frame(spark, events(50, 51)))
+    waited.clear()
+    left[0] = 5
+    with pytest.raises(TrailvecError, match=r"other jobs committed to events each time .* the other tables are done"):
+        run_maintain(runtime, [], dry_run=False, as_json=True)
+    assert len(waited) == 4
+    assert max(waited) <= 16
+    entries = {e["table"]: e["conflict"] for e in json.loads(capsys.readouterr().out)}
+    assert entries == {"events": True, "context_values": False}
+
+
+def test_sequences_keep_a_file_for_each_training_process(
+    make_runtime: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = make_runtime("sequences.train_files=4")
+    files = [{"path": f"split=train/{n}", "size_bytes": 1000 + n, "num_records": 1} for n in range(40)]
+    files += [{"path": "split=score/1", "size_bytes": 10**9, "num_records": 1}]
+    monkeypatch.setattr(module, "active_files", lambda *_: files)
+    monkeypatch.setattr(Runtime, "latest_version", lambda *_: 1)
+    assert target_bytes(runtime, SEQUENCES) == (40_000 + 780) // 4
+    assert target_bytes(runtime, EVENTS) == 256 * 1024 * 1024
+
+
+# ---- the command ------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_a_table_or_json(
+    make_runtime: Callable[..., Runtime],
+    spark: SparkSession,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    runtime = make_runtime()
+    in_pieces(runtime, pieces=2)
+    monkeypatch.setattr(cli, "Runtime", lambda config: Runtime(config, spark))
+    command = ["maintain_tables", "--set", f'storage.root="{runtime.root}"', "--table", "events"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*command, "--dry-run", "--json"])
+    assert stopped.value.code == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert (entry["table"], entry["rows"], entry["files"]) == ("events", 20, 3)
+    assert "files_before" not in entry
+    with pytest.raises(SystemExit):
+        cli.main(command)
+    assert "3 → 1" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*command, "--table", "evnts"])
+    assert stopped.value.code == 2
