@@ -236,7 +236,7 @@ def test_a_conflict_is_tried_again_and_told_when_it_does_not_end(
         def once() -> None:
             if left[0] > 0:
                 left[0] -= 1
-                raise ConcurrentDeleteReadException("another job deleted a file that this one read")
+                raise ConcurrentDeleteReadException("another job deleted a file that this one read", stackTrace="")
             write()
 
         real(self, once)
@@ -288,9 +288,10 @@ def test_the_command_prints_a_table_or_json(
     (entry,) = json.loads(capsys.readouterr().out)
     assert (entry["table"], entry["rows"], entry["files"]) == ("events", 20, 3)
     assert "files_before" not in entry
-    with pytest.raises(SystemExit):
+    with module.jvm_console(spark) as printed, pytest.raises(SystemExit):
         cli.main(command)
     assert "3 → 1" in capsys.readouterr().out
+    assert printed.toString() == ""  # nothing from VACUUM between the lines
     with pytest.raises(SystemExit) as stopped:
         cli.main([*command, "--table", "evnts"])
     assert stopped.value.code == 2
