@@ -7,6 +7,8 @@ time only the runs that changed events can have touched are made anew (docs/deci
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from functools import partial
 
@@ -18,25 +20,90 @@ from jobs.cli import stage_main
 from jobs.config import SessionizeSettings
 from jobs.runtime import Runtime, Stage
 from jobs.tables import EVENTS, FLAGGED_USERS, SESSIONS, conform
-from spark_udfs.sessionize import Rules
+from spark_udfs.sessionize import Rules, split_points
 from spark_udfs.sessionize import sessionize as sessionize_arrow
 
 _DAY_US = 86_400_000_000
+_PART_EVENTS = 50_000  # fewer are never parted: a task has work for a second or more
 _MOST_RANGES = 64  # of days in one condition: each is weighed against every file's statistics
 
 
-def sessionize(events: DataFrame, settings: SessionizeSettings) -> DataFrame:
-    """The sessions of `events`, whatever their order and partitioning."""
+@dataclass(frozen=True)
+class Split:
+    """An event that starts a session of a user who has too many events for one task; times are microseconds."""
+
+    user_id: str
+    event_us: int
+    event_id: str
+    run_us: int  # start of its run
+
+
+def sessionize(events: DataFrame, settings: SessionizeSettings, splits: Sequence[Split] = ()) -> DataFrame:
+    """The sessions of `events`, whatever their order and partitioning.
+
+    Args:
+        splits: `find_splits` of the same events and settings: what lies between two of them may go to another task.
+    """
     made = StructType([f for f in SESSIONS.schema() if f.name != "session_id"])
     fields = _event_fields()
+    in_partition = partial(
+        sessionize_arrow,
+        rules=_rules(settings),
+        event_fields=fields,
+        run_us_of_split={split.event_id: split.run_us for split in splits},
+    )
     sessions = (
         events.select("user_id", *fields)
-        .repartition("user_id")
+        .repartition("user_id", *([_part(splits)] if splits else []))
         .sortWithinPartitions("user_id", "event_ts", "event_id")
-        .mapInArrow(partial(sessionize_arrow, rules=_rules(settings), event_fields=fields), made)
+        .mapInArrow(in_partition, made)
         .withColumn("session_id", _stable_id(F.col("user_id"), F.col("events")[0]["event_id"]))
     )
     return conform(sessions, SESSIONS)
+
+
+def find_splits(events: DataFrame, settings: SessionizeSettings, every: int) -> list[Split]:
+    """Where to part the users with more than `every` events: about so many lie between one split and the next.
+
+    A sample of user_id says who they are. Where their sessions start is found in one task for each, from the few
+    columns that the rules read: a split is exact whatever the sample says.
+    """
+    share = min(1.0, 100 / every)  # of a user with `every` events about a hundred are in the sample
+    users = events.select("user_id").sample(share, seed=0).groupBy("user_id").count()
+    heavy = [row["user_id"] for row in users.where(F.col("count") > share * every).collect()]
+    if not heavy:
+        return []
+    found = (
+        events.where(F.col("user_id").isin(heavy))
+        .select("user_id", "event_ts", "event_id", "vertical")
+        .repartition("user_id")
+        .sortWithinPartitions("user_id", "event_ts", "event_id")
+        .mapInArrow(
+            partial(split_points, rules=_rules(settings), every=every),
+            "user_id string, event_us long, event_id string, run_us long",
+        )
+    )
+    return [Split(*row) for row in found.orderBy("user_id", "event_us", "event_id").collect()]
+
+
+def _part(splits: Sequence[Split]) -> Column:
+    """How many of the user's splits are at or before the event."""
+
+    def within(low: int, high: int) -> Column:
+        """The same, where it is known that it is at least `low` and at most `high` of all users' splits."""
+        if low == high:
+            return F.lit(low)
+        middle = splits[(low + high) // 2]
+        time = F.unix_micros("event_ts")
+        earlier = (time < middle.event_us) | ((time == middle.event_us) & (F.col("event_id") < middle.event_id))
+        return F.when(earlier, within(low, (low + high) // 2)).otherwise(within((low + high) // 2 + 1, high))
+
+    part, low = F.lit(0), 0
+    for user_id, of_user in itertools.groupby(splits, lambda split: split.user_id):
+        high = low + len(list(of_user))
+        part = F.when(F.col("user_id") == user_id, within(low, high)).otherwise(part)
+        low = high
+    return part
 
 
 def _event_fields() -> list[str]:
@@ -157,9 +224,17 @@ def run(runtime: Runtime) -> None:
     if changed is None or flags is None:
         flagged = runtime.read(FLAGGED_USERS).select("user_id").distinct()
         events = runtime.read(EVENTS).join(flagged, "user_id", "left_anti")
-        runtime.write(SESSIONS, sessionize(events, runtime.config.sessionize))
+        settings, every = runtime.config.sessionize, _events_of_a_task(runtime)
+        runtime.write(SESSIONS, sessionize(events, settings, find_splits(events, settings, every)))
     else:
         _update(runtime, changed, flags)
+
+
+def _events_of_a_task(runtime: Runtime) -> int:
+    tasks = str(runtime.spark.conf.get("spark.sql.shuffle.partitions"))
+    if not tasks.isdigit():  # "auto" on Databricks
+        tasks = str(runtime.spark.sparkContext.defaultParallelism)
+    return max(_PART_EVENTS, runtime.read(EVENTS).count() // int(tasks))
 
 
 def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame) -> None:

@@ -62,12 +62,19 @@ class _Open:
     events: int  # of its session
 
 
-def sessionize(batches: Iterable[pa.RecordBatch], rules: Rules, event_fields: list[str]) -> Iterator[pa.RecordBatch]:
+def sessionize(
+    batches: Iterable[pa.RecordBatch],
+    rules: Rules,
+    event_fields: list[str],
+    run_us_of_split: Mapping[str, int] | None = None,
+) -> Iterator[pa.RecordBatch]:
     """One row per session.
 
     Args:
         batches: events, sorted by (user_id, event_ts, event_id) across all batches; event_ts in microseconds.
         event_fields: the columns that the `events` structs keep, in their order.
+        run_us_of_split: event_id → start of its run, of events that start a session (`split_points`): what comes before
+            them may be missing.
 
     Yields:
         Batches of user_id, start_ts, end_ts, event_count (int32), verticals (list, sorted, distinct), amount (sum,
@@ -75,7 +82,7 @@ def sessionize(batches: Iterable[pa.RecordBatch], rules: Rules, event_fields: li
     """
     parts: list[pa.RecordBatch] = []  # the events of the session that the last batch left open
     run_us = 0  # the start of that session's run
-    for batch, starts, runs_us in _cut(batches, rules):
+    for batch, starts, runs_us in _cut(batches, rules, run_us_of_split or {}):
         if len(starts) == 0:
             parts.append(batch)
             continue
@@ -92,9 +99,33 @@ def sessionize(batches: Iterable[pa.RecordBatch], rules: Rules, event_fields: li
         yield _to_sessions(parts, offsets, np.array([run_us]), event_fields)
 
 
-def _cut(batches: Iterable[pa.RecordBatch], rules: Rules) -> Iterator[tuple[pa.RecordBatch, Int64, Int64]]:
+def split_points(batches: Iterable[pa.RecordBatch], rules: Rules, every: int) -> Iterator[pa.RecordBatch]:
+    """Events that start a session, at least `every` rows from one to the next: the log may be parted before them.
+
+    Args:
+        batches: user_id, event_ts, event_id and vertical, in the order that `sessionize` wants.
+
+    Yields:
+        Batches of user_id, event_us, event_id, run_us (int64, microseconds): the event and the start of its run.
+    """
+    ahead = every  # rows from the next batch's first to where the next split may be
+    for batch, starts, runs_us in _cut(batches, rules, {}):
+        chosen: list[int] = []
+        while (nearest := int(np.searchsorted(starts, ahead))) < len(starts):
+            chosen.append(nearest)
+            ahead = int(starts[nearest]) + every
+        ahead -= batch.num_rows
+        rows = batch.take(pa.array(starts[chosen]))
+        made = [rows["user_id"], rows["event_ts"].cast(pa.int64()), rows["event_id"], pa.array(runs_us[chosen])]
+        yield pa.RecordBatch.from_arrays(made, ["user_id", "event_us", "event_id", "run_us"])
+
+
+def _cut(
+    batches: Iterable[pa.RecordBatch], rules: Rules, run_us_of_split: Mapping[str, int]
+) -> Iterator[tuple[pa.RecordBatch, Int64, Int64]]:
     """Each batch that is not empty, the numbers of its rows that start a session, and the starts of those' runs."""
     before: _Open | None = None
+    split_ids = pa.array(list(run_us_of_split), pa.string())
     for batch in batches:
         if batch.num_rows == 0:
             continue
@@ -123,10 +154,18 @@ def _cut(batches: Iterable[pa.RecordBatch], rules: Rules) -> Iterator[tuple[pa.R
                 or (rules.cut_on_vertical and names[codes[0]] != before.vertical)
             )
 
+        run_us = times
+        if run_us_of_split:
+            here = np.flatnonzero(pc.is_in(batch["event_id"], split_ids).to_numpy(zero_copy_only=False))
+            if len(here):
+                new_run[here] = cut[here] = True
+                run_us = times.copy()
+                run_us[here] = [run_us_of_split[name] for name in batch["event_id"].take(pa.array(here)).to_pylist()]
+
         starts = _cut_long(times, np.flatnonzero(cut), before, rules)
         run_rows = np.flatnonzero(new_run)
         # Row 0 of these is the run that the last batch left open.
-        run_starts = np.concatenate(([before.run_us if before else 0], times[run_rows]))
+        run_starts = np.concatenate(([before.run_us if before else 0], run_us[run_rows]))
         runs = run_starts[np.searchsorted(run_rows, starts, side="right")]
         yield batch, starts, runs
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jobs.config import load_config
 from jobs.errors import TrailvecError
 from jobs.sessionize import ranges
-from spark_udfs.sessionize import Rules, sessionize
+from spark_udfs.sessionize import Rules, sessionize, split_points
 from tests import oracles
 from tests.events import START, Row, logs, make_event
 
@@ -34,14 +34,18 @@ SCHEMA = pa.schema(
 MINUTE = 60_000_000
 
 
-def run(events: list[Row], borders: list[int], rules: Rules) -> list[Row]:
+def batched(events: list[Row], borders: list[int]) -> list[pa.RecordBatch]:
     ordered = oracles.in_order(events)
     cuts = sorted({0, len(ordered), *[b % (len(ordered) + 1) for b in borders]})
-    batches = [
+    return [
         pa.RecordBatch.from_pylist([{n: e[n] for n in SCHEMA.names} for e in ordered[a:b]], SCHEMA)
         for a, b in itertools.pairwise(cuts)
     ]
-    return [row for batch in sessionize(iter(batches), rules, FIELDS) for row in batch.to_pylist()]
+
+
+def run(events: list[Row], borders: list[int], rules: Rules, splits: dict[str, int] | None = None) -> list[Row]:
+    made = sessionize(batched(events, borders), rules, FIELDS, splits)
+    return [row for batch in made for row in batch.to_pylist()]
 
 
 def ids(sessions: list[Row]) -> list[str]:
@@ -162,6 +166,31 @@ def test_a_change_of_vertical_cuts_the_session_but_not_the_run() -> None:
         found = run(events, borders, Rules(30 * MINUTE, cut_on_vertical=True))
         assert ids(found) == ["a", "bc", "d"]
         assert {s["run_start_ts"].replace(tzinfo=None) for s in found} == {START}
+
+
+@given(
+    events=logs(),
+    borders=st.lists(st.integers(0, 60), max_size=12),
+    every=st.integers(1, 12),
+    max_us=st.sampled_from([None, 30 * MINUTE]),
+    max_events=st.sampled_from([1, 3, 10_000]),
+)
+def test_the_log_may_be_parted_at_its_splits(
+    events: list[Row], borders: list[int], every: int, max_us: int | None, max_events: int
+) -> None:
+    rules = Rules(30 * MINUTE, {"rides": 60 * MINUTE}, max_us, max_events)
+    made = list(split_points(batched(events, borders), rules, every))
+    splits = {row["event_id"]: row["run_us"] for batch in made for row in batch.to_pylist()}
+    ordered = oracles.in_order(events)
+    at_splits = [n for n, e in enumerate(ordered) if e["event_id"] in splits]
+    cuts = [0, *at_splits, len(ordered)]
+
+    whole = run(events, [], rules)
+    assert [s for a, b in itertools.pairwise(cuts) for s in run(ordered[a:b], borders, rules, splits)] == whole
+    # What lies between two of them: `every` events, and what the session that these end in holds beside them.
+    assert all(b - a >= every for a, b in itertools.pairwise([0, *at_splits]))
+    longest = max(s["event_count"] for s in whole)
+    assert all(b - a < every + longest for a, b in itertools.pairwise(cuts))
 
 
 def test_one_endless_run_is_never_held_as_a_whole() -> None:
