@@ -31,7 +31,6 @@ from typing import Any
 
 import deltalake
 import pyarrow as pa
-from delta.exceptions import DeltaConcurrentModificationException
 from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 from rich.console import Console
@@ -40,7 +39,7 @@ from rich.table import Table as Grid
 
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
-from jobs.runtime import Runtime
+from jobs.runtime import CONFLICTS, Runtime
 from jobs.tables import SEQUENCES, TABLES, Table
 
 MB = 1024 * 1024
@@ -67,7 +66,7 @@ def maintain(runtime: Runtime, names: Sequence[str] = (), dry_run: bool = False)
             try:
                 compact(runtime, table)
                 vacuum(runtime, table)
-            except DeltaConcurrentModificationException:
+            except CONFLICTS:
                 conflict = True
             after, disk_after = measure(runtime, table), disk_files(runtime, table)
             entry |= {f"{key}_before": before[key] for key in ("bytes", "files", "small_files")}

@@ -26,7 +26,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from delta.exceptions import DeltaConcurrentModificationException
+from delta.exceptions import (
+    ConcurrentAppendException,
+    ConcurrentDeleteDeleteException,
+    ConcurrentDeleteReadException,
+    ConcurrentTransactionException,
+    ConcurrentWriteException,
+    MetadataChangedException,
+    ProtocolChangedException,
+)
 from delta.tables import DeltaTable
 from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, Row, SparkSession
@@ -39,6 +47,16 @@ from jobs.tables import TABLES, Table, conform
 _PACKAGES = ("jobs", "spark_udfs", "training")
 # Spark settings that no commit and no manifest may show; the pattern is spark.redaction.regex's default.
 _HISTORY = 500  # commits of a table that are looked at; a stage that is further behind makes all anew
+# Another job committed in the meantime. In Python these have no base of their own, as they have in Java.
+CONFLICTS = (
+    ConcurrentAppendException,
+    ConcurrentDeleteDeleteException,
+    ConcurrentDeleteReadException,
+    ConcurrentTransactionException,
+    ConcurrentWriteException,
+    MetadataChangedException,
+    ProtocolChangedException,
+)
 _ATTEMPTS = 5  # at a commit that another job's commit got in the way of
 # Commits that move or drop files and change no row.
 _UPKEEP = {"OPTIMIZE", "REORG", "VACUUM START", "VACUUM END", "CLUSTER BY", "SET TBLPROPERTIES"}
@@ -305,14 +323,14 @@ class Runtime:
         """One commit to a table; tries again where another job (maintain_tables, say) got in its way.
 
         Raises:
-            DeltaConcurrentModificationException: it did so five times, 15 to 30 seconds of waiting in all.
+            one of CONFLICTS: it did so five times, 15 to 30 seconds of waiting in all.
         """
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 write()
                 self._history = {}
                 return
-            except DeltaConcurrentModificationException:
+            except CONFLICTS:
                 if attempt == _ATTEMPTS:
                     raise
                 time.sleep(2**attempt * random.uniform(0.5, 1))  # noqa: S311 - spreads the two, nothing secret
