@@ -1,0 +1,134 @@
+"""What a small batch costs beside the whole log: python scripts/bench/incremental.py [--quick] [--events 1e7]
+
+A superapp's log, cut where its last day ends; the last rows to arrive are kept back as batches of 0.1 % each. In one
+Spark session on 2 cores: ingest, flag_users, sessionize, build_vocabulary and build_sequences run once over the rest,
+as a first run would (once: it takes minutes; a smaller log before it compiles and warms), then again after each batch.
+
+The last line is one JSON object: share_of_full (the median batch's seconds of ingest, flag_users, sessionize and
+build_sequences over those of the whole log), share_with_vocabulary (with build_vocabulary, which counts the whole log
+each time, on both sides), and the seconds of each stage, of the whole log and of the median batch. The chart goes to
+build/bench/incremental.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from measure import chart, last_line, runtime, said, session
+from pyspark.sql import SparkSession
+from superapp import START, World, write
+
+from jobs import build_sequences, build_vocabulary, flag_users, ingest, sessionize
+from jobs.runtime import Runtime
+
+STAGES = (ingest.STAGE, flag_users.STAGE, sessionize.STAGE, build_vocabulary.STAGE, build_sequences.STAGE)
+COUNTED = [stage.name for stage in STAGES if stage is not build_vocabulary.STAGE]
+SHARE = 0.001
+
+
+def keep_back(log: Path, aside: Path, batches: int) -> tuple[int, list[int]]:
+    """Takes the last rows to arrive out of the log: how many rows stay, and how many are in each batch's file."""
+    folders = sorted(log.glob("arrived=*"))
+    counts = {folder: sum(pq.read_metadata(file).num_rows for file in folder.glob("*.parquet")) for folder in folders}
+    size = max(1, round(sum(counts.values()) * SHARE))
+    tail: list[Path] = []
+    while sum(counts[folder] for folder in tail) < size * batches:
+        tail.append(folders.pop())
+    rows = pa.concat_tables([pq.read_table(file) for folder in tail for file in sorted(folder.glob("*.parquet"))])
+    rows = rows.take(pc.sort_indices(rows, [("arrived_at", "ascending"), ("event_id", "ascending")]))
+    first = len(rows) - size * batches
+    for folder in tail:
+        shutil.rmtree(folder)
+    _save(rows.slice(0, first), log, "rest.parquet")
+    for number in range(batches):
+        _save(rows.slice(first + number * size, size), aside / str(number), "batch.parquet")
+    return sum(counts.values()) - size * batches, [size] * batches
+
+
+def _save(rows: pa.Table, folder: Path, name: str) -> None:
+    """The rows, in folders by day of arrival."""
+    days = pc.cast(rows["arrived_at"], pa.date32())
+    for day in pc.unique(days):
+        target = folder / f"arrived={day}"
+        target.mkdir(parents=True, exist_ok=True)
+        pq.write_table(rows.filter(pc.equal(days, day)), target / name)
+
+
+def run_all(stages: Runtime, what: str) -> dict[str, float]:
+    reports = {stage.name: stages.execute(stage) for stage in STAGES}
+    seconds = {name: report.seconds for name, report in reports.items()}
+    counted = sum(seconds[name] for name in COUNTED)
+    said(f"{what}: {counted:.1f} s; " + ", ".join(f"{name} {s:.1f}" for name, s in seconds.items()))
+    return seconds
+
+
+def measure(spark: SparkSession, events: int, batches: int, folder: Path) -> dict[str, Any]:
+    world = World.of_events(events)
+    data = folder / f"incremental-{events}"
+    shutil.rmtree(data, ignore_errors=True)
+    log = data / "superapp"
+    write(spark, world, log)
+    end = START + timedelta(days=world.days)
+    for late in [f for f in log.glob("arrived=*") if f.name >= f"arrived={end:%Y-%m-%d}"]:
+        shutil.rmtree(late)  # a week of late events alone: no company's last batches
+    rows, sizes = keep_back(log, data / "aside", batches)
+    # Fixed, as they are between two trainings: with the log's end, all windows would move.
+    valid, test = (f"{end - timedelta(days=days):%Y-%m-%dT%H:%M:%SZ}" for days in (14, 7))
+    stages = runtime(spark, data / "warehouse", data, f"sequences.valid_from={valid}", f"sequences.test_from={test}")
+    full = run_all(stages, f"{rows:,} rows")
+    parts = []
+    for number, size in enumerate(sizes):
+        for file in (data / "aside" / str(number)).rglob("*.parquet"):
+            target = log / file.parent.name / f"batch-{number}.parquet"
+            target.parent.mkdir(exist_ok=True)
+            file.rename(target)
+        parts.append(run_all(stages, f"batch {number + 1}, {size:,} rows"))
+    shutil.rmtree(data)
+
+    def shares(names: list[str]) -> float:
+        return statistics.median(sum(part[n] for n in names) for part in parts) / sum(full[n] for n in names)
+
+    batch = {name: statistics.median(part[name] for part in parts) for name in full}
+    chart(
+        folder / "incremental.svg",
+        "A batch of 0.1 % beside the whole log",
+        {name: [(sizes[0], batch[name]), (rows, full[name])] for name in full},
+    )
+    return {
+        "rows": rows,
+        "batch_rows": sizes[0],
+        "batches": len(sizes),
+        "share_of_full": shares(COUNTED),
+        "share_with_vocabulary": shares(list(full)),
+        "full_s": {name: round(seconds, 2) for name, seconds in full.items()},
+        "batch_s": {name: round(seconds, 2) for name, seconds in batch.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="100,000 events: under a minute, and all fixed costs")
+    parser.add_argument("--events", type=float, help="about so many (default: 1e7)")
+    parser.add_argument("--batches", type=int, default=5, help="medians of so many (default: 5)")
+    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for the log, tables and the chart")
+    arguments = parser.parse_args()
+    events = int(arguments.events or (1e5 if arguments.quick else 1e7))
+
+    spark = session(arguments.quick)
+    if not arguments.quick:
+        measure(spark, 100_000, 2, arguments.folder.absolute())  # compiles and warms
+    result = measure(spark, events, arguments.batches, arguments.folder.absolute())
+    spark.stop()
+    last_line(result)
+
+
+if __name__ == "__main__":
+    main()

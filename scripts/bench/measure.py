@@ -1,0 +1,195 @@
+"""What the benchmarks of whole stages share: a runtime on two cores, memory and spill while a stage runs, a chart."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pyspark.sql import SparkSession
+
+import jobs
+from jobs.config import Config, load_config
+from jobs.runtime import Runtime, start_spark
+
+CORES = 2
+CONF = {
+    "spark.ui.enabled": "false",
+    "spark.driver.memory": "4g",
+    "spark.sql.shuffle.partitions": "16",
+    "spark.driver.host": "127.0.0.1",
+    "spark.driver.bindAddress": "127.0.0.1",
+    "spark.databricks.delta.snapshotPartitions": "2",
+}
+# A short run compiles more than it computes.
+QUICK = {
+    "spark.sql.shuffle.partitions": "2",
+    "spark.databricks.delta.snapshotPartitions": "1",
+    "spark.driver.extraJavaOptions": (
+        f"-Dlog4j2.configurationFile={Path(jobs.__file__).parent / 'log4j2.properties'} -XX:TieredStopAtLevel=1"
+    ),
+}
+SOURCE = Path(__file__).parents[2] / "conf/sources/superapp.toml"
+
+
+def session(quick: bool) -> SparkSession:
+    return start_spark(_with_conf(load_config(), CONF | (QUICK if quick else {})))
+
+
+def runtime(spark: SparkSession, root: Path, data: Path, *sets: str) -> Runtime:
+    """Stages over the superapp's log in `data`/superapp, their tables under `root`."""
+    own = [f'storage.root="{root}"', f'ingest.data_dir="{data}"', f'ingest.sources=["{SOURCE}"]']
+    return Runtime(_with_conf(load_config(None, [*own, *sets]), CONF), spark)
+
+
+def _with_conf(config: Config, conf: dict[str, str]) -> Config:
+    spark = config.spark.model_copy(update={"master": f"local[{CORES}]", "conf": conf})
+    return config.model_copy(update={"spark": spark})
+
+
+# ---- memory and spill -------------------------------------------------------------------------------------
+
+
+class Watch:
+    """While its block runs: the most memory, the work done, and what was spilled.
+
+    Attributes:
+        cpu_s: CPU seconds of this process's children: what a busy machine does not change much.
+        peak_mb: by "java" and "python", resident memory of this process's children (Spark's JVM, its workers), looked
+            at twice a second; pages that the workers share are counted for each.
+        spilled_mb: shuffle data that did not fit into memory, as written to disk.
+        shuffled_mb: all shuffle data, as written to disk.
+    """
+
+    def __init__(self, spark: SparkSession) -> None:
+        self._spark = spark
+        self._done = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
+        self.peak_mb = {"java": 0.0, "python": 0.0}
+        self.spilled_mb = self.shuffled_mb = 0.0
+
+    def __enter__(self) -> Watch:
+        self._before = max((stage.stageId() for stage in self._stages()), default=-1)
+        self.cpu_s = -_cpu_seconds()
+        self._sampler.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._sampler.join()
+        self.cpu_s += _cpu_seconds()
+        stages = [stage for stage in self._stages() if stage.stageId() > self._before]
+        self.spilled_mb = sum(stage.diskBytesSpilled() for stage in stages) / 1e6
+        self.shuffled_mb = sum(stage.shuffleWriteBytes() for stage in stages) / 1e6
+
+    def _stages(self) -> list[Any]:
+        context = self._spark.sparkContext
+        none, quantiles = context._jvm.java.util.ArrayList(), context._gateway.new_array(context._jvm.double, 0)
+        found = context._jsc.sc().statusStore().stageList(none, False, False, quantiles, none)
+        return [found.apply(n) for n in range(found.size())]
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.5):
+            # A process that the JVM is about to start has the JVM's pages, under a thread's name.
+            processes = [(name.rstrip(".0123456789"), megabytes) for name, megabytes, _ in _descendants(os.getpid())]
+            for kind in self.peak_mb:
+                now = sum(megabytes for name, megabytes in processes if name == kind)
+                self.peak_mb[kind] = max(self.peak_mb[kind], now)
+
+
+def _cpu_seconds() -> float:
+    return sum(seconds for _, _, seconds in _descendants(os.getpid()))
+
+
+def _descendants(root: int) -> list[tuple[str, float, float]]:
+    """Of each process below `root`: its name, resident megabytes, and CPU seconds with those of its ended children."""
+    found: dict[int, tuple[int, str, float, float]] = {}
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(")")
+            pages = int((folder / "statm").read_text().split()[1])
+        except OSError:  # it has ended meanwhile
+            continue
+        fields = rest.split()
+        ticks = sum(map(int, fields[11:15]))
+        megabytes, seconds = pages * os.sysconf("SC_PAGESIZE") / 1e6, ticks / os.sysconf("SC_CLK_TCK")
+        found[int(folder.name)] = (int(fields[1]), name, megabytes, seconds)
+
+    def below(pid: int) -> bool:
+        while pid in found:
+            pid = found[pid][0]
+            if pid == root:
+                return True
+        return False
+
+    return [process[1:] for pid, process in found.items() if below(pid)]
+
+
+# ---- results ----------------------------------------------------------------------------------------------
+
+
+def exponent(points: Sequence[tuple[float, float]]) -> float:
+    """The slope of log y against log x by least squares."""
+    xs, ys = [math.log(x) for x, _ in points], [math.log(y) for _, y in points]
+    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
+    covariance = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True))
+    return covariance / sum((x - mean_x) ** 2 for x in xs)
+
+
+def last_line(result: dict[str, Any]) -> None:
+    """The benchmark's result, where a script looks for it."""
+    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
+
+
+def said(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+_COLOURS = ("#1b6ca8", "#d1495b", "#2a9d5c", "#8d6a9f", "#e09f3e")
+
+
+def chart(path: Path, title: str, series: dict[str, list[tuple[float, float]]]) -> None:
+    """An SVG: seconds against events, both by powers of ten; a line through each series' points."""
+    every = [point for points in series.values() for point in points]
+    (left, right), (low, high) = (
+        (math.floor(math.log10(min(v))), math.ceil(math.log10(max(v)) + 1e-9)) for v in zip(*every, strict=True)
+    )
+    width, height = 420, 300
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (math.log10(x) - left) / (right - left)
+        up = (math.log10(y) - low) / (high - low)
+        return round(60 + across * width, 1), round(40 + (1 - up) * height, 1)
+
+    parts = [f'<text x="60" y="22" font-size="14">{title}</text>']
+    for decade in range(left, right + 1):
+        x, _ = place(10**decade, 10**low)
+        parts.append(
+            f'<path d="M{x} 40v{height}" stroke="#ddd"/><text x="{x - 12}" y="{height + 58}">1e{decade}</text>'
+        )
+    for decade in range(low, high + 1):
+        _, y = place(10**left, 10**decade)
+        parts.append(f'<path d="M60 {y}h{width}" stroke="#ddd"/><text x="14" y="{y + 4}">{10.0**decade:g} s</text>')
+    for row, ((name, points), colour) in enumerate(zip(series.items(), _COLOURS, strict=False)):
+        placed = [place(x, y) for x, y in sorted(points)]
+        line = " ".join(f"{x},{y}" for x, y in placed)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>' for x, y in placed]
+        parts.append(f'<text x="{width + 75}" y="{60 + 18 * row}" fill="{colour}">{name}</text>')
+    parts.append(f'<text x="{width - 10}" y="{height + 76}">events</text>')
+    body = "\n".join(parts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width + 200}" height="{height + 90}" '
+        f'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
+    )
