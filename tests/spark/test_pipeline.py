@@ -24,8 +24,8 @@ from jobs import train as train_module
 from jobs.cli import main
 from jobs.pipeline import STAGES
 from jobs.runtime import Runtime
-from jobs.tables import TABLES
-from tests.conftest import SPARK_CONF, make_config
+from jobs.tables import FLAGGED_USERS, TABLES
+from tests.conftest import SPARK_CONF, make_config, read_delta
 
 REPOSITORY = Path(__file__).parents[2]
 SETTINGS = {
@@ -72,10 +72,8 @@ def undisturbed(spark: SparkSession, settings: list[str], tmp_path_factory: pyte
 
 
 def rows(root: Path, table: str) -> list[str]:
-    """The table's rows as sorted text, read by delta-rs and pyarrow."""
-    files = DeltaTable(str(root / "tables" / table)).file_uris()
-    read = [pq.read_table(file.removeprefix("file://"), partitioning=None) for file in files]
-    return sorted(json.dumps(row, default=str) for part in read for row in part.to_pylist())
+    """The table's rows as sorted text, read by DuckDB."""
+    return sorted(json.dumps(row, default=str) for row in read_delta(root / "tables" / table))
 
 
 def same_rows(one: Path, other: Path) -> None:
@@ -85,7 +83,8 @@ def same_rows(one: Path, other: Path) -> None:
 
 def test_every_stage_writes_and_then_has_nothing_to_do(undisturbed: Runtime) -> None:
     for table in TABLES:
-        assert len(rows(undisturbed.root, table.name)) > 0, table.name
+        # No customer of those four days is a bot.
+        assert (len(rows(undisturbed.root, table.name)) > 0) == (table != FLAGGED_USERS), table.name
     again = [undisturbed.execute(stage) for stage in STAGES]
     assert [report.stage for report in again if not report.skipped] == []
 
@@ -134,7 +133,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
         return wrapped
 
-    for name in ("create", "write", "merge"):
+    for name in ("create", "_save", "merge"):
         monkeypatch.setattr(Runtime, name, dying(getattr(Runtime, name)))
     for module in (runtime_module, train_module, export_segments):
         monkeypatch.setattr(module, "write_json", dying(module.write_json))

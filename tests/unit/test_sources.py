@@ -45,8 +45,8 @@ def test_shipped_mappings_parse_and_bear_the_name_of_their_file(path: Path) -> N
     assert load_source(path).name == path.stem
 
 
-def test_two_mappings_are_shipped() -> None:
-    assert [path.stem for path in SHIPPED] == ["completejourney", "online_retail"]
+def test_three_mappings_are_shipped() -> None:
+    assert [path.stem for path in SHIPPED] == ["completejourney", "online_retail", "superapp"]
 
 
 def test_a_mapping_can_say_every_column_of_the_contract() -> None:
@@ -68,6 +68,8 @@ def test_columns_and_expressions_are_collected(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
+        ('path = "orders.csv"', "", "input.0: give either path or kafka"),
+        ('path = "orders.csv"', 'kafka = { bootstrap_servers = "h:1", topic = "t" }', "format = csv, but a topic's"),
         ('path = "orders.csv"', 'pth = "orders.csv"\npath = "x"', "unknown key input.0.pth; did you mean path?"),
         ("user_id =", "usr_id =", "unknown key input.0.columns.usr_id; did you mean user_id?"),
         ("zone =", "zoen =", "unknown key input.0.columns.event_ts.zoen; did you mean zone?"),
