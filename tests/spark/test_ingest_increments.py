@@ -1,0 +1,174 @@
+"""Ingest by increments: files and topics that grow, events that come again, in any order: as one batch has them."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from delta.tables import DeltaTable
+from pyspark.sql import SparkSession
+
+from jobs.errors import TrailvecError
+from jobs.ingest import STAGE
+from jobs.runtime import Runtime
+from jobs.tables import EVENTS, REJECTED_EVENTS
+from scripts.kafka_broker import Broker
+from tests.conftest import read_delta
+
+ONLINE_RETAIL = Path("tests/data/online_retail")
+HEADER = "id,user,item,at,price\n"
+COLUMNS = """
+[input.columns]
+event_id = "id"
+user_id = "user"
+item_id = "item"
+event_type = { constant = "view" }
+event_ts = "at"
+vertical = { constant = "shop" }
+amount = "price"
+"""
+
+
+def source(folder: Path, place: str = 'path = "log*.csv"\nformat = "csv"') -> str:
+    path = folder / "shop.toml"
+    path.write_text(f'name = "shop"\n[[input]]\n{place}\n{COLUMNS}')
+    return str(path)
+
+
+def settings(folder: Path, mapping: str, *more: str) -> tuple[str, ...]:
+    return (
+        f"ingest.sources={json.dumps([mapping])}",
+        f'ingest.data_dir="{folder}"',
+        "ingest.max_rejected_share=0.6",
+        *more,
+    )
+
+
+def events(runtime: Runtime) -> list[dict[str, Any]]:
+    return sorted(read_delta(runtime.path(EVENTS)), key=lambda row: (row["event_id"], row["event_ts"]))
+
+
+def test_growing_folders_end_in_the_events_of_one_batch(make_runtime: Callable[..., Runtime], tmp_path: Path) -> None:
+    """Law 1: days in any order, one under two names, half of one again a run later, its lines shuffled."""
+    mapping = "conf/sources/online_retail.toml"
+    once = make_runtime(*settings(ONLINE_RETAIL.absolute(), mapping), root=tmp_path / "once")
+    once.execute(STAGE)
+    folder = tmp_path / "growing"
+    folder.mkdir()
+    runtime = make_runtime(*settings(folder, mapping, "ingest.max_files_per_batch=2"), root=tmp_path / "increments")
+    days = sorted(ONLINE_RETAIL.glob("*.csv"))
+    seen = []
+    for number, arriving in enumerate(([days[2]], [days[0], days[2]], [days[3], days[1], days[0]])):
+        for day in arriving:
+            header, *lines = day.read_text(encoding="utf-8").splitlines()
+            random.Random(number).shuffle(lines)
+            (folder / f"{number}-{day.name}").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+        seen.append(runtime.execute(STAGE).rows_in["records"])
+    assert seen[1] > seen[0]
+    assert runtime.execute(STAGE).skipped
+    assert events(runtime) == events(once)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_one_id_the_earliest_stays_whichever_came_first(
+    make_runtime: Callable[..., Runtime], tmp_path: Path, first: int
+) -> None:
+    runtime = make_runtime(*settings(tmp_path, source(tmp_path)))
+    lines = ["1,ann,a,2023-05-01,1\n", "1,ann,a,2023-05-09,1\n2,bob,b,2023-05-09,1\n"]
+    for number in (first, 1 - first):
+        (tmp_path / f"log{number}.csv").write_text(HEADER + lines[number])
+        runtime.execute(STAGE)
+    assert [(row["event_id"], row["event_ts"].day) for row in events(runtime)] == [("1", 1), ("2", 9)]
+    (refused,) = read_delta(runtime.path(REJECTED_EVENTS))
+    assert refused["reason"] == "duplicate_event_id"
+    assert json.loads(refused["raw"])["event_ts"].startswith("2023-05-09")
+    assert refused["file"].endswith("log1.csv" if first == 0 else "table events")
+
+
+def test_same_day_finds_an_event_again_and_takes_another_day_for_another(
+    make_runtime: Callable[..., Runtime], tmp_path: Path
+) -> None:
+    runtime = make_runtime(*settings(tmp_path, source(tmp_path), 'ingest.duplicates="same_day"'))
+    for number, lines in enumerate(("1,ann,a,2023-05-01,1\n", "1,ann,a,2023-05-01,1\n1,ann,a,2023-05-09,1\n")):
+        (tmp_path / f"log{number}.csv").write_text(HEADER + lines)
+        report = runtime.execute(STAGE)
+    assert report.notes == ["1 exact repeats of an event dropped"]
+    assert [row["event_ts"].day for row in events(runtime)] == [1, 9]
+
+
+def test_a_batch_that_only_adds_rewrites_no_file(
+    make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path
+) -> None:
+    runtime = make_runtime(*settings(tmp_path, source(tmp_path)))
+    for number in range(2):
+        (tmp_path / f"log{number}.csv").write_text(HEADER + f"{number},ann,a,2023-05-0{number + 1},1\n")
+        runtime.execute(STAGE)
+    history = DeltaTable.forPath(spark, runtime.path(EVENTS)).history().where("operation = 'MERGE'").collect()
+    assert [h.operationMetrics["numTargetRowsInserted"] for h in history] == ["1", "1"]
+    assert [h.operationMetrics["numTargetFilesRemoved"] for h in history] == ["0", "0"]
+
+
+def test_a_topic_is_read_once_across_a_broker_that_dies(
+    make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path
+) -> None:
+    def send(first: int, last: int) -> None:
+        value = (
+            "to_json(named_struct('id', string(id), 'user', concat('u', id % 7), 'item', 'i', "
+            "'at', '2023-05-01T10:00:00Z', 'price', 1, 'channel', 'app')) AS value"
+        )
+        rows = spark.range(first, last).selectExpr(value).union(spark.sql("SELECT 'no json' AS value"))
+        rows.write.format("kafka").option("kafka.bootstrap.servers", broker.address).option("topic", "views").save()
+
+    with Broker(tmp_path / "kafka") as broker:
+        place = f'kafka = {{ bootstrap_servers = "{broker.address}", topic = "views" }}'
+        runtime = make_runtime(*settings(tmp_path, source(tmp_path, place), "ingest.max_records_per_batch=50"))
+        send(0, 100)
+        assert runtime.execute(STAGE).rows_in["records"] == 101
+        broker.kill()
+        broker.start()
+        send(90, 150)  # ten of them again
+        report = runtime.execute(STAGE)
+    assert report.rows_in["records"] == 61
+    found = events(runtime)
+    assert {row["event_id"] for row in found} == {str(n) for n in range(150)}
+    assert len(found) == 150
+    assert dict(found[0]["attributes"]) == {"channel": "app"}
+    refused = read_delta(runtime.path(REJECTED_EVENTS))
+    assert [row["reason"] for row in refused] == ["broken_row", "broken_row"]
+    assert all(row["file"].startswith("views/") for row in refused)
+
+
+def test_a_secret_of_a_topic_comes_from_the_environment(
+    make_runtime: Callable[..., Runtime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VIEWS_PASSWORD", raising=False)
+    place = (
+        'kafka = { bootstrap_servers = "127.0.0.1:9", topic = "views", '
+        'options = { "kafka.sasl.jaas.config" = "password=${VIEWS_PASSWORD}" } }'
+    )
+    with pytest.raises(TrailvecError, match=r"its options want \$VIEWS_PASSWORD, which is not set"):
+        make_runtime(*settings(tmp_path, source(tmp_path, place))).execute(STAGE)
+
+
+def test_a_file_cut_short_is_named_and_read_once_it_is_whole(
+    make_runtime: Callable[..., Runtime], tmp_path: Path
+) -> None:
+    table = pa.table(
+        {"id": [str(n) for n in range(500)], "user": ["ann"] * 500, "item": ["a"] * 500}
+        | {"at": ["2023-05-01"] * 500, "price": [1.0] * 500}
+    )
+    pq.write_table(table, tmp_path / "whole")
+    whole = (tmp_path / "whole").read_bytes()
+    (tmp_path / "log.parquet").write_bytes(whole[: len(whole) // 2])
+    runtime = make_runtime(*settings(tmp_path, source(tmp_path, 'path = "log.parquet"\nformat = "parquet"')))
+    with pytest.raises(Exception, match=r"log\.parquet"):
+        runtime.execute(STAGE)
+    shutil.copy(tmp_path / "whole", tmp_path / "log.parquet")
+    assert runtime.execute(STAGE).rows_out["events"] == 500
