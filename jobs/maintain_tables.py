@@ -39,7 +39,7 @@ from rich.table import Table as Grid
 
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
-from jobs.runtime import CONFLICTS, Runtime
+from jobs.runtime import CONFLICTS, Runtime, spark_conf
 from jobs.tables import SEQUENCES, TABLES, Table
 
 MB = 1024 * 1024
@@ -153,18 +153,6 @@ def vacuum(runtime: Runtime, table: Table) -> None:
     }
     with spark_conf(runtime.spark, settings), jvm_console(runtime.spark):
         delta.vacuum()
-
-
-@contextmanager
-def spark_conf(spark: SparkSession, settings: dict[str, str]) -> Iterator[None]:
-    """The session's settings, until the block ends."""
-    for key, value in settings.items():
-        spark.conf.set(key, value)
-    try:
-        yield
-    finally:
-        for key in settings:
-            spark.conf.unset(key)
 
 
 @contextmanager

@@ -303,21 +303,20 @@ class Runtime:
         if not insert_only:
             merge = merge.whenMatchedDelete("new.trailvec_delete").whenMatchedUpdate(set=values)
         merge = merge.whenNotMatchedInsert("NOT new.trailvec_delete", values=values)
-        key = "spark.databricks.delta.commitInfo.userMetadata"
-        self.spark.conf.set(key, self._metadata(done))
-        try:
+        with spark_conf(self.spark, {"spark.databricks.delta.commitInfo.userMetadata": self._metadata(done)}):
             self.commit(merge.execute)
-        finally:
-            self.spark.conf.unset(key)
 
     def purge(self, table: Table, where: str) -> None:
         """Rewrites the files of the partitions in which deletion vectors hide rows; does nothing where there are none.
+
+        Each file for itself: Delta would pack them into files of 1 GB, and training needs as many as it has processes.
 
         Args:
             where: a condition over the partition columns; SQL, from code, never from input.
         """
         path = self.path(table).replace("`", "``")
-        self.commit(lambda: self.spark.sql(f"REORG TABLE delta.`{path}` WHERE {where} APPLY (PURGE)"))
+        with spark_conf(self.spark, {"spark.databricks.delta.optimize.maxFileSize": "1"}):
+            self.commit(lambda: self.spark.sql(f"REORG TABLE delta.`{path}` WHERE {where} APPLY (PURGE)"))
 
     def commit(self, write: Callable[[], Any]) -> None:
         """One commit to a table; tries again where another job (maintain_tables, say) got in its way.
@@ -482,6 +481,18 @@ class Runtime:
                 # Anew each time: the name may still mean a table under another root.
                 self.spark.sql(f"DROP TABLE IF EXISTS `{database}`.{table.name}")  # external: its files stay
                 self.spark.catalog.createTable(table.name, path=self.path(table), source="delta")
+
+
+@contextlib.contextmanager
+def spark_conf(spark: SparkSession, settings: dict[str, str]) -> Iterator[None]:
+    """The session's settings, until the block ends."""
+    for key, value in settings.items():
+        spark.conf.set(key, value)
+    try:
+        yield
+    finally:
+        for key in settings:
+            spark.conf.unset(key)
 
 
 @contextlib.contextmanager
