@@ -1,0 +1,226 @@
+"""How near sessionize is to what the machine must do: python scripts/bench/sessionize.py [--quick]
+
+On a superapp's log, in one Spark session on 2 cores, in turns, medians; each writes what it made:
+  floor           shuffle by user, sort, write of the same columns, event by event: what any such job has to do
+  sessionize      the stage's own functions
+  windows         lag/sum windows, then collect_list
+  session_window  Spark's own session windows, then collect_list
+  duckdb          the same as windows in DuckDB on 2 threads, to Parquet
+Then the tasks of a log in which one user has a tenth of all events, with and without the stage's splits.
+
+The last line is one JSON object: ratio_to_floor, speedup_vs_windows, speedup_vs_session_window, time_vs_duckdb; the
+same of CPU seconds, which a busy machine does not change much (cpu_...); skew_max_to_median of the tasks' times, with
+and without splits; and the medians. A chart goes to build/bench/sessionize.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+from measure import CORES, last_line, said, session
+from measure import _cpu_seconds as cpu_of_children
+from pyspark.sql import DataFrame, GroupedData, SparkSession, Window
+from pyspark.sql import functions as F
+from superapp import World, events
+
+from jobs.config import SessionizeSettings
+from jobs.sessionize import find_splits, sessionize
+
+GAP = 30
+FIELDS = ("event_ts", "event_id", "item_id", "event_type", "vertical", "amount", "quantity", "time_zone")
+SETTINGS = SessionizeSettings(gap_minutes=GAP)
+
+
+def log(spark: SparkSession, count: int, folder: Path) -> Path:
+    """A Delta table of about `count` events, made where it does not lie yet."""
+    path = folder / f"events-{count}"
+    if not (path / "_delta_log").exists():
+        events(spark, World.of_events(count)).write.format("delta").save(str(path))
+    return path
+
+
+def floor(rows: DataFrame) -> DataFrame:
+    made = rows.select("user_id", *FIELDS).repartition("user_id")
+    return made.sortWithinPartitions("user_id", "event_ts", "event_id")
+
+
+def ours(every: int) -> Callable[[DataFrame], DataFrame]:
+    return lambda rows: sessionize(rows, SETTINGS, find_splits(rows, SETTINGS, every))
+
+
+def _sessions(grouped: GroupedData) -> DataFrame:
+    made = grouped.agg(
+        F.min("event_ts").alias("start_ts"),
+        F.max("event_ts").alias("end_ts"),
+        F.count("*").cast("int").alias("event_count"),
+        F.array_sort(F.collect_set("vertical")).alias("verticals"),
+        F.sum("amount").alias("amount"),
+        F.array_sort(F.collect_list(F.struct(*FIELDS))).alias("events"),
+        F.min("event_ts").alias("run_start_ts"),
+    )
+    first = F.col("events")[0]["event_id"]
+    return made.withColumn("session_id", F.substring(F.sha2(F.concat_ws("\x1f", "user_id", first), 256), 1, 32))
+
+
+def windows(rows: DataFrame) -> DataFrame:
+    in_order = Window.partitionBy("user_id").orderBy("event_ts", "event_id")
+    pause = F.unix_micros("event_ts") - F.unix_micros(F.lag("event_ts").over(in_order))
+    new = F.coalesce((pause > GAP * 60_000_000).cast("int"), F.lit(1))
+    numbered = rows.select("user_id", *FIELDS, new.alias("new")).withColumn("number", F.sum("new").over(in_order))
+    return _sessions(numbered.groupBy("user_id", "number")).drop("number")
+
+
+def session_window(rows: DataFrame) -> DataFrame:
+    session = F.session_window("event_ts", f"{GAP} minutes").alias("session")
+    return _sessions(rows.select("user_id", *FIELDS).groupBy("user_id", session)).drop("session")
+
+
+def in_duckdb(path: Path, out: Path, scratch: Path) -> None:
+    struct = ", ".join(f"{name} := {name}" for name in FIELDS)
+    connection = duckdb.connect(config={"threads": CORES, "temp_directory": str(scratch), "memory_limit": "4GB"})
+    connection.execute(
+        f"""COPY (
+            WITH marked AS (
+                SELECT user_id, {", ".join(FIELDS)}, coalesce(event_ts - lag(event_ts) OVER w
+                       > INTERVAL {GAP} MINUTES, true) AS new
+                FROM read_parquet('{path}/*.parquet') WINDOW w AS (PARTITION BY user_id ORDER BY event_ts, event_id)),
+            numbered AS (
+                SELECT *, sum(new::int) OVER (PARTITION BY user_id ORDER BY event_ts, event_id) AS number FROM marked)
+            SELECT substring(sha256(user_id || chr(31) || first(event_id ORDER BY event_ts, event_id)), 1, 32) AS
+                   session_id, user_id, min(event_ts) start_ts, max(event_ts) end_ts, count(*)::int event_count,
+                   list_sort(list(DISTINCT vertical)) verticals, sum(amount) amount,
+                   list(struct_pack({struct}) ORDER BY event_ts, event_id) events, min(event_ts) run_start_ts
+            FROM numbered GROUP BY user_id, number
+        ) TO '{out}' (FORMAT parquet, COMPRESSION snappy)"""
+    )
+    connection.close()
+
+
+def task_seconds(spark: SparkSession, since: int) -> list[float]:
+    """Of the tasks of the longest stage among those that began after stage number `since`."""
+    longest = max((s for s in stages(spark) if s.stageId() > since), key=lambda s: s.executorRunTime())
+    tasks = _all(_store(spark).taskList(longest.stageId(), longest.attemptId(), 10_000))
+    return sorted(t.taskMetrics().get().executorRunTime() / 1000 for t in tasks)
+
+
+def stages(spark: SparkSession) -> list[Any]:
+    context = spark.sparkContext
+    none, quantiles = context._jvm.java.util.ArrayList(), context._gateway.new_array(context._jvm.double, 0)
+    return _all(_store(spark).stageList(none, False, False, quantiles, none))
+
+
+def _store(spark: SparkSession) -> Any:
+    return spark.sparkContext._jsc.sc().statusStore()
+
+
+def _all(sequence: Any) -> list[Any]:
+    return [sequence.apply(n) for n in range(sequence.size())]
+
+
+def skew(spark: SparkSession, path: Path, count: int, out: Path) -> dict[str, Any]:
+    """One user has a tenth of all events, evenly over all days: a run without an end."""
+    heavy = F.xxhash64("event_id") % 10 == 0
+    rows = spark.read.format("delta").load(str(path))
+    rows = rows.withColumn("user_id", F.when(heavy, "heavy").otherwise(F.col("user_id")))
+    tasks = 16
+    spark.conf.set("spark.sql.shuffle.partitions", tasks)
+    spark.conf.set("spark.sql.adaptive.coalescePartitions.enabled", "false")
+    found = {}
+    for name, every in (("", count // (4 * tasks)), ("_without_splits", count)):
+        splits = find_splits(rows, SETTINGS, every)
+        before = max(s.stageId() for s in stages(spark))
+        sessionize(rows, SETTINGS, splits).write.format("delta").mode("overwrite").save(str(out / "skew"))
+        seconds = task_seconds(spark, before)
+        found[f"skew_max_to_median{name}"] = round(seconds[-1] / statistics.median(seconds), 2)
+        said(f"tasks{name}, {len(splits)} splits, seconds: {' '.join(f'{s:.1f}' for s in seconds)}")
+    return found
+
+
+def chart(times: dict[str, list[float]], target: Path) -> None:
+    """An SVG: a bar for each median, a point for each round."""
+    scale = 400 / max(max(seconds) for seconds in times.values())
+    parts = []
+    for row, (name, seconds) in enumerate(times.items()):
+        y, middle = 20 + 30 * row, statistics.median(seconds)
+        parts.append(f'<text x="8" y="{y + 14}">{name}</text>')
+        parts.append(f'<rect x="120" y="{y}" width="{middle * scale:.1f}" height="20" fill="#9db4c0"/>')
+        parts += [f'<circle cx="{120 + s * scale:.1f}" cy="{y + 10}" r="2.5"/>' for s in seconds]
+        parts.append(f'<text x="540" y="{y + 14}">{middle:.2f} s</text>')
+    body = "\n".join(parts)
+    target.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="610" height="{30 * len(times) + 30}" '
+        f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="100,000 events, 3 rounds, the first of them cold")
+    parser.add_argument("--events", type=float, help="about so many (default: 5e6)")
+    parser.add_argument("--rounds", type=int, help="medians of so many (default: 5)")
+    parser.add_argument("--only", nargs="+", help="some of the contestants, without ratios")
+    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for the log and what is written")
+    arguments = parser.parse_args()
+    count = int(arguments.events or (100_000 if arguments.quick else 5_000_000))
+    rounds = arguments.rounds or (3 if arguments.quick else 5)
+
+    spark = session(quick=False)
+    folder = arguments.folder.absolute()
+    path, out = log(spark, count, folder), folder / "out"
+    rows = spark.read.format("delta").load(str(path))
+    count = rows.count()
+
+    def by_spark(make: Callable[[DataFrame], DataFrame], name: str) -> Callable[[], None]:
+        return lambda: make(rows).write.format("delta").mode("overwrite").save(str(out / name))
+
+    spark_ones = {"floor": floor, "sessionize": ours(count // 16), "windows": windows, "session_window": session_window}
+    contestants = {name: by_spark(make, name) for name, make in spark_ones.items()}
+    contestants["duckdb"] = lambda: in_duckdb(path, out / "duckdb.parquet", folder / "duckdb")
+    contestants = {name: run for name, run in contestants.items() if name in (arguments.only or contestants)}
+
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    cpu: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(rounds if arguments.quick else rounds + 1):
+        for name, run in contestants.items():
+            started, worked = time.monotonic(), time.process_time() + cpu_of_children()
+            run()
+            if number or arguments.quick:  # the first round compiles and warms
+                times[name].append(time.monotonic() - started)
+                cpu[name].append(time.process_time() + cpu_of_children() - worked)
+                said(f"round {number} {name:15} {times[name][-1]:6.2f} s, CPU {cpu[name][-1]:6.2f} s")
+    chart(times, folder / "sessionize.svg")
+    result: dict[str, Any] = {"events": count, "rounds": rounds}
+    if not arguments.only:
+        same = {tuple(row) for name in ("sessionize", "windows") for row in _shape(spark, out / name)}
+        assert len(same) == 1, f"sessionize and windows differ: {same}"
+        result |= skew(spark, path, count, out)
+        for prefix, measured in (("", times), ("cpu_", cpu)):
+            median = {name: statistics.median(seconds) for name, seconds in measured.items()}
+            result |= {
+                f"{prefix}ratio_to_floor": median["sessionize"] / median["floor"],
+                f"{prefix}speedup_vs_windows": median["windows"] / median["sessionize"],
+                f"{prefix}speedup_vs_session_window": median["session_window"] / median["sessionize"],
+                f"{prefix}time_vs_duckdb": median["sessionize"] / median["duckdb"],
+            }
+    result |= {f"{name}_s": statistics.median(seconds) for name, seconds in times.items()}
+    result |= {f"{name}_cpu_s": statistics.median(seconds) for name, seconds in cpu.items()}
+    spark.stop()
+    last_line(result)
+
+
+def _shape(spark: SparkSession, path: Path) -> list[Any]:
+    made = spark.read.format("delta").load(str(path))
+    return made.agg(F.count("*"), F.sum(F.xxhash64("session_id", "start_ts", "end_ts", "events"))).collect()
+
+
+if __name__ == "__main__":
+    main()
