@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -183,7 +184,8 @@ def test_upkeep_makes_no_stage_out_of_date_and_feeds_no_change(
 def test_a_writer_beside_it_loses_nothing(
     make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime_module.time, "sleep", lambda seconds: time_sleep(seconds / 20))
+    clock = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 20), monotonic=time.monotonic)
+    monkeypatch.setattr(runtime_module, "time", clock)
     runtime = make_runtime()
     in_pieces(runtime)
     other = Runtime(runtime.config, spark.newSession())  # settings of its own, as another process has
@@ -209,15 +211,12 @@ def test_a_writer_beside_it_loses_nothing(
         assert [entry["conflict"] for entry in entries] == [False]
     writer.join()
     assert errors == []
+    gone = {"e3", "e4", "e5", "e6"}
     assert event_ids(runtime) == sorted(e["event_id"] for e in events(0, 70) if e["event_id"] not in gone)
     assert {r["amount"] for r in read_delta(runtime.path(EVENTS)) if r["event_id"] in ("e0", "e1")} == {6.0}
     history = operations(runtime)
     assert history.count("MERGE") == 2 + 4
     assert "OPTIMIZE" in history
-
-
-gone = {"e3", "e4", "e5", "e6"}
-time_sleep = time.sleep
 
 
 def test_a_conflict_is_tried_again_and_told_when_it_does_not_end(
@@ -230,7 +229,7 @@ def test_a_conflict_is_tried_again_and_told_when_it_does_not_end(
     in_pieces(runtime, pieces=2)
     put(runtime, CONTEXT_VALUES, spark.createDataFrame([("vertical", "food", 2)], CONTEXT_VALUES.schema()))
     waited: list[float] = []
-    monkeypatch.setattr(runtime_module.time, "sleep", waited.append)
+    monkeypatch.setattr(runtime_module, "time", SimpleNamespace(sleep=waited.append, monotonic=time.monotonic))
     real, left = Runtime.commit, [2]
 
     def meets_others(self: Runtime, write: Callable[[], Any]) -> None:
