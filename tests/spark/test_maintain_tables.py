@@ -23,7 +23,7 @@ from jobs import maintain_tables as module
 from jobs import runtime as runtime_module
 from jobs.config import MaintainSettings
 from jobs.errors import TrailvecError
-from jobs.maintain_tables import maintain, run_maintain, target_bytes
+from jobs.maintain_tables import active_files, maintain, measure, run_maintain
 from jobs.runtime import Runtime, Stage
 from jobs.tables import CONTEXT_VALUES, EVENTS, SEQUENCES, SESSIONS, Table
 from tests.conftest import put, read_delta
@@ -104,15 +104,6 @@ def test_well_sized_files_are_left_alone(make_runtime: Callable[..., Runtime], s
     (done,) = maintain(runtime)
     assert (done["files_before"], done["files"], done["small_files"]) == (2, 2, 0)
     assert "OPTIMIZE" not in operations(runtime, CONTEXT_VALUES)
-
-
-def test_a_table_of_its_own_by_name(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
-    runtime = make_runtime()
-    in_pieces(runtime)
-    for stage in (flag_users.STAGE, sessionize.STAGE):
-        runtime.execute(stage)
-    assert [entry["table"] for entry in maintain(runtime, ["sessions"])] == ["sessions"]
-    assert "OPTIMIZE" not in operations(runtime)
 
 
 # ---- retention --------------------------------------------------------------------------------------------
@@ -243,7 +234,8 @@ def test_a_conflict_is_tried_again_and_told_when_it_does_not_end(
 
     monkeypatch.setattr(Runtime, "commit", meets_others)
     run_maintain(runtime, ["events"], dry_run=False, as_json=True)
-    assert json.loads(capsys.readouterr().out)[0]["files"] == 1
+    (entry,) = json.loads(capsys.readouterr().out)  # by name: only this table
+    assert (entry["table"], entry["files"]) == ("events", 1)
     assert len(waited) == 2
 
     add(runtime, to_frame(spark, events(50, 51)))
@@ -257,16 +249,39 @@ def test_a_conflict_is_tried_again_and_told_when_it_does_not_end(
     assert entries == {"events": True, "context_values": False}
 
 
+def sequences(spark: SparkSession, first: int, last: int) -> DataFrame:
+    """Rows of users <first> … <last - 1>, one of the train split and one to score."""
+    lists = {c.name: [2, 3] for c in SEQUENCES.columns if c.type == "array<int>"}
+    rows = [
+        {"user_id": f"u{n}", "split": split, "part": 0, "as_of": START, "length": 2, "target_ts": None} | lists
+        for n in range(first, last)
+        for split in ("train", "score")
+    ]
+    return spark.createDataFrame([tuple(row[c.name] for c in SEQUENCES.columns) for row in rows], SEQUENCES.schema())
+
+
 def test_sequences_keep_a_file_for_each_training_process(
-    make_runtime: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+    make_runtime: Callable[..., Runtime], spark: SparkSession
 ) -> None:
     runtime = make_runtime("sequences.train_files=4")
-    files = [{"path": f"split=train/{n}", "size_bytes": 1000 + n, "num_records": 1} for n in range(40)]
-    files += [{"path": "split=score/1", "size_bytes": 10**9, "num_records": 1}]
-    monkeypatch.setattr(module, "active_files", lambda *_: files)
-    monkeypatch.setattr(Runtime, "latest_version", lambda *_: 1)
-    assert target_bytes(runtime, SEQUENCES) == (40_000 + 780) // 4
-    assert target_bytes(runtime, EVENTS) == 256 * 1024 * 1024
+
+    def train_files() -> int:
+        paths = [f["path"] for f in active_files(runtime, SEQUENCES, runtime.latest_version(SEQUENCES))]
+        return sum(path.startswith("split=train/") for path in paths)
+
+    put(runtime, SEQUENCES, sequences(spark, 0, 40).repartition(4))
+    add(runtime, sequences(spark, 0, 0), deletes=sequences(spark, 0, 16), table=SEQUENCES)
+    assert (train_files(), measure(runtime, SEQUENCES)["rows_hidden"]) == (4, 32)
+    runtime.purge(SEQUENCES, "split = 'train'")
+    assert (train_files(), measure(runtime, SEQUENCES)["rows_hidden"]) == (4, 16)
+    for user in range(50, 54):
+        add(runtime, sequences(spark, user, user + 1), table=SEQUENCES)
+    assert train_files() == 8
+    (done,) = maintain(runtime)
+    assert 4 <= train_files() < 8
+    assert done["rows"] == 2 * (24 + 4)
+    keys = {(r["user_id"], r["split"]) for r in read_delta(runtime.path(SEQUENCES))}
+    assert keys == {(f"u{n}", s) for n in [*range(16, 40), *range(50, 54)] for s in ("train", "score")}
 
 
 # ---- the command ------------------------------------------------------------------------------------------
