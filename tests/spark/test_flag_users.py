@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import re
@@ -99,7 +100,7 @@ def test_four_events_in_step(spark: SparkSession, times: list[datetime], in_step
 
 
 def test_a_series_ends_at_midnight(spark: SparkSession) -> None:
-    around = [datetime(2023, 3, 26) + timedelta(seconds=10 * n) for n in range(-3, 3)]
+    around = [datetime(2023, 3, 26) + timedelta(seconds=s) for s in (-99, -30, -20, -10, 0, 10, 20, 99)]
     assert by_rule(spark, events_at("u", around), constant_interval_events=4) == {}
 
 
@@ -286,10 +287,12 @@ def test_what_changes_no_flag_is_recorded_without_a_row(
     put(runtime, EVENTS, to_frame(spark, events_at("bot", seconds(0, 1, 2, 3))))
     runtime.execute(STAGE)
     before = latest_commit(runtime)["version"]
-    for new in (events_at("quiet", seconds(0)), []):
-        change(runtime, to_frame(spark, new))
-        assert not runtime.execute(STAGE).skipped
-        assert runtime.execute(STAGE).skipped
+    quiet = [*events_at("quiet", seconds(0)), *events_at("bot", seconds(0, 1, 2, 3, 1000))[4:]]
+    change(runtime, to_frame(spark, quiet))
+    newer = dataclasses.replace(STAGE, inputs=lambda runtime: {"code": "newer"})  # and events as they were
+    for stage in (STAGE, newer):
+        assert not runtime.execute(stage).skipped
+        assert runtime.execute(stage).skipped
     assert latest_commit(runtime)["version"] == before + 2
     changes = spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", before + 1)
     assert changes.load(runtime.path(FLAGGED_USERS)).count() == 0

@@ -94,15 +94,16 @@ def test_small_files_become_one_and_the_report_says_so(
 def test_well_sized_files_are_left_alone(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
     runtime = make_runtime("maintain.target_file_mb=1")
     noise = F.concat_ws("", *[F.sha2(F.concat("value", F.lit(str(n))), 256) for n in range(24)])  # 1.5 kB, no pattern
-    big = spark.range(0, 800).selectExpr(
-        "'vertical' AS kind", "CAST(id AS string) AS value", "CAST(id AS int) value_index"
+    numbers = spark.range(0, 801).selectExpr(
+        "'vertical' AS kind", "CAST(id AS string) AS value", "CAST(id AS int) AS value_index"
     )
-    for number in range(2):  # two files of some 0.6 MB: more than half of the target
-        one = big.where(F.col("value_index") % 2 == number).withColumn("value", noise)
-        stage = Stage("add", "", lambda r, one=one: r.append(CONTEXT_VALUES, one.coalesce(1)), (), (), ())
+    # Two files of some 0.6 MB, more than half of the target, and a tiny one that would fit to either.
+    for first, last in ((0, 400), (400, 800), (800, 801)):
+        rows = numbers.where(F.col("value_index").between(first, last - 1)).withColumn("value", noise)
+        stage = Stage("add", "", lambda r, rows=rows: r.append(CONTEXT_VALUES, rows.coalesce(1)), (), (), ())
         runtime.execute(stage, force=True)
     (done,) = maintain(runtime)
-    assert (done["files_before"], done["files"], done["small_files"]) == (2, 2, 0)
+    assert (done["files_before"], done["files"], done["small_files"]) == (3, 3, 1)
     assert "OPTIMIZE" not in operations(runtime, CONTEXT_VALUES)
 
 
