@@ -30,6 +30,7 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from datetime import date, datetime, timedelta, timezone
 from functools import reduce
@@ -112,30 +113,36 @@ def read_raw(spark: SparkSession, mapping: Input, data_dir: Path, files: Sequenc
         groups = [_with_place(frame) for frame in _read_parquet(spark, _as_patterns(files), base)]
     else:
         groups = [spark.read.options(**base).text(_as_patterns(files)).select(F.col("value").alias(LINE), _file())]
-    return [_finish(records, mapping, data_dir) for records in groups]
+    return _finish(groups, mapping, data_dir)
 
 
 def read_topic(records: DataFrame, mapping: Input, data_dir: Path) -> list[DataFrame]:
     """As `read_raw`, of a batch of Kafka's records."""
     place = F.concat_ws("/", "topic", "partition", "offset").alias(FILE)
-    return [_finish(records.select(F.col("value").cast("string").alias(LINE), place), mapping, data_dir)]
+    return _finish([records.select(F.col("value").cast("string").alias(LINE), place)], mapping, data_dir)
 
 
-def _finish(records: DataFrame, mapping: Input, data_dir: Path) -> DataFrame:
+def _finish(groups: list[DataFrame], mapping: Input, data_dir: Path) -> list[DataFrame]:
     """The records parsed, if they are lines of JSON, with the lookups' columns and REST."""
-    lookups = [_read_lookup(records.sparkSession, lookup, data_dir) for lookup in mapping.lookups]
+    if not groups:
+        return []
+    lookups = [_read_lookup(groups[0].sparkSession, lookup, data_dir) for lookup in mapping.lookups]
     looked_up = {name for rows in lookups for name in rows.columns}
     named = _named_columns(mapping)
     claimed = {*named, *mapping.ignore} - set(mapping.attributes)
-    if mapping.format == "json":
-        records = _parse_json(records, [name for name in named if name not in looked_up], claimed)
-    else:
-        rest = [name for name in records.columns if not name.startswith("trailvec_") and name not in claimed]
-        records = records.withColumn(REST, _texts(rest))
-    for lookup, rows in zip(mapping.lookups, lookups, strict=True):
-        records = _join_lookup(records, rows, lookup)
-    _check_columns(mapping.place, records, mapping.column_names())
-    return records
+
+    def finish(records: DataFrame) -> DataFrame:
+        if mapping.format == "json":
+            records = _parse_json(records, [name for name in named if name not in looked_up], claimed)
+        else:
+            rest = [name for name in records.columns if not name.startswith("trailvec_") and name not in claimed]
+            records = records.withColumn(REST, _texts(rest))
+        for lookup, rows in zip(mapping.lookups, lookups, strict=True):
+            records = _join_lookup(records, rows, lookup)
+        _check_columns(mapping.place, records, mapping.column_names())
+        return records
+
+    return [finish(records) for records in groups]
 
 
 def _as_patterns(files: Sequence[str]) -> list[str]:
@@ -162,12 +169,13 @@ def _by_header(spark: SparkSession, files: Sequence[str]) -> list[list[str]]:
     """The files of each header, in the order of their names."""
     jvm: Any = spark._jvm
     conf = spark._jsc.hadoopConfiguration()
+    codecs = jvm.org.apache.hadoop.io.compress.CompressionCodecFactory(conf)
     groups: dict[str, list[str]] = {}
     for file in sorted(files):
         path = jvm.org.apache.hadoop.fs.Path(file)
-        stream = jvm.org.apache.hadoop.io.compress.CompressionCodecFactory(conf).getCodec(path)
+        codec = codecs.getCodec(path)
         opened = path.getFileSystem(conf).open(path)
-        text = opened if stream is None else stream.createInputStream(opened)
+        text = opened if codec is None else codec.createInputStream(opened)
         reader = jvm.java.io.BufferedReader(jvm.java.io.InputStreamReader(text, "UTF-8"))
         groups.setdefault(reader.readLine() or "", []).append(file)
         reader.close()
@@ -402,9 +410,9 @@ def _is_no_id(raw: DataFrame, value: Given, mapping: Input) -> Column:
     if isinstance(value, IdValue) and value.columns:
         return F.lit(False)  # made of many values, of any type
     given = _given(value)
-    kind = raw.select(given).schema[0].dataType
     if mapping.format == "json":
         return F.coalesce(F.ltrim(given.cast("string")).rlike(r"^[\[{]"), F.lit(False))  # an object or a list
+    kind = raw.select(given).schema[0].dataType
     return F.lit(not isinstance(kind, (T.StringType, T.IntegralType, T.DateType, T.NullType, T.DecimalType)))
 
 
@@ -493,11 +501,14 @@ def same_ids(table: str, low: str, high: str, days: Sequence[date] | None) -> Co
 # ---- one batch ----------------------------------------------------------------------------------------
 
 
-def commit_batch(runtime: Runtime, frames: list[DataFrame], writer: str, number: int) -> None:
+def commit_batch(
+    runtime: Runtime, frames: list[DataFrame], writer: str, number: int, read: Counter[str | None]
+) -> None:
     """Checks, deduplicates and commits the records of one batch (frames as `to_events` gives them).
 
     Args:
         writer, number: the batch's name; of the same batch, rejected_events takes the rows once.
+        read: by reason (None: an event), the records of this run's earlier batches; this one's are added.
     """
     settings = runtime.config.ingest
     same_day = settings.duplicates == "same_day"
@@ -523,42 +534,48 @@ def commit_batch(runtime: Runtime, frames: list[DataFrame], writer: str, number:
     records = mark_duplicates(given.unionByName(stored), settings.duplicates).persist(StorageLevel.DISK_ONLY)
     try:
         found = records.groupBy("reason", "stored").count().collect()
-        counts = {row["reason"]: int(row["count"]) for row in found if not row["stored"]}
+        counts = Counter({row["reason"]: int(row["count"]) for row in found if not row["stored"]})
         # What the table holds gives way to an earlier event of the same id.
         replaced = sum(row["count"] for row in found if row["stored"] and row["reason"] is not None)
-        total = sum(counts.values())
-        runtime.report.rows_in["records"] = runtime.report.rows_in.get("records", 0) + total
-        repeats = counts.pop(REPEAT, 0)
-        _check_share(records.where(~F.col("stored")), counts, total, settings.max_rejected_share)
+        runtime.report.rows_in["records"] += counts.total()
+        read += counts
+        _check_share(records.where(~F.col("stored")), counts, read, settings.max_rejected_share)
         refused = records.where(F.col("reason").isNotNull() & (F.col("reason") != REPEAT))
-        if sum(counts.values()) > counts.get(None, 0) or replaced:
+        if counts.total() > counts[None] + counts[REPEAT] or replaced:
             runtime.append(REJECTED_EVENTS, refused, batch=(writer, number), done=False)
-        if counts.get(None):
+        if counts[None]:
             new = records.where(F.col("reason").isNull() & ~F.col("stored"))
             where = same_ids("old.", bounds[0], bounds[1], days)
             if same_day:
                 where &= F.to_date("old.event_ts") == F.to_date("new.event_ts")
             runtime.merge(EVENTS, new, where=where, insert_only=replaced == 0, done=False)
-        if repeats:
+        if repeats := counts[REPEAT]:
             runtime.report.notes.append(f"{repeats:,} exact repeats of an event dropped")
     finally:
         records.unpersist()
         given.unpersist()
 
 
-def _check_share(records: DataFrame, counts: dict[str | None, int], all_records: int, allowed: float) -> None:
-    """Stops the job before anything is written where too much is refused."""
-    refused = {reason: count for reason, count in counts.items() if reason is not None}
-    total = sum(refused.values())
-    if total <= allowed * all_records:
+def _check_share(records: DataFrame, counts: Counter[str | None], read: Counter[str | None], allowed: float) -> None:
+    """Stops the job before this batch is written where too much is refused.
+
+    The share is that of the run so far, this batch included: the last batch of a topic may be one record, and wrong.
+    """
+
+    def refused(of: Counter[str | None]) -> list[tuple[str, int]]:
+        return [(reason, count) for reason, count in of.items() if reason is not None and reason != REPEAT]
+
+    total = sum(count for _, count in refused(read))
+    if total <= allowed * read.total():
         return
     examples = []
-    for reason, count in sorted(refused.items(), key=lambda item: (-item[1], item[0]))[:3]:
+    for reason, count in sorted(refused(counts), key=lambda item: (-item[1], item[0]))[:3]:
         row = records.where(F.col("reason") == reason).agg(F.min("raw").alias("raw")).collect()[0]
         examples.append(f"{reason} {count:,} (such as {str(row['raw'])[:200]})")
     raise TrailvecError(
-        f"{total:,} of {all_records:,} records are refused, more than ingest.max_rejected_share = {allowed:g} allows; "
-        f"nothing was written: correct the mapping or the files, or allow more; most often: {'; '.join(examples)}"
+        f"{total:,} of {read.total():,} records are refused, more than ingest.max_rejected_share = {allowed:g} allows; "
+        f"nothing of this batch was written: correct the mapping or the files, or allow more; "
+        f"most often: {'; '.join(examples)}"
     )
 
 
@@ -577,6 +594,7 @@ def follow(runtime: Runtime, source: Source, number: int) -> None:
     if runtime.forced:
         shutil.rmtree(checkpoint, ignore_errors=True)
     now = datetime.now(timezone.utc)
+    read: Counter[str | None] = Counter()
     failed: list[BaseException] = []
 
     def batch(records: DataFrame, batch_number: int) -> None:
@@ -589,9 +607,9 @@ def follow(runtime: Runtime, source: Source, number: int) -> None:
                 raw = read_raw(spark, mapping, _data_dir(runtime), files) if files else []
             if raw:
                 query = json.loads((checkpoint / "metadata").read_text())["id"]
-                before = runtime.report.rows_in.get("records", 0)
+                before = runtime.report.rows_in["records"]
                 events = [to_events(frame, mapping, source.name, settings, now) for frame in raw]
-                commit_batch(runtime, events, f"ingest-{query}", batch_number)
+                commit_batch(runtime, events, f"ingest-{query}", batch_number, read)
                 count = runtime.report.rows_in["records"] - before
                 seconds = time.monotonic() - started
                 runtime.on_progress(f"{name}: batch {batch_number}, {count:,} records in {seconds:.1f} s")
@@ -612,7 +630,6 @@ def follow(runtime: Runtime, source: Source, number: int) -> None:
 def _listing(spark: SparkSession, mapping: Input, runtime: Runtime) -> DataFrame:
     """The names of the input's files, as a stream: which of them are new, Spark's checkpoint knows."""
     path = str(_data_dir(runtime) / str(mapping.path))
-    find_files(_data_dir(runtime), str(mapping.path))  # says it where there are none
     if Path(path).is_file():
         path = f"{path[:-1]}[{path[-1]}]"  # Spark's stream takes a pattern or a folder, not a file
     files = spark.readStream.format("binaryFile").schema(_LISTING)

@@ -188,7 +188,7 @@ def run_maintain(runtime: Runtime, names: Sequence[str], dry_run: bool, as_json:
 
 def _print(runtime: Runtime, entries: list[dict[str, Any]]) -> None:
     grid = Grid(
-        caption=f"under {runtime.root / 'tables'}; small: under {runtime.config.maintain.target_file_mb / 8:g} MB"
+        caption=f"under {runtime.root / 'tables'}; small: under {runtime.config.maintain.target_file_mb / _SMALL:g} MB"
     )
     grid.add_column("table", no_wrap=True)
     for heading in ("rows", "hidden", "size", "files", "small", "on disk", "freed", "s"):

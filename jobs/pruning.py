@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta, timezone
 
 from pyspark.sql import Column
 from pyspark.sql import functions as F
 
-_MOST_RANGES = 64  # more literals than this cost more than they spare
+_MOST_RANGES = 64  # each is weighed against every file's statistics
 
 
 def day_ranges(days: Iterable[date], most: int = _MOST_RANGES) -> list[tuple[date, date]]:
-    """The days as (first, last) of at most `most` ranges, which hold other days too where they must."""
+    """The days as (first, last) of at most `most` ranges: where there are more, the shortest holes are filled."""
     ordered = sorted(set(days))
     if not ordered:
         return []
@@ -26,9 +26,18 @@ def day_ranges(days: Iterable[date], most: int = _MOST_RANGES) -> list[tuple[dat
     return [(ordered[start], ordered[stop - 1]) for start, stop in itertools.pairwise(edges)]
 
 
-def within_days(time: Column, days: Iterable[date]) -> Column:
-    """True where `time` lies on one of the days (UTC), or on a day between two of them where they are many."""
-    within = F.lit(False)
+def meeting_days(start: Column, end: Column, days: Iterable[date]) -> Column:
+    """True where [start, end] meets one of the days (UTC), or a day between two of them where they are many."""
+    meeting = F.lit(False)
     for first, last in day_ranges(days):
-        within |= (time >= F.lit(first)) & (time < F.lit(last + timedelta(days=1)))
-    return within
+        meeting |= (start < _midnight(last + timedelta(days=1))) & (end >= _midnight(first))
+    return meeting
+
+
+def within_days(time: Column, days: Iterable[date]) -> Column:
+    """As `meeting_days`, of a moment."""
+    return meeting_days(time, time, days)
+
+
+def _midnight(day: date) -> Column:
+    return F.lit(datetime(day.year, day.month, day.day, tzinfo=timezone.utc))

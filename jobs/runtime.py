@@ -45,7 +45,6 @@ from jobs.errors import TrailvecError
 from jobs.tables import TABLES, Table, conform
 
 _PACKAGES = ("jobs", "spark_udfs", "training")
-# Spark settings that no commit and no manifest may show; the pattern is spark.redaction.regex's default.
 _HISTORY = 500  # commits of a table that are looked at; a stage that is further behind makes all anew
 # Another job committed in the meantime. In Python these have no base of their own, as they have in Java.
 CONFLICTS = (
@@ -60,6 +59,7 @@ CONFLICTS = (
 _ATTEMPTS = 5  # at a commit that another job's commit got in the way of
 # Commits that move or drop files and change no row.
 _UPKEEP = {"OPTIMIZE", "REORG", "VACUUM START", "VACUUM END", "CLUSTER BY", "SET TBLPROPERTIES"}
+# Spark settings that no commit and no manifest may show; the pattern is spark.redaction.regex's default.
 _SECRET = re.compile(r"(?i)secret|password|token|access[.]?key")
 
 
@@ -193,6 +193,7 @@ class Runtime:
             self.report.rows_in.setdefault(table.name, self.read(table).count())
         for table in stage.writes:
             self.report.rows_out.setdefault(table.name, self._load(table).count())
+        self._history = {}  # what others commit from now on is looked up
         self.report.seconds = time.monotonic() - started
         return self.report
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import date, timedelta
 from functools import partial
 
 from pyspark.sql import Column, DataFrame, Window
@@ -18,14 +18,13 @@ from pyspark.sql.types import ArrayType, StructType
 
 from jobs.cli import stage_main
 from jobs.config import SessionizeSettings
+from jobs.pruning import meeting_days, within_days
 from jobs.runtime import Runtime, Stage
 from jobs.tables import EVENTS, FLAGGED_USERS, SESSIONS, conform
 from spark_udfs.sessionize import Rules, split_points
 from spark_udfs.sessionize import sessionize as sessionize_arrow
 
-_DAY_US = 86_400_000_000
 _PART_EVENTS = 50_000  # fewer are never parted: a task has work for a second or more
-_MOST_RANGES = 64  # of days in one condition: each is weighed against every file's statistics
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ def affected(sessions: DataFrame, touched: DataFrame, gap_us: int) -> DataFrame:
     )
     reach = 1
     while True:
-        near = sessions.where(_within(days, F.col("start_ts"), F.col("end_ts")))
+        near = sessions.where(meeting_days(F.col("start_ts"), F.col("end_ts"), days))
         runs = near.alias("old").join(touched.alias("span"), meets, "left_semi").select("user_id", "run_start_ts")
         runs = runs.distinct().localCheckpoint()
         found = near.join(runs, ["user_id", "run_start_ts"], "left_semi")
@@ -179,40 +178,14 @@ def affected(sessions: DataFrame, touched: DataFrame, gap_us: int) -> DataFrame:
         if not beyond:
             return found
         # Twice as far each time: a run of a year is found in nine steps.
-        days |= beyond | {day + more for day in beyond for more in range(reach)}
+        days |= beyond | {day + timedelta(days=more) for day in beyond for more in range(reach)}
         reach *= 2
 
 
-def _days(rows: DataFrame, first: Column, last: Column) -> set[int]:
-    """Every day (UTC, since 1970) from `first` to `last` of any row."""
-    days = F.explode(F.sequence(_day(first), _day(last))).alias("day")
+def _days(rows: DataFrame, first: Column, last: Column) -> set[date]:
+    """Every day (UTC) from `first` to `last` of any row."""
+    days = F.explode(F.sequence(F.to_date(first), F.to_date(last))).alias("day")
     return {row["day"] for row in rows.select(days).distinct().collect()}
-
-
-def _day(time: Column) -> Column:
-    return F.floor(F.unix_micros(time) / _DAY_US)
-
-
-def _within(days: set[int], start: Column, end: Column) -> Column:
-    """Whether [start, end] meets one of the days: literals, so that Delta leaves out files by their statistics."""
-    condition = F.lit(False)
-    for first, last in ranges(days):
-        condition |= (start < _midnight(last + 1)) & (end >= _midnight(first))
-    return condition
-
-
-def ranges(days: set[int], most: int = _MOST_RANGES) -> list[tuple[int, int]]:
-    """At most `most` stretches, first and last day included, that hold all the days: the shortest holes are filled."""
-    ordered = sorted(days)
-    holes = [(b - a, a, b) for a, b in itertools.pairwise(ordered) if b - a > 1]
-    widest = sorted(sorted(holes, reverse=True)[: most - 1], key=lambda hole: hole[1])
-    firsts = [*ordered[:1], *(b for _, _, b in widest)]
-    lasts = [*(a for _, a, _ in widest), *ordered[-1:]]
-    return list(zip(firsts, lasts, strict=True))
-
-
-def _midnight(day: int) -> Column:
-    return F.lit(datetime(1970, 1, 1, tzinfo=timezone.utc) + timedelta(days=day))
 
 
 # ---- the stage ------------------------------------------------------------------------------------------
@@ -273,14 +246,14 @@ def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame) -> None:
 
     both = whole(sessionize(events, settings), "new").join(whole(before, "old"), "session_id", "full_outer")
     differing = both.where(~F.col("new").eqNullSafe(F.col("old"))).localCheckpoint()
-    rewritten = differing.groupBy(_day(F.col("old.start_ts")).alias("day")).count().collect()
+    rewritten = differing.groupBy(F.to_date("old.start_ts").alias("day")).count().collect()
     if rewritten:
         days = {row["day"] for row in rewritten if row["day"] is not None}
         runtime.merge(
             SESSIONS,
             upserts=differing.where("new IS NOT NULL").select("new.*"),
             deletes=differing.where("new IS NULL").select("session_id"),
-            where=_within(days, F.col("old.start_ts"), F.col("old.start_ts")),
+            where=within_days(F.col("old.start_ts"), days),
         )
     else:
         runtime.touch(SESSIONS)

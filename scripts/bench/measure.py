@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 import threading
 import time
 from collections.abc import Sequence
@@ -14,9 +15,8 @@ from typing import Any
 
 from pyspark.sql import SparkSession
 
-import jobs
 from jobs.config import Config, load_config
-from jobs.runtime import Runtime, start_spark
+from jobs.runtime import QUIET, Runtime, start_spark
 
 CORES = 2
 CONF = {
@@ -31,9 +31,7 @@ CONF = {
 QUICK = {
     "spark.sql.shuffle.partitions": "2",
     "spark.databricks.delta.snapshotPartitions": "1",
-    "spark.driver.extraJavaOptions": (
-        f"-Dlog4j2.configurationFile={Path(jobs.__file__).parent / 'log4j2.properties'} -XX:TieredStopAtLevel=1"
-    ),
+    "spark.driver.extraJavaOptions": f"{QUIET} -XX:TieredStopAtLevel=1",
 }
 SOURCE = Path(__file__).parents[2] / "conf/sources/superapp.toml"
 
@@ -75,8 +73,8 @@ class Watch:
         self.spilled_mb = self.shuffled_mb = 0.0
 
     def __enter__(self) -> Watch:
-        self._before = max((stage.stageId() for stage in self._stages()), default=-1)
-        self.cpu_s = -_cpu_seconds()
+        self._before = max((stage.stageId() for stage in stages(self._spark)), default=-1)
+        self.cpu_s = -cpu_seconds()
         self._sampler.start()
         return self
 
@@ -85,16 +83,10 @@ class Watch:
     ) -> None:
         self._done.set()
         self._sampler.join()
-        self.cpu_s += _cpu_seconds()
-        stages = [stage for stage in self._stages() if stage.stageId() > self._before]
-        self.spilled_mb = sum(stage.diskBytesSpilled() for stage in stages) / 1e6
-        self.shuffled_mb = sum(stage.shuffleWriteBytes() for stage in stages) / 1e6
-
-    def _stages(self) -> list[Any]:
-        context = self._spark.sparkContext
-        none, quantiles = context._jvm.java.util.ArrayList(), context._gateway.new_array(context._jvm.double, 0)
-        found = context._jsc.sc().statusStore().stageList(none, False, False, quantiles, none)
-        return [found.apply(n) for n in range(found.size())]
+        self.cpu_s += cpu_seconds()
+        run = [stage for stage in stages(self._spark) if stage.stageId() > self._before]
+        self.spilled_mb = sum(stage.diskBytesSpilled() for stage in run) / 1e6
+        self.shuffled_mb = sum(stage.shuffleWriteBytes() for stage in run) / 1e6
 
     def _sample(self) -> None:
         while not self._done.wait(0.5):
@@ -105,7 +97,19 @@ class Watch:
                 self.peak_mb[kind] = max(self.peak_mb[kind], now)
 
 
-def _cpu_seconds() -> float:
+def stages(spark: SparkSession) -> list[Any]:
+    """Every stage that Spark's status store knows, a StageData of its Java API each."""
+    context = spark.sparkContext
+    none, quantiles = context._jvm.java.util.ArrayList(), context._gateway.new_array(context._jvm.double, 0)
+    return of_scala(context._jsc.sc().statusStore().stageList(none, False, False, quantiles, none))
+
+
+def of_scala(sequence: Any) -> list[Any]:
+    return [sequence.apply(n) for n in range(sequence.size())]
+
+
+def cpu_seconds() -> float:
+    """Of this process's children and theirs, the ended ones too."""
     return sum(seconds for _, _, seconds in _descendants(os.getpid()))
 
 
@@ -187,9 +191,26 @@ def chart(path: Path, title: str, series: dict[str, list[tuple[float, float]]]) 
         parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>' for x, y in placed]
         parts.append(f'<text x="{width + 75}" y="{60 + 18 * row}" fill="{colour}">{name}</text>')
     parts.append(f'<text x="{width - 10}" y="{height + 76}">events</text>')
+    _save_svg(path, width + 200, height + 90, parts)
+
+
+def bars(path: Path, times: dict[str, list[float]]) -> None:
+    """An SVG: a bar for each median, a point for each round."""
+    scale = 400 / max(max(seconds) for seconds in times.values())
+    parts = []
+    for row, (name, seconds) in enumerate(times.items()):
+        y, middle = 20 + 30 * row, statistics.median(seconds)
+        parts.append(f'<text x="8" y="{y + 14}">{name}</text>')
+        parts.append(f'<rect x="120" y="{y}" width="{middle * scale:.1f}" height="20" fill="#9db4c0"/>')
+        parts += [f'<circle cx="{120 + s * scale:.1f}" cy="{y + 10}" r="2.5"/>' for s in seconds]
+        parts.append(f'<text x="540" y="{y + 14}">{middle:.2f} s</text>')
+    _save_svg(path, 610, 30 * len(times) + 30, parts)
+
+
+def _save_svg(path: Path, width: int, height: int, parts: list[str]) -> None:
     body = "\n".join(parts)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width + 200}" height="{height + 90}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
         f'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
     )

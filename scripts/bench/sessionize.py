@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-from measure import CORES, last_line, said, session
-from measure import _cpu_seconds as cpu_of_children
+from measure import CORES, bars, cpu_seconds, last_line, of_scala, said, session, stages
 from pyspark.sql import DataFrame, GroupedData, SparkSession, Window
 from pyspark.sql import functions as F
 from superapp import World, events
@@ -106,22 +105,9 @@ def in_duckdb(path: Path, out: Path, scratch: Path) -> None:
 def task_seconds(spark: SparkSession, since: int) -> list[float]:
     """Of the tasks of the longest stage among those that began after stage number `since`."""
     longest = max((s for s in stages(spark) if s.stageId() > since), key=lambda s: s.executorRunTime())
-    tasks = _all(_store(spark).taskList(longest.stageId(), longest.attemptId(), 10_000))
+    store = spark.sparkContext._jsc.sc().statusStore()
+    tasks = of_scala(store.taskList(longest.stageId(), longest.attemptId(), 10_000))
     return sorted(t.taskMetrics().get().executorRunTime() / 1000 for t in tasks)
-
-
-def stages(spark: SparkSession) -> list[Any]:
-    context = spark.sparkContext
-    none, quantiles = context._jvm.java.util.ArrayList(), context._gateway.new_array(context._jvm.double, 0)
-    return _all(_store(spark).stageList(none, False, False, quantiles, none))
-
-
-def _store(spark: SparkSession) -> Any:
-    return spark.sparkContext._jsc.sc().statusStore()
-
-
-def _all(sequence: Any) -> list[Any]:
-    return [sequence.apply(n) for n in range(sequence.size())]
 
 
 def skew(spark: SparkSession, path: Path, count: int, out: Path) -> dict[str, Any]:
@@ -141,23 +127,6 @@ def skew(spark: SparkSession, path: Path, count: int, out: Path) -> dict[str, An
         found[f"skew_max_to_median{name}"] = round(seconds[-1] / statistics.median(seconds), 2)
         said(f"tasks{name}, {len(splits)} splits, seconds: {' '.join(f'{s:.1f}' for s in seconds)}")
     return found
-
-
-def chart(times: dict[str, list[float]], target: Path) -> None:
-    """An SVG: a bar for each median, a point for each round."""
-    scale = 400 / max(max(seconds) for seconds in times.values())
-    parts = []
-    for row, (name, seconds) in enumerate(times.items()):
-        y, middle = 20 + 30 * row, statistics.median(seconds)
-        parts.append(f'<text x="8" y="{y + 14}">{name}</text>')
-        parts.append(f'<rect x="120" y="{y}" width="{middle * scale:.1f}" height="20" fill="#9db4c0"/>')
-        parts += [f'<circle cx="{120 + s * scale:.1f}" cy="{y + 10}" r="2.5"/>' for s in seconds]
-        parts.append(f'<text x="540" y="{y + 14}">{middle:.2f} s</text>')
-    body = "\n".join(parts)
-    target.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="610" height="{30 * len(times) + 30}" '
-        f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
-    )
 
 
 def main() -> None:
@@ -191,13 +160,13 @@ def main() -> None:
     cpu: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds if arguments.quick else rounds + 1):
         for name, run in contestants.items():
-            started, worked = time.monotonic(), time.process_time() + cpu_of_children()
+            started, worked = time.monotonic(), time.process_time() + cpu_seconds()
             run()
             if number or arguments.quick:  # the first round compiles and warms
                 times[name].append(time.monotonic() - started)
-                cpu[name].append(time.process_time() + cpu_of_children() - worked)
+                cpu[name].append(time.process_time() + cpu_seconds() - worked)
                 said(f"round {number} {name:15} {times[name][-1]:6.2f} s, CPU {cpu[name][-1]:6.2f} s")
-    chart(times, folder / "sessionize.svg")
+    bars(folder / "sessionize.svg", times)
     result: dict[str, Any] = {"events": count, "rounds": rounds}
     if not arguments.only:
         same = {tuple(row) for name in ("sessionize", "windows") for row in _shape(spark, out / name)}

@@ -23,7 +23,6 @@ from pyspark.sql import DataFrame, SparkSession
 from jobs.config import FlagUsersSettings, load_config
 from jobs.errors import TrailvecError
 from jobs.flag_users import STAGE, flag_users
-from jobs.pruning import day_ranges
 from jobs.runtime import Runtime, Stage
 from jobs.tables import EVENTS, FLAGGED_USERS
 from tests.conftest import put
@@ -189,20 +188,6 @@ def test_the_rows_are_those_of_plain_python(
     spark: SparkSession, events: list[Row], rules: FlagUsersSettings, partitions: int
 ) -> None:
     assert flags(flag_users(to_frame(spark, events, partitions), rules)) == oracle(events, rules)
-
-
-@given(
-    days=st.sets(st.dates(date(2023, 1, 1), date(2023, 3, 1)), max_size=30),
-    most=st.integers(1, 5),
-)
-def test_few_ranges_hold_all_days_and_no_more_than_they_must(days: set[date], most: int) -> None:
-    ranges = day_ranges(list(days), most)
-    held = [first + timedelta(days=n) for first, last in ranges for n in range((last - first).days + 1)]
-    assert len(held) == len(set(held))
-    assert days <= set(held)
-    assert len(ranges) <= most
-    if len(ranges) < most:
-        assert days == set(held)
 
 
 # ---- the stage --------------------------------------------------------------------------------------------

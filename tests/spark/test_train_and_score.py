@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import duckdb
-import duckdb_extension_delta
 import numpy as np
 import pytest
 import torch
@@ -19,7 +17,7 @@ from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
 from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_EMBEDDINGS, Table
 from spark_udfs.encode import encode_rows
-from tests.conftest import make_config
+from tests.conftest import delta_reader, make_config
 from tests.sequence_files import MAX_LENGTH, item_counts, make_rows
 from training.batches import FEATURES
 from training.checkpoint import load_model
@@ -149,10 +147,7 @@ def test_model_json_says_what_made_it(trained: Runtime) -> None:
 
 
 def test_vectors_from_duckdb_rank_like_the_models_own_head(trained: Runtime) -> None:
-    database = duckdb.connect()
-    database.load_extension(
-        next(Path(duckdb_extension_delta.__file__).parent.rglob("delta.duckdb_extension")).as_posix()
-    )
+    database = delta_reader()
     users, items = (
         database.sql(f"FROM delta_scan('{trained.path(table)}') ORDER BY {key}").fetchnumpy()
         for table, key in ((USER_EMBEDDINGS, "user_id"), (ITEM_EMBEDDINGS, "item_index"))

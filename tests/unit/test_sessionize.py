@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from jobs.config import load_config
 from jobs.errors import TrailvecError
-from jobs.sessionize import ranges
 from spark_udfs.sessionize import Rules, sessionize, split_points
 from tests import oracles
 from tests.events import START, Row, logs, make_event
@@ -215,13 +214,3 @@ def test_no_events_make_no_sessions() -> None:
     assert list(sessionize(iter([]), Rules(1), FIELDS)) == []
     empty = pa.RecordBatch.from_pylist([], SCHEMA)
     assert list(sessionize(iter([empty]), Rules(1), FIELDS)) == []
-
-
-@given(days=st.sets(st.integers(-5, 60)), most=st.integers(1, 8))
-def test_ranges_hold_all_the_days_and_fill_the_shortest_holes_only(days: set[int], most: int) -> None:
-    found = ranges(days, most)
-    held = {day for first, last in found for day in range(first, last + 1)}
-    holes = sorted(b - a - 1 for a, b in itertools.pairwise(sorted(days)) if b - a > 1)
-    assert len(found) == (min(most, len(holes) + 1) if days else 0)
-    assert days <= held
-    assert len(held - days) == sum(holes[: len(holes) + 1 - len(found)]) if days else not held

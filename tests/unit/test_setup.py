@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[2]
 SPARK_JARS = "lib/python3.11/site-packages/pyspark/jars"
 LOCKS = sorted(ROOT.glob("requirements*.lock"))
-REGISTRY = re.compile(r"https?://[^ ]*/(simple|maven2)(/|$)|index-url", re.MULTILINE)
+REGISTRY = re.compile(r"https?:/{2}[^ ]*/(simple|maven[2])(/|$)|index[-]url", re.MULTILINE)
 
 
 def requirements(lock: Path) -> list[str]:
