@@ -30,8 +30,11 @@ SPARK_CONF = {
     "spark.ui.enabled": "false",
     "spark.sql.shuffle.partitions": "2",
     "spark.databricks.delta.snapshotPartitions": "1",
-    # Small data, many plans: the optimising compiler would cost more than it saves.
-    "spark.driver.extraJavaOptions": f"{QUIET} -XX:TieredStopAtLevel=1",
+    # Small data, many plans: compilers cost more than they save, Spark's own (to Java) and Java's optimising one. With
+    # the latter off Java takes 48 MB for compiled code, which a thousand plans fill: it then compiles nothing at all.
+    "spark.driver.extraJavaOptions": f"{QUIET} -XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=512m",
+    "spark.sql.codegen.wholeStage": "false",
+    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
     "spark.driver.host": "127.0.0.1",
     "spark.driver.bindAddress": "127.0.0.1",
 }
@@ -67,9 +70,17 @@ def put(runtime: Runtime, table: Table, rows: DataFrame) -> None:
     runtime.execute(Stage("put", "", lambda r: r.write(table, rows), reads=(), writes=(), settings=()), force=True)
 
 
-def read_delta(path: str | Path) -> list[dict[str, Any]]:
-    """A Delta table's rows as DuckDB reads them: an independent reader that knows deletion vectors."""
-    extension = next(Path(duckdb_extension_delta.__file__).parent.rglob("delta.duckdb_extension"))
+def delta_reader() -> duckdb.DuckDBPyConnection:
+    """DuckDB with delta_scan: an independent reader that knows deletion vectors; nothing is downloaded."""
     connection = duckdb.connect()
-    connection.execute(f"LOAD '{extension}'; SET TimeZone = 'UTC'")
+    connection.load_extension(
+        next(Path(duckdb_extension_delta.__file__).parent.rglob("delta.duckdb_extension")).as_posix()
+    )
+    return connection
+
+
+def read_delta(path: str | Path) -> list[dict[str, Any]]:
+    """A Delta table's rows as DuckDB reads them."""
+    connection = delta_reader()
+    connection.execute("SET TimeZone = 'UTC'")
     return connection.execute("SELECT * FROM delta_scan(?)", [str(path)]).fetch_arrow_table().to_pylist()
