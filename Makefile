@@ -26,7 +26,7 @@ $(DEMO_DATA)/requirements-demo.lock: requirements-demo.lock | setup
 	@cp $< $@
 
 test: check ## run everything that CI runs
-	pytest
+	pytest --numprocesses 2 --dist loadfile
 
 check: setup ## lint, formatting, types and import rules, in under a minute
 	ruff check .

@@ -124,7 +124,8 @@ def _rules(settings: SessionizeSettings) -> Rules:
 
 def _stable_id(*parts: Column) -> Column:
     """128 bits of SHA-256; the separator can't stand in an id."""
-    return F.substring(F.sha2(F.concat_ws("\x1f", *parts), 256), 1, 32)
+    digest = F.sha2(F.concat_ws("\x1f", *parts), 256)
+    return F.substring(digest.cast("binary"), 1, 32).cast("string")  # of a string Spark would count the characters
 
 
 def _microseconds(minutes: float) -> int:

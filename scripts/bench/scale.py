@@ -1,11 +1,12 @@
 """How cost grows with the log: python scripts/bench/scale.py [--quick] [--sizes 1e6 1e7 1e8]
 
 For each size, in one Spark session on 2 cores: a superapp's log is written, then ingest, flag_users and sessionize run
-over the whole of it, into new tables. Sizes go up, after a first run that only warms; the median of `rounds`.
+over the whole of it, into new tables. Sizes go up, after a first run that only warms; the median of `rounds`. With
+--without-ingest the generator's events become the events table as they are: a hundred million in half an hour.
 
 The last line is one JSON object: exponent (of sessionize's time against events, by a fit of the logarithms) and
-exponent_last (between the two largest sizes, where fixed costs flatter least), the same for ingest, and for each size
-the events, seconds, CPU seconds, peak memory (MB) and spill (MB). The chart goes to build/bench/scale.svg.
+exponent_last (between the two largest sizes, where fixed costs flatter least), the same for the other stages, and for
+each size the events, seconds, CPU seconds, peak memory (MB) and spill (MB). The chart goes to build/bench/scale.svg.
 """
 
 from __future__ import annotations
@@ -20,26 +21,34 @@ from typing import Any
 from measure import Watch, chart, exponent, last_line, runtime, said, session
 from pyspark.sql import SparkSession
 from superapp import World, write
+from superapp import events as superapp_events
 
 from jobs import flag_users, ingest, sessionize
+from jobs.runtime import Stage
 from jobs.tables import EVENTS
 
-STAGES = (ingest.STAGE, flag_users.STAGE, sessionize.STAGE)
+
+def made(world: World) -> Stage:
+    """In the place of ingest: the events as they would be after it, straight from the generator."""
+    return Stage("generate", "", lambda r: r.write(EVENTS, superapp_events(r.spark, world)), (), (EVENTS,), ())
 
 
-def measure(spark: SparkSession, events: int, rounds: int, folder: Path) -> dict[str, Any]:
+def measure(spark: SparkSession, events: int, rounds: int, folder: Path, without_ingest: bool) -> dict[str, Any]:
     """One size: medians of the stages' seconds, the most memory and spill of any round."""
-    data = folder / f"scale-{events}"
-    started = time.monotonic()
-    rows, users = write(spark, World.of_events(events), data / "superapp")
-    found: dict[str, Any] = {"rows": rows, "users": users, "generate_s": round(time.monotonic() - started, 1)}
-    said(f"{events:,} events: {rows:,} rows of {users:,} users in {found['generate_s']} s")
-    seconds: dict[str, list[float]] = {stage.name: [] for stage in STAGES}
+    data, world = folder / f"scale-{events}", World.of_events(events)
+    found: dict[str, Any] = {}
+    if not without_ingest:
+        started = time.monotonic()
+        rows, users = write(spark, world, data / "superapp")
+        found = {"rows": rows, "users": users, "generate_s": round(time.monotonic() - started, 1)}
+        said(f"{events:,} events: {rows:,} rows of {users:,} users in {found['generate_s']} s")
+    to_run = (made(world) if without_ingest else ingest.STAGE, flag_users.STAGE, sessionize.STAGE)
+    seconds: dict[str, list[float]] = {stage.name: [] for stage in to_run}
     for _ in range(rounds):
         root = data / "warehouse"
         shutil.rmtree(root, ignore_errors=True)
         stages = runtime(spark, root, data)
-        for stage in STAGES:
+        for stage in to_run:
             with Watch(spark) as watch:
                 report = stages.execute(stage)
             seconds[stage.name].append(report.seconds)
@@ -47,7 +56,10 @@ def measure(spark: SparkSession, events: int, rounds: int, folder: Path) -> dict
             most |= {f"spilled_mb_{stage.name}": watch.spilled_mb, f"shuffled_mb_{stage.name}": watch.shuffled_mb}
             most[f"cpu_s_{stage.name}"] = watch.cpu_s
             found |= {key: max(round(value), found.get(key, 0)) for key, value in most.items()}
-            said(f"  {report.seconds:8.1f} s  " + "  ".join(f"{key} {value:.0f}" for key, value in most.items()))
+            said(
+                f"  {stage.name:12}{report.seconds:8.1f} s  "
+                + "  ".join(f"{key} {value:.0f}" for key, value in most.items())
+            )
         found["events"] = report.rows_in[EVENTS.name]
     shutil.rmtree(data)
     return found | {f"{name}_s": round(statistics.median(times), 2) for name, times in seconds.items()}
@@ -64,25 +76,26 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, help="runs of each size (default: 1 from ten million events on and in --quick, else 5)"
     )
+    parser.add_argument("--without-ingest", action="store_true", help="events straight from the generator")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for logs, tables and the chart")
     arguments = parser.parse_args()
     sizes = [int(size) for size in arguments.sizes or ([1e4, 1e5] if arguments.quick else [1e6, 1e7, 1e8])]
     folder = arguments.folder.absolute()
 
-    spark = session(arguments.quick)
+    spark, direct = session(arguments.quick), arguments.without_ingest
     if not arguments.quick:
-        measure(spark, min(sizes), 1, folder)  # compiles and warms
-    found = [
-        measure(spark, n, arguments.rounds or (1 if n >= 1e7 or arguments.quick else 5), folder) for n in sorted(sizes)
-    ]
+        measure(spark, min(sizes), 1, folder, direct)  # compiles and warms
+    few = 1 if arguments.quick else 5
+    found = [measure(spark, n, arguments.rounds or (1 if n >= 1e7 else few), folder, direct) for n in sorted(sizes)]
     spark.stop()
 
     result: dict[str, Any] = {}
     lines = {}
-    for stage, suffix in ((sessionize.STAGE, ""), (ingest.STAGE, "_ingest")):
-        points = [(float(one["events"]), float(one[f"{stage.name}_s"])) for one in found]
+    for name in ("sessionize", "flag_users", "generate" if direct else "ingest"):
+        points = [(float(one["events"]), float(one[f"{name}_s"])) for one in found]
+        suffix = "" if name == "sessionize" else f"_{name}"
         result |= {f"exponent{suffix}": exponent(points), f"exponent_last{suffix}": exponent(points[-2:])}
-        lines[stage.name] = points
+        lines[name] = points
     chart(folder / "scale.svg", "Time against events", lines)
     last_line(result | {"sizes": found})
 

@@ -83,7 +83,13 @@ def session_window(rows: DataFrame) -> DataFrame:
 
 def in_duckdb(path: Path, out: Path, scratch: Path) -> None:
     struct = ", ".join(f"{name} := {name}" for name in FIELDS)
-    connection = duckdb.connect(config={"threads": CORES, "temp_directory": str(scratch), "memory_limit": "4GB"})
+    limits = {
+        "threads": CORES,
+        "temp_directory": str(scratch),
+        "memory_limit": "12GB",
+        "preserve_insertion_order": False,
+    }
+    connection = duckdb.connect(config=limits)
     connection.execute(
         f"""COPY (
             WITH marked AS (
@@ -91,12 +97,16 @@ def in_duckdb(path: Path, out: Path, scratch: Path) -> None:
                        > INTERVAL {GAP} MINUTES, true) AS new
                 FROM read_parquet('{path}/*.parquet') WINDOW w AS (PARTITION BY user_id ORDER BY event_ts, event_id)),
             numbered AS (
-                SELECT *, sum(new::int) OVER (PARTITION BY user_id ORDER BY event_ts, event_id) AS number FROM marked)
-            SELECT substring(sha256(user_id || chr(31) || first(event_id ORDER BY event_ts, event_id)), 1, 32) AS
-                   session_id, user_id, min(event_ts) start_ts, max(event_ts) end_ts, count(*)::int event_count,
-                   list_sort(list(DISTINCT vertical)) verticals, sum(amount) amount,
-                   list(struct_pack({struct}) ORDER BY event_ts, event_id) events, min(event_ts) run_start_ts
-            FROM numbered GROUP BY user_id, number
+                SELECT *, sum(new::int) OVER (PARTITION BY user_id ORDER BY event_ts, event_id) AS number FROM marked),
+            grouped AS (
+                -- Ordered aggregates (list(... ORDER BY ...)) hold every group's rows apart: 12 GB were not enough.
+                SELECT user_id, min(event_ts) AS start_ts, max(event_ts) AS end_ts, count(*)::int AS event_count,
+                       sum(amount) AS amount, list_sort(list(struct_pack({struct}))) AS events
+                FROM numbered GROUP BY user_id, number)
+            SELECT substring(sha256(user_id || chr(31) || events[1].event_id), 1, 32) AS session_id, user_id, start_ts,
+                   end_ts, event_count, list_sort(list_distinct(list_transform(events, e -> e.vertical))) AS verticals,
+                   amount, events, start_ts AS run_start_ts
+            FROM grouped
         ) TO '{out}' (FORMAT parquet, COMPRESSION snappy)"""
     )
     connection.close()

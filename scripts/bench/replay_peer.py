@@ -1,0 +1,42 @@
+"""RePlay's half of scripts/bench/replay.py, in an environment of its own: a line on stdin is a round, a line on stdout
+its seconds. Arguments: the log (Parquet), a folder to write to, the cut between train and test (ISO), cores.
+"""
+
+import sys
+import time
+from datetime import datetime
+
+import pyspark.sql.functions as F
+from pyspark.sql import DataFrame, SparkSession
+from replay.preprocessing import LabelEncoder, LabelEncodingRule, Sessionizer
+from replay.splitters import TimeSplitter
+
+COLUMNS = ("user_id", "item_id", "event_type", "event_ts", "event_id", "vertical", "amount", "quantity", "time_zone")
+
+
+def prepare(events: DataFrame, cut: datetime, out: str) -> None:
+    """Sessions at pauses of 30 minutes, numbers for items, verticals and event types, two splits by time."""
+    log = events.select(*COLUMNS).withColumn("timestamp", F.unix_micros("event_ts"))
+    log = Sessionizer(user_column="user_id", time_column="timestamp", session_gap=30 * 60_000_000).transform(log)
+    encoder = LabelEncoder([LabelEncodingRule(name) for name in ("item_id", "vertical", "event_type")])
+    log = encoder.fit_transform(log)
+    splitter = TimeSplitter(time_threshold=cut, query_column="user_id", timestamp_column="event_ts")
+    for name, part in zip(("train", "test"), splitter.split(log), strict=True):
+        part.write.mode("overwrite").parquet(f"{out}/{name}")
+
+
+def main() -> None:
+    path, out, cut, cores, *conf = sys.argv[1:]
+    builder = SparkSession.builder.master(f"local[{cores}]")
+    for setting in conf:
+        builder = builder.config(*setting.split("=", 1))
+    spark = builder.getOrCreate()
+    spark.sparkContext.setLogLevel("ERROR")
+    for _ in sys.stdin:
+        started = time.monotonic()
+        prepare(spark.read.parquet(path), datetime.fromisoformat(cut), out)
+        print(time.monotonic() - started, flush=True)
+
+
+if __name__ == "__main__":
+    main()

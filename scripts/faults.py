@@ -1,0 +1,259 @@
+"""What faults leave behind, with real processes on real days: python scripts/faults.py CHECK [--data FOLDER]
+
+  kills        the process and its JVM killed (SIGKILL) at random moments of ingest, flag_users and sessionize, and
+               started again, until it was killed so many times
+  two_ingests  two of the same command at once
+  full_disk    a disk (tmpfs, in a mount namespace of its own) that gets full in the middle, and has room again
+  soak         the days in a shuffled order, in so many batches, some of their files twice
+
+After each, the tables are those of one undisturbed run, row by row, as DuckDB reads them: else it exits with 1. FOLDER
+holds daily CSVs of Online Retail (default: the four of the tests). Each prints one JSON object as its last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import duckdb_extension_delta
+
+REPOSITORY = Path(__file__).parents[1]
+TABLES = ("events", "rejected_events", "flagged_users", "sessions")
+# Rules that cut sessions and catch users on these days too, so that every stage has something to write.
+CONF = """
+[spark]
+master = "local[2]"
+[spark.conf]
+"spark.driver.memory" = "1g"
+"spark.driver.host" = "127.0.0.1"
+"spark.driver.bindAddress" = "127.0.0.1"
+"spark.ui.enabled" = "false"
+"spark.sql.shuffle.partitions" = "2"
+"spark.databricks.delta.snapshotPartitions" = "1"
+"spark.sql.codegen.wholeStage" = "false"      # small data, many plans: compiling them costs more than it saves
+"spark.sql.codegen.factoryMode" = "NO_CODEGEN"
+[ingest]
+sources = ["{source}"]
+max_rejected_share = 1.0
+max_files_per_batch = {files}
+[flag_users]
+events_per_minute = 40
+[sessionize]
+max_events = 50
+"""
+
+
+class Job:
+    """One command over days of Online Retail: ingest, flag_users and sessionize into tables under `root`."""
+
+    def __init__(self, folder: Path, data: Path, root: Path, files_per_batch: int = 1) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.root, self.said = root, folder / f"{root.name}.log"
+        conf = folder / f"{root.name}.toml"
+        source = REPOSITORY / "conf/sources/online_retail.toml"
+        conf.write_text(CONF.format(source=source, files=files_per_batch))
+        sets = [f'storage.root="{root}"', f'ingest.data_dir="{data}"']
+        self.options = ["--conf", str(conf), *[part for one in sets for part in ("--set", one)]]
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """In a process group of its own, so that one signal reaches Python, the JVM and its workers."""
+        command = [sys.executable, "-m", "jobs.cli", "run", "--to", "sessionize", *self.options]
+        with self.said.open("wb") as said:
+            return subprocess.Popen(command, stdout=said, stderr=said, cwd=REPOSITORY, start_new_session=True)
+
+    def run(self) -> float:
+        """Seconds of a run to its end.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        started = time.monotonic()
+        if self.start().wait():
+            raise RuntimeError(f"the job failed: {self.said.read_text()}")
+        return time.monotonic() - started
+
+    def last_line(self) -> str:
+        return (self.said.read_text().strip().splitlines() or ["-"])[-1]
+
+
+def reader() -> duckdb.DuckDBPyConnection:
+    """DuckDB with delta_scan, which knows deletion vectors; nothing is downloaded."""
+    connection = duckdb.connect()
+    extension = next(Path(duckdb_extension_delta.__file__).parent.rglob("delta.duckdb_extension"))
+    connection.load_extension(extension.as_posix())
+    return connection
+
+
+def differences(one: Path, other: Path, tables: Sequence[str] = TABLES) -> dict[str, int]:
+    """By table, the rows that stand in one warehouse and not in the other, each as often as it stands there."""
+    found = {}
+    for table in tables:
+        a, b = (f"SELECT * FROM delta_scan('{root}/tables/{table}')" for root in (one, other))
+        counts = [f"SELECT count(*) FROM ({x} EXCEPT ALL {y})" for x, y in ((a, b), (b, a))]
+        found[table] = sum(reader().execute(count).fetchall()[0][0] for count in counts)
+    return found
+
+
+def kills(folder: Path, data: Path, times: int, seed: int) -> dict[str, Any]:
+    chance = random.Random(seed)
+    undisturbed, killed = Job(folder, data, folder / "undisturbed"), Job(folder, data, folder / "killed")
+    whole = undisturbed.run()
+    done: list[str] = []
+    wrong: dict[str, int] = {}
+    while len(done) < times:
+        process = killed.start()
+        moment = chance.uniform(0.2, 1.0) * whole
+        try:
+            process.wait(moment)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            done.append(f"{moment:.1f} s: {killed.last_line()[:60]}")
+            print(f"killed after {done[-1]}", flush=True)
+        else:  # it came to its end: begin anew
+            wrong |= _wrong(undisturbed.root, killed.root)
+            shutil.rmtree(killed.root)
+    killed.run()
+    wrong |= _wrong(undisturbed.root, killed.root)
+    return {"undisturbed_s": round(whole, 1), "kills": done, "wrong": wrong}
+
+
+def two_ingests(folder: Path, data: Path) -> dict[str, Any]:
+    undisturbed, twice = Job(folder, data, folder / "undisturbed"), Job(folder, data, folder / "twice")
+    other = Job(folder / "other", data, twice.root)
+    undisturbed.run()
+    processes = [twice.start(), other.start()]
+    codes = [process.wait() for process in processes]
+    said = [job.last_line() for job in (twice, other)]
+    twice.run()
+    return {"codes": codes, "said": said, "wrong": _wrong(undisturbed.root, twice.root)}
+
+
+def full_disk(folder: Path, data: Path) -> dict[str, Any]:
+    """Starts itself anew where it may mount a disk that nobody else sees."""
+    command = ["unshare", "--map-root-user", "--mount", sys.executable, __file__, "full_disk", "--mounted"]
+    command += ["--data", str(data), "--folder", str(folder)]
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    if not done.stdout.strip():
+        raise RuntimeError("the mount namespace could not be made")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def full_disk_mounted(folder: Path, data: Path) -> dict[str, Any]:
+    disk, growing = folder / "disk", folder / "growing"
+    disk.mkdir(parents=True)
+    growing.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", disk], check=True)
+    job, undisturbed = Job(folder, growing, disk / "warehouse"), Job(folder, growing, folder / "undisturbed")
+    first, *later = sorted(data.glob("*.csv"))
+    shutil.copy(first, growing)
+    job.run()
+    before = _counts(job.root)
+    for file in later:
+        shutil.copy(file, growing)
+    filler = disk / "filler"
+    free = shutil.disk_usage(disk).free
+    code, said, said_free = 0, "", []
+    # A little more room each time: it gets full at another moment.
+    for room in (0, 40_000, 120_000):
+        filler.write_bytes(b"\0" * max(0, free - room))
+        code = job.start().wait()
+        said = job.last_line()
+        said_free.append({"room": room, "code": code, "said": said, "lines": len(job.said.read_text().splitlines())})
+        filler.unlink()
+    kept = {table: count >= before[table] for table, count in _counts(job.root).items()}
+    job.run()
+    undisturbed.run()
+    return {"full": said_free, "kept": kept, "wrong": _wrong(undisturbed.root, job.root)}
+
+
+def _counts(root: Path) -> dict[str, int]:
+    return {
+        table: reader().execute(f"SELECT count(*) FROM delta_scan('{root}/tables/{table}')").fetchall()[0][0]
+        for table in TABLES
+    }
+
+
+def soak(folder: Path, data: Path, batches: int, seed: int) -> dict[str, Any]:
+    """In one Spark session."""
+    from jobs.config import load_config  # noqa: PLC0415 - a JVM is started for this check alone
+    from jobs.pipeline import STAGES  # noqa: PLC0415
+    from jobs.runtime import Runtime, start_spark  # noqa: PLC0415
+
+    chance, growing = random.Random(seed), folder / "growing"
+    growing.mkdir(parents=True)
+    job = Job(folder, growing, folder / "batches", files_per_batch=1000)
+    conf = Path(job.options[1])
+    sets = job.options[3::2]
+    runtime = Runtime(load_config(conf, sets), start_spark(load_config(conf, sets)))
+    stages = STAGES[: [stage.name for stage in STAGES].index("sessionize") + 1]
+    days = sorted(data.glob("*.csv"))
+    chance.shuffle(days)
+    edges = [0, *sorted(chance.sample(range(1, len(days)), min(batches, len(days)) - 1)), len(days)]
+    seconds = []
+    for number, (start, stop) in enumerate(itertools.pairwise(edges)):
+        for day in days[start:stop]:
+            shutil.copy(day, growing / day.name)
+        if start and chance.random() < 0.3:
+            again = chance.choice(days[:start])
+            shutil.copy(again, growing / f"again-{number}-{again.name}")
+        seconds.append(round(sum(runtime.execute(stage).seconds for stage in stages), 1))
+        print(f"batch {number + 1}: {stop - start} days, {seconds[-1]} s", flush=True)
+    once = Runtime(load_config(conf, [f'storage.root="{folder / "once"}"', *sets[1:]]), runtime.spark)
+    whole = round(sum(once.execute(stage).seconds for stage in stages), 1)
+    # A refused record that comes twice is told twice, each time with its file: in one batch, too.
+    return {
+        "batches": len(seconds),
+        "median_s": statistics.median(seconds),
+        "last_s": seconds[-1],
+        "once_s": whole,
+        "rows": _counts(once.root),
+        "wrong": _wrong(once.root, runtime.root),
+    }
+
+
+def _wrong(one: Path, other: Path) -> dict[str, int]:
+    return {table: rows for table, rows in differences(one, other).items() if rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    checks: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+        "kills": lambda a: kills(a.folder, a.data, a.times, a.seed),
+        "two_ingests": lambda a: two_ingests(a.folder, a.data),
+        "full_disk": lambda a: (full_disk_mounted if a.mounted else full_disk)(a.folder, a.data),
+        "soak": lambda a: soak(a.folder, a.data, a.batches, a.seed),
+    }
+    parser.add_argument("check", choices=checks)
+    parser.add_argument("--data", type=Path, default=REPOSITORY / "tests/data/online_retail", help="daily CSVs")
+    parser.add_argument("--folder", type=Path, help="for what is written (default: build/faults/CHECK, made anew)")
+    parser.add_argument("--times", type=int, default=10, help="kills: so many (default: 10)")
+    parser.add_argument("--batches", type=int, default=50, help="soak: so many (default: 50)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mounted", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.folder = (arguments.folder or Path("build/faults") / arguments.check).absolute()
+    arguments.data = arguments.data.absolute()
+    if not arguments.mounted:
+        shutil.rmtree(arguments.folder, ignore_errors=True)
+    found = checks[arguments.check](arguments)
+    print(json.dumps(found))
+    sys.exit(1 if found["wrong"] else 0)
+
+
+if __name__ == "__main__":
+    main()
