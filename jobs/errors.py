@@ -52,7 +52,11 @@ _SPARK_MESSAGES = (
         r"No space left on device",
         "the disk is full: free some space and run this stage again; nothing already committed is lost",
     ),
-    (r"\[(?:TABLE_OR_VIEW_NOT_FOUND|DELTA_TABLE_NOT_FOUND|UNRESOLVED_COLUMN)[^\]]*\] ([^\n]+)", "{0}"),
+    (
+        r"\[DELTA_TABLE_NOT_FOUND\] ([^\n]+?)\.?(?:\n|$)",
+        "{0}: run the stage that makes it; if another job is making it right now, run this one again",
+    ),
+    (r"\[(?:TABLE_OR_VIEW_NOT_FOUND|UNRESOLVED_COLUMN)[^\]]*\] ([^\n]+)", "{0}"),
     (r"\[(?:PARSE_SYNTAX_ERROR)[^\]]*\] ([^\n]+)", "the SQL can't be read: {0}"),
 )
 

@@ -71,6 +71,9 @@ _EPOCH = {"epoch_s": (1_000_000, "decimal(18,6)"), "epoch_ms": (1_000, "decimal(
 # What Spark's own file listing gives of a file without reading it.
 _LISTING = "path string, modificationTime timestamp, length long, content binary"
 
+# Bytes of a file that may be one task (a Parquet file of one row group is, whatever its size) while cores are idle.
+_ONE_TASK = 4_000_000
+
 
 # ---- files → raw frames -------------------------------------------------------------------------------
 
@@ -95,11 +98,16 @@ def find_files(data_dir: Path, path: str) -> list[Path]:
     return sorted(files)
 
 
-def read_raw(spark: SparkSession, mapping: Input, data_dir: Path, files: Sequence[str]) -> list[DataFrame]:
+def read_raw(
+    spark: SparkSession, mapping: Input, data_dir: Path, files: Sequence[str], spread: bool = False
+) -> list[DataFrame]:
     """The records of some files of an input: their own columns, those of the lookups, FILE, LINE, BROKEN and REST.
 
     CSV and JSON columns are strings (a nested JSON value is its JSON text); Parquet columns keep their types. Files
     whose columns differ come as frames of their own.
+
+    Args:
+        spread: parse the records in a task for each core, whatever files they lie in: for few and large files.
 
     Raises:
         TrailvecError: a file does not exist, or a column that the mapping names.
@@ -113,6 +121,8 @@ def read_raw(spark: SparkSession, mapping: Input, data_dir: Path, files: Sequenc
         groups = [_with_place(frame) for frame in _read_parquet(spark, _as_patterns(files), base)]
     else:
         groups = [spark.read.options(**base).text(_as_patterns(files)).select(F.col("value").alias(LINE), _file())]
+    if spread:
+        groups = [records.repartition(spark.sparkContext.defaultParallelism) for records in groups]
     return _finish(groups, mapping, data_dir)
 
 
@@ -300,8 +310,8 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
         raise TrailvecError(f"source {source}: event_ts: unknown zone {columns.event_ts.zone}; {hint}")
 
     fields = [_column(name) for name in raw.columns if name not in (FILE, LINE, BROKEN, REST)]
-    record = F.coalesce(F.col(LINE), F.to_json(F.struct(*fields)))
     if columns.event_id.ordinal:
+        record = F.coalesce(F.col(LINE), F.to_json(F.struct(*fields)))
         identical = Window.partitionBy(FILE, F.sha2(record, 256)).orderBy(FILE)
         raw = raw.withColumn(_ORDINAL, F.row_number().over(identical))
     try:
@@ -321,7 +331,8 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
             F.col(REST).alias("attributes"),
             F.coalesce(F.when(F.col(BROKEN), F.lit("broken_row")), *own_rules).alias("own_reason"),
             F.coalesce(F.lit(None).cast("string"), *bad_types).alias("bad_type"),
-            record.alias("raw"),
+            F.struct(*fields).alias("record"),
+            F.col(LINE).alias("line"),
             F.col(FILE).alias("file"),
         )
     except AnalysisException as error:
@@ -334,7 +345,8 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
     return events.select(
         *[c.name for c in EVENTS.columns],
         "reason",
-        F.when(F.col("reason").isNotNull(), F.col("raw")).alias("raw"),
+        # Made into text here and not above, where it would be made for every record.
+        F.when(F.col("reason").isNotNull(), F.coalesce("line", F.to_json("record"))).alias("raw"),
         "file",
     )
 
@@ -603,8 +615,10 @@ def follow(runtime: Runtime, source: Source, number: int) -> None:
             if mapping.kafka is not None:
                 raw = read_topic(records, mapping, _data_dir(runtime))
             else:
-                files = sorted(row["path"] for row in records.select("path").collect())
-                raw = read_raw(spark, mapping, _data_dir(runtime), files) if files else []
+                found = {row["path"]: row["length"] for row in records.collect()}
+                few = len(found) < spark.sparkContext.defaultParallelism
+                spread = few and max(found.values(), default=0) > _ONE_TASK
+                raw = read_raw(spark, mapping, _data_dir(runtime), sorted(found), spread) if found else []
             if raw:
                 query = json.loads((checkpoint / "metadata").read_text())["id"]
                 before = runtime.report.rows_in["records"]
@@ -635,7 +649,7 @@ def _listing(spark: SparkSession, mapping: Input, runtime: Runtime) -> DataFrame
     files = spark.readStream.format("binaryFile").schema(_LISTING)
     # However old a file's time stamp is, when it comes, it is read.
     options = {"maxFilesPerTrigger": str(runtime.config.ingest.max_files_per_batch), "maxFileAge": "36500d"}
-    return files.options(**options).load(f"file://{path}").select("path")
+    return files.options(**options).load(f"file://{path}").select("path", "length")
 
 
 def _topic(spark: SparkSession, kafka: Kafka, settings: IngestSettings) -> DataFrame:

@@ -351,9 +351,12 @@ class Runtime:
             return
         # A kill between the making of the log's folder and its first commit leaves a folder that is no table, and that
         # Delta neither reads nor creates. At most a half-written commit lies in it, which nobody has ever seen.
+        # (Another job may be about to commit there: a folder that holds a commit is not removed, whoever made it.)
         log = Path(self.path(table)) / "_delta_log"
-        if not any(log.glob("*.json")):
-            shutil.rmtree(log, ignore_errors=True)
+        for part in log.glob(".*"):
+            part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            log.rmdir()
         builder = DeltaTable.createIfNotExists(self.spark).location(self.path(table)).comment(table.comment)
         builder = builder.addColumns(table.schema())
         if table.partition_by:
@@ -551,6 +554,8 @@ _SPARK_DEFAULTS = {
     # Without it, Spark's CSV reader does not see a row with too many or too few fields.
     "spark.sql.csv.parser.columnPruning.enabled": "false",
     "spark.sql.execution.arrow.pyspark.enabled": "true",
+    # What is cached is read once or twice: choosing an encoding for each column was a sixth of ingest's CPU time.
+    "spark.sql.inMemoryColumnarStorage.compressed": "false",
     # A write that changes nothing (an empty table stays empty) still records what ran.
     "spark.databricks.delta.skipRecordingEmptyCommits": "false",
     "spark.driver.extraJavaOptions": QUIET,

@@ -167,18 +167,20 @@ def full_disk_mounted(folder: Path, data: Path) -> dict[str, Any]:
         shutil.copy(file, growing)
     filler = disk / "filler"
     free = shutil.disk_usage(disk).free
-    code, said, said_free = 0, "", []
+    attempts = []
     # A little more room each time: it gets full at another moment.
     for room in (0, 40_000, 120_000):
         filler.write_bytes(b"\0" * max(0, free - room))
         code = job.start().wait()
-        said = job.last_line()
-        said_free.append({"room": room, "code": code, "said": said, "lines": len(job.said.read_text().splitlines())})
+        attempts.append(
+            {"room": room, "code": code, "said": job.last_line(), "lines": job.said.read_text().count("\n")}
+        )
+        job.said.rename(folder / f"full-{room}.log")
         filler.unlink()
     kept = {table: count >= before[table] for table, count in _counts(job.root).items()}
     job.run()
     undisturbed.run()
-    return {"full": said_free, "kept": kept, "wrong": _wrong(undisturbed.root, job.root)}
+    return {"full": attempts, "kept": kept, "wrong": _wrong(undisturbed.root, job.root)}
 
 
 def _counts(root: Path) -> dict[str, int]:

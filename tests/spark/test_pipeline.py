@@ -5,10 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +21,7 @@ from jobs.cli import main
 from jobs.pipeline import STAGES
 from jobs.runtime import Runtime
 from jobs.tables import FLAGGED_USERS, TABLES
-from tests.conftest import SPARK_CONF, make_config, read_delta
+from tests.conftest import make_config, read_delta
 
 REPOSITORY = Path(__file__).parents[2]
 SETTINGS = {
@@ -163,30 +159,6 @@ def test_a_kill_after_any_write_and_the_same_command_end_as_if_nothing_had_happe
         Runtime(config, spark).execute(stage)
     assert kills.keys() == {stage.name for stage in STAGES}  # every stage was really killed at least once
     same_rows(undisturbed.root, tmp_path / "killed")
-
-
-def test_a_process_killed_by_the_system_is_made_good_by_the_same_command(
-    undisturbed: Runtime, settings: list[str], tmp_path: Path
-) -> None:
-    sets = [*settings, f'storage.root="{tmp_path}"', *(f'spark.conf."{k}"="{v}"' for k, v in SPARK_CONF.items())]
-    overlay = tmp_path / "conf.toml"
-    overlay.write_text("[spark.conf]\n" + "".join(f'"{k}" = "{v}"\n' for k, v in SPARK_CONF.items()))
-    options = [part for assignment in sets if "spark.conf" not in assignment for part in ("--set", assignment)]
-    command = [sys.executable, "-m", "jobs.cli", "run", "--to", "sessionize", "--conf", str(overlay), *options]
-
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    log = tmp_path / "tables/rejected_events/_delta_log"
-    deadline = time.monotonic() + 120
-    while not log.exists() and first.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.killpg(first.pid, signal.SIGKILL)  # Python and its JVM, in the middle of ingest
-    first.wait()
-    assert log.exists()
-    assert not (tmp_path / "tables/sessions").exists()
-
-    subprocess.run(command, check=True, capture_output=True)
-    for table in ("events", "rejected_events", "sessions"):
-        assert rows(tmp_path, table) == rows(undisturbed.root, table), table
 
 
 @pytest.mark.parametrize(

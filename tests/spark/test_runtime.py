@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,3 +101,19 @@ def test_a_log_folder_without_a_commit_is_made_good(make_runtime: Callable[..., 
     (log / ".00000000000000000000.json.half.tmp").write_text("{")
     put(runtime, CONTEXT_VALUES, spark.createDataFrame([("vertical", "food", 2)], VALUES))
     assert [r.value for r in runtime.latest(CONTEXT_VALUES).collect()] == ["food"]
+
+
+def test_a_commit_that_another_job_makes_at_that_moment_is_kept(
+    make_runtime: Callable[..., Runtime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = make_runtime(root=tmp_path / "other")
+    other.create(CONTEXT_VALUES)
+    commit = Path(other.path(CONTEXT_VALUES)) / "_delta_log/00000000000000000000.json"
+    runtime = make_runtime()
+    log = Path(runtime.path(CONTEXT_VALUES)) / "_delta_log"
+    log.mkdir(parents=True)
+    (log / ".00000000000000000000.json.half.tmp").write_text("{")
+    # The other job commits after this one has looked, and before it clears the folder.
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: shutil.copy(commit, path.parent))
+    runtime.create(CONTEXT_VALUES)
+    assert (log / commit.name).read_text() == commit.read_text()
