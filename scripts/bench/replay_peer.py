@@ -1,4 +1,4 @@
-"""RePlay's half of scripts/bench/replay.py, in an environment of its own: a line on stdin is a round, a line on stdout
+"""RePlay's half of scripts/bench/against_replay.py, in an environment of its own: a line on stdin is a round, a line on stdout
 its seconds. Arguments: the log (Parquet), a folder to write to, the cut between train and test (ISO), cores.
 """
 

@@ -1,4 +1,4 @@
-"""Beside RePlay at what both do on Spark: python scripts/bench/replay.py [--quick]
+"""Beside RePlay at what both do on Spark: python scripts/bench/against_replay.py [--quick]
 
 On a superapp's log, from Parquet to Parquet, on 2 cores: gap sessions, numbers for items, verticals and event types,
 and a split by time. RePlay (`replay-rec`) runs in an environment of its own, which the first run makes in the folder
@@ -91,7 +91,7 @@ def main() -> None:
 
     command = [python, Path(__file__).with_name("replay_peer.py"), path, out / "theirs", f"{cuts.valid_from}", CORES]
     conf = [f"{key}={value}" for key, value in CONF.items() if "delta" not in key]
-    command += [*conf, "spark.sql.session.timeZone=UTC"]
+    command += [*conf, "spark.sql.session.timeZone=UTC", "spark.ui.showConsoleProgress=false"]
     times: dict[str, list[float]] = {"trailvec": [], "replay": []}
     with subprocess.Popen(
         [*map(str, command), *conf], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
