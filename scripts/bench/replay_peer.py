@@ -1,5 +1,7 @@
-"""RePlay's half of scripts/bench/against_replay.py, in an environment of its own: a line on stdin is a round, a line on stdout
-its seconds. Arguments: the log (Parquet), a folder to write to, the cut between train and test (ISO), cores.
+"""RePlay's half of scripts/bench/against_replay.py, in an environment of its own.
+
+A line on stdin is a round, a line on stdout its seconds. Arguments: the log (Parquet), a folder to write to, the cut
+between train and test (ISO), cores, then settings of Spark.
 """
 
 import sys
