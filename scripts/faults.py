@@ -45,8 +45,11 @@ master = "local[2]"
 "spark.databricks.delta.snapshotPartitions" = "1"
 "spark.sql.codegen.wholeStage" = "false"      # small data, many plans: compiling them costs more than it saves
 "spark.sql.codegen.factoryMode" = "NO_CODEGEN"
+[storage]
+root = "{root}"
 [ingest]
 sources = ["{source}"]
+data_dir = "{data}"
 max_rejected_share = 1.0
 max_files_per_batch = {files}
 [flag_users]
@@ -61,16 +64,13 @@ class Job:
 
     def __init__(self, folder: Path, data: Path, root: Path, files_per_batch: int = 1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.root, self.said = root, folder / f"{root.name}.log"
-        conf = folder / f"{root.name}.toml"
+        self.root, self.said, self.conf = root, folder / f"{root.name}.log", folder / f"{root.name}.toml"
         source = REPOSITORY / "conf/sources/online_retail.toml"
-        conf.write_text(CONF.format(source=source, files=files_per_batch))
-        sets = [f'storage.root="{root}"', f'ingest.data_dir="{data}"']
-        self.options = ["--conf", str(conf), *[part for one in sets for part in ("--set", one)]]
+        self.conf.write_text(CONF.format(source=source, root=root, data=data, files=files_per_batch))
 
     def start(self) -> subprocess.Popen[bytes]:
         """In a process group of its own, so that one signal reaches Python, the JVM and its workers."""
-        command = [sys.executable, "-m", "jobs.cli", "run", "--to", "sessionize", *self.options]
+        command = [sys.executable, "-m", "jobs.cli", "run", "--to", "sessionize", "--conf", str(self.conf)]
         with self.said.open("wb") as said:
             return subprocess.Popen(command, stdout=said, stderr=said, cwd=REPOSITORY, start_new_session=True)
 
@@ -89,8 +89,8 @@ class Job:
         return (self.said.read_text().strip().splitlines() or ["-"])[-1]
 
 
-def reader() -> duckdb.DuckDBPyConnection:
-    """DuckDB with delta_scan, which knows deletion vectors; nothing is downloaded."""
+def delta_reader() -> duckdb.DuckDBPyConnection:
+    """DuckDB with delta_scan: an independent reader that knows deletion vectors; nothing is downloaded."""
     connection = duckdb.connect()
     extension = next(Path(duckdb_extension_delta.__file__).parent.rglob("delta.duckdb_extension"))
     connection.load_extension(extension.as_posix())
@@ -103,7 +103,7 @@ def differences(one: Path, other: Path, tables: Sequence[str] = TABLES) -> dict[
     for table in tables:
         a, b = (f"SELECT * FROM delta_scan('{root}/tables/{table}')" for root in (one, other))
         counts = [f"SELECT count(*) FROM ({x} EXCEPT ALL {y})" for x, y in ((a, b), (b, a))]
-        found[table] = sum(reader().execute(count).fetchall()[0][0] for count in counts)
+        found[table] = sum(delta_reader().execute(count).fetchall()[0][0] for count in counts)
     return found
 
 
@@ -149,7 +149,7 @@ def full_disk(folder: Path, data: Path) -> dict[str, Any]:
     command += ["--data", str(data), "--folder", str(folder)]
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     if not done.stdout.strip():
-        raise RuntimeError("the mount namespace could not be made")
+        raise RuntimeError("the check ended without a result in its mount namespace: what it said stands above")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
@@ -186,7 +186,7 @@ def full_disk_mounted(folder: Path, data: Path) -> dict[str, Any]:
 
 def _counts(root: Path) -> dict[str, int]:
     return {
-        table: reader().execute(f"SELECT count(*) FROM delta_scan('{root}/tables/{table}')").fetchall()[0][0]
+        table: delta_reader().execute(f"SELECT count(*) FROM delta_scan('{root}/tables/{table}')").fetchall()[0][0]
         for table in TABLES
     }
 
@@ -195,14 +195,12 @@ def soak(folder: Path, data: Path, batches: int, seed: int) -> dict[str, Any]:
     """In one Spark session."""
     from jobs.config import load_config  # noqa: PLC0415 - a JVM is started for this check alone
     from jobs.pipeline import STAGES  # noqa: PLC0415
-    from jobs.runtime import Runtime, start_spark  # noqa: PLC0415
+    from jobs.runtime import Runtime  # noqa: PLC0415
 
     chance, growing = random.Random(seed), folder / "growing"
     growing.mkdir(parents=True)
-    job = Job(folder, growing, folder / "batches", files_per_batch=1000)
-    conf = Path(job.options[1])
-    sets = job.options[3::2]
-    runtime = Runtime(load_config(conf, sets), start_spark(load_config(conf, sets)))
+    in_batches, at_once = (Job(folder, growing, folder / name, files_per_batch=1000) for name in ("batches", "once"))
+    runtime = Runtime(load_config(in_batches.conf))
     stages = STAGES[: [stage.name for stage in STAGES].index("sessionize") + 1]
     days = sorted(data.glob("*.csv"))
     chance.shuffle(days)
@@ -216,7 +214,7 @@ def soak(folder: Path, data: Path, batches: int, seed: int) -> dict[str, Any]:
             shutil.copy(again, growing / f"again-{number}-{again.name}")
         seconds.append(round(sum(runtime.execute(stage).seconds for stage in stages), 1))
         print(f"batch {number + 1}: {stop - start} days, {seconds[-1]} s", flush=True)
-    once = Runtime(load_config(conf, [f'storage.root="{folder / "once"}"', *sets[1:]]), runtime.spark)
+    once = Runtime(load_config(at_once.conf), runtime.spark)
     whole = round(sum(once.execute(stage).seconds for stage in stages), 1)
     # A refused record that comes twice is told twice, each time with its file: in one batch, too.
     return {

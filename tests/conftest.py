@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import duckdb
-import duckdb_extension_delta
 import pytest
 from hypothesis import HealthCheck, settings
 from pyspark.sql import DataFrame, SparkSession
@@ -15,6 +13,7 @@ from pyspark.sql import DataFrame, SparkSession
 from jobs.config import Config, load_config
 from jobs.runtime import QUIET, Runtime, Stage, start_spark
 from jobs.tables import Table
+from scripts.faults import delta_reader
 
 # The first example pays for imports and for Spark's code generation; a fixture that only makes folders may be shared.
 settings.register_profile(
@@ -68,15 +67,6 @@ def make_runtime(spark: SparkSession, tmp_path: Path) -> Callable[..., Runtime]:
 def put(runtime: Runtime, table: Table, rows: DataFrame) -> None:
     """Makes `rows` the table's rows, as the stage that writes it would."""
     runtime.execute(Stage("put", "", lambda r: r.write(table, rows), reads=(), writes=(), settings=()), force=True)
-
-
-def delta_reader() -> duckdb.DuckDBPyConnection:
-    """DuckDB with delta_scan: an independent reader that knows deletion vectors; nothing is downloaded."""
-    connection = duckdb.connect()
-    connection.load_extension(
-        next(Path(duckdb_extension_delta.__file__).parent.rglob("delta.duckdb_extension")).as_posix()
-    )
-    return connection
 
 
 def read_delta(path: str | Path) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ sessions that each found. RePlay's are told, not compared: at equal times its or
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import statistics
 import subprocess
@@ -93,17 +94,16 @@ def main() -> None:
     conf = [f"{key}={value}" for key, value in CONF.items() if "delta" not in key]
     command += [*conf, "spark.sql.session.timeZone=UTC", "spark.ui.showConsoleProgress=false"]
     times: dict[str, list[float]] = {"trailvec": [], "replay": []}
-    with subprocess.Popen(
-        [*map(str, command), *conf], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as peer:
+    # Unbuffered: a peer that has died is met at the write, not again when the block closes its pipe.
+    with subprocess.Popen([*map(str, command)], bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as peer:
         assert peer.stdin is not None
         assert peer.stdout is not None
         for number in range((arguments.rounds or (1 if arguments.quick else 5)) + 1):
             started = time.monotonic()
             prepare(rows, cuts, out / "ours")
             ours = time.monotonic() - started
-            peer.stdin.write("\n")
-            peer.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):
+                peer.stdin.write(b"\n")
             answer = peer.stdout.readline()
             if not answer:
                 raise SystemExit("RePlay's process has ended: what it said stands above")

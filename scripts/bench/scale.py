@@ -2,7 +2,7 @@
 
 For each size, in one Spark session on 2 cores: a superapp's log is written, then ingest, flag_users and sessionize run
 over the whole of it, into new tables. Sizes go up, after a first run that only warms; the median of `rounds`. With
---without-ingest the generator's events become the events table as they are: a hundred million in half an hour.
+--without-ingest the generator's events become the events table as they are.
 
 The last line is one JSON object: exponent (of sessionize's time against events, by a fit of the logarithms) and
 exponent_last (between the two largest sizes, where fixed costs flatter least), the same for the other stages, and for

@@ -29,9 +29,8 @@ def test_differences_are_seen(tmp_path: Path) -> None:
     for name, values in (("one", ["a", "b", "b"]), ("other", ["b", "a", "c"])):
         table = pa.table({"id": values, "events": [[{"at": 1}]] * 3})
         write_deltalake(tmp_path / name / "tables/sessions", table)
-    assert differences(tmp_path / "one", tmp_path / "other", ["sessions"]) == {
-        "sessions": 2
-    }  # a b too few, a c too many
+    # One "b" too few, one "c" too many.
+    assert differences(tmp_path / "one", tmp_path / "other", ["sessions"]) == {"sessions": 2}
     assert differences(tmp_path / "one", tmp_path / "one", ["sessions"]) == {"sessions": 0}
 
 

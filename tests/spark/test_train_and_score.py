@@ -16,8 +16,9 @@ from jobs import embed_items, score_users, train
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
 from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_EMBEDDINGS, Table
+from scripts.faults import delta_reader
 from spark_udfs.encode import encode_rows
-from tests.conftest import delta_reader, make_config
+from tests.conftest import make_config
 from tests.sequence_files import MAX_LENGTH, item_counts, make_rows
 from training.batches import FEATURES
 from training.checkpoint import load_model
