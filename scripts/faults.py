@@ -30,6 +30,10 @@ from typing import Any
 import duckdb
 import duckdb_extension_delta
 
+from jobs.config import load_config
+from jobs.pipeline import STAGES
+from jobs.runtime import QUIET, Runtime
+
 REPOSITORY = Path(__file__).parents[1]
 TABLES = ("events", "rejected_events", "flagged_users", "sessions")
 # Rules that cut sessions and catch users on these days too, so that every stage has something to write.
@@ -45,6 +49,7 @@ master = "local[2]"
 "spark.databricks.delta.snapshotPartitions" = "1"
 "spark.sql.codegen.wholeStage" = "false"      # small data, many plans: compiling them costs more than it saves
 "spark.sql.codegen.factoryMode" = "NO_CODEGEN"
+"spark.driver.extraJavaOptions" = "{quiet} -XX:TieredStopAtLevel=1"
 [storage]
 root = "{root}"
 [ingest]
@@ -66,7 +71,7 @@ class Job:
         folder.mkdir(parents=True, exist_ok=True)
         self.root, self.said, self.conf = root, folder / f"{root.name}.log", folder / f"{root.name}.toml"
         source = REPOSITORY / "conf/sources/online_retail.toml"
-        self.conf.write_text(CONF.format(source=source, root=root, data=data, files=files_per_batch))
+        self.conf.write_text(CONF.format(source=source, quiet=QUIET, root=root, data=data, files=files_per_batch))
 
     def start(self) -> subprocess.Popen[bytes]:
         """In a process group of its own, so that one signal reaches Python, the JVM and its workers."""
@@ -193,10 +198,6 @@ def _counts(root: Path) -> dict[str, int]:
 
 def soak(folder: Path, data: Path, batches: int, seed: int) -> dict[str, Any]:
     """In one Spark session."""
-    from jobs.config import load_config  # noqa: PLC0415 - a JVM is started for this check alone
-    from jobs.pipeline import STAGES  # noqa: PLC0415
-    from jobs.runtime import Runtime  # noqa: PLC0415
-
     chance, growing = random.Random(seed), folder / "growing"
     growing.mkdir(parents=True)
     in_batches, at_once = (Job(folder, growing, folder / name, files_per_batch=1000) for name in ("batches", "once"))
