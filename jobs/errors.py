@@ -45,6 +45,10 @@ _SPARK_MESSAGES = (
         "{0} is not a whole Parquet file (truncated?): fetch it again or take it out of the folder",
     ),
     (
+        r"Multiple streaming (?:jobs|queries)",
+        "another ingest reads the same input right now: run this one again when it has ended; nothing is lost",
+    ),
+    (
         r"DELTA_CONCURRENT|Concurrent(?:Append|Write|DeleteRead|DeleteDelete|Transaction)Exception",
         "another job wrote to the same table at the same time: run this stage again",
     ),

@@ -365,7 +365,7 @@ class Runtime:
             builder = builder.clusterBy(*table.cluster_by)
         for name, value in table.properties.items():
             builder = builder.property(name, value)
-        builder.execute()
+        self.commit(builder.execute)  # another job may be making it too
 
     def provenance(self) -> dict[str, Any]:
         """What is running, as it is stored in what it writes; without secrets."""
