@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 
+from jobs import ingest
 from jobs.errors import TrailvecError
 from jobs.ingest import STAGE
 from jobs.runtime import Runtime
@@ -74,6 +76,40 @@ def test_growing_folders_end_in_the_events_of_one_batch(make_runtime: Callable[.
     assert seen[1] > seen[0]
     assert runtime.execute(STAGE).skipped
     assert events(runtime) == events(once)
+
+
+def test_a_last_batch_of_one_wrong_record_is_weighed_with_those_before_it(
+    make_runtime: Callable[..., Runtime], tmp_path: Path
+) -> None:
+    sets = ("ingest.max_files_per_batch=1", "ingest.max_rejected_share=0.2")
+    runtime = make_runtime(*settings(tmp_path, source(tmp_path), *sets))
+    (tmp_path / "log0.csv").write_text(HEADER + "".join(f"{n},ann,a,2023-05-01,1\n" for n in range(9)))
+    (tmp_path / "log1.csv").write_text(HEADER + "9,,a,2023-05-01,1\n")
+    os.utime(tmp_path / "log0.csv", (1, 1))  # the stream takes the oldest file first
+    report = runtime.execute(STAGE)
+    assert (report.rows_in["records"], report.rows_out) == (10, {"events": 9, "rejected_events": 1})
+
+
+def test_a_large_file_is_parsed_in_a_task_for_each_core(
+    make_runtime: Callable[..., Runtime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "log.csv").write_text(HEADER + "".join(f"{n},ann,a,2023-05-01,1\n" for n in range(200)))
+    mapping = source(tmp_path)
+    partitions, found = [], []
+
+    def read_raw(*arguments: Any, read: Callable[..., Any] = ingest.read_raw) -> Any:
+        frames = read(*arguments)
+        partitions.append(frames[0].rdd.getNumPartitions())
+        return frames
+
+    monkeypatch.setattr(ingest, "read_raw", read_raw)
+    for name, least in (("small", ingest._ONE_TASK), ("large", 100)):
+        monkeypatch.setattr(ingest, "_ONE_TASK", least)
+        runtime = make_runtime(*settings(tmp_path, mapping), root=tmp_path / name)
+        runtime.execute(STAGE)
+        found.append(events(runtime))
+    assert partitions == [1, 2]
+    assert found[0] == found[1] != []
 
 
 @pytest.mark.parametrize("first", [0, 1])
