@@ -201,7 +201,8 @@ def in_vocabulary(items: DataFrame, min_count: int) -> DataFrame:
 
 def run(runtime: Runtime) -> None:
     settings, min_count = runtime.config.sequences, runtime.config.vocabulary.min_count
-    sessions, values = runtime.read(SESSIONS), runtime.read(CONTEXT_VALUES)
+    # Categories belong to items, not to actions.
+    sessions, values = runtime.read(SESSIONS), runtime.read(CONTEXT_VALUES).where("kind != 'category'")
     items = in_vocabulary(runtime.read(ITEMS), min_count)
     cuts = cut_times(sessions.select(F.col("end_ts").alias("event_ts")), settings)
     fixed = settings.split_by == "leave_one_out" or (settings.valid_from and settings.test_from)
@@ -213,7 +214,7 @@ def run(runtime: Runtime) -> None:
         shuffled = F.xxhash64("user_id", "split", "part")
         runtime.write(SEQUENCES, sequences.repartition(settings.train_files).sortWithinPartitions("split", shuffled))
         return
-    old = (in_vocabulary(old_items, min_count), old_values)
+    old = (in_vocabulary(old_items, min_count), old_values.where("kind != 'category'"))
     users = changed_users(sessions, changes, (items, values), old).persist()
     try:
         if users.isEmpty():

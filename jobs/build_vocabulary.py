@@ -20,22 +20,30 @@ from jobs.tables import CONTEXT_VALUES, EVENTS, ITEMS, conform
 FIRST_INDEX = 2  # 0 is padding, 1 is unknown
 
 
+def category_value() -> Column:
+    """A category as CONTEXT_VALUES names it: two verticals may use one word for different things."""
+    return F.when(F.col("category").isNotNull(), F.concat_ws("/", "vertical", "category"))
+
+
 def describe_items(events: DataFrame, cuts: Cuts, settings: SequencesSettings) -> DataFrame:
     """One row per item of the log: everything in ITEMS but the number."""
     targets = settings.target_event_types
     is_target = F.col("event_type").isin(targets) if targets else F.lit(True)
     order = F.struct("event_ts", "event_id")
+    price = F.col("amount") / F.coalesce("quantity", F.lit(1.0))
 
     def latest(name: str) -> Column:
         return F.max_by(name, F.when(F.col(name).isNotNull(), order)).alias(name)
 
     return (
-        events.withColumn("in_training", before_cut("train", cuts, settings))
+        events.withColumn("unit_price", F.when(price > 0, price))
+        .withColumn("in_training", before_cut("train", cuts, settings))
         .groupBy("item_id")
         .agg(
             latest("item_name"),
             latest("category"),
             latest("vertical"),
+            latest("unit_price"),
             F.min("event_ts").alias("first_ts"),
             F.count("*").alias("event_count"),
             F.count_if("in_training").alias("train_count"),
@@ -56,10 +64,11 @@ def number_items(described: DataFrame, items: DataFrame, min_count: int) -> Data
 
 
 def number_context_values(events: DataFrame, values: DataFrame) -> DataFrame:
-    """CONTEXT_VALUES rows to add: values of vertical and event_type that have no number yet, in their own order."""
-    kinds = ("vertical", "event_type")
-    found = [events.select(F.lit(kind).alias("kind"), F.col(kind).alias("value")) for kind in kinds]
-    new = found[0].union(found[1]).distinct().join(values, ["kind", "value"], "left_anti")
+    """CONTEXT_VALUES rows to add: values that have no number yet, in their own order."""
+    kinds = {"vertical": F.col("vertical"), "event_type": F.col("event_type"), "category": category_value()}
+    pairs = F.create_map(*[part for kind, value in kinds.items() for part in (F.lit(kind), value)])
+    found = events.select(F.explode(pairs).alias("kind", "value"))
+    new = found.where("value IS NOT NULL").distinct().join(values, ["kind", "value"], "left_anti")
     next_by_kind = values.groupBy("kind").agg((F.max("value_index") + 1).alias("next"))
     rank = F.row_number().over(Window.partitionBy("kind").orderBy("value"))
     numbered = new.join(next_by_kind, "kind", "left").withColumn(

@@ -155,7 +155,8 @@ def _sample(rows: DataFrame, max_users: int) -> DataFrame:
 
 
 def _catalogue(runtime: Runtime, model_version: str) -> Catalogue:
-    vectors = runtime.read(ITEM_EMBEDDINGS).where(F.col("model_version") == model_version)
+    # An item that the model never saw is none that it can be asked to rank: the floors do not know it either.
+    vectors = runtime.read(ITEM_EMBEDDINGS).where((F.col("model_version") == model_version) & ~F.col("is_cold"))
     counted = vectors.join(runtime.read(ITEMS), ["item_id", "item_index"]).select(
         "item_index", "vector", "target_count"
     )

@@ -25,12 +25,12 @@ def encode_sequences(sequences: DataFrame, model_dir: Path, batch_size: int) -> 
         TrailvecError: the model in that folder is damaged.
     """
     about = read_about(model_dir)
-    weights = _ship(sequences.sparkSession, model_dir, about["weights_sha256"])
+    weights = ship_weights(sequences.sparkSession, model_dir, about["weights_sha256"])
     encode = encoder(ModelSpec.model_validate(about["spec"]), weights, batch_size)
     return sequences.withColumn("vector", encode("length", *FEATURES))
 
 
-def _ship(spark: SparkSession, model_dir: Path, sha256: str) -> str:
+def ship_weights(spark: SparkSession, model_dir: Path, sha256: str) -> str:
     """Sends the model's weights to all executors, once each; returns their name among Spark's files.
 
     The name is that of the content: Spark refuses a second file of the same name in one application.

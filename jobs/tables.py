@@ -173,6 +173,7 @@ ITEMS = Table(
         Column("item_name", "string", "Its latest name.", True),
         Column("category", "string", "Its latest category.", True),
         Column("vertical", "string", "Its latest vertical."),
+        Column("unit_price", "double", "Its latest price above zero: amount / quantity.", True),
         Column("first_ts", "timestamp", "When it was first seen."),
         Column("event_count", "bigint", "Events with it in the whole log."),
         Column("train_count", "bigint", "Events with it before valid_from: what a model's vocabulary is made by."),
@@ -184,10 +185,10 @@ ITEMS = Table(
 
 CONTEXT_VALUES = Table(
     "context_values",
-    "Numbers of verticals and event types, append-only like those of items: 0 is padding, 1 is unknown.",
+    "Numbers of verticals, event types and categories, append-only like those of items: 0 is padding, 1 is unknown.",
     (
-        Column("kind", "string", "vertical or event_type."),
-        Column("value", "string", "The value."),
+        Column("kind", "string", "vertical, event_type or category."),
+        Column("value", "string", "The value; of a category vertical/category."),
         Column("value_index", "int", "Its number, from 2 on, counted within the kind."),
     ),
     key=("kind", "value"),
@@ -260,6 +261,11 @@ ITEM_EMBEDDINGS = Table(
         Column("item_index", "int", "Its number."),
         Column("model_version", "string", "The model that made the vector; never mix two in a query."),
         Column("as_of", "timestamp", "The model was trained on events strictly before this time."),
+        Column(
+            "is_cold",
+            "boolean",
+            "The model never saw the item (enough): the vector is what its category, vertical and price say.",
+        ),
         Column("vector", "array<float>", "The vector."),
     ),
     key=("item_id", "model_version"),

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,8 @@ from deltalake import DeltaTable
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from jobs.build_sequences import price_bucket
+from jobs.build_vocabulary import category_value
 from jobs.cli import stage_main
 from jobs.config import Config
 from jobs.errors import TrailvecError
@@ -35,7 +37,7 @@ from jobs.runtime import Runtime, Stage, published, write_json
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
 from training.batches import MAX_GAP_BUCKET, MAX_HOUR, MAX_PRICE_BUCKET, MAX_SESSION_END, MAX_WEEKDAY
 from training.checkpoint import read_about
-from training.config import ModelSpec, RunSpec
+from training.config import ITEM_ATTRIBUTES, ModelSpec, RunSpec
 
 
 def item_counts(items: DataFrame, min_count: int) -> npt.NDArray[np.int64]:
@@ -49,24 +51,61 @@ def item_counts(items: DataFrame, min_count: int) -> npt.NDArray[np.int64]:
     return counts
 
 
+def item_attributes(items: DataFrame, context_values: DataFrame) -> DataFrame:
+    """item_index and, for each of ITEM_ATTRIBUTES, the item's number; 0, which says nothing, where it is not known."""
+    categories = context_values.where("kind = 'category'").select(
+        F.col("value").alias("named"), F.col("value_index").alias("category_index")
+    )
+    verticals = context_values.where("kind = 'vertical'").select(
+        F.col("value").alias("vertical"), F.col("value_index").alias("vertical_index")
+    )
+    numbered = (
+        items.withColumn("named", category_value())
+        .join(categories, "named", "left")
+        .join(verticals, "vertical", "left")
+    )
+    number_of = {
+        "category": F.coalesce("category_index", F.lit(0)),
+        "vertical": F.coalesce("vertical_index", F.lit(0)),
+        "price": F.when(F.col("unit_price").isNull(), 0).otherwise(price_bucket(F.col("unit_price"))),
+    }
+    return numbered.select("item_index", *[number_of[name].cast("int").alias(name) for name in ITEM_ATTRIBUTES])
+
+
+def attribute_matrix(attributes: DataFrame, names: Sequence[str], items: int) -> npt.NDArray[np.int64]:
+    """int64 [len(names), items] of `item_attributes` rows; items without a row have zeros."""
+    rows = attributes.toPandas()
+    matrix = np.zeros((len(names), items), np.int64)
+    for place, name in enumerate(names):
+        matrix[place, rows["item_index"]] = rows[name]
+    return matrix
+
+
 def model_spec(config: Config, items: int, context_values: DataFrame) -> ModelSpec:
     """The sizes of the model: those of the configuration, and those of the vocabularies."""
     rows = context_values.groupBy("kind").agg(F.max("value_index").alias("largest")).collect()
     largest = {row["kind"]: row["largest"] for row in rows}
     settings = config.train.model_dump(include=set(ModelSpec.model_fields))
+    attribute_sizes = {
+        "category": largest.get("category", 1) + 1,
+        "vertical": largest.get("vertical", 1) + 1,
+        "price": MAX_PRICE_BUCKET + 1,
+    }
+    context_sizes = {
+        "event_type_index": largest.get("event_type", 1) + 1,
+        "vertical_index": largest.get("vertical", 1) + 1,
+        "gap_bucket": MAX_GAP_BUCKET + 1,
+        "session_end": MAX_SESSION_END + 1,
+        "hour": MAX_HOUR + 1,
+        "weekday": MAX_WEEKDAY + 1,
+        "price_bucket": MAX_PRICE_BUCKET + 1,
+    }
     return ModelSpec(
         **settings,
         max_length=config.sequences.max_length,
         items=items,
-        context_sizes={
-            "event_type_index": largest.get("event_type", 1) + 1,
-            "vertical_index": largest.get("vertical", 1) + 1,
-            "gap_bucket": MAX_GAP_BUCKET + 1,
-            "session_end": MAX_SESSION_END + 1,
-            "hour": MAX_HOUR + 1,
-            "weekday": MAX_WEEKDAY + 1,
-            "price_bucket": MAX_PRICE_BUCKET + 1,
-        },
+        context_sizes={name: context_sizes[name] for name in config.train.inputs},
+        attribute_sizes={name: attribute_sizes[name] for name in config.train.item_attributes},
     )
 
 
@@ -121,14 +160,18 @@ def _train(runtime: Runtime, version: str, staging: Path) -> None:
         train_rows=rows,
         valid_files=files["valid"],
         item_counts=str(staging / "item_counts.npy"),
+        item_attributes=str(staging / "item_attributes.npy"),
         output=str(staging),
         about={"model_version": version, "as_of": as_of, "provenance": runtime.provenance()},
     )
     np.save(spec.item_counts, counts)
+    attributes = item_attributes(runtime.read(ITEMS), runtime.read(CONTEXT_VALUES))
+    np.save(str(spec.item_attributes), attribute_matrix(attributes, settings.item_attributes, len(counts)))
     run_file = staging / "run.json"
     run_file.write_text(spec.model_dump_json(indent=2))
     launch(run_file, spec, runtime.on_progress)
-    Path(spec.item_counts).unlink()  # the model carries them
+    for name in ("item_counts.npy", "item_attributes.npy"):  # the model carries them
+        (staging / name).unlink()
 
 
 def launch(run_file: Path, spec: RunSpec, on_progress: Callable[[str], None]) -> None:

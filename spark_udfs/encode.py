@@ -1,8 +1,8 @@
-"""Users' vectors inside Spark: an iterator pandas UDF around the model. The model is loaded once per Python worker."""
+"""Vectors of users and items inside Spark's Python workers. The model is loaded once per worker."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import pyarrow as pa
 from pyspark import SparkFiles
-from pyspark.sql import Column
+from pyspark.sql import Column, DataFrame
 from pyspark.sql.pandas.functions import pandas_udf
 
 from training.batches import FEATURES, pad
-from training.checkpoint import load_model
+from training.checkpoint import ItemVectors, load_model
 from training.config import ModelSpec
 
 if TYPE_CHECKING:
@@ -39,6 +40,13 @@ def encoder(spec: ModelSpec, weights: str, batch_size: int) -> Callable[..., Col
     # The annotations are postponed in this file and Spark wants them as types.
     encode.__annotations__ = {"batches": Iterator[tuple[pd.Series, ...]], "return": Iterator[pd.Series]}  # type: ignore[type-arg]
     return cast(Callable[..., Column], pandas_udf(encode, "array<float>"))  # type: ignore[call-overload]
+
+
+def as_lists(vectors: npt.NDArray[np.float32]) -> pa.ListArray:
+    """Rows of a matrix, float32 [n, width], as Arrow lists, without a Python object for any of them."""
+    count, width = vectors.shape
+    offsets = pa.array(np.arange(count + 1, dtype=np.int32) * width)
+    return pa.ListArray.from_arrays(offsets, pa.array(vectors.reshape(-1)))
 
 
 def encode_rows(
@@ -65,6 +73,35 @@ def encode_rows(
             batch = {name: matrix[rows, :longest] for name, matrix in zip(FEATURES, matrices, strict=True)}
             vectors[rows] = model.encode(batch).numpy()
     return vectors
+
+
+def embed_items(items: DataFrame, weights: str) -> DataFrame:
+    """The vectors of items, without those of which the model knows nothing.
+
+    Args:
+        items: item_id, item_index, and the item's numbers for each attribute of the model, in its order.
+        weights: name of the model's weights among Spark's files.
+
+    Returns:
+        item_id, item_index, is_cold boolean, vector array<float>.
+    """
+
+    def embed(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        table = ItemVectors(Path(SparkFiles.get(weights)))
+        for batch in batches:
+            index, *attributes = (column.to_numpy().astype(np.int64) for column in batch.columns[1:])
+            vectors, cold = table.of(index, attributes)
+            said = np.flatnonzero(~cold | vectors.any(axis=1))
+            yield pa.RecordBatch.from_arrays(
+                [
+                    *(column.take(pa.array(said)) for column in batch.columns[:2]),
+                    pa.array(cold[said]),
+                    as_lists(vectors[said]),
+                ],
+                ["item_id", "item_index", "is_cold", "vector"],
+            )
+
+    return items.mapInArrow(embed, "item_id string, item_index int, is_cold boolean, vector array<float>")
 
 
 @cache

@@ -1,14 +1,16 @@
 """A model on disk: `model.safetensors` (the numbers) and `model.json` (all else, written last). No pickle.
 
-`model.safetensors` holds `item_vectors` float32 [items, width], `item_counts` int64 [items] (0: an item that the
-model does not know) and the network's tensors. `model.json` holds `spec` (training.config.ModelSpec), `about` it:
-model_version, as_of, provenance, `training` (history and metrics), and the weights' SHA-256.
+`model.safetensors` holds what SequenceModel.tensors() gives, among it `item_counts` int64 [items] (0: an item that the
+model does not know) and the parts of the item vectors (training.model.ItemTable). `model.json` holds `spec`
+(training.config.ModelSpec), `about` it: model_version, as_of, provenance, `training` (history and metrics), and the
+weights' SHA-256.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +55,34 @@ def read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
-def read_vectors(folder: Path) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """`item_vectors` float32 [items, width] and `item_counts` int64 [items], without loading the network."""
-    with _open(folder / WEIGHTS, "numpy") as file:
-        return file.get_tensor("item_vectors"), file.get_tensor("item_counts")
+class ItemVectors:
+    """The item vectors of a model's weights, read in place: only what is asked for comes into memory."""
+
+    def __init__(self, weights: Path) -> None:
+        """Raises TrailvecError: the file is missing or damaged."""
+        with _open(weights, "pt") as file:
+            self._own = file.get_tensor("table.own.weight")
+            self._counts = file.get_tensor("item_counts")
+            count = file.get_tensor("table.attributes").shape[0]
+            self._parts = [file.get_tensor(f"table.parts.{place}.weight") for place in range(count)]
+
+    def of(
+        self, items: npt.NDArray[np.int64], attributes: Sequence[npt.NDArray[np.int64]]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+        """The vectors of items, float32 [n, width], and which of them are cold, bool [n].
+
+        Args:
+            items: numbers from the vocabulary, [n]; one that the model does not know is cold.
+            attributes: for each of spec.attribute_sizes [n]; a number that the model has not learnt says nothing.
+                A cold item with nothing to say has a vector of zeros.
+        """
+        inside = items < len(self._own)
+        place = np.where(inside, items, 0)
+        cold = ~inside | (self._counts[place].numpy() == 0)
+        vectors: npt.NDArray[np.float32] = self._own[place].numpy() * ~cold[:, None]
+        for part, numbers in zip(self._parts, attributes, strict=True):
+            vectors += part[np.where(numbers < len(part), numbers, 0)].numpy()  # row 0 is zero
+        return vectors, cold
 
 
 def load_model(weights: Path, spec: ModelSpec) -> SequenceModel:
@@ -70,7 +96,7 @@ def load_model(weights: Path, spec: ModelSpec) -> SequenceModel:
     with _open(weights, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
     try:
-        model = build_model(spec, tensors["item_counts"])
+        model = build_model(spec, tensors["item_counts"], tensors["table.attributes"])
         model.load_tensors(tensors)
     except (KeyError, RuntimeError) as error:
         raise _damaged(weights.parent, f"{weights.name} does not fit its description: {error}") from None

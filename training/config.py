@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from datetime import datetime, timezone
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 def _to_utc(value: datetime) -> datetime:
@@ -22,18 +22,42 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Architecture = Literal["gpt2", "xlnet", "bert", "electra"]
+Objective = Literal["clm", "mlm", "rtd", "plm"]
+ContextFeature = Literal[
+    "event_type_index", "vertical_index", "gap_bucket", "session_end", "hour", "weekday", "price_bucket"
+]
+CONTEXT_FEATURES: tuple[ContextFeature, ...] = get_args(ContextFeature)
+ItemAttribute = Literal["category", "vertical", "price"]
+ITEM_ATTRIBUTES: tuple[ItemAttribute, ...] = get_args(ItemAttribute)
+
+
 class TrainSettings(Section):
     """sequences → model."""
 
     processes: int = Field(1, ge=1, description="Horovod processes; each reads its own part of the data")
     threads: int = Field(1, ge=1, description="CPU threads of one process")
-    architecture: Literal["gpt2"] = Field("gpt2", description="the Hugging Face block inside Transformers4Rec")
+    architecture: Architecture = Field("gpt2", description="the Hugging Face block inside Transformers4Rec")
+    objective: Objective = Field(
+        "clm",
+        description="clm: the action that follows, or a later one; mlm, rtd, plm: hidden actions (training/model.py)",
+    )
+    inputs: tuple[ContextFeature, ...] = Field(
+        CONTEXT_FEATURES, description="what the model reads of an action beside its item"
+    )
+    item_attributes: tuple[ItemAttribute, ...] = Field(
+        ITEM_ATTRIBUTES, description="what an item's vector is made of beside its own part"
+    )
     width: int = Field(64, ge=8, description="length of the vectors")
     layers: int = Field(1, ge=1)
     heads: int = Field(2, ge=1)
     dropout: float = Field(0.2, ge=0, lt=1)
-    negatives: int = Field(
-        1024, ge=0, description="sampled softmax: items drawn by frequency, shared in a batch; 0: full softmax"
+    loss: Literal["softmax", "gbce"] = Field("softmax", description="gbce: binary, wants uniform negatives")
+    negatives: int = Field(1024, ge=0, description="items drawn for each batch and shared in it; 0: full softmax")
+    negative_power: float = Field(1.0, ge=0, le=1, description="drawn by count^power: 1 by frequency, 0 all alike")
+    gbce_t: float = Field(0.75, ge=0, le=1, description="gbce's calibration; 0: plain binary cross-entropy")
+    item_dropout: float = Field(
+        0.0, ge=0, lt=1, description="how often an item's own part is left out, so that its attributes can stand alone"
     )
     later_share: float = Field(
         1.0, ge=0, le=1, description="of the actions, those that are asked for later sessions, not the next action"
@@ -46,19 +70,36 @@ class TrainSettings(Section):
     clip_norm: float = Field(1.0, gt=0, description="the gradient is scaled down to this norm")
     seed: int = Field(0, ge=0)
 
+    @model_validator(mode="after")
+    def _supported(self) -> TrainSettings:
+        if self.architecture == "gpt2" and self.objective != "clm":
+            raise ValueError(f"gpt2 only looks back, found objective {self.objective!r}, which looks both ways")
+        if self.objective == "plm" and self.architecture != "xlnet":
+            raise ValueError(f"plm needs architecture 'xlnet', found {self.architecture!r}")
+        if self.loss == "gbce" and not self.negatives:
+            raise ValueError("gbce needs negatives, found 0")
+        return self
+
 
 class ModelSpec(Section):
     """What a model is built from."""
 
-    architecture: Literal["gpt2"]
+    architecture: Architecture
+    objective: Objective = "clm"
     width: int
     layers: int
     heads: int
     dropout: float
+    loss: Literal["softmax", "gbce"] = "softmax"
     negatives: int
+    negative_power: float = 1.0
+    gbce_t: float = 0.75
+    item_dropout: float = 0.0
+    sparse: bool = Field(False, description="gradients of the item table hold only the rows that a step has used")
     max_length: int = Field(description="actions in a row of sequences")
     items: int = Field(description="rows of the item table: the largest item_index + 1")
-    context_sizes: dict[str, int] = Field(description="rows of each context feature's table")
+    context_sizes: dict[str, int] = Field(description="rows of each context feature's table; only these are read")
+    attribute_sizes: dict[str, int] = Field(default_factory=dict, description="rows of each item attribute's table")
 
     @property
     def history_length(self) -> int:
@@ -75,5 +116,6 @@ class RunSpec(Section):
     train_rows: int = Field(description="their rows")
     valid_files: list[str]
     item_counts: str = Field(description=".npy, int64 [items]: events of an item that training may see, 0: unknown")
+    item_attributes: str | None = Field(None, description=".npy, int64 [attributes, items]; None: the model has none")
     output: str = Field(description="an empty folder: the model's files are written here, model.json last")
     about: dict[str, Any] = Field(description="goes into model.json as it is")

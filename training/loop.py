@@ -46,7 +46,8 @@ def train(spec: RunSpec) -> None:  # noqa: PLR0915 - one flat loop in reading or
     # The same first weights everywhere; from then on each rank draws its own negatives and dropout.
     torch.manual_seed(settings.seed)
     item_counts = torch.from_numpy(np.load(spec.item_counts))
-    model = build_model(spec.model, item_counts)
+    attributes = torch.from_numpy(np.load(spec.item_attributes)) if spec.item_attributes else None
+    model = build_model(spec.model, item_counts, attributes)
     known = item_counts.numpy() > 0
     if rank == 0:  # the other ranks get it with the first weights, from the broadcast below
         model.start_from(torch.from_numpy(item_factors(spec.train_files, known, spec.model.width, settings.seed)))
@@ -153,11 +154,12 @@ def learning_rate(settings: TrainSettings, progress: float) -> float:
 def validate(model: SequenceModel, held: Held, known: np.ndarray[Any, Any], batch_size: int) -> dict[str, float]:
     """Recall@10 and NDCG@10 of the next item over all known items; means over all ranks' users."""
     model.eval()
+    vectors = model.item_vectors()
     unknown, k = torch.from_numpy(~known), min(10, int(known.sum()))
     ranked = [np.empty((0, k), np.int64)]
     for start in range(0, held.actions.shape[1], batch_size):
         actions = torch.from_numpy(held.actions[:, start : start + batch_size])
-        scores = model.encode(to_batch(actions)) @ model.item_vectors().T
+        scores = model.encode(to_batch(actions)) @ vectors.T
         top = scores.masked_fill_(unknown, -torch.inf).topk(k, dim=1)
         ranked.append(top.indices.numpy())
     metrics = rank_metrics(np.concatenate(ranked), held.targets, held.offsets)

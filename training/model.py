@@ -1,28 +1,41 @@
 """The model: the only module that imports Transformers4Rec (and Merlin, whose schema it wants).
 
-A causal transformer reads the actions of a user; at each action it predicts the item of the next one. The item
-table is both input and output (tied weights, no bias), so the state at a user's last action is a vector in
-the space of the items: its dot product with an item's vector is the model's own score.
+A transformer reads the actions of a user and predicts items. The item table is both input and output (tied weights, no
+bias), so the state that asks for a user's next item is a vector in the space of the items: its dot product with an
+item's vector is the model's own score.
+
+What is asked of the transformer in training (`train.objective`):
+
+- clm: at each action the target that was chosen for it (training.data), from the actions up to it.
+- mlm: some actions are hidden and asked for, from all others (BERT4Rec; Sun et al., 2019).
+- rtd: mlm, and beside it whether each action is the true one or a replacement that the model itself proposed (ELECTRA;
+  Clark et al., 2020, in the form of Transformers4Rec; de Souza Pereira Moreira et al., 2021).
+- plm: some actions are asked for in a random order, each from the visible ones and those before it (XLNet).
+
+Only clm has a state at every action. The others ask at one more, hidden, action behind the row's last.
 """
 
 from __future__ import annotations
 
 import warnings
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # Merlin probes for frameworks that it does not need here.
 warnings.filterwarnings("ignore", message=".* dtype mappings did not load successfully", category=UserWarning)
 
 import transformers4rec.torch as tr  # noqa: E402
 from merlin.schema import ColumnSchema, Schema, Tags  # noqa: E402
-from transformers4rec.config.transformer import GPT2Config  # noqa: E402
-from transformers4rec.torch.masking import CausalLanguageModeling, MaskingInfo  # noqa: E402
+from transformers4rec.config import transformer as blocks  # noqa: E402
+from transformers4rec.torch import masking  # noqa: E402
 
 from training.batches import FEATURES, TARGET  # noqa: E402
 from training.config import ModelSpec  # noqa: E402
+from training.softmax import FrequencySampler, full_softmax, gbce, sampled_softmax  # noqa: E402
 
 ITEM = FEATURES[0]
 UNKNOWN = 1
@@ -30,38 +43,134 @@ UNKNOWN = 1
 Batch = dict[str, Tensor]
 
 
+class ItemTable(nn.Module):
+    """The vectors of items: a part of its own for each, plus one for each of its attributes (category, vertical, ...).
+
+    An item that training never saw has no part of its own: its attributes alone are its vector. So that they can stand
+    alone, training leaves the own part out now and then (`item_dropout`).
+    """
+
+    attributes: Tensor
+
+    def __init__(self, spec: ModelSpec, attributes: Tensor) -> None:
+        """`attributes`, int64 [len(spec.attribute_sizes), items]: each item's numbers, 0 where it has none."""
+        super().__init__()
+        self.register_buffer("attributes", attributes)
+        self.dropout = spec.item_dropout
+        self.own = nn.Embedding(spec.items, spec.width, padding_idx=0, sparse=spec.sparse)
+        nn.init.normal_(self.own.weight, std=_FIRST_STD)
+        self.parts = nn.ModuleList(
+            nn.Embedding(size, spec.width, padding_idx=0) for size in spec.attribute_sizes.values()
+        )
+        with torch.no_grad():
+            self.own.weight[0] = 0
+            for part in self.parts:
+                cast(nn.Embedding, part).weight.zero_()
+
+    def forward(self, items: Tensor) -> Tensor:
+        """The vectors of items, float32 [..., width], for their numbers, int64 [...]."""
+        vectors = self.own(items)
+        if self.training and self.dropout and len(self.parts):
+            vectors = vectors * (torch.rand(items.shape, device=items.device) >= self.dropout).unsqueeze(-1)
+        for numbers, part in zip(self.attributes, self.parts, strict=True):
+            vectors = vectors + part(numbers[items])
+        return cast(Tensor, vectors)
+
+
 class SequenceModel(nn.Module):
-    """Transformers4Rec's model with what the stages need of it.
+    """Transformers4Rec's inputs and transformer with what the stages need of them.
 
     A batch is, for each of FEATURES, int64 [rows, length]: numbers from 1 on, left-aligned, zeros after.
     """
 
     item_counts: Tensor
+    known_items: Tensor
 
-    def __init__(self, spec: ModelSpec, item_counts: Tensor) -> None:
+    def __init__(self, spec: ModelSpec, item_counts: Tensor, attributes: Tensor) -> None:
         """`item_counts`, int64 [items]: how often training saw each item; 0 for one that the model must not know."""
         super().__init__()
         self.spec = spec
         self.register_buffer("item_counts", item_counts)
-        self.network = _network(spec, item_counts)
+        self.register_buffer("known_items", item_counts.nonzero().squeeze(1), persistent=False)
+        self.register_buffer("place", (item_counts > 0).cumsum(0) - 1, persistent=False)  # of an item in known_items
+        self.table = ItemTable(spec, attributes)
+        self.inputs = _inputs(spec)
+        self.transformer = _transformer(spec)
+        if spec.objective != "clm":
+            self.masking = _MASKINGS[spec.objective](hidden_size=spec.width)
+            # XLNet has its own vector for what is hidden.
+            self.masking.masked_item_embedding.requires_grad_(spec.objective != "plm")
+        if spec.objective == "rtd":
+            self.discriminator = nn.Linear(spec.width, 1)
+        if spec.negatives:
+            self.sampler = FrequencySampler(item_counts, spec.negatives, spec.negative_power)
+
+    # ---- training
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
-        """The summed loss over all positions whose target (`batch["target"]`) is known, and how many they are."""
-        features = dict(batch)
-        self._masking().chosen = features.pop(TARGET)
-        output = self.network(features, training=True)
-        return output["loss"], len(output["labels"])
+        """The summed loss over all targets, and how many they are. An unknown item is no target: it stands for many."""
+        embedded = self._embed(batch)
+        items = batch[ITEM]
+        if self.spec.objective == "clm":
+            return self._item_loss(self._states(embedded, items > 0), batch[TARGET])
+        info = self.masking.compute_masked_targets(items, training=True)
+        if self.spec.objective == "plm":
+            chosen = {"perm_mask": self.masking.perm_mask, "target_mapping": self.masking.target_mapping}
+            return self._item_loss(self._states(embedded, items > 0, **chosen), info.targets)
+        hidden = self.masking.apply_mask_to_inputs(embedded, info.schema, training=True)
+        states = self._states(hidden, items > 0)
+        loss, count = self._item_loss(states, info.targets)
+        if self.spec.objective == "rtd" and count:
+            loss = loss + _RTD_WEIGHT * self._replacement_loss(batch, states, info.targets)
+        return loss, count
+
+    def _item_loss(self, states: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+        wanted = targets > UNKNOWN
+        states, targets = states[wanted].float(), targets[wanted]
+        if len(targets) == 0:
+            return states.sum() * 0, 0
+        if not self.spec.negatives:
+            return full_softmax(states, self.place[targets], self.table(self.known_items)), len(targets)
+        if self.spec.loss == "gbce":
+            known = len(self.known_items)
+            loss = gbce(states, targets, self.table, self.sampler, known_items=known, t=self.spec.gbce_t)
+            return loss, len(targets)
+        return sampled_softmax(states, targets, self.table, self.sampler), len(targets)
+
+    def _replacement_loss(self, batch: Batch, states: Tensor, targets: Tensor) -> Tensor:
+        """Which actions are not the true ones? The hidden ones come back as other hidden items of the batch, drawn by
+        the model's own scores; a mean over all actions, times the number of hidden ones."""
+        flat = targets.flatten()
+        hidden = flat > 0
+        found = states.flatten(end_dim=1)[hidden].detach() @ self.table(flat[hidden]).detach().T
+        items, replaced, _ = self.masking.get_fake_tokens(batch[ITEM], flat, found)
+        present = batch[ITEM] > 0
+        doubts = self.discriminator(self._states(self._embed({**batch, ITEM: items}), present)).squeeze(-1)
+        loss = F.binary_cross_entropy_with_logits(doubts[present], replaced[present].float())
+        return loss * hidden.sum()
+
+    # ---- use
 
     def encode(self, batch: Batch) -> Tensor:
-        """The state at each row's last action, float32 [rows, width].
+        """The state that asks for each row's next item, float32 [rows, width].
 
         Numbers that the model has not learnt (a newer item, a newer vertical) are read as unknown. Rows hold at
         most `spec.history_length` actions.
         """
         known = self.known(batch)
-        states = self.network.heads[0].body(known, training=False, testing=False)
-        lengths = (batch[ITEM] > 0).sum(dim=1)
-        return cast(Tensor, states[torch.arange(len(states)), lengths - 1])
+        embedded, lengths = self._embed(known), (known[ITEM] > 0).sum(dim=1)
+        rows = torch.arange(len(lengths), device=lengths.device)
+        if self.spec.objective == "clm":
+            return self._states(embedded, known[ITEM] > 0)[rows, lengths - 1].float()
+        # One more action, hidden, behind each row's last.
+        longer = F.pad(embedded, (0, 0, 0, 1))
+        present = torch.arange(longer.shape[1], device=lengths.device) <= lengths[:, None]
+        if self.spec.objective != "plm":
+            longer[rows, lengths] = self.masking.masked_item_embedding.to(longer.dtype)
+            return self._states(longer, present)[rows, lengths].float()
+        asked = F.one_hot(lengths, longer.shape[1]).to(longer.dtype)
+        unseen = asked[:, None, :].expand(-1, longer.shape[1], -1)  # nobody sees the hidden action's content
+        return self._states(longer, present, perm_mask=unseen, target_mapping=asked[:, None])[:, 0].float()
 
     def known(self, batch: Batch) -> Batch:
         """The batch with 1 (unknown) for every number that the model has not learnt."""
@@ -69,24 +178,29 @@ class SequenceModel(nn.Module):
         counts = self.item_counts[items.clamp(max=self.spec.items - 1)]
         learnt = (items < self.spec.items) & ((counts > 0) | (items <= UNKNOWN))
         sizes = self.spec.context_sizes
-        context = {name: batch[name].where(batch[name] < sizes[name], UNKNOWN) for name in FEATURES[1:]}
+        context = {name: batch[name].where(batch[name] < size, UNKNOWN) for name, size in sizes.items()}
         return {ITEM: items.where(learnt, UNKNOWN), **context}
 
+    @torch.no_grad()
     def item_vectors(self) -> Tensor:
-        """The vectors of all items, float32 [items, width]; the rows of unknown items mean nothing."""
-        return self._table().weight
+        """The vectors of all items, float32 [items, width]. Those of items that the model does not know are what their
+        attributes say, zeros where they have none."""
+        own = self.table.own.weight * (self.item_counts > 0)[:, None]
+        for numbers, part in zip(self.table.attributes, self.table.parts, strict=True):
+            own += part(numbers)
+        return own.float()
+
+    # ---- weights
 
     @torch.no_grad()
     def start_from(self, factors: Tensor) -> None:
         """Makes `factors`, float32 [items, width], the first item vectors; some of the random ones stays in them, so
         that no two items begin alike."""
-        self.item_vectors().mul_(0.3).add_(factors)
+        self.table.own.weight.mul_(0.3).add_(factors)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that was learnt, each tensor once: `item_vectors`, `item_counts`, and the network's."""
-        table = self._table().weight
-        rest = {name: p.detach() for name, p in self.network.named_parameters() if p is not table}
-        return {"item_vectors": table.detach(), "item_counts": self.item_counts, **rest}
+        """Everything that was learnt or counted, each tensor once; `item_counts` among them."""
+        return {name: tensor.detach() for name, tensor in self.state_dict().items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Takes over what `tensors()` gave.
@@ -101,73 +215,108 @@ class SequenceModel(nn.Module):
         for name, tensor in mine.items():
             tensor.copy_(tensors[name])
 
-    def _masking(self) -> _ChosenTargets:
-        return cast(_ChosenTargets, self.network.heads[0].body.inputs.masking)
+    # ---- parts
 
-    def _table(self) -> nn.Embedding:
-        return cast(nn.Embedding, self.network.heads[0].body.inputs.item_embedding_table)
+    def _embed(self, batch: Batch) -> Tensor:
+        """What the transformer reads: the sum of the vectors of an action's item and context, [rows, length, width]."""
+        embedded = self.table(batch[ITEM])
+        if self.inputs is not None:
+            embedded = embedded + self.inputs({name: batch[name] for name in self.spec.context_sizes})
+        return cast(Tensor, embedded)
+
+    def _states(self, embedded: Tensor, present: Tensor, **more: Tensor) -> Tensor:
+        # A causal block never looks to the right, where the padding is; the others must be told.
+        if self.spec.objective != "clm":
+            more["attention_mask"] = present.to(embedded.dtype)
+        elif self.spec.architecture == "xlnet":  # its own attn_type="uni" fails in transformers 4.30 (torch.ones)
+            later = torch.ones(embedded.shape[1], embedded.shape[1], device=embedded.device).triu(1)
+            more["perm_mask"] = later.expand(len(embedded), -1, -1)
+        return cast(Tensor, self.transformer(inputs_embeds=embedded, **more)[0])
 
 
-def build_model(spec: ModelSpec, item_counts: Tensor) -> SequenceModel:
+def build_model(spec: ModelSpec, item_counts: Tensor, attributes: Tensor | None = None) -> SequenceModel:
     """A fresh model; its first weights come from torch's generator.
 
     Args:
         item_counts: int64 [spec.items]; see SequenceModel.
+        attributes: int64 [len(spec.attribute_sizes), spec.items]; see ItemTable. None: the spec has none.
     """
-    return SequenceModel(spec, item_counts)
+    if attributes is None:
+        attributes = torch.empty((0, spec.items), dtype=torch.int64)
+    return SequenceModel(spec, item_counts, attributes)
 
 
-def _network(spec: ModelSpec, item_counts: Tensor) -> nn.Module:
-    sizes = {ITEM: spec.items, **spec.context_sizes}
+_FIRST_STD = 0.05  # of the item vectors' coordinates
+_RTD_WEIGHT = 1.0
+
+# How many of the actions are hidden.
+_MASKINGS = {
+    "mlm": partial(masking.MaskedLanguageModeling, mlm_probability=0.3),
+    "rtd": partial(masking.ReplacementLanguageModeling, mlm_probability=0.3, sample_from_batch=True),
+    "plm": partial(masking.PermutationLanguageModeling, plm_probability=0.3),
+}
+
+
+def _inputs(spec: ModelSpec) -> nn.Module | None:
+    """Transformers4Rec's embeddings of an action's context, summed; None where no context is read."""
+    if not spec.context_sizes:
+        return None
     columns = [
         ColumnSchema(
             name,
             dtype="int64",
             is_list=True,
             is_ragged=False,
-            tags=[Tags.CATEGORICAL, *([Tags.ITEM_ID] if name == ITEM else [])],
+            tags=[Tags.CATEGORICAL],
             properties={
-                "domain": {"min": 0, "max": sizes[name] - 1},
+                "domain": {"min": 0, "max": size - 1},
                 "value_count": {"min": spec.max_length, "max": spec.max_length},
             },
         )
-        for name in FEATURES
+        for name, size in spec.context_sizes.items()
     ]
     inputs = tr.TabularSequenceFeatures.from_schema(
         Schema(columns),
         max_sequence_length=spec.max_length,
-        embedding_dims={ITEM: spec.width},
         embedding_dim_default=spec.width,
         aggregation="element-wise-sum",
-        masking=_ChosenTargets(hidden_size=spec.width),
     )
-    block = tr.TransformerBlock(
-        GPT2Config.build(
-            d_model=spec.width,
-            n_head=spec.heads,
-            n_layer=spec.layers,
-            total_seq_length=spec.max_length,
-            dropout=spec.dropout,
-            layer_norm_eps=1e-5,
-            initializer_range=0.02,
-        ),
-        masking=inputs.masking,
-    )
-    _pass_history_on(block.transformer)
-    # It adds a causal mask to a block that is causal by itself, at the price of one more pass over all weights.
-    block.prepare_module = None
-    task = tr.NextItemPredictionTask(
-        loss=nn.CrossEntropyLoss(reduction="sum"),
-        metrics=[],
-        weight_tying=True,
-        softmax_temperature=0,  # none: dividing all logits by 1 costs a copy of them
-        sampled_softmax=spec.negatives > 0,
-        max_n_samples=max(spec.negatives, 1),
-    )
-    model = tr.Model(tr.Head(tr.SequentialBlock(inputs, block), task, inputs=inputs))
-    if spec.negatives:
-        task.pre.module.sampler = FrequencySampler(item_counts, spec.negatives)
-    return cast(nn.Module, model)
+    return cast(nn.Module, inputs)
+
+
+def _transformer(spec: ModelSpec) -> nn.Module:
+    """The Hugging Face transformer that Transformers4Rec builds for the architecture."""
+    sizes: dict[str, Any] = {
+        "d_model": spec.width,
+        "n_head": spec.heads,
+        "n_layer": spec.layers,
+        "total_seq_length": spec.max_length,
+        "dropout": spec.dropout,
+        "initializer_range": 0.02,
+        "layer_norm_eps": 1e-5,
+    }
+    causal = spec.objective == "clm"
+    if spec.architecture == "gpt2":
+        config = blocks.GPT2Config.build(**sizes)
+    elif spec.architecture == "xlnet":
+        config = blocks.XLNetConfig.build(**sizes, mem_len=None)
+    else:
+        # Transformers4Rec leaves BERT's own dropout and inner width at those of a model of 110 million parameters.
+        build = {"bert": blocks.BertConfig.build, "electra": blocks.ElectraConfig.build}[spec.architecture]
+        if spec.architecture == "bert":
+            sizes |= {"intermediate_size": 4 * spec.width, "hidden_dropout_prob": spec.dropout}
+        config = build(**sizes, attention_probs_dropout_prob=spec.dropout, is_decoder=causal)
+    transformer = tr.TransformerBlock(config).transformer
+    # Tokens are looked up in our own tables: the transformer's table of one row would only be dead weight.
+    transformer.set_input_embeddings(nn.Identity())
+    for name, parameter in transformer.named_parameters():  # never reached from here: no gradient, nothing to reduce
+        if "pooler" in name or "seg_embed" in name or "r_s_bias" in name:
+            parameter.requires_grad_(False)
+        if name == "mask_emb" and spec.objective != "plm":
+            parameter.requires_grad_(False)
+    if spec.architecture == "gpt2":
+        _pass_history_on(transformer)
+    return cast(nn.Module, transformer)
 
 
 def _pass_history_on(transformer: nn.Module) -> None:
@@ -181,42 +330,3 @@ def _pass_history_on(transformer: nn.Module) -> None:
         with torch.no_grad():
             layer.attn.c_proj.weight.copy_(torch.eye(width))
             layer.attn.c_attn.weight[:, 2 * width :] = torch.eye(width)
-
-
-class _ChosenTargets(CausalLanguageModeling):  # type: ignore[misc]
-    """Causal, with targets chosen outside; never the unknown item, which stands for many. Inputs stay as they are."""
-
-    chosen: Tensor  # int64 [rows, length]
-
-    def predict_all(self, item_ids: Tensor) -> MaskingInfo:
-        info = super().predict_all(item_ids)
-        # Transformers4Rec's schema hides a row's last action, so that nothing can be predicted from it.
-        targets = self.chosen.masked_fill((self.chosen == UNKNOWN) | ~info.schema, self.padding_idx)
-        return MaskingInfo(info.schema, targets)
-
-
-class FrequencySampler(nn.Module):
-    """Negatives for a sampled softmax, drawn by how often training saw an item, shared by a whole batch.
-
-    Takes the place of Transformers4Rec's LogUniformSampler, which believes that a smaller number means a more
-    frequent item; in an append-only vocabulary it does not.
-    """
-
-    def __init__(self, item_counts: Tensor, draws: int) -> None:
-        """`item_counts` int64 [items]: an item with 0 is never drawn. `draws`: with replacement, per batch."""
-        super().__init__()
-        share = item_counts.double() / item_counts.sum()
-        self.draws = draws
-        self.register_buffer("cumulative", share.cumsum(0))
-        # An item drawn twice is kept once, so what counts is the chance to be drawn at all: 1 - (1 - p)^draws.
-        self.register_buffer("chance", -torch.expm1(draws * torch.log1p(-share)).float())
-
-    def sample(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The drawn items [n], and the chance of being drawn of each target [targets] and of each drawn item [n].
-
-        The task subtracts the logarithm of these chances from the scores (log-Q correction), so that a frequent
-        item is not pushed down just for being drawn often.
-        """
-        points = torch.rand(self.draws, dtype=torch.float64) * self.cumulative[-1]
-        drawn = torch.searchsorted(self.cumulative, points, right=True).unique()  # type: ignore[no-untyped-call]
-        return drawn, self.chance[targets], self.chance[drawn]

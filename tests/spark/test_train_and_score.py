@@ -63,8 +63,15 @@ def fill_all(runtime: Runtime) -> None:
     counts = item_counts(train_rows)
     counts[28] = 2  # under vocabulary.min_count
     items = [
-        {"item_index": number, "item_id": f"i{number}", "item_name": None, "category": None, "vertical": "shop"}
-        | {"first_ts": CUT, "event_count": 9, "train_count": int(counts[number]), "target_count": int(counts[number])}
+        {"item_index": number, "item_id": f"i{number}", "item_name": None, "category": None, "unit_price": None}
+        # Of the last one the model knows nothing at all.
+        | {
+            "vertical": "vertical2" if number < 29 else "shop",
+            "first_ts": CUT,
+            "event_count": 9,
+            "train_count": int(counts[number]),
+            "target_count": int(counts[number]),
+        }
         for number in range(2, len(counts))
     ]
     values = [
@@ -147,16 +154,18 @@ def test_model_json_says_what_made_it(trained: Runtime) -> None:
     assert about["spec"]["context_sizes"]["vertical_index"] == 5
 
 
-def test_vectors_from_duckdb_rank_like_the_models_own_head(trained: Runtime) -> None:
+def test_vectors_from_duckdb_rank_like_the_model_itself(trained: Runtime) -> None:
     database = delta_reader()
-    users, items = (
+    users, all_items = (
         database.sql(f"FROM delta_scan('{trained.path(table)}') ORDER BY {key}").fetchnumpy()
         for table, key in ((USER_EMBEDDINGS, "user_id"), (ITEM_EMBEDDINGS, "item_index"))
     )
+    # Known to the model: counted at least min_count times. Not 28 (2 times), nor 29 (never, and without attributes).
+    assert all_items["item_index"].tolist() == list(range(2, 29))
+    assert all_items["is_cold"].tolist() == [False] * 26 + [True]
+    items = {name: column[:-1] for name, column in all_items.items()}
     user_vectors, item_vectors = (np.stack([np.array(v) for v in t["vector"]]) for t in (users, items))
     assert np.isfinite(user_vectors).all()
-    # Known to the model: counted at least min_count times. Not 28 (2 times), nor 29 (never).
-    assert items["item_index"].tolist() == list(range(2, 28))
 
     about = about_of(trained)
     model = load_model(trained.model_dir() / "model.safetensors", ModelSpec.model_validate(about["spec"]))
@@ -168,7 +177,7 @@ def test_vectors_from_duckdb_rank_like_the_models_own_head(trained: Runtime) -> 
         batch = {name: torch.tensor([row[name][-(MAX_LENGTH - 1) :]]) for name in FEATURES}
         batch["item_index"][batch["item_index"] == 28] = 1
         with torch.inference_mode():
-            own = model.network(batch, training=False, testing=False)[0].numpy()
+            own = (model.encode(batch) @ model.item_vectors().T)[0].numpy()
         scores = user_vectors[number] @ item_vectors.T
         np.testing.assert_allclose(scores, own[2:28], rtol=1e-4, atol=1e-4)
         best = items["item_index"][np.argsort(-scores)[:10]].tolist()
@@ -177,6 +186,9 @@ def test_vectors_from_duckdb_rank_like_the_models_own_head(trained: Runtime) -> 
     assert rows == {}  # a vector for every user
     assert set(users["model_version"]) == set(items["model_version"]) == {about["model_version"]}
     assert set(users["as_of"].astype("datetime64[s]").tolist()) == {CUT}
+    # The cold item is what its vertical says, and no other attribute of it is known.
+    np.testing.assert_array_equal(all_items["vector"][-1], model.table.parts[1].weight[2].detach())
+    assert np.any(all_items["vector"][-1])
 
 
 def test_rows_are_encoded_alike_in_any_order_and_batch_size(trained: Runtime) -> None:

@@ -1,0 +1,101 @@
+"""The losses over the catalogue against plain loops over single targets and items."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from training.softmax import FrequencySampler, full_softmax, gbce, sampled_softmax
+
+COUNTS = torch.tensor([0, 0, 50, 5, 0, 30, 1])
+
+
+def states_and_table(targets: int, items: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    states, table = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (targets, items))
+    return states.requires_grad_(), table.requires_grad_()
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_sampler_draws_as_often_as_it_says(power: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler, rounds = FrequencySampler(COUNTS, draws=3, power=power), 20_000
+    torch.manual_seed(0)
+    drawn_in = torch.zeros(len(COUNTS))
+    for _ in range(rounds):
+        drawn, chances = sampler.sample()
+        assert len(drawn) == len(set(drawn.tolist())) == len(chances)
+        drawn_in[drawn] += 1
+    assert drawn_in[[0, 1, 4]].sum() == 0
+    weights = [count**power if count else 0 for count in COUNTS.tolist()]
+    expected = [1 - (1 - weight / sum(weights)) ** 3 for weight in weights]
+    # Four standard deviations of a share over so many rounds.
+    np.testing.assert_allclose(drawn_in / rounds, expected, atol=4 * np.sqrt(0.25 / rounds))
+    np.testing.assert_allclose(chances, [expected[item] for item in drawn], rtol=1e-5)
+    monkeypatch.setattr(torch, "rand", torch.zeros)  # the smallest number that it can give
+    assert sampler.sample()[0].tolist() == [2]
+
+
+def test_the_full_softmax_and_its_gradients_are_torchs_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.softmax._CHUNK_SCORES", 15)  # two targets at a time
+    targets = torch.tensor([3, 0, 6, 6, 1])
+    states, table = states_and_table(len(targets))
+    (2 * full_softmax(states, targets, table)).backward()
+    found = states.grad.clone(), table.grad.clone()
+    states.grad = table.grad = None
+    expected = 2 * torch.nn.functional.cross_entropy(states @ table.T, targets, reduction="sum")
+    expected.backward()
+    for ours, theirs in zip(found, (states.grad, table.grad), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(full_softmax(states, targets, table) * 2, expected)
+
+
+def test_the_sampled_softmax_is_the_corrected_sum_over_the_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets, drawn, chances = [3, 5], torch.tensor([2, 3, 6]), torch.tensor([0.9, 0.2, 0.01], dtype=torch.float64)
+    sampler = FrequencySampler(COUNTS, draws=3, power=1.0)
+    monkeypatch.setattr(sampler, "sample", lambda: (drawn, chances))
+    states, table = states_and_table(2)
+    found = sampled_softmax(states, torch.tensor(targets), lambda items: table[items], sampler)
+    expected = 0.0
+    for state, target in zip(states.tolist(), targets, strict=True):
+        score = [math.exp(sum(a * b for a, b in zip(state, row, strict=True))) for row in table.tolist()]
+        others = sum(score[i] / q for i, q in zip(drawn.tolist(), chances.tolist(), strict=True) if i != target)
+        expected += -math.log(score[target] / (score[target] + others))
+    assert float(found) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_correction_makes_the_sum_under_the_softmax_right_on_average() -> None:
+    torch.manual_seed(1)
+    states, table = states_and_table(1)
+    known = COUNTS.nonzero().squeeze(1)
+    with torch.no_grad():
+        full = math.exp(full_softmax(states, torch.tensor([1]), table[known]))  # item 3: 1 / its share
+        for power in (0.0, 0.5):
+            sampler = FrequencySampler(COUNTS, draws=4, power=power)
+            found = [
+                math.exp(sampled_softmax(states, torch.tensor([3]), lambda items: table[items], sampler))
+                for _ in range(4_000)
+            ]
+            error = np.std(found) / math.sqrt(len(found))
+            assert abs(np.mean(found) - full) < 4 * error
+            assert error < 0.03 * full
+
+
+@pytest.mark.parametrize("t", [0.0, 0.75, 1.0])
+def test_gbce_is_the_papers_formula(t: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets, drawn = [3, 5], torch.tensor([2, 3, 6])
+    sampler = FrequencySampler(COUNTS, draws=3, power=0.0)
+    monkeypatch.setattr(sampler, "sample", lambda: (drawn, torch.ones(3)))
+    states, table = states_and_table(2)
+    found = gbce(states, torch.tensor(targets), lambda items: table[items], sampler, known_items=11, t=t)
+    alpha = 3 / 10
+    beta = alpha * (t * (1 - 1 / alpha) + 1 / alpha)
+    expected = 0.0
+    for state, target in zip(states.tolist(), targets, strict=True):
+        sigmoid = [1 / (1 + math.exp(-sum(a * b for a, b in zip(state, row, strict=True)))) for row in table.tolist()]
+        expected -= math.log(sigmoid[target] ** beta)
+        expected -= sum(math.log(1 - sigmoid[item]) for item in drawn.tolist() if item != target)
+    assert float(found) == pytest.approx(expected, rel=1e-9)
