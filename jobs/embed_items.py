@@ -24,7 +24,8 @@ def run(runtime: Runtime) -> None:
     about = read_about(folder)
     names = ModelSpec.model_validate(about["spec"]).attribute_sizes
     items = runtime.read(ITEMS)
-    rows = items.join(item_attributes(items, runtime.read(CONTEXT_VALUES)).select("item_index", *names), "item_index")
+    numbers = item_attributes(items, runtime.read(CONTEXT_VALUES)).select("item_index", *names)
+    rows = items.select("item_id", "item_index").join(numbers, "item_index")
     weights = ship_weights(runtime.spark, folder, about["weights_sha256"])
     vectors = (
         embed_items(rows.select("item_id", "item_index", *names), weights)

@@ -159,6 +159,7 @@ def _train(runtime: Runtime, version: str, staging: Path) -> None:
         train_files=files["train"],
         train_rows=rows,
         valid_files=files["valid"],
+        new_only=runtime.config.sequences.seen_days == 0,
         item_counts=str(staging / "item_counts.npy"),
         item_attributes=str(staging / "item_attributes.npy"),
         output=str(staging),

@@ -35,7 +35,8 @@ def save_model(folder: Path, model: SequenceModel, about: dict[str, Any]) -> Non
 
     save_file(model.tensors(), folder / WEIGHTS)
     sha256 = _sha256(folder / WEIGHTS)
-    text = json.dumps({**about, "spec": model.spec.model_dump(), "weights_sha256": sha256}, indent=2, sort_keys=True)
+    # Not sorted: the order of the item attributes is that of their tables.
+    text = json.dumps({**about, "spec": model.spec.model_dump(), "weights_sha256": sha256}, indent=2)
     part = folder / f".{ABOUT}.part"
     part.write_text(text + "\n", encoding="utf-8")
     part.replace(folder / ABOUT)

@@ -115,6 +115,7 @@ class RunSpec(Section):
     train_files: list[str] = Field(description="file:// URLs: the active files of one snapshot of sequences")
     train_rows: int = Field(description="their rows")
     valid_files: list[str]
+    new_only: bool = Field(False, description="validation ranks what the user has not acted on in the row")
     item_counts: str = Field(description=".npy, int64 [items]: events of an item that training may see, 0: unknown")
     item_attributes: str | None = Field(None, description=".npy, int64 [attributes, items]; None: the model has none")
     output: str = Field(description="an empty folder: the model's files are written here, model.json last")

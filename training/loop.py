@@ -105,7 +105,7 @@ def train(spec: RunSpec) -> None:  # noqa: PLR0915 - one flat loop in reading or
         training_seconds = time.monotonic() - epoch_started
 
         # ---- validation: each rank ranks its part of the users, the sums meet
-        scores = validate(model, held_part, known, settings.batch_size) if held_part is not None else {}
+        scores = validate(model, held_part, known, settings.batch_size, spec.new_only) if held_part is not None else {}
         by_rank = dist.gather([float(value) for value in mine])
         history.append(
             {
@@ -151,8 +151,13 @@ def learning_rate(settings: TrainSettings, progress: float) -> float:
 
 
 @torch.inference_mode()
-def validate(model: SequenceModel, held: Held, known: np.ndarray[Any, Any], batch_size: int) -> dict[str, float]:
-    """Recall@10 and NDCG@10 of the next item over all known items; means over all ranks' users."""
+def validate(
+    model: SequenceModel, held: Held, known: np.ndarray[Any, Any], batch_size: int, new_only: bool
+) -> dict[str, float]:
+    """Recall@10 and NDCG@10 of the next item over all known items; means over all ranks' users.
+
+    With `new_only` the items of the row that the model reads are left out.
+    """
     model.eval()
     vectors = model.item_vectors()
     unknown, k = torch.from_numpy(~known), min(10, int(known.sum()))
@@ -160,7 +165,10 @@ def validate(model: SequenceModel, held: Held, known: np.ndarray[Any, Any], batc
     for start in range(0, held.actions.shape[1], batch_size):
         actions = torch.from_numpy(held.actions[:, start : start + batch_size])
         scores = model.encode(to_batch(actions)) @ vectors.T
-        top = scores.masked_fill_(unknown, -torch.inf).topk(k, dim=1)
+        scores.masked_fill_(unknown, -torch.inf)
+        if new_only:
+            scores.scatter_(1, actions[0].long(), -torch.inf)
+        top = scores.topk(k, dim=1)
         ranked.append(top.indices.numpy())
     metrics = rank_metrics(np.concatenate(ranked), held.targets, held.offsets)
     users, recall, ndcg = dist.total([len(metrics["ndcg"]), metrics["recall"].sum(), metrics["ndcg"].sum()])

@@ -1,0 +1,115 @@
+"""How well the model names the next item: python scripts/bench/quality.py --events FILE [--seeds 3]
+
+FILE is Parquet with the columns of the events' contract (event_id, user_id, item_id, vertical, event_type, event_ts; more
+if there are). The protocol is the one of most papers: a user's last event is the test, the one before it chooses the
+epoch, the rest trains; all items are ranked, without those that the user already has. The same configuration for every
+log, conf/leave_one_out.toml: ingest, flag_users, sessionize, build_vocabulary, build_sequences once, then for each seed train,
+embed_items and evaluate. --quick: one seed, one epoch, to see that it runs.
+
+The last line is one JSON object: ndcg@10 and recall@10 of the model (mean over the seeds), their spread (standard
+deviation) and each seed's, the same of the floors (popularity, item_knn, own_frequency), users and items, and seconds.
+Numbers computed against a few sampled negatives instead of all items are not comparable with these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from measure import last_line, said
+from pyspark.sql import functions as F
+
+from jobs import build_sequences, build_vocabulary, embed_items, evaluate, flag_users, ingest, sessionize, train
+from jobs.config import load_config
+from jobs.errors import TrailvecError
+from jobs.evaluate import METHODS
+from jobs.runtime import Runtime, start_spark
+from jobs.tables import EVALUATION, EVENTS, ITEMS
+
+CONFIG = Path(__file__).parents[2] / "conf/leave_one_out.toml"
+NEEDED = ("event_id", "user_id", "item_id", "event_ts")
+OPTIONAL = ("vertical", "event_type", "category", "item_name", "amount", "quantity", "time_zone")
+METRICS = ("ndcg@10", "recall@10")
+
+
+def mapping(events: Path) -> str:
+    """The source's mapping of a file whose columns are named as those of `events`.
+
+    Raises:
+        TrailvecError: a column is missing.
+    """
+    found = pq.read_schema(events).names
+    if missing := [name for name in NEEDED if name not in found]:
+        raise TrailvecError(
+            f"{events} lacks the columns {', '.join(missing)}; found {', '.join(found)}: rename the ones that hold them"
+        )
+    lines = [f'{name} = "{name}"' for name in (*NEEDED, *OPTIONAL) if name in found]
+    lines += [f'{name} = {{ constant = "{name}" }}' for name in ("vertical", "event_type") if name not in found]
+    ignored = [name for name in found if name not in (*NEEDED, *OPTIONAL)]
+    return "\n".join(
+        [
+            'name = "log"',
+            "[[input]]",
+            f'path = "{events.name}"',
+            'format = "parquet"',
+            f"ignore = {ignored}".replace("'", '"'),
+            "[input.columns]",
+            *lines,
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--events", type=Path, required=True, help="a Parquet file of events")
+    parser.add_argument("--seeds", type=int, default=3, help="models trained (default: 3)")
+    parser.add_argument("--quick", action="store_true", help="one seed, one epoch: no measure of quality")
+    parser.add_argument("--split", choices=("valid", "test"), default="test", help="valid to choose settings by")
+    parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE", help="another setting")
+    parser.add_argument("--folder", type=Path, default=Path("build/bench/quality"), help="for tables and models")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    events = arguments.events.absolute()
+    text = mapping(events)
+    with events.open("rb") as file:  # what was made of the same file is found again
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = arguments.folder.absolute() / f"{events.stem}-{content[:8]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / "source.toml"
+    source.write_text(text)
+    sets = [f'storage.root="{folder}"', f'ingest.data_dir="{events.parent}"', f'ingest.sources=["{source}"]']
+    sets += [f'evaluate.split="{arguments.split}"', *(["train.epochs=1"] if arguments.quick else []), *arguments.sets]
+
+    spark = start_spark(load_config(CONFIG, sets))
+    results: list[dict[tuple[str, str], float]] = []
+    for seed in range(1 if arguments.quick else arguments.seeds):
+        runtime = Runtime(load_config(CONFIG, [*sets, f"train.seed={seed}"]), spark)
+        runtime.on_progress = said
+        # All but the last three find their tables up to date from the second seed on.
+        for stage in (ingest, flag_users, sessionize, build_vocabulary, build_sequences, train, embed_items, evaluate):
+            report = runtime.execute(stage.STAGE)
+            said(f"seed {seed}  {stage.STAGE.name:16} {report.seconds:6.1f} s  {'  '.join(report.notes)}")
+        rows = runtime.latest(EVALUATION).where((F.col("task") == "new") & (F.col("split") == arguments.split))
+        rows = rows.where(F.col("model_version") == runtime.model_dir().name)
+        results.append({(row.method, row.metric): row.value for row in rows.collect()})
+    users = rows.agg(F.max("users")).collect()[0][0]
+    counts = {"events": runtime.latest(EVENTS).count(), "items": runtime.latest(ITEMS).count(), "users": users}
+    spark.stop()
+
+    result: dict[str, Any] = {}
+    for metric in METRICS:
+        seeds = [found["model", metric] for found in results]
+        result[metric] = statistics.mean(seeds)
+        result[f"{metric}_std"] = statistics.stdev(seeds) if len(seeds) > 1 else None
+        result[f"{metric}_seeds"] = [round(value, 4) for value in seeds]
+        result |= {f"{method}_{metric}": results[0][method, metric] for method in METHODS if method != "model"}
+    last_line({**result, **counts, "split": arguments.split, "seconds": round(time.monotonic() - started)})
+
+
+if __name__ == "__main__":
+    main()
