@@ -1,10 +1,10 @@
 """How well the model names the next item: python scripts/bench/quality.py --events FILE [--seeds 3]
 
-FILE is Parquet with the columns of the events' contract (event_id, user_id, item_id, vertical, event_type, event_ts; more
-if there are). The protocol is the one of most papers: a user's last event is the test, the one before it chooses the
-epoch, the rest trains; all items are ranked, without those that the user already has. The same configuration for every
-log, conf/leave_one_out.toml: ingest, flag_users, sessionize, build_vocabulary, build_sequences once, then for each seed train,
-embed_items and evaluate. --quick: one seed, one epoch, to see that it runs.
+FILE is Parquet with the columns of the events' contract (event_id, user_id, item_id, vertical, event_type, event_ts;
+more if there are). The protocol is the one of most papers: a user's last event is the test, the one before it chooses
+the epoch, the rest trains; all items are ranked, without those that the user already has. The configuration is the same
+for every log, conf/leave_one_out.toml; the stages up to build_sequences run once, then for each seed train, embed_items
+and evaluate. --quick: one seed, one epoch, to see that it runs.
 
 The last line is one JSON object: ndcg@10 and recall@10 of the model (mean over the seeds), their spread (standard
 deviation) and each seed's, the same of the floors (popularity, item_knn, own_frequency), users and items, and seconds.

@@ -10,6 +10,7 @@ from pyspark.sql import SparkSession
 from jobs import build_vocabulary
 from jobs.runtime import Runtime
 from jobs.tables import CONTEXT_VALUES, EVENTS, ITEMS
+from jobs.train import attribute_matrix, item_attributes
 from tests.conftest import put
 from tests.events import START, Row, make_event, to_frame
 
@@ -88,6 +89,31 @@ def test_verticals_and_event_types_are_numbered_within_their_kind(
     put(runtime, EVENTS, to_frame(spark, [*log, event(2, "a", 2, vertical="ads")]))
     runtime.execute(build_vocabulary.STAGE)
     assert values() == first | {("vertical", "ads"): 4}
+
+
+def test_a_category_is_numbered_within_its_vertical_and_a_price_is_the_latest_above_zero(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    runtime = make_runtime(*CUTS, "vocabulary.min_count=1")
+    log = [
+        event(0, "a", 0, category="tea", amount=9.0, quantity=3.0),
+        event(1, "a", 1, category="tea", amount=8.0, quantity=None),
+        event(2, "a", 2, category="tea", amount=-8.0, quantity=1.0),  # a return
+        event(3, "a", 3, category="tea", amount=5.0, quantity=0.0),
+        event(4, "b", 4, category="tea", vertical="retail"),
+        event(5, "c", 5, category=None, amount=-1.0, quantity=-2.0),
+    ]
+    put(runtime, EVENTS, to_frame(spark, log))
+    runtime.execute(build_vocabulary.STAGE)
+    rows = runtime.latest(CONTEXT_VALUES).where("kind = 'category'").collect()
+    assert {r.value: r.value_index for r in rows} == {"food/tea": 2, "retail/tea": 3}
+    assert {r.item_id: r.unit_price for r in runtime.latest(ITEMS).collect()} == {"a": 8.0, "b": None, "c": 0.5}
+
+    # What a model is told of the items: numbers of category and vertical, and the price's half-octave; 0: not known.
+    table = item_attributes(runtime.latest(ITEMS), runtime.latest(CONTEXT_VALUES))
+    found = {r.item_index: (r.category, r.vertical, r.price) for r in table.collect()}
+    assert found == {2: (2, 2, 21), 3: (3, 3, 0), 4: (0, 2, 13)}
+    assert attribute_matrix(table, ["price", "category"], 6).tolist() == [[0, 0, 21, 0, 13, 0], [0, 0, 2, 3, 0, 0]]
 
 
 def test_leave_one_out_counts_all_but_the_last_two_of_each_user(
