@@ -15,6 +15,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ def read_batches(
             order = _generator(seed, _BATCHES, number).permutation(math.ceil(len(lengths) / batch_size))
             yield from _batches(values, lengths, batch_size, order[skipped if number == first else 0 :])
 
-    return _ahead(make(), max(2, READY_ROWS // batch_size))
+    return _ahead(make(), READY_ROWS // batch_size + 1)
 
 
 def steps(files: list[str], *, batch_size: int, size: int) -> int:
@@ -221,13 +222,17 @@ class _ArrowResults:
 
 
 def _ahead(batches: Generator[Batch, None, None], count: int) -> Iterator[Batch]:
-    """The batches, of which a thread makes `count` before they are asked for."""
+    """The batches, of which a thread makes `count` or a few more before they are asked for."""
     pool = ThreadPoolExecutor(1)
+
+    def some() -> list[Batch]:
+        return list(islice(batches, 8))  # handing them over one by one costs half as much as making them
+
     try:
-        waiting = deque(pool.submit(next, batches, None) for _ in range(count))
-        while (batch := waiting.popleft().result()) is not None:
-            waiting.append(pool.submit(next, batches, None))
-            yield batch
+        waiting = deque(pool.submit(some) for _ in range(math.ceil(count / 8)))
+        while made := waiting.popleft().result():
+            waiting.append(pool.submit(some))
+            yield from made
     finally:
         pool.shutdown(cancel_futures=True)
         batches.close()
