@@ -18,7 +18,7 @@ from pyspark.sql import functions as F
 
 from jobs.cli import stage_main
 from jobs.config import SequencesSettings
-from jobs.runtime import Runtime, Stage
+from jobs.runtime import Runtime, Stage, spark_conf
 from jobs.splits import Cuts, before_cut, cut_of, cut_times, newest_first, utc
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES, SESSIONS, conform
 from training.batches import FEATURES, MAX_GAP_BUCKET, MAX_PRICE_BUCKET, SAME_MOMENT, SESSION_END
@@ -210,9 +210,10 @@ def run(runtime: Runtime) -> None:
     old_items, old_values = runtime.previous(SEQUENCES, ITEMS), runtime.previous(SEQUENCES, CONTEXT_VALUES)
     if changes is None or old_items is None or old_values is None:
         sequences = build_sequences(number_actions(sessions, items, values), cuts, settings)
-        # A split lies in `train_files` files of like size, in an order that has nothing to do with the users.
-        shuffled = F.xxhash64("user_id", "split", "part")
-        runtime.write(SEQUENCES, sequences.repartition(settings.train_files).sortWithinPartitions("split", shuffled))
+        # Files of like size, as many as the rows want, in an order that has nothing to do with the users.
+        shuffled = sequences.hint("rebalance").sortWithinPartitions("split", F.xxhash64("user_id", "split", "part"))
+        with spark_conf(runtime.spark, {"spark.sql.files.maxRecordsPerFile": str(settings.rows_per_file)}):
+            runtime.write(SEQUENCES, shuffled)
         return
     old = (in_vocabulary(old_items, min_count), old_values.where("kind != 'category'"))
     users = changed_users(sessions, changes, (items, values), old).persist()

@@ -128,7 +128,9 @@ class SequencesSettings(Section):
     target_event_types: list[str] = Field(
         default_factory=list, description="event types that are to be predicted; empty: all"
     )
-    train_files: int = Field(8, ge=1, description="files of the train split: at least one for each training process")
+    rows_per_file: int = Field(
+        262_144, ge=1, description="rows of one split in a file, at most; how many files there are follows from it"
+    )
 
 
 class ScoreSettings(Section):

@@ -40,7 +40,7 @@ from rich.table import Table as Grid
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
 from jobs.runtime import CONFLICTS, Runtime, spark_conf
-from jobs.tables import SEQUENCES, TABLES, Table
+from jobs.tables import TABLES, Table
 
 MB = 1024 * 1024
 _SMALL = 8  # a file under an eighth of the target is small
@@ -120,21 +120,11 @@ def disk_files(runtime: Runtime, table: Table) -> dict[str, int]:
 
 def compact(runtime: Runtime, table: Table) -> None:
     """OPTIMIZE; commits nothing where the files are as they should be."""
-    target = target_bytes(runtime, table)
+    target = runtime.config.maintain.target_file_mb * MB
     settings = {"maxFileSize": str(target), "minFileSize": str(max(1, target // 2))}
     with spark_conf(runtime.spark, {f"spark.databricks.delta.optimize.{k}": v for k, v in settings.items()}):
         delta = DeltaTable.forPath(runtime.spark, runtime.path(table))
         runtime.commit(lambda: delta.optimize().executeCompaction())
-
-
-def target_bytes(runtime: Runtime, table: Table) -> int:
-    """The size of a well sized file. Each training process wants a file of its own of the train split."""
-    target: int = runtime.config.maintain.target_file_mb * MB
-    if table is not SEQUENCES:
-        return target
-    files = active_files(runtime, table, runtime.latest_version(table))
-    train: int = sum(file["size_bytes"] for file in files if file["path"].startswith("split=train/"))
-    return max(1, min(target, train // runtime.config.sequences.train_files))
 
 
 def vacuum(runtime: Runtime, table: Table) -> None:

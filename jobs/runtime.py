@@ -310,7 +310,7 @@ class Runtime:
     def purge(self, table: Table, where: str) -> None:
         """Rewrites the files of the partitions in which deletion vectors hide rows; does nothing where there are none.
 
-        Each file for itself: Delta would pack them into files of 1 GB, and training needs as many as it has processes.
+        Each file for itself: Delta would pack them into files of 1 GB, written by a task each.
 
         Args:
             where: a condition over the partition columns; SQL, from code, never from input.

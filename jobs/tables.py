@@ -234,8 +234,13 @@ SEQUENCES = Table(
     key=("user_id", "split", "part"),
     stage="build_sequences",
     partition_by=("split",),
-    # Petastorm knows nothing of deletion vectors: build_sequences purges them from what training reads.
-    properties={"delta.enableDeletionVectors": "true"},
+    properties={
+        # Petastorm knows nothing of deletion vectors: build_sequences purges them from what training reads.
+        "delta.enableDeletionVectors": "true",
+        # A row group is what a training process holds and shuffles: some 5,000 to 20,000 rows, however large the file.
+        # Delta hands its tables' properties to whoever writes their files, MERGE and OPTIMIZE too.
+        "parquet.block.size": str(4 * 1024 * 1024),
+    },
 )
 
 USER_EMBEDDINGS = Table(

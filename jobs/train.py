@@ -140,11 +140,10 @@ def _train(runtime: Runtime, version: str, staging: Path) -> None:
     settings = runtime.config.train
     files = {s: snapshot_files(runtime.path(SEQUENCES), runtime.version(SEQUENCES), s) for s in ("train", "valid")}
     footers = [pq.read_metadata(url.removeprefix("file://")) for url in files["train"]]
-    groups, rows = sum(f.num_row_groups for f in footers), sum(f.num_rows for f in footers)
-    if groups < settings.processes:
+    rows = sum(footer.num_rows for footer in footers)
+    if not rows:
         raise TrailvecError(
-            f"the train split of table sequences has {groups} row groups for train.processes = {settings.processes}: "
-            f"set sequences.train_files to {settings.processes} or more and run `trailvec build_sequences` again"
+            "the train split of table sequences has no rows: no user acted twice before sequences.valid_from"
         )
     counts = item_counts(runtime.read(ITEMS), runtime.config.vocabulary.min_count)
     if not counts.any():

@@ -58,13 +58,13 @@ def item_counts(rows: list[dict[str, Any]]) -> np.ndarray:
     return counts
 
 
-def write_files(folder: Path, *parts: list[dict[str, Any]]) -> list[str]:
-    """One file (of one row group) for each part; their URLs."""
+def write_files(folder: Path, *parts: list[dict[str, Any]], row_group_size: int | None = None) -> list[str]:
+    """One file for each part, of one row group where no size is given; their URLs."""
     schema = pa.schema([("length", pa.int32()), *((name, pa.list_(pa.int32())) for name in FEATURES)])
     urls = []
     for number, rows in enumerate(parts):
         path = folder / f"part-{number}.parquet"
-        pq.write_table(pa.Table.from_pylist(rows, schema), path)
+        pq.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size)
         urls.append(f"file://{path}")
     return urls
 

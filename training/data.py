@@ -1,30 +1,50 @@
-"""Feeds training from the Parquet files of one Delta snapshot: the only module that imports Petastorm."""
+"""Feeds training from the Parquet files of one Delta snapshot: the only module that imports Petastorm.
+
+A pass puts the row groups into an order drawn from the seed and cuts their rows into one stretch for each rank: shards
+are disjoint, complete and of one size, however few or unequal the row groups are. Chunk by chunk, a rank's rows are
+shuffled, put into batches of like length and given their targets. A chunk's number seeds what is drawn for it, so a
+pass can be entered at any batch and reads only what comes from there on.
+"""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pds
+import pyarrow.parquet as pq
 import torch
 
 # Petastorm 0.12.1 uses what pyarrow 14 calls deprecated, on every read. Its own FutureWarnings, nothing else.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"petastorm\.")
 
-from petastorm import TransformSpec, make_batch_reader  # noqa: E402
-from petastorm.pytorch import BatchedDataLoader  # noqa: E402
+from petastorm.fs_utils import get_filesystem_and_path_or_paths  # noqa: E402
+from petastorm.reader import Reader  # noqa: E402
+from petastorm.workers_pool import EmptyResultError  # noqa: E402
+from petastorm.workers_pool.thread_pool import ThreadPool  # noqa: E402
+from petastorm.workers_pool.worker_base import WorkerBase  # noqa: E402
 
 from training.batches import FEATURES, SAME_MOMENT, SESSION_END, TARGET, pad  # noqa: E402
 
 Batch = dict[str, torch.Tensor]
+Ints = npt.NDArray[np.int64]
+Values = npt.NDArray[np.int32]
 
-# Rows that are shuffled together; a row group is read as a whole, so the order inside it must not matter.
-SHUFFLED_ROWS = 16_384
+CHUNK_ROWS = 16_384  # about so many rows are shuffled, and put into batches of like length, together
+READY_ROWS = 8_192  # so many may wait as batches: the next chunk is made while a step takes them
+ITEM, GAP, END = (FEATURES.index(name) for name in ("item_index", "gap_bucket", "session_end"))
+_ORDER, _ROWS, _BATCHES = range(3)  # what is drawn
 
 
 def read_batches(
@@ -35,42 +55,56 @@ def read_batches(
     rank: int,
     size: int,
     seed: int,
+    skip: int = 0,
     later_share: float = 0.0,
     horizon: int = 1,
+    shuffle_baskets: bool = True,
 ) -> Iterator[Batch]:
-    """One pass over this rank's row groups, every row once.
+    """One pass over this rank's rows, every row once, made in a thread of its own.
 
-    The order of row groups comes from `seed`, the order of rows from torch's global generator: seed both.
+    What is drawn depends on the arguments alone, never on torch's or numpy's global generators, nor on timing. The
+    thread ends with the pass, or when the iterator is closed; what fails in it is raised here.
 
     Args:
-        files: file:// URLs of Parquet files with the columns of `sequences`; at least `size` row groups in all.
+        files: file:// URLs of Parquet files with the columns of `sequences`; rows of at least one action.
         max_length: a longer row keeps its newest actions.
-        seed: the same on all ranks; another one for each epoch.
+        seed: the same on all ranks; another one for each pass.
+        skip: so many of this rank's batches are left out, those that a pass from the start yields first.
         later_share, horizon: see `choose_targets`.
+        shuffle_baskets: whether the actions of one moment come in a new order (`shuffle_moments`) or in the log's.
 
     Yields:
-        For each of FEATURES, and `target`, int64 [rows, length]: `batch_size` rows (fewer in the last batch), the
-        longest row's length, zeros after a row's end.
+        For each of FEATURES, and `target`, int64 [rows, length]: `batch_size` rows (fewer in one batch of the last
+        chunk), the longest row's length, zeros after a row's end. In one step all ranks have rows of like length:
+        none waits long for another.
     """
-    spec = TransformSpec(
-        lambda frame: _to_actions(frame, max_length),
-        edit_fields=[("actions", np.int32, (len(FEATURES) * max_length,), False)],
-        selected_fields=["actions"],
-    )
-    reader = make_batch_reader(
-        files,
-        schema_fields=[f"^{name}$" for name in ("length", *FEATURES)],
-        transform_spec=spec,
-        reader_pool_type="dummy",  # reads in this thread, so that the order does not depend on threads
-        num_epochs=1,
-        cur_shard=rank,
-        shard_count=size,
-        seed=seed,
-    )
-    with BatchedDataLoader(reader, batch_size, shuffling_queue_capacity=SHUFFLED_ROWS) as loader:
-        for batch in loader:
-            rows = to_batch(batch["actions"].view(-1, len(FEATURES), max_length).transpose(0, 1))
-            yield choose_targets(shuffle_moments(rows), later_share, horizon)
+    per_chunk = max(1, CHUNK_ROWS // batch_size)
+    first, skipped = divmod(skip, per_chunk)
+
+    def make() -> Generator[Batch, None, None]:
+        pieces = _plan(files, rank, size, seed, first * per_chunk * batch_size)
+        for number, table in enumerate(_chunks(pieces, per_chunk * batch_size), first):
+            random = _generator(seed, _ROWS, number, rank)
+            values, lengths = _shuffled(table, max_length, shuffle_baskets, random)
+            values[END], values[-1] = choose_targets(
+                values[ITEM], values[END], lengths, later_share=later_share, horizon=horizon, random=random
+            )
+            order = _generator(seed, _BATCHES, number).permutation(math.ceil(len(lengths) / batch_size))
+            yield from _batches(values, lengths, batch_size, order[skipped if number == first else 0 :])
+
+    return _ahead(make(), READY_ROWS // batch_size + 1)
+
+
+def steps(files: list[str], *, batch_size: int, size: int) -> int:
+    """How many batches a pass has on the rank that has most of them; no other has more than one fewer."""
+    rows = sum(rows for _, _, rows in _row_groups(tuple(files)))
+    return math.ceil(math.ceil(rows / size) / batch_size)
+
+
+def padding(batch: Batch) -> tuple[int, int]:
+    """How many of the batch's places are padding, and how many it has."""
+    items = batch[FEATURES[ITEM]]
+    return int((items == 0).sum()), items.numel()
 
 
 def to_batch(actions: torch.Tensor) -> Batch:
@@ -79,44 +113,219 @@ def to_batch(actions: torch.Tensor) -> Batch:
     return dict(zip(FEATURES, actions[:, :, :longest].long(), strict=True))
 
 
-def shuffle_moments(batch: Batch) -> Batch:
-    """The actions of each moment (the same event_ts: a basket) in a new order, drawn from torch's global generator.
+# ---- which rows, and how they are read --------------------------------------------------------------------
 
-    Their order in the log goes by event_id and says nothing about the user, but a model would learn it. What belongs
-    to the place and not to the action, gap_bucket and session_end, stays where it is.
+
+@dataclass(frozen=True)
+class Piece:
+    """The rows `start` to `stop` (not included) of a file's row group."""
+
+    path: str
+    row_group: int
+    start: int
+    stop: int
+
+
+@lru_cache(maxsize=4)
+def _row_groups(files: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
+    """(path, number in the file, rows) of every row group, from the files' footers."""
+    paths = [url.removeprefix("file://") for url in files]
+    with ThreadPoolExecutor() as pool:
+        footers = list(pool.map(pq.read_metadata, paths))
+    return tuple(
+        (path, number, footer.row_group(number).num_rows)
+        for path, footer in zip(paths, footers, strict=True)
+        for number in range(footer.num_row_groups)
+    )
+
+
+def _plan(files: list[str], rank: int, size: int, seed: int, skipped_rows: int) -> list[Piece]:
+    """What the rank reads, in order: its share of the rows of all row groups, these in an order drawn from `seed`."""
+    groups = _row_groups(tuple(files))
+    total = sum(rows for _, _, rows in groups)
+    first, last = total * rank // size + skipped_rows, total * (rank + 1) // size
+    pieces, before = [], 0
+    for number in _generator(seed, _ORDER).permutation(len(groups)):
+        path, row_group, rows = groups[number]
+        start, stop = max(first - before, 0), min(last - before, rows)
+        if start < stop:
+            pieces.append(Piece(path, row_group, start, stop))
+        before += rows
+    return pieces
+
+
+def _chunks(pieces: list[Piece], rows: int) -> Iterator[pa.Table]:
+    """The pieces' rows in tables of `rows` rows; the last one may have fewer."""
+    if not pieces:
+        return
+    held: list[pa.Table] = []
+    count = 0
+    with _PlannedReader(pieces) as reader:
+        for piece in pieces:
+            held.append(next(reader).slice(piece.start, piece.stop - piece.start))
+            count += len(held[-1])
+            while count >= rows:
+                table = pa.concat_tables(held)
+                yield table.slice(0, rows)
+                held, count = [table.slice(rows)], count - rows
+        if count:
+            yield pa.concat_tables(held)
+
+
+class _PlannedReader(Reader):  # type: ignore[misc]
+    """Petastorm's reader, of the planned row groups in the plan's order: for each the Arrow table of FEATURES.
+
+    make_batch_reader would make a pandas frame of every row group, a numpy array of every cell: four times the work of
+    reading it, and work that holds the interpreter's lock while the training step wants it.
     """
-    moment = (batch["gap_bucket"] != SAME_MOMENT).cumsum(dim=1)  # padding counts on, and so stays at the end
-    order = (moment + torch.rand(moment.shape)).argsort(dim=1)
-    return {n: v if n in ("gap_bucket", "session_end") else v.gather(1, order) for n, v in batch.items()}
+
+    def __init__(self, pieces: list[Piece]) -> None:
+        self._planned = pieces
+        filesystem, paths = get_filesystem_and_path_or_paths(
+            [f"file://{path}" for path in dict.fromkeys(piece.path for piece in pieces)]
+        )
+        super().__init__(
+            filesystem,
+            paths,
+            schema_fields=[f"^{name}$" for name in FEATURES],
+            worker_class=_ArrowWorker,
+            reader_pool=ThreadPool(1, results_queue_size=2),  # one worker: the order is the plan's
+            shuffle_row_groups=False,
+            is_batched_reader=True,
+        )
+
+    def _filter_row_groups(self, dataset: Any, row_groups: list[Any], *rest: Any) -> tuple[list[int], None]:
+        numbers = {(found.path, found.row_group): number for number, found in enumerate(row_groups)}
+        return [numbers[piece.path, piece.row_group] for piece in self._planned], None
 
 
-def choose_targets(batch: Batch, later_share: float, horizon: int) -> Batch:
-    """The batch with what each action is to predict: `target`, int64 [rows, length], 0 where there is nothing.
+class _ArrowWorker(WorkerBase):  # type: ignore[misc]
+    """Reads row groups as they are."""
 
-    A share of the actions, drawn from torch's global generator, is asked not for the next action but for any of the
-    first `horizon` actions after its session, and says session_end, as the newest action before a cut does. The next
-    action mostly completes the visit that is going on; what comes in later visits is what a vector is asked for, and a
-    longer horizon is a steadier answer (Pancha et al., PinnerFormer, 2022, train on all actions of a window).
+    @staticmethod
+    def new_results_queue_reader() -> _ArrowResults:
+        return _ArrowResults()
+
+    def process(self, piece_index: int, **rest: Any) -> None:
+        _, _, schema, _, row_groups, *_ = self.args
+        self.publish_func(row_groups[piece_index].read(columns=list(schema.fields)))
+
+
+class _ArrowResults:
+    batched_output = True
+
+    def read_next(self, pool: ThreadPool, schema: Any, ngram: None) -> pa.Table:
+        try:
+            return pool.get_results()
+        except EmptyResultError as end:
+            raise StopIteration from end
+
+
+def _ahead(batches: Generator[Batch, None, None], count: int) -> Iterator[Batch]:
+    """The batches, of which a thread makes `count` or a few more before they are asked for."""
+    pool = ThreadPoolExecutor(1)
+
+    def some() -> list[Batch]:
+        return list(islice(batches, 8))  # handing them over one by one costs half as much as making them
+
+    try:
+        waiting = deque(pool.submit(some) for _ in range(math.ceil(count / 8)))
+        while made := waiting.popleft().result():
+            waiting.append(pool.submit(some))
+            yield from made
+    finally:
+        pool.shutdown(cancel_futures=True)
+        batches.close()
+
+
+# ---- what happens to a chunk ------------------------------------------------------------------------------
+# Its rows lie one after the other: values int32 [features, actions], lengths int64 [rows], actions = sum(lengths).
+# Most of the time goes into memory that is in no cache: columns are gathered once, and written where they stay.
+
+
+def _generator(seed: int, *drawn: int) -> np.random.Generator:
+    return np.random.default_rng([seed, *drawn])
+
+
+def _shuffled(
+    table: pa.Table, max_length: int, shuffle_baskets: bool, random: np.random.Generator
+) -> tuple[Values, Ints]:
+    """(values, lengths) of the table's rows in order of length, rows of one length in an order drawn from `random`.
+
+    The values of FEATURES are followed by a place for the targets.
     """
-    items, ends = batch[FEATURES[0]], batch["session_end"]
-    present = items > 0
-    following = torch.nn.functional.pad(items[:, 1:], (0, 1))
-    # Which session of its row an action is in: as many as have ended before it; and where the next one starts.
-    session = torch.nn.functional.pad((ends == SESSION_END).cumsum(dim=1)[:, :-1], (1, 0))
-    sizes = torch.zeros(len(items), items.shape[1] + 1, dtype=torch.int64).scatter_add_(1, session, present.long())
-    start = sizes.cumsum(dim=1).gather(1, session)
-    later = (present.sum(dim=1, keepdim=True) - start).clamp(max=horizon)
-    asked = (torch.rand(items.shape) < later_share) & (later > 0) & present
-    place = torch.where(asked, start + (torch.rand(items.shape) * later).long(), 0)
-    target = torch.where(asked, items.gather(1, place), following)
-    return {**batch, "session_end": ends.masked_fill(asked, SESSION_END), TARGET: target}
+    whole = pc.list_value_length(table[FEATURES[ITEM]]).to_numpy().astype(np.int64)
+    ends, lengths = np.cumsum(whole), np.minimum(whole, max_length)
+    rows = random.permutation(len(lengths))
+    rows = rows[np.argsort(lengths[rows], kind="stable")]
+    ends, lengths = ends[rows], lengths[rows]
+    # Where the actions that a row keeps, its newest, lie among all of the table's.
+    kept = np.repeat(ends - np.cumsum(lengths), lengths) + np.arange(lengths.sum())
+    columns = [pc.list_flatten(table[name]).to_numpy() for name in FEATURES]
+    moved = kept[shuffle_moments(columns[GAP][kept], lengths, random)] if shuffle_baskets else kept
+    values = np.empty((len(FEATURES) + 1, len(kept)), np.int32)
+    for number, column in enumerate(columns):
+        # What belongs to a place and not to the action there, gap_bucket and session_end, stays where it is.
+        np.take(column, kept if number in (GAP, END) else moved, out=values[number], mode="clip")
+    return values, lengths
 
 
-def _to_actions(frame: pd.DataFrame, max_length: int) -> pd.DataFrame:
-    # One column instead of eight: Petastorm handles every cell of every column by itself.
-    lengths = frame["length"].to_numpy(np.int64)
-    columns = [pad(np.concatenate(frame[name].to_numpy()), lengths, max_length) for name in FEATURES]
-    return pd.DataFrame({"actions": list(np.concatenate(columns, axis=1))})
+def shuffle_moments(gaps: Values, lengths: Ints, random: np.random.Generator) -> Ints:
+    """A new order of the actions in which those of one moment (the same event_ts: a basket) change places, [actions].
+
+    Their order in the log goes by event_id and says nothing about the user, but a model would learn it.
+    """
+    begins = gaps != SAME_MOMENT
+    begins[np.cumsum(lengths) - lengths] = True  # a row can begin in the midst of a moment
+    # By number of the moment, then by chance: nearly in order already, which the stable sort makes use of.
+    return np.argsort(np.cumsum(begins) + random.random(len(begins)), kind="stable")
+
+
+def choose_targets(
+    items: Values,
+    session_ends: Values,
+    lengths: Ints,
+    *,
+    later_share: float,
+    horizon: int,
+    random: np.random.Generator,
+) -> tuple[Values, Values]:
+    """(session_end, target): what each action is to predict, an item, 0 where there is nothing; both int32 [actions].
+
+    A share of the actions, drawn from `random`, is asked not for the next action but for any of the first `horizon`
+    actions after its session, and says session_end, as the newest action before a cut does. The next action mostly
+    completes the visit that is going on; what comes in later visits is what a vector is asked for, and a longer
+    horizon is a steadier answer (Pancha et al., PinnerFormer, 2022, train on all actions of a window).
+    """
+    ends = np.cumsum(lengths)  # of the rows
+    closes = session_ends == SESSION_END
+    closes[ends - 1] = True
+    following = np.roll(items, -1)
+    following[ends - 1] = 0
+    # Where the session after an action's own begins, and how many actions its row has from there on.
+    start = (np.flatnonzero(closes) + 1)[np.cumsum(closes) - closes]
+    later = np.minimum(np.repeat(ends, lengths) - start, horizon)
+    share, place = random.random((2, len(items)))
+    asked = (share < later_share) & (later > 0)
+    drawn = np.where(asked, start + (place * later).astype(np.int64), 0)
+    return np.where(asked, np.int32(SESSION_END), session_ends), np.where(asked, items[drawn], following)
+
+
+def _batches(values: Values, lengths: Ints, batch_size: int, order: Ints) -> Iterator[Batch]:
+    """The rows, which lie in order of length, as batches of neighbours; `order` gives their numbers."""
+    last = np.minimum(np.arange(len(lengths)) // batch_size * batch_size + batch_size, len(lengths)) - 1
+    widths = lengths[last]  # of each row with its padding: that of its batch's last row
+    starts = np.concatenate([[0], np.cumsum(widths)])
+    padded = np.zeros((len(values), starts[-1]), np.int32)
+    places = np.repeat(starts[:-1] - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+    for feature, column in zip(padded, values, strict=True):
+        feature[places] = column
+    for first in order * batch_size:
+        batch = padded[:, starts[first] : starts[last[first] + 1]].reshape(len(values), -1, widths[first])
+        yield dict(zip((*FEATURES, TARGET), torch.from_numpy(batch.astype(np.int64)), strict=True))
+
+
+# ---- validation -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

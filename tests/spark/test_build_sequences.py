@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from delta.tables import DeltaTable
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
 from jobs import build_sequences, build_vocabulary, sessionize
 from jobs.config import SequencesSettings, SessionizeSettings
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
 from jobs.splits import cut_times
-from jobs.tables import EVENTS, FLAGGED_USERS, SEQUENCES, SESSIONS
+from jobs.tables import EVENTS, FLAGGED_USERS, SEQUENCES, SESSIONS, conform
 from jobs.train import snapshot_files
 from tests import oracles
 from tests.conftest import put
@@ -149,12 +153,44 @@ def _rows(runtime: Runtime) -> dict[tuple[str, str, int], Row]:
     return found
 
 
-def test_training_meets_no_deletion_vector(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
+def test_row_groups_are_small_whatever_the_logs_size(
+    make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path
+) -> None:
+    runtime = make_runtime()
+    # Numbers that don't compress: 8 kB a row. The MERGE updates half of the rows and inserts as many others.
+    numbers = np.random.default_rng(1).integers(1, 2**31, (1500, 256), np.int32)
+    rows_of = pa.table({"user_id": [f"u{n}" for n in range(1500)], "numbers": list(numbers)})
+    pq.write_table(rows_of, tmp_path / "large.parquet")
+    lists = {c.name: F.col("numbers") for c in SEQUENCES.columns if c.type == "array<int>"}
+    fixed = {"split": "train", "part": 0, "as_of": START, "length": 256, "target_ts": None}
+    large = spark.read.parquet(str(tmp_path / "large.parquet")).coalesce(1)
+    large = conform(large.withColumns(lists | {n: F.lit(v) for n, v in fixed.items()}), SEQUENCES)
+
+    def check_row_groups() -> None:
+        sizes = [f.row_group(n).total_byte_size for f in train_footers(runtime) for n in range(f.num_row_groups)]
+        assert sum(sizes) > 8e6
+        assert max(sizes) < 5e6
+
+    put(runtime, SEQUENCES, large.where("user_id < 'u6'"))
+    check_row_groups()
+    merge = Stage("merge", "", lambda r: r.merge(SEQUENCES, large.where("user_id > 'u3'")), (), (), ())
+    runtime.execute(merge, force=True)
+    check_row_groups()
+
+
+def train_footers(runtime: Runtime) -> list[Any]:
+    files = snapshot_files(runtime.path(SEQUENCES), runtime.latest_version(SEQUENCES), "train")
+    return [pq.read_metadata(url.removeprefix("file://")) for url in files]
+
+
+def test_training_meets_no_deletion_vector_and_files_of_few_rows(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
     cuts = [
         f'sequences.{name}="{time.isoformat()}"'
         for name, time in (("valid_from", VALID_FROM), ("test_from", TEST_FROM))
     ]
-    runtime = make_runtime(*cuts, "vocabulary.min_count=1")
+    runtime = make_runtime(*cuts, "vocabulary.min_count=1", "sequences.rows_per_file=3")
     early = [
         make_event(event_id=f"{user}{n}", user_id=user, item_id=f"i{n}", event_ts=START + timedelta(minutes=n))
         for user in "abcd"
@@ -162,17 +198,16 @@ def test_training_meets_no_deletion_vector(make_runtime: Callable[..., Runtime],
     ]
     edge = make_event(event_id="z", user_id="z", item_id="i0", event_ts=START + timedelta(days=9))
     run(runtime, [*early, edge])
+    rows = [footer.num_rows for footer in train_footers(runtime)]
+    assert (sum(rows), max(rows) <= 3) == (4, True)
     late = make_event(event_id="a9", user_id="a", item_id="i1", event_ts=START + timedelta(minutes=9))
     runtime.execute(Stage("put", "", lambda r: r.append(EVENTS, to_frame(spark, [late])), (), (), ()), force=True)
     for stage in STAGES:
         runtime.execute(stage)
     assert runtime.latest(SEQUENCES).where("split = 'train' AND user_id = 'a'").collect()[0].length == 4
-    version = runtime.latest_version(SEQUENCES)
-    trained = [
-        pq.read_metadata(url.removeprefix("file://")).num_rows
-        for url in snapshot_files(runtime.path(SEQUENCES), version, "train")
-    ]
-    assert sum(trained) == 4  # the old row of user a is in none of the files
+    assert (
+        sum(footer.num_rows for footer in train_footers(runtime)) == 4
+    )  # the old row of user a is in none of the files
 
 
 def test_what_comes_after_a_cut_does_not_change_what_lies_before(

@@ -32,7 +32,6 @@ SETTINGS = {
     "vocabulary.min_count": 2,
     "sequences.max_length": 16,
     "sequences.split_by": "leave_one_out",  # four days that lie months apart: no two cut times suit them
-    "sequences.train_files": 2,
     "train.epochs": 1,
     "train.width": 16,
     "train.heads": 2,

