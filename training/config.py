@@ -62,6 +62,9 @@ class TrainSettings(Section):
     later_share: float = Field(
         1.0, ge=0, le=1, description="of the actions, those that are asked for later sessions, not the next action"
     )
+    shuffle_baskets: bool = Field(
+        True, description="actions of one moment in a new order in each epoch; False: in the log's, by event_id"
+    )
     horizon: int = Field(64, ge=1, description="later sessions: any of that many actions after the session's end")
     batch_size: int = Field(64, ge=1, description="rows per process and step")
     epochs: int = Field(10, ge=1)

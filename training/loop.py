@@ -74,6 +74,7 @@ def train(spec: RunSpec) -> None:  # noqa: PLR0915 - one flat loop in reading or
             seed=seed,
             later_share=settings.later_share,
             horizon=settings.horizon,
+            shuffle_baskets=settings.shuffle_baskets,
         )
         mine, everyone = np.zeros(3), np.zeros(3)  # rows, positions, summed loss
         while True:
