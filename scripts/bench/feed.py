@@ -10,7 +10,8 @@ Then a training step is put in their place that computes for 5 ms a batch, on on
 
 The last line is one JSON object: ratio_to_pyarrow and speedup_vs_dataloader (rows/s of trailvec by those of the other);
 the medians of rows/s and of this process's CPU seconds per million rows; padding_share, and what it is where batches
-come by chance; wait_share, with the wait for the first batch. A chart goes to build/bench/feed.svg.
+come by chance; wait_share, which has the wait for the first batch in it, and that one (first_wait_s). A chart goes to
+build/bench/feed.svg.
 """
 
 from __future__ import annotations
@@ -114,22 +115,23 @@ def dataloader(files: list[str], batch_size: int) -> int:
         return sum(len(batch["item_index"]) for batch in loader)
 
 
-def wait_share(files: list[str], batch_size: int, steps: int) -> float:
-    """Of the time of that many steps, the part that they wait for data."""
+def waits(files: list[str], batch_size: int, steps: int) -> tuple[float, float]:
+    """Of the time of that many steps the share that they wait for data; and the seconds that the first one waits."""
     torch.set_num_threads(1)
     matrix = torch.rand(256, 256)
-    batches, waited, began = ours(files, batch_size), 0.0, time.perf_counter()
+    batches, waited, first, began = ours(files, batch_size), 0.0, 0.0, time.perf_counter()
     for _ in range(steps):
         asked = time.perf_counter()
         if next(batches, None) is None:
             break
         given = time.perf_counter()
         waited += given - asked
+        first = first or waited
         while time.perf_counter() - given < STEP_SECONDS:
             matrix @ matrix
     share = waited / (time.perf_counter() - began)
     batches.close()  # type: ignore[attr-defined]
-    return share
+    return share, first
 
 
 def paddings(files: list[str], batch_size: int) -> tuple[float, float]:
@@ -178,13 +180,15 @@ def main() -> None:
 
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
     padding_share, by_chance = paddings(files, batch_size)
+    share, first = waits(files, batch_size, steps=200 if arguments.quick else 2000)
     result: dict[str, Any] = {"rows": rows, "rounds": rounds, "batch_size": batch_size}
     result |= {
         "ratio_to_pyarrow": median["pyarrow"] / median["trailvec"],
         "speedup_vs_dataloader": median["dataloader"] / median["trailvec"],
         "padding_share": padding_share,
         "padding_share_by_chance": by_chance,
-        "wait_share": wait_share(files, batch_size, steps=200 if arguments.quick else 2000),
+        "wait_share": share,
+        "first_wait_s": first,
     }
     result |= {f"{name}_rows_per_s": round(rows / seconds) for name, seconds in median.items()}
     result |= {f"{name}_cpu_s_per_million": statistics.median(cpu[name]) / rows * 1e6 for name in contestants}

@@ -71,8 +71,10 @@ def test_ranks_read_different_rows_and_together_all_of_them_once(
 def test_one_row_group_is_split_between_ranks(tmp_path: Path) -> None:
     rows = make_rows(10)
     files = write_files(tmp_path, rows)
-    found = [as_rows(read(files, rank, 3)) for rank in range(3)]
+    batches = [read(files, rank, 3, batch_size=3) for rank in range(3)]
+    found = [as_rows(of_rank) for of_rank in batches]
     assert sorted(map(len, found)) == [3, 3, 4]
+    assert sorted(map(len, batches)) == [1, 1, steps(files, batch_size=3, size=3)] == [1, 1, 2]
     assert sorted(row for part in found for row in part) == sorted(as_tuples(rows))
 
 
