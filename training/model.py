@@ -17,6 +17,7 @@ Only clm has a state at every action. The others ask at one more, hidden, action
 
 from __future__ import annotations
 
+import math
 import warnings
 from functools import partial
 from typing import Any, cast
@@ -219,7 +220,9 @@ class SequenceModel(nn.Module):
 
     def _embed(self, batch: Batch) -> Tensor:
         """What the transformer reads: the sum of the vectors of an action's item and context, [rows, length, width]."""
-        embedded = self.table(batch[ITEM])
+        # The same vectors are small as outputs, so that no item begins far ahead of the others, and of the size of a
+        # layer's other inputs as inputs (Vaswani et al., 2017, 3.4).
+        embedded = self.table(batch[ITEM]) * math.sqrt(self.spec.width)
         if self.inputs is not None:
             embedded = embedded + self.inputs({name: batch[name] for name in self.spec.context_sizes})
         return cast(Tensor, embedded)
@@ -246,7 +249,7 @@ def build_model(spec: ModelSpec, item_counts: Tensor, attributes: Tensor | None 
     return SequenceModel(spec, item_counts, attributes)
 
 
-_FIRST_STD = 0.05  # of the item vectors' coordinates
+_FIRST_STD = 0.02  # of the item vectors' coordinates
 _RTD_WEIGHT = 1.0
 
 # How many of the actions are hidden.
