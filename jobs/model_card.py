@@ -77,6 +77,7 @@ def _table(heading: str, rows: dict[str, dict[str, Any]]) -> list[str]:
 
 def plot(path: Path, about: dict[str, Any]) -> None:
     """The loss over the rows read, and what validation found after each epoch, as SVG."""
+    from matplotlib import rc_context  # noqa: PLC0415
     from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: PLC0415 - a second, and only training needs it
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -92,4 +93,5 @@ def plot(path: Path, about: dict[str, Any]) -> None:
     ranking.axvline(training["best_epoch"], color="#bbb", linestyle=":")
     ranking.set(title="next item, held-out users", xlabel="epoch", xticks=[e["epoch"] for e in epochs])
     ranking.legend()
-    FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})
+    with rc_context({"svg.hashsalt": about["model_version"]}):  # the same bytes each time
+        FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})

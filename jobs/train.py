@@ -48,6 +48,7 @@ from training.checkpoint import newest_checkpoint, read_about
 from training.config import ModelSpec, RunSpec
 
 SECONDS_BETWEEN_LINES = 10.0
+_FOLLOWS = re.compile(r"HorovodInternalError|: Horovod (?:has been shut down|detected)|gloo/")
 TRACKED = ("loss", "learning_rate", "rows_per_second", "padding", "data_wait", "recall@10", "ndcg@10")
 
 
@@ -293,17 +294,16 @@ def parse_event(line: str) -> dict[str, Any] | None:
 
 def last_words(lines: list[str], code: int) -> str:
     """What a failed run's output says about its cause: an exception, else the signal that killed a process, else the
-    last line. That a rank lost the others (HorovodInternalError) is the last of exceptions: it is never the cause."""
+    last line. That a rank lost the others, and that the launcher lost a rank, follows from the cause."""
     texts = [text for line in lines if (text := re.sub(r"^\[\d+\]<std(?:err|out)>:", "", line.strip()))]
-    exceptions = [found.groups() for text in texts if (found := re.match(r"([\w.]*(?:Error|Exception)): (.+)", text))]
-    causes = [words for name, words in exceptions if not name.endswith("HorovodInternalError")]
+    exceptions = [text for text in texts if re.match(r"[\w.]*(?:Error|Exception): .", text)]
+    causes = [text for text in exceptions if not _FOLLOWS.search(text)]
     killed = [found[1] for text in texts if (found := re.search(r"(\d+) exit with status code 137", text))]
-    if causes:
-        return str(causes[0])
-    if killed or code in (-signal.SIGKILL, 137) or any(re.fullmatch("Exit code: 137", text) for text in texts):
+    if not causes and (killed or code in (-signal.SIGKILL, 137) or "Exit code: 137" in texts):
         return f"process {killed[0] if killed else 0} was killed by signal 9 (did the machine run out of memory?)"
-    if exceptions:
-        return str(exceptions[0][1])
+    said = causes[:1] or exceptions[:1]
+    if said:
+        return said[0].partition(": ")[2]
     return texts[-1] if texts else f"exit code {code}"
 
 

@@ -90,11 +90,14 @@ def next_items(rows: list[dict[str, Any]]) -> list[list[int]]:
 def make_run(
     folder: Path,
     parts: list[list[dict[str, Any]]],
-    valid: list[dict[str, Any]] | None = None,
+    valid: tuple[list[dict[str, Any]], list[list[int]]] | None = None,
     model: ModelSpec = SPEC,
     **settings: Any,
 ) -> RunSpec:
-    """A run spec over those files, whose output is `folder`/model and whose checkpoints are in `folder`/checkpoints."""
+    """A run spec over those files, whose output is `folder`/model and whose checkpoints are in `folder`/checkpoints.
+
+    `valid`: the rows of held-out users, and what they did next.
+    """
     (folder / "model").mkdir(parents=True)
     rows = [row for part in parts for row in part]
     counts = folder / "counts.npy"
@@ -104,7 +107,7 @@ def make_run(
         model=model,
         train_files=write_files(folder, *parts),
         train_rows=len(rows),
-        valid_files=write_valid(folder, valid, next_items(valid)) if valid else [],
+        valid_files=write_valid(folder, *valid) if valid else [],
         item_counts=str(counts),
         output=str(folder / "model"),
         checkpoints=str(folder / "checkpoints"),
