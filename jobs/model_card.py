@@ -94,4 +94,4 @@ def plot(path: Path, about: dict[str, Any]) -> None:
     ranking.set(title="next item, held-out users", xlabel="epoch", xticks=[e["epoch"] for e in epochs])
     ranking.legend()
     with rc_context({"svg.hashsalt": about["model_version"]}):  # the same bytes each time
-        FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})
+        FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})  # type: ignore[no-untyped-call]

@@ -52,12 +52,19 @@ class Tracker:
 
     def metrics(self, step: int, figures: dict[str, float]) -> None:
         """`step`: rows of training that are done."""
-        for name, value in figures.items():
-            self._try(lambda name=name, value=value: self._client.log_metric(self._run, _name(name), value, step=step))
+
+        def log() -> None:
+            for name, value in figures.items():
+                self._client.log_metric(self._run, _name(name), value, step=step)
+
+        self._try(log)
 
     def files(self, *paths: Path) -> None:
-        for path in paths:
-            self._try(lambda path=path: self._client.log_artifact(self._run, str(path)))
+        def log() -> None:
+            for path in paths:
+                self._client.log_artifact(self._run, str(path))
+
+        self._try(log)
 
     def end(self, status: str) -> None:
         self._try(lambda: self._client.set_terminated(self._run, status))

@@ -166,8 +166,8 @@ def _train(runtime: Runtime, version: str, staging: Path, checkpoints: Path) -> 
             launch_in_spark(spec, listener)
         else:
             launch(staging / "run.json", spec, listener)
-        for array in staging.glob("*.npy"):
-            array.unlink()  # the model carries what it needs of them
+        for path in staging.glob("*.npy"):
+            path.unlink()  # the model carries what it needs of them
         about = read_about(staging)
         write_card(staging / "card.md", about)
         plot(staging / "training.svg", about)
