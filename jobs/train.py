@@ -4,25 +4,33 @@ Writes no table but the folder `models/<model_version>` (training/checkpoint.py 
 `models/current.json`, which names the model that the stages after this one use. A model's version is the
 fingerprint of what made it, so the same command again finds it there and trains nothing.
 
-The processes (training/loop.py) are started by Horovod's launcher on this machine. They read the data files of
-the snapshot that the stage has pinned, never the table's folder, which also holds files of older versions.
+The processes (training/loop.py) are started on this machine, by Horovod's launcher where there are several, or as tasks
+of the Spark application (train.launcher). They read the data files of the snapshot that the stage has pinned, never the
+table's folder, which also holds files of older versions. `models/<model_version>.checkpoints` lives while they run, and
+after a kill until the same command has gone on from there.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from pyspark.sql import DataFrame
@@ -33,11 +41,17 @@ from jobs.build_vocabulary import category_value
 from jobs.cli import stage_main
 from jobs.config import Config
 from jobs.errors import TrailvecError
+from jobs.model_card import plot, write_card
 from jobs.runtime import Runtime, Stage, published, write_json
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
+from jobs.tracking import Tracker, tracked
 from training.batches import MAX_GAP_BUCKET, MAX_HOUR, MAX_PRICE_BUCKET, MAX_SESSION_END, MAX_WEEKDAY
-from training.checkpoint import read_about
+from training.checkpoint import newest_checkpoint, read_about
 from training.config import ITEM_ATTRIBUTES, ModelSpec, RunSpec
+
+SECONDS_BETWEEN_LINES = 10.0
+_FOLLOWS = re.compile(r"HorovodInternalError|: Horovod (?:has been shut down|detected)|gloo/")
+TRACKED = ("loss", "learning_rate", "rows_per_second", "padding", "data_wait", "recall@10", "ndcg@10")
 
 
 def item_counts(items: DataFrame, min_count: int) -> npt.NDArray[np.int64]:
@@ -81,6 +95,15 @@ def attribute_matrix(attributes: DataFrame, names: Sequence[str], items: int) ->
     return matrix
 
 
+def item_verticals(items: DataFrame, size: int) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """The place of each item's vertical, int64 [size], in the list of verticals beside it; -1 for none."""
+    rows = items.select("item_index", "vertical").toPandas()
+    codes, names = pd.factorize(rows["vertical"], sort=True)
+    places = np.full(size, -1, np.int64)
+    places[rows["item_index"]] = codes
+    return places, [str(name) for name in names]
+
+
 def model_spec(config: Config, items: int, context_values: DataFrame) -> ModelSpec:
     """The sizes of the model: those of the configuration, and those of the vocabularies."""
     rows = context_values.groupBy("kind").agg(F.max("value_index").alias("largest")).collect()
@@ -121,8 +144,13 @@ def run(runtime: Runtime) -> None:
     if (folder / "model.json").exists() and not runtime.forced:
         runtime.report.skipped = True
     else:
+        # Beside the model's folder, which appears when all is done: what a kill leaves, the same command finds.
+        checkpoints = runtime.models / f"{version}.checkpoints"
+        if runtime.forced:
+            shutil.rmtree(checkpoints, ignore_errors=True)
         with published(folder) as staging:
-            _train(runtime, version, staging)
+            _train(runtime, version, staging, checkpoints)
+        shutil.rmtree(checkpoints, ignore_errors=True)
     write_json(runtime.models / "current.json", {"model_version": version})
     about = read_about(folder)
     training = about["training"]
@@ -136,7 +164,7 @@ def run(runtime: Runtime) -> None:
     )
 
 
-def _train(runtime: Runtime, version: str, staging: Path) -> None:
+def _train(runtime: Runtime, version: str, staging: Path, checkpoints: Path) -> None:
     settings = runtime.config.train
     files = {s: snapshot_files(runtime.path(SEQUENCES), runtime.version(SEQUENCES), s) for s in ("train", "valid")}
     footers = [pq.read_metadata(url.removeprefix("file://")) for url in files["train"]]
@@ -150,6 +178,7 @@ def _train(runtime: Runtime, version: str, staging: Path) -> None:
         raise TrailvecError(
             f"no item was seen vocabulary.min_count = {runtime.config.vocabulary.min_count} times in training: lower it"
         )
+    places, verticals = item_verticals(runtime.read(ITEMS), len(counts))
     newest = F.date_format(F.max("as_of"), "yyyy-MM-dd'T'HH:mm:ss.SSSSSS")
     as_of = runtime.read(SEQUENCES).where("split = 'train'").agg(newest).collect()[0][0]
     spec = RunSpec(
@@ -161,24 +190,73 @@ def _train(runtime: Runtime, version: str, staging: Path) -> None:
         new_only=runtime.config.sequences.seen_days == 0,
         item_counts=str(staging / "item_counts.npy"),
         item_attributes=str(staging / "item_attributes.npy"),
+        item_verticals=str(staging / "item_verticals.npy"),
+        verticals=verticals,
         output=str(staging),
+        checkpoints=str(checkpoints),
         about={"model_version": version, "as_of": as_of, "provenance": runtime.provenance()},
     )
-    np.save(spec.item_counts, counts)
     attributes = item_attributes(runtime.read(ITEMS), runtime.read(CONTEXT_VALUES))
-    np.save(str(spec.item_attributes), attribute_matrix(attributes, settings.item_attributes, len(counts)))
-    run_file = staging / "run.json"
-    run_file.write_text(spec.model_dump_json(indent=2))
-    launch(run_file, spec, runtime.on_progress)
-    for name in ("item_counts.npy", "item_attributes.npy"):  # the model carries them
-        (staging / name).unlink()
+    arrays = {
+        "item_counts": counts,
+        "item_verticals": places,
+        "item_attributes": attribute_matrix(attributes, settings.item_attributes, len(counts)),
+    }
+    for name, array in arrays.items():
+        np.save(staging / f"{name}.npy", array)
+    (staging / "run.json").write_text(spec.model_dump_json(indent=2))
+    with tracked(settings.tracking_uri, runtime.root, spec, runtime.report.notes.append) as tracker:
+        listener = Listener(runtime.on_progress, tracker)
+        if settings.launcher == "spark":
+            _ = runtime.spark  # the application whose tasks train
+            launch_in_spark(spec, listener)
+        else:
+            launch(staging / "run.json", spec, listener)
+        for path in staging.glob("*.npy"):
+            path.unlink()  # the model carries what it needs of them
+        about = read_about(staging)
+        write_card(staging / "card.md", about)
+        plot(staging / "training.svg", about)
+        tracker.files(staging / "card.md", staging / "training.svg", staging / "model.json")
 
 
-def launch(run_file: Path, spec: RunSpec, on_progress: Callable[[str], None]) -> None:
+class Listener:
+    """Hands on what rank 0 says: a line of text now and then, all figures to the tracker."""
+
+    def __init__(self, on_progress: Callable[[str], None], tracker: Tracker) -> None:
+        self._on_progress = on_progress
+        self._tracker = tracker
+        self._shown = -math.inf
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if event["event"] != "step" or now - self._shown > SECONDS_BETWEEN_LINES:
+            self._shown = now
+            self._on_progress(progress_line(event))
+        if event["event"] in ("step", "epoch"):
+            prefix = "" if event["event"] == "step" else "epoch_"
+            figures = {prefix + name: event[name] for name in TRACKED if name in event}
+            self._tracker.metrics(event["rows_done"], figures)
+
+
+def progress_line(event: dict[str, Any]) -> str:
+    """An event of training.loop in words."""
+    if event["event"] == "resumed":
+        return f"goes on from a checkpoint: epoch {event['epoch']}, after {event['step']:,} steps"
+    left = round(event["seconds_left"])
+    scores = "".join(f"  {name} {event[name]:.4f}" for name in ("recall@10", "ndcg@10") if name in event)
+    return (
+        f"epoch {event['epoch']}/{event['epochs']}  {event['share']:.0%}  loss {event['loss']:.4f}{scores}  "
+        f"{event['rows_per_second']:,.0f} rows/s  padding {event['padding']:.0%}  "
+        f"data wait {event['data_wait']:.0%}  {left // 60}:{left % 60:02} left"
+    )
+
+
+def launch(run_file: Path, spec: RunSpec, on_event: Callable[[dict[str, Any]], None]) -> None:
     """Runs the training processes on this machine to their end, handing on what rank 0 says.
 
     Raises:
-        TrailvecError: a process failed; the message holds the last thing that it said.
+        TrailvecError: a process failed or was killed; the message holds the last thing that it said.
     """
     processes, threads = spec.settings.processes, spec.settings.threads
     command = [sys.executable, "-m", "training.loop", str(run_file)]
@@ -201,14 +279,15 @@ def launch(run_file: Path, spec: RunSpec, on_progress: Callable[[str], None]) ->
     )
     assert child.stdout is not None
     assert child.stderr is not None
-    errors: deque[str] = deque(maxlen=400)
-    listener = threading.Thread(target=errors.extend, args=(child.stderr,), daemon=True)
+    words: deque[str] = deque(maxlen=400)
+    listener = threading.Thread(target=words.extend, args=(child.stderr,), daemon=True)
     listener.start()
     try:
         for line in child.stdout:
-            text = re.sub(r"^\[0\]<stdout>:", "", line.rstrip())
-            if text.startswith("epoch "):
-                on_progress(text)
+            if event := parse_event(line):
+                on_event(event)
+            else:  # Horovod's launcher says here how a process ended
+                words.append(line)
         code = child.wait()
     finally:
         # Ctrl-C or an error here: Horovod's launcher ends its processes when it is asked to end.
@@ -216,15 +295,71 @@ def launch(run_file: Path, spec: RunSpec, on_progress: Callable[[str], None]) ->
         child.wait()
     listener.join()
     if code != 0:
-        raise TrailvecError(f"training stopped: {last_words(list(errors), code)}; the old model stays current")
+        raise _stopped(spec, last_words(list(words), code))
+
+
+def launch_in_spark(spec: RunSpec, on_event: Callable[[dict[str, Any]], None]) -> None:
+    """The same in tasks of the active Spark application, one for each process; what rank 0 wrote is brought here.
+
+    The executors must have trailvec in their Python, and see the data's and the checkpoints' folder.
+
+    Raises:
+        TrailvecError: a process failed or was killed, or there were no free tasks for all of them within two minutes.
+    """
+    from training import dist  # noqa: PLC0415 - PyTorch, which no other way of launching loads into this process
+    from training.loop import train_in_executor  # noqa: PLC0415
+
+    words: deque[str] = deque(maxlen=400)
+
+    def hear(line: str) -> None:
+        if event := parse_event(line):
+            on_event(event)
+        else:
+            words.append(line)
+
+    environment = {"OMP_NUM_THREADS": str(spec.settings.threads)}
+    places = {name: getattr(spec, name) for name in ("item_counts", "item_attributes", "item_verticals")}
+    arrays = {name: Path(place).read_bytes() for name, place in places.items() if place}
+    arguments = (spec.model_dump_json(), arrays)
+    try:
+        files, *_ = dist.run_in_spark(train_in_executor, arguments, spec.settings.processes, environment, hear)
+    except Exception as error:  # Horovod raises plain Exception and RuntimeError
+        raise _stopped(spec, last_words([*words, *str(error).splitlines()], 1)) from error
+    for name in sorted(files, key=lambda name: name == "model.json"):  # the description comes last, as everywhere
+        (Path(spec.output) / name).write_bytes(files[name])
+
+
+def parse_event(line: str) -> dict[str, Any] | None:
+    """What a line of rank 0's stdout says; None for any other line."""
+    text = re.sub(r"^\[\d+\]<stdout>:", "", line.strip())
+    if not text.startswith('{"event": '):
+        return None
+    event: dict[str, Any] = json.loads(text)
+    return event
 
 
 def last_words(lines: list[str], code: int) -> str:
-    """What a failed run's error output says about its cause: the last exception, else the last line."""
-    texts = [re.sub(r"^\[\d+\]<std(?:err|out)>:", "", line.strip()) for line in lines]
-    exceptions = [found[1] for text in texts if (found := re.match(r"[\w.]*(?:Error|Exception): (.+)", text))]
-    spoken = exceptions or [text for text in texts if text] or [f"exit code {code}"]
-    return spoken[0] if exceptions else spoken[-1]
+    """What a failed run's output says about its cause: an exception, else the signal that killed a process, else the
+    last line. That a rank lost the others, and that the launcher lost a rank, follows from the cause."""
+    texts = [text for line in lines if (text := re.sub(r"^\[\d+\]<std(?:err|out)>:", "", line.strip()))]
+    exceptions = [text for text in texts if re.match(r"[\w.]*(?:Error|Exception): .", text)]
+    causes = [text for text in exceptions if not _FOLLOWS.search(text)]
+    killed = [found[1] for text in texts if (found := re.search(r"(\d+) exit with status code 137", text))]
+    if not causes and (killed or code in (-signal.SIGKILL, 137) or "Exit code: 137" in texts):
+        return f"process {killed[0] if killed else 0} was killed by signal 9 (did the machine run out of memory?)"
+    said = causes[:1] or exceptions[:1]
+    if said:
+        return said[0].partition(": ")[2]
+    return texts[-1] if texts else f"exit code {code}"
+
+
+def _stopped(spec: RunSpec, why: str) -> TrailvecError:
+    found = newest_checkpoint(Path(spec.checkpoints)) if spec.checkpoints else None
+    again = ""
+    if found:
+        epoch, step = map(int, found.name.split("-"))
+        again = f", and the same command goes on from epoch {epoch} after {step:,} steps"
+    return TrailvecError(f"training stopped: {why}; the old model stays current{again}")
 
 
 def _die_with_parent() -> None:

@@ -69,19 +69,47 @@ def write_files(folder: Path, *parts: list[dict[str, Any]], row_group_size: int 
     return urls
 
 
-def make_run(folder: Path, parts: list[list[dict[str, Any]]], **settings: Any) -> RunSpec:
-    """A run spec over those files, whose output is `folder`/model."""
+def write_valid(folder: Path, rows: list[dict[str, Any]], targets: list[list[int]]) -> list[str]:
+    """A file of the valid split: each row with what its user did next, all at one time."""
+    path = folder / "valid.parquet"
+    held = [
+        {**row, "target_item_index": items, "target_ts": [0] * len(items)}
+        for row, items in zip(rows, targets, strict=True)
+    ]
+    lists = ((name, pa.list_(pa.int32())) for name in (*FEATURES, "target_item_index"))
+    schema = pa.schema([("length", pa.int32()), *lists, ("target_ts", pa.list_(pa.int64()))])
+    pq.write_table(pa.Table.from_pylist(held, schema), path)
+    return [f"file://{path}"]
+
+
+def next_items(rows: list[dict[str, Any]]) -> list[list[int]]:
+    """What follows each of `make_rows`' rows."""
+    return [[(row["item_index"][-1] - 1) % 27 + 2] for row in rows]
+
+
+def make_run(
+    folder: Path,
+    parts: list[list[dict[str, Any]]],
+    valid: tuple[list[dict[str, Any]], list[list[int]]] | None = None,
+    model: ModelSpec = SPEC,
+    **settings: Any,
+) -> RunSpec:
+    """A run spec over those files, whose output is `folder`/model and whose checkpoints are in `folder`/checkpoints.
+
+    `valid`: the rows of held-out users, and what they did next.
+    """
     (folder / "model").mkdir(parents=True)
     rows = [row for part in parts for row in part]
     counts = folder / "counts.npy"
     np.save(counts, item_counts(rows))
     return RunSpec(
         settings=TrainSettings.model_validate({"dropout": 0.0, **settings}),
-        model=SPEC,
+        model=model,
         train_files=write_files(folder, *parts),
         train_rows=len(rows),
-        valid_files=[],
+        valid_files=write_valid(folder, *valid) if valid else [],
         item_counts=str(counts),
         output=str(folder / "model"),
+        checkpoints=str(folder / "checkpoints"),
         about={"model_version": "test"},
     )

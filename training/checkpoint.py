@@ -1,32 +1,44 @@
-"""A model on disk: `model.safetensors` (the numbers) and `model.json` (all else, written last). No pickle.
+"""Models and checkpoints on disk: safetensors for the numbers, JSON (written last) for all else. No pickle.
+
+A model is `model.safetensors` and `model.json`.
 
 `model.safetensors` holds what SequenceModel.tensors() gives, among it `item_counts` int64 [items] (0: an item that the
 model does not know) and the parts of the item vectors (training.model.ItemTable). `model.json` holds `spec`
 (training.config.ModelSpec), `about` it: model_version, as_of, provenance, `training` (history and metrics), and the
 weights' SHA-256.
+
+A checkpoint is a folder `<epoch>-<step>` with `state.safetensors` and `checkpoint.json` (`Progress`, and the SHA-256 of
+the former). It is filled under another name, flushed to the disk and renamed: what has the name is whole. The tensors
+are `model.<name>` (as in a model), `optimizer.<parameter>.<key>`, and `rng.<rank>`, uint8: torch's generator there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from jobs.errors import TrailvecError
 from training.config import ModelSpec
 
 if TYPE_CHECKING:  # torch and Transformers4Rec take seconds to import; reading the vectors needs neither
+    import torch
+
     from training.model import SequenceModel
 
 WEIGHTS = "model.safetensors"
 ABOUT = "model.json"
+STATE = "state.safetensors"
+PROGRESS = "checkpoint.json"
 
 
 def save_model(folder: Path, model: SequenceModel, about: dict[str, Any]) -> None:
@@ -102,6 +114,106 @@ def load_model(weights: Path, spec: ModelSpec) -> SequenceModel:
     except (KeyError, RuntimeError) as error:
         raise _damaged(weights.parent, f"{weights.name} does not fit its description: {error}") from None
     return model.eval()
+
+
+class Progress(BaseModel):
+    """How far a run has come: all of its state that is no tensor. What sums are of: training.loop.SUMS."""
+
+    ranks: int
+    epoch: int = 1  # the one that is going on
+    step: int = 0  # its steps that are done
+    rows_done: float = 0.0  # of all epochs and ranks
+    sums: list[float] = []  # of this epoch, over all ranks
+    rank_sums: list[list[float]] = []  # the same, for each rank
+    curve: list[list[float]] = []  # of all epochs: [rows_done, mean loss since the entry before]
+    curve_sums: list[float] = []  # `sums` at the last entry
+    history: list[dict[str, Any]] = []  # an entry for each epoch that is done
+    best: float = -1.0
+    best_epoch: int = 0
+
+
+def write_checkpoint(folder: Path, progress: Progress, tensors: dict[str, torch.Tensor], keep: int) -> None:
+    """Adds a checkpoint to the folder, then removes all but the `keep` newest and the one from the best epoch's end."""
+    from safetensors.torch import save_file  # noqa: PLC0415
+
+    target = folder / _name(progress.epoch, progress.step)
+    part = folder / f".{target.name}.part"
+    for stale in [*folder.glob(".*.part"), target]:
+        shutil.rmtree(stale, ignore_errors=True)
+    part.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / STATE)
+    text = json.dumps({"progress": progress.model_dump(), "state_sha256": _sha256(part / STATE)}, indent=1)
+    (part / PROGRESS).write_text(text + "\n", encoding="utf-8")
+    for path in (part / STATE, part / PROGRESS):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    part.rename(target)
+    kept = {path.name for path in _checkpoints(folder)[-keep:]} | {_name(progress.best_epoch + 1, 0)}
+    for path in _checkpoints(folder):
+        if path.name not in kept:
+            shutil.rmtree(path)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint to go on from; None where there is none."""
+    return next(reversed(_checkpoints(folder)), None)
+
+
+def read_checkpoint(path: Path) -> tuple[Progress, dict[str, torch.Tensor]]:
+    """What `write_checkpoint` was given.
+
+    Raises:
+        TrailvecError: it is damaged.
+    """
+    from safetensors.torch import load_file  # noqa: PLC0415
+
+    try:
+        about = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+        progress = Progress.model_validate(about["progress"])
+        if _sha256(path / STATE) != about["state_sha256"]:
+            raise ValueError(f"{STATE} is not the file that {PROGRESS} was written for")
+        return progress, load_file(path / STATE)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        why = str(error).splitlines()[0]
+        raise TrailvecError(
+            f"the checkpoint {path} is damaged ({why}): remove that folder, and training goes on from the one before it"
+        ) from None
+
+
+def best_checkpoint(folder: Path, progress: Progress) -> Path:
+    """The checkpoint from the end of the best epoch so far."""
+    return folder / _name(progress.best_epoch + 1, 0)
+
+
+def optimizer_tensors(model: torch.nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
+    """The optimizer's state, each tensor by its parameter's name and its own."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {f"{names[p]}.{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+
+
+def load_optimizer(model: torch.nn.Module, optimizer: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Takes over what `optimizer_tensors` gave."""
+    by_name: dict[str, dict[str, torch.Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        name, key = full_name.rsplit(".", 1)
+        by_name.setdefault(name, {})[key] = tensor
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    state = {number: by_name[name] for number, name in enumerate(order) if name in by_name}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def part_of(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose name begins with the prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _name(epoch: int, step: int) -> str:
+    return f"{epoch:05}-{step:010}"  # the order of names is that of time
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[0-9]*-[0-9]*"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

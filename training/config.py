@@ -66,12 +66,34 @@ class TrainSettings(Section):
         True, description="actions of one moment in a new order in each epoch; False: in the log's, by event_id"
     )
     horizon: int = Field(64, ge=1, description="later sessions: any of that many actions after the session's end")
-    batch_size: int = Field(64, ge=1, description="rows per process and step")
-    epochs: int = Field(10, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
+    batch_size: int = Field(64, ge=1, description="rows in one batch of a process")
+    local_steps: int = Field(
+        1, ge=1, description="batches whose gradients a process adds up before the processes exchange them: one step"
+    )
+    epochs: int = Field(10, ge=1, description="at most; the learning rate falls over all of them")
+    patience: int = Field(0, ge=0, description="epochs without a better validation ndcg@10 that end training; 0: never")
+    learning_rate: float = Field(1e-3, gt=0, description="of one process with one batch per step; see rate_scaling")
+    rate_scaling: Literal["sqrt", "linear", "none"] = Field(
+        "sqrt",
+        description="what processes * local_steps (so many times more rows in a step) multiplies the learning rate by: "
+        "its square root suits Adam (Malladi et al., 2022), linear suits SGD (Goyal et al., 2017)",
+    )
+    warm_up: float = Field(0.05, gt=0, le=1, description="share of all rows over which the learning rate rises")
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0, description="the gradient is scaled down to this norm")
+    fp16_gradients: bool = Field(False, description="gradients travel between the processes as 16-bit numbers")
     seed: int = Field(0, ge=0)
+    launcher: Literal["local", "spark"] = Field(
+        "local",
+        description="local: processes of this machine, by horovodrun where there are several; spark: one task of the "
+        "Spark application for each process (YARN, Databricks)",
+    )
+    checkpoint_minutes: float = Field(10, ge=0, description="between two checkpoints; each epoch's end makes one too")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that stay, beside the best epoch's")
+    tracking_uri: str = Field(
+        "local",
+        description="where MLflow keeps runs: local (mlflow.db under storage.root), none, a server's address",
+    )
 
     @model_validator(mode="after")
     def _supported(self) -> TrainSettings:
@@ -121,5 +143,10 @@ class RunSpec(Section):
     new_only: bool = Field(False, description="validation ranks what the user has not acted on in the row")
     item_counts: str = Field(description=".npy, int64 [items]: events of an item that training may see, 0: unknown")
     item_attributes: str | None = Field(None, description=".npy, int64 [attributes, items]; None: the model has none")
+    item_verticals: str | None = Field(None, description=".npy, int64 [items]: an item's place in verticals, or -1")
+    verticals: list[str] = Field([], description="the verticals that validation also reports")
     output: str = Field(description="an empty folder: the model's files are written here, model.json last")
+    checkpoints: str | None = Field(
+        None, description="a folder of this run alone: checkpoints are written here, and the newest is gone on from"
+    )
     about: dict[str, Any] = Field(description="goes into model.json as it is")

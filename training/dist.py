@@ -5,15 +5,24 @@ One process is the same code with size 1; it needs no launcher.
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Callable
 from typing import Any
 
 import horovod.torch as hvd
 import torch
 
 
-def start() -> None:
-    """Joins the processes that the launcher started; without a launcher this one is alone."""
+def start() -> torch.device:
+    """Joins the processes that the launcher started (without a launcher this one is alone); this process's device:
+    one GPU for each process of a machine, or the CPU."""
     hvd.init()
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(hvd.local_rank())
+    torch.set_float32_matmul_precision("high")  # TF32 where a product is not in bfloat16 anyway
+    return torch.device("cuda", hvd.local_rank())
 
 
 def rank() -> int:
@@ -26,15 +35,21 @@ def size() -> int:
     return int(hvd.size())
 
 
-def distribute(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-    """The optimizer whose gradients are **summed** over all processes; every process begins with rank 0's state.
+def distribute(model: torch.nn.Module, optimizer: torch.optim.Optimizer, local_steps: int, fp16: bool) -> Any:
+    """The optimizer whose gradients are **summed** over all processes and over `local_steps` backward passes.
 
-    The caller divides the loss by the count over all processes, so that the sum is the mean over all of them,
-    also where they hold different numbers of examples. All processes take part.
+    Every process begins with rank 0's weights. The optimizer has no state yet, so there is none to broadcast (and
+    Horovod's broadcast_optimizer_state would make one by a step with zero gradients, which decays the weights). A
+    process may do fewer backward passes before synchronize() than `local_steps`, also none. All processes take part.
     """
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
-    return hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(), op=hvd.Sum)
+    return hvd.DistributedOptimizer(
+        optimizer,
+        named_parameters=model.named_parameters(),
+        op=hvd.Sum,
+        backward_passes_per_step=local_steps,
+        compression=hvd.Compression.fp16 if fp16 else hvd.Compression.none,
+    )
 
 
 def total(values: list[float]) -> list[float]:
@@ -45,3 +60,58 @@ def total(values: list[float]) -> list[float]:
 def gather(value: Any) -> list[Any]:
     """The value of every process, in the order of their ranks. All processes take part."""
     return list(hvd.allgather_object(value, name="gather"))
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's value. All processes take part."""
+    return hvd.broadcast_object(value, root_rank=0, name="from_first")
+
+
+class _Lines:
+    """A stream that hands each line on. Horovod's threads write whole lines."""
+
+    def __init__(self, hear: Callable[[str], None]) -> None:
+        self.write = hear
+
+    def flush(self) -> None:
+        pass
+
+
+def run_in_spark(
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    processes: int,
+    environment: dict[str, str],
+    hear: Callable[[str], None],
+) -> list[Any]:
+    """What `function` returns on each rank: a process beside a task of the active Spark application for each.
+
+    Args:
+        function: a module's function, which the executors import.
+        hear: is called with each line that a rank writes to stdout or stderr, from several threads.
+
+    Raises:
+        Exception: Horovod's own, when a rank failed or the tasks did not start within two minutes.
+    """
+    import horovod.spark  # noqa: PLC0415 - it wants pyspark, which a training process need not have
+
+    # Horovod takes Ctrl-C and SIGTERM for itself and does not give them back.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return list(
+            horovod.spark.run(
+                function,
+                args=arguments,
+                num_proc=processes,
+                use_gloo=True,
+                env=environment,
+                stdout=_Lines(hear),
+                stderr=_Lines(hear),
+                start_timeout=120,
+                verbose=0,
+                executable=os.environ.get("PYSPARK_PYTHON"),  # the executors' interpreter
+            )
+        )
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

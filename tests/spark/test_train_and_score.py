@@ -1,16 +1,19 @@
 """The stages train, embed_items and score_users over real Delta tables, with two real Horovod processes."""
 
 import json
+import sqlite3
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
+from safetensors.numpy import load_file
 
 from jobs import embed_items, score_users, train
 from jobs.errors import TrailvecError
@@ -21,8 +24,8 @@ from spark_udfs.encode import encode_rows
 from tests.conftest import make_config
 from tests.sequence_files import MAX_LENGTH, item_counts, make_rows
 from training.batches import FEATURES
-from training.checkpoint import load_model
-from training.config import ModelSpec
+from training.checkpoint import WEIGHTS, load_model
+from training.config import ITEM_ATTRIBUTES, ModelSpec, RunSpec
 
 CUT = datetime(2024, 6, 1)
 SETTINGS = (
@@ -34,6 +37,7 @@ SETTINGS = (
     "train.negatives=12",
     "train.batch_size=16",
     "train.learning_rate=0.02",
+    "train.rate_scaling=none",
     "score.batch_size=7",
 )
 
@@ -152,6 +156,55 @@ def test_model_json_says_what_made_it(trained: Runtime) -> None:
     assert about["provenance"]["reads"] == {"sequences": 3, "items": 1, "context_values": 1}
     assert about["provenance"]["config"]["train"]["epochs"] == 6
     assert about["spec"]["context_sizes"]["vertical_index"] == 5
+
+
+def test_the_card_the_plot_and_the_run_in_mlflow(trained: Runtime) -> None:
+    about = about_of(trained)
+    text = (trained.model_dir() / "card.md").read_text()
+    assert "| data | context_values version 1, items version 1, sequences version 3 |" in text
+    best = about["training"]["epochs"][about["training"]["best_epoch"] - 1]
+    assert f"| vertical2 | {best['by_vertical']['vertical2']['users']} |" in text
+    assert sum(group["users"] for group in best["by_history"].values()) == about["training"]["held_users"] <= 20
+    assert ElementTree.parse(trained.model_dir() / "training.svg").getroot().tag.endswith("svg")
+
+    connection = sqlite3.connect(trained.root / "mlflow.db")
+    runs = connection.execute("SELECT run_uuid, status FROM runs WHERE name = ?", [about["model_version"]]).fetchall()
+    assert [status for _, status in runs] == ["FINISHED"]
+    query = "SELECT value FROM metrics WHERE run_uuid = ? AND key = 'epoch_loss' ORDER BY step"
+    losses = [value for (value,) in connection.execute(query, [runs[0][0]])]
+    connection.close()
+    assert losses == [epoch["loss"] for epoch in about["training"]["epochs"]]
+    assert not list(trained.models.glob("*.checkpoints"))  # they have done their work
+
+
+def test_tasks_of_spark_train_the_same_model_as_horovodrun(trained: Runtime, tmp_path: Path) -> None:
+    counts = train.item_counts(trained.latest(ITEMS), min_count=3)
+    np.save(tmp_path / "counts.npy", counts)
+    attributes = train.item_attributes(trained.latest(ITEMS), trained.latest(CONTEXT_VALUES))
+    np.save(tmp_path / "attributes.npy", train.attribute_matrix(attributes, list(ITEM_ATTRIBUTES), len(counts)))
+    output = tmp_path / "model"
+    output.mkdir()
+    spec = RunSpec.model_validate_json((trained.model_dir() / "run.json").read_text()).model_copy(
+        update={"item_counts": str(tmp_path / "counts.npy"), "item_verticals": None, "verticals": []}
+        | {
+            "item_attributes": str(tmp_path / "attributes.npy"),
+            "output": str(output),
+            "checkpoints": str(tmp_path / "checkpoints"),
+        }
+    )
+    events: list[dict[str, Any]] = []
+    train.launch_in_spark(spec, events.append)
+    assert [event["epoch"] for event in events if event["event"] == "epoch"] == [1, 2, 3, 4, 5, 6]
+    about = json.loads((output / "model.json").read_text())
+    expected = about_of(trained)["training"]["parameters_sha256_by_rank"]
+    assert about["training"]["parameters_sha256_by_rank"] == expected
+    assert load_file(output / "model.safetensors").keys() == load_file(trained.model_dir() / WEIGHTS).keys()
+
+    broken = spec.model_copy(update={"settings": spec.settings.model_copy(update={"learning_rate": 1e30})})
+    broken = broken.model_copy(update={"checkpoints": None})
+    with pytest.raises(TrailvecError, match=r"training stopped: the loss is nan in epoch \d: lower train") as error:
+        train.launch_in_spark(broken, events.append)
+    assert "\n" not in str(error.value)
 
 
 def test_vectors_from_duckdb_rank_like_the_model_itself(trained: Runtime) -> None:

@@ -1,52 +1,238 @@
 """The loop in real processes, started as `trailvec train` starts them."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from jobs.errors import TrailvecError
 from jobs.train import last_words, launch
-from tests.sequence_files import make_rows, make_run
+from tests.sequence_files import ITEMS, MAX_LENGTH, SPEC, item_counts, make_rows, make_run, next_items, write_valid
+from training.batches import FEATURES
+from training.checkpoint import Progress, newest_checkpoint, read_checkpoint, write_checkpoint
 from training.config import RunSpec, TrainSettings
-from training.loop import learning_rate, train
+from training.data import read_held
+from training.loop import rate_factor, schedule, train, validate
+from training.model import build_model
+
+# With all that draws random numbers.
+DRAWING = SPEC.model_copy(update={"dropout": 0.3, "negatives": 12})
 
 
-def start(spec: RunSpec, folder: Path) -> list[str]:
+def start(spec: RunSpec, folder: Path) -> list[dict[str, Any]]:
     run_file = folder / "run.json"
     run_file.write_text(spec.model_dump_json())
-    said: list[str] = []
+    said: list[dict[str, Any]] = []
     launch(run_file, spec, said.append)
     return said
 
 
-def test_two_ranks_step_like_one_with_all_their_rows(tmp_path: Path) -> None:
+def ndcg(ranked: list[int], relevant: set[int]) -> float:
+    gain = sum(1 / math.log2(rank + 1) for rank, item in enumerate(ranked, start=1) if item in relevant)
+    return gain / sum(1 / math.log2(rank + 1) for rank in range(1, min(len(relevant), len(ranked)) + 1))
+
+
+def training_of(folder: Path) -> dict[str, Any]:
+    about: dict[str, Any] = json.loads((folder / "model/model.json").read_text())["training"]
+    return about
+
+
+def test_two_ranks_and_local_steps_step_like_one_with_all_their_rows(tmp_path: Path) -> None:
     # Unequal ranks, one row group for both: the mean must be over all positions, not over ranks.
     rows = make_rows(49)
     parts = [rows]
-    two = make_run(tmp_path / "two", parts, processes=2, batch_size=50, epochs=3, learning_rate=0.05)
-    one = make_run(tmp_path / "one", parts, processes=1, batch_size=50, epochs=3, learning_rate=0.05)
+    same = {"epochs": 3, "learning_rate": 0.05, "rate_scaling": "none"}
+    two = make_run(tmp_path / "two", parts, processes=2, batch_size=13, local_steps=2, **same)
+    local = make_run(tmp_path / "local", parts, processes=1, batch_size=10, local_steps=5, **same)
+    one = make_run(tmp_path / "one", parts, processes=1, batch_size=50, **same)
     said = start(two, tmp_path / "two")
+    train(local)
     train(one)
 
-    assert [line[:9] for line in said] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
-    after = {
-        name: json.loads((tmp_path / name / "model/model.json").read_text())["training"] for name in ("one", "two")
-    }
+    assert [(line["event"], line["epoch"]) for line in said if line["event"] == "epoch"] == [
+        ("epoch", 1),
+        ("epoch", 2),
+        ("epoch", 3),
+    ]
+    after = {name: training_of(tmp_path / name) for name in ("one", "two", "local")}
     assert sorted(after["two"]["epochs"][0]["rows_by_rank"]) == [24, 25]
     assert after["one"]["epochs"][0]["rows_by_rank"] == [49]
     losses = {name: [epoch["loss"] for epoch in training["epochs"]] for name, training in after.items()}
-    assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
     assert losses["two"][2] < losses["two"][0]
-    two_tensors, one_tensors = (load_file(tmp_path / name / "model/model.safetensors") for name in ("two", "one"))
-    for name, tensor in one_tensors.items():
-        assert (two_tensors[name] - tensor).abs().max() < 1e-3, name
+    tensors = {name: load_file(tmp_path / name / "model/model.safetensors") for name in after}
+    for other in ("two", "local"):
+        assert losses[other] == pytest.approx(losses["one"], rel=1e-4)
+        for name, tensor in tensors["one"].items():
+            assert (tensors[other][name] - tensor).abs().max() < 1e-3, (other, name)
+
+
+def test_padding_is_what_the_batches_hold_beyond_their_actions(tmp_path: Path) -> None:
+    rows = make_rows(50)
+    train(make_run(tmp_path, [rows], batch_size=50, epochs=1))
+    lengths = [row["length"] for row in rows]
+    epoch = training_of(tmp_path)["epochs"][0]
+    assert epoch["padding"] == pytest.approx(1 - sum(lengths) / (50 * max(lengths)))
+    assert 0 < epoch["data_wait"] < 1
+
+
+# ---- a stop in the middle, and the same command again
+
+
+def kill_in_the_middle(spec: RunSpec, folder: Path, rank: int) -> str:
+    """Starts the run and kills a rank when there is a checkpoint from inside epoch 2; what launch says then."""
+
+    def kill() -> None:
+        while not list(Path(spec.checkpoints or "").glob("00002-*[1-9]*")):
+            time.sleep(0.002)
+        for process in processes_with(str(folder / "run.json")):
+            environment = Path(f"/proc/{process}/environ").read_text().split("\0")
+            if spec.settings.processes == 1 or f"HOROVOD_RANK={rank}" in environment:
+                os.kill(process, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    with pytest.raises(TrailvecError) as error:
+        start(spec, folder)
+    killer.join()
+    assert processes_with(str(folder / "run.json")) == []
+    return str(error.value)
+
+
+DRAWS = {"dropout": 0.3, "negatives": 12, "later_share": 0.5, "weight_decay": 0.01, "learning_rate": 0.02}
+
+
+def check_resumed(killed: Path, whole: Path, said: str) -> None:
+    """After the kill and the second start: all is as if there had been none."""
+    assert "the same command goes on from epoch 2 after" in said
+    assert "\n" not in said
+    after, expected = training_of(killed), training_of(whole)
+    assert after["parameters_sha256_by_rank"] == expected["parameters_sha256_by_rank"]
+    assert after["curve"] == expected["curve"]
+    for epoch, wanted in zip(after["epochs"], expected["epochs"], strict=True):
+        same = ("loss", "loss_by_rank", "rows_by_rank", "positions", "padding", "ndcg@10", "by_history")
+        assert {name: epoch[name] for name in same} == {name: wanted[name] for name in same}
+    # The last epoch's end: parameters, the optimizer's state and random numbers.
+    one, other = (sorted((folder / "checkpoints").glob("0*"))[-1] / "state.safetensors" for folder in (killed, whole))
+    assert one.parent.name == other.parent.name
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_killed_process_goes_on_to_the_same_parameters(tmp_path: Path) -> None:
+    parts, rows = [make_rows(60, 1), make_rows(60, 2)], make_rows(20, 3)
+    settings = {**DRAWS, "batch_size": 2, "epochs": 2, "local_steps": 2}
+    whole = make_run(tmp_path / "whole", parts, (rows, next_items(rows)), DRAWING, **settings)
+    killed = make_run(tmp_path / "killed", parts, (rows, next_items(rows)), DRAWING, **settings, checkpoint_minutes=0)
+    train(whole)
+    said = kill_in_the_middle(killed, tmp_path / "killed", rank=0)
+    assert said.startswith("training stopped: process 0 was killed by signal 9")
+    assert not list((tmp_path / "killed/model").iterdir())
+    left = newest_checkpoint(tmp_path / "killed/checkpoints")
+    assert left is not None
+    assert read_checkpoint(left)[0].step > 0  # in the middle of the epoch
+    train(killed)
+    check_resumed(tmp_path / "killed", tmp_path / "whole", said)
+
+
+def test_a_killed_rank_ends_the_run_which_goes_on_and_stops_early_as_without(tmp_path: Path) -> None:
+    # All items are right for each of the three users of two ranks: no epoch is better than the first, and training ends
+    # after two of the nine.
+    parts, valid = [make_rows(60, 1), make_rows(60, 2)], (make_rows(3, 3), [list(range(2, 29))] * 3)
+    settings = {**DRAWS, "batch_size": 4, "epochs": 9, "patience": 1, "fp16_gradients": True, "processes": 2}
+    whole = make_run(tmp_path / "whole", parts, valid, DRAWING, **settings)
+    killed = make_run(tmp_path / "killed", parts, valid, DRAWING, **settings, checkpoint_minutes=0)
+    start(whole, tmp_path / "whole")
+    said = kill_in_the_middle(killed, tmp_path / "killed", rank=1)
+    assert said.startswith("training stopped: process 1 was killed by signal 9")
+    resumed = start(killed, tmp_path / "killed")
+    assert (resumed[0]["event"], resumed[0]["epoch"], resumed[0]["step"] > 0) == ("resumed", 2, True)
+    check_resumed(tmp_path / "killed", tmp_path / "whole", said)
+    training = training_of(tmp_path / "killed")
+    assert (len(training["epochs"]), training["best_epoch"], training["held_users"]) == (2, 1, 3)
+    assert training["parameters_sha256_by_rank"][0] == training["parameters_sha256_by_rank"][1]
+
+
+def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> None:
+    spec = make_run(tmp_path, [make_rows(20)], epochs=1)
+    folder = Path(str(spec.checkpoints))
+    write_checkpoint(folder, Progress(ranks=2), {"x": torch.zeros(1)}, keep=1)
+    with pytest.raises(TrailvecError, match=r"is of 2 processes, this run has 1: set train\.processes = 2"):
+        train(spec)
+    state = folder / "00001-0000000000/state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1] + b"x")
+    with pytest.raises(TrailvecError, match=r"00001-0000000000 is damaged \(state\.safetensors is not the file"):
+        train(spec)
+
+
+def test_the_newest_checkpoints_and_the_best_epochs_stay(tmp_path: Path) -> None:
+    half = tmp_path / ".00009-0000000000.part"  # what a kill left
+    half.mkdir()
+    for epoch in range(1, 6):
+        for step in (0, 12):
+            best = min(epoch - 1, 2)
+            progress = Progress(ranks=1, epoch=epoch, step=step, best_epoch=best)
+            write_checkpoint(tmp_path, progress, {"x": torch.tensor([epoch, step])}, keep=2)
+    # The best epoch was the second: its end is the third's beginning.
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "00003-0000000000",
+        "00005-0000000000",
+        "00005-0000000012",
+    ]
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+    progress, tensors = read_checkpoint(newest)
+    assert (progress.epoch, progress.step, tensors["x"].tolist()) == (5, 12, [5, 12])
+
+
+def test_training_ends_when_validation_gets_no_better(tmp_path: Path) -> None:
+    rows = make_rows(6, seed=4)
+    settings = {"epochs": 9, "patience": 2, "learning_rate": 1e-12}  # so small a step changes nothing
+    train(make_run(tmp_path, [make_rows(18)], (rows, next_items(rows)), **settings))
+    training = training_of(tmp_path)
+    assert (len(training["epochs"]), training["best_epoch"]) == (3, 1)
+
+
+def test_validation_by_history_and_by_vertical(tmp_path: Path) -> None:
+    rows = make_rows(40, seed=5)
+    targets = [[*items, 2 + number % 27] for number, items in enumerate(next_items(rows))]
+    torch.manual_seed(1)
+    counts = torch.from_numpy(item_counts(rows))
+    known = counts.numpy() > 0
+    model = build_model(SPEC, counts)
+    verticals = np.arange(ITEMS) % 3 - 1  # of every three items one has no vertical
+    held = read_held(write_valid(tmp_path, rows, targets), MAX_LENGTH - 1, known, 100)
+    found = validate(model, held, known, 7, torch.device("cpu"), verticals, ["food", "rides"])
+
+    expected: dict[str, list[float]] = {"all": [], "1-4": [], "5-19": [], "food": [], "rides": []}
+    for row, wanted in zip(rows, targets, strict=True):
+        batch = {name: torch.tensor([row[name][-(MAX_LENGTH - 1) :]]) for name in FEATURES}
+        with torch.inference_mode():
+            scores = (model.encode(batch) @ model.item_vectors().T)[0].numpy()
+        ranked = sorted(np.flatnonzero(known).tolist(), key=lambda item: -scores[item])[:10]
+        relevant = {item for item in wanted if known[item]}
+        length = min(row["length"], MAX_LENGTH - 1)
+        expected["all"].append(ndcg(ranked, relevant))
+        expected["1-4" if length < 5 else "5-19"].append(ndcg(ranked, relevant))
+        for place, name in enumerate(["food", "rides"]):
+            if part := {item for item in relevant if verticals[item] == place}:
+                expected[name].append(ndcg(ranked, part))
+    assert found["ndcg@10"] == pytest.approx(np.mean(expected["all"]))
+    groups = found["by_history"] | found["by_vertical"]
+    assert {name: group["users"] for name, group in groups.items()} == {
+        name: len(values) for name, values in expected.items() if name != "all"
+    }
+    for name, group in groups.items():
+        assert group["ndcg@10"] == pytest.approx(np.mean(expected[name])), name
 
 
 def test_a_failing_rank_is_one_sentence_and_ends_the_other(tmp_path: Path) -> None:
@@ -65,11 +251,11 @@ from pathlib import Path
 from jobs.train import launch
 from training.config import RunSpec
 run = Path({str(tmp_path / "run.json")!r})
-launch(run, RunSpec.model_validate_json(run.read_text()), lambda text: print(text, flush=True))
+launch(run, RunSpec.model_validate_json(run.read_text()), lambda event: print(event["event"], flush=True))
 """
     stage = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert stage.stdout is not None
-    assert stage.stdout.readline().startswith("epoch 1/")
+    assert stage.stdout.readline() == "epoch\n"
     ranks = processes_with(str(tmp_path / "run.json"))
     assert len(ranks) >= 3  # the launcher and two ranks
     stage.send_signal(signal.SIGKILL)
@@ -96,20 +282,37 @@ def processes_with(argument: str) -> list[int]:
 
 
 def test_learning_rate_rises_then_falls() -> None:
-    settings = TrainSettings(learning_rate=2.0)
-    assert learning_rate(settings, 0.025) == pytest.approx(1.0)  # half of the warm-up
-    assert learning_rate(settings, 0.5) == pytest.approx(2.0 * (0.05 + 0.95 * 0.5))
-    assert learning_rate(settings, 1.0) == pytest.approx(0.1)
-    assert max(learning_rate(settings, step / 1000) for step in range(1001)) < 2.0
+    settings = TrainSettings(warm_up=0.05)
+    assert schedule(settings, 0.025) == pytest.approx(0.5)  # half of the warm-up
+    assert schedule(settings, 0.5) == pytest.approx(0.05 + 0.95 * 0.5)
+    assert schedule(settings, 1.0) == pytest.approx(0.05)
+    assert max(schedule(settings, step / 1000) for step in range(1001)) < 1
+
+
+def test_learning_rate_grows_with_the_rows_in_a_step() -> None:
+    def factor(scaling: str, processes: int) -> float:
+        return rate_factor(TrainSettings.model_validate({"rate_scaling": scaling, "local_steps": 2}), processes)
+
+    assert [factor(scaling, 8) for scaling in ("none", "sqrt", "linear")] == [1, 4, 16]
+    assert rate_factor(TrainSettings(), 1) == 1
 
 
 def test_last_words_are_the_cause() -> None:
+    gone = "[0]<stderr>:horovod.common.exceptions.HorovodInternalError: the other rank is gone"
     lines = [
+        gone,
         "[1]<stderr>:Traceback (most recent call last):",
         "[1]<stderr>:jobs.errors.TrailvecError: the loss is nan in epoch 1: lower train.learning_rate",
-        "[0]<stderr>:horovod.common.exceptions.HorovodInternalError: the other rank is gone",
         "Process 1 exit with status code 1.",
+        "Process 0 exit with status code 137.",
     ]
     assert last_words(lines, 1) == "the loss is nan in epoch 1: lower train.learning_rate"
-    assert last_words(["[0]<stderr>:Killed", ""], 137) == "Killed"
-    assert last_words([], 137) == "exit code 137"
+    killed = last_words([gone, "Process 1 exit with status code 137.", "Process 0 exit with status code 1."], 1)
+    assert killed.startswith("process 1 was killed by signal 9")
+    launchers = "RuntimeError: Horovod detected that one or more processes exited with non-zero status"
+    shut_down = "[0]<stderr>:RuntimeError: Horovod has been shut down. This was caused by an exception"
+    assert last_words([gone, shut_down, launchers, "Process name: 1", "Exit code: 137"], 1).startswith("process 0 was")
+    assert last_words([gone, launchers], 1) == "the other rank is gone"
+    assert last_words(["[0]<stderr>:no space", ""], 1) == "no space"
+    assert last_words([], -9).startswith("process 0 was killed by signal 9")
+    assert last_words([], 3) == "exit code 3"

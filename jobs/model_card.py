@@ -1,0 +1,97 @@
+"""The card of a model, card.md beside model.json, and the plot of its training, training.svg. The only module that
+imports matplotlib.
+
+Both say again, for people, what model.json says (Mitchell et al., Model Cards for Model Reporting, 2019).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def write_card(path: Path, about: dict[str, Any]) -> None:
+    """`about`: what model.json holds."""
+    path.write_text(card(about), encoding="utf-8")
+
+
+def card(about: dict[str, Any]) -> str:
+    """The card as Markdown."""
+    spec, training, provenance = about["spec"], about["training"], about["provenance"]
+    config = provenance["config"]
+    train, sequences = config["train"], config["sequences"]
+    best = training["epochs"][training["best_epoch"] - 1]
+    last = training["epochs"][-1]
+
+    def cut(name: str, days: int) -> str:
+        return str(sequences[name] or f"{days} days before the log's end")
+
+    processes, seconds = f"{training['processes']} processes ({training['device']})", f"{training['seconds']:,.0f} s"
+    facts = {
+        "version": about["model_version"],
+        "code": provenance["code_version"],
+        "data": ", ".join(f"{table} version {number}" for table, number in provenance["reads"].items()),
+        "training": f"actions before {about['as_of']}",
+        "validation": f"actions from {cut('valid_from', 56)} to {cut('test_from', 28)}",
+        "network": f"{spec['architecture']}, width {spec['width']}, {spec['layers']} layers, {spec['heads']} heads",
+        "history": f"the newest {spec['max_length'] - 1} actions of a user",
+        "items": f"{spec['items']:,} numbers; unknown to the model are those with fewer than "
+        f"{config['vocabulary']['min_count']} events in training",
+        "trained by": f"{processes} in {seconds}",
+        "epochs": f"{len(training['epochs'])} of at most {train['epochs']}; kept: the best, {training['best_epoch']}",
+        "loss": f"{training['epochs'][0]['loss']:.4f} in the first epoch, {last['loss']:.4f} in the last",
+    }
+    lines = [f"# Model {about['model_version']}", ""]
+    lines += ["Vectors of users and items in one space, learnt from people's actions in their order.", ""]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
+    lines += ["![the run](training.svg)", "", "## How well it ranks the next item", ""]
+    if "ndcg@10" in best:
+        lines += [
+            "Users held out for validation; the whole catalogue is ranked, nothing taken out. These figures chose",
+            "the epoch, so they flatter it. What to report (the test window, new and repeated items, the floors beside",
+            "them) is in the table `evaluation`.",
+            *_table("users", {"all": {"users": training["held_users"], **best}}),
+            *_table("by actions of history", best["by_history"]),
+            *_table("by vertical of the next item", best["by_vertical"]),
+        ]
+    else:
+        lines += ["Not measured: the valid split holds no user with a known next item."]
+    lines += [
+        "",
+        "## Known limits",
+        "",
+        "- An item that the model does not know has no vector, and is read as `unknown` in a history.",
+        "- A history of few actions says little; one of unknown items alone says nothing. The table above shows it.",
+        "- Older actions than those it reads do not count.",
+        "- Its vectors can't be compared with those of another version, also after a retrain on the same data.",
+        "- It has learnt what people did, with whatever was shown, sold out or advertised to them at the time.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _table(heading: str, rows: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [f"| {n} | {r['users']:,} | {r['recall@10']:.4f} | {r['ndcg@10']:.4f} |" for n, r in rows.items()]
+    return ["", f"| {heading} | users | recall@10 | ndcg@10 |", "|---|---|---|---|", *lines]
+
+
+def plot(path: Path, about: dict[str, Any]) -> None:
+    """The loss over the rows read, and what validation found after each epoch, as SVG."""
+    from matplotlib import rc_context  # noqa: PLC0415
+    from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: PLC0415 - a second, and only training needs it
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    training = about["training"]
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    loss, ranking = figure.subplots(1, 2)
+    rows, losses = zip(*training["curve"], strict=True)
+    loss.plot(rows, losses, color="#1b6ca8")
+    loss.set(title="training loss", xlabel="rows read")
+    epochs = [epoch for epoch in training["epochs"] if "ndcg@10" in epoch]
+    for metric, colour in (("ndcg@10", "#1b6ca8"), ("recall@10", "#d1495b")):
+        ranking.plot([e["epoch"] for e in epochs], [e[metric] for e in epochs], "o-", color=colour, label=metric)
+    ranking.axvline(training["best_epoch"], color="#bbb", linestyle=":")
+    ranking.set(title="next item, held-out users", xlabel="epoch", xticks=[e["epoch"] for e in epochs])
+    ranking.legend()
+    with rc_context({"svg.hashsalt": about["model_version"]}):  # the same bytes each time
+        FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})  # type: ignore[no-untyped-call]

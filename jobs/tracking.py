@@ -1,0 +1,120 @@
+"""What MLflow keeps of a training run: parameters, figures as they come, the card. The only module that imports mlflow.
+
+Training does not depend on it: the first failure is one warning, and the rest of the run goes untracked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from training.config import RunSpec
+
+EXPERIMENT = "trailvec"
+
+
+class Tracker:
+    """One run in MLflow; after a failure, and without an address, all calls do nothing."""
+
+    def __init__(self, uri: str, root: Path, warn: Callable[[str], None]) -> None:
+        self._uri, self._root, self._warn = uri, root, warn
+        self._client: Any = None
+        self._run = ""
+
+    def begin(self, spec: RunSpec) -> None:
+        """Starts the run, or goes on with the one that a killed run of the same checkpoints left."""
+        if self._uri == "none":
+            return
+        try:
+            self._client = _client(self._uri, self._root)
+            known = Path(spec.checkpoints or "") / "mlflow_run_id"
+            if spec.checkpoints and known.exists():
+                self._run = known.read_text()
+                self._client.update_run(self._run, status="RUNNING")
+                return
+            tags = {"mlflow.runName": spec.about["model_version"], "model_version": spec.about["model_version"]}
+            self._run = self._client.create_run(self._experiment(), tags=tags).info.run_id
+            if spec.checkpoints:
+                known.parent.mkdir(parents=True, exist_ok=True)
+                known.write_text(self._run)
+            provenance = spec.about.get("provenance", {})
+            versions = {f"version_of_{table}": number for table, number in provenance.get("reads", {}).items()}
+            model = spec.model.model_dump(exclude={"context_sizes"})
+            parameters = {**spec.settings.model_dump(), **model, **versions, "train_rows": spec.train_rows}
+            for name, value in parameters.items():
+                self._client.log_param(self._run, name, value)
+        except Exception as error:
+            self._give_up(error)
+
+    def metrics(self, step: int, figures: dict[str, float]) -> None:
+        """`step`: rows of training that are done."""
+
+        def log() -> None:
+            for name, value in figures.items():
+                self._client.log_metric(self._run, _name(name), value, step=step)
+
+        self._try(log)
+
+    def files(self, *paths: Path) -> None:
+        def log() -> None:
+            for path in paths:
+                self._client.log_artifact(self._run, str(path))
+
+        self._try(log)
+
+    def end(self, status: str) -> None:
+        self._try(lambda: self._client.set_terminated(self._run, status))
+
+    def _experiment(self) -> str:
+        found = self._client.get_experiment_by_name(EXPERIMENT)
+        if found:
+            return str(found.experiment_id)
+        place = f"file://{self._root / 'mlruns'}" if self._uri == "local" else None
+        return str(self._client.create_experiment(EXPERIMENT, artifact_location=place))
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        if self._client is None:
+            return
+        try:
+            action()
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._client = None
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        self._warn(f"MLflow ({self._uri}) failed, the run goes on untracked: {first}")
+
+
+@contextlib.contextmanager
+def tracked(uri: str, root: Path, spec: RunSpec, warn: Callable[[str], None]) -> Iterator[Tracker]:
+    """A run that ends as FINISHED, or as FAILED where the block raises."""
+    tracker = Tracker(uri, root, warn)
+    tracker.begin(spec)
+    try:
+        yield tracker
+    except BaseException:
+        tracker.end("FAILED")
+        raise
+    tracker.end("FINISHED")
+
+
+def _client(uri: str, root: Path) -> Any:
+    # Before the import. A server that is away may not hold training up for minutes; and nothing is sent home.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow.tracking import MlflowClient  # noqa: PLC0415 - seconds, and only training needs it
+
+    for name in ("mlflow", "alembic"):  # the making of the database's tables, line by line
+        logging.getLogger(name).setLevel(logging.ERROR)
+    root.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(f"sqlite:///{root / 'mlflow.db'}" if uri == "local" else uri)
+
+
+def _name(name: str) -> str:
+    return name.replace("@", "_at_")  # MLflow takes no @ in names

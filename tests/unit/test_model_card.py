@@ -1,0 +1,69 @@
+"""The card and the plot say what model.json says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+from jobs.model_card import card, plot
+
+SCORES = {"recall@10": 0.25, "ndcg@10": 0.125}
+EPOCHS = [
+    {"epoch": 1, "loss": 4.5, **SCORES, "by_history": {"1-4": {"users": 7, **SCORES}}, "by_vertical": {}},
+    {
+        "epoch": 2,
+        "loss": 3.25,
+        "recall@10": 0.5,
+        "ndcg@10": 0.375,
+        "by_history": {"1-4": {"users": 7, "recall@10": 0.0625, "ndcg@10": 0.03125}},
+        "by_vertical": {"food": {"users": 1234, "recall@10": 1.0, "ndcg@10": 0.75}},
+    },
+]
+ABOUT = {
+    "model_version": "abc123",
+    "as_of": "2024-06-01T00:00:00",
+    "spec": {"architecture": "gpt2", "width": 64, "layers": 2, "heads": 4, "max_length": 256, "items": 18000},
+    "provenance": {
+        "code_version": "0.1.0+feed",
+        "reads": {"sequences": 3, "items": 8},
+        "config": {
+            "train": {"epochs": 5},
+            "sequences": {"valid_from": "2024-06-01T00:00:00", "test_from": None},
+            "vocabulary": {"min_count": 10},
+        },
+    },
+    "training": {
+        "processes": 2,
+        "device": "cpu",
+        "epochs": EPOCHS,
+        "best_epoch": 2,
+        "held_users": 1500,
+        "seconds": 61.2,
+        "curve": [[10, 5.0], [20, 4.0], [30, 3.5]],
+    },
+}
+
+
+def test_the_card_says_where_the_model_comes_from_and_how_well_it_ranks() -> None:
+    text = card(ABOUT)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert ["data", "sequences version 3, items version 8"] in rows
+    assert ["training", "actions before 2024-06-01T00:00:00"] in rows
+    assert ["validation", "actions from 2024-06-01T00:00:00 to 28 days before the log's end"] in rows
+    assert ["epochs", "2 of at most 5; kept: the best, 2"] in rows
+    assert ["all", "1,500", "0.5000", "0.3750"] in rows
+    assert ["1-4", "7", "0.0625", "0.0312"] in rows
+    assert ["food", "1,234", "1.0000", "0.7500"] in rows
+    assert "## Known limits" in text
+
+
+def test_a_model_that_nobody_was_held_out_for() -> None:
+    training = {**ABOUT["training"], "epochs": [{"epoch": 1, "loss": 4.5}], "best_epoch": 1}
+    assert "Not measured" in card({**ABOUT, "training": training})
+
+
+def test_the_plot_is_an_svg_alike_each_time(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        plot(tmp_path / name, ABOUT)
+    assert ElementTree.parse(tmp_path / "one").getroot().tag.endswith("svg")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
