@@ -14,7 +14,8 @@ A first round is not counted. Then the profiler looks at ten steps.
 
 The last line is one JSON object: speedup_vs_t4rec_trainer, speedup_sampled_100k, fed_vs_synthetic, two_rank_speedup
 (ratios of the above), data_wait_share (of the fed loop's time, the waits for its next batch), and of each contestant
-the median and the loss of the last epoch. A chart of seconds for 1,000 rows goes to build/bench/train.svg.
+the median and the loss of the last epoch. cpu_...: the same by CPU seconds, which a busy machine changes less, with
+OMP_WAIT_POLICY=passive least of all. A chart of seconds for 1,000 rows goes to build/bench/train.svg.
 """
 
 from __future__ import annotations
@@ -126,33 +127,47 @@ def trained(spec: RunSpec, out: Path, train: Callable[[RunSpec], None] = loop.tr
     return epochs
 
 
-def fed(spec: RunSpec, out: Path) -> Epochs:
-    """The loop over its files; `waited` is the share of the epoch's time that went by between two batches."""
+def watched(spec: RunSpec, out: Path, read: Callable[..., Iterator[Batch]]) -> Epochs:
+    """The loop over what `read` gives; `waited` is the share of an epoch's time that went by between two batches."""
     waits: list[float] = []
+    worked: list[float] = []
 
     def timed(*args: Any, **options: Any) -> Iterator[Batch]:
-        _kept.clear()
-        waits.append(0.0)
-        batches = _read(*args, **options)
+        before, waited = t4rec_peer.cpu(), 0.0
+        batches = read(*args, **options)
         while True:
             started = time.monotonic()
             batch = next(batches, None)
-            waits[-1] += time.monotonic() - started
+            waited += time.monotonic() - started
             if batch is None:
-                return
-            _kept.append(batch)
+                break
             yield batch
+        waits.append(waited)
+        worked.append(t4rec_peer.cpu() - before)
 
     loop.read_batches = timed
     epochs = trained(spec, out)
-    seconds = [spec.train_rows / epoch["rows_per_second"] for epoch in epochs]
-    return [e | {"waited": wait / all_} for e, wait, all_ in zip(epochs, waits, seconds, strict=True)]
+    for epoch, waited, cpu_seconds in zip(epochs, waits, worked, strict=True):
+        epoch["waited"] = waited * epoch["rows_per_second"] / spec.train_rows
+        epoch["rows_per_cpu_second"] = spec.train_rows / cpu_seconds
+    return epochs
+
+
+def fed(spec: RunSpec, out: Path) -> Epochs:
+    """The loop over its files; the last epoch's batches are kept."""
+
+    def read(*args: Any, **options: Any) -> Iterator[Batch]:
+        _kept.clear()
+        for batch in _read(*args, **options):
+            _kept.append(batch)
+            yield batch
+
+    return watched(spec, out, read)
 
 
 def in_memory(spec: RunSpec, out: Path) -> Epochs:
     """The loop over the batches that the last fed epoch left in memory."""
-    loop.read_batches = lambda *_, **__: iter(_kept)
-    return trained(spec, out)
+    return watched(spec, out, lambda *_, **__: iter(_kept))
 
 
 def profile(spec: RunSpec, out: Path) -> str:
@@ -187,13 +202,14 @@ def launched(spec: RunSpec, out: Path) -> Epochs:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="an eighth of the rows, 1 counted round, no warm-up")
+    parser.add_argument("--files", type=int, help="of 1,024 rows each (default: 16)")
     parser.add_argument("--rounds", type=int, help="medians of so many (default: 5)")
     parser.add_argument("--only", nargs="+", help="some of the contestants, without ratios")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for the rows and what is written")
     arguments = parser.parse_args()
     rounds = arguments.rounds or (1 if arguments.quick else 5)
     folder = arguments.folder.absolute() / "train"
-    few = 2 if arguments.quick else 16  # files
+    few = arguments.files or (2 if arguments.quick else 16)
     for items in (ITEMS, MANY_ITEMS):
         write_rows(folder / str(items), items, few)
 
@@ -229,6 +245,7 @@ def main() -> None:
         }
         contestants = {name: run for name, run in contestants.items() if name in (arguments.only or contestants)}
         rates: dict[str, list[float]] = {name: [] for name in contestants}
+        by_cpu: dict[str, list[float]] = {name: [] for name in contestants if "rank" not in name}
         losses: dict[str, list[float]] = {name: [] for name in contestants}
         waited: list[float] = []
         for number in range(1 if arguments.quick else 0, rounds + 1):
@@ -238,6 +255,8 @@ def main() -> None:
                     continue
                 rates[name] += [epoch["rows_per_second"] for epoch in epochs]
                 losses[name].append(epochs[-1]["loss"])
+                if name in by_cpu:
+                    by_cpu[name] += [epoch["rows_per_cpu_second"] for epoch in epochs]
                 if name == "fed":
                     waited += [epoch["waited"] for epoch in epochs]
                 said(f"round {number} {name:18} {rates[name][-1]:8,.0f} examples/s, loss {losses[name][-1]:.4f}")
@@ -247,19 +266,26 @@ def main() -> None:
         print(f"ten steps, {name}\n{table}")
     bars(folder.parent / "train.svg", {name: [1000 / rate for rate in values] for name, values in rates.items()})
     median = {name: statistics.median(values) for name, values in rates.items()}
+    cpu = {name: statistics.median(values) for name, values in by_cpu.items()}
     result: dict[str, Any] = {"rounds": rounds}
     if not arguments.only:
         result |= {
             "speedup_vs_t4rec_trainer": median["trailvec"] / median["peer"],
             "speedup_sampled_100k": median["sampled 100k"] / median["peer 100k"],
+            "cpu_speedup_vs_t4rec_trainer": cpu["trailvec"] / cpu["peer"],
+            "cpu_speedup_sampled_100k": cpu["sampled 100k"] / cpu["peer 100k"],
             "speedup_sampled_100k_vs_peer_sampled": median["sampled 100k"] / median["peer sampled 100k"],
+            "cpu_speedup_sampled_100k_vs_peer_sampled": cpu["sampled 100k"] / cpu["peer sampled 100k"],
             "fed_vs_synthetic": median["fed"] / median["in memory"],
+            "cpu_fed_vs_synthetic": cpu["fed"] / cpu["in memory"],
             "two_rank_speedup": median["2 ranks"] / median["1 rank"],
             "data_wait_share": statistics.median(waited),
         }
     for name, rate in median.items():
         key = name.replace(" ", "_")
         result |= {f"{key}_examples_per_s": round(rate), f"{key}_loss": statistics.median(losses[name])}
+        if name in cpu:
+            result[f"{key}_examples_per_cpu_s"] = round(cpu[name])
     last_line(result)
 
 
