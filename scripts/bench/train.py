@@ -199,6 +199,21 @@ def launched(spec: RunSpec, out: Path) -> Epochs:
     return trained(spec, out, start)
 
 
+def ratios(median: dict[str, float], cpu: dict[str, float]) -> dict[str, float]:
+    """Of the contestants' examples/s, and of their examples per CPU second."""
+    return {
+        "speedup_vs_t4rec_trainer": median["trailvec"] / median["peer"],
+        "speedup_sampled_100k": median["sampled 100k"] / median["peer 100k"],
+        "cpu_speedup_vs_t4rec_trainer": cpu["trailvec"] / cpu["peer"],
+        "cpu_speedup_sampled_100k": cpu["sampled 100k"] / cpu["peer 100k"],
+        "speedup_sampled_100k_vs_peer_sampled": median["sampled 100k"] / median["peer sampled 100k"],
+        "cpu_speedup_sampled_100k_vs_peer_sampled": cpu["sampled 100k"] / cpu["peer sampled 100k"],
+        "fed_vs_synthetic": median["fed"] / median["in memory"],
+        "cpu_fed_vs_synthetic": cpu["fed"] / cpu["in memory"],
+        "two_rank_speedup": median["2 ranks"] / median["1 rank"],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="an eighth of the rows, 1 counted round, no warm-up")
@@ -255,11 +270,13 @@ def main() -> None:
                     continue
                 rates[name] += [epoch["rows_per_second"] for epoch in epochs]
                 losses[name].append(epochs[-1]["loss"])
-                if name in by_cpu:
-                    by_cpu[name] += [epoch["rows_per_cpu_second"] for epoch in epochs]
                 if name == "fed":
                     waited += [epoch["waited"] for epoch in epochs]
-                said(f"round {number} {name:18} {rates[name][-1]:8,.0f} examples/s, loss {losses[name][-1]:.4f}")
+                text = f"round {number} {name:18} {rates[name][-1]:8,.0f} examples/s, loss {losses[name][-1]:.4f}"
+                if name in by_cpu:
+                    by_cpu[name] += [epoch["rows_per_cpu_second"] for epoch in epochs]
+                    text += f", {by_cpu[name][-1]:,.0f} examples per CPU second"
+                said(text)
         tables = {name: here(profile, spec) for name, spec in (("full", full), ("sampled 100k", sampled_100k))}
 
     for name, table in tables.items():
@@ -269,18 +286,7 @@ def main() -> None:
     cpu = {name: statistics.median(values) for name, values in by_cpu.items()}
     result: dict[str, Any] = {"rounds": rounds}
     if not arguments.only:
-        result |= {
-            "speedup_vs_t4rec_trainer": median["trailvec"] / median["peer"],
-            "speedup_sampled_100k": median["sampled 100k"] / median["peer 100k"],
-            "cpu_speedup_vs_t4rec_trainer": cpu["trailvec"] / cpu["peer"],
-            "cpu_speedup_sampled_100k": cpu["sampled 100k"] / cpu["peer 100k"],
-            "speedup_sampled_100k_vs_peer_sampled": median["sampled 100k"] / median["peer sampled 100k"],
-            "cpu_speedup_sampled_100k_vs_peer_sampled": cpu["sampled 100k"] / cpu["peer sampled 100k"],
-            "fed_vs_synthetic": median["fed"] / median["in memory"],
-            "cpu_fed_vs_synthetic": cpu["fed"] / cpu["in memory"],
-            "two_rank_speedup": median["2 ranks"] / median["1 rank"],
-            "data_wait_share": statistics.median(waited),
-        }
+        result |= ratios(median, cpu) | {"data_wait_share": statistics.median(waited)}
     for name, rate in median.items():
         key = name.replace(" ", "_")
         result |= {f"{key}_examples_per_s": round(rate), f"{key}_loss": statistics.median(losses[name])}
