@@ -258,9 +258,9 @@ def main() -> None:
             "1 rank": functools.partial(launched, ranks(1), folder / "launched"),
             "2 ranks": functools.partial(launched, ranks(2), folder / "launched"),
         }
-        contestants = {name: run for name, run in contestants.items() if name in (arguments.only or contestants)}
+        contestants = {name: contestants[name] for name in arguments.only or contestants}
         rates: dict[str, list[float]] = {name: [] for name in contestants}
-        by_cpu: dict[str, list[float]] = {name: [] for name in contestants if "rank" not in name}
+        by_cpu: dict[str, list[float]] = {name: [] for name in contestants}
         losses: dict[str, list[float]] = {name: [] for name in contestants}
         waited: list[float] = []
         for number in range(1 if arguments.quick else 0, rounds + 1):
@@ -272,18 +272,18 @@ def main() -> None:
                 losses[name].append(epochs[-1]["loss"])
                 if name == "fed":
                     waited += [epoch["waited"] for epoch in epochs]
-                text = f"round {number} {name:18} {rates[name][-1]:8,.0f} examples/s, loss {losses[name][-1]:.4f}"
-                if name in by_cpu:
-                    by_cpu[name] += [epoch["rows_per_cpu_second"] for epoch in epochs]
-                    text += f", {by_cpu[name][-1]:,.0f} examples per CPU second"
-                said(text)
+                by_cpu[name] += [epoch["rows_per_cpu_second"] for epoch in epochs if "rows_per_cpu_second" in epoch]
+                said(
+                    f"round {number} {name:18} examples/s {' '.join(f'{rate:,.0f}' for rate in rates[name])}, per CPU "
+                    f"second {' '.join(f'{rate:,.0f}' for rate in by_cpu[name])}, loss {losses[name][-1]:.4f}"
+                )
         tables = {name: here(profile, spec) for name, spec in (("full", full), ("sampled 100k", sampled_100k))}
 
     for name, table in tables.items():
         print(f"ten steps, {name}\n{table}")
     bars(folder.parent / "train.svg", {name: [1000 / rate for rate in values] for name, values in rates.items()})
     median = {name: statistics.median(values) for name, values in rates.items()}
-    cpu = {name: statistics.median(values) for name, values in by_cpu.items()}
+    cpu = {name: statistics.median(values) for name, values in by_cpu.items() if values}
     result: dict[str, Any] = {"rounds": rounds}
     if not arguments.only:
         result |= ratios(median, cpu) | {"data_wait_share": statistics.median(waited)}
