@@ -1,0 +1,162 @@
+"""Transformers4Rec's half of scripts/bench/train.py: its own Trainer, fed by its own PyarrowDataLoader.
+
+The model is built as Transformers4Rec's documentation builds one, of the same parts and sizes as trailvec's, and begins
+with the same weights, that of the item vectors from the SVD too. The optimizer, the learning rate's warm-up and cosine
+and the gradient's norm are those of trailvec's loop. What differs is what Transformers4Rec does by itself: rows padded
+to the model's whole length by a loader in a process of its own, its masking, its prediction task, and the Trainer.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+import transformers4rec.torch as tr
+from measure import cpu_seconds
+from merlin.schema import ColumnSchema, Schema, Tags
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers4rec.config.trainer import T4RecTrainingArguments
+from transformers4rec.config.transformer import GPT2Config
+
+from training.batches import FEATURES
+from training.config import ModelSpec, RunSpec
+from training.loop import WARM_UP
+from training.model import SequenceModel, build_model
+from training.start import item_factors
+
+# The loader and the Trainer are what they are: deprecated.
+warnings.filterwarnings("ignore", category=DeprecationWarning)
+warnings.filterwarnings("ignore", message="'pin_memory' argument is set", category=UserWarning)
+
+
+def peer_model(spec: ModelSpec, schema: Schema) -> torch.nn.Module:
+    inputs = tr.TabularSequenceFeatures.from_schema(
+        schema,
+        max_sequence_length=spec.max_length,
+        embedding_dims={FEATURES[0]: spec.width},
+        embedding_dim_default=spec.width,
+        aggregation="element-wise-sum",
+        masking="causal",
+    )
+    config = GPT2Config.build(
+        d_model=spec.width,
+        n_head=spec.heads,
+        n_layer=spec.layers,
+        total_seq_length=spec.max_length,
+        dropout=spec.dropout,
+        layer_norm_eps=1e-5,
+    )
+    body = tr.SequentialBlock(inputs, tr.TransformerBlock(config, masking=inputs.masking))
+    # Without the temperature's division, which is no part of trailvec's model: a copy of all logits less.
+    task = tr.NextItemPredictionTask(
+        weight_tying=True,
+        softmax_temperature=0,
+        sampled_softmax=spec.negatives > 0,
+        max_n_samples=max(spec.negatives, 1),
+    )
+    return tr.Model(tr.Head(body, task, inputs=inputs))
+
+
+def schema_of(spec: ModelSpec) -> Schema:
+    sizes = {FEATURES[0]: spec.items, **spec.context_sizes}
+    length = {"min": spec.max_length, "max": spec.max_length}
+    return Schema(
+        [
+            ColumnSchema(
+                name,
+                dtype="int64",
+                is_list=True,
+                is_ragged=False,
+                tags=[Tags.CATEGORICAL, *([Tags.ITEM_ID] if name == FEATURES[0] else [])],
+                properties={"domain": {"min": 0, "max": sizes[name] - 1}, "value_count": length},
+            )
+            for name in FEATURES
+        ]
+    )
+
+
+@torch.no_grad()
+def take_weights(model: torch.nn.Module, ours: SequenceModel) -> None:
+    """Every weight of the peer's that has a part in its loss becomes trailvec's."""
+    body = model.heads[0].body
+    tables = body.inputs.categorical_module.embedding_tables
+    tables[FEATURES[0]].weight.copy_(ours.table.own.weight)
+    for name in ours.spec.context_sizes:
+        tables[name].weight.copy_(ours.inputs.categorical_module.embedding_tables[name].weight)
+    transformer = body[1].transformer
+    transformer.load_state_dict(transformer.state_dict() | ours.transformer.state_dict())
+
+
+def cpu() -> float:
+    """CPU seconds of this process, all its threads, and its children, those that have ended too."""
+    return sum(os.times()[:4]) + cpu_seconds()
+
+
+class Clock(TrainerCallback):
+    """Each epoch's seconds and CPU seconds, without what comes before the first: reading the files into memory."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._started, self._worked = time.monotonic(), cpu()
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.seconds.append(time.monotonic() - self._started)
+        self.cpu_seconds.append(cpu() - self._worked)
+
+
+def train(spec: RunSpec) -> list[dict[str, float]]:
+    """Each epoch's `rows_per_second`, `rows_per_cpu_second` and `loss`, the mean over its steps."""
+    settings = spec.settings
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    counts = np.load(spec.item_counts)
+    ours = build_model(spec.model, torch.from_numpy(counts))
+    ours.start_from(torch.from_numpy(item_factors(spec.train_files, counts > 0, spec.model.width, settings.seed)))
+    schema = schema_of(spec.model)
+    model = peer_model(spec.model, schema)
+    take_weights(model, ours)
+
+    steps = math.ceil(spec.train_rows / settings.batch_size) * settings.epochs
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as out:
+        arguments = T4RecTrainingArguments(
+            output_dir=out,
+            data_loader_engine="pyarrow",
+            max_sequence_length=spec.model.max_length,
+            per_device_train_batch_size=settings.batch_size,
+            num_train_epochs=settings.epochs,
+            optim="adamw_torch",
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.clip_norm,
+            lr_scheduler_type="cosine",
+            warmup_steps=round(WARM_UP * steps),
+            learning_rate_num_cosine_cycles_by_epoch=0.5 / settings.epochs,
+            logging_strategy="epoch",
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            no_cuda=True,
+            seed=settings.seed,
+        )
+        paths = [url.removeprefix("file://") for url in spec.train_files]
+        trainer = tr.Trainer(model, arguments, schema=schema, train_dataset_or_path=paths, callbacks=[clock])
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return [
+        {
+            "rows_per_second": spec.train_rows / seconds,
+            "rows_per_cpu_second": spec.train_rows / cpu_seconds,
+            "loss": loss,
+        }
+        for seconds, cpu_seconds, loss in zip(clock.seconds, clock.cpu_seconds, losses, strict=True)
+    ]

@@ -1,0 +1,299 @@
+"""How fast training is, beside Transformers4Rec's own Trainer: python scripts/bench/train.py [--quick]
+
+Rows as build_sequences writes them: lengths skewed as in real logs (log-normal, median 8, 2 to 64), items by Zipf's
+law, every other action follows from the one before. One GPT-2 block of width 64, batches of 256 rows, 2 threads. In
+turns, medians of the epochs' examples/s:
+  trailvec           the product's loop, full softmax over 12,000 items
+  peer               Transformers4Rec's Trainer and PyarrowDataLoader: same model, first weights, rows and loss
+  sampled 100k       the loop with sampled softmax over 100,000 items
+  peer 100k          the Trainer with full softmax over them
+  peer sampled 100k  the Trainer with its own sampled softmax over them, told and not compared: it draws by another law
+  fed, in memory     the loop with sampled softmax over 12,000 items, from files; the same batches kept in memory
+  1 rank, 2 ranks    the same from files, started as `trailvec train` starts it, with 1 thread a rank
+A first round is not counted. Then the profiler looks at ten steps.
+
+The last line is one JSON object: speedup_vs_t4rec_trainer, speedup_sampled_100k, fed_vs_synthetic, two_rank_speedup
+(ratios of the above), data_wait_share (of the fed loop's time, the waits for its next batch), and of each contestant
+the median and the loss of the last epoch. cpu_...: the same by CPU seconds, which a busy machine changes less, with
+OMP_WAIT_POLICY=passive least of all. A chart of seconds for 1,000 rows goes to build/bench/train.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import multiprocessing
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import t4rec_peer
+import torch
+from measure import bars, last_line, said
+
+from jobs.train import launch
+from training import loop
+from training.batches import FEATURES, MAX_GAP_BUCKET, MAX_HOUR, MAX_PRICE_BUCKET, MAX_SESSION_END, MAX_WEEKDAY
+from training.checkpoint import read_about
+from training.config import ModelSpec, RunSpec, TrainSettings
+
+MAX_LENGTH = 64
+MEDIAN_LENGTH, SPREAD = 8, 0.9  # of the logarithm
+ROWS_PER_FILE = 1024
+ITEMS, MANY_ITEMS = 12_000, 100_000
+CONTEXT_SIZES = {
+    "event_type_index": 6,
+    "vertical_index": 6,
+    "gap_bucket": MAX_GAP_BUCKET + 1,
+    "session_end": MAX_SESSION_END + 1,
+    "hour": MAX_HOUR + 1,
+    "weekday": MAX_WEEKDAY + 1,
+    "price_bucket": MAX_PRICE_BUCKET + 1,
+}
+Epochs = list[dict[str, Any]]
+
+
+def write_rows(folder: Path, items: int, files: int) -> None:
+    """`files` Parquet files of ROWS_PER_FILE rows, a row group each, and the items' counts."""
+    random = np.random.default_rng(items)
+    rows = files * ROWS_PER_FILE
+    lengths = np.exp(random.normal(np.log(MEDIAN_LENGTH), SPREAD, rows)).round().clip(2, MAX_LENGTH).astype(np.int64)
+    popularity = (1 / np.arange(1, items + 1)).cumsum()
+    following = random.permutation(items)
+    item = np.empty((rows, MAX_LENGTH), np.int64)
+    for place in range(MAX_LENGTH):
+        item[:, place] = popularity.searchsorted(random.random(rows) * popularity[-1])
+        if place:
+            follows = random.random(rows) < 0.5
+            item[follows, place] = following[item[follows, place - 1]]
+    inside = np.arange(MAX_LENGTH) < lengths[:, None]
+    actions = {FEATURES[0]: item[inside] + 2}  # 0 is padding, 1 is unknown
+    for name, size in CONTEXT_SIZES.items():
+        actions[name] = random.integers(1, size, inside.sum())
+    # Each action at a moment of its own: nothing that trailvec's reader would put into another order.
+    actions["gap_bucket"] = random.integers(3, MAX_GAP_BUCKET + 1, inside.sum())
+
+    folder.mkdir(parents=True, exist_ok=True)
+    offsets = pa.array(np.concatenate([[0], lengths.cumsum()]), pa.int32())
+    lists = {n: pa.ListArray.from_arrays(offsets, pa.array(actions[n], pa.int32())) for n in FEATURES}
+    table = pa.table({"length": pa.array(lengths, pa.int32()), **lists})
+    for number in range(files):
+        pq.write_table(table.slice(number * ROWS_PER_FILE, ROWS_PER_FILE), folder / f"part-{number:03}.parquet")
+    # No item is unknown: Transformers4Rec's softmax has them all.
+    counts = np.bincount(actions[FEATURES[0]], minlength=items + 2) + 1
+    counts[:2] = 0
+    np.save(folder / "counts.npy", counts)
+
+
+def run_spec(data: Path, items: int, files: int, **settings: Any) -> RunSpec:
+    """A run over the first `files` files. Next actions as targets, as Transformers4Rec's causal masking has them."""
+    chosen = TrainSettings.model_validate(
+        {"threads": 2, "batch_size": 256, "later_share": 0.0, "epochs": 1, **settings}
+    )
+    sizes = chosen.model_dump(include=set(ModelSpec.model_fields))
+    return RunSpec(
+        settings=chosen,
+        model=ModelSpec(**sizes, max_length=MAX_LENGTH, items=items + 2, context_sizes=CONTEXT_SIZES),
+        train_files=[f"file://{path}" for path in sorted(data.glob("part-*.parquet"))[:files]],
+        train_rows=files * ROWS_PER_FILE,
+        valid_files=[],
+        item_counts=str(data / "counts.npy"),
+        output="",
+        about={"model_version": "bench"},
+    )
+
+
+# ---- trailvec's own contestants, in a process that stays up ----------------------------------------------------
+
+Batch = dict[str, torch.Tensor]
+_read = loop.read_batches
+_kept: list[Batch] = []
+
+
+def trained(spec: RunSpec, out: Path, train: Callable[[RunSpec], None] = loop.train) -> Epochs:
+    """What the model's file says of its epochs."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    train(spec.model_copy(update={"output": str(out)}))
+    epochs: Epochs = read_about(out)["training"]["epochs"]
+    return epochs
+
+
+def watched(spec: RunSpec, out: Path, read: Callable[..., Iterator[Batch]]) -> Epochs:
+    """The loop over what `read` gives; `waited` is the share of an epoch's time that went by between two batches."""
+    waits: list[float] = []
+    worked: list[float] = []
+
+    def timed(*args: Any, **options: Any) -> Iterator[Batch]:
+        before, waited = t4rec_peer.cpu(), 0.0
+        batches = read(*args, **options)
+        while True:
+            started = time.monotonic()
+            batch = next(batches, None)
+            waited += time.monotonic() - started
+            if batch is None:
+                break
+            yield batch
+        waits.append(waited)
+        worked.append(t4rec_peer.cpu() - before)
+
+    loop.read_batches = timed
+    epochs = trained(spec, out)
+    for epoch, waited, cpu_seconds in zip(epochs, waits, worked, strict=True):
+        epoch["waited"] = waited * epoch["rows_per_second"] / spec.train_rows
+        epoch["rows_per_cpu_second"] = spec.train_rows / cpu_seconds
+    return epochs
+
+
+def fed(spec: RunSpec, out: Path) -> Epochs:
+    """The loop over its files; the last epoch's batches are kept."""
+
+    def read(*args: Any, **options: Any) -> Iterator[Batch]:
+        _kept.clear()
+        for batch in _read(*args, **options):
+            _kept.append(batch)
+            yield batch
+
+    return watched(spec, out, read)
+
+
+def in_memory(spec: RunSpec, out: Path) -> Epochs:
+    """The loop over the batches that the last fed epoch left in memory."""
+    return watched(spec, out, lambda *_, **__: iter(_kept))
+
+
+def profile(spec: RunSpec, out: Path) -> str:
+    """A table of the operations of ten steps, after two that warm."""
+    tables = []
+
+    def looked_at(*args: Any, **options: Any) -> Iterator[Batch]:
+        batches = _read(*args, **options)
+        yield from islice(batches, 2)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            yield from islice(batches, 10)
+        averages = profiler.key_averages()
+        tables.extend(averages.table(sort_by=by, row_limit=14) for by in ("self_cpu_time_total", "cpu_time_total"))
+
+    loop.read_batches = looked_at
+    trained(spec, out)
+    return "\n".join(tables)
+
+
+# ---- as the product starts it ----------------------------------------------------------------------------------
+
+
+def launched(spec: RunSpec, out: Path) -> Epochs:
+    def start(spec: RunSpec) -> None:
+        run_file = out.with_suffix(".json")
+        run_file.write_text(spec.model_dump_json())
+        launch(run_file, spec, lambda _: None)
+
+    return trained(spec, out, start)
+
+
+def ratios(median: dict[str, float], cpu: dict[str, float]) -> dict[str, float]:
+    """Of the contestants' examples/s, and of their examples per CPU second."""
+    return {
+        "speedup_vs_t4rec_trainer": median["trailvec"] / median["peer"],
+        "speedup_sampled_100k": median["sampled 100k"] / median["peer 100k"],
+        "cpu_speedup_vs_t4rec_trainer": cpu["trailvec"] / cpu["peer"],
+        "cpu_speedup_sampled_100k": cpu["sampled 100k"] / cpu["peer 100k"],
+        "speedup_sampled_100k_vs_peer_sampled": median["sampled 100k"] / median["peer sampled 100k"],
+        "cpu_speedup_sampled_100k_vs_peer_sampled": cpu["sampled 100k"] / cpu["peer sampled 100k"],
+        "fed_vs_synthetic": median["fed"] / median["in memory"],
+        "cpu_fed_vs_synthetic": cpu["fed"] / cpu["in memory"],
+        "two_rank_speedup": median["2 ranks"] / median["1 rank"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="an eighth of the rows, 1 counted round, no warm-up")
+    parser.add_argument("--files", type=int, help="of 1,024 rows each (default: 16)")
+    parser.add_argument("--rounds", type=int, help="medians of so many (default: 5)")
+    parser.add_argument("--only", nargs="+", help="some of the contestants, without ratios")
+    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for the rows and what is written")
+    arguments = parser.parse_args()
+    rounds = arguments.rounds or (1 if arguments.quick else 5)
+    folder = arguments.folder.absolute() / "train"
+    few = arguments.files or (2 if arguments.quick else 16)
+    for items in (ITEMS, MANY_ITEMS):
+        write_rows(folder / str(items), items, few)
+
+    full = run_spec(folder / str(ITEMS), ITEMS, few // 2, negatives=0, epochs=2)
+    sampled = run_spec(folder / str(ITEMS), ITEMS, few, negatives=1024, epochs=2)
+    sampled_100k = run_spec(folder / str(MANY_ITEMS), MANY_ITEMS, few, negatives=1024)
+    full_100k = run_spec(folder / str(MANY_ITEMS), MANY_ITEMS, max(few // 8, 1), negatives=0)
+
+    def ranks(count: int) -> RunSpec:
+        return sampled.model_copy(
+            update={"settings": sampled.settings.model_copy(update={"processes": count, "threads": 1})}
+        )
+
+    processes = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, processes) as ours, ProcessPoolExecutor(1, processes) as peer:
+
+        def here(train: Callable[[RunSpec, Path], Any], spec: RunSpec) -> Any:
+            return ours.submit(train, spec, folder / "out").result()
+
+        def there(spec: RunSpec) -> Epochs:
+            return peer.submit(t4rec_peer.train, spec).result()
+
+        contestants: dict[str, Callable[[], Epochs]] = {
+            "trailvec": functools.partial(here, fed, full),
+            "peer": functools.partial(there, full),
+            "sampled 100k": functools.partial(here, fed, sampled_100k),
+            "peer 100k": functools.partial(there, full_100k),
+            "peer sampled 100k": functools.partial(there, sampled_100k),
+            "fed": functools.partial(here, fed, sampled),
+            "in memory": functools.partial(here, in_memory, sampled),
+            "1 rank": functools.partial(launched, ranks(1), folder / "launched"),
+            "2 ranks": functools.partial(launched, ranks(2), folder / "launched"),
+        }
+        contestants = {name: contestants[name] for name in arguments.only or contestants}
+        rates: dict[str, list[float]] = {name: [] for name in contestants}
+        by_cpu: dict[str, list[float]] = {name: [] for name in contestants}
+        losses: dict[str, list[float]] = {name: [] for name in contestants}
+        waited: list[float] = []
+        for number in range(1 if arguments.quick else 0, rounds + 1):
+            for name, run in contestants.items():
+                epochs = run()
+                if not number:
+                    continue
+                rates[name] += [epoch["rows_per_second"] for epoch in epochs]
+                losses[name].append(epochs[-1]["loss"])
+                if name == "fed":
+                    waited += [epoch["waited"] for epoch in epochs]
+                by_cpu[name] += [epoch["rows_per_cpu_second"] for epoch in epochs if "rows_per_cpu_second" in epoch]
+                said(
+                    f"round {number} {name:18} examples/s {' '.join(f'{rate:,.0f}' for rate in rates[name])}, per CPU "
+                    f"second {' '.join(f'{rate:,.0f}' for rate in by_cpu[name])}, loss {losses[name][-1]:.4f}"
+                )
+        tables = {name: here(profile, spec) for name, spec in (("full", full), ("sampled 100k", sampled_100k))}
+
+    for name, table in tables.items():
+        print(f"ten steps, {name}\n{table}")
+    bars(folder.parent / "train.svg", {name: [1000 / rate for rate in values] for name, values in rates.items()})
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    cpu = {name: statistics.median(values) for name, values in by_cpu.items() if values}
+    result: dict[str, Any] = {"rounds": rounds}
+    if not arguments.only:
+        result |= ratios(median, cpu) | {"data_wait_share": statistics.median(waited)}
+    for name, rate in median.items():
+        key = name.replace(" ", "_")
+        result |= {f"{key}_examples_per_s": round(rate), f"{key}_loss": statistics.median(losses[name])}
+        if name in cpu:
+            result[f"{key}_examples_per_cpu_s"] = round(cpu[name])
+    last_line(result)
+
+
+if __name__ == "__main__":
+    main()
