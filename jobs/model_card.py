@@ -50,7 +50,7 @@ def card(about: dict[str, Any]) -> str:
             "Users held out for validation; the whole catalogue is ranked, nothing taken out. These figures chose",
             "the epoch, so they flatter it. What to report (the test window, new and repeated items, the floors beside",
             "them) is in the table `evaluation`.",
-            *_table("users", {"all": {"users": training["held_users"], **best}}),
+            *_table("", {"all": {"users": training["held_users"], **best}}),
             *_table("by actions of history", best["by_history"]),
             *_table("by vertical of the next item", best["by_vertical"]),
         ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -68,10 +69,18 @@ def from_first(value: Any) -> Any:
 
 
 class _Lines:
-    """A stream that hands each line on. Horovod's threads write whole lines."""
+    """A stream that hands each line on. Horovod copies a rank's output in blocks (64 KB, or what is left at its end),
+    each rank's by a thread of its own."""
 
     def __init__(self, hear: Callable[[str], None]) -> None:
-        self.write = hear
+        self._hear = hear
+        self._rest: dict[int, str] = {}  # the line that a thread's last block has begun
+
+    def write(self, text: str) -> None:
+        thread = threading.get_ident()
+        *lines, self._rest[thread] = (self._rest.get(thread, "") + text).split("\n")
+        for line in lines:
+            self._hear(line)
 
     def flush(self) -> None:
         pass
@@ -88,7 +97,8 @@ def run_in_spark(
 
     Args:
         function: a module's function, which the executors import.
-        hear: is called with each line that a rank writes to stdout or stderr, from several threads.
+        hear: is called with each line that a rank writes to stdout or stderr, from several threads, and late: Horovod
+            brings the lines in blocks of 64 KB or when the rank ends.
 
     Raises:
         Exception: Horovod's own, when a rank failed or the tasks did not start within two minutes.
