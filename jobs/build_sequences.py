@@ -108,7 +108,8 @@ def build_sequences(actions: DataFrame, cuts: Cuts, settings: SequencesSettings)
     )
     evaluated = F.col("split").isin("valid", "test")
     # A user's own time: the log's end would change every row with every event of anybody.
-    after_newest = F.timestamp_micros(F.unix_micros(F.element_at("input", -1)["event_ts"]) + 1)
+    last_ts = F.element_at("input", -1)["event_ts"]
+    after_newest = F.timestamp_micros(F.unix_micros(last_ts) + 1)
     as_of = after_newest
     if settings.split_by == "time":
         of_cut = F.create_map(*[c for s in SPLITS[:-1] for c in (F.lit(s), utc(cut_of(s, cuts)))])[F.col("split")]
@@ -120,6 +121,7 @@ def build_sequences(actions: DataFrame, cuts: Cuts, settings: SequencesSettings)
         "split",
         "part",
         as_of.alias("as_of"),
+        last_ts.alias("last_ts"),
         F.size("input").alias("length"),
         *[_pluck("input", name).alias(name) for name in FEATURES],
         F.when(evaluated, _pluck("target", "item_index")).alias("target_item_index"),

@@ -203,6 +203,7 @@ SEQUENCES = Table(
         Column("split", "string", "train, valid, test, or score (the row that gives the user their vector)."),
         Column("part", "int", "0 holds the newest actions before as_of, 1 the ones before those (train only), ..."),
         Column("as_of", "timestamp", "Every action in the row is strictly before this time."),
+        Column("last_ts", "timestamp", "When the newest of its actions was done."),
         Column("length", "int", "Number of actions in the row."),
         Column("item_index", "array<int>", "Items; 1 where the item is not in the training window's vocabulary."),
         Column("event_type_index", "array<int>", "Kinds of action (context_values)."),

@@ -45,8 +45,8 @@ from jobs.model_card import plot, write_card
 from jobs.runtime import Runtime, Stage, published, write_json
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
 from jobs.tracking import Tracker, tracked
-from training.batches import MAX_GAP_BUCKET, MAX_HOUR, MAX_PRICE_BUCKET, MAX_SESSION_END, MAX_WEEKDAY
-from training.checkpoint import newest_checkpoint, read_about
+from training.batches import FEATURES, MAX_GAP_BUCKET, MAX_HOUR, MAX_PRICE_BUCKET, MAX_SESSION_END, MAX_WEEKDAY
+from training.checkpoint import WEIGHTS, newest_checkpoint, read_about
 from training.config import ITEM_ATTRIBUTES, ModelSpec, RunSpec
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -138,6 +138,41 @@ def snapshot_files(table: str, version: int, split: str) -> list[str]:
     return sorted(f"file://{uri.removeprefix('file://')}" for uri in uris)
 
 
+def base_of(runtime: Runtime) -> str | None:
+    """The version of the model that training grows from; None: it starts anew.
+
+    It is the current one, unless that is what this very command has made: then it is the one that was current before,
+    so that the same command again finds its model and trains nothing.
+    """
+    if not runtime.config.train.warm_start or not (runtime.models / "current.json").exists():
+        return None
+    about = read_about(runtime.model_dir())
+    made, now = about["provenance"], runtime.provenance()
+    same = all(made[key] == now[key] for key in ("reads", "code_version")) and all(
+        made["config"][section] == now["config"][section] for section in STAGE.settings
+    )
+    base: str | None = about["grown_from"] if same else about["model_version"]
+    return base
+
+
+def rows_since(runtime: Runtime, about: dict[str, Any], folder: Path) -> list[str]:
+    """Files, in `folder`, of the train rows of users who acted after the model `about` was trained; file:// URLs.
+
+    Raises:
+        TrailvecError: there are none.
+    """
+    rows = runtime.read(SEQUENCES).where((F.col("split") == "train") & (F.col("last_ts") >= F.lit(about["as_of"])))
+    order = F.xxhash64("user_id", "part")  # has nothing to do with the users
+    rows.select("length", *FEATURES).sort(order).write.parquet(str(folder))
+    files = sorted(folder.glob("*.parquet"))
+    if not any(pq.read_metadata(file).num_rows for file in files):
+        raise TrailvecError(
+            f"nobody has acted between {about['as_of']}, when model {about['model_version']} was trained, and "
+            f"sequences.valid_from: move it on, or set train.warm_start = false"
+        )
+    return [f"file://{file}" for file in files]
+
+
 def run(runtime: Runtime) -> None:
     version = runtime.fingerprint[:12]
     folder = runtime.models / version
@@ -167,6 +202,11 @@ def run(runtime: Runtime) -> None:
 def _train(runtime: Runtime, version: str, staging: Path, checkpoints: Path) -> None:
     settings = runtime.config.train
     files = {s: snapshot_files(runtime.path(SEQUENCES), runtime.version(SEQUENCES), s) for s in ("train", "valid")}
+    base = base_of(runtime)
+    if base:
+        old = read_about(runtime.models / base)
+        files["train"] = rows_since(runtime, old, staging / "rows")
+        settings = settings.model_copy(update={"epochs": settings.warm_epochs})
     footers = [pq.read_metadata(url.removeprefix("file://")) for url in files["train"]]
     rows = sum(footer.num_rows for footer in footers)
     if not rows:
@@ -181,9 +221,12 @@ def _train(runtime: Runtime, version: str, staging: Path, checkpoints: Path) -> 
     places, verticals = item_verticals(runtime.read(ITEMS), len(counts))
     newest = F.date_format(F.max("as_of"), "yyyy-MM-dd'T'HH:mm:ss.SSSSSS")
     as_of = runtime.read(SEQUENCES).where("split = 'train'").agg(newest).collect()[0][0]
+    model = model_spec(runtime.config, len(counts), runtime.read(CONTEXT_VALUES))
+    if base:
+        check_growth(base, ModelSpec.model_validate(old["spec"]), model)
     spec = RunSpec(
         settings=settings,
-        model=model_spec(runtime.config, len(counts), runtime.read(CONTEXT_VALUES)),
+        model=model,
         train_files=files["train"],
         train_rows=rows,
         valid_files=files["valid"],
@@ -192,9 +235,10 @@ def _train(runtime: Runtime, version: str, staging: Path, checkpoints: Path) -> 
         item_attributes=str(staging / "item_attributes.npy"),
         item_verticals=str(staging / "item_verticals.npy"),
         verticals=verticals,
+        start_from=str(runtime.models / base / WEIGHTS) if base else None,
         output=str(staging),
         checkpoints=str(checkpoints),
-        about={"model_version": version, "as_of": as_of, "provenance": runtime.provenance()},
+        about={"model_version": version, "as_of": as_of, "provenance": runtime.provenance(), "grown_from": base},
     )
     attributes = item_attributes(runtime.read(ITEMS), runtime.read(CONTEXT_VALUES))
     arrays = {
@@ -214,10 +258,26 @@ def _train(runtime: Runtime, version: str, staging: Path, checkpoints: Path) -> 
             launch(staging / "run.json", spec, listener)
         for path in staging.glob("*.npy"):
             path.unlink()  # the model carries what it needs of them
+        shutil.rmtree(staging / "rows", ignore_errors=True)
         about = read_about(staging)
         write_card(staging / "card.md", about)
         plot(staging / "training.svg", about)
         tracker.files(staging / "card.md", staging / "training.svg", staging / "model.json")
+
+
+def check_growth(base: str, old: ModelSpec, new: ModelSpec) -> None:
+    """Raises TrailvecError where a model of spec `new` can't grow from `base`, one of spec `old`."""
+    free = {"items", "context_sizes", "attribute_sizes", "dropout", "item_dropout", "negatives", "negative_power"}
+    free |= {"loss", "gbce_t", "sparse"}  # they make no tensor
+    was, is_now = old.model_dump(exclude=free), new.model_dump(exclude=free)
+    was |= {"inputs": list(old.context_sizes), "item_attributes": list(old.attribute_sizes)}
+    is_now |= {"inputs": list(new.context_sizes), "item_attributes": list(new.attribute_sizes)}
+    if differing := [name for name, value in was.items() if is_now[name] != value]:
+        name = differing[0]
+        raise TrailvecError(
+            f"model {base} was trained with {name} = {was[name]}, found {is_now[name]}: "
+            f"set it back, or train.warm_start = false to begin anew"
+        )
 
 
 class Listener:
@@ -375,6 +435,7 @@ STAGE = Stage(
     reads=(SEQUENCES, ITEMS, CONTEXT_VALUES),
     writes=(),
     settings=("train", "vocabulary", "sequences"),
+    inputs=lambda runtime: {"grown_from": base_of(runtime)},
 )
 
 

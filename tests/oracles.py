@@ -150,7 +150,7 @@ def _row(chunk: list[Row], as_of: datetime | None, newest: bool = True) -> Row:
     """None: right after the newest action."""
     as_of = as_of or chunk[-1]["event_ts"] + timedelta(microseconds=1)
     features = ("item_index", "event_type_index", "vertical_index", "gap_bucket", "session_end", "hour", "weekday")
-    row = {"as_of": as_of, "length": len(chunk)}
+    row = {"as_of": as_of, "last_ts": chunk[-1]["event_ts"], "length": len(chunk)}
     row |= {name: [a[name] for a in chunk] for name in (*features, "price_bucket")}
     if newest:  # at a cut nobody knows whether the session goes on
         row["session_end"][-1] = 2

@@ -106,14 +106,23 @@ def load_model(weights: Path, spec: ModelSpec) -> SequenceModel:
     """
     from training.model import build_model  # noqa: PLC0415
 
-    with _open(weights, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+    tensors = read_tensors(weights)
     try:
         model = build_model(spec, tensors["item_counts"], tensors["table.attributes"])
         model.load_tensors(tensors)
     except (KeyError, RuntimeError) as error:
         raise _damaged(weights.parent, f"{weights.name} does not fit its description: {error}") from None
     return model.eval()
+
+
+def read_tensors(weights: Path) -> dict[str, torch.Tensor]:
+    """All that SequenceModel.tensors() gave.
+
+    Raises:
+        TrailvecError: the file is missing or damaged.
+    """
+    with _open(weights, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
 
 
 class Progress(BaseModel):

@@ -82,6 +82,10 @@ class TrainSettings(Section):
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0, description="the gradient is scaled down to this norm")
     fp16_gradients: bool = Field(False, description="gradients travel between the processes as 16-bit numbers")
+    warm_start: bool = Field(
+        False, description="go on from the current model, over the rows of users who acted since it was trained"
+    )
+    warm_epochs: int = Field(1, ge=1, description="the epochs of a warm start")
     seed: int = Field(0, ge=0)
     launcher: Literal["local", "spark"] = Field(
         "local",
@@ -145,6 +149,7 @@ class RunSpec(Section):
     item_attributes: str | None = Field(None, description=".npy, int64 [attributes, items]; None: the model has none")
     item_verticals: str | None = Field(None, description=".npy, int64 [items]: an item's place in verticals, or -1")
     verticals: list[str] = Field([], description="the verticals that validation also reports")
+    start_from: str | None = Field(None, description="the weights of an older model to grow from; None: a fresh one")
     output: str = Field(description="an empty folder: the model's files are written here, model.json last")
     checkpoints: str | None = Field(
         None, description="a folder of this run alone: checkpoints are written here, and the newest is gone on from"

@@ -38,6 +38,7 @@ from training.checkpoint import (
     optimizer_tensors,
     part_of,
     read_checkpoint,
+    read_tensors,
     save_model,
     write_checkpoint,
 )
@@ -91,6 +92,8 @@ def train(spec: RunSpec) -> None:  # noqa: PLR0912, PLR0915 - one flat loop in r
         )
     if found:
         model.load_tensors(part_of(tensors, "model."))
+    elif spec.start_from:
+        model.grow_from(read_tensors(Path(spec.start_from)))
     elif rank == 0:  # the other ranks get it with the first weights, from the broadcast in dist.distribute
         model.start_from(torch.from_numpy(item_factors(spec.train_files, known, spec.model.width, settings.seed)))
     model.to(device)

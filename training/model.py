@@ -199,6 +199,26 @@ class SequenceModel(nn.Module):
         that no two items begin alike."""
         self.table.own.weight.mul_(0.3).add_(factors)
 
+    @torch.no_grad()
+    def grow_from(self, tensors: dict[str, Tensor]) -> None:
+        """Begins where an older model ended: what `tensors()` gave there, of a spec that differs only in that its
+        vocabularies are shorter. Old rows keep their numbers and meaning; an item that is new has no part of its own
+        yet, so that its vector is what its attributes say.
+
+        Raises:
+            KeyError, RuntimeError: the older model is of another kind.
+        """
+        mine, own_data = self.tensors(), ("item_counts", "table.attributes")
+        if odd := mine.keys() ^ tensors.keys():
+            raise KeyError(", ".join(sorted(odd)))
+        fresh = self.item_counts > 0
+        old_counts = tensors["item_counts"]
+        fresh[: len(old_counts)] &= old_counts == 0
+        for name, old in tensors.items():
+            if name not in own_data:
+                (mine[name][: len(old)] if old.dim() else mine[name]).copy_(old)
+        self.table.own.weight[fresh] = 0
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything that was learnt or counted, each tensor once; `item_counts` among them."""
         return {name: tensor.detach() for name, tensor in self.state_dict().items()}

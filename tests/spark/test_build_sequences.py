@@ -162,7 +162,7 @@ def test_row_groups_are_small_whatever_the_logs_size(
     rows_of = pa.table({"user_id": [f"u{n}" for n in range(1500)], "numbers": list(numbers)})
     pq.write_table(rows_of, tmp_path / "large.parquet")
     lists = {c.name: F.col("numbers") for c in SEQUENCES.columns if c.type == "array<int>"}
-    fixed = {"split": "train", "part": 0, "as_of": START, "length": 256, "target_ts": None}
+    fixed = {"split": "train", "part": 0, "as_of": START, "last_ts": START, "length": 256, "target_ts": None}
     large = spark.read.parquet(str(tmp_path / "large.parquet")).coalesce(1)
     large = conform(large.withColumns(lists | {n: F.lit(v) for n, v in fixed.items()}), SEQUENCES)
 

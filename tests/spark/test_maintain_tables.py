@@ -254,7 +254,16 @@ def sequences(spark: SparkSession, first: int, last: int) -> DataFrame:
     """Rows of users <first> … <last - 1>, one of the train split and one to score."""
     lists = {c.name: [2, 3] for c in SEQUENCES.columns if c.type == "array<int>"}
     rows = [
-        {"user_id": f"u{n}", "split": split, "part": 0, "as_of": START, "length": 2, "target_ts": None} | lists
+        {
+            "user_id": f"u{n}",
+            "split": split,
+            "part": 0,
+            "as_of": START,
+            "last_ts": START,
+            "length": 2,
+            "target_ts": None,
+        }
+        | lists
         for n in range(first, last)
         for split in ("train", "score")
     ]

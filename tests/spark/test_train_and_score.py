@@ -1,8 +1,9 @@
 """The stages train, embed_items and score_users over real Delta tables, with two real Horovod processes."""
 
 import json
+import shutil
 import sqlite3
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -56,6 +57,7 @@ def sequences(rows: list[dict[str, Any]], split: str, first_user: int = 0) -> li
             "split": split,
             "part": number % 2 if split == "train" else 0,
             "as_of": CUT,
+            "last_ts": CUT - timedelta(days=1),
             **row,
         }
         for number, row in enumerate(rows)
@@ -304,3 +306,35 @@ def test_a_user_in_many_batches_of_arrow_still_has_one_vector(trained: Runtime) 
     assert len(small) == len(expected)
     for row in small:
         np.testing.assert_allclose(row["vector"], expected[row["user_id"]], rtol=1e-4, atol=1e-5)
+
+
+def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
+    trained: Runtime, tmp_path: Path
+) -> None:
+    shutil.copytree(trained.root, tmp_path / "root")
+    sets = (*SETTINGS, "train.processes=1", "train.warm_start=true")
+    runtime = Runtime(make_config(tmp_path / "root", *sets), trained.spark)
+    base = runtime.model_dir().name
+    with pytest.raises(TrailvecError, match=f"nobody has acted between 2024-06-01.*model {base} was trained"):
+        runtime.execute(train.STAGE)
+
+    old, new = sequences(make_rows(240, seed=1), "train"), sequences(make_rows(30, seed=7), "train", first_user=500)
+    for row in new:
+        row.update(last_ts=CUT + timedelta(days=2))
+    for row in old + new:
+        row.update(as_of=CUT + timedelta(days=9))
+    fill(runtime, SEQUENCES, old + new)
+    for _ in range(2):  # the second finds what the first has made
+        report = runtime.execute(train.STAGE)
+        about = about_of(runtime)
+        assert about["grown_from"] == base
+        assert [epoch["rows_by_rank"] for epoch in about["training"]["epochs"]] == [[30]]
+        assert about["as_of"] == "2024-06-10T00:00:00.000000"
+    assert report.skipped
+    assert not (runtime.model_dir() / "rows").exists()
+
+    wider = Runtime(make_config(tmp_path / "root", *sets, "train.width=32"), trained.spark)
+    with pytest.raises(
+        TrailvecError, match=r"was trained with width = 16, found 32: set it back, or train\.warm_start"
+    ):
+        wider.execute(train.STAGE)

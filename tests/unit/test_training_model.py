@@ -211,6 +211,28 @@ def test_a_cold_items_vector_is_what_its_attributes_say(tmp_path: Path) -> None:
     np.testing.assert_allclose(vectors[3], model.table.own.weight[2].detach() + of_category[3] + of_price[1], rtol=1e-6)
 
 
+def test_a_grown_model_keeps_what_it_knew_and_reads_new_items_by_their_attributes() -> None:
+    old, batch = with_attributes(), make_batch(ROWS, SPEC.history_length)
+    items, counts = ITEMS + 5, torch.zeros(ITEMS + 5, dtype=torch.int64)
+    counts[: ITEMS - 1] = old.item_counts[:-1]
+    counts[10], counts[29], counts[ITEMS:] = 0, 7, 7  # 10 is gone, 29 was too rare for the old one, the last are new
+    attributes = torch.nn.functional.pad(ATTRIBUTES, (0, 5), value=3)
+    spec = old.spec.model_copy(update={"items": items, "attribute_sizes": {"category": 6, "price": 4}})
+    new = build_model(spec, counts, attributes).eval()
+    new.grow_from(old.tensors())
+    known = [item for item in range(2, 29) if item != 10]
+    with torch.inference_mode():
+        torch.testing.assert_close(new.item_vectors()[known], old.item_vectors()[known])
+        torch.testing.assert_close(new.table(torch.tensor(10)), old.table(torch.tensor(10)))  # its row has stayed
+        of_category, of_price = (part.weight for part in old.table.parts)
+        expected = of_category[attributes[0, 29:]] + of_price[attributes[1, 29:]]
+        torch.testing.assert_close(new.item_vectors()[29:], expected)
+        kept = [row for row in range(len(ROWS)) if 10 not in ROWS[row]["item_index"]]
+        torch.testing.assert_close(new.encode(batch)[kept], old.encode(batch)[kept])
+    with pytest.raises(KeyError, match="transformer"):
+        build_model(spec.model_copy(update={"layers": 2}), counts, attributes).grow_from(old.tensors())
+
+
 def test_attributes_learn_to_stand_for_items_that_were_hidden() -> None:
     """Half of the items are of one category and always follow that category; three of them are never seen."""
     torch.manual_seed(0)
