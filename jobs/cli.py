@@ -83,6 +83,12 @@ def _parser(stages: Sequence[Stage]) -> argparse.ArgumentParser:
     )
     upkeep.add_argument("--dry-run", action="store_true", help="report only")
     upkeep.add_argument("--json", action="store_true", help="one JSON array instead of a table")
+    tune = commands.add_parser(
+        "tune", parents=[common], help="look for better settings of training; goes on if stopped"
+    )
+    tune.add_argument(
+        "--trials", type=int, default=20, help="trainings in all, those of earlier runs too (default: 20)"
+    )
     sql = commands.add_parser("sql", parents=[common], help="answer one SQL query over the tables")
     sql.add_argument("query", help="the query; vector_cosine_similarity and its kin are there")
     sql.add_argument("--json", action="store_true", help="one JSON object per row")
@@ -107,6 +113,12 @@ def _run(arguments: argparse.Namespace, stages: Sequence[Stage]) -> None:
         from jobs.maintain_tables import run_maintain  # noqa: PLC0415
 
         run_maintain(Runtime(config), arguments.table, arguments.dry_run, arguments.json)
+    elif arguments.command == "tune":
+        from jobs.tune import run_tune  # noqa: PLC0415
+
+        runtime = Runtime(config)
+        with _progress(runtime, "tune"):
+            run_tune(runtime, arguments.trials)
     elif arguments.command == "sql":
         from jobs.sql import run_sql  # noqa: PLC0415
 

@@ -199,7 +199,12 @@ def run(runtime: Runtime) -> None:
     )
 
 
-def _train(runtime: Runtime, version: str, staging: Path, checkpoints: Path) -> None:
+def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Path | None) -> RunSpec:
+    """What the training processes are told; the arrays that it names are written into `staging`.
+
+    Raises:
+        TrailvecError: there is nothing to train on, or the current model can't be grown.
+    """
     settings = runtime.config.train
     files = {s: snapshot_files(runtime.path(SEQUENCES), runtime.version(SEQUENCES), s) for s in ("train", "valid")}
     base = base_of(runtime)
@@ -237,7 +242,7 @@ def _train(runtime: Runtime, version: str, staging: Path, checkpoints: Path) -> 
         verticals=verticals,
         start_from=str(runtime.models / base / WEIGHTS) if base else None,
         output=str(staging),
-        checkpoints=str(checkpoints),
+        checkpoints=str(checkpoints) if checkpoints else None,
         about={"model_version": version, "as_of": as_of, "provenance": runtime.provenance(), "grown_from": base},
     )
     attributes = item_attributes(runtime.read(ITEMS), runtime.read(CONTEXT_VALUES))
@@ -248,6 +253,12 @@ def _train(runtime: Runtime, version: str, staging: Path, checkpoints: Path) -> 
     }
     for name, array in arrays.items():
         np.save(staging / f"{name}.npy", array)
+    return spec
+
+
+def _train(runtime: Runtime, version: str, staging: Path, checkpoints: Path) -> None:
+    settings = runtime.config.train
+    spec = run_spec(runtime, version, staging, checkpoints)
     (staging / "run.json").write_text(spec.model_dump_json(indent=2))
     with tracked(settings.tracking_uri, runtime.root, spec, runtime.report.notes.append) as tracker:
         listener = Listener(runtime.on_progress, tracker)

@@ -46,7 +46,6 @@ from training.config import RunSpec, TrainSettings
 from training.data import Batch, Held, read_batches, read_held, to_batch
 from training.metrics import rank_metrics
 from training.model import SequenceModel, build_model
-from training.start import item_factors
 
 FINAL_RATE = 0.05  # of the learning rate, reached at the end along a cosine
 MAX_HELD_USERS = 10_000
@@ -94,8 +93,6 @@ def train(spec: RunSpec) -> None:  # noqa: PLR0912, PLR0915 - one flat loop in r
         model.load_tensors(part_of(tensors, "model."))
     elif spec.start_from:
         model.grow_from(read_tensors(Path(spec.start_from)))
-    elif rank == 0:  # the other ranks get it with the first weights, from the broadcast in dist.distribute
-        model.start_from(torch.from_numpy(item_factors(spec.train_files, known, spec.model.width, settings.seed)))
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     optimizer = dist.distribute(model, optimizer, settings.local_steps, settings.fp16_gradients)

@@ -1,8 +1,8 @@
 """Transformers4Rec's half of scripts/bench/train.py: its own Trainer, fed by its own PyarrowDataLoader.
 
 The model is built as Transformers4Rec's documentation builds one, of the same parts and sizes as trailvec's, and begins
-with the same weights, that of the item vectors from the SVD too. The optimizer, the learning rate's warm-up and cosine
-and the gradient's norm are those of trailvec's loop. What differs is what Transformers4Rec does by itself: rows padded
+with the same weights. The optimizer, the learning rate's warm-up and cosine and the gradient's norm are those of
+trailvec's loop. What differs is what Transformers4Rec does by itself: rows padded
 to the model's whole length by a loader in a process of its own, its masking, its prediction task, and the Trainer.
 """
 
@@ -23,16 +23,23 @@ from merlin.schema import ColumnSchema, Schema, Tags
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers4rec.config.trainer import T4RecTrainingArguments
 from transformers4rec.config.transformer import GPT2Config
+from transformers4rec.torch.tabular.aggregation import ElementwiseSum
 
 from training.batches import FEATURES
 from training.config import ModelSpec, RunSpec
-from training.loop import WARM_UP
 from training.model import SequenceModel, build_model
-from training.start import item_factors
 
 # The loader and the Trainer are what they are: deprecated.
 warnings.filterwarnings("ignore", category=DeprecationWarning)
 warnings.filterwarnings("ignore", message="'pin_memory' argument is set", category=UserWarning)
+
+
+class SumWithLongerItems(ElementwiseSum):
+    """trailvec's inputs: an item's vector is sqrt(width) times longer there than in the head."""
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        item = inputs[FEATURES[0]]
+        return super().forward({**inputs, FEATURES[0]: item * math.sqrt(item.shape[-1])})
 
 
 def peer_model(spec: ModelSpec, schema: Schema) -> torch.nn.Module:
@@ -41,7 +48,7 @@ def peer_model(spec: ModelSpec, schema: Schema) -> torch.nn.Module:
         max_sequence_length=spec.max_length,
         embedding_dims={FEATURES[0]: spec.width},
         embedding_dim_default=spec.width,
-        aggregation="element-wise-sum",
+        aggregation=SumWithLongerItems(),
         masking="causal",
     )
     config = GPT2Config.build(
@@ -120,7 +127,6 @@ def train(spec: RunSpec) -> list[dict[str, float]]:
     torch.manual_seed(settings.seed)
     counts = np.load(spec.item_counts)
     ours = build_model(spec.model, torch.from_numpy(counts))
-    ours.start_from(torch.from_numpy(item_factors(spec.train_files, counts > 0, spec.model.width, settings.seed)))
     schema = schema_of(spec.model)
     model = peer_model(spec.model, schema)
     take_weights(model, ours)
@@ -139,7 +145,7 @@ def train(spec: RunSpec) -> list[dict[str, float]]:
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.clip_norm,
             lr_scheduler_type="cosine",
-            warmup_steps=round(WARM_UP * steps),
+            warmup_steps=round(settings.warm_up * steps),
             learning_rate_num_cosine_cycles_by_epoch=0.5 / settings.epochs,
             logging_strategy="epoch",
             save_strategy="no",

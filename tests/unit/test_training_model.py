@@ -7,6 +7,7 @@ import torch
 import transformers4rec.torch as tr
 from merlin.schema import ColumnSchema, Schema, Tags
 from torch import Tensor
+from transformers4rec.torch.tabular.aggregation import ElementwiseSum
 
 from jobs.errors import TrailvecError
 from tests.sequence_files import CONTEXT_SIZES, ITEMS, MAX_LENGTH, SPEC, item_counts, make_rows
@@ -39,6 +40,13 @@ def with_targets(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**batch, TARGET: torch.nn.functional.pad(batch["item_index"][:, 1:], (0, 1))}
 
 
+class SumWithLongerItems(ElementwiseSum):
+    """An item's vector is sqrt(width) times longer as an input than in the head."""
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        return super().forward({**inputs, "item_index": inputs["item_index"] * SPEC.width**0.5})
+
+
 OBJECTIVES = [
     ("gpt2", "clm"),
     *[("xlnet", objective) for objective in ("clm", "mlm", "rtd", "plm")],
@@ -64,7 +72,7 @@ def test_the_states_are_those_of_transformers4recs_own_model() -> None:
         max_sequence_length=MAX_LENGTH,
         embedding_dim_default=SPEC.width,
         embedding_dims={"item_index": SPEC.width},
-        aggregation="element-wise-sum",
+        aggregation=SumWithLongerItems(),
         masking="clm",
     )
     block = tr.TransformerBlock(model.transformer, masking=inputs.masking)

@@ -1,0 +1,123 @@
+"""tune: looks for better settings of training, by the ranking of the validation users.
+
+Each trial is a training like `trailvec train`'s, with other values for a few settings; Optuna proposes them and ends a
+trial that goes worse than half of the others. What was tried stands in `tune.db` under storage.root: the same command
+goes on from there, and other data or other settings beside the searched ones begin a new search. No model is kept: put
+what is printed at the end into the configuration and train.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from jobs.errors import TrailvecError
+from jobs.runtime import Runtime, Stage
+from jobs.train import STAGE as TRAIN
+from jobs.train import launch, progress_line, run_spec
+from training.config import RunSpec
+
+METRIC = "ndcg@10"
+
+
+def propose(trial: optuna.Trial) -> dict[str, Any]:
+    """Values of [train] for one trial: those that decide most about the ranking."""
+    return {
+        "learning_rate": trial.suggest_float("learning_rate", 3e-4, 5e-3, log=True),
+        "dropout": trial.suggest_float("dropout", 0.0, 0.5, step=0.1),
+        "width": trial.suggest_categorical("width", [32, 64, 128]),
+        "layers": trial.suggest_int("layers", 1, 3),
+        "weight_decay": trial.suggest_float("weight_decay", 1e-3, 1.0, log=True),
+        "negatives": trial.suggest_categorical("negatives", [256, 1024, 4096]),
+        "later_share": trial.suggest_float("later_share", 0.0, 1.0, step=0.25),
+    }
+
+
+def with_values(spec: RunSpec, values: dict[str, Any], output: Path) -> RunSpec:
+    """The run with other settings; those that a model is built from change there too."""
+    settings = spec.settings.model_copy(update=values)
+    of_model = {name: value for name, value in values.items() if name in type(spec.model).model_fields}
+    model = spec.model.model_copy(update=of_model)
+    return spec.model_copy(update={"settings": settings, "model": model, "output": str(output), "checkpoints": None})
+
+
+def search(spec: RunSpec, study: optuna.Study, trials: int, folder: Path, say: Any) -> None:
+    """Trials until the study has `trials` of them that have ended; trials that a kill left open are made again."""
+
+    def objective(trial: optuna.Trial) -> float:
+        output = folder / f"trial-{trial.number}"
+        output.mkdir()
+        run = with_values(spec, propose(trial), output)
+        (output / "run.json").write_text(run.model_dump_json())
+        scores: list[float] = []
+
+        def hear(event: dict[str, Any]) -> None:
+            say(f"trial {trial.number}  {progress_line(event)}")
+            if event["event"] == "epoch":
+                scores.append(event[METRIC])
+                trial.report(event[METRIC], event["epoch"])
+                if trial.should_prune():
+                    raise optuna.TrialPruned
+
+        try:
+            launch(output / "run.json", run, hear)
+        finally:
+            shutil.rmtree(output)
+        return max(scores)
+
+    while len(_ended(study)) < trials:
+        study.optimize(objective, n_trials=1, catch=TrailvecError)  # a rate too high for its width, say: no result
+        last = study.trials[-1]
+        if last.state == optuna.trial.TrialState.FAIL and len(_failed(study)) > trials:
+            raise TrailvecError(f"more than {trials} trials failed: look at one with `trailvec train`")
+
+
+def _ended(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED))
+
+
+def _failed(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.FAIL,))
+
+
+def run_tune(runtime: Runtime, trials: int) -> None:
+    """Searches, saying what each trial does, and prints the best settings as TOML."""
+
+    def run(runtime: Runtime) -> None:
+        # What the search is about: all that decides a model but the settings that are searched.
+        name = f"{runtime.fingerprint[:12]}"
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(
+            storage=f"sqlite:///{runtime.root / 'tune.db'}",
+            study_name=name,
+            load_if_exists=True,
+            direction="maximize",
+            sampler=optuna.samplers.TPESampler(),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
+        )
+        if done := len(_ended(study)):
+            runtime.on_progress(f"goes on from {done} trials")
+        folder = runtime.root / "tune"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            spec = run_spec(runtime, name, folder, None)
+            if not spec.valid_files:
+                raise TrailvecError(
+                    "the valid split of table sequences has no rows: set sequences.valid_from before the log's end"
+                )
+            search(spec, study, trials, folder, runtime.on_progress)
+        finally:
+            shutil.rmtree(folder)
+        best = study.best_trial
+        print(f"# {METRIC} {best.value:.4f} on the validation users, trial {best.number} of {len(study.trials)}")
+        print("[train]")
+        for key, value in sorted(best.params.items()):
+            print(f"{key} = {json.dumps(value)}")
+
+    stage = Stage("tune", "look for better settings of training", run, TRAIN.reads, (), TRAIN.settings, TRAIN.inputs)
+    runtime.execute(stage)
