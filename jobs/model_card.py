@@ -19,7 +19,7 @@ def card(about: dict[str, Any]) -> str:
     """The card as Markdown."""
     spec, training, provenance = about["spec"], about["training"], about["provenance"]
     config = provenance["config"]
-    train, sequences = config["train"], config["sequences"]
+    sequences = config["sequences"]
     best = training["epochs"][training["best_epoch"] - 1]
     last = training["epochs"][-1]
 
@@ -38,7 +38,8 @@ def card(about: dict[str, Any]) -> str:
         "items": f"{spec['items']:,} numbers; unknown to the model are those with fewer than "
         f"{config['vocabulary']['min_count']} events in training",
         "trained by": f"{processes} in {seconds}",
-        "epochs": f"{len(training['epochs'])} of at most {train['epochs']}; kept: the best, {training['best_epoch']}",
+        "epochs": f"{len(training['epochs'])} of at most {training['planned_epochs']}; "
+        f"kept: the best, {training['best_epoch']}",
         "loss": f"{training['epochs'][0]['loss']:.4f} in the first epoch, {last['loss']:.4f} in the last",
     }
     lines = [f"# Model {about['model_version']}", ""]

@@ -218,6 +218,8 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Path | 
         raise TrailvecError(
             "the train split of table sequences has no rows: no user acted twice before sequences.valid_from"
         )
+    if not base:
+        settings = settings.model_copy(update={"epochs": epochs(settings, rows)})
     counts = item_counts(runtime.read(ITEMS), runtime.config.vocabulary.min_count)
     if not counts.any():
         raise TrailvecError(
@@ -254,6 +256,12 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Path | 
     for name, array in arrays.items():
         np.save(staging / f"{name}.npy", array)
     return spec
+
+
+def epochs(settings: TrainSettings, rows: int) -> int:
+    """How often a fresh model passes over so many rows: `epochs`, or as many as make `min_steps` steps."""
+    rows_in_a_step = settings.batch_size * settings.local_steps * settings.processes
+    return max(settings.epochs, math.ceil(settings.min_steps / math.ceil(rows / rows_in_a_step)))
 
 
 def _train(runtime: Runtime, version: str, staging: Path, checkpoints: Path) -> None:

@@ -71,6 +71,9 @@ class TrainSettings(Section):
         1, ge=1, description="batches whose gradients a process adds up before the processes exchange them: one step"
     )
     epochs: int = Field(10, ge=1, description="at most; the learning rate falls over all of them")
+    min_steps: int = Field(
+        0, ge=0, description="epochs are raised until they make so many steps: a small log needs more passes"
+    )
     patience: int = Field(0, ge=0, description="epochs without a better validation ndcg@10 that end training; 0: never")
     learning_rate: float = Field(1e-3, gt=0, description="of one process with one batch per step; see rate_scaling")
     rate_scaling: Literal["sqrt", "linear", "none"] = Field(

@@ -210,6 +210,7 @@ def train(spec: RunSpec) -> None:  # noqa: PLR0912, PLR0915 - one flat loop in r
             "processes": size,
             "device": device.type,
             "epochs": progress.history,
+            "planned_epochs": settings.epochs,
             "best_epoch": progress.best_epoch,
             "curve": progress.curve,
             "held_users": len(held.offsets) - 1 if held is not None else 0,

@@ -83,7 +83,8 @@ def main() -> None:
     source = folder / "source.toml"
     source.write_text(text)
     sets = [f'storage.root="{folder}"', f'ingest.data_dir="{events.parent}"', f'ingest.sources=["{source}"]']
-    sets += [f'evaluate.split="{arguments.split}"', *(["train.epochs=1"] if arguments.quick else []), *arguments.sets]
+    quick = ["train.epochs=1", "train.min_steps=0"] if arguments.quick else []
+    sets += [f'evaluate.split="{arguments.split}"', *quick, *arguments.sets]
 
     spark = start_spark(load_config(CONFIG, sets))
     results: list[dict[tuple[str, str], float]] = []
@@ -112,4 +113,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except TrailvecError as error:
+        raise SystemExit(f"quality.py: {error}") from None

@@ -27,7 +27,7 @@ ABOUT = {
         "code_version": "0.1.0+feed",
         "reads": {"sequences": 3, "items": 8},
         "config": {
-            "train": {"epochs": 5},
+            "train": {},
             "sequences": {"valid_from": "2024-06-01T00:00:00", "test_from": None},
             "vocabulary": {"min_count": 10},
         },
@@ -36,6 +36,7 @@ ABOUT = {
         "processes": 2,
         "device": "cpu",
         "epochs": EPOCHS,
+        "planned_epochs": 5,
         "best_epoch": 2,
         "held_users": 1500,
         "seconds": 61.2,

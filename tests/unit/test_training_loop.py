@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from jobs.errors import TrailvecError
-from jobs.train import last_words, launch
+from jobs.train import epochs, last_words, launch
 from tests.sequence_files import ITEMS, MAX_LENGTH, SPEC, item_counts, make_rows, make_run, next_items, write_valid
 from training.batches import FEATURES
 from training.checkpoint import Progress, newest_checkpoint, read_checkpoint, write_checkpoint
@@ -316,3 +316,8 @@ def test_last_words_are_the_cause() -> None:
     assert last_words(["[0]<stderr>:no space", ""], 1) == "no space"
     assert last_words([], -9).startswith("process 0 was killed by signal 9")
     assert last_words([], 3) == "exit code 3"
+
+
+def test_a_small_log_is_passed_over_more_often() -> None:
+    settings = TrainSettings(epochs=3, min_steps=100, batch_size=10, processes=2)  # 20 rows in a step
+    assert [epochs(settings, rows) for rows in (1, 20, 21, 980, 1000, 100_000)] == [100, 100, 50, 3, 3, 3]
