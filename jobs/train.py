@@ -47,7 +47,7 @@ from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
 from jobs.tracking import Tracker, tracked
 from training.batches import FEATURES, MAX_GAP_BUCKET, MAX_HOUR, MAX_PRICE_BUCKET, MAX_SESSION_END, MAX_WEEKDAY
 from training.checkpoint import WEIGHTS, newest_checkpoint, read_about
-from training.config import ITEM_ATTRIBUTES, ModelSpec, RunSpec
+from training.config import ITEM_ATTRIBUTES, ModelSpec, RunSpec, TrainSettings
 
 SECONDS_BETWEEN_LINES = 10.0
 _FOLLOWS = re.compile(r"HorovodInternalError|: Horovod (?:has been shut down|detected)|gloo/")
