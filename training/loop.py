@@ -285,6 +285,8 @@ def add_gradients(
 
 def scale_gradients(gradients: list[torch.Tensor], factor: float, largest: float) -> None:
     """Multiplies the gradients by the factor, and where their common norm is then above `largest`, down to that."""
+    if not gradients:  # a step of rows that ask for nothing
+        return
     norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
     norm = factor * float(torch.linalg.vector_norm(norms))
     for gradient in gradients:
