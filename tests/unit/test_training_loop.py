@@ -99,13 +99,13 @@ def test_a_rank_without_rows_takes_part(tmp_path: Path, precision: str) -> None:
 
 def test_a_row_wise_table_learns_as_a_dense_one(tmp_path: Path) -> None:
     rows, held = make_rows(300), make_rows(60, 3)
-    settings = {"epochs": 4, "learning_rate": 0.01, "batch_size": 8}
+    settings = {"epochs": 8, "learning_rate": 0.01, "batch_size": 8, "later_share": 0.0}
     best = {}
     for name, table in {"dense": {}, "rowwise": ROW_WISE, "bfloat16": HALF}.items():
         model = SPEC.model_copy(update={"negatives": 12, **table})
         train(make_run(tmp_path / name, [rows], (held, next_items(held)), model, **settings))
         best[name] = max(epoch["ndcg@10"] for epoch in training_of(tmp_path / name)["epochs"])
-    assert best["dense"] > 0.9
+    assert best["dense"] > 0.95
     assert best["rowwise"] > best["dense"] - 0.03
     assert best["bfloat16"] > best["dense"] - 0.03
 
