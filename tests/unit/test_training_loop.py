@@ -305,7 +305,7 @@ def test_gradients_are_scaled_together() -> None:
     parts = [torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.empty(0, 2), torch.tensor([4.0])]  # norm 5
     scale_gradients(parts, 2.0, 20.0)
     assert [part.tolist() for part in parts] == [[[6, 0], [0, 0]], [], [8]]
-    scale_gradients(parts, 1.0, 1.0)
+    scale_gradients(parts, 0.5, 1.0)
     assert parts[0].flatten().tolist() + parts[2].tolist() == pytest.approx([0.6, 0, 0, 0, 0.8])
 
 
