@@ -247,7 +247,7 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Path | 
         about={"model_version": version, "as_of": as_of, "provenance": runtime.provenance(), "grown_from": base},
     )
     attributes = item_attributes(runtime.read(ITEMS), runtime.read(CONTEXT_VALUES))
-    arrays = {
+    arrays: dict[str, npt.NDArray[Any]] = {
         "item_counts": counts,
         "item_verticals": places,
         "item_attributes": attribute_matrix(attributes, settings.item_attributes, len(counts)),
