@@ -86,10 +86,10 @@ def item_attributes(items: DataFrame, context_values: DataFrame) -> DataFrame:
     return numbered.select("item_index", *[number_of[name].cast("int").alias(name) for name in ITEM_ATTRIBUTES])
 
 
-def attribute_matrix(attributes: DataFrame, names: Sequence[str], items: int) -> npt.NDArray[np.int64]:
-    """int64 [len(names), items] of `item_attributes` rows; items without a row have zeros."""
+def attribute_matrix(attributes: DataFrame, names: Sequence[str], items: int) -> npt.NDArray[np.int32]:
+    """int32 [len(names), items] of `item_attributes` rows; items without a row have zeros."""
     rows = attributes.toPandas()
-    matrix = np.zeros((len(names), items), np.int64)
+    matrix = np.zeros((len(names), items), np.int32)
     for place, name in enumerate(names):
         matrix[place, rows["item_index"]] = rows[name]
     return matrix
@@ -127,6 +127,7 @@ def model_spec(config: Config, items: int, context_values: DataFrame) -> ModelSp
         **settings,
         max_length=config.sequences.max_length,
         items=items,
+        sparse=config.train.row_wise(items),
         context_sizes={name: context_sizes[name] for name in config.train.inputs},
         attribute_sizes={name: attribute_sizes[name] for name in config.train.item_attributes},
     )
@@ -248,7 +249,7 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Path | 
         about={"model_version": version, "as_of": as_of, "provenance": runtime.provenance(), "grown_from": base},
     )
     attributes = item_attributes(runtime.read(ITEMS), runtime.read(CONTEXT_VALUES))
-    arrays = {
+    arrays: dict[str, npt.NDArray[Any]] = {
         "item_counts": counts,
         "item_verticals": places,
         "item_attributes": attribute_matrix(attributes, settings.item_attributes, len(counts)),
@@ -288,6 +289,7 @@ def check_growth(base: str, old: ModelSpec, new: ModelSpec) -> None:
     """Raises TrailvecError where a model of spec `new` can't grow from `base`, one of spec `old`."""
     free = {"items", "context_sizes", "attribute_sizes", "dropout", "item_dropout", "negatives", "negative_power"}
     free |= {"loss", "gbce_t", "sparse"}  # they make no tensor
+    free |= {"item_precision"}  # numbers are converted
     was, is_now = old.model_dump(exclude=free), new.model_dump(exclude=free)
     was |= {"inputs": list(old.context_sizes), "item_attributes": list(old.attribute_sizes)}
     is_now |= {"inputs": list(new.context_sizes), "item_attributes": list(new.attribute_sizes)}

@@ -9,7 +9,8 @@ weights' SHA-256.
 
 A checkpoint is a folder `<epoch>-<step>` with `state.safetensors` and `checkpoint.json` (`Progress`, and the SHA-256 of
 the former). It is filled under another name, flushed to the disk and renamed: what has the name is whole. The tensors
-are `model.<name>` (as in a model), `optimizer.<parameter>.<key>`, and `rng.<rank>`, uint8: torch's generator there.
+are `model.<name>` (as in a model), `optimizer.<parameter>.<key>`, `items.<key>` (training.rowwise), and `rng.<rank>`,
+uint8: torch's generator there.
 """
 
 from __future__ import annotations
@@ -43,12 +44,22 @@ PROGRESS = "checkpoint.json"
 
 def save_model(folder: Path, model: SequenceModel, about: dict[str, Any]) -> None:
     """Writes both files into an existing folder. The caller renames the folder: until then nobody reads it."""
+    save_weights(folder, model.tensors())
+    describe_weights(folder, model.spec, about)
+
+
+def save_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes what SequenceModel.tensors() gives. Until `describe_weights` they are no model yet."""
     from safetensors.torch import save_file  # noqa: PLC0415
 
-    save_file(model.tensors(), folder / WEIGHTS)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def describe_weights(folder: Path, spec: ModelSpec, about: dict[str, Any]) -> None:
+    """Makes the weights in the folder, of a model of that spec, a model."""
     sha256 = _sha256(folder / WEIGHTS)
     # Not sorted: the order of the item attributes is that of their tables.
-    text = json.dumps({**about, "spec": model.spec.model_dump(), "weights_sha256": sha256}, indent=2)
+    text = json.dumps({**about, "spec": spec.model_dump(), "weights_sha256": sha256}, indent=2)
     part = folder / f".{ABOUT}.part"
     part.write_text(text + "\n", encoding="utf-8")
     part.replace(folder / ABOUT)
@@ -92,14 +103,15 @@ class ItemVectors:
         inside = items < len(self._own)
         place = np.where(inside, items, 0)
         cold = ~inside | (self._counts[place].numpy() == 0)
-        vectors: npt.NDArray[np.float32] = self._own[place].numpy() * ~cold[:, None]
+        vectors: npt.NDArray[np.float32] = self._own[place].float().numpy() * ~cold[:, None]
         for part, numbers in zip(self._parts, attributes, strict=True):
             vectors += part[np.where(numbers < len(part), numbers, 0)].numpy()  # row 0 is zero
         return vectors, cold
 
 
 def load_model(weights: Path, spec: ModelSpec) -> SequenceModel:
-    """The model, ready to encode.
+    """The model, ready to encode. Its items' own parts stay in the file: what is asked for comes into memory, once for
+    all processes of a machine.
 
     Raises:
         TrailvecError: the file is missing, damaged, or of another model.
@@ -108,7 +120,8 @@ def load_model(weights: Path, spec: ModelSpec) -> SequenceModel:
 
     tensors = read_tensors(weights)
     try:
-        model = build_model(spec, tensors["item_counts"], tensors["table.attributes"])
+        own = tensors["table.own.weight"]
+        model = build_model(spec, tensors["item_counts"], tensors["table.attributes"], own)
         model.load_tensors(tensors)
     except (KeyError, RuntimeError) as error:
         raise _damaged(weights.parent, f"{weights.name} does not fit its description: {error}") from None
@@ -139,6 +152,7 @@ class Progress(BaseModel):
     history: list[dict[str, Any]] = []  # an entry for each epoch that is done
     best: float = -1.0
     best_epoch: int = 0
+    best_sha256: list[str] = []  # of the parameters then, on each rank
 
 
 def write_checkpoint(folder: Path, progress: Progress, tensors: dict[str, torch.Tensor], keep: int) -> None:
@@ -205,7 +219,7 @@ def load_optimizer(model: torch.nn.Module, optimizer: Any, tensors: dict[str, to
     by_name: dict[str, dict[str, torch.Tensor]] = {}
     for full_name, tensor in tensors.items():
         name, key = full_name.rsplit(".", 1)
-        by_name.setdefault(name, {})[key] = tensor
+        by_name.setdefault(name, {})[key] = tensor.clone()  # the file is let go
     names = {parameter: name for name, parameter in model.named_parameters()}
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     state = {number: by_name[name] for number, name in enumerate(order) if name in by_name}

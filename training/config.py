@@ -28,8 +28,12 @@ ContextFeature = Literal[
     "event_type_index", "vertical_index", "gap_bucket", "session_end", "hour", "weekday", "price_bucket"
 ]
 CONTEXT_FEATURES: tuple[ContextFeature, ...] = get_args(ContextFeature)
+Precision = Literal["float32", "bfloat16"]
 ItemAttribute = Literal["category", "vertical", "price"]
 ITEM_ATTRIBUTES: tuple[ItemAttribute, ...] = get_args(ItemAttribute)
+
+# Items: from here on "auto" takes the row-wise optimizer. A dense step takes about twice as long there.
+ROW_WISE_FROM = 50_000
 
 
 class TrainSettings(Section):
@@ -84,6 +88,16 @@ class TrainSettings(Section):
     warm_up: float = Field(0.05, gt=0, le=1, description="share of all rows over which the learning rate rises")
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0, description="the gradient is scaled down to this norm")
+    item_optimizer: Literal["auto", "adamw", "rowwise"] = Field(
+        "auto",
+        description="of the items' own parts. adamw: a step costs time and memory for every item; rowwise: for those "
+        "that it uses (training/rowwise.py); auto: rowwise from 50,000 items on where there are negatives, and with "
+        "item_precision bfloat16",
+    )
+    item_precision: Precision = Field(
+        "float32",
+        description="numbers of the items' own parts, in training and in the model; bfloat16: half the size",
+    )
     fp16_gradients: bool = Field(False, description="gradients travel between the processes as 16-bit numbers")
     warm_start: bool = Field(
         False, description="go on from the current model, over the rows of users who acted since it was trained"
@@ -110,7 +124,16 @@ class TrainSettings(Section):
             raise ValueError(f"plm needs architecture 'xlnet', found {self.architecture!r}")
         if self.loss == "gbce" and not self.negatives:
             raise ValueError("gbce needs negatives, found 0")
+        if self.item_precision == "bfloat16" and self.item_optimizer == "adamw":
+            raise ValueError("item_precision 'bfloat16' needs item_optimizer 'rowwise' or 'auto', found 'adamw'")
         return self
+
+    def row_wise(self, items: int) -> bool:
+        """Whether the item table of so many rows gets the row-wise optimizer: ModelSpec.sparse."""
+        large = items >= ROW_WISE_FROM and self.negatives > 0  # a full softmax uses all rows in each step
+        return self.item_optimizer == "rowwise" or (
+            self.item_optimizer == "auto" and (large or self.item_precision == "bfloat16")
+        )
 
 
 class ModelSpec(Section):
@@ -128,6 +151,7 @@ class ModelSpec(Section):
     gbce_t: float = 0.75
     item_dropout: float = 0.0
     sparse: bool = Field(False, description="gradients of the item table hold only the rows that a step has used")
+    item_precision: Precision = "float32"
     max_length: int = Field(description="actions in a row of sequences")
     items: int = Field(description="rows of the item table: the largest item_index + 1")
     context_sizes: dict[str, int] = Field(description="rows of each context feature's table; only these are read")
@@ -149,7 +173,7 @@ class RunSpec(Section):
     valid_files: list[str]
     new_only: bool = Field(False, description="validation ranks what the user has not acted on in the row")
     item_counts: str = Field(description=".npy, int64 [items]: events of an item that training may see, 0: unknown")
-    item_attributes: str | None = Field(None, description=".npy, int64 [attributes, items]; None: the model has none")
+    item_attributes: str | None = Field(None, description=".npy, int32 [attributes, items]; None: the model has none")
     item_verticals: str | None = Field(None, description=".npy, int64 [items]: an item's place in verticals, or -1")
     verticals: list[str] = Field([], description="the verticals that validation also reports")
     start_from: str | None = Field(None, description="the weights of an older model to grow from; None: a fresh one")

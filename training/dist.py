@@ -14,6 +14,8 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
+from training.rowwise import summed
+
 
 def start() -> torch.device:
     """Joins the processes that the launcher started (without a launcher this one is alone); this process's device:
@@ -37,20 +39,44 @@ def size() -> int:
 
 
 def distribute(model: torch.nn.Module, optimizer: torch.optim.Optimizer, local_steps: int, fp16: bool) -> Any:
-    """The optimizer whose gradients are **summed** over all processes and over `local_steps` backward passes.
+    """The optimizer whose gradients are **summed** over all processes and over `local_steps` backward passes. It may
+    have a part of the model's parameters; the others' gradients stay where they are.
 
     Every process begins with rank 0's weights. The optimizer has no state yet, so there is none to broadcast (and
     Horovod's broadcast_optimizer_state would make one by a step with zero gradients, which decays the weights). A
     process may do fewer backward passes before synchronize() than `local_steps`, also none. All processes take part.
     """
-    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    bits = {torch.bfloat16: torch.int16}  # a type that Horovod doesn't know, as one that it knows
+    state = {name: tensor.view(bits.get(tensor.dtype, tensor.dtype)) for name, tensor in model.state_dict().items()}
+    hvd.broadcast_parameters(state, root_rank=0)
+    given = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     return hvd.DistributedOptimizer(
         optimizer,
-        named_parameters=model.named_parameters(),
+        named_parameters=[named for named in model.named_parameters() if named[1] in given],
         op=hvd.Sum,
         backward_passes_per_step=local_steps,
         compression=hvd.Compression.fp16 if fp16 else hvd.Compression.none,
     )
+
+
+def sum_rows(rows: torch.Tensor, values: torch.Tensor, count: int, fp16: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows that any process has, int64 [m], each once and in order, and their summed values, float32 [m, width]:
+    the same on all processes, bit for bit, however many they are. All processes take part.
+
+    Horovod would exchange sparse gradients by itself, but a row as often as it was used, never as 16-bit numbers, and
+    it takes the missing gradient of a process without rows for a dense one.
+
+    Args:
+        rows: int64 [n], numbers below `count`, each once; a process may have none.
+        values: float32 [n, width].
+        fp16: the values travel as 16-bit numbers.
+    """
+    if size() == 1:
+        return rows, values
+    sent = values.half() if fp16 else values
+    waiting = [hvd.allgather_async(part, name=name) for part, name in ((rows, "rows"), (sent, "values of rows"))]
+    rows, received = (hvd.synchronize(handle) for handle in waiting)  # in the order of their ranks
+    return summed(rows, received, count)
 
 
 def total(values: list[float]) -> list[float]:

@@ -33,22 +33,25 @@ from training.batches import FEATURES
 from training.checkpoint import (
     Progress,
     best_checkpoint,
+    describe_weights,
     load_optimizer,
     newest_checkpoint,
     optimizer_tensors,
     part_of,
     read_checkpoint,
     read_tensors,
-    save_model,
+    save_weights,
     write_checkpoint,
 )
 from training.config import RunSpec, TrainSettings
 from training.data import Batch, Held, read_batches, read_held, to_batch
 from training.metrics import rank_metrics
 from training.model import SequenceModel, build_model
+from training.rowwise import RowWiseAdam
 
 FINAL_RATE = 0.05  # of the learning rate, reached at the end along a cosine
 MAX_HELD_USERS = 10_000
+ITEMS_AT_ONCE, USERS_AT_ONCE = 16_384, 256  # in validation: 16 MB of scores, however large the catalogue is
 HISTORY_FROM = (1, 5, 20, 100)  # actions: the lower bounds of the classes that validation also reports
 SECONDS_BETWEEN_LINES = 2.0
 CURVE_POINTS = 50  # in an epoch
@@ -80,7 +83,7 @@ def train(spec: RunSpec) -> None:  # noqa: PLR0912, PLR0915 - one flat loop in r
     attributes = torch.from_numpy(np.load(spec.item_attributes)) if spec.item_attributes else None
     model = build_model(spec.model, item_counts, attributes)
     known = item_counts.numpy() > 0
-    item_verticals = np.load(spec.item_verticals) if spec.item_verticals else np.full(len(known), -1)
+    item_verticals = np.load(spec.item_verticals, mmap_mode="r") if spec.item_verticals else np.full(len(known), -1)
     folder = Path(spec.checkpoints) if spec.checkpoints else None
     found = dist.from_first(newest_checkpoint(folder) if folder and rank == 0 else None)
     progress, tensors = read_checkpoint(found) if found else (Progress(ranks=size), {})
@@ -94,15 +97,24 @@ def train(spec: RunSpec) -> None:  # noqa: PLR0912, PLR0915 - one flat loop in r
     elif spec.start_from:
         model.grow_from(read_tensors(Path(spec.start_from)))
     model.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    own = model.table.own.weight
+    items = RowWiseAdam(own, weight_decay=settings.weight_decay, seed=settings.seed) if spec.model.sparse else None
+    others = [parameter for parameter in model.parameters() if items is None or parameter is not own]
+    optimizer = torch.optim.AdamW(others, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     optimizer = dist.distribute(model, optimizer, settings.local_steps, settings.fp16_gradients)
-    best_tensors = _copy(model.tensors())
     if found and folder:
         load_optimizer(model, optimizer, part_of(tensors, "optimizer."))
-        if progress.best_epoch:
-            best_tensors = part_of(read_checkpoint(best_checkpoint(folder, progress))[1], "model.")
+        if items:
+            items.load_tensors(part_of(tensors, "items."))
         if rank == 0:
+            if progress.best_epoch:
+                best = read_checkpoint(best_checkpoint(folder, progress))[1]
+                save_weights(Path(spec.output), part_of(best, "model."))
+                del best
             _say("resumed", epoch=progress.epoch, step=progress.step, rows_done=progress.rows_done)
+
+    random = tensors.get(f"rng.{rank}", torch.get_rng_state()).clone()
+    del tensors  # with them the file goes, which is as large as the model
 
     held = read_held(spec.valid_files, spec.model.history_length, known, MAX_HELD_USERS) if spec.valid_files else None
     held_part = held.part(rank, size) if held is not None else None
@@ -118,7 +130,7 @@ def train(spec: RunSpec) -> None:  # noqa: PLR0912, PLR0915 - one flat loop in r
         torch.manual_seed(seed + rank)  # from here on each rank draws its own negatives and dropout
         mine, everyone = np.zeros(len(SUMS)), np.zeros(len(SUMS))
         if progress.step:
-            torch.set_rng_state(tensors[f"rng.{rank}"])
+            torch.set_rng_state(random)
             mine, everyone = np.array(progress.rank_sums[rank]), np.array(progress.sums)
         else:
             progress.curve_sums = everyone.tolist()
@@ -148,16 +160,19 @@ def train(spec: RunSpec) -> None:  # noqa: PLR0912, PLR0915 - one flat loop in r
             if not math.isfinite(step["loss"]):
                 raise TrailvecError(f"the loss is {step['loss']} in epoch {epoch}: lower train.learning_rate")
             optimizer.synchronize()
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(_scale(settings) / max(step["positions"], 1))
-            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+            gradients = [parameter.grad for parameter in others if parameter.grad is not None]
+            if items:
+                rows, of_rows = dist.sum_rows(*items.take_gradient(), spec.model.items, settings.fp16_gradients)
+                gradients.append(of_rows)
+            scale_gradients(gradients, _scale(settings) / max(step["positions"], 1), settings.clip_norm)
             progress.rows_done += step["rows"]
             now_at = progress.rows_done / (settings.epochs * spec.train_rows)
             for group in optimizer.param_groups:
                 group["lr"] = rate * schedule(settings, now_at)
             with optimizer.skip_synchronize():
                 optimizer.step()
+            if items:
+                items.step(rows, of_rows, optimizer.param_groups[0]["lr"])
 
             mine += sums
             everyone += sums_of_all
@@ -170,7 +185,7 @@ def train(spec: RunSpec) -> None:  # noqa: PLR0912, PLR0915 - one flat loop in r
                 said = now
                 _say("step", **_figures(spec, progress), learning_rate=optimizer.param_groups[0]["lr"])
             if folder and someone_is_due:  # only rank 0's clock counts
-                _save(folder, progress, model, optimizer, mine=mine, keep=settings.keep_checkpoints)
+                _save(folder, progress, model, optimizer, items, mine=mine, keep=settings.keep_checkpoints)
                 saved = time.monotonic()
 
         # ---- validation: each rank ranks its part of the users, the sums meet
@@ -193,18 +208,18 @@ def train(spec: RunSpec) -> None:  # noqa: PLR0912, PLR0915 - one flat loop in r
         if rank == 0:
             _say("epoch", **progress.history[-1])
         if (score := scores.get("ndcg@10", float(epoch))) > progress.best:
-            progress.best, progress.best_epoch = score, epoch
-            best_tensors = _copy(model.tensors())
+            # The best weights go where they are published from, not into a second copy in memory. They are the same on
+            # all ranks, or something is badly wrong.
+            progress.best, progress.best_epoch, progress.best_sha256 = score, epoch, dist.gather(digest(model))
+            if len(set(progress.best_sha256)) > 1:
+                raise RuntimeError(f"the ranks have different parameters: {progress.best_sha256}")
+            if rank == 0:
+                save_weights(Path(spec.output), model.tensors())
         progress.epoch, progress.step = epoch + 1, 0
         if folder:
-            _save(folder, progress, model, optimizer, mine=mine, keep=settings.keep_checkpoints)
+            _save(folder, progress, model, optimizer, items, mine=mine, keep=settings.keep_checkpoints)
             saved = time.monotonic()
 
-    # ---- the best epoch's weights: the same on all ranks, or something is badly wrong
-    model.load_tensors(best_tensors)
-    digests = dist.gather(digest(model))
-    if len(set(digests)) > 1:
-        raise RuntimeError(f"the ranks ended with different parameters: {digests}")
     if rank == 0:
         training = {
             "processes": size,
@@ -215,9 +230,9 @@ def train(spec: RunSpec) -> None:  # noqa: PLR0912, PLR0915 - one flat loop in r
             "curve": progress.curve,
             "held_users": len(held.offsets) - 1 if held is not None else 0,
             "seconds": sum(epoch["seconds"] for epoch in progress.history),
-            "parameters_sha256_by_rank": digests,
+            "parameters_sha256_by_rank": progress.best_sha256,
         }
-        save_model(Path(spec.output), model, {**spec.about, "training": training})
+        describe_weights(Path(spec.output), spec.model, {**spec.about, "training": training})
 
 
 def train_in_executor(run: str, arrays: dict[str, bytes]) -> dict[str, bytes]:
@@ -269,6 +284,16 @@ def add_gradients(
     return np.array([rows, positions, float(loss_sum), places, padding, waited, 0.0])
 
 
+def scale_gradients(gradients: list[torch.Tensor], factor: float, largest: float) -> None:
+    """Multiplies the gradients by the factor, and where their common norm is then above `largest`, down to that."""
+    if not gradients:  # a step of rows that ask for nothing
+        return
+    norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
+    norm = factor * float(torch.linalg.vector_norm(norms))
+    for gradient in gradients:
+        gradient.mul_(factor * min(1.0, largest / max(norm, 1e-6)))
+
+
 def rate_factor(settings: TrainSettings, processes: int) -> float:
     """By how much the learning rate of a step exceeds that of one process with one batch per step."""
     larger = processes * settings.local_steps
@@ -297,18 +322,13 @@ def validate(  # noqa: PLR0917 - all of it is what is ranked
     histories of similar length (`by_history`), and over those with a next item of a vertical (`by_vertical`; what they
     took next of other verticals does not count there). `item_verticals`: see RunSpec. Empty without users."""
     model.eval()
-    unknown, k = torch.from_numpy(~known).to(device), min(10, int(known.sum()))
-    vectors = model.item_vectors().T
-    ranked = [np.empty((0, k), np.int64)]
-    for start in range(0, held.actions.shape[1], batch_size):
+    states = torch.empty((held.actions.shape[1], model.spec.width), device=device)
+    for start in range(0, len(states), batch_size):
         batch = to_batch(torch.from_numpy(held.actions[:, start : start + batch_size]))
-        scores = model.encode(_to_device(batch, device)) @ vectors  # in 32 bits: 16 would make ties
-        scores = scores.masked_fill_(unknown, -torch.inf)
-        if new_only:
-            scores = scores.scatter_(1, batch[FEATURES[0]].to(device), -torch.inf)
-        top = scores.topk(k, dim=1)
-        ranked.append(top.indices.cpu().numpy())
-    top_items, metrics = np.concatenate(ranked), rank_metrics(np.concatenate(ranked), held.targets, held.offsets)
+        states[start : start + batch_size] = model.encode(_to_device(batch, device))
+    own = torch.from_numpy(held.actions[0]).long().to(device) if new_only else None
+    top_items = best_items(model, states, torch.from_numpy(np.flatnonzero(known)).to(device), own).cpu().numpy()
+    metrics = rank_metrics(top_items, held.targets, held.offsets)
     classes = np.searchsorted(HISTORY_FROM, (held.actions[0] > 0).sum(axis=1), side="right") - 1
     sums = [_metric_sums(metrics, np.ones(len(classes), bool))]
     sums += [_metric_sums(metrics, classes == number) for number in range(len(HISTORY_FROM))]
@@ -335,6 +355,36 @@ def validate(  # noqa: PLR0917 - all of it is what is ranked
     }
 
 
+def best_items(
+    model: SequenceModel, states: torch.Tensor, items: torch.Tensor, excluded: torch.Tensor | None, k: int = 10
+) -> torch.Tensor:
+    """The items that score best with each state, the best first, int64 [users, at most k].
+
+    Neither the scores nor the vectors of all items are ever in memory.
+
+    Args:
+        states: float32 [users, width].
+        items: int64 [n], in order: those that are ranked.
+        excluded: int64 [users, any]: items that are not ranked for that user; None: there are none.
+    """
+    k = min(k, len(items))
+    best = torch.full((len(states), k), -torch.inf, device=states.device)
+    best_of = torch.zeros((len(states), k), dtype=torch.int64, device=states.device)
+    for some in torch.split(items, ITEMS_AT_ONCE):
+        vectors = model.item_vectors(some).T
+        for start in range(0, len(states), USERS_AT_ONCE):
+            users = slice(start, start + USERS_AT_ONCE)
+            scores = states[users] @ vectors  # in 32 bits: 16 would make ties
+            if excluded is not None:
+                place = torch.searchsorted(some, excluded[users]).clamp_(max=len(some) - 1)
+                user, column = (some[place] == excluded[users]).nonzero(as_tuple=True)
+                scores[user, place[user, column]] = -torch.inf
+            found = scores.topk(min(k, len(some)), dim=1)
+            best[users], kept = torch.cat([best[users], found.values], 1).topk(k, dim=1)
+            best_of[users] = torch.cat([best_of[users], some[found.indices]], 1).gather(1, kept)
+    return best_of
+
+
 def _metric_sums(metrics: dict[str, npt.NDArray[np.float64]], users: npt.NDArray[np.bool_]) -> list[float]:
     return [float(users.sum()), float(metrics["recall"][users].sum()), float(metrics["ndcg"][users].sum())]
 
@@ -343,7 +393,8 @@ def digest(model: SequenceModel) -> str:
     """SHA-256 of all parameters."""
     sha256 = hashlib.sha256()
     for name, tensor in sorted(model.tensors().items()):
-        sha256.update(name.encode() + tensor.cpu().numpy().tobytes())
+        sha256.update(name.encode())
+        sha256.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())  # as it lies: a copy is a table
     return sha256.hexdigest()
 
 
@@ -352,6 +403,7 @@ def _save(
     progress: Progress,
     model: SequenceModel,
     optimizer: Any,
+    items: RowWiseAdam | None,
     *,
     mine: npt.NDArray[np.float64],
     keep: int,
@@ -366,6 +418,8 @@ def _save(
         }
         learnt = {f"model.{name}": tensor for name, tensor in model.tensors().items()}
         moments = {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(model, optimizer).items()}
+        if items:
+            moments |= {f"items.{name}": tensor for name, tensor in items.tensors().items()}
         write_checkpoint(folder, progress, {**learnt, **moments, **random}, keep)
 
 
@@ -379,10 +433,6 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cpu":
         return batch
     return {name: values.pin_memory().to(device, non_blocking=True) for name, values in batch.items()}
-
-
-def _copy(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def _loss(sums: npt.NDArray[np.float64]) -> float:

@@ -53,24 +53,34 @@ class ItemTable(nn.Module):
 
     attributes: Tensor
 
-    def __init__(self, spec: ModelSpec, attributes: Tensor) -> None:
-        """`attributes`, int64 [len(spec.attribute_sizes), items]: each item's numbers, 0 where it has none."""
+    def __init__(self, spec: ModelSpec, attributes: Tensor, own: Tensor | None) -> None:
+        """Args:
+        attributes: int32 [len(spec.attribute_sizes), items]: each item's numbers, 0 where it has none.
+        own: the own parts of a trained model, which are used where they lie; None: fresh ones.
+        """
         super().__init__()
         self.register_buffer("attributes", attributes)
         self.dropout = spec.item_dropout
-        self.own = nn.Embedding(spec.items, spec.width, padding_idx=0, sparse=spec.sparse)
-        nn.init.normal_(self.own.weight, std=_FIRST_STD)
+        if own is None:
+            dtype = getattr(torch, spec.item_precision)
+            self.own = nn.Embedding(spec.items, spec.width, padding_idx=0, sparse=spec.sparse, dtype=dtype)
+            nn.init.normal_(self.own.weight, std=_FIRST_STD)
+            with torch.no_grad():
+                self.own.weight[0] = 0
+        elif own.shape == (spec.items, spec.width):
+            self.own = nn.Embedding.from_pretrained(own, padding_idx=0)  # type: ignore[no-untyped-call]
+        else:
+            raise RuntimeError(f"the item table is {tuple(own.shape)}, not {(spec.items, spec.width)}")
         self.parts = nn.ModuleList(
             nn.Embedding(size, spec.width, padding_idx=0) for size in spec.attribute_sizes.values()
         )
         with torch.no_grad():
-            self.own.weight[0] = 0
             for part in self.parts:
                 cast(nn.Embedding, part).weight.zero_()
 
     def forward(self, items: Tensor) -> Tensor:
         """The vectors of items, float32 [..., width], for their numbers, int64 [...]."""
-        vectors = self.own(items)
+        vectors = self.own(items).float()
         if self.training and self.dropout and len(self.parts):
             vectors = vectors * (torch.rand(items.shape, device=items.device) >= self.dropout).unsqueeze(-1)
         for numbers, part in zip(self.attributes, self.parts, strict=True):
@@ -87,14 +97,13 @@ class SequenceModel(nn.Module):
     item_counts: Tensor
     known_items: Tensor
 
-    def __init__(self, spec: ModelSpec, item_counts: Tensor, attributes: Tensor) -> None:
-        """`item_counts`, int64 [items]: how often training saw each item; 0 for one that the model must not know."""
+    def __init__(self, spec: ModelSpec, item_counts: Tensor, attributes: Tensor, own: Tensor | None) -> None:
+        """`item_counts`, int64 [items]: how often training saw each item; 0 for one that the model must not know.
+        `attributes` and `own`: see ItemTable."""
         super().__init__()
         self.spec = spec
         self.register_buffer("item_counts", item_counts)
-        self.register_buffer("known_items", item_counts.nonzero().squeeze(1), persistent=False)
-        self.register_buffer("place", (item_counts > 0).cumsum(0) - 1, persistent=False)  # of an item in known_items
-        self.table = ItemTable(spec, attributes)
+        self.table = ItemTable(spec, attributes, own)
         self.inputs = _inputs(spec)
         self.transformer = _transformer(spec)
         if spec.objective != "clm":
@@ -103,8 +112,13 @@ class SequenceModel(nn.Module):
             self.masking.masked_item_embedding.requires_grad_(spec.objective != "plm")
         if spec.objective == "rtd":
             self.discriminator = nn.Linear(spec.width, 1)
-        if spec.negatives:
+        # What only training reads is as long as the catalogue: a trained model goes without.
+        if own is None and spec.negatives:
             self.sampler = FrequencySampler(item_counts, spec.negatives, spec.negative_power)
+            self.known_count = int((item_counts > 0).sum())
+        elif own is None:
+            self.register_buffer("known_items", item_counts.nonzero().squeeze(1), persistent=False)
+            self.register_buffer("place", (item_counts > 0).cumsum(0) - 1, persistent=False)  # in known_items
 
     # ---- training
 
@@ -133,9 +147,8 @@ class SequenceModel(nn.Module):
         if not self.spec.negatives:
             return full_softmax(states, self.place[targets], self.table(self.known_items)), len(targets)
         if self.spec.loss == "gbce":
-            known = len(self.known_items)
-            loss = gbce(states, targets, self.table, self.sampler, known_items=known, t=self.spec.gbce_t)
-            return loss, len(targets)
+            known, t = self.known_count, self.spec.gbce_t
+            return gbce(states, targets, self.table, self.sampler, known_items=known, t=t), len(targets)
         return sampled_softmax(states, targets, self.table, self.sampler), len(targets)
 
     def _replacement_loss(self, batch: Batch, states: Tensor, targets: Tensor) -> Tensor:
@@ -183,13 +196,15 @@ class SequenceModel(nn.Module):
         return {ITEM: items.where(learnt, UNKNOWN), **context}
 
     @torch.no_grad()
-    def item_vectors(self) -> Tensor:
-        """The vectors of all items, float32 [items, width]. Those of items that the model does not know are what their
-        attributes say, zeros where they have none."""
-        own = self.table.own.weight * (self.item_counts > 0)[:, None]
+    def item_vectors(self, items: Tensor | None = None) -> Tensor:
+        """The vectors of items, float32 [n, width], for their numbers, int64 [n]; None: of all, a second table. Those
+        of items that the model does not know are what their attributes say, zeros where they have none."""
+        if items is None:
+            items = torch.arange(self.spec.items, device=self.item_counts.device)
+        vectors = self.table.own(items).float() * (self.item_counts[items] > 0)[:, None]
         for numbers, part in zip(self.table.attributes, self.table.parts, strict=True):
-            own += part(numbers)
-        return own.float()
+            vectors += part(numbers[items])
+        return cast(Tensor, vectors)
 
     # ---- weights
 
@@ -228,7 +243,8 @@ class SequenceModel(nn.Module):
         if odd := mine.keys() ^ tensors.keys():
             raise KeyError(", ".join(sorted(odd)))
         for name, tensor in mine.items():
-            tensor.copy_(tensors[name])
+            if tensor.data_ptr() != tensors[name].data_ptr():  # a copy onto itself would bring a whole file into memory
+                tensor.copy_(tensors[name])
 
     # ---- parts
 
@@ -251,16 +267,20 @@ class SequenceModel(nn.Module):
         return cast(Tensor, self.transformer(inputs_embeds=embedded, **more)[0])
 
 
-def build_model(spec: ModelSpec, item_counts: Tensor, attributes: Tensor | None = None) -> SequenceModel:
+def build_model(
+    spec: ModelSpec, item_counts: Tensor, attributes: Tensor | None = None, own: Tensor | None = None
+) -> SequenceModel:
     """A fresh model; its first weights come from torch's generator.
 
     Args:
         item_counts: int64 [spec.items]; see SequenceModel.
-        attributes: int64 [len(spec.attribute_sizes), spec.items]; see ItemTable. None: the spec has none.
+        attributes: integers [len(spec.attribute_sizes), spec.items]; see ItemTable. None: the spec has none.
+        own: the items' own parts, [spec.items, spec.width], of a trained model, whose other weights the caller loads.
+            They are used where they lie, and the model can't be trained. None: fresh ones.
     """
     if attributes is None:
-        attributes = torch.empty((0, spec.items), dtype=torch.int64)
-    return SequenceModel(spec, item_counts, attributes)
+        attributes = torch.empty((0, spec.items), dtype=torch.int32)
+    return SequenceModel(spec, item_counts, attributes.int(), own)
 
 
 _FIRST_STD = 0.02  # of the item vectors' coordinates

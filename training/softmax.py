@@ -36,17 +36,17 @@ class FrequencySampler(nn.Module):
         """
         super().__init__()
         weight = torch.where(item_counts > 0, item_counts.double() ** power, 0.0)
-        share = weight / weight.sum()
-        self.draws = draws
-        self.register_buffer("cumulative", share.cumsum(0), persistent=False)
-        # An item drawn twice is kept once, so what counts is the chance to be drawn at all: 1 - (1 - p)^draws.
-        self.register_buffer("chance", -torch.expm1(draws * torch.log1p(-share)).float(), persistent=False)
+        self.draws, self.power, self.total = draws, power, float(weight.sum())
+        self.register_buffer("counts", item_counts, persistent=False)
+        self.register_buffer("cumulative", weight.div_(self.total).cumsum(0), persistent=False)
 
     def sample(self) -> tuple[Tensor, Tensor]:
         """The drawn items, int64 [n], each once, and the chance that each had of being drawn, float32 [n]."""
         points = torch.rand(self.draws, dtype=torch.float64, device=self.cumulative.device) * self.cumulative[-1]
         drawn = torch.searchsorted(self.cumulative, points, right=True).unique()  # type: ignore[no-untyped-call]
-        return drawn, self.chance[drawn]
+        # An item drawn twice is kept once, so what counts is the chance to be drawn at all: 1 - (1 - p)^draws.
+        share = self.counts[drawn].double() ** self.power / self.total
+        return drawn, -torch.expm1(self.draws * torch.log1p(-share)).float()
 
 
 def sampled_softmax(states: Tensor, targets: Tensor, vectors: Vectors, sampler: FrequencySampler) -> Tensor:

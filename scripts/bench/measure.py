@@ -162,8 +162,8 @@ def said(text: str) -> None:
 _COLOURS = ("#1b6ca8", "#d1495b", "#2a9d5c", "#8d6a9f", "#e09f3e")
 
 
-def chart(path: Path, title: str, series: dict[str, list[tuple[float, float]]]) -> None:
-    """An SVG: seconds against events, both by powers of ten; a line through each series' points."""
+def chart(path: Path, title: str, series: dict[str, list[tuple[float, float]]], across: str = "events") -> None:
+    """An SVG: seconds against events (or what `across` says), both by powers of ten; a line through each series."""
     every = [point for points in series.values() for point in points]
     (left, right), (low, high) = (
         (math.floor(math.log10(min(v))), math.ceil(math.log10(max(v)) + 1e-9)) for v in zip(*every, strict=True)
@@ -190,7 +190,7 @@ def chart(path: Path, title: str, series: dict[str, list[tuple[float, float]]]) 
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>' for x, y in placed]
         parts.append(f'<text x="{width + 75}" y="{60 + 18 * row}" fill="{colour}">{name}</text>')
-    parts.append(f'<text x="{width - 10}" y="{height + 76}">events</text>')
+    parts.append(f'<text x="{width - 10}" y="{height + 76}">{across}</text>')
     _save_svg(path, width + 200, height + 90, parts)
 
 

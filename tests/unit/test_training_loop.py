@@ -23,11 +23,13 @@ from training.batches import FEATURES
 from training.checkpoint import Progress, newest_checkpoint, read_checkpoint, write_checkpoint
 from training.config import RunSpec, TrainSettings
 from training.data import read_held
-from training.loop import rate_factor, schedule, train, validate
+from training.loop import best_items, rate_factor, scale_gradients, schedule, train, validate
 from training.model import build_model
 
 # With all that draws random numbers.
 DRAWING = SPEC.model_copy(update={"dropout": 0.3, "negatives": 12})
+ROW_WISE = {"sparse": True}
+HALF = {"sparse": True, "item_precision": "bfloat16"}
 
 
 def start(spec: RunSpec, folder: Path) -> list[dict[str, Any]]:
@@ -48,11 +50,12 @@ def training_of(folder: Path) -> dict[str, Any]:
     return about
 
 
-def test_two_ranks_and_local_steps_step_like_one_with_all_their_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("table", [{}, ROW_WISE], ids=["adamw", "rowwise"])
+def test_two_ranks_and_local_steps_step_like_one_with_all_their_rows(tmp_path: Path, table: dict[str, Any]) -> None:
     # Unequal ranks, one row group for both: the mean must be over all positions, not over ranks.
     rows = make_rows(49)
     parts = [rows]
-    same = {"epochs": 3, "learning_rate": 0.05, "rate_scaling": "none"}
+    same = {"epochs": 3, "learning_rate": 0.05, "rate_scaling": "none", "model": SPEC.model_copy(update=table)}
     two = make_run(tmp_path / "two", parts, processes=2, batch_size=13, local_steps=2, **same)
     local = make_run(tmp_path / "local", parts, processes=1, batch_size=10, local_steps=5, **same)
     one = make_run(tmp_path / "one", parts, processes=1, batch_size=50, **same)
@@ -75,6 +78,36 @@ def test_two_ranks_and_local_steps_step_like_one_with_all_their_rows(tmp_path: P
         assert losses[other] == pytest.approx(losses["one"], rel=1e-4)
         for name, tensor in tensors["one"].items():
             torch.testing.assert_close(tensors[other][name], tensor, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_rank_without_rows_takes_part(tmp_path: Path, precision: str) -> None:
+    """Of two ranks the first has no row in any step, and the other the same as one alone."""
+    rows = [row for row in make_rows(20) if row["length"] > 3][:1]
+    model = SPEC.model_copy(update={**ROW_WISE, "item_precision": precision})
+    same = {"epochs": 3, "learning_rate": 0.05, "rate_scaling": "none", "model": model}
+    two = make_run(tmp_path / "two", [rows], processes=2, **same)
+    one = make_run(tmp_path / "one", [rows], processes=1, **same)
+    start(two, tmp_path / "two")
+    train(one)
+    assert training_of(tmp_path / "two")["epochs"][0]["rows_by_rank"] == [0, 1]
+    tensors = [load_file(tmp_path / name / "model/model.safetensors") for name in ("two", "one")]
+    assert tensors[0]["table.own.weight"].dtype == getattr(torch, precision)
+    for name, tensor in tensors[1].items():
+        torch.testing.assert_close(tensors[0][name], tensor, atol=1e-4, rtol=0)
+
+
+def test_a_row_wise_table_learns_as_a_dense_one(tmp_path: Path) -> None:
+    rows, held = make_rows(300), make_rows(60, 3)
+    settings = {"epochs": 8, "learning_rate": 0.01, "batch_size": 8, "later_share": 0.0}
+    best = {}
+    for name, table in {"dense": {}, "rowwise": ROW_WISE, "bfloat16": HALF}.items():
+        model = SPEC.model_copy(update={"negatives": 12, **table})
+        train(make_run(tmp_path / name, [rows], (held, next_items(held)), model, **settings))
+        best[name] = max(epoch["ndcg@10"] for epoch in training_of(tmp_path / name)["epochs"])
+    assert best["dense"] > 0.95
+    assert best["rowwise"] > best["dense"] - 0.03
+    assert best["bfloat16"] > best["dense"] - 0.03
 
 
 def test_padding_is_what_the_batches_hold_beyond_their_actions(tmp_path: Path) -> None:
@@ -128,11 +161,13 @@ def check_resumed(killed: Path, whole: Path, said: str) -> None:
     assert one.read_bytes() == other.read_bytes()
 
 
-def test_a_killed_process_goes_on_to_the_same_parameters(tmp_path: Path) -> None:
+@pytest.mark.parametrize("table", [{}, HALF], ids=["adamw", "rowwise"])
+def test_a_killed_process_goes_on_to_the_same_parameters(tmp_path: Path, table: dict[str, Any]) -> None:
+    model = DRAWING.model_copy(update=table)
     parts, rows = [make_rows(60, 1), make_rows(60, 2)], make_rows(20, 3)
     settings = {**DRAWS, "batch_size": 2, "epochs": 2, "local_steps": 2}
-    whole = make_run(tmp_path / "whole", parts, (rows, next_items(rows)), DRAWING, **settings)
-    killed = make_run(tmp_path / "killed", parts, (rows, next_items(rows)), DRAWING, **settings, checkpoint_minutes=0)
+    whole = make_run(tmp_path / "whole", parts, (rows, next_items(rows)), model, **settings)
+    killed = make_run(tmp_path / "killed", parts, (rows, next_items(rows)), model, **settings, checkpoint_minutes=0)
     train(whole)
     said = kill_in_the_middle(killed, tmp_path / "killed", rank=0)
     assert said.startswith("training stopped: process 0 was killed by signal 9")
@@ -144,13 +179,17 @@ def test_a_killed_process_goes_on_to_the_same_parameters(tmp_path: Path) -> None
     check_resumed(tmp_path / "killed", tmp_path / "whole", said)
 
 
-def test_a_killed_rank_ends_the_run_which_goes_on_and_stops_early_as_without(tmp_path: Path) -> None:
+@pytest.mark.parametrize("table", [{}, ROW_WISE], ids=["adamw", "rowwise"])
+def test_a_killed_rank_ends_the_run_which_goes_on_and_stops_early_as_without(
+    tmp_path: Path, table: dict[str, Any]
+) -> None:
+    model = DRAWING.model_copy(update=table)
     # All items are right for each of the three users of two ranks: no epoch is better than the first, and training ends
     # after two of the nine.
     parts, valid = [make_rows(60, 1), make_rows(60, 2)], (make_rows(3, 3), [list(range(2, 29))] * 3)
     settings = {**DRAWS, "batch_size": 4, "epochs": 9, "patience": 1, "fp16_gradients": True, "processes": 2}
-    whole = make_run(tmp_path / "whole", parts, valid, DRAWING, **settings)
-    killed = make_run(tmp_path / "killed", parts, valid, DRAWING, **settings, checkpoint_minutes=0)
+    whole = make_run(tmp_path / "whole", parts, valid, model, **settings)
+    killed = make_run(tmp_path / "killed", parts, valid, model, **settings, checkpoint_minutes=0)
     start(whole, tmp_path / "whole")
     said = kill_in_the_middle(killed, tmp_path / "killed", rank=1)
     assert said.startswith("training stopped: process 1 was killed by signal 9")
@@ -233,6 +272,41 @@ def test_validation_by_history_and_by_vertical(tmp_path: Path) -> None:
     }
     for name, group in groups.items():
         assert group["ndcg@10"] == pytest.approx(np.mean(expected[name])), name
+
+
+def test_the_best_items_are_those_of_all_scores_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.loop.ITEMS_AT_ONCE", 4)  # fewer than are asked for
+    monkeypatch.setattr("training.loop.USERS_AT_ONCE", 3)
+    torch.manual_seed(0)
+    model = build_model(SPEC, torch.from_numpy(item_counts(make_rows(200)))).eval()
+    states, items = torch.randn(8, SPEC.width), torch.arange(2, 29)
+    excluded = torch.randint(0, ITEMS, (8, 6))
+    with torch.inference_mode():
+        scores = states @ model.item_vectors().T
+        expected = (scores[:, 2:29].argsort(dim=1, descending=True) + 2).tolist()
+        assert best_items(model, states, items, None).tolist() == [row[:10] for row in expected]
+        found = best_items(model, states, items, excluded, k=7).tolist()
+    for user, row in enumerate(expected):
+        assert found[user] == [item for item in row if item not in excluded[user].tolist()][:7]
+
+
+def test_the_best_epochs_weights_are_published(tmp_path: Path) -> None:
+    """Not the last epoch's: all items are right for the held-out users, so that no epoch is better than the first."""
+    valid = make_rows(3, 3), [list(range(2, 29))] * 3
+    spec = make_run(tmp_path, [make_rows(40)], valid, epochs=2, learning_rate=0.01, keep_checkpoints=5)
+    train(spec)
+    first, last = (read_checkpoint(Path(str(spec.checkpoints)) / f"0000{n}-0000000000")[1] for n in (2, 3))
+    published = load_file(tmp_path / "model/model.safetensors")
+    assert all(torch.equal(tensor, first[f"model.{name}"]) for name, tensor in published.items())
+    assert not torch.equal(published["table.own.weight"], last["model.table.own.weight"])
+
+
+def test_gradients_are_scaled_together() -> None:
+    parts = [torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.empty(0, 2), torch.tensor([4.0])]  # norm 5
+    scale_gradients(parts, 2.0, 20.0)
+    assert [part.tolist() for part in parts] == [[[6, 0], [0, 0]], [], [8]]
+    scale_gradients(parts, 0.5, 1.0)
+    assert parts[0].flatten().tolist() + parts[2].tolist() == pytest.approx([0.6, 0, 0, 0, 0.8])
 
 
 def test_a_failing_rank_is_one_sentence_and_ends_the_other(tmp_path: Path) -> None:

@@ -192,8 +192,11 @@ def with_attributes(**changes: object) -> SequenceModel:
     return model.eval()
 
 
-def test_saved_and_loaded_is_the_same_model(tmp_path: Path) -> None:
-    model, batch = with_attributes(negatives=5), make_batch(ROWS, SPEC.history_length)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_saved_and_loaded_is_the_same_model(tmp_path: Path, precision: str) -> None:
+    model = with_attributes(negatives=5, item_precision=precision)
+    assert model.table.own.weight.dtype == getattr(torch, precision)
+    batch = make_batch(ROWS, SPEC.history_length)
     save_model(tmp_path, model, {"model_version": "v", "as_of": "2024-01-01T00:00:00"})
     about = read_about(tmp_path)
     assert (about["model_version"], about["spec"]["items"]) == ("v", ITEMS)
@@ -203,6 +206,10 @@ def test_saved_and_loaded_is_the_same_model(tmp_path: Path) -> None:
     with torch.inference_mode():
         loaded = load_model(tmp_path / "model.safetensors", model.spec)
         assert torch.equal(loaded.encode(batch), model.encode(batch))
+    # The table stays where it is in the file: it is no copy in this process's memory.
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "model.safetensors" in line]
+    place = loaded.table.own.weight.data_ptr()
+    assert any(int(start, 16) <= place < int(end, 16) for start, end in (line[0].split("-") for line in maps))
 
 
 def test_a_cold_items_vector_is_what_its_attributes_say(tmp_path: Path) -> None:
@@ -228,6 +235,9 @@ def test_a_grown_model_keeps_what_it_knew_and_reads_new_items_by_their_attribute
     spec = old.spec.model_copy(update={"items": items, "attribute_sizes": {"category": 6, "price": 4}})
     new = build_model(spec, counts, attributes).eval()
     new.grow_from(old.tensors())
+    half = build_model(spec.model_copy(update={"item_precision": "bfloat16"}), counts, attributes)
+    half.grow_from(old.tensors())
+    assert torch.equal(half.table.own.weight, new.table.own.weight.bfloat16())
     known = [item for item in range(2, 29) if item != 10]
     with torch.inference_mode():
         torch.testing.assert_close(new.item_vectors()[known], old.item_vectors()[known])
