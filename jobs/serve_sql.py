@@ -151,7 +151,9 @@ def _start(spark: SparkSession, host: str, port: int, login: str | None, scratch
     """The running server, a HiveThriftServer2 of the JVM."""
     jvm: Any = spark._jvm
     system = jvm.java.lang.System
-    system.setProperty("derby.stream.error.file", str(scratch / "derby.log"))  # else in the current folder
+    # Hive's empty catalogue would write derby.log into the current folder.
+    system.setProperty("derby.stream.error.method", "java.io.OutputStream.nullOutputStream")
+    (scratch / "local").mkdir()
     hadoop = spark._jsc.hadoopConfiguration()
     for key, value in {
         "hive.server2.thrift.bind.host": host,

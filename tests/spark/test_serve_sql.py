@@ -106,7 +106,7 @@ cursor = hive.connect("127.0.0.1", asked["port"], username=asked["user"], passwo
 answers = []
 for text in asked["queries"]:
     cursor.execute(text)
-    answers.append(cursor.fetchall() if cursor.description else None)
+    answers.append(None if text.startswith("CREATE") else cursor.fetchall())
 print(json.dumps(answers))
 """
 
