@@ -9,6 +9,7 @@ begins with a line `-- its title` and ends with a semicolon. All run in one Spar
 from __future__ import annotations
 
 import argparse
+import json
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 _HEAD = """# Ten queries
 
-Made by `scripts/answer_queries.py` from `queries.sql`; the answers are those of Complete Journey (`make demo`, model
-{model}). Another training gives other vectors, so other neighbours. `trailvec sql --conf conf/local.toml "…"` and any
+Made by `scripts/answer_queries.py` from `queries.sql`; the answers are those of Complete Journey (`make demo`), with
+model {model} of {epochs} epoch(s). Another training gives other vectors, so other neighbours. `trailvec sql --conf conf/local.toml "…"` and any
 JDBC client of `trailvec serve_sql` run them.
 
 The first query that calls a vector function waits for a Python worker to start; later ones find it running.
@@ -44,6 +45,8 @@ def _cell(value: Any) -> str:
         return value.strftime("%Y-%m-%d")
     if isinstance(value, float):
         return f"{value:,.4f}".rstrip("0").rstrip(".")
+    if value is None:
+        return ""
     return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
 
 
@@ -53,7 +56,9 @@ def main() -> None:
     parser.add_argument("--set", metavar="a.b=c", action="append", default=[])
     arguments = parser.parse_args()
     runtime = Runtime(load_config(arguments.conf, arguments.set))
-    parts = [_HEAD.format(model=runtime.model_dir().name)]
+    folder = runtime.model_dir()
+    trained = json.loads((folder / "model.json").read_text())["provenance"]["config"]["train"]
+    parts = [_HEAD.format(model=folder.name, epochs=trained["epochs"])]
     for number, (title, text) in enumerate(queries(), 1):
         answer = query(runtime, text)
         lines = [f"## {number}. {title}", "", "```sql", text, "```", ""]
