@@ -23,8 +23,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 _HEAD = """# Ten queries
 
 Made by `scripts/answer_queries.py` from `queries.sql`; the answers are those of Complete Journey (`make demo`), with
-model {model} of {epochs} epoch(s). Another training gives other vectors, so other neighbours. `trailvec sql --conf conf/local.toml "…"` and any
-JDBC client of `trailvec serve_sql` run them.
+model {model} of {epochs} epoch(s). Another training gives other vectors, so other neighbours.
+`trailvec sql --conf conf/local.toml "…"` and any JDBC client of `trailvec serve_sql` run them.
 
 The first query that calls a vector function waits for a Python worker to start; later ones find it running.
 """
