@@ -92,6 +92,15 @@ def _parser(stages: Sequence[Stage]) -> argparse.ArgumentParser:
     sql = commands.add_parser("sql", parents=[common], help="answer one SQL query over the tables")
     sql.add_argument("query", help="the query; vector_cosine_similarity and its kin are there")
     sql.add_argument("--json", action="store_true", help="one JSON object per row")
+    serve = commands.add_parser(
+        "serve_sql",
+        parents=[common],
+        help="serve SQL over JDBC until Ctrl-C",
+        description="Serves SQL over JDBC until Ctrl-C; TRAILVEC_SQL_USER and TRAILVEC_SQL_PASSWORD, where set, are "
+        "asked of every client.",
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="the address to serve on (default: 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=10000, help="default: 10000")
     return parser
 
 
@@ -123,6 +132,10 @@ def _run(arguments: argparse.Namespace, stages: Sequence[Stage]) -> None:
         from jobs.sql import run_sql  # noqa: PLC0415
 
         run_sql(Runtime(config), arguments.query, arguments.json)
+    elif arguments.command == "serve_sql":
+        from jobs.serve_sql import run_serve  # noqa: PLC0415
+
+        run_serve(config, arguments.host, arguments.port)
     else:
         run_stages(Runtime(config), [s for s in stages if s.name == arguments.command], arguments.force)
 

@@ -1,4 +1,4 @@
-"""`trailvec sql`: one query over the tables, with the vector functions of spark_udfs/vectors.py.
+"""`trailvec sql`: one query over the tables, with the functions of spark_udfs/vectors.py and nearest_of_user.py.
 
 trailvec sql --conf conf/local.toml "SELECT vertical, count(*) AS events FROM events GROUP BY vertical"
 """
@@ -17,9 +17,19 @@ from rich.table import Table as Grid
 
 from jobs.errors import TrailvecError, explain
 from jobs.runtime import Runtime
-from spark_udfs import vectors
+from spark_udfs import nearest_of_user, vectors
 
 _SHOWN_ELEMENTS = 3  # of an array
+
+
+FUNCTIONS = vectors.FUNCTIONS
+
+
+def prepare(runtime: Runtime) -> None:
+    """Makes the tables and the functions known to the runtime's Spark session: from then on spark.sql() does it."""
+    runtime.register_tables()
+    vectors.register(runtime.spark)
+    nearest_of_user.register(runtime.spark, runtime.root, runtime.config.model.version)
 
 
 def query(runtime: Runtime, text: str) -> DataFrame:
@@ -28,8 +38,7 @@ def query(runtime: Runtime, text: str) -> DataFrame:
     Raises:
         TrailvecError: Spark refuses the query; the message is Spark's own first sentence.
     """
-    runtime.register_tables()
-    vectors.register(runtime.spark)
+    prepare(runtime)
     try:
         return runtime.spark.sql(text)
     except PySparkException as error:

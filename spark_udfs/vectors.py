@@ -194,7 +194,7 @@ def _sum(vectors: Series) -> Any:
     return total("vector_sum", lambda stacked: stacked.sum(axis=0), vectors)
 
 
-_FUNCTIONS: dict[str, tuple[Callable[..., Any], str]] = {
+FUNCTIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "vector_cosine_similarity": (_cosine_similarity, "float"),
     "vector_inner_product": (_inner_product, "float"),
     "vector_l2_distance": (_l2_distance, "float"),
@@ -207,5 +207,5 @@ _FUNCTIONS: dict[str, tuple[Callable[..., Any], str]] = {
 
 def register(spark: SparkSession) -> None:
     """Makes the functions known to SQL in this session."""
-    for name, (function, returns) in _FUNCTIONS.items():
+    for name, (function, returns) in FUNCTIONS.items():
         spark.udf.register(name, pandas_udf(function, returns))  # type: ignore[call-overload]

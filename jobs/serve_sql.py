@@ -1,0 +1,186 @@
+"""`trailvec serve_sql`: Spark's own Thrift server over the tables, with trailvec's functions, for JDBC and ODBC.
+
+trailvec serve_sql --conf conf/local.toml                          # on this machine only: 127.0.0.1:10000
+TRAILVEC_SQL_USER=ada TRAILVEC_SQL_PASSWORD=… trailvec serve_sql --conf conf/local.toml --host 0.0.0.0
+
+Each client has a session of its own: its USE, SET and temporary views are nobody else's. The functions live in the
+registry that every new session copies. Who connects may do what the server's own account may, writing included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import os
+import secrets
+import signal
+import socket
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from pyspark.sql import SparkSession
+
+from jobs.config import Config
+from jobs.errors import TrailvecError
+from jobs.runtime import Runtime
+from jobs.sql import FUNCTIONS, prepare
+from jobs.tables import TABLES
+from spark_udfs.nearest_of_user import TABLE_FUNCTIONS
+
+_LOGIN = ("TRAILVEC_SQL_USER", "TRAILVEC_SQL_PASSWORD")
+_LOOK_AGAIN_SECONDS = 10.0
+_SETTINGS = {
+    # A large answer goes to its client piece by piece, not through the server's memory as a whole.
+    "spark.sql.thriftServer.incrementalCollect": "true",
+}
+# Spark has a compiler for Java (Janino, for its generated code) wherever it runs: no jar to build or to ship. Hive
+# makes an object of the class for each connection. It knows a salted digest, not the password. Hive hands over each
+# byte of a name or a password as a character: their UTF-8 has to be put together again.
+_LOGIN_CHECK = """
+import java.math.BigInteger;
+import java.security.MessageDigest;
+import javax.security.sasl.AuthenticationException;
+import org.apache.hive.service.auth.PasswdAuthenticationProvider;
+
+public class TrailvecLogin implements PasswdAuthenticationProvider {
+    public void Authenticate(String user, String password) throws AuthenticationException {
+        String login = "%(salt)s" + user + "\\0" + password;
+        byte[] bytes = new byte[login.length()];
+        for (int i = 0; i < bytes.length; i++) bytes[i] = (byte) login.charAt(i);
+        byte[] digest;
+        try {
+            digest = MessageDigest.getInstance("SHA-256").digest(bytes);
+        } catch (java.security.NoSuchAlgorithmException error) {
+            throw new AuthenticationException(error.getMessage());
+        }
+        byte[] right = new BigInteger("%(digest)s", 16).toByteArray();
+        if (!MessageDigest.isEqual(right, new BigInteger(1, digest).toByteArray()))
+            throw new AuthenticationException("wrong user or password");
+    }
+}
+"""
+
+
+def run_serve(config: Config, host: str, port: int) -> None:
+    """Serves until SIGINT or SIGTERM.
+
+    Raises:
+        TrailvecError: the address is not to be had, or is open to others and no credentials are set.
+    """
+    login = _login()
+    _check_address(host, port, login is not None)
+    # A client can read the JVM's environment, which is a copy of this one: no secret may stand in it.
+    for name in (*_LOGIN, "TRAILVEC_EXPORT_KEY"):
+        os.environ.pop(name, None)
+    spark_settings = config.spark.model_copy(update={"conf": _SETTINGS | config.spark.conf})
+    runtime = Runtime(config.model_copy(update={"spark": spark_settings}))
+    spark = runtime.spark
+    prepare(runtime)
+    _share_functions(spark)
+    stopped = threading.Event()
+    with tempfile.TemporaryDirectory(prefix="trailvec-sql-") as scratch:
+        server = _start(spark, host, port, login, Path(scratch))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stopped.set())
+        address = f"[{host}]" if ":" in host else host
+        print(f"SQL at jdbc:hive2://{address}:{port}/{config.storage.database} (Ctrl-C stops it)", flush=True)
+        known = _facts(runtime)
+        while not stopped.wait(_LOOK_AGAIN_SECONDS):
+            if (facts := _facts(runtime)) != known:  # a stage made its table, training made another model current
+                runtime.register_tables()
+                known = facts
+        server.stop()
+        spark.stop()
+
+
+def _login() -> str | None:
+    """The Java class that checks what clients say who they are; None where they need not.
+
+    Raises:
+        TrailvecError: only one of user and password is set, or one is empty.
+    """
+    user, password = (os.environ.get(name) for name in _LOGIN)
+    if user is None and password is None:
+        return None
+    if not user or not password:
+        raise TrailvecError(f"one of {_LOGIN[0]} and {_LOGIN[1]} is missing or empty: set both, or none")
+    salt = secrets.token_hex(16)
+    return _LOGIN_CHECK % {"salt": salt, "digest": hashlib.sha256(f"{salt}{user}\0{password}".encode()).hexdigest()}
+
+
+def _check_address(host: str, port: int, with_password: bool) -> None:
+    for name in ("HIVE_SERVER2_THRIFT_BIND_HOST", "HIVE_SERVER2_THRIFT_PORT"):
+        if name in os.environ:  # Spark's server would heed it, whatever it was told
+            raise TrailvecError(f"{name} is set and would win over --host and --port: unset it")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError, OverflowError):
+        raise TrailvecError(f"{host}:{port} is no address of this machine: correct --host or --port") from None
+    loopback = all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)
+    if not loopback and not with_password:
+        raise TrailvecError(
+            f"{host} can be reached from other machines: set {_LOGIN[0]} and {_LOGIN[1]}, or serve on 127.0.0.1"
+        )
+    family, kind, protocol, _, address = found[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+        try:
+            probe.bind(address)
+        except OSError as error:
+            raise TrailvecError(f"can't serve on {host}:{port} ({error.strerror}): choose another --port") from None
+
+
+def _share_functions(spark: SparkSession) -> None:
+    """Puts the session's functions among Spark's built-in ones, which every session made from now on copies."""
+    catalyst: Any = spark._jvm.org.apache.spark.sql.catalyst  # type: ignore[union-attr]
+    state = spark._jsparkSession.sessionState()
+    for names, registry, kind in (
+        (FUNCTIONS, state.functionRegistry(), "FunctionRegistry$"),
+        (TABLE_FUNCTIONS, state.tableFunctionRegistry(), "TableFunctionRegistry$"),
+    ):
+        builtin = getattr(getattr(catalyst.analysis, kind), "MODULE$").builtin()
+        for name in names:
+            identifier = catalyst.FunctionIdentifier(name)
+            info, builder = registry.lookupFunction(identifier).get(), registry.lookupFunctionBuilder(identifier).get()
+            builtin.registerFunction(identifier, info, builder)
+
+
+def _start(spark: SparkSession, host: str, port: int, login: str | None, scratch: Path) -> Any:
+    """The running server, a HiveThriftServer2 of the JVM."""
+    jvm: Any = spark._jvm
+    system = jvm.java.lang.System
+    # Hive's empty catalogue would write derby.log into the current folder.
+    system.setProperty("derby.stream.error.method", "java.io.OutputStream.nullOutputStream")
+    (scratch / "local").mkdir()
+    hadoop = spark._jsc.hadoopConfiguration()
+    for key, value in {
+        "hive.server2.thrift.bind.host": host,
+        "hive.server2.thrift.port": str(port),
+        "hive.server2.authentication": "CUSTOM" if login else "NONE",
+        "hive.exec.scratchdir": str(scratch / "scratch"),
+        "hive.exec.local.scratchdir": str(scratch / "local"),
+        "hive.downloaded.resources.dir": str(scratch / "resources"),
+        "hive.querylog.location": str(scratch / "log"),
+        "hive.server2.logging.operation.log.location": str(scratch / "operations"),
+    }.items():
+        hadoop.set(key, value)
+    if login:
+        # The server's threads look for the class in the loader of the thread that starts them: this one.
+        thread = jvm.java.lang.Thread.currentThread()
+        compiler = jvm.org.codehaus.janino.SimpleCompiler()
+        compiler.setParentClassLoader(thread.getContextClassLoader())
+        compiler.cook(login)
+        thread.setContextClassLoader(compiler.getClassLoader())
+        # A connection's own HiveConf knows nothing of Spark's settings, but of the system's.
+        system.setProperty("hive.server2.custom.authentication.class", "TrailvecLogin")
+    start: Any = jvm.org.apache.spark.sql.hive.thriftserver.HiveThriftServer2.startWithContext
+    return start(spark._jsparkSession.sqlContext())
+
+
+def _facts(runtime: Runtime) -> tuple[set[str], str | None]:
+    """The tables that exist and the model in use: what the names in SQL stand for."""
+    current = runtime.models / "current.json"
+    model = runtime.config.model.version or (current.read_text() if current.exists() else None)
+    return {table.name for table in TABLES if runtime.exists(table)}, model

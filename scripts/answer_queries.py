@@ -1,0 +1,73 @@
+"""Writes docs/queries.md: the queries of docs/queries.sql with their answers.
+
+    python scripts/answer_queries.py --conf conf/local.toml
+
+Run the whole pipeline first (`make demo`): the answers are those of the warehouse that the configuration names. A query
+begins with a line `-- its title` and ends with a semicolon. All run in one Spark session, in the order of the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jobs.config import load_config
+from jobs.runtime import Runtime
+from jobs.sql import query
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+_HEAD = """# Ten queries
+
+Made by `scripts/answer_queries.py` from `queries.sql`; the answers are those of Complete Journey (`make demo`), with
+model {model} of {epochs} epoch(s). Another training gives other vectors, so other neighbours.
+`trailvec sql --conf conf/local.toml "…"` and any JDBC client of `trailvec serve_sql` run them.
+
+The first query that calls a vector function waits for a Python worker to start; later ones find it running.
+"""
+
+
+def queries() -> list[tuple[str, str]]:
+    """(title, text) of each query of the file."""
+    found = []
+    for part in (DOCS / "queries.sql").read_text(encoding="utf-8").split(";\n"):
+        if part.strip():
+            title, _, text = part.strip().partition("\n")
+            found.append((title.removeprefix("-- "), text))
+    return found
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, datetime):
+        return value.strftime("%Y-%m-%d")
+    if isinstance(value, float):
+        return f"{value:,.4f}".rstrip("0").rstrip(".")
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--conf", required=True, metavar="FILE")
+    parser.add_argument("--set", metavar="a.b=c", action="append", default=[])
+    arguments = parser.parse_args()
+    runtime = Runtime(load_config(arguments.conf, arguments.set))
+    folder = runtime.model_dir()
+    trained = json.loads((folder / "model.json").read_text())["provenance"]["config"]["train"]
+    parts = [_HEAD.format(model=folder.name, epochs=trained["epochs"])]
+    for number, (title, text) in enumerate(queries(), 1):
+        answer = query(runtime, text)
+        lines = [f"## {number}. {title}", "", "```sql", text, "```", ""]
+        lines += [f"| {' | '.join(answer.columns)} |", f"|{'---|' * len(answer.columns)}"]
+        lines += [f"| {' | '.join(_cell(value) for value in row)} |" for row in answer.collect()]
+        parts.append("\n".join([*lines, ""]))
+        print(parts[-1], flush=True)
+    (DOCS / "queries.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

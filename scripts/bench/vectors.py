@@ -1,0 +1,96 @@
+"""Vector functions two ways, pandas UDFs and native expressions: python scripts/bench/vectors.py [--quick]
+
+Over a Parquet file of pairs of vectors of 64, on 2 cores, in turns, medians, less the scan of the same columns:
+  inner_product, cosine   the pandas UDF; aggregate(zip_with(...)) of Spark's higher-order functions
+  sum                     the pandas UDF; collect_list, then one aggregate() over it
+  top_k                   of 64 groups: slice(sort_array(collect_list(...))); row_number() <= k (Spark cuts it early)
+
+The last line is one JSON object: seconds of each way, and <function>_native_to_pandas (under 1: native is faster).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from measure import last_line, said, session
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from spark_udfs import vectors
+
+LENGTH = 64
+K = 10
+
+
+def pairs(spark: SparkSession, count: int, path: Path) -> DataFrame:
+    def vector(seed: int) -> Column:
+        return F.array(*[F.randn(seed + n).cast("float") for n in range(LENGTH)])
+
+    if not path.exists():
+        rows = spark.range(0, count, 1, 4).select("id", vector(0).alias("a"), vector(LENGTH).alias("b"))
+        rows.write.parquet(str(path))
+    return spark.read.parquet(str(path))
+
+
+def dot(a: str, b: str) -> str:
+    product = f"zip_with({a}, {b}, (x, y) -> CAST(x AS DOUBLE) * y)"
+    total = f"aggregate({product}, 0D, (s, x) -> s + x)"
+    return f"CASE WHEN size({a}) = size({b}) THEN {total} ELSE CAST(raise_error('unequal lengths') AS DOUBLE) END"
+
+
+SUMMED = f"aggregate(collect_list(a), array_repeat(0D, {LENGTH}), (s, v) -> zip_with(s, v, (x, y) -> x + y))"
+WAYS = {
+    "scan": "SELECT sum(a[0] + b[0]) FROM pairs",
+    "inner_product_pandas": "SELECT sum(vector_inner_product(a, b)) FROM pairs",
+    "inner_product_native": f"SELECT sum(CAST({dot('a', 'b')} AS FLOAT)) FROM pairs",
+    "cosine_pandas": "SELECT sum(vector_cosine_similarity(a, b)) FROM pairs",
+    "cosine_native": f"""
+        SELECT sum(CAST(CASE WHEN l > 0 THEN p / l END AS FLOAT))
+        FROM (SELECT {dot("a", "b")} AS p, sqrt({dot("a", "a")}) * sqrt({dot("b", "b")}) AS l FROM pairs)""",
+    "sum_pandas": "SELECT vector_sum(a) FROM pairs GROUP BY id % 64",
+    "sum_native": f"SELECT {SUMMED} FROM pairs GROUP BY id % 64",
+    "top_k_collected": f"""
+        SELECT slice(sort_array(collect_list(struct(a[0] AS score, id)), false), 1, {K}) FROM pairs GROUP BY id % 64""",
+    "top_k_ranked": f"""
+        SELECT id FROM (SELECT id, row_number() OVER (PARTITION BY id % 64 ORDER BY a[0] DESC, id) AS rank FROM pairs)
+        WHERE rank <= {K}""",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="20,000 pairs")
+    parser.add_argument("--pairs", type=float, help="how many (default: 300,000)")
+    parser.add_argument("--rounds", type=int, default=5, help="medians of so many, after two that warm (default: 5)")
+    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for the pairs")
+    arguments = parser.parse_args()
+    count = int(arguments.pairs or (20_000 if arguments.quick else 300_000))
+
+    spark = session(quick=False)
+    vectors.register(spark)
+    pairs(spark, count, arguments.folder.absolute() / f"pairs-{count}").createOrReplaceTempView("pairs")
+    times: dict[str, list[float]] = {name: [] for name in WAYS}
+    for number in range(-2, arguments.rounds):
+        for name, text in WAYS.items():
+            started = time.monotonic()
+            spark.sql(text).write.format("noop").mode("overwrite").save()
+            seconds = time.monotonic() - started
+            said(f"round {number} {name:22} {seconds:6.2f} s")
+            if number >= 0:  # Java compiles in the first ones
+                times[name].append(seconds)
+    spark.stop()
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    scan = medians.pop("scan")
+    above = {name: max(0.001, seconds - scan) for name, seconds in medians.items()}
+    result: dict[str, Any] = {"pairs": count, "rounds": arguments.rounds, "scan_s": scan}
+    for name in ("inner_product", "cosine", "sum"):
+        result[f"{name}_native_to_pandas"] = above[f"{name}_native"] / above[f"{name}_pandas"]
+    last_line(result | {f"{name}_s": seconds for name, seconds in medians.items()})
+
+
+if __name__ == "__main__":
+    main()

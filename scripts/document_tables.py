@@ -1,0 +1,102 @@
+"""Writes docs/tables.md from jobs/tables.py: python scripts/document_tables.py [--check]
+
+Each table with its columns, key and one example query; `--check` writes nothing and exits with 1 where the page is out
+of date. A test runs every example over tables of the contract.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from jobs.tables import TABLES, Table
+
+PAGE = Path(__file__).parent.parent / "docs" / "tables.md"
+
+_HEAD = """# The tables
+
+Made from `jobs/tables.py` by `scripts/document_tables.py`: change that file, not this page. Each is a Delta table under
+`storage.root`/tables; Spark, DuckDB and delta-rs read it. Times are UTC with microseconds. Examples run with `trailvec
+sql` or over JDBC (`trailvec serve_sql`).
+"""
+
+EXAMPLES = {
+    "events": """
+        SELECT vertical, event_type, count(*) AS events, count(DISTINCT user_id) AS users
+        FROM events GROUP BY vertical, event_type ORDER BY events DESC""",
+    "rejected_events": """
+        SELECT source, reason, count(*) AS records, min(raw) AS for_example
+        FROM rejected_events GROUP BY source, reason ORDER BY records DESC""",
+    "flagged_users": """
+        SELECT rule, count(DISTINCT user_id) AS users, max(value) AS highest
+        FROM flagged_users GROUP BY rule""",
+    "sessions": """
+        SELECT percentile(event_count, 0.5) AS median_events, avg(amount) AS mean_amount,
+               avg(timestampdiff(MINUTE, start_ts, end_ts)) AS mean_minutes
+        FROM sessions""",
+    "items": """
+        SELECT item_name, category, event_count, unit_price FROM items
+        WHERE target_count >= 10 ORDER BY event_count DESC LIMIT 10""",
+    "context_values": """
+        SELECT kind, count(*) AS numbers, max_by(value, value_index) AS newest
+        FROM context_values GROUP BY kind""",
+    "sequences": """
+        SELECT split, count(*) AS rows, count(DISTINCT user_id) AS users, sum(length) AS actions
+        FROM sequences GROUP BY split""",
+    "user_embeddings": """
+        SELECT a.user_id, vector_cosine_similarity(a.vector, b.vector) AS likeness
+        FROM user_embeddings AS a JOIN user_embeddings AS b USING (model_version)
+        WHERE b.user_id = '1' AND a.user_id <> '1' ORDER BY likeness DESC LIMIT 10""",
+    "item_embeddings": """
+        SELECT n.rank, i.item_name, n.score FROM nearest_items('1', 10) AS n JOIN items AS i USING (item_id)
+        ORDER BY n.rank""",
+    "evaluation": """
+        SELECT task, method, value, users FROM evaluation
+        WHERE metric = 'ndcg@10' AND split = 'test' ORDER BY task, value DESC""",
+    "neighbours": """
+        SELECT n.rank, i.item_name, n.score FROM neighbours AS n JOIN items AS i ON i.item_id = n.neighbour_id
+        WHERE n.kind = 'user_item' AND n.source_id = '1' ORDER BY n.rank""",
+}
+
+
+def page() -> str:
+    """The page as it should be."""
+    return "\n".join([_HEAD, *(_section(table) for table in TABLES)])
+
+
+def _section(table: Table) -> str:
+    facts = [
+        f"key {_names(table.key)}" if table.key else "rows have no key",
+        f"partitioned by {_names(table.partition_by)}" if table.partition_by else "",
+        f"clustered by {_names(table.cluster_by)}" if table.cluster_by else "",
+        f"written by `trailvec {table.stage}`",
+    ]
+    lines = [f"## {table.name}", "", table.comment, "", "; ".join(filter(None, facts)).capitalize() + ".", ""]
+    lines += ["| column | type | may be NULL | |", "|---|---|---|---|"]
+    for column in table.columns:
+        cells = (f"`{column.name}`", f"`{column.type}`", "yes" if column.nullable else "", column.comment)
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    query = EXAMPLES.get(table.name)
+    if query is None:
+        raise SystemExit(f"table {table.name} has no example: add one to EXAMPLES in {Path(__file__).name}")
+    return "\n".join(
+        [*lines, "", "```sql", *(line.removeprefix(" " * 8) for line in query.strip("\n").split("\n")), "```", ""]
+    )
+
+
+def _names(columns: tuple[str, ...]) -> str:
+    return ", ".join(f"`{name}`" for name in columns)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="exit with 1 where the page is out of date")
+    if not parser.parse_args().check:
+        PAGE.write_text(page(), encoding="utf-8")
+    elif PAGE.read_text(encoding="utf-8") != page():
+        sys.exit(f"{PAGE} is out of date: run python scripts/document_tables.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Table functions for SQL: the items and the users nearest to one user, of one model.
+
+    SELECT * FROM nearest_items('1001', 10)      rank, item_id, score   dot product: the model's own score
+    SELECT * FROM nearest_users('1001', 10)      rank, user_id, score   cosine, never the user itself
+
+    SELECT u.user_id, n.item_id FROM seeds AS u, LATERAL nearest_items(u.user_id, 5) AS n      for a few users
+
+Exact, with the scores and the ties of find_neighbours. A user without a vector gives no rows. The model is the one in
+use when a task begins (`model.version`, else the current one), for both sides.
+
+Spark 3.5 runs such a function row by row in a Python worker, which has no Spark: it lists the active files of the
+Delta tables with delta-rs and reads them with pyarrow, block by block, so its memory is bounded however large the
+tables are; up to 128 MiB of vectors are kept for a task's next row. Each call looks at every candidate: for many users
+read the table neighbours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deltalake
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+from pyspark.sql import SparkSession
+from pyspark.sql.functions import udtf
+
+from jobs.errors import TrailvecError
+from spark_udfs.topk import Ids, Metric, Vectors, keep_best, top_k
+
+_BLOCK_ROWS = 1 << 15  # 8 MiB of vectors of 64
+_KEPT_BYTES = 128 << 20
+Block = tuple[Ids, Vectors]
+
+
+class VectorTable:
+    """The vectors of one model, in blocks sorted by id; a small table is read once, a large one at each look."""
+
+    def __init__(self, path: Path, id_column: str, version: str) -> None:
+        """Raises TrailvecError: the table holds no vector of the model, or rows that only Spark can tell are gone."""
+        if not deltalake.DeltaTable.is_deltatable(str(path)):
+            raise TrailvecError(
+                f"table {path.name} does not exist under {path.parent.parent}: run `trailvec run` first"
+            )
+        table = deltalake.DeltaTable(str(path))
+        if "deletionVectors" in (table.protocol().reader_features or []):
+            raise TrailvecError(f"table {path.name} has deletion vectors: read the table neighbours instead")
+        files = table.file_uris([("model_version", "=", version)])
+        if not files:
+            raise TrailvecError(f"table {path.name} has no vector of model {version}: run `trailvec run` first")
+        self._dataset = ds.dataset(files, format="parquet")
+        self._id_column = id_column
+        self._kept: list[Block] | None = None
+
+    def blocks(self) -> Iterator[Block]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept: list[Block] = []
+        size = 0
+        columns = [self._id_column, "vector"]
+        # Without read-ahead: pyarrow would hold sixteen blocks of each of four files.
+        for batch in self._dataset.to_batches(
+            columns=columns, batch_size=_BLOCK_ROWS, batch_readahead=1, fragment_readahead=1
+        ):
+            if batch.num_rows:
+                block = _block(batch)
+                size += block[0].nbytes + block[1].nbytes
+                kept = [*kept, block] if size <= _KEPT_BYTES else []
+                yield block
+        if size <= _KEPT_BYTES:
+            self._kept = kept
+
+    def vector(self, wanted: str) -> Vectors | None:
+        """The vector of one id, as [1, length]."""
+        for ids, vectors in self.blocks():
+            row = int(np.searchsorted(ids, wanted))
+            if row < len(ids) and ids[row] == wanted:
+                return vectors[row : row + 1]
+        return None
+
+
+def _block(batch: pa.RecordBatch) -> Block:
+    ids = batch.column(0).to_numpy(zero_copy_only=False).astype(np.str_)
+    vectors = batch.column(1).flatten().to_numpy(zero_copy_only=False).reshape(len(ids), -1)
+    order = np.argsort(ids)
+    return ids[order], vectors[order]
+
+
+def nearest(
+    user_id: str, k: int, users: VectorTable, candidates: VectorTable, metric: Metric
+) -> Iterator[tuple[int, str, float]]:
+    """(rank, id, score) of the k nearest candidates, never the user itself; nothing where there is no such vector."""
+    query = users.vector(user_id)
+    if query is None or (metric == "cosine" and not query.any()):
+        return
+    ids, scores = np.empty(0, np.str_), np.empty(0, np.float32)
+    for block_ids, vectors in candidates.blocks():
+        some = block_ids, vectors
+        if metric == "cosine":
+            directed = vectors.any(axis=1) & (block_ids != user_id)
+            some = block_ids[directed], vectors[directed]
+        _, found, found_scores = top_k(query, some[1], k, metric)
+        ids, scores = np.concatenate([ids, some[0][found]]), np.concatenate([scores, found_scores])
+        _, ids, scores = keep_best(np.zeros(len(ids), np.int64), ids, scores, k)
+    for rank, (found_id, score) in enumerate(zip(ids, scores, strict=True), 1):
+        yield rank, str(found_id), float(score)
+
+
+def current_model(models: Path) -> str:
+    """The model that training made current.
+
+    Raises:
+        TrailvecError: there is none yet.
+    """
+    try:
+        return str(json.loads((models / "current.json").read_text())["model_version"])
+    except FileNotFoundError:
+        raise TrailvecError(f"no model under {models}: run `trailvec train` first") from None
+
+
+def _table_function(name: str, root: Path, version: str | None, kind: str, metric: Metric) -> Any:
+    class Nearest:
+        def __init__(self) -> None:
+            self._tables: tuple[VectorTable, VectorTable] | None = None
+
+        def eval(self, user_id: str | None, k: int | None) -> Iterator[tuple[int, str, float]]:
+            if k is None or k < 1:
+                raise TrailvecError(f"{name}: k is {'NULL' if k is None else k}: write a whole number from 1 on")
+            if user_id is None:
+                return
+            if self._tables is None:
+                model = version or current_model(root / "models")
+                users = VectorTable(root / "tables" / "user_embeddings", "user_id", model)
+                same = kind == "user"
+                others = users if same else VectorTable(root / "tables" / "item_embeddings", "item_id", model)
+                self._tables = users, others
+            yield from nearest(str(user_id), int(k), *self._tables, metric)
+
+    return udtf(Nearest, returnType=f"rank int, {kind}_id string, score float")
+
+
+TABLE_FUNCTIONS = ("nearest_items", "nearest_users")
+
+
+def register(spark: SparkSession, root: Path, version: str | None) -> None:
+    """Makes the table functions known to SQL in this session.
+
+    Args:
+        root: the folder that holds tables and models; each worker must see it.
+        version: the model; None: the one that is current when a task begins.
+    """
+    spark.udtf.register("nearest_items", _table_function("nearest_items", root, version, "item", "dot"))
+    spark.udtf.register("nearest_users", _table_function("nearest_users", root, version, "user", "cosine"))

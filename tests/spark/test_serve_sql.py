@@ -1,0 +1,276 @@
+"""`trailvec serve_sql` from other processes (beeline, PyHive), its table functions, and other readers of its tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import deltalake
+import numpy as np
+import pyspark
+import pytest
+from pyspark.errors import PythonException
+from pyspark.sql import SparkSession
+
+from jobs.errors import TrailvecError, explain
+from jobs.runtime import Runtime, java_home
+from jobs.serve_sql import run_serve
+from jobs.sql import query
+from jobs.tables import EVENTS, ITEM_EMBEDDINGS, USER_EMBEDDINGS
+from scripts.document_tables import EXAMPLES, PAGE, page
+from spark_udfs import nearest_of_user
+from tests.conftest import SPARK_CONF, make_config, put, read_delta
+
+USER, PASSWORD = "ada", "pä-ss"  # beeline itself takes no space and no quote in a password
+LENGTH = 8
+NOON = datetime(2017, 12, 1, 12, tzinfo=timezone.utc)
+
+
+@dataclass
+class Served:
+    """A warehouse of two models, m2 the current one; its vectors by id."""
+
+    runtime: Runtime
+    users: dict[str, np.ndarray[Any, Any]]
+    items: dict[str, np.ndarray[Any, Any]]
+    port: int = 0
+
+    def best_items(self, user: str, k: int) -> list[str]:
+        scores = {item: float(self.users[user] @ vector) for item, vector in self.items.items()}
+        return sorted(scores, key=lambda item: (-scores[item], item))[:k]
+
+
+@pytest.fixture(scope="module")
+def warehouse(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    runtime = Runtime(make_config(tmp_path_factory.mktemp("served"), "storage.database=served"), spark)
+    random = np.random.default_rng(7)
+
+    def vectors(prefix: str, count: int) -> dict[str, np.ndarray[Any, Any]]:
+        return {f"{prefix}{n}": random.integers(-9, 9, LENGTH).astype(np.float32) for n in range(count)}
+
+    models = {model: (vectors("u", 12), vectors("i", 40)) for model in ("m1", "m2")}
+    user_rows = [(u, m, NOON, 3, v.tolist()) for m, (users, _) in models.items() for u, v in users.items()]
+    item_rows = [
+        (i, n, m, NOON, False, v.tolist()) for m, (_, items) in models.items() for n, (i, v) in enumerate(items.items())
+    ]
+    put(runtime, USER_EMBEDDINGS, spark.createDataFrame(user_rows, USER_EMBEDDINGS.schema()))
+    put(runtime, ITEM_EMBEDDINGS, spark.createDataFrame(item_rows, ITEM_EMBEDDINGS.schema()))
+    runtime.models.mkdir()
+    (runtime.models / "current.json").write_text(json.dumps({"model_version": "m2"}))
+    return Served(runtime, *models["m2"])
+
+
+@pytest.fixture(scope="module")
+def server(warehouse: Served) -> Iterator[Served]:
+    """The command, serving with a password; it has to end with 0 when told to."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        warehouse.port = probe.getsockname()[1]
+    conf = ", ".join(f'"{k}"={json.dumps(v)}' for k, v in (SPARK_CONF | {"spark.driver.memory": "1g"}).items())
+    command = [sys.executable, "-m", "jobs.cli", "serve_sql", "--port", str(warehouse.port)]
+    command += ["--set", f'storage.root="{warehouse.runtime.root}"', "--set", "storage.database=served"]
+    command += ["--set", "spark.master=local[2]", "--set", f"spark.conf={{{conf}}}"]
+    environment = os.environ | {"TRAILVEC_SQL_USER": USER, "TRAILVEC_SQL_PASSWORD": PASSWORD}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert select.select([process.stdout], [], [], 300)[0], "not ready after five minutes"
+        expected = f"SQL at jdbc:hive2://127.0.0.1:{warehouse.port}/served (Ctrl-C stops it)\n"
+        assert process.stdout.readline() == expected
+        yield warehouse
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+# A client of its own: user, password, port and queries come as JSON, answers go back as JSON.
+CLIENT = """
+import json, sys
+from pyhive import hive
+
+asked = json.loads(sys.argv[1])
+cursor = hive.connect("127.0.0.1", asked["port"], username=asked["user"], password=asked["password"],
+                      database="served", auth="CUSTOM").cursor()
+answers = []
+for text in asked["queries"]:
+    cursor.execute(text)
+    answers.append(None if text.startswith("CREATE") else cursor.fetchall())
+print(json.dumps(answers))
+"""
+
+
+def client(server: Served, queries: list[str], user: str = USER, password: str = PASSWORD) -> subprocess.Popen[str]:
+    asked = json.dumps({"port": server.port, "user": user, "password": password, "queries": queries})
+    command = [sys.executable, "-W", "ignore", "-c", CLIENT, asked]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_ten_clients_at_once(server: Served) -> None:
+    clients = []
+    for n in range(10):
+        clients.append(
+            client(
+                server,
+                [
+                    f"CREATE TEMPORARY VIEW mine AS SELECT 'u{n}' AS user_id",  # the same name in each session
+                    f"SET spark.sql.shuffle.partitions={n + 1}",
+                    "SELECT n.item_id FROM mine, LATERAL nearest_items(mine.user_id, 3) AS n ORDER BY n.rank",
+                    "SELECT i.item_id FROM user_embeddings AS u JOIN item_embeddings AS i USING (model_version) "
+                    "JOIN mine USING (user_id) WHERE model_version = 'm2' "
+                    "ORDER BY vector_inner_product(u.vector, i.vector) DESC, i.item_id LIMIT 3",
+                    "SET spark.sql.shuffle.partitions",
+                ],
+            )
+        )
+    for n, process in enumerate(clients):
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        _, _, by_function, by_query, setting = json.loads(out)
+        expected = [[item] for item in server.best_items(f"u{n}", 3)]
+        assert by_function == expected
+        assert by_query == expected
+        assert setting == [["spark.sql.shuffle.partitions", str(n + 1)]]
+
+
+def beeline(server: Served, text: str, password: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    secret = folder / "password"
+    secret.write_text(password, encoding="utf-8")
+    command = [Path(pyspark.__file__).parent / "bin" / "beeline", "-n", USER, "-w", secret, "--silent=true"]
+    command += ["-u", f"jdbc:hive2://127.0.0.1:{server.port}/served", "--outputformat=csv2", "-e", text]
+    environment = os.environ | {"JAVA_HOME": java_home(), "JAVA_TOOL_OPTIONS": "-Dfile.encoding=UTF-8"}
+    environment.pop("SPARK_HOME", None)
+    return subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_beeline(server: Served, tmp_path: Path) -> None:
+    text = "SELECT rank, item_id, vector_norm(array(3F, 4F)) AS five FROM nearest_items('u3', 2) ORDER BY rank"
+    answer = beeline(server, text, PASSWORD, tmp_path)
+    first, second = server.best_items("u3", 2)
+    # Before them stands beeline's prompt.
+    assert answer.stdout.split()[-3:] == ["rank,item_id,five", f"1,{first},5.0", f"2,{second},5.0"], answer.stderr
+
+
+def test_a_wrong_login_is_refused(server: Served) -> None:
+    tries = [client(server, ["SELECT 1"], *login) for login in ((USER, "wrong"), ("eve", PASSWORD), ("", ""))]
+    for process in tries:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode != 0
+        assert out == ""
+        # The server hangs up after its answer, which gets lost where that is first.
+        assert "Error validating the login" in err or "TSocket read 0 bytes" in err
+    out, err = client(server, ["SELECT 1"]).communicate(timeout=120)
+    assert out.strip() == "[[[1]]]", err
+
+
+@pytest.mark.parametrize(
+    ("environment", "host", "message"),
+    [
+        (
+            {},
+            "0.0.0.0",
+            "0.0.0.0 can be reached from other machines: set TRAILVEC_SQL_USER and TRAILVEC_SQL_PASSWORD, ",
+        ),
+        ({}, "::", ":: can be reached from other machines"),
+        ({"TRAILVEC_SQL_USER": "ada"}, "127.0.0.1", "TRAILVEC_SQL_PASSWORD is missing or empty: set both, or none"),
+        (
+            {"TRAILVEC_SQL_USER": "ada", "TRAILVEC_SQL_PASSWORD": ""},
+            "0.0.0.0",
+            "TRAILVEC_SQL_PASSWORD is missing or empty: set both, or none",
+        ),
+        ({}, "nowhere.invalid", "is no address of this machine: correct --host or --port"),
+        ({"HIVE_SERVER2_THRIFT_BIND_HOST": "0.0.0.0"}, "127.0.0.1", "would win over --host and --port: unset it"),
+        ({}, "127.0.0.1", "(Address already in use): choose another --port"),
+    ],
+)
+def test_what_is_not_served(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, environment: dict[str, str], host: str, message: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(TrailvecError) as caught:
+            run_serve(make_config(tmp_path), host, taken.getsockname()[1])
+    assert message in str(caught.value)
+
+
+def rows(runtime: Runtime, text: str) -> list[tuple[Any, ...]]:
+    return [tuple(row) for row in query(runtime, text).collect()]
+
+
+def test_nearest_items_are_those_of_the_current_model(warehouse: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [
+        (rank, item, float(warehouse.users["u5"] @ warehouse.items[item]))
+        for rank, item in enumerate(warehouse.best_items("u5", 50), 1)
+    ]
+    assert rows(warehouse.runtime, "SELECT * FROM nearest_items('u5', 50)") == expected
+    # Block by block, none of them kept.
+    monkeypatch.setattr(nearest_of_user, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr(nearest_of_user, "_KEPT_BYTES", 0)
+    folder = warehouse.runtime.root / "tables"
+    users = nearest_of_user.VectorTable(folder / "user_embeddings", "user_id", "m2")
+    items = nearest_of_user.VectorTable(folder / "item_embeddings", "item_id", "m2")
+    for _ in range(2):
+        assert list(nearest_of_user.nearest("u5", 3, users, items, "dot")) == expected[:3]
+
+
+def test_nearest_users_leave_the_user_out(warehouse: Served) -> None:
+    cosines = {
+        user: float(v @ warehouse.users["u0"] / np.linalg.norm(v) / np.linalg.norm(warehouse.users["u0"]))
+        for user, v in warehouse.users.items()
+        if user != "u0"
+    }
+    found = rows(warehouse.runtime, "SELECT rank, user_id, score FROM nearest_users('u0', 4)")
+    assert [user for _, user, _ in found] == sorted(cosines, key=lambda user: -cosines[user])[:4]
+    assert [score for *_, score in found] == pytest.approx([cosines[user] for _, user, _ in found], rel=1e-6)
+
+
+def test_what_has_no_neighbours(warehouse: Served) -> None:
+    assert rows(warehouse.runtime, "SELECT * FROM nearest_items('nobody', 3)") == []
+    assert rows(warehouse.runtime, "SELECT * FROM nearest_users(NULL, 3)") == []
+    with pytest.raises(PythonException) as caught:
+        rows(warehouse.runtime, "SELECT * FROM nearest_items('u1', 0)")
+    assert explain(caught.value) == "nearest_items: k is 0: write a whole number from 1 on"
+
+
+def test_others_read_the_same_rows(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
+    """DuckDB and delta-rs, of a table in which a deletion vector hides a row."""
+    runtime = make_runtime("storage.database=others")
+    event = ("u1", "bread", "purchase", NOON, "grocery", 1.5, None, "UTC", None, None, "b1", {"store": "1"}, "log")
+    put(runtime, EVENTS, spark.createDataFrame([(f"e{n}", *event) for n in range(5)], EVENTS.schema()))
+    rows(runtime, "DELETE FROM events WHERE event_id = 'e3'")
+
+    names = ("event_id", "amount", "basket_id")
+    by_spark = rows(runtime, "SELECT event_id, amount, basket_id FROM events")
+    by_duckdb = [tuple(row[name] for name in names) for row in read_delta(runtime.path(EVENTS))]
+    builder = deltalake.QueryBuilder().register("events", deltalake.DeltaTable(runtime.path(EVENTS)))
+    answer = builder.execute("SELECT * FROM events").read_all()
+    by_delta_rs = list(zip(*(answer.column(name).to_pylist() for name in names), strict=True))
+    assert sorted(by_spark) == [(f"e{n}", 1.5, "b1") for n in (0, 1, 2, 4)]
+    assert sorted(by_duckdb) == sorted(by_delta_rs) == sorted(by_spark)
+
+
+def test_the_page_of_tables_is_up_to_date() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python scripts/document_tables.py"
+
+
+def test_the_pages_examples_can_be_run(warehouse: Served, make_runtime: Callable[..., Runtime]) -> None:
+    from jobs.tables import TABLES
+
+    runtime = make_runtime("storage.database=examples", root=warehouse.runtime.root)
+    for table in TABLES:
+        runtime.create(table)
+        query(runtime, EXAMPLES[table.name])  # Spark knows every table, column and function of it
