@@ -99,7 +99,7 @@ class ItemVectors:
 
 
 def load_model(weights: Path, spec: ModelSpec) -> SequenceModel:
-    """The model, ready to encode.
+    """The model, ready to encode. Its tensors are those of the file, mapped into memory: not to be trained.
 
     Raises:
         TrailvecError: the file is missing, damaged, or of another model.
@@ -109,7 +109,7 @@ def load_model(weights: Path, spec: ModelSpec) -> SequenceModel:
     tensors = read_tensors(weights)
     try:
         model = build_model(spec, tensors["item_counts"], tensors["table.attributes"])
-        model.load_tensors(tensors)
+        model.load_state_dict(tensors, assign=True)
     except (KeyError, RuntimeError) as error:
         raise _damaged(weights.parent, f"{weights.name} does not fit its description: {error}") from None
     return model.eval()
