@@ -615,7 +615,7 @@ _SPARK_DEFAULTS = {
     # Every value is another: a dictionary is built, found too large and thrown away, a tenth of sessionize's time.
     **{
         f"spark.hadoop.parquet.enable.dictionary#{column}": "false"
-        for column in ("event_id", "session_id", "events.list.element.event_id")
+        for column in ("event_id", "session_id", "events.list.element.event_id", "vector.list.element")
     },
     # Without it, Spark's CSV reader does not see a row with too many or too few fields.
     "spark.sql.csv.parser.columnPruning.enabled": "false",
