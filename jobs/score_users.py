@@ -37,10 +37,14 @@ from training.batches import FEATURES
 from training.checkpoint import WEIGHTS, read_about
 from training.config import ModelSpec
 
-MAX_CHUNKS = 16
+MAX_CHUNKS = 4
 SECONDS_BETWEEN_LINES = 5.0
 # Bytes of sequences that a task reads, some seconds of work; Spark's own 128 MB suit lighter work.
-_SPLIT = {"spark.sql.files.maxPartitionBytes": str(16 * 1024 * 1024)}
+# And rows handed to Python at once: with Spark's own 10,000 twice as many places of the matrices would be padding.
+_SPLIT = {
+    "spark.sql.files.maxPartitionBytes": str(16 * 1024 * 1024),
+    "spark.sql.execution.arrow.maxRecordsPerBatch": "32768",
+}
 
 
 # ---- vectors ------------------------------------------------------------------------------------------
