@@ -10,7 +10,7 @@ FROM sessions GROUP BY weekday ORDER BY sessions DESC;
 -- How far back a vector looks: actions read by the model for each household
 SELECT CASE WHEN history_length < 64 THEN 'under 64' WHEN history_length < 256 THEN '64 to 255' ELSE '256 (all it reads)' END AS actions,
        count(*) AS households, min(as_of) AS earliest_last_action
-FROM user_embeddings GROUP BY actions ORDER BY households DESC;
+FROM current_user_embeddings GROUP BY actions ORDER BY households DESC;
 
 -- What household 1 is likely to take next, of the whole catalogue
 SELECT n.rank, i.item_name, i.category, round(n.score, 2) AS score
@@ -24,7 +24,7 @@ ORDER BY n.rank LIMIT 5;
 
 -- Who is most like household 1 (cosine of two users' vectors)
 SELECT n.rank, n.user_id, round(n.score, 3) AS likeness, u.history_length
-FROM nearest_users('1', 5) AS n JOIN user_embeddings AS u USING (user_id) ORDER BY n.rank;
+FROM nearest_users('1', 5) AS n JOIN current_user_embeddings AS u USING (user_id) ORDER BY n.rank;
 
 -- What goes with an item: the neighbours of the item that is bought most
 SELECT s.item_name AS of_item, n.rank, i.item_name, i.category, round(n.score, 3) AS likeness
@@ -34,16 +34,16 @@ WHERE n.kind = 'item_item' AND n.rank <= 5 ORDER BY n.rank;
 
 -- Categories near each other: cosine of the mean vectors of their items, as tastes rather than shelves
 WITH means AS (
-  SELECT i.category, vector_avg(e.vector) AS vector FROM item_embeddings AS e JOIN items AS i USING (item_id)
+  SELECT i.category, vector_avg(e.vector) AS vector FROM current_item_embeddings AS e JOIN items AS i USING (item_id)
   WHERE i.category IN (SELECT category FROM items GROUP BY category HAVING count(*) >= 200) GROUP BY i.category)
 SELECT a.category, b.category AS other, round(vector_cosine_similarity(a.vector, b.vector), 3) AS likeness
 FROM means AS a JOIN means AS b ON a.category < b.category ORDER BY likeness DESC LIMIT 5;
 
 -- A lookalike audience: the households nearest to the mean of ten seeds, the seeds left out
 WITH seeds AS (SELECT user_id FROM events WHERE event_type = 'purchase' GROUP BY user_id ORDER BY sum(amount) DESC LIMIT 10),
-centre AS (SELECT vector_avg(u.vector) AS vector FROM user_embeddings AS u JOIN seeds USING (user_id))
+centre AS (SELECT vector_avg(u.vector) AS vector FROM current_user_embeddings AS u JOIN seeds USING (user_id))
 SELECT u.user_id, round(vector_cosine_similarity(u.vector, c.vector), 3) AS likeness
-FROM user_embeddings AS u CROSS JOIN centre AS c LEFT ANTI JOIN seeds ON seeds.user_id = u.user_id
+FROM current_user_embeddings AS u CROSS JOIN centre AS c LEFT ANTI JOIN seeds ON seeds.user_id = u.user_id
 ORDER BY likeness DESC, u.user_id LIMIT 5;
 
 -- Is it worth it: the model beside simpler methods, on the test weeks

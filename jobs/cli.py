@@ -89,6 +89,10 @@ def _parser(stages: Sequence[Stage]) -> argparse.ArgumentParser:
     tune.add_argument(
         "--trials", type=int, default=20, help="trainings in all, those of earlier runs too (default: 20)"
     )
+    retire = commands.add_parser(
+        "retire_model", parents=[common], help="take an old model's vectors out of the tables; the current one stays"
+    )
+    retire.add_argument("version", help="the model's version, a folder under models/")
     sql = commands.add_parser("sql", parents=[common], help="answer one SQL query over the tables")
     sql.add_argument("query", help="the query; vector_cosine_similarity and its kin are there")
     sql.add_argument("--json", action="store_true", help="one JSON object per row")
@@ -128,6 +132,10 @@ def _run(arguments: argparse.Namespace, stages: Sequence[Stage]) -> None:
         runtime = Runtime(config)
         with _progress(runtime, "tune"):
             run_tune(runtime, arguments.trials)
+    elif arguments.command == "retire_model":
+        from jobs.retire_model import retire  # noqa: PLC0415
+
+        _out.print(_line(retire(Runtime(config), arguments.version)), soft_wrap=True)
     elif arguments.command == "sql":
         from jobs.sql import run_sql  # noqa: PLC0415
 

@@ -136,7 +136,13 @@ class SequencesSettings(Section):
 class ScoreSettings(Section):
     """sequences + model → user_embeddings."""
 
-    batch_size: int = Field(512, ge=1, description="rows in one forward pass")
+    batch_size: int = Field(256, ge=1, description="rows in one forward pass")
+    chunk_users: int = Field(
+        500_000,
+        ge=1,
+        description="a new model's vectors are committed in chunks of about so many users, at most 4 of them (each "
+        "reads the whole table): what a kill may cost",
+    )
 
 
 class ModelSettings(Section):

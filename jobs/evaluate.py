@@ -120,7 +120,9 @@ def run(runtime: Runtime) -> None:
     model_dir = runtime.model_dir()
     sequences = runtime.read(SEQUENCES).where(F.col("split") == settings.split)
     sample = _sample(sequences, settings.max_users)
-    encoded = encode_sequences(sample, model_dir, runtime.config.score.batch_size)
+    encoded = encode_sequences(
+        sample, sample.columns, model_dir=model_dir, batch_size=runtime.config.score.batch_size
+    ).drop("history_length", "is_cold")
     rows = encoded.orderBy("user_id").toPandas()
     catalogue = _catalogue(runtime, model_dir.name)
     own_counts, interactions = _interactions(runtime, rows["user_id"], len(catalogue.target_counts))

@@ -35,7 +35,7 @@ from jobs.config import parse, read_toml
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage, published, write_json
 from jobs.sql import query
-from jobs.tables import TABLES, USER_EMBEDDINGS
+from jobs.tables import CURRENT_MODEL, TABLES, USER_EMBEDDINGS
 from spark_udfs.topk import nearest, small_batches
 from training.config import Section
 
@@ -137,7 +137,7 @@ def run(runtime: Runtime) -> None:
 
 
 def _export(runtime: Runtime, file: SegmentFile) -> int:
-    segment, version = file.segment, runtime.model_dir().name
+    segment, version = file.segment, runtime.current_model()
     protect = _hasher(_key()) if segment.user_ids == "hashed" else str
     of_model = runtime.read(USER_EMBEDDINGS).where(F.col("model_version") == version)
     as_of = of_model.agg(F.date_format(F.max("as_of"), "yyyy-MM-dd'T'HH:mm:ssX")).collect()[0][0]
@@ -240,7 +240,7 @@ def _fingerprint(manifest: Path) -> str | None:
 def _inputs(runtime: Runtime) -> dict[str, Any]:
     files = read_segments(runtime.config.export.segments)
     facts: dict[str, Any] = {
-        "model_version": runtime.model_dir().name,
+        "model_version": runtime.current_model(),
         "segments": [segment.model_dump(mode="json") for segment, _ in files],
         "seed_lists": [
             hashlib.sha256((path.parent / segment.seeds.file).read_bytes()).hexdigest()
@@ -261,7 +261,7 @@ STAGE = Stage(
     "export_segments",
     "the users most like a seed list, as files with a manifest",
     run,
-    reads=(USER_EMBEDDINGS,),
+    reads=(CURRENT_MODEL, USER_EMBEDDINGS),  # in this order: what is current is whole
     writes=(),
     settings=("export",),
     inputs=_inputs,

@@ -1,6 +1,6 @@
 """find_neighbours: user_embeddings, item_embeddings → neighbours.
 
-Of the model in use: for each user the items with the highest dot product (the model's own score, over its whole
+Of the current model: for each user the items with the highest dot product (the model's own score, over its whole
 vocabulary), for each user and each item the users and the items with the highest cosine. Exact, in blocks
 (spark_udfs/topk.py). A zero vector has no direction: it has no cosine neighbours and is nobody's.
 
@@ -17,7 +17,7 @@ from pyspark.sql import functions as F
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
-from jobs.tables import ITEM_EMBEDDINGS, NEIGHBOURS, USER_EMBEDDINGS, Table
+from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, NEIGHBOURS, USER_EMBEDDINGS, Table
 from spark_udfs.topk import Metric, nearest, small_batches
 
 
@@ -44,7 +44,7 @@ def find_neighbours(
 
 
 def run(runtime: Runtime) -> None:
-    version = runtime.model_dir().name
+    version = runtime.current_model()
     settings = runtime.config.neighbours
     users, user_count = _vectors(runtime, USER_EMBEDDINGS, "user_id", version)
     items, item_count = _vectors(runtime, ITEM_EMBEDDINGS, "item_id", version)
@@ -72,10 +72,10 @@ STAGE = Stage(
     "find_neighbours",
     "the nearest items and users of each user, and the nearest items of each item",
     run,
-    reads=(USER_EMBEDDINGS, ITEM_EMBEDDINGS),
+    reads=(CURRENT_MODEL, USER_EMBEDDINGS, ITEM_EMBEDDINGS),  # in this order: what is current is whole
     writes=(NEIGHBOURS,),
     settings=("neighbours",),
-    inputs=lambda runtime: {"model_version": runtime.model_dir().name},
+    inputs=lambda runtime: {"model_version": runtime.current_model()},
 )
 
 

@@ -42,7 +42,7 @@ from pyspark.sql import functions as F
 
 from jobs.config import Config
 from jobs.errors import TrailvecError
-from jobs.tables import TABLES, Table, conform
+from jobs.tables import CURRENT, CURRENT_MODEL, TABLES, Table, conform
 
 _PACKAGES = ("jobs", "spark_udfs", "training")
 _HISTORY = 500  # commits of a table that are looked at; a stage that is further behind makes all anew
@@ -212,13 +212,18 @@ class Runtime:
         None where `written` has to be made anew: it does not exist yet, the stage was forced, its settings or the
         table's revision are others, `read` was replaced as a whole, or its changes are too old to be kept.
         """
-        since, until = self._since(written, read), self._versions[read.name]
-        if since is None:
-            return None
+        since = self._since(written, read)
+        return None if since is None else self.changes(read, since)
+
+    def changes(self, read: Table, since: int) -> DataFrame | None:
+        """What changed in `read` after its version `since`, as in `incremental`; None where it was replaced as a whole
+        or the changes are too old to be kept."""
+        until = self._versions[read.name]
         if since == until:
             nothing = self.read(read).limit(0).withColumn("_change_type", F.lit("insert"))
             return nothing.withColumn("_commit_version", F.lit(until).cast("bigint"))
-        if any(c.replaced_all for c in self._commits(read) if since < c.version <= until):
+        replaced = any(c.replaced_all for c in self._commits(read) if since < c.version <= until)
+        if replaced or not self.kept(read, since):
             return None
         reader = self.spark.read.format("delta").option("readChangeFeed", "true")
         return reader.option("startingVersion", since + 1).option("endingVersion", until).load(self.path(read))
@@ -226,7 +231,11 @@ class Runtime:
     def previous(self, written: Table, read: Table) -> DataFrame | None:
         """`read` as it was when `written` was made; None where `incremental` would give None."""
         since = self._since(written, read)
-        return None if since is None else self._load(read, since)
+        return None if since is None else self.at(read, since)
+
+    def at(self, table: Table, version: int) -> DataFrame:
+        """The table at a version that is `kept`."""
+        return self._load(table, version)
 
     def _since(self, written: Table, read: Table) -> int | None:
         """The version of `read` that `written` was made from, if one can go on from there."""
@@ -237,14 +246,16 @@ class Runtime:
             return None
         if any(last["config"].get(s) != now["config"][s] for s in self._stage.settings):
             return None
-        since, until = last["reads"].get(read.name), self._versions[read.name]
-        if since is None or since > until:
-            return None
-        # What the commit after `since` dropped is there until VACUUM takes it.
+        since = last["reads"].get(read.name)
+        return int(since) if since is not None and self.kept(read, since) else None
+
+    def kept(self, read: Table, version: int) -> bool:
+        """Whether the files of that version of a table that the stage reads are still there, and what changed since."""
+        until = self._versions[read.name]
+        # What the commit after `version` dropped is there until VACUUM takes it.
         oldest = time.time() - self.config.maintain.retention_hours * 3600
-        commits = [c for c in self._commits(read) if since < c.version <= until]
-        kept = len(commits) == until - since and all(c.committed_at > oldest for c in commits)
-        return int(since) if kept else None
+        commits = [c for c in self._commits(read) if version < c.version <= until]
+        return version <= until and len(commits) == until - version and all(c.committed_at > oldest for c in commits)
 
     def write(self, table: Table, df: DataFrame) -> None:
         """Replaces the table's rows by `df` in one commit; in a table partitioned by model_version, only
@@ -252,25 +263,42 @@ class Runtime:
         mode = "dynamic" if "model_version" in table.partition_by else "static"
         self._save(table, df, "overwrite", {"partitionOverwriteMode": mode})
 
-    def append(self, table: Table, df: DataFrame, batch: tuple[str, int] | None = None, done: bool = True) -> None:
+    def append(
+        self,
+        table: Table,
+        df: DataFrame,
+        batch: tuple[str, int] | None = None,
+        done: bool = True,
+        note: dict[str, Any] | None = None,
+    ) -> None:
         """Adds the rows of `df` in one commit.
 
         Args:
             batch: (writer, number): a number of that writer that was committed before is not written again.
             done: False for a commit that others of the same run follow: the stage is not up to date after it.
+            note: the stage's own words, kept in the commit's provenance.
         """
         options = {} if batch is None else {"txnAppId": batch[0], "txnVersion": str(batch[1])}
-        self._save(table, df, "append", options, done)
+        self._save(table, df, "append", options, done=done, note=note)
 
-    def touch(self, table: Table) -> None:
+    def touch(self, table: Table, note: dict[str, Any] | None = None) -> None:
         """Records that the stage ran and found nothing to change."""
         self.create(table)
-        self.append(table, self._load(table).limit(0))
+        self.append(table, self._load(table).limit(0), note=note)
 
-    def _save(self, table: Table, df: DataFrame, mode: str, options: dict[str, str], done: bool = True) -> None:
+    def _save(
+        self,
+        table: Table,
+        df: DataFrame,
+        mode: str,
+        options: dict[str, str],
+        *,
+        done: bool = True,
+        note: dict[str, Any] | None = None,
+    ) -> None:
         self.create(table)
         writer = conform(df, table).write.format("delta").mode(mode).options(**options)
-        writer = writer.option("userMetadata", self._metadata(done))
+        writer = writer.option("userMetadata", self._metadata(done, note))
         self.commit(lambda: writer.save(self.path(table)))
 
     def merge(
@@ -282,6 +310,7 @@ class Runtime:
         where: Column | None = None,
         insert_only: bool = False,
         done: bool = True,
+        note: dict[str, Any] | None = None,
     ) -> None:
         """Updates or inserts the rows of `upserts` by the table's key and deletes those of `deletes`, in one commit.
 
@@ -289,7 +318,7 @@ class Runtime:
             deletes: rows with the key's columns, none of them in `upserts`.
             where: a condition over `old.*` that all old rows concerned fulfil: spares Delta the other files.
             insert_only: old rows stay as they are, and no file is rewritten.
-            done: as in `append`.
+            done, note: as in `append`.
         """
         self.create(table)
         new = conform(upserts, table).withColumn("trailvec_delete", F.lit(False))
@@ -304,8 +333,16 @@ class Runtime:
         if not insert_only:
             merge = merge.whenMatchedDelete("new.trailvec_delete").whenMatchedUpdate(set=values)
         merge = merge.whenNotMatchedInsert("NOT new.trailvec_delete", values=values)
-        with spark_conf(self.spark, {"spark.databricks.delta.commitInfo.userMetadata": self._metadata(done)}):
-            self.commit(merge.execute)
+        self._noted_commit(merge.execute, done, note)
+
+    def delete(self, table: Table, where: Column, note: dict[str, Any]) -> None:
+        """Deletes the rows that fulfil a condition, in one commit; `note` as in `append`."""
+        rows = DeltaTable.forPath(self.spark, self.path(table))
+        self._noted_commit(lambda: rows.delete(where), True, note)
+
+    def _noted_commit(self, write: Callable[[], Any], done: bool, note: dict[str, Any] | None) -> None:
+        with spark_conf(self.spark, {"spark.databricks.delta.commitInfo.userMetadata": self._metadata(done, note)}):
+            self.commit(write)
 
     def purge(self, table: Table, where: str) -> None:
         """Rewrites the files of the partitions in which deletion vectors hide rows; does nothing where there are none.
@@ -383,8 +420,14 @@ class Runtime:
             "config": config,
         }
 
-    def _metadata(self, done: bool = True) -> str:
-        return json.dumps(self.provenance() | ({} if done else {"fingerprint": None}), sort_keys=True)
+    def _metadata(self, done: bool = True, note: dict[str, Any] | None = None) -> str:
+        words = {} if note is None else {"note": note}
+        return json.dumps(self.provenance() | ({} if done else {"fingerprint": None}) | words, sort_keys=True)
+
+    def notes(self, table: Table) -> list[dict[str, Any]]:
+        """The `note` of each of the table's commits that has one, newest first."""
+        commits = self._commits(table) if self.exists(table) else []
+        return [c.provenance["note"] for c in commits if c.provenance is not None and "note" in c.provenance]
 
     def _facts(self, stage: Stage) -> dict[str, Any]:
         settings = self.config.model_dump(mode="json", include=set(stage.settings))
@@ -473,10 +516,27 @@ class Runtime:
             )
         return folder
 
+    def current_model(self) -> str:
+        """The version of the model whose vectors the stage reads: the one that all users have a vector of.
+
+        Raises:
+            TrailvecError: there is none yet, or the configuration asks for another.
+        """
+        versions = [row["model_version"] for row in self.read(CURRENT_MODEL).collect()]
+        wanted = self.config.model.version
+        if not versions:
+            raise TrailvecError("no model has a vector of every user yet: run `trailvec score_users` first")
+        if wanted is not None and wanted != versions[0]:
+            raise TrailvecError(
+                f"the current model is {versions[0]}, found model.version = {wanted}: run `trailvec score_users` first"
+            )
+        return str(versions[0])
+
     # ---- SQL ---------------------------------------------------------------------------------------
 
     def register_tables(self) -> None:
-        """Makes every existing table known to SQL by its name, in `storage.database`, and uses that database."""
+        """Makes every existing table, and the views of the current model's vectors, known to SQL by their names, in
+        `storage.database`, and uses that database."""
         database = self.config.storage.database
         self.spark.sql(f"CREATE DATABASE IF NOT EXISTS `{database}`")  # the name's pattern is checked by the config
         self.spark.catalog.setCurrentDatabase(database)
@@ -485,6 +545,12 @@ class Runtime:
                 # Anew each time: the name may still mean a table under another root.
                 self.spark.sql(f"DROP TABLE IF EXISTS `{database}`.{table.name}")  # external: its files stay
                 self.spark.catalog.createTable(table.name, path=self.path(table), source="delta")
+        for view, table in CURRENT.items():
+            self.spark.sql(f"DROP VIEW IF EXISTS `{database}`.{view}")
+            if self.exists(table) and self.exists(CURRENT_MODEL):
+                rows = f"`{database}`.{table.name} WHERE model_version = "
+                current = f"(SELECT model_version FROM `{database}`.{CURRENT_MODEL.name})"  # noqa: S608 - our own names
+                self.spark.sql(f"CREATE VIEW `{database}`.{view} AS SELECT * FROM {rows}{current}")  # noqa: S608
 
 
 @contextlib.contextmanager
@@ -549,7 +615,7 @@ _SPARK_DEFAULTS = {
     # Every value is another: a dictionary is built, found too large and thrown away, a tenth of sessionize's time.
     **{
         f"spark.hadoop.parquet.enable.dictionary#{column}": "false"
-        for column in ("event_id", "session_id", "events.list.element.event_id")
+        for column in ("event_id", "session_id", "events.list.element.event_id", "vector.list.element")
     },
     # Without it, Spark's CSV reader does not see a row with too many or too few fields.
     "spark.sql.csv.parser.columnPruning.enabled": "false",

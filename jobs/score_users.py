@@ -1,33 +1,68 @@
-"""score_users: sequences (split = score) + the model in use → user_embeddings: one vector for every user."""
+"""score_users: sequences (split = score) + the model in use → user_embeddings, current_model.
+
+- A model that is scored already: only the users whose sequence changed since, by sequences' change feed, or where the
+  table was made anew as a whole, by comparing its two versions. One MERGE; users who are gone lose their vector.
+- A new model: all users, in chunks by a hash of user_id, one commit each, which says so. A run that finds some of them
+  done goes on with the rest, at the version of sequences that they were made from, and then takes up what has changed
+  since.
+
+The last act changes the one row of current_model: readers of current_user_embeddings saw the old model whole until
+then, and see the new one whole from then on. Vectors of old models stay until `trailvec retire_model`. Of a history
+longer than the model reads (one action less than sequences.max_length), the newest actions count.
+How and why: docs/decisions/0012.
+"""
 
 from __future__ import annotations
 
 import shutil
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from pyspark import SparkFiles
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from jobs.cli import stage_main
-from jobs.runtime import Runtime, Stage
-from jobs.tables import SEQUENCES, USER_EMBEDDINGS
-from spark_udfs.encode import encoder
+from jobs.errors import TrailvecError
+from jobs.runtime import Runtime, Stage, spark_conf
+from jobs.tables import CURRENT_MODEL, SEQUENCES, USER_EMBEDDINGS
+from spark_udfs.encode import Counts, Summed, encode_users
 from training.batches import FEATURES
 from training.checkpoint import WEIGHTS, read_about
 from training.config import ModelSpec
 
+MAX_CHUNKS = 4
+SECONDS_BETWEEN_LINES = 5.0
+# Bytes of sequences that a task reads, some seconds of work; Spark's own 128 MB suit lighter work.
+# And rows handed to Python at once: with Spark's own 10,000 twice as many places of the matrices would be padding.
+_SPLIT = {
+    "spark.sql.files.maxPartitionBytes": str(16 * 1024 * 1024),
+    "spark.sql.execution.arrow.maxRecordsPerBatch": "32768",
+}
 
-def encode_sequences(sequences: DataFrame, model_dir: Path, batch_size: int) -> DataFrame:
-    """The rows of `sequences` (any split) with one more column, `vector`: the state at each row's last action.
+
+# ---- vectors ------------------------------------------------------------------------------------------
+
+
+def encode_sequences(
+    sequences: DataFrame, keep: Sequence[str], *, model_dir: Path, batch_size: int, counts: Counts | None = None
+) -> DataFrame:
+    """The columns `keep` of rows of `sequences` (any split), with history_length, is_cold and vector: the state at each
+    row's last action (spark_udfs.encode.encode_users).
 
     Raises:
         TrailvecError: the model in that folder is damaged.
     """
     about = read_about(model_dir)
     weights = ship_weights(sequences.sparkSession, model_dir, about["weights_sha256"])
-    encode = encoder(ModelSpec.model_validate(about["spec"]), weights, batch_size)
-    return sequences.withColumn("vector", encode("length", *FEATURES))
+    spec = ModelSpec.model_validate(about["spec"])
+    return encode_users(sequences, keep, spec=spec, weights=weights, batch_size=batch_size, counts=counts)
 
 
 def ship_weights(spark: SparkSession, model_dir: Path, sha256: str) -> str:
@@ -45,25 +80,213 @@ def ship_weights(spark: SparkSession, model_dir: Path, sha256: str) -> str:
     return name
 
 
-def run(runtime: Runtime) -> None:
-    model_dir = runtime.model_dir()
-    spec = ModelSpec.model_validate(read_about(model_dir)["spec"])
-    rows = runtime.read(SEQUENCES).where("split = 'score'")
-    users = (
-        encode_sequences(rows, model_dir, runtime.config.score.batch_size)
-        .withColumn("history_length", F.least("length", F.lit(spec.history_length)))
-        .withColumn("model_version", F.lit(model_dir.name))
+def changed_users(before: DataFrame, now: DataFrame) -> DataFrame:
+    """The users (user_id) whose row to score is another than it was, or has come or gone."""
+    content = F.xxhash64("as_of", *FEATURES)
+    both = now.select("user_id", content.alias("now")).join(
+        before.select("user_id", content.alias("before")), "user_id", "full"
     )
-    runtime.write(USER_EMBEDDINGS, users)
+    return both.where(~F.col("now").eqNullSafe(F.col("before"))).select("user_id")
+
+
+# ---- what has been done --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How far the scoring of one model has come, as the notes of user_embeddings' commits tell it.
+
+    Attributes:
+        sequences: the version of sequences that the vectors are made from.
+        done: those of the chunks 0 … chunks - 1 that are committed.
+        into_empty: the table had no vector of the model before.
+    """
+
+    sequences: int
+    chunks: int
+    done: frozenset[int]
+    into_empty: bool
+
+
+def scoring_so_far(runtime: Runtime, model: dict[str, Any]) -> Scoring | None:
+    """None where there is nothing to go on from."""
+    notes = [note for note in runtime.notes(USER_EMBEDDINGS) if note["model"]["version"] == model["version"]]
+    if runtime.forced or not notes or notes[0]["model"] != model or not runtime.kept(SEQUENCES, notes[0]["sequences"]):
+        return None
+    run = ("model", "sequences", "chunks")
+    of_run = list(takewhile(lambda note: all(note[key] == notes[0][key] for key in run), notes))
+    done = frozenset(note["chunk"] for note in of_run)
+    return Scoring(notes[0]["sequences"], notes[0]["chunks"], done, notes[0]["into_empty"])
+
+
+# ---- the stage ----------------------------------------------------------------------------------------
+
+
+class Scorer:
+    """One run of the stage: what it writes and what it says meanwhile."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._folder = runtime.model_dir()
+        self.version = self._folder.name
+        weights = read_about(self._folder)["weights_sha256"]
+        self.model = {"version": self.version, "weights": weights, "revision": USER_EMBEDDINGS.revision}
+        self.counts: Counts = runtime.spark.sparkContext.accumulator([0, 0, 0, 0], Summed())
+        self.started = time.monotonic()
+
+    def rows(self, version: int) -> DataFrame:
+        return self._runtime.at(SEQUENCES, version).where("split = 'score'")
+
+    def vectors(self) -> DataFrame:
+        """What the table holds of the model now."""
+        return self._runtime.latest(USER_EMBEDDINGS).where(F.col("model_version") == self.version)
+
+    def score_all(self, scoring: Scoring) -> None:
+        """Writes the chunks that are missing."""
+        missing = [number for number in range(scoring.chunks) if number not in scoring.done]
+        if not missing:
+            return
+        rows = self.rows(scoring.sequences)
+        total = rows.count()
+        with self._told(total, total * len(missing) // scoring.chunks), spark_conf(self._runtime.spark, _SPLIT):
+            for number in missing:
+                self._score_chunk(scoring, rows, number)
+
+    def _score_chunk(self, scoring: Scoring, rows: DataFrame, number: int) -> None:
+        mine = F.pmod(F.xxhash64("user_id"), F.lit(scoring.chunks)) == number
+        note = self._note(scoring.sequences, scoring.chunks, number, scoring.into_empty)
+        chunk = self._encode(rows.where(mine) if scoring.chunks > 1 else rows)
+        if scoring.into_empty:
+            self._runtime.append(USER_EMBEDDINGS, chunk, done=False, note=note)
+        else:
+            self._merge(chunk, self.vectors().where(mine), done=False, note=note)
+
+    def score_changed(self, since: int) -> None:
+        """Takes up what changed in sequences after its version `since`, in one MERGE."""
+        runtime, now = self._runtime, self._runtime.version(SEQUENCES)
+        note = self._note(now, 1, 0, False)
+        if since == now:
+            runtime.touch(USER_EMBEDDINGS, note=note)
+            return
+        changes = runtime.changes(SEQUENCES, since)
+        if changes is None:
+            users = changed_users(self.rows(since), self.rows(now))
+        else:
+            users = changes.where("split = 'score'").select("user_id").distinct()
+        users = users.persist()
+        total = users.count()
+        if total:
+            with self._told(total, total):
+                rows = self.rows(now).join(users, "user_id", "left_semi")
+                old = self.vectors().join(users, "user_id", "left_semi")
+                self._merge(self._encode(rows), old, done=True, note=note)
+        else:
+            runtime.touch(USER_EMBEDDINGS, note=note)
+        users.unpersist()
+
+    def make_current(self) -> None:
+        """The switch: readers of the views see this model from here on.
+
+        Raises:
+            TrailvecError: a user has no vector, or more than one.
+        """
+        wanted, found = self.rows(self._runtime.version(SEQUENCES)).count(), self.vectors().count()
+        if wanted != found:
+            raise TrailvecError(
+                f"table user_embeddings has {found:,} vectors of model {self.version} for {wanted:,} users "
+                f"(did two jobs write it at once?): run `trailvec retire_model {self.version}` and this stage again"
+            )
+        self._runtime.create(CURRENT_MODEL)
+        if [row["model_version"] for row in self._runtime.latest(CURRENT_MODEL).collect()] == [self.version]:
+            self._runtime.touch(CURRENT_MODEL)
+        else:
+            row = self._runtime.spark.createDataFrame([(self.version,)], CURRENT_MODEL.schema())
+            self._runtime.write(CURRENT_MODEL, row.coalesce(1))
+
+    def _encode(self, rows: DataFrame) -> DataFrame:
+        vectors = encode_sequences(
+            rows,
+            ["user_id", "as_of"],
+            model_dir=self._folder,
+            batch_size=self._runtime.config.score.batch_size,
+            counts=self.counts,
+        )
+        return vectors.withColumn("model_version", F.lit(self.version))
+
+    def _merge(self, new: DataFrame, old: DataFrame, done: bool, note: dict[str, Any]) -> None:
+        """Puts the vectors `new` in the place of `old`; who has no new one loses theirs."""
+        new = new.persist()  # Delta reads it twice
+        gone = old.select(*USER_EMBEDDINGS.key).join(new, "user_id", "left_anti")
+        of_model = F.col("old.model_version") == self.version
+        self._runtime.merge(USER_EMBEDDINGS, new, deletes=gone, where=of_model, done=done, note=note)
+        new.unpersist()
+
+    def _note(self, sequences: int, chunks: int, chunk: int, into_empty: bool) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "sequences": sequences,
+            "chunks": chunks,
+            "chunk": chunk,
+            "into_empty": into_empty,
+        }
+
+    @contextmanager
+    def _told(self, total: int, to_do: int) -> Iterator[None]:
+        """Says every few seconds how many of `total` users are done, of whom `to_do` are this block's."""
+        done, started, before = threading.Event(), time.monotonic(), self.counts.value[0]
+
+        def watch() -> None:
+            while not done.wait(SECONDS_BETWEEN_LINES):
+                line = progress_line(self.counts.value[0] - before, to_do, total, time.monotonic() - started)
+                self._runtime.on_progress(line)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+
+
+def progress_line(users: int, to_do: int, total: int, seconds: float) -> str:
+    """`users` of `to_do` were encoded in that time; the rest of `total` was done before."""
+    rate = users / seconds
+    line = f"{total - to_do + users:,} of {total:,} users  {rate:,.0f} users/s"
+    if not users:
+        return line
+    left = round(max(to_do - users, 0) / rate)
+    return f"{line}  {left // 60}:{left % 60:02} left"
+
+
+def run(runtime: Runtime) -> None:
+    scorer = Scorer(runtime)
+    runtime.create(USER_EMBEDDINGS)
+    now = runtime.version(SEQUENCES)
+    scoring = scoring_so_far(runtime, scorer.model)
+    if scoring is None:
+        chunks = min(MAX_CHUNKS, -(-scorer.rows(now).count() // runtime.config.score.chunk_users) or 1)
+        scoring = Scoring(now, chunks, frozenset(), into_empty=scorer.vectors().isEmpty())
+    scorer.score_all(scoring)
+    scorer.score_changed(scoring.sequences)
+    scorer.make_current()
+
+    users, cold, actions, places = scorer.counts.value
+    rate = users / (time.monotonic() - scorer.started)
+    runtime.report.rows_out["users_encoded"] = users
+    runtime.report.notes.append(
+        f"model {scorer.version}: {users:,} users encoded ({rate:,.0f} users/s), {cold:,} of them cold, "
+        f"padding {1 - actions / places if places else 0:.1%}"
+    )
 
 
 STAGE = Stage(
     "score_users",
-    "write the vector of every user",
+    "write the vectors of the users whose actions changed, of all users for a new model",
     run,
     reads=(SEQUENCES,),
-    writes=(USER_EMBEDDINGS,),
-    settings=(),  # score.batch_size changes the speed, not the vectors
+    writes=(USER_EMBEDDINGS, CURRENT_MODEL),
+    settings=(),  # score.* changes the speed, not the vectors
     inputs=lambda runtime: {"model_version": runtime.model_dir().name},
 )
 

@@ -86,11 +86,11 @@ def run_serve(config: Config, host: str, port: int) -> None:
             signal.signal(number, lambda *_: stopped.set())
         address = f"[{host}]" if ":" in host else host
         print(f"SQL at jdbc:hive2://{address}:{port}/{config.storage.database} (Ctrl-C stops it)", flush=True)
-        known = _facts(runtime)
+        known = _existing(runtime)
         while not stopped.wait(_LOOK_AGAIN_SECONDS):
-            if (facts := _facts(runtime)) != known:  # a stage made its table, training made another model current
+            if (existing := _existing(runtime)) != known:  # a stage has made its table
                 runtime.register_tables()
-                known = facts
+                known = existing
         server.stop()
         spark.stop()
 
@@ -179,8 +179,6 @@ def _start(spark: SparkSession, host: str, port: int, login: str | None, scratch
     return start(spark._jsparkSession.sqlContext())
 
 
-def _facts(runtime: Runtime) -> tuple[set[str], str | None]:
-    """The tables that exist and the model in use: what the names in SQL stand for."""
-    current = runtime.models / "current.json"
-    model = runtime.config.model.version or (current.read_text() if current.exists() else None)
-    return {table.name for table in TABLES if runtime.exists(table)}, model
+def _existing(runtime: Runtime) -> set[str]:
+    """The tables that exist: what names in SQL stand for. (Which model is current the views look up themselves.)"""
+    return {table.name for table in TABLES if runtime.exists(table)}

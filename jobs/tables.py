@@ -238,6 +238,8 @@ SEQUENCES = Table(
     properties={
         # Petastorm knows nothing of deletion vectors: build_sequences purges them from what training reads.
         "delta.enableDeletionVectors": "true",
+        # score_users asks for the users whose rows changed.
+        "delta.enableChangeDataFeed": "true",
         # A row group is what a training process holds and shuffles: some 5,000 to 20,000 rows, however large the file.
         # Delta hands its tables' properties to whoever writes their files, MERGE and OPTIMIZE too.
         "parquet.block.size": str(4 * 1024 * 1024),
@@ -246,17 +248,30 @@ SEQUENCES = Table(
 
 USER_EMBEDDINGS = Table(
     "user_embeddings",
-    "One vector for every user, in the space of item_embeddings of the same model_version.",
+    "One vector for every user, in the space of item_embeddings of the same model_version; of old models too.",
     (
         Column("user_id", "string", "The user."),
         Column("model_version", "string", "The model that made the vector; never mix two in a query."),
         Column("as_of", "timestamp", "Events strictly before this time were seen."),
-        Column("history_length", "int", "How many actions the model read."),
+        Column("history_length", "int", "How many actions the model read: the newest, where there were more."),
+        Column(
+            "is_cold",
+            "boolean",
+            "The model knows none of those actions' items: the vector is what their kinds, verticals and times say.",
+        ),
         Column("vector", "array<float>", "The vector; its dot product with an item's is the model's own score."),
     ),
     key=("user_id", "model_version"),
     stage="score_users",
-    partition_by=("model_version",),
+    partition_by=("model_version",),  # no deletion vectors: delta-rs and nearest_users read the plain files
+)
+
+CURRENT_MODEL = Table(
+    "current_model",
+    "The model whose vectors the views current_* show: one row, changed when all users have their vector.",
+    (Column("model_version", "string", "The model."),),
+    key=("model_version",),
+    stage="score_users",
 )
 
 ITEM_EMBEDDINGS = Table(
@@ -321,7 +336,12 @@ TABLES = (
     CONTEXT_VALUES,
     SEQUENCES,
     USER_EMBEDDINGS,
+    CURRENT_MODEL,
     ITEM_EMBEDDINGS,
     EVALUATION,
     NEIGHBOURS,
 )
+
+# Views: of each of these tables the rows of the one current model. Spark plans a subquery first, so current_model is
+# looked up before the table: a model that is current then was whole before that, and stays until it is retired.
+CURRENT = {f"current_{table.name}": table for table in (USER_EMBEDDINGS, ITEM_EMBEDDINGS)}

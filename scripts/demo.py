@@ -45,7 +45,7 @@ ANSWERS = (
         SELECT i.item_name, i.vertical, round(n.score, 3) AS cosine
         FROM neighbours n JOIN items i ON i.item_id = n.neighbour_id
         WHERE n.kind = 'item_item' AND n.rank <= 5
-          AND n.model_version = (SELECT max_by(model_version, as_of) FROM user_embeddings)
+          AND n.model_version = (SELECT model_version FROM current_model)
           AND n.source_id = (SELECT max_by(item_id, target_count) FROM items)
         ORDER BY n.rank""",
     ),
@@ -53,9 +53,8 @@ ANSWERS = (
         "Which big departments are used most alike? (vector functions)",
         """
         WITH centres AS (
-          SELECT i.vertical, vector_avg(e.vector) AS centre FROM item_embeddings e JOIN items i USING (item_id)
-          WHERE e.model_version = (SELECT max_by(model_version, as_of) FROM user_embeddings)
-            AND i.vertical IN (SELECT vertical FROM items GROUP BY vertical HAVING sum(target_count) > 10000)
+          SELECT i.vertical, vector_avg(e.vector) AS centre FROM current_item_embeddings e JOIN items i USING (item_id)
+          WHERE i.vertical IN (SELECT vertical FROM items GROUP BY vertical HAVING sum(target_count) > 10000)
           GROUP BY i.vertical)
         SELECT a.vertical AS one, b.vertical AS other, round(vector_cosine_similarity(a.centre, b.centre), 3) AS cosine
         FROM centres a JOIN centres b ON a.vertical < b.vertical ORDER BY cosine DESC LIMIT 5""",

@@ -46,8 +46,10 @@ EXAMPLES = {
         FROM sequences GROUP BY split""",
     "user_embeddings": """
         SELECT a.user_id, vector_cosine_similarity(a.vector, b.vector) AS likeness
-        FROM user_embeddings AS a JOIN user_embeddings AS b USING (model_version)
+        FROM current_user_embeddings AS a CROSS JOIN current_user_embeddings AS b
         WHERE b.user_id = '1' AND a.user_id <> '1' ORDER BY likeness DESC LIMIT 10""",
+    "current_model": """
+        SELECT count(*) AS users, avg(vector_norm(vector)) AS mean_norm FROM current_user_embeddings""",
     "item_embeddings": """
         SELECT n.rank, i.item_name, n.score FROM nearest_items('1', 10) AS n JOIN items AS i USING (item_id)
         ORDER BY n.rank""",

@@ -1,58 +1,102 @@
-"""Vectors of users and items inside Spark's Python workers. The model is loaded once per worker."""
+"""Vectors of users and items inside Spark's Python workers. The model is loaded once per worker, and its weights are
+mapped into memory: the workers of a machine share one copy, and hold only what they read of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
-from pyspark import SparkFiles
-from pyspark.sql import Column, DataFrame
-from pyspark.sql.pandas.functions import pandas_udf
+from pyspark import Accumulator, SparkFiles
+from pyspark.accumulators import AccumulatorParam
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+from pyspark.sql.types import ArrayType, BooleanType, FloatType, IntegerType, StructType
 
-from training.batches import FEATURES, pad
+from training.batches import FEATURES
 from training.checkpoint import ItemVectors, load_model
 from training.config import ModelSpec
 
 if TYPE_CHECKING:
     from training.model import SequenceModel
 
+Integers = npt.NDArray[np.int64]
+# What workers count while they encode, in this order: rows; cold ones; actions read; places in their matrices.
+Counts = Accumulator[list[int]]
 
-def encoder(spec: ModelSpec, weights: str, batch_size: int) -> Callable[..., Column]:
-    """The UDF (length, *FEATURES) → array<float>: the state of the model at a row's last action.
+
+class Summed(AccumulatorParam[list[int]]):
+    """Lists of numbers, summed place by place."""
+
+    def zero(self, value: list[int]) -> list[int]:
+        return [0] * len(value)
+
+    def addInPlace(self, value1: list[int], value2: list[int]) -> list[int]:
+        return [a + b for a, b in zip(value1, value2, strict=True)]
+
+
+def encode_users(
+    rows: DataFrame,
+    keep: Sequence[str],
+    *,
+    spec: ModelSpec,
+    weights: str,
+    batch_size: int,
+    counts: Counts | None = None,
+) -> DataFrame:
+    """The columns `keep` of rows of `sequences`; with them history_length int, is_cold boolean, vector array<float>.
+
+    The vector is the state of the model at the row's last action; of a row longer than `spec.history_length` its newest
+    actions are read. A row is cold where the model knows none of the items that it reads; its vector is then what the
+    actions' context says.
 
     Args:
         weights: name of the model's weights among Spark's files.
         batch_size: rows in one forward pass.
     """
+    kept = len(keep)
 
-    def encode(batches: Iterator[tuple[pd.Series[Any], ...]]) -> Iterator[pd.Series[Any]]:
+    def encode(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         model = _worker_model(SparkFiles.get(weights), spec.model_dump_json())
-        for lengths, *features in batches:
-            values = [np.concatenate(column.to_numpy()) for column in features]
-            yield pd.Series(list(encode_rows(model, lengths.to_numpy(np.int64), values, batch_size)))
+        for batch in batches:
+            lengths = batch.column(kept).to_numpy().astype(np.int64)
+            values = [column.flatten().to_numpy() for column in batch.columns[kept + 1 :]]
+            read = np.minimum(lengths, spec.history_length)
+            vectors, cold, places = encode_rows(model, lengths, values, batch_size)
+            if counts is not None:
+                counts.add([len(read), int(cold.sum()), int(read.sum()), places])
+            found = [pa.array(read.astype(np.int32)), pa.array(cold), as_lists(vectors)]
+            yield pa.RecordBatch.from_arrays([*batch.columns[:kept], *found], schema.names)
 
-    # The annotations are postponed in this file and Spark wants them as types.
-    encode.__annotations__ = {"batches": Iterator[tuple[pd.Series, ...]], "return": Iterator[pd.Series]}  # type: ignore[type-arg]
-    return cast(Callable[..., Column], pandas_udf(encode, "array<float>"))  # type: ignore[call-overload]
+    # Under other names: a column of `keep` may be read too.
+    frame = rows.select(*keep, *[F.col(name).alias(f"read_{name}") for name in ("length", *FEATURES)])
+    schema = StructType(frame.schema.fields[:kept])
+    for name, kind in (("history_length", IntegerType()), ("is_cold", BooleanType())):
+        schema = schema.add(name, kind)
+    schema = schema.add("vector", ArrayType(FloatType()))
+    return frame.mapInArrow(encode, schema)
 
 
 def as_lists(vectors: npt.NDArray[np.float32]) -> pa.ListArray:
-    """Rows of a matrix, float32 [n, width], as Arrow lists, without a Python object for any of them."""
+    """Rows of a matrix, float32 [n, width], as Arrow lists, without a Python object for any of them.
+
+    Their offsets are evenly spaced; Arrow's own lists of fixed size can't be read by Spark 3.5.
+    """
     count, width = vectors.shape
     offsets = pa.array(np.arange(count + 1, dtype=np.int32) * width)
     return pa.ListArray.from_arrays(offsets, pa.array(vectors.reshape(-1)))
 
 
 def encode_rows(
-    model: SequenceModel, lengths: npt.NDArray[np.int64], values: list[npt.NDArray[np.int32]], batch_size: int
-) -> npt.NDArray[np.float32]:
-    """Vectors of rows of unequal length, float32 [rows, width], in the rows' order.
+    model: LoadedModel, lengths: Integers, values: Sequence[npt.NDArray[np.int32]], batch_size: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_], int]:
+    """Vectors of rows of unequal length, float32 [rows, width], and which are cold, bool [rows], in the rows' order;
+    and how many places their matrices had, padding included.
 
     Args:
         lengths: actions of each row, at least 1, [rows].
@@ -61,18 +105,33 @@ def encode_rows(
     """
     import torch  # noqa: PLC0415 - only workers need it
 
-    history = model.spec.history_length
-    matrices = [torch.from_numpy(pad(column, lengths, history)).long() for column in values]
-    kept = np.minimum(lengths, history)
-    order = np.argsort(kept, kind="stable")
     vectors = np.empty((len(lengths), model.spec.width), np.float32)
+    cold = np.empty(len(lengths), np.bool_)
+    places = 0
     with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            longest = kept[rows[-1]]
-            batch = {name: matrix[rows, :longest] for name, matrix in zip(FEATURES, matrices, strict=True)}
-            vectors[rows] = model.encode(batch).numpy()
-    return vectors
+        for rows, batch in by_length(lengths, values, model.spec.history_length, batch_size):
+            vectors[rows] = model.encode({name: torch.from_numpy(matrix) for name, matrix in batch.items()}).numpy()
+            cold[rows] = ~model.knows[np.minimum(batch["item_index"], model.spec.items)].any(axis=1)
+            places += batch["item_index"].size
+    return vectors, cold, places
+
+
+def by_length(
+    lengths: Integers, values: Sequence[npt.NDArray[np.int32]], history: int, batch_size: int
+) -> Iterator[tuple[Integers, dict[str, npt.NDArray[np.int32]]]]:
+    """The rows in batches, the shortest first: their numbers [batch], and for each of FEATURES int32 [batch, longest].
+
+    Args:
+        history: of a longer row its newest so many actions are kept.
+    """
+    kept, ends = np.minimum(lengths, history), np.cumsum(lengths)
+    order = np.argsort(kept, kind="stable")
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        columns = np.arange(kept[rows[-1]])
+        inside = columns < kept[rows, None]
+        places = np.where(inside, (ends - kept)[rows, None] + columns, 0)
+        yield rows, {name: np.where(inside, of[places], 0) for name, of in zip(FEATURES, values, strict=True)}
 
 
 def embed_items(items: DataFrame, weights: str) -> DataFrame:
@@ -104,9 +163,25 @@ def embed_items(items: DataFrame, weights: str) -> DataFrame:
     return items.mapInArrow(embed, "item_id string, item_index int, is_cold boolean, vector array<float>")
 
 
+class LoadedModel:
+    """A model as a worker holds it.
+
+    Attributes:
+        encode: training.scoring.fast_encoder's.
+        knows: whether it knows an item, bool [items + 1]; the last is for all items that came later.
+    """
+
+    def __init__(self, model: SequenceModel) -> None:
+        from training.scoring import fast_encoder  # noqa: PLC0415
+
+        self.spec = model.spec
+        self.encode = fast_encoder(model)
+        self.knows = np.append(model.item_counts.numpy() > 0, False)
+
+
 @cache
-def _worker_model(weights: str, spec: str) -> SequenceModel:
+def _worker_model(weights: str, spec: str) -> LoadedModel:
     import torch  # noqa: PLC0415
 
     torch.set_num_threads(1)  # Spark already runs one worker per core
-    return load_model(Path(weights), ModelSpec.model_validate_json(spec))
+    return LoadedModel(load_model(Path(weights), ModelSpec.model_validate_json(spec)))

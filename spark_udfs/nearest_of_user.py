@@ -5,8 +5,8 @@
 
     SELECT u.user_id, n.item_id FROM seeds AS u, LATERAL nearest_items(u.user_id, 5) AS n      for a few users
 
-Exact, with the scores and the ties of find_neighbours. A user without a vector gives no rows. The model is the one in
-use when a task begins (`model.version`, else the current one), for both sides.
+Exact, with the scores and the ties of find_neighbours. A user without a vector gives no rows. The model, for both
+sides, is `model.version`, else the one that is current when a task begins.
 
 Spark 3.5 runs such a function row by row in a Python worker, which has no Spark: it lists the active files of the
 Delta tables with delta-rs and reads them with pyarrow, block by block, so its memory is bounded however large the
@@ -16,7 +16,6 @@ read the table neighbours.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,16 +109,18 @@ def nearest(
         yield rank, str(found_id), float(score)
 
 
-def current_model(models: Path) -> str:
-    """The model that training made current.
+def current_model(tables: Path) -> str:
+    """The model that all users have a vector of, from the table current_model.
 
     Raises:
         TrailvecError: there is none yet.
     """
-    try:
-        return str(json.loads((models / "current.json").read_text())["model_version"])
-    except FileNotFoundError:
-        raise TrailvecError(f"no model under {models}: run `trailvec train` first") from None
+    path = tables / "current_model"
+    files = deltalake.DeltaTable(str(path)).file_uris() if deltalake.DeltaTable.is_deltatable(str(path)) else []
+    versions = ds.dataset(files, format="parquet").to_table()["model_version"].to_pylist() if files else []
+    if not versions:
+        raise TrailvecError(f"no model has a vector of every user under {tables.parent}: run `trailvec run` first")
+    return str(versions[0])
 
 
 def _table_function(name: str, root: Path, version: str | None, kind: str, metric: Metric) -> Any:
@@ -133,7 +134,7 @@ def _table_function(name: str, root: Path, version: str | None, kind: str, metri
             if user_id is None:
                 return
             if self._tables is None:
-                model = version or current_model(root / "models")
+                model = version or current_model(root / "tables")
                 users = VectorTable(root / "tables" / "user_embeddings", "user_id", model)
                 same = kind == "user"
                 others = users if same else VectorTable(root / "tables" / "item_embeddings", "item_id", model)

@@ -110,8 +110,8 @@ class ItemVectors:
 
 
 def load_model(weights: Path, spec: ModelSpec) -> SequenceModel:
-    """The model, ready to encode. Its items' own parts stay in the file: what is asked for comes into memory, once for
-    all processes of a machine.
+    """The model, ready to encode and not to be trained. Its tensors stay in the file: what is asked for comes into memory,
+    once for all processes of a machine.
 
     Raises:
         TrailvecError: the file is missing, damaged, or of another model.
@@ -122,7 +122,7 @@ def load_model(weights: Path, spec: ModelSpec) -> SequenceModel:
     try:
         own = tensors["table.own.weight"]
         model = build_model(spec, tensors["item_counts"], tensors["table.attributes"], own)
-        model.load_tensors(tensors)
+        model.load_state_dict(tensors, assign=True)
     except (KeyError, RuntimeError) as error:
         raise _damaged(weights.parent, f"{weights.name} does not fit its description: {error}") from None
     return model.eval()

@@ -194,7 +194,7 @@ def chart(path: Path, title: str, series: dict[str, list[tuple[float, float]]], 
     _save_svg(path, width + 200, height + 90, parts)
 
 
-def bars(path: Path, times: dict[str, list[float]]) -> None:
+def bars(path: Path, times: dict[str, list[float]], unit: str = "s") -> None:
     """An SVG: a bar for each median, a point for each round."""
     scale = 400 / max(max(seconds) for seconds in times.values())
     parts = []
@@ -203,7 +203,7 @@ def bars(path: Path, times: dict[str, list[float]]) -> None:
         parts.append(f'<text x="8" y="{y + 14}">{name}</text>')
         parts.append(f'<rect x="120" y="{y}" width="{middle * scale:.1f}" height="20" fill="#9db4c0"/>')
         parts += [f'<circle cx="{120 + s * scale:.1f}" cy="{y + 10}" r="2.5"/>' for s in seconds]
-        parts.append(f'<text x="540" y="{y + 14}">{middle:.2f} s</text>')
+        parts.append(f'<text x="540" y="{y + 14}">{middle:.2f} {unit}</text>')
     _save_svg(path, 610, 30 * len(times) + 30, parts)
 
 

@@ -104,7 +104,7 @@ def test_who_is_in_a_segment(shop: Runtime, monkeypatch: pytest.MonkeyPatch) -> 
     assert manifest["model_version"] == "m1"
     assert manifest["as_of"] == "2017-12-01T00:00:00Z"
     assert manifest["segment"]["owner"] == "marketing"
-    assert manifest["provenance"]["reads"] == {"user_embeddings": 1}
+    assert manifest["provenance"]["reads"] == {"current_model": 1, "user_embeddings": 1}
 
 
 def test_the_key_is_nowhere(shop: Runtime, capfd: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from pyspark.sql import SparkSession
 from jobs.errors import TrailvecError
 from jobs.find_neighbours import STAGE
 from jobs.runtime import Runtime, write_json
-from jobs.tables import ITEM_EMBEDDINGS, USER_EMBEDDINGS
+from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, USER_EMBEDDINGS
 from spark_udfs.topk import nearest, small_batches
 from tests.conftest import put
 
@@ -23,14 +23,15 @@ Vectors = dict[str, list[float]]
 
 
 def embed(runtime: Runtime, spark: SparkSession, users: Vectors, items: Vectors, version: str = "m1") -> None:
-    """A model's folder and its two tables."""
+    """A model's folder and its two tables; it is made the current one."""
     (runtime.models / version).mkdir(parents=True, exist_ok=True)
     write_json(runtime.models / version / "model.json", {})
     write_json(runtime.models / "current.json", {"model_version": version})
     as_of = datetime(2017, 12, 1, tzinfo=timezone.utc)
-    user_rows = [(user, version, as_of, 1, vector) for user, vector in users.items()]
-    item_rows = [(item, n, version, as_of, vector) for n, (item, vector) in enumerate(items.items(), 2)]
+    user_rows = [(user, version, as_of, 1, False, vector) for user, vector in users.items()]
+    item_rows = [(item, n, version, as_of, False, vector) for n, (item, vector) in enumerate(items.items(), 2)]
     put(runtime, USER_EMBEDDINGS, spark.createDataFrame(user_rows, USER_EMBEDDINGS.schema()))
+    put(runtime, CURRENT_MODEL, spark.createDataFrame([(version,)], CURRENT_MODEL.schema()))
     put(runtime, ITEM_EMBEDDINGS, spark.createDataFrame(item_rows, ITEM_EMBEDDINGS.schema()))
 
 
@@ -108,8 +109,9 @@ def test_partitions_and_blocks_do_not_matter(spark: SparkSession) -> None:
 def test_a_model_without_vectors(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
     runtime = make_runtime()
     embed(runtime, spark, some("u", 3, 1), some("i", 3, 1), "old")
-    (runtime.models / "new").mkdir()
-    write_json(runtime.models / "new" / "model.json", {})
-    write_json(runtime.models / "current.json", {"model_version": "new"})
+    put(runtime, CURRENT_MODEL, spark.createDataFrame([("new",)], CURRENT_MODEL.schema()))
     with pytest.raises(TrailvecError, match="user_embeddings has no vector of model new: run `trailvec score_users`"):
+        runtime.execute(STAGE)
+    put(runtime, CURRENT_MODEL, spark.createDataFrame([], CURRENT_MODEL.schema()))
+    with pytest.raises(TrailvecError, match="no model has a vector of every user yet: run `trailvec score_users`"):
         runtime.execute(STAGE)

@@ -26,7 +26,7 @@ from jobs.errors import TrailvecError, explain
 from jobs.runtime import Runtime, java_home
 from jobs.serve_sql import run_serve
 from jobs.sql import query
-from jobs.tables import EVENTS, ITEM_EMBEDDINGS, USER_EMBEDDINGS
+from jobs.tables import CURRENT_MODEL, EVENTS, ITEM_EMBEDDINGS, USER_EMBEDDINGS
 from scripts.document_tables import EXAMPLES, PAGE, page
 from spark_udfs import nearest_of_user
 from tests.conftest import SPARK_CONF, make_config, put, read_delta
@@ -59,14 +59,13 @@ def warehouse(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> 
         return {f"{prefix}{n}": random.integers(-9, 9, LENGTH).astype(np.float32) for n in range(count)}
 
     models = {model: (vectors("u", 12), vectors("i", 40)) for model in ("m1", "m2")}
-    user_rows = [(u, m, NOON, 3, v.tolist()) for m, (users, _) in models.items() for u, v in users.items()]
+    user_rows = [(u, m, NOON, 3, False, v.tolist()) for m, (users, _) in models.items() for u, v in users.items()]
     item_rows = [
         (i, n, m, NOON, False, v.tolist()) for m, (_, items) in models.items() for n, (i, v) in enumerate(items.items())
     ]
     put(runtime, USER_EMBEDDINGS, spark.createDataFrame(user_rows, USER_EMBEDDINGS.schema()))
     put(runtime, ITEM_EMBEDDINGS, spark.createDataFrame(item_rows, ITEM_EMBEDDINGS.schema()))
-    runtime.models.mkdir()
-    (runtime.models / "current.json").write_text(json.dumps({"model_version": "m2"}))
+    put(runtime, CURRENT_MODEL, spark.createDataFrame([("m2",)], CURRENT_MODEL.schema()))
     return Served(runtime, *models["m2"])
 
 

@@ -21,7 +21,7 @@ from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
 from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_EMBEDDINGS, Table
 from scripts.faults import delta_reader
-from spark_udfs.encode import encode_rows
+from spark_udfs.encode import LoadedModel, encode_rows
 from tests.conftest import make_config
 from tests.sequence_files import MAX_LENGTH, item_counts, make_rows
 from training.batches import FEATURES
@@ -248,12 +248,12 @@ def test_vectors_from_duckdb_rank_like_the_model_itself(trained: Runtime) -> Non
 
 def test_rows_are_encoded_alike_in_any_order_and_batch_size(trained: Runtime) -> None:
     spec = ModelSpec.model_validate(about_of(trained)["spec"])
-    model = load_model(trained.model_dir() / "model.safetensors", spec)
+    model = LoadedModel(load_model(trained.model_dir() / "model.safetensors", spec))
     rows = make_rows(30, seed=4)
 
     def encode(rows: list[dict[str, Any]], batch_size: int) -> np.ndarray:
         values = [np.concatenate([row[name] for row in rows]).astype(np.int32) for name in FEATURES]
-        return encode_rows(model, np.array([row["length"] for row in rows]), values, batch_size)
+        return encode_rows(model, np.array([row["length"] for row in rows]), values, batch_size)[0]
 
     expected = np.concatenate([encode([row], 1) for row in rows])
     np.testing.assert_allclose(encode(rows, 7), expected, rtol=1e-4, atol=1e-5)
@@ -298,7 +298,7 @@ def test_a_user_in_many_batches_of_arrow_still_has_one_vector(trained: Runtime) 
     key = "spark.sql.execution.arrow.maxRecordsPerBatch"
     trained.spark.conf.set(key, "3")
     try:
-        small = score_users.encode_sequences(rows, trained.model_dir(), 2).select("user_id", "vector").collect()
+        small = score_users.encode_sequences(rows, ["user_id"], model_dir=trained.model_dir(), batch_size=2).collect()
     finally:
         trained.spark.conf.unset(key)
     stored = trained.spark.read.format("delta").load(trained.path(USER_EMBEDDINGS)).select("user_id", F.col("vector"))

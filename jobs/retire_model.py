@@ -1,0 +1,56 @@
+"""retire_model: takes the vectors of one old model out of user_embeddings, item_embeddings and neighbours.
+
+trailvec retire_model VERSION --conf conf/local.toml
+
+One commit for each table, of whole partitions: no data file is read. Readers that began before go on until
+maintain_tables deletes the files. The current model is refused. The model itself stays in models/VERSION, and can be
+scored again; its rows in `evaluation` stay too.
+"""
+
+from __future__ import annotations
+
+from pyspark.sql import Column
+from pyspark.sql import functions as F
+
+from jobs.cli import stage_main
+from jobs.errors import TrailvecError
+from jobs.runtime import Report, Runtime, Stage
+from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, NEIGHBOURS, USER_EMBEDDINGS
+
+_OF_MODELS = (NEIGHBOURS, USER_EMBEDDINGS, ITEM_EMBEDDINGS)
+
+
+def retire(runtime: Runtime, version: str) -> Report:
+    """Deletes the model's rows; how many, by table.
+
+    Raises:
+        TrailvecError: it is the current model, or no table has a row of it.
+    """
+    return runtime.execute(Stage("retire_model", "", lambda r: _run(r, version), (), (), ()), force=True)
+
+
+def _run(runtime: Runtime, version: str) -> None:
+    tables = [table for table in _OF_MODELS if runtime.exists(table)]
+    if runtime.exists(CURRENT_MODEL) and not runtime.latest(CURRENT_MODEL).where(_is(version)).isEmpty():
+        raise TrailvecError(f"model {version} is the current one: make another current first (`trailvec score_users`)")
+    counts = {table.name: runtime.latest(table).where(_is(version)).count() for table in tables}
+    if not any(counts.values()):
+        found = runtime.latest(USER_EMBEDDINGS).select("model_version").distinct().collect() if tables else []
+        names = ", ".join(sorted(row["model_version"] for row in found)) or "none"
+        raise TrailvecError(f"no table has a row of model {version} (found: {names}): correct the version")
+    for table in tables:
+        # The note tells score_users that nothing of the model is there to go on from.
+        runtime.delete(table, _is(version), note={"model": {"version": version, "retired": True}})
+    runtime.report.rows_out = counts
+
+
+def _is(version: str) -> Column:
+    return F.col("model_version") == version
+
+
+def main() -> None:
+    stage_main("retire_model")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""How fast users are scored: python scripts/bench/score.py [--quick] [--users 100000] [--sizes 1e4,1e5,1e6]
+
+Users of skewed histories (2 to 64 actions, 17 in the mean) in Parquet, a model of the default size with random weights,
+2 cores; in turns, medians. All but the loops go from Parquet to Parquet in Spark:
+  trailvec    spark_udfs.encode.encode_users, what score_users runs
+  forward     one process, one thread: `SequenceModel.encode` over the padded batches that trailvec makes, in memory
+  last_state  the same loop by training.scoring.fast_encoder, which computes no state that nobody asks for
+  unbucketed  the forward loop over batches of users as they come
+  row_udf     a Python UDF that encodes one user at a time, by fast_encoder (a sample)
+  ptls        the pattern of pytorch-lifestream's own Spark inference (ptls/pl_inference_spark.py, not installed here):
+              all users sorted by length, gathered into batches of 512 by collect_list and written; a row UDF that pads
+              a batch by pad_sequence, runs the broadcast model (fast_encoder here too) and returns Python lists;
+              exploded into a column for each coordinate. 8 partitions; its 100 would be mostly empty.
+Workers are warm: the first round is not counted.
+
+The last line is one JSON object. ratio_to_forward_loop, speedup_vs_unbucketed, speedup_vs_row_udf and speedup_vs_ptls
+are ratios of users per CPU second (of all processes, the JVM's too: what other work on the machine changes least);
+ratio_to_last_state_loop is the hardest comparison; *_wall are the same by the clock, per core. us_per_user: CPU
+microseconds. parts_us_per_user: where trailvec's go (forward, making batches, and Spark: reading, Arrow, writing).
+padding_share. users_per_s: trailvec's by size, by the clock; growth: the exponent of its CPU seconds in users. A chart
+goes to build/bench/score.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from feed import make_rows
+from measure import CORES, bars, cpu_seconds, exponent, last_line, said, session
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from jobs.score_users import encode_sequences
+from spark_udfs.encode import LoadedModel, by_length, encode_rows
+from training.batches import FEATURES
+from training.checkpoint import WEIGHTS, load_model, save_model
+from training.config import ModelSpec
+from training.model import build_model
+from training.scoring import fast_encoder
+
+ITEMS, BATCH, ARROW = 50_002, 512, 10_000  # ARROW: rows that Spark hands to Python at once
+CONTEXT = {
+    "event_type_index": 6,
+    "vertical_index": 7,
+    "gap_bucket": 32,
+    "session_end": 3,
+    "hour": 25,
+    "weekday": 8,
+    "price_bucket": 41,
+}
+SPEC = ModelSpec(
+    architecture="gpt2",
+    width=64,
+    layers=1,
+    heads=2,
+    dropout=0.0,
+    negatives=0,
+    max_length=65,
+    items=ITEMS,
+    context_sizes=CONTEXT,
+    attribute_sizes={"category": 200, "vertical": 7, "price": 41},
+)
+Batches = list[dict[str, torch.Tensor]]
+
+
+def write_users(folder: Path, users: int) -> str:
+    """Rows as those that score_users reads, in files of 262,144."""
+    target = folder / f"score-{users}"
+    target.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    for start in range(0, users, 262_144):
+        count = min(262_144, users - start)
+        rows = make_rows(random, count, start)
+        as_of = pa.array([datetime(2024, 1, 1)] * count, pa.timestamp("us", "UTC"))
+        path = target / f"part-{start:010}.parquet"
+        if not path.exists():
+            pq.write_table(rows.append_column("as_of", as_of), path, row_group_size=16_384, compression="snappy")
+    return str(target)
+
+
+def columns_of(rows: pa.Table) -> tuple[np.ndarray, list[np.ndarray]]:
+    values = [rows.column(name).combine_chunks().flatten().to_numpy() for name in FEATURES]
+    return rows.column("length").to_numpy().astype(np.int64), values
+
+
+def padded(rows: pa.Table, bucketed: bool) -> Batches:
+    """The batches that trailvec's workers make of the rows, or those of users as they come."""
+    found: Batches = []
+    step = ARROW if bucketed else BATCH
+    for start in range(0, len(rows), step):
+        for _, batch in by_length(*columns_of(rows.slice(start, step)), SPEC.history_length, BATCH):
+            found.append({name: torch.from_numpy(matrix).long() for name, matrix in batch.items()})
+    return found
+
+
+def loop(encode: Callable[[dict[str, torch.Tensor]], torch.Tensor], batches: Batches) -> None:
+    with torch.inference_mode():
+        for batch in batches:
+            encode(batch)
+
+
+def encoded(model: LoadedModel, rows: pa.Table) -> float:
+    """The padding share of all batches, which are encoded."""
+    places = sum(encode_rows(model, *columns_of(rows.slice(n, ARROW)), BATCH)[2] for n in range(0, len(rows), ARROW))
+    return 1 - float(np.minimum(rows.column("length").to_numpy(), SPEC.history_length).sum()) / places
+
+
+# ---- in Spark -----------------------------------------------------------------------------------------
+
+
+def save(rows: DataFrame, out: Path) -> None:
+    rows.write.mode("overwrite").parquet(str(out))
+
+
+def row_udf(rows: DataFrame, model: Any) -> DataFrame:
+    def encode(*features: list[int]) -> list[float]:
+        torch.set_num_threads(1)
+        batch = {name: torch.tensor([row]) for name, row in zip(FEATURES, features, strict=True)}
+        with torch.inference_mode():
+            vector: list[float] = fast_encoder(model.value)(batch)[0].tolist()
+        return vector
+
+    return rows.select("user_id", F.udf(encode, "array<float>")(*FEATURES).alias("vector"))
+
+
+def ptls(rows: DataFrame, model: Any, out: Path) -> None:
+    lists = [F.collect_list(name).alias(name) for name in ("user_id", *FEATURES)]
+    numbered = rows.orderBy("length").withColumn("number", F.monotonically_increasing_id())
+    save(numbered.groupBy(F.floor(F.col("number") / BATCH).alias("batch")).agg(*lists), out / "batches")
+
+    def encode(*features: list[list[int]]) -> list[list[float]]:
+        torch.set_num_threads(1)
+        batch = {
+            name: torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in feature], batch_first=True)
+            for name, feature in zip(FEATURES, features, strict=True)
+        }
+        with torch.no_grad():
+            vectors: list[list[float]] = fast_encoder(model.value)(batch).tolist()
+        return vectors
+
+    batches = rows.sparkSession.read.parquet(str(out / "batches")).repartition(4 * CORES)
+    encoded = batches.select("user_id", F.udf(encode, "array<array<float>>")(*FEATURES).alias("vector"))
+    save(encoded, out / "encoded")
+    pairs = rows.sparkSession.read.parquet(str(out / "encoded")).select(
+        F.explode(F.arrays_zip("user_id", "vector")).alias("p")
+    )
+    save(pairs.select("p.user_id", *[F.col("p.vector")[n].alias(f"v{n}") for n in range(SPEC.width)]), out / "vectors")
+
+
+# ---- measuring ----------------------------------------------------------------------------------------
+
+
+def timed(act: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds by the clock, and CPU seconds of this process and all below it."""
+    started, cpu = time.perf_counter(), time.process_time() + cpu_seconds()
+    act()
+    return time.perf_counter() - started, time.process_time() + cpu_seconds() - cpu
+
+
+def trailvec(spark: SparkSession, path: str, model_dir: Path, out: Path) -> None:
+    rows = spark.read.parquet(path)
+    save(encode_sequences(rows, ["user_id", "as_of"], model_dir=model_dir, batch_size=BATCH), out)
+
+
+def contestants(
+    spark: SparkSession, folder: Path, path: str, users: int, sample: int
+) -> Iterator[tuple[str, int, Callable[[], Any]]]:
+    """Name, users and act of each."""
+    model_dir, out = folder / "score-model", folder / "score-out"
+    loaded = load_model(model_dir / WEIGHTS, SPEC)
+    worker = LoadedModel(loaded)
+    fast = fast_encoder(loaded)
+    table = pq.read_table(path, columns=["length", *FEATURES])
+    part = table.slice(0, min(users, 50_000))
+    batches, as_they_come = padded(part, bucketed=True), padded(part, bucketed=False)
+    shared = spark.sparkContext.broadcast(loaded)
+    rows = spark.read.parquet(path)
+    few = spark.createDataFrame(rows.limit(sample).toPandas(), rows.schema).repartition(CORES).persist()
+    few.count()
+    yield "trailvec", users, lambda: trailvec(spark, path, model_dir, out / "ours")
+    yield "forward", len(part), lambda: loop(loaded.encode, batches)
+    yield "last_state", len(part), lambda: loop(fast, batches)
+    yield "unbucketed", len(part), lambda: loop(loaded.encode, as_they_come)
+    yield "batches", len(part), lambda: encoded(worker, part)
+    yield "row_udf", sample, lambda: save(row_udf(few, shared), out / "rows")
+    yield "ptls", users, lambda: ptls(rows, shared, out / "ptls")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="10,000 users, 1 counted round: mostly fixed costs")
+    parser.add_argument("--users", type=float, help="scored in each round (default: 100,000)")
+    parser.add_argument("--rounds", type=int, help="medians of so many (default: 5)")
+    parser.add_argument("--sizes", help="users of the runs that tell growth (default: 1e4,1e5,1e6; quick: none)")
+    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for users, vectors and the chart")
+    arguments = parser.parse_args()
+    users = int(arguments.users or (10_000 if arguments.quick else 100_000))
+    sizes = [int(float(n)) for n in (arguments.sizes or ("" if arguments.quick else "1e4,1e5,1e6")).split(",") if n]
+    folder = arguments.folder.absolute()
+
+    torch.set_num_threads(1)
+    model_dir = folder / "score-model"
+    shutil.rmtree(model_dir, ignore_errors=True)
+    model_dir.mkdir(parents=True)
+    attributes = torch.stack([torch.arange(ITEMS) % size for size in SPEC.attribute_sizes.values()])
+    save_model(
+        model_dir, build_model(SPEC, torch.ones(ITEMS, dtype=torch.int64), attributes), {"model_version": "bench"}
+    )
+    path = write_users(folder, users)
+    spark = session(quick=False)
+
+    measured: dict[str, list[tuple[float, float]]] = {}
+    acts = list(contestants(spark, folder, path, users, sample=500 if arguments.quick else 5_000))
+    for number in range((arguments.rounds or (1 if arguments.quick else 5)) + 1):
+        for name, count, act in acts:
+            clock, cpu = timed(act)
+            if number:
+                measured.setdefault(name, []).append((clock / count, cpu / count))
+        if number:
+            said(f"round {number}: " + ", ".join(f"{n} {1e6 * m[-1][1]:.0f} us" for n, m in measured.items()))
+    clock, cpu = (
+        {name: statistics.median(times[place] for times in all_times) for name, all_times in measured.items()}
+        for place in (0, 1)
+    )
+    table = pq.read_table(path, columns=["length", *FEATURES]).slice(0, 50_000)
+    padding = encoded(LoadedModel(load_model(model_dir / WEIGHTS, SPEC)), table)
+    growth, speeds = [], {}
+    for size in sizes:
+        read = partial(trailvec, spark, write_users(folder, size), model_dir, folder / "score-out/ours")
+        seconds, work = timed(read)
+        growth.append((float(size), work))
+        speeds[str(size)] = round(size / seconds)
+        said(f"{size:,} users: {seconds:.1f} s, {work:.1f} CPU s")
+    spark.stop()
+    shutil.rmtree(folder / "score-out")
+    bars(folder / "score.svg", {name: [1e6 * t for _, t in times] for name, times in measured.items()}, unit="us")
+
+    others = {
+        "ratio_to_forward_loop": "forward",
+        "ratio_to_last_state_loop": "last_state",
+        "speedup_vs_unbucketed": "unbucketed",
+        "speedup_vs_row_udf": "row_udf",
+        "speedup_vs_ptls": "ptls",
+    }
+    result: dict[str, Any] = {key: cpu[name] / cpu["trailvec"] for key, name in others.items()}
+    for key, name in others.items():
+        # A loop has one core, a job of Spark's all of them.
+        result[f"{key}_wall"] = clock[name] * (1 if name in ("row_udf", "ptls") else 1 / CORES) / clock["trailvec"]
+    result["us_per_user"] = {name: round(1e6 * seconds, 1) for name, seconds in cpu.items()}
+    parts = {
+        "forward": cpu["last_state"],
+        "batches": cpu["batches"] - cpu["last_state"],
+        "spark": cpu["trailvec"] - cpu["batches"],
+    }
+    result["parts_us_per_user"] = {name: round(1e6 * seconds, 1) for name, seconds in parts.items()}
+    result |= {"padding_share": padding, "users": users, "users_per_s": speeds}
+    result["users_per_core_s"] = round(1 / cpu["trailvec"])
+    if len(growth) > 1:
+        result["growth"] = exponent(growth)
+    last_line(result)
+
+
+if __name__ == "__main__":
+    main()

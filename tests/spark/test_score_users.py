@@ -1,0 +1,259 @@
+"""score_users over models with random weights, against a plain loop: `model.encode`, one user after the other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pyspark.sql import SparkSession
+
+from jobs import cli, find_neighbours, score_users
+from jobs.errors import TrailvecError
+from jobs.retire_model import retire
+from jobs.runtime import Runtime, Stage, write_json
+from jobs.score_users import progress_line
+from jobs.sql import query
+from jobs.tables import ITEM_EMBEDDINGS, SEQUENCES, USER_EMBEDDINGS
+from scripts.faults import delta_reader
+from tests.conftest import make_config, put, read_delta
+from tests.sequence_files import MAX_LENGTH, SPEC, item_counts, make_rows
+from tests.spark.test_train_and_score import CUT, fill, sequences
+from training.batches import FEATURES
+from training.checkpoint import save_model
+from training.model import SequenceModel, build_model
+
+USERS = 40
+Rows = list[dict[str, Any]]
+
+
+def make_model(runtime: Runtime, version: str, seed: int) -> SequenceModel:
+    """A model's folder; the model is made the one in use. Item 29 it does not know."""
+    torch.manual_seed(seed)
+    model = build_model(SPEC, torch.from_numpy(item_counts(make_rows(200)))).eval()
+    folder = runtime.models / version
+    folder.mkdir(parents=True)
+    save_model(folder, model, {"model_version": version})
+    write_json(runtime.models / "current.json", {"model_version": version})
+    return model
+
+
+def score_rows(count: int, seed: int, first_user: int = 0) -> Rows:
+    rows = sequences(make_rows(count, seed), "score")
+    return [row | {"user_id": f"u{first_user + number}"} for number, row in enumerate(rows)]
+
+
+def change(runtime: Runtime, upserts: Rows, deletes: Rows) -> None:
+    """One MERGE into sequences, as build_sequences makes it."""
+    new, gone = (runtime.spark.createDataFrame(rows, SEQUENCES.schema()) for rows in (upserts, deletes))
+    stage = Stage("change", "", lambda r: r.merge(SEQUENCES, new, deletes=gone), (), (SEQUENCES,), ())
+    runtime.execute(stage, force=True)
+
+
+def by_plain_loop(model: SequenceModel, rows: Rows) -> dict[str, tuple[Any, ...]]:
+    found = {}
+    for row in rows:
+        read = {name: torch.tensor([row[name][-(MAX_LENGTH - 1) :]]) for name in FEATURES}
+        known = [item for item in read["item_index"][0].tolist() if item < SPEC.items and model.item_counts[item] > 0]
+        with torch.inference_mode():
+            vector = model.encode(read)[0].numpy()
+        found[row["user_id"]] = (vector, len(read["item_index"][0]), not known)
+    return found
+
+
+def assert_vectors(runtime: Runtime, model: SequenceModel, version: str, rows: Rows) -> None:
+    """The table holds exactly those of the rows, as DuckDB reads it."""
+    expected = by_plain_loop(model, rows)
+    found = [r for r in read_delta(runtime.path(USER_EMBEDDINGS)) if r["model_version"] == version]
+    assert sorted(r["user_id"] for r in found) == sorted(expected)
+    for r in found:
+        vector, history_length, is_cold = expected[r["user_id"]]
+        np.testing.assert_allclose(r["vector"], vector, rtol=1e-4, atol=1e-5)
+        assert (r["history_length"], r["is_cold"]) == (history_length, is_cold)
+        assert r["as_of"].replace(tzinfo=None) == CUT
+
+
+def current(runtime: Runtime) -> tuple[set[str], int]:
+    rows = query(runtime, "SELECT user_id, model_version FROM current_user_embeddings").collect()
+    return {row["model_version"] for row in rows}, len(rows)
+
+
+@pytest.fixture
+def shop(make_runtime: Callable[..., Runtime], spark: SparkSession) -> Runtime:
+    """40 users to score and a few rows of training; no model."""
+    spark.sql("DROP DATABASE IF EXISTS scores CASCADE")  # the session is shared: forget the last test's tables
+    runtime = make_runtime("storage.database=scores", "score.batch_size=7", "score.chunk_users=10")
+    fill(runtime, SEQUENCES, score_rows(USERS, seed=1) + sequences(make_rows(6, seed=2), "train"), files=2)
+    return runtime
+
+
+def test_increments_end_as_a_plain_loop_over_all_users(shop: Runtime) -> None:
+    model = make_model(shop, "m1", seed=1)
+    rows = score_rows(USERS, seed=1)
+    report = shop.execute(score_users.STAGE)
+    assert report.rows_out == {"users_encoded": USERS, "user_embeddings": USERS, "current_model": 1}
+    assert_vectors(shop, model, "m1", rows)
+    assert shop.execute(score_users.STAGE).skipped
+
+    changed = score_rows(3, seed=3, first_user=5) + score_rows(2, seed=4, first_user=USERS)
+    training = sequences(make_rows(6, seed=5), "train")  # of u0, u1, u2: no change of what they are scored by
+    change(shop, changed + training, rows[20:22])
+    report = shop.execute(score_users.STAGE)
+    assert report.rows_out["users_encoded"] == 5
+    rows = rows[:5] + rows[8:20] + rows[22:] + changed
+    assert_vectors(shop, model, "m1", rows)
+    assert shop.execute(score_users.STAGE).skipped
+
+    # Twice changed between two runs, and once there and gone again.
+    change(shop, score_rows(1, seed=6, first_user=5) + score_rows(1, seed=6, first_user=77), [])
+    last = score_rows(1, seed=7, first_user=5)
+    change(shop, last, score_rows(1, seed=6, first_user=77))
+    assert shop.execute(score_users.STAGE).rows_out["users_encoded"] == 1
+    rows = [row for row in rows if row["user_id"] != "u5"] + last
+    assert_vectors(shop, model, "m1", rows)
+
+
+def test_a_table_made_anew_as_a_whole_is_compared_with_what_it_was(shop: Runtime) -> None:
+    model = make_model(shop, "m1", seed=1)
+    shop.execute(score_users.STAGE)
+    rows = score_rows(USERS, seed=1)[:-1]
+    rows[3] = score_rows(1, seed=9, first_user=3)[0]
+    fill(shop, SEQUENCES, rows, files=3)
+    assert shop.execute(score_users.STAGE).rows_out["users_encoded"] == 1
+    assert_vectors(shop, model, "m1", rows)
+
+    # Forced, all anew, into the vectors that are there.
+    assert shop.execute(score_users.STAGE, force=True).rows_out["users_encoded"] == len(rows)
+    assert_vectors(shop, model, "m1", rows)
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing on the way may swallow it."""
+
+
+def test_a_new_model_killed_in_the_middle_goes_on_while_readers_see_the_old_one_whole(
+    shop: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = make_model(shop, "m1", seed=1)
+    shop.execute(score_users.STAGE)
+    new = make_model(shop, "m2", seed=2)
+    rows = score_rows(USERS, seed=1)
+    seen: list[tuple[set[str], int]] = []
+    real = score_users.Scorer._score_chunk
+
+    def chunk(self: score_users.Scorer, scoring: score_users.Scoring, *rest: Any) -> None:
+        if len(seen) == 2:
+            raise Killed
+        real(self, scoring, *rest)
+        seen.append(current(Runtime(shop.config, shop.spark)))
+
+    monkeypatch.setattr(score_users.Scorer, "_score_chunk", chunk)
+    with pytest.raises(Killed):
+        shop.execute(score_users.STAGE)
+    assert seen == [({"m1"}, USERS)] * 2
+    of_new = [r["user_id"] for r in read_delta(shop.path(USER_EMBEDDINGS)) if r["model_version"] == "m2"]
+    assert 0 < len(of_new) < USERS
+    other = Runtime(make_config(shop.root, "model.version=m2"), shop.spark)
+    put(other, ITEM_EMBEDDINGS, shop.spark.createDataFrame([], ITEM_EMBEDDINGS.schema()))
+    with pytest.raises(TrailvecError, match=r"the current model is m1, found model\.version = m2: run"):
+        other.execute(find_neighbours.STAGE)
+
+    # Meanwhile somebody whose chunk is done acts, and somebody goes.
+    acted = score_rows(1, seed=8, first_user=int(of_new[0][1:]))
+    gone = [row for row in rows if row["user_id"] == of_new[1]]
+    change(shop, acted, gone)
+    monkeypatch.setattr(score_users.Scorer, "_score_chunk", real)
+    report = shop.execute(score_users.STAGE)
+    assert report.rows_out["users_encoded"] == USERS - len(of_new) + 1
+    left = [row for row in rows if row["user_id"] not in of_new[:2]] + acted
+    assert_vectors(shop, new, "m2", left)
+    assert_vectors(shop, old, "m1", rows)  # until it is retired
+    assert current(shop) == ({"m2"}, USERS - 1)
+    assert shop.execute(score_users.STAGE).skipped
+    # The same by another reader, from the files alone.
+    users, model = (f"delta_scan('{shop.root}/tables/{name}')" for name in ("user_embeddings", "current_model"))
+    text = f"SELECT count(*) FROM {users} WHERE model_version = (SELECT model_version FROM {model})"
+    assert delta_reader().sql(text).fetchall() == [(USERS - 1,)]
+
+
+def test_back_to_an_old_model_only_what_changed_since_is_encoded(shop: Runtime) -> None:
+    model = make_model(shop, "m1", seed=1)
+    shop.execute(score_users.STAGE)
+    make_model(shop, "m2", seed=2)
+    shop.execute(score_users.STAGE)
+    rows = score_rows(USERS, seed=1)
+    rows[7] = score_rows(1, seed=9, first_user=7)[0]
+    change(shop, [rows[7]], [])
+    write_json(shop.models / "current.json", {"model_version": "m1"})
+    assert shop.execute(score_users.STAGE).rows_out["users_encoded"] == 1
+    assert_vectors(shop, model, "m1", rows)
+    assert current(shop) == ({"m1"}, USERS)
+
+
+def test_cold_users(shop: Runtime) -> None:
+    model = make_model(shop, "m1", seed=1)
+    rows = score_rows(4, seed=1)
+    for row, items in zip(rows, ([1] * 8, [29] * 8, [5000] * 8, [1] * 7 + [4]), strict=True):
+        row.update({name: (row[name] * 8)[:8] for name in FEATURES}, length=8, item_index=items)
+    rows.append(rows[3] | {"user_id": "u4", "item_index": [4] + [1] * 7})  # the known one is older than what is read
+    fill(shop, SEQUENCES, rows)
+    report = shop.execute(score_users.STAGE)
+    assert "5 users encoded" in report.notes[0]
+    assert "4 of them cold" in report.notes[0]
+    assert_vectors(shop, model, "m1", rows)
+    found = {r["user_id"]: r for r in read_delta(shop.path(USER_EMBEDDINGS))}
+    assert [found[f"u{n}"]["is_cold"] for n in range(5)] == [True, True, True, False, True]
+    assert all(np.isfinite(r["vector"]).all() and np.any(r["vector"]) for r in found.values())
+    assert found["u0"]["vector"] != found["u1"]["vector"]  # by their contexts
+
+
+def test_an_old_model_is_retired_and_can_be_scored_again(
+    shop: Runtime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model(shop, "m1", seed=1)
+    shop.execute(score_users.STAGE)
+    make_model(shop, "m2", seed=2)
+    shop.execute(score_users.STAGE)
+    with pytest.raises(TrailvecError, match="model m2 is the current one"):
+        retire(shop, "m2")
+    with pytest.raises(TrailvecError, match=r"no table has a row of model m9 \(found: m1, m2\)"):
+        retire(shop, "m9")
+    monkeypatch.setattr(cli, "Runtime", lambda config: Runtime(config, shop.spark))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["retire_model", "m1", "--set", f'storage.root="{shop.root}"'])
+    assert stopped.value.code == 0
+    assert {r["model_version"] for r in read_delta(shop.path(USER_EMBEDDINGS))} == {"m2"}
+    assert current(shop) == ({"m2"}, USERS)
+
+    write_json(shop.models / "current.json", {"model_version": "m1"})
+    assert shop.execute(score_users.STAGE).rows_out["users_encoded"] == USERS
+    assert_vectors(shop, model, "m1", score_rows(USERS, seed=1))
+
+
+def test_vectors_written_twice_are_never_made_current(shop: Runtime) -> None:
+    make_model(shop, "m1", seed=1)
+    shop.execute(score_users.STAGE)
+    make_model(shop, "m2", seed=2)
+    about = json.loads((shop.models / "m2" / "model.json").read_text())
+    assert about["model_version"] == "m2"
+    real = score_users.Scorer.score_all
+
+    def twice(self: score_users.Scorer, scoring: score_users.Scoring) -> None:
+        real(self, scoring)
+        real(self, scoring)
+
+    score_users.Scorer.score_all = twice  # type: ignore[method-assign]
+    try:
+        with pytest.raises(TrailvecError, match="80 vectors of model m2 for 40 users"):
+            shop.execute(score_users.STAGE)
+    finally:
+        score_users.Scorer.score_all = real  # type: ignore[method-assign]
+    assert current(shop) == ({"m1"}, USERS)
+
+
+def test_what_is_said_meanwhile() -> None:
+    assert progress_line(500, 1_500, 2_000, 5.0) == "1,000 of 2,000 users  100 users/s  0:10 left"
+    assert progress_line(0, 1_500, 2_000, 5.0) == "500 of 2,000 users  0 users/s"
