@@ -110,8 +110,8 @@ class ItemVectors:
 
 
 def load_model(weights: Path, spec: ModelSpec) -> SequenceModel:
-    """The model, ready to encode and not to be trained. Its tensors stay in the file: what is asked for comes into memory,
-    once for all processes of a machine.
+    """The model, ready to encode and not to be trained. Its tensors stay in the file: what is asked for comes into
+    memory, once for all processes of a machine.
 
     Raises:
         TrailvecError: the file is missing, damaged, or of another model.

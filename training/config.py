@@ -60,6 +60,9 @@ class TrainSettings(Section):
     negatives: int = Field(1024, ge=0, description="items drawn for each batch and shared in it; 0: full softmax")
     negative_power: float = Field(1.0, ge=0, le=1, description="drawn by count^power: 1 by frequency, 0 all alike")
     gbce_t: float = Field(0.75, ge=0, le=1, description="gbce's calibration; 0: plain binary cross-entropy")
+    start: Literal["svd", "random"] = Field(
+        "svd", description="item vectors begin as an SVD of who acted on what (up to 200,000 items), or by chance"
+    )
     item_dropout: float = Field(
         0.0, ge=0, lt=1, description="how often an item's own part is left out, so that its attributes can stand alone"
     )

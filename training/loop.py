@@ -48,6 +48,7 @@ from training.data import Batch, Held, read_batches, read_held, to_batch
 from training.metrics import rank_metrics
 from training.model import SequenceModel, build_model
 from training.rowwise import RowWiseAdam
+from training.start import MAX_ITEMS, item_factors
 
 FINAL_RATE = 0.05  # of the learning rate, reached at the end along a cosine
 MAX_HELD_USERS = 10_000
@@ -96,6 +97,9 @@ def train(spec: RunSpec) -> None:  # noqa: PLR0912, PLR0915 - one flat loop in r
         model.load_tensors(part_of(tensors, "model."))
     elif spec.start_from:
         model.grow_from(read_tensors(Path(spec.start_from)))
+    elif rank == 0 and settings.start == "svd" and len(known) <= MAX_ITEMS:
+        # The other ranks get it with the first weights, from the broadcast in dist.distribute.
+        model.start_from(torch.from_numpy(item_factors(spec.train_files, known, spec.model.width, settings.seed)))
     model.to(device)
     own = model.table.own.weight
     items = RowWiseAdam(own, weight_decay=settings.weight_decay, seed=settings.seed) if spec.model.sparse else None

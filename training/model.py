@@ -209,6 +209,12 @@ class SequenceModel(nn.Module):
     # ---- weights
 
     @torch.no_grad()
+    def start_from(self, factors: Tensor) -> None:
+        """Makes `factors`, float32 [items, width], the first item vectors; some of the random ones stays in them, so
+        that no two items begin alike."""
+        self.table.own.weight.mul_(0.3).add_(factors)
+
+    @torch.no_grad()
     def grow_from(self, tensors: dict[str, Tensor]) -> None:
         """Begins where an older model ended: what `tensors()` gave there, of a spec that differs only in that its
         vocabularies are shorter. Old rows keep their numbers and meaning; an item that is new has no part of its own

@@ -96,7 +96,7 @@ def write_rows(folder: Path, items: int, files: int) -> None:
 def run_spec(data: Path, items: int, files: int, **settings: Any) -> RunSpec:
     """A run over the first `files` files. Next actions as targets, as Transformers4Rec's causal masking has them."""
     chosen = TrainSettings.model_validate(
-        {"threads": 2, "batch_size": 256, "later_share": 0.0, "epochs": 1, **settings}
+        {"threads": 2, "batch_size": 256, "later_share": 0.0, "epochs": 1, "start": "random", **settings}
     )
     sizes = chosen.model_dump(include=set(ModelSpec.model_fields))
     return RunSpec(

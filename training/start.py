@@ -1,0 +1,55 @@
+"""Where the item vectors start: what people did together, found by a truncated SVD before the first step.
+
+From random vectors a transformer over a catalogue of this size needs very many passes to find out which items go
+together; the SVD of rows by items says it in a second, and the sum of a history's vectors is then already a fair guess
+of what comes next (Sarwar et al., 2000, for the factors; measured in docs/what-did-not-work.md).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+import pyarrow.dataset as pds
+import scipy.sparse as sp
+from scipy.sparse.linalg import svds
+
+MAX_ROWS = 100_000  # of sequences; with MAX_ITEMS it bounds memory, whatever the log's size
+MAX_ITEMS = 200_000  # 200 MB of factors at width 64
+_NORM = 0.1  # root mean square of the vectors' lengths: about that of the random ones at width 64
+_LONGEST = 4 * _NORM  # popular items' vectors would be so long that the first epochs go into shortening them
+
+
+def item_factors(
+    files: list[str], known: npt.NDArray[np.bool_], width: int, seed: int, max_rows: int = MAX_ROWS
+) -> npt.NDArray[np.float32]:
+    """The right singular vectors of log(1 + count) of the first `max_rows` rows by the known items.
+
+    Args:
+        files: file:// URLs of the train split; its rows lie in an order that has nothing to do with users.
+        known: whether the model knows an item, [items].
+
+    Returns:
+        float32 [items, width]; zeros for items that are in none of the rows, and in the last coordinates where the
+        rows or items are fewer than `width`.
+    """
+    paths = [url.removeprefix("file://") for url in files]
+    lists = pds.dataset(paths).head(max_rows, columns=["item_index"])["item_index"].combine_chunks()
+    rows = np.repeat(np.arange(len(lists)), pc.list_value_length(lists).to_numpy())
+    items = lists.flatten().to_numpy()
+    inside = (items < len(known)) & known[np.minimum(items, len(known) - 1)]
+    counts = sp.csr_matrix((np.ones(inside.sum()), (rows[inside], items[inside])), shape=(len(lists), len(known)))
+    counts.sum_duplicates()
+    counts.data = np.log1p(counts.data)
+
+    factors = np.zeros((len(known), width), np.float32)
+    smaller = min(counts.shape)
+    rank = min(width, smaller - 1)
+    if rank < 1 or counts.nnz == 0:
+        return factors
+    _, _, right = svds(counts, k=rank, v0=np.random.default_rng(seed).standard_normal(smaller))
+    factors[:, :rank] = right.T
+    lengths = np.linalg.norm(factors, axis=1, keepdims=True)
+    scale = _NORM / np.sqrt(np.mean(lengths[known] ** 2))
+    factors *= np.minimum(scale, _LONGEST / np.maximum(lengths, 1e-12))
+    return factors
