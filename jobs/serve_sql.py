@@ -30,6 +30,8 @@ from jobs.tables import TABLES
 from spark_udfs.nearest_of_user import TABLE_FUNCTIONS
 
 _LOGIN = ("TRAILVEC_SQL_USER", "TRAILVEC_SQL_PASSWORD")
+_LOGIN_CLASS = "TrailvecLogin"
+_CLASS_PATH = "spark.driver.extraClassPath"
 _LOOK_AGAIN_SECONDS = 10.0
 _SETTINGS = {
     # A large answer goes to its client piece by piece, not through the server's memory as a whole.
@@ -74,13 +76,14 @@ def run_serve(config: Config, host: str, port: int) -> None:
     # A client can read the JVM's environment, which is a copy of this one: no secret may stand in it.
     for name in (*_LOGIN, "TRAILVEC_EXPORT_KEY"):
         os.environ.pop(name, None)
-    spark_settings = config.spark.model_copy(update={"conf": _SETTINGS | config.spark.conf})
-    runtime = Runtime(config.model_copy(update={"spark": spark_settings}))
-    spark = runtime.spark
-    prepare(runtime)
-    _share_functions(spark)
     stopped = threading.Event()
     with tempfile.TemporaryDirectory(prefix="trailvec-sql-") as scratch:
+        settings = _SETTINGS | config.spark.conf
+        settings[_CLASS_PATH] = os.pathsep.join(filter(None, [scratch, settings.get(_CLASS_PATH)]))
+        runtime = Runtime(config.model_copy(update={"spark": config.spark.model_copy(update={"conf": settings})}))
+        spark = runtime.spark
+        prepare(runtime)
+        _share_functions(spark)
         server = _start(spark, host, port, login, Path(scratch))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopped.set())
@@ -167,14 +170,16 @@ def _start(spark: SparkSession, host: str, port: int, login: str | None, scratch
     }.items():
         hadoop.set(key, value)
     if login:
-        # The server's threads look for the class in the loader of the thread that starts them: this one.
-        thread = jvm.java.lang.Thread.currentThread()
+        # Onto the driver's class path: a thread that has served a query has another class loader than before, and only
+        # what the application's loader finds is found by all of them.
         compiler = jvm.org.codehaus.janino.SimpleCompiler()
-        compiler.setParentClassLoader(thread.getContextClassLoader())
         compiler.cook(login)
-        thread.setContextClassLoader(compiler.getClassLoader())
+        file = scratch / f"{_LOGIN_CLASS}.class"
+        file.write_bytes(bytes(compiler.getBytecodes()[_LOGIN_CLASS]))
+        jvm.java.lang.Class.forName(_LOGIN_CLASS)
+        file.unlink()  # nobody has to read the digest
         # A connection's own HiveConf knows nothing of Spark's settings, but of the system's.
-        system.setProperty("hive.server2.custom.authentication.class", "TrailvecLogin")
+        system.setProperty("hive.server2.custom.authentication.class", _LOGIN_CLASS)
     start: Any = jvm.org.apache.spark.sql.hive.thriftserver.HiveThriftServer2.startWithContext
     return start(spark._jsparkSession.sqlContext())
 
