@@ -208,9 +208,12 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Path | 
     """
     settings = runtime.config.train
     files = {s: snapshot_files(runtime.path(SEQUENCES), runtime.version(SEQUENCES), s) for s in ("train", "valid")}
+    counts = item_counts(runtime.read(ITEMS), runtime.config.vocabulary.min_count)
+    model = model_spec(runtime.config, len(counts), runtime.read(CONTEXT_VALUES))
     base = base_of(runtime)
     if base:
         old = read_about(runtime.models / base)
+        check_growth(base, ModelSpec.model_validate(old["spec"]), model)
         files["train"] = rows_since(runtime, old, staging / "rows")
         settings = settings.model_copy(update={"epochs": settings.warm_epochs})
     footers = [pq.read_metadata(url.removeprefix("file://")) for url in files["train"]]
@@ -219,19 +222,15 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Path | 
         raise TrailvecError(
             "the train split of table sequences has no rows: no user acted twice before sequences.valid_from"
         )
-    if not base:
-        settings = settings.model_copy(update={"epochs": epochs(settings, rows)})
-    counts = item_counts(runtime.read(ITEMS), runtime.config.vocabulary.min_count)
     if not counts.any():
         raise TrailvecError(
             f"no item was seen vocabulary.min_count = {runtime.config.vocabulary.min_count} times in training: lower it"
         )
+    if not base:
+        settings = settings.model_copy(update={"epochs": epochs(settings, rows)})
     places, verticals = item_verticals(runtime.read(ITEMS), len(counts))
     newest = F.date_format(F.max("as_of"), "yyyy-MM-dd'T'HH:mm:ss.SSSSSS")
     as_of = runtime.read(SEQUENCES).where("split = 'train'").agg(newest).collect()[0][0]
-    model = model_spec(runtime.config, len(counts), runtime.read(CONTEXT_VALUES))
-    if base:
-        check_growth(base, ModelSpec.model_validate(old["spec"]), model)
     spec = RunSpec(
         settings=settings,
         model=model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,14 @@ def make_config(root: Path, *sets: str, conf: Path | None = None) -> Config:
     return config.model_copy(
         update={"spark": config.spark.model_copy(update={"master": "local[2]", "conf": SPARK_CONF})}
     )
+
+
+@pytest.fixture(autouse=True)
+def _all_floats() -> Iterator[None]:
+    """Training that runs in this process makes it flush denormal numbers; other tests want them."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")

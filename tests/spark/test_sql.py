@@ -145,7 +145,7 @@ def shop(make_runtime: Callable[..., Runtime], spark: SparkSession) -> Runtime:
     runtime = make_runtime("storage.database=shop")
     spark.sql("DROP DATABASE IF EXISTS shop CASCADE")  # the session is shared: forget the last test's tables
     rows = [
-        (item, n, "m1", datetime(2017, 12, 1, tzinfo=timezone.utc), vector)
+        (item, n, "m1", datetime(2017, 12, 1, tzinfo=timezone.utc), False, vector)
         for n, (item, vector) in enumerate([("bread", [1.0, 0.0]), ("butter", [1.0, 1.0]), ("nails", [-1.0, 2.0])], 2)
     ]
     put(runtime, ITEM_EMBEDDINGS, spark.createDataFrame(rows, ITEM_EMBEDDINGS.schema()))

@@ -163,7 +163,7 @@ def test_model_json_says_what_made_it(trained: Runtime) -> None:
 def test_the_card_the_plot_and_the_run_in_mlflow(trained: Runtime) -> None:
     about = about_of(trained)
     text = (trained.model_dir() / "card.md").read_text()
-    assert "| data | context_values version 1, items version 1, sequences version 3 |" in text
+    assert "| data | sequences version 3, items version 1, context_values version 1 |" in text
     best = about["training"]["epochs"][about["training"]["best_epoch"] - 1]
     assert f"| vertical2 | {best['by_vertical']['vertical2']['users']} |" in text
     assert sum(group["users"] for group in best["by_history"].values()) == about["training"]["held_users"] <= 20
