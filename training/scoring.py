@@ -55,7 +55,7 @@ class _LastStates:
     def _embed(self, known: Batch) -> Tensor:
         """SequenceModel._embed: [rows, length, width]."""
         items = known[ITEM]
-        embedded = F.embedding(items, self._model.table.own.weight) * self._scale
+        embedded = F.embedding(items, self._model.table.own.weight).float() * self._scale
         if self._small is None:
             return embedded
         numbers = [known[name] for name in self._names] + [of[items] for of in self._model.table.attributes]

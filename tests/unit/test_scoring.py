@@ -42,6 +42,7 @@ def columns(rows: list[dict[str, Any]]) -> tuple[np.ndarray, list[np.ndarray]]:
         {"context_sizes": {}, "attribute_sizes": {"category": 7}},
         {"context_sizes": {"hour": 25}, "attribute_sizes": {"category": 7, "vertical": 5}},
         {"context_sizes": {}},
+        {"item_precision": "bfloat16", "width": 24},
         {"architecture": "bert", "objective": "mlm"},
     ],
 )
