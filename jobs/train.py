@@ -45,7 +45,7 @@ from jobs.model_card import plot, write_card
 from jobs.runtime import Runtime, Stage, published, write_json
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
 from jobs.tracking import Tracker, tracked
-from training.batches import FEATURES, MAX_GAP_BUCKET, MAX_HOUR, MAX_PRICE_BUCKET, MAX_SESSION_END, MAX_WEEKDAY
+from training.batches import BUCKET_SIZES, FEATURES
 from training.checkpoint import WEIGHTS, newest_checkpoint, read_about
 from training.config import ITEM_ATTRIBUTES, ModelSpec, RunSpec, TrainSettings
 
@@ -112,16 +112,12 @@ def model_spec(config: Config, items: int, context_values: DataFrame) -> ModelSp
     attribute_sizes = {
         "category": largest.get("category", 1) + 1,
         "vertical": largest.get("vertical", 1) + 1,
-        "price": MAX_PRICE_BUCKET + 1,
+        "price": BUCKET_SIZES["price_bucket"],
     }
     context_sizes = {
         "event_type_index": largest.get("event_type", 1) + 1,
         "vertical_index": largest.get("vertical", 1) + 1,
-        "gap_bucket": MAX_GAP_BUCKET + 1,
-        "session_end": MAX_SESSION_END + 1,
-        "hour": MAX_HOUR + 1,
-        "weekday": MAX_WEEKDAY + 1,
-        "price_bucket": MAX_PRICE_BUCKET + 1,
+        **BUCKET_SIZES,
     }
     return ModelSpec(
         **settings,

@@ -26,6 +26,14 @@ SESSION_END = MAX_SESSION_END = 2
 MAX_HOUR = 24
 MAX_WEEKDAY = 7
 MAX_PRICE_BUCKET = 40
+# The rows that the tables of these features have.
+BUCKET_SIZES = {
+    "gap_bucket": MAX_GAP_BUCKET + 1,
+    "session_end": MAX_SESSION_END + 1,
+    "hour": MAX_HOUR + 1,
+    "weekday": MAX_WEEKDAY + 1,
+    "price_bucket": MAX_PRICE_BUCKET + 1,
+}
 
 
 def pad(values: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64], width: int) -> npt.NDArray[np.int32]:

@@ -8,7 +8,7 @@ Users of skewed histories (2 to 64 actions, 17 in the mean) in Parquet, a model 
   unbucketed  the forward loop over batches of users as they come
   row_udf     a Python UDF that encodes one user at a time, by fast_encoder (a sample)
   ptls        the pattern of pytorch-lifestream's own Spark inference (ptls/pl_inference_spark.py, not installed here):
-              all users sorted by length, gathered into batches of 512 by collect_list and written; a row UDF that pads
+              all users sorted by length, gathered into batches by collect_list and written; a row UDF that pads
               a batch by pad_sequence, runs the broadcast model (fast_encoder here too) and returns Python lists;
               exploded into a column for each coordinate. 8 partitions; its 100 would be mostly empty.
 Workers are warm: the first round is not counted.
@@ -42,24 +42,18 @@ from measure import CORES, bars, cpu_seconds, exponent, last_line, said, session
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from jobs.score_users import encode_sequences
+from jobs.config import ScoreSettings
+from jobs.runtime import spark_conf
+from jobs.score_users import SPLIT, encode_sequences
 from spark_udfs.encode import LoadedModel, by_length, encode_rows
-from training.batches import FEATURES
+from training.batches import BUCKET_SIZES, FEATURES
 from training.checkpoint import WEIGHTS, load_model, save_model
 from training.config import ModelSpec
 from training.model import build_model
 from training.scoring import fast_encoder
 
-ITEMS, BATCH, ARROW = 50_002, 512, 10_000  # ARROW: rows that Spark hands to Python at once
-CONTEXT = {
-    "event_type_index": 6,
-    "vertical_index": 7,
-    "gap_bucket": 32,
-    "session_end": 3,
-    "hour": 25,
-    "weekday": 8,
-    "price_bucket": 41,
-}
+ITEMS, BATCH = 50_002, ScoreSettings().batch_size
+ARROW = int(SPLIT["spark.sql.execution.arrow.maxRecordsPerBatch"])  # rows that Spark hands to Python at once
 SPEC = ModelSpec(
     architecture="gpt2",
     width=64,
@@ -69,8 +63,8 @@ SPEC = ModelSpec(
     negatives=0,
     max_length=65,
     items=ITEMS,
-    context_sizes=CONTEXT,
-    attribute_sizes={"category": 200, "vertical": 7, "price": 41},
+    context_sizes={"event_type_index": 6, "vertical_index": 7, **BUCKET_SIZES},
+    attribute_sizes={"category": 200, "vertical": 7, "price": BUCKET_SIZES["price_bucket"]},
 )
 Batches = list[dict[str, torch.Tensor]]
 
@@ -171,7 +165,8 @@ def timed(act: Callable[[], Any]) -> tuple[float, float]:
 
 def trailvec(spark: SparkSession, path: str, model_dir: Path, out: Path) -> None:
     rows = spark.read.parquet(path)
-    save(encode_sequences(rows, ["user_id", "as_of"], model_dir=model_dir, batch_size=BATCH), out)
+    with spark_conf(spark, SPLIT):
+        save(encode_sequences(rows, ["user_id", "as_of"], model_dir=model_dir, batch_size=BATCH), out)
 
 
 def contestants(

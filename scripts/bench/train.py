@@ -41,7 +41,7 @@ from measure import bars, last_line, said
 
 from jobs.train import launch
 from training import loop
-from training.batches import FEATURES, MAX_GAP_BUCKET, MAX_HOUR, MAX_PRICE_BUCKET, MAX_SESSION_END, MAX_WEEKDAY
+from training.batches import BUCKET_SIZES, FEATURES, MAX_GAP_BUCKET
 from training.checkpoint import read_about
 from training.config import ModelSpec, RunSpec, TrainSettings
 
@@ -49,15 +49,7 @@ MAX_LENGTH = 64
 MEDIAN_LENGTH, SPREAD = 8, 0.9  # of the logarithm
 ROWS_PER_FILE = 1024
 ITEMS, MANY_ITEMS = 12_000, 100_000
-CONTEXT_SIZES = {
-    "event_type_index": 6,
-    "vertical_index": 6,
-    "gap_bucket": MAX_GAP_BUCKET + 1,
-    "session_end": MAX_SESSION_END + 1,
-    "hour": MAX_HOUR + 1,
-    "weekday": MAX_WEEKDAY + 1,
-    "price_bucket": MAX_PRICE_BUCKET + 1,
-}
+CONTEXT_SIZES = {"event_type_index": 6, "vertical_index": 6, **BUCKET_SIZES}
 Epochs = list[dict[str, Any]]
 
 
