@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -19,7 +18,7 @@ from rich.console import Console
 
 from jobs.config import load_config
 from jobs.errors import TrailvecError, explain
-from jobs.runtime import Report, Runtime, Stage
+from jobs.runtime import Report, Runtime, Stage, meanwhile
 from jobs.tables import TABLES
 
 _out = Console(stderr=True, highlight=False)
@@ -177,7 +176,6 @@ def _progress(runtime: Runtime, name: str) -> Iterator[None]:
         runtime.on_progress = lambda text: _out.print(f"    {text}", soft_wrap=True)
         yield
         return
-    done = threading.Event()
     with _out.status(name) as status:
         said = ""
 
@@ -185,18 +183,9 @@ def _progress(runtime: Runtime, name: str) -> Iterator[None]:
             nonlocal said
             said = text
 
-        def watch() -> None:
-            while not done.wait(0.5):
-                status.update(f"{name}  {said or runtime.running_tasks()}")
-
         runtime.on_progress = say
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
+        with meanwhile(lambda: status.update(f"{name}  {said or runtime.running_tasks()}"), 0.5):
             yield
-        finally:
-            done.set()
-            watcher.join()
 
 
 def guarded(action: Callable[[], None], debug: bool = False) -> int:

@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -563,6 +564,24 @@ def spark_conf(spark: SparkSession, settings: dict[str, str]) -> Iterator[None]:
     finally:
         for key in settings:
             spark.conf.unset(key)
+
+
+@contextlib.contextmanager
+def meanwhile(act: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Does `act` every so many seconds, in a thread of its own, until the block ends."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(seconds):
+            act()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
 
 
 @contextlib.contextmanager

@@ -15,10 +15,9 @@ How and why: docs/decisions/0012.
 from __future__ import annotations
 
 import shutil
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -30,7 +29,7 @@ from pyspark.sql import functions as F
 
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
-from jobs.runtime import Runtime, Stage, spark_conf
+from jobs.runtime import Runtime, Stage, meanwhile, spark_conf
 from jobs.tables import CURRENT_MODEL, SEQUENCES, USER_EMBEDDINGS
 from spark_udfs.encode import Counts, Summed, encode_users
 from training.batches import FEATURES
@@ -41,7 +40,7 @@ MAX_CHUNKS = 4
 SECONDS_BETWEEN_LINES = 5.0
 # Bytes of sequences that a task reads, some seconds of work; Spark's own 128 MB suit lighter work.
 # And rows handed to Python at once: with Spark's own 10,000 twice as many places of the matrices would be padding.
-_SPLIT = {
+SPLIT = {
     "spark.sql.files.maxPartitionBytes": str(16 * 1024 * 1024),
     "spark.sql.execution.arrow.maxRecordsPerBatch": "32768",
 }
@@ -148,7 +147,7 @@ class Scorer:
             return
         rows = self.rows(scoring.sequences)
         total = rows.count()
-        with self._told(total, total * len(missing) // scoring.chunks), spark_conf(self._runtime.spark, _SPLIT):
+        with self._told(total, total * len(missing) // scoring.chunks), spark_conf(self._runtime.spark, SPLIT):
             for number in missing:
                 self._score_chunk(scoring, rows, number)
 
@@ -230,23 +229,15 @@ class Scorer:
             "into_empty": into_empty,
         }
 
-    @contextmanager
-    def _told(self, total: int, to_do: int) -> Iterator[None]:
+    def _told(self, total: int, to_do: int) -> AbstractContextManager[None]:
         """Says every few seconds how many of `total` users are done, of whom `to_do` are this block's."""
-        done, started, before = threading.Event(), time.monotonic(), self.counts.value[0]
+        started, before = time.monotonic(), self.counts.value[0]
 
-        def watch() -> None:
-            while not done.wait(SECONDS_BETWEEN_LINES):
-                line = progress_line(self.counts.value[0] - before, to_do, total, time.monotonic() - started)
-                self._runtime.on_progress(line)
+        def tell() -> None:
+            line = progress_line(self.counts.value[0] - before, to_do, total, time.monotonic() - started)
+            self._runtime.on_progress(line)
 
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            done.set()
-            watcher.join()
+        return meanwhile(tell, SECONDS_BETWEEN_LINES)
 
 
 def progress_line(users: int, to_do: int, total: int, seconds: float) -> str:

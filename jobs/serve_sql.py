@@ -25,9 +25,10 @@ from pyspark.sql import SparkSession
 from jobs.config import Config
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime
-from jobs.sql import FUNCTIONS, prepare
+from jobs.sql import prepare
 from jobs.tables import TABLES
 from spark_udfs.nearest_of_user import TABLE_FUNCTIONS
+from spark_udfs.vectors import FUNCTIONS
 
 _LOGIN = ("TRAILVEC_SQL_USER", "TRAILVEC_SQL_PASSWORD")
 _LOGIN_CLASS = "TrailvecLogin"
@@ -82,6 +83,7 @@ def run_serve(config: Config, host: str, port: int) -> None:
         settings[_CLASS_PATH] = os.pathsep.join(filter(None, [scratch, settings.get(_CLASS_PATH)]))
         runtime = Runtime(config.model_copy(update={"spark": config.spark.model_copy(update={"conf": settings})}))
         spark = runtime.spark
+        known = _existing(runtime)
         prepare(runtime)
         _share_functions(spark)
         server = _start(spark, host, port, login, Path(scratch))
@@ -89,7 +91,6 @@ def run_serve(config: Config, host: str, port: int) -> None:
             signal.signal(number, lambda *_: stopped.set())
         address = f"[{host}]" if ":" in host else host
         print(f"SQL at jdbc:hive2://{address}:{port}/{config.storage.database} (Ctrl-C stops it)", flush=True)
-        known = _existing(runtime)
         while not stopped.wait(_LOOK_AGAIN_SECONDS):
             if (existing := _existing(runtime)) != known:  # a stage has made its table
                 runtime.register_tables()

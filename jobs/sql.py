@@ -22,9 +22,6 @@ from spark_udfs import nearest_of_user, vectors
 _SHOWN_ELEMENTS = 3  # of an array
 
 
-FUNCTIONS = vectors.FUNCTIONS
-
-
 def prepare(runtime: Runtime) -> None:
     """Makes the tables and the functions known to the runtime's Spark session: from then on spark.sql() does it."""
     runtime.register_tables()

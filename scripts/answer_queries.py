@@ -16,7 +16,7 @@ from typing import Any
 
 from jobs.config import load_config
 from jobs.runtime import Runtime
-from jobs.sql import query
+from jobs.sql import prepare
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -59,8 +59,9 @@ def main() -> None:
     folder = runtime.model_dir()
     trained = json.loads((folder / "model.json").read_text())["provenance"]["config"]["train"]
     parts = [_HEAD.format(model=folder.name, epochs=trained["epochs"])]
+    prepare(runtime)
     for number, (title, text) in enumerate(queries(), 1):
-        answer = query(runtime, text)
+        answer = runtime.spark.sql(text)
         lines = [f"## {number}. {title}", "", "```sql", text, "```", ""]
         lines += [f"| {' | '.join(answer.columns)} |", f"|{'---|' * len(answer.columns)}"]
         lines += [f"| {' | '.join(_cell(value) for value in row)} |" for row in answer.collect()]

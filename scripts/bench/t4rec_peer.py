@@ -2,8 +2,8 @@
 
 The model is built as Transformers4Rec's documentation builds one, of the same parts and sizes as trailvec's, and begins
 with the same weights. The optimizer, the learning rate's warm-up and cosine and the gradient's norm are those of
-trailvec's loop. What differs is what Transformers4Rec does by itself: rows padded
-to the model's whole length by a loader in a process of its own, its masking, its prediction task, and the Trainer.
+trailvec's loop. What differs is what Transformers4Rec does by itself: rows padded to the model's whole length by a
+loader in a process of its own, its masking, its prediction task, and the Trainer.
 """
 
 from __future__ import annotations
