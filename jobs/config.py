@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from jobs.errors import TrailvecError
 from training.config import Section, TrainSettings, UtcDatetime
@@ -145,6 +145,17 @@ class ScoreSettings(Section):
     )
 
 
+class AlignSettings(Section):
+    """A new model beside the current one: what it must keep to become current."""
+
+    min_overlap: float = Field(
+        0.1, ge=0, le=1, description="of the 10 nearest items of a user, and of an item, so large a share must stay"
+    )
+    max_ranking_loss: float = Field(
+        0.1, ge=0, le=1, description="NDCG@10 in validation may fall by so large a share of the current model's"
+    )
+
+
 class ModelSettings(Section):
     """Which model the stages after training use."""
 
@@ -166,6 +177,14 @@ class NeighboursSettings(Section):
 
     k: int = Field(10, ge=1, description="neighbours of each item or user")
     block_rows: int = Field(4096, ge=1, description="vectors in one side of a matrix product")
+    verticals: list[str] = Field(default_factory=list, description="items of these alone are neighbours; empty: of all")
+    in_stock: str | None = Field(
+        None, description="a file, one item id per line: these items alone are neighbours; None: all"
+    )
+    without: list[str] = Field(
+        default_factory=list,
+        description="event types: a user's items leave out what they did this with (`purchase`: already bought)",
+    )
 
 
 class MaintainSettings(Section):
@@ -181,10 +200,28 @@ class MaintainSettings(Section):
     target_file_mb: int = Field(256, ge=1, description="OPTIMIZE packs files together up to this size")
 
 
+class UserList(Section):
+    """A list of users: one of the two."""
+
+    file: str | None = Field(None, description="text, one user id per line, or Parquet with a column user_id")
+    sql: str | None = Field(None, description="a query over the tables with a column user_id")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> UserList:
+        if (self.file is None) == (self.sql is None):
+            raise ValueError("give either file or sql")
+        return self
+
+
 class ExportSettings(Section):
     """user_embeddings → segment files."""
 
     segments: list[str] = Field(default_factory=list, description="the segments' files (conf/segments/*.toml)")
+    consent: UserList | None = Field(
+        None,
+        description="who has consented to what: user_id and a boolean column for each purpose; a file is Parquet or "
+        "CSV with a header. Who is not in it has consented to nothing; of several rows of a user all must be true",
+    )
 
 
 class Config(Section):
@@ -199,6 +236,7 @@ class Config(Section):
     sequences: SequencesSettings = SequencesSettings()
     train: TrainSettings = TrainSettings()
     model: ModelSettings = ModelSettings()
+    align: AlignSettings = AlignSettings()
     score: ScoreSettings = ScoreSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     neighbours: NeighboursSettings = NeighboursSettings()

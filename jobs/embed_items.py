@@ -2,7 +2,7 @@
 
 An item that the model knows has the vector that it learnt. Any other (too rare in training, or newer than the model) is
 cold: its vector is what the model learnt about its category, its vertical and its price. An item of which the model
-knows none of these gets no row.
+knows none of these gets no row. What is written is turned as `trailvec align` found.
 """
 
 from __future__ import annotations
@@ -10,29 +10,26 @@ from __future__ import annotations
 from pyspark.sql import functions as F
 
 from jobs.cli import stage_main
+from jobs.models import item_vectors
 from jobs.runtime import Runtime, Stage
-from jobs.score_users import ship_weights
 from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS
-from jobs.train import item_attributes
-from spark_udfs.encode import embed_items
-from training.checkpoint import read_about
-from training.config import ModelSpec
+from training.checkpoint import read_about, read_alignment
 
 
 def run(runtime: Runtime) -> None:
     folder = runtime.model_dir()
     about = read_about(folder)
-    names = ModelSpec.model_validate(about["spec"]).attribute_sizes
-    items = runtime.read(ITEMS)
-    numbers = item_attributes(items, runtime.read(CONTEXT_VALUES)).select("item_index", *names)
-    rows = items.select("item_id", "item_index").join(numbers, "item_index")
-    weights = ship_weights(runtime.spark, folder, about["weights_sha256"])
     vectors = (
-        embed_items(rows.select("item_id", "item_index", *names), weights)
+        item_vectors(runtime, folder)
         .withColumn("model_version", F.lit(about["model_version"]))
         .withColumn("as_of", F.to_timestamp(F.lit(about["as_of"])))
     )
     runtime.write(ITEM_EMBEDDINGS, vectors)
+
+
+def _inputs(runtime: Runtime) -> dict[str, str | None]:
+    folder = runtime.model_dir()
+    return {"model_version": folder.name, "rotation": (read_alignment(folder) or {}).get("rotation_sha256")}
 
 
 STAGE = Stage(
@@ -42,7 +39,7 @@ STAGE = Stage(
     reads=(ITEMS, CONTEXT_VALUES),
     writes=(ITEM_EMBEDDINGS,),
     settings=(),
-    inputs=lambda runtime: {"model_version": runtime.model_dir().name},
+    inputs=_inputs,
 )
 
 

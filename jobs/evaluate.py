@@ -22,8 +22,8 @@ from pyspark.sql import functions as F
 
 from jobs.build_sequences import UNKNOWN, in_vocabulary, number_actions
 from jobs.cli import stage_main
+from jobs.models import encode_sequences
 from jobs.runtime import Runtime, Stage
-from jobs.score_users import encode_sequences
 from jobs.splits import before_cut, cut_times
 from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS
 from training.floors import ItemKnn, own_frequency, popularity

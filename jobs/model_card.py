@@ -64,7 +64,7 @@ def card(about: dict[str, Any]) -> str:
         "- An item that the model does not know has no vector, and is read as `unknown` in a history.",
         "- A history of few actions says little; one of unknown items alone says nothing. The table above shows it.",
         "- Older actions than those it reads do not count.",
-        "- Its vectors can't be compared with those of another version, also after a retrain on the same data.",
+        "- Its vectors are those of another version only as far as alignment.json, beside this card, says.",
         "- It has learnt what people did, with whatever was shown, sold out or advertised to them at the time.",
         "",
     ]

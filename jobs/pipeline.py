@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jobs import (
+    align,
     build_sequences,
     build_vocabulary,
     embed_items,
@@ -23,6 +24,7 @@ STAGES = (
     build_vocabulary.STAGE,
     build_sequences.STAGE,
     train.STAGE,
+    align.STAGE,
     embed_items.STAGE,
     score_users.STAGE,
     evaluate.STAGE,

@@ -14,27 +14,24 @@ How and why: docs/decisions/0012.
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
-from pyspark import SparkFiles
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from jobs.align import refusal
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
+from jobs.models import encode_sequences
 from jobs.runtime import Runtime, Stage, meanwhile, spark_conf
 from jobs.tables import CURRENT_MODEL, SEQUENCES, USER_EMBEDDINGS
-from spark_udfs.encode import Counts, Summed, encode_users
+from spark_udfs.encode import Counts, Summed
 from training.batches import FEATURES
-from training.checkpoint import WEIGHTS, read_about
-from training.config import ModelSpec
+from training.checkpoint import read_about, read_alignment
 
 MAX_CHUNKS = 4
 SECONDS_BETWEEN_LINES = 5.0
@@ -46,37 +43,7 @@ SPLIT = {
 }
 
 
-# ---- vectors ------------------------------------------------------------------------------------------
-
-
-def encode_sequences(
-    sequences: DataFrame, keep: Sequence[str], *, model_dir: Path, batch_size: int, counts: Counts | None = None
-) -> DataFrame:
-    """The columns `keep` of rows of `sequences` (any split), with history_length, is_cold and vector: the state at each
-    row's last action (spark_udfs.encode.encode_users).
-
-    Raises:
-        TrailvecError: the model in that folder is damaged.
-    """
-    about = read_about(model_dir)
-    weights = ship_weights(sequences.sparkSession, model_dir, about["weights_sha256"])
-    spec = ModelSpec.model_validate(about["spec"])
-    return encode_users(sequences, keep, spec=spec, weights=weights, batch_size=batch_size, counts=counts)
-
-
-def ship_weights(spark: SparkSession, model_dir: Path, sha256: str) -> str:
-    """Sends the model's weights to all executors, once each; returns their name among Spark's files.
-
-    The name is that of the content: Spark refuses a second file of the same name in one application.
-    """
-    name = f"{sha256[:32]}.safetensors"
-    # Spark's own folder: there as long as the application, which may start new executors at any time.
-    copy = Path(SparkFiles.getRootDirectory()) / "trailvec" / name
-    if not copy.exists():
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(model_dir / WEIGHTS, copy)
-        spark.sparkContext.addFile(str(copy))
-    return name
+# ---- what has been done --------------------------------------------------------------------------------
 
 
 def changed_users(before: DataFrame, now: DataFrame) -> DataFrame:
@@ -86,9 +53,6 @@ def changed_users(before: DataFrame, now: DataFrame) -> DataFrame:
         before.select("user_id", content.alias("before")), "user_id", "full"
     )
     return both.where(~F.col("now").eqNullSafe(F.col("before"))).select("user_id")
-
-
-# ---- what has been done --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -128,8 +92,12 @@ class Scorer:
         self._runtime = runtime
         self._folder = runtime.model_dir()
         self.version = self._folder.name
-        weights = read_about(self._folder)["weights_sha256"]
-        self.model = {"version": self.version, "weights": weights, "revision": USER_EMBEDDINGS.revision}
+        self.model = {
+            "version": self.version,
+            "weights": read_about(self._folder)["weights_sha256"],
+            "rotation": (read_alignment(self._folder) or {}).get("rotation_sha256"),
+            "revision": USER_EMBEDDINGS.revision,
+        }
         self.counts: Counts = runtime.spark.sparkContext.accumulator([0, 0, 0, 0], Summed())
         self.started = time.monotonic()
 
@@ -195,7 +163,6 @@ class Scorer:
                 f"table user_embeddings has {found:,} vectors of model {self.version} for {wanted:,} users "
                 f"(did two jobs write it at once?): run `trailvec retire_model {self.version}` and this stage again"
             )
-        self._runtime.create(CURRENT_MODEL)
         if [row["model_version"] for row in self._runtime.latest(CURRENT_MODEL).collect()] == [self.version]:
             self._runtime.touch(CURRENT_MODEL)
         else:
@@ -250,8 +217,22 @@ def progress_line(users: int, to_do: int, total: int, seconds: float) -> str:
     return f"{line}  {left // 60}:{left % 60:02} left"
 
 
+def check_aligned(runtime: Runtime, version: str) -> None:
+    """Raises TrailvecError where a model must not follow the current one, or nobody has looked yet."""
+    runtime.create(CURRENT_MODEL)
+    current = [row["model_version"] for row in runtime.latest(CURRENT_MODEL).collect()]
+    if not current or current == [version]:
+        return
+    report = read_alignment(runtime.model_dir())
+    if report is None:
+        raise TrailvecError(f"model {version} is not aligned with {current[0]} yet: run `trailvec align` first")
+    if why := refusal(report, runtime.config.align):
+        raise TrailvecError(why)
+
+
 def run(runtime: Runtime) -> None:
     scorer = Scorer(runtime)
+    check_aligned(runtime, scorer.version)
     runtime.create(USER_EMBEDDINGS)
     now = runtime.version(SEQUENCES)
     scoring = scoring_so_far(runtime, scorer.model)

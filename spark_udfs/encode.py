@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from training.model import SequenceModel
 
 Integers = npt.NDArray[np.int64]
+Vectors = npt.NDArray[np.float32]  # [n, width]
 # What workers count while they encode, in this order: rows; cold ones; actions read; places in their matrices.
 Counts = Accumulator[list[int]]
 
@@ -47,6 +48,7 @@ def encode_users(
     spec: ModelSpec,
     weights: str,
     batch_size: int,
+    rotation: Vectors | None = None,
     counts: Counts | None = None,
 ) -> DataFrame:
     """The columns `keep` of rows of `sequences`; with them history_length int, is_cold boolean, vector array<float>.
@@ -58,6 +60,7 @@ def encode_users(
     Args:
         weights: name of the model's weights among Spark's files.
         batch_size: rows in one forward pass.
+        rotation: [width, width], what the states are turned by (`trailvec align`); None: nothing.
     """
     kept = len(keep)
 
@@ -70,7 +73,7 @@ def encode_users(
             vectors, cold, places = encode_rows(model, lengths, values, batch_size)
             if counts is not None:
                 counts.add([len(read), int(cold.sum()), int(read.sum()), places])
-            found = [pa.array(read.astype(np.int32)), pa.array(cold), as_lists(vectors)]
+            found = [pa.array(read.astype(np.int32)), pa.array(cold), as_lists(turned(vectors, rotation))]
             yield pa.RecordBatch.from_arrays([*batch.columns[:kept], *found], schema.names)
 
     # Under other names: a column of `keep` may be read too.
@@ -82,7 +85,11 @@ def encode_users(
     return frame.mapInArrow(encode, schema)
 
 
-def as_lists(vectors: npt.NDArray[np.float32]) -> pa.ListArray:
+def turned(vectors: Vectors, rotation: Vectors | None) -> Vectors:
+    return vectors if rotation is None else vectors @ rotation
+
+
+def as_lists(vectors: Vectors) -> pa.ListArray:
     """Rows of a matrix, float32 [n, width], as Arrow lists, without a Python object for any of them.
 
     Their offsets are evenly spaced; Arrow's own lists of fixed size can't be read by Spark 3.5.
@@ -94,7 +101,7 @@ def as_lists(vectors: npt.NDArray[np.float32]) -> pa.ListArray:
 
 def encode_rows(
     model: LoadedModel, lengths: Integers, values: Sequence[npt.NDArray[np.int32]], batch_size: int
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_], int]:
+) -> tuple[Vectors, npt.NDArray[np.bool_], int]:
     """Vectors of rows of unequal length, float32 [rows, width], and which are cold, bool [rows], in the rows' order;
     and how many places their matrices had, padding included.
 
@@ -134,12 +141,13 @@ def by_length(
         yield rows, {name: np.where(inside, of[places], 0) for name, of in zip(FEATURES, values, strict=True)}
 
 
-def embed_items(items: DataFrame, weights: str) -> DataFrame:
+def embed_items(items: DataFrame, weights: str, rotation: Vectors | None = None) -> DataFrame:
     """The vectors of items, without those of which the model knows nothing.
 
     Args:
         items: item_id, item_index, and the item's numbers for each attribute of the model, in its order.
         weights: name of the model's weights among Spark's files.
+        rotation: as in `encode_users`.
 
     Returns:
         item_id, item_index, is_cold boolean, vector array<float>.
@@ -155,7 +163,7 @@ def embed_items(items: DataFrame, weights: str) -> DataFrame:
                 [
                     *(column.take(pa.array(said)) for column in batch.columns[:2]),
                     pa.array(cold[said]),
-                    as_lists(vectors[said]),
+                    as_lists(turned(vectors[said], rotation)),
                 ],
                 ["item_id", "item_index", "is_cold", "vector"],
             )

@@ -5,7 +5,8 @@ A model is `model.safetensors` and `model.json`.
 `model.safetensors` holds what SequenceModel.tensors() gives, among it `item_counts` int64 [items] (0: an item that the
 model does not know) and the parts of the item vectors (training.model.ItemTable). `model.json` holds `spec`
 (training.config.ModelSpec), `about` it: model_version, as_of, provenance, `training` (history and metrics), and the
-weights' SHA-256.
+weights' SHA-256. Beside it stands, from `trailvec align` on, how its space lies beside the last one's: `alignment.json`
+and, where the vectors that are written are turned, `alignment.safetensors` with `rotation` float32 [width, width].
 
 A checkpoint is a folder `<epoch>-<step>` with `state.safetensors` and `checkpoint.json` (`Progress`, and the SHA-256 of
 the former). It is filled under another name, flushed to the disk and renamed: what has the name is whole. The tensors
@@ -27,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
 
 from jobs.errors import TrailvecError
 from training.config import ModelSpec
@@ -40,6 +42,8 @@ WEIGHTS = "model.safetensors"
 ABOUT = "model.json"
 STATE = "state.safetensors"
 PROGRESS = "checkpoint.json"
+ROTATION = "alignment.safetensors"
+ALIGNMENT = "alignment.json"
 
 
 def save_model(folder: Path, model: SequenceModel, about: dict[str, Any]) -> None:
@@ -77,6 +81,43 @@ def read_about(folder: Path) -> dict[str, Any]:
     if _sha256(folder / WEIGHTS) != about["weights_sha256"]:
         raise _damaged(folder, f"{WEIGHTS} is not the file that {ABOUT} was written for")
     return about
+
+
+def write_alignment(folder: Path, rotation: npt.NDArray[np.float32] | None, report: dict[str, Any]) -> None:
+    """Writes what a model's vectors are turned by (None: nothing), then what is said of it, which makes it aligned."""
+    sha256 = None
+    if rotation is not None:
+        part = folder / f".{ROTATION}.part"
+        save_file({"rotation": rotation}, part)
+        sha256 = _sha256(part)
+        part.replace(folder / ROTATION)
+    part = folder / f".{ALIGNMENT}.part"
+    part.write_text(json.dumps({**report, "rotation_sha256": sha256}, indent=2) + "\n", encoding="utf-8")
+    part.replace(folder / ALIGNMENT)
+
+
+def read_alignment(folder: Path) -> dict[str, Any] | None:
+    """What alignment.json says; None where the model has not been aligned.
+
+    Raises:
+        TrailvecError: the file is damaged.
+    """
+    return _read_json(folder / ALIGNMENT) if (folder / ALIGNMENT).exists() else None
+
+
+def read_rotation(folder: Path) -> npt.NDArray[np.float32] | None:
+    """What the model's vectors are turned by, float32 [width, width]; None: nothing.
+
+    Raises:
+        TrailvecError: a file is missing or damaged.
+    """
+    report = read_alignment(folder)
+    if report is None or report["rotation_sha256"] is None:
+        return None
+    path = folder / ROTATION
+    if not path.exists() or _sha256(path) != report["rotation_sha256"]:
+        raise _damaged(folder, f"{ROTATION} is not the file that {ALIGNMENT} was written for")
+    return np.asarray(load_file(path)["rotation"])
 
 
 class ItemVectors:

@@ -23,7 +23,7 @@ from tests.conftest import make_config, put, read_delta
 from tests.sequence_files import MAX_LENGTH, SPEC, item_counts, make_rows
 from tests.spark.test_train_and_score import CUT, fill, sequences
 from training.batches import FEATURES
-from training.checkpoint import save_model
+from training.checkpoint import save_model, write_alignment
 from training.model import SequenceModel, build_model
 
 USERS = 40
@@ -31,12 +31,13 @@ Rows = list[dict[str, Any]]
 
 
 def make_model(runtime: Runtime, version: str, seed: int) -> SequenceModel:
-    """A model's folder; the model is made the one in use. Item 29 it does not know."""
+    """A model's folder, aligned with nothing; the model is made the one in use. Item 29 it does not know."""
     torch.manual_seed(seed)
     model = build_model(SPEC, torch.from_numpy(item_counts(make_rows(200)))).eval()
     folder = runtime.models / version
     folder.mkdir(parents=True)
     save_model(folder, model, {"model_version": version})
+    write_alignment(folder, None, {"model_version": version, "said": ""})
     write_json(runtime.models / "current.json", {"model_version": version})
     return model
 

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from jobs import embed_items, score_users, train
 from jobs.errors import TrailvecError
+from jobs.models import encode_sequences
 from jobs.runtime import Runtime, Stage
 from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_EMBEDDINGS, Table
 from scripts.faults import delta_reader
@@ -298,7 +299,7 @@ def test_a_user_in_many_batches_of_arrow_still_has_one_vector(trained: Runtime) 
     key = "spark.sql.execution.arrow.maxRecordsPerBatch"
     trained.spark.conf.set(key, "3")
     try:
-        small = score_users.encode_sequences(rows, ["user_id"], model_dir=trained.model_dir(), batch_size=2).collect()
+        small = encode_sequences(rows, ["user_id"], model_dir=trained.model_dir(), batch_size=2).collect()
     finally:
         trained.spark.conf.unset(key)
     stored = trained.spark.read.format("delta").load(trained.path(USER_EMBEDDINGS)).select("user_id", F.col("vector"))

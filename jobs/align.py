@@ -1,0 +1,232 @@
+"""align: the model in use + the current model's vectors → models/<version>/alignment.json, alignment.safetensors.
+
+Retraining turns a space: what users of the vectors have learnt on the old ones means nothing to the new ones. This
+lays the new model's space onto the current one's by the rotation that brings the items that both have learnt nearest
+together (spark_udfs/alignment.py). Dot products and cosines inside the new model stay what they are. embed_items and
+score_users turn what they write by it; it is made once for a model, and kept with it.
+
+alignment.json says how alike the two are, on a sample: the cosine of a user's old and new vector before and after, how
+many of the 10 nearest items of a user and of an item are the same, how norms and the verticals' centroids moved. Where
+too few neighbours stay or the ranking got too bad (`align.*`), this ends with an error, nothing is scored, and the
+current model stays current.
+
+trailvec align --conf conf/local.toml
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from jobs.cli import stage_main
+from jobs.config import AlignSettings
+from jobs.errors import TrailvecError
+from jobs.models import encode_sequences, item_vectors
+from jobs.runtime import Runtime, Stage
+from jobs.tables import CONTEXT_VALUES, CURRENT_MODEL, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_EMBEDDINGS
+from spark_udfs.alignment import cross_products, mean_cosine, overlap, rotation_of
+from spark_udfs.topk import Vectors
+from training.checkpoint import read_about, read_alignment, write_alignment
+
+USERS_COMPARED, ITEMS_COMPARED, ITEMS_ASKED, NEIGHBOURS = 2_000, 20_000, 2_000, 10
+
+
+def refusal(report: dict[str, Any], settings: AlignSettings) -> str | None:
+    """Why the model must not become current: one sentence, which says by how much; None: it may."""
+    reasons = []
+    for kind, of in (("users", "a user's"), ("items", "an item's")):
+        found = report.get(kind, {}).get("overlap@10")
+        if found is not None and found < settings.min_overlap:
+            reasons.append(
+                f"of {of} 10 nearest items {found:.0%} stay (align.min_overlap = {settings.min_overlap:.0%})"
+            )
+    ranking = report.get("ranking", {})
+    if ranking.get("old") and ranking.get("new") is not None:
+        lost = 1 - ranking["new"] / ranking["old"]
+        if lost > settings.max_ranking_loss:
+            reasons.append(
+                f"NDCG@10 in validation fell by {lost:.0%}, from {ranking['old']:.4f} to {ranking['new']:.4f} "
+                f"(align.max_ranking_loss = {settings.max_ranking_loss:.0%})"
+            )
+    if not reasons:
+        return None
+    return (
+        f"model {report['model_version']} must not follow {report['onto']}: {', and '.join(reasons)}; "
+        f"train another (train.warm_start keeps the space) or change the limit"
+    )
+
+
+# ---- the comparison ----------------------------------------------------------------------------------------------
+
+
+def compare(
+    users: tuple[Vectors, Vectors], items: tuple[Vectors, Vectors], verticals: pd.Series[str], rotation: Vectors
+) -> dict[str, Any]:
+    """How alike the new space, turned, and the old one are, by the same users and items in both.
+
+    Args:
+        users, items: (new, old), float32 [n, width] each, the new ones not turned.
+        verticals: of the items, [n].
+    """
+    report: dict[str, Any] = {}
+    turned = {"users": users[0] @ rotation, "items": items[0] @ rotation}
+    asked = {"users": (users, "dot"), "items": (tuple(of[:ITEMS_ASKED] for of in items), "cosine")}
+    for name, (new, old) in (("users", users), ("items", items)):
+        queries, metric = asked[name]
+        report[name] = {
+            "compared": len(new),
+            "cosine_before": _said(mean_cosine(new, old)),
+            "cosine_after": _said(mean_cosine(turned[name], old)),
+            # A rotation changes no neighbour.
+            "overlap@10": _said(overlap(queries, items, NEIGHBOURS, metric, ids=name == "items")),  # type: ignore[arg-type]
+            "mean_norm": {"old": _said(_norms(old)), "new": _said(_norms(new))},
+        }
+    report["centroids"] = {}
+    for vertical in sorted(verticals.unique()):
+        of = (verticals == vertical).to_numpy()
+        centres = [matrix[of].mean(axis=0, keepdims=True) for matrix in (turned["items"], items[1])]
+        report["centroids"][vertical] = {
+            "items": int(of.sum()),
+            "cosine": _said(mean_cosine(*centres)),
+            "moved": _said(float(np.linalg.norm(centres[0] - centres[1]) / (np.linalg.norm(centres[1]) or 1.0))),
+        }
+    return report
+
+
+def _norms(vectors: Vectors) -> float:
+    return float(np.linalg.norm(vectors, axis=1).mean()) if len(vectors) else float("nan")
+
+
+def _said(value: float) -> float | None:
+    return None if np.isnan(value) else round(value, 4)
+
+
+# ---- the stage ---------------------------------------------------------------------------------------------------
+
+
+def run(runtime: Runtime) -> None:
+    folder = runtime.model_dir()
+    onto = _current(runtime)
+    report = read_alignment(folder)
+    if report is None or (runtime.forced and onto != folder.name):
+        _align(runtime, folder, onto)
+        report = read_alignment(folder)
+        assert report is not None
+    else:
+        runtime.report.skipped = True
+    runtime.report.notes.append(report["said"])
+    if (why := refusal(report, runtime.config.align)) and onto != folder.name:
+        raise TrailvecError(why)
+
+
+def _current(runtime: Runtime) -> str | None:
+    """The version of the current model; None where there is none yet."""
+    if not runtime.exists(CURRENT_MODEL):
+        return None
+    return next((str(row["model_version"]) for row in runtime.latest(CURRENT_MODEL).collect()), None)
+
+
+def _align(runtime: Runtime, folder: Path, onto: str | None) -> None:
+    about = read_about(folder)
+    report: dict[str, Any] = {
+        "model_version": folder.name,
+        "onto": onto,
+        "said": f"model {folder.name}: there is no current model yet, its space is the first",
+        "provenance": runtime.provenance(),
+    }
+    if onto is None or onto == folder.name:
+        write_alignment(folder, None, report)
+        return
+    pairs = _pairs(runtime, folder, onto).persist()
+    products, shared = np.zeros((0, 0)), 0
+    width = int(about["spec"]["width"])
+    widths = {row["width"] for row in pairs.select(F.size("old").alias("width")).distinct().collect()}
+    if widths == {width}:
+        products, shared = cross_products(pairs, width)
+    if shared < width:
+        why = f"{shared:,} items that both have learnt" if widths == {width} else f"widths {widths or '{}'} and {width}"
+        report["said"] = f"model {folder.name} can't be laid onto {onto} (found {why}): its space is a new one"
+        write_alignment(folder, None, report)
+        return
+    rotation = rotation_of(products).astype(np.float32)
+    chance = min(1.0, ITEMS_COMPARED / shared)
+    some = pairs.where(_by_hash("item_id", chance)).orderBy(F.xxhash64("item_id"), "item_id").toPandas()
+    both = _users(runtime, folder, onto).toPandas()
+    items, users = ((_matrix(rows["new"], width), _matrix(rows["old"], width)) for rows in (some, both))
+    report |= {"shared_items": shared, **compare(users, items, some["vertical"], rotation)}
+    report["ranking"] = {"old": _ranking(runtime.models / onto), "new": _ranking(folder)}
+    of_users = report["users"]
+    report["said"] = (
+        f"model {folder.name} onto {onto} by {shared:,} items: cosine of a user's old and new vector "
+        f"{_told(of_users['cosine_before'])} → {_told(of_users['cosine_after'])}; of the 10 nearest items stay "
+        f"{_told(of_users['overlap@10'])} (users), {_told(report['items']['overlap@10'])} (items)"
+    )
+    pairs.unpersist()
+    write_alignment(folder, rotation, report)
+
+
+def _pairs(runtime: Runtime, folder: Path, onto: str) -> DataFrame:
+    """item_id, vertical, new, old: the items that both models have learnt; new is not turned."""
+    old = runtime.latest(ITEM_EMBEDDINGS).where((F.col("model_version") == onto) & ~F.col("is_cold"))
+    new = item_vectors(runtime, folder, turned=False).where(~F.col("is_cold"))
+    both = new.select("item_id", F.col("vector").alias("new")).join(
+        old.select("item_id", F.col("vector").alias("old")), "item_id"
+    )
+    return both.join(runtime.read(ITEMS).select("item_id", "vertical"), "item_id")
+
+
+def _users(runtime: Runtime, folder: Path, onto: str) -> DataFrame:
+    """user_id, new, old of about USERS_COMPARED users who are not cold; new is not turned."""
+    old = runtime.latest(USER_EMBEDDINGS).where((F.col("model_version") == onto) & ~F.col("is_cold"))
+    chance = min(1.0, USERS_COMPARED / max(1, old.count()))
+    rows = runtime.read(SEQUENCES).where("split = 'score'").where(_by_hash("user_id", chance))
+    new = encode_sequences(
+        rows, ["user_id"], model_dir=folder, batch_size=runtime.config.score.batch_size, turned=False
+    )
+    both = new.where(~F.col("is_cold")).select("user_id", F.col("vector").alias("new"))
+    return both.join(old.select("user_id", F.col("vector").alias("old")), "user_id").orderBy("user_id")
+
+
+def _by_hash(column: str, chance: float) -> Any:
+    """Rows drawn by a hash of the id: the same whatever the partitioning."""
+    return F.pmod(F.xxhash64(column, F.lit("align")), F.lit(1_000_000)) < round(chance * 1_000_000)
+
+
+def _matrix(vectors: pd.Series[Any], width: int) -> Vectors:
+    return np.stack(list(vectors)).astype(np.float32) if len(vectors) else np.empty((0, width), np.float32)
+
+
+def _ranking(folder: Path) -> float | None:
+    """NDCG@10 in the model's own validation, of the epoch that was kept; None where it is not known (any more)."""
+    if not (folder / "model.json").exists():
+        return None
+    training = read_about(folder).get("training", {})
+    epochs = training.get("epochs", [])
+    return epochs[training["best_epoch"] - 1].get("ndcg@10") if epochs else None
+
+
+def _told(value: float | None) -> str:
+    return "?" if value is None else f"{value:.2f}"
+
+
+STAGE = Stage(
+    "align",
+    "lay a new model's space onto the current one's, and refuse one that turned too far",
+    run,
+    reads=(ITEMS, CONTEXT_VALUES, SEQUENCES),
+    writes=(),
+    settings=(),
+)
+
+
+def main() -> None:
+    stage_main("align")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""A model's vectors, over Spark: its weights sent to the executors, rows of `sequences` encoded, items looked up."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from pyspark import SparkFiles
+from pyspark.sql import DataFrame, SparkSession
+
+from jobs.runtime import Runtime
+from jobs.tables import CONTEXT_VALUES, ITEMS
+from jobs.train import item_attributes
+from spark_udfs.encode import Counts, embed_items, encode_users
+from training.checkpoint import WEIGHTS, read_about, read_rotation
+from training.config import ModelSpec
+
+
+def encode_sequences(
+    sequences: DataFrame,
+    keep: Sequence[str],
+    *,
+    model_dir: Path,
+    batch_size: int,
+    counts: Counts | None = None,
+    turned: bool = True,
+) -> DataFrame:
+    """The columns `keep` of rows of `sequences` (any split), with history_length, is_cold and vector: the state at each
+    row's last action (spark_udfs.encode.encode_users).
+
+    Args:
+        turned: as the model's alignment says (`trailvec align`).
+
+    Raises:
+        TrailvecError: the model in that folder is damaged.
+    """
+    about = read_about(model_dir)
+    return encode_users(
+        sequences,
+        keep,
+        spec=ModelSpec.model_validate(about["spec"]),
+        weights=_ship_weights(sequences.sparkSession, model_dir, about["weights_sha256"]),
+        batch_size=batch_size,
+        rotation=read_rotation(model_dir) if turned else None,
+        counts=counts,
+    )
+
+
+def item_vectors(runtime: Runtime, model_dir: Path, turned: bool = True) -> DataFrame:
+    """item_id, item_index, is_cold and vector of the items that the model has learnt, or knows something about.
+
+    Reads the stage's ITEMS and CONTEXT_VALUES.
+
+    Raises:
+        TrailvecError: the model in that folder is damaged.
+    """
+    about = read_about(model_dir)
+    names = ModelSpec.model_validate(about["spec"]).attribute_sizes
+    items = runtime.read(ITEMS)
+    numbers = item_attributes(items, runtime.read(CONTEXT_VALUES)).select("item_index", *names)
+    rows = items.select("item_id", "item_index").join(numbers, "item_index")
+    weights = _ship_weights(runtime.spark, model_dir, about["weights_sha256"])
+    rotation = read_rotation(model_dir) if turned else None
+    return embed_items(rows.select("item_id", "item_index", *names), weights, rotation)
+
+
+def _ship_weights(spark: SparkSession, model_dir: Path, sha256: str) -> str:
+    """Sends the model's weights to all executors, once each; returns their name among Spark's files.
+
+    The name is that of the content: Spark refuses a second file of the same name in one application.
+    """
+    name = f"{sha256[:32]}.safetensors"
+    # Spark's own folder: there as long as the application, which may start new executors at any time.
+    copy = Path(SparkFiles.getRootDirectory()) / "trailvec" / name
+    if not copy.exists():
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(model_dir / WEIGHTS, copy)
+        spark.sparkContext.addFile(str(copy))
+    return name

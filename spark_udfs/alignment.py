@@ -1,0 +1,83 @@
+"""Two models' spaces: the rotation that lays one onto the other, and how far apart they are. Plain numpy, and one sum
+over Spark's workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pyspark.sql import DataFrame
+
+from spark_udfs.topk import Metric, Vectors, top_k
+
+Matrix = npt.NDArray[np.float64]
+_QUERIES_AT_ONCE = 256
+
+
+def cross_products(pairs: DataFrame, width: int) -> tuple[Matrix, int]:
+    """newᵀ old of all rows together, float64 [width, width], and how many rows there are.
+
+    Args:
+        pairs: new, old array<float>, of that width; a task holds one batch of them.
+    """
+
+    def add_up(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        total, count = np.zeros((width, width)), 0
+        for batch in batches:
+            new, old = (matrix_of(batch.column(name)).astype(np.float64) for name in ("new", "old"))
+            total += new.T @ old
+            count += len(new)
+        yield pa.RecordBatch.from_arrays(
+            [pa.array([total.reshape(-1)], pa.list_(pa.float64())), pa.array([count])], ["products", "rows"]
+        )
+
+    parts = pairs.select("new", "old").mapInArrow(add_up, "products array<double>, rows long").collect()
+    total = sum((np.array(part["products"]) for part in parts), np.zeros(width * width))
+    return total.reshape(width, width), sum(part["rows"] for part in parts)
+
+
+def rotation_of(products: Matrix) -> Matrix:
+    """The orthogonal R (a rotation, perhaps with a reflection) that makes ‖new R - old‖ least, out of newᵀ old.
+
+    Orthogonal Procrustes (Schönemann, 1966): with newᵀ old = U S Vᵀ it is U Vᵀ.
+    """
+    left, _, right = np.linalg.svd(products)
+    return np.asarray(left @ right)
+
+
+def matrix_of(vectors: pa.ListArray) -> Vectors:
+    """float32 [rows, width] of lists of one length."""
+    return np.asarray(vectors.flatten().to_numpy()).reshape(len(vectors), -1)
+
+
+def mean_cosine(one: Vectors, other: Vectors) -> float:
+    """Of each row and its like; a row of zeros has no direction and is left out. NaN where none is left."""
+    a, b = one.astype(np.float64), other.astype(np.float64)
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    there = lengths > 0
+    return float(((a * b).sum(axis=1)[there] / lengths[there]).mean()) if there.any() else float("nan")
+
+
+def overlap(
+    queries: tuple[Vectors, Vectors], candidates: tuple[Vectors, Vectors], k: int, metric: Metric, ids: bool = False
+) -> float:
+    """The share of a query's k nearest candidates in one space that are among its k nearest in the other, in the mean.
+
+    Args:
+        queries, candidates: the same rows in both spaces.
+        ids: the queries are the candidates' first rows: none is a neighbour of itself.
+    """
+    names = np.array([f"{number:09d}" for number in range(len(candidates[0]))])
+    kept = found = 0
+    for start in range(0, len(queries[0]), _QUERIES_AT_ONCE):
+        block = slice(start, start + _QUERIES_AT_ONCE)
+        pairs: list[npt.NDArray[np.int64]] = []
+        for space in (0, 1):
+            own = {"query_ids": names[: len(queries[0])][block], "candidate_ids": names} if ids else {}
+            rows, columns, _ = top_k(queries[space][block], candidates[space], k, metric, **own)
+            pairs.append(rows * len(names) + columns)
+        kept += len(np.intersect1d(pairs[0], pairs[1]))
+        found += len(pairs[0])
+    return kept / found if found else float("nan")

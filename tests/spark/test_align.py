@@ -1,0 +1,128 @@
+"""align over two models with random weights: against scipy's rotation and numpy's products of what the tables hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from pyspark.sql import SparkSession
+from scipy.linalg import orthogonal_procrustes
+
+from jobs import align, embed_items, score_users
+from jobs.errors import TrailvecError
+from jobs.runtime import Runtime
+from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_EMBEDDINGS
+from tests.conftest import make_config, read_delta
+from tests.sequence_files import SPEC
+from tests.spark.test_score_users import by_plain_loop, current, make_model, score_rows
+from tests.spark.test_train_and_score import CUT, fill
+from training.model import SequenceModel
+
+LEARNT = range(2, 29)
+
+
+@pytest.fixture
+def shop(make_runtime: Callable[..., Runtime], spark: SparkSession) -> Runtime:
+    spark.sql("DROP DATABASE IF EXISTS scores CASCADE")
+    runtime = make_runtime("storage.database=scores", "align.min_overlap=0")
+    fill(runtime, SEQUENCES, score_rows(40, seed=1))
+    about = {"item_name": None, "category": None, "unit_price": None, "first_ts": CUT}
+    counts = {"event_count": 9, "train_count": 9, "target_count": 9}
+    items = [
+        {"item_index": n, "item_id": f"i{n}", "vertical": "food" if n % 2 else "rides"} | about | counts
+        for n in range(2, 30)
+    ]
+    fill(runtime, ITEMS, items)
+    fill(runtime, CONTEXT_VALUES, [{"kind": "vertical", "value": "food", "value_index": 2}])
+    return runtime
+
+
+def make_unaligned(runtime: Runtime, version: str, seed: int) -> SequenceModel:
+    model = make_model(runtime, version, seed)
+    (runtime.models / version / "alignment.json").unlink()
+    return model
+
+
+def vectors(runtime: Runtime, table: Any, version: str) -> dict[str, np.ndarray]:
+    key = table.key[0]
+    return {
+        row[key]: np.array(row["vector"], np.float32)
+        for row in read_delta(runtime.path(table))
+        if row["model_version"] == version
+    }
+
+
+def test_a_new_model_is_laid_onto_the_current_one(shop: Runtime) -> None:
+    old_model = make_unaligned(shop, "m1", seed=1)
+    for stage in (align.STAGE, embed_items.STAGE, score_users.STAGE):
+        shop.execute(stage)
+    assert json.loads((shop.models / "m1" / "alignment.json").read_text())["onto"] is None
+    model = make_unaligned(shop, "m2", seed=2)
+    with pytest.raises(TrailvecError, match="model m2 is not aligned with m1 yet: run `trailvec align` first"):
+        shop.execute(score_users.STAGE)
+    report = shop.execute(align.STAGE)
+    assert report.notes[0].startswith("model m2 onto m1 by 27 items: cosine of a user's old and new vector ")
+    for stage in (embed_items.STAGE, score_users.STAGE):
+        shop.execute(stage)
+    assert current(shop) == ({"m2"}, 40)
+
+    raw = {of: of.item_vectors().detach().numpy()[LEARNT] for of in (old_model, model)}
+    rotation = orthogonal_procrustes(raw[model], raw[old_model])[0]
+    items, users = vectors(shop, ITEM_EMBEDDINGS, "m2"), vectors(shop, USER_EMBEDDINGS, "m2")
+    np.testing.assert_allclose(np.stack([items[f"i{n}"] for n in LEARNT]), raw[model] @ rotation, atol=1e-4)
+    states = {name: state for name, (state, _, _) in by_plain_loop(model, score_rows(40, seed=1)).items()}
+    names = sorted(states)
+    unturned = np.stack([states[name] for name in names])
+    np.testing.assert_allclose(np.stack([users[name] for name in names]), unturned @ rotation, atol=1e-4)
+    # Inside the model all scores are what they were.
+    scores = np.stack([users[name] for name in names]) @ np.stack([items[f"i{n}"] for n in LEARNT]).T
+    np.testing.assert_allclose(scores, unturned @ raw[model].T, rtol=1e-3, atol=1e-3)
+
+    told = json.loads((shop.models / "m2" / "alignment.json").read_text())
+    old_users = by_plain_loop(old_model, score_rows(40, seed=1))
+    warm = [name for name in names if not old_users[name][2]]
+    before = [_cosine(states[name], old_users[name][0]) for name in warm]
+    after = [_cosine(users[name], old_users[name][0]) for name in warm]
+    assert told["users"]["compared"] == len(warm)
+    assert told["users"]["cosine_before"] == pytest.approx(np.mean(before), abs=1e-3)
+    assert told["users"]["cosine_after"] == pytest.approx(np.mean(after), abs=1e-3)
+    assert told["items"]["cosine_after"] > told["items"]["cosine_before"]
+    assert {name: of["items"] for name, of in told["centroids"].items()} == {"food": 13, "rides": 14}
+    assert shop.execute(align.STAGE).skipped
+    assert shop.execute(embed_items.STAGE).skipped
+    assert shop.execute(score_users.STAGE).skipped
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def test_a_model_that_turned_too_far_does_not_become_current(shop: Runtime) -> None:
+    make_unaligned(shop, "m1", seed=1)
+    for stage in (align.STAGE, embed_items.STAGE, score_users.STAGE):
+        shop.execute(stage)
+    make_unaligned(shop, "m2", seed=2)
+    strict = Runtime(make_config(shop.root, "storage.database=scores", "align.min_overlap=0.999"), shop.spark)
+    refused = r"model m2 must not follow m1: of a user's 10 nearest items \d\d% stay \(align\.min_overlap = 100%\)"
+    for stage in (align.STAGE, align.STAGE, score_users.STAGE):
+        with pytest.raises(TrailvecError, match=refused):
+            strict.execute(stage)
+    assert current(shop) == ({"m1"}, 40)
+    assert not vectors(shop, USER_EMBEDDINGS, "m2")
+    shop.execute(align.STAGE)  # the limit was changed
+    shop.execute(score_users.STAGE)
+    assert current(shop) == ({"m2"}, 40)
+
+
+def test_spaces_of_unlike_width_are_told_apart(shop: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_unaligned(shop, "m1", seed=1)
+    for stage in (align.STAGE, embed_items.STAGE, score_users.STAGE):
+        shop.execute(stage)
+    monkeypatch.setattr("tests.spark.test_score_users.SPEC", SPEC.model_copy(update={"width": 8}))
+    make_unaligned(shop, "m2", seed=2)
+    assert shop.execute(align.STAGE).notes == [
+        "model m2 can't be laid onto m1 (found widths {16} and 8): its space is a new one"
+    ]

@@ -1,0 +1,92 @@
+"""The rotation between two spaces against scipy's, and how alike they are against counting by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.linalg import orthogonal_procrustes
+from scipy.stats import ortho_group
+
+from jobs.align import compare, refusal
+from jobs.config import AlignSettings
+from spark_udfs.alignment import mean_cosine, overlap, rotation_of
+
+
+def vectors(rows: int, seed: int, width: int = 8) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(rows, width)).astype(np.float32)
+
+
+def test_the_rotation_is_scipys_and_keeps_all_products() -> None:
+    new, old = vectors(50, 1), vectors(50, 2)
+    found = rotation_of(new.T.astype(np.float64) @ old)
+    np.testing.assert_allclose(found, orthogonal_procrustes(new, old)[0], atol=1e-5)
+    np.testing.assert_allclose((new @ found) @ (new @ found).T, new @ new.T, atol=1e-4)
+
+
+def test_a_space_that_was_only_turned_comes_back() -> None:
+    old = vectors(50, 1)
+    turn = ortho_group.rvs(8, random_state=3)
+    new = (old @ turn).astype(np.float32)
+    found = rotation_of(new.T.astype(np.float64) @ old)
+    np.testing.assert_allclose(new @ found, old, atol=1e-5)
+    report = compare((new[:10], old[:10]), (new, old), pd.Series(["a"] * 20 + ["b"] * 30), found.astype(np.float32))
+    assert report["users"]["cosine_before"] < 0.5
+    assert report["users"]["cosine_after"] == 1
+    assert report["users"]["overlap@10"] == report["items"]["overlap@10"] == 1
+    assert report["centroids"]["b"] == {"items": 30, "cosine": 1.0, "moved": 0.0}
+    assert report["items"]["mean_norm"]["old"] == report["items"]["mean_norm"]["new"]
+
+
+def by_hand(queries: np.ndarray, candidates: np.ndarray, k: int, cosine: bool) -> list[set[int]]:
+    found = []
+    for number, query in enumerate(queries):
+        scores = []
+        for place, candidate in enumerate(candidates):
+            if cosine and place == number:
+                continue
+            score = float(query @ candidate)
+            if cosine:
+                score /= float(np.linalg.norm(query) * np.linalg.norm(candidate))
+            scores.append((-score, place))
+        found.append({place for _, place in sorted(scores)[:k]})
+    return found
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_overlap_is_what_counting_finds(cosine: bool) -> None:
+    items = vectors(600, 1), vectors(600, 1) + vectors(600, 2) / 3
+    queries = tuple(of[:300] for of in items) if cosine else (vectors(300, 3), vectors(300, 3) + vectors(300, 4) / 3)
+    one, other = (by_hand(*pair, 5, cosine) for pair in zip(queries, items, strict=True))
+    expected = sum(len(a & b) for a, b in zip(one, other, strict=True)) / (300 * 5)
+    assert 0.2 < expected < 0.8
+    found = overlap((queries[0], queries[1]), items, 5, "cosine" if cosine else "dot", ids=cosine)
+    assert found == pytest.approx(expected)
+
+
+def test_a_vector_of_zeros_has_no_direction() -> None:
+    assert mean_cosine(np.array([[1, 0], [0, 0]], np.float32), np.array([[1, 1], [1, 0]], np.float32)) == pytest.approx(
+        0.5**0.5
+    )
+    assert np.isnan(mean_cosine(np.zeros((2, 2), np.float32), np.ones((2, 2), np.float32)))
+
+
+def report_of(users: float | None, items: float, old: float | None, new: float | None) -> dict[str, object]:
+    return {
+        "model_version": "m2",
+        "onto": "m1",
+        "users": {"overlap@10": users},
+        "items": {"overlap@10": items},
+        "ranking": {"old": old, "new": new},
+    }
+
+
+def test_the_gate_says_by_how_much() -> None:
+    settings = AlignSettings(min_overlap=0.5, max_ranking_loss=0.1)
+    assert refusal(report_of(0.5, 0.6, 0.20, 0.181), settings) is None
+    assert refusal(report_of(None, 0.6, None, 0.18), settings) is None
+    assert refusal(report_of(0.49, 0.2, 0.2, 0.17), settings) == (
+        "model m2 must not follow m1: of a user's 10 nearest items 49% stay (align.min_overlap = 50%), and "
+        "of an item's 10 nearest items 20% stay (align.min_overlap = 50%), and "
+        "NDCG@10 in validation fell by 15%, from 0.2000 to 0.1700 (align.max_ranking_loss = 10%); "
+        "train another (train.warm_start keeps the space) or change the limit"
+    )
+    assert refusal({"model_version": "m2", "onto": None}, settings) is None
