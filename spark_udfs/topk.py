@@ -1,10 +1,11 @@
 """Exact nearest neighbours: blocks of vectors against blocks of vectors, a matrix product for each pair.
 
-`nearest` is the whole of it as a DataFrame function; `top_k` is its numpy core. A score is what the SQL functions
+`nearest` is the whole of it as a DataFrame function; `Nearest` is its numpy core. A score is what the SQL functions
 vector_inner_product and vector_cosine_similarity give for the two vectors, to the bit, and ties go to the smaller
 id: the result depends on nothing but the vectors, neither on the blocks nor on the partitions. That takes two steps,
 since a float32 matrix product rounds differently from one block shape to the next: the product picks every
 candidate that may be among the k best, within the bound of its rounding error, and those alone are scored one by one.
+Once a query has k, few candidates of a later block pass its k-th score: the rest costs the product and one comparison.
 """
 
 from __future__ import annotations
@@ -24,13 +25,95 @@ from spark_udfs.vectors import cosine_similarity, inner_product
 Metric = Literal["dot", "cosine"]
 Vectors = npt.NDArray[np.float32]  # [n, length]
 Ids = npt.NDArray[np.str_]  # [n]
+Integers = npt.NDArray[np.int64]
 # (row of the query, neighbour, score), by row and from the nearest on; all [at most rows * k]
-Best = tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[np.float32]]
+Best = tuple[Integers, npt.NDArray[Any], npt.NDArray[np.float32]]
+Pairs = tuple[Integers, Integers]  # (row of the query, row of the candidate); both [n]
 
 _SCORERS = {"dot": inner_product, "cosine": cosine_similarity}
 _PAIRS_AT_ONCE = 1 << 16  # candidates scored in one go: 64 MiB for vectors of 64
+_COLUMNS = 1024  # candidates of one product: its result stays in the processor's cache
+_NO_PAIRS = np.empty(0, np.int64), np.empty(0, np.int64)
 
 # ---- numpy -------------------------------------------------------------------------------------------------------
+
+
+class Nearest:
+    """The k best candidates so far of each query of a block."""
+
+    def __init__(self, queries: Vectors, k: int, metric: Metric) -> None:
+        """Under "cosine" no vector may be zero, here and in `add`."""
+        self._queries, self._k, self._metric = queries, k, metric
+        self._unit = _unit(queries)
+        self._lengths = np.linalg.norm(queries.astype(np.float64), axis=1)
+        self._scores = np.full((len(queries), k), -np.inf, np.float32)  # the k best, the lowest first
+        self._found: list[Best] = []
+
+    def add(self, names: npt.NDArray[Any], candidates: Vectors, left_out: Pairs = _NO_PAIRS) -> None:
+        """Looks at more candidates.
+
+        Args:
+            names: what they are called in the result; ties go to the smaller. Of one type in all calls.
+            left_out: pairs that are not to be found.
+        """
+        if self._metric == "cosine":
+            prepared, scale = _unit(candidates), np.ones(len(self._queries))
+        else:
+            # Divided by the longest one's length: the order of products is the same, none overflows.
+            longest = np.linalg.norm(candidates.astype(np.float64), axis=1).max(initial=0.0) or 1.0
+            prepared, scale = np.asarray(candidates / longest, np.float32), self._lengths * longest
+        order = np.argsort(left_out[1])
+        out_rows, out_columns = left_out[0][order], left_out[1][order]
+        for start in range(0, len(candidates), _COLUMNS):
+            approximate = self._unit @ prepared[start : start + _COLUMNS].T
+            first, last = np.searchsorted(out_columns, (start, start + _COLUMNS))
+            approximate[out_rows[first:last], out_columns[first:last] - start] = -np.inf
+            rows, columns = np.nonzero(approximate >= self._floor(approximate, scale))
+            if len(rows):
+                self._take(rows, start + columns, names, candidates)
+
+    def best(self) -> Best:
+        if not self._found:
+            return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
+        rows, names, scores = (np.concatenate(parts) for parts in zip(*self._found, strict=True))
+        return keep_best(rows, names, scores, self._k)
+
+    def _floor(self, approximate: npt.NDArray[np.float32], scale: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+        """What an approximate score must reach to be one of the k best so far: [queries, 1]."""
+        # A product of vectors no longer than 1 is off by at most (length + 2) roundings, here and at the k-th best; the
+        # score's own rounding to float32 and that of the subtraction below are covered by the rest.
+        margin = 2 * (self._queries.shape[1] + 8) * np.finfo(np.float32).eps
+        lowest = np.finfo(np.float32).min  # all but -inf, what is left out
+        kth = self._scores[:, 0].astype(np.float64)
+        floor = np.divide(kth, scale, out=np.zeros(len(kth)), where=scale > 0)
+        floor[np.isneginf(kth)] = -np.inf
+        if (few := np.isneginf(floor)).any() and (count := approximate.shape[1]) > self._k:
+            # They have no k yet: the k-th of this product is as high as one may go.
+            floor[few] = np.partition(approximate[few], count - self._k, axis=1)[:, count - self._k]
+        return np.asarray(np.maximum(floor - margin, lowest), np.float32)[:, None]
+
+    def _take(self, rows: Integers, columns: Integers, names: npt.NDArray[Any], candidates: Vectors) -> None:
+        scores = np.empty(len(rows), np.float32)
+        for start in range(0, len(rows), _PAIRS_AT_ONCE):
+            some = slice(start, start + _PAIRS_AT_ONCE)
+            pair = self._queries[rows[some]].astype(np.float64), candidates[columns[some]].astype(np.float64)
+            scores[some] = _SCORERS[self._metric](*pair)
+        there = scores >= self._scores[rows, 0]
+        rows, columns, scores = rows[there], columns[there], scores[there]
+        self._found.append((rows, names[columns], scores))
+        asked = np.unique(rows)
+        order = np.lexsort((scores, rows))
+        rows, scores = rows[order], scores[order]
+        # Each one's new scores, the lowest k of them at most, beside those that it had.
+        starts, ends = np.searchsorted(rows, asked), np.searchsorted(rows, asked, side="right")
+        width = min(self._k, int((ends - starts).max(initial=0)))
+        places = ends[:, None] - 1 - np.arange(width)
+        inside = places >= starts[:, None]
+        new = np.where(inside, scores[np.where(inside, places, 0)], -np.inf).astype(np.float32)
+        both = np.sort(np.concatenate([self._scores[asked], new], axis=1), axis=1)
+        self._scores[asked] = both[:, -self._k :]
+        if sum(len(part[0]) for part in self._found) > 16 * self._scores.size:
+            self._found = [self.best()]
 
 
 def top_k(
@@ -47,20 +130,13 @@ def top_k(
     Neighbours are row numbers in `candidates`: sort those by id to break ties by id. Where ids are given, a
     candidate with the query's own id is left out. Under "cosine" no vector may be zero.
     """
-    approximate = _unit(queries) @ (_unit(candidates) if metric == "cosine" else _shrunk(candidates)).T
-    if query_ids is not None and candidate_ids is not None:
-        _, own_query, own_candidate = np.intersect1d(query_ids, candidate_ids, return_indices=True)
-        approximate[own_query, own_candidate] = -np.inf
-    rows, columns = np.nonzero(approximate >= _floor(approximate, k, queries.shape[1]))
-    scores = np.empty(len(rows), np.float32)
-    for start in range(0, len(rows), _PAIRS_AT_ONCE):
-        some = slice(start, start + _PAIRS_AT_ONCE)
-        pair = queries[rows[some]].astype(np.float64), candidates[columns[some]].astype(np.float64)
-        scores[some] = _SCORERS[metric](*pair)
-    return keep_best(rows, columns, scores, k)
+    found = Nearest(queries, k, metric)
+    own = _NO_PAIRS if query_ids is None or candidate_ids is None else _same(query_ids, candidate_ids)
+    found.add(np.arange(len(candidates)), candidates, own)
+    return found.best()
 
 
-def keep_best(rows: npt.NDArray[np.int64], ids: npt.NDArray[Any], scores: npt.NDArray[np.float32], k: int) -> Best:
+def keep_best(rows: Integers, ids: npt.NDArray[Any], scores: npt.NDArray[np.float32], k: int) -> Best:
     """The k highest scores of each row, ties to the smaller id."""
     order = np.lexsort((ids, -scores, rows))
     rows, ids, scores = rows[order], ids[order], scores[order]
@@ -68,26 +144,15 @@ def keep_best(rows: npt.NDArray[np.int64], ids: npt.NDArray[Any], scores: npt.ND
     return rows[rank < k], ids[rank < k], scores[rank < k]
 
 
+def _same(ids: Ids, others: Ids) -> Pairs:
+    """Where the same id stands in both, each once."""
+    _, place, other = np.intersect1d(ids, others, assume_unique=True, return_indices=True)
+    return place.astype(np.int64), other.astype(np.int64)
+
+
 def _unit(vectors: Vectors) -> Vectors:
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     return np.asarray(vectors / np.where(lengths > 0, lengths, 1), np.float32)
-
-
-def _shrunk(vectors: Vectors) -> Vectors:
-    """All vectors divided by the longest one's length: the order of dot products is the same, none overflows."""
-    longest = np.linalg.norm(vectors.astype(np.float64), axis=1).max(initial=0.0)
-    return np.asarray(vectors / (longest or 1.0), np.float32)
-
-
-def _floor(approximate: npt.NDArray[np.float32], k: int, length: int) -> npt.NDArray[np.float32]:
-    """What a candidate's approximate score must reach to be one of the k best: [queries, 1]."""
-    count = approximate.shape[1]
-    if count <= k:
-        return np.full((len(approximate), 1), np.finfo(np.float32).min, np.float32)  # all but -inf, the query itself
-    kth = np.partition(approximate, count - k, axis=1)[:, count - k, None]
-    # A product of vectors no longer than 1 is off by at most (length + 2) roundings, here and at the k-th best; the
-    # score's own rounding to float32 and that of the subtraction below are covered by the rest.
-    return np.asarray(np.maximum(kth - 2 * (length + 8) * np.finfo(np.float32).eps, np.finfo(np.float32).min))
 
 
 # ---- Spark -------------------------------------------------------------------------------------------------------
@@ -99,7 +164,9 @@ def nearest(
     """The k nearest candidates of each query, never itself; zero vectors have no cosine and are left out of it.
 
     Args:
-        queries, candidates: id string, vector array<float>; all vectors of one length, no id twice.
+        queries: id string, vector array<float>, and, if it is there, left_out array<string>: candidates that are not
+            to be found for it.
+        candidates: id string, vector array<float>; all vectors of one length, no id twice.
         block_rows: about how many vectors stand on each side of a matrix product.
         counts: about how many rows `queries` and `candidates` have.
 
@@ -109,6 +176,9 @@ def nearest(
     if metric == "cosine":
         not_zero = F.exists("vector", lambda x: x != 0)
         queries, candidates = queries.where(not_zero), candidates.where(not_zero)
+    if "left_out" not in queries.columns:
+        queries = queries.withColumn("left_out", F.array().cast("array<string>"))
+    candidates = candidates.withColumn("left_out", F.array().cast("array<string>"))
     pairs = _blocks(queries, counts[0], block_rows, "query").crossJoin(
         _blocks(candidates, counts[1], block_rows, "candidate")
     )
@@ -135,45 +205,85 @@ def small_batches(spark: SparkSession) -> Iterator[None]:
 
 
 def _blocks(vectors: DataFrame, count: int, block_rows: int, name: str) -> DataFrame:
-    """One row per block: <name>_block int, <name> array of (id, vector), sorted by id."""
-    number = F.pmod(F.xxhash64("id"), F.lit(-(-count // block_rows) or 1)).cast("int").alias(f"{name}_block")
-    return vectors.groupBy(number).agg(F.sort_array(F.collect_list(F.struct("id", "vector"))).alias(name))
+    """One row per block: <name>_block int, <name> struct of ids, vectors (float32, one after the other, as bytes: a
+    block goes to Python once for each it is compared with), left_out and their counts; in order of id."""
+    number = F.pmod(F.xxhash64("id"), F.lit(-(-count // block_rows) or 1)).cast("int").alias("block")
+    rows = F.sort_array(F.collect_list(F.struct("id", "vector", "left_out"))).alias("rows")
+    packed = "block int, ids array<string>, vectors binary, left_out array<string>, left_out_counts array<int>"
+    blocks = vectors.groupBy(number).agg(rows).mapInArrow(_pack, packed)
+    columns = [F.col(column) for column in ("ids", "vectors", "left_out", "left_out_counts")]
+    return blocks.select(F.col("block").alias(f"{name}_block"), F.struct(*columns).alias(name))
+
+
+def _pack(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        for row in range(batch.num_rows):
+            block = batch.slice(row, 1)
+            rows = block.column("rows").flatten()
+            left_out = rows.field("left_out")
+            vectors = rows.field("vector").flatten().to_numpy()
+            columns = [
+                block.column("block"),
+                _one_list(rows.field("id")),
+                pa.array([vectors.tobytes()], pa.binary()),
+                _one_list(left_out.flatten()),
+                _one_list(left_out.value_lengths()),
+            ]
+            yield pa.RecordBatch.from_arrays(columns, ["block", "ids", "vectors", "left_out", "left_out_counts"])
+
+
+def _one_list(values: pa.Array) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
 
 
 def _compare(batches: Iterable[pa.RecordBatch], k: int, metric: Metric) -> Iterator[pa.RecordBatch]:
     """Pairs of blocks → the k best of each query, over all the candidate blocks that follow one another."""
-    current, ids, best = None, np.empty(0, np.str_), None
+    current = None
     for batch in batches:
         for row in range(batch.num_rows):
-            pair = batch.slice(row, 1)
-            block = pair.column("query_block")[0].as_py()
-            if block != current:
-                if best is not None:
-                    yield _batch(ids, best)
-                current, best = block, None
-                ids, queries = _unpack(pair.column("query"))
-            candidate_ids, candidates = _unpack(pair.column("candidate"))
-            rows, columns, scores = top_k(queries, candidates, k, metric, query_ids=ids, candidate_ids=candidate_ids)
-            found = rows, candidate_ids[columns], scores
-            best = found if best is None else _merge(best, found, k)
-    if best is not None:
-        yield _batch(ids, best)
+            number = batch.column("query_block")[row].as_py()
+            if current is None or number != current.number:
+                if current is not None:
+                    yield current.batch()
+                current = _Queries(number, batch.column("query").slice(row, 1), k, metric)
+            current.meet(batch.column("candidate").slice(row, 1))
+    if current is not None:
+        yield current.batch()
 
 
-def _merge(best: Best, found: Best, k: int) -> Best:
-    rows = np.concatenate([best[0], found[0]])
-    ids = np.concatenate([best[1], found[1]])
-    scores = np.concatenate([best[2], found[2]])
-    return keep_best(rows, ids, scores, k)
+class _Queries:
+    """A block of queries that meets block after block of candidates."""
+
+    def __init__(self, number: int, block: pa.StructArray, k: int, metric: Metric) -> None:
+        self.number = number
+        self._ids, vectors = _unpack(block)
+        self._nearest = Nearest(vectors, k, metric)
+        names = block.field("left_out").flatten().to_numpy(zero_copy_only=False).astype(np.str_)
+        counts = block.field("left_out_counts").flatten().to_numpy()
+        self._left_out, self._which = np.unique(names, return_inverse=True)  # each once
+        by_name = np.argsort(self._which, kind="stable")
+        self._rows = np.repeat(np.arange(len(counts)), counts)[by_name]
+        self._which = self._which[by_name]
+
+    def meet(self, block: pa.StructArray) -> None:
+        ids, vectors = _unpack(block)
+        rows, columns = _same(self._ids, ids)
+        if len(self._left_out):
+            known, column = _same(self._left_out, ids)
+            place_of = np.full(len(self._left_out), -1, np.int64)
+            place_of[known] = column
+            place = place_of[self._which]
+            rows = np.concatenate([rows, self._rows[place >= 0]])
+            columns = np.concatenate([columns, place[place >= 0]])
+        self._nearest.add(ids, vectors, (rows, columns))
+
+    def batch(self) -> pa.RecordBatch:
+        rows, neighbours, scores = self._nearest.best()
+        columns = [pa.array(self._ids[rows], pa.string()), pa.array(neighbours.astype(np.str_), pa.string())]
+        return pa.RecordBatch.from_arrays([*columns, pa.array(scores)], ["source_id", "neighbour_id", "score"])
 
 
-def _unpack(block: pa.ListArray) -> tuple[Ids, Vectors]:
-    items = block.flatten()
-    ids = items.field("id").to_numpy(zero_copy_only=False).astype(np.str_)
-    return ids, items.field("vector").flatten().to_numpy().reshape(len(ids), -1)
-
-
-def _batch(ids: Ids, best: Best) -> pa.RecordBatch:
-    rows, neighbours, scores = best
-    columns = [pa.array(ids[rows], pa.string()), pa.array(neighbours, pa.string()), pa.array(scores)]
-    return pa.RecordBatch.from_arrays(columns, ["source_id", "neighbour_id", "score"])
+def _unpack(block: pa.StructArray) -> tuple[Ids, Vectors]:
+    ids = block.field("ids").flatten().to_numpy(zero_copy_only=False).astype(np.str_)
+    vectors = np.frombuffer(block.field("vectors")[0].as_py(), np.float32)
+    return ids, vectors.reshape(len(ids), -1)

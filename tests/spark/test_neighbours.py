@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime, timezone
+from pathlib import Path
 
 import deltalake
 import duckdb
@@ -14,7 +15,7 @@ from pyspark.sql import SparkSession
 from jobs.errors import TrailvecError
 from jobs.find_neighbours import STAGE
 from jobs.runtime import Runtime, write_json
-from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, USER_EMBEDDINGS
+from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, ITEMS, SESSIONS, USER_EMBEDDINGS
 from spark_udfs.topk import nearest, small_batches
 from tests.conftest import put
 
@@ -33,6 +34,27 @@ def embed(runtime: Runtime, spark: SparkSession, users: Vectors, items: Vectors,
     put(runtime, USER_EMBEDDINGS, spark.createDataFrame(user_rows, USER_EMBEDDINGS.schema()))
     put(runtime, CURRENT_MODEL, spark.createDataFrame([(version,)], CURRENT_MODEL.schema()))
     put(runtime, ITEM_EMBEDDINGS, spark.createDataFrame(item_rows, ITEM_EMBEDDINGS.schema()))
+    put(runtime, ITEMS, spark.createDataFrame([about(item, n) for n, item in enumerate(items, 2)], ITEMS.schema()))
+    put(runtime, SESSIONS, spark.createDataFrame([session(*what) for what in DONE], SESSIONS.schema()))
+
+
+WHEN = datetime(2017, 11, 1, tzinfo=timezone.utc)
+# (user, item, what they did)
+DONE = [("u1", "i1", "purchase"), ("u1", "i2", "view"), ("u1", "i4", "purchase"), ("u2", "i1", "purchase")]
+
+
+def about(item: str, number: int) -> dict[str, object]:
+    counts = {name: 1 for name in ("event_count", "train_count", "target_count")}
+    texts = {"item_name": None, "category": None, "vertical": "food" if int(item[1:]) % 2 else "rides"}
+    return {"item_index": number, "item_id": item, "unit_price": None, "first_ts": WHEN, **texts, **counts}
+
+
+def session(user: str, item: str, event_type: str) -> dict[str, object]:
+    event = {"event_ts": WHEN, "event_id": f"{user}{item}", "item_id": item, "event_type": event_type}
+    event |= {"vertical": "food", "amount": None, "quantity": None, "time_zone": "UTC"}
+    times = {"start_ts": WHEN, "end_ts": WHEN, "run_start_ts": WHEN}
+    whole = {"user_id": user, "event_count": 1, "verticals": ["food"], "amount": None, "events": [event]}
+    return {"session_id": f"{user}{item}", **times, **whole}
 
 
 def some(prefix: str, count: int, seed: int) -> Vectors:
@@ -41,7 +63,9 @@ def some(prefix: str, count: int, seed: int) -> Vectors:
     return {f"{prefix}{n}": row.astype(float).tolist() for n, row in enumerate(values)}
 
 
-def brute_force(sources: Vectors, targets: Vectors, cosine: bool) -> dict[tuple[str, int], tuple[str, float]]:
+def brute_force(
+    sources: Vectors, targets: Vectors, cosine: bool, without: set[tuple[str, str]] = frozenset()
+) -> dict[tuple[str, int], tuple[str, float]]:
     found = {}
     for source, a in sources.items():
         scored = []
@@ -52,10 +76,26 @@ def brute_force(sources: Vectors, targets: Vectors, cosine: bool) -> dict[tuple[
                 if not lengths:
                     continue
                 score /= lengths
-            if source != target:
+            if source != target and (source, target) not in without:
                 scored.append((-np.float32(score), target))
         for rank, (score, target) in enumerate(sorted(scored)[:K], 1):
             found[source, rank] = target, -float(score)
+    return found
+
+
+def read(runtime: Runtime) -> dict[str, dict[tuple[str, int], tuple[str, float]]]:
+    """(source, rank) → (neighbour, score) by kind, as DuckDB reads them."""
+    files = deltalake.DeltaTable(str(runtime.root / "tables" / "neighbours")).file_uris()
+    rows = duckdb.sql(
+        "SELECT kind, source_id, rank, neighbour_id, score, model_version "
+        "FROM read_parquet($files, hive_partitioning=true)",
+        params={"files": files},
+    ).fetchall()
+    assert {row[5] for row in rows} == {"m1"}
+    found: dict[str, dict[tuple[str, int], tuple[str, float]]] = {}
+    for kind, source, rank, target, score, _ in rows:
+        found.setdefault(kind, {})[source, rank] = target, score
+    assert sum(map(len, found.values())) == len(rows)
     return found
 
 
@@ -66,27 +106,42 @@ def test_all_three_kinds_against_brute_force(make_runtime: Callable[..., Runtime
     embed(runtime, spark, {"u0": [9.0, 9.0, 9.0]}, {"i0": [9.0, 9.0, 9.0]}, "old")  # another model's: never met
     embed(runtime, spark, users, items)
     runtime.execute(STAGE)
-
-    path = str(runtime.root / "tables" / "neighbours")
-    files = deltalake.DeltaTable(path).file_uris()
-    rows = duckdb.sql(
-        "SELECT kind, source_id, rank, neighbour_id, score, model_version "
-        "FROM read_parquet($files, hive_partitioning=true)",
-        params={"files": files},
-    ).fetchall()
-    assert {row[5] for row in rows} == {"m1"}
-    for kind, sources, targets, cosine in [
-        ("user_item", users, items, False),
-        ("user_user", users, users, True),
-        ("item_item", items, items, True),
-    ]:
-        found = {(source, rank): (target, score) for k, source, rank, target, score, _ in rows if k == kind}
-        assert found == brute_force(sources, targets, cosine)
-    assert len(rows) == sum(
-        len(brute_force(*pair)) for pair in [(users, items, False), (users, users, True), (items, items, True)]
-    )
-
+    assert read(runtime) == {
+        "user_item": brute_force(users, items, False),
+        "user_user": brute_force(users, users, True),
+        "item_item": brute_force(items, items, True),
+    }
     assert runtime.execute(STAGE).skipped
+
+
+def test_items_in_stock_of_a_vertical_that_a_user_has_not_bought(
+    make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path
+) -> None:
+    stock = tmp_path / "stock.txt"
+    stock.write_text("\ufeffi1\ni3 \n\ni5\ni2\ni9\nunknown\n", encoding="utf-8")
+    filters = ('neighbours.verticals=["food"]', f'neighbours.in_stock="{stock}"', 'neighbours.without=["purchase"]')
+    runtime = make_runtime(f"neighbours.k={K}", "neighbours.block_rows=3", *filters)
+    users, items = some("u", 20, 1), some("i", 11, 2)
+    embed(runtime, spark, users, items)
+    runtime.execute(STAGE)
+    offered = {item: items[item] for item in ("i1", "i3", "i5", "i9")}
+    bought = {(user, item) for user, item, what in DONE if what == "purchase"}
+    found = read(runtime)
+    assert found == {
+        "user_item": brute_force(users, offered, False, bought),
+        "user_user": brute_force(users, users, True),
+        "item_item": brute_force(items, offered, True),
+    }
+    assert found["user_item"] != brute_force(users, offered, False)
+    assert runtime.execute(STAGE).skipped
+    stock.write_text("i1\n")
+    assert not runtime.execute(STAGE).skipped
+    stock.write_text("i2\n")
+    with pytest.raises(TrailvecError, match="no item is left as a neighbour: correct neighbours"):
+        runtime.execute(STAGE)
+    stock.unlink()
+    with pytest.raises(TrailvecError, match=r"neighbours\.in_stock: .*stock\.txt does not exist: correct the path"):
+        runtime.execute(STAGE)
 
 
 def test_partitions_and_blocks_do_not_matter(spark: SparkSession) -> None:

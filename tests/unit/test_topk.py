@@ -16,9 +16,11 @@ from spark_udfs.topk import Metric, _compare, top_k
 
 Named = dict[str, list[float]]
 Neighbours = dict[str, list[tuple[str, float]]]
+LeftOut = dict[str, set[str]]
+NOTHING: LeftOut = {}
 
 
-def brute_force(queries: Named, candidates: Named, k: int, metric: Metric) -> Neighbours:
+def brute_force(queries: Named, candidates: Named, k: int, metric: Metric, out: LeftOut = NOTHING) -> Neighbours:
     """Every pair, exact sums, sorted by (score as float32 from the highest on, id)."""
     found = {}
     for name, q in queries.items():
@@ -27,7 +29,7 @@ def brute_force(queries: Named, candidates: Named, k: int, metric: Metric) -> Ne
             score = math.fsum(x * y for x, y in zip(q, c, strict=True))
             if metric == "cosine":
                 score /= math.sqrt(math.fsum(x * x for x in q)) * math.sqrt(math.fsum(x * x for x in c))
-            if other != name:
+            if other != name and other not in out.get(name, set()):
                 scored.append((other, float(np.float32(score))))
         found[name] = sorted(scored, key=lambda pair: (-pair[1], pair[0]))[:k]
     return found
@@ -40,14 +42,19 @@ def blocks(vectors: Named, cuts: list[int]) -> list[Named]:
     return [{name: vectors[name] for name in sorted(names[a:b])} for a, b in itertools.pairwise(bounds)]
 
 
-def run(queries: Named, candidates: Named, k: int, metric: Metric, cuts: list[int]) -> Neighbours:
+def run(
+    queries: Named, candidates: Named, k: int, metric: Metric, cuts: list[int], out: LeftOut = NOTHING
+) -> Neighbours:
     """`_compare` over all pairs of blocks, as Spark streams them; its partial results are one per query block."""
-    vector = pa.list_(pa.float32())
-    kind = pa.list_(pa.struct([("id", pa.string()), ("vector", vector)]))
 
-    def packed(block: Named) -> list[dict[str, object]]:
-        return [{"id": name, "vector": values} for name, values in block.items()]
+    def packed(block: Named) -> dict[str, object]:
+        vectors = np.array(list(block.values()), np.float32).tobytes()
+        left_out = [name for query in block for name in sorted(out.get(query, set()))]
+        counts = [len(out.get(query, set())) for query in block]
+        return {"ids": list(block), "vectors": vectors, "left_out": left_out, "left_out_counts": counts}
 
+    words, counts = pa.list_(pa.string()), pa.list_(pa.int32())
+    kind = pa.struct([("ids", words), ("vectors", pa.binary()), ("left_out", words), ("left_out_counts", counts)])
     schema = pa.schema(
         [("query_block", pa.int32()), ("query", kind), ("candidate_block", pa.int32()), ("candidate", kind)]
     )
@@ -87,6 +94,36 @@ def test_dot_products_with_ties_in_uneven_blocks(users: Named, items: Named, k: 
 )
 def test_cosines_among_the_same_vectors_leave_the_vector_itself_out(users: Named, k: int, cuts: list[int]) -> None:
     assert run(users, users, k, "cosine", cuts) == brute_force(users, users, k, "cosine")
+
+
+@given(
+    st.dictionaries(names, small, min_size=1, max_size=9),
+    st.dictionaries(names, small, min_size=1, max_size=9),
+    st.dictionaries(names, st.sets(names, max_size=4), max_size=6),
+    st.integers(1, 4),
+    st.lists(st.integers(0, 9), max_size=3),
+)
+def test_what_is_left_out_is_not_found(users: Named, items: Named, out: LeftOut, k: int, cuts: list[int]) -> None:
+    assert run(users, items, k, "dot", cuts, out) == brute_force(users, items, k, "dot", out)
+
+
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+def test_many_candidates_in_many_products(metric: Metric, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of 64 candidates: the k-th score of the ones before decides who is looked at; old finds are dropped."""
+    monkeypatch.setattr(topk, "_COLUMNS", 64)
+    rng = np.random.default_rng(4)
+    queries, candidates = (rng.normal(size=(n, 24)).astype(np.float32) for n in (17, 3000))
+    candidates[:2000] *= np.linspace(0.1, 1, 2000, dtype=np.float32)[:, None]  # better and better: all are looked at
+    expected = brute_force(
+        {f"q{n}": row.astype(float).tolist() for n, row in enumerate(queries)},
+        {f"{n:04d}": row.astype(float).tolist() for n, row in enumerate(candidates)},
+        10,
+        metric,
+    )
+    rows, columns, scores = top_k(queries, candidates, 10, metric)
+    for n in range(17):
+        found = [(f"{c:04d}", float(s)) for c, s in zip(columns[rows == n], scores[rows == n], strict=True)]
+        assert found == expected[f"q{n}"]
 
 
 def test_scores_do_not_depend_on_the_block_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,154 @@
+"""find_neighbours' exact search beside faiss's: python scripts/bench/neighbours.py [--quick]
+
+The 10 items with the highest dot product of each user, vectors of 64 made up so that both have popular directions and
+lengths, Parquet to Parquet on 2 cores, in turns, medians:
+  trailvec    spark_udfs.topk.nearest, what find_neighbours runs, in one Spark session that stays up
+  faiss       faiss.knn on 2 threads, after pyarrow has read the files and before it writes the result
+  in_numpy    topk.Nearest alone, one thread, a part of the users: what a core does without Spark
+
+Both find the same: the neighbours may differ only where faiss's float32 scores cannot tell them apart.
+
+The last line is one JSON object: ratio_to_faiss (users/s over faiss's), the same of a core without Spark, the medians
+and same_neighbours (the share that is the same). A chart goes to build/bench/neighbours.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from measure import CORES, bars, last_line, said, session
+from pyspark.sql import SparkSession
+
+from jobs.config import NeighboursSettings
+from spark_udfs.encode import as_lists
+from spark_udfs.topk import Nearest, nearest, small_batches
+
+K, WIDTH = 10, 64
+SETTINGS = NeighboursSettings()
+
+
+def make(folder: Path, name: str, count: int, seed: int) -> None:
+    """Vectors around 100 directions, of lengths that differ as those of popular and rare items do."""
+    random = np.random.default_rng(seed)
+    centres = np.random.default_rng(0).normal(size=(100, WIDTH))
+    shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / name).mkdir(parents=True)
+    for number, start in enumerate(range(0, count, 50_000)):
+        rows = min(50_000, count - start)
+        vectors = centres[random.integers(0, 100, rows)] + random.normal(size=(rows, WIDTH))
+        vectors *= random.lognormal(0, 0.3, size=(rows, 1))
+        ids = pa.array([f"{name}{n:08d}" for n in range(start, start + rows)])
+        table = pa.table({"id": ids, "vector": as_lists(vectors.astype(np.float32))})
+        pq.write_table(table, folder / name / f"part-{number:05d}.parquet")
+
+
+def read(path: Path) -> tuple[Any, Any]:
+    table = ds.dataset(path, format="parquet").to_table().combine_chunks()
+    vectors = table["vector"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+    return table["id"].to_numpy(), np.ascontiguousarray(vectors)
+
+
+def by_faiss(folder: Path, out: Path) -> None:
+    (user_ids, users), (item_ids, items) = read(folder / "users"), read(folder / "items")
+    scores, places = faiss.knn(users, items, K, metric=faiss.METRIC_INNER_PRODUCT)
+    columns = {
+        "source_id": np.repeat(user_ids, K),
+        "rank": np.tile(np.arange(1, K + 1, dtype=np.int32), len(users)),
+        "neighbour_id": item_ids[places.reshape(-1)],
+        "score": scores.reshape(-1),
+    }
+    out.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), out / "part-0.parquet")
+
+
+def by_trailvec(spark: SparkSession, folder: Path, out: Path, counts: tuple[int, int]) -> None:
+    users, items = (spark.read.parquet(str(folder / name)) for name in ("users", "items"))
+    with small_batches(spark):
+        found = nearest(users, items, K, "dot", block_rows=SETTINGS.block_rows, counts=counts)
+        found.write.mode("overwrite").parquet(str(out))
+
+
+def in_numpy(folder: Path, count: int) -> Callable[[], None]:
+    users, (ids, items) = read(folder / "users")[1][:count], read(folder / "items")
+
+    def run() -> None:
+        for start in range(0, count, SETTINGS.block_rows):
+            found = Nearest(users[start : start + SETTINGS.block_rows], K, "dot")
+            for first in range(0, len(items), SETTINGS.block_rows):
+                some = slice(first, first + SETTINGS.block_rows)
+                found.add(ids[some].astype(np.str_), items[some])
+            found.best()
+
+    return run
+
+
+def same(ours: Path, theirs: Path) -> float:
+    """The share of (user, neighbour) pairs of faiss that trailvec has too."""
+    pairs = [
+        set(zip(*(ds.dataset(path).to_table()[c].to_pylist() for c in ("source_id", "neighbour_id")), strict=True))
+        for path in (ours, theirs)
+    ]
+    return len(pairs[0] & pairs[1]) / len(pairs[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="20,000 users and items, 3 rounds, the first of them cold")
+    parser.add_argument("--users", type=float, help="default: 1e5")
+    parser.add_argument("--items", type=float, help="default: 1e5")
+    parser.add_argument("--rounds", type=int, help="medians of so many (default: 5)")
+    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for vectors, results, the chart")
+    arguments = parser.parse_args()
+    default = 20_000 if arguments.quick else 100_000
+    counts = int(arguments.users or default), int(arguments.items or default)
+    rounds = arguments.rounds or (3 if arguments.quick else 5)
+    folder = arguments.folder.absolute() / "neighbours"
+    make(folder, "users", counts[0], 1)
+    make(folder, "items", counts[1], 2)
+    faiss.omp_set_num_threads(CORES)
+
+    spark = session(arguments.quick)
+    part = min(counts[0], SETTINGS.block_rows)
+    contestants = {
+        "trailvec": lambda: by_trailvec(spark, folder, folder / "ours", counts),
+        "faiss": lambda: by_faiss(folder, folder / "theirs"),
+        "in_numpy": in_numpy(folder, part),
+    }
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(rounds if arguments.quick else rounds + 1):
+        for name, run in contestants.items():
+            started = time.monotonic()
+            run()
+            if number or arguments.quick:  # the first round compiles and warms
+                times[name].append(time.monotonic() - started)
+                said(f"round {number} {name:9} {times[name][-1]:6.2f} s")
+    spark.stop()
+    bars(folder.parent / "neighbours.svg", times)
+    median = {name: statistics.median(seconds) for name, seconds in times.items()}
+    last_line(
+        {
+            "users": counts[0],
+            "items": counts[1],
+            "rounds": rounds,
+            "ratio_to_faiss": median["faiss"] / median["trailvec"],
+            "ratio_to_faiss_of_a_core": median["faiss"] * CORES / (median["in_numpy"] * counts[0] / part),
+            "same_neighbours": same(folder / "ours", folder / "theirs"),
+            "users_per_s": round(counts[0] / median["trailvec"]),
+            **{f"{name}_s": seconds for name, seconds in median.items()},
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
