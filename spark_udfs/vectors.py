@@ -3,6 +3,8 @@
     vector_cosine_similarity(a, b)   vector_inner_product(a, b)   vector_l2_distance(a, b)
     vector_norm(v [, degree])        vector_normalize(v [, degree])
     vector_avg(v), vector_sum(v)     aggregates
+    vector_top_k(id, v, query, k)    an aggregate of our own: the ids of the k vectors of the group whose inner product
+                                     with its query is highest, the highest first, ties to the smaller id
 
 Vectors are ARRAY<FLOAT>; sums are taken in float64, results are FLOAT or ARRAY<FLOAT>. The rules:
 
@@ -138,6 +140,22 @@ def total(name: str, function: Callable[[Vectors], Numbers], vectors: Series) ->
     return function(stacked).tolist() if len(stacked) else None
 
 
+def top_k(ids: Series, vectors: Series, queries: Series, ks: Series) -> list[str] | None:
+    """The ids of a group's k highest inner products of a vector and its query; None where there is none.
+
+    Raises:
+        TrailvecError: k is no whole number from 1 on, or not one for the group; and as `pairwise`.
+    """
+    found = ks.unique()
+    if len(found) != 1 or not found[0] >= 1:
+        raise TrailvecError(f"vector_top_k: found k = {', '.join(map(str, found))}: write one whole number from 1 on")
+    scores = pairwise("vector_top_k", inner_product, vectors, queries).to_numpy()
+    valid = ids.notna().to_numpy() & ~np.isnan(scores)
+    names = ids.to_numpy()[valid].astype(str)
+    order = np.lexsort((names, -scores[valid]))[: int(found[0])]
+    return names[order].tolist() if len(order) else None
+
+
 def _lengths(name: str, vectors: Series, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
     values = vectors.to_numpy()[rows]
     for found in {type(value[0]).__name__ for value in values if len(value)} - {"float32"}:
@@ -194,6 +212,10 @@ def _sum(vectors: Series) -> Any:
     return total("vector_sum", lambda stacked: stacked.sum(axis=0), vectors)
 
 
+def _top_k(id: Series, vector: Series, query: Series, k: Series) -> Any:
+    return top_k(id, vector, query, k)
+
+
 FUNCTIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "vector_cosine_similarity": (_cosine_similarity, "float"),
     "vector_inner_product": (_inner_product, "float"),
@@ -202,6 +224,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "vector_normalize": (_normalize, "array<float>"),
     "vector_avg": (_avg, "array<float>"),
     "vector_sum": (_sum, "array<float>"),
+    "vector_top_k": (_top_k, "array<string>"),
 }
 
 

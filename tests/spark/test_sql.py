@@ -92,9 +92,23 @@ def test_sums_are_per_group(spark: SparkSession) -> None:
     assert {row["k"]: row["total"] for row in answer.collect()} == {"a": [3.0], "b": [5.0]}
 
 
+def test_the_k_best_of_each_group(spark: SparkSession) -> None:
+    vectors.register(spark)
+    rows = """('a', 'x', array(1F, 0F)), ('a', 'w', array(2F, 0F)), ('a', 'v', array(1F, 9F)),
+              ('a', 'u', array(0F, 1F)), ('a', NULL, array(9F, 9F)),
+              ('a', 'n', array(9F, NULL)), ('b', 'x', array(-1F, 0F)), ('c', 'x', NULL)"""
+    answer = spark.sql(f"""
+        SELECT g, vector_top_k(id, v, array(1F, 0F), 3) AS best FROM VALUES {rows} AS t(g, id, v) GROUP BY g""")
+    assert {row["g"]: row["best"] for row in answer.collect()} == {"a": ["w", "v", "x"], "b": ["x"], "c": None}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (
+            "SELECT vector_top_k('a', array(1F), array(1F), 0)",
+            "vector_top_k: found k = 0: write one whole number from 1 on",
+        ),
         (
             "SELECT vector_cosine_similarity(array(1F, 2F), array(1F))",
             "vector_cosine_similarity: two vectors are of the lengths 2 and 1: compare vectors of one model_version",
