@@ -1,13 +1,18 @@
-"""export_segments: user_embeddings (and what a segment's SQL reads) → files under exports/<segment>/.
+"""export_segments: user_embeddings (and what the segments' lists and queries read) → files of each segment, exports.
 
-A segment is a small TOML file (`export.segments`; conf/segments/lookalike_demo.toml is one): a seed list, and how
-many of the other users who are most like a seed. A user's score is their highest cosine to any one seed, so seeds of
-several tastes stay several tastes; ties go to the smaller user id. A user with a zero vector is like nobody, and
-counts as unknown among the seeds. The folder holds Parquet parts and a
-manifest.json, and takes the place of the last export only when it is whole. The same input gives the same bytes.
+A segment is a small TOML file (jobs/segments.py says what may stand in it; conf/segments/ has examples). All segments
+of a run share one pass over the vectors (spark_udfs/likeness.py). Where a segment takes the best `size`, the pass gives
+the users above a floor, which a hash sample of the users sets a little too low; where it was still too high, the
+segment's pass is repeated with a lower one. So the result is exact, and it depends on no partitioning: ties go to the
+smaller user id. Spark leaves out whom a list decides about (jobs/segment_rules.py). Walking down what is left, from the
+highest score on, the driver takes the members; it holds those of all segments.
 
-User ids leave as HMAC-SHA256 with the key in the environment's TRAILVEC_EXPORT_KEY, taken on the driver as the rows
-are written: neither a Spark plan nor a file ever holds the key.
+A segment's folder holds its parts, report.html and manifest.json. It takes the place of the last export only when it is
+whole (elsewhere than on a local disk: the manifest is deleted first and written last). The same input gives the same
+bytes. Before anything is published the members are logged in `exports`, under an id made of all that the export depends
+on: after a kill between the two, the same command finds them there and logs nothing twice.
+
+What becomes of user ids and of texts that look like formulas: jobs/segment_files.py.
 
 trailvec export_segments --conf conf/local.toml
 """
@@ -15,256 +20,611 @@ trailvec export_segments --conf conf/local.toml
 from __future__ import annotations
 
 import hashlib
-import hmac
-import itertools
 import json
-import os
-from collections.abc import Callable, Iterator
+import operator
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import reduce
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field, model_validator
-from pyspark.sql import DataFrame
+from pyarrow import fs
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from jobs.cli import stage_main
-from jobs.config import parse, read_toml
 from jobs.errors import TrailvecError
-from jobs.runtime import Runtime, Stage, published, write_json
+from jobs.runtime import Runtime, Stage, code_version, spark_conf, write_json
+from jobs.segment_files import (
+    MANIFEST,
+    REPORT,
+    delivered,
+    export_key,
+    file_digest,
+    hashed,
+    held_back,
+    place_of,
+    write_parts,
+)
+from jobs.segment_report import Share, page
+from jobs.segment_rules import (
+    ARROW,
+    Flags,
+    Lists,
+    Marked,
+    Rules,
+    limit_name,
+    read_consents,
+    rules_of,
+)
+from jobs.segments import Affinity, Segment, SegmentFile, read_segments
 from jobs.sql import query
-from jobs.tables import CURRENT_MODEL, TABLES, USER_EMBEDDINGS
-from spark_udfs.topk import nearest, small_batches
-from training.config import Section
+from jobs.tables import CURRENT_MODEL, EXPORTS, ITEM_EMBEDDINGS, ITEMS, SESSIONS, TABLES, USER_EMBEDDINGS
+from spark_udfs.likeness import Anchors, Scorer, anchors_of, candidates
 
-KEY = "TRAILVEC_EXPORT_KEY"
-_ROWS_PER_FILE = 1_000_000
-_COLUMNS = {"user_id": pa.string(), "score": pa.float32(), "rank": pa.int32()}
-
-
-class Seeds(Section):
-    """The users that a segment is to be like: one of the two."""
-
-    file: str | None = Field(None, description="text, one user id per line; relative to the segment's file")
-    sql: str | None = Field(None, description="a query over the tables with a column user_id")
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> Seeds:
-        if (self.file is None) == (self.sql is None):
-            raise ValueError("give either file or sql")
-        return self
+_SAMPLE = 20_000  # users, about, whose scores set the floors, and who stand for the others in a classifier
+_BINS = 20  # of the histogram of scores
+_EVERYONE = -1  # the number of the users whom all segments with a score begin with
 
 
-class Segment(Section):
-    """A segment's file."""
-
-    name: str = Field(pattern=r"^[a-z0-9_-]+$", description="also the name of its folder")
-    owner: str = Field(min_length=1, description="who answers for it")
-    purpose: str = Field(min_length=1, description="what it is for")
-    seeds: Seeds
-    size: int = Field(ge=1, description="users to export; fewer where there are fewer")
-    columns: tuple[Literal["user_id", "score", "rank"], ...] = Field(("user_id", "score", "rank"), min_length=1)
-    user_ids: Literal["hashed", "plain"] = "hashed"
-    approved_by: str | None = Field(None, min_length=1, description="who allowed plain user ids")
-
-    @model_validator(mode="after")
-    def _plain_is_approved(self) -> Segment:
-        if self.user_ids == "plain" and self.approved_by is None:
-            raise ValueError("plain user ids need approved_by, the name of who allowed them")
-        return self
-
-    @model_validator(mode="after")
-    def _columns_once(self) -> Segment:
-        if len(set(self.columns)) < len(self.columns):
-            raise ValueError("a column stands in columns twice")
-        return self
+# ---- which exports, and which of them are there ---------------------------------------------------------------------
 
 
-class SegmentFile(NamedTuple):
+@dataclass(frozen=True)
+class Export:
+    """One segment of the run.
+
+    Attributes:
+        number: its place in the run's order; what Spark knows it by.
+        id: a hash of all that decides about its members; in the log, and in the manifest.
+    """
+
+    number: int
     segment: Segment
     path: Path
+    id: str
+
+    @property
+    def name(self) -> str:
+        return self.segment.name
 
 
-def read_segments(paths: list[str]) -> list[SegmentFile]:
-    """The segments of the files.
+def _exports(runtime: Runtime, now: datetime) -> list[Export]:
+    """The configuration's segments, each after those that it includes or excludes."""
+    found: dict[str, Export] = {}
+    for number, file in enumerate(read_segments(runtime.config.export.segments)):
+        export_id = _digest(_facts(runtime, file, found, now))[:32]
+        found[file.segment.name] = Export(number, file.segment, file.path, export_id)
+    return list(found.values())
 
-    Raises:
-        TrailvecError: a file is missing or wrong, two have one name, or a seed list is missing.
+
+def _facts(runtime: Runtime, file: SegmentFile, before: dict[str, Export], now: datetime) -> dict[str, Any]:
+    """All that decides about an export's members, as plain values; not the code: new code logs nothing again."""
+    segment, consent = file.segment, runtime.config.export.consent
+    facts: dict[str, Any] = {
+        "segment": segment.model_dump(mode="json"),
+        "model_version": runtime.current_model(),
+        "users": runtime.changed_version(USER_EMBEDDINGS),
+        "files": [file_digest(file.path.parent / users.file) for users in segment.lists if users.file is not None],
+        "others": [before[name].id for name in (*segment.include, *segment.exclude)],
+    }
+    if segment.consent is not None:
+        if consent is None:
+            raise TrailvecError(
+                f"{file.path} asks for the consent {segment.consent!r}: say in export.consent who gave it"
+            )
+        facts["consent"] = consent.sql or file_digest(Path(str(consent.file)))
+    if segment.affinity is not None:
+        facts["items"] = {t.name: runtime.changed_version(t) for t in (ITEMS, ITEM_EMBEDDINGS) if runtime.exists(t)}
+    asked = [segment.sql, *(users.sql for users in segment.lists)]
+    if any(asked) or (segment.consent is not None and consent is not None and consent.sql is not None):
+        # A query may read any table. (Not the log: each export would make the next one another.)
+        facts["tables"] = {t.name: runtime.changed_version(t) for t in TABLES if t != EXPORTS and runtime.exists(t)}
+    if segment.needs_key:
+        # Another key makes other files. Only a hash of this mark goes on from here.
+        facts["key"] = hashed(export_key(), ["which key is this?"])[0]
+    if segment.at_most is not None:
+        facts["day"] = now.date().isoformat()
+    return facts
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _published(runtime: Runtime, export: Export) -> dict[str, Any] | None:
+    """The manifest, where this very export is there already, made by this code."""
+    place = place_of(runtime, export.segment)
+    path = f"{place.folder}/{MANIFEST}"
+    if place.system.get_file_info(path).type == fs.FileType.NotFound:
+        return None
+    with place.system.open_input_stream(path) as file:
+        manifest: dict[str, Any] = json.loads(file.read())
+    same = manifest.get("export_id") == export.id and manifest["provenance"]["code_version"] == code_version()
+    return manifest if same else None
+
+
+# ---- one run --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The members of a segment, from the highest score on, where there is none by id.
+
+    Attributes:
+        ids: the users, strings.
+        scores: float32 [members]; empty where the segment has none.
+        control: bool [members]: held back.
+        counts: as in the manifest.
     """
-    files = [SegmentFile(parse(Segment, read_toml(Path(path)), path), Path(path)) for path in paths]
-    by_name: dict[str, Path] = {}
-    for segment, path in files:
-        if segment.name in by_name:
-            raise TrailvecError(f"{path} and {by_name[segment.name]} both say name = {segment.name!r}: rename one")
-        by_name[segment.name] = path
-        if segment.seeds.file is not None and not (path.parent / segment.seeds.file).is_file():
-            raise TrailvecError(f"{path}: the seed list {path.parent / segment.seeds.file} does not exist: add it")
-    return files
+
+    ids: pa.Array
+    scores: npt.NDArray[np.float32]
+    control: Flags
+    counts: dict[str, Any]
 
 
-def rank_by_likeness(users: DataFrame, seeds: DataFrame, *, block_rows: int, counts: tuple[int, int]) -> DataFrame:
-    """Each user who is no seed, with the highest cosine to any seed.
+class Run:
+    """One run of the stage over the segments that are not there yet."""
 
-    Args:
-        users: user_id string, vector array<float>; seeds: user_id string, each once.
-        counts: about how many users and how many seeds there are.
+    def __init__(
+        self, runtime: Runtime, exports: list[Export], pending: list[Export], staging: Path, now: datetime
+    ) -> None:
+        self._runtime, self._exports, self._pending = runtime, exports, pending
+        self._staging, self._now = staging, now
+        self._version = runtime.current_model()
+        of_model = runtime.read(USER_EMBEDDINGS).where(F.col("model_version") == self._version)
+        self._users = of_model.select("user_id", "vector", "is_cold")
+        self._as_of = of_model.agg(F.date_format(F.max("as_of"), "yyyy-MM-dd'T'HH:mm:ssX")).collect()[0][0]
+        consents = read_consents(runtime) if any(e.segment.consent for e in pending) else None
+        # What this very run logged before it was killed is no earlier export.
+        runtime.create(EXPORTS)
+        self._log = runtime.latest(EXPORTS)
+        log = self._log.where(~F.col("export_id").isin([export.id for export in pending]))
+        lists = Lists(runtime)
+        self._rules = {
+            export.number: rules_of(
+                runtime, SegmentFile(export.segment, export.path), lists, consents, log=log, now=now
+            )
+            for export in pending
+        }
+        self._lists = lists.of_users().persist()
+        self._counts: dict[int, tuple[Marked, npt.NDArray[np.int64]]] = {}
+        self._seeds: dict[int, dict[str, int]] = {}
+        self._anchors: dict[int, Anchors] = {}
+        self._sample: dict[int, npt.NDArray[np.float32]] = {}  # scores of the allowed users of the sample
+        self._floors: dict[int, float] = {}
+        self._taken: dict[str, Taken] = {}
+        self._logged: dict[str, pa.Array] = {}  # members of segments that this run leaves as they are
+        self._exported: Counter[str] = Counter()  # in this run, by user
 
-    Returns:
-        user_id string, score float, from the most alike on.
-    """
-    seed_vectors = users.join(seeds, "user_id", "left_semi")
-    others = users.join(seeds, "user_id", "left_anti")
-    by_id = [F.col("user_id").alias("id"), F.col("vector")]
-    scored = nearest(
-        others.select(*by_id), seed_vectors.select(*by_id), 1, "cosine", block_rows=block_rows, counts=counts
-    )
-    return scored.select(F.col("source_id").alias("user_id"), "score").orderBy(F.desc("score"), "user_id")
+    def select(self) -> None:
+        """Takes the members of each segment."""
+        runtime = self._runtime
+        scored = [export for export in self._pending if export.segment.scored]
+        queried = [export for export in self._pending if export.segment.sql is not None]
+        everyone = self._users.select(F.lit(_EVERYONE).alias("segment"), "user_id")
+        rows = [self._asked(export) for export in queried]
+        runtime.on_progress("who may be exported")
+        self._counts = self._count(reduce(DataFrame.unionByName, rows, everyone))
+        if scored:
+            runtime.on_progress("the seeds and a sample")
+            self._look_up(scored)
+            self._floors = {export.number: self._floor(export, self._wanted(export)) for export in scored}
+            rows.append(self._pass(scored))
+        runtime.on_progress(f"the scores of {len(scored)} segments")
+        if rows:
+            self._stage(reduce(DataFrame.unionByName, rows))
+        limited = any(export.segment.at_most is not None for export in self._pending)
+        for export in self._pending:
+            runtime.on_progress(f"segment {export.name}")
+            self._taken[export.name] = taken = self._take(export)
+            if limited:
+                self._exported.update(taken.ids.filter(pa.array(~taken.control)).to_pylist())
+        self._lists.unpersist()
+
+    # ---- Spark: who comes into question
+
+    def _asked(self, export: Export) -> DataFrame:
+        """The users that a segment's query gives: segment, user_id, score (NULL)."""
+        asked = query(self._runtime, str(export.segment.sql))
+        if "user_id" not in asked.columns:
+            raise TrailvecError(f"{export.path}: its query gives {', '.join(asked.columns)}: it needs a column user_id")
+        ids = asked.select(F.col("user_id").cast("string")).distinct()
+        return _without_score(export, ids.join(self._users.select("user_id"), "user_id", "left_semi"))
+
+    def _count(self, rows: DataFrame) -> dict[int, tuple[Marked, npt.NDArray[np.int64]]]:
+        """By segment: the combinations of marks that its users have, and how many users have each."""
+        marked = rows.select("segment", "user_id").join(self._lists, "user_id", "left")
+        with spark_conf(self._runtime.spark, ARROW):
+            found = marked.groupBy("segment", "marks").count().toPandas()
+        return {
+            int(str(number)): (Marked(part["marks"].tolist()), part["count"].to_numpy())
+            for number, part in found.groupby("segment")
+        }
+
+    def _look_up(self, scored: list[Export]) -> None:
+        """The segments' anchors, and the scores of a sample of the users."""
+        total = int(self._counts[_EVERYONE][1].sum()) if _EVERYONE in self._counts else 0
+        sampled = F.pmod(F.xxhash64("user_id"), F.lit(max(1, total // _SAMPLE))) == 0
+        marks = [rules.seeds for rules in self._rules.values() if rules.seeds is not None]
+        is_seed = F.arrays_overlap("marks", F.array(*[F.lit(mark) for mark in marks]).cast("array<int>"))
+        seeds = self._lists.where(is_seed).select("user_id", F.lit(True).alias("is_seed"))
+        chosen = (
+            self._users.withColumn("sampled", sampled)
+            .join(F.broadcast(seeds), "user_id", "left")
+            .where("sampled OR is_seed")
+            .join(self._lists, "user_id", "left")
+        )
+        with spark_conf(self._runtime.spark, ARROW):
+            given = self._lists.select(F.explode("marks").alias("mark")).groupBy("mark").count().toPandas()
+            found = chosen.select("user_id", "vector", "is_cold", "sampled", "marks").toPandas().sort_values("user_id")
+        vectors = np.stack(found["vector"].tolist()) if len(found) else np.empty((0, 1), np.float32)
+        there = vectors.any(axis=1)
+        vectors, found = vectors[there], found[there]
+        marked = Marked(found["marks"].tolist())
+        cold, of_sample = found["is_cold"].to_numpy(np.bool_), found["sampled"].to_numpy(np.bool_)
+        given_of = dict(zip(given["mark"], given["count"], strict=True))
+        of_items = self._item_anchors([export for export in scored if export.segment.affinity is not None])
+        for export in scored:
+            seeds_mark, seed_list = self._rules[export.number].seeds, export.segment.seeds
+            if seeds_mark is None or seed_list is None:
+                self._anchors[export.number] = of_items[export.number]
+                continue
+            seed = marked.has(seeds_mark)
+            count = {
+                "given": int(given_of.get(seeds_mark, 0)),
+                "known": int(seed.sum()),
+                "cold": int((seed & cold).sum()),
+            }
+            self._seeds[export.number] = count | {"unknown": count["given"] - count["known"]}
+            self._refuse_seeds(export)
+            # A cold seed says nothing of what it is fond of.
+            self._anchors[export.number] = anchors_of(
+                seed_list.method, vectors[seed & ~cold], vectors[of_sample & ~seed], seed_list.tastes
+            )
+        scores = Scorer([self._anchors[export.number] for export in scored]).all(vectors)
+        for export, of_export in zip(scored, scores, strict=True):
+            allowed = of_sample & marked.allowed(self._rules[export.number])
+            self._sample[export.number] = np.sort(of_export[allowed])[::-1]
+
+    def _refuse_seeds(self, export: Export) -> None:
+        count = self._seeds[export.number]
+        if not count["known"]:
+            raise TrailvecError(
+                f"{export.path}: none of its {count['given']:,} seeds is a user with a vector of model "
+                f"{self._version}: correct the seeds, or run `trailvec score_users` first"
+            )
+        if count["known"] == count["cold"]:
+            raise TrailvecError(
+                f"{export.path}: all of its {count['known']:,} seeds are cold, model {self._version} knows none of "
+                f"their items: take other seeds, or train a newer model"
+            )
+
+    def _item_anchors(self, exports: list[Export]) -> dict[int, Anchors]:
+        """The vectors of the items that the segments name, read at once."""
+        if not exports:
+            return {}
+        wanted = {export.number: _is_wanted(export.segment.affinity) for export in exports if export.segment.affinity}
+        for table in (ITEMS, ITEM_EMBEDDINGS):
+            self._runtime.latest_version(table)  # says which stage makes it, where it is missing
+        items = self._runtime.latest(ITEM_EMBEDDINGS).where(F.col("model_version") == self._version)
+        named = items.join(self._runtime.latest(ITEMS).select("item_id", "vertical", "category"), "item_id", "left")
+        flags = [F.coalesce(condition, F.lit(False)).alias(f"of_{number}") for number, condition in wanted.items()]
+        rows = named.select("item_id", "vector", *flags).where(
+            reduce(operator.or_, (F.col(f"of_{number}") for number in wanted))
+        )
+        with spark_conf(self._runtime.spark, ARROW):
+            found = rows.toPandas().sort_values("item_id")
+        anchors = {}
+        for export in exports:
+            vectors = found["vector"][found[f"of_{export.number}"]].tolist()
+            if not vectors:
+                raise TrailvecError(
+                    f"{export.path}: no item of its affinity has a vector of model {self._version}: correct the items, "
+                    f"or run `trailvec embed_items` first"
+                )
+            anchors[export.number] = Anchors(np.stack(vectors), "dot")
+        return anchors
+
+    def _floor(self, export: Export, wanted: int) -> float:
+        """The score from which on there are at least `wanted` allowed users, most probably."""
+        if export.segment.threshold is not None:
+            return export.segment.threshold
+        scores = self._sample[export.number]
+        marked, counts = self._counts[_EVERYONE]
+        allowed = int(counts[marked.allowed(self._rules[export.number])].sum())
+        expected = wanted / max(allowed, 1) * len(scores)
+        place = int(expected + 4 * np.sqrt(expected) + 4)
+        return float(scores[place]) if place < len(scores) else -np.inf
+
+    def _wanted(self, export: Export) -> int:
+        """So many allowed users are enough, unless `at_most` leaves out many."""
+        others = (other.segment.size or 0 for other in self._exports if other.name in export.segment.exclude)
+        return (export.segment.size or 0) + sum(others)
+
+    def _pass(self, exports: list[Export]) -> DataFrame:
+        numbers = [export.number for export in exports]
+        anchors = {number: self._anchors[number] for number in numbers}
+        return candidates(self._users, anchors, {number: self._floors[number] for number in numbers})
+
+    def _stage(self, rows: DataFrame) -> None:
+        """Writes the allowed ones of `rows` (segment, user_id, score) under candidates/segment=…, from the best on."""
+        steps = [(number, *_forbidden_and_required(rules)) for number, rules in self._rules.items()]
+        of_segment = self._runtime.spark.createDataFrame(
+            steps, "segment int, forbidden array<int>, required array<int>"
+        )
+        allowed = (
+            rows.join(F.broadcast(of_segment), "segment")
+            .join(self._lists, "user_id", "left")
+            .withColumn("marks", F.coalesce("marks", F.array().cast("array<int>")))
+            .where(~F.arrays_overlap("marks", "forbidden") & (F.size(F.array_except("required", "marks")) == 0))
+        )
+        ordered = allowed.select("segment", "user_id", "score", "marks").repartition("segment")
+        ordered = ordered.sortWithinPartitions("segment", F.desc("score"), "user_id")
+        ordered.write.partitionBy("segment").mode("append").parquet(str(self._staging / "candidates"))
+
+    # ---- the driver: who is taken
+
+    def _take(self, export: Export) -> Taken:
+        if export.segment.include:
+            ids = pa.chunked_array([self._members(name) for name in export.segment.include], pa.string()).unique()
+            with spark_conf(self._runtime.spark, ARROW):
+                frame = self._runtime.spark.createDataFrame(
+                    pd.DataFrame({"user_id": ids.to_pandas()}), "user_id string"
+                )
+            rows = _without_score(export, frame)
+            self._counts |= self._count(rows)
+            self._stage(rows)
+        wanted = self._wanted(export)
+        while (taken := self._walk(export)) is None:
+            wanted *= 4
+            self._floors[export.number] = self._floor(export, wanted)
+            shutil.rmtree(self._staging / "candidates" / f"segment={export.number}", ignore_errors=True)
+            self._stage(self._pass([export]))
+        return taken
+
+    def _walk(self, export: Export) -> Taken | None:
+        """The segment's members among its candidates; None where there are too few, and may be more below the floor."""
+        segment = export.segment
+        excluded = pa.concat_arrays([pa.array([], pa.string()), *(self._members(name) for name in segment.exclude)])
+        ids, scores = [pa.array([], pa.string())], [np.empty(0, np.float32)]
+        taken = excluded_ones = too_often_ones = 0
+        for batch in self._candidates(export):
+            too_often = self._too_often(export, batch)
+            is_excluded = pc.is_in(batch["user_id"], value_set=excluded).to_numpy(zero_copy_only=False) & ~too_often
+            kept, seen = np.flatnonzero(~too_often & ~is_excluded), batch.num_rows
+            if segment.size is not None and taken + len(kept) >= segment.size:
+                kept = kept[: segment.size - taken]
+                seen = kept[-1] + 1  # nobody looks at who follows the last one
+            taken += len(kept)
+            too_often_ones += int(too_often[:seen].sum())
+            excluded_ones += int(is_excluded[:seen].sum())
+            ids.append(batch["user_id"].take(pa.array(kept)))
+            if segment.scored:
+                scores.append(batch["score"].to_numpy()[kept])
+            if taken == segment.size:
+                break
+        else:
+            if segment.size is not None and self._floors[export.number] > -np.inf:
+                return None
+        members = pa.concat_arrays(ids)
+        control = held_back(segment, members.to_pylist())
+        counts = self._told(export, len(members), int(control.sum()), too_often_ones, excluded_ones)
+        return Taken(members, np.concatenate(scores), control, counts)
+
+    def _candidates(self, export: Export) -> Iterator[pa.RecordBatch]:
+        """Its allowed users in order: user_id, score, marks."""
+        for file in sorted((self._staging / "candidates" / f"segment={export.number}").glob("*.parquet")):
+            yield from pq.ParquetFile(file).iter_batches()
+
+    def _too_often(self, export: Export, batch: pa.RecordBatch) -> Flags:
+        """Whom the exports of this run, with those in the log, bring to the limit; the log alone is Spark's part."""
+        found, limit = np.zeros(batch.num_rows, np.bool_), export.segment.at_most
+        if limit is not None and self._exported:
+            marks_of_log = set(self._rules[export.number].exported)
+            for row, (user, marks) in enumerate(
+                zip(*(batch[name].to_pylist() for name in ("user_id", "marks")), strict=True)
+            ):
+                if user in self._exported:
+                    found[row] = self._exported[user] + len(marks_of_log.intersection(marks)) >= limit.exports
+        return found
+
+    def _told(self, export: Export, taken: int, control: int, too_often: int, excluded: int) -> dict[str, Any]:
+        segment = export.segment
+        marked, users = self._counts.get(
+            _EVERYONE if segment.scored else export.number, (Marked([]), np.zeros(0, np.int64))
+        )
+        removed: Counter[str] = Counter()  # in the order of the rules
+        for name, out in marked.left_out(self._rules[export.number]):
+            removed[name] += int(users[out].sum())
+        if segment.at_most is not None:
+            removed[limit_name(segment.at_most)] += too_often
+        if segment.exclude:
+            removed[f"member of {', '.join(segment.exclude)}"] = excluded
+        total = int(users.sum())
+        if segment.scored:
+            # Who has a zero vector is like nobody, and comes after all others.
+            cut = (
+                f"after the best {segment.size:,}" if segment.size is not None else f"score below {segment.threshold:g}"
+            )
+            removed[cut] = total - sum(removed.values()) - taken
+        steps = [{"rule": rule, "users": count} for rule, count in removed.items()]
+        counts = {"in": total, "removed": steps, "control": control, "exported": taken - control}
+        return counts | ({"seeds": self._seeds[export.number]} if export.number in self._seeds else {})
+
+    def _members(self, name: str) -> pa.Array:
+        """The members of a segment of the configuration; of one that this run leaves as it is, those in the log."""
+        if name not in self._taken and name not in self._logged:
+            (export,) = (export for export in self._exports if export.name == name)
+            with spark_conf(self._runtime.spark, ARROW):
+                rows = self._log.where(F.col("export_id") == export.id).select("user_id").orderBy("user_id").toPandas()
+            self._logged[name] = pa.array(rows["user_id"], pa.string())
+        return self._taken[name].ids if name in self._taken else self._logged[name]
+
+    # ---- the log, the files
+
+    def publish(self) -> None:
+        """Logs the members, then puts each segment's files in their place."""
+        self._log_members()
+        overlaps, verticals = self._overlaps(), self._verticals()
+        for export in self._pending:
+            taken, segment = self._taken[export.name], export.segment
+            exported = pa.array(~taken.control)
+            ids = taken.ids.filter(exported).to_pylist()
+            scores = taken.scores[~taken.control] if segment.scored else None
+            with delivered(place_of(self._runtime, segment), self._staging) as folder:
+                manifest = {
+                    "segment": segment.model_dump(mode="json"),
+                    "export_id": export.id,
+                    "model_version": self._version,
+                    "as_of": self._as_of,
+                    "counts": taken.counts,
+                    "score": None if scores is None else _spread(scores),
+                    "files": write_parts(folder, segment, ids, scores),
+                    "provenance": self._runtime.provenance(),
+                }
+                report = page(manifest, taken.scores, overlaps[export.name], verticals[export.name])
+                (folder / REPORT).write_text(report, encoding="utf-8")
+                write_json(folder / MANIFEST, manifest)
+            self._runtime.report.rows_out[export.name] = len(ids)
+
+    def _log_members(self) -> None:
+        """One commit for all; rows that are there from a run that was killed stay as they are."""
+        folder = self._staging / "log"
+        folder.mkdir()
+        for export in self._pending:
+            taken = self._taken[export.name]
+            count = len(taken.ids)
+            columns = {
+                "export_id": pa.array([export.id] * count, pa.string()),
+                "segment": pa.array([export.name] * count, pa.string()),
+                "user_id": taken.ids,
+                "is_control": pa.array(taken.control),
+                "exported_at": pa.array([self._now] * count, pa.timestamp("us", "UTC")),
+                "model_version": pa.array([self._version] * count, pa.string()),
+            }
+            pq.write_table(pa.table(columns), folder / f"{export.number:05d}.parquet")
+        rows = self._runtime.spark.read.parquet(str(folder))
+        of_run = F.col("old.export_id").isin([export.id for export in self._pending])
+        self._runtime.merge(EXPORTS, rows, where=of_run, insert_only=True)
+
+    def _overlaps(self) -> dict[str, list[Share]]:
+        """By segment: which share of its members each of the other segments holds too."""
+        from scipy.sparse import csr_matrix  # noqa: PLC0415 - a part of a second, and only this needs it
+
+        names = [export.name for export in self._exports]
+        members = [self._members(name) for name in names]
+        users = pa.concat_arrays(members).dictionary_encode().indices.to_numpy()
+        rows = np.repeat(np.arange(len(names)), [len(ids) for ids in members])
+        holds = csr_matrix(
+            (np.ones(len(users), np.int64), (rows, users)), shape=(len(names), users.max(initial=-1) + 1)
+        )
+        common = (holds @ holds.T).toarray()
+        return {
+            name: [
+                Share(other, common[row, column] / max(common[row, row], 1), None)
+                for column, other in enumerate(names)
+                if column != row
+            ]
+            for row, name in enumerate(names)
+        }
+
+    def _verticals(self) -> dict[str, list[Share] | None]:
+        """By segment: which share of its members, and of everyone, acted in a vertical."""
+        if not self._runtime.exists(SESSIONS):
+            return {export.name: None for export in self._pending}
+        members = self._runtime.spark.read.parquet(str(self._staging / "log")).select("segment", "user_id")
+        everyone = self._users.select(F.lit("").alias("segment"), "user_id")  # no segment has that name
+        acted = self._runtime.latest(SESSIONS).select("user_id", F.explode("verticals").alias("vertical")).distinct()
+        found = members.unionByName(everyone).join(acted, "user_id").groupBy("segment", "vertical").count().collect()
+        users = {(row["segment"], row["vertical"]): row["count"] for row in found}
+        verticals = sorted({vertical for _, vertical in users})
+        total = int(self._counts[_EVERYONE][1].sum())
+        return {
+            name: [
+                Share(v, users.get((name, v), 0) / max(len(taken.ids), 1), users.get(("", v), 0) / total)
+                for v in verticals
+            ]
+            for name, taken in self._taken.items()
+        }
+
+
+def _without_score(export: Export, ids: DataFrame) -> DataFrame:
+    return ids.select(F.lit(export.number).alias("segment"), "user_id", F.lit(None).cast("float").alias("score"))
+
+
+def _forbidden_and_required(rules: Rules) -> tuple[list[int], list[int]]:
+    return [r.mark for r in rules.steps if not r.required], [r.mark for r in rules.steps if r.required]
+
+
+def _is_wanted(affinity: Affinity) -> Column:
+    """Whether an item (item_id, vertical, category) is one of the affinity's."""
+    if affinity.items:
+        return F.col("item_id").isin(list(affinity.items))
+    same = F.lit(True)
+    if affinity.vertical is not None:
+        same &= F.col("vertical") == affinity.vertical
+    if affinity.category is not None:
+        same &= F.col("category") == affinity.category
+    return same
+
+
+def _spread(scores: npt.NDArray[np.float32]) -> dict[str, Any]:
+    """Range and histogram."""
+    if not len(scores):
+        return {"min": None, "max": None, "histogram": None}
+    counts, edges = np.histogram(scores.astype(np.float64), _BINS)
+    histogram = {"edges": edges.tolist(), "counts": counts.tolist()}
+    return {"min": float(scores[-1]), "max": float(scores[0]), "histogram": histogram}
+
+
+# ---- the stage ------------------------------------------------------------------------------------------------------
 
 
 def run(runtime: Runtime) -> None:
-    files = read_segments(runtime.config.export.segments)
-    manifests = {file.segment.name: runtime.exports / file.segment.name / "manifest.json" for file in files}
-    if not runtime.forced and all(_fingerprint(path) == runtime.fingerprint for path in manifests.values()):
+    now = _now()
+    exports = _exports(runtime, now)
+    found = {export.name: None if runtime.forced else _published(runtime, export) for export in exports}
+    for name, manifest in found.items():
+        if manifest is not None:
+            runtime.report.rows_out[name] = manifest["counts"]["exported"]
+    pending = [export for export in exports if found[export.name] is None]
+    if not pending:
         runtime.report.skipped = True
-        for name, path in manifests.items():
-            runtime.report.rows_out[name] = json.loads(path.read_text(encoding="utf-8"))["counts"]["exported"]
         return
-    for file in files:
-        runtime.on_progress(f"segment {file.segment.name}")
-        runtime.report.rows_out[file.segment.name] = _export(runtime, file)
-
-
-def _export(runtime: Runtime, file: SegmentFile) -> int:
-    segment, version = file.segment, runtime.current_model()
-    protect = _hasher(_key()) if segment.user_ids == "hashed" else str
-    of_model = runtime.read(USER_EMBEDDINGS).where(F.col("model_version") == version)
-    as_of = of_model.agg(F.date_format(F.max("as_of"), "yyyy-MM-dd'T'HH:mm:ssX")).collect()[0][0]
-    users = of_model.where(F.exists("vector", lambda x: x != 0)).select("user_id", "vector")
-    seeds = _seeds(runtime, file).persist()
-    given, known = seeds.count(), users.join(seeds, "user_id", "left_semi").count()
-    candidates = users.join(seeds, "user_id", "left_anti").count()
-    if not known:
-        raise TrailvecError(
-            f"{file.path}: none of its {given:,} seeds is a user with a vector of model {version}: "
-            f"correct the seeds, or run `trailvec score_users` first"
-        )
-    block_rows = runtime.config.neighbours.block_rows
-    ranked = rank_by_likeness(users, seeds, block_rows=block_rows, counts=(candidates, known))
-    with published(runtime.exports / segment.name) as folder, small_batches(runtime.spark):
-        rows = (
-            (protect(row["user_id"]), row["score"], rank)
-            for rank, row in enumerate(ranked.limit(segment.size).toLocalIterator(), start=1)
-        )
-        parts, scores = _write_parts(rows, folder, segment.columns)
-        exported: int = sum(part["rows"] for part in parts)
-        counts = {"seeds_given": given, "seeds_known": known, "seeds_unknown": given - known}
-        manifest = {
-            "segment": segment.model_dump(mode="json"),
-            "model_version": version,
-            "as_of": as_of,
-            "counts": {**counts, "candidates": candidates, "exported": exported},
-            "score": scores,
-            "files": parts,
-            "provenance": runtime.provenance(),
-        }
-        write_json(folder / "manifest.json", manifest)
-    seeds.unpersist()
-    return exported
-
-
-def _seeds(runtime: Runtime, file: SegmentFile) -> DataFrame:
-    """The seeds' ids, each once: user_id string."""
-    seeds = file.segment.seeds
-    if seeds.file is not None:
-        seed_list = file.path.parent / seeds.file
-        try:
-            lines = seed_list.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise TrailvecError(
-                f"the seed list {seed_list} is no UTF-8 text ({error.reason}): save it as such"
-            ) from None
-        ids = runtime.spark.createDataFrame(pd.DataFrame({"user_id": [line.strip() for line in lines]}, dtype="str"))
-    else:
-        assert seeds.sql is not None
-        ids = query(runtime, seeds.sql)
-        if "user_id" not in ids.columns:
-            raise TrailvecError(
-                f"{file.path}: the query of its seeds gives {', '.join(ids.columns)}: it needs a column user_id"
-            )
-    return ids.select(F.col("user_id").cast("string")).where("user_id <> ''").distinct()
-
-
-def _write_parts(
-    rows: Iterator[tuple[str, float, int]], folder: Path, columns: tuple[str, ...]
-) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
-    """Writes rows of (user_id, score, rank) to Parquet; what each file holds, and the range of the scores.
-
-    There is always a first part, so that whoever loads an empty segment still finds its columns.
-    """
-    schema = pa.schema([(name, _COLUMNS[name]) for name in columns])
-    parts: list[dict[str, Any]] = []
-    highest: float | None = None
-    lowest: float | None = None
-    while (chunk := list(itertools.islice(rows, _ROWS_PER_FILE))) or not parts:
-        by_name = dict(zip(_COLUMNS, zip(*chunk, strict=True) if chunk else ((), (), ()), strict=True))
-        path = folder / f"part-{len(parts):05d}.parquet"
-        pq.write_table(pa.table([by_name[field.name] for field in schema], schema=schema), path)
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        parts.append({"name": path.name, "rows": len(chunk), "bytes": path.stat().st_size, "sha256": digest})
-        if chunk:
-            highest, lowest = chunk[0][1] if highest is None else highest, chunk[-1][1]
-    return parts, {"min": lowest, "max": highest}
-
-
-def _key() -> bytes:
-    key = os.environ.get(KEY, "")
-    if not key:
-        raise TrailvecError(f"the environment has no {KEY}, the key that user ids are hashed with: export {KEY}=...")
-    return key.encode()
-
-
-def _hasher(key: bytes) -> Callable[[str], str]:
-    return lambda user_id: hmac.new(key, user_id.encode(), hashlib.sha256).hexdigest()
-
-
-def _fingerprint(manifest: Path) -> str | None:
-    if not manifest.exists():
-        return None
-    fingerprint: str = json.loads(manifest.read_text(encoding="utf-8"))["provenance"]["fingerprint"]
-    return fingerprint
-
-
-def _inputs(runtime: Runtime) -> dict[str, Any]:
-    files = read_segments(runtime.config.export.segments)
-    facts: dict[str, Any] = {
-        "model_version": runtime.current_model(),
-        "segments": [segment.model_dump(mode="json") for segment, _ in files],
-        "seed_lists": [
-            hashlib.sha256((path.parent / segment.seeds.file).read_bytes()).hexdigest()
-            for segment, path in files
-            if segment.seeds.file is not None
-        ],
-    }
-    if any(segment.seeds.sql is not None for segment, _ in files):
-        # A query may read any table.
-        facts["tables"] = {t.name: runtime.latest_version(t) for t in TABLES if runtime.exists(t)}
-    if any(segment.user_ids == "hashed" for segment, _ in files):
-        # Another key makes other files. Only a hash of this mark goes on from here.
-        facts["key"] = _hasher(_key())("which key is this?")
-    return facts
+    staging = runtime.root / ".exports.staging"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        this_run = Run(runtime, exports, pending, staging, now)
+        this_run.select()
+        this_run.publish()
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 STAGE = Stage(
     "export_segments",
-    "the users most like a seed list, as files with a manifest",
+    "the users of each segment, as files with a manifest and a report",
     run,
     reads=(CURRENT_MODEL, USER_EMBEDDINGS),  # in this order: what is current is whole
-    writes=(),
+    writes=(),  # also `exports`; but what says that the stage is up to date are the manifests
     settings=("export",),
-    inputs=_inputs,
+    inputs=lambda runtime: {export.name: export.id for export in _exports(runtime, _now())},
 )
 
 

@@ -436,7 +436,7 @@ class Runtime:
             "stage": stage.name,
             "code": code_version(),
             "settings": settings,
-            "reads": {table.name: self._changed_version(table) for table in stage.reads},
+            "reads": {table.name: self.changed_version(table) for table in stage.reads},
             "inputs": stage.inputs(self),
         }
 
@@ -461,9 +461,10 @@ class Runtime:
         self._history.pop(table.name, None)  # others may have written
         return self._commits(table)[0].version
 
-    def _changed_version(self, table: Table) -> int:
-        """The newest version at or before the stage's that changed rows: upkeep makes nothing else out of date."""
-        at = self._versions[table.name]
+    def changed_version(self, table: Table) -> int:
+        """The newest version that changed rows, at or before the stage's where it reads the table: upkeep makes
+        nothing else out of date."""
+        at = self._versions[table.name] if table.name in self._versions else self.latest_version(table)
         return max((c.version for c in self._commits(table) if c.changed_rows and c.version <= at), default=at)
 
     def _commits(self, table: Table) -> list[Commit]:

@@ -327,6 +327,21 @@ NEIGHBOURS = Table(
     partition_by=("model_version", "kind"),
 )
 
+EXPORTS = Table(
+    "exports",
+    "Who was exported in which segment, and when: the log that the segments' frequency rules look at.",
+    (
+        Column("export_id", "string", "The export, as its manifest.json names it; the same input gives the same."),
+        Column("segment", "string", "The segment's name."),
+        Column("user_id", "string", "The user, in plain."),
+        Column("is_control", "boolean", "The user was held back as the control group, and stands in no file."),
+        Column("exported_at", "timestamp", "When the export was first made: a repeated one is not logged again."),
+        Column("model_version", "string", "The model whose vectors were compared."),
+    ),
+    key=("export_id", "user_id"),
+    stage="export_segments",
+)
+
 TABLES = (
     EVENTS,
     REJECTED_EVENTS,
@@ -340,6 +355,7 @@ TABLES = (
     ITEM_EMBEDDINGS,
     EVALUATION,
     NEIGHBOURS,
+    EXPORTS,
 )
 
 # Views: of each of these tables the rows of the one current model. Spark plans a subquery first, so current_model is

@@ -59,6 +59,10 @@ EXAMPLES = {
     "neighbours": """
         SELECT n.rank, i.item_name, n.score FROM neighbours AS n JOIN items AS i ON i.item_id = n.neighbour_id
         WHERE n.kind = 'user_item' AND n.source_id = '1' ORDER BY n.rank""",
+    "exports": """
+        SELECT segment, export_id, min(exported_at) AS exported_at, count(*) AS members,
+               count_if(is_control) AS control
+        FROM exports GROUP BY segment, export_id ORDER BY exported_at DESC, segment""",
 }
 
 

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import hashlib
+import hmac
+import io
 import json
 import subprocess
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
 from jobs import export_segments
+from jobs.config import load_config
 from jobs.errors import TrailvecError
-from jobs.export_segments import KEY, STAGE, read_segments
+from jobs.export_segments import STAGE
 from jobs.runtime import Runtime
+from jobs.segment_files import KEY
+from jobs.segments import read_segments
+from jobs.tables import ITEMS, SESSIONS, USER_EMBEDDINGS
+from tests.conftest import put, read_delta
 from tests.spark.test_neighbours import embed
 
 SECRET = "correct horse battery staple"
@@ -52,26 +64,41 @@ def shop(
     runtime = make_runtime(
         "storage.database=segments",
         f'export.segments=["{tmp_path / "likes.toml"}"]',
-        "neighbours.block_rows=3",
     )
-    embed(runtime, spark, USERS, {"i": [1.0, 0.0]})
+    embed(runtime, spark, USERS, {"i1": [1.0, 0.0]})
     (tmp_path / "likes.toml").write_text(SEGMENT)
     (tmp_path / "seeds.txt").write_text("\ufeffann\r\n bob \n\nann\nghost\namy\n", encoding="utf-8")
     return runtime
 
 
-def read(runtime: Runtime) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    folder = runtime.exports / "likes"
+def read(runtime: Runtime, name: str = "likes", folder: Path | None = None) -> tuple[dict[str, Any], list[Any]]:
+    """The manifest, and the rows: dictionaries out of Parquet, lists of text, the header too, out of CSV."""
+    folder = folder or runtime.exports / name
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert {path.name for path in folder.iterdir()} == {"manifest.json", *(part["name"] for part in manifest["files"])}
-    rows = []
+    files = {part["name"] for part in manifest["files"]}
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", "report.html", *files}
+    counts = manifest["counts"]
+    assert counts["in"] == sum(r["users"] for r in counts["removed"]) + counts["control"] + counts["exported"]
+    rows: list[Any] = []
     for part in manifest["files"]:
         data = (folder / part["name"]).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (part["bytes"], part["sha256"])
-        found = pq.read_table(folder / part["name"]).to_pylist()
-        assert len(found) == part["rows"]
+        if part["name"].endswith(".parquet"):
+            found: list[Any] = pq.read_table(folder / part["name"]).to_pylist()
+            assert len(found) == part["rows"]
+        else:
+            found = list(csv.reader(io.StringIO(gzip.decompress(data).decode("utf-8"), newline="")))
+            assert len(found) == part["rows"] + 1
         rows += found
     return manifest, rows
+
+
+def removed(manifest: dict[str, Any]) -> dict[str, int]:
+    return {rule["rule"]: rule["users"] for rule in manifest["counts"]["removed"]}
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def hashed(user: str) -> str:
@@ -80,8 +107,8 @@ def hashed(user: str) -> str:
     return subprocess.run(command, input=user.encode(), capture_output=True, check=True).stdout.decode().split()[-1]
 
 
-def test_who_is_in_a_segment(shop: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_segments, "_ROWS_PER_FILE", 3)
+def test_who_is_in_a_segment(shop: Runtime, tmp_path: Path) -> None:
+    (tmp_path / "likes.toml").write_text(SEGMENT.replace("size = 4", "size = 4\nrows_per_file = 3"))
     report = shop.execute(STAGE)
     assert report.rows_out == {"likes": 4}
 
@@ -94,13 +121,22 @@ def test_who_is_in_a_segment(shop: Runtime, monkeypatch: pytest.MonkeyPatch) -> 
     assert [row["score"] for row in rows] == pytest.approx([score for _, score in expected], rel=1e-6)
     assert [part["rows"] for part in manifest["files"]] == [3, 1]
     assert manifest["counts"] == {
-        "seeds_given": 4,
-        "seeds_known": 3,
-        "seeds_unknown": 1,
-        "candidates": 5,
+        "in": 9,
+        "removed": [{"rule": "seed", "users": 3}, {"rule": "after the best 4", "users": 2}],
+        "control": 0,
         "exported": 4,
+        "seeds": {"given": 4, "known": 3, "unknown": 1, "cold": 0},
     }
-    assert manifest["score"] == {"min": rows[-1]["score"], "max": rows[0]["score"]}
+    assert (manifest["score"]["min"], manifest["score"]["max"]) == (rows[-1]["score"], rows[0]["score"])
+    histogram = manifest["score"]["histogram"]
+    assert sum(histogram["counts"]) == 4
+    assert histogram["counts"][0] == histogram["counts"][-1] == 2
+    assert (histogram["edges"][0], histogram["edges"][-1]) == (rows[-1]["score"], rows[0]["score"])
+    logged = read_delta(shop.root / "tables" / "exports")
+    assert {(row["user_id"], row["segment"], row["is_control"], row["model_version"]) for row in logged} == {
+        (user, "likes", False, "m1") for user, _ in expected
+    }
+    assert {row["export_id"] for row in logged} == {manifest["export_id"]}
     assert manifest["model_version"] == "m1"
     assert manifest["as_of"] == "2017-12-01T00:00:00Z"
     assert manifest["segment"]["owner"] == "marketing"
@@ -120,11 +156,12 @@ def test_a_rerun_is_skipped_and_a_forced_one_gives_the_same_bytes(
     shop: Runtime, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     shop.execute(STAGE)
-    first = (shop.exports / "likes" / "part-00000.parquet").read_bytes()
+    first = bytes_of(shop.exports)
     assert shop.execute(STAGE).skipped
     report = shop.execute(STAGE, force=True)
     assert not report.skipped
-    assert (shop.exports / "likes" / "part-00000.parquet").read_bytes() == first
+    assert bytes_of(shop.exports) == first
+    assert len(read_delta(shop.root / "tables" / "exports")) == 4  # logged once
 
     (tmp_path / "seeds.txt").write_text("far\n")
     assert not shop.execute(STAGE).skipped  # the list has changed
@@ -133,29 +170,38 @@ def test_a_rerun_is_skipped_and_a_forced_one_gives_the_same_bytes(
     assert not shop.execute(STAGE).skipped
 
 
-def test_a_crash_before_the_manifest_leaves_no_half_export(shop: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_before_the_manifest_leaves_no_half_export(
+    shop: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The members are logged by then; the same command gives what would have been, and logs nothing twice."""
+
     def dies(*_: object) -> None:
         raise KeyboardInterrupt
 
-    def visible() -> list[str]:
-        return [path.name for path in shop.exports.iterdir() if not path.name.startswith(".")]
-
+    limited = SEGMENT.replace("size = 4", "size = 4\nat_most = { exports = 1, days = 7 }")
+    (tmp_path / "likes.toml").write_text(limited)
+    log = shop.root / "tables" / "exports"
     with monkeypatch.context() as broken:
         broken.setattr(export_segments, "write_json", dies)
         with pytest.raises(KeyboardInterrupt):
             shop.execute(STAGE)
-    assert visible() == []
+    assert [path.name for path in shop.exports.iterdir() if not path.name.startswith(".")] == []
+    before = read_delta(log)
+    assert len(before) == 4
 
     shop.execute(STAGE)
-    whole = read(shop)
+    whole = bytes_of(shop.exports)
+    assert read(shop)[0]["counts"]["exported"] == 4
+    assert sorted(map(str, read_delta(log))) == sorted(map(str, before))
     with monkeypatch.context() as broken:
         broken.setattr(export_segments, "write_json", dies)
         with pytest.raises(KeyboardInterrupt):
             shop.execute(STAGE, force=True)
-    assert read(shop) == whole
+    assert {name: data for name, data in bytes_of(shop.exports).items() if not name.startswith(".")} == whole
     shop.execute(STAGE, force=True)
-    assert read(shop) == whole
-    assert [path.name for path in shop.exports.iterdir()] == ["likes"]
+    assert bytes_of(shop.exports) == whole
+    assert sorted(map(str, read_delta(log))) == sorted(map(str, before))
+    assert sorted(path.name for path in shop.root.iterdir()) == ["exports", "models", "tables"]
 
 
 def test_seeds_by_sql_plain_ids_and_chosen_columns(
@@ -184,8 +230,9 @@ def test_all_users_are_seeds(shop: Runtime, tmp_path: Path) -> None:
     shop.execute(STAGE)
     manifest, rows = read(shop)
     assert rows == []
-    assert manifest["counts"]["seeds_unknown"] == 1  # nil
-    assert manifest["score"] == {"min": None, "max": None}
+    assert manifest["counts"]["seeds"]["unknown"] == 1  # nil
+    assert manifest["score"] == {"min": None, "max": None, "histogram": None}
+    assert "<svg" not in (shop.exports / "likes" / "report.html").read_text()
     assert pq.read_schema(shop.exports / "likes" / "part-00000.parquet").names == ["user_id", "score", "rank"]
 
 
@@ -202,6 +249,14 @@ def test_what_is_refused_while_it_runs(shop: Runtime, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        ("size = 4", "", "seeds needs either size or threshold, found neither"),
+        ("size = 4", "size = 4\nthreshold = 0.5", "seeds needs either size or threshold, found size and threshold"),
+        ("size = 4", 'size = 4\nsql = "SELECT 1"', "give one of seeds, affinity, sql and include, found seeds and sql"),
+        ("size = 4", 'size = 4\nsuppress = [{ file = "gone.txt" }]', r"the list of users .*gone\.txt does not exist"),
+        ("size = 4", 'size = 4\nexclude = ["buyers"]', "segment buyers is not among export.segments: add its file"),
+        ("size = 4", 'size = 4\nexclude = ["likes"]', r"in a circle \(likes → likes\): take one out"),
+        ("size = 4", 'size = 4\ndestination = "s3://me:pass@bucket/x"', "destination holds credentials: leave them"),
+        ("size = 4", "size = 4\ncontrol_share = 1", "control_share = 1: Input should be less than 1"),
         ('name = "likes"', 'name = "../likes"', "name = '../likes': String should match pattern"),
         ("size = 4", 'size = 4\nuser_ids = "plain"', r"likes.toml: plain user ids need approved_by, .*: correct it"),
         ("size = 4", "size = 0", "size = 0: Input should be greater than or equal to 1"),
@@ -210,7 +265,7 @@ def test_what_is_refused_while_it_runs(shop: Runtime, tmp_path: Path, monkeypatc
         ("size = 4", 'size = 4\ncolumns = ["email"]', "columns.0 = 'email'"),
         ('file = "seeds.txt"', "", "likes.toml: seeds: give either file or sql: correct it"),
         ('file = "seeds.txt"', 'file = "seeds.txt"\nsql = "SELECT 1"', "give either file or sql"),
-        ("seeds.txt", "none.txt", r"the seed list .*none\.txt does not exist"),
+        ("seeds.txt", "none.txt", r"the list of users .*none\.txt does not exist"),
         ('owner = "marketing"', "", "owner is missing"),
     ],
 )
@@ -229,7 +284,266 @@ def test_two_segments_of_one_name(tmp_path: Path) -> None:
         read_segments([str(tmp_path / name) for name in ("a.toml", "b.toml")])
 
 
-def test_the_demo_segment_is_one() -> None:
+def test_two_segments_of_one_place(tmp_path: Path) -> None:
+    (tmp_path / "seeds.txt").write_text("ann\n")
+    for name in ("a", "b"):
+        other = SEGMENT.replace('"likes"', f'"{name}"').replace("size = 4", 'size = 4\ndestination = "/somewhere"')
+        (tmp_path / f"{name}.toml").write_text(other)
+    with pytest.raises(TrailvecError, match="both export to /somewhere: give each a destination"):
+        read_segments([str(tmp_path / f"{name}.toml") for name in ("a", "b")])
+
+
+def test_the_segments_of_the_repository_are_some() -> None:
     (file,) = read_segments(["conf/segments/lookalike_demo.toml"])
     assert file.segment.size == 200
     assert file.segment.user_ids == "hashed"
+    assert len(read_segments([str(path) for path in Path("conf/segments").glob("*.toml")])) > 1
+
+
+# ---- rules, all kinds of segments at once ---------------------------------------------------------------------------
+
+COUNT = 300
+SIZES = {"near": 40, "fond": 30, "rest": 25}
+
+
+def write_segments(folder: Path, texts: dict[str, str]) -> list[str]:
+    """Files of segments, each with plain ids."""
+    for name, text in texts.items():
+        head = f'name = "{name}"\nowner = "o"\npurpose = "p"\nuser_ids = "plain"\napproved_by = "a"\n'
+        (folder / f"{name}.toml").write_text(head + text)
+    return [str(folder / f"{name}.toml") for name in texts]
+
+
+def control_of(user: str, group: str, share: float) -> bool:
+    digest = hmac.new(SECRET.encode(), f"control\0{group}\0{user}".encode(), hashlib.sha256).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < share
+
+
+def best(scores: dict[str, float], size: int) -> list[str]:
+    return sorted(scores, key=lambda user: (-scores[user], user))[:size]
+
+
+def test_many_segments_in_one_pass_against_plain_python(
+    make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kind of segment and rule at once; the floors are set by a small sample."""
+    monkeypatch.setenv(KEY, SECRET)
+    monkeypatch.setattr(export_segments, "_SAMPLE", 60)
+    spark.sql("DROP DATABASE IF EXISTS segments CASCADE")
+    rng = np.random.default_rng(4)
+    users = {f"ü{n:03d}": v.tolist() for n, v in enumerate(rng.normal(size=(COUNT, 6)).astype(np.float32))}
+    users["ü000"] = [0.0] * 6
+    items = {f"i{n}": v.tolist() for n, v in enumerate(rng.normal(size=(6, 6)).astype(np.float32))}
+    names = list(users)
+    seeds, suppressed = names[5:12], names[10:60]
+    consents = [(user, n % 3 > 0, True) for n, user in enumerate(names[:280])] + [(names[20], False, True)]
+    (tmp_path / "seeds.txt").write_text("\n".join([*seeds, "ghost"]), encoding="utf-8")
+    pq.write_table(pa.table({"user_id": suppressed}), tmp_path / "suppressed.parquet")
+    with (tmp_path / "consent.csv").open("w", encoding="utf-8") as file:
+        file.write("user_id,email,push\n")
+        file.writelines(f"{user},{str(email).lower()},{str(push).lower()}\n" for user, email, push in consents)
+    rules = 'consent = "email"\nsuppress = [{ file = "suppressed.parquet" }]\n'
+    of_seeds = 'seeds = { file = "seeds.txt", method = "nearest_seed" }\n'
+    held, of_all = "control_share = 0.25\n", 'control_group = "all"\n'
+    paths = write_segments(
+        tmp_path,
+        {
+            "rest": 'size = 25\nexclude = ["near", "fond"]\n' + of_seeds,
+            "near": f"size = 40\n{rules}{held}{of_seeds}",
+            "fond": f'size = 30\n{held}{of_all}{rules}affinity = {{ items = ["i0", "i4"] }}\n',
+            "fruit": 'threshold = 2.5\ncontrol_group = "all"\naffinity = { vertical = "FRUIT" }\n',
+            "asked": "sql = \"SELECT user_id FROM user_embeddings WHERE user_id < 'ü050' UNION SELECT 'nobody'\"\n"
+            + rules,
+            "both": 'include = ["asked", "fond"]\nconsent = "push"\nexclude = ["near"]\n',
+        },
+    )
+    runtime = make_runtime(
+        "storage.database=segments",
+        f"export.segments={json.dumps(paths)}",
+        f'export.consent={{ file = "{tmp_path / "consent.csv"}" }}',
+    )
+    embed(runtime, spark, users, items)
+    now = datetime(2024, 1, 1, tzinfo=timezone.utc)
+    kinds = [(n, f"i{n}", None, None, "FRUIT" if n in (1, 2) else "OTHER", 1.0, now, 1, 1, 1) for n in range(6)]
+    put(runtime, ITEMS, spark.createDataFrame(kinds, ITEMS.schema()))
+    visits = [
+        (user, user, now, now, 1, ["FRUIT", "TOYS"] if n < 60 else ["TOYS"], None, [], now)
+        for n, user in enumerate(names)
+    ]
+    put(runtime, SESSIONS, spark.createDataFrame(visits, SESSIONS.schema()))
+    report = runtime.execute(STAGE)
+
+    def highest(user: str, anchors: list[list[float]], cosine: bool) -> float:
+        a, b = np.array(users[user]), np.array(anchors)
+        lengths = np.linalg.norm(a) * np.linalg.norm(b, axis=1) if cosine else 1.0
+        return float(np.max(b @ a / lengths))
+
+    agreed = {user for user, email, _ in consents if email} - {names[20]}
+    allowed = [user for user in names[1:] if user in agreed and user not in suppressed]
+    likeness = {user: highest(user, [users[s] for s in seeds], True) for user in names[1:] if user not in seeds}
+    near = best({user: likeness[user] for user in allowed if user in likeness}, 40)
+    fond = best({user: highest(user, [items["i0"], items["i4"]], False) for user in allowed}, 30)
+    rest = best({user: score for user, score in likeness.items() if user not in near + fond}, 25)
+    fruit = {user: highest(user, [items["i1"], items["i2"]], False) for user in names[1:]}
+    fruit = {user: score for user, score in fruit.items() if score >= 2.5}
+    asked = [user for user in names if user < "ü050" and user in agreed and user not in suppressed]
+    pushed = {user for user, _, push in consents if push}
+    both = sorted(user for user in {*asked, *fond} & pushed if user not in near)
+    expected = {
+        "near": [user for user in near if not control_of(user, "near", 0.25)],
+        "fond": [user for user in fond if not control_of(user, "all", 0.25)],
+        "rest": rest,
+        "fruit": best(fruit, 1000),
+        "asked": asked,
+        "both": both,
+    }
+    assert 0 < len(fruit) < 100
+    assert report.rows_out == {name: len(members) for name, members in expected.items()}
+    for name, members in expected.items():
+        assert [row["user_id"] for row in read(runtime, name)[1]] == members, name
+    manifest, rows = read(runtime, "near")
+    assert [row["score"] for row in rows] == pytest.approx([likeness[row["user_id"]] for row in rows], rel=1e-6)
+    assert [row["rank"] for row in rows] == list(range(1, len(rows) + 1))
+    assert manifest["counts"]["control"] == 40 - len(rows) > 0
+    others = [user for user in names if user not in seeds]
+    assert removed(manifest) == {
+        "seed": 7,
+        "no consent to email": sum(user not in agreed for user in others),
+        "suppressed by suppressed.parquet": sum(user in agreed and user in suppressed for user in others),
+        "after the best 40": len([user for user in allowed if user in likeness]) - 40,
+    }
+    met = likeness[rest[-1]]
+    assert removed(read(runtime, "rest")[0]) == {
+        "seed": 7,
+        "member of near, fond": sum(score >= met for user, score in likeness.items() if user in near + fond),
+        "after the best 25": COUNT
+        - 7
+        - 25
+        - sum(score >= met for user, score in likeness.items() if user in near + fond),
+    }
+    assert removed(read(runtime, "both")[0])["no consent to push"] == len({*asked, *fond} - pushed)
+
+    page = (runtime.exports / "asked" / "report.html").read_text(encoding="utf-8")
+    share = len({*asked} & {*both}) / len(asked)
+    assert f'<td>both<td class="n">{share:.1%}' in page
+    assert '<td>FRUIT<td class="n">100.0%<td class="n">20.0%' in page  # all of its members are among the first 60
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+
+    # One segment is asked for anew: the others stay, and it still knows their members.
+    (tmp_path / "both.toml").write_text((tmp_path / "both.toml").read_text() + 'columns = ["user_id"]\n')
+    before = {name: (runtime.exports / name / "manifest.json").stat().st_mtime_ns for name in expected}
+    runtime.execute(STAGE)
+    after = {name: (runtime.exports / name / "manifest.json").stat().st_mtime_ns for name in expected}
+    assert [name for name in expected if before[name] != after[name]] == ["both"]
+    assert [row["user_id"] for row in read(runtime, "both")[1]] == both
+
+
+def test_a_floor_that_was_too_high_is_lowered(shop: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop.execute(STAGE)
+    expected = read(shop)[1]
+    floors = iter([0.99, 0.9, -np.inf])
+    monkeypatch.setattr(export_segments.Run, "_floor", lambda *_: next(floors))
+    shop.execute(STAGE, force=True)
+    assert read(shop)[1] == expected
+    assert next(floors, None) is None
+
+
+def test_how_often_a_user_is_exported(shop: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most twice in three days, over the log and over the segments of a run; who is held back got nothing."""
+    asked = {"a": ["ann", "bob", "cat", "nil"], "b": ["ann"], "c": ["ann", "bob", "cat", "nil"]}
+    held_back = [user for user in asked["a"] if control_of(user, "g", 0.3)]
+    assert len(held_back) == 1
+    query = "SELECT user_id FROM user_embeddings WHERE user_id IN ('{}')"
+    texts = {name: f'sql = "{query}"\n'.format("', '".join(users)) for name, users in asked.items()}
+    limit = "at_most = { exports = 2, days = 3 }\n"
+    paths = write_segments(
+        tmp_path,
+        {
+            "a": 'control_share = 0.3\ncontrol_group = "g"\n' + texts["a"],
+            "b": limit + texts["b"],
+            "c": limit + texts["c"],
+        },
+    )
+    settings = [f"export.segments={json.dumps(paths)}", "storage.database=segments"]
+    runtime = Runtime(load_config(None, [f'storage.root="{shop.root}"', *settings]), shop.spark)
+    got: list[tuple[str, int]] = []  # who got something, on which day
+    for day in (1, 2, 4):
+        now = datetime(2024, 3, day, 23, tzinfo=timezone.utc)
+        monkeypatch.setattr(export_segments, "_now", lambda now=now: now)
+        runtime.execute(STAGE)
+        for name, users in asked.items():
+            if name == "a":  # it has no rule of days: after the first day it is up to date
+                sent = [user for user in users if user not in held_back]
+                got += [(user, day) for user in sent if day == 1]
+            else:
+                sent = [user for user in users if sum(u == user and at > day - 3 for u, at in got) < 2]
+                got += [(user, day) for user in sent]
+                manifest, rows = read(runtime, name)
+                assert [row["user_id"] for row in rows] == sent, (day, name)
+                assert removed(manifest) == {"exported 2 times in 3 days": len(users) - len(sent)}
+    logged = read_delta(shop.root / "tables" / "exports")
+    assert sorted((r["user_id"], r["exported_at"].day) for r in logged if not r["is_control"]) == sorted(got)
+    assert [r["user_id"] for r in logged if r["is_control"]] == held_back
+
+
+def test_csv_for_spreadsheets(shop: Runtime, spark: SparkSession, tmp_path: Path) -> None:
+    ids = ["=1+1", "+1", "-1", "@sum", "\tx", "\rx", 'say "hi", you', "line\nbreak", "naïve ☕", "plain", "a=b"]
+    embed(shop, spark, {user: [1.0, n / 10] for n, user in enumerate(ids)} | {"seed": [1.0, 0.0]}, {"i1": [1.0, 0.0]})
+    (tmp_path / "seeds.txt").write_text("seed\n")
+    more = 'size = 100\nformat = "csv.gz"\nrows_per_file = 6\nuser_ids = "plain"\napproved_by = "a"'
+    (tmp_path / "likes.toml").write_text(SEGMENT.replace("size = 4", more))
+    shop.execute(STAGE)
+    manifest, rows = read(shop)
+    assert [part["name"] for part in manifest["files"]] == ["part-00000.csv.gz", "part-00001.csv.gz"]
+    shown = [f"'{user}" if user[0] in "=+-@\t\r" else user for user in ids]
+    assert [row[0] for row in rows] == ["user_id", *shown[:6], "user_id", *shown[6:]]
+    assert float(rows[2][1]) == pytest.approx(1 / np.hypot(1, 0.1), rel=1e-6)
+    first = bytes_of(shop.exports)
+    shop.execute(STAGE, force=True)
+    assert bytes_of(shop.exports) == first  # gzip holds no time
+
+
+def test_where_it_goes(shop: Runtime, tmp_path: Path) -> None:
+    place = tmp_path / "bucket" / "likes"
+    (tmp_path / "likes.toml").write_text(SEGMENT.replace("size = 4", f'size = 4\ndestination = "file://{place}"'))
+    shop.execute(STAGE)
+    assert len(read(shop, folder=place)[1]) == 4
+    assert shop.execute(STAGE).skipped
+    (place / "part-00007.parquet").write_text("of a longer export")
+    shop.execute(STAGE, force=True)
+    assert len(read(shop, folder=place)[1]) == 4
+
+    (place / "holiday.jpg").write_text("precious")
+    (tmp_path / "likes.toml").write_text(SEGMENT.replace("size = 4", f'size = 3\ndestination = "{place}"'))
+    with pytest.raises(
+        TrailvecError, match=r"likes holds holiday.jpg, which no export wrote: give the segment a folder"
+    ):
+        shop.execute(STAGE)
+    assert (place / "holiday.jpg").exists()
+
+
+def test_what_is_refused_of_lists(shop: Runtime, spark: SparkSession, tmp_path: Path) -> None:
+    def refused(line: str, message: str, *settings: str) -> None:
+        (tmp_path / "likes.toml").write_text(SEGMENT.replace("size = 4", f"size = 4\n{line}"))
+        sets = [
+            f'storage.root="{shop.root}"',
+            f'export.segments=["{tmp_path / "likes.toml"}"]',
+            "storage.database=segments",
+        ]
+        with pytest.raises(TrailvecError, match=message):
+            Runtime(load_config(None, [*sets, *settings]), spark).execute(STAGE)
+        assert not shop.exports.exists()
+
+    (tmp_path / "consent.csv").write_text("user_id,push\nann,true\n")
+    refused('consent = "email"', "asks for the consent 'email': say in export.consent who gave it")
+    gone = f'export.consent={{ file = "{tmp_path / "gone.csv"}" }}'
+    refused('consent = "email"', r"the list .*gone\.csv can't be read \(No such file or directory\)", gone)
+    there = f'export.consent={{ file = "{tmp_path / "consent.csv"}" }}'
+    refused('consent = "email"', r"has no column email \(found user_id, push\): correct one of them", there)
+    refused('suppress = [{ sql = "SELECT user_id FROM blocked" }]', "`blocked` cannot be found")
+    (tmp_path / "likes.toml").write_text(SEGMENT)
+
+    vectors = shop.latest(USER_EMBEDDINGS).withColumn("is_cold", F.lit(True))
+    put(shop, USER_EMBEDDINGS, vectors.localCheckpoint())
+    with pytest.raises(TrailvecError, match="all of its 3 seeds are cold, model m1 knows none of their items"):
+        shop.execute(STAGE)

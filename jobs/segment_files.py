@@ -1,0 +1,159 @@
+"""How a segment leaves: under which ids, in which files, and where to.
+
+User ids leave as HMAC-SHA256 with the key in the environment's TRAILVEC_EXPORT_KEY, taken on the driver as the rows
+are written: neither a Spark plan nor a file ever holds the key. A text in a CSV that begins with = + - @, a tab or a
+carriage return gets a ' in front, so that no spreadsheet takes it for a formula; all texts are quoted.
+
+A new format: its name in `Segment.format`, and a branch in `write_parts` that gives the same bytes for the same rows.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import hmac
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow import csv, fs
+
+from jobs.errors import TrailvecError
+from jobs.runtime import Runtime, published
+from jobs.segments import Segment
+
+KEY = "TRAILVEC_EXPORT_KEY"
+MANIFEST, REPORT = "manifest.json", "report.html"
+_OURS = re.compile(r"part-\d{5}\.(parquet|csv\.gz)|manifest\.json|report\.html")
+_TYPES = {"user_id": pa.string(), "score": pa.float32(), "rank": pa.int32()}
+_FORMULA = r"^([=+\-@\t\r])"
+
+# ---- ids ------------------------------------------------------------------------------------------------------------
+
+
+def export_key() -> bytes:
+    key = os.environ.get(KEY, "")
+    if not key:
+        raise TrailvecError(f"the environment has no {KEY}, the key that user ids are hashed with: export {KEY}=...")
+    return key.encode()
+
+
+def hashed(key: bytes, texts: Sequence[str]) -> list[str]:
+    return [hmac.digest(key, text.encode(), "sha256").hex() for text in texts]
+
+
+def held_back(segment: Segment, users: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Whom the control group holds: a hash of user and group decides, so that it is the same in every run."""
+    if not segment.control_share:
+        return np.zeros(len(users), np.bool_)
+    key, limit = export_key(), int(segment.control_share * 2**64)
+    group = f"control\0{segment.control_group or segment.name}\0"
+    first_bytes = [hmac.digest(key, (group + user).encode(), "sha256")[:8] for user in users]
+    return np.array([int.from_bytes(digest, "big") < limit for digest in first_bytes], np.bool_)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def file_digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise TrailvecError(f"the list {path} can't be read ({error.strerror}): add it or correct the path") from None
+
+
+def write_parts(
+    folder: Path, segment: Segment, ids: Sequence[str], scores: npt.NDArray[np.float32] | None
+) -> list[dict[str, Any]]:
+    """Writes the rows, best first, to the segment's files; what each file holds.
+
+    There is always a first part, so that whoever loads an empty segment still finds its columns.
+    """
+    shown = hashed(export_key(), ids) if segment.user_ids == "hashed" else ids
+    ranks = np.arange(1, len(ids) + 1, dtype=np.int32)
+    values = {"user_id": shown, "score": scores, "rank": ranks}
+    names = segment.exported_columns
+    table = pa.table([pa.array(values[name], _TYPES[name]) for name in names], names=list(names))
+    parts: list[dict[str, Any]] = []
+    for start in range(0, max(len(table), 1), segment.rows_per_file):
+        path, some = folder / f"part-{len(parts):05d}.{segment.format}", table.slice(start, segment.rows_per_file)
+        if segment.format == "parquet":
+            pq.write_table(some, path)
+        else:
+            _write_csv(some, path)
+        parts.append({"name": path.name, "rows": len(some), "bytes": path.stat().st_size, "sha256": file_digest(path)})
+    return parts
+
+
+def _write_csv(rows: pa.Table, path: Path) -> None:
+    """CSV (RFC 4180, UTF-8) in gzip, without a time or a name in it: the same rows give the same bytes."""
+    columns = [
+        pc.replace_substring_regex(column, pattern=_FORMULA, replacement=r"'\1")
+        if column.type == pa.string()
+        else column
+        for column in rows.columns
+    ]
+    with path.open("wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+        csv.write_csv(pa.table(columns, names=rows.column_names), packed)
+
+
+# ---- places ---------------------------------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """Where an export goes: a file system's folder. Only a folder of the local disk can be put there at once."""
+
+    system: fs.FileSystem
+    folder: str
+    local: bool
+
+
+def place_of(runtime: Runtime, segment: Segment) -> Place:
+    if segment.destination is None or "://" not in segment.destination:
+        folder = runtime.exports / segment.name if segment.destination is None else Path(segment.destination).absolute()
+        return Place(fs.LocalFileSystem(), str(folder), local=True)
+    try:
+        system, folder = fs.FileSystem.from_uri(segment.destination)
+    except (ValueError, OSError) as error:
+        raise TrailvecError(
+            f"segment {segment.name}: its destination {segment.destination} can't be opened ({error}): correct it"
+        ) from None
+    return Place(system, folder, local=False)
+
+
+@contextmanager
+def delivered(place: Place, staging: Path) -> Iterator[Path]:
+    """A folder to fill, which is put in its place, the manifest last, when the block ends without an error.
+
+    Raises:
+        TrailvecError: the place holds other files than an export's.
+    """
+    found = place.system.get_file_info(fs.FileSelector(place.folder, allow_not_found=True))
+    if others := sorted(info.base_name for info in found if not _OURS.fullmatch(info.base_name)):
+        raise TrailvecError(
+            f"{place.folder} holds {others[0]}, which no export wrote: give the segment a folder of its own"
+        )
+    if place.local:
+        with published(Path(place.folder)) as folder:
+            yield folder
+        return
+    folder = staging / "delivery"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    yield folder
+    place.system.create_dir(place.folder, recursive=True)
+    for info in sorted(found, key=lambda info: info.base_name != MANIFEST):
+        place.system.delete_file(info.path)
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST):
+        with file.open("rb") as source, place.system.open_output_stream(f"{place.folder}/{file.name}") as target:
+            shutil.copyfileobj(source, target)

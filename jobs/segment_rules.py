@@ -1,0 +1,202 @@
+"""Who may be exported: lists of users, and the rules that a segment makes of them.
+
+Every list (seeds, consent, suppression, the log of exports) is read once, however many segments name it, and all become
+one frame: for each user the numbers ("marks") of the lists that hold them. One join of it decides about all segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import partial, reduce
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from jobs.config import UserList
+from jobs.errors import TrailvecError
+from jobs.runtime import Runtime, spark_conf
+from jobs.segments import Frequency, SegmentFile
+from jobs.sql import query
+
+# From pandas into Spark and back by Arrow, not value by value.
+ARROW = {"spark.sql.execution.arrow.pyspark.enabled": "true"}
+Flags = npt.NDArray[np.bool_]
+
+
+class Lists:
+    """Lists of users, each read once however many segments name it. A mark is a list's number."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._marks: dict[str, int] = {}
+        self._texts: list[pd.DataFrame] = []
+        self._frames: list[DataFrame] = []
+
+    def mark(self, name: str, read: Callable[[], DataFrame | list[str]]) -> int:
+        """The mark of the list of that name, which is read now where it is new."""
+        if name not in self._marks:
+            self._marks[name] = len(self._marks)
+            users = read()
+            if isinstance(users, list):
+                self._texts.append(pd.DataFrame({"user_id": pd.Series(users, dtype="str"), "mark": self._marks[name]}))
+            else:
+                self._frames.append(users.select("user_id", F.lit(self._marks[name]).alias("mark")))
+        return self._marks[name]
+
+    def of_users(self) -> DataFrame:
+        """user_id string, marks array<int>: sorted, each once; a row for each user of any list."""
+        texts = pd.concat([pd.DataFrame({"user_id": [], "mark": []}), *self._texts])
+        with spark_conf(self._runtime.spark, ARROW):
+            frame = self._runtime.spark.createDataFrame(
+                texts.astype({"user_id": "object", "mark": "int32"}), "user_id string, mark int"
+            )
+        frame = reduce(DataFrame.unionByName, self._frames, frame)
+        return frame.groupBy("user_id").agg(F.sort_array(F.collect_set("mark")).alias("marks"))
+
+
+def read_users(runtime: Runtime, users: UserList, path: Path) -> DataFrame | list[str]:
+    """The users of a list that the segment's file at `path` names: ids, or a column user_id, not empty."""
+    if users.sql is not None:
+        frame, where = query(runtime, users.sql), f"{path}: the query of a list of its users"
+    else:
+        file = path.parent / str(users.file)
+        if file.suffix != ".parquet":
+            return _read_lines(file)
+        frame, where = runtime.spark.read.parquet(str(file)), f"{path}: the list {file}"
+    if "user_id" not in frame.columns:
+        raise TrailvecError(f"{where} gives {', '.join(frame.columns)}: it needs a column user_id")
+    return frame.select(F.col("user_id").cast("string")).where("user_id <> ''")
+
+
+def _read_lines(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise TrailvecError(f"the list {file} is no UTF-8 text ({error.reason}): save it as such") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def read_consents(runtime: Runtime) -> DataFrame:
+    """user_id and a column for each purpose, as export.consent says; a user may have several rows."""
+    consent = runtime.config.export.consent
+    assert consent is not None
+    if consent.sql is not None:
+        return query(runtime, consent.sql)
+    file = str(consent.file)
+    if file.endswith((".csv", ".csv.gz")):
+        return runtime.spark.read.csv(file, header=True)
+    return runtime.spark.read.parquet(file)
+
+
+def consenting(consents: DataFrame, purpose: str, path: Path) -> DataFrame:
+    """The users all of whose rows say yes to the purpose."""
+    if missing := {"user_id", purpose} - set(consents.columns):
+        raise TrailvecError(
+            f"{path} asks for the consent {purpose!r}: export.consent has no column {', '.join(sorted(missing))} "
+            f"(found {', '.join(consents.columns)}): correct one of them"
+        )
+    said = F.coalesce(F.col(f"`{purpose.replace('`', '``')}`").cast("boolean"), F.lit(False))
+    agreed = consents.select(F.col("user_id").cast("string"), said.alias("said")).groupBy("user_id")
+    return agreed.agg(F.bool_and("said").alias("said")).where("said").select("user_id")
+
+
+class Rule(NamedTuple):
+    """A user who is in the list (`required`: who is not) is left out."""
+
+    name: str
+    mark: int
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What decides about a user of a segment.
+
+    Attributes:
+        steps: in the order in which they are looked at: the first one that leaves a user out is the one that counts.
+        seeds: the mark of its seeds.
+        exported: the marks of those who were exported once, twice, … within the days that the segment looks back.
+    """
+
+    steps: tuple[Rule, ...]
+    seeds: int | None
+    exported: tuple[int, ...]
+
+
+def rules_of(
+    runtime: Runtime, file: SegmentFile, lists: Lists, consents: DataFrame | None, *, log: DataFrame, now: datetime
+) -> Rules:
+    """The rules of a segment; the lists that it names are read.
+
+    Args:
+        log: the rows of `exports` that count.
+    """
+    segment, path = file
+    steps: list[Rule] = []
+    seeds: int | None = None
+    exported: list[int] = []
+    if segment.seeds is not None:
+        seeds = lists.mark(f"seeds of {segment.name}", partial(read_users, runtime, segment.seeds, path))
+        steps.append(Rule("seed", seeds))
+    if segment.consent is not None:
+        assert consents is not None
+        mark = lists.mark(f"consent {segment.consent}", partial(consenting, consents, segment.consent, path))
+        steps.append(Rule(f"no consent to {segment.consent}", mark, required=True))
+    for users in segment.suppress:
+        name = f"list {users.sql or (path.parent / str(users.file)).resolve()}"
+        mark = lists.mark(name, partial(read_users, runtime, users, path))
+        steps.append(Rule(f"suppressed by {users.file or 'a query'}", mark))
+    if segment.at_most is not None:
+        since = now.date() - timedelta(days=segment.at_most.days - 1)
+        counts = log.where(~F.col("is_control") & (F.to_date("exported_at") >= F.lit(since))).groupBy("user_id").count()
+        for n in range(1, segment.at_most.exports + 1):
+            at_least = counts.where(F.col("count") >= n).select("user_id")
+            exported.append(lists.mark(f"exported {n} times since {since}", partial(_same, at_least)))
+        steps.append(Rule(limit_name(segment.at_most), exported[-1]))
+    return Rules(tuple(steps), seeds, tuple(exported))
+
+
+def _same(frame: DataFrame) -> DataFrame:
+    return frame
+
+
+def limit_name(limit: Frequency) -> str:
+    return f"exported {limit.exports} times in {limit.days} days"
+
+
+class Marked:
+    """Rows that have marks: which of them a rule leaves out."""
+
+    def __init__(self, marks: Sequence[npt.NDArray[np.int32] | None]) -> None:
+        self._count = len(marks)
+        known = [np.empty(0, np.int32) if row is None else np.asarray(row, np.int32) for row in marks]
+        owners = np.repeat(np.arange(self._count), [len(row) for row in known])
+        values = np.concatenate([np.empty(0, np.int32), *known])
+        order = np.argsort(values, kind="stable")
+        self._owners, self._values = owners[order], values[order]
+
+    def has(self, mark: int) -> Flags:
+        first, last = np.searchsorted(self._values, [mark, mark + 1])
+        found = np.zeros(self._count, np.bool_)
+        found[self._owners[first:last]] = True
+        return found
+
+    def left_out(self, rules: Rules) -> list[tuple[str, Flags]]:
+        """Each rule's name with the rows that it leaves out, and none before it did."""
+        left, found = np.ones(self._count, np.bool_), []
+        for rule in rules.steps:
+            out = left & (self.has(rule.mark) != rule.required)
+            found.append((rule.name, out))
+            left &= ~out
+        return found
+
+    def allowed(self, rules: Rules) -> Flags:
+        out = [np.zeros(self._count, np.bool_), *(flags for _, flags in self.left_out(rules))]
+        return np.asarray(~np.any(out, axis=0))

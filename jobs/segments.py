@@ -1,0 +1,179 @@
+"""A segment's file: who is in it, who is left out, how it leaves (conf/segments/*.toml).
+
+Who, one of four: `seeds` (the users most like a seed list), `affinity` (the users fondest of some items), `sql` (a
+query's users), `include` (the members of other segments). The first two give a score, and take as many users as `size`
+says or those whose score is at least `threshold`. Who is left out, in this order: the seeds themselves, users without
+`consent`, users of the lists in `suppress`, users who were exported `at_most` so often lately, members of the segments
+in `exclude`. What each key means stands here, at the key.
+"""
+
+from __future__ import annotations
+
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Literal, NamedTuple
+from urllib.parse import urlsplit
+
+from pydantic import Field, model_validator
+
+from jobs.config import UserList, parse, read_toml
+from jobs.errors import TrailvecError
+from spark_udfs.likeness import DEFAULT_METHOD, Method
+from training.config import Section
+
+Column = Literal["user_id", "score", "rank"]
+
+
+class Seeds(UserList):
+    """The users that a segment is to be like."""
+
+    method: Method = Field(
+        DEFAULT_METHOD,
+        description="nearest_seed: the highest cosine to any seed; tastes: to any centre of the seeds, clustered; "
+        "classifier: to the direction that parts the seeds from other users",
+    )
+    tastes: int = Field(8, ge=1, le=1000, description="how many centres `tastes` looks for")
+
+
+class Affinity(Section):
+    """The items whose highest dot product with the user's vector is the score: the model's own score of that item."""
+
+    items: tuple[str, ...] = Field((), description="item ids")
+    vertical: str | None = Field(None, description="all items of a vertical")
+    category: str | None = Field(None, description="all items of a category; with `vertical`: of that vertical alone")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Affinity:
+        if bool(self.items) == (self.vertical is not None or self.category is not None):
+            raise ValueError("give either items, or a vertical, a category or both")
+        return self
+
+
+class Frequency(Section):
+    """A user who was exported `exports` times within `days` days (UTC, today is one of them) is left out.
+
+    Control groups got nothing and do not count. Segments that are exported earlier in the same run count.
+    """
+
+    exports: int = Field(ge=1, le=100)
+    days: int = Field(ge=1)
+
+
+class Segment(Section):
+    """A segment's file."""
+
+    name: str = Field(pattern=r"^[a-z0-9_-]+$", description="also the name of its folder")
+    owner: str = Field(min_length=1, description="who answers for it")
+    purpose: str = Field(min_length=1, description="what it is for")
+
+    seeds: Seeds | None = None
+    affinity: Affinity | None = None
+    sql: str | None = Field(None, description="a query over the tables with a column user_id")
+    include: tuple[str, ...] = Field((), description="names of segments of the same run: their members, control too")
+
+    size: int | None = Field(
+        None, ge=1, description="users to take, the control group too; fewer where there are fewer"
+    )
+    threshold: float | None = Field(None, description="the lowest score that is taken")
+
+    consent: str | None = Field(None, description="a column of export.consent that must be true")
+    suppress: tuple[UserList, ...] = Field((), description="lists of users who are never exported")
+    at_most: Frequency | None = None
+    exclude: tuple[str, ...] = Field((), description="names of segments of the same run whose members are left out")
+    control_share: float = Field(0, ge=0, lt=1, description="share of the members who are held back, by keyed hash")
+    control_group: str | None = Field(
+        None,
+        min_length=1,
+        description="segments that name the same group hold back the same users; None: a group alone",
+    )
+
+    format: Literal["parquet", "csv.gz"] = "parquet"
+    columns: tuple[Column, ...] = Field((), description="empty: user_id, and where there is a score score and rank")
+    user_ids: Literal["hashed", "plain"] = "hashed"
+    approved_by: str | None = Field(None, min_length=1, description="who allowed plain user ids")
+    rows_per_file: int = Field(1_000_000, ge=1)
+    destination: str | None = Field(
+        None, description="a folder of its own, or a file system's URI (s3://…, hdfs://…); None: exports/<name>"
+    )
+
+    @property
+    def scored(self) -> bool:
+        return self.seeds is not None or self.affinity is not None
+
+    @property
+    def exported_columns(self) -> tuple[Column, ...]:
+        return self.columns or (("user_id", "score", "rank") if self.scored else ("user_id",))
+
+    @property
+    def lists(self) -> tuple[UserList, ...]:
+        return (*([] if self.seeds is None else [self.seeds]), *self.suppress)
+
+    @property
+    def needs_key(self) -> bool:
+        return self.user_ids == "hashed" or self.control_share > 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Segment:
+        who = [name for name in ("seeds", "affinity", "sql", "include") if getattr(self, name)]
+        if len(who) != 1:
+            raise ValueError(f"give one of seeds, affinity, sql and include, found {' and '.join(who) or 'none'}")
+        limits = [name for name in ("size", "threshold") if getattr(self, name) is not None]
+        if self.scored and len(limits) != 1:
+            raise ValueError(f"{who[0]} needs either size or threshold, found {' and '.join(limits) or 'neither'}")
+        if not self.scored and (limits or {"score", "rank"} & set(self.columns)):
+            raise ValueError(f"{who[0]} gives no score: leave out size, threshold and the columns score and rank")
+        if len(set(self.columns)) < len(self.columns):
+            raise ValueError("a column stands in columns twice")
+        if self.user_ids == "plain" and self.approved_by is None:
+            raise ValueError("plain user ids need approved_by, the name of who allowed them")
+        return self
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> Segment:
+        place = urlsplit(self.destination or "")
+        if place.username or place.password or "key" in place.query.lower():
+            raise ValueError("destination holds credentials: leave them to the environment")
+        return self
+
+
+class SegmentFile(NamedTuple):
+    segment: Segment
+    path: Path
+
+
+def read_segments(paths: list[str]) -> list[SegmentFile]:
+    """The segments of the files, each after those that it includes or excludes.
+
+    Raises:
+        TrailvecError: a file is missing or wrong, two have one name or one destination, one names a segment that is
+            not there or, over others, itself, or a list is missing.
+    """
+    files = [SegmentFile(parse(Segment, read_toml(Path(path)), path), Path(path)) for path in paths]
+    by_name: dict[str, SegmentFile] = {}
+    by_place: dict[str, Path] = {}
+    for file in files:
+        segment, path = file
+        if segment.name in by_name:
+            raise TrailvecError(f"{path} and {by_name[segment.name].path} both say name = {segment.name!r}: rename one")
+        by_name[segment.name] = file
+        place = segment.destination or segment.name
+        if place in by_place:
+            raise TrailvecError(f"{path} and {by_place[place]} both export to {place}: give each a destination")
+        by_place[place] = path
+        for users in segment.lists:
+            if users.file is not None and not (path.parent / users.file).is_file():
+                raise TrailvecError(f"{path}: the list of users {path.parent / users.file} does not exist: add it")
+    for segment, path in files:
+        for other in (*segment.include, *segment.exclude):
+            if other not in by_name:
+                raise TrailvecError(f"{path}: segment {other} is not among export.segments: add its file or correct it")
+    try:
+        order = TopologicalSorter({file.segment.name: _others(file.segment) for file in files}).static_order()
+        return [by_name[name] for name in order]
+    except CycleError as error:
+        cycle = " → ".join(error.args[1])
+        raise TrailvecError(f"segments include or exclude each other in a circle ({cycle}): take one out") from None
+
+
+def _others(segment: Segment) -> tuple[str, ...]:
+    return (*segment.include, *segment.exclude)

@@ -1,0 +1,93 @@
+"""Anchors and scores of segments, without Spark: against plain numpy, pair by pair, and against Newton's method."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from spark_udfs import likeness
+from spark_udfs.likeness import Anchors, Scorer, anchors_of
+
+
+def one_by_one(user: np.ndarray, anchors: Anchors) -> float:
+    a, b = user.astype(np.float64), anchors.vectors.astype(np.float64)
+    products = [float(np.sum(a * row)) for row in b]
+    if anchors.metric == "cosine":
+        products = [
+            p / (np.sqrt(np.sum(a * a)) * np.sqrt(np.sum(row * row))) for p, row in zip(products, b, strict=True)
+        ]
+    return float(np.float32(max(products)))
+
+
+@pytest.mark.parametrize("at_once", [64, 1 << 20])
+def test_who_reaches_a_floor(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(likeness, "_PRODUCTS_AT_ONCE", at_once)
+    monkeypatch.setattr(likeness, "_ANCHORS_AT_ONCE", 6)
+    rng = np.random.default_rng(3)
+    users = (rng.normal(size=(200, 5)) * 10.0 ** rng.integers(-3, 4, size=(200, 1))).astype(np.float32)
+    users[150:] = users[:50]  # twins score alike
+    segments = [
+        Anchors(rng.normal(size=(count, 5)).astype(np.float32) * scale, metric)
+        for count, scale, metric in [
+            (1, 1, "cosine"),
+            (9, 50, "cosine"),
+            (3, 1e4, "dot"),
+            (2, 1e-3, "dot"),
+            (1, 1, "dot"),
+        ]
+    ]
+    true = np.array([[one_by_one(user, anchors) for user in users] for anchors in segments])
+    # Floors that are somebody's very score: equality is in.
+    floors = np.array([scores[7] for scores in true[:4]] + [-np.inf])
+    scorer = Scorer(segments)
+    found = np.full(true.shape, np.nan)
+    for segment, rows, scores in scorer.reaching(users, floors):
+        assert np.isnan(found[segment, rows]).all()  # a row comes once
+        found[segment, rows] = scores
+    expected = np.where(true >= floors[:, None], true, np.nan)
+    assert np.array_equal(found, expected, equal_nan=True)
+    assert np.isfinite(found).sum(axis=1).tolist()[4] == 200
+    assert np.allclose(scorer.all(users), true, rtol=1e-4, atol=1e-6)
+
+
+def test_tastes_are_the_middles_of_far_clusters() -> None:
+    rng = np.random.default_rng(1)
+    corners = np.eye(4)[:3]
+    seeds = np.concatenate(
+        [corner * rng.uniform(1, 9, (20, 1)) + rng.normal(scale=0.01, size=(20, 4)) for corner in corners]
+    )
+    found = anchors_of("tastes", seeds.astype(np.float32), np.empty((0, 4), np.float32), 3)
+    unit = seeds / np.linalg.norm(seeds, axis=1, keepdims=True)
+    middles = np.array([unit[n : n + 20].mean(axis=0) for n in (0, 20, 40)])
+    order = np.argsort(-found.vectors[:, :3] @ np.arange(3, 0, -1))
+    assert np.allclose(found.vectors[order], middles, atol=1e-5)
+    assert found.metric == "cosine"
+    few = anchors_of("tastes", np.array([[2, 0], [4, 0], [0, 1]], np.float32), np.empty((0, 2), np.float32), 3)
+    assert few.vectors.tolist() == [[0, 1], [1, 0]]  # no more centres than directions
+    (opposite,) = anchors_of("tastes", np.array([[2, 0], [-4, 0]], np.float32), np.empty((0, 2), np.float32), 1).vectors
+    assert opposite.any()  # their middle is no direction
+
+
+def test_the_classifier_is_a_logistic_regression() -> None:
+    """By Newton's method here; the code asks scipy's L-BFGS."""
+    rng = np.random.default_rng(2)
+    seeds = rng.normal(loc=[0.6, 0, 0.2], size=(40, 3)).astype(np.float32)
+    others = rng.normal(size=(300, 3)).astype(np.float32)
+    found = anchors_of("classifier", seeds, others, 8)
+
+    rows = np.concatenate(
+        [v / np.linalg.norm(v, axis=1, keepdims=True) for v in (seeds.astype(float), others.astype(float))]
+    )
+    spread = rows.std(axis=0)
+    x = np.column_stack([np.ones(340), (rows - rows.mean(axis=0)) / spread])
+    y, weight = np.repeat([1.0, 0.0], [40, 300]), np.repeat([0.5 / 40, 0.5 / 300], [40, 300])
+    ridge = np.diag([0, 0.1, 0.1, 0.1])
+    w = np.zeros(4)
+    for _ in range(30):
+        p = 1 / (1 + np.exp(-x @ w))
+        hessian = x.T @ (x * (weight * p * (1 - p))[:, None]) + ridge
+        w -= np.linalg.solve(hessian, x.T @ (weight * (p - y)) + ridge @ w)
+    direction, expected = found.vectors[0], w[1:] / spread
+    assert direction / np.linalg.norm(direction) == pytest.approx(expected / np.linalg.norm(expected), abs=1e-4)
+    alone = anchors_of("classifier", seeds, np.empty((0, 3), np.float32), 8)
+    assert alone.vectors.any()
