@@ -177,6 +177,12 @@ class NeighboursSettings(Section):
 
     k: int = Field(10, ge=1, description="neighbours of each item or user")
     block_rows: int = Field(4096, ge=1, description="vectors in one side of a matrix product")
+    cells: int = Field(
+        0,
+        ge=0,
+        description="0: exact. Else an inverted file of so many cells (4 √candidates is a good number; needs faiss)",
+    )
+    probes: int = Field(16, ge=1, description="cells that a query looks into: more find more and cost more")
     verticals: list[str] = Field(default_factory=list, description="items of these alone are neighbours; empty: of all")
     in_stock: str | None = Field(
         None, description="a file, one item id per line: these items alone are neighbours; None: all"

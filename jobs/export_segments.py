@@ -43,7 +43,7 @@ from pyspark.sql import functions as F
 
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
-from jobs.runtime import Runtime, Stage, code_version, spark_conf, write_json
+from jobs.runtime import Runtime, Stage, code_version, write_json
 from jobs.segment_files import (
     MANIFEST,
     REPORT,
@@ -57,7 +57,6 @@ from jobs.segment_files import (
 )
 from jobs.segment_report import Share, page
 from jobs.segment_rules import (
-    ARROW,
     Flags,
     Lists,
     Marked,
@@ -219,7 +218,8 @@ class Run:
         everyone = self._users.select(F.lit(_EVERYONE).alias("segment"), "user_id")
         rows = [self._asked(export) for export in queried]
         runtime.on_progress("who may be exported")
-        self._counts = self._count(reduce(DataFrame.unionByName, rows, everyone))
+        queried_ids = [frame.select("segment", "user_id") for frame in rows]
+        self._counts = self._count(reduce(DataFrame.unionByName, queried_ids, everyone))
         if scored:
             runtime.on_progress("the seeds and a sample")
             self._look_up(scored)
@@ -249,8 +249,7 @@ class Run:
     def _count(self, rows: DataFrame) -> dict[int, tuple[Marked, npt.NDArray[np.int64]]]:
         """By segment: the combinations of marks that its users have, and how many users have each."""
         marked = rows.select("segment", "user_id").join(self._lists, "user_id", "left")
-        with spark_conf(self._runtime.spark, ARROW):
-            found = marked.groupBy("segment", "marks").count().toPandas()
+        found = marked.groupBy("segment", "marks").count().toPandas()
         return {
             int(str(number)): (Marked(part["marks"].tolist()), part["count"].to_numpy())
             for number, part in found.groupby("segment")
@@ -269,9 +268,8 @@ class Run:
             .where("sampled OR is_seed")
             .join(self._lists, "user_id", "left")
         )
-        with spark_conf(self._runtime.spark, ARROW):
-            given = self._lists.select(F.explode("marks").alias("mark")).groupBy("mark").count().toPandas()
-            found = chosen.select("user_id", "vector", "is_cold", "sampled", "marks").toPandas().sort_values("user_id")
+        given = self._lists.select(F.explode("marks").alias("mark")).groupBy("mark").count().toPandas()
+        found = chosen.select("user_id", "vector", "is_cold", "sampled", "marks").toPandas().sort_values("user_id")
         vectors = np.stack(found["vector"].tolist()) if len(found) else np.empty((0, 1), np.float32)
         there = vectors.any(axis=1)
         vectors, found = vectors[there], found[there]
@@ -327,8 +325,7 @@ class Run:
         rows = named.select("item_id", "vector", *flags).where(
             reduce(operator.or_, (F.col(f"of_{number}") for number in wanted))
         )
-        with spark_conf(self._runtime.spark, ARROW):
-            found = rows.toPandas().sort_values("item_id")
+        found = rows.toPandas().sort_values("item_id")
         anchors = {}
         for export in exports:
             vectors = found["vector"][found[f"of_{export.number}"]].tolist()
@@ -382,10 +379,7 @@ class Run:
     def _take(self, export: Export) -> Taken:
         if export.segment.include:
             ids = pa.chunked_array([self._members(name) for name in export.segment.include], pa.string()).unique()
-            with spark_conf(self._runtime.spark, ARROW):
-                frame = self._runtime.spark.createDataFrame(
-                    pd.DataFrame({"user_id": ids.to_pandas()}), "user_id string"
-                )
+            frame = self._runtime.spark.createDataFrame(pd.DataFrame({"user_id": ids.to_pandas()}), "user_id string")
             rows = _without_score(export, frame)
             self._counts |= self._count(rows)
             self._stage(rows)
@@ -470,8 +464,7 @@ class Run:
         """The members of a segment of the configuration; of one that this run leaves as it is, those in the log."""
         if name not in self._taken and name not in self._logged:
             (export,) = (export for export in self._exports if export.name == name)
-            with spark_conf(self._runtime.spark, ARROW):
-                rows = self._log.where(F.col("export_id") == export.id).select("user_id").orderBy("user_id").toPandas()
+            rows = self._log.where(F.col("export_id") == export.id).select("user_id").orderBy("user_id").toPandas()
             self._logged[name] = pa.array(rows["user_id"], pa.string())
         return self._taken[name].ids if name in self._taken else self._logged[name]
 

@@ -7,6 +7,9 @@ vocabulary), for each user and each item the users and the items with the highes
 Items as neighbours can be narrowed down: to some verticals, to those in stock, and for a user without what they have
 already bought (`neighbours.*`).
 
+Over very many candidates `neighbours.cells` makes the search an inverted file: it looks at a part of them and finds
+most. The run says what share of the true neighbours it found, by the exact search for a sample.
+
 trailvec find_neighbours --conf conf/local.toml --set neighbours.k=20 --set 'neighbours.without=["purchase"]'
 """
 
@@ -15,17 +18,19 @@ from __future__ import annotations
 import hashlib
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from jobs.cli import stage_main
+from jobs.config import NeighboursSettings
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
 from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, ITEMS, NEIGHBOURS, SESSIONS, USER_EMBEDDINGS, Table
-from spark_udfs.topk import Metric, nearest, small_batches
+from spark_udfs.topk import Cells, Metric, find_cells, nearest, small_batches
 
 KINDS: dict[str, tuple[str, str, Metric]] = {
     "user_item": ("user", "item", "dot"),
@@ -33,37 +38,82 @@ KINDS: dict[str, tuple[str, str, Metric]] = {
     "item_item": ("item", "item", "cosine"),
 }
 
+SAMPLE_OF_CELL = 64  # candidates that a cell's centre is found by, on average
+ASKED = 500  # queries that are searched exactly too, to see what an inverted file misses
 
-def find_neighbours(
-    users: DataFrame,
-    items: DataFrame,
-    *,
-    k: int,
-    block_rows: int,
-    offered: DataFrame | None = None,
-    without: DataFrame | None = None,
-) -> DataFrame:
-    """The k nearest of each user and item, as NEIGHBOURS without model_version.
+
+class Search(NamedTuple):
+    """One kind's: both sides are id string, vector array<float>; queries may have left_out array<string>."""
+
+    kind: str
+    queries: DataFrame
+    candidates: DataFrame
+    metric: Metric
+    counts: tuple[int, int]
+
+
+def searches(
+    users: DataFrame, items: DataFrame, *, offered: DataFrame | None = None, without: DataFrame | None = None
+) -> list[Search]:
+    """What is looked for.
 
     Args:
         users, items: id string, vector array<float>, all of one model.
         offered: the rows of `items` that may be neighbours; None: all.
         without: id string, left_out array<string>: of a user, the items that are not to be found for them.
     """
-    offered = items if offered is None else offered
     sources = {"user": users, "item": items}
-    targets = {"user": users, "item": offered}
-    counts = {"user": users.count(), "item": items.count(), "offered": offered.count()}
-    parts = []
+    targets = {"user": users, "item": items if offered is None else offered}
+    asked, found = ({name: frame.count() for name, frame in side.items()} for side in (sources, targets))
+    every = []
     for kind, (source, target, metric) in KINDS.items():
         queries = sources[source]
         if kind == "user_item" and without is not None:
             queries = queries.join(without, "id", "left")
             queries = queries.withColumn("left_out", F.coalesce("left_out", F.array().cast("array<string>")))
-        both = counts[source], counts["user" if target == "user" else "offered"]
-        found = nearest(queries, targets[target], k, metric, block_rows=block_rows, counts=both)
+        every.append(Search(kind, queries, targets[target], metric, (asked[source], found[target])))
+    return every
+
+
+def find_neighbours(every: list[Search], settings: NeighboursSettings) -> DataFrame:
+    """The k nearest of each user and item, as NEIGHBOURS without model_version.
+
+    Raises:
+        TrailvecError: settings.cells asks for faiss, which is not installed.
+    """
+    parts = []
+    for kind, queries, candidates, metric, counts in every:
+        cells = _cells(candidates, counts[1], metric, settings) if settings.cells else None
+        found = nearest(
+            queries, candidates, settings.k, metric, block_rows=settings.block_rows, counts=counts, cells=cells
+        )
         parts.append(found.withColumn("kind", F.lit(kind)))
     return reduce(DataFrame.unionByName, parts)
+
+
+def recall(every: list[Search], found: DataFrame, settings: NeighboursSettings) -> dict[str, float]:
+    """By kind the share of the exact neighbours of about ASKED queries that stand in `found`."""
+    exact = settings.model_copy(update={"cells": 0})
+    some = [s._replace(queries=s.queries.where(_by_hash(ASKED / max(1, s.counts[0])))) for s in every]
+    true = find_neighbours(some, exact).select("kind", "source_id", "neighbour_id")
+    hits = true.join(found.select(*true.columns, F.lit(1).alias("hit")), true.columns, "left")
+    rows = hits.groupBy("kind").agg((F.count("hit") / F.count(F.lit(1))).alias("recall")).collect()
+    return {row["kind"]: row["recall"] for row in rows}
+
+
+def _cells(candidates: DataFrame, count: int, metric: Metric, settings: NeighboursSettings) -> Cells:
+    sample = candidates.where(_by_hash(SAMPLE_OF_CELL * settings.cells / max(1, count)))
+    rows = sample.where(F.exists("vector", lambda x: x != 0)).orderBy("id").select("vector").toPandas()
+    try:
+        return find_cells(np.stack(rows["vector"].tolist()), metric, settings.cells, settings.probes)
+    except ImportError:
+        raise TrailvecError(
+            "neighbours.cells needs faiss: pip install 'trailvec[faiss]', or leave it at 0 for the exact search"
+        ) from None
+
+
+def _by_hash(chance: float) -> Column:
+    return F.pmod(F.xxhash64("id", F.lit("neighbours")), F.lit(1_000_000)) < round(min(1.0, chance) * 1_000_000)
 
 
 def run(runtime: Runtime) -> None:
@@ -73,16 +123,18 @@ def run(runtime: Runtime) -> None:
         _vectors(runtime, table, key, version)
         for table, key in ((USER_EMBEDDINGS, "user_id"), (ITEM_EMBEDDINGS, "item_id"))
     )
-    found = find_neighbours(
+    every = searches(
         users,
         items,
-        k=settings.k,
-        block_rows=settings.block_rows,
         offered=_offered(runtime, items),
         without=_done_before(runtime.read(SESSIONS), settings.without) if settings.without else None,
     )
     with small_batches(runtime.spark):
-        runtime.write(NEIGHBOURS, found.withColumn("model_version", F.lit(version)))
+        runtime.write(NEIGHBOURS, find_neighbours(every, settings).withColumn("model_version", F.lit(version)))
+        if settings.cells:
+            shares = recall(every, runtime.latest(NEIGHBOURS).where(F.col("model_version") == version), settings)
+            told = ", ".join(f"{kind} {share:.3f}" for kind, share in sorted(shares.items()))
+            runtime.report.notes.append(f"share of the exact neighbours that was found, for a sample: {told}")
 
 
 def _vectors(runtime: Runtime, table: Table, key: str, version: str) -> DataFrame:

@@ -21,12 +21,10 @@ from pyspark.sql import functions as F
 
 from jobs.config import UserList
 from jobs.errors import TrailvecError
-from jobs.runtime import Runtime, spark_conf
+from jobs.runtime import Runtime
 from jobs.segments import Frequency, SegmentFile
 from jobs.sql import query
 
-# From pandas into Spark and back by Arrow, not value by value.
-ARROW = {"spark.sql.execution.arrow.pyspark.enabled": "true"}
 Flags = npt.NDArray[np.bool_]
 
 
@@ -53,10 +51,9 @@ class Lists:
     def of_users(self) -> DataFrame:
         """user_id string, marks array<int>: sorted, each once; a row for each user of any list."""
         texts = pd.concat([pd.DataFrame({"user_id": [], "mark": []}), *self._texts])
-        with spark_conf(self._runtime.spark, ARROW):
-            frame = self._runtime.spark.createDataFrame(
-                texts.astype({"user_id": "object", "mark": "int32"}), "user_id string, mark int"
-            )
+        frame = self._runtime.spark.createDataFrame(
+            texts.astype({"user_id": "object", "mark": "int32"}), "user_id string, mark int"
+        )
         frame = reduce(DataFrame.unionByName, self._frames, frame)
         return frame.groupBy("user_id").agg(F.sort_array(F.collect_set("mark")).alias("marks"))
 

@@ -6,13 +6,16 @@ id: the result depends on nothing but the vectors, neither on the blocks nor on 
 since a float32 matrix product rounds differently from one block shape to the next: the product picks every
 candidate that may be among the k best, within the bound of its rounding error, and those alone are scored one by one.
 Once a query has k, few candidates of a later block pass its k-th score: the rest costs the product and one comparison.
+
+With `cells` the search is an inverted file: candidates are sorted into cells, and a query meets those of a few cells
+alone. What it meets is compared as above; what it does not meet it cannot find (recall: scripts/bench/neighbours.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -155,11 +158,66 @@ def _unit(vectors: Vectors) -> Vectors:
     return np.asarray(vectors / np.where(lengths > 0, lengths, 1), np.float32)
 
 
+# ---- cells -------------------------------------------------------------------------------------------------------
+
+
+class Cells(NamedTuple):
+    """An inverted file's coarse quantizer (Jégou, Douze, Schmid 2011): where vectors lie, by the nearest centre.
+
+    Attributes:
+        centres: float32 [cells, length], of length 1 under "cosine".
+        metric: what they were found for.
+        probes: cells that a query looks into: those whose centres score highest with it.
+    """
+
+    centres: Vectors
+    metric: Metric
+    probes: int
+
+    def of_candidates(self, vectors: Vectors) -> Integers:
+        """The cell of each, [n]."""
+        # |x - c|² but for |x|², which all centres have in common.
+        squares = (self.centres.astype(np.float64) ** 2).sum(axis=1)
+        return np.asarray(np.argmin(squares - 2 * (self._prepared(vectors) @ self.centres.T), axis=1))
+
+    def of_queries(self, vectors: Vectors) -> Integers:
+        """The cells that each looks into, [n, probes]."""
+        scores = self._prepared(vectors) @ self.centres.T
+        return np.argpartition(-scores, self.probes - 1, axis=1)[:, : self.probes]
+
+    def _prepared(self, vectors: Vectors) -> Vectors:
+        return _unit(vectors) if self.metric == "cosine" else vectors
+
+
+def find_cells(sample: Vectors, metric: Metric, cells: int, probes: int) -> Cells:
+    """Cells by k-means over a sample of the candidates; fewer where the sample is small.
+
+    Raises:
+        ImportError: faiss is not installed.
+    """
+    import faiss  # noqa: PLC0415 - optional, and only the driver needs it
+
+    vectors = _unit(sample) if metric == "cosine" else sample
+    count = max(1, min(cells, len(vectors)))
+    means = faiss.Kmeans(
+        vectors.shape[1], count, niter=20, seed=1, spherical=metric == "cosine", min_points_per_centroid=1
+    )
+    means.train(np.ascontiguousarray(vectors))
+    return Cells(np.asarray(means.centroids), metric, min(probes, count))
+
+
 # ---- Spark -------------------------------------------------------------------------------------------------------
 
 
 def nearest(
-    queries: DataFrame, candidates: DataFrame, k: int, metric: Metric, *, block_rows: int, counts: tuple[int, int]
+    queries: DataFrame,
+    candidates: DataFrame,
+    k: int,
+    metric: Metric,
+    *,
+    block_rows: int,
+    counts: tuple[int, int],
+    cells: Cells | None = None,
 ) -> DataFrame:
     """The k nearest candidates of each query, never itself; zero vectors have no cosine and are left out of it.
 
@@ -169,6 +227,7 @@ def nearest(
         candidates: id string, vector array<float>; all vectors of one length, no id twice.
         block_rows: about how many vectors stand on each side of a matrix product.
         counts: about how many rows `queries` and `candidates` have.
+        cells: of `candidates`, by `find_cells` for the same metric; None: exact.
 
     Returns:
         source_id string, rank int from 1 on, neighbour_id string, score float. Run it inside `small_batches`.
@@ -179,9 +238,19 @@ def nearest(
     if "left_out" not in queries.columns:
         queries = queries.withColumn("left_out", F.array().cast("array<string>"))
     candidates = candidates.withColumn("left_out", F.array().cast("array<string>"))
-    pairs = _blocks(queries, counts[0], block_rows, "query").crossJoin(
-        _blocks(candidates, counts[1], block_rows, "candidate")
-    )
+    if cells is None:
+        queries, candidates = (side.withColumn("cell", F.lit(0)) for side in (queries, candidates))
+        per_cell = counts
+    else:
+        queries = _in_cells(queries, cells, asking=True)
+        candidates = _in_cells(candidates, cells, asking=False)
+        per_cell = counts[0] * cells.probes // len(cells.centres), counts[1] // len(cells.centres)
+    of_queries = _blocks(queries, per_cell[0], block_rows, "query")
+    of_candidates = _blocks(candidates, per_cell[1], block_rows, "candidate")
+    if cells is None:
+        pairs = of_queries.drop("cell").crossJoin(of_candidates.drop("cell"))
+    else:
+        pairs = of_queries.join(of_candidates, "cell").drop("cell")
 
     def compare(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         return _compare(batches, k, metric)
@@ -204,15 +273,40 @@ def small_batches(spark: SparkSession) -> Iterator[None]:
         spark.conf.set(key, str(before))
 
 
+def _in_cells(vectors: DataFrame, cells: Cells, *, asking: bool) -> DataFrame:
+    """With a column cell; a row for each cell that an asking vector looks into."""
+    shared = vectors.sparkSession.sparkContext.broadcast(cells)
+
+    def sort_in(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            if not batch.num_rows:
+                continue
+            rows = batch.column("vector").flatten().to_numpy().reshape(batch.num_rows, -1)
+            found = shared.value.of_queries(rows) if asking else shared.value.of_candidates(rows)[:, None]
+            columns = [
+                batch.column(name).take(pa.array(np.repeat(np.arange(len(rows)), found.shape[1])))
+                for name in ("id", "vector", "left_out")
+            ]
+            cell = pa.array(found.reshape(-1), pa.int32())
+            yield pa.RecordBatch.from_arrays([*columns, cell], ["id", "vector", "left_out", "cell"])
+
+    schema = "id string, vector array<float>, left_out array<string>, cell int"
+    return vectors.select("id", "vector", "left_out").mapInArrow(sort_in, schema)
+
+
 def _blocks(vectors: DataFrame, count: int, block_rows: int, name: str) -> DataFrame:
-    """One row per block: <name>_block int, <name> struct of ids, vectors (float32, one after the other, as bytes: a
-    block goes to Python once for each it is compared with), left_out and their counts; in order of id."""
-    number = F.pmod(F.xxhash64("id"), F.lit(-(-count // block_rows) or 1)).cast("int").alias("block")
+    """One row per block, of one cell: cell int, <name>_block long, <name> struct of ids, vectors (float32, one after
+    the other, as bytes: a block goes to Python once for each it is compared with), left_out and their counts; in order
+    of id. `count`: about how many vectors a cell has."""
+    per_cell = -(-count // block_rows) or 1
+    number = F.pmod(F.xxhash64("id"), F.lit(per_cell)) + F.col("cell").cast("long") * per_cell
     rows = F.sort_array(F.collect_list(F.struct("id", "vector", "left_out"))).alias("rows")
-    packed = "block int, ids array<string>, vectors binary, left_out array<string>, left_out_counts array<int>"
-    blocks = vectors.groupBy(number).agg(rows).mapInArrow(_pack, packed)
+    packed = (
+        "cell int, block long, ids array<string>, vectors binary, left_out array<string>, left_out_counts array<int>"
+    )
+    blocks = vectors.groupBy("cell", number.alias("block")).agg(rows).mapInArrow(_pack, packed)
     columns = [F.col(column) for column in ("ids", "vectors", "left_out", "left_out_counts")]
-    return blocks.select(F.col("block").alias(f"{name}_block"), F.struct(*columns).alias(name))
+    return blocks.select("cell", F.col("block").alias(f"{name}_block"), F.struct(*columns).alias(name))
 
 
 def _pack(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -223,13 +317,15 @@ def _pack(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             left_out = rows.field("left_out")
             vectors = rows.field("vector").flatten().to_numpy()
             columns = [
+                block.column("cell"),
                 block.column("block"),
                 _one_list(rows.field("id")),
                 pa.array([vectors.tobytes()], pa.binary()),
                 _one_list(left_out.flatten()),
                 _one_list(left_out.value_lengths()),
             ]
-            yield pa.RecordBatch.from_arrays(columns, ["block", "ids", "vectors", "left_out", "left_out_counts"])
+            names = ["cell", "block", "ids", "vectors", "left_out", "left_out_counts"]
+            yield pa.RecordBatch.from_arrays(columns, names)
 
 
 def _one_list(values: pa.Array) -> pa.ListArray:

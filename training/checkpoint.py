@@ -102,7 +102,13 @@ def read_alignment(folder: Path) -> dict[str, Any] | None:
     Raises:
         TrailvecError: the file is damaged.
     """
-    return _read_json(folder / ALIGNMENT) if (folder / ALIGNMENT).exists() else None
+    try:
+        report: dict[str, Any] = json.loads((folder / ALIGNMENT).read_text(encoding="utf-8"))
+        return {**report, "rotation_sha256": report["rotation_sha256"]}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise _damaged(folder, f"{ALIGNMENT} is no report on a model's space") from None
 
 
 def read_rotation(folder: Path) -> npt.NDArray[np.float32] | None:

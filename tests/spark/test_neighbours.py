@@ -17,7 +17,7 @@ from jobs.find_neighbours import STAGE
 from jobs.runtime import Runtime, write_json
 from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, ITEMS, SESSIONS, USER_EMBEDDINGS
 from spark_udfs.topk import nearest, small_batches
-from tests.conftest import put
+from tests.conftest import make_config, put
 
 K = 4
 Vectors = dict[str, list[float]]
@@ -142,6 +142,42 @@ def test_items_in_stock_of_a_vertical_that_a_user_has_not_bought(
     stock.unlink()
     with pytest.raises(TrailvecError, match=r"neighbours\.in_stock: .*stock\.txt does not exist: correct the path"):
         runtime.execute(STAGE)
+
+
+def test_an_inverted_file_finds_what_lies_in_the_cells_that_it_looks_into(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    rng = np.random.default_rng(4)
+    users, items = (
+        {f"{p}{n}": v.tolist() for n, v in enumerate(rng.normal(size=(n, 4)).astype(np.float32))}
+        for p, n in (("u", 90), ("i", 120))
+    )
+    exact = {
+        "user_item": brute_force(users, items, False),
+        "user_user": brute_force(users, users, True),
+        "item_item": brute_force(items, items, True),
+    }
+    sets = (f"neighbours.k={K}", "neighbours.block_rows=8", "neighbours.cells=6")
+    runtime = make_runtime(*sets, "neighbours.probes=6")  # all cells: all there is
+    embed(runtime, spark, users, items)
+    assert runtime.execute(STAGE).notes == [f"{SHARE}item_item 1.000, user_item 1.000, user_user 1.000"]
+    assert {kind: _names(of) for kind, of in read(runtime).items()} == {k: _names(of) for k, of in exact.items()}
+
+    report = Runtime(make_config(runtime.root, *sets, "neighbours.probes=2"), spark).execute(STAGE)
+    found = read(runtime)
+    shares = {}
+    for kind, true in exact.items():
+        true_pairs, pairs = ({(s, t) for (s, _), t in _names(of).items()} for of in (true, found[kind]))
+        shares[kind] = len(true_pairs & pairs) / len(true_pairs)
+        assert 0.5 < shares[kind] < 1
+    assert report.notes == [SHARE + ", ".join(f"{kind} {share:.3f}" for kind, share in sorted(shares.items()))]
+
+
+SHARE = "share of the exact neighbours that was found, for a sample: "
+
+
+def _names(of: dict[tuple[str, int], tuple[str, float]]) -> dict[tuple[str, int], str]:
+    return {key: name for key, (name, _) in of.items()}
 
 
 def test_partitions_and_blocks_do_not_matter(spark: SparkSession) -> None:

@@ -17,7 +17,7 @@ from jobs.retire_model import retire
 from jobs.runtime import Runtime, Stage, write_json
 from jobs.score_users import progress_line
 from jobs.sql import query
-from jobs.tables import ITEM_EMBEDDINGS, SEQUENCES, USER_EMBEDDINGS
+from jobs.tables import ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS, USER_EMBEDDINGS
 from scripts.faults import delta_reader
 from tests.conftest import make_config, put, read_delta
 from tests.sequence_files import MAX_LENGTH, SPEC, item_counts, make_rows
@@ -36,7 +36,7 @@ def make_model(runtime: Runtime, version: str, seed: int) -> SequenceModel:
     model = build_model(SPEC, torch.from_numpy(item_counts(make_rows(200)))).eval()
     folder = runtime.models / version
     folder.mkdir(parents=True)
-    save_model(folder, model, {"model_version": version})
+    save_model(folder, model, {"model_version": version, "as_of": "2017-12-01T00:00:00"})
     write_alignment(folder, None, {"model_version": version, "said": ""})
     write_json(runtime.models / "current.json", {"model_version": version})
     return model
@@ -158,7 +158,8 @@ def test_a_new_model_killed_in_the_middle_goes_on_while_readers_see_the_old_one_
     of_new = [r["user_id"] for r in read_delta(shop.path(USER_EMBEDDINGS)) if r["model_version"] == "m2"]
     assert 0 < len(of_new) < USERS
     other = Runtime(make_config(shop.root, "model.version=m2"), shop.spark)
-    put(other, ITEM_EMBEDDINGS, shop.spark.createDataFrame([], ITEM_EMBEDDINGS.schema()))
+    for table in (ITEM_EMBEDDINGS, ITEMS, SESSIONS):
+        put(other, table, shop.spark.createDataFrame([], table.schema()))
     with pytest.raises(TrailvecError, match=r"the current model is m1, found model\.version = m2: run"):
         other.execute(find_neighbours.STAGE)
 
