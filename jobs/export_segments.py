@@ -99,19 +99,22 @@ class Export:
 
 def _exports(runtime: Runtime, now: datetime) -> list[Export]:
     """The configuration's segments, each after those that it includes or excludes."""
+    version = runtime.current_model()
     found: dict[str, Export] = {}
     for number, file in enumerate(read_segments(runtime.config.export.segments)):
-        export_id = _digest(_facts(runtime, file, found, now))[:32]
+        export_id = _digest(_facts(runtime, file, version, found, now))[:32]
         found[file.segment.name] = Export(number, file.segment, file.path, export_id)
     return list(found.values())
 
 
-def _facts(runtime: Runtime, file: SegmentFile, before: dict[str, Export], now: datetime) -> dict[str, Any]:
+def _facts(
+    runtime: Runtime, file: SegmentFile, version: str, before: dict[str, Export], now: datetime
+) -> dict[str, Any]:
     """All that decides about an export's members, as plain values; not the code: new code logs nothing again."""
     segment, consent = file.segment, runtime.config.export.consent
     facts: dict[str, Any] = {
         "segment": segment.model_dump(mode="json"),
-        "model_version": runtime.current_model(),
+        "model_version": version,
         "users": runtime.changed_version(USER_EMBEDDINGS),
         "files": [file_digest(file.path.parent / users.file) for users in segment.lists if users.file is not None],
         "others": [before[name].id for name in (*segment.include, *segment.exclude)],

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -38,7 +39,7 @@ from delta.exceptions import (
 )
 from delta.tables import DeltaTable
 from pyspark.errors import AnalysisException
-from pyspark.sql import Column, DataFrame, Row, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from jobs.config import Config
@@ -46,6 +47,8 @@ from jobs.errors import TrailvecError
 from jobs.tables import CURRENT, CURRENT_MODEL, TABLES, Table, conform
 
 _PACKAGES = ("jobs", "spark_udfs", "training")
+_REGISTERED = "spark.trailvec.registered"  # what the session's catalogue knows by name
+_COMMIT_INFO = '{"commitInfo"'
 _HISTORY = 500  # commits of a table that are looked at; a stage that is further behind makes all anew
 # Another job committed in the meantime. In Python these have no base of their own, as they have in Java.
 CONFLICTS = (
@@ -113,21 +116,68 @@ class Commit:
     provenance: dict[str, Any] | None
 
 
-def _commit_of(row: Row) -> Commit:
-    """Out of a row of Delta's history."""
-    metrics, parameters = row["operationMetrics"] or {}, row["operationParameters"] or {}
-    mode = parameters.get("mode")
+def _commit_of(version: int, info: dict[str, Any]) -> Commit:
+    """Out of the commitInfo of Delta's log."""
+    metrics, parameters = info.get("operationMetrics") or {}, info.get("operationParameters") or {}
+    mode, operation = parameters.get("mode"), info.get("operation")
     changes = [n for n in metrics if n in ("numTargetRowsInserted", "numTargetRowsUpdated", "numTargetRowsDeleted")]
-    if row["operation"] == "WRITE" and mode == "Append":
+    if operation == "WRITE" and mode == "Append":
         changes = ["numOutputRows"]
     empty = bool(changes) and all(metrics.get(name, "1") == "0" for name in changes)
     return Commit(
-        version=int(row["version"]),
-        committed_at=float(row["committed_at"]),
-        changed_rows=row["operation"] not in _UPKEEP and not empty,
+        version=version,
+        committed_at=info["timestamp"] / 1000,
+        changed_rows=operation not in _UPKEEP and not empty,
         replaced_all=mode == "Overwrite",
-        provenance=json.loads(row["userMetadata"]) if row["userMetadata"] else None,
+        provenance=json.loads(info["userMetadata"]) if info.get("userMetadata") else None,
     )
+
+
+class History:
+    """A table's commits, newest first, as they were at first sight; each is read when it is asked for.
+
+    Out of the log's files: Delta's own history() is a Spark job or two, and a stage asks a dozen times.
+    """
+
+    def __init__(self, spark: SparkSession, path: str) -> None:
+        jvm: Any = spark._jvm  # the only way to the file system that the table lies in
+        self._folder = jvm.org.apache.hadoop.fs.Path(path, "_delta_log")
+        self._system = self._folder.getFileSystem(spark._jsc.hadoopConfiguration())
+        self._jvm = jvm
+        self._read: list[Commit] = []
+        self.newest = self._newest()
+
+    def __iter__(self) -> Iterator[Commit]:
+        yield from self._read
+        for version in range(self.newest - len(self._read), max(self.newest - _HISTORY, -1), -1):
+            info = next((line for line in self._lines(f"{version:020}.json") if line.startswith(_COMMIT_INFO)), None)
+            if info is None:  # the log is cleaned of what is older
+                return
+            commit = _commit_of(version, json.loads(info)["commitInfo"])
+            self._read.append(commit)
+            yield commit
+
+    def _newest(self) -> int:
+        # From the last checkpoint on there are a few commits at most.
+        last = next(self._lines("_last_checkpoint"), None)
+        version = 0 if last is None else int(json.loads(last)["version"])
+        while self._system.exists(self._file(f"{version + 1:020}.json")):
+            version += 1
+        return version
+
+    def _file(self, name: str) -> Any:
+        return self._jvm.org.apache.hadoop.fs.Path(self._folder, name)
+
+    def _lines(self, name: str) -> Iterator[str]:
+        if not self._system.exists(self._file(name)):
+            return
+        io = self._jvm.java.io
+        reader = io.BufferedReader(io.InputStreamReader(self._system.open(self._file(name)), "UTF-8"))
+        try:
+            while (line := reader.readLine()) is not None:
+                yield line
+        finally:
+            reader.close()
 
 
 class Runtime:
@@ -138,7 +188,8 @@ class Runtime:
         self._spark = spark
         self._stage: Stage | None = None
         self._versions: dict[str, int] = {}
-        self._history: dict[str, list[Commit]] = {}
+        self._history: dict[str, History] = {}
+        self._frames: dict[str, DataFrame] = {}
         self.fingerprint = ""
         self.forced = False
         self.report = Report("")
@@ -182,7 +233,7 @@ class Runtime:
         started = time.monotonic()
         self.report = Report(stage.name)
         self._stage = stage
-        self._history = {}
+        self._history, self._frames = {}, {}
         self.forced = force
         self._versions = {table.name: self.latest_version(table) for table in stage.reads}
         self.fingerprint = _digest(self._facts(stage))
@@ -200,7 +251,10 @@ class Runtime:
 
     def read(self, table: Table) -> DataFrame:
         """The table as it was when the stage began."""
-        return self._load(table, self._versions[table.name])
+        # One frame for all: Delta puts a snapshot of an old version together anew for each.
+        if table.name not in self._frames:
+            self._frames[table.name] = self._load(table, self._versions[table.name])
+        return self._frames[table.name]
 
     def version(self, table: Table) -> int:
         """The Delta version at which the stage reads the table."""
@@ -223,7 +277,8 @@ class Runtime:
         if since == until:
             nothing = self.read(read).limit(0).withColumn("_change_type", F.lit("insert"))
             return nothing.withColumn("_commit_version", F.lit(until).cast("bigint"))
-        replaced = any(c.replaced_all for c in self._commits(read) if since < c.version <= until)
+        newer = itertools.takewhile(lambda commit: commit.version > since, self._commits(read))
+        replaced = any(commit.replaced_all for commit in newer if commit.version <= until)
         if replaced or not self.kept(read, since):
             return None
         reader = self.spark.read.format("delta").option("readChangeFeed", "true")
@@ -255,7 +310,8 @@ class Runtime:
         until = self._versions[read.name]
         # What the commit after `version` dropped is there until VACUUM takes it.
         oldest = time.time() - self.config.maintain.retention_hours * 3600
-        commits = [c for c in self._commits(read) if version < c.version <= until]
+        newer = itertools.takewhile(lambda commit: commit.version > version, self._commits(read))
+        commits = [commit for commit in newer if commit.version <= until]
         return version <= until and len(commits) == until - version and all(c.committed_at > oldest for c in commits)
 
     def write(self, table: Table, df: DataFrame) -> None:
@@ -427,7 +483,7 @@ class Runtime:
 
     def notes(self, table: Table) -> list[dict[str, Any]]:
         """The `note` of each of the table's commits that has one, newest first."""
-        commits = self._commits(table) if self.exists(table) else []
+        commits: Iterable[Commit] = self._commits(table) if self.exists(table) else []
         return [c.provenance["note"] for c in commits if c.provenance is not None and "note" in c.provenance]
 
     def _facts(self, stage: Stage) -> dict[str, Any]:
@@ -459,23 +515,18 @@ class Runtime:
                 f"table {table.name} does not exist under {self.root}: run `trailvec {table.stage}` first"
             )
         self._history.pop(table.name, None)  # others may have written
-        return self._commits(table)[0].version
+        return self._commits(table).newest
 
     def changed_version(self, table: Table) -> int:
         """The newest version that changed rows, at or before the stage's where it reads the table: upkeep makes
         nothing else out of date."""
         at = self._versions[table.name] if table.name in self._versions else self.latest_version(table)
-        return max((c.version for c in self._commits(table) if c.changed_rows and c.version <= at), default=at)
+        return next((c.version for c in self._commits(table) if c.changed_rows and c.version <= at), at)
 
-    def _commits(self, table: Table) -> list[Commit]:
-        """The table's newest commits, newest first; looked up once until the next commit of this runtime."""
+    def _commits(self, table: Table) -> History:
+        """The table's commits; looked up once until the next commit of this runtime."""
         if table.name not in self._history:
-            rows = (
-                DeltaTable.forPath(self.spark, self.path(table))
-                .history(_HISTORY)
-                .withColumn("committed_at", F.col("timestamp").cast("double"))
-            )
-            self._history[table.name] = [_commit_of(row) for row in rows.drop("timestamp").collect()]
+            self._history[table.name] = History(self.spark, self.path(table))
         return self._history[table.name]
 
     def _last_fingerprint(self, table: Table) -> str | None:
@@ -538,21 +589,27 @@ class Runtime:
 
     def register_tables(self) -> None:
         """Makes every existing table, and the views of the current model's vectors, known to SQL by their names, in
-        `storage.database`, and uses that database."""
+        `storage.database`, and uses that database. Does nothing where the session knows all of them already."""
         database = self.config.storage.database
+        there = [table for table in TABLES if self.exists(table)]
+        known = json.dumps([str(self.root), database, [table.name for table in there]])
+        if self.spark.conf.get(_REGISTERED, "") == known and self.spark.catalog.databaseExists(database):
+            self.spark.catalog.setCurrentDatabase(database)
+            return
         self.spark.sql(f"CREATE DATABASE IF NOT EXISTS `{database}`")  # the name's pattern is checked by the config
         self.spark.catalog.setCurrentDatabase(database)
         for table in TABLES:
-            if self.exists(table):
+            if table in there:
                 # Anew each time: the name may still mean a table under another root.
                 self.spark.sql(f"DROP TABLE IF EXISTS `{database}`.{table.name}")  # external: its files stay
                 self.spark.catalog.createTable(table.name, path=self.path(table), source="delta")
         for view, table in CURRENT.items():
             self.spark.sql(f"DROP VIEW IF EXISTS `{database}`.{view}")
-            if self.exists(table) and self.exists(CURRENT_MODEL):
+            if table in there and CURRENT_MODEL in there:
                 rows = f"`{database}`.{table.name} WHERE model_version = "
                 current = f"(SELECT model_version FROM `{database}`.{CURRENT_MODEL.name})"  # noqa: S608 - our own names
                 self.spark.sql(f"CREATE VIEW `{database}`.{view} AS SELECT * FROM {rows}{current}")  # noqa: S608
+        self.spark.conf.set(_REGISTERED, known)
 
 
 @contextlib.contextmanager

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from jobs.errors import TrailvecError
-from jobs.runtime import Runtime, Stage
+from jobs.runtime import History, Runtime, Stage
 from jobs.tables import CONTEXT_VALUES, EVALUATION, Column, conform
 from tests.conftest import put
 
@@ -91,6 +93,38 @@ def test_a_stage_reads_what_was_there_when_it_began(make_runtime: Callable[..., 
     runtime.execute(Stage("reader", "", run, reads=(CONTEXT_VALUES,), writes=(), settings=()))
     assert seen == ["before"]
     assert runtime.latest(CONTEXT_VALUES).collect()[0].value == "after"
+
+
+def test_the_commits_are_those_of_deltas_history(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
+    """Over a checkpoint, an upkeep, an empty append, a write of somebody else's; and where the log was cleaned."""
+    runtime = make_runtime()
+    rows = spark.createDataFrame([("vertical", "food", 2)], VALUES)
+    for _ in range(11):
+        put(runtime, CONTEXT_VALUES, rows)
+    path = runtime.path(CONTEXT_VALUES)
+    rows.write.format("delta").mode("append").save(path)
+    stage = Stage("touch", "", lambda r: r.touch(CONTEXT_VALUES, {"seen": 1}), reads=(), writes=(), settings=())
+    runtime.execute(stage, force=True)
+    spark.sql(f"OPTIMIZE delta.`{path}`")
+    log = Path(path) / "_delta_log"
+    assert list(log.glob("*.checkpoint.parquet"))
+    history = (
+        DeltaTable.forPath(spark, path)
+        .history()
+        .selectExpr("version", "timestamp", "operation", "operationParameters.mode AS mode", "userMetadata")
+    )
+    expected = history.collect()
+    commits = list(History(spark, path))
+    assert [c.version for c in commits] == [row["version"] for row in expected] == [*range(14, -1, -1)]
+    for commit, row in zip(commits, expected, strict=True):
+        assert commit.committed_at == pytest.approx(row["timestamp"].timestamp(), abs=5)
+        assert commit.replaced_all == (row["mode"] == "Overwrite")
+        assert commit.provenance == (row["userMetadata"] and json.loads(row["userMetadata"]))
+    assert [c.version for c in commits if not c.changed_rows] == [14, 13]
+    assert commits[2].provenance is None
+    assert runtime.notes(CONTEXT_VALUES) == [{"seen": 1}]
+    (log / "00000000000000000003.json").unlink()
+    assert [c.version for c in History(spark, path)] == [*range(14, 3, -1)]
 
 
 def test_a_log_folder_without_a_commit_is_made_good(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
