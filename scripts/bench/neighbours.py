@@ -5,11 +5,13 @@ lengths, Parquet to Parquet on 2 cores, in turns, medians:
   trailvec    spark_udfs.topk.nearest, what find_neighbours runs, in one Spark session that stays up
   faiss       faiss.knn on 2 threads, after pyarrow has read the files and before it writes the result
   in_numpy    topk.Nearest alone, one thread, a part of the users: what a core does without Spark
+  cells       trailvec with an inverted file of 4 √items cells, 16 of them looked into (neighbours.cells)
 
-Both find the same: the neighbours may differ only where faiss's float32 scores cannot tell them apart.
+Both exact ones find the same: the neighbours may differ only where faiss's float32 scores cannot tell them apart.
 
-The last line is one JSON object: ratio_to_faiss (users/s over faiss's), the same of a core without Spark, the medians
-and same_neighbours (the share that is the same). A chart goes to build/bench/neighbours.svg.
+The last line is one JSON object: ratio_to_faiss (users/s over faiss's), the same of a core without Spark, the medians,
+same_neighbours (the share that is the same), recall_of_cells (the share of faiss's that cells found). A chart goes to
+build/bench/neighbours.svg.
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ from measure import CORES, bars, last_line, said, session
 from pyspark.sql import SparkSession
 
 from jobs.config import NeighboursSettings
+from jobs.find_neighbours import Search, find_neighbours
 from spark_udfs.encode import as_lists
-from spark_udfs.topk import Nearest, nearest, small_batches
+from spark_udfs.topk import Nearest, small_batches
 
 K, WIDTH = 10, 64
 SETTINGS = NeighboursSettings()
@@ -72,10 +75,11 @@ def by_faiss(folder: Path, out: Path) -> None:
     pq.write_table(pa.table(columns), out / "part-0.parquet")
 
 
-def by_trailvec(spark: SparkSession, folder: Path, out: Path, counts: tuple[int, int]) -> None:
+def by_trailvec(spark: SparkSession, folder: Path, out: Path, counts: tuple[int, int], cells: int = 0) -> None:
     users, items = (spark.read.parquet(str(folder / name)) for name in ("users", "items"))
+    settings = SETTINGS.model_copy(update={"cells": cells, "k": K})
     with small_batches(spark):
-        found = nearest(users, items, K, "dot", block_rows=SETTINGS.block_rows, counts=counts)
+        found = find_neighbours([Search("user_item", users, items, "dot", counts)], settings).drop("kind")
         found.write.mode("overwrite").parquet(str(out))
 
 
@@ -105,13 +109,13 @@ def same(ours: Path, theirs: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="20,000 users and items, 3 rounds, the first of them cold")
-    parser.add_argument("--users", type=float, help="default: 1e5")
+    parser.add_argument("--users", type=float, help="default: 5e4")
     parser.add_argument("--items", type=float, help="default: 1e5")
     parser.add_argument("--rounds", type=int, help="medians of so many (default: 5)")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for vectors, results, the chart")
     arguments = parser.parse_args()
-    default = 20_000 if arguments.quick else 100_000
-    counts = int(arguments.users or default), int(arguments.items or default)
+    default = (20_000, 20_000) if arguments.quick else (50_000, 100_000)
+    counts = int(arguments.users or default[0]), int(arguments.items or default[1])
     rounds = arguments.rounds or (3 if arguments.quick else 5)
     folder = arguments.folder.absolute() / "neighbours"
     make(folder, "users", counts[0], 1)
@@ -124,6 +128,7 @@ def main() -> None:
         "trailvec": lambda: by_trailvec(spark, folder, folder / "ours", counts),
         "faiss": lambda: by_faiss(folder, folder / "theirs"),
         "in_numpy": in_numpy(folder, part),
+        "cells": lambda: by_trailvec(spark, folder, folder / "by_cells", counts, round(4 * counts[1] ** 0.5)),
     }
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds if arguments.quick else rounds + 1):
@@ -144,6 +149,8 @@ def main() -> None:
             "ratio_to_faiss": median["faiss"] / median["trailvec"],
             "ratio_to_faiss_of_a_core": median["faiss"] * CORES / (median["in_numpy"] * counts[0] / part),
             "same_neighbours": same(folder / "ours", folder / "theirs"),
+            "recall_of_cells": same(folder / "by_cells", folder / "theirs"),
+            "speedup_of_cells": median["trailvec"] / median["cells"],
             "users_per_s": round(counts[0] / median["trailvec"]),
             **{f"{name}_s": seconds for name, seconds in median.items()},
         }
