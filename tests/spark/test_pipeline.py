@@ -14,7 +14,7 @@ import pytest
 from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
-from jobs import export_segments
+from jobs import align, export_segments
 from jobs import runtime as runtime_module
 from jobs import train as train_module
 from jobs.cli import main
@@ -132,6 +132,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         monkeypatch.setattr(Runtime, name, dying(getattr(Runtime, name)))
     for module in (runtime_module, train_module, export_segments):
         monkeypatch.setattr(module, "write_json", dying(module.write_json))
+    monkeypatch.setattr(align, "write_alignment", dying(align.write_alignment))
     monkeypatch.setattr(Path, "rename", dying(Path.rename))
     return lambda writes: left.__setitem__(0, writes)
 
