@@ -65,9 +65,7 @@ def before(events: DataFrame, cuts: DataFrame) -> DataFrame:
     return events.join(cuts, "user_id").where("event_ts < cut").withColumn("days", days)
 
 
-def activity_labels(
-    events: DataFrame, cut: datetime, targets: list[str], settings: ProbeSettings, event_types: list[str]
-) -> DataFrame:
+def activity_labels(events: DataFrame, cut: datetime, targets: list[str], settings: ProbeSettings) -> DataFrame:
     """user_id, task, label of the tasks that the log itself answers, of users with a target action before the cut.
 
     Args:
@@ -87,7 +85,7 @@ def activity_labels(
         "new_vertical": F.size(F.array_except("verticals_after", "verticals_before")) > 0,
     }
     tasks = {name: answers[name] for name in settings.activity}
-    tasks |= {name: F.array_contains("types_after", name) for name in event_types}
+    tasks |= {name: F.array_contains("types_after", name) for name in settings.event_types}
     rows = F.array(*[F.struct(F.lit(n).alias("task"), a.cast("int").alias("label")) for n, a in tasks.items()])
     return per_user.where("before > 0").select("user_id", F.explode(rows).alias("row")).select("user_id", "row.*")
 
@@ -252,7 +250,7 @@ class Question:
     cuts: DataFrame
 
 
-def questions(runtime: Runtime, events: DataFrame, cuts: Cuts) -> list[Question]:
+def questions(runtime: Runtime, sessions: DataFrame, cuts: Cuts) -> list[Question]:
     """What is asked: the log's own tasks; the labels without a time; of those with one each task by itself."""
     settings, found = runtime.config.probe, []
 
@@ -268,14 +266,14 @@ def questions(runtime: Runtime, events: DataFrame, cuts: Cuts) -> list[Question]
         known = frame[["user_id", "cut"]].drop_duplicates()
         asked = runtime.spark.createDataFrame(known).select("user_id", F.timestamp_micros("cut").alias("cut"))
         more = max(0, settings.max_users - len(known))
-        rest = events.where(F.col("event_ts") < utc(others)).select("user_id").distinct()
+        rest = sessions.where(F.col("start_ts") < utc(others)).select("user_id").distinct()
         rest = rest.join(asked, "user_id", "left_anti").orderBy(bucket, "user_id").limit(more)
         found.append(Question(frame, F.broadcast(asked.union(rest.select("user_id", utc(others))).persist())))
 
     if settings.activity or settings.event_types:
         cut = cuts.end - timedelta(days=settings.days)
         targets = runtime.config.sequences.target_event_types
-        ask(activity_labels(events, cut, targets, settings, settings.event_types), utc(cut), cut)
+        ask(activity_labels(events_of(sessions), cut, targets, settings), utc(cut), cut)
     if settings.labels is not None:
         labels = read_labels(runtime)
         ask(labels.where("label_ts IS NULL"), utc(cuts.end), cuts.end)
@@ -368,7 +366,7 @@ def run(runtime: Runtime) -> None:
             f"asks about what came after {asked_from}: give fewer days, or train up to that time"
         )
     results = []
-    for question in questions(runtime, events_of(sessions), cuts):
+    for question in questions(runtime, sessions, cuts):
         tasks = sorted(set(question.labels["task"]))
         runtime.on_progress(f"features for {', '.join(tasks)}")
         users, features = features_of(runtime, sessions, question, model_dir, cuts.end)
