@@ -26,10 +26,10 @@ _out = Console(stderr=True, highlight=False)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; exits with 1 and one sentence on stderr when something is wrong."""
-    from jobs.pipeline import STAGES  # noqa: PLC0415 - the stages import this module's stage_main
+    from jobs.pipeline import ASIDE, STAGES  # noqa: PLC0415 - the stages import this module's stage_main
 
-    arguments = _parser(STAGES).parse_args(argv)
-    sys.exit(guarded(lambda: _run(arguments, STAGES), debug=arguments.debug))
+    arguments = _parser(STAGES, ASIDE).parse_args(argv)
+    sys.exit(guarded(lambda: _run(arguments, STAGES, ASIDE), debug=arguments.debug))
 
 
 def stage_main(name: str) -> None:
@@ -37,7 +37,7 @@ def stage_main(name: str) -> None:
     main([name, *sys.argv[1:]])
 
 
-def _parser(stages: Sequence[Stage]) -> argparse.ArgumentParser:
+def _parser(stages: Sequence[Stage], aside: Sequence[Stage]) -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--conf",
@@ -62,7 +62,7 @@ def _parser(stages: Sequence[Stage]) -> argparse.ArgumentParser:
     run.add_argument("--from", dest="first", choices=names, default=names[0], help="the first stage to run")
     run.add_argument("--to", dest="last", choices=names, default=names[-1], help="the last stage to run")
     run.add_argument("--force", action="store_true", help="run stages that are up to date too")
-    for stage in stages:
+    for stage in (*stages, *aside):
         command = commands.add_parser(stage.name, parents=[common], help=stage.help, description=stage.help)
         command.add_argument("--force", action="store_true", help="run it even when it is up to date")
     tables = commands.add_parser(
@@ -107,7 +107,7 @@ def _parser(stages: Sequence[Stage]) -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace, stages: Sequence[Stage]) -> None:
+def _run(arguments: argparse.Namespace, stages: Sequence[Stage], aside: Sequence[Stage]) -> None:
     config = load_config(arguments.conf, arguments.set)
     if arguments.show_config:
         print(json.dumps(config.model_dump(mode="json"), indent=2))
@@ -144,7 +144,7 @@ def _run(arguments: argparse.Namespace, stages: Sequence[Stage]) -> None:
 
         run_serve(config, arguments.host, arguments.port)
     else:
-        run_stages(Runtime(config), [s for s in stages if s.name == arguments.command], arguments.force)
+        run_stages(Runtime(config), [s for s in (*stages, *aside) if s.name == arguments.command], arguments.force)
 
 
 def run_stages(runtime: Runtime, stages: Sequence[Stage], force: bool = False) -> list[Report]:

@@ -230,6 +230,36 @@ class ExportSettings(Section):
     )
 
 
+class ProbeSettings(Section):
+    """vectors + labels → probes."""
+
+    labels: UserList | None = Field(
+        None,
+        description="what a vector is to foretell: user_id, task, label (0 or 1) and, where a label belongs to a time, "
+        "label_ts (of what is known, what came before it counts); a file is Parquet or CSV with a header",
+    )
+    activity: list[Literal["inactive", "new_vertical"]] = Field(
+        default_factory=list,
+        description="tasks made of the log's last `days`: inactive (nothing of sequences.target_event_types), "
+        "new_vertical (one of them in a vertical in which the user had none before)",
+    )
+    event_types: list[str] = Field(
+        default_factory=list, description="event types: does the user do it in the log's last `days`? A task each"
+    )
+    days: float = Field(28, gt=0, description="how long before the log's end the cut of those tasks is")
+    heads: tuple[Literal["logistic", "boosting", "mlp"], ...] = Field(
+        ("logistic", "boosting", "mlp"), description="what is learnt on top of the features"
+    )
+    folds: int = Field(5, ge=2, description="of a cross-validation, stratified; by time where labels have one")
+    seeds: int = Field(5, ge=2, description="runs with other folds and other heads; their spread is the std")
+    max_users: int = Field(
+        20_000,
+        ge=1,
+        description="labelled users of a task, and unlabelled ones whose items the item baseline learns "
+        "from; of more a sample by hash of user_id",
+    )
+
+
 class Config(Section):
     """The whole configuration."""
 
@@ -245,6 +275,7 @@ class Config(Section):
     align: AlignSettings = AlignSettings()
     score: ScoreSettings = ScoreSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    probe: ProbeSettings = ProbeSettings()
     neighbours: NeighboursSettings = NeighboursSettings()
     export: ExportSettings = ExportSettings()
     maintain: MaintainSettings = MaintainSettings()

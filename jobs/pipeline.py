@@ -12,6 +12,7 @@ from jobs import (
     find_neighbours,
     flag_users,
     ingest,
+    probe,
     score_users,
     sessionize,
     train,
@@ -31,3 +32,6 @@ STAGES = (
     find_neighbours.STAGE,
     export_segments.STAGE,
 )
+
+# Stages that run only when they are asked for by name.
+ASIDE = (probe.STAGE,)

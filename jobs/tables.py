@@ -311,6 +311,30 @@ EVALUATION = Table(
     partition_by=("model_version",),
 )
 
+PROBES = Table(
+    "probes",
+    "How well a light head on frozen features foretells a label: a model's vectors beside the baselines.",
+    (
+        Column("model_version", "string", "The model whose vectors were probed (the baselines stand under it too)."),
+        Column("task", "string", "What was foretold: a task of the labels, inactive, new_vertical or an event type."),
+        Column(
+            "features",
+            "string",
+            "vector, profile (vector + statistics + items), majority, rfm (five numbers), tfidf_svd (the items), "
+            "aggregates (counts of 1, 7 and 30 days).",
+        ),
+        Column("head", "string", "logistic, boosting, mlp; of the majority prior."),
+        Column("metric", "string", "auc or average_precision."),
+        Column("value", "double", "Mean over the seeds."),
+        Column("std", "double", "Standard deviation over the seeds."),
+        Column("users", "bigint", "Labelled users."),
+        Column("positives", "bigint", "Of those, users whose label is 1."),
+    ),
+    key=("model_version", "task", "features", "head", "metric"),
+    stage="probe",
+    partition_by=("model_version",),
+)
+
 NEIGHBOURS = Table(
     "neighbours",
     "The nearest items or users of an item or user.",
@@ -354,6 +378,7 @@ TABLES = (
     CURRENT_MODEL,
     ITEM_EMBEDDINGS,
     EVALUATION,
+    PROBES,
     NEIGHBOURS,
     EXPORTS,
 )

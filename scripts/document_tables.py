@@ -56,6 +56,9 @@ EXAMPLES = {
     "evaluation": """
         SELECT task, method, value, users FROM evaluation
         WHERE metric = 'ndcg@10' AND split = 'test' ORDER BY task, value DESC""",
+    "probes": """
+        SELECT task, features, max_by(head, value) AS best_head, max(value) AS auc FROM probes
+        WHERE metric = 'auc' GROUP BY task, features ORDER BY task, auc DESC""",
     "neighbours": """
         SELECT n.rank, i.item_name, n.score FROM neighbours AS n JOIN items AS i ON i.item_id = n.neighbour_id
         WHERE n.kind = 'user_item' AND n.source_id = '1' ORDER BY n.rank""",

@@ -71,13 +71,16 @@ def rows(root: Path, table: str) -> list[str]:
     return sorted(json.dumps(row, default=str) for row in read_delta(root / "tables" / table))
 
 
+WRITTEN = [table for table in TABLES if table.stage in {stage.name for stage in STAGES}]  # not by a stage aside
+
+
 def same_rows(one: Path, other: Path) -> None:
-    for table in TABLES:
+    for table in WRITTEN:
         assert rows(one, table.name) == rows(other, table.name), table.name
 
 
 def test_every_stage_writes_and_then_has_nothing_to_do(undisturbed: Runtime) -> None:
-    for table in TABLES:
+    for table in WRITTEN:
         # No customer of those four days is a bot.
         assert (len(rows(undisturbed.root, table.name)) > 0) == (table != FLAGGED_USERS), table.name
     again = [undisturbed.execute(stage) for stage in STAGES]

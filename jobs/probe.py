@@ -1,0 +1,411 @@
+"""probe: labels + sessions + items + the model → probes.
+
+How well the frozen vectors foretell what the model never saw, through light heads, beside baselines through the same
+heads. Labels come from the configuration's table and from the log itself (inactive, a new vertical, an event type
+within the last `probe.days`).
+
+Each labelled user has a cut: the label's time, the beginning of the days that a task of the log asks about, else the
+log's end. Every feature is made of events strictly before it; so is the vector, which is encoded anew from the actions
+before the cut as `build_sequences` would lay them out. (The test rows of `sequences` will not do: who did nothing after
+the cut has none.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import functions as F
+
+from jobs.build_sequences import build_sequences, in_vocabulary, number_actions
+from jobs.cli import stage_main
+from jobs.config import ProbeSettings, SequencesSettings
+from jobs.errors import TrailvecError
+from jobs.models import encode_sequences
+from jobs.runtime import Runtime, Stage
+from jobs.segment_files import file_digest
+from jobs.splits import Cuts, cut_times, utc
+from jobs.sql import query
+from jobs.tables import CONTEXT_VALUES, ITEMS, PROBES, SESSIONS, TABLES
+from training.checkpoint import read_about
+
+if TYPE_CHECKING:
+    from training.probes import Matrix
+
+FEATURES = ("vector", "profile", "majority", "rfm", "tfidf_svd", "aggregates")
+_TOP = 10  # values of a column whose counts the aggregates hold, of each event type
+_WINDOWS = (1, 7, 30)  # days before the cut
+_COLUMNS = ("vertical", "category", "item_id")
+_STATISTICS_WINDOWS = (7, 14, 28, 91)
+_SHARES = 20  # verticals whose share of the actions is a statistic
+
+
+# ---- who is asked about what ---------------------------------------------------------------------------------------
+
+
+def events_of(sessions: DataFrame) -> DataFrame:
+    """user_id, `opens` (the event is its session's first) and the columns of each event."""
+    exploded = sessions.select("user_id", F.posexplode("events").alias("place", "event"))
+    return exploded.select("user_id", (F.col("place") == 0).alias("opens"), "event.*")
+
+
+def before(events: DataFrame, cuts: DataFrame) -> DataFrame:
+    """The events strictly before their user's cut, with `days` (double): how long before.
+
+    Args:
+        cuts: user_id, cut (timestamp); one row per user. Who is not in it has no events here.
+    """
+    days = (F.unix_micros("cut") - F.unix_micros("event_ts")) / F.lit(86400e6)
+    return events.join(cuts, "user_id").where("event_ts < cut").withColumn("days", days)
+
+
+def activity_labels(events: DataFrame, cut: datetime, targets: list[str], settings: ProbeSettings) -> DataFrame:
+    """user_id, task, label of the tasks that the log itself answers, of users with a target action before the cut.
+
+    Args:
+        targets: event types that count as activity; empty: all.
+    """
+    is_target = F.col("event_type").isin(targets) if targets else F.lit(True)
+    early = F.col("event_ts") < utc(cut)
+    per_user = events.groupBy("user_id").agg(
+        F.count_if(early & is_target).alias("before"),
+        F.count_if(~early & is_target).alias("after"),
+        F.collect_set(F.when(early & is_target, F.col("vertical"))).alias("verticals_before"),
+        F.collect_set(F.when(~early & is_target, F.col("vertical"))).alias("verticals_after"),
+        F.collect_set(F.when(~early, F.col("event_type"))).alias("types_after"),
+    )
+    answers: dict[str, Column] = {
+        "inactive": F.col("after") == 0,
+        "new_vertical": F.size(F.array_except("verticals_after", "verticals_before")) > 0,
+    }
+    tasks: dict[str, Column] = {name: answers[name] for name in settings.activity}
+    tasks |= {name: F.array_contains("types_after", name) for name in settings.event_types}
+    rows = F.array(*[F.struct(F.lit(n).alias("task"), a.cast("int").alias("label")) for n, a in tasks.items()])
+    return per_user.where("before > 0").select("user_id", F.explode(rows).alias("row")).select("user_id", "row.*")
+
+
+def read_labels(runtime: Runtime) -> DataFrame:
+    """user_id, task, label (int), label_ts (timestamp, NULL where there is none), as probe.labels says.
+
+    Raises:
+        TrailvecError: a column is missing, a label is neither 0 nor 1, or a user has two labels of one task.
+    """
+    labels = runtime.config.probe.labels
+    assert labels is not None
+    if labels.sql is not None:
+        where, found = "the query of probe.labels", query(runtime, labels.sql)
+    elif str(labels.file).endswith((".csv", ".csv.gz")):
+        where, found = f"probe.labels, {labels.file},", runtime.spark.read.csv(str(labels.file), header=True)
+    else:
+        where, found = f"probe.labels, {labels.file},", runtime.spark.read.parquet(str(labels.file))
+    if missing := {"user_id", "task", "label"} - set(found.columns):
+        raise TrailvecError(
+            f"{where} has no column {', '.join(sorted(missing))} (found {', '.join(found.columns)}): add it"
+        )
+    time = F.col("label_ts").cast("timestamp") if "label_ts" in found.columns else F.lit(None).cast("timestamp")
+    rows = found.select(
+        F.col("user_id").cast("string"),
+        F.col("task").cast("string"),
+        F.col("label").cast("int"),
+        time.alias("label_ts"),
+    )
+    label = F.col("label")
+    checked = rows.groupBy("user_id", "task").agg(
+        F.count_if(label.isNull() | ~label.isin(0, 1)).alias("bad"), F.count("*").alias("rows")
+    )
+    for condition, what in (("bad > 0", "that is neither 0 nor 1"), ("rows > 1", "twice")):
+        if wrong := checked.where(condition).orderBy("user_id", "task").take(1):
+            raise TrailvecError(
+                f"{where} has a label {what}: user {wrong[0]['user_id']}, task {wrong[0]['task']}: correct it"
+            )
+    return rows
+
+
+# ---- features: what comes to the driver is a row per asked user, or a count per user and value ---------------------
+
+
+def rfm(visible: DataFrame, targets: list[str]) -> DataFrame:
+    """user_id and five numbers: days since the last and the first action, actions, days with one, money; in logs."""
+    done = visible.where(F.col("event_type").isin(targets)) if targets else visible
+    return done.groupBy("user_id").agg(
+        F.log1p(F.min("days")).alias("recency"),
+        F.log1p(F.max("days")).alias("tenure"),
+        F.log1p(F.count("*")).alias("actions"),
+        F.log1p(_distinct(F.to_date("event_ts"))).alias("active_days"),
+        F.log1p(F.greatest(F.sum(F.coalesce("amount", F.lit(0.0))), F.lit(0.0))).alias("amount"),
+    )
+
+
+def _distinct(values: Column) -> Column:
+    # count_distinct copies every row once for each column that it is asked about.
+    return F.size(F.collect_set(values))
+
+
+def statistics(visible: DataFrame) -> DataFrame:
+    """user_id, name, value: how often, when and for how much a user acts, in long form.
+
+    Counts (in logs) of actions and sessions in windows before the cut and of each event type, days since its last;
+    shares of 4-hour stretches, of weekdays (both in the user's zone) and of the most frequent verticals; the mean and
+    the spread of the logarithm of an action's amount; actions per session, money per active day.
+    """
+    local = F.from_utc_timestamp("event_ts", F.col("time_zone"))
+    count, day = F.count("*"), F.to_date(local)
+    amount = F.log1p(F.greatest("amount", F.lit(0.0)))
+    wide = {f"actions_{d}": F.log1p(F.count_if(F.col("days") <= d)) for d in _STATISTICS_WINDOWS}
+    wide |= {f"days_{d}": F.log1p(_distinct(F.when(F.col("days") <= d, day))) for d in _STATISTICS_WINDOWS}
+    wide |= {f"hour_{h}": F.count_if(F.floor(F.hour(local) / 4) == h) / count for h in range(6)}
+    wide |= {f"weekday_{d}": F.count_if(F.dayofweek(local) == d) / count for d in range(1, 8)}
+    wide |= {
+        "amount_mean": F.avg(amount),
+        "amount_spread": F.stddev_pop(amount),
+        "per_session": F.log1p(count / F.greatest(F.count_if("opens"), F.lit(1))),
+        "per_day": F.log1p(F.greatest(F.sum("amount"), F.lit(0.0)) / _distinct(day)),
+        "rhythm": F.log1p((F.max("days") - F.min("days")) / _distinct(day)),
+        "quantity": F.avg(F.log1p(F.greatest("quantity", F.lit(0.0)))),
+    }
+    per_user = visible.groupBy("user_id").agg(*[value.alias(name) for name, value in wide.items()])
+    pairs = F.array(*[F.struct(F.lit(n).alias("name"), F.col(n).alias("value")) for n in wide])
+    long = per_user.select("user_id", F.explode(pairs).alias("pair")).select("user_id", "pair.*")
+    types = visible.groupBy("user_id", "event_type").agg(F.log1p(count).alias("n"), F.log1p(F.min("days")).alias("d"))
+    for prefix, value in (("type", F.col("n")), ("closeness", 1 / (1 + F.col("d")))):
+        long = long.union(types.select("user_id", F.concat(F.lit(f"{prefix}_"), "event_type"), value))
+    order = Window.orderBy(F.desc("count"), "vertical")
+    top = visible.groupBy("vertical").count().withColumn("n", F.row_number().over(order)).where(f"n <= {_SHARES}")
+    of_user = visible.groupBy("user_id").count().withColumnRenamed("count", "all")
+    verticals = visible.join(F.broadcast(top.select("vertical")), "vertical").groupBy("user_id", "vertical").count()
+    shares = verticals.join(of_user, "user_id")
+    return long.union(shares.select("user_id", F.concat(F.lit("vertical_"), "vertical"), F.col("count") / F.col("all")))
+
+
+def aggregates(visible: DataFrame, items: DataFrame) -> DataFrame:
+    """user_id, name, value: the features that a team makes by hand, in long form.
+
+    For each event type, counts (in logs) of its ten most frequent verticals, categories and items, and of all, within
+    1, 7 and 30 days before the cut.
+    """
+    named = visible.join(items.select("item_id", "category"), "item_id", "left")
+    values = F.array(
+        F.struct(F.lit("all").alias("column"), F.lit("").alias("value")),
+        *[F.struct(F.lit(name).alias("column"), F.col(name).alias("value")) for name in _COLUMNS],
+    )
+    long = named.select("user_id", "event_type", "days", F.explode(values).alias("is")).select(
+        "user_id", "event_type", "days", "is.*"
+    )
+    what = ["event_type", "column", "value"]
+    order = Window.partitionBy("event_type", "column").orderBy(F.desc("count"), "value")
+    counted = long.where("value IS NOT NULL").groupBy(*what).count()
+    top = counted.withColumn("place", F.row_number().over(order)).where(F.col("place") <= _TOP).select(*what)
+    recent = long.where(F.col("days") <= max(_WINDOWS)).join(F.broadcast(top), what)
+    counts = recent.groupBy("user_id", *what).agg(
+        F.array(
+            *[
+                F.struct(F.lit(d).alias("within"), F.log1p(F.count_if(F.col("days") <= d)).alias("count"))
+                for d in _WINDOWS
+            ]
+        ).alias("counts")
+    )
+    each = counts.select("user_id", *what, F.explode("counts").alias("of")).select("user_id", *what, "of.*")
+    return each.select("user_id", F.concat_ws("|", *what, "within").alias("name"), F.col("count").alias("value"))
+
+
+def vectors(runtime: Runtime, sessions: DataFrame, cuts: DataFrame, model_dir: Path, end: datetime) -> DataFrame:
+    """user_id and the vector that the user has when only events before their cut are known."""
+    vocabulary = in_vocabulary(runtime.read(ITEMS), runtime.config.vocabulary.min_count)
+    values = runtime.read(CONTEXT_VALUES).where("kind != 'category'")
+    actions = number_actions(sessions.join(cuts, "user_id", "left_semi"), vocabulary, values)
+    known = actions.join(cuts, "user_id").where("event_ts < cut").drop("cut")
+    settings = SequencesSettings(max_length=runtime.config.sequences.max_length)
+    rows = build_sequences(known, Cuts(end, end, end), settings).where("split = 'score'")
+    encoded = encode_sequences(rows, ["user_id"], model_dir=model_dir, batch_size=runtime.config.score.batch_size)
+    return encoded.select("user_id", "vector")
+
+
+def matrix(rows: pd.DataFrame, users: list[str], name: str, value: str) -> sp.csr_matrix:
+    """Rows in long form (user_id, `name`, `value`) as float64 [users, names]; the names in order."""
+    places = pd.Series(np.arange(len(users)), index=users)
+    columns, names = pd.factorize(rows[name], sort=True)
+    shape = (len(users), max(1, len(names)))
+    return sp.csr_matrix((rows[value].astype(float).fillna(0), (places[rows["user_id"]], columns)), shape=shape)
+
+
+# ---- the stage -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """Tasks whose users have the same cuts.
+
+    Attributes:
+        labels: user_id, task, label, label_ts, in the driver.
+        cuts: user_id, cut: of the labelled users, and of others whose items the item baseline learns from.
+    """
+
+    labels: pd.DataFrame
+    cuts: DataFrame
+
+
+def questions(runtime: Runtime, sessions: DataFrame, cuts: Cuts) -> list[Question]:
+    """What is asked: the log's own tasks; the labels without a time; of those with one each task by itself."""
+    settings, found = runtime.config.probe, []
+
+    def ask(labels: DataFrame, cut: Column, others: datetime) -> None:
+        of_tasks = labels.select("user_id", "task", "label", cut.alias("cut")).persist()
+        bucket = F.pmod(F.xxhash64("user_id"), F.lit(1_000_000))  # a user's place in every sample
+        place = F.row_number().over(Window.partitionBy("task").orderBy(bucket, "user_id"))
+        rows = of_tasks.withColumn("place", place).where(F.col("place") <= settings.max_users).drop("place")
+        frame = rows.select("user_id", "task", "label", F.unix_micros("cut").alias("cut")).toPandas()
+        of_tasks.unpersist()
+        if frame.empty:
+            return
+        known = frame[["user_id", "cut"]].drop_duplicates()
+        asked = runtime.spark.createDataFrame(known).select("user_id", F.timestamp_micros("cut").alias("cut"))
+        more = max(0, settings.max_users - len(known))
+        rest = sessions.where(F.col("start_ts") < utc(others)).select("user_id").distinct()
+        rest = rest.join(asked, "user_id", "left_anti").orderBy(bucket, "user_id").limit(more)
+        found.append(Question(frame, F.broadcast(asked.union(rest.select("user_id", utc(others))).persist())))
+
+    if settings.activity or settings.event_types:
+        cut = cuts.end - timedelta(days=settings.days)
+        targets = runtime.config.sequences.target_event_types
+        ask(activity_labels(events_of(sessions), cut, targets, settings), utc(cut), cut)
+    if settings.labels is not None:
+        labels = read_labels(runtime)
+        ask(labels.where("label_ts IS NULL"), utc(cuts.end), cuts.end)
+        timed = labels.where("label_ts IS NOT NULL")
+        first = timed.groupBy("task").agg(F.unix_micros(F.min("label_ts")).alias("first")).orderBy("task").collect()
+        for row in first:
+            earliest = datetime(1970, 1, 1) + timedelta(microseconds=row["first"])
+            ask(timed.where(F.col("task") == row["task"]), F.col("label_ts"), earliest)
+    return found
+
+
+def features_of(
+    runtime: Runtime, sessions: DataFrame, question: Question, model_dir: Path, end: datetime
+) -> tuple[list[str], dict[str, Matrix]]:
+    """The users, sorted, and each of FEATURES of them, float64 [users, width]; all of events before their cuts."""
+    from training import probes  # noqa: PLC0415 - only this stage needs scikit-learn
+
+    targets = runtime.config.sequences.target_event_types
+    visible = before(events_of(sessions), question.cuts).persist()
+    counts = visible.groupBy("user_id", "item_id").count().toPandas()
+    labelled = sorted(set(question.labels["user_id"]))
+    everybody = labelled + sorted(set(counts["user_id"]) - set(labelled))
+    items = probes.tfidf_svd(matrix(counts, everybody, "item_id", "count"))[: len(labelled)]
+    asked = runtime.spark.createDataFrame(pd.DataFrame({"user_id": labelled}))
+    of_asked = visible.join(F.broadcast(asked), "user_id")
+
+    def dense(rows: DataFrame) -> Matrix:
+        return np.asarray(matrix(rows.toPandas(), labelled, "name", "value").toarray(), np.float64)
+
+    five = rfm(of_asked, targets).toPandas().set_index("user_id").reindex(labelled)
+    numbers = five.fillna({"recency": five["recency"].max()}).fillna(0.0).to_numpy(np.float64)
+    encoded = vectors(runtime, sessions, question.cuts.join(asked, "user_id", "left_semi"), model_dir, end).toPandas()
+    states = dict(zip(encoded["user_id"], encoded["vector"], strict=True))
+    width = len(next(iter(states.values()))) if states else 1
+    vector = np.stack([np.asarray(states.get(user, np.zeros(width)), np.float64) for user in labelled])
+    told = np.hstack([numbers, dense(statistics(of_asked))])
+    by_hand = dense(aggregates(of_asked, runtime.read(ITEMS)))
+    visible.unpersist()
+    return labelled, {
+        "vector": vector,
+        "profile": probes.profile(vector, told, items),
+        "majority": np.zeros((len(labelled), 1)),
+        "rfm": numbers,
+        "tfidf_svd": items,
+        "aggregates": by_hand,
+        "statistics": told,
+    }
+
+
+def results_of(labels: pd.DataFrame, users: list[str], features: dict[str, Matrix], settings: ProbeSettings) -> Any:
+    """(task, features, head, metric, mean, std, users, positives) of one question, one after the other.
+
+    Args:
+        labels: user_id, task, label, cut (microseconds; one and the same for all users: no split by time).
+    """
+    from training import probes  # noqa: PLC0415
+
+    place = {user: number for number, user in enumerate(users)}
+    for task, rows in labels.groupby("task"):
+        chosen = rows["user_id"].map(place).to_numpy()
+        answers = rows["label"].to_numpy(np.int64)
+        times = rows["cut"].to_numpy(np.int64) if rows["cut"].nunique() > 1 else None
+        if min(np.bincount(answers, minlength=2)) < settings.folds:
+            continue  # too few to find one of each label in every fold
+        for name in FEATURES:
+            for head in ("majority",) if name == "majority" else settings.heads:
+                found = probes.probe(
+                    features[name][chosen], answers, head, folds=settings.folds, seeds=settings.seeds, times=times
+                )
+                for metric, values in found.items():
+                    if values:
+                        spread = float(np.std(values))
+                        yield task, name, head, metric, float(np.mean(values)), spread, len(rows), int(answers.sum())
+
+
+def run(runtime: Runtime) -> None:
+    settings, model_dir = runtime.config.probe, runtime.model_dir()
+    if settings.labels is None and not settings.activity and not settings.event_types:
+        raise TrailvecError(
+            "nothing is asked: say in probe.labels which labels there are, or in probe.activity and probe.event_types "
+            "what the log itself is to answer"
+        )
+    sessions = runtime.read(SESSIONS)
+    cuts = cut_times(sessions.select(F.col("end_ts").alias("event_ts")), runtime.config.sequences)
+    trained_to = datetime.fromisoformat(read_about(model_dir)["as_of"])
+    asked_from = cuts.end - timedelta(days=settings.days)
+    if (settings.activity or settings.event_types) and trained_to > asked_from:
+        raise TrailvecError(
+            f"model {model_dir.name} has learnt from events up to {trained_to}, and probe.days = {settings.days:g} "
+            f"asks about what came after {asked_from}: give fewer days, or train up to that time"
+        )
+    results = []
+    for question in questions(runtime, sessions, cuts):
+        tasks = sorted(set(question.labels["task"]))
+        runtime.on_progress(f"features for {', '.join(tasks)}")
+        users, features = features_of(runtime, sessions, question, model_dir, cuts.end)
+        runtime.on_progress(f"heads for {', '.join(tasks)}")
+        results += [(model_dir.name, *row) for row in results_of(question.labels, users, features, settings)]
+    runtime.write(PROBES, runtime.spark.createDataFrame(results, PROBES.schema()).coalesce(1))
+    for task in dict.fromkeys(row[1] for row in results):
+        best: dict[str, tuple[float, float]] = {}
+        for name in FEATURES:
+            scores = [(row[5], row[6]) for row in results if row[1:3] == (task, name) and row[4] == "auc"]
+            best |= {name: max(scores)} if scores else {}
+        runtime.report.notes.append(f"auc, {task}: " + ", ".join(f"{n} {v:.3f}±{s:.3f}" for n, (v, s) in best.items()))
+
+
+def _inputs(runtime: Runtime) -> dict[str, Any]:
+    labels = runtime.config.probe.labels
+    facts: dict[str, Any] = {"model_version": runtime.model_dir().name}
+    if labels is not None and labels.file is not None:
+        facts["labels"] = file_digest(Path(labels.file))
+    if labels is not None and labels.sql is not None:  # it may read any table, but for the one that is written here
+        there = [table for table in TABLES if table != PROBES and runtime.exists(table)]
+        facts["tables"] = {table.name: runtime.changed_version(table) for table in there}
+    return facts
+
+
+STAGE = Stage(
+    "probe",
+    "how well the vectors foretell what the model never saw; beside baselines",
+    run,
+    reads=(SESSIONS, ITEMS, CONTEXT_VALUES),
+    writes=(PROBES,),
+    settings=("probe", "sequences", "vocabulary", "model"),
+    inputs=_inputs,
+)
+
+
+def main() -> None:
+    stage_main("probe")
+
+
+if __name__ == "__main__":
+    main()

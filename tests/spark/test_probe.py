@@ -1,0 +1,189 @@
+"""The probe stage: labels and features by hand, nothing after a user's cut in any of them, the table it writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from jobs import build_vocabulary, probe, sessionize
+from jobs.errors import TrailvecError
+from jobs.runtime import Runtime, write_json
+from jobs.tables import EVENTS, FLAGGED_USERS, SESSIONS
+from tests.conftest import put, read_delta
+from tests.events import Row, make_event, to_frame
+
+START = datetime(2024, 1, 1)
+CUT = START + timedelta(days=100)
+SETTINGS = (
+    "vocabulary.min_count=1",
+    "sequences.max_length=4",
+    'probe.activity=["inactive", "new_vertical"]',
+    'probe.event_types=["redeem"]',
+    "probe.days=20",
+    "probe.folds=2",
+    "probe.seeds=2",
+    'probe.heads=["logistic"]',
+)
+
+
+def event(user: str, day: float, item: str = "i1", **values: Any) -> Row:
+    when = START + timedelta(days=day)
+    named = {"event_id": f"{user}-{day}-{item}", "user_id": user, "item_id": item, "event_ts": when}
+    return make_event(**(named | {"amount": 2.0, "quantity": 1.0} | values))
+
+
+def log() -> list[Row]:
+    """24 users act before day 100; in the 20 days after, even ones do not, every third redeems or rides for the first
+    time. The log ends at day 120."""
+    events = []
+    for n in range(24):
+        events += [event(f"u{n}", 10 + day, f"i{(n + day) % 5}") for day in range(0, 60 + n % 7, 7)]
+        events += [event(f"u{n}", 105)] if n % 2 else []
+        events += [event(f"u{n}", 110, "coupon", event_type="redeem", vertical="coupons")] if n % 3 == 0 else []
+        events += [event(f"u{n}", 111, "ride", vertical="rides")] if n % 3 == 1 and n % 2 else []
+    return [*events, event("late", 120 - 1e-6 / 86400)]
+
+
+def fill(runtime: Runtime, events: list[Row]) -> None:
+    put(runtime, EVENTS, to_frame(runtime.spark, events))
+    put(runtime, FLAGGED_USERS, runtime.spark.createDataFrame([], FLAGGED_USERS.schema()))
+    for stage in (sessionize.STAGE, build_vocabulary.STAGE):
+        runtime.execute(stage)
+    folder = runtime.models / "m1"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "model.json", {})
+    write_json(runtime.models / "current.json", {"model_version": "m1"})
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A model whose vector is what it reads: the row's items, laid out in four numbers."""
+
+    def encode(rows: DataFrame, keep: list[str], *, model_dir: Path, batch_size: int) -> DataFrame:
+        padded = F.slice(F.concat(F.reverse("item_index"), F.array_repeat(F.lit(0), 4)), 1, 4)
+        return rows.select(*keep, padded.cast("array<float>").alias("vector"))
+
+    about = {"as_of": "2024-03-01T00:00:00.000000"}
+    monkeypatch.setattr(probe, "encode_sequences", encode)
+    monkeypatch.setattr(probe, "read_about", lambda folder: about)
+    return about
+
+
+def look(runtime: Runtime) -> list[tuple[pd.DataFrame, list[str], dict[str, np.ndarray]]]:
+    """Of each question: its labels, users and features."""
+    found = []
+
+    def go(running: Runtime) -> None:
+        sessions = running.read(SESSIONS)
+        cuts = probe.cut_times(sessions.select(F.col("end_ts").alias("event_ts")), running.config.sequences)
+        for question in probe.questions(running, sessions, cuts):
+            users, features = probe.features_of(running, sessions, question, Path("m1"), cuts.end)
+            found.append((question.labels, users, features))
+
+    stage = probe.STAGE
+    runtime.execute(type(stage)("look", "", go, stage.reads, (), ()), force=True)
+    return found
+
+
+def test_labels_by_hand_and_no_feature_knows_what_came_after_the_cut(
+    make_runtime: Callable[..., Runtime], tmp_path: Path, model: dict[str, str]
+) -> None:
+    whole, cut_off = log(), [e for e in log() if e["event_ts"] < CUT or e["user_id"] == "late"]
+    seen = []
+    for name, events in (("whole", whole), ("cut_off", cut_off)):
+        runtime = make_runtime(*SETTINGS, root=tmp_path / name)
+        fill(runtime, events)
+        # The vocabulary's numbers are the log's; those of the whole one are used for both.
+        if name == "whole":
+            items = runtime.latest(probe.ITEMS).collect()
+        else:
+            put(runtime, probe.ITEMS, runtime.spark.createDataFrame(items, probe.ITEMS.schema()))
+        seen.append(look(runtime))
+    ((labels, users, features),), ((_, same_users, cut_features),) = seen
+
+    numbers = range(24)
+    expected = {
+        "inactive": {f"u{n}": int(not (n % 2 or n % 3 == 0)) for n in numbers},
+        "new_vertical": {f"u{n}": int(n % 3 == 0 or (n % 3 == 1 and n % 2 == 1)) for n in numbers},
+        "redeem": {f"u{n}": int(n % 3 == 0) for n in numbers},
+    }
+    found = {task: dict(zip(of["user_id"], of["label"], strict=True)) for task, of in labels.groupby("task")}
+    assert found == expected
+    assert users == same_users == sorted(expected["redeem"])
+    assert features.keys() == cut_features.keys() >= set(probe.FEATURES)
+    for name, of_users in features.items():
+        assert of_users == pytest.approx(cut_features[name], abs=1e-9), name
+        assert len(np.unique(of_users, axis=0)) > 1 or name == "majority"
+
+
+def test_five_numbers_and_aggregates_by_hand(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
+    runtime = make_runtime()
+    fill(
+        runtime,
+        [
+            event("a", 90, amount=3.0),
+            event("a", 99.5, "i2", amount=4.0),
+            event("a", 99.5, "i3", event_type="view", amount=None),
+            event("a", 100, amount=50.0),  # at the cut: not before it
+            event("b", 10, "i2", amount=1.0),
+        ],
+    )
+    cuts = spark.createDataFrame([(u, CUT.replace(tzinfo=timezone.utc)) for u in "ab"], "user_id string, cut timestamp")
+    visible = probe.before(probe.events_of(runtime.latest(SESSIONS)), cuts)
+    five = {row[0]: tuple(row[1:]) for row in probe.rfm(visible, ["purchase"]).collect()}
+    log1p = [tuple(math.log1p(x) for x in of) for of in ((0.5, 10, 2, 2, 7), (90, 90, 1, 1, 1))]
+    assert five["a"] == pytest.approx(log1p[0])
+    assert five["b"] == pytest.approx(log1p[1])
+
+    rows = probe.aggregates(visible, runtime.latest(probe.ITEMS)).where("value > 0").collect()
+    counts = {(r.user_id, r.name): round(math.expm1(r.value), 6) for r in rows}
+    assert counts == {("a", f"{kind}|{what}|{within}"): n for kind, what, within, n in [
+        ("purchase", "all|", 1, 1), ("purchase", "all|", 7, 1), ("purchase", "all|", 30, 2),
+        ("purchase", "vertical|food", 1, 1), ("purchase", "vertical|food", 7, 1), ("purchase", "vertical|food", 30, 2),
+        ("purchase", "item_id|i2", 1, 1), ("purchase", "item_id|i2", 7, 1), ("purchase", "item_id|i2", 30, 1),
+        ("purchase", "item_id|i1", 30, 1),
+        *[("view", what, within, 1) for what in ("all|", "vertical|food", "item_id|i3") for within in (1, 7, 30)],
+    ]}  # fmt: skip
+
+
+def test_the_table_with_labels_of_a_file(
+    make_runtime: Callable[..., Runtime], tmp_path: Path, model: dict[str, str]
+) -> None:
+    file = tmp_path / "labels.csv"
+    lines = [f"u{n},many,{n % 7 // 4}" for n in range(24)]  # n % 7 says how long the user has acted
+    file.write_text("\n".join(["user_id,task,label", *lines]) + "\n")
+    runtime = make_runtime(*SETTINGS, f'probe.labels={{file="{file}"}}')
+    fill(runtime, log())
+    report = runtime.execute(probe.STAGE)
+    rows = read_delta(runtime.path(probe.PROBES))
+    assert {r["task"] for r in rows} == {"inactive", "new_vertical", "redeem", "many"}
+    assert {(r["model_version"], r["users"]) for r in rows} == {("m1", 24)}
+    assert len(rows) == 4 * len(probe.FEATURES) * 2
+    assert all(r["value"] == 0.5 for r in rows if (r["features"], r["metric"]) == ("majority", "auc"))
+    assert any(note.startswith("auc, many: vector 0.") for note in report.notes)
+    assert runtime.execute(probe.STAGE).skipped
+    file.write_text("\n".join(["user_id,task,label", *reversed(lines)]) + "\n")
+    assert not runtime.execute(probe.STAGE).skipped
+
+    file.write_text("user_id,task,label\nu1,many,2\n")
+    with pytest.raises(TrailvecError, match="neither 0 nor 1: user u1, task many: correct it"):
+        runtime.execute(probe.STAGE)
+    model["as_of"] = "2024-04-20T00:00:00.000000"
+    with pytest.raises(TrailvecError, match="give fewer days, or train up to that time"):
+        runtime.execute(probe.STAGE, force=True)
+
+
+def test_nothing_asked_is_said(make_runtime: Callable[..., Runtime], model: dict[str, str]) -> None:
+    runtime = make_runtime()
+    fill(runtime, log())
+    with pytest.raises(TrailvecError, match="nothing is asked"):
+        runtime.execute(probe.STAGE)

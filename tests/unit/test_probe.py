@@ -1,0 +1,106 @@
+"""The heads against scikit-learn used directly, TF-IDF and SVD against plain numpy, folds and matrices by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from sklearn.model_selection import StratifiedKFold, cross_val_score
+
+from jobs.config import ProbeSettings
+from jobs.probe import matrix, results_of
+from training.probes import HEADS, folds_of, probe, profile, tfidf_svd
+
+
+@pytest.fixture
+def told() -> tuple[np.ndarray, np.ndarray]:
+    """Features of which the first says something of the label."""
+    random = np.random.default_rng(0)
+    labels = (random.random(120) < 0.4).astype(np.int64)
+    features = random.normal(size=(120, 5)) * [1, 10, 100, 1, 1] + labels[:, None] * [1, 0, 0, 0, 0]
+    return features, labels
+
+
+@pytest.mark.parametrize("head", ["logistic", "boosting"])
+def test_a_probe_is_scikit_learns_own_cross_validation(head: str, told: tuple[np.ndarray, np.ndarray]) -> None:
+    found = probe(*told, head, folds=4, seeds=2)
+    for metric, name in (("auc", "roc_auc"), ("average_precision", "average_precision")):
+        expected = []
+        for seed in (0, 1):
+            folds = StratifiedKFold(4, shuffle=True, random_state=seed)
+            expected.append(cross_val_score(HEADS[head](seed), *told, cv=folds, scoring=name).mean())
+        assert found[metric] == pytest.approx(expected)
+        assert len(set(found[metric])) == 2
+
+
+def test_the_majority_ranks_nobody(told: tuple[np.ndarray, np.ndarray]) -> None:
+    found = probe(*told, "majority", folds=4, seeds=1)
+    assert found["auc"] == [0.5]
+    assert found["average_precision"] == pytest.approx([told[1].mean()], abs=0.02)
+
+
+def test_with_times_training_comes_before_testing() -> None:
+    times = np.array([50, 10, 40, 20, 30, 30, 60, 30])
+    labels = np.zeros(8, np.int64)
+    found = [(times[a].tolist(), times[b].tolist()) for a, b in folds_of(labels, times, 3, seed=0)]
+    # In order: 10 20 30 30 30 40 50 60; the second of two stretches that share a moment learns nothing from it.
+    assert found == [([10, 20], [30, 30]), ([10, 20], [30, 40]), ([10, 20, 30, 30, 30, 40], [50, 60])]
+
+
+def test_folds_of_one_label_do_not_count() -> None:
+    times = np.arange(12)
+    labels = np.array([0, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0])
+    found = probe(times[:, None].astype(float), labels, "logistic", folds=3, seeds=1, times=times)
+    # Only the second fold tests on both labels: rows 6 to 8 by 0 to 5; the feature's sign decides about all of it.
+    assert len(found["auc"]) == 1
+    assert probe(np.zeros((6, 1)), np.zeros(6, np.int64), "logistic", folds=2, seeds=1, times=np.arange(6)) == {
+        "auc": [],
+        "average_precision": [],
+    }
+
+
+def test_tfidf_svd_is_numpys() -> None:
+    counts = np.random.default_rng(1).poisson(0.7, size=(40, 15))
+    counts[3] = 0
+    df = (counts > 0).sum(axis=0)
+    weights = np.where(counts > 0, 1 + np.log(np.maximum(counts, 1)), 0) * (np.log(41 / (1 + df)) + 1)
+    lengths = np.linalg.norm(weights, axis=1, keepdims=True)
+    u, s, _ = np.linalg.svd(weights / np.where(lengths, lengths, 1), full_matrices=False)
+    expected = u[:, :4] * s[:4]
+    found = tfidf_svd(sp.csr_matrix(counts), 4)
+    # A direction's sign is free.
+    assert np.abs(found) == pytest.approx(np.abs(expected), abs=1e-3)
+    assert not found[3].any()
+    assert tfidf_svd(sp.csr_matrix(counts[:, :3]), 64).shape == (40, 2)
+
+
+def test_profile_weighs_its_parts_alike() -> None:
+    random = np.random.default_rng(2)
+    parts = [random.normal(5, scale, size=(50, width)) for scale, width in ((1, 4), (100, 2), (0.01, 8))]
+    found = profile(*parts)
+    assert found.shape == (50, 14)
+    for start, end in ((0, 4), (4, 6), (6, 14)):
+        assert (found[:, start:end] ** 2).sum() == pytest.approx(50)  # mean squared length 1
+    assert found[:, 4] == pytest.approx((parts[1][:, 0] - parts[1][:, 0].mean()) / parts[1][:, 0].std() / np.sqrt(2))
+
+
+def test_matrix_by_hand() -> None:
+    rows = pd.DataFrame({"user_id": ["b", "a", "b"], "name": ["y", "y", "x"], "value": [2, 3, None]})
+    assert matrix(rows, ["a", "b", "c"], "name", "value").toarray().tolist() == [[0, 3], [0, 2], [0, 0]]
+
+
+def test_results_hold_the_users_of_each_task_and_leave_out_what_has_too_few() -> None:
+    users = [f"u{n}" for n in range(40)]
+    full = pd.DataFrame({"user_id": users, "task": "told", "label": [0, 1] * 20, "cut": 0})
+    few = pd.DataFrame({"user_id": users[:9], "task": "few", "label": [1] + [0] * 8, "cut": 0})
+    features = {
+        name: np.array([[n % 2.0] for n in range(40)])
+        for name in ("vector", "profile", "majority", "rfm", "tfidf_svd", "aggregates")
+    }
+    settings = ProbeSettings(heads=["logistic"], folds=2, seeds=2)
+    shuffled = pd.concat([few, full]).sample(frac=1, random_state=0)
+    rows = list(results_of(shuffled, users, features, settings))
+    assert {row[0] for row in rows} == {"told"}
+    assert {row[1]: row[4] for row in rows if row[3] == "auc"} == {name: 1.0 for name in features} | {"majority": 0.5}
+    assert {(row[6], row[7]) for row in rows} == {(40, 20)}

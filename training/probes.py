@@ -1,0 +1,111 @@
+"""Probes: light heads over frozen features, and features to compare vectors with. The only scikit-learn import.
+
+No feature here ever sees a label; what is fitted on labels (a head, and the scaling before it) is fitted on the
+training folds alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as sp
+from sklearn.decomposition import TruncatedSVD
+from sklearn.dummy import DummyClassifier
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.feature_extraction.text import TfidfTransformer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.model_selection import StratifiedKFold, TimeSeriesSplit
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+Matrix = npt.NDArray[np.float64]  # [users, features]
+Labels = npt.NDArray[np.int64]  # [users], 0 or 1
+Integers = npt.NDArray[np.int64]
+
+# A few hundred labels over some two hundred features: the heads are held back more than scikit-learn's defaults do. The
+# same for all features, so that none is favoured.
+HEADS: dict[str, Callable[[int], Any]] = {
+    "majority": lambda seed: DummyClassifier(strategy="prior"),
+    "logistic": lambda seed: make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000)),
+    "boosting": lambda seed: HistGradientBoostingClassifier(
+        max_iter=60, learning_rate=0.05, max_leaf_nodes=8, min_samples_leaf=10, max_features=0.3, random_state=seed
+    ),
+    "mlp": lambda seed: make_pipeline(
+        StandardScaler(),
+        MLPClassifier((32,), alpha=1.0, learning_rate_init=0.003, max_iter=30, random_state=seed),
+    ),
+}
+
+
+def folds_of(labels: Labels, times: Integers | None, folds: int, seed: int) -> Iterator[tuple[Integers, Integers]]:
+    """(training rows, test rows) of each fold.
+
+    Args:
+        times: of each label, any unit. With them training comes before testing: fold n of `folds` tests on the n+1-th
+            of folds + 1 stretches of time, and trains on all before. None: stratified folds, shuffled by the seed.
+    """
+    if times is None:
+        yield from StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)
+        return
+    order = np.argsort(times, kind="stable")
+    for train, test in TimeSeriesSplit(folds).split(order):
+        # Labels of one moment are not told apart: none of the test's own moment is learnt from.
+        train_rows = order[train][times[order[train]] < times[order[test[0]]]]
+        yield train_rows, order[test]
+
+
+def probe(
+    features: Matrix, labels: Labels, head: str, *, folds: int, seeds: int, times: Integers | None = None
+) -> dict[str, list[float]]:
+    """How well a head on frozen features ranks users by their label: of each seed the mean over the folds.
+
+    Args:
+        head: a key of HEADS.
+        times: as in `folds_of`.
+
+    Returns:
+        `auc` and `average_precision`, of each seed. A fold whose training or test rows have one label only does not
+        count; no seed has a value where no fold counts.
+    """
+    found: dict[str, list[float]] = {"auc": [], "average_precision": []}
+    for seed in range(seeds):
+        of_folds = []
+        for train, test in folds_of(labels, times, folds, seed):
+            if len(set(labels[train])) == len(set(labels[test])) == 2:
+                scores = HEADS[head](seed).fit(features[train], labels[train]).predict_proba(features[test])[:, 1]
+                of_folds.append((roc_auc_score(labels[test], scores), average_precision_score(labels[test], scores)))
+        if of_folds:
+            auc, precision = np.mean(of_folds, axis=0).tolist()
+            found["auc"].append(auc)
+            found["average_precision"].append(precision)
+    return found
+
+
+def tfidf_svd(counts: sp.csr_matrix, width: int = 64) -> Matrix:
+    """Counts → TF-IDF (rows of length 1) → the first `width` singular directions, fewer where there are fewer.
+
+    Args:
+        counts: [users, items]; a user without an item gets zeros.
+
+    Returns:
+        float64 [users, width]: the rows times the directions.
+    """
+    width = min(width, *(size - 1 for size in counts.shape))
+    if width < 1:
+        return np.zeros((counts.shape[0], 1))
+    weighted = TfidfTransformer(sublinear_tf=True).fit_transform(counts)
+    found: Matrix = TruncatedSVD(width, random_state=0).fit_transform(weighted)
+    return found
+
+
+def profile(vector: Matrix, statistics: Matrix, items: Matrix) -> Matrix:
+    """The profile vector: what came in which order (the sequence's state), how often, when and for how much (numbers of
+    the user, each standardised), and with which items over the whole history (`tfidf_svd`), each part weighing alike.
+    """
+    parts = [StandardScaler().fit_transform(part) for part in (vector, statistics, items)]
+    return np.hstack([part / np.sqrt(part.shape[1]) for part in parts])
