@@ -54,8 +54,8 @@ EXAMPLES = {
         SELECT n.rank, i.item_name, n.score FROM nearest_items('1', 10) AS n JOIN items AS i USING (item_id)
         ORDER BY n.rank""",
     "evaluation": """
-        SELECT task, method, value, users FROM evaluation
-        WHERE metric = 'ndcg@10' AND split = 'test' ORDER BY task, value DESC""",
+        SELECT task, method, value, low, high, counted AS users FROM evaluation
+        WHERE metric = 'ndcg@10' AND split = 'test' AND slice = 'all' ORDER BY task, value DESC""",
     "neighbours": """
         SELECT n.rank, i.item_name, n.score FROM neighbours AS n JOIN items AS i ON i.item_id = n.neighbour_id
         WHERE n.kind = 'user_item' AND n.source_id = '1' ORDER BY n.rank""",
