@@ -15,6 +15,7 @@ from jobs import (
     score_users,
     sessionize,
     train,
+    write_report,
 )
 
 STAGES = (
@@ -28,6 +29,7 @@ STAGES = (
     embed_items.STAGE,
     score_users.STAGE,
     evaluate.STAGE,
+    write_report.STAGE,
     find_neighbours.STAGE,
     export_segments.STAGE,
 )
