@@ -66,13 +66,13 @@ def warehouse_before(source: Runtime, start: pd.Timestamp, folder: Path) -> Runt
     sets = [f"sequences.{name}={time:%Y-%m-%dT%H:%M:%SZ}" for name, time in cuts.items()]
     config = load_config("conf/local.toml", [f'storage.root="{folder}"', 'train.tracking_uri="none"', *sets])
     runtime = Runtime(config, source.spark)
-    if not runtime.exists(CURRENT_MODEL):
+    if not runtime.exists(EVENTS):
         before = source.latest(EVENTS).where(F.col("event_ts") < F.lit(start.tz_localize("UTC").to_pydatetime()))
         runtime.execute(
             Stage("put", "", lambda r: r.write(EVENTS, before), reads=(), writes=(), settings=()), force=True
         )
-        names = [stage.name for stage in STAGES]
-        run_stages(runtime, STAGES[names.index("flag_users") : names.index("score_users") + 1])
+    names = [stage.name for stage in STAGES]
+    run_stages(runtime, STAGES[names.index("flag_users") : names.index("score_users") + 1])  # what is done is skipped
     return runtime
 
 

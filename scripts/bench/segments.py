@@ -90,7 +90,7 @@ def prepare(runtime: Runtime, data: Path, users: int) -> None:
     spark = runtime.spark
     vectors = make_vectors(np.random.default_rng(2), items).to_pylist()
     rows = [(f"item-{n}", n, "m", now, False, vector) for n, vector in enumerate(vectors)]
-    kinds = [(f"item-{n}", n, None, None, "v", 1.0, now, 1, 1, 1) for n in range(items)]
+    kinds = [(n, f"item-{n}", None, None, "v", 1.0, now, 1, 1, 1) for n in range(items)]
     put(runtime, USER_EMBEDDINGS, spark.read.parquet(str(data / "users")))
     put(runtime, CURRENT_MODEL, spark.createDataFrame([("m",)], CURRENT_MODEL.schema()))
     put(runtime, ITEM_EMBEDDINGS, spark.createDataFrame(rows, ITEM_EMBEDDINGS.schema()))
