@@ -296,17 +296,41 @@ ITEM_EMBEDDINGS = Table(
 
 EVALUATION = Table(
     "evaluation",
-    "One row per metric, of the model and of the floors beside it.",
+    "One row per metric, of the model and of the floors beside it, whole and in slices; and of the vectors themselves.",
     (
         Column("model_version", "string", "The model that was evaluated (the floors stand under it too)."),
         Column("split", "string", "valid or test."),
-        Column("task", "string", "next: any item; new: not acted on in the last seen_days; repeat: acted on in them."),
-        Column("method", "string", "model, popularity, own_frequency, item_knn."),
-        Column("metric", "string", "recall@10, ndcg@10, recall@20, ndcg@20, mrr@20."),
-        Column("value", "double", "Mean over users."),
-        Column("users", "bigint", "How many users the mean is over."),
+        Column(
+            "task",
+            "string",
+            "next: any item; new: not acted on in the last seen_days; repeat: acted on in them. space: no task, the "
+            "vectors themselves.",
+        ),
+        Column(
+            "method", "string", "model, popularity, own_frequency, item_knn; of task space: items, users, users_items."
+        ),
+        Column(
+            "metric",
+            "string",
+            "recall@10, ndcg@10, recall@20, ndcg@20, mrr@20; popularity_bias@10: mean log popularity of what is "
+            "recommended less that of what was done; coverage@10: share of the catalogue that is recommended to "
+            "somebody; model_lead_ndcg@10: by how much the model's ndcg@10 is above the method's. Of task space: "
+            "uniformity, alignment, dead_dimensions, effective_dimensions, norm_popularity, hubness@10, "
+            "same_category@10, same_category_by_chance (jobs/space.py).",
+        ),
+        Column(
+            "slice",
+            "string",
+            "all; or history: by actions that the model read; hours: from the cut to what was done next; vertical: of "
+            "what was done next (what was done next elsewhere does not count there).",
+        ),
+        Column("slice_value", "string", "all; or the class, 5-19 or 24-72 (72 excluded) or 100+; or the vertical."),
+        Column("value", "double", "Mean over users; of coverage@10 and of task space the figure itself."),
+        Column("low", "double", "Lower end of the 95 % interval, by a bootstrap over users; NULL for no mean.", True),
+        Column("high", "double", "Its upper end.", True),
+        Column("counted", "bigint", "How many users the value is over; of task space vectors, or pairs of them."),
     ),
-    key=("model_version", "split", "task", "method", "metric"),
+    key=("model_version", "split", "task", "method", "metric", "slice", "slice_value"),
     stage="evaluate",
     partition_by=("model_version",),
 )

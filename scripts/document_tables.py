@@ -54,8 +54,8 @@ EXAMPLES = {
         SELECT n.rank, i.item_name, n.score FROM nearest_items('1', 10) AS n JOIN items AS i USING (item_id)
         ORDER BY n.rank""",
     "evaluation": """
-        SELECT task, method, value, users FROM evaluation
-        WHERE metric = 'ndcg@10' AND split = 'test' ORDER BY task, value DESC""",
+        SELECT task, method, value, low, high, counted AS users FROM evaluation
+        WHERE metric = 'ndcg@10' AND split = 'test' AND slice = 'all' ORDER BY task, value DESC""",
     "probes": """
         SELECT task, features, max_by(head, value) AS best_head, max(value) AS auc FROM probes
         WHERE metric = 'auc' GROUP BY task, features ORDER BY task, auc DESC""",
