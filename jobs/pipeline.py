@@ -16,6 +16,7 @@ from jobs import (
     score_users,
     sessionize,
     train,
+    write_report,
 )
 
 STAGES = (
@@ -29,6 +30,7 @@ STAGES = (
     embed_items.STAGE,
     score_users.STAGE,
     evaluate.STAGE,
+    write_report.STAGE,
     find_neighbours.STAGE,
     export_segments.STAGE,
 )

@@ -548,13 +548,13 @@ class Runtime:
 
     # ---- models ------------------------------------------------------------------------------------
 
-    def model_dir(self) -> Path:
-        """The folder of the model in use: `model.version` of the configuration, else the current one.
+    def model_dir(self, version: str | None = None) -> Path:
+        """The folder of a model; None: of the one in use, `model.version` of the configuration, else the current one.
 
         Raises:
             TrailvecError: there is no such model.
         """
-        version = self.config.model.version
+        version = version or self.config.model.version
         if version is None:
             current = self.models / "current.json"
             if not current.exists():
@@ -666,7 +666,7 @@ def code_version() -> str:
     digest = hashlib.sha256()
     for package in _PACKAGES:
         folder = Path(__file__).parent.parent / package
-        for file in sorted(folder.rglob("*.py")):
+        for file in sorted(file for suffix in ("*.py", "*.html") for file in folder.rglob(suffix)):
             digest.update(str(file.relative_to(folder.parent)).encode() + b"\0" + file.read_bytes())
     return f"{importlib.metadata.version('trailvec')}+{digest.hexdigest()[:12]}"
 
