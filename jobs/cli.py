@@ -2,6 +2,7 @@
 
 trailvec run --conf conf/local.toml
 trailvec sessionize --conf conf/local.toml --set sessionize.gap_minutes=45
+trailvec evaluate --conf conf/local.toml --compare MODEL_A MODEL_B
 trailvec sql --conf conf/local.toml "SELECT count(*) FROM events"
 """
 
@@ -65,6 +66,13 @@ def _parser(stages: Sequence[Stage], aside: Sequence[Stage]) -> argparse.Argumen
     for stage in (*stages, *aside):
         command = commands.add_parser(stage.name, parents=[common], help=stage.help, description=stage.help)
         command.add_argument("--force", action="store_true", help="run it even when it is up to date")
+        if stage.name == "evaluate":
+            command.add_argument(
+                "--compare",
+                nargs=2,
+                metavar=("MODEL_A", "MODEL_B"),
+                help="only print how two models (folders under models/) differ, over the same users",
+            )
     tables = commands.add_parser(
         "tables", parents=[common], help="every table: place, rows, version, size, last writer"
     )
@@ -135,6 +143,10 @@ def _run(arguments: argparse.Namespace, stages: Sequence[Stage], aside: Sequence
         from jobs.retire_model import retire  # noqa: PLC0415
 
         _out.print(_line(retire(Runtime(config), arguments.version)), soft_wrap=True)
+    elif arguments.command == "evaluate" and arguments.compare:
+        from jobs.compare_models import run_compare  # noqa: PLC0415
+
+        run_compare(Runtime(config), tuple(arguments.compare))
     elif arguments.command == "sql":
         from jobs.sql import run_sql  # noqa: PLC0415
 
