@@ -128,7 +128,8 @@ def sliced(
     """
     for name, classes, names in (
         ("history", np.searchsorted(HISTORY_FROM, known.lengths, side="right") - 1, class_names(HISTORY_FROM)),
-        ("hours", np.searchsorted(HOURS_FROM, following.hours, side="right") - 1, hours_names()),
+        # Leave-one-out cuts right after the last action: what was done in the same moment lies a microsecond before.
+        ("hours", np.searchsorted(HOURS_FROM, np.maximum(following.hours, 0), side="right") - 1, hours_names()),
     ):
         for number, value in enumerate(names):
             for metric in SLICED:

@@ -130,7 +130,7 @@ def test_slices_coverage_and_the_space_are_what_plain_python_counts(undisturbed:
         if row["split"] != "test":
             continue
         (target,), (when,) = row["target_item_index"], row["target_ts"]
-        hours = (when - row["as_of"]).total_seconds() / 3600
+        hours = max(0.0, (when - row["as_of"]).total_seconds() / 3600)
         lows = [0, 1, 6, 24, 72, 168, 336]
         low = max(bound for bound in lows if bound <= hours)
         value = 1 / math.log2(best.index(target) + 2) if target in best else 0.0
