@@ -28,6 +28,14 @@ METHODS = {
     "own_frequency": "the user's own most frequent",
     "item_knn": "item-kNN",
 }
+FEATURES = {
+    "vector": "the vector",
+    "profile": "the profile",
+    "tfidf_svd": "TF-IDF and SVD of the items",
+    "aggregates": "counts by hand",
+    "rfm": "recency, frequency, money",
+    "majority": "nothing (the majority)",
+}
 METRICS = ("ndcg@10", "recall@10", "ndcg@20", "recall@20", "mrr@20")
 SLICES = {
     "history": "By actions of history that the model read",
@@ -142,7 +150,7 @@ def page(facts: Facts) -> str:
         sample=facts.sample,
         map_picture=_picture(pictures.scatter(facts.points, facts.groups, facts.shares)) if len(facts.points) else "",
         mapped=len(facts.points),
-        probes=_table_of(facts.probes),
+        probes=_probes(facts.probes),
         training_picture=_picture(pictures.training(facts.about, narrow=True)) if training else "",
         facts=_facts(facts.about),
         versions=_versions(facts.versions),
@@ -243,9 +251,29 @@ def _slice_table(task: str, kind: str, points: Points, users: Users) -> Row | No
     return {"title": title, "columns": [kind, "users", *METHODS.values()], "rows": rows} if rows else None
 
 
-def _table_of(rows: Sequence[Row]) -> Row:
-    columns = [name for name in rows[0] if name != "model_version"] if rows else []
-    return {"columns": columns, "rows": [[row[name] for name in columns] for row in rows]}
+def _probe_points(rows: Sequence[Row]) -> dict[str, dict[str, Point]]:
+    """By features, by task: the AUC of the head that did best, and one standard deviation over the seeds about it."""
+    best: dict[str, dict[str, Point]] = {}
+    for row in rows:
+        of = best.setdefault(row["features"], {})
+        if row["metric"] == "auc" and (row["task"] not in of or row["value"] > of[row["task"]].value):
+            of[row["task"]] = Point(row["value"], row["value"] - row["std"], row["value"] + row["std"])
+    return {features: best[features] for features in FEATURES if features in best}
+
+
+def _probes(rows: Sequence[Row]) -> Row:
+    points = _probe_points(rows)
+    asked = {row["task"]: (row["users"], row["positives"]) for row in rows}
+    table = [
+        [task, users, positives, *(of.get(task) for of in points.values())]
+        for task, (users, positives) in asked.items()
+    ]
+    names = {features: FEATURES[features] for features in points}
+    return {
+        "picture": _picture(pictures.dots(list(asked), points, names, "AUC; 0.5 is chance", left=0.45)) if rows else "",
+        "columns": ["task", "users", "of them 1", *names.values()],
+        "rows": table,
+    }
 
 
 def _facts(about: Row) -> list[list[Any]]:

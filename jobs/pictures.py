@@ -84,13 +84,16 @@ def bars(values: dict[str, dict[str, Point]], names: dict[str, str], first: str)
     return _picture(draw, (_NARROW, 0.4 + 1.25 * len(values)), "bars")
 
 
-def dots(classes: Sequence[str], values: dict[str, dict[str, Point]], names: dict[str, str], label: str) -> str:
+def dots(
+    classes: Sequence[str], values: dict[str, dict[str, Point]], names: dict[str, str], label: str, left: float = 0
+) -> str:
     """One line for each class, on it a dot with its interval for each key of `names`.
 
     Args:
         classes: from the top down.
         values: by a key of `names`, by class.
         label: of the axis.
+        left: where the axis begins.
     """
 
     def draw(figure: Any) -> None:
@@ -111,7 +114,7 @@ def dots(classes: Sequence[str], values: dict[str, dict[str, Point]], names: dic
             )
         axes.set_yticks(range(len(classes)), classes)
         axes.set_ylim(len(classes) - 0.5, -0.5)
-        axes.set_xlim(left=0)
+        axes.set_xlim(left=left)
         axes.set_xlabel(label)
         axes.grid(axis="x", color="#eee")
         figure.legend(loc="outside upper left", ncols=2, frameon=False)

@@ -22,7 +22,7 @@ from jobs.evaluate import SPACE_SAMPLE
 from jobs.evaluation_page import Example, Facts, Neighbour, page
 from jobs.runtime import Runtime, Stage
 from jobs.space import flat_map, unit
-from jobs.tables import CURRENT_MODEL, EVALUATION, ITEM_EMBEDDINGS, ITEMS, TABLES, Table
+from jobs.tables import CURRENT_MODEL, EVALUATION, ITEM_EMBEDDINGS, ITEMS, PROBES
 from jobs.tracking import attach
 from training.checkpoint import read_about
 
@@ -85,7 +85,6 @@ def _facts(runtime: Runtime, folder: Path) -> Facts:
     items = items[there].reset_index(drop=True)
     mapped = items.iloc[:MAPPED]
     points, shares = flat_map(np.stack(list(mapped["vector"]))) if len(mapped) > 1 else (np.empty((0, 2)), np.zeros(2))
-    probes = _probes()
     return Facts(
         fingerprint=runtime.fingerprint,
         version=folder.name,
@@ -98,7 +97,7 @@ def _facts(runtime: Runtime, folder: Path) -> Facts:
         shares=shares.tolist(),
         examples=examples(items) if len(items) > 1 else [],
         sample=len(items),
-        probes=_rows_of(runtime, probes, folder.name) if probes else [],
+        probes=_probes(runtime, folder.name),
     )
 
 
@@ -111,15 +110,12 @@ def _sample(runtime: Runtime, version: str) -> DataFrame:
     return drawn.orderBy(F.xxhash64("item_id"), "item_id")
 
 
-def _rows_of(runtime: Runtime, table: Table, version: str) -> list[dict[str, Any]]:
-    if not runtime.exists(table):
+def _probes(runtime: Runtime, version: str) -> list[dict[str, Any]]:
+    """The model's rows of the table that `trailvec probe` makes; none where it never ran."""
+    if not runtime.exists(PROBES):
         return []
-    rows = runtime.latest(table).where(F.col("model_version") == version).orderBy(*table.key).collect()
+    rows = runtime.latest(PROBES).where(F.col("model_version") == version).orderBy(*PROBES.key).collect()
     return [row.asDict() for row in rows]
-
-
-def _probes() -> Table | None:
-    return next((table for table in TABLES if table.name == "probes"), None)
 
 
 def _current(runtime: Runtime) -> str | None:
@@ -144,12 +140,10 @@ def _fingerprint_of(target: Path) -> str | None:
 
 
 def _inputs(runtime: Runtime) -> dict[str, Any]:
-    probes = _probes()
-    there = probes is not None and runtime.exists(probes)
     return {
         "model_version": runtime.model_dir().name,
         "current": _current(runtime),
-        "probes": runtime.changed_version(probes) if probes is not None and there else None,
+        "probes": runtime.changed_version(PROBES) if runtime.exists(PROBES) else None,
     }
 
 

@@ -79,6 +79,11 @@ ROWS = [
 ]
 
 
+def probe(task: str, features: str = "vector", head: str = "logistic", value: float = 0.75) -> dict[str, Any]:
+    of = {"task": task, "features": features, "head": head, "value": value}
+    return of | {"model_version": "abc123", "metric": "auc", "std": 0.0625, "users": 4321, "positives": 987}
+
+
 def facts(**other: Any) -> Facts:
     points = np.random.default_rng(1).normal(size=(30, 2))
     example = Example(EVIL, EVIL, [Neighbour(EVIL, "food", 0.875)])
@@ -99,7 +104,7 @@ def facts(**other: Any) -> Facts:
 
 
 def test_it_needs_nothing_but_itself() -> None:
-    text = page(facts(probes=[{"model_version": "abc123", "task": EVIL, "auc": 0.75}]))
+    text = page(facts(probes=[probe(EVIL)]))
     seen = Page(text)
     for tag, attributes in seen.tags:
         assert tag not in {"script", "link", "iframe", "object", "embed", "img"}
@@ -117,10 +122,10 @@ def test_it_needs_nothing_but_itself() -> None:
 
 
 def test_names_are_text() -> None:
-    seen = Page(page(facts(probes=[{"model_version": "abc123", "task": EVIL, "auc": 0.75}])))
+    seen = Page(page(facts(probes=[probe(EVIL)])))
     said = " ".join(seen.text.split())
-    # The example, its vertical, its neighbour, the slice's row, the probe, an axis; the legend shortens it.
-    assert said.count(EVIL) == 6
+    # The example, its vertical, its neighbour, the slice's row, the probe, two axes; the legend shortens it.
+    assert said.count(EVIL) == 7
     assert "_hidden" in said
 
 
@@ -139,7 +144,7 @@ def test_it_says_what_the_rows_say() -> None:
     assert "old 0.0312" in said
 
 
-@pytest.mark.parametrize("probes", [[], [{"model_version": "abc123", "task": "churn", "auc": 0.75}]])
+@pytest.mark.parametrize("probes", [[], [probe("churn")]])
 def test_its_sections_are_there_and_linked(probes: list[dict[str, Any]]) -> None:
     seen = Page(page(facts(probes=probes)))
     there = [attributes["id"] for tag, attributes in seen.tags if tag == "section"]
@@ -150,6 +155,13 @@ def test_its_sections_are_there_and_linked(probes: list[dict[str, Any]]) -> None
     ids = [a["id"] for _, a in seen.tags if "id" in a]
     referred = [str(a[name])[1:] for _, a in seen.tags for name in ("href", "xlink:href") if name in a]
     assert set(referred) <= set(ids)
+
+
+def test_probes_are_told_by_the_best_head() -> None:
+    rows = [probe("churn", "rfm", value=0.625), probe("churn", value=0.75), probe("churn", head="mlp", value=0.875)]
+    said = " ".join(Page(page(facts(probes=rows))).text.split())
+    assert "task users of them 1 the vector recency, frequency, money churn 4,321 987 0.8750" in said
+    assert "churn 4,321 987 0.8750 0.8125 to 0.9375 0.6250 0.5625 to 0.6875" in said
 
 
 def test_a_model_of_which_little_is_known() -> None:
