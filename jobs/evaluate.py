@@ -9,6 +9,7 @@ The floors know what the model knows: counts of the training window, and each us
 Each figure is also given for slices of the users (jobs/ranking.py), with an interval from a bootstrap over users. A
 fourth task, `space`, holds what can be said of the vectors without any task (jobs/space.py), of samples by hash. They
 do not ask the table neighbours, which is made later: the same input gives the same rows, in whatever order stages run.
+A fifth, `drift`, says how far events and vectors moved since the cut (jobs/drift.py), and which limits that exceeds.
 
 trailvec evaluate --conf conf/local.toml
 trailvec evaluate --conf conf/local.toml --compare MODEL_A MODEL_B
@@ -32,10 +33,11 @@ from pyspark.sql import functions as F
 from jobs import space
 from jobs.build_sequences import UNKNOWN, in_vocabulary, number_actions
 from jobs.cli import stage_main
+from jobs.drift import Alarm, Drift, alarms, drift_of, event_counts
 from jobs.models import encode_sequences
 from jobs.ranking import Cell, Following, Known, bootstrap, coverage, flatten, measures, sliced, top_items
 from jobs.runtime import Runtime, Stage
-from jobs.splits import before_cut, cut_times
+from jobs.splits import Cuts, before_cut, cut_of, cut_times
 from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS
 from jobs.train import item_verticals
 from training.floors import ItemKnn, own_frequency, popularity
@@ -43,6 +45,7 @@ from training.floors import ItemKnn, own_frequency, popularity
 TASKS = ("next", "new", "repeat")
 METHODS = ("model", "popularity", "own_frequency", "item_knn")
 SPACE_SAMPLE, SPACE_NEIGHBOURS = 10_000, 10  # vectors that the space is judged by, at most
+DRIFT_SAMPLE = 2_000  # users whose vectors are made a second time, at most
 _BLOCK_USERS = 256
 _DEEPEST = 20
 _LEADING = "ndcg@10"  # the metric that the model's lead over each floor is told in
@@ -206,6 +209,48 @@ def space_alignment(rows: pd.DataFrame, catalogue: Catalogue) -> Iterator[Result
         yield Result("space", Cell("users_items", "alignment"), value, None, None, int(there.sum()))
 
 
+# ---- drift -------------------------------------------------------------------------------------------------------
+
+
+def drift_results(drift: Drift, raised: list[Alarm], resamples: int) -> Iterator[Result]:
+    """Rows of `drift`; an alarm's metric is the limit that it is beyond."""
+
+    def figure(method: str, metric: str, value: float, counted: int, vertical: str | None = None) -> Iterator[Result]:
+        if not math.isnan(value):
+            of = ("all", "all") if vertical is None else ("vertical", vertical)
+            yield Result("drift", Cell(method, metric, *of), value, None, None, counted)
+
+    yield from figure("events", "stability_index", drift.stability, drift.events)
+    yield from figure("events", "new_items", drift.new_items, drift.events)
+    for vertical, rate in drift.rates.items():
+        yield from figure("events", "rate", rate, drift.counts[vertical], vertical)
+    users = len(drift.cosines)
+    yield from figure("users", "centroid_cosine", drift.centroid, users)
+    if users:
+        low, high = bootstrap(drift.cosines[:, None], resamples)
+        yield Result("drift", Cell("users", "cosine"), drift.cosine, float(low[0]), float(high[0]), users)
+    for alarm in raised:
+        yield from figure("alarm", alarm.limit, alarm.value, drift.events, alarm.vertical)
+
+
+def measure_drift(runtime: Runtime, rows: pd.DataFrame, cuts: Cuts, model_dir: Path) -> Drift:
+    """The evaluated users' vectors beside those that the log's end gives them; the log's events on both sides.
+
+    Args:
+        rows: what `evaluated_rows` gives.
+    """
+    counts = event_counts(
+        runtime.read(SESSIONS), runtime.read(ITEMS), cut_of(runtime.config.evaluate.split, cuts), cuts.end
+    ).toPandas()
+    sample = rows.iloc[np.argsort(_hashes(rows), kind="stable")[:DRIFT_SAMPLE]][["user_id", "vector"]]
+    asked = runtime.spark.createDataFrame(sample[["user_id"]], "user_id string")
+    newest = runtime.read(SEQUENCES).where("split = 'score'").join(F.broadcast(asked), "user_id", "left_semi")
+    batch_size = runtime.config.score.batch_size
+    encoded = encode_sequences(newest, ["user_id"], model_dir=model_dir, batch_size=batch_size).toPandas()
+    both = sample.merge(encoded[["user_id", "vector"]], on="user_id", suffixes=("_cut", "_end"))
+    return drift_of(counts, _matrix(both["vector_cut"]), _matrix(both["vector_end"]))
+
+
 # ---- the stage ---------------------------------------------------------------------------------------------------
 
 
@@ -217,10 +262,11 @@ def run(runtime: Runtime) -> None:
     vectors = runtime.read(ITEM_EMBEDDINGS).where((F.col("model_version") == version) & ~F.col("is_cold"))
     rows = evaluated_rows(runtime, model_dir)
     catalogue = read_catalogue(runtime, vectors)
+    cuts = cut_times(runtime.read(SESSIONS).select(F.col("end_ts").alias("event_ts")), runtime.config.sequences)
     results: list[Result] = []
     if len(rows):
         size = len(catalogue.target_counts)
-        own_counts, interactions = _interactions(runtime, rows["user_id"], size)
+        own_counts, interactions = _interactions(runtime, rows["user_id"], size, cuts)
         scorers = _scorers(rows, own_counts, ItemKnn(interactions, settings.knn_decay), catalogue)
         ranked = rank_users(rows, scorers, catalogue.rankable)
         verticals = item_verticals(runtime.read(ITEMS).where(F.col("item_index") < size), size)
@@ -229,6 +275,9 @@ def run(runtime: Runtime) -> None:
         results += space_alignment(rows, catalogue)
     else:
         runtime.report.notes.append(f"table sequences has no row of split {settings.split}: nothing is ranked")
+    drift = measure_drift(runtime, rows, cuts, model_dir)
+    raised = alarms(drift, settings.drift)
+    results += drift_results(drift, raised, settings.resamples)
     results += space_results(*_space_sample(runtime, rows, vectors))
     table = [(version, settings.split, r.task, *r.cell, r.value, r.low, r.high, r.counted) for r in results]
     runtime.write(EVALUATION, runtime.spark.createDataFrame(table, EVALUATION.schema()).coalesce(1))
@@ -237,6 +286,7 @@ def run(runtime: Runtime) -> None:
         runtime.report.notes.append(
             f"ndcg@10, {task}: " + ", ".join(f"{m} {r.value:.4f} ({r.low:.4f} to {r.high:.4f})" for m, r in of.items())
         )
+    runtime.report.notes += [f"alarm: {alarm.said}" for alarm in raised]
 
 
 def evaluated_rows(runtime: Runtime, model_dir: Path) -> pd.DataFrame:
@@ -281,8 +331,7 @@ def _space_sample(
     runtime: Runtime, rows: pd.DataFrame, vectors: DataFrame
 ) -> tuple[Floats, Floats, Integers, Integers]:
     """What `space_results` takes: of about SPACE_SAMPLE users and items each, drawn by a hash of the id."""
-    hashes = pd.util.hash_pandas_object(rows["user_id"], index=False).to_numpy()
-    users = rows["vector"].iloc[np.argsort(hashes, kind="stable")[:SPACE_SAMPLE]]
+    users = rows["vector"].iloc[np.argsort(_hashes(rows), kind="stable")[:SPACE_SAMPLE]]
     # A category is one of its vertical.
     items = vectors.join(runtime.read(ITEMS).where("target_count > 0"), ["item_id", "item_index"]).select(
         "item_id",
@@ -295,15 +344,20 @@ def _space_sample(
     return _matrix(users), _matrix(sample["vector"]), counts, classes
 
 
+def _hashes(rows: pd.DataFrame) -> npt.NDArray[np.uint64]:
+    return np.asarray(pd.util.hash_pandas_object(rows["user_id"], index=False), np.uint64)
+
+
 def _matrix(vectors: pd.Series[Any]) -> Floats:
     return np.stack(list(vectors)).astype(np.float32) if len(vectors) else np.empty((0, 1), np.float32)
 
 
-def _interactions(runtime: Runtime, users: pd.Series[str], items: int) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+def _interactions(
+    runtime: Runtime, users: pd.Series[str], items: int, cuts: Cuts
+) -> tuple[sp.csr_matrix, sp.csr_matrix]:
     """(the users' own counts before the split's cut [users, items], a sample's counts in training [sample, items])."""
     settings, split = runtime.config.sequences, runtime.config.evaluate.split
     sessions = runtime.read(SESSIONS)
-    cuts = cut_times(sessions.select(F.col("end_ts").alias("event_ts")), settings)
     vocabulary = in_vocabulary(runtime.read(ITEMS), runtime.config.vocabulary.min_count)
     actions = number_actions(sessions, vocabulary, runtime.read(CONTEXT_VALUES))
     split_of = {name: before_cut(name, cuts, settings) for name in ("train", split)}

@@ -62,6 +62,15 @@ SPACE = {
     ("items", "same_category@10"): ("neighbours of the same category", "share of an item's ten nearest"),
     ("items", "same_category_by_chance"): ("… by chance", "the same share had they been drawn blindly"),
 }
+DRIFT = {
+    ("events", "stability_index"): (
+        "stability index of events",
+        "how far the verticals' shares moved: under 0.1 little, above 0.25 much",
+    ),
+    ("events", "new_items"): ("events of new items", "the share of the events with items first seen after the cut"),
+    ("users", "cosine"): ("cosine of a user's vectors", "at the cut and at the log's end: 1 the same"),
+    ("users", "centroid_cosine"): ("cosine of the users' centroids", "the same of the mean of all"),
+}
 LARGEST = 12  # verticals in a picture
 
 Row = dict[str, Any]
@@ -128,7 +137,12 @@ def page(facts: Facts) -> str:
     }
     tasks = [task for task in TASKS if (task, "all", "all") in users]
     sections = [("verdict", "In short"), ("ranking", "Ranking"), ("slices", "For whom"), ("space", "The space")]
-    sections += [("probes", "Probes")] * bool(facts.probes) + [("training", "Training"), ("versions", "All versions")]
+    drift = _drift(points, facts.rows)
+    sections += (
+        [("probes", "Probes")] * bool(facts.probes)
+        + [("drift", "Drift")] * bool(drift["rows"])
+        + [("training", "Training"), ("versions", "All versions")]
+    )
     training = facts.about.get("training")
     return environment.get_template("evaluation.html").render(
         fingerprint=facts.fingerprint,
@@ -151,6 +165,7 @@ def page(facts: Facts) -> str:
         map_picture=_picture(pictures.scatter(facts.points, facts.groups, facts.shares)) if len(facts.points) else "",
         mapped=len(facts.points),
         probes=_probes(facts.probes),
+        drift=drift,
         training_picture=_picture(pictures.training(facts.about, narrow=True)) if training else "",
         facts=_facts(facts.about),
         versions=_versions(facts.versions),
@@ -273,6 +288,32 @@ def _probes(rows: Sequence[Row]) -> Row:
         "picture": _picture(pictures.dots(list(asked), points, names, "AUC; 0.5 is chance", left=0.45)) if rows else "",
         "columns": ["task", "users", "of them 1", *names.values()],
         "rows": table,
+    }
+
+
+def _drift(points: Points, rows: Sequence[Row]) -> Row:
+    """The figures, the alarms and the verticals' rates, of rows of the task drift."""
+    of = [row for row in rows if row["task"] == "drift"]
+    rates = sorted(
+        (row for row in of if row["metric"] == "rate"), key=lambda row: (-row["counted"], row["slice_value"])
+    )
+    shown = {row["slice_value"]: Point(row["value"], None, None) for row in rates[:LARGEST]}
+    title = "events after the cut for each one before it"
+    figures = [
+        [name, points["drift", *key, "all", "all"], meaning]
+        for key, (name, meaning) in DRIFT.items()
+        if ("drift", *key, "all", "all") in points
+    ]
+    picture = pictures.bars({title: shown}, {name: name for name in shown}, "") if shown else ""
+    return {
+        "rows": figures,
+        "alarms": [
+            {"limit": row["metric"], "of": "" if row["slice"] == "all" else row["slice_value"], "value": row["value"]}
+            for row in of
+            if row["method"] == "alarm"
+        ],
+        "picture": _picture(picture) if picture else "",
+        "rates": [[row["slice_value"], row["counted"], row["value"]] for row in rates],
     }
 
 

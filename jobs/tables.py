@@ -304,10 +304,13 @@ EVALUATION = Table(
             "task",
             "string",
             "next: any item; new: not acted on in the last seen_days; repeat: acted on in them. space: no task, the "
-            "vectors themselves.",
+            "vectors themselves. drift: how far events and vectors moved from the cut to the log's end.",
         ),
         Column(
-            "method", "string", "model, popularity, own_frequency, item_knn; of task space: items, users, users_items."
+            "method",
+            "string",
+            "model, popularity, own_frequency, item_knn; of task space: items, users, users_items; of drift: events, "
+            "users, alarm.",
         ),
         Column(
             "metric",
@@ -316,7 +319,10 @@ EVALUATION = Table(
             "recommended less that of what was done; coverage@10: share of the catalogue that is recommended to "
             "somebody; model_lead_ndcg@10: by how much the model's ndcg@10 is above the method's. Of task space: "
             "uniformity, alignment, dead_dimensions, effective_dimensions, norm_popularity, hubness@10, "
-            "same_category@10, same_category_by_chance (jobs/space.py).",
+            "same_category@10, same_category_by_chance (jobs/space.py). Of drift: stability_index (of the verticals' "
+            "shares), new_items (share of events), rate (of a vertical: events after the cut for each in as long "
+            "before it), cosine and centroid_cosine of users' vectors; an alarm's is the limit "
+            "that was passed (evaluate.drift).",
         ),
         Column(
             "slice",

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,17 @@ def test_slices_coverage_and_the_space_are_what_plain_python_counts(undisturbed:
     assert whole["space", "items", "norm_popularity"]["value"] == pytest.approx(correlation)
     assert whole["space", "items", "norm_popularity"]["counted"] == len(learnt)
     assert 0 < whole["space", "users_items", "alignment"]["value"] < 4
+
+    # The last of the four days stands alone in the 28 days before the log's end, and none in the 28 before those.
+    actions = [event for session in read_delta(tables / "sessions") for event in session["events"]]
+    cut = max(event["event_ts"] for event in actions) - timedelta(days=28)
+    of_item = {i["item_id"]: i["first_ts"] for i in items.values()}
+    late = [event for event in actions if event["event_ts"] > cut]
+    new = whole["drift", "events", "new_items"]
+    assert new["value"] == pytest.approx(sum(of_item[event["item_id"]] > cut for event in late) / len(late))
+    assert new["counted"] == len(late) < len(actions)
+    assert ("drift", "events", "stability_index") not in whole
+    assert 0 < whole["drift", "users", "cosine"]["value"] < 1
 
 
 def test_the_page_of_the_model_stands_beside_it_and_in_mlflow(undisturbed: Runtime) -> None:

@@ -76,6 +76,11 @@ ROWS = [
     row("next", "model", "ndcg@10", 0.2, "hours", "24-72", 0.1, 0.3),
     row("space", "items", "hubness@10", 1.375, "all", "all", None, None),
     row("space", "items", "dead_dimensions", 1.0, "all", "all", None, None),
+    row("drift", "events", "stability_index", 0.375, "all", "all", None, None),
+    row("drift", "users", "cosine", 0.875, "all", "all", 0.75, 1.0),
+    row("drift", "events", "rate", 1.25, "vertical", EVIL, None, None),
+    row("drift", "alarm", "max_stability", 0.375, "all", "all", None, None),
+    row("drift", "alarm", "max_rate_factor", 1.25, "vertical", EVIL, None, None),
 ]
 
 
@@ -124,8 +129,9 @@ def test_it_needs_nothing_but_itself() -> None:
 def test_names_are_text() -> None:
     seen = Page(page(facts(probes=[probe(EVIL)])))
     said = " ".join(seen.text.split())
-    # The example, its vertical, its neighbour, the slice's row, the probe, two axes; the legend shortens it.
-    assert said.count(EVIL) == 7
+    # The example, its vertical, its neighbour, the slice's row, the probe, the drift's alarm and row, three axes; the
+    # legend shortens it.
+    assert said.count(EVIL) == 10
     assert "_hidden" in said
 
 
@@ -140,6 +146,8 @@ def test_it_says_what_the_rows_say() -> None:
     assert "5-19 1,234 0.1875 0.1250 to 0.2500" in said
     assert "hubness of items 1.3750" in said
     assert "dead dimensions of items 1 directions with" in said
+    assert "Alarm: 0.3750 is beyond evaluate.drift.max_stability" in said
+    assert "cosine of a user's vectors 0.8750 0.7500 to 1.0000" in said
     assert "abc123 (current)" in said
     assert "old 0.0312" in said
 
@@ -148,7 +156,7 @@ def test_it_says_what_the_rows_say() -> None:
 def test_its_sections_are_there_and_linked(probes: list[dict[str, Any]]) -> None:
     seen = Page(page(facts(probes=probes)))
     there = [attributes["id"] for tag, attributes in seen.tags if tag == "section"]
-    expected = ["verdict", "ranking", "slices", "space", "probes", "training", "versions"]
+    expected = ["verdict", "ranking", "slices", "space", "probes", "drift", "training", "versions"]
     assert there == [name for name in expected if probes or name != "probes"]
     assert [a["href"] for tag, a in seen.tags if tag == "a"] == [f"#{name}" for name in there]
     assert ("churn" in seen.text) == bool(probes)
