@@ -106,10 +106,10 @@ def drift_of(counts: pd.DataFrame, at_cut: Vectors, at_end: Vectors) -> Drift:
     return Drift(
         events=after,
         stability=stability(counts["before"].to_numpy(), counts["after"].to_numpy()),
-        rates={row.vertical: row.after / row.before for row in ordered.itertuples() if row.before},
+        rates={row.vertical: int(row.after) / int(row.before) for row in ordered.itertuples() if row.before},
         counts={row.vertical: int(row.all) for row in ordered.itertuples()},
-        new_items=counts["new_after"].sum() / after if after else math.nan,
-        new_items_before=counts["new_before"].sum() / before if before else math.nan,
+        new_items=int(counts["new_after"].sum()) / after if after else math.nan,
+        new_items_before=int(counts["new_before"].sum()) / before if before else math.nan,
         cosines=(one * other).sum(axis=1) / lengths[there],
         centroid=_cosine(one.mean(axis=0), other.mean(axis=0)) if there.any() else math.nan,
     )

@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 PHONE, SCREEN = (360, 6000), (1280, 6000)
+_NO_ORIGIN = "not an origin"
 _LOCAL = ("file:", "data:", "blob:", "chrome:", "about:")
 # The page inside a frame of a phone's width: Chromium's own window is never so narrow.
 _WIDTHS = """<!doctype html><iframe id="page" src="{page}" width="{width}" height="3000"></iframe>
@@ -47,10 +48,12 @@ def chromium(binary: str, arguments: list[str], profile: Path) -> tuple[str, str
 
 
 def requests(net_log: Path) -> list[str]:
-    """The addresses that Chromium asked for by itself or for the page, without local ones."""
+    """The addresses beyond this machine that the page asked for; Chromium's own requests (updates) have no origin."""
     events = json.loads(net_log.read_text())["events"]
-    asked = {event["params"]["url"] for event in events if "url" in event.get("params", {})}
-    return sorted(address for address in asked if not address.startswith(_LOCAL))
+    of_page = (
+        event["params"] for event in events if event.get("params", {}).get("initiator", _NO_ORIGIN) != _NO_ORIGIN
+    )
+    return sorted({of["url"] for of in of_page if "url" in of and not of["url"].startswith(_LOCAL)})
 
 
 def main() -> None:
