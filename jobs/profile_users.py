@@ -149,7 +149,8 @@ def profile_rows(visible: DataFrame, encoded: DataFrame, numbers: DataFrame, tol
     }
     for kind in KINDS:
         pair = F.struct(
-            F.col("number").cast("int"), F.coalesce(F.col("value").cast("double"), F.lit(0.0)).alias("value")
+            F.col("number").cast("int").alias("number"),
+            F.coalesce(F.col("value").cast("double"), F.lit(0.0)).alias("value"),
         )
         # Sorted: sums of floats end in the same bits whatever the partitions.
         lists = counts[kind].groupBy("user_id").agg(F.sort_array(F.collect_list(pair)).alias("pairs"))
