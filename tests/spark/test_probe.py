@@ -127,7 +127,7 @@ def test_labels_by_hand_and_no_feature_knows_what_came_after_the_cut(
     assert users == same_users == sorted(expected["redeem"])
     assert features.keys() == cut_features.keys() >= set(probe.FEATURES)
     for name, of_users in features.items():
-        assert of_users == pytest.approx(cut_features[name], abs=1e-9), name
+        assert of_users == pytest.approx(cut_features[name], abs=1e-5), name  # a profile is float32
         assert len(np.unique(of_users, axis=0)) > 1 or name == "majority"
 
 
