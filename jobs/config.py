@@ -245,6 +245,14 @@ class ExportSettings(Section):
     )
 
 
+class ProfileSettings(Section):
+    """sessions + model → user_profiles."""
+
+    fit_users: int = Field(20_000, ge=2, description="users that the basis is fitted on, a sample by hash of user_id")
+    max_terms: int = Field(50_000, ge=1, description="items that the basis knows, those that most users have")
+    width: int = Field(64, ge=1, description="singular directions of the items, and of the categories")
+
+
 class ProbeSettings(Section):
     """vectors + labels → probes."""
 
@@ -290,6 +298,7 @@ class Config(Section):
     align: AlignSettings = AlignSettings()
     score: ScoreSettings = ScoreSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    profile: ProfileSettings = ProfileSettings()
     probe: ProbeSettings = ProbeSettings()
     neighbours: NeighboursSettings = NeighboursSettings()
     export: ExportSettings = ExportSettings()

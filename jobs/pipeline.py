@@ -13,6 +13,7 @@ from jobs import (
     flag_users,
     ingest,
     probe,
+    profile_users,
     score_users,
     sessionize,
     train,
@@ -36,4 +37,4 @@ STAGES = (
 )
 
 # Stages that run only when they are asked for by name.
-ASIDE = (probe.STAGE,)
+ASIDE = (profile_users.STAGE, probe.STAGE)

@@ -274,6 +274,24 @@ CURRENT_MODEL = Table(
     stage="score_users",
 )
 
+USER_PROFILES = Table(
+    "user_profiles",
+    "A second vector of every user, for other teams' models: it has no place in the items' space.",
+    (
+        Column("user_id", "string", "The user."),
+        Column("model_version", "string", "The model whose state is a part of it; never mix two in a query."),
+        Column("as_of", "timestamp", "Events strictly before this time were seen."),
+        Column(
+            "vector",
+            "array<float>",
+            "State, items, categories, tastes, statistics side by side: models/<version>/profile.json has the places.",
+        ),
+    ),
+    key=("user_id", "model_version"),
+    stage="profile_users",
+    partition_by=("model_version",),
+)
+
 ITEM_EMBEDDINGS = Table(
     "item_embeddings",
     "One vector for every item of a model's vocabulary, in the space of its user_embeddings.",
@@ -350,7 +368,7 @@ PROBES = Table(
         Column(
             "features",
             "string",
-            "vector, profile (vector + statistics + items), majority, rfm (five numbers), tfidf_svd (the items), "
+            "vector, profile (that of user_profiles), majority, rfm (five numbers), tfidf_svd (the items), "
             "aggregates (counts of 1, 7 and 30 days).",
         ),
         Column("head", "string", "logistic, boosting, mlp; of the majority prior."),
@@ -405,6 +423,7 @@ TABLES = (
     CONTEXT_VALUES,
     SEQUENCES,
     USER_EMBEDDINGS,
+    USER_PROFILES,
     CURRENT_MODEL,
     ITEM_EMBEDDINGS,
     EVALUATION,

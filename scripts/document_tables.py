@@ -48,6 +48,10 @@ EXAMPLES = {
         SELECT a.user_id, vector_cosine_similarity(a.vector, b.vector) AS likeness
         FROM current_user_embeddings AS a CROSS JOIN current_user_embeddings AS b
         WHERE b.user_id = '1' AND a.user_id <> '1' ORDER BY likeness DESC LIMIT 10""",
+    "user_profiles": """
+        SELECT a.user_id, vector_cosine_similarity(a.vector, b.vector) AS likeness
+        FROM user_profiles AS a JOIN user_profiles AS b USING (model_version)
+        WHERE b.user_id = '1' AND a.user_id <> '1' ORDER BY likeness DESC LIMIT 10""",
     "current_model": """
         SELECT count(*) AS users, avg(vector_norm(vector)) AS mean_norm FROM current_user_embeddings""",
     "item_embeddings": """
