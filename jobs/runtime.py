@@ -61,7 +61,7 @@ CONFLICTS = (
     ProtocolChangedException,
 )
 _ATTEMPTS = 5  # at a commit that another job's commit got in the way of
-_MERGE_VECTORS = "spark.databricks.delta.merge.deletionVectors.persistent"
+_MERGE = "spark.databricks.delta.merge"
 # Commits that move or drop files and change no row.
 _UPKEEP = {"OPTIMIZE", "REORG", "VACUUM START", "VACUUM END", "CLUSTER BY", "SET TBLPROPERTIES"}
 # Spark settings that no commit and no manifest may show; the pattern is spark.redaction.regex's default.
@@ -416,7 +416,12 @@ class Runtime:
         """
         rows = DeltaTable.forPath(self.spark, self.path(table)).alias("old")
         merge = rows.merge(users.alias("gone"), on).whenMatchedDelete()
-        with spark_conf(self.spark, {_MERGE_VECTORS: str(vectors).lower()}):
+        settings = {
+            f"{_MERGE}.deletionVectors.persistent": str(vectors).lower(),
+            # Delta would write all rows of a partition (a model's vectors of all users, say) in one task.
+            f"{_MERGE}.repartitionBeforeWrite.enabled": "false",
+        }
+        with spark_conf(self.spark, settings):
             self._noted_commit(merge.execute, True, {"erasure": erasure})
 
     def erasure_commits(self, table: Table, erasure: str) -> list[Commit]:
