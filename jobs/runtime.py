@@ -435,14 +435,16 @@ class Runtime:
     def purge(self, table: Table, where: str | None = None) -> None:
         """Rewrites the files of the partitions in which deletion vectors hide rows; does nothing where there are none.
 
-        Each file for itself: Delta would pack them into files of 1 GB, written by a task each.
+        Each file for itself: Delta would pack them into files of 1 GB, written by a task each. Those of a clustered table it
+        sorts together into files of that size, thousands if it were a byte: they get the size that OPTIMIZE gives them.
 
         Args:
             where: a condition over the partition columns; SQL, from code, never from input. None: all partitions.
         """
         path = self.path(table).replace("`", "``")
         of = f"WHERE {where} " if where else ""
-        with spark_conf(self.spark, {"spark.databricks.delta.optimize.maxFileSize": "1"}):
+        size = self.config.maintain.target_file_mb * 1024 * 1024 if table.cluster_by else 1
+        with spark_conf(self.spark, {"spark.databricks.delta.optimize.maxFileSize": str(size)}):
             self.commit(lambda: self.spark.sql(f"REORG TABLE delta.`{path}` {of}APPLY (PURGE)"))
 
     def commit(self, write: Callable[[], Any]) -> None:
