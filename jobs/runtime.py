@@ -435,8 +435,8 @@ class Runtime:
     def purge(self, table: Table, where: str | None = None) -> None:
         """Rewrites the files of the partitions in which deletion vectors hide rows; does nothing where there are none.
 
-        Each file for itself: Delta would pack them into files of 1 GB, written by a task each. Those of a clustered table it
-        sorts together into files of that size, thousands if it were a byte: they get the size that OPTIMIZE gives them.
+        Each file for itself: Delta would pack them into files of 1 GB, written by a task each. Those of a clustered
+        table it sorts together into files of the size it is given: that of OPTIMIZE, for a byte makes thousands.
 
         Args:
             where: a condition over the partition columns; SQL, from code, never from input. None: all partitions.
