@@ -100,6 +100,25 @@ def _parser(stages: Sequence[Stage], aside: Sequence[Stage]) -> argparse.Argumen
         "retire_model", parents=[common], help="take an old model's vectors out of the tables; the current one stays"
     )
     retire.add_argument("version", help="the model's version, a folder under models/")
+    erase = commands.add_parser(
+        "erase_users",
+        parents=[common],
+        help="take people out of every table, for good, with a receipt",
+        description="Takes people out of every table that holds them and keeps them out; `erasures` has the receipt. "
+        "TRAILVEC_ERASE_KEY, always the same, is the key of the hashes that they are known by from then on.",
+    )
+    erase.add_argument(
+        "users", nargs="?", metavar="FILE", help="one user id per line, or Parquet with a column user_id"
+    )
+    erase.add_argument(
+        "--sql", metavar="QUERY", help="instead of a file: a query over the tables with a column user_id"
+    )
+    erase.add_argument("--requested-by", metavar="NAME", help="who asked for it; stands in the receipt")
+    erase.add_argument(
+        "--finish",
+        action="store_true",
+        help="after maintain_tables: close the receipts whose users no file on disk holds any more",
+    )
     sql = commands.add_parser("sql", parents=[common], help="answer one SQL query over the tables")
     sql.add_argument("query", help="the query; vector_cosine_similarity and its kin are there")
     sql.add_argument("--json", action="store_true", help="one JSON object per row")
@@ -147,6 +166,19 @@ def _run(arguments: argparse.Namespace, stages: Sequence[Stage], aside: Sequence
         from jobs.compare_models import run_compare  # noqa: PLC0415
 
         run_compare(Runtime(config), tuple(arguments.compare))
+    elif arguments.command == "erase_users":
+        from jobs.erase_users import erase, finish  # noqa: PLC0415
+
+        if arguments.finish and (arguments.users or arguments.sql or arguments.requested_by):
+            raise TrailvecError("--finish is for all erasures: give it alone")
+        runtime = Runtime(config)
+        with _progress(runtime, "erase_users"):
+            report = (
+                finish(runtime)
+                if arguments.finish
+                else erase(runtime, arguments.users, arguments.sql, arguments.requested_by)
+            )
+        _say(report)
     elif arguments.command == "sql":
         from jobs.sql import run_sql  # noqa: PLC0415
 
@@ -166,10 +198,14 @@ def run_stages(runtime: Runtime, stages: Sequence[Stage], force: bool = False) -
         with _progress(runtime, stage.name):
             report = runtime.execute(stage, force)
         reports.append(report)
-        _out.print(_line(report), soft_wrap=True)
-        for note in report.notes:
-            _out.print(f"    {note}", style="dim", soft_wrap=True)
+        _say(report)
     return reports
+
+
+def _say(report: Report) -> None:
+    _out.print(_line(report), soft_wrap=True)
+    for note in report.notes:
+        _out.print(f"    {note}", style="dim", soft_wrap=True)
 
 
 def _line(report: Report) -> str:

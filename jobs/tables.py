@@ -34,6 +34,8 @@ class Table:
         stage: the stage that writes it.
         cluster_by: liquid clustering (Delta's OPTIMIZE lays rows of like values into the same files).
         revision: goes up when the same input and settings give other rows: an incremental stage then makes all anew.
+        users_in: columns that hold user ids under another name than user_id, each with the SQL condition (over `old.*`)
+            under which they do: where erase_users looks too.
     """
 
     name: str
@@ -45,6 +47,11 @@ class Table:
     cluster_by: tuple[str, ...] = ()
     revision: int = 1
     properties: dict[str, str] = field(default_factory=dict)
+    users_in: dict[str, str] = field(default_factory=dict)
+
+    def user_columns(self) -> dict[str, str]:
+        """Every column that holds user ids, with the condition under which it does."""
+        return {c.name: "TRUE" for c in self.columns if c.name == "user_id"} | self.users_in
 
     def schema(self) -> StructType:
         """The table's Spark schema, comments included. Needs a running Spark session (it parses DDL)."""
@@ -112,6 +119,7 @@ REJECTED_EVENTS = Table(
     (
         Column("source", "string", "The source's mapping that read the record."),
         Column("file", "string", "The file the record stands in."),
+        Column("user_id", "string", "The user, where the record says who it was: by it erase_users finds them.", True),
         Column("reason", "string", "Why it was refused: missing_user_id, bad_event_ts, broken_row, ..."),
         Column(
             "raw", "string", "The record as it was read: the raw line of a broken row, else JSON of its columns.", True
@@ -397,6 +405,7 @@ NEIGHBOURS = Table(
     key=("model_version", "kind", "source_id", "rank"),
     stage="find_neighbours",
     partition_by=("model_version", "kind"),
+    users_in={"source_id": "old.kind IN ('user_item', 'user_user')", "neighbour_id": "old.kind = 'user_user'"},
 )
 
 EXPORTS = Table(
@@ -412,6 +421,57 @@ EXPORTS = Table(
     ),
     key=("export_id", "user_id"),
     stage="export_segments",
+)
+
+ERASURES = Table(
+    "erasures",
+    "The receipts of erase_users: one row per request, without a user id.",
+    (
+        Column(
+            "erasure_id", "string", "The request: a keyed hash of who asked and of the users; the same again is one."
+        ),
+        Column("requested_by", "string", "Who asked for it, as the command was told."),
+        Column("requested_at", "timestamp", "When the command first ran."),
+        Column(
+            "ids_digest", "string", "HMAC-SHA256 of all the users' hashes, sorted: proves a list without showing it."
+        ),
+        Column("users", "bigint", "How many users were to be erased."),
+        Column("code_version", "string", "The code that last worked on it."),
+        Column(
+            "tables",
+            "array<struct<table:string,rows:bigint,version_before:bigint,version_after:bigint>>",
+            "Rows taken out of each table that holds users, and its Delta versions; the one before holds them still.",
+            True,
+        ),
+        Column(
+            "exports",
+            "array<struct<segment:string,export_id:string,exported_at:timestamp,destination:string,users:bigint>>",
+            "The exports that held some of the users, not as control: whoever has those files is to be told.",
+            True,
+        ),
+        Column("erased_at", "timestamp", "When no table showed the users any more; NULL: not at its end yet.", True),
+        Column(
+            "finished_at",
+            "timestamp",
+            "When no file on disk held them any more (`trailvec erase_users --finish`).",
+            True,
+        ),
+    ),
+    key=("erasure_id",),
+    stage="erase_users",
+)
+
+ERASED_USERS = Table(
+    "erased_users",
+    "Who was erased and must not come back: ingest drops their events.",
+    (
+        Column("user_hash", "string", "HMAC-SHA256 of the user_id with the environment's TRAILVEC_ERASE_KEY, hex."),
+        Column("erasure_id", "string", "A request that named the user."),
+        Column("erased_at", "timestamp", "When it first ran."),
+        Column("key_mark", "string", "What the key makes of a fixed text: another key is refused by it."),
+    ),
+    key=("user_hash", "erasure_id"),
+    stage="erase_users",
 )
 
 TABLES = (
@@ -430,6 +490,8 @@ TABLES = (
     PROBES,
     NEIGHBOURS,
     EXPORTS,
+    ERASURES,
+    ERASED_USERS,
 )
 
 # Views: of each of these tables the rows of the one current model. Spark plans a subquery first, so current_model is

@@ -70,6 +70,11 @@ EXAMPLES = {
         SELECT segment, export_id, min(exported_at) AS exported_at, count(*) AS members,
                count_if(is_control) AS control
         FROM exports GROUP BY segment, export_id ORDER BY exported_at DESC, segment""",
+    "erasures": """
+        SELECT requested_by, requested_at, users, finished_at, aggregate(tables, 0L, (n, t) -> n + t.rows) AS rows
+        FROM erasures ORDER BY requested_at DESC""",
+    "erased_users": """
+        SELECT erasure_id, min(erased_at) AS erased_at, count(*) AS users FROM erased_users GROUP BY erasure_id""",
 }
 
 
