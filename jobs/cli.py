@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from jobs.config import load_config
+from jobs.config import Config, load_config
 from jobs.errors import TrailvecError, explain
 from jobs.runtime import Report, Runtime, Stage, meanwhile
 from jobs.tables import TABLES
@@ -144,51 +144,78 @@ def _run(arguments: argparse.Namespace, stages: Sequence[Stage], aside: Sequence
         if first > last:
             raise TrailvecError(f"--from {arguments.first} comes after --to {arguments.last}: swap them")
         run_stages(Runtime(config), stages[first : last + 1], arguments.force)
-    elif arguments.command == "tables":
-        from jobs.list_tables import print_tables  # noqa: PLC0415 - only this command needs it
-
-        print_tables(Runtime(config), arguments.json)
-    elif arguments.command == "maintain_tables":
-        from jobs.maintain_tables import run_maintain  # noqa: PLC0415
-
-        run_maintain(Runtime(config), arguments.table, arguments.dry_run, arguments.json)
-    elif arguments.command == "tune":
-        from jobs.tune import run_tune  # noqa: PLC0415
-
-        runtime = Runtime(config)
-        with _progress(runtime, "tune"):
-            run_tune(runtime, arguments.trials)
-    elif arguments.command == "retire_model":
-        from jobs.retire_model import retire  # noqa: PLC0415
-
-        _out.print(_line(retire(Runtime(config), arguments.version)), soft_wrap=True)
+    elif arguments.command in _BESIDE:
+        _BESIDE[arguments.command](config, arguments)
     elif arguments.command == "evaluate" and arguments.compare:
-        from jobs.compare_models import run_compare  # noqa: PLC0415
+        from jobs.compare_models import run_compare  # noqa: PLC0415 - as in the functions of _BESIDE
 
         run_compare(Runtime(config), tuple(arguments.compare))
-    elif arguments.command == "erase_users":
-        from jobs.erase_users import erase, finish  # noqa: PLC0415
-
-        if arguments.finish and (arguments.users or arguments.sql or arguments.requested_by):
-            raise TrailvecError("--finish is for all erasures: give it alone")
-        runtime = Runtime(config)
-        with _progress(runtime, "erase_users"):
-            report = (
-                finish(runtime)
-                if arguments.finish
-                else erase(runtime, arguments.users, arguments.sql, arguments.requested_by)
-            )
-        _say(report)
-    elif arguments.command == "sql":
-        from jobs.sql import run_sql  # noqa: PLC0415
-
-        run_sql(Runtime(config), arguments.query, arguments.json)
-    elif arguments.command == "serve_sql":
-        from jobs.serve_sql import run_serve  # noqa: PLC0415
-
-        run_serve(config, arguments.host, arguments.port)
     else:
         run_stages(Runtime(config), [s for s in (*stages, *aside) if s.name == arguments.command], arguments.force)
+
+
+# ---- jobs beside the road: each imports what it alone needs ----
+
+
+def _tables(config: Config, arguments: argparse.Namespace) -> None:
+    from jobs.list_tables import print_tables  # noqa: PLC0415
+
+    print_tables(Runtime(config), arguments.json)
+
+
+def _maintain(config: Config, arguments: argparse.Namespace) -> None:
+    from jobs.maintain_tables import run_maintain  # noqa: PLC0415
+
+    run_maintain(Runtime(config), arguments.table, arguments.dry_run, arguments.json)
+
+
+def _tune(config: Config, arguments: argparse.Namespace) -> None:
+    from jobs.tune import run_tune  # noqa: PLC0415
+
+    runtime = Runtime(config)
+    with _progress(runtime, "tune"):
+        run_tune(runtime, arguments.trials)
+
+
+def _retire(config: Config, arguments: argparse.Namespace) -> None:
+    from jobs.retire_model import retire  # noqa: PLC0415
+
+    _say(retire(Runtime(config), arguments.version))
+
+
+def _erase(config: Config, arguments: argparse.Namespace) -> None:
+    from jobs.erase_users import erase, finish  # noqa: PLC0415
+
+    who = (arguments.users, arguments.sql, arguments.requested_by)
+    if arguments.finish and any(who):
+        raise TrailvecError("--finish is for all erasures: give it alone")
+    runtime = Runtime(config)
+    with _progress(runtime, "erase_users"):
+        report = finish(runtime) if arguments.finish else erase(runtime, *who)
+    _say(report)
+
+
+def _sql(config: Config, arguments: argparse.Namespace) -> None:
+    from jobs.sql import run_sql  # noqa: PLC0415
+
+    run_sql(Runtime(config), arguments.query, arguments.json)
+
+
+def _serve(config: Config, arguments: argparse.Namespace) -> None:
+    from jobs.serve_sql import run_serve  # noqa: PLC0415
+
+    run_serve(config, arguments.host, arguments.port)
+
+
+_BESIDE: dict[str, Callable[[Config, argparse.Namespace], None]] = {
+    "tables": _tables,
+    "maintain_tables": _maintain,
+    "tune": _tune,
+    "retire_model": _retire,
+    "erase_users": _erase,
+    "sql": _sql,
+    "serve_sql": _serve,
+}
 
 
 def run_stages(runtime: Runtime, stages: Sequence[Stage], force: bool = False) -> list[Report]:
