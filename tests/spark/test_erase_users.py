@@ -35,6 +35,7 @@ from jobs.tables import (
     SESSIONS,
     TABLES,
     USER_EMBEDDINGS,
+    USER_PROFILES,
     Table,
 )
 from jobs.tombstones import ERASE_KEY
@@ -133,6 +134,8 @@ def add_vectors(runtime: Runtime) -> None:
     users = [*ERASED, *OTHERS]
     vectors = [(u, m, at, 1, False, [1.0, float(n)]) for m in ("m1", "m2") for n, u in enumerate(users)]
     put(runtime, USER_EMBEDDINGS, spark.createDataFrame(vectors, USER_EMBEDDINGS.schema()))
+    profiles = [(u, "m1", at, [1.0, float(n)]) for n, u in enumerate(users)]
+    put(runtime, USER_PROFILES, spark.createDataFrame(profiles, USER_PROFILES.schema()))
     pairs = [
         *(("m1", "user_user", a, n, b, 0.5) for a in users for n, b in enumerate(users) if a != b),
         *(("m1", "user_item", a, 1, "i1", 0.5) for a in users),

@@ -137,7 +137,7 @@ def test_slices_coverage_and_the_space_are_what_plain_python_counts(undisturbed:
         value = 1 / math.log2(best.index(target) + 2) if target in best else 0.0
         names = [("all", "all"), ("history", "1-4" if row["length"] < 5 else "5-19")]
         names.append(("hours", "336+" if low == 336 else f"{low}-{lows[lows.index(low) + 1]}"))
-        names += [("vertical", items[target]["vertical"])] * (target in items)
+        names += [("vertical", items[target]["vertical"])] if target in items else []
         for name in names:
             expected.setdefault(name, []).append(value)
         if target in rankable:
