@@ -47,7 +47,8 @@ class Drift:
         stability: the population stability index of the verticals' shares.
         rates: by vertical, events after the cut for each event before it; without those that had none before.
         counts: by vertical, events in both windows together; the largest first.
-        new_items, new_items_before: share of a window's events whose item was first seen within it.
+        new_items, new_items_before: share of a window's events whose item was first seen within it. An item too rare
+            for the vocabulary is not known to be new.
         cosines: of each sampled user's vectors at the cut and at the log's end, [users].
         centroid: cosine of the two means of those vectors.
     """

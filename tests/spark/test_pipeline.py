@@ -153,7 +153,7 @@ def test_slices_coverage_and_the_space_are_what_plain_python_counts(undisturbed:
         {name: sum(values) / len(values) for name, values in expected.items()}
     )
     assert {name: r["counted"] for name, r in found.items()} == {name: len(v) for name, v in expected.items()}
-    assert len(found) > 5
+    assert {kind for kind, _ in found} == {"all", "history", "hours", "vertical"}
 
     whole = {(r["task"], r["method"], r["metric"]): r for r in evaluation if r["slice"] == "all"}
     assert whole["next", "popularity", "popularity_bias@10"]["value"] == pytest.approx(sum(bias) / len(bias))
@@ -174,10 +174,10 @@ def test_slices_coverage_and_the_space_are_what_plain_python_counts(undisturbed:
     # The last of the four days stands alone in the 28 days before the log's end, and none in the 28 before those.
     actions = [event for session in read_delta(tables / "sessions") for event in session["events"]]
     cut = max(event["event_ts"] for event in actions) - timedelta(days=28)
-    of_item = {i["item_id"]: i["first_ts"] for i in items.values()}
+    of_item = {i["item_id"]: i["first_ts"] for i in items.values()}  # without those too rare for the vocabulary
     late = [event for event in actions if event["event_ts"] > cut]
     new = whole["drift", "events", "new_items"]
-    assert new["value"] == pytest.approx(sum(of_item[event["item_id"]] > cut for event in late) / len(late))
+    assert new["value"] == pytest.approx(sum(of_item.get(event["item_id"], cut) > cut for event in late) / len(late))
     assert new["counted"] == len(late) < len(actions)
     assert ("drift", "events", "stability_index") not in whole
     assert 0 < whole["drift", "users", "cosine"]["value"] < 1
