@@ -171,15 +171,19 @@ def test_slices_coverage_and_the_space_are_what_plain_python_counts(undisturbed:
     assert whole["space", "items", "norm_popularity"]["counted"] == len(learnt)
     assert 0 < whole["space", "users_items", "alignment"]["value"] < 4
 
-    # The last of the four days stands alone in the 28 days before the log's end, and none in the 28 before those.
     actions = [event for session in read_delta(tables / "sessions") for event in session["events"]]
-    cut = max(event["event_ts"] for event in actions) - timedelta(days=28)
+    end, month = max(event["event_ts"] for event in actions), timedelta(days=28)
+    late, early = (
+        [event for event in actions if start - month < event["event_ts"] <= start] for start in (end, end - month)
+    )
     of_item = {i["item_id"]: i["first_ts"] for i in items.values()}  # without those too rare for the vocabulary
-    late = [event for event in actions if event["event_ts"] > cut]
+    first = [of_item.get(event["item_id"], end - month) for event in late]
     new = whole["drift", "events", "new_items"]
-    assert new["value"] == pytest.approx(sum(of_item.get(event["item_id"], cut) > cut for event in late) / len(late))
+    assert new["value"] == pytest.approx(sum(time > end - month for time in first) / len(late))
     assert new["counted"] == len(late) < len(actions)
-    assert ("drift", "events", "stability_index") not in whole
+    (rate,) = [r for r in evaluation if (r["task"], r["metric"]) == ("drift", "rate")]  # all is one vertical
+    assert rate["value"] == pytest.approx(len(late) / len(early))
+    assert whole["drift", "events", "stability_index"]["value"] == 0
     assert 0 < whole["drift", "users", "cosine"]["value"] < 1
 
 
