@@ -55,7 +55,10 @@ def describe_items(events: DataFrame, cuts: Cuts, settings: SequencesSettings) -
 def number_items(described: DataFrame, items: DataFrame, min_count: int) -> DataFrame:
     """ITEMS rows to merge: old items keep their number, new ones with `min_count` events get the next numbers."""
     old = items.select("item_id", "item_index")
-    known = described.join(old, "item_id")
+    # An item whose last event is gone (its users were erased) keeps its number and its row, and counts for nothing.
+    none = {name: F.lit(0) for name in ("event_count", "train_count", "target_count")}
+    gone = items.join(described, "item_id", "left_anti").withColumns(none)
+    known = described.join(old, "item_id").unionByName(gone.select(*described.columns, "item_index"))
     new = described.where(F.col("event_count") >= min_count).join(old, "item_id", "left_anti")
     numbered = new.crossJoin(old.agg(F.coalesce(F.max("item_index") + 1, F.lit(FIRST_INDEX)).alias("next"))).withColumn(
         "item_index", F.col("next") + F.row_number().over(Window.orderBy("first_ts", "item_id")) - 1

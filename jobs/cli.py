@@ -2,6 +2,7 @@
 
 trailvec run --conf conf/local.toml
 trailvec sessionize --conf conf/local.toml --set sessionize.gap_minutes=45
+trailvec evaluate --conf conf/local.toml --compare MODEL_A MODEL_B
 trailvec sql --conf conf/local.toml "SELECT count(*) FROM events"
 """
 
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from jobs.config import load_config
+from jobs.config import Config, load_config
 from jobs.errors import TrailvecError, explain
 from jobs.runtime import Report, Runtime, Stage, meanwhile
 from jobs.tables import TABLES
@@ -65,6 +66,13 @@ def _parser(stages: Sequence[Stage], aside: Sequence[Stage]) -> argparse.Argumen
     for stage in (*stages, *aside):
         command = commands.add_parser(stage.name, parents=[common], help=stage.help, description=stage.help)
         command.add_argument("--force", action="store_true", help="run it even when it is up to date")
+        if stage.name == "evaluate":
+            command.add_argument(
+                "--compare",
+                nargs=2,
+                metavar=("MODEL_A", "MODEL_B"),
+                help="only print how two models (folders under models/) differ, over the same users",
+            )
     tables = commands.add_parser(
         "tables", parents=[common], help="every table: place, rows, version, size, last writer"
     )
@@ -92,6 +100,25 @@ def _parser(stages: Sequence[Stage], aside: Sequence[Stage]) -> argparse.Argumen
         "retire_model", parents=[common], help="take an old model's vectors out of the tables; the current one stays"
     )
     retire.add_argument("version", help="the model's version, a folder under models/")
+    erase = commands.add_parser(
+        "erase_users",
+        parents=[common],
+        help="take people out of every table, for good, with a receipt",
+        description="Takes people out of every table that holds them and keeps them out; `erasures` has the receipt. "
+        "TRAILVEC_ERASE_KEY, always the same, is the key of the hashes that they are known by from then on.",
+    )
+    erase.add_argument(
+        "users", nargs="?", metavar="FILE", help="one user id per line, or Parquet with a column user_id"
+    )
+    erase.add_argument(
+        "--sql", metavar="QUERY", help="instead of a file: a query over the tables with a column user_id"
+    )
+    erase.add_argument("--requested-by", metavar="NAME", help="who asked for it; stands in the receipt")
+    erase.add_argument(
+        "--finish",
+        action="store_true",
+        help="after maintain_tables: close the receipts whose users no file on disk holds any more",
+    )
     sql = commands.add_parser("sql", parents=[common], help="answer one SQL query over the tables")
     sql.add_argument("query", help="the query; vector_cosine_similarity and its kin are there")
     sql.add_argument("--json", action="store_true", help="one JSON object per row")
@@ -117,34 +144,78 @@ def _run(arguments: argparse.Namespace, stages: Sequence[Stage], aside: Sequence
         if first > last:
             raise TrailvecError(f"--from {arguments.first} comes after --to {arguments.last}: swap them")
         run_stages(Runtime(config), stages[first : last + 1], arguments.force)
-    elif arguments.command == "tables":
-        from jobs.list_tables import print_tables  # noqa: PLC0415 - only this command needs it
+    elif arguments.command in _BESIDE:
+        _BESIDE[arguments.command](config, arguments)
+    elif arguments.command == "evaluate" and arguments.compare:
+        from jobs.compare_models import run_compare  # noqa: PLC0415 - as in the functions of _BESIDE
 
-        print_tables(Runtime(config), arguments.json)
-    elif arguments.command == "maintain_tables":
-        from jobs.maintain_tables import run_maintain  # noqa: PLC0415
-
-        run_maintain(Runtime(config), arguments.table, arguments.dry_run, arguments.json)
-    elif arguments.command == "tune":
-        from jobs.tune import run_tune  # noqa: PLC0415
-
-        runtime = Runtime(config)
-        with _progress(runtime, "tune"):
-            run_tune(runtime, arguments.trials)
-    elif arguments.command == "retire_model":
-        from jobs.retire_model import retire  # noqa: PLC0415
-
-        _out.print(_line(retire(Runtime(config), arguments.version)), soft_wrap=True)
-    elif arguments.command == "sql":
-        from jobs.sql import run_sql  # noqa: PLC0415
-
-        run_sql(Runtime(config), arguments.query, arguments.json)
-    elif arguments.command == "serve_sql":
-        from jobs.serve_sql import run_serve  # noqa: PLC0415
-
-        run_serve(config, arguments.host, arguments.port)
+        run_compare(Runtime(config), tuple(arguments.compare))
     else:
         run_stages(Runtime(config), [s for s in (*stages, *aside) if s.name == arguments.command], arguments.force)
+
+
+# ---- jobs beside the road: each imports what it alone needs ----
+
+
+def _tables(config: Config, arguments: argparse.Namespace) -> None:
+    from jobs.list_tables import print_tables  # noqa: PLC0415
+
+    print_tables(Runtime(config), arguments.json)
+
+
+def _maintain(config: Config, arguments: argparse.Namespace) -> None:
+    from jobs.maintain_tables import run_maintain  # noqa: PLC0415
+
+    run_maintain(Runtime(config), arguments.table, arguments.dry_run, arguments.json)
+
+
+def _tune(config: Config, arguments: argparse.Namespace) -> None:
+    from jobs.tune import run_tune  # noqa: PLC0415
+
+    runtime = Runtime(config)
+    with _progress(runtime, "tune"):
+        run_tune(runtime, arguments.trials)
+
+
+def _retire(config: Config, arguments: argparse.Namespace) -> None:
+    from jobs.retire_model import retire  # noqa: PLC0415
+
+    _say(retire(Runtime(config), arguments.version))
+
+
+def _erase(config: Config, arguments: argparse.Namespace) -> None:
+    from jobs.erase_users import erase, finish  # noqa: PLC0415
+
+    who = (arguments.users, arguments.sql, arguments.requested_by)
+    if arguments.finish and any(who):
+        raise TrailvecError("--finish is for all erasures: give it alone")
+    runtime = Runtime(config)
+    with _progress(runtime, "erase_users"):
+        report = finish(runtime) if arguments.finish else erase(runtime, *who)
+    _say(report)
+
+
+def _sql(config: Config, arguments: argparse.Namespace) -> None:
+    from jobs.sql import run_sql  # noqa: PLC0415
+
+    run_sql(Runtime(config), arguments.query, arguments.json)
+
+
+def _serve(config: Config, arguments: argparse.Namespace) -> None:
+    from jobs.serve_sql import run_serve  # noqa: PLC0415
+
+    run_serve(config, arguments.host, arguments.port)
+
+
+_BESIDE: dict[str, Callable[[Config, argparse.Namespace], None]] = {
+    "tables": _tables,
+    "maintain_tables": _maintain,
+    "tune": _tune,
+    "retire_model": _retire,
+    "erase_users": _erase,
+    "sql": _sql,
+    "serve_sql": _serve,
+}
 
 
 def run_stages(runtime: Runtime, stages: Sequence[Stage], force: bool = False) -> list[Report]:
@@ -154,10 +225,14 @@ def run_stages(runtime: Runtime, stages: Sequence[Stage], force: bool = False) -
         with _progress(runtime, stage.name):
             report = runtime.execute(stage, force)
         reports.append(report)
-        _out.print(_line(report), soft_wrap=True)
-        for note in report.notes:
-            _out.print(f"    {note}", style="dim", soft_wrap=True)
+        _say(report)
     return reports
+
+
+def _say(report: Report) -> None:
+    _out.print(_line(report), soft_wrap=True)
+    for note in report.notes:
+        _out.print(f"    {note}", style="dim", soft_wrap=True)
 
 
 def _line(report: Report) -> str:

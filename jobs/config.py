@@ -162,6 +162,19 @@ class ModelSettings(Section):
     version: str | None = Field(None, description="None: the one that training made current")
 
 
+class DriftSettings(Section):
+    """When the log or the vectors have moved so far that somebody should look; the days from the cut on against as many
+    before it."""
+
+    max_stability: float = Field(0.25, gt=0, description="population stability index of the verticals' shares")
+    max_rate_factor: float = Field(3, gt=1, description="a vertical's events: so many times as many, or as few")
+    min_events: int = Field(1_000, ge=1, description="a vertical with fewer in both times together raises no alarm")
+    max_new_items: float = Field(0.3, gt=0, le=1, description="share of the events with items first seen in that time")
+    min_user_cosine: float = Field(
+        0.5, ge=-1, le=1, description="mean cosine of a user's vectors at the cut and the end"
+    )
+
+
 class EvaluateSettings(Section):
     """vectors + sequences → evaluation."""
 
@@ -170,6 +183,8 @@ class EvaluateSettings(Section):
     max_users: int = Field(20_000, ge=1, description="users ranked; a larger log is sampled by hash of user_id")
     knn_max_users: int = Field(100_000, ge=1, description="users whose items the item-kNN floor is counted from")
     knn_decay: float = Field(0.7, gt=0, le=1, description="weight of a history item per step back")
+    resamples: int = Field(1_000, ge=1, description="of the bootstrap over users that intervals come from")
+    drift: DriftSettings = Field(default_factory=DriftSettings)
 
 
 class NeighboursSettings(Section):
@@ -230,6 +245,14 @@ class ExportSettings(Section):
     )
 
 
+class ProfileSettings(Section):
+    """sessions + model → user_profiles."""
+
+    fit_users: int = Field(20_000, ge=2, description="users that the basis is fitted on, a sample by hash of user_id")
+    max_terms: int = Field(50_000, ge=1, description="items that the basis knows, those that most users have")
+    width: int = Field(64, ge=1, description="singular directions of the items, and of the categories")
+
+
 class ProbeSettings(Section):
     """vectors + labels → probes."""
 
@@ -275,6 +298,7 @@ class Config(Section):
     align: AlignSettings = AlignSettings()
     score: ScoreSettings = ScoreSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    profile: ProfileSettings = ProfileSettings()
     probe: ProbeSettings = ProbeSettings()
     neighbours: NeighboursSettings = NeighboursSettings()
     export: ExportSettings = ExportSettings()

@@ -5,13 +5,23 @@ no information. Three tasks: `next` (any item), `new` (items not acted on in the
 taken out of the ranking), `repeat` (the others). Every method ranks the whole catalogue of the training window: all its
 items that were acted on by a type of event that is to be predicted. An item outside of it counts as a miss.
 The floors know what the model knows: counts of the training window, and each user's own history up to the cut.
+
+Each figure is also given for slices of the users (jobs/ranking.py), with an interval from a bootstrap over users. A
+fourth task, `space`, holds what can be said of the vectors without any task (jobs/space.py), of samples by hash. They
+do not ask the table neighbours, which is made later: the same input gives the same rows, in whatever order stages run.
+A fifth, `drift`, says how far events and vectors moved since the cut (jobs/drift.py), and which limits that exceeds.
+
+trailvec evaluate --conf conf/local.toml
+trailvec evaluate --conf conf/local.toml --compare MODEL_A MODEL_B
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,22 +30,29 @@ import scipy.sparse as sp
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from jobs import space
 from jobs.build_sequences import UNKNOWN, in_vocabulary, number_actions
 from jobs.cli import stage_main
+from jobs.drift import Alarm, Drift, alarms, drift_of, event_counts
 from jobs.models import encode_sequences
+from jobs.ranking import Cell, Following, Known, bootstrap, coverage, flatten, measures, sliced, top_items
 from jobs.runtime import Runtime, Stage
-from jobs.splits import before_cut, cut_times
+from jobs.splits import Cuts, before_cut, cut_of, cut_times
 from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS
+from jobs.train import item_verticals
 from training.floors import ItemKnn, own_frequency, popularity
-from training.metrics import rank_metrics
 
 TASKS = ("next", "new", "repeat")
 METHODS = ("model", "popularity", "own_frequency", "item_knn")
+SPACE_SAMPLE, SPACE_NEIGHBOURS = 10_000, 10  # vectors that the space is judged by, at most
+DRIFT_SAMPLE = 2_000  # users whose vectors are made a second time, at most
 _BLOCK_USERS = 256
 _DEEPEST = 20
+_LEADING = "ndcg@10"  # the metric that the model's lead over each floor is told in
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
+Scorer = Callable[[slice], Floats]  # scores of all items, [users of the block, items]; they may be written over
 
 
 @dataclass(frozen=True)
@@ -47,104 +64,246 @@ class Catalogue:
     rankable: npt.NDArray[np.bool_]
 
 
-def relevant_items(row: Any, task: str) -> list[int]:
-    """What the user of a sequences row did next, by task; the items at the first moment at which there are any."""
+class Result(NamedTuple):
+    """A row of EVALUATION, within a model and a split. low, high: None where a figure is no mean over users."""
+
+    task: str
+    cell: Cell
+    value: float
+    low: float | None
+    high: float | None
+    counted: int
+
+
+# ---- rankings ----------------------------------------------------------------------------------------------------
+
+
+def relevant_items(row: Any, task: str) -> tuple[list[int], float]:
+    """What the user of a row did next, by task (the items at the first moment at which there are any), and how many
+    hours after the cut; NaN where there is nothing."""
     seen = set(row.seen_item_index) - {UNKNOWN}
-    pairs = list(zip(row.target_ts, row.target_item_index, strict=True))
+    pairs = list(zip(row.target_hours, row.target_item_index, strict=True))
     if task != "next":
-        pairs = [(ts, item) for ts, item in pairs if (item in seen) == (task == "repeat")]
-    return [item for ts, item in pairs if ts == pairs[0][0]]
+        pairs = [(hours, item) for hours, item in pairs if (item in seen) == (task == "repeat")]
+    return [item for hours, item in pairs if hours == pairs[0][0]], pairs[0][0] if pairs else math.nan
 
 
-def top_items(scores: Floats, k: int) -> Integers:
-    """The k best columns of each row, best first, ties by column; -1 where a row has fewer finite scores."""
-    k = min(k, scores.shape[1])
-    best = np.sort(np.argpartition(-scores, k - 1, axis=1)[:, :k], axis=1)
-    values = np.take_along_axis(scores, best, axis=1)
-    order = np.argsort(-values, axis=1, kind="stable")
-    ranked = np.take_along_axis(best, order, axis=1)
-    return np.where(np.isfinite(np.take_along_axis(values, order, axis=1)), ranked, -1)
+def following(rows: pd.DataFrame, task: str) -> Following:
+    """What the users of the rows did next."""
+    each = [relevant_items(row, task) for row in rows.itertuples()]
+    items, offsets = flatten([np.asarray(found, np.int64) for found, _ in each])
+    return Following(items, offsets, np.array([hours for _, hours in each], np.float64))
 
 
-def rank_blocks(
-    rows: pd.DataFrame, own_counts: sp.csr_matrix, knn: ItemKnn, catalogue: Catalogue
-) -> Iterator[tuple[str, str, dict[str, npt.NDArray[np.float64]]]]:
-    """(task, method, metric → value per user) for blocks of users.
-
-    Args:
-        rows: valid or test rows of SEQUENCES with a `vector` column.
-        own_counts: the users' own target actions before the cut, [len(rows), items].
-    """
-    relevant = {task: [relevant_items(row, task) for row in rows.itertuples()] for task in TASKS}
-    history = [items[catalogue.rankable[items]] for items in (np.asarray(h) for h in rows["item_index"])]
+def rank_users(
+    rows: pd.DataFrame, scorers: dict[str, Scorer], rankable: npt.NDArray[np.bool_]
+) -> dict[tuple[str, bool], Integers]:
+    """By method the best items of each row, int64 [rows, at most 20]: (method, False) of all that may be ranked,
+    (method, True) without what the user has seen."""
+    found: dict[tuple[str, bool], list[Integers]] = {}
     for start in range(0, len(rows), _BLOCK_USERS):
         block = slice(start, start + _BLOCK_USERS)
-        users = rows.iloc[block]
-        scores = {
-            "model": np.stack(list(users["vector"])) @ catalogue.vectors.T,
-            "popularity": popularity(catalogue.target_counts, len(users)),
-            "own_frequency": own_frequency(own_counts[block], catalogue.target_counts),
-            "item_knn": knn.scores(*flatten(history[block])),
+        seen = [np.asarray(items, np.int64) for items in rows["seen_item_index"].iloc[block]]
+        items, offsets = flatten(seen)
+        users = np.repeat(np.arange(len(seen)), np.diff(offsets))
+        there = items < len(rankable)
+        for method, scorer in scorers.items():
+            scores = scorer(block)
+            scores[:, ~rankable] = -np.inf
+            found.setdefault((method, False), []).append(top_items(scores, _DEEPEST))
+            scores[users[there], items[there]] = -np.inf
+            found.setdefault((method, True), []).append(top_items(scores, _DEEPEST))
+    return {key: np.concatenate(blocks) for key, blocks in found.items()}
+
+
+def model_scorer(rows: pd.DataFrame, catalogue: Catalogue) -> Scorer:
+    """The model's own score: the dot product of a row's `vector` and an item's."""
+    vectors = np.stack(list(rows["vector"]))
+    return lambda block: np.asarray(vectors[block] @ catalogue.vectors.T)
+
+
+def _scorers(rows: pd.DataFrame, own_counts: sp.csr_matrix, knn: ItemKnn, catalogue: Catalogue) -> dict[str, Scorer]:
+    counts, rankable = catalogue.target_counts, catalogue.rankable
+    histories = (np.asarray(items) for items in rows["item_index"])
+    history = [items[(items < len(rankable)) & rankable[np.minimum(items, len(rankable) - 1)]] for items in histories]
+    return {
+        "model": model_scorer(rows, catalogue),
+        "popularity": lambda block: popularity(counts, len(history[block])),
+        "own_frequency": lambda block: own_frequency(own_counts[block], counts),
+        "item_knn": lambda block: knn.scores(*flatten(history[block])),
+    }
+
+
+def ranking_results(
+    rows: pd.DataFrame, ranked: dict[tuple[str, bool], Integers], known: Known, resamples: int
+) -> Iterator[Result]:
+    """What the rankings of `rank_users` are worth, whole and in slices, with intervals."""
+    for task in TASKS:
+        done = following(rows, task)
+        there = np.diff(done.offsets) > 0
+        if not there.any():
+            continue
+        values: dict[Cell, npt.NDArray[np.float64]] = {}
+        for method in dict.fromkeys(method for method, _ in ranked):
+            best = ranked[method, task == "new"]
+            of_users = measures(best, done, known.counts)
+            values |= {Cell(method, metric): each[there] for metric, each in of_users.items()}
+            for metric, kind, value, each in sliced(best, done, known, of_users):
+                values[Cell(method, metric, kind, value)] = each[there]
+            share = coverage(best[there][:, :10], int((known.counts > 0).sum()))
+            yield Result(task, Cell(method, "coverage@10"), share, None, None, int(there.sum()))
+        for method in METHODS[1:]:
+            if (floor := values.get(Cell(method, _LEADING))) is not None:
+                # Over the same users: surer than two intervals beside each other.
+                values[Cell(method, f"model_lead_{_LEADING}")] = values[Cell("model", _LEADING)] - floor
+        values = {cell: each for cell, each in values.items() if not np.isnan(each).all()}
+        low, high = bootstrap(np.column_stack(list(values.values())), resamples)
+        for number, (cell, each) in enumerate(values.items()):
+            counted = int((~np.isnan(each)).sum())
+            yield Result(task, cell, float(np.nanmean(each)), float(low[number]), float(high[number]), counted)
+
+
+# ---- the space ---------------------------------------------------------------------------------------------------
+
+
+def space_results(users: Floats, items: Floats, counts: Integers, classes: Integers) -> Iterator[Result]:
+    """What can be said of the vectors of a sample of users and of items, float32 [n, width] each.
+
+    Args:
+        counts, classes: of the items, how often they were acted on and the number of their category (-1: none), [n].
+    """
+    for name, vectors in (("items", items), ("users", users)):
+        there = np.linalg.norm(vectors.astype(np.float64), axis=1) > 0
+        vectors = vectors[there]  # noqa: PLW2901 - a zero vector has no direction
+        if len(vectors) < 2:
+            continue
+        spreads = space.spread(vectors)
+        near = space.neighbours(vectors, SPACE_NEIGHBOURS)
+        figures = {
+            "uniformity": space.uniformity(vectors),
+            "dead_dimensions": space.dead_dimensions(spreads),
+            "effective_dimensions": space.effective_dimensions(spreads),
+            f"hubness@{SPACE_NEIGHBOURS}": space.hubness(near),
         }
-        seen_items, seen_offsets = flatten([np.asarray(items) for items in users["seen_item_index"]])
-        seen_users = np.repeat(np.arange(len(users)), np.diff(seen_offsets))
-        for method, found in scores.items():
-            found[:, ~catalogue.rankable] = -np.inf
-            unmasked = top_items(found, _DEEPEST)
-            found[seen_users, seen_items] = -np.inf
-            ranked = {"next": unmasked, "repeat": unmasked, "new": top_items(found, _DEEPEST)}
-            for task in TASKS:
-                items, offsets = flatten([np.asarray(r, np.int64) for r in relevant[task][block]])
-                at = {k: rank_metrics(ranked[task][:, :k], items, offsets) for k in (10, 20)}
-                yield (
-                    task,
-                    method,
-                    {
-                        "recall@10": at[10]["recall"],
-                        "ndcg@10": at[10]["ndcg"],
-                        "recall@20": at[20]["recall"],
-                        "ndcg@20": at[20]["ndcg"],
-                        "mrr@20": at[20]["mrr"],
-                    },
-                )
+        if name == "items":
+            same, chance = space.share_same(near, classes[there])
+            figures |= {
+                "norm_popularity": space.norm_popularity(vectors, counts[there]),
+                f"same_category@{SPACE_NEIGHBOURS}": same,
+                "same_category_by_chance": chance,
+            }
+        for metric, value in figures.items():
+            if not math.isnan(value):
+                yield Result("space", Cell(name, metric), float(value), None, None, len(vectors))
 
 
-def flatten(lists: list[npt.NDArray[Any]]) -> tuple[Integers, Integers]:
-    """The lists laid end to end, and the offset at which each begins (and the last ends)."""
-    offsets = np.concatenate([[0], np.cumsum([len(items) for items in lists])]).astype(np.int64)
-    return np.concatenate([*lists, np.empty(0, np.int64)]).astype(np.int64), offsets
+def space_alignment(rows: pd.DataFrame, catalogue: Catalogue) -> Iterator[Result]:
+    """How near users lie to what they did next."""
+    done = following(rows, "next")
+    owners = np.repeat(np.arange(len(rows)), np.diff(done.offsets))
+    there = done.items < len(catalogue.rankable)
+    there[there] = catalogue.rankable[done.items[there]]
+    users = np.stack(list(rows["vector"]))[owners[there]]
+    value = space.alignment(users, catalogue.vectors[done.items[there]])
+    if not math.isnan(value):
+        yield Result("space", Cell("users_items", "alignment"), value, None, None, int(there.sum()))
+
+
+# ---- drift -------------------------------------------------------------------------------------------------------
+
+
+def drift_results(drift: Drift, raised: list[Alarm], resamples: int) -> Iterator[Result]:
+    """Rows of `drift`; an alarm's metric is the limit that it is beyond."""
+
+    def figure(method: str, metric: str, value: float, counted: int, vertical: str | None = None) -> Iterator[Result]:
+        if not math.isnan(value):
+            of = ("all", "all") if vertical is None else ("vertical", vertical)
+            yield Result("drift", Cell(method, metric, *of), value, None, None, counted)
+
+    yield from figure("events", "stability_index", drift.stability, drift.events)
+    yield from figure("events", "new_items", drift.new_items, drift.events)
+    for vertical, rate in drift.rates.items():
+        yield from figure("events", "rate", rate, drift.counts[vertical], vertical)
+    users = len(drift.cosines)
+    yield from figure("users", "centroid_cosine", drift.centroid, users)
+    if users:
+        low, high = bootstrap(drift.cosines[:, None], resamples)
+        yield Result("drift", Cell("users", "cosine"), drift.cosine, float(low[0]), float(high[0]), users)
+    for alarm in raised:
+        yield from figure("alarm", alarm.limit, alarm.value, drift.events, alarm.vertical)
+
+
+def measure_drift(runtime: Runtime, rows: pd.DataFrame, cuts: Cuts, model_dir: Path) -> Drift:
+    """The evaluated users' vectors beside those that the log's end gives them; the log's events on both sides.
+
+    Args:
+        rows: what `evaluated_rows` gives.
+    """
+    counts = event_counts(
+        runtime.read(SESSIONS), runtime.read(ITEMS), cut_of(runtime.config.evaluate.split, cuts), cuts.end
+    ).toPandas()
+    sample = rows.iloc[np.argsort(_hashes(rows), kind="stable")[:DRIFT_SAMPLE]][["user_id", "vector"]]
+    asked = runtime.spark.createDataFrame(sample[["user_id"]], "user_id string")
+    newest = runtime.read(SEQUENCES).where("split = 'score'").join(F.broadcast(asked), "user_id", "left_semi")
+    batch_size = runtime.config.score.batch_size
+    encoded = encode_sequences(newest, ["user_id"], model_dir=model_dir, batch_size=batch_size).toPandas()
+    both = sample.merge(encoded[["user_id", "vector"]], on="user_id", suffixes=("_cut", "_end"))
+    return drift_of(counts, _matrix(both["vector_cut"]), _matrix(both["vector_end"]))
+
+
+# ---- the stage ---------------------------------------------------------------------------------------------------
 
 
 def run(runtime: Runtime) -> None:
     settings = runtime.config.evaluate
     model_dir = runtime.model_dir()
-    sequences = runtime.read(SEQUENCES).where(F.col("split") == settings.split)
-    sample = _sample(sequences, settings.max_users)
-    encoded = encode_sequences(
-        sample, sample.columns, model_dir=model_dir, batch_size=runtime.config.score.batch_size
-    ).drop("history_length", "is_cold")
-    rows = encoded.orderBy("user_id").toPandas()
-    catalogue = _catalogue(runtime, model_dir.name)
-    own_counts, interactions = _interactions(runtime, rows["user_id"], len(catalogue.target_counts))
-    knn = ItemKnn(interactions, settings.knn_decay)
-
-    values: dict[tuple[str, str, str], list[npt.NDArray[np.float64]]] = {}
-    for task, method, metrics in rank_blocks(rows, own_counts, knn, catalogue):
-        for metric, per_user in metrics.items():
-            values.setdefault((task, method, metric), []).append(per_user)
-    results = []
-    for (task, method, metric), blocks in values.items():
-        per_user = np.concatenate(blocks)
-        counted = per_user[~np.isnan(per_user)]  # a user without a relevant item has no value
-        if len(counted):
-            row = (model_dir.name, settings.split, task, method, metric, float(counted.mean()), len(counted))
-            results.append(row)
-    runtime.write(EVALUATION, runtime.spark.createDataFrame(results, EVALUATION.schema()).coalesce(1))
+    version = model_dir.name
+    # An item that the model never saw is none that it can be asked to rank: the floors do not know it either.
+    vectors = runtime.read(ITEM_EMBEDDINGS).where((F.col("model_version") == version) & ~F.col("is_cold"))
+    rows = evaluated_rows(runtime, model_dir)
+    catalogue = read_catalogue(runtime, vectors)
+    cuts = cut_times(runtime.read(SESSIONS).select(F.col("end_ts").alias("event_ts")), runtime.config.sequences)
+    results: list[Result] = []
+    if len(rows):
+        size = len(catalogue.target_counts)
+        own_counts, interactions = _interactions(runtime, rows["user_id"], size, cuts)
+        scorers = _scorers(rows, own_counts, ItemKnn(interactions, settings.knn_decay), catalogue)
+        ranked = rank_users(rows, scorers, catalogue.rankable)
+        verticals = item_verticals(runtime.read(ITEMS).where(F.col("item_index") < size), size)
+        known = Known(catalogue.target_counts, *verticals, rows["length"].to_numpy())
+        results += ranking_results(rows, ranked, known, settings.resamples)
+        results += space_alignment(rows, catalogue)
+    else:
+        runtime.report.notes.append(f"table sequences has no row of split {settings.split}: nothing is ranked")
+    drift = measure_drift(runtime, rows, cuts, model_dir)
+    raised = alarms(drift, settings.drift)
+    results += drift_results(drift, raised, settings.resamples)
+    results += space_results(*_space_sample(runtime, rows, vectors))
+    table = [(version, settings.split, r.task, *r.cell, r.value, r.low, r.high, r.counted) for r in results]
+    runtime.write(EVALUATION, runtime.spark.createDataFrame(table, EVALUATION.schema()).coalesce(1))
     for task in TASKS:
-        found = {r[3]: r[5] for r in results if r[2] == task and r[4] == "ndcg@10"}
+        of = {r.cell.method: r for r in results if r.task == task and r.cell[1:] == ("ndcg@10", "all", "all")}
         runtime.report.notes.append(
-            f"ndcg@10, {task}: " + ", ".join(f"{m} {found[m]:.4f}" for m in METHODS if m in found)
+            f"ndcg@10, {task}: " + ", ".join(f"{m} {r.value:.4f} ({r.low:.4f} to {r.high:.4f})" for m, r in of.items())
         )
+    runtime.report.notes += [f"alarm: {alarm.said}" for alarm in raised]
+
+
+def evaluated_rows(runtime: Runtime, model_dir: Path) -> pd.DataFrame:
+    """The rows that a model is judged by, in the order of users: user_id, length, item_index, seen_item_index,
+    target_item_index, target_hours (from the cut on), vector. Reads the stage's SEQUENCES.
+
+    Raises:
+        TrailvecError: the model in that folder is damaged.
+    """
+    settings = runtime.config.evaluate
+    hours = "transform(target_ts, t -> (unix_micros(t) - unix_micros(as_of)) / 3.6e9D)"
+    rows = runtime.read(SEQUENCES).where(F.col("split") == settings.split).withColumn("target_hours", F.expr(hours))
+    keep = ["user_id", "length", "item_index", "seen_item_index", "target_item_index", "target_hours"]
+    encoded = encode_sequences(
+        _sample(rows, settings.max_users), keep, model_dir=model_dir, batch_size=runtime.config.score.batch_size
+    ).drop("history_length", "is_cold")
+    return encoded.orderBy("user_id").toPandas()
 
 
 def _sample(rows: DataFrame, max_users: int) -> DataFrame:
@@ -156,13 +315,10 @@ def _sample(rows: DataFrame, max_users: int) -> DataFrame:
     return rows.where(F.pmod(F.xxhash64("user_id"), F.lit(buckets)) < round(max_users / total * buckets))
 
 
-def _catalogue(runtime: Runtime, model_version: str) -> Catalogue:
-    # An item that the model never saw is none that it can be asked to rank: the floors do not know it either.
-    vectors = runtime.read(ITEM_EMBEDDINGS).where((F.col("model_version") == model_version) & ~F.col("is_cold"))
-    counted = vectors.join(runtime.read(ITEMS), ["item_id", "item_index"]).select(
-        "item_index", "vector", "target_count"
-    )
-    items = counted.toPandas()
+def read_catalogue(runtime: Runtime, vectors: DataFrame) -> Catalogue:
+    """The catalogue of a model's `vectors` (item_id, item_index, vector). Reads the stage's ITEMS."""
+    counted = vectors.join(runtime.read(ITEMS), ["item_id", "item_index"])
+    items = counted.select("item_index", "vector", "target_count").toPandas()
     index = items["item_index"].to_numpy()
     size, width = int(index.max()) + 1, len(items["vector"].iloc[0])
     matrix, counts = np.zeros((size, width), np.float32), np.zeros(size, np.int64)
@@ -171,11 +327,37 @@ def _catalogue(runtime: Runtime, model_version: str) -> Catalogue:
     return Catalogue(matrix, counts, counts > 0)
 
 
-def _interactions(runtime: Runtime, users: pd.Series[str], items: int) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+def _space_sample(
+    runtime: Runtime, rows: pd.DataFrame, vectors: DataFrame
+) -> tuple[Floats, Floats, Integers, Integers]:
+    """What `space_results` takes: of about SPACE_SAMPLE users and items each, drawn by a hash of the id."""
+    users = rows["vector"].iloc[np.argsort(_hashes(rows), kind="stable")[:SPACE_SAMPLE]]
+    # A category is one of its vertical.
+    items = vectors.join(runtime.read(ITEMS).where("target_count > 0"), ["item_id", "item_index"]).select(
+        "item_id",
+        "vector",
+        "target_count",
+        F.when(F.col("category").isNotNull(), F.concat("vertical", F.lit("/"), "category")).alias("category"),
+    )
+    sample = items.orderBy(F.xxhash64("item_id"), "item_id").limit(SPACE_SAMPLE).toPandas()
+    counts, classes = sample["target_count"].to_numpy(np.int64), pd.factorize(sample["category"])[0]
+    return _matrix(users), _matrix(sample["vector"]), counts, classes
+
+
+def _hashes(rows: pd.DataFrame) -> npt.NDArray[np.uint64]:
+    return np.asarray(pd.util.hash_pandas_object(rows["user_id"], index=False), np.uint64)
+
+
+def _matrix(vectors: pd.Series[Any]) -> Floats:
+    return np.stack(list(vectors)).astype(np.float32) if len(vectors) else np.empty((0, 1), np.float32)
+
+
+def _interactions(
+    runtime: Runtime, users: pd.Series[str], items: int, cuts: Cuts
+) -> tuple[sp.csr_matrix, sp.csr_matrix]:
     """(the users' own counts before the split's cut [users, items], a sample's counts in training [sample, items])."""
     settings, split = runtime.config.sequences, runtime.config.evaluate.split
     sessions = runtime.read(SESSIONS)
-    cuts = cut_times(sessions.select(F.col("end_ts").alias("event_ts")), settings)
     vocabulary = in_vocabulary(runtime.read(ITEMS), runtime.config.vocabulary.min_count)
     actions = number_actions(sessions, vocabulary, runtime.read(CONTEXT_VALUES))
     split_of = {name: before_cut(name, cuts, settings) for name in ("train", split)}

@@ -50,7 +50,6 @@ from jobs.segment_files import (
     delivered,
     export_key,
     file_digest,
-    hashed,
     held_back,
     place_of,
     write_parts,
@@ -68,6 +67,7 @@ from jobs.segment_rules import (
 from jobs.segments import Affinity, Segment, SegmentFile, read_segments
 from jobs.sql import query
 from jobs.tables import CURRENT_MODEL, EXPORTS, ITEM_EMBEDDINGS, ITEMS, SESSIONS, TABLES, USER_EMBEDDINGS
+from spark_udfs.keyed import hashed
 from spark_udfs.likeness import Anchors, Scorer, anchors_of, candidates
 
 _SAMPLE = 20_000  # users, about, whose scores set the floors, and who stand for the others in a classifier

@@ -16,6 +16,8 @@ The same event again, equal in every column, is dropped without a word, however 
 other content keeps the row with the smallest (event_ts, hash of content), whichever came first. So records may come in
 any order, in any batches and any number of times.
 
+What comes of a user whom erase_users took out is dropped, events and refused records alike, and only counted.
+
 An id with an ordinal numbers the identical records *of one file*: a line that stands twice in a file is two events,
 while a file that comes twice, even under another name, is the same events again. The price: a file cut in two
 between two identical lines can't be told from a file and its copy, and makes one event of them.
@@ -50,6 +52,7 @@ from jobs.pruning import within_days
 from jobs.runtime import Runtime, Stage
 from jobs.sources import Given, IdValue, Input, Kafka, Lookup, Source, TimeValue, Value, load_source
 from jobs.tables import EVENTS, REJECTED_EVENTS
+from jobs.tombstones import Test, erased_tests
 
 # Columns of a raw frame beside the record's own.
 FILE = "trailvec_file"  # the file's URI, or the topic's name, partition and offset
@@ -59,7 +62,10 @@ REST = "trailvec_rest"  # what nothing in the mapping names, as a map
 _ORDINAL = "trailvec_ordinal"
 
 REPEAT = "exact_repeat"  # not a refusal: the event is there already
+BROKEN_ROW = "broken_row"
+ERASED = "erased_user"  # nor is this: whom erase_users took out stays out, and leaves no trace here either
 
+_NO_REFUSAL = (REPEAT, ERASED)
 _REQUIRED = ("user_id", "item_id", "event_type", "vertical", "event_ts", "event_id")
 _IDS = ("event_id", "user_id", "item_id", "basket_id")
 _LONGEST_ID = 512
@@ -329,7 +335,7 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
             _time(event_ts, event_ts_type, columns.event_ts).alias("event_ts"),
             _text(event_ts).isNotNull().alias("has_event_ts"),
             F.col(REST).alias("attributes"),
-            F.coalesce(F.when(F.col(BROKEN), F.lit("broken_row")), *own_rules).alias("own_reason"),
+            F.coalesce(F.when(F.col(BROKEN), F.lit(BROKEN_ROW)), *own_rules).alias("own_reason"),
             F.coalesce(F.lit(None).cast("string"), *bad_types).alias("bad_type"),
             F.struct(*fields).alias("record"),
             F.col(LINE).alias("line"),
@@ -342,8 +348,10 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
     events = given.withColumn("reason", _reason(settings, now, zones)).withColumns(
         {"amount": _number("amount"), "quantity": _number("quantity"), "source": F.lit(source)}
     )
+    # What a broken row shows as its user may be a part of anything.
+    user_id = F.when(F.col("reason").isNull() | (F.col("reason") != BROKEN_ROW), F.col("user_id")).alias("user_id")
     return events.select(
-        *[c.name for c in EVENTS.columns],
+        *[user_id if c.name == "user_id" else c.name for c in EVENTS.columns],
         "reason",
         # Made into text here and not above, where it would be made for every record.
         F.when(F.col("reason").isNotNull(), F.coalesce("line", F.to_json("record"))).alias("raw"),
@@ -461,6 +469,20 @@ def _reason(settings: IngestSettings, now: datetime, zones: list[str]) -> Column
     return F.coalesce(F.col("own_reason"), *named(unread), F.col("bad_type"), *named(wrong))
 
 
+def without_erased(records: DataFrame, tests: tuple[Test, Test] | None) -> DataFrame:
+    """`records` (as `to_events` gives them) with reason ERASED and no raw record where the user is erased: by their
+    user_id, and where it can't be read, by what stands in the raw record."""
+    if tests is None:
+        return records
+    is_erased, holds_erased = tests
+    unread = F.when(F.col("user_id").isNull(), F.col("raw"))  # NULL is tested for free
+    erased = records.withColumn("erased", is_erased(F.col("user_id")) | holds_erased(unread))
+    keep = ~F.col("erased")
+    return erased.withColumns(
+        {"reason": F.when(keep, F.col("reason")).otherwise(ERASED), "raw": F.when(keep, F.col("raw"))}
+    ).drop("erased")
+
+
 # ---- one event, one row -------------------------------------------------------------------------------
 
 
@@ -477,7 +499,7 @@ def mark_duplicates(records: DataFrame, duplicates: str) -> DataFrame:
     ]
     content = F.xxhash64(*[part for column in comparable for part in (column, column.isNull())])
     # Refused records go the same way only to be spread evenly.
-    key = [is_event, F.when(is_event, F.col("event_id")).otherwise(F.sha2("raw", 256))]
+    key = [is_event, F.when(is_event, F.col("event_id")).otherwise(F.sha2(F.coalesce("raw", "event_id"), 256))]
     same_id = Window.partitionBy(*key, *([F.to_date("event_ts")] if duplicates == "same_day" else []))
     in_order = same_id.orderBy("event_ts", "content")
     ranked = records.withColumn("content", content).withColumns(
@@ -525,7 +547,8 @@ def commit_batch(
     settings = runtime.config.ingest
     same_day = settings.duplicates == "same_day"
     # Read once; looked into for its ids, judged, counted and written.
-    given = reduce(DataFrame.unionByName, frames).withColumn("stored", F.lit(False)).persist(StorageLevel.DISK_ONLY)
+    given = without_erased(reduce(DataFrame.unionByName, frames), erased_tests(runtime))
+    given = given.withColumn("stored", F.lit(False)).persist(StorageLevel.DISK_ONLY)
     events = given.where(F.col("reason").isNull())
     bounds = events.agg(F.min("event_id"), F.max("event_id"), F.count("*")).collect()[0]
     days = [row[0] for row in events.select(F.to_date("event_ts")).distinct().collect()] if same_day else None
@@ -552,8 +575,8 @@ def commit_batch(
         runtime.report.rows_in["records"] += counts.total()
         read += counts
         _check_share(records.where(~F.col("stored")), counts, read, settings.max_rejected_share)
-        refused = records.where(F.col("reason").isNotNull() & (F.col("reason") != REPEAT))
-        if counts.total() > counts[None] + counts[REPEAT] or replaced:
+        refused = records.where(F.col("reason").isNotNull() & ~F.col("reason").isin(*_NO_REFUSAL))
+        if counts.total() > counts[None] + sum(counts[reason] for reason in _NO_REFUSAL) or replaced:
             runtime.append(REJECTED_EVENTS, refused, batch=(writer, number), done=False)
         if counts[None]:
             new = records.where(F.col("reason").isNull() & ~F.col("stored"))
@@ -563,6 +586,8 @@ def commit_batch(
             runtime.merge(EVENTS, new, where=where, insert_only=replaced == 0, done=False)
         if repeats := counts[REPEAT]:
             runtime.report.notes.append(f"{repeats:,} exact repeats of an event dropped")
+        if erased := counts[ERASED]:
+            runtime.report.notes.append(f"{erased:,} records of erased users dropped")
     finally:
         records.unpersist()
         given.unpersist()
@@ -575,7 +600,7 @@ def _check_share(records: DataFrame, counts: Counter[str | None], read: Counter[
     """
 
     def refused(of: Counter[str | None]) -> list[tuple[str, int]]:
-        return [(reason, count) for reason, count in of.items() if reason is not None and reason != REPEAT]
+        return [(reason, count) for reason, count in of.items() if reason not in (None, *_NO_REFUSAL)]
 
     total = sum(count for _, count in refused(read))
     if total <= allowed * read.total():

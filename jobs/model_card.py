@@ -1,5 +1,4 @@
-"""The card of a model, card.md beside model.json, and the plot of its training, training.svg. The only module that
-imports matplotlib.
+"""The card of a model, card.md beside model.json, and the plot of its training, training.svg.
 
 Both say again, for people, what model.json says (Mitchell et al., Model Cards for Model Reporting, 2019).
 """
@@ -8,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+from jobs import pictures
 
 
 def write_card(path: Path, about: dict[str, Any]) -> None:
@@ -78,21 +79,4 @@ def _table(heading: str, rows: dict[str, dict[str, Any]]) -> list[str]:
 
 def plot(path: Path, about: dict[str, Any]) -> None:
     """The loss over the rows read, and what validation found after each epoch, as SVG."""
-    from matplotlib import rc_context  # noqa: PLC0415
-    from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: PLC0415 - a second, and only training needs it
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    training = about["training"]
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    loss, ranking = figure.subplots(1, 2)
-    rows, losses = zip(*training["curve"], strict=True)
-    loss.plot(rows, losses, color="#1b6ca8")
-    loss.set(title="training loss", xlabel="rows read")
-    epochs = [epoch for epoch in training["epochs"] if "ndcg@10" in epoch]
-    for metric, colour in (("ndcg@10", "#1b6ca8"), ("recall@10", "#d1495b")):
-        ranking.plot([e["epoch"] for e in epochs], [e[metric] for e in epochs], "o-", color=colour, label=metric)
-    ranking.axvline(training["best_epoch"], color="#bbb", linestyle=":")
-    ranking.set(title="next item, held-out users", xlabel="epoch", xticks=[e["epoch"] for e in epochs])
-    ranking.legend()
-    with rc_context({"svg.hashsalt": about["model_version"]}):  # the same bytes each time
-        FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})  # type: ignore[no-untyped-call]
+    path.write_text(pictures.training(about), encoding="utf-8")

@@ -13,9 +13,11 @@ from jobs import (
     flag_users,
     ingest,
     probe,
+    profile_users,
     score_users,
     sessionize,
     train,
+    write_report,
 )
 
 STAGES = (
@@ -29,9 +31,10 @@ STAGES = (
     embed_items.STAGE,
     score_users.STAGE,
     evaluate.STAGE,
+    write_report.STAGE,
     find_neighbours.STAGE,
     export_segments.STAGE,
 )
 
 # Stages that run only when they are asked for by name.
-ASIDE = (probe.STAGE,)
+ASIDE = (profile_users.STAGE, probe.STAGE)

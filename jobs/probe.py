@@ -7,7 +7,8 @@ within the last `probe.days`).
 Each labelled user has a cut: the label's time, the beginning of the days that a task of the log asks about, else the
 log's end. Every feature is made of events strictly before it; so is the vector, which is encoded anew from the actions
 before the cut as `build_sequences` would lay them out. (The test rows of `sequences` will not do: who did nothing after
-the cut has none.)
+the cut has none.) The profile is what `profile_users` writes, made by its own functions; its basis is fitted on what is
+known before the cuts.
 """
 
 from __future__ import annotations
@@ -23,16 +24,26 @@ import scipy.sparse as sp
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
-from jobs.build_sequences import build_sequences, in_vocabulary, number_actions
 from jobs.cli import stage_main
-from jobs.config import ProbeSettings, SequencesSettings
+from jobs.config import ProbeSettings
 from jobs.errors import TrailvecError
-from jobs.models import encode_sequences
+from jobs.profile_users import (
+    before,
+    events_of,
+    fit,
+    item_numbers,
+    numbered,
+    profile_rows,
+    rfm,
+    states,
+    statistics,
+)
 from jobs.runtime import Runtime, Stage
 from jobs.segment_files import file_digest
 from jobs.splits import Cuts, cut_times, utc
 from jobs.sql import query
 from jobs.tables import CONTEXT_VALUES, ITEMS, PROBES, SESSIONS, TABLES
+from spark_udfs.profile import profiles
 from training.checkpoint import read_about
 
 if TYPE_CHECKING:
@@ -42,27 +53,9 @@ FEATURES = ("vector", "profile", "majority", "rfm", "tfidf_svd", "aggregates")
 _TOP = 10  # values of a column whose counts the aggregates hold, of each event type
 _WINDOWS = (1, 7, 30)  # days before the cut
 _COLUMNS = ("vertical", "category", "item_id")
-_STATISTICS_WINDOWS = (7, 14, 28, 91)
-_SHARES = 20  # verticals whose share of the actions is a statistic
 
 
 # ---- who is asked about what ---------------------------------------------------------------------------------------
-
-
-def events_of(sessions: DataFrame) -> DataFrame:
-    """user_id, `opens` (the event is its session's first) and the columns of each event."""
-    exploded = sessions.select("user_id", F.posexplode("events").alias("place", "event"))
-    return exploded.select("user_id", (F.col("place") == 0).alias("opens"), "event.*")
-
-
-def before(events: DataFrame, cuts: DataFrame) -> DataFrame:
-    """The events strictly before their user's cut, with `days` (double): how long before.
-
-    Args:
-        cuts: user_id, cut (timestamp); one row per user. Who is not in it has no events here.
-    """
-    days = (F.unix_micros("cut") - F.unix_micros("event_ts")) / F.lit(86400e6)
-    return events.join(cuts, "user_id").where("event_ts < cut").withColumn("days", days)
 
 
 def activity_labels(events: DataFrame, cut: datetime, targets: list[str], settings: ProbeSettings) -> DataFrame:
@@ -130,59 +123,6 @@ def read_labels(runtime: Runtime) -> DataFrame:
 # ---- features: what comes to the driver is a row per asked user, or a count per user and value ---------------------
 
 
-def rfm(visible: DataFrame, targets: list[str]) -> DataFrame:
-    """user_id and five numbers: days since the last and the first action, actions, days with one, money; in logs."""
-    done = visible.where(F.col("event_type").isin(targets)) if targets else visible
-    return done.groupBy("user_id").agg(
-        F.log1p(F.min("days")).alias("recency"),
-        F.log1p(F.max("days")).alias("tenure"),
-        F.log1p(F.count("*")).alias("actions"),
-        F.log1p(_distinct(F.to_date("event_ts"))).alias("active_days"),
-        F.log1p(F.greatest(F.sum(F.coalesce("amount", F.lit(0.0))), F.lit(0.0))).alias("amount"),
-    )
-
-
-def _distinct(values: Column) -> Column:
-    # count_distinct copies every row once for each column that it is asked about.
-    return F.size(F.collect_set(values))
-
-
-def statistics(visible: DataFrame) -> DataFrame:
-    """user_id, name, value: how often, when and for how much a user acts, in long form.
-
-    Counts (in logs) of actions and sessions in windows before the cut and of each event type, days since its last;
-    shares of 4-hour stretches, of weekdays (both in the user's zone) and of the most frequent verticals; the mean and
-    the spread of the logarithm of an action's amount; actions per session, money per active day.
-    """
-    local = F.from_utc_timestamp("event_ts", F.col("time_zone"))
-    count, day = F.count("*"), F.to_date(local)
-    amount = F.log1p(F.greatest("amount", F.lit(0.0)))
-    wide = {f"actions_{d}": F.log1p(F.count_if(F.col("days") <= d)) for d in _STATISTICS_WINDOWS}
-    wide |= {f"days_{d}": F.log1p(_distinct(F.when(F.col("days") <= d, day))) for d in _STATISTICS_WINDOWS}
-    wide |= {f"hour_{h}": F.count_if(F.floor(F.hour(local) / 4) == h) / count for h in range(6)}
-    wide |= {f"weekday_{d}": F.count_if(F.dayofweek(local) == d) / count for d in range(1, 8)}
-    wide |= {
-        "amount_mean": F.avg(amount),
-        "amount_spread": F.stddev_pop(amount),
-        "per_session": F.log1p(count / F.greatest(F.count_if("opens"), F.lit(1))),
-        "per_day": F.log1p(F.greatest(F.sum("amount"), F.lit(0.0)) / _distinct(day)),
-        "rhythm": F.log1p((F.max("days") - F.min("days")) / _distinct(day)),
-        "quantity": F.avg(F.log1p(F.greatest("quantity", F.lit(0.0)))),
-    }
-    per_user = visible.groupBy("user_id").agg(*[value.alias(name) for name, value in wide.items()])
-    pairs = F.array(*[F.struct(F.lit(n).alias("name"), F.col(n).alias("value")) for n in wide])
-    long = per_user.select("user_id", F.explode(pairs).alias("pair")).select("user_id", "pair.*")
-    types = visible.groupBy("user_id", "event_type").agg(F.log1p(count).alias("n"), F.log1p(F.min("days")).alias("d"))
-    for prefix, value in (("type", F.col("n")), ("closeness", 1 / (1 + F.col("d")))):
-        long = long.union(types.select("user_id", F.concat(F.lit(f"{prefix}_"), "event_type"), value))
-    order = Window.orderBy(F.desc("count"), "vertical")
-    top = visible.groupBy("vertical").count().withColumn("n", F.row_number().over(order)).where(f"n <= {_SHARES}")
-    of_user = visible.groupBy("user_id").count().withColumnRenamed("count", "all")
-    verticals = visible.join(F.broadcast(top.select("vertical")), "vertical").groupBy("user_id", "vertical").count()
-    shares = verticals.join(of_user, "user_id")
-    return long.union(shares.select("user_id", F.concat(F.lit("vertical_"), "vertical"), F.col("count") / F.col("all")))
-
-
 def aggregates(visible: DataFrame, items: DataFrame) -> DataFrame:
     """user_id, name, value: the features that a team makes by hand, in long form.
 
@@ -212,18 +152,6 @@ def aggregates(visible: DataFrame, items: DataFrame) -> DataFrame:
     )
     each = counts.select("user_id", *what, F.explode("counts").alias("of")).select("user_id", *what, "of.*")
     return each.select("user_id", F.concat_ws("|", *what, "within").alias("name"), F.col("count").alias("value"))
-
-
-def vectors(runtime: Runtime, sessions: DataFrame, cuts: DataFrame, model_dir: Path, end: datetime) -> DataFrame:
-    """user_id and the vector that the user has when only events before their cut are known."""
-    vocabulary = in_vocabulary(runtime.read(ITEMS), runtime.config.vocabulary.min_count)
-    values = runtime.read(CONTEXT_VALUES).where("kind != 'category'")
-    actions = number_actions(sessions.join(cuts, "user_id", "left_semi"), vocabulary, values)
-    known = actions.join(cuts, "user_id").where("event_ts < cut").drop("cut")
-    settings = SequencesSettings(max_length=runtime.config.sequences.max_length)
-    rows = build_sequences(known, Cuts(end, end, end), settings).where("split = 'score'")
-    encoded = encode_sequences(rows, ["user_id"], model_dir=model_dir, batch_size=runtime.config.score.batch_size)
-    return encoded.select("user_id", "vector")
 
 
 def matrix(rows: pd.DataFrame, users: list[str], name: str, value: str) -> sp.csr_matrix:
@@ -297,29 +225,34 @@ def features_of(
     labelled = sorted(set(question.labels["user_id"]))
     everybody = labelled + sorted(set(counts["user_id"]) - set(labelled))
     items = probes.tfidf_svd(matrix(counts, everybody, "item_id", "count"))[: len(labelled)]
-    asked = runtime.spark.createDataFrame(pd.DataFrame({"user_id": labelled}))
-    of_asked = visible.join(F.broadcast(asked), "user_id")
+    asked = F.broadcast(runtime.spark.createDataFrame(pd.DataFrame({"user_id": labelled})))
+    of_asked = visible.join(asked, "user_id")
 
-    def dense(rows: DataFrame) -> Matrix:
-        return np.asarray(matrix(rows.toPandas(), labelled, "name", "value").toarray(), np.float64)
+    def stacked(rows: DataFrame) -> Matrix:
+        """Of who has nothing before their cut zeros."""
+        found = rows.toPandas()
+        known = dict(zip(found["user_id"], found["vector"], strict=True))
+        width = len(next(iter(known.values()))) if known else 1
+        return np.stack([np.asarray(known.get(user, np.zeros(width)), np.float64) for user in labelled])
 
+    encoded = states(runtime, sessions, question.cuts, model_dir, end).persist()
+    told, numbers = statistics(visible, targets).persist(), item_numbers(runtime)
+    basis = fit(runtime, visible, encoded, numbers=numbers, told=told, model_dir=model_dir)
+    encoded_asked, told_asked = encoded.join(asked, "user_id"), numbered(told.join(asked, "user_id"), basis.names)
+    profile = stacked(profiles(profile_rows(of_asked, encoded_asked, numbers, told_asked), basis))
+    vector = stacked(encoded_asked.select("user_id", "vector"))
+    by_hand = matrix(aggregates(of_asked, runtime.read(ITEMS)).toPandas(), labelled, "name", "value").toarray()
     five = rfm(of_asked, targets).toPandas().set_index("user_id").reindex(labelled)
-    numbers = five.fillna({"recency": five["recency"].max()}).fillna(0.0).to_numpy(np.float64)
-    encoded = vectors(runtime, sessions, question.cuts.join(asked, "user_id", "left_semi"), model_dir, end).toPandas()
-    states = dict(zip(encoded["user_id"], encoded["vector"], strict=True))
-    width = len(next(iter(states.values()))) if states else 1
-    vector = np.stack([np.asarray(states.get(user, np.zeros(width)), np.float64) for user in labelled])
-    told = np.hstack([numbers, dense(statistics(of_asked))])
-    by_hand = dense(aggregates(of_asked, runtime.read(ITEMS)))
-    visible.unpersist()
+    numbers_of = five.fillna({"recency": five["recency"].max()}).fillna(0.0).to_numpy(np.float64)
+    for frame in (visible, encoded, told):
+        frame.unpersist()
     return labelled, {
         "vector": vector,
-        "profile": probes.profile(vector, told, items),
+        "profile": profile,
         "majority": np.zeros((len(labelled), 1)),
-        "rfm": numbers,
+        "rfm": probes.standardised(numbers_of),
         "tfidf_svd": items,
-        "aggregates": by_hand,
-        "statistics": told,
+        "aggregates": probes.standardised(np.asarray(by_hand, np.float64)),
     }
 
 
@@ -398,7 +331,7 @@ STAGE = Stage(
     run,
     reads=(SESSIONS, ITEMS, CONTEXT_VALUES),
     writes=(PROBES,),
-    settings=("probe", "sequences", "vocabulary", "model"),
+    settings=("probe", "profile", "sequences", "vocabulary", "model"),
     inputs=_inputs,
 )
 

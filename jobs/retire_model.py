@@ -1,4 +1,5 @@
-"""retire_model: takes the vectors of one old model out of user_embeddings, item_embeddings and neighbours.
+"""retire_model: takes the vectors of one old model out of user_embeddings, user_profiles,
+item_embeddings and neighbours.
 
 trailvec retire_model VERSION --conf conf/local.toml
 
@@ -15,9 +16,9 @@ from pyspark.sql import functions as F
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
 from jobs.runtime import Report, Runtime, Stage
-from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, NEIGHBOURS, USER_EMBEDDINGS
+from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, NEIGHBOURS, USER_EMBEDDINGS, USER_PROFILES
 
-_OF_MODELS = (NEIGHBOURS, USER_EMBEDDINGS, ITEM_EMBEDDINGS)
+_OF_MODELS = (NEIGHBOURS, USER_PROFILES, USER_EMBEDDINGS, ITEM_EMBEDDINGS)
 
 
 def retire(runtime: Runtime, version: str) -> Report:

@@ -61,6 +61,7 @@ CONFLICTS = (
     ProtocolChangedException,
 )
 _ATTEMPTS = 5  # at a commit that another job's commit got in the way of
+_MERGE = "spark.databricks.delta.merge"
 # Commits that move or drop files and change no row.
 _UPKEEP = {"OPTIMIZE", "REORG", "VACUUM START", "VACUUM END", "CLUSTER BY", "SET TBLPROPERTIES"}
 # Spark settings that no commit and no manifest may show; the pattern is spark.redaction.regex's default.
@@ -107,6 +108,9 @@ class Commit:
         changed_rows: False for upkeep and for a commit that only records that a stage ran.
         replaced_all: the commit put all its rows in the place of all that were there.
         provenance: what the stage that made it stored (`Runtime.provenance`); None where no stage did.
+        erasure: the request that it took users out for; None: it is no erasure. What a stage wrote before it is still
+            made from what that stage read, so that it goes on from there.
+        rows_deleted: how many rows it took out.
     """
 
     version: int
@@ -114,6 +118,8 @@ class Commit:
     changed_rows: bool
     replaced_all: bool
     provenance: dict[str, Any] | None
+    erasure: str | None
+    rows_deleted: int
 
 
 def _commit_of(version: int, info: dict[str, Any]) -> Commit:
@@ -124,12 +130,15 @@ def _commit_of(version: int, info: dict[str, Any]) -> Commit:
     if operation == "WRITE" and mode == "Append":
         changes = ["numOutputRows"]
     empty = bool(changes) and all(metrics.get(name, "1") == "0" for name in changes)
+    provenance = json.loads(info["userMetadata"]) if info.get("userMetadata") else None
     return Commit(
         version=version,
         committed_at=info["timestamp"] / 1000,
         changed_rows=operation not in _UPKEEP and not empty,
         replaced_all=mode == "Overwrite",
-        provenance=json.loads(info["userMetadata"]) if info.get("userMetadata") else None,
+        provenance=provenance,
+        erasure=((provenance or {}).get("note") or {}).get("erasure"),
+        rows_deleted=int(metrics.get("numTargetRowsDeleted") or 0),
     )
 
 
@@ -397,21 +406,46 @@ class Runtime:
         rows = DeltaTable.forPath(self.spark, self.path(table))
         self._noted_commit(lambda: rows.delete(where), True, note)
 
+    def erase(self, table: Table, users: DataFrame, on: Column, erasure: str, *, vectors: bool = False) -> None:
+        """Deletes the rows that fulfil a condition (over `old.*`) with one of `users` (`gone.user_id`), in one commit,
+        which is known as that erasure's.
+
+        Args:
+            vectors: where the table may have deletion vectors, only mark the rows in them: they stay in their files
+                until `purge`. Else their files are written anew.
+        """
+        rows = DeltaTable.forPath(self.spark, self.path(table)).alias("old")
+        merge = rows.merge(users.alias("gone"), on).whenMatchedDelete()
+        settings = {
+            f"{_MERGE}.deletionVectors.persistent": str(vectors).lower(),
+            # Delta would write all rows of a partition (a model's vectors of all users, say) in one task.
+            f"{_MERGE}.repartitionBeforeWrite.enabled": "false",
+        }
+        with spark_conf(self.spark, settings):
+            self._noted_commit(merge.execute, True, {"erasure": erasure})
+
+    def erasure_commits(self, table: Table, erasure: str) -> list[Commit]:
+        """The table's commits of that erasure, newest first."""
+        return [commit for commit in self._commits(table) if commit.erasure == erasure]
+
     def _noted_commit(self, write: Callable[[], Any], done: bool, note: dict[str, Any] | None) -> None:
         with spark_conf(self.spark, {"spark.databricks.delta.commitInfo.userMetadata": self._metadata(done, note)}):
             self.commit(write)
 
-    def purge(self, table: Table, where: str) -> None:
+    def purge(self, table: Table, where: str | None = None) -> None:
         """Rewrites the files of the partitions in which deletion vectors hide rows; does nothing where there are none.
 
-        Each file for itself: Delta would pack them into files of 1 GB, written by a task each.
+        Each file for itself: Delta would pack them into files of 1 GB, written by a task each. Those of a clustered
+        table it sorts together into files of the size it is given: that of OPTIMIZE, for a byte makes thousands.
 
         Args:
-            where: a condition over the partition columns; SQL, from code, never from input.
+            where: a condition over the partition columns; SQL, from code, never from input. None: all partitions.
         """
         path = self.path(table).replace("`", "``")
-        with spark_conf(self.spark, {"spark.databricks.delta.optimize.maxFileSize": "1"}):
-            self.commit(lambda: self.spark.sql(f"REORG TABLE delta.`{path}` WHERE {where} APPLY (PURGE)"))
+        of = f"WHERE {where} " if where else ""
+        size = self.config.maintain.target_file_mb * 1024 * 1024 if table.cluster_by else 1
+        with spark_conf(self.spark, {"spark.databricks.delta.optimize.maxFileSize": str(size)}):
+            self.commit(lambda: self.spark.sql(f"REORG TABLE delta.`{path}` {of}APPLY (PURGE)"))
 
     def commit(self, write: Callable[[], Any]) -> None:
         """One commit to a table; tries again where another job (maintain_tables, say) got in its way.
@@ -482,9 +516,10 @@ class Runtime:
         return json.dumps(self.provenance() | ({} if done else {"fingerprint": None}) | words, sort_keys=True)
 
     def notes(self, table: Table) -> list[dict[str, Any]]:
-        """The `note` of each of the table's commits that has one, newest first."""
+        """The `note` of each of the table's commits of a stage that has one, newest first."""
         commits: Iterable[Commit] = self._commits(table) if self.exists(table) else []
-        return [c.provenance["note"] for c in commits if c.provenance is not None and "note" in c.provenance]
+        stages = (c.provenance for c in commits if c.provenance is not None and c.erasure is None)
+        return [provenance["note"] for provenance in stages if "note" in provenance]
 
     def _facts(self, stage: Stage) -> dict[str, Any]:
         settings = self.config.model_dump(mode="json", include=set(stage.settings))
@@ -533,10 +568,11 @@ class Runtime:
         return (self.last_writer(table) or {}).get("fingerprint")
 
     def last_writer(self, table: Table) -> dict[str, Any] | None:
-        """The provenance of the table's newest commit that a stage made; None where there is none."""
+        """The provenance of the table's newest commit that a stage made, erasures aside; None where there is none."""
         if not self.exists(table):
             return None
-        return next((c.provenance for c in self._commits(table) if c.provenance is not None), None)
+        stages = (c.provenance for c in self._commits(table) if c.erasure is None)
+        return next((provenance for provenance in stages if provenance is not None), None)
 
     def running_tasks(self) -> str:
         """Spark's running stages as "done/all tasks"; empty when nothing runs or Spark is not up."""
@@ -548,13 +584,13 @@ class Runtime:
 
     # ---- models ------------------------------------------------------------------------------------
 
-    def model_dir(self) -> Path:
-        """The folder of the model in use: `model.version` of the configuration, else the current one.
+    def model_dir(self, version: str | None = None) -> Path:
+        """The folder of a model; None: of the one in use, `model.version` of the configuration, else the current one.
 
         Raises:
             TrailvecError: there is no such model.
         """
-        version = self.config.model.version
+        version = version or self.config.model.version
         if version is None:
             current = self.models / "current.json"
             if not current.exists():
@@ -666,7 +702,7 @@ def code_version() -> str:
     digest = hashlib.sha256()
     for package in _PACKAGES:
         folder = Path(__file__).parent.parent / package
-        for file in sorted(folder.rglob("*.py")):
+        for file in sorted(file for suffix in ("*.py", "*.html") for file in folder.rglob(suffix)):
             digest.update(str(file.relative_to(folder.parent)).encode() + b"\0" + file.read_bytes())
     return f"{importlib.metadata.version('trailvec')}+{digest.hexdigest()[:12]}"
 

@@ -161,7 +161,8 @@ class Scorer:
         if wanted != found:
             raise TrailvecError(
                 f"table user_embeddings has {found:,} vectors of model {self.version} for {wanted:,} users "
-                f"(did two jobs write it at once?): run `trailvec retire_model {self.version}` and this stage again"
+                f"(did two jobs write it at once?): run this stage again, and if that does not help, "
+                f"`trailvec retire_model {self.version}` before it"
             )
         if [row["model_version"] for row in self._runtime.latest(CURRENT_MODEL).collect()] == [self.version]:
             self._runtime.touch(CURRENT_MODEL)

@@ -30,6 +30,7 @@ from pyarrow import csv, fs
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, published
 from jobs.segments import Segment
+from spark_udfs.keyed import hashed
 
 KEY = "TRAILVEC_EXPORT_KEY"
 MANIFEST, REPORT = "manifest.json", "report.html"
@@ -45,10 +46,6 @@ def export_key() -> bytes:
     if not key:
         raise TrailvecError(f"the environment has no {KEY}, the key that user ids are hashed with: export {KEY}=...")
     return key.encode()
-
-
-def hashed(key: bytes, texts: Sequence[str]) -> list[str]:
-    return [hmac.digest(key, text.encode(), "sha256").hex() for text in texts]
 
 
 def held_back(segment: Segment, users: Sequence[str]) -> npt.NDArray[np.bool_]:

@@ -34,6 +34,8 @@ class Table:
         stage: the stage that writes it.
         cluster_by: liquid clustering (Delta's OPTIMIZE lays rows of like values into the same files).
         revision: goes up when the same input and settings give other rows: an incremental stage then makes all anew.
+        users_in: columns that hold user ids under another name than user_id, each with the SQL condition (over `old.*`)
+            under which they do: where erase_users looks too.
     """
 
     name: str
@@ -45,6 +47,11 @@ class Table:
     cluster_by: tuple[str, ...] = ()
     revision: int = 1
     properties: dict[str, str] = field(default_factory=dict)
+    users_in: dict[str, str] = field(default_factory=dict)
+
+    def user_columns(self) -> dict[str, str]:
+        """Every column that holds user ids, with the condition under which it does."""
+        return {c.name: "TRUE" for c in self.columns if c.name == "user_id"} | self.users_in
 
     def schema(self) -> StructType:
         """The table's Spark schema, comments included. Needs a running Spark session (it parses DDL)."""
@@ -112,6 +119,7 @@ REJECTED_EVENTS = Table(
     (
         Column("source", "string", "The source's mapping that read the record."),
         Column("file", "string", "The file the record stands in."),
+        Column("user_id", "string", "The user, where the record says who it was: by it erase_users finds them.", True),
         Column("reason", "string", "Why it was refused: missing_user_id, bad_event_ts, broken_row, ..."),
         Column(
             "raw", "string", "The record as it was read: the raw line of a broken row, else JSON of its columns.", True
@@ -274,6 +282,24 @@ CURRENT_MODEL = Table(
     stage="score_users",
 )
 
+USER_PROFILES = Table(
+    "user_profiles",
+    "A second vector of every user, for other teams' models: it has no place in the items' space.",
+    (
+        Column("user_id", "string", "The user."),
+        Column("model_version", "string", "The model whose state is a part of it; never mix two in a query."),
+        Column("as_of", "timestamp", "Events strictly before this time were seen."),
+        Column(
+            "vector",
+            "array<float>",
+            "State, items, categories, tastes, statistics side by side: models/<version>/profile.json has the places.",
+        ),
+    ),
+    key=("user_id", "model_version"),
+    stage="profile_users",
+    partition_by=("model_version",),
+)
+
 ITEM_EMBEDDINGS = Table(
     "item_embeddings",
     "One vector for every item of a model's vocabulary, in the space of its user_embeddings.",
@@ -296,17 +322,47 @@ ITEM_EMBEDDINGS = Table(
 
 EVALUATION = Table(
     "evaluation",
-    "One row per metric, of the model and of the floors beside it.",
+    "One row per metric, of the model and of the floors beside it, whole and in slices; and of the vectors themselves.",
     (
         Column("model_version", "string", "The model that was evaluated (the floors stand under it too)."),
         Column("split", "string", "valid or test."),
-        Column("task", "string", "next: any item; new: not acted on in the last seen_days; repeat: acted on in them."),
-        Column("method", "string", "model, popularity, own_frequency, item_knn."),
-        Column("metric", "string", "recall@10, ndcg@10, recall@20, ndcg@20, mrr@20."),
-        Column("value", "double", "Mean over users."),
-        Column("users", "bigint", "How many users the mean is over."),
+        Column(
+            "task",
+            "string",
+            "next: any item; new: not acted on in the last seen_days; repeat: acted on in them. space: no task, the "
+            "vectors themselves. drift: how far events and vectors moved from the cut to the log's end.",
+        ),
+        Column(
+            "method",
+            "string",
+            "model, popularity, own_frequency, item_knn; of task space: items, users, users_items; of drift: events, "
+            "users, alarm.",
+        ),
+        Column(
+            "metric",
+            "string",
+            "recall@10, ndcg@10, recall@20, ndcg@20, mrr@20; popularity_bias@10: mean log popularity of what is "
+            "recommended less that of what was done; coverage@10: share of the catalogue that is recommended to "
+            "somebody; model_lead_ndcg@10: by how much the model's ndcg@10 is above the method's. Of task space: "
+            "uniformity, alignment, dead_dimensions, effective_dimensions, norm_popularity, hubness@10, "
+            "same_category@10, same_category_by_chance (jobs/space.py). Of drift: stability_index (of the verticals' "
+            "shares), new_items (share of events), rate (of a vertical: events after the cut for each in as long "
+            "before it), cosine and centroid_cosine of users' vectors; an alarm's is the limit "
+            "that was passed (evaluate.drift).",
+        ),
+        Column(
+            "slice",
+            "string",
+            "all; or history: by actions that the model read; hours: from the cut to what was done next; vertical: of "
+            "what was done next (what was done next elsewhere does not count there).",
+        ),
+        Column("slice_value", "string", "all; or the class, 5-19 or 24-72 (72 excluded) or 100+; or the vertical."),
+        Column("value", "double", "Mean over users; of coverage@10 and of task space the figure itself."),
+        Column("low", "double", "Lower end of the 95 % interval, by a bootstrap over users; NULL for no mean.", True),
+        Column("high", "double", "Its upper end.", True),
+        Column("counted", "bigint", "How many users the value is over; of task space vectors, or pairs of them."),
     ),
-    key=("model_version", "split", "task", "method", "metric"),
+    key=("model_version", "split", "task", "method", "metric", "slice", "slice_value"),
     stage="evaluate",
     partition_by=("model_version",),
 )
@@ -320,7 +376,7 @@ PROBES = Table(
         Column(
             "features",
             "string",
-            "vector, profile (vector + statistics + items), majority, rfm (five numbers), tfidf_svd (the items), "
+            "vector, profile (that of user_profiles), majority, rfm (five numbers), tfidf_svd (the items), "
             "aggregates (counts of 1, 7 and 30 days).",
         ),
         Column("head", "string", "logistic, boosting, mlp; of the majority prior."),
@@ -349,6 +405,7 @@ NEIGHBOURS = Table(
     key=("model_version", "kind", "source_id", "rank"),
     stage="find_neighbours",
     partition_by=("model_version", "kind"),
+    users_in={"source_id": "old.kind IN ('user_item', 'user_user')", "neighbour_id": "old.kind = 'user_user'"},
 )
 
 EXPORTS = Table(
@@ -366,6 +423,57 @@ EXPORTS = Table(
     stage="export_segments",
 )
 
+ERASURES = Table(
+    "erasures",
+    "The receipts of erase_users: one row per request, without a user id.",
+    (
+        Column(
+            "erasure_id", "string", "The request: a keyed hash of who asked and of the users; the same again is one."
+        ),
+        Column("requested_by", "string", "Who asked for it, as the command was told."),
+        Column("requested_at", "timestamp", "When the command first ran."),
+        Column(
+            "ids_digest", "string", "HMAC-SHA256 of all the users' hashes, sorted: proves a list without showing it."
+        ),
+        Column("users", "bigint", "How many users were to be erased."),
+        Column("code_version", "string", "The code that last worked on it."),
+        Column(
+            "tables",
+            "array<struct<table:string,rows:bigint,version_before:bigint,version_after:bigint>>",
+            "Rows taken out of each table that holds users, and its Delta versions; the one before holds them still.",
+            True,
+        ),
+        Column(
+            "exports",
+            "array<struct<segment:string,export_id:string,exported_at:timestamp,destination:string,users:bigint>>",
+            "The exports that held some of the users, not as control: whoever has those files is to be told.",
+            True,
+        ),
+        Column("erased_at", "timestamp", "When no table showed the users any more; NULL: not at its end yet.", True),
+        Column(
+            "finished_at",
+            "timestamp",
+            "When no file on disk held them any more (`trailvec erase_users --finish`).",
+            True,
+        ),
+    ),
+    key=("erasure_id",),
+    stage="erase_users",
+)
+
+ERASED_USERS = Table(
+    "erased_users",
+    "Who was erased and must not come back: ingest drops their events.",
+    (
+        Column("user_hash", "string", "HMAC-SHA256 of the user_id with the environment's TRAILVEC_ERASE_KEY, hex."),
+        Column("erasure_id", "string", "A request that named the user."),
+        Column("erased_at", "timestamp", "When it first ran."),
+        Column("key_mark", "string", "What the key makes of a fixed text: another key is refused by it."),
+    ),
+    key=("user_hash", "erasure_id"),
+    stage="erase_users",
+)
+
 TABLES = (
     EVENTS,
     REJECTED_EVENTS,
@@ -375,12 +483,15 @@ TABLES = (
     CONTEXT_VALUES,
     SEQUENCES,
     USER_EMBEDDINGS,
+    USER_PROFILES,
     CURRENT_MODEL,
     ITEM_EMBEDDINGS,
     EVALUATION,
     PROBES,
     NEIGHBOURS,
     EXPORTS,
+    ERASURES,
+    ERASED_USERS,
 )
 
 # Views: of each of these tables the rows of the one current model. Spark plans a subquery first, so current_model is

@@ -1,4 +1,5 @@
-"""What MLflow keeps of a training run: parameters, figures as they come, the card. The only module that imports mlflow.
+"""What MLflow keeps of a training run: parameters, figures as they come, the card; later the page about it. The only
+module that imports mlflow.
 
 Training does not depend on it: the first failure is one warning, and the rest of the run goes untracked.
 """
@@ -15,6 +16,7 @@ from typing import Any
 from training.config import RunSpec
 
 EXPERIMENT = "trailvec"
+DATABASE = "mlflow.db"
 
 
 class Tracker:
@@ -86,8 +88,7 @@ class Tracker:
 
     def _give_up(self, error: Exception) -> None:
         self._client = None
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        self._warn(f"MLflow ({self._uri}) failed, the run goes on untracked: {first}")
+        self._warn(f"MLflow ({self._uri}) failed, the run goes on untracked: {_first_line(error)}")
 
 
 @contextlib.contextmanager
@@ -103,6 +104,26 @@ def tracked(uri: str, root: Path, spec: RunSpec, warn: Callable[[str], None]) ->
     tracker.end("FINISHED")
 
 
+def attach(uri: str, root: Path, model_version: str, page: tuple[str, str], warn: Callable[[str], None]) -> None:
+    """Adds a file, its name and its text, to the run that trained the model; does nothing where MLflow keeps none."""
+    if uri == "none" or (uri == "local" and not (root / DATABASE).exists()):
+        return
+    try:
+        client = _client(uri, root)
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
+            return
+        wanted = f"tags.model_version = '{model_version}'"
+        for run in client.search_runs([experiment.experiment_id], wanted, max_results=1):
+            client.log_text(run.info.run_id, page[1], page[0])
+    except Exception as error:
+        warn(f"MLflow ({uri}) failed, {page[0]} is not attached: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _client(uri: str, root: Path) -> Any:
     # Before the import. A server that is away may not hold training up for minutes; and nothing is sent home.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -113,7 +134,7 @@ def _client(uri: str, root: Path) -> Any:
     for name in ("mlflow", "alembic"):  # the making of the database's tables, line by line
         logging.getLogger(name).setLevel(logging.ERROR)
     root.mkdir(parents=True, exist_ok=True)
-    return MlflowClient(f"sqlite:///{root / 'mlflow.db'}" if uri == "local" else uri)
+    return MlflowClient(f"sqlite:///{root / DATABASE}" if uri == "local" else uri)
 
 
 def _name(name: str) -> str:

@@ -14,6 +14,7 @@ from jobs.config import load_config
 from jobs.pipeline import STAGES
 from jobs.runtime import Report, Runtime
 from jobs.sql import run_sql
+from jobs.write_report import PAGE
 
 screen = Console(highlight=False)
 
@@ -97,10 +98,12 @@ def show_ranking(runtime: Runtime, model: str) -> None:
     title("What a household buys next, in December (never seen in training; whole catalogue ranked)")
     runtime.register_tables()
     rows = runtime.spark.sql(
-        "SELECT task, method, metric, value, users FROM evaluation WHERE model_version = :model", {"model": model}
+        """SELECT task, method, metric, value, counted FROM evaluation
+        WHERE model_version = :model AND slice = 'all' AND task <> 'space'""",
+        {"model": model},
     ).collect()
     value = {(r.task, r.method, r.metric): r.value for r in rows}
-    users = {r.task: r.users for r in rows}
+    users = {r.task: r.counted for r in rows if r.metric == "ndcg@10"}
     metrics = ("ndcg@10", "recall@10", "ndcg@20", "recall@20", "mrr@20")
     grid = Grid(box=box.SIMPLE)
     for heading in ("", *metrics):
@@ -133,6 +136,7 @@ def show_places(runtime: Runtime, model: str) -> None:
     title("Where things lie")
     screen.print(f"tables   {runtime.root / 'tables'}   (trailvec tables --conf conf/local.toml)")
     screen.print(f"model    {runtime.models / model}")
+    screen.print(f"page     {runtime.models / model / PAGE}   (open it in a browser)")
     for manifest in sorted(runtime.exports.glob("*/manifest.json")):
         exported = json.loads(manifest.read_text())["counts"]["exported"]
         screen.print(f"segment  {manifest.parent}   ({exported:,} users, ids hashed)")

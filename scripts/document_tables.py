@@ -48,14 +48,18 @@ EXAMPLES = {
         SELECT a.user_id, vector_cosine_similarity(a.vector, b.vector) AS likeness
         FROM current_user_embeddings AS a CROSS JOIN current_user_embeddings AS b
         WHERE b.user_id = '1' AND a.user_id <> '1' ORDER BY likeness DESC LIMIT 10""",
+    "user_profiles": """
+        SELECT a.user_id, vector_cosine_similarity(a.vector, b.vector) AS likeness
+        FROM user_profiles AS a JOIN user_profiles AS b USING (model_version)
+        WHERE b.user_id = '1' AND a.user_id <> '1' ORDER BY likeness DESC LIMIT 10""",
     "current_model": """
         SELECT count(*) AS users, avg(vector_norm(vector)) AS mean_norm FROM current_user_embeddings""",
     "item_embeddings": """
         SELECT n.rank, i.item_name, n.score FROM nearest_items('1', 10) AS n JOIN items AS i USING (item_id)
         ORDER BY n.rank""",
     "evaluation": """
-        SELECT task, method, value, users FROM evaluation
-        WHERE metric = 'ndcg@10' AND split = 'test' ORDER BY task, value DESC""",
+        SELECT task, method, value, low, high, counted AS users FROM evaluation
+        WHERE metric = 'ndcg@10' AND split = 'test' AND slice = 'all' ORDER BY task, value DESC""",
     "probes": """
         SELECT task, features, max_by(head, value) AS best_head, max(value) AS auc FROM probes
         WHERE metric = 'auc' GROUP BY task, features ORDER BY task, auc DESC""",
@@ -66,6 +70,11 @@ EXAMPLES = {
         SELECT segment, export_id, min(exported_at) AS exported_at, count(*) AS members,
                count_if(is_control) AS control
         FROM exports GROUP BY segment, export_id ORDER BY exported_at DESC, segment""",
+    "erasures": """
+        SELECT requested_by, requested_at, users, finished_at, aggregate(tables, 0L, (n, t) -> n + t.rows) AS rows
+        FROM erasures ORDER BY requested_at DESC""",
+    "erased_users": """
+        SELECT erasure_id, min(erased_at) AS erased_at, count(*) AS users FROM erased_users GROUP BY erasure_id""",
 }
 
 

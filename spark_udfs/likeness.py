@@ -21,7 +21,7 @@ from spark_udfs.topk import Metric, Vectors
 from spark_udfs.vectors import cosine_similarity, inner_product
 
 Method = Literal["nearest_seed", "tastes", "classifier"]
-DEFAULT_METHOD: Method = "nearest_seed"
+DEFAULT_METHOD: Method = "classifier"  # finds most of hidden redeemers: scripts/bench/lookalike.py
 Numbers = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
 

@@ -13,7 +13,6 @@ object on each line of stdout, whose `event` is `resumed`, `step` or `epoch`.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import sys
@@ -45,7 +44,7 @@ from training.checkpoint import (
 )
 from training.config import RunSpec, TrainSettings
 from training.data import Batch, Held, read_batches, read_held, to_batch
-from training.metrics import rank_metrics
+from training.metrics import HISTORY_FROM, class_names, rank_metrics
 from training.model import SequenceModel, build_model
 from training.rowwise import RowWiseAdam
 from training.start import MAX_ITEMS, item_factors
@@ -53,7 +52,6 @@ from training.start import MAX_ITEMS, item_factors
 FINAL_RATE = 0.05  # of the learning rate, reached at the end along a cosine
 MAX_HELD_USERS = 10_000
 ITEMS_AT_ONCE, USERS_AT_ONCE = 16_384, 256  # in validation: 16 MB of scores, however large the catalogue is
-HISTORY_FROM = (1, 5, 20, 100)  # actions: the lower bounds of the classes that validation also reports
 SECONDS_BETWEEN_LINES = 2.0
 CURVE_POINTS = 50  # in an epoch
 # What is summed over steps and ranks. Places: cells of the batches' item matrices, padding: those that hold no action;
@@ -350,11 +348,10 @@ def validate(  # noqa: PLR0917 - all of it is what is ranked
     everyone, of_class, of_vertical = means[0], means[1 : 1 + len(HISTORY_FROM)], means[1 + len(HISTORY_FROM) :]
     if everyone is None:
         return {}
-    class_names = [f"{low}-{high - 1}" for low, high in itertools.pairwise(HISTORY_FROM)] + [f"{HISTORY_FROM[-1]}+"]
     return {
         "recall@10": everyone["recall@10"],
         "ndcg@10": everyone["ndcg@10"],
-        "by_history": {name: found for name, found in zip(class_names, of_class, strict=True) if found},
+        "by_history": {name: found for name, found in zip(class_names(HISTORY_FROM), of_class, strict=True) if found},
         "by_vertical": {name: found for name, found in zip(verticals, of_vertical, strict=True) if found},
     }
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Integers = npt.NDArray[np.integer[Any]]
+
+HISTORY_FROM = (1, 5, 20, 100)  # actions: the lower bounds of the classes that metrics are also given for
+
+
+def class_names(lows: Sequence[int]) -> list[str]:
+    """Of classes of whole numbers by their lower bounds: 1-4, 5-19, ..., 100+."""
+    return [*(f"{low}-{high - 1}" for low, high in itertools.pairwise(lows)), f"{lows[-1]}+"]
 
 
 def rank_metrics(ranked: Integers, relevant: Integers, offsets: Integers) -> dict[str, npt.NDArray[np.float64]]:

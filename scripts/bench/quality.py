@@ -96,9 +96,9 @@ def main() -> None:
             report = runtime.execute(stage.STAGE)
             said(f"seed {seed}  {stage.STAGE.name:16} {report.seconds:6.1f} s  {'  '.join(report.notes)}")
         rows = runtime.latest(EVALUATION).where((F.col("task") == "new") & (F.col("split") == arguments.split))
-        rows = rows.where(F.col("model_version") == runtime.model_dir().name)
+        rows = rows.where((F.col("model_version") == runtime.model_dir().name) & (F.col("slice") == "all"))
         results.append({(row.method, row.metric): row.value for row in rows.collect()})
-    users = rows.agg(F.max("users")).collect()[0][0]
+    users = rows.agg(F.max("counted")).collect()[0][0]
     counts = {"events": runtime.latest(EVENTS).count(), "items": runtime.latest(ITEMS).count(), "users": users}
     spark.stop()
 

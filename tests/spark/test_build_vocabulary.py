@@ -48,11 +48,11 @@ def test_numbers_go_by_first_time_and_never_change(make_runtime: Callable[..., R
     runtime.execute(build_vocabulary.STAGE)
     assert items(runtime) == {"b": (2, 2, 1, 1), "a": (3, 2, 2, 1), "z": (4, 2, 2, 2), "c": (5, 2, 0, 0)}
 
-    # An item that is gone from the log keeps its row and number.
+    # An item that is gone from the log (its users were erased) keeps its row and number, and counts for nothing.
     put(runtime, EVENTS, to_frame(spark, log[:4]))
     runtime.execute(build_vocabulary.STAGE)
-    assert items(runtime)["z"] == (4, 2, 2, 2)
-    assert items(runtime)["c"] == (5, 2, 0, 0)
+    assert items(runtime)["z"] == (4, 0, 0, 0)
+    assert items(runtime)["c"] == (5, 0, 0, 0)
 
 
 def test_name_and_category_are_the_latest_known(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:

@@ -51,6 +51,7 @@ purpose = "a test"
 size = 4
 [seeds]
 file = "seeds.txt"
+method = "nearest_seed"
 """
 
 

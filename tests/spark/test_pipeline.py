@@ -6,9 +6,12 @@ import json
 import math
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
@@ -22,6 +25,7 @@ from jobs.pipeline import STAGES
 from jobs.runtime import Runtime
 from jobs.tables import FLAGGED_USERS, TABLES
 from tests.conftest import make_config, read_delta
+from tests.unit.test_evaluation_page import Page
 
 REPOSITORY = Path(__file__).parents[2]
 SETTINGS = {
@@ -110,9 +114,85 @@ def test_the_popularity_floor_is_what_plain_python_counts(undisturbed: Runtime) 
             (target,) = row["target_item_index"]  # leave-one-out: one item
             per_user.append(1 / math.log2(best.index(target) + 2) if target in best else 0.0)
     found = [json.loads(r) for r in rows(undisturbed.root, "evaluation")]
-    (row,) = [r for r in found if (r["task"], r["method"], r["metric"]) == ("next", "popularity", "ndcg@10")]
-    assert row["users"] == len(per_user) > 0
+    wanted = {"task": "next", "method": "popularity", "metric": "ndcg@10", "slice": "all"}
+    (row,) = [r for r in found if wanted.items() <= r.items()]
+    assert row["counted"] == len(per_user) > 0
     assert row["value"] == pytest.approx(sum(per_user) / len(per_user))
+
+
+def test_slices_coverage_and_the_space_are_what_plain_python_counts(undisturbed: Runtime) -> None:
+    tables = undisturbed.root / "tables"
+    items = {i["item_index"]: i for i in read_delta(tables / "items")}
+    rankable = [n for n, i in items.items() if i["train_count"] >= 2 and i["target_count"] > 0]
+    best = sorted(rankable, key=lambda n: (-items[n]["target_count"], n))[:10]
+    expected: dict[tuple[str, str], list[float]] = {}
+    bias = []
+    for row in read_delta(tables / "sequences"):
+        if row["split"] != "test":
+            continue
+        (target,), (when,) = row["target_item_index"], row["target_ts"]
+        hours = max(0.0, (when - row["as_of"]).total_seconds() / 3600)
+        lows = [0, 1, 6, 24, 72, 168, 336]
+        low = max(bound for bound in lows if bound <= hours)
+        value = 1 / math.log2(best.index(target) + 2) if target in best else 0.0
+        names = [("all", "all"), ("history", "1-4" if row["length"] < 5 else "5-19")]
+        names.append(("hours", "336+" if low == 336 else f"{low}-{lows[lows.index(low) + 1]}"))
+        names += [("vertical", items[target]["vertical"])] if target in items else []
+        for name in names:
+            expected.setdefault(name, []).append(value)
+        if target in rankable:
+            logs = [math.log(items[n]["target_count"]) for n in best]
+            bias.append(sum(logs) / 10 - math.log(items[target]["target_count"]))
+    evaluation = read_delta(tables / "evaluation")
+    found = {
+        (r["slice"], r["slice_value"]): r
+        for r in evaluation
+        if (r["task"], r["method"], r["metric"]) == ("next", "popularity", "ndcg@10")
+    }
+    assert {name: r["value"] for name, r in found.items()} == pytest.approx(
+        {name: sum(values) / len(values) for name, values in expected.items()}
+    )
+    assert {name: r["counted"] for name, r in found.items()} == {name: len(v) for name, v in expected.items()}
+    assert {kind for kind, _ in found} == {"all", "history", "hours", "vertical"}
+
+    whole = {(r["task"], r["method"], r["metric"]): r for r in evaluation if r["slice"] == "all"}
+    assert whole["next", "popularity", "popularity_bias@10"]["value"] == pytest.approx(sum(bias) / len(bias))
+    assert whole["next", "popularity", "coverage@10"]["value"] == pytest.approx(10 / len(rankable))
+    lead = whole["next", "popularity", "model_lead_ndcg@10"]
+    model, floor = whole["next", "model", "ndcg@10"], whole["next", "popularity", "ndcg@10"]
+    assert lead["value"] == pytest.approx(model["value"] - floor["value"])
+    assert all(r["low"] <= r["value"] <= r["high"] for r in (lead, model, floor))
+
+    vectors = {v["item_id"]: np.array(v["vector"]) for v in read_delta(tables / "item_embeddings") if not v["is_cold"]}
+    learnt = [i for n, i in items.items() if n in rankable and i["item_id"] in vectors]
+    norms = pd.Series([np.linalg.norm(vectors[i["item_id"]]) for i in learnt]).rank()
+    correlation = norms.corr(pd.Series([i["target_count"] for i in learnt]).rank())
+    assert whole["space", "items", "norm_popularity"]["value"] == pytest.approx(correlation)
+    assert whole["space", "items", "norm_popularity"]["counted"] == len(learnt)
+    assert 0 < whole["space", "users_items", "alignment"]["value"] < 4
+
+    actions = [event for session in read_delta(tables / "sessions") for event in session["events"]]
+    end, month = max(event["event_ts"] for event in actions), timedelta(days=28)
+    late, early = (
+        [event for event in actions if start - month < event["event_ts"] <= start] for start in (end, end - month)
+    )
+    of_item = {i["item_id"]: i["first_ts"] for i in items.values()}  # without those too rare for the vocabulary
+    first = [of_item.get(event["item_id"], end - month) for event in late]
+    new = whole["drift", "events", "new_items"]
+    assert new["value"] == pytest.approx(sum(time > end - month for time in first) / len(late))
+    assert new["counted"] == len(late) < len(actions)
+    (rate,) = [r for r in evaluation if (r["task"], r["metric"]) == ("drift", "rate")]  # all is one vertical
+    assert rate["value"] == pytest.approx(len(late) / len(early))
+    assert whole["drift", "events", "stability_index"]["value"] == 0
+    assert 0 < whole["drift", "users", "cosine"]["value"] < 1
+
+
+def test_the_page_of_the_model_stands_beside_it_and_in_mlflow(undisturbed: Runtime) -> None:
+    page = undisturbed.model_dir() / "evaluation.html"
+    text = page.read_text()
+    assert Page(text).open == []
+    assert f"Model {undisturbed.model_dir().name}" in text
+    assert [copy.read_text() for copy in undisturbed.root.glob("mlruns/*/artifacts/evaluation.html")] == [text]
 
 
 class Killed(BaseException):

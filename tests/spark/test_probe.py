@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
@@ -14,10 +15,10 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from jobs import build_vocabulary, probe, sessionize
+from jobs import build_vocabulary, probe, profile_users, sessionize
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, write_json
-from jobs.tables import EVENTS, FLAGGED_USERS, SESSIONS
+from jobs.tables import EVENTS, FLAGGED_USERS, SESSIONS, USER_PROFILES
 from tests.conftest import put, read_delta
 from tests.events import Row, make_event, to_frame
 
@@ -72,8 +73,13 @@ def model(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         padded = F.slice(F.concat(F.reverse("item_index"), F.array_repeat(F.lit(0), 4)), 1, 4)
         return rows.select(*keep, padded.cast("array<float>").alias("vector"))
 
+    def items(runtime: Runtime, model_dir: Path) -> DataFrame:
+        numbers = [F.col("item_index") * F.lit(n % 2) + n for n in range(4)]
+        return runtime.read(probe.ITEMS).select("item_index", F.array(*numbers).cast("array<float>").alias("vector"))
+
     about = {"as_of": "2024-03-01T00:00:00.000000"}
-    monkeypatch.setattr(probe, "encode_sequences", encode)
+    monkeypatch.setattr(profile_users, "encode_sequences", encode)
+    monkeypatch.setattr(profile_users, "item_vectors", items)
     monkeypatch.setattr(probe, "read_about", lambda folder: about)
     return about
 
@@ -121,7 +127,7 @@ def test_labels_by_hand_and_no_feature_knows_what_came_after_the_cut(
     assert users == same_users == sorted(expected["redeem"])
     assert features.keys() == cut_features.keys() >= set(probe.FEATURES)
     for name, of_users in features.items():
-        assert of_users == pytest.approx(cut_features[name], abs=1e-9), name
+        assert of_users == pytest.approx(cut_features[name], abs=1e-5), name  # a profile is float32
         assert len(np.unique(of_users, axis=0)) > 1 or name == "majority"
 
 
@@ -180,6 +186,37 @@ def test_the_table_with_labels_of_a_file(
     model["as_of"] = "2024-04-20T00:00:00.000000"
     with pytest.raises(TrailvecError, match="give fewer days, or train up to that time"):
         runtime.execute(probe.STAGE, force=True)
+
+
+def test_what_is_probed_is_what_profile_users_writes(
+    make_runtime: Callable[..., Runtime], tmp_path: Path, model: dict[str, str]
+) -> None:
+    file = tmp_path / "labels.csv"
+    file.write_text("\n".join(["user_id,task,label", *(f"u{n},many,{n % 2}" for n in range(24))]) + "\n")
+    only_labels = ("probe.activity=[]", "probe.event_types=[]", f'probe.labels={{file="{file}"}}')
+    runtime = make_runtime(*SETTINGS, *only_labels)
+    fill(runtime, log())
+    report = runtime.execute(profile_users.STAGE)
+    assert report.rows_out == {"user_profiles": 25}
+    rows = {r["user_id"]: r for r in read_delta(runtime.path(USER_PROFILES))}
+    assert {(r["model_version"], r["as_of"].replace(tzinfo=None)) for r in rows.values()} == {
+        ("m1", START + timedelta(days=120))
+    }
+    ((_, users, features),) = look(runtime)
+    assert np.stack([rows[user]["vector"] for user in users]) == pytest.approx(features["profile"], abs=1e-6)
+    assert len(np.unique(features["profile"], axis=0)) > 20
+    assert runtime.execute(profile_users.STAGE).skipped
+
+    # Another user comes: the places mean what they meant, and who did nothing new keeps the parts that tell no time.
+    put(runtime, EVENTS, to_frame(runtime.spark, [*log(), event("new", 119.5, "brand new")]))
+    for stage in (sessionize.STAGE, build_vocabulary.STAGE):
+        runtime.execute(stage)
+    runtime.execute(profile_users.STAGE)
+    again = {r["user_id"]: r for r in read_delta(runtime.path(USER_PROFILES))}
+    widths = json.loads((runtime.models / "m1" / "profile.json").read_text())["widths"]
+    timeless = sum(width for part, width in widths.items() if part != "statistics")
+    assert again.keys() == rows.keys() | {"new"}
+    assert again["u3"]["vector"][:timeless] == pytest.approx(rows["u3"]["vector"][:timeless], abs=1e-6)
 
 
 def test_nothing_asked_is_said(make_runtime: Callable[..., Runtime], model: dict[str, str]) -> None:

@@ -61,7 +61,7 @@ def test_other_models_rows_stay_when_one_models_are_replaced(
     runtime = make_runtime()
 
     def write(model: str, value: float) -> None:
-        row = (model, "test", "next", "model", "ndcg@10", value, 5)
+        row = (model, "test", "next", "model", "ndcg@10", "all", "all", value, None, None, 5)
         put(runtime, EVALUATION, spark.createDataFrame([row], EVALUATION.schema()))
 
     for model, value in (("a", 0.1), ("b", 0.2), ("a", 0.3)):

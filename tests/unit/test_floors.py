@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from datetime import datetime
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +11,8 @@ import scipy.sparse as sp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.evaluate import flatten, relevant_items, top_items
+from jobs.evaluate import relevant_items
+from jobs.ranking import flatten, top_items
 from training.floors import ItemKnn, own_frequency, popularity
 
 ITEMS = 6
@@ -54,13 +54,16 @@ def test_top_items_breaks_ties_by_number_and_fills_up_with_no_item() -> None:
 
 
 def test_what_comes_next_is_everything_at_the_first_moment() -> None:
-    morning, noon, night = (datetime(2024, 1, 1, hour) for hour in (8, 12, 22))
+    morning, noon, night = 8.0, 12.0, 22.0  # hours after the cut
     row = SimpleNamespace(
         target_item_index=[5, 6, 7, 1, 8],
-        target_ts=[morning, morning, noon, noon, night],
+        target_hours=[morning, morning, noon, noon, night],
         seen_item_index=[1, 5, 6, 8],
     )
-    assert relevant_items(row, "next") == [5, 6]
-    assert relevant_items(row, "new") == [7, 1]  # the unknown item is nobody's old one
-    assert relevant_items(row, "repeat") == [5, 6]
-    assert relevant_items(SimpleNamespace(target_item_index=[5], target_ts=[noon], seen_item_index=[5]), "new") == []
+    assert relevant_items(row, "next") == ([5, 6], morning)
+    assert relevant_items(row, "new") == ([7, 1], noon)  # the unknown item is nobody's old one
+    assert relevant_items(row, "repeat") == ([5, 6], morning)
+    nothing_new = SimpleNamespace(target_item_index=[5], target_hours=[noon], seen_item_index=[5])
+    items, hours = relevant_items(nothing_new, "new")
+    assert items == []
+    assert math.isnan(hours)

@@ -10,7 +10,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_score
 
 from jobs.config import ProbeSettings
 from jobs.probe import matrix, results_of
-from training.probes import HEADS, folds_of, probe, profile, tfidf_svd
+from training.probes import HEADS, folds_of, one_length, probe, standardised, tfidf_svd
 
 
 @pytest.fixture
@@ -24,12 +24,15 @@ def told() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("head", ["logistic", "boosting"])
 def test_a_probe_is_scikit_learns_own_cross_validation(head: str, told: tuple[np.ndarray, np.ndarray]) -> None:
-    found = probe(*told, head, folds=4, seeds=2)
+    features, labels = told
+    found = probe(features, labels, head, folds=4, seeds=2)
     for metric, name in (("auc", "roc_auc"), ("average_precision", "average_precision")):
         expected = []
         for seed in (0, 1):
             folds = StratifiedKFold(4, shuffle=True, random_state=seed)
-            expected.append(cross_val_score(HEADS[head](seed), *told, cv=folds, scoring=name).mean())
+            expected.append(
+                cross_val_score(HEADS[head](seed), one_length(features), labels, cv=folds, scoring=name).mean()
+            )
         assert found[metric] == pytest.approx(expected)
         assert len(set(found[metric])) == 2
 
@@ -75,14 +78,11 @@ def test_tfidf_svd_is_numpys() -> None:
     assert tfidf_svd(sp.csr_matrix(counts[:, :3]), 64).shape == (40, 2)
 
 
-def test_profile_weighs_its_parts_alike() -> None:
-    random = np.random.default_rng(2)
-    parts = [random.normal(5, scale, size=(50, width)) for scale, width in ((1, 4), (100, 2), (0.01, 8))]
-    found = profile(*parts)
-    assert found.shape == (50, 14)
-    for start, end in ((0, 4), (4, 6), (6, 14)):
-        assert (found[:, start:end] ** 2).sum() == pytest.approx(50)  # mean squared length 1
-    assert found[:, 4] == pytest.approx((parts[1][:, 0] - parts[1][:, 0].mean()) / parts[1][:, 0].std() / np.sqrt(2))
+def test_one_length_keeps_what_columns_are_to_each_other_and_standardised_does_not() -> None:
+    numbers = np.array([[1.0, 10, 7], [3, 50, 7]])
+    assert one_length(numbers) == pytest.approx(np.array([[-1, -20, 0], [1, 20, 0]]) / np.sqrt(401))
+    assert standardised(numbers).tolist() == [[-1, -1, 0], [1, 1, 0]]
+    assert not one_length(np.ones((3, 2))).any()
 
 
 def test_matrix_by_hand() -> None:

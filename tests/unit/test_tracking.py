@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jobs.tracking import tracked
+from jobs.tracking import attach, tracked
 from tests.sequence_files import make_rows, make_run
 
 
@@ -53,6 +53,24 @@ def test_a_server_that_is_away_costs_one_warning(tmp_path: Path) -> None:
         tracker.files(tmp_path / "no-such-file")
     assert len(said) == 1
     assert said[0].startswith("MLflow (http://127.0.0.1:9) failed, the run goes on untracked: ")
+
+
+def test_a_later_page_goes_to_the_run_of_its_model(tmp_path: Path) -> None:
+    said: list[str] = []
+    attach("local", tmp_path, "test", ("evaluation.html", "a page"), said.append)  # no run yet
+    assert not list(tmp_path.iterdir())
+    spec = make_run(tmp_path, [make_rows(5)])
+    for version in ("test", "other"):
+        named = spec.model_copy(update={"about": {"model_version": version}})
+        with tracked("local", tmp_path, named, said.append):
+            pass
+    attach("local", tmp_path, "test", ("evaluation.html", "a page"), said.append)
+    attach("local", tmp_path, "unknown", ("evaluation.html", "a page"), said.append)
+    ((run,),) = rows(tmp_path, "SELECT run_uuid FROM runs WHERE name = 'test'")
+    assert {path: path.read_text() for path in tmp_path.glob("mlruns/*/artifacts/*")} == {
+        tmp_path / "mlruns" / run / "artifacts" / "evaluation.html": "a page"
+    }
+    assert said == []
 
 
 def test_none_keeps_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,113 @@
+"""trailvec evaluate --compare A B: two models over the same users, with the interval of their difference.
+
+Both are encoded and asked to rank anew, over the rows that `sequences` holds now: they need not have been evaluated or
+scored, nor be of one space. Nothing is written. Each ranks its own catalogue; what only the other knows is a miss.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from pyspark.sql import functions as F
+from rich import box
+from rich.console import Console
+from rich.table import Table as Grid
+
+from jobs.evaluate import TASKS, Catalogue, evaluated_rows, following, model_scorer, rank_users, read_catalogue
+from jobs.models import item_vectors
+from jobs.ranking import bootstrap, measures
+from jobs.runtime import Report, Runtime, Stage
+from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
+
+Floats = npt.NDArray[np.float64]
+
+
+class Difference(NamedTuple):
+    """One metric of two models; low and high: the interval of other - one."""
+
+    task: str
+    metric: str
+    users: int
+    one: float
+    other: float
+    low: float
+    high: float
+
+
+def differences(
+    one: tuple[pd.DataFrame, Catalogue], other: tuple[pd.DataFrame, Catalogue], resamples: int
+) -> list[Difference]:
+    """How two models differ, over the users that have a value of both.
+
+    Args:
+        one, other: what `evaluated_rows` gives (the same users in the same order), and the model's catalogue.
+    """
+    ranked = [rank_users(rows, {"model": model_scorer(rows, of)}, of.rankable) for rows, of in (one, other)]
+    found = []
+    for task in TASKS:
+        done = following(one[0], task)
+        both = [
+            measures(best["model", task == "new"], done, of.target_counts)
+            for best, (_, of) in zip(ranked, (one, other), strict=True)
+        ]
+        pairs = {metric: np.stack([both[0][metric], both[1][metric]]) for metric in both[0]}
+        there = {metric: ~np.isnan(pair).any(axis=0) for metric, pair in pairs.items()}
+        pairs = {metric: np.where(there[metric], pair, np.nan) for metric, pair in pairs.items() if there[metric].any()}
+        if not pairs:
+            continue
+        low, high = bootstrap(np.column_stack([pair[1] - pair[0] for pair in pairs.values()]), resamples)
+        for number, (metric, pair) in enumerate(pairs.items()):
+            means = np.nanmean(pair, axis=1)
+            users = int(there[metric].sum())
+            found.append(Difference(task, metric, users, *map(float, (*means, low[number], high[number]))))
+    return found
+
+
+def compare(runtime: Runtime, versions: tuple[str, str]) -> tuple[list[Difference], Report]:
+    """The differences between two models' folders.
+
+    Raises:
+        TrailvecError: there is no such model, or it is damaged; a table is missing.
+    """
+    found: list[Difference] = []
+
+    def act(runtime: Runtime) -> None:
+        folders = [runtime.model_dir(version) for version in versions]
+        both = [
+            (
+                evaluated_rows(runtime, folder),
+                read_catalogue(runtime, item_vectors(runtime, folder).where(~F.col("is_cold"))),
+            )
+            for folder in folders
+        ]
+        found.extend(differences(both[0], both[1], runtime.config.evaluate.resamples))
+
+    reads = (SEQUENCES, ITEMS, CONTEXT_VALUES)
+    return found, runtime.execute(Stage("compare", "", act, reads, (), ("evaluate",)), force=True)
+
+
+def print_differences(found: list[Difference], versions: tuple[str, str], split: str) -> None:
+    """On stdout, one line for each task and metric."""
+    screen = Console(highlight=False)
+    grid = Grid(box=box.SIMPLE, title=f"split {split}; differences with 95 % intervals over the same users")
+    for heading in ("task", "metric", "users", *versions, "difference"):
+        grid.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
+    last = ""
+    for row in found:
+        sure = row.low > 0 or row.high < 0
+        colour = "" if not sure or row.metric.startswith("popularity") else "green" if row.low > 0 else "red"
+        text = f"{row.other - row.one:+.4f} ({row.low:+.4f} to {row.high:+.4f})"
+        cells: list[Any] = [row.task if row.task != last else "", row.metric, f"{row.users:,}"]
+        cells += [f"{row.one:.4f}", f"{row.other:.4f}", f"[{colour}]{text}[/]" if colour else text]
+        grid.add_row(*cells)
+        last = row.task
+    screen.print(grid)
+
+
+def run_compare(runtime: Runtime, versions: tuple[str, str]) -> None:
+    """Prints how two models differ."""
+    found, _ = compare(runtime, versions)
+    print_differences(found, versions, runtime.config.evaluate.split)

@@ -1,0 +1,153 @@
+"""How far the log and the vectors have moved: the days from an evaluation's cut on, beside as many days before it.
+
+Nothing here says that a model is bad: it says that what it was trained on is no longer what comes in.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import datetime
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from jobs.config import DriftSettings
+from jobs.splits import utc
+
+Vectors = npt.NDArray[np.float32]
+_LEAST = 1e-4  # the share that a vertical without an event stands for in `stability`
+
+
+class Alarm(NamedTuple):
+    """A figure beyond its limit.
+
+    Attributes:
+        limit: the key of evaluate.drift.
+        vertical: None where it is about all.
+        said: for people, with the limit.
+    """
+
+    limit: str
+    vertical: str | None
+    value: float
+    said: str
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What moved. NaN: one of the two windows holds nothing.
+
+    Attributes:
+        events: events in the window after the cut.
+        stability: the population stability index of the verticals' shares.
+        rates: by vertical, events after the cut for each event before it; without those that had none before.
+        counts: by vertical, events in both windows together; the largest first.
+        new_items, new_items_before: share of a window's events whose item was first seen within it. An item too rare
+            for the vocabulary is not known to be new.
+        cosines: of each sampled user's vectors at the cut and at the log's end, [users].
+        centroid: cosine of the two means of those vectors.
+    """
+
+    events: int
+    stability: float
+    rates: dict[str, float]
+    counts: dict[str, int]
+    new_items: float
+    new_items_before: float
+    cosines: npt.NDArray[np.float64]
+    centroid: float
+
+    @property
+    def cosine(self) -> float:
+        """The mean of `cosines`; NaN without a user."""
+        return float(self.cosines.mean()) if len(self.cosines) else math.nan
+
+
+def event_counts(sessions: DataFrame, items: DataFrame, cut: datetime, end: datetime) -> DataFrame:
+    """vertical; events from the cut to the end and in as long a time before it; of both, those of items first seen in
+    that time. Columns vertical, after, before, new_after, new_before.
+
+    Args:
+        sessions, items: rows of these tables.
+    """
+    start = cut - (end - cut)
+    known = items.select("item_id", "first_ts")
+    events = sessions.where(F.col("end_ts") >= utc(start)).select(F.explode("events").alias("event")).select("event.*")
+    late = F.col("event_ts") >= utc(cut)
+    seen = events.where((F.col("event_ts") >= utc(start)) & (F.col("event_ts") < utc(end))).join(
+        known, "item_id", "left"
+    )
+    return seen.groupBy("vertical").agg(
+        F.count_if(late).alias("after"),
+        F.count_if(~late).alias("before"),
+        F.count_if(late & (F.col("first_ts") >= utc(cut))).alias("new_after"),
+        F.count_if(~late & (F.col("first_ts") >= utc(start))).alias("new_before"),
+    )
+
+
+def drift_of(counts: pd.DataFrame, at_cut: Vectors, at_end: Vectors) -> Drift:
+    """The figures.
+
+    Args:
+        counts: what `event_counts` gives.
+        at_cut, at_end: vectors of the same users, float32 [users, width] each.
+    """
+    ordered = counts.assign(all=counts["after"] + counts["before"]).sort_values(
+        ["all", "vertical"], ascending=[False, True]
+    )
+    after, before = int(counts["after"].sum()), int(counts["before"].sum())
+    lengths = np.linalg.norm(at_cut, axis=1) * np.linalg.norm(at_end, axis=1)
+    there = lengths > 0  # a zero vector has no direction
+    one, other = at_cut[there].astype(np.float64), at_end[there].astype(np.float64)
+    return Drift(
+        events=after,
+        stability=stability(counts["before"].to_numpy(), counts["after"].to_numpy()),
+        rates={row.vertical: int(row.after) / int(row.before) for row in ordered.itertuples() if row.before},
+        counts={row.vertical: int(row.all) for row in ordered.itertuples()},
+        new_items=int(counts["new_after"].sum()) / after if after else math.nan,
+        new_items_before=int(counts["new_before"].sum()) / before if before else math.nan,
+        cosines=(one * other).sum(axis=1) / lengths[there],
+        centroid=_cosine(one.mean(axis=0), other.mean(axis=0)) if there.any() else math.nan,
+    )
+
+
+def stability(before: npt.NDArray[np.int64], after: npt.NDArray[np.int64]) -> float:
+    """The population stability index, Σ (q - p) ln(q / p) over the shares p before and q after (Siddiqi 2006): under
+    0.1 little has changed, above 0.25 much. A share is at least 0.0001. NaN where one window holds nothing."""
+    if not before.sum() or not after.sum():
+        return math.nan
+    p = np.maximum(before / int(before.sum()), _LEAST)
+    q = np.maximum(after / int(after.sum()), _LEAST)
+    return float(((q - p) * np.log(q / p)).sum())
+
+
+def alarms(drift: Drift, settings: DriftSettings) -> list[Alarm]:
+    """What is beyond its limit."""
+    found = []
+
+    def ask(limit: str, beyond: bool, value: float, said: str, vertical: str | None = None) -> None:
+        if beyond:
+            where = f" (evaluate.drift.{limit} = {getattr(settings, limit):g})"
+            found.append(Alarm(limit, vertical, value, said + where))
+
+    moved = f"the verticals' shares of the events moved, stability index {drift.stability:.2f}"
+    ask("max_stability", drift.stability > settings.max_stability, drift.stability, moved)
+    for vertical, count in drift.counts.items():
+        rate = drift.rates.get(vertical, math.inf)
+        beyond = count >= settings.min_events and not 1 / settings.max_rate_factor <= rate <= settings.max_rate_factor
+        times = f"{rate:.2f} times the events of the time before" if vertical in drift.rates else "events, none before"
+        ask("max_rate_factor", beyond, rate, f"vertical {vertical} has {times}", vertical)
+    new = f"{drift.new_items:.0%} of the events are of items new in that time (before: {drift.new_items_before:.0%})"
+    ask("max_new_items", drift.new_items > settings.max_new_items, drift.new_items, new)
+    turned = f"users' vectors turned, mean cosine {drift.cosine:.2f} between the cut and the log's end"
+    ask("min_user_cosine", drift.cosine < settings.min_user_cosine, drift.cosine, turned)
+    return found
+
+
+def _cosine(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
+    return float(one @ other) / max(float(np.linalg.norm(one) * np.linalg.norm(other)), 1e-12)

@@ -1,0 +1,347 @@
+"""evaluation.html beside a model: one page that says what its vectors are worth, without any other file or network.
+
+The same facts give the same bytes. All values are escaped by the template (jobs/templates/evaluation.html).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from jobs import pictures
+from jobs.pictures import Point
+from jobs.ranking import hours_names
+from training.metrics import HISTORY_FROM, class_names
+
+TASKS = {"next": "Any next item", "new": "A new item", "repeat": "An item taken again"}
+METHODS = {
+    "model": "the model",
+    "popularity": "most popular items",
+    "own_frequency": "the user's own most frequent",
+    "item_knn": "item-kNN",
+}
+FEATURES = {
+    "vector": "the vector",
+    "profile": "the profile",
+    "tfidf_svd": "TF-IDF and SVD of the items",
+    "aggregates": "counts by hand",
+    "rfm": "recency, frequency, money",
+    "majority": "nothing (the majority)",
+}
+METRICS = ("ndcg@10", "recall@10", "ndcg@20", "recall@20", "mrr@20")
+SLICES = {
+    "history": "By actions of history that the model read",
+    "hours": "By hours from the cut to what was done next",
+    "vertical": "By vertical of what was done next (elsewhere does not count there)",
+}
+SPACE = {
+    ("items", "uniformity"): ("uniformity of items", "0: all point one way; about -4: as even as random directions"),
+    ("users", "uniformity"): ("uniformity of users", "the same of users"),
+    ("users_items", "alignment"): (
+        "alignment of users with what they do next",
+        "squared distance of directions: 0 the same, 2 nothing to do with each other",
+    ),
+    ("items", "effective_dimensions"): ("effective dimensions of items", "how many the variance really fills"),
+    ("users", "effective_dimensions"): ("effective dimensions of users", "the same of users"),
+    ("items", "dead_dimensions"): ("dead dimensions of items", "directions with less than 1 % of the widest's spread"),
+    ("users", "dead_dimensions"): ("dead dimensions of users", "the same of users"),
+    ("items", "norm_popularity"): (
+        "length against popularity",
+        "rank correlation: 1 the more popular an item, the longer its vector; 0 no relation",
+    ),
+    ("items", "hubness@10"): ("hubness of items", "skewness of being a neighbour: 0 no hubs, above 2 strong ones"),
+    ("users", "hubness@10"): ("hubness of users", "the same of users"),
+    ("items", "same_category@10"): ("neighbours of the same category", "share of an item's ten nearest"),
+    ("items", "same_category_by_chance"): ("… by chance", "the same share had they been drawn blindly"),
+}
+DRIFT = {
+    ("events", "stability_index"): (
+        "stability index of events",
+        "how far the verticals' shares moved: under 0.1 little, above 0.25 much",
+    ),
+    ("events", "new_items"): ("events of new items", "the share of the events with items first seen after the cut"),
+    ("users", "cosine"): ("cosine of a user's vectors", "at the cut and at the log's end: 1 the same"),
+    ("users", "centroid_cosine"): ("cosine of the users' centroids", "the same of the mean of all"),
+}
+LARGEST = 12  # verticals in a picture
+
+Row = dict[str, Any]
+
+
+class Neighbour(NamedTuple):
+    name: str
+    vertical: str
+    cosine: float
+
+
+class Example(NamedTuple):
+    """An item and its nearest others, nearest first."""
+
+    name: str
+    vertical: str
+    near: list[Neighbour]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the page is made of.
+
+    Attributes:
+        about: what model.json says; parts may be missing.
+        rows: the model's rows of EVALUATION in that split.
+        versions: of each model in EVALUATION what model.json says (where it is still there), `is_current` and its rows.
+        sample: how many items the examples were looked for in.
+        probes: rows of the table probes.
+    """
+
+    fingerprint: str
+    version: str
+    split: str
+    about: Row
+    rows: list[Row]
+    versions: list[tuple[str, bool, Row, list[Row]]]
+    points: npt.NDArray[Any] = field(default_factory=lambda: np.empty((0, 2)))
+    groups: Sequence[str] = ()
+    shares: Sequence[float] = (0.0, 0.0)
+    examples: Sequence[Example] = ()
+    sample: int = 0
+    probes: Sequence[Row] = ()
+
+
+def page(facts: Facts) -> str:
+    """The page."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["figure"] = figure
+    points = {
+        (r["task"], r["method"], r["metric"], r["slice"], r["slice_value"]): Point(r["value"], r["low"], r["high"])
+        for r in facts.rows
+    }
+    users = {
+        (r["task"], r["slice"], r["slice_value"]): r["counted"]
+        for r in facts.rows
+        if r["metric"] == "ndcg@10" and r["method"] == "model"
+    }
+    tasks = [task for task in TASKS if (task, "all", "all") in users]
+    sections = [("verdict", "In short"), ("ranking", "Ranking"), ("slices", "For whom"), ("space", "The space")]
+    drift = _drift(points, facts.rows)
+    sections += (
+        [("probes", "Probes")] * bool(facts.probes)
+        + [("drift", "Drift")] * bool(drift["rows"])
+        + [("training", "Training"), ("versions", "All versions")]
+    )
+    training = facts.about.get("training")
+    return environment.get_template("evaluation.html").render(
+        fingerprint=facts.fingerprint,
+        version=facts.version,
+        as_of=facts.about.get("as_of", "")[:16].replace("T", " "),
+        split=facts.split,
+        sections=sections,
+        verdicts=[_verdict(task, points, users) for task in tasks],
+        ranking_picture=_picture(pictures.bars(_of_tasks(tasks, points), METHODS, "model")) if tasks else "",
+        tasks=[_task(task, points, users) for task in tasks],
+        slice_pictures=[*_slice_pictures(points, users)],
+        slice_tables=[table for task in tasks for kind in SLICES if (table := _slice_table(task, kind, points, users))],
+        space=[
+            {"name": name, "meaning": meaning, "value": _space_value(key[1], points["space", *key, "all", "all"].value)}
+            for key, (name, meaning) in SPACE.items()
+            if ("space", *key, "all", "all") in points
+        ],
+        examples=facts.examples,
+        sample=facts.sample,
+        map_picture=_picture(pictures.scatter(facts.points, facts.groups, facts.shares)) if len(facts.points) else "",
+        mapped=len(facts.points),
+        probes=_probes(facts.probes),
+        drift=drift,
+        training_picture=_picture(pictures.training(facts.about, narrow=True)) if training else "",
+        facts=_facts(facts.about),
+        versions=_versions(facts.versions),
+    )
+
+
+def figure(value: Any) -> str:
+    """A value for people: whole numbers with commas, others with four digits or so, nothing for None."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if float(value).is_integer() and abs(value) >= 2:
+        return f"{int(value):,}"
+    return f"{value:.4f}" if abs(value) < 2 else f"{value:,.2f}"
+
+
+def _space_value(metric: str, value: float) -> float | str:
+    return str(int(value)) if metric == "dead_dimensions" else value  # a count
+
+
+def _picture(svg: str) -> Markup:
+    return Markup(pictures.inline(svg))  # noqa: S704 - matplotlib escapes the texts in it
+
+
+# ---- parts -------------------------------------------------------------------------------------------------------
+
+Points = dict[tuple[str, str, str, str, str], Point]
+Users = dict[tuple[str, str, str], int]
+
+
+def _of_tasks(tasks: list[str], points: Points) -> dict[str, dict[str, Point]]:
+    return {
+        TASKS[task]: {m: p for m in METHODS if (p := points.get((task, m, "ndcg@10", "all", "all")))} for task in tasks
+    }
+
+
+def _verdict(task: str, points: Points, users: Users) -> Row:
+    leads = []
+    for method, name in METHODS.items():
+        lead = points.get((task, method, "model_lead_ndcg@10", "all", "all"))
+        if lead is None or lead.low is None or lead.high is None:
+            continue
+        word = "better" if lead.low > 0 else "worse" if lead.high < 0 else "level"
+        said = {"better": "better than", "worse": "worse than", "level": "level with"}[word]
+        by = f"{lead.value:+.4f}, {lead.low:+.4f} to {lead.high:+.4f}"
+        leads.append({"word": word, "said": said, "name": name, "by": by})
+    return {
+        "title": TASKS[task],
+        "users": users[task, "all", "all"],
+        "model": points[task, "model", "ndcg@10", "all", "all"],
+        "leads": leads,
+    }
+
+
+def _task(task: str, points: Points, users: Users) -> Row:
+    rows = []
+    for method, name in METHODS.items():
+        of = [points.get((task, method, metric, "all", "all")) for metric in METRICS]
+        bias = points.get((task, method, "popularity_bias@10", "all", "all"))
+        of.append(bias and Point(*(None if x is None else math.exp(x) for x in bias)))  # type: ignore[arg-type]
+        of.append(points.get((task, method, "coverage@10", "all", "all")))
+        if any(of):
+            rows.append([name, *of])
+    columns = ["method", *METRICS, "popularity bias", "coverage@10"]
+    return {"title": TASKS[task], "users": users[task, "all", "all"], "columns": columns, "rows": rows}
+
+
+def _classes(task: str, kind: str, users: Users) -> list[str]:
+    """The classes of a slice that hold users: in their order, verticals from the largest on."""
+    there = [value for (of, name, value) in users if of == task and name == kind]
+    order = {"history": class_names(HISTORY_FROM), "hours": hours_names()}.get(kind)
+    if order is not None:
+        return [value for value in order if value in there]
+    return sorted(there, key=lambda value: (-users[task, kind, value], value))
+
+
+def _slice_pictures(points: Points, users: Users) -> list[Row]:
+    made = []
+    for kind, caption in SLICES.items():
+        classes = _classes("next", kind, users)[:LARGEST]
+        if classes:
+            values = {
+                method: {c: p for c in classes if (p := points.get(("next", method, "ndcg@10", kind, c)))}
+                for method in METHODS
+            }
+            made.append({"svg": _picture(pictures.dots(classes, values, METHODS, "NDCG@10")), "caption": f"{caption}."})
+    return made
+
+
+def _slice_table(task: str, kind: str, points: Points, users: Users) -> Row | None:
+    classes = _classes(task, kind, users)
+    rows = [
+        [value, users[task, kind, value], *(points.get((task, m, "ndcg@10", kind, value)) for m in METHODS)]
+        for value in classes
+    ]
+    title = f"{TASKS[task]}: {SLICES[kind][0].lower()}{SLICES[kind][1:]}"
+    return {"title": title, "columns": [kind, "users", *METHODS.values()], "rows": rows} if rows else None
+
+
+def _probe_points(rows: Sequence[Row]) -> dict[str, dict[str, Point]]:
+    """By features, by task: the AUC of the head that did best, and one standard deviation over the seeds about it."""
+    best: dict[str, dict[str, Point]] = {}
+    for row in rows:
+        of = best.setdefault(row["features"], {})
+        if row["metric"] == "auc" and (row["task"] not in of or row["value"] > of[row["task"]].value):
+            of[row["task"]] = Point(row["value"], row["value"] - row["std"], row["value"] + row["std"])
+    return {features: best[features] for features in FEATURES if features in best}
+
+
+def _probes(rows: Sequence[Row]) -> Row:
+    points = _probe_points(rows)
+    asked = {row["task"]: (row["users"], row["positives"]) for row in rows}
+    table = [
+        [task, users, positives, *(of.get(task) for of in points.values())]
+        for task, (users, positives) in asked.items()
+    ]
+    names = {features: FEATURES[features] for features in points}
+    return {
+        "picture": _picture(pictures.dots(list(asked), points, names, "AUC; 0.5 is chance", left=0.45)) if rows else "",
+        "columns": ["task", "users", "of them 1", *names.values()],
+        "rows": table,
+    }
+
+
+def _drift(points: Points, rows: Sequence[Row]) -> Row:
+    """The figures, the alarms and the verticals' rates, of rows of the task drift."""
+    of = [row for row in rows if row["task"] == "drift"]
+    rates = sorted(
+        (row for row in of if row["metric"] == "rate"), key=lambda row: (-row["counted"], row["slice_value"])
+    )
+    shown = {row["slice_value"]: Point(row["value"], None, None) for row in rates[:LARGEST]}
+    title = "events after the cut for each one before it"
+    figures = [
+        [name, points["drift", *key, "all", "all"], meaning]
+        for key, (name, meaning) in DRIFT.items()
+        if ("drift", *key, "all", "all") in points
+    ]
+    picture = pictures.bars({title: shown}, {name: name for name in shown}, "") if shown else ""
+    return {
+        "rows": figures,
+        "alarms": [
+            {"limit": row["metric"], "of": "" if row["slice"] == "all" else row["slice_value"], "value": row["value"]}
+            for row in of
+            if row["method"] == "alarm"
+        ],
+        "picture": _picture(picture) if picture else "",
+        "rates": [[row["slice_value"], row["counted"], row["value"]] for row in rates],
+    }
+
+
+def _facts(about: Row) -> list[list[Any]]:
+    spec, training, provenance = (about.get(part, {}) for part in ("spec", "training", "provenance"))
+    epochs = training.get("epochs", [])
+    facts = {
+        "code": provenance.get("code_version"),
+        "data": ", ".join(f"{table} version {number}" for table, number in provenance.get("reads", {}).items()),
+        "network": f"{spec['architecture']}, width {spec['width']}, layers {spec['layers']}" if spec else None,
+        "epochs": len(epochs) or None,
+        "kept epoch": training.get("best_epoch"),
+        "loss": f"{epochs[0]['loss']:.4f} in the first epoch, {epochs[-1]['loss']:.4f} in the last" if epochs else None,
+        "seconds": round(training["seconds"]) if "seconds" in training else None,
+    }
+    return [[name, str(value)] for name, value in facts.items() if value]
+
+
+def _versions(versions: list[tuple[str, bool, Row, list[Row]]]) -> Row:
+    rows = []
+    for version, is_current, about, of in versions:
+        best = {
+            r["task"]: Point(r["value"], r["low"], r["high"])
+            for r in of
+            if (r["method"], r["metric"], r["slice"]) == ("model", "ndcg@10", "all")
+        }
+        spec, epochs = about.get("spec", {}), about.get("training", {}).get("epochs", [])
+        name = f"{version} (current)" if is_current else version
+        network = f"{spec['architecture']}, {spec['width']}" if spec else None
+        rows.append([name, about.get("as_of", "")[:10], network, len(epochs) or None, *(best.get(t) for t in TASKS)])
+    return {"columns": ["model", "trained to", "network", "epochs", *TASKS.values()], "rows": rows}

@@ -1,0 +1,181 @@
+"""Pictures as SVG, the same bytes each time. The only module that imports matplotlib.
+
+Their texts are texts, in the font of the page that they stand in; names may hold anything.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+MODEL, FLOOR, ACCENT = "#1b6ca8", "#a9b3bb", "#d1495b"
+# Told apart by colour-blind people too (Okabe & Ito 2008).
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c6bb1", "#111111")
+_REST = "#c8c8c8"
+_NARROW = 4.6  # inches: legible on a phone
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.parse_math": False,  # a dollar in a name is a dollar
+}
+
+
+class Point(NamedTuple):
+    """A value with its interval; None: there is none."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def training(about: dict[str, Any], *, narrow: bool = False) -> str:
+    """The loss over the rows read, and what validation found after each epoch; `about`: what model.json says.
+
+    Args:
+        narrow: the two one below the other.
+    """
+    facts = about["training"]
+
+    def draw(figure: Any) -> None:
+        loss, ranking = figure.subplots(2, 1) if narrow else figure.subplots(1, 2)
+        rows, losses = zip(*facts["curve"], strict=True)
+        loss.plot(rows, losses, color=MODEL)
+        loss.set(title="training loss", xlabel="rows read")
+        epochs = [epoch for epoch in facts["epochs"] if "ndcg@10" in epoch]
+        for metric, colour in (("ndcg@10", MODEL), ("recall@10", ACCENT)):
+            ranking.plot([e["epoch"] for e in epochs], [e[metric] for e in epochs], "o-", color=colour, label=metric)
+        ranking.axvline(facts["best_epoch"], color="#bbb", linestyle=":")
+        ranking.set(title="next item, held-out users", xlabel="epoch", xticks=[e["epoch"] for e in epochs])
+        ranking.legend()
+
+    return _picture(draw, (_NARROW, 4.4) if narrow else (9, 3.2), about["model_version"])
+
+
+def bars(values: dict[str, dict[str, Point]], names: dict[str, str], first: str) -> str:
+    """One group of bars for each of `values`, one bar for each of its members; lines are intervals.
+
+    Args:
+        values: by the group's title, by a key of `names`.
+        names: what to write beside a bar.
+        first: the key that is told apart by its colour.
+    """
+
+    def draw(figure: Any) -> None:
+        plots = figure.subplots(len(values), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (title, group) in zip(plots, values.items(), strict=True):
+            keys = [key for key in names if key in group]
+            points = [group[key] for key in keys]
+            colours = [MODEL if key == first else FLOOR for key in keys]
+            widths = [point.value for point in points]
+            axes.barh(range(len(keys)), widths, color=colours, xerr=_errors(points), error_kw={"elinewidth": 1.2})
+            axes.set_yticks(range(len(keys)), [names[key] for key in keys])
+            axes.invert_yaxis()
+            axes.set_title(title, loc="left")
+
+    return _picture(draw, (_NARROW, 0.4 + 1.25 * len(values)), "bars")
+
+
+def dots(
+    classes: Sequence[str], values: dict[str, dict[str, Point]], names: dict[str, str], label: str, left: float = 0
+) -> str:
+    """One line for each class, on it a dot with its interval for each key of `names`.
+
+    Args:
+        classes: from the top down.
+        values: by a key of `names`, by class.
+        label: of the axis.
+        left: where the axis begins.
+    """
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for number, (key, name) in enumerate(names.items()):
+            there = [place for place, value in enumerate(classes) if value in values.get(key, {})]
+            points = [values[key][classes[place]] for place in there]
+            heights = np.array(there) + 0.6 * ((number + 0.5) / len(names) - 0.5)
+            axes.errorbar(
+                [point.value for point in points],
+                heights,
+                xerr=_errors(points),
+                fmt="osD^vP"[number % 6],
+                markersize=4 if number else 5,
+                color=COLOURS[number % len(COLOURS)] if number else MODEL,
+                alpha=0.75 if number else 1.0,
+                label=name,
+            )
+        axes.set_yticks(range(len(classes)), classes)
+        axes.set_ylim(len(classes) - 0.5, -0.5)
+        axes.set_xlim(left=left)
+        axes.set_xlabel(label)
+        axes.grid(axis="x", color="#eee")
+        figure.legend(loc="outside upper left", ncols=2, frameon=False)
+
+    return _picture(draw, (_NARROW, 1.3 + 0.38 * len(classes)), "dots")
+
+
+def scatter(points: npt.NDArray[Any], groups: Sequence[str], shares: Sequence[float]) -> str:
+    """Points in the plane coloured by group: the largest in colours of their own, the others grey.
+
+    Args:
+        points: [n, 2].
+        groups: the group of each, [n].
+        shares: of the variance, along each axis.
+    """
+    names, sizes = np.unique(np.asarray(groups, dtype=object).astype(str), return_counts=True)
+    largest = names[np.argsort(-sizes, kind="stable")][: len(COLOURS)].tolist()
+    of = np.asarray(groups, dtype=object).astype(str)
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        rest = ~np.isin(of, largest)
+        if rest.any():
+            axes.scatter(*points[rest].T, s=7, color=_REST, linewidths=0, label="others")
+        for name, colour in zip(largest, COLOURS, strict=False):
+            axes.scatter(*points[of == name].T, s=7, color=colour, alpha=0.7, linewidths=0, label=_shortened(name))
+        axes.set_xlabel(f"first direction ({shares[0]:.0%} of the variance)")
+        axes.set_ylabel(f"second ({shares[1]:.0%})")
+        axes.set_aspect("equal", "datalim")
+        figure.legend(loc="outside lower left", ncols=2, frameon=False, markerscale=2)
+
+    return _picture(draw, (_NARROW, 5.2), "scatter")
+
+
+def inline(svg: str) -> str:
+    """A picture to stand within a page of HTML: without the prolog and without names that two pictures would share."""
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>\s*", "", body, flags=re.DOTALL)
+    return re.sub(r' id="[A-Za-z0-9]+_\d+"', "", body)  # figure_1, axes_1, ...: nothing refers to them
+
+
+def _errors(points: Sequence[Point]) -> Any:
+    """[2, n]: how far the ends of the intervals are from the values."""
+    lows = [0.0 if p.low is None else max(0.0, p.value - p.low) for p in points]
+    highs = [0.0 if p.high is None else max(0.0, p.high - p.value) for p in points]
+    return np.array([lows, highs])
+
+
+def _shortened(name: str, limit: int = 26) -> str:
+    # An underscore at its beginning would keep a name out of the legend.
+    return " " * name.startswith("_") + (name if len(name) <= limit else f"{name[: limit - 1]}…")
+
+
+def _picture(draw: Callable[[Any], None], size: tuple[float, float], salt: str) -> str:
+    from matplotlib import rc_context  # noqa: PLC0415
+    from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: PLC0415 - a second, and only pictures need it
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    with rc_context({**_STYLE, "svg.hashsalt": salt}):  # the same bytes each time
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        text = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})  # type: ignore[no-untyped-call]
+    return text.getvalue()

@@ -1,0 +1,278 @@
+"""profile_users: sessions + items + context_values + the model in use → user_profiles, and the profile's basis.
+
+A second vector of every user, for other teams' models: the sequence's state, the items and categories of the whole
+history, and numbers of time and value (training/profile.py says how they come together). `probe` judges the very same
+function. All users are written anew in one commit, as of the log's end: how long ago somebody came changes every day.
+
+The basis is fitted on a sample of users when a model has none yet, and kept in its folder: from then on the places of a
+profile mean the same, and a head that a team has trained goes on reading them. A new model has new profiles.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+
+from jobs.build_sequences import build_sequences, in_vocabulary, number_actions
+from jobs.cli import stage_main
+from jobs.config import SequencesSettings
+from jobs.errors import TrailvecError
+from jobs.models import encode_sequences, item_vectors
+from jobs.runtime import Runtime, Stage, code_version
+from jobs.splits import Cuts, cut_times, utc
+from jobs.tables import CONTEXT_VALUES, ITEMS, SESSIONS, USER_PROFILES
+from jobs.train import item_attributes
+from spark_udfs.profile import KINDS, profiles
+from training.checkpoint import read_alignment
+from training.profile import Basis, Floats, Integers, fit_basis, fit_terms, read_basis, write_basis
+
+_WINDOWS = (7, 14, 28, 91)  # days before the cut
+_MOST_STATISTICS = 100
+
+
+# ---- what a user's events say ---------------------------------------------------------------------------------------
+
+
+def events_of(sessions: DataFrame) -> DataFrame:
+    """user_id, `opens` (the event is its session's first) and the columns of each event."""
+    exploded = sessions.select("user_id", F.posexplode("events").alias("place", "event"))
+    return exploded.select("user_id", (F.col("place") == 0).alias("opens"), "event.*")
+
+
+def before(events: DataFrame, cuts: DataFrame) -> DataFrame:
+    """The events strictly before their user's cut, with `days` (double): how long before.
+
+    Args:
+        cuts: user_id, cut (timestamp); one row per user. Who is not in it has no events here.
+    """
+    days = (F.unix_micros("cut") - F.unix_micros("event_ts")) / F.lit(86400e6)
+    return events.join(cuts, "user_id").where("event_ts < cut").withColumn("days", days)
+
+
+def rfm(visible: DataFrame, targets: list[str]) -> DataFrame:
+    """user_id and five numbers: days since the last and the first action, actions, days with one, money; in logs."""
+    done = visible.where(F.col("event_type").isin(targets)) if targets else visible
+    return done.groupBy("user_id").agg(
+        F.log1p(F.min("days")).alias("recency"),
+        F.log1p(F.max("days")).alias("tenure"),
+        F.log1p(F.count("*")).alias("actions"),
+        F.log1p(_distinct(F.to_date("event_ts"))).alias("active_days"),
+        F.log1p(F.greatest(F.sum(F.coalesce("amount", F.lit(0.0))), F.lit(0.0))).alias("amount"),
+    )
+
+
+def _distinct(values: Column) -> Column:
+    # count_distinct copies every row once for each column that it is asked about.
+    return F.size(F.collect_set(values))
+
+
+def statistics(visible: DataFrame, targets: list[str]) -> DataFrame:
+    """user_id, name, value: how often, when and for how much a user acts, in long form.
+
+    The five numbers of `rfm`; counts (in logs) of actions and of days in windows before the cut, and of each event
+    type, with how close its last is (1 / (1 + log days)); shares of 4-hour stretches, of weekdays (both in the user's
+    zone) and of verticals; the mean and the spread of the logarithm of an action's amount, the mean of its quantity's;
+    actions per session, money per active day, days between active days.
+    """
+    local = F.from_utc_timestamp("event_ts", F.col("time_zone"))
+    count, day = F.count("*"), F.to_date(local)
+    amount = F.log1p(F.greatest("amount", F.lit(0.0)))
+    wide = {f"actions_{d}": F.log1p(F.count_if(F.col("days") <= d)) for d in _WINDOWS}
+    wide |= {f"days_{d}": F.log1p(_distinct(F.when(F.col("days") <= d, day))) for d in _WINDOWS}
+    wide |= {f"hour_{h}": F.count_if(F.floor(F.hour(local) / 4) == h) / count for h in range(6)}
+    wide |= {f"weekday_{d}": F.count_if(F.dayofweek(local) == d) / count for d in range(1, 8)}
+    wide |= {
+        "amount_mean": F.avg(amount),
+        "amount_spread": F.stddev_pop(amount),
+        "per_session": F.log1p(count / F.greatest(F.count_if("opens"), F.lit(1))),
+        "per_day": F.log1p(F.greatest(F.sum("amount"), F.lit(0.0)) / _distinct(day)),
+        "rhythm": F.log1p((F.max("days") - F.min("days")) / _distinct(day)),
+        "quantity": F.avg(F.log1p(F.greatest("quantity", F.lit(0.0)))),
+    }
+    long = _long(visible.groupBy("user_id").agg(*[value.alias(name) for name, value in wide.items()]))
+    long = long.union(_long(rfm(visible, targets)))
+    types = visible.groupBy("user_id", "event_type").agg(F.log1p(count).alias("n"), F.log1p(F.min("days")).alias("d"))
+    for prefix, value in (("type", F.col("n")), ("closeness", 1 / (1 + F.col("d")))):
+        long = long.union(types.select("user_id", F.concat(F.lit(f"{prefix}_"), "event_type"), value))
+    of_user = visible.groupBy("user_id").agg(count.alias("all"))
+    shares = visible.groupBy("user_id", "vertical").agg(count.alias("n")).join(of_user, "user_id")
+    return long.union(shares.select("user_id", F.concat(F.lit("vertical_"), "vertical"), F.col("n") / F.col("all")))
+
+
+def _long(wide: DataFrame) -> DataFrame:
+    """Columns beside user_id as rows: user_id, name, value."""
+    names = [name for name in wide.columns if name != "user_id"]
+    pairs = F.array(*[F.struct(F.lit(n).alias("name"), F.col(n).cast("double").alias("value")) for n in names])
+    return wide.select("user_id", F.explode(pairs).alias("pair")).select("user_id", "pair.*")
+
+
+def states(runtime: Runtime, sessions: DataFrame, cuts: DataFrame, model_dir: Path, end: datetime) -> DataFrame:
+    """user_id and the vector that the user has when only events before their cut are known."""
+    vocabulary = in_vocabulary(runtime.read(ITEMS), runtime.config.vocabulary.min_count)
+    values = runtime.read(CONTEXT_VALUES).where("kind != 'category'")
+    actions = number_actions(sessions.join(cuts, "user_id", "left_semi"), vocabulary, values)
+    known = actions.join(cuts, "user_id").where("event_ts < cut").drop("cut")
+    settings = SequencesSettings(max_length=runtime.config.sequences.max_length)
+    rows = build_sequences(known, Cuts(end, end, end), settings).where("split = 'score'")
+    encoded = encode_sequences(rows, ["user_id"], model_dir=model_dir, batch_size=runtime.config.score.batch_size)
+    return encoded.select("user_id", "vector")
+
+
+# ---- profiles -------------------------------------------------------------------------------------------------------
+
+
+def profile_rows(visible: DataFrame, encoded: DataFrame, numbers: DataFrame, told: DataFrame) -> DataFrame:
+    """What a profile is made of, a row for each user of `encoded`: user_id, vector (the state), and for each of KINDS
+    <kind>_numbers array<int> and <kind>_values array<double>.
+
+    Args:
+        visible: as `before` gives it.
+        encoded: user_id, vector.
+        numbers: item_id, item_index, category (its number; 0: none).
+        told: user_id, number, value of the statistics.
+    """
+    known = visible.join(numbers, "item_id")
+    rows = encoded.select("user_id", "vector")
+    counts = {
+        "items": known.groupBy("user_id", F.col("item_index").alias("number")).agg(F.count("*").alias("value")),
+        "categories": known.where("category > 0")
+        .groupBy("user_id", F.col("category").alias("number"))
+        .agg(F.count("*").alias("value")),
+        "statistics": told,
+    }
+    for kind in KINDS:
+        pair = F.struct(
+            F.col("number").cast("int").alias("number"),
+            F.coalesce(F.col("value").cast("double"), F.lit(0.0)).alias("value"),
+        )
+        # Sorted: sums of floats end in the same bits whatever the partitions.
+        lists = counts[kind].groupBy("user_id").agg(F.sort_array(F.collect_list(pair)).alias("pairs"))
+        kept = rows.columns
+        rows = rows.join(lists, "user_id", "left").select(
+            *kept,
+            F.coalesce("pairs.number", F.array().cast("array<int>")).alias(f"{kind}_numbers"),
+            F.coalesce("pairs.value", F.array().cast("array<double>")).alias(f"{kind}_values"),
+        )
+    return rows
+
+
+def item_numbers(runtime: Runtime) -> DataFrame:
+    """item_id, item_index, category (its number; 0: none) of all items, rare ones too."""
+    items = runtime.read(ITEMS)
+    attributes = item_attributes(items, runtime.read(CONTEXT_VALUES)).select("item_index", "category")
+    return items.select("item_id", "item_index").join(attributes, "item_index")
+
+
+def numbered(told: DataFrame, names: tuple[str, ...]) -> DataFrame:
+    """Statistics by the number of their name; those that have none are left out."""
+    schema = "name string, number int"
+    places = told.sparkSession.createDataFrame([(name, number) for number, name in enumerate(names)], schema)
+    return told.join(F.broadcast(places), "name").select("user_id", "number", "value")
+
+
+def statistic_names(told: DataFrame) -> tuple[str, ...]:
+    """The statistics that most users have, sorted; a hundred at most."""
+    counted = told.where("value != 0").groupBy("name").count().orderBy(F.desc("count"), "name").limit(_MOST_STATISTICS)
+    return tuple(sorted(row["name"] for row in counted.collect()))
+
+
+def fit(
+    runtime: Runtime, visible: DataFrame, encoded: DataFrame, *, numbers: DataFrame, told: DataFrame, model_dir: Path
+) -> Basis:
+    """The basis, fitted on profile.fit_users users of `encoded` at most, whose rows come to the driver.
+
+    Args:
+        visible, encoded, numbers: as in `profile_rows`.
+        told: as `statistics` gives it.
+
+    Raises:
+        TrailvecError: nobody has an event before their cut.
+    """
+    settings = runtime.config.profile
+    bucket = F.xxhash64("user_id")
+    sample = encoded.orderBy(bucket, "user_id").limit(settings.fit_users).persist()
+    visible, told = (of.join(F.broadcast(sample.select("user_id")), "user_id") for of in (visible, told))
+    names = statistic_names(told)
+    rows = profile_rows(visible, sample, numbers, numbered(told, names)).orderBy("user_id").toPandas()
+    if rows.empty:
+        raise TrailvecError("no user has an event before the cut: there is nothing to make a profile of")
+    matrix = np.stack([np.asarray(vector, np.float32) for vector in rows["vector"]])
+    counts = {kind: _sparse(rows[f"{kind}_numbers"], rows[f"{kind}_values"]) for kind in KINDS}
+    terms = fit_terms(counts, settings.max_terms)
+    vectors = _vectors_of(runtime, model_dir, terms["items"].numbers, matrix.shape[1])
+    sample.unpersist()
+    return fit_basis(matrix, counts, names=names, terms=terms, item_vectors=vectors, width=settings.width)
+
+
+def _sparse(numbers: pd.Series[Any], values: pd.Series[Any]) -> sp.csr_matrix:
+    """Lists of numbers and of their values, a pair for each user, as float64 [users, numbers]."""
+    offsets = np.cumsum([0, *(len(of) for of in numbers)])
+    columns = np.concatenate([*numbers, np.empty(0)]).astype(np.int64)
+    data = np.concatenate([*values, np.empty(0)]).astype(np.float64)
+    return sp.csr_matrix((data, columns, offsets), (len(numbers), columns.max(initial=0) + 1))
+
+
+def _vectors_of(runtime: Runtime, model_dir: Path, numbers: Integers, width: int) -> Floats:
+    """The model's vectors of the items of those numbers (ascending), float32 [len(numbers), width]; zeros: none."""
+    wanted = runtime.spark.createDataFrame(pd.DataFrame({"item_index": numbers}), "item_index int")
+    rows = item_vectors(runtime, model_dir).join(F.broadcast(wanted), "item_index").select("item_index", "vector")
+    found = rows.toPandas()
+    vectors = np.zeros((len(numbers), width), np.float32)
+    for number, vector in zip(found["item_index"], found["vector"], strict=True):
+        vectors[np.searchsorted(numbers, number)] = vector
+    return vectors
+
+
+def run(runtime: Runtime) -> None:
+    model_dir = runtime.model_dir()
+    sessions = runtime.read(SESSIONS)
+    end = cut_times(sessions.select(F.col("end_ts").alias("event_ts")), runtime.config.sequences).end
+    cuts = sessions.select("user_id").distinct().withColumn("cut", utc(end))
+    targets = runtime.config.sequences.target_event_types
+    visible = before(events_of(sessions), cuts)
+    encoded = states(runtime, sessions, cuts, model_dir, end).persist()  # encoding is what costs
+    told, numbers = statistics(visible, targets), item_numbers(runtime)
+    found = read_basis(model_dir)
+    if found is None:
+        runtime.on_progress("the basis is fitted")
+        basis = fit(runtime, visible, encoded, numbers=numbers, told=told, model_dir=model_dir)
+        write_basis(model_dir, basis, {"as_of": end.isoformat(timespec="microseconds"), "code_version": code_version()})
+    else:
+        basis = found[0]
+    rows = profiles(profile_rows(visible, encoded, numbers, numbered(told, basis.names)), basis)
+    rows = rows.withColumn("model_version", F.lit(model_dir.name)).withColumn("as_of", utc(end))
+    runtime.write(USER_PROFILES, rows)
+    encoded.unpersist()
+    widths = ", ".join(f"{part} {width}" for part, width in basis.widths.items())
+    runtime.report.notes.append(f"model {model_dir.name}: places of the vector: {widths}")
+
+
+def _inputs(runtime: Runtime) -> dict[str, str | None]:
+    folder = runtime.model_dir()
+    return {"model_version": folder.name, "rotation": (read_alignment(folder) or {}).get("rotation_sha256")}
+
+
+STAGE = Stage(
+    "profile_users",
+    "write a second vector of every user, for other teams' models: sequence, tastes, time and value",
+    run,
+    reads=(SESSIONS, ITEMS, CONTEXT_VALUES),
+    writes=(USER_PROFILES,),
+    settings=("profile", "sequences", "vocabulary"),
+    inputs=_inputs,
+)
+
+
+def main() -> None:
+    stage_main("profile_users")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Figures about a space of vectors that need no task: how it is filled, and what lies beside what. Plain numpy.
+
+Vectors are float32 [n, width]. A zero vector has no direction: where directions are compared it is left out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import skew, spearmanr
+
+from jobs.ranking import top_items
+
+Vectors = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
+
+DEAD = 0.01  # a direction in which vectors spread less than so much of the widest is a dead dimension
+_ROWS_AT_ONCE = 512
+
+
+def unit(vectors: Vectors) -> Vectors:
+    """The vectors that are not zero, at length 1."""
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
+    return np.asarray(vectors[lengths > 0] / lengths[lengths > 0, None], np.float32)
+
+
+def uniformity(vectors: Vectors) -> float:
+    """log of the mean of exp(-2 ‖x - y‖²) over pairs of directions (Wang & Isola 2020); 0: all the same; the lower, the
+    more evenly they fill the sphere. NaN for fewer than two."""
+    directions = unit(vectors)
+    n, total = len(directions), 0.0
+    for start in range(0, n, _ROWS_AT_ONCE):
+        cosines = directions[start : start + _ROWS_AT_ONCE] @ directions.T
+        total += float(np.exp(4 * (np.minimum(cosines, 1) - 1), dtype=np.float64).sum())  # ‖x - y‖² = 2 - 2 cosine
+    return float(np.log((total - n) / (n * (n - 1)))) if n > 1 else float("nan")
+
+
+def alignment(one: Vectors, other: Vectors) -> float:
+    """The mean of ‖x - y‖² over pairs of directions that belong together, rows of the two (Wang & Isola 2020); 0 to 4,
+    2 for what has nothing to do with each other. Pairs with a zero vector are left out; NaN without a pair."""
+    a, b = one.astype(np.float64), other.astype(np.float64)
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    there = lengths > 0
+    return float(np.mean(2 - 2 * (a * b).sum(axis=1)[there] / lengths[there])) if there.any() else float("nan")
+
+
+def spread(vectors: Vectors) -> npt.NDArray[np.float64]:
+    """Standard deviations along the principal directions, the widest first, [width]."""
+    covariance = np.atleast_2d(np.cov(vectors.astype(np.float64), rowvar=False, bias=True))
+    values = np.linalg.eigvalsh(covariance)
+    return np.asarray(np.sqrt(np.maximum(values[::-1], 0)))
+
+
+def dead_dimensions(spreads: npt.NDArray[np.float64]) -> int:
+    """How many directions hold next to nothing. Of principal directions: the axes are turned by `align`."""
+    return int((spreads <= DEAD * spreads.max(initial=0)).sum())
+
+
+def effective_dimensions(spreads: npt.NDArray[np.float64]) -> float:
+    """exp of the entropy of the directions' shares of the variance (effective rank: Roy & Vetterli 2007); NaN without
+    any."""
+    if not spreads.any():
+        return float("nan")
+    shares = spreads[spreads > 0] ** 2 / (spreads**2).sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def norm_popularity(vectors: Vectors, counts: Integers) -> float:
+    """Spearman's correlation of a vector's length and how often its item was acted on. NaN where one never varies."""
+    norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
+    if len(norms) < 2 or np.ptp(norms) == 0 or np.ptp(counts) == 0:
+        return float("nan")
+    return float(spearmanr(norms, counts).statistic)
+
+
+def neighbours(vectors: Vectors, k: int) -> Integers:
+    """The k nearest other rows of each row by cosine, [n, at most k], nearest first, ties by row.
+
+    No vector may be zero.
+    """
+    directions = unit(vectors)
+    k = min(k, len(directions) - 1)
+    found = [np.empty((0, k), np.int64)]
+    for start in range(0, len(directions), _ROWS_AT_ONCE):
+        cosines = directions[start : start + _ROWS_AT_ONCE] @ directions.T
+        rows = np.arange(len(cosines))
+        cosines[rows, start + rows] = -np.inf
+        found.append(top_items(cosines, k) if k else np.empty((len(rows), 0), np.int64))
+    return np.concatenate(found)
+
+
+def hubness(found: Integers) -> float:
+    """Skewness of how often a row is among the others' neighbours (Radovanović et al. 2010); 0: none is a hub.
+    NaN where all are so equally often."""
+    times = np.bincount(found.ravel(), minlength=len(found))
+    return float(skew(times)) if np.ptp(times) else float("nan")
+
+
+def share_same(found: Integers, classes: Integers) -> tuple[float, float]:
+    """(the share of neighbours that are of their row's class, the same had they been drawn by chance).
+
+    Args:
+        classes: of each row, [n]; -1 for none: such a row is not asked, and is a neighbour of another class.
+    """
+    asked = classes >= 0
+    if not asked.any() or not found.shape[1]:
+        return float("nan"), float("nan")
+    same = classes[found[asked]] == classes[asked][:, None]
+    others = np.bincount(classes[asked])[classes[asked]] - 1
+    return float(same.mean()), float(others.mean() / (len(classes) - 1))
+
+
+def flat_map(vectors: Vectors) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """The directions seen along the two in which they differ most (PCA), [n, 2], and the share of their variance that
+    each of the two shows. No vector may be zero."""
+    directions = unit(vectors).astype(np.float64)
+    centred = directions - directions.mean(axis=0)
+    values, axes = np.linalg.eigh(centred.T @ centred)
+    axes = axes[:, ::-1][:, :2]
+    axes = axes * np.where(axes[np.abs(axes).argmax(axis=0), [0, 1]] < 0, -1, 1)  # either sign would do
+    return centred @ axes, values[::-1][:2] / max(values.sum(), 1e-12)

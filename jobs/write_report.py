@@ -1,0 +1,166 @@
+"""write_report: evaluation, item_embeddings (and probes, where there is that table) → models/<version>/evaluation.html.
+
+One page for people, of the model in use, without network (jobs/evaluation_page.py). It is attached to the model's run
+in MLflow, where there is one. Of the items a sample by hash is looked at, however large the catalogue is.
+
+trailvec write_report --conf conf/local.toml
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from jobs.cli import stage_main
+from jobs.errors import TrailvecError
+from jobs.evaluate import SPACE_SAMPLE
+from jobs.evaluation_page import Example, Facts, Neighbour, page
+from jobs.runtime import Runtime, Stage
+from jobs.space import flat_map, unit
+from jobs.tables import CURRENT_MODEL, EVALUATION, ITEM_EMBEDDINGS, ITEMS, PROBES
+from jobs.tracking import attach
+from training.checkpoint import read_about
+
+PAGE = "evaluation.html"
+MAPPED = 1_500  # items on the map: each is a part of the page
+EXAMPLES, NEAR = 8, 5
+
+
+def examples(items: pd.DataFrame) -> list[Example]:
+    """Of the largest verticals the item acted on most, and the items nearest to it by cosine.
+
+    Args:
+        items: item_id, item_name (None: the id stands for it), vertical, target_count, vector; none of length 0.
+    """
+    directions = unit(np.stack(list(items["vector"])))
+    names = items["item_name"].fillna(items["item_id"]).tolist()
+    verticals = items["vertical"].tolist()
+    largest = items.groupby("vertical")["target_count"].sum().sort_values(ascending=False, kind="stable")
+    found = []
+    for vertical in largest.index[:EXAMPLES]:
+        place = int(items["target_count"].where(items["vertical"] == vertical, -1).to_numpy().argmax())
+        cosines = directions @ directions[place]
+        order = [int(other) for other in np.argsort(-cosines, kind="stable") if other != place][:NEAR]
+        near = [Neighbour(names[other], verticals[other], float(cosines[other])) for other in order]
+        found.append(Example(names[place], str(vertical), near))
+    return found
+
+
+def run(runtime: Runtime) -> None:
+    folder = runtime.model_dir()
+    target = folder / PAGE
+    if not runtime.forced and _fingerprint_of(target) == runtime.fingerprint:
+        runtime.report.skipped = True
+        return
+    text = page(_facts(runtime, folder))
+    attach(runtime.config.train.tracking_uri, runtime.root, folder.name, (PAGE, text), runtime.report.notes.append)
+    part = folder / f".{PAGE}.part"
+    part.write_text(text, encoding="utf-8")
+    part.rename(target)  # last: it is what says that all is done
+    runtime.report.rows_out["page"] = 1
+    runtime.report.notes.append(f"{target} ({len(text) / 1024:,.0f} kB)")
+
+
+def _facts(runtime: Runtime, folder: Path) -> Facts:
+    split = runtime.config.evaluate.split
+    rows = runtime.read(EVALUATION).where(F.col("split") == split)
+    by_model: dict[str, list[dict[str, Any]]] = {}
+    for row in rows.where((F.col("model_version") == folder.name) | (F.col("slice") == "all")).collect():
+        by_model.setdefault(row["model_version"], []).append(row.asDict())
+    if folder.name not in by_model:
+        raise TrailvecError(
+            f"table evaluation has no row of model {folder.name} in split {split}: run `trailvec evaluate` first"
+        )
+    current = _current(runtime)
+    abouts = {version: _about(runtime.models / version) for version in by_model}
+    versions = [(version, version == current, abouts[version], of) for version, of in by_model.items()]
+    newest_first = sorted(versions, key=lambda of: (of[2].get("as_of", ""), of[0]), reverse=True)
+    items = _sample(runtime, folder.name).toPandas()
+    there = [bool(np.any(vector)) for vector in items["vector"]]  # a zero vector has no direction
+    items = items[there].reset_index(drop=True)
+    mapped = items.iloc[:MAPPED]
+    points, shares = flat_map(np.stack(list(mapped["vector"]))) if len(mapped) > 1 else (np.empty((0, 2)), np.zeros(2))
+    return Facts(
+        fingerprint=runtime.fingerprint,
+        version=folder.name,
+        split=split,
+        about=read_about(folder),
+        rows=by_model[folder.name],
+        versions=newest_first,
+        points=points,
+        groups=mapped["vertical"].tolist(),
+        shares=shares.tolist(),
+        examples=examples(items) if len(items) > 1 else [],
+        sample=len(items),
+        probes=_probes(runtime, folder.name),
+    )
+
+
+def _sample(runtime: Runtime, version: str) -> DataFrame:
+    """About SPACE_SAMPLE items with their vectors, in the order of a hash of the id; first those that are shown."""
+    vectors = runtime.read(ITEM_EMBEDDINGS).where((F.col("model_version") == version) & ~F.col("is_cold"))
+    items = vectors.join(runtime.read(ITEMS).where("target_count > 0"), ["item_id", "item_index"])
+    columns = ["item_id", "item_name", "vertical", "target_count", "vector"]
+    drawn = items.orderBy(F.xxhash64("item_id"), "item_id").limit(SPACE_SAMPLE).select(*columns)
+    return drawn.orderBy(F.xxhash64("item_id"), "item_id")
+
+
+def _probes(runtime: Runtime, version: str) -> list[dict[str, Any]]:
+    """The model's rows of the table that `trailvec probe` makes; none where it never ran."""
+    if not runtime.exists(PROBES):
+        return []
+    rows = runtime.latest(PROBES).where(F.col("model_version") == version).orderBy(*PROBES.key).collect()
+    return [row.asDict() for row in rows]
+
+
+def _current(runtime: Runtime) -> str | None:
+    """The version of the current model; None where there is none yet."""
+    if not runtime.exists(CURRENT_MODEL):
+        return None
+    return next((str(row["model_version"]) for row in runtime.latest(CURRENT_MODEL).collect()), None)
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    return read_about(folder) if (folder / "model.json").exists() else {}
+
+
+def _fingerprint_of(target: Path) -> str | None:
+    """The fingerprint that a page says it was made with; None without a page."""
+    if not target.exists():
+        return None
+    with target.open(encoding="utf-8") as file:
+        head = file.read(2_000)
+    _, _, rest = head.partition('<meta name="fingerprint" content="')
+    return rest.partition('"')[0] or None
+
+
+def _inputs(runtime: Runtime) -> dict[str, Any]:
+    return {
+        "model_version": runtime.model_dir().name,
+        "current": _current(runtime),
+        "probes": runtime.changed_version(PROBES) if runtime.exists(PROBES) else None,
+    }
+
+
+STAGE = Stage(
+    "write_report",
+    "write the page about the model: ranking, the space, training, versions",
+    run,
+    reads=(EVALUATION, ITEMS, ITEM_EMBEDDINGS),
+    writes=(),
+    settings=("evaluate", "model"),
+    inputs=_inputs,
+)
+
+
+def main() -> None:
+    stage_main("write_report")
+
+
+if __name__ == "__main__":
+    main()

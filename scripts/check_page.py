@@ -1,0 +1,104 @@
+"""Opens a page in headless Chromium as people would: python scripts/check_page.py PAGE [--out FOLDER]
+
+The last line is one JSON object: lines on the console, requests for the network, the page's width on a phone of 360
+pixels; exit code 1 where there is a line or a request, or the page is wider. Leaves what a phone, a screen and a
+printer show in FOLDER: phone.png, screen.png, print.pdf. Debian's package is `chromium`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PHONE, SCREEN = (360, 6000), (1280, 6000)
+_NO_ORIGIN = "not an origin"
+_LOCAL = ("file:", "data:", "blob:", "chrome:", "about:")
+# The page inside a frame of a phone's width: Chromium's own window is never so narrow.
+_WIDTHS = """<!doctype html><iframe id="page" src="{page}" width="{width}" height="3000"></iframe>
+<script>document.getElementById("page").onload = event => {{
+  const root = event.target.contentDocument.documentElement;
+  document.title = root.scrollWidth; document.body.dataset.width = root.scrollWidth;
+}};</script>"""
+
+
+def chromium(binary: str, arguments: list[str], profile: Path) -> tuple[str, str]:
+    """stdout and stderr of one headless run.
+
+    Raises:
+        SystemExit: it ended with an error.
+    """
+    common = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    done = subprocess.run(
+        [binary, *common, *quiet, "--enable-logging=stderr", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if done.returncode:
+        sys.exit(f"{binary} ended with exit code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+    return done.stdout, done.stderr
+
+
+def requests(net_log: Path) -> list[str]:
+    """The addresses beyond this machine that the page asked for; Chromium's own requests (updates) have no origin."""
+    events = json.loads(net_log.read_text())["events"]
+    of_page = (
+        event["params"] for event in events if event.get("params", {}).get("initiator", _NO_ORIGIN) != _NO_ORIGIN
+    )
+    return sorted({of["url"] for of in of_page if "url" in of and not of["url"].startswith(_LOCAL)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("page", type=Path, help="an HTML file")
+    parser.add_argument("--out", type=Path, default=Path("build/page"), help="for the pictures")
+    parser.add_argument("--chromium", default="chromium", help="the program")
+    arguments = parser.parse_args()
+    binary = shutil.which(arguments.chromium)
+    if binary is None:
+        sys.exit(
+            f"there is no {arguments.chromium}: install it (Debian: apt-get install chromium), or name it by --chromium"
+        )
+    if not arguments.page.exists():
+        sys.exit(f"there is no {arguments.page}: `trailvec write_report` makes one beside a model")
+    address = arguments.page.resolve().as_uri()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        profile, net_log, frame = Path(folder) / "profile", Path(folder) / "net.json", Path(folder) / "frame.html"
+        said = ""
+        for name, (width, height) in (("phone", PHONE), ("screen", SCREEN)):
+            picture = [f"--screenshot={arguments.out / name}.png", f"--window-size={width},{height}"]
+            said += chromium(binary, [*picture, f"--log-net-log={net_log}", address], profile)[1]
+        said += chromium(
+            binary, [f"--print-to-pdf={arguments.out / 'print.pdf'}", "--no-pdf-header-footer", address], profile
+        )[1]
+        frame.write_text(_WIDTHS.format(page=address, width=PHONE[0]))
+        document = chromium(
+            binary,
+            ["--allow-file-access-from-files", "--virtual-time-budget=10000", "--dump-dom", frame.as_uri()],
+            profile,
+        )[0]
+        asked = requests(net_log)
+    console = [line for line in said.splitlines() if "CONSOLE" in line]
+    found = re.search(r'data-width="(\d+)"', document)
+    if found is None:
+        sys.exit(f"{arguments.page} was not loaded inside a frame: look at it by hand")
+    width = int(found.group(1))
+    for line in console:
+        print(line, file=sys.stderr)
+    for line in asked:
+        print(f"asked for {line}", file=sys.stderr)
+    print(json.dumps({"console_lines": len(console), "requests": len(asked), "width_on_a_phone": width}))
+    sys.exit(bool(console or asked or width > PHONE[0]))
+
+
+if __name__ == "__main__":
+    main()

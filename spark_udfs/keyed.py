@@ -1,0 +1,124 @@
+"""User ids under a key: HMAC-SHA256, and who of many is on a list of such hashes; and ids inside raw records.
+
+The keys and ids travel to the workers inside the functions, pickled: no plan, no log and no file shows them.
+"""
+
+from __future__ import annotations
+
+import csv
+import hmac
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from pyspark.sql import Column
+from pyspark.sql.pandas.functions import pandas_udf
+
+if TYPE_CHECKING:
+    Series = pd.Series[Any]
+else:  # Spark evaluates the annotations of a pandas UDF, and pandas 1.5's class takes no parameter
+    Series = pd.Series
+
+Test = Callable[[str], bool]
+
+_WORD = re.compile(r"\w+")
+_STRUCTURE = re.compile(r"[\s\"'{}\[\](),;:|=]+")
+
+
+def hashed(key: bytes, texts: Sequence[str]) -> list[str]:
+    """HMAC-SHA256 of each text, in hexadecimal digits."""
+    return [digest.hex() for digest in _digests(key, texts)]
+
+
+def _digests(key: bytes, texts: Iterable[str]) -> list[bytes]:
+    return [hmac.digest(key, text.encode(), "sha256") for text in texts]
+
+
+def of_column(test: Test) -> Callable[[Column], Column]:
+    """The test of a text as a function of a column of texts, to boolean; of NULL it is false."""
+
+    def each(texts: Series) -> Series:
+        return texts.map(lambda text: text is not None and test(text))
+
+    return pandas_udf(each, "boolean")  # type: ignore[call-overload,no-any-return]
+
+
+def on_list(key: bytes, hashes: Sequence[str]) -> Test:
+    """Is the hash of a user_id one of `hashes` (as `hashed` gives them)? A worker holds all, some 90 bytes each."""
+    listed = frozenset(map(bytes.fromhex, hashes))
+    return lambda user_id: hmac.digest(key, user_id.encode(), "sha256") in listed
+
+
+def on_list_in_raw(key: bytes, hashes: Sequence[str]) -> Test:
+    """Is the hash of one of a raw record's `values` one of `hashes`?"""
+    listed = frozenset(map(bytes.fromhex, hashes))
+    return lambda raw: not listed.isdisjoint(_digests(key, values(raw)))
+
+
+def values(raw: str) -> set[str]:
+    """What may be a value of a record that could not be read: JSON's, CSV's by several delimiters, and the pieces
+    between quotes, brackets, commas, blanks and the like."""
+    found = {piece for piece in _STRUCTURE.split(raw) if piece}
+    for delimiter in ",;\t|":
+        try:
+            fields = next(csv.reader([raw], delimiter=delimiter), [])
+        except csv.Error:
+            continue
+        found.update(field.strip() for field in fields)
+    with suppress(ValueError, RecursionError):
+        found.update(_leaves(json.loads(raw)))
+    return found
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for element in value:
+            yield from _leaves(element)
+    elif value is not None:
+        yield str(value)
+
+
+def mentions(ids: Sequence[str]) -> Test:
+    """Does a text hold one of the ids, as it is or as JSON or CSV would write it, not inside a longer word or number?
+    Rather one record too many: the id 12 is found in 12.50 too."""
+    found_by, without_words = _by_rarest_word(ids)
+
+    def holds(text: str) -> bool:
+        for word in _WORD.finditer(text):
+            for offset, form in found_by.get(word[0], ()):
+                start = word.start() - offset
+                if start >= 0 and text.startswith(form, start) and _stands_alone(text, start, start + len(form)):
+                    return True
+        return any(form in text for form in without_words)
+
+    return holds
+
+
+def _by_rarest_word(ids: Sequence[str]) -> tuple[dict[str, list[tuple[int, str]]], list[str]]:
+    """The ids' written forms by the word of each that the fewest of them share (with its place), and those of none: a
+    text is then looked through word by word, however many ids there are."""
+    forms = {form for text in ids for form in (text, json.dumps(text)[1:-1], text.replace('"', '""'))}
+    shared = Counter(word[0] for form in forms for word in _WORD.finditer(form))
+    found: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    without: list[str] = []
+    for form in forms:
+        words = list(_WORD.finditer(form))
+        if words:
+            rarest = min(words, key=lambda word: (shared[word[0]], word.start()))
+            found[rarest[0]].append((rarest.start(), form))
+        else:
+            without.append(form)
+    return dict(found), without
+
+
+def _stands_alone(text: str, start: int, end: int) -> bool:
+    def is_word(place: int) -> bool:
+        return 0 <= place < len(text) and _WORD.match(text[place]) is not None
+
+    return not (is_word(start - 1) and is_word(start)) and not (is_word(end - 1) and is_word(end))

@@ -1,0 +1,41 @@
+"""Profiles inside Spark's Python workers: lists of numbers and values in, vectors out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import scipy.sparse as sp
+from pyspark.sql import DataFrame
+
+from spark_udfs.encode import as_lists
+
+if TYPE_CHECKING:
+    from training.profile import Basis
+
+KINDS = ("items", "categories", "statistics")
+
+
+def counts_of(numbers: Any, values: Any) -> sp.csr_matrix:
+    """Arrow lists of numbers and of their values, a pair for each user, as float64 [users, numbers]."""
+    offsets = numbers.offsets.to_numpy()
+    columns = numbers.values.to_numpy()[offsets[0] : offsets[-1]]
+    data = values.flatten().to_numpy().astype(np.float64)
+    return sp.csr_matrix((data, columns, offsets - offsets[0]), (len(numbers), columns.max(initial=0) + 1))
+
+
+def profiles(rows: DataFrame, basis: Basis) -> DataFrame:
+    """user_id, vector array<float>, of rows of jobs.profile_users.profile_rows."""
+    shared = rows.sparkSession.sparkContext.broadcast(basis)
+
+    def make(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            users, states, *lists = batch.columns
+            matrix = states.flatten().to_numpy().reshape(len(users), -1)
+            pairs = zip(KINDS, lists[::2], lists[1::2], strict=True)
+            vectors = shared.value.profiles(matrix, {kind: counts_of(n, v) for kind, n, v in pairs})
+            yield pa.RecordBatch.from_arrays([users, as_lists(vectors)], ["user_id", "vector"])
+
+    return rows.mapInArrow(make, "user_id string, vector array<float>")

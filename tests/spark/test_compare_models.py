@@ -1,0 +1,91 @@
+"""trailvec evaluate --compare: two models with random weights, against plain Python over the states of a plain loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from pyspark.sql import SparkSession
+
+from jobs.cli import main
+from jobs.compare_models import compare, print_differences
+from jobs.runtime import Runtime
+from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
+from tests.sequence_files import make_rows
+from tests.spark.test_score_users import Rows, by_plain_loop, make_model
+from tests.spark.test_train_and_score import CUT, fill, sequences
+
+USERS = 60
+
+
+@pytest.fixture
+def shop(make_runtime: Callable[..., Runtime], spark: SparkSession) -> tuple[Runtime, Rows]:
+    runtime = make_runtime("evaluate.resamples=200")
+    random = np.random.default_rng(7)
+    rows = sequences(make_rows(USERS, seed=1), "test")
+    for row in rows:
+        following = random.integers(2, 31, random.integers(1, 4)).tolist()
+        seen = sorted({*row["item_index"], *following[:1]}) if random.random() < 0.5 else []
+        row.update(target_item_index=following, target_ts=[CUT] * len(following), seen_item_index=seen)
+    fill(runtime, SEQUENCES, rows)
+    about = {"item_name": None, "category": None, "unit_price": None, "first_ts": CUT, "vertical": "food"}
+    counts = {"event_count": 9, "train_count": 9}
+    items = [{"item_index": n, "item_id": f"i{n}", "target_count": n % 5} | about | counts for n in range(2, 30)]
+    fill(runtime, ITEMS, items)
+    fill(runtime, CONTEXT_VALUES, [{"kind": "vertical", "value": "food", "value_index": 2}])
+    return runtime, rows
+
+
+def test_both_models_and_their_difference_over_the_same_users(shop: tuple[Runtime, Rows]) -> None:
+    runtime, rows = shop
+    models = [make_model(runtime, version, seed) for version, seed in (("m1", 1), ("m2", 2))]
+    found, _ = compare(runtime, ("m1", "m2"))
+    rankable = [n for n in range(2, 29) if n % 5]  # 29 no model has seen
+    expected: dict[str, list[list[float]]] = {"next": [], "new": [], "repeat": []}
+    for model in models:
+        states = by_plain_loop(model, rows)
+        vectors = model.item_vectors().detach().numpy()
+        values: dict[str, list[float]] = {task: [] for task in expected}
+        for row in rows:
+            scores = {n: float(states[row["user_id"]][0] @ vectors[n]) for n in rankable}
+            seen = set(row["seen_item_index"])
+            for task in expected:
+                relevant = {n for n in row["target_item_index"] if task == "next" or (n in seen) == (task == "repeat")}
+                candidates = [n for n in rankable if task != "new" or n not in seen]
+                best = sorted(candidates, key=lambda n: -scores[n])[:10]
+                if relevant:
+                    gain = sum(1 / math.log2(rank + 2) for rank, n in enumerate(best) if n in relevant)
+                    values[task].append(gain / sum(1 / math.log2(rank + 2) for rank in range(len(relevant))))
+        for task in expected:
+            expected[task].append(values[task])
+    for task, (one, other) in expected.items():
+        (row,) = [d for d in found if (d.task, d.metric) == (task, "ndcg@10")]
+        assert row.users == len(one)
+        assert row.one == pytest.approx(np.mean(one))
+        assert row.other == pytest.approx(np.mean(other))
+        by = np.array(other) - np.array(one)
+        error = by.std() / math.sqrt(len(by))
+        assert row.low == pytest.approx(by.mean() - 1.96 * error, abs=error / 2)
+        assert row.high == pytest.approx(by.mean() + 1.96 * error, abs=error / 2)
+
+
+def test_a_model_beside_itself(shop: tuple[Runtime, Rows], capsys: pytest.CaptureFixture[str]) -> None:
+    runtime, _ = shop
+    make_model(runtime, "m1", seed=1)
+    found, _ = compare(runtime, ("m1", "m1"))
+    assert {(d.other - d.one, d.low, d.high) for d in found} == {(0, 0, 0)}
+    print_differences(found, ("m1", "m1"), "test")
+    assert "ndcg@10" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_there_is_one_sentence(
+    shop: tuple[Runtime, Rows], capsys: pytest.CaptureFixture[str]
+) -> None:
+    runtime, _ = shop
+    make_model(runtime, "m1", seed=1)
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "--set", f'storage.root="{runtime.root}"', "--compare", "m1", "nope"])
+    assert stopped.value.code == 1
+    assert "model nope does not exist under" in capsys.readouterr().err

@@ -1,0 +1,38 @@
+"""What is counted on both sides of a cut, by a log that one can count by hand."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from pyspark.sql import SparkSession
+
+from jobs.drift import event_counts
+
+CUT, END = datetime(2024, 1, 11), datetime(2024, 1, 21)
+
+
+def at(days: float) -> datetime:
+    return CUT + timedelta(days=days)
+
+
+def test_events_are_counted_by_vertical_on_both_sides_of_the_cut(spark: SparkSession) -> None:
+    events = [
+        [(at(-11), "old", "food")],  # before both times
+        [(at(-10), "old", "food"), (at(-1), "early", "food"), (at(0), "early", "food")],  # a session over the cut
+        [(at(9), "late", "food"), (at(2), "old", "rides")],
+        [(at(-3), "nameless", "rides")],  # an item that the vocabulary does not hold
+    ]
+    sessions = [(max(time for time, _, _ in of), of) for of in events]
+    items = [("old", at(-11)), ("early", at(-1)), ("late", at(9))]
+    found = event_counts(
+        spark.createDataFrame(
+            sessions, "end_ts timestamp, events array<struct<event_ts: timestamp, item_id: string, vertical: string>>"
+        ),
+        spark.createDataFrame(items, "item_id string, first_ts timestamp"),
+        CUT,
+        END,
+    )
+    assert sorted(map(tuple, found.select("vertical", "after", "before", "new_after", "new_before").collect())) == [
+        ("food", 2, 2, 1, 1),
+        ("rides", 1, 1, 0, 0),
+    ]

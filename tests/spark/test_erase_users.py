@@ -1,0 +1,447 @@
+"""People erased from a small warehouse: gone from every file, kept out, and the road goes on as if they had never been.
+
+All of the erased have "erika" in their ids, and nothing else has: what holds the word holds one of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import duckdb
+import pytest
+from deltalake import DeltaTable
+from pyspark.sql import SparkSession
+
+from jobs import build_sequences, build_vocabulary, cli, erase_users, flag_users, ingest, sessionize
+from jobs.config import MaintainSettings
+from jobs.erase_users import HOLDING_USERS, erase, finish
+from jobs.errors import TrailvecError
+from jobs.maintain_tables import vacuum
+from jobs.runtime import Runtime, Stage
+from jobs.tables import (
+    ERASED_USERS,
+    ERASURES,
+    EVENTS,
+    EXPORTS,
+    FLAGGED_USERS,
+    NEIGHBOURS,
+    REJECTED_EVENTS,
+    SEQUENCES,
+    SESSIONS,
+    TABLES,
+    USER_EMBEDDINGS,
+    USER_PROFILES,
+    Table,
+)
+from jobs.tombstones import ERASE_KEY
+from tests.conftest import make_config, put, read_delta
+from tests.events import START, make_event, to_frame
+
+KEY = "a key of the tests"
+ERASED = ("erika-1", "qa-erika", 'o"neil; erika')  # the last one is written otherwise in CSV and in JSON
+OTHERS = ("bob", "carl", "qa-dora")
+STAGES = (ingest.STAGE, flag_users.STAGE, sessionize.STAGE, build_vocabulary.STAGE, build_sequences.STAGE)
+HEADER = "id,user,item,at,price\n"
+MAPPING = """
+name = "shop"
+[[input]]
+path = "log*.csv"
+format = "csv"
+[input.columns]
+event_id = "id"
+user_id = "user"
+item_id = "item"
+event_type = { constant = "purchase" }
+event_ts = "at"
+vertical = { constant = "shop" }
+amount = "price"
+"""
+
+
+def line(number: int, user: str, item: str, at: str, price: str = "1") -> str:
+    quoted = '"' + user.replace('"', '""') + '"'
+    return f"{number},{quoted},{item},{at},{price}\n"
+
+
+def first_days() -> list[str]:
+    everyone = [*ERASED, *OTHERS]
+    lines = [
+        line(100 * n + day, user, f"i{(n + day) % 4}", f"2023-05-{day:02} 10:{n:02}:00")
+        for n, user in enumerate(everyone)
+        for day in range(1, 8)
+    ]
+    return [
+        *lines,
+        line(900, "erika-1", "only-hers", "2023-05-01 11:00:00"),
+        line(901, "erika-1", "i1", "2023-05-01", price="dear"),  # refused, with a user
+        line(902, "bob", "i1", "2023-05-01", price="dear"),
+        line(1, "bob", "i1", "2023-04-30"),  # the id of an event of erika-1, earlier: that one is refused
+        '903,"o""neil; erika",i1,2023-05-01,1,one too many\n',  # broken: no user can be read
+        "904,carl,i1,2023-05-01,1,one too many\n",
+    ]
+
+
+def more_days() -> list[str]:
+    """Sessions of the first days get longer, so that deletion vectors hide how they were."""
+    return [line(700 + n, user, "i2", f"2023-05-05 10:{n + 9:02}:00") for n, user in enumerate([*ERASED, *OTHERS])]
+
+
+def late_days() -> list[str]:
+    """A week after the erasure."""
+    return [
+        line(800, "erika-1", "i1", "2023-05-06 10:30:00"),
+        line(801, "erika-1", "i1", "never"),
+        "802,erika-1,i1,2023-05-06,1,one too many\n",
+        line(803, "bob", "i3", "2023-05-06 10:30:00"),
+        "804,bob,i1,2023-05-06,1,one too many\n",
+    ]
+
+
+def without_them(lines: list[str]) -> list[str]:
+    return [text for text in lines if "erika" not in text]
+
+
+def shop(spark: SparkSession, folder: Path) -> Runtime:
+    (folder / "data").mkdir(parents=True)
+    (folder / "shop.toml").write_text(MAPPING)
+    sets = (
+        f"ingest.sources={json.dumps([str(folder / 'shop.toml')])}",
+        f'ingest.data_dir="{folder / "data"}"',
+        "ingest.max_rejected_share=0.9",
+        'flag_users.test_accounts=["qa-%"]',
+        "vocabulary.min_count=1",
+        "sequences.valid_from=2023-05-04T00:00:00Z",
+        "sequences.test_from=2023-05-06T00:00:00Z",
+        'storage.database="erased"',
+    )
+    return Runtime(make_config(folder / "warehouse", *sets), spark)
+
+
+def arrive(runtime: Runtime, name: str, lines: list[str]) -> dict[str, list[str]]:
+    """A file of the lines, and the road over it; the notes of each stage."""
+    (Path(runtime.config.ingest.data_dir) / f"log-{name}.csv").write_text(HEADER + "".join(lines))
+    return {stage.name: runtime.execute(stage).notes for stage in STAGES}
+
+
+def add_vectors(runtime: Runtime) -> None:
+    """What a model, its neighbours and an export would leave; an item that has the name of one of the erased too."""
+    spark, at = runtime.spark, datetime(2023, 5, 8, tzinfo=timezone.utc)
+    users = [*ERASED, *OTHERS]
+    vectors = [(u, m, at, 1, False, [1.0, float(n)]) for m in ("m1", "m2") for n, u in enumerate(users)]
+    put(runtime, USER_EMBEDDINGS, spark.createDataFrame(vectors, USER_EMBEDDINGS.schema()))
+    profiles = [(u, "m1", at, [1.0, float(n)]) for n, u in enumerate(users)]
+    put(runtime, USER_PROFILES, spark.createDataFrame(profiles, USER_PROFILES.schema()))
+    pairs = [
+        *(("m1", "user_user", a, n, b, 0.5) for a in users for n, b in enumerate(users) if a != b),
+        *(("m1", "user_item", a, 1, "i1", 0.5) for a in users),
+        ("m1", "item_item", "qa-erika", 1, "i1", 0.5),
+    ]
+    put(runtime, NEIGHBOURS, spark.createDataFrame(pairs, NEIGHBOURS.schema()))
+    log = [
+        ("x1", "fans", "erika-1", False, at, "m1"),
+        ("x1", "fans", "bob", False, at, "m1"),
+        ("x2", "held", "qa-erika", True, at, "m1"),  # as control: in no file
+    ]
+    put(runtime, EXPORTS, spark.createDataFrame(log, EXPORTS.schema()))
+
+
+def parquet_files(runtime: Runtime, table: Table) -> list[Path]:
+    return [p for p in Path(runtime.path(table)).rglob("*.parquet") if "_delta_log" not in p.parts]
+
+
+def holding(runtime: Runtime) -> set[str]:
+    """The tables of which some Parquet file on disk, of whatever version, holds one of them, as DuckDB reads it."""
+    found = set()
+    for table in TABLES:
+        for file in parquet_files(runtime, table) if runtime.exists(table) else []:
+            rows = duckdb.execute("SELECT t::VARCHAR FROM read_parquet(?, hive_partitioning = true) AS t", [str(file)])
+            texts = [text for (text,) in rows.fetchall() if "item_item" not in text]
+            found |= {table.name} if any("erika" in text for text in texts) else set()
+    return found
+
+
+def showing(runtime: Runtime) -> set[str]:
+    """The tables that show one of them now."""
+    rows = {t.name: str(read_delta(runtime.path(t))) for t in TABLES if runtime.exists(t) and t is not NEIGHBOURS}
+    neighbours = [row for row in read_delta(runtime.path(NEIGHBOURS)) if row["kind"] != "item_item"]
+    return {name for name, text in (rows | {"neighbours": str(neighbours)}).items() if "erika" in text}
+
+
+def receipts(runtime: Runtime) -> list[dict[str, Any]]:
+    return read_delta(runtime.path(ERASURES))
+
+
+def operations(runtime: Runtime) -> str:
+    """What Delta's logs say of each commit."""
+    logs = [log for table in TABLES for log in Path(runtime.path(table)).glob("_delta_log/*.json")]
+    return "\n".join(text for log in logs for text in log.read_text().splitlines() if text.startswith('{"commitInfo"'))
+
+
+@pytest.fixture
+def keyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ERASE_KEY, KEY)
+
+
+@pytest.fixture(scope="module")
+def story(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """All that happens, in order, and what was seen at each step."""
+    folder, seen = tmp_path_factory.mktemp("erase"), SimpleNamespace()
+    seen.runtime = runtime = shop(spark, folder / "erased")
+    ids = folder / "ids.txt"
+    ids.write_text("\n".join([*ERASED, "erika-unknown", ""]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ERASE_KEY, KEY)
+        arrive(runtime, "1", first_days())
+        arrive(runtime, "2", more_days())
+        add_vectors(runtime)
+        seen.before = {"showing": showing(runtime), "holding": holding(runtime)}
+
+        def killed(runtime: Runtime, table: Table, *more: Any, delete: Any = erase_users._delete) -> None:
+            if table == SEQUENCES:
+                raise KeyboardInterrupt
+            delete(runtime, table, *more)
+
+        with pytest.MonkeyPatch.context() as kill:
+            kill.setattr(erase_users, "_delete", killed)
+            with pytest.raises(KeyboardInterrupt):
+                erase(runtime, str(ids), requested_by="desk")
+        seen.killed = {"showing": showing(runtime), "receipt": receipts(runtime)[0]}
+        seen.report = erase(runtime, str(ids), requested_by="desk")
+        seen.after = {"showing": showing(runtime), "holding": holding(runtime), "receipt": receipts(runtime)[0]}
+        seen.versions = {table.name: runtime.latest_version(table) for table in HOLDING_USERS}
+        erase(runtime, sql=f"SELECT explode(split({ids.read_text()!r}, '\\n')) AS user_id", requested_by="desk")
+        seen.again = {table.name: runtime.latest_version(table) for table in HOLDING_USERS}
+        seen.twice = receipts(runtime)
+
+        seen.early = finish(runtime)
+        seen.late = arrive(runtime, "3", late_days())
+        none = MaintainSettings.model_construct(retention_hours=0, target_file_mb=1)
+        expired = Runtime(runtime.config.model_copy(update={"maintain": none}), spark)
+        for table in HOLDING_USERS:
+            vacuum(expired, table)
+        seen.vacuumed = holding(runtime)
+        seen.finished, seen.receipt = finish(runtime), receipts(runtime)[0]
+
+        seen.oracle = oracle = shop(spark, folder / "oracle")
+        arrive(oracle, "all", without_them([*first_days(), *more_days(), *late_days()]))
+    return seen
+
+
+# ---- gone ------------------------------------------------------------------------------------------------
+
+
+def test_no_table_is_forgotten() -> None:
+    """A column that may hold a user is one that erase_users knows of."""
+    named = {t.name for t in TABLES for c in t.columns if c.name.endswith("_id") or "user" in c.name}
+    no_users = {"items", "context_values", "item_embeddings", "evaluation", "probes", "erasures", "erased_users"}
+    assert {t.name for t in HOLDING_USERS} == named - no_users
+
+
+def test_nobody_shows_and_old_versions_hold_them_until_vacuum(story: SimpleNamespace) -> None:
+    everywhere = {table.name for table in HOLDING_USERS}
+    assert story.before == {"showing": everywhere, "holding": everywhere}
+    assert story.after["showing"] == set()
+    assert story.after["holding"] == everywhere
+
+
+def test_after_vacuum_no_parquet_file_holds_them(story: SimpleNamespace) -> None:
+    assert story.vacuumed == set()
+    assert all(parquet_files(story.runtime, table) for table in HOLDING_USERS)
+
+
+def test_a_row_that_an_update_hid_goes_too(make_runtime: Callable[..., Runtime], tmp_path: Path, keyed: None) -> None:
+    """Her event was corrected once: the file of the old one shows only bob's since, and must go all the same."""
+    runtime = make_runtime()
+    old, new = (
+        make_event(event_id="e1", user_id="erika", item_id=item, event_ts=START) for item in ("mistaken", "right")
+    )
+    put(runtime, EVENTS, to_frame(runtime.spark, [old, old | {"event_id": "e2", "user_id": "bob"}]))
+    correct = Stage("correct", "", lambda r: r.merge(EVENTS, to_frame(r.spark, [new])), (), (), ())
+    runtime.execute(correct, force=True)
+    (tmp_path / "ids.txt").write_text("erika\n")
+    erase(runtime, str(tmp_path / "ids.txt"), requested_by="desk")
+    files = [Path(runtime.path(EVENTS)) / name for name in DeltaTable(runtime.path(EVENTS)).file_uris()]
+    rows = duckdb.execute("SELECT user_id FROM read_parquet(?)", [list(map(str, files))]).fetchall()
+    assert rows == [("bob",)]
+
+
+def test_others_and_items_of_their_name_stay(story: SimpleNamespace) -> None:
+    vectors, neighbours, log = (
+        read_delta(story.runtime.path(table)) for table in (USER_EMBEDDINGS, NEIGHBOURS, EXPORTS)
+    )
+    assert sorted((r["user_id"], r["model_version"]) for r in vectors) == sorted(
+        (user, model) for user in OTHERS for model in ("m1", "m2")
+    )
+    assert sorted((r["kind"], r["source_id"], r["neighbour_id"]) for r in neighbours) == sorted(
+        [
+            *(("user_user", a, b) for a in OTHERS for b in OTHERS if a != b),
+            *(("user_item", a, "i1") for a in OTHERS),
+            ("item_item", "qa-erika", "i1"),
+        ]
+    )
+    assert [r["user_id"] for r in log] == ["bob"]
+
+
+# ---- kept out, and the road goes on ----------------------------------------------------------------------
+
+
+def test_late_events_are_dropped_and_counted(story: SimpleNamespace) -> None:
+    assert story.late["ingest"] == ["3 records of erased users dropped"]
+
+
+def without(rows: list[dict[str, Any]], *names: str) -> list[str]:
+    return sorted(str({k: v for k, v in row.items() if k not in names}) for row in rows)
+
+
+def test_the_road_ends_as_if_they_had_never_been(story: SimpleNamespace) -> None:
+    for table in (EVENTS, FLAGGED_USERS, SESSIONS):
+        rows, expected = (read_delta(r.path(table)) for r in (story.runtime, story.oracle))
+        assert without(rows) == without(expected) != [], table.name
+    rows, expected = (read_delta(r.path(REJECTED_EVENTS)) for r in (story.runtime, story.oracle))
+    assert without(rows, "file") == without(expected, "file") != []
+
+    def named(runtime: Runtime) -> list[str]:
+        """Sequences with the items' names: numbers are given once, and who met an item first is no matter."""
+        items = {row["item_index"]: row["item_id"] for row in read_delta(runtime.path(build_vocabulary.ITEMS))}
+        sequences = read_delta(runtime.path(SEQUENCES))
+        for row in sequences:
+            for column in ("item_index", "target_item_index"):
+                row[column] = row[column] and [items[n] for n in row[column]]
+            row["seen_item_index"] = row["seen_item_index"] and sorted(items[n] for n in row["seen_item_index"])
+        return without(sequences)
+
+    assert named(story.runtime) == named(story.oracle) != []
+    items, expected = (read_delta(r.path(build_vocabulary.ITEMS)) for r in (story.runtime, story.oracle))
+    left = [row for row in items if row["event_count"]]
+    assert without(left, "item_index") == without(expected, "item_index")
+    assert [(r["item_id"], r["train_count"], r["target_count"]) for r in items if not r["event_count"]] == [
+        ("only-hers", 0, 0)
+    ]
+
+
+def test_stages_go_on_from_where_they_were(story: SimpleNamespace) -> None:
+    """Nothing was made anew as a whole after the first time."""
+    for table in (FLAGGED_USERS, SESSIONS, SEQUENCES):
+        commits = list(story.runtime._commits(table))
+        assert sum(commit.replaced_all for commit in commits) == 1, table.name
+        assert any(commit.erasure for commit in commits)
+        assert story.runtime.last_writer(table)["stage"] == table.stage
+
+
+# ---- receipts --------------------------------------------------------------------------------------------
+
+
+def test_the_receipt_says_who_asked_and_what_went(story: SimpleNamespace) -> None:
+    receipt = story.after["receipt"]
+    assert (receipt["requested_by"], receipt["users"], len(receipt["ids_digest"])) == ("desk", 4, 64)
+    assert receipt["requested_at"] < receipt["erased_at"]
+    assert receipt["finished_at"] is None
+    rows = {entry["table"]: entry["rows"] for entry in receipt["tables"]}
+    assert rows == story.report.rows_out
+    # Seven first days of three, one day more, and "only-hers"; one of those ids went to bob before.
+    assert (rows["events"], rows["rejected_events"], rows["flagged_users"]) == (24, 3, 7)
+    assert (rows["user_embeddings"], rows["neighbours"], rows["exports"]) == (6, 27, 2)
+    assert all(entry["version_before"] < entry["version_after"] for entry in receipt["tables"])
+    assert {entry["table"]: entry["version_after"] for entry in receipt["tables"]} == story.versions
+
+
+def test_the_receipt_names_the_exports_that_left(story: SimpleNamespace) -> None:
+    (export,) = story.after["receipt"]["exports"]  # found before the kill, when the log still held them
+    assert (export["segment"], export["export_id"], export["users"]) == ("fans", "x1", 1)
+    assert export["exported_at"] == datetime(2023, 5, 8, tzinfo=timezone.utc)
+    assert export["destination"] == str(story.runtime.exports / "fans")
+    assert any("segment fans" in note for note in story.report.notes)
+
+
+def test_a_killed_erasure_ends_by_the_same_command(story: SimpleNamespace) -> None:
+    assert {"sequences", "exports"} <= story.killed["showing"]
+    assert "events" not in story.killed["showing"]
+    assert story.killed["receipt"]["erased_at"] is None
+    for name in ("erasure_id", "requested_at", "ids_digest"):
+        assert story.killed["receipt"][name] == story.after["receipt"][name]
+
+
+def test_the_same_list_again_changes_nothing(story: SimpleNamespace) -> None:
+    (receipt,) = story.twice
+    assert story.again == story.versions
+    assert receipt == story.after["receipt"]
+
+
+def test_the_receipt_closes_when_nothing_is_left_on_disk(story: SimpleNamespace) -> None:
+    assert story.early.rows_out == {"finished": 0}
+    assert "old files of events, rejected_events" in story.early.notes[0]
+    assert story.finished.rows_out == {"finished": 1}
+    assert story.receipt["finished_at"] > story.receipt["erased_at"]
+
+
+def test_no_receipt_tombstone_or_log_of_operations_shows_an_id_or_the_key(story: SimpleNamespace) -> None:
+    texts = [
+        str(read_delta(story.runtime.path(ERASURES))),
+        str(read_delta(story.runtime.path(ERASED_USERS))),
+        *(str(vars(report)) for report in (story.report, story.early, story.finished)),
+        operations(story.runtime),
+    ]
+    assert len(read_delta(story.runtime.path(ERASED_USERS))) == 4
+    for text in texts:
+        assert text
+        assert "erika" not in text
+        assert KEY not in text
+
+
+# ---- refused ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sets", "arguments", "sentence"),
+    [
+        ({}, ["missing.txt"], "the list missing.txt does not exist"),
+        ({}, ["empty.txt"], "the list of users to erase is empty"),
+        ({}, ["--sql", "SELECT 1 AS id"], "it needs a column user_id"),
+        ({}, [], "either a file of user ids or --sql"),
+        ({"by": None}, ["ids.txt"], "say who did with --requested-by"),
+        ({"key": None}, ["ids.txt"], f"the environment has no {ERASE_KEY}"),
+        ({"key": "another"}, ["ids.txt"], f"{ERASE_KEY} is another key than the one"),
+        ({"by": None}, ["ids.txt", "--finish"], "--finish is for all erasures"),
+    ],
+)
+def test_one_sentence_for_what_is_wrong(
+    story: SimpleNamespace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    sets: dict[str, Any],
+    arguments: list[str],
+    sentence: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n")
+    Path("ids.txt").write_text("bob\n")
+    monkeypatch.setattr(cli, "load_config", lambda *_: story.runtime.config)
+    by, key = sets.get("by", "desk"), sets.get("key", KEY)
+    if key is None:
+        monkeypatch.delenv(ERASE_KEY, raising=False)
+    else:
+        monkeypatch.setenv(ERASE_KEY, key)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["erase_users", *arguments, *(["--requested-by", by] if by else [])])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1
+    assert sentence in said
+    assert len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("key", [None, "another"])
+def test_ingest_refuses_to_run_blind(story: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, key: str | None) -> None:
+    monkeypatch.delenv(ERASE_KEY, raising=False)
+    if key:
+        monkeypatch.setenv(ERASE_KEY, key)
+    version = story.runtime.latest_version(EVENTS)
+    forced = Runtime(story.runtime.config, story.runtime.spark)
+    with pytest.raises(TrailvecError, match=ERASE_KEY):
+        forced.execute(ingest.STAGE, force=True)
+    assert forced.latest_version(EVENTS) == version

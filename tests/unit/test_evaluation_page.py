@@ -1,0 +1,188 @@
+"""The page, read by html.parser: what it needs, what it says, and that no value is taken for HTML."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jobs.evaluation_page import Example, Facts, Neighbour, figure, page
+from tests.unit.test_model_card import ABOUT
+
+EVIL = "<script>alert('1')</script> & \"$5\" _or_ more"
+EMPTY = {"path", "meta", "br", "use", "rect", "img", "link", "input", "hr", "line"}
+
+
+class Page(HTMLParser):
+    """What a browser would see."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.style = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in EMPTY:
+            self.open.append(tag)
+        if tag in ("td", "th"):
+            self.text += " "
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in EMPTY:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "style":
+            self.style += data
+        else:
+            self.text += data
+
+
+def row(task: str, method: str, metric: str, value: float, *of: Any) -> dict[str, Any]:
+    kind, name, low, high = of or ("all", "all", value - 0.01, value + 0.01)
+    return {
+        "task": task,
+        "method": method,
+        "metric": metric,
+        "slice": kind,
+        "slice_value": name,
+        "value": value,
+        "low": low,
+        "high": high,
+        "counted": 1234,
+    }
+
+
+ROWS = [
+    row("next", "model", "ndcg@10", 0.125),
+    row("next", "popularity", "ndcg@10", 0.0625),
+    row("next", "popularity", "model_lead_ndcg@10", 0.0625),
+    row("next", "own_frequency", "model_lead_ndcg@10", -0.25),
+    row("next", "item_knn", "model_lead_ndcg@10", 0.005),
+    row("next", "model", "popularity_bias@10", float(np.log(2.5))),
+    row("next", "model", "coverage@10", 0.375, "all", "all", None, None),
+    row("next", "model", "ndcg@10", 0.75, "vertical", EVIL, 0.5, 1.0),
+    row("next", "model", "ndcg@10", 0.1875, "history", "5-19", 0.125, 0.25),
+    row("next", "model", "ndcg@10", 0.2, "hours", "24-72", 0.1, 0.3),
+    row("space", "items", "hubness@10", 1.375, "all", "all", None, None),
+    row("space", "items", "dead_dimensions", 1.0, "all", "all", None, None),
+    row("drift", "events", "stability_index", 0.375, "all", "all", None, None),
+    row("drift", "users", "cosine", 0.875, "all", "all", 0.75, 1.0),
+    row("drift", "events", "rate", 1.25, "vertical", EVIL, None, None),
+    row("drift", "alarm", "max_stability", 0.375, "all", "all", None, None),
+    row("drift", "alarm", "max_rate_factor", 1.25, "vertical", EVIL, None, None),
+]
+
+
+def probe(task: str, features: str = "vector", head: str = "logistic", value: float = 0.75) -> dict[str, Any]:
+    of = {"task": task, "features": features, "head": head, "value": value}
+    return of | {"model_version": "abc123", "metric": "auc", "std": 0.0625, "users": 4321, "positives": 987}
+
+
+def facts(**other: Any) -> Facts:
+    points = np.random.default_rng(1).normal(size=(30, 2))
+    example = Example(EVIL, EVIL, [Neighbour(EVIL, "food", 0.875)])
+    given: dict[str, Any] = {
+        "fingerprint": "feed",
+        "version": "abc123",
+        "split": "test",
+        "about": ABOUT,
+        "rows": ROWS,
+        "versions": [("abc123", True, ABOUT, ROWS), ("old", False, {}, [row("new", "model", "ndcg@10", 0.03125)])],
+        "points": points,
+        "groups": [EVIL, "food", "_hidden"] * 10,
+        "shares": (0.5, 0.25),
+        "examples": [example],
+        "sample": 9876,
+    }
+    return Facts(**(given | other))
+
+
+def test_it_needs_nothing_but_itself() -> None:
+    text = page(facts(probes=[probe(EVIL)]))
+    seen = Page(text)
+    for tag, attributes in seen.tags:
+        assert tag not in {"script", "link", "iframe", "object", "embed", "img"}
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name.startswith("xmlns"):  # a name, never fetched
+                continue
+            assert "//" not in (value or ""), (tag, name, value)
+            if name in ("href", "xlink:href", "src"):
+                assert str(value).startswith("#")
+    assert "@import" not in text
+    assert "url(" not in seen.style
+    assert "<!DOCTYPE svg" not in text
+    assert seen.open == []
+
+
+def test_names_are_text() -> None:
+    seen = Page(page(facts(probes=[probe(EVIL)])))
+    said = " ".join(seen.text.split())
+    # The example, its vertical, its neighbour, the slice's row, the probe, the drift's alarm and row, three axes; the
+    # legend shortens it.
+    assert said.count(EVIL) == 10
+    assert "_hidden" in said
+
+
+def test_it_says_what_the_rows_say() -> None:
+    seen = Page(page(facts()))
+    said = " ".join(seen.text.split())
+    assert "Any next item (1,234 users, NDCG@10 0.1250 0.1150 to 0.1350): better than most popular items" in said
+    assert "worse than the user's own most frequent (-0.2500, -0.2600 to -0.2400)" in said
+    assert "level with item-kNN (+0.0050, -0.0050 to +0.0150)" in said
+    assert "the model 0.1250 0.1150 to 0.1350 2.50" in said  # twice and a half as popular
+    assert "0.3750" in said
+    assert "5-19 1,234 0.1875 0.1250 to 0.2500" in said
+    assert "hubness of items 1.3750" in said
+    assert "dead dimensions of items 1 directions with" in said
+    assert "Alarm: 0.3750 is beyond evaluate.drift.max_stability" in said
+    assert "cosine of a user's vectors 0.8750 0.7500 to 1.0000" in said
+    assert "abc123 (current)" in said
+    assert "old 0.0312" in said
+
+
+@pytest.mark.parametrize("probes", [[], [probe("churn")]])
+def test_its_sections_are_there_and_linked(probes: list[dict[str, Any]]) -> None:
+    seen = Page(page(facts(probes=probes)))
+    there = [attributes["id"] for tag, attributes in seen.tags if tag == "section"]
+    expected = ["verdict", "ranking", "slices", "space", "probes", "drift", "training", "versions"]
+    assert there == [name for name in expected if probes or name != "probes"]
+    assert [a["href"] for tag, a in seen.tags if tag == "a"] == [f"#{name}" for name in there]
+    assert ("churn" in seen.text) == bool(probes)
+    ids = [a["id"] for _, a in seen.tags if "id" in a]
+    referred = [str(a[name])[1:] for _, a in seen.tags for name in ("href", "xlink:href") if name in a]
+    assert set(referred) <= set(ids)
+
+
+def test_probes_are_told_by_the_best_head() -> None:
+    rows = [probe("churn", "rfm", value=0.625), probe("churn", value=0.75), probe("churn", head="mlp", value=0.875)]
+    said = " ".join(Page(page(facts(probes=rows))).text.split())
+    assert "task users of them 1 the vector recency, frequency, money churn 4,321 987 0.8750" in said
+    assert "churn 4,321 987 0.8750 0.8125 to 0.9375 0.6250 0.5625 to 0.6875" in said
+
+
+def test_a_model_of_which_little_is_known() -> None:
+    empty = np.empty((0, 2))
+    seen = Page(page(facts(about={}, rows=[], versions=[], points=empty, groups=[], examples=[])))
+    assert "Model abc123" in seen.text
+
+
+def test_the_same_facts_give_the_same_bytes() -> None:
+    assert page(facts()) == page(facts())
+
+
+def test_figures_for_people() -> None:
+    values = [0.12345, 12.5, 12345.0, 3, None, float("nan"), "a", True, 1.0, -0.5]
+    said = ["0.1235", "12.50", "12,345", "3", "", "", "a", "True", "1.0000", "-0.5000"]
+    assert [figure(value) for value in values] == said

@@ -1,0 +1,70 @@
+"""Ids under a key, and ids inside raw records."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+
+import pytest
+
+from spark_udfs.keyed import Test, hashed, mentions, on_list, on_list_in_raw, values
+
+KEY = b"a key"
+
+
+def asked(test: Test, texts: list[str]) -> list[bool]:
+    return [test(text) for text in texts]
+
+
+def test_hashes_are_hmac_sha256() -> None:
+    assert hashed(KEY, ["ann", "é"]) == [
+        hmac.new(KEY, text.encode(), hashlib.sha256).hexdigest() for text in ("ann", "é")
+    ]
+
+
+def test_who_is_on_a_list_of_hashes() -> None:
+    listed = hashed(KEY, ["ann", ""])
+    assert asked(on_list(KEY, listed), ["ann", "Ann", "bob"]) == [True, False, False]
+    assert asked(on_list(b"another", listed), ["ann"]) == [False]
+
+
+@pytest.mark.parametrize(
+    ("raw", "value"),
+    [
+        ("1,ann,2023-05-01", "ann"),
+        ("1;'ann';x", "ann"),
+        ('1,"o""neil, a",x', 'o"neil, a'),
+        ('{"user": {"id": 12}, "x": ["b c", null]}', "12"),
+        ('{"user": {"id": 12}, "x": ["b c", null]}', "b c"),
+        ('{"user": "ann", "broken', "ann"),
+        ("id=ann&x", "ann&x"),
+    ],
+)
+def test_values_of_a_record_that_could_not_be_read(raw: str, value: str) -> None:
+    assert value in values(raw)
+    assert asked(on_list_in_raw(KEY, hashed(KEY, [value])), [raw, "else"]) == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("user", "raw", "found"),
+    [
+        ("12", '{"user":12}', True),
+        ("12", "a,12.50,b", True),  # rather one too many
+        ("12", "a,112,b", False),
+        ("12", "a,12b,b", False),
+        ("user-7", "x,user-7,y", True),
+        ("user-7", "x,user-77,y", False),
+        ("7-user", "x,17-user,y", False),
+        ('o"neil', '1,"o""neil",x', True),
+        ('o"neil', json.dumps({"user": 'o"neil'}), True),
+        ("José", json.dumps({"user": "José"}), True),
+        ("José", "1,José,x", True),
+        ("-ann-", "a-ann-b", True),
+        ("***", "a,***,b", True),
+        ("a b", "x,a  b", False),
+    ],
+)
+def test_ids_in_a_text(user: str, raw: str, found: bool) -> None:
+    others = [f"user-{number}x" for number in range(100)]  # words that many ids share
+    assert asked(mentions([user, *others]), [raw]) == [found]
