@@ -49,4 +49,4 @@ ORDER BY likeness DESC, u.user_id LIMIT 5;
 -- Is it worth it: the model beside simpler methods, on the test weeks
 SELECT task, method, round(max(value) FILTER (WHERE metric = 'ndcg@10'), 4) AS `ndcg@10`,
        round(max(value) FILTER (WHERE metric = 'recall@20'), 4) AS `recall@20`, max(counted) AS users
-FROM evaluation WHERE split = 'test' AND slice = 'all' AND task <> 'space' GROUP BY task, method ORDER BY task, `ndcg@10` DESC;
+FROM evaluation WHERE split = 'test' AND slice = 'all' AND task IN ('next', 'new', 'repeat') GROUP BY task, method ORDER BY task, `ndcg@10` DESC;

@@ -99,7 +99,7 @@ def show_ranking(runtime: Runtime, model: str) -> None:
     runtime.register_tables()
     rows = runtime.spark.sql(
         """SELECT task, method, metric, value, counted FROM evaluation
-        WHERE model_version = :model AND slice = 'all' AND task <> 'space'""",
+        WHERE model_version = :model AND slice = 'all' AND task IN ('next', 'new', 'repeat')""",
         {"model": model},
     ).collect()
     value = {(r.task, r.method, r.metric): r.value for r in rows}
