@@ -28,7 +28,7 @@ from jobs.config import AlignSettings
 from jobs.errors import TrailvecError
 from jobs.models import encode_sequences, item_vectors
 from jobs.runtime import Runtime, Stage
-from jobs.tables import CONTEXT_VALUES, CURRENT_MODEL, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_EMBEDDINGS
+from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_EMBEDDINGS
 from spark_udfs.alignment import cross_products, mean_cosine, overlap, rotation_of
 from spark_udfs.topk import Vectors
 from training.checkpoint import read_about, read_alignment, write_alignment
@@ -111,7 +111,7 @@ def _said(value: float) -> float | None:
 
 def run(runtime: Runtime) -> None:
     folder = runtime.model_dir()
-    onto = _current(runtime)
+    onto = runtime.newest_current_model()
     report = read_alignment(folder)
     if report is None or (runtime.forced and onto != folder.name):
         _align(runtime, folder, onto)
@@ -122,13 +122,6 @@ def run(runtime: Runtime) -> None:
     runtime.report.notes.append(report["said"])
     if (why := refusal(report, runtime.config.align)) and onto != folder.name:
         raise TrailvecError(why)
-
-
-def _current(runtime: Runtime) -> str | None:
-    """The version of the current model; None where there is none yet."""
-    if not runtime.exists(CURRENT_MODEL):
-        return None
-    return next((str(row["model_version"]) for row in runtime.latest(CURRENT_MODEL).collect()), None)
 
 
 def _align(runtime: Runtime, folder: Path, onto: str | None) -> None:

@@ -18,6 +18,7 @@ from pyspark.sql import functions as F
 
 from jobs.config import DriftSettings
 from jobs.splits import utc
+from spark_udfs.alignment import row_cosines
 
 Vectors = npt.NDArray[np.float32]
 _LEAST = 1e-4  # the share that a vertical without an event stands for in `stability`
@@ -101,8 +102,8 @@ def drift_of(counts: pd.DataFrame, at_cut: Vectors, at_end: Vectors) -> Drift:
         ["all", "vertical"], ascending=[False, True]
     )
     after, before = int(counts["after"].sum()), int(counts["before"].sum())
-    lengths = np.linalg.norm(at_cut, axis=1) * np.linalg.norm(at_end, axis=1)
-    there = lengths > 0  # a zero vector has no direction
+    cosines = row_cosines(at_cut, at_end)
+    there = ~np.isnan(cosines)
     one, other = at_cut[there].astype(np.float64), at_end[there].astype(np.float64)
     return Drift(
         events=after,
@@ -111,7 +112,7 @@ def drift_of(counts: pd.DataFrame, at_cut: Vectors, at_end: Vectors) -> Drift:
         counts={row.vertical: int(row.all) for row in ordered.itertuples()},
         new_items=int(counts["new_after"].sum()) / after if after else math.nan,
         new_items_before=int(counts["new_before"].sum()) / before if before else math.nan,
-        cosines=(one * other).sum(axis=1) / lengths[there],
+        cosines=cosines[there],
         centroid=_cosine(one.mean(axis=0), other.mean(axis=0)) if there.any() else math.nan,
     )
 

@@ -242,7 +242,7 @@ def measure_drift(runtime: Runtime, rows: pd.DataFrame, cuts: Cuts, model_dir: P
     counts = event_counts(
         runtime.read(SESSIONS), runtime.read(ITEMS), cut_of(runtime.config.evaluate.split, cuts), cuts.end
     ).toPandas()
-    sample = rows.iloc[np.argsort(_hashes(rows), kind="stable")[:DRIFT_SAMPLE]][["user_id", "vector"]]
+    sample = _by_hash(rows, DRIFT_SAMPLE)[["user_id", "vector"]]
     asked = runtime.spark.createDataFrame(sample[["user_id"]], "user_id string")
     newest = runtime.read(SEQUENCES).where("split = 'score'").join(F.broadcast(asked), "user_id", "left_semi")
     batch_size = runtime.config.score.batch_size
@@ -331,7 +331,7 @@ def _space_sample(
     runtime: Runtime, rows: pd.DataFrame, vectors: DataFrame
 ) -> tuple[Floats, Floats, Integers, Integers]:
     """What `space_results` takes: of about SPACE_SAMPLE users and items each, drawn by a hash of the id."""
-    users = rows["vector"].iloc[np.argsort(_hashes(rows), kind="stable")[:SPACE_SAMPLE]]
+    users = _by_hash(rows, SPACE_SAMPLE)["vector"]
     # A category is one of its vertical.
     items = vectors.join(runtime.read(ITEMS).where("target_count > 0"), ["item_id", "item_index"]).select(
         "item_id",
@@ -344,8 +344,10 @@ def _space_sample(
     return _matrix(users), _matrix(sample["vector"]), counts, classes
 
 
-def _hashes(rows: pd.DataFrame) -> npt.NDArray[np.uint64]:
-    return np.asarray(pd.util.hash_pandas_object(rows["user_id"], index=False), np.uint64)
+def _by_hash(rows: pd.DataFrame, most: int) -> pd.DataFrame:
+    """At most so many of the rows, in the order of a hash of their users."""
+    hashes = pd.util.hash_pandas_object(rows["user_id"], index=False).to_numpy()
+    return rows.iloc[np.argsort(hashes, kind="stable")[:most]]
 
 
 def _matrix(vectors: pd.Series[Any]) -> Floats:

@@ -621,6 +621,12 @@ class Runtime:
             )
         return str(versions[0])
 
+    def newest_current_model(self) -> str | None:
+        """The current model's version now, whatever the stage pinned and the configuration asks for; None: none yet."""
+        if not self.exists(CURRENT_MODEL):
+            return None
+        return next((str(row["model_version"]) for row in self.latest(CURRENT_MODEL).collect()), None)
+
     # ---- SQL ---------------------------------------------------------------------------------------
 
     def register_tables(self) -> None:

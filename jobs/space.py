@@ -12,6 +12,7 @@ import numpy.typing as npt
 from scipy.stats import skew, spearmanr
 
 from jobs.ranking import top_items
+from spark_udfs.alignment import mean_cosine
 
 Vectors = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
@@ -40,10 +41,7 @@ def uniformity(vectors: Vectors) -> float:
 def alignment(one: Vectors, other: Vectors) -> float:
     """The mean of ‖x - y‖² over pairs of directions that belong together, rows of the two (Wang & Isola 2020); 0 to 4,
     2 for what has nothing to do with each other. Pairs with a zero vector are left out; NaN without a pair."""
-    a, b = one.astype(np.float64), other.astype(np.float64)
-    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    there = lengths > 0
-    return float(np.mean(2 - 2 * (a * b).sum(axis=1)[there] / lengths[there])) if there.any() else float("nan")
+    return 2 - 2 * mean_cosine(one, other)  # ‖x - y‖² of directions
 
 
 def spread(vectors: Vectors) -> npt.NDArray[np.float64]:

@@ -22,7 +22,7 @@ from jobs.evaluate import SPACE_SAMPLE
 from jobs.evaluation_page import Example, Facts, Neighbour, page
 from jobs.runtime import Runtime, Stage
 from jobs.space import flat_map, unit
-from jobs.tables import CURRENT_MODEL, EVALUATION, ITEM_EMBEDDINGS, ITEMS, PROBES
+from jobs.tables import EVALUATION, ITEM_EMBEDDINGS, ITEMS, PROBES
 from jobs.tracking import attach
 from training.checkpoint import read_about
 
@@ -76,7 +76,7 @@ def _facts(runtime: Runtime, folder: Path) -> Facts:
         raise TrailvecError(
             f"table evaluation has no row of model {folder.name} in split {split}: run `trailvec evaluate` first"
         )
-    current = _current(runtime)
+    current = runtime.newest_current_model()
     abouts = {version: _about(runtime.models / version) for version in by_model}
     versions = [(version, version == current, abouts[version], of) for version, of in by_model.items()]
     newest_first = sorted(versions, key=lambda of: (of[2].get("as_of", ""), of[0]), reverse=True)
@@ -118,13 +118,6 @@ def _probes(runtime: Runtime, version: str) -> list[dict[str, Any]]:
     return [row.asDict() for row in rows]
 
 
-def _current(runtime: Runtime) -> str | None:
-    """The version of the current model; None where there is none yet."""
-    if not runtime.exists(CURRENT_MODEL):
-        return None
-    return next((str(row["model_version"]) for row in runtime.latest(CURRENT_MODEL).collect()), None)
-
-
 def _about(folder: Path) -> dict[str, Any]:
     return read_about(folder) if (folder / "model.json").exists() else {}
 
@@ -142,7 +135,7 @@ def _fingerprint_of(target: Path) -> str | None:
 def _inputs(runtime: Runtime) -> dict[str, Any]:
     return {
         "model_version": runtime.model_dir().name,
-        "current": _current(runtime),
+        "current": runtime.newest_current_model(),
         "probes": runtime.changed_version(PROBES) if runtime.exists(PROBES) else None,
     }
 

@@ -52,12 +52,19 @@ def matrix_of(vectors: pa.ListArray) -> Vectors:
     return np.asarray(vectors.flatten().to_numpy()).reshape(len(vectors), -1)
 
 
-def mean_cosine(one: Vectors, other: Vectors) -> float:
-    """Of each row and its like; a row of zeros has no direction and is left out. NaN where none is left."""
+def row_cosines(one: Vectors, other: Vectors) -> Matrix:
+    """Of each row and its like, float64 [rows]; NaN where one of the two is zeros, which have no direction."""
     a, b = one.astype(np.float64), other.astype(np.float64)
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    there = lengths > 0
-    return float(((a * b).sum(axis=1)[there] / lengths[there]).mean()) if there.any() else float("nan")
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(lengths > 0, (a * b).sum(axis=1) / lengths, np.nan))
+
+
+def mean_cosine(one: Vectors, other: Vectors) -> float:
+    """The mean of `row_cosines` without those that are NaN. NaN where none is left."""
+    found = row_cosines(one, other)
+    there = ~np.isnan(found)
+    return float(found[there].mean()) if there.any() else float("nan")
 
 
 def overlap(
