@@ -26,7 +26,7 @@ $(DEMO_DATA)/requirements-demo.lock: requirements-demo.lock | setup
 	@cp $< $@
 
 test: check ## run everything that CI runs
-	pytest --numprocesses 2 --dist loadfile
+	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: setup ## lint, formatting, types and import rules, in under a minute
 	ruff check .

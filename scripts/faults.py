@@ -112,10 +112,15 @@ def differences(one: Path, other: Path, tables: Sequence[str] = TABLES) -> dict[
     return found
 
 
-def kills(folder: Path, data: Path, times: int, seed: int) -> dict[str, Any]:
+def undisturbed_run(folder: Path, data: Path) -> tuple[Job, float]:
+    """What the others are compared with, and its seconds."""
+    job = Job(folder, data, folder / "undisturbed")
+    return job, job.run()
+
+
+def kills(folder: Path, data: Path, compared: tuple[Job, float], times: int, seed: int) -> dict[str, Any]:
     chance = random.Random(seed)
-    undisturbed, killed = Job(folder, data, folder / "undisturbed"), Job(folder, data, folder / "killed")
-    whole = undisturbed.run()
+    (undisturbed, whole), killed = compared, Job(folder, data, folder / "killed")
     done: list[str] = []
     wrong: dict[str, int] = {}
     while len(done) < times:
@@ -137,10 +142,9 @@ def kills(folder: Path, data: Path, times: int, seed: int) -> dict[str, Any]:
     return {"undisturbed_s": round(whole, 1), "kills": done, "wrong": wrong}
 
 
-def two_ingests(folder: Path, data: Path) -> dict[str, Any]:
-    undisturbed, twice = Job(folder, data, folder / "undisturbed"), Job(folder, data, folder / "twice")
+def two_ingests(folder: Path, data: Path, compared: tuple[Job, float]) -> dict[str, Any]:
+    undisturbed, twice = compared[0], Job(folder, data, folder / "twice")
     other = Job(folder / "other", data, twice.root)
-    undisturbed.run()
     processes = [twice.start(), other.start()]
     codes = [process.wait() for process in processes]
     said = [job.last_line() for job in (twice, other)]
@@ -235,8 +239,8 @@ def _wrong(one: Path, other: Path) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     checks: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-        "kills": lambda a: kills(a.folder, a.data, a.times, a.seed),
-        "two_ingests": lambda a: two_ingests(a.folder, a.data),
+        "kills": lambda a: kills(a.folder, a.data, undisturbed_run(a.folder, a.data), a.times, a.seed),
+        "two_ingests": lambda a: two_ingests(a.folder, a.data, undisturbed_run(a.folder, a.data)),
         "full_disk": lambda a: (full_disk_mounted if a.mounted else full_disk)(a.folder, a.data),
         "soak": lambda a: soak(a.folder, a.data, a.batches, a.seed),
     }

@@ -26,7 +26,7 @@ from jobs.splits import cut_times
 from jobs.tables import EVENTS, FLAGGED_USERS, SEQUENCES, SESSIONS, conform
 from jobs.train import snapshot_files
 from tests import oracles
-from tests.conftest import put
+from tests.conftest import make_config, put
 from tests.events import START, Row, logs, make_event, to_frame
 
 VALID_FROM, TEST_FROM = datetime(2023, 3, 26, 1, 30), datetime(2023, 3, 27, 12)
@@ -246,26 +246,31 @@ def test_an_event_at_the_very_moment_of_the_cut_comes_after_it(make_runtime: Cal
     assert [t - cut for t in targets] == [timedelta(0), timedelta(microseconds=1)]
 
 
-def test_every_user_has_exactly_one_row_to_score(make_runtime: Callable[..., Runtime]) -> None:
+@pytest.fixture(scope="module")
+def scored(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, int], Row]:
+    """By the default settings."""
     events = [
         make_event(event_id=f"{user}{n}", user_id=user, item_id=f"i{n}", event_ts=START + timedelta(days=n))
         for user, count in (("one", 1), ("two", 2), ("many", 70))
         for n in range(count)
     ]
-    rows = run(make_runtime(), events)
-    lengths = {user: row["length"] for (user, split, _), row in rows.items() if split == "score"}
-    assert lengths == {"one": 1, "two": 2, "many": 64}
-
-
-def test_the_clock_change_is_read_in_the_users_zone(make_runtime: Callable[..., Runtime]) -> None:
-    """In London the clock went from 00:59:59 to 02:00 on 26 March 2023, a Sunday."""
-    zone = {"user_id": "u", "item_id": "i", "time_zone": "Europe/London"}
-    events = [
+    zone = {"user_id": "londoner", "item_id": "i", "time_zone": "Europe/London"}
+    events += [
         make_event(event_id="a", event_ts=datetime(2023, 3, 26, 0, 59, 59), **zone),
         make_event(event_id="b", event_ts=datetime(2023, 3, 26, 1, 0, 0), **zone),
         make_event(event_id="c", event_ts=datetime(2023, 3, 26, 23, 30, 0), **zone),
     ]
-    row = run(make_runtime(), events)["u", "score", 0]
+    return run(Runtime(make_config(tmp_path_factory.mktemp("scored")), spark), events)
+
+
+def test_every_user_has_exactly_one_row_to_score(scored: dict[tuple[str, str, int], Row]) -> None:
+    lengths = {user: row["length"] for (user, split, _), row in scored.items() if split == "score"}
+    assert lengths == {"one": 1, "two": 2, "many": 64, "londoner": 3}
+
+
+def test_the_clock_change_is_read_in_the_users_zone(scored: dict[tuple[str, str, int], Row]) -> None:
+    """In London the clock went from 00:59:59 to 02:00 on 26 March 2023, a Sunday."""
+    row = scored["londoner", "score", 0]
     assert row["hour"] == [1, 3, 1]
     assert row["weekday"] == [1, 1, 2]
 

@@ -11,17 +11,21 @@ import pyarrow as pa
 import pytest
 from deltalake import write_deltalake
 
-from scripts.faults import differences, full_disk, kills, two_ingests
+from scripts.faults import Job, differences, full_disk, kills, two_ingests, undisturbed_run
 
 
-@pytest.fixture
-def days(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def days(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The two smallest of the four days: a process starts half a dozen times in each of these tests."""
-    folder = tmp_path / "days"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("days")
     for day in ("2010-12-22.csv", "2011-02-06.csv"):
         shutil.copy(Path("tests/data/online_retail") / day, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory, days: Path) -> tuple[Job, float]:
+    return undisturbed_run(tmp_path_factory.mktemp("undisturbed"), days)
 
 
 def test_differences_are_seen(tmp_path: Path) -> None:
@@ -34,14 +38,16 @@ def test_differences_are_seen(tmp_path: Path) -> None:
     assert differences(tmp_path / "one", tmp_path / "one", ["sessions"]) == {"sessions": 0}
 
 
-def test_kills_at_random_moments_leave_no_trace(tmp_path: Path, days: Path) -> None:
-    found = kills(tmp_path, days, times=2, seed=os.getpid())
+def test_kills_at_random_moments_leave_no_trace(tmp_path: Path, days: Path, compared: tuple[Job, float]) -> None:
+    found = kills(tmp_path, days, compared, times=2, seed=os.getpid())
     assert len(found["kills"]) == 2
     assert found["wrong"] == {}, found
 
 
-def test_of_two_ingests_at_once_none_loses_or_doubles_a_row(tmp_path: Path, days: Path) -> None:
-    found = two_ingests(tmp_path, days)
+def test_of_two_ingests_at_once_none_loses_or_doubles_a_row(
+    tmp_path: Path, days: Path, compared: tuple[Job, float]
+) -> None:
+    found = two_ingests(tmp_path, days, compared)
     assert found["wrong"] == {}, found
     for code, said in zip(found["codes"], found["said"], strict=True):
         assert code == 0 or (said.startswith("trailvec: ") and "unexpected" not in said), said

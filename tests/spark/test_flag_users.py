@@ -213,7 +213,7 @@ def latest_commit(runtime: Runtime) -> Row:
     return dict(history.select("version", "operation", "operationMetrics").collect()[0].asDict())
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(events=busy_logs(), cuts=st.lists(st.integers(0, 75), min_size=1, max_size=2), doubled=st.integers(0, 20))
 def test_any_split_of_the_log_ends_in_the_rows_of_one_batch(
     make_runtime: Callable[..., Runtime],

@@ -223,7 +223,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda writes: left.__setitem__(0, writes)
 
 
-def test_a_kill_after_any_write_and_the_same_command_end_as_if_nothing_had_happened(
+def test_a_kill_after_a_write_and_the_same_command_end_as_if_nothing_had_happened(
     undisturbed: Runtime,
     spark: SparkSession,
     settings: list[str],
@@ -233,7 +233,7 @@ def test_a_kill_after_any_write_and_the_same_command_end_as_if_nothing_had_happe
     config = make_config(tmp_path / "killed", *settings)
     kills = {}
     for stage in STAGES:
-        for writes in range(1, 20):
+        for writes in (1, 2, 4, 8, 16):
             kill_after(writes)
             try:
                 Runtime(config, spark).execute(stage)
