@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -19,7 +20,7 @@ from jobs import build_vocabulary, probe, profile_users, sessionize
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, write_json
 from jobs.tables import EVENTS, FLAGGED_USERS, SESSIONS, USER_PROFILES
-from tests.conftest import put, read_delta
+from tests.conftest import make_config, put, read_delta
 from tests.events import Row, make_event, to_frame
 
 START = datetime(2024, 1, 1)
@@ -65,6 +66,19 @@ def fill(runtime: Runtime, events: list[Row]) -> None:
     write_json(runtime.models / "current.json", {"model_version": "m1"})
 
 
+@pytest.fixture(scope="module")
+def filled(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A warehouse over the whole log; each test takes a copy."""
+    root = tmp_path_factory.mktemp("filled")
+    fill(Runtime(make_config(root, *SETTINGS), spark), log())
+    return root
+
+
+@pytest.fixture
+def whole(filled: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(filled, tmp_path / "whole")
+
+
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """A model whose vector is what it reads: the row's items, laid out in four numbers."""
@@ -101,20 +115,14 @@ def look(runtime: Runtime) -> list[tuple[pd.DataFrame, list[str], dict[str, np.n
 
 
 def test_labels_by_hand_and_no_feature_knows_what_came_after_the_cut(
-    make_runtime: Callable[..., Runtime], tmp_path: Path, model: dict[str, str]
+    make_runtime: Callable[..., Runtime], whole: Path, tmp_path: Path, model: dict[str, str]
 ) -> None:
-    whole, cut_off = log(), [e for e in log() if e["event_ts"] < CUT or e["user_id"] == "late"]
-    seen = []
-    for name, events in (("whole", whole), ("cut_off", cut_off)):
-        runtime = make_runtime(*SETTINGS, root=tmp_path / name)
-        fill(runtime, events)
-        # The vocabulary's numbers are the log's; those of the whole one are used for both.
-        if name == "whole":
-            items = runtime.latest(probe.ITEMS).collect()
-        else:
-            put(runtime, probe.ITEMS, runtime.spark.createDataFrame(items, probe.ITEMS.schema()))
-        seen.append(look(runtime))
-    ((labels, users, features),), ((_, same_users, cut_features),) = seen
+    runtime, cut_off = (make_runtime(*SETTINGS, root=root) for root in (whole, tmp_path / "cut_off"))
+    fill(cut_off, [e for e in log() if e["event_ts"] < CUT or e["user_id"] == "late"])
+    # The vocabulary's numbers are the log's; those of the whole one are used for both.
+    items = runtime.latest(probe.ITEMS).collect()
+    put(cut_off, probe.ITEMS, cut_off.spark.createDataFrame(items, probe.ITEMS.schema()))
+    ((labels, users, features),), ((_, same_users, cut_features),) = look(runtime), look(cut_off)
 
     numbers = range(24)
     expected = {
@@ -162,13 +170,12 @@ def test_five_numbers_and_aggregates_by_hand(make_runtime: Callable[..., Runtime
 
 
 def test_the_table_with_labels_of_a_file(
-    make_runtime: Callable[..., Runtime], tmp_path: Path, model: dict[str, str]
+    make_runtime: Callable[..., Runtime], whole: Path, tmp_path: Path, model: dict[str, str]
 ) -> None:
     file = tmp_path / "labels.csv"
     lines = [f"u{n},many,{n % 7 // 4}" for n in range(24)]  # n % 7 says how long the user has acted
     file.write_text("\n".join(["user_id,task,label", *lines]) + "\n")
-    runtime = make_runtime(*SETTINGS, f'probe.labels={{file="{file}"}}')
-    fill(runtime, log())
+    runtime = make_runtime(*SETTINGS, f'probe.labels={{file="{file}"}}', root=whole)
     report = runtime.execute(probe.STAGE)
     rows = read_delta(runtime.path(probe.PROBES))
     assert {r["task"] for r in rows} == {"inactive", "new_vertical", "redeem", "many"}
@@ -189,13 +196,12 @@ def test_the_table_with_labels_of_a_file(
 
 
 def test_what_is_probed_is_what_profile_users_writes(
-    make_runtime: Callable[..., Runtime], tmp_path: Path, model: dict[str, str]
+    make_runtime: Callable[..., Runtime], whole: Path, tmp_path: Path, model: dict[str, str]
 ) -> None:
     file = tmp_path / "labels.csv"
     file.write_text("\n".join(["user_id,task,label", *(f"u{n},many,{n % 2}" for n in range(24))]) + "\n")
     only_labels = ("probe.activity=[]", "probe.event_types=[]", f'probe.labels={{file="{file}"}}')
-    runtime = make_runtime(*SETTINGS, *only_labels)
-    fill(runtime, log())
+    runtime = make_runtime(*SETTINGS, *only_labels, root=whole)
     report = runtime.execute(profile_users.STAGE)
     assert report.rows_out == {"user_profiles": 25}
     rows = {r["user_id"]: r for r in read_delta(runtime.path(USER_PROFILES))}
@@ -219,8 +225,7 @@ def test_what_is_probed_is_what_profile_users_writes(
     assert again["u3"]["vector"][:timeless] == pytest.approx(rows["u3"]["vector"][:timeless], abs=1e-6)
 
 
-def test_nothing_asked_is_said(make_runtime: Callable[..., Runtime], model: dict[str, str]) -> None:
-    runtime = make_runtime()
-    fill(runtime, log())
+def test_nothing_asked_is_said(make_runtime: Callable[..., Runtime], whole: Path, model: dict[str, str]) -> None:
+    runtime = make_runtime(root=whole)
     with pytest.raises(TrailvecError, match="nothing is asked"):
         runtime.execute(probe.STAGE)
