@@ -795,7 +795,7 @@ def start_spark(config: Config) -> SparkSession:
     spark = builder.getOrCreate()
     try:
         spark.sql("SELECT 1").collect()  # the extensions' classes load here
-        DeltaTable.isDeltaTable(spark, "/")
+        DeltaTable.isDeltaTable(spark, settings["spark.sql.warehouse.dir"])  # Databricks may refuse "/"
     except (AnalysisException, TypeError) as error:
         raise TrailvecError(
             "Delta's jars are not on Spark's class path: run scripts/setup.sh, or add io.delta:delta-spark_2.12:3.3.3"
