@@ -26,11 +26,13 @@ _out = Console(stderr=True, highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; exits with 1 and one sentence on stderr when something is wrong."""
+    """Runs the command line; exits with 1 and one sentence on stderr when something is wrong, else returns."""
     from jobs.pipeline import ASIDE, STAGES  # noqa: PLC0415 - the stages import this module's stage_main
 
     arguments = _parser(STAGES, ASIDE).parse_args(argv)
-    sys.exit(guarded(lambda: _run(arguments, STAGES, ASIDE), debug=arguments.debug))
+    # Databricks calls this function inside a process of its own, where an exit, of 0 too, can count as a failure.
+    if code := guarded(lambda: _run(arguments, STAGES, ASIDE), debug=arguments.debug):
+        sys.exit(code)
 
 
 def stage_main(name: str) -> None:

@@ -1,6 +1,7 @@
 """The configuration: TOML files parsed once into typed models.
 
-A file may say `extends = "base.toml"` (a path beside it); its own values win, and `--set a.b=c` wins over both.
+A file may say `extends = "base.toml"` (a path beside it); its own values win, and `--set a.b=c` wins over both. The
+files of conf/ come with trailvec, in its wheel too: `conf/base.toml` is found from any directory (`shipped`).
 An unknown key is an error that names the nearest known one. What a key means stands here, at the key.
 Relative paths in values are taken from the directory in which the command runs.
 """
@@ -18,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 
 from jobs.errors import TrailvecError
 from training.config import Section, TrainSettings, UtcDatetime
+from training.urls import local_path
 
 M = TypeVar("M", bound=BaseModel)
 # What Spark takes as a LIKE pattern: a backslash stands before _, % or another backslash.
@@ -31,12 +33,16 @@ def _known_zone(name: str) -> str:
 
 
 TimeZone = Annotated[str, AfterValidator(_known_zone)]
+# A folder. What Databricks mounts is taken as the mount: dbfs:/Volumes/… as /Volumes/…, dbfs:/… as /dbfs/….
+Folder = Annotated[str, AfterValidator(lambda place: local_path(place) or place)]
 
 
 class StorageSettings(Section):
     """Where tables, models and exports lie."""
 
-    root: str = Field("build/warehouse", description="folder or file system URI that holds everything trailvec writes")
+    root: Folder = Field(
+        "build/warehouse", description="folder or file system URI that holds everything trailvec writes"
+    )
     database: str = Field("trailvec", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="name of the database in SQL")
 
 
@@ -51,7 +57,7 @@ class IngestSettings(Section):
     """files → events."""
 
     sources: list[str] = Field(default_factory=list, description="the sources' mapping files (conf/sources/*.toml)")
-    data_dir: str = Field(".", description="the folder that a mapping's relative paths start from")
+    data_dir: Folder = Field(".", description="the folder that a mapping's relative paths start from")
     max_rejected_share: float = Field(
         0.05, ge=0, le=1, description="a larger share of refused records, of those that a run has read, stops the job"
     )
@@ -311,7 +317,7 @@ def load_config(path: str | Path | None = None, sets: list[str] | None = None) -
     Raises:
         TrailvecError: the file is missing or no TOML, a key is unknown, a value is of the wrong type.
     """
-    values = _read_with_bases(Path(path)) if path is not None else {}
+    values = _read_with_bases(shipped(path)) if path is not None else {}
     for assignment in sets or []:
         _assign(values, assignment)
     return parse(Config, values, str(path) if path is not None else "the settings")
@@ -341,6 +347,12 @@ def parse(model: type[M], values: dict[str, Any], where: str) -> M:
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         raise TrailvecError(f"{where}: unknown key {key}; {hint}") from None
+
+
+def shipped(path: str | Path) -> Path:
+    """The path; where no file is there, that of trailvec's own file of the name, which lies beside its packages."""
+    own = Path(__file__).parent.parent / path
+    return own if own.exists() and not Path(path).exists() else Path(path)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from jobs.cli import stage_main
-from jobs.config import IngestSettings
+from jobs.config import IngestSettings, shipped
 from jobs.errors import TrailvecError, explain
 from jobs.pruning import within_days
 from jobs.runtime import Runtime, Stage
@@ -721,7 +721,7 @@ def inputs(runtime: Runtime) -> dict[str, Any]:
     mappings, files = {}, []
     for path in runtime.config.ingest.sources:
         source = load_source(path)
-        mappings[path] = Path(path).read_text(encoding="utf-8")
+        mappings[path] = shipped(path).read_text(encoding="utf-8")
         for mapping in source.input:
             for pattern in (mapping.path, *[lookup.path for lookup in mapping.lookups]):
                 files += find_files(_data_dir(runtime), pattern) if pattern else []

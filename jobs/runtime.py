@@ -49,6 +49,7 @@ from jobs.tables import CURRENT, CURRENT_MODEL, TABLES, Table, conform
 
 _PACKAGES = ("jobs", "spark_udfs", "training")
 _REGISTERED = "spark.trailvec.registered"  # what the session's catalogue knows by name
+_VOLUMES = "/Volumes"  # where Databricks mounts the volumes of Unity Catalog
 _COMMIT_INFO = '{"commitInfo"'
 _HISTORY = 500  # commits of a table that are looked at; a stage that is further behind makes all anew
 # Another job committed in the meantime. In Python these have no base of their own, as they have in Java.
@@ -635,6 +636,9 @@ class Runtime:
         `storage.database`, and uses that database. Does nothing where the session knows all of them already."""
         database = self.config.storage.database
         there = [table for table in TABLES if self.exists(table)]
+        if self.root.is_relative_to(_VOLUMES):
+            self._register_views(there)
+            return
         known = json.dumps([str(self.root), database, [table.name for table in there]])
         if self.spark.conf.get(_REGISTERED, "") == known and self.spark.catalog.databaseExists(database):
             self.spark.catalog.setCurrentDatabase(database)
@@ -653,6 +657,17 @@ class Runtime:
                 current = f"(SELECT model_version FROM `{database}`.{CURRENT_MODEL.name})"  # noqa: S608 - our own names
                 self.spark.sql(f"CREATE VIEW `{database}`.{view} AS SELECT * FROM {rows}{current}")  # noqa: S608
         self.spark.conf.set(_REGISTERED, known)
+
+    def _register_views(self, there: list[Table]) -> None:
+        """The same by temporary views of the session: Unity Catalog takes no table whose files lie in a volume."""
+        for table in there:
+            path = self.path(table).replace("`", "``")
+            self.spark.sql(f"CREATE OR REPLACE TEMPORARY VIEW {table.name} AS SELECT * FROM delta.`{path}`")  # noqa: S608
+        for view, table in CURRENT.items():
+            if table in there and CURRENT_MODEL in there:
+                current = f"(SELECT model_version FROM {CURRENT_MODEL.name})"  # noqa: S608 - our own names
+                rows = f"{table.name} WHERE model_version = {current}"
+                self.spark.sql(f"CREATE OR REPLACE TEMPORARY VIEW {view} AS SELECT * FROM {rows}")  # noqa: S608
 
 
 @contextlib.contextmanager
@@ -795,7 +810,7 @@ def start_spark(config: Config) -> SparkSession:
     spark = builder.getOrCreate()
     try:
         spark.sql("SELECT 1").collect()  # the extensions' classes load here
-        DeltaTable.isDeltaTable(spark, "/")
+        DeltaTable.isDeltaTable(spark, settings["spark.sql.warehouse.dir"])  # Databricks may refuse "/"
     except (AnalysisException, TypeError) as error:
         raise TrailvecError(
             "Delta's jars are not on Spark's class path: run scripts/setup.sh, or add io.delta:delta-spark_2.12:3.3.3"

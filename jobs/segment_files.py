@@ -31,6 +31,7 @@ from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, published
 from jobs.segments import Segment
 from spark_udfs.keyed import hashed
+from training.urls import local_path
 
 KEY = "TRAILVEC_EXPORT_KEY"
 MANIFEST, REPORT = "manifest.json", "report.html"
@@ -108,7 +109,7 @@ def _write_csv(rows: pa.Table, path: Path) -> None:
 
 
 class Place(NamedTuple):
-    """Where an export goes: a file system's folder. Only a folder of the local disk can be put there at once."""
+    """Where an export goes: a file system's folder. Only a folder of this machine's can be put there at once."""
 
     system: fs.FileSystem
     folder: str
@@ -116,9 +117,10 @@ class Place(NamedTuple):
 
 
 def place_of(runtime: Runtime, segment: Segment) -> Place:
-    if segment.destination is None or "://" not in segment.destination:
-        folder = runtime.exports / segment.name if segment.destination is None else Path(segment.destination).absolute()
-        return Place(fs.LocalFileSystem(), str(folder), local=True)
+    if segment.destination is None:
+        return Place(fs.LocalFileSystem(), str(runtime.exports / segment.name), local=True)
+    if (path := local_path(segment.destination)) is not None:
+        return Place(fs.LocalFileSystem(), str(Path(path).absolute()), local=True)
     try:
         system, folder = fs.FileSystem.from_uri(segment.destination)
     except (ValueError, OSError) as error:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from jobs.config import UserList, parse, read_toml
+from jobs.config import UserList, parse, read_toml, shipped
 from jobs.errors import TrailvecError
 from spark_udfs.likeness import DEFAULT_METHOD, Method
 from training.config import Section
@@ -131,7 +131,9 @@ class Segment(Section):
     @model_validator(mode="after")
     def _no_secret(self) -> Segment:
         place = urlsplit(self.destination or "")
-        if place.username or place.password or "key" in place.query.lower():
+        # abfss://container@account…: what stands there for a user is no secret.
+        user = None if place.scheme in ("abfs", "abfss") else place.username
+        if user or place.password or "key" in place.query.lower():
             raise ValueError("destination holds credentials: leave them to the environment")
         return self
 
@@ -148,7 +150,7 @@ def read_segments(paths: list[str]) -> list[SegmentFile]:
         TrailvecError: a file is missing or wrong, two have one name or one destination, one names a segment that is
             not there or, over others, itself, or a list is missing.
     """
-    files = [SegmentFile(parse(Segment, read_toml(Path(path)), path), Path(path)) for path in paths]
+    files = [SegmentFile(parse(Segment, read_toml(shipped(path)), path), shipped(path)) for path in paths]
     by_name: dict[str, SegmentFile] = {}
     by_place: dict[str, Path] = {}
     for file in files:

@@ -35,7 +35,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from jobs.config import parse, read_toml
+from jobs.config import parse, read_toml, shipped
 from training.config import Section
 
 
@@ -190,4 +190,4 @@ def load_source(path: str | Path) -> Source:
     Raises:
         TrailvecError: the file is missing or no TOML, a value is wrong, or a key is unknown (the nearest one is named).
     """
-    return parse(Source, read_toml(Path(path)), str(path))
+    return parse(Source, read_toml(shipped(path)), str(path))

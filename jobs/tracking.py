@@ -15,7 +15,8 @@ from typing import Any
 
 from training.config import RunSpec
 
-EXPERIMENT = "trailvec"
+# MLflow's own variable for it; on Databricks it is a path in the workspace (/Shared/…).
+EXPERIMENT = os.environ.get("MLFLOW_EXPERIMENT_NAME", "trailvec")
 DATABASE = "mlflow.db"
 
 

@@ -48,6 +48,7 @@ from jobs.tracking import Tracker, tracked
 from training.batches import BUCKET_SIZES, FEATURES
 from training.checkpoint import WEIGHTS, newest_checkpoint, read_about
 from training.config import ITEM_ATTRIBUTES, ModelSpec, RunSpec, TrainSettings
+from training.urls import file_url, local_path
 
 SECONDS_BETWEEN_LINES = 10.0
 _FOLLOWS = re.compile(r"HorovodInternalError|: Horovod (?:has been shut down|detected)|gloo/")
@@ -130,9 +131,9 @@ def model_spec(config: Config, items: int, context_values: DataFrame) -> ModelSp
 
 
 def snapshot_files(table: str, version: int, split: str) -> list[str]:
-    """file:// URLs of the split's active data files in that version of the table, in order."""
-    uris = DeltaTable(table, version).file_uris([("split", "=", split)])
-    return sorted(f"file://{uri.removeprefix('file://')}" for uri in uris)
+    """URLs (training.urls.file_url) of the split's active data files in that version of the table, in order."""
+    uris = DeltaTable(local_path(table) or table, version).file_uris([("split", "=", split)])
+    return sorted(map(file_url, uris))
 
 
 def base_of(runtime: Runtime) -> str | None:

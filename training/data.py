@@ -35,6 +35,7 @@ from petastorm.workers_pool import EmptyResultError, thread_pool  # noqa: E402
 from petastorm.workers_pool.worker_base import WorkerBase  # noqa: E402
 
 from training.batches import FEATURES, SAME_MOMENT, SESSION_END, TARGET, pad  # noqa: E402
+from training.urls import file_url  # noqa: E402
 
 Batch = dict[str, torch.Tensor]
 Ints = npt.NDArray[np.int64]
@@ -184,7 +185,7 @@ class _PlannedReader(Reader):  # type: ignore[misc]
     def __init__(self, pieces: list[Piece]) -> None:
         self._planned = pieces
         filesystem, paths = get_filesystem_and_path_or_paths(
-            [f"file://{path}" for path in dict.fromkeys(piece.path for piece in pieces)]
+            [file_url(path) for path in dict.fromkeys(piece.path for piece in pieces)]
         )
         super().__init__(
             filesystem,

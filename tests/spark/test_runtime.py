@@ -6,16 +6,19 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from delta.tables import DeltaTable
+from pyspark.errors import AnalysisException
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from jobs.errors import TrailvecError
 from jobs.runtime import History, Runtime, Stage
-from jobs.tables import CONTEXT_VALUES, EVALUATION, Column, conform
+from jobs.sql import query
+from jobs.tables import CONTEXT_VALUES, CURRENT_MODEL, EVALUATION, ITEM_EMBEDDINGS, Column, conform
 from tests.conftest import put
 
 VALUES = "kind string, value string, value_index int"
@@ -53,6 +56,23 @@ def test_a_name_in_sql_follows_the_root(
         put(runtime, CONTEXT_VALUES, spark.createDataFrame([("vertical", value, 2)], VALUES))
         runtime.register_tables()
         assert spark.sql("SELECT value FROM context_values").collect()[0].value == value
+
+
+def test_in_a_volume_the_names_are_views_of_the_session(
+    make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.runtime._VOLUMES", str(tmp_path))
+    runtime = Runtime(make_runtime('storage.database="volumes"').config, spark.newSession())
+    put(runtime, CURRENT_MODEL, runtime.spark.createDataFrame([("new",)], CURRENT_MODEL.schema()))
+    vector = [("apple", 2, model, datetime(2026, 1, 1), False, [1.0]) for model in ("old", "new")]
+    put(runtime, ITEM_EMBEDDINGS, runtime.spark.createDataFrame(vector, ITEM_EMBEDDINGS.schema()))
+    answer = query(runtime, "SELECT model_version FROM current_item_embeddings")
+    assert [row.model_version for row in answer.collect()] == ["new"]
+    put(runtime, CURRENT_MODEL, runtime.spark.createDataFrame([("old",)], CURRENT_MODEL.schema()))
+    assert [row.model_version for row in query(runtime, "SELECT * FROM current_item_embeddings").collect()] == ["old"]
+    assert not spark.catalog.databaseExists("volumes")
+    with pytest.raises(AnalysisException, match="current_item_embeddings"):
+        spark.newSession().sql("SELECT * FROM current_item_embeddings")
 
 
 def test_other_models_rows_stay_when_one_models_are_replaced(

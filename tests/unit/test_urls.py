@@ -1,0 +1,176 @@
+"""Places in every form that clusters name them, and what training, export and the configuration make of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from deltalake import write_deltalake
+from pyarrow import fs
+
+import jobs.train
+import training.data
+from jobs.config import load_config, parse, shipped
+from jobs.errors import TrailvecError
+from jobs.segment_files import Place, delivered, place_of
+from jobs.segments import Segment
+from jobs.train import snapshot_files
+from training.data import Piece
+from training.urls import file_url, local_path
+
+ABFSS = "abfss://vectors@account.dfs.core.windows.net/trailvec"
+FORMS = [  # a place, its path among this machine's files, its URL
+    ("/data/trailvec", "/data/trailvec", "file:///data/trailvec"),
+    ("file:/data/trailvec", "/data/trailvec", "file:///data/trailvec"),
+    ("file:///data/trailvec", "/data/trailvec", "file:///data/trailvec"),
+    ("/Volumes/c/s/v/a b", "/Volumes/c/s/v/a b", "file:///Volumes/c/s/v/a b"),
+    ("dbfs:/Volumes/c/s/v", "/Volumes/c/s/v", "file:///Volumes/c/s/v"),
+    ("dbfs:///Volumes/c/s/v", "/Volumes/c/s/v", "file:///Volumes/c/s/v"),
+    ("/dbfs/mnt/lake", "/dbfs/mnt/lake", "file:///dbfs/mnt/lake"),
+    ("dbfs:/mnt/lake", "/dbfs/mnt/lake", "file:///dbfs/mnt/lake"),
+    ("dbfs:/VolumesOfMine/x", "/dbfs/VolumesOfMine/x", "file:///dbfs/VolumesOfMine/x"),
+    ("s3://bucket/trailvec", None, "s3://bucket/trailvec"),
+    ("s3a://bucket/trailvec", None, "s3a://bucket/trailvec"),
+    (ABFSS, None, ABFSS),
+    ("hdfs://namenode:8020/trailvec", None, "hdfs://namenode:8020/trailvec"),
+    ("/data/day=1/at=10:/x", "/data/day=1/at=10:/x", "file:///data/day=1/at=10:/x"),
+]
+
+
+@pytest.mark.parametrize(("place", "path", "url"), FORMS)
+def test_a_place_has_a_path_where_it_is_mounted_and_a_url_always(place: str, path: str | None, url: str) -> None:
+    assert local_path(place) == path
+    assert file_url(place) == url
+    assert file_url(url) == url
+
+
+def test_a_relative_path_becomes_absolute_in_a_url() -> None:
+    assert local_path("build/warehouse") == "build/warehouse"
+    assert file_url("build/warehouse") == f"file://{Path.cwd()}/build/warehouse"
+
+
+@pytest.mark.parametrize(("place", "path", "url"), FORMS)
+def test_training_gets_the_urls_of_a_snapshots_files(
+    place: str, path: str | None, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    def open_table(table: str, version: int) -> Any:
+        opened.append((table, version))
+        return SimpleNamespace(file_uris=lambda filters: [f"{table}/{name}.parquet" for name in "ba"])
+
+    monkeypatch.setattr(jobs.train, "DeltaTable", open_table)
+    assert snapshot_files(f"{place}/sequences", 3, "train") == [f"{url}/sequences/{name}.parquet" for name in "ab"]
+    assert opened == [(f"{path or place}/sequences", 3)]
+
+
+def test_a_real_snapshots_files_are_found_by_their_urls(tmp_path: Path) -> None:
+    rows = pa.table({"split": ["train", "valid"], "length": [1, 2]})
+    write_deltalake(str(tmp_path / "sequences"), rows, partition_by=["split"])
+    for form in (f"{tmp_path}/sequences", f"file://{tmp_path}/sequences", f"file:{tmp_path}/sequences"):
+        (url,) = snapshot_files(form, 0, "train")
+        assert url.startswith(f"file://{tmp_path}/sequences/split=train/")
+        assert Path(url.removeprefix("file://")).is_file()
+
+
+@pytest.mark.parametrize(("place", "path", "url"), FORMS)
+def test_petastorm_is_given_each_file_by_its_url(
+    place: str, path: str | None, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def stop(urls: list[str]) -> Any:
+        given.extend(urls)
+        raise InterruptedError
+
+    monkeypatch.setattr(training.data, "get_filesystem_and_path_or_paths", stop)
+    with pytest.raises(InterruptedError):
+        training.data._PlannedReader([Piece(f"{path or place}/a.parquet", 0, 0, 1)])
+    assert given == [f"{url}/a.parquet"]
+
+
+def segment(destination: str | None) -> Segment:
+    values = {"name": "fans", "owner": "o", "purpose": "p", "sql": "SELECT user_id FROM users"}
+    return parse(Segment, values | ({} if destination is None else {"destination": destination}), "fans.toml")
+
+
+@pytest.mark.parametrize(("place", "path"), [(place, path) for place, path, _ in FORMS if path is not None])
+def test_a_mounted_destination_is_written_as_a_folder(place: str, path: str) -> None:
+    found = place_of(SimpleNamespace(exports=Path("/elsewhere")), segment(place))  # type: ignore[arg-type]
+    assert (type(found.system), found.folder, found.local) == (fs.LocalFileSystem, path, True)
+
+
+def test_a_segment_without_destination_goes_beside_the_others() -> None:
+    found = place_of(SimpleNamespace(exports=Path("/Volumes/c/s/v/exports")), segment(None))  # type: ignore[arg-type]
+    assert (found.folder, found.local) == ("/Volumes/c/s/v/exports/fans", True)
+
+
+def test_a_bucket_is_opened_by_its_own_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.segment_files.fs.FileSystem", SimpleNamespace(from_uri=lambda uri: ("s3", uri[5:])))
+    found = place_of(SimpleNamespace(), segment("s3://bucket/fans"))  # type: ignore[arg-type]
+    assert found == ("s3", "bucket/fans", False)
+
+
+def test_a_container_is_no_credential_and_what_cannot_be_opened_is_told() -> None:
+    with pytest.raises(TrailvecError, match=r"its destination abfss://vectors@account\.dfs\S+ can't be opened"):
+        place_of(SimpleNamespace(), segment(ABFSS))  # type: ignore[arg-type]
+    for secret in ("s3://me:pass@bucket/x", "s3://me@bucket/x", "abfss://c:pass@account/x", f"{ABFSS}?sig_key=1"):
+        with pytest.raises(TrailvecError, match="destination holds credentials"):
+            segment(secret)
+
+
+class Noting:
+    """A file system that notes what is deleted and written."""
+
+    def __init__(self) -> None:
+        self.system, self.did = fs.LocalFileSystem(), list[str]()
+
+    def delete_file(self, path: str) -> None:
+        self.did.append(f"delete {Path(path).name}")
+        self.system.delete_file(path)
+
+    def open_output_stream(self, path: str) -> Any:
+        self.did.append(f"write {Path(path).name}")
+        return self.system.open_output_stream(path)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.system, name)
+
+
+def test_where_nothing_can_be_renamed_the_manifest_goes_first_and_comes_last(tmp_path: Path) -> None:
+    (tmp_path / "staging").mkdir()
+    system, bucket = Noting(), tmp_path / "bucket"
+    place = Place(system, str(bucket), local=False)  # type: ignore[arg-type]
+    for run in ("first", "second"):
+        with delivered(place, tmp_path / "staging") as folder:
+            for name in ("manifest.json", "part-00000.parquet"):
+                (folder / name).write_text(run)
+    written = ["write part-00000.parquet", "write manifest.json"]
+    assert system.did == [*written, "delete manifest.json", "delete part-00000.parquet", *written]
+    assert {file.name: file.read_text() for file in bucket.iterdir()} == {
+        "manifest.json": "second",
+        "part-00000.parquet": "second",
+    }
+    (bucket / "holiday.jpg").write_text("precious")
+    with pytest.raises(TrailvecError, match=r"holds holiday\.jpg"), delivered(place, tmp_path / "staging"):
+        raise AssertionError("nothing is to be filled")
+
+
+@pytest.mark.parametrize(("place", "path"), [(place, path) for place, path, _ in FORMS])
+def test_the_configuration_knows_a_mounted_folder_by_its_path(place: str, path: str | None) -> None:
+    config = load_config(None, [f'storage.root="{place}"', f'ingest.data_dir="{place}"'])
+    assert config.storage.root == config.ingest.data_dir == (path or place)
+
+
+def test_files_that_come_with_trailvec_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("conf/databricks.toml").train.launcher == "spark"
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf/base.toml").write_text("sessionize.gap_minutes = 7")
+    assert load_config("conf/base.toml").sessionize.gap_minutes == 7  # one's own comes first
+    assert shipped("conf/nothing.toml") == Path("conf/nothing.toml")
+    with pytest.raises(TrailvecError, match=r"^conf/nothing.toml does not exist: correct the path$"):
+        load_config("conf/nothing.toml")

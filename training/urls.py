@@ -1,0 +1,28 @@
+"""One place, as Python's own files name it and as a URL.
+
+Databricks shows its stores as folders of every machine of a cluster: a volume under /Volumes, all of DBFS under /dbfs.
+Spark's name for them, dbfs:/…, is none that Python's open, pyarrow or Petastorm could read.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+
+def local_path(place: str) -> str | None:
+    """The path of a place among this machine's files: what a file: or dbfs: URL says, or the place itself where it is a
+    path. None: it lies in another store (s3://, abfss://, hdfs://, …)."""
+    scheme, colon, rest = place.partition(":/")
+    if not colon or not scheme.isalnum():
+        return place
+    path = "/" + rest.lstrip("/")
+    if scheme == "dbfs":
+        return path if re.match(r"/Volumes(/|$)", path) else f"/dbfs{path}"
+    return path if scheme == "file" else None
+
+
+def file_url(place: str) -> str:
+    """The place as Petastorm wants it: file:// and an absolute path; a URL of another store as it is."""
+    path = local_path(place)
+    return place if path is None else f"file://{Path(path).absolute()}"
