@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,8 +23,9 @@ import yaml
 from databricks.bundles.jobs import Job, JobPermission, JobRunAs
 from packaging.requirements import Requirement
 
+from jobs.cli import _parser
 from jobs.config import Config, load_config
-from jobs.pipeline import STAGES
+from jobs.pipeline import ASIDE, STAGES
 from jobs.segments import read_segments
 from jobs.sources import load_source
 
@@ -220,6 +222,17 @@ def test_every_cluster_is_of_the_runtime_that_the_pins_are_for(target: str) -> N
         ml = {"requirements-ml.txt"} if "-ml-" in task.cluster["spark_version"] else set()
         files = {Path(library["requirements"]).name for library in task.task["libraries"] if "requirements" in library}
         assert files == {"requirements.txt"} | ml
+
+
+def test_the_operations_page_names_commands_jobs_and_files_that_exist() -> None:
+    page = (ROOT / "docs/operations.md").read_text()
+    commands = re.findall(r"`trailvec ([^`]+)`", page)
+    assert len(commands) >= 6
+    for command in commands:
+        _parser(STAGES, ASIDE).parse_args(shlex.split(command))
+    assert set(re.findall(r"databricks bundle run (\w+)", page)) <= set(jobs("dev"))
+    for name, (job, _) in jobs("prod").items():
+        assert re.search(rf"^\| {name} \| .* \| {job['description']} \|$", page, re.MULTILINE), name
 
 
 # ---- against the wheel ----------------------------------------------------------------------------------------------
