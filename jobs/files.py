@@ -29,6 +29,9 @@ class HadoopPath:
     def __str__(self) -> str:
         return self._uri
 
+    def as_uri(self) -> str:
+        return str(self._system.makeQualified(self._path).toString())
+
     def is_dir(self) -> bool:
         return self.exists() and bool(self._system.getFileStatus(self._path).isDirectory())
 
@@ -99,8 +102,8 @@ def place_of(text: str) -> Place:
 
 
 def uri(of: Place) -> str:
-    """As Spark's readers name it."""
-    return f"file://{of}" if isinstance(of, Path) else str(of)
+    """Its whole URI, with the host that `hdfs:///` leaves out: Spark's streams want it."""
+    return f"file://{of}" if isinstance(of, Path) else of.as_uri()
 
 
 def remove_tree(of: Place) -> None:

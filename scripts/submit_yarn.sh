@@ -10,8 +10,8 @@
 # where nodes keep it from job to job (default: made here, profile data); TRAILVEC_ERASE_KEY, for the driver.
 set -euo pipefail
 repository=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# Spark would hand it to every container, and it names folders of this machine.
-unset PYTHONPATH
+# Spark would hand them to every container, and they name folders of this machine.
+unset PYTHONPATH PYSPARK_PYTHON PYSPARK_DRIVER_PYTHON
 
 fail() {
   printf 'submit_yarn: %s\n' "$*" >&2
@@ -19,6 +19,8 @@ fail() {
 }
 
 [[ -d ${HADOOP_CONF_DIR-} ]] || fail "HADOOP_CONF_DIR is not the folder of the cluster's settings: export it"
+HADOOP_CONF_DIR=$(realpath "$HADOOP_CONF_DIR")
+export HADOOP_CONF_DIR
 job=${1:?a stage, run, or a Python file}
 shift
 conf=${TRAILVEC_CONF-}
@@ -33,8 +35,17 @@ while (($#)); do
 done
 [[ -f $conf ]] || fail "the configuration ${conf:-(none)} does not exist: give --conf FILE"
 conf=$(realpath "$conf")
-[[ $job == *.py ]] && main=$job settings=run || main=$repository/jobs/cli.py settings=$job
-[[ $job == *.py ]] && asked=() || asked=("${arguments[@]}")
+environment=${TRAILVEC_ENVIRONMENT-}
+[[ -z $environment || $environment == *://* ]] || environment=$(realpath "$environment")
+if [[ $job == *.py ]]; then
+  main=$(realpath "$job")
+  command=("--conf=conf/${conf##*/}" "${arguments[@]}")
+  checked=(run "--conf=$conf")
+else
+  main=$repository/jobs/cli.py
+  command=("$job" "--conf=conf/${conf##*/}" "${arguments[@]}")
+  checked=("$job" "--conf=$conf" "${arguments[@]}")
+fi
 
 umask 077 # the settings may hold a key
 work=$(mktemp -d)
@@ -44,10 +55,10 @@ cd "$repository"
 # ---- what travels ---------------------------------------------------------------------------------------
 
 # The command line is checked here, before anything is sent.
-python -m jobs.cli "$settings" --conf "$conf" "${asked[@]}" --show-config >"$work/config.json"
-environment=${TRAILVEC_ENVIRONMENT:-$(scripts/package_environment.sh data)}
+python -m jobs.cli "${checked[@]}" --show-config >"$work/config.json"
+environment=${environment:-$(scripts/package_environment.sh data)}
 [[ $environment == *://* ]] || scripts/package_environment.sh check "$environment"
-uv build --quiet --no-build-isolation --out-dir "$work/dist" . >&2
+uv build --quiet --python "$(command -v python)" --no-build-isolation --out-dir "$work/dist" . >&2
 mv "$work"/dist/trailvec-*.whl "$work/trailvec.zip" # YARN unpacks what is named so
 tar --create --gzip --directory "${conf%/*}" --file "$work/conf.tar.gz" .
 
@@ -89,8 +100,7 @@ while read -r line; do
 done < <(
   spark-submit --master yarn --deploy-mode cluster --name "trailvec ${job##*/}" --properties-file "$work/spark.conf" \
     --archives "$environment#environment,$work/trailvec.zip#trailvec,$work/conf.tar.gz#conf" \
-    "$main" $([[ $job == *.py ]] || echo "$job") --conf "conf/${conf##*/}" "${arguments[@]}" 2>&1
-  echo "exit status $?"
+    "$main" "${command[@]}" 2>&1 && touch "$work/succeeded"
 )
 [[ -n $id ]] || fail "nothing was submitted: $(grep -E 'Exception|Error' "$work/log" | head -n 1 || tail -n 1 "$work/log")"
 
@@ -100,7 +110,7 @@ for _ in {1..15}; do
   sleep 1
 done
 cat "$work/said"
-if [[ $line == "exit status 0" ]]; then
+if [[ -f $work/succeeded ]]; then
   echo "submit_yarn: $id succeeded" >&2
 else
   fail "$id failed: $(grep '^trailvec: ' "$work/said" | tail -n 1 || sed -n 's/.*diagnostics: //p' "$work/log" | tail -n 1)"

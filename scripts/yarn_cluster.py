@@ -76,11 +76,12 @@ class Cluster:
         self._nodes = [f"node{number + 1}" for number in range(nodes)]
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.conf = self.data / "conf"
+        self._logging = self.data / "log4j2.properties"  # not among the settings, which Spark ships to its containers
         namenode, web, *manager = _free_ports(7)
         self.root = f"hdfs://{_HOST}:{namenode}"
         self._web = {"NameNode": f"http://{_HOST}:{web}", "ResourceManager": f"http://{_HOST}:{manager[0]}"}
         self.conf.mkdir(parents=True, exist_ok=True)
-        (self.conf / "log4j2.properties").write_text(_LOGGING)
+        self._logging.write_text(_LOGGING)
         _write_settings(self.conf / "core-site.xml", {"fs.defaultFS": self.root, "hadoop.tmp.dir": self.data / "tmp"})
         _write_settings(self.conf / "hdfs-site.xml", _hdfs_settings(self.data, namenode, web))
         _write_settings(self.conf / "yarn-site.xml", _yarn_settings(self.data, manager, memory_mb))
@@ -180,7 +181,7 @@ class Cluster:
             "-XX:TieredStopAtLevel=1",  # starts in half the time
             "--add-opens=java.base/java.lang=ALL-UNNAMED",  # Guice looks into it
             "-Djava.net.preferIPv4Stack=true",
-            f"-Dlog4j2.configurationFile={self.conf / 'log4j2.properties'}",
+            f"-Dlog4j2.configurationFile={self._logging}",
             f"-Dtrailvec.daemon={name}",  # the settings name a node's folders by it
             "-cp",
             f"{self.conf}:{own}/*:{sparks}/*",
@@ -233,9 +234,9 @@ def _yarn_settings(data: Path, ports: list[int], memory_mb: int) -> dict[str, ob
         "yarn.scheduler.minimum-allocation-mb": 128,
         "yarn.scheduler.maximum-allocation-mb": memory_mb,
         "yarn.scheduler.include-port-in-node-name": "true",  # all nodes have one host name
-        # Quick to notice, as a test wants it.
+        # Quick to give containers and to miss a node, as a test wants it (1 s and 10 minutes by default).
         "yarn.resourcemanager.nodemanagers.heartbeat-interval-ms": 250,
-        "yarn.nm.liveness-monitor.expiry-interval-ms": 15000,
+        "yarn.nm.liveness-monitor.expiry-interval-ms": 60000,
         "yarn.nodemanager.address": "localhost:0",
         "yarn.nodemanager.bind-host": _HOST,
         "yarn.nodemanager.localizer.address": f"{_HOST}:0",

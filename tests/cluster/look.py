@@ -29,7 +29,7 @@ def look(_: object = None) -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    conf = sys.argv[sys.argv.index("--conf") + 1]
+    conf = sys.argv[1].removeprefix("--conf=")
     spark = start_spark(load_config(conf))
     worker = spark.sparkContext.parallelize([0], 1).mapPartitions(lambda _: look()).collect()[0]
     print(json.dumps({"driver": next(look()), "worker": worker}), flush=True)
