@@ -34,9 +34,14 @@ check: setup ## lint, formatting, types and import rules, in under a minute
 	mypy
 	lint-imports --no-logo
 
-lock: setup ## write requirements.lock anew from pyproject.toml; UPGRADE=-U takes newer versions
-	uv pip compile pyproject.toml --all-extras --generate-hashes --no-annotate --no-header --quiet $(UPGRADE) \
-		--python-version 3.11 --python-platform x86_64-unknown-linux-gnu --output-file requirements.lock
+COMPILE := uv pip compile pyproject.toml --generate-hashes --no-annotate --no-header --quiet \
+	--python-version 3.11 --python-platform x86_64-unknown-linux-gnu
+
+# The second is the part of the first that the data stages need on a cluster, whose Spark brings PySpark.
+lock: setup ## write the locks anew from pyproject.toml; UPGRADE=-U takes newer versions
+	$(COMPILE) --all-extras $(UPGRADE) --output-file requirements.lock
+	$(COMPILE) --extra spark --constraint requirements.lock --no-emit-package pyspark --no-emit-package py4j \
+		--upgrade --output-file requirements-data.lock
 
 clean: ## remove what the demo and the set-up left in build/
 	rm -rf build

@@ -30,7 +30,6 @@ import glob
 import json
 import os
 import re
-import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -48,6 +47,7 @@ from pyspark.sql import types as T
 from jobs.cli import stage_main
 from jobs.config import IngestSettings, shipped
 from jobs.errors import TrailvecError, explain
+from jobs.files import Place, place_of, remove_tree, uri
 from jobs.pruning import within_days
 from jobs.runtime import Runtime, Stage
 from jobs.sources import Given, IdValue, Input, Kafka, Lookup, Source, TimeValue, Value, load_source
@@ -85,7 +85,7 @@ _ONE_TASK = 4_000_000
 
 
 def find_files(data_dir: Path, path: str) -> list[Path]:
-    """The files that a mapping's path (file, folder or pattern) stands for, sorted.
+    """The local files that a mapping's path (file, folder or pattern) stands for, sorted.
 
     Names that begin with `_` or `.` are no data: so Spark has it too.
 
@@ -100,12 +100,38 @@ def find_files(data_dir: Path, path: str) -> list[Path]:
         if file.is_file() and not any(part[0] in "._" for part in (file.name, *file.relative_to(top).parts))
     ]
     if not files:
-        raise TrailvecError(f"{data_dir / path}: no such file: correct the mapping's path or ingest.data_dir")
+        raise _no_such_file(data_dir / path)
     return sorted(files)
 
 
+def _find(spark: SparkSession, data_dir: Place, path: str) -> list[tuple[str, int, int]]:
+    """URI, size and time (of whatever unit) of each such file, wherever it lies; sorted.
+
+    Raises:
+        TrailvecError: there is none.
+    """
+    if isinstance(data_dir, Path):
+        local = [(file, file.stat()) for file in find_files(data_dir, path)]
+        return [(uri(file), stat.st_size, stat.st_mtime_ns) for file, stat in local]
+    # Spark's own listing: it leaves out the same names, and asks the file system from many tasks at once.
+    reader = spark.read.format("binaryFile").schema(_LISTING).option("recursiveFileLookup", True)
+    try:
+        files = reader.load(str(data_dir / path)).select("path", "length", F.unix_micros("modificationTime")).collect()
+    except AnalysisException as error:
+        if "PATH_NOT_FOUND" not in str(error):
+            raise
+        files = []
+    if not files:
+        raise _no_such_file(data_dir / path)
+    return sorted((file[0], file[1], file[2]) for file in files)
+
+
+def _no_such_file(path: Place) -> TrailvecError:
+    return TrailvecError(f"{path}: no such file: correct the mapping's path or ingest.data_dir")
+
+
 def read_raw(
-    spark: SparkSession, mapping: Input, data_dir: Path, files: Sequence[str], spread: bool = False
+    spark: SparkSession, mapping: Input, data_dir: Place, files: Sequence[str], spread: bool = False
 ) -> list[DataFrame]:
     """The records of some files of an input: their own columns, those of the lookups, FILE, LINE, BROKEN and REST.
 
@@ -120,7 +146,7 @@ def read_raw(
     """
     # With it, Spark finds partition columns (day=2017-01-01) in the files' paths.
     folder = data_dir / str(mapping.path)
-    base = {"basePath": f"file://{folder}"} if folder.is_dir() else {}
+    base = {"basePath": uri(folder)} if folder.is_dir() else {}
     if mapping.format == "csv":
         groups = [_read_csv(spark, group, mapping.delimiter, base) for group in _by_header(spark, files)]
     elif mapping.format == "parquet":
@@ -132,13 +158,13 @@ def read_raw(
     return _finish(groups, mapping, data_dir)
 
 
-def read_topic(records: DataFrame, mapping: Input, data_dir: Path) -> list[DataFrame]:
+def read_topic(records: DataFrame, mapping: Input, data_dir: Place) -> list[DataFrame]:
     """As `read_raw`, of a batch of Kafka's records."""
     place = F.concat_ws("/", "topic", "partition", "offset").alias(FILE)
     return _finish([records.select(F.col("value").cast("string").alias(LINE), place)], mapping, data_dir)
 
 
-def _finish(groups: list[DataFrame], mapping: Input, data_dir: Path) -> list[DataFrame]:
+def _finish(groups: list[DataFrame], mapping: Input, data_dir: Place) -> list[DataFrame]:
     """The records parsed, if they are lines of JSON, with the lookups' columns and REST."""
     if not groups:
         return []
@@ -254,9 +280,9 @@ def _named_columns(mapping: Input) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _read_lookup(spark: SparkSession, lookup: Lookup, data_dir: Path) -> DataFrame:
+def _read_lookup(spark: SparkSession, lookup: Lookup, data_dir: Place) -> DataFrame:
     """One row for each value of the `on` columns; these as text, under names of their own (_on)."""
-    files = [f"file://{file}" for file in find_files(data_dir, lookup.path)]
+    files = [file for file, *_ in _find(spark, data_dir, lookup.path)]
     if lookup.format == "csv":
         rows = _read_csv(spark, files, lookup.delimiter, {}, mode="FAILFAST").drop(FILE, LINE, BROKEN)
     else:
@@ -627,9 +653,9 @@ def follow(runtime: Runtime, source: Source, number: int) -> None:
     """
     mapping, settings, spark = source.input[number], runtime.config.ingest, runtime.spark
     name = f"{source.name}-{number}"
-    checkpoint = runtime.root / "checkpoints" / "ingest" / name
+    checkpoint = runtime.place / "checkpoints" / "ingest" / name
     if runtime.forced:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        remove_tree(checkpoint)
     now = datetime.now(timezone.utc)
     read: Counter[str | None] = Counter()
     failed: list[BaseException] = []
@@ -657,7 +683,7 @@ def follow(runtime: Runtime, source: Source, number: int) -> None:
             raise RuntimeError("the batch failed") from error  # what the JVM is told, and does not understand
 
     stream = _topic(spark, mapping.kafka, settings) if mapping.kafka else _listing(spark, mapping, runtime)
-    query = stream.writeStream.foreachBatch(batch).option("checkpointLocation", f"file://{checkpoint}")
+    query = stream.writeStream.foreachBatch(batch).option("checkpointLocation", uri(checkpoint))
     try:
         query.trigger(availableNow=True).start().awaitTermination()
     except StreamingQueryException as error:
@@ -668,13 +694,14 @@ def follow(runtime: Runtime, source: Source, number: int) -> None:
 
 def _listing(spark: SparkSession, mapping: Input, runtime: Runtime) -> DataFrame:
     """The names of the input's files, as a stream: which of them are new, Spark's checkpoint knows."""
-    path = str(_data_dir(runtime) / str(mapping.path))
-    if Path(path).is_file():
+    given = _data_dir(runtime) / str(mapping.path)
+    path = uri(given)
+    if given.is_file():
         path = f"{path[:-1]}[{path[-1]}]"  # Spark's stream takes a pattern or a folder, not a file
     files = spark.readStream.format("binaryFile").schema(_LISTING)
     # However old a file's time stamp is, when it comes, it is read.
     options = {"maxFilesPerTrigger": str(runtime.config.ingest.max_files_per_batch), "maxFileAge": "36500d"}
-    return files.options(**options).load(f"file://{path}").select("path", "length")
+    return files.options(**options).load(path).select("path", "length")
 
 
 def _topic(spark: SparkSession, kafka: Kafka, settings: IngestSettings) -> DataFrame:
@@ -712,23 +739,23 @@ def run(runtime: Runtime) -> None:
     runtime.touch(EVENTS)
 
 
-def _data_dir(runtime: Runtime) -> Path:
-    return Path(runtime.config.ingest.data_dir.removeprefix("file://")).absolute()
+def _data_dir(runtime: Runtime) -> Place:
+    return place_of(runtime.config.ingest.data_dir)
 
 
 def inputs(runtime: Runtime) -> dict[str, Any]:
     """What the result depends on beside the settings: the mappings' text; path, size and time of each file."""
-    mappings, files = {}, []
+    mappings: dict[str, str] = {}
+    files: list[tuple[str, int, int]] = []
     for path in runtime.config.ingest.sources:
         source = load_source(path)
         mappings[path] = shipped(path).read_text(encoding="utf-8")
         for mapping in source.input:
             for pattern in (mapping.path, *[lookup.path for lookup in mapping.lookups]):
-                files += find_files(_data_dir(runtime), pattern) if pattern else []
+                files += _find(runtime.spark, _data_dir(runtime), pattern) if pattern else []
             if mapping.kafka is not None:
                 mappings[path] += f"# {time.time()}"  # a topic is asked each time
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(set(files))]
-    return {"mappings": mappings, "files": stats}
+    return {"mappings": mappings, "files": sorted(set(files))}
 
 
 STAGE = Stage(

@@ -51,7 +51,7 @@ def print_tables(runtime: Runtime, as_json: bool) -> None:
     if as_json:
         print(json.dumps(entries, indent=2))
         return
-    grid = Grid(caption=f"under {runtime.root / 'tables'}")
+    grid = Grid(caption=f"under {runtime.place / 'tables'}")
     for heading in ("table", "rows", "version", "size", "files", "written (UTC)", "by"):
         numeric = heading in ("rows", "version", "size", "files")
         grid.add_column(heading, justify="right" if numeric else "left", no_wrap=numeric or heading == "table")

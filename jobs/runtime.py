@@ -45,6 +45,7 @@ from pyspark.sql import functions as F
 
 from jobs.config import Config
 from jobs.errors import TrailvecError
+from jobs.files import HadoopPath, Place, place_of
 from jobs.tables import CURRENT, CURRENT_MODEL, TABLES, Table, conform
 
 _PACKAGES = ("jobs", "spark_udfs", "training")
@@ -150,11 +151,8 @@ class History:
     Out of the log's files: Delta's own history() is a Spark job or two, and a stage asks a dozen times.
     """
 
-    def __init__(self, spark: SparkSession, path: str) -> None:
-        jvm: Any = spark._jvm  # the only way to the file system that the table lies in
-        self._folder = jvm.org.apache.hadoop.fs.Path(path, "_delta_log")
-        self._system = self._folder.getFileSystem(spark._jsc.hadoopConfiguration())
-        self._jvm = jvm
+    def __init__(self, path: str) -> None:
+        self._folder = HadoopPath(path) / "_delta_log"
         self._read: list[Commit] = []
         self.newest = self._newest()
 
@@ -172,23 +170,13 @@ class History:
         # From the last checkpoint on there are a few commits at most.
         last = next(self._lines("_last_checkpoint"), None)
         version = 0 if last is None else int(json.loads(last)["version"])
-        while self._system.exists(self._file(f"{version + 1:020}.json")):
+        while (self._folder / f"{version + 1:020}.json").exists():
             version += 1
         return version
 
-    def _file(self, name: str) -> Any:
-        return self._jvm.org.apache.hadoop.fs.Path(self._folder, name)
-
     def _lines(self, name: str) -> Iterator[str]:
-        if not self._system.exists(self._file(name)):
-            return
-        io = self._jvm.java.io
-        reader = io.BufferedReader(io.InputStreamReader(self._system.open(self._file(name)), "UTF-8"))
-        try:
-            while (line := reader.readLine()) is not None:
-                yield line
-        finally:
-            reader.close()
+        file = self._folder / name
+        return file.lines() if file.exists() else iter(())
 
 
 class Runtime:
@@ -215,12 +203,26 @@ class Runtime:
         return self._spark
 
     @property
+    def place(self) -> Place:
+        """The folder that holds everything trailvec writes."""
+        return place_of(self.config.storage.root)
+
+    @property
     def root(self) -> Path:
-        """The local folder that holds everything trailvec writes."""
-        return Path(self.config.storage.root.removeprefix("file://")).absolute()
+        """The same, for what lies on a local disk: models, exports, what training keeps.
+
+        Raises:
+            TrailvecError: it is not local.
+        """
+        if not isinstance(self.place, Path):
+            raise TrailvecError(
+                f"storage.root = {self.place}, but models, exports and the upkeep of tables need a local folder so "
+                f"far: there run the stages up to build_sequences alone (--to build_sequences)"
+            )
+        return self.place
 
     def path(self, table: Table) -> str:
-        return str(self.root / "tables" / table.name)
+        return str(self.place / "tables" / table.name)
 
     @property
     def models(self) -> Path:
@@ -482,7 +484,7 @@ class Runtime:
         # A kill between the making of the log's folder and its first commit leaves a folder that is no table, and that
         # Delta neither reads nor creates. At most a half-written commit lies in it, which nobody has ever seen.
         # (Another job may be about to commit there: a folder that holds a commit is not removed, whoever made it.)
-        log = Path(self.path(table)) / "_delta_log"
+        log = self.place / "tables" / table.name / "_delta_log"
         for part in log.glob(".*"):
             part.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
@@ -549,7 +551,7 @@ class Runtime:
         """
         if not self.exists(table):
             raise TrailvecError(
-                f"table {table.name} does not exist under {self.root}: run `trailvec {table.stage}` first"
+                f"table {table.name} does not exist under {self.place}: run `trailvec {table.stage}` first"
             )
         self._history.pop(table.name, None)  # others may have written
         return self._commits(table).newest
@@ -563,7 +565,7 @@ class Runtime:
     def _commits(self, table: Table) -> History:
         """The table's commits; looked up once until the next commit of this runtime."""
         if table.name not in self._history:
-            self._history[table.name] = History(self.spark, self.path(table))
+            self._history[table.name] = History(self.path(table))
         return self._history[table.name]
 
     def _last_fingerprint(self, table: Table) -> str | None:
@@ -636,10 +638,10 @@ class Runtime:
         `storage.database`, and uses that database. Does nothing where the session knows all of them already."""
         database = self.config.storage.database
         there = [table for table in TABLES if self.exists(table)]
-        if self.root.is_relative_to(_VOLUMES):
+        if isinstance(self.place, Path) and self.place.is_relative_to(_VOLUMES):
             self._register_views(there)
             return
-        known = json.dumps([str(self.root), database, [table.name for table in there]])
+        known = json.dumps([str(self.place), database, [table.name for table in there]])
         if self.spark.conf.get(_REGISTERED, "") == known and self.spark.catalog.databaseExists(database):
             self.spark.catalog.setCurrentDatabase(database)
             return
@@ -802,7 +804,7 @@ def start_spark(config: Config) -> SparkSession:
         builder = builder.master(config.spark.master)
     settings = {
         **_SPARK_DEFAULTS,
-        "spark.sql.warehouse.dir": str(Path(config.storage.root.removeprefix("file://")).absolute() / "spark"),
+        "spark.sql.warehouse.dir": str(place_of(config.storage.root) / "spark"),
         **config.spark.conf,
     }
     for key, value in settings.items():

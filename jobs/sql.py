@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 from pyspark.errors import PySparkException
@@ -26,7 +27,8 @@ def prepare(runtime: Runtime) -> None:
     """Makes the tables and the functions known to the runtime's Spark session: from then on spark.sql() does it."""
     runtime.register_tables()
     vectors.register(runtime.spark)
-    nearest_of_user.register(runtime.spark, runtime.root, runtime.config.model.version)
+    if isinstance(runtime.place, Path):  # the table functions read local files
+        nearest_of_user.register(runtime.spark, runtime.place, runtime.config.model.version)
 
 
 def query(runtime: Runtime, text: str) -> DataFrame:

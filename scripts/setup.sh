@@ -69,7 +69,7 @@ build_horovod() {
 install_project() { uv pip install --no-deps --no-build-isolation "$wheels"/horovod-*.whl -e .; }
 
 # Delta and the Kafka source lie on Spark's class path from the start: a job needs no network and no --packages. The
-# broker that the tests start has a folder of its own, with what it needs and Spark has not.
+# broker and the YARN that the tests start have a folder each, with what they need and Spark has not.
 install_jars() {
   local jars=.venv/lib/python3.11/site-packages/pyspark/jars ivy=$cache/ivy path packages
   jars_are_right &>/dev/null && return
@@ -79,14 +79,16 @@ install_jars() {
   if [[ -f build/authorities.p12 ]]; then
     export SPARK_SUBMIT_OPTS="-Djavax.net.ssl.trustStore=build/authorities.p12 -Djavax.net.ssl.trustStorePassword=changeit"
   fi
-  mkdir -p "$ivy" .venv/kafka
+  mkdir -p "$ivy" .venv/kafka .venv/hadoop
   : >build/nothing.py
   # 3.5.7 is the newest Kafka source for Scala 2.12 that was published; 3.4.1 is the Kafka that it was built with.
   packages=io.delta:delta-spark_2.12:$(version_of delta-spark)
   packages+=,org.apache.spark:spark-sql-kafka-0-10_2.12:3.5.7,org.apache.kafka:kafka_2.12:3.4.1
-  # Spark has these already, and they are two thirds of what there is to fetch.
+  # The Hadoop that Spark was built with; its ResourceManager wants Bouncy Castle, and does not say so.
+  packages+=,org.apache.hadoop:hadoop-client-minicluster:3.3.4,org.bouncycastle:bcpkix-jdk15on:1.70
+  # Spark has these already, and they are half of what there is to fetch; JUnit is for Hadoop's own tests.
   spark-submit --master 'local[1]' --packages "$packages" \
-    --exclude-packages org.apache.hadoop:hadoop-client-api,org.apache.hadoop:hadoop-client-runtime \
+    --exclude-packages org.apache.hadoop:hadoop-client-api,org.apache.hadoop:hadoop-client-runtime,junit:junit \
     --conf spark.jars.ivySettings=scripts/ivysettings.xml --conf "spark.jars.ivy=$ivy" build/nothing.py
   remove_jars
   while read -r _ path; do cp "$ivy"/jars/*_"${path##*/}" ".venv/$path"; done <scripts/jars.sha256
@@ -96,7 +98,7 @@ install_jars() {
 jars_are_right() { (cd .venv && sha256sum --check --quiet -) <scripts/jars.sha256; }
 
 # Other versions too: two of one jar on the class path are worse than none.
-remove_jars() { rm -f .venv/kafka/*.jar "$jars"/{delta,commons-pool2,kafka-clients,spark-sql-kafka,spark-token-provider-kafka}-*.jar; }
+remove_jars() { rm -f .venv/{kafka,hadoop}/*.jar "$jars"/{delta,commons-pool2,kafka-clients,spark-sql-kafka,spark-token-provider-kafka}-*.jar; }
 
 # A terminal sees a dot every five seconds.
 dots() { while sleep 5; do printf .; done; }
@@ -141,6 +143,6 @@ step "Python environment in .venv" make_environment
 step "packages of requirements.lock (3 GB to fetch the first time)" install_packages
 [[ -d $wheels ]] || step "Horovod from its source, once (2 to 6 minutes)" build_horovod
 step "Horovod and trailvec into .venv" install_project
-step "Delta's and Kafka's jars" install_jars
+step "Delta's, Kafka's and Hadoop's jars" install_jars
 facts >"$stamp"
 echo "setup: done in $SECONDS s"

@@ -134,7 +134,7 @@ def test_the_commits_are_those_of_deltas_history(make_runtime: Callable[..., Run
         .selectExpr("version", "timestamp", "operation", "operationParameters.mode AS mode", "userMetadata")
     )
     expected = history.collect()
-    commits = list(History(spark, path))
+    commits = list(History(path))
     assert [c.version for c in commits] == [row["version"] for row in expected] == [*range(14, -1, -1)]
     for commit, row in zip(commits, expected, strict=True):
         assert commit.committed_at == pytest.approx(row["timestamp"].timestamp(), abs=5)
@@ -144,7 +144,7 @@ def test_the_commits_are_those_of_deltas_history(make_runtime: Callable[..., Run
     assert commits[2].provenance is None
     assert runtime.notes(CONTEXT_VALUES) == [{"seen": 1}]
     (log / "00000000000000000003.json").unlink()
-    assert [c.version for c in History(spark, path)] == [*range(14, 3, -1)]
+    assert [c.version for c in History(path)] == [*range(14, 3, -1)]
 
 
 def test_a_log_folder_without_a_commit_is_made_good(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:

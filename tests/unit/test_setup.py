@@ -45,6 +45,14 @@ def test_the_lock_holds_what_pyproject_asks_for() -> None:
     assert [str(r) for r in asked if not r.specifier.contains(locked(r.name.lower()))] == []
 
 
+def test_the_data_lock_is_a_part_of_the_lock_without_pyspark_and_torch() -> None:
+    data = requirements(ROOT / "requirements-data.lock")
+    assert set(data) <= set(requirements(ROOT / "requirements.lock"))
+    names = {requirement.split("==")[0] for requirement in data}
+    assert {"delta-spark", "numpy", "pandas", "pyarrow", "pydantic", "rich"} < names
+    assert names.isdisjoint({"pyspark", "py4j", "torch", "transformers4rec", "petastorm", "horovod"})
+
+
 def pinned_jars() -> dict[str, set[str]]:
     """The names in jars.sha256, by their folder under .venv."""
     paths = [Path(line.split()[1]) for line in (ROOT / "scripts/jars.sha256").read_text().splitlines()]
@@ -59,7 +67,7 @@ def test_deltas_jars_are_those_of_the_locked_delta_spark() -> None:
 
 def test_the_kafka_source_and_the_tests_broker_are_of_one_kafka() -> None:
     jars = pinned_jars()
-    assert set(jars) == {SPARK_JARS, "kafka"}
+    assert set(jars) == {SPARK_JARS, "kafka", "hadoop"}
     found = {r for name in jars["kafka"] | jars[SPARK_JARS] for r in re.findall(r"^kafka[-_].*-([\d.]+)\.jar$", name)}
     assert found == {"3.4.1"}
     # The set-up names the two roots; all else follows from them.
@@ -67,6 +75,14 @@ def test_the_kafka_source_and_the_tests_broker_are_of_one_kafka() -> None:
     assert "org.apache.kafka:kafka_2.12:3.4.1" in text
     source = re.findall(r"spark-sql-kafka-0-10_2\.12:([\d.]+)", text)
     assert {f"spark-{part}-kafka-0-10_2.12-{source[0]}.jar" for part in ("sql", "token-provider")} < jars[SPARK_JARS]
+
+
+def test_the_tests_cluster_is_of_sparks_hadoop() -> None:
+    sparks = [path.name for path in (Path(pyspark.__file__).parent / "jars").glob("hadoop-client-*.jar")]
+    versions = {re.findall(r"-([\d.]+)\.jar$", name)[0] for name in [*sparks, "hadoop-client-minicluster-3.3.4.jar"]}
+    assert (len(sparks), versions) == (2, {"3.3.4"})
+    assert "hadoop-client-minicluster-3.3.4.jar" in pinned_jars()["hadoop"]
+    assert "org.apache.hadoop:hadoop-client-minicluster:3.3.4" in (ROOT / "scripts/setup.sh").read_text()
 
 
 def test_no_jar_stands_on_sparks_class_path_in_two_versions() -> None:

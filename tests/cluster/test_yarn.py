@@ -1,0 +1,227 @@
+"""The data stages on a real YARN and HDFS, in cluster mode: by scripts/submit_yarn.sh, with a Python that travels.
+
+The nodes' environment holds nothing but Java and a PATH (scripts/yarn_cluster.py); Spark's jars alone are taken from
+where they are installed here, as from a cluster that has Spark.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import pyspark
+import pytest
+from pyspark.sql import SparkSession
+
+from jobs.cli import run_stages
+from jobs.pipeline import STAGES
+from jobs.runtime import Runtime
+from scripts.faults import delta_reader, differences
+from scripts.yarn_cluster import Cluster
+from tests.conftest import make_config
+
+REPOSITORY = Path(__file__).parents[2]
+DATA = REPOSITORY / "tests/data/online_retail"
+ROAD = [stage for stage in STAGES[: [stage.name for stage in STAGES].index("build_sequences") + 1]]
+TABLES = [table.name for stage in ROAD for table in stage.writes]
+# Rules that catch users and cut sessions on these days too, so that every stage has something to write.
+SETTINGS = {
+    "ingest.sources": ["conf/sources/online_retail.toml"],
+    "ingest.max_rejected_share": 1.0,
+    "flag_users.events_per_minute": 40,
+    "sessionize.max_events": 50,
+    "vocabulary.min_count": 2,
+    "sequences.max_length": 64,
+}
+CONF = """
+extends = "yarn.toml"
+[spark.conf]
+"spark.driver.memory" = "640m"
+"spark.driver.memoryOverhead" = "512m"
+"spark.executor.instances" = "2"
+"spark.executor.cores" = "1"
+"spark.executor.memory" = "512m"
+"spark.executor.memoryOverhead" = "384m"
+"spark.yarn.jars" = "local:{jars}/*"
+"spark.yarn.appMasterEnv.SPARK_LOCAL_IP" = "127.0.0.1"
+"spark.executorEnv.SPARK_LOCAL_IP" = "127.0.0.1"
+"spark.driver.extraJavaOptions" = "-XX:+UseSerialGC -XX:TieredStopAtLevel=1"
+"spark.executor.extraJavaOptions" = "-XX:+UseSerialGC -XX:TieredStopAtLevel=1"
+"spark.yarn.am.waitTime" = "600s"             # a busy machine takes its time
+"spark.network.timeout" = "600s"
+"spark.ui.enabled" = "false"
+"spark.sql.shuffle.partitions" = "2"
+"spark.databricks.delta.snapshotPartitions" = "1"
+"spark.sql.codegen.wholeStage" = "false"      # small data, many plans: compiling them costs more than it saves
+"spark.sql.codegen.factoryMode" = "NO_CODEGEN"
+"""
+
+
+@dataclass(frozen=True)
+class Submit:
+    """scripts/submit_yarn.sh for one cluster, one environment and one configuration."""
+
+    cluster: Cluster
+    environment: Path
+    conf: Path
+
+    def start(self, job: str, *arguments: str) -> subprocess.Popen[str]:
+        command = [str(REPOSITORY / "scripts/submit_yarn.sh"), job, "--conf", str(self.conf), *arguments]
+        told = {"HADOOP_CONF_DIR": str(self.cluster.conf), "TRAILVEC_ENVIRONMENT": str(self.environment)}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **told})
+
+    def run(self, job: str, *arguments: str) -> tuple[int, list[str], list[str]]:
+        """Its exit code, and the lines of its two streams."""
+        process = self.start(job, *arguments)
+        said, told = process.communicate(timeout=1200)
+        return process.returncode, said.splitlines(), told.splitlines()
+
+    def fetch(self, folder: str, to: Path) -> Path:
+        """A folder of HDFS, copied."""
+        hdfs(self.cluster, "-get", f"{self.cluster.root}/{folder}", str(to / folder))
+        return to / folder
+
+
+def hdfs(cluster: Cluster, *arguments: str) -> None:
+    """The command `hadoop fs`."""
+    command = ["spark-class", "org.apache.hadoop.fs.FsShell", *arguments]
+    subprocess.run(command, check=True, env={**os.environ, "HADOOP_CONF_DIR": str(cluster.conf)})
+
+
+def road(root: str) -> list[str]:
+    sets = {"storage.root": root, **SETTINGS}
+    return ["--to", "build_sequences", *[f"--set={key}={json.dumps(value)}" for key, value in sets.items()]]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("yarn")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def environment() -> Path:
+    script = REPOSITORY / "scripts/package_environment.sh"
+    done = subprocess.run([script, "data"], stdout=subprocess.PIPE, text=True, check=True)
+    return Path(done.stdout.strip())
+
+
+@pytest.fixture(scope="module")
+def expected(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same stages, run here over local files."""
+    sets = [f"{key}={json.dumps(value)}" for key, value in SETTINGS.items()]
+    root = tmp_path_factory.mktemp("expected")
+    config = make_config(root, *sets, f'ingest.data_dir="{DATA}"', conf=REPOSITORY / "conf/base.toml")
+    run_stages(Runtime(config, spark), ROAD)
+    return root
+
+
+@pytest.fixture(scope="module")
+def submit(cluster: Cluster, environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Submit:
+    hdfs(cluster, "-put", str(DATA), f"{cluster.root}/logs")
+    folder = tmp_path_factory.mktemp("conf")
+    shutil.copytree(REPOSITORY / "conf", folder, dirs_exist_ok=True)
+    text = CONF.format(jars=Path(pyspark.__file__).parent / "jars")
+    (folder / "test.toml").write_text(text)
+    return Submit(cluster, environment, folder / "test.toml")
+
+
+def test_the_road_to_sequences_ends_in_the_rows_of_a_local_run(submit: Submit, expected: Path, tmp_path: Path) -> None:
+    code, said, told = submit.run("run", *road("hdfs:///undisturbed"))
+    assert code == 0, told
+    assert [line.split()[1] for line in said if line.startswith("✓")] == [stage.name for stage in ROAD]
+    assert [line.split()[-1] for line in told] == ["submitted", "succeeded"]
+    same_tables(expected, submit.fetch("undisturbed", tmp_path))
+
+
+def same_tables(expected: Path, found: Path) -> None:
+    for table in TABLES:
+        rows = delta_reader().execute(f"SELECT count(*) FROM delta_scan('{found}/tables/{table}')").fetchall()[0][0]
+        assert rows > 0, table
+    # A refused record is told with its file, which lies elsewhere.
+    assert differences(expected, found, TABLES, {"rejected_events": "file"}) == dict.fromkeys(TABLES, 0)
+
+
+def test_after_a_killed_driver_and_a_killed_executor_the_rows_are_the_same(
+    submit: Submit, expected: Path, tmp_path: Path
+) -> None:
+    process = submit.start("run", *road("hdfs:///disturbed"))
+    try:
+        kill_in("ApplicationMaster", submit.cluster, after="flag_users", before="sessionize")
+        kill_in("YarnCoarseGrainedExecutorBackend", submit.cluster, after="sessionize", before="build_sequences")
+        said, told = process.communicate(timeout=1200)
+    finally:
+        process.kill()
+    assert process.returncode == 0, told
+    lines = [line.split()[:2] for line in said.splitlines() if line.startswith(("✓", "="))]
+    # The words are the second driver's: what the first one had done is not done again.
+    names = [stage.name for stage in ROAD]
+    assert lines == [["=", "ingest"], ["=", "flag_users"], *[["✓", name] for name in names[2:]]]
+    same_tables(expected, submit.fetch("disturbed", tmp_path))
+
+
+def kill_in(main: str, cluster: Cluster, after: str, before: str) -> None:
+    """SIGKILL for a JVM of the job, once its driver has said that one stage has ended, and another has not."""
+    until = time.monotonic() + 240
+    while after not in said_by_now(cluster):
+        assert time.monotonic() < until, said_by_now(cluster)
+        time.sleep(0.1)
+    found = [p for p in psutil.process_iter(["name", "cmdline"]) if is_jvm_of(p, main, cluster)]
+    found[0].send_signal(signal.SIGKILL)
+    assert before not in said_by_now(cluster)
+
+
+def said_by_now(cluster: Cluster) -> str:
+    """What the newest driver (the first container of an attempt) has said."""
+    logs = cluster.data.glob("node*/logs/application_*/container_*_000001/stdout")
+    return max(logs, key=lambda log: log.parent.name, default=Path(os.devnull)).read_text()
+
+
+def is_jvm_of(process: psutil.Process, main: str, cluster: Cluster) -> bool:
+    command = " ".join(process.info["cmdline"] or [])
+    return process.info["name"] == "java" and main in command and str(cluster.data) in command
+
+
+def test_nothing_of_this_machine_is_seen_and_a_failure_is_one_line(submit: Submit) -> None:
+    once = submit.conf.with_name("once.toml")
+    once.write_text(submit.conf.read_text() + '"spark.yarn.maxAppAttempts" = "1"\n')
+    code, said, told = replace(submit, conf=once).run(str(Path(__file__).with_name("look.py")))
+    seen = json.loads(next(line for line in said if line.startswith("{")))
+    containers = re.compile(f"{submit.cluster.data}/node[12]/local/usercache/")
+    for place in ("driver", "worker"):
+        assert [
+            path
+            for path in [seen[place]["folder"], seen[place]["prefix"], *seen[place]["modules"]]
+            if not containers.match(path)
+        ] == []
+        here = (sys.prefix, sys.base_prefix, str(REPOSITORY))
+        files = [*seen[place]["path"], *seen[place]["files"]]
+        assert [path for path in files if path.startswith(here)] == []
+    assert code == 1
+    assert said[-1].startswith("trailvec: storage.root = hdfs:///trailvec, but models, exports")
+    assert told[-1].startswith("submit_yarn: application_")
+    assert told[-1].endswith(f" failed: {said[-1]}")
+
+
+def test_an_environment_whose_interpreter_stays_here_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").symlink_to(os.path.realpath(sys.executable))
+    (tmp_path / "bin/python3.11").symlink_to("python")
+    with tarfile.open(tmp_path / "linked.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "bin", "bin")
+    command = [REPOSITORY / "scripts/package_environment.sh", "check", tmp_path / "linked.tar.gz"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert f"is a link to {os.path.realpath(sys.executable)}, which no node has" in done.stderr
