@@ -12,6 +12,7 @@ from typing import Any
 
 from py4j.protocol import Py4JJavaError
 from pyspark import SparkContext
+from pyspark.sql import SparkSession
 
 from training.urls import local_path
 
@@ -31,8 +32,11 @@ class HadoopPath:
     def __str__(self) -> str:
         return self._uri
 
-    def as_uri(self) -> str:
-        return str(self._system.makeQualified(self._path).toString())
+    def qualified(self, spark: SparkSession) -> HadoopPath:
+        """With the host that `hdfs:///` leaves out; Spark's streams and Delta want it."""
+        path = spark._jvm.org.apache.hadoop.fs.Path(self._uri)  # type: ignore[union-attr]
+        system = path.getFileSystem(spark._jsc.hadoopConfiguration())
+        return HadoopPath(system.makeQualified(path).toString())
 
     def is_dir(self) -> bool:
         return self.exists() and bool(self._system.getFileStatus(self._path).isDirectory())
@@ -103,8 +107,8 @@ def place_of(text: str) -> Place:
 
 
 def uri(of: Place) -> str:
-    """Its whole URI, with the host that `hdfs:///` leaves out: Spark's streams want it."""
-    return f"file://{of}" if isinstance(of, Path) else of.as_uri()
+    """As Spark's readers name it."""
+    return f"file://{of}" if isinstance(of, Path) else str(of)
 
 
 def remove_tree(of: Place) -> None:

@@ -47,7 +47,7 @@ from pyspark.sql import types as T
 from jobs.cli import stage_main
 from jobs.config import IngestSettings, shipped
 from jobs.errors import TrailvecError, explain
-from jobs.files import Place, place_of, remove_tree, uri
+from jobs.files import Place, remove_tree, uri
 from jobs.pruning import within_days
 from jobs.runtime import Runtime, Stage
 from jobs.sources import Given, IdValue, Input, Kafka, Lookup, Source, TimeValue, Value, load_source
@@ -740,7 +740,7 @@ def run(runtime: Runtime) -> None:
 
 
 def _data_dir(runtime: Runtime) -> Place:
-    return place_of(runtime.config.ingest.data_dir)
+    return runtime.place_of(runtime.config.ingest.data_dir)
 
 
 def inputs(runtime: Runtime) -> dict[str, Any]:

@@ -205,7 +205,12 @@ class Runtime:
     @property
     def place(self) -> Place:
         """The folder that holds everything trailvec writes."""
-        return place_of(self.config.storage.root)
+        return self.place_of(self.config.storage.root)
+
+    def place_of(self, text: str) -> Place:
+        """A folder that the configuration names."""
+        place = place_of(text)
+        return place if isinstance(place, Path) else place.qualified(self.spark)
 
     @property
     def root(self) -> Path:
@@ -214,12 +219,13 @@ class Runtime:
         Raises:
             TrailvecError: it is not local.
         """
-        if not isinstance(self.place, Path):
+        root = place_of(self.config.storage.root)
+        if not isinstance(root, Path):
             raise TrailvecError(
-                f"storage.root = {self.place}, but models, exports and the upkeep of tables need a local folder so "
-                f"far: there run the stages up to build_sequences alone (--to build_sequences)"
+                f"storage.root = {root}, but models, exports and the upkeep of tables need a local folder so far: "
+                f"there run the stages up to build_sequences alone (--to build_sequences)"
             )
-        return self.place
+        return root
 
     def path(self, table: Table) -> str:
         return str(self.place / "tables" / table.name)

@@ -104,9 +104,21 @@ done < <(
 )
 [[ -n $id ]] || fail "nothing was submitted: $(grep -E 'Exception|Error' "$work/log" | head -n 1 || tail -n 1 "$work/log")"
 
-# The driver's words lie where YARN gathers logs, a moment after the end.
-for _ in {1..15}; do
-  spark-class org.apache.hadoop.yarn.client.cli.LogsCLI -applicationId "$id" -am -1 -log_files stdout >"$work/said" 2>"$work/logs" && break
+# What the newest driver (the first container of an attempt) wrote, out of what YARN has gathered of all containers.
+words='
+  /^Container: / { id = $2; driver = id ~ /_000001$/ && id >= newest }
+  /^LogContents:$/ && driver { newest = id; said = ""; inside = 1; next }
+  /^End of LogType:/ { inside = 0 }
+  inside && NF { said = said $0 "\n" }
+  END { printf "%s", said }'
+# `yarn logs`, which Spark's own jars hold only a part of. The words are there a moment after the end.
+hadoop_jars=$(python -c 'import sys; print(sys.prefix)')/hadoop
+java=$(python -c 'from jobs.runtime import java_home; print(java_home())')/bin/java
+for _ in {1..10}; do
+  "$java" -Dfile.encoding=UTF-8 -Dsun.stdout.encoding=UTF-8 -cp "$HADOOP_CONF_DIR:$hadoop_jars/*:$spark_home/jars/*" \
+    org.apache.hadoop.yarn.client.cli.LogsCLI -applicationId "$id" -log_files stdout 2>>"$work/log" |
+    awk "$words" >"$work/said" || true
+  [[ ! -s $work/said ]] || break
   sleep 1
 done
 cat "$work/said"

@@ -16,6 +16,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,16 +77,25 @@ class Submit:
     environment: Path
     conf: Path
 
-    def start(self, job: str, *arguments: str) -> subprocess.Popen[str]:
+    @contextmanager
+    def start(self, job: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+        """The running script; what is left of it when the block ends is killed, Spark's client too."""
         command = [str(REPOSITORY / "scripts/submit_yarn.sh"), job, "--conf", str(self.conf), *arguments]
         told = {"HADOOP_CONF_DIR": str(self.cluster.conf), "TRAILVEC_ENVIRONMENT": str(self.environment)}
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **told})
+        process = subprocess.Popen(
+            command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **told}, start_new_session=True
+        )
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
     def run(self, job: str, *arguments: str) -> tuple[int, list[str], list[str]]:
         """Its exit code, and the lines of its two streams."""
-        process = self.start(job, *arguments)
-        said, told = process.communicate(timeout=1200)
+        with self.start(job, *arguments) as process:
+            said, told = process.communicate()
         return process.returncode, said.splitlines(), told.splitlines()
 
     def fetch(self, folder: str, to: Path) -> Path:
@@ -157,13 +167,17 @@ def same_tables(expected: Path, found: Path) -> None:
 def test_after_a_killed_driver_and_a_killed_executor_the_rows_are_the_same(
     submit: Submit, expected: Path, tmp_path: Path
 ) -> None:
-    process = submit.start("run", *road("hdfs:///disturbed"))
-    try:
-        kill_in("ApplicationMaster", submit.cluster, after="flag_users", before="sessionize")
-        kill_in("YarnCoarseGrainedExecutorBackend", submit.cluster, after="sessionize", before="build_sequences")
-        said, told = process.communicate(timeout=1200)
-    finally:
-        process.kill()
+    with submit.start("run", *road("hdfs:///disturbed")) as process:
+        for main, after, before in (
+            ("ApplicationMaster", "flag_users", "sessionize"),
+            ("YarnCoarseGrainedExecutorBackend", "sessionize", "build_sequences"),
+        ):
+            while after not in said_by_now(submit.cluster):
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.1)
+            kill_one(main, submit.cluster)
+            assert before not in said_by_now(submit.cluster)
+        said, told = process.communicate()
     assert process.returncode == 0, told
     lines = [line.split()[:2] for line in said.splitlines() if line.startswith(("✓", "="))]
     # The words are the second driver's: what the first one had done is not done again.
@@ -172,26 +186,20 @@ def test_after_a_killed_driver_and_a_killed_executor_the_rows_are_the_same(
     same_tables(expected, submit.fetch("disturbed", tmp_path))
 
 
-def kill_in(main: str, cluster: Cluster, after: str, before: str) -> None:
-    """SIGKILL for a JVM of the job, once its driver has said that one stage has ended, and another has not."""
-    until = time.monotonic() + 240
-    while after not in said_by_now(cluster):
-        assert time.monotonic() < until, said_by_now(cluster)
-        time.sleep(0.1)
-    found = [p for p in psutil.process_iter(["name", "cmdline"]) if is_jvm_of(p, main, cluster)]
-    found[0].send_signal(signal.SIGKILL)
-    assert before not in said_by_now(cluster)
+def kill_one(main: str, cluster: Cluster) -> None:
+    """SIGKILL for one of the JVMs in the cluster's containers that run that class."""
+    for process in psutil.process_iter(["name", "cmdline"]):
+        command = " ".join(process.info["cmdline"] or [])
+        if process.info["name"] == "java" and main in command and str(cluster.data) in command:
+            process.kill()
+            return
+    raise AssertionError(f"no {main} runs")
 
 
 def said_by_now(cluster: Cluster) -> str:
     """What the newest driver (the first container of an attempt) has said."""
     logs = cluster.data.glob("node*/logs/application_*/container_*_000001/stdout")
     return max(logs, key=lambda log: log.parent.name, default=Path(os.devnull)).read_text()
-
-
-def is_jvm_of(process: psutil.Process, main: str, cluster: Cluster) -> bool:
-    command = " ".join(process.info["cmdline"] or [])
-    return process.info["name"] == "java" and main in command and str(cluster.data) in command
 
 
 def test_nothing_of_this_machine_is_seen_and_a_failure_is_one_line(submit: Submit) -> None:
