@@ -53,6 +53,7 @@ def make_config(root: Path, *sets: str, conf: Path | None = None) -> Config:
 # at about the same time.
 LONG = (
     "test_pipeline",
+    "test_yarn",
     "test_faults",
     "test_erase_users",
     "test_training_loop",
