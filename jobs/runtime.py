@@ -493,8 +493,9 @@ class Runtime:
         log = self.place / "tables" / table.name / "_delta_log"
         for part in log.glob(".*"):
             part.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            log.rmdir()
+        for folder in (log / "_commits", log):  # Delta makes both before it commits
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         builder = DeltaTable.createIfNotExists(self.spark).location(self.path(table)).comment(table.comment)
         builder = builder.addColumns(table.schema())
         if table.partition_by:

@@ -151,7 +151,7 @@ def test_a_log_folder_without_a_commit_is_made_good(make_runtime: Callable[..., 
     """What a kill at the very moment of a table's creation leaves behind."""
     runtime = make_runtime()
     log = Path(runtime.path(CONTEXT_VALUES)) / "_delta_log"
-    log.mkdir(parents=True)
+    (log / "_commits").mkdir(parents=True)
     (log / ".00000000000000000000.json.half.tmp").write_text("{")
     put(runtime, CONTEXT_VALUES, spark.createDataFrame([("vertical", "food", 2)], VALUES))
     assert [r.value for r in runtime.latest(CONTEXT_VALUES).collect()] == ["food"]
