@@ -214,7 +214,7 @@ def test_nothing_of_this_machine_is_seen_and_a_failure_is_one_line(submit: Submi
             for path in [seen[place]["folder"], seen[place]["prefix"], *seen[place]["modules"]]
             if not containers.match(path)
         ] == []
-        here = (sys.prefix, sys.base_prefix, str(REPOSITORY))
+        here = tuple(f"{folder}/" for folder in (sys.prefix, sys.base_prefix, REPOSITORY))
         files = [*seen[place]["path"], *seen[place]["files"]]
         assert [path for path in files if path.startswith(here)] == []
     assert code == 1
