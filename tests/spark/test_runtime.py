@@ -15,6 +15,7 @@ from pyspark.errors import AnalysisException
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
+from jobs.config import load_config
 from jobs.errors import TrailvecError
 from jobs.runtime import History, Runtime, Stage
 from jobs.sql import query
@@ -145,6 +146,15 @@ def test_the_commits_are_those_of_deltas_history(make_runtime: Callable[..., Run
     assert runtime.notes(CONTEXT_VALUES) == [{"seen": 1}]
     (log / "00000000000000000003.json").unlink()
     assert [c.version for c in History(path)] == [*range(14, 3, -1)]
+
+
+def test_models_and_exports_on_hdfs_are_refused_in_one_sentence() -> None:
+    runtime = Runtime(load_config(None, ['storage.root="hdfs://namenode/trailvec"']))
+    for folder in ("root", "models", "exports"):
+        with pytest.raises(
+            TrailvecError, match=r"^storage\.root = hdfs://namenode/trailvec, but models"
+        ):
+            getattr(runtime, folder)
 
 
 def test_a_log_folder_without_a_commit_is_made_good(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
