@@ -151,9 +151,7 @@ def test_the_commits_are_those_of_deltas_history(make_runtime: Callable[..., Run
 def test_models_and_exports_on_hdfs_are_refused_in_one_sentence() -> None:
     runtime = Runtime(load_config(None, ['storage.root="hdfs://namenode/trailvec"']))
     for folder in ("root", "models", "exports"):
-        with pytest.raises(
-            TrailvecError, match=r"^storage\.root = hdfs://namenode/trailvec, but models"
-        ):
+        with pytest.raises(TrailvecError, match=r"^storage\.root = hdfs://namenode/trailvec, but models"):
             getattr(runtime, folder)
 
 
