@@ -196,7 +196,7 @@ def _save(runtime: Runtime, receipts: Sequence[dict[str, Any]]) -> None:
 
 def _receipts(runtime: Runtime) -> list[dict[str, Any]]:
     """The rows of `erasures`, the oldest first. By delta-rs: a time that Spark collects has no zone."""
-    rows = deltalake.DeltaTable(runtime.root / "tables" / ERASURES.name).to_pyarrow_table().to_pylist()
+    rows = deltalake.DeltaTable(runtime.local_path(ERASURES)).to_pyarrow_table().to_pylist()
     return sorted(rows, key=lambda receipt: (receipt["requested_at"], receipt["erasure_id"]))
 
 

@@ -106,11 +106,6 @@ def place_of(text: str) -> Place:
     return HadoopPath(text) if path is None else Path(path).absolute()
 
 
-def uri(of: Place) -> str:
-    """As Spark's readers name it."""
-    return f"file://{of}" if isinstance(of, Path) else str(of)
-
-
 def remove_tree(of: Place) -> None:
     """Deletes a folder with all that is in it; nothing where it does not exist."""
     if isinstance(of, Path):

@@ -47,12 +47,13 @@ from pyspark.sql import types as T
 from jobs.cli import stage_main
 from jobs.config import IngestSettings, shipped
 from jobs.errors import TrailvecError, explain
-from jobs.files import Place, remove_tree, uri
+from jobs.files import Place, remove_tree
 from jobs.pruning import within_days
 from jobs.runtime import Runtime, Stage
 from jobs.sources import Given, IdValue, Input, Kafka, Lookup, Source, TimeValue, Value, load_source
 from jobs.tables import EVENTS, REJECTED_EVENTS
 from jobs.tombstones import Test, erased_tests
+from training.urls import file_url
 
 # Columns of a raw frame beside the record's own.
 FILE = "trailvec_file"  # the file's URI, or the topic's name, partition and offset
@@ -112,7 +113,7 @@ def _find(spark: SparkSession, data_dir: Place, path: str) -> list[tuple[str, in
     """
     if isinstance(data_dir, Path):
         local = [(file, file.stat()) for file in find_files(data_dir, path)]
-        return [(uri(file), stat.st_size, stat.st_mtime_ns) for file, stat in local]
+        return [(file_url(str(file)), stat.st_size, stat.st_mtime_ns) for file, stat in local]
     # Spark's own listing: it leaves out the same names, and asks the file system from many tasks at once.
     reader = spark.read.format("binaryFile").schema(_LISTING).option("recursiveFileLookup", True)
     try:
@@ -146,7 +147,7 @@ def read_raw(
     """
     # With it, Spark finds partition columns (day=2017-01-01) in the files' paths.
     folder = data_dir / str(mapping.path)
-    base = {"basePath": uri(folder)} if folder.is_dir() else {}
+    base = {"basePath": file_url(str(folder))} if folder.is_dir() else {}
     if mapping.format == "csv":
         groups = [_read_csv(spark, group, mapping.delimiter, base) for group in _by_header(spark, files)]
     elif mapping.format == "parquet":
@@ -683,7 +684,7 @@ def follow(runtime: Runtime, source: Source, number: int) -> None:
             raise RuntimeError("the batch failed") from error  # what the JVM is told, and does not understand
 
     stream = _topic(spark, mapping.kafka, settings) if mapping.kafka else _listing(spark, mapping, runtime)
-    query = stream.writeStream.foreachBatch(batch).option("checkpointLocation", uri(checkpoint))
+    query = stream.writeStream.foreachBatch(batch).option("checkpointLocation", file_url(str(checkpoint)))
     try:
         query.trigger(availableNow=True).start().awaitTermination()
     except StreamingQueryException as error:
@@ -695,7 +696,7 @@ def follow(runtime: Runtime, source: Source, number: int) -> None:
 def _listing(spark: SparkSession, mapping: Input, runtime: Runtime) -> DataFrame:
     """The names of the input's files, as a stream: which of them are new, Spark's checkpoint knows."""
     given = _data_dir(runtime) / str(mapping.path)
-    path = uri(given)
+    path = file_url(str(given))
     if given.is_file():
         path = f"{path[:-1]}[{path[-1]}]"  # Spark's stream takes a pattern or a folder, not a file
     files = spark.readStream.format("binaryFile").schema(_LISTING)

@@ -101,14 +101,14 @@ def measure(runtime: Runtime, table: Table) -> dict[str, int]:
 
 def active_files(runtime: Runtime, table: Table, version: int) -> list[dict[str, Any]]:
     """path (in the table's folder), size_bytes and num_records (deleted ones too) of each file of the version."""
-    actions = deltalake.DeltaTable(runtime.root / "tables" / table.name, version).get_add_actions(flatten=True)
+    actions = deltalake.DeltaTable(runtime.local_path(table), version).get_add_actions(flatten=True)
     return pa.table(actions).select(["path", "size_bytes", "num_records"]).to_pylist()  # type: ignore[no-any-return]
 
 
 def disk_files(runtime: Runtime, table: Table) -> dict[str, int]:
     """Every file in the table's folder but those of the log and local checksums, with its size in bytes."""
     found = {}
-    for folder, folders, files in os.walk(runtime.root / "tables" / table.name):
+    for folder, folders, files in os.walk(runtime.local_path(table)):
         folders[:] = [name for name in folders if name != "_delta_log"]
         for file in (Path(folder) / name for name in files if not name.startswith(".")):
             try:

@@ -228,7 +228,18 @@ class Runtime:
         return root
 
     def path(self, table: Table) -> str:
-        return str(self.place / "tables" / table.name)
+        return str(self._folder(table))
+
+    def _folder(self, table: Table) -> Place:
+        return self.place / "tables" / table.name
+
+    def local_path(self, table: Table) -> Path:
+        """The table's folder, for what reads its files by itself.
+
+        Raises:
+            TrailvecError: it is not local.
+        """
+        return self.root / "tables" / table.name
 
     @property
     def models(self) -> Path:
@@ -490,7 +501,7 @@ class Runtime:
         # A kill between the making of the log's folder and its first commit leaves a folder that is no table, and that
         # Delta neither reads nor creates. At most a half-written commit lies in it, which nobody has ever seen.
         # (Another job may be about to commit there: a folder that holds a commit is not removed, whoever made it.)
-        log = self.place / "tables" / table.name / "_delta_log"
+        log = self._folder(table) / "_delta_log"
         for part in log.glob(".*"):
             part.unlink(missing_ok=True)
         for folder in (log / "_commits", log):  # Delta makes both before it commits
