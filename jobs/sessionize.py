@@ -14,7 +14,7 @@ from functools import partial
 
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
-from pyspark.sql.types import ArrayType, StructType
+from pyspark.sql.types import ArrayType
 
 from jobs.cli import stage_main
 from jobs.config import SessionizeSettings
@@ -43,7 +43,6 @@ def sessionize(events: DataFrame, settings: SessionizeSettings, splits: Sequence
     Args:
         splits: `find_splits` of the same events and settings: what lies between two of them may go to another task.
     """
-    made = StructType([f for f in SESSIONS.schema() if f.name != "session_id"])
     fields = _event_fields()
     in_partition = partial(
         sessionize_arrow,
@@ -55,8 +54,7 @@ def sessionize(events: DataFrame, settings: SessionizeSettings, splits: Sequence
         events.select("user_id", *fields)
         .repartition("user_id", *([_part(splits)] if splits else []))
         .sortWithinPartitions("user_id", "event_ts", "event_id")
-        .mapInArrow(in_partition, made)
-        .withColumn("session_id", _stable_id(F.col("user_id"), F.col("events")[0]["event_id"]))
+        .mapInArrow(in_partition, SESSIONS.schema())
     )
     return conform(sessions, SESSIONS)
 
@@ -64,12 +62,12 @@ def sessionize(events: DataFrame, settings: SessionizeSettings, splits: Sequence
 def find_splits(events: DataFrame, settings: SessionizeSettings, every: int) -> list[Split]:
     """Where to part the users with more than `every` events: about so many lie between one split and the next.
 
-    A sample of user_id says who they are. Where their sessions start is found in one task for each, from the few
-    columns that the rules read: a split is exact whatever the sample says.
+    Every so many rows one is looked at to see who they are. Where their sessions start is found in one task for each,
+    from the few columns that the rules read: a split is exact whoever is found.
     """
-    share = min(1.0, 100 / every)  # of a user with `every` events about a hundred are in the sample
-    users = events.select("user_id").sample(share, seed=0).groupBy("user_id").count()
-    heavy = [row["user_id"] for row in users.where(F.col("count") > share * every).collect()]
+    step = max(1, every // 100)  # of a user with `every` events about a hundred are looked at
+    some = events.select("user_id").where(F.monotonically_increasing_id() % step == 0)
+    heavy = [row["user_id"] for row in some.groupBy("user_id").count().where(F.col("count") > every / step).collect()]
     if not heavy:
         return []
     found = (
@@ -120,12 +118,6 @@ def _rules(settings: SessionizeSettings) -> Rules:
         midnight_of=settings.midnight_of,
         cut_on_vertical=settings.cut_on_vertical,
     )
-
-
-def _stable_id(*parts: Column) -> Column:
-    """128 bits of SHA-256; the separator can't stand in an id."""
-    digest = F.sha2(F.concat_ws("\x1f", *parts), 256)
-    return F.substring(digest.cast("binary"), 1, 32).cast("string")  # of a string Spark would count the characters
 
 
 def _microseconds(minutes: float) -> int:

@@ -152,7 +152,7 @@ SESSIONS = Table(
     "sessions",
     "Runs of a user's events without a longer pause than the gap, cut by the rules of sessionize; events in order.",
     (
-        Column("session_id", "string", "Stable: a hash of the user and of the session's first event."),
+        Column("session_id", "string", "Stable: the event_id of the session's first event."),
         Column("user_id", "string", "The user."),
         Column("start_ts", "timestamp", "Time of the first event."),
         Column("end_ts", "timestamp", "Time of the last event."),
@@ -169,7 +169,8 @@ SESSIONS = Table(
     key=("session_id",),
     stage="sessionize",
     cluster_by=("start_ts",),
-    properties=_INCREMENTAL,
+    properties=_INCREMENTAL | {"delta.dataSkippingStatsColumns": "user_id,start_ts,end_ts"},
+    revision=2,
 )
 
 ITEMS = Table(

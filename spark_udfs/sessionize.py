@@ -77,8 +77,8 @@ def sessionize(
             them may be missing.
 
     Yields:
-        Batches of user_id, start_ts, end_ts, event_count (int32), verticals (list, sorted, distinct), amount (sum,
-        NULL when no event has one), events (list of structs), run_start_ts.
+        Batches of session_id (that of its first event), user_id, start_ts, end_ts, event_count (int32), verticals
+        (list, sorted, distinct), amount (sum, NULL when no event has one), events (list of structs), run_start_ts.
     """
     parts: list[pa.RecordBatch] = []  # the events of the session that the last batch left open
     run_us = 0  # the start of that session's run
@@ -222,6 +222,7 @@ def _to_sessions(
     structs = pa.StructArray.from_arrays([column[name] for name in event_fields], event_fields)
     return pa.RecordBatch.from_pydict(
         {
+            "session_id": column["event_id"].take(pa.array(first)),
             "user_id": column["user_id"].take(pa.array(first)),
             "start_ts": column["event_ts"].take(pa.array(first)),
             "end_ts": column["event_ts"].take(pa.array(last)),

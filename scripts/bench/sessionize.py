@@ -64,8 +64,7 @@ def _sessions(grouped: GroupedData) -> DataFrame:
         F.array_sort(F.collect_list(F.struct(*FIELDS))).alias("events"),
         F.min("event_ts").alias("run_start_ts"),
     )
-    first = F.col("events")[0]["event_id"]
-    return made.withColumn("session_id", F.substring(F.sha2(F.concat_ws("\x1f", "user_id", first), 256), 1, 32))
+    return made.withColumn("session_id", F.col("events")[0]["event_id"])
 
 
 def windows(rows: DataFrame) -> DataFrame:
@@ -103,9 +102,9 @@ def in_duckdb(path: Path, out: Path, scratch: Path) -> None:
                 SELECT user_id, min(event_ts) AS start_ts, max(event_ts) AS end_ts, count(*)::int AS event_count,
                        sum(amount) AS amount, list_sort(list(struct_pack({struct}))) AS events
                 FROM numbered GROUP BY user_id, number)
-            SELECT substring(sha256(user_id || chr(31) || events[1].event_id), 1, 32) AS session_id, user_id, start_ts,
-                   end_ts, event_count, list_sort(list_distinct(list_transform(events, e -> e.vertical))) AS verticals,
-                   amount, events, start_ts AS run_start_ts
+            SELECT events[1].event_id AS session_id, user_id, start_ts, end_ts, event_count,
+                   list_sort(list_distinct(list_transform(events, e -> e.vertical))) AS verticals, amount, events,
+                   start_ts AS run_start_ts
             FROM grouped
         ) TO '{out}' (FORMAT parquet, COMPRESSION snappy)"""
     )
