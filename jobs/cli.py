@@ -79,6 +79,14 @@ def _parser(stages: Sequence[Stage], aside: Sequence[Stage]) -> argparse.Argumen
         "tables", parents=[common], help="every table: place, rows, version, size, last writer"
     )
     tables.add_argument("--json", action="store_true", help="one JSON array instead of a table")
+    audit = commands.add_parser(
+        "audit", parents=[common], help="who ran what, when: the commits of all tables, newest first"
+    )
+    audit.add_argument(
+        "--table", metavar="NAME", choices=[table.name for table in TABLES], help="the commits of this table only"
+    )
+    audit.add_argument("--since", metavar="TIME", help="later ones only, such as 2026-01-31 or 2026-01-31T12:00:00Z")
+    audit.add_argument("--json", action="store_true", help="one JSON array instead of a table")
     upkeep = commands.add_parser(
         "maintain_tables", parents=[common], help="compact and cluster the tables, delete old files, report sizes"
     )
@@ -165,6 +173,12 @@ def _tables(config: Config, arguments: argparse.Namespace) -> None:
     print_tables(Runtime(config), arguments.json)
 
 
+def _audit(config: Config, arguments: argparse.Namespace) -> None:
+    from jobs.audit import print_audit  # noqa: PLC0415
+
+    print_audit(Runtime(config), arguments.table, arguments.since, arguments.json)
+
+
 def _maintain(config: Config, arguments: argparse.Namespace) -> None:
     from jobs.maintain_tables import run_maintain  # noqa: PLC0415
 
@@ -211,6 +225,7 @@ def _serve(config: Config, arguments: argparse.Namespace) -> None:
 
 _BESIDE: dict[str, Callable[[Config, argparse.Namespace], None]] = {
     "tables": _tables,
+    "audit": _audit,
     "maintain_tables": _maintain,
     "tune": _tune,
     "retire_model": _retire,

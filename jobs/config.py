@@ -224,7 +224,19 @@ class MaintainSettings(Section):
         description="files that a table dropped are kept so long, for readers that began before; also how long a stage "
         "may rest and still go on from the changes",
     )
+    retention_hours_of: dict[str, Annotated[float, Field(ge=24, le=720)]] = Field(
+        default_factory=dict, description="the same of single tables, by name"
+    )
+    keep_days: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict,
+        description="rows that are older by so many whole days (UTC) are deleted, by table: events, exports; what is "
+        "made from events follows in the next run. None named: all are kept",
+    )
     target_file_mb: int = Field(256, ge=1, description="OPTIMIZE packs files together up to this size")
+
+    def retention_hours_for(self, table: str) -> float:
+        """How long that table's dropped files are kept."""
+        return self.retention_hours_of.get(table, self.retention_hours)
 
 
 class UserList(Section):

@@ -117,7 +117,8 @@ def _erase(runtime: Runtime, file: str | None, sql: str | None, requested_by: st
             f"tell who has it: segment {export['segment']}, exported {export['exported_at']:%Y-%m-%d %H:%M} to "
             f"{export['destination']}, held {export['users']:,} of them"
         )
-    gone = receipt["erased_at"] + timedelta(hours=runtime.config.maintain.retention_hours)
+    longest = max(runtime.config.maintain.retention_hours_for(table.name) for table in HOLDING_USERS)
+    gone = receipt["erased_at"] + timedelta(hours=longest)
     report.notes.append(
         f"erasure {erasure_id}: old versions hold them on disk until `trailvec maintain_tables` runs after "
         f"{gone:%Y-%m-%d %H:%M} UTC; then `trailvec erase_users --finish`"

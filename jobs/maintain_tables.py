@@ -2,8 +2,11 @@
 
 trailvec maintain_tables --conf conf/local.toml [--table events] [--dry-run] [--json]
 
-For each table, in commits that change no row, so that no stage has more to do after them than before:
+For each table, in commits that change no row, so that no stage has more to do after them than before (the first alone
+does, where it is asked to):
 
+- DELETE takes the rows that are older than `maintain.keep_days` allows; sessions, sequences and what else is made from
+  events follow in the next run of their stages.
 - OPTIMIZE packs small files together up to `maintain.target_file_mb`, and clusters the tables that have `cluster_by`. A
   file of half that size is left alone, so that a byte is rewritten a few times, not every night. In a clustered table
   Delta packs whole cubes: what is new, and the newest cube until it holds 100 GB.
@@ -26,13 +29,16 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deltalake
 import pyarrow as pa
 from delta.tables import DeltaTable
-from pyspark.sql import SparkSession
+from pyspark.sql import Column, SparkSession
+from pyspark.sql import functions as F
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table as Grid
@@ -52,8 +58,13 @@ def maintain(runtime: Runtime, names: Sequence[str] = (), dry_run: bool = False)
 
     Keys: table; rows; rows_hidden (deleted ones that files still hold: deletion vectors); bytes, files, small_files of
     the current version; bytes_on_disk (older versions' files too); the same four keys with `_before` unless `dry_run`;
-    bytes_freed; seconds; conflict (True where another job's commits left no gap for ours).
+    bytes_freed; rows_too_old (deleted, or with `dry_run` to be); seconds; conflict (True where another job's commits
+    left no gap for ours).
     """
+    keep_days = runtime.config.maintain.keep_days
+    aging = [table.name for table in TABLES if table.ages_by]
+    if wrong := sorted(set(keep_days) - set(aging)):
+        raise TrailvecError(f"maintain.keep_days names {', '.join(wrong)}: only {', '.join(aging)} have rows of an age")
     found = []
     for table in TABLES:
         if (names and table.name not in names) or not runtime.exists(table):
@@ -62,8 +73,14 @@ def maintain(runtime: Runtime, names: Sequence[str] = (), dry_run: bool = False)
         entry: dict[str, Any] = {"table": table.name}
         before, disk_before = measure(runtime, table), disk_files(runtime, table)
         after, disk_after, conflict = before, disk_before, False
+        old = too_old(table, keep_days.get(table.name))
+        entry["rows_too_old"] = 0 if old is None else runtime.latest(table).where(old).count()
         if not dry_run:
             try:
+                if old is not None and entry["rows_too_old"]:
+                    rows = DeltaTable.forPath(runtime.spark, runtime.path(table))
+                    runtime.commit(partial(rows.delete, old))
+                    runtime.purge(table)  # else deletion vectors would only hide them
                 compact(runtime, table)
                 vacuum(runtime, table)
             except CONFLICTS:
@@ -79,6 +96,14 @@ def maintain(runtime: Runtime, names: Sequence[str] = (), dry_run: bool = False)
         }
         found.append(entry)
     return found
+
+
+def too_old(table: Table, days: int | None) -> Column | None:
+    """True for the rows that lie before the last `days` whole days and today (UTC); None: no row is."""
+    if table.ages_by is None or days is None:
+        return None
+    today = datetime.now(timezone.utc).replace(hour=0, minute=0, second=0, microsecond=0)
+    return F.col(table.ages_by) < F.lit(today - timedelta(days=days))
 
 
 def measure(runtime: Runtime, table: Table) -> dict[str, int]:
@@ -130,7 +155,8 @@ def compact(runtime: Runtime, table: Table) -> None:
 def vacuum(runtime: Runtime, table: Table) -> None:
     """Deletes what no version of the retention holds, and what no version ever held and is as old."""
     delta = DeltaTable.forPath(runtime.spark, runtime.path(table))
-    retention = f"interval {round(runtime.config.maintain.retention_hours * 60)} minutes"
+    hours = runtime.config.maintain.retention_hours_for(table.name)
+    retention = f"interval {round(hours * 60)} minutes"
     if delta.detail().select("properties").collect()[0][0].get(_RETENTION) != retention:
         path = runtime.path(table).replace("`", "``")
         set_it = f"ALTER TABLE delta.`{path}` SET TBLPROPERTIES ('{_RETENTION}' = '{retention}')"
@@ -181,7 +207,7 @@ def _print(runtime: Runtime, entries: list[dict[str, Any]]) -> None:
         caption=f"under {runtime.place / 'tables'}; small: under {runtime.config.maintain.target_file_mb / _SMALL:g} MB"
     )
     grid.add_column("table", no_wrap=True)
-    for heading in ("rows", "hidden", "size", "files", "small", "on disk", "freed", "s"):
+    for heading in ("rows", "too old", "hidden", "size", "files", "small", "on disk", "freed", "s"):
         grid.add_column(heading, justify="right", no_wrap=True)
     for entry in entries:
 
@@ -193,6 +219,7 @@ def _print(runtime: Runtime, entries: list[dict[str, Any]]) -> None:
         grid.add_row(
             entry["table"],
             f"{entry['rows']:,}",
+            f"{entry['rows_too_old']:,}",
             f"{entry['rows_hidden']:,}",
             decimal(entry["bytes"]),
             change("files"),

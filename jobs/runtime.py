@@ -108,6 +108,7 @@ class Commit:
 
     Attributes:
         committed_at: seconds since 1970.
+        operation: Delta's word for it: WRITE, MERGE, OPTIMIZE, ...
         changed_rows: False for upkeep and for a commit that only records that a stage ran.
         replaced_all: the commit put all its rows in the place of all that were there.
         provenance: what the stage that made it stored (`Runtime.provenance`); None where no stage did.
@@ -118,6 +119,7 @@ class Commit:
 
     version: int
     committed_at: float
+    operation: str
     changed_rows: bool
     replaced_all: bool
     provenance: dict[str, Any] | None
@@ -137,6 +139,7 @@ def _commit_of(version: int, info: dict[str, Any]) -> Commit:
     return Commit(
         version=version,
         committed_at=info["timestamp"] / 1000,
+        operation=str(operation),
         changed_rows=operation not in _UPKEEP and not empty,
         replaced_all=mode == "Overwrite",
         provenance=provenance,
@@ -339,7 +342,7 @@ class Runtime:
         """Whether the files of that version of a table that the stage reads are still there, and what changed since."""
         until = self._versions[read.name]
         # What the commit after `version` dropped is there until VACUUM takes it.
-        oldest = time.time() - self.config.maintain.retention_hours * 3600
+        oldest = time.time() - self.config.maintain.retention_hours_for(read.name) * 3600
         newer = itertools.takewhile(lambda commit: commit.version > version, self._commits(read))
         commits = [commit for commit in newer if commit.version <= until]
         return version <= until and len(commits) == until - version and all(c.committed_at > oldest for c in commits)
@@ -513,7 +516,8 @@ class Runtime:
             builder = builder.partitionedBy(*table.partition_by)
         if table.cluster_by:
             builder = builder.clusterBy(*table.cluster_by)
-        for name, value in table.properties.items():
+        statistics = {"delta.dataSkippingStatsColumns": ",".join(table.statistics_columns())}
+        for name, value in {**statistics, **table.properties}.items():
             builder = builder.property(name, value)
         self.commit(builder.execute)  # another job may be making it too
 
@@ -528,6 +532,8 @@ class Runtime:
             "stage": self._stage.name,
             "fingerprint": self.fingerprint,
             "code_version": code_version(),
+            "user": self.spark.sparkContext.sparkUser(),
+            "application": self.spark.sparkContext.applicationId,
             "reads": self._versions,
             "revisions": {table.name: table.revision for table in self._stage.writes},
             "config": config,
@@ -537,10 +543,13 @@ class Runtime:
         words = {} if note is None else {"note": note}
         return json.dumps(self.provenance() | ({} if done else {"fingerprint": None}) | words, sort_keys=True)
 
+    def commits(self, table: Table) -> Iterable[Commit]:
+        """The table's commits, newest first, as far back as its log is kept (at most 500); none where it is not."""
+        return self._commits(table) if self.exists(table) else ()
+
     def notes(self, table: Table) -> list[dict[str, Any]]:
         """The `note` of each of the table's commits of a stage that has one, newest first."""
-        commits: Iterable[Commit] = self._commits(table) if self.exists(table) else []
-        stages = (c.provenance for c in commits if c.provenance is not None and c.erasure is None)
+        stages = (c.provenance for c in self.commits(table) if c.provenance is not None and c.erasure is None)
         return [provenance["note"] for provenance in stages if "note" in provenance]
 
     def _facts(self, stage: Stage) -> dict[str, Any]:

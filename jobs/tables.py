@@ -36,6 +36,8 @@ class Table:
         revision: goes up when the same input and settings give other rows: an incremental stage then makes all anew.
         users_in: columns that hold user ids under another name than user_id, each with the SQL condition (over `old.*`)
             under which they do: where erase_users looks too.
+        personal: columns beside those whose values may name a person.
+        ages_by: the column that says how old a row is, where rows may be deleted for their age (maintain.keep_days).
     """
 
     name: str
@@ -48,10 +50,20 @@ class Table:
     revision: int = 1
     properties: dict[str, str] = field(default_factory=dict)
     users_in: dict[str, str] = field(default_factory=dict)
+    personal: tuple[str, ...] = ()
+    ages_by: str | None = None
 
     def user_columns(self) -> dict[str, str]:
         """Every column that holds user ids, with the condition under which it does."""
         return {c.name: "TRUE" for c in self.columns if c.name == "user_id"} | self.users_in
+
+    def statistics_columns(self) -> tuple[str, ...]:
+        """The columns of which Delta's log keeps each file's smallest and largest value: plain ones that name nobody.
+
+        Rows lie in no user's order, so that a user's id would spare no file; and what the log holds outlives the data.
+        """
+        silent = {*self.user_columns(), *self.personal, *self.partition_by}
+        return tuple(c.name for c in self.columns if c.name not in silent and "<" not in c.type and c.type != "boolean")
 
     def schema(self) -> StructType:
         """The table's Spark schema, comments included. Needs a running Spark session (it parses DDL)."""
@@ -111,6 +123,7 @@ EVENTS = Table(
     stage="ingest",
     cluster_by=("event_ts",),
     properties=_INCREMENTAL,
+    ages_by="event_ts",
 )
 
 REJECTED_EVENTS = Table(
@@ -127,6 +140,7 @@ REJECTED_EVENTS = Table(
     ),
     key=(),
     stage="ingest",
+    personal=("raw",),
 )
 
 FLAGGED_USERS = Table(
@@ -169,7 +183,7 @@ SESSIONS = Table(
     key=("session_id",),
     stage="sessionize",
     cluster_by=("start_ts",),
-    properties=_INCREMENTAL | {"delta.dataSkippingStatsColumns": "user_id,start_ts,end_ts"},
+    properties=_INCREMENTAL,
     revision=2,
 )
 
@@ -422,6 +436,7 @@ EXPORTS = Table(
     ),
     key=("export_id", "user_id"),
     stage="export_segments",
+    ages_by="exported_at",
 )
 
 ERASURES = Table(

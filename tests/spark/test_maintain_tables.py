@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -136,6 +136,56 @@ def test_vacuum_takes_what_is_older_than_the_retention_and_nothing_else(
     left = {p for p in folder.rglob("*") if p.is_file() and "_delta_log" not in p.parts and p.suffix == ".parquet"}
     assert len(left) == 1
     assert event_ids(runtime) == sorted(e["event_id"] for e in events(0, 30))
+
+
+def test_rows_go_when_they_are_too_old_and_what_is_made_of_them_follows(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    runtime = make_runtime("maintain.keep_days={ events = 3 }")
+    today = datetime.now(timezone.utc).replace(hour=0, minute=0, second=0, microsecond=0)
+    first_kept = today - timedelta(days=3)
+    # One session of five events, ten minutes apart, lies across the border: three before it, two from it on.
+    times = [first_kept + timedelta(minutes=minutes) for minutes in (-30, -20, -10, 0, 10)]
+    times += [today - timedelta(days=30), today]
+    rows = [
+        make_event(event_id=f"e{n}", user_id=f"u{n // 5}", item_id="i", event_ts=time.replace(tzinfo=None))
+        for n, time in enumerate(times)
+    ]
+    put(runtime, EVENTS, to_frame(spark, rows))
+    stages = (flag_users.STAGE, sessionize.STAGE)
+    for stage in stages:
+        runtime.execute(stage)
+    (plan, *_) = maintain(runtime, dry_run=True)
+    assert (plan["rows"], plan["rows_too_old"]) == (7, 4)
+
+    (done, *_) = maintain(runtime)
+    assert (done["rows"], done["rows_too_old"], done["rows_hidden"]) == (3, 4, 0)
+    assert event_ids(runtime) == ["e3", "e4", "e6"]
+    (again, *_) = maintain(runtime)
+    assert again["rows_too_old"] == 0
+    assert operations(runtime).count("DELETE") == 1
+    for stage in stages:
+        assert not runtime.execute(stage).skipped
+    sessions = {row["session_id"]: row["event_count"] for row in read_delta(runtime.path(SESSIONS))}
+    assert sessions == {"e3": 2, "e6": 1}
+
+
+def test_each_table_has_its_own_retention_and_only_aging_rows_can_be_too_old(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    runtime = make_runtime("maintain.retention_hours=100", "maintain.retention_hours_of={ events = 24 }")
+    in_pieces(runtime)
+    put(runtime, CONTEXT_VALUES, spark.createDataFrame([("vertical", "food", 2)], CONTEXT_VALUES.schema()))
+    strays = {}
+    for table in (EVENTS, CONTEXT_VALUES):
+        strays[table.name] = Path(runtime.path(table)) / "part-x.snappy.parquet"
+        strays[table.name].write_bytes(b"x")
+        os.utime(strays[table.name], (time.time() - 25 * 3600,) * 2)
+    maintain(runtime)
+    assert {name: stray.exists() for name, stray in strays.items()} == {"events": False, "context_values": True}
+
+    with pytest.raises(TrailvecError, match="keep_days names sessions: only events, exports have rows of an age"):
+        maintain(make_runtime("maintain.keep_days={ sessions = 3 }"))
 
 
 # ---- other jobs -------------------------------------------------------------------------------------------

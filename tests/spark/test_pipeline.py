@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -16,11 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 from pyspark.sql import SparkSession
+from rich.console import Console
 
-from jobs import align, export_segments
+from jobs import align, cli, export_segments
 from jobs import runtime as runtime_module
 from jobs import train as train_module
-from jobs.cli import main
+from jobs.cli import main, run_stages
 from jobs.pipeline import STAGES
 from jobs.runtime import Runtime
 from jobs.tables import FLAGGED_USERS, TABLES
@@ -28,9 +31,10 @@ from tests.conftest import make_config, read_delta
 from tests.unit.test_evaluation_page import Page
 
 REPOSITORY = Path(__file__).parents[2]
+PERSON = "person-"  # every user id begins with it, and nothing else holds it
+KEY = "a key of the tests"
 SETTINGS = {
     "storage.database": "online_retail",
-    "ingest.sources": [str(REPOSITORY / "conf/sources/online_retail.toml")],
     "ingest.data_dir": str(REPOSITORY / "tests/data/online_retail"),
     "ingest.max_rejected_share": 0.6,
     "vocabulary.min_count": 2,
@@ -54,19 +58,32 @@ seeds = { sql = "SELECT user_id FROM user_embeddings ORDER BY user_id LIMIT 3" }
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    os.environ["TRAILVEC_EXPORT_KEY"] = "a key of the tests"
-    segment = tmp_path_factory.mktemp("segments") / "retail.toml"
+    os.environ["TRAILVEC_EXPORT_KEY"] = KEY
+    folder = tmp_path_factory.mktemp("settings")
+    segment, mapping = folder / "retail.toml", folder / "online_retail.toml"
     segment.write_text(SEGMENT)
-    values = SETTINGS | {"export.segments": [str(segment)]}
+    text = (REPOSITORY / "conf/sources/online_retail.toml").read_text()
+    assert "regexp_replace(CustomerID, '[.]0$', '')" in text
+    mapping.write_text(text.replace("regexp_replace(CustomerID", f"'{PERSON}' || regexp_replace(CustomerID"))
+    values = SETTINGS | {"export.segments": [str(segment)], "ingest.sources": [str(mapping)]}
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(spark: SparkSession, settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+def said() -> io.StringIO:
+    """What the command says while `undisturbed` is made."""
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    spark: SparkSession, settings: list[str], said: io.StringIO, tmp_path_factory: pytest.TempPathFactory
+) -> Runtime:
     """Every stage, run once."""
     runtime = Runtime(make_config(tmp_path_factory.mktemp("undisturbed"), *settings), spark)
-    for stage in STAGES:
-        runtime.execute(stage)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_out", Console(file=said, width=500))
+        run_stages(runtime, STAGES)
     return runtime
 
 
@@ -193,6 +210,22 @@ def test_the_page_of_the_model_stands_beside_it_and_in_mlflow(undisturbed: Runti
     assert Page(text).open == []
     assert f"Model {undisturbed.model_dir().name}" in text
     assert [copy.read_text() for copy in undisturbed.root.glob("mlruns/*/artifacts/evaluation.html")] == [text]
+
+
+def test_no_line_log_manifest_report_or_model_names_a_user_or_a_secret(undisturbed: Runtime, said: io.StringIO) -> None:
+    root = undisturbed.root
+    assert all(row["user_id"].startswith(PERSON) for row in read_delta(root / "tables/events"))
+    texts = {"what the command says": said.getvalue().encode()}
+    texts |= {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+    kinds = ("_delta_log/", "models/", "mlruns/", "mlflow.db", "checkpoints/", "manifest.json")
+    assert all(any(kind in name for name in texts) for kind in kinds)  # each has been looked into
+    assert "score_users" in said.getvalue()
+
+    # Rows are what tables and exports are for; compressed, they would hide a name in any case.
+    rows = re.compile(r"(tables/(?!.*_delta_log/)|exports/(?!.*(json|html)$)).*")
+    open_texts = {name: text for name, text in texts.items() if not rows.fullmatch(name)}
+    assert [name for name, text in open_texts.items() if PERSON.encode() in text] == []
+    assert [name for name, text in texts.items() if KEY.encode() in text] == []
 
 
 class Killed(BaseException):

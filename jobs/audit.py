@@ -1,0 +1,88 @@
+"""`trailvec audit`: who ran what, when, out of the logs of all tables (Delta's history and the provenance in it).
+
+A commit stands in a table's log for 30 days (Delta's default), at most 500 commits of a table are looked at. Keep the
+output (`--json`) where it can't be changed if you need it for longer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import datetime, timezone
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as Grid
+
+from jobs.errors import TrailvecError
+from jobs.runtime import Commit, Runtime
+from jobs.tables import TABLES
+
+
+def audit(runtime: Runtime, table: str | None = None, since: datetime | None = None) -> list[dict[str, Any]]:
+    """One dictionary per commit, newest first.
+
+    Keys: at (UTC, ISO 8601), table, version, operation (Delta's), changed_rows; and, None where no stage of trailvec
+    made the commit (upkeep, other programs): stage, user, application (Spark's id of the run, on YARN YARN's),
+    code_version, erasure (the request).
+
+    Args:
+        table: only this one's.
+        since: only later commits; without a zone it is UTC.
+    """
+    if since is not None and since.tzinfo is None:
+        since = since.replace(tzinfo=timezone.utc)
+    found = [
+        _entry(one.name, commit)
+        for one in TABLES
+        if table in (None, one.name)
+        for commit in runtime.commits(one)
+        if since is None or commit.committed_at >= since.timestamp()
+    ]
+    return sorted(found, key=lambda entry: (entry["at"], entry["table"], entry["version"]), reverse=True)
+
+
+def _entry(table: str, commit: Commit) -> dict[str, Any]:
+    at = datetime.fromtimestamp(commit.committed_at, timezone.utc)
+    made = commit.provenance or {}
+    return {
+        "at": at.isoformat(timespec="milliseconds"),
+        "table": table,
+        "version": commit.version,
+        "operation": commit.operation,
+        "changed_rows": commit.changed_rows,
+        **{key: made.get(key) for key in ("stage", "user", "application", "code_version")},
+        "erasure": commit.erasure,
+    }
+
+
+def print_audit(runtime: Runtime, table: str | None, since: str | None, as_json: bool) -> None:
+    """Prints `audit` as a table, or as one JSON array.
+
+    Raises:
+        TrailvecError: `since` is no time.
+    """
+    try:
+        earliest = None if since is None else datetime.fromisoformat(since)
+    except ValueError as error:
+        raise TrailvecError(f"--since {since} is no time: write it as 2026-01-31 or 2026-01-31T12:00:00Z") from error
+    entries = audit(runtime, table, earliest)
+    if as_json:
+        print(json.dumps(entries, indent=2))
+        return
+    grid = Grid(caption=f"{len(entries):,} commits under {runtime.place / 'tables'}")
+    for heading in ("when (UTC)", "table", "version", "what", "stage", "user", "run", "code"):
+        grid.add_column(heading, justify="right" if heading == "version" else "left", no_wrap=heading != "run")
+    for entry in entries:
+        grid.add_row(
+            entry["at"][:19].replace("T", " "),
+            entry["table"],
+            str(entry["version"]),
+            entry["operation"] if entry["changed_rows"] else f"{entry['operation']} (no row)",
+            f"erasure {entry['erasure'][:8]}" if entry["erasure"] else entry["stage"] or "-",
+            entry["user"] or "-",
+            entry["application"] or "-",
+            entry["code_version"] or "-",
+        )
+    # A pipe has no width of its own; 80 columns would break the cells.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(grid)
