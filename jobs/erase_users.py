@@ -291,11 +291,15 @@ def _finish(runtime: Runtime) -> None:
     returned = sum(again.values())
 
     waiting = {erasure_id for digest in held for erasure_id in requests[digest]}
+    # What a killed export leaves holds user ids; one that runs right now has begun before.
+    leftovers = [
+        folder for folder in (runtime.root / ".exports.staging", *runtime.exports.glob(".*")) if folder.exists()
+    ]
     receipts = _receipts(runtime)
     changed = []
     for receipt in receipts:
         if receipt["erasure_id"] not in waiting:
-            finished_at = receipt["finished_at"] or (_now() if receipt["erased_at"] else None)
+            finished_at = receipt["finished_at"] or (_now() if receipt["erased_at"] and not leftovers else None)
             new = receipt | {"finished_at": finished_at}
         else:  # where a row came back, old files hold it from now on
             new = receipt | {"finished_at": None, "erased_at": _now() if returned else receipt["erased_at"]}
@@ -310,6 +314,11 @@ def _finish(runtime: Runtime) -> None:
     report.rows_out |= {name: rows for name, rows in again.items() if rows}
     if returned:
         report.notes.append(f"{returned:,} rows of erased users had come back and were taken out again")
+    if leftovers:
+        report.notes.append(
+            f"{', '.join(map(str, leftovers))} may hold erased users: an export that runs, or a killed one, made it; "
+            f"run `trailvec export_segments`, or delete it, then this again"
+        )
     if held:
         report.notes.append(
             f"old files of {', '.join(name for name, found in on_disk.items() if found)} hold {len(held):,} erased "

@@ -3,7 +3,7 @@
 Airflow's variables say how a stage is started on its workers (they need no trailvec among Airflow's own packages):
   trailvec_run    the command before the stage's name: trailvec, or /opt/trailvec/scripts/submit_yarn.sh
   trailvec_conf   the configuration, an absolute path
-Secrets come from the workers' environment: TRAILVEC_ERASE_KEY, TRAILVEC_EXPORT_KEY, HADOOP_CONF_DIR, TRAILVEC_ENVIRONMENT.
+The rest comes from the workers' environment: TRAILVEC_ERASE_KEY, TRAILVEC_EXPORT_KEY, and on YARN HADOOP_CONF_DIR.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ JOBS = {
     "upkeep": ("0 12 * * SAT", 43200, {"maintain_tables": 1}),
 }
 
+COMMAND = "exec {{ var.value.trailvec_run }} STAGE --conf '{{ var.value.trailvec_conf }}'"
+
 for job, (schedule, seconds, stages) in JOBS.items():
     with DAG(
         dag_id=f"trailvec_{job}",
@@ -53,7 +55,7 @@ for job, (schedule, seconds, stages) in JOBS.items():
         for stage, retries in stages.items():
             task = BashOperator(
                 task_id=stage,
-                bash_command=f"exec {{{{ var.value.trailvec_run }}}} {stage} --conf '{{{{ var.value.trailvec_conf }}}}'",
+                bash_command=COMMAND.replace("STAGE", stage),
                 retries=retries,  # a stage that is run again goes on where it was
                 append_env=True,
             )

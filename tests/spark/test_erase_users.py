@@ -220,16 +220,20 @@ def story(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Simp
 
         seen.early = finish(runtime)
         seen.late = arrive(runtime, "3", late_days())
-        none = MaintainSettings.model_construct(retention_hours=0, target_file_mb=1)
-        expired = Runtime(runtime.config.model_copy(update={"maintain": none}), spark)
         for table in HOLDING_USERS:
-            vacuum(expired, table)
+            vacuum(expired(runtime), table)
         seen.vacuumed = holding(runtime)
         seen.finished, seen.receipt = finish(runtime), receipts(runtime)[0]
 
         seen.oracle = oracle = shop(spark, folder / "oracle")
         arrive(oracle, "all", without_them([*first_days(), *more_days(), *late_days()]))
     return seen
+
+
+def expired(runtime: Runtime) -> Runtime:
+    """The runtime with a retention of no time at all, which no configuration may have."""
+    none = MaintainSettings.model_construct(retention_hours=0, target_file_mb=1)
+    return Runtime(runtime.config.model_copy(update={"maintain": none}), runtime.spark)
 
 
 # ---- gone ------------------------------------------------------------------------------------------------
@@ -268,6 +272,19 @@ def test_a_row_that_an_update_hid_goes_too(make_runtime: Callable[..., Runtime],
     files = [Path(runtime.path(EVENTS)) / name for name in DeltaTable(runtime.path(EVENTS)).file_uris()]
     rows = duckdb.execute("SELECT user_id FROM read_parquet(?)", [list(map(str, files))]).fetchall()
     assert rows == [("bob",)]
+
+    # No file of a table holds her any more, but one that a killed export left may.
+    for table in HOLDING_USERS:
+        if runtime.exists(table):
+            vacuum(expired(runtime), table)
+    left = [runtime.root / ".exports.staging", runtime.exports / ".segment.staging"]
+    for folder in left:
+        folder.mkdir(parents=True)
+        report = finish(runtime)
+        assert report.rows_out == {"finished": 0}
+        assert str(folder) in report.notes[0]
+        folder.rmdir()
+    assert finish(runtime).rows_out == {"finished": 1}
 
 
 def test_others_and_items_of_their_name_stay(story: SimpleNamespace) -> None:
