@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -284,10 +285,13 @@ def guarded(action: Callable[[], None], debug: bool = False) -> int:
     """The exit code of `action`: 0, 1 with one sentence for what a user can mend, 130 for Ctrl-C."""
     try:
         action()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("trailvec: stopped; run the same command again to go on", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            return 0
         if debug:
             raise
         sentence = str(error) if isinstance(error, TrailvecError) else explain(error)
@@ -297,6 +301,17 @@ def guarded(action: Callable[[], None], debug: bool = False) -> int:
         print(f"trailvec: {sentence}", file=sys.stderr)
         return 1
     return 0
+
+
+def _reader_has_left() -> bool:
+    """Whether who reads our stdout (`| head`) wants no more; what Python would write there at its end is dropped then."""
+    stdout = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(stdout, 0)  # errors alone
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True
 
 
 if __name__ == "__main__":
