@@ -24,6 +24,7 @@ from jobs.runtime import Report, Runtime, Stage, meanwhile
 from jobs.tables import TABLES
 
 _out = Console(stderr=True, highlight=False)
+_STDOUT = 1  # its file descriptor
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -304,13 +305,12 @@ def guarded(action: Callable[[], None], debug: bool = False) -> int:
 
 
 def _reader_has_left() -> bool:
-    """Whether who reads our stdout (`| head`) wants no more; what Python would write there at its end is dropped then."""
-    stdout = sys.stdout.fileno()
+    """Whether who reads our stdout (`| head`) wants no more; what Python would write there at its end is then dropped."""
     poll = select.poll()
-    poll.register(stdout, 0)  # errors alone
+    poll.register(_STDOUT, 0)  # errors alone
     if not poll.poll(0):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
     return True
 
 
