@@ -305,7 +305,7 @@ def guarded(action: Callable[[], None], debug: bool = False) -> int:
 
 
 def _reader_has_left() -> bool:
-    """Whether who reads our stdout (`| head`) wants no more; what Python would write there at its end is then dropped."""
+    """Whether who reads our stdout (`| head`) wants no more; what is still to be written is dropped then."""
     poll = select.poll()
     poll.register(_STDOUT, 0)  # errors alone
     if not poll.poll(0):
