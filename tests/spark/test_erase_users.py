@@ -5,7 +5,10 @@ All of the erased have "erika" in their ids, and nothing else has: what holds th
 
 from __future__ import annotations
 
+import itertools
 import json
+import threading
+import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,6 +21,7 @@ from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
 from jobs import build_sequences, build_vocabulary, cli, erase_users, flag_users, ingest, sessionize
+from jobs import runtime as runtime_module
 from jobs.config import MaintainSettings
 from jobs.erase_users import HOLDING_USERS, erase, finish
 from jobs.errors import TrailvecError
@@ -285,6 +289,49 @@ def test_a_row_that_an_update_hid_goes_too(make_runtime: Callable[..., Runtime],
         assert str(folder) in report.notes[0]
         folder.rmdir()
     assert finish(runtime).rows_out == {"finished": 1}
+
+
+def test_a_writer_beside_it_loses_nothing_and_brings_nobody_back(
+    make_runtime: Callable[..., Runtime], tmp_path: Path, keyed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 20), monotonic=time.monotonic, time=time.time)
+    monkeypatch.setattr(runtime_module, "time", clock)
+    runtime = make_runtime()
+
+    def event(number: int, user: str, item: str = "i") -> dict[str, Any]:
+        return make_event(event_id=f"e{number}", user_id=user, item_id=item, event_ts=START)
+
+    # Hers lie in files with bob's, which the other job goes on to change.
+    put(runtime, EVENTS, to_frame(runtime.spark, [event(n, "erika" if n % 2 else "bob") for n in range(8)]))
+    other = Runtime(runtime.config, runtime.spark.newSession())  # settings of its own, as another process has
+    errors: list[BaseException] = []
+    began, ended = threading.Event(), threading.Event()
+    written: list[int] = []
+
+    def write() -> None:
+        try:
+            for number in itertools.takewhile(lambda _: not ended.is_set(), itertools.count(8)):
+                rows = to_frame(other.spark, [event(0, "bob", f"changed-{number}"), event(number, "carl")])
+                change = Stage("change", "", lambda r, rows=rows: r.merge(EVENTS, rows), (), (), ())
+                other.execute(change, force=True)
+                written.append(number)
+                began.set()
+        except BaseException as error:
+            errors.append(error)
+            began.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    began.wait()
+    (tmp_path / "ids.txt").write_text("erika\n")
+    erase(runtime, str(tmp_path / "ids.txt"), requested_by="desk")
+    ended.set()
+    writer.join()
+    assert errors == []
+    assert len(written) > 1  # while the other was at work
+    rows = sorted((row["event_id"], row["user_id"], row["item_id"]) for row in read_delta(runtime.path(EVENTS)))
+    bobs = [("e0", "bob", f"changed-{written[-1]}"), *[(f"e{n}", "bob", "i") for n in (2, 4, 6)]]
+    assert rows == sorted([*bobs, *[(f"e{n}", "carl", "i") for n in written]])
 
 
 def test_others_and_items_of_their_name_stay(story: SimpleNamespace) -> None:
