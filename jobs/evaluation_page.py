@@ -173,12 +173,13 @@ def page(facts: Facts) -> str:
 
 
 def figure(value: Any) -> str:
-    """A value for people: whole numbers with commas, others with four digits or so, nothing for None."""
+    """A value for people: counts (int) and large whole numbers with commas, others with four digits or so, nothing for
+    None."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    if float(value).is_integer() and abs(value) >= 2:
+    if isinstance(value, int) or (value.is_integer() and abs(value) >= 2):
         return f"{int(value):,}"
     return f"{value:.4f}" if abs(value) < 2 else f"{value:,.2f}"
 

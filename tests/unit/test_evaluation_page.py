@@ -183,6 +183,6 @@ def test_the_same_facts_give_the_same_bytes() -> None:
 
 
 def test_figures_for_people() -> None:
-    values = [0.12345, 12.5, 12345.0, 3, None, float("nan"), "a", True, 1.0, -0.5]
-    said = ["0.1235", "12.50", "12,345", "3", "", "", "a", "True", "1.0000", "-0.5000"]
+    values = [0.12345, 12.5, 12345.0, 3, 1, None, float("nan"), "a", True, 1.0, -0.5]
+    said = ["0.1235", "12.50", "12,345", "3", "1", "", "", "a", "True", "1.0000", "-0.5000"]
     assert [figure(value) for value in values] == said
