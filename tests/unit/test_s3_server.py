@@ -1,4 +1,4 @@
-"""The tests' S3 server is a real one: it asks for signed requests and keeps conditions, and what it took outlives a kill."""
+"""The tests' S3 server is a real one: it asks for signed requests, and what it took outlives a kill."""
 
 from __future__ import annotations
 
