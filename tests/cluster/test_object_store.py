@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
@@ -190,6 +191,7 @@ def test_petastorm_reads_every_row_of_sequences_from_the_store(store: Store, tab
         def isfile(self, path: str) -> bool:
             return bool(self.fs.isfile(path))
 
+    fsspec.register_implementation("s3", ArrowFSWrapper, clobber=True)  # whom Petastorm asks for a URL's path
     urls = DeltaTable(f"s3://{BUCKET}/trailvec/tables/sequences", storage_options=store.options).file_uris()
     with make_batch_reader(
         urls,
@@ -198,7 +200,9 @@ def test_petastorm_reads_every_row_of_sequences_from_the_store(store: Store, tab
         reader_pool_type="thread",
         schema_fields=["user_id", "length"],
     ) as reader:
-        found = sorted((user, int(length)) for batch in reader for user, length in zip(*batch[:2], strict=True))
+        found = sorted(
+            (user, int(length)) for batch in reader for user, length in zip(batch.user_id, batch.length, strict=True)
+        )
     rows = delta_reader().execute(f"SELECT user_id, length FROM delta_scan('{tables}/tables/sequences')").fetchall()
     assert found == sorted(rows)
     assert found != []
