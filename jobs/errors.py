@@ -45,6 +45,24 @@ _SPARK_MESSAGES = (
         "{0} is not a whole Parquet file (truncated?): fetch it again or take it out of the folder",
     ),
     (
+        r"UnknownStoreException: `?(s3a://[^/'`]+)",
+        "{0} is no bucket of this store: make it, or correct storage.root, ingest.data_dir or the store's endpoint",
+    ),
+    (
+        r"NoAuthWithAWSException|No AWS Credentials provided",
+        "the environment has no AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and this machine no role: export both",
+    ),
+    (
+        r"AccessDeniedException: (s3a://\S+?):",
+        "{0}: the store refuses the keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or what was done with them: "
+        "correct them, or allow it (docs/operations.md)",
+    ),
+    (
+        r"Class org\.apache\.hadoop\.fs\.s3a\.S3AFileSystem not found",
+        "s3a:// needs Hadoop's jars for S3, which are not on Spark's class path: set spark.driver.extraClassPath as in "
+        "conf/s3.toml",
+    ),
+    (
         r"Multiple streaming (?:jobs|queries)",
         "another ingest reads the same input right now: run this one again when it has ended; nothing is lost",
     ),

@@ -135,9 +135,10 @@ def delivered(place: Place, staging: Path) -> Iterator[Path]:
     """A folder to fill, which is put in its place, the manifest last, when the block ends without an error.
 
     Raises:
-        TrailvecError: the place holds other files than an export's.
+        TrailvecError: the place holds other files than an export's, or can't be read or written.
     """
-    found = place.system.get_file_info(fs.FileSelector(place.folder, allow_not_found=True))
+    with _refusals_told(place):
+        found = place.system.get_file_info(fs.FileSelector(place.folder, allow_not_found=True))
     if others := sorted(info.base_name for info in found if not _OURS.fullmatch(info.base_name)):
         raise TrailvecError(
             f"{place.folder} holds {others[0]}, which no export wrote: give the segment a folder of its own"
@@ -150,9 +151,20 @@ def delivered(place: Place, staging: Path) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     yield folder
-    place.system.create_dir(place.folder, recursive=True)
-    for info in sorted(found, key=lambda info: info.base_name != MANIFEST):
-        place.system.delete_file(info.path)
-    for file in sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST):
-        with file.open("rb") as source, place.system.open_output_stream(f"{place.folder}/{file.name}") as target:
-            shutil.copyfileobj(source, target)
+    with _refusals_told(place):
+        place.system.create_dir(place.folder, recursive=True)
+        for info in sorted(found, key=lambda info: info.base_name != MANIFEST):
+            place.system.delete_file(info.path)
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST):
+            with file.open("rb") as source, place.system.open_output_stream(f"{place.folder}/{file.name}") as target:
+                shutil.copyfileobj(source, target)
+
+
+@contextmanager
+def _refusals_told(place: Place) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TrailvecError(
+            f"{place.folder} can't be written ({error}): correct the segment's destination, or who may write there"
+        ) from None

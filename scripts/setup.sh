@@ -13,12 +13,13 @@ fail() {
 # What the environment is made from; it is up to date where its stamp says the same.
 facts() {
   printf '%s\n' "$PWD" "${HOROVOD_GPU_OPERATIONS:-}"
-  sha256sum pyproject.toml requirements.lock requirements-horovod.lock scripts/{setup.sh,cxx17.sh,trust_store.py,ivysettings.xml,jars.sha256}
+  sha256sum pyproject.toml requirements.lock requirements-horovod.lock scripts/{setup.sh,cxx17.sh,trust_store.py,ivysettings.xml,jars.sha256} scripts/s3/*.scala
 }
 
 version_of() { sed -n "s/^$1==\([^ ]*\).*/\1/p" requirements.lock; }
 
 stamp=.venv/.trailvec-setup
+jars=.venv/lib/python3.11/site-packages/pyspark/jars
 log=build/setup.log
 if [[ -x .venv/bin/python && -f $stamp && $(<$stamp) == "$(facts)" ]]; then exit 0; fi
 
@@ -69,9 +70,10 @@ build_horovod() {
 install_project() { uv pip install --no-deps --no-build-isolation "$wheels"/horovod-*.whl -e .; }
 
 # Delta and the Kafka source lie on Spark's class path from the start: a job needs no network and no --packages. The
-# broker and the YARN that the tests start have a folder each, with what they need and Spark has not.
+# broker and the YARN that the tests start have a folder each, with what they need and Spark has not. So has S3: its jars
+# (280 MB) are on the class path of those alone who ask for them, as conf/s3.toml does.
 install_jars() {
-  local jars=.venv/lib/python3.11/site-packages/pyspark/jars ivy=$cache/ivy path packages
+  local ivy=$cache/ivy path packages
   jars_are_right &>/dev/null && return
   JAVA_HOME=$(python -c 'from jobs.runtime import java_home; print(java_home())')
   export JAVA_HOME
@@ -79,7 +81,7 @@ install_jars() {
   if [[ -f build/authorities.p12 ]]; then
     export SPARK_SUBMIT_OPTS="-Djavax.net.ssl.trustStore=build/authorities.p12 -Djavax.net.ssl.trustStorePassword=changeit"
   fi
-  mkdir -p "$ivy" .venv/kafka .venv/hadoop
+  mkdir -p "$ivy" .venv/kafka .venv/hadoop .venv/s3
   : >build/nothing.py
   # 3.5.7 is the newest Kafka source for Scala 2.12 that was published; 3.4.1 is the Kafka that it was built with.
   packages=io.delta:delta-spark_2.12:$(version_of delta-spark)
@@ -87,18 +89,37 @@ install_jars() {
   # The Hadoop that Spark was built with; its ResourceManager wants Bouncy Castle, and does not say so.
   packages+=,org.apache.hadoop:hadoop-client-minicluster:3.3.4,org.bouncycastle:bcpkix-jdk15on:1.70
   # Spark has these already, and they are half of what there is to fetch; JUnit is for Hadoop's own tests.
-  spark-submit --master 'local[1]' --packages "$packages" \
-    --exclude-packages org.apache.hadoop:hadoop-client-api,org.apache.hadoop:hadoop-client-runtime,junit:junit \
-    --conf spark.jars.ivySettings=scripts/ivysettings.xml --conf "spark.jars.ivy=$ivy" build/nothing.py
+  fetch_jars "$packages" org.apache.hadoop:hadoop-client-api,org.apache.hadoop:hadoop-client-runtime,junit:junit
+  # Of spark-hadoop-cloud only what writes a stream's checkpoint; the other stores' jars and what Spark has stay out.
+  packages=$(printf ',%s' org.apache.hadoop:hadoop-{client-api,client-runtime,annotations,azure,azure-datalake,cloud-storage,openstack} \
+    com.fasterxml.jackson.{core:jackson-annotations,core:jackson-core,core:jackson-databind,dataformat:jackson-dataformat-cbor} \
+    org.eclipse.jetty:jetty-util{,-ajax} org.apache.httpcomponents:http{client,core} com.google.cloud.bigdataoss:gcs-connector \
+    commons-codec:commons-codec commons-logging:commons-logging joda-time:joda-time)
+  fetch_jars org.apache.hadoop:hadoop-aws:3.3.4,org.apache.spark:spark-hadoop-cloud_2.12:3.5.7 "${packages#,}"
   remove_jars
   while read -r _ path; do cp "$ivy"/jars/*_"${path##*/}" ".venv/$path"; done <scripts/jars.sha256
   jars_are_right || (remove_jars && false)
 }
 
+# fetch_jars "what" "what not": with all that it needs, into $ivy/jars.
+fetch_jars() {
+  spark-submit --master 'local[1]' --packages "$1" --exclude-packages "$2" \
+    --conf spark.jars.ivySettings=scripts/ivysettings.xml --conf "spark.jars.ivy=$ivy" build/nothing.py
+}
+
 jars_are_right() { (cd .venv && sha256sum --check --quiet -) <scripts/jars.sha256; }
 
 # Other versions too: two of one jar on the class path are worse than none.
-remove_jars() { rm -f .venv/{kafka,hadoop}/*.jar "$jars"/{delta,commons-pool2,kafka-clients,spark-sql-kafka,spark-token-provider-kafka}-*.jar; }
+remove_jars() { rm -f .venv/{kafka,hadoop,s3}/*.jar "$jars"/{delta,commons-pool2,kafka-clients,spark-sql-kafka,spark-token-provider-kafka}-*.jar; }
+
+# Delta's commits on S3, by the Scala compiler that Spark brings.
+compile_log_store() {
+  local java
+  java=$(python -c 'from jobs.runtime import java_home; print(java_home())')/bin/java
+  "$java" -cp "$(printf '%s:' "$jars"/scala-{compiler,library,reflect}-*.jar)" scala.tools.nsc.Main \
+    -Xfatal-warnings -d .venv/s3/trailvec-s3.jar -classpath "$(printf '%s:' \
+    "$jars"/{delta-storage,hadoop-client-api,scala-library}-*.jar .venv/s3/{hadoop-aws,aws-java-sdk-bundle}-*.jar)" scripts/s3/*.scala
+}
 
 # A terminal sees a dot every five seconds.
 dots() { while sleep 5; do printf .; done; }
@@ -143,6 +164,7 @@ step "Python environment in .venv" make_environment
 step "packages of requirements.lock (3 GB to fetch the first time)" install_packages
 [[ -d $wheels ]] || step "Horovod from its source, once (2 to 6 minutes)" build_horovod
 step "Horovod and trailvec into .venv" install_project
-step "Delta's, Kafka's and Hadoop's jars" install_jars
+step "Delta's, Kafka's, Hadoop's and S3's jars" install_jars
+step "Delta's log on S3" compile_log_store
 facts >"$stamp"
 echo "setup: done in $SECONDS s"

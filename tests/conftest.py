@@ -54,6 +54,7 @@ def make_config(root: Path, *sets: str, conf: Path | None = None) -> Config:
 LONG = (
     "test_pipeline",
     "test_yarn",
+    "test_object_store",
     "test_faults",
     "test_erase_users",
     "test_training_loop",

@@ -67,7 +67,7 @@ def test_deltas_jars_are_those_of_the_locked_delta_spark() -> None:
 
 def test_the_kafka_source_and_the_tests_broker_are_of_one_kafka() -> None:
     jars = pinned_jars()
-    assert set(jars) == {SPARK_JARS, "kafka", "hadoop"}
+    assert set(jars) == {SPARK_JARS, "kafka", "hadoop", "s3"}
     found = {r for name in jars["kafka"] | jars[SPARK_JARS] for r in re.findall(r"^kafka[-_].*-([\d.]+)\.jar$", name)}
     assert found == {"3.4.1"}
     # The set-up names the two roots; all else follows from them.
@@ -83,6 +83,14 @@ def test_the_tests_cluster_is_of_sparks_hadoop() -> None:
     assert (len(sparks), versions) == (2, {"3.3.4"})
     assert "hadoop-client-minicluster-3.3.4.jar" in pinned_jars()["hadoop"]
     assert "org.apache.hadoop:hadoop-client-minicluster:3.3.4" in (ROOT / "scripts/setup.sh").read_text()
+
+
+def test_the_jars_for_s3_are_of_sparks_hadoop_and_of_the_kafka_sources_spark() -> None:
+    jars, text = pinned_jars()["s3"], (ROOT / "scripts/setup.sh").read_text()
+    source = re.findall(r"spark-sql-kafka-0-10_2\.12:([\d.]+)", text)[0]
+    assert {"hadoop-aws-3.3.4.jar", f"spark-hadoop-cloud_2.12-{source}.jar"} < jars
+    assert f"org.apache.hadoop:hadoop-aws:3.3.4,org.apache.spark:spark-hadoop-cloud_2.12:{source}" in text
+    assert jars.isdisjoint(pinned_jars()[SPARK_JARS])
 
 
 def test_no_jar_stands_on_sparks_class_path_in_two_versions() -> None:

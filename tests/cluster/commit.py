@@ -1,0 +1,31 @@
+"""Commits rows to a Delta table, one at a time, as soon as a file tells it to. Started by test_object_store.py.
+
+python commit.py CONF TABLE FIRST LAST FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from delta.exceptions import ConcurrentAppendException, MetadataChangedException, ProtocolChangedException
+
+from jobs.config import load_config
+from jobs.runtime import start_spark
+
+if __name__ == "__main__":
+    conf, table, first, last, folder = sys.argv[1:]
+    spark = start_spark(load_config(conf))
+    # The other writer may be making the table at the same moment: Delta leaves the second try to the caller.
+    lost = (ConcurrentAppendException, MetadataChangedException, ProtocolChangedException)
+    (Path(folder) / f"ready-{first}").touch()
+    while not (Path(folder) / "go").exists():
+        time.sleep(0.01)
+    for number in range(int(first), int(last)):
+        while True:
+            try:
+                spark.range(number, number + 1, numPartitions=1).write.format("delta").mode("append").save(table)
+                break
+            except lost:
+                continue

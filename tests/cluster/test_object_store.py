@@ -1,0 +1,293 @@
+"""Tables, logs and exports on a real S3 server (scripts/s3_server.py), by conf/s3.toml as it is.
+
+Each job is a process of its own with its keys in the environment, as a user starts it. What it wrote is read without
+Spark: by pyarrow, DuckDB and delta-rs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable, write_deltalake
+from fsspec.implementations.arrow import ArrowFSWrapper
+from petastorm import make_batch_reader
+from pyarrow import fs
+from pyarrow.filesystem import DaskFileSystem
+from pyspark.sql import SparkSession
+
+from jobs.cli import run_stages
+from jobs.errors import TrailvecError
+from jobs.pipeline import STAGES
+from jobs.runtime import QUIET, Runtime
+from jobs.segment_files import MANIFEST, Place, delivered, place_of
+from jobs.segments import Segment
+from scripts.faults import delta_reader, differences
+from scripts.s3_server import S3Server
+from tests.conftest import make_config
+
+REPOSITORY = Path(__file__).parents[2]
+DATA = REPOSITORY / "tests/data/online_retail"
+ROAD = STAGES[: [stage.name for stage in STAGES].index("build_sequences") + 1]
+TABLES = [table.name for stage in ROAD for table in stage.writes]
+BUCKET = "lake"
+# Rules that catch users and cut sessions on these days too, so that every stage has something to write.
+SETTINGS = {
+    "ingest.sources": [str(REPOSITORY / "conf/sources/online_retail.toml")],
+    "ingest.max_rejected_share": 1.0,
+    "flag_users.events_per_minute": 40,
+    "sessionize.max_events": 50,
+    "vocabulary.min_count": 2,
+    "sequences.max_length": 64,
+}
+CONF = """
+extends = "{repository}/conf/s3.toml"
+[storage]
+root = "s3a://{bucket}/trailvec"
+[ingest]
+data_dir = "s3a://{bucket}/logs"
+[spark]
+master = "local[2]"
+[spark.conf]
+"spark.hadoop.fs.s3a.endpoint" = "{endpoint}"
+"spark.hadoop.fs.s3a.path.style.access" = "true"
+"spark.driver.memory" = "1g"
+"spark.driver.host" = "127.0.0.1"
+"spark.driver.bindAddress" = "127.0.0.1"
+"spark.driver.extraJavaOptions" = "{quiet} -XX:+UseSerialGC -XX:TieredStopAtLevel=1"
+"spark.ui.enabled" = "false"
+"spark.sql.shuffle.partitions" = "2"
+"spark.databricks.delta.snapshotPartitions" = "1"
+"spark.sql.codegen.wholeStage" = "false"      # small data, many plans: compiling them costs more than it saves
+"spark.sql.codegen.factoryMode" = "NO_CODEGEN"
+"""
+
+
+class Store:
+    """The server, with the days of the log in its bucket, and a configuration for it."""
+
+    def __init__(self, server: S3Server, folder: Path) -> None:
+        self.server, self.system, self.conf = server, server.filesystem, folder / "test.toml"
+        text = CONF.format(repository=REPOSITORY, bucket=BUCKET, endpoint=server.endpoint, quiet=QUIET)
+        self.conf.write_text(text)
+        self.system.create_dir(BUCKET)
+        fs.copy_files(str(DATA), f"{BUCKET}/logs", destination_filesystem=self.system)
+        self.options = {
+            **{name: value for name, value in server.environment.items() if "METADATA" not in name},
+            "AWS_ENDPOINT_URL": server.endpoint,
+            "AWS_ALLOW_HTTP": "true",
+        }
+
+    def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
+        """A process group of its own, so that one signal reaches Python, the JVM and its workers."""
+        told = {**os.environ, **self.server.environment, **environment}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            [sys.executable, *command],
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            cwd=REPOSITORY,
+            env=told,
+            start_new_session=True,
+        )
+
+    def trailvec(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        return self.start("-m", "jobs.cli", *arguments, "--conf", str(self.conf), **environment)
+
+    def road(self) -> subprocess.Popen[str]:
+        sets = [f"--set={key}={json.dumps(value)}" for key, value in SETTINGS.items()]
+        return self.trailvec("run", "--to", "build_sequences", *sets)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    with S3Server(tmp_path_factory.mktemp("s3")) as server:
+        yield Store(server, tmp_path_factory.mktemp("conf"))
+
+
+def stages_said(said: str) -> list[tuple[str, str]]:
+    """(✓ or =, its name) of each stage that the job's words name as ended."""
+    return [(line.split()[0], line.split()[1]) for line in said.splitlines() if line.startswith(("✓", "="))]
+
+
+@pytest.fixture(scope="module")
+def tables(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the warehouse after a job that was killed in its middle, and the same command again."""
+    with store.road() as job:
+        assert job.stderr is not None
+        said = ""
+        while "flag_users" not in said:
+            line = job.stderr.readline()
+            assert line, said
+            said += line
+        os.killpg(job.pid, signal.SIGKILL)
+    with store.road() as job:
+        _, said = job.communicate()
+    assert job.returncode == 0, said
+    names = [stage.name for stage in ROAD]
+    assert stages_said(said) == [("=", "ingest"), ("=", "flag_users"), *[("✓", name) for name in names[2:]]]
+    copy = tmp_path_factory.mktemp("copy")
+    fs.copy_files(f"{BUCKET}/trailvec/tables", str(copy / "tables"), source_filesystem=store.system)
+    return copy
+
+
+def test_after_a_kill_the_rows_are_those_of_a_local_run(
+    tables: Path, spark: SparkSession, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = tmp_path_factory.mktemp("expected")
+    sets = [f"{key}={json.dumps(value)}" for key, value in SETTINGS.items()]
+    config = make_config(root, *sets, f'ingest.data_dir="{DATA}"', conf=REPOSITORY / "conf/base.toml")
+    run_stages(Runtime(config, spark), ROAD)
+    for table in TABLES:
+        assert count(tables, table) > 0, table
+    # A refused record is told with its file, which lies elsewhere.
+    assert differences(root, tables, TABLES, {"rejected_events": "file"}) == dict.fromkeys(TABLES, 0)
+
+
+def count(root: Path, table: str) -> int:
+    query = f"SELECT count(*) FROM delta_scan('{root}/tables/{table}')"
+    return int(delta_reader().execute(query).fetchall()[0][0])
+
+
+def test_the_next_run_writes_nothing(store: Store, tables: Path) -> None:
+    def written() -> list[tuple[str, Any]]:
+        found = store.system.get_file_info(fs.FileSelector(f"{BUCKET}/trailvec", recursive=True))
+        return sorted((info.path, info.mtime) for info in found if info.type == fs.FileType.File)
+
+    before = written()
+    with store.road() as job:
+        _, said = job.communicate()
+    assert job.returncode == 0, said
+    assert stages_said(said) == [("=", stage.name) for stage in ROAD]
+    assert written() == before
+
+
+def test_no_commit_shows_the_keys(store: Store, tables: Path) -> None:
+    logs = [file.read_text() for file in tables.glob("tables/*/_delta_log/*.json")]
+    assert any(store.server.endpoint in log for log in logs)
+    for secret in (store.server.environment["AWS_ACCESS_KEY_ID"], store.server.environment["AWS_SECRET_ACCESS_KEY"]):
+        assert not any(secret in log for log in logs)
+
+
+def test_petastorm_reads_every_row_of_sequences_from_the_store(store: Store, tables: Path) -> None:
+    class Legacy(DaskFileSystem):  # type: ignore[misc]
+        """What Petastorm wants: a file system from before pyarrow 2."""
+
+        def isdir(self, path: str) -> bool:
+            return bool(self.fs.isdir(path))
+
+        def isfile(self, path: str) -> bool:
+            return bool(self.fs.isfile(path))
+
+    fsspec.register_implementation("s3", ArrowFSWrapper, clobber=True)  # whom Petastorm asks for a URL's path
+    urls = DeltaTable(f"s3://{BUCKET}/trailvec/tables/sequences", storage_options=store.options).file_uris()
+    with make_batch_reader(
+        urls,
+        filesystem=Legacy(ArrowFSWrapper(store.system)),
+        num_epochs=1,
+        reader_pool_type="thread",
+        schema_fields=["user_id", "length"],
+    ) as reader:
+        found = sorted(
+            (user, int(length)) for batch in reader for user, length in zip(batch.user_id, batch.length, strict=True)
+        )
+    rows = delta_reader().execute(f"SELECT user_id, length FROM delta_scan('{tables}/tables/sequences')").fetchall()
+    assert found == sorted(rows)
+    assert found != []
+
+
+def test_no_commit_of_three_writers_at_once_is_lost(store: Store, tmp_path: Path) -> None:
+    """Two Sparks, and delta-rs, which asks the store the same way."""
+    table, each = f"{BUCKET}/together", 8
+    script = str(Path(__file__).with_name("commit.py"))
+    bounds = [(0, each), (100, 100 + each)]
+    jobs = [
+        store.start(script, str(store.conf), f"s3a://{table}", str(first), str(last), str(tmp_path))
+        for first, last in bounds
+    ]
+    while len(list(tmp_path.glob("ready-*"))) < len(jobs):
+        assert all(job.poll() is None for job in jobs), [job.communicate() for job in jobs]
+        time.sleep(0.05)
+    (tmp_path / "go").touch()
+    ours = 200
+    while any(job.poll() is None for job in jobs):
+        row = pa.table({"id": pa.array([ours], pa.int64())})
+        write_deltalake(f"s3://{table}", row, mode="append", storage_options=store.options)
+        ours += 1
+        time.sleep(0.2)
+    for job in jobs:
+        _, said = job.communicate()
+        assert job.returncode == 0, said
+    read = DeltaTable(f"s3://{table}", storage_options=store.options).to_pyarrow_table()
+    assert sorted(read["id"].to_pylist()) == [*range(each), *range(100, 100 + each), *range(200, ours)]
+
+
+def test_wrong_keys_a_missing_bucket_and_no_keys_are_one_sentence(store: Store) -> None:
+    nothing = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
+    jobs = {
+        "lake/trailvec.*the store refuses the keys in AWS_": store.trailvec("tables", AWS_SECRET_ACCESS_KEY="x" * 32),
+        "s3a://nowhere is no bucket of this store: make it": store.trailvec(
+            "tables", "--set", 'storage.root="s3a://nowhere/trailvec"'
+        ),
+        "the environment has no AWS_ACCESS_KEY_ID": store.trailvec("tables", **nothing),
+    }
+    for sentence, job in jobs.items():
+        said, told = job.communicate()
+        assert (job.returncode, said) == (1, ""), told
+        assert re.match(f"trailvec: .*{sentence}", told), told
+        assert told.count("\n") == 1, told
+
+
+@pytest.fixture
+def place(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Place]:
+    """Where a segment's destination leads to, with the keys in the environment."""
+    for name, value in store.server.environment.items():
+        monkeypatch.setenv(name, value)
+    host = store.server.endpoint.removeprefix("http://").replace(":", "%3A")
+
+    def at(folder: str) -> Place:
+        where = f"s3://{folder}?endpoint_override={host}&scheme=http&region=us-east-1"
+        return place_of(Runtime(make_config(Path("unused"))), Segment.model_construct(name="x", destination=where))
+
+    return at
+
+
+def test_an_export_is_whole_or_has_no_manifest(store: Store, place: Callable[[str], Place], tmp_path: Path) -> None:
+    to = place(f"{BUCKET}/exports/x")
+    parts = ("part-00000.parquet", "part-00001.parquet", MANIFEST)
+
+    def export(text: str, failing: bool = False) -> None:
+        with delivered(to, tmp_path) as folder:
+            for name in parts:
+                (folder / name).write_text(text)
+            if failing:
+                raise RuntimeError("stopped")
+
+    def there() -> dict[str, str]:
+        found = store.system.get_file_info(fs.FileSelector(f"{BUCKET}/exports/x"))
+        return {info.base_name: store.system.open_input_file(info.path).read().decode() for info in found}
+
+    export("one")
+    assert there() == dict.fromkeys(parts, "one")
+    with pytest.raises(RuntimeError, match="stopped"):
+        export("two", failing=True)
+    assert there() == dict.fromkeys(parts, "one")
+    export("three")
+    assert there() == dict.fromkeys(parts, "three")
+
+
+def test_an_export_to_a_missing_bucket_is_one_sentence(place: Callable[[str], Place], tmp_path: Path) -> None:
+    with pytest.raises(TrailvecError, match="nowhere/x can't be written"), delivered(place("nowhere/x"), tmp_path):
+        pass
