@@ -28,7 +28,8 @@ import pyarrow.parquet as pq
 from pyarrow import csv, fs
 
 from jobs.errors import TrailvecError
-from jobs.runtime import Runtime, published
+from jobs.files import HadoopPath, published
+from jobs.runtime import Runtime
 from jobs.segments import Segment
 from spark_udfs.keyed import hashed
 from training.urls import local_path
@@ -116,32 +117,47 @@ class Place(NamedTuple):
     local: bool
 
 
-def place_of(runtime: Runtime, segment: Segment) -> Place:
-    if segment.destination is None:
-        return Place(fs.LocalFileSystem(), str(runtime.exports / segment.name), local=True)
-    if (path := local_path(segment.destination)) is not None:
+def place_of(runtime: Runtime, segment: Segment) -> Place | HadoopPath:
+    destination = str(runtime.exports / segment.name) if segment.destination is None else segment.destination
+    if (path := local_path(destination)) is not None:
         return Place(fs.LocalFileSystem(), str(Path(path).absolute()), local=True)
+    # pyarrow asks for a native library that few machines have, and knows not all that Hadoop does.
+    if segment.destination is None or destination.startswith("hdfs://"):
+        return HadoopPath(destination)
     try:
-        system, folder = fs.FileSystem.from_uri(segment.destination)
+        system, folder = fs.FileSystem.from_uri(destination)
     except (ValueError, OSError) as error:
         raise TrailvecError(
-            f"segment {segment.name}: its destination {segment.destination} can't be opened ({error}): correct it"
+            f"segment {segment.name}: its destination {destination} can't be opened ({error}): correct it"
         ) from None
     return Place(system, folder, local=False)
 
 
+def read_manifest(place: Place | HadoopPath) -> str | None:
+    """What the manifest says that is there; None where there is none."""
+    if isinstance(place, HadoopPath):
+        return (place / MANIFEST).read_text() if (place / MANIFEST).exists() else None
+    path = f"{place.folder}/{MANIFEST}"
+    if place.system.get_file_info(path).type == fs.FileType.NotFound:
+        return None
+    with place.system.open_input_stream(path) as file:
+        return str(file.read(), "utf-8")
+
+
 @contextmanager
-def delivered(place: Place, staging: Path) -> Iterator[Path]:
+def delivered(place: Place | HadoopPath, staging: Path) -> Iterator[Path]:
     """A folder to fill, which is put in its place, the manifest last, when the block ends without an error.
 
     Raises:
         TrailvecError: the place holds other files than an export's.
     """
+    if isinstance(place, HadoopPath):
+        _refuse_others(str(place), [file.name for file in place.iterdir()] if place.exists() else [])
+        with published(place) as folder:
+            yield folder
+        return
     found = place.system.get_file_info(fs.FileSelector(place.folder, allow_not_found=True))
-    if others := sorted(info.base_name for info in found if not _OURS.fullmatch(info.base_name)):
-        raise TrailvecError(
-            f"{place.folder} holds {others[0]}, which no export wrote: give the segment a folder of its own"
-        )
+    _refuse_others(place.folder, [info.base_name for info in found])
     if place.local:
         with published(Path(place.folder)) as folder:
             yield folder
@@ -156,3 +172,8 @@ def delivered(place: Place, staging: Path) -> Iterator[Path]:
     for file in sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST):
         with file.open("rb") as source, place.system.open_output_stream(f"{place.folder}/{file.name}") as target:
             shutil.copyfileobj(source, target)
+
+
+def _refuse_others(folder: str, names: list[str]) -> None:
+    if others := sorted(name for name in names if not _OURS.fullmatch(name)):
+        raise TrailvecError(f"{folder} holds {others[0]}, which no export wrote: give the segment a folder of its own")
