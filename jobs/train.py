@@ -54,6 +54,7 @@ from training.urls import file_url, local_path
 
 SECONDS_BETWEEN_LINES = 10.0
 _FOLLOWS = re.compile(r"HorovodInternalError|: Horovod (?:has been shut down|detected)|gloo/")
+_LOST = ": Horovod has been shut down"
 TRACKED = ("loss", "learning_rate", "rows_per_second", "padding", "data_wait", "recall@10", "ndcg@10")
 
 
@@ -449,6 +450,8 @@ def last_words(lines: list[str], code: int) -> str:
     if not causes and (killed or code in (-signal.SIGKILL, 137) or "Exit code: 137" in texts):
         return f"process {killed[0] if killed else 0} was killed by signal 9 (did the machine run out of memory?)"
     said = causes[:1] or exceptions[:1]
+    if said and _LOST in said[0]:  # what the others say of a rank that could say nothing
+        return "a process was lost, with its executor or its machine"
     if said:
         return said[0].partition(": ")[2]
     return texts[-1] if texts else f"exit code {code}"
