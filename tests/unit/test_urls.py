@@ -15,6 +15,7 @@ import jobs.train
 import training.data
 from jobs.config import load_config, parse, shipped
 from jobs.errors import TrailvecError
+from jobs.files import HadoopPath
 from jobs.segment_files import Place, delivered, place_of
 from jobs.segments import Segment
 from jobs.train import snapshot_files
@@ -106,6 +107,14 @@ def test_a_mounted_destination_is_written_as_a_folder(place: str, path: str) -> 
 def test_a_segment_without_destination_goes_beside_the_others() -> None:
     found = place_of(SimpleNamespace(exports=Path("/Volumes/c/s/v/exports")), segment(None))  # type: ignore[arg-type]
     assert (found.folder, found.local) == ("/Volumes/c/s/v/exports/fans", True)
+
+
+def test_what_goes_to_hdfs_goes_by_hadoop() -> None:
+    runtime = SimpleNamespace(exports=HadoopPath("hdfs://namenode/trailvec/exports"))
+    for destination, folder in ((None, "trailvec/exports/fans"), ("hdfs://namenode/crm/fans", "crm/fans")):
+        found = place_of(runtime, segment(destination))  # type: ignore[arg-type]
+        assert isinstance(found, HadoopPath)
+        assert str(found) == f"hdfs://namenode/{folder}"
 
 
 def test_a_bucket_is_opened_by_its_own_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
