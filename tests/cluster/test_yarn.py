@@ -212,7 +212,7 @@ def test_the_road_to_sequences_ends_in_the_rows_of_a_local_run(
     same_tables(expected, submit.fetch("undisturbed", tmp_path))
 
 
-def test_training_scoring_and_an_export_end_right_after_a_killed_executor(
+def test_training_scoring_and_an_export_end_right_after_killed_executors(
     submit: Submit, undisturbed: tuple[int, list[str], list[str]], spark: SparkSession, tmp_path: Path
 ) -> None:
     """What came of it is read out of HDFS by others, and trained again here from local files: the same bits."""
@@ -222,10 +222,12 @@ def test_training_scoring_and_an_export_end_right_after_a_killed_executor(
     (conf.parent / "segments/like_the_first.toml").write_text(SEGMENT)
     learn = replace(submit, environment=f"local:{sys.prefix}", conf=conf)
     with learn.start(str(Path(__file__).with_name("learn.py"))) as process:
-        while not checkpoints(submit.cluster):
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.2)
-        kill_one("YarnCoarseGrainedExecutorBackend", submit.cluster)
+        for far_enough in (lambda: checkpoints(submit.cluster), lambda: "✓ align" in said_by_now(submit.cluster)):
+            while not far_enough():
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.2)
+            kill_one("YarnCoarseGrainedExecutorBackend", submit.cluster)
+        assert "score_users" not in said_by_now(submit.cluster)
         said, told = process.communicate()
     assert process.returncode == 0, (said, told)
     lines = said.splitlines()
