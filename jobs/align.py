@@ -31,7 +31,7 @@ from jobs.runtime import Runtime, Stage
 from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_EMBEDDINGS
 from spark_udfs.alignment import cross_products, mean_cosine, overlap, rotation_of
 from spark_udfs.topk import Vectors
-from training.checkpoint import read_about, read_alignment, write_alignment
+from training.checkpoint import ALIGNMENT, ROTATION, read_about, read_alignment, write_alignment
 
 USERS_COMPARED, ITEMS_COMPARED, ITEMS_ASKED, NEIGHBOURS = 2_000, 20_000, 2_000, 10
 
@@ -115,6 +115,7 @@ def run(runtime: Runtime) -> None:
     report = read_alignment(folder)
     if report is None or (runtime.forced and onto != folder.name):
         _align(runtime, folder, onto)
+        runtime.add_to_model(folder, ROTATION, ALIGNMENT)
         report = read_alignment(folder)
         assert report is not None
     else:
@@ -152,7 +153,7 @@ def _align(runtime: Runtime, folder: Path, onto: str | None) -> None:
     both = _users(runtime, folder, onto).toPandas()
     items, users = ((_matrix(rows["new"], width), _matrix(rows["old"], width)) for rows in (some, both))
     report |= {"shared_items": shared, **compare(users, items, some["vertical"], rotation)}
-    report["ranking"] = {"old": _ranking(runtime.models / onto), "new": _ranking(folder)}
+    report["ranking"] = {"old": _ranking(runtime, onto), "new": _ranking(runtime, folder.name)}
     of_users = report["users"]
     report["said"] = (
         f"model {folder.name} onto {onto} by {shared:,} items: cosine of a user's old and new vector "
@@ -194,11 +195,11 @@ def _matrix(vectors: pd.Series[Any], width: int) -> Vectors:
     return np.stack(list(vectors)).astype(np.float32) if len(vectors) else np.empty((0, width), np.float32)
 
 
-def _ranking(folder: Path) -> float | None:
+def _ranking(runtime: Runtime, version: str) -> float | None:
     """NDCG@10 in the model's own validation, of the epoch that was kept; None where it is not known (any more)."""
-    if not (folder / "model.json").exists():
+    if not runtime.has_model(version):
         return None
-    training = read_about(folder).get("training", {})
+    training = read_about(runtime.model_dir(version)).get("training", {})
     epochs = training.get("epochs", [])
     return epochs[training["best_epoch"] - 1].get("ndcg@10") if epochs else None
 

@@ -78,6 +78,11 @@ _SPARK_MESSAGES = (
         r"\[DELTA_TABLE_NOT_FOUND\] ([^\n]+?)\.?(?:\n|$)",
         "{0}: run the stage that makes it; if another job is making it right now, run this one again",
     ),
+    (
+        r"No module named '(torch|horovod|petastorm|transformers4rec)\b",
+        "{0} is not in the Python that runs this stage: training and scoring want one with requirements.lock and "
+        "Horovod (on YARN: TRAILVEC_ENVIRONMENT, scripts/submit_yarn.sh)",
+    ),
     (r"\[(?:TABLE_OR_VIEW_NOT_FOUND|UNRESOLVED_COLUMN)[^\]]*\] ([^\n]+)", "{0}"),
     (r"\[(?:PARSE_SYNTAX_ERROR)[^\]]*\] ([^\n]+)", "the SQL can't be read: {0}"),
 )

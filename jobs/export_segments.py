@@ -8,9 +8,9 @@ smaller user id. Spark leaves out whom a list decides about (jobs/segment_rules.
 highest score on, the driver takes the members; it holds those of all segments.
 
 A segment's folder holds its parts, report.html and manifest.json. It takes the place of the last export only when it is
-whole (elsewhere than on a local disk: the manifest is deleted first and written last). The same input gives the same
-bytes. Before anything is published the members are logged in `exports`, under an id made of all that the export depends
-on: after a kill between the two, the same command finds them there and logs nothing twice.
+whole (a `destination` on an object store: the manifest is deleted first and written last). The same input gives the
+same bytes. Before anything is published the members are logged in `exports`, under an id made of all that the export
+depends on: after a kill between the two, the same command finds them there and logs nothing twice.
 
 What becomes of user ids and of texts that look like formulas: jobs/segment_files.py.
 
@@ -22,13 +22,14 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import reduce
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -37,12 +38,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pyarrow import fs
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
+from jobs.files import HadoopPath, Place, fetch, remove_tree
 from jobs.runtime import Runtime, Stage, code_version, write_json
 from jobs.segment_files import (
     MANIFEST,
@@ -52,6 +53,7 @@ from jobs.segment_files import (
     file_digest,
     held_back,
     place_of,
+    read_manifest,
     write_parts,
 )
 from jobs.segment_report import Share, page
@@ -149,12 +151,10 @@ def _digest(value: dict[str, Any]) -> str:
 
 def _published(runtime: Runtime, export: Export) -> dict[str, Any] | None:
     """The manifest, where this very export is there already, made by this code."""
-    place = place_of(runtime, export.segment)
-    path = f"{place.folder}/{MANIFEST}"
-    if place.system.get_file_info(path).type == fs.FileType.NotFound:
+    text = read_manifest(place_of(runtime, export.segment))
+    if text is None:
         return None
-    with place.system.open_input_stream(path) as file:
-        manifest: dict[str, Any] = json.loads(file.read())
+    manifest: dict[str, Any] = json.loads(text)
     same = manifest.get("export_id") == export.id and manifest["provenance"]["code_version"] == code_version()
     return manifest if same else None
 
@@ -179,11 +179,53 @@ class Taken:
     counts: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Staging:
+    """What a run lays down meanwhile.
+
+    Attributes:
+        shared: where Spark's tasks write and read.
+        local: where the driver does; the same folder, where that is on a local disk.
+    """
+
+    shared: Place
+    local: Path
+
+    def to_tasks(self, name: str) -> str:
+        """A folder that the driver has filled, where tasks find it."""
+        if isinstance(self.shared, HadoopPath):
+            (self.shared / name).put(self.local / name)
+        return str(self.shared / name)
+
+    def from_tasks(self, *names: str) -> Path:
+        """A folder of files that tasks have written, where the driver finds it."""
+        if isinstance(self.shared, HadoopPath):
+            source = reduce(operator.truediv, names, self.shared)
+            if source.exists():
+                fetch(source, self.local.joinpath(*names))
+        return self.local.joinpath(*names)
+
+
+@contextmanager
+def _staging(runtime: Runtime) -> Iterator[Staging]:
+    shared = runtime.place / ".exports.staging"
+    remove_tree(shared)
+    try:
+        if isinstance(shared, Path):
+            shared.mkdir(parents=True)
+            yield Staging(shared, shared)
+        else:
+            with TemporaryDirectory() as local:
+                yield Staging(shared, Path(local))
+    finally:
+        remove_tree(shared)
+
+
 class Run:
     """One run of the stage over the segments that are not there yet."""
 
     def __init__(
-        self, runtime: Runtime, exports: list[Export], pending: list[Export], staging: Path, now: datetime
+        self, runtime: Runtime, exports: list[Export], pending: list[Export], staging: Staging, now: datetime
     ) -> None:
         self._runtime, self._exports, self._pending = runtime, exports, pending
         self._staging, self._now = staging, now
@@ -375,7 +417,7 @@ class Run:
         )
         ordered = allowed.select("segment", "user_id", "score", "marks").repartition("segment")
         ordered = ordered.sortWithinPartitions("segment", F.desc("score"), "user_id")
-        ordered.write.partitionBy("segment").mode("append").parquet(str(self._staging / "candidates"))
+        ordered.write.partitionBy("segment").mode("append").parquet(str(self._staging.shared / "candidates"))
 
     # ---- the driver: who is taken
 
@@ -390,7 +432,7 @@ class Run:
         while (taken := self._walk(export)) is None:
             wanted *= 4
             self._floors[export.number] = self._floor(export, wanted)
-            shutil.rmtree(self._staging / "candidates" / f"segment={export.number}", ignore_errors=True)
+            remove_tree(self._staging.shared / "candidates" / f"segment={export.number}")
             self._stage(self._pass([export]))
         return taken
 
@@ -425,7 +467,8 @@ class Run:
 
     def _candidates(self, export: Export) -> Iterator[pa.RecordBatch]:
         """Its allowed users in order: user_id, score, marks."""
-        for file in sorted((self._staging / "candidates" / f"segment={export.number}").glob("*.parquet")):
+        folder = self._staging.from_tasks("candidates", f"segment={export.number}")
+        for file in sorted(folder.glob("*.parquet")):
             yield from pq.ParquetFile(file).iter_batches()
 
     def _too_often(self, export: Export, batch: pa.RecordBatch) -> Flags:
@@ -482,7 +525,7 @@ class Run:
             exported = pa.array(~taken.control)
             ids = taken.ids.filter(exported).to_pylist()
             scores = taken.scores[~taken.control] if segment.scored else None
-            with delivered(place_of(self._runtime, segment), self._staging) as folder:
+            with delivered(place_of(self._runtime, segment), self._staging.local) as folder:
                 manifest = {
                     "segment": segment.model_dump(mode="json"),
                     "export_id": export.id,
@@ -500,7 +543,7 @@ class Run:
 
     def _log_members(self) -> None:
         """One commit for all; rows that are there from a run that was killed stay as they are."""
-        folder = self._staging / "log"
+        folder = self._staging.local / "log"
         folder.mkdir()
         for export in self._pending:
             taken = self._taken[export.name]
@@ -514,7 +557,7 @@ class Run:
                 "model_version": pa.array([self._version] * count, pa.string()),
             }
             pq.write_table(pa.table(columns), folder / f"{export.number:05d}.parquet")
-        rows = self._runtime.spark.read.parquet(str(folder))
+        rows = self._runtime.spark.read.parquet(self._staging.to_tasks("log"))
         of_run = F.col("old.export_id").isin([export.id for export in self._pending])
         self._runtime.merge(EXPORTS, rows, where=of_run, insert_only=True)
 
@@ -543,7 +586,7 @@ class Run:
         """By segment: which share of its members, and of everyone, acted in a vertical."""
         if not self._runtime.exists(SESSIONS):
             return {export.name: None for export in self._pending}
-        members = self._runtime.spark.read.parquet(str(self._staging / "log")).select("segment", "user_id")
+        members = self._runtime.spark.read.parquet(str(self._staging.shared / "log")).select("segment", "user_id")
         everyone = self._users.select(F.lit("").alias("segment"), "user_id")  # no segment has that name
         acted = self._runtime.latest(SESSIONS).select("user_id", F.explode("verticals").alias("vertical")).distinct()
         found = members.unionByName(everyone).join(acted, "user_id").groupBy("segment", "vertical").count().collect()
@@ -602,15 +645,10 @@ def run(runtime: Runtime) -> None:
     if not pending:
         runtime.report.skipped = True
         return
-    staging = runtime.root / ".exports.staging"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
+    with _staging(runtime) as staging:
         this_run = Run(runtime, exports, pending, staging, now)
         this_run.select()
         this_run.publish()
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 STAGE = Stage(

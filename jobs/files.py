@@ -5,16 +5,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import tempfile
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from py4j.protocol import Py4JJavaError
 from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
+from jobs.errors import TrailvecError
 from training.urls import local_path
+
+_SECONDS_FOR_AN_ANSWER = 10.0
+
+
+class Stat(NamedTuple):
+    """What os.stat calls so; the time in milliseconds."""
+
+    st_size: int
+    st_mtime_ms: int
 
 
 class HadoopPath:
@@ -31,6 +45,17 @@ class HadoopPath:
 
     def __str__(self) -> str:
         return self._uri
+
+    @property
+    def name(self) -> str:
+        return self._uri.rpartition("/")[2]
+
+    @property
+    def parent(self) -> HadoopPath:
+        return HadoopPath(self._uri.rpartition("/")[0])
+
+    def with_name(self, name: str) -> HadoopPath:
+        return self.parent / name
 
     def qualified(self, spark: SparkSession) -> HadoopPath:
         """With the host that `hdfs:///` leaves out; Spark's streams and Delta want it."""
@@ -51,6 +76,19 @@ class HadoopPath:
         found = self._system.globStatus(self._jvm.org.apache.hadoop.fs.Path(self._path, pattern)) or []
         return [HadoopPath(status.getPath().toString()) for status in found]
 
+    def iterdir(self) -> list[HadoopPath]:
+        return [HadoopPath(status.getPath().toString()) for status in self._system.listStatus(self._path)]
+
+    def stat(self) -> Stat:
+        status = self._system.getFileStatus(self._path)
+        return Stat(int(status.getLen()), int(status.getModificationTime()))
+
+    def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
+        """Always with its parents, and content with a folder that is there; the arguments are pathlib's."""
+        assert parents
+        assert exist_ok
+        self._system.mkdirs(self._path)
+
     def lines(self) -> Iterator[str]:
         """The lines of a text file, read as they are asked for."""
         io = self._jvm.java.io
@@ -63,6 +101,30 @@ class HadoopPath:
 
     def read_text(self) -> str:
         return "\n".join(self.lines())
+
+    def write_text(self, text: str, encoding: str = "utf-8") -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "text"
+            file.write_text(text, encoding=encoding)
+            self.put(file)
+
+    def put(self, source: Path) -> None:
+        """Copies a local file, or a folder with what is in it, here."""
+        self.parent.mkdir()
+        self._system.copyFromLocalFile(False, True, self._java_path(f"file://{source.absolute()}"), self._path)
+
+    def get(self, target: Path) -> None:
+        """Copies the file, or the folder with what is in it, to this machine."""
+        # Past Hadoop's own local file system, which would lay a file of checksums beside each.
+        self._system.copyToLocalFile(False, self._path, self._java_path(f"file://{target.absolute()}"), True)
+
+    def replace(self, target: HadoopPath) -> None:
+        """Renames it; takes the place of a file that has the name. One step on HDFS, copies on object stores."""
+        names = self._jvm.org.apache.hadoop.fs
+        options = _context()._gateway.new_array(names.Options.Rename, 1)
+        options[0] = names.Options.Rename.OVERWRITE
+        context = names.FileContext.getFileContext(self._system.getUri(), _context()._jsc.hadoopConfiguration())
+        context.rename(self._path, target._path, options)
 
     def unlink(self, missing_ok: bool = False) -> None:
         if not self._system.delete(self._path, False) and not missing_ok:
@@ -78,17 +140,61 @@ class HadoopPath:
         """Deletes it with all that is in it; nothing where it does not exist."""
         self._system.delete(self._path, True)
 
+    def shared_url(self) -> str:
+        """Its name for processes that have no JVM: webhdfs://user@host:port/path, of the NameNode that is active.
+
+        Raises:
+            TrailvecError: it is not on HDFS, or no NameNode answers over HTTP.
+        """
+        java, settings = self._jvm.org.apache.hadoop, _context()._jsc.hadoopConfiguration()
+        if self._system.getScheme() != "hdfs":
+            raise TrailvecError(
+                f"{self} is not on HDFS, and training reads and writes local folders or HDFS alone so far: "
+                f"set storage.root to one of these"
+            )
+        if java.security.UserGroupInformation.isSecurityEnabled():
+            raise TrailvecError(
+                f"{self} is on an HDFS with Kerberos, which training can't log in to so far: "
+                f"set storage.root to a local folder that all nodes see"
+            )
+        service = self._system.getUri().getHost()
+        nodes = settings.get(f"dfs.ha.namenodes.{service}")
+        keys = [f".{service}.{node.strip()}" for node in nodes.split(",")] if nodes else [""]
+        found = [settings.get(f"dfs.namenode.http-address{key}") for key in keys]
+        # 0.0.0.0, the default, means all addresses of the NameNode.
+        addresses = [str(address).replace("0.0.0.0", service) for address in found if address]  # noqa: S104
+        user = java.security.UserGroupInformation.getCurrentUser().getShortUserName()
+        for address in addresses:
+            if _answers(f"http://{address}/webhdfs/v1/?op=GETFILESTATUS&user.name={user}"):
+                path = java.fs.Path.getPathWithoutSchemeAndAuthority(self._path).toString()
+                return f"webhdfs://{user}@{address}{path}"
+        raise TrailvecError(
+            f"no NameNode of {self} answers over HTTP (asked {', '.join(addresses) or 'none'}), by which training "
+            f"reads and writes: correct dfs.namenode.http-address in HADOOP_CONF_DIR, or turn WebHDFS on"
+        )
+
     @property
     def _jvm(self) -> Any:
         return _context()._jvm
 
     @property
     def _path(self) -> Any:
-        return self._jvm.org.apache.hadoop.fs.Path(self._uri)
+        return self._java_path(self._uri)
+
+    def _java_path(self, uri: str) -> Any:
+        return self._jvm.org.apache.hadoop.fs.Path(uri)
 
     @property
     def _system(self) -> Any:
         return self._path.getFileSystem(_context()._jsc.hadoopConfiguration())
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=_SECONDS_FOR_AN_ANSWER) as answer:  # noqa: S310 - http, from the settings
+            return bool(answer.status == 200)
+    except OSError:  # a NameNode that is down, or stands by
+        return False
 
 
 def _context() -> Any:
@@ -104,6 +210,55 @@ def place_of(text: str) -> Place:
     """A folder that the configuration names: a local one by its absolute path."""
     path = local_path(text)
     return HadoopPath(text) if path is None else Path(path).absolute()
+
+
+def shared_url(place: Place) -> str:
+    """The place as training's processes know it: a local path, or a URL that needs no JVM (`HadoopPath.shared_url`)."""
+    return str(place) if isinstance(place, Path) else place.shared_url()
+
+
+@contextlib.contextmanager
+def published(target: Place) -> Iterator[Path]:
+    """A local folder to fill; it takes target's place, whole, when the block ends without an error.
+
+    Whatever a kill leaves has another name, and the next one that fills the same place removes it.
+    """
+    staging = target.with_name(f".{target.name}.staging")
+    remove_tree(staging)
+    if isinstance(staging, Path):
+        staging.mkdir(parents=True)
+        yield staging
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / target.name
+            local.mkdir()
+            yield local
+            staging.put(local)
+    remove_tree(target)
+    staging.replace(target)  # type: ignore[arg-type]  # both are of one kind
+
+
+def fetch(source: HadoopPath, copy: Path) -> list[str]:
+    """Makes a local folder hold the files of `source`, none of its folders, as they are now; which were fetched."""
+    copy.mkdir(parents=True, exist_ok=True)
+    files = {file.name: file for file in source.iterdir() if file.is_file()}
+    fetched = []
+    for name, file in files.items():
+        there, here = file.stat(), copy / name
+        time_ns = there.st_mtime_ms * 1_000_000
+        if here.exists() and (here.stat().st_size, here.stat().st_mtime_ns) == (there.st_size, time_ns):
+            continue
+        part = copy / f".{name}.part"
+        file.get(part)
+        if part.stat().st_size != there.st_size:
+            raise TrailvecError(f"{file} changed while it was read ({part.stat().st_size:,} bytes): run this again")
+        os.utime(part, ns=(time_ns, time_ns))
+        part.replace(here)
+        fetched.append(name)
+    for old in copy.iterdir():
+        if old.name not in files:
+            old.unlink()
+    return fetched
 
 
 def remove_tree(of: Place) -> None:

@@ -31,7 +31,7 @@ from jobs.tables import CONTEXT_VALUES, ITEMS, SESSIONS, USER_PROFILES
 from jobs.train import item_attributes
 from spark_udfs.profile import KINDS, profiles
 from training.checkpoint import read_alignment
-from training.profile import Basis, Floats, Integers, fit_basis, fit_terms, read_basis, write_basis
+from training.profile import ABOUT, TENSORS, Basis, Floats, Integers, fit_basis, fit_terms, read_basis, write_basis
 
 _WINDOWS = (7, 14, 28, 91)  # days before the cut
 _MOST_STATISTICS = 100
@@ -244,6 +244,7 @@ def run(runtime: Runtime) -> None:
         runtime.on_progress("the basis is fitted")
         basis = fit(runtime, visible, encoded, numbers=numbers, told=told, model_dir=model_dir)
         write_basis(model_dir, basis, {"as_of": end.isoformat(timespec="microseconds"), "code_version": code_version()})
+        runtime.add_to_model(model_dir, TENSORS, ABOUT)
     else:
         basis = found[0]
     rows = profiles(profile_rows(visible, encoded, numbers, numbered(told, basis.names)), basis)

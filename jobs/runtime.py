@@ -39,14 +39,16 @@ from delta.exceptions import (
 )
 from delta.tables import DeltaTable
 from py4j.java_gateway import JavaClass, JavaPackage, JVMView
+from pyspark import SparkFiles
 from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from jobs.config import Config
 from jobs.errors import TrailvecError
-from jobs.files import HadoopPath, Place, place_of
+from jobs.files import HadoopPath, Place, fetch, place_of
 from jobs.tables import CURRENT, CURRENT_MODEL, TABLES, Table, conform
+from training.checkpoint import ABOUT, WEIGHTS, read_about
 
 _PACKAGES = ("jobs", "spark_udfs", "training")
 _REGISTERED = "spark.trailvec.registered"  # what the session's catalogue knows by name
@@ -217,7 +219,7 @@ class Runtime:
 
     @property
     def root(self) -> Path:
-        """The same, for what lies on a local disk: models, exports, what training keeps.
+        """The same, for what needs it on a local disk: the upkeep of tables, erasures, tune.
 
         Raises:
             TrailvecError: it is not local.
@@ -225,8 +227,8 @@ class Runtime:
         root = place_of(self.config.storage.root)
         if not isinstance(root, Path):
             raise TrailvecError(
-                f"storage.root = {root}, but models, exports and the upkeep of tables need a local folder so far: "
-                f"there run the stages up to build_sequences alone (--to build_sequences)"
+                f"storage.root = {root}, but maintain_tables, erase_users and tune need a local folder so far: "
+                f"there run the stages alone (trailvec run)"
             )
         return root
 
@@ -245,12 +247,12 @@ class Runtime:
         return self.root / "tables" / table.name
 
     @property
-    def models(self) -> Path:
-        return self.root / "models"
+    def models(self) -> Place:
+        return self.place / "models"
 
     @property
-    def exports(self) -> Path:
-        return self.root / "exports"
+    def exports(self) -> Place:
+        return self.place / "exports"
 
     def exists(self, table: Table) -> bool:
         return bool(DeltaTable.isDeltaTable(self.spark, self.path(table)))
@@ -618,8 +620,11 @@ class Runtime:
     def model_dir(self, version: str | None = None) -> Path:
         """The folder of a model; None: of the one in use, `model.version` of the configuration, else the current one.
 
+        Where it does not lie on a local disk: this process's copy, which has the version's name too. What is to stay
+        has to be brought back by `add_to_model`.
+
         Raises:
-            TrailvecError: there is no such model.
+            TrailvecError: there is no such model, or what was fetched of it is damaged.
         """
         version = version or self.config.model.version
         if version is None:
@@ -628,13 +633,41 @@ class Runtime:
                 raise TrailvecError(f"no model under {self.models}: run `trailvec train` first")
             version = json.loads(current.read_text())["model_version"]
         folder = self.models / version
-        if not (folder / "model.json").exists():
+        if not (folder / ABOUT).exists():
             found = sorted(p.parent.name for p in self.models.glob("*/model.json"))
             raise TrailvecError(
                 f"model {version} does not exist under {self.models} (found: {', '.join(found) or 'none'}): "
                 f"set model.version to one of them or run `trailvec train`"
             )
-        return folder
+        return folder if isinstance(folder, Path) else self._fetched(folder)
+
+    def has_model(self, version: str) -> bool:
+        """Whether its folder is there (it may have been deleted)."""
+        return (self.models / version / ABOUT).exists()
+
+    def _fetched(self, folder: HadoopPath) -> Path:
+        """A local copy of a model's folder, as the folder is now; its weights come once."""
+        # Spark's own folder goes with the application.
+        store = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+        copy = Path(SparkFiles.getRootDirectory()) / "trailvec" / store / folder.name
+        if WEIGHTS in fetch(folder, copy):
+            try:
+                read_about(copy)
+            except TrailvecError as error:
+                shutil.rmtree(copy)
+                raise TrailvecError(str(error).replace(str(copy), str(folder))) from None
+        return copy
+
+    def add_to_model(self, folder: Path, *names: str) -> None:
+        """Puts files that were written into `model_dir` where the model lies, each whole or not at all, in this order;
+        those that are not there are left out. On a local disk they are there already."""
+        home = self.models / folder.name
+        if isinstance(home, HadoopPath):
+            for name in names:
+                if (folder / name).exists():
+                    part = home / f".{name}.part"
+                    part.put(folder / name)
+                    part.replace(home / name)
 
     def current_model(self) -> str:
         """The version of the model whose vectors the stage reads: the one that all users have a vector of.
@@ -729,22 +762,11 @@ def meanwhile(act: Callable[[], None], seconds: float) -> Iterator[None]:
         watcher.join()
 
 
-@contextlib.contextmanager
-def published(target: Path) -> Iterator[Path]:
-    """A folder to fill beside `target`; it takes target's place when the block ends without an error."""
-    staging = target.with_name(f".{target.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    yield staging
-    shutil.rmtree(target, ignore_errors=True)
-    staging.rename(target)
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Place, value: dict[str, Any]) -> None:
     """Writes the file whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    part.replace(path)
+    part.replace(path)  # type: ignore[arg-type]  # both are of one kind
 
 
 @cache

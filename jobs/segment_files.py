@@ -28,7 +28,8 @@ import pyarrow.parquet as pq
 from pyarrow import csv, fs
 
 from jobs.errors import TrailvecError
-from jobs.runtime import Runtime, published
+from jobs.files import HadoopPath, published
+from jobs.runtime import Runtime
 from jobs.segments import Segment
 from spark_udfs.keyed import hashed
 from training.urls import local_path
@@ -108,7 +109,7 @@ def _write_csv(rows: pa.Table, path: Path) -> None:
 # ---- places ---------------------------------------------------------------------------------------------------------
 
 
-class Place(NamedTuple):
+class ArrowFolder(NamedTuple):
     """Where an export goes: a file system's folder. Only a folder of this machine's can be put there at once."""
 
     system: fs.FileSystem
@@ -116,33 +117,48 @@ class Place(NamedTuple):
     local: bool
 
 
-def place_of(runtime: Runtime, segment: Segment) -> Place:
-    if segment.destination is None:
-        return Place(fs.LocalFileSystem(), str(runtime.exports / segment.name), local=True)
-    if (path := local_path(segment.destination)) is not None:
-        return Place(fs.LocalFileSystem(), str(Path(path).absolute()), local=True)
+def place_of(runtime: Runtime, segment: Segment) -> ArrowFolder | HadoopPath:
+    destination = str(runtime.exports / segment.name) if segment.destination is None else segment.destination
+    if (path := local_path(destination)) is not None:
+        return ArrowFolder(fs.LocalFileSystem(), str(Path(path).absolute()), local=True)
+    # pyarrow asks for a native library that few machines have, and knows not all that Hadoop does.
+    if segment.destination is None or destination.startswith("hdfs://"):
+        return HadoopPath(destination)
     try:
-        system, folder = fs.FileSystem.from_uri(segment.destination)
+        system, folder = fs.FileSystem.from_uri(destination)
     except (ValueError, OSError) as error:
         raise TrailvecError(
-            f"segment {segment.name}: its destination {segment.destination} can't be opened ({error}): correct it"
+            f"segment {segment.name}: its destination {destination} can't be opened ({error}): correct it"
         ) from None
-    return Place(system, folder, local=False)
+    return ArrowFolder(system, folder, local=False)
+
+
+def read_manifest(place: ArrowFolder | HadoopPath) -> str | None:
+    """What the manifest says that is there; None where there is none."""
+    if isinstance(place, HadoopPath):
+        return (place / MANIFEST).read_text() if (place / MANIFEST).exists() else None
+    path = f"{place.folder}/{MANIFEST}"
+    if place.system.get_file_info(path).type == fs.FileType.NotFound:
+        return None
+    with place.system.open_input_stream(path) as file:
+        return str(file.read(), "utf-8")
 
 
 @contextmanager
-def delivered(place: Place, staging: Path) -> Iterator[Path]:
+def delivered(place: ArrowFolder | HadoopPath, staging: Path) -> Iterator[Path]:
     """A folder to fill, which is put in its place, the manifest last, when the block ends without an error.
 
     Raises:
         TrailvecError: the place holds other files than an export's, or can't be read or written.
     """
+    if isinstance(place, HadoopPath):
+        _refuse_others(str(place), [file.name for file in place.iterdir()] if place.exists() else [])
+        with published(place) as folder:
+            yield folder
+        return
     with _refusals_told(place):
         found = place.system.get_file_info(fs.FileSelector(place.folder, allow_not_found=True))
-    if others := sorted(info.base_name for info in found if not _OURS.fullmatch(info.base_name)):
-        raise TrailvecError(
-            f"{place.folder} holds {others[0]}, which no export wrote: give the segment a folder of its own"
-        )
+    _refuse_others(place.folder, [info.base_name for info in found])
     if place.local:
         with published(Path(place.folder)) as folder:
             yield folder
@@ -161,10 +177,15 @@ def delivered(place: Place, staging: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _refusals_told(place: Place) -> Iterator[None]:
+def _refusals_told(place: ArrowFolder) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise TrailvecError(
             f"{place.folder} can't be written ({error}): correct the segment's destination, or who may write there"
         ) from None
+
+
+def _refuse_others(folder: str, names: list[str]) -> None:
+    if others := sorted(name for name in names if not _OURS.fullmatch(name)):
+        raise TrailvecError(f"{folder} holds {others[0]}, which no export wrote: give the segment a folder of its own")

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jobs.files import Place
 from training.config import RunSpec
+from training.stores import folder_of
 
 # MLflow's own variable for it; on Databricks it is a path in the workspace (/Shared/…).
 EXPERIMENT = os.environ.get("MLFLOW_EXPERIMENT_NAME", "trailvec")
@@ -23,7 +25,7 @@ DATABASE = "mlflow.db"
 class Tracker:
     """One run in MLflow; after a failure, and without an address, all calls do nothing."""
 
-    def __init__(self, uri: str, root: Path, warn: Callable[[str], None]) -> None:
+    def __init__(self, uri: str, root: Place, warn: Callable[[str], None]) -> None:
         self._uri, self._root, self._warn = uri, root, warn
         self._client: Any = None
         self._run = ""
@@ -34,7 +36,7 @@ class Tracker:
             return
         try:
             self._client = _client(self._uri, self._root)
-            known = Path(spec.checkpoints or "") / "mlflow_run_id"
+            known = folder_of(spec.checkpoints or "") / "mlflow_run_id"
             if spec.checkpoints and known.exists():
                 self._run = known.read_text()
                 self._client.update_run(self._run, status="RUNNING")
@@ -42,7 +44,7 @@ class Tracker:
             tags = {"mlflow.runName": spec.about["model_version"], "model_version": spec.about["model_version"]}
             self._run = self._client.create_run(self._experiment(), tags=tags).info.run_id
             if spec.checkpoints:
-                known.parent.mkdir(parents=True, exist_ok=True)
+                folder_of(spec.checkpoints).mkdir(parents=True, exist_ok=True)
                 known.write_text(self._run)
             provenance = spec.about.get("provenance", {})
             versions = {f"version_of_{table}": number for table, number in provenance.get("reads", {}).items()}
@@ -93,7 +95,7 @@ class Tracker:
 
 
 @contextlib.contextmanager
-def tracked(uri: str, root: Path, spec: RunSpec, warn: Callable[[str], None]) -> Iterator[Tracker]:
+def tracked(uri: str, root: Place, spec: RunSpec, warn: Callable[[str], None]) -> Iterator[Tracker]:
     """A run that ends as FINISHED, or as FAILED where the block raises."""
     tracker = Tracker(uri, root, warn)
     tracker.begin(spec)
@@ -105,9 +107,9 @@ def tracked(uri: str, root: Path, spec: RunSpec, warn: Callable[[str], None]) ->
     tracker.end("FINISHED")
 
 
-def attach(uri: str, root: Path, model_version: str, page: tuple[str, str], warn: Callable[[str], None]) -> None:
+def attach(uri: str, root: Place, model_version: str, page: tuple[str, str], warn: Callable[[str], None]) -> None:
     """Adds a file, its name and its text, to the run that trained the model; does nothing where MLflow keeps none."""
-    if uri == "none" or (uri == "local" and not (root / DATABASE).exists()):
+    if uri == "none" or (uri == "local" and not (isinstance(root, Path) and (root / DATABASE).exists())):
         return
     try:
         client = _client(uri, root)
@@ -125,7 +127,9 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _client(uri: str, root: Path) -> Any:
+def _client(uri: str, root: Place) -> Any:
+    if uri == "local" and not isinstance(root, Path):
+        raise ValueError(f"its database can't lie under {root}: set train.tracking_uri to none or a server's address")
     # Before the import. A server that is away may not hold training up for minutes; and nothing is sent home.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -134,7 +138,8 @@ def _client(uri: str, root: Path) -> Any:
 
     for name in ("mlflow", "alembic"):  # the making of the database's tables, line by line
         logging.getLogger(name).setLevel(logging.ERROR)
-    root.mkdir(parents=True, exist_ok=True)
+    if isinstance(root, Path):
+        root.mkdir(parents=True, exist_ok=True)
     return MlflowClient(f"sqlite:///{root / DATABASE}" if uri == "local" else uri)
 
 

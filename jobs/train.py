@@ -6,8 +6,9 @@ fingerprint of what made it, so the same command again finds it there and trains
 
 The processes (training/loop.py) are started on this machine, by Horovod's launcher where there are several, or as tasks
 of the Spark application (train.launcher). They read the data files of the snapshot that the stage has pinned, never the
-table's folder, which also holds files of older versions. `models/<model_version>.checkpoints` lives while they run, and
-after a kill until the same command has gone on from there.
+table's folder, which also holds files of older versions; from HDFS over WebHDFS (training/stores.py).
+`models/<model_version>.checkpoints` lives while they run, and after a kill until the same command has gone on from
+there.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -41,17 +41,20 @@ from jobs.build_vocabulary import category_value
 from jobs.cli import stage_main
 from jobs.config import Config
 from jobs.errors import TrailvecError
+from jobs.files import HadoopPath, Place, published, remove_tree, shared_url
 from jobs.model_card import plot, write_card
-from jobs.runtime import Runtime, Stage, published, write_json
+from jobs.runtime import Runtime, Stage, write_json
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
 from jobs.tracking import Tracker, tracked
 from training.batches import BUCKET_SIZES, FEATURES
 from training.checkpoint import WEIGHTS, newest_checkpoint, read_about
 from training.config import ITEM_ATTRIBUTES, ModelSpec, RunSpec, TrainSettings
+from training.stores import folder_of, parquet_files
 from training.urls import file_url, local_path
 
 SECONDS_BETWEEN_LINES = 10.0
 _FOLLOWS = re.compile(r"HorovodInternalError|: Horovod (?:has been shut down|detected)|gloo/")
+_LOST = ": Horovod has been shut down"
 TRACKED = ("loss", "learning_rate", "rows_per_second", "padding", "data_wait", "recall@10", "ndcg@10")
 
 
@@ -136,6 +139,17 @@ def snapshot_files(table: str, version: int, split: str) -> list[str]:
     return sorted(map(file_url, uris))
 
 
+def split_files(runtime: Runtime, split: str) -> list[str]:
+    """The same of the snapshot of SEQUENCES that the stage has pinned, as training's processes know the files."""
+    table = runtime.path(SEQUENCES)
+    if isinstance(runtime.place, Path):
+        return snapshot_files(table, runtime.version(SEQUENCES), split)
+    # delta-rs knows no hdfs://. Spark lists the files, maybe with those of other splits.
+    files = runtime.read(SEQUENCES).where(F.col("split") == split).inputFiles()
+    home = shared_url(HadoopPath(table))
+    return sorted(home + file.removeprefix(table) for file in files if file.startswith(f"{table}/split={split}/"))
+
+
 def base_of(runtime: Runtime) -> str | None:
     """The version of the model that training grows from; None: it starts anew.
 
@@ -153,22 +167,29 @@ def base_of(runtime: Runtime) -> str | None:
     return base
 
 
-def rows_since(runtime: Runtime, about: dict[str, Any], folder: Path) -> list[str]:
-    """Files, in `folder`, of the train rows of users who acted after the model `about` was trained; file:// URLs.
+def rows_since(runtime: Runtime, about: dict[str, Any], folder: Place) -> list[str]:
+    """Files, in `folder`, of the train rows of users who acted after the model `about` was trained; URLs.
 
     Raises:
         TrailvecError: there are none.
     """
     rows = runtime.read(SEQUENCES).where((F.col("split") == "train") & (F.col("last_ts") >= F.lit(about["as_of"])))
     order = F.xxhash64("user_id", "part")  # has nothing to do with the users
-    rows.select("length", *FEATURES).sort(order).write.parquet(str(folder))
-    files = sorted(folder.glob("*.parquet"))
-    if not any(pq.read_metadata(file).num_rows for file in files):
+    rows.select("length", *FEATURES).sort(order).write.mode("overwrite").parquet(str(folder))
+    home = shared_url(folder) if isinstance(folder, HadoopPath) else f"file://{folder}"
+    files = sorted(f"{home}/{file.name}" for file in folder.glob("*.parquet"))
+    if not count_rows(files):
         raise TrailvecError(
             f"nobody has acted between {about['as_of']}, when model {about['model_version']} was trained, and "
             f"sequences.valid_from: move it on, or set train.warm_start = false"
         )
-    return [f"file://{file}" for file in files]
+    return files
+
+
+def count_rows(files: list[str]) -> int:
+    """How many rows the Parquet files of these URLs have."""
+    system, paths = parquet_files(files)
+    return sum(pq.read_metadata(path, filesystem=system).num_rows for path in paths)
 
 
 def run(runtime: Runtime) -> None:
@@ -180,12 +201,12 @@ def run(runtime: Runtime) -> None:
         # Beside the model's folder, which appears when all is done: what a kill leaves, the same command finds.
         checkpoints = runtime.models / f"{version}.checkpoints"
         if runtime.forced:
-            shutil.rmtree(checkpoints, ignore_errors=True)
+            remove_tree(checkpoints)
         with published(folder) as staging:
             _train(runtime, version, staging, checkpoints)
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        remove_tree(checkpoints)
     write_json(runtime.models / "current.json", {"model_version": version})
-    about = read_about(folder)
+    about = read_about(runtime.model_dir(version))
     training = about["training"]
     best = training["epochs"][training["best_epoch"] - 1]
     scores = ", ".join(f"{name} {best[name]:.4f}" for name in ("recall@10", "ndcg@10") if name in best)
@@ -197,24 +218,23 @@ def run(runtime: Runtime) -> None:
     )
 
 
-def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Path | None) -> RunSpec:
-    """What the training processes are told; the arrays that it names are written into `staging`.
+def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place | None) -> RunSpec:
+    """What the training processes are told; the arrays that it names are written into `staging`, a local folder.
 
     Raises:
         TrailvecError: there is nothing to train on, or the current model can't be grown.
     """
     settings = runtime.config.train
-    files = {s: snapshot_files(runtime.path(SEQUENCES), runtime.version(SEQUENCES), s) for s in ("train", "valid")}
+    files = {split: split_files(runtime, split) for split in ("train", "valid")}
     counts = item_counts(runtime.read(ITEMS), runtime.config.vocabulary.min_count)
     model = model_spec(runtime.config, len(counts), runtime.read(CONTEXT_VALUES))
     base = base_of(runtime)
     if base:
-        old = read_about(runtime.models / base)
+        old = read_about(runtime.model_dir(base))
         check_growth(base, ModelSpec.model_validate(old["spec"]), model)
-        files["train"] = rows_since(runtime, old, staging / "rows")
+        files["train"] = rows_since(runtime, old, _rows_folder(runtime, version, staging))
         settings = settings.model_copy(update={"epochs": settings.warm_epochs})
-    footers = [pq.read_metadata(url.removeprefix("file://")) for url in files["train"]]
-    rows = sum(footer.num_rows for footer in footers)
+    rows = count_rows(files["train"])
     if not rows:
         raise TrailvecError(
             "the train split of table sequences has no rows: no user acted twice before sequences.valid_from"
@@ -239,9 +259,9 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Path | 
         item_attributes=str(staging / "item_attributes.npy"),
         item_verticals=str(staging / "item_verticals.npy"),
         verticals=verticals,
-        start_from=str(runtime.models / base / WEIGHTS) if base else None,
+        start_from=shared_url(runtime.models / base / WEIGHTS) if base else None,
         output=str(staging),
-        checkpoints=str(checkpoints) if checkpoints else None,
+        checkpoints=shared_url(checkpoints) if checkpoints else None,
         about={"model_version": version, "as_of": as_of, "provenance": runtime.provenance(), "grown_from": base},
     )
     attributes = item_attributes(runtime.read(ITEMS), runtime.read(CONTEXT_VALUES))
@@ -261,11 +281,16 @@ def epochs(settings: TrainSettings, rows: int) -> int:
     return max(settings.epochs, math.ceil(settings.min_steps / math.ceil(rows / rows_in_a_step)))
 
 
-def _train(runtime: Runtime, version: str, staging: Path, checkpoints: Path) -> None:
+def _rows_folder(runtime: Runtime, version: str, staging: Path) -> Place:
+    """Where the rows of a warm start lie while it trains: where Spark writes them, and all processes see them."""
+    return staging / "rows" if isinstance(runtime.models, Path) else runtime.models / f".{version}.rows"
+
+
+def _train(runtime: Runtime, version: str, staging: Path, checkpoints: Place) -> None:
     settings = runtime.config.train
     spec = run_spec(runtime, version, staging, checkpoints)
     (staging / "run.json").write_text(spec.model_dump_json(indent=2))
-    with tracked(settings.tracking_uri, runtime.root, spec, runtime.report.notes.append) as tracker:
+    with tracked(settings.tracking_uri, runtime.place, spec, runtime.report.notes.append) as tracker:
         listener = Listener(runtime.on_progress, tracker)
         if settings.launcher == "spark":
             _ = runtime.spark  # the application whose tasks train
@@ -274,7 +299,7 @@ def _train(runtime: Runtime, version: str, staging: Path, checkpoints: Path) -> 
             launch(staging / "run.json", spec, listener)
         for path in staging.glob("*.npy"):
             path.unlink()  # the model carries what it needs of them
-        shutil.rmtree(staging / "rows", ignore_errors=True)
+        remove_tree(_rows_folder(runtime, version, staging))
         about = read_about(staging)
         write_card(staging / "card.md", about)
         plot(staging / "training.svg", about)
@@ -425,13 +450,15 @@ def last_words(lines: list[str], code: int) -> str:
     if not causes and (killed or code in (-signal.SIGKILL, 137) or "Exit code: 137" in texts):
         return f"process {killed[0] if killed else 0} was killed by signal 9 (did the machine run out of memory?)"
     said = causes[:1] or exceptions[:1]
+    if said and _LOST in said[0]:  # what the others say of a rank that could say nothing
+        return "a process was lost, with its executor or its machine"
     if said:
         return said[0].partition(": ")[2]
     return texts[-1] if texts else f"exit code {code}"
 
 
 def _stopped(spec: RunSpec, why: str) -> TrailvecError:
-    found = newest_checkpoint(Path(spec.checkpoints)) if spec.checkpoints else None
+    found = newest_checkpoint(folder_of(spec.checkpoints)) if spec.checkpoints else None
     again = ""
     if found:
         epoch, step = map(int, found.name.split("-"))

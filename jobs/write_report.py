@@ -58,12 +58,13 @@ def run(runtime: Runtime) -> None:
         runtime.report.skipped = True
         return
     text = page(_facts(runtime, folder))
-    attach(runtime.config.train.tracking_uri, runtime.root, folder.name, (PAGE, text), runtime.report.notes.append)
+    attach(runtime.config.train.tracking_uri, runtime.place, folder.name, (PAGE, text), runtime.report.notes.append)
     part = folder / f".{PAGE}.part"
     part.write_text(text, encoding="utf-8")
     part.rename(target)  # last: it is what says that all is done
+    runtime.add_to_model(folder, PAGE)
     runtime.report.rows_out["page"] = 1
-    runtime.report.notes.append(f"{target} ({len(text) / 1024:,.0f} kB)")
+    runtime.report.notes.append(f"{runtime.models / folder.name / PAGE} ({len(text) / 1024:,.0f} kB)")
 
 
 def _facts(runtime: Runtime, folder: Path) -> Facts:
@@ -77,7 +78,7 @@ def _facts(runtime: Runtime, folder: Path) -> Facts:
             f"table evaluation has no row of model {folder.name} in split {split}: run `trailvec evaluate` first"
         )
     current = runtime.newest_current_model()
-    abouts = {version: _about(runtime.models / version) for version in by_model}
+    abouts = {version: _about(runtime, version) for version in by_model}
     versions = [(version, version == current, abouts[version], of) for version, of in by_model.items()]
     newest_first = sorted(versions, key=lambda of: (of[2].get("as_of", ""), of[0]), reverse=True)
     items = _sample(runtime, folder.name).toPandas()
@@ -118,8 +119,8 @@ def _probes(runtime: Runtime, version: str) -> list[dict[str, Any]]:
     return [row.asDict() for row in rows]
 
 
-def _about(folder: Path) -> dict[str, Any]:
-    return read_about(folder) if (folder / "model.json").exists() else {}
+def _about(runtime: Runtime, version: str) -> dict[str, Any]:
+    return read_about(runtime.model_dir(version)) if runtime.has_model(version) else {}
 
 
 def _fingerprint_of(target: Path) -> str | None:

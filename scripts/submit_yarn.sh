@@ -7,7 +7,8 @@
 # What travels: a Python (scripts/package_environment.sh), trailvec itself (a wheel), and the folder that the
 # configuration lies in, as conf/: mappings are named from there (conf/sources/...). All spark.conf goes to Spark.
 # Reads: HADOOP_CONF_DIR, the cluster; TRAILVEC_ENVIRONMENT, the archive of the Python, a file or a URI on the cluster,
-# where nodes keep it from job to job (default: made here, profile data); TRAILVEC_ERASE_KEY, for the driver.
+# where nodes keep it from job to job, or local:FOLDER, an environment that lies in that folder on every node, and
+# nothing travels (default: made here, profile data); TRAILVEC_ERASE_KEY and TRAILVEC_EXPORT_KEY, for the driver.
 set -euo pipefail
 repository=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Spark would hand them to every container, and they name folders of this machine.
@@ -36,7 +37,7 @@ done
 [[ -f $conf ]] || fail "the configuration ${conf:-(none)} does not exist: give --conf FILE"
 conf=$(realpath "$conf")
 environment=${TRAILVEC_ENVIRONMENT-}
-[[ -z $environment || $environment == *://* ]] || environment=$(realpath "$environment")
+[[ -z $environment || $environment == *://* || $environment == local:* ]] || environment=$(realpath "$environment")
 if [[ $job == *.py ]]; then
   main=$(realpath "$job")
   command=("--conf=conf/${conf##*/}" "${arguments[@]}")
@@ -57,14 +58,20 @@ cd "$repository"
 # The command line is checked here, before anything is sent.
 python -m jobs.cli "${checked[@]}" --show-config >"$work/config.json"
 environment=${environment:-$(scripts/package_environment.sh data)}
-[[ $environment == *://* ]] || scripts/package_environment.sh check "$environment"
+archives=$work/trailvec.zip#trailvec,$work/conf.tar.gz#conf
+if [[ $environment == local:* ]]; then
+  python=${environment#local:}/bin/python3.11
+else
+  [[ $environment == *://* ]] || scripts/package_environment.sh check "$environment"
+  python=./environment/bin/python3.11
+  archives=$environment#environment,$archives
+fi
 uv build --quiet --python "$(command -v python)" --no-build-isolation --out-dir "$work/dist" . >&2
 mv "$work"/dist/trailvec-*.whl "$work/trailvec.zip" # YARN unpacks what is named so
 tar --create --gzip --directory "${conf%/*}" --file "$work/conf.tar.gz" .
 
 # ---- Spark's settings -----------------------------------------------------------------------------------
 
-python=./environment/bin/python3.11
 spark_home=$(python -c 'import pyspark; print(pyspark.__path__[0])')
 {
   # A file of settings takes the place of the cluster's defaults: they come first in it.
@@ -74,10 +81,12 @@ spark_home=$(python -c 'import pyspark; print(pyspark.__path__[0])')
     echo "$where.PYTHONPATH ./trailvec"
     echo "$where.LC_ALL C.UTF-8"
   done
-  if [[ -n ${TRAILVEC_ERASE_KEY-} ]]; then
-    echo "spark.yarn.appMasterEnv.TRAILVEC_ERASE_KEY ${TRAILVEC_ERASE_KEY//\\/\\\\}"
-  fi
-  echo "spark.redaction.regex (?i)secret|password|token|access[.]?key|erase_key"
+  for key in TRAILVEC_ERASE_KEY TRAILVEC_EXPORT_KEY; do
+    if [[ -n ${!key-} ]]; then
+      echo "spark.yarn.appMasterEnv.$key ${!key//\\/\\\\}"
+    fi
+  done
+  echo "spark.redaction.regex (?i)secret|password|token|access[.]?key|erase_key|export_key"
   python -c '
 import json, sys
 
@@ -99,8 +108,7 @@ while read -r line; do
   fi
 done < <(
   spark-submit --master yarn --deploy-mode cluster --name "trailvec ${job##*/}" --properties-file "$work/spark.conf" \
-    --archives "$environment#environment,$work/trailvec.zip#trailvec,$work/conf.tar.gz#conf" \
-    "$main" "${command[@]}" 2>&1 && touch "$work/succeeded"
+    --archives "$archives" "$main" "${command[@]}" 2>&1 && touch "$work/succeeded"
 )
 [[ -n $id ]] || fail "nothing was submitted: $(grep -E 'Exception|Error' "$work/log" | head -n 1 || tail -n 1 "$work/log")"
 

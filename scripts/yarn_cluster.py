@@ -63,6 +63,7 @@ class Cluster:
         data: the folder.
         conf: the clients' HADOOP_CONF_DIR.
         root: the file system's URI, hdfs://host:port; the same after a restart.
+        webhdfs: its address over HTTP.
     """
 
     def __init__(self, data: Path, nodes: int = 2, memory_mb: int = 2560) -> None:
@@ -80,6 +81,7 @@ class Cluster:
         namenode, web, *manager = _free_ports(7)
         self.root = f"hdfs://{_HOST}:{namenode}"
         self._web = {"NameNode": f"http://{_HOST}:{web}", "ResourceManager": f"http://{_HOST}:{manager[0]}"}
+        self.webhdfs = f"{self._web['NameNode']}/webhdfs/v1"
         self.conf.mkdir(parents=True, exist_ok=True)
         self._logging.write_text(_LOGGING)
         _write_settings(self.conf / "core-site.xml", {"fs.defaultFS": self.root, "hadoop.tmp.dir": self.data / "tmp"})

@@ -9,9 +9,9 @@ weights' SHA-256. Beside it stands, from `trailvec align` on, how its space lies
 and, where the vectors that are written are turned, `alignment.safetensors` with `rotation` float32 [width, width].
 
 A checkpoint is a folder `<epoch>-<step>` with `state.safetensors` and `checkpoint.json` (`Progress`, and the SHA-256 of
-the former). It is filled under another name, flushed to the disk and renamed: what has the name is whole. The tensors
-are `model.<name>` (as in a model), `optimizer.<parameter>.<key>`, `items.<key>` (training.rowwise), and `rng.<rank>`,
-uint8: torch's generator there.
+the former). It is filled under another name, flushed to the disk (on HDFS: copied from rank 0's disk) and renamed: what
+has the name is whole. The tensors are `model.<name>` (as in a model), `optimizer.<parameter>.<key>`, `items.<key>`
+(training.rowwise), and `rng.<rank>`, uint8: torch's generator there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,7 @@ from safetensors.numpy import load_file, save_file
 
 from jobs.errors import TrailvecError
 from training.config import ModelSpec
+from training.stores import Folder, filled, local_file, remove_tree
 
 if TYPE_CHECKING:  # torch and Transformers4Rec take seconds to import; reading the vectors needs neither
     import torch
@@ -202,34 +202,34 @@ class Progress(BaseModel):
     best_sha256: list[str] = []  # of the parameters then, on each rank
 
 
-def write_checkpoint(folder: Path, progress: Progress, tensors: dict[str, torch.Tensor], keep: int) -> None:
+def write_checkpoint(folder: Folder, progress: Progress, tensors: dict[str, torch.Tensor], keep: int) -> None:
     """Adds a checkpoint to the folder, then removes all but the `keep` newest and the one from the best epoch's end."""
     from safetensors.torch import save_file  # noqa: PLC0415
 
     target = folder / _name(progress.epoch, progress.step)
     part = folder / f".{target.name}.part"
     for stale in [*folder.glob(".*.part"), target]:
-        shutil.rmtree(stale, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / STATE)
-    text = json.dumps({"progress": progress.model_dump(), "state_sha256": _sha256(part / STATE)}, indent=1)
-    (part / PROGRESS).write_text(text + "\n", encoding="utf-8")
-    for path in (part / STATE, part / PROGRESS):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    part.rename(target)
+        remove_tree(stale)
+    with filled(part) as local:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, local / STATE)
+        text = json.dumps({"progress": progress.model_dump(), "state_sha256": _sha256(local / STATE)}, indent=1)
+        (local / PROGRESS).write_text(text + "\n", encoding="utf-8")
+        for path in (local / STATE, local / PROGRESS):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    part.rename(target)  # type: ignore[arg-type]  # both are of one kind
     kept = {path.name for path in _checkpoints(folder)[-keep:]} | {_name(progress.best_epoch + 1, 0)}
-    for path in _checkpoints(folder):
-        if path.name not in kept:
-            shutil.rmtree(path)
+    for old in _checkpoints(folder):
+        if old.name not in kept:
+            remove_tree(old)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
+def newest_checkpoint(folder: Folder) -> Folder | None:
     """The checkpoint to go on from; None where there is none."""
     return next(reversed(_checkpoints(folder)), None)
 
 
-def read_checkpoint(path: Path) -> tuple[Progress, dict[str, torch.Tensor]]:
+def read_checkpoint(path: Folder) -> tuple[Progress, dict[str, torch.Tensor]]:
     """What `write_checkpoint` was given.
 
     Raises:
@@ -240,9 +240,10 @@ def read_checkpoint(path: Path) -> tuple[Progress, dict[str, torch.Tensor]]:
     try:
         about = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
         progress = Progress.model_validate(about["progress"])
-        if _sha256(path / STATE) != about["state_sha256"]:
-            raise ValueError(f"{STATE} is not the file that {PROGRESS} was written for")
-        return progress, load_file(path / STATE)
+        with local_file(path / STATE) as state:
+            if _sha256(state) != about["state_sha256"]:
+                raise ValueError(f"{STATE} is not the file that {PROGRESS} was written for")
+            return progress, load_file(state)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         why = str(error).splitlines()[0]
         raise TrailvecError(
@@ -250,7 +251,7 @@ def read_checkpoint(path: Path) -> tuple[Progress, dict[str, torch.Tensor]]:
         ) from None
 
 
-def best_checkpoint(folder: Path, progress: Progress) -> Path:
+def best_checkpoint(folder: Folder, progress: Progress) -> Folder:
     """The checkpoint from the end of the best epoch so far."""
     return folder / _name(progress.best_epoch + 1, 0)
 
@@ -282,8 +283,9 @@ def _name(epoch: int, step: int) -> str:
     return f"{epoch:05}-{step:010}"  # the order of names is that of time
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("[0-9]*-[0-9]*"))
+def _checkpoints(folder: Folder) -> list[Folder]:
+    found: list[Folder] = list(folder.glob("[0-9]*-[0-9]*"))
+    return sorted(found, key=lambda path: path.name)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -171,7 +171,7 @@ class RunSpec(Section):
 
     settings: TrainSettings
     model: ModelSpec
-    train_files: list[str] = Field(description="file:// URLs: the active files of one snapshot of sequences")
+    train_files: list[str] = Field(description="URLs (training.stores): the active files of one snapshot of sequences")
     train_rows: int = Field(description="their rows")
     valid_files: list[str]
     new_only: bool = Field(False, description="validation ranks what the user has not acted on in the row")

@@ -33,8 +33,10 @@ from petastorm.fs_utils import get_filesystem_and_path_or_paths  # noqa: E402
 from petastorm.reader import Reader  # noqa: E402
 from petastorm.workers_pool import EmptyResultError, thread_pool  # noqa: E402
 from petastorm.workers_pool.worker_base import WorkerBase  # noqa: E402
+from pyarrow.filesystem import DaskFileSystem  # noqa: E402
 
 from training.batches import FEATURES, SAME_MOMENT, SESSION_END, TARGET, pad  # noqa: E402
+from training.stores import fsspec_of, parquet_files  # noqa: E402
 from training.urls import file_url  # noqa: E402
 
 Batch = dict[str, torch.Tensor]
@@ -69,7 +71,7 @@ def read_batches(
     thread ends with the pass, or when the iterator is closed; what fails in it is raised here.
 
     Args:
-        files: file:// URLs of Parquet files with the columns of `sequences`; rows of at least one action.
+        files: URLs (training.stores) of Parquet files with the columns of `sequences`; rows of at least one action.
         max_length: a longer row keeps its newest actions.
         seed: the same on all ranks; another one for each pass.
         skip: so many of this rank's batches are left out, those that a pass from the start yields first.
@@ -123,7 +125,7 @@ def to_batch(actions: torch.Tensor) -> Batch:
 class Piece:
     """The rows `start` to `stop` (not included) of a file's row group."""
 
-    path: str
+    file: str  # its URL
     row_group: int
     start: int
     stop: int
@@ -131,13 +133,13 @@ class Piece:
 
 @lru_cache(maxsize=4)
 def _row_groups(files: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
-    """(path, number in the file, rows) of every row group, from the files' footers."""
-    paths = [url.removeprefix("file://") for url in files]
+    """(URL, number in the file, rows) of every row group, from the files' footers."""
+    system, paths = parquet_files(list(files))
     with ThreadPoolExecutor() as pool:
-        footers = list(pool.map(pq.read_metadata, paths))
+        footers = list(pool.map(lambda path: pq.read_metadata(path, filesystem=system), paths))
     return tuple(
-        (path, number, footer.row_group(number).num_rows)
-        for path, footer in zip(paths, footers, strict=True)
+        (url, number, footer.row_group(number).num_rows)
+        for url, footer in zip(files, footers, strict=True)
         for number in range(footer.num_row_groups)
     )
 
@@ -149,10 +151,10 @@ def _plan(files: list[str], rank: int, size: int, seed: int, skipped_rows: int) 
     first, last = total * rank // size + skipped_rows, total * (rank + 1) // size
     pieces, before = [], 0
     for number in _generator(seed, _ORDER).permutation(len(groups)):
-        path, row_group, rows = groups[number]
+        file, row_group, rows = groups[number]
         start, stop = max(first - before, 0), min(last - before, rows)
         if start < stop:
-            pieces.append(Piece(path, row_group, start, stop))
+            pieces.append(Piece(file, row_group, start, stop))
         before += rows
     return pieces
 
@@ -184,9 +186,11 @@ class _PlannedReader(Reader):  # type: ignore[misc]
 
     def __init__(self, pieces: list[Piece]) -> None:
         self._planned = pieces
-        filesystem, paths = get_filesystem_and_path_or_paths(
-            [file_url(path) for path in dict.fromkeys(piece.path for piece in pieces)]
-        )
+        urls = [file_url(file) for file in dict.fromkeys(piece.file for piece in pieces)]
+        store = fsspec_of(urls)
+        own = {} if store is None else {"filesystem": _LegacyFileSystem(store)}
+        filesystem, paths = get_filesystem_and_path_or_paths(urls, **own)
+        self._path_of = dict(zip(dict.fromkeys(piece.file for piece in pieces), paths, strict=True))
         super().__init__(
             filesystem,
             paths,
@@ -199,7 +203,17 @@ class _PlannedReader(Reader):  # type: ignore[misc]
 
     def _filter_row_groups(self, dataset: Any, row_groups: list[Any], *rest: Any) -> tuple[list[int], None]:
         numbers = {(found.path, found.row_group): number for number, found in enumerate(row_groups)}
-        return [numbers[piece.path, piece.row_group] for piece in self._planned], None
+        return [numbers[self._path_of[piece.file], piece.row_group] for piece in self._planned], None
+
+
+class _LegacyFileSystem(DaskFileSystem):  # type: ignore[misc]
+    """A store of fsspec's as Petastorm 0.12.1 wants it: one of pyarrow's file systems from before version 2."""
+
+    def isdir(self, path: str) -> bool:
+        return bool(self.fs.isdir(path))
+
+    def isfile(self, path: str) -> bool:
+        return bool(self.fs.isfile(path))
 
 
 class _ArrowWorker(WorkerBase):  # type: ignore[misc]
@@ -357,12 +371,12 @@ def read_held(files: list[str], max_length: int, known: npt.NDArray[np.bool_], m
     """The first `max_users` rows of the valid split with a known target: the items at the earliest target time.
 
     Args:
-        files: file:// URLs of the split's files (Spark has spread the users over them by hash).
+        files: URLs of the split's files (Spark has spread the users over them by hash).
         known: whether the model knows an item, [items]; other targets are left out.
     """
     columns = ["length", *FEATURES, "target_item_index", "target_ts"]
-    paths = [url.removeprefix("file://") for url in files]
-    table = pds.dataset(paths).head(max_users, columns=columns).combine_chunks()
+    system, paths = parquet_files(files)
+    table = pds.dataset(paths, filesystem=system).head(max_users, columns=columns).combine_chunks()
 
     def flat(name: str) -> npt.NDArray[np.int64]:
         return np.asarray(pc.list_flatten(table[name]).to_numpy(), np.int64)

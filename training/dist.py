@@ -133,6 +133,14 @@ def run_in_spark(
 
     # Horovod takes Ctrl-C and SIGTERM for itself and does not give them back.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    told = threading.excepthook
+
+    def tell(failed: threading.ExceptHookArgs) -> None:
+        # Of Horovod's thread that runs the job: pages of Java about what is raised here anyway.
+        if "(run_spark)" not in getattr(failed.thread, "name", ""):
+            told(failed)
+
+    threading.excepthook = tell
     try:
         return list(
             horovod.spark.run(
@@ -149,5 +157,6 @@ def run_in_spark(
             )
         )
     finally:
+        threading.excepthook = told
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -48,6 +48,7 @@ from training.metrics import HISTORY_FROM, class_names, rank_metrics
 from training.model import SequenceModel, build_model
 from training.rowwise import RowWiseAdam
 from training.start import MAX_ITEMS, item_factors
+from training.stores import Folder, folder_of, local_file
 
 FINAL_RATE = 0.05  # of the learning rate, reached at the end along a cosine
 MAX_HELD_USERS = 10_000
@@ -83,7 +84,7 @@ def train(spec: RunSpec) -> None:  # noqa: PLR0912, PLR0915 - one flat loop in r
     model = build_model(spec.model, item_counts, attributes)
     known = item_counts.numpy() > 0
     item_verticals = np.load(spec.item_verticals, mmap_mode="r") if spec.item_verticals else np.full(len(known), -1)
-    folder = Path(spec.checkpoints) if spec.checkpoints else None
+    folder = folder_of(spec.checkpoints) if spec.checkpoints else None
     found = dist.from_first(newest_checkpoint(folder) if folder and rank == 0 else None)
     progress, tensors = read_checkpoint(found) if found else (Progress(ranks=size), {})
     if progress.ranks != size:
@@ -94,7 +95,8 @@ def train(spec: RunSpec) -> None:  # noqa: PLR0912, PLR0915 - one flat loop in r
     if found:
         model.load_tensors(part_of(tensors, "model."))
     elif spec.start_from:
-        model.grow_from(read_tensors(Path(spec.start_from)))
+        with local_file(folder_of(spec.start_from)) as weights:
+            model.grow_from(read_tensors(weights))
     elif rank == 0 and settings.start == "svd" and len(known) <= MAX_ITEMS:
         # The other ranks get it with the first weights, from the broadcast in dist.distribute.
         model.start_from(torch.from_numpy(item_factors(spec.train_files, known, spec.model.width, settings.seed)))
@@ -400,7 +402,7 @@ def digest(model: SequenceModel) -> str:
 
 
 def _save(
-    folder: Path,
+    folder: Folder,
     progress: Progress,
     model: SequenceModel,
     optimizer: Any,

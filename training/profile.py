@@ -41,7 +41,7 @@ PARTS = ("state", "items", "categories", "tastes", "statistics")
 # How often and when says little of who somebody is: with more weight it drowns the tastes in a linear head. Trees read
 # it at any weight.
 WEIGHTS = {"state": 0.5, "items": 1.25, "categories": 1.0, "tastes": 1.0, "statistics": 0.5}
-_TENSORS, _ABOUT = "profile.safetensors", "profile.json"
+TENSORS, ABOUT = "profile.safetensors", "profile.json"
 
 
 @dataclass(frozen=True)
@@ -184,14 +184,14 @@ def write_basis(folder: Path, basis: Basis, about: dict[str, object]) -> None:
     tensors |= {f"{part}.directions": values for part, values in basis.directions.items()}
     for part in PARTS:
         tensors |= {f"{part}.shift": basis.shifts[part], f"{part}.scale": basis.scales[part]}
-    staged = folder / f".{_TENSORS}.part"
+    staged = folder / f".{TENSORS}.part"
     save_file(tensors, staged)
     sha256 = hashlib.sha256(staged.read_bytes()).hexdigest()
-    staged.replace(folder / _TENSORS)
+    staged.replace(folder / TENSORS)
     text = json.dumps({**about, "widths": basis.widths, "statistics": basis.names, "sha256": sha256}, indent=2)
-    staged = folder / f".{_ABOUT}.part"
+    staged = folder / f".{ABOUT}.part"
     staged.write_text(text + "\n", encoding="utf-8")
-    staged.replace(folder / _ABOUT)
+    staged.replace(folder / ABOUT)
 
 
 def read_basis(folder: Path) -> tuple[Basis, dict[str, object]] | None:
@@ -200,13 +200,13 @@ def read_basis(folder: Path) -> tuple[Basis, dict[str, object]] | None:
     Raises:
         TrailvecError: a file is damaged.
     """
-    if not (folder / _ABOUT).exists():
+    if not (folder / ABOUT).exists():
         return None
     try:
-        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-        if hashlib.sha256((folder / _TENSORS).read_bytes()).hexdigest() != about["sha256"]:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        if hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest() != about["sha256"]:
             raise ValueError("it is not the file that was written")
-        tensors = load_file(folder / _TENSORS)
+        tensors = load_file(folder / TENSORS)
         terms = {
             kind: Terms(tensors[f"{kind}.numbers"], tensors[f"{kind}.idf"], presence=kind == "items")
             for kind in ("items", "categories")
@@ -220,7 +220,7 @@ def read_basis(folder: Path) -> tuple[Basis, dict[str, object]] | None:
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise TrailvecError(
-            f"the profile's basis in {folder} is damaged ({error}): remove {_ABOUT} and {_TENSORS} there, and "
+            f"the profile's basis in {folder} is damaged ({error}): remove {ABOUT} and {TENSORS} there, and "
             f"`trailvec profile_users` makes another"
         ) from None
     return basis, about

@@ -14,6 +14,8 @@ import pyarrow.dataset as pds
 import scipy.sparse as sp
 from scipy.sparse.linalg import svds
 
+from training.stores import parquet_files
+
 MAX_ROWS = 100_000  # of sequences; with MAX_ITEMS it bounds memory, whatever the log's size
 MAX_ITEMS = 200_000  # 200 MB of factors at width 64
 _NORM = 0.1  # root mean square of the vectors' lengths: about that of the random ones at width 64
@@ -26,15 +28,15 @@ def item_factors(
     """The right singular vectors of log(1 + count) of the first `max_rows` rows by the known items.
 
     Args:
-        files: file:// URLs of the train split; its rows lie in an order that has nothing to do with users.
+        files: URLs of the train split's files; its rows lie in an order that has nothing to do with users.
         known: whether the model knows an item, [items].
 
     Returns:
         float32 [items, width]; zeros for items that are in none of the rows, and in the last coordinates where the
         rows or items are fewer than `width`.
     """
-    paths = [url.removeprefix("file://") for url in files]
-    lists = pds.dataset(paths).head(max_rows, columns=["item_index"])["item_index"].combine_chunks()
+    system, paths = parquet_files(files)
+    lists = pds.dataset(paths, filesystem=system).head(max_rows, columns=["item_index"])["item_index"].combine_chunks()
     rows = np.repeat(np.arange(len(lists)), pc.list_value_length(lists).to_numpy())
     items = lists.flatten().to_numpy()
     inside = (items < len(known)) & known[np.minimum(items, len(known) - 1)]

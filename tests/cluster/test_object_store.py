@@ -31,7 +31,7 @@ from jobs.cli import run_stages
 from jobs.errors import TrailvecError
 from jobs.pipeline import STAGES
 from jobs.runtime import QUIET, Runtime
-from jobs.segment_files import MANIFEST, Place, delivered, place_of
+from jobs.segment_files import MANIFEST, ArrowFolder, delivered, place_of
 from jobs.segments import Segment
 from scripts.faults import delta_reader, differences
 from scripts.s3_server import S3Server
@@ -251,20 +251,22 @@ def test_wrong_keys_a_missing_bucket_and_no_keys_are_one_sentence(store: Store) 
 
 
 @pytest.fixture
-def place(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Place]:
+def place(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ArrowFolder]:
     """Where a segment's destination leads to, with the keys in the environment."""
     for name, value in store.server.environment.items():
         monkeypatch.setenv(name, value)
     host = store.server.endpoint.removeprefix("http://").replace(":", "%3A")
 
-    def at(folder: str) -> Place:
+    def at(folder: str) -> ArrowFolder:
         where = f"s3://{folder}?endpoint_override={host}&scheme=http&region=us-east-1"
         return place_of(Runtime(make_config(Path("unused"))), Segment.model_construct(name="x", destination=where))
 
     return at
 
 
-def test_an_export_is_whole_or_has_no_manifest(store: Store, place: Callable[[str], Place], tmp_path: Path) -> None:
+def test_an_export_is_whole_or_has_no_manifest(
+    store: Store, place: Callable[[str], ArrowFolder], tmp_path: Path
+) -> None:
     to = place(f"{BUCKET}/exports/x")
     parts = ("part-00000.parquet", "part-00001.parquet", MANIFEST)
 
@@ -288,6 +290,6 @@ def test_an_export_is_whole_or_has_no_manifest(store: Store, place: Callable[[st
     assert there() == dict.fromkeys(parts, "three")
 
 
-def test_an_export_to_a_missing_bucket_is_one_sentence(place: Callable[[str], Place], tmp_path: Path) -> None:
+def test_an_export_to_a_missing_bucket_is_one_sentence(place: Callable[[str], ArrowFolder], tmp_path: Path) -> None:
     with pytest.raises(TrailvecError, match="nowhere/x can't be written"), delivered(place("nowhere/x"), tmp_path):
         pass

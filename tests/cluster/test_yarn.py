@@ -1,4 +1,5 @@
-"""The data stages on a real YARN and HDFS, in cluster mode: by scripts/submit_yarn.sh, with a Python that travels.
+"""On a real YARN and HDFS, in cluster mode, by scripts/submit_yarn.sh: the data stages with a Python that travels;
+training, scoring and an export with this machine's (PyTorch makes an archive of gigabytes).
 
 The nodes' environment holds nothing but Java and a PATH (scripts/yarn_cluster.py); Spark's jars alone are taken from
 where they are installed here, as from a cluster that has Spark.
@@ -6,6 +7,8 @@ where they are installed here, as from a cluster that has Spark.
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import os
 import re
@@ -15,12 +18,18 @@ import subprocess
 import sys
 import tarfile
 import time
+import tomllib
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import pyspark
 import pytest
 from pyspark.sql import SparkSession
@@ -70,12 +79,49 @@ extends = "yarn.toml"
 """
 
 
+# A process of training and its JVM's executor share a container, and PyTorch alone takes 400 MB of it.
+LEARN = """
+extends = "test.toml"
+[storage]
+root = "hdfs:///undisturbed"
+[vocabulary]
+min_count = 2
+[sequences]
+max_length = 64
+[train]
+launcher = "spark"
+tracking_uri = "none"
+processes = 2
+threads = 1    # with more, sums are taken in another order
+batch_size = 4
+epochs = 5
+width = 16
+checkpoint_minutes = 0
+[export]
+segments = ["conf/segments/like_the_first.toml"]
+[spark.conf]
+"spark.driver.memoryOverhead" = "1536m"
+"spark.executor.memoryOverhead" = "1536m"
+"""
+SEEDS = 8
+SEGMENT = f"""
+name = "like_the_first"
+owner = "tests"
+purpose = "to be found again"
+size = 12
+[seeds]
+sql = "SELECT user_id FROM sequences WHERE split = 'score' ORDER BY user_id LIMIT {SEEDS}"
+method = "nearest_seed"
+"""
+EXPORT_KEY = "the key of the tests"
+
+
 @dataclass(frozen=True)
 class Submit:
     """scripts/submit_yarn.sh for one cluster, one environment and one configuration."""
 
     cluster: Cluster
-    environment: Path
+    environment: Path | str
     conf: Path
 
     @contextmanager
@@ -83,6 +129,7 @@ class Submit:
         """The running script; what is left of it when the block ends is killed, Spark's client too."""
         command = [str(REPOSITORY / "scripts/submit_yarn.sh"), job, "--conf", str(self.conf), *arguments]
         told = {"HADOOP_CONF_DIR": str(self.cluster.conf), "TRAILVEC_ENVIRONMENT": str(self.environment)}
+        told["TRAILVEC_EXPORT_KEY"] = EXPORT_KEY
         pipe = subprocess.PIPE
         process = subprocess.Popen(
             command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **told}, start_new_session=True
@@ -118,7 +165,7 @@ def road(root: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with Cluster(tmp_path_factory.mktemp("yarn")) as running:
+    with Cluster(tmp_path_factory.mktemp("yarn"), memory_mb=4608) as running:
         yield running
 
 
@@ -149,12 +196,119 @@ def submit(cluster: Cluster, environment: Path, tmp_path_factory: pytest.TempPat
     return Submit(cluster, environment, folder / "test.toml")
 
 
-def test_the_road_to_sequences_ends_in_the_rows_of_a_local_run(submit: Submit, expected: Path, tmp_path: Path) -> None:
-    code, said, told = submit.run("run", *road("hdfs:///undisturbed"))
+@pytest.fixture(scope="module")
+def undisturbed(submit: Submit) -> tuple[int, list[str], list[str]]:
+    """The data stages' run that nothing got in the way of."""
+    return submit.run("run", *road("hdfs:///undisturbed"))
+
+
+def test_the_road_to_sequences_ends_in_the_rows_of_a_local_run(
+    submit: Submit, undisturbed: tuple[int, list[str], list[str]], expected: Path, tmp_path: Path
+) -> None:
+    code, said, told = undisturbed
     assert code == 0, told
     assert [line.split()[1] for line in said if line.startswith("✓")] == [stage.name for stage in ROAD]
     assert [line.split()[-1] for line in told] == ["submitted", "succeeded"]
     same_tables(expected, submit.fetch("undisturbed", tmp_path))
+
+
+def test_training_scoring_and_an_export_end_right_after_killed_executors(
+    submit: Submit, undisturbed: tuple[int, list[str], list[str]], spark: SparkSession, tmp_path: Path
+) -> None:
+    """What came of it is read out of HDFS by others, and trained again here from local files: the same bits."""
+    assert undisturbed[0] == 0
+    conf = submit.conf.with_name("learn.toml")
+    conf.write_text(LEARN)
+    (conf.parent / "segments/like_the_first.toml").write_text(SEGMENT)
+    learn = replace(submit, environment=f"local:{sys.prefix}", conf=conf)
+    with learn.start(str(Path(__file__).with_name("learn.py"))) as process:
+        for far_enough in (lambda: checkpoints(submit.cluster), lambda: "✓ align" in said_by_now(submit.cluster)):
+            while not far_enough():
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.2)
+            kill_one("YarnCoarseGrainedExecutorBackend", submit.cluster)
+        assert "score_users" not in said_by_now(submit.cluster)
+        said, told = process.communicate()
+    assert process.returncode == 0, (said, told)
+    lines = said.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("✓")] == [
+        "train",
+        "align",
+        "score_users",
+        "export_segments",
+    ]
+    assert any("goes on from a checkpoint" in line for line in lines)
+
+    found = submit.fetch("undisturbed", tmp_path)
+    (folder,) = (path for path in (found / "models").iterdir() if path.is_dir())
+    assert json.loads((found / "models/current.json").read_text()) == {"model_version": folder.name}
+    assert sorted(path.name for path in folder.iterdir()) == sorted(MODEL)
+    about = json.loads((folder / "model.json").read_text())
+    assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == about["weights_sha256"]
+    again = trained_here(found, spark)
+    assert about["training"]["processes"] == again["training"]["processes"] == 2
+    assert about["training"]["parameters_sha256_by_rank"] == again["training"]["parameters_sha256_by_rank"]
+
+    tables = [f"delta_scan('{found}/tables/{name}')" for name in ("sequences", "user_embeddings")]
+    rows = f"{tables[0]} s LEFT JOIN {tables[1]} e USING (user_id)"
+    query = f"SELECT user_id, vector, is_cold FROM {rows} WHERE s.split = 'score' ORDER BY user_id"
+    users = delta_reader().execute(query).fetchall()
+    assert len({user for user, *_ in users}) == len(users) > 50
+    scores = likeness(users)
+    export = found / "exports/like_the_first"
+    assert sorted(path.name for path in export.iterdir()) == ["manifest.json", "part-00000.parquet", "report.html"]
+    part = pq.read_table(export / "part-00000.parquet").to_pydict()
+    assert part["rank"] == [*range(1, 13)]
+    assert part["score"] == pytest.approx([scores[user] for user in part["user_id"]], abs=1e-5)
+    assert part["score"] == pytest.approx(sorted(scores.values(), reverse=True)[:12], abs=1e-5)
+    assert [path.name for path in [*found.iterdir(), *(found / "models").iterdir()] if path.name.startswith(".")] == []
+
+
+MODEL = ("alignment.json", "card.md", "model.json", "model.safetensors", "run.json", "training.svg")
+
+
+def checkpoints(cluster: Cluster) -> list[str]:
+    """The names of a training's whole checkpoints, asked of the NameNode."""
+    (models,) = listed(cluster, "/undisturbed/models", r".*\.checkpoints") or [None]
+    return [] if models is None else listed(cluster, f"/undisturbed/models/{models}", r"\d+-\d+")
+
+
+def listed(cluster: Cluster, folder: str, pattern: str) -> list[str]:
+    try:
+        with urllib.request.urlopen(f"{cluster.webhdfs}{folder}?op=LISTSTATUS", timeout=30) as answer:
+            found = json.load(answer)["FileStatuses"]["FileStatus"]
+    except urllib.error.HTTPError:  # not there yet
+        return []
+    return [name for name in (status["pathSuffix"] for status in found) if re.fullmatch(pattern, name)]
+
+
+def trained_here(root: Path, spark: SparkSession) -> dict[str, Any]:
+    """What model.json says after the same training, without a stop, by horovodrun over the files in a local folder."""
+    sets = [f"train.{key}={json.dumps(value)}" for key, value in tomllib.loads(LEARN)["train"].items()]
+    sets += ['train.launcher="local"', "vocabulary.min_count=2", "sequences.max_length=64"]
+    shutil.copytree(root / "tables", root.with_name("here") / "tables")
+    runtime = Runtime(make_config(root.with_name("here"), *sets, conf=REPOSITORY / "conf/base.toml"), spark)
+    run_stages(runtime, [stage for stage in STAGES if stage.name == "train"])
+    about: dict[str, Any] = json.loads((runtime.model_dir() / "model.json").read_text())
+    return about
+
+
+def likeness(users: list[tuple[str, list[float], bool]]) -> dict[str, float]:
+    """Of all but the first SEEDS users, by hashed id: the highest cosine to any of these that is not cold."""
+    unit = {}
+    for user, vector, _ in users:
+        values = np.array(vector, np.float64)
+        assert np.isfinite(values).all()
+        if values.any():
+            unit[user] = values / np.linalg.norm(values)
+    first = [unit[user] for user, _, is_cold in users[:SEEDS] if not is_cold]
+    return {
+        hmac.new(EXPORT_KEY.encode(), user.encode(), "sha256").hexdigest(): max(
+            float(unit[user] @ seed) for seed in first
+        )
+        for user, *_ in users[SEEDS:]
+        if user in unit
+    }
 
 
 def same_tables(expected: Path, found: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jobs.errors import TrailvecError
+from jobs.errors import TrailvecError, explain
 from jobs.train import epochs, last_words, launch
 from tests.sequence_files import ITEMS, MAX_LENGTH, SPEC, item_counts, make_rows, make_run, next_items, write_valid
 from training.batches import FEATURES
@@ -383,9 +383,18 @@ def test_last_words_are_the_cause() -> None:
     shut_down = "[0]<stderr>:RuntimeError: Horovod has been shut down. This was caused by an exception"
     assert last_words([gone, shut_down, launchers, "Process name: 1", "Exit code: 137"], 1).startswith("process 0 was")
     assert last_words([gone, launchers], 1) == "the other rank is gone"
+    assert last_words([shut_down, launchers], 1) == "a process was lost, with its executor or its machine"
     assert last_words(["[0]<stderr>:no space", ""], 1) == "no space"
     assert last_words([], -9).startswith("process 0 was killed by signal 9")
     assert last_words([], 3) == "exit code 3"
+
+
+def test_a_python_without_pytorch_is_one_sentence() -> None:
+    """As the one of the data stages, on a cluster's driver or in an executor's Python worker."""
+    here = ModuleNotFoundError("No module named 'torch'")
+    there = RuntimeError("...worker.py\nModuleNotFoundError: No module named 'horovod.torch'\n\tat org.apache.spark...")
+    for error, name in ((here, "torch"), (there, "horovod")):
+        assert str(explain(error)).startswith(f"{name} is not in the Python that runs this stage: training and scoring")
 
 
 def test_a_small_log_is_passed_over_more_often() -> None:

@@ -15,7 +15,8 @@ import jobs.train
 import training.data
 from jobs.config import load_config, parse, shipped
 from jobs.errors import TrailvecError
-from jobs.segment_files import Place, delivered, place_of
+from jobs.files import HadoopPath
+from jobs.segment_files import ArrowFolder, delivered, place_of
 from jobs.segments import Segment
 from jobs.train import snapshot_files
 from training.data import Piece
@@ -108,6 +109,14 @@ def test_a_segment_without_destination_goes_beside_the_others() -> None:
     assert (found.folder, found.local) == ("/Volumes/c/s/v/exports/fans", True)
 
 
+def test_what_goes_to_hdfs_goes_by_hadoop() -> None:
+    runtime = SimpleNamespace(exports=HadoopPath("hdfs://namenode/trailvec/exports"))
+    for destination, folder in ((None, "trailvec/exports/fans"), ("hdfs://namenode/crm/fans", "crm/fans")):
+        found = place_of(runtime, segment(destination))  # type: ignore[arg-type]
+        assert isinstance(found, HadoopPath)
+        assert str(found) == f"hdfs://namenode/{folder}"
+
+
 def test_a_bucket_is_opened_by_its_own_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobs.segment_files.fs.FileSystem", SimpleNamespace(from_uri=lambda uri: ("s3", uri[5:])))
     found = place_of(SimpleNamespace(), segment("s3://bucket/fans"))  # type: ignore[arg-type]
@@ -143,7 +152,7 @@ class Noting:
 def test_where_nothing_can_be_renamed_the_manifest_goes_first_and_comes_last(tmp_path: Path) -> None:
     (tmp_path / "staging").mkdir()
     system, bucket = Noting(), tmp_path / "bucket"
-    place = Place(system, str(bucket), local=False)  # type: ignore[arg-type]
+    place = ArrowFolder(system, str(bucket), local=False)  # type: ignore[arg-type]
     for run in ("first", "second"):
         with delivered(place, tmp_path / "staging") as folder:
             for name in ("manifest.json", "part-00000.parquet"):

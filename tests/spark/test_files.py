@@ -1,0 +1,108 @@
+"""Hadoop's file systems by pathlib's names, over Hadoop's own local one; HDFS itself: tests/cluster."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+
+from jobs.errors import TrailvecError
+from jobs.files import HadoopPath, fetch, published
+from jobs.runtime import Runtime, write_json
+from training.checkpoint import describe_weights
+from training.config import ModelSpec
+
+SPEC = ModelSpec(
+    architecture="gpt2", width=8, layers=1, heads=1, dropout=0, negatives=0, max_length=4, items=3, context_sizes={}
+)
+
+
+@pytest.fixture
+def store(spark: SparkSession, tmp_path: Path) -> HadoopPath:
+    return HadoopPath(f"file://{tmp_path}/store")
+
+
+def names(folder: HadoopPath) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_is_published_whole_or_not_at_all(store: HadoopPath) -> None:
+    for text in ("old", "new"):
+        with published(store / "m1") as folder:
+            (folder / "a").write_text(text)
+            (folder / text).write_text(text)
+    assert names(store / "m1") == ["a", "new"]
+    assert (store / "m1" / "a").read_text() == "new"
+    with pytest.raises(NotADirectoryError), published(store / "m1") as folder:
+        (folder / "a" / "b").write_text(str((folder / "a").write_text("half")))
+    assert names(store) == ["m1"]
+    assert (store / "m1" / "a").read_text() == "new"
+    (store / ".m1.staging" / "a").write_text("what a kill left")
+    with published(store / "m1") as folder:
+        (folder / "b").write_text("newest")
+    assert (names(store), names(store / "m1")) == (["m1"], ["b"])
+
+
+def test_a_json_file_takes_the_place_of_the_old_one(store: HadoopPath) -> None:
+    for version in ("m1", "m2"):
+        write_json(store / "current.json", {"model_version": version})
+    assert json.loads((store / "current.json").read_text()) == {"model_version": "m2"}
+    assert names(store) == ["current.json"]
+
+
+def test_only_what_has_changed_is_fetched_again(store: HadoopPath, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    for name in ("a", "b", "c"):
+        (store / name).write_text(name)
+    (store / "folder" / "d").write_text("d")
+    assert sorted(fetch(store, copy)) == ["a", "b", "c"]
+    assert fetch(store, copy) == []
+    (store / "a").write_text("longer")
+    (store / "b").unlink()
+    assert fetch(store, copy) == ["a"]
+    assert {path.name: path.read_text() for path in copy.iterdir()} == {"a": "longer", "c": "c"}
+
+
+def model(folder: Path, weights: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(weights)
+    describe_weights(folder, SPEC, {"model_version": folder.name})
+
+
+def test_a_model_elsewhere_is_read_from_a_whole_copy_and_added_to_there(
+    make_runtime: Callable[..., Runtime], store: HadoopPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Runtime, "place", store)
+    runtime = make_runtime()
+    with pytest.raises(TrailvecError, match=r"no model under file:\S+/store/models: run"):
+        runtime.model_dir()
+    for version in ("m1", "m2"):
+        with published(runtime.models / version) as folder:
+            model(folder, version.encode())
+    write_json(runtime.models / "current.json", {"model_version": "m2"})
+    with pytest.raises(TrailvecError, match=r"model m3 does not exist under \S+/models \(found: m1, m2\)"):
+        runtime.model_dir("m3")
+    assert (runtime.has_model("m1"), runtime.has_model("m3")) == (True, False)
+
+    copy = runtime.model_dir()
+    assert (copy.name, (copy / "model.safetensors").read_bytes()) == ("m2", b"m2")
+    (copy / "page.html").write_text("a page")
+    runtime.add_to_model(copy, "page.html", "not made")
+    assert names(runtime.models / "m2") == ["model.json", "model.safetensors", "page.html"]
+    assert (runtime.model_dir() / "page.html").read_text() == "a page"
+
+    (store / "models" / "m2" / "model.safetensors").write_text("damaged")
+    with pytest.raises(
+        TrailvecError, match=r"the model in file:\S+/store/models/m2 is damaged: model.safetensors is not"
+    ):
+        runtime.model_dir()
+    with pytest.raises(TrailvecError, match="is damaged"):  # and again: the copy is not kept
+        runtime.model_dir()
+
+
+def test_training_on_a_store_that_it_does_not_reach_is_refused_in_one_sentence(store: HadoopPath) -> None:
+    with pytest.raises(TrailvecError, match=r"^file:\S+/store is not on HDFS, and training reads") as error:
+        store.shared_url()
+    assert "\n" not in str(error.value)

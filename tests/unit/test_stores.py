@@ -1,0 +1,93 @@
+"""What training does in a store, over fsspec's own store in memory; WebHDFS itself: tests/cluster."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from fsspec.implementations.local import LocalFileSystem
+
+from jobs.errors import TrailvecError
+from training import stores
+from training.checkpoint import Progress, best_checkpoint, newest_checkpoint, read_checkpoint, write_checkpoint
+from training.data import Piece, _PlannedReader, _row_groups
+from training.stores import StorePath, fsspec_of, local_file, parquet_files
+
+
+@pytest.fixture
+def store() -> Iterator[StorePath]:
+    yield StorePath("memory://models/m1.checkpoints/")
+    fsspec.filesystem("memory").rm("/", recursive=True)
+
+
+def test_checkpoints_in_a_store_are_those_of_a_folder(store: StorePath, tmp_path: Path) -> None:
+    assert newest_checkpoint(store) is None
+    for folder in (store, tmp_path):
+        for step in range(1, 5):
+            progress = Progress(ranks=2, epoch=2, step=step, best_epoch=1)
+            write_checkpoint(folder, progress, {"model.x": torch.full((3,), float(step))}, keep=2)
+    found = newest_checkpoint(store)
+    assert found is not None
+    assert found.name == "00002-0000000004"
+    assert [path.name for path in store.glob("*")] == sorted(path.name for path in tmp_path.iterdir())
+    for path in (found, pickle.loads(pickle.dumps(found))):  # rank 0 sends it to the others
+        progress, tensors = read_checkpoint(path)
+        assert (progress.step, tensors["model.x"].tolist()) == (4, [4.0, 4.0, 4.0])
+    assert str(best_checkpoint(store, progress)) == "memory://models/m1.checkpoints/00002-0000000000"
+
+
+def test_what_a_kill_left_in_a_store_is_removed_and_what_is_damaged_told(store: StorePath) -> None:
+    (store / ".00001-0000000001.part" / "state.safetensors").write_text("half")
+    write_checkpoint(store, Progress(ranks=1, step=2), {"model.x": torch.ones(1)}, keep=1)
+    assert [path.name for path in store.glob("*")] == ["00001-0000000002"]
+    whole = store / "00001-0000000002"
+    (whole / "state.safetensors").write_text("damaged")
+    with pytest.raises(TrailvecError, match=r"^the checkpoint memory://models/m1\S+ is damaged \(state.safetensors is"):
+        read_checkpoint(whole)
+
+
+def test_a_rename_that_the_store_does_not_do_is_an_error(store: StorePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    """WebHDFS answers "false", and fsspec takes it for a yes."""
+    (store / "a").write_text("a")
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "mv", lambda *_, **__: None)
+    with pytest.raises(OSError, match="could not be renamed to b"):
+        (store / "a").rename(store / "b")
+
+
+def test_petastorm_reads_planned_row_groups_out_of_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """webhdfs:// with fsspec's store of local files in the place of HDFS."""
+    columns = ["item_index", "event_type_index", "vertical_index", "gap_bucket", "session_end", "hour", "weekday"]
+    rows = {name: [[row, row + 1] for row in range(6)] for name in [*columns, "price_bucket"]}
+    pq.write_table(pa.table(rows), tmp_path / "a b.parquet", row_group_size=3)
+
+    class Store(LocalFileSystem):
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return path.removeprefix("webhdfs://me@host:9870")
+
+    local = Store()
+    monkeypatch.setattr(stores, "_system_of", lambda url: local)
+    url = f"webhdfs://me@host:9870{tmp_path}/a b.parquet"
+    assert fsspec_of([url]) is local
+    system, paths = parquet_files([url])
+    assert pq.read_metadata(paths[0], filesystem=system).num_rows == 6
+    assert _row_groups((url,)) == ((url, 0, 3), (url, 1, 3))
+    with _PlannedReader([Piece(url, 1, 0, 3), Piece(url, 0, 1, 3)]) as reader:
+        read = [table["item_index"].to_pylist() for table in reader]
+    assert read == [[[3, 4], [4, 5], [5, 6]], [[0, 1], [1, 2], [2, 3]]]
+
+
+def test_a_file_of_a_store_lies_here_while_it_is_read(store: StorePath, tmp_path: Path) -> None:
+    (store / "weights").write_text("numbers")
+    with local_file(store / "weights") as copy:
+        assert copy.read_text() == "numbers"
+    assert not copy.exists()
+    (tmp_path / "weights").write_text("numbers")
+    with local_file(tmp_path / "weights") as same:
+        assert same == tmp_path / "weights"

@@ -1,0 +1,161 @@
+"""Folders and files that training's processes share, by the names in a run spec: local ones, or on HDFS over WebHDFS
+(`webhdfs://user@host:port/path`), which needs neither a JVM nor Hadoop's native library. The only module that imports
+fsspec.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from pyarrow import fs
+
+_BYTES_AT_ONCE = 64 * 1024 * 1024  # of a file that is sent; each is an append of its own
+
+
+class StorePath:
+    """A file or folder in a store, by its URL, with pathlib's names and meanings as far as training needs them."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+
+    def __truediv__(self, name: str) -> StorePath:
+        return StorePath(f"{self._url}/{name}")
+
+    def __str__(self) -> str:
+        return self._url
+
+    @property
+    def name(self) -> str:
+        return self._url.rpartition("/")[2]
+
+    def exists(self) -> bool:
+        return bool(self._system.exists(self._path))
+
+    def glob(self, pattern: str) -> list[StorePath]:
+        """What lies in the folder under names of that pattern; nothing where it does not exist."""
+        try:
+            found = self._system.ls(self._path, detail=False)
+        except FileNotFoundError:
+            return []
+        names = [path.rpartition("/")[2] for path in found]
+        return [self / name for name in sorted(names) if fnmatch.fnmatchcase(name, pattern)]
+
+    def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
+        """Always with its parents, and content with a folder that is there; the arguments are pathlib's."""
+        assert parents
+        assert exist_ok
+        self._system.makedirs(self._path, exist_ok=True)
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return bytes(self._system.cat_file(self._path)).decode(encoding)
+
+    def write_text(self, text: str, encoding: str = "utf-8") -> None:
+        self._system.pipe_file(self._path, text.encode(encoding))
+
+    def put(self, source: Path) -> None:
+        """Copies the files of a local folder here."""
+        self.mkdir()
+        for file in sorted(source.iterdir()):
+            target = (self / file.name)._path
+            with file.open("rb") as read, self._system.open(target, "wb", block_size=_BYTES_AT_ONCE) as write:
+                shutil.copyfileobj(read, write, _BYTES_AT_ONCE)
+
+    def get(self, target: Path) -> None:
+        """Copies the file to this machine."""
+        self._system.get_file(self._path, str(target))
+
+    def rename(self, target: StorePath) -> None:
+        """Raises OSError where the store did not do it."""
+        self._system.mv(self._path, target._path, recursive=True)
+        if not target.exists():  # WebHDFS says false, which fsspec does not look at
+            raise OSError(f"{self} could not be renamed to {target.name}")
+
+    def rmtree(self) -> None:
+        """Deletes it with all that is in it; nothing where it does not exist."""
+        with contextlib.suppress(FileNotFoundError):
+            self._system.rm(self._path, recursive=True)
+
+    @property
+    def _path(self) -> str:
+        return str(self._system._strip_protocol(self._url))
+
+    @property
+    def _system(self) -> Any:
+        return _system_of(self._url)
+
+
+Folder = Path | StorePath
+
+
+def folder_of(name: str) -> Folder:
+    """A file or folder that a run spec names."""
+    return StorePath(name) if _is_remote(name) else Path(name)
+
+
+def remove_tree(of: Folder) -> None:
+    """Deletes it with all that is in it; nothing where it does not exist."""
+    if isinstance(of, Path):
+        shutil.rmtree(of, ignore_errors=True)
+    else:
+        of.rmtree()
+
+
+@contextlib.contextmanager
+def filled(folder: Folder) -> Iterator[Path]:
+    """A new local folder to fill, `folder` itself or what is copied there at the block's end."""
+    if isinstance(folder, Path):
+        folder.mkdir(parents=True)
+        yield folder
+    else:
+        with tempfile.TemporaryDirectory() as local:
+            yield Path(local)
+            folder.put(Path(local))
+
+
+@contextlib.contextmanager
+def local_file(file: Folder) -> Iterator[Path]:
+    """The file itself, or a copy of it on this machine until the block ends. (What is mapped into memory stays there.)
+
+    Raises:
+        OSError: it does not exist or can't be read.
+    """
+    if isinstance(file, Path):
+        yield file
+    else:
+        with tempfile.TemporaryDirectory() as local:
+            copy = Path(local) / file.name
+            file.get(copy)
+            yield copy
+
+
+def parquet_files(urls: list[str]) -> tuple[fs.FileSystem, list[str]]:
+    """The file system of all of these files, as pyarrow knows it, and their paths in it.
+
+    Args:
+        urls: file:// URLs, or webhdfs:// ones of one host.
+    """
+    if urls and _is_remote(urls[0]):
+        system = _system_of(urls[0])
+        return fs.PyFileSystem(fs.FSSpecHandler(system)), [str(system._strip_protocol(url)) for url in urls]
+    return fs.LocalFileSystem(), [url.removeprefix("file://") for url in urls]
+
+
+def fsspec_of(urls: list[str]) -> Any | None:
+    """The store of these files, as fsspec knows it; None where they are local."""
+    return _system_of(urls[0]) if urls and _is_remote(urls[0]) else None
+
+
+def _is_remote(name: str) -> bool:
+    return name.startswith("webhdfs://")
+
+
+def _system_of(url: str) -> Any:
+    from fsspec.core import url_to_fs  # noqa: PLC0415 - nothing on a local disk needs it, nor do the data stages
+
+    return cast(Any, url_to_fs(url))[0]  # one for each host, kept by fsspec
