@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from pyspark.sql import DataFrame, SparkSession
 
-from jobs.config import Config, load_config
+from jobs.config import Config, MaintainSettings, load_config
 from jobs.runtime import QUIET, Runtime, Stage, start_spark
 from jobs.tables import Table
 from scripts.faults import delta_reader
@@ -94,6 +94,12 @@ def make_runtime(spark: SparkSession, tmp_path: Path) -> Callable[..., Runtime]:
         return Runtime(make_config(root or tmp_path / "warehouse", *sets, conf=conf), spark)
 
     return make
+
+
+def expired(runtime: Runtime) -> Runtime:
+    """The runtime with a retention of no time at all, which no configuration may have."""
+    none = MaintainSettings.model_construct(retention_hours=0, target_file_mb=1)
+    return Runtime(runtime.config.model_copy(update={"maintain": none}), runtime.spark)
 
 
 def put(runtime: Runtime, table: Table, rows: DataFrame) -> None:

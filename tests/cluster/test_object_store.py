@@ -27,30 +27,16 @@ from pyarrow import fs
 from pyarrow.filesystem import DaskFileSystem
 from pyspark.sql import SparkSession
 
-from jobs.cli import run_stages
 from jobs.errors import TrailvecError
-from jobs.pipeline import STAGES
 from jobs.runtime import QUIET, Runtime
 from jobs.segment_files import MANIFEST, ArrowFolder, delivered, place_of
 from jobs.segments import Segment
-from scripts.faults import delta_reader, differences
+from scripts.faults import delta_reader
 from scripts.s3_server import S3Server
+from tests.cluster.road import DATA, REPOSITORY, ROAD, SETTINGS, run_here, same_tables
 from tests.conftest import make_config
 
-REPOSITORY = Path(__file__).parents[2]
-DATA = REPOSITORY / "tests/data/online_retail"
-ROAD = STAGES[: [stage.name for stage in STAGES].index("build_sequences") + 1]
-TABLES = [table.name for stage in ROAD for table in stage.writes]
 BUCKET = "lake"
-# Rules that catch users and cut sessions on these days too, so that every stage has something to write.
-SETTINGS = {
-    "ingest.sources": [str(REPOSITORY / "conf/sources/online_retail.toml")],
-    "ingest.max_rejected_share": 1.0,
-    "flag_users.events_per_minute": 40,
-    "sessionize.max_events": 50,
-    "vocabulary.min_count": 2,
-    "sequences.max_length": 64,
-}
 CONF = """
 extends = "{repository}/conf/s3.toml"
 [storage]
@@ -147,18 +133,8 @@ def test_after_a_kill_the_rows_are_those_of_a_local_run(
     tables: Path, spark: SparkSession, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     root = tmp_path_factory.mktemp("expected")
-    sets = [f"{key}={json.dumps(value)}" for key, value in SETTINGS.items()]
-    config = make_config(root, *sets, f'ingest.data_dir="{DATA}"', conf=REPOSITORY / "conf/base.toml")
-    run_stages(Runtime(config, spark), ROAD)
-    for table in TABLES:
-        assert count(tables, table) > 0, table
-    # A refused record is told with its file, which lies elsewhere.
-    assert differences(root, tables, TABLES, {"rejected_events": "file"}) == dict.fromkeys(TABLES, 0)
-
-
-def count(root: Path, table: str) -> int:
-    query = f"SELECT count(*) FROM delta_scan('{root}/tables/{table}')"
-    return int(delta_reader().execute(query).fetchall()[0][0])
+    run_here(spark, root)
+    same_tables(root, tables)
 
 
 def test_the_next_run_writes_nothing(store: Store, tables: Path) -> None:

@@ -37,24 +37,12 @@ from pyspark.sql import SparkSession
 from jobs.cli import run_stages
 from jobs.pipeline import STAGES
 from jobs.runtime import Runtime
-from scripts.faults import delta_reader, differences
+from scripts.faults import delta_reader
 from scripts.yarn_cluster import Cluster
+from tests.cluster.road import DATA, REPOSITORY, ROAD, SETTINGS, run_here, same_tables
 from tests.conftest import make_config
 
-REPOSITORY = Path(__file__).parents[2]
 SPARK_JARS = str(Path(pyspark.__file__).parent / "jars")
-DATA = REPOSITORY / "tests/data/online_retail"
-ROAD = [stage for stage in STAGES[: [stage.name for stage in STAGES].index("build_sequences") + 1]]
-TABLES = [table.name for stage in ROAD for table in stage.writes]
-# Rules that catch users and cut sessions on these days too, so that every stage has something to write.
-SETTINGS = {
-    "ingest.sources": ["conf/sources/online_retail.toml"],
-    "ingest.max_rejected_share": 1.0,
-    "flag_users.events_per_minute": 40,
-    "sessionize.max_events": 50,
-    "vocabulary.min_count": 2,
-    "sequences.max_length": 64,
-}
 CONF = """
 extends = "yarn.toml"
 [spark.conf]
@@ -179,10 +167,8 @@ def environment() -> Path:
 @pytest.fixture(scope="module")
 def expected(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same stages, run here over local files."""
-    sets = [f"{key}={json.dumps(value)}" for key, value in SETTINGS.items()]
     root = tmp_path_factory.mktemp("expected")
-    config = make_config(root, *sets, f'ingest.data_dir="{DATA}"', conf=REPOSITORY / "conf/base.toml")
-    run_stages(Runtime(config, spark), ROAD)
+    run_here(spark, root)
     return root
 
 
@@ -309,14 +295,6 @@ def likeness(users: list[tuple[str, list[float], bool]]) -> dict[str, float]:
         for user, *_ in users[SEEDS:]
         if user in unit
     }
-
-
-def same_tables(expected: Path, found: Path) -> None:
-    for table in TABLES:
-        rows = delta_reader().execute(f"SELECT count(*) FROM delta_scan('{found}/tables/{table}')").fetchall()[0][0]
-        assert rows > 0, table
-    # A refused record is told with its file, which lies elsewhere.
-    assert differences(expected, found, TABLES, {"rejected_events": "file"}) == dict.fromkeys(TABLES, 0)
 
 
 def test_after_a_killed_driver_and_a_killed_executor_the_rows_are_the_same(

@@ -22,7 +22,6 @@ from pyspark.sql import SparkSession
 
 from jobs import build_sequences, build_vocabulary, cli, erase_users, flag_users, ingest, sessionize
 from jobs import runtime as runtime_module
-from jobs.config import MaintainSettings
 from jobs.erase_users import HOLDING_USERS, erase, finish
 from jobs.errors import TrailvecError
 from jobs.maintain_tables import vacuum
@@ -43,7 +42,7 @@ from jobs.tables import (
     Table,
 )
 from jobs.tombstones import ERASE_KEY
-from tests.conftest import make_config, put, read_delta
+from tests.conftest import expired, make_config, put, read_delta
 from tests.events import START, make_event, to_frame
 
 KEY = "a key of the tests"
@@ -232,12 +231,6 @@ def story(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Simp
         seen.oracle = oracle = shop(spark, folder / "oracle")
         arrive(oracle, "all", without_them([*first_days(), *more_days(), *late_days()]))
     return seen
-
-
-def expired(runtime: Runtime) -> Runtime:
-    """The runtime with a retention of no time at all, which no configuration may have."""
-    none = MaintainSettings.model_construct(retention_hours=0, target_file_mb=1)
-    return Runtime(runtime.config.model_copy(update={"maintain": none}), runtime.spark)
 
 
 # ---- gone ------------------------------------------------------------------------------------------------

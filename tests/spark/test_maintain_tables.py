@@ -21,12 +21,11 @@ from pyspark.sql import functions as F
 from jobs import cli, flag_users, sessionize
 from jobs import maintain_tables as module
 from jobs import runtime as runtime_module
-from jobs.config import MaintainSettings
 from jobs.errors import TrailvecError
 from jobs.maintain_tables import active_files, maintain, measure, run_maintain
 from jobs.runtime import Runtime, Stage
 from jobs.tables import CONTEXT_VALUES, EVENTS, SEQUENCES, SESSIONS, Table
-from tests.conftest import put, read_delta
+from tests.conftest import expired, put, read_delta
 from tests.events import START, Row, make_event, to_frame
 
 
@@ -48,12 +47,6 @@ def in_pieces(runtime: Runtime, pieces: int = 3) -> None:
     put(runtime, EVENTS, to_frame(runtime.spark, events(0, 10), partitions=2))
     for number in range(1, pieces):
         add(runtime, to_frame(runtime.spark, events(10 * number, 10 * (number + 1))))
-
-
-def expired(runtime: Runtime) -> Runtime:
-    """The runtime with a retention of no time at all, which no configuration may have."""
-    none = MaintainSettings.model_construct(retention_hours=0, target_file_mb=1)
-    return Runtime(runtime.config.model_copy(update={"maintain": none}), runtime.spark)
 
 
 def event_ids(runtime: Runtime) -> list[str]:
