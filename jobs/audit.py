@@ -7,13 +7,12 @@ output (`--json`) where it can't be changed if you need it for longer.
 from __future__ import annotations
 
 import json
-import sys
 from datetime import datetime, timezone
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table as Grid
 
+from jobs.cli import table_console
 from jobs.errors import TrailvecError
 from jobs.runtime import Commit, Runtime
 from jobs.tables import TABLES
@@ -84,5 +83,4 @@ def print_audit(runtime: Runtime, table: str | None, since: str | None, as_json:
             entry["application"] or "-",
             entry["code_version"] or "-",
         )
-    # A pipe has no width of its own; 80 columns would break the cells.
-    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(grid)
+    table_console(piped_width=200).print(grid)

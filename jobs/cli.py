@@ -237,6 +237,11 @@ _BESIDE: dict[str, Callable[[Config, argparse.Namespace], None]] = {
 }
 
 
+def table_console(markup: bool = True, piped_width: int = 160) -> Console:
+    """stdout, for tables: a pipe has no width of its own, and 80 columns would break the cells."""
+    return Console(highlight=False, markup=markup, width=None if sys.stdout.isatty() else piped_width)
+
+
 def run_stages(runtime: Runtime, stages: Sequence[Stage], force: bool = False) -> list[Report]:
     """Runs the stages in order in one Spark session, saying what each did as it ends."""
     reports = []

@@ -292,9 +292,7 @@ def _finish(runtime: Runtime) -> None:
 
     waiting = {erasure_id for digest in held for erasure_id in requests[digest]}
     # What a killed export leaves holds user ids; one that runs right now has begun before.
-    leftovers = [
-        folder for folder in (runtime.root / ".exports.staging", *runtime.exports.glob(".*")) if folder.exists()
-    ]
+    leftovers = [folder for folder in (runtime.exports_staging, *runtime.exports.glob(".*")) if folder.exists()]
     receipts = _receipts(runtime)
     changed = []
     for receipt in receipts:

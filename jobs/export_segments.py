@@ -43,7 +43,7 @@ from pyspark.sql import functions as F
 
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
-from jobs.files import HadoopPath, Place, fetch, remove_tree
+from jobs.files import HadoopPath, Place, fetch
 from jobs.runtime import Runtime, Stage, code_version, write_json
 from jobs.segment_files import (
     MANIFEST,
@@ -71,6 +71,7 @@ from jobs.sql import query
 from jobs.tables import CURRENT_MODEL, EXPORTS, ITEM_EMBEDDINGS, ITEMS, SESSIONS, TABLES, USER_EMBEDDINGS
 from spark_udfs.keyed import hashed
 from spark_udfs.likeness import Anchors, Scorer, anchors_of, candidates
+from training.stores import remove_tree
 
 _SAMPLE = 20_000  # users, about, whose scores set the floors, and who stand for the others in a classifier
 _BINS = 20  # of the histogram of scores
@@ -208,7 +209,7 @@ class Staging:
 
 @contextmanager
 def _staging(runtime: Runtime) -> Iterator[Staging]:
-    shared = runtime.place / ".exports.staging"
+    shared = runtime.exports_staging
     remove_tree(shared)
     try:
         if isinstance(shared, Path):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import tempfile
 import urllib.request
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
 from jobs.errors import TrailvecError
+from training.stores import remove_tree
 from training.urls import local_path
 
 _SECONDS_FOR_AN_ANSWER = 10.0
@@ -259,11 +259,3 @@ def fetch(source: HadoopPath, copy: Path) -> list[str]:
         if old.name not in files:
             old.unlink()
     return fetched
-
-
-def remove_tree(of: Place) -> None:
-    """Deletes a folder with all that is in it; nothing where it does not exist."""
-    if isinstance(of, Path):
-        shutil.rmtree(of, ignore_errors=True)
-    else:
-        of.rmtree()

@@ -47,12 +47,13 @@ from pyspark.sql import types as T
 from jobs.cli import stage_main
 from jobs.config import IngestSettings, shipped
 from jobs.errors import TrailvecError, explain
-from jobs.files import Place, remove_tree
+from jobs.files import Place
 from jobs.pruning import within_days
 from jobs.runtime import Runtime, Stage
 from jobs.sources import Given, IdValue, Input, Kafka, Lookup, Source, TimeValue, Value, load_source
 from jobs.tables import EVENTS, REJECTED_EVENTS
 from jobs.tombstones import Test, erased_tests
+from training.stores import remove_tree
 from training.urls import file_url
 
 # Columns of a raw frame beside the record's own.

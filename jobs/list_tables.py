@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 from delta.tables import DeltaTable
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table as Grid
 
+from jobs.cli import table_console
 from jobs.runtime import Runtime
 from jobs.tables import TABLES
 
@@ -69,5 +68,4 @@ def print_tables(runtime: Runtime, as_json: bool) -> None:
             entry["written_at"].replace("T", " ").rstrip("Z"),
             f"{writer['stage']} {writer['code_version']}" if writer else "-",
         )
-    # A pipe has no width of its own; 80 columns would break the cells.
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(grid)
+    table_console().print(grid)

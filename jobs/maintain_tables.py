@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,11 +38,10 @@ import pyarrow as pa
 from delta.tables import DeltaTable
 from pyspark.sql import Column, SparkSession
 from pyspark.sql import functions as F
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table as Grid
 
-from jobs.cli import stage_main
+from jobs.cli import stage_main, table_console
 from jobs.errors import TrailvecError
 from jobs.runtime import CONFLICTS, Runtime, spark_conf
 from jobs.tables import TABLES, Table
@@ -228,8 +226,7 @@ def _print(runtime: Runtime, entries: list[dict[str, Any]]) -> None:
             decimal(entry["bytes_freed"]),
             f"{entry['seconds']:.1f}",
         )
-    # A pipe has no width of its own; 80 columns would break the cells.
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(grid)
+    table_console().print(grid)
 
 
 def main() -> None:

@@ -254,6 +254,11 @@ class Runtime:
     def exports(self) -> Place:
         return self.place / "exports"
 
+    @property
+    def exports_staging(self) -> Place:
+        """What a run of export_segments lays down meanwhile; user ids among it."""
+        return self.place / ".exports.staging"
+
     def exists(self, table: Table) -> bool:
         return bool(DeltaTable.isDeltaTable(self.spark, self.path(table)))
 
@@ -633,8 +638,8 @@ class Runtime:
                 raise TrailvecError(f"no model under {self.models}: run `trailvec train` first")
             version = json.loads(current.read_text())["model_version"]
         folder = self.models / version
-        if not (folder / ABOUT).exists():
-            found = sorted(p.parent.name for p in self.models.glob("*/model.json"))
+        if not self.has_model(version):
+            found = sorted(p.parent.name for p in self.models.glob(f"*/{ABOUT}"))
             raise TrailvecError(
                 f"model {version} does not exist under {self.models} (found: {', '.join(found) or 'none'}): "
                 f"set model.version to one of them or run `trailvec train`"

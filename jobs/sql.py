@@ -6,16 +6,15 @@ trailvec sql --conf conf/local.toml "SELECT vertical, count(*) AS events FROM ev
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
-from rich.console import Console
 from rich.table import Table as Grid
 
+from jobs.cli import table_console
 from jobs.errors import TrailvecError, explain
 from jobs.runtime import Runtime
 from spark_udfs import nearest_of_user, vectors
@@ -68,8 +67,7 @@ def _print_rows(columns: list[str], rows: list[Row], limit: int) -> None:
         grid.add_column(column, overflow="fold")
     for row in rows[:limit]:
         grid.add_row(*[_cell(value) for value in row])
-    # A pipe has no width of its own; 80 columns would break most ids.
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    console = table_console(markup=False)
     console.print(grid)
     more = f"the first {limit:,} rows; there are more rows: add a WHERE, or --json for all"
     console.print(more if len(rows) > limit else f"{len(rows):,} row{'s' * (len(rows) != 1)}")

@@ -41,7 +41,7 @@ from jobs.build_vocabulary import category_value
 from jobs.cli import stage_main
 from jobs.config import Config
 from jobs.errors import TrailvecError
-from jobs.files import HadoopPath, Place, published, remove_tree, shared_url
+from jobs.files import HadoopPath, Place, published, shared_url
 from jobs.model_card import plot, write_card
 from jobs.runtime import Runtime, Stage, write_json
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
@@ -49,7 +49,7 @@ from jobs.tracking import Tracker, tracked
 from training.batches import BUCKET_SIZES, FEATURES
 from training.checkpoint import WEIGHTS, newest_checkpoint, read_about
 from training.config import ITEM_ATTRIBUTES, ModelSpec, RunSpec, TrainSettings
-from training.stores import folder_of, parquet_files
+from training.stores import folder_of, parquet_files, remove_tree
 from training.urls import file_url, local_path
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -195,7 +195,7 @@ def count_rows(files: list[str]) -> int:
 def run(runtime: Runtime) -> None:
     version = runtime.fingerprint[:12]
     folder = runtime.models / version
-    if (folder / "model.json").exists() and not runtime.forced:
+    if runtime.has_model(version) and not runtime.forced:
         runtime.report.skipped = True
     else:
         # Beside the model's folder, which appears when all is done: what a kill leaves, the same command finds.

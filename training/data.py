@@ -186,11 +186,12 @@ class _PlannedReader(Reader):  # type: ignore[misc]
 
     def __init__(self, pieces: list[Piece]) -> None:
         self._planned = pieces
-        urls = [file_url(file) for file in dict.fromkeys(piece.file for piece in pieces)]
+        files = list(dict.fromkeys(piece.file for piece in pieces))
+        urls = [file_url(file) for file in files]
         store = fsspec_of(urls)
         own = {} if store is None else {"filesystem": _LegacyFileSystem(store)}
         filesystem, paths = get_filesystem_and_path_or_paths(urls, **own)
-        self._path_of = dict(zip(dict.fromkeys(piece.file for piece in pieces), paths, strict=True))
+        self._path_of = dict(zip(files, paths, strict=True))
         super().__init__(
             filesystem,
             paths,

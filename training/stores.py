@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from pyarrow import fs
 
@@ -98,7 +98,13 @@ def folder_of(name: str) -> Folder:
     return StorePath(name) if _is_remote(name) else Path(name)
 
 
-def remove_tree(of: Folder) -> None:
+class Tree(Protocol):
+    """A folder of another store, StorePath's here or Hadoop's (jobs/files.py)."""
+
+    def rmtree(self) -> None: ...
+
+
+def remove_tree(of: Path | Tree) -> None:
     """Deletes it with all that is in it; nothing where it does not exist."""
     if isinstance(of, Path):
         shutil.rmtree(of, ignore_errors=True)
@@ -140,10 +146,9 @@ def parquet_files(urls: list[str]) -> tuple[fs.FileSystem, list[str]]:
     Args:
         urls: file:// URLs, or webhdfs:// ones of one host.
     """
-    if urls and _is_remote(urls[0]):
-        system = _system_of(urls[0])
-        return fs.PyFileSystem(fs.FSSpecHandler(system)), [str(system._strip_protocol(url)) for url in urls]
-    return fs.LocalFileSystem(), [url.removeprefix("file://") for url in urls]
+    if (store := fsspec_of(urls)) is None:
+        return fs.LocalFileSystem(), [url.removeprefix("file://") for url in urls]
+    return fs.PyFileSystem(fs.FSSpecHandler(store)), [str(store._strip_protocol(url)) for url in urls]
 
 
 def fsspec_of(urls: list[str]) -> Any | None:
