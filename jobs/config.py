@@ -181,6 +181,24 @@ class DriftSettings(Section):
     )
 
 
+class GateSettings(Section):
+    """A row of `evaluation` that a model must have before it becomes the current one; columns as there."""
+
+    task: str
+    method: str
+    metric: str
+    slice: str = "all"
+    slice_value: str = "all"
+    at_least: float | None = Field(None, description="the lower end of the interval, where the row has one, else value")
+    at_most: float | None = Field(None, description="the upper end of the interval, where the row has one, else value")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> GateSettings:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("say at_least, at_most or both")
+        return self
+
+
 class EvaluateSettings(Section):
     """vectors + sequences → evaluation."""
 
@@ -191,6 +209,9 @@ class EvaluateSettings(Section):
     knn_decay: float = Field(0.7, gt=0, le=1, description="weight of a history item per step back")
     resamples: int = Field(1_000, ge=1, description="of the bootstrap over users that intervals come from")
     drift: DriftSettings = Field(default_factory=DriftSettings)
+    gate: list[GateSettings] = Field(
+        default_factory=list, description="what score_users asks of a model's rows before it makes the model current"
+    )
 
 
 class NeighboursSettings(Section):

@@ -382,6 +382,39 @@ def _interactions(
     return own, matrix(trained.join(known, "user_id"), {u: n for n, u in enumerate(names)})
 
 
+# ---- the gate ----------------------------------------------------------------------------------------------------
+
+
+def refusal(runtime: Runtime, version: str) -> str | None:
+    """Why the model must not become current: one sentence; None: it may, by every row that `evaluate.gate` names."""
+    settings = runtime.config.evaluate
+    if not settings.gate:
+        return None
+    runtime.create(EVALUATION)
+    rows = runtime.latest(EVALUATION).where((F.col("model_version") == version) & (F.col("split") == settings.split))
+    found = {(r["task"], Cell(r["method"], r["metric"], r["slice"], r["slice_value"])): r for r in rows.collect()}
+    reasons = []
+    for asked in settings.gate:
+        cell = Cell(asked.method, asked.metric, asked.slice, asked.slice_value)
+        row = found.get((asked.task, cell))
+        name = " ".join((asked.task, *(word for word in cell if word != "all")))
+        if row is None:
+            reasons.append(f"table evaluation has no row {name} of it in split {settings.split}")
+            continue
+        low, high = (row["value"] if row[end] is None else row[end] for end in ("low", "high"))
+        told = f"{name} is {row['value']:.4f}" + ("" if row["low"] is None else f" ({low:.4f} to {high:.4f})")
+        if asked.at_least is not None and not low >= asked.at_least:
+            reasons.append(f"{told}, not surely at least {asked.at_least:g}")
+        if asked.at_most is not None and not high <= asked.at_most:
+            reasons.append(f"{told}, not surely at most {asked.at_most:g}")
+    if not reasons:
+        return None
+    return (
+        f"model {version} must not become current (evaluate.gate): {'; '.join(reasons)}: run `trailvec evaluate` where "
+        f"it has not run, else train another or change the gate"
+    )
+
+
 STAGE = Stage(
     "evaluate",
     "rank the catalogue for every test user; the model beside the floors",

@@ -72,6 +72,11 @@ DRIFT = {
     ("users", "centroid_cosine"): ("cosine of the users' centroids", "the same of the mean of all"),
 }
 LARGEST = 12  # verticals in a picture
+MAPPED_ITEMS = "items, drawn by hash, along the two axes in which their directions differ most (PCA); by vertical"
+MAPPED_USERS = (
+    "users, some of everybody and some of each segment that was exported last, drawn by hash, along the two axes in "
+    "which their directions differ most (PCA); who is in several segments is shown in the smallest"
+)
 
 Row = dict[str, Any]
 
@@ -88,6 +93,21 @@ class Example(NamedTuple):
     name: str
     vertical: str
     near: list[Neighbour]
+
+
+@dataclass(frozen=True)
+class Map:
+    """Vectors as points in the plane.
+
+    Attributes:
+        points: [n, 2]; none: there is no such map.
+        groups: of each, [n]; None: of none that is told apart.
+        shares: of the variance, along each axis.
+    """
+
+    points: npt.NDArray[Any] = field(default_factory=lambda: np.empty((0, 2)))
+    groups: Sequence[str | None] = ()
+    shares: Sequence[float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -108,9 +128,8 @@ class Facts:
     about: Row
     rows: list[Row]
     versions: list[tuple[str, bool, Row, list[Row]]]
-    points: npt.NDArray[Any] = field(default_factory=lambda: np.empty((0, 2)))
-    groups: Sequence[str] = ()
-    shares: Sequence[float] = (0.0, 0.0)
+    items: Map = Map()
+    users: Map = Map()
     examples: Sequence[Example] = ()
     sample: int = 0
     probes: Sequence[Row] = ()
@@ -162,8 +181,18 @@ def page(facts: Facts) -> str:
         ],
         examples=facts.examples,
         sample=facts.sample,
-        map_picture=_picture(pictures.scatter(facts.points, facts.groups, facts.shares)) if len(facts.points) else "",
-        mapped=len(facts.points),
+        maps=[
+            {
+                "title": title,
+                "picture": _picture(pictures.scatter(of.points, of.groups, of.shares, rest)),
+                "caption": told,
+            }
+            for title, of, rest, told in (
+                ("A map of items", facts.items, "others", f"{len(facts.items.points):,} {MAPPED_ITEMS}"),
+                ("A map of users", facts.users, "everybody", f"{len(facts.users.points):,} {MAPPED_USERS}"),
+            )
+            if len(of.points)
+        ],
         probes=_probes(facts.probes),
         drift=drift,
         training_picture=_picture(pictures.training(facts.about, narrow=True)) if training else "",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -122,25 +123,26 @@ def dots(
     return _picture(draw, (_NARROW, 1.3 + 0.38 * len(classes)), "dots")
 
 
-def scatter(points: npt.NDArray[Any], groups: Sequence[str], shares: Sequence[float]) -> str:
+def scatter(points: npt.NDArray[Any], groups: Sequence[str | None], shares: Sequence[float], rest: str) -> str:
     """Points in the plane coloured by group: the largest in colours of their own, the others grey.
 
     Args:
         points: [n, 2].
-        groups: the group of each, [n].
+        groups: the group of each, [n]; None: grey.
         shares: of the variance, along each axis.
+        rest: what to call the grey ones.
     """
-    names, sizes = np.unique(np.asarray(groups, dtype=object).astype(str), return_counts=True)
-    largest = names[np.argsort(-sizes, kind="stable")][: len(COLOURS)].tolist()
-    of = np.asarray(groups, dtype=object).astype(str)
+    sizes = Counter(group for group in groups if group is not None)
+    largest = sorted(sizes, key=lambda name: (-sizes[name], name))[: len(COLOURS)]
+    of = np.array([largest.index(group) if group in largest else -1 for group in groups])
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        rest = ~np.isin(of, largest)
-        if rest.any():
-            axes.scatter(*points[rest].T, s=7, color=_REST, linewidths=0, label="others")
-        for name, colour in zip(largest, COLOURS, strict=False):
-            axes.scatter(*points[of == name].T, s=7, color=colour, alpha=0.7, linewidths=0, label=_shortened(name))
+        if (of < 0).any():
+            axes.scatter(*points[of < 0].T, s=7, color=_REST, linewidths=0, label=rest)
+        for place, name in enumerate(largest):
+            shown = points[of == place].T
+            axes.scatter(*shown, s=7, color=COLOURS[place], alpha=0.7, linewidths=0, label=_shortened(name))
         axes.set_xlabel(f"first direction ({shares[0]:.0%} of the variance)")
         axes.set_ylabel(f"second ({shares[1]:.0%})")
         axes.set_aspect("equal", "datalim")

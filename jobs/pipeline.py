@@ -29,11 +29,11 @@ STAGES = (
     train.STAGE,
     align.STAGE,
     embed_items.STAGE,
+    evaluate.STAGE,  # before anybody sees the model: its gate stands in score_users
     score_users.STAGE,
-    evaluate.STAGE,
-    write_report.STAGE,
     find_neighbours.STAGE,
     export_segments.STAGE,
+    write_report.STAGE,  # its map shows the segments
 )
 
 # Stages that run only when they are asked for by name.

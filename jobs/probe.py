@@ -271,11 +271,9 @@ def results_of(labels: pd.DataFrame, users: list[str], features: dict[str, Matri
         times = rows["cut"].to_numpy(np.int64) if rows["cut"].nunique() > 1 else None
         if min(np.bincount(answers, minlength=2)) < settings.folds:
             continue  # too few to find one of each label in every fold
-        for name in FEATURES:
+        for name, of in features.items():
             for head in ("majority",) if name == "majority" else settings.heads:
-                found = probes.probe(
-                    features[name][chosen], answers, head, folds=settings.folds, seeds=settings.seeds, times=times
-                )
+                found = probes.probe(of[chosen], answers, head, folds=settings.folds, seeds=settings.seeds, times=times)
                 for metric, values in found.items():
                     if values:
                         spread = float(np.std(values))

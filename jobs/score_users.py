@@ -23,7 +23,7 @@ from typing import Any
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from jobs.align import refusal
+from jobs import align, evaluate
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
 from jobs.models import encode_sequences
@@ -218,22 +218,26 @@ def progress_line(users: int, to_do: int, total: int, seconds: float) -> str:
     return f"{line}  {left // 60}:{left % 60:02} left"
 
 
-def check_aligned(runtime: Runtime, version: str) -> None:
-    """Raises TrailvecError where a model must not follow the current one, or nobody has looked yet."""
+def check_successor(runtime: Runtime, version: str) -> None:
+    """Raises TrailvecError where a model that is not the current one must not become it, or nobody has looked yet."""
     runtime.create(CURRENT_MODEL)
     current = [row["model_version"] for row in runtime.latest(CURRENT_MODEL).collect()]
-    if not current or current == [version]:
+    if current == [version]:
+        return
+    if why := evaluate.refusal(runtime, version):
+        raise TrailvecError(why)
+    if not current:
         return
     report = read_alignment(runtime.model_dir())
     if report is None:
         raise TrailvecError(f"model {version} is not aligned with {current[0]} yet: run `trailvec align` first")
-    if why := refusal(report, runtime.config.align):
+    if why := align.refusal(report, runtime.config.align):
         raise TrailvecError(why)
 
 
 def run(runtime: Runtime) -> None:
     scorer = Scorer(runtime)
-    check_aligned(runtime, scorer.version)
+    check_successor(runtime, scorer.version)
     runtime.create(USER_EMBEDDINGS)
     now = runtime.version(SEQUENCES)
     scoring = scoring_so_far(runtime, scorer.model)

@@ -1,4 +1,4 @@
-"""write_report: evaluation, item_embeddings (and probes, where there is that table) → models/<version>/evaluation.html.
+"""write_report: evaluation, item_embeddings, user_embeddings, exports, probes → models/<version>/evaluation.html.
 
 One page for people, of the model in use, without network (jobs/evaluation_page.py). It is attached to the model's run
 in MLflow, where there is one. Of the items a sample by hash is looked at, however large the catalogue is.
@@ -13,21 +13,22 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pyspark.sql import DataFrame
+from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
 from jobs.evaluate import SPACE_SAMPLE
-from jobs.evaluation_page import Example, Facts, Neighbour, page
+from jobs.evaluation_page import Example, Facts, Map, Neighbour, page
 from jobs.runtime import Runtime, Stage
 from jobs.space import flat_map, unit
-from jobs.tables import EVALUATION, ITEM_EMBEDDINGS, ITEMS, PROBES
+from jobs.tables import EVALUATION, EXPORTS, ITEM_EMBEDDINGS, ITEMS, PROBES, USER_EMBEDDINGS
 from jobs.tracking import attach
 from training.checkpoint import read_about
 
 PAGE = "evaluation.html"
-MAPPED = 1_500  # items on the map: each is a part of the page
+MAPPED = 1_500  # items on the map, and about as many users on theirs: each is a part of the page
+SEGMENTS_MAPPED = 7  # the largest
 EXAMPLES, NEAR = 8, 5
 
 
@@ -84,8 +85,7 @@ def _facts(runtime: Runtime, folder: Path) -> Facts:
     items = _sample(runtime, folder.name).toPandas()
     there = [bool(np.any(vector)) for vector in items["vector"]]  # a zero vector has no direction
     items = items[there].reset_index(drop=True)
-    mapped = items.iloc[:MAPPED]
-    points, shares = flat_map(np.stack(list(mapped["vector"]))) if len(mapped) > 1 else (np.empty((0, 2)), np.zeros(2))
+    users = _users(runtime, folder.name)
     return Facts(
         fingerprint=runtime.fingerprint,
         version=folder.name,
@@ -93,9 +93,8 @@ def _facts(runtime: Runtime, folder: Path) -> Facts:
         about=read_about(folder),
         rows=by_model[folder.name],
         versions=newest_first,
-        points=points,
-        groups=mapped["vertical"].tolist(),
-        shares=shares.tolist(),
+        items=_map(items.iloc[:MAPPED], items["vertical"]),
+        users=_map(users, users["segment"]),
         examples=examples(items) if len(items) > 1 else [],
         sample=len(items),
         probes=_probes(runtime, folder.name),
@@ -109,6 +108,36 @@ def _sample(runtime: Runtime, version: str) -> DataFrame:
     columns = ["item_id", "item_name", "vertical", "target_count", "vector"]
     drawn = items.orderBy(F.xxhash64("item_id"), "item_id").limit(SPACE_SAMPLE).select(*columns)
     return drawn.orderBy(F.xxhash64("item_id"), "item_id")
+
+
+def _users(runtime: Runtime, version: str) -> pd.DataFrame:
+    """vector, segment (None: of everybody) of the users to show; none where the model has no users or no exports."""
+    if not (runtime.exists(USER_EMBEDDINGS) and runtime.exists(EXPORTS)):
+        return pd.DataFrame({"vector": [], "segment": []})
+    vectors = runtime.latest(USER_EMBEDDINGS).where((F.col("model_version") == version) & ~F.col("is_cold"))
+    log = runtime.latest(EXPORTS).where(F.col("model_version") == version)
+    exports = log.groupBy("segment", "export_id").agg(F.max("exported_at").alias("at"), F.count("*").alias("members"))
+    newest = F.max_by(F.struct("export_id", "members"), F.struct("at", "export_id"))
+    last = exports.groupBy("segment").agg(newest.alias("last")).select("segment", "last.*")
+    largest = last.orderBy(F.desc("members"), "segment").limit(SEGMENTS_MAPPED)
+    place = F.row_number().over(Window.partitionBy("segment").orderBy(F.xxhash64("user_id"), "user_id"))
+    members = log.join(F.broadcast(largest), ["segment", "export_id"]).withColumn("place", place)
+    some = members.where(F.col("place") <= MAPPED // 2 // SEGMENTS_MAPPED)
+    # Who is in several is shown in the smallest, whose place is the hardest to see.
+    one = some.groupBy("user_id").agg(F.min_by("segment", F.struct("members", "segment")).alias("segment"))
+    everybody = vectors.orderBy(F.xxhash64("user_id"), "user_id").limit(MAPPED // 2).select("user_id")
+    shown = everybody.join(one, "user_id", "full_outer")
+    rows = vectors.join(F.broadcast(shown), "user_id").select("user_id", "segment", "vector")
+    found = rows.orderBy(F.xxhash64("user_id"), "user_id").toPandas()
+    return found.drop(columns="user_id") if found["segment"].notna().any() else found.iloc[:0]
+
+
+def _map(rows: pd.DataFrame, groups: pd.Series[Any]) -> Map:
+    """The map of those vectors (none is zero); no map of fewer than two."""
+    if len(rows) < 2:
+        return Map()
+    points, shares = flat_map(np.stack(list(rows["vector"])))
+    return Map(points, [None if pd.isna(group) else str(group) for group in groups.loc[rows.index]], shares.tolist())
 
 
 def _probes(runtime: Runtime, version: str) -> list[dict[str, Any]]:
@@ -137,7 +166,7 @@ def _inputs(runtime: Runtime) -> dict[str, Any]:
     return {
         "model_version": runtime.model_dir().name,
         "current": runtime.newest_current_model(),
-        "probes": runtime.changed_version(PROBES) if runtime.exists(PROBES) else None,
+        **{t.name: runtime.changed_version(t) for t in (PROBES, EXPORTS, USER_EMBEDDINGS) if runtime.exists(t)},
     }
 
 

@@ -20,8 +20,13 @@ from training.rowwise import summed
 def start() -> torch.device:
     """Joins the processes that the launcher started (without a launcher this one is alone); this process's device:
     one GPU for each process of a machine, or the CPU."""
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        # A thread of Horovod's asks the others every so many milliseconds what there is to exchange. Every single one
+        # (its default) costs a process that computes on one core 20 ms of a step of 66 (docs/what-did-not-work.md).
+        os.environ.setdefault("HOROVOD_CYCLE_TIME", "3")
     hvd.init()
-    if not torch.cuda.is_available():
+    if not cuda:
         return torch.device("cpu")
     torch.cuda.set_device(hvd.local_rank())
     torch.set_float32_matmul_precision("high")  # TF32 where a product is not in bfloat16 anyway

@@ -27,11 +27,11 @@ JOBS = {
         28800,
         {
             "embed_items": 2,
-            "score_users": 2,
             "evaluate": 2,
-            "write_report": 2,
+            "score_users": 2,
             "find_neighbours": 2,
             "export_segments": 2,
+            "write_report": 2,
         },
     ),
     "upkeep": ("0 12 * * SAT", 43200, {"maintain_tables": 1}),

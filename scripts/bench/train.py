@@ -9,13 +9,14 @@ turns, medians of the epochs' examples/s:
   peer 100k          the Trainer with full softmax over them
   peer sampled 100k  the Trainer with its own sampled softmax over them, told and not compared: it draws by another law
   fed, in memory     the loop with sampled softmax over 12,000 items, from files; the same batches kept in memory
-  1 rank, 2 ranks    the same from files, started as `trailvec train` starts it, with 1 thread a rank
+  1 rank, 2 ranks    the model of trailvec and peer from files, started as `trailvec train` starts it, 1 thread a rank
+  1 rank sampled, 2 ranks sampled    that of fed, whose steps are six times as short, the same way
 A first round is not counted. Then the profiler looks at ten steps.
 
-The last line is one JSON object: speedup_vs_t4rec_trainer, speedup_sampled_100k, fed_vs_synthetic, two_rank_speedup
-(ratios of the above), data_wait_share (of the fed loop's time, the waits for its next batch), and of each contestant
-the median and the loss of the last epoch. cpu_...: the same by CPU seconds, which a busy machine changes less, with
-OMP_WAIT_POLICY=passive least of all. A chart of seconds for 1,000 rows goes to build/bench/train.svg.
+The last line is one JSON object: speedup_vs_t4rec_trainer, speedup_sampled_100k, fed_vs_synthetic, two_rank_speedup,
+two_rank_speedup_sampled (ratios of the above), data_wait_share (of the fed loop's time, the waits for its next batch),
+and of each contestant the median and the loss of the last epoch. cpu_...: the same by CPU seconds, which a busy machine
+changes less, with OMP_WAIT_POLICY=passive least of all. A chart of seconds for 1,000 rows: build/bench/train.svg.
 """
 
 from __future__ import annotations
@@ -203,6 +204,7 @@ def ratios(median: dict[str, float], cpu: dict[str, float]) -> dict[str, float]:
         "fed_vs_synthetic": median["fed"] / median["in memory"],
         "cpu_fed_vs_synthetic": cpu["fed"] / cpu["in memory"],
         "two_rank_speedup": median["2 ranks"] / median["1 rank"],
+        "two_rank_speedup_sampled": median["2 ranks sampled"] / median["1 rank sampled"],
     }
 
 
@@ -225,10 +227,9 @@ def main() -> None:
     sampled_100k = run_spec(folder / str(MANY_ITEMS), MANY_ITEMS, few, negatives=1024)
     full_100k = run_spec(folder / str(MANY_ITEMS), MANY_ITEMS, max(few // 8, 1), negatives=0)
 
-    def ranks(count: int) -> RunSpec:
-        return sampled.model_copy(
-            update={"settings": sampled.settings.model_copy(update={"processes": count, "threads": 1})}
-        )
+    def launches(count: int, spec: RunSpec) -> Callable[[], Epochs]:
+        settings = spec.settings.model_copy(update={"processes": count, "threads": 1})
+        return functools.partial(launched, spec.model_copy(update={"settings": settings}), folder / "launched")
 
     processes = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, processes) as ours, ProcessPoolExecutor(1, processes) as peer:
@@ -247,8 +248,10 @@ def main() -> None:
             "peer sampled 100k": functools.partial(there, sampled_100k),
             "fed": functools.partial(here, fed, sampled),
             "in memory": functools.partial(here, in_memory, sampled),
-            "1 rank": functools.partial(launched, ranks(1), folder / "launched"),
-            "2 ranks": functools.partial(launched, ranks(2), folder / "launched"),
+            "1 rank": launches(1, full),
+            "2 ranks": launches(2, full),
+            "1 rank sampled": launches(1, sampled),
+            "2 ranks sampled": launches(2, sampled),
         }
         contestants = {name: contestants[name] for name in arguments.only or contestants}
         rates: dict[str, list[float]] = {name: [] for name in contestants}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from jobs.retire_model import retire
 from jobs.runtime import Runtime, Stage, write_json
 from jobs.score_users import progress_line
 from jobs.sql import query
-from jobs.tables import ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS, USER_EMBEDDINGS
+from jobs.tables import EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS, USER_EMBEDDINGS
 from scripts.faults import delta_reader
 from tests.conftest import make_config, put, read_delta
 from tests.sequence_files import MAX_LENGTH, SPEC, item_counts, make_rows
@@ -89,6 +90,40 @@ def shop(make_runtime: Callable[..., Runtime], spark: SparkSession) -> Runtime:
     runtime = make_runtime("storage.database=scores", "score.batch_size=7", "score.chunk_users=10")
     fill(runtime, SEQUENCES, score_rows(USERS, seed=1) + sequences(make_rows(6, seed=2), "train"), files=2)
     return runtime
+
+
+def evaluation_row(version: str, low: float | None, value: float, high: float | None) -> dict[str, Any]:
+    cell = {"method": "popularity", "metric": "model_lead_ndcg@10", "slice": "all", "slice_value": "all"}
+    of = {"model_version": version, "split": "test", "task": "new", "low": low, "value": value, "high": high}
+    return of | cell | {"counted": 100}
+
+
+def test_a_model_without_the_asked_rows_of_evaluation_does_not_become_current(shop: Runtime) -> None:
+    make_model(shop, "m1", seed=1)
+    shop.execute(score_users.STAGE)
+    make_model(shop, "m2", seed=2)
+    gate = '{{task="new", method="popularity", metric="model_lead_ndcg@10", {}}}'.format
+    asked = ["storage.database=scores", f"evaluate.gate=[{gate('at_least=0.0')}, {gate('at_most=0.5')}]"]
+    strict = Runtime(make_config(shop.root, *asked), shop.spark)
+
+    def refused(reason: str) -> None:
+        with pytest.raises(
+            TrailvecError, match=re.escape(f"model m2 must not become current (evaluate.gate): {reason}")
+        ):
+            strict.execute(score_users.STAGE)
+        assert current(shop) == ({"m1"}, USERS)
+
+    name = "new popularity model_lead_ndcg@10"
+    refused(f"table evaluation has no row {name} of it in split test; table evaluation has no row")
+    fill(shop, EVALUATION, [evaluation_row("m1", 0.1, 0.2, 0.3), evaluation_row("m2", -0.01, 0.2, 0.3)])
+    refused(f"{name} is 0.2000 (-0.0100 to 0.3000), not surely at least 0: run")
+    fill(shop, EVALUATION, [evaluation_row("m2", 0.01, 0.2, 0.6)])
+    refused(f"{name} is 0.2000 (0.0100 to 0.6000), not surely at most 0.5: run")
+    fill(shop, EVALUATION, [evaluation_row("m2", None, 0.7, None)])
+    refused(f"{name} is 0.7000, not surely at most 0.5: run")
+    fill(shop, EVALUATION, [evaluation_row("m2", 0.0, 0.2, 0.5)])
+    strict.execute(score_users.STAGE)
+    assert current(shop) == ({"m2"}, USERS)
 
 
 def test_increments_end_as_a_plain_loop_over_all_users(shop: Runtime) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.evaluation_page import Example, Facts, Neighbour, figure, page
+from jobs.evaluation_page import Example, Facts, Map, Neighbour, figure, page
 from tests.unit.test_model_card import ABOUT
 
 EVIL = "<script>alert('1')</script> & \"$5\" _or_ more"
@@ -99,9 +99,8 @@ def facts(**other: Any) -> Facts:
         "about": ABOUT,
         "rows": ROWS,
         "versions": [("abc123", True, ABOUT, ROWS), ("old", False, {}, [row("new", "model", "ndcg@10", 0.03125)])],
-        "points": points,
-        "groups": [EVIL, "food", "_hidden"] * 10,
-        "shares": (0.5, 0.25),
+        "items": Map(points, [EVIL, "food", "_hidden"] * 10, (0.5, 0.25)),
+        "users": Map(points, [None, f"{EVIL}s", None] * 10, (0.5, 0.25)),
         "examples": [example],
         "sample": 9876,
     }
@@ -130,7 +129,7 @@ def test_names_are_text() -> None:
     seen = Page(page(facts(probes=[probe(EVIL)])))
     said = " ".join(seen.text.split())
     # The example, its vertical, its neighbour, the slice's row, the probe, the drift's alarm and row, three axes; the
-    # legend shortens it.
+    # legends shorten it.
     assert said.count(EVIL) == 10
     assert "_hidden" in said
 
@@ -173,9 +172,24 @@ def test_probes_are_told_by_the_best_head() -> None:
 
 
 def test_a_model_of_which_little_is_known() -> None:
-    empty = np.empty((0, 2))
-    seen = Page(page(facts(about={}, rows=[], versions=[], points=empty, groups=[], examples=[])))
+    seen = Page(page(facts(about={}, rows=[], versions=[], items=Map(), users=Map(), examples=[])))
     assert "Model abc123" in seen.text
+    assert "A map of" not in seen.text
+
+
+def test_its_maps_have_a_dot_for_each_vector_and_a_legend() -> None:
+    points = np.random.default_rng(2).normal(size=(5, 2))
+    users = Map(points, [None, "fans", None, "fans", "buyers"], (0.5, 0.25))
+    text = page(facts(users=users, items=Map()))
+    said = " ".join(Page(text).text.split())
+    assert "A map of items" not in said
+    assert "A map of users" in said
+    assert "5 users, some of everybody" in said
+    drawn = text.partition("A map of users")[2].partition("</svg>")[0]
+    legend = [name for name in ("everybody", "fans", "buyers") if f">{name}<" in drawn]
+    assert legend == ["everybody", "fans", "buyers"]
+    dots = {colour: drawn.count(f"fill: {colour}") for colour in ("#c8c8c8", "#0072b2", "#e69f00")}
+    assert dots == {"#c8c8c8": 3, "#0072b2": 3, "#e69f00": 2}  # the legend's dot is one more
 
 
 def test_the_same_facts_give_the_same_bytes() -> None:

@@ -1,0 +1,55 @@
+"""write_report: whom its map of users shows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from datetime import datetime, timezone
+from typing import Any
+
+import pytest
+from pyspark.sql import SparkSession
+
+from jobs import write_report
+from jobs.runtime import Runtime
+from jobs.tables import EXPORTS, USER_EMBEDDINGS
+from tests.spark.test_train_and_score import CUT, fill
+
+
+def member(user: int, segment: str, export: str, day: int) -> dict[str, Any]:
+    at = datetime(2020, 1, day, tzinfo=timezone.utc)
+    of = {"export_id": export, "segment": segment, "exported_at": at, "model_version": "m1"}
+    return of | {"user_id": f"u{user}", "is_control": user % 2 == 0}
+
+
+def test_users_of_the_last_exports_and_some_of_everybody(
+    make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spark.sql("DROP DATABASE IF EXISTS scores CASCADE")
+    runtime = make_runtime("storage.database=scores")
+    assert write_report._users(runtime, "m1").empty
+    about = {"as_of": CUT, "history_length": 3}
+    rows = [
+        {"user_id": f"u{n}", "model_version": version, "is_cold": n == 0, "vector": [float(n), 1.0]} | about
+        for n in range(200)
+        for version in ("m1", "m2")
+    ]
+    fill(runtime, USER_EMBEDDINGS, rows)
+    assert write_report._users(runtime, "m1").empty  # nothing was exported
+    log = [member(n, "small", "e1", 1) for n in range(90, 95)]  # an older export of the segment
+    log += [member(n, "small", "e2", 2) for n in range(6)]  # u0 is cold: not shown
+    log += [member(n, "large", "e3", 1) for n in range(3, 100)]
+    log += [member(n, "tiny", "e4", 1) for n in (150,)]  # more segments than there is room for
+    fill(runtime, EXPORTS, log)
+    monkeypatch.setattr(write_report, "SEGMENTS_MAPPED", 2)
+    monkeypatch.setattr(write_report, "MAPPED", 80)
+    found = write_report._users(runtime, "m1")
+    numbers = found["vector"].map(lambda vector: int(vector[0]))
+    assert len(set(numbers)) == len(numbers)
+    of_small = set(numbers[found["segment"] == "small"])
+    assert of_small == {1, 2, 3, 4, 5}  # u3 to u5 are in the larger one too
+    in_large = Counter(numbers[found["segment"] == "large"])
+    assert 15 <= len(in_large) <= 20
+    assert set(in_large) <= set(range(6, 100))
+    assert len(numbers) > 40
+    assert list(numbers) == list(write_report._users(runtime, "m1")["vector"].map(lambda vector: int(vector[0])))
