@@ -237,7 +237,7 @@ def features_of(
 
     encoded = states(runtime, sessions, question.cuts, model_dir, end).persist()
     told, numbers = statistics(visible, targets).persist(), item_numbers(runtime)
-    basis = fit(runtime, visible, encoded, numbers=numbers, told=told, model_dir=model_dir)
+    basis = fit(runtime, visible, encoded, numbers=numbers, told=told)
     encoded_asked, told_asked = encoded.join(asked, "user_id"), numbered(told.join(asked, "user_id"), basis.names)
     profile = stacked(profiles(profile_rows(of_asked, encoded_asked, numbers, told_asked), basis))
     vector = stacked(encoded_asked.select("user_id", "vector"))

@@ -1,7 +1,8 @@
 """profile_users: sessions + items + context_values + the model in use → user_profiles, and the profile's basis.
 
-A second vector of every user, for other teams' models: the sequence's state, the items and categories of the whole
-history, and numbers of time and value (training/profile.py says how they come together). `probe` judges the very same
+A second vector of every user, for other teams' models: the sequence's state, the items, their names' words and their
+categories over the whole history, numbers of time and value, and a forecast of how often the user will come
+(training/profile.py says how they come together). `probe` judges the very same
 function. All users are written anew in one commit, as of the log's end: how long ago somebody came changes every day.
 
 The basis is fitted on a sample of users when a model has none yet, and kept in its folder: from then on the places of a
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 from pyspark.sql import Column, DataFrame
@@ -24,17 +26,18 @@ from jobs.build_sequences import build_sequences, in_vocabulary, number_actions
 from jobs.cli import stage_main
 from jobs.config import SequencesSettings
 from jobs.errors import TrailvecError
-from jobs.models import encode_sequences, item_vectors
+from jobs.models import encode_sequences
 from jobs.runtime import Runtime, Stage, code_version
 from jobs.splits import Cuts, cut_times, utc
 from jobs.tables import CONTEXT_VALUES, ITEMS, SESSIONS, USER_PROFILES
 from jobs.train import item_attributes
 from spark_udfs.profile import KINDS, profiles
 from training.checkpoint import read_alignment
-from training.profile import ABOUT, TENSORS, Basis, Floats, Integers, fit_basis, fit_terms, read_basis, write_basis
+from training.profile import ABOUT, TENSORS, Basis, Integers, fit_basis, fit_items, read_basis, write_basis
 
-_WINDOWS = (7, 14, 28, 91)  # days before the cut
+_WINDOWS = (7, 14, 28, 56, 91, 182)  # days before the cut
 _MOST_STATISTICS = 100
+_HORIZONS = (7, 28)  # days that the forecast is about, from the cut on; it is fitted as many days before as the last
 
 
 # ---- what a user's events say ---------------------------------------------------------------------------------------
@@ -58,14 +61,22 @@ def before(events: DataFrame, cuts: DataFrame) -> DataFrame:
 
 def rfm(visible: DataFrame, targets: list[str]) -> DataFrame:
     """user_id and five numbers: days since the last and the first action, actions, days with one, money; in logs."""
-    done = visible.where(F.col("event_type").isin(targets)) if targets else visible
-    return done.groupBy("user_id").agg(
-        F.log1p(F.min("days")).alias("recency"),
-        F.log1p(F.max("days")).alias("tenure"),
-        F.log1p(F.count("*")).alias("actions"),
-        F.log1p(_distinct(F.to_date("event_ts"))).alias("active_days"),
-        F.log1p(F.greatest(F.sum(F.coalesce("amount", F.lit(0.0))), F.lit(0.0))).alias("amount"),
+    return (
+        _done(visible, targets)
+        .groupBy("user_id")
+        .agg(
+            F.log1p(F.min("days")).alias("recency"),
+            F.log1p(F.max("days")).alias("tenure"),
+            F.log1p(F.count("*")).alias("actions"),
+            F.log1p(_distinct(F.to_date("event_ts"))).alias("active_days"),
+            F.log1p(F.greatest(F.sum(F.coalesce("amount", F.lit(0.0))), F.lit(0.0))).alias("amount"),
+        )
     )
+
+
+def _done(visible: DataFrame, targets: list[str]) -> DataFrame:
+    """The target actions; without any targets all."""
+    return visible.where(F.col("event_type").isin(targets)) if targets else visible
 
 
 def _distinct(values: Column) -> Column:
@@ -76,10 +87,10 @@ def _distinct(values: Column) -> Column:
 def statistics(visible: DataFrame, targets: list[str]) -> DataFrame:
     """user_id, name, value: how often, when and for how much a user acts, in long form.
 
-    The five numbers of `rfm`; counts (in logs) of actions and of days in windows before the cut, and of each event
-    type, with how close its last is (1 / (1 + log days)); shares of 4-hour stretches, of weekdays (both in the user's
-    zone) and of verticals; the mean and the spread of the logarithm of an action's amount, the mean of its quantity's;
-    actions per session, money per active day, days between active days.
+    The five numbers of `rfm`; those of `pauses`; counts (in logs) of actions and of days in windows before the cut, and
+    of each event type, with how close its last is (1 / (1 + log days)); shares of 4-hour stretches, of weekdays (both
+    in the user's zone) and of verticals; the mean and the spread of the logarithm of an action's amount, the mean of
+    its quantity's; actions per session, money per active day.
     """
     local = F.from_utc_timestamp("event_ts", F.col("time_zone"))
     count, day = F.count("*"), F.to_date(local)
@@ -93,17 +104,62 @@ def statistics(visible: DataFrame, targets: list[str]) -> DataFrame:
         "amount_spread": F.stddev_pop(amount),
         "per_session": F.log1p(count / F.greatest(F.count_if("opens"), F.lit(1))),
         "per_day": F.log1p(F.greatest(F.sum("amount"), F.lit(0.0)) / _distinct(day)),
-        "rhythm": F.log1p((F.max("days") - F.min("days")) / _distinct(day)),
         "quantity": F.avg(F.log1p(F.greatest("quantity", F.lit(0.0)))),
     }
     long = _long(visible.groupBy("user_id").agg(*[value.alias(name) for name, value in wide.items()]))
-    long = long.union(_long(rfm(visible, targets)))
+    long = long.union(_long(rfm(visible, targets))).union(_long(pauses(visible, targets)))
     types = visible.groupBy("user_id", "event_type").agg(F.log1p(count).alias("n"), F.log1p(F.min("days")).alias("d"))
     for prefix, value in (("type", F.col("n")), ("closeness", 1 / (1 + F.col("d")))):
         long = long.union(types.select("user_id", F.concat(F.lit(f"{prefix}_"), "event_type"), value))
     of_user = visible.groupBy("user_id").agg(count.alias("all"))
     shares = visible.groupBy("user_id", "vertical").agg(count.alias("n")).join(of_user, "user_id")
     return long.union(shares.select("user_id", F.concat(F.lit("vertical_"), "vertical"), F.col("n") / F.col("all")))
+
+
+def pauses(visible: DataFrame, targets: list[str]) -> DataFrame:
+    """user_id and numbers of the pauses between the days on which the user did a target action, in days of their zone.
+
+    In logs: the mean, the median, the ninth of ten, the longest, the spread, the mean of the last three; how many were
+    of 28 days or more, and how many as long as the one that is going on. The share of the latter; how long the one that
+    is going on is, as a part of the median and of the longest; and the chance of 28 days without one if they came
+    evenly by chance.
+    """
+    day = F.to_date(F.from_utc_timestamp("event_ts", F.col("time_zone")))
+    rows = (
+        _done(visible, targets)
+        .groupBy("user_id")
+        .agg(F.sort_array(F.collect_set(day)).alias("dates"), F.min("days").alias("now"), F.max("days").alias("all"))
+    )
+    following, before = (F.expr(f"slice(dates, {start}, size(dates) - 1)") for start in (2, 1))
+    rows = rows.withColumn("pauses", F.zip_with(following, before, lambda a, b: F.datediff(a, b).cast("double")))
+    rows = rows.withColumn("sorted", F.sort_array("pauses")).withColumn("count", F.size("pauses"))
+
+    def mean(values: Column) -> Column:
+        return F.aggregate(values, F.lit(0.0), lambda a, b: a + b) / F.nullif(F.size(values), F.lit(0))
+
+    def quantile(share: float) -> Column:
+        return F.when(F.col("count") > 0, F.element_at("sorted", F.ceil(share * F.col("count")).cast("int")))
+
+    average = mean(F.col("pauses"))
+    longer = F.size(F.filter("pauses", lambda pause: pause >= F.col("now")))
+    logs = {
+        "mean": average,
+        "median": quantile(0.5),
+        "most": quantile(0.9),
+        "longest": quantile(1.0),
+        "spread": F.sqrt(mean(F.transform("pauses", lambda pause: (pause - average) ** 2))),
+        "last": mean(F.expr("slice(pauses, greatest(size(pauses) - 2, 1), 3)")),
+        "of_28": F.size(F.filter("pauses", lambda pause: pause >= 28)),
+        "longer": longer,
+    }
+    plain = {
+        "longer_share": longer / F.size("dates"),
+        "now_of_median": F.col("now") / (quantile(0.5) + 1),
+        "now_of_longest": F.col("now") / (quantile(1.0) + 1),
+        "none_in_28": F.exp(-28 * F.size("dates") / (F.col("all") + 1)),
+    }
+    wide = {name: F.log1p(value) for name, value in logs.items()} | plain
+    return rows.select("user_id", *[F.coalesce(value, F.lit(0.0)).alias(f"pause_{n}") for n, value in wide.items()])
 
 
 def _long(wide: DataFrame) -> DataFrame:
@@ -183,9 +239,7 @@ def statistic_names(told: DataFrame) -> tuple[str, ...]:
     return tuple(sorted(row["name"] for row in counted.collect()))
 
 
-def fit(
-    runtime: Runtime, visible: DataFrame, encoded: DataFrame, *, numbers: DataFrame, told: DataFrame, model_dir: Path
-) -> Basis:
+def fit(runtime: Runtime, visible: DataFrame, encoded: DataFrame, *, numbers: DataFrame, told: DataFrame) -> Basis:
     """The basis, fitted on profile.fit_users users of `encoded` at most, whose rows come to the driver.
 
     Args:
@@ -195,7 +249,7 @@ def fit(
     Raises:
         TrailvecError: nobody has an event before their cut.
     """
-    settings = runtime.config.profile
+    settings, targets = runtime.config.profile, runtime.config.sequences.target_event_types
     bucket = F.xxhash64("user_id")
     sample = encoded.orderBy(bucket, "user_id").limit(settings.fit_users).persist()
     visible, told = (of.join(F.broadcast(sample.select("user_id")), "user_id") for of in (visible, told))
@@ -205,10 +259,52 @@ def fit(
         raise TrailvecError("no user has an event before the cut: there is nothing to make a profile of")
     matrix = np.stack([np.asarray(vector, np.float32) for vector in rows["vector"]])
     counts = {kind: _sparse(rows[f"{kind}_numbers"], rows[f"{kind}_values"]) for kind in KINDS}
-    terms = fit_terms(counts, settings.max_terms)
-    vectors = _vectors_of(runtime, model_dir, terms["items"].numbers, matrix.shape[1])
+    items = fit_items(counts["items"], settings.max_terms)
+    before, since = _once(visible, targets, names)
     sample.unpersist()
-    return fit_basis(matrix, counts, names=names, terms=terms, item_vectors=vectors, width=settings.width)
+    return fit_basis(
+        matrix,
+        counts,
+        names=names,
+        items=items,
+        item_names=_names_of(runtime, items.numbers),
+        before=before,
+        since=since,
+        width=settings.width,
+        most=settings.max_terms,
+    )
+
+
+def _once(
+    visible: DataFrame, targets: list[str], names: tuple[str, ...]
+) -> tuple[sp.csr_matrix, npt.NDArray[np.float64]]:
+    """What the forecast is fitted on: the users' statistics as they were `max(_HORIZONS)` days before their cuts,
+    [users, statistics], and the logarithms of 1 and the days with a target action since then, [users, horizons]."""
+    ago = max(_HORIZONS)
+    then = visible.where(F.col("days") > ago).withColumn("days", F.col("days") - ago)
+    pair = F.struct("number", F.coalesce("value", F.lit(0.0)).alias("value"))
+    lists = (
+        numbered(statistics(then, targets), names)
+        .groupBy("user_id")
+        .agg(F.sort_array(F.collect_list(pair)).alias("of"))
+    )
+    day = F.to_date(F.from_utc_timestamp("event_ts", F.col("time_zone")))
+    came = (
+        _done(visible, targets)
+        .groupBy("user_id")
+        .agg(
+            F.array(
+                *[
+                    F.log1p(_distinct(F.when((F.col("days") <= ago) & (F.col("days") > ago - horizon), day)))
+                    for horizon in _HORIZONS
+                ]
+            ).alias("came")
+        )
+    )
+    rows = lists.join(came, "user_id", "left").orderBy("user_id").select("of.number", "of.value", "came").toPandas()
+    none = np.zeros(len(_HORIZONS))
+    since = [none if came is None else np.asarray(came, np.float64) for came in rows["came"]]
+    return _sparse(rows["number"], rows["value"]), np.array(since).reshape(len(rows), len(_HORIZONS))
 
 
 def _sparse(numbers: pd.Series[Any], values: pd.Series[Any]) -> sp.csr_matrix:
@@ -219,15 +315,17 @@ def _sparse(numbers: pd.Series[Any], values: pd.Series[Any]) -> sp.csr_matrix:
     return sp.csr_matrix((data, columns, offsets), (len(numbers), columns.max(initial=0) + 1))
 
 
-def _vectors_of(runtime: Runtime, model_dir: Path, numbers: Integers, width: int) -> Floats:
-    """The model's vectors of the items of those numbers (ascending), float32 [len(numbers), width]; zeros: none."""
+def _names_of(runtime: Runtime, numbers: Integers) -> list[str]:
+    """The names of the items of those numbers (ascending); "" of one that has none."""
     wanted = runtime.spark.createDataFrame(pd.DataFrame({"item_index": numbers}), "item_index int")
-    rows = item_vectors(runtime, model_dir).join(F.broadcast(wanted), "item_index").select("item_index", "vector")
-    found = rows.toPandas()
-    vectors = np.zeros((len(numbers), width), np.float32)
-    for number, vector in zip(found["item_index"], found["vector"], strict=True):
-        vectors[np.searchsorted(numbers, number)] = vector
-    return vectors
+    rows = (
+        runtime.read(ITEMS)
+        .join(F.broadcast(wanted), "item_index")
+        .orderBy("item_index")
+        .select("item_index", "item_name")
+    )
+    found = {row["item_index"]: row["item_name"] or "" for row in rows.collect()}
+    return [found.get(number, "") for number in numbers.tolist()]
 
 
 def run(runtime: Runtime) -> None:
@@ -242,7 +340,7 @@ def run(runtime: Runtime) -> None:
     found = read_basis(model_dir)
     if found is None:
         runtime.on_progress("the basis is fitted")
-        basis = fit(runtime, visible, encoded, numbers=numbers, told=told, model_dir=model_dir)
+        basis = fit(runtime, visible, encoded, numbers=numbers, told=told)
         write_basis(model_dir, basis, {"as_of": end.isoformat(timespec="microseconds"), "code_version": code_version()})
         runtime.add_to_model(model_dir, TENSORS, ABOUT)
     else:

@@ -307,7 +307,8 @@ USER_PROFILES = Table(
         Column(
             "vector",
             "array<float>",
-            "State, items, categories, tastes, statistics side by side: models/<version>/profile.json has the places.",
+            "State, items, words, categories, statistics, forecast side by side; their places: "
+            "models/<version>/profile.json.",
         ),
     ),
     key=("user_id", "model_version"),

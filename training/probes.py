@@ -1,4 +1,4 @@
-"""Probes: light heads over frozen features, and features to compare vectors with. The only scikit-learn import.
+"""Probes: light heads over frozen features, and features to compare vectors with.
 
 No feature here ever sees a label; what is fitted on labels (a head, and the scaling before it) is fitted on the
 training folds alone.

@@ -5,9 +5,11 @@ so that a part weighs what WEIGHTS says, however many places it has:
 
   state       the model's state after the user's last action: what comes next, and in which order things came
   items       TF-IDF of the user's items, in its first singular directions: which ones, over the whole history
+  words       the same of the words in the items' names: items that are hardly ever bought by the same user share them
   categories  the same of their categories
-  tastes      the items' vectors in the model, summed by the TF-IDF of the items
   statistics  numbers of how often, when and for how much, each standardised (jobs.profile_users names them)
+  forecast    on how many days of the next week, and of the next four, the user will act: what the statistics said four
+              weeks ago, by ridge regression on what came since
 
 The basis is fitted on a bounded sample of users, without any label, and kept beside the model: `profile.safetensors`
 and, written last, `profile.json`.
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -37,10 +39,12 @@ Counts: TypeAlias = (
     sp.csr_matrix
 )  # float [users, numbers]; a column for each number that an item, category or statistic may have
 
-PARTS = ("state", "items", "categories", "tastes", "statistics")
-# How often and when says little of who somebody is: with more weight it drowns the tastes in a linear head. Trees read
-# it at any weight.
-WEIGHTS = {"state": 0.5, "items": 1.25, "categories": 1.0, "tastes": 1.0, "statistics": 0.5}
+PARTS = ("state", "items", "words", "categories", "statistics", "forecast")
+# How often and when says little of who somebody is: with more weight it drowns in a linear head what they buy. The two
+# numbers of the forecast hold what says most of what comes next.
+WEIGHTS = {"state": 0.5, "items": 1.25, "words": 1.25, "categories": 0.5, "statistics": 0.25, "forecast": 0.75}
+_DIRECTIONS = ("items", "words", "categories", "forecast")
+_RIDGE = 30.0  # the penalty, on statistics of spread 1
 TENSORS, ABOUT = "profile.safetensors", "profile.json"
 
 
@@ -67,6 +71,14 @@ class Terms:
         idf = np.log((1 + counts.shape[0]) / (1 + users[numbers])) + 1
         return Terms(numbers, idf.astype(np.float32), presence)
 
+    def present(self, counts: Counts) -> sp.csr_matrix:
+        """[users, numbers] → which terms a user has at all, 0 or 1, float64 [users, terms]."""
+        inside = self.numbers[self.numbers < counts.shape[1]]
+        found = sp.csr_matrix(counts[:, inside], dtype=np.float64)
+        found.data = np.ones_like(found.data)
+        found.resize(counts.shape[0], len(self.numbers))
+        return found
+
     def weigh(self, counts: Counts) -> sp.csr_matrix:
         """[users, numbers] → float64 [users, terms]; what is no term, or newer than the basis, counts nothing."""
         inside = self.numbers[self.numbers < counts.shape[1]]
@@ -84,12 +96,14 @@ class Basis:
 
     Attributes:
         names: of the statistics, in the order of their numbers.
-        terms: of `items` and `categories`.
-        directions: of `items`, `categories` and `tastes`, float32 [terms, width].
+        words: which words the name of an item has, 0 or 1, float64 [terms of `items`, words].
+        terms: of `items`, `words` and `categories`.
+        directions: of `items`, `words` and `categories`, float32 [terms, width]; of `forecast` [statistics, 2].
         shifts, scales: of each of PARTS, float32 [its width].
     """
 
     names: tuple[str, ...]
+    words: sp.csr_matrix
     terms: dict[str, Terms]
     directions: dict[str, Floats]
     shifts: dict[str, Floats]
@@ -107,30 +121,36 @@ class Basis:
             states: float32 [users, the model's width].
             counts: of `items`, `categories` and `statistics`, [users, numbers].
         """
-        parts = _parts(states, counts, self.terms, self.directions, len(self.names))
+        parts = _parts(states, counts, self.words, self.terms, self.directions)
         return np.hstack([(parts[part] - self.shifts[part]) * self.scales[part] for part in PARTS]).astype(np.float32)
 
 
 def _parts(
     states: Floats,
     counts: Mapping[str, Counts],
+    words: sp.csr_matrix,
     terms: Mapping[str, Terms],
     directions: Mapping[str, Floats],
-    statistics: int,
 ) -> dict[str, npt.NDArray[np.float64]]:
-    items = terms["items"].weigh(counts["items"])
+    told = np.zeros((len(states), len(directions["forecast"])))
+    given = counts["statistics"][:, : told.shape[1]].toarray()
+    told[:, : given.shape[1]] = given
+    weighed = {
+        "items": terms["items"].weigh(counts["items"]),
+        "words": terms["words"].weigh(terms["items"].present(counts["items"]) @ words),
+        "categories": terms["categories"].weigh(counts["categories"]),
+    }
     return {
         "state": states.astype(np.float64),
-        "items": np.asarray(items @ directions["items"]),
-        "categories": np.asarray(terms["categories"].weigh(counts["categories"]) @ directions["categories"]),
-        "tastes": np.asarray(items @ directions["tastes"]),
-        "statistics": np.asarray(counts["statistics"][:, :statistics].toarray()),
+        **{part: np.asarray(weights @ directions[part]) for part, weights in weighed.items()},
+        "statistics": told,
+        "forecast": told @ directions["forecast"].astype(np.float64),
     }
 
 
-def fit_terms(counts: Mapping[str, Counts], most: int) -> dict[str, Terms]:
-    """The terms of `items` and `categories`, at most so many of each."""
-    return {kind: Terms.fit(counts[kind], most, presence=kind == "items") for kind in ("items", "categories")}
+def fit_items(counts: Counts, most: int) -> Terms:
+    """The items that count, `most` of them at most; counts as those of `Basis.profiles`."""
+    return Terms.fit(counts, most, presence=True)
 
 
 def fit_basis(
@@ -138,22 +158,38 @@ def fit_basis(
     counts: Mapping[str, Counts],
     *,
     names: tuple[str, ...],
-    terms: dict[str, Terms],
-    item_vectors: Floats,
+    items: Terms,
+    item_names: Sequence[str],
+    before: Counts,
+    since: npt.NDArray[np.float64],
     width: int,
+    most: int,
 ) -> Basis:
     """The basis of a sample of users.
 
     Args:
         states, counts: as in `Basis.profiles`.
-        item_vectors: the model's, of the terms of `items`, [terms, its width]; zeros where it has none.
-        width: singular directions of items and of categories; fewer where there are fewer.
+        names: of the statistics.
+        items: `fit_items` of the same counts.
+        item_names: of those items, in the order of their numbers; "" where one has none.
+        before: statistics of some of the users as they were once, [users once, statistics].
+        since: the logarithms of 1 and the days on which they acted since then, [users once, horizons].
+        width: singular directions of items, of words and of categories; fewer where there are fewer.
+        most: words and categories, at most.
     """
-    lengths = np.linalg.norm(item_vectors, axis=1, keepdims=True)
-    directions = {kind: _singular(terms[kind].weigh(counts[kind]), width) for kind in terms}
-    directions["tastes"] = (item_vectors / np.where(lengths, lengths, 1)).astype(np.float32)
+    words = _words(item_names, most)
+    of_words = items.present(counts["items"]) @ words
+    terms = {
+        "items": items,
+        "words": Terms.fit(of_words, most, presence=False),
+        "categories": Terms.fit(counts["categories"], most, presence=False),
+    }
+    directions = {
+        kind: _singular(terms[kind].weigh(of_words if kind == "words" else counts[kind]), width) for kind in terms
+    }
+    directions["forecast"] = _ridge(before, since, len(names))
     shifts, scales = {}, {}
-    for part, values in _parts(states, counts, terms, directions, len(names)).items():
+    for part, values in _parts(states, counts, words, terms, directions).items():
         spread = values.std(axis=0)
         if part == "statistics":  # each of another unit
             scale = np.where(spread > 1e-9, 1 / np.maximum(spread, 1e-9), 0) / np.sqrt(max(1, values.shape[1]))
@@ -161,7 +197,35 @@ def fit_basis(
             scale = np.full(values.shape[1], 1 / max(float(np.sqrt((spread**2).sum())), 1e-9))
         shifts[part] = values.mean(axis=0).astype(np.float32)
         scales[part] = (scale * WEIGHTS[part]).astype(np.float32)
-    return Basis(names, terms, directions, shifts, scales)
+    return Basis(names, words, terms, directions, shifts, scales)
+
+
+def _words(names: Sequence[str], most: int) -> sp.csr_matrix:
+    """Which words and pairs of words, of those that most names have, each name has: 0 or 1, float64 [names, words]."""
+    from sklearn.feature_extraction.text import CountVectorizer  # noqa: PLC0415 - a second, and only fitting needs it
+
+    word = r"[^\W\d_]{2,}"
+    counter = CountVectorizer(ngram_range=(1, 2), token_pattern=word, binary=True, max_features=most, dtype=np.float64)
+    try:
+        return counter.fit_transform(names).tocsr()
+    except ValueError:  # no name has a word
+        return sp.csr_matrix((len(names), 1))
+
+
+def _ridge(before: Counts, since: npt.NDArray[np.float64], statistics: int) -> Floats:
+    """What to multiply statistics by to foretell `since`, but for a constant, float32 [statistics, horizons]."""
+    from sklearn.linear_model import Ridge  # noqa: PLC0415
+
+    weights = np.zeros((statistics, since.shape[1]), np.float32)
+    if not len(since):
+        return weights
+    told = before[:, :statistics].toarray()
+    spread = told.std(axis=0)
+    known = np.flatnonzero(spread > 1e-9)
+    if len(known):
+        found = Ridge(_RIDGE).fit(told[:, known] / spread[known], since).coef_.T / spread[known, None]
+        weights[known] = found.reshape(len(known), -1)
+    return weights
 
 
 def _singular(weights: sp.csr_matrix, width: int) -> Floats:
@@ -178,7 +242,10 @@ def _singular(weights: sp.csr_matrix, width: int) -> Floats:
 
 def write_basis(folder: Path, basis: Basis, about: dict[str, object]) -> None:
     """Writes both files into a model's folder, each whole or not at all, the JSON last."""
-    tensors: dict[str, npt.NDArray[np.generic]] = {}
+    tensors: dict[str, npt.NDArray[np.generic]] = {
+        "words.starts": basis.words.indptr.astype(np.int64),
+        "words.places": basis.words.indices.astype(np.int64),
+    }
     for kind, of_kind in basis.terms.items():
         tensors |= {f"{kind}.numbers": of_kind.numbers, f"{kind}.idf": of_kind.idf}
     tensors |= {f"{part}.directions": values for part, values in basis.directions.items()}
@@ -188,7 +255,8 @@ def write_basis(folder: Path, basis: Basis, about: dict[str, object]) -> None:
     save_file(tensors, staged)
     sha256 = hashlib.sha256(staged.read_bytes()).hexdigest()
     staged.replace(folder / TENSORS)
-    text = json.dumps({**about, "widths": basis.widths, "statistics": basis.names, "sha256": sha256}, indent=2)
+    told = {"widths": basis.widths, "statistics": basis.names, "words": basis.words.shape[1], "sha256": sha256}
+    text = json.dumps({**about, **told}, indent=2)
     staged = folder / f".{ABOUT}.part"
     staged.write_text(text + "\n", encoding="utf-8")
     staged.replace(folder / ABOUT)
@@ -209,12 +277,14 @@ def read_basis(folder: Path) -> tuple[Basis, dict[str, object]] | None:
         tensors = load_file(folder / TENSORS)
         terms = {
             kind: Terms(tensors[f"{kind}.numbers"], tensors[f"{kind}.idf"], presence=kind == "items")
-            for kind in ("items", "categories")
+            for kind in ("items", "words", "categories")
         }
+        starts, places = tensors["words.starts"], tensors["words.places"]
         basis = Basis(
             tuple(about["statistics"]),
+            sp.csr_matrix((np.ones(len(places)), places, starts), (len(starts) - 1, about["words"])),
             terms,
-            {part: tensors[f"{part}.directions"] for part in ("items", "categories", "tastes")},
+            {part: tensors[f"{part}.directions"] for part in _DIRECTIONS},
             {part: tensors[f"{part}.shift"] for part in PARTS},
             {part: tensors[f"{part}.scale"] for part in PARTS},
         )

@@ -87,13 +87,8 @@ def model(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         padded = F.slice(F.concat(F.reverse("item_index"), F.array_repeat(F.lit(0), 4)), 1, 4)
         return rows.select(*keep, padded.cast("array<float>").alias("vector"))
 
-    def items(runtime: Runtime, model_dir: Path) -> DataFrame:
-        numbers = [F.col("item_index") * F.lit(n % 2) + n for n in range(4)]
-        return runtime.read(probe.ITEMS).select("item_index", F.array(*numbers).cast("array<float>").alias("vector"))
-
     about = {"as_of": "2024-03-01T00:00:00.000000"}
     monkeypatch.setattr(profile_users, "encode_sequences", encode)
-    monkeypatch.setattr(profile_users, "item_vectors", items)
     monkeypatch.setattr(probe, "read_about", lambda folder: about)
     return about
 
@@ -169,6 +164,40 @@ def test_five_numbers_and_aggregates_by_hand(make_runtime: Callable[..., Runtime
     ]}  # fmt: skip
 
 
+def test_pauses_by_hand(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
+    runtime = make_runtime()
+    days = (50, 50.2, 52, 55, 85, 90)  # of the log; its pauses: 2, 3, 30, 5
+    events = [event("a", day) for day in days] + [event("a", 70, event_type="view"), event("b", 95.5)]
+    fill(runtime, events)
+    cuts = spark.createDataFrame([(u, CUT.replace(tzinfo=timezone.utc)) for u in "ab"], "user_id string, cut timestamp")
+    visible = probe.before(probe.events_of(runtime.latest(SESSIONS)), cuts)
+    found = {row["user_id"]: row.asDict() for row in profile_users.pauses(visible, ["purchase"]).collect()}
+    logs = {"mean": 10, "median": 3, "most": 30, "longest": 30, "spread": np.std([2, 3, 30, 5]), "last": 38 / 3}
+    logs |= {"of_28": 1, "longer": 1}
+    plain = {"longer_share": 1 / 5, "now_of_median": 10 / 4, "now_of_longest": 10 / 31}
+    plain |= {"none_in_28": math.exp(-28 * 5 / 51)}
+    expected = {name: math.log1p(value) for name, value in logs.items()} | plain
+    assert {name: found["a"][f"pause_{name}"] for name in expected} == pytest.approx(expected)
+    alone = dict.fromkeys(expected, 0) | {"now_of_median": 0, "none_in_28": math.exp(-28 / 5.5)}
+    assert {name: found["b"][f"pause_{name}"] for name in alone} == pytest.approx(alone)
+
+
+def test_what_the_forecast_is_fitted_on(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
+    """Statistics of what was known 28 days before the cut, and what came on the 7 and 28 days after that."""
+    runtime = make_runtime()
+    known = [event("a", day) for day in (10, 40)] + [event("b", 72)]
+    later = [event("a", 75), event("a", 75.5), event("a", 80), event("a", 90, event_type="view"), event("c", 80)]
+    fill(runtime, [*known, *later])
+    cuts = [(u, CUT.replace(tzinfo=timezone.utc)) for u in "abc"]
+    visible = probe.before(
+        probe.events_of(runtime.latest(SESSIONS)), spark.createDataFrame(cuts, "user_id string, cut timestamp")
+    )
+    before, since = profile_users._once(visible, ["purchase"], ("actions", "recency"))
+    # The cut is day 100. User b's only event was exactly 28 days before it, and c's came later: a alone was known.
+    assert before.toarray() == pytest.approx(np.log1p([[2, 32]]))
+    assert since == pytest.approx(np.log1p([[1, 2]]))
+
+
 def test_the_table_with_labels_of_a_file(
     make_runtime: Callable[..., Runtime], whole: Path, tmp_path: Path, model: dict[str, str]
 ) -> None:
@@ -220,7 +249,7 @@ def test_what_is_probed_is_what_profile_users_writes(
     runtime.execute(profile_users.STAGE)
     again = {r["user_id"]: r for r in read_delta(runtime.path(USER_PROFILES))}
     widths = json.loads((runtime.models / "m1" / "profile.json").read_text())["widths"]
-    timeless = sum(width for part, width in widths.items() if part != "statistics")
+    timeless = sum(width for part, width in widths.items() if part not in ("statistics", "forecast"))
     assert again.keys() == rows.keys() | {"new"}
     assert again["u3"]["vector"][:timeless] == pytest.approx(rows["u3"]["vector"][:timeless], abs=1e-6)
 

@@ -11,7 +11,7 @@ import scipy.sparse as sp
 
 from jobs.errors import TrailvecError
 from spark_udfs.profile import counts_of
-from training.profile import PARTS, WEIGHTS, Basis, Terms, fit_basis, fit_terms, read_basis, write_basis
+from training.profile import PARTS, WEIGHTS, Basis, Terms, fit_basis, fit_items, read_basis, write_basis
 
 USERS = 60
 
@@ -27,17 +27,29 @@ def sample() -> tuple[np.ndarray, dict[str, sp.csr_matrix]]:
 
 
 def fitted(states: np.ndarray, counts: dict[str, sp.csr_matrix], most: int = 100) -> Basis:
-    terms = fit_terms(counts, most)
-    vectors = np.random.default_rng(1).normal(size=(len(terms["items"].numbers), 4)).astype(np.float32)
-    vectors[0] = 0  # the model has no vector of it
-    return fit_basis(states, counts, names=("a", "b", "same"), terms=terms, item_vectors=vectors, width=5)
+    items = fit_items(counts["items"], most)
+    names = [f"{('red', 'green', 'blue')[n % 3]} item, no {n} of many" for n in range(len(items.numbers))]
+    names[0] = ""  # has none
+    once, since = counts["statistics"] + sp.csr_matrix([[1.0, 2, 0]] * USERS), np.log1p(np.arange(2.0 * USERS))
+    return fit_basis(
+        states,
+        counts,
+        names=("a", "b", "same"),
+        items=items,
+        item_names=names,
+        before=once,
+        since=since.reshape(USERS, 2),
+        width=5,
+        most=most,
+    )
 
 
 def test_each_part_weighs_what_it_should(sample: tuple[np.ndarray, dict[str, sp.csr_matrix]]) -> None:
     basis = fitted(*sample)
     found = basis.profiles(*sample)
-    assert basis.widths == {"state": 4, "items": 5, "categories": 5, "tastes": 4, "statistics": 3}
-    assert found.shape == (USERS, 21)
+    widths = {"state": 4, "items": 5, "words": 5, "categories": 5, "statistics": 3, "forecast": 2}
+    assert basis.widths == widths
+    assert found.shape == (USERS, 24)
     assert found.dtype == np.float32
     start = 0
     for part in PARTS:
@@ -62,6 +74,46 @@ def test_terms_by_hand_and_what_the_basis_does_not_know_counts_nothing() -> None
     older = sp.csr_matrix(np.array([[0, 1.0]]))
     assert presence.weigh(older).toarray().tolist() == [[1, 0]]
     assert Terms.fit(counts, 1, presence=True).numbers.tolist() == [1]
+
+
+def test_words_of_names_by_hand() -> None:
+    """Names share words and pairs of words that stand side by side; numbers and single letters are none."""
+    items = sp.csr_matrix(np.array([[5, 0, 1.0], [0, 1, 0], [0, 0, 0]]))
+    basis = fit_basis(
+        np.ones((3, 1), np.float32),
+        {"items": items, "categories": items, "statistics": items},
+        names=(),
+        items=fit_items(items, 9),
+        item_names=["Oat milk, 1 L", "oat 1 Flakes", "Milch-Kaffee x"],
+        before=items[:0],
+        since=np.empty((0, 2)),
+        width=9,
+        most=100,
+    )
+    # In the order of their letters: flakes, kaffee, milch, milch kaffee, milk, oat, oat flakes, oat milk.
+    expected = [[0, 0, 0, 0, 1, 1, 0, 1], [1, 0, 0, 0, 0, 1, 1, 0], [0, 1, 1, 1, 0, 0, 0, 0]]
+    assert basis.words.toarray().tolist() == expected
+    # The first user has two items, each once, however often: of words in two users' items the weight is lower.
+    rare, common = np.log(4 / 2) + 1, np.log(4 / 3) + 1
+    weights = basis.terms["words"].weigh(basis.terms["items"].present(items) @ basis.words).toarray()
+    first = np.array([0, rare, rare, rare, rare, common, 0, rare])
+    assert weights[0] == pytest.approx(first / np.linalg.norm(first))
+    assert basis.directions["forecast"].shape == (0, 2)
+
+
+def test_the_forecast_is_a_ridge_regression_on_what_came_since(
+    sample: tuple[np.ndarray, dict[str, sp.csr_matrix]],
+) -> None:
+    basis = fitted(*sample)
+    once = sample[1]["statistics"].toarray() + np.array([1, 2, 0])
+    since = np.log1p(np.arange(2.0 * USERS)).reshape(USERS, 2)
+    told = (once - once.mean(axis=0))[:, :2] / once.std(axis=0)[:2]  # the third is the same for all
+    weights = np.linalg.solve(told.T @ told + 30 * np.eye(2), told.T @ (since - since.mean(axis=0)))
+    expected = np.vstack([weights / once.std(axis=0)[:2, None], np.zeros(2)])
+    assert basis.directions["forecast"] == pytest.approx(expected, rel=1e-4)
+    forecast = sample[1]["statistics"] @ expected
+    found = basis.profiles(*sample)[:, -2:]
+    assert np.corrcoef(found[:, 0], forecast[:, 0])[0, 1] == pytest.approx(1)
 
 
 def test_a_user_alone_has_the_profile_that_they_have_among_others(
