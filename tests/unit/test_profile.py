@@ -84,19 +84,20 @@ def test_words_of_names_by_hand() -> None:
         {"items": items, "categories": items, "statistics": items},
         names=(),
         items=fit_items(items, 9),
-        item_names=["Oat milk, 1 L", "oat 1 Flakes", "Milch-Kaffee x"],
+        item_names=["Oat milk, 1 L", "oat 1 Flakes", "Milch-Kaffee x milch"],
         before=items[:0],
         since=np.empty((0, 2)),
         width=9,
         most=100,
     )
-    # In the order of their letters: flakes, kaffee, milch, milch kaffee, milk, oat, oat flakes, oat milk.
-    expected = [[0, 0, 0, 0, 1, 1, 0, 1], [1, 0, 0, 0, 0, 1, 1, 0], [0, 1, 1, 1, 0, 0, 0, 0]]
+    # In the order of their letters: flakes, kaffee, kaffee milch, milch, milch kaffee, milk, oat, oat flakes, oat milk.
+    # A word that a name has twice is in it once.
+    expected = [[0, 0, 0, 0, 0, 1, 1, 0, 1], [1, 0, 0, 0, 0, 0, 1, 1, 0], [0, 1, 1, 1, 1, 0, 0, 0, 0]]
     assert basis.words.toarray().tolist() == expected
     # The first user has two items, each once, however often: of words in two users' items the weight is lower.
     rare, common = np.log(4 / 2) + 1, np.log(4 / 3) + 1
     weights = basis.terms["words"].weigh(basis.terms["items"].present(items) @ basis.words).toarray()
-    first = np.array([0, rare, rare, rare, rare, common, 0, rare])
+    first = np.array([0, rare, rare, rare, rare, rare, common, 0, rare])
     assert weights[0] == pytest.approx(first / np.linalg.norm(first))
     assert basis.directions["forecast"].shape == (0, 2)
 
