@@ -6,6 +6,7 @@ training folds alone.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ import scipy.sparse as sp
 from sklearn.decomposition import TruncatedSVD
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -22,6 +24,7 @@ from sklearn.model_selection import StratifiedKFold, TimeSeriesSplit
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 Matrix = npt.NDArray[np.float64]  # [users, features]
 Labels = npt.NDArray[np.int64]  # [users], 0 or 1
@@ -80,7 +83,11 @@ def probe(
         of_folds = []
         for train, test in folds_of(labels, times, folds, seed):
             if len(set(labels[train])) == len(set(labels[test])) == 2:
-                scores = HEADS[head](seed).fit(features[train], labels[train]).predict_proba(features[test])[:, 1]
+                # So small a fit gains nothing from threads, and on a busy machine waits ten times as long for them.
+                with threadpool_limits(1), warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ConvergenceWarning)  # that few passes are what holds an MLP back
+                    fitted = HEADS[head](seed).fit(features[train], labels[train])
+                scores = fitted.predict_proba(features[test])[:, 1]
                 of_folds.append((roc_auc_score(labels[test], scores), average_precision_score(labels[test], scores)))
         if of_folds:
             auc, precision = np.mean(of_folds, axis=0).tolist()

@@ -31,9 +31,9 @@ def test_uniformity_equals_a_loop_over_pairs() -> None:
 
 
 def test_alignment_by_hand() -> None:
-    one = np.array([[2, 0], [0, 1], [1, 0], [0, 0]], np.float32)
-    other = np.array([[5, 0], [3, 0], [-1, 0], [1, 0]], np.float32)
-    assert space.alignment(one, other) == pytest.approx((0 + 2 + 4) / 3)
+    one = np.array([[2, 0], [0, 1], [1, 0], [1, 1], [0, 0]], np.float32)
+    other = np.array([[5, 0], [3, 0], [-1, 0], [-2, -2], [1, 0]], np.float32)
+    assert space.alignment(one, other) == pytest.approx((0 + 2 + 4 + 4) / 4)
     assert math.isnan(space.alignment(one[:0], one[:0]))
 
 
@@ -48,7 +48,7 @@ def test_spread_is_that_of_principal_components() -> None:
     spreads = space.spread(VECTORS)
     expected = singular(VECTORS)[1] ** 2 / len(VECTORS)
     np.testing.assert_allclose(spreads, np.sqrt(expected), rtol=1e-5)
-    assert space.dead_dimensions(spreads) == 1
+    assert space.dead_dimensions(spreads) == space.dead_dimensions(spreads / 1000) == 1
     shares = expected / expected.sum()
     assert space.effective_dimensions(spreads) == pytest.approx(math.exp(-sum(s * math.log(s) for s in shares)))
     turned = VECTORS @ np.linalg.qr(RANDOM.normal(size=(8, 8)))[0]
