@@ -1,9 +1,12 @@
 """CoLES's half of scripts/bench/probes.py: pytorch-lifestream, in an environment of its own.
 
 Learns contrastive vectors of users (Babaev et al. 2022, arXiv 2002.08232), with the settings of the package's own
-example: GRU of 256, five slices of 25 to 200 events per user, contrastive loss with margin 0.5 and hard negatives, 15
-epochs. Arguments: events (Parquet, sorted by user and time: user_id, time in days, amount, and codes from 1 on), a file
-for the vectors (user_id, vector), epochs.
+example but for the width: a GRU of 128 (there 256, which takes three times as long), five slices of 25 to 200 events
+per user, contrastive loss with margin 0.5 and hard negatives, 15 epochs.
+
+Arguments: epochs, then pairs of files: events (Parquet, sorted by user and time: user_id, time in days, amount, and
+codes from 1 on), and where the vectors go (user_id, vector). It learns from the first file, and encodes the users of
+each.
 """
 
 import sys
@@ -22,24 +25,33 @@ from ptls.frames.coles.split_strategy import SampleSlices
 from ptls.nn import RnnSeqEncoder, TrxEncoder
 
 NUMBERS = ("time", "amount")
-WIDTH, BATCH, LONGEST = 256, 64, 4_000  # events of a user that a vector is made of, the newest
+WIDTH, BATCH, LONGEST = 128, 64, 4_000  # events of a user that a vector is made of, the newest
 PLACES = 32  # of a code's own vector, at most
 
 
-def main() -> None:
-    path, out, epochs = sys.argv[1], sys.argv[2], int(sys.argv[3])
+def read(path: str) -> tuple[np.ndarray, list[dict[str, torch.Tensor]]]:
+    """The ids of the users, and the events of each by column."""
     table = pq.read_table(path).to_pandas()
-    codes = [name for name in table.columns if name not in ("user_id", *NUMBERS)]
-    starts = np.flatnonzero(np.r_[True, table["user_id"].to_numpy()[1:] != table["user_id"].to_numpy()[:-1]])
-    columns = {name: torch.from_numpy(table[name].to_numpy(np.int64)) for name in codes}
-    columns |= {"amount": torch.from_numpy(table["amount"].to_numpy(np.float32))}
-    columns |= {"event_time": torch.from_numpy(table["time"].to_numpy(np.float32))}
+    ids = table["user_id"].to_numpy()
+    starts = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]])
+    names = [name for name in table.columns if name not in ("user_id", *NUMBERS)]
+    columns = {name: torch.from_numpy(table[name].to_numpy(np.int64)) for name in names}
+    columns["amount"] = torch.from_numpy(table["amount"].to_numpy(np.float32))
+    columns["event_time"] = torch.from_numpy(table["time"].to_numpy(np.float32))
     ends = [*starts[1:], len(table)]
     users = [{name: of[start:end] for name, of in columns.items()} for start, end in zip(starts, ends, strict=True)]
+    return ids[starts], users
+
+
+def main() -> None:
+    epochs, files = int(sys.argv[1]), sys.argv[2:]
+    given = [read(path) for path in files[::2]]
+    _, users = given[0]
+    codes = [name for name in users[0] if name not in ("amount", "event_time")]
 
     np.random.seed(0)  # the package's slices are drawn from NumPy's own state
     torch.manual_seed(0)
-    sizes = {name: int(columns[name].max()) + 1 for name in codes}
+    sizes = {name: 1 + max(int(user[name].max()) for _, all_users in given for user in all_users) for name in codes}
     encoder = RnnSeqEncoder(
         trx_encoder=TrxEncoder(
             embeddings_noise=0.003,
@@ -73,14 +85,14 @@ def main() -> None:
         )
 
     model.eval()
-    vectors = np.empty((len(users), WIDTH), np.float32)
-    longest_last = np.argsort([len(user["event_time"]) for user in users])
-    with torch.inference_mode():
-        for block in np.array_split(longest_last, max(1, len(users) // BATCH)):
-            batch = collate_feature_dict([{name: of[-LONGEST:] for name, of in users[n].items()} for n in block])
-            vectors[block] = model(batch).numpy()
-    ids = table["user_id"].to_numpy()[starts]
-    pq.write_table(pa.table({"user_id": ids, "vector": list(vectors)}), out)
+    for (ids, events), out in zip(given, files[1::2], strict=True):
+        vectors = np.empty((len(events), WIDTH), np.float32)
+        by_length = np.argsort([len(user["event_time"]) for user in events])
+        with torch.inference_mode():
+            for block in np.array_split(by_length, max(1, len(events) // BATCH)):
+                batch = collate_feature_dict([{name: of[-LONGEST:] for name, of in events[n].items()} for n in block])
+                vectors[block] = model(batch).numpy()
+        pq.write_table(pa.table({"user_id": ids, "vector": list(vectors)}), out)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ see that it runs. The last line is one JSON object: by set and task the AUC of e
 from __future__ import annotations
 
 import argparse
+import itertools
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,7 @@ from jobs.tables import PROBES, SESSIONS
 CONFIG = Path(__file__).parents[2] / "conf/leave_one_out.toml"
 WHEEL = "recbole==1.2.1"
 PEER, EPOCHS = ("pytorch-lifestream==0.7.0",), 15
+CODES = 10_007  # of verticals and event types, by hash
 INSIDE = Path("recbole/dataset_example/ml-100k")
 REFERENCE = {
     "income_50k_or_more": 0.711,
@@ -117,8 +119,12 @@ def coles(runtime: Runtime, folder: Path, epochs: int) -> Iterator[tuple[Any, ..
     """Rows as those of `probe.results_of`, of the features `coles`."""
     python, sessions = environment(folder), runtime.latest(SESSIONS)
     cuts = cut_times(sessions.select(F.col("end_ts").alias("event_ts")), runtime.config.sequences)
-    numbers = item_numbers(runtime)
-    for number, question in enumerate(probe.questions(runtime, sessions, cuts)):
+    numbers, questions = item_numbers(runtime), probe.questions(runtime, sessions, cuts)
+    files = [
+        [folder / f"coles-{kind}-{number}.parquet" for kind in ("events", "vectors")]
+        for number in range(len(questions))
+    ]
+    for question, (given, _) in zip(questions, files, strict=True):
         seen = before(events_of(sessions), question.cuts).join(numbers, "item_id", "left")
         local = F.from_utc_timestamp("event_ts", F.col("time_zone"))
         events = seen.orderBy("user_id", "event_ts", "event_id").select(
@@ -129,16 +135,14 @@ def coles(runtime: Runtime, folder: Path, epochs: int) -> Iterator[tuple[Any, ..
             F.dayofweek(local).alias("weekday"),
             F.coalesce("item_index", F.lit(0)).alias("item"),
             F.coalesce("category", F.lit(0)).alias("category"),
-            "vertical",
-            "event_type",
+            (F.pmod(F.xxhash64("vertical"), F.lit(CODES)) + 1).alias("vertical"),
+            (F.pmod(F.xxhash64("event_type"), F.lit(CODES)) + 1).alias("event_type"),
         )
-        frame = events.toPandas()
-        for name in ("vertical", "event_type"):
-            frame[name] = pd.factorize(frame[name], sort=True)[0] + 1
-        given, made = (folder / f"coles-{kind}-{number}.parquet" for kind in ("events", "vectors"))
-        frame.to_parquet(given)
-        said(f"CoLES learns from {len(frame):,} events of {frame['user_id'].nunique():,} users")
-        subprocess.run([python, Path(__file__).parent / "coles_peer.py", given, made, str(epochs)], check=True)
+        events.toPandas().to_parquet(given)
+    said("CoLES learns")  # from what was known before the first question's cuts
+    command = [python, Path(__file__).parent / "coles_peer.py", str(epochs), *itertools.chain.from_iterable(files)]
+    subprocess.run(command, check=True)
+    for question, (_, made) in zip(questions, files, strict=True):
         found = pd.read_parquet(made).set_index("user_id")["vector"]
         users = sorted(set(question.labels["user_id"]))
         nothing = np.zeros(len(found.iloc[0]))
