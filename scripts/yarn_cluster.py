@@ -231,6 +231,7 @@ def _yarn_settings(data: Path, ports: list[int], memory_mb: int) -> dict[str, ob
         "yarn.resourcemanager.resource-tracker.address": f"{HOST}:{tracker}",
         "yarn.resourcemanager.admin.address": f"{HOST}:{admin}",
         "yarn.resourcemanager.scheduler.class": _SCHEDULER,
+        "yarn.resourcemanager.am.max-attempts": 5,  # at most; a job says itself how many it wants
         "yarn.scheduler.minimum-allocation-mb": 128,
         "yarn.scheduler.maximum-allocation-mb": memory_mb,
         "yarn.scheduler.include-port-in-node-name": "true",  # all nodes have one host name
