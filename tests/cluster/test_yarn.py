@@ -51,6 +51,7 @@ from tests.cluster.road import (
 )
 from tests.conftest import make_config
 
+pytestmark = pytest.mark.timeout(1800)  # three drivers one after the other, which took 17 minutes at a load of ten
 SPARK_JARS = str(Path(pyspark.__file__).parent / "jars")
 CONF = """
 extends = "yarn.toml"
