@@ -75,7 +75,8 @@ def test_where_nothing_can_be_renamed_a_checkpoint_is_whole_with_its_description
     monkeypatch.setattr(StorePath, "_system", property(noted))
     for step in (1, 2):
         write_checkpoint(store, Progress(ranks=1, step=step), {"model.x": torch.ones(1)}, keep=1)
-    assert [name for name in written if name.endswith(("json", "tensors"))][:2] == ["state.safetensors", "checkpoint.json"]
+    files = [name for name in written if name.endswith(("json", "tensors"))]
+    assert files[:2] == ["state.safetensors", "checkpoint.json"]
     (store / "00009-0000000009" / "state.safetensors").write_text("what a kill left")
     newest = newest_checkpoint(store)
     assert newest is not None
