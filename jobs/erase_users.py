@@ -31,7 +31,6 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
-import deltalake
 import pandas as pd
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
@@ -196,9 +195,15 @@ def _save(runtime: Runtime, receipts: Sequence[dict[str, Any]]) -> None:
 
 
 def _receipts(runtime: Runtime) -> list[dict[str, Any]]:
-    """The rows of `erasures`, the oldest first. By delta-rs: a time that Spark collects has no zone."""
-    rows = deltalake.DeltaTable(runtime.local_path(ERASURES)).to_pyarrow_table().to_pylist()
-    return sorted(rows, key=lambda receipt: (receipt["requested_at"], receipt["erasure_id"]))
+    """The rows of `erasures`, the oldest first. Times travel as numbers: one that Spark collects has no zone."""
+    times = [c.name for c in ERASURES.columns if c.type == "timestamp"]
+    exports = F.transform("exports", lambda export: export.withField("exported_at", F.unix_micros(export.exported_at)))
+    rows = runtime.latest(ERASURES).withColumns({name: F.unix_micros(name) for name in times} | {"exports": exports})
+    receipts = [row.asDict(recursive=True) for row in rows.collect()]
+    for receipt in receipts:
+        for entry, names in [(receipt, times), *[(export, ["exported_at"]) for export in receipt["exports"] or []]]:
+            entry |= {n: _EPOCH + timedelta(microseconds=entry[n]) for n in names if entry[n] is not None}
+    return sorted(receipts, key=lambda receipt: (receipt["requested_at"], receipt["erasure_id"]))
 
 
 def _now() -> datetime:
@@ -343,14 +348,14 @@ def _files(runtime: Runtime, table: Table) -> Iterator[DataFrame]:
     """The Parquet files on disk of each folder of the table, with the partition's values from the folder's name."""
     names = {*table.user_columns(), *(["raw"] if table == REJECTED_EVENTS else [])}
     schema = ", ".join(f"`{c.name}` {c.type}" for c in table.columns if c.name in names)
-    folders: dict[Path, list[str]] = defaultdict(list)
-    for file in map(Path, disk_files(runtime, table)):
-        if file.suffix == ".parquet":
-            folders[file.parent].append(str(file))
+    folders: dict[str, list[str]] = defaultdict(list)
+    for file in disk_files(runtime, table):
+        if file.endswith(".parquet"):
+            folders[file.removeprefix(runtime.path(table)).rpartition("/")[0]].append(file)
     # A VACUUM beside this one may take a file before it is read.
     reader = runtime.spark.read.schema(schema).option("ignoreMissingFiles", True)
     for folder, files in folders.items():
-        parts = [part.split("=", 1) for part in folder.relative_to(runtime.path(table)).parts if "=" in part]
+        parts = [part.split("=", 1) for part in folder.split("/") if "=" in part]
         yield reader.parquet(*files).withColumns({name: F.lit(value) for name, value in parts}).alias("old")
 
 

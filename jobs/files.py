@@ -18,7 +18,7 @@ from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
 from jobs.errors import TrailvecError
-from training.stores import remove_tree
+from training.stores import descriptions_last, remove_tree
 from training.urls import local_path
 
 _SECONDS_FOR_AN_ANSWER = 10.0
@@ -79,6 +79,23 @@ class HadoopPath:
     def iterdir(self) -> list[HadoopPath]:
         return [HadoopPath(status.getPath().toString()) for status in self._system.listStatus(self._path)]
 
+    def file_sizes(self, without: str) -> dict[str, int]:
+        """As the function of that name."""
+        found = {}
+        try:
+            statuses = self._system.listStatus(self._path)
+        except Py4JJavaError as error:
+            if "FileNotFoundException" in str(error.java_exception):  # another job's own folder, gone in the meantime
+                return {}
+            raise
+        for status in statuses:
+            path = status.getPath()
+            if status.isFile() and not path.getName().startswith("."):
+                found[str(path.toString())] = int(status.getLen())
+            elif status.isDirectory() and path.getName() != without:
+                found |= HadoopPath(path.toString()).file_sizes(without)
+        return found
+
     def stat(self) -> Stat:
         status = self._system.getFileStatus(self._path)
         return Stat(int(status.getLen()), int(status.getModificationTime()))
@@ -103,10 +120,25 @@ class HadoopPath:
         return "\n".join(self.lines())
 
     def write_text(self, text: str, encoding: str = "utf-8") -> None:
+        """Whole, or it holds what it held before."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "text"
             file.write_text(text, encoding=encoding)
-            self.put(file)
+            self.put_whole(file)
+
+    @property
+    def renames(self) -> bool:
+        """Whether a rename is one step; S3 copies and deletes file by file, but puts a file in one step."""
+        return str(self._system.getScheme()) != "s3a"
+
+    def put_whole(self, source: Path) -> None:
+        """Makes it hold a local file's bytes: all of them, or what it held before."""
+        if not self.renames:
+            self.put(source)
+            return
+        part = self.with_name(f".{self.name}.part")
+        part.put(source)
+        part.replace(self)
 
     def put(self, source: Path) -> None:
         """Copies a local file, or a folder with what is in it, here."""
@@ -141,16 +173,19 @@ class HadoopPath:
         self._system.delete(self._path, True)
 
     def shared_url(self) -> str:
-        """Its name for processes that have no JVM: webhdfs://user@host:port/path, of the NameNode that is active.
+        """Its name for processes that have no JVM (training.stores): webhdfs://user@host:port/path, of the NameNode
+        that is active, or s3+https://region@host:port/bucket/path.
 
         Raises:
-            TrailvecError: it is not on HDFS, or no NameNode answers over HTTP.
+            TrailvecError: it is on neither, or no NameNode answers over HTTP.
         """
         java, settings = self._jvm.org.apache.hadoop, _context()._jsc.hadoopConfiguration()
+        if self._system.getScheme() == "s3a":
+            return self._s3_url(settings)
         if self._system.getScheme() != "hdfs":
             raise TrailvecError(
-                f"{self} is not on HDFS, and training reads and writes local folders or HDFS alone so far: "
-                f"set storage.root to one of these"
+                f"{self} is neither on HDFS nor on S3, and training reads and writes these or local folders alone so "
+                f"far: set storage.root to one of them"
             )
         if java.security.UserGroupInformation.isSecurityEnabled():
             raise TrailvecError(
@@ -172,6 +207,20 @@ class HadoopPath:
             f"no NameNode of {self} answers over HTTP (asked {', '.join(addresses) or 'none'}), by which training "
             f"reads and writes: correct dfs.namenode.http-address in HADOOP_CONF_DIR, or turn WebHDFS on"
         )
+
+    def _s3_url(self, settings: Any) -> str:
+        bucket, _, key = self._uri.partition("://")[2].partition("/")
+
+        def setting(name: str) -> str:
+            return str(settings.get(f"fs.s3a.bucket.{bucket}.{name}") or settings.get(f"fs.s3a.{name}") or "").strip()
+
+        region = setting("endpoint.region") or os.environ.get("AWS_REGION") or "us-east-1"
+        endpoint = setting("endpoint")
+        if endpoint in ("", "s3.amazonaws.com"):  # Hadoop's default, which sends others to their region
+            endpoint = f"s3.{region}.amazonaws.com"
+        scheme = "http" if setting("connection.ssl.enabled") == "false" else "https"
+        scheme, host = endpoint.split("://") if "://" in endpoint else (scheme, endpoint)
+        return f"s3+{scheme}://{region}@{host.rstrip('/')}/{bucket}/{key}"
 
     @property
     def _jvm(self) -> Any:
@@ -217,9 +266,24 @@ def shared_url(place: Place) -> str:
     return str(place) if isinstance(place, Path) else place.shared_url()
 
 
+def file_sizes(folder: Place, without: str) -> dict[str, int]:
+    """Every file below the folder by its full name, with its size in bytes; nothing where the folder does not exist.
+    Hidden ones (a dot in front) are left out, and what lies in folders of the name `without`."""
+    if isinstance(folder, HadoopPath):
+        return folder.file_sizes(without)
+    found = {}
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name != without]
+        for file in (Path(place) / name for name in files if not name.startswith(".")):
+            with contextlib.suppress(FileNotFoundError):  # another job's own file, gone in the meantime
+                found[str(file)] = file.stat().st_size
+    return found
+
+
 @contextlib.contextmanager
 def published(target: Place) -> Iterator[Path]:
-    """A local folder to fill; it takes target's place, whole, when the block ends without an error.
+    """A local folder to fill; it takes target's place, whole, when the block ends without an error. On S3, which has no
+    rename, the old one goes, then come its files, those that describe the others (JSON) last.
 
     Whatever a kill leaves has another name, and the next one that fills the same place removes it.
     """
@@ -233,6 +297,11 @@ def published(target: Place) -> Iterator[Path]:
             local = Path(folder) / target.name
             local.mkdir()
             yield local
+            if not staging.renames:
+                remove_tree(target)
+                for file in sorted(local.iterdir(), key=descriptions_last):
+                    (target / file.name).put(file)  # type: ignore[union-attr]  # both are of one kind
+                return
             staging.put(local)
     remove_tree(target)
     staging.replace(target)  # type: ignore[arg-type]  # both are of one kind

@@ -24,26 +24,25 @@ It may run beside the other jobs: where two commits meet, the later one is tried
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deltalake
 import pyarrow as pa
 from delta.tables import DeltaTable
-from pyspark.sql import Column, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from rich.filesize import decimal
 from rich.table import Table as Grid
 
 from jobs.cli import stage_main, table_console
 from jobs.errors import TrailvecError
-from jobs.runtime import CONFLICTS, Runtime, spark_conf
+from jobs.files import file_sizes
+from jobs.runtime import CONFLICTS, KEEP_DAYS, Runtime, Stage, spark_conf
 from jobs.tables import TABLES, Table
 
 MB = 1024 * 1024
@@ -58,12 +57,21 @@ def maintain(runtime: Runtime, names: Sequence[str] = (), dry_run: bool = False)
     the current version; bytes_on_disk (older versions' files too); the same four keys with `_before` unless `dry_run`;
     bytes_freed; rows_too_old (deleted, or with `dry_run` to be); seconds; conflict (True where another job's commits
     left no gap for ours).
+
+    Raises:
+        TrailvecError: maintain.keep_days names a table whose rows have no age.
     """
+    found: list[dict[str, Any]] = []
+    stage = Stage("maintain_tables", "", lambda r: found.extend(_maintain(r, names, dry_run)), (), (), ())
+    runtime.execute(stage, force=True)  # commits say who made them
+    return found
+
+
+def _maintain(runtime: Runtime, names: Sequence[str], dry_run: bool) -> Iterator[dict[str, Any]]:
     keep_days = runtime.config.maintain.keep_days
     aging = [table.name for table in TABLES if table.ages_by]
     if wrong := sorted(set(keep_days) - set(aging)):
         raise TrailvecError(f"maintain.keep_days names {', '.join(wrong)}: only {', '.join(aging)} have rows of an age")
-    found = []
     for table in TABLES:
         if (names and table.name not in names) or not runtime.exists(table):
             continue
@@ -71,13 +79,13 @@ def maintain(runtime: Runtime, names: Sequence[str] = (), dry_run: bool = False)
         entry: dict[str, Any] = {"table": table.name}
         before, disk_before = measure(runtime, table), disk_files(runtime, table)
         after, disk_after, conflict = before, disk_before, False
-        old = too_old(table, keep_days.get(table.name))
+        days = keep_days.get(table.name)
+        old = too_old(table, days)
         entry["rows_too_old"] = 0 if old is None else runtime.latest(table).where(old).count()
         if not dry_run:
             try:
                 if old is not None and entry["rows_too_old"]:
-                    rows = DeltaTable.forPath(runtime.spark, runtime.path(table))
-                    runtime.commit(partial(rows.delete, old))
+                    runtime.delete(table, old, note={KEEP_DAYS: days})
                     runtime.purge(table)  # else deletion vectors would only hide them
                 compact(runtime, table)
                 vacuum(runtime, table)
@@ -92,8 +100,7 @@ def maintain(runtime: Runtime, names: Sequence[str] = (), dry_run: bool = False)
             "seconds": round(time.monotonic() - started, 3),
             "conflict": conflict,
         }
-        found.append(entry)
-    return found
+        yield entry
 
 
 def too_old(table: Table, days: int | None) -> Column | None:
@@ -124,21 +131,22 @@ def measure(runtime: Runtime, table: Table) -> dict[str, int]:
 
 def active_files(runtime: Runtime, table: Table, version: int) -> list[dict[str, Any]]:
     """path (in the table's folder), size_bytes and num_records (deleted ones too) of each file of the version."""
-    actions = deltalake.DeltaTable(runtime.local_path(table), version).get_add_actions(flatten=True)
-    return pa.table(actions).select(["path", "size_bytes", "num_records"]).to_pylist()  # type: ignore[no-any-return]
+    if isinstance(runtime.place, Path):
+        actions = deltalake.DeltaTable(runtime.path(table), version).get_add_actions(flatten=True)
+        return pa.table(actions).select(["path", "size_bytes", "num_records"]).to_pylist()  # type: ignore[no-any-return]
+    # delta-rs knows no hdfs://, and of other stores it would want the settings that Spark has.
+    log: Any = runtime.spark._jvm.org.apache.spark.sql.delta.DeltaLog  # type: ignore[union-attr]
+    log = log.forTable(runtime.spark._jsparkSession, runtime.path(table))
+    rest = [getattr(log, f"getSnapshotAt$default${number}")() for number in (2, 3)]
+    files = DataFrame(log.getSnapshotAt(version, *rest).allFiles().toDF(), runtime.spark)
+    records = F.get_json_object("stats", "$.numRecords").cast("bigint")
+    named = files.select("path", F.col("size").alias("size_bytes"), records.alias("num_records"))
+    return [row.asDict() for row in named.collect()]
 
 
 def disk_files(runtime: Runtime, table: Table) -> dict[str, int]:
     """Every file in the table's folder but those of the log and local checksums, with its size in bytes."""
-    found = {}
-    for folder, folders, files in os.walk(runtime.local_path(table)):
-        folders[:] = [name for name in folders if name != "_delta_log"]
-        for file in (Path(folder) / name for name in files if not name.startswith(".")):
-            try:
-                found[str(file)] = file.stat().st_size
-            except FileNotFoundError:  # another job's own file, gone in the meantime
-                continue
-    return found
+    return file_sizes(runtime.folder(table), without="_delta_log")
 
 
 def compact(runtime: Runtime, table: Table) -> None:

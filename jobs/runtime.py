@@ -54,6 +54,7 @@ _PACKAGES = ("jobs", "spark_udfs", "training")
 _REGISTERED = "spark.trailvec.registered"  # what the session's catalogue knows by name
 _VOLUMES = "/Volumes"  # where Databricks mounts the volumes of Unity Catalog
 _COMMIT_INFO = '{"commitInfo"'
+KEEP_DAYS = "keep_days"  # the note of a commit that deletes rows for their age
 _HISTORY = 500  # commits of a table that are looked at; a stage that is further behind makes all anew
 # Another job committed in the meantime. In Python these have no base of their own, as they have in Java.
 CONFLICTS = (
@@ -114,8 +115,9 @@ class Commit:
         changed_rows: False for upkeep and for a commit that only records that a stage ran.
         replaced_all: the commit put all its rows in the place of all that were there.
         provenance: what the stage that made it stored (`Runtime.provenance`); None where no stage did.
-        erasure: the request that it took users out for; None: it is no erasure. What a stage wrote before it is still
-            made from what that stage read, so that it goes on from there.
+        erasure: the request that it took users out for; None: it is no erasure.
+        beside: an erasure, or rows deleted for their age. What a stage wrote before it is still made from what that
+            stage read, so that it goes on from there.
         rows_deleted: how many rows it took out.
     """
 
@@ -126,6 +128,7 @@ class Commit:
     replaced_all: bool
     provenance: dict[str, Any] | None
     erasure: str | None
+    beside: bool
     rows_deleted: int
 
 
@@ -138,6 +141,7 @@ def _commit_of(version: int, info: dict[str, Any]) -> Commit:
         changes = ["numOutputRows"]
     empty = bool(changes) and all(metrics.get(name, "1") == "0" for name in changes)
     provenance = json.loads(info["userMetadata"]) if info.get("userMetadata") else None
+    note = (provenance or {}).get("note") or {}
     return Commit(
         version=version,
         committed_at=info["timestamp"] / 1000,
@@ -145,7 +149,8 @@ def _commit_of(version: int, info: dict[str, Any]) -> Commit:
         changed_rows=operation not in _UPKEEP and not empty,
         replaced_all=mode == "Overwrite",
         provenance=provenance,
-        erasure=((provenance or {}).get("note") or {}).get("erasure"),
+        erasure=note.get("erasure"),
+        beside=not note.keys().isdisjoint(("erasure", KEEP_DAYS)),
         rows_deleted=int(metrics.get("numTargetRowsDeleted") or 0),
     )
 
@@ -219,7 +224,7 @@ class Runtime:
 
     @property
     def root(self) -> Path:
-        """The same, for what needs it on a local disk: the upkeep of tables, erasures, tune.
+        """The same, for what needs it on a local disk: the database of tune.
 
         Raises:
             TrailvecError: it is not local.
@@ -227,24 +232,16 @@ class Runtime:
         root = place_of(self.config.storage.root)
         if not isinstance(root, Path):
             raise TrailvecError(
-                f"storage.root = {root}, but maintain_tables, erase_users and tune need a local folder so far: "
-                f"there run the stages alone (trailvec run)"
+                f"storage.root = {root}, but tune keeps its trials in a database on a local disk: copy sequences, "
+                f"items and context_values into a local storage.root and search there"
             )
         return root
 
     def path(self, table: Table) -> str:
-        return str(self._folder(table))
+        return str(self.folder(table))
 
-    def _folder(self, table: Table) -> Place:
+    def folder(self, table: Table) -> Place:
         return self.place / "tables" / table.name
-
-    def local_path(self, table: Table) -> Path:
-        """The table's folder, for what reads its files by itself.
-
-        Raises:
-            TrailvecError: it is not local.
-        """
-        return self.root / "tables" / table.name
 
     @property
     def models(self) -> Place:
@@ -511,7 +508,7 @@ class Runtime:
         # A kill between the making of the log's folder and its first commit leaves a folder that is no table, and that
         # Delta neither reads nor creates. At most a half-written commit lies in it, which nobody has ever seen.
         # (Another job may be about to commit there: a folder that holds a commit is not removed, whoever made it.)
-        log = self._folder(table) / "_delta_log"
+        log = self.folder(table) / "_delta_log"
         for part in log.glob(".*"):
             part.unlink(missing_ok=True)
         for folder in (log / "_commits", log):  # Delta makes both before it commits
@@ -556,7 +553,7 @@ class Runtime:
 
     def notes(self, table: Table) -> list[dict[str, Any]]:
         """The `note` of each of the table's commits of a stage that has one, newest first."""
-        stages = (c.provenance for c in self.commits(table) if c.provenance is not None and c.erasure is None)
+        stages = (c.provenance for c in self.commits(table) if c.provenance is not None and not c.beside)
         return [provenance["note"] for provenance in stages if "note" in provenance]
 
     def _facts(self, stage: Stage) -> dict[str, Any]:
@@ -606,10 +603,10 @@ class Runtime:
         return (self.last_writer(table) or {}).get("fingerprint")
 
     def last_writer(self, table: Table) -> dict[str, Any] | None:
-        """The provenance of the table's newest commit that a stage made, erasures aside; None where there is none."""
+        """The provenance of the table's newest commit that a stage of the road made; None where there is none."""
         if not self.exists(table):
             return None
-        stages = (c.provenance for c in self._commits(table) if c.erasure is None)
+        stages = (c.provenance for c in self._commits(table) if not c.beside)
         return next((provenance for provenance in stages if provenance is not None), None)
 
     def running_tasks(self) -> str:
@@ -670,9 +667,7 @@ class Runtime:
         if isinstance(home, HadoopPath):
             for name in names:
                 if (folder / name).exists():
-                    part = home / f".{name}.part"
-                    part.put(folder / name)
-                    part.replace(home / name)
+                    (home / name).put_whole(folder / name)
 
     def current_model(self) -> str:
         """The version of the model whose vectors the stage reads: the one that all users have a vector of.
@@ -769,9 +764,13 @@ def meanwhile(act: Callable[[], None], seconds: float) -> Iterator[None]:
 
 def write_json(path: Place, value: dict[str, Any]) -> None:
     """Writes the file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    part.replace(path)  # type: ignore[arg-type]  # both are of one kind
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    if isinstance(path, Path):
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    else:
+        path.write_text(text)
 
 
 @cache

@@ -1,6 +1,6 @@
 """A real Kafka broker for tests and trials: one node (KRaft, no ZooKeeper), reachable from this machine alone.
 
-    python scripts/kafka_broker.py --data build/kafka             prints its address, runs until it is interrupted
+    python -m scripts.kafka_broker --data build/kafka             prints its address, runs until it is interrupted
 
     with Broker(tmp_path / "kafka") as broker:                    in a test
         df.write.format("kafka").option("kafka.bootstrap.servers", broker.address) ...
@@ -15,10 +15,8 @@ from __future__ import annotations
 import argparse
 import base64
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from pathlib import Path
@@ -27,6 +25,7 @@ import pyspark
 
 from jobs.errors import TrailvecError
 from jobs.runtime import java_home
+from scripts.servers import HOST, failed, free_ports, run
 
 # A topic is made when it is first written to, with three partitions, so that order across partitions is not given.
 _SETTINGS = """\
@@ -75,7 +74,7 @@ class Broker:
         self._settings = self._data / "server.properties"
         self._log = self._data / "broker.log"
         self._process: subprocess.Popen[bytes] | None = None
-        self.address = f"127.0.0.1:{port or self._port_before() or _free_port()}"
+        self.address = f"{HOST}:{port or self._port_before() or free_ports(1)[0]}"
 
     def __enter__(self) -> Broker:
         self.start()
@@ -93,7 +92,7 @@ class Broker:
         self._data.mkdir(parents=True, exist_ok=True)
         (self._data / "log4j2.properties").write_text(_LOGGING)
         settings = _SETTINGS.format(
-            port=self.address.split(":")[1], controller=_free_port(), logs=self._data / "topics"
+            port=self.address.split(":")[1], controller=free_ports(1)[0], logs=self._data / "topics"
         )
         self._settings.write_text(settings)
         with self._log.open("wb") as log:
@@ -165,14 +164,7 @@ class Broker:
         return int(listeners.split(",")[0].rpartition(":")[2])
 
     def _failed(self, what: str) -> TrailvecError:
-        last = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
-        return TrailvecError(f"the broker at {self.address} {what}: see {self._log}, which ends:\n{last}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        return failed(f"the broker at {self.address} {what}", self._log)
 
 
 def main() -> None:
@@ -181,16 +173,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, help="default: the same as before on that data, else a free one")
     arguments = parser.parse_args()
     broker = Broker(arguments.data, arguments.port)
-    told = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: told.set())
-    try:
-        with broker:
-            print(broker.address, flush=True)
-            while not told.wait(0.5):
-                broker.check()
-    except TrailvecError as error:
-        sys.exit(f"kafka_broker: {error}")
+    run(broker, broker.check, lambda: broker.address)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A real S3 server for tests and trials: SeaweedFS, one process, reachable from this machine alone.
 
-    python scripts/s3_server.py --data build/s3                   prints what to export, runs until it is interrupted
+    python -m scripts.s3_server --data build/s3                   prints what to export, runs until it is interrupted
 
     with S3Server(tmp_path / "s3") as server:                     in a test
         environment = {**os.environ, **server.environment}        for Spark, pyarrow and delta-rs
@@ -17,11 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import secrets
-import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -30,9 +27,9 @@ from pathlib import Path
 from pyarrow import fs
 
 from jobs.errors import TrailvecError
+from scripts.servers import HOST, failed, free_ports, run
 
 REGION = "us-east-1"  # any would do; without one, clients ask around
-_HOST = "127.0.0.1"
 _PARTS = ("master", "volume", "filer", "s3")
 _PATIENCE = 120.0  # seconds to start; a quiet machine needs four
 
@@ -53,9 +50,9 @@ class S3Server:
         self._data = data.absolute()
         self._log = self._data / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
-        self._ports = _free_ports(2 * len(_PARTS))
+        self._ports = free_ports(2 * len(_PARTS))
         self._key, self._secret = f"key{secrets.token_hex(8)}", secrets.token_hex(16)
-        self.endpoint = f"http://{_HOST}:{self._ports[_PARTS.index('s3')]}"
+        self.endpoint = f"http://{HOST}:{self._ports[_PARTS.index('s3')]}"
         self.environment = {
             "AWS_ACCESS_KEY_ID": self._key,
             "AWS_SECRET_ACCESS_KEY": self._secret,
@@ -132,8 +129,8 @@ class S3Server:
         return [
             str(program),
             "server",
-            f"-ip={_HOST}",
-            f"-ip.bind={_HOST}",
+            f"-ip={HOST}",
+            f"-ip.bind={HOST}",
             f"-dir={self._data / 'volumes'}",
             *[f"-{part}.port={ports[part]}" for part in _PARTS],
             *[f"-{part}.port.grpc={grpc[part]}" for part in _PARTS],
@@ -164,19 +161,7 @@ class S3Server:
         return True
 
     def _failed(self, what: str) -> TrailvecError:
-        last = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
-        return TrailvecError(f"the S3 server at {self.endpoint} {what}: see {self._log}, which ends:\n{last}")
-
-
-def _free_ports(number: int) -> list[int]:
-    probes = [socket.socket() for _ in range(number)]
-    try:
-        for probe in probes:
-            probe.bind((_HOST, 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+        return failed(f"the S3 server at {self.endpoint} {what}", self._log)
 
 
 def main() -> None:
@@ -185,18 +170,13 @@ def main() -> None:
     parser.add_argument("--bucket", default="trailvec", help="made where it does not exist (default: trailvec)")
     arguments = parser.parse_args()
     server = S3Server(arguments.data)
-    told = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: told.set())
-    try:
-        with server:
-            server.filesystem.create_dir(arguments.bucket)
-            for name, value in {**server.environment, "AWS_ENDPOINT_URL": server.endpoint}.items():
-                print(f"export {name}={value}", flush=True)
-            while not told.wait(0.5):
-                server.check()
-    except TrailvecError as error:
-        sys.exit(f"s3_server: {error}")
+
+    def greeting() -> str:
+        server.filesystem.create_dir(arguments.bucket)
+        told = {**server.environment, "AWS_ENDPOINT_URL": server.endpoint}
+        return "\n".join(f"export {name}={value}" for name, value in told.items())
+
+    run(server, server.check, greeting)
 
 
 if __name__ == "__main__":

@@ -133,5 +133,7 @@ cat "$work/said"
 if [[ -f $work/succeeded ]]; then
   echo "submit_yarn: $id succeeded" >&2
 else
-  fail "$id failed: $(grep '^trailvec: ' "$work/said" | tail -n 1 || sed -n 's/.*diagnostics: //p' "$work/log" | tail -n 1)"
+  why=$(grep '^trailvec: ' "$work/said" | tail -n 1) ||
+    why="$(sed -n 's/.*diagnostics: //p' "$work/log" | tail -n 1), and the driver left no word why (killed, or lost with its node): run this again, it goes on where it was"
+  fail "$id failed: $why"
 fi

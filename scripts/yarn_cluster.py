@@ -1,7 +1,7 @@
 """A real YARN and HDFS for tests and trials, on one machine and reachable from it alone: a NameNode, a DataNode, a
 ResourceManager and some NodeManagers, each a JVM of its own.
 
-    python scripts/yarn_cluster.py --data build/yarn              prints what to export, runs until it is interrupted
+    python -m scripts.yarn_cluster --data build/yarn              prints what to export, runs until it is interrupted
 
     with Cluster(tmp_path / "yarn") as cluster:                   in a test
         environment = {"HADOOP_CONF_DIR": str(cluster.conf)}      for spark-submit --master yarn
@@ -16,11 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable
@@ -32,6 +29,7 @@ import pyspark
 
 from jobs.errors import TrailvecError
 from jobs.runtime import java_home
+from scripts.servers import HOST, failed, free_ports, run
 
 _LOGGING = """\
 rootLogger.level=info
@@ -49,7 +47,6 @@ _MAINS = {
 }
 # Needs no queues, and so no file that names them.
 _SCHEDULER = "org.apache.hadoop.yarn.server.resourcemanager.scheduler.fifo.FifoScheduler"
-_HOST = "127.0.0.1"
 _PATIENCE = 300.0  # seconds to start or to stop; a quiet machine needs ten for all
 
 
@@ -74,13 +71,15 @@ class Cluster:
             memory_mb: what each node gives to containers.
         """
         self.data = data.absolute()
-        self._nodes = [f"node{number + 1}" for number in range(nodes)]
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.conf = self.data / "conf"
         self._logging = self.data / "log4j2.properties"  # not among the settings, which Spark ships to its containers
-        namenode, web, *manager = _free_ports(7)
-        self.root = f"hdfs://{_HOST}:{namenode}"
-        self._web = {"NameNode": f"http://{_HOST}:{web}", "ResourceManager": f"http://{_HOST}:{manager[0]}"}
+        namenode, web, *ports = free_ports(7 + nodes)
+        manager = ports[:5]
+        # By its port: a node that comes back under its old address is known at once as the one that was lost.
+        self._nodes = {f"node{number}": port for number, port in enumerate(ports[5:], 1)}
+        self.root = f"hdfs://{HOST}:{namenode}"
+        self._web = {"NameNode": f"http://{HOST}:{web}", "ResourceManager": f"http://{HOST}:{manager[0]}"}
         self.webhdfs = f"{self._web['NameNode']}/webhdfs/v1"
         self.conf.mkdir(parents=True, exist_ok=True)
         self._logging.write_text(_LOGGING)
@@ -184,7 +183,8 @@ class Cluster:
             "--add-opens=java.base/java.lang=ALL-UNNAMED",  # Guice looks into it
             "-Djava.net.preferIPv4Stack=true",
             f"-Dlog4j2.configurationFile={self._logging}",
-            f"-Dtrailvec.daemon={name}",  # the settings name a node's folders by it
+            f"-Dtrailvec.daemon={name}",  # the settings name a node's folders by it ...
+            f"-Dtrailvec.port={self._nodes.get(name, 0)}",  # ... and its address
             "-cp",
             f"{self.conf}:{own}/*:{sparks}/*",
             _MAINS["node" if name in self._nodes else name],
@@ -200,9 +200,7 @@ class Cluster:
             )
 
     def _failed(self, name: str, what: str) -> TrailvecError:
-        log = self.data / f"{name}.log"
-        last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        return TrailvecError(f"the cluster's {name} {what}: see {log}, which ends:\n{last}")
+        return failed(f"the cluster's {name} {what}", self.data / f"{name}.log")
 
 
 def _hdfs_settings(data: Path, port: int, web: int) -> dict[str, object]:
@@ -210,15 +208,15 @@ def _hdfs_settings(data: Path, port: int, web: int) -> dict[str, object]:
         "dfs.replication": 1,
         "dfs.permissions.enabled": "false",
         "dfs.namenode.name.dir": f"file://{data}/name",
-        "dfs.namenode.rpc-address": f"{_HOST}:{port}",
-        "dfs.namenode.http-address": f"{_HOST}:{web}",
+        "dfs.namenode.rpc-address": f"{HOST}:{port}",
+        "dfs.namenode.http-address": f"{HOST}:{web}",
         "dfs.namenode.safemode.extension": 0,
         "dfs.namenode.datanode.registration.ip-hostname-check": "false",
         "dfs.datanode.data.dir": f"file://{data}/blocks",
         "dfs.datanode.hostname": "localhost",
-        "dfs.datanode.address": f"{_HOST}:0",
-        "dfs.datanode.ipc.address": f"{_HOST}:0",
-        "dfs.datanode.http.address": f"{_HOST}:0",
+        "dfs.datanode.address": f"{HOST}:0",
+        "dfs.datanode.ipc.address": f"{HOST}:0",
+        "dfs.datanode.http.address": f"{HOST}:0",
     }
 
 
@@ -226,23 +224,24 @@ def _yarn_settings(data: Path, ports: list[int], memory_mb: int) -> dict[str, ob
     web, clients, scheduler, tracker, admin = ports
     folder = f"{data}/${{trailvec.daemon}}"  # of each NodeManager by itself
     return {
-        "yarn.resourcemanager.hostname": _HOST,
-        "yarn.resourcemanager.webapp.address": f"{_HOST}:{web}",
-        "yarn.resourcemanager.address": f"{_HOST}:{clients}",
-        "yarn.resourcemanager.scheduler.address": f"{_HOST}:{scheduler}",
-        "yarn.resourcemanager.resource-tracker.address": f"{_HOST}:{tracker}",
-        "yarn.resourcemanager.admin.address": f"{_HOST}:{admin}",
+        "yarn.resourcemanager.hostname": HOST,
+        "yarn.resourcemanager.webapp.address": f"{HOST}:{web}",
+        "yarn.resourcemanager.address": f"{HOST}:{clients}",
+        "yarn.resourcemanager.scheduler.address": f"{HOST}:{scheduler}",
+        "yarn.resourcemanager.resource-tracker.address": f"{HOST}:{tracker}",
+        "yarn.resourcemanager.admin.address": f"{HOST}:{admin}",
         "yarn.resourcemanager.scheduler.class": _SCHEDULER,
+        "yarn.resourcemanager.am.max-attempts": 5,  # at most; a job says itself how many it wants
         "yarn.scheduler.minimum-allocation-mb": 128,
         "yarn.scheduler.maximum-allocation-mb": memory_mb,
         "yarn.scheduler.include-port-in-node-name": "true",  # all nodes have one host name
         # Quick to give containers and to miss a node, as a test wants it (1 s and 10 minutes by default).
         "yarn.resourcemanager.nodemanagers.heartbeat-interval-ms": 250,
         "yarn.nm.liveness-monitor.expiry-interval-ms": 60000,
-        "yarn.nodemanager.address": "localhost:0",
-        "yarn.nodemanager.bind-host": _HOST,
-        "yarn.nodemanager.localizer.address": f"{_HOST}:0",
-        "yarn.nodemanager.webapp.address": f"{_HOST}:0",
+        "yarn.nodemanager.address": "localhost:${trailvec.port}",
+        "yarn.nodemanager.bind-host": HOST,
+        "yarn.nodemanager.localizer.address": f"{HOST}:0",
+        "yarn.nodemanager.webapp.address": f"{HOST}:0",
         "yarn.nodemanager.local-dirs": f"{folder}/local",
         "yarn.nodemanager.log-dirs": f"{folder}/logs",
         "yarn.nodemanager.resource.memory-mb": memory_mb,
@@ -261,33 +260,14 @@ def _write_settings(path: Path, settings: dict[str, object]) -> None:
     path.write_text("\n".join(['<?xml version="1.0"?>', "<configuration>", *lines, "</configuration>", ""]))
 
 
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind((_HOST, 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Runs a real YARN and HDFS on the loopback.")
     parser.add_argument("--data", type=Path, default=Path("build/yarn"), help="what it keeps (default: build/yarn)")
     parser.add_argument("--nodes", type=int, default=2, help="NodeManagers (default: 2)")
     parser.add_argument("--memory-mb", type=int, default=2560, help="of each for containers (default: 2560)")
     arguments = parser.parse_args()
-    told = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: told.set())
-    try:
-        with Cluster(arguments.data, arguments.nodes, arguments.memory_mb) as cluster:
-            print(f"export HADOOP_CONF_DIR={cluster.conf}  # {cluster.root}", flush=True)
-            while not told.wait(0.5):
-                cluster.check()
-    except TrailvecError as error:
-        sys.exit(f"yarn_cluster: {error}")
+    cluster = Cluster(arguments.data, arguments.nodes, arguments.memory_mb)
+    run(cluster, cluster.check, lambda: f"export HADOOP_CONF_DIR={cluster.conf}  # {cluster.root}")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ and, where the vectors that are written are turned, `alignment.safetensors` with
 
 A checkpoint is a folder `<epoch>-<step>` with `state.safetensors` and `checkpoint.json` (`Progress`, and the SHA-256 of
 the former). It is filled under another name, flushed to the disk (on HDFS: copied from rank 0's disk) and renamed: what
-has the name is whole. The tensors are `model.<name>` (as in a model), `optimizer.<parameter>.<key>`, `items.<key>`
-(training.rowwise), and `rng.<rank>`, uint8: torch's generator there.
+has the name is whole. On S3, which renames nothing, what has a `checkpoint.json` is. The tensors are `model.<name>` (as
+in a model), `optimizer.<parameter>.<key>`, `items.<key>` (training.rowwise), and `rng.<rank>`, uint8: torch's generator
+there.
 """
 
 from __future__ import annotations
@@ -207,17 +208,15 @@ def write_checkpoint(folder: Folder, progress: Progress, tensors: dict[str, torc
     from safetensors.torch import save_file  # noqa: PLC0415
 
     target = folder / _name(progress.epoch, progress.step)
-    part = folder / f".{target.name}.part"
     for stale in [*folder.glob(".*.part"), target]:
         remove_tree(stale)
-    with filled(part) as local:
+    with filled(target) as local:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, local / STATE)
         text = json.dumps({"progress": progress.model_dump(), "state_sha256": _sha256(local / STATE)}, indent=1)
         (local / PROGRESS).write_text(text + "\n", encoding="utf-8")
         for path in (local / STATE, local / PROGRESS):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    part.rename(target)  # type: ignore[arg-type]  # both are of one kind
     kept = {path.name for path in _checkpoints(folder)[-keep:]} | {_name(progress.best_epoch + 1, 0)}
     for old in _checkpoints(folder):
         if old.name not in kept:
@@ -284,7 +283,8 @@ def _name(epoch: int, step: int) -> str:
 
 
 def _checkpoints(folder: Folder) -> list[Folder]:
-    found: list[Folder] = list(folder.glob("[0-9]*-[0-9]*"))
+    """The whole ones, the oldest first."""
+    found = [path for path in folder.glob("[0-9]*-[0-9]*") if (path / PROGRESS).exists()]
     return sorted(found, key=lambda path: path.name)
 
 

@@ -1,15 +1,19 @@
-"""Folders and files that training's processes share, by the names in a run spec: local ones, or on HDFS over WebHDFS
-(`webhdfs://user@host:port/path`), which needs neither a JVM nor Hadoop's native library. The only module that imports
-fsspec.
+"""Folders and files that training's processes share, by the names in a run spec. The only module that imports fsspec.
+
+They are local; or on HDFS over WebHDFS (`webhdfs://user@host:port/path`), which needs neither a JVM nor Hadoop's native
+library; or on S3 (`s3+https://region@host:port/bucket/path`), by pyarrow's own client, which finds its keys in the
+environment (AWS_ACCESS_KEY_ID, ...) or asks the machine's role.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -50,7 +54,17 @@ class StorePath:
         """Always with its parents, and content with a folder that is there; the arguments are pathlib's."""
         assert parents
         assert exist_ok
-        self._system.makedirs(self._path, exist_ok=True)
+        if self.renames:  # elsewhere there are no folders, only names with a / in them
+            self._system.makedirs(self._path, exist_ok=True)
+
+    @property
+    def parent(self) -> StorePath:
+        return StorePath(self._url.rpartition("/")[0])
+
+    @property
+    def renames(self) -> bool:
+        """Whether the store can give a folder another name; S3 can only copy its files."""
+        return not _S3.match(self._url)
 
     def read_text(self, encoding: str = "utf-8") -> str:
         return bytes(self._system.cat_file(self._path)).decode(encoding)
@@ -59,9 +73,9 @@ class StorePath:
         self._system.pipe_file(self._path, text.encode(encoding))
 
     def put(self, source: Path) -> None:
-        """Copies the files of a local folder here."""
+        """Copies the files of a local folder here; those that describe the others (JSON) after them."""
         self.mkdir()
-        for file in sorted(source.iterdir()):
+        for file in sorted(source.iterdir(), key=descriptions_last):
             target = (self / file.name)._path
             with file.open("rb") as read, self._system.open(target, "wb", block_size=_BYTES_AT_ONCE) as write:
                 shutil.copyfileobj(read, write, _BYTES_AT_ONCE)
@@ -104,6 +118,11 @@ class Tree(Protocol):
     def rmtree(self) -> None: ...
 
 
+def descriptions_last(file: Path) -> tuple[bool, str]:
+    """The order in which files become a whole: JSON says what the others are, and that they are all there."""
+    return file.suffix == ".json", file.name
+
+
 def remove_tree(of: Path | Tree) -> None:
     """Deletes it with all that is in it; nothing where it does not exist."""
     if isinstance(of, Path):
@@ -113,15 +132,22 @@ def remove_tree(of: Path | Tree) -> None:
 
 
 @contextlib.contextmanager
-def filled(folder: Folder) -> Iterator[Path]:
-    """A new local folder to fill, `folder` itself or what is copied there at the block's end."""
-    if isinstance(folder, Path):
-        folder.mkdir(parents=True)
-        yield folder
-    else:
-        with tempfile.TemporaryDirectory() as local:
-            yield Path(local)
-            folder.put(Path(local))
+def filled(target: Folder) -> Iterator[Path]:
+    """A new local folder to fill, which becomes `target` when the block ends without an error: at once, by a rename; on
+    S3, which has none, it is whole when its description (JSON) is there."""
+    part = target.parent / f".{target.name}.part"
+    if isinstance(part, Path):
+        part.mkdir(parents=True)
+        yield part
+        part.rename(target)  # type: ignore[arg-type]  # both are of one kind
+        return
+    with tempfile.TemporaryDirectory() as local:
+        yield Path(local)
+        if part.renames:
+            part.put(Path(local))
+            part.rename(target)  # type: ignore[arg-type]  # both are of one kind
+        else:
+            target.put(Path(local))  # type: ignore[union-attr]
 
 
 @contextlib.contextmanager
@@ -144,11 +170,12 @@ def parquet_files(urls: list[str]) -> tuple[fs.FileSystem, list[str]]:
     """The file system of all of these files, as pyarrow knows it, and their paths in it.
 
     Args:
-        urls: file:// URLs, or webhdfs:// ones of one host.
+        urls: file:// URLs, or those of one store.
     """
     if (store := fsspec_of(urls)) is None:
         return fs.LocalFileSystem(), [url.removeprefix("file://") for url in urls]
-    return fs.PyFileSystem(fs.FSSpecHandler(store)), [str(store._strip_protocol(url)) for url in urls]
+    system = store.fs if _S3.match(urls[0]) else fs.PyFileSystem(fs.FSSpecHandler(store))
+    return system, [str(store._strip_protocol(url)) for url in urls]
 
 
 def fsspec_of(urls: list[str]) -> Any | None:
@@ -156,11 +183,32 @@ def fsspec_of(urls: list[str]) -> Any | None:
     return _system_of(urls[0]) if urls and _is_remote(urls[0]) else None
 
 
+_S3 = re.compile(r"s3\+(https?)://([^@/]+)@([^/]+)/")
+
+
 def _is_remote(name: str) -> bool:
-    return name.startswith("webhdfs://")
+    return name.startswith("webhdfs://") or _S3.match(name) is not None
 
 
 def _system_of(url: str) -> Any:
+    if found := _S3.match(url):
+        return _s3_store(*found.groups())
     from fsspec.core import url_to_fs  # noqa: PLC0415 - nothing on a local disk needs it, nor do the data stages
 
     return cast(Any, url_to_fs(url))[0]  # one for each host, kept by fsspec
+
+
+@cache
+def _s3_store(scheme: str, region: str, host: str) -> Any:
+    """pyarrow's client for a store, as fsspec knows it."""
+    import fsspec  # noqa: PLC0415
+    from fsspec.implementations.arrow import ArrowFSWrapper  # noqa: PLC0415
+
+    class Store(ArrowFSWrapper):  # type: ignore[misc]
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            """bucket/key"""
+            return _S3.sub("", path).rstrip("/")
+
+    fsspec.register_implementation(f"s3+{scheme}", Store, clobber=True)  # whom Petastorm asks for a URL's path
+    return Store(fs.S3FileSystem(scheme=scheme, region=region, endpoint_override=host))

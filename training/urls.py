@@ -14,7 +14,7 @@ def local_path(place: str) -> str | None:
     """The path of a place among this machine's files: what a file: or dbfs: URL says, or the place itself where it is a
     path. None: it lies in another store (s3://, abfss://, hdfs://, …)."""
     scheme, colon, rest = place.partition(":/")
-    if not colon or not scheme.isalnum():
+    if not colon or not scheme.replace("+", "").isalnum():
         return place
     path = "/" + rest.lstrip("/")
     if scheme == "dbfs":

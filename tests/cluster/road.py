@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
 from jobs.cli import run_stages
+from jobs.erase_users import HOLDING_USERS
 from jobs.pipeline import STAGES
 from jobs.runtime import Runtime
 from scripts.faults import delta_reader, differences
 from tests.conftest import make_config
+from training.checkpoint import read_about
 
 REPOSITORY = Path(__file__).parents[2]
 DATA = REPOSITORY / "tests/data/online_retail"
@@ -41,3 +47,53 @@ def same_tables(expected: Path, found: Path) -> None:
         assert rows > 0, table
     # A refused record is told with its file, which lies elsewhere.
     assert differences(expected, found, TABLES, {"rejected_events": "file"}) == dict.fromkeys(TABLES, 0)
+
+
+def some_users(root: Path, count: int = 3) -> list[str]:
+    """Users of whom every table of the road that holds users may have rows."""
+    query = f"SELECT DISTINCT user_id FROM delta_scan('{root}/tables/sequences') ORDER BY user_id LIMIT {count}"
+    return [user for (user,) in delta_reader().execute(query).fetchall()]
+
+
+def holding(root: Path, users: list[str]) -> set[str]:
+    """The tables of which some Parquet file holds one of the users, whatever version it belongs to."""
+    found = set()
+    for table in HOLDING_USERS:
+        files = [
+            str(file) for file in (root / "tables" / table.name).rglob("*.parquet") if "_delta_log" not in file.parts
+        ]
+        for name in table.user_columns() if files else ():
+            query = f"SELECT count(*) FROM read_parquet(?, union_by_name = true) WHERE {name} IN (SELECT unnest(?))"
+            if delta_reader().execute(query, [files, users]).fetchall()[0][0]:
+                found.add(table.name)
+    return found
+
+
+def is_forgotten(said: dict[str, Any], before: Path, after: Path, users: list[str]) -> None:
+    """What forget.py said, and what the files held before and hold after it."""
+    held = holding(before, users)
+    assert {"events", "sessions", "sequences"} <= held
+    assert {name for name, rows in said["rows"].items() if rows} == held
+    assert (said["early"], said["finished"]) == ({"finished": 0}, {"finished": 1})
+    assert holding(after, users) == set()
+    for name, entry in said["upkeep"].items():
+        folder = after / "tables" / name
+        if name == "erasures":  # written to since
+            continue
+        active = pa.table(DeltaTable(str(folder)).get_add_actions(flatten=True)).to_pydict()
+        assert (entry["rows"], entry["rows_hidden"]) == (sum(active["num_records"]), 0), name
+        assert (entry["files"], entry["bytes"]) == (len(active["path"]), sum(active["size_bytes"])), name
+        files = [file for file in folder.rglob("*") if file.is_file() and "_delta_log" not in file.parts]
+        assert entry["bytes_on_disk"] == sum(file.stat().st_size for file in files if file.name[0] != "."), name
+        if name in held:
+            assert entry["bytes_freed"] > 0, name
+    assert {"erasures", "erased_users", *held} <= said["upkeep"].keys()
+
+
+def train_here(root: Path, here: Path, spark: SparkSession, settings: dict[str, Any]) -> dict[str, Any]:
+    """What model.json says after a training without a stop, by horovodrun over a copy of root's tables in `here`."""
+    sets = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    shutil.copytree(root / "tables", here / "tables")
+    runtime = Runtime(make_config(here, *sets, 'train.launcher="local"', conf=REPOSITORY / "conf/base.toml"), spark)
+    run_stages(runtime, [stage for stage in STAGES if stage.name == "train"])
+    return read_about(runtime.model_dir())

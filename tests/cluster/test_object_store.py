@@ -17,24 +17,31 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
-from fsspec.implementations.arrow import ArrowFSWrapper
-from petastorm import make_batch_reader
 from pyarrow import fs
-from pyarrow.filesystem import DaskFileSystem
 from pyspark.sql import SparkSession
 
 from jobs.errors import TrailvecError
 from jobs.runtime import QUIET, Runtime
 from jobs.segment_files import MANIFEST, ArrowFolder, delivered, place_of
 from jobs.segments import Segment
-from scripts.faults import delta_reader
+from jobs.tombstones import ERASE_KEY
 from scripts.s3_server import S3Server
-from tests.cluster.road import DATA, REPOSITORY, ROAD, SETTINGS, run_here, same_tables
+from tests.cluster.road import (
+    DATA,
+    REPOSITORY,
+    ROAD,
+    SETTINGS,
+    is_forgotten,
+    run_here,
+    same_tables,
+    some_users,
+    train_here,
+)
 from tests.conftest import make_config
+from training.checkpoint import read_about
 
 BUCKET = "lake"
 CONF = """
@@ -157,33 +164,6 @@ def test_no_commit_shows_the_keys(store: Store, tables: Path) -> None:
         assert not any(secret in log for log in logs)
 
 
-def test_petastorm_reads_every_row_of_sequences_from_the_store(store: Store, tables: Path) -> None:
-    class Legacy(DaskFileSystem):  # type: ignore[misc]
-        """What Petastorm wants: a file system from before pyarrow 2."""
-
-        def isdir(self, path: str) -> bool:
-            return bool(self.fs.isdir(path))
-
-        def isfile(self, path: str) -> bool:
-            return bool(self.fs.isfile(path))
-
-    fsspec.register_implementation("s3", ArrowFSWrapper, clobber=True)  # whom Petastorm asks for a URL's path
-    urls = DeltaTable(f"s3://{BUCKET}/trailvec/tables/sequences", storage_options=store.options).file_uris()
-    with make_batch_reader(
-        urls,
-        filesystem=Legacy(ArrowFSWrapper(store.system)),
-        num_epochs=1,
-        reader_pool_type="thread",
-        schema_fields=["user_id", "length"],
-    ) as reader:
-        found = sorted(
-            (user, int(length)) for batch in reader for user, length in zip(batch.user_id, batch.length, strict=True)
-        )
-    rows = delta_reader().execute(f"SELECT user_id, length FROM delta_scan('{tables}/tables/sequences')").fetchall()
-    assert found == sorted(rows)
-    assert found != []
-
-
 def test_no_commit_of_three_writers_at_once_is_lost(store: Store, tmp_path: Path) -> None:
     """Two Sparks, and delta-rs, which asks the store the same way."""
     table, each = f"{BUCKET}/together", 8
@@ -224,6 +204,66 @@ def test_wrong_keys_a_missing_bucket_and_no_keys_are_one_sentence(store: Store) 
         assert (job.returncode, said) == (1, ""), told
         assert re.match(f"trailvec: .*{sentence}", told), told
         assert told.count("\n") == 1, told
+
+
+def test_people_are_erased_and_files_kept_up(store: Store, tables: Path, tmp_path: Path) -> None:
+    system = store.system
+    fs.copy_files(f"{BUCKET}/trailvec/tables", f"{BUCKET}/erased/tables", system, system)
+    conf = store.conf.with_name("erased.toml")
+    conf.write_text(store.conf.read_text().replace(f"{BUCKET}/trailvec", f"{BUCKET}/erased"))
+    users = some_users(tables)
+    (tmp_path / "ids.txt").write_text("\n".join(users))
+    script = str(Path(__file__).with_name("forget.py"))
+    environment = {ERASE_KEY: "a key of the tests", "PYTHONPATH": str(REPOSITORY)}
+    with store.start(script, str(conf), str(tmp_path / "ids.txt"), **environment) as job:
+        said, told = job.communicate()
+    assert job.returncode == 0, told
+    fs.copy_files(f"{BUCKET}/erased/tables", str(tmp_path / "tables"), source_filesystem=store.system)
+    is_forgotten(json.loads(said.splitlines()[-1]), tables, tmp_path, users)
+
+
+TRAIN = {
+    "vocabulary.min_count": 2,
+    "sequences.max_length": 64,
+    "train.tracking_uri": "none",
+    "train.processes": 2,
+    "train.threads": 1,  # with more, sums are taken in another order
+    "train.batch_size": 16,
+    "train.epochs": 2,
+    "train.width": 16,
+    "train.checkpoint_minutes": 0,
+}
+
+
+def test_training_reads_and_writes_on_the_store_and_goes_on_after_a_kill(
+    store: Store, tables: Path, spark: SparkSession, tmp_path: Path
+) -> None:
+    """The same bits as from local files, without a kill."""
+    command = ["train", *[f"--set={key}={json.dumps(value)}" for key, value in TRAIN.items()]]
+
+    def found(pattern: str) -> list[str]:
+        chosen = fs.FileSelector(f"{BUCKET}/trailvec/models", allow_not_found=True, recursive=True)
+        names = [info.path.partition("/models/")[2] for info in store.system.get_file_info(chosen)]
+        return [name for name in names if re.fullmatch(pattern, name)]
+
+    with store.trailvec(*command) as job:
+        while not found(r"\w+\.checkpoints/\d+-\d+/checkpoint\.json"):
+            assert job.poll() is None, job.communicate()
+            time.sleep(0.1)
+        os.killpg(job.pid, signal.SIGKILL)
+    assert found(r"\w+/model\.json|current\.json") == []
+    with store.trailvec(*command) as job:
+        _, told = job.communicate()
+    assert job.returncode == 0, told
+    assert "goes on from a checkpoint" in told
+    (version,) = {name.partition("/")[0] for name in found(r"\w+/model\.json")}
+    assert found(r".*\.checkpoints/.*|\..*") == []
+
+    fs.copy_files(f"{BUCKET}/trailvec/models", str(tmp_path / "models"), source_filesystem=store.system)
+    assert json.loads((tmp_path / "models/current.json").read_text()) == {"model_version": version}
+    about = read_about(tmp_path / "models" / version)  # its weights are those that it names
+    expected = train_here(tables, tmp_path / "here", spark, TRAIN)
+    assert about["training"]["parameters_sha256_by_rank"] == expected["training"]["parameters_sha256_by_rank"]
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -34,14 +33,25 @@ import pyspark
 import pytest
 from pyspark.sql import SparkSession
 
-from jobs.cli import run_stages
-from jobs.pipeline import STAGES
 from jobs.runtime import Runtime
+from jobs.tombstones import ERASE_KEY
 from scripts.faults import delta_reader
 from scripts.yarn_cluster import Cluster
-from tests.cluster.road import DATA, REPOSITORY, ROAD, SETTINGS, run_here, same_tables
+from tests.cluster.forget import forget
+from tests.cluster.road import (
+    DATA,
+    REPOSITORY,
+    ROAD,
+    SETTINGS,
+    is_forgotten,
+    run_here,
+    same_tables,
+    some_users,
+    train_here,
+)
 from tests.conftest import make_config
 
+pytestmark = pytest.mark.timeout(1800)  # three drivers one after the other, which took 17 minutes at a load of ten
 SPARK_JARS = str(Path(pyspark.__file__).parent / "jars")
 CONF = """
 extends = "yarn.toml"
@@ -57,6 +67,7 @@ extends = "yarn.toml"
 "spark.executorEnv.SPARK_LOCAL_IP" = "127.0.0.1"
 "spark.driver.extraJavaOptions" = "-XX:+UseSerialGC -XX:TieredStopAtLevel=1"
 "spark.executor.extraJavaOptions" = "-XX:+UseSerialGC -XX:TieredStopAtLevel=1"
+"spark.yarn.maxAppAttempts" = "3"             # two drivers are lost in one run
 "spark.yarn.am.waitTime" = "600s"             # a busy machine takes its time
 "spark.network.timeout" = "600s"
 "spark.ui.enabled" = "false"
@@ -71,7 +82,7 @@ extends = "yarn.toml"
 LEARN = """
 extends = "test.toml"
 [storage]
-root = "hdfs:///undisturbed"
+root = "hdfs:///lake"
 [vocabulary]
 min_count = 2
 [sequences]
@@ -183,26 +194,48 @@ def submit(cluster: Cluster, environment: Path, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="module")
-def undisturbed(submit: Submit) -> tuple[int, list[str], list[str]]:
-    """The data stages' run that nothing got in the way of."""
-    return submit.run("run", *road("hdfs:///undisturbed"))
+def lake(submit: Submit) -> tuple[list[str], list[str]]:
+    """What the run of the data stages says into whose middle fell the loss of the driver, of an executor, and of the
+    node that the second driver ran on, which came back at once."""
+    cluster = submit.cluster
+    with submit.start("run", *road("hdfs:///lake")) as process:
+        for attempt, after, before, strike in (
+            (1, "✓ flag_users", "sessionize", lambda: kill_one("ApplicationMaster", cluster)),
+            (2, "= flag_users", "sessionize", lambda: kill_one("YarnCoarseGrainedExecutorBackend", cluster)),
+            (2, "✓ sessionize", "build_sequences", lambda: restart(newest_driver(cluster)[1], cluster)),
+        ):
+            while not (newest_driver(cluster)[0] == attempt and after in said_by_now(cluster)):
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.1)
+            strike()
+            assert before not in said_by_now(cluster)
+        said, told = process.communicate()
+    assert process.returncode == 0, (said, told)
+    return said.splitlines(), told.splitlines()
 
 
-def test_the_road_to_sequences_ends_in_the_rows_of_a_local_run(
-    submit: Submit, undisturbed: tuple[int, list[str], list[str]], expected: Path, tmp_path: Path
+def restart(node: str, cluster: Cluster) -> None:
+    cluster.kill(node)
+    cluster.restart(node)
+
+
+def test_after_a_lost_driver_executor_and_node_the_rows_are_those_of_a_local_run(
+    submit: Submit, lake: tuple[list[str], list[str]], expected: Path, tmp_path: Path
 ) -> None:
-    code, said, told = undisturbed
-    assert code == 0, told
-    assert [line.split()[1] for line in said if line.startswith("✓")] == [stage.name for stage in ROAD]
+    said, told = lake
+    # The words are the third driver's: what the others had done is not done again.
+    stages = [line.split()[:2] for line in said if line.startswith(("✓", "="))]
+    assert stages[:3] == [["=", stage.name] for stage in ROAD[:3]]
+    assert [name for _, name in stages] == [stage.name for stage in ROAD]
+    assert stages[-1][0] == "✓"
     assert [line.split()[-1] for line in told] == ["submitted", "succeeded"]
-    same_tables(expected, submit.fetch("undisturbed", tmp_path))
+    same_tables(expected, submit.fetch("lake", tmp_path))
 
 
 def test_training_scoring_and_an_export_end_right_after_killed_executors(
-    submit: Submit, undisturbed: tuple[int, list[str], list[str]], spark: SparkSession, tmp_path: Path
+    submit: Submit, lake: tuple[list[str], list[str]], spark: SparkSession, tmp_path: Path
 ) -> None:
     """What came of it is read out of HDFS by others, and trained again here from local files: the same bits."""
-    assert undisturbed[0] == 0
     conf = submit.conf.with_name("learn.toml")
     conf.write_text(LEARN)
     (conf.parent / "segments/like_the_first.toml").write_text(SEGMENT)
@@ -225,13 +258,15 @@ def test_training_scoring_and_an_export_end_right_after_killed_executors(
     ]
     assert any("goes on from a checkpoint" in line for line in lines)
 
-    found = submit.fetch("undisturbed", tmp_path)
+    found = submit.fetch("lake", tmp_path)
     (folder,) = (path for path in (found / "models").iterdir() if path.is_dir())
     assert json.loads((found / "models/current.json").read_text()) == {"model_version": folder.name}
     assert sorted(path.name for path in folder.iterdir()) == sorted(MODEL)
     about = json.loads((folder / "model.json").read_text())
     assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == about["weights_sha256"]
-    again = trained_here(found, spark)
+    settings = {f"train.{key}": value for key, value in tomllib.loads(LEARN)["train"].items()}
+    settings |= {name: SETTINGS[name] for name in ("vocabulary.min_count", "sequences.max_length")}
+    again = train_here(found, tmp_path / "here", spark, settings)
     assert about["training"]["processes"] == again["training"]["processes"] == 2
     assert about["training"]["parameters_sha256_by_rank"] == again["training"]["parameters_sha256_by_rank"]
 
@@ -255,8 +290,8 @@ MODEL = ("alignment.json", "card.md", "model.json", "model.safetensors", "run.js
 
 def checkpoints(cluster: Cluster) -> list[str]:
     """The names of a training's whole checkpoints, asked of the NameNode."""
-    (models,) = listed(cluster, "/undisturbed/models", r".*\.checkpoints") or [None]
-    return [] if models is None else listed(cluster, f"/undisturbed/models/{models}", r"\d+-\d+")
+    (models,) = listed(cluster, "/lake/models", r".*\.checkpoints") or [None]
+    return [] if models is None else listed(cluster, f"/lake/models/{models}", r"\d+-\d+")
 
 
 def listed(cluster: Cluster, folder: str, pattern: str) -> list[str]:
@@ -266,17 +301,6 @@ def listed(cluster: Cluster, folder: str, pattern: str) -> list[str]:
     except urllib.error.HTTPError:  # not there yet
         return []
     return [name for name in (status["pathSuffix"] for status in found) if re.fullmatch(pattern, name)]
-
-
-def trained_here(root: Path, spark: SparkSession) -> dict[str, Any]:
-    """What model.json says after the same training, without a stop, by horovodrun over the files in a local folder."""
-    sets = [f"train.{key}={json.dumps(value)}" for key, value in tomllib.loads(LEARN)["train"].items()]
-    sets += ['train.launcher="local"', "vocabulary.min_count=2", "sequences.max_length=64"]
-    shutil.copytree(root / "tables", root.with_name("here") / "tables")
-    runtime = Runtime(make_config(root.with_name("here"), *sets, conf=REPOSITORY / "conf/base.toml"), spark)
-    run_stages(runtime, [stage for stage in STAGES if stage.name == "train"])
-    about: dict[str, Any] = json.loads((runtime.model_dir() / "model.json").read_text())
-    return about
 
 
 def likeness(users: list[tuple[str, list[float], bool]]) -> dict[str, float]:
@@ -297,42 +321,52 @@ def likeness(users: list[tuple[str, list[float], bool]]) -> dict[str, float]:
     }
 
 
-def test_after_a_killed_driver_and_a_killed_executor_the_rows_are_the_same(
-    submit: Submit, expected: Path, tmp_path: Path
+def test_people_are_erased_and_files_kept_up_on_hdfs(
+    submit: Submit,
+    lake: tuple[list[str], list[str]],
+    spark: SparkSession,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with submit.start("run", *road("hdfs:///disturbed")) as process:
-        for main, after, before in (
-            ("ApplicationMaster", "flag_users", "sessionize"),
-            ("YarnCoarseGrainedExecutorBackend", "sessionize", "build_sequences"),
-        ):
-            while after not in said_by_now(submit.cluster):
-                assert process.poll() is None, process.communicate()
-                time.sleep(0.1)
-            kill_one(main, submit.cluster)
-            assert before not in said_by_now(submit.cluster)
-        said, told = process.communicate()
-    assert process.returncode == 0, told
-    lines = [line.split()[:2] for line in said.splitlines() if line.startswith(("✓", "="))]
-    # The words are the second driver's: what the first one had done is not done again.
-    names = [stage.name for stage in ROAD]
-    assert lines == [["=", "ingest"], ["=", "flag_users"], *[["✓", name] for name in names[2:]]]
-    same_tables(expected, submit.fetch("disturbed", tmp_path))
+    before, root = submit.fetch("lake", tmp_path), f"{submit.cluster.root}/erased"
+    hdfs(submit.cluster, "-mkdir", root)
+    hdfs(submit.cluster, "-cp", f"{submit.cluster.root}/lake/tables", f"{root}/tables")
+    monkeypatch.setenv(ERASE_KEY, "a key of the tests")
+    users = some_users(before)
+    (tmp_path / "ids.txt").write_text("\n".join(users))
+    config = make_config(root, 'storage.database="on_hdfs"', conf=REPOSITORY / "conf/base.toml")
+    said = forget(Runtime(config, spark), tmp_path / "ids.txt")
+    is_forgotten(said, before, submit.fetch("erased", tmp_path), users)
 
 
 def kill_one(main: str, cluster: Cluster) -> None:
-    """SIGKILL for one of the JVMs in the cluster's containers that run that class."""
+    """SIGKILL for one of the JVMs in the newest attempt's containers that run that class."""
+    log = driver_log(cluster)
+    assert log is not None
+    attempt = log.parent.name.rpartition("_")[0]
     for process in psutil.process_iter(["name", "cmdline"]):
         command = " ".join(process.info["cmdline"] or [])
-        if process.info["name"] == "java" and main in command and str(cluster.data) in command:
+        if process.info["name"] == "java" and main in command and attempt in command and str(cluster.data) in command:
             process.kill()
             return
-    raise AssertionError(f"no {main} runs")
+    raise AssertionError(f"no {main} of {attempt} runs")
+
+
+def driver_log(cluster: Cluster) -> Path | None:
+    """Where the newest driver (the first container of an attempt) says what it does."""
+    logs = cluster.data.glob("node*/logs/application_*/container_*_000001/stdout")
+    return max(logs, key=lambda log: log.parent.name, default=None)
+
+
+def newest_driver(cluster: Cluster) -> tuple[int, str]:
+    """The number of its attempt, 0 where there is none yet, and its node."""
+    log = driver_log(cluster)
+    return (0, "") if log is None else (int(log.parent.name.split("_")[3]), log.relative_to(cluster.data).parts[0])
 
 
 def said_by_now(cluster: Cluster) -> str:
-    """What the newest driver (the first container of an attempt) has said."""
-    logs = cluster.data.glob("node*/logs/application_*/container_*_000001/stdout")
-    return max(logs, key=lambda log: log.parent.name, default=Path(os.devnull)).read_text()
+    log = driver_log(cluster)
+    return "" if log is None else log.read_text()
 
 
 def test_nothing_of_this_machine_is_seen_and_a_failure_is_one_line(submit: Submit) -> None:

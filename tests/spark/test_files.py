@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pyspark.sql import SparkSession
 
 from jobs.errors import TrailvecError
-from jobs.files import HadoopPath, fetch, published
+from jobs.files import HadoopPath, fetch, file_sizes, published
 from jobs.runtime import Runtime, write_json
 from training.checkpoint import describe_weights
 from training.config import ModelSpec
@@ -102,7 +103,57 @@ def test_a_model_elsewhere_is_read_from_a_whole_copy_and_added_to_there(
         runtime.model_dir()
 
 
+def test_every_file_but_hidden_ones_and_those_of_one_folder(store: HadoopPath, tmp_path: Path) -> None:
+    for name in ("a", "b", "b/.hidden", "b/c=1", "log", "b/log"):
+        (store / name / "file").write_text(name)
+    (store / ".hidden").write_text("x")
+    here = {f"{tmp_path}/store/{name}/file": len(name) for name in ("a", "b", "b/.hidden", "b/c=1")}
+    assert file_sizes(tmp_path / "store", "log") == here
+    assert file_sizes(store, "log") == {f"file:{path}": size for path, size in here.items()}
+    assert file_sizes(store / "missing", "log") == file_sizes(tmp_path / "missing", "log") == {}
+
+
+def test_where_nothing_can_be_renamed_descriptions_come_last(
+    store: HadoopPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hadoop's local file system in the place of S3's; itself: tests/cluster."""
+    (store / "m1" / "old").write_text("old")
+    put, done = HadoopPath.put, list[str]()
+    monkeypatch.setattr(HadoopPath, "renames", False)
+    monkeypatch.setattr(HadoopPath, "replace", None)
+    monkeypatch.setattr(HadoopPath, "put", lambda path, source: (done.append(str(path)), put(path, source)))
+    with published(store / "m1") as folder:
+        for name in ("run.json", "model.json", "model.safetensors", "card.md"):
+            (folder / name).write_text(name)
+        assert names(store / "m1") == ["old"]
+    write_json(store / "current.json", {"model_version": "m1"})
+    order = ["m1/card.md", "m1/model.safetensors", "m1/model.json", "m1/run.json", "current.json"]
+    assert done == [f"{store}/{name}" for name in order]
+    assert (names(store), len(names(store / "m1"))) == (["current.json", "m1"], 4)
+
+
+def test_a_place_on_s3_has_a_name_for_training(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    conf = spark.sparkContext._jsc.hadoopConfiguration()
+    monkeypatch.setattr(HadoopPath, "_system", SimpleNamespace(getScheme=lambda: "s3a"))
+    place = HadoopPath("s3a://lake/a/b")
+    settings = [
+        ({"endpoint.region": "eu-west-1"}, "s3+https://eu-west-1@s3.eu-west-1.amazonaws.com/lake/a/b"),
+        ({"endpoint": "http://127.0.0.1:80/"}, "s3+http://eu-west-1@127.0.0.1:80/lake/a/b"),
+        ({"endpoint": "store:80", "connection.ssl.enabled": "false"}, "s3+http://eu-west-1@store:80/lake/a/b"),
+        ({"bucket.lake.endpoint": "https://own"}, "s3+https://eu-west-1@own/lake/a/b"),
+    ]
+    try:
+        for more, url in settings:
+            for name, value in more.items():
+                conf.set(f"fs.s3a.{name}", value)
+            assert place.shared_url() == url
+    finally:
+        for more, _ in settings:
+            for name in more:
+                conf.unset(f"fs.s3a.{name}")
+
+
 def test_training_on_a_store_that_it_does_not_reach_is_refused_in_one_sentence(store: HadoopPath) -> None:
-    with pytest.raises(TrailvecError, match=r"^file:\S+/store is not on HDFS, and training reads") as error:
+    with pytest.raises(TrailvecError, match=r"^file:\S+/store is neither on HDFS nor on S3, and training") as error:
         store.shared_url()
     assert "\n" not in str(error.value)

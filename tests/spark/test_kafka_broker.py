@@ -14,7 +14,7 @@ from pyspark.sql import SparkSession
 from jobs.errors import TrailvecError
 from scripts.kafka_broker import Broker
 
-SCRIPT = Path(__file__).parents[2] / "scripts/kafka_broker.py"
+REPOSITORY = Path(__file__).parents[2]
 
 
 def write(spark: SparkSession, address: str, first: int, last: int) -> None:
@@ -59,7 +59,10 @@ def test_the_script_says_its_address_stops_cleanly_and_keeps_port_and_data(spark
     said = []
     for first in (0, 10):
         with subprocess.Popen(
-            [sys.executable, SCRIPT, "--data", tmp_path / "kafka"], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "scripts.kafka_broker", "--data", tmp_path / "kafka"],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
         ) as script:
             assert script.stdout is not None
             said.append(script.stdout.readline().strip())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import threading
@@ -21,9 +22,11 @@ from pyspark.sql import functions as F
 from jobs import cli, flag_users, sessionize
 from jobs import maintain_tables as module
 from jobs import runtime as runtime_module
+from jobs.audit import audit
 from jobs.errors import TrailvecError
-from jobs.maintain_tables import active_files, maintain, measure, run_maintain
-from jobs.runtime import Runtime, Stage
+from jobs.files import HadoopPath
+from jobs.maintain_tables import active_files, disk_files, maintain, measure, run_maintain
+from jobs.runtime import Runtime, Stage, code_version
 from jobs.tables import CONTEXT_VALUES, EVENTS, SEQUENCES, SESSIONS, Table
 from tests.conftest import expired, put, read_delta
 from tests.events import START, Row, make_event, to_frame
@@ -100,6 +103,28 @@ def test_well_sized_files_are_left_alone(make_runtime: Callable[..., Runtime], s
     assert "OPTIMIZE" not in operations(runtime, CONTEXT_VALUES)
 
 
+def test_elsewhere_than_on_a_local_disk_files_are_the_same(
+    make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hadoop's local file system in the place of HDFS and S3; themselves: tests/cluster."""
+    runtime = make_runtime()
+    in_pieces(runtime)
+    add(runtime, to_frame(spark, []), deletes=to_frame(spark, events(0, 4)))
+    version = runtime.latest_version(EVENTS)
+    active, disk, sizes = active_files(runtime, EVENTS, version), disk_files(runtime, EVENTS), measure(runtime, EVENTS)
+    old = active_files(runtime, EVENTS, version - 2)
+    assert sizes["rows_hidden"] == 4
+    monkeypatch.setattr(Runtime, "place", HadoopPath(f"file:{runtime.root}"))
+    assert measure(runtime, EVENTS) == sizes
+    assert disk_files(runtime, EVENTS) == {f"file:{path}": size for path, size in disk.items()}
+
+    def by_path(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return sorted(files, key=lambda file: file["path"])
+
+    assert by_path(active_files(runtime, EVENTS, version)) == by_path(active)
+    assert by_path(active_files(runtime, EVENTS, version - 2)) == by_path(old) != by_path(active)
+
+
 # ---- retention --------------------------------------------------------------------------------------------
 
 
@@ -145,6 +170,7 @@ def test_rows_go_when_they_are_too_old_and_what_is_made_of_them_follows(
         for n, time in enumerate(times)
     ]
     put(runtime, EVENTS, to_frame(spark, rows))
+    put_by = runtime.last_writer(EVENTS)
     stages = (flag_users.STAGE, sessionize.STAGE)
     for stage in stages:
         runtime.execute(stage)
@@ -157,6 +183,11 @@ def test_rows_go_when_they_are_too_old_and_what_is_made_of_them_follows(
     (again, *_) = maintain(runtime)
     assert again["rows_too_old"] == 0
     assert operations(runtime).count("DELETE") == 1
+    (deleted,) = [entry for entry in audit(runtime, "events") if entry["operation"] == "DELETE"]
+    assert (deleted["stage"], deleted["user"]) == ("maintain_tables", getpass.getuser())
+    assert (deleted["application"], deleted["code_version"]) == (spark.sparkContext.applicationId, code_version())
+    # The rows are still those that their stage wrote, as far as the stages after it are concerned.
+    assert runtime.last_writer(EVENTS) == put_by
     for stage in stages:
         assert not runtime.execute(stage).skipped
     sessions = {row["session_id"]: row["event_count"] for row in read_delta(runtime.path(SESSIONS))}

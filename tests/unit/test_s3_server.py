@@ -15,7 +15,7 @@ from pyarrow import fs
 from jobs.errors import TrailvecError
 from scripts.s3_server import REGION, S3Server
 
-SCRIPT = Path(__file__).parents[2] / "scripts/s3_server.py"
+REPOSITORY = Path(__file__).parents[2]
 
 
 def put(system: fs.FileSystem, path: str, content: bytes) -> None:
@@ -46,7 +46,10 @@ def test_what_was_written_outlives_a_kill_and_wrong_keys_are_refused(tmp_path: P
 
 def test_the_script_says_what_to_export_and_stops_when_told(tmp_path: Path) -> None:
     with subprocess.Popen(
-        [sys.executable, SCRIPT, "--data", tmp_path / "s3", "--bucket", "trials"], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "scripts.s3_server", "--data", tmp_path / "s3", "--bucket", "trials"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
     ) as script:
         assert script.stdout is not None
         said = dict(script.stdout.readline().removeprefix("export ").strip().split("=", 1) for _ in range(5))

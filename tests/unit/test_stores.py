@@ -60,6 +60,39 @@ def test_a_rename_that_the_store_does_not_do_is_an_error(store: StorePath, monke
         (store / "a").rename(store / "b")
 
 
+def test_where_nothing_can_be_renamed_a_checkpoint_is_whole_with_its_description(
+    store: StorePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on S3; itself: tests/cluster."""
+    monkeypatch.setattr(StorePath, "renames", False)
+    monkeypatch.setattr(StorePath, "rename", None)
+    opened, written = StorePath._system.fget, list[str]()  # type: ignore[attr-defined]
+
+    def noted(path: StorePath) -> object:
+        written.append(path.name)
+        return opened(path)
+
+    monkeypatch.setattr(StorePath, "_system", property(noted))
+    for step in (1, 2):
+        write_checkpoint(store, Progress(ranks=1, step=step), {"model.x": torch.ones(1)}, keep=1)
+    files = [name for name in written if name.endswith(("json", "tensors"))]
+    assert files[:2] == ["state.safetensors", "checkpoint.json"]
+    (store / "00009-0000000009" / "state.safetensors").write_text("what a kill left")
+    newest = newest_checkpoint(store)
+    assert newest is not None
+    assert newest.name == "00001-0000000002"
+    assert read_checkpoint(newest)[0].step == 2
+
+
+def test_an_s3_url_says_where_to_ask_and_what_for() -> None:
+    url = "s3+http://eu-west-1@127.0.0.1:9/lake/a b/part.parquet"
+    system, paths = parquet_files([url])
+    assert (system.type_name, system.region, paths) == ("s3", "eu-west-1", ["lake/a b/part.parquet"])
+    assert fsspec_of([url]) is fsspec_of(["s3+http://eu-west-1@127.0.0.1:9/other/x"])
+    assert fsspec_of(["s3://lake/x"]) is None
+    assert not StorePath(url).renames
+
+
 def test_petastorm_reads_planned_row_groups_out_of_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """webhdfs:// with fsspec's store of local files in the place of HDFS."""
     columns = ["item_index", "event_type_index", "vertical_index", "gap_bucket", "session_end", "hour", "weekday"]

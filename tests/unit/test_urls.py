@@ -53,6 +53,11 @@ def test_a_relative_path_becomes_absolute_in_a_url() -> None:
     assert file_url("build/warehouse") == f"file://{Path.cwd()}/build/warehouse"
 
 
+def test_what_training_calls_a_file_on_s3_is_no_path() -> None:
+    url = "s3+http://region@host:80/bucket/x"
+    assert (local_path(url), file_url(url)) == (None, url)
+
+
 @pytest.mark.parametrize(("place", "path", "url"), FORMS)
 def test_training_gets_the_urls_of_a_snapshots_files(
     place: str, path: str | None, url: str, monkeypatch: pytest.MonkeyPatch

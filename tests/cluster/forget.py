@@ -1,0 +1,29 @@
+"""People erased, files kept up, proof read, wherever the tables lie. Started by test_object_store.py too.
+
+python forget.py CONF IDS
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from jobs.config import load_config
+from jobs.erase_users import erase, finish
+from jobs.maintain_tables import maintain
+from jobs.runtime import Runtime
+from tests.conftest import expired
+
+
+def forget(runtime: Runtime, ids: Path) -> dict[str, Any]:
+    """What an erasure, upkeep without a retention and the proof say."""
+    rows = erase(runtime, str(ids), requested_by="tests").rows_out
+    early = finish(runtime).rows_out
+    upkeep = {entry.pop("table"): entry for entry in maintain(expired(runtime))}
+    return {"rows": rows, "early": early, "upkeep": upkeep, "finished": finish(runtime).rows_out}
+
+
+if __name__ == "__main__":
+    print(json.dumps(forget(Runtime(load_config(sys.argv[1])), Path(sys.argv[2]))))
