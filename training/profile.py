@@ -201,11 +201,11 @@ def fit_basis(
 
 
 def _words(names: Sequence[str], most: int) -> sp.csr_matrix:
-    """Which words and pairs of words, of those that most names have, each name has: 0 or 1, float64 [names, words]."""
+    """Which words and pairs of words, of those that most names have, each name has: 0 or 1, float64 [names, words]. Words
+    are of two letters or digits or more: a year and a package's size tell something too."""
     from sklearn.feature_extraction.text import CountVectorizer  # noqa: PLC0415 - a second, and only fitting needs it
 
-    word = r"[^\W\d_]{2,}"
-    counter = CountVectorizer(ngram_range=(1, 2), token_pattern=word, binary=True, max_features=most, dtype=np.float64)
+    counter = CountVectorizer(ngram_range=(1, 2), binary=True, max_features=most, dtype=np.float64)
     try:
         return counter.fit_transform(names).tocsr()
     except ValueError:  # no name has a word

@@ -77,27 +77,27 @@ def test_terms_by_hand_and_what_the_basis_does_not_know_counts_nothing() -> None
 
 
 def test_words_of_names_by_hand() -> None:
-    """Names share words and pairs of words that stand side by side; numbers and single letters are none."""
+    """Names share words and pairs of words that stand side by side; single letters and digits are none."""
     items = sp.csr_matrix(np.array([[5, 0, 1.0], [0, 1, 0], [0, 0, 0]]))
     basis = fit_basis(
         np.ones((3, 1), np.float32),
         {"items": items, "categories": items, "statistics": items},
         names=(),
         items=fit_items(items, 9),
-        item_names=["Oat milk, 1 L", "oat 1 Flakes", "Milch-Kaffee x milch"],
+        item_names=["Oat milk, 1 L", "oat 1 Flakes", "Milch-Kaffee x milch 12"],
         before=items[:0],
         since=np.empty((0, 2)),
         width=9,
         most=100,
     )
-    # In the order of their letters: flakes, kaffee, kaffee milch, milch, milch kaffee, milk, oat, oat flakes, oat milk.
+    # In order: 12, flakes, kaffee, kaffee milch, milch, milch 12, milch kaffee, milk, oat, oat flakes, oat milk.
     # A word that a name has twice is in it once.
-    expected = [[0, 0, 0, 0, 0, 1, 1, 0, 1], [1, 0, 0, 0, 0, 0, 1, 1, 0], [0, 1, 1, 1, 1, 0, 0, 0, 0]]
+    expected = [[0] * 7 + [1, 1, 0, 1], [0, 1, 0, 0, 0, 0, 0, 0, 1, 1, 0], [1, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0]]
     assert basis.words.toarray().tolist() == expected
     # The first user has two items, each once, however often: of words in two users' items the weight is lower.
     rare, common = np.log(4 / 2) + 1, np.log(4 / 3) + 1
     weights = basis.terms["words"].weigh(basis.terms["items"].present(items) @ basis.words).toarray()
-    first = np.array([0, rare, rare, rare, rare, rare, common, 0, rare])
+    first = np.array([rare, 0, rare, rare, rare, rare, rare, rare, common, 0, rare])
     assert weights[0] == pytest.approx(first / np.linalg.norm(first))
     assert basis.directions["forecast"].shape == (0, 2)
 
