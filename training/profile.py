@@ -201,8 +201,8 @@ def fit_basis(
 
 
 def _words(names: Sequence[str], most: int) -> sp.csr_matrix:
-    """Which words and pairs of words, of those that most names have, each name has: 0 or 1, float64 [names, words]. Words
-    are of two letters or digits or more: a year and a package's size tell something too."""
+    """Which words and pairs of words, of those that most names have, each name has: 0 or 1, float64 [names, words]. A
+    word is two letters or digits, or more: a year and a package's size tell something too."""
     from sklearn.feature_extraction.text import CountVectorizer  # noqa: PLC0415 - a second, and only fitting needs it
 
     counter = CountVectorizer(ngram_range=(1, 2), binary=True, max_features=most, dtype=np.float64)
