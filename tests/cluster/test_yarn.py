@@ -371,7 +371,8 @@ def said_by_now(cluster: Cluster) -> str:
 
 def test_nothing_of_this_machine_is_seen_and_a_failure_is_one_line(submit: Submit) -> None:
     once = submit.conf.with_name("once.toml")
-    once.write_text(submit.conf.read_text() + '"spark.yarn.maxAppAttempts" = "1"\n')
+    attempts = '"spark.yarn.maxAppAttempts" = '
+    once.write_text(submit.conf.read_text().replace(f'{attempts}"3"', f'{attempts}"1"'))
     code, said, told = replace(submit, conf=once).run(str(Path(__file__).with_name("look.py")))
     seen = json.loads(next(line for line in said if line.startswith("{")))
     containers = re.compile(f"{submit.cluster.data}/node[12]/local/usercache/")
