@@ -74,6 +74,11 @@ def rfm(visible: DataFrame, targets: list[str]) -> DataFrame:
     )
 
 
+def _local_time() -> Column:
+    """An event's time in its own zone."""
+    return F.from_utc_timestamp("event_ts", F.col("time_zone"))
+
+
 def _done(visible: DataFrame, targets: list[str]) -> DataFrame:
     """The target actions; without any targets all."""
     return visible.where(F.col("event_type").isin(targets)) if targets else visible
@@ -92,7 +97,7 @@ def statistics(visible: DataFrame, targets: list[str]) -> DataFrame:
     in the user's zone) and of verticals; the mean and the spread of the logarithm of an action's amount, the mean of
     its quantity's; actions per session, money per active day.
     """
-    local = F.from_utc_timestamp("event_ts", F.col("time_zone"))
+    local = _local_time()
     count, day = F.count("*"), F.to_date(local)
     amount = F.log1p(F.greatest("amount", F.lit(0.0)))
     wide = {f"actions_{d}": F.log1p(F.count_if(F.col("days") <= d)) for d in _WINDOWS}
@@ -124,7 +129,7 @@ def pauses(visible: DataFrame, targets: list[str]) -> DataFrame:
     is going on is, as a part of the median and of the longest; and the chance of 28 days without one if they came
     evenly by chance.
     """
-    day = F.to_date(F.from_utc_timestamp("event_ts", F.col("time_zone")))
+    day = F.to_date(_local_time())
     rows = (
         _done(visible, targets)
         .groupBy("user_id")
@@ -204,19 +209,25 @@ def profile_rows(visible: DataFrame, encoded: DataFrame, numbers: DataFrame, tol
         "statistics": told,
     }
     for kind in KINDS:
-        pair = F.struct(
-            F.col("number").cast("int").alias("number"),
-            F.coalesce(F.col("value").cast("double"), F.lit(0.0)).alias("value"),
-        )
-        # Sorted: sums of floats end in the same bits whatever the partitions.
-        lists = counts[kind].groupBy("user_id").agg(F.sort_array(F.collect_list(pair)).alias("pairs"))
         kept = rows.columns
-        rows = rows.join(lists, "user_id", "left").select(
+        rows = rows.join(_listed(counts[kind]), "user_id", "left").select(
             *kept,
             F.coalesce("pairs.number", F.array().cast("array<int>")).alias(f"{kind}_numbers"),
             F.coalesce("pairs.value", F.array().cast("array<double>")).alias(f"{kind}_values"),
         )
     return rows
+
+
+def _listed(counts: DataFrame) -> DataFrame:
+    """user_id, number, value → user_id, pairs: a list for each user; a value that is NULL is 0.
+
+    Sorted: sums of floats end in the same bits whatever the partitions.
+    """
+    pair = F.struct(
+        F.col("number").cast("int").alias("number"),
+        F.coalesce(F.col("value").cast("double"), F.lit(0.0)).alias("value"),
+    )
+    return counts.groupBy("user_id").agg(F.sort_array(F.collect_list(pair)).alias("pairs"))
 
 
 def item_numbers(runtime: Runtime) -> DataFrame:
@@ -282,13 +293,8 @@ def _once(
     [users, statistics], and the logarithms of 1 and the days with a target action since then, [users, horizons]."""
     ago = max(_HORIZONS)
     then = visible.where(F.col("days") > ago).withColumn("days", F.col("days") - ago)
-    pair = F.struct("number", F.coalesce("value", F.lit(0.0)).alias("value"))
-    lists = (
-        numbered(statistics(then, targets), names)
-        .groupBy("user_id")
-        .agg(F.sort_array(F.collect_list(pair)).alias("of"))
-    )
-    day = F.to_date(F.from_utc_timestamp("event_ts", F.col("time_zone")))
+    lists = _listed(numbered(statistics(then, targets), names))
+    day = F.to_date(_local_time())
     came = (
         _done(visible, targets)
         .groupBy("user_id")
@@ -301,7 +307,9 @@ def _once(
             ).alias("came")
         )
     )
-    rows = lists.join(came, "user_id", "left").orderBy("user_id").select("of.number", "of.value", "came").toPandas()
+    rows = (
+        lists.join(came, "user_id", "left").orderBy("user_id").select("pairs.number", "pairs.value", "came").toPandas()
+    )
     none = np.zeros(len(_HORIZONS))
     since = [none if came is None else np.asarray(came, np.float64) for came in rows["came"]]
     return _sparse(rows["number"], rows["value"]), np.array(since).reshape(len(rows), len(_HORIZONS))
@@ -318,12 +326,7 @@ def _sparse(numbers: pd.Series[Any], values: pd.Series[Any]) -> sp.csr_matrix:
 def _names_of(runtime: Runtime, numbers: Integers) -> list[str]:
     """The names of the items of those numbers (ascending); "" of one that has none."""
     wanted = runtime.spark.createDataFrame(pd.DataFrame({"item_index": numbers}), "item_index int")
-    rows = (
-        runtime.read(ITEMS)
-        .join(F.broadcast(wanted), "item_index")
-        .orderBy("item_index")
-        .select("item_index", "item_name")
-    )
+    rows = runtime.read(ITEMS).join(F.broadcast(wanted), "item_index").select("item_index", "item_name")
     found = {row["item_index"]: row["item_name"] or "" for row in rows.collect()}
     return [found.get(number, "") for number in numbers.tolist()]
 

@@ -73,21 +73,24 @@ class Terms:
 
     def present(self, counts: Counts) -> sp.csr_matrix:
         """[users, numbers] → which terms a user has at all, 0 or 1, float64 [users, terms]."""
-        inside = self.numbers[self.numbers < counts.shape[1]]
-        found = sp.csr_matrix(counts[:, inside], dtype=np.float64)
+        found = self._of(counts)
         found.data = np.ones_like(found.data)
-        found.resize(counts.shape[0], len(self.numbers))
         return found
 
     def weigh(self, counts: Counts) -> sp.csr_matrix:
         """[users, numbers] → float64 [users, terms]; what is no term, or newer than the basis, counts nothing."""
-        inside = self.numbers[self.numbers < counts.shape[1]]
-        weights = sp.csr_matrix(counts[:, inside], dtype=np.float64)
+        weights = self._of(counts)
         weights.data = np.ones_like(weights.data) if self.presence else 1 + np.log(np.maximum(weights.data, 1))
-        weights = weights.multiply(self.idf[: len(inside)]).tocsr()
-        weights.resize(counts.shape[0], len(self.numbers))
+        weights = weights.multiply(self.idf).tocsr()
         lengths = np.sqrt(np.asarray(weights.multiply(weights).sum(axis=1)))
         return weights.multiply(1 / np.where(lengths, lengths, 1)).tocsr()
+
+    def _of(self, counts: Counts) -> sp.csr_matrix:
+        """The counts of the terms, float64 [users, terms]."""
+        inside = self.numbers[self.numbers < counts.shape[1]]
+        found = sp.csr_matrix(counts[:, inside], dtype=np.float64)
+        found.resize(counts.shape[0], len(self.numbers))
+        return found
 
 
 @dataclass(frozen=True)

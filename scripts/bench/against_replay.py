@@ -22,7 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from measure import CONF, CORES, bars, last_line, said, session
+from measure import CONF, CORES, bars, environment, last_line, said, session
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from superapp import START, World, events
@@ -35,17 +35,6 @@ from jobs.splits import Cuts, before_cut
 from jobs.tables import CONTEXT_VALUES, ITEMS
 
 PEER = ("replay-rec[spark]==0.18.0", "pyspark==3.5.9")
-
-
-def environment(folder: Path) -> Path:
-    """The Python in which RePlay is installed."""
-    python = folder / "replay-env/bin/python"
-    if not (folder / "replay-env/whole").exists():
-        said("RePlay's environment is made (minutes, once)")
-        subprocess.run(["uv", "venv", "--quiet", "--clear", "--python", "3.11", folder / "replay-env"], check=True)
-        subprocess.run(["uv", "pip", "install", "--quiet", "--python", python, *PEER], check=True)
-        (folder / "replay-env/whole").touch()
-    return python
 
 
 def prepare(rows: DataFrame, cuts: Cuts, out: Path) -> None:
@@ -80,7 +69,7 @@ def main() -> None:
     folder = arguments.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
 
-    python = environment(folder)
+    python = environment(folder, "replay", *PEER)
     spark = session(quick=False)
     world, path, out = World.of_events(count), folder / f"replay-{count}", folder / "replay-out"
     shutil.rmtree(out, ignore_errors=True)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import statistics
+import subprocess
 import threading
 import time
 from collections.abc import Sequence
@@ -153,6 +154,19 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
 def last_line(result: dict[str, Any]) -> None:
     """The benchmark's result, where a script looks for it."""
     print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
+
+
+def environment(folder: Path, name: str, *packages: str) -> Path:
+    """The Python of an environment of its own for a peer whose pins do not fit beside trailvec's; made once, under
+    `folder`."""
+    place = folder / f"{name}-env"
+    python = place / "bin/python"
+    if not (place / "whole").exists():
+        said(f"an environment is made for {packages[0]} (minutes, once)")
+        subprocess.run(["uv", "venv", "--quiet", "--clear", "--python", "3.11", place], check=True)
+        subprocess.run(["uv", "pip", "install", "--quiet", "--python", python, *packages], check=True)
+        (place / "whole").touch()
+    return python
 
 
 def said(text: str) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from measure import last_line, said
+from measure import environment, last_line, said
 from pyspark.sql import functions as F
 
 from jobs import build_sequences, build_vocabulary, flag_users, ingest, probe, sessionize, train
@@ -104,20 +104,9 @@ def movielens(folder: Path) -> list[str]:
     ]
 
 
-def environment(folder: Path) -> Path:
-    """The Python in which pytorch-lifestream is installed."""
-    python = folder / "coles-env/bin/python"
-    if not (folder / "coles-env/whole").exists():
-        said("pytorch-lifestream's environment is made (minutes, once)")
-        subprocess.run(["uv", "venv", "--quiet", "--clear", "--python", "3.11", folder / "coles-env"], check=True)
-        subprocess.run(["uv", "pip", "install", "--quiet", "--python", python, *PEER], check=True)
-        (folder / "coles-env/whole").touch()
-    return python
-
-
 def coles(runtime: Runtime, folder: Path, epochs: int) -> Iterator[tuple[Any, ...]]:
     """Rows as those of `probe.results_of`, of the features `coles`."""
-    python, sessions = environment(folder), runtime.latest(SESSIONS)
+    python, sessions = environment(folder, "coles", *PEER), runtime.latest(SESSIONS)
     cuts = cut_times(sessions.select(F.col("end_ts").alias("event_ts")), runtime.config.sequences)
     numbers, questions = item_numbers(runtime), probe.questions(runtime, sessions, cuts)
     files = [
