@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
@@ -38,18 +37,21 @@ def test_users_of_the_last_exports_and_some_of_everybody(
     assert write_report._users(runtime, "m1").empty  # nothing was exported
     log = [member(n, "small", "e1", 1) for n in range(90, 95)]  # an older export of the segment
     log += [member(n, "small", "e2", 2) for n in range(6)]  # u0 is cold: not shown
-    log += [member(n, "large", "e3", 1) for n in range(3, 100)]
+    log += [member(n, "large", "e3", 1) for n in range(3, 20)]
+    log += [member(n, "huge", "e5", 1) for n in range(20, 200)]
     log += [member(n, "tiny", "e4", 1) for n in (150,)]  # more segments than there is room for
     fill(runtime, EXPORTS, log)
-    monkeypatch.setattr(write_report, "SEGMENTS_MAPPED", 2)
-    monkeypatch.setattr(write_report, "MAPPED", 80)
+    monkeypatch.setattr(write_report, "SEGMENTS_MAPPED", 3)
+    monkeypatch.setattr(write_report, "MAPPED", 120)
     found = write_report._users(runtime, "m1")
     numbers = found["vector"].map(lambda vector: int(vector[0]))
     assert len(set(numbers)) == len(numbers)
     of_small = set(numbers[found["segment"] == "small"])
     assert of_small == {1, 2, 3, 4, 5}  # u3 to u5 are in the larger one too
-    in_large = Counter(numbers[found["segment"] == "large"])
-    assert 15 <= len(in_large) <= 20
-    assert set(in_large) <= set(range(6, 100))
-    assert len(numbers) > 40
+    assert set(numbers[found["segment"] == "large"]) == set(range(6, 20))
+    in_huge = set(numbers[found["segment"] == "huge"])
+    assert len(in_huge) == 20
+    assert in_huge <= set(range(20, 200))
+    assert len(numbers) > 60
+    assert set(found["segment"].dropna()) == {"small", "large", "huge"}
     assert list(numbers) == list(write_report._users(runtime, "m1")["vector"].map(lambda vector: int(vector[0])))
