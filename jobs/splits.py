@@ -69,4 +69,9 @@ def cut_of(split: str, cuts: Cuts) -> datetime:
 
 def utc(time: datetime) -> Column:
     """A naive UTC time as a Spark timestamp, whatever zone Python and the session are in."""
-    return F.timestamp_micros(F.lit(round((time - datetime(1970, 1, 1)) / timedelta(microseconds=1))))
+    return F.timestamp_micros(F.lit(microseconds(time)))
+
+
+def microseconds(time: datetime) -> int:
+    """A naive UTC time as microseconds since 1970."""
+    return (time - datetime(1970, 1, 1)) // timedelta(microseconds=1)

@@ -82,67 +82,74 @@ def price_bucket(event: Row) -> int:
     return 2 if price <= 0 else max(3, min(40, math.floor(2 * math.log2(price)) + 15))
 
 
-def sequences(
+def actions(
     events: list[Row],
-    *,
     numbers: dict[str, int],
     verticals: dict[str, int],
     event_types: dict[str, int],
+    target_types: list[str],
+) -> dict[str, list[Row]]:
+    """Each user's events in order, numbered; `numbers` holds the training window's vocabulary alone."""
+    last_of_session = {session[-1]["event_id"] for session in sessions(events, timedelta(minutes=30), {})}
+    found: dict[str, list[Row]] = defaultdict(list)
+    before: dict[str, Row] = {}
+    for event in in_order(events):
+        user = event["user_id"]
+        local = event["event_ts"].replace(tzinfo=ZoneInfo("UTC")).astimezone(ZoneInfo(event["time_zone"]))
+        found[user].append(
+            {
+                "event_ts": event["event_ts"],
+                "predicted": not target_types or event["event_type"] in target_types,
+                "item_index": numbers.get(event["item_id"], 1),
+                "event_type_index": event_types[event["event_type"]],
+                "vertical_index": verticals[event["vertical"]],
+                "gap_bucket": gap_bucket(before.get(user), event),
+                "session_end": 2 if event["event_id"] in last_of_session else 1,
+                "hour": local.hour + 1,
+                "weekday": local.isoweekday() % 7 + 1,
+                "price_bucket": price_bucket(event),
+            }
+        )
+        before[user] = event
+    return found
+
+
+def sequences(
+    by_user: dict[str, list[Row]],
+    *,
     valid_from: datetime,
     test_from: datetime,
     max_length: int,
     max_parts: int,
     seen_days: int,
-    target_types: list[str],
     leave_one_out: bool = False,
 ) -> dict[tuple[str, str, int], Row]:
-    """SEQUENCES rows by (user_id, split, part); `numbers` holds the training window's vocabulary alone."""
-    by_user = defaultdict(list)
-    for event in in_order(events):
-        by_user[event["user_id"]].append(event)
-    last_of_session = {session[-1]["event_id"] for session in sessions(events, timedelta(minutes=30), {})}
+    """SEQUENCES rows by (user_id, split, part), out of `actions`."""
     rows: dict[tuple[str, str, int], Row] = {}
     for user, history in by_user.items():
-        actions = []
-        for before, event in zip([None, *history], history, strict=False):
-            local = event["event_ts"].replace(tzinfo=ZoneInfo("UTC")).astimezone(ZoneInfo(event["time_zone"]))
-            actions.append(
-                {
-                    "event_ts": event["event_ts"],
-                    "predicted": not target_types or event["event_type"] in target_types,
-                    "item_index": numbers.get(event["item_id"], 1),
-                    "event_type_index": event_types[event["event_type"]],
-                    "vertical_index": verticals[event["vertical"]],
-                    "gap_bucket": gap_bucket(before, event),
-                    "session_end": 2 if event["event_id"] in last_of_session else 1,
-                    "hour": local.hour + 1,
-                    "weekday": local.isoweekday() % 7 + 1,
-                    "price_bucket": price_bucket(event),
-                }
-            )
 
-        def before_cut(cut: datetime, left_out: int, actions: list[Row] = actions) -> int:
+        def before_cut(cut: datetime, left_out: int, history: list[Row] = history) -> int:
             if leave_one_out:
-                return max(0, len(actions) - left_out)
-            return sum(a["event_ts"] < cut for a in actions)
+                return max(0, len(history) - left_out)
+            return sum(a["event_ts"] < cut for a in history)
 
-        n_valid, n_test, n_all = before_cut(valid_from, 2), before_cut(test_from, 1), len(actions)
+        n_valid, n_test, n_all = before_cut(valid_from, 2), before_cut(test_from, 1), len(history)
         for part in range(max_parts):
             stop = n_valid - part * max_length
-            chunk = actions[max(0, stop - max_length) : max(0, stop)]
+            chunk = history[max(0, stop - max_length) : max(0, stop)]
             if len(chunk) >= 2:
                 rows[user, "train", part] = _row(chunk, None if leave_one_out else valid_from, newest=part == 0)
         for split, cut, n, following in (("valid", valid_from, n_valid, n_test), ("test", test_from, n_test, n_all)):
-            targets = [a for a in actions[n:following] if a["predicted"]]
+            targets = [a for a in history[n:following] if a["predicted"]]
             if n and targets:
                 oldest = cut - timedelta(days=seen_days) if seen_days and not leave_one_out else datetime.min
-                seen = {a["item_index"] for a in actions[:n] if a["predicted"] and a["event_ts"] >= oldest}
-                rows[user, split, 0] = _row(actions[max(0, n - max_length) : n], None if leave_one_out else cut) | {
+                seen = {a["item_index"] for a in history[:n] if a["predicted"] and a["event_ts"] >= oldest}
+                rows[user, split, 0] = _row(history[max(0, n - max_length) : n], None if leave_one_out else cut) | {
                     "target_item_index": [a["item_index"] for a in targets],
                     "target_ts": [a["event_ts"] for a in targets],
                     "seen_item_index": sorted(seen),
                 }
-        rows[user, "score", 0] = _row(actions[-max_length:], None)
+        rows[user, "score", 0] = _row(history[-max_length:], None)
     return rows
 
 

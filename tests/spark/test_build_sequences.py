@@ -77,17 +77,14 @@ def test_equals_the_plain_python_sequences(
     rows = build_sequences.build_sequences(actions, cuts, rules).collect()
     found = {(r.user_id, r.split, r.part): r.asDict() for r in rows}
 
+    known = {item: numbers[item] for item, count in counts.items() if count >= 2}
     expected = oracles.sequences(
-        events,
-        numbers={item: numbers[item] for item, count in counts.items() if count >= 2},
-        verticals=values["vertical"],
-        event_types=values["event_type"],
+        oracles.actions(events, known, values["vertical"], values["event_type"], ["purchase"]),
         valid_from=VALID_FROM,
         test_from=TEST_FROM,
         max_length=4,
         max_parts=2,
         seen_days=1,
-        target_types=["purchase"],
         leave_one_out=leave_one_out,
     )
     assert len(rows) == len(found)
