@@ -2,7 +2,8 @@
 
 The law: a number is given once and never again (docs/decisions/0005). An item gets a row, and with it a number, once it
 has `vocabulary.min_count` events; numbers go up with the time of the first event, ties by item_id. The counts and names
-of old rows are brought up to date; their numbers are not touched. The numbering of one run's *new* items sorts them in
+of old rows are brought up to date, where the cut is given (`sequences.valid_from`) only of those that changed events
+name; their numbers are not touched. The numbering of one run's *new* items sorts them in
 one task: 10^8 new items at once are its limit, not the log's size.
 """
 
@@ -52,18 +53,21 @@ def describe_items(events: DataFrame, cuts: Cuts, settings: SequencesSettings) -
     )
 
 
-def number_items(described: DataFrame, items: DataFrame, min_count: int) -> DataFrame:
-    """ITEMS rows to merge: old items keep their number, new ones with `min_count` events get the next numbers."""
+def number_items(described: DataFrame, items: DataFrame, min_count: int, next_index: int) -> DataFrame:
+    """ITEMS rows to merge: old items keep their number, new ones with `min_count` events get the next numbers.
+
+    Args:
+        described, items: `describe_items` and the old rows, both of all items or both of some.
+        next_index: the first number that no item ever had.
+    """
     old = items.select("item_id", "item_index")
     # An item whose last event is gone (its users were erased) keeps its number and its row, and counts for nothing.
     none = {name: F.lit(0) for name in ("event_count", "train_count", "target_count")}
     gone = items.join(described, "item_id", "left_anti").withColumns(none)
     known = described.join(old, "item_id").unionByName(gone.select(*described.columns, "item_index"))
     new = described.where(F.col("event_count") >= min_count).join(old, "item_id", "left_anti")
-    numbered = new.crossJoin(old.agg(F.coalesce(F.max("item_index") + 1, F.lit(FIRST_INDEX)).alias("next"))).withColumn(
-        "item_index", F.col("next") + F.row_number().over(Window.orderBy("first_ts", "item_id")) - 1
-    )
-    return conform(known.unionByName(numbered.drop("next")), ITEMS)
+    place = F.row_number().over(Window.orderBy("first_ts", "item_id"))
+    return conform(known.unionByName(new.withColumn("item_index", place + next_index - 1)), ITEMS)
 
 
 def number_context_values(events: DataFrame, values: DataFrame) -> DataFrame:
@@ -81,13 +85,23 @@ def number_context_values(events: DataFrame, values: DataFrame) -> DataFrame:
 
 
 def run(runtime: Runtime) -> None:
-    settings = runtime.config.sequences
+    settings, min_count = runtime.config.sequences, runtime.config.vocabulary.min_count
     events = runtime.read(EVENTS)
     runtime.create(ITEMS)
     runtime.create(CONTEXT_VALUES)
-    runtime.merge(CONTEXT_VALUES, number_context_values(events, runtime.latest(CONTEXT_VALUES)))
-    described = describe_items(events, cut_times(events, settings), settings)
-    runtime.merge(ITEMS, number_items(described, runtime.latest(ITEMS), runtime.config.vocabulary.min_count))
+    arrived = runtime.incremental(CONTEXT_VALUES, EVENTS)
+    met = events if arrived is None else arrived
+    runtime.merge(CONTEXT_VALUES, number_context_values(met, runtime.latest(CONTEXT_VALUES)))
+
+    cuts, items = cut_times(events, settings), runtime.latest(ITEMS)
+    # What no change names stands as it is, unless the cut moves; in leave-one-out a user's every event moves one.
+    fixed = settings.split_by == "time" and settings.valid_from is not None
+    changes = runtime.incremental(ITEMS, EVENTS) if fixed else None
+    next_index = items.agg(F.coalesce(F.max("item_index") + 1, F.lit(FIRST_INDEX))).collect()[0][0]
+    if changes is not None:
+        touched = changes.select("item_id").distinct()
+        events, items = (rows.join(touched, "item_id", "left_semi") for rows in (events, items))
+    runtime.merge(ITEMS, number_items(describe_items(events, cuts, settings), items, min_count, next_index))
 
 
 STAGE = Stage(

@@ -228,8 +228,10 @@ def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame) -> None:
     events = held.join(changed.select("event_id").distinct(), "event_id", "left_anti").unionByName(arrived)
     before = old
     if not turned.isEmpty():
-        back = turned.join(flagged, "user_id", "left_anti")
-        events = events.unionByName(runtime.read(EVENTS).join(back, "user_id", "left_semi").select("user_id", *fields))
+        back = turned.join(flagged, "user_id", "left_anti").localCheckpoint()
+        if not back.isEmpty():  # rare, and all events are read for it
+            again = runtime.read(EVENTS).join(back, "user_id", "left_semi")
+            events = events.unionByName(again.select("user_id", *fields))
         # Their rows are not read, only named.
         gone = sessions.select("session_id", "user_id", "start_ts").join(turned, "user_id", "left_semi")
         before = old.unionByName(gone, allowMissingColumns=True)

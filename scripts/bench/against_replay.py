@@ -28,7 +28,7 @@ from pyspark.sql import functions as F
 from superapp import START, World, events
 
 from jobs.build_sequences import number_actions
-from jobs.build_vocabulary import describe_items, number_context_values, number_items
+from jobs.build_vocabulary import FIRST_INDEX, describe_items, number_context_values, number_items
 from jobs.config import SequencesSettings, SessionizeSettings
 from jobs.sessionize import sessionize
 from jobs.splits import Cuts, before_cut
@@ -42,7 +42,9 @@ def prepare(rows: DataFrame, cuts: Cuts, out: Path) -> None:
     settings, spark = SequencesSettings(), rows.sparkSession
     tables = {
         "values": number_context_values(rows, spark.createDataFrame([], CONTEXT_VALUES.schema())),
-        "items": number_items(describe_items(rows, cuts, settings), spark.createDataFrame([], ITEMS.schema()), 1),
+        "items": number_items(
+            describe_items(rows, cuts, settings), spark.createDataFrame([], ITEMS.schema()), 1, FIRST_INDEX
+        ),
     }
     for name, table in tables.items():
         table.write.mode("overwrite").parquet(str(out / name))

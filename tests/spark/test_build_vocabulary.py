@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import timedelta
 
+import pytest
+from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 
 from jobs import build_vocabulary
-from jobs.runtime import Runtime
+from jobs.runtime import Runtime, Stage
 from jobs.tables import CONTEXT_VALUES, EVENTS, ITEMS
 from jobs.train import attribute_matrix, item_attributes
 from tests.conftest import put
@@ -114,6 +116,47 @@ def test_a_category_is_numbered_within_its_vertical_and_a_price_is_the_latest_ab
     found = {r.item_index: (r.category, r.vertical, r.price) for r in table.collect()}
     assert found == {2: (2, 2, 21), 3: (3, 3, 0), 4: (0, 2, 13)}
     assert attribute_matrix(table, ["price", "category"], 6).tolist() == [[0, 0, 21, 0, 13, 0], [0, 0, 2, 3, 0, 0]]
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_an_increment_ends_as_a_build_of_everything(
+    make_runtime: Callable[..., Runtime], spark: SparkSession, moving: bool
+) -> None:
+    """Law 1: events arrive and go; items come over min_count on the way; the cut moves, or it does not."""
+    runtime = make_runtime(*([] if moving else CUTS), "vocabulary.min_count=2")
+    log = [event(n, item, n, category="tea") for n, item in enumerate("abacdbac")]
+    put(runtime, EVENTS, to_frame(spark, log))
+    runtime.execute(build_vocabulary.STAGE)
+    numbers = {item: row[0] for item, row in items(runtime).items()}
+    assert numbers == {"a": 2, "b": 3, "c": 4}
+    later = [
+        event(10, "b", 9, category="mate", item_name="renamed", vertical="rides"),
+        event(11, "d", -3),
+        event(12, "e", 80 * 24),  # moves the log's end, and with it a cut that is not given
+    ]
+    add = Stage("add", "", lambda r: r.append(EVENTS, to_frame(spark, later)), reads=(), writes=(), settings=())
+    runtime.execute(add, force=True)
+    DeltaTable.forPath(spark, runtime.path(EVENTS)).delete("event_id = 'e6'")  # of item a
+    runtime.execute(build_vocabulary.STAGE)
+    by_increment = [sorted(runtime.latest(table).collect()) for table in (ITEMS, CONTEXT_VALUES)]
+    found = items(runtime)
+    assert {name: row[:2] for name, row in found.items()} == {"a": (2, 2), "b": (3, 3), "c": (4, 2), "d": (5, 2)}
+    assert [found[name][2] for name in "abcd"] == ([2, 3, 2, 2] if moving else [1, 1, 0, 1])
+    runtime.execute(build_vocabulary.STAGE, force=True)
+    assert by_increment == [sorted(runtime.latest(table).collect()) for table in (ITEMS, CONTEXT_VALUES)]
+
+
+def test_an_increment_does_not_count_what_no_change_names(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    runtime = make_runtime(*CUTS, "vocabulary.min_count=1")
+    put(runtime, EVENTS, to_frame(spark, [event(0, "a", 0), event(1, "b", 5)]))
+    runtime.execute(build_vocabulary.STAGE)
+    late = to_frame(spark, [event(2, "b", 2)])
+    runtime.execute(Stage("add", "", lambda r: r.append(EVENTS, late), (), (), ()), force=True)
+    runtime.execute(build_vocabulary.STAGE)
+    newest = DeltaTable.forPath(spark, runtime.path(ITEMS)).history(1).collect()[0].operationMetrics
+    assert (newest["numTargetRowsUpdated"], newest["numTargetRowsInserted"]) == ("1", "0")
 
 
 def test_leave_one_out_counts_all_but_the_last_two_of_each_user(
