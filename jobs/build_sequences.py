@@ -169,9 +169,6 @@ def run(runtime: Runtime) -> None:
             runtime.touch(SEQUENCES)
     finally:
         users.unpersist()
-    # Petastorm, which feeds the training, knows nothing of deletion vectors.
-    if not {"train", "valid"}.isdisjoint(splits):
-        runtime.purge(SEQUENCES, "split IN ('train', 'valid')")
 
 
 def _update(runtime: Runtime, actions: DataFrame, users: DataFrame, cuts: Cuts, splits: tuple[str, ...]) -> None:
@@ -188,7 +185,14 @@ def _update(runtime: Runtime, actions: DataFrame, users: DataFrame, cuts: Cuts, 
     try:
         before = concerned(runtime.latest(SEQUENCES).select(*SEQUENCES.key).where(F.col("split").isin(*splits)))
         gone = before.join(new, list(SEQUENCES.key), "left_anti")
-        runtime.merge(SEQUENCES, new, deletes=gone, where=F.col("old.split").isin(*splits))
+        for_training = not {"train", "valid"}.isdisjoint(splits)
+        where = F.col("old.split").isin(*splits)
+        runtime.merge(SEQUENCES, new, deletes=gone, where=where, done=not for_training)
+        # Petastorm, which feeds the training, knows nothing of deletion vectors. Until they are gone nothing is up to
+        # date: what a kill leaves here is made anew as a whole.
+        if for_training:
+            runtime.purge(SEQUENCES, "split IN ('train', 'valid')")
+            runtime.touch(SEQUENCES)
     finally:
         new.unpersist()
 

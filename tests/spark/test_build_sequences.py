@@ -181,7 +181,7 @@ def train_footers(runtime: Runtime) -> list[Any]:
 
 
 def test_training_meets_no_deletion_vector_and_files_of_few_rows(
-    make_runtime: Callable[..., Runtime], spark: SparkSession
+    make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cuts = [
         f'sequences.{name}="{time.isoformat()}"'
@@ -201,10 +201,55 @@ def test_training_meets_no_deletion_vector_and_files_of_few_rows(
     runtime.execute(Stage("put", "", lambda r: r.append(EVENTS, to_frame(spark, [late])), (), (), ()), force=True)
     for stage in STAGES:
         runtime.execute(stage)
-    assert runtime.latest(SEQUENCES).where("split = 'train' AND user_id = 'a'").collect()[0].length == 4
-    assert (
-        sum(footer.num_rows for footer in train_footers(runtime)) == 4
-    )  # the old row of user a is in none of the files
+
+    def check(length: int) -> None:
+        assert runtime.latest(SEQUENCES).where("split = 'train' AND user_id = 'a'").collect()[0].length == length
+        assert sum(footer.num_rows for footer in train_footers(runtime)) == 4  # the old row of user a is in no file
+
+    check(4)
+    later = make_event(event_id="a99", user_id="a", item_id="i1", event_ts=START + timedelta(minutes=10))
+    runtime.execute(Stage("put", "", lambda r: r.append(EVENTS, to_frame(spark, [later])), (), (), ()), force=True)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    runtime.execute(sessionize.STAGE)
+    runtime.execute(build_vocabulary.STAGE)
+    with monkeypatch.context() as patch:
+        patch.setattr(Runtime, "purge", killed)
+        with pytest.raises(KeyboardInterrupt):
+            runtime.execute(build_sequences.STAGE)
+    runtime.execute(build_sequences.STAGE)
+    check(5)
+
+
+def test_a_batch_of_new_events_leaves_the_rows_of_older_cuts_alone(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    cuts = [
+        f'sequences.{name}="{time.isoformat()}"'
+        for name, time in (("valid_from", VALID_FROM), ("test_from", TEST_FROM))
+    ]
+    runtime = make_runtime(*cuts, "vocabulary.min_count=1")
+    history = [
+        make_event(event_id=f"a{n}", user_id="a", item_id="i", event_ts=START + timedelta(hours=hours))
+        for n, hours in enumerate((0, 1, 20, 50))
+    ]
+    run(runtime, history)
+
+    def splits_of_change(at: datetime, name: str) -> set[str]:
+        """The splits of the rows that one more event changes."""
+        more = to_frame(spark, [make_event(event_id=name, user_id="a", item_id="i", event_ts=at)])
+        runtime.execute(Stage("put", "", lambda r: r.append(EVENTS, more), (), (), ()), force=True)
+        before = runtime.latest_version(SEQUENCES)
+        for stage in STAGES:
+            runtime.execute(stage)
+        reader = spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", before + 1)
+        return {row.split for row in reader.load(runtime.path(SEQUENCES)).collect()}
+
+    assert splits_of_change(TEST_FROM + timedelta(hours=30), "b") == {"test", "score"}
+    assert splits_of_change(VALID_FROM + timedelta(hours=1), "c") == {"valid", "test", "score"}
+    assert splits_of_change(START + timedelta(hours=2), "d") == {"train", "valid", "test", "score"}
 
 
 def test_what_comes_after_a_cut_does_not_change_what_lies_before(
