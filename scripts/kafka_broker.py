@@ -98,7 +98,9 @@ class Broker:
         with self._log.open("wb") as log:
             if not (self._data / "topics" / "meta.properties").exists():
                 cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-                command = self._java("kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(self._settings))
+                # One argument: one id in 64 begins with a minus.
+                named = [f"--cluster-id={cluster}", "-c", str(self._settings)]
+                command = self._java("kafka.tools.StorageTool", "format", *named)
                 if subprocess.run(command, stdout=log, stderr=log, check=False).returncode:
                     raise self._failed("could not format its folder")
             # A group of its own: an interrupt at the terminal is for the script, which stops the broker itself.

@@ -32,8 +32,11 @@ SPARK_CONF = {
     "spark.databricks.delta.snapshotPartitions": "1",
     # Small data, many plans: Spark's own compiler (of plans, to Java) costs more than it saves. Java's optimising one
     # pays in a JVM that lives for the whole run: the same stages take 27 s instead of 34 once it is warm. A collector
-    # with threads of its own would take the cores from the other process.
-    "spark.driver.extraJavaOptions": f"{QUIET} -XX:ReservedCodeCacheSize=512m -XX:+UseSerialGC -Xms1g -Xmn512m",
+    # with threads of its own would take the cores from the other process. Delta keeps the plans of each table that it
+    # has met for an hour, up to 10,000 of them: at the suite's end the JVM did little but collect garbage.
+    "spark.driver.extraJavaOptions": (
+        f"{QUIET} -XX:ReservedCodeCacheSize=512m -XX:+UseSerialGC -Xms1g -Xmn512m -Ddelta.log.cacheSize=64"
+    ),
     "spark.sql.codegen.wholeStage": "false",
     "spark.sql.codegen.factoryMode": "NO_CODEGEN",
     "spark.driver.host": "127.0.0.1",

@@ -137,7 +137,7 @@ def test_increments_end_in_the_same_rows_as_one_build(
         for stage in STAGES:
             runtime.execute(stage)
     history = DeltaTable.forPath(spark, runtime.path(SEQUENCES)).history().collect()
-    assert [h.operation for h in history].count("WRITE") == 1  # all else were increments
+    assert [h.operationParameters.get("mode") for h in history].count("Overwrite") == 1  # all else were increments
     by_increments = _rows(runtime)
     runtime.execute(build_sequences.STAGE, force=True)
     assert by_increments == _rows(runtime)
