@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
-from pyspark.sql import Column, DataFrame, Window, WindowSpec
+from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from jobs.config import SequencesSettings
@@ -45,11 +45,6 @@ def cut_times(events: DataFrame, settings: SequencesSettings) -> Cuts:
     return cuts
 
 
-def newest_first() -> WindowSpec:
-    """A user's events from the newest back: the total order of the house, (event_ts, event_id), reversed."""
-    return Window.partitionBy("user_id").orderBy(F.desc("event_ts"), F.desc("event_id"))
-
-
 def before_cut(split: str, cuts: Cuts, settings: SequencesSettings) -> Column:
     """True for the events that come before the cut of `split` (train shares valid's).
 
@@ -58,7 +53,8 @@ def before_cut(split: str, cuts: Cuts, settings: SequencesSettings) -> Column:
     """
     if settings.split_by == "leave_one_out":
         left_out = {"train": 2, "valid": 2, "test": 1, "score": 0}[split]
-        return F.row_number().over(newest_first()) > left_out
+        newest_first = Window.partitionBy("user_id").orderBy(F.desc("event_ts"), F.desc("event_id"))
+        return F.row_number().over(newest_first) > left_out
     return F.col("event_ts") < utc(cut_of(split, cuts))
 
 

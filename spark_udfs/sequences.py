@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from spark_udfs.ragged import distinct
 from training.batches import FEATURES, MAX_GAP_BUCKET, SAME_MOMENT, SESSION_END
 
 SPLITS = ("train", "valid", "test", "score")
@@ -233,9 +234,7 @@ def _to_batch(rows: list[_Rows], history: _History, rules: CutRules, seen: _Seen
     for name, more in seen._asdict().items():  # what the first user did before what is held
         for row in np.flatnonzero((split == SPLITS.index(name)) & (user == 0)):
             row_of_known, known = np.append(row_of_known, np.full(len(more), row)), np.append(known, more)
-    base = int(known.max(initial=0)) + 1
-    distinct = np.unique(row_of_known * base + known)
-    known_offsets = np.searchsorted(distinct, np.arange(len(split) + 1) * base)
+    known_offsets, known = distinct(row_of_known, known, len(split))
 
     unasked = pa.array((split == SPLITS.index("train")) | (split == SPLITS.index("score")))
 
@@ -256,7 +255,7 @@ def _to_batch(rows: list[_Rows], history: _History, rules: CutRules, seen: _Seen
             **{name: lists(offsets, pa.array(values, pa.int32())) for name, values in inputs.items()},
             "target_item_index": lists(target_offsets, pa.array(items[targets], pa.int32()), unasked),
             "target_ts": lists(target_offsets, timestamps(history.times[targets]), unasked),
-            "seen_item_index": lists(known_offsets, pa.array(distinct % base, pa.int32()), unasked),
+            "seen_item_index": lists(known_offsets, pa.array(known, pa.int32()), unasked),
         }
     )
 

@@ -17,6 +17,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from spark_udfs.ragged import distinct
+
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
 
@@ -242,12 +244,8 @@ def _distinct_sorted(values: pa.Array, offsets: Int64) -> pa.ListArray:
     rank_of_code = np.empty(len(order), np.int64)
     rank_of_code[order.to_numpy()] = np.arange(len(order))
     session = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    pairs = np.unique(session * len(order) + rank_of_code[encoded.indices.to_numpy()])
-    counts = np.bincount(pairs // len(order), minlength=len(offsets) - 1)
-    starts = np.concatenate(([0], np.cumsum(counts)))
-    return pa.ListArray.from_arrays(
-        pa.array(starts, pa.int32()), encoded.dictionary.take(order).take(pa.array(pairs % len(order)))
-    )
+    starts, ranks = distinct(session, rank_of_code[encoded.indices.to_numpy()], len(offsets) - 1)
+    return pa.ListArray.from_arrays(pa.array(starts, pa.int32()), encoded.dictionary.take(order).take(pa.array(ranks)))
 
 
 def _sums(amounts: pa.Array, offsets: Int64) -> pa.Array:

@@ -110,6 +110,11 @@ def put(runtime: Runtime, table: Table, rows: DataFrame) -> None:
     runtime.execute(Stage("put", "", lambda r: r.write(table, rows), reads=(), writes=(), settings=()), force=True)
 
 
+def add(runtime: Runtime, table: Table, rows: DataFrame) -> None:
+    """Adds `rows` to the table, as an increment of the stage that writes it would."""
+    runtime.execute(Stage("add", "", lambda r: r.append(table, rows), reads=(), writes=(), settings=()), force=True)
+
+
 def read_delta(path: str | Path) -> list[dict[str, Any]]:
     """A Delta table's rows as DuckDB reads them."""
     connection = delta_reader()

@@ -26,10 +26,11 @@ from jobs.splits import cut_times
 from jobs.tables import EVENTS, FLAGGED_USERS, SEQUENCES, SESSIONS, conform
 from jobs.train import snapshot_files
 from tests import oracles
-from tests.conftest import make_config, put
+from tests.conftest import add, make_config, put
 from tests.events import START, Row, logs, make_event, to_frame
 
 VALID_FROM, TEST_FROM = datetime(2023, 3, 26, 1, 30), datetime(2023, 3, 27, 12)
+CUTS = [f'sequences.{name}="{t.isoformat()}"' for name, t in (("valid_from", VALID_FROM), ("test_from", TEST_FROM))]
 STAGES = (sessionize.STAGE, build_vocabulary.STAGE, build_sequences.STAGE)
 
 
@@ -114,10 +115,7 @@ def test_increments_end_in_the_same_rows_as_one_build(
 ) -> None:
     """Law 1: batches in any order, late ones too; items come into the training window's vocabulary on the way."""
     sets = [
-        *(
-            f'sequences.{name}="{time.isoformat()}"'
-            for name, time in (("valid_from", VALID_FROM), ("test_from", TEST_FROM))
-        ),
+        *CUTS,
         f'sequences.split_by="{"leave_one_out" if leave_one_out else "time"}"',
         *("sequences.max_length=4", "sequences.max_parts=2", "sequences.seen_days=1", "vocabulary.min_count=2"),
     ]
@@ -129,9 +127,7 @@ def test_increments_end_in_the_same_rows_as_one_build(
         if not batch:
             continue
         frame = to_frame(spark, batch)
-        runtime.execute(
-            Stage("put", "", lambda r, f=frame: r.append(EVENTS, f), reads=(), writes=(), settings=()), True
-        )
+        add(runtime, EVENTS, frame)
         if number == 0:
             put(runtime, FLAGGED_USERS, spark.createDataFrame([], FLAGGED_USERS.schema()))
         for stage in STAGES:
@@ -183,11 +179,7 @@ def train_footers(runtime: Runtime) -> list[Any]:
 def test_training_meets_no_deletion_vector_and_files_of_few_rows(
     make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cuts = [
-        f'sequences.{name}="{time.isoformat()}"'
-        for name, time in (("valid_from", VALID_FROM), ("test_from", TEST_FROM))
-    ]
-    runtime = make_runtime(*cuts, "vocabulary.min_count=1", "sequences.rows_per_file=3")
+    runtime = make_runtime(*CUTS, "vocabulary.min_count=1", "sequences.rows_per_file=3")
     early = [
         make_event(event_id=f"{user}{n}", user_id=user, item_id=f"i{n}", event_ts=START + timedelta(minutes=n))
         for user in "abcd"
@@ -198,7 +190,7 @@ def test_training_meets_no_deletion_vector_and_files_of_few_rows(
     rows = [footer.num_rows for footer in train_footers(runtime)]
     assert (sum(rows), max(rows) <= 3) == (4, True)
     late = make_event(event_id="a9", user_id="a", item_id="i1", event_ts=START + timedelta(minutes=9))
-    runtime.execute(Stage("put", "", lambda r: r.append(EVENTS, to_frame(spark, [late])), (), (), ()), force=True)
+    add(runtime, EVENTS, to_frame(spark, [late]))
     for stage in STAGES:
         runtime.execute(stage)
 
@@ -208,7 +200,7 @@ def test_training_meets_no_deletion_vector_and_files_of_few_rows(
 
     check(4)
     later = make_event(event_id="a99", user_id="a", item_id="i1", event_ts=START + timedelta(minutes=10))
-    runtime.execute(Stage("put", "", lambda r: r.append(EVENTS, to_frame(spark, [later])), (), (), ()), force=True)
+    add(runtime, EVENTS, to_frame(spark, [later]))
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -226,11 +218,7 @@ def test_training_meets_no_deletion_vector_and_files_of_few_rows(
 def test_a_batch_of_new_events_leaves_the_rows_of_older_cuts_alone(
     make_runtime: Callable[..., Runtime], spark: SparkSession
 ) -> None:
-    cuts = [
-        f'sequences.{name}="{time.isoformat()}"'
-        for name, time in (("valid_from", VALID_FROM), ("test_from", TEST_FROM))
-    ]
-    runtime = make_runtime(*cuts, "vocabulary.min_count=1")
+    runtime = make_runtime(*CUTS, "vocabulary.min_count=1")
     history = [
         make_event(event_id=f"a{n}", user_id="a", item_id="i", event_ts=START + timedelta(hours=hours))
         for n, hours in enumerate((0, 1, 20, 50))
@@ -240,7 +228,7 @@ def test_a_batch_of_new_events_leaves_the_rows_of_older_cuts_alone(
     def splits_of_change(at: datetime, name: str) -> set[str]:
         """The splits of the rows that one more event changes."""
         more = to_frame(spark, [make_event(event_id=name, user_id="a", item_id="i", event_ts=at)])
-        runtime.execute(Stage("put", "", lambda r: r.append(EVENTS, more), (), (), ()), force=True)
+        add(runtime, EVENTS, more)
         before = runtime.latest_version(SEQUENCES)
         for stage in STAGES:
             runtime.execute(stage)

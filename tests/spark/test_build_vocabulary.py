@@ -10,10 +10,10 @@ from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 
 from jobs import build_vocabulary
-from jobs.runtime import Runtime, Stage
+from jobs.runtime import Runtime
 from jobs.tables import CONTEXT_VALUES, EVENTS, ITEMS
 from jobs.train import attribute_matrix, item_attributes
-from tests.conftest import put
+from tests.conftest import add, put
 from tests.events import START, Row, make_event, to_frame
 
 CUTS = ['sequences.valid_from="2023-03-26T00:00:00"', 'sequences.test_from="2023-03-26T00:30:00"']
@@ -134,8 +134,7 @@ def test_an_increment_ends_as_a_build_of_everything(
         event(11, "d", -3),
         event(12, "e", 80 * 24),  # moves the log's end, and with it a cut that is not given
     ]
-    add = Stage("add", "", lambda r: r.append(EVENTS, to_frame(spark, later)), reads=(), writes=(), settings=())
-    runtime.execute(add, force=True)
+    add(runtime, EVENTS, to_frame(spark, later))
     DeltaTable.forPath(spark, runtime.path(EVENTS)).delete("event_id = 'e6'")  # of item a
     runtime.execute(build_vocabulary.STAGE)
     by_increment = [sorted(runtime.latest(table).collect()) for table in (ITEMS, CONTEXT_VALUES)]
@@ -152,8 +151,7 @@ def test_an_increment_does_not_count_what_no_change_names(
     runtime = make_runtime(*CUTS, "vocabulary.min_count=1")
     put(runtime, EVENTS, to_frame(spark, [event(0, "a", 0), event(1, "b", 5)]))
     runtime.execute(build_vocabulary.STAGE)
-    late = to_frame(spark, [event(2, "b", 2)])
-    runtime.execute(Stage("add", "", lambda r: r.append(EVENTS, late), (), (), ()), force=True)
+    add(runtime, EVENTS, to_frame(spark, [event(2, "b", 2)]))
     runtime.execute(build_vocabulary.STAGE)
     newest = DeltaTable.forPath(spark, runtime.path(ITEMS)).history(1).collect()[0].operationMetrics
     assert (newest["numTargetRowsUpdated"], newest["numTargetRowsInserted"]) == ("1", "0")

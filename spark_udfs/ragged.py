@@ -1,0 +1,22 @@
+"""Rows of unequal length as flat arrays: the values one after the other, and the offsets where each row begins."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Int64 = npt.NDArray[np.int64]
+
+
+def distinct(rows: Int64, values: Int64, count: int) -> tuple[Int64, Int64]:
+    """The distinct values of each row, sorted.
+
+    Args:
+        rows, values: the number of its row, below `count`, for each value, in any order; values are not negative.
+
+    Returns:
+        offsets [count + 1] and the values.
+    """
+    base = int(values.max(initial=0)) + 1
+    pairs = np.unique(rows * base + values)
+    return np.searchsorted(pairs, np.arange(count + 1) * base), pairs % base
