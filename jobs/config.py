@@ -250,8 +250,8 @@ class MaintainSettings(Section):
     )
     keep_days: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict,
-        description="rows that are older by so many whole days (UTC) are deleted, by table: events, exports; what is "
-        "made from events follows in the next run. None named: all are kept",
+        description="rows that are older by so many whole days (UTC) are deleted, by table: events, rejected_events, "
+        "exports; what is made from events follows in the next run. None named: all are kept",
     )
     target_file_mb: int = Field(256, ge=1, description="OPTIMIZE packs files together up to this size")
 

@@ -605,7 +605,8 @@ def commit_batch(
         _check_share(records.where(~F.col("stored")), counts, read, settings.max_rejected_share)
         refused = records.where(F.col("reason").isNotNull() & ~F.col("reason").isin(*_NO_REFUSAL))
         if counts.total() > counts[None] + sum(counts[reason] for reason in _NO_REFUSAL) or replaced:
-            runtime.append(REJECTED_EVENTS, refused, batch=(writer, number), done=False)
+            today = refused.withColumn("refused_on", F.current_date())
+            runtime.append(REJECTED_EVENTS, today, batch=(writer, number), done=False)
         if counts[None]:
             new = records.where(F.col("reason").isNull() & ~F.col("stored"))
             where = same_ids("old.", bounds[0], bounds[1], days)

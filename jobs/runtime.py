@@ -67,7 +67,6 @@ CONFLICTS = (
     ProtocolChangedException,
 )
 _ATTEMPTS = 5  # at a commit that another job's commit got in the way of
-_MERGE = "spark.databricks.delta.merge"
 # Commits that move or drop files and change no row.
 _UPKEEP = {"OPTIMIZE", "REORG", "VACUUM START", "VACUUM END", "CLUSTER BY", "SET TBLPROPERTIES"}
 # Spark settings that no commit and no manifest may show; the pattern is spark.redaction.regex's default.
@@ -434,22 +433,17 @@ class Runtime:
         rows = DeltaTable.forPath(self.spark, self.path(table))
         self._noted_commit(lambda: rows.delete(where), True, note)
 
-    def erase(self, table: Table, users: DataFrame, on: Column, erasure: str, *, vectors: bool = False) -> None:
+    def erase(self, table: Table, users: DataFrame, on: Column, erasure: str) -> None:
         """Deletes the rows that fulfil a condition (over `old.*`) with one of `users` (`gone.user_id`), in one commit,
         which is known as that erasure's.
 
-        Args:
-            vectors: where the table may have deletion vectors, only mark the rows in them: they stay in their files
-                until `purge`. Else their files are written anew.
+        Where the table may have deletion vectors, the rows are only marked in them: they stay in their files until
+        `purge`. Else their files are written anew.
         """
         rows = DeltaTable.forPath(self.spark, self.path(table)).alias("old")
         merge = rows.merge(users.alias("gone"), on).whenMatchedDelete()
-        settings = {
-            f"{_MERGE}.deletionVectors.persistent": str(vectors).lower(),
-            # Delta would write all rows of a partition (a model's vectors of all users, say) in one task.
-            f"{_MERGE}.repartitionBeforeWrite.enabled": "false",
-        }
-        with spark_conf(self.spark, settings):
+        # Delta would write all rows of a partition (a model's vectors of all users, say) in one task.
+        with spark_conf(self.spark, {"spark.databricks.delta.merge.repartitionBeforeWrite.enabled": "false"}):
             self._noted_commit(merge.execute, True, {"erasure": erasure})
 
     def erasure_commits(self, table: Table, erasure: str) -> list[Commit]:
@@ -461,7 +455,8 @@ class Runtime:
             self.commit(write)
 
     def purge(self, table: Table, where: str | None = None) -> None:
-        """Rewrites the files of the partitions in which deletion vectors hide rows; does nothing where there are none.
+        """Rewrites the files of the partitions in which deletion vectors hide rows, and no other (but for those of a
+        table with a change data feed that MERGE wrote: they have a column that the table has not).
 
         Each file for itself: Delta would pack them into files of 1 GB, written by a task each. Those of a clustered
         table it sorts together into files of the size it is given: that of OPTIMIZE, for a byte makes thousands.

@@ -137,10 +137,12 @@ REJECTED_EVENTS = Table(
         Column(
             "raw", "string", "The record as it was read: the raw line of a broken row, else JSON of its columns.", True
         ),
+        Column("refused_on", "date", "The day (UTC) on which ingest refused it."),
     ),
     key=(),
     stage="ingest",
     personal=("raw",),
+    ages_by="refused_on",
 )
 
 FLAGGED_USERS = Table(

@@ -2,8 +2,10 @@
 
 A table of events of so many users (three each, files by time, so that a user's lie anywhere), 2 cores. So many of them
 are taken out, each time from the table as it was (linked, not copied), in turns, medians:
-  vectors   MERGE that marks the rows in deletion vectors, then REORG (PURGE), which rewrites the files that have one
-  rewrite   MERGE that writes the files anew without the rows, then the same REORG, which finds nothing left to do
+  vectors   MERGE that marks the rows in deletion vectors, then REORG (PURGE), which rewrites the files that have one:
+            what erase_users does
+  rewrite   MERGE that writes the files anew without the rows, then the same REORG, as an older change of theirs may be
+            hidden in any file; it rewrites these once more: MERGE leaves the change feed's column in them
 Both must end with no row of theirs in any file of the current version, as DuckDB reads them, or it stops.
 
 And user_embeddings of as many users (`--width` numbers each), which has no deletion vectors: rewritten.
@@ -32,7 +34,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from jobs.maintain_tables import disk_files
-from jobs.runtime import Runtime, Stage
+from jobs.runtime import Runtime, Stage, spark_conf
 from jobs.tables import EVENTS, USER_EMBEDDINGS, Table
 
 WAYS = {"vectors": True, "rewrite": False}
@@ -83,7 +85,8 @@ def erase(stages: Runtime, table: Table, users: DataFrame, vectors: bool) -> tup
     moments = [time.monotonic()]
 
     def run(r: Runtime) -> None:
-        r.erase(table, users, F.col("old.user_id") == F.col("gone.user_id"), "bench", vectors=vectors)
+        with spark_conf(r.spark, {"spark.databricks.delta.merge.deletionVectors.persistent": str(vectors).lower()}):
+            r.erase(table, users, F.col("old.user_id") == F.col("gone.user_id"), "bench")
         moments.append(time.monotonic())
         r.purge(table)
         moments.append(time.monotonic())

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def test_a_large_file_is_parsed_in_a_task_for_each_core(
 def test_of_one_id_the_earliest_stays_whichever_came_first(
     make_runtime: Callable[..., Runtime], tmp_path: Path, first: int
 ) -> None:
-    runtime = make_runtime(*settings(tmp_path, source(tmp_path)))
+    runtime, today = make_runtime(*settings(tmp_path, source(tmp_path))), datetime.now(timezone.utc).date()
     lines = ["1,ann,a,2023-05-01,1\n", "1,ann,a,2023-05-09,1\n2,bob,b,2023-05-09,1\n"]
     for number in (first, 1 - first):
         (tmp_path / f"log{number}.csv").write_text(HEADER + lines[number])
@@ -124,6 +125,7 @@ def test_of_one_id_the_earliest_stays_whichever_came_first(
     assert [(row["event_id"], row["event_ts"].day) for row in events(runtime)] == [("1", 1), ("2", 9)]
     (refused,) = read_delta(runtime.path(REJECTED_EVENTS))
     assert refused["reason"] == "duplicate_event_id"
+    assert today <= refused["refused_on"] <= datetime.now(timezone.utc).date()
     assert json.loads(refused["raw"])["event_ts"].startswith("2023-05-09")
     assert refused["file"].endswith("log1.csv" if first == 0 else "table events")
 

@@ -27,7 +27,7 @@ from jobs.errors import TrailvecError
 from jobs.files import HadoopPath
 from jobs.maintain_tables import active_files, disk_files, maintain, measure, run_maintain
 from jobs.runtime import Runtime, Stage, code_version
-from jobs.tables import CONTEXT_VALUES, EVENTS, SEQUENCES, SESSIONS, Table
+from jobs.tables import CONTEXT_VALUES, EVENTS, REJECTED_EVENTS, SEQUENCES, SESSIONS, Table
 from tests.conftest import expired, put, read_delta
 from tests.events import START, Row, make_event, to_frame
 
@@ -194,6 +194,17 @@ def test_rows_go_when_they_are_too_old_and_what_is_made_of_them_follows(
     assert sessions == {"e3": 2, "e6": 1}
 
 
+def test_refused_records_go_by_the_day_they_were_refused(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    runtime, today = make_runtime("maintain.keep_days={ rejected_events = 3 }"), datetime.now(timezone.utc).date()
+    rows = [("log", f"file-{n}", None, "broken_row", "x", today - timedelta(days=n)) for n in (0, 3, 4)]
+    put(runtime, REJECTED_EVENTS, spark.createDataFrame(rows, REJECTED_EVENTS.schema()))
+    (done,) = maintain(runtime)
+    assert (done["table"], done["rows_too_old"], done["rows"]) == ("rejected_events", 1, 2)
+    assert {row["file"] for row in read_delta(runtime.path(REJECTED_EVENTS))} == {"file-0", "file-3"}
+
+
 def test_each_table_has_its_own_retention_and_only_aging_rows_can_be_too_old(
     make_runtime: Callable[..., Runtime], spark: SparkSession
 ) -> None:
@@ -208,7 +219,7 @@ def test_each_table_has_its_own_retention_and_only_aging_rows_can_be_too_old(
     maintain(runtime)
     assert {name: stray.exists() for name, stray in strays.items()} == {"events": False, "context_values": True}
 
-    with pytest.raises(TrailvecError, match="keep_days names sessions: only events, exports have rows of an age"):
+    with pytest.raises(TrailvecError, match="keep_days names sessions: only events, rejected_events, exports have"):
         maintain(make_runtime("maintain.keep_days={ sessions = 3 }"))
 
 
