@@ -289,7 +289,8 @@ class ProfileSettings(Section):
 
     fit_users: int = Field(20_000, ge=2, description="users that the basis is fitted on, a sample by hash of user_id")
     max_terms: int = Field(50_000, ge=1, description="items that the basis knows, those that most users have")
-    width: int = Field(64, ge=1, description="singular directions of the items, and of the categories")
+    item_width: int = Field(256, ge=1, description="singular directions of the items")
+    width: int = Field(64, ge=1, description="those of amounts, of the words in the items' names, and of categories")
 
 
 class ProbeSettings(Section):

@@ -191,7 +191,8 @@ def states(runtime: Runtime, sessions: DataFrame, cuts: DataFrame, model_dir: Pa
 
 def profile_rows(visible: DataFrame, encoded: DataFrame, numbers: DataFrame, told: DataFrame) -> DataFrame:
     """What a profile is made of, a row for each user of `encoded`: user_id, vector (the state), and for each of KINDS
-    <kind>_numbers array<int> and <kind>_values array<double>.
+    <kind>_numbers array<int> and <kind>_values array<double>: of items the mean quantity of an action with it (0: none
+    has one), of categories actions, of statistics their values.
 
     Args:
         visible: as `before` gives it.
@@ -202,7 +203,9 @@ def profile_rows(visible: DataFrame, encoded: DataFrame, numbers: DataFrame, tol
     known = visible.join(numbers, "item_id")
     rows = encoded.select("user_id", "vector")
     counts = {
-        "items": known.groupBy("user_id", F.col("item_index").alias("number")).agg(F.count("*").alias("value")),
+        "items": known.groupBy("user_id", F.col("item_index").alias("number")).agg(
+            F.avg(F.when(F.col("quantity") > 0, F.col("quantity"))).alias("value")
+        ),
         "categories": known.where("category > 0")
         .groupBy("user_id", F.col("category").alias("number"))
         .agg(F.count("*").alias("value")),
@@ -281,6 +284,7 @@ def fit(runtime: Runtime, visible: DataFrame, encoded: DataFrame, *, numbers: Da
         item_names=_names_of(runtime, items.numbers),
         before=before,
         since=since,
+        item_width=settings.item_width,
         width=settings.width,
         most=settings.max_terms,
     )

@@ -4,7 +4,10 @@ A profile is PARTS side by side. Each is centred and brought to one length over 
 so that a part weighs what WEIGHTS says, however many places it has:
 
   state       the model's state after the user's last action: what comes next, and in which order things came
-  items       TF-IDF of the user's items, in its first singular directions: which ones, over the whole history
+  items       TF-IDF of the user's items, in its first singular directions: which ones, over the whole history; each
+              weighs the more, the more of it the user takes at once, beside what others take (a rating is a
+              quantity too)
+  amounts     of which of them the user takes more and of which less, likewise
   words       the same of the words in the items' names: items that are hardly ever bought by the same user share them
   categories  the same of their categories
   statistics  numbers of how often, when and for how much, each standardised (jobs.profile_users names them)
@@ -39,11 +42,20 @@ Counts: TypeAlias = (
     sp.csr_matrix
 )  # float [users, numbers]; a column for each number that an item, category or statistic may have
 
-PARTS = ("state", "items", "words", "categories", "statistics", "forecast")
+PARTS = ("state", "items", "amounts", "words", "categories", "statistics", "forecast")
 # How often and when says little of who somebody is: with more weight it drowns in a linear head what they buy. The two
 # numbers of the forecast hold what says most of what comes next.
-WEIGHTS = {"state": 0.5, "items": 1.25, "words": 1.25, "categories": 0.5, "statistics": 0.25, "forecast": 0.75}
-_DIRECTIONS = ("items", "words", "categories", "forecast")
+WEIGHTS = {
+    "state": 0.5,
+    "items": 2.0,
+    "amounts": 0.5,
+    "words": 1.25,
+    "categories": 0.5,
+    "statistics": 0.25,
+    "forecast": 1.0,
+}
+_DIRECTIONS = ("items", "amounts", "words", "categories", "forecast")
+_LEAST, _MOST = 0.1, 4.0  # an amount beside the item's usual one: a slip of the keyboard is not a thousand of them
 _RIDGE = 30.0  # the penalty, on statistics of spread 1
 TENSORS, ABOUT = "profile.safetensors", "profile.json"
 
@@ -81,9 +93,27 @@ class Terms:
         """[users, numbers] → float64 [users, terms]; what is no term, or newer than the basis, counts nothing."""
         weights = self._of(counts)
         weights.data = np.ones_like(weights.data) if self.presence else 1 + np.log(np.maximum(weights.data, 1))
-        weights = weights.multiply(self.idf).tocsr()
-        lengths = np.sqrt(np.asarray(weights.multiply(weights).sum(axis=1)))
-        return weights.multiply(1 / np.where(lengths, lengths, 1)).tocsr()
+        return _unit(weights.multiply(self.idf).tocsr())
+
+    def beside(self, counts: Counts, usual: Floats) -> sp.csr_matrix:
+        """[users, numbers] → each amount divided by the term's usual one, within bounds, float64 [users, terms]; 1
+        where one of the two is not known (0)."""
+        found = self._of(counts)
+        often = usual[found.indices]
+        known = (found.data > 0) & (often > 0)
+        ratio = np.divide(found.data, often, out=np.ones_like(found.data), where=known)
+        found.data = np.clip(ratio, _LEAST, _MOST)
+        return found
+
+    def usual(self, counts: Counts) -> Floats:
+        """Each term's mean amount over the users of whom it is known, float32 [terms]; 0 where it is of nobody."""
+        found = self._of(counts)
+        found.data = np.maximum(found.data, 0.0)
+        known = found.copy()
+        known.data = (found.data > 0).astype(np.float64)
+        sums, users = (np.asarray(of.sum(axis=0)).ravel() for of in (found, known))
+        means: Floats = (sums / np.maximum(users, 1)).astype(np.float32)
+        return means
 
     def _of(self, counts: Counts) -> sp.csr_matrix:
         """The counts of the terms, float64 [users, terms]."""
@@ -91,6 +121,24 @@ class Terms:
         found = sp.csr_matrix(counts[:, inside], dtype=np.float64)
         found.resize(counts.shape[0], len(self.numbers))
         return found
+
+
+def _unit(rows: sp.csr_matrix) -> sp.csr_matrix:
+    """The rows at length 1; those of zeros stay."""
+    lengths = np.sqrt(np.asarray(rows.multiply(rows).sum(axis=1)))
+    return rows.multiply(1 / np.where(lengths, lengths, 1)).tocsr()
+
+
+def _more_and_less(beside: sp.csr_matrix) -> sp.csr_matrix:
+    """Logarithms of amounts beside the usual ones, less the user's own mean, rows of length 1."""
+    found = beside.copy()
+    found.data = np.log(found.data)
+    each = np.diff(found.indptr)
+    means = np.asarray(found.sum(axis=1)).ravel() / np.maximum(each, 1)
+    found.data = found.data - np.repeat(means, each)
+    found.data[np.abs(found.data) < 1e-9] = 0  # one and the same for all, but for rounding: no direction
+    found.eliminate_zeros()
+    return _unit(found)
 
 
 @dataclass(frozen=True)
@@ -101,13 +149,16 @@ class Basis:
         names: of the statistics, in the order of their numbers.
         words: which words the name of an item has, 0 or 1, float64 [terms of `items`, words].
         terms: of `items`, `words` and `categories`.
-        directions: of `items`, `words` and `categories`, float32 [terms, width]; of `forecast` [statistics, 2].
+        usual: how much of an item is mostly taken at once, float32 [terms of `items`].
+        directions: of `items`, `amounts`, `words` and `categories`, float32 [terms, width]; of `forecast`
+            [statistics, 2].
         shifts, scales: of each of PARTS, float32 [its width].
     """
 
     names: tuple[str, ...]
     words: sp.csr_matrix
     terms: dict[str, Terms]
+    usual: Floats
     directions: dict[str, Floats]
     shifts: dict[str, Floats]
     scales: dict[str, Floats]
@@ -122,27 +173,35 @@ class Basis:
 
         Args:
             states: float32 [users, the model's width].
-            counts: of `items`, `categories` and `statistics`, [users, numbers].
+            counts: of `items` how much of it the user takes at once (0: not known), of `categories` how often, of
+                `statistics` their values, [users, numbers].
         """
-        parts = _parts(states, counts, self.words, self.terms, self.directions)
+        parts = _parts(states, counts, _weighed(counts, self.words, self.terms, self.usual), self.directions)
         return np.hstack([(parts[part] - self.shifts[part]) * self.scales[part] for part in PARTS]).astype(np.float32)
+
+
+def _weighed(
+    counts: Mapping[str, Counts], words: sp.csr_matrix, terms: Mapping[str, Terms], usual: Floats
+) -> dict[str, sp.csr_matrix]:
+    """What singular directions are found of, and multiplied with: float64 [users, terms] of each kind."""
+    beside = terms["items"].beside(counts["items"], usual)
+    return {
+        "items": _unit(terms["items"].weigh(counts["items"]).multiply(beside).tocsr()),
+        "amounts": _more_and_less(beside),
+        "words": terms["words"].weigh(terms["items"].present(counts["items"]) @ words),
+        "categories": terms["categories"].weigh(counts["categories"]),
+    }
 
 
 def _parts(
     states: Floats,
     counts: Mapping[str, Counts],
-    words: sp.csr_matrix,
-    terms: Mapping[str, Terms],
+    weighed: Mapping[str, sp.csr_matrix],
     directions: Mapping[str, Floats],
 ) -> dict[str, npt.NDArray[np.float64]]:
     told = np.zeros((len(states), len(directions["forecast"])))
     given = counts["statistics"][:, : told.shape[1]].toarray()
     told[:, : given.shape[1]] = given
-    weighed = {
-        "items": terms["items"].weigh(counts["items"]),
-        "words": terms["words"].weigh(terms["items"].present(counts["items"]) @ words),
-        "categories": terms["categories"].weigh(counts["categories"]),
-    }
     return {
         "state": states.astype(np.float64),
         **{part: np.asarray(weights @ directions[part]) for part, weights in weighed.items()},
@@ -165,6 +224,7 @@ def fit_basis(
     item_names: Sequence[str],
     before: Counts,
     since: npt.NDArray[np.float64],
+    item_width: int,
     width: int,
     most: int,
 ) -> Basis:
@@ -177,7 +237,8 @@ def fit_basis(
         item_names: of those items, in the order of their numbers; "" where one has none.
         before: statistics of some of the users as they were once, [users once, statistics].
         since: the logarithms of 1 and the days on which they acted since then, [users once, horizons].
-        width: singular directions of items, of words and of categories; fewer where there are fewer.
+        item_width: singular directions of items; fewer where there are fewer.
+        width: those of amounts, of words and of categories.
         most: words and categories, at most.
     """
     words = _words(item_names, most)
@@ -187,12 +248,12 @@ def fit_basis(
         "words": Terms.fit(of_words, most, presence=False),
         "categories": Terms.fit(counts["categories"], most, presence=False),
     }
-    directions = {
-        kind: _singular(terms[kind].weigh(of_words if kind == "words" else counts[kind]), width) for kind in terms
-    }
+    usual = items.usual(counts["items"])
+    weighed = _weighed(counts, words, terms, usual)
+    directions = {kind: _singular(of, item_width if kind == "items" else width) for kind, of in weighed.items()}
     directions["forecast"] = _ridge(before, since, len(names))
     shifts, scales = {}, {}
-    for part, values in _parts(states, counts, words, terms, directions).items():
+    for part, values in _parts(states, counts, weighed, directions).items():
         spread = values.std(axis=0)
         if part == "statistics":  # each of another unit
             scale = np.where(spread > 1e-9, 1 / np.maximum(spread, 1e-9), 0) / np.sqrt(max(1, values.shape[1]))
@@ -200,7 +261,7 @@ def fit_basis(
             scale = np.full(values.shape[1], 1 / max(float(np.sqrt((spread**2).sum())), 1e-9))
         shifts[part] = values.mean(axis=0).astype(np.float32)
         scales[part] = (scale * WEIGHTS[part]).astype(np.float32)
-    return Basis(names, words, terms, directions, shifts, scales)
+    return Basis(names, words, terms, usual, directions, shifts, scales)
 
 
 def _words(names: Sequence[str], most: int) -> sp.csr_matrix:
@@ -248,6 +309,7 @@ def write_basis(folder: Path, basis: Basis, about: dict[str, object]) -> None:
     tensors: dict[str, npt.NDArray[np.generic]] = {
         "words.starts": basis.words.indptr.astype(np.int64),
         "words.places": basis.words.indices.astype(np.int64),
+        "items.usual": basis.usual,
     }
     for kind, of_kind in basis.terms.items():
         tensors |= {f"{kind}.numbers": of_kind.numbers, f"{kind}.idf": of_kind.idf}
@@ -287,6 +349,7 @@ def read_basis(folder: Path) -> tuple[Basis, dict[str, object]] | None:
             tuple(about["statistics"]),
             sp.csr_matrix((np.ones(len(places)), places, starts), (len(starts) - 1, about["words"])),
             terms,
+            tensors["items.usual"],
             {part: tensors[f"{part}.directions"] for part in _DIRECTIONS},
             {part: tensors[f"{part}.shift"] for part in PARTS},
             {part: tensors[f"{part}.scale"] for part in PARTS},

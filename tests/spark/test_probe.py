@@ -182,6 +182,31 @@ def test_pauses_by_hand(make_runtime: Callable[..., Runtime], spark: SparkSessio
     assert {name: found["b"][f"pause_{name}"] for name in alone} == pytest.approx(alone)
 
 
+def test_of_an_item_a_profile_hears_how_much_of_it_is_taken_at_once(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    runtime = make_runtime()
+    quantities = {"a": [("i1", 2.0), ("i1", 5.0), ("i1", -1.0), ("i1", None), ("i2", None), ("i3", 0.0)]}
+    quantities["b"] = [("i2", 3.0)]
+    events = [
+        event(user, day, item, quantity=quantity)
+        for user, of_user in quantities.items()
+        for day, (item, quantity) in enumerate(of_user)
+    ]
+    fill(runtime, events)
+    cuts = spark.createDataFrame([(u, CUT.replace(tzinfo=timezone.utc)) for u in "ab"], "user_id string, cut timestamp")
+    visible = probe.before(probe.events_of(runtime.latest(SESSIONS)), cuts)
+    items = [("i1", 2, 0), ("i2", 3, 0), ("i3", 4, 0)]
+    rows = profile_users.profile_rows(
+        visible,
+        spark.createDataFrame([(user, [1.0]) for user in "ab"], "user_id string, vector array<float>"),
+        spark.createDataFrame(items, "item_id string, item_index int, category int"),
+        spark.createDataFrame([], "user_id string, number int, value double"),
+    )
+    found = {row.user_id: (row.items_numbers, row.items_values) for row in rows.collect()}
+    assert found == {"a": ([2, 3, 4], [3.5, 0, 0]), "b": ([3], [3])}
+
+
 def test_what_the_forecast_is_fitted_on(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
     """Statistics of what was known 28 days before the cut, and what came on the 7 and 28 days after that."""
     runtime = make_runtime()

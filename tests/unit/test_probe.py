@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 
 from jobs.config import ProbeSettings
@@ -35,6 +36,24 @@ def test_a_probe_is_scikit_learns_own_cross_validation(head: str, told: tuple[np
             )
         assert found[metric] == pytest.approx(expected)
         assert len(set(found[metric])) == 2
+
+
+@pytest.mark.parametrize(("seed", "strength"), [(15, 1.0), (1, 0.1)])
+def test_the_logistic_head_is_held_back_as_its_own_training_rows_ask_for(seed: int, strength: float) -> None:
+    random = np.random.default_rng(seed)
+    labels = (random.random(90) < 0.5).astype(np.int64)
+    features = random.normal(size=(90, 3)) / np.sqrt(3) + labels[:, None] * [0.5, 0, 0]
+    scores = {
+        c: cross_val_score(LogisticRegression(C=c, max_iter=1000), features, labels, cv=3, scoring="roc_auc").mean()
+        for c in (0.1, 0.3, 1.0)
+    }
+    assert max(scores, key=scores.__getitem__) == strength
+    expected = LogisticRegression(C=strength, max_iter=1000).fit(features, labels).predict_proba(features)
+    assert HEADS["logistic"](0).fit(features, labels).predict_proba(features) == pytest.approx(expected, abs=1e-3)
+    rare = np.arange(90) < 5  # too few to ask
+    expected = LogisticRegression(C=0.3, max_iter=1000).fit(features, rare).predict_proba(features)
+    found = HEADS["logistic"](0).fit(features, rare.astype(np.int64))
+    assert found.predict_proba(features) == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_majority_ranks_nobody(told: tuple[np.ndarray, np.ndarray]) -> None:

@@ -39,6 +39,7 @@ def fitted(states: np.ndarray, counts: dict[str, sp.csr_matrix], most: int = 100
         item_names=names,
         before=once,
         since=since.reshape(USERS, 2),
+        item_width=7,
         width=5,
         most=most,
     )
@@ -47,9 +48,9 @@ def fitted(states: np.ndarray, counts: dict[str, sp.csr_matrix], most: int = 100
 def test_each_part_weighs_what_it_should(sample: tuple[np.ndarray, dict[str, sp.csr_matrix]]) -> None:
     basis = fitted(*sample)
     found = basis.profiles(*sample)
-    widths = {"state": 4, "items": 5, "words": 5, "categories": 5, "statistics": 3, "forecast": 2}
+    widths = {"state": 4, "items": 7, "amounts": 5, "words": 5, "categories": 5, "statistics": 3, "forecast": 2}
     assert basis.widths == widths
-    assert found.shape == (USERS, 24)
+    assert found.shape == (USERS, 31)
     assert found.dtype == np.float32
     start = 0
     for part in PARTS:
@@ -76,6 +77,51 @@ def test_terms_by_hand_and_what_the_basis_does_not_know_counts_nothing() -> None
     assert Terms.fit(counts, 1, presence=True).numbers.tolist() == [1]
 
 
+def test_amounts_by_hand() -> None:
+    """How much of an item somebody takes, beside what others take: 0 stands for an amount that is not known."""
+    items = sp.csr_matrix((np.array([2.0, 1, 6, 0, 90, 9]), [0, 1, 0, 2, 1, 3], [0, 2, 4, 6]), (3, 4))
+    terms = Terms.fit(items, 3, presence=True)
+    assert terms.numbers.tolist() == [0, 1, 2]  # of the two that one user has, the lower number
+    usual = terms.usual(items)
+    assert usual.tolist() == [4, 45.5, 0]
+    beside = terms.beside(items, usual)
+    assert beside.toarray() == pytest.approx(np.array([[0.5, 0.1, 0], [1.5, 0, 1], [0, 90 / 45.5, 0]]))  # at least .1
+    nothing = np.empty((0, 2))
+    basis = fit_basis(
+        np.ones((3, 1), np.float32),
+        {"items": items, "categories": items, "statistics": items},
+        names=(),
+        items=terms,
+        item_names=["", "", ""],
+        before=items[:0],
+        since=nothing,
+        item_width=9,
+        width=9,
+        most=100,
+    )
+    weights = np.array([[0.5, 0.1, 0], [1.5, 0, 1], [0, 1, 0]]) * terms.idf
+    weights /= np.linalg.norm(weights, axis=1)[:, None]
+    half = np.sqrt(0.5)  # of two amounts one is above their mean and one as far below; one alone is neither
+    for part, expected in (("items", weights), ("amounts", [[half, -half, 0], [half, 0, -half], [0, 0, 0]])):
+        _, values, rows = np.linalg.svd(np.array(expected))
+        found = basis.directions[part].T
+        assert np.abs(found @ rows[: len(found)].T) == pytest.approx(np.eye(len(found)), abs=1e-5), (part, values)
+
+
+def test_who_takes_twice_as_much_of_everything_takes_more_of_nothing(
+    sample: tuple[np.ndarray, dict[str, sp.csr_matrix]],
+) -> None:
+    states, counts = sample
+    for of_user in (np.zeros(USERS), np.random.default_rng(1).uniform(0.5, 2, USERS)):
+        items = counts["items"].copy()
+        items.data = np.repeat(of_user, np.diff(items.indptr))
+        basis = fitted(states, {**counts, "items": items})
+        basis.usual[:] = 1.0
+        start = basis.widths["state"] + basis.widths["items"]
+        end = start + basis.widths["amounts"]
+        assert np.ptp(basis.profiles(states, {**counts, "items": items})[:, start:end], axis=0).max() == 0
+
+
 def test_words_of_names_by_hand() -> None:
     """Names share words and pairs of words that stand side by side; single letters and digits are none."""
     items = sp.csr_matrix(np.array([[5, 0, 1.0], [0, 1, 0], [0, 0, 0]]))
@@ -87,6 +133,7 @@ def test_words_of_names_by_hand() -> None:
         item_names=["Oat milk, 1 L", "oat 1 Flakes", "Milch-Kaffee x milch 12"],
         before=items[:0],
         since=np.empty((0, 2)),
+        item_width=9,
         width=9,
         most=100,
     )
