@@ -14,6 +14,9 @@ from delta.exceptions import ConcurrentAppendException, MetadataChangedException
 from jobs.config import load_config
 from jobs.runtime import start_spark
 
+# A commit's file takes a while to write: what checks whether it is there before it writes is caught by another's.
+LONG = "x" * 3_000_000
+
 if __name__ == "__main__":
     conf, table, first, last, folder = sys.argv[1:]
     spark = start_spark(load_config(conf))
@@ -25,7 +28,8 @@ if __name__ == "__main__":
     for number in range(int(first), int(last)):
         while True:
             try:
-                spark.range(number, number + 1, numPartitions=1).write.format("delta").mode("append").save(table)
+                rows = spark.range(number, number + 1, numPartitions=1).write.format("delta").mode("append")
+                rows.option("userMetadata", LONG).save(table)
                 break
             except lost:
                 continue
