@@ -578,23 +578,13 @@ def commit_batch(
     given = without_erased(reduce(DataFrame.unionByName, frames), erased_tests(runtime))
     given = given.withColumn("stored", F.lit(False)).persist(StorageLevel.DISK_ONLY)
     events = given.where(F.col("reason").isNull())
-    bounds = events.agg(F.min("event_id"), F.max("event_id"), F.count("*")).collect()[0]
+    low, high = events.agg(F.min("event_id"), F.max("event_id")).collect()[0]
     days = [row[0] for row in events.select(F.to_date("event_ts")).distinct().collect()] if same_day else None
     runtime.create(EVENTS)
-    known = same_ids("", bounds[0], bounds[1], days) if bounds[2] else F.lit(False)
-    stored = (
-        runtime.latest(EVENTS)
-        .where(known)
-        .join(events.select("event_id").distinct(), "event_id", "left_semi")
-        .select(
-            *[c.name for c in EVENTS.columns],
-            F.lit(None).cast("string").alias("reason"),
-            F.lit(None).cast("string").alias("raw"),
-            F.lit("table events").alias("file"),
-            F.lit(True).alias("stored"),
-        )
-    )
-    records = mark_duplicates(given.unionByName(stored), settings.duplicates).persist(StorageLevel.DISK_ONLY)
+    ids = events.select("event_id").distinct()
+    stored = None if low is None else stored_events(runtime, ids, same_ids("", low, high, days), days)
+    together = given if stored is None else given.unionByName(stored)
+    records = mark_duplicates(together, settings.duplicates).persist(StorageLevel.DISK_ONLY)
     try:
         found = records.groupBy("reason", "stored").count().collect()
         counts = Counter({row["reason"]: int(row["count"]) for row in found if not row["stored"]})
@@ -609,7 +599,7 @@ def commit_batch(
             runtime.append(REJECTED_EVENTS, today, batch=(writer, number), done=False)
         if counts[None]:
             new = records.where(F.col("reason").isNull() & ~F.col("stored"))
-            where = same_ids("old.", bounds[0], bounds[1], days)
+            where = same_ids("old.", low, high, days)
             if same_day:
                 where &= F.to_date("old.event_ts") == F.to_date("new.event_ts")
             runtime.merge(EVENTS, new, where=where, insert_only=replaced == 0, done=False)
@@ -620,6 +610,34 @@ def commit_batch(
     finally:
         records.unpersist()
         given.unpersist()
+
+
+def stored_events(runtime: Runtime, ids: DataFrame, where: Column, days: Sequence[date] | None) -> DataFrame | None:
+    """The rows of `events` with one of the ids (event_id, each once), as `mark_duplicates` wants them; None where there
+    is none.
+
+    The ids alone first: most batches bring nothing again, and read one of the table's columns instead of all.
+
+    Args:
+        where: `same_ids` of them.
+        days: as there.
+    """
+    table = runtime.latest(EVENTS)
+    there = table.where(where).select("event_id").join(ids, "event_id", "left_semi")
+    low, high = there.agg(F.min("event_id"), F.max("event_id")).collect()[0]
+    if low is None:
+        return None
+    return (
+        table.where(same_ids("", low, high, days))
+        .join(ids, "event_id", "left_semi")
+        .select(
+            *[c.name for c in EVENTS.columns],
+            F.lit(None).cast("string").alias("reason"),
+            F.lit(None).cast("string").alias("raw"),
+            F.lit("table events").alias("file"),
+            F.lit(True).alias("stored"),
+        )
+    )
 
 
 def _check_share(records: DataFrame, counts: Counter[str | None], read: Counter[str | None], allowed: float) -> None:

@@ -148,6 +148,8 @@ class S3Server:
 
     def _answers(self) -> bool:
         """Whether it does what it is for: its parts do not come up at once."""
+        if not self._volumes_are_known():
+            return False
         try:
             urllib.request.urlopen(self.endpoint, timeout=5)
         except urllib.error.HTTPError:  # it asks who that is
@@ -159,6 +161,16 @@ class S3Server:
         except OSError:
             return False
         return True
+
+    def _volumes_are_known(self) -> bool:
+        """Whether the part that keeps the bytes has told the one that is asked which it has: reads fail until then."""
+        master = f"http://{HOST}:{self._ports[_PARTS.index('master')]}/dir/status"
+        try:
+            with urllib.request.urlopen(master, timeout=5) as answer:
+                centers = json.load(answer)["Topology"]["DataCenters"] or []
+        except OSError:
+            return False
+        return any(rack["DataNodes"] for center in centers for rack in center["Racks"] or [])
 
     def _failed(self, what: str) -> TrailvecError:
         return failed(f"the S3 server at {self.endpoint} {what}", self._log)

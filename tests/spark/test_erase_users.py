@@ -309,6 +309,7 @@ def test_a_writer_beside_it_loses_nothing_and_brings_nobody_back(
                 other.execute(change, force=True)
                 written.append(number)
                 began.set()
+                ended.wait(0.3)  # a job does other things, too, between two commits
         except BaseException as error:
             errors.append(error)
             began.set()
