@@ -287,7 +287,7 @@ def test_a_row_that_an_update_hid_goes_too(make_runtime: Callable[..., Runtime],
 def test_a_writer_beside_it_loses_nothing_and_brings_nobody_back(
     make_runtime: Callable[..., Runtime], tmp_path: Path, keyed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 20), monotonic=time.monotonic, time=time.time)
+    clock = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 2), monotonic=time.monotonic, time=time.time)
     monkeypatch.setattr(runtime_module, "time", clock)
     runtime = make_runtime()
 
@@ -309,7 +309,7 @@ def test_a_writer_beside_it_loses_nothing_and_brings_nobody_back(
                 other.execute(change, force=True)
                 written.append(number)
                 began.set()
-                ended.wait(0.3)  # a job does other things, too, between two commits
+                ended.wait(0.3 * 2 ** (number - 8))  # at first too short a while to commit in, then long enough
         except BaseException as error:
             errors.append(error)
             began.set()
