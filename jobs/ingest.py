@@ -594,9 +594,9 @@ def commit_batch(
         read += counts
         _check_share(records.where(~F.col("stored")), counts, read, settings.max_rejected_share)
         refused = records.where(F.col("reason").isNotNull() & ~F.col("reason").isin(*_NO_REFUSAL))
+        refused = refused.withColumn("refused_on", F.current_date())
         if counts.total() > counts[None] + sum(counts[reason] for reason in _NO_REFUSAL) or replaced:
-            today = refused.withColumn("refused_on", F.current_date())
-            runtime.append(REJECTED_EVENTS, today, batch=(writer, number), done=False)
+            runtime.append(REJECTED_EVENTS, refused, batch=(writer, number), done=False)
         if counts[None]:
             new = records.where(F.col("reason").isNull() & ~F.col("stored"))
             where = same_ids("old.", low, high, days)

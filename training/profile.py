@@ -108,10 +108,10 @@ class Terms:
     def usual(self, counts: Counts) -> Floats:
         """Each term's mean amount over the users of whom it is known, float32 [terms]; 0 where it is of nobody."""
         found = self._of(counts)
-        found.data = np.maximum(found.data, 0.0)
-        known = found.copy()
-        known.data = (found.data > 0).astype(np.float64)
-        sums, users = (np.asarray(of.sum(axis=0)).ravel() for of in (found, known))
+        known = found.data > 0
+        terms, amounts = found.indices[known], found.data[known]
+        users = np.bincount(terms, minlength=len(self.numbers))
+        sums = np.bincount(terms, amounts, minlength=len(self.numbers))
         means: Floats = (sums / np.maximum(users, 1)).astype(np.float32)
         return means
 

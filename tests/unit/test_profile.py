@@ -86,7 +86,6 @@ def test_amounts_by_hand() -> None:
     assert usual.tolist() == [4, 45.5, 0]
     beside = terms.beside(items, usual)
     assert beside.toarray() == pytest.approx(np.array([[0.5, 0.1, 0], [1.5, 0, 1], [0, 90 / 45.5, 0]]))  # at least .1
-    nothing = np.empty((0, 2))
     basis = fit_basis(
         np.ones((3, 1), np.float32),
         {"items": items, "categories": items, "statistics": items},
@@ -94,7 +93,7 @@ def test_amounts_by_hand() -> None:
         items=terms,
         item_names=["", "", ""],
         before=items[:0],
-        since=nothing,
+        since=np.empty((0, 2)),
         item_width=9,
         width=9,
         most=100,
@@ -103,9 +102,9 @@ def test_amounts_by_hand() -> None:
     weights /= np.linalg.norm(weights, axis=1)[:, None]
     half = np.sqrt(0.5)  # of two amounts one is above their mean and one as far below; one alone is neither
     for part, expected in (("items", weights), ("amounts", [[half, -half, 0], [half, 0, -half], [0, 0, 0]])):
-        _, values, rows = np.linalg.svd(np.array(expected))
+        rows = np.linalg.svd(np.array(expected)).Vh
         found = basis.directions[part].T
-        assert np.abs(found @ rows[: len(found)].T) == pytest.approx(np.eye(len(found)), abs=1e-5), (part, values)
+        assert np.abs(found @ rows[: len(found)].T) == pytest.approx(np.eye(len(found)), abs=1e-5), part
 
 
 def test_who_takes_twice_as_much_of_everything_takes_more_of_nothing(
