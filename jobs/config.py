@@ -199,6 +199,13 @@ class GateSettings(Section):
         return self
 
 
+class HabitSettings(Section):
+    """What a user does again and again, beside the model's own score (jobs/habit.py)."""
+
+    weight: float = Field(15.0, ge=0, description="of a habit beside the dot product of user and item")
+    decay: float = Field(0.5, gt=0, description="an action weeks ago counts weeks^-decay; one of the last week 1")
+
+
 class EvaluateSettings(Section):
     """vectors + sequences → evaluation."""
 
@@ -232,6 +239,11 @@ class NeighboursSettings(Section):
     without: list[str] = Field(
         default_factory=list,
         description="event types: a user's items leave out what they did this with (`purchase`: already bought)",
+    )
+    habit: bool = Field(
+        False,
+        description="also user_item_habit: a user's items by the model's score and what the user does again and again; "
+        "meets every item that a user ever did what is predicted with",
     )
 
 
@@ -337,6 +349,7 @@ class Config(Section):
     model: ModelSettings = ModelSettings()
     align: AlignSettings = AlignSettings()
     score: ScoreSettings = ScoreSettings()
+    habit: HabitSettings = HabitSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     profile: ProfileSettings = ProfileSettings()
     probe: ProbeSettings = ProbeSettings()

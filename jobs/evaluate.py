@@ -5,6 +5,7 @@ no information. Three tasks: `next` (any item), `new` (items not acted on in the
 taken out of the ranking), `repeat` (the others). Every method ranks the whole catalogue of the training window: all its
 items that were acted on by a type of event that is to be predicted. An item outside of it counts as a miss.
 The floors know what the model knows: counts of the training window, and each user's own history up to the cut.
+`model_and_habit` ranks by the model's score and what the user does again and again (jobs/habit.py).
 
 Each figure is also given for slices of the users (jobs/ranking.py), with an interval from a bootstrap over users. A
 fourth task, `space`, holds what can be said of the vectors without any task (jobs/space.py), of samples by hash. They
@@ -17,6 +18,7 @@ trailvec evaluate --conf conf/local.toml --compare MODEL_A MODEL_B
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,13 +29,14 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from jobs import space
 from jobs.build_sequences import UNKNOWN, in_vocabulary, number_actions
 from jobs.cli import stage_main
 from jobs.drift import Alarm, Drift, alarms, drift_of, event_counts
+from jobs.habit import habit
 from jobs.models import encode_sequences
 from jobs.ranking import Cell, Following, Known, bootstrap, coverage, flatten, measures, sliced, top_items
 from jobs.runtime import Runtime, Stage
@@ -43,12 +46,13 @@ from jobs.train import item_verticals
 from training.floors import ItemKnn, own_frequency, popularity
 
 TASKS = ("next", "new", "repeat")
-METHODS = ("model", "popularity", "own_frequency", "item_knn")
+MODELS = ("model", "model_and_habit")
+FLOORS = ("popularity", "own_frequency", "item_knn")
 SPACE_SAMPLE, SPACE_NEIGHBOURS = 10_000, 10  # vectors that the space is judged by, at most
 DRIFT_SAMPLE = 2_000  # users whose vectors are made a second time, at most
 _BLOCK_USERS = 256
 _DEEPEST = 20
-_LEADING = "ndcg@10"  # the metric that the model's lead over each floor is told in
+_LEADING = "ndcg@10"  # the metric that a model's lead over each floor is told in
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
@@ -62,6 +66,14 @@ class Catalogue:
     vectors: Floats  # [items, width]
     target_counts: Integers
     rankable: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Own:
+    """What the users of the rows did themselves before the cut, float [users, items] each."""
+
+    counts: sp.csr_matrix
+    habits: sp.csr_matrix
 
 
 class Result(NamedTuple):
@@ -122,14 +134,16 @@ def model_scorer(rows: pd.DataFrame, catalogue: Catalogue) -> Scorer:
     return lambda block: np.asarray(vectors[block] @ catalogue.vectors.T)
 
 
-def _scorers(rows: pd.DataFrame, own_counts: sp.csr_matrix, knn: ItemKnn, catalogue: Catalogue) -> dict[str, Scorer]:
+def _scorers(rows: pd.DataFrame, own: Own, knn: ItemKnn, catalogue: Catalogue) -> dict[str, Scorer]:
     counts, rankable = catalogue.target_counts, catalogue.rankable
     histories = (np.asarray(items) for items in rows["item_index"])
     history = [items[(items < len(rankable)) & rankable[np.minimum(items, len(rankable) - 1)]] for items in histories]
+    model = model_scorer(rows, catalogue)
     return {
-        "model": model_scorer(rows, catalogue),
+        "model": model,
+        "model_and_habit": lambda block: np.asarray(model(block) + own.habits[block], np.float32),
         "popularity": lambda block: popularity(counts, len(history[block])),
-        "own_frequency": lambda block: own_frequency(own_counts[block], counts),
+        "own_frequency": lambda block: own_frequency(own.counts[block], counts),
         "item_knn": lambda block: knn.scores(*flatten(history[block])),
     }
 
@@ -152,10 +166,11 @@ def ranking_results(
                 values[Cell(method, metric, kind, value)] = each[there]
             share = coverage(best[there][:, :10], int((known.counts > 0).sum()))
             yield Result(task, Cell(method, "coverage@10"), share, None, None, int(there.sum()))
-        for method in METHODS[1:]:
-            if (floor := values.get(Cell(method, _LEADING))) is not None:
+        for floor, model in itertools.product(FLOORS, MODELS):
+            of_floor, of_model = (values.get(Cell(method, _LEADING)) for method in (floor, model))
+            if of_floor is not None and of_model is not None:
                 # Over the same users: surer than two intervals beside each other.
-                values[Cell(method, f"model_lead_{_LEADING}")] = values[Cell("model", _LEADING)] - floor
+                values[Cell(floor, f"{model}_lead_{_LEADING}")] = of_model - of_floor
         values = {cell: each for cell, each in values.items() if not np.isnan(each).all()}
         low, high = bootstrap(np.column_stack(list(values.values())), resamples)
         for number, (cell, each) in enumerate(values.items()):
@@ -266,8 +281,8 @@ def run(runtime: Runtime) -> None:
     results: list[Result] = []
     if len(rows):
         size = len(catalogue.target_counts)
-        own_counts, interactions = _interactions(runtime, rows["user_id"], size, cuts)
-        scorers = _scorers(rows, own_counts, ItemKnn(interactions, settings.knn_decay), catalogue)
+        own, interactions = _interactions(runtime, rows[["user_id", "cut_us"]], size, cuts)
+        scorers = _scorers(rows, own, ItemKnn(interactions, settings.knn_decay), catalogue)
         ranked = rank_users(rows, scorers, catalogue.rankable)
         verticals = item_verticals(runtime.read(ITEMS).where(F.col("item_index") < size), size)
         known = Known(catalogue.target_counts, *verticals, rows["length"].to_numpy())
@@ -290,16 +305,17 @@ def run(runtime: Runtime) -> None:
 
 
 def evaluated_rows(runtime: Runtime, model_dir: Path) -> pd.DataFrame:
-    """The rows that a model is judged by, in the order of users: user_id, length, item_index, seen_item_index,
-    target_item_index, target_hours (from the cut on), vector. Reads the stage's SEQUENCES.
+    """The rows that a model is judged by, in the order of users: user_id, cut_us (microseconds since 1970), length,
+    item_index, seen_item_index, target_item_index, target_hours (from the cut on), vector. Reads the stage's SEQUENCES.
 
     Raises:
         TrailvecError: the model in that folder is damaged.
     """
     settings = runtime.config.evaluate
     hours = "transform(target_ts, t -> (unix_micros(t) - unix_micros(as_of)) / 3.6e9D)"
-    rows = runtime.read(SEQUENCES).where(F.col("split") == settings.split).withColumn("target_hours", F.expr(hours))
-    keep = ["user_id", "length", "item_index", "seen_item_index", "target_item_index", "target_hours"]
+    rows = runtime.read(SEQUENCES).where(F.col("split") == settings.split)
+    rows = rows.withColumn("target_hours", F.expr(hours)).withColumn("cut_us", F.unix_micros("as_of"))
+    keep = ["user_id", "cut_us", "length", "item_index", "seen_item_index", "target_item_index", "target_hours"]
     encoded = encode_sequences(
         _sample(rows, settings.max_users), keep, model_dir=model_dir, batch_size=runtime.config.score.batch_size
     ).drop("history_length", "is_cold")
@@ -354,10 +370,8 @@ def _matrix(vectors: pd.Series[Any]) -> Floats:
     return np.stack(list(vectors)).astype(np.float32) if len(vectors) else np.empty((0, 1), np.float32)
 
 
-def _interactions(
-    runtime: Runtime, users: pd.Series[str], items: int, cuts: Cuts
-) -> tuple[sp.csr_matrix, sp.csr_matrix]:
-    """(the users' own counts before the split's cut [users, items], a sample's counts in training [sample, items])."""
+def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts) -> tuple[Own, sp.csr_matrix]:
+    """What the users (user_id, cut_us) did before their cuts; a sample's counts in training, [sample, items]."""
     settings, split = runtime.config.sequences, runtime.config.evaluate.split
     sessions = runtime.read(SESSIONS)
     vocabulary = in_vocabulary(runtime.read(ITEMS), runtime.config.vocabulary.min_count)
@@ -369,17 +383,19 @@ def _interactions(
         actions = actions.where(F.col("event_type").isin(settings.target_event_types))
     actions = actions.where((F.col("item_index") > UNKNOWN) & (F.col("item_index") < items))
 
-    def matrix(rows: DataFrame, columns: dict[str, int]) -> sp.csr_matrix:
-        found = rows.groupBy("user_id", "item_index").count().toPandas()
-        row = found["user_id"].map(columns).to_numpy()
-        return sp.csr_matrix((found["count"], (row, found["item_index"])), shape=(len(columns), items))
+    def matrices(rows: DataFrame, names: list[str], **values: Column) -> list[sp.csr_matrix]:
+        """Each value of a user and an item, [users in `names`, items]."""
+        found = rows.groupBy("user_id", "item_index").agg(*[v.alias(name) for name, v in values.items()]).toPandas()
+        places = found["user_id"].map({name: n for n, name in enumerate(names)}), found["item_index"]
+        return [sp.csr_matrix((found[name], places), shape=(len(names), items)) for name in values]
 
-    evaluated = runtime.spark.createDataFrame(pd.DataFrame({"user_id": users}))
-    own = matrix(actions.where(f"in_{split}").join(evaluated, "user_id"), {u: n for n, u in enumerate(users)})
+    visible = actions.where(f"in_{split}").join(runtime.spark.createDataFrame(users), "user_id")
+    of_habit = habit(runtime.config.habit, F.col("cut_us"))
+    own = Own(*matrices(visible, users["user_id"].tolist(), counts=F.count("*"), habits=of_habit))
     trained = actions.where("in_train")
     known = _sample(trained.select("user_id").distinct(), runtime.config.evaluate.knn_max_users)
     names = sorted(row.user_id for row in known.collect())
-    return own, matrix(trained.join(known, "user_id"), {u: n for n, u in enumerate(names)})
+    return own, *matrices(trained.join(known, "user_id"), names, counts=F.count("*"))
 
 
 # ---- the gate ----------------------------------------------------------------------------------------------------
@@ -421,7 +437,7 @@ STAGE = Stage(
     run,
     reads=(SEQUENCES, SESSIONS, ITEMS, CONTEXT_VALUES, ITEM_EMBEDDINGS),
     writes=(EVALUATION,),
-    settings=("evaluate", "sequences", "vocabulary", "model"),
+    settings=("evaluate", "habit", "sequences", "vocabulary", "model"),
     inputs=lambda runtime: {"model_version": runtime.model_dir().name},
 )
 

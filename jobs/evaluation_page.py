@@ -24,10 +24,12 @@ from training.metrics import HISTORY_FROM, class_names
 TASKS = {"next": "Any next item", "new": "A new item", "repeat": "An item taken again"}
 METHODS = {
     "model": "the model",
+    "model_and_habit": "the model and habit",
     "popularity": "most popular items",
     "own_frequency": "the user's own most frequent",
     "item_knn": "item-kNN",
 }
+MODELS = ("model", "model_and_habit")  # of METHODS; the others are floors
 FEATURES = {
     "vector": "the vector",
     "profile": "the profile",
@@ -169,7 +171,12 @@ def page(facts: Facts) -> str:
         as_of=facts.about.get("as_of", "")[:16].replace("T", " "),
         split=facts.split,
         sections=sections,
-        verdicts=[_verdict(task, points, users) for task in tasks],
+        verdicts=[
+            _verdict(task, model, points, users)
+            for task in tasks
+            for model in MODELS
+            if (task, model, "ndcg@10", "all", "all") in points
+        ],
         ranking_picture=_picture(pictures.bars(_of_tasks(tasks, points), METHODS, "model")) if tasks else "",
         tasks=[_task(task, points, users) for task in tasks],
         slice_pictures=[*_slice_pictures(points, users)],
@@ -233,10 +240,10 @@ def _of_tasks(tasks: list[str], points: Points) -> dict[str, dict[str, Point]]:
     }
 
 
-def _verdict(task: str, points: Points, users: Users) -> Row:
+def _verdict(task: str, model: str, points: Points, users: Users) -> Row:
     leads = []
     for method, name in METHODS.items():
-        lead = points.get((task, method, "model_lead_ndcg@10", "all", "all"))
+        lead = points.get((task, method, f"{model}_lead_ndcg@10", "all", "all"))
         if lead is None or lead.low is None or lead.high is None:
             continue
         word = "better" if lead.low > 0 else "worse" if lead.high < 0 else "level"
@@ -244,9 +251,9 @@ def _verdict(task: str, points: Points, users: Users) -> Row:
         by = f"{lead.value:+.4f}, {lead.low:+.4f} to {lead.high:+.4f}"
         leads.append({"word": word, "said": said, "name": name, "by": by})
     return {
-        "title": TASKS[task],
+        "title": f"{TASKS[task]}, {METHODS[model]}",
         "users": users[task, "all", "all"],
-        "model": points[task, "model", "ndcg@10", "all", "all"],
+        "model": points[task, model, "ndcg@10", "all", "all"],
         "leads": leads,
     }
 

@@ -4,6 +4,9 @@ Of the current model: for each user the items with the highest dot product (the 
 vocabulary), for each user and each item the users and the items with the highest cosine. Exact, in blocks
 (spark_udfs/topk.py). A zero vector has no direction: it has no cosine neighbours and is nobody's.
 
+With `neighbours.habit` also user_item_habit: a user's items by the model's score and what the user does again and again
+(jobs/habit.py), exact too.
+
 Items as neighbours can be narrowed down: to some verticals, to those in stock, and for a user without what they have
 already bought (`neighbours.*`).
 
@@ -22,14 +25,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from jobs.cli import stage_main
 from jobs.config import NeighboursSettings
 from jobs.errors import TrailvecError
+from jobs.habit import habit
 from jobs.runtime import Runtime, Stage
+from jobs.splits import cut_times, microseconds
 from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, ITEMS, NEIGHBOURS, SESSIONS, USER_EMBEDDINGS, Table
+from spark_udfs import vectors
 from spark_udfs.topk import Cells, Metric, find_cells, nearest, small_batches
 
 KINDS: dict[str, tuple[str, str, Metric]] = {
@@ -91,6 +97,31 @@ def find_neighbours(every: list[Search], settings: NeighboursSettings) -> DataFr
     return reduce(DataFrame.unionByName, parts)
 
 
+def with_habit(found: DataFrame, habits: DataFrame, search: Search, k: int) -> DataFrame:
+    """The k best of each user by the dot product and their habits: source_id, rank, neighbour_id, score.
+
+    An item without a habit scores what it did: it is among the k best now only where it was before.
+
+    Args:
+        found: the k best by the dot product alone, of the search "user_item".
+        habits: user_id, item_id, habit (double, at least 0).
+    """
+    vectors.register(found.sparkSession)
+    users = search.queries.withColumnRenamed("vector", "user_vector")
+    items = search.candidates.select(F.col("id").alias("item_id"), F.col("vector").alias("item_vector"))
+    pairs = habits.join(users, F.col("id") == F.col("user_id")).join(items, "item_id")
+    if "left_out" in pairs.columns:
+        pairs = pairs.where(~F.array_contains("left_out", F.col("item_id")))
+    score = F.expr("vector_inner_product(user_vector, item_vector)").cast("double") + F.col("habit")
+    own = pairs.select(
+        F.col("user_id").alias("source_id"), F.col("item_id").alias("neighbour_id"), score.alias("score")
+    )
+    key = ["source_id", "neighbour_id"]
+    others = found.select(*key, "score").join(habits.toDF(*key, "habit"), key, "left_anti")
+    in_order = Window.partitionBy("source_id").orderBy(F.desc("score"), "neighbour_id")
+    return own.unionByName(others).withColumn("rank", F.row_number().over(in_order)).where(F.col("rank") <= k)
+
+
 def recall(every: list[Search], found: DataFrame, settings: NeighboursSettings) -> dict[str, float]:
     """By kind the share of the exact neighbours of about ASKED queries that stand in `found`."""
     exact = settings.model_copy(update={"cells": 0})
@@ -130,7 +161,12 @@ def run(runtime: Runtime) -> None:
         without=_done_before(runtime.read(SESSIONS), settings.without) if settings.without else None,
     )
     with small_batches(runtime.spark):
-        runtime.write(NEIGHBOURS, find_neighbours(every, settings).withColumn("model_version", F.lit(version)))
+        found = find_neighbours(every, settings)
+        if settings.habit:
+            (search,) = (search for search in every if search.kind == "user_item")
+            of_users = with_habit(found.where("kind = 'user_item'"), _habits(runtime), search, settings.k)
+            found = found.unionByName(of_users.withColumn("kind", F.lit("user_item_habit")))
+        runtime.write(NEIGHBOURS, found.withColumn("model_version", F.lit(version)))
         if settings.cells:
             shares = recall(every, runtime.latest(NEIGHBOURS).where(F.col("model_version") == version), settings)
             told = ", ".join(f"{kind} {share:.3f}" for kind, share in sorted(shares.items()))
@@ -177,6 +213,17 @@ def _done_before(sessions: DataFrame, event_types: list[str]) -> DataFrame:
     return events.groupBy(F.col("user_id").alias("id")).agg(F.collect_set("event.item_id").alias("left_out"))
 
 
+def _habits(runtime: Runtime) -> DataFrame:
+    """user_id, item_id, habit: of what users did, of the kinds that are predicted, before the log's end."""
+    settings, sessions = runtime.config.sequences, runtime.read(SESSIONS)
+    end = cut_times(sessions.select(F.col("end_ts").alias("event_ts")), settings).end
+    events = sessions.select("user_id", F.explode("events").alias("event")).select("user_id", "event.*")
+    if settings.target_event_types:
+        events = events.where(F.col("event_type").isin(settings.target_event_types))
+    of_pair = habit(runtime.config.habit, F.lit(microseconds(end)))
+    return events.groupBy("user_id", "item_id").agg(of_pair.alias("habit"))
+
+
 def _inputs(runtime: Runtime) -> dict[str, Any]:
     file = runtime.config.neighbours.in_stock
     stock = None if file is None else hashlib.sha256(_stock_list(file).read_bytes()).hexdigest()
@@ -189,7 +236,7 @@ STAGE = Stage(
     run,
     reads=(CURRENT_MODEL, USER_EMBEDDINGS, ITEM_EMBEDDINGS, ITEMS, SESSIONS),  # in this order: what is current is whole
     writes=(NEIGHBOURS,),
-    settings=("neighbours",),
+    settings=("neighbours", "habit", "sequences"),
     inputs=_inputs,
 )
 

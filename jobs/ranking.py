@@ -73,7 +73,15 @@ def flatten(lists: list[npt.NDArray[Any]]) -> tuple[Integers, Integers]:
 def top_items(scores: npt.NDArray[np.float32], k: int) -> Integers:
     """The k best columns of each row, best first, ties by column; -1 where a row has fewer finite scores."""
     k = min(k, scores.shape[1])
-    best = np.sort(np.argpartition(-scores, k - 1, axis=1)[:, :k], axis=1)
+    best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+    values = np.take_along_axis(scores, best, axis=1)
+    # Of the items that share the last place a partition takes any.
+    last = values.min(axis=1, keepdims=True)
+    shared = (scores == last).sum(axis=1) > (values == last).sum(axis=1)
+    for row in np.flatnonzero(shared & np.isfinite(last[:, 0])):
+        above, level = np.flatnonzero(scores[row] > last[row]), np.flatnonzero(scores[row] == last[row])
+        best[row] = np.concatenate([above, level[: k - len(above)]])
+    best.sort(axis=1)
     values = np.take_along_axis(scores, best, axis=1)
     order = np.argsort(-values, axis=1, kind="stable")
     ranked = np.take_along_axis(best, order, axis=1)

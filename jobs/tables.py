@@ -353,20 +353,20 @@ EVALUATION = Table(
         Column(
             "method",
             "string",
-            "model, popularity, own_frequency, item_knn; of task space: items, users, users_items; of drift: events, "
-            "users, alarm.",
+            "model, model_and_habit, popularity, own_frequency, item_knn; of task space: items, users, users_items; "
+            "of drift: events, users, alarm.",
         ),
         Column(
             "metric",
             "string",
             "recall@10, ndcg@10, recall@20, ndcg@20, mrr@20; popularity_bias@10: mean log popularity of what is "
             "recommended less that of what was done; coverage@10: share of the catalogue that is recommended to "
-            "somebody; model_lead_ndcg@10: by how much the model's ndcg@10 is above the method's. Of task space: "
-            "uniformity, alignment, dead_dimensions, effective_dimensions, norm_popularity, hubness@10, "
-            "same_category@10, same_category_by_chance (jobs/space.py). Of drift: stability_index (of the verticals' "
-            "shares), new_items (share of events), rate (of a vertical: events after the cut for each in as long "
-            "before it), cosine and centroid_cosine of users' vectors; an alarm's is the limit "
-            "that was passed (evaluate.drift).",
+            "somebody; model_lead_ndcg@10, model_and_habit_lead_ndcg@10: by how much that one's ndcg@10 is above the "
+            "method's. Of task space: uniformity, alignment, dead_dimensions, effective_dimensions, norm_popularity, "
+            "hubness@10, same_category@10, same_category_by_chance (jobs/space.py). Of drift: stability_index (of the "
+            "verticals' shares), new_items (share of events), rate (of a vertical: events after the cut for each in as "
+            "long before it), cosine and centroid_cosine of users' vectors; an alarm's is the limit that was passed "
+            "(evaluate.drift).",
         ),
         Column(
             "slice",
@@ -414,16 +414,20 @@ NEIGHBOURS = Table(
     "The nearest items or users of an item or user.",
     (
         Column("model_version", "string", "The model whose vectors were compared."),
-        Column("kind", "string", "user_item (dot product), user_user or item_item (cosine)."),
+        Column(
+            "kind",
+            "string",
+            "user_item (dot product), user_item_habit (with habits; jobs/habit.py), user_user or item_item (cosine).",
+        ),
         Column("source_id", "string", "Whose neighbours."),
         Column("rank", "int", "1 is the nearest."),
         Column("neighbour_id", "string", "The neighbour; never the source itself."),
-        Column("score", "double", "Dot product or cosine."),
+        Column("score", "double", "Dot product (and habit) or cosine."),
     ),
     key=("model_version", "kind", "source_id", "rank"),
     stage="find_neighbours",
     partition_by=("model_version", "kind"),
-    users_in={"source_id": "old.kind IN ('user_item', 'user_user')", "neighbour_id": "old.kind = 'user_user'"},
+    users_in={"source_id": "old.kind LIKE 'user%'", "neighbour_id": "old.kind = 'user_user'"},
 )
 
 EXPORTS = Table(

@@ -25,6 +25,7 @@ TASKS = {
 }
 METHODS = {
     "model": "the model",
+    "model_and_habit": "the model and habit",
     "popularity": "most popular items",
     "own_frequency": "the user's own most frequent",
     "item_knn": "item-kNN, decay 0.7",

@@ -27,7 +27,7 @@ from pyspark.sql import functions as F
 from jobs import build_sequences, build_vocabulary, embed_items, evaluate, flag_users, ingest, sessionize, train
 from jobs.config import load_config
 from jobs.errors import TrailvecError
-from jobs.evaluate import METHODS
+from jobs.evaluate import FLOORS
 from jobs.runtime import Runtime, start_spark
 from jobs.tables import EVALUATION, EVENTS, ITEMS
 
@@ -108,7 +108,7 @@ def main() -> None:
         result[metric] = statistics.mean(seeds)
         result[f"{metric}_std"] = statistics.stdev(seeds) if len(seeds) > 1 else None
         result[f"{metric}_seeds"] = [round(value, 4) for value in seeds]
-        result |= {f"{method}_{metric}": results[0][method, metric] for method in METHODS if method != "model"}
+        result |= {f"{method}_{metric}": results[0][method, metric] for method in FLOORS}
     last_line({**result, **counts, "split": arguments.split, "seconds": round(time.monotonic() - started)})
 
 

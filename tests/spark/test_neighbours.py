@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import deltalake
@@ -49,12 +50,12 @@ def about(item: str, number: int) -> dict[str, object]:
     return {"item_index": number, "item_id": item, "unit_price": None, "first_ts": WHEN, **texts, **counts}
 
 
-def session(user: str, item: str, event_type: str) -> dict[str, object]:
-    event = {"event_ts": WHEN, "event_id": f"{user}{item}", "item_id": item, "event_type": event_type}
+def session(user: str, item: str, event_type: str, when: datetime = WHEN) -> dict[str, object]:
+    event = {"event_ts": when, "event_id": f"{user}{item}", "item_id": item, "event_type": event_type}
     event |= {"vertical": "food", "amount": None, "quantity": None, "time_zone": "UTC"}
-    times = {"start_ts": WHEN, "end_ts": WHEN, "run_start_ts": WHEN}
+    times = {"start_ts": when, "end_ts": when, "run_start_ts": when}
     whole = {"user_id": user, "event_count": 1, "verticals": ["food"], "amount": None, "events": [event]}
-    return {"session_id": f"{user}{item}", **times, **whole}
+    return {"session_id": f"{user}{item}{when}", **times, **whole}
 
 
 def some(prefix: str, count: int, seed: int) -> Vectors:
@@ -142,6 +143,41 @@ def test_items_in_stock_of_a_vertical_that_a_user_has_not_bought(
     stock.unlink()
     with pytest.raises(TrailvecError, match=r"neighbours\.in_stock: .*stock\.txt does not exist: correct the path"):
         runtime.execute(STAGE)
+
+
+def test_habits_lift_what_a_user_does_again_and_again(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    settings = (f"neighbours.k={K}", "neighbours.habit=true", "habit.weight=20.0", "habit.decay=1.0")
+    runtime = make_runtime(*settings, 'sequences.target_event_types=["purchase"]')
+    users, items = some("u", 20, 1), some("i", 11, 2)
+    embed(runtime, spark, users, items)
+    end = datetime(2017, 12, 1, tzinfo=timezone.utc)
+    # (user, item, weeks before the log's end): u1 takes i5 every week, i6 once, long ago; an item of no vector; a view
+    done = [("u1", "i5", n) for n in (0.0, 1.0, 2.0)] + [("u1", "i6", 50.0), ("u2", "i1", 4.0), ("u2", "gone", 0.0)]
+    events = [session(user, item, "purchase", end - timedelta(weeks=weeks)) for user, item, weeks in done]
+    put(runtime, SESSIONS, spark.createDataFrame([*events, session("u3", "i7", "view", end)], SESSIONS.schema()))
+    runtime.execute(STAGE)
+
+    active: dict[tuple[str, str], float] = {}
+    for user, item, weeks in done:
+        active[user, item] = active.get((user, item), 0) + 1 / max(1, weeks)
+    habits = {pair: 20.0 * math.log(1 + activation) for pair, activation in active.items()}
+    expected = {}
+    for user, a in users.items():
+        scored = [(-np.dot(a, b) - habits.get((user, item), 0), item) for item, b in items.items()]
+        for rank, (score, item) in enumerate(sorted(scored)[:K], 1):
+            expected[user, rank] = item, pytest.approx(-score, abs=1e-5)
+    found = read(runtime)
+    assert found["user_item_habit"] == expected
+    assert found["user_item"] == brute_force(users, items, False)  # as without
+    assert _names(found["user_item_habit"]) != _names(found["user_item"])
+    assert expected["u1", 1][0] == "i5"
+
+    without = Runtime(make_config(runtime.root, *settings, 'neighbours.without=["purchase"]'), spark)
+    without.execute(STAGE)
+    assert read(without)["user_item_habit"].keys() == expected.keys()
+    assert "i5" not in {item for (user, _), (item, _) in read(without)["user_item_habit"].items() if user == "u1"}
 
 
 def test_an_inverted_file_finds_what_lies_in_the_cells_that_it_looks_into(

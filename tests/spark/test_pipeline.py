@@ -7,8 +7,9 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 from rich.console import Console
 
-from jobs import align, cli, export_segments
+from jobs import align, cli, evaluate, export_segments
 from jobs import runtime as runtime_module
 from jobs import train as train_module
 from jobs.cli import main, run_stages
@@ -202,6 +203,44 @@ def test_slices_coverage_and_the_space_are_what_plain_python_counts(undisturbed:
     assert rate["value"] == pytest.approx(len(late) / len(early))
     assert whole["drift", "events", "stability_index"]["value"] == 0
     assert 0 < whole["drift", "users", "cosine"]["value"] < 1
+
+
+def test_a_habit_is_what_plain_python_sums(undisturbed: Runtime, settings: list[str], tmp_path: Path) -> None:
+    shutil.copytree(undisturbed.root, tmp_path / "copy")
+    # So heavy that it alone decides about what a user did before; ties go by number.
+    runtime = Runtime(
+        make_config(tmp_path / "copy", *settings, "habit.weight=1e12", "habit.decay=0.9"), undisturbed.spark
+    )
+    runtime.execute(evaluate.STAGE)
+    tables = runtime.root / "tables"
+    learnt = {v["item_id"] for v in read_delta(tables / "item_embeddings") if not v["is_cold"]}
+    items = [i for i in read_delta(tables / "items") if i["item_id"] in learnt and i["target_count"] > 0]
+    number = {i["item_id"]: i["item_index"] for i in items}
+    actions: dict[str, list[tuple[datetime, str, str]]] = {}
+    for session in read_delta(tables / "sessions"):
+        own = actions.setdefault(session["user_id"], [])
+        own += [(event["event_ts"], event["event_id"], event["item_id"]) for event in session["events"]]
+    values = []
+    for row in read_delta(tables / "sequences"):
+        targets = set(row["target_item_index"] or ()) & set(row["seen_item_index"] or ()) - {1}
+        if row["split"] != "test" or not targets:
+            continue
+        activation: dict[int, float] = {}
+        for when, _, item in sorted(actions[row["user_id"]])[:-1]:
+            if item in number:
+                weeks = max(1.0, (row["as_of"] - when) / timedelta(weeks=1))
+                activation[number[item]] = activation.get(number[item], 0) + round(weeks**-0.9, 6)
+        best = sorted(activation, key=lambda item: (-np.float32(1e12 * math.log1p(activation[item])), item))[:10]
+        (target,) = targets
+        values.append(1 / math.log2(best.index(target) + 2) if target in best else 0.0)
+    (found,) = [
+        row
+        for row in read_delta(tables / "evaluation")
+        if (row["task"], row["method"], row["metric"], row["slice"]) == ("repeat", "model_and_habit", "ndcg@10", "all")
+    ]
+    assert found["counted"] == len(values) > 2
+    assert sum(values) > 0
+    assert found["value"] == pytest.approx(sum(values) / len(values))
 
 
 def test_the_page_of_the_model_stands_beside_it_and_in_mlflow(undisturbed: Runtime) -> None:

@@ -66,6 +66,8 @@ def row(task: str, method: str, metric: str, value: float, *of: Any) -> dict[str
 ROWS = [
     row("next", "model", "ndcg@10", 0.125),
     row("next", "popularity", "ndcg@10", 0.0625),
+    row("next", "model_and_habit", "ndcg@10", 0.5),
+    row("next", "own_frequency", "model_and_habit_lead_ndcg@10", 0.125),
     row("next", "popularity", "model_lead_ndcg@10", 0.0625),
     row("next", "own_frequency", "model_lead_ndcg@10", -0.25),
     row("next", "item_knn", "model_lead_ndcg@10", 0.005),
@@ -137,7 +139,14 @@ def test_names_are_text() -> None:
 def test_it_says_what_the_rows_say() -> None:
     seen = Page(page(facts()))
     said = " ".join(seen.text.split())
-    assert "Any next item (1,234 users, NDCG@10 0.1250 0.1150 to 0.1350): better than most popular items" in said
+    assert (
+        "Any next item, the model (1,234 users, NDCG@10 0.1250 0.1150 to 0.1350): better than most popular items"
+        in said
+    )
+    assert (
+        "Any next item, the model and habit (1,234 users, NDCG@10 0.5000 0.4900 to 0.5100): "
+        "better than the user's own most frequent (+0.1250, +0.1150 to +0.1350)." in said
+    )
     assert "worse than the user's own most frequent (-0.2500, -0.2600 to -0.2400)" in said
     assert "level with item-kNN (+0.0050, -0.0050 to +0.0150)" in said
     assert "the model 0.1250 0.1150 to 0.1350 2.50" in said  # twice and a half as popular

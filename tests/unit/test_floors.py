@@ -53,6 +53,12 @@ def test_top_items_breaks_ties_by_number_and_fills_up_with_no_item() -> None:
     assert top_items(scores, 3).tolist() == [[1, 2, 3], [1, -1, -1]]
 
 
+@given(st.lists(st.lists(st.integers(0, 3), min_size=9, max_size=9), min_size=1, max_size=4), st.integers(1, 9))
+def test_top_items_are_the_first_of_all_sorted_by_score_and_number(rows: list[list[int]], k: int) -> None:
+    expected = [sorted(range(9), key=lambda item: (-row[item], item))[:k] for row in rows]
+    assert top_items(np.array(rows, np.float32), k).tolist() == expected
+
+
 def test_what_comes_next_is_everything_at_the_first_moment() -> None:
     morning, noon, night = 8.0, 12.0, 22.0  # hours after the cut
     row = SimpleNamespace(
