@@ -2,9 +2,12 @@
 
 The law: a number is given once and never again (docs/decisions/0005). An item gets a row, and with it a number, once it
 has `vocabulary.min_count` events; numbers go up with the time of the first event, ties by item_id. The counts and names
-of old rows are brought up to date, where the cut is given (`sequences.valid_from`) only of those that changed events
-name; their numbers are not touched. The numbering of one run's *new* items sorts them in
+of old rows are brought up to date; their numbers are not touched. The numbering of one run's *new* items sorts them in
 one task: 10^8 new items at once are its limit, not the log's size.
+
+Where the cut is given (`sequences.valid_from`), events that have come are added to the rows of their items, and nobody
+else's is looked at. Out of the log itself come only the items that some event has left, and new ones: their earlier
+events were not enough for a row that could be added to.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from jobs.splits import Cuts, before_cut, cut_times
 from jobs.tables import CONTEXT_VALUES, EVENTS, ITEMS, conform
 
 FIRST_INDEX = 2  # 0 is padding, 1 is unknown
+LATEST = ("item_name", "category", "vertical", "unit_price")
 
 
 def category_value() -> Column:
@@ -30,27 +34,48 @@ def describe_items(events: DataFrame, cuts: Cuts, settings: SequencesSettings) -
     """One row per item of the log: everything in ITEMS but the number."""
     targets = settings.target_event_types
     is_target = F.col("event_type").isin(targets) if targets else F.lit(True)
-    order = F.struct("event_ts", "event_id")
     price = F.col("amount") / F.coalesce("quantity", F.lit(1.0))
-
-    def latest(name: str) -> Column:
-        return F.max_by(name, F.when(F.col(name).isNotNull(), order)).alias(name)
-
-    return (
+    described = (
         events.withColumn("unit_price", F.when(price > 0, price))
         .withColumn("in_training", before_cut("train", cuts, settings))
         .groupBy("item_id")
         .agg(
-            latest("item_name"),
-            latest("category"),
-            latest("vertical"),
-            latest("unit_price"),
+            *[F.max(_said(name, F.col("event_ts"), F.col(name))).alias(name) for name in LATEST],
             F.min("event_ts").alias("first_ts"),
             F.count("*").alias("event_count"),
             F.count_if("in_training").alias("train_count"),
             F.count_if(F.col("in_training") & is_target).alias("target_count"),
         )
     )
+    return _unpacked(described)
+
+
+def _said(name: str, when: Column, value: Column) -> Column:
+    """A value and when it was said, NULL for none: of two the greater is the later, in one moment the greater value."""
+    return F.when(value.isNotNull(), F.struct(when.alias("ts"), value.alias(name)))
+
+
+def _unpacked(rows: DataFrame) -> DataFrame:
+    """The values of LATEST out of what `_said` makes, and beside them when they were said."""
+    times = F.struct(*[F.col(f"{name}.ts").alias(name) for name in LATEST]).alias("said_ts")
+    values = {name: F.col(f"{name}.{name}") for name in LATEST}
+    return rows.select("*", times).withColumns(values)
+
+
+def add_events(items: DataFrame, described: DataFrame) -> DataFrame:
+    """The rows of `items` with what `described` says of events that are new to them; each is in both."""
+    old, new = items.alias("old"), described.alias("new")
+    latest = [
+        F.greatest(
+            *[_said(name, F.col(f"{side}.said_ts.{name}"), F.col(f"{side}.{name}")) for side in ("old", "new")]
+        ).alias(name)
+        for name in LATEST
+    ]
+    counts = ("event_count", "train_count", "target_count")
+    added = [(F.col(f"old.{name}") + F.col(f"new.{name}")).alias(name) for name in counts]
+    first = F.least("old.first_ts", "new.first_ts").alias("first_ts")
+    both = old.join(new, "item_id").select("item_id", "old.item_index", *latest, first, *added)
+    return conform(_unpacked(both), ITEMS)
 
 
 def number_items(described: DataFrame, items: DataFrame, min_count: int, next_index: int) -> DataFrame:
@@ -98,10 +123,41 @@ def run(runtime: Runtime) -> None:
     fixed = settings.split_by == "time" and settings.valid_from is not None
     changes = runtime.incremental(ITEMS, EVENTS) if fixed else None
     next_index = items.agg(F.coalesce(F.max("item_index") + 1, F.lit(FIRST_INDEX))).collect()[0][0]
-    if changes is not None:
-        touched = changes.select("item_id").distinct()
-        events, items = (rows.join(touched, "item_id", "left_semi") for rows in (events, items))
-    runtime.merge(ITEMS, number_items(describe_items(events, cuts, settings), items, min_count, next_index))
+    if changes is None:
+        runtime.merge(ITEMS, number_items(describe_items(events, cuts, settings), items, min_count, next_index))
+        return
+    anew = _to_describe_anew(changes, events, items, min_count).persist()
+    try:
+        since = anew.agg(F.min("since_us")).collect()[0][0]
+        known = items.join(anew, "item_id", "left_anti")
+        came = changes.join(known.select("item_id"), "item_id", "left_semi")
+        rows = add_events(known, describe_items(came, cuts, settings))
+        if since is not None:
+            later = events.where(F.col("event_ts") >= F.timestamp_micros(F.lit(since)))
+            of_log, old = (of.join(anew, "item_id", "left_semi") for of in (later, items))
+            described = describe_items(of_log, cuts, settings)
+            rows = rows.unionByName(number_items(described, old, min_count, next_index))
+        runtime.merge(ITEMS, rows)
+    finally:
+        anew.unpersist()
+
+
+def _to_describe_anew(changes: DataFrame, events: DataFrame, items: DataFrame, min_count: int) -> DataFrame:
+    """The items that can't be added to, and since when all their events are, in microseconds: item_id, since_us.
+
+    Two columns of the log say how many events a new item has: few of them have enough, and those lately.
+    """
+    came = F.col("_change_type") == "insert"
+    touched = changes.groupBy("item_id").agg(F.min("event_ts").alias("since"), F.bool_and(came).alias("only_came"))
+    touched = touched.join(items.select("item_id", "first_ts"), "item_id", "left")
+    left = touched.where(~F.col("only_came") & F.col("first_ts").isNotNull())
+    left = left.select("item_id", F.unix_micros(F.least("since", "first_ts")).alias("since_us"))
+    new = touched.where(F.col("first_ts").isNull()).select("item_id")
+    of_new = events.join(F.broadcast(new), "item_id", "left_semi")
+    counted = of_new.groupBy("item_id").agg(
+        F.unix_micros(F.min("event_ts")).alias("since_us"), F.count("*").alias("events")
+    )
+    return left.unionByName(counted.where(F.col("events") >= min_count).drop("events"))
 
 
 STAGE = Stage(

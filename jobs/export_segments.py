@@ -4,8 +4,8 @@ A segment is a small TOML file (jobs/segments.py says what may stand in it; conf
 of a run share one pass over the vectors (spark_udfs/likeness.py). Where a segment takes the best `size`, the pass gives
 the users above a floor, which a hash sample of the users sets a little too low; where it was still too high, the
 segment's pass is repeated with a lower one. So the result is exact, and it depends on no partitioning: ties go to the
-smaller user id. Spark leaves out whom a list decides about (jobs/segment_rules.py). Walking down what is left, from the
-highest score on, the driver takes the members; it holds those of all segments.
+smaller user id. Spark leaves out whom a list decides about (jobs/segment_rules.py). The driver sorts what is left,
+somewhat more than the members of all segments, and takes these from the highest score on.
 
 A segment's folder holds its parts, report.html and manifest.json. It takes the place of the last export only when it is
 whole (a `destination` on an object store: the manifest is deleted first and written last). The same input gives the
@@ -23,11 +23,11 @@ import hashlib
 import json
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,6 +37,7 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
@@ -62,6 +63,7 @@ from jobs.segment_rules import (
     Lists,
     Marked,
     Rules,
+    allows,
     limit_name,
     read_consents,
     rules_of,
@@ -73,8 +75,10 @@ from spark_udfs.keyed import hashed
 from spark_udfs.likeness import Anchors, Scorer, anchors_of, candidates
 from training.stores import remove_tree
 
-_SAMPLE = 20_000  # users, about, whose scores set the floors, and who stand for the others in a classifier
+_SAMPLE = 20_000  # users, about, whose scores set the floors
+_OTHERS = 5_000  # of them who stand for everybody else in a classifier: a weight for each of some 64 numbers
 _BINS = 20  # of the histogram of scores
+_NOBODY = pa.table({"user_id": pa.array([], pa.string()), "score": pa.array([], pa.float32())})
 _EVERYONE = -1  # the number of the users whom all segments with a score begin with
 
 
@@ -103,37 +107,42 @@ class Export:
 def _exports(runtime: Runtime, now: datetime) -> list[Export]:
     """The configuration's segments, each after those that it includes or excludes."""
     version = runtime.current_model()
+    versions = {t.name: runtime.changed_version(t) for t in TABLES if t != EXPORTS and runtime.exists(t)}
+    digest_of = cache(file_digest)  # many segments name the same lists
     found: dict[str, Export] = {}
     for number, file in enumerate(read_segments(runtime.config.export.segments)):
-        export_id = _digest(_facts(runtime, file, version, found, now))[:32]
-        found[file.segment.name] = Export(number, file.segment, file.path, export_id)
+        others = [found[name].id for name in (*file.segment.include, *file.segment.exclude)]
+        facts = {"model_version": version, "others": others} | _facts(runtime, file, versions, digest_of, now)
+        found[file.segment.name] = Export(number, file.segment, file.path, _digest(facts)[:32])
     return list(found.values())
 
 
 def _facts(
-    runtime: Runtime, file: SegmentFile, version: str, before: dict[str, Export], now: datetime
+    runtime: Runtime, file: SegmentFile, versions: dict[str, int], digest_of: Callable[[Path], str], now: datetime
 ) -> dict[str, Any]:
-    """All that decides about an export's members, as plain values; not the code: new code logs nothing again."""
+    """What else decides about an export's members, as plain values; not the code: new code logs nothing again.
+
+    Args:
+        versions: of all tables but the log, when they changed last.
+    """
     segment, consent = file.segment, runtime.config.export.consent
     facts: dict[str, Any] = {
         "segment": segment.model_dump(mode="json"),
-        "model_version": version,
-        "users": runtime.changed_version(USER_EMBEDDINGS),
-        "files": [file_digest(file.path.parent / users.file) for users in segment.lists if users.file is not None],
-        "others": [before[name].id for name in (*segment.include, *segment.exclude)],
+        "users": versions[USER_EMBEDDINGS.name],
+        "files": [digest_of(file.path.parent / users.file) for users in segment.lists if users.file is not None],
     }
     if segment.consent is not None:
         if consent is None:
             raise TrailvecError(
                 f"{file.path} asks for the consent {segment.consent!r}: say in export.consent who gave it"
             )
-        facts["consent"] = consent.sql or file_digest(Path(str(consent.file)))
+        facts["consent"] = consent.sql or digest_of(Path(str(consent.file)))
     if segment.affinity is not None:
-        facts["items"] = {t.name: runtime.changed_version(t) for t in (ITEMS, ITEM_EMBEDDINGS) if runtime.exists(t)}
+        facts["items"] = {t.name: versions[t.name] for t in (ITEMS, ITEM_EMBEDDINGS) if t.name in versions}
     asked = [segment.sql, *(users.sql for users in segment.lists)]
     if any(asked) or (segment.consent is not None and consent is not None and consent.sql is not None):
         # A query may read any table. (Not the log: each export would make the next one another.)
-        facts["tables"] = {t.name: runtime.changed_version(t) for t in TABLES if t != EXPORTS and runtime.exists(t)}
+        facts["tables"] = versions
     if segment.needs_key:
         # Another key makes other files. Only a hash of this mark goes on from here.
         facts["key"] = hashed(export_key(), ["which key is this?"])[0]
@@ -198,13 +207,12 @@ class Staging:
             (self.shared / name).put(self.local / name)
         return str(self.shared / name)
 
-    def from_tasks(self, *names: str) -> Path:
+    def from_tasks(self, name: str) -> Path:
         """A folder of files that tasks have written, where the driver finds it."""
         if isinstance(self.shared, HadoopPath):
-            source = reduce(operator.truediv, names, self.shared)
-            if source.exists():
-                fetch(source, self.local.joinpath(*names))
-        return self.local.joinpath(*names)
+            remove_tree(self.local / name)
+            fetch(self.shared / name, self.local / name)
+        return self.local / name
 
 
 @contextmanager
@@ -246,12 +254,13 @@ class Run:
             )
             for export in pending
         }
-        self._lists = lists.of_users().persist()
+        self._lists, self._marks = lists, lists.of_users().persist()
         self._counts: dict[int, tuple[Marked, npt.NDArray[np.int64]]] = {}
         self._seeds: dict[int, dict[str, int]] = {}
         self._anchors: dict[int, Anchors] = {}
         self._sample: dict[int, npt.NDArray[np.float32]] = {}  # scores of the allowed users of the sample
         self._floors: dict[int, float] = {}
+        self._candidates: dict[int, pa.Table] = {}
         self._taken: dict[str, Taken] = {}
         self._logged: dict[str, pa.Array] = {}  # members of segments that this run leaves as they are
         self._exported: Counter[str] = Counter()  # in this run, by user
@@ -273,14 +282,14 @@ class Run:
             rows.append(self._pass(scored))
         runtime.on_progress(f"the scores of {len(scored)} segments")
         if rows:
-            self._stage(reduce(DataFrame.unionByName, rows))
+            self._candidates = self._allowed(reduce(DataFrame.unionByName, rows))
         limited = any(export.segment.at_most is not None for export in self._pending)
         for export in self._pending:
             runtime.on_progress(f"segment {export.name}")
             self._taken[export.name] = taken = self._take(export)
             if limited:
                 self._exported.update(taken.ids.filter(pa.array(~taken.control)).to_pylist())
-        self._lists.unpersist()
+        self._marks.unpersist()
 
     # ---- Spark: who comes into question
 
@@ -292,12 +301,18 @@ class Run:
         ids = asked.select(F.col("user_id").cast("string")).distinct()
         return _without_score(export, ids.join(self._users.select("user_id"), "user_id", "left_semi"))
 
+    def _marked(self, rows: DataFrame) -> DataFrame:
+        """The rows with the words of their user's marks."""
+        none = F.lit(0).cast("bigint")
+        words = {word: F.coalesce(word, none) for word in self._lists.words}
+        return rows.join(self._marks, "user_id", "left").withColumns(words)
+
     def _count(self, rows: DataFrame) -> dict[int, tuple[Marked, npt.NDArray[np.int64]]]:
         """By segment: the combinations of marks that its users have, and how many users have each."""
-        marked = rows.select("segment", "user_id").join(self._lists, "user_id", "left")
-        found = marked.groupBy("segment", "marks").count().toPandas()
+        words = self._lists.words
+        found = self._marked(rows.select("segment", "user_id")).groupBy("segment", *words).count().toPandas()
         return {
-            int(str(number)): (Marked(part["marks"].tolist()), part["count"].to_numpy())
+            int(str(number)): (Marked(part[words].to_numpy()), part["count"].to_numpy())
             for number, part in found.groupby("segment")
         }
 
@@ -305,23 +320,19 @@ class Run:
         """The segments' anchors, and the scores of a sample of the users."""
         total = int(self._counts[_EVERYONE][1].sum()) if _EVERYONE in self._counts else 0
         sampled = F.pmod(F.xxhash64("user_id"), F.lit(max(1, total // _SAMPLE))) == 0
-        marks = [rules.seeds for rules in self._rules.values() if rules.seeds is not None]
-        is_seed = F.arrays_overlap("marks", F.array(*[F.lit(mark) for mark in marks]).cast("array<int>"))
-        seeds = self._lists.where(is_seed).select("user_id", F.lit(True).alias("is_seed"))
-        chosen = (
-            self._users.withColumn("sampled", sampled)
-            .join(F.broadcast(seeds), "user_id", "left")
-            .where("sampled OR is_seed")
-            .join(self._lists, "user_id", "left")
-        )
-        given = self._lists.select(F.explode("marks").alias("mark")).groupBy("mark").count().toPandas()
-        found = chosen.select("user_id", "vector", "is_cold", "sampled", "marks").toPandas().sort_values("user_id")
+        words = self._lists.words
+        bits = self._lists.bits(rules.seeds for rules in self._rules.values() if rules.seeds is not None)
+        of_seeds = [F.col(word).bitwiseAND(F.lit(bit)) != 0 for word, bit in zip(words, bits, strict=True)]
+        seeds = self._marks.where(reduce(operator.or_, of_seeds)).select("user_id", F.lit(True).alias("is_seed"))
+        chosen = self._users.withColumn("sampled", sampled).join(F.broadcast(seeds), "user_id", "left")
+        found = self._marked(chosen.where("sampled OR is_seed")).toPandas().sort_values("user_id")
+        listed = self._marks.groupBy(*words).count().toPandas()
+        of_list, given = Marked(listed[words].to_numpy()), listed["count"].to_numpy()
         vectors = np.stack(found["vector"].tolist()) if len(found) else np.empty((0, 1), np.float32)
         there = vectors.any(axis=1)
         vectors, found = vectors[there], found[there]
-        marked = Marked(found["marks"].tolist())
+        marked = Marked(found[words].to_numpy())
         cold, of_sample = found["is_cold"].to_numpy(np.bool_), found["sampled"].to_numpy(np.bool_)
-        given_of = dict(zip(given["mark"], given["count"], strict=True))
         of_items = self._item_anchors([export for export in scored if export.segment.affinity is not None])
         for export in scored:
             seeds_mark, seed_list = self._rules[export.number].seeds, export.segment.seeds
@@ -330,15 +341,16 @@ class Run:
                 continue
             seed = marked.has(seeds_mark)
             count = {
-                "given": int(given_of.get(seeds_mark, 0)),
+                "given": int(given[of_list.has(seeds_mark)].sum()),
                 "known": int(seed.sum()),
                 "cold": int((seed & cold).sum()),
             }
             self._seeds[export.number] = count | {"unknown": count["given"] - count["known"]}
             self._refuse_seeds(export)
+            others = vectors[of_sample & ~seed]
             # A cold seed says nothing of what it is fond of.
             self._anchors[export.number] = anchors_of(
-                seed_list.method, vectors[seed & ~cold], vectors[of_sample & ~seed], seed_list.tastes
+                seed_list.method, vectors[seed & ~cold], others[:: -(-len(others) // _OTHERS) or 1], seed_list.tastes
             )
         scores = Scorer([self._anchors[export.number] for export in scored]).all(vectors)
         for export, of_export in zip(scored, scores, strict=True):
@@ -404,21 +416,26 @@ class Run:
         anchors = {number: self._anchors[number] for number in numbers}
         return candidates(self._users, anchors, {number: self._floors[number] for number in numbers})
 
-    def _stage(self, rows: DataFrame) -> None:
-        """Writes the allowed ones of `rows` (segment, user_id, score) under candidates/segment=…, from the best on."""
-        steps = [(number, *_forbidden_and_required(rules)) for number, rules in self._rules.items()]
+    def _allowed(self, rows: DataFrame) -> dict[int, pa.Table]:
+        """By segment the allowed ones of `rows` (segment, user_id, score), in no order: user_id, score, the marks."""
+        words = self._lists.words
+        bits = [
+            (number, *(bit for required in (False, True) for bit in self._lists.bits(_deciding(rules, required))))
+            for number, rules in self._rules.items()
+        ]
+        names = [f"{kind}_{number}" for kind in ("forbidden", "required") for number in range(len(words))]
         of_segment = self._runtime.spark.createDataFrame(
-            steps, "segment int, forbidden array<int>, required array<int>"
+            bits, ", ".join(["segment int", *(f"{n} long" for n in names)])
         )
-        allowed = (
-            rows.join(F.broadcast(of_segment), "segment")
-            .join(self._lists, "user_id", "left")
-            .withColumn("marks", F.coalesce("marks", F.array().cast("array<int>")))
-            .where(~F.arrays_overlap("marks", "forbidden") & (F.size(F.array_except("required", "marks")) == 0))
-        )
-        ordered = allowed.select("segment", "user_id", "score", "marks").repartition("segment")
-        ordered = ordered.sortWithinPartitions("segment", F.desc("score"), "user_id")
-        ordered.write.partitionBy("segment").mode("append").parquet(str(self._staging.shared / "candidates"))
+        allowed = self._marked(rows.join(F.broadcast(of_segment), "segment")).where(allows(self._lists))
+        remove_tree(self._staging.shared / "candidates")
+        allowed.select("segment", "user_id", "score", *words).write.parquet(str(self._staging.shared / "candidates"))
+        found = ds.dataset(self._staging.from_tasks("candidates"), format="parquet").to_table()
+        segments = found["segment"].to_numpy()
+        found = found.drop_columns("segment").take(pa.array(np.argsort(segments, kind="stable"))).combine_chunks()
+        numbers, counts = np.unique(segments, return_counts=True)
+        starts = np.cumsum(counts) - counts
+        return {int(n): found.slice(start, count) for n, start, count in zip(numbers, starts, counts, strict=True)}
 
     # ---- the driver: who is taken
 
@@ -428,67 +445,49 @@ class Run:
             frame = self._runtime.spark.createDataFrame(pd.DataFrame({"user_id": ids.to_pandas()}), "user_id string")
             rows = _without_score(export, frame)
             self._counts |= self._count(rows)
-            self._stage(rows)
+            self._candidates |= self._allowed(rows)
         wanted = self._wanted(export)
         while (taken := self._walk(export)) is None:
             wanted *= 4
             self._floors[export.number] = self._floor(export, wanted)
-            remove_tree(self._staging.shared / "candidates" / f"segment={export.number}")
-            self._stage(self._pass([export]))
+            self._candidates |= self._allowed(self._pass([export]))
         return taken
 
     def _walk(self, export: Export) -> Taken | None:
         """The segment's members among its candidates; None where there are too few, and may be more below the floor."""
         segment = export.segment
+        rows = self._candidates.get(export.number, _NOBODY).sort_by([("score", "descending"), ("user_id", "ascending")])
+        ids = rows["user_id"].combine_chunks()
         excluded = pa.concat_arrays([pa.array([], pa.string()), *(self._members(name) for name in segment.exclude)])
-        ids, scores = [pa.array([], pa.string())], [np.empty(0, np.float32)]
-        taken = excluded_ones = too_often_ones = 0
-        for batch in self._candidates(export):
-            too_often = self._too_often(export, batch)
-            is_excluded = pc.is_in(batch["user_id"], value_set=excluded).to_numpy(zero_copy_only=False) & ~too_often
-            kept, seen = np.flatnonzero(~too_often & ~is_excluded), batch.num_rows
-            if segment.size is not None and taken + len(kept) >= segment.size:
-                kept = kept[: segment.size - taken]
-                seen = kept[-1] + 1  # nobody looks at who follows the last one
-            taken += len(kept)
-            too_often_ones += int(too_often[:seen].sum())
-            excluded_ones += int(is_excluded[:seen].sum())
-            ids.append(batch["user_id"].take(pa.array(kept)))
-            if segment.scored:
-                scores.append(batch["score"].to_numpy()[kept])
-            if taken == segment.size:
-                break
-        else:
-            if segment.size is not None and self._floors[export.number] > -np.inf:
-                return None
-        members = pa.concat_arrays(ids)
+        too_often = self._too_often(export, rows)
+        is_excluded = pc.is_in(ids, value_set=excluded).to_numpy(zero_copy_only=False) & ~too_often
+        kept, seen = np.flatnonzero(~too_often & ~is_excluded), len(rows)
+        if segment.size is not None and len(kept) >= segment.size:
+            kept = kept[: segment.size]
+            seen = kept[-1] + 1  # nobody looks at who follows the last one
+        elif segment.size is not None and self._floors[export.number] > -np.inf:
+            return None
+        members = ids.take(pa.array(kept))
+        scores = rows["score"].to_numpy()[kept] if segment.scored else np.empty(0, np.float32)
         control = held_back(segment, members.to_pylist())
-        counts = self._told(export, len(members), int(control.sum()), too_often_ones, excluded_ones)
-        return Taken(members, np.concatenate(scores), control, counts)
+        out = int(too_often[:seen].sum()), int(is_excluded[:seen].sum())
+        return Taken(members, scores, control, self._told(export, len(members), int(control.sum()), *out))
 
-    def _candidates(self, export: Export) -> Iterator[pa.RecordBatch]:
-        """Its allowed users in order: user_id, score, marks."""
-        folder = self._staging.from_tasks("candidates", f"segment={export.number}")
-        for file in sorted(folder.glob("*.parquet")):
-            yield from pq.ParquetFile(file).iter_batches()
-
-    def _too_often(self, export: Export, batch: pa.RecordBatch) -> Flags:
+    def _too_often(self, export: Export, rows: pa.Table) -> Flags:
         """Whom the exports of this run, with those in the log, bring to the limit; the log alone is Spark's part."""
-        found, limit = np.zeros(batch.num_rows, np.bool_), export.segment.at_most
-        if limit is not None and self._exported:
-            marks_of_log = set(self._rules[export.number].exported)
-            for row, (user, marks) in enumerate(
-                zip(*(batch[name].to_pylist() for name in ("user_id", "marks")), strict=True)
-            ):
-                if user in self._exported:
-                    found[row] = self._exported[user] + len(marks_of_log.intersection(marks)) >= limit.exports
-        return found
+        limit = export.segment.at_most
+        if limit is None or not self._exported or not len(rows):
+            return np.zeros(len(rows), np.bool_)
+        words = [rows[word].to_numpy().astype(np.int64) for word in self._lists.words]
+        marked = Marked(np.column_stack(words))
+        of_log = sum(marked.has(mark).astype(np.int64) for mark in self._rules[export.number].exported)
+        of_run = np.array([self._exported[user] for user in rows["user_id"].to_pylist()], np.int64)
+        return np.asarray((of_run > 0) & (of_run + of_log >= limit.exports))
 
     def _told(self, export: Export, taken: int, control: int, too_often: int, excluded: int) -> dict[str, Any]:
         segment = export.segment
-        marked, users = self._counts.get(
-            _EVERYONE if segment.scored else export.number, (Marked([]), np.zeros(0, np.int64))
-        )
+        nobody = Marked(np.zeros((0, len(self._lists.words)), np.int64)), np.zeros(0, np.int64)
+        marked, users = self._counts.get(_EVERYONE if segment.scored else export.number, nobody)
         removed: Counter[str] = Counter()  # in the order of the rules
         for name, out in marked.left_out(self._rules[export.number]):
             removed[name] += int(users[out].sum())
@@ -543,9 +542,11 @@ class Run:
             self._runtime.report.rows_out[export.name] = len(ids)
 
     def _log_members(self) -> None:
-        """One commit for all; rows that are there from a run that was killed stay as they are."""
+        """One commit for all; what is there already, of a run that was killed before it published, is not added."""
         folder = self._staging.local / "log"
         folder.mkdir()
+        of_run = [export.id for export in self._pending]
+        there = self._log.where(F.col("export_id").isin(of_run)).select("export_id").distinct().collect()
         for export in self._pending:
             taken = self._taken[export.name]
             count = len(taken.ids)
@@ -559,8 +560,9 @@ class Run:
             }
             pq.write_table(pa.table(columns), folder / f"{export.number:05d}.parquet")
         rows = self._runtime.spark.read.parquet(self._staging.to_tasks("log"))
-        of_run = F.col("old.export_id").isin([export.id for export in self._pending])
-        self._runtime.merge(EXPORTS, rows, where=of_run, insert_only=True)
+        logged = [row["export_id"] for row in there]
+        if len(logged) < len(of_run):
+            self._runtime.append(EXPORTS, rows.where(~F.col("export_id").isin(logged)))
 
     def _overlaps(self) -> dict[str, list[Share]]:
         """By segment: which share of its members each of the other segments holds too."""
@@ -607,8 +609,8 @@ def _without_score(export: Export, ids: DataFrame) -> DataFrame:
     return ids.select(F.lit(export.number).alias("segment"), "user_id", F.lit(None).cast("float").alias("score"))
 
 
-def _forbidden_and_required(rules: Rules) -> tuple[list[int], list[int]]:
-    return [r.mark for r in rules.steps if not r.required], [r.mark for r in rules.steps if r.required]
+def _deciding(rules: Rules, required: bool) -> Iterator[int]:
+    return (rule.mark for rule in rules.steps if rule.required == required)
 
 
 def _is_wanted(affinity: Affinity) -> Column:

@@ -54,10 +54,9 @@ def held_back(segment: Segment, users: Sequence[str]) -> npt.NDArray[np.bool_]:
     """Whom the control group holds: a hash of user and group decides, so that it is the same in every run."""
     if not segment.control_share:
         return np.zeros(len(users), np.bool_)
-    key, limit = export_key(), int(segment.control_share * 2**64)
+    key, limit = export_key(), int(segment.control_share * 2**64).to_bytes(8, "big")
     group = f"control\0{segment.control_group or segment.name}\0"
-    first_bytes = [hmac.digest(key, (group + user).encode(), "sha256")[:8] for user in users]
-    return np.array([int.from_bytes(digest, "big") < limit for digest in first_bytes], np.bool_)
+    return np.array([hmac.digest(key, (group + user).encode(), "sha256")[:8] < limit for user in users], np.bool_)
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

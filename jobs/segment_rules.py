@@ -1,22 +1,24 @@
 """Who may be exported: lists of users, and the rules that a segment makes of them.
 
 Every list (seeds, consent, suppression, the log of exports) is read once, however many segments name it, and all become
-one frame: for each user the numbers ("marks") of the lists that hold them. One join of it decides about all segments.
+one frame: for each user the numbers ("marks") of the lists that hold them, as bits. One join of it decides about all
+segments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial, reduce
+from operator import and_
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from jobs.config import UserList
@@ -26,6 +28,8 @@ from jobs.segments import Frequency, SegmentFile
 from jobs.sql import query
 
 Flags = npt.NDArray[np.bool_]
+
+_BITS = 62  # marks in one word: a bigint, and no sign
 
 
 class Lists:
@@ -48,14 +52,32 @@ class Lists:
                 self._frames.append(users.select("user_id", F.lit(self._marks[name]).alias("mark")))
         return self._marks[name]
 
+    @property
+    def words(self) -> list[str]:
+        """The columns that hold marks."""
+        return [f"marks_{word}" for word in range(max(1, -(-len(self._marks) // _BITS)))]
+
+    def bits(self, marks: Iterable[int]) -> list[int]:
+        """Marks as the words of a row."""
+        words = [0] * len(self.words)
+        for mark in marks:
+            words[mark // _BITS] |= 1 << mark % _BITS
+        return words
+
     def of_users(self) -> DataFrame:
-        """user_id string, marks array<int>: sorted, each once; a row for each user of any list."""
+        """user_id string, and `words`, bigint each: a row for each user of any list."""
         texts = pd.concat([pd.DataFrame({"user_id": [], "mark": []}), *self._texts])
         frame = self._runtime.spark.createDataFrame(
             texts.astype({"user_id": "object", "mark": "int32"}), "user_id string, mark int"
         )
         frame = reduce(DataFrame.unionByName, self._frames, frame)
-        return frame.groupBy("user_id").agg(F.sort_array(F.collect_set("mark")).alias("marks"))
+        # No arrays: Spark makes each row's apart, and sorts rows for it. Whole numbers it hashes and compares.
+        bit = f"shiftleft(1L, mark % {_BITS})"
+        words = [
+            F.bit_or(F.expr(f"IF(mark DIV {_BITS} = {word}, {bit}, 0L)")).alias(name)
+            for word, name in enumerate(self.words)
+        ]
+        return frame.groupBy("user_id").agg(*words)
 
 
 def read_users(runtime: Runtime, users: UserList, path: Path) -> DataFrame | list[str]:
@@ -168,26 +190,29 @@ def limit_name(limit: Frequency) -> str:
     return f"exported {limit.exports} times in {limit.days} days"
 
 
+def allows(lists: Lists) -> Column:
+    """Whether a row's marks (of `Lists.words`) have none of its bits forbidden_…, and all of its required_…."""
+    conditions = []
+    for number, word in enumerate(lists.words):
+        forbidden, required = F.col(f"forbidden_{number}"), F.col(f"required_{number}")
+        conditions.append(F.col(word).bitwiseAND(forbidden) == 0)
+        conditions.append(F.col(word).bitwiseAND(required) == required)
+    return reduce(and_, conditions)
+
+
 class Marked:
     """Rows that have marks: which of them a rule leaves out."""
 
-    def __init__(self, marks: Sequence[npt.NDArray[np.int32] | None]) -> None:
-        self._count = len(marks)
-        known = [np.empty(0, np.int32) if row is None else np.asarray(row, np.int32) for row in marks]
-        owners = np.repeat(np.arange(self._count), [len(row) for row in known])
-        values = np.concatenate([np.empty(0, np.int32), *known])
-        order = np.argsort(values, kind="stable")
-        self._owners, self._values = owners[order], values[order]
+    def __init__(self, words: npt.NDArray[np.int64]) -> None:
+        """`words`: [rows, words], as `Lists.words` says."""
+        self._words = words
 
     def has(self, mark: int) -> Flags:
-        first, last = np.searchsorted(self._values, [mark, mark + 1])
-        found = np.zeros(self._count, np.bool_)
-        found[self._owners[first:last]] = True
-        return found
+        return np.asarray(self._words[:, mark // _BITS] >> (mark % _BITS) & 1, np.bool_)
 
     def left_out(self, rules: Rules) -> list[tuple[str, Flags]]:
         """Each rule's name with the rows that it leaves out, and none before it did."""
-        left, found = np.ones(self._count, np.bool_), []
+        left, found = np.ones(len(self._words), np.bool_), []
         for rule in rules.steps:
             out = left & (self.has(rule.mark) != rule.required)
             found.append((rule.name, out))
@@ -195,5 +220,5 @@ class Marked:
         return found
 
     def allowed(self, rules: Rules) -> Flags:
-        out = [np.zeros(self._count, np.bool_), *(flags for _, flags in self.left_out(rules))]
+        out = [np.zeros(len(self._words), np.bool_), *(flags for _, flags in self.left_out(rules))]
         return np.asarray(~np.any(out, axis=0))

@@ -203,6 +203,11 @@ ITEMS = Table(
         Column("event_count", "bigint", "Events with it in the whole log."),
         Column("train_count", "bigint", "Events with it before valid_from: what a model's vocabulary is made by."),
         Column("target_count", "bigint", "Of those, the events of the types that are to be predicted."),
+        Column(
+            "said_ts",
+            "struct<item_name:timestamp,category:timestamp,vertical:timestamp,unit_price:timestamp>",
+            "When each of these was said last.",
+        ),
     ),
     key=("item_id",),
     stage="build_vocabulary",

@@ -37,9 +37,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from deltalake import DeltaTable
 from measure import CONF, Watch, bars, last_line, said, session
 from pyspark.sql import SparkSession
-from pyspark.sql import functions as F
 
 from jobs.config import load_config
 from jobs.export_segments import STAGE
@@ -90,7 +90,7 @@ def prepare(runtime: Runtime, data: Path, users: int) -> None:
     spark = runtime.spark
     vectors = make_vectors(np.random.default_rng(2), items).to_pylist()
     rows = [(f"item-{n}", n, "m", now, False, vector) for n, vector in enumerate(vectors)]
-    kinds = [(n, f"item-{n}", None, None, "v", 1.0, now, 1, 1, 1) for n in range(items)]
+    kinds = [(n, f"item-{n}", None, None, "v", 1.0, now, 1, 1, 1, (None,) * 4) for n in range(items)]
     put(runtime, USER_EMBEDDINGS, spark.read.parquet(str(data / "users")))
     put(runtime, CURRENT_MODEL, spark.createDataFrame([("m",)], CURRENT_MODEL.schema()))
     put(runtime, ITEM_EMBEDDINGS, spark.createDataFrame(rows, ITEM_EMBEDDINGS.schema()))
@@ -101,8 +101,9 @@ def put(runtime: Runtime, table: Table, rows: Any) -> None:
     runtime.execute(Stage("put", "", lambda r: r.write(table, rows), reads=(), writes=(), settings=()), force=True)
 
 
-def write_segments(data: Path, users: int, count: int, method: Method) -> list[str]:
-    """The segments' files, and their seed lists: users of two clusters each."""
+def write_segments(data: Path, users: int, count: int, method: Method, purpose: str) -> list[str]:
+    """The segments' files, and their seed lists: users of two clusters each. Of another purpose they are other exports,
+    with rows of their own in the log."""
     first = pq.read_table(data / "users" / "0000.parquet", columns=["vector"])["vector"].combine_chunks()
     vectors = first.flatten().to_numpy().reshape(-1, WIDTH)
     centres = np.random.default_rng(1).normal(size=(CLUSTERS, WIDTH)).astype(np.float32)
@@ -118,7 +119,7 @@ def write_segments(data: Path, users: int, count: int, method: Method) -> list[s
             who = f'seeds = {{ file = "seeds-{number}.txt", method = "{method}" }}'
         text = f"""name = "segment-{number:03d}"
 owner = "bench"
-purpose = "bench"
+purpose = "{purpose}"
 size = {max(users // 100, 1)}
 consent = "email"
 suppress = [{{ file = "suppressed.parquet" }}]
@@ -128,6 +129,13 @@ control_share = 0.05
         paths.append(str(data / f"segment-{number:03d}.toml"))
         Path(paths[-1]).write_text(text)
     return paths
+
+
+def members_of(runtime: Runtime) -> dict[str, list[str]]:
+    """By segment who was exported, in the order of the log."""
+    rows = DeltaTable(runtime.path(EXPORTS)).to_pyarrow_table(columns=["segment", "user_id", "is_control"])
+    rows = rows.filter(pc.invert(rows["is_control"])).group_by("segment").aggregate([("user_id", "list")])
+    return dict(zip(rows["segment"].to_pylist(), rows["user_id_list"].to_pylist(), strict=True))
 
 
 def dropped(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -156,7 +164,7 @@ def main() -> None:
 
     spark = session(arguments.quick)
     prepare(runtime_over(spark, root, data, []), data, users)
-    paths = write_segments(data, users, count, arguments.method)
+    paths = write_segments(data, users, count, arguments.method, "round 0")
     every, alone = runtime_over(spark, root, data, paths), runtime_over(spark, root, data, paths[1:2])
     said(f"{users:,} users, {count} segments of {max(users // 100, 1):,}, {arguments.method}")
     peak: dict[str, float] = {}
@@ -167,12 +175,7 @@ def main() -> None:
         peak.update({kind: max(peak.get(kind, 0), used) for kind, used in watch.peak_mb.items()})
 
     segments()
-    log = every.latest(EXPORTS).where(~F.col("is_control"))
-    members = {
-        segment.name: log.where(F.col("segment") == segment.name).select("user_id").toPandas()["user_id"].tolist()
-        for segment, _ in read_segments(paths)
-    }
-    logged = spark.createDataFrame(every.latest(EXPORTS).toPandas(), EXPORTS.schema()).persist()
+    logged, members = every.latest(EXPORTS).persist(), members_of(every)
     logged.count()
 
     def write() -> None:
@@ -180,7 +183,7 @@ def main() -> None:
         shutil.rmtree(out, ignore_errors=True)
         for segment, _ in read_segments(paths):
             (out / segment.name).mkdir(parents=True)
-            ids = members[segment.name]
+            ids = members.get(segment.name, [])
             write_parts(out / segment.name, segment, ids, np.linspace(1, 0, len(ids), dtype=np.float32))
         logged.write.format("delta").mode("overwrite").save(str(out / "log"))
 
@@ -194,11 +197,11 @@ def main() -> None:
     }
     seconds: dict[str, list[float]] = {name: [] for name in acts}
     for number in range(rounds + 1):
+        write_segments(data, users, count, arguments.method, f"round {number + 1}")
         for name, act in acts.items():
             started = time.perf_counter()
             act()
-            if number:
-                seconds[name].append(time.perf_counter() - started)
+            seconds[name] += [time.perf_counter() - started] * (number > 0)
         if number:
             said(f"round {number}: " + ", ".join(f"{name} {times[-1]:.1f} s" for name, times in seconds.items()))
     spark.stop()

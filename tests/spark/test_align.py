@@ -29,7 +29,7 @@ def shop(make_runtime: Callable[..., Runtime], spark: SparkSession) -> Runtime:
     spark.sql("DROP DATABASE IF EXISTS scores CASCADE")
     runtime = make_runtime("storage.database=scores", "align.min_overlap=0")
     fill(runtime, SEQUENCES, score_rows(40, seed=1))
-    about = {"item_name": None, "category": None, "unit_price": None, "first_ts": CUT}
+    about = {"item_name": None, "category": None, "unit_price": None, "first_ts": CUT, "said_ts": (None,) * 4}
     counts = {"event_count": 9, "train_count": 9, "target_count": 9}
     items = [
         {"item_index": n, "item_id": f"i{n}", "vertical": "food" if n % 2 else "rides"} | about | counts

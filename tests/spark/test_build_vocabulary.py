@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import timedelta, timezone
 
 import pytest
 from delta.tables import DeltaTable
@@ -13,7 +14,7 @@ from jobs import build_vocabulary
 from jobs.runtime import Runtime
 from jobs.tables import CONTEXT_VALUES, EVENTS, ITEMS
 from jobs.train import attribute_matrix, item_attributes
-from tests.conftest import add, put
+from tests.conftest import add, put, read_delta
 from tests.events import START, Row, make_event, to_frame
 
 CUTS = ['sequences.valid_from="2023-03-26T00:00:00"', 'sequences.test_from="2023-03-26T00:30:00"']
@@ -143,6 +144,54 @@ def test_an_increment_ends_as_a_build_of_everything(
     assert [found[name][2] for name in "abcd"] == ([2, 3, 2, 2] if moving else [1, 1, 0, 1])
     runtime.execute(build_vocabulary.STAGE, force=True)
     assert by_increment == [sorted(runtime.latest(table).collect()) for table in (ITEMS, CONTEXT_VALUES)]
+
+
+def test_events_that_come_are_added_whatever_their_order(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    """Law 1 again: late events, values that change and change back, several at one moment, items under min_count."""
+    chance = random.Random(3)
+    names, categories, amounts = (None, "old", "new"), (None, "tea", "mate"), (None, -1.0, 2.0, 3.0)
+    log = [
+        event(
+            n,
+            chance.choice("abcdefgh"),
+            chance.randrange(12) / 2,  # many at one moment
+            item_name=chance.choice(names),
+            category=chance.choice(categories),
+            vertical=chance.choice(("food", "rides")),
+            amount=chance.choice(amounts),
+            quantity=None,
+        )
+        for n in range(60)
+    ]
+    runtime = make_runtime(*CUTS, "vocabulary.min_count=3", 'sequences.target_event_types=["purchase"]')
+    put(runtime, EVENTS, to_frame(spark, log[:15]))
+    runtime.execute(build_vocabulary.STAGE)
+    for start in range(15, 60, 15):
+        add(runtime, EVENTS, to_frame(spark, log[start : start + 15]))
+        runtime.execute(build_vocabulary.STAGE)
+
+    found = {row["item_id"]: row for row in read_delta(runtime.root / "tables/items")}
+    cut = START + timedelta(hours=2)
+    for item in sorted({row["item_id"] for row in log}):
+        of_item = [row for row in log if row["item_id"] == item]
+        if len(of_item) < 3:
+            assert item not in found
+            continue
+        said = {
+            name: [(row["event_ts"], row[name]) for row in of_item] for name in ("item_name", "category", "vertical")
+        }
+        said["unit_price"] = [(row["event_ts"], row["amount"]) for row in of_item if (row["amount"] or 0) > 0]
+        latest = {
+            name: max((pair for pair in pairs if pair[1] is not None), default=None) for name, pairs in said.items()
+        }
+        row = found[item]
+        assert {name: row[name] for name in latest} == {name: pair and pair[1] for name, pair in latest.items()}
+        assert row["first_ts"] == min(r["event_ts"] for r in of_item).replace(tzinfo=timezone.utc)
+        assert row["event_count"] == len(of_item)
+        assert row["train_count"] == sum(r["event_ts"] < cut for r in of_item)
+    assert len(found) > 5
 
 
 def test_an_increment_does_not_count_what_no_change_names(

@@ -31,7 +31,7 @@ def shop(make_runtime: Callable[..., Runtime], spark: SparkSession) -> tuple[Run
         row.update(target_item_index=following, target_ts=[CUT] * len(following), seen_item_index=seen)
     fill(runtime, SEQUENCES, rows)
     about = {"item_name": None, "category": None, "unit_price": None, "first_ts": CUT, "vertical": "food"}
-    counts = {"event_count": 9, "train_count": 9}
+    counts = {"event_count": 9, "train_count": 9, "said_ts": (None,) * 4}
     items = [{"item_index": n, "item_id": f"i{n}", "target_count": n % 5} | about | counts for n in range(2, 30)]
     fill(runtime, ITEMS, items)
     fill(runtime, CONTEXT_VALUES, [{"kind": "vertical", "value": "food", "value_index": 2}])

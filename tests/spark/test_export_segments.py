@@ -365,7 +365,9 @@ def test_many_segments_in_one_pass_against_plain_python(
     )
     embed(runtime, spark, users, items)
     now = datetime(2024, 1, 1, tzinfo=timezone.utc)
-    kinds = [(n, f"i{n}", None, None, "FRUIT" if n in (1, 2) else "OTHER", 1.0, now, 1, 1, 1) for n in range(6)]
+    kinds = [
+        (n, f"i{n}", None, None, "FRUIT" if n in (1, 2) else "OTHER", 1.0, now, 1, 1, 1, (None,) * 4) for n in range(6)
+    ]
     put(runtime, ITEMS, spark.createDataFrame(kinds, ITEMS.schema()))
     visits = [
         (user, user, now, now, 1, ["FRUIT", "TOYS"] if n < 60 else ["TOYS"], None, [], now)

@@ -47,7 +47,15 @@ DONE = [("u1", "i1", "purchase"), ("u1", "i2", "view"), ("u1", "i4", "purchase")
 def about(item: str, number: int) -> dict[str, object]:
     counts = {name: 1 for name in ("event_count", "train_count", "target_count")}
     texts = {"item_name": None, "category": None, "vertical": "food" if int(item[1:]) % 2 else "rides"}
-    return {"item_index": number, "item_id": item, "unit_price": None, "first_ts": WHEN, **texts, **counts}
+    return {
+        "item_index": number,
+        "item_id": item,
+        "unit_price": None,
+        "first_ts": WHEN,
+        "said_ts": (None,) * 4,
+        **texts,
+        **counts,
+    }
 
 
 def session(user: str, item: str, event_type: str, when: datetime = WHEN) -> dict[str, object]:

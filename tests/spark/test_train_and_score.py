@@ -78,6 +78,7 @@ def fill_all(runtime: Runtime) -> None:
             "event_count": 9,
             "train_count": int(counts[number]),
             "target_count": int(counts[number]),
+            "said_ts": (None,) * 4,
         }
         for number in range(2, len(counts))
     ]
