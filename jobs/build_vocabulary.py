@@ -126,38 +126,21 @@ def run(runtime: Runtime) -> None:
     if changes is None:
         runtime.merge(ITEMS, number_items(describe_items(events, cuts, settings), items, min_count, next_index))
         return
-    anew = _to_describe_anew(changes, events, items, min_count).persist()
+    came = F.bool_and(F.col("_change_type") == "insert").alias("only_came")
+    touched = changes.groupBy("item_id").agg(came).join(items.select("item_id", "item_index"), "item_id", "left")
+    # What left an item can't be subtracted from its latest name; to what is no row yet nothing can be added.
+    anew = touched.where(~F.col("only_came") | F.col("item_index").isNull()).select("item_id").persist()
     try:
-        since = anew.agg(F.min("since_us")).collect()[0][0]
         known = items.join(anew, "item_id", "left_anti")
-        came = changes.join(known.select("item_id"), "item_id", "left_semi")
-        rows = add_events(known, describe_items(came, cuts, settings))
-        if since is not None:
-            later = events.where(F.col("event_ts") >= F.timestamp_micros(F.lit(since)))
-            of_log, old = (of.join(anew, "item_id", "left_semi") for of in (later, items))
+        new_events = changes.join(known.select("item_id"), "item_id", "left_semi")
+        rows = add_events(known, describe_items(new_events, cuts, settings))
+        if not anew.isEmpty():
+            of_log, old = (of.join(anew, "item_id", "left_semi") for of in (events, items))
             described = describe_items(of_log, cuts, settings)
             rows = rows.unionByName(number_items(described, old, min_count, next_index))
         runtime.merge(ITEMS, rows)
     finally:
         anew.unpersist()
-
-
-def _to_describe_anew(changes: DataFrame, events: DataFrame, items: DataFrame, min_count: int) -> DataFrame:
-    """The items that can't be added to, and since when all their events are, in microseconds: item_id, since_us.
-
-    Two columns of the log say how many events a new item has: few of them have enough, and those lately.
-    """
-    came = F.col("_change_type") == "insert"
-    touched = changes.groupBy("item_id").agg(F.min("event_ts").alias("since"), F.bool_and(came).alias("only_came"))
-    touched = touched.join(items.select("item_id", "first_ts"), "item_id", "left")
-    left = touched.where(~F.col("only_came") & F.col("first_ts").isNotNull())
-    left = left.select("item_id", F.unix_micros(F.least("since", "first_ts")).alias("since_us"))
-    new = touched.where(F.col("first_ts").isNull()).select("item_id")
-    of_new = events.join(F.broadcast(new), "item_id", "left_semi")
-    counted = of_new.groupBy("item_id").agg(
-        F.unix_micros(F.min("event_ts")).alias("since_us"), F.count("*").alias("events")
-    )
-    return left.unionByName(counted.where(F.col("events") >= min_count).drop("events"))
 
 
 STAGE = Stage(
