@@ -27,6 +27,7 @@ from jobs.errors import TrailvecError
 from jobs.export_segments import STAGE
 from jobs.runtime import Runtime
 from jobs.segment_files import KEY
+from jobs.segment_rules import Lists, Marked, allows
 from jobs.segments import read_segments
 from jobs.tables import ITEMS, SESSIONS, USER_EMBEDDINGS
 from tests.conftest import put, read_delta
@@ -550,3 +551,24 @@ def test_what_is_refused_of_lists(shop: Runtime, spark: SparkSession, tmp_path: 
     put(shop, USER_EMBEDDINGS, vectors.localCheckpoint())
     with pytest.raises(TrailvecError, match="all of its 3 seeds are cold, model m1 knows none of their items"):
         shop.execute(STAGE)
+
+
+def test_more_lists_than_a_word_has_bits_are_told_apart(make_runtime: Callable[..., Runtime]) -> None:
+    runtime = make_runtime()
+    lists = Lists(runtime)
+    for number in range(130):
+        assert lists.mark(f"list {number}", lambda n=number: [f"u{n}", f"u{n + 1}", "everywhere"]) == number
+    rows = lists.of_users()
+    words = lists.words
+    assert len(words) == 3
+    found = rows.toPandas()
+    marked = Marked(found[words].to_numpy())
+    for number in range(130):
+        assert set(found["user_id"][marked.has(number)]) == {f"u{number}", f"u{number + 1}", "everywhere"}
+
+    bits = {"forbidden": lists.bits([100]), "required": lists.bits([61, 62])}
+    decided = rows.withColumns({f"{kind}_{n}": F.lit(bit) for kind, of in bits.items() for n, bit in enumerate(of)})
+    assert {row["user_id"] for row in decided.where(allows(lists)).collect()} == {"u62"}
+    bits["forbidden"] = lists.bits([62])
+    decided = rows.withColumns({f"{kind}_{n}": F.lit(bit) for kind, of in bits.items() for n, bit in enumerate(of)})
+    assert decided.where(allows(lists)).isEmpty()
