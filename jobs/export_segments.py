@@ -68,9 +68,9 @@ from jobs.segment_rules import (
     read_consents,
     rules_of,
 )
-from jobs.segments import Affinity, Segment, SegmentFile, read_segments
+from jobs.segments import Affinity, Segment, SegmentFile, Vectors, read_segments
 from jobs.sql import query
-from jobs.tables import CURRENT_MODEL, EXPORTS, ITEM_EMBEDDINGS, ITEMS, SESSIONS, TABLES, USER_EMBEDDINGS
+from jobs.tables import CURRENT_MODEL, EXPORTS, ITEM_EMBEDDINGS, ITEMS, SESSIONS, TABLES, USER_EMBEDDINGS, USER_PROFILES
 from spark_udfs.keyed import hashed
 from spark_udfs.likeness import Anchors, Scorer, anchors_of, candidates
 from training.stores import remove_tree
@@ -91,12 +91,14 @@ class Export:
 
     Attributes:
         number: its place in the run's order; what Spark knows it by.
+        vectors: which of a user's vectors give the score, where there is one.
         id: a hash of all that decides about its members; in the log, and in the manifest.
     """
 
     number: int
     segment: Segment
     path: Path
+    vectors: Vectors
     id: str
 
     @property
@@ -109,11 +111,22 @@ def _exports(runtime: Runtime, now: datetime) -> list[Export]:
     version = runtime.current_model()
     versions = {t.name: runtime.changed_version(t) for t in TABLES if t != EXPORTS and runtime.exists(t)}
     digest_of = cache(file_digest)  # many segments name the same lists
+    with_profiles = USER_PROFILES.name in versions and not _of_model(runtime.latest(USER_PROFILES), version).isEmpty()
     found: dict[str, Export] = {}
     for number, file in enumerate(read_segments(runtime.config.export.segments)):
         others = [found[name].id for name in (*file.segment.include, *file.segment.exclude)]
         facts = {"model_version": version, "others": others} | _facts(runtime, file, versions, digest_of, now)
-        found[file.segment.name] = Export(number, file.segment, file.path, _digest(facts)[:32])
+        vectors: Vectors = "embedding"
+        if file.segment.seeds is not None:
+            vectors = file.segment.seeds.vectors or ("profile" if with_profiles else "embedding")
+        if vectors == "profile":
+            if not with_profiles:
+                raise TrailvecError(
+                    f"{file.path} compares users by user_profiles, which has none of model {version}: run "
+                    f'`trailvec profile_users` first, or say seeds.vectors = "embedding"'
+                )
+            facts["profiles"] = versions[USER_PROFILES.name]
+        found[file.segment.name] = Export(number, file.segment, file.path, vectors, _digest(facts)[:32])
     return list(found.values())
 
 
@@ -149,6 +162,10 @@ def _facts(
     if segment.at_most is not None:
         facts["day"] = now.date().isoformat()
     return facts
+
+
+def _of_model(rows: DataFrame, version: str) -> DataFrame:
+    return rows.where(F.col("model_version") == version)
 
 
 def _now() -> datetime:
@@ -239,7 +256,7 @@ class Run:
         self._runtime, self._exports, self._pending = runtime, exports, pending
         self._staging, self._now = staging, now
         self._version = runtime.current_model()
-        of_model = runtime.read(USER_EMBEDDINGS).where(F.col("model_version") == self._version)
+        of_model = _of_model(runtime.read(USER_EMBEDDINGS), self._version)
         self._users = of_model.select("user_id", "vector", "is_cold")
         self._as_of = of_model.agg(F.date_format(F.max("as_of"), "yyyy-MM-dd'T'HH:mm:ssX")).collect()[0][0]
         consents = read_consents(runtime) if any(e.segment.consent for e in pending) else None
@@ -277,7 +294,8 @@ class Run:
         self._counts = self._count(reduce(DataFrame.unionByName, queried_ids, everyone))
         if scored:
             runtime.on_progress("the seeds and a sample")
-            self._look_up(scored)
+            for vectors in sorted({export.vectors for export in scored}):
+                self._look_up(vectors, [export for export in scored if export.vectors == vectors])
             self._floors = {export.number: self._floor(export, self._wanted(export)) for export in scored}
             rows.append(self._pass(scored))
         runtime.on_progress(f"the scores of {len(scored)} segments")
@@ -316,15 +334,24 @@ class Run:
             for number, part in found.groupby("segment")
         }
 
-    def _look_up(self, scored: list[Export]) -> None:
-        """The segments' anchors, and the scores of a sample of the users."""
+    def _vectors(self, kind: Vectors) -> DataFrame:
+        """user_id, vector, is_cold: what users are compared by."""
+        if kind == "embedding":
+            return self._users
+        # A profile says more than which items the model knows of somebody.
+        profiles = _of_model(self._runtime.latest(USER_PROFILES), self._version)
+        return profiles.select("user_id", "vector", F.lit(False).alias("is_cold"))
+
+    def _look_up(self, kind: Vectors, scored: list[Export]) -> None:
+        """The anchors of segments of one kind of vectors, and the scores of a sample of the users."""
         total = int(self._counts[_EVERYONE][1].sum()) if _EVERYONE in self._counts else 0
         sampled = F.pmod(F.xxhash64("user_id"), F.lit(max(1, total // _SAMPLE))) == 0
         words = self._lists.words
-        bits = self._lists.bits(rules.seeds for rules in self._rules.values() if rules.seeds is not None)
+        seeds_of = [self._rules[export.number].seeds for export in scored]
+        bits = self._lists.bits(mark for mark in seeds_of if mark is not None)
         of_seeds = [F.col(word).bitwiseAND(F.lit(bit)) != 0 for word, bit in zip(words, bits, strict=True)]
         seeds = self._marks.where(reduce(operator.or_, of_seeds)).select("user_id", F.lit(True).alias("is_seed"))
-        chosen = self._users.withColumn("sampled", sampled).join(F.broadcast(seeds), "user_id", "left")
+        chosen = self._vectors(kind).withColumn("sampled", sampled).join(F.broadcast(seeds), "user_id", "left")
         found = self._marked(chosen.where("sampled OR is_seed")).toPandas().sort_values("user_id")
         listed = self._marks.groupBy(*words).count().toPandas()
         of_list, given = Marked(listed[words].to_numpy()), listed["count"].to_numpy()
@@ -412,9 +439,13 @@ class Run:
         return (export.segment.size or 0) + sum(others)
 
     def _pass(self, exports: list[Export]) -> DataFrame:
-        numbers = [export.number for export in exports]
-        anchors = {number: self._anchors[number] for number in numbers}
-        return candidates(self._users, anchors, {number: self._floors[number] for number in numbers})
+        passes = []
+        for kind in sorted({export.vectors for export in exports}):
+            numbers = [export.number for export in exports if export.vectors == kind]
+            anchors = {number: self._anchors[number] for number in numbers}
+            floors = {number: self._floors[number] for number in numbers}
+            passes.append(candidates(self._vectors(kind), anchors, floors))
+        return reduce(DataFrame.unionByName, passes)
 
     def _allowed(self, rows: DataFrame) -> dict[int, pa.Table]:
         """By segment the allowed ones of `rows` (segment, user_id, score), in no order: user_id, score, the marks."""
@@ -530,6 +561,7 @@ class Run:
                     "segment": segment.model_dump(mode="json"),
                     "export_id": export.id,
                     "model_version": self._version,
+                    "vectors": export.vectors if segment.scored else None,
                     "as_of": self._as_of,
                     "counts": taken.counts,
                     "score": None if scores is None else _spread(scores),

@@ -22,6 +22,7 @@ from spark_udfs.likeness import DEFAULT_METHOD, Method
 from training.config import Section
 
 Column = Literal["user_id", "score", "rank"]
+Vectors = Literal["embedding", "profile"]
 
 
 class Seeds(UserList):
@@ -31,6 +32,11 @@ class Seeds(UserList):
         DEFAULT_METHOD,
         description="nearest_seed: the highest cosine to any seed; tastes: to any centre of the seeds, clustered; "
         "classifier: to the direction that parts the seeds from other users",
+    )
+    vectors: Vectors | None = Field(
+        None,
+        description="what users are compared by: user_embeddings or, far better at finding people, user_profiles; "
+        "None: profiles where the current model has them (`trailvec profile_users`)",
     )
     tastes: int = Field(8, ge=1, le=1000, description="how many centres `tastes` looks for")
 

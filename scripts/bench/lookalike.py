@@ -10,7 +10,8 @@ Nothing from a campaign's start on is known to any method: the events before it 
 last two weeks before the start are for validation and test. So the model too knows nothing of the campaign. A redeemer
 without an event before it has no vector and is left out.
 
-  nearest_seed, tastes, classifier   what export_segments offers (spark_udfs/likeness.py)
+  nearest_seed, tastes, classifier   what export_segments offers (spark_udfs/likeness.py), on user_embeddings
+  profile_…                          the same on user_profiles
   mean                               the cosine to the mean of the seeds' vectors
   random                             a hash of the user
   rfm_nearest                        recency, frequency, money of purchases (logarithms, standardised): nearest seed
@@ -36,16 +37,18 @@ from measure import last_line, said
 from pyspark.sql import functions as F
 from scipy.sparse import csr_matrix
 
+from jobs import profile_users
 from jobs.cli import run_stages
 from jobs.config import load_config
 from jobs.pipeline import STAGES
 from jobs.runtime import Runtime, Stage
-from jobs.tables import CURRENT_MODEL, EVENTS, USER_EMBEDDINGS
+from jobs.tables import CURRENT_MODEL, EVENTS, USER_EMBEDDINGS, USER_PROFILES, Table
 from spark_udfs.likeness import Anchors, Method, Scorer, anchors_of, direction_of
 
 Matrix = npt.NDArray[Any]
 DRAWS, TOP, TASTES = 10, 0.1, 8
 METHODS: tuple[Method, ...] = get_args(Method)
+OFFERED = [*METHODS, *(f"profile_{method}" for method in METHODS)]
 
 
 def campaigns_of(source: Runtime, least: int) -> list[tuple[str, pd.Timestamp, set[str]]]:
@@ -72,7 +75,8 @@ def warehouse_before(source: Runtime, start: pd.Timestamp, folder: Path) -> Runt
             Stage("put", "", lambda r: r.write(EVENTS, before), reads=(), writes=(), settings=()), force=True
         )
     names = [stage.name for stage in STAGES]
-    run_stages(runtime, STAGES[names.index("flag_users") : names.index("score_users") + 1])  # what is done is skipped
+    road = STAGES[names.index("flag_users") : names.index("score_users") + 1]
+    run_stages(runtime, [*road, profile_users.STAGE])  # what is done is skipped
     return runtime
 
 
@@ -101,12 +105,17 @@ def share(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
-def scores_of(vectors: Matrix, rfm: Matrix, counts: csr_matrix, seed: Matrix) -> dict[str, Matrix]:
-    """Each method's score of every user. `seed`: which users are seeds, bool."""
+def alike(vectors: Matrix, seed: Matrix) -> dict[str, Matrix]:
+    """The scores of what export_segments offers, and of the seeds' mean."""
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     anchors = {method: anchors_of(method, vectors[seed], vectors[~seed], TASTES) for method in METHODS}
     mean = Anchors(unit[seed].mean(axis=0, keepdims=True).astype(np.float32), "cosine")
-    found = dict(zip([*anchors, "mean"], Scorer([*anchors.values(), mean]).all(vectors), strict=True))
+    return dict(zip([*anchors, "mean"], Scorer([*anchors.values(), mean]).all(vectors), strict=True))
+
+
+def scores_of(vectors: Matrix, profiles: Matrix, rfm: Matrix, counts: csr_matrix, seed: Matrix) -> dict[str, Matrix]:
+    """Each method's score of every user. `seed`: which users are seeds, bool."""
+    found = alike(vectors, seed) | {f"profile_{name}": scores for name, scores in alike(profiles, seed).items()}
     distances = np.linalg.norm(rfm[:, None] - rfm[seed][None], axis=2)
     similar = (counts @ counts[seed].T).toarray()
     return found | {
@@ -117,15 +126,20 @@ def scores_of(vectors: Matrix, rfm: Matrix, counts: csr_matrix, seed: Matrix) ->
     }
 
 
+def vectors_of(runtime: Runtime, table: Table, version: str) -> tuple[list[str], Matrix]:
+    rows = runtime.latest(table).where(F.col("model_version") == version).toPandas().sort_values("user_id")
+    return rows["user_id"].tolist(), np.stack(rows["vector"].tolist()).astype(np.float32)
+
+
 def recalls(
     source: Runtime, campaign: str, start: pd.Timestamp, redeemers: set[str], work: Path
 ) -> dict[str, list[float]]:
     """By method the recall of each draw."""
     runtime = warehouse_before(source, start, work / f"campaign-{campaign}")
     version = runtime.latest(CURRENT_MODEL).collect()[0]["model_version"]
-    rows = runtime.latest(USER_EMBEDDINGS).where(F.col("model_version") == version).toPandas().sort_values("user_id")
-    vectors = np.stack(rows["vector"].tolist()).astype(np.float32)
-    users = rows["user_id"].tolist()
+    users, vectors = vectors_of(runtime, USER_EMBEDDINGS, version)
+    same_users, profiles = vectors_of(runtime, USER_PROFILES, version)
+    assert users == same_users
     rfm, counts = purchases_of(runtime, users, start)
     redeemed = np.array([user in redeemers for user in users])
     said(f"campaign {campaign}, from {start:%Y-%m-%d}: {redeemed.sum()} redeemers among {len(users):,} users")
@@ -133,7 +147,7 @@ def recalls(
     for draw in range(DRAWS):
         seed = redeemed & np.array([share(f"{draw} {campaign} {user}") < 0.5 for user in users])
         hidden = redeemed & ~seed
-        scores = scores_of(vectors, rfm, counts, seed)
+        scores = scores_of(vectors, profiles, rfm, counts, seed)
         scores["random"] = np.array([share(f"random {draw} {user}") for user in users])
         top = round(TOP * (~seed).sum())
         for method, of_users in scores.items():
@@ -162,7 +176,7 @@ def main() -> None:
     by_campaign = {c: {m: statistics.mean(draws) for m, draws in of.items()} for c, of in found.items()}
     methods = list(next(iter(by_campaign.values())))
     recall = {method: statistics.mean(of[method] for of in by_campaign.values()) for method in methods}
-    best = max(METHODS, key=lambda method: recall[method])
+    best = max(OFFERED, key=lambda method: recall[method])
     for method in sorted(recall, key=lambda name: -recall[name]):
         each = "  ".join(f"{of[method]:.3f}" for of in by_campaign.values())
         print(f"{method:<18} {recall[method]:.3f}   {each}")

@@ -29,7 +29,7 @@ from jobs.runtime import Runtime
 from jobs.segment_files import KEY
 from jobs.segment_rules import Lists, Marked, allows
 from jobs.segments import read_segments
-from jobs.tables import ITEMS, SESSIONS, USER_EMBEDDINGS
+from jobs.tables import ITEMS, SESSIONS, USER_EMBEDDINGS, USER_PROFILES
 from tests.conftest import put, read_delta
 from tests.spark.test_neighbours import embed
 
@@ -440,6 +440,31 @@ def test_many_segments_in_one_pass_against_plain_python(
     after = {name: (runtime.exports / name / "manifest.json").stat().st_mtime_ns for name in expected}
     assert [name for name in expected if before[name] != after[name]] == ["both"]
     assert [row["user_id"] for row in read(runtime, "both")[1]] == both
+
+
+def test_profiles_say_who_is_alike_where_the_model_has_some(shop: Runtime, spark: SparkSession, tmp_path: Path) -> None:
+    def exported(vectors: str = "") -> tuple[str, list[str]]:
+        (tmp_path / "likes.toml").write_text(f"{SEGMENT}{vectors}")
+        assert not shop.execute(STAGE).skipped
+        manifest, rows = read(shop)
+        names = {hashed(user): user for user in USERS}
+        return manifest["vectors"], [names[row["user_id"]] for row in rows]
+
+    def fill_profiles(version: str) -> None:
+        seeds = {seed: [1.0, 0.0, 0.0] for seed in ("ann", "amy", "bob")}
+        others = {"cat": [0.0, 1.0, 0.0], "dan": [0.0, 0.0, 1.0], "eve": [2.0, 1.0, 0.0], "far": [3.0, 0.0, 0.0]}
+        now = datetime(2024, 1, 1, tzinfo=timezone.utc)
+        rows = [(user, version, now, vector) for user, vector in (seeds | others).items()]  # of eva and nil none
+        put(shop, USER_PROFILES, spark.createDataFrame(rows, USER_PROFILES.schema()))
+
+    by_embedding = "embedding", ["cat", "dan", "eva", "eve"]
+    fill_profiles("m0")
+    assert exported() == by_embedding
+    with pytest.raises(TrailvecError, match=r"compares users by user_profiles, which has none of model m1: run"):
+        exported('vectors = "profile"')
+    fill_profiles("m1")
+    assert exported() == ("profile", ["far", "eve", "cat", "dan"])
+    assert exported('vectors = "embedding"') == by_embedding
 
 
 def test_a_floor_that_was_too_high_is_lowered(shop: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
