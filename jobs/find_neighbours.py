@@ -19,12 +19,14 @@ trailvec find_neighbours --conf conf/local.toml --set neighbours.k=20 --set 'nei
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
@@ -35,14 +37,16 @@ from jobs.habit import habit
 from jobs.runtime import Runtime, Stage
 from jobs.splits import cut_times, microseconds
 from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, ITEMS, NEIGHBOURS, SESSIONS, USER_EMBEDDINGS, Table
-from spark_udfs import vectors
 from spark_udfs.topk import Cells, Metric, find_cells, nearest, small_batches
+from spark_udfs.vectors import inner_product
 
 KINDS: dict[str, tuple[str, str, Metric]] = {
     "user_item": ("user", "item", "dot"),
     "user_user": ("user", "user", "cosine"),
     "item_item": ("item", "item", "cosine"),
 }
+
+WITH_HABIT = "user_item_habit"
 
 SAMPLE_OF_CELL = 64  # candidates that a cell's centre is found by, on average
 ASKED = 500  # queries that are searched exactly too, to see what an inverted file misses
@@ -97,27 +101,43 @@ def find_neighbours(every: list[Search], settings: NeighboursSettings) -> DataFr
     return reduce(DataFrame.unionByName, parts)
 
 
-def with_habit(found: DataFrame, habits: DataFrame, search: Search, k: int) -> DataFrame:
-    """The k best of each user by the dot product and their habits: source_id, rank, neighbour_id, score.
-
-    An item without a habit scores what it did: it is among the k best now only where it was before.
+def score_habits(habits: DataFrame, search: Search) -> DataFrame:
+    """What users did themselves, by the dot product and their habit: source_id, neighbour_id, score.
 
     Args:
-        found: the k best by the dot product alone, of the search "user_item".
         habits: user_id, item_id, habit (double, at least 0).
+        search: "user_item".
     """
-    vectors.register(found.sparkSession)
     users = search.queries.withColumnRenamed("vector", "user_vector")
     items = search.candidates.select(F.col("id").alias("item_id"), F.col("vector").alias("item_vector"))
     pairs = habits.join(users, F.col("id") == F.col("user_id")).join(items, "item_id")
     if "left_out" in pairs.columns:
         pairs = pairs.where(~F.array_contains("left_out", F.col("item_id")))
-    score = F.expr("vector_inner_product(user_vector, item_vector)").cast("double") + F.col("habit")
-    own = pairs.select(
-        F.col("user_id").alias("source_id"), F.col("item_id").alias("neighbour_id"), score.alias("score")
-    )
-    key = ["source_id", "neighbour_id"]
-    others = found.select(*key, "score").join(habits.toDF(*key, "habit"), key, "left_anti")
+    pairs = pairs.select("user_id", "item_id", "user_vector", "item_vector", "habit")
+    return pairs.mapInArrow(_scored, "source_id string, neighbour_id string, score double")
+
+
+def _scored(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        users, items, *sides, habits = batch.columns
+        a, b = (side.flatten().to_numpy().reshape(len(users), -1).astype(np.float64) for side in sides)
+        # A float, as the search's own scores and SQL's are.
+        scores = inner_product(a, b).astype(np.float32) + habits.to_numpy()
+        yield pa.RecordBatch.from_arrays(
+            [users, items, pa.array(scores, pa.float64())], ["source_id", "neighbour_id", "score"]
+        )
+
+
+def with_habit(found: DataFrame, own: DataFrame, k: int) -> DataFrame:
+    """The k best of each user by the dot product and their habits: source_id, rank, neighbour_id, score.
+
+    An item without a habit scores what it did: it is among the k best now only where it was before.
+
+    Args:
+        found: the k best by the dot product alone.
+        own: what `score_habits` gives.
+    """
+    others = found.select(*own.columns).join(own, ["source_id", "neighbour_id"], "left_anti")
     in_order = Window.partitionBy("source_id").orderBy(F.desc("score"), "neighbour_id")
     return own.unionByName(others).withColumn("rank", F.row_number().over(in_order)).where(F.col("rank") <= k)
 
@@ -161,16 +181,24 @@ def run(runtime: Runtime) -> None:
         without=_done_before(runtime.read(SESSIONS), settings.without) if settings.without else None,
     )
     with small_batches(runtime.spark):
-        found = find_neighbours(every, settings)
-        if settings.habit:
-            (search,) = (search for search in every if search.kind == "user_item")
-            of_users = with_habit(found.where("kind = 'user_item'"), _habits(runtime), search, settings.k)
-            found = found.unionByName(of_users.withColumn("kind", F.lit("user_item_habit")))
-        runtime.write(NEIGHBOURS, found.withColumn("model_version", F.lit(version)))
+        found = find_neighbours(every, settings).withColumn("model_version", F.lit(version))
+        runtime.write(NEIGHBOURS, found, done=not settings.habit)
         if settings.cells:
             shares = recall(every, runtime.latest(NEIGHBOURS).where(F.col("model_version") == version), settings)
             told = ", ".join(f"{kind} {share:.3f}" for kind, share in sorted(shares.items()))
             runtime.report.notes.append(f"share of the exact neighbours that was found, for a sample: {told}")
+    of_model = F.col("model_version") == version
+    if settings.habit:
+        runtime.on_progress("habits")
+        (search,) = (search for search in every if search.kind == "user_item")
+        found = runtime.latest(NEIGHBOURS).where(of_model & (F.col("kind") == search.kind))
+        rows = with_habit(found, score_habits(_habits(runtime), search), settings.k)
+        runtime.write(NEIGHBOURS, rows.withColumns({"model_version": F.lit(version), "kind": F.lit(WITH_HABIT)}))
+    else:
+        # What is written takes the place of its own kinds alone.
+        of_habit = of_model & (F.col("kind") == WITH_HABIT)
+        if not runtime.latest(NEIGHBOURS).where(of_habit).isEmpty():
+            runtime.delete(NEIGHBOURS, of_habit, note={"habit": False})
 
 
 def _vectors(runtime: Runtime, table: Table, key: str, version: str) -> DataFrame:

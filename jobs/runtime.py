@@ -350,11 +350,11 @@ class Runtime:
         commits = [commit for commit in newer if commit.version <= until]
         return version <= until and len(commits) == until - version and all(c.committed_at > oldest for c in commits)
 
-    def write(self, table: Table, df: DataFrame) -> None:
+    def write(self, table: Table, df: DataFrame, done: bool = True) -> None:
         """Replaces the table's rows by `df` in one commit; in a table partitioned by model_version, only
-        the rows of the partitions that `df` holds."""
+        the rows of the partitions that `df` holds. `done` as in `append`."""
         mode = "dynamic" if "model_version" in table.partition_by else "static"
-        self._save(table, df, "overwrite", {"partitionOverwriteMode": mode})
+        self._save(table, df, "overwrite", {"partitionOverwriteMode": mode}, done=done)
 
     def append(
         self,

@@ -182,10 +182,17 @@ def test_habits_lift_what_a_user_does_again_and_again(
     assert _names(found["user_item_habit"]) != _names(found["user_item"])
     assert expected["u1", 1][0] == "i5"
 
+    assert runtime.execute(STAGE).skipped
+
     without = Runtime(make_config(runtime.root, *settings, 'neighbours.without=["purchase"]'), spark)
     without.execute(STAGE)
     assert read(without)["user_item_habit"].keys() == expected.keys()
     assert "i5" not in {item for (user, _), (item, _) in read(without)["user_item_habit"].items() if user == "u1"}
+
+    off = Runtime(make_config(runtime.root, f"neighbours.k={K}"), spark)
+    off.execute(STAGE)
+    assert read(off) == {kind: of for kind, of in found.items() if kind != "user_item_habit"}
+    assert off.execute(STAGE).skipped
 
 
 def test_an_inverted_file_finds_what_lies_in_the_cells_that_it_looks_into(
