@@ -386,10 +386,11 @@ class Run:
 
     def _refuse_seeds(self, export: Export) -> None:
         count = self._seeds[export.number]
+        stage = (USER_EMBEDDINGS if export.vectors == "embedding" else USER_PROFILES).stage
         if not count["known"]:
             raise TrailvecError(
                 f"{export.path}: none of its {count['given']:,} seeds is a user with a vector of model "
-                f"{self._version}: correct the seeds, or run `trailvec score_users` first"
+                f"{self._version}: correct the seeds, or run `trailvec {stage}` first"
             )
         if count["known"] == count["cold"]:
             raise TrailvecError(
