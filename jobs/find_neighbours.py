@@ -131,15 +131,17 @@ def _scored(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 def with_habit(found: DataFrame, own: DataFrame, k: int) -> DataFrame:
     """The k best of each user by the dot product and their habits: source_id, rank, neighbour_id, score.
 
-    An item without a habit scores what it did: it is among the k best now only where it was before.
+    An item without a habit scores what it did: it is among the k best now only where it was before. One with a habit
+    may stand in both; the greater score is the one with the habit.
 
     Args:
         found: the k best by the dot product alone.
         own: what `score_habits` gives.
     """
-    others = found.select(*own.columns).join(own, ["source_id", "neighbour_id"], "left_anti")
+    both = own.unionByName(found.select(*own.columns))
+    scored = both.groupBy("source_id", "neighbour_id").agg(F.max("score").alias("score"))
     in_order = Window.partitionBy("source_id").orderBy(F.desc("score"), "neighbour_id")
-    return own.unionByName(others).withColumn("rank", F.row_number().over(in_order)).where(F.col("rank") <= k)
+    return scored.withColumn("rank", F.row_number().over(in_order)).where(F.col("rank") <= k)
 
 
 def recall(every: list[Search], found: DataFrame, settings: NeighboursSettings) -> dict[str, float]:
@@ -180,25 +182,26 @@ def run(runtime: Runtime) -> None:
         offered=_offered(runtime, items),
         without=_done_before(runtime.read(SESSIONS), settings.without) if settings.without else None,
     )
+    of_model = F.col("model_version") == version
+    # A run takes the place of the kinds that it writes, and of no other.
+    of_habit = of_model & (F.col("kind") == WITH_HABIT)
+    stale = not settings.habit and runtime.exists(NEIGHBOURS)
+    stale = stale and not runtime.latest(NEIGHBOURS).where(of_habit).isEmpty()
     with small_batches(runtime.spark):
         found = find_neighbours(every, settings).withColumn("model_version", F.lit(version))
-        runtime.write(NEIGHBOURS, found, done=not settings.habit)
+        runtime.write(NEIGHBOURS, found, done=not settings.habit and not stale)
         if settings.cells:
-            shares = recall(every, runtime.latest(NEIGHBOURS).where(F.col("model_version") == version), settings)
+            shares = recall(every, runtime.latest(NEIGHBOURS).where(of_model), settings)
             told = ", ".join(f"{kind} {share:.3f}" for kind, share in sorted(shares.items()))
             runtime.report.notes.append(f"share of the exact neighbours that was found, for a sample: {told}")
-    of_model = F.col("model_version") == version
     if settings.habit:
         runtime.on_progress("habits")
         (search,) = (search for search in every if search.kind == "user_item")
         found = runtime.latest(NEIGHBOURS).where(of_model & (F.col("kind") == search.kind))
         rows = with_habit(found, score_habits(_habits(runtime), search), settings.k)
         runtime.write(NEIGHBOURS, rows.withColumns({"model_version": F.lit(version), "kind": F.lit(WITH_HABIT)}))
-    else:
-        # What is written takes the place of its own kinds alone.
-        of_habit = of_model & (F.col("kind") == WITH_HABIT)
-        if not runtime.latest(NEIGHBOURS).where(of_habit).isEmpty():
-            runtime.delete(NEIGHBOURS, of_habit, note={"habit": False})
+    elif stale:
+        runtime.delete(NEIGHBOURS, of_habit, note={"habit": False})
 
 
 def _vectors(runtime: Runtime, table: Table, key: str, version: str) -> DataFrame:
@@ -235,20 +238,22 @@ def _stock_list(file: str) -> Path:
 
 def _done_before(sessions: DataFrame, event_types: list[str]) -> DataFrame:
     """id, left_out: of each user the items of their events of these types."""
-    events = sessions.select("user_id", F.explode("events").alias("event")).where(
-        F.col("event.event_type").isin(event_types)
-    )
-    return events.groupBy(F.col("user_id").alias("id")).agg(F.collect_set("event.item_id").alias("left_out"))
+    events = _events(sessions, event_types)
+    return events.groupBy(F.col("user_id").alias("id")).agg(F.collect_set("item_id").alias("left_out"))
+
+
+def _events(sessions: DataFrame, event_types: list[str]) -> DataFrame:
+    """user_id and the columns of each event of these types; without any types of all."""
+    events = sessions.select("user_id", F.explode("events").alias("event")).select("user_id", "event.*")
+    return events.where(F.col("event_type").isin(event_types)) if event_types else events
 
 
 def _habits(runtime: Runtime) -> DataFrame:
     """user_id, item_id, habit: of what users did, of the kinds that are predicted, before the log's end."""
     settings, sessions = runtime.config.sequences, runtime.read(SESSIONS)
     end = cut_times(sessions.select(F.col("end_ts").alias("event_ts")), settings).end
-    events = sessions.select("user_id", F.explode("events").alias("event")).select("user_id", "event.*")
-    if settings.target_event_types:
-        events = events.where(F.col("event_type").isin(settings.target_event_types))
     of_pair = habit(runtime.config.habit, F.lit(microseconds(end)))
+    events = _events(sessions, settings.target_event_types)
     return events.groupBy("user_id", "item_id").agg(of_pair.alias("habit"))
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from unittest.mock import Mock
 
 import deltalake
 import duckdb
@@ -154,7 +155,7 @@ def test_items_in_stock_of_a_vertical_that_a_user_has_not_bought(
 
 
 def test_habits_lift_what_a_user_does_again_and_again(
-    make_runtime: Callable[..., Runtime], spark: SparkSession
+    make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = (f"neighbours.k={K}", "neighbours.habit=true", "habit.weight=20.0", "habit.decay=1.0")
     runtime = make_runtime(*settings, 'sequences.target_event_types=["purchase"]')
@@ -190,6 +191,11 @@ def test_habits_lift_what_a_user_does_again_and_again(
     assert "i5" not in {item for (user, _), (item, _) in read(without)["user_item_habit"].items() if user == "u1"}
 
     off = Runtime(make_config(runtime.root, f"neighbours.k={K}"), spark)
+    with monkeypatch.context() as patch:  # a kill before the last commit
+        patch.setattr(off, "delete", Mock(side_effect=InterruptedError))
+        with pytest.raises(InterruptedError):
+            off.execute(STAGE)
+    assert "user_item_habit" in read(off)
     off.execute(STAGE)
     assert read(off) == {kind: of for kind, of in found.items() if kind != "user_item_habit"}
     assert off.execute(STAGE).skipped
