@@ -38,7 +38,19 @@ from jobs.cli import stage_main
 from jobs.drift import Alarm, Drift, alarms, drift_of, event_counts
 from jobs.habit import habit
 from jobs.models import encode_sequences
-from jobs.ranking import Cell, Following, Known, bootstrap, coverage, flatten, measures, sliced, top_items
+from jobs.ranking import (
+    FLOORS,
+    MODELS,
+    Cell,
+    Following,
+    Known,
+    bootstrap,
+    coverage,
+    flatten,
+    measures,
+    sliced,
+    top_items,
+)
 from jobs.runtime import Runtime, Stage
 from jobs.splits import Cuts, before_cut, cut_of, cut_times
 from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS
@@ -46,8 +58,6 @@ from jobs.train import item_verticals
 from training.floors import ItemKnn, own_frequency, popularity
 
 TASKS = ("next", "new", "repeat")
-MODELS = ("model", "model_and_habit")
-FLOORS = ("popularity", "own_frequency", "item_knn")
 SPACE_SAMPLE, SPACE_NEIGHBOURS = 10_000, 10  # vectors that the space is judged by, at most
 DRIFT_SAMPLE = 2_000  # users whose vectors are made a second time, at most
 _BLOCK_USERS = 256

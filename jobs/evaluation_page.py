@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from jobs import pictures
 from jobs.pictures import Point
-from jobs.ranking import hours_names
+from jobs.ranking import MODELS, hours_names
 from training.metrics import HISTORY_FROM, class_names
 
 TASKS = {"next": "Any next item", "new": "A new item", "repeat": "An item taken again"}
@@ -29,7 +29,6 @@ METHODS = {
     "own_frequency": "the user's own most frequent",
     "item_knn": "item-kNN",
 }
-MODELS = ("model", "model_and_habit")  # of METHODS; the others are floors
 FEATURES = {
     "vector": "the vector",
     "profile": "the profile",

@@ -62,8 +62,8 @@ from jobs.segment_rules import (
     Flags,
     Lists,
     Marked,
-    Rules,
     allows,
+    deciding,
     limit_name,
     read_consents,
     rules_of,
@@ -294,8 +294,9 @@ class Run:
         self._counts = self._count(reduce(DataFrame.unionByName, queried_ids, everyone))
         if scored:
             runtime.on_progress("the seeds and a sample")
+            listed = self._marks.groupBy(*self._lists.words).count().toPandas()
             for vectors in sorted({export.vectors for export in scored}):
-                self._look_up(vectors, [export for export in scored if export.vectors == vectors])
+                self._look_up(vectors, [export for export in scored if export.vectors == vectors], listed)
             self._floors = {export.number: self._floor(export, self._wanted(export)) for export in scored}
             rows.append(self._pass(scored))
         runtime.on_progress(f"the scores of {len(scored)} segments")
@@ -342,8 +343,12 @@ class Run:
         profiles = _of_model(self._runtime.latest(USER_PROFILES), self._version)
         return profiles.select("user_id", "vector", F.lit(False).alias("is_cold"))
 
-    def _look_up(self, kind: Vectors, scored: list[Export]) -> None:
-        """The anchors of segments of one kind of vectors, and the scores of a sample of the users."""
+    def _look_up(self, kind: Vectors, scored: list[Export], listed: pd.DataFrame) -> None:
+        """The anchors of segments of one kind of vectors, and the scores of a sample of the users.
+
+        Args:
+            listed: the combinations of marks that the lists make, and the `count` of each.
+        """
         total = int(self._counts[_EVERYONE][1].sum()) if _EVERYONE in self._counts else 0
         sampled = F.pmod(F.xxhash64("user_id"), F.lit(max(1, total // _SAMPLE))) == 0
         words = self._lists.words
@@ -353,7 +358,6 @@ class Run:
         seeds = self._marks.where(reduce(operator.or_, of_seeds)).select("user_id", F.lit(True).alias("is_seed"))
         chosen = self._vectors(kind).withColumn("sampled", sampled).join(F.broadcast(seeds), "user_id", "left")
         found = self._marked(chosen.where("sampled OR is_seed")).toPandas().sort_values("user_id")
-        listed = self._marks.groupBy(*words).count().toPandas()
         of_list, given = Marked(listed[words].to_numpy()), listed["count"].to_numpy()
         vectors = np.stack(found["vector"].tolist()) if len(found) else np.empty((0, 1), np.float32)
         there = vectors.any(axis=1)
@@ -451,14 +455,9 @@ class Run:
     def _allowed(self, rows: DataFrame) -> dict[int, pa.Table]:
         """By segment the allowed ones of `rows` (segment, user_id, score), in no order: user_id, score, the marks."""
         words = self._lists.words
-        bits = [
-            (number, *(bit for required in (False, True) for bit in self._lists.bits(_deciding(rules, required))))
-            for number, rules in self._rules.items()
-        ]
-        names = [f"{kind}_{number}" for kind in ("forbidden", "required") for number in range(len(words))]
-        of_segment = self._runtime.spark.createDataFrame(
-            bits, ", ".join(["segment int", *(f"{n} long" for n in names)])
-        )
+        bits = {number: deciding(self._lists, rules) for number, rules in self._rules.items()}
+        schema = ", ".join(["segment int", *(f"{name} bigint" for name in next(iter(bits.values())))])
+        of_segment = self._runtime.spark.createDataFrame([(n, *of.values()) for n, of in bits.items()], schema)
         allowed = self._marked(rows.join(F.broadcast(of_segment), "segment")).where(allows(self._lists))
         remove_tree(self._staging.shared / "candidates")
         allowed.select("segment", "user_id", "score", *words).write.parquet(str(self._staging.shared / "candidates"))
@@ -640,10 +639,6 @@ class Run:
 
 def _without_score(export: Export, ids: DataFrame) -> DataFrame:
     return ids.select(F.lit(export.number).alias("segment"), "user_id", F.lit(None).cast("float").alias("score"))
-
-
-def _deciding(rules: Rules, required: bool) -> Iterator[int]:
-    return (rule.mark for rule in rules.steps if rule.required == required)
 
 
 def _is_wanted(affinity: Affinity) -> Column:

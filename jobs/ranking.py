@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 from training.metrics import HISTORY_FROM, class_names, rank_metrics
 
+MODELS = ("model", "model_and_habit")  # methods that are told beside the floors
+FLOORS = ("popularity", "own_frequency", "item_knn")
 HOURS_FROM = (0, 1, 6, 24, 72, 168, 336)  # lower bounds of the classes of "hours between the cut and the next action"
 VERTICALS = 20  # at most: the ones that most users act in next
 CONFIDENCE = 0.95

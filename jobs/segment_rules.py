@@ -190,6 +190,15 @@ def limit_name(limit: Frequency) -> str:
     return f"exported {limit.exports} times in {limit.days} days"
 
 
+def deciding(lists: Lists, rules: Rules) -> dict[str, int]:
+    """The columns by which `allows` decides for a segment: forbidden_… and required_…, the bits of its rules' lists."""
+    columns: dict[str, int] = {}
+    for kind, required in (("forbidden", False), ("required", True)):
+        bits = lists.bits(rule.mark for rule in rules.steps if rule.required == required)
+        columns |= {f"{kind}_{number}": word for number, word in enumerate(bits)}
+    return columns
+
+
 def allows(lists: Lists) -> Column:
     """Whether a row's marks (of `Lists.words`) have none of its bits forbidden_…, and all of its required_…."""
     conditions = []

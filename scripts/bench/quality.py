@@ -27,7 +27,7 @@ from pyspark.sql import functions as F
 from jobs import build_sequences, build_vocabulary, embed_items, evaluate, flag_users, ingest, sessionize, train
 from jobs.config import load_config
 from jobs.errors import TrailvecError
-from jobs.evaluate import FLOORS
+from jobs.ranking import FLOORS
 from jobs.runtime import Runtime, start_spark
 from jobs.tables import EVALUATION, EVENTS, ITEMS
 
