@@ -96,7 +96,8 @@ def show_stages(reports: list[Report]) -> None:
 
 
 def show_ranking(runtime: Runtime, model: str) -> None:
-    title("What a household buys next, in December (never seen in training; whole catalogue ranked)")
+    title("What a household buys next, in December")
+    screen.print("never seen in training; the whole catalogue is ranked", style="dim")
     runtime.register_tables()
     rows = runtime.spark.sql(
         """SELECT task, method, metric, value, counted FROM evaluation
@@ -106,16 +107,17 @@ def show_ranking(runtime: Runtime, model: str) -> None:
     value = {(r.task, r.method, r.metric): r.value for r in rows}
     users = {r.task: r.counted for r in rows if r.metric == "ndcg@10"}
     metrics = ("ndcg@10", "recall@10", "ndcg@20", "recall@20", "mrr@20")
-    grid = Grid(box=box.SIMPLE)
-    for heading in ("", *metrics):
-        grid.add_column(heading, justify="left" if not heading else "right")
     for task, meaning in TASKS.items():
-        grid.add_row(f"[bold]{meaning}[/], {users[task]:,} users")
+        screen.print(f"\n[bold]{meaning}[/], {users[task]:,} users")
+        grid = Grid(box=None, pad_edge=False)
+        grid.add_column("", min_width=30)
+        for metric in metrics:
+            grid.add_column(metric, justify="right")
         best = {metric: max(value[task, method, metric] for method in METHODS) for metric in metrics}
         for method, name in METHODS.items():
             cells = [(value[task, method, m], value[task, method, m] == best[m]) for m in metrics]
             grid.add_row(f"  {name}", *[f"[green]{v:.4f}[/]" if first else f"{v:.4f}" for v, first in cells])
-    screen.print(grid)
+        screen.print(grid)
 
 
 def show_users(runtime: Runtime, model: str) -> None:
