@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from pyspark.sql import SparkSession
 
+from jobs import find_neighbours
 from jobs.errors import TrailvecError
 from jobs.find_neighbours import STAGE
 from jobs.runtime import Runtime, write_json
@@ -166,7 +167,11 @@ def test_habits_lift_what_a_user_does_again_and_again(
     done = [("u1", "i5", n) for n in (0.0, 1.0, 2.0)] + [("u1", "i6", 50.0), ("u2", "i1", 4.0), ("u2", "gone", 0.0)]
     events = [session(user, item, "purchase", end - timedelta(weeks=weeks)) for user, item, weeks in done]
     put(runtime, SESSIONS, spark.createDataFrame([*events, session("u3", "i7", "view", end)], SESSIONS.schema()))
-    runtime.execute(STAGE)
+    with monkeypatch.context() as patch:  # a kill between the commits
+        patch.setattr(find_neighbours, "with_habit", Mock(side_effect=InterruptedError))
+        with pytest.raises(InterruptedError):
+            runtime.execute(STAGE)
+    assert not runtime.execute(STAGE).skipped
 
     active: dict[tuple[str, str], float] = {}
     for user, item, weeks in done:
