@@ -189,8 +189,8 @@ def main() -> None:
         peak.update({kind: max(peak.get(kind, 0), used) for kind, used in watch.peak_mb.items()})
 
     segments()
-    logged, members = every.latest(EXPORTS).persist(), members_of(every)
-    logged.count()
+    # Not persisted: Spark brings what it caches of a table up to date, and each round adds to the log.
+    logged, members = every.latest(EXPORTS).localCheckpoint(), members_of(every)
 
     def write() -> None:
         out = folder / "segments-out"
