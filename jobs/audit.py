@@ -13,8 +13,9 @@ from typing import Any
 from rich.table import Table as Grid
 
 from jobs.cli import table_console
+from jobs.commits import Commit
 from jobs.errors import TrailvecError
-from jobs.runtime import Commit, Runtime
+from jobs.runtime import Runtime
 from jobs.tables import TABLES
 
 

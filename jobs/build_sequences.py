@@ -19,7 +19,8 @@ from pyspark.sql import functions as F
 
 from jobs.cli import stage_main
 from jobs.config import SequencesSettings
-from jobs.runtime import Runtime, Stage, spark_conf
+from jobs.runtime import Runtime, Stage
+from jobs.spark_session import spark_conf
 from jobs.splits import Cuts, cut_times, microseconds, utc
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES, SESSIONS, conform
 from spark_udfs.sequences import GIVEN, SPLITS, CutRules, cut_sequences

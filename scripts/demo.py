@@ -31,12 +31,12 @@ METHODS = {
     "item_knn": "item-kNN, decay 0.7",
 }
 LAST_BASKETS = """
-SELECT concat_ws(', ', slice(collect_list(item_name), 1, 6)) AS items FROM (
+SELECT concat_ws(' · ', slice(collect_list(item_name), 1, 6)) AS items FROM (
   SELECT DISTINCT item_name, event_ts FROM events WHERE user_id = :user AND event_type = 'purchase'
   ORDER BY event_ts DESC LIMIT 6)
 """
 NEAREST = """
-SELECT concat_ws(', ', collect_list(item_name)) AS items FROM (
+SELECT concat_ws(' · ', collect_list(item_name)) AS items FROM (
   SELECT i.item_name FROM neighbours n JOIN items i ON i.item_id = n.neighbour_id
   WHERE n.kind = 'user_item' AND n.source_id = :user AND n.model_version = :model AND n.rank <= 6 ORDER BY n.rank)
 """
@@ -131,8 +131,10 @@ def show_users(runtime: Runtime, model: str) -> None:
         bought = runtime.spark.sql(LAST_BASKETS, {"user": row.user_id}).collect()[0]["items"]
         nearest = runtime.spark.sql(NEAREST, values).collect()[0]["items"]
         screen.print(f"[bold]household {row.user_id}[/]")
-        screen.print(f"  bought last    {bought}")
-        screen.print(f"  nearest items  {nearest}")
+        grid = Grid(box=None, show_header=False)
+        grid.add_row("bought last", bought)
+        grid.add_row("nearest items", nearest)
+        screen.print(grid)
 
 
 def show_places(runtime: Runtime, model: str) -> None:

@@ -33,7 +33,8 @@ import duckdb_extension_delta
 
 from jobs.config import load_config
 from jobs.pipeline import STAGES
-from jobs.runtime import QUIET, Runtime
+from jobs.runtime import Runtime
+from jobs.spark_session import QUIET
 
 REPOSITORY = Path(__file__).parents[1]
 TABLES = ("events", "rejected_events", "flagged_users", "sessions")

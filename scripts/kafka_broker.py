@@ -24,7 +24,7 @@ from pathlib import Path
 import pyspark
 
 from jobs.errors import TrailvecError
-from jobs.runtime import java_home
+from jobs.spark_session import java_home
 from scripts.servers import HOST, failed, free_ports, run
 
 # A topic is made when it is first written to, with three partitions, so that order across partitions is not given.

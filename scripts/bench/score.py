@@ -44,8 +44,8 @@ from pyspark.sql import functions as F
 
 from jobs.config import ScoreSettings
 from jobs.models import encode_sequences
-from jobs.runtime import spark_conf
 from jobs.score_users import SPLIT
+from jobs.spark_session import spark_conf
 from spark_udfs.encode import LoadedModel, by_length, encode_rows
 from training.batches import BUCKET_SIZES, FEATURES
 from training.checkpoint import WEIGHTS, load_model, save_model

@@ -616,7 +616,7 @@ def main() -> None:
         world = World(int(arguments.users), arguments.days, arguments.seed)
 
     from jobs.config import load_config  # noqa: PLC0415
-    from jobs.runtime import start_spark  # noqa: PLC0415
+    from jobs.spark_session import start_spark  # noqa: PLC0415
 
     spark = start_spark(load_config(None, ['spark.conf={"spark.ui.enabled"="false", "spark.driver.memory"="3g"}']))
     out = arguments.out.absolute()

@@ -12,7 +12,7 @@ from pathlib import Path
 from delta.exceptions import ConcurrentAppendException, MetadataChangedException, ProtocolChangedException
 
 from jobs.config import load_config
-from jobs.runtime import start_spark
+from jobs.spark_session import start_spark
 
 # A commit's file takes a while to write: what checks whether it is there before it writes is caught by another's.
 LONG = "x" * 3_000_000

@@ -13,7 +13,7 @@ import numpy
 import jobs
 from jobs.cli import main
 from jobs.config import load_config
-from jobs.runtime import start_spark
+from jobs.spark_session import start_spark
 
 
 def look(_: object = None) -> Iterator[dict[str, Any]]:

