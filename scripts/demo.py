@@ -11,6 +11,7 @@ from rich.table import Table as Grid
 
 from jobs.cli import guarded, run_stages
 from jobs.config import load_config
+from jobs.evaluation_page import METHODS
 from jobs.pipeline import STAGES
 from jobs.runtime import Report, Runtime
 from jobs.sql import run_sql
@@ -22,13 +23,6 @@ TASKS = {
     "new": "a new purchase (not in the last 28 days)",
     "repeat": "a repeat purchase",
     "next": "any next purchase",
-}
-METHODS = {
-    "model": "the model",
-    "model_and_habit": "the model and habit",
-    "popularity": "most popular items",
-    "own_frequency": "the user's own most frequent",
-    "item_knn": "item-kNN, decay 0.7",
 }
 LAST_BASKETS = """
 SELECT concat_ws(' · ', slice(collect_list(item_name), 1, 6)) AS items FROM (

@@ -29,6 +29,10 @@ settings.load_profile("trailvec")
 SPARK_CONF = {
     "spark.driver.memory": "2g",
     "spark.ui.enabled": "false",
+    # What that page would show is made all the same: a twentieth of the driver's time.
+    "spark.sql.ui.explainMode": "simple",
+    **dict.fromkeys(("spark.ui.retainedJobs", "spark.ui.retainedStages", "spark.sql.ui.retainedExecutions"), "20"),
+    "spark.ui.retainedTasks": "200",
     "spark.sql.shuffle.partitions": "2",
     "spark.databricks.delta.snapshotPartitions": "1",
     # Small data, many plans: Spark's own compiler (of plans, to Java) costs more than it saves. Java's optimising one
