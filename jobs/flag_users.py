@@ -17,7 +17,7 @@ from jobs.cli import stage_main
 from jobs.config import FlagUsersSettings
 from jobs.pruning import within_days
 from jobs.runtime import Runtime, Stage
-from jobs.tables import EVENTS, FLAGGED_USERS, conform
+from jobs.tables import EVENTS, FLAGGED_USERS, conform, differences
 
 USER_DAY = ["user_id", "day"]
 
@@ -114,30 +114,27 @@ def run(runtime: Runtime) -> None:
         return
     # What an update changed stands in `changes` twice, as it was and as it is: both days are touched.
     touched = changes.select("user_id", day_of("event_ts").alias("day")).distinct().persist()
-    flagged = None
     try:
         days = [row["day"] for row in touched.select("day").distinct().collect()]
-        if not days:
-            runtime.touch(FLAGGED_USERS)
-            return
         again = (
             events.where(within_days(F.col("event_ts"), days))
             .withColumn("day", day_of("event_ts"))
             .join(touched, USER_DAY, "left_semi")
         )
-        flagged = flag_users(again, settings).persist()
         old = runtime.latest(FLAGGED_USERS).join(touched, USER_DAY, "left_semi")
-        upserts = flagged.join(old, [*FLAGGED_USERS.key, "value"], "left_anti")
-        deletes = old.join(flagged, [*FLAGGED_USERS.key], "left_anti")
-        if upserts.isEmpty() and deletes.isEmpty():
+        differing = differences(flag_users(again, settings), old, FLAGGED_USERS).localCheckpoint()
+        if differing.isEmpty():
             runtime.touch(FLAGGED_USERS)
             return
         within = F.col("old.day").between(F.lit(min(days)), F.lit(max(days)))
-        runtime.merge(FLAGGED_USERS, upserts, deletes, where=within)
+        runtime.merge(
+            FLAGGED_USERS,
+            upserts=differing.where("new IS NOT NULL").select("new.*"),
+            deletes=differing.where("new IS NULL").select(*FLAGGED_USERS.key),
+            where=within,
+        )
     finally:
-        for frame in (touched, flagged):
-            if frame is not None:
-                frame.unpersist()
+        touched.unpersist()
 
 
 STAGE = Stage(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import hmac
 import os
 import re
 import shutil
@@ -31,7 +30,7 @@ from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, published
 from jobs.runtime import Runtime
 from jobs.segments import Segment
-from spark_udfs.keyed import hashed
+from spark_udfs.keyed import digests, hashed
 from training.urls import local_path
 
 KEY = "TRAILVEC_EXPORT_KEY"
@@ -56,7 +55,7 @@ def held_back(segment: Segment, users: Sequence[str]) -> npt.NDArray[np.bool_]:
         return np.zeros(len(users), np.bool_)
     key, limit = export_key(), int(segment.control_share * 2**64).to_bytes(8, "big")
     group = f"control\0{segment.control_group or segment.name}\0"
-    return np.array([hmac.digest(key, (group + user).encode(), "sha256")[:8] < limit for user in users], np.bool_)
+    return np.array([digest[:8] < limit for digest in digests(key, (group + user for user in users))], np.bool_)
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from jobs.cli import stage_main
 from jobs.config import SessionizeSettings
 from jobs.pruning import meeting_days, within_days
 from jobs.runtime import Runtime, Stage
-from jobs.tables import EVENTS, FLAGGED_USERS, SESSIONS, conform
+from jobs.tables import EVENTS, FLAGGED_USERS, SESSIONS, conform, differences
 from spark_udfs.sessionize import Rules, split_points
 from spark_udfs.sessionize import sessionize as sessionize_arrow
 
@@ -236,18 +236,14 @@ def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame) -> None:
         gone = sessions.select("session_id", "user_id", "start_ts").join(turned, "user_id", "left_semi")
         before = old.unionByName(gone, allowMissingColumns=True)
 
-    def whole(rows: DataFrame, name: str) -> DataFrame:
-        return rows.select("session_id", F.struct(*[c.name for c in SESSIONS.columns]).alias(name))
-
-    both = whole(sessionize(events, settings), "new").join(whole(before, "old"), "session_id", "full_outer")
-    differing = both.where(~F.col("new").eqNullSafe(F.col("old"))).localCheckpoint()
+    differing = differences(sessionize(events, settings), before, SESSIONS).localCheckpoint()
     rewritten = differing.groupBy(F.to_date("old.start_ts").alias("day")).count().collect()
     if rewritten:
         days = {row["day"] for row in rewritten if row["day"] is not None}
         runtime.merge(
             SESSIONS,
             upserts=differing.where("new IS NOT NULL").select("new.*"),
-            deletes=differing.where("new IS NULL").select("session_id"),
+            deletes=differing.where("new IS NULL").select(*SESSIONS.key),
             where=within_days(F.col("old.start_ts"), days),
         )
     else:

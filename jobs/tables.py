@@ -92,6 +92,17 @@ def conform(df: DataFrame, table: Table) -> DataFrame:
     )
 
 
+def differences(new: DataFrame, old: DataFrame, table: Table) -> DataFrame:
+    """The rows of two frames of the table's columns that only one has, or that have other values under the same key:
+    the key, and the structs `new` and `old`, NULL where that one has no such row."""
+
+    def whole(rows: DataFrame, name: str) -> DataFrame:
+        return rows.select(*table.key, F.struct(*[c.name for c in table.columns]).alias(name))
+
+    both = whole(new, "new").join(whole(old, "old"), list(table.key), "full_outer")
+    return both.where(~F.col("new").eqNullSafe(F.col("old")))
+
+
 # Readers ask for what changed since they last looked, and a changed row does not rewrite the file it stands in.
 _INCREMENTAL = {"delta.enableChangeDataFeed": "true", "delta.enableDeletionVectors": "true"}
 
