@@ -239,7 +239,7 @@ def test_a_flag_comes_changes_and_goes_with_the_events(
     make_runtime: Callable[..., Runtime], spark: SparkSession
 ) -> None:
     runtime = make_runtime(*RULES)
-    bot, other = events_at("bot", seconds(0, 1, 2, 3)), events_at("other", seconds(0, 1, 2, 3))
+    bot, other = events_at("bot", seconds(0, 1, 2, 3, 4)), events_at("other", seconds(0, 1, 2, 3))
     day = NOON.date()
     put(runtime, EVENTS, to_frame(spark, bot[:3] + other))
     assert not runtime.execute(STAGE).skipped
@@ -247,7 +247,7 @@ def test_a_flag_comes_changes_and_goes_with_the_events(
     assert flags(runtime.latest(FLAGGED_USERS)) == kept
     assert runtime.execute(STAGE).skipped
 
-    change(runtime, to_frame(spark, bot))  # a late event: caught
+    change(runtime, to_frame(spark, bot[:4]))  # a late event: caught
     runtime.execute(STAGE)
     caught = {("bot", day, "events_per_minute"): 4.0, ("bot", day, "constant_interval"): 4.0}
     assert flags(runtime.latest(FLAGGED_USERS)) == kept | caught
@@ -255,8 +255,13 @@ def test_a_flag_comes_changes_and_goes_with_the_events(
     assert (commit["operation"], commit["operationMetrics"]["numTargetRowsInserted"]) == ("MERGE", "2")
     assert commit["operationMetrics"]["numTargetRowsUpdated"] == "0"  # other's rows are as they were
 
-    corrected = bot[3] | {"event_ts": NOON + timedelta(days=1)}  # an update: it was another day
-    change(runtime, to_frame(spark, [corrected]))
+    change(runtime, to_frame(spark, bot[4:]))  # another: what was measured is more
+    runtime.execute(STAGE)
+    assert flags(runtime.latest(FLAGGED_USERS)) == kept | dict.fromkeys(caught, 5.0)
+    assert latest_commit(runtime)["operationMetrics"]["numTargetRowsUpdated"] == "2"
+
+    corrected = [event | {"event_ts": NOON + timedelta(days=1)} for event in bot[3:]]  # an update: it was another day
+    change(runtime, to_frame(spark, corrected))
     runtime.execute(STAGE)
     assert flags(runtime.latest(FLAGGED_USERS)) == kept
 
