@@ -127,12 +127,7 @@ def run(runtime: Runtime) -> None:
             runtime.touch(FLAGGED_USERS)
             return
         within = F.col("old.day").between(F.lit(min(days)), F.lit(max(days)))
-        runtime.merge(
-            FLAGGED_USERS,
-            upserts=differing.where("new IS NOT NULL").select("new.*"),
-            deletes=differing.where("new IS NULL").select(*FLAGGED_USERS.key),
-            where=within,
-        )
+        runtime.merge_differences(FLAGGED_USERS, differing, where=within)
     finally:
         touched.unpersist()
 

@@ -335,6 +335,16 @@ class Runtime:
         merge = merge.whenNotMatchedInsert("NOT new.trailvec_delete", values=values)
         self._noted_commit(merge.execute, done, note)
 
+    def merge_differences(self, table: Table, differing: DataFrame, where: Column) -> None:
+        """Puts the `new` rows of jobs.tables.differences in the place of the `old` ones, in one commit.
+
+        Args:
+            differing: read several times: checkpointed.
+            where: as in `merge`.
+        """
+        gone = differing.where("new IS NULL").select(*table.key)
+        self.merge(table, differing.where("new IS NOT NULL").select("new.*"), gone, where=where)
+
     def delete(self, table: Table, where: Column, note: dict[str, Any]) -> None:
         """Deletes the rows that fulfil a condition, in one commit; `note` as in `append`."""
         rows = DeltaTable.forPath(self.spark, self.path(table))

@@ -240,12 +240,7 @@ def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame) -> None:
     rewritten = differing.groupBy(F.to_date("old.start_ts").alias("day")).count().collect()
     if rewritten:
         days = {row["day"] for row in rewritten if row["day"] is not None}
-        runtime.merge(
-            SESSIONS,
-            upserts=differing.where("new IS NOT NULL").select("new.*"),
-            deletes=differing.where("new IS NULL").select(*SESSIONS.key),
-            where=within_days(F.col("old.start_ts"), days),
-        )
+        runtime.merge_differences(SESSIONS, differing, where=within_days(F.col("old.start_ts"), days))
     else:
         runtime.touch(SESSIONS)
 

@@ -48,7 +48,6 @@ master = "local[2]"
 "spark.driver.host" = "127.0.0.1"
 "spark.driver.bindAddress" = "127.0.0.1"
 "spark.ui.enabled" = "false"
-"spark.sql.ui.explainMode" = "simple"
 "spark.sql.shuffle.partitions" = "2"
 "spark.databricks.delta.snapshotPartitions" = "1"
 "spark.sql.codegen.wholeStage" = "false"      # small data, many plans: compiling them costs more than it saves

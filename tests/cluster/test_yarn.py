@@ -71,7 +71,6 @@ extends = "yarn.toml"
 "spark.yarn.am.waitTime" = "600s"             # a busy machine takes its time
 "spark.network.timeout" = "600s"
 "spark.ui.enabled" = "false"
-"spark.sql.ui.explainMode" = "simple"
 "spark.sql.shuffle.partitions" = "2"
 "spark.databricks.delta.snapshotPartitions" = "1"
 "spark.sql.codegen.wholeStage" = "false"      # small data, many plans: compiling them costs more than it saves
