@@ -30,7 +30,7 @@ from datetime import datetime, timezone
 from functools import cache, reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,10 +55,12 @@ from jobs.segment_files import (
     held_back,
     place_of,
     read_manifest,
+    texts,
     write_parts,
 )
 from jobs.segment_report import Share, page
 from jobs.segment_rules import (
+    Combinations,
     Flags,
     Lists,
     Marked,
@@ -75,11 +77,9 @@ from spark_udfs.keyed import hashed
 from spark_udfs.likeness import Anchors, Scorer, anchors_of, candidates
 from training.stores import remove_tree
 
-_SAMPLE = 20_000  # users, about, whose scores set the floors
+_SAMPLE = 50_000  # users, about, whose scores set the floors: more of them are fewer who travel in vain
 _OTHERS = 5_000  # of them who stand for everybody else in a classifier: a weight for each of some 64 numbers
 _BINS = 20  # of the histogram of scores
-_NOBODY = pa.table({"user_id": pa.array([], pa.string()), "score": pa.array([], pa.float32())})
-_EVERYONE = -1  # the number of the users whom all segments with a score begin with
 
 
 # ---- which exports, and which of them are there ---------------------------------------------------------------------
@@ -189,6 +189,38 @@ def _published(runtime: Runtime, export: Export) -> dict[str, Any] | None:
 # ---- one run --------------------------------------------------------------------------------------------------------
 
 
+class Candidates(NamedTuple):
+    """Users who may be a segment's.
+
+    Attributes:
+        ids: string, those of other segments among them.
+        scores: float32 [ids]; 0 where there is none.
+        marks: int64 [ids, words].
+        rows: which of them are the segment's.
+    """
+
+    ids: pa.Array
+    scores: npt.NDArray[np.float32]
+    marks: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+
+    def best_first(self) -> npt.NDArray[np.int64]:
+        """`rows` from the highest score on; ties by id."""
+        order = self.rows[np.argsort(-self.scores[self.rows], kind="stable")]
+        same = np.diff(self.scores[order]) == 0
+        tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
+        if len(tied):
+            keys = pa.table({"score": self.scores[order[tied]], "id": self.ids.take(pa.array(order[tied]))})
+            by_id = pc.sort_indices(keys, [("score", "descending"), ("id", "ascending")]).to_numpy()
+            order[tied] = order[tied][by_id]
+        return order
+
+
+_NOBODY = Candidates(
+    pa.array([], pa.string()), np.empty(0, np.float32), np.empty((0, 1), np.int64), np.empty(0, np.int64)
+)
+
+
 @dataclass(frozen=True)
 class Taken:
     """The members of a segment, from the highest score on, where there is none by id.
@@ -265,6 +297,7 @@ class Run:
         self._log = runtime.latest(EXPORTS)
         log = self._log.where(~F.col("export_id").isin([export.id for export in pending]))
         lists = Lists(runtime)
+        has_vector = lists.mark("users", lambda: self._users)
         self._rules = {
             export.number: rules_of(
                 runtime, SegmentFile(export.segment, export.path), lists, consents, log=log, now=now
@@ -272,7 +305,9 @@ class Run:
             for export in pending
         }
         self._lists, self._marks = lists, lists.of_users().persist()
-        self._counts: dict[int, tuple[Marked, npt.NDArray[np.int64]]] = {}
+        self._listed = self._combinations(self._marks)
+        self._everyone = self._listed.of(has_vector)
+        self._counts: dict[int, Combinations] = {}
         self._seeds: dict[int, dict[str, int]] = {}
         self._anchors: dict[int, Anchors] = {}
         self._sample: dict[int, npt.NDArray[np.float32]] = {}  # scores of the allowed users of the sample
@@ -287,16 +322,14 @@ class Run:
         runtime = self._runtime
         scored = [export for export in self._pending if export.segment.scored]
         queried = [export for export in self._pending if export.segment.sql is not None]
-        everyone = self._users.select(F.lit(_EVERYONE).alias("segment"), "user_id")
         rows = [self._asked(export) for export in queried]
-        runtime.on_progress("who may be exported")
-        queried_ids = [frame.select("segment", "user_id") for frame in rows]
-        self._counts = self._count(reduce(DataFrame.unionByName, queried_ids, everyone))
+        if queried:
+            runtime.on_progress("the users whom queries name")
+            self._counts = self._count(reduce(DataFrame.unionByName, rows))
         if scored:
             runtime.on_progress("the seeds and a sample")
-            listed = self._marks.groupBy(*self._lists.words).count().toPandas()
             for vectors in sorted({export.vectors for export in scored}):
-                self._look_up(vectors, [export for export in scored if export.vectors == vectors], listed)
+                self._look_up(vectors, [export for export in scored if export.vectors == vectors])
             self._floors = {export.number: self._floor(export, self._wanted(export)) for export in scored}
             rows.append(self._pass(scored))
         runtime.on_progress(f"the scores of {len(scored)} segments")
@@ -307,7 +340,7 @@ class Run:
             runtime.on_progress(f"segment {export.name}")
             self._taken[export.name] = taken = self._take(export)
             if limited:
-                self._exported.update(taken.ids.filter(pa.array(~taken.control)).to_pylist())
+                self._exported.update(texts(taken.ids.filter(pa.array(~taken.control))))
         self._marks.unpersist()
 
     # ---- Spark: who comes into question
@@ -326,12 +359,16 @@ class Run:
         words = {word: F.coalesce(word, none) for word in self._lists.words}
         return rows.join(self._marks, "user_id", "left").withColumns(words)
 
-    def _count(self, rows: DataFrame) -> dict[int, tuple[Marked, npt.NDArray[np.int64]]]:
-        """By segment: the combinations of marks that its users have, and how many users have each."""
+    def _combinations(self, marked: DataFrame) -> Combinations:
+        found = marked.groupBy(*self._lists.words).count().toPandas()
+        return Combinations(Marked(found[self._lists.words].to_numpy()), found["count"].to_numpy())
+
+    def _count(self, rows: DataFrame) -> dict[int, Combinations]:
+        """By segment the combinations of its users."""
         words = self._lists.words
         found = self._marked(rows.select("segment", "user_id")).groupBy("segment", *words).count().toPandas()
         return {
-            int(str(number)): (Marked(part[words].to_numpy()), part["count"].to_numpy())
+            int(str(number)): Combinations(Marked(part[words].to_numpy()), part["count"].to_numpy())
             for number, part in found.groupby("segment")
         }
 
@@ -343,14 +380,9 @@ class Run:
         profiles = _of_model(self._runtime.latest(USER_PROFILES), self._version)
         return profiles.select("user_id", "vector", F.lit(False).alias("is_cold"))
 
-    def _look_up(self, kind: Vectors, scored: list[Export], listed: pd.DataFrame) -> None:
-        """The anchors of segments of one kind of vectors, and the scores of a sample of the users.
-
-        Args:
-            listed: the combinations of marks that the lists make, and the `count` of each.
-        """
-        total = int(self._counts[_EVERYONE][1].sum()) if _EVERYONE in self._counts else 0
-        sampled = F.pmod(F.xxhash64("user_id"), F.lit(max(1, total // _SAMPLE))) == 0
+    def _look_up(self, kind: Vectors, scored: list[Export]) -> None:
+        """The anchors of segments of one kind of vectors, and the scores of a sample of the users."""
+        sampled = F.pmod(F.xxhash64("user_id"), F.lit(max(1, self._everyone.total // _SAMPLE))) == 0
         words = self._lists.words
         seeds_of = [self._rules[export.number].seeds for export in scored]
         bits = self._lists.bits(mark for mark in seeds_of if mark is not None)
@@ -358,7 +390,6 @@ class Run:
         seeds = self._marks.where(reduce(operator.or_, of_seeds)).select("user_id", F.lit(True).alias("is_seed"))
         chosen = self._vectors(kind).withColumn("sampled", sampled).join(F.broadcast(seeds), "user_id", "left")
         found = self._marked(chosen.where("sampled OR is_seed")).toPandas().sort_values("user_id")
-        of_list, given = Marked(listed[words].to_numpy()), listed["count"].to_numpy()
         vectors = np.stack(found["vector"].tolist()) if len(found) else np.empty((0, 1), np.float32)
         there = vectors.any(axis=1)
         vectors, found = vectors[there], found[there]
@@ -372,7 +403,7 @@ class Run:
                 continue
             seed = marked.has(seeds_mark)
             count = {
-                "given": int(given[of_list.has(seeds_mark)].sum()),
+                "given": self._listed.of(seeds_mark).total,
                 "known": int(seed.sum()),
                 "cold": int((seed & cold).sum()),
             }
@@ -432,8 +463,7 @@ class Run:
         if export.segment.threshold is not None:
             return export.segment.threshold
         scores = self._sample[export.number]
-        marked, counts = self._counts[_EVERYONE]
-        allowed = int(counts[marked.allowed(self._rules[export.number])].sum())
+        allowed = int(self._everyone.users[self._everyone.marked.allowed(self._rules[export.number])].sum())
         expected = wanted / max(allowed, 1) * len(scores)
         place = int(expected + 4 * np.sqrt(expected) + 4)
         return float(scores[place]) if place < len(scores) else -np.inf
@@ -452,8 +482,8 @@ class Run:
             passes.append(candidates(self._vectors(kind), anchors, floors))
         return reduce(DataFrame.unionByName, passes)
 
-    def _allowed(self, rows: DataFrame) -> dict[int, pa.Table]:
-        """By segment the allowed ones of `rows` (segment, user_id, score), in no order: user_id, score, the marks."""
+    def _allowed(self, rows: DataFrame) -> dict[int, Candidates]:
+        """By segment the allowed ones of `rows` (segment, user_id, score)."""
         words = self._lists.words
         bits = {number: deciding(self._lists, rules) for number, rules in self._rules.items()}
         schema = ", ".join(["segment int", *(f"{name} bigint" for name in next(iter(bits.values())))])
@@ -463,10 +493,12 @@ class Run:
         allowed.select("segment", "user_id", "score", *words).write.parquet(str(self._staging.shared / "candidates"))
         found = ds.dataset(self._staging.from_tasks("candidates"), format="parquet").to_table()
         segments = found["segment"].to_numpy()
-        found = found.drop_columns("segment").take(pa.array(np.argsort(segments, kind="stable"))).combine_chunks()
-        numbers, counts = np.unique(segments, return_counts=True)
-        starts = np.cumsum(counts) - counts
-        return {int(n): found.slice(start, count) for n, start, count in zip(numbers, starts, counts, strict=True)}
+        ids, scores = found["user_id"].combine_chunks(), pc.fill_null(found["score"], 0.0).to_numpy()
+        marks = np.column_stack([found[word].to_numpy() for word in words])
+        order = np.argsort(segments, kind="stable")
+        numbers, starts = np.unique(segments[order], return_index=True)
+        parts = zip(numbers, np.split(order, starts)[1:], strict=True)  # before the first start there is nothing
+        return {int(number): Candidates(ids, scores, marks, part) for number, part in parts}
 
     # ---- the driver: who is taken
 
@@ -487,11 +519,14 @@ class Run:
     def _walk(self, export: Export) -> Taken | None:
         """The segment's members among its candidates; None where there are too few, and may be more below the floor."""
         segment = export.segment
-        rows = self._candidates.get(export.number, _NOBODY).sort_by([("score", "descending"), ("user_id", "ascending")])
-        ids = rows["user_id"].combine_chunks()
-        excluded = pa.concat_arrays([pa.array([], pa.string()), *(self._members(name) for name in segment.exclude)])
-        too_often = self._too_often(export, rows)
-        is_excluded = pc.is_in(ids, value_set=excluded).to_numpy(zero_copy_only=False) & ~too_often
+        found = self._candidates.get(export.number, _NOBODY)
+        rows = found.best_first()
+        ids, scores = found.ids.take(pa.array(rows)), found.scores[rows]
+        too_often = self._too_often(export, ids, found.marks[rows])
+        is_excluded = np.zeros(len(rows), np.bool_)
+        if segment.exclude:
+            excluded = pa.concat_arrays([self._members(name) for name in segment.exclude])
+            is_excluded = pc.is_in(ids, value_set=excluded).to_numpy(zero_copy_only=False) & ~too_often
         kept, seen = np.flatnonzero(~too_often & ~is_excluded), len(rows)
         if segment.size is not None and len(kept) >= segment.size:
             kept = kept[: segment.size]
@@ -499,34 +534,32 @@ class Run:
         elif segment.size is not None and self._floors[export.number] > -np.inf:
             return None
         members = ids.take(pa.array(kept))
-        scores = rows["score"].to_numpy()[kept] if segment.scored else np.empty(0, np.float32)
-        control = held_back(segment, members.to_pylist())
+        control = held_back(segment, members)
         out = int(too_often[:seen].sum()), int(is_excluded[:seen].sum())
-        return Taken(members, scores, control, self._told(export, len(members), int(control.sum()), *out))
+        told = self._told(export, len(members), int(control.sum()), *out)
+        return Taken(members, scores[kept] if segment.scored else np.empty(0, np.float32), control, told)
 
-    def _too_often(self, export: Export, rows: pa.Table) -> Flags:
+    def _too_often(self, export: Export, ids: pa.Array, marks: npt.NDArray[np.int64]) -> Flags:
         """Whom the exports of this run, with those in the log, bring to the limit; the log alone is Spark's part."""
         limit = export.segment.at_most
-        if limit is None or not self._exported or not len(rows):
-            return np.zeros(len(rows), np.bool_)
-        words = [rows[word].to_numpy().astype(np.int64) for word in self._lists.words]
-        marked = Marked(np.column_stack(words))
+        if limit is None or not self._exported or not len(ids):
+            return np.zeros(len(ids), np.bool_)
+        marked = Marked(marks)
         of_log = sum(marked.has(mark).astype(np.int64) for mark in self._rules[export.number].exported)
-        of_run = np.array([self._exported[user] for user in rows["user_id"].to_pylist()], np.int64)
+        of_run = np.array([self._exported[user] for user in texts(ids)], np.int64)
         return np.asarray((of_run > 0) & (of_run + of_log >= limit.exports))
 
     def _told(self, export: Export, taken: int, control: int, too_often: int, excluded: int) -> dict[str, Any]:
         segment = export.segment
-        nobody = Marked(np.zeros((0, len(self._lists.words)), np.int64)), np.zeros(0, np.int64)
-        marked, users = self._counts.get(_EVERYONE if segment.scored else export.number, nobody)
+        begun_with = self._everyone if segment.scored else self._counts.get(export.number, self._everyone.of_nobody())
         removed: Counter[str] = Counter()  # in the order of the rules
-        for name, out in marked.left_out(self._rules[export.number]):
-            removed[name] += int(users[out].sum())
+        for name, out in begun_with.marked.left_out(self._rules[export.number]):
+            removed[name] += int(begun_with.users[out].sum())
         if segment.at_most is not None:
             removed[limit_name(segment.at_most)] += too_often
         if segment.exclude:
             removed[f"member of {', '.join(segment.exclude)}"] = excluded
-        total = int(users.sum())
+        total = begun_with.total
         if segment.scored:
             # Who has a zero vector is like nobody, and comes after all others.
             cut = (
@@ -554,7 +587,7 @@ class Run:
         for export in self._pending:
             taken, segment = self._taken[export.name], export.segment
             exported = pa.array(~taken.control)
-            ids = taken.ids.filter(exported).to_pylist()
+            ids = taken.ids.filter(exported)
             scores = taken.scores[~taken.control] if segment.scored else None
             with delivered(place_of(self._runtime, segment), self._staging.local) as folder:
                 manifest = {
@@ -627,10 +660,9 @@ class Run:
         found = members.unionByName(everyone).join(acted, "user_id").groupBy("segment", "vertical").count().collect()
         users = {(row["segment"], row["vertical"]): row["count"] for row in found}
         verticals = sorted({vertical for _, vertical in users})
-        total = int(self._counts[_EVERYONE][1].sum())
         return {
             name: [
-                Share(v, users.get((name, v), 0) / max(len(taken.ids), 1), users.get(("", v), 0) / total)
+                Share(v, users.get((name, v), 0) / max(len(taken.ids), 1), users.get(("", v), 0) / self._everyone.total)
                 for v in verticals
             ]
             for name, taken in self._taken.items()

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import hmac
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from base64 import b64encode
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,13 +26,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pandas.util import hash_array
 from pyarrow import csv, fs
 
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, published
 from jobs.runtime import Runtime
 from jobs.segments import Segment
-from spark_udfs.keyed import digests, hashed
+from spark_udfs.keyed import hashed
 from training.urls import local_path
 
 KEY = "TRAILVEC_EXPORT_KEY"
@@ -49,13 +52,22 @@ def export_key() -> bytes:
     return key.encode()
 
 
-def held_back(segment: Segment, users: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """Whom the control group holds: a hash of user and group decides, so that it is the same in every run."""
+def held_back(segment: Segment, users: pa.Array) -> npt.NDArray[np.bool_]:
+    """Whom the control group holds: pandas' keyed hash (SipHash-2-4, mixed) of the user under the group's own key
+    decides, so that it is the same in every run, and no group tells of another. (An HMAC of each member took as long as
+    the files.)"""
     if not segment.control_share:
         return np.zeros(len(users), np.bool_)
-    key, limit = export_key(), int(segment.control_share * 2**64).to_bytes(8, "big")
-    group = f"control\0{segment.control_group or segment.name}\0"
-    return np.array([digest[:8] < limit for digest in digests(key, (group + user for user in users))], np.bool_)
+    group = f"control\0{segment.control_group or segment.name}"
+    key = b64encode(hmac.digest(export_key(), group.encode(), "sha256"))[:16].decode()  # pandas asks for 16 characters
+    hashes = hash_array(texts(users), encoding="utf8", hash_key=key, categorize=False)
+    return np.asarray(hashes < np.uint64(int(segment.control_share * 2**64)))
+
+
+def texts(users: pa.Array) -> npt.NDArray[np.object_]:
+    """The ids as Python's strings, in a tenth of the time of `to_pylist`."""
+    found: npt.NDArray[np.object_] = users.to_numpy(zero_copy_only=False)
+    return found
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -70,13 +82,13 @@ def file_digest(path: Path) -> str:
 
 
 def write_parts(
-    folder: Path, segment: Segment, ids: Sequence[str], scores: npt.NDArray[np.float32] | None
+    folder: Path, segment: Segment, ids: pa.Array, scores: npt.NDArray[np.float32] | None
 ) -> list[dict[str, Any]]:
     """Writes the rows, best first, to the segment's files; what each file holds.
 
     There is always a first part, so that whoever loads an empty segment still finds its columns.
     """
-    shown = hashed(export_key(), ids) if segment.user_ids == "hashed" else ids
+    shown = hashed(export_key(), texts(ids)) if segment.user_ids == "hashed" else ids
     ranks = np.arange(1, len(ids) + 1, dtype=np.int32)
     values = {"user_id": shown, "score": scores, "rank": ranks}
     names = segment.exported_columns

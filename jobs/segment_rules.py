@@ -42,14 +42,22 @@ class Lists:
         self._frames: list[DataFrame] = []
 
     def mark(self, name: str, read: Callable[[], DataFrame | list[str]]) -> int:
-        """The mark of the list of that name, which is read now where it is new."""
+        """The mark of the list of that name, which is read now where it is new.
+
+        Args:
+            read: gives user ids, or rows with a user_id and maybe `holds`, boolean: a list doesn't hold a user of whom
+                a row says so.
+        """
         if name not in self._marks:
             self._marks[name] = len(self._marks)
             users = read()
             if isinstance(users, list):
                 self._texts.append(pd.DataFrame({"user_id": pd.Series(users, dtype="str"), "mark": self._marks[name]}))
             else:
-                self._frames.append(users.select("user_id", F.lit(self._marks[name]).alias("mark")))
+                holds = F.col("holds") if "holds" in users.columns else F.lit(True)
+                self._frames.append(
+                    users.select("user_id", F.lit(self._marks[name]).alias("mark"), holds.alias("holds"))
+                )
         return self._marks[name]
 
     @property
@@ -69,14 +77,17 @@ class Lists:
         texts = pd.concat([pd.DataFrame({"user_id": [], "mark": []}), *self._texts])
         frame = self._runtime.spark.createDataFrame(
             texts.astype({"user_id": "object", "mark": "int32"}), "user_id string, mark int"
-        )
+        ).withColumn("holds", F.lit(True))
         frame = reduce(DataFrame.unionByName, self._frames, frame)
         # No arrays: Spark makes each row's apart, and sorts rows for it. Whole numbers it hashes and compares.
         bit = f"shiftleft(1L, mark % {_BITS})"
-        words = [
-            F.bit_or(F.expr(f"IF(mark DIV {_BITS} = {word}, {bit}, 0L)")).alias(name)
-            for word, name in enumerate(self.words)
-        ]
+        words = []
+        for word, name in enumerate(self.words):
+            said, denied = (
+                F.bit_or(F.expr(f"IF({holds} AND mark DIV {_BITS} = {word}, {bit}, 0L)"))
+                for holds in ("holds", "NOT holds")
+            )
+            words.append(said.bitwiseAND(F.bitwise_not(denied)).alias(name))
         return frame.groupBy("user_id").agg(*words)
 
 
@@ -115,15 +126,14 @@ def read_consents(runtime: Runtime) -> DataFrame:
 
 
 def consenting(consents: DataFrame, purpose: str, path: Path) -> DataFrame:
-    """The users all of whose rows say yes to the purpose."""
+    """user_id, holds: what each row says of the purpose. A user all of whose rows say yes agrees."""
     if missing := {"user_id", purpose} - set(consents.columns):
         raise TrailvecError(
             f"{path} asks for the consent {purpose!r}: export.consent has no column {', '.join(sorted(missing))} "
             f"(found {', '.join(consents.columns)}): correct one of them"
         )
     said = F.coalesce(F.col(f"`{purpose.replace('`', '``')}`").cast("boolean"), F.lit(False))
-    agreed = consents.select(F.col("user_id").cast("string"), said.alias("said")).groupBy("user_id")
-    return agreed.agg(F.bool_and("said").alias("said")).where("said").select("user_id")
+    return consents.select(F.col("user_id").cast("string"), said.alias("holds"))
 
 
 class Rule(NamedTuple):
@@ -231,3 +241,26 @@ class Marked:
     def allowed(self, rules: Rules) -> Flags:
         out = [np.zeros(len(self._words), np.bool_), *(flags for _, flags in self.left_out(rules))]
         return np.asarray(~np.any(out, axis=0))
+
+    def __getitem__(self, rows: Flags) -> Marked:
+        return Marked(self._words[rows])
+
+
+class Combinations(NamedTuple):
+    """The combinations of marks that some users have, and how many `users` have each, [combinations]."""
+
+    marked: Marked
+    users: npt.NDArray[np.int64]
+
+    @property
+    def total(self) -> int:
+        return int(self.users.sum())
+
+    def of(self, mark: int) -> Combinations:
+        """Those with the mark."""
+        there = self.marked.has(mark)
+        return Combinations(self.marked[there], self.users[there])
+
+    def of_nobody(self) -> Combinations:
+        nobody = np.zeros(len(self.users), np.bool_)
+        return Combinations(self.marked[nobody], self.users[nobody])

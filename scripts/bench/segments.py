@@ -131,11 +131,12 @@ control_share = 0.05
     return paths
 
 
-def members_of(runtime: Runtime) -> dict[str, list[str]]:
+def members_of(runtime: Runtime) -> dict[str, pa.Array]:
     """By segment who was exported, in the order of the log."""
     rows = DeltaTable(runtime.path(EXPORTS)).to_pyarrow_table(columns=["segment", "user_id", "is_control"])
-    rows = rows.filter(pc.invert(rows["is_control"])).group_by("segment").aggregate([("user_id", "list")])
-    return dict(zip(rows["segment"].to_pylist(), rows["user_id_list"].to_pylist(), strict=True))
+    rows = rows.filter(pc.invert(rows["is_control"]))
+    names = rows["segment"].unique().to_pylist()
+    return {name: rows.filter(pc.equal(rows["segment"], name))["user_id"].combine_chunks() for name in names}
 
 
 def dropped(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -197,7 +198,7 @@ def main() -> None:
         shutil.rmtree(out, ignore_errors=True)
         for segment, _ in read_segments(paths):
             (out / segment.name).mkdir(parents=True)
-            ids = members.get(segment.name, [])
+            ids = members.get(segment.name, pa.array([], pa.string()))
             write_parts(out / segment.name, segment, ids, np.linspace(1, 0, len(ids), dtype=np.float32))
         logged.write.format("delta").mode("overwrite").save(str(out / "log"))
 

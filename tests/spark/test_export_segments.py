@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import gzip
 import hashlib
@@ -317,8 +318,46 @@ def write_segments(folder: Path, texts: dict[str, str]) -> list[str]:
 
 
 def control_of(user: str, group: str, share: float) -> bool:
-    digest = hmac.new(SECRET.encode(), f"control\0{group}\0{user}".encode(), hashlib.sha256).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64 < share
+    digest = hmac.new(SECRET.encode(), f"control\0{group}".encode(), hashlib.sha256).digest()
+    value = siphash(base64.b64encode(digest)[:16], user.encode())
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # pandas mixes it, as SplitMix64 ends
+        value = (value ^ value >> shift) * factor % 2**64
+    return (value ^ value >> 31) / 2**64 < share
+
+
+def siphash(key: bytes, text: bytes) -> int:
+    """SipHash-2-4 as Aumasson and Bernstein wrote it down (2012)."""
+    word = 2**64 - 1
+    halves = [int.from_bytes(key[start : start + 8], "little") for start in (0, 8)]
+    begun = (0x736F6D6570736575, 0x646F72616E646F6D, 0x6C7967656E657261, 0x7465646279746573)
+    v = [of ^ halves[n % 2] for n, of in enumerate(begun)]
+
+    def turned(value: int, bits: int) -> int:
+        return (value << bits | value >> (64 - bits)) & word
+
+    def rounds(count: int) -> None:
+        for _ in range(count):
+            v[0], v[2] = (v[0] + v[1]) & word, (v[2] + v[3]) & word
+            v[1], v[3] = turned(v[1], 13) ^ v[0], turned(v[3], 16) ^ v[2]
+            v[0] = turned(v[0], 32)
+            v[2], v[0] = (v[2] + v[1]) & word, (v[0] + v[3]) & word
+            v[1], v[3] = turned(v[1], 17) ^ v[2], turned(v[3], 21) ^ v[0]
+            v[2] = turned(v[2], 32)
+
+    text += bytes(-(len(text) + 1) % 8) + bytes([len(text) % 256])
+    for start in range(0, len(text), 8):
+        m = int.from_bytes(text[start : start + 8], "little")
+        v[3] ^= m
+        rounds(2)
+        v[0] ^= m
+    v[2] ^= 0xFF
+    rounds(4)
+    return v[0] ^ v[1] ^ v[2] ^ v[3]
+
+
+def test_siphash_gives_what_its_paper_says() -> None:
+    """The example of appendix A, so that the oracle is one."""
+    assert siphash(bytes(range(16)), bytes(range(15))) == 0xA129CA6149BE45E5
 
 
 def best(scores: dict[str, float], size: int) -> list[str]:
@@ -480,7 +519,7 @@ def test_a_floor_that_was_too_high_is_lowered(shop: Runtime, tmp_path: Path, mon
 def test_how_often_a_user_is_exported(shop: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most twice in three days, over the log and over the segments of a run; who is held back got nothing."""
     asked = {"a": ["ann", "bob", "cat", "nil"], "b": ["ann"], "c": ["ann", "bob", "cat", "nil"]}
-    held_back = [user for user in asked["a"] if control_of(user, "g", 0.3)]
+    held_back = [user for user in asked["a"] if control_of(user, "n", 0.3)]
     assert len(held_back) == 1
     query = "SELECT user_id FROM user_embeddings WHERE user_id IN ('{}')"
     texts = {name: f'sql = "{query}"\n'.format("', '".join(users)) for name, users in asked.items()}
@@ -488,7 +527,7 @@ def test_how_often_a_user_is_exported(shop: Runtime, tmp_path: Path, monkeypatch
     paths = write_segments(
         tmp_path,
         {
-            "a": 'control_share = 0.3\ncontrol_group = "g"\n' + texts["a"],
+            "a": 'control_share = 0.3\ncontrol_group = "n"\n' + texts["a"],
             "b": limit + texts["b"],
             "c": limit + texts["c"],
         },
