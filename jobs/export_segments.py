@@ -488,7 +488,8 @@ class Run:
         bits = {number: deciding(self._lists, rules) for number, rules in self._rules.items()}
         schema = ", ".join(["segment int", *(f"{name} bigint" for name in next(iter(bits.values())))])
         of_segment = self._runtime.spark.createDataFrame([(n, *of.values()) for n, of in bits.items()], schema)
-        allowed = self._marked(rows.join(F.broadcast(of_segment), "segment")).where(allows(self._lists))
+        # The bits of its segment come to a row after the shuffle, not before.
+        allowed = self._marked(rows).join(F.broadcast(of_segment), "segment").where(allows(self._lists))
         remove_tree(self._staging.shared / "candidates")
         allowed.select("segment", "user_id", "score", *words).write.parquet(str(self._staging.shared / "candidates"))
         found = ds.dataset(self._staging.from_tasks("candidates"), format="parquet").to_table()
@@ -616,14 +617,15 @@ class Run:
             taken = self._taken[export.name]
             count = len(taken.ids)
             columns = {
-                "export_id": pa.array([export.id] * count, pa.string()),
-                "segment": pa.array([export.name] * count, pa.string()),
+                "export_id": pa.repeat(export.id, count),
+                "segment": pa.repeat(export.name, count),
                 "user_id": taken.ids,
                 "is_control": pa.array(taken.control),
-                "exported_at": pa.array([self._now] * count, pa.timestamp("us", "UTC")),
-                "model_version": pa.array([self._version] * count, pa.string()),
+                "exported_at": pa.repeat(pa.scalar(self._now, pa.timestamp("us", "UTC")), count),
+                "model_version": pa.repeat(self._version, count),
             }
-            pq.write_table(pa.table(columns), folder / f"{export.number:05d}.parquet")
+            same = ["export_id", "segment", "model_version"]  # a dictionary of ids, no two of which are, only costs
+            pq.write_table(pa.table(columns), folder / f"{export.number:05d}.parquet", use_dictionary=same)
         rows = self._runtime.spark.read.parquet(self._staging.to_tasks("log"))
         logged = [row["export_id"] for row in there]
         if len(logged) < len(of_run):
