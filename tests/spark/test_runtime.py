@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
+from zipimport import zipimporter
 
+import pyarrow as pa
 import pytest
 from delta.tables import DeltaTable
 from pyspark.errors import AnalysisException
@@ -181,3 +184,22 @@ def test_a_commit_that_another_job_makes_at_that_moment_is_kept(
     monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: shutil.copy(commit, path.parent))
     runtime.create(CONTEXT_VALUES)
     assert (log / commit.name).read_text() == commit.read_text()
+
+
+def test_a_worker_reads_no_directory_of_a_zip_before_each_task(spark: SparkSession) -> None:
+    def zips(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        import spark_udfs.ragged  # noqa: F401 - as each of our functions brings it
+
+        for _ in batches:
+            pass
+        import wave  # noqa: F401 - and what lies last on the path
+
+        import pyspark.rddsampler  # noqa: F401 - what is not loaded yet is still found
+
+        places = [place for place, of in sys.path_importer_cache.items() if isinstance(of, zipimporter)]
+        yield pa.RecordBatch.from_arrays([pa.array([f"{places} {sys.path}"])], ["places"])
+
+    ((said,),) = spark.range(1, numPartitions=1).mapInArrow(zips, "places string").collect()
+    found, path = said.split("] [")
+    assert "spark-core" not in path
+    assert [place for place in found.split(", ") if "py4j" in place or "spark-core" in place] == []
