@@ -88,7 +88,8 @@ class Lists:
                 for holds in ("holds", "NOT holds")
             )
             words.append(said.bitwiseAND(F.bitwise_not(denied)).alias(name))
-        return frame.groupBy("user_id").agg(*words)
+        # Hardly a user is twice in one part of a list: to gather them before the shuffle costs, and spares nothing.
+        return frame.repartition("user_id").groupBy("user_id").agg(*words)
 
 
 def read_users(runtime: Runtime, users: UserList, path: Path) -> DataFrame | list[str]:
