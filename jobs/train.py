@@ -233,7 +233,8 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
         old = read_about(runtime.model_dir(base))
         check_growth(base, ModelSpec.model_validate(old["spec"]), model)
         files["train"] = rows_since(runtime, old, _rows_folder(runtime, version, staging))
-        settings = settings.model_copy(update={"epochs": settings.warm_epochs})
+        rate = settings.learning_rate * settings.warm_rate
+        settings = settings.model_copy(update={"epochs": settings.warm_epochs, "learning_rate": rate})
     rows = count_rows(files["train"])
     if not rows:
         raise TrailvecError(

@@ -1,5 +1,6 @@
 """What runs inside an executor's Python or inside SQL. Pure Arrow/numpy functions; the UDF around one is two lines."""
 
+import gc
 import sys
 from pathlib import PurePath
 
@@ -21,3 +22,4 @@ def forget_zips() -> None:
 
 if {"pyspark.worker", "py4j"} <= sys.modules.keys():
     forget_zips()
+    gc.freeze()  # after each task it collects garbage: not by looking through all that Python, pandas and Arrow are made of

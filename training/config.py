@@ -106,6 +106,9 @@ class TrainSettings(Section):
         False, description="go on from the current model, over the rows of users who acted since it was trained"
     )
     warm_epochs: int = Field(1, ge=1, description="the epochs of a warm start")
+    warm_rate: float = Field(
+        0.1, gt=0, description="of the learning rate in a warm start: a full one shakes off what the model knows"
+    )
     seed: int = Field(0, ge=0)
     launcher: Literal["local", "spark"] = Field(
         "local",

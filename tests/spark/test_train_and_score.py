@@ -333,6 +333,8 @@ def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
         assert [epoch["rows_by_rank"] for epoch in about["training"]["epochs"]] == [[30]]
         assert about["as_of"] == "2024-06-10T00:00:00.000000"
     assert report.skipped
+    settings = RunSpec.model_validate_json((runtime.model_dir() / "run.json").read_text()).settings
+    assert (settings.epochs, settings.learning_rate) == (1, pytest.approx(0.02 * 0.1))
     assert not (runtime.model_dir() / "rows").exists()
 
     wider = Runtime(make_config(tmp_path / "root", *sets, "train.width=32"), trained.spark)
