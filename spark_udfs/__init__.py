@@ -22,4 +22,4 @@ def forget_zips() -> None:
 
 if {"pyspark.worker", "py4j"} <= sys.modules.keys():
     forget_zips()
-    gc.freeze()  # after each task it collects garbage: not by looking through all that Python, pandas and Arrow are made of
+    gc.freeze()  # after each task a worker looks for garbage: not through all that Python and pandas are made of
