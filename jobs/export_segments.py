@@ -305,6 +305,7 @@ class Run:
             for export in pending
         }
         self._lists, self._marks = lists, lists.of_users().persist()
+        runtime.on_progress("who may be exported")
         self._listed = self._combinations(self._marks)
         self._everyone = self._listed.of(has_vector)
         self._counts: dict[int, Combinations] = {}
