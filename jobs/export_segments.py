@@ -524,7 +524,7 @@ class Run:
         found = self._candidates.get(export.number, _NOBODY)
         rows = found.best_first()
         ids, scores = found.ids.take(pa.array(rows)), found.scores[rows]
-        too_often = self._too_often(export, ids, found.marks[rows])
+        too_often = self._too_often(export, ids, found.marks, rows)
         is_excluded = np.zeros(len(rows), np.bool_)
         if segment.exclude:
             excluded = pa.concat_arrays([self._members(name) for name in segment.exclude])
@@ -541,12 +541,15 @@ class Run:
         told = self._told(export, len(members), int(control.sum()), *out)
         return Taken(members, scores[kept] if segment.scored else np.empty(0, np.float32), control, told)
 
-    def _too_often(self, export: Export, ids: pa.Array, marks: npt.NDArray[np.int64]) -> Flags:
-        """Whom the exports of this run, with those in the log, bring to the limit; the log alone is Spark's part."""
+    def _too_often(
+        self, export: Export, ids: pa.Array, marks: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+    ) -> Flags:
+        """Which of `ids`, whose marks are those of `rows`, the exports of this run, with those in the log, bring to the
+        limit; the log alone is Spark's part."""
         limit = export.segment.at_most
         if limit is None or not self._exported or not len(ids):
             return np.zeros(len(ids), np.bool_)
-        marked = Marked(marks)
+        marked = Marked(marks[rows])
         of_log = sum(marked.has(mark).astype(np.int64) for mark in self._rules[export.number].exported)
         of_run = np.array([self._exported[user] for user in texts(ids)], np.int64)
         return np.asarray((of_run > 0) & (of_run + of_log >= limit.exports))

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyspark.sql import DataFrame
 
-from spark_udfs.topk import Metric, Vectors
+from spark_udfs.topk import PAIRS_AT_ONCE, Metric, Vectors
 from spark_udfs.vectors import inner_product, norm
 
 Method = Literal["nearest_seed", "tastes", "classifier"]
@@ -27,7 +27,6 @@ Rows = npt.NDArray[np.int64]
 
 _ANCHORS_AT_ONCE = 1024  # of several segments, in one product
 _PRODUCTS_AT_ONCE = 1 << 20  # 4 MB: stays in the processor's cache
-_PAIRS_AT_ONCE = 1 << 11  # 1 MB of float64 a side at 64 numbers: likewise
 _RIDGE = 0.1  # of the classifier, over standardised coordinates
 
 
@@ -137,8 +136,8 @@ class _Group(NamedTuple):
         """The score of each pair of a user (a row of `users`) and an anchor: vector_cosine_similarity's float64
         operations in its order, but for the lengths, which are not worked out for each pair."""
         scores = np.empty(len(rows), np.float32)
-        for start in range(0, len(rows), _PAIRS_AT_ONCE):
-            row, anchor = rows[start : start + _PAIRS_AT_ONCE], anchors[start : start + _PAIRS_AT_ONCE]
+        for start in range(0, len(rows), PAIRS_AT_ONCE):
+            row, anchor = rows[start : start + PAIRS_AT_ONCE], anchors[start : start + PAIRS_AT_ONCE]
             products = inner_product(users[row], self.vectors[anchor])
             if self.metric == "cosine":
                 products /= lengths[row] * self.lengths[anchor]
