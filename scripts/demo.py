@@ -133,13 +133,16 @@ def show_users(runtime: Runtime, model: str) -> None:
 
 def show_places(runtime: Runtime, model: str) -> None:
     title("Where things lie")
-    screen.print(f"tables   {runtime.root / 'tables'}   (trailvec tables --conf conf/local.toml)")
-    screen.print(f"model    {runtime.models / model}")
-    screen.print(f"page     {runtime.models / model / PAGE}   (open it in a browser)")
+    lines = [
+        f"tables   {runtime.root / 'tables'}   (trailvec tables --conf conf/local.toml)",
+        f"model    {runtime.models / model}",
+        f"page     {runtime.models / model / PAGE}   (open it in a browser)",
+    ]
     for manifest in sorted(runtime.exports.glob("*/manifest.json")):
         exported = json.loads(manifest.read_text())["counts"]["exported"]
-        screen.print(f"segment  {manifest.parent}   ({exported:,} users, ids hashed)")
-    screen.print('\nNext: [bold].venv/bin/trailvec sql --conf conf/local.toml "SELECT * FROM items LIMIT 5"[/]')
+        lines.append(f"segment  {manifest.parent}   ({exported:,} users, ids hashed)")
+    lines.append('\nNext: [bold].venv/bin/trailvec sql --conf conf/local.toml "SELECT * FROM items LIMIT 5"[/]')
+    screen.print("\n".join(lines), soft_wrap=True)  # who copies a path or a command wants it whole
 
 
 if __name__ == "__main__":
