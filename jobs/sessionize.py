@@ -66,7 +66,8 @@ def find_splits(events: DataFrame, settings: SessionizeSettings, every: int) -> 
     from the few columns that the rules read: a split is exact whoever is found.
     """
     step = max(1, every // 100)  # of a user with `every` events about a hundred are looked at
-    some = events.select("user_id").where(F.monotonically_increasing_id() % step == 0)
+    # A column first: Delta takes a condition that names none for one over its files, and leaves most of them out.
+    some = events.select("user_id", F.monotonically_increasing_id().alias("place")).where(F.col("place") % step == 0)
     heavy = [row["user_id"] for row in some.groupBy("user_id").count().where(F.col("count") > every / step).collect()]
     if not heavy:
         return []

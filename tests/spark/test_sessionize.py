@@ -124,6 +124,16 @@ def test_a_run_without_an_end_is_parted_too(spark: SparkSession) -> None:
     assert {r["part"]: r["count"] for r in numbers} == {0: 56, 1: 56, 2: 56, 3: 32}
 
 
+def test_users_of_many_events_are_found_in_a_table_of_many_files(make_runtime: Callable[..., Runtime]) -> None:
+    # Of every second event there are 125 of this user, where more than 100 are looked for; in half of the files 62.
+    frame = to_frame(make_runtime().spark, [event(f"e{n:03}", "u1", n) for n in range(250)])
+    runtime = make_runtime()
+    put(runtime, EVENTS, frame.repartitionByRange(10, "event_id"))
+    assert len(runtime.latest(EVENTS).inputFiles()) == 10
+    splits = sessionize.find_splits(runtime.latest(EVENTS), SessionizeSettings(max_events=50), 200)
+    assert [split.event_id for split in splits] == ["e200"]
+
+
 def test_a_session_keeps_its_id_when_the_other_users_change(spark: SparkSession) -> None:
     mine = [event(f"m{n}", "me", n) for n in range(3)]
     alone = rows(sessionize.sessionize(to_frame(spark, mine), SessionizeSettings()))
