@@ -1,11 +1,7 @@
 """export_segments: user_embeddings (and what the segments' lists and queries read) → files of each segment, exports.
 
 A segment is a small TOML file (jobs/segments.py says what may stand in it; conf/segments/ has examples). All segments
-of a run share one pass over the vectors (spark_udfs/likeness.py). Where a segment takes the best `size`, the pass gives
-the users above a floor, which a hash sample of the users sets a little too low; where it was still too high, the
-segment's pass is repeated with a lower one. So the result is exact, and it depends on no partitioning: ties go to the
-smaller user id. Spark leaves out whom a list decides about (jobs/segment_rules.py). The driver sorts what is left,
-somewhat more than the members of all segments, and takes these from the highest score on.
+of a run share one pass over the vectors: jobs/segment_members.py says who is taken.
 
 A segment's folder holds its parts, report.html and manifest.json. It takes the place of the last export only when it is
 whole (a `destination` on an object store: the manifest is deleted first and written last). The same input gives the
@@ -21,89 +17,43 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import datetime, timezone
-from functools import cache, reduce
+from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
-from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
-from jobs.files import HadoopPath, Place, fetch
 from jobs.runtime import Runtime, Stage, code_version, write_json
 from jobs.segment_files import (
     MANIFEST,
     REPORT,
+    Staging,
     delivered,
     export_key,
     file_digest,
-    held_back,
+    laid_down,
     place_of,
     read_manifest,
-    texts,
     write_parts,
 )
+from jobs.segment_members import Export, Selection, rows_of_model
 from jobs.segment_report import Share, page
-from jobs.segment_rules import (
-    Combinations,
-    Flags,
-    Lists,
-    Marked,
-    allows,
-    deciding,
-    limit_name,
-    read_consents,
-    rules_of,
-)
-from jobs.segments import Affinity, Segment, SegmentFile, Vectors, read_segments
-from jobs.sql import query
+from jobs.segments import SegmentFile, Vectors, read_segments
 from jobs.tables import CURRENT_MODEL, EXPORTS, ITEM_EMBEDDINGS, ITEMS, SESSIONS, TABLES, USER_EMBEDDINGS, USER_PROFILES
 from spark_udfs.keyed import hashed
-from spark_udfs.likeness import Anchors, Scorer, anchors_of, candidates
-from training.stores import remove_tree
 
-_SAMPLE = 50_000  # users, about, whose scores set the floors: more of them are fewer who travel in vain
-_OTHERS = 5_000  # of them who stand for everybody else in a classifier: a weight for each of some 64 numbers
 _BINS = 20  # of the histogram of scores
 
 
 # ---- which exports, and which of them are there ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Export:
-    """One segment of the run.
-
-    Attributes:
-        number: its place in the run's order; what Spark knows it by.
-        vectors: which of a user's vectors give the score, where there is one.
-        id: a hash of all that decides about its members; in the log, and in the manifest.
-    """
-
-    number: int
-    segment: Segment
-    path: Path
-    vectors: Vectors
-    id: str
-
-    @property
-    def name(self) -> str:
-        return self.segment.name
 
 
 def _exports(runtime: Runtime, now: datetime) -> list[Export]:
@@ -111,7 +61,9 @@ def _exports(runtime: Runtime, now: datetime) -> list[Export]:
     version = runtime.current_model()
     versions = {t.name: runtime.changed_version(t) for t in TABLES if t != EXPORTS and runtime.exists(t)}
     digest_of = cache(file_digest)  # many segments name the same lists
-    with_profiles = USER_PROFILES.name in versions and not _of_model(runtime.latest(USER_PROFILES), version).isEmpty()
+    with_profiles = (
+        USER_PROFILES.name in versions and not rows_of_model(runtime.latest(USER_PROFILES), version).isEmpty()
+    )
     found: dict[str, Export] = {}
     for number, file in enumerate(read_segments(runtime.config.export.segments)):
         others = [found[name].id for name in (*file.segment.include, *file.segment.exclude)]
@@ -164,10 +116,6 @@ def _facts(
     return facts
 
 
-def _of_model(rows: DataFrame, version: str) -> DataFrame:
-    return rows.where(F.col("model_version") == version)
-
-
 def _now() -> datetime:
     return datetime.now(timezone.utc)
 
@@ -186,509 +134,98 @@ def _published(runtime: Runtime, export: Export) -> dict[str, Any] | None:
     return manifest if same else None
 
 
-# ---- one run --------------------------------------------------------------------------------------------------------
+# ---- the log, the files ---------------------------------------------------------------------------------------------
 
 
-class Candidates(NamedTuple):
-    """Users who may be a segment's.
-
-    Attributes:
-        ids: string, those of other segments among them.
-        scores: float32 [ids]; 0 where there is none.
-        marks: int64 [ids, words].
-        rows: which of them are the segment's.
-    """
-
-    ids: pa.Array
-    scores: npt.NDArray[np.float32]
-    marks: npt.NDArray[np.int64]
-    rows: npt.NDArray[np.int64]
-
-    def best_first(self) -> npt.NDArray[np.int64]:
-        """`rows` from the highest score on; ties by id."""
-        order = self.rows[np.argsort(-self.scores[self.rows], kind="stable")]
-        same = np.diff(self.scores[order]) == 0
-        tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
-        if len(tied):
-            keys = pa.table({"score": self.scores[order[tied]], "id": self.ids.take(pa.array(order[tied]))})
-            by_id = pc.sort_indices(keys, [("score", "descending"), ("id", "ascending")]).to_numpy()
-            order[tied] = order[tied][by_id]
-        return order
-
-
-_NOBODY = Candidates(
-    pa.array([], pa.string()), np.empty(0, np.float32), np.empty((0, 1), np.int64), np.empty(0, np.int64)
-)
-
-
-@dataclass(frozen=True)
-class Taken:
-    """The members of a segment, from the highest score on, where there is none by id.
-
-    Attributes:
-        ids: the users, strings.
-        scores: float32 [members]; empty where the segment has none.
-        control: bool [members]: held back.
-        counts: as in the manifest.
-    """
-
-    ids: pa.Array
-    scores: npt.NDArray[np.float32]
-    control: Flags
-    counts: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Staging:
-    """What a run lays down meanwhile.
-
-    Attributes:
-        shared: where Spark's tasks write and read.
-        local: where the driver does; the same folder, where that is on a local disk.
-    """
-
-    shared: Place
-    local: Path
-
-    def to_tasks(self, name: str) -> str:
-        """A folder that the driver has filled, where tasks find it."""
-        if isinstance(self.shared, HadoopPath):
-            (self.shared / name).put(self.local / name)
-        return str(self.shared / name)
-
-    def from_tasks(self, name: str) -> Path:
-        """A folder of files that tasks have written, where the driver finds it."""
-        if isinstance(self.shared, HadoopPath):
-            remove_tree(self.local / name)
-            fetch(self.shared / name, self.local / name)
-        return self.local / name
-
-
-@contextmanager
-def _staging(runtime: Runtime) -> Iterator[Staging]:
-    shared = runtime.exports_staging
-    remove_tree(shared)
-    try:
-        if isinstance(shared, Path):
-            shared.mkdir(parents=True)
-            yield Staging(shared, shared)
-        else:
-            with TemporaryDirectory() as local:
-                yield Staging(shared, Path(local))
-    finally:
-        remove_tree(shared)
-
-
-class Run:
-    """One run of the stage over the segments that are not there yet."""
-
-    def __init__(
-        self, runtime: Runtime, exports: list[Export], pending: list[Export], staging: Staging, now: datetime
-    ) -> None:
-        self._runtime, self._exports, self._pending = runtime, exports, pending
-        self._staging, self._now = staging, now
-        self._version = runtime.current_model()
-        of_model = _of_model(runtime.read(USER_EMBEDDINGS), self._version)
-        self._users = of_model.select("user_id", "vector", "is_cold")
-        self._as_of = of_model.agg(F.date_format(F.max("as_of"), "yyyy-MM-dd'T'HH:mm:ssX")).collect()[0][0]
-        consents = read_consents(runtime) if any(e.segment.consent for e in pending) else None
-        # What this very run logged before it was killed is no earlier export.
-        runtime.create(EXPORTS)
-        self._log = runtime.latest(EXPORTS)
-        log = self._log.where(~F.col("export_id").isin([export.id for export in pending]))
-        lists = Lists(runtime)
-        has_vector = lists.mark("users", lambda: self._users)
-        self._rules = {
-            export.number: rules_of(
-                runtime, SegmentFile(export.segment, export.path), lists, consents, log=log, now=now
-            )
-            for export in pending
-        }
-        self._lists, self._marks = lists, lists.of_users().persist()
-        runtime.on_progress("who may be exported")
-        self._listed = self._combinations(self._marks)
-        self._everyone = self._listed.of(has_vector)
-        self._counts: dict[int, Combinations] = {}
-        self._seeds: dict[int, dict[str, int]] = {}
-        self._anchors: dict[int, Anchors] = {}
-        self._sample: dict[int, npt.NDArray[np.float32]] = {}  # scores of the allowed users of the sample
-        self._floors: dict[int, float] = {}
-        self._candidates: dict[int, pa.Table] = {}
-        self._taken: dict[str, Taken] = {}
-        self._logged: dict[str, pa.Array] = {}  # members of segments that this run leaves as they are
-        self._exported: Counter[str] = Counter()  # in this run, by user
-
-    def select(self) -> None:
-        """Takes the members of each segment."""
-        runtime = self._runtime
-        scored = [export for export in self._pending if export.segment.scored]
-        queried = [export for export in self._pending if export.segment.sql is not None]
-        rows = [self._asked(export) for export in queried]
-        if queried:
-            runtime.on_progress("the users whom queries name")
-            self._counts = self._count(reduce(DataFrame.unionByName, rows))
-        if scored:
-            runtime.on_progress("the seeds and a sample")
-            for vectors in sorted({export.vectors for export in scored}):
-                self._look_up(vectors, [export for export in scored if export.vectors == vectors])
-            self._floors = {export.number: self._floor(export, self._wanted(export)) for export in scored}
-            rows.append(self._pass(scored))
-        runtime.on_progress(f"the scores of {len(scored)} segments")
-        if rows:
-            self._candidates = self._allowed(reduce(DataFrame.unionByName, rows))
-        limited = any(export.segment.at_most is not None for export in self._pending)
-        for export in self._pending:
-            runtime.on_progress(f"segment {export.name}")
-            self._taken[export.name] = taken = self._take(export)
-            if limited:
-                self._exported.update(texts(taken.ids.filter(pa.array(~taken.control))))
-        self._marks.unpersist()
-
-    # ---- Spark: who comes into question
-
-    def _asked(self, export: Export) -> DataFrame:
-        """The users that a segment's query gives: segment, user_id, score (NULL)."""
-        asked = query(self._runtime, str(export.segment.sql))
-        if "user_id" not in asked.columns:
-            raise TrailvecError(f"{export.path}: its query gives {', '.join(asked.columns)}: it needs a column user_id")
-        ids = asked.select(F.col("user_id").cast("string")).distinct()
-        return _without_score(export, ids.join(self._users.select("user_id"), "user_id", "left_semi"))
-
-    def _marked(self, rows: DataFrame) -> DataFrame:
-        """The rows with the words of their user's marks."""
-        none = F.lit(0).cast("bigint")
-        words = {word: F.coalesce(word, none) for word in self._lists.words}
-        return rows.join(self._marks, "user_id", "left").withColumns(words)
-
-    def _combinations(self, marked: DataFrame) -> Combinations:
-        found = marked.groupBy(*self._lists.words).count().toPandas()
-        return Combinations(Marked(found[self._lists.words].to_numpy()), found["count"].to_numpy())
-
-    def _count(self, rows: DataFrame) -> dict[int, Combinations]:
-        """By segment the combinations of its users."""
-        words = self._lists.words
-        found = self._marked(rows.select("segment", "user_id")).groupBy("segment", *words).count().toPandas()
-        return {
-            int(str(number)): Combinations(Marked(part[words].to_numpy()), part["count"].to_numpy())
-            for number, part in found.groupby("segment")
-        }
-
-    def _vectors(self, kind: Vectors) -> DataFrame:
-        """user_id, vector, is_cold: what users are compared by."""
-        if kind == "embedding":
-            return self._users
-        # A profile says more than which items the model knows of somebody.
-        profiles = _of_model(self._runtime.latest(USER_PROFILES), self._version)
-        return profiles.select("user_id", "vector", F.lit(False).alias("is_cold"))
-
-    def _look_up(self, kind: Vectors, scored: list[Export]) -> None:
-        """The anchors of segments of one kind of vectors, and the scores of a sample of the users."""
-        sampled = F.pmod(F.xxhash64("user_id"), F.lit(max(1, self._everyone.total // _SAMPLE))) == 0
-        words = self._lists.words
-        seeds_of = [self._rules[export.number].seeds for export in scored]
-        bits = self._lists.bits(mark for mark in seeds_of if mark is not None)
-        of_seeds = [F.col(word).bitwiseAND(F.lit(bit)) != 0 for word, bit in zip(words, bits, strict=True)]
-        seeds = self._marks.where(reduce(operator.or_, of_seeds)).select("user_id", F.lit(True).alias("is_seed"))
-        chosen = self._vectors(kind).withColumn("sampled", sampled).join(F.broadcast(seeds), "user_id", "left")
-        found = self._marked(chosen.where("sampled OR is_seed")).toPandas().sort_values("user_id")
-        vectors = np.stack(found["vector"].tolist()) if len(found) else np.empty((0, 1), np.float32)
-        there = vectors.any(axis=1)
-        vectors, found = vectors[there], found[there]
-        marked = Marked(found[words].to_numpy())
-        cold, of_sample = found["is_cold"].to_numpy(np.bool_), found["sampled"].to_numpy(np.bool_)
-        of_items = self._item_anchors([export for export in scored if export.segment.affinity is not None])
-        for export in scored:
-            seeds_mark, seed_list = self._rules[export.number].seeds, export.segment.seeds
-            if seeds_mark is None or seed_list is None:
-                self._anchors[export.number] = of_items[export.number]
-                continue
-            seed = marked.has(seeds_mark)
-            count = {
-                "given": self._listed.of(seeds_mark).total,
-                "known": int(seed.sum()),
-                "cold": int((seed & cold).sum()),
+def _publish(runtime: Runtime, chosen: Selection, staging: Staging, now: datetime) -> None:
+    """Logs the members, then puts each segment's files in their place."""
+    _log_members(runtime, chosen, staging, now)
+    overlaps, verticals = _overlaps(chosen), _verticals(runtime, chosen, staging)
+    for export in chosen.pending:
+        taken, segment = chosen.taken[export.name], export.segment
+        exported = pa.array(~taken.control)
+        ids = taken.ids.filter(exported)
+        scores = taken.scores[~taken.control] if segment.scored else None
+        with delivered(place_of(runtime, segment), staging.local) as folder:
+            manifest = {
+                "segment": segment.model_dump(mode="json"),
+                "export_id": export.id,
+                "model_version": chosen.version,
+                "vectors": export.vectors if segment.scored else None,
+                "as_of": chosen.as_of,
+                "counts": taken.counts,
+                "score": None if scores is None else _spread(scores),
+                "files": write_parts(folder, segment, ids, scores),
+                "provenance": runtime.provenance(),
             }
-            self._seeds[export.number] = count | {"unknown": count["given"] - count["known"]}
-            self._refuse_seeds(export)
-            others = vectors[of_sample & ~seed]
-            # A cold seed says nothing of what it is fond of.
-            self._anchors[export.number] = anchors_of(
-                seed_list.method, vectors[seed & ~cold], others[:: -(-len(others) // _OTHERS) or 1], seed_list.tastes
-            )
-        scores = Scorer([self._anchors[export.number] for export in scored]).all(vectors)
-        for export, of_export in zip(scored, scores, strict=True):
-            allowed = of_sample & marked.allowed(self._rules[export.number])
-            self._sample[export.number] = np.sort(of_export[allowed])[::-1]
+            report = page(manifest, taken.scores, overlaps[export.name], verticals[export.name])
+            (folder / REPORT).write_text(report, encoding="utf-8")
+            write_json(folder / MANIFEST, manifest)
+        runtime.report.rows_out[export.name] = len(ids)
 
-    def _refuse_seeds(self, export: Export) -> None:
-        count = self._seeds[export.number]
-        stage = (USER_EMBEDDINGS if export.vectors == "embedding" else USER_PROFILES).stage
-        if not count["known"]:
-            raise TrailvecError(
-                f"{export.path}: none of its {count['given']:,} seeds is a user with a vector of model "
-                f"{self._version}: correct the seeds, or run `trailvec {stage}` first"
-            )
-        if count["known"] == count["cold"]:
-            raise TrailvecError(
-                f"{export.path}: all of its {count['known']:,} seeds are cold, model {self._version} knows none of "
-                f"their items: take other seeds, or train a newer model"
-            )
 
-    def _item_anchors(self, exports: list[Export]) -> dict[int, Anchors]:
-        """The vectors of the items that the segments name, read at once."""
-        if not exports:
-            return {}
-        wanted = {export.number: _is_wanted(export.segment.affinity) for export in exports if export.segment.affinity}
-        for table in (ITEMS, ITEM_EMBEDDINGS):
-            self._runtime.latest_version(table)  # says which stage makes it, where it is missing
-        items = self._runtime.latest(ITEM_EMBEDDINGS).where(F.col("model_version") == self._version)
-        named = items.join(self._runtime.latest(ITEMS).select("item_id", "vertical", "category"), "item_id", "left")
-        flags = [F.coalesce(condition, F.lit(False)).alias(f"of_{number}") for number, condition in wanted.items()]
-        rows = named.select("item_id", "vector", *flags).where(
-            reduce(operator.or_, (F.col(f"of_{number}") for number in wanted))
-        )
-        found = rows.toPandas().sort_values("item_id")
-        anchors = {}
-        for export in exports:
-            vectors = found["vector"][found[f"of_{export.number}"]].tolist()
-            if not vectors:
-                raise TrailvecError(
-                    f"{export.path}: no item of its affinity has a vector of model {self._version}: correct the items, "
-                    f"or run `trailvec embed_items` first"
-                )
-            anchors[export.number] = Anchors(np.stack(vectors), "dot")
-        return anchors
-
-    def _floor(self, export: Export, wanted: int) -> float:
-        """The score from which on there are at least `wanted` allowed users, most probably."""
-        if export.segment.threshold is not None:
-            return export.segment.threshold
-        scores = self._sample[export.number]
-        allowed = int(self._everyone.users[self._everyone.marked.allowed(self._rules[export.number])].sum())
-        expected = wanted / max(allowed, 1) * len(scores)
-        place = int(expected + 4 * np.sqrt(expected) + 4)
-        return float(scores[place]) if place < len(scores) else -np.inf
-
-    def _wanted(self, export: Export) -> int:
-        """So many allowed users are enough, unless `at_most` leaves out many."""
-        others = (other.segment.size or 0 for other in self._exports if other.name in export.segment.exclude)
-        return (export.segment.size or 0) + sum(others)
-
-    def _pass(self, exports: list[Export]) -> DataFrame:
-        passes = []
-        for kind in sorted({export.vectors for export in exports}):
-            numbers = [export.number for export in exports if export.vectors == kind]
-            anchors = {number: self._anchors[number] for number in numbers}
-            floors = {number: self._floors[number] for number in numbers}
-            passes.append(candidates(self._vectors(kind), anchors, floors))
-        return reduce(DataFrame.unionByName, passes)
-
-    def _allowed(self, rows: DataFrame) -> dict[int, Candidates]:
-        """By segment the allowed ones of `rows` (segment, user_id, score)."""
-        words = self._lists.words
-        bits = {number: deciding(self._lists, rules) for number, rules in self._rules.items()}
-        schema = ", ".join(["segment int", *(f"{name} bigint" for name in next(iter(bits.values())))])
-        of_segment = self._runtime.spark.createDataFrame([(n, *of.values()) for n, of in bits.items()], schema)
-        # The bits of its segment come to a row after the shuffle, not before.
-        allowed = self._marked(rows).join(F.broadcast(of_segment), "segment").where(allows(self._lists))
-        remove_tree(self._staging.shared / "candidates")
-        allowed.select("segment", "user_id", "score", *words).write.parquet(str(self._staging.shared / "candidates"))
-        found = ds.dataset(self._staging.from_tasks("candidates"), format="parquet").to_table()
-        segments = found["segment"].to_numpy()
-        ids, scores = found["user_id"].combine_chunks(), pc.fill_null(found["score"], 0.0).to_numpy()
-        marks = np.column_stack([found[word].to_numpy() for word in words])
-        order = np.argsort(segments, kind="stable")
-        numbers, starts = np.unique(segments[order], return_index=True)
-        parts = zip(numbers, np.split(order, starts)[1:], strict=True)  # before the first start there is nothing
-        return {int(number): Candidates(ids, scores, marks, part) for number, part in parts}
-
-    # ---- the driver: who is taken
-
-    def _take(self, export: Export) -> Taken:
-        if export.segment.include:
-            ids = pa.chunked_array([self._members(name) for name in export.segment.include], pa.string()).unique()
-            frame = self._runtime.spark.createDataFrame(pd.DataFrame({"user_id": ids.to_pandas()}), "user_id string")
-            rows = _without_score(export, frame)
-            self._counts |= self._count(rows)
-            self._candidates |= self._allowed(rows)
-        wanted = self._wanted(export)
-        while (taken := self._walk(export)) is None:
-            wanted *= 4
-            self._floors[export.number] = self._floor(export, wanted)
-            self._candidates |= self._allowed(self._pass([export]))
-        return taken
-
-    def _walk(self, export: Export) -> Taken | None:
-        """The segment's members among its candidates; None where there are too few, and may be more below the floor."""
-        segment = export.segment
-        found = self._candidates.get(export.number, _NOBODY)
-        rows = found.best_first()
-        ids, scores = found.ids.take(pa.array(rows)), found.scores[rows]
-        too_often = self._too_often(export, ids, found.marks, rows)
-        is_excluded = np.zeros(len(rows), np.bool_)
-        if segment.exclude:
-            excluded = pa.concat_arrays([self._members(name) for name in segment.exclude])
-            is_excluded = pc.is_in(ids, value_set=excluded).to_numpy(zero_copy_only=False) & ~too_often
-        kept, seen = np.flatnonzero(~too_often & ~is_excluded), len(rows)
-        if segment.size is not None and len(kept) >= segment.size:
-            kept = kept[: segment.size]
-            seen = kept[-1] + 1  # nobody looks at who follows the last one
-        elif segment.size is not None and self._floors[export.number] > -np.inf:
-            return None
-        members = ids.take(pa.array(kept))
-        control = held_back(segment, members)
-        out = int(too_often[:seen].sum()), int(is_excluded[:seen].sum())
-        told = self._told(export, len(members), int(control.sum()), *out)
-        return Taken(members, scores[kept] if segment.scored else np.empty(0, np.float32), control, told)
-
-    def _too_often(
-        self, export: Export, ids: pa.Array, marks: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
-    ) -> Flags:
-        """Which of `ids`, whose marks are those of `rows`, the exports of this run, with those in the log, bring to the
-        limit; the log alone is Spark's part."""
-        limit = export.segment.at_most
-        if limit is None or not self._exported or not len(ids):
-            return np.zeros(len(ids), np.bool_)
-        marked = Marked(marks[rows])
-        of_log = sum(marked.has(mark).astype(np.int64) for mark in self._rules[export.number].exported)
-        of_run = np.array([self._exported[user] for user in texts(ids)], np.int64)
-        return np.asarray((of_run > 0) & (of_run + of_log >= limit.exports))
-
-    def _told(self, export: Export, taken: int, control: int, too_often: int, excluded: int) -> dict[str, Any]:
-        segment = export.segment
-        begun_with = self._everyone if segment.scored else self._counts.get(export.number, self._everyone.of_nobody())
-        removed: Counter[str] = Counter()  # in the order of the rules
-        for name, out in begun_with.marked.left_out(self._rules[export.number]):
-            removed[name] += int(begun_with.users[out].sum())
-        if segment.at_most is not None:
-            removed[limit_name(segment.at_most)] += too_often
-        if segment.exclude:
-            removed[f"member of {', '.join(segment.exclude)}"] = excluded
-        total = begun_with.total
-        if segment.scored:
-            # Who has a zero vector is like nobody, and comes after all others.
-            cut = (
-                f"after the best {segment.size:,}" if segment.size is not None else f"score below {segment.threshold:g}"
-            )
-            removed[cut] = total - sum(removed.values()) - taken
-        steps = [{"rule": rule, "users": count} for rule, count in removed.items()]
-        counts = {"in": total, "removed": steps, "control": control, "exported": taken - control}
-        return counts | ({"seeds": self._seeds[export.number]} if export.number in self._seeds else {})
-
-    def _members(self, name: str) -> pa.Array:
-        """The members of a segment of the configuration; of one that this run leaves as it is, those in the log."""
-        if name not in self._taken and name not in self._logged:
-            (export,) = (export for export in self._exports if export.name == name)
-            rows = self._log.where(F.col("export_id") == export.id).select("user_id").orderBy("user_id").toPandas()
-            self._logged[name] = pa.array(rows["user_id"], pa.string())
-        return self._taken[name].ids if name in self._taken else self._logged[name]
-
-    # ---- the log, the files
-
-    def publish(self) -> None:
-        """Logs the members, then puts each segment's files in their place."""
-        self._log_members()
-        overlaps, verticals = self._overlaps(), self._verticals()
-        for export in self._pending:
-            taken, segment = self._taken[export.name], export.segment
-            exported = pa.array(~taken.control)
-            ids = taken.ids.filter(exported)
-            scores = taken.scores[~taken.control] if segment.scored else None
-            with delivered(place_of(self._runtime, segment), self._staging.local) as folder:
-                manifest = {
-                    "segment": segment.model_dump(mode="json"),
-                    "export_id": export.id,
-                    "model_version": self._version,
-                    "vectors": export.vectors if segment.scored else None,
-                    "as_of": self._as_of,
-                    "counts": taken.counts,
-                    "score": None if scores is None else _spread(scores),
-                    "files": write_parts(folder, segment, ids, scores),
-                    "provenance": self._runtime.provenance(),
-                }
-                report = page(manifest, taken.scores, overlaps[export.name], verticals[export.name])
-                (folder / REPORT).write_text(report, encoding="utf-8")
-                write_json(folder / MANIFEST, manifest)
-            self._runtime.report.rows_out[export.name] = len(ids)
-
-    def _log_members(self) -> None:
-        """One commit for all; what is there already, of a run that was killed before it published, is not added."""
-        folder = self._staging.local / "log"
-        folder.mkdir()
-        of_run = [export.id for export in self._pending]
-        there = self._log.where(F.col("export_id").isin(of_run)).select("export_id").distinct().collect()
-        for export in self._pending:
-            taken = self._taken[export.name]
-            count = len(taken.ids)
-            columns = {
-                "export_id": pa.repeat(export.id, count),
-                "segment": pa.repeat(export.name, count),
-                "user_id": taken.ids,
-                "is_control": pa.array(taken.control),
-                "exported_at": pa.repeat(pa.scalar(self._now, pa.timestamp("us", "UTC")), count),
-                "model_version": pa.repeat(self._version, count),
-            }
-            same = ["export_id", "segment", "model_version"]  # a dictionary of ids, no two of which are, only costs
-            pq.write_table(pa.table(columns), folder / f"{export.number:05d}.parquet", use_dictionary=same)
-        rows = self._runtime.spark.read.parquet(self._staging.to_tasks("log"))
-        logged = [row["export_id"] for row in there]
-        if len(logged) < len(of_run):
-            self._runtime.append(EXPORTS, rows.where(~F.col("export_id").isin(logged)))
-
-    def _overlaps(self) -> dict[str, list[Share]]:
-        """By segment: which share of its members each of the other segments holds too."""
-        from scipy.sparse import csr_matrix  # noqa: PLC0415 - a part of a second, and only this needs it
-
-        names = [export.name for export in self._exports]
-        members = [self._members(name) for name in names]
-        users = pa.concat_arrays(members).dictionary_encode().indices.to_numpy()
-        rows = np.repeat(np.arange(len(names)), [len(ids) for ids in members])
-        holds = csr_matrix(
-            (np.ones(len(users), np.int64), (rows, users)), shape=(len(names), users.max(initial=-1) + 1)
-        )
-        common = (holds @ holds.T).toarray()
-        return {
-            name: [
-                Share(other, common[row, column] / max(common[row, row], 1), None)
-                for column, other in enumerate(names)
-                if column != row
-            ]
-            for row, name in enumerate(names)
+def _log_members(runtime: Runtime, chosen: Selection, staging: Staging, now: datetime) -> None:
+    """One commit for all; what is there already, of a run that was killed before it published, is not added."""
+    folder = staging.local / "log"
+    folder.mkdir()
+    of_run = [export.id for export in chosen.pending]
+    there = chosen.log.where(F.col("export_id").isin(of_run)).select("export_id").distinct().collect()
+    for export in chosen.pending:
+        taken = chosen.taken[export.name]
+        count = len(taken.ids)
+        columns = {
+            "export_id": pa.repeat(export.id, count),
+            "segment": pa.repeat(export.name, count),
+            "user_id": taken.ids,
+            "is_control": pa.array(taken.control),
+            "exported_at": pa.repeat(pa.scalar(now, pa.timestamp("us", "UTC")), count),
+            "model_version": pa.repeat(chosen.version, count),
         }
-
-    def _verticals(self) -> dict[str, list[Share] | None]:
-        """By segment: which share of its members, and of everyone, acted in a vertical."""
-        if not self._runtime.exists(SESSIONS):
-            return {export.name: None for export in self._pending}
-        members = self._runtime.spark.read.parquet(str(self._staging.shared / "log")).select("segment", "user_id")
-        everyone = self._users.select(F.lit("").alias("segment"), "user_id")  # no segment has that name
-        acted = self._runtime.latest(SESSIONS).select("user_id", F.explode("verticals").alias("vertical")).distinct()
-        found = members.unionByName(everyone).join(acted, "user_id").groupBy("segment", "vertical").count().collect()
-        users = {(row["segment"], row["vertical"]): row["count"] for row in found}
-        verticals = sorted({vertical for _, vertical in users})
-        return {
-            name: [
-                Share(v, users.get((name, v), 0) / max(len(taken.ids), 1), users.get(("", v), 0) / self._everyone.total)
-                for v in verticals
-            ]
-            for name, taken in self._taken.items()
-        }
+        same = ["export_id", "segment", "model_version"]  # a dictionary of ids, no two of which are, only costs
+        pq.write_table(pa.table(columns), folder / f"{export.number:05d}.parquet", use_dictionary=same)
+    rows = runtime.spark.read.parquet(staging.to_tasks("log"))
+    logged = [row["export_id"] for row in there]
+    if len(logged) < len(of_run):
+        runtime.append(EXPORTS, rows.where(~F.col("export_id").isin(logged)))
 
 
-def _without_score(export: Export, ids: DataFrame) -> DataFrame:
-    return ids.select(F.lit(export.number).alias("segment"), "user_id", F.lit(None).cast("float").alias("score"))
+def _overlaps(chosen: Selection) -> dict[str, list[Share]]:
+    """By segment: which share of its members each of the other segments holds too."""
+    from scipy.sparse import csr_matrix  # noqa: PLC0415 - a part of a second, and only this needs it
+
+    names = [export.name for export in chosen.exports]
+    members = [chosen.members(name) for name in names]
+    users = pa.concat_arrays(members).dictionary_encode().indices.to_numpy()
+    rows = np.repeat(np.arange(len(names)), [len(ids) for ids in members])
+    holds = csr_matrix((np.ones(len(users), np.int64), (rows, users)), shape=(len(names), users.max(initial=-1) + 1))
+    common = (holds @ holds.T).toarray()
+    return {
+        name: [
+            Share(other, common[row, column] / max(common[row, row], 1), None)
+            for column, other in enumerate(names)
+            if column != row
+        ]
+        for row, name in enumerate(names)
+    }
 
 
-def _is_wanted(affinity: Affinity) -> Column:
-    """Whether an item (item_id, vertical, category) is one of the affinity's."""
-    if affinity.items:
-        return F.col("item_id").isin(list(affinity.items))
-    same = F.lit(True)
-    if affinity.vertical is not None:
-        same &= F.col("vertical") == affinity.vertical
-    if affinity.category is not None:
-        same &= F.col("category") == affinity.category
-    return same
+def _verticals(runtime: Runtime, chosen: Selection, staging: Staging) -> dict[str, list[Share] | None]:
+    """By segment: which share of its members, and of everyone, acted in a vertical."""
+    if not runtime.exists(SESSIONS):
+        return {name: None for name in chosen.taken}
+    members = runtime.spark.read.parquet(str(staging.shared / "log")).select("segment", "user_id")
+    everyone = chosen.users.select(F.lit("").alias("segment"), "user_id")  # no segment has that name
+    acted = runtime.latest(SESSIONS).select("user_id", F.explode("verticals").alias("vertical")).distinct()
+    found = members.unionByName(everyone).join(acted, "user_id").groupBy("segment", "vertical").count().collect()
+    users = {(row["segment"], row["vertical"]): row["count"] for row in found}
+    verticals = sorted({vertical for _, vertical in users})
+    return {
+        name: [
+            Share(v, users.get((name, v), 0) / max(len(taken.ids), 1), users.get(("", v), 0) / chosen.everyone.total)
+            for v in verticals
+        ]
+        for name, taken in chosen.taken.items()
+    }
 
 
 def _spread(scores: npt.NDArray[np.float32]) -> dict[str, Any]:
@@ -714,10 +251,10 @@ def run(runtime: Runtime) -> None:
     if not pending:
         runtime.report.skipped = True
         return
-    with _staging(runtime) as staging:
-        this_run = Run(runtime, exports, pending, staging, now)
-        this_run.select()
-        this_run.publish()
+    with laid_down(runtime) as staging:
+        chosen = Selection(runtime, exports, pending, staging, now)
+        chosen.select()
+        _publish(runtime, chosen, staging, now)
 
 
 STAGE = Stage(

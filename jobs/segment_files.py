@@ -18,7 +18,9 @@ import shutil
 from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,10 +32,11 @@ from pandas.util import hash_array
 from pyarrow import csv, fs
 
 from jobs.errors import TrailvecError
-from jobs.files import HadoopPath, published
+from jobs.files import HadoopPath, Place, fetch, published
 from jobs.runtime import Runtime
 from jobs.segments import Segment
 from spark_udfs.keyed import hashed
+from training.stores import remove_tree
 from training.urls import local_path
 
 KEY = "TRAILVEC_EXPORT_KEY"
@@ -114,6 +117,50 @@ def _write_csv(rows: pa.Table, path: Path) -> None:
     ]
     with path.open("wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
         csv.write_csv(pa.table(columns, names=rows.column_names), packed)
+
+
+# ---- what a run lays down meanwhile ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Staging:
+    """What a run lays down meanwhile.
+
+    Attributes:
+        shared: where Spark's tasks write and read.
+        local: where the driver does; the same folder, where that is on a local disk.
+    """
+
+    shared: Place
+    local: Path
+
+    def to_tasks(self, name: str) -> str:
+        """A folder that the driver has filled, where tasks find it."""
+        if isinstance(self.shared, HadoopPath):
+            (self.shared / name).put(self.local / name)
+        return str(self.shared / name)
+
+    def from_tasks(self, name: str) -> Path:
+        """A folder of files that tasks have written, where the driver finds it."""
+        if isinstance(self.shared, HadoopPath):
+            remove_tree(self.local / name)
+            fetch(self.shared / name, self.local / name)
+        return self.local / name
+
+
+@contextmanager
+def laid_down(runtime: Runtime) -> Iterator[Staging]:
+    shared = runtime.exports_staging
+    remove_tree(shared)
+    try:
+        if isinstance(shared, Path):
+            shared.mkdir(parents=True)
+            yield Staging(shared, shared)
+        else:
+            with TemporaryDirectory() as local:
+                yield Staging(shared, Path(local))
+    finally:
+        remove_tree(shared)
 
 
 # ---- places ---------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from jobs import export_segments
+from jobs import export_segments, segment_members
 from jobs.config import load_config
 from jobs.errors import TrailvecError
 from jobs.export_segments import STAGE
@@ -369,7 +369,7 @@ def test_many_segments_in_one_pass_against_plain_python(
 ) -> None:
     """Every kind of segment and rule at once; the floors are set by a small sample."""
     monkeypatch.setenv(KEY, SECRET)
-    monkeypatch.setattr(export_segments, "_SAMPLE", 60)
+    monkeypatch.setattr(segment_members, "_SAMPLE", 60)
     spark.sql("DROP DATABASE IF EXISTS segments CASCADE")
     rng = np.random.default_rng(4)
     users = {f"ü{n:03d}": v.tolist() for n, v in enumerate(rng.normal(size=(COUNT, 6)).astype(np.float32))}
@@ -510,7 +510,7 @@ def test_a_floor_that_was_too_high_is_lowered(shop: Runtime, tmp_path: Path, mon
     shop.execute(STAGE)
     expected = read(shop)[1]
     floors = iter([0.99, 0.9, -np.inf])
-    monkeypatch.setattr(export_segments.Run, "_floor", lambda *_: next(floors))
+    monkeypatch.setattr(segment_members.Selection, "_floor", lambda *_: next(floors))
     shop.execute(STAGE, force=True)
     assert read(shop)[1] == expected
     assert next(floors, None) is None
