@@ -25,7 +25,7 @@ or, instead of path and format, records of a Kafka topic whose values are JSON o
 
     kafka = { bootstrap_servers = "127.0.0.1:9092", topic = "orders" }
 
-`jobs/ingest.py` reads the records by it. An input may be repeated: each is a kind of record of the same source.
+`jobs/checked_records.py` reads the records by it. An input may be repeated: each is a kind of record of the source.
 """
 
 from __future__ import annotations

@@ -21,9 +21,11 @@ from deltalake import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from jobs.checked_records import to_events
 from jobs.config import IngestSettings
 from jobs.errors import TrailvecError, explain
-from jobs.ingest import REPEAT, STAGE, find_files, mark_duplicates, read_raw, to_events
+from jobs.ingest import REPEAT, STAGE, mark_duplicates
+from jobs.raw_records import find_files, read_raw
 from jobs.runtime import Runtime
 from jobs.sources import Input
 from jobs.tables import EVENTS, REJECTED_EVENTS, Table

@@ -1,0 +1,223 @@
+"""Raw frames → events: a source's mapping applied to its records, and why a record is no event.
+
+Nothing in a record makes the job fail. One that is no event gets the first reason that holds, in this order:
+broken_row; the mapping's own rules; invalid_utf8; missing_* (user_id, item_id, event_type, vertical, event_ts,
+event_id; blank counts as missing); bad_type_* (an id that is no text and no whole number in its file); bad_event_ts,
+event_before_earliest, event_in_future, bad_amount, bad_quantity, negative_amount, bad_time_zone; long_* (an id of more
+than 512 characters). (duplicate_event_id, which no record tells by itself, is given by jobs/ingest.py.)
+
+An id with an ordinal numbers the identical records *of one file*: a line that stands twice in a file is two events,
+while a file that comes twice, even under another name, is the same events again. The price: a file cut in two
+between two identical lines can't be told from a file and its copy, and makes one event of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from datetime import datetime, timedelta, timezone
+
+from pyspark.errors import AnalysisException
+from pyspark.sql import Column, DataFrame, SparkSession, Window
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from jobs.config import IngestSettings
+from jobs.errors import TrailvecError, explain
+from jobs.raw_records import BROKEN, FILE, LINE, REST, named_column, text_of
+from jobs.sources import Given, IdValue, Input, TimeValue, Value
+from jobs.tables import EVENTS
+from jobs.tombstones import Test
+
+BROKEN_ROW = "broken_row"
+ERASED = "erased_user"  # no refusal: whom erase_users took out stays out, and leaves no trace here either
+
+_ORDINAL = "trailvec_ordinal"
+_REQUIRED = ("user_id", "item_id", "event_type", "vertical", "event_ts", "event_id")
+_IDS = ("event_id", "user_id", "item_id", "basket_id")
+_LONGEST_ID = 512
+_NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
+_ISO_LOCAL = r"\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?)?"
+_ISO_ZONED = r"\d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?\s*(Z|[+-]\d{2}(:?\d{2})?)"
+# Microseconds in one unit; and the widest number whose microseconds still fit into 64 bits.
+_EPOCH = {"epoch_s": (1_000_000, "decimal(18,6)"), "epoch_ms": (1_000, "decimal(21,6)")}
+
+
+def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSettings, now: datetime) -> DataFrame:
+    """The records as rows of EVENTS, with `reason` (NULL: an event), `raw` (of refused ones) and `file`.
+
+    Args:
+        raw: what `read_raw` gives.
+        now: UTC, with zone; what is later than it by more than the tolerance is refused.
+
+    Raises:
+        TrailvecError: the mapping has an unknown zone or SQL that Spark does not take.
+    """
+    zones = _known_zones(raw.sparkSession)
+    columns = mapping.columns
+    if columns.event_ts.zone not in zones:
+        near = difflib.get_close_matches(columns.event_ts.zone, zones, n=1)
+        hint = f"did you mean {near[0]}?" if near else "write an IANA name such as Europe/London"
+        raise TrailvecError(f"source {source}: event_ts: unknown zone {columns.event_ts.zone}; {hint}")
+
+    fields = [named_column(name) for name in raw.columns if name not in (FILE, LINE, BROKEN, REST)]
+    if columns.event_id.ordinal:
+        record = F.coalesce(F.col(LINE), F.to_json(F.struct(*fields)))
+        identical = Window.partitionBy(FILE, F.sha2(record, 256)).orderBy(FILE)
+        raw = raw.withColumn(_ORDINAL, F.row_number().over(identical))
+    try:
+        event_ts = _given(columns.event_ts)
+        event_ts_type = raw.select(event_ts).schema[0].dataType
+        own_rules = [F.when(F.expr(rule.when), F.lit(rule.reason)) for rule in mapping.reject]
+        bad_types = [F.when(_is_no_id(raw, columns.given()[n], mapping), f"bad_type_{n}") for n in _given_ids(mapping)]
+        texts = {n: text_of(_given(value)) for n, value in columns.given().items() if n != "event_ts"}
+        given = raw.select(
+            *[
+                texts.get(c.name, F.lit(None).cast("string")).alias(c.name)
+                for c in EVENTS.columns
+                if _is_mapped(c.name)
+            ],
+            _time(event_ts, event_ts_type, columns.event_ts).alias("event_ts"),
+            text_of(event_ts).isNotNull().alias("has_event_ts"),
+            F.col(REST).alias("attributes"),
+            F.coalesce(F.when(F.col(BROKEN), F.lit(BROKEN_ROW)), *own_rules).alias("own_reason"),
+            F.coalesce(F.lit(None).cast("string"), *bad_types).alias("bad_type"),
+            F.struct(*fields).alias("record"),
+            F.col(LINE).alias("line"),
+            F.col(FILE).alias("file"),
+        )
+    except AnalysisException as error:
+        said = explain(error) or str(error).strip().splitlines()[0]
+        raise TrailvecError(f"source {source}: {said}: correct the mapping") from None
+
+    events = given.withColumn("reason", _reason(settings, now, zones)).withColumns(
+        {"amount": _number("amount"), "quantity": _number("quantity"), "source": F.lit(source)}
+    )
+    # What a broken row shows as its user may be a part of anything.
+    user_id = F.when(F.col("reason").isNull() | (F.col("reason") != BROKEN_ROW), F.col("user_id")).alias("user_id")
+    return events.select(
+        *[user_id if c.name == "user_id" else c.name for c in EVENTS.columns],
+        "reason",
+        # Made into text here and not above, where it would be made for every record.
+        F.when(F.col("reason").isNotNull(), F.coalesce("line", F.to_json("record"))).alias("raw"),
+        "file",
+    )
+
+
+def _is_mapped(name: str) -> bool:
+    return name not in ("event_ts", "attributes", "source")
+
+
+def _known_zones(spark: SparkSession) -> list[str]:
+    """The zones that Spark itself knows: it is Java that converts times."""
+    return sorted(str(zone) for zone in spark._jvm.java.time.ZoneId.getAvailableZoneIds())  # type: ignore[union-attr]
+
+
+def _given(value: Given) -> Column:
+    """The value as the record has it, of any type."""
+    if isinstance(value, IdValue) and value.columns:
+        parts = [text_of(named_column(name)) for name in value.columns]
+        if value.ordinal:
+            parts.append(F.col(_ORDINAL).cast("string"))
+        between = F.lit(value.separator)
+        joined = F.concat(*[part for name in parts for part in (between, name)][1:])
+        return F.sha2(joined, 256) if value.sha256 else joined
+    if value.constant is not None:
+        return F.lit(value.constant)
+    given = F.expr(value.expr) if value.expr is not None else named_column(str(value.column))
+    if isinstance(value, Value) and value.default is not None:
+        return F.coalesce(text_of(given), F.lit(value.default))
+    return given
+
+
+def _number(name: str) -> Column:
+    number = F.col(name).cast("double")
+    return F.when(F.col(name).rlike(_NUMBER) & (F.abs(number) < float("inf")), number)
+
+
+def _time(value: Column, given: T.DataType, mapping: TimeValue) -> Column:
+    """The instant; NULL where it can't be read. A local time that the clock skips (spring) is read as if it had not
+    been put forward; one that it shows twice (autumn) is the first."""
+    if isinstance(given, T.TimestampType):
+        return value
+    if isinstance(given, (T.TimestampNTZType, T.DateType)):
+        # The session's zone is UTC, so the cast takes the clock's reading as it is.
+        return F.to_utc_timestamp(value.cast("timestamp"), mapping.zone)
+    if mapping.format in _EPOCH:
+        unit, number = _EPOCH[mapping.format]
+        return F.timestamp_micros((value.cast(number) * unit).cast("bigint"))
+    text = F.trim(value.cast("string"))
+    if mapping.format is None:
+        # Spark's cast alone would take "12:00" for noon of today.
+        instant = text.cast("timestamp")
+        local = F.when(text.rlike(f"^{_ISO_LOCAL}$"), F.to_utc_timestamp(instant, mapping.zone))
+        return local.otherwise(F.when(text.rlike(f"^{_ISO_ZONED}$"), instant))
+    instant = F.to_timestamp(text, mapping.format)
+    return instant if _has_zone(mapping.format) else F.to_utc_timestamp(instant, mapping.zone)
+
+
+def _has_zone(pattern: str) -> bool:
+    """Whether a datetime pattern reads a zone: one of its letters outside quotes."""
+    return any(letter in part for part in pattern.split("'")[::2] for letter in "VzOXxZ")
+
+
+def _given_ids(mapping: Input) -> list[str]:
+    return [name for name in _IDS if name in mapping.columns.given()]
+
+
+def _is_no_id(raw: DataFrame, value: Given, mapping: Input) -> Column:
+    """True where the value has a type that no id has: 17850.0 is 17850 in the file before, and nobody would notice."""
+    if isinstance(value, IdValue) and value.columns:
+        return F.lit(False)  # made of many values, of any type
+    given = _given(value)
+    if mapping.format == "json":
+        return F.coalesce(F.ltrim(given.cast("string")).rlike(r"^[\[{]"), F.lit(False))  # an object or a list
+    kind = raw.select(given).schema[0].dataType
+    return F.lit(not isinstance(kind, (T.StringType, T.IntegralType, T.DateType, T.NullType, T.DecimalType)))
+
+
+def _is_valid_text(names: Sequence[str]) -> Column:
+    """False where bytes are no UTF-8: Java reads them as U+FFFD, which no clean log holds."""
+    parts = [*map(F.col, names), F.array_join(F.map_values("attributes"), "")]
+    return ~F.decode(F.encode(F.concat_ws("", *parts), "UTF-8"), "UTF-8").contains("\ufffd")
+
+
+def _reason(settings: IngestSettings, now: datetime, zones: list[str]) -> Column:
+    """Why a record is no event, over its texts; NULL when it is one."""
+    event_ts, amount = F.col("event_ts"), _number("amount")
+    earliest = settings.earliest.replace(tzinfo=timezone.utc)
+    latest = now + timedelta(hours=settings.future_tolerance_hours)
+    may_be_negative = F.col("event_type").isin(*settings.negative_amount_event_types)
+    texts = [c.name for c in EVENTS.columns if _is_mapped(c.name)]
+    unread = {"invalid_utf8": ~_is_valid_text(texts)}
+    unread |= {f"missing_{name}": F.col(name).isNull() for name in _REQUIRED}
+    unread["missing_event_ts"] = ~F.col("has_event_ts")
+    wrong = {
+        "bad_event_ts": event_ts.isNull(),
+        "event_before_earliest": event_ts < F.lit(earliest),
+        "event_in_future": event_ts > F.lit(latest),
+        "bad_amount": F.col("amount").isNotNull() & amount.isNull(),
+        "bad_quantity": F.col("quantity").isNotNull() & _number("quantity").isNull(),
+        "negative_amount": (amount < 0) & ~may_be_negative,
+        "bad_time_zone": ~F.coalesce(F.col("time_zone").isin(zones), F.lit(False)),
+        **{f"long_{name}": F.length(name) > _LONGEST_ID for name in _IDS},
+    }
+
+    def named(checks: dict[str, Column]) -> list[Column]:
+        return [F.when(holds, F.lit(reason)) for reason, holds in checks.items()]
+
+    return F.coalesce(F.col("own_reason"), *named(unread), F.col("bad_type"), *named(wrong))
+
+
+def without_erased(records: DataFrame, tests: tuple[Test, Test] | None) -> DataFrame:
+    """`records` (as `to_events` gives them) with reason ERASED and no raw record where the user is erased: by their
+    user_id, and where it can't be read, by what stands in the raw record."""
+    if tests is None:
+        return records
+    is_erased, holds_erased = tests
+    unread = F.when(F.col("user_id").isNull(), F.col("raw"))  # NULL is tested for free
+    erased = records.withColumn("erased", is_erased(F.col("user_id")) | holds_erased(unread))
+    keep = ~F.col("erased")
+    return erased.withColumns(
+        {"reason": F.when(keep, F.col("reason")).otherwise(ERASED), "raw": F.when(keep, F.col("raw"))}
+    ).drop("erased")

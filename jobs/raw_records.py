@@ -1,0 +1,276 @@
+"""Files and topics → raw frames: a source's records as they are, before anything is said about them.
+
+A frame has the record's own columns, those of the mapping's lookups, and FILE, LINE, BROKEN and REST.
+`jobs/checked_records.py` makes events of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import re
+from collections.abc import Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from pyspark.errors import AnalysisException, ParseException
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from jobs.errors import TrailvecError, explain
+from jobs.files import Place
+from jobs.sources import Input, Lookup
+from training.urls import file_url
+
+# Columns of a raw frame beside the record's own.
+FILE = "trailvec_file"  # the file's URI, or the topic's name, partition and offset
+LINE = "trailvec_line"  # the record's text; NULL where the columns say it all
+BROKEN = "trailvec_broken"  # the line could not be split into columns
+REST = "trailvec_rest"  # what nothing in the mapping names, as a map
+
+# What Spark's own file listing gives of a file without reading it.
+LISTING = "path string, modificationTime timestamp, length long, content binary"
+
+
+def find_files(data_dir: Path, path: str) -> list[Path]:
+    """The local files that a mapping's path (file, folder or pattern) stands for, sorted.
+
+    Names that begin with `_` or `.` are no data: so Spark has it too.
+
+    Raises:
+        TrailvecError: there is none.
+    """
+    found = [Path(match) for match in sorted(glob.glob(str(data_dir / path)))]
+    inside = [(top, file) for top in found for file in (top.rglob("*") if top.is_dir() else [top])]
+    files = [
+        file
+        for top, file in inside
+        if file.is_file() and not any(part[0] in "._" for part in (file.name, *file.relative_to(top).parts))
+    ]
+    if not files:
+        raise _no_such_file(data_dir / path)
+    return sorted(files)
+
+
+def find_inputs(spark: SparkSession, data_dir: Place, path: str) -> list[tuple[str, int, int]]:
+    """URI, size and time (of whatever unit) of each such file, wherever it lies; sorted.
+
+    Raises:
+        TrailvecError: there is none.
+    """
+    if isinstance(data_dir, Path):
+        local = [(file, file.stat()) for file in find_files(data_dir, path)]
+        return [(file_url(str(file)), stat.st_size, stat.st_mtime_ns) for file, stat in local]
+    # Spark's own listing: it leaves out the same names, and asks the file system from many tasks at once.
+    reader = spark.read.format("binaryFile").schema(LISTING).option("recursiveFileLookup", True)
+    try:
+        files = reader.load(str(data_dir / path)).select("path", "length", F.unix_micros("modificationTime")).collect()
+    except AnalysisException as error:
+        if "PATH_NOT_FOUND" not in str(error):
+            raise
+        files = []
+    if not files:
+        raise _no_such_file(data_dir / path)
+    return sorted((file[0], file[1], file[2]) for file in files)
+
+
+def _no_such_file(path: Place) -> TrailvecError:
+    return TrailvecError(f"{path}: no such file: correct the mapping's path or ingest.data_dir")
+
+
+def read_raw(
+    spark: SparkSession, mapping: Input, data_dir: Place, files: Sequence[str], spread: bool = False
+) -> list[DataFrame]:
+    """The records of some files of an input: their own columns, those of the lookups, FILE, LINE, BROKEN and REST.
+
+    CSV and JSON columns are strings (a nested JSON value is its JSON text); Parquet columns keep their types. Files
+    whose columns differ come as frames of their own.
+
+    Args:
+        spread: parse the records in a task for each core, whatever files they lie in: for few and large files.
+
+    Raises:
+        TrailvecError: a file does not exist, or a column that the mapping names.
+    """
+    # With it, Spark finds partition columns (day=2017-01-01) in the files' paths.
+    folder = data_dir / str(mapping.path)
+    base = {"basePath": file_url(str(folder))} if folder.is_dir() else {}
+    if mapping.format == "csv":
+        groups = [_read_csv(spark, group, mapping.delimiter, base) for group in _by_header(spark, files)]
+    elif mapping.format == "parquet":
+        groups = [_with_place(frame) for frame in _read_parquet(spark, _as_patterns(files), base)]
+    else:
+        groups = [spark.read.options(**base).text(_as_patterns(files)).select(F.col("value").alias(LINE), _file())]
+    if spread:
+        groups = [records.repartition(spark.sparkContext.defaultParallelism) for records in groups]
+    return _finish(groups, mapping, data_dir)
+
+
+def read_topic(records: DataFrame, mapping: Input, data_dir: Place) -> list[DataFrame]:
+    """As `read_raw`, of a batch of Kafka's records."""
+    place = F.concat_ws("/", "topic", "partition", "offset").alias(FILE)
+    return _finish([records.select(F.col("value").cast("string").alias(LINE), place)], mapping, data_dir)
+
+
+def _finish(groups: list[DataFrame], mapping: Input, data_dir: Place) -> list[DataFrame]:
+    """The records parsed, if they are lines of JSON, with the lookups' columns and REST."""
+    if not groups:
+        return []
+    lookups = [_read_lookup(groups[0].sparkSession, lookup, data_dir) for lookup in mapping.lookups]
+    looked_up = {name for rows in lookups for name in rows.columns}
+    named = _named_columns(mapping)
+    claimed = {*named, *mapping.ignore} - set(mapping.attributes)
+
+    def finish(records: DataFrame) -> DataFrame:
+        if mapping.format == "json":
+            records = _parse_json(records, [name for name in named if name not in looked_up], claimed)
+        else:
+            rest = [name for name in records.columns if not name.startswith("trailvec_") and name not in claimed]
+            records = records.withColumn(REST, _texts(rest))
+        for lookup, rows in zip(mapping.lookups, lookups, strict=True):
+            records = _join_lookup(records, rows, lookup)
+        _check_columns(mapping.place, records, mapping.column_names())
+        return records
+
+    return [finish(records) for records in groups]
+
+
+def _as_patterns(files: Sequence[str]) -> list[str]:
+    """Names as Spark's readers, which take patterns, have to be told them."""
+    return [re.sub(r"([][{}*?\\])", r"\\\1", file) for file in files]
+
+
+def _texts(names: Sequence[str]) -> Column:
+    if not names:
+        return F.lit(None).cast("map<string,string>")
+    pairs = [part for name in names for part in (F.lit(name), text_of(named_column(name)))]
+    return F.map_filter(F.create_map(*pairs), lambda _, value: value.isNotNull())
+
+
+def _file() -> Column:
+    return F.col("_metadata.file_path").alias(FILE)
+
+
+def _with_place(rows: DataFrame) -> DataFrame:
+    return rows.select("*", _file(), F.lit(None).cast("string").alias(LINE), F.lit(False).alias(BROKEN))
+
+
+def _by_header(spark: SparkSession, files: Sequence[str]) -> list[list[str]]:
+    """The files of each header, in the order of their names."""
+    jvm: Any = spark._jvm
+    conf = spark._jsc.hadoopConfiguration()
+    codecs = jvm.org.apache.hadoop.io.compress.CompressionCodecFactory(conf)
+    groups: dict[str, list[str]] = {}
+    for file in sorted(files):
+        path = jvm.org.apache.hadoop.fs.Path(file)
+        codec = codecs.getCodec(path)
+        opened = path.getFileSystem(conf).open(path)
+        text = opened if codec is None else codec.createInputStream(opened)
+        reader = jvm.java.io.BufferedReader(jvm.java.io.InputStreamReader(text, "UTF-8"))
+        groups.setdefault(reader.readLine() or "", []).append(file)
+        reader.close()
+    return [group for header, group in groups.items() if header]  # an empty file has no records
+
+
+def _read_csv(
+    spark: SparkSession, files: Sequence[str], delimiter: str, base: dict[str, str], mode: str = "PERMISSIVE"
+) -> DataFrame:
+    """Files of one header."""
+    reader = spark.read.options(header=True, sep=delimiter, escape='"', enforceSchema=False, **base)
+    files = _as_patterns(files)
+    header = reader.csv(files[0]).columns
+    schema = T.StructType([T.StructField(name, T.StringType()) for name in [*header, LINE]])
+    rows = reader.options(mode=mode, columnNameOfCorruptRecord=LINE).schema(schema).csv(files)
+    return rows.select("*", _file(), F.col(LINE).isNotNull().alias(BROKEN))
+
+
+def _read_parquet(spark: SparkSession, files: Sequence[str], base: dict[str, str]) -> list[DataFrame]:
+    reader = spark.read.options(**base)
+    try:
+        return [reader.option("mergeSchema", True).parquet(*files)]
+    except Exception as error:
+        if "CANNOT_MERGE_SCHEMAS" not in str(error):
+            raise
+    # A column has other types in other files: each kind of file is read by its own.
+    groups: dict[str, list[str]] = {}
+    for file in sorted(files):
+        groups.setdefault(reader.parquet(file).schema.json(), []).append(file)
+    return [reader.parquet(*group) for group in groups.values()]
+
+
+def _parse_json(lines: DataFrame, names: list[str], claimed: set[str]) -> DataFrame:
+    """One object of each line that is not blank; a key that the mapping names nowhere stands in REST."""
+    rest = F.map_filter("parsed", lambda key, value: ~key.isin(*claimed) & text_of(value).isNotNull())
+    return (
+        lines.where(F.trim(LINE) != "")
+        .select(LINE, FILE, F.from_json(LINE, "map<string,string>").alias("parsed"))
+        .select(
+            *[F.col("parsed")[name].alias(name) for name in names],
+            FILE,
+            LINE,
+            F.col("parsed").isNull().alias(BROKEN),
+            rest.alias(REST),
+        )
+    )
+
+
+def _named_columns(mapping: Input) -> list[str]:
+    """Every raw column that the mapping names, those inside SQL expressions too."""
+    names = mapping.column_names()
+    for expression in mapping.expressions():
+        try:
+            leaves = F.expr(expression)._jc.expr().collectLeaves()
+        except ParseException as error:
+            raise TrailvecError(f"{mapping.place}: {explain(error)}: correct the mapping") from None
+        for leaf in (leaves.apply(i) for i in range(leaves.size())):
+            if leaf.getClass().getSimpleName() == "UnresolvedAttribute":
+                names.append(leaf.nameParts().head())
+    return list(dict.fromkeys(names))
+
+
+def _read_lookup(spark: SparkSession, lookup: Lookup, data_dir: Place) -> DataFrame:
+    """One row for each value of the `on` columns; these as text, under names of their own (_on)."""
+    files = [file for file, *_ in find_inputs(spark, data_dir, lookup.path)]
+    if lookup.format == "csv":
+        rows = _read_csv(spark, files, lookup.delimiter, {}, mode="FAILFAST").drop(FILE, LINE, BROKEN)
+    else:
+        rows = spark.read.parquet(*files)
+    _check_columns(lookup.path, rows, lookup.on)
+    rest = [named_column(name) for name in rows.columns if name not in lookup.on]
+    keys = [named_column(name).cast("string").alias(_on(name)) for name in lookup.on]
+    # Two rows of one key would make two events of one record; the smallest of them does not depend on their order.
+    return rows.groupBy(*keys).agg(F.min(F.struct(*rest)).alias("row")).select(*map(_on, lookup.on), "row.*")
+
+
+def _join_lookup(records: DataFrame, rows: DataFrame, lookup: Lookup) -> DataFrame:
+    if both := set(records.columns) & set(rows.columns):
+        raise TrailvecError(
+            f"{lookup.path}: the column {min(both)} is also one of the records' own: rename it in one of the files"
+        )
+    same = [named_column(name).cast("string") == F.col(_on(name)) for name in lookup.on]
+    return records.join(rows, reduce(Column.__and__, same), "left").drop(*map(_on, lookup.on))
+
+
+def _on(name: str) -> str:
+    return f"trailvec_on_{name}"
+
+
+def named_column(name: str) -> Column:
+    """A column by its whole name, dots and blanks included."""
+    return F.col("`" + name.replace("`", "``") + "`")
+
+
+def _check_columns(path: str, rows: DataFrame, names: Sequence[str]) -> None:
+    found = [name for name in rows.columns if not name.startswith("trailvec_")]
+    missing = [name for name in names if name not in found]
+    if missing:
+        near = difflib.get_close_matches(missing[0], found, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"found {', '.join(found)}: correct the mapping"
+        raise TrailvecError(f"{path} has no column {missing[0]}, which the source's mapping names; {hint}")
+
+
+def text_of(value: Column) -> Column:
+    text = value.cast("string")
+    return F.when(F.trim(text) != "", text)
