@@ -107,7 +107,7 @@ class TrainSettings(Section):
     )
     warm_epochs: int = Field(1, ge=1, description="the epochs of a warm start")
     warm_rate: float = Field(
-        0.1, gt=0, description="of the learning rate in a warm start: a full one shakes off what the model knows"
+        0.2, gt=0, description="of the learning rate in a warm start: a full one shakes off what the model knows"
     )
     seed: int = Field(0, ge=0)
     launcher: Literal["local", "spark"] = Field(
