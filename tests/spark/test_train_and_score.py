@@ -314,7 +314,7 @@ def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
     trained: Runtime, tmp_path: Path
 ) -> None:
     shutil.copytree(trained.root, tmp_path / "root")
-    sets = (*SETTINGS, "train.processes=1", "train.warm_start=true")
+    sets = (*SETTINGS, "train.processes=1", "train.warm_start=true", "train.warm_rate=0.3")
     runtime = Runtime(make_config(tmp_path / "root", *sets), trained.spark)
     base = runtime.model_dir().name
     with pytest.raises(TrailvecError, match=f"nobody has acted between 2024-06-01.*model {base} was trained"):
@@ -334,7 +334,7 @@ def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
         assert about["as_of"] == "2024-06-10T00:00:00.000000"
     assert report.skipped
     settings = RunSpec.model_validate_json((runtime.model_dir() / "run.json").read_text()).settings
-    assert (settings.epochs, settings.learning_rate) == (1, pytest.approx(0.02 * 0.1))
+    assert (settings.epochs, settings.learning_rate) == (1, pytest.approx(0.02 * 0.3))
     assert not (runtime.model_dir() / "rows").exists()
 
     wider = Runtime(make_config(tmp_path / "root", *sets, "train.width=32"), trained.spark)
