@@ -17,12 +17,11 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyspark.sql import DataFrame
 
-from spark_udfs.topk import PAIRS_AT_ONCE, Metric, Vectors
-from spark_udfs.vectors import inner_product, norm
+from spark_udfs.topk import Metric, Numbers, Vectors, pair_scores, polar, unit_vectors
+from spark_udfs.vectors import norm
 
 Method = Literal["nearest_seed", "tastes", "classifier"]
 DEFAULT_METHOD: Method = "classifier"  # finds most of hidden redeemers: scripts/bench/lookalike.py
-Numbers = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
 
 _ANCHORS_AT_ONCE = 1024  # of several segments, in one product
@@ -50,8 +49,8 @@ def anchors_of(method: Method, seeds: Vectors, others: Vectors, tastes: int) -> 
     if method == "nearest_seed":
         return Anchors(np.unique(seeds, axis=0), "cosine")
     if method == "tastes":
-        return Anchors(_centres(_unit(seeds), tastes), "cosine")
-    return Anchors(np.asarray(direction_of(_unit(seeds), _unit(others))[None], np.float32), "cosine")
+        return Anchors(_centres(unit_vectors(seeds), tastes), "cosine")
+    return Anchors(np.asarray(direction_of(unit_vectors(seeds), unit_vectors(others))[None], np.float32), "cosine")
 
 
 def _centres(unit: Vectors, count: int) -> Vectors:
@@ -99,7 +98,7 @@ class _Group(NamedTuple):
         segments: their numbers, [segments].
         first, counts: where each one's anchors begin, and how many there are, [segments].
         vectors: the anchors, one segment's after the other, float64 [anchors, width].
-        lengths: under "cosine" the anchors' lengths, under "dot" ones, [anchors].
+        lengths: the anchors' lengths, [anchors].
         prepared: float32 [anchors, width], none longer than 1, so that the bound of the rounding error holds and
             nothing overflows.
         divided_by: what made `prepared` of a segment's anchors, under "dot"; ones under "cosine", [segments].
@@ -133,16 +132,9 @@ class _Group(NamedTuple):
         return np.stack([products[start:end].max(axis=0) for start, end in ranges])  # reduceat is five times as slow
 
     def exact(self, users: Numbers, lengths: Numbers, rows: Rows, anchors: Rows) -> npt.NDArray[np.float32]:
-        """The score of each pair of a user (a row of `users`) and an anchor: vector_cosine_similarity's float64
-        operations in its order, but for the lengths, which are not worked out for each pair."""
-        scores = np.empty(len(rows), np.float32)
-        for start in range(0, len(rows), PAIRS_AT_ONCE):
-            row, anchor = rows[start : start + PAIRS_AT_ONCE], anchors[start : start + PAIRS_AT_ONCE]
-            products = inner_product(users[row], self.vectors[anchor])
-            if self.metric == "cosine":
-                products /= lengths[row] * self.lengths[anchor]
-            scores[start : start + len(row)] = products
-        return scores
+        """The score of each pair of a user (a row of `users`) and an anchor."""
+        both = (lengths, self.lengths) if self.metric == "cosine" else None
+        return pair_scores(users, self.vectors, (rows, anchors), both)
 
 
 class Scorer:
@@ -157,7 +149,7 @@ class Scorer:
 
     def all(self, users: Vectors) -> npt.NDArray[np.float32]:
         """About the scores, but for roundings: [segments, users]; no vector may be zero."""
-        _, lengths, unit = _prepared(users)
+        _, lengths, unit = polar(users)
         found = np.empty((self._count, len(users)), np.float32)
         for group in self._groups:
             for some, _, best in group.products(unit):
@@ -169,7 +161,7 @@ class Scorer:
 
         No vector may be zero.
         """
-        exact, lengths, unit = _prepared(users)
+        exact, lengths, unit = polar(users)
         # A product of vectors no longer than 1 is off by at most (width + 2) roundings; the rest covers the scale's
         # and the floor's.
         margin = np.float32(2 * (users.shape[1] + 8) * np.finfo(np.float32).eps)
@@ -199,7 +191,6 @@ def _group(metric: Metric, segments: list[int], anchors: Sequence[Anchors]) -> _
     else:
         divided_by = np.array([length.max() or 1.0 for length in lengths])
         prepared = [of / by for of, by in zip(vectors, divided_by, strict=True)]
-        lengths = [np.ones(len(of)) for of in vectors]
     counts = np.array([len(of) for of in vectors])
     return _Group(
         metric,
@@ -231,17 +222,6 @@ def _together(segments: Iterable[int], anchors: Sequence[Anchors]) -> list[list[
         groups[-1].append(number)
         room -= count
     return groups
-
-
-def _prepared(users: Vectors) -> tuple[Numbers, Numbers, Vectors]:
-    """The vectors in float64, their lengths, and float32 vectors of length 1 (of a zero vector a zero one)."""
-    exact = users.astype(np.float64)
-    lengths = norm(exact)
-    return exact, lengths, np.asarray(exact / np.where(lengths > 0, lengths, 1)[:, None], np.float32)
-
-
-def _unit(vectors: Vectors) -> Vectors:
-    return _prepared(vectors)[2]
 
 
 def candidates(users: DataFrame, anchors: Mapping[int, Anchors], floors: Mapping[int, float]) -> DataFrame:

@@ -23,18 +23,18 @@ import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from spark_udfs.vectors import cosine_similarity, inner_product
+from spark_udfs.vectors import inner_product, norm
 
 Metric = Literal["dot", "cosine"]
 Vectors = npt.NDArray[np.float32]  # [n, length]
+Numbers = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.str_]  # [n]
 Integers = npt.NDArray[np.int64]
 # (row of the query, neighbour, score), by row and from the nearest on; all [at most rows * k]
 Best = tuple[Integers, npt.NDArray[Any], npt.NDArray[np.float32]]
 Pairs = tuple[Integers, Integers]  # (row of the query, row of the candidate); both [n]
 
-_SCORERS = {"dot": inner_product, "cosine": cosine_similarity}
-PAIRS_AT_ONCE = 1 << 11  # scored to the bit in one go: 1 MB of float64 a side at 64 numbers stays in the cache
+_PAIRS_AT_ONCE = 1 << 11  # scored to the bit in one go: 1 MB of float64 a side at 64 numbers stays in the cache
 _COLUMNS = 1024  # candidates of one product: its result stays in the processor's cache
 _NO_PAIRS = np.empty(0, np.int64), np.empty(0, np.int64)
 
@@ -46,9 +46,8 @@ class Nearest:
 
     def __init__(self, queries: Vectors, k: int, metric: Metric) -> None:
         """Under "cosine" no vector may be zero, here and in `add`."""
-        self._queries, self._k, self._metric = queries, k, metric
-        self._unit = _unit(queries)
-        self._lengths = np.linalg.norm(queries.astype(np.float64), axis=1)
+        self._queries, self._lengths, self._unit = polar(queries)
+        self._k, self._metric = k, metric
         self._scores = np.full((len(queries), k), -np.inf, np.float32)  # the k best, the lowest first
         self._found: list[Best] = []
 
@@ -59,21 +58,24 @@ class Nearest:
             names: what they are called in the result; ties go to the smaller. Of one type in all calls.
             left_out: pairs that are not to be found.
         """
+        exact, lengths, unit = polar(candidates)
         if self._metric == "cosine":
-            prepared, scale = _unit(candidates), np.ones(len(self._queries))
+            short, scale = unit, np.ones(len(self._queries))
         else:
             # Divided by the longest one's length: the order of products is the same, none overflows.
-            longest = np.linalg.norm(candidates.astype(np.float64), axis=1).max(initial=0.0) or 1.0
-            prepared, scale = np.asarray(candidates / longest, np.float32), self._lengths * longest
+            longest = lengths.max(initial=0.0) or 1.0
+            short, scale = np.asarray(candidates / longest, np.float32), self._lengths * longest
         order = np.argsort(left_out[1])
         out_rows, out_columns = left_out[0][order], left_out[1][order]
         for start in range(0, len(candidates), _COLUMNS):
-            approximate = self._unit @ prepared[start : start + _COLUMNS].T
+            approximate = self._unit @ short[start : start + _COLUMNS].T
             first, last = np.searchsorted(out_columns, (start, start + _COLUMNS))
             approximate[out_rows[first:last], out_columns[first:last] - start] = -np.inf
             rows, columns = np.nonzero(approximate >= self._floor(approximate, scale))
             if len(rows):
-                self._take(rows, start + columns, names, candidates)
+                columns += start
+                both = (self._lengths, lengths) if self._metric == "cosine" else None
+                self._take(rows, names[columns], pair_scores(self._queries, exact, (rows, columns), both))
 
     def best(self) -> Best:
         if not self._found:
@@ -95,15 +97,10 @@ class Nearest:
             floor[few] = np.partition(approximate[few], count - self._k, axis=1)[:, count - self._k]
         return np.asarray(np.maximum(floor - margin, lowest), np.float32)[:, None]
 
-    def _take(self, rows: Integers, columns: Integers, names: npt.NDArray[Any], candidates: Vectors) -> None:
-        scores = np.empty(len(rows), np.float32)
-        for start in range(0, len(rows), PAIRS_AT_ONCE):
-            some = slice(start, start + PAIRS_AT_ONCE)
-            pair = self._queries[rows[some]].astype(np.float64), candidates[columns[some]].astype(np.float64)
-            scores[some] = _SCORERS[self._metric](*pair)
+    def _take(self, rows: Integers, names: npt.NDArray[Any], scores: npt.NDArray[np.float32]) -> None:
         there = scores >= self._scores[rows, 0]
-        rows, columns, scores = rows[there], columns[there], scores[there]
-        self._found.append((rows, names[columns], scores))
+        rows, names, scores = rows[there], names[there], scores[there]
+        self._found.append((rows, names, scores))
         asked = np.unique(rows)
         order = np.lexsort((scores, rows))
         rows, scores = rows[order], scores[order]
@@ -153,9 +150,31 @@ def _same(ids: Ids, others: Ids) -> Pairs:
     return place.astype(np.int64), other.astype(np.int64)
 
 
-def _unit(vectors: Vectors) -> Vectors:
-    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
-    return np.asarray(vectors / np.where(lengths > 0, lengths, 1), np.float32)
+def polar(vectors: Vectors) -> tuple[Numbers, Numbers, Vectors]:
+    """The vectors in float64, their lengths, and float32 vectors of length 1 (of a zero vector a zero one)."""
+    exact = vectors.astype(np.float64)
+    lengths = norm(exact)
+    return exact, lengths, np.asarray(exact / np.where(lengths > 0, lengths, 1)[:, None], np.float32)
+
+
+def unit_vectors(vectors: Vectors) -> Vectors:
+    return polar(vectors)[2]
+
+
+def pair_scores(
+    left: Numbers, right: Numbers, pairs: Pairs, lengths: tuple[Numbers, Numbers] | None
+) -> npt.NDArray[np.float32]:
+    """The score of each pair of a row of `left` and one of `right`: what vector_inner_product gives for the two, to the
+    bit; with the `lengths` of both, none zero, what vector_cosine_similarity gives. No length is worked out for each
+    pair anew."""
+    scores = np.empty(len(pairs[0]), np.float32)
+    for start in range(0, len(scores), _PAIRS_AT_ONCE):
+        row, column = (of[start : start + _PAIRS_AT_ONCE] for of in pairs)
+        products = inner_product(left[row], right[column])
+        if lengths is not None:
+            products /= lengths[0][row] * lengths[1][column]
+        scores[start : start + len(row)] = products
+    return scores
 
 
 # ---- cells -------------------------------------------------------------------------------------------------------
@@ -186,7 +205,7 @@ class Cells(NamedTuple):
         return np.argpartition(-scores, self.probes - 1, axis=1)[:, : self.probes]
 
     def _prepared(self, vectors: Vectors) -> Vectors:
-        return _unit(vectors) if self.metric == "cosine" else vectors
+        return unit_vectors(vectors) if self.metric == "cosine" else vectors
 
 
 def find_cells(sample: Vectors, metric: Metric, cells: int, probes: int) -> Cells:
@@ -197,7 +216,7 @@ def find_cells(sample: Vectors, metric: Metric, cells: int, probes: int) -> Cell
     """
     import faiss  # noqa: PLC0415 - optional, and only the driver needs it
 
-    vectors = _unit(sample) if metric == "cosine" else sample
+    vectors = unit_vectors(sample) if metric == "cosine" else sample
     count = max(1, min(cells, len(vectors)))
     means = faiss.Kmeans(
         vectors.shape[1], count, niter=20, seed=1, spherical=metric == "cosine", min_points_per_centroid=1

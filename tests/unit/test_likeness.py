@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spark_udfs import likeness
+from spark_udfs import likeness, topk
 from spark_udfs.likeness import Anchors, Scorer, anchors_of
 
 
@@ -23,7 +23,7 @@ def one_by_one(user: np.ndarray, anchors: Anchors) -> float:
 def test_who_reaches_a_floor(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(likeness, "_PRODUCTS_AT_ONCE", at_once)
     monkeypatch.setattr(likeness, "_ANCHORS_AT_ONCE", 6)
-    monkeypatch.setattr(likeness, "PAIRS_AT_ONCE", 7)
+    monkeypatch.setattr(topk, "_PAIRS_AT_ONCE", 7)
     rng = np.random.default_rng(3)
     users = (rng.normal(size=(200, 5)) * 10.0 ** rng.integers(-3, 4, size=(200, 1))).astype(np.float32)
     users[150:] = users[:50]  # twins score alike

@@ -128,7 +128,7 @@ def test_many_candidates_in_many_products(metric: Metric, monkeypatch: pytest.Mo
 
 def test_scores_do_not_depend_on_the_block_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A float32 matrix product gives equal candidates unequal scores by their place in the block: ours must not."""
-    monkeypatch.setattr(topk, "PAIRS_AT_ONCE", 102)
+    monkeypatch.setattr(topk, "_PAIRS_AT_ONCE", 102)
     rng = np.random.default_rng(7)
     twins = np.repeat(rng.normal(size=(1, 63)).astype(np.float32), 101, axis=0)
     queries = rng.normal(size=(13, 63)).astype(np.float32)
