@@ -150,6 +150,7 @@ class Staging:
 
 @contextmanager
 def laid_down(runtime: Runtime) -> Iterator[Staging]:
+    """An empty staging, which is gone after the block; what a killed run left of one is, too."""
     shared = runtime.exports_staging
     remove_tree(shared)
     try:

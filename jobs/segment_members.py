@@ -289,7 +289,7 @@ class Selection:
         wanted = {export.number: _is_wanted(export.segment.affinity) for export in exports if export.segment.affinity}
         for table in (ITEMS, ITEM_EMBEDDINGS):
             self._runtime.latest_version(table)  # says which stage makes it, where it is missing
-        items = self._runtime.latest(ITEM_EMBEDDINGS).where(F.col("model_version") == self.version)
+        items = rows_of_model(self._runtime.latest(ITEM_EMBEDDINGS), self.version)
         named = items.join(self._runtime.latest(ITEMS).select("item_id", "vertical", "category"), "item_id", "left")
         flags = [F.coalesce(condition, F.lit(False)).alias(f"of_{number}") for number, condition in wanted.items()]
         rows = named.select("item_id", "vector", *flags).where(

@@ -126,8 +126,8 @@ def test_a_run_without_an_end_is_parted_too(spark: SparkSession) -> None:
 
 def test_users_of_many_events_are_found_in_a_table_of_many_files(make_runtime: Callable[..., Runtime]) -> None:
     # Of every second event there are 125 of this user, where more than 100 are looked for; in half of the files 62.
-    frame = to_frame(make_runtime().spark, [event(f"e{n:03}", "u1", n) for n in range(250)])
     runtime = make_runtime()
+    frame = to_frame(runtime.spark, [event(f"e{n:03}", "u1", n) for n in range(250)])
     put(runtime, EVENTS, frame.repartitionByRange(10, "event_id"))
     assert len(runtime.latest(EVENTS).inputFiles()) == 10
     splits = sessionize.find_splits(runtime.latest(EVENTS), SessionizeSettings(max_events=50), 200)
