@@ -26,6 +26,7 @@ from pyspark.sql import functions as F
 from jobs.cli import stage_main
 from jobs.config import AlignSettings
 from jobs.errors import TrailvecError
+from jobs.model_folders import add_to_model, has_model, model_folder
 from jobs.models import encode_sequences, item_vectors
 from jobs.runtime import Runtime, Stage
 from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_EMBEDDINGS
@@ -110,12 +111,12 @@ def _said(value: float) -> float | None:
 
 
 def run(runtime: Runtime) -> None:
-    folder = runtime.model_dir()
+    folder = model_folder(runtime)
     onto = runtime.newest_current_model()
     report = read_alignment(folder)
     if report is None or (runtime.forced and onto != folder.name):
         _align(runtime, folder, onto)
-        runtime.add_to_model(folder, ROTATION, ALIGNMENT)
+        add_to_model(runtime, folder, ROTATION, ALIGNMENT)
         report = read_alignment(folder)
         assert report is not None
     else:
@@ -197,9 +198,9 @@ def _matrix(vectors: pd.Series[Any], width: int) -> Vectors:
 
 def _ranking(runtime: Runtime, version: str) -> float | None:
     """NDCG@10 in the model's own validation, of the epoch that was kept; None where it is not known (any more)."""
-    if not runtime.has_model(version):
+    if not has_model(runtime, version):
         return None
-    training = read_about(runtime.model_dir(version)).get("training", {})
+    training = read_about(model_folder(runtime, version)).get("training", {})
     epochs = training.get("epochs", [])
     return epochs[training["best_epoch"] - 1].get("ndcg@10") if epochs else None
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from jobs.evaluate import TASKS, Catalogue, evaluated_rows, following, model_scorer, rank_users, read_catalogue
+from jobs.model_folders import model_folder
 from jobs.models import item_vectors
 from jobs.ranking import bootstrap, measures
 from jobs.runtime import Report, Runtime, Stage
@@ -75,7 +76,7 @@ def compare(runtime: Runtime, versions: tuple[str, str]) -> tuple[list[Differenc
     found: list[Difference] = []
 
     def act(runtime: Runtime) -> None:
-        folders = [runtime.model_dir(version) for version in versions]
+        folders = [model_folder(runtime, version) for version in versions]
         both = [
             (
                 evaluated_rows(runtime, folder),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pyspark.sql import functions as F
 
 from jobs.cli import stage_main
+from jobs.model_folders import model_folder
 from jobs.models import item_vectors
 from jobs.runtime import Runtime, Stage
 from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS
@@ -17,7 +18,7 @@ from training.checkpoint import read_about, read_alignment
 
 
 def run(runtime: Runtime) -> None:
-    folder = runtime.model_dir()
+    folder = model_folder(runtime)
     about = read_about(folder)
     vectors = (
         item_vectors(runtime, folder)
@@ -28,7 +29,7 @@ def run(runtime: Runtime) -> None:
 
 
 def _inputs(runtime: Runtime) -> dict[str, str | None]:
-    folder = runtime.model_dir()
+    folder = model_folder(runtime)
     return {"model_version": folder.name, "rotation": (read_alignment(folder) or {}).get("rotation_sha256")}
 
 

@@ -37,6 +37,7 @@ from jobs.build_sequences import UNKNOWN, in_vocabulary, number_actions
 from jobs.cli import stage_main
 from jobs.drift import Alarm, Drift, alarms, drift_of, event_counts
 from jobs.habit import habit
+from jobs.model_folders import model_folder
 from jobs.models import encode_sequences
 from jobs.ranking import (
     FLOORS,
@@ -281,7 +282,7 @@ def measure_drift(runtime: Runtime, rows: pd.DataFrame, cuts: Cuts, model_dir: P
 
 def run(runtime: Runtime) -> None:
     settings = runtime.config.evaluate
-    model_dir = runtime.model_dir()
+    model_dir = model_folder(runtime)
     version = model_dir.name
     # An item that the model never saw is none that it can be asked to rank: the floors do not know it either.
     vectors = runtime.read(ITEM_EMBEDDINGS).where((F.col("model_version") == version) & ~F.col("is_cold"))
@@ -308,9 +309,7 @@ def run(runtime: Runtime) -> None:
     runtime.write(EVALUATION, runtime.spark.createDataFrame(table, EVALUATION.schema()).coalesce(1))
     for task in TASKS:
         of = {r.cell.method: r for r in results if r.task == task and r.cell[1:] == ("ndcg@10", "all", "all")}
-        runtime.report.notes.append(
-            f"ndcg@10, {task}: " + ", ".join(f"{m} {r.value:.4f} ({r.low:.4f} to {r.high:.4f})" for m, r in of.items())
-        )
+        runtime.report.notes.append(f"ndcg@10, {task}: " + ", ".join(f"{m} {r.value:.4f}" for m, r in of.items()))
     runtime.report.notes += [f"alarm: {alarm.said}" for alarm in raised]
 
 
@@ -448,7 +447,7 @@ STAGE = Stage(
     reads=(SEQUENCES, SESSIONS, ITEMS, CONTEXT_VALUES, ITEM_EMBEDDINGS),
     writes=(EVALUATION,),
     settings=("evaluate", "habit", "sequences", "vocabulary", "model"),
-    inputs=lambda runtime: {"model_version": runtime.model_dir().name},
+    inputs=lambda runtime: {"model_version": model_folder(runtime).name},
 )
 
 

@@ -27,6 +27,7 @@ from pyspark.sql import functions as F
 from jobs.cli import stage_main
 from jobs.config import ProbeSettings
 from jobs.errors import TrailvecError
+from jobs.model_folders import model_folder
 from jobs.profile_users import (
     before,
     events_of,
@@ -281,7 +282,7 @@ def results_of(labels: pd.DataFrame, users: list[str], features: dict[str, Matri
 
 
 def run(runtime: Runtime) -> None:
-    settings, model_dir = runtime.config.probe, runtime.model_dir()
+    settings, model_dir = runtime.config.probe, model_folder(runtime)
     if settings.labels is None and not settings.activity and not settings.event_types:
         raise TrailvecError(
             "nothing is asked: say in probe.labels which labels there are, or in probe.activity and probe.event_types "
@@ -314,7 +315,7 @@ def run(runtime: Runtime) -> None:
 
 def _inputs(runtime: Runtime) -> dict[str, Any]:
     labels = runtime.config.probe.labels
-    facts: dict[str, Any] = {"model_version": runtime.model_dir().name}
+    facts: dict[str, Any] = {"model_version": model_folder(runtime).name}
     if labels is not None and labels.file is not None:
         facts["labels"] = file_digest(Path(labels.file))
     if labels is not None and labels.sql is not None:  # it may read any table, but for the one that is written here

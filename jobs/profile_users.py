@@ -26,6 +26,7 @@ from jobs.build_sequences import build_sequences, in_vocabulary, number_actions
 from jobs.cli import stage_main
 from jobs.config import SequencesSettings
 from jobs.errors import TrailvecError
+from jobs.model_folders import add_to_model, model_folder
 from jobs.models import encode_sequences
 from jobs.runtime import Runtime, Stage, code_version
 from jobs.splits import Cuts, cut_times, utc
@@ -336,7 +337,7 @@ def _names_of(runtime: Runtime, numbers: Integers) -> list[str]:
 
 
 def run(runtime: Runtime) -> None:
-    model_dir = runtime.model_dir()
+    model_dir = model_folder(runtime)
     sessions = runtime.read(SESSIONS)
     end = cut_times(sessions.select(F.col("end_ts").alias("event_ts")), runtime.config.sequences).end
     cuts = sessions.select("user_id").distinct().withColumn("cut", utc(end))
@@ -349,7 +350,7 @@ def run(runtime: Runtime) -> None:
         runtime.on_progress("the basis is fitted")
         basis = fit(runtime, visible, encoded, numbers=numbers, told=told)
         write_basis(model_dir, basis, {"as_of": end.isoformat(timespec="microseconds"), "code_version": code_version()})
-        runtime.add_to_model(model_dir, TENSORS, ABOUT)
+        add_to_model(runtime, model_dir, TENSORS, ABOUT)
     else:
         basis = found[0]
     rows = profiles(profile_rows(visible, encoded, numbers, numbered(told, basis.names)), basis)
@@ -361,7 +362,7 @@ def run(runtime: Runtime) -> None:
 
 
 def _inputs(runtime: Runtime) -> dict[str, str | None]:
-    folder = runtime.model_dir()
+    folder = model_folder(runtime)
     return {"model_version": folder.name, "rotation": (read_alignment(folder) or {}).get("rotation_sha256")}
 
 

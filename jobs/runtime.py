@@ -1,4 +1,4 @@
-"""The only place that knows paths and catalogues; and what a stage is.
+"""The only place that knows paths; and what a stage is.
 
 A stage reads tables at pinned versions and writes each of its tables in one Delta commit, whose user
 metadata says what ran: code version, resolved config, versions read (law 7). From the same facts comes
@@ -15,7 +15,6 @@ import itertools
 import json
 import random
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -34,21 +33,17 @@ from delta.exceptions import (
     ProtocolChangedException,
 )
 from delta.tables import DeltaTable
-from pyspark import SparkFiles
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from jobs.commits import Commit, History
 from jobs.config import Config
 from jobs.errors import TrailvecError
-from jobs.files import HadoopPath, Place, fetch, place_of
+from jobs.files import Place, place_of
 from jobs.spark_session import spark_conf, start_spark
-from jobs.tables import CURRENT, CURRENT_MODEL, TABLES, Table, conform
-from training.checkpoint import ABOUT, WEIGHTS, read_about
+from jobs.tables import CURRENT_MODEL, Table, conform
 
 _PACKAGES = ("jobs", "spark_udfs", "training")
-_REGISTERED = "spark.trailvec.registered"  # what the session's catalogue knows by name
-_VOLUMES = "/Volumes"  # where Databricks mounts the volumes of Unity Catalog
 # Another job committed in the meantime. In Python these have no base of their own, as they have in Java.
 CONFLICTS = (
     ConcurrentAppendException,
@@ -531,56 +526,6 @@ class Runtime:
 
     # ---- models ------------------------------------------------------------------------------------
 
-    def model_dir(self, version: str | None = None) -> Path:
-        """The folder of a model; None: of the one in use, `model.version` of the configuration, else the current one.
-
-        Where it does not lie on a local disk: this process's copy, which has the version's name too. What is to stay
-        has to be brought back by `add_to_model`.
-
-        Raises:
-            TrailvecError: there is no such model, or what was fetched of it is damaged.
-        """
-        version = version or self.config.model.version
-        if version is None:
-            current = self.models / "current.json"
-            if not current.exists():
-                raise TrailvecError(f"no model under {self.models}: run `trailvec train` first")
-            version = json.loads(current.read_text())["model_version"]
-        folder = self.models / version
-        if not self.has_model(version):
-            found = sorted(p.parent.name for p in self.models.glob(f"*/{ABOUT}"))
-            raise TrailvecError(
-                f"model {version} does not exist under {self.models} (found: {', '.join(found) or 'none'}): "
-                f"set model.version to one of them or run `trailvec train`"
-            )
-        return folder if isinstance(folder, Path) else self._fetched(folder)
-
-    def has_model(self, version: str) -> bool:
-        """Whether its folder is there (it may have been deleted)."""
-        return (self.models / version / ABOUT).exists()
-
-    def _fetched(self, folder: HadoopPath) -> Path:
-        """A local copy of a model's folder, as the folder is now; its weights come once."""
-        # Spark's own folder goes with the application.
-        store = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
-        copy = Path(SparkFiles.getRootDirectory()) / "trailvec" / store / folder.name
-        if WEIGHTS in fetch(folder, copy):
-            try:
-                read_about(copy)
-            except TrailvecError as error:
-                shutil.rmtree(copy)
-                raise TrailvecError(str(error).replace(str(copy), str(folder))) from None
-        return copy
-
-    def add_to_model(self, folder: Path, *names: str) -> None:
-        """Puts files that were written into `model_dir` where the model lies, each whole or not at all, in this order;
-        those that are not there are left out. On a local disk they are there already."""
-        home = self.models / folder.name
-        if isinstance(home, HadoopPath):
-            for name in names:
-                if (folder / name).exists():
-                    (home / name).put_whole(folder / name)
-
     def current_model(self) -> str:
         """The version of the model whose vectors the stage reads: the one that all users have a vector of.
 
@@ -602,48 +547,6 @@ class Runtime:
         if not self.exists(CURRENT_MODEL):
             return None
         return next((str(row["model_version"]) for row in self.latest(CURRENT_MODEL).collect()), None)
-
-    # ---- SQL ---------------------------------------------------------------------------------------
-
-    def register_tables(self) -> None:
-        """Makes every existing table, and the views of the current model's vectors, known to SQL by their names, in
-        `storage.database`, and uses that database. Does nothing where the session knows all of them already."""
-        database = self.config.storage.database
-        there = [table for table in TABLES if self.exists(table)]
-        if isinstance(self.place, Path) and self.place.is_relative_to(_VOLUMES):
-            self._register_views(there)
-            return
-        known = json.dumps([str(self.place), database, [table.name for table in there]])
-        if self.spark.conf.get(_REGISTERED, "") == known and self.spark.catalog.databaseExists(database):
-            self.spark.catalog.setCurrentDatabase(database)
-            return
-        self.spark.sql(f"CREATE DATABASE IF NOT EXISTS `{database}`")  # the name's pattern is checked by the config
-        self.spark.catalog.setCurrentDatabase(database)
-        for table in TABLES:
-            if table in there:
-                # Anew each time: the name may still mean a table under another root.
-                self.spark.sql(f"DROP TABLE IF EXISTS `{database}`.{table.name}")  # external: its files stay
-                self.spark.catalog.createTable(table.name, path=self.path(table), source="delta")
-        for view, table in CURRENT.items():
-            self.spark.sql(f"DROP VIEW IF EXISTS `{database}`.{view}")
-            if table in there and CURRENT_MODEL in there:
-                self.spark.sql(f"CREATE VIEW `{database}`.{view} AS {_current_rows(table, f'`{database}`.')}")
-        self.spark.conf.set(_REGISTERED, known)
-
-    def _register_views(self, there: list[Table]) -> None:
-        """The same by temporary views of the session: Unity Catalog takes no table whose files lie in a volume."""
-        for table in there:
-            path = self.path(table).replace("`", "``")
-            self.spark.sql(f"CREATE OR REPLACE TEMPORARY VIEW {table.name} AS SELECT * FROM delta.`{path}`")  # noqa: S608
-        for view, table in CURRENT.items():
-            if table in there and CURRENT_MODEL in there:
-                self.spark.sql(f"CREATE OR REPLACE TEMPORARY VIEW {view} AS {_current_rows(table)}")
-
-
-def _current_rows(table: Table, database: str = "") -> str:
-    """The query of the current model's rows; `database`: with a dot, where the tables are not the session's own."""
-    current = f"(SELECT model_version FROM {database}{CURRENT_MODEL.name})"  # noqa: S608 - our own names
-    return f"SELECT * FROM {database}{table.name} WHERE model_version = {current}"  # noqa: S608
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from pyspark.sql import functions as F
 from jobs import align, evaluate
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
+from jobs.model_folders import model_folder
 from jobs.models import encode_sequences
 from jobs.runtime import Runtime, Stage, meanwhile
 from jobs.spark_session import spark_conf
@@ -91,7 +92,7 @@ class Scorer:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._folder = runtime.model_dir()
+        self._folder = model_folder(runtime)
         self.version = self._folder.name
         self.model = {
             "version": self.version,
@@ -229,7 +230,7 @@ def check_successor(runtime: Runtime, version: str) -> None:
         raise TrailvecError(why)
     if not current:
         return
-    report = read_alignment(runtime.model_dir())
+    report = read_alignment(model_folder(runtime))
     if report is None:
         raise TrailvecError(f"model {version} is not aligned with {current[0]} yet: run `trailvec align` first")
     if why := align.refusal(report, runtime.config.align):
@@ -265,7 +266,7 @@ STAGE = Stage(
     reads=(SEQUENCES,),
     writes=(USER_EMBEDDINGS, CURRENT_MODEL),
     settings=(),  # score.* changes the speed, not the vectors
-    inputs=lambda runtime: {"model_version": runtime.model_dir().name},
+    inputs=lambda runtime: {"model_version": model_folder(runtime).name},
 )
 
 

@@ -26,6 +26,7 @@ from jobs.config import Config
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime
 from jobs.sql import prepare
+from jobs.sql_names import register_tables
 from jobs.tables import TABLES
 from spark_udfs.nearest_of_user import TABLE_FUNCTIONS
 from spark_udfs.vectors import FUNCTIONS
@@ -93,7 +94,7 @@ def run_serve(config: Config, host: str, port: int) -> None:
         print(f"SQL at jdbc:hive2://{address}:{port}/{config.storage.database} (Ctrl-C stops it)", flush=True)
         while not stopped.wait(_LOOK_AGAIN_SECONDS):
             if (existing := _existing(runtime)) != known:  # a stage has made its table
-                runtime.register_tables()
+                register_tables(runtime)
                 known = existing
         server.stop()
         spark.stop()

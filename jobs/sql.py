@@ -17,6 +17,7 @@ from rich.table import Table as Grid
 from jobs.cli import table_console
 from jobs.errors import TrailvecError, explain
 from jobs.runtime import Runtime
+from jobs.sql_names import register_tables
 from spark_udfs import nearest_of_user, vectors
 
 _SHOWN_ELEMENTS = 3  # of an array
@@ -24,7 +25,7 @@ _SHOWN_ELEMENTS = 3  # of an array
 
 def prepare(runtime: Runtime) -> None:
     """Makes the tables and the functions known to the runtime's Spark session: from then on spark.sql() does it."""
-    runtime.register_tables()
+    register_tables(runtime)
     vectors.register(runtime.spark)
     if isinstance(runtime.place, Path):  # the table functions read local files
         nearest_of_user.register(runtime.spark, runtime.place, runtime.config.model.version)

@@ -43,6 +43,7 @@ from jobs.config import Config
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, Place, published, shared_url
 from jobs.model_card import plot, write_card
+from jobs.model_folders import has_model, model_folder
 from jobs.runtime import Runtime, Stage, write_json
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
 from jobs.tracking import Tracker, tracked
@@ -158,7 +159,7 @@ def base_of(runtime: Runtime) -> str | None:
     """
     if not runtime.config.train.warm_start or not (runtime.models / "current.json").exists():
         return None
-    about = read_about(runtime.model_dir())
+    about = read_about(model_folder(runtime))
     made, now = about["provenance"], runtime.provenance()
     same = all(made[key] == now[key] for key in ("reads", "code_version")) and all(
         made["config"][section] == now["config"][section] for section in STAGE.settings
@@ -195,7 +196,7 @@ def count_rows(files: list[str]) -> int:
 def run(runtime: Runtime) -> None:
     version = runtime.fingerprint[:12]
     folder = runtime.models / version
-    if runtime.has_model(version) and not runtime.forced:
+    if has_model(runtime, version) and not runtime.forced:
         runtime.report.skipped = True
     else:
         # Beside the model's folder, which appears when all is done: what a kill leaves, the same command finds.
@@ -206,7 +207,7 @@ def run(runtime: Runtime) -> None:
             _train(runtime, version, staging, checkpoints)
         remove_tree(checkpoints)
     write_json(runtime.models / "current.json", {"model_version": version})
-    about = read_about(runtime.model_dir(version))
+    about = read_about(model_folder(runtime, version))
     training = about["training"]
     best = training["epochs"][training["best_epoch"] - 1]
     scores = ", ".join(f"{name} {best[name]:.4f}" for name in ("recall@10", "ndcg@10") if name in best)
@@ -230,7 +231,7 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
     model = model_spec(runtime.config, len(counts), runtime.read(CONTEXT_VALUES))
     base = base_of(runtime)
     if base:
-        old = read_about(runtime.model_dir(base))
+        old = read_about(model_folder(runtime, base))
         check_growth(base, ModelSpec.model_validate(old["spec"]), model)
         files["train"] = rows_since(runtime, old, _rows_folder(runtime, version, staging))
         rate = settings.learning_rate * settings.warm_rate

@@ -20,6 +20,7 @@ from jobs.cli import stage_main
 from jobs.errors import TrailvecError
 from jobs.evaluate import SPACE_SAMPLE
 from jobs.evaluation_page import Example, Facts, Map, Neighbour, page
+from jobs.model_folders import add_to_model, has_model, model_folder
 from jobs.runtime import Runtime, Stage
 from jobs.space import flat_map, unit
 from jobs.tables import EVALUATION, EXPORTS, ITEM_EMBEDDINGS, ITEMS, PROBES, USER_EMBEDDINGS
@@ -53,7 +54,7 @@ def examples(items: pd.DataFrame) -> list[Example]:
 
 
 def run(runtime: Runtime) -> None:
-    folder = runtime.model_dir()
+    folder = model_folder(runtime)
     target = folder / PAGE
     if not runtime.forced and _fingerprint_of(target) == runtime.fingerprint:
         runtime.report.skipped = True
@@ -63,7 +64,7 @@ def run(runtime: Runtime) -> None:
     part = folder / f".{PAGE}.part"
     part.write_text(text, encoding="utf-8")
     part.rename(target)  # last: it is what says that all is done
-    runtime.add_to_model(folder, PAGE)
+    add_to_model(runtime, folder, PAGE)
     runtime.report.rows_out["page"] = 1
     runtime.report.notes.append(f"{runtime.models / folder.name / PAGE} ({len(text) / 1024:,.0f} kB)")
 
@@ -149,7 +150,7 @@ def _probes(runtime: Runtime, version: str) -> list[dict[str, Any]]:
 
 
 def _about(runtime: Runtime, version: str) -> dict[str, Any]:
-    return read_about(runtime.model_dir(version)) if runtime.has_model(version) else {}
+    return read_about(model_folder(runtime, version)) if has_model(runtime, version) else {}
 
 
 def _fingerprint_of(target: Path) -> str | None:
@@ -164,7 +165,7 @@ def _fingerprint_of(target: Path) -> str | None:
 
 def _inputs(runtime: Runtime) -> dict[str, Any]:
     return {
-        "model_version": runtime.model_dir().name,
+        "model_version": model_folder(runtime).name,
         "current": runtime.newest_current_model(),
         **{t.name: runtime.changed_version(t) for t in (PROBES, EXPORTS, USER_EMBEDDINGS) if runtime.exists(t)},
     }

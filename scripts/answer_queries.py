@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.config import load_config
+from jobs.model_folders import model_folder
 from jobs.runtime import Runtime
 from jobs.sql import prepare
 
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--set", metavar="a.b=c", action="append", default=[])
     arguments = parser.parse_args()
     runtime = Runtime(load_config(arguments.conf, arguments.set))
-    folder = runtime.model_dir()
+    folder = model_folder(runtime)
     trained = json.loads((folder / "model.json").read_text())["provenance"]["config"]["train"]
     parts = [_HEAD.format(model=folder.name, epochs=trained["epochs"])]
     prepare(runtime)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-from rich import box
 from rich.console import Console
 from rich.rule import Rule
 from rich.table import Table as Grid
@@ -12,9 +11,11 @@ from rich.table import Table as Grid
 from jobs.cli import guarded, run_stages
 from jobs.config import load_config
 from jobs.evaluation_page import METHODS
+from jobs.model_folders import model_folder
 from jobs.pipeline import STAGES
-from jobs.runtime import Report, Runtime
+from jobs.runtime import Runtime
 from jobs.sql import run_sql
+from jobs.sql_names import register_tables
 from jobs.write_report import PAGE
 
 screen = Console(highlight=False)
@@ -61,9 +62,8 @@ ANSWERS = (
 def main() -> None:
     screen.print("[bold]trailvec[/]: a year of purchases → a vector for every household and item\n")
     runtime = Runtime(load_config("conf/local.toml"))
-    reports = run_stages(runtime, STAGES)
-    show_stages(reports)
-    model = runtime.model_dir().name
+    run_stages(runtime, STAGES)
+    model = model_folder(runtime).name
     show_ranking(runtime, model)
     show_users(runtime, model)
     for question, text in ANSWERS:
@@ -78,21 +78,10 @@ def title(text: str) -> None:
     screen.print(Rule(text, align="left"))
 
 
-def show_stages(reports: list[Report]) -> None:
-    title("What each stage read and wrote (rows)")
-    grid = Grid(box=box.SIMPLE)
-    for heading in ("stage", "seconds", "in", "out"):
-        grid.add_column(heading, justify="right" if heading == "seconds" else "left")
-    for report in reports:
-        rows = [", ".join(f"{n} {count:,}" for n, count in r.items()) for r in (report.rows_in, report.rows_out)]
-        grid.add_row(report.stage, "up to date" if report.skipped else f"{report.seconds:.1f}", *rows)
-    screen.print(grid)
-
-
 def show_ranking(runtime: Runtime, model: str) -> None:
     title("What a household buys next, in December")
     screen.print("never seen in training; the whole catalogue is ranked", style="dim")
-    runtime.register_tables()
+    register_tables(runtime)
     rows = runtime.spark.sql(
         """SELECT task, method, metric, value, counted FROM evaluation
         WHERE model_version = :model AND slice = 'all' AND task IN ('next', 'new', 'repeat')""",

@@ -30,6 +30,7 @@ from pyspark.sql import functions as F
 
 from jobs import build_sequences, build_vocabulary, flag_users, ingest, probe, sessionize, train
 from jobs.config import load_config
+from jobs.model_folders import model_folder
 from jobs.profile_users import before, events_of, item_numbers
 from jobs.runtime import Runtime
 from jobs.spark_session import start_spark
@@ -142,7 +143,7 @@ def coles(runtime: Runtime, folder: Path, epochs: int) -> Iterator[tuple[Any, ..
 
 def table(runtime: Runtime, peer: list[tuple[Any, ...]]) -> dict[str, Any]:
     """Prints the probes of the model in use, the peer's beside them; AUC and std by task and features."""
-    rows = runtime.latest(PROBES).where(f"model_version = '{runtime.model_dir().name}' AND metric = 'auc'").toPandas()
+    rows = runtime.latest(PROBES).where(f"model_version = '{model_folder(runtime).name}' AND metric = 'auc'").toPandas()
     beside = pd.DataFrame(peer, columns=[c.name for c in PROBES.columns if c.name != "model_version"])
     rows, shown = pd.concat([rows, beside[beside["metric"] == "auc"]]), (*probe.FEATURES, *(["coles"] if peer else []))
     best = rows.sort_values("value").groupby(["task", "features"]).tail(1).set_index(["task", "features"])

@@ -27,6 +27,7 @@ from pyspark.sql import functions as F
 from jobs import build_sequences, build_vocabulary, embed_items, evaluate, flag_users, ingest, sessionize, train
 from jobs.config import load_config
 from jobs.errors import TrailvecError
+from jobs.model_folders import model_folder
 from jobs.ranking import FLOORS
 from jobs.runtime import Runtime
 from jobs.spark_session import start_spark
@@ -97,7 +98,7 @@ def main() -> None:
             report = runtime.execute(stage.STAGE)
             said(f"seed {seed}  {stage.STAGE.name:16} {report.seconds:6.1f} s  {'  '.join(report.notes)}")
         rows = runtime.latest(EVALUATION).where((F.col("task") == "new") & (F.col("split") == arguments.split))
-        rows = rows.where((F.col("model_version") == runtime.model_dir().name) & (F.col("slice") == "all"))
+        rows = rows.where((F.col("model_version") == model_folder(runtime).name) & (F.col("slice") == "all"))
         results.append({(row.method, row.metric): row.value for row in rows.collect()})
     users = rows.agg(F.max("counted")).collect()[0][0]
     counts = {"events": runtime.latest(EVENTS).count(), "items": runtime.latest(ITEMS).count(), "users": users}

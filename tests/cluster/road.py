@@ -13,6 +13,7 @@ from pyspark.sql import SparkSession
 
 from jobs.cli import run_stages
 from jobs.erase_users import HOLDING_USERS
+from jobs.model_folders import model_folder
 from jobs.pipeline import STAGES
 from jobs.runtime import Runtime
 from scripts.faults import delta_reader, differences
@@ -96,4 +97,4 @@ def train_here(root: Path, here: Path, spark: SparkSession, settings: dict[str, 
     shutil.copytree(root / "tables", here / "tables")
     runtime = Runtime(make_config(here, *sets, 'train.launcher="local"', conf=REPOSITORY / "conf/base.toml"), spark)
     run_stages(runtime, [stage for stage in STAGES if stage.name == "train"])
-    return read_about(runtime.model_dir())
+    return read_about(model_folder(runtime))

@@ -12,6 +12,7 @@ from pyspark.sql import SparkSession
 
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, fetch, file_sizes, published
+from jobs.model_folders import add_to_model, has_model, model_folder
 from jobs.runtime import Runtime, write_json
 from training.checkpoint import describe_weights
 from training.config import ModelSpec
@@ -78,29 +79,29 @@ def test_a_model_elsewhere_is_read_from_a_whole_copy_and_added_to_there(
     monkeypatch.setattr(Runtime, "place", store)
     runtime = make_runtime()
     with pytest.raises(TrailvecError, match=r"no model under file:\S+/store/models: run"):
-        runtime.model_dir()
+        model_folder(runtime)
     for version in ("m1", "m2"):
         with published(runtime.models / version) as folder:
             model(folder, version.encode())
     write_json(runtime.models / "current.json", {"model_version": "m2"})
     with pytest.raises(TrailvecError, match=r"model m3 does not exist under \S+/models \(found: m1, m2\)"):
-        runtime.model_dir("m3")
-    assert (runtime.has_model("m1"), runtime.has_model("m3")) == (True, False)
+        model_folder(runtime, "m3")
+    assert (has_model(runtime, "m1"), has_model(runtime, "m3")) == (True, False)
 
-    copy = runtime.model_dir()
+    copy = model_folder(runtime)
     assert (copy.name, (copy / "model.safetensors").read_bytes()) == ("m2", b"m2")
     (copy / "page.html").write_text("a page")
-    runtime.add_to_model(copy, "page.html", "not made")
+    add_to_model(runtime, copy, "page.html", "not made")
     assert names(runtime.models / "m2") == ["model.json", "model.safetensors", "page.html"]
-    assert (runtime.model_dir() / "page.html").read_text() == "a page"
+    assert (model_folder(runtime) / "page.html").read_text() == "a page"
 
     (store / "models" / "m2" / "model.safetensors").write_text("damaged")
     with pytest.raises(
         TrailvecError, match=r"the model in file:\S+/store/models/m2 is damaged: model.safetensors is not"
     ):
-        runtime.model_dir()
+        model_folder(runtime)
     with pytest.raises(TrailvecError, match="is damaged"):  # and again: the copy is not kept
-        runtime.model_dir()
+        model_folder(runtime)
 
 
 def test_every_file_but_hidden_ones_and_those_of_one_folder(store: HadoopPath, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from jobs import align, cli, evaluate, export_segments
 from jobs import runtime as runtime_module
 from jobs import train as train_module
 from jobs.cli import main, run_stages
+from jobs.model_folders import model_folder
 from jobs.pipeline import STAGES
 from jobs.runtime import Runtime
 from jobs.tables import FLAGGED_USERS, TABLES
@@ -244,10 +245,10 @@ def test_a_habit_is_what_plain_python_sums(undisturbed: Runtime, settings: list[
 
 
 def test_the_page_of_the_model_stands_beside_it_and_in_mlflow(undisturbed: Runtime) -> None:
-    page = undisturbed.model_dir() / "evaluation.html"
+    page = model_folder(undisturbed) / "evaluation.html"
     text = page.read_text()
     assert Page(text).open == []
-    assert f"Model {undisturbed.model_dir().name}" in text
+    assert f"Model {model_folder(undisturbed).name}" in text
     assert [copy.read_text() for copy in undisturbed.root.glob("mlruns/*/artifacts/evaluation.html")] == [text]
 
 

@@ -23,6 +23,7 @@ from jobs.config import load_config
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
 from jobs.sql import query
+from jobs.sql_names import register_tables
 from jobs.tables import CONTEXT_VALUES, CURRENT_MODEL, EVALUATION, ITEM_EMBEDDINGS, Column, conform
 from tests.conftest import put
 
@@ -47,7 +48,7 @@ def test_a_null_where_the_contract_has_none_is_not_committed(
 def test_comments_reach_sql(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
     runtime = make_runtime('storage.database="comments"')
     put(runtime, CONTEXT_VALUES, spark.createDataFrame([("vertical", "food", 2)], VALUES))
-    runtime.register_tables()
+    register_tables(runtime)
     described = {r.col_name: r for r in spark.sql("DESCRIBE EXTENDED context_values").collect()}
     assert described["value"].comment == "The value; of a category vertical/category."
     assert described["Comment"].data_type == CONTEXT_VALUES.comment
@@ -59,14 +60,14 @@ def test_a_name_in_sql_follows_the_root(
     for value in ("one", "two"):
         runtime = make_runtime('storage.database="roots"', root=tmp_path_factory.mktemp(value))
         put(runtime, CONTEXT_VALUES, spark.createDataFrame([("vertical", value, 2)], VALUES))
-        runtime.register_tables()
+        register_tables(runtime)
         assert spark.sql("SELECT value FROM context_values").collect()[0].value == value
 
 
 def test_in_a_volume_the_names_are_views_of_the_session(
     make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.runtime._VOLUMES", str(tmp_path))
+    monkeypatch.setattr("jobs.sql_names._VOLUMES", str(tmp_path))
     runtime = Runtime(make_runtime('storage.database="volumes"').config, spark.newSession())
     put(runtime, CURRENT_MODEL, runtime.spark.createDataFrame([("new",)], CURRENT_MODEL.schema()))
     vector = [("apple", 2, model, datetime(2026, 1, 1), False, [1.0]) for model in ("old", "new")]

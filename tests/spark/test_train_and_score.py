@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from jobs import embed_items, score_users, train
 from jobs.errors import TrailvecError
+from jobs.model_folders import model_folder
 from jobs.models import encode_sequences
 from jobs.runtime import Runtime, Stage
 from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_EMBEDDINGS, Table
@@ -115,7 +116,7 @@ def trained(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Ru
 
 
 def about_of(runtime: Runtime) -> dict[str, Any]:
-    about: dict[str, Any] = json.loads((runtime.model_dir() / "model.json").read_text())
+    about: dict[str, Any] = json.loads((model_folder(runtime) / "model.json").read_text())
     return about
 
 
@@ -141,7 +142,7 @@ def active_files(table: Path) -> set[str]:
 
 
 def test_ranks_read_the_snapshots_active_files_each_row_once(trained: Runtime) -> None:
-    run = json.loads((trained.model_dir() / "run.json").read_text())
+    run = json.loads((model_folder(trained) / "run.json").read_text())
     table = Path(trained.path(SEQUENCES))
     on_disk = {str(path) for path in (table / "split=train").glob("*.parquet")}
     read = {url.removeprefix("file://") for url in run["train_files"]}
@@ -154,7 +155,7 @@ def test_ranks_read_the_snapshots_active_files_each_row_once(trained: Runtime) -
 
 def test_model_json_says_what_made_it(trained: Runtime) -> None:
     about = about_of(trained)
-    assert about["model_version"] == trained.model_dir().name
+    assert about["model_version"] == model_folder(trained).name
     assert about["as_of"] == "2024-06-01T00:00:00.000000"
     # Version 0 made the table, each write one more.
     assert about["provenance"]["reads"] == {"sequences": 3, "items": 1, "context_values": 1}
@@ -164,12 +165,12 @@ def test_model_json_says_what_made_it(trained: Runtime) -> None:
 
 def test_the_card_the_plot_and_the_run_in_mlflow(trained: Runtime) -> None:
     about = about_of(trained)
-    text = (trained.model_dir() / "card.md").read_text()
+    text = (model_folder(trained) / "card.md").read_text()
     assert "| data | sequences version 3, items version 1, context_values version 1 |" in text
     best = about["training"]["epochs"][about["training"]["best_epoch"] - 1]
     assert f"| vertical2 | {best['by_vertical']['vertical2']['users']} |" in text
     assert sum(group["users"] for group in best["by_history"].values()) == about["training"]["held_users"] <= 20
-    assert ElementTree.parse(trained.model_dir() / "training.svg").getroot().tag.endswith("svg")
+    assert ElementTree.parse(model_folder(trained) / "training.svg").getroot().tag.endswith("svg")
 
     connection = sqlite3.connect(trained.root / "mlflow.db")
     runs = connection.execute("SELECT run_uuid, status FROM runs WHERE name = ?", [about["model_version"]]).fetchall()
@@ -188,7 +189,7 @@ def test_tasks_of_spark_train_the_same_model_as_horovodrun(trained: Runtime, tmp
     np.save(tmp_path / "attributes.npy", train.attribute_matrix(attributes, list(ITEM_ATTRIBUTES), len(counts)))
     output = tmp_path / "model"
     output.mkdir()
-    spec = RunSpec.model_validate_json((trained.model_dir() / "run.json").read_text()).model_copy(
+    spec = RunSpec.model_validate_json((model_folder(trained) / "run.json").read_text()).model_copy(
         update={"item_counts": str(tmp_path / "counts.npy"), "item_verticals": None, "verticals": []}
         | {
             "item_attributes": str(tmp_path / "attributes.npy"),
@@ -202,7 +203,7 @@ def test_tasks_of_spark_train_the_same_model_as_horovodrun(trained: Runtime, tmp
     about = json.loads((output / "model.json").read_text())
     expected = about_of(trained)["training"]["parameters_sha256_by_rank"]
     assert about["training"]["parameters_sha256_by_rank"] == expected
-    assert load_file(output / "model.safetensors").keys() == load_file(trained.model_dir() / WEIGHTS).keys()
+    assert load_file(output / "model.safetensors").keys() == load_file(model_folder(trained) / WEIGHTS).keys()
 
     broken = spec.model_copy(update={"settings": spec.settings.model_copy(update={"learning_rate": 1e30})})
     broken = broken.model_copy(update={"checkpoints": None})
@@ -225,7 +226,7 @@ def test_vectors_from_duckdb_rank_like_the_model_itself(trained: Runtime) -> Non
     assert np.isfinite(user_vectors).all()
 
     about = about_of(trained)
-    model = load_model(trained.model_dir() / "model.safetensors", ModelSpec.model_validate(about["spec"]))
+    model = load_model(model_folder(trained) / "model.safetensors", ModelSpec.model_validate(about["spec"]))
     rows = {row["user_id"]: row for row in sequences(make_rows(40, seed=3), "score")}
     rows["u0"]["item_index"] = [1] * rows["u0"]["length"]
     rows["u1"]["item_index"][0] = 1
@@ -250,7 +251,7 @@ def test_vectors_from_duckdb_rank_like_the_model_itself(trained: Runtime) -> Non
 
 def test_rows_are_encoded_alike_in_any_order_and_batch_size(trained: Runtime) -> None:
     spec = ModelSpec.model_validate(about_of(trained)["spec"])
-    model = LoadedModel(load_model(trained.model_dir() / "model.safetensors", spec))
+    model = LoadedModel(load_model(model_folder(trained) / "model.safetensors", spec))
     rows = make_rows(30, seed=4)
 
     def encode(rows: list[dict[str, Any]], batch_size: int) -> np.ndarray:
@@ -263,7 +264,7 @@ def test_rows_are_encoded_alike_in_any_order_and_batch_size(trained: Runtime) ->
 
 
 def test_the_same_command_again_trains_nothing(trained: Runtime) -> None:
-    weights = trained.model_dir() / "model.safetensors"
+    weights = model_folder(trained) / "model.safetensors"
     before = weights.stat().st_mtime_ns
     (trained.models / "current.json").unlink()
     assert trained.execute(train.STAGE).skipped
@@ -288,7 +289,7 @@ def test_missing_and_damaged_models(trained: Runtime) -> None:
         Runtime(config, trained.spark).execute(score_users.STAGE)
     damaged = trained.models / "damaged"
     damaged.mkdir()
-    (damaged / "model.json").write_text((trained.model_dir() / "model.json").read_text())
+    (damaged / "model.json").write_text((model_folder(trained) / "model.json").read_text())
     config = make_config(trained.root, *SETTINGS, "model.version=damaged")
     for stage in (score_users.STAGE, embed_items.STAGE):
         with pytest.raises(TrailvecError, match=r"model\.safetensors is missing"):
@@ -300,7 +301,7 @@ def test_a_user_in_many_batches_of_arrow_still_has_one_vector(trained: Runtime) 
     key = "spark.sql.execution.arrow.maxRecordsPerBatch"
     trained.spark.conf.set(key, "3")
     try:
-        small = encode_sequences(rows, ["user_id"], model_dir=trained.model_dir(), batch_size=2).collect()
+        small = encode_sequences(rows, ["user_id"], model_dir=model_folder(trained), batch_size=2).collect()
     finally:
         trained.spark.conf.unset(key)
     stored = trained.spark.read.format("delta").load(trained.path(USER_EMBEDDINGS)).select("user_id", F.col("vector"))
@@ -316,7 +317,7 @@ def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
     shutil.copytree(trained.root, tmp_path / "root")
     sets = (*SETTINGS, "train.processes=1", "train.warm_start=true", "train.warm_rate=0.3")
     runtime = Runtime(make_config(tmp_path / "root", *sets), trained.spark)
-    base = runtime.model_dir().name
+    base = model_folder(runtime).name
     with pytest.raises(TrailvecError, match=f"nobody has acted between 2024-06-01.*model {base} was trained"):
         runtime.execute(train.STAGE)
 
@@ -333,9 +334,9 @@ def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
         assert [epoch["rows_by_rank"] for epoch in about["training"]["epochs"]] == [[30]]
         assert about["as_of"] == "2024-06-10T00:00:00.000000"
     assert report.skipped
-    settings = RunSpec.model_validate_json((runtime.model_dir() / "run.json").read_text()).settings
+    settings = RunSpec.model_validate_json((model_folder(runtime) / "run.json").read_text()).settings
     assert (settings.epochs, settings.learning_rate) == (1, pytest.approx(0.02 * 0.3))
-    assert not (runtime.model_dir() / "rows").exists()
+    assert not (model_folder(runtime) / "rows").exists()
 
     wider = Runtime(make_config(tmp_path / "root", *sets, "train.width=32"), trained.spark)
     with pytest.raises(

@@ -1,0 +1,69 @@
+"""Where models lie: models/<version>/ and models/current.json below the root, on a local disk or elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from pyspark import SparkFiles
+
+from jobs.errors import TrailvecError
+from jobs.files import HadoopPath, fetch
+from jobs.runtime import Runtime
+from training.checkpoint import ABOUT, WEIGHTS, read_about
+
+
+def model_folder(runtime: Runtime, version: str | None = None) -> Path:
+    """The folder of a model; None: of the one in use, `model.version` of the configuration, else the current one.
+
+    Where it does not lie on a local disk: this process's copy, which has the version's name too. What is to stay
+    has to be brought back by `add_to_model`.
+
+    Raises:
+        TrailvecError: there is no such model, or what was fetched of it is damaged.
+    """
+    version = version or runtime.config.model.version
+    if version is None:
+        current = runtime.models / "current.json"
+        if not current.exists():
+            raise TrailvecError(f"no model under {runtime.models}: run `trailvec train` first")
+        version = str(json.loads(current.read_text())["model_version"])
+    folder = runtime.models / version
+    if not has_model(runtime, version):
+        found = sorted(p.parent.name for p in runtime.models.glob(f"*/{ABOUT}"))
+        raise TrailvecError(
+            f"model {version} does not exist under {runtime.models} (found: {', '.join(found) or 'none'}): "
+            f"set model.version to one of them or run `trailvec train`"
+        )
+    return folder if isinstance(folder, Path) else _fetched(folder)
+
+
+def has_model(runtime: Runtime, version: str) -> bool:
+    """Whether its folder is there (it may have been deleted)."""
+    return (runtime.models / version / ABOUT).exists()
+
+
+def add_to_model(runtime: Runtime, folder: Path, *names: str) -> None:
+    """Puts files that were written into `model_folder` where the model lies, each whole or not at all, in this order;
+    those that are not there are left out. On a local disk they are there already."""
+    home = runtime.models / folder.name
+    if isinstance(home, HadoopPath):
+        for name in names:
+            if (folder / name).exists():
+                (home / name).put_whole(folder / name)
+
+
+def _fetched(folder: HadoopPath) -> Path:
+    """A local copy of a model's folder, as the folder is now; its weights come once."""
+    # Spark's own folder goes with the application.
+    store = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+    copy = Path(SparkFiles.getRootDirectory()) / "trailvec" / store / folder.name
+    if WEIGHTS in fetch(folder, copy):
+        try:
+            read_about(copy)
+        except TrailvecError as error:
+            shutil.rmtree(copy)
+            raise TrailvecError(str(error).replace(str(copy), str(folder))) from None
+    return copy

@@ -1,0 +1,53 @@
+"""The names by which SQL knows the tables, and the views of the current model's vectors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from jobs.runtime import Runtime
+from jobs.tables import CURRENT, CURRENT_MODEL, TABLES, Table
+
+_REGISTERED = "spark.trailvec.registered"  # what the session's catalogue knows by name
+_VOLUMES = "/Volumes"  # where Databricks mounts the volumes of Unity Catalog
+
+
+def register_tables(runtime: Runtime) -> None:
+    """Makes every existing table, and the views of the current model's vectors, known to SQL by their names, in
+    `storage.database`, and uses that database. Does nothing where the session knows all of them already."""
+    spark, database = runtime.spark, runtime.config.storage.database
+    there = [table for table in TABLES if runtime.exists(table)]
+    if isinstance(runtime.place, Path) and runtime.place.is_relative_to(_VOLUMES):
+        _register_views(runtime, there)
+        return
+    known = json.dumps([str(runtime.place), database, [table.name for table in there]])
+    if spark.conf.get(_REGISTERED, "") == known and spark.catalog.databaseExists(database):
+        spark.catalog.setCurrentDatabase(database)
+        return
+    spark.sql(f"CREATE DATABASE IF NOT EXISTS `{database}`")  # the name's pattern is checked by the config
+    spark.catalog.setCurrentDatabase(database)
+    for table in there:
+        # Anew each time: the name may still mean a table under another root.
+        spark.sql(f"DROP TABLE IF EXISTS `{database}`.{table.name}")  # external: its files stay
+        spark.catalog.createTable(table.name, path=runtime.path(table), source="delta")
+    for view, table in CURRENT.items():
+        spark.sql(f"DROP VIEW IF EXISTS `{database}`.{view}")
+        if table in there and CURRENT_MODEL in there:
+            spark.sql(f"CREATE VIEW `{database}`.{view} AS {_current_rows(table, f'`{database}`.')}")
+    spark.conf.set(_REGISTERED, known)
+
+
+def _register_views(runtime: Runtime, there: list[Table]) -> None:
+    """The same by temporary views of the session: Unity Catalog takes no table whose files lie in a volume."""
+    for table in there:
+        path = runtime.path(table).replace("`", "``")
+        runtime.spark.sql(f"CREATE OR REPLACE TEMPORARY VIEW {table.name} AS SELECT * FROM delta.`{path}`")  # noqa: S608
+    for view, table in CURRENT.items():
+        if table in there and CURRENT_MODEL in there:
+            runtime.spark.sql(f"CREATE OR REPLACE TEMPORARY VIEW {view} AS {_current_rows(table)}")
+
+
+def _current_rows(table: Table, database: str = "") -> str:
+    """The query of the current model's rows; `database`: with a dot, where the tables are not the session's own."""
+    current = f"(SELECT model_version FROM {database}{CURRENT_MODEL.name})"  # noqa: S608 - our own names
+    return f"SELECT * FROM {database}{table.name} WHERE model_version = {current}"  # noqa: S608
