@@ -68,7 +68,9 @@ def _parser(stages: Sequence[Stage], aside: Sequence[Stage]) -> argparse.Argumen
     run.add_argument("--to", dest="last", choices=names, default=names[-1], help="the last stage to run")
     run.add_argument("--force", action="store_true", help="run stages that are up to date too")
     for stage in (*stages, *aside):
-        command = commands.add_parser(stage.name, parents=[common], help=stage.help, description=stage.help)
+        command = commands.add_parser(
+            stage.name, parents=[common], help=stage.help, description=stage.help, epilog=_about(stage)
+        )
         command.add_argument("--force", action="store_true", help="run it even when it is up to date")
         if stage.name == "evaluate":
             command.add_argument(
@@ -77,6 +79,21 @@ def _parser(stages: Sequence[Stage], aside: Sequence[Stage]) -> argparse.Argumen
                 metavar=("MODEL_A", "MODEL_B"),
                 help="only print how two models (folders under models/) differ, over the same users",
             )
+    _add_beside(commands, common)
+    return parser
+
+
+def _about(stage: Stage) -> str:
+    """What the stage reads and writes, and which sections of the configuration change its result."""
+    names = {"reads": stage.reads, "writes": stage.writes}
+    about = [f"{what} {', '.join(table.name for table in tables)}" for what, tables in names.items() if tables]
+    settings = ", ".join(f"[{section}]" for section in stage.settings)
+    asked = f" Its result depends on the settings {settings} (--show-config prints them)." if settings else ""
+    return f"It {' and '.join(about)}.{asked}"
+
+
+def _add_beside(commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
+    """The commands of _BESIDE."""
     tables = commands.add_parser(
         "tables", parents=[common], help="every table: place, rows, version, size, last writer"
     )
@@ -143,7 +160,6 @@ def _parser(stages: Sequence[Stage], aside: Sequence[Stage]) -> argparse.Argumen
     )
     serve.add_argument("--host", default="127.0.0.1", help="the address to serve on (default: 127.0.0.1)")
     serve.add_argument("--port", type=int, default=10000, help="default: 10000")
-    return parser
 
 
 def _run(arguments: argparse.Namespace, stages: Sequence[Stage], aside: Sequence[Stage]) -> None:

@@ -2,10 +2,12 @@
 
 A superapp's log, cut where its last day ends; the last rows to arrive are kept back as batches of 0.1 % each. In one
 Spark session on 2 cores: ingest, flag_users, sessionize, build_vocabulary and build_sequences run once over the rest,
-as a first run would (once: it takes minutes; a smaller log before it compiles and warms), then again after each batch.
+as a first run would (once: it takes minutes; a smaller log before it compiles and warms); maintain_tables clusters what
+they wrote, as it does each night; then the stages run again after each batch.
 
 The last line is one JSON object: share_of_full (the median batch's seconds of all stages over those of the whole log),
-and the seconds of each stage, of the whole log and of the median batch. The chart goes to build/bench/incremental.svg.
+the seconds of each stage, of the whole log and of the median batch, and those of maintain_tables, which are in neither.
+The chart goes to build/bench/incremental.svg.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from pyspark.sql import SparkSession
 from superapp import START, World, write
 
 from jobs import build_sequences, build_vocabulary, flag_users, ingest, sessionize
+from jobs.maintain_tables import maintain
 from jobs.runtime import Runtime
 
 STAGES = (ingest.STAGE, flag_users.STAGE, sessionize.STAGE, build_vocabulary.STAGE, build_sequences.STAGE)
@@ -80,6 +84,10 @@ def measure(spark: SparkSession, events: int, batches: int, folder: Path) -> dic
     valid, test = (f"{end - timedelta(days=days):%Y-%m-%dT%H:%M:%SZ}" for days in (14, 7))
     stages = runtime(spark, data / "warehouse", data, f"sequences.valid_from={valid}", f"sequences.test_from={test}")
     full = run_all(stages, f"{rows:,} rows")
+    started = time.monotonic()
+    maintain(stages)
+    upkeep = time.monotonic() - started
+    said(f"maintain_tables: {upkeep:.1f} s")
     parts = []
     for number, size in enumerate(sizes):
         for file in (data / "aside" / str(number)).rglob("*.parquet"):
@@ -102,6 +110,7 @@ def measure(spark: SparkSession, events: int, batches: int, folder: Path) -> dic
         "share_of_full": statistics.median(sum(part.values()) for part in parts) / sum(full.values()),
         "full_s": {name: round(seconds, 2) for name, seconds in full.items()},
         "batch_s": {name: round(seconds, 2) for name, seconds in batch.items()},
+        "maintain_s": round(upkeep, 2),
     }
 
 
