@@ -69,14 +69,14 @@ def mark_duplicates(records: DataFrame, duplicates: str) -> DataFrame:
     # Refused records go the same way only to be spread evenly.
     key = [is_event, F.when(is_event, F.col("event_id")).otherwise(F.sha2(F.coalesce("raw", "event_id"), 256))]
     same_id = Window.partitionBy(*key, *([F.to_date("event_ts")] if duplicates == "same_day" else []))
-    in_order = same_id.orderBy("event_ts", "content")
+    # One order for both: each order would be a sort of its own.
+    in_order = same_id.orderBy("event_ts", "content", F.desc("stored"))
+    so_far = in_order.rowsBetween(Window.unboundedPreceding, Window.currentRow)
+    version = F.struct("event_ts", "content")
     ranked = records.withColumn("content", content).withColumns(
-        {
-            "version": F.dense_rank().over(in_order),
-            "place": F.row_number().over(same_id.orderBy("event_ts", "content", F.desc("stored"))),
-        }
+        {"kept": F.first(version).over(so_far), "place": F.row_number().over(in_order)}
     )
-    conflicts = is_event & (F.col("version") > 1)
+    conflicts = is_event & (version != F.col("kept"))
     reason = (
         F.when(conflicts, F.lit("duplicate_event_id"))
         .when(is_event & (F.col("place") > 1), F.lit(REPEAT))
@@ -84,7 +84,7 @@ def mark_duplicates(records: DataFrame, duplicates: str) -> DataFrame:
     )
     event = F.to_json(F.struct(*[c.name for c in EVENTS.columns]))
     return ranked.withColumns({"raw": F.when(conflicts, event).otherwise(F.col("raw")), "reason": reason}).drop(
-        "content", "version", "place"
+        "content", "kept", "place"
     )
 
 
@@ -114,17 +114,20 @@ def commit_batch(
     """
     settings = runtime.config.ingest
     same_day = settings.duplicates == "same_day"
-    # Read once; looked into for its ids, judged, counted and written.
     given = without_erased(reduce(DataFrame.unionByName, frames), erased_tests(runtime))
-    given = given.withColumn("stored", F.lit(False)).persist(StorageLevel.DISK_ONLY)
-    events = given.where(F.col("reason").isNull())
-    low, high = events.agg(F.min("event_id"), F.max("event_id")).collect()[0]
-    days = [row[0] for row in events.select(F.to_date("event_ts")).distinct().collect()] if same_day else None
+    given = given.withColumn("stored", F.lit(False))
     runtime.create(EVENTS)
-    ids = events.select("event_id").distinct()
-    stored = None if low is None else stored_events(runtime, ids, same_ids("", low, high, days), days)
-    together = given if stored is None else given.unionByName(stored)
-    records = mark_duplicates(together, settings.duplicates).persist(StorageLevel.DISK_ONLY)
+    together, where = given, F.lit(True)
+    if not runtime.latest(EVENTS).isEmpty():
+        given = given.persist(StorageLevel.DISK_ONLY)  # looked into for its ids, then judged
+        events = given.where(F.col("reason").isNull())
+        low, high = events.agg(F.min("event_id"), F.max("event_id")).collect()[0]
+        days = [row[0] for row in events.select(F.to_date("event_ts")).distinct().collect()] if same_day else None
+        if low is not None:
+            ids, where = events.select("event_id").distinct(), same_ids("old.", low, high, days)
+            stored = stored_events(runtime, ids, same_ids("", low, high, days), days)
+            together = given if stored is None else given.unionByName(stored)
+    records = mark_duplicates(together, settings.duplicates).persist(StorageLevel.DISK_ONLY)  # counted, then written
     try:
         found = records.groupBy("reason", "stored").count().collect()
         counts = Counter({row["reason"]: int(row["count"]) for row in found if not row["stored"]})
@@ -139,7 +142,6 @@ def commit_batch(
             runtime.append(REJECTED_EVENTS, refused, batch=(writer, number), done=False)
         if counts[None]:
             new = records.where(F.col("reason").isNull() & ~F.col("stored"))
-            where = same_ids("old.", low, high, days)
             if same_day:
                 where &= F.to_date("old.event_ts") == F.to_date("new.event_ts")
             runtime.merge(EVENTS, new, where=where, insert_only=replaced == 0, done=False)
