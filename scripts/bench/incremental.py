@@ -70,7 +70,7 @@ def run_all(stages: Runtime, what: str) -> dict[str, float]:
     return seconds
 
 
-def measure(spark: SparkSession, events: int, batches: int, folder: Path) -> dict[str, Any]:
+def measure(spark: SparkSession, events: int, batches: int, folder: Path, kept_up: bool = True) -> dict[str, Any]:
     world = World.of_events(events)
     data = folder / f"incremental-{events}"
     shutil.rmtree(data, ignore_errors=True)
@@ -85,7 +85,8 @@ def measure(spark: SparkSession, events: int, batches: int, folder: Path) -> dic
     stages = runtime(spark, data / "warehouse", data, f"sequences.valid_from={valid}", f"sequences.test_from={test}")
     full = run_all(stages, f"{rows:,} rows")
     started = time.monotonic()
-    maintain(stages)
+    if kept_up:
+        maintain(stages)
     upkeep = time.monotonic() - started
     said(f"maintain_tables: {upkeep:.1f} s")
     parts = []
@@ -116,17 +117,22 @@ def measure(spark: SparkSession, events: int, batches: int, folder: Path) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="100,000 events: under a minute, and all fixed costs")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="10,000 events, one batch, no maintain_tables, all cold: mostly fixed costs",
+    )
     parser.add_argument("--events", type=float, help="about so many (default: 1e7)")
-    parser.add_argument("--batches", type=int, default=5, help="medians of so many (default: 5)")
+    parser.add_argument("--batches", type=int, help="medians of so many (default: 5; quick: 1)")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for the log, tables and the chart")
     arguments = parser.parse_args()
-    events = int(arguments.events or (1e5 if arguments.quick else 1e7))
+    events = int(arguments.events or (1e4 if arguments.quick else 1e7))
+    batches = arguments.batches or (1 if arguments.quick else 5)
 
     spark = session(arguments.quick)
     if not arguments.quick:
         measure(spark, 100_000, 2, arguments.folder.absolute())  # compiles and warms
-    result = measure(spark, events, arguments.batches, arguments.folder.absolute())
+    result = measure(spark, events, batches, arguments.folder.absolute(), kept_up=not arguments.quick)
     spark.stop()
     last_line(result)
 

@@ -32,6 +32,8 @@ CONF = {
 # A short run compiles more than it computes. (Without its optimising compiler Java keeps 48 MB of compiled code, and
 # then interprets what comes.)
 QUICK = {
+    "spark.sql.codegen.wholeStage": "false",
+    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
     "spark.sql.shuffle.partitions": "2",
     "spark.databricks.delta.snapshotPartitions": "1",
     "spark.driver.extraJavaOptions": f"{QUIET} -XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m",
