@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="10,000 events, one batch, no maintain_tables, all cold: mostly fixed costs",
+        help="a minute: 10,000 events, one batch, no maintain_tables, all cold",
     )
     parser.add_argument("--events", type=float, help="about so many (default: 1e7)")
     parser.add_argument("--batches", type=int, help="medians of so many (default: 5; quick: 1)")
@@ -129,7 +129,7 @@ def main() -> None:
     events = int(arguments.events or (1e4 if arguments.quick else 1e7))
     batches = arguments.batches or (1 if arguments.quick else 5)
 
-    spark = session(arguments.quick)
+    spark = session(arguments.quick, tiny=arguments.quick)
     if not arguments.quick:
         measure(spark, 100_000, 2, arguments.folder.absolute())  # compiles and warms
     result = measure(spark, events, batches, arguments.folder.absolute(), kept_up=not arguments.quick)

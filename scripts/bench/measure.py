@@ -32,17 +32,21 @@ CONF = {
 # A short run compiles more than it computes. (Without its optimising compiler Java keeps 48 MB of compiled code, and
 # then interprets what comes.)
 QUICK = {
-    "spark.sql.codegen.wholeStage": "false",
-    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
     "spark.sql.shuffle.partitions": "2",
     "spark.databricks.delta.snapshotPartitions": "1",
-    "spark.driver.extraJavaOptions": f"{QUIET} -XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m",
+    "spark.driver.extraJavaOptions": f"{QUIET} -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m",
+}
+# Of a few rows that pass through many plans none is worth being compiled.
+TINY = {
+    "spark.sql.codegen.wholeStage": "false",
+    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
+    "spark.sql.adaptive.enabled": "false",
 }
 SOURCE = Path(__file__).parents[2] / "conf/sources/superapp.toml"
 
 
-def session(quick: bool) -> SparkSession:
-    return start_spark(_with_conf(load_config(), CONF | (QUICK if quick else {})))
+def session(quick: bool, tiny: bool = False) -> SparkSession:
+    return start_spark(_with_conf(load_config(), CONF | (QUICK if quick else {}) | (TINY if tiny else {})))
 
 
 def runtime(spark: SparkSession, root: Path, data: Path, *sets: str) -> Runtime:

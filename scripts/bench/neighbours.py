@@ -108,7 +108,7 @@ def same(ours: Path, theirs: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="20,000 users and items, 3 rounds, the first of them cold")
+    parser.add_argument("--quick", action="store_true", help="20,000 users and items, 2 rounds, the first of them cold")
     parser.add_argument("--users", type=float, help="default: 5e4")
     parser.add_argument("--items", type=float, help="default: 1e5")
     parser.add_argument("--rounds", type=int, help="medians of so many (default: 5)")
@@ -116,7 +116,7 @@ def main() -> None:
     arguments = parser.parse_args()
     default = (20_000, 20_000) if arguments.quick else (50_000, 100_000)
     counts = int(arguments.users or default[0]), int(arguments.items or default[1])
-    rounds = arguments.rounds or (3 if arguments.quick else 5)
+    rounds = arguments.rounds or (2 if arguments.quick else 5)
     folder = arguments.folder.absolute() / "neighbours"
     make(folder, "users", counts[0], 1)
     make(folder, "items", counts[1], 2)

@@ -82,7 +82,7 @@ def main() -> None:
     sizes = [int(size) for size in arguments.sizes or ([1e4, 1e5] if arguments.quick else [1e6, 1e7, 1e8])]
     folder = arguments.folder.absolute()
 
-    spark, direct = session(arguments.quick), arguments.without_ingest
+    spark, direct = session(arguments.quick, tiny=arguments.quick), arguments.without_ingest
     if not arguments.quick:
         measure(spark, min(sizes), 1, folder, direct)  # compiles and warms
     few = 1 if arguments.quick else 5

@@ -51,6 +51,7 @@ MEDIAN_LENGTH, SPREAD = 8, 0.9  # of the logarithm
 ROWS_PER_FILE = 1024
 ITEMS, MANY_ITEMS = 12_000, 100_000
 CONTEXT_SIZES = {"event_type_index": 6, "vertical_index": 6, **BUCKET_SIZES}
+QUICK = ("trailvec", "peer", "sampled 100k", "peer 100k", "fed", "in memory", "1 rank", "2 ranks")
 Epochs = list[dict[str, Any]]
 
 
@@ -192,38 +193,39 @@ def launched(spec: RunSpec, out: Path) -> Epochs:
     return trained(spec, out, start)
 
 
-def ratios(median: dict[str, float], cpu: dict[str, float]) -> dict[str, float]:
-    """Of the contestants' examples/s, and of their examples per CPU second."""
-    return {
-        "speedup_vs_t4rec_trainer": median["trailvec"] / median["peer"],
-        "speedup_sampled_100k": median["sampled 100k"] / median["peer 100k"],
-        "cpu_speedup_vs_t4rec_trainer": cpu["trailvec"] / cpu["peer"],
-        "cpu_speedup_sampled_100k": cpu["sampled 100k"] / cpu["peer 100k"],
-        "speedup_sampled_100k_vs_peer_sampled": median["sampled 100k"] / median["peer sampled 100k"],
-        "cpu_speedup_sampled_100k_vs_peer_sampled": cpu["sampled 100k"] / cpu["peer sampled 100k"],
-        "fed_vs_synthetic": median["fed"] / median["in memory"],
-        "cpu_fed_vs_synthetic": cpu["fed"] / cpu["in memory"],
-        "two_rank_speedup": median["2 ranks"] / median["1 rank"],
-        "two_rank_speedup_sampled": median["2 ranks sampled"] / median["1 rank sampled"],
-    }
+RATIOS = {
+    "speedup_vs_t4rec_trainer": ("trailvec", "peer"),
+    "speedup_sampled_100k": ("sampled 100k", "peer 100k"),
+    "speedup_sampled_100k_vs_peer_sampled": ("sampled 100k", "peer sampled 100k"),
+    "fed_vs_synthetic": ("fed", "in memory"),
+    "two_rank_speedup": ("2 ranks", "1 rank"),
+    "two_rank_speedup_sampled": ("2 ranks sampled", "1 rank sampled"),
+}
+
+
+def ratios(rates: dict[str, float], prefix: str = "") -> dict[str, float]:
+    """Of the contestants' rates, where both were measured."""
+    return {prefix + key: rates[a] / rates[b] for key, (a, b) in RATIOS.items() if a in rates and b in rates}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="an eighth of the rows, 1 counted round, no warm-up")
+    parser.add_argument(
+        "--quick", action="store_true", help="two minutes: few rows, one epoch, no warm-up, QUICK's contestants"
+    )
     parser.add_argument("--files", type=int, help="of 1,024 rows each (default: 16)")
     parser.add_argument("--rounds", type=int, help="medians of so many (default: 5)")
-    parser.add_argument("--only", nargs="+", help="some of the contestants, without ratios")
+    parser.add_argument("--only", nargs="+", help="some of the contestants")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for the rows and what is written")
     arguments = parser.parse_args()
     rounds = arguments.rounds or (1 if arguments.quick else 5)
     folder = arguments.folder.absolute() / "train"
-    few = arguments.files or (2 if arguments.quick else 16)
+    few, epochs = arguments.files or (1 if arguments.quick else 16), 1 if arguments.quick else 2
     for items in (ITEMS, MANY_ITEMS):
         write_rows(folder / str(items), items, few)
 
-    full = run_spec(folder / str(ITEMS), ITEMS, few // 2, negatives=0, epochs=2)
-    sampled = run_spec(folder / str(ITEMS), ITEMS, few, negatives=1024, epochs=2)
+    full = run_spec(folder / str(ITEMS), ITEMS, max(few // 2, 1), negatives=0, epochs=epochs)
+    sampled = run_spec(folder / str(ITEMS), ITEMS, few, negatives=1024, epochs=epochs)
     sampled_100k = run_spec(folder / str(MANY_ITEMS), MANY_ITEMS, few, negatives=1024)
     full_100k = run_spec(folder / str(MANY_ITEMS), MANY_ITEMS, max(few // 8, 1), negatives=0)
 
@@ -253,21 +255,22 @@ def main() -> None:
             "1 rank sampled": launches(1, sampled),
             "2 ranks sampled": launches(2, sampled),
         }
-        contestants = {name: contestants[name] for name in arguments.only or contestants}
+        chosen = arguments.only or (QUICK if arguments.quick else contestants)
+        contestants = {name: contestants[name] for name in chosen}
         rates: dict[str, list[float]] = {name: [] for name in contestants}
         by_cpu: dict[str, list[float]] = {name: [] for name in contestants}
         losses: dict[str, list[float]] = {name: [] for name in contestants}
         waited: list[float] = []
         for number in range(1 if arguments.quick else 0, rounds + 1):
             for name, run in contestants.items():
-                epochs = run()
+                ran = run()
                 if not number:
                     continue
-                rates[name] += [epoch["rows_per_second"] for epoch in epochs]
-                losses[name].append(epochs[-1]["loss"])
+                rates[name] += [epoch["rows_per_second"] for epoch in ran]
+                losses[name].append(ran[-1]["loss"])
                 if name == "fed":
-                    waited += [epoch["waited"] for epoch in epochs]
-                by_cpu[name] += [epoch["rows_per_cpu_second"] for epoch in epochs if "rows_per_cpu_second" in epoch]
+                    waited += [epoch["waited"] for epoch in ran]
+                by_cpu[name] += [epoch["rows_per_cpu_second"] for epoch in ran if "rows_per_cpu_second" in epoch]
                 said(
                     f"round {number} {name:18} examples/s {' '.join(f'{rate:,.0f}' for rate in rates[name])}, per CPU "
                     f"second {' '.join(f'{rate:,.0f}' for rate in by_cpu[name])}, loss {losses[name][-1]:.4f}"
@@ -279,9 +282,9 @@ def main() -> None:
     bars(folder.parent / "train.svg", {name: [1000 / rate for rate in values] for name, values in rates.items()})
     median = {name: statistics.median(values) for name, values in rates.items()}
     cpu = {name: statistics.median(values) for name, values in by_cpu.items() if values}
-    result: dict[str, Any] = {"rounds": rounds}
-    if not arguments.only:
-        result |= ratios(median, cpu) | {"data_wait_share": statistics.median(waited)}
+    result: dict[str, Any] = {"rounds": rounds} | ratios(median) | ratios(cpu, "cpu_")
+    if waited:
+        result["data_wait_share"] = statistics.median(waited)
     for name, rate in median.items():
         key = name.replace(" ", "_")
         result |= {f"{key}_examples_per_s": round(rate), f"{key}_loss": statistics.median(losses[name])}
