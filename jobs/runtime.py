@@ -33,6 +33,7 @@ from delta.exceptions import (
     ProtocolChangedException,
 )
 from delta.tables import DeltaTable
+from py4j.protocol import Py4JJavaError
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -398,7 +399,7 @@ class Runtime:
                     raise
                 time.sleep(2**attempt * random.uniform(0.5, 1))  # noqa: S311 - spreads the two, nothing secret
 
-    def create(self, table: Table) -> None:
+    def create(self, table: Table, attempts: int = _ATTEMPTS) -> None:
         """Makes the table, empty, where it does not exist: types, NOT NULL, comments, partitions.
 
         Raises:
@@ -414,7 +415,8 @@ class Runtime:
             return
         # A kill between the making of the log's folder and its first commit leaves a folder that is no table, and that
         # Delta neither reads nor creates. At most a half-written commit lies in it, which nobody has ever seen.
-        # (Another job may be about to commit there: a folder that holds a commit is not removed, whoever made it.)
+        # (Another job may be about to commit there: a folder that holds a commit is not removed, whoever made it.
+        # The half-written commit is taken from under it, though, as ours may be by it: it tries again.)
         log = self.folder(table) / "_delta_log"
         for part in log.glob(".*"):
             part.unlink(missing_ok=True)
@@ -430,7 +432,13 @@ class Runtime:
         statistics = {"delta.dataSkippingStatsColumns": ",".join(table.statistics_columns())}
         for name, value in {**statistics, **table.properties}.items():
             builder = builder.property(name, value)
-        self.commit(builder.execute)  # another job may be making it too
+        try:
+            self.commit(builder.execute)  # another job may be making it too
+        except Py4JJavaError:
+            if attempts == 1:
+                raise
+            time.sleep(random.uniform(0.2, 1))  # noqa: S311 - spreads the two, nothing secret
+            self.create(table, attempts - 1)
 
     def provenance(self) -> dict[str, Any]:
         """What is running, as it is stored in what it writes; without secrets."""

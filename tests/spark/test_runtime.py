@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -43,6 +45,29 @@ def test_a_null_where_the_contract_has_none_is_not_committed(
     with pytest.raises(Exception, match="NOT NULL constraint violated"):
         put(runtime, CONTEXT_VALUES, spark.createDataFrame([("vertical", None, 3)], VALUES))
     assert [r.value for r in runtime.latest(CONTEXT_VALUES).collect()] == ["food"]
+
+
+def test_a_table_is_made_though_another_job_takes_the_half_written_commit(make_runtime: Callable[..., Runtime]) -> None:
+    """As one does that makes the same table at that moment: it takes the file for one that a kill has left."""
+    runtime = make_runtime()
+    log, taken, ended = Path(runtime.path(CONTEXT_VALUES)) / "_delta_log", list[str](), threading.Event()
+
+    def take() -> None:
+        while not taken and not ended.is_set():
+            for part in log.glob(".*.tmp"):
+                with contextlib.suppress(FileNotFoundError):
+                    part.unlink()
+                    taken.append(part.name)
+
+    other = threading.Thread(target=take)
+    other.start()
+    try:
+        runtime.create(CONTEXT_VALUES)
+    finally:
+        ended.set()
+        other.join()
+    assert taken
+    assert runtime.latest(CONTEXT_VALUES).schema.names == [column.name for column in CONTEXT_VALUES.columns]
 
 
 def test_comments_reach_sql(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
