@@ -118,6 +118,12 @@ def to_batch(actions: torch.Tensor) -> Batch:
     return dict(zip(FEATURES, actions[:, :, :longest].long(), strict=True))
 
 
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    if device.type == "cpu":
+        return batch
+    return {name: values.pin_memory().to(device, non_blocking=True) for name, values in batch.items()}
+
+
 # ---- which rows, and how they are read --------------------------------------------------------------------
 
 

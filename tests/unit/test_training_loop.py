@@ -23,8 +23,9 @@ from training.batches import FEATURES
 from training.checkpoint import Progress, newest_checkpoint, read_checkpoint, write_checkpoint
 from training.config import RunSpec, TrainSettings
 from training.data import read_held
-from training.loop import best_items, rate_factor, scale_gradients, schedule, train, validate
+from training.loop import rate_factor, scale_gradients, schedule, train
 from training.model import build_model
+from training.validation import best_items, validate
 
 # With all that draws random numbers.
 DRAWING = SPEC.model_copy(update={"dropout": 0.3, "negatives": 12})
@@ -271,8 +272,8 @@ def test_validation_by_history_and_by_vertical(tmp_path: Path) -> None:
 
 
 def test_the_best_items_are_those_of_all_scores_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.loop.ITEMS_AT_ONCE", 4)  # fewer than are asked for
-    monkeypatch.setattr("training.loop.USERS_AT_ONCE", 3)
+    monkeypatch.setattr("training.validation.ITEMS_AT_ONCE", 4)  # fewer than are asked for
+    monkeypatch.setattr("training.validation.USERS_AT_ONCE", 3)
     torch.manual_seed(0)
     model = build_model(SPEC, torch.from_numpy(item_counts(make_rows(200)))).eval()
     states, items = torch.randn(8, SPEC.width), torch.arange(2, 29)

@@ -1,0 +1,98 @@
+"""How well a model ranks while it is trained: held-out users' next items, over the whole catalogue."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from training import dist
+from training.data import Held, to_batch, to_device
+from training.metrics import HISTORY_FROM, class_names, rank_metrics
+from training.model import SequenceModel
+
+ITEMS_AT_ONCE, USERS_AT_ONCE = 16_384, 256  # 16 MB of scores, however large the catalogue is
+
+
+@torch.inference_mode()
+def validate(  # noqa: PLR0917 - all of it is what is ranked
+    model: SequenceModel,
+    held: Held,
+    known: npt.NDArray[np.bool_],
+    batch_size: int,
+    device: torch.device,
+    item_verticals: npt.NDArray[np.int64],
+    verticals: list[str],
+    *,
+    new_only: bool = False,
+) -> dict[str, Any]:
+    """Recall@10 and NDCG@10 of the next item over all known items: means over all ranks' users, over those with
+    histories of similar length (`by_history`), and over those with a next item of a vertical (`by_vertical`; what they
+    took next of other verticals does not count there). `item_verticals`: see RunSpec. Empty without users."""
+    model.eval()
+    states = torch.empty((held.actions.shape[1], model.spec.width), device=device)
+    for start in range(0, len(states), batch_size):
+        batch = to_batch(torch.from_numpy(held.actions[:, start : start + batch_size]))
+        states[start : start + batch_size] = model.encode(to_device(batch, device))
+    own = torch.from_numpy(held.actions[0]).long().to(device) if new_only else None
+    top_items = best_items(model, states, torch.from_numpy(np.flatnonzero(known)).to(device), own).cpu().numpy()
+    metrics = rank_metrics(top_items, held.targets, held.offsets)
+    classes = np.searchsorted(HISTORY_FROM, (held.actions[0] > 0).sum(axis=1), side="right") - 1
+    sums = [_metric_sums(metrics, np.ones(len(classes), bool))]
+    sums += [_metric_sums(metrics, classes == number) for number in range(len(HISTORY_FROM))]
+    owners = np.repeat(np.arange(len(classes)), np.diff(held.offsets))
+    for number in range(len(verticals)):
+        chosen = item_verticals[held.targets] == number
+        offsets = np.concatenate([[0], np.bincount(owners[chosen], minlength=len(classes)).cumsum()])
+        found = rank_metrics(top_items, held.targets[chosen], offsets)
+        sums.append(_metric_sums(found, np.diff(offsets) > 0))
+    users, recall, ndcg = np.array(dist.total(np.concatenate(sums).tolist())).reshape(-1, 3).T.tolist()
+    means = [
+        {"users": int(n), "recall@10": r / n, "ndcg@10": g / n} if n else None
+        for n, r, g in zip(users, recall, ndcg, strict=True)
+    ]
+    everyone, of_class, of_vertical = means[0], means[1 : 1 + len(HISTORY_FROM)], means[1 + len(HISTORY_FROM) :]
+    if everyone is None:
+        return {}
+    return {
+        "recall@10": everyone["recall@10"],
+        "ndcg@10": everyone["ndcg@10"],
+        "by_history": {name: found for name, found in zip(class_names(HISTORY_FROM), of_class, strict=True) if found},
+        "by_vertical": {name: found for name, found in zip(verticals, of_vertical, strict=True) if found},
+    }
+
+
+def best_items(
+    model: SequenceModel, states: torch.Tensor, items: torch.Tensor, excluded: torch.Tensor | None, k: int = 10
+) -> torch.Tensor:
+    """The items that score best with each state, the best first, int64 [users, at most k].
+
+    Neither the scores nor the vectors of all items are ever in memory.
+
+    Args:
+        states: float32 [users, width].
+        items: int64 [n], in order: those that are ranked.
+        excluded: int64 [users, any]: items that are not ranked for that user; None: there are none.
+    """
+    k = min(k, len(items))
+    best = torch.full((len(states), k), -torch.inf, device=states.device)
+    best_of = torch.zeros((len(states), k), dtype=torch.int64, device=states.device)
+    for some in torch.split(items, ITEMS_AT_ONCE):
+        vectors = model.item_vectors(some).T
+        for start in range(0, len(states), USERS_AT_ONCE):
+            users = slice(start, start + USERS_AT_ONCE)
+            scores = states[users] @ vectors  # in 32 bits: 16 would make ties
+            if excluded is not None:
+                place = torch.searchsorted(some, excluded[users]).clamp_(max=len(some) - 1)
+                user, column = (some[place] == excluded[users]).nonzero(as_tuple=True)
+                scores[user, place[user, column]] = -torch.inf
+            found = scores.topk(min(k, len(some)), dim=1)
+            best[users], kept = torch.cat([best[users], found.values], 1).topk(k, dim=1)
+            best_of[users] = torch.cat([best_of[users], some[found.indices]], 1).gather(1, kept)
+    return best_of
+
+
+def _metric_sums(metrics: dict[str, npt.NDArray[np.float64]], users: npt.NDArray[np.bool_]) -> list[float]:
+    return [float(users.sum()), float(metrics["recall"][users].sum()), float(metrics["ndcg"][users].sum())]
