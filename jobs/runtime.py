@@ -32,8 +32,9 @@ from delta.exceptions import (
     MetadataChangedException,
     ProtocolChangedException,
 )
-from delta.tables import DeltaTable
+from delta.tables import DeltaTable, DeltaTableBuilder
 from py4j.protocol import Py4JJavaError
+from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -399,30 +400,29 @@ class Runtime:
                     raise
                 time.sleep(2**attempt * random.uniform(0.5, 1))  # noqa: S311 - spreads the two, nothing secret
 
-    def create(self, table: Table, attempts: int = _ATTEMPTS) -> None:
+    def create(self, table: Table) -> None:
         """Makes the table, empty, where it does not exist: types, NOT NULL, comments, partitions.
 
         Raises:
             TrailvecError: it exists with other columns.
         """
-        if self.exists(table):
-            found, wanted = self.latest(table).schema, table.schema()
-            if [(f.name, f.dataType) for f in found] != [(f.name, f.dataType) for f in wanted]:
-                raise TrailvecError(
-                    f"table {table.name} at {self.path(table)} has the columns of another version of trailvec "
-                    f"({', '.join(found.names)}): move that folder away and run `trailvec {table.stage}` again"
-                )
-            return
-        # A kill between the making of the log's folder and its first commit leaves a folder that is no table, and that
-        # Delta neither reads nor creates. At most a half-written commit lies in it, which nobody has ever seen.
-        # (Another job may be about to commit there: a folder that holds a commit is not removed, whoever made it.
-        # The half-written commit is taken from under it, though, as ours may be by it: it tries again.)
-        log = self.folder(table) / "_delta_log"
-        for part in log.glob(".*"):
-            part.unlink(missing_ok=True)
-        for folder in (log / "_commits", log):  # Delta makes both before it commits
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        for attempt in range(1, _ATTEMPTS + 1):
+            if self.exists(table):
+                self._refuse_other_columns(table)
+                return
+            try:
+                self.commit(self._builder(table).execute)
+                return
+            except (AnalysisException, Py4JJavaError):
+                # Another job makes it at this moment, or was killed as it did. No long waits: a full disk comes this
+                # way too, and is to be said within seconds.
+                if attempt == _ATTEMPTS:
+                    raise
+                time.sleep(random.uniform(0.2, 1))  # noqa: S311 - spreads the two, nothing secret
+                if attempt > 1 and not self.exists(table):
+                    self._clear_log(table)
+
+    def _builder(self, table: Table) -> DeltaTableBuilder:
         builder = DeltaTable.createIfNotExists(self.spark).location(self.path(table)).comment(table.comment)
         builder = builder.addColumns(table.schema())
         if table.partition_by:
@@ -432,13 +432,26 @@ class Runtime:
         statistics = {"delta.dataSkippingStatsColumns": ",".join(table.statistics_columns())}
         for name, value in {**statistics, **table.properties}.items():
             builder = builder.property(name, value)
-        try:
-            self.commit(builder.execute)  # another job may be making it too
-        except Py4JJavaError:
-            if attempts == 1:
-                raise
-            time.sleep(random.uniform(0.2, 1))  # noqa: S311 - spreads the two, nothing secret
-            self.create(table, attempts - 1)
+        return builder
+
+    def _refuse_other_columns(self, table: Table) -> None:
+        found, wanted = self.latest(table).schema, table.schema()
+        if [(f.name, f.dataType) for f in found] != [(f.name, f.dataType) for f in wanted]:
+            raise TrailvecError(
+                f"table {table.name} at {self.path(table)} has the columns of another version of trailvec "
+                f"({', '.join(found.names)}): move that folder away and run `trailvec {table.stage}` again"
+            )
+
+    def _clear_log(self, table: Table) -> None:
+        """Removes a log without a commit: what a kill between the making of its folder and the first commit leaves, and
+        Delta neither reads nor creates. At most a half-written commit lies in it, which nobody has ever seen.
+        (Another job may be about to commit there: a folder that holds a commit is not removed, whoever made it.)"""
+        log = self.folder(table) / "_delta_log"
+        for part in log.glob(".*"):
+            part.unlink(missing_ok=True)
+        for folder in (log / "_commits", log):  # Delta makes both before it commits
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def provenance(self) -> dict[str, Any]:
         """What is running, as it is stored in what it writes; without secrets."""
