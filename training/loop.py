@@ -245,8 +245,9 @@ def _pass_over_rows(run: _Run, epoch: int) -> None:
         everyone = np.array(progress.sums) + sums_of_all
         progress.step += 1
         progress.sums = everyone.tolist()
-        if everyone[0] - progress.curve_sums[0] >= spec.train_rows / CURVE_POINTS:
-            progress.curve.append([progress.rows_done, _loss(everyone - progress.curve_sums)])
+        since = everyone - progress.curve_sums
+        if since[0] >= spec.train_rows / CURVE_POINTS and since[1] > 0:  # rows of one action ask for nothing
+            progress.curve.append([progress.rows_done, _loss(since)])
             progress.curve_sums = progress.sums
         if rank == 0 and now - run.said > SECONDS_BETWEEN_LINES:
             run.said = now

@@ -287,6 +287,15 @@ def test_the_best_items_are_those_of_all_scores_at_once(monkeypatch: pytest.Monk
         assert found[user] == [item for item in row if item not in excluded[user].tolist()][:7]
 
 
+def test_rows_that_ask_for_nothing_are_no_point_of_the_curve(tmp_path: Path) -> None:
+    rows = make_rows(200)
+    short, long = ([row for row in rows if (row["length"] == 1) == one] for one in (True, False))
+    train(make_run(tmp_path, [short[:8] + long[:8]], batch_size=8, epochs=2))
+    curve = json.loads((tmp_path / "model/model.json").read_text())["training"]["curve"]
+    assert len(curve) == 2  # of four batches two are of single actions
+    assert min(loss for _, loss in curve) > 1
+
+
 def test_the_best_epochs_weights_are_published(tmp_path: Path) -> None:
     """Not the last epoch's: all items are right for the held-out users, so that no epoch is better than the first."""
     valid = make_rows(3, 3), [list(range(2, 29))] * 3
