@@ -16,9 +16,10 @@ from typing import Any
 import optuna
 
 from jobs.errors import TrailvecError
+from jobs.launch_training import launch
 from jobs.runtime import Runtime, Stage
 from jobs.train import STAGE as TRAIN
-from jobs.train import launch, progress_line, run_spec
+from jobs.train import progress_line, run_spec
 from training.config import RunSpec
 
 METRIC = "ndcg@10"

@@ -40,7 +40,7 @@ import t4rec_peer
 import torch
 from measure import bars, last_line, said
 
-from jobs.train import launch
+from jobs.launch_training import launch
 from training import loop
 from training.batches import BUCKET_SIZES, FEATURES, MAX_GAP_BUCKET
 from training.checkpoint import read_about

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from jobs import embed_items, score_users, train
 from jobs.errors import TrailvecError
+from jobs.launch_training import launch_in_spark
 from jobs.model_folders import model_folder
 from jobs.models import encode_sequences
 from jobs.runtime import Runtime, Stage
@@ -198,7 +199,7 @@ def test_tasks_of_spark_train_the_same_model_as_horovodrun(trained: Runtime, tmp
         }
     )
     events: list[dict[str, Any]] = []
-    train.launch_in_spark(spec, events.append)
+    launch_in_spark(spec, events.append)
     assert [event["epoch"] for event in events if event["event"] == "epoch"] == [1, 2, 3, 4, 5, 6]
     about = json.loads((output / "model.json").read_text())
     expected = about_of(trained)["training"]["parameters_sha256_by_rank"]
@@ -208,7 +209,7 @@ def test_tasks_of_spark_train_the_same_model_as_horovodrun(trained: Runtime, tmp
     broken = spec.model_copy(update={"settings": spec.settings.model_copy(update={"learning_rate": 1e30})})
     broken = broken.model_copy(update={"checkpoints": None})
     with pytest.raises(TrailvecError, match=r"training stopped: the loss is nan in epoch \d: lower train") as error:
-        train.launch_in_spark(broken, events.append)
+        launch_in_spark(broken, events.append)
     assert "\n" not in str(error.value)
 
 

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from jobs.errors import TrailvecError, explain
-from jobs.train import epochs, last_words, launch
+from jobs.launch_training import last_words, launch
+from jobs.train import epochs
 from tests.sequence_files import ITEMS, MAX_LENGTH, SPEC, item_counts, make_rows, make_run, next_items, write_valid
 from training.batches import FEATURES
 from training.checkpoint import Progress, newest_checkpoint, read_checkpoint, write_checkpoint
@@ -328,7 +329,7 @@ def test_no_rank_outlives_a_killed_stage(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(spec.model_dump_json())
     script = f"""
 from pathlib import Path
-from jobs.train import launch
+from jobs.launch_training import launch
 from training.config import RunSpec
 run = Path({str(tmp_path / "run.json")!r})
 launch(run, RunSpec.model_validate_json(run.read_text()), lambda event: print(event["event"], flush=True))

@@ -1,0 +1,143 @@
+"""How a training's processes are started, heard and ended: on this machine (by Horovod's launcher where there are
+several), or in tasks of the Spark application."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import TrailvecError
+from training.checkpoint import newest_checkpoint
+from training.config import RunSpec
+from training.stores import folder_of
+
+_FOLLOWS = re.compile(r"HorovodInternalError|: Horovod (?:has been shut down|detected)|gloo/")
+_LOST = ": Horovod has been shut down"
+
+
+def launch(run_file: Path, spec: RunSpec, on_event: Callable[[dict[str, Any]], None]) -> None:
+    """Runs the training processes on this machine to their end, handing on what rank 0 says.
+
+    Raises:
+        TrailvecError: a process failed or was killed; the message holds the last thing that it said.
+    """
+    processes, threads = spec.settings.processes, spec.settings.threads
+    command = [sys.executable, "-m", "training.loop", str(run_file)]
+    if processes > 1:
+        horovodrun = [sys.executable, "-m", "horovod.runner.launch"]
+        command = [*horovodrun, "--gloo", "-np", str(processes), "-H", f"localhost:{processes}", *command]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        # Python's own modules of this checkout or wheel, wherever the command was started.
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    child = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_die_with_parent,  # noqa: PLW1509 - it makes one system call and takes no lock
+    )
+    assert child.stdout is not None
+    assert child.stderr is not None
+    words: deque[str] = deque(maxlen=400)
+    listener = threading.Thread(target=words.extend, args=(child.stderr,), daemon=True)
+    listener.start()
+    try:
+        for line in child.stdout:
+            if event := parse_event(line):
+                on_event(event)
+            else:  # Horovod's launcher says here how a process ended
+                words.append(line)
+        code = child.wait()
+    finally:
+        # Ctrl-C or an error here: Horovod's launcher ends its processes when it is asked to end.
+        child.terminate()
+        child.wait()
+    listener.join()
+    if code != 0:
+        raise _stopped(spec, last_words(list(words), code))
+
+
+def launch_in_spark(spec: RunSpec, on_event: Callable[[dict[str, Any]], None]) -> None:
+    """The same in tasks of the active Spark application, one for each process; what rank 0 wrote is brought here.
+
+    The executors must have trailvec in their Python, and see the data's and the checkpoints' folder.
+
+    Raises:
+        TrailvecError: a process failed or was killed, or there were no free tasks for all of them within two minutes.
+    """
+    from training import dist  # noqa: PLC0415 - PyTorch, which no other way of launching loads into this process
+    from training.loop import train_in_executor  # noqa: PLC0415
+
+    words: deque[str] = deque(maxlen=400)
+
+    def hear(line: str) -> None:
+        if event := parse_event(line):
+            on_event(event)
+        else:
+            words.append(line)
+
+    environment = {"OMP_NUM_THREADS": str(spec.settings.threads)}
+    places = {name: getattr(spec, name) for name in ("item_counts", "item_attributes", "item_verticals")}
+    arrays = {name: Path(place).read_bytes() for name, place in places.items() if place}
+    arguments = (spec.model_dump_json(), arrays)
+    try:
+        files, *_ = dist.run_in_spark(train_in_executor, arguments, spec.settings.processes, environment, hear)
+    except Exception as error:  # Horovod raises plain Exception and RuntimeError
+        raise _stopped(spec, last_words([*words, *str(error).splitlines()], 1)) from error
+    for name in sorted(files, key=lambda name: name == "model.json"):  # the description comes last, as everywhere
+        (Path(spec.output) / name).write_bytes(files[name])
+
+
+def parse_event(line: str) -> dict[str, Any] | None:
+    """What a line of rank 0's stdout says; None for any other line."""
+    text = re.sub(r"^\[\d+\]<stdout>:", "", line.strip())
+    if not text.startswith('{"event": '):
+        return None
+    event: dict[str, Any] = json.loads(text)
+    return event
+
+
+def last_words(lines: list[str], code: int) -> str:
+    """What a failed run's output says about its cause: an exception, else the signal that killed a process, else the
+    last line. That a rank lost the others, and that the launcher lost a rank, follows from the cause."""
+    texts = [text for line in lines if (text := re.sub(r"^\[\d+\]<std(?:err|out)>:", "", line.strip()))]
+    exceptions = [text for text in texts if re.match(r"[\w.]*(?:Error|Exception): .", text)]
+    causes = [text for text in exceptions if not _FOLLOWS.search(text)]
+    killed = [found[1] for text in texts if (found := re.search(r"(\d+) exit with status code 137", text))]
+    if not causes and (killed or code in (-signal.SIGKILL, 137) or "Exit code: 137" in texts):
+        return f"process {killed[0] if killed else 0} was killed by signal 9 (did the machine run out of memory?)"
+    said = causes[:1] or exceptions[:1]
+    if said and _LOST in said[0]:  # what the others say of a rank that could say nothing
+        return "a process was lost, with its executor or its machine"
+    if said:
+        return said[0].partition(": ")[2]
+    return texts[-1] if texts else f"exit code {code}"
+
+
+def _stopped(spec: RunSpec, why: str) -> TrailvecError:
+    found = newest_checkpoint(folder_of(spec.checkpoints)) if spec.checkpoints else None
+    again = ""
+    if found:
+        epoch, step = map(int, found.name.split("-"))
+        again = f", and the same command goes on from epoch {epoch} after {step:,} steps"
+    return TrailvecError(f"training stopped: {why}; the old model stays current{again}")
+
+
+def _die_with_parent() -> None:
+    """In the child: SIGTERM when this stage dies, even by kill -9 (Linux; elsewhere it does nothing)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
