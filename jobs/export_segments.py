@@ -17,7 +17,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -44,13 +47,14 @@ from jobs.segment_files import (
     read_manifest,
     write_parts,
 )
-from jobs.segment_members import Export, Selection, rows_of_model
+from jobs.segment_members import Export, Selection, Taken, rows_of_model
 from jobs.segment_report import Share, page
 from jobs.segments import SegmentFile, Vectors, read_segments
 from jobs.tables import CURRENT_MODEL, EXPORTS, ITEM_EMBEDDINGS, ITEMS, SESSIONS, TABLES, USER_EMBEDDINGS, USER_PROFILES
 from spark_udfs.keyed import hashed
 
 _BINS = 20  # of the histogram of scores
+_WRITERS = 2  # threads: while one hashes ids (which Python lets only one do), the other packs a file
 
 
 # ---- which exports, and which of them are there ---------------------------------------------------------------------
@@ -138,15 +142,16 @@ def _published(runtime: Runtime, export: Export) -> dict[str, Any] | None:
 
 
 def _publish(runtime: Runtime, chosen: Selection, staging: Staging, now: datetime) -> None:
-    """Logs the members, then puts each segment's files in their place."""
-    _log_members(runtime, chosen, staging, now)
-    overlaps, verticals = _overlaps(chosen), _verticals(runtime, chosen, staging)
-    for export in chosen.pending:
-        taken, segment = chosen.taken[export.name], export.segment
-        exported = pa.array(~taken.control)
-        ids = taken.ids.filter(exported)
-        scores = taken.scores[~taken.control] if segment.scored else None
-        with delivered(place_of(runtime, segment), staging.local) as folder:
+    """Logs the members, then puts each segment's files in their place, which threads make meanwhile: the log is Spark's
+    work, the files are the driver's."""
+    with ExitStack() as stack:
+        writers = ThreadPoolExecutor(_WRITERS)
+        stack.callback(writers.shutdown, cancel_futures=True)
+        parts = {e.name: writers.submit(_write_parts, staging, e, chosen.taken[e.name]) for e in chosen.pending}
+        _log_members(runtime, chosen, staging, now)
+        overlaps, verticals = _overlaps(chosen), _verticals(runtime, chosen, staging)
+        for export in chosen.pending:
+            taken, segment, files = chosen.taken[export.name], export.segment, parts[export.name].result()
             manifest = {
                 "segment": segment.model_dump(mode="json"),
                 "export_id": export.id,
@@ -154,14 +159,24 @@ def _publish(runtime: Runtime, chosen: Selection, staging: Staging, now: datetim
                 "vectors": export.vectors if segment.scored else None,
                 "as_of": chosen.as_of,
                 "counts": taken.counts,
-                "score": None if scores is None else _spread(scores),
-                "files": write_parts(folder, segment, ids, scores),
+                "score": _spread(taken.scores[~taken.control]) if segment.scored else None,
+                "files": files,
                 "provenance": runtime.provenance(),
             }
-            report = page(manifest, taken.scores, overlaps[export.name], verticals[export.name])
-            (folder / REPORT).write_text(report, encoding="utf-8")
-            write_json(folder / MANIFEST, manifest)
-        runtime.report.rows_out[export.name] = len(ids)
+            with delivered(place_of(runtime, segment), staging.local) as folder:
+                for file in files:
+                    shutil.move(staging.parts_of(export.name) / file["name"], folder)
+                report = page(manifest, taken.scores, overlaps[export.name], verticals[export.name])
+                (folder / REPORT).write_text(report, encoding="utf-8")
+                write_json(folder / MANIFEST, manifest)
+            runtime.report.rows_out[export.name] = taken.counts["exported"]
+
+
+def _write_parts(staging: Staging, export: Export, taken: Taken) -> list[dict[str, Any]]:
+    folder, exported = staging.parts_of(export.name), ~taken.control
+    folder.mkdir(parents=True)
+    scores = taken.scores[exported] if export.segment.scored else None
+    return write_parts(folder, export.segment, taken.ids.filter(pa.array(exported)), scores)
 
 
 def _log_members(runtime: Runtime, chosen: Selection, staging: Staging, now: datetime) -> None:

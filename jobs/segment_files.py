@@ -134,6 +134,10 @@ class Staging:
     shared: Place
     local: Path
 
+    def parts_of(self, segment: str) -> Path:
+        """A segment's files, before they go to their place."""
+        return self.local / "parts" / segment
+
     def to_tasks(self, name: str) -> str:
         """A folder that the driver has filled, where tasks find it."""
         if isinstance(self.shared, HadoopPath):
