@@ -37,6 +37,7 @@ from jobs.build_sequences import UNKNOWN, in_vocabulary, number_actions
 from jobs.cli import stage_main
 from jobs.drift import Alarm, Drift, alarms, drift_of, event_counts
 from jobs.habit import habit
+from jobs.item_facts import item_verticals
 from jobs.model_folders import model_folder
 from jobs.models import encode_sequences
 from jobs.ranking import (
@@ -55,7 +56,6 @@ from jobs.ranking import (
 from jobs.runtime import Runtime, Stage
 from jobs.splits import Cuts, before_cut, cut_of, cut_times
 from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS
-from jobs.train import item_verticals
 from training.floors import ItemKnn, own_frequency, popularity
 
 TASKS = ("next", "new", "repeat")

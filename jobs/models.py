@@ -9,9 +9,9 @@ from pathlib import Path
 from pyspark import SparkFiles
 from pyspark.sql import DataFrame, SparkSession
 
+from jobs.item_facts import item_attributes
 from jobs.runtime import Runtime
 from jobs.tables import CONTEXT_VALUES, ITEMS
-from jobs.train import item_attributes
 from spark_udfs.encode import Counts, embed_items, encode_users
 from training.checkpoint import WEIGHTS, read_about, read_rotation
 from training.config import ModelSpec

@@ -26,12 +26,12 @@ from jobs.build_sequences import build_sequences, in_vocabulary, number_actions
 from jobs.cli import stage_main
 from jobs.config import SequencesSettings
 from jobs.errors import TrailvecError
+from jobs.item_facts import item_attributes
 from jobs.model_folders import add_to_model, model_folder
 from jobs.models import encode_sequences
 from jobs.runtime import Runtime, Stage, code_version
 from jobs.splits import Cuts, cut_times, utc
 from jobs.tables import CONTEXT_VALUES, ITEMS, SESSIONS, USER_PROFILES
-from jobs.train import item_attributes
 from spark_udfs.profile import KINDS, profiles
 from training.checkpoint import read_alignment
 from training.profile import ABOUT, TENSORS, Basis, Integers, fit_basis, fit_items, read_basis, write_basis

@@ -14,24 +14,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from jobs.build_sequences import price_bucket
-from jobs.build_vocabulary import category_value
 from jobs.cli import stage_main
 from jobs.config import Config
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, Place, published, shared_url
+from jobs.item_facts import attribute_matrix, item_attributes, item_counts, item_verticals
 from jobs.launch_training import launch, launch_in_spark
 from jobs.model_card import plot, write_card
 from jobs.model_folders import has_model, model_folder
@@ -40,62 +38,12 @@ from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
 from jobs.tracking import Tracker, tracked
 from training.batches import BUCKET_SIZES, FEATURES
 from training.checkpoint import WEIGHTS, read_about
-from training.config import ITEM_ATTRIBUTES, ModelSpec, RunSpec, TrainSettings
+from training.config import ModelSpec, RunSpec, TrainSettings
 from training.stores import parquet_files, remove_tree
 from training.urls import file_url, local_path
 
 SECONDS_BETWEEN_LINES = 10.0
 TRACKED = ("loss", "learning_rate", "rows_per_second", "padding", "data_wait", "recall@10", "ndcg@10")
-
-
-def item_counts(items: DataFrame, min_count: int) -> npt.NDArray[np.int64]:
-    """How often a model may see each item, [largest item_index + 1]; 0 for those that it must not know.
-
-    This is the one place where it is decided what is in a model's vocabulary; the model carries the result.
-    """
-    rows = items.select("item_index", "train_count").toPandas()
-    counts = np.zeros(int(rows["item_index"].max()) + 1 if len(rows) else 2, np.int64)
-    counts[rows["item_index"]] = rows["train_count"].where(rows["train_count"] >= min_count, 0)
-    return counts
-
-
-def item_attributes(items: DataFrame, context_values: DataFrame) -> DataFrame:
-    """item_index and, for each of ITEM_ATTRIBUTES, the item's number; 0, which says nothing, where it is not known."""
-    categories = context_values.where("kind = 'category'").select(
-        F.col("value").alias("named"), F.col("value_index").alias("category_index")
-    )
-    verticals = context_values.where("kind = 'vertical'").select(
-        F.col("value").alias("vertical"), F.col("value_index").alias("vertical_index")
-    )
-    numbered = (
-        items.withColumn("named", category_value())
-        .join(categories, "named", "left")
-        .join(verticals, "vertical", "left")
-    )
-    number_of = {
-        "category": F.coalesce("category_index", F.lit(0)),
-        "vertical": F.coalesce("vertical_index", F.lit(0)),
-        "price": F.when(F.col("unit_price").isNull(), 0).otherwise(price_bucket(F.col("unit_price"))),
-    }
-    return numbered.select("item_index", *[number_of[name].cast("int").alias(name) for name in ITEM_ATTRIBUTES])
-
-
-def attribute_matrix(attributes: DataFrame, names: Sequence[str], items: int) -> npt.NDArray[np.int32]:
-    """int32 [len(names), items] of `item_attributes` rows; items without a row have zeros."""
-    rows = attributes.toPandas()
-    matrix = np.zeros((len(names), items), np.int32)
-    for place, name in enumerate(names):
-        matrix[place, rows["item_index"]] = rows[name]
-    return matrix
-
-
-def item_verticals(items: DataFrame, size: int) -> tuple[npt.NDArray[np.int64], list[str]]:
-    """The place of each item's vertical, int64 [size], in the list of verticals beside it; -1 for none."""
-    rows = items.select("item_index", "vertical").toPandas()
-    codes, names = pd.factorize(rows["vertical"], sort=True)
-    places = np.full(size, -1, np.int64)
-    places[rows["item_index"]] = codes
-    return places, [str(name) for name in names]
 
 
 def model_spec(config: Config, items: int, context_values: DataFrame) -> ModelSpec:

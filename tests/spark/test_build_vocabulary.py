@@ -11,9 +11,9 @@ from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 
 from jobs import build_vocabulary
+from jobs.item_facts import attribute_matrix, item_attributes
 from jobs.runtime import Runtime
 from jobs.tables import CONTEXT_VALUES, EVENTS, ITEMS
-from jobs.train import attribute_matrix, item_attributes
 from tests.conftest import add, put, read_delta
 from tests.events import START, Row, make_event, to_frame
 
