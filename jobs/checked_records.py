@@ -27,7 +27,7 @@ from jobs.errors import TrailvecError, explain
 from jobs.raw_records import BROKEN, FILE, LINE, REST, named_column, text_of
 from jobs.sources import Given, IdValue, Input, TimeValue, Value
 from jobs.tables import EVENTS
-from jobs.tombstones import Test
+from spark_udfs.keyed import ColumnTest
 
 BROKEN_ROW = "broken_row"
 ERASED = "erased_user"  # no refusal: whom erase_users took out stays out, and leaves no trace here either
@@ -209,7 +209,7 @@ def _reason(settings: IngestSettings, now: datetime, zones: list[str]) -> Column
     return F.coalesce(F.col("own_reason"), *named(unread), F.col("bad_type"), *named(wrong))
 
 
-def without_erased(records: DataFrame, tests: tuple[Test, Test] | None) -> DataFrame:
+def without_erased(records: DataFrame, tests: tuple[ColumnTest, ColumnTest] | None) -> DataFrame:
     """`records` (as `to_events` gives them) with reason ERASED and no raw record where the user is erased: by their
     user_id, and where it can't be read, by what stands in the raw record."""
     if tests is None:

@@ -43,8 +43,8 @@ from jobs.runtime import Report, Runtime, Stage, code_version
 from jobs.segment_rules import read_users
 from jobs.segments import read_segments
 from jobs.tables import ERASED_USERS, ERASURES, EXPORTS, REJECTED_EVENTS, TABLES, Table
-from jobs.tombstones import Test, erase_key, erased_tests, key_mark
-from spark_udfs.keyed import hashed, mentions, of_column, values
+from jobs.tombstones import erase_key, erased_tests, key_mark
+from spark_udfs.keyed import ColumnTest, hashed, mentions, of_column, values
 
 HOLDING_USERS = tuple(table for table in TABLES if table.user_columns())
 _AGAIN = "finish"  # the erasure that commits of --finish are noted under
@@ -213,7 +213,7 @@ def _now() -> datetime:
 # ---- the tables ---------------------------------------------------------------------------------------
 
 
-def take_out(runtime: Runtime, users: DataFrame, in_raw: Test, erasure: str) -> None:
+def take_out(runtime: Runtime, users: DataFrame, in_raw: ColumnTest, erasure: str) -> None:
     """Deletes the users' rows from every table, and rewrites the files in which deletion vectors hide any rows.
 
     Args:
@@ -239,7 +239,7 @@ def _delete(runtime: Runtime, table: Table, column: tuple[str, str], users: Data
         runtime.erase(table, users, F.expr(where) & (F.col(f"old.{name}") == F.col("gone.user_id")), erasure)
 
 
-def _delete_unread(runtime: Runtime, in_raw: Test, erasure: str) -> None:
+def _delete_unread(runtime: Runtime, in_raw: ColumnTest, erasure: str) -> None:
     """Rejected records of nobody known whose text holds one of the users. Such a record has no key: a hash names it."""
     unread = runtime.latest(REJECTED_EVENTS).where("user_id IS NULL").where(in_raw(F.col("raw")))
     texts = [row[0] for row in unread.select(F.sha2("raw", 256)).distinct().collect()]
@@ -329,7 +329,7 @@ def _finish(runtime: Runtime) -> None:
         )
 
 
-def _on_disk(runtime: Runtime, table: Table, tests: tuple[Test, Test]) -> set[str]:
+def _on_disk(runtime: Runtime, table: Table, tests: tuple[ColumnTest, ColumnTest]) -> set[str]:
     """The erased users whom some Parquet file of the table holds (of a text that can't be read: all that may be one).
     Reads the columns of user ids of every file on disk, those of no version and of the change feed too."""
     is_erased, holds_erased = tests

@@ -7,14 +7,11 @@ erased could come back unseen. So each hash has the key's mark beside it, and an
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-
-from pyspark.sql import Column
 
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime
 from jobs.tables import ERASED_USERS
-from spark_udfs.keyed import hashed, of_column, on_list, on_list_in_raw
+from spark_udfs.keyed import ColumnTest, hashed, of_column, on_list, on_list_in_raw
 
 ERASE_KEY = "TRAILVEC_ERASE_KEY"
 _MARKED = "which key is this?"
@@ -46,10 +43,7 @@ def key_mark(key: bytes) -> str:
     return hashed(key, [_MARKED])[0]
 
 
-Test = Callable[[Column], Column]
-
-
-def erased_tests(runtime: Runtime) -> tuple[Test, Test] | None:
+def erased_tests(runtime: Runtime) -> tuple[ColumnTest, ColumnTest] | None:
     """Two functions of a column to boolean: is this user_id erased, does this raw record hold an erased one; None where
     nobody was erased. Read once, on the driver.
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 else:  # Spark evaluates the annotations of a pandas UDF, and pandas 1.5's class takes no parameter
     Series = pd.Series
 
-Test = Callable[[str], bool]
+TextTest = Callable[[str], bool]
+ColumnTest = Callable[[Column], Column]
 
 _WORD = re.compile(r"\w+")
 _STRUCTURE = re.compile(r"[\s\"'{}\[\](),;:|=]+")
@@ -43,7 +44,7 @@ def digests(key: bytes, texts: Iterable[str]) -> Iterator[bytes]:
         yield one.digest()
 
 
-def of_column(test: Test) -> Callable[[Column], Column]:
+def of_column(test: TextTest) -> ColumnTest:
     """The test of a text as a function of a column of texts, to boolean; of NULL it is false."""
 
     def each(texts: Series) -> Series:
@@ -52,13 +53,13 @@ def of_column(test: Test) -> Callable[[Column], Column]:
     return pandas_udf(each, "boolean")  # type: ignore[call-overload,no-any-return]
 
 
-def on_list(key: bytes, hashes: Sequence[str]) -> Test:
+def on_list(key: bytes, hashes: Sequence[str]) -> TextTest:
     """Is the hash of a user_id one of `hashes` (as `hashed` gives them)? A worker holds all, some 90 bytes each."""
     listed = frozenset(map(bytes.fromhex, hashes))
     return lambda user_id: hmac.digest(key, user_id.encode(), "sha256") in listed
 
 
-def on_list_in_raw(key: bytes, hashes: Sequence[str]) -> Test:
+def on_list_in_raw(key: bytes, hashes: Sequence[str]) -> TextTest:
     """Is the hash of one of a raw record's `values` one of `hashes`?"""
     listed = frozenset(map(bytes.fromhex, hashes))
     return lambda raw: not listed.isdisjoint(digests(key, values(raw)))
@@ -89,7 +90,7 @@ def _leaves(value: Any) -> Iterator[str]:
         yield str(value)
 
 
-def mentions(ids: Sequence[str]) -> Test:
+def mentions(ids: Sequence[str]) -> TextTest:
     """Does a text hold one of the ids, as it is or as JSON or CSV would write it, not inside a longer word or number?
     Rather one record too many: the id 12 is found in 12.50 too."""
     found_by, without_words = _by_rarest_word(ids)
