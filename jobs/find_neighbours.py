@@ -35,6 +35,7 @@ from jobs.config import NeighboursSettings
 from jobs.errors import TrailvecError
 from jobs.habit import habit
 from jobs.runtime import Runtime, Stage
+from jobs.spark_session import shuffle_tasks
 from jobs.splits import cut_times, microseconds
 from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, ITEMS, NEIGHBOURS, SESSIONS, USER_EMBEDDINGS, Table
 from spark_udfs.topk import Cells, Metric, find_cells, nearest, small_batches
@@ -95,7 +96,14 @@ def find_neighbours(every: list[Search], settings: NeighboursSettings) -> DataFr
     for kind, queries, candidates, metric, counts in every:
         cells = _cells(candidates, counts[1], metric, settings) if settings.cells else None
         found = nearest(
-            queries, candidates, settings.k, metric, block_rows=settings.block_rows, counts=counts, cells=cells
+            queries,
+            candidates,
+            settings.k,
+            metric,
+            block_rows=settings.block_rows,
+            counts=counts,
+            tasks=shuffle_tasks(queries.sparkSession),
+            cells=cells,
         )
         parts.append(found.withColumn("kind", F.lit(kind)))
     return reduce(DataFrame.unionByName, parts)

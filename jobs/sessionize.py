@@ -20,6 +20,7 @@ from jobs.cli import stage_main
 from jobs.config import SessionizeSettings
 from jobs.pruning import meeting_days, within_days
 from jobs.runtime import Runtime, Stage
+from jobs.spark_session import shuffle_tasks
 from jobs.tables import EVENTS, FLAGGED_USERS, SESSIONS, conform, differences
 from spark_udfs.sessionize import Rules, split_points
 from spark_udfs.sessionize import sessionize as sessionize_arrow
@@ -198,10 +199,7 @@ def run(runtime: Runtime) -> None:
 
 
 def _events_of_a_task(runtime: Runtime) -> int:
-    tasks = str(runtime.spark.conf.get("spark.sql.shuffle.partitions"))
-    if not tasks.isdigit():  # "auto" on Databricks
-        tasks = str(runtime.spark.sparkContext.defaultParallelism)
-    return max(_PART_EVENTS, runtime.read(EVENTS).count() // int(tasks))
+    return max(_PART_EVENTS, runtime.read(EVENTS).count() // shuffle_tasks(runtime.spark))
 
 
 def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame) -> None:

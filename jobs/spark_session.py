@@ -137,6 +137,12 @@ def _java_major(java: Path) -> int | None:
         return None
 
 
+def shuffle_tasks(spark: SparkSession) -> int:
+    """How many tasks a shuffle leads to, at most: spark.sql.shuffle.partitions, which says "auto" on Databricks."""
+    tasks = str(spark.conf.get("spark.sql.shuffle.partitions"))
+    return int(tasks) if tasks.isdigit() else spark.sparkContext.defaultParallelism
+
+
 @contextlib.contextmanager
 def spark_conf(spark: SparkSession, settings: dict[str, str]) -> Iterator[None]:
     """The session's settings, until the block ends."""

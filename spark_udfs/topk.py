@@ -236,6 +236,7 @@ def nearest(
     *,
     block_rows: int,
     counts: tuple[int, int],
+    tasks: int,
     cells: Cells | None = None,
 ) -> DataFrame:
     """The k nearest candidates of each query, never itself; zero vectors have no cosine and are left out of it.
@@ -246,6 +247,8 @@ def nearest(
         candidates: id string, vector array<float>; all vectors of one length, no id twice.
         block_rows: about how many vectors stand on each side of a matrix product.
         counts: about how many rows `queries` and `candidates` have.
+        tasks: at most so many compare, each its blocks of queries. Spark, left to itself, makes tasks by bytes: few, of
+            blocks that are small to read and long to compare.
         cells: of `candidates`, by `find_cells` for the same metric; None: exact.
 
     Returns:
@@ -264,11 +267,13 @@ def nearest(
         queries = _in_cells(queries, cells, asking=True)
         candidates = _in_cells(candidates, cells, asking=False)
         per_cell = counts[0] * cells.probes // len(cells.centres), counts[1] // len(cells.centres)
-    of_queries = _blocks(queries, per_cell[0], block_rows, "query")
     of_candidates = _blocks(candidates, per_cell[1], block_rows, "candidate")
     if cells is None:
+        of_queries = _blocks(queries, per_cell[0], block_rows, "query", tasks)
         pairs = of_queries.drop("cell").crossJoin(of_candidates.drop("cell"))
     else:
+        of_queries = _blocks(queries, per_cell[0], block_rows, "query")
+        of_queries, of_candidates = (side.repartition(tasks, "cell") for side in (of_queries, of_candidates))
         pairs = of_queries.join(of_candidates, "cell").drop("cell")
 
     def compare(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -313,17 +318,21 @@ def _in_cells(vectors: DataFrame, cells: Cells, *, asking: bool) -> DataFrame:
     return vectors.select("id", "vector", "left_out").mapInArrow(sort_in, schema)
 
 
-def _blocks(vectors: DataFrame, count: int, block_rows: int, name: str) -> DataFrame:
+def _blocks(vectors: DataFrame, count: int, block_rows: int, name: str, tasks: int | None = None) -> DataFrame:
     """One row per block, of one cell: cell int, <name>_block long, <name> struct of ids, vectors (float32, one after
     the other, as bytes: a block goes to Python once for each it is compared with), left_out and their counts; in order
-    of id. `count`: about how many vectors a cell has."""
+    of id. `count`: about how many vectors a cell has; `tasks`: in so many partitions, None: in as many as Spark likes.
+    """
     per_cell = -(-count // block_rows) or 1
     number = F.pmod(F.xxhash64("id"), F.lit(per_cell)) + F.col("cell").cast("long") * per_cell
     rows = F.sort_array(F.collect_list(F.struct("id", "vector", "left_out"))).alias("rows")
     packed = (
         "cell int, block long, ids array<string>, vectors binary, left_out array<string>, left_out_counts array<int>"
     )
-    blocks = vectors.groupBy("cell", number.alias("block")).agg(rows).mapInArrow(_pack, packed)
+    numbered = vectors.withColumn("block", number)
+    if tasks is not None:
+        numbered = numbered.repartition(min(tasks, per_cell), "block")
+    blocks = numbered.groupBy("cell", "block").agg(rows).mapInArrow(_pack, packed)
     columns = [F.col(column) for column in ("ids", "vectors", "left_out", "left_out_counts")]
     return blocks.select("cell", F.col("block").alias(f"{name}_block"), F.struct(*columns).alias(name))
 

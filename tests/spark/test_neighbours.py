@@ -13,12 +13,14 @@ import duckdb
 import numpy as np
 import pytest
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
 from jobs import find_neighbours
 from jobs.errors import TrailvecError
 from jobs.find_neighbours import STAGE
 from jobs.runtime import Runtime, write_json
 from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, ITEMS, SESSIONS, USER_EMBEDDINGS
+from spark_udfs import topk
 from spark_udfs.topk import nearest, small_batches
 from tests.conftest import make_config, put
 
@@ -249,14 +251,21 @@ def test_partitions_and_blocks_do_not_matter(spark: SparkSession) -> None:
     values |= {f"twin{n}": values["u07"] for n in range(9)}
     frame = spark.createDataFrame(list(values.items()), "id string, vector array<float>")
     found = []
-    for block_rows, partitions in ((7, 3), (4096, 1)):
+    for block_rows, partitions, tasks in ((7, 3, 4), (4096, 1, 1)):
         with small_batches(spark):
             users = frame.repartition(partitions)
-            answer = nearest(users, users, 5, "cosine", block_rows=block_rows, counts=(49, 49))
+            answer = nearest(users, users, 5, "cosine", block_rows=block_rows, counts=(49, 49), tasks=tasks)
             found.append(sorted(answer.collect()))
     assert found[0] == found[1]
     assert len(found[0]) == 5 * 49
     assert [row["neighbour_id"] for row in found[0] if row["source_id"] == "u07"] == [f"twin{n}" for n in range(5)]
+
+
+def test_blocks_of_queries_lie_in_many_tasks_however_few_bytes_they_are(spark: SparkSession) -> None:
+    users = spark.createDataFrame([(f"u{n:02d}", [float(n)]) for n in range(60)], "id string, vector array<float>")
+    rows = users.withColumns({"cell": F.lit(0), "left_out": F.array().cast("array<string>")})
+    blocks = topk._blocks(rows, 60, 7, "query", tasks=4)
+    assert len({row[0] for row in blocks.select(F.spark_partition_id()).collect()}) > 2
 
 
 def test_a_model_without_vectors(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
