@@ -8,12 +8,12 @@ import json
 
 import pytest
 
-from spark_udfs.keyed import Test, hashed, mentions, on_list, on_list_in_raw, values
+from spark_udfs.keyed import TextTest, hashed, mentions, on_list, on_list_in_raw, values
 
 KEY = b"a key"
 
 
-def asked(test: Test, texts: list[str]) -> list[bool]:
+def asked(test: TextTest, texts: list[str]) -> list[bool]:
     return [test(text) for text in texts]
 
 
