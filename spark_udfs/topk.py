@@ -252,7 +252,7 @@ def nearest(
         cells: of `candidates`, by `find_cells` for the same metric; None: exact.
 
     Returns:
-        source_id string, rank int from 1 on, neighbour_id string, score float. Run it inside `small_batches`.
+        source_id string, rank int from 1 on, neighbour_id string, score float. Run it inside `block_conf`.
     """
     if metric == "cosine":
         not_zero = F.exists("vector", lambda x: x != 0)
@@ -286,15 +286,21 @@ def nearest(
 
 
 @contextmanager
-def small_batches(spark: SparkSession) -> Iterator[None]:
-    """Hands Python a few rows at once while the block runs: a row of `nearest` holds two blocks, some megabytes."""
-    key = "spark.sql.execution.arrow.maxRecordsPerBatch"
-    before = spark.conf.get(key)
-    spark.conf.set(key, "4")
+def block_conf(spark: SparkSession) -> Iterator[None]:
+    """What `nearest` wants of Spark, until the block ends."""
+    settings = {
+        "spark.sql.execution.arrow.maxRecordsPerBatch": "4",  # a row holds two blocks, some megabytes
+        # Candidates in few partitions: in each a block of queries begins anew, without scores that the next must pass.
+        "spark.sql.adaptive.coalescePartitions.parallelismFirst": "false",
+    }
+    before = {key: str(spark.conf.get(key)) for key in settings}
+    for key, value in settings.items():
+        spark.conf.set(key, value)
     try:
         yield
     finally:
-        spark.conf.set(key, str(before))
+        for key, value in before.items():
+            spark.conf.set(key, value)
 
 
 def _in_cells(vectors: DataFrame, cells: Cells, *, asking: bool) -> DataFrame:
