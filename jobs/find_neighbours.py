@@ -35,10 +35,10 @@ from jobs.config import NeighboursSettings
 from jobs.errors import TrailvecError
 from jobs.habit import habit
 from jobs.runtime import Runtime, Stage
-from jobs.spark_session import shuffle_tasks
+from jobs.spark_session import shuffle_tasks, spark_conf
 from jobs.splits import cut_times, microseconds
 from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, ITEMS, NEIGHBOURS, SESSIONS, USER_EMBEDDINGS, Table
-from spark_udfs.topk import Cells, Metric, block_conf, find_cells, nearest
+from spark_udfs.topk import BLOCK_CONF, Cells, Metric, find_cells, nearest
 from spark_udfs.vectors import inner_product
 
 KINDS: dict[str, tuple[str, str, Metric]] = {
@@ -195,7 +195,7 @@ def run(runtime: Runtime) -> None:
     of_habit = of_model & (F.col("kind") == WITH_HABIT)
     stale = not settings.habit and runtime.exists(NEIGHBOURS)
     stale = stale and not runtime.latest(NEIGHBOURS).where(of_habit).isEmpty()
-    with block_conf(runtime.spark):
+    with spark_conf(runtime.spark, BLOCK_CONF):
         found = find_neighbours(every, settings).withColumn("model_version", F.lit(version))
         runtime.write(NEIGHBOURS, found, done=not settings.habit and not stale)
         if settings.cells:

@@ -145,11 +145,15 @@ def shuffle_tasks(spark: SparkSession) -> int:
 
 @contextlib.contextmanager
 def spark_conf(spark: SparkSession, settings: dict[str, str]) -> Iterator[None]:
-    """The session's settings, until the block ends."""
+    """The session's settings, until the block ends; then they are what they were."""
+    before = {key: spark.conf.get(key, None) for key in settings}
     for key, value in settings.items():
         spark.conf.set(key, value)
     try:
         yield
     finally:
-        for key in settings:
-            spark.conf.unset(key)
+        for key, earlier in before.items():
+            if earlier is None:
+                spark.conf.unset(key)
+            else:
+                spark.conf.set(key, earlier)

@@ -14,13 +14,12 @@ alone. What it meets is compared as above; what it does not meet it cannot find 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from spark_udfs.vectors import inner_product, norm
@@ -37,6 +36,12 @@ Pairs = tuple[Integers, Integers]  # (row of the query, row of the candidate); b
 _PAIRS_AT_ONCE = 1 << 11  # scored to the bit in one go: 1 MB of float64 a side at 64 numbers stays in the cache
 _COLUMNS = 1024  # candidates of one product: its result stays in the processor's cache
 _NO_PAIRS = np.empty(0, np.int64), np.empty(0, np.int64)
+# What `nearest` wants of Spark.
+BLOCK_CONF = {
+    "spark.sql.execution.arrow.maxRecordsPerBatch": "4",  # a row holds two blocks, some megabytes
+    # Candidates in few partitions: in each a block of queries begins anew, without scores that the next must pass.
+    "spark.sql.adaptive.coalescePartitions.parallelismFirst": "false",
+}
 
 # ---- numpy -------------------------------------------------------------------------------------------------------
 
@@ -252,7 +257,7 @@ def nearest(
         cells: of `candidates`, by `find_cells` for the same metric; None: exact.
 
     Returns:
-        source_id string, rank int from 1 on, neighbour_id string, score float. Run it inside `block_conf`.
+        source_id string, rank int from 1 on, neighbour_id string, score float. Run it under BLOCK_CONF.
     """
     if metric == "cosine":
         not_zero = F.exists("vector", lambda x: x != 0)
@@ -283,24 +288,6 @@ def nearest(
     by_score = Window.partitionBy("source_id").orderBy(F.desc("score"), "neighbour_id")
     ranked = partial.withColumn("rank", F.row_number().over(by_score)).where(F.col("rank") <= k)
     return ranked.select("source_id", "rank", "neighbour_id", "score")
-
-
-@contextmanager
-def block_conf(spark: SparkSession) -> Iterator[None]:
-    """What `nearest` wants of Spark, until the block ends."""
-    settings = {
-        "spark.sql.execution.arrow.maxRecordsPerBatch": "4",  # a row holds two blocks, some megabytes
-        # Candidates in few partitions: in each a block of queries begins anew, without scores that the next must pass.
-        "spark.sql.adaptive.coalescePartitions.parallelismFirst": "false",
-    }
-    before = {key: str(spark.conf.get(key)) for key in settings}
-    for key, value in settings.items():
-        spark.conf.set(key, value)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            spark.conf.set(key, value)
 
 
 def _in_cells(vectors: DataFrame, cells: Cells, *, asking: bool) -> DataFrame:

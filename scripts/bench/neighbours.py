@@ -34,8 +34,9 @@ from pyspark.sql import SparkSession
 
 from jobs.config import NeighboursSettings
 from jobs.find_neighbours import Search, find_neighbours
+from jobs.spark_session import spark_conf
 from spark_udfs.encode import as_lists
-from spark_udfs.topk import Nearest, block_conf
+from spark_udfs.topk import BLOCK_CONF, Nearest
 
 K, WIDTH = 10, 64
 SETTINGS = NeighboursSettings()
@@ -78,7 +79,7 @@ def by_faiss(folder: Path, out: Path) -> None:
 def by_trailvec(spark: SparkSession, folder: Path, out: Path, counts: tuple[int, int], cells: int = 0) -> None:
     users, items = (spark.read.parquet(str(folder / name)) for name in ("users", "items"))
     settings = SETTINGS.model_copy(update={"cells": cells, "k": K})
-    with block_conf(spark):
+    with spark_conf(spark, BLOCK_CONF):
         found = find_neighbours([Search("user_item", users, items, "dot", counts)], settings).drop("kind")
         found.write.mode("overwrite").parquet(str(out))
 

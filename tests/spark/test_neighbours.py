@@ -19,9 +19,10 @@ from jobs import find_neighbours
 from jobs.errors import TrailvecError
 from jobs.find_neighbours import STAGE
 from jobs.runtime import Runtime, write_json
+from jobs.spark_session import spark_conf
 from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, ITEMS, SESSIONS, USER_EMBEDDINGS
 from spark_udfs import topk
-from spark_udfs.topk import block_conf, nearest
+from spark_udfs.topk import BLOCK_CONF, nearest
 from tests.conftest import make_config, put
 
 K = 4
@@ -252,7 +253,7 @@ def test_partitions_and_blocks_do_not_matter(spark: SparkSession) -> None:
     frame = spark.createDataFrame(list(values.items()), "id string, vector array<float>")
     found = []
     for block_rows, partitions, tasks in ((7, 3, 4), (4096, 1, 1)):
-        with block_conf(spark):
+        with spark_conf(spark, BLOCK_CONF):
             users = frame.repartition(partitions)
             answer = nearest(users, users, 5, "cosine", block_rows=block_rows, counts=(49, 49), tasks=tasks)
             found.append(sorted(answer.collect()))
