@@ -23,7 +23,7 @@ from jobs.errors import TrailvecError
 from jobs.files import place_of
 
 # Errors only, from the first line on: setLogLevel comes too late for what the JVM says as it starts.
-QUIET = f"-Dlog4j2.configurationFile={Path(__file__).parent / 'log4j2.properties'}"
+_QUIET = f"-Dlog4j2.configurationFile={Path(__file__).parent / 'log4j2.properties'}"
 
 # Spark asks Arrow only for rows that are there; Arrow would check each value's place again, a fifth of the time that
 # rows take to come from Python.
@@ -50,8 +50,9 @@ _SPARK_DEFAULTS = {
     "spark.sql.inMemoryColumnarStorage.compressed": "false",
     # A write that changes nothing (an empty table stays empty) still records what ran.
     "spark.databricks.delta.skipRecordingEmptyCommits": "false",
-    "spark.driver.extraJavaOptions": f"{QUIET} {_ARROW}",
-    "spark.executor.extraJavaOptions": _ARROW,
+    # Not extraJavaOptions, which come behind these and are left to the configuration.
+    "spark.driver.defaultJavaOptions": f"{_QUIET} {_ARROW}",
+    "spark.executor.defaultJavaOptions": _ARROW,
     # The task bar would fight with our own progress line.
     "spark.ui.showConsoleProgress": "false",
 }

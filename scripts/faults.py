@@ -34,7 +34,6 @@ import duckdb_extension_delta
 from jobs.config import load_config
 from jobs.pipeline import STAGES
 from jobs.runtime import Runtime
-from jobs.spark_session import QUIET
 
 REPOSITORY = Path(__file__).parents[1]
 TABLES = ("events", "rejected_events", "flagged_users", "sessions")
@@ -52,7 +51,7 @@ master = "local[2]"
 "spark.databricks.delta.snapshotPartitions" = "1"
 "spark.sql.codegen.wholeStage" = "false"      # small data, many plans: compiling them costs more than it saves
 "spark.sql.codegen.factoryMode" = "NO_CODEGEN"
-"spark.driver.extraJavaOptions" = "{quiet} -XX:TieredStopAtLevel=1"
+"spark.driver.extraJavaOptions" = "-XX:TieredStopAtLevel=1"
 [storage]
 root = "{root}"
 [ingest]
@@ -74,7 +73,7 @@ class Job:
         folder.mkdir(parents=True, exist_ok=True)
         self.root, self.said, self.conf = root, folder / f"{root.name}.log", folder / f"{root.name}.toml"
         source = REPOSITORY / "conf/sources/online_retail.toml"
-        self.conf.write_text(CONF.format(source=source, quiet=QUIET, root=root, data=data, files=files_per_batch))
+        self.conf.write_text(CONF.format(source=source, root=root, data=data, files=files_per_batch))
 
     def start(self) -> subprocess.Popen[bytes]:
         """In a process group of its own, so that one signal reaches Python, the JVM and its workers."""

@@ -13,7 +13,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from jobs.config import Config, MaintainSettings, load_config
 from jobs.runtime import Runtime, Stage
-from jobs.spark_session import QUIET, start_spark
+from jobs.spark_session import start_spark
 from jobs.tables import Table
 from scripts.faults import delta_reader
 
@@ -40,7 +40,7 @@ SPARK_CONF = {
     # with threads of its own would take the cores from the other process. Delta keeps the plans of each table that it
     # has met for an hour, up to 10,000 of them: at the suite's end the JVM did little but collect garbage.
     "spark.driver.extraJavaOptions": (
-        f"{QUIET} -XX:ReservedCodeCacheSize=512m -XX:+UseSerialGC -Xms1g -Xmn512m -Ddelta.log.cacheSize=64"
+        "-XX:ReservedCodeCacheSize=512m -XX:+UseSerialGC -Xms1g -Xmn512m -Ddelta.log.cacheSize=64"
     ),
     "spark.sql.codegen.wholeStage": "false",
     "spark.sql.codegen.factoryMode": "NO_CODEGEN",

@@ -18,7 +18,7 @@ from pyspark.sql import SparkSession
 
 from jobs.config import Config, load_config
 from jobs.runtime import Runtime
-from jobs.spark_session import QUIET, start_spark
+from jobs.spark_session import start_spark
 
 CORES = 2
 CONF = {
@@ -34,7 +34,7 @@ CONF = {
 QUICK = {
     "spark.sql.shuffle.partitions": "2",
     "spark.databricks.delta.snapshotPartitions": "1",
-    "spark.driver.extraJavaOptions": f"{QUIET} -XX:+UseSerialGC -XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m",
+    "spark.driver.extraJavaOptions": "-XX:+UseSerialGC -XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m",
 }
 # Of a few rows that pass through many plans none is worth being compiled.
 TINY = {

@@ -27,7 +27,6 @@ from jobs.errors import TrailvecError
 from jobs.runtime import Runtime
 from jobs.segment_files import MANIFEST, ArrowFolder, delivered, place_of
 from jobs.segments import Segment
-from jobs.spark_session import QUIET
 from jobs.tombstones import ERASE_KEY
 from scripts.s3_server import S3Server
 from tests.cluster.road import (
@@ -59,7 +58,7 @@ master = "local[2]"
 "spark.driver.memory" = "1g"
 "spark.driver.host" = "127.0.0.1"
 "spark.driver.bindAddress" = "127.0.0.1"
-"spark.driver.extraJavaOptions" = "{quiet} -XX:+UseSerialGC -XX:TieredStopAtLevel=1"
+"spark.driver.extraJavaOptions" = "-XX:+UseSerialGC -XX:TieredStopAtLevel=1"
 "spark.ui.enabled" = "false"
 "spark.sql.shuffle.partitions" = "2"
 "spark.databricks.delta.snapshotPartitions" = "1"
@@ -73,7 +72,7 @@ class Store:
 
     def __init__(self, server: S3Server, folder: Path) -> None:
         self.server, self.system, self.conf = server, server.filesystem, folder / "test.toml"
-        text = CONF.format(repository=REPOSITORY, bucket=BUCKET, endpoint=server.endpoint, quiet=QUIET)
+        text = CONF.format(repository=REPOSITORY, bucket=BUCKET, endpoint=server.endpoint)
         self.conf.write_text(text)
         self.system.create_dir(BUCKET)
         fs.copy_files(str(DATA), f"{BUCKET}/logs", destination_filesystem=self.system)
