@@ -275,7 +275,8 @@ def place(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Arro
 
     def at(folder: str) -> ArrowFolder:
         where = f"s3://{folder}?endpoint_override={host}&scheme=http&region=us-east-1"
-        return place_of(Runtime(make_config(Path("unused"))), Segment.model_construct(name="x", destination=where))
+        segment = Segment.model_construct(name="x", owner="", purpose="", destination=where)
+        return place_of(Runtime(make_config(Path("unused"))), segment)
 
     return at
 

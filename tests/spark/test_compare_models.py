@@ -61,14 +61,14 @@ def test_both_models_and_their_difference_over_the_same_users(shop: tuple[Runtim
         for task in expected:
             expected[task].append(values[task])
     for task, (one, other) in expected.items():
-        (row,) = [d for d in found if (d.task, d.metric) == (task, "ndcg@10")]
-        assert row.users == len(one)
-        assert row.one == pytest.approx(np.mean(one))
-        assert row.other == pytest.approx(np.mean(other))
+        (difference,) = [d for d in found if (d.task, d.metric) == (task, "ndcg@10")]
+        assert difference.users == len(one)
+        assert difference.one == pytest.approx(np.mean(one))
+        assert difference.other == pytest.approx(np.mean(other))
         by = np.array(other) - np.array(one)
         error = by.std() / math.sqrt(len(by))
-        assert row.low == pytest.approx(by.mean() - 1.96 * error, abs=error / 2)
-        assert row.high == pytest.approx(by.mean() + 1.96 * error, abs=error / 2)
+        assert difference.low == pytest.approx(by.mean() - 1.96 * error, abs=error / 2)
+        assert difference.high == pytest.approx(by.mean() + 1.96 * error, abs=error / 2)
 
 
 def test_a_model_beside_itself(shop: tuple[Runtime, Rows], capsys: pytest.CaptureFixture[str]) -> None:

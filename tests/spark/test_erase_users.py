@@ -32,6 +32,7 @@ from jobs.tables import (
     EVENTS,
     EXPORTS,
     FLAGGED_USERS,
+    ITEMS,
     NEIGHBOURS,
     REJECTED_EVENTS,
     SEQUENCES,
@@ -365,7 +366,7 @@ def test_the_road_ends_as_if_they_had_never_been(story: SimpleNamespace) -> None
 
     def named(runtime: Runtime) -> list[str]:
         """Sequences with the items' names: numbers are given once, and who met an item first is no matter."""
-        items = {row["item_index"]: row["item_id"] for row in read_delta(runtime.path(build_vocabulary.ITEMS))}
+        items = {row["item_index"]: row["item_id"] for row in read_delta(runtime.path(ITEMS))}
         sequences = read_delta(runtime.path(SEQUENCES))
         for row in sequences:
             for column in ("item_index", "target_item_index"):
@@ -374,7 +375,7 @@ def test_the_road_ends_as_if_they_had_never_been(story: SimpleNamespace) -> None
         return without(sequences)
 
     assert named(story.runtime) == named(story.oracle) != []
-    items, expected = (read_delta(r.path(build_vocabulary.ITEMS)) for r in (story.runtime, story.oracle))
+    items, expected = (read_delta(r.path(ITEMS)) for r in (story.runtime, story.oracle))
     left = [row for row in items if row["event_count"]]
     assert without(left, "item_index") == without(expected, "item_index")
     assert [(r["item_id"], r["train_count"], r["target_count"]) for r in items if not r["event_count"]] == [

@@ -328,7 +328,7 @@ def test_a_new_column_is_kept_in_attributes_unless_it_is_ignored(
 
 def test_a_type_that_no_id_has_is_refused(spark: SparkSession, tmp_path: Path) -> None:
     """17850.0 would be another user than 17850; a whole number and its text are the same user."""
-    rest = {"item": ["a"], "at": ["2023-05-01"], "price": [1.0]}
+    rest: dict[str, list[Any]] = {"item": ["a"], "at": ["2023-05-01"], "price": [1.0]}
     kinds: dict[str, list[Any]] = {"text": ["17850"], "whole": [17850], "real": [17850.0], "object": [{"id": 17850}]}
     for kind, value in kinds.items():
         pq.write_table(pa.table({"id": [kind], "user": value, **rest}), tmp_path / f"{kind}.parquet")

@@ -20,6 +20,7 @@ from pyspark.sql import SparkSession
 from jobs import ingest
 from jobs.errors import TrailvecError
 from jobs.ingest import STAGE
+from jobs.raw_records import read_raw
 from jobs.runtime import Runtime
 from jobs.tables import EVENTS, REJECTED_EVENTS
 from scripts.kafka_broker import Broker
@@ -98,12 +99,12 @@ def test_a_large_file_is_parsed_in_a_task_for_each_core(
     mapping = source(tmp_path)
     partitions, found = [], []
 
-    def read_raw(*arguments: Any, read: Callable[..., Any] = ingest.read_raw) -> Any:
+    def counting(*arguments: Any, read: Callable[..., Any] = read_raw) -> Any:
         frames = read(*arguments)
         partitions.append(frames[0].rdd.getNumPartitions())
         return frames
 
-    monkeypatch.setattr(ingest, "read_raw", read_raw)
+    monkeypatch.setattr(ingest, "read_raw", counting)
     for name, least in (("small", ingest._ONE_TASK), ("large", 100)):
         monkeypatch.setattr(ingest, "_ONE_TASK", least)
         runtime = make_runtime(*settings(tmp_path, mapping), root=tmp_path / name)

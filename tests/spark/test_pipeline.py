@@ -31,6 +31,7 @@ from jobs.runtime import Runtime
 from jobs.tables import FLAGGED_USERS, TABLES
 from tests.conftest import make_config, read_delta
 from tests.unit.test_evaluation_page import Page
+from training.checkpoint import write_alignment
 
 REPOSITORY = Path(__file__).parents[2]
 PERSON = "person-"  # every user id begins with it, and nothing else holds it
@@ -291,7 +292,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         monkeypatch.setattr(Runtime, name, dying(getattr(Runtime, name)))
     for module in (runtime_module, train_module, export_segments):
         monkeypatch.setattr(module, "write_json", dying(module.write_json))
-    monkeypatch.setattr(align, "write_alignment", dying(align.write_alignment))
+    monkeypatch.setattr(align, "write_alignment", dying(write_alignment))
     monkeypatch.setattr(Path, "rename", dying(Path.rename))
     return lambda writes: left.__setitem__(0, writes)
 

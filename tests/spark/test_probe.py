@@ -19,7 +19,8 @@ from pyspark.sql import functions as F
 from jobs import build_vocabulary, probe, profile_users, sessionize
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, write_json
-from jobs.tables import EVENTS, FLAGGED_USERS, SESSIONS, USER_PROFILES
+from jobs.splits import cut_times
+from jobs.tables import EVENTS, FLAGGED_USERS, ITEMS, PROBES, SESSIONS, USER_PROFILES
 from tests.conftest import make_config, put, read_delta
 from tests.events import Row, make_event, to_frame
 
@@ -99,7 +100,7 @@ def look(runtime: Runtime) -> list[tuple[pd.DataFrame, list[str], dict[str, np.n
 
     def go(running: Runtime) -> None:
         sessions = running.read(SESSIONS)
-        cuts = probe.cut_times(sessions.select(F.col("end_ts").alias("event_ts")), running.config.sequences)
+        cuts = cut_times(sessions.select(F.col("end_ts").alias("event_ts")), running.config.sequences)
         for question in probe.questions(running, sessions, cuts):
             users, features = probe.features_of(running, sessions, question, Path("m1"), cuts.end)
             found.append((question.labels, users, features))
@@ -115,8 +116,8 @@ def test_labels_by_hand_and_no_feature_knows_what_came_after_the_cut(
     runtime, cut_off = (make_runtime(*SETTINGS, root=root) for root in (whole, tmp_path / "cut_off"))
     fill(cut_off, [e for e in log() if e["event_ts"] < CUT or e["user_id"] == "late"])
     # The vocabulary's numbers are the log's; those of the whole one are used for both.
-    items = runtime.latest(probe.ITEMS).collect()
-    put(cut_off, probe.ITEMS, cut_off.spark.createDataFrame(items, probe.ITEMS.schema()))
+    items = runtime.latest(ITEMS).collect()
+    put(cut_off, ITEMS, cut_off.spark.createDataFrame(items, ITEMS.schema()))
     ((labels, users, features),), ((_, same_users, cut_features),) = look(runtime), look(cut_off)
 
     numbers = range(24)
@@ -147,13 +148,13 @@ def test_five_numbers_and_aggregates_by_hand(make_runtime: Callable[..., Runtime
         ],
     )
     cuts = spark.createDataFrame([(u, CUT.replace(tzinfo=timezone.utc)) for u in "ab"], "user_id string, cut timestamp")
-    visible = probe.before(probe.events_of(runtime.latest(SESSIONS)), cuts)
-    five = {row[0]: tuple(row[1:]) for row in probe.rfm(visible, ["purchase"]).collect()}
+    visible = profile_users.before(profile_users.events_of(runtime.latest(SESSIONS)), cuts)
+    five = {row[0]: tuple(row[1:]) for row in profile_users.rfm(visible, ["purchase"]).collect()}
     log1p = [tuple(math.log1p(x) for x in of) for of in ((0.5, 10, 2, 2, 7), (90, 90, 1, 1, 1))]
     assert five["a"] == pytest.approx(log1p[0])
     assert five["b"] == pytest.approx(log1p[1])
 
-    rows = probe.aggregates(visible, runtime.latest(probe.ITEMS)).where("value > 0").collect()
+    rows = probe.aggregates(visible, runtime.latest(ITEMS)).where("value > 0").collect()
     counts = {(r.user_id, r.name): round(math.expm1(r.value), 6) for r in rows}
     assert counts == {("a", f"{kind}|{what}|{within}"): n for kind, what, within, n in [
         ("purchase", "all|", 1, 1), ("purchase", "all|", 7, 1), ("purchase", "all|", 30, 2),
@@ -170,7 +171,7 @@ def test_pauses_by_hand(make_runtime: Callable[..., Runtime], spark: SparkSessio
     events = [event("a", day) for day in days] + [event("a", 70, event_type="view"), event("b", 95.5)]
     fill(runtime, events)
     cuts = spark.createDataFrame([(u, CUT.replace(tzinfo=timezone.utc)) for u in "ab"], "user_id string, cut timestamp")
-    visible = probe.before(probe.events_of(runtime.latest(SESSIONS)), cuts)
+    visible = profile_users.before(profile_users.events_of(runtime.latest(SESSIONS)), cuts)
     found = {row["user_id"]: row.asDict() for row in profile_users.pauses(visible, ["purchase"]).collect()}
     logs = {"mean": 10, "median": 3, "most": 30, "longest": 30, "spread": np.std([2, 3, 30, 5]), "last": 38 / 3}
     logs |= {"of_28": 1, "longer": 1}
@@ -195,7 +196,7 @@ def test_of_an_item_a_profile_hears_how_much_of_it_is_taken_at_once(
     ]
     fill(runtime, events)
     cuts = spark.createDataFrame([(u, CUT.replace(tzinfo=timezone.utc)) for u in "ab"], "user_id string, cut timestamp")
-    visible = probe.before(probe.events_of(runtime.latest(SESSIONS)), cuts)
+    visible = profile_users.before(profile_users.events_of(runtime.latest(SESSIONS)), cuts)
     items = [("i1", 2, 0), ("i2", 3, 0), ("i3", 4, 0)]
     rows = profile_users.profile_rows(
         visible,
@@ -214,8 +215,8 @@ def test_what_the_forecast_is_fitted_on(make_runtime: Callable[..., Runtime], sp
     later = [event("a", 75), event("a", 75.5), event("a", 80), event("a", 90, event_type="view"), event("c", 80)]
     fill(runtime, [*known, *later])
     cuts = [(u, CUT.replace(tzinfo=timezone.utc)) for u in "abc"]
-    visible = probe.before(
-        probe.events_of(runtime.latest(SESSIONS)), spark.createDataFrame(cuts, "user_id string, cut timestamp")
+    visible = profile_users.before(
+        profile_users.events_of(runtime.latest(SESSIONS)), spark.createDataFrame(cuts, "user_id string, cut timestamp")
     )
     before, since = profile_users._once(visible, ["purchase"], ("actions", "recency"))
     # The cut is day 100. User b's only event was exactly 28 days before it, and c's came later: a alone was known.
@@ -231,7 +232,7 @@ def test_the_table_with_labels_of_a_file(
     file.write_text("\n".join(["user_id,task,label", *lines]) + "\n")
     runtime = make_runtime(*SETTINGS, f'probe.labels={{file="{file}"}}', root=whole)
     report = runtime.execute(probe.STAGE)
-    rows = read_delta(runtime.path(probe.PROBES))
+    rows = read_delta(runtime.path(PROBES))
     assert {r["task"] for r in rows} == {"inactive", "new_vertical", "redeem", "many"}
     assert {(r["model_version"], r["users"]) for r in rows} == {("m1", 24)}
     assert len(rows) == 4 * len(probe.FEATURES) * 2

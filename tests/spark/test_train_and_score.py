@@ -16,7 +16,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 from safetensors.numpy import load_file
 
-from jobs import embed_items, score_users, train
+from jobs import embed_items, item_facts, score_users, train
 from jobs.errors import TrailvecError
 from jobs.launch_training import launch_in_spark
 from jobs.model_folders import model_folder
@@ -184,10 +184,10 @@ def test_the_card_the_plot_and_the_run_in_mlflow(trained: Runtime) -> None:
 
 
 def test_tasks_of_spark_train_the_same_model_as_horovodrun(trained: Runtime, tmp_path: Path) -> None:
-    counts = train.item_counts(trained.latest(ITEMS), min_count=3)
+    counts = item_facts.item_counts(trained.latest(ITEMS), min_count=3)
     np.save(tmp_path / "counts.npy", counts)
-    attributes = train.item_attributes(trained.latest(ITEMS), trained.latest(CONTEXT_VALUES))
-    np.save(tmp_path / "attributes.npy", train.attribute_matrix(attributes, list(ITEM_ATTRIBUTES), len(counts)))
+    attributes = item_facts.item_attributes(trained.latest(ITEMS), trained.latest(CONTEXT_VALUES))
+    np.save(tmp_path / "attributes.npy", item_facts.attribute_matrix(attributes, list(ITEM_ATTRIBUTES), len(counts)))
     output = tmp_path / "model"
     output.mkdir()
     spec = RunSpec.model_validate_json((model_folder(trained) / "run.json").read_text()).model_copy(

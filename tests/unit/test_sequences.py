@@ -56,10 +56,10 @@ def test_equals_the_plain_python_sequences(
     events: list[Row], size: int, max_length: int, max_parts: int, seen_days: int, leave_one_out: bool
 ) -> None:
     numbers = {item: 2 + n for n, item in enumerate(sorted({e["item_id"] for e in events})) if n % 3}
-    values = [
+    verticals, types = (
         {v: 2 + n for n, v in enumerate(sorted({e[kind] for e in events}))} for kind in ("vertical", "event_type")
-    ]
-    by_user = oracles.actions(events, numbers, *values, ["purchase"])
+    )
+    by_user = oracles.actions(events, numbers, verticals, types, ["purchase"])
     rules = CutRules(
         max_length=max_length,
         max_parts=max_parts,

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -289,7 +290,7 @@ def test_attributes_learn_to_stand_for_items_that_were_hidden() -> None:
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 900), "not the file that"),
     ],
 )
-def test_a_damaged_model_is_one_sentence(tmp_path: Path, damage, says: str) -> None:
+def test_a_damaged_model_is_one_sentence(tmp_path: Path, damage: Callable[[Path], object], says: str) -> None:
     save_model(tmp_path, make_model(), {})
     damage(tmp_path)
     with pytest.raises(TrailvecError, match=says) as error:

@@ -8,8 +8,7 @@ from typing import Any
 import optuna
 
 from jobs import tune
-from tests.sequence_files import make_rows, make_run
-from tests.unit.test_training_loop import next_items
+from tests.sequence_files import make_rows, make_run, next_items
 
 
 def a_study(folder: Path) -> optuna.Study:
