@@ -1,7 +1,7 @@
 """What faults leave behind, with real processes on real days: python scripts/faults.py CHECK [--data FOLDER]
 
-  kills        the process and its JVM killed (SIGKILL) at random moments of ingest, flag_users and sessionize, and
-               started again, until it was killed so many times
+  kills        the process and its JVM killed (SIGKILL) at a random moment of ingest, then of sessionize, then run to
+               its end, until it was killed so many times
   two_ingests  two of the same command at once
   full_disk    a disk (tmpfs, in a mount namespace of its own) that gets full in the middle, and has room again
   soak         the days in a shuffled order, in so many batches, some of their files twice
@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -92,6 +93,12 @@ class Job:
             raise RuntimeError(f"the job failed: {self.said.read_text()}")
         return time.monotonic() - started
 
+    def seconds(self) -> dict[str, float]:
+        """Of each stage that the newest run has done."""
+        return {
+            name: float(s) for name, s in re.findall(r"^[✓=] (\w+) +([\d.]+) s", self.said.read_text(), re.MULTILINE)
+        }
+
     def last_line(self) -> str:
         return (self.said.read_text().strip().splitlines() or ["-"])[-1]
 
@@ -125,26 +132,31 @@ def undisturbed_run(folder: Path, data: Path) -> tuple[Job, float]:
 
 
 def kills(folder: Path, data: Path, compared: tuple[Job, float], times: int, seed: int) -> dict[str, Any]:
+    """In ingest and in sessionize by turns; then the same command goes on to its end."""
     chance = random.Random(seed)
     (undisturbed, whole), killed = compared, Job(folder, data, folder / "killed")
+    seconds = undisturbed.seconds()
+    start_s = whole - sum(seconds.values())  # Python's, Java's and Spark's
     done: list[str] = []
     wrong: dict[str, int] = {}
     while len(done) < times:
-        process, started = killed.start(), time.monotonic()
-        moment = chance.uniform(0.2, 0.9) * whole
-        try:
-            process.wait(moment)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            done.append(f"{moment:.1f} s: {killed.last_line()[:60]}")
-            print(f"killed after {done[-1]}", flush=True)
-        else:  # it came to its end, in less time than the first run (or what was left took less): begin anew
-            whole = min(whole, max(10.0, time.monotonic() - started))
-            wrong |= _wrong(undisturbed.root, killed.root)
-            shutil.rmtree(killed.root)
-    killed.run()
-    wrong |= _wrong(undisturbed.root, killed.root)
+        for stage, before in [("ingest", None), ("sessionize", "flag_users")][: times - len(done)]:
+            process = killed.start()
+            if before is None:
+                time.sleep(start_s)
+            while before is not None and before not in killed.seconds() and process.poll() is None:
+                time.sleep(0.05)
+            moment = chance.uniform(0, 0.9) * seconds[stage]
+            try:
+                process.wait(moment)  # ends only where it takes less time than the run it is compared with
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                done.append(f"{stage}, after {moment:.1f} of {seconds[stage]:.1f} s")
+                print(f"killed in {done[-1]}", flush=True)
+        killed.run()
+        wrong |= _wrong(undisturbed.root, killed.root)
+        shutil.rmtree(killed.root)
     return {"undisturbed_s": round(whole, 1), "kills": done, "wrong": wrong}
 
 
