@@ -15,9 +15,10 @@ import hmac
 import os
 import re
 import shutil
+import uuid
 from base64 import b64encode
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -154,18 +155,31 @@ class Staging:
 
 @contextmanager
 def laid_down(runtime: Runtime) -> Iterator[Staging]:
-    """An empty staging, which is gone after the block; what a killed run left of one is, too."""
-    shared = runtime.exports_staging
-    remove_tree(shared)
-    try:
-        if isinstance(shared, Path):
-            shared.mkdir(parents=True)
-            yield Staging(shared, shared)
-        else:
-            with TemporaryDirectory() as local:
-                yield Staging(shared, Path(local))
-    finally:
-        remove_tree(shared)
+    """An empty staging, which is gone after the block. What other runs have laid down goes first: what a kill left and,
+    of two runs at once, what is the older one's.
+
+    Raises:
+        TrailvecError: a newer run has begun meanwhile.
+    """
+    remove_tree(runtime.exports_staging)
+    shared = runtime.exports_staging / uuid.uuid4().hex
+    ours = shared / "ours"
+    shared.mkdir(parents=True, exist_ok=True)
+    ours.write_text("")
+    with TemporaryDirectory() as local:
+        try:
+            yield Staging(shared, shared if isinstance(shared, Path) else Path(local))
+        except Exception as error:
+            if ours.exists():
+                raise
+            raise TrailvecError(
+                "export_segments was started again meanwhile, and the newer run went on in this one's place: "
+                "wait for its end, then run this again"
+            ) from error
+        finally:
+            remove_tree(shared)
+            with suppress(OSError):  # a newer run's is in it
+                shared.parent.rmdir()
 
 
 # ---- places ---------------------------------------------------------------------------------------------------------

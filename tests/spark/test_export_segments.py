@@ -27,7 +27,7 @@ from jobs.config import load_config
 from jobs.errors import TrailvecError
 from jobs.export_segments import STAGE
 from jobs.runtime import Runtime
-from jobs.segment_files import KEY
+from jobs.segment_files import KEY, laid_down
 from jobs.segment_rules import Lists, Marked, allows
 from jobs.segments import read_segments
 from jobs.tables import ITEMS, SESSIONS, USER_EMBEDDINGS, USER_PROFILES
@@ -205,6 +205,34 @@ def test_a_crash_before_the_manifest_leaves_no_half_export(
     assert bytes_of(shop.exports) == whole
     assert sorted(map(str, read_delta(log))) == sorted(map(str, before))
     assert sorted(path.name for path in shop.root.iterdir()) == ["exports", "models", "tables"]
+
+
+def test_of_two_runs_at_once_the_newer_one_exports(shop: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = export_segments._log_members
+
+    def overtaken(*arguments: Any) -> None:
+        with monkeypatch.context() as whole:
+            whole.setattr(export_segments, "_log_members", log)
+            Runtime(shop.config, shop.spark).execute(STAGE)
+        log(*arguments)
+
+    monkeypatch.setattr(export_segments, "_log_members", overtaken)
+    with pytest.raises(TrailvecError, match="the newer run went on in this one's place: wait for its end"):
+        shop.execute(STAGE)
+    assert read(shop)[0]["counts"]["exported"] == 4
+    assert len(read_delta(shop.root / "tables" / "exports")) == 4
+    assert sorted(path.name for path in shop.root.iterdir()) == ["exports", "models", "tables"]
+
+
+def test_the_older_run_leaves_what_the_newer_one_has_laid_down(shop: Runtime) -> None:
+    older = laid_down(shop)
+    older.__enter__()
+    with laid_down(shop) as newer:
+        (newer.local / "log").mkdir()
+        with pytest.raises(TrailvecError, match="newer run"):
+            older.__exit__(FileNotFoundError, FileNotFoundError("log"), None)
+        assert (newer.local / "log").exists()
+    assert not shop.exports_staging.exists()
 
 
 def test_seeds_by_sql_plain_ids_and_chosen_columns(
