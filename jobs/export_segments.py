@@ -184,6 +184,7 @@ def _log_members(runtime: Runtime, chosen: Selection, staging: Staging, now: dat
     folder = staging.local / "log"
     folder.mkdir()
     of_run = [export.id for export in chosen.pending]
+    staging.check()  # two that log at once would log twice
     there = chosen.log.where(F.col("export_id").isin(of_run)).select("export_id").distinct().collect()
     for export in chosen.pending:
         taken = chosen.taken[export.name]

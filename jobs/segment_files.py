@@ -152,6 +152,26 @@ class Staging:
             fetch(self.shared / name, self.local / name)
         return self.local / name
 
+    @property
+    def _ours(self) -> Place:
+        return self.shared / "ours"
+
+    def take(self) -> None:
+        """Makes it, empty."""
+        self.shared.mkdir(parents=True, exist_ok=True)
+        self._ours.write_text("")
+
+    def check(self) -> None:
+        """
+        Raises:
+            TrailvecError: a newer run has begun meanwhile.
+        """
+        if not self._ours.exists():
+            raise TrailvecError(
+                "export_segments was started again meanwhile, and the newer run goes on in this one's place: "
+                "wait for its end, then run this again"
+            )
+
 
 @contextmanager
 def laid_down(runtime: Runtime) -> Iterator[Staging]:
@@ -163,19 +183,14 @@ def laid_down(runtime: Runtime) -> Iterator[Staging]:
     """
     remove_tree(runtime.exports_staging)
     shared = runtime.exports_staging / uuid.uuid4().hex
-    ours = shared / "ours"
-    shared.mkdir(parents=True, exist_ok=True)
-    ours.write_text("")
     with TemporaryDirectory() as local:
+        staging = Staging(shared, shared if isinstance(shared, Path) else Path(local))
+        staging.take()
         try:
-            yield Staging(shared, shared if isinstance(shared, Path) else Path(local))
-        except Exception as error:
-            if ours.exists():
-                raise
-            raise TrailvecError(
-                "export_segments was started again meanwhile, and the newer run went on in this one's place: "
-                "wait for its end, then run this again"
-            ) from error
+            yield staging
+        except Exception:
+            staging.check()  # what failed may be for want of what the newer one has removed
+            raise
         finally:
             remove_tree(shared)
             with suppress(OSError):  # a newer run's is in it

@@ -217,11 +217,24 @@ def test_of_two_runs_at_once_the_newer_one_exports(shop: Runtime, monkeypatch: p
         log(*arguments)
 
     monkeypatch.setattr(export_segments, "_log_members", overtaken)
-    with pytest.raises(TrailvecError, match="the newer run went on in this one's place: wait for its end"):
+    with pytest.raises(TrailvecError, match="the newer run goes on in this one's place: wait for its end"):
         shop.execute(STAGE)
     assert read(shop)[0]["counts"]["exported"] == 4
     assert len(read_delta(shop.root / "tables" / "exports")) == 4
     assert sorted(path.name for path in shop.root.iterdir()) == ["exports", "models", "tables"]
+
+
+def test_who_is_overtaken_logs_nothing(shop: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = export_segments._log_members
+
+    def overtaken(*arguments: Any) -> None:
+        (arguments[2].shared / "ours").unlink()  # the newer one has removed all, and tasks have made folders anew
+        log(*arguments)
+
+    monkeypatch.setattr(export_segments, "_log_members", overtaken)
+    with pytest.raises(TrailvecError, match="newer run"):
+        shop.execute(STAGE)
+    assert read_delta(shop.root / "tables" / "exports") == []
 
 
 def test_the_older_run_leaves_what_the_newer_one_has_laid_down(shop: Runtime) -> None:
