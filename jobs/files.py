@@ -9,6 +9,7 @@ import contextlib
 import os
 import tempfile
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -285,26 +286,44 @@ def published(target: Place) -> Iterator[Path]:
     """A local folder to fill; it takes target's place, whole, when the block ends without an error. On S3, which has no
     rename, the old one goes, then come its files, those that describe the others (JSON) last.
 
-    Whatever a kill leaves has another name, and the next one that fills the same place removes it.
+    Whatever a kill leaves has another name, and the next one that fills the same place removes it. What fills it at the
+    same moment, too: the later one takes the place.
+
+    Raises:
+        TrailvecError: a later one has begun, and what the block laid down is gone.
     """
-    staging = target.with_name(f".{target.name}.staging")
-    remove_tree(staging)
-    if isinstance(staging, Path):
-        staging.mkdir(parents=True)
-        yield staging
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            local = Path(folder) / target.name
-            local.mkdir()
-            yield local
-            if not staging.renames:
-                remove_tree(target)
-                for file in sorted(local.iterdir(), key=descriptions_last):
-                    (target / file.name).put(file)  # type: ignore[union-attr]  # both are of one kind
-                return
-            staging.put(local)
-    remove_tree(target)
-    staging.replace(target)  # type: ignore[arg-type]  # both are of one kind
+    for other in target.parent.glob(f".{target.name}.*staging"):
+        remove_tree(other)
+    staging = target.with_name(f".{target.name}.{uuid.uuid4().hex}.staging")
+    begun = False
+    try:
+        if isinstance(staging, Path):
+            staging.mkdir(parents=True)
+            begun = True
+            yield staging
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                local = Path(folder) / target.name
+                local.mkdir()
+                yield local
+                if not staging.renames:
+                    remove_tree(target)
+                    for file in sorted(local.iterdir(), key=descriptions_last):
+                        (target / file.name).put(file)  # type: ignore[union-attr]  # both are of one kind
+                    return
+                staging.put(local)
+                begun = True
+        if not staging.exists():
+            raise FileNotFoundError(str(staging))
+        remove_tree(target)
+        staging.replace(target)  # type: ignore[arg-type]  # both are of one kind
+    except Exception as error:
+        if not begun or staging.exists():
+            raise
+        raise TrailvecError(
+            f"another run that began later makes {target} too, and went on in this one's place: "
+            f"wait for its end, then run this again"
+        ) from error
 
 
 def fetch(source: HadoopPath, copy: Path) -> list[str]:

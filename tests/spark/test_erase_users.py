@@ -275,7 +275,7 @@ def test_a_row_that_an_update_hid_goes_too(make_runtime: Callable[..., Runtime],
     for table in HOLDING_USERS:
         if runtime.exists(table):
             vacuum(expired(runtime), table)
-    left = [runtime.root / ".exports.staging", runtime.exports / ".segment.staging"]
+    left = [runtime.root / ".exports.staging", runtime.exports / ".segment.9ab.staging"]
     for folder in left:
         folder.mkdir(parents=True)
         report = finish(runtime)

@@ -42,10 +42,27 @@ def test_a_folder_is_published_whole_or_not_at_all(store: HadoopPath) -> None:
         (folder / "a" / "b").write_text(str((folder / "a").write_text("half")))
     assert names(store) == ["m1"]
     assert (store / "m1" / "a").read_text() == "new"
-    (store / ".m1.staging" / "a").write_text("what a kill left")
+    (store / ".m1.9ab.staging" / "a").write_text("what a kill left")
     with published(store / "m1") as folder:
         (folder / "b").write_text("newest")
     assert (names(store), names(store / "m1")) == (["m1"], ["b"])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_of_two_who_fill_a_place_the_later_one_takes_it(tmp_path: Path, fails: bool) -> None:
+    """Whether the earlier one fails for want of its files, or has nothing more to write."""
+    with (
+        pytest.raises(TrailvecError, match="another run that began later makes"),
+        published(tmp_path / "m1") as earlier,
+    ):
+        (earlier / "a").write_text("earlier")
+        with published(tmp_path / "m1") as later:
+            (later / "a").write_text("later")
+            assert not earlier.exists()
+        if fails:
+            (earlier / "b").write_text("earlier")
+    assert [path.name for path in tmp_path.iterdir()] == ["m1"]
+    assert (tmp_path / "m1" / "a").read_text() == "later"
 
 
 def test_a_json_file_takes_the_place_of_the_old_one(store: HadoopPath) -> None:
