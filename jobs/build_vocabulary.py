@@ -114,9 +114,12 @@ def run(runtime: Runtime) -> None:
     events = runtime.read(EVENTS)
     runtime.create(ITEMS)
     runtime.create(CONTEXT_VALUES)
+    # A number is given once: where two runs at once would give one number to two items, one of them ends.
+    items_from, values_from = (runtime.changed_version(table) for table in (ITEMS, CONTEXT_VALUES))
     arrived = runtime.incremental(CONTEXT_VALUES, EVENTS)
     met = events if arrived is None else arrived
-    runtime.merge(CONTEXT_VALUES, number_context_values(met, runtime.latest(CONTEXT_VALUES)))
+    new_values = number_context_values(met, runtime.latest(CONTEXT_VALUES))
+    runtime.merge(CONTEXT_VALUES, new_values, made_from=values_from)
 
     cuts, items = cut_times(events, settings), runtime.latest(ITEMS)
     # What no change names stands as it is, unless the cut moves; in leave-one-out a user's every event moves one.
@@ -124,7 +127,8 @@ def run(runtime: Runtime) -> None:
     changes = runtime.incremental(ITEMS, EVENTS) if fixed else None
     next_index = items.agg(F.coalesce(F.max("item_index") + 1, F.lit(FIRST_INDEX))).collect()[0][0]
     if changes is None:
-        runtime.merge(ITEMS, number_items(describe_items(events, cuts, settings), items, min_count, next_index))
+        rows = number_items(describe_items(events, cuts, settings), items, min_count, next_index)
+        runtime.merge(ITEMS, rows, made_from=items_from)
         return
     came = F.bool_and(F.col("_change_type") == "insert").alias("only_came")
     touched = changes.groupBy("item_id").agg(came).join(items.select("item_id", "item_index"), "item_id", "left")
@@ -138,7 +142,7 @@ def run(runtime: Runtime) -> None:
             of_log, old = (of.join(anew, "item_id", "left_semi") for of in (events, items))
             described = describe_items(of_log, cuts, settings)
             rows = rows.unionByName(number_items(described, old, min_count, next_index))
-        runtime.merge(ITEMS, rows)
+        runtime.merge(ITEMS, rows, made_from=items_from)
     finally:
         anew.unpersist()
 

@@ -306,6 +306,7 @@ class Runtime:
         *,
         where: Column | None = None,
         insert_only: bool = False,
+        made_from: int | None = None,
         done: bool = True,
         note: dict[str, Any] | None = None,
     ) -> None:
@@ -315,7 +316,11 @@ class Runtime:
             deletes: rows with the key's columns, none of them in `upserts`.
             where: a condition over `old.*` that all old rows concerned fulfil: spares Delta the other files.
             insert_only: old rows stay as they are, and no file is rewritten.
+            made_from: the table's `changed_version` that `upserts` goes on from, where it must be the newest still.
             done, note: as in `append`.
+
+        Raises:
+            TrailvecError: another run has changed rows since `made_from`.
         """
         self.create(table)
         new = conform(upserts, table).withColumn("trailvec_delete", F.lit(False))
@@ -330,7 +335,16 @@ class Runtime:
         if not insert_only:
             merge = merge.whenMatchedDelete("new.trailvec_delete").whenMatchedUpdate(set=values)
         merge = merge.whenNotMatchedInsert("NOT new.trailvec_delete", values=values)
-        self._noted_commit(merge.execute, done, note)
+
+        def write() -> None:
+            if made_from is not None and self.changed_version(table) != made_from:
+                raise TrailvecError(
+                    f"another run changed table {table.name} while this one worked on it: run this again when that one "
+                    f"has ended; nothing is lost"
+                )
+            merge.execute()
+
+        self._noted_commit(write, done, note)
 
     def merge_differences(self, table: Table, differing: DataFrame, where: Column) -> None:
         """Puts the `new` rows of jobs.tables.differences in the place of the `old` ones, in one commit.

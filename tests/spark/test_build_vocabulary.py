@@ -8,12 +8,13 @@ from datetime import timedelta, timezone
 
 import pytest
 from delta.tables import DeltaTable
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 
 from jobs import build_vocabulary
+from jobs.errors import TrailvecError
 from jobs.item_facts import attribute_matrix, item_attributes
 from jobs.runtime import Runtime
-from jobs.tables import CONTEXT_VALUES, EVENTS, ITEMS
+from jobs.tables import CONTEXT_VALUES, EVENTS, ITEMS, Table
 from tests.conftest import add, put, read_delta
 from tests.events import START, Row, make_event, to_frame
 
@@ -56,6 +57,33 @@ def test_numbers_go_by_first_time_and_never_change(make_runtime: Callable[..., R
     runtime.execute(build_vocabulary.STAGE)
     assert items(runtime)["z"] == (4, 0, 0, 0)
     assert items(runtime)["c"] == (5, 0, 0, 0)
+
+
+class Early(Runtime):
+    """A run that began when the log had one event."""
+
+    def read(self, table: Table) -> DataFrame:
+        rows = super().read(table)
+        return rows.where("event_id = 'e0'") if table is EVENTS else rows
+
+
+def test_two_runs_at_once_give_no_number_twice(
+    make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = make_runtime(*CUTS, "vocabulary.min_count=1")
+    put(runtime, EVENTS, to_frame(spark, [event(0, "b", 3), event(1, "a", 4)]))
+    number = build_vocabulary.number_items
+
+    def meanwhile(described: DataFrame, old: DataFrame, min_count: int, next_index: int) -> DataFrame:
+        monkeypatch.setattr(build_vocabulary, "number_items", number)
+        Early(runtime.config, spark).execute(build_vocabulary.STAGE)
+        return number(described, old, min_count, next_index)
+
+    monkeypatch.setattr(build_vocabulary, "number_items", meanwhile)
+    with pytest.raises(TrailvecError, match="another run changed table items while this one worked on it"):
+        runtime.execute(build_vocabulary.STAGE)
+    runtime.execute(build_vocabulary.STAGE, force=True)
+    assert {name: row[0] for name, row in items(runtime).items()} == {"b": 2, "a": 3}
 
 
 def test_name_and_category_are_the_latest_known(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
