@@ -115,7 +115,7 @@ def run(runtime: Runtime) -> None:
     runtime.create(ITEMS)
     runtime.create(CONTEXT_VALUES)
     # A number is given once: where two runs at once would give one number to two items, one of them ends.
-    items_from, values_from = (runtime.changed_version(table) for table in (ITEMS, CONTEXT_VALUES))
+    items_from, values_from = (runtime.stage_version(table) for table in (ITEMS, CONTEXT_VALUES))
     arrived = runtime.incremental(CONTEXT_VALUES, EVENTS)
     met = events if arrived is None else arrived
     new_values = number_context_values(met, runtime.latest(CONTEXT_VALUES))

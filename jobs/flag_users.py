@@ -112,6 +112,7 @@ def run(runtime: Runtime) -> None:
     if changes is None:
         runtime.write(FLAGGED_USERS, flag_users(events, settings))
         return
+    made_from = runtime.stage_version(FLAGGED_USERS)
     # What an update changed stands in `changes` twice, as it was and as it is: both days are touched.
     touched = changes.select("user_id", day_of("event_ts").alias("day")).distinct().persist()
     try:
@@ -127,7 +128,7 @@ def run(runtime: Runtime) -> None:
             runtime.touch(FLAGGED_USERS)
             return
         within = F.col("old.day").between(F.lit(min(days)), F.lit(max(days)))
-        runtime.merge_differences(FLAGGED_USERS, differing, where=within)
+        runtime.merge_differences(FLAGGED_USERS, differing, where=within, made_from=made_from)
     finally:
         touched.unpersist()
 

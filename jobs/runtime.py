@@ -316,7 +316,7 @@ class Runtime:
             deletes: rows with the key's columns, none of them in `upserts`.
             where: a condition over `old.*` that all old rows concerned fulfil: spares Delta the other files.
             insert_only: old rows stay as they are, and no file is rewritten.
-            made_from: the table's `changed_version` that `upserts` goes on from, where it must be the newest still.
+            made_from: the table's `stage_version` that `upserts` goes on from, where it must be the newest still.
             done, note: as in `append`.
 
         Raises:
@@ -337,7 +337,7 @@ class Runtime:
         merge = merge.whenNotMatchedInsert("NOT new.trailvec_delete", values=values)
 
         def write() -> None:
-            if made_from is not None and self.changed_version(table) != made_from:
+            if made_from is not None and self.stage_version(table) != made_from:
                 raise TrailvecError(
                     f"another run changed table {table.name} while this one worked on it: run this again when that one "
                     f"has ended; nothing is lost"
@@ -346,15 +346,16 @@ class Runtime:
 
         self._noted_commit(write, done, note)
 
-    def merge_differences(self, table: Table, differing: DataFrame, where: Column) -> None:
+    def merge_differences(self, table: Table, differing: DataFrame, where: Column, made_from: int) -> None:
         """Puts the `new` rows of jobs.tables.differences in the place of the `old` ones, in one commit.
 
         Args:
             differing: read several times: checkpointed.
-            where: as in `merge`.
+            where, made_from: as in `merge`.
         """
         gone = differing.where("new IS NULL").select(*table.key)
-        self.merge(table, differing.where("new IS NOT NULL").select("new.*"), gone, where=where)
+        new = differing.where("new IS NOT NULL").select("new.*")
+        self.merge(table, new, gone, where=where, made_from=made_from)
 
     def delete(self, table: Table, where: Column, note: dict[str, Any]) -> None:
         """Deletes the rows that fulfil a condition, in one commit; `note` as in `append`."""
@@ -534,6 +535,11 @@ class Runtime:
         nothing else out of date."""
         at = self._versions[table.name] if table.name in self._versions else self.latest_version(table)
         return next((c.version for c in self._commits(table) if c.changed_rows and c.version <= at), at)
+
+    def stage_version(self, table: Table) -> int:
+        """The newest version in which a stage of the road changed rows: no upkeep, and no erasure; -1: none did."""
+        self.latest_version(table)
+        return next((c.version for c in self._commits(table) if c.changed_rows and not c.beside), -1)
 
     def _commits(self, table: Table) -> History:
         """The table's commits; looked up once until the next commit of this runtime."""

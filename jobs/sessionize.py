@@ -209,6 +209,7 @@ def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame) -> None:
         _rules(runtime.config.sessionize).longest_gap_us,
         _event_fields(),
     )
+    made_from = runtime.stage_version(SESSIONS)
     sessions = runtime.latest(SESSIONS)
     flagged = runtime.read(FLAGGED_USERS).select("user_id").distinct()
     # Users with other flags than before: all their sessions go, and those of whom no flag is left are read from events.
@@ -239,7 +240,8 @@ def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame) -> None:
     rewritten = differing.groupBy(F.to_date("old.start_ts").alias("day")).count().collect()
     if rewritten:
         days = {row["day"] for row in rewritten if row["day"] is not None}
-        runtime.merge_differences(SESSIONS, differing, where=within_days(F.col("old.start_ts"), days))
+        within = within_days(F.col("old.start_ts"), days)
+        runtime.merge_differences(SESSIONS, differing, where=within, made_from=made_from)
     else:
         runtime.touch(SESSIONS)
 

@@ -16,8 +16,9 @@ from pyspark.sql import DataFrame, SparkSession
 
 from jobs import sessionize
 from jobs.config import SessionizeSettings
+from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
-from jobs.tables import EVENTS, FLAGGED_USERS, SESSIONS
+from jobs.tables import EVENTS, FLAGGED_USERS, SESSIONS, Table, differences
 from tests import oracles
 from tests.conftest import put
 from tests.events import START, Row, logs, make_event, to_frame
@@ -314,6 +315,33 @@ def test_a_late_event_moves_every_cut_of_a_run_that_goes_far_beyond_its_day(
     assert in_words(found)[0] == ["e01", "e02"]
     assert {s["run_start_ts"] for s in found} == {START - timedelta(minutes=1)}
     assert len(found) == 21
+
+
+class Early(Runtime):
+    """A run that began before e8 had come."""
+
+    def incremental(self, table: Table, source: Table) -> DataFrame | None:
+        rows = super().incremental(table, source)
+        return rows.where("event_id != 'e8'") if source is EVENTS and rows is not None else rows
+
+
+def test_of_two_runs_at_once_the_one_that_ends_later_is_refused(
+    make_runtime: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else e9 would be in two sessions: the early run's, and that which begins with e8."""
+    tables = Tables(make_runtime(), [event("e1", "u", 0)])
+    tables.run()
+    tables.append([event("e8", "u", 45), event("e9", "u", 60)])
+
+    def meanwhile(new: DataFrame, old: DataFrame, table: Table) -> DataFrame:
+        monkeypatch.setattr(sessionize, "differences", differences)
+        Early(tables.runtime.config, tables.spark).execute(sessionize.STAGE)
+        return differences(new, old, table)
+
+    monkeypatch.setattr(sessionize, "differences", meanwhile)
+    with pytest.raises(TrailvecError, match="another run changed table sessions"):
+        tables.run()
+    assert in_words(rows(tables.runtime.latest(SESSIONS))) == [["e1"], ["e9"]]
 
 
 def test_a_flagged_user_is_left_out_from_then_on_and_comes_back_whole(make_runtime: Callable[..., Runtime]) -> None:
