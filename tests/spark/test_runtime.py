@@ -24,6 +24,7 @@ from jobs.commits import History
 from jobs.config import load_config
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
+from jobs.spark_session import spark_conf
 from jobs.sql import query
 from jobs.sql_names import register_tables
 from jobs.tables import CONTEXT_VALUES, CURRENT_MODEL, EVALUATION, ITEM_EMBEDDINGS, Column, conform
@@ -229,3 +230,24 @@ def test_a_worker_reads_no_directory_of_a_zip_before_each_task(spark: SparkSessi
     found, path = said.split("] [")
     assert "spark-core" not in path
     assert [place for place in found.split(", ") if "py4j" in place or "spark-core" in place] == []
+
+
+def test_settings_are_what_they_were_when_a_block_fails(spark: SparkSession) -> None:
+    given, default = "spark.sql.shuffle.partitions", "spark.sql.files.maxRecordsPerFile"
+    assert (spark.conf.get(given), default in spark.sparkContext.getConf().toDebugString()) == ("2", False)
+
+    def fail() -> None:
+        with spark_conf(spark, {given: "7", default: "9"}):
+            assert [spark.conf.get(key) for key in (given, default)] == ["7", "9"]
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert [spark.conf.get(key) for key in (given, default)] == ["2", "0"]
+
+
+def test_own_java_options_come_beside_ours(spark: SparkSession) -> None:
+    """The tests have some of their own (tests/conftest.py)."""
+    system = spark._jvm.java.lang.System  # type: ignore[union-attr]
+    found = [system.getProperty(name) for name in ("delta.log.cacheSize", "arrow.enable_null_check_for_get")]
+    assert found == ["64", "false"]
