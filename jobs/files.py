@@ -295,35 +295,36 @@ def published(target: Place) -> Iterator[Path]:
     for other in target.parent.glob(f".{target.name}.*staging"):
         remove_tree(other)
     staging = target.with_name(f".{target.name}.{uuid.uuid4().hex}.staging")
-    begun = False
-    try:
-        if isinstance(staging, Path):
-            staging.mkdir(parents=True)
-            begun = True
+    if isinstance(staging, Path):
+        staging.mkdir(parents=True)
+        try:
             yield staging
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                local = Path(folder) / target.name
-                local.mkdir()
-                yield local
-                if not staging.renames:
-                    remove_tree(target)
-                    for file in sorted(local.iterdir(), key=descriptions_last):
-                        (target / file.name).put(file)  # type: ignore[union-attr]  # both are of one kind
-                    return
-                staging.put(local)
-                begun = True
-        if not staging.exists():
-            raise FileNotFoundError(str(staging))
-        remove_tree(target)
-        staging.replace(target)  # type: ignore[arg-type]  # both are of one kind
-    except Exception as error:
-        if not begun or staging.exists():
-            raise
-        raise TrailvecError(
-            f"another run that began later makes {target} too, and went on in this one's place: "
-            f"wait for its end, then run this again"
-        ) from error
+        except Exception as error:
+            if staging.exists():
+                raise
+            raise _overtaken(target) from error
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / target.name
+            local.mkdir()
+            yield local
+            if not staging.renames:
+                remove_tree(target)
+                for file in sorted(local.iterdir(), key=descriptions_last):
+                    (target / file.name).put(file)  # type: ignore[union-attr]  # both are of one kind
+                return
+            staging.put(local)
+    if not staging.exists():
+        raise _overtaken(target)
+    remove_tree(target)
+    staging.replace(target)  # type: ignore[arg-type]  # both are of one kind
+
+
+def _overtaken(target: Place) -> TrailvecError:
+    return TrailvecError(
+        f"another run that began later makes {target} too, and went on in this one's place: "
+        f"wait for its end, then run this again"
+    )
 
 
 def fetch(source: HadoopPath, copy: Path) -> list[str]:

@@ -538,7 +538,7 @@ class Runtime:
 
     def stage_version(self, table: Table) -> int:
         """The newest version in which a stage of the road changed rows: no upkeep, and no erasure; -1: none did."""
-        self.latest_version(table)
+        self.latest_version(table)  # looks the commits up anew
         return next((c.version for c in self._commits(table) if c.changed_rows and not c.beside), -1)
 
     def _commits(self, table: Table) -> History:

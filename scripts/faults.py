@@ -95,9 +95,8 @@ class Job:
 
     def seconds(self) -> dict[str, float]:
         """Of each stage that the newest run has done."""
-        return {
-            name: float(s) for name, s in re.findall(r"^[✓=] (\w+) +([\d.]+) s", self.said.read_text(), re.MULTILINE)
-        }
+        done = re.findall(r"^[✓=] (\w+) +([\d.]+) s", self.said.read_text(), re.MULTILINE)
+        return {stage: float(seconds) for stage, seconds in done}
 
     def last_line(self) -> str:
         return (self.said.read_text().strip().splitlines() or ["-"])[-1]
@@ -144,8 +143,9 @@ def kills(folder: Path, data: Path, compared: tuple[Job, float], times: int, see
             process = killed.start()
             if before is None:
                 time.sleep(start_s)
-            while before is not None and before not in killed.seconds() and process.poll() is None:
-                time.sleep(0.05)
+            else:
+                while before not in killed.seconds() and process.poll() is None:
+                    time.sleep(0.05)
             moment = chance.uniform(0, 0.9) * seconds[stage]
             try:
                 process.wait(moment)  # ends only where it takes less time than the run it is compared with
