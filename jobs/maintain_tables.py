@@ -155,8 +155,13 @@ def compact(runtime: Runtime, table: Table) -> None:
     """OPTIMIZE; commits nothing where the files are as they should be."""
     target = runtime.config.maintain.target_file_mb * MB
     settings = {"maxFileSize": str(target), "minFileSize": str(max(1, target // 2))}
+    delta = DeltaTable.forPath(runtime.spark, runtime.path(table))
+    # A table that is replaced as a whole forgets what it is clustered by (Delta 3.3.3), and is then only packed.
+    if table.cluster_by and delta.detail().collect()[0]["clusteringColumns"] != list(table.cluster_by):
+        path = runtime.path(table).replace("`", "``")
+        cluster = f"ALTER TABLE delta.`{path}` CLUSTER BY ({', '.join(table.cluster_by)})"
+        runtime.commit(lambda: runtime.spark.sql(cluster))
     with spark_conf(runtime.spark, {f"spark.databricks.delta.optimize.{k}": v for k, v in settings.items()}):
-        delta = DeltaTable.forPath(runtime.spark, runtime.path(table))
         runtime.commit(lambda: delta.optimize().executeCompaction())
 
 

@@ -27,7 +27,7 @@ from jobs.errors import TrailvecError
 from jobs.files import HadoopPath
 from jobs.maintain_tables import active_files, disk_files, maintain, measure, run_maintain
 from jobs.runtime import Runtime, Stage, code_version
-from jobs.tables import CONTEXT_VALUES, EVENTS, REJECTED_EVENTS, SEQUENCES, SESSIONS, Table
+from jobs.tables import CONTEXT_VALUES, EVENTS, FLAGGED_USERS, REJECTED_EVENTS, SEQUENCES, SESSIONS, Table
 from tests.conftest import expired, put, read_delta
 from tests.events import START, Row, make_event, to_frame
 
@@ -62,6 +62,18 @@ def operations(runtime: Runtime, table: Table = EVENTS) -> list[str]:
     return [row.operation for row in history.orderBy("version").select("operation").collect()]
 
 
+def actions(runtime: Runtime, table: Table, kind: str) -> list[dict[str, Any]]:
+    """Of that kind, in the table's log; as the files have them."""
+    log = sorted(Path(runtime.path(table), "_delta_log").glob("*.json"))
+    lines = [json.loads(line) for file in log for line in file.read_text().splitlines()]
+    return [line[kind] for line in lines if kind in line]
+
+
+def clustering(runtime: Runtime, table: Table) -> list[list[str]]:
+    (*_, last) = [a for a in actions(runtime, table, "domainMetadata") if a["domain"] == "delta.clustering"]
+    return json.loads(last["configuration"])["clusteringColumns"]  # type: ignore[no-any-return]
+
+
 def test_small_files_become_one_and_the_report_says_so(
     make_runtime: Callable[..., Runtime], spark: SparkSession
 ) -> None:
@@ -85,6 +97,21 @@ def test_small_files_become_one_and_the_report_says_so(
     assert done["bytes_on_disk"] == plan["bytes_on_disk"] + done["bytes"] == again["bytes_on_disk"]
     assert done["bytes"] > 0
     assert event_ids(runtime) == sorted(e["event_id"] for e in events(4, 30))
+
+
+def test_a_table_replaced_as_a_whole_is_clustered_again(make_runtime: Callable[..., Runtime]) -> None:
+    runtime = make_runtime()
+    in_pieces(runtime)
+    put(runtime, FLAGGED_USERS, runtime.spark.createDataFrame([], FLAGGED_USERS.schema()))
+    runtime.execute(sessionize.STAGE)  # the overwrite, after which Delta names no columns
+    assert clustering(runtime, SESSIONS) == []
+    maintain(runtime, ["sessions"])
+    assert clustering(runtime, SESSIONS) == [["start_ts"]]
+    assert {add["clusteringProvider"] for add in actions(runtime, SESSIONS, "add")[-1:]} == {"liquid"}
+    before = runtime.latest_version(SESSIONS)
+    maintain(runtime, ["sessions"])
+    assert runtime.latest_version(SESSIONS) == before
+    assert runtime.execute(sessionize.STAGE).skipped
 
 
 def test_well_sized_files_are_left_alone(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
