@@ -127,7 +127,9 @@ def run(runtime: Runtime) -> None:
     changes = runtime.incremental(ITEMS, EVENTS) if fixed else None
     next_index = items.agg(F.coalesce(F.max("item_index") + 1, F.lit(FIRST_INDEX))).collect()[0][0]
     if changes is None:
-        rows = number_items(describe_items(events, cuts, settings), items, min_count, next_index)
+        # Read thrice: by whether an item is old, new or gone.
+        described = describe_items(events, cuts, settings).localCheckpoint()
+        rows = number_items(described, items, min_count, next_index)
         runtime.merge(ITEMS, rows, made_from=items_from)
         return
     came = F.bool_and(F.col("_change_type") == "insert").alias("only_came")
@@ -140,7 +142,7 @@ def run(runtime: Runtime) -> None:
         rows = add_events(known, describe_items(new_events, cuts, settings))
         if not anew.isEmpty():
             of_log, old = (of.join(anew, "item_id", "left_semi") for of in (events, items))
-            described = describe_items(of_log, cuts, settings)
+            described = describe_items(of_log, cuts, settings).localCheckpoint()
             rows = rows.unionByName(number_items(described, old, min_count, next_index))
         runtime.merge(ITEMS, rows, made_from=items_from)
     finally:

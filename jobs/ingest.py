@@ -39,6 +39,7 @@ from jobs.pruning import within_days
 from jobs.raw_records import LISTING, find_inputs, read_raw, read_topic
 from jobs.runtime import Runtime, Stage
 from jobs.sources import Input, Kafka, Source, load_source
+from jobs.spark_session import FEW
 from jobs.tables import EVENTS, REJECTED_EVENTS
 from jobs.tombstones import erased_tests
 from training.stores import remove_tree
@@ -125,7 +126,7 @@ def commit_batch(
         days = [row[0] for row in events.select(F.to_date("event_ts")).distinct().collect()] if same_day else None
         if low is not None:
             ids, where = events.select("event_id").distinct(), same_ids("old.", low, high, days)
-            stored = stored_events(runtime, ids, same_ids("", low, high, days), days)
+            stored = stored_events(runtime, ids, same_ids("", low, high, days))
             together = given if stored is None else given.unionByName(stored)
     records = mark_duplicates(together, settings.duplicates).persist(StorageLevel.DISK_ONLY)  # counted, then written
     try:
@@ -144,7 +145,8 @@ def commit_batch(
             new = records.where(F.col("reason").isNull() & ~F.col("stored"))
             if same_day:
                 where &= F.to_date("old.event_ts") == F.to_date("new.event_ts")
-            runtime.merge(EVENTS, new, where=where, insert_only=replaced == 0, done=False)
+            few = counts[None] <= FEW
+            runtime.merge(EVENTS, new, where=where, insert_only=replaced == 0, few=few, done=False)
         if repeats := counts[REPEAT]:
             runtime.report.notes.append(f"{repeats:,} exact repeats of an event dropped")
         if erased := counts[ERASED]:
@@ -154,19 +156,19 @@ def commit_batch(
         given.unpersist()
 
 
-def stored_events(runtime: Runtime, ids: DataFrame, where: Column, days: Sequence[date] | None) -> DataFrame | None:
+def stored_events(runtime: Runtime, ids: DataFrame, where: Column) -> DataFrame | None:
     """The rows of `events` with one of the ids (event_id, each once), as `mark_duplicates` wants them; None where there
     is none.
 
-    The ids alone first: most batches bring nothing again, and read one of the table's columns instead of all.
+    Their ids and days first: most batches bring little again, and of other days' files no other column is read.
 
     Args:
         where: `same_ids` of them.
-        days: as there.
     """
     table = runtime.latest(EVENTS)
-    there = table.where(where).select("event_id").join(ids, "event_id", "left_semi")
-    low, high = there.agg(F.min("event_id"), F.max("event_id")).collect()[0]
+    there = table.where(where).join(ids, "event_id", "left_semi")
+    found = F.min("event_id"), F.max("event_id"), F.collect_set(F.to_date("event_ts"))
+    low, high, days = there.agg(*found).collect()[0]
     if low is None:
         return None
     return (

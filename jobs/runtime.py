@@ -306,6 +306,7 @@ class Runtime:
         *,
         where: Column | None = None,
         insert_only: bool = False,
+        few: bool = False,
         made_from: int | None = None,
         done: bool = True,
         note: dict[str, Any] | None = None,
@@ -316,6 +317,7 @@ class Runtime:
             deletes: rows with the key's columns, none of them in `upserts`.
             where: a condition over `old.*` that all old rows concerned fulfil: spares Delta the other files.
             insert_only: old rows stay as they are, and no file is rewritten.
+            few: the keys of `upserts` fit into each task's memory, so that the table's need no shuffle.
             made_from: the table's `stage_version` that `upserts` goes on from, where it must be the newest still.
             done, note: as in `append`.
 
@@ -331,6 +333,7 @@ class Runtime:
         for name in table.key:
             on &= F.col(f"old.{name}") == F.col(f"new.{name}")
         values = {c.name: F.col(f"new.{c.name}") for c in table.columns}
+        new = F.broadcast(new) if few else new
         merge = DeltaTable.forPath(self.spark, self.path(table)).alias("old").merge(new.alias("new"), on)
         if not insert_only:
             merge = merge.whenMatchedDelete("new.trailvec_delete").whenMatchedUpdate(set=values)
@@ -342,7 +345,11 @@ class Runtime:
                     f"another run changed table {table.name} while this one worked on it: run this again when that one "
                     f"has ended; nothing is lost"
                 )
-            merge.execute()
+            # Delta's shorter way for inserts alone is an anti join, which sends the keys of the whole table through a
+            # shuffle; the usual one looks for matches from the table's side, and finding none, inserts all.
+            settings = {"spark.databricks.delta.merge.optimizeInsertOnlyMerge.enabled": str(not few).lower()}
+            with spark_conf(self.spark, settings):
+                merge.execute()
 
         self._noted_commit(write, done, note)
 

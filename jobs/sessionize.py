@@ -20,7 +20,7 @@ from jobs.cli import stage_main
 from jobs.config import SessionizeSettings
 from jobs.pruning import meeting_days, within_days
 from jobs.runtime import Runtime, Stage
-from jobs.spark_session import shuffle_tasks
+from jobs.spark_session import few_to_all, shuffle_tasks
 from jobs.tables import EVENTS, FLAGGED_USERS, SESSIONS, conform, differences
 from spark_udfs.sessionize import Rules, split_points
 from spark_udfs.sessionize import sessionize as sessionize_arrow
@@ -161,12 +161,12 @@ def affected(sessions: DataFrame, touched: DataFrame, gap_us: int) -> DataFrame:
         & (F.col("start_ts") <= F.col("to_ts"))
         & (F.col("end_ts") >= F.col("from_ts"))
     )
-    reach = 1
+    touched, reach = few_to_all(touched), 1
     while True:
         near = sessions.where(meeting_days(F.col("start_ts"), F.col("end_ts"), days))
         runs = near.alias("old").join(touched.alias("span"), meets, "left_semi").select("user_id", "run_start_ts")
         runs = runs.distinct().localCheckpoint()
-        found = near.join(runs, ["user_id", "run_start_ts"], "left_semi")
+        found = near.join(few_to_all(runs), ["user_id", "run_start_ts"], "left_semi")
         # The next session of a run begins at most a gap after this one's end.
         until = F.timestamp_micros(F.unix_micros("end_ts") + gap_us)
         beyond = _days(found, F.col("run_start_ts"), until) - days
@@ -213,7 +213,7 @@ def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame) -> None:
     sessions = runtime.latest(SESSIONS)
     flagged = runtime.read(FLAGGED_USERS).select("user_id").distinct()
     # Users with other flags than before: all their sessions go, and those of whom no flag is left are read from events.
-    turned = flags.select("user_id").distinct()
+    turned = flags.select("user_id").distinct().localCheckpoint()
 
     changed = changed.select("user_id", *fields, "_change_type", "_commit_version")
     # What is used twice is checkpointed: a commit to a table makes Delta plan everything persisted from it anew.
@@ -233,7 +233,7 @@ def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame) -> None:
             again = runtime.read(EVENTS).join(back, "user_id", "left_semi")
             events = events.unionByName(again.select("user_id", *fields))
         # Their rows are not read, only named.
-        gone = sessions.select("session_id", "user_id", "start_ts").join(turned, "user_id", "left_semi")
+        gone = sessions.select("session_id", "user_id", "start_ts").join(few_to_all(turned), "user_id", "left_semi")
         before = old.unionByName(gone, allowMissingColumns=True)
 
     differing = differences(sessionize(events, settings), before, SESSIONS).localCheckpoint()

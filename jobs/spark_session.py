@@ -16,7 +16,8 @@ from typing import Any
 from delta.tables import DeltaTable
 from py4j.java_gateway import JavaClass, JavaPackage, JVMView
 from pyspark.errors import AnalysisException
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from jobs.config import Config
 from jobs.errors import TrailvecError
@@ -28,6 +29,9 @@ _QUIET = f"-Dlog4j2.configurationFile={Path(__file__).parent / 'log4j2.propertie
 # Spark asks Arrow only for rows that are there; Arrow would check each value's place again, a fifth of the time that
 # rows take to come from Python.
 _ARROW = "-Darrow.enable_unsafe_memory_access=true -Darrow.enable_null_check_for_get=false"
+
+# So many ids have their place in each task's memory: some 100 bytes each.
+FEW = 500_000
 
 _SPARK_DEFAULTS = {
     "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
@@ -136,6 +140,16 @@ def _java_major(java: Path) -> int | None:
         return int(minor if major == "1" else major)
     except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
         return None
+
+
+def few_to_all(rows: DataFrame) -> DataFrame:
+    """`rows`, for the right side of a join: sent to each task where they are few, so that what they are joined with
+    needs no shuffle. (Spark does not know how many rows a checkpoint holds.)
+
+    Args:
+        rows: ids and times, no whole records; they are counted, so checkpointed.
+    """
+    return F.broadcast(rows) if rows.count() <= FEW else rows
 
 
 def shuffle_tasks(spark: SparkSession) -> int:
