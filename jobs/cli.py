@@ -286,7 +286,7 @@ def _line(report: Report) -> str:
 
 @contextmanager
 def _progress(runtime: Runtime, name: str) -> Iterator[None]:
-    """A line that lives while a stage runs: what it says itself, else Spark's running tasks."""
+    """A line that lives while a stage runs: what it says itself, and Spark's running tasks."""
     if not _out.is_terminal:
         runtime.on_progress = lambda text: _out.print(f"    {text}", soft_wrap=True)
         yield
@@ -299,7 +299,7 @@ def _progress(runtime: Runtime, name: str) -> Iterator[None]:
             said = text
 
         runtime.on_progress = say
-        with meanwhile(lambda: status.update(f"{name}  {said or runtime.running_tasks()}"), 0.5):
+        with meanwhile(lambda: status.update(f"{name}  {said}  {runtime.running_tasks()}"), 0.5):
             yield
 
 

@@ -121,6 +121,8 @@ def run(runtime: Runtime) -> None:
             events.where(within_days(F.col("event_ts"), days))
             .withColumn("day", day_of("event_ts"))
             .join(touched, USER_DAY, "left_semi")
+            .select("user_id", "event_ts")
+            .localCheckpoint()  # both looks at the busy days would read the table
         )
         old = runtime.latest(FLAGGED_USERS).join(touched, USER_DAY, "left_semi")
         differing = differences(flag_users(again, settings), old, FLAGGED_USERS).localCheckpoint()

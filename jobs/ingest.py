@@ -29,6 +29,7 @@ from pyspark import StorageLevel
 from pyspark.errors import StreamingQueryException
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
+from rich.filesize import decimal
 
 from jobs.checked_records import ERASED, to_events, without_erased
 from jobs.cli import stage_main
@@ -118,8 +119,8 @@ def commit_batch(
     given = without_erased(reduce(DataFrame.unionByName, frames), erased_tests(runtime))
     given = given.withColumn("stored", F.lit(False))
     runtime.create(EVENTS)
-    together, where = given, F.lit(True)
-    if not runtime.latest(EVENTS).isEmpty():
+    together, where, first = given, F.lit(True), runtime.latest(EVENTS).isEmpty()
+    if not first:
         given = given.persist(StorageLevel.DISK_ONLY)  # looked into for its ids, then judged
         events = given.where(F.col("reason").isNull())
         low, high = events.agg(F.min("event_id"), F.max("event_id")).collect()[0]
@@ -145,7 +146,7 @@ def commit_batch(
             new = records.where(F.col("reason").isNull() & ~F.col("stored"))
             if same_day:
                 where &= F.to_date("old.event_ts") == F.to_date("new.event_ts")
-            few = counts[None] <= FEW
+            few = not first and counts[None] <= FEW
             runtime.merge(EVENTS, new, where=where, insert_only=replaced == 0, few=few, done=False)
         if repeats := counts[REPEAT]:
             runtime.report.notes.append(f"{repeats:,} exact repeats of an event dropped")
@@ -232,6 +233,7 @@ def follow(runtime: Runtime, source: Source, number: int) -> None:
                 raw = read_topic(records, mapping, _data_dir(runtime))
             else:
                 found = {row["path"]: row["length"] for row in records.collect()}
+                runtime.on_progress(f"{name}: batch {batch_number}, reading {decimal(sum(found.values()))}")
                 few = len(found) < spark.sparkContext.defaultParallelism
                 spread = few and max(found.values(), default=0) > _ONE_TASK
                 raw = read_raw(spark, mapping, _data_dir(runtime), sorted(found), spread) if found else []

@@ -9,7 +9,8 @@ does, where it is asked to):
   events follow in the next run of their stages.
 - OPTIMIZE packs small files together up to `maintain.target_file_mb`, and clusters the tables that have `cluster_by`. A
   file of half that size is left alone, so that a byte is rewritten a few times, not every night. In a clustered table
-  Delta packs whole cubes: what is new, and the newest cube until it holds 100 GB.
+  Delta packs whole cubes: what is new, with each cube that does not hold 16 such files yet. (By default one holds
+  100 GB, and a smaller table would be written anew as a whole every night.)
 - VACUUM deletes the files that no version of the last `maintain.retention_hours` holds. The one rule for readers: who
   pins a version has that long to read it. A training reads the files of one snapshot to its end and does not resume
   from an old one, so it too must end within the retention. The retention is written into the table's own properties,
@@ -49,6 +50,7 @@ from jobs.tables import TABLES, Table
 
 MB = 1024 * 1024
 _SMALL = 8  # a file under an eighth of the target is small
+_CUBE_FILES = 16  # of the target's size, in a cube that is packed no more
 _RETENTION = "delta.deletedFileRetentionDuration"
 
 
@@ -154,13 +156,14 @@ def disk_files(runtime: Runtime, table: Table) -> dict[str, int]:
 def compact(runtime: Runtime, table: Table) -> None:
     """OPTIMIZE; commits nothing where the files are as they should be."""
     target = runtime.config.maintain.target_file_mb * MB
-    settings = {"maxFileSize": str(target), "minFileSize": str(max(1, target // 2))}
+    settings = {
+        "maxFileSize": str(target),
+        "minFileSize": str(max(1, target // 2)),
+        "clustering.mergeStrategy.minCubeSize.threshold": str(max(1, target * _CUBE_FILES)),
+    }
     delta = DeltaTable.forPath(runtime.spark, runtime.path(table))
-    # A table that is replaced as a whole forgets what it is clustered by (Delta 3.3.3), and is then only packed.
-    if table.cluster_by and delta.detail().collect()[0]["clusteringColumns"] != list(table.cluster_by):
-        path = runtime.path(table).replace("`", "``")
-        cluster = f"ALTER TABLE delta.`{path}` CLUSTER BY ({', '.join(table.cluster_by)})"
-        runtime.commit(lambda: runtime.spark.sql(cluster))
+    # A table that was replaced as a whole (Delta 3.3.3) or purged is clustered no more, and would only be packed.
+    runtime.cluster(table, table.cluster_by)
     with spark_conf(runtime.spark, {f"spark.databricks.delta.optimize.{k}": v for k, v in settings.items()}):
         runtime.commit(lambda: delta.optimize().executeCompaction())
 
@@ -171,8 +174,7 @@ def vacuum(runtime: Runtime, table: Table) -> None:
     hours = runtime.config.maintain.retention_hours_for(table.name)
     retention = f"interval {round(hours * 60)} minutes"
     if delta.detail().select("properties").collect()[0][0].get(_RETENTION) != retention:
-        path = runtime.path(table).replace("`", "``")
-        set_it = f"ALTER TABLE delta.`{path}` SET TBLPROPERTIES ('{_RETENTION}' = '{retention}')"
+        set_it = f"ALTER TABLE {runtime.sql_name(table)} SET TBLPROPERTIES ('{_RETENTION}' = '{retention}')"
         runtime.commit(lambda: runtime.spark.sql(set_it))
     settings = {
         # Two commits for every VACUUM would in time push the stages' own out of the part of the history looked at.

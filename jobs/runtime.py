@@ -17,7 +17,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -394,17 +394,30 @@ class Runtime:
         """Rewrites the files of the partitions in which deletion vectors hide rows, and no other (but for those of a
         table with a change data feed that MERGE wrote: they have a column that the table has not).
 
-        Each file for itself: Delta would pack them into files of 1 GB, written by a task each. Those of a clustered
-        table it sorts together into files of the size it is given: that of OPTIMIZE, for a byte makes thousands.
+        Each file for itself: Delta would pack them into files of 1 GB, written by a task each. A clustered table is one
+        no more until `maintain_tables`: of its files Delta would leave those of a full cube, or of the only one, as
+        they are, hidden rows and all.
 
         Args:
             where: a condition over the partition columns; SQL, from code, never from input. None: all partitions.
         """
-        path = self.path(table).replace("`", "``")
+        self.cluster(table, ())
         of = f"WHERE {where} " if where else ""
-        size = self.config.maintain.target_file_mb * 1024 * 1024 if table.cluster_by else 1
-        with spark_conf(self.spark, {"spark.databricks.delta.optimize.maxFileSize": str(size)}):
-            self.commit(lambda: self.spark.sql(f"REORG TABLE delta.`{path}` {of}APPLY (PURGE)"))
+        with spark_conf(self.spark, {"spark.databricks.delta.optimize.maxFileSize": "1"}):
+            self.commit(lambda: self.spark.sql(f"REORG TABLE {self.sql_name(table)} {of}APPLY (PURGE)"))
+
+    def cluster(self, table: Table, by: Sequence[str]) -> None:
+        """Has Delta's OPTIMIZE lay rows of like values of `by` into the same files from now on."""
+        if not table.cluster_by:
+            return
+        now = DeltaTable.forPath(self.spark, self.path(table)).detail().collect()[0]["clusteringColumns"]
+        if now != list(by):
+            columns = f"({', '.join(by)})" if by else "NONE"
+            self.commit(lambda: self.spark.sql(f"ALTER TABLE {self.sql_name(table)} CLUSTER BY {columns}"))
+
+    def sql_name(self, table: Table) -> str:
+        """The table in SQL."""
+        return f"delta.`{self.path(table).replace('`', '``')}`"
 
     def commit(self, write: Callable[[], Any]) -> None:
         """One commit to a table; tries again where another job (maintain_tables, say) got in its way.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from datetime import timedelta, timezone
+from typing import Any
 
 import pytest
 from delta.tables import DeltaTable
@@ -67,23 +68,26 @@ class Early(Runtime):
         return rows.where("event_id = 'e0'") if table is EVENTS else rows
 
 
+@pytest.mark.parametrize(("step", "table"), [("number_items", "items"), ("number_context_values", "context_values")])
 def test_two_runs_at_once_give_no_number_twice(
-    make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+    make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch, step: str, table: str
 ) -> None:
     runtime = make_runtime(*CUTS, "vocabulary.min_count=1")
-    put(runtime, EVENTS, to_frame(spark, [event(0, "b", 3), event(1, "a", 4)]))
-    number = build_vocabulary.number_items
+    put(runtime, EVENTS, to_frame(spark, [event(0, "b", 3, vertical="shop"), event(1, "a", 4, vertical="food")]))
+    number = getattr(build_vocabulary, step)
 
-    def meanwhile(described: DataFrame, old: DataFrame, min_count: int, next_index: int) -> DataFrame:
-        monkeypatch.setattr(build_vocabulary, "number_items", number)
+    def meanwhile(*arguments: Any) -> DataFrame:
+        monkeypatch.setattr(build_vocabulary, step, number)
         Early(runtime.config, spark).execute(build_vocabulary.STAGE)
-        return number(described, old, min_count, next_index)
+        return number(*arguments)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(build_vocabulary, "number_items", meanwhile)
-    with pytest.raises(TrailvecError, match="another run changed table items while this one worked on it"):
+    monkeypatch.setattr(build_vocabulary, step, meanwhile)
+    with pytest.raises(TrailvecError, match=f"another run changed table {table} while this one worked on it"):
         runtime.execute(build_vocabulary.STAGE)
     runtime.execute(build_vocabulary.STAGE, force=True)
     assert {name: row[0] for name, row in items(runtime).items()} == {"b": 2, "a": 3}
+    verticals = runtime.latest(CONTEXT_VALUES).where("kind = 'vertical'").collect()
+    assert sorted(row.value_index for row in verticals) == [2, 3]
 
 
 def test_name_and_category_are_the_latest_known(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:

@@ -20,11 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyspark.sql import DataFrame, SparkSession
 
+from jobs import flag_users as module
 from jobs.config import FlagUsersSettings, load_config
 from jobs.errors import TrailvecError
 from jobs.flag_users import STAGE, flag_users
 from jobs.runtime import Runtime, Stage
-from jobs.tables import EVENTS, FLAGGED_USERS
+from jobs.tables import EVENTS, FLAGGED_USERS, Table, differences
 from tests.conftest import put
 from tests.events import Row, make_event, to_frame
 
@@ -286,6 +287,34 @@ def test_what_changes_no_flag_is_recorded_without_a_row(
     assert latest_commit(runtime)["version"] == before + 2
     changes = spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", before + 1)
     assert changes.load(runtime.path(FLAGGED_USERS)).count() == 0
+
+
+class Early(Runtime):
+    """A run that began before the bot's last event had come."""
+
+    def read(self, table: Table) -> DataFrame:
+        rows = super().read(table)
+        return rows.where("event_id != 'bot-4'") if table is EVENTS else rows
+
+
+def test_of_two_runs_at_once_the_one_that_ends_later_is_refused(
+    make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = make_runtime(*RULES)
+    bot = events_at("bot", seconds(0, 1, 2, 3, 4))
+    put(runtime, EVENTS, to_frame(spark, bot[:1]))
+    runtime.execute(STAGE)
+    change(runtime, to_frame(spark, bot[1:]))
+
+    def meanwhile(new: DataFrame, old: DataFrame, table: Table) -> DataFrame:
+        monkeypatch.setattr(module, "differences", differences)
+        Early(runtime.config, spark).execute(STAGE)
+        return differences(new, old, table)
+
+    monkeypatch.setattr(module, "differences", meanwhile)
+    with pytest.raises(TrailvecError, match="another run changed table flagged_users"):
+        runtime.execute(STAGE)
+    assert set(flags(runtime.latest(FLAGGED_USERS)).values()) == {4.0}  # of the run that ended
 
 
 def test_other_rules_make_all_rows_anew(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import uuid
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,6 +24,7 @@ from jobs.ingest import STAGE
 from jobs.raw_records import read_raw
 from jobs.runtime import Runtime
 from jobs.tables import EVENTS, REJECTED_EVENTS
+from scripts.bench.measure import Watch
 from scripts.kafka_broker import Broker
 from tests.conftest import read_delta
 
@@ -152,6 +154,32 @@ def test_a_batch_that_only_adds_rewrites_no_file(
     history = DeltaTable.forPath(spark, runtime.path(EVENTS)).history().where("operation = 'MERGE'").collect()
     assert [h.operationMetrics["numTargetRowsInserted"] for h in history] == ["1", "1"]
     assert [h.operationMetrics["numTargetFilesRemoved"] for h in history] == ["0", "0"]
+
+
+def test_a_small_batch_sends_no_id_of_the_table_through_a_shuffle(
+    make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path
+) -> None:
+    runtime, ids = make_runtime(*settings(tmp_path, source(tmp_path))), [str(uuid.uuid4()) for _ in range(20_002)]
+    for number, part in enumerate((ids[:-2], ids[-3:])):  # the second brings one again
+        lines = "".join(f"{event_id},ann,a,2023-05-01,1\n" for event_id in part)
+        (tmp_path / f"log{number}.csv").write_text(HEADER + lines)
+        with Watch(spark) as watch:
+            report = runtime.execute(STAGE)
+    assert report.notes == ["1 exact repeats of an event dropped"]
+    assert 0 < watch.shuffled_mb < 0.1  # the table's ids alone are 0.7
+    assert [row["event_id"] for row in events(runtime)] == sorted(ids)
+
+
+def test_what_another_run_commits_after_this_one_has_looked_is_not_doubled(
+    make_runtime: Callable[..., Runtime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = make_runtime(*settings(tmp_path, source(tmp_path)))
+    (tmp_path / "log0.csv").write_text(HEADER + "1,ann,a,2023-05-01,1\n")
+    runtime.execute(STAGE)
+    (tmp_path / "log1.csv").write_text(HEADER + "1,ann,a,2023-05-01,1\n2,bob,b,2023-05-02,1\n")
+    monkeypatch.setattr(ingest, "stored_events", lambda *of: None)  # it looked too early
+    runtime.execute(STAGE)
+    assert [row["event_id"] for row in events(runtime)] == ["1", "2"]
 
 
 def test_a_topic_is_read_once_across_a_broker_that_dies(

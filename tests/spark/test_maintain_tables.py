@@ -114,6 +114,21 @@ def test_a_table_replaced_as_a_whole_is_clustered_again(make_runtime: Callable[.
     assert runtime.execute(sessionize.STAGE).skipped
 
 
+@pytest.mark.parametrize(("of_a_cube", "written"), [(16, [20, 30]), (0, [20, 10])])
+def test_a_cube_that_is_full_is_packed_no_more(
+    make_runtime: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch, of_a_cube: int, written: list[int]
+) -> None:
+    monkeypatch.setattr(module, "_CUBE_FILES", of_a_cube)
+    runtime = make_runtime()
+    in_pieces(runtime, 2)
+    maintain(runtime, ["events"])
+    for first in (20, 25):
+        add(runtime, to_frame(runtime.spark, events(first, first + 5)))
+    maintain(runtime, ["events"])
+    packed = [a for a in actions(runtime, EVENTS, "add") if a.get("clusteringProvider")]
+    assert [json.loads(a["stats"])["numRecords"] for a in packed] == written
+
+
 def test_well_sized_files_are_left_alone(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
     runtime = make_runtime("maintain.target_file_mb=1")
     noise = F.concat_ws("", *[F.sha2(F.concat("value", F.lit(str(n))), 256) for n in range(24)])  # 1.5 kB, no pattern
@@ -398,6 +413,23 @@ def test_a_purge_rewrites_each_file_for_itself(make_runtime: Callable[..., Runti
     assert (train_files(), done["rows"]) == (1, 2 * 24)
     keys = {(r["user_id"], r["split"]) for r in read_delta(runtime.path(SEQUENCES))}
     assert keys == {(f"u{n}", s) for n in range(16, 40) for s in ("train", "score")}
+
+
+def test_a_purge_leaves_no_hidden_row_in_a_clustered_table(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    """Left to Delta, a table whose files are all of one cube is not touched."""
+    runtime = make_runtime()
+    in_pieces(runtime)
+    maintain(runtime, ["events"])
+    assert {a["clusteringProvider"] for a in actions(runtime, EVENTS, "add")[-1:]} == {"liquid"}
+    add(runtime, to_frame(spark, []), deletes=to_frame(spark, events(0, 4)))
+    assert measure(runtime, EVENTS)["rows_hidden"] == 4
+    runtime.purge(EVENTS)
+    assert (measure(runtime, EVENTS)["rows"], measure(runtime, EVENTS)["rows_hidden"]) == (26, 0)
+    maintain(runtime, ["events"])
+    assert clustering(runtime, EVENTS) == [["event_ts"]]
+    assert event_ids(runtime) == sorted(e["event_id"] for e in events(4, 30))
 
 
 # ---- the command ------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from pyspark.errors import AnalysisException
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
+from jobs import spark_session
 from jobs.commits import History
 from jobs.config import load_config
 from jobs.errors import TrailvecError
@@ -31,6 +32,15 @@ from jobs.tables import CONTEXT_VALUES, CURRENT_MODEL, EVALUATION, ITEM_EMBEDDIN
 from tests.conftest import put
 
 VALUES = "kind string, value string, value_index int"
+
+
+@pytest.mark.parametrize(("most", "join"), [(3, "BroadcastHashJoin"), (2, "SortMergeJoin")])
+def test_few_rows_go_to_each_task(spark: SparkSession, monkeypatch: pytest.MonkeyPatch, most: int, join: str) -> None:
+    monkeypatch.setattr(spark_session, "FEW", most)
+    few = spark.range(3).localCheckpoint()
+    with spark_conf(spark, {"spark.sql.autoBroadcastJoinThreshold": "-1"}):  # as Spark does where it knows no size
+        joined = spark.range(9).join(spark_session.few_to_all(few), "id", "left_semi")
+        assert join in joined._jdf.queryExecution().executedPlan().toString()  # type: ignore[operator]
 
 
 def test_a_missing_column_is_named(spark: SparkSession) -> None:
