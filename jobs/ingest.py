@@ -119,15 +119,16 @@ def commit_batch(
     given = without_erased(reduce(DataFrame.unionByName, frames), erased_tests(runtime))
     given = given.withColumn("stored", F.lit(False))
     runtime.create(EVENTS)
-    together, where, first = given, F.lit(True), runtime.latest(EVENTS).isEmpty()
-    if not first:
+    together, where, few = given, F.lit(True), False
+    if not runtime.latest(EVENTS).isEmpty():
         given = given.persist(StorageLevel.DISK_ONLY)  # looked into for its ids, then judged
         events = given.where(F.col("reason").isNull())
-        low, high = events.agg(F.min("event_id"), F.max("event_id")).collect()[0]
+        low, high, count = events.agg(F.min("event_id"), F.max("event_id"), F.count("*")).collect()[0]
+        few = count <= FEW
         days = [row[0] for row in events.select(F.to_date("event_ts")).distinct().collect()] if same_day else None
         if low is not None:
             ids, where = events.select("event_id").distinct(), same_ids("old.", low, high, days)
-            stored = stored_events(runtime, ids, same_ids("", low, high, days))
+            stored = stored_events(runtime, F.broadcast(ids) if few else ids, same_ids("", low, high, days))
             together = given if stored is None else given.unionByName(stored)
     records = mark_duplicates(together, settings.duplicates).persist(StorageLevel.DISK_ONLY)  # counted, then written
     try:
@@ -146,7 +147,6 @@ def commit_batch(
             new = records.where(F.col("reason").isNull() & ~F.col("stored"))
             if same_day:
                 where &= F.to_date("old.event_ts") == F.to_date("new.event_ts")
-            few = not first and counts[None] <= FEW
             runtime.merge(EVENTS, new, where=where, insert_only=replaced == 0, few=few, done=False)
         if repeats := counts[REPEAT]:
             runtime.report.notes.append(f"{repeats:,} exact repeats of an event dropped")

@@ -23,6 +23,7 @@ from jobs.errors import TrailvecError
 from jobs.ingest import STAGE
 from jobs.raw_records import read_raw
 from jobs.runtime import Runtime
+from jobs.spark_session import spark_conf
 from jobs.tables import EVENTS, REJECTED_EVENTS
 from scripts.bench.measure import Watch
 from scripts.kafka_broker import Broker
@@ -163,7 +164,8 @@ def test_a_small_batch_sends_no_id_of_the_table_through_a_shuffle(
     for number, part in enumerate((ids[:-2], ids[-3:])):  # the second brings one again
         lines = "".join(f"{event_id},ann,a,2023-05-01,1\n" for event_id in part)
         (tmp_path / f"log{number}.csv").write_text(HEADER + lines)
-        with Watch(spark) as watch:
+        # The table is a small one too, and would be sent to all tasks itself.
+        with Watch(spark) as watch, spark_conf(spark, {"spark.sql.autoBroadcastJoinThreshold": "-1"}):
             report = runtime.execute(STAGE)
     assert report.notes == ["1 exact repeats of an event dropped"]
     assert 0 < watch.shuffled_mb < 0.1  # the table's ids alone are 0.7
