@@ -198,11 +198,18 @@ def test_vacuum_takes_what_is_older_than_the_retention_and_nothing_else(
     assert event_ids(runtime) == sorted(e["event_id"] for e in events(0, 30))
 
 
+@pytest.fixture
+def midnight(monkeypatch: pytest.MonkeyPatch) -> datetime:
+    """Today's, by a clock of upkeep that stands still at noon: no test sees the day change."""
+    noon = datetime.now(timezone.utc).replace(hour=12, minute=0, second=0, microsecond=0)
+    monkeypatch.setattr(module, "datetime", SimpleNamespace(now=lambda zone: noon))
+    return noon.replace(hour=0)
+
+
 def test_rows_go_when_they_are_too_old_and_what_is_made_of_them_follows(
-    make_runtime: Callable[..., Runtime], spark: SparkSession
+    make_runtime: Callable[..., Runtime], spark: SparkSession, midnight: datetime
 ) -> None:
-    runtime = make_runtime("maintain.keep_days={ events = 3 }")
-    today = datetime.now(timezone.utc).replace(hour=0, minute=0, second=0, microsecond=0)
+    runtime, today = make_runtime("maintain.keep_days={ events = 3 }"), midnight
     first_kept = today - timedelta(days=3)
     # One session of five events, ten minutes apart, lies across the border: three before it, two from it on.
     times = [first_kept + timedelta(minutes=minutes) for minutes in (-30, -20, -10, 0, 10)]
@@ -237,9 +244,9 @@ def test_rows_go_when_they_are_too_old_and_what_is_made_of_them_follows(
 
 
 def test_refused_records_go_by_the_day_they_were_refused(
-    make_runtime: Callable[..., Runtime], spark: SparkSession
+    make_runtime: Callable[..., Runtime], spark: SparkSession, midnight: datetime
 ) -> None:
-    runtime, today = make_runtime("maintain.keep_days={ rejected_events = 3 }"), datetime.now(timezone.utc).date()
+    runtime, today = make_runtime("maintain.keep_days={ rejected_events = 3 }"), midnight.date()
     rows = [("log", f"file-{n}", None, "broken_row", "x", today - timedelta(days=n)) for n in (0, 3, 4)]
     put(runtime, REJECTED_EVENTS, spark.createDataFrame(rows, REJECTED_EVENTS.schema()))
     (done,) = maintain(runtime)
