@@ -85,6 +85,7 @@ def number_items(described: DataFrame, items: DataFrame, min_count: int, next_in
         described, items: `describe_items` and the old rows, both of all items or both of some.
         next_index: the first number that no item ever had.
     """
+    described = described.localCheckpoint()  # else the log is read thrice: for items that are old, gone and new
     old = items.select("item_id", "item_index")
     # An item whose last event is gone (its users were erased) keeps its number and its row, and counts for nothing.
     none = {name: F.lit(0) for name in ("event_count", "train_count", "target_count")}
@@ -127,9 +128,7 @@ def run(runtime: Runtime) -> None:
     changes = runtime.incremental(ITEMS, EVENTS) if fixed else None
     next_index = items.agg(F.coalesce(F.max("item_index") + 1, F.lit(FIRST_INDEX))).collect()[0][0]
     if changes is None:
-        # Read thrice: by whether an item is old, new or gone.
-        described = describe_items(events, cuts, settings).localCheckpoint()
-        rows = number_items(described, items, min_count, next_index)
+        rows = number_items(describe_items(events, cuts, settings), items, min_count, next_index)
         runtime.merge(ITEMS, rows, made_from=items_from)
         return
     came = F.bool_and(F.col("_change_type") == "insert").alias("only_came")
@@ -142,7 +141,7 @@ def run(runtime: Runtime) -> None:
         rows = add_events(known, describe_items(new_events, cuts, settings))
         if not anew.isEmpty():
             of_log, old = (of.join(anew, "item_id", "left_semi") for of in (events, items))
-            described = describe_items(of_log, cuts, settings).localCheckpoint()
+            described = describe_items(of_log, cuts, settings)
             rows = rows.unionByName(number_items(described, old, min_count, next_index))
         runtime.merge(ITEMS, rows, made_from=items_from)
     finally:

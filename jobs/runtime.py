@@ -407,7 +407,8 @@ class Runtime:
             self.commit(lambda: self.spark.sql(f"REORG TABLE {self.sql_name(table)} {of}APPLY (PURGE)"))
 
     def cluster(self, table: Table, by: Sequence[str]) -> None:
-        """Has Delta's OPTIMIZE lay rows of like values of `by` into the same files from now on."""
+        """Has Delta's OPTIMIZE lay rows of like values of `by` into the same files from now on (none: no more). A table
+        without `cluster_by` stays as it is."""
         if not table.cluster_by:
             return
         now = DeltaTable.forPath(self.spark, self.path(table)).detail().collect()[0]["clusteringColumns"]

@@ -107,7 +107,7 @@ def test_a_table_replaced_as_a_whole_is_clustered_again(make_runtime: Callable[.
     assert clustering(runtime, SESSIONS) == []
     maintain(runtime, ["sessions"])
     assert clustering(runtime, SESSIONS) == [["start_ts"]]
-    assert {add["clusteringProvider"] for add in actions(runtime, SESSIONS, "add")[-1:]} == {"liquid"}
+    assert actions(runtime, SESSIONS, "add")[-1]["clusteringProvider"] == "liquid"
     before = runtime.latest_version(SESSIONS)
     maintain(runtime, ["sessions"])
     assert runtime.latest_version(SESSIONS) == before
@@ -429,7 +429,7 @@ def test_a_purge_leaves_no_hidden_row_in_a_clustered_table(
     runtime = make_runtime()
     in_pieces(runtime)
     maintain(runtime, ["events"])
-    assert {a["clusteringProvider"] for a in actions(runtime, EVENTS, "add")[-1:]} == {"liquid"}
+    assert actions(runtime, EVENTS, "add")[-1]["clusteringProvider"] == "liquid"
     add(runtime, to_frame(spark, []), deletes=to_frame(spark, events(0, 4)))
     assert measure(runtime, EVENTS)["rows_hidden"] == 4
     runtime.purge(EVENTS)
