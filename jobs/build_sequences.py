@@ -20,7 +20,7 @@ from pyspark.sql import functions as F
 from jobs.cli import stage_main
 from jobs.config import SequencesSettings
 from jobs.runtime import Runtime, Stage
-from jobs.spark_session import spark_conf
+from jobs.spark_session import FEW, spark_conf
 from jobs.splits import Cuts, cut_times, microseconds, utc
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES, SESSIONS, conform
 from spark_udfs.sequences import GIVEN, SPLITS, CutRules, cut_sequences
@@ -186,14 +186,9 @@ def _update(runtime: Runtime, actions: DataFrame, users: DataFrame, cuts: Cuts, 
     try:
         before = concerned(runtime.latest(SEQUENCES).select(*SEQUENCES.key).where(F.col("split").isin(*splits)))
         gone = before.join(new, list(SEQUENCES.key), "left_anti")
-        for_training = not {"train", "valid"}.isdisjoint(splits)
-        where = F.col("old.split").isin(*splits)
-        runtime.merge(SEQUENCES, new, deletes=gone, where=where, done=not for_training)
-        # Petastorm, which feeds the training, knows nothing of deletion vectors. Until they are gone nothing is up to
-        # date: what a kill leaves here is made anew as a whole.
-        if for_training:
-            runtime.purge(SEQUENCES, "split IN ('train', 'valid')")
-            runtime.touch(SEQUENCES)
+        # Old rows are only hidden in their files. Training, which can't read such files, has them written anew.
+        few = users.count() <= FEW
+        runtime.merge(SEQUENCES, new, deletes=gone, where=F.col("old.split").isin(*splits), few=few)
     finally:
         new.unpersist()
 

@@ -42,7 +42,7 @@ from jobs.commits import Commit, History
 from jobs.config import Config
 from jobs.errors import TrailvecError
 from jobs.files import Place, place_of
-from jobs.spark_session import spark_conf, start_spark
+from jobs.spark_session import FEW, known_size, spark_conf, start_spark
 from jobs.tables import CURRENT_MODEL, Table, conform
 
 _PACKAGES = ("jobs", "spark_udfs", "training")
@@ -78,6 +78,23 @@ class Stage:
     writes: tuple[Table, ...]
     settings: tuple[str, ...]
     inputs: Callable[[Runtime], dict[str, Any]] = lambda runtime: {}
+
+
+# MERGE joins the old rows of all files concerned with the new ones, which it keeps (an outer join), and Spark can't
+# send the side that it keeps to all tasks: the old rows go through a shuffle. A Bloom filter of the new rows' first key
+# drops those that none of them meets as they are read. Spark makes one where it would send neither side to all tasks,
+# where a condition is laid on the new rows, and where it knows that the old ones are more.
+_FILTERED_MERGE = {
+    "spark.sql.optimizer.runtime.bloomFilter.enabled": "true",
+    "spark.sql.optimizer.runtime.bloomFilter.creationSideThreshold": str(2**40),
+    "spark.sql.optimizer.runtimeFilter.number.threshold": "1",
+    "spark.sql.autoBroadcastJoinThreshold": "-1",
+    # Delta's own copy of the new rows has neither a size nor a condition.
+    "spark.databricks.delta.merge.materializeSource": "none",
+    # Delta's shorter way for inserts alone is an anti join, in which Spark makes no filter. The usual one looks for
+    # matches, and finding none, inserts all.
+    "spark.databricks.delta.merge.optimizeInsertOnlyMerge.enabled": "false",
+}
 
 
 @dataclass
@@ -200,6 +217,22 @@ class Runtime:
         """The Delta version at which the stage reads the table."""
         return self._versions[table.name]
 
+    def read_after_upkeep(self, table: Table) -> None:
+        """Has the stage read the table as it is now, after upkeep of its files: the same rows in other files.
+
+        Raises:
+            TrailvecError: another run has changed rows since the stage began.
+        """
+        newest = self.latest_version(table)
+        since = (c for c in self._commits(table) if self._versions[table.name] < c.version)
+        if any(commit.changed_rows for commit in since):
+            raise TrailvecError(
+                f"another run changed table {table.name} while {self.report.stage} began: run this again when that one "
+                f"has ended; nothing is lost"
+            )
+        self._versions[table.name] = newest
+        self._frames.pop(table.name, None)
+
     def incremental(self, written: Table, read: Table) -> DataFrame | None:
         """The changes of `read` (Delta's change data feed: its columns,
         _change_type and _commit_version) since `written` was made.
@@ -317,7 +350,7 @@ class Runtime:
             deletes: rows with the key's columns, none of them in `upserts`.
             where: a condition over `old.*` that all old rows concerned fulfil: spares Delta the other files.
             insert_only: old rows stay as they are, and no file is rewritten.
-            few: the keys of `upserts` fit into each task's memory, so that the table's need no shuffle.
+            few: at most FEW keys are in both: so the table's rows need no shuffle.
             made_from: the table's `stage_version` that `upserts` goes on from, where it must be the newest still.
             done, note: as in `append`.
 
@@ -333,8 +366,16 @@ class Runtime:
         for name in table.key:
             on &= F.col(f"old.{name}") == F.col(f"new.{name}")
         values = {c.name: F.col(f"new.{c.name}") for c in table.columns}
-        new = F.broadcast(new) if few else new
-        merge = DeltaTable.forPath(self.spark, self.path(table)).alias("old").merge(new.alias("new"), on)
+        given, settings = new, {}
+        if few:
+            # Cached, so that its size is known; out of a checkpoint, since the commit makes Delta plan anew what is
+            # cached and was read from the table.
+            new = new.localCheckpoint(eager=False).persist()
+            new.count()
+            given = new.where(F.col("trailvec_delete") >= F.lit(False))  # which holds for all
+            more = "spark.sql.optimizer.runtime.bloomFilter.applicationSideScanSizeThreshold"
+            settings = _FILTERED_MERGE | {more: str(known_size(new) + 1)}
+        merge = DeltaTable.forPath(self.spark, self.path(table)).alias("old").merge(given.alias("new"), on)
         if not insert_only:
             merge = merge.whenMatchedDelete("new.trailvec_delete").whenMatchedUpdate(set=values)
         merge = merge.whenNotMatchedInsert("NOT new.trailvec_delete", values=values)
@@ -345,13 +386,13 @@ class Runtime:
                     f"another run changed table {table.name} while this one worked on it: run this again when that one "
                     f"has ended; nothing is lost"
                 )
-            # Delta's shorter way for inserts alone is an anti join, which sends the keys of the whole table through a
-            # shuffle; the usual one looks for matches from the table's side, and finding none, inserts all.
-            settings = {"spark.databricks.delta.merge.optimizeInsertOnlyMerge.enabled": str(not few).lower()}
             with spark_conf(self.spark, settings):
                 merge.execute()
 
-        self._noted_commit(write, done, note)
+        try:
+            self._noted_commit(write, done, note)
+        finally:
+            new.unpersist()
 
     def merge_differences(self, table: Table, differing: DataFrame, where: Column, made_from: int) -> None:
         """Puts the `new` rows of jobs.tables.differences in the place of the `old` ones, in one commit.
@@ -362,7 +403,8 @@ class Runtime:
         """
         gone = differing.where("new IS NULL").select(*table.key)
         new = differing.where("new IS NOT NULL").select("new.*")
-        self.merge(table, new, gone, where=where, made_from=made_from)
+        few = differing.count() <= FEW
+        self.merge(table, new, gone, where=where, few=few, made_from=made_from)
 
     def delete(self, table: Table, where: Column, note: dict[str, Any]) -> None:
         """Deletes the rows that fulfil a condition, in one commit; `note` as in `append`."""

@@ -142,6 +142,11 @@ def _java_major(java: Path) -> int | None:
         return None
 
 
+def known_size(rows: DataFrame) -> int:
+    """How many bytes Spark believes `rows` to have: of what is cached, once it is counted, as many as it has."""
+    return int(str(rows._jdf.queryExecution().optimizedPlan().stats().sizeInBytes()))
+
+
 def few_to_all(rows: DataFrame) -> DataFrame:
     """`rows`, for the right side of a join: sent to each task where they are few, so that what they are joined with
     needs no shuffle. (Spark does not know how many rows a checkpoint holds.)

@@ -277,7 +277,7 @@ SEQUENCES = Table(
     stage="build_sequences",
     partition_by=("split",),
     properties={
-        # Petastorm knows nothing of deletion vectors: build_sequences purges them from what training reads.
+        # Petastorm knows nothing of deletion vectors: train has files that have one written anew before it reads them.
         "delta.enableDeletionVectors": "true",
         # score_users asks for the users whose rows changed.
         "delta.enableChangeDataFeed": "true",

@@ -88,6 +88,20 @@ def split_files(runtime: Runtime, split: str) -> list[str]:
     return sorted(home + file.removeprefix(table) for file in files if file.startswith(f"{table}/split={split}/"))
 
 
+def training_files(runtime: Runtime) -> dict[str, list[str]]:
+    """URLs of the data files with the rows of the train and the valid split, and with no others.
+
+    Petastorm knows nothing of deletion vectors: files in which rows are hidden are written anew first, once for each
+    training instead of by each increment of build_sequences.
+
+    Raises:
+        TrailvecError: another run changes the table meanwhile.
+    """
+    runtime.purge(SEQUENCES, "split IN ('train', 'valid')")
+    runtime.read_after_upkeep(SEQUENCES)
+    return {split: split_files(runtime, split) for split in ("train", "valid")}
+
+
 def base_of(runtime: Runtime) -> str | None:
     """The version of the model that training grows from; None: it starts anew.
 
@@ -163,7 +177,7 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
         TrailvecError: there is nothing to train on, or the current model can't be grown.
     """
     settings = runtime.config.train
-    files = {split: split_files(runtime, split) for split in ("train", "valid")}
+    files = training_files(runtime)
     counts = item_counts(runtime.read(ITEMS), runtime.config.vocabulary.min_count)
     model = model_spec(runtime.config, len(counts), runtime.read(CONTEXT_VALUES))
     base = base_of(runtime)

@@ -24,7 +24,7 @@ from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
 from jobs.splits import cut_times
 from jobs.tables import EVENTS, FLAGGED_USERS, SEQUENCES, SESSIONS, conform
-from jobs.train import snapshot_files
+from jobs.train import training_files
 from tests import oracles
 from tests.conftest import add, make_config, put
 from tests.events import START, Row, logs, make_event, to_frame
@@ -172,12 +172,15 @@ def test_row_groups_are_small_whatever_the_logs_size(
 
 
 def train_footers(runtime: Runtime) -> list[Any]:
-    files = snapshot_files(runtime.path(SEQUENCES), runtime.latest_version(SEQUENCES), "train")
-    return [pq.read_metadata(url.removeprefix("file://")) for url in files]
+    """Of the files that a training of now reads."""
+    found: dict[str, list[str]] = {}
+    stage = Stage("look", "", lambda r: found.update(training_files(r)), reads=(SEQUENCES,), writes=(), settings=())
+    runtime.execute(stage)
+    return [pq.read_metadata(url.removeprefix("file://")) for url in found["train"]]
 
 
 def test_training_meets_no_deletion_vector_and_files_of_few_rows(
-    make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+    make_runtime: Callable[..., Runtime], spark: SparkSession
 ) -> None:
     runtime = make_runtime(*CUTS, "vocabulary.min_count=1", "sequences.rows_per_file=3")
     early = [
@@ -189,30 +192,36 @@ def test_training_meets_no_deletion_vector_and_files_of_few_rows(
     run(runtime, [*early, edge])
     rows = [footer.num_rows for footer in train_footers(runtime)]
     assert (sum(rows), max(rows) <= 3) == (4, True)
-    late = make_event(event_id="a9", user_id="a", item_id="i1", event_ts=START + timedelta(minutes=9))
-    add(runtime, EVENTS, to_frame(spark, [late]))
-    for stage in STAGES:
-        runtime.execute(stage)
-
-    def check(length: int) -> None:
+    made = runtime.latest_version(SEQUENCES)
+    for minutes, length in ((9, 4), (10, 5)):
+        at = START + timedelta(minutes=minutes)
+        late = make_event(event_id=f"a{minutes}", user_id="a", item_id="i1", event_ts=at)
+        add(runtime, EVENTS, to_frame(spark, [late]))
+        for stage in STAGES:
+            runtime.execute(stage)
+        made += 1  # no commit but the merge
+        assert runtime.latest_version(SEQUENCES) == made
         assert runtime.latest(SEQUENCES).where("split = 'train' AND user_id = 'a'").collect()[0].length == length
-        assert sum(footer.num_rows for footer in train_footers(runtime)) == 4  # the old row of user a is in no file
+    assert sum(footer.num_rows for footer in train_footers(runtime)) == 4  # the old rows of user a are in no file
+    made = runtime.latest_version(SEQUENCES)
+    assert sum(footer.num_rows for footer in train_footers(runtime)) == 4
+    assert runtime.latest_version(SEQUENCES) == made  # there was nothing left to write anew
+    assert runtime.execute(build_sequences.STAGE).skipped  # which counts as no change
 
-    check(4)
-    later = make_event(event_id="a99", user_id="a", item_id="i1", event_ts=START + timedelta(minutes=10))
-    add(runtime, EVENTS, to_frame(spark, [later]))
 
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
+def test_training_does_not_begin_on_rows_that_another_run_changes(
+    make_runtime: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = make_runtime(*CUTS, "vocabulary.min_count=1")
+    run(runtime, [make_event(event_id="a", user_id="a", item_id="i", event_ts=START + timedelta(days=9))])
+    other = make_runtime(*CUTS, "vocabulary.min_count=1")
 
-    runtime.execute(sessionize.STAGE)
-    runtime.execute(build_vocabulary.STAGE)
-    with monkeypatch.context() as patch:
-        patch.setattr(Runtime, "purge", killed)
-        with pytest.raises(KeyboardInterrupt):
-            runtime.execute(build_sequences.STAGE)
-    runtime.execute(build_sequences.STAGE)
-    check(5)
+    def another_run(*_: object) -> None:
+        put(other, SEQUENCES, other.latest(SEQUENCES))
+
+    monkeypatch.setattr(Runtime, "purge", another_run)
+    with pytest.raises(TrailvecError, match="another run changed table sequences while look began"):
+        train_footers(runtime)
 
 
 def test_a_batch_of_new_events_leaves_the_rows_of_older_cuts_alone(

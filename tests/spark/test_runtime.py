@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
+from random import Random
 from zipimport import zipimporter
 
 import pyarrow as pa
@@ -28,8 +29,10 @@ from jobs.runtime import Runtime, Stage
 from jobs.spark_session import spark_conf
 from jobs.sql import query
 from jobs.sql_names import register_tables
-from jobs.tables import CONTEXT_VALUES, CURRENT_MODEL, EVALUATION, ITEM_EMBEDDINGS, Column, conform
-from tests.conftest import put
+from jobs.tables import CONTEXT_VALUES, CURRENT_MODEL, EVALUATION, EVENTS, ITEM_EMBEDDINGS, Column, conform
+from scripts.bench.measure import Watch
+from tests.conftest import put, read_delta
+from tests.events import START, make_event, to_frame
 
 VALUES = "kind string, value string, value_index int"
 
@@ -140,6 +143,30 @@ def test_a_table_of_another_version_is_refused_and_kept(
     with pytest.raises(TrailvecError, match="has the columns of another version"):
         put(runtime, wider, spark.createDataFrame([("vertical", "rides", 3, 7)], f"{VALUES}, more int"))
     assert [r.value for r in runtime.latest(CONTEXT_VALUES).collect()] == ["food"]
+
+
+def test_a_merge_sends_no_old_row_through_a_shuffle_that_no_new_one_meets(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    runtime = make_runtime()
+    random = Random(1)
+    ids = [f"{random.getrandbits(128):032x}" for _ in range(20_000)]
+    old = [make_event(event_id=event_id, user_id="u", item_id="i", event_ts=START) for event_id in ids]
+    put(runtime, EVENTS, to_frame(spark, old))
+    new = [row | {"amount": 7.0} for row in old[:5]] + [old[0] | {"event_id": "new"}]
+    gone = to_frame(spark, old[5:8])
+
+    def merge(runtime: Runtime) -> None:
+        # A condition on the old rows, too, without which Spark would have no choice of which side to filter.
+        where = F.col("old.event_id") >= min(ids)
+        runtime.merge(EVENTS, to_frame(spark, new), gone, where=where, few=True)
+
+    with Watch(spark) as watch:
+        runtime.execute(Stage("merge", "", merge, reads=(), writes=(), settings=()), force=True)
+    assert 0 < watch.shuffled_mb < 0.2  # the table's ids alone are 0.7
+    found = {row["event_id"]: row["amount"] for row in read_delta(runtime.path(EVENTS))}
+    kept = {row["event_id"]: row["amount"] for row in old[8:]}
+    assert found == kept | {row["event_id"]: row["amount"] for row in new}
 
 
 def test_a_stage_reads_what_was_there_when_it_began(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
