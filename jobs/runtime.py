@@ -350,7 +350,7 @@ class Runtime:
             deletes: rows with the key's columns, none of them in `upserts`.
             where: a condition over `old.*` that all old rows concerned fulfil: spares Delta the other files.
             insert_only: old rows stay as they are, and no file is rewritten.
-            few: at most FEW keys are in both: so the table's rows need no shuffle.
+            few: the rows of both are few beside the table's (about FEW at most), which then need no shuffle.
             made_from: the table's `stage_version` that `upserts` goes on from, where it must be the newest still.
             done, note: as in `append`.
 
@@ -392,7 +392,8 @@ class Runtime:
         try:
             self._noted_commit(write, done, note)
         finally:
-            new.unpersist()
+            if few:
+                new.unpersist()
 
     def merge_differences(self, table: Table, differing: DataFrame, where: Column, made_from: int) -> None:
         """Puts the `new` rows of jobs.tables.differences in the place of the `old` ones, in one commit.
