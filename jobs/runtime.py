@@ -224,7 +224,8 @@ class Runtime:
             TrailvecError: another run has changed rows since the stage began.
         """
         newest = self.latest_version(table)
-        since = (c for c in self._commits(table) if self._versions[table.name] < c.version)
+        pinned = self._versions[table.name]
+        since = itertools.takewhile(lambda commit: commit.version > pinned, self._commits(table))
         if any(commit.changed_rows for commit in since):
             raise TrailvecError(
                 f"another run changed table {table.name} while {self.report.stage} began: run this again when that one "
