@@ -86,6 +86,8 @@ def sum_rows(rows: torch.Tensor, values: torch.Tensor, count: int, fp16: bool) -
 
 def total(values: list[float]) -> list[float]:
     """Each value summed over all processes. All processes take part."""
+    if size() == 1:  # Horovod would keep it waiting for its next cycle
+        return values
     return list(hvd.allreduce(torch.tensor(values, dtype=torch.float64), op=hvd.Sum, name="total").tolist())
 
 
