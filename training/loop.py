@@ -232,7 +232,7 @@ def _pass_over_rows(run: _Run, epoch: int) -> None:
         now = time.monotonic()
         sums[-1], stepped = now - stepped, now
         due = run.folder is not None and rank == 0 and now - run.saved > 60 * settings.checkpoint_minutes
-        *sums_of_all, someone_is_due = dist.total([*sums, float(due)])
+        *sums_of_all, someone_is_due = dist.total([*sums.tolist(), float(due)])
         step = dict(zip(SUMS, sums_of_all, strict=True))
         if step["rows"] == 0:
             return
