@@ -36,6 +36,7 @@ _ORDINAL = "trailvec_ordinal"
 _REQUIRED = ("user_id", "item_id", "event_type", "vertical", "event_ts", "event_id")
 _IDS = ("event_id", "user_id", "item_id", "basket_id")
 _LONGEST_ID = 512
+_NUMBERS = ("amount", "quantity")
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 _ISO_LOCAL = r"\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?)?"
 _ISO_ZONED = r"\d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?\s*(Z|[+-]\d{2}(:?\d{2})?)"
@@ -70,15 +71,15 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
         event_ts_type = raw.select(event_ts).schema[0].dataType
         own_rules = [F.when(F.expr(rule.when), F.lit(rule.reason)) for rule in mapping.reject]
         bad_types = [F.when(_is_no_id(raw, columns.given()[n], mapping), f"bad_type_{n}") for n in _given_ids(mapping)]
-        texts = {n: text_of(_given(value)) for n, value in columns.given().items() if n != "event_ts"}
+        values = {n: _given(value) for n, value in columns.given().items() if n != "event_ts"}
+        texts = {n: text_of(value) for n, value in values.items() if n not in _NUMBERS}
+        numbers = {n: _unless_blank(raw, value) for n, value in values.items() if n in _NUMBERS}
+        missing = F.lit(None).cast("string")
         given = raw.select(
-            *[
-                texts.get(c.name, F.lit(None).cast("string")).alias(c.name)
-                for c in EVENTS.columns
-                if _is_mapped(c.name)
-            ],
+            *[texts.get(c.name, missing).alias(c.name) for c in EVENTS.columns if _is_text(c.name)],
+            *[numbers.get(n, missing).alias(_as_given(n)) for n in _NUMBERS],
             _time(event_ts, event_ts_type, columns.event_ts).alias("event_ts"),
-            text_of(event_ts).isNotNull().alias("has_event_ts"),
+            _unless_blank(raw, event_ts).isNotNull().alias("has_event_ts"),
             F.col(REST).alias("attributes"),
             F.coalesce(F.when(F.col(BROKEN), F.lit(BROKEN_ROW)), *own_rules).alias("own_reason"),
             F.coalesce(F.lit(None).cast("string"), *bad_types).alias("bad_type"),
@@ -90,9 +91,9 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
         said = explain(error) or str(error).strip().splitlines()[0]
         raise TrailvecError(f"source {source}: {said}: correct the mapping") from None
 
-    events = given.withColumn("reason", _reason(settings, now, zones)).withColumns(
-        {"amount": _number("amount"), "quantity": _number("quantity"), "source": F.lit(source)}
-    )
+    # First the numbers, of which the reasons ask several times.
+    numbered = given.withColumns({n: _number(given, n) for n in _NUMBERS})
+    events = numbered.withColumns({"reason": _reason(numbered, settings, now, zones), "source": F.lit(source)})
     # What a broken row shows as its user may be a part of anything.
     user_id = F.when(F.col("reason").isNull() | (F.col("reason") != BROKEN_ROW), F.col("user_id")).alias("user_id")
     return events.select(
@@ -104,8 +105,19 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
     )
 
 
-def _is_mapped(name: str) -> bool:
-    return name not in ("event_ts", "attributes", "source")
+def _is_text(name: str) -> bool:
+    return name not in ("event_ts", "attributes", "source", *_NUMBERS)
+
+
+def _as_given(number: str) -> str:
+    return f"given_{number}"
+
+
+def _unless_blank(raw: DataFrame, value: Column) -> Column:
+    """The value as text; a time or a 64-bit number, which is never blank, as it is: to write it out takes a while."""
+    kind = raw.select(value).schema[0].dataType
+    times = (T.TimestampType, T.TimestampNTZType, T.DateType)
+    return value if isinstance(kind, (*times, T.DoubleType, T.IntegralType)) else text_of(value)
 
 
 def _known_zones(spark: SparkSession) -> list[str]:
@@ -130,9 +142,16 @@ def _given(value: Given) -> Column:
     return given
 
 
-def _number(name: str) -> Column:
-    number = F.col(name).cast("double")
-    return F.when(F.col(name).rlike(_NUMBER) & (F.abs(number) < float("inf")), number)
+def _number(given: DataFrame, name: str) -> Column:
+    """As double; NULL where it is no number, or no finite one."""
+    value = F.col(_as_given(name))
+    number = value.cast("double")
+    is_number = F.abs(number) < float("inf")
+    return F.when(value.rlike(_NUMBER) & is_number if _is_string(given, _as_given(name)) else is_number, number)
+
+
+def _is_string(given: DataFrame, name: str) -> bool:
+    return isinstance(given.schema[name].dataType, T.StringType)
 
 
 def _time(value: Column, given: T.DataType, mapping: TimeValue) -> Column:
@@ -182,13 +201,14 @@ def _is_valid_text(names: Sequence[str]) -> Column:
     return ~F.decode(F.encode(F.concat_ws("", *parts), "UTF-8"), "UTF-8").contains("\ufffd")
 
 
-def _reason(settings: IngestSettings, now: datetime, zones: list[str]) -> Column:
-    """Why a record is no event, over its texts; NULL when it is one."""
-    event_ts, amount = F.col("event_ts"), _number("amount")
+def _reason(given: DataFrame, settings: IngestSettings, now: datetime, zones: list[str]) -> Column:
+    """Why a record is no event; NULL when it is one."""
+    event_ts = F.col("event_ts")
     earliest = settings.earliest.replace(tzinfo=timezone.utc)
     latest = now + timedelta(hours=settings.future_tolerance_hours)
     may_be_negative = F.col("event_type").isin(*settings.negative_amount_event_types)
-    texts = [c.name for c in EVENTS.columns if _is_mapped(c.name)]
+    texts = [c.name for c in EVENTS.columns if _is_text(c.name)]
+    texts += [_as_given(n) for n in _NUMBERS if _is_string(given, _as_given(n))]
     unread = {"invalid_utf8": ~_is_valid_text(texts)}
     unread |= {f"missing_{name}": F.col(name).isNull() for name in _REQUIRED}
     unread["missing_event_ts"] = ~F.col("has_event_ts")
@@ -196,11 +216,11 @@ def _reason(settings: IngestSettings, now: datetime, zones: list[str]) -> Column
         "bad_event_ts": event_ts.isNull(),
         "event_before_earliest": event_ts < F.lit(earliest),
         "event_in_future": event_ts > F.lit(latest),
-        "bad_amount": F.col("amount").isNotNull() & amount.isNull(),
-        "bad_quantity": F.col("quantity").isNotNull() & _number("quantity").isNull(),
-        "negative_amount": (amount < 0) & ~may_be_negative,
+        **{f"bad_{n}": F.col(_as_given(n)).isNotNull() & F.col(n).isNull() for n in _NUMBERS},
+        "negative_amount": (F.col("amount") < 0) & ~may_be_negative,
         "bad_time_zone": ~F.coalesce(F.col("time_zone").isin(zones), F.lit(False)),
-        **{f"long_{name}": F.length(name) > _LONGEST_ID for name in _IDS},
+        # Characters are counted one by one, bytes are not.
+        **{f"long_{n}": (F.octet_length(n) > _LONGEST_ID) & (F.length(n) > _LONGEST_ID) for n in _IDS},
     }
 
     def named(checks: dict[str, Column]) -> list[Column]:

@@ -68,17 +68,22 @@ def mark_duplicates(records: DataFrame, duplicates: str) -> DataFrame:
         F.sort_array(F.map_entries(c.name)) if c.type.startswith("map") else F.col(c.name) for c in EVENTS.columns
     ]
     content = F.xxhash64(*[part for column in comparable for part in (column, column.isNull())])
-    # Refused records go the same way only to be spread evenly.
-    key = [is_event, F.when(is_event, F.col("event_id")).otherwise(F.sha2(F.coalesce("raw", "event_id"), 256))]
+    # The id first: the sort goes by the first bytes of the first key, and looks into rows only where these are equal.
+    # Refused records (the others have no hash here) go the same way only to be spread evenly.
+    key = [F.col("event_id"), F.when(~is_event, F.xxhash64("raw"))]
     same_id = Window.partitionBy(*key, *([F.to_date("event_ts")] if duplicates == "same_day" else []))
     # One order for both: each order would be a sort of its own.
     in_order = same_id.orderBy("event_ts", "content", F.desc("stored"))
     so_far = in_order.rowsBetween(Window.unboundedPreceding, Window.currentRow)
-    version = F.struct("event_ts", "content")
     ranked = records.withColumn("content", content).withColumns(
-        {"kept": F.first(version).over(so_far), "place": F.row_number().over(in_order)}
+        {
+            "kept_ts": F.first("event_ts").over(so_far),
+            "kept_content": F.first("content").over(so_far),
+            "place": F.row_number().over(in_order),
+        }
     )
-    conflicts = is_event & (version != F.col("kept"))
+    is_kept = (F.col("event_ts") == F.col("kept_ts")) & (F.col("content") == F.col("kept_content"))
+    conflicts = is_event & ~is_kept
     reason = (
         F.when(conflicts, F.lit("duplicate_event_id"))
         .when(is_event & (F.col("place") > 1), F.lit(REPEAT))
@@ -86,7 +91,7 @@ def mark_duplicates(records: DataFrame, duplicates: str) -> DataFrame:
     )
     event = F.to_json(F.struct(*[c.name for c in EVENTS.columns]))
     return ranked.withColumns({"raw": F.when(conflicts, event).otherwise(F.col("raw")), "reason": reason}).drop(
-        "content", "kept", "place"
+        "content", "kept_ts", "kept_content", "place"
     )
 
 

@@ -6,10 +6,12 @@ import collections
 import csv
 import hashlib
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable, Iterator
 from datetime import date, datetime, timedelta, timezone
+from decimal import Decimal
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -217,6 +219,33 @@ def test_times_of_parquet_types(spark: SparkSession, tmp_path: Path) -> None:
     assert seen == {"instant": noon, "naive": datetime(2011, 7, 1, 11), "day": datetime(2011, 6, 30, 23), "int96": noon}
 
 
+def test_numbers_and_missing_times_of_parquet_types(spark: SparkSession, tmp_path: Path) -> None:
+    """A number in another type is the number that its text shows: 0.1 of 32 bits is no .10000000149."""
+    tenth = {
+        "double": pa.array([0.1, math.nan, -math.inf, None]),
+        "float": pa.array([0.1, math.nan, -math.inf, None], pa.float32()),
+        "text": pa.array(["0.1", "NaN", "-Infinity", " "]),
+        "decimal": pa.array([Decimal("0.10"), None], pa.decimal128(9, 2)),
+        "whole": pa.array([2**53 - 1, None]),
+    }
+    for kind, prices in tenth.items():
+        ids = pa.array([f"{kind} {number}" for number in range(len(prices))])
+        at = pa.array([datetime(2011, 7, 1, 12)] * (len(prices) - 1) + [None], pa.timestamp("us", tz="UTC"))
+        table = pa.table({"id": ids, "user": ids, "item": ids, "price": prices, "at": at})
+        pq.write_table(table, tmp_path / f"{kind}.parquet")
+    rows = [row for kind in tenth for row in ingest(spark, tmp_path, mapping(f"{kind}.parquet", "parquet"))]
+    found = {row["event_id"]: (row["amount"], row["reason"]) for row in rows}
+    no_time = (None, "missing_event_ts")
+    assert found == {
+        **{f"{kind} 0": (0.1, None) for kind in ("double", "float", "text", "decimal")},
+        **{f"{kind} {n}": (None, "bad_amount") for kind in ("double", "float", "text") for n in (1, 2)},
+        **{f"{kind} 3": no_time for kind in ("double", "float", "text")},
+        "decimal 1": no_time,
+        "whole 0": (2**53 - 1, None),
+        "whole 1": no_time,
+    }
+
+
 # ---- what is refused ----------------------------------------------------------------------------------
 
 
@@ -238,7 +267,7 @@ def test_each_record_is_refused_for_its_first_reason(spark: SparkSession, write:
         "long_item_id": f"f4,ann,{'i' * 513},{good},1,2,UTC",
         "test_order": f"f5,test,,{good},1,2,UTC",  # the mapping's own rule comes before missing_item_id
     }
-    allowed = [f"{'g' * 512},ann,a,{good},,,UTC", "g2,ann,a,2024-01-02T00:00:00Z,-1e3,+.5,Europe/Paris"]
+    allowed = [f"{'ü' * 512},ann,a,{good},,,UTC", "g2,ann,a,2024-01-02T00:00:00Z,-1e3,+.5,Europe/Paris"]
     folder = write("log.csv", "\n".join(["id,user,item,at,price,n,zone", *rows.values(), *allowed]))
     rules = [{"reason": "test_order", "when": "user = 'test'"}]
     given = mapping("log.csv", columns={"quantity": "n", "time_zone": "zone"}, reject=rules)
@@ -346,17 +375,17 @@ def test_a_type_that_no_id_has_is_refused(spark: SparkSession, tmp_path: Path) -
 
 @pytest.mark.parametrize("form", ["csv", "json"])
 def test_bytes_that_are_no_utf8_are_refused(spark: SparkSession, tmp_path: Path, form: str) -> None:
-    lines = {
-        "csv": [b"id,user,item,at,price", b"1,ann,caf\xc3\xa9,2023-05-01,1", b"2,ann,caf\xe9,2023-05-01,1"],
+    lines = ((1, b"\xc3\xa9", b"1"), (2, b"\xe9", b"1"), (3, b"\xc3\xa9", b"1\xe9"))
+    texts = {
+        "csv": [b"id,user,item,at,price", *(b"%d,ann,caf%s,2023-05-01,%s" % line for line in lines)],
         "json": [
-            b'{"id": "%d", "user": "ann", "item": "caf%s", "at": "2023-05-01", "price": "1"}' % (n, e)
-            for n, e in ((1, b"\xc3\xa9"), (2, b"\xe9"))
+            b'{"id": "%d", "user": "ann", "item": "caf%s", "at": "2023-05-01", "price": "%s"}' % line for line in lines
         ],
     }
-    (tmp_path / f"log.{form}").write_bytes(b"\n".join(lines[form]))
-    first, second = ingest(spark, tmp_path, mapping(f"log.{form}", form))
+    (tmp_path / f"log.{form}").write_bytes(b"\n".join(texts[form]))
+    first, second, third = ingest(spark, tmp_path, mapping(f"log.{form}", form))
     assert (first["item_id"], first["reason"]) == ("caf\u00e9", None)
-    assert second["reason"] == "invalid_utf8"
+    assert second["reason"] == third["reason"] == "invalid_utf8"
 
 
 def test_a_negative_amount_is_for_returns_alone(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
@@ -440,6 +469,7 @@ def test_no_sources_is_an_error(make_runtime: Callable[..., Runtime]) -> None:
 
 def test_the_same_id_is_one_event(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
     lines = ["1,ann,a,2023-05-02,1", "1,ann,a,2023-05-01,1", "1,ann,a,2023-05-01,1", "2,bob,b,2023-05-01,"]
+    lines.append("2,bob,,2023-04-30,")  # refused: of its id the event counts
     given = mapping("log.csv", attributes=["user"])
 
     def judge(order: list[str], partitions: int) -> list[tuple[Any, ...]]:
@@ -453,6 +483,7 @@ def test_the_same_id_is_one_event(spark: SparkSession, write: Callable[[str, str
         ("1", datetime(2023, 5, 1), ""),
         ("1", datetime(2023, 5, 1), REPEAT),
         ("1", datetime(2023, 5, 2), "duplicate_event_id"),
+        ("2", datetime(2023, 4, 30), "missing_item_id"),
         ("2", datetime(2023, 5, 1), ""),
     ]
     assert json.loads(first[2][3])["event_ts"].startswith("2023-05-02")
