@@ -227,10 +227,7 @@ class Runtime:
         pinned = self._versions[table.name]
         since = itertools.takewhile(lambda commit: commit.version > pinned, self._commits(table))
         if any(commit.changed_rows for commit in since):
-            raise TrailvecError(
-                f"another run changed table {table.name} while {self.report.stage} began: run this again when that one "
-                f"has ended; nothing is lost"
-            )
+            raise _changed_by_another_run(table, f"{self.report.stage} began")
         self._versions[table.name] = newest
         self._frames.pop(table.name, None)
 
@@ -383,10 +380,7 @@ class Runtime:
 
         def write() -> None:
             if made_from is not None and self.stage_version(table) != made_from:
-                raise TrailvecError(
-                    f"another run changed table {table.name} while this one worked on it: run this again when that one "
-                    f"has ended; nothing is lost"
-                )
+                raise _changed_by_another_run(table, "this one worked on it")
             with spark_conf(self.spark, settings):
                 merge.execute()
 
@@ -653,6 +647,13 @@ class Runtime:
         if not self.exists(CURRENT_MODEL):
             return None
         return next((str(row["model_version"]) for row in self.latest(CURRENT_MODEL).collect()), None)
+
+
+def _changed_by_another_run(table: Table, during: str) -> TrailvecError:
+    return TrailvecError(
+        f"another run changed table {table.name} while {during}: run this again when that one has ended; "
+        f"nothing is lost"
+    )
 
 
 @contextlib.contextmanager
