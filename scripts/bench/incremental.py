@@ -16,6 +16,7 @@ import argparse
 import shutil
 import statistics
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,10 @@ from superapp import START, World, write
 
 from jobs import build_sequences, build_vocabulary, flag_users, ingest, sessionize
 from jobs.maintain_tables import maintain
-from jobs.runtime import Runtime
+from jobs.runtime import Runtime, Stage
 
 STAGES = (ingest.STAGE, flag_users.STAGE, sessionize.STAGE, build_vocabulary.STAGE, build_sequences.STAGE)
+FIRST = STAGES[:3]  # of --quick, which has a minute
 SHARE = 0.001
 
 
@@ -63,14 +65,15 @@ def _save(rows: pa.Table, folder: Path, name: str) -> None:
         pq.write_table(rows.filter(pc.equal(days, day)), target / name)
 
 
-def run_all(stages: Runtime, what: str) -> dict[str, float]:
-    reports = {stage.name: stages.execute(stage) for stage in STAGES}
+def run_all(lake: Runtime, stages: Sequence[Stage], what: str) -> dict[str, float]:
+    reports = {stage.name: lake.execute(stage) for stage in stages}
     seconds = {name: report.seconds for name, report in reports.items()}
     said(f"{what}: {sum(seconds.values()):.1f} s; " + ", ".join(f"{name} {s:.1f}" for name, s in seconds.items()))
     return seconds
 
 
-def measure(spark: SparkSession, events: int, batches: int, folder: Path, kept_up: bool = True) -> dict[str, Any]:
+def measure(spark: SparkSession, events: int, batches: int, folder: Path, quick: bool = False) -> dict[str, Any]:
+    stages = FIRST if quick else STAGES
     world = World.of_events(events)
     data = folder / f"incremental-{events}"
     shutil.rmtree(data, ignore_errors=True)
@@ -82,12 +85,12 @@ def measure(spark: SparkSession, events: int, batches: int, folder: Path, kept_u
     rows, sizes = keep_back(log, data / "aside", batches)
     # Fixed, as they are between two trainings: with the log's end, all windows would move.
     valid, test = (f"{end - timedelta(days=days):%Y-%m-%dT%H:%M:%SZ}" for days in (14, 7))
-    stages = runtime(spark, data / "warehouse", data, f"sequences.valid_from={valid}", f"sequences.test_from={test}")
-    full = run_all(stages, f"{rows:,} rows")
+    lake = runtime(spark, data / "warehouse", data, f"sequences.valid_from={valid}", f"sequences.test_from={test}")
+    full = run_all(lake, stages, f"{rows:,} rows")
     upkeep = None
-    if kept_up:
+    if not quick:
         started = time.monotonic()
-        maintain(stages)
+        maintain(lake)
         upkeep = round(time.monotonic() - started, 2)
         said(f"maintain_tables: {upkeep} s")
     parts = []
@@ -96,7 +99,7 @@ def measure(spark: SparkSession, events: int, batches: int, folder: Path, kept_u
             target = log / file.parent.name / f"batch-{number}.parquet"
             target.parent.mkdir(exist_ok=True)
             file.rename(target)
-        parts.append(run_all(stages, f"batch {number + 1}, {size:,} rows"))
+        parts.append(run_all(lake, stages, f"batch {number + 1}, {size:,} rows"))
     shutil.rmtree(data)
 
     batch = {name: statistics.median(part[name] for part in parts) for name in full}
@@ -121,7 +124,7 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a minute: 10,000 events, one batch, no maintain_tables, all cold",
+        help="10,000 events, one batch, ingest to sessionize, no maintain_tables, all cold",
     )
     parser.add_argument("--events", type=float, help="about so many (default: 1e7)")
     parser.add_argument("--batches", type=int, help="medians of so many (default: 5; quick: 1)")
@@ -133,7 +136,7 @@ def main() -> None:
     spark = session(arguments.quick, tiny=arguments.quick)
     if not arguments.quick:
         measure(spark, 100_000, 2, arguments.folder.absolute())  # compiles and warms
-    result = measure(spark, events, batches, arguments.folder.absolute(), kept_up=not arguments.quick)
+    result = measure(spark, events, batches, arguments.folder.absolute(), arguments.quick)
     spark.stop()
     last_line(result)
 
