@@ -37,6 +37,9 @@ _REQUIRED = ("user_id", "item_id", "event_type", "vertical", "event_ts", "event_
 _IDS = ("event_id", "user_id", "item_id", "basket_id")
 _LONGEST_ID = 512
 _NUMBERS = ("amount", "quantity")
+# Not 32-bit numbers, whose text is another number than their 64 bits, nor times, which Spark takes for numbers.
+_NUMBER_TYPES = (T.DoubleType, T.IntegralType)
+_TIME_TYPES = (T.TimestampType, T.TimestampNTZType, T.DateType)
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 _ISO_LOCAL = r"\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?)?"
 _ISO_ZONED = r"\d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?\s*(Z|[+-]\d{2}(:?\d{2})?)"
@@ -73,13 +76,13 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
         bad_types = [F.when(_is_no_id(raw, columns.given()[n], mapping), f"bad_type_{n}") for n in _given_ids(mapping)]
         values = {n: _given(value) for n, value in columns.given().items() if n != "event_ts"}
         texts = {n: text_of(value) for n, value in values.items() if n not in _NUMBERS}
-        numbers = {n: _unless_blank(raw, value) for n, value in values.items() if n in _NUMBERS}
+        numbers = {n: _text_unless(raw, value, _NUMBER_TYPES) for n, value in values.items() if n in _NUMBERS}
         missing = F.lit(None).cast("string")
         given = raw.select(
             *[texts.get(c.name, missing).alias(c.name) for c in EVENTS.columns if _is_text(c.name)],
             *[numbers.get(n, missing).alias(_as_given(n)) for n in _NUMBERS],
             _time(event_ts, event_ts_type, columns.event_ts).alias("event_ts"),
-            _unless_blank(raw, event_ts).isNotNull().alias("has_event_ts"),
+            _text_unless(raw, event_ts, _TIME_TYPES).isNotNull().alias("has_event_ts"),
             F.col(REST).alias("attributes"),
             F.coalesce(F.when(F.col(BROKEN), F.lit(BROKEN_ROW)), *own_rules).alias("own_reason"),
             F.coalesce(F.lit(None).cast("string"), *bad_types).alias("bad_type"),
@@ -113,11 +116,9 @@ def _as_given(number: str) -> str:
     return f"given_{number}"
 
 
-def _unless_blank(raw: DataFrame, value: Column) -> Column:
-    """The value as text; a time or a 64-bit number, which is never blank, as it is: to write it out takes a while."""
-    kind = raw.select(value).schema[0].dataType
-    times = (T.TimestampType, T.TimestampNTZType, T.DateType)
-    return value if isinstance(kind, (*times, T.DoubleType, T.IntegralType)) else text_of(value)
+def _text_unless(raw: DataFrame, value: Column, kinds: tuple[type[T.DataType], ...]) -> Column:
+    """The value as text; as it is where it has one of the types, none of which is blank: to write it out takes long."""
+    return value if isinstance(raw.select(value).schema[0].dataType, kinds) else text_of(value)
 
 
 def _known_zones(spark: SparkSession) -> list[str]:

@@ -221,19 +221,22 @@ def test_times_of_parquet_types(spark: SparkSession, tmp_path: Path) -> None:
 
 def test_numbers_and_missing_times_of_parquet_types(spark: SparkSession, tmp_path: Path) -> None:
     """A number in another type is the number that its text shows: 0.1 of 32 bits is no .10000000149."""
-    tenth = {
+    prices_of = {
         "double": pa.array([0.1, math.nan, -math.inf, None]),
         "float": pa.array([0.1, math.nan, -math.inf, None], pa.float32()),
         "text": pa.array(["0.1", "NaN", "-Infinity", " "]),
         "decimal": pa.array([Decimal("0.10"), None], pa.decimal128(9, 2)),
         "whole": pa.array([2**53 - 1, None]),
+        "instant": pa.array([datetime(2011, 7, 1), None], pa.timestamp("us", tz="UTC")),
+        "naive": pa.array([datetime(2011, 7, 1), None], pa.timestamp("us")),
+        "day": pa.array([date(2011, 7, 1), None]),
     }
-    for kind, prices in tenth.items():
+    for kind, prices in prices_of.items():
         ids = pa.array([f"{kind} {number}" for number in range(len(prices))])
         at = pa.array([datetime(2011, 7, 1, 12)] * (len(prices) - 1) + [None], pa.timestamp("us", tz="UTC"))
         table = pa.table({"id": ids, "user": ids, "item": ids, "price": prices, "at": at})
         pq.write_table(table, tmp_path / f"{kind}.parquet")
-    rows = [row for kind in tenth for row in ingest(spark, tmp_path, mapping(f"{kind}.parquet", "parquet"))]
+    rows = [row for kind in prices_of for row in ingest(spark, tmp_path, mapping(f"{kind}.parquet", "parquet"))]
     found = {row["event_id"]: (row["amount"], row["reason"]) for row in rows}
     no_time = (None, "missing_event_ts")
     assert found == {
@@ -243,6 +246,8 @@ def test_numbers_and_missing_times_of_parquet_types(spark: SparkSession, tmp_pat
         "decimal 1": no_time,
         "whole 0": (2**53 - 1, None),
         "whole 1": no_time,
+        **{f"{kind} 0": (None, "bad_amount") for kind in ("instant", "naive", "day")},
+        **{f"{kind} 1": no_time for kind in ("instant", "naive", "day")},
     }
 
 
