@@ -1,4 +1,4 @@
-"""The state at each row's last action, and nothing else: what a model computes when millions of users are scored.
+"""The state at each row's last action, and nothing else: what a model computes when users are scored, or ranked for.
 
 `SequenceModel.encode` is the meaning; this is the same to within rounding, with less work, for models that only look
 back (GPT-2). Of the last block nobody asks for the states before the last, so
@@ -74,14 +74,14 @@ def _last_of_block(block: Any, hidden: Tensor, lengths: Tensor) -> Tensor:
     rows, length, width = hidden.shape
     heads = attention.num_heads
     weight, bias = attention.c_attn.weight, attention.c_attn.bias  # of query, key and value, side by side
-    place = torch.arange(rows), lengths - 1
+    place = torch.arange(rows, device=hidden.device), lengths - 1
     normed = block.ln_1(hidden)
     # By head first: a product of [heads, rows, ...] copies no weights.
     query = torch.addmm(bias[:width], normed[place], weight[:, :width]).view(rows, heads, -1).transpose(0, 1)
     keys = weight[:, width : 2 * width].view(width, heads, -1).permute(1, 2, 0)  # [heads, width / heads, width]
     # The key's bias adds the same to all scores of a row and head: softmax does not see it.
     asked = (query @ keys).transpose(0, 1) / math.sqrt(width // heads)  # [rows, heads, width]
-    later = torch.arange(length) >= lengths[:, None]
+    later = torch.arange(length, device=hidden.device) >= lengths[:, None]
     shares = (asked @ normed.transpose(1, 2)).masked_fill(later[:, None], -math.inf).softmax(dim=-1)
     pooled = (shares @ normed).transpose(0, 1)  # [heads, rows, width]
     values = weight[:, 2 * width :].view(width, heads, -1).transpose(0, 1)  # [heads, width, width / heads]

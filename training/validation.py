@@ -12,6 +12,7 @@ from training import dist
 from training.data import Held, to_batch, to_device
 from training.metrics import HISTORY_FROM, class_names, rank_metrics
 from training.model import SequenceModel
+from training.scoring import fast_encoder
 
 ITEMS_AT_ONCE, USERS_AT_ONCE = 16_384, 256  # 16 MB of scores, however large the catalogue is
 
@@ -32,10 +33,11 @@ def validate(  # noqa: PLR0917 - all of it is what is ranked
     histories of similar length (`by_history`), and over those with a next item of a vertical (`by_vertical`; what they
     took next of other verticals does not count there). `item_verticals`: see RunSpec. Empty without users."""
     model.eval()
+    encode = fast_encoder(model)  # of the weights as they are now
     states = torch.empty((held.actions.shape[1], model.spec.width), device=device)
     for start in range(0, len(states), batch_size):
         batch = to_batch(torch.from_numpy(held.actions[:, start : start + batch_size]))
-        states[start : start + batch_size] = model.encode(to_device(batch, device))
+        states[start : start + batch_size] = encode(to_device(batch, device))
     own = torch.from_numpy(held.actions[0]).long().to(device) if new_only else None
     top_items = best_items(model, states, torch.from_numpy(np.flatnonzero(known)).to(device), own).cpu().numpy()
     metrics = rank_metrics(top_items, held.targets, held.offsets)
