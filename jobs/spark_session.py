@@ -54,6 +54,8 @@ _SPARK_DEFAULTS = {
     "spark.sql.inMemoryColumnarStorage.compressed": "false",
     # A write that changes nothing (an empty table stays empty) still records what ran.
     "spark.databricks.delta.skipRecordingEmptyCommits": "false",
+    # MERGE would send all rows of a partition (a model's vectors of all users) to one task, into one file.
+    "spark.databricks.delta.merge.repartitionBeforeWrite.enabled": "false",
     # Not extraJavaOptions, which come behind these and are left to the configuration.
     "spark.driver.defaultJavaOptions": f"{_QUIET} {_ARROW}",
     "spark.executor.defaultJavaOptions": _ARROW,

@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
 from jobs import cli, find_neighbours, score_users
 from jobs.errors import TrailvecError
+from jobs.files import write_json
 from jobs.retire_model import retire
-from jobs.runtime import Runtime, Stage, write_json
+from jobs.runtime import Runtime, Stage
 from jobs.score_users import progress_line
+from jobs.spark_session import spark_conf
 from jobs.sql import query
 from jobs.tables import EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS, USER_EMBEDDINGS
 from scripts.faults import delta_reader
@@ -150,6 +153,16 @@ def test_increments_end_as_a_plain_loop_over_all_users(shop: Runtime) -> None:
     assert shop.execute(score_users.STAGE).rows_out["users_encoded"] == 1
     rows = [row for row in rows if row["user_id"] != "u5"] + last
     assert_vectors(shop, model, "m1", rows)
+
+
+def test_the_vectors_that_an_increment_rewrites_are_written_by_more_than_one_task(shop: Runtime) -> None:
+    make_model(shop, "m1", seed=1)
+    shop.execute(score_users.STAGE)
+    change(shop, score_rows(USERS, seed=3), [])
+    with spark_conf(shop.spark, {"spark.sql.adaptive.coalescePartitions.enabled": "false"}):
+        shop.execute(score_users.STAGE)
+    newest, *_ = (c for c in DeltaTable(shop.path(USER_EMBEDDINGS)).history() if c["operation"] == "MERGE")
+    assert newest["operationMetrics"]["numTargetFilesAdded"] == "2"  # spark.sql.shuffle.partitions
 
 
 def test_a_table_made_anew_as_a_whole_is_compared_with_what_it_was(shop: Runtime) -> None:
