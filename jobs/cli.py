@@ -20,7 +20,8 @@ from rich.console import Console
 
 from jobs.config import Config, load_config
 from jobs.errors import TrailvecError, explain
-from jobs.runtime import Report, Runtime, Stage, meanwhile
+from jobs.progress import meanwhile
+from jobs.runtime import Report, Runtime, Stage
 from jobs.tables import TABLES
 
 _out = Console(stderr=True, highlight=False)

@@ -34,7 +34,8 @@ from pyspark.sql import functions as F
 
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
-from jobs.runtime import Runtime, Stage, code_version, write_json
+from jobs.files import write_json
+from jobs.runtime import Runtime, Stage, code_version
 from jobs.segment_files import (
     MANIFEST,
     REPORT,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 import urllib.request
@@ -260,6 +261,17 @@ def place_of(text: str) -> Place:
     """A folder that the configuration names: a local one by its absolute path."""
     path = local_path(text)
     return HadoopPath(text) if path is None else Path(path).absolute()
+
+
+def write_json(path: Place, value: dict[str, Any]) -> None:
+    """Writes the file whole or not at all."""
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    if isinstance(path, Path):
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    else:
+        path.write_text(text)
 
 
 def shared_url(place: Place) -> str:

@@ -44,7 +44,8 @@ from jobs.cli import stage_main, table_console
 from jobs.commits import KEEP_DAYS
 from jobs.errors import TrailvecError
 from jobs.files import file_sizes
-from jobs.runtime import CONFLICTS, Runtime, Stage
+from jobs.lake import CONFLICTS
+from jobs.runtime import Runtime, Stage
 from jobs.spark_session import spark_conf
 from jobs.tables import TABLES, Table
 

@@ -1,4 +1,4 @@
-"""The only place that knows paths; and what a stage is.
+"""What a stage is, and what it reads and writes through.
 
 A stage reads tables at pinned versions and writes each of its tables in one Delta commit, whose user
 metadata says what ran: code version, resolved config, versions read (law 7). From the same facts comes
@@ -8,55 +8,29 @@ up to date and is skipped, which makes a second `trailvec run` quick and a kille
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import itertools
 import json
-import random
 import re
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from delta.exceptions import (
-    ConcurrentAppendException,
-    ConcurrentDeleteDeleteException,
-    ConcurrentDeleteReadException,
-    ConcurrentTransactionException,
-    ConcurrentWriteException,
-    MetadataChangedException,
-    ProtocolChangedException,
-)
-from delta.tables import DeltaTable, DeltaTableBuilder
-from py4j.protocol import Py4JJavaError
-from pyspark.errors import AnalysisException
+from delta.tables import DeltaTable
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from jobs.commits import Commit, History
 from jobs.config import Config
 from jobs.errors import TrailvecError
-from jobs.files import Place, place_of
-from jobs.spark_session import FEW, known_size, spark_conf, start_spark
+from jobs.lake import Lake
+from jobs.spark_session import FEW, known_size, spark_conf
 from jobs.tables import CURRENT_MODEL, Table, conform
 
 _PACKAGES = ("jobs", "spark_udfs", "training")
-# Another job committed in the meantime. In Python these have no base of their own, as they have in Java.
-CONFLICTS = (
-    ConcurrentAppendException,
-    ConcurrentDeleteDeleteException,
-    ConcurrentDeleteReadException,
-    ConcurrentTransactionException,
-    ConcurrentWriteException,
-    MetadataChangedException,
-    ProtocolChangedException,
-)
-_ATTEMPTS = 5  # at a commit that another job's commit got in the way of
 # Spark settings that no commit and no manifest may show; the pattern is spark.redaction.regex's default.
 _SECRET = re.compile(r"(?i)secret|password|token|access[.]?key")
 
@@ -109,77 +83,20 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
 
-class Runtime:
-    """Tables, models and exports of one configuration; one stage runs in it at a time."""
+class Runtime(Lake):
+    """The lake, and the one stage that runs in it at a time."""
 
     def __init__(self, config: Config, spark: SparkSession | None = None) -> None:
-        self.config = config
-        self._spark = spark
+        super().__init__(config, spark)
         self._stage: Stage | None = None
         self._versions: dict[str, int] = {}
-        self._history: dict[str, History] = {}
         self._frames: dict[str, DataFrame] = {}
         self.fingerprint = ""
         self.forced = False
         self.report = Report("")
         self.on_progress: Callable[[str], None] = lambda text: None
 
-    # ---- sessions and paths ------------------------------------------------------------------------
-
-    @property
-    def spark(self) -> SparkSession:
-        if self._spark is None:
-            self._spark = start_spark(self.config)
-        return self._spark
-
-    @property
-    def place(self) -> Place:
-        """The folder that holds everything trailvec writes."""
-        return self.place_of(self.config.storage.root)
-
-    def place_of(self, text: str) -> Place:
-        """A folder that the configuration names."""
-        place = place_of(text)
-        return place if isinstance(place, Path) else place.qualified(self.spark)
-
-    @property
-    def root(self) -> Path:
-        """The same, for what needs it on a local disk: the database of tune.
-
-        Raises:
-            TrailvecError: it is not local.
-        """
-        root = place_of(self.config.storage.root)
-        if not isinstance(root, Path):
-            raise TrailvecError(
-                f"storage.root = {root}, but tune keeps its trials in a database on a local disk: copy sequences, "
-                f"items and context_values into a local storage.root and search there"
-            )
-        return root
-
-    def path(self, table: Table) -> str:
-        return str(self.folder(table))
-
-    def folder(self, table: Table) -> Place:
-        return self.place / "tables" / table.name
-
-    @property
-    def models(self) -> Place:
-        return self.place / "models"
-
-    @property
-    def exports(self) -> Place:
-        return self.place / "exports"
-
-    @property
-    def exports_staging(self) -> Place:
-        """What a run of export_segments lays down meanwhile; user ids among it."""
-        return self.place / ".exports.staging"
-
-    def exists(self, table: Table) -> bool:
-        return bool(DeltaTable.isDeltaTable(self.spark, self.path(table)))
-
-    # ---- one stage ---------------------------------------------------------------------------------
+    # ---- one stage -------------------------------------------------------------------------------
 
     def execute(self, stage: Stage, force: bool = False) -> Report:
         """Runs the stage, or skips it where its tables already hold what it would write.
@@ -201,16 +118,24 @@ class Runtime:
         for table in stage.reads:
             self.report.rows_in.setdefault(table.name, self.read(table).count())
         for table in stage.writes:
-            self.report.rows_out.setdefault(table.name, self._load(table).count())
+            self.report.rows_out.setdefault(table.name, self.latest(table).count())
         self._history = {}  # what others commit from now on is looked up
         self.report.seconds = time.monotonic() - started
         return self.report
+
+    def running_tasks(self) -> str:
+        """Spark's running stages as "done/all tasks"; empty when nothing runs or Spark is not up."""
+        if self._spark is None:
+            return ""
+        tracker = self._spark.sparkContext.statusTracker()
+        stages = [tracker.getStageInfo(number) for number in tracker.getActiveStageIds()]
+        return "  ".join(f"{info.numCompletedTasks}/{info.numTasks} tasks" for info in stages if info)
 
     def read(self, table: Table) -> DataFrame:
         """The table as it was when the stage began."""
         # One frame for all: Delta puts a snapshot of an old version together anew for each.
         if table.name not in self._frames:
-            self._frames[table.name] = self._load(table, self._versions[table.name])
+            self._frames[table.name] = self.at(table, self._versions[table.name])
         return self._frames[table.name]
 
     def version(self, table: Table) -> int:
@@ -231,6 +156,30 @@ class Runtime:
         self._versions[table.name] = newest
         self._frames.pop(table.name, None)
 
+    def changed_version(self, table: Table) -> int:
+        """The newest version that changed rows, at or before the stage's where it reads the table: upkeep makes
+        nothing else out of date."""
+        at = self._versions[table.name] if table.name in self._versions else self.latest_version(table)
+        return next((c.version for c in self._commits(table) if c.changed_rows and c.version <= at), at)
+
+    def current_model(self) -> str:
+        """The version of the model whose vectors the stage reads: the one that all users have a vector of.
+
+        Raises:
+            TrailvecError: there is none yet, or the configuration asks for another.
+        """
+        versions = [row["model_version"] for row in self.read(CURRENT_MODEL).collect()]
+        wanted = self.config.model.version
+        if not versions:
+            raise TrailvecError("no model has a vector of every user yet: run `trailvec score_users` first")
+        if wanted is not None and wanted != versions[0]:
+            raise TrailvecError(
+                f"the current model is {versions[0]}, found model.version = {wanted}: run `trailvec score_users` first"
+            )
+        return str(versions[0])
+
+    # ---- what changed since the last run ---------------------------------------------------------
+
     def incremental(self, written: Table, read: Table) -> DataFrame | None:
         """The changes of `read` (Delta's change data feed: its columns,
         _change_type and _commit_version) since `written` was made.
@@ -240,6 +189,11 @@ class Runtime:
         """
         since = self._since(written, read)
         return None if since is None else self.changes(read, since)
+
+    def previous(self, written: Table, read: Table) -> DataFrame | None:
+        """`read` as it was when `written` was made; None where `incremental` would give None."""
+        since = self._since(written, read)
+        return None if since is None else self.at(read, since)
 
     def changes(self, read: Table, since: int) -> DataFrame | None:
         """What changed in `read` after its version `since`, as in `incremental`; None where it was replaced as a whole
@@ -254,15 +208,6 @@ class Runtime:
             return None
         reader = self.spark.read.format("delta").option("readChangeFeed", "true")
         return reader.option("startingVersion", since + 1).option("endingVersion", until).load(self.path(read))
-
-    def previous(self, written: Table, read: Table) -> DataFrame | None:
-        """`read` as it was when `written` was made; None where `incremental` would give None."""
-        since = self._since(written, read)
-        return None if since is None else self.at(read, since)
-
-    def at(self, table: Table, version: int) -> DataFrame:
-        """The table at a version that is `kept`."""
-        return self._load(table, version)
 
     def _since(self, written: Table, read: Table) -> int | None:
         """The version of `read` that `written` was made from, if one can go on from there."""
@@ -284,6 +229,8 @@ class Runtime:
         newer = itertools.takewhile(lambda commit: commit.version > version, self._commits(read))
         commits = [commit for commit in newer if commit.version <= until]
         return version <= until and len(commits) == until - version and all(c.committed_at > oldest for c in commits)
+
+    # ---- writing ---------------------------------------------------------------------------------
 
     def write(self, table: Table, df: DataFrame, done: bool = True) -> None:
         """Replaces the table's rows by `df` in one commit; in a table partitioned by model_version, only
@@ -312,7 +259,7 @@ class Runtime:
     def touch(self, table: Table, note: dict[str, Any] | None = None) -> None:
         """Records that the stage ran and found nothing to change."""
         self.create(table)
-        self.append(table, self._load(table).limit(0), note=note)
+        self.append(table, self.latest(table).limit(0), note=note)
 
     def _save(
         self,
@@ -416,116 +363,13 @@ class Runtime:
         """
         rows = DeltaTable.forPath(self.spark, self.path(table)).alias("old")
         merge = rows.merge(users.alias("gone"), on).whenMatchedDelete()
-        # Delta would write all rows of a partition (a model's vectors of all users, say) in one task.
-        with spark_conf(self.spark, {"spark.databricks.delta.merge.repartitionBeforeWrite.enabled": "false"}):
-            self._noted_commit(merge.execute, True, {"erasure": erasure})
-
-    def erasure_commits(self, table: Table, erasure: str) -> list[Commit]:
-        """The table's commits of that erasure, newest first."""
-        return [commit for commit in self._commits(table) if commit.erasure == erasure]
+        self._noted_commit(merge.execute, True, {"erasure": erasure})
 
     def _noted_commit(self, write: Callable[[], Any], done: bool, note: dict[str, Any] | None) -> None:
         with spark_conf(self.spark, {"spark.databricks.delta.commitInfo.userMetadata": self._metadata(done, note)}):
             self.commit(write)
 
-    def purge(self, table: Table, where: str | None = None) -> None:
-        """Rewrites the files of the partitions in which deletion vectors hide rows, and no other (but for those of a
-        table with a change data feed that MERGE wrote: they have a column that the table has not).
-
-        Each file for itself: Delta would pack them into files of 1 GB, written by a task each. A clustered table is one
-        no more until `maintain_tables`: of its files Delta would leave those of a full cube, or of the only one, as
-        they are, hidden rows and all.
-
-        Args:
-            where: a condition over the partition columns; SQL, from code, never from input. None: all partitions.
-        """
-        self.cluster(table, ())
-        of = f"WHERE {where} " if where else ""
-        with spark_conf(self.spark, {"spark.databricks.delta.optimize.maxFileSize": "1"}):
-            self.commit(lambda: self.spark.sql(f"REORG TABLE {self.sql_name(table)} {of}APPLY (PURGE)"))
-
-    def cluster(self, table: Table, by: Sequence[str]) -> None:
-        """Has Delta's OPTIMIZE lay rows of like values of `by` into the same files from now on (none: no more). A table
-        without `cluster_by` stays as it is."""
-        if not table.cluster_by:
-            return
-        now = DeltaTable.forPath(self.spark, self.path(table)).detail().collect()[0]["clusteringColumns"]
-        if now != list(by):
-            columns = f"({', '.join(by)})" if by else "NONE"
-            self.commit(lambda: self.spark.sql(f"ALTER TABLE {self.sql_name(table)} CLUSTER BY {columns}"))
-
-    def sql_name(self, table: Table) -> str:
-        """The table in SQL."""
-        return f"delta.`{self.path(table).replace('`', '``')}`"
-
-    def commit(self, write: Callable[[], Any]) -> None:
-        """One commit to a table; tries again where another job (maintain_tables, say) got in its way.
-
-        Raises:
-            one of CONFLICTS: it did so five times, 15 to 30 seconds of waiting in all.
-        """
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                write()
-                self._history = {}
-                return
-            except CONFLICTS:
-                if attempt == _ATTEMPTS:
-                    raise
-                time.sleep(2**attempt * random.uniform(0.5, 1))  # noqa: S311 - spreads the two, nothing secret
-
-    def create(self, table: Table) -> None:
-        """Makes the table, empty, where it does not exist: types, NOT NULL, comments, partitions.
-
-        Raises:
-            TrailvecError: it exists with other columns.
-        """
-        for attempt in range(1, _ATTEMPTS + 1):
-            if self.exists(table):
-                self._refuse_other_columns(table)
-                return
-            try:
-                self.commit(self._builder(table).execute)
-                return
-            except (AnalysisException, Py4JJavaError):
-                # Another job makes it at this moment, or was killed as it did. No long waits: a full disk comes this
-                # way too, and is to be said within seconds.
-                if attempt == _ATTEMPTS:
-                    raise
-                time.sleep(random.uniform(0.2, 1))  # noqa: S311 - spreads the two, nothing secret
-                if attempt > 1 and not self.exists(table):
-                    self._clear_log(table)
-
-    def _builder(self, table: Table) -> DeltaTableBuilder:
-        builder = DeltaTable.createIfNotExists(self.spark).location(self.path(table)).comment(table.comment)
-        builder = builder.addColumns(table.schema())
-        if table.partition_by:
-            builder = builder.partitionedBy(*table.partition_by)
-        if table.cluster_by:
-            builder = builder.clusterBy(*table.cluster_by)
-        statistics = {"delta.dataSkippingStatsColumns": ",".join(table.statistics_columns())}
-        for name, value in {**statistics, **table.properties}.items():
-            builder = builder.property(name, value)
-        return builder
-
-    def _refuse_other_columns(self, table: Table) -> None:
-        found, wanted = self.latest(table).schema, table.schema()
-        if [(f.name, f.dataType) for f in found] != [(f.name, f.dataType) for f in wanted]:
-            raise TrailvecError(
-                f"table {table.name} at {self.path(table)} has the columns of another version of trailvec "
-                f"({', '.join(found.names)}): move that folder away and run `trailvec {table.stage}` again"
-            )
-
-    def _clear_log(self, table: Table) -> None:
-        """Removes a log without a commit: what a kill between the making of its folder and the first commit leaves, and
-        Delta neither reads nor creates. At most a half-written commit lies in it, which nobody has ever seen.
-        (Another job may be about to commit there: a folder that holds a commit is not removed, whoever made it.)"""
-        log = self.folder(table) / "_delta_log"
-        for part in log.glob(".*"):
-            part.unlink(missing_ok=True)
-        for folder in (log / "_commits", log):  # Delta makes both before it commits
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+    # ---- what ran --------------------------------------------------------------------------------
 
     def provenance(self) -> dict[str, Any]:
         """What is running, as it is stored in what it writes; without secrets."""
@@ -549,15 +393,6 @@ class Runtime:
         words = {} if note is None else {"note": note}
         return json.dumps(self.provenance() | ({} if done else {"fingerprint": None}) | words, sort_keys=True)
 
-    def commits(self, table: Table) -> Iterable[Commit]:
-        """The table's commits, newest first, as far back as its log is kept (at most 500); none where it is not."""
-        return self._commits(table) if self.exists(table) else ()
-
-    def notes(self, table: Table) -> list[dict[str, Any]]:
-        """The `note` of each of the table's commits of a stage that has one, newest first."""
-        stages = (c.provenance for c in self.commits(table) if c.provenance is not None and not c.beside)
-        return [provenance["note"] for provenance in stages if "note" in provenance]
-
     def _facts(self, stage: Stage) -> dict[str, Any]:
         settings = self.config.model_dump(mode="json", include=set(stage.settings))
         return {
@@ -568,85 +403,8 @@ class Runtime:
             "inputs": stage.inputs(self),
         }
 
-    def latest(self, table: Table) -> DataFrame:
-        """The table as it is now; for a stage that reads what it writes itself."""
-        return self._load(table)
-
-    def _load(self, table: Table, version: int | None = None) -> DataFrame:
-        reader = self.spark.read.format("delta")
-        return (reader if version is None else reader.option("versionAsOf", version)).load(self.path(table))
-
-    def latest_version(self, table: Table) -> int:
-        """The table's newest Delta version.
-
-        Raises:
-            TrailvecError: the table does not exist.
-        """
-        if not self.exists(table):
-            raise TrailvecError(
-                f"table {table.name} does not exist under {self.place}: run `trailvec {table.stage}` first"
-            )
-        self._history.pop(table.name, None)  # others may have written
-        return self._commits(table).newest
-
-    def changed_version(self, table: Table) -> int:
-        """The newest version that changed rows, at or before the stage's where it reads the table: upkeep makes
-        nothing else out of date."""
-        at = self._versions[table.name] if table.name in self._versions else self.latest_version(table)
-        return next((c.version for c in self._commits(table) if c.changed_rows and c.version <= at), at)
-
-    def stage_version(self, table: Table) -> int:
-        """The newest version in which a stage of the road changed rows: no upkeep, and no erasure; -1: none did."""
-        self.latest_version(table)  # looks the commits up anew
-        return next((c.version for c in self._commits(table) if c.changed_rows and not c.beside), -1)
-
-    def _commits(self, table: Table) -> History:
-        """The table's commits; looked up once until the next commit of this runtime."""
-        if table.name not in self._history:
-            self._history[table.name] = History(self.path(table))
-        return self._history[table.name]
-
     def _last_fingerprint(self, table: Table) -> str | None:
         return (self.last_writer(table) or {}).get("fingerprint")
-
-    def last_writer(self, table: Table) -> dict[str, Any] | None:
-        """The provenance of the table's newest commit that a stage of the road made; None where there is none."""
-        if not self.exists(table):
-            return None
-        stages = (c.provenance for c in self._commits(table) if not c.beside)
-        return next((provenance for provenance in stages if provenance is not None), None)
-
-    def running_tasks(self) -> str:
-        """Spark's running stages as "done/all tasks"; empty when nothing runs or Spark is not up."""
-        if self._spark is None:
-            return ""
-        tracker = self._spark.sparkContext.statusTracker()
-        stages = [tracker.getStageInfo(number) for number in tracker.getActiveStageIds()]
-        return "  ".join(f"{info.numCompletedTasks}/{info.numTasks} tasks" for info in stages if info)
-
-    # ---- models ------------------------------------------------------------------------------------
-
-    def current_model(self) -> str:
-        """The version of the model whose vectors the stage reads: the one that all users have a vector of.
-
-        Raises:
-            TrailvecError: there is none yet, or the configuration asks for another.
-        """
-        versions = [row["model_version"] for row in self.read(CURRENT_MODEL).collect()]
-        wanted = self.config.model.version
-        if not versions:
-            raise TrailvecError("no model has a vector of every user yet: run `trailvec score_users` first")
-        if wanted is not None and wanted != versions[0]:
-            raise TrailvecError(
-                f"the current model is {versions[0]}, found model.version = {wanted}: run `trailvec score_users` first"
-            )
-        return str(versions[0])
-
-    def newest_current_model(self) -> str | None:
-        """The current model's version now, whatever the stage pinned and the configuration asks for; None: none yet."""
-        if not self.exists(CURRENT_MODEL):
-            return None
-        return next((str(row["model_version"]) for row in self.latest(CURRENT_MODEL).collect()), None)
 
 
 def _changed_by_another_run(table: Table, during: str) -> TrailvecError:
@@ -654,35 +412,6 @@ def _changed_by_another_run(table: Table, during: str) -> TrailvecError:
         f"another run changed table {table.name} while {during}: run this again when that one has ended; "
         f"nothing is lost"
     )
-
-
-@contextlib.contextmanager
-def meanwhile(act: Callable[[], None], seconds: float) -> Iterator[None]:
-    """Does `act` every so many seconds, in a thread of its own, until the block ends."""
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(seconds):
-            act()
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
-
-
-def write_json(path: Place, value: dict[str, Any]) -> None:
-    """Writes the file whole or not at all."""
-    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-    if isinstance(path, Path):
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    else:
-        path.write_text(text)
 
 
 @cache

@@ -28,7 +28,8 @@ from jobs.cli import stage_main
 from jobs.errors import TrailvecError
 from jobs.model_folders import model_folder
 from jobs.models import encode_sequences
-from jobs.runtime import Runtime, Stage, meanwhile
+from jobs.progress import meanwhile
+from jobs.runtime import Runtime, Stage
 from jobs.spark_session import spark_conf
 from jobs.tables import CURRENT_MODEL, SEQUENCES, USER_EMBEDDINGS
 from spark_udfs.encode import Counts, Summed

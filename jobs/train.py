@@ -28,12 +28,12 @@ from pyspark.sql import functions as F
 from jobs.cli import stage_main
 from jobs.config import Config
 from jobs.errors import TrailvecError
-from jobs.files import HadoopPath, Place, published, shared_url
+from jobs.files import HadoopPath, Place, published, shared_url, write_json
 from jobs.item_facts import attribute_matrix, item_attributes, item_counts, item_verticals
 from jobs.launch_training import launch, launch_in_spark
 from jobs.model_card import plot, write_card
 from jobs.model_folders import has_model, model_folder
-from jobs.runtime import Runtime, Stage, write_json
+from jobs.runtime import Runtime, Stage
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
 from jobs.tracking import Tracker, tracked
 from training.batches import BUCKET_SIZES, FEATURES

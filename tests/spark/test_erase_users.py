@@ -21,7 +21,7 @@ from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
 from jobs import build_sequences, build_vocabulary, cli, erase_users, flag_users, ingest, sessionize
-from jobs import runtime as runtime_module
+from jobs import lake as lake_module
 from jobs.erase_users import HOLDING_USERS, erase, finish
 from jobs.errors import TrailvecError
 from jobs.maintain_tables import maintain, vacuum
@@ -289,8 +289,7 @@ def test_a_row_that_an_update_hid_goes_too(make_runtime: Callable[..., Runtime],
 def test_a_writer_beside_it_loses_nothing_and_brings_nobody_back(
     make_runtime: Callable[..., Runtime], tmp_path: Path, keyed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 2), monotonic=time.monotonic, time=time.time)
-    monkeypatch.setattr(runtime_module, "time", clock)
+    monkeypatch.setattr(lake_module, "time", SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 2)))
     runtime = make_runtime()
 
     def event(number: int, user: str, item: str = "i") -> dict[str, Any]:

@@ -11,9 +11,9 @@ import pytest
 from pyspark.sql import SparkSession
 
 from jobs.errors import TrailvecError
-from jobs.files import HadoopPath, fetch, file_sizes, published
+from jobs.files import HadoopPath, fetch, file_sizes, published, write_json
 from jobs.model_folders import add_to_model, has_model, model_folder
-from jobs.runtime import Runtime, write_json
+from jobs.runtime import Runtime
 from training.checkpoint import describe_weights
 from training.config import ModelSpec
 

@@ -20,8 +20,8 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from jobs import cli, flag_users, sessionize
+from jobs import lake as lake_module
 from jobs import maintain_tables as module
-from jobs import runtime as runtime_module
 from jobs.audit import audit
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath
@@ -310,8 +310,7 @@ def test_upkeep_makes_no_stage_out_of_date_and_feeds_no_change(
 def test_a_writer_beside_it_loses_nothing(
     make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 20), monotonic=time.monotonic)
-    monkeypatch.setattr(runtime_module, "time", clock)
+    monkeypatch.setattr(lake_module, "time", SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 20)))
     runtime = make_runtime()
     in_pieces(runtime)
     other = Runtime(runtime.config, spark.newSession())  # settings of its own, as another process has
@@ -355,7 +354,7 @@ def test_a_conflict_is_tried_again_and_told_when_it_does_not_end(
     in_pieces(runtime, pieces=2)
     put(runtime, CONTEXT_VALUES, spark.createDataFrame([("vertical", "food", 2)], CONTEXT_VALUES.schema()))
     waited: list[float] = []
-    monkeypatch.setattr(runtime_module, "time", SimpleNamespace(sleep=waited.append, monotonic=time.monotonic))
+    monkeypatch.setattr(lake_module, "time", SimpleNamespace(sleep=waited.append))
     real, left = Runtime.commit, [2]
 
     def meets_others(self: Runtime, write: Callable[[], Any]) -> None:

@@ -17,8 +17,9 @@ from pyspark.sql import functions as F
 
 from jobs import find_neighbours
 from jobs.errors import TrailvecError
+from jobs.files import write_json
 from jobs.find_neighbours import STAGE
-from jobs.runtime import Runtime, write_json
+from jobs.runtime import Runtime
 from jobs.spark_session import spark_conf
 from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, ITEMS, SESSIONS, USER_EMBEDDINGS
 from spark_udfs import topk

@@ -22,7 +22,6 @@ from pyspark.sql import SparkSession
 from rich.console import Console
 
 from jobs import align, cli, evaluate, export_segments
-from jobs import runtime as runtime_module
 from jobs import train as train_module
 from jobs.cli import main, run_stages
 from jobs.model_folders import model_folder
@@ -290,7 +289,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     for name in ("create", "_save", "merge"):
         monkeypatch.setattr(Runtime, name, dying(getattr(Runtime, name)))
-    for module in (runtime_module, train_module, export_segments):
+    for module in (train_module, export_segments):
         monkeypatch.setattr(module, "write_json", dying(module.write_json))
     monkeypatch.setattr(align, "write_alignment", dying(write_alignment))
     monkeypatch.setattr(Path, "rename", dying(Path.rename))

@@ -18,7 +18,8 @@ from pyspark.sql import functions as F
 
 from jobs import build_vocabulary, probe, profile_users, sessionize
 from jobs.errors import TrailvecError
-from jobs.runtime import Runtime, write_json
+from jobs.files import write_json
+from jobs.runtime import Runtime
 from jobs.splits import cut_times
 from jobs.tables import EVENTS, FLAGGED_USERS, ITEMS, PROBES, SESSIONS, USER_PROFILES
 from tests.conftest import make_config, put, read_delta
