@@ -67,7 +67,8 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
     fields = [named_column(name) for name in raw.columns if name not in (FILE, LINE, BROKEN, REST)]
     if columns.event_id.ordinal:
         record = F.coalesce(F.col(LINE), F.to_json(F.struct(*fields)))
-        identical = Window.partitionBy(FILE, F.sha2(record, 256)).orderBy(FILE)
+        # The hash first: the sort goes by the first bytes of the first key, and a file's name tells no records apart.
+        identical = Window.partitionBy(F.sha2(record, 256), FILE).orderBy(FILE)
         raw = raw.withColumn(_ORDINAL, F.row_number().over(identical))
     try:
         event_ts = _given(columns.event_ts)
