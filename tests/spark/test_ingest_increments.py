@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from delta.tables import DeltaTable
-from pyspark.sql import SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 
 from jobs import ingest
 from jobs.errors import TrailvecError
@@ -81,6 +81,30 @@ def test_growing_folders_end_in_the_events_of_one_batch(make_runtime: Callable[.
     assert seen[1] > seen[0]
     assert runtime.execute(STAGE).skipped
     assert events(runtime) == events(once)
+
+
+@pytest.mark.parametrize(("most", "join"), [(2, "BroadcastHashJoin"), (1, "SortMergeJoin")])
+def test_the_ids_of_a_small_batch_go_to_each_task(
+    make_runtime: Callable[..., Runtime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, join: str
+) -> None:
+    runtime, plans = make_runtime(*settings(tmp_path, source(tmp_path))), []
+
+    def look(runtime: Runtime, ids: DataFrame, where: Column) -> DataFrame | None:
+        there = runtime.latest(EVENTS).join(ids, "event_id", "left_semi")
+        plans.append(there._jdf.queryExecution().executedPlan().toString())  # type: ignore[operator]
+        return stored(runtime, ids, where)
+
+    stored = ingest.stored_events
+    monkeypatch.setattr(ingest, "stored_events", look)
+    monkeypatch.setattr(ingest, "FEW", most)
+    (tmp_path / "log0.csv").write_text(HEADER + "1,ann,a,2023-05-01,1\n")
+    runtime.execute(STAGE)
+    (tmp_path / "log1.csv").write_text(HEADER + "1,ann,a,2023-05-01,1\n2,bob,b,2023-05-02,1\n")
+    with spark_conf(runtime.spark, {"spark.sql.autoBroadcastJoinThreshold": "-1"}):  # as where Spark knows no size
+        runtime.execute(STAGE)
+    (plan,) = plans
+    assert join in plan
+    assert [row["event_id"] for row in events(runtime)] == ["1", "2"]
 
 
 def test_a_last_batch_of_one_wrong_record_is_weighed_with_those_before_it(
