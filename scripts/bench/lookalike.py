@@ -33,7 +33,7 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from measure import last_line, said
+from measure import last_line, put, said
 from pyspark.sql import functions as F
 from scipy.sparse import csr_matrix
 
@@ -41,7 +41,7 @@ from jobs import profile_users
 from jobs.cli import run_stages
 from jobs.config import load_config
 from jobs.pipeline import STAGES
-from jobs.runtime import Runtime, Stage
+from jobs.runtime import Runtime
 from jobs.tables import CURRENT_MODEL, EVENTS, USER_EMBEDDINGS, USER_PROFILES, Table
 from spark_udfs.likeness import Anchors, Method, Scorer, anchors_of, direction_of
 
@@ -71,9 +71,7 @@ def warehouse_before(source: Runtime, start: pd.Timestamp, folder: Path) -> Runt
     runtime = Runtime(config, source.spark)
     if not runtime.exists(EVENTS):
         before = source.latest(EVENTS).where(F.col("event_ts") < F.lit(start.tz_localize("UTC").to_pydatetime()))
-        runtime.execute(
-            Stage("put", "", lambda r: r.write(EVENTS, before), reads=(), writes=(), settings=()), force=True
-        )
+        put(runtime, EVENTS, before)
     names = [stage.name for stage in STAGES]
     road = STAGES[names.index("flag_users") : names.index("score_users") + 1]
     run_stages(runtime, [*road, profile_users.STAGE])  # what is done is skipped

@@ -14,11 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 
 from jobs.config import Config, load_config
-from jobs.runtime import Runtime
+from jobs.runtime import Runtime, Stage
 from jobs.spark_session import start_spark
+from jobs.tables import Table
 
 CORES = 2
 CONF = {
@@ -53,6 +54,11 @@ def runtime(spark: SparkSession, root: Path, data: Path, *sets: str) -> Runtime:
     """Stages over the superapp's log in `data`/superapp, their tables under `root`."""
     own = [f'storage.root="{root}"', f'ingest.data_dir="{data}"', f'ingest.sources=["{SOURCE}"]']
     return Runtime(_with_conf(load_config(None, [*own, *sets]), CONF), spark)
+
+
+def put(lake: Runtime, table: Table, rows: DataFrame) -> None:
+    """Makes `rows` the table's rows, as the stage that writes it would."""
+    lake.execute(Stage("put", "", lambda r: r.write(table, rows), reads=(), writes=(), settings=()), force=True)
 
 
 def _with_conf(config: Config, conf: dict[str, str]) -> Config:

@@ -85,6 +85,13 @@ def write_users(folder: Path, users: int) -> str:
     return str(target)
 
 
+def write_model(folder: Path) -> None:
+    """A model of SPEC with random weights."""
+    folder.mkdir(parents=True)
+    attributes = torch.stack([torch.arange(ITEMS) % size for size in SPEC.attribute_sizes.values()])
+    save_model(folder, build_model(SPEC, torch.ones(ITEMS, dtype=torch.int64), attributes), {"model_version": "bench"})
+
+
 def columns_of(rows: pa.Table) -> tuple[np.ndarray, list[np.ndarray]]:
     values = [rows.column(name).combine_chunks().flatten().to_numpy() for name in FEATURES]
     return rows.column("length").to_numpy().astype(np.int64), values
@@ -209,11 +216,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model_dir = folder / "score-model"
     shutil.rmtree(model_dir, ignore_errors=True)
-    model_dir.mkdir(parents=True)
-    attributes = torch.stack([torch.arange(ITEMS) % size for size in SPEC.attribute_sizes.values()])
-    save_model(
-        model_dir, build_model(SPEC, torch.ones(ITEMS, dtype=torch.int64), attributes), {"model_version": "bench"}
-    )
+    write_model(model_dir)
     path = write_users(folder, users)
     spark = session(quick=False)
 

@@ -14,37 +14,26 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from measure import Watch, bars, last_line, runtime, said, session
-from pyspark.sql import SparkSession
+from measure import Watch, bars, last_line, put, runtime, said, session
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
-from score import ITEMS, SPEC, write_users
+from score import write_model, write_users
 
 from jobs import score_users
 from jobs.files import write_json
 from jobs.maintain_tables import active_files
 from jobs.runtime import Runtime, Stage
 from jobs.tables import SEQUENCES, USER_EMBEDDINGS
-from training.checkpoint import save_model
-from training.model import build_model
 
 PARTS = 1_000  # one of them changes
 
 
-def make_model(lake: Runtime) -> None:
-    folder = lake.models / "bench"
-    folder.mkdir(parents=True)
-    attributes = torch.stack([torch.arange(ITEMS) % size for size in SPEC.attribute_sizes.values()])
-    save_model(folder, build_model(SPEC, torch.ones(ITEMS, dtype=torch.int64), attributes), {"model_version": "bench"})
-    write_json(lake.models / "current.json", {"model_version": "bench"})
-
-
-def change(lake: Runtime, write: Callable[[Runtime], None]) -> None:
-    lake.execute(Stage("change", "", write, reads=(), writes=(SEQUENCES,), settings=()), force=True)
+def change(lake: Runtime, rows: DataFrame) -> None:
+    """Takes the rows up into sequences, as build_sequences does."""
+    lake.execute(Stage("change", "", lambda r: r.merge(SEQUENCES, rows, few=True), (), (SEQUENCES,), ()), force=True)
 
 
 def score(lake: Runtime) -> dict[str, float]:
@@ -58,25 +47,24 @@ def score(lake: Runtime) -> dict[str, float]:
 def measure(spark: SparkSession, folder: Path, users: int, rounds: int) -> dict[str, Any]:
     root = folder / "score-increments"
     shutil.rmtree(root, ignore_errors=True)
-    lake = runtime(spark, root / str(users), folder)
-    make_model(lake)
+    lake = runtime(spark, root / str(users), folder)  # Delta remembers what lay in a folder
+    write_model(lake.models / "bench")
+    write_json(lake.models / "current.json", {"model_version": "bench"})
     # Rows of split score, of the columns that a model reads.
     more = {"split": F.lit("score"), "part": F.lit(0), "last_ts": F.col("as_of")}
     nothing = {name: F.lit(None) for name in ("target_item_index", "target_ts", "seen_item_index")}
     rows = spark.read.parquet(write_users(folder, users)).withColumns(more | nothing)
-    change(lake, lambda r: r.write(SEQUENCES, rows))
+    put(lake, SEQUENCES, rows)
     full = score(lake)
     parts = []
     for number in range(rounds):
         # Another hash than the one by which the stage parts its users: they lie in all files.
         some = rows.where(F.pmod(F.hash("user_id"), F.lit(PARTS)) == number)
-        later = some.withColumn("as_of", F.col("as_of") + F.expr("INTERVAL 1 DAY"))
-        change(lake, lambda r, new=later: r.merge(SEQUENCES, new, few=True))  # type: ignore[misc]
+        change(lake, some.withColumn("as_of", F.col("as_of") + F.expr("INTERVAL 1 DAY")))
         parts.append(score(lake))
     files = active_files(lake, USER_EMBEDDINGS, lake.latest_version(USER_EMBEDDINGS))
     shutil.rmtree(root)
-    chart = {"all users": [full["s"]], "a thousandth": [part["s"] for part in parts]}
-    bars(folder / "score_increments.svg", chart)
+    bars(folder / "score_increments.svg", {"all users": [full["s"]], "a thousandth": [part["s"] for part in parts]})
     increment = {name: statistics.median(part[name] for part in parts) for name in full}
     share = increment["s"] / full["s"]
     return {"share_of_full": share, "full": full, "increment": increment, "rounds": rounds, "files": len(files)}
@@ -92,7 +80,7 @@ def main() -> None:
     users = int(arguments.users or (1e4 if arguments.quick else 1e6))
     rounds = arguments.rounds or (1 if arguments.quick else 5)
 
-    spark = session(arguments.quick)
+    spark = session(arguments.quick, tiny=arguments.quick)
     if not arguments.quick:
         measure(spark, arguments.folder.absolute(), 20_000, 2)  # compiles and warms
     result = measure(spark, arguments.folder.absolute(), users, rounds)

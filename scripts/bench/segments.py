@@ -38,15 +38,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
-from measure import CONF, Watch, bars, last_line, said, session
+from measure import CONF, Watch, bars, last_line, put, said, session
 from pyspark.sql import SparkSession
 
 from jobs.config import load_config
 from jobs.export_segments import STAGE
-from jobs.runtime import Runtime, Stage
+from jobs.runtime import Runtime
 from jobs.segment_files import KEY, write_parts
 from jobs.segments import read_segments
-from jobs.tables import CURRENT_MODEL, EXPORTS, ITEM_EMBEDDINGS, ITEMS, USER_EMBEDDINGS, Table
+from jobs.tables import CURRENT_MODEL, EXPORTS, ITEM_EMBEDDINGS, ITEMS, USER_EMBEDDINGS
 from spark_udfs.encode import as_lists
 from spark_udfs.likeness import DEFAULT_METHOD, Method
 
@@ -95,10 +95,6 @@ def prepare(runtime: Runtime, data: Path, users: int) -> None:
     put(runtime, CURRENT_MODEL, spark.createDataFrame([("m",)], CURRENT_MODEL.schema()))
     put(runtime, ITEM_EMBEDDINGS, spark.createDataFrame(rows, ITEM_EMBEDDINGS.schema()))
     put(runtime, ITEMS, spark.createDataFrame(kinds, ITEMS.schema()))
-
-
-def put(runtime: Runtime, table: Table, rows: Any) -> None:
-    runtime.execute(Stage("put", "", lambda r: r.write(table, rows), reads=(), writes=(), settings=()), force=True)
 
 
 def write_segments(data: Path, users: int, count: int, method: Method, purpose: str) -> list[str]:
