@@ -1,13 +1,14 @@
-"""build_vocabulary: events (+ items, context_values as they are) → items, context_values.
+"""build_vocabulary: events + flagged_users (+ items, context_values as they are) → items, context_values.
 
 The law: a number is given once and never again (docs/decisions/0005). An item gets a row, and with it a number, once it
 has `vocabulary.min_count` events; numbers go up with the time of the first event, ties by item_id. The counts and names
 of old rows are brought up to date; their numbers are not touched. The numbering of one run's *new* items sorts them in
-one task: 10^8 new items at once are its limit, not the log's size.
+one task: 10^8 new items at once are its limit, not the log's size. What flagged users did counts for nothing, as long
+as they are flagged.
 
 Where the cut is given (`sequences.valid_from`), events that have come are added to the rows of their items, and nobody
-else's is looked at. Out of the log itself come only the items that some event has left, and new ones: their earlier
-events were not enough for a row that could be added to.
+else's is looked at. Out of the log itself come only the items that some event has left, those of users who got a flag
+or lost it, and new ones: their earlier events were not enough for a row that could be added to.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from jobs.cli import stage_main
 from jobs.config import SequencesSettings
 from jobs.runtime import Runtime, Stage
 from jobs.splits import Cuts, before_cut, cut_times
-from jobs.tables import CONTEXT_VALUES, EVENTS, ITEMS, conform
+from jobs.tables import CONTEXT_VALUES, EVENTS, FLAGGED_USERS, ITEMS, Table, conform
 
 FIRST_INDEX = 2  # 0 is padding, 1 is unknown
 LATEST = ("item_name", "category", "vertical", "unit_price")
@@ -110,29 +111,53 @@ def number_context_values(events: DataFrame, values: DataFrame) -> DataFrame:
     return conform(numbered, CONTEXT_VALUES)
 
 
+def changed_events(runtime: Runtime, written: Table) -> tuple[DataFrame, DataFrame] | None:
+    """What changed in the events (as `Runtime.incremental` gives it) of users whose flag is what it was when `written`
+    was made, and is none; and the user_id of each whose flag came or went since. None: `written` is to be made anew."""
+    changes, flags = runtime.incremental(written, EVENTS), runtime.incremental(written, FLAGGED_USERS)
+    before = runtime.previous(written, FLAGGED_USERS)
+    if changes is None or flags is None or before is None:
+        return None
+    now, before = (rows.select("user_id").distinct() for rows in (runtime.read(FLAGGED_USERS), before))
+    met = flags.select("user_id").distinct()  # most were flagged already, and got a row for one more day
+    gained, lost = now.join(before, "user_id", "left_anti"), before.join(now, "user_id", "left_anti")
+    turned = gained.union(lost).join(met, "user_id", "left_semi").localCheckpoint()
+    return changes.join(now.union(turned), "user_id", "left_anti"), turned
+
+
 def run(runtime: Runtime) -> None:
     settings, min_count = runtime.config.sequences, runtime.config.vocabulary.min_count
-    events = runtime.read(EVENTS)
+    flagged = runtime.read(FLAGGED_USERS).select("user_id").distinct()
+    events = runtime.read(EVENTS).join(flagged, "user_id", "left_anti")
     runtime.create(ITEMS)
     runtime.create(CONTEXT_VALUES)
     # A number is given once: where two runs at once would give one number to two items, one of them ends.
     items_from, values_from = (runtime.stage_version(table) for table in (ITEMS, CONTEXT_VALUES))
-    arrived = runtime.incremental(CONTEXT_VALUES, EVENTS)
-    met = events if arrived is None else arrived
+    changed = changed_events(runtime, CONTEXT_VALUES)
+    met = events
+    if changed is not None:
+        met, turned = changed
+        if not turned.isEmpty():
+            met = met.select(*events.columns).unionByName(events.join(turned, "user_id", "left_semi"))
     new_values = number_context_values(met, runtime.latest(CONTEXT_VALUES))
     runtime.merge(CONTEXT_VALUES, new_values, made_from=values_from)
 
     cuts, items = cut_times(events, settings), runtime.latest(ITEMS)
     # What no change names stands as it is, unless the cut moves; in leave-one-out a user's every event moves one.
     fixed = settings.split_by == "time" and settings.valid_from is not None
-    changes = runtime.incremental(ITEMS, EVENTS) if fixed else None
+    changed = changed_events(runtime, ITEMS) if fixed else None
     next_index = items.agg(F.coalesce(F.max("item_index") + 1, F.lit(FIRST_INDEX))).collect()[0][0]
-    if changes is None:
+    if changed is None:
         rows = number_items(describe_items(events, cuts, settings), items, min_count, next_index)
         runtime.merge(ITEMS, rows, made_from=items_from)
         return
-    came = F.bool_and(F.col("_change_type") == "insert").alias("only_came")
-    touched = changes.groupBy("item_id").agg(came).join(items.select("item_id", "item_index"), "item_id", "left")
+    changes, turned = changed
+    met = changes.select("item_id", (F.col("_change_type") == "insert").alias("came"))
+    if not turned.isEmpty():  # rare, and a column or two of all events are read for it
+        of_turned = runtime.read(EVENTS).join(turned, "user_id", "left_semi")
+        met = met.union(of_turned.select("item_id", F.lit(False)))
+    touched = met.groupBy("item_id").agg(F.bool_and("came").alias("only_came"))
+    touched = touched.join(items.select("item_id", "item_index"), "item_id", "left")
     # What left an item can't be subtracted from its latest name; to what is no row yet nothing can be added.
     anew = touched.where(~F.col("only_came") | F.col("item_index").isNull()).select("item_id").persist()
     try:
@@ -152,7 +177,7 @@ STAGE = Stage(
     "build_vocabulary",
     "give every item, vertical and event type its number, once and for all",
     run,
-    reads=(EVENTS,),
+    reads=(EVENTS, FLAGGED_USERS),
     writes=(CONTEXT_VALUES, ITEMS),
     settings=("vocabulary", "sequences"),
 )

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
-from datetime import timedelta, timezone
+from datetime import date, timedelta, timezone
 from typing import Any
 
 import pytest
 from delta.tables import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from jobs import build_vocabulary
 from jobs.errors import TrailvecError
 from jobs.item_facts import attribute_matrix, item_attributes
 from jobs.runtime import Runtime
-from jobs.tables import CONTEXT_VALUES, EVENTS, ITEMS, Table
+from jobs.tables import CONTEXT_VALUES, EVENTS, FLAGGED_USERS, ITEMS, Table
 from tests.conftest import add, put, read_delta
 from tests.events import START, Row, make_event, to_frame
 
@@ -26,6 +28,11 @@ def event(number: int, item: str, hours: float, **values: object) -> Row:
     return make_event(
         event_id=f"e{number}", user_id=f"u{number % 3}", item_id=item, event_ts=START + timedelta(hours=hours), **values
     )
+
+
+def put_log(runtime: Runtime, log: list[Row]) -> None:
+    put(runtime, EVENTS, to_frame(runtime.spark, log))
+    runtime.create(FLAGGED_USERS)
 
 
 def items(runtime: Runtime) -> dict[str, tuple[int, int, int, int]]:
@@ -44,17 +51,17 @@ def test_numbers_go_by_first_time_and_never_change(make_runtime: Callable[..., R
         event(3, "b", 3),
         event(4, "c", 3),
     ]
-    put(runtime, EVENTS, to_frame(spark, log))
+    put_log(runtime, log)
     runtime.execute(build_vocabulary.STAGE)
     assert items(runtime) == {"b": (2, 2, 1, 1), "a": (3, 2, 2, 1)}
 
     # Later "c" is seen again and "z" comes, earlier than all: old numbers stay, new ones follow by their first time.
-    put(runtime, EVENTS, to_frame(spark, [*log, event(5, "c", 4), event(6, "z", -5), event(7, "z", -4)]))
+    put_log(runtime, [*log, event(5, "c", 4), event(6, "z", -5), event(7, "z", -4)])
     runtime.execute(build_vocabulary.STAGE)
     assert items(runtime) == {"b": (2, 2, 1, 1), "a": (3, 2, 2, 1), "z": (4, 2, 2, 2), "c": (5, 2, 0, 0)}
 
     # An item that is gone from the log (its users were erased) keeps its row and number, and counts for nothing.
-    put(runtime, EVENTS, to_frame(spark, log[:4]))
+    put_log(runtime, log[:4])
     runtime.execute(build_vocabulary.STAGE)
     assert items(runtime)["z"] == (4, 0, 0, 0)
     assert items(runtime)["c"] == (5, 0, 0, 0)
@@ -73,7 +80,7 @@ def test_two_runs_at_once_give_no_number_twice(
     make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch, step: str, table: str
 ) -> None:
     runtime = make_runtime(*CUTS, "vocabulary.min_count=1")
-    put(runtime, EVENTS, to_frame(spark, [event(0, "b", 3, vertical="shop"), event(1, "a", 4, vertical="food")]))
+    put_log(runtime, [event(0, "b", 3, vertical="shop"), event(1, "a", 4, vertical="food")])
     number = getattr(build_vocabulary, step)
 
     def meanwhile(*arguments: Any) -> DataFrame:
@@ -97,7 +104,7 @@ def test_name_and_category_are_the_latest_known(make_runtime: Callable[..., Runt
         event(1, "a", 2, item_name="new", category=None),
         event(2, "a", 5, item_name=None, category=None),
     ]
-    put(runtime, EVENTS, to_frame(spark, log))
+    put_log(runtime, log)
     runtime.execute(build_vocabulary.STAGE)
     row = runtime.latest(ITEMS).collect()[0]
     assert (row.item_name, row.category, row.vertical) == ("new", "tea", "food")
@@ -112,7 +119,7 @@ def test_verticals_and_event_types_are_numbered_within_their_kind(
         return {(r.kind, r.value): r.value_index for r in runtime.latest(CONTEXT_VALUES).collect()}
 
     log = [event(0, "a", 0, vertical="food"), event(1, "a", 5, vertical="rides", event_type="view")]
-    put(runtime, EVENTS, to_frame(spark, log))
+    put_log(runtime, log)
     runtime.execute(build_vocabulary.STAGE)
     first = {
         ("vertical", "food"): 2,
@@ -121,7 +128,7 @@ def test_verticals_and_event_types_are_numbered_within_their_kind(
         ("event_type", "view"): 3,
     }
     assert values() == first
-    put(runtime, EVENTS, to_frame(spark, [*log, event(2, "a", 2, vertical="ads")]))
+    put_log(runtime, [*log, event(2, "a", 2, vertical="ads")])
     runtime.execute(build_vocabulary.STAGE)
     assert values() == first | {("vertical", "ads"): 4}
 
@@ -138,7 +145,7 @@ def test_a_category_is_numbered_within_its_vertical_and_a_price_is_the_latest_ab
         event(4, "b", 4, category="tea", vertical="retail"),
         event(5, "c", 5, category=None, amount=-1.0, quantity=-2.0),
     ]
-    put(runtime, EVENTS, to_frame(spark, log))
+    put_log(runtime, log)
     runtime.execute(build_vocabulary.STAGE)
     rows = runtime.latest(CONTEXT_VALUES).where("kind = 'category'").collect()
     assert {r.value: r.value_index for r in rows} == {"food/tea": 2, "retail/tea": 3}
@@ -158,7 +165,7 @@ def test_an_increment_ends_as_a_build_of_everything(
     """Law 1: events arrive and go; items come over min_count on the way; the cut moves, or it does not."""
     runtime = make_runtime(*([] if moving else CUTS), "vocabulary.min_count=2")
     log = [event(n, item, n, category="tea") for n, item in enumerate("abacdbac")]
-    put(runtime, EVENTS, to_frame(spark, log))
+    put_log(runtime, log)
     runtime.execute(build_vocabulary.STAGE)
     numbers = {item: row[0] for item, row in items(runtime).items()}
     assert numbers == {"a": 2, "b": 3, "c": 4}
@@ -198,7 +205,7 @@ def test_events_that_come_are_added_whatever_their_order(
         for n in range(60)
     ]
     runtime = make_runtime(*CUTS, "vocabulary.min_count=3", 'sequences.target_event_types=["purchase"]')
-    put(runtime, EVENTS, to_frame(spark, log[:15]))
+    put_log(runtime, log[:15])
     runtime.execute(build_vocabulary.STAGE)
     for start in range(15, 60, 15):
         add(runtime, EVENTS, to_frame(spark, log[start : start + 15]))
@@ -230,7 +237,7 @@ def test_an_increment_does_not_count_what_no_change_names(
     make_runtime: Callable[..., Runtime], spark: SparkSession
 ) -> None:
     runtime = make_runtime(*CUTS, "vocabulary.min_count=1")
-    put(runtime, EVENTS, to_frame(spark, [event(0, "a", 0), event(1, "b", 5)]))
+    put_log(runtime, [event(0, "a", 0), event(1, "b", 5)])
     runtime.execute(build_vocabulary.STAGE)
     add(runtime, EVENTS, to_frame(spark, [event(2, "b", 2)]))
     runtime.execute(build_vocabulary.STAGE)
@@ -238,11 +245,56 @@ def test_an_increment_does_not_count_what_no_change_names(
     assert (newest["numTargetRowsUpdated"], newest["numTargetRowsInserted"]) == ("1", "0")
 
 
+def flagged(spark: SparkSession, *users: str) -> DataFrame:
+    rows = [(user, date(2023, 3, 25), "test_account", 1.0, 0.0) for user in users]
+    return spark.createDataFrame([row[: len(FLAGGED_USERS.columns)] for row in rows], FLAGGED_USERS.schema())
+
+
+def test_what_flagged_users_did_counts_for_nothing_while_they_are_flagged(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    runtime = make_runtime(*CUTS, "vocabulary.min_count=1")
+    log = [event(n, item, n, vertical=f"of_u{n % 3}") for n, item in enumerate("abcaxcyax")]  # y is of u0, x of u1 and u2
+    put_log(runtime, log)
+    put(runtime, FLAGGED_USERS, flagged(spark, "u1"))
+    path = runtime.path(FLAGGED_USERS)
+
+    def check(flags: str) -> None:
+        runtime.execute(build_vocabulary.STAGE)
+        kept = [row for row in log if row["user_id"] not in flags.split()]
+        counts = Counter(row["item_id"] for row in kept)
+        assert {name: row[1] for name, row in items(runtime).items() if row[1]} == counts
+        numbered = {row.value for row in runtime.latest(CONTEXT_VALUES).where("kind = 'vertical'").collect()}
+        assert {row["vertical"] for row in kept} <= numbered
+
+    check("u1")
+    assert "of_u1" not in {row.value for row in runtime.latest(CONTEXT_VALUES).collect()}
+    numbers = {name: row[0] for name, row in items(runtime).items()}
+    # What comes of a flagged user does not count; what comes of others does.
+    log += [event(10, "z", 1), event(12, "a", 1), event(13, "q", 2)]
+    add(runtime, EVENTS, to_frame(spark, log[-3:]))
+    check("u1")
+    # One flag goes, with events that come; another comes; a third is said once more.
+    log += [event(16, "a", 3), event(17, "q", 3)]
+    add(runtime, EVENTS, to_frame(spark, log[-2:]))
+    DeltaTable.forPath(spark, path).delete("user_id = 'u1'")
+    add(runtime, FLAGGED_USERS, flagged(spark, "u2"))
+    check("u2")
+    DeltaTable.forPath(spark, path).update(set={"day": F.lit(date(2023, 3, 26))})
+    add(runtime, EVENTS, to_frame(spark, [event(20, "new", 4)]))
+    check("u2")
+    found = items(runtime)
+    assert numbers == {name: found[name][0] for name in numbers}
+    by_increments = [sorted(runtime.latest(table).collect()) for table in (ITEMS, CONTEXT_VALUES)]
+    runtime.execute(build_vocabulary.STAGE, force=True)
+    assert by_increments == [sorted(runtime.latest(table).collect()) for table in (ITEMS, CONTEXT_VALUES)]
+
+
 def test_leave_one_out_counts_all_but_the_last_two_of_each_user(
     make_runtime: Callable[..., Runtime], spark: SparkSession
 ) -> None:
     runtime = make_runtime('sequences.split_by="leave_one_out"', "vocabulary.min_count=1")
     log = [event(3 * n, item, n) for n, item in enumerate("aabab")]  # all of user u0
-    put(runtime, EVENTS, to_frame(spark, log))
+    put_log(runtime, log)
     runtime.execute(build_vocabulary.STAGE)
     assert {item: counts[2] for item, counts in items(runtime).items()} == {"a": 2, "b": 1}
