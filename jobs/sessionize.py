@@ -223,9 +223,15 @@ def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame) -> None:
 
     there = F.col("_change_type").isin("insert", "update_postimage")
     newest = F.max_by(F.struct("user_id", *fields, there.alias("there")), F.struct("_commit_version", there))
-    arrived = changed.groupBy("event_id").agg(newest.alias("event")).select("event.*").where("there").drop("there")
+    # An id may stand on two days (ingest.duplicates = "same_day").
+    changed = changed.withColumn("day", F.to_date("event_ts"))
+    arrived = (
+        changed.groupBy("event_id", "day").agg(newest.alias("event")).select("event.*").where("there").drop("there")
+    )
     held = old.select("user_id", F.explode("events").alias("event")).select("user_id", "event.*")
-    events = held.join(changed.select("event_id").distinct(), "event_id", "left_anti").unionByName(arrived)
+    met = changed.select("event_id", "day").distinct()
+    same = (held.event_id == met.event_id) & (F.to_date(held.event_ts) == met.day)
+    events = held.join(met, same, "left_anti").unionByName(arrived)
     before = old
     if not turned.isEmpty():
         back = turned.join(flagged, "user_id", "left_anti").localCheckpoint()

@@ -179,7 +179,12 @@ SESSIONS = Table(
     "sessions",
     "Runs of a user's events without a longer pause than the gap, cut by the rules of sessionize; events in order.",
     (
-        Column("session_id", "string", "Stable: the event_id of the session's first event."),
+        Column(
+            "session_id",
+            "string",
+            "Stable: the event_id of the session's first event, which only ingest.duplicates = same_day lets stand on "
+            "two days.",
+        ),
         Column("user_id", "string", "The user."),
         Column("start_ts", "timestamp", "Time of the first event."),
         Column("end_ts", "timestamp", "Time of the last event."),
@@ -193,7 +198,7 @@ SESSIONS = Table(
             "Start of the run of events without a long pause that the session was cut from; mostly start_ts.",
         ),
     ),
-    key=("session_id",),
+    key=("session_id", "start_ts"),
     stage="sessionize",
     cluster_by=("start_ts",),
     properties=_INCREMENTAL,

@@ -284,6 +284,20 @@ def test_late_events_extend_join_split_and_precede_sessions(make_runtime: Callab
     assert before["preceded"] not in {s["session_id"] for s in after}
 
 
+def test_one_id_on_two_days_is_two_events(make_runtime: Callable[..., Runtime]) -> None:
+    """As `ingest.duplicates = "same_day"` lets them come."""
+    tables, day = Tables(make_runtime(*GAPS), [event("a", "ann", 0), event("x", "bob", 0)]), 24 * 60
+    tables.run()
+    tables.append([event("b", "ann", 9 * day + 115), event("b", "ann", 2 * day), event("x", "ann", 3 * day)])
+    by_increment = tables.run()
+    assert in_words(by_increment) == [["a"], ["b"], ["b"], ["x"], ["x"]]
+    tables.append([event("b", "ann", 9 * day + 125), event("y", "bob", 5)])  # after midnight
+    by_increment = tables.run()
+    assert in_words(by_increment) == [["a"], ["b"], ["b", "b"], ["x"], ["x", "y"]]
+    tables.runtime.execute(sessionize.STAGE, force=True)
+    assert sorted(by_increment, key=repr) == sorted(rows(tables.runtime.latest(SESSIONS)), key=repr)
+
+
 def test_an_event_that_goes_can_join_part_and_end_sessions(make_runtime: Callable[..., Runtime]) -> None:
     tables = Tables(
         make_runtime(*GAPS),
