@@ -51,7 +51,7 @@ def _commit_of(version: int, info: dict[str, Any]) -> Commit:
     if operation == "WRITE" and mode == "Append":
         changes = ["numOutputRows"]
     empty = bool(changes) and all(metrics.get(name, "1") == "0" for name in changes)
-    provenance = json.loads(info["userMetadata"]) if info.get("userMetadata") else None
+    provenance = _provenance(info.get("userMetadata") or "")
     note = (provenance or {}).get("note") or {}
     return Commit(
         version=version,
@@ -64,6 +64,15 @@ def _commit_of(version: int, info: dict[str, Any]) -> Commit:
         beside=not note.keys().isdisjoint(("erasure", KEEP_DAYS)),
         rows_deleted=int(metrics.get("numTargetRowsDeleted") or 0),
     )
+
+
+def _provenance(text: str) -> dict[str, Any] | None:
+    """What a stage wrote into its commit; None for what others wrote there, in whatever form."""
+    try:
+        said = json.loads(text)
+    except ValueError:
+        return None
+    return said if isinstance(said, dict) and {"stage", "reads"} <= said.keys() else None
 
 
 class History:

@@ -186,12 +186,12 @@ def test_a_stage_reads_what_was_there_when_it_began(make_runtime: Callable[..., 
 
 def test_the_commits_are_those_of_deltas_history(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
     """Over a checkpoint, an upkeep, an empty append, a write of somebody else's; and where the log was cleaned."""
-    runtime = make_runtime()
+    runtime, theirs = make_runtime(), "gdpr-12"
     rows = spark.createDataFrame([("vertical", "food", 2)], VALUES)
     for _ in range(11):
         put(runtime, CONTEXT_VALUES, rows)
     path = runtime.path(CONTEXT_VALUES)
-    rows.write.format("delta").mode("append").save(path)
+    rows.write.format("delta").mode("append").option("userMetadata", theirs).save(path)
     stage = Stage("touch", "", lambda r: r.touch(CONTEXT_VALUES, {"seen": 1}), reads=(), writes=(), settings=())
     runtime.execute(stage, force=True)
     spark.sql(f"OPTIMIZE delta.`{path}`")
@@ -208,7 +208,8 @@ def test_the_commits_are_those_of_deltas_history(make_runtime: Callable[..., Run
     for commit, row in zip(commits, expected, strict=True):
         assert commit.committed_at == pytest.approx(row["timestamp"].timestamp(), abs=5)
         assert commit.replaced_all == (row["mode"] == "Overwrite")
-        assert commit.provenance == (row["userMetadata"] and json.loads(row["userMetadata"]))
+        said = row["userMetadata"]
+        assert commit.provenance == (json.loads(said) if said not in (None, theirs) else None)
     assert [c.version for c in commits if not c.changed_rows] == [14, 13]
     assert commits[2].provenance is None
     assert runtime.notes(CONTEXT_VALUES) == [{"seen": 1}]
