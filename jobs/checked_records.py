@@ -2,7 +2,8 @@
 
 Nothing in a record makes the job fail. One that is no event gets the first reason that holds, in this order:
 broken_row; the mapping's own rules; invalid_utf8; missing_* (user_id, item_id, event_type, vertical, event_ts,
-event_id; blank counts as missing); bad_type_* (an id that is no text and no whole number in its file); bad_event_ts,
+event_id; blank counts as missing); bad_type_* (an id that is no text and no whole number in its file, another text that
+is an object or a list there); bad_event_ts,
 event_before_earliest, event_in_future, bad_amount, bad_quantity, negative_amount, bad_time_zone; long_* (an id of more
 than 512 characters). (duplicate_event_id, which no record tells by itself, is given by jobs/ingest.py.)
 
@@ -74,7 +75,10 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
         event_ts = _given(columns.event_ts)
         event_ts_type = raw.select(event_ts).schema[0].dataType
         own_rules = [F.when(F.expr(rule.when), F.lit(rule.reason)) for rule in mapping.reject]
-        bad_types = [F.when(_is_no_id(raw, columns.given()[n], mapping), f"bad_type_{n}") for n in _given_ids(mapping)]
+        ids = {n: _is_no_id(raw, value, mapping) for n, value in columns.given().items() if n in _IDS}
+        others = [n for n in columns.given() if _is_text(n) and n not in _IDS]
+        nested = {n: _is_nested(raw, columns.given()[n], mapping) for n in others}
+        bad_types = [F.when(is_bad, f"bad_type_{n}") for n, is_bad in (ids | nested).items()]
         values = {n: _given(value) for n, value in columns.given().items() if n != "event_ts"}
         texts = {n: text_of(value) for n, value in values.items() if n not in _NUMBERS}
         numbers = {n: _text_unless(raw, value, _NUMBER_TYPES) for n, value in values.items() if n in _NUMBERS}
@@ -182,10 +186,6 @@ def _has_zone(pattern: str) -> bool:
     return any(letter in part for part in pattern.split("'")[::2] for letter in "VzOXxZ")
 
 
-def _given_ids(mapping: Input) -> list[str]:
-    return [name for name in _IDS if name in mapping.columns.given()]
-
-
 def _is_no_id(raw: DataFrame, value: Given, mapping: Input) -> Column:
     """True where the value has a type that no id has: 17850.0 is 17850 in the file before, and nobody would notice."""
     if isinstance(value, IdValue) and value.columns:
@@ -195,6 +195,16 @@ def _is_no_id(raw: DataFrame, value: Given, mapping: Input) -> Column:
         return F.coalesce(F.ltrim(given.cast("string")).rlike(r"^[\[{]"), F.lit(False))  # an object or a list
     kind = raw.select(given).schema[0].dataType
     return F.lit(not isinstance(kind, (T.StringType, T.IntegralType, T.DateType, T.NullType, T.DecimalType)))
+
+
+def _is_nested(raw: DataFrame, value: Given, mapping: Input) -> Column:
+    """True where the value is an object or a list in its file, whose text nobody means by a name or a category."""
+    given = _given(value.model_copy(update={"default": None}) if isinstance(value, Value) else value)
+    if mapping.format == "json":  # "[new] tea" is a text that begins so, too
+        text = F.ltrim(given.cast("string"))
+        is_json = F.when(text.rlike(r"^[\[{]"), F.get_json_object(text, "$").isNotNull())
+        return F.coalesce(is_json, F.lit(False))
+    return F.lit(isinstance(raw.select(given).schema[0].dataType, (T.StructType, T.ArrayType, T.MapType)))
 
 
 def _is_valid_text(names: Sequence[str]) -> Column:

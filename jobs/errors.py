@@ -45,6 +45,11 @@ _SPARK_MESSAGES = (
         "{0} is not a whole Parquet file (truncated?): fetch it again or take it out of the folder",
     ),
     (
+        r"EOFException: Unexpected end of input stream",  # Spark does not say which
+        "a compressed file of the input is cut short (gzip -t FILE tells which): fetch it again or take it out of the "
+        "folder",
+    ),
+    (
         r"UnknownStoreException: `?(s3a://[^/'`]+)",
         "{0} is no bucket of this store: make it, or correct storage.root, ingest.data_dir or the store's endpoint",
     ),

@@ -49,6 +49,8 @@ from training.urls import file_url
 REPEAT = "exact_repeat"  # not a refusal: the event is there already
 _NO_REFUSAL = (REPEAT, ERASED)
 
+_STORED = "table events"  # the file of a row that the table holds already
+
 # Bytes of a file that may be one task (a Parquet file of one row group is, whatever its size) while cores are idle.
 _ONE_TASK = 4_000_000
 
@@ -146,6 +148,8 @@ def commit_batch(
         _check_share(records.where(~F.col("stored")), counts, read, settings.max_rejected_share)
         refused = records.where(F.col("reason").isNotNull() & ~F.col("reason").isin(*_NO_REFUSAL))
         refused = refused.withColumn("refused_on", F.current_date())
+        if runtime.forced:  # all is read again, and what was refused stands there
+            refused = _not_yet_refused(runtime, refused)
         if counts.total() > counts[None] + sum(counts[reason] for reason in _NO_REFUSAL) or replaced:
             runtime.append(REJECTED_EVENTS, refused, batch=(writer, number), done=False)
         if counts[None]:
@@ -184,10 +188,18 @@ def stored_events(runtime: Runtime, ids: DataFrame, where: Column) -> DataFrame 
             *[c.name for c in EVENTS.columns],
             F.lit(None).cast("string").alias("reason"),
             F.lit(None).cast("string").alias("raw"),
-            F.lit("table events").alias("file"),
+            F.lit(_STORED).alias("file"),
             F.lit(True).alias("stored"),
         )
     )
+
+
+def _not_yet_refused(runtime: Runtime, refused: DataFrame) -> DataFrame:
+    runtime.create(REJECTED_EVENTS)
+    names = ("source", "reason", "raw")
+    same = reduce(Column.__and__, [F.col(f"new.{name}").eqNullSafe(F.col(f"old.{name}")) for name in names])
+    same &= F.col("old.file").isin(F.col("new.file"), F.lit(_STORED))
+    return refused.alias("new").join(runtime.latest(REJECTED_EVENTS).alias("old"), same, "left_anti")
 
 
 def _check_share(records: DataFrame, counts: Counter[str | None], read: Counter[str | None], allowed: float) -> None:
@@ -271,8 +283,11 @@ def _listing(spark: SparkSession, mapping: Input, runtime: Runtime) -> DataFrame
     if given.is_file():
         path = f"{path[:-1]}[{path[-1]}]"  # Spark's stream takes a pattern or a folder, not a file
     files = spark.readStream.format("binaryFile").schema(LISTING)
-    # However old a file's time stamp is, when it comes, it is read.
-    options = {"maxFilesPerTrigger": str(runtime.config.ingest.max_files_per_batch), "maxFileAge": "36500d"}
+    options = {
+        "maxFilesPerTrigger": str(runtime.config.ingest.max_files_per_batch),
+        "maxFileAge": "36500d",  # however old a file's time stamp is, when it comes, it is read
+        "recursiveFileLookup": "true",  # in whatever folder inside: without it only in those named column=value
+    }
     return files.options(**options).load(path).select("path", "length")
 
 
@@ -303,7 +318,14 @@ def run(runtime: Runtime) -> None:
             "ingest.sources is empty: name at least one mapping, such as conf/sources/completejourney.toml"
         )
     runtime.report.rows_in["records"] = 0
-    for source in map(load_source, settings.sources):
+    sources = [load_source(path) for path in settings.sources]
+    names = Counter(source.name for source in sources)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise TrailvecError(
+            f"two mappings of ingest.sources are named {twice[0]}: give each a name of its own, since how far each was "
+            "read is kept under it"
+        )
+    for source in sources:
         for number in range(len(source.input)):
             follow(runtime, source, number)
     # Only now is the stage up to date: a killed one has batches to come.

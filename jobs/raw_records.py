@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import difflib
 import glob
+import itertools
 import re
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from py4j.protocol import Py4JJavaError
 from pyspark.errors import AnalysisException, ParseException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -97,12 +99,15 @@ def read_raw(
     # With it, Spark finds partition columns (day=2017-01-01) in the files' paths.
     folder = data_dir / str(mapping.path)
     base = {"basePath": file_url(str(folder))} if folder.is_dir() else {}
-    if mapping.format == "csv":
-        groups = [_read_csv(spark, group, mapping.delimiter, base) for group in _by_header(spark, files)]
-    elif mapping.format == "parquet":
-        groups = [_with_place(frame) for frame in _read_parquet(spark, _as_patterns(files), base)]
-    else:
-        groups = [spark.read.options(**base).text(_as_patterns(files)).select(F.col("value").alias(LINE), _file())]
+    groups: list[DataFrame] = []
+    for alike in _by_partition_columns(files) if base else [files]:
+        if mapping.format == "csv":
+            groups += [_read_csv(spark, group, mapping.delimiter, base) for group in _by_header(spark, alike)]
+        elif mapping.format == "parquet":
+            groups += [_with_place(frame) for frame in _read_parquet(spark, _as_patterns(alike), base)]
+        else:
+            lines = spark.read.options(**base).text(_as_patterns(alike))
+            groups.append(lines.withColumnRenamed("value", LINE).select("*", _file()))
     if spread:
         groups = [records.repartition(spark.sparkContext.defaultParallelism) for records in groups]
     return _finish(groups, mapping, data_dir)
@@ -137,6 +142,19 @@ def _finish(groups: list[DataFrame], mapping: Input, data_dir: Place) -> list[Da
     return [finish(records) for records in groups]
 
 
+def _by_partition_columns(files: Sequence[str]) -> list[list[str]]:
+    """The files that Spark can read together: of others it leaves out those without such columns, or refuses all."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for file in files:
+        folders = file.split("/")[:-1]
+        while folders and "=" not in folders[-1]:
+            folders.pop()
+        columns = list(itertools.takewhile(lambda folder: "=" in folder, reversed(folders)))
+        above = folders[: len(folders) - len(columns)]
+        groups.setdefault((*above, *[column.partition("=")[0] for column in columns]), []).append(file)
+    return list(groups.values())
+
+
 def _as_patterns(files: Sequence[str]) -> list[str]:
     """Names as Spark's readers, which take patterns, have to be told them."""
     return [re.sub(r"([][{}*?\\])", r"\\\1", file) for file in files]
@@ -169,9 +187,18 @@ def _by_header(spark: SparkSession, files: Sequence[str]) -> list[list[str]]:
         opened = path.getFileSystem(conf).open(path)
         text = opened if codec is None else codec.createInputStream(opened)
         reader = jvm.java.io.BufferedReader(jvm.java.io.InputStreamReader(text, "UTF-8"))
-        groups.setdefault(reader.readLine() or "", []).append(file)
-        reader.close()
-    return [group for header, group in groups.items() if header]  # an empty file has no records
+        try:
+            header = reader.readLine()
+            while header is not None and not header.strip():  # as Spark's own reader looks for it
+                header = reader.readLine()
+        except Py4JJavaError as error:
+            said = error.java_exception.toString()
+            raise TrailvecError(f"{file} can't be read ({said}): fetch it again or take it out of the folder") from None
+        finally:
+            reader.close()
+        if header is not None:  # else it has no records
+            groups.setdefault(header, []).append(file)
+    return list(groups.values())
 
 
 def _read_csv(
@@ -202,12 +229,18 @@ def _read_parquet(spark: SparkSession, files: Sequence[str], base: dict[str, str
 
 def _parse_json(lines: DataFrame, names: list[str], claimed: set[str]) -> DataFrame:
     """One object of each line that is not blank; a key that the mapping names nowhere stands in REST."""
-    rest = F.map_filter("parsed", lambda key, value: ~key.isin(*claimed) & text_of(value).isNotNull())
+    in_path = [name for name in lines.columns if name not in (LINE, FILE)]  # they win, as in Parquet files
+    rest = F.map_filter("parsed", lambda key, value: ~key.isin(*claimed, *in_path) & text_of(value).isNotNull())
+    if unclaimed := [name for name in in_path if name not in claimed]:
+        rest = F.map_concat(rest, _texts(unclaimed))
+    # As a list: of two objects in one line Spark would give the first, and not say a word of the second.
+    objects = F.from_json(F.concat(F.lit("["), LINE, F.lit("]")), "array<map<string,string>>")
     return (
         lines.where(F.trim(LINE) != "")
-        .select(LINE, FILE, F.from_json(LINE, "map<string,string>").alias("parsed"))
+        .withColumn("objects", objects)
+        .withColumn("parsed", F.when(F.size("objects") == 1, F.col("objects")[0]))
         .select(
-            *[F.col("parsed")[name].alias(name) for name in names],
+            *[(named_column(name) if name in in_path else F.col("parsed")[name]).alias(name) for name in names],
             FILE,
             LINE,
             F.col("parsed").isNull().alias(BROKEN),

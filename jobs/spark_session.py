@@ -47,6 +47,8 @@ _SPARK_DEFAULTS = {
         f"spark.hadoop.parquet.enable.dictionary#{column}": "false"
         for column in ("event_id", "session_id", "events.list.element.event_id", "vector.list.element")
     },
+    # A folder store=007 says "007", whatever the folders beside it say.
+    "spark.sql.sources.partitionColumnTypeInference.enabled": "false",
     # Without it, Spark's CSV reader does not see a row with too many or too few fields.
     "spark.sql.csv.parser.columnPruning.enabled": "false",
     "spark.sql.execution.arrow.pyspark.enabled": "true",

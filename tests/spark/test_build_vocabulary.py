@@ -254,7 +254,8 @@ def test_what_flagged_users_did_counts_for_nothing_while_they_are_flagged(
     make_runtime: Callable[..., Runtime], spark: SparkSession
 ) -> None:
     runtime = make_runtime(*CUTS, "vocabulary.min_count=1")
-    log = [event(n, item, n, vertical=f"of_u{n % 3}") for n, item in enumerate("abcaxcyax")]  # y is of u0, x of u1 and u2
+    # y is of u0, x of u1 and u2.
+    log = [event(n, item, n, vertical=f"of_u{n % 3}") for n, item in enumerate("abcaxcyax")]
     put_log(runtime, log)
     put(runtime, FLAGGED_USERS, flagged(spark, "u1"))
     path = runtime.path(FLAGGED_USERS)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import collections
 import csv
+import gzip
 import hashlib
 import json
 import math
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from datetime import date, datetime, timedelta, timezone
@@ -297,7 +299,8 @@ def test_a_broken_csv_row_is_kept_as_its_line(spark: SparkSession, write: Callab
 
 def test_a_broken_json_line_is_kept_as_it_is(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
     good = '{"id": "1", "user": "ann", "item": "a", "at": "2023-05-01T10:00:00Z", "price": 1}'
-    broken = ['"text"', '[{"id": "2"}]', good[:30]]
+    two = good + good.replace("1", "2")  # two files put together, the first without a last line's end
+    broken = ['"text"', '[{"id": "2"}]', good[:30], two, good + "," + good, good + " and more"]
     rows = ingest(spark, write("log.json", "\n".join([good, *broken])), mapping("log.json", "json"))
     assert sorted(row["raw"] for row in rows if row["reason"] == "broken_row") == sorted(broken)
     assert [row["event_id"] for row in rows if row["reason"] is None] == ["1"]
@@ -327,6 +330,17 @@ def test_a_cut_parquet_file_is_named(spark: SparkSession, tmp_path: Path) -> Non
     assert "cut.parquet is not a whole Parquet file" in str(explain(error.value))
 
 
+def test_a_cut_gzip_file_is_told(spark: SparkSession, tmp_path: Path) -> None:
+    lines = "".join(f"{n},ann,a,2023-05-01,{n * 7919 % 1013}\n" for n in range(50_000))
+    packed = gzip.compress(("id,user,item,at,price\n" + lines).encode())
+    for size, said in ((5, r"log\.csv\.gz can't be read"), (100_000, r"gzip -t FILE tells which")):
+        (tmp_path / "log.csv.gz").write_bytes(packed[:size])
+        with pytest.raises(Exception) as error:  # noqa: PT011 - ours, or Spark's own
+            ingest(spark, tmp_path, mapping("log.csv.gz"))
+        text = str(error.value) if isinstance(error.value, TrailvecError) else str(explain(error.value))
+        assert re.search(rf"{said}.*: fetch it again or take it out", text)
+
+
 # ---- logs that change -----------------------------------------------------------------------------------
 
 
@@ -336,11 +350,34 @@ def test_a_csv_file_with_other_columns_is_read_by_its_own_header(
     folder = write("day1.csv", "id,user,item,at,price\n1,ann,a,2023-05-01,1\n")
     write("day2.csv", "id,user,item,price,at\n2,ann,a,2,2023-05-02\n")
     write("day3.csv", "id,user,item,at,price,channel\n3,ann,a,2023-05-03,3,app\n")
+    write("day4.csv", "\n  \nid,user,item,price,at\n4,ann,a,4,2023-05-04\n")
+    write("day5.csv", "\n")
     rows = ingest(spark, folder, mapping("day*.csv"))
-    assert [row["reason"] for row in rows] == [None] * 3
-    assert [row["amount"] for row in rows] == [1.0, 2.0, 3.0]
-    assert [row["event_ts"].day for row in rows] == [1, 2, 3]
-    assert [row["attributes"] or {} for row in rows] == [{}, {}, {"channel": "app"}]
+    assert [row["reason"] for row in rows] == [None] * 4
+    assert [row["amount"] for row in rows] == [1.0, 2.0, 3.0, 4.0]
+    assert [row["event_ts"].day for row in rows] == [1, 2, 3, 4]
+    assert [row["attributes"] or {} for row in rows] == [{}, {}, {"channel": "app"}, {}]
+
+
+@pytest.mark.parametrize("form", ["csv", "json", "parquet"])
+def test_what_a_folder_says_is_a_column_whatever_folders_are_beside_it(
+    spark: SparkSession, tmp_path: Path, form: str
+) -> None:
+    folders = ["log", "log/2023/05", "log/store=007", "log/store=007/till=1", "log/2023/store=A1", "log/2024/store=A1"]
+    folders.append("alone/store=007")
+    for number, folder in enumerate(folders):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        row = {"id": str(number), "user": "ann", "item": "a", "at": "2023-05-01", "price": "1"}
+        file = tmp_path / folder / f"{number}.{form}"
+        if form == "parquet":
+            pq.write_table(pa.Table.from_pylist([row]), file)
+        else:
+            file.write_text(json.dumps(row) if form == "json" else ",".join(row) + "\n" + ",".join(row.values()))
+    rows = ingest(spark, tmp_path, mapping("log", form))
+    given = [{}, {}, {"store": "007"}, {"store": "007", "till": "1"}, {"store": "A1"}, {"store": "A1"}]
+    assert [row["attributes"] or {} for row in rows] == given
+    (alone,) = ingest(spark, tmp_path, mapping("alone", form, {"category": "store"}))
+    assert (alone["reason"], alone["category"], alone["attributes"] or {}) == (None, "007", {})
 
 
 @pytest.mark.parametrize("form", ["json", "parquet"])
@@ -374,6 +411,19 @@ def test_a_type_that_no_id_has_is_refused(spark: SparkSession, tmp_path: Path) -
     }
     assert found["text"] == found["whole"] == ("17850", None)
     assert found["real"][1] == found["object"][1] == "bad_type_user_id"
+    # Nobody means an object's text by a category.
+    by_category = {
+        row["event_id"]: row["reason"]
+        for row in ingest(spark, tmp_path, mapping("*.parquet", "parquet", {"user_id": "item", "category": "user"}))
+    }
+    assert by_category == {"text": None, "whole": None, "real": None, "object": "bad_type_category"}
+    texts = ["[new] tea", "{tea", {"name": "tea"}, ["tea"]]
+    lines_of_texts = [lines[0] | {"id": str(number), "kind": text} for number, text in enumerate(texts)]
+    (tmp_path / "texts.json").write_text("\n".join(map(json.dumps, lines_of_texts)))
+    found_texts = ingest(
+        spark, tmp_path, mapping("texts.json", "json", {"category": {"column": "kind", "default": "x"}})
+    )
+    assert [row["reason"] for row in found_texts] == [None, None, "bad_type_category", "bad_type_category"]
     in_json = {row["event_id"]: row["reason"] for row in ingest(spark, tmp_path, mapping("log.json", "json"))}
     assert in_json == {"text": None, "whole": None, "real": None, "object": "bad_type_user_id"}
 
@@ -589,12 +639,16 @@ def test_a_second_run_is_skipped_and_a_forced_one_changes_no_row(
     make_runtime: Callable[..., Runtime], write: Callable[[str, str], Path]
 ) -> None:
     folder = write("log.csv", "id,user,item,at,price\n1,ann,a,2023-05-01,1\n2,bob,b,2023-05-01,1\n")
-    runtime = make_runtime(*_settings(folder, [_source(folder)]))
+    runtime = make_runtime(*_settings(folder, [_source(folder)], share=1))
     assert not runtime.execute(STAGE).skipped
-    before = stored(runtime, EVENTS)
     assert runtime.execute(STAGE).skipped  # rejected_events, which stays empty, has its commit too
+    refused = "3,,c,2023-05-01,1\n" * 2 + "1,ann,a,2023-04-30,1\n"  # the last takes the first one's place
+    write("log1.csv", "id,user,item,at,price\n" + refused)
+    runtime.execute(STAGE)
+    before = [stored(runtime, table) for table in (EVENTS, REJECTED_EVENTS)]
+    assert [row["reason"] for row in before[1]].count("missing_user_id") == 2
     assert not runtime.execute(STAGE, force=True).skipped
-    assert stored(runtime, EVENTS) == before
+    assert [stored(runtime, table) for table in (EVENTS, REJECTED_EVENTS)] == before
     write("log2.csv", "id,user,item,at,price\n3,cyd,c,2023-05-01,1\n")
     assert runtime.execute(STAGE).rows_out["events"] == 3  # a new file is seen
 

@@ -158,6 +158,19 @@ def test_of_one_id_the_earliest_stays_whichever_came_first(
     assert refused["file"].endswith("log1.csv" if first == 0 else "table events")
 
 
+def test_files_in_whatever_folder_are_found(make_runtime: Callable[..., Runtime], tmp_path: Path) -> None:
+    runtime = make_runtime(*settings(tmp_path, source(tmp_path, 'path = "logs"\nformat = "csv"')))
+    for arriving in (["2023/05/a", "2023/05/day=1/b"], ["2023/06/c", "d", "day=7/e"]):
+        for name in arriving:
+            (tmp_path / "logs" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "logs" / f"{name}.csv").write_text(HEADER + f"{name},ann,a,2023-05-01,1\n")
+        runtime.execute(STAGE)
+    assert [row["event_id"] for row in events(runtime)] == ["2023/05/a", "2023/05/day=1/b", "2023/06/c", "d", "day=7/e"]
+    twice = runtime.config.ingest.sources[0]
+    with pytest.raises(TrailvecError, match=r"two mappings of ingest\.sources are named shop"):
+        make_runtime(*settings(tmp_path, twice), f"ingest.sources={json.dumps([twice, twice])}").execute(STAGE)
+
+
 def test_same_day_finds_an_event_again_and_takes_another_day_for_another(
     make_runtime: Callable[..., Runtime], tmp_path: Path
 ) -> None:
