@@ -9,20 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from training.batches import FEATURES
+from training.batches import BUCKET_SIZES, FEATURES
 from training.config import ModelSpec, RunSpec, TrainSettings
 
 ITEMS = 30  # numbers 2 to 29; 29 is in no row: training never saw it
 MAX_LENGTH = 8
-CONTEXT_SIZES = {
-    "event_type_index": 4,
-    "vertical_index": 5,
-    "gap_bucket": 32,
-    "session_end": 3,
-    "hour": 25,
-    "weekday": 8,
-    "price_bucket": 41,
-}
+CONTEXT_SIZES = {"event_type_index": 4, "vertical_index": 5, **BUCKET_SIZES}
 SPEC = ModelSpec(
     architecture="gpt2",
     width=16,

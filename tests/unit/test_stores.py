@@ -15,6 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from jobs.errors import TrailvecError
 from training import stores
+from training.batches import FEATURES
 from training.checkpoint import Progress, best_checkpoint, newest_checkpoint, read_checkpoint, write_checkpoint
 from training.data import Piece, _PlannedReader, _row_groups
 from training.stores import StorePath, fsspec_of, local_file, parquet_files
@@ -95,8 +96,7 @@ def test_an_s3_url_says_where_to_ask_and_what_for() -> None:
 
 def test_petastorm_reads_planned_row_groups_out_of_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """webhdfs:// with fsspec's store of local files in the place of HDFS."""
-    columns = ["item_index", "event_type_index", "vertical_index", "gap_bucket", "session_end", "hour", "weekday"]
-    rows = {name: [[row, row + 1] for row in range(6)] for name in [*columns, "price_bucket"]}
+    rows = {name: [[row, row + 1] for row in range(6)] for name in FEATURES}
     pq.write_table(pa.table(rows), tmp_path / "a b.parquet", row_group_size=3)
 
     class Store(LocalFileSystem):

@@ -13,10 +13,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jobs.tables import SEQUENCES
 from tests.sequence_files import MAX_LENGTH, make_rows, write_files
 from training import data
 from training.batches import FEATURES, TARGET, pad
+from training.config import CONTEXT_FEATURES
 from training.data import Batch, choose_targets, padding, read_batches, read_held, shuffle_moments, steps
+
+
+def test_a_feature_is_named_alike_in_the_table_in_a_batch_and_in_the_settings() -> None:
+    assert tuple(c.name for c in SEQUENCES.columns if c.type == "array<int>" and not c.nullable) == FEATURES
+    assert FEATURES[1:] == CONTEXT_FEATURES
 
 
 @given(st.lists(st.lists(st.integers(1, 9), max_size=5), max_size=6), st.integers(1, 4))
