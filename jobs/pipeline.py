@@ -1,4 +1,5 @@
-"""The stages in the order of the road. A new stage is one file in `jobs/` and one line here."""
+"""The stages in the order of the road. A new stage is a file in `jobs/` and a line here; the other steps stand in
+docs/extending.md."""
 
 from __future__ import annotations
 
