@@ -14,6 +14,8 @@ import pyspark
 import pytest
 from packaging.requirements import Requirement
 
+from jobs.pipeline import ASIDE, STAGES
+
 ROOT = Path(__file__).parents[2]
 SPARK_JARS = "lib/python3.11/site-packages/pyspark/jars"
 LOCKS = sorted(ROOT.glob("requirements*.lock"))
@@ -153,3 +155,12 @@ def test_a_missing_tool_is_one_line_before_anything_is_made(tmp_path: Path, miss
     assert said.stderr.startswith(sentence)
     assert said.stderr.count("\n") == 1
     assert not (checkout / ".venv").exists()
+
+
+def test_the_readmes_tree_names_every_module_but_the_stages() -> None:
+    tree = (ROOT / "README.md").read_text().partition("## Where things are")[2].partition("## ")[0]
+    stages = {stage.name for stage in (*STAGES, *ASIDE)}
+    named = {"jobs": set(re.findall(r"(\w+)\.py\b", tree)) | stages}
+    named["training"] = set(re.findall(r"(?:training/|·) +(\w+)", tree))
+    for package, names in named.items():
+        assert {path.stem for path in (ROOT / package).glob("*.py")} - names == {"__init__"}, package
