@@ -330,7 +330,7 @@ USER_PROFILES = Table(
         Column(
             "vector",
             "array<float>",
-            "State, items, words, categories, statistics, forecast side by side; their places: "
+            "State, items, amounts, words, categories, statistics, forecast side by side; their places: "
             "models/<version>/profile.json.",
         ),
     ),
