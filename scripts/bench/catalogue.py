@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -40,6 +41,7 @@ from training import loop
 from training.batches import FEATURES, MAX_GAP_BUCKET, MAX_PRICE_BUCKET
 from training.checkpoint import read_about
 from training.config import ModelSpec, RunSpec, TrainSettings
+from training.data import read_batches
 
 NAMES = {10_000: "10k", 100_000: "100k", 1_000_000: "1m", 5_000_000: "5m"}
 DENSE_UP_TO = 1_000_000
@@ -131,15 +133,18 @@ def measured(spec: RunSpec) -> dict[str, float]:
 
 
 def _train(spec: RunSpec, sender: Any) -> None:
-    before, read, seconds = _memory("VmRSS"), loop.read_batches, []
+    before, seconds = _memory("VmRSS"), list[float]()
 
     def timed(*args: Any, **options: Any) -> Iterator[dict[str, torch.Tensor]]:
         started = time.thread_time()
-        yield from read(*args, **options)
+        yield from read_batches(*args, **options)
         seconds.append(time.thread_time() - started)
 
-    loop.read_batches = timed
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        patch.object(loop, "read_batches", timed),
+    ):
         loop.train(spec)
     peak = _memory("VmHWM") - before
     last = read_about(Path(spec.output))["training"]["epochs"][-1]

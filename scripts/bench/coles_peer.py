@@ -14,6 +14,7 @@ import time
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -29,7 +30,7 @@ WIDTH, BATCH, LONGEST = 128, 64, 4_000  # events of a user that a vector is made
 PLACES = 32  # of a code's own vector, at most
 
 
-def read(path: str) -> tuple[np.ndarray, list[dict[str, torch.Tensor]]]:
+def read(path: str) -> tuple[npt.NDArray[np.object_], list[dict[str, torch.Tensor]]]:
     """The ids of the users, and the events of each by column."""
     table = pq.read_table(path).to_pandas()
     ids = table["user_id"].to_numpy()

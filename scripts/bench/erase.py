@@ -29,7 +29,7 @@ from typing import Any
 import duckdb
 import pandas as pd
 from deltalake import DeltaTable
-from measure import Watch, bars, last_line, runtime, said, session
+from measure import Watch, bars, last_line, put, runtime, said, session
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -133,8 +133,7 @@ def measure(spark: SparkSession, arguments: argparse.Namespace, users: int, eras
         (USER_EMBEDDINGS, make_vectors(spark, users, arguments.width)),
     ):
         started = time.monotonic()
-        put = Stage("put", "", lambda r, t=table, rows=rows: r.append(t, rows), (), (), ())
-        whole.execute(put, force=True)
+        put(whole, table, rows)
         size = sum(disk_files(whole, table).values()) / 1e6
         said(f"{table.name}: {size:,.0f} MB in {time.monotonic() - started:.1f} s")
     step = users // erased

@@ -57,7 +57,7 @@ def campaigns_of(source: Runtime, least: int) -> list[tuple[str, pd.Timestamp, s
     redeemed = events.where("event_type = 'coupon_redeemed'").select(
         "user_id", F.col("attributes")["campaign_id"].alias("c")
     )
-    users = redeemed.distinct().toPandas().groupby("c")["user_id"].agg(set)
+    users = redeemed.distinct().toPandas().groupby("c")["user_id"].agg(set).to_dict()
     sent = events.where("event_type = 'campaign_received'").groupBy("item_id").agg(F.min("event_ts").alias("start"))
     starts = {row["item_id"].removeprefix("campaign:"): row["start"] for row in sent.toPandas().to_dict("records")}
     return sorted(((c, starts[c], who) for c, who in users.items() if len(who) >= least), key=lambda found: found[1])
@@ -85,13 +85,14 @@ def purchases_of(runtime: Runtime, users: list[str], start: pd.Timestamp) -> tup
         F.max("event_ts").alias("last"), F.countDistinct("basket_id").alias("baskets"), F.sum("amount").alias("money")
     )
     facts = by_user.toPandas().set_index("user_id").reindex(users)
-    days = (start - facts["last"]).dt.total_seconds() / 86_400
+    days = facts["last"].rsub(start).dt.total_seconds() / 86_400
     rfm = np.log1p(
         np.column_stack([days.fillna(365), facts["baskets"].fillna(0), facts["money"].fillna(0).clip(lower=0)])
     )
     items = bought.groupBy("user_id", "item_id").count().toPandas()
     items = items[items["user_id"].isin(set(users))]
-    rows = pd.Index(users).get_indexer(items["user_id"])
+    of_users: Any = pd.Index(users)
+    rows = of_users.get_indexer(items["user_id"])
     columns, names = pd.factorize(items["item_id"])
     counts = csr_matrix((items["count"].to_numpy(float), (rows, columns)), shape=(len(users), len(names)))
     lengths = np.sqrt(counts.multiply(counts).sum(axis=1)).A1

@@ -115,7 +115,9 @@ class Watch:
 def stages(spark: SparkSession) -> list[Any]:
     """Every stage that Spark's status store knows, a StageData of its Java API each."""
     context = spark.sparkContext
-    none, quantiles = context._jvm.java.util.ArrayList(), context._gateway.new_array(context._jvm.double, 0)
+    jvm: Any = context._jvm
+    gateway: Any = context._gateway
+    none, quantiles = jvm.java.util.ArrayList(), gateway.new_array(jvm.double, 0)
     return of_scala(context._jsc.sc().statusStore().stageList(none, False, False, quantiles, none))
 
 

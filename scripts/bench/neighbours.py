@@ -125,7 +125,7 @@ def main() -> None:
 
     spark = session(arguments.quick)
     part = min(counts[0], SETTINGS.block_rows)
-    contestants = {
+    contestants: dict[str, Callable[[], object]] = {
         "trailvec": lambda: by_trailvec(spark, folder, folder / "ours", counts),
         "faiss": lambda: by_faiss(folder, folder / "theirs"),
         "in_numpy": in_numpy(folder, part),

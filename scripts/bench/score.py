@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -92,7 +93,7 @@ def write_model(folder: Path) -> None:
     save_model(folder, build_model(SPEC, torch.ones(ITEMS, dtype=torch.int64), attributes), {"model_version": "bench"})
 
 
-def columns_of(rows: pa.Table) -> tuple[np.ndarray, list[np.ndarray]]:
+def columns_of(rows: pa.Table) -> tuple[npt.NDArray[np.int64], list[npt.NDArray[np.int32]]]:
     values = [rows.column(name).combine_chunks().flatten().to_numpy() for name in FEATURES]
     return rows.column("length").to_numpy().astype(np.int64), values
 
@@ -224,9 +225,9 @@ def main() -> None:
     acts = list(contestants(spark, folder, path, users, sample=500 if arguments.quick else 5_000))
     for number in range((arguments.rounds or (1 if arguments.quick else 5)) + 1):
         for name, count, act in acts:
-            clock, cpu = timed(act)
+            seconds, work = timed(act)
             if number:
-                measured.setdefault(name, []).append((clock / count, cpu / count))
+                measured.setdefault(name, []).append((seconds / count, work / count))
         if number:
             said(f"round {number}: " + ", ".join(f"{n} {1e6 * m[-1][1]:.0f} us" for n, m in measured.items()))
     clock, cpu = (

@@ -48,6 +48,7 @@ def measure(spark: SparkSession, folder: Path, users: int, rounds: int) -> dict[
     root = folder / "score-increments"
     shutil.rmtree(root, ignore_errors=True)
     lake = runtime(spark, root / str(users), folder)  # Delta remembers what lay in a folder
+    assert isinstance(lake.models, Path)  # a folder of this machine
     write_model(lake.models / "bench")
     write_json(lake.models / "current.json", {"model_version": "bench"})
     # Rows of split score, of the columns that a model reads.

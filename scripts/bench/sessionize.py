@@ -82,7 +82,7 @@ def session_window(rows: DataFrame) -> DataFrame:
 
 def in_duckdb(path: Path, out: Path, scratch: Path) -> None:
     struct = ", ".join(f"{name} := {name}" for name in FIELDS)
-    limits = {
+    limits: dict[str, str | bool | int | float | list[str]] = {
         "threads": CORES,
         "temp_directory": str(scratch),
         "memory_limit": "12GB",

@@ -22,10 +22,12 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -43,7 +45,7 @@ from jobs.tables import EVENTS, conform
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Keys = NDArray[np.uint64]
-Columns = dict[str, NDArray]
+Columns = dict[str, NDArray[Any]]
 
 START = datetime(2024, 1, 1, tzinfo=timezone.utc)  # a Monday
 TASTES = 16
@@ -129,7 +131,7 @@ def raw_log(spark: SparkSession, world: World, partitions: int | None = None) ->
         partitions: tasks; None: four for each core.
     """
 
-    def make(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def make(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for task in (number for batch in batches for number in batch.column(0).to_pylist()):
             yield from _blocks(world, task, tasks)
 
@@ -140,7 +142,8 @@ def raw_log(spark: SparkSession, world: World, partitions: int | None = None) ->
 def _tasks(spark: SparkSession, world: World, partitions: int | None) -> tuple[DataFrame, int]:
     """One row for each task, in a partition of its own, and how many there are."""
     # Spark's workers need not find this file.
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    by_value: Callable[[ModuleType], None] = cloudpickle.register_pickle_by_value
+    by_value(sys.modules[__name__])
     blocks = -(-world.users // _USERS_IN_BLOCK)
     tasks = min(blocks, partitions or 4 * spark.sparkContext.defaultParallelism)
     return spark.range(0, tasks, 1, tasks), tasks
@@ -179,7 +182,7 @@ def write(spark: SparkSession, world: World, out: Path, partitions: int | None =
     Each task writes its own files: a third of the time that Spark's writer takes for so many days at once.
     """
 
-    def make(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def make(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for task in (number for batch in batches for number in batch.column(0).to_pylist()):
             rows, users = _write_blocks(_blocks(world, task, tasks), out, f"part-{task:05}.parquet")
             yield pa.RecordBatch.from_pydict({"rows": [rows], "users": [users]})
@@ -253,23 +256,25 @@ class _Draw:
     def __init__(self, seed: int) -> None:
         self._seed = np.array([seed], np.uint64)
 
-    def bits(self, what: str, key: NDArray) -> Keys:
+    def bits(self, what: str, key: NDArray[Any]) -> Keys:
         salt = _mix(self._seed * _GOLDEN + np.uint64(int.from_bytes(what.encode().ljust(8)[:8], "little")))
         return _mix(_mix(key.astype(np.uint64) * _GOLDEN + salt) + salt)
 
-    def __call__(self, what: str, key: NDArray) -> Floats:
+    def __call__(self, what: str, key: NDArray[Any]) -> Floats:
         return ((self.bits(what, key) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
-def _pick(weights: NDArray, u: Floats) -> Ints:
+def _pick(weights: NDArray[Any], u: Floats) -> Ints:
     """A number for each u, by the weights: one row for all, or one row each."""
     edges = np.cumsum(weights, axis=-1)
     if edges.ndim == 1:
-        return np.searchsorted(edges, u * edges[-1], side="right")
-    return (u[:, None] * edges[:, -1:] >= edges[:, :-1]).sum(axis=1)
+        of_all: Ints = np.searchsorted(edges, u * edges[-1], side="right")
+        return of_all
+    of_each: Ints = (u[:, None] * edges[:, -1:] >= edges[:, :-1]).sum(axis=1)
+    return of_each
 
 
-def _zipf(u: Floats, n: NDArray, exponent: NDArray) -> Ints:
+def _zipf(u: Floats, n: NDArray[Any], exponent: NDArray[Any]) -> Ints:
     """Ranks 0 to n - 1 with chances like 1 / (rank + 1) ** exponent: the inverse of the continuous distribution."""
     power = 1.0 - np.where(np.abs(exponent - 1) < 1e-9, 1 + 1e-9, exponent)
     rank = ((np.power(n + 1.0, power) - 1.0) * u + 1.0) ** (1.0 / power)
@@ -308,7 +313,7 @@ def log_of_users(world: World, first: int, count: int = _USERS_IN_BLOCK) -> Colu
     return {name: column[order] for name, column in log.items()}
 
 
-def taste_of(world: World, user: NDArray) -> Ints:
+def taste_of(world: World, user: NDArray[Any]) -> Ints:
     """The users' tastes, which no log tells: 0 to TASTES - 1, some more common than others."""
     return _pick(1.0 / np.sqrt(np.arange(1, TASTES + 1)), _Draw(world.seed)("taste", user))
 
@@ -578,7 +583,7 @@ def _arrow(world: World, log: Columns) -> pa.RecordBatch:
     return pa.RecordBatch.from_pydict(columns)
 
 
-def _hex(numbers: NDArray, width: int, prefix: bytes = b"", which: Ints | None = None) -> pa.Array:
+def _hex(numbers: NDArray[Any], width: int, prefix: bytes = b"", which: Ints | None = None) -> pa.Array:
     """Texts of one length: a letter of `prefix` (the `which`-th, if any), and the numbers' low `width` bytes in hex."""
     raw = numbers.astype(">u8").view(np.uint8).reshape(-1, 8)[:, 8 - width :]
     text = np.ascontiguousarray(_HEX[raw]).view(np.uint8).reshape(-1, 2 * width)

@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -39,7 +39,8 @@ class SumWithLongerItems(ElementwiseSum):
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         item = inputs[FEATURES[0]]
-        return super().forward({**inputs, FEATURES[0]: item * math.sqrt(item.shape[-1])})
+        summed: torch.Tensor = super().forward({**inputs, FEATURES[0]: item * math.sqrt(item.shape[-1])})
+        return summed
 
 
 def peer_model(spec: ModelSpec, schema: Schema) -> torch.nn.Module:
@@ -67,7 +68,7 @@ def peer_model(spec: ModelSpec, schema: Schema) -> torch.nn.Module:
         sampled_softmax=spec.negatives > 0,
         max_n_samples=max(spec.negatives, 1),
     )
-    return tr.Model(tr.Head(body, task, inputs=inputs))
+    return cast(torch.nn.Module, tr.Model(tr.Head(body, task, inputs=inputs)))
 
 
 def schema_of(spec: ModelSpec) -> Schema:
@@ -94,6 +95,7 @@ def take_weights(model: torch.nn.Module, ours: SequenceModel) -> None:
     body = model.heads[0].body
     tables = body.inputs.categorical_module.embedding_tables
     tables[FEATURES[0]].weight.copy_(ours.table.own.weight)
+    assert ours.inputs is not None  # the model reads context
     for name in ours.spec.context_sizes:
         tables[name].weight.copy_(ours.inputs.categorical_module.embedding_tables[name].weight)
     transformer = body[1].transformer

@@ -32,6 +32,7 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -45,6 +46,7 @@ from training import loop
 from training.batches import BUCKET_SIZES, FEATURES, MAX_GAP_BUCKET
 from training.checkpoint import read_about
 from training.config import ModelSpec, RunSpec, TrainSettings
+from training.data import read_batches
 
 MAX_LENGTH = 64
 MEDIAN_LENGTH, SPREAD = 8, 0.9  # of the logarithm
@@ -108,7 +110,6 @@ def run_spec(data: Path, items: int, files: int, **settings: Any) -> RunSpec:
 # ---- trailvec's own contestants, in a process that stays up ----------------------------------------------------
 
 Batch = dict[str, torch.Tensor]
-_read = loop.read_batches
 _kept: list[Batch] = []
 
 
@@ -139,8 +140,8 @@ def watched(spec: RunSpec, out: Path, read: Callable[..., Iterator[Batch]]) -> E
         waits.append(waited)
         worked.append(t4rec_peer.cpu() - before)
 
-    loop.read_batches = timed
-    epochs = trained(spec, out)
+    with patch.object(loop, "read_batches", timed):
+        epochs = trained(spec, out)
     for epoch, waited, cpu_seconds in zip(epochs, waits, worked, strict=True):
         epoch["waited"] = waited * epoch["rows_per_second"] / spec.train_rows
         epoch["rows_per_cpu_second"] = spec.train_rows / cpu_seconds
@@ -152,7 +153,7 @@ def fed(spec: RunSpec, out: Path) -> Epochs:
 
     def read(*args: Any, **options: Any) -> Iterator[Batch]:
         _kept.clear()
-        for batch in _read(*args, **options):
+        for batch in read_batches(*args, **options):
             _kept.append(batch)
             yield batch
 
@@ -166,18 +167,18 @@ def in_memory(spec: RunSpec, out: Path) -> Epochs:
 
 def profile(spec: RunSpec, out: Path) -> str:
     """A table of the operations of ten steps, after two that warm."""
-    tables = []
+    tables: list[str] = []
 
     def looked_at(*args: Any, **options: Any) -> Iterator[Batch]:
-        batches = _read(*args, **options)
+        batches = read_batches(*args, **options)
         yield from islice(batches, 2)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             yield from islice(batches, 10)
         averages = profiler.key_averages()
         tables.extend(averages.table(sort_by=by, row_limit=14) for by in ("self_cpu_time_total", "cpu_time_total"))
 
-    loop.read_batches = looked_at
-    trained(spec, out)
+    with patch.object(loop, "read_batches", looked_at):
+        trained(spec, out)
     return "\n".join(tables)
 
 
