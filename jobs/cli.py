@@ -15,6 +15,7 @@ import select
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from rich.console import Console
 
@@ -80,7 +81,8 @@ def _parser(stages: Sequence[Stage], aside: Sequence[Stage]) -> argparse.Argumen
                 metavar=("MODEL_A", "MODEL_B"),
                 help="only print how two models (folders under models/) differ, over the same users",
             )
-    _add_beside(commands, common)
+    for name, (add, _) in _BESIDE.items():
+        add(partial(commands.add_parser, name, parents=[common]))
     return parser
 
 
@@ -91,76 +93,6 @@ def _about(stage: Stage) -> str:
     settings = ", ".join(f"[{section}]" for section in stage.settings)
     asked = f" Its result depends on the settings {settings} (--show-config prints them)." if settings else ""
     return f"It {' and '.join(about)}.{asked}"
-
-
-def _add_beside(commands: argparse._SubParsersAction[argparse.ArgumentParser], common: argparse.ArgumentParser) -> None:
-    """The commands of _BESIDE."""
-    tables = commands.add_parser(
-        "tables", parents=[common], help="every table: place, rows, version, size, last writer"
-    )
-    tables.add_argument("--json", action="store_true", help="one JSON array instead of a table")
-    audit = commands.add_parser(
-        "audit", parents=[common], help="who ran what, when: the commits of all tables, newest first"
-    )
-    audit.add_argument(
-        "--table", metavar="NAME", choices=[table.name for table in TABLES], help="the commits of this table only"
-    )
-    audit.add_argument("--since", metavar="TIME", help="later ones only, such as 2026-01-31 or 2026-01-31T12:00:00Z")
-    audit.add_argument("--json", action="store_true", help="one JSON array instead of a table")
-    upkeep = commands.add_parser(
-        "maintain_tables", parents=[common], help="compact and cluster the tables, delete old files, report sizes"
-    )
-    upkeep.add_argument(
-        "--table",
-        metavar="NAME",
-        action="append",
-        default=[],
-        choices=[table.name for table in TABLES],
-        help="only this table; repeatable",
-    )
-    upkeep.add_argument("--dry-run", action="store_true", help="report only")
-    upkeep.add_argument("--json", action="store_true", help="one JSON array instead of a table")
-    tune = commands.add_parser(
-        "tune", parents=[common], help="look for better settings of training; goes on if stopped"
-    )
-    tune.add_argument(
-        "--trials", type=int, default=20, help="trainings in all, those of earlier runs too (default: 20)"
-    )
-    retire = commands.add_parser(
-        "retire_model", parents=[common], help="take an old model's vectors out of the tables; the current one stays"
-    )
-    retire.add_argument("version", help="the model's version, a folder under models/")
-    erase = commands.add_parser(
-        "erase_users",
-        parents=[common],
-        help="take people out of every table, for good, with a receipt",
-        description="Takes people out of every table that holds them and keeps them out; `erasures` has the receipt. "
-        "TRAILVEC_ERASE_KEY, always the same, is the key of the hashes that they are known by from then on.",
-    )
-    erase.add_argument(
-        "users", nargs="?", metavar="FILE", help="one user id per line, or Parquet with a column user_id"
-    )
-    erase.add_argument(
-        "--sql", metavar="QUERY", help="instead of a file: a query over the tables with a column user_id"
-    )
-    erase.add_argument("--requested-by", metavar="NAME", help="who asked for it; stands in the receipt")
-    erase.add_argument(
-        "--finish",
-        action="store_true",
-        help="after maintain_tables: close the receipts whose users no file on disk holds any more",
-    )
-    sql = commands.add_parser("sql", parents=[common], help="answer one SQL query over the tables")
-    sql.add_argument("query", help="the query; vector_cosine_similarity and its kin are there")
-    sql.add_argument("--json", action="store_true", help="one JSON object per row")
-    serve = commands.add_parser(
-        "serve_sql",
-        parents=[common],
-        help="serve SQL over JDBC until Ctrl-C",
-        description="Serves SQL over JDBC until Ctrl-C; TRAILVEC_SQL_USER and TRAILVEC_SQL_PASSWORD, where set, are "
-        "asked of every client.",
-    )
-    serve.add_argument("--host", default="127.0.0.1", help="the address to serve on (default: 127.0.0.1)")
-    serve.add_argument("--port", type=int, default=10000, help="default: 10000")
 
 
 def _run(arguments: argparse.Namespace, stages: Sequence[Stage], aside: Sequence[Stage]) -> None:
@@ -174,7 +106,8 @@ def _run(arguments: argparse.Namespace, stages: Sequence[Stage], aside: Sequence
             raise TrailvecError(f"--from {arguments.first} comes after --to {arguments.last}: swap them")
         run_stages(Runtime(config), stages[first : last + 1], arguments.force)
     elif arguments.command in _BESIDE:
-        _BESIDE[arguments.command](config, arguments)
+        _, run = _BESIDE[arguments.command]
+        run(config, arguments)
     elif arguments.command == "evaluate" and arguments.compare:
         from jobs.compare_models import run_compare  # noqa: PLC0415 - as in the functions of _BESIDE
 
@@ -183,7 +116,14 @@ def _run(arguments: argparse.Namespace, stages: Sequence[Stage], aside: Sequence
         run_stages(Runtime(config), [s for s in (*stages, *aside) if s.name == arguments.command], arguments.force)
 
 
-# ---- jobs beside the road: each imports what it alone needs ----
+# ---- jobs beside the road: of each its arguments, and what it does; each imports what it alone needs ----
+
+_Add = Callable[..., argparse.ArgumentParser]  # of help, description: makes the command
+
+
+def _add_tables(add: _Add) -> None:
+    command = add(help="every table: place, rows, version, size, last writer")
+    command.add_argument("--json", action="store_true", help="one JSON array instead of a table")
 
 
 def _tables(config: Config, arguments: argparse.Namespace) -> None:
@@ -192,16 +132,46 @@ def _tables(config: Config, arguments: argparse.Namespace) -> None:
     print_tables(Runtime(config), arguments.json)
 
 
+def _add_audit(add: _Add) -> None:
+    command = add(help="who ran what, when: the commits of all tables, newest first")
+    command.add_argument(
+        "--table", metavar="NAME", choices=[table.name for table in TABLES], help="the commits of this table only"
+    )
+    command.add_argument("--since", metavar="TIME", help="later ones only, such as 2026-01-31 or 2026-01-31T12:00:00Z")
+    command.add_argument("--json", action="store_true", help="one JSON array instead of a table")
+
+
 def _audit(config: Config, arguments: argparse.Namespace) -> None:
     from jobs.audit import print_audit  # noqa: PLC0415
 
     print_audit(Runtime(config), arguments.table, arguments.since, arguments.json)
 
 
+def _add_maintain(add: _Add) -> None:
+    command = add(help="compact and cluster the tables, delete old files, report sizes")
+    command.add_argument(
+        "--table",
+        metavar="NAME",
+        action="append",
+        default=[],
+        choices=[table.name for table in TABLES],
+        help="only this table; repeatable",
+    )
+    command.add_argument("--dry-run", action="store_true", help="report only")
+    command.add_argument("--json", action="store_true", help="one JSON array instead of a table")
+
+
 def _maintain(config: Config, arguments: argparse.Namespace) -> None:
     from jobs.maintain_tables import run_maintain  # noqa: PLC0415
 
     run_maintain(Runtime(config), arguments.table, arguments.dry_run, arguments.json)
+
+
+def _add_tune(add: _Add) -> None:
+    command = add(help="look for better settings of training; goes on if stopped")
+    command.add_argument(
+        "--trials", type=int, default=20, help="trainings in all, those of earlier runs too (default: 20)"
+    )
 
 
 def _tune(config: Config, arguments: argparse.Namespace) -> None:
@@ -212,10 +182,35 @@ def _tune(config: Config, arguments: argparse.Namespace) -> None:
         run_tune(runtime, arguments.trials)
 
 
+def _add_retire(add: _Add) -> None:
+    command = add(help="take an old model's vectors out of the tables; the current one stays")
+    command.add_argument("version", help="the model's version, a folder under models/")
+
+
 def _retire(config: Config, arguments: argparse.Namespace) -> None:
     from jobs.retire_model import retire  # noqa: PLC0415
 
     _say(retire(Runtime(config), arguments.version))
+
+
+def _add_erase(add: _Add) -> None:
+    command = add(
+        help="take people out of every table, for good, with a receipt",
+        description="Takes people out of every table that holds them and keeps them out; `erasures` has the receipt. "
+        "TRAILVEC_ERASE_KEY, always the same, is the key of the hashes that they are known by from then on.",
+    )
+    command.add_argument(
+        "users", nargs="?", metavar="FILE", help="one user id per line, or Parquet with a column user_id"
+    )
+    command.add_argument(
+        "--sql", metavar="QUERY", help="instead of a file: a query over the tables with a column user_id"
+    )
+    command.add_argument("--requested-by", metavar="NAME", help="who asked for it; stands in the receipt")
+    command.add_argument(
+        "--finish",
+        action="store_true",
+        help="after maintain_tables: close the receipts whose users no file on disk holds any more",
+    )
 
 
 def _erase(config: Config, arguments: argparse.Namespace) -> None:
@@ -230,10 +225,26 @@ def _erase(config: Config, arguments: argparse.Namespace) -> None:
     _say(report)
 
 
+def _add_sql(add: _Add) -> None:
+    command = add(help="answer one SQL query over the tables")
+    command.add_argument("query", help="the query; vector_cosine_similarity and its kin are there")
+    command.add_argument("--json", action="store_true", help="one JSON object per row")
+
+
 def _sql(config: Config, arguments: argparse.Namespace) -> None:
     from jobs.sql import run_sql  # noqa: PLC0415
 
     run_sql(Runtime(config), arguments.query, arguments.json)
+
+
+def _add_serve(add: _Add) -> None:
+    command = add(
+        help="serve SQL over JDBC until Ctrl-C",
+        description="Serves SQL over JDBC until Ctrl-C; TRAILVEC_SQL_USER and TRAILVEC_SQL_PASSWORD, where set, are "
+        "asked of every client.",
+    )
+    command.add_argument("--host", default="127.0.0.1", help="the address to serve on (default: 127.0.0.1)")
+    command.add_argument("--port", type=int, default=10000, help="default: 10000")
 
 
 def _serve(config: Config, arguments: argparse.Namespace) -> None:
@@ -242,15 +253,15 @@ def _serve(config: Config, arguments: argparse.Namespace) -> None:
     run_serve(config, arguments.host, arguments.port)
 
 
-_BESIDE: dict[str, Callable[[Config, argparse.Namespace], None]] = {
-    "tables": _tables,
-    "audit": _audit,
-    "maintain_tables": _maintain,
-    "tune": _tune,
-    "retire_model": _retire,
-    "erase_users": _erase,
-    "sql": _sql,
-    "serve_sql": _serve,
+_BESIDE: dict[str, tuple[Callable[[_Add], None], Callable[[Config, argparse.Namespace], None]]] = {
+    "tables": (_add_tables, _tables),
+    "audit": (_add_audit, _audit),
+    "maintain_tables": (_add_maintain, _maintain),
+    "tune": (_add_tune, _tune),
+    "retire_model": (_add_retire, _retire),
+    "erase_users": (_add_erase, _erase),
+    "sql": (_add_sql, _sql),
+    "serve_sql": (_add_serve, _serve),
 }
 
 
