@@ -180,25 +180,10 @@ def page(facts: Facts) -> str:
         tasks=[_task(task, points, users) for task in tasks],
         slice_pictures=[*_slice_pictures(points, users)],
         slice_tables=[table for task in tasks for kind in SLICES if (table := _slice_table(task, kind, points, users))],
-        space=[
-            {"name": name, "meaning": meaning, "value": _space_value(key[1], points["space", *key, "all", "all"].value)}
-            for key, (name, meaning) in SPACE.items()
-            if ("space", *key, "all", "all") in points
-        ],
+        space=_space(points),
         examples=facts.examples,
         sample=facts.sample,
-        maps=[
-            {
-                "title": title,
-                "picture": _picture(pictures.scatter(of.points, of.groups, of.shares, rest)),
-                "caption": told,
-            }
-            for title, of, rest, told in (
-                ("A map of items", facts.items, "others", f"{len(facts.items.points):,} {MAPPED_ITEMS}"),
-                ("A map of users", facts.users, "everybody", f"{len(facts.users.points):,} {MAPPED_USERS}"),
-            )
-            if len(of.points)
-        ],
+        maps=_maps(facts),
         probes=_probes(facts.probes),
         drift=drift,
         training_picture=_picture(pictures.training(facts.about, narrow=True)) if training else "",
@@ -325,6 +310,29 @@ def _probes(rows: Sequence[Row]) -> Row:
         "columns": ["task", "users", "of them 1", *names.values()],
         "rows": table,
     }
+
+
+def _space(points: Points) -> list[Row]:
+    return [
+        {"name": name, "meaning": meaning, "value": _space_value(key[1], points["space", *key, "all", "all"].value)}
+        for key, (name, meaning) in SPACE.items()
+        if ("space", *key, "all", "all") in points
+    ]
+
+
+def _maps(facts: Facts) -> list[Row]:
+    return [
+        {
+            "title": title,
+            "picture": _picture(pictures.scatter(of.points, of.groups, of.shares, rest)),
+            "caption": told,
+        }
+        for title, of, rest, told in (
+            ("A map of items", facts.items, "others", f"{len(facts.items.points):,} {MAPPED_ITEMS}"),
+            ("A map of users", facts.users, "everybody", f"{len(facts.users.points):,} {MAPPED_USERS}"),
+        )
+        if len(of.points)
+    ]
 
 
 def _drift(points: Points, rows: Sequence[Row]) -> Row:
