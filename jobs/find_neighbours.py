@@ -94,12 +94,14 @@ def find_neighbours(every: list[Search], settings: NeighboursSettings) -> DataFr
     """
     parts = []
     for kind, queries, candidates, metric, counts in every:
+        source, target, _ = KINDS[kind]
         cells = _cells(candidates, counts[1], metric, settings) if settings.cells else None
         found = nearest(
             queries,
             candidates,
             settings.k,
             metric,
+            same_kind=source == target,
             block_rows=settings.block_rows,
             counts=counts,
             tasks=shuffle_tasks(queries.sparkSession),

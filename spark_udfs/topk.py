@@ -239,17 +239,20 @@ def nearest(
     k: int,
     metric: Metric,
     *,
+    same_kind: bool,
     block_rows: int,
     counts: tuple[int, int],
     tasks: int,
     cells: Cells | None = None,
 ) -> DataFrame:
-    """The k nearest candidates of each query, never itself; zero vectors have no cosine and are left out of it.
+    """The k nearest candidates of each query; zero vectors have no cosine and are left out of it.
 
     Args:
         queries: id string, vector array<float>, and, if it is there, left_out array<string>: candidates that are not
             to be found for it.
         candidates: id string, vector array<float>; all vectors of one length, no id twice.
+        same_kind: both are of one kind (users, say): of one's own id is oneself, who is not to be found. An item and a
+            user may have the same id and are two.
         block_rows: about how many vectors stand on each side of a matrix product.
         counts: about how many rows `queries` and `candidates` have.
         tasks: at most so many compare, each its blocks of queries. Spark, left to itself, makes tasks by bytes: few, of
@@ -282,7 +285,7 @@ def nearest(
         pairs = of_queries.join(of_candidates, "cell").drop("cell")
 
     def compare(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        return _compare(batches, k, metric)
+        return _compare(batches, k, metric, same_kind)
 
     partial = pairs.mapInArrow(compare, "source_id string, neighbour_id string, score float")
     by_score = Window.partitionBy("source_id").orderBy(F.desc("score"), "neighbour_id")
@@ -353,7 +356,7 @@ def _one_list(values: pa.Array) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
 
 
-def _compare(batches: Iterable[pa.RecordBatch], k: int, metric: Metric) -> Iterator[pa.RecordBatch]:
+def _compare(batches: Iterable[pa.RecordBatch], k: int, metric: Metric, same_kind: bool) -> Iterator[pa.RecordBatch]:
     """Pairs of blocks → the k best of each query, over all the candidate blocks that follow one another."""
     current = None
     for batch in batches:
@@ -362,7 +365,7 @@ def _compare(batches: Iterable[pa.RecordBatch], k: int, metric: Metric) -> Itera
             if current is None or number != current.number:
                 if current is not None:
                     yield current.batch()
-                current = _Queries(number, batch.column("query").slice(row, 1), k, metric)
+                current = _Queries(number, batch.column("query").slice(row, 1), k, metric, same_kind)
             current.meet(batch.column("candidate").slice(row, 1))
     if current is not None:
         yield current.batch()
@@ -371,8 +374,9 @@ def _compare(batches: Iterable[pa.RecordBatch], k: int, metric: Metric) -> Itera
 class _Queries:
     """A block of queries that meets block after block of candidates."""
 
-    def __init__(self, number: int, block: pa.StructArray, k: int, metric: Metric) -> None:
+    def __init__(self, number: int, block: pa.StructArray, k: int, metric: Metric, same_kind: bool) -> None:
         self.number = number
+        self._same_kind = same_kind
         self._ids, vectors = _unpack(block)
         self._nearest = Nearest(vectors, k, metric)
         names = block.field("left_out").flatten().to_numpy(zero_copy_only=False).astype(np.str_)
@@ -384,7 +388,7 @@ class _Queries:
 
     def meet(self, block: pa.StructArray) -> None:
         ids, vectors = _unpack(block)
-        rows, columns = _same(self._ids, ids)
+        rows, columns = _same(self._ids, ids) if self._same_kind else _NO_PAIRS
         if len(self._left_out):
             known, column = _same(self._left_out, ids)
             place_of = np.full(len(self._left_out), -1, np.int64)

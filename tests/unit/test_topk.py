@@ -29,7 +29,8 @@ def brute_force(queries: Named, candidates: Named, k: int, metric: Metric, out: 
             score = math.fsum(x * y for x, y in zip(q, c, strict=True))
             if metric == "cosine":
                 score /= math.sqrt(math.fsum(x * x for x in q)) * math.sqrt(math.fsum(x * x for x in c))
-            if other != name and other not in out.get(name, set()):
+            itself = other == name and metric == "cosine"  # here the dot product is of users with items
+            if not itself and other not in out.get(name, set()):
                 scored.append((other, float(np.float32(score))))
         found[name] = sorted(scored, key=lambda pair: (-pair[1], pair[0]))[:k]
     return found
@@ -66,7 +67,7 @@ def run(
         for m, c in enumerate(blocks(candidates, cuts))
     ]
     found: Neighbours = {name: [] for name in queries}
-    for batch in _compare(batches, k, metric):
+    for batch in _compare(batches, k, metric, same_kind=metric == "cosine"):
         for row in batch.to_pylist():
             found[row["source_id"]].append((row["neighbour_id"], row["score"]))
     return found
