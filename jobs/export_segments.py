@@ -40,6 +40,7 @@ from jobs.segment_files import (
     MANIFEST,
     REPORT,
     Staging,
+    check_place,
     delivered,
     export_key,
     file_digest,
@@ -145,6 +146,8 @@ def _published(runtime: Runtime, export: Export) -> dict[str, Any] | None:
 def _publish(runtime: Runtime, chosen: Selection, staging: Staging, now: datetime) -> None:
     """Logs the members, then puts each segment's files in their place, which threads make meanwhile: the log is Spark's
     work, the files are the driver's."""
+    for export in chosen.pending:
+        check_place(place_of(runtime, export.segment))
     with ExitStack() as stack:
         writers = ThreadPoolExecutor(_WRITERS)
         stack.callback(writers.shutdown, cancel_futures=True)

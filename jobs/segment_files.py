@@ -235,21 +235,41 @@ def read_manifest(place: ArrowFolder | HadoopPath) -> str | None:
         return str(file.read(), "utf-8")
 
 
+def check_place(place: ArrowFolder | HadoopPath) -> None:
+    """Does first what a delivery does first: whoever could not be delivered must not stand in the log.
+
+    Raises:
+        TrailvecError: the place holds other files than an export's, or can't be read or written.
+    """
+    _files_of_export(place)
+    if isinstance(place, HadoopPath):
+        _make_and_remove(place)
+        return
+    with _refusals_told(place):
+        if place.local:
+            _make_and_remove(Path(place.folder))
+        else:
+            place.system.create_dir(place.folder, recursive=True)
+
+
+def _make_and_remove(target: Place) -> None:
+    folder = target.with_name(f".{target.name}.check.staging")  # `published` removes what a kill leaves of that name
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_tree(folder)
+
+
 @contextmanager
 def delivered(place: ArrowFolder | HadoopPath, staging: Path) -> Iterator[Path]:
     """A folder to fill, which is put in its place, the manifest last, when the block ends without an error.
 
     Raises:
-        TrailvecError: the place holds other files than an export's, or can't be read or written.
+        TrailvecError: as `check_place`.
     """
+    found = _files_of_export(place)
     if isinstance(place, HadoopPath):
-        _refuse_others(str(place), [file.name for file in place.iterdir()] if place.exists() else [])
         with published(place) as folder:
             yield folder
         return
-    with _refusals_told(place):
-        found = place.system.get_file_info(fs.FileSelector(place.folder, allow_not_found=True))
-    _refuse_others(place.folder, [info.base_name for info in found])
     if place.local:
         with published(Path(place.folder)) as folder:
             yield folder
@@ -260,8 +280,8 @@ def delivered(place: ArrowFolder | HadoopPath, staging: Path) -> Iterator[Path]:
     yield folder
     with _refusals_told(place):
         place.system.create_dir(place.folder, recursive=True)
-        for info in sorted(found, key=lambda info: info.base_name != MANIFEST):
-            place.system.delete_file(info.path)
+        for name in sorted(found, key=lambda name: name != MANIFEST):
+            place.system.delete_file(f"{place.folder}/{name}")
         for file in sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST):
             with file.open("rb") as source, place.system.open_output_stream(f"{place.folder}/{file.name}") as target:
                 shutil.copyfileobj(source, target)
@@ -277,6 +297,18 @@ def _refusals_told(place: ArrowFolder) -> Iterator[None]:
         ) from None
 
 
-def _refuse_others(folder: str, names: list[str]) -> None:
+def _files_of_export(place: ArrowFolder | HadoopPath) -> list[str]:
+    """The names of the last export's files.
+
+    Raises:
+        TrailvecError: others are there too.
+    """
+    if isinstance(place, HadoopPath):
+        folder, names = str(place), [file.name for file in place.iterdir()] if place.exists() else []
+    else:
+        with _refusals_told(place):
+            found = place.system.get_file_info(fs.FileSelector(place.folder, allow_not_found=True))
+        folder, names = place.folder, [info.base_name for info in found]
     if others := sorted(name for name in names if not _OURS.fullmatch(name)):
         raise TrailvecError(f"{folder} holds {others[0]}, which no export wrote: give the segment a folder of its own")
+    return names

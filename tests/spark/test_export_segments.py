@@ -622,6 +622,10 @@ def test_where_it_goes(shop: Runtime, tmp_path: Path) -> None:
     shop.execute(STAGE, force=True)
     assert len(read(shop, folder=place)[1]) == 4
 
+    def logged() -> int:
+        return len(read_delta(shop.root / "tables" / "exports"))
+
+    before = logged()
     (place / "holiday.jpg").write_text("precious")
     (tmp_path / "likes.toml").write_text(SEGMENT.replace("size = 4", f'size = 3\ndestination = "{place}"'))
     with pytest.raises(
@@ -629,6 +633,11 @@ def test_where_it_goes(shop: Runtime, tmp_path: Path) -> None:
     ):
         shop.execute(STAGE)
     assert (place / "holiday.jpg").exists()
+    below = tmp_path / "seeds.txt" / "likes"  # no folder can be made there
+    (tmp_path / "likes.toml").write_text(SEGMENT.replace("size = 4", f'size = 3\ndestination = "{below}"'))
+    with pytest.raises(TrailvecError, match=r"seeds\.txt/likes can't be written .*: correct the segment's destination"):
+        shop.execute(STAGE)
+    assert logged() == before  # who got nothing was not exported
 
 
 def test_what_is_refused_of_lists(shop: Runtime, spark: SparkSession, tmp_path: Path) -> None:
