@@ -184,12 +184,13 @@ def _write_parts(staging: Staging, export: Export, taken: Taken) -> list[dict[st
 
 
 def _log_members(runtime: Runtime, chosen: Selection, staging: Staging, now: datetime) -> None:
-    """One commit for all; what is there already, of a run that was killed before it published, is not added."""
+    """One commit for all; who is there already, of a run that was killed before it published, is not added. (Other code
+    may take others for the same export: they are.)"""
     folder = staging.local / "log"
     folder.mkdir()
-    of_run = [export.id for export in chosen.pending]
     staging.check()  # two that log at once would log twice
-    there = chosen.log.where(F.col("export_id").isin(of_run)).select("export_id").distinct().collect()
+    there = chosen.log.where(F.col("export_id").isin([export.id for export in chosen.pending]))
+    is_new = there.isEmpty()
     for export in chosen.pending:
         taken = chosen.taken[export.name]
         count = len(taken.ids)
@@ -204,9 +205,10 @@ def _log_members(runtime: Runtime, chosen: Selection, staging: Staging, now: dat
         same = ["export_id", "segment", "model_version"]  # a dictionary of ids, no two of which are, only costs
         pq.write_table(pa.table(columns), folder / f"{export.number:05d}.parquet", use_dictionary=same)
     rows = runtime.spark.read.parquet(staging.to_tasks("log"))
-    logged = [row["export_id"] for row in there]
-    if len(logged) < len(of_run):
-        runtime.append(EXPORTS, rows.where(~F.col("export_id").isin(logged)))
+    if not is_new:
+        rows = rows.join(there, ["export_id", "user_id"], "left_anti")
+    if is_new or not rows.isEmpty():
+        runtime.append(EXPORTS, rows)
 
 
 def _overlaps(chosen: Selection) -> dict[str, list[Share]]:

@@ -30,7 +30,7 @@ from jobs.runtime import Runtime
 from jobs.segment_files import KEY, laid_down
 from jobs.segment_rules import Lists, Marked, allows
 from jobs.segments import read_segments
-from jobs.tables import ITEMS, SESSIONS, USER_EMBEDDINGS, USER_PROFILES
+from jobs.tables import EXPORTS, ITEMS, SESSIONS, USER_EMBEDDINGS, USER_PROFILES
 from tests.conftest import put, read_delta
 from tests.spark.test_neighbours import embed
 
@@ -164,7 +164,11 @@ def test_a_rerun_is_skipped_and_a_forced_one_gives_the_same_bytes(
     report = shop.execute(STAGE, force=True)
     assert not report.skipped
     assert bytes_of(shop.exports) == first
-    assert len(read_delta(shop.root / "tables" / "exports")) == 4  # logged once
+    logged = {row["user_id"] for row in read_delta(shop.root / "tables" / "exports")}
+    assert len(read_delta(shop.root / "tables" / "exports")) == len(logged) == 4  # logged once
+    put(shop, EXPORTS, shop.latest(EXPORTS).where("user_id <> 'cat'"))  # as if other code had not taken her
+    shop.execute(STAGE, force=True)
+    assert sorted(row["user_id"] for row in read_delta(shop.root / "tables" / "exports")) == sorted(logged)
 
     (tmp_path / "seeds.txt").write_text("far\n")
     assert not shop.execute(STAGE).skipped  # the list has changed
