@@ -165,7 +165,7 @@ def _publish(runtime: Runtime, chosen: Selection, staging: Staging, now: datetim
                 "counts": taken.counts,
                 "score": _spread(taken.scores[~taken.control]) if segment.scored else None,
                 "files": files,
-                "provenance": runtime.provenance(),
+                "provenance": _provenance(runtime),
             }
             with delivered(place_of(runtime, segment), staging.local) as folder:
                 for file in files:
@@ -174,6 +174,12 @@ def _publish(runtime: Runtime, chosen: Selection, staging: Staging, now: datetim
                 (folder / REPORT).write_text(report, encoding="utf-8")
                 write_json(folder / MANIFEST, manifest)
             runtime.report.rows_out[export.name] = taken.counts["exported"]
+
+
+def _provenance(runtime: Runtime) -> dict[str, Any]:
+    """What is the same wherever and whenever the same export is made; the rest stands in the log's commit."""
+    told = {key: value for key, value in runtime.provenance().items() if key not in ("user", "application")}
+    return told | {"reads": {table.name: runtime.changed_version(table) for table in STAGE.reads}}
 
 
 def _write_parts(staging: Staging, export: Export, taken: Taken) -> list[dict[str, Any]]:

@@ -161,9 +161,11 @@ def test_a_rerun_is_skipped_and_a_forced_one_gives_the_same_bytes(
     shop.execute(STAGE)
     first = bytes_of(shop.exports)
     assert shop.execute(STAGE).skipped
+    shop.touch(USER_EMBEDDINGS)  # a version without another row, as upkeep makes
     report = shop.execute(STAGE, force=True)
     assert not report.skipped
     assert bytes_of(shop.exports) == first
+    assert {"user", "application"}.isdisjoint(read(shop)[0]["provenance"])  # another process has others
     logged = {row["user_id"] for row in read_delta(shop.root / "tables" / "exports")}
     assert len(read_delta(shop.root / "tables" / "exports")) == len(logged) == 4  # logged once
     put(shop, EXPORTS, shop.latest(EXPORTS).where("user_id <> 'cat'"))  # as if other code had not taken her
