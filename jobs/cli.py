@@ -200,7 +200,7 @@ def _add_erase(add: _Add) -> None:
         "TRAILVEC_ERASE_KEY, always the same, is the key of the hashes that they are known by from then on.",
     )
     command.add_argument(
-        "users", nargs="?", metavar="FILE", help="one user id per line, or Parquet with a column user_id"
+        "users", nargs="?", metavar="FILE", help="one user id per line, or Parquet or CSV with a column user_id"
     )
     command.add_argument(
         "--sql", metavar="QUERY", help="instead of a file: a query over the tables with a column user_id"

@@ -275,7 +275,9 @@ class MaintainSettings(Section):
 class UserList(Section):
     """A list of users: one of the two."""
 
-    file: str | None = Field(None, description="text, one user id per line, or Parquet with a column user_id")
+    file: str | None = Field(
+        None, description="Parquet or CSV (.csv, .csv.gz) with a column user_id; any other: text, one user id per line"
+    )
     sql: str | None = Field(None, description="a query over the tables with a column user_id")
 
     @model_validator(mode="after")

@@ -55,7 +55,7 @@ def erase(runtime: Runtime, file: str | None = None, sql: str | None = None, req
     """Takes the users of a list out of all tables; rows_out: how many rows of each.
 
     Args:
-        file: text, one user id per line, or Parquet with a column user_id.
+        file: as UserList.file.
         sql: instead, a query over the tables with a column user_id.
         requested_by: who asked for it; stands in the receipt.
 

@@ -26,9 +26,11 @@ from jobs.errors import TrailvecError
 from jobs.runtime import Runtime
 from jobs.segments import Frequency, SegmentFile
 from jobs.sql import query
+from training.urls import file_url
 
 Flags = npt.NDArray[np.bool_]
 
+_CSV = (".csv", ".csv.gz")
 _BITS = 62  # marks in one word: a bigint, and no sign
 
 
@@ -98,11 +100,11 @@ def read_users(runtime: Runtime, users: UserList, path: Path) -> DataFrame | lis
         frame, where = query(runtime, users.sql), f"{path}: the query of a list of its users"
     else:
         file = path.parent / str(users.file)
-        if file.suffix != ".parquet":
+        if not file.name.lower().endswith((*_CSV, ".parquet")):
             return _read_lines(file)
-        frame, where = runtime.spark.read.parquet(str(file)), f"{path}: the list {file}"
+        frame, where = _read_rows(runtime, file), f"{path}: the list {file}"
     if "user_id" not in frame.columns:
-        raise TrailvecError(f"{where} gives {', '.join(frame.columns)}: it needs a column user_id")
+        raise TrailvecError(f"{where} gives {', '.join(frame.columns) or 'nothing'}: it needs a column user_id")
     return frame.select(F.col("user_id").cast("string")).where("user_id <> ''")
 
 
@@ -114,16 +116,31 @@ def _read_lines(file: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
+def _read_rows(runtime: Runtime, file: Path) -> DataFrame:
+    """CSV with a header, or Parquet."""
+    url = file_url(str(file))  # a path alone Spark would look for in Hadoop's default file system
+    if file.name.lower().endswith(_CSV):
+        return runtime.spark.read.csv(url, header=True, escape='"')
+    return runtime.spark.read.parquet(url)
+
+
+def _read_suppressed(runtime: Runtime, users: UserList, path: Path) -> DataFrame | list[str]:
+    """As `read_users`; a file of nobody is refused, since all who should be in it would be exported."""
+    found = read_users(runtime, users, path)
+    if users.file is not None and (not found if isinstance(found, list) else found.isEmpty()):
+        raise TrailvecError(
+            f"{path}: the list {path.parent / users.file} in suppress holds no user id: correct it, or leave it out"
+        )
+    return found
+
+
 def read_consents(runtime: Runtime) -> DataFrame:
     """user_id and a column for each purpose, as export.consent says; a user may have several rows."""
     consent = runtime.config.export.consent
     assert consent is not None
     if consent.sql is not None:
         return query(runtime, consent.sql)
-    file = str(consent.file)
-    if file.endswith((".csv", ".csv.gz")):
-        return runtime.spark.read.csv(file, header=True)
-    return runtime.spark.read.parquet(file)
+    return _read_rows(runtime, Path(str(consent.file)))
 
 
 def consenting(consents: DataFrame, purpose: str, path: Path) -> DataFrame:
@@ -181,7 +198,7 @@ def rules_of(
         steps.append(Rule(f"no consent to {segment.consent}", mark, required=True))
     for users in segment.suppress:
         name = f"list {users.sql or (path.parent / str(users.file)).resolve()}"
-        mark = lists.mark(name, partial(read_users, runtime, users, path))
+        mark = lists.mark(name, partial(_read_suppressed, runtime, users, path))
         steps.append(Rule(f"suppressed by {users.file or 'a query'}", mark))
     if segment.at_most is not None:
         since = now.date() - timedelta(days=segment.at_most.days - 1)

@@ -23,12 +23,12 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from jobs import export_segments, segment_members
-from jobs.config import load_config
+from jobs.config import UserList, load_config
 from jobs.errors import TrailvecError
 from jobs.export_segments import STAGE
 from jobs.runtime import Runtime
 from jobs.segment_files import KEY, laid_down
-from jobs.segment_rules import Lists, Marked, allows
+from jobs.segment_rules import Lists, Marked, allows, read_users
 from jobs.segments import read_segments
 from jobs.tables import EXPORTS, ITEMS, SESSIONS, USER_EMBEDDINGS, USER_PROFILES
 from tests.conftest import put, read_delta
@@ -664,6 +664,9 @@ def test_what_is_refused_of_lists(shop: Runtime, spark: SparkSession, tmp_path: 
     refused('consent = "email"', r"the list .*gone\.csv can't be read \(No such file or directory\)", gone)
     there = f'export.consent={{ file = "{tmp_path / "consent.csv"}" }}'
     refused('consent = "email"', r"has no column email \(found user_id, push\): correct one of them", there)
+    for name, text in {"nobody.txt": "\n", "nobody.csv": "user_id,date\n"}.items():
+        (tmp_path / name).write_text(text)
+        refused(f'suppress = [{{ file = "{name}" }}]', f"the list .*/{name} in suppress holds no user id: correct it")
     refused('suppress = [{ sql = "SELECT user_id FROM blocked" }]', "`blocked` cannot be found")
     (tmp_path / "likes.toml").write_text(SEGMENT)
 
@@ -671,6 +674,20 @@ def test_what_is_refused_of_lists(shop: Runtime, spark: SparkSession, tmp_path: 
     put(shop, USER_EMBEDDINGS, vectors.localCheckpoint())
     with pytest.raises(TrailvecError, match="all of its 3 seeds are cold, model m1 knows none of their items"):
         shop.execute(STAGE)
+
+
+def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> None:
+    """As tools write them: a byte order mark, quotes, other columns."""
+    runtime = make_runtime()
+    text = '\ufeff"user_id","date"\r\n"ann","2024-01-01"\r\n"o""neil, b",\r\n,"2024-01-02"\r\n'.encode()
+    (tmp_path / "gone.csv").write_bytes(text)
+    (tmp_path / "gone.csv.gz").write_bytes(gzip.compress(text))
+    for name in ("gone.csv", "gone.csv.gz"):
+        users = read_users(runtime, UserList(file=name), tmp_path / "likes.toml")
+        assert {row["user_id"] for row in users.collect()} == {"ann", 'o"neil, b'}  # type: ignore[union-attr]
+    (tmp_path / "gone.csv").write_text("customer;date\nann;2024-01-01\n")
+    with pytest.raises(TrailvecError, match=r"the list .*gone\.csv gives customer;date: it needs a column user_id"):
+        read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml")
 
 
 def test_more_lists_than_a_word_has_bits_are_told_apart(make_runtime: Callable[..., Runtime]) -> None:
