@@ -41,7 +41,7 @@ from jobs.segment_rules import (
     rules_of,
 )
 from jobs.segments import Affinity, Segment, SegmentFile, Vectors
-from jobs.sql import query
+from jobs.sql import ask
 from jobs.tables import EXPORTS, ITEM_EMBEDDINGS, ITEMS, USER_EMBEDDINGS, USER_PROFILES
 from spark_udfs.likeness import Anchors, Scorer, anchors_of, candidates
 from training.stores import remove_tree
@@ -196,7 +196,7 @@ class Selection:
 
     def _asked(self, export: Export) -> DataFrame:
         """The users that a segment's query gives: segment, user_id, score (NULL)."""
-        asked = query(self._runtime, str(export.segment.sql))
+        asked = ask(self._runtime, str(export.segment.sql), f"{export.path}: its sql")
         if "user_id" not in asked.columns:
             raise TrailvecError(f"{export.path}: its query gives {', '.join(asked.columns)}: it needs a column user_id")
         ids = asked.select(F.col("user_id").cast("string")).distinct()

@@ -25,7 +25,7 @@ from jobs.config import UserList
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime
 from jobs.segments import Frequency, SegmentFile
-from jobs.sql import query
+from jobs.sql import ask
 from training.urls import file_url
 
 Flags = npt.NDArray[np.bool_]
@@ -97,7 +97,8 @@ class Lists:
 def read_users(runtime: Runtime, users: UserList, path: Path) -> DataFrame | list[str]:
     """The users of a list that the segment's file at `path` names: ids, or a column user_id, not empty."""
     if users.sql is not None:
-        frame, where = query(runtime, users.sql), f"{path}: the query of a list of its users"
+        where = f"{path}: the query of a list of its users"
+        frame = ask(runtime, users.sql, where)
     else:
         file = path.parent / str(users.file)
         if not file.name.lower().endswith((*_CSV, ".parquet")):
@@ -139,7 +140,7 @@ def read_consents(runtime: Runtime) -> DataFrame:
     consent = runtime.config.export.consent
     assert consent is not None
     if consent.sql is not None:
-        return query(runtime, consent.sql)
+        return ask(runtime, consent.sql, "export.consent.sql")
     return _read_rows(runtime, Path(str(consent.file)))
 
 

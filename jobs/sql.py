@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pyspark.errors import PySparkException
+from pyspark.errors import ParseException, PySparkException
 from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 from rich.table import Table as Grid
@@ -42,6 +42,27 @@ def query(runtime: Runtime, text: str) -> DataFrame:
         return runtime.spark.sql(text)
     except PySparkException as error:
         raise _one_sentence(error) from error
+
+
+def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
+    """`query` of a text from a file that is only to ask: a statement that writes, drops or sets is refused.
+
+    Args:
+        where: what the error calls it.
+
+    Raises:
+        TrailvecError: it is no query, or Spark refuses it.
+    """
+    parser = runtime.spark._jsparkSession.sessionState().sqlParser()
+    try:
+        parser.parsePlan(text)
+    except PySparkException as error:
+        raise _one_sentence(error) from error
+    try:
+        parser.parseQuery(text)  # Spark's grammar of a query alone, as of a view's
+    except ParseException:
+        raise TrailvecError(f"{where} is no query (found {' '.join(text.split())[:60]!r}): write a SELECT") from None
+    return query(runtime, text)
 
 
 def run_sql(runtime: Runtime, text: str, as_json: bool, limit: int = 100) -> None:

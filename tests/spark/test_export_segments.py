@@ -667,6 +667,10 @@ def test_what_is_refused_of_lists(shop: Runtime, spark: SparkSession, tmp_path: 
     for name, text in {"nobody.txt": "\n", "nobody.csv": "user_id,date\n"}.items():
         (tmp_path / name).write_text(text)
         refused(f'suppress = [{{ file = "{name}" }}]', f"the list .*/{name} in suppress holds no user id: correct it")
+    deletes = 'sql = "DELETE FROM user_embeddings"'
+    refused(f"suppress = [{{ {deletes} }}]", "likes.toml: the query of a list of its users is no query .found 'DELETE")
+    consent = f"export.consent={{ {deletes} }}"
+    refused('consent = "email"', "export.consent.sql is no query .found 'DELETE FROM user_embeddings'.: write", consent)
     refused('suppress = [{ sql = "SELECT user_id FROM blocked" }]', "`blocked` cannot be found")
     (tmp_path / "likes.toml").write_text(SEGMENT)
 

@@ -16,14 +16,14 @@ from pyspark.sql import SparkSession
 from jobs.errors import TrailvecError
 from jobs.list_tables import list_tables, print_tables
 from jobs.runtime import Runtime
-from jobs.sql import query, run_sql
+from jobs.sql import ask, query, run_sql
 from jobs.tables import ITEM_EMBEDDINGS, TABLES
 from spark_udfs import vectors
 from tests.conftest import put
 
 
 @pytest.fixture(scope="module")
-def ask(spark: SparkSession) -> Callable[[str], Any]:
+def value_of(spark: SparkSession) -> Callable[[str], Any]:
     """The value of one expression (with what follows it)."""
     vectors.register(spark)
     return lambda text: spark.sql(f"SELECT {text}").collect()[0][0]
@@ -47,8 +47,8 @@ def ask(spark: SparkSession) -> Callable[[str], Any]:
         ("vector_normalize(CAST(array() AS ARRAY<FLOAT>))", []),
     ],
 )
-def test_values(ask: Callable[[str], Any], expression: str, expected: Any) -> None:
-    assert ask(expression) == pytest.approx(expected, rel=1e-6)
+def test_values(value_of: Callable[[str], Any], expression: str, expected: Any) -> None:
+    assert value_of(expression) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_values(ask: Callable[[str], Any], expression: str, expected: Any) -> No
         "vector_sum(v) FROM VALUES (CAST(NULL AS ARRAY<FLOAT>)) AS t(v)",
     ],
 )
-def test_nulls(ask: Callable[[str], Any], expression: str) -> None:
-    assert ask(expression) is None
+def test_nulls(value_of: Callable[[str], Any], expression: str) -> None:
+    assert value_of(expression) is None
 
 
 def test_types(spark: SparkSession) -> None:
@@ -151,6 +151,32 @@ def test_errors_are_one_sentence(make_runtime: Callable[..., Runtime], text: str
     with pytest.raises(TrailvecError) as caught:
         run_sql(make_runtime("storage.database=errors"), text, as_json=False)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "DELETE FROM exports",
+        "INSERT INTO exports SELECT 1",
+        "WITH x AS (SELECT 1) INSERT INTO exports SELECT * FROM x",
+        "FROM items INSERT INTO exports SELECT *",
+        "CREATE TEMPORARY VIEW v AS SELECT 1 AS user_id",
+        "SET spark.sql.ansi.enabled = false",
+        "VACUUM exports",
+    ],
+)
+def test_what_only_asks_changes_nothing(make_runtime: Callable[..., Runtime], text: str) -> None:
+    with pytest.raises(TrailvecError) as caught:
+        ask(make_runtime("storage.database=errors"), text, "likes.toml: its sql")
+    assert str(caught.value) == f"likes.toml: its sql is no query (found {text!r}): write a SELECT"
+
+
+def test_what_asks_is_asked(make_runtime: Callable[..., Runtime]) -> None:
+    runtime = make_runtime("storage.database=errors")
+    for text in ("-- all\nSELECT 1 AS a;", "WITH x AS (SELECT 1 AS a) SELECT * FROM x", "(VALUES (1)) UNION SELECT 1"):
+        assert [row[0] for row in ask(runtime, text, "a").collect()] == [1]
+    with pytest.raises(TrailvecError, match="the SQL can't be read: Syntax error at or near 'SELEC'"):
+        ask(runtime, "SELEC 1", "a")
 
 
 @pytest.fixture
