@@ -4,7 +4,8 @@ User ids leave as HMAC-SHA256 with the key in the environment's TRAILVEC_EXPORT_
 are written: neither a Spark plan nor a file ever holds the key. A text in a CSV that begins with = + - @, a tab or a
 carriage return gets a ' in front, so that no spreadsheet takes it for a formula; all texts are quoted.
 
-A new format: its name in `Segment.format`, and a branch in `write_parts` that gives the same bytes for the same rows.
+A new format: its name, which ends the files' names, in jobs/segments.py's `Format`, and in `WRITERS` what writes it,
+the same bytes for the same rows.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import re
 import shutil
 import uuid
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,14 +36,13 @@ from pyarrow import csv, fs
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, Place, fetch, published
 from jobs.runtime import Runtime
-from jobs.segments import Segment
+from jobs.segments import Format, Segment
 from spark_udfs.keyed import hashed
 from training.stores import remove_tree
 from training.urls import local_path
 
 KEY = "TRAILVEC_EXPORT_KEY"
 MANIFEST, REPORT = "manifest.json", "report.html"
-_OURS = re.compile(r"part-\d{5}\.(parquet|csv\.gz)|manifest\.json|report\.html")
 _TYPES = {"user_id": pa.string(), "score": pa.float32(), "rank": pa.int32()}
 _FORMULA = r"^([=+\-@\t\r])"
 
@@ -100,10 +100,7 @@ def write_parts(
     parts: list[dict[str, Any]] = []
     for start in range(0, max(len(table), 1), segment.rows_per_file):
         path, some = folder / f"part-{len(parts):05d}.{segment.format}", table.slice(start, segment.rows_per_file)
-        if segment.format == "parquet":
-            pq.write_table(some, path)
-        else:
-            _write_csv(some, path)
+        WRITERS[segment.format](some, path)
         parts.append({"name": path.name, "rows": len(some), "bytes": path.stat().st_size, "sha256": file_digest(path)})
     return parts
 
@@ -118,6 +115,10 @@ def _write_csv(rows: pa.Table, path: Path) -> None:
     ]
     with path.open("wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
         csv.write_csv(pa.table(columns, names=rows.column_names), packed)
+
+
+WRITERS: dict[Format, Callable[[pa.Table, Path], None]] = {"parquet": pq.write_table, "csv.gz": _write_csv}
+_OURS = re.compile(rf"part-\d{{5}}\.({'|'.join(map(re.escape, WRITERS))})|{re.escape(MANIFEST)}|{re.escape(REPORT)}")
 
 
 # ---- what a run lays down meanwhile ---------------------------------------------------------------------------------

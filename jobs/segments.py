@@ -23,6 +23,7 @@ from training.config import Section
 
 Column = Literal["user_id", "score", "rank"]
 Vectors = Literal["embedding", "profile"]
+Format = Literal["parquet", "csv.gz"]
 
 
 class Seeds(UserList):
@@ -93,7 +94,7 @@ class Segment(Section):
         description="segments that name the same group hold back the same users; None: a group alone",
     )
 
-    format: Literal["parquet", "csv.gz"] = "parquet"
+    format: Format = "parquet"
     columns: tuple[Column, ...] = Field((), description="empty: user_id, and where there is a score score and rank")
     user_ids: Literal["hashed", "plain"] = "hashed"
     approved_by: str | None = Field(None, min_length=1, description="who allowed plain user ids")

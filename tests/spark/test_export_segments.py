@@ -13,12 +13,13 @@ import subprocess
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow.fs import LocalFileSystem
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
@@ -27,9 +28,9 @@ from jobs.config import UserList, load_config
 from jobs.errors import TrailvecError
 from jobs.export_segments import STAGE
 from jobs.runtime import Runtime
-from jobs.segment_files import KEY, laid_down
+from jobs.segment_files import KEY, WRITERS, ArrowFolder, check_place, laid_down
 from jobs.segment_rules import Lists, Marked, allows, read_users
-from jobs.segments import read_segments
+from jobs.segments import Format, read_segments
 from jobs.tables import EXPORTS, ITEMS, SESSIONS, USER_EMBEDDINGS, USER_PROFILES
 from tests.conftest import put, read_delta
 from tests.spark.test_neighbours import embed
@@ -616,6 +617,15 @@ def test_csv_for_spreadsheets(shop: Runtime, spark: SparkSession, tmp_path: Path
     first = bytes_of(shop.exports)
     shop.execute(STAGE, force=True)
     assert bytes_of(shop.exports) == first  # gzip holds no time
+
+
+def test_each_format_has_a_writer_and_files_that_are_known_again(tmp_path: Path) -> None:
+    assert set(WRITERS) == set(get_args(Format))
+    for name, write in WRITERS.items():
+        write(pa.table({"user_id": ["ann"]}), tmp_path / f"part-00000.{name}")
+    (tmp_path / "manifest.json").touch()
+    (tmp_path / "report.html").touch()
+    check_place(ArrowFolder(LocalFileSystem(), str(tmp_path), local=True))
 
 
 def test_where_it_goes(shop: Runtime, tmp_path: Path) -> None:
