@@ -25,13 +25,16 @@ from pyspark.sql import SparkSession
 from jobs.config import Config
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime
+from jobs.segment_files import KEY as EXPORT_KEY
 from jobs.sql import prepare
 from jobs.sql_names import register_tables
 from jobs.tables import TABLES
+from jobs.tombstones import ERASE_KEY
 from spark_udfs.nearest_of_user import TABLE_FUNCTIONS
 from spark_udfs.vectors import FUNCTIONS
 
 _LOGIN = ("TRAILVEC_SQL_USER", "TRAILVEC_SQL_PASSWORD")
+SECRETS = (*_LOGIN, EXPORT_KEY, ERASE_KEY)
 _LOGIN_CLASS = "TrailvecLogin"
 _CLASS_PATH = "spark.driver.extraClassPath"
 _LOOK_AGAIN_SECONDS = 10.0
@@ -75,8 +78,8 @@ def run_serve(config: Config, host: str, port: int) -> None:
     """
     login = _login()
     _check_address(host, port, login is not None)
-    # A client can read the JVM's environment, which is a copy of this one: no secret may stand in it.
-    for name in (*_LOGIN, "TRAILVEC_EXPORT_KEY"):
+    # A client can read the JVM's environment, which is a copy of this one: none of trailvec's secrets may stand in it.
+    for name in SECRETS:
         os.environ.pop(name, None)
     stopped = threading.Event()
     with tempfile.TemporaryDirectory(prefix="trailvec-sql-") as scratch:

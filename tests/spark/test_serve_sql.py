@@ -24,7 +24,7 @@ from pyspark.sql import SparkSession
 
 from jobs.errors import TrailvecError, explain
 from jobs.runtime import Runtime
-from jobs.serve_sql import run_serve
+from jobs.serve_sql import SECRETS, run_serve
 from jobs.spark_session import java_home
 from jobs.sql import query
 from jobs.tables import CURRENT_MODEL, EVENTS, ITEM_EMBEDDINGS, USER_EMBEDDINGS
@@ -80,7 +80,8 @@ def server(warehouse: Served) -> Iterator[Served]:
     command = [sys.executable, "-m", "jobs.cli", "serve_sql", "--port", str(warehouse.port)]
     command += ["--set", f'storage.root="{warehouse.runtime.root}"', "--set", "storage.database=served"]
     command += ["--set", "spark.master=local[2]", "--set", f"spark.conf={{{conf}}}"]
-    environment = os.environ | {"TRAILVEC_SQL_USER": USER, "TRAILVEC_SQL_PASSWORD": PASSWORD}
+    login = {"TRAILVEC_SQL_USER": USER, "TRAILVEC_SQL_PASSWORD": PASSWORD}
+    environment = os.environ | {"TRAILVEC_EXPORT_KEY": "k1", "TRAILVEC_ERASE_KEY": "k2"} | login
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -142,6 +143,14 @@ def test_ten_clients_at_once(server: Served) -> None:
         assert by_function == expected
         assert by_query == expected
         assert setting == [["spark.sql.shuffle.partitions", str(n + 1)]]
+
+
+def test_no_client_reads_a_secret_of_the_environment(server: Served) -> None:
+    queries = [f"SELECT reflect('java.lang.System', 'getenv', '{name}')" for name in ("PATH", *SECRETS)]
+    out, err = client(server, queries).communicate(timeout=120)
+    [[[path]], *secrets] = json.loads(out)
+    assert path, err
+    assert secrets == [[[None]]] * 4
 
 
 def beeline(server: Served, text: str, password: str, folder: Path) -> subprocess.CompletedProcess[str]:
