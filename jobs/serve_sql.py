@@ -141,7 +141,8 @@ def _check_address(host: str, port: int, with_password: bool) -> None:
 
 
 def _share_functions(spark: SparkSession) -> None:
-    """Puts the session's functions among Spark's built-in ones, which every session made from now on copies."""
+    """Puts the session's functions among Spark's built-in ones, which every session made from now on copies. (Without
+    local tables there are no table functions.)"""
     catalyst: Any = spark._jvm.org.apache.spark.sql.catalyst  # type: ignore[union-attr]
     state = spark._jsparkSession.sessionState()
     for names, registry, kind in (
@@ -151,8 +152,9 @@ def _share_functions(spark: SparkSession) -> None:
         builtin = getattr(getattr(catalyst.analysis, kind), "MODULE$").builtin()
         for name in names:
             identifier = catalyst.FunctionIdentifier(name)
-            info, builder = registry.lookupFunction(identifier).get(), registry.lookupFunctionBuilder(identifier).get()
-            builtin.registerFunction(identifier, info, builder)
+            info, builder = registry.lookupFunction(identifier), registry.lookupFunctionBuilder(identifier)
+            if info.isDefined():
+                builtin.registerFunction(identifier, info.get(), builder.get())
 
 
 def _start(spark: SparkSession, host: str, port: int, login: str | None, scratch: Path) -> Any:

@@ -24,12 +24,12 @@ from pyspark.sql import SparkSession
 
 from jobs.errors import TrailvecError, explain
 from jobs.runtime import Runtime
-from jobs.serve_sql import SECRETS, run_serve
+from jobs.serve_sql import SECRETS, _share_functions, run_serve
 from jobs.spark_session import java_home
 from jobs.sql import query
 from jobs.tables import CURRENT_MODEL, EVENTS, ITEM_EMBEDDINGS, USER_EMBEDDINGS
 from scripts.document_tables import EXAMPLES, PAGE, page
-from spark_udfs import nearest_of_user
+from spark_udfs import nearest_of_user, vectors
 from tests.conftest import SPARK_CONF, make_config, put, read_delta
 
 USER, PASSWORD = "ada", "pä-ss"  # beeline itself takes no space and no quote in a password
@@ -214,6 +214,14 @@ def test_what_is_not_served(
         with pytest.raises(TrailvecError) as caught:
             run_serve(make_config(tmp_path), host, taken.getsockname()[1])
     assert message in str(caught.value)
+
+
+def test_what_a_session_lacks_is_not_shared(spark: SparkSession) -> None:
+    """Where the tables are on HDFS or S3 there are no table functions."""
+    without = spark.newSession()
+    vectors.register(without)
+    _share_functions(without)
+    assert spark.newSession().sql("SELECT vector_norm(array(3F, 4F))").collect()[0][0] == 5
 
 
 def rows(runtime: Runtime, text: str) -> list[tuple[Any, ...]]:
