@@ -135,7 +135,7 @@ def top_k(
     Neighbours are row numbers in `candidates`: sort those by id to break ties by id. Where ids are given, a
     candidate with the query's own id is left out. Under "cosine" no vector may be zero.
     """
-    found = Nearest(queries, k, metric)
+    found = Nearest(queries, min(k, len(candidates)), metric)  # whatever k is asked for: it takes memory
     own = _NO_PAIRS if query_ids is None or candidate_ids is None else _same(query_ids, candidate_ids)
     found.add(np.arange(len(candidates)), candidates, own)
     return found.best()

@@ -127,6 +127,13 @@ def test_many_candidates_in_many_products(metric: Metric, monkeypatch: pytest.Mo
         assert found == expected[f"q{n}"]
 
 
+def test_a_k_beyond_all_memory_gives_all_candidates() -> None:
+    queries, candidates = (np.arange(n, dtype=np.float32).reshape(-1, 1) + 1 for n in (2, 3))
+    rows, columns, _ = top_k(queries, candidates, 10**15, "dot")
+    assert (rows.tolist(), columns.tolist()) == ([0, 0, 0, 1, 1, 1], [2, 1, 0, 2, 1, 0])
+    assert len(top_k(queries, candidates[:0], 10**15, "dot")[0]) == 0
+
+
 def test_scores_do_not_depend_on_the_block_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A float32 matrix product gives equal candidates unequal scores by their place in the block: ours must not."""
     monkeypatch.setattr(topk, "_PAIRS_AT_ONCE", 102)
