@@ -66,27 +66,31 @@ def refusal(report: dict[str, Any], settings: AlignSettings) -> str | None:
 
 
 def compare(
-    users: tuple[Vectors, Vectors], items: tuple[Vectors, Vectors], verticals: pd.Series[str], rotation: Vectors
+    users: tuple[Vectors, Vectors], items: tuple[Vectors, Vectors], verticals: pd.Series[str], rotation: Vectors | None
 ) -> dict[str, Any]:
     """How alike the new space, turned, and the old one are, by the same users and items in both.
 
     Args:
         users, items: (new, old), float32 [n, width] each, the new ones not turned.
         verticals: of the items, [n].
+        rotation: None: the space is a new one, maybe of another width; only neighbours and norms can be compared.
     """
     report: dict[str, Any] = {}
-    turned = {"users": users[0] @ rotation, "items": items[0] @ rotation}
     asked = {"users": (users, "dot"), "items": (tuple(of[:ITEMS_ASKED] for of in items), "cosine")}
     for name, (new, old) in (("users", users), ("items", items)):
         queries, metric = asked[name]
         report[name] = {
             "compared": len(new),
-            "cosine_before": _said(mean_cosine(new, old)),
-            "cosine_after": _said(mean_cosine(turned[name], old)),
             # A rotation changes no neighbour.
             "overlap@10": _said(overlap(queries, items, NEIGHBOURS, metric, ids=name == "items")),  # type: ignore[arg-type]
             "mean_norm": {"old": _said(_norms(old)), "new": _said(_norms(new))},
         }
+    if rotation is None:
+        return report
+    turned = {"users": users[0] @ rotation, "items": items[0] @ rotation}
+    for name, (new, old) in (("users", users), ("items", items)):
+        report[name]["cosine_before"] = _said(mean_cosine(new, old))
+        report[name]["cosine_after"] = _said(mean_cosine(turned[name], old))
     report["centroids"] = {}
     for vertical in sorted(verticals.unique()):
         of = (verticals == vertical).to_numpy()
@@ -138,18 +142,17 @@ def _align(runtime: Runtime, folder: Path, onto: str | None) -> None:
         write_alignment(folder, None, report)
         return
     pairs = _pairs(runtime, folder, onto).persist()
-    products, shared = np.zeros((0, 0)), 0
     width = int(about["spec"]["width"])
     widths = {row["width"] for row in pairs.select(F.size("old").alias("width")).distinct().collect()}
+    rotation: Vectors | None = None
     if widths == {width}:
         products, shared = cross_products(pairs, width)
-    if shared < width:
-        why = f"{shared:,} items that both have learnt" if widths == {width} else f"widths {widths or '{}'} and {width}"
-        report["said"] = f"model {folder.name} can't be laid onto {onto} (found {why}): its space is a new one"
-        write_alignment(folder, None, report)
-        return
-    rotation = rotation_of(products).astype(np.float32)
-    chance = min(1.0, ITEMS_COMPARED / shared)
+        why = f"{shared:,} items that both have learnt"
+        if shared >= width:
+            rotation = rotation_of(products).astype(np.float32)
+    else:
+        shared, why = pairs.count(), f"widths {widths or '{}'} and {width}"
+    chance = min(1.0, ITEMS_COMPARED / max(1, shared))
     some = pairs.where(_by_hash("item_id", chance)).orderBy(F.xxhash64("item_id"), "item_id").toPandas()
     both = _users(runtime, folder, onto).toPandas()
     items, users = ((_matrix(rows["new"], width), _matrix(rows["old"], width)) for rows in (some, both))
@@ -157,7 +160,9 @@ def _align(runtime: Runtime, folder: Path, onto: str | None) -> None:
     report["ranking"] = {"old": _ranking(runtime, onto), "new": _ranking(runtime, folder.name)}
     of_users = report["users"]
     report["said"] = (
-        f"model {folder.name} onto {onto} by {shared:,} items: cosine of a user's old and new vector "
+        f"model {folder.name} can't be laid onto {onto} (found {why}): its space is a new one"
+        if rotation is None
+        else f"model {folder.name} onto {onto} by {shared:,} items: cosine of a user's old and new vector "
         f"{_told(of_users['cosine_before'])} → {_told(of_users['cosine_after'])}; of the 10 nearest items stay "
         f"{_told(of_users['overlap@10'])} (users), {_told(report['items']['overlap@10'])} (items)"
     )

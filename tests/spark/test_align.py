@@ -126,3 +126,16 @@ def test_spaces_of_unlike_width_are_told_apart(shop: Runtime, monkeypatch: pytes
     assert shop.execute(align.STAGE).notes == [
         "model m2 can't be laid onto m1 (found widths {16} and 8): its space is a new one"
     ]
+    told = json.loads((shop.models / "m2" / "alignment.json").read_text())
+    assert told["rotation_sha256"] is None
+    assert "centroids" not in told
+    assert told["items"]["compared"] == 27
+    for kind in ("users", "items"):  # what needs no common space is looked at all the same
+        assert 0 < told[kind]["overlap@10"] < 1
+        assert "cosine_after" not in told[kind]
+
+    make_unaligned(shop, "m3", seed=3)
+    monkeypatch.setattr(align, "_ranking", lambda _, version: {"m1": 0.5, "m3": 0.1}[version])
+    for stage in (align.STAGE, score_users.STAGE):
+        with pytest.raises(TrailvecError, match=r"model m3 must not follow m1: NDCG@10 in validation fell by 80%"):
+            shop.execute(stage)
