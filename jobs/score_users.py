@@ -221,6 +221,16 @@ def progress_line(users: int, to_do: int, total: int, seconds: float) -> str:
     return f"{line}  {left // 60}:{left % 60:02} left"
 
 
+def was_scored(runtime: Runtime, version: str) -> bool:
+    """Whether all users had a vector of the model once, so that it passed the gate; by the notes of user_embeddings,
+    else by its rows."""
+    notes = [note for note in runtime.notes(USER_EMBEDDINGS) if note["model"]["version"] == version]
+    if notes:
+        return any(note.get("chunks") == 1 and not note["into_empty"] for note in notes)  # as every run ends
+    of_model = F.col("model_version") == version
+    return runtime.exists(USER_EMBEDDINGS) and not runtime.latest(USER_EMBEDDINGS).where(of_model).isEmpty()
+
+
 def check_successor(runtime: Runtime, version: str) -> None:
     """Raises TrailvecError where a model that is not the current one must not become it, or nobody has looked yet."""
     runtime.create(CURRENT_MODEL)
@@ -234,6 +244,12 @@ def check_successor(runtime: Runtime, version: str) -> None:
     report = read_alignment(model_folder(runtime))
     if report is None:
         raise TrailvecError(f"model {version} is not aligned with {current[0]} yet: run `trailvec align` first")
+    # A model that comes back keeps its place, whatever it was laid onto then.
+    if (onto := report["onto"]) != current[0] and not was_scored(runtime, version):
+        raise TrailvecError(
+            f"model {version} was compared with {onto or 'none'}, and {current[0]} has become current since: "
+            f"run `trailvec align --force` and `trailvec embed_items` first"
+        )
     if why := align.refusal(report, runtime.config.align):
         raise TrailvecError(why)
 

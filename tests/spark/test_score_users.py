@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -35,13 +36,13 @@ Rows = list[dict[str, Any]]
 
 
 def make_model(runtime: Runtime, version: str, seed: int) -> SequenceModel:
-    """A model's folder, aligned with nothing; the model is made the one in use. Item 29 it does not know."""
+    """A model's folder, as if aligned; the model is made the one in use. Item 29 it does not know."""
     torch.manual_seed(seed)
     model = build_model(SPEC, torch.from_numpy(item_counts(make_rows(200)))).eval()
     folder = runtime.models / version
     folder.mkdir(parents=True)
     save_model(folder, model, {"model_version": version, "as_of": "2017-12-01T00:00:00"})
-    write_alignment(folder, None, {"model_version": version, "said": ""})
+    write_alignment(folder, None, {"model_version": version, "onto": runtime.newest_current_model(), "said": ""})
     write_json(runtime.models / "current.json", {"model_version": version})
     return model
 
@@ -241,6 +242,32 @@ def test_back_to_an_old_model_only_what_changed_since_is_encoded(shop: Runtime) 
     assert shop.execute(score_users.STAGE).rows_out["users_encoded"] == 1
     assert_vectors(shop, model, "m1", rows)
     assert current(shop) == ({"m1"}, USERS)
+
+
+def test_a_model_compared_with_one_that_is_current_no_more_does_not_become_current(
+    shop: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version, seed in (("m1", 1), ("m2", 2)):
+        make_model(shop, version, seed)
+        if version == "m1":
+            shop.execute(score_users.STAGE)
+    make_model(shop, "m3", seed=3)
+    monkeypatch.setattr(score_users.Scorer, "score_changed", Mock(side_effect=Killed))
+    with pytest.raises(Killed):  # some of its vectors are there
+        shop.execute(score_users.STAGE)
+    monkeypatch.undo()
+
+    def use(version: str) -> None:
+        write_json(shop.models / "current.json", {"model_version": version})
+        shop.execute(score_users.STAGE)
+        assert current(shop)[0] == {version}
+
+    use("m2")
+    refused = "model m3 was compared with m1, and m2 has become current since: run `trailvec align --force` and"
+    with pytest.raises(TrailvecError, match=refused):
+        use("m3")
+    for version in ("m1", "m3", "m2"):  # back to what was current, and on to what was compared with it
+        use(version)
 
 
 def test_cold_users(shop: Runtime) -> None:
