@@ -8,7 +8,7 @@ SELECT date_format(from_utc_timestamp(start_ts, 'America/New_York'), 'EEEE') AS 
 FROM sessions GROUP BY weekday ORDER BY sessions DESC;
 
 -- How far back a vector looks: actions read by the model for each household
-SELECT CASE WHEN history_length < 64 THEN 'under 64' WHEN history_length < 256 THEN '64 to 255' ELSE '256 (all it reads)' END AS actions,
+SELECT CASE WHEN history_length < 64 THEN 'under 64' WHEN history_length < 255 THEN '64 to 254' ELSE '255 (all it reads)' END AS actions,
        count(*) AS households, min(as_of) AS earliest_last_action
 FROM current_user_embeddings GROUP BY actions ORDER BY households DESC;
 
