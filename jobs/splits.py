@@ -29,7 +29,10 @@ def cut_times(events: DataFrame, settings: SequencesSettings) -> Cuts:
     """
     last = events.agg(F.unix_micros(F.max("event_ts"))).collect()[0][0]
     if last is None:
-        raise TrailvecError("table events is empty: look into rejected_events, then run `trailvec ingest` again")
+        raise TrailvecError(
+            "table events is empty, or has flagged users alone: look into rejected_events and flagged_users, then run "
+            "`trailvec ingest` again"
+        )
     # Exclusive, so that "strictly before" holds for the last event too.
     end = datetime.fromtimestamp(0, timezone.utc).replace(tzinfo=None) + timedelta(microseconds=last + 1)
     cuts = Cuts(

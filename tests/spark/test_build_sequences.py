@@ -319,10 +319,12 @@ def test_cuts_out_of_order_or_an_empty_log_are_refused(
 ) -> None:
     runtime = make_runtime('sequences.valid_from="2023-04-01T00:00:00"', 'sequences.test_from="2023-03-01T00:00:00"')
     put(runtime, EVENTS, to_frame(spark, [make_event(event_id="a", user_id="u", item_id="i", event_ts=START)]))
+    runtime.create(FLAGGED_USERS)
     with pytest.raises(TrailvecError, match="must be in order"):
         runtime.execute(build_vocabulary.STAGE)
     empty = make_runtime()
     put(empty, EVENTS, to_frame(spark, []))
+    empty.create(FLAGGED_USERS)
     with pytest.raises(TrailvecError, match="events is empty"):
         empty.execute(build_vocabulary.STAGE)
 
