@@ -34,7 +34,7 @@ def launch(run_file: Path, spec: RunSpec, on_event: Callable[[dict[str, Any]], N
     processes, threads = spec.settings.processes, spec.settings.threads
     command = [sys.executable, "-m", "training.loop", str(run_file)]
     if processes > 1:
-        horovodrun = [sys.executable, "-m", "horovod.runner.launch"]
+        horovodrun = [sys.executable, "-m", "training.horovodrun"]
         command = [*horovodrun, "--gloo", "-np", str(processes), "-H", f"localhost:{processes}", *command]
     environment = {
         **os.environ,

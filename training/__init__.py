@@ -1,1 +1,1 @@
-"""Training: each heavy package has one module (petastorm: data, transformers4rec: model, horovod: dist)."""
+"""Training: each heavy package has one module (petastorm: data, transformers4rec: model, horovod: dist, horovodrun)."""

@@ -1,4 +1,4 @@
-"""Processes that train together: the only module that imports Horovod.
+"""Processes that train together: the only module that imports Horovod (but for its launcher: training/horovodrun.py).
 
 One process is the same code with size 1; it needs no launcher.
 """

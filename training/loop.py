@@ -1,6 +1,6 @@
 """Trains one model. `trailvec train` writes the run spec and starts this, once per process:
 
-    horovodrun --gloo -np 2 -H localhost:2 python -m training.loop RUN_SPEC.json
+    python -m training.horovodrun --gloo -np 2 -H localhost:2 python -m training.loop RUN_SPEC.json
     python -m training.loop RUN_SPEC.json            # one process
 
 or, with train.launcher = "spark", `train_in_executor` in the tasks of a Spark application.

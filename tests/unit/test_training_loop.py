@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -339,6 +340,9 @@ launch(run, RunSpec.model_validate_json(run.read_text()), lambda event: print(ev
     assert stage.stdout.readline() == "epoch\n"
     ranks = processes_with(str(tmp_path / "run.json"))
     assert len(ranks) >= 3  # the launcher and two ranks
+    opened = [c for rank in ranks for c in psutil.Process(rank).net_connections() if c.status == psutil.CONN_LISTEN]
+    assert opened
+    assert {connection.laddr.ip for connection in opened} == {"127.0.0.1"}
     stage.send_signal(signal.SIGKILL)
     stage.wait()
     deadline = time.monotonic() + 60
