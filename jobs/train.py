@@ -296,6 +296,9 @@ class Listener:
 
 def progress_line(event: dict[str, Any]) -> str:
     """An event of training.loop in words."""
+    if event["event"] == "left":
+        step = f"epoch {event['epoch']}, after {event['step']:,} steps"
+        return f"leaves the checkpoint of {step}: its rows lie in other files now, and would come in another order"
     if event["event"] == "resumed":
         return f"goes on from a checkpoint: epoch {event['epoch']}, after {event['step']:,} steps"
     left = round(event["seconds_left"])

@@ -192,6 +192,7 @@ class Progress(BaseModel):
     ranks: int
     epoch: int = 1  # the one that is going on
     step: int = 0  # its steps that are done
+    rows_sha256: str = ""  # training.data.rows_digest of the files that it reads
     rows_done: float = 0.0  # of all epochs and ranks
     sums: list[float] = []  # of this epoch, over all ranks
     rank_sums: list[list[float]] = []  # the same, for each rank
@@ -217,15 +218,21 @@ def write_checkpoint(folder: Folder, progress: Progress, tensors: dict[str, torc
         for path in (local / STATE, local / PROGRESS):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    kept = {path.name for path in _checkpoints(folder)[-keep:]} | {_name(progress.best_epoch + 1, 0)}
-    for old in _checkpoints(folder):
+    kept = {path.name for path in checkpoints(folder)[-keep:]} | {_name(progress.best_epoch + 1, 0)}
+    for old in checkpoints(folder):
         if old.name not in kept:
             remove_tree(old)
 
 
+def checkpoints(folder: Folder) -> list[Folder]:
+    """The whole ones, the oldest first."""
+    found = [path for path in folder.glob("[0-9]*-[0-9]*") if (path / PROGRESS).exists()]
+    return sorted(found, key=lambda path: path.name)
+
+
 def newest_checkpoint(folder: Folder) -> Folder | None:
     """The checkpoint to go on from; None where there is none."""
-    return next(reversed(_checkpoints(folder)), None)
+    return next(reversed(checkpoints(folder)), None)
 
 
 def read_checkpoint(path: Folder) -> tuple[Progress, dict[str, torch.Tensor]]:
@@ -236,18 +243,27 @@ def read_checkpoint(path: Folder) -> tuple[Progress, dict[str, torch.Tensor]]:
     """
     from safetensors.torch import load_file  # noqa: PLC0415
 
+    progress, state_sha256 = read_progress(path)
     try:
-        about = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
-        progress = Progress.model_validate(about["progress"])
         with local_file(path / STATE) as state:
-            if _sha256(state) != about["state_sha256"]:
+            if _sha256(state) != state_sha256:
                 raise ValueError(f"{STATE} is not the file that {PROGRESS} was written for")
             return progress, load_file(state)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        why = str(error).splitlines()[0]
-        raise TrailvecError(
-            f"the checkpoint {path} is damaged ({why}): remove that folder, and training goes on from the one before it"
-        ) from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _damaged_checkpoint(path, error) from None
+
+
+def read_progress(path: Folder) -> tuple[Progress, str]:
+    """How far the checkpoint's run had come, and the SHA-256 of its tensors' file, which is not read.
+
+    Raises:
+        TrailvecError: it is damaged.
+    """
+    try:
+        about = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+        return Progress.model_validate(about["progress"]), str(about["state_sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged_checkpoint(path, error) from None
 
 
 def best_checkpoint(folder: Folder, progress: Progress) -> Folder:
@@ -282,12 +298,6 @@ def _name(epoch: int, step: int) -> str:
     return f"{epoch:05}-{step:010}"  # the order of names is that of time
 
 
-def _checkpoints(folder: Folder) -> list[Folder]:
-    """The whole ones, the oldest first."""
-    found = [path for path in folder.glob("[0-9]*-[0-9]*") if (path / PROGRESS).exists()]
-    return sorted(found, key=lambda path: path.name)
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
@@ -308,6 +318,13 @@ def _open(path: Path, framework: str) -> Any:
 
 def _damaged(folder: Path, what: str) -> TrailvecError:
     return TrailvecError(f"the model in {folder} is damaged: {what}: remove the folder and run `trailvec train` again")
+
+
+def _damaged_checkpoint(path: Folder, error: Exception) -> TrailvecError:
+    why = str(error).splitlines()[0]
+    return TrailvecError(
+        f"the checkpoint {path} is damaged ({why}): remove that folder, and training goes on from the one before it"
+    )
 
 
 def _sha256(path: Path) -> str:

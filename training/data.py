@@ -8,6 +8,8 @@ pass can be entered at any batch and reads only what comes from there on.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import warnings
 from collections import deque
@@ -102,8 +104,14 @@ def read_batches(
 
 def steps(files: list[str], *, batch_size: int, size: int) -> int:
     """How many batches a pass has on the rank that has most of them; no other has more than one fewer."""
-    rows = sum(rows for _, _, rows in _row_groups(tuple(files)))
+    rows = sum(rows for _, _, rows, _ in _row_groups(tuple(files)))
     return math.ceil(math.ceil(rows / size) / batch_size)
+
+
+def rows_digest(files: list[str]) -> str:
+    """SHA-256 of what the files' footers say of their rows. Other rows have another one, and so have the same rows in
+    another order or in other row groups, over which a pass would go in another order. The files' names don't matter."""
+    return hashlib.sha256(json.dumps([sizes for _, _, *sizes in _row_groups(tuple(files))]).encode()).hexdigest()
 
 
 def padding(batch: Batch) -> tuple[int, int]:
@@ -138,26 +146,26 @@ class Piece:
 
 
 @lru_cache(maxsize=4)
-def _row_groups(files: tuple[str, ...]) -> tuple[tuple[str, int, int], ...]:
-    """(URL, number in the file, rows) of every row group, from the files' footers."""
+def _row_groups(files: tuple[str, ...]) -> tuple[tuple[str, int, int, int], ...]:
+    """(URL, number in the file, rows, compressed bytes) of every row group, from the files' footers."""
     system, paths = parquet_files(list(files))
     with ThreadPoolExecutor() as pool:
         footers = list(pool.map(lambda path: pq.read_metadata(path, filesystem=system), paths))
     return tuple(
-        (url, number, footer.row_group(number).num_rows)
+        (url, number, group.num_rows, sum(group.column(n).total_compressed_size for n in range(group.num_columns)))
         for url, footer in zip(files, footers, strict=True)
-        for number in range(footer.num_row_groups)
+        for number, group in ((number, footer.row_group(number)) for number in range(footer.num_row_groups))
     )
 
 
 def _plan(files: list[str], rank: int, size: int, seed: int, skipped_rows: int) -> list[Piece]:
     """What the rank reads, in order: its share of the rows of all row groups, these in an order drawn from `seed`."""
     groups = _row_groups(tuple(files))
-    total = sum(rows for _, _, rows in groups)
+    total = sum(rows for _, _, rows, _ in groups)
     first, last = total * rank // size + skipped_rows, total * (rank + 1) // size
     pieces, before = [], 0
     for number in _generator(seed, _ORDER).permutation(len(groups)):
-        file, row_group, rows = groups[number]
+        file, row_group, rows, _ = groups[number]
         start, stop = max(first - before, 0), min(last - before, rows)
         if start < stop:
             pieces.append(Piece(file, row_group, start, stop))

@@ -7,7 +7,7 @@ or, with train.launcher = "spark", `train_in_executor` in the tasks of a Spark a
 
 Every process reads its own row groups and computes its own gradients; the gradients are summed, so that a step
 with N processes is a step with an N times larger batch. Rank 0 writes checkpoints and the model, and speaks: one JSON
-object on each line of stdout, whose `event` is `resumed`, `step` or `epoch`.
+object on each line of stdout, whose `event` is `left`, `resumed`, `step` or `epoch`.
 """
 
 from __future__ import annotations
@@ -33,22 +33,23 @@ from training.batches import FEATURES
 from training.checkpoint import (
     Progress,
     best_checkpoint,
+    checkpoints,
     describe_weights,
     load_optimizer,
-    newest_checkpoint,
     optimizer_tensors,
     part_of,
     read_checkpoint,
+    read_progress,
     read_tensors,
     save_weights,
     write_checkpoint,
 )
 from training.config import RunSpec, TrainSettings
-from training.data import Batch, Held, padding, read_batches, read_held, to_device
+from training.data import Batch, Held, padding, read_batches, read_held, rows_digest, to_device
 from training.model import SequenceModel, build_model
 from training.rowwise import RowWiseAdam
 from training.start import MAX_ITEMS, item_factors
-from training.stores import Folder, folder_of, local_file
+from training.stores import Folder, folder_of, local_file, remove_tree
 from training.validation import validate
 
 FINAL_RATE = 0.05  # of the learning rate, reached at the end along a cosine
@@ -145,13 +146,15 @@ def _begin(spec: RunSpec, device: torch.device) -> _Run:
     model = build_model(spec.model, item_counts, attributes)
     known = item_counts.numpy() > 0
     folder = folder_of(spec.checkpoints) if spec.checkpoints else None
-    found = dist.from_first(newest_checkpoint(folder) if folder and rank == 0 else None)
+    rows_sha256 = rows_digest(spec.train_files)
+    found = dist.from_first(_checkpoint_over(rows_sha256, folder) if folder and rank == 0 else None)
     progress, tensors = read_checkpoint(found) if found else (Progress(ranks=size), {})
     if progress.ranks != size:
         raise TrailvecError(
             f"the checkpoint {found} is of {progress.ranks} processes, this run has {size}: "
             f"set train.processes = {progress.ranks}, or remove {folder} to begin anew"
         )
+    progress.rows_sha256 = rows_sha256
     if found:
         model.load_tensors(part_of(tensors, "model."))
     elif spec.start_from:
@@ -199,6 +202,20 @@ def _begin(spec: RunSpec, device: torch.device) -> _Run:
         said=time.monotonic(),
         saved=time.monotonic(),
     )
+
+
+def _checkpoint_over(rows_sha256: str, folder: Folder) -> Folder | None:
+    """Rank 0: the newest checkpoint that training can go on from over those rows (training.data.rows_digest).
+
+    One from inside an epoch over other files is removed: which rows its steps took, says the order of its own files.
+    """
+    for found in reversed(checkpoints(folder)):
+        progress, _ = read_progress(found)
+        if progress.step == 0 or progress.rows_sha256 == rows_sha256:
+            return found
+        remove_tree(found)
+        _say("left", epoch=progress.epoch, step=progress.step)
+    return None
 
 
 def _pass_over_rows(run: _Run, epoch: int) -> None:

@@ -110,7 +110,7 @@ def test_petastorm_reads_planned_row_groups_out_of_a_store(tmp_path: Path, monke
     assert fsspec_of([url]) is local
     system, paths = parquet_files([url])
     assert pq.read_metadata(paths[0], filesystem=system).num_rows == 6
-    assert _row_groups((url,)) == ((url, 0, 3), (url, 1, 3))
+    assert [group[:3] for group in _row_groups((url,))] == [(url, 0, 3), (url, 1, 3)]
     with _PlannedReader([Piece(url, 1, 0, 3), Piece(url, 0, 1, 3)]) as reader:
         read = [table["item_index"].to_pylist() for table in reader]
     assert read == [[[3, 4], [4, 5], [5, 6]], [[0, 1], [1, 2], [2, 3]]]

@@ -18,7 +18,7 @@ from tests.sequence_files import MAX_LENGTH, make_rows, write_files
 from training import data
 from training.batches import FEATURES, TARGET, pad
 from training.config import CONTEXT_FEATURES
-from training.data import Batch, choose_targets, padding, read_batches, read_held, shuffle_moments, steps
+from training.data import Batch, choose_targets, padding, read_batches, read_held, rows_digest, shuffle_moments, steps
 
 
 def test_a_feature_is_named_alike_in_the_table_in_a_batch_and_in_the_settings() -> None:
@@ -73,6 +73,18 @@ def test_ranks_read_different_rows_and_together_all_of_them_once(
     assert sorted(row for rows in found for row in rows) == sorted(as_tuples([row for part in parts for row in part]))
     assert max(map(len, found)) - min(map(len, found)) <= 1
     assert steps(files, batch_size=4, size=ranks) == max(map(len, batches))
+
+
+def test_a_digest_of_rows_is_that_of_their_order_and_row_groups(tmp_path: Path) -> None:
+    rows = make_rows(40)
+
+    def digest(name: str, rows: list[dict[str, Any]], row_group_size: int = 20) -> str:
+        (tmp_path / name).mkdir()
+        return rows_digest(write_files(tmp_path / name, rows, row_group_size=row_group_size))
+
+    digests = [digest("one", rows), digest("reversed", rows[::-1]), digest("regrouped", rows, 10)]
+    assert len(set(digests)) == 3
+    assert digest("again", rows) == digests[0]
 
 
 def test_one_row_group_is_split_between_ranks(tmp_path: Path) -> None:

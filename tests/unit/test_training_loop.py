@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,6 +180,30 @@ def test_a_killed_process_goes_on_to_the_same_parameters(tmp_path: Path, table: 
     assert read_checkpoint(left)[0].step > 0  # in the middle of the epoch
     train(killed)
     check_resumed(tmp_path / "killed", tmp_path / "whole", said)
+
+
+@pytest.mark.parametrize(("killed_in", "goes_on_from"), [(2, ["00002-0000000000"]), (1, [])])
+def test_a_place_inside_an_epoch_is_left_where_the_rows_lie_in_other_files(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], killed_in: int, goes_on_from: list[str]
+) -> None:
+    """After upkeep of the table. All rows once: as from the newest checkpoint between two epochs, or as from none."""
+    rows, settings = make_rows(60), {"epochs": 2, "batch_size": 8, "keep_checkpoints": 99}
+    spec = make_run(tmp_path / "killed", [rows[:30], rows[30:]], **settings, checkpoint_minutes=0)
+    train(spec)
+    for checkpoint in (tmp_path / "killed/checkpoints").iterdir():
+        if checkpoint.name > f"0000{killed_in}-0000000003":
+            shutil.rmtree(checkpoint)
+    whole = make_run(tmp_path / "whole", [rows[::-1]], **settings)
+    for name in goes_on_from:
+        shutil.copytree(tmp_path / "killed/checkpoints" / name, tmp_path / "whole/checkpoints" / name)
+    train(whole)
+    capfd.readouterr()
+    train(spec.model_copy(update={"train_files": whole.train_files}))
+    said = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [(e["epoch"], e["step"]) for e in said if e["event"] == "left"][:3] == [(killed_in, n) for n in (3, 2, 1)]
+    after, expected = training_of(tmp_path / "killed"), training_of(tmp_path / "whole")
+    assert after["parameters_sha256_by_rank"] == expected["parameters_sha256_by_rank"]
+    assert [epoch["rows_by_rank"] for epoch in after["epochs"]] == [[60], [60]]
 
 
 def test_a_killed_rank_ends_the_run_which_goes_on_and_stops_early_as_without(tmp_path: Path) -> None:
