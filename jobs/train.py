@@ -112,8 +112,11 @@ def base_of(runtime: Runtime) -> str | None:
         return None
     about = read_about(model_folder(runtime))
     made, now = about["provenance"], runtime.provenance()
-    same = all(made[key] == now[key] for key in ("reads", "code_version")) and all(
-        made["config"][section] == now["config"][section] for section in STAGE.settings
+    same = (
+        made["code_version"] == now["code_version"]
+        and all(made["config"][section] == now["config"][section] for section in STAGE.settings)
+        # Upkeep since then has changed no row.
+        and all(runtime.changed_version(t) <= made["reads"][t.name] <= runtime.version(t) for t in STAGE.reads)
     )
     base: str | None = about["grown_from"] if same else about["model_version"]
     return base

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from delta.tables import DeltaTable
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 from safetensors.numpy import load_file
@@ -327,14 +328,17 @@ def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
         row.update(last_ts=CUT + timedelta(days=2))
     for row in old + new:
         row.update(as_of=CUT + timedelta(days=9))
-    fill(runtime, SEQUENCES, old + new)
+    fill(runtime, SEQUENCES, old + new, files=2)
     for _ in range(2):  # the second finds what the first has made
         report = runtime.execute(train.STAGE)
         about = about_of(runtime)
         assert about["grown_from"] == base
         assert [epoch["rows_by_rank"] for epoch in about["training"]["epochs"]] == [[30]]
         assert about["as_of"] == "2024-06-10T00:00:00.000000"
+        before = runtime.version(SEQUENCES)
+        DeltaTable.forPath(runtime.spark, runtime.path(SEQUENCES)).optimize().executeCompaction()
     assert report.skipped
+    assert before > about["provenance"]["reads"]["sequences"]  # upkeep has come in between
     settings = RunSpec.model_validate_json((model_folder(runtime) / "run.json").read_text()).settings
     assert (settings.epochs, settings.learning_rate) == (1, pytest.approx(0.02 * 0.3))
     assert not (model_folder(runtime) / "rows").exists()
