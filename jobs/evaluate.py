@@ -61,7 +61,7 @@ from training.floors import ItemKnn, own_frequency, popularity
 TASKS = ("next", "new", "repeat")
 SPACE_SAMPLE, SPACE_NEIGHBOURS = 10_000, 10  # vectors that the space is judged by, at most
 DRIFT_SAMPLE = 2_000  # users whose vectors are made a second time, at most
-_BLOCK_USERS = 256
+_BLOCK_USERS, _BLOCK_SCORES = 256, 2**24  # 64 MB of scores, however large the catalogue is
 _DEEPEST = 20
 _LEADING = "ndcg@10"  # the metric that a model's lead over each floor is told in
 
@@ -124,8 +124,9 @@ def rank_users(
     """By method the best items of each row, int64 [rows, at most 20]: (method, False) of all that may be ranked,
     (method, True) without what the user has seen."""
     found: dict[tuple[str, bool], list[Integers]] = {}
-    for start in range(0, len(rows), _BLOCK_USERS):
-        block = slice(start, start + _BLOCK_USERS)
+    at_once = max(1, min(_BLOCK_USERS, _BLOCK_SCORES // len(rankable)))
+    for start in range(0, len(rows), at_once):
+        block = slice(start, start + at_once)
         seen = [np.asarray(items, np.int64) for items in rows["seen_item_index"].iloc[block]]
         items, offsets = flatten(seen)
         users = np.repeat(np.arange(len(seen)), np.diff(offsets))

@@ -6,10 +6,12 @@ import itertools
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobs.evaluate import rank_users
 from jobs.ranking import HOURS_FROM, Following, Known, bootstrap, coverage, flatten, measures, sliced
 
 ITEMS = 9
@@ -122,3 +124,24 @@ def test_the_same_draws_for_all_columns_each_time() -> None:
     assert (low[2], high[2]) == (3, 3)
     # The same draws: a product of another shape may round the last bit otherwise.
     np.testing.assert_allclose(bootstrap(values, 500), [low[:1], high[:1]], rtol=1e-12)
+
+
+def test_the_ranks_are_the_same_however_few_scores_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(3)
+    scores = random.integers(0, 5, (7, ITEMS)).astype(np.float32)  # many ties
+    seen = [random.integers(0, ITEMS + 2, 3).tolist() for _ in scores]
+    rows = pd.DataFrame({"seen_item_index": seen})
+    blocks: list[int] = []
+
+    def scorer(block: slice) -> np.ndarray:
+        blocks.append(len(scores[block]))
+        return scores[block].copy()
+
+    whole = rank_users(rows, {"model": scorer}, COUNTS > 0)
+    for limit, users in ((2 * ITEMS + 1, [2, 2, 2, 1]), (1, [1] * 7)):
+        blocks.clear()
+        monkeypatch.setattr("jobs.evaluate._BLOCK_SCORES", limit)
+        found = rank_users(rows, {"model": scorer}, COUNTS > 0)
+        assert blocks == users
+        assert found.keys() == whole.keys()
+        assert all(np.array_equal(found[key], whole[key]) for key in whole)
