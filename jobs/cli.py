@@ -95,6 +95,13 @@ def _about(stage: Stage) -> str:
     return f"It {' and '.join(about)}.{asked}"
 
 
+def _count(text: str) -> int:
+    """A whole number of at least 1, of a command line."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text}")
+    return int(text)
+
+
 def _run(arguments: argparse.Namespace, stages: Sequence[Stage], aside: Sequence[Stage]) -> None:
     config = load_config(arguments.conf, arguments.set)
     if arguments.show_config:
@@ -170,7 +177,7 @@ def _maintain(config: Config, arguments: argparse.Namespace) -> None:
 def _add_tune(add: _Add) -> None:
     command = add(help="look for better settings of training; goes on if stopped")
     command.add_argument(
-        "--trials", type=int, default=20, help="trainings in all, those of earlier runs too (default: 20)"
+        "--trials", type=_count, default=20, help="trainings in all, those of earlier runs too (default: 20)"
     )
 
 

@@ -9,6 +9,7 @@ what is printed at the end into the configuration and train.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def search(spec: RunSpec, study: optuna.Study, trials: int, folder: Path, say: A
 
         def hear(event: dict[str, Any]) -> None:
             say(f"trial {trial.number}  {progress_line(event)}")
-            if event["event"] == "epoch":
+            if event["event"] == "epoch" and METRIC in event:
                 scores.append(event[METRIC])
                 trial.report(event[METRIC], event["epoch"])
                 if trial.should_prune():
@@ -66,15 +67,24 @@ def search(spec: RunSpec, study: optuna.Study, trials: int, folder: Path, say: A
 
         try:
             launch(output / "run.json", run, hear)
+        except TrailvecError as error:  # a rate too high for its width, say
+            say(f"trial {trial.number}  {error}")
+            trial.set_user_attr("error", str(error))
+            return math.nan  # for Optuna, a trial that failed
         finally:
             shutil.rmtree(output)
+        if not scores:
+            raise TrailvecError(
+                "no user of the valid split did something next that the model knows, so that no trial can be judged: "
+                "set sequences.valid_from earlier or vocabulary.min_count lower"
+            )
         return max(scores)
 
     while len(_ended(study)) < trials:
-        study.optimize(objective, n_trials=1, catch=TrailvecError)  # a rate too high for its width, say: no result
+        study.optimize(objective, n_trials=1)
         last = study.trials[-1]
         if last.state == optuna.trial.TrialState.FAIL and len(_failed(study)) > trials:
-            raise TrailvecError(f"more than {trials} trials failed: look at one with `trailvec train`")
+            raise TrailvecError(f"more than {trials} trials failed; the last one: {last.user_attrs['error']}")
 
 
 def _ended(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
@@ -86,20 +96,36 @@ def _failed(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 
 
 def run_tune(runtime: Runtime, trials: int) -> None:
-    """Searches, saying what each trial does, and prints the best settings as TOML."""
+    """Searches, saying what each trial does, and prints the best settings as TOML.
+
+    Raises:
+        TrailvecError: the configuration asks for trainings that are no trials, or a trial can't be judged.
+    """
+    settings = runtime.config.train
+    if settings.warm_start:
+        raise TrailvecError(
+            "tune trains models of other sizes, each from nothing, found train.warm_start = true: "
+            "set it to false for the search"
+        )
+    if settings.launcher != "local":
+        raise TrailvecError(
+            f'tune trains on this machine alone, found train.launcher = "{settings.launcher}": '
+            f'set it to "local" for the search, on a machine that has the data'
+        )
 
     def run(runtime: Runtime) -> None:
         # What the search is about: all that decides a model but the settings that are searched.
         name = f"{runtime.fingerprint[:12]}"
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
         study = optuna.create_study(
             storage=f"sqlite:///{runtime.root / 'tune.db'}",
             study_name=name,
             load_if_exists=True,
             direction="maximize",
-            sampler=optuna.samplers.TPESampler(),
             pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
         )
+        # A search that goes on would propose its first trials again if it drew from the same seed.
+        study.sampler = optuna.samplers.TPESampler(seed=settings.seed + len(study.trials))
         if done := len(_ended(study)):
             runtime.on_progress(f"goes on from {done} trials")
         folder = runtime.root / "tune"

@@ -6,8 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import pytest
 
 from jobs import tune
+from jobs.cli import main
+from jobs.errors import TrailvecError
+from jobs.runtime import Runtime
+from tests.conftest import make_config
 from tests.sequence_files import make_rows, make_run, next_items
 
 
@@ -17,7 +22,7 @@ def a_study(folder: Path) -> optuna.Study:
     )
 
 
-def test_a_search_goes_on_from_the_trials_that_have_ended(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_search_goes_on_from_the_trials_that_have_ended(tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
     rows = make_rows(30, seed=3)
     spec = make_run(tmp_path / "run", [make_rows(120)], (rows, next_items(rows)), epochs=2, batch_size=20)
     rates = {0: 0.03, 2: 1e30, 3: 1e-9}  # one learns all that there is, one fails, one learns nothing
@@ -31,7 +36,39 @@ def test_a_search_goes_on_from_the_trials_that_have_ended(tmp_path: Path, monkey
     assert study.best_trial.number == 0
     assert study.best_value > 0.3
     assert said[0].startswith("trial 0  epoch 1/2")
+    assert next(line for line in said if "training stopped: the loss is nan" in line).startswith("trial 2  ")
+    assert "Traceback" not in capfd.readouterr().err
     assert not list(tmp_path.glob("trial-*"))
+
+
+def test_a_search_that_finds_nothing_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = make_run(tmp_path / "run", [make_rows(3)])
+
+    def fail(*arguments: Any) -> None:
+        raise TrailvecError("training stopped: no space left on device")
+
+    monkeypatch.setattr(tune, "launch", fail)
+    with pytest.raises(TrailvecError, match="more than 2 trials failed; the last one: training stopped: no space"):
+        tune.search(spec, a_study(tmp_path), 2, tmp_path, lambda text: None)
+    # Rank 0 says nothing of the ranking where no user can be judged by.
+    told = {"event": "epoch", "epoch": 1, "epochs": 1, "share": 1.0, "loss": 1.0, "rows_per_second": 1.0}
+    told |= {"padding": 0.0, "data_wait": 0.0, "seconds_left": 0.0}
+    monkeypatch.setattr(tune, "launch", lambda run_file, run, hear: hear(told))
+    with pytest.raises(TrailvecError, match="no user of the valid split did something next that the model knows"):
+        tune.search(spec, a_study(tmp_path), 2, tmp_path, lambda text: None)
+
+
+def test_what_is_no_trial_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for setting, sentence in (
+        ("warm_start=true", "found train.warm_start = true"),
+        ('launcher="spark"', "this machine alone"),
+    ):
+        with pytest.raises(TrailvecError, match=sentence):
+            tune.run_tune(Runtime(make_config(tmp_path, f"train.{setting}")), 1)
+    with pytest.raises(SystemExit) as stopped:
+        main(["tune", "--trials", "0"])
+    assert stopped.value.code == 2
+    assert "argument --trials: expected a whole number of at least 1, found 0" in capsys.readouterr().err
 
 
 def test_searched_settings_reach_the_run_and_the_model(tmp_path: Path) -> None:
