@@ -81,7 +81,9 @@ def gbce(
 
 def full_softmax(states: Tensor, targets: Tensor, vectors: Tensor) -> Tensor:
     """Cross-entropy of each target among all of `vectors` (float32 [items, width]; targets are its rows), summed."""
-    return _FullSoftmax.apply(states, targets, vectors)  # type: ignore[no-untyped-call,no-any-return]
+    # Autocast would make products of 16 bits, which no sum of 32 takes in place.
+    with torch.autocast(states.device.type, enabled=False):
+        return _FullSoftmax.apply(states, targets, vectors)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _FullSoftmax(torch.autograd.Function):

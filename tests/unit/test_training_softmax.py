@@ -53,6 +53,19 @@ def test_the_full_softmax_and_its_gradients_are_torchs_cross_entropy(monkeypatch
         torch.testing.assert_close(full_softmax(states, targets, table) * 2, expected)
 
 
+def test_the_full_softmax_is_of_32_bits_under_autocast_too() -> None:
+    targets = torch.tensor([3, 0, 6])
+    losses = []
+    for enabled in (False, True):
+        states, table = (tensor.detach().float().requires_grad_() for tensor in states_and_table(len(targets)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = full_softmax(states, targets, table)
+        loss.backward()
+        losses.append((loss, states.grad, table.grad))
+    for ours, theirs in zip(*losses, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
 def test_the_sampled_softmax_is_the_corrected_sum_over_the_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     targets, drawn, chances = [3, 5], torch.tensor([2, 3, 6]), torch.tensor([0.9, 0.2, 0.01], dtype=torch.float64)
     sampler = FrequencySampler(COUNTS, draws=3, power=1.0)
