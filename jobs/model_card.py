@@ -27,13 +27,18 @@ def card(about: dict[str, Any]) -> str:
     def cut(name: str, days: int) -> str:
         return str(sequences[name] or f"{days} days before the log's end")
 
+    if sequences["split_by"] == "leave_one_out":
+        trained, validated = "all of a user's actions but the last two", "each user's last action but one"
+    else:
+        trained = f"actions before {about['as_of']}"
+        validated = f"actions from {cut('valid_from', 56)} to {cut('test_from', 28)}"
     processes, seconds = f"{training['processes']} processes ({training['device']})", f"{training['seconds']:,.0f} s"
     facts = {
         "version": about["model_version"],
         "code": provenance["code_version"],
         "data": ", ".join(f"{table} version {number}" for table, number in provenance["reads"].items()),
-        "training": f"actions before {about['as_of']}",
-        "validation": f"actions from {cut('valid_from', 56)} to {cut('test_from', 28)}",
+        "training": trained,
+        "validation": validated,
         "network": f"{spec['architecture']}, width {spec['width']}, {spec['layers']} layers, {spec['heads']} heads",
         "history": f"the newest {spec['max_length'] - 1} actions of a user",
         "items": f"{spec['items']:,} numbers; unknown to the model are those with fewer than "
@@ -62,7 +67,8 @@ def card(about: dict[str, Any]) -> str:
         "",
         "## Known limits",
         "",
-        "- An item that the model does not know has no vector, and is read as `unknown` in a history.",
+        "- An item that the model does not know has a vector of its attributes alone (`is_cold`), or none where the",
+        "  model knows none of these; in a history it is read as `unknown`.",
         "- A history of few actions says little; one of unknown items alone says nothing. The table above shows it.",
         "- Older actions than those it reads do not count.",
         "- Its vectors are those of another version only as far as alignment.json, beside this card, says.",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 from jobs.model_card import card, plot
@@ -19,7 +21,7 @@ EPOCHS = [
         "by_vertical": {"food": {"users": 1234, "recall@10": 1.0, "ndcg@10": 0.75}},
     },
 ]
-ABOUT = {
+ABOUT: dict[str, Any] = {
     "model_version": "abc123",
     "as_of": "2024-06-01T00:00:00",
     "spec": {"architecture": "gpt2", "width": 64, "layers": 2, "heads": 4, "max_length": 256, "items": 18000},
@@ -28,7 +30,7 @@ ABOUT = {
         "reads": {"sequences": 3, "items": 8},
         "config": {
             "train": {},
-            "sequences": {"valid_from": "2024-06-01T00:00:00", "test_from": None},
+            "sequences": {"split_by": "time", "valid_from": "2024-06-01T00:00:00", "test_from": None},
             "vocabulary": {"min_count": 10},
         },
     },
@@ -56,6 +58,16 @@ def test_the_card_says_where_the_model_comes_from_and_how_well_it_ranks() -> Non
     assert ["1-4", "7", "0.0625", "0.0312"] in rows
     assert ["food", "1,234", "1.0000", "0.7500"] in rows
     assert "## Known limits" in text
+    assert "has no vector" not in text  # embed_items gives cold items one
+
+
+def test_the_card_of_a_model_that_leaves_each_users_last_actions_out() -> None:
+    about = copy.deepcopy(ABOUT)
+    about["provenance"]["config"]["sequences"] = {"split_by": "leave_one_out", "valid_from": None, "test_from": None}
+    text = card(about)
+    assert "| training | all of a user's actions but the last two |" in text
+    assert "| validation | each user's last action but one |" in text
+    assert "before the log's end" not in text
 
 
 def test_a_model_that_nobody_was_held_out_for() -> None:
