@@ -107,7 +107,8 @@ def train(spec: RunSpec) -> None:
     a run without a stop (docs/decisions/0009).
 
     Raises:
-        TrailvecError: the loss is not finite, or the checkpoint is damaged or of another number of processes.
+        TrailvecError: the loss or a parameter is not finite, or the checkpoint is damaged or of another number of
+            processes.
     """
     # Adam's squares of tiny gradients end below the smallest normal number, with which CPUs are several times slower.
     # Threads inherit it: before the first of them.
@@ -294,6 +295,7 @@ def _close_epoch(run: _Run, epoch: int) -> None:
     """Validates (each rank ranks its part of the users, the sums meet), keeps the best weights, writes a checkpoint."""
     spec, progress, rank, size = run.spec, run.progress, dist.rank(), dist.size()
     started = time.monotonic()
+    _refuse_broken(run.model, epoch)
     scores: dict[str, Any] = {}
     if run.held is not None:
         of_verticals = run.item_verticals, spec.verticals
@@ -323,6 +325,18 @@ def _close_epoch(run: _Run, epoch: int) -> None:
     progress.epoch, progress.step = epoch + 1, 0
     if run.folder:
         _save(run)
+
+
+def _refuse_broken(model: SequenceModel, epoch: int) -> None:
+    """After an epoch's last step, whose parameters no step's loss tells of. All ranks call it, and all raise.
+
+    Raises:
+        TrailvecError: a parameter is not finite.
+    """
+    ends = (torch.stack(torch.aminmax(p.detach())) for p in model.parameters() if p.numel())  # no copy of a table
+    broken = sum(not bool(pair.isfinite().all()) for pair in ends)
+    if dist.total([float(broken)])[0]:
+        raise TrailvecError(f"parameters are not finite after epoch {epoch}: lower train.learning_rate")
 
 
 def train_in_executor(run: str, arrays: dict[str, bytes]) -> dict[str, bytes]:

@@ -334,6 +334,17 @@ def test_the_best_epochs_weights_are_published(tmp_path: Path) -> None:
     assert not torch.equal(published["table.own.weight"], last["model.table.own.weight"])
 
 
+def test_a_model_that_breaks_in_its_last_step_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_it(run: Any, positions: float) -> None:
+        run.others[-1].data.view(-1)[-1] = math.inf
+
+    monkeypatch.setattr("training.loop._move", break_it)
+    with pytest.raises(TrailvecError, match=r"parameters are not finite after epoch 1: lower train\.learning_rate"):
+        train(make_run(tmp_path, [make_rows(20)], batch_size=20, epochs=1))
+    assert not list((tmp_path / "model").iterdir())
+    assert newest_checkpoint(tmp_path / "checkpoints") is None
+
+
 def test_gradients_are_scaled_together() -> None:
     parts = [torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.empty(0, 2), torch.tensor([4.0])]  # norm 5
     scale_gradients(parts, 2.0, 20.0)
