@@ -123,22 +123,27 @@ def base_of(runtime: Runtime) -> str | None:
 
 
 def rows_since(runtime: Runtime, about: dict[str, Any], folder: Place) -> list[str]:
-    """Files, in `folder`, of the train rows of users who acted after the model `about` was trained; URLs.
+    """Files, in `folder`, of the train rows of users who acted after the model `about` was trained; URLs. The same rows
+    lie in them in the same order each time.
 
     Raises:
         TrailvecError: there are none.
     """
     rows = runtime.read(SEQUENCES).where((F.col("split") == "train") & (F.col("last_ts") >= F.lit(about["as_of"])))
-    order = F.xxhash64("user_id", "part")  # has nothing to do with the users
-    rows.select("length", *FEATURES).sort(order).write.mode("overwrite").parquet(str(folder))
-    home = shared_url(folder) if isinstance(folder, HadoopPath) else f"file://{folder}"
-    files = sorted(f"{home}/{file.name}" for file in folder.glob("*.parquet"))
-    if not count_rows(files):
+    count = rows.count()
+    if not count:
         raise TrailvecError(
             f"nobody has acted between {about['as_of']}, when model {about['model_version']} was trained, and "
             f"sequences.valid_from: move it on, or set train.warm_start = false"
         )
-    return files
+    order = F.xxhash64("user_id", "part")  # has nothing to do with the users
+    # The same files each time, for a training that goes on after a kill: a sort of all rows would cut them where a
+    # sample of them says.
+    files = math.ceil(count / runtime.config.sequences.rows_per_file)
+    mixed = rows.repartition(files, order).sortWithinPartitions(order)
+    mixed.select("length", *FEATURES).write.mode("overwrite").parquet(str(folder))
+    home = shared_url(folder) if isinstance(folder, HadoopPath) else f"file://{folder}"
+    return sorted(f"{home}/{file.name}" for file in folder.glob("*.parquet"))
 
 
 def count_rows(files: list[str]) -> int:

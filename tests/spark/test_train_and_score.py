@@ -3,6 +3,7 @@
 import json
 import shutil
 import sqlite3
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from delta.tables import DeltaTable
@@ -23,6 +25,7 @@ from jobs.launch_training import launch_in_spark
 from jobs.model_folders import model_folder
 from jobs.models import encode_sequences
 from jobs.runtime import Runtime, Stage
+from jobs.spark_session import spark_conf
 from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_EMBEDDINGS, Table
 from scripts.faults import delta_reader
 from spark_udfs.encode import LoadedModel, encode_rows
@@ -348,3 +351,26 @@ def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
         TrailvecError, match=r"was trained with width = 16, found 32: set it back, or train\.warm_start"
     ):
         wider.execute(train.STAGE)
+
+
+def test_the_rows_of_a_warm_start_lie_in_the_same_order_each_time(
+    make_runtime: Callable[..., Runtime], tmp_path: Path
+) -> None:
+    runtime = make_runtime("sequences.rows_per_file=50")
+    rows = sequences(make_rows(120, seed=1), "train")
+    fill(runtime, SEQUENCES, rows, files=2)
+    found: list[list[list[Any]]] = []
+
+    def look(runtime: Runtime) -> None:
+        about = {"as_of": "2024-05-01T00:00:00", "model_version": "m"}
+        files = train.rows_since(runtime, about, tmp_path / f"rows-{len(found)}")
+        found.append([pq.read_table(file.removeprefix("file://"))["item_index"].to_pylist() for file in files])
+
+    for partitions in ("2", "3"):  # of a shuffle, when none is asked for
+        conf = {"spark.sql.shuffle.partitions": partitions, "spark.sql.adaptive.coalescePartitions.enabled": "false"}
+        with spark_conf(runtime.spark, conf):
+            runtime.execute(Stage("look", "", look, (SEQUENCES,), (), ()), force=True)
+        DeltaTable.forPath(runtime.spark, runtime.path(SEQUENCES)).optimize().executeCompaction()
+    assert found[0] == found[1]
+    assert len(found[0]) == 3
+    assert sorted(items for file in found[0] for items in file) == sorted(row["item_index"] for row in rows)
