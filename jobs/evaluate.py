@@ -36,6 +36,7 @@ from jobs import space
 from jobs.build_sequences import UNKNOWN, in_vocabulary, number_actions
 from jobs.cli import stage_main
 from jobs.drift import Alarm, Drift, alarms, drift_of, event_counts
+from jobs.errors import TrailvecError
 from jobs.habit import habit
 from jobs.item_facts import item_verticals
 from jobs.model_folders import model_folder
@@ -287,6 +288,11 @@ def run(runtime: Runtime) -> None:
     version = model_dir.name
     # An item that the model never saw is none that it can be asked to rank: the floors do not know it either.
     vectors = runtime.read(ITEM_EMBEDDINGS).where((F.col("model_version") == version) & ~F.col("is_cold"))
+    if vectors.isEmpty():
+        raise TrailvecError(
+            f"table item_embeddings has no vector of an item that model {version} knows: "
+            f"run `trailvec embed_items` first"
+        )
     rows = evaluated_rows(runtime, model_dir)
     catalogue = read_catalogue(runtime, vectors)
     cuts = cut_times(runtime.read(SESSIONS).select(F.col("end_ts").alias("event_ts")), runtime.config.sequences)

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from pyspark.sql import SparkSession
 
+from jobs import evaluate
 from jobs.cli import main
 from jobs.compare_models import compare, print_differences
+from jobs.errors import TrailvecError
 from jobs.runtime import Runtime
-from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
+from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS
 from tests.sequence_files import make_rows
 from tests.spark.test_score_users import Rows, by_plain_loop, make_model
 from tests.spark.test_train_and_score import CUT, fill, sequences
@@ -80,7 +82,7 @@ def test_a_model_beside_itself(shop: tuple[Runtime, Rows], capsys: pytest.Captur
     assert "ndcg@10" in capsys.readouterr().out
 
 
-def test_a_model_that_is_not_there_is_one_sentence(
+def test_a_model_that_is_not_there_or_has_no_vectors_is_one_sentence(
     shop: tuple[Runtime, Rows], capsys: pytest.CaptureFixture[str]
 ) -> None:
     runtime, _ = shop
@@ -89,3 +91,7 @@ def test_a_model_that_is_not_there_is_one_sentence(
         main(["evaluate", "--set", f'storage.root="{runtime.root}"', "--compare", "m1", "nope"])
     assert stopped.value.code == 1
     assert "model nope does not exist under" in capsys.readouterr().err
+    for table in (SESSIONS, ITEM_EMBEDDINGS):
+        runtime.create(table)
+    with pytest.raises(TrailvecError, match="no vector of an item that model m1 knows: run `trailvec embed_items`"):
+        runtime.execute(evaluate.STAGE)
