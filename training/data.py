@@ -102,12 +102,6 @@ def read_batches(
     return _ahead(make(), READY_ROWS // batch_size + 1)
 
 
-def steps(files: list[str], *, batch_size: int, size: int) -> int:
-    """How many batches a pass has on the rank that has most of them; no other has more than one fewer."""
-    rows = sum(rows for _, _, rows, _ in _row_groups(tuple(files)))
-    return math.ceil(math.ceil(rows / size) / batch_size)
-
-
 def rows_digest(files: list[str]) -> str:
     """SHA-256 of what the files' footers say of their rows. Other rows have another one, and so have the same rows in
     another order or in other row groups, over which a pass would go in another order. The files' names don't matter."""
