@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from measure import last_line, said
 from pyspark.sql import functions as F
@@ -43,9 +44,12 @@ def mapping(events: Path) -> str:
     """The source's mapping of a file whose columns are named as those of `events`.
 
     Raises:
-        TrailvecError: a column is missing.
+        TrailvecError: it is no Parquet file, or a column is missing.
     """
-    found = pq.read_schema(events).names
+    try:
+        found = pq.read_schema(events).names
+    except (OSError, pa.ArrowInvalid) as error:
+        raise TrailvecError(f"{events} can't be read as Parquet ({error}): name a Parquet file of events") from None
     if missing := [name for name in NEEDED if name not in found]:
         raise TrailvecError(
             f"{events} lacks the columns {', '.join(missing)}; found {', '.join(found)}: rename the ones that hold them"
