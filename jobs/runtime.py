@@ -199,7 +199,7 @@ class Runtime(Lake):
         """What changed in `read` after its version `since`, as in `incremental`; None where it was replaced as a whole
         or the changes are too old to be kept."""
         until = self._versions[read.name]
-        if since == until:
+        if since >= self.changed_version(read):  # upkeep at most since then, and runs that had nothing to do
             nothing = self.read(read).limit(0).withColumn("_change_type", F.lit("insert"))
             return nothing.withColumn("_commit_version", F.lit(until).cast("bigint"))
         newer = itertools.takewhile(lambda commit: commit.version > since, self._commits(read))

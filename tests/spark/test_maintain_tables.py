@@ -292,19 +292,21 @@ def test_upkeep_makes_no_stage_out_of_date_and_feeds_no_change(
         assert runtime.latest_version(table) > version
         assert reader.option("startingVersion", version + 1).load(runtime.path(table)).count() == 0
 
-    # An increment after upkeep starts from what it left, and sees the new event alone.
+    # An increment after upkeep starts from what it left, reads nothing of it, and sees a new event alone.
+    seen: list[tuple[list[str], str]] = []
+
+    def look(runtime: Runtime) -> None:
+        changes = runtime.incremental(SESSIONS, EVENTS)
+        plan = changes._jdf.queryExecution().optimizedPlan().toString()
+        seen.append(([c.event_id for c in changes.collect()], plan))
+
+    stage = Stage("sessionize", "", look, reads=(EVENTS,), writes=(SESSIONS,), settings=sessionize.STAGE.settings)
+    runtime.execute(stage)
     add(runtime, to_frame(spark, events(30, 31)))
-    seen: list[list[str]] = []
-    look = Stage(
-        "sessionize",
-        "",
-        lambda r: seen.append([c.event_id for c in r.incremental(SESSIONS, EVENTS).collect()]),  # type: ignore[union-attr]
-        reads=(EVENTS,),
-        writes=(SESSIONS,),
-        settings=sessionize.STAGE.settings,
-    )
-    runtime.execute(look)
-    assert seen == [["e30"]]
+    runtime.execute(stage)
+    (nothing, plan), (event, _) = seen
+    assert (nothing, event) == ([], ["e30"])
+    assert plan.startswith("LocalRelation <empty>")
 
 
 def test_a_writer_beside_it_loses_nothing(
