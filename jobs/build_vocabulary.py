@@ -142,9 +142,10 @@ def run(runtime: Runtime) -> None:
     new_values = number_context_values(met, runtime.latest(CONTEXT_VALUES))
     runtime.merge(CONTEXT_VALUES, new_values, made_from=values_from)
 
-    cuts, items = cut_times(events, settings), runtime.latest(ITEMS)
     # What no change names stands as it is, unless the cut moves; in leave-one-out a user's every event moves one.
     fixed = settings.split_by == "time" and settings.valid_from is not None
+    # A cut that is given does not go by the log's end: whose events they are need not be read for it.
+    cuts, items = cut_times(runtime.read(EVENTS) if fixed else events, settings), runtime.latest(ITEMS)
     changed = changed_events(runtime, ITEMS) if fixed else None
     next_index = items.agg(F.coalesce(F.max("item_index") + 1, F.lit(FIRST_INDEX))).collect()[0][0]
     if changed is None:
