@@ -111,18 +111,22 @@ def number_context_values(events: DataFrame, values: DataFrame) -> DataFrame:
     return conform(numbered, CONTEXT_VALUES)
 
 
-def changed_events(runtime: Runtime, written: Table) -> tuple[DataFrame, DataFrame] | None:
-    """What changed in the events (as `Runtime.incremental` gives it) of users whose flag is what it was when `written`
-    was made, and is none; and the user_id of each whose flag came or went since. None: `written` is to be made anew."""
+def changed_events(runtime: Runtime, written: Table, flagged: DataFrame) -> tuple[DataFrame, DataFrame] | None:
+    """What changed in the events (as `Runtime.incremental` gives it) of users who are not flagged and were not when
+    `written` was made; and the user_id of each whose flag came or went since. None: `written` is to be made anew.
+
+    Args:
+        flagged: user_id of all who are flagged.
+    """
     changes, flags = runtime.incremental(written, EVENTS), runtime.incremental(written, FLAGGED_USERS)
     before = runtime.previous(written, FLAGGED_USERS)
     if changes is None or flags is None or before is None:
         return None
-    now, before = (rows.select("user_id").distinct() for rows in (runtime.read(FLAGGED_USERS), before))
-    met = flags.select("user_id").distinct()  # most were flagged already, and got a row for one more day
-    gained, lost = now.join(before, "user_id", "left_anti"), before.join(now, "user_id", "left_anti")
-    turned = gained.union(lost).join(met, "user_id", "left_semi").localCheckpoint()
-    return changes.join(now.union(turned), "user_id", "left_anti"), turned
+    before = before.select("user_id").distinct()
+    gained, lost = flagged.join(before, "user_id", "left_anti"), before.join(flagged, "user_id", "left_anti")
+    # In the feed are those too who got a flag for one day more. It is here so that no flag is read where none changed.
+    turned = gained.union(lost).join(flags.select("user_id").distinct(), "user_id", "left_semi").localCheckpoint()
+    return changes.join(flagged.union(turned), "user_id", "left_anti"), turned
 
 
 def run(runtime: Runtime) -> None:
@@ -133,7 +137,7 @@ def run(runtime: Runtime) -> None:
     runtime.create(CONTEXT_VALUES)
     # A number is given once: where two runs at once would give one number to two items, one of them ends.
     items_from, values_from = (runtime.stage_version(table) for table in (ITEMS, CONTEXT_VALUES))
-    changed = changed_events(runtime, CONTEXT_VALUES)
+    changed = changed_events(runtime, CONTEXT_VALUES, flagged)
     met = events
     if changed is not None:
         met, turned = changed
@@ -146,18 +150,18 @@ def run(runtime: Runtime) -> None:
     fixed = settings.split_by == "time" and settings.valid_from is not None
     # A cut that is given does not go by the log's end: whose events they are need not be read for it.
     cuts, items = cut_times(runtime.read(EVENTS) if fixed else events, settings), runtime.latest(ITEMS)
-    changed = changed_events(runtime, ITEMS) if fixed else None
+    changed = changed_events(runtime, ITEMS, flagged) if fixed else None
     next_index = items.agg(F.coalesce(F.max("item_index") + 1, F.lit(FIRST_INDEX))).collect()[0][0]
     if changed is None:
         rows = number_items(describe_items(events, cuts, settings), items, min_count, next_index)
         runtime.merge(ITEMS, rows, made_from=items_from)
         return
     changes, turned = changed
-    met = changes.select("item_id", (F.col("_change_type") == "insert").alias("came"))
+    touched = changes.select("item_id", (F.col("_change_type") == "insert").alias("came"))
     if not turned.isEmpty():  # rare, and a column or two of all events are read for it
         of_turned = runtime.read(EVENTS).join(turned, "user_id", "left_semi")
-        met = met.union(of_turned.select("item_id", F.lit(False)))
-    touched = met.groupBy("item_id").agg(F.bool_and("came").alias("only_came"))
+        touched = touched.union(of_turned.select("item_id", F.lit(False)))
+    touched = touched.groupBy("item_id").agg(F.bool_and("came").alias("only_came"))
     touched = touched.join(items.select("item_id", "item_index"), "item_id", "left")
     # What left an item can't be subtracted from its latest name; to what is no row yet nothing can be added.
     anew = touched.where(~F.col("only_came") | F.col("item_index").isNull()).select("item_id").persist()
