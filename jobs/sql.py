@@ -6,6 +6,7 @@ trailvec sql --conf conf/local.toml "SELECT vertical, count(*) AS events FROM ev
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def query(runtime: Runtime, text: str) -> DataFrame:
 
 
 def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
-    """`query` of a text from a file that is only to ask: a statement that writes, drops or sets is refused.
+    """`query` of a text from a file that is only to ask: a statement that writes, drops or sets is refused, and so is a
+    query that starts programs (TRANSFORM).
 
     Args:
         where: what the error calls it.
@@ -62,7 +64,18 @@ def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
         parser.parseQuery(text)  # Spark's grammar of a query alone, as of a view's
     except ParseException:
         raise TrailvecError(f"{where} is no query (found {' '.join(text.split())[:60]!r}): write a SELECT") from None
-    return query(runtime, text)
+    answer = query(runtime, text)
+    if any(plan.nodeName() == "ScriptTransformation" for plan in _nodes(answer._jdf.queryExecution().analyzed())):
+        raise TrailvecError(f"{where} starts a program (TRANSFORM ... USING): write it without")
+    return answer
+
+
+def _nodes(plan: Any) -> Iterator[Any]:
+    """A plan's nodes (Java's objects), those of its subqueries too."""
+    yield plan
+    for parts in (plan.children(), plan.subqueries()):
+        for number in range(parts.size()):
+            yield from _nodes(parts.apply(number))
 
 
 def run_sql(runtime: Runtime, text: str, as_json: bool, limit: int = 100) -> None:

@@ -171,6 +171,22 @@ def test_what_only_asks_changes_nothing(make_runtime: Callable[..., Runtime], te
     assert str(caught.value) == f"likes.toml: its sql is no query (found {text!r}): write a SELECT"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "SELECT user_id FROM ({})",
+        "WITH x AS ({}) SELECT user_id FROM x",
+        "SELECT 'a' AS user_id WHERE 'a' IN ({})",
+        "SELECT (SELECT max(user_id) FROM ({})) AS user_id",
+    ],
+)
+def test_what_only_asks_starts_no_program(make_runtime: Callable[..., Runtime], text: str) -> None:
+    program = "SELECT TRANSFORM (a) USING 'cat' AS (user_id STRING) FROM VALUES ('a') AS t(a)"
+    with pytest.raises(TrailvecError, match=r"^likes.toml: its sql starts a program \(TRANSFORM \.\.\. USING\)"):
+        ask(make_runtime("storage.database=errors"), text.format(program), "likes.toml: its sql")
+
+
 def test_what_asks_is_asked(make_runtime: Callable[..., Runtime]) -> None:
     runtime = make_runtime("storage.database=errors")
     for text in ("-- all\nSELECT 1 AS a;", "WITH x AS (SELECT 1 AS a) SELECT * FROM x", "(VALUES (1)) UNION SELECT 1"):
