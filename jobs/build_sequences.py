@@ -98,23 +98,21 @@ def build_sequences(
 
 
 def changed_users(
-    sessions: DataFrame, changes: DataFrame, numbers: tuple[DataFrame, DataFrame], old: tuple[DataFrame, DataFrame]
+    sessions: DataFrame, changes: DataFrame, items: DataFrame | None, values: DataFrame | None
 ) -> DataFrame:
     """user_id, since: the users whose sequences may be others than they were, from the session that starts then on.
 
     Args:
         changes: the sessions' change data feed.
-        numbers, old: the items of the vocabulary (item_id, item_index) and the context values, now and then.
+        items, values: item_id, and kind and value, whose numbers are others than they were; None: none are.
     """
     users = changes.select("user_id", "start_ts")
-    items = _differing(numbers[0], old[0], ["item_id"], "item_index")
-    values = _differing(numbers[1], old[1], ["kind", "value"], "value_index")
     # Both are rare: an item that comes into the training window's vocabulary by late events; a new vertical or type.
     met = sessions.select("user_id", "start_ts", F.explode("events").alias("event"))
-    if not items.isEmpty():
+    if items is not None and not items.isEmpty():
         of_items = met.join(F.broadcast(items), F.col("event.item_id") == F.col("item_id"))
         users = users.union(of_items.select("user_id", "start_ts"))
-    if not values.isEmpty():
+    if values is not None and not values.isEmpty():
         same = F.when(F.col("kind") == "vertical", F.col("event.vertical")).otherwise(F.col("event.event_type"))
         users = users.union(met.join(F.broadcast(values), same == F.col("value")).select("user_id", "start_ts"))
     return users.groupBy("user_id").agg(F.min("start_ts").alias("since"))
@@ -158,8 +156,12 @@ def run(runtime: Runtime) -> None:
         with spark_conf(runtime.spark, {"spark.sql.files.maxRecordsPerFile": str(settings.rows_per_file)}):
             runtime.write(SEQUENCES, shuffled)
         return
-    old = (in_vocabulary(old_items, min_count), old_values.where("kind != 'category'"))
-    users = changed_users(sessions, changes, (items, values), old).persist()
+    other_items, other_values = None, None
+    if not runtime.is_unchanged(SEQUENCES, ITEMS):
+        other_items = _differing(items, in_vocabulary(old_items, min_count), ["item_id"], "item_index")
+    if not runtime.is_unchanged(SEQUENCES, CONTEXT_VALUES):
+        other_values = _differing(values, old_values.where("kind != 'category'"), ["kind", "value"], "value_index")
+    users = changed_users(sessions, changes, other_items, other_values).persist()
     try:
         earliest = users.agg(*[F.max(may_differ(s, F.col("since"), cuts, settings)).alias(s) for s in SPLITS]).collect()
         splits = tuple(split for split in SPLITS if earliest[0][split])

@@ -24,6 +24,8 @@ from jobs.tables import CONTEXT_VALUES, EVENTS, FLAGGED_USERS, ITEMS, Table, con
 
 FIRST_INDEX = 2  # 0 is padding, 1 is unknown
 LATEST = ("item_name", "category", "vertical", "unit_price")
+# What is read of an event that has come or gone.
+OF_EVENTS = ("item_id", "event_ts", "event_type", "vertical", "category", "item_name", "amount", "quantity")
 
 
 def category_value() -> Column:
@@ -112,8 +114,8 @@ def number_context_values(events: DataFrame, values: DataFrame) -> DataFrame:
 
 
 def changed_events(runtime: Runtime, written: Table, flagged: DataFrame) -> tuple[DataFrame, DataFrame] | None:
-    """What changed in the events (as `Runtime.incremental` gives it) of users who are not flagged and were not when
-    `written` was made; and the user_id of each whose flag came or went since. None: `written` is to be made anew.
+    """What changed in the events (OF_EVENTS and _change_type) of users who are not flagged and were not when `written`
+    was made; and the user_id of each whose flag came or went since. None: `written` is to be made anew.
 
     Args:
         flagged: user_id of all who are flagged.
@@ -126,7 +128,8 @@ def changed_events(runtime: Runtime, written: Table, flagged: DataFrame) -> tupl
     gained, lost = flagged.join(before, "user_id", "left_anti"), before.join(flagged, "user_id", "left_anti")
     # In the feed are those too who got a flag for one day more. It is here so that no flag is read where none changed.
     turned = gained.union(lost).join(flags.select("user_id").distinct(), "user_id", "left_semi").localCheckpoint()
-    return changes.join(flagged.union(turned), "user_id", "left_anti"), turned
+    changes = changes.join(flagged.union(turned), "user_id", "left_anti").select(*OF_EVENTS, "_change_type")
+    return changes.localCheckpoint(), turned  # read for both tables: the feed is planned and read once
 
 
 def run(runtime: Runtime) -> None:
@@ -137,29 +140,30 @@ def run(runtime: Runtime) -> None:
     runtime.create(CONTEXT_VALUES)
     # A number is given once: where two runs at once would give one number to two items, one of them ends.
     items_from, values_from = (runtime.stage_version(table) for table in (ITEMS, CONTEXT_VALUES))
-    changed = changed_events(runtime, CONTEXT_VALUES, flagged)
-    met = events
+    # What no change names stands as it is, unless the cut moves; in leave-one-out a user's every event moves one.
+    fixed = settings.split_by == "time" and settings.valid_from is not None
+    # Items are written last: nothing is new to the context values that is not new to them.
+    written = ITEMS if fixed and runtime.last_writer(CONTEXT_VALUES) else CONTEXT_VALUES
+    changed = changed_events(runtime, written, flagged)
+    met, of_turned = events.select(*OF_EVENTS), None
     if changed is not None:
-        met, turned = changed
-        if not turned.isEmpty():
-            met = met.select(*events.columns).unionByName(events.join(turned, "user_id", "left_semi"))
+        changes, turned = changed
+        met = changes.drop("_change_type")
+        if not turned.isEmpty():  # rare, and all events are read for it
+            met = met.union(events.join(turned, "user_id", "left_semi").select(*OF_EVENTS))
+            of_turned = runtime.read(EVENTS).join(turned, "user_id", "left_semi")
     new_values = number_context_values(met, runtime.latest(CONTEXT_VALUES))
     runtime.merge(CONTEXT_VALUES, new_values, made_from=values_from)
 
-    # What no change names stands as it is, unless the cut moves; in leave-one-out a user's every event moves one.
-    fixed = settings.split_by == "time" and settings.valid_from is not None
     # A cut that is given does not go by the log's end: whose events they are need not be read for it.
     cuts, items = cut_times(runtime.read(EVENTS) if fixed else events, settings), runtime.latest(ITEMS)
-    changed = changed_events(runtime, ITEMS, flagged) if fixed else None
     next_index = items.agg(F.coalesce(F.max("item_index") + 1, F.lit(FIRST_INDEX))).collect()[0][0]
-    if changed is None:
+    if changed is None or not fixed:
         rows = number_items(describe_items(events, cuts, settings), items, min_count, next_index)
         runtime.merge(ITEMS, rows, made_from=items_from)
         return
-    changes, turned = changed
     touched = changes.select("item_id", (F.col("_change_type") == "insert").alias("came"))
-    if not turned.isEmpty():  # rare, and a column or two of all events are read for it
-        of_turned = runtime.read(EVENTS).join(turned, "user_id", "left_semi")
+    if of_turned is not None:
         touched = touched.union(of_turned.select("item_id", F.lit(False)))
     touched = touched.groupBy("item_id").agg(F.bool_and("came").alias("only_came"))
     touched = touched.join(items.select("item_id", "item_index"), "item_id", "left")

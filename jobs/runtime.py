@@ -91,6 +91,7 @@ class Runtime(Lake):
         self._stage: Stage | None = None
         self._versions: dict[str, int] = {}
         self._frames: dict[str, DataFrame] = {}
+        self._rows: dict[tuple[str, int], int] = {}  # by table and version; what one stage writes the next one reads
         self.fingerprint = ""
         self.forced = False
         self.report = Report("")
@@ -116,12 +117,18 @@ class Runtime(Lake):
         else:
             stage.run(self)
         for table in stage.reads:
-            self.report.rows_in.setdefault(table.name, self.read(table).count())
+            self.report.rows_in.setdefault(table.name, self._count(table, self._versions[table.name]))
         for table in stage.writes:
-            self.report.rows_out.setdefault(table.name, self.latest(table).count())
+            self.report.rows_out.setdefault(table.name, self._count(table, self.latest_version(table)))
         self._history = {}  # what others commit from now on is looked up
         self.report.seconds = time.monotonic() - started
         return self.report
+
+    def _count(self, table: Table, version: int) -> int:
+        """The table's rows at that version."""
+        if (table.name, version) not in self._rows:
+            self._rows[table.name, version] = self.at(table, version).count()
+        return self._rows[table.name, version]
 
     def running_tasks(self) -> str:
         """Spark's running stages as "done/all tasks"; empty when nothing runs or Spark is not up."""
@@ -194,6 +201,11 @@ class Runtime(Lake):
         """`read` as it was when `written` was made; None where `incremental` would give None."""
         since = self._since(written, read)
         return None if since is None else self.at(read, since)
+
+    def is_unchanged(self, written: Table, read: Table) -> bool:
+        """Whether no row of `read` is another than when `written` was made; False where `incremental` gives None."""
+        since = self._since(written, read)
+        return since is not None and since >= self.changed_version(read)
 
     def changes(self, read: Table, since: int) -> DataFrame | None:
         """What changed in `read` after its version `since`, as in `incremental`; None where it was replaced as a whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from datetime import date, timedelta, timezone
@@ -243,6 +244,35 @@ def test_an_increment_does_not_count_what_no_change_names(
     runtime.execute(build_vocabulary.STAGE)
     newest = DeltaTable.forPath(spark, runtime.path(ITEMS)).history(1).collect()[0].operationMetrics
     assert (newest["numTargetRowsUpdated"], newest["numTargetRowsInserted"]) == ("1", "0")
+
+
+def test_after_a_stop_between_its_two_tables_and_the_loss_of_one_all_is_there(
+    make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = make_runtime(*CUTS, "vocabulary.min_count=1")
+    put_log(runtime, [event(0, "a", 0), event(9, "a", 5)])
+    runtime.execute(build_vocabulary.STAGE)
+    merge = runtime.merge
+
+    def stops(table: Table, *rows: Any, **options: Any) -> None:
+        if table == ITEMS:
+            raise KeyboardInterrupt
+        merge(table, *rows, **options)
+
+    add(runtime, EVENTS, to_frame(spark, [event(1, "b", 1, vertical="rides")]))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runtime, "merge", stops)
+        runtime.execute(build_vocabulary.STAGE)
+    add(runtime, EVENTS, to_frame(spark, [event(2, "c", 2, vertical="ads")]))
+    runtime.execute(build_vocabulary.STAGE)
+    assert items(runtime).keys() == {"a", "b", "c"}
+
+    shutil.rmtree(runtime.path(CONTEXT_VALUES))
+    add(runtime, EVENTS, to_frame(spark, [event(3, "c", 3, vertical="retail")]))
+    runtime.execute(build_vocabulary.STAGE)
+    verticals = {row.value for row in runtime.latest(CONTEXT_VALUES).where("kind = 'vertical'").collect()}
+    assert verticals == {"food", "rides", "ads", "retail"}
+    assert items(runtime)["c"][1] == 2
 
 
 def flagged(spark: SparkSession, *users: str) -> DataFrame:
