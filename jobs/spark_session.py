@@ -61,8 +61,8 @@ _SPARK_DEFAULTS = {
     # Not extraJavaOptions, which come behind these and are left to the configuration.
     "spark.driver.defaultJavaOptions": f"{_QUIET} {_ARROW}",
     "spark.executor.defaultJavaOptions": _ARROW,
-    # A run of all stages has several hundred plans, many of them alike: with room for 100 (the default) most of the code
-    # that Spark makes of them is compiled again and again, a tenth of a small batch.
+    # A run of all stages has several hundred plans, many of them alike: with room for 100 (the default) most of the
+    # code that Spark makes of them is compiled again and again, a tenth of a small batch.
     "spark.sql.codegen.cache.maxEntries": "1000",
     # The task bar would fight with our own progress line.
     "spark.ui.showConsoleProgress": "false",
