@@ -6,11 +6,13 @@ On a superapp's log, in one Spark session on 2 cores, in turns, medians; each wr
   windows         lag/sum windows, then collect_list
   session_window  Spark's own session windows, then collect_list
   duckdb          the same as windows in DuckDB on 2 threads, to Parquet
-Then the tasks of a log in which one user has a tenth of all events, with and without the stage's splits.
+Then the tasks of a log in which one user has a tenth of all events, with and without the stage's splits; and of one in
+which one item has: grouped for the vocabulary, and joined with its numbers by a shuffle, as where it is too large to be
+sent to all tasks.
 
 The last line is one JSON object: ratio_to_floor, speedup_vs_windows, speedup_vs_session_window, time_vs_duckdb; the
 same of CPU seconds, which a busy machine does not change much (cpu_...); skew_max_to_median of the tasks' times, with
-and without splits; and the medians. A chart goes to build/bench/sessionize.svg.
+and without splits, hot_item_max_to_median; and the medians. A chart goes to build/bench/sessionize.svg.
 """
 
 from __future__ import annotations
@@ -29,10 +31,15 @@ from pyspark.sql import DataFrame, GroupedData, SparkSession, Window
 from pyspark.sql import functions as F
 from superapp import World, events
 
-from jobs.config import SessionizeSettings
+from jobs.build_sequences import number_actions
+from jobs.build_vocabulary import describe_items
+from jobs.config import SequencesSettings, SessionizeSettings
 from jobs.sessionize import find_splits, sessionize
+from jobs.spark_session import spark_conf
+from jobs.splits import cut_times
 
 GAP = 30
+TASKS = 16  # of a shuffle, when tasks' times are looked at
 FIELDS = ("event_ts", "event_id", "item_id", "event_type", "vertical", "amount", "quantity", "time_zone")
 SETTINGS = SessionizeSettings(gap_minutes=GAP)
 
@@ -111,9 +118,11 @@ def in_duckdb(path: Path, out: Path, scratch: Path) -> None:
     connection.close()
 
 
-def task_seconds(spark: SparkSession, since: int) -> list[float]:
-    """Of the tasks of the longest stage among those that began after stage number `since`."""
-    longest = max((s for s in stages(spark) if s.stageId() > since), key=lambda s: s.executorRunTime())
+def task_seconds(spark: SparkSession, since: int, tasks: int = 0) -> list[float]:
+    """Of the tasks of the longest stage among those that began after stage number `since`, and have so many tasks (0:
+    whatever number)."""
+    newer = [s for s in stages(spark) if s.stageId() > since and tasks in (0, s.numCompleteTasks())]
+    longest = max(newer, key=lambda s: s.executorRunTime())
     store = spark.sparkContext._jsc.sc().statusStore()
     tasks = of_scala(store.taskList(longest.stageId(), longest.attemptId(), 10_000))
     return sorted(t.taskMetrics().get().executorRunTime() / 1000 for t in tasks)
@@ -124,11 +133,8 @@ def skew(spark: SparkSession, path: Path, count: int, out: Path) -> dict[str, An
     heavy = F.xxhash64("event_id") % 10 == 0
     rows = spark.read.format("delta").load(str(path))
     rows = rows.withColumn("user_id", F.when(heavy, "heavy").otherwise(F.col("user_id")))
-    tasks = 16
-    spark.conf.set("spark.sql.shuffle.partitions", tasks)
-    spark.conf.set("spark.sql.adaptive.coalescePartitions.enabled", "false")
     found = {}
-    for name, every in (("", count // (4 * tasks)), ("_without_splits", count)):
+    for name, every in (("", count // (4 * TASKS)), ("_without_splits", count)):
         splits = find_splits(rows, SETTINGS, every)
         before = max(s.stageId() for s in stages(spark))
         sessionize(rows, SETTINGS, splits).write.format("delta").mode("overwrite").save(str(out / "skew"))
@@ -138,16 +144,39 @@ def skew(spark: SparkSession, path: Path, count: int, out: Path) -> dict[str, An
     return found
 
 
+def hot_item(spark: SparkSession, path: Path) -> dict[str, Any]:
+    """One item has a tenth of all events."""
+    rows = spark.read.format("delta").load(str(path))
+    hot = F.xxhash64("event_id") % 10 == 0
+    rows = rows.withColumn("item_id", F.when(hot, "hot").otherwise(F.col("item_id"))).localCheckpoint()
+    settings = SequencesSettings()
+    described = describe_items(rows, cut_times(rows, settings), settings)
+    by_id = Window.orderBy("item_id")
+    vocabulary = described.select("item_id", F.row_number().over(by_id).alias("item_index")).localCheckpoint()
+    values = spark.createDataFrame([], "kind string, value string, value_index int")
+    sessions = sessionize(rows, SETTINGS).localCheckpoint()
+    acts = {"grouped": lambda: described, "joined": lambda: number_actions(sessions, vocabulary, values)}
+    found: dict[str, float] = {}
+    with spark_conf(spark, {"spark.sql.autoBroadcastJoinThreshold": "-1"}):
+        for name, make in acts.items():
+            before = max(s.stageId() for s in stages(spark))
+            make().write.format("noop").mode("overwrite").save()
+            seconds = task_seconds(spark, before, TASKS)
+            found[name] = round(seconds[-1] / statistics.median(seconds), 2)
+            said(f"a hot item, {name}, tasks' seconds: {' '.join(f'{s:.2f}' for s in seconds)}")
+    return {"hot_item_max_to_median": found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="100,000 events, 3 rounds, the first of them cold")
+    parser.add_argument("--quick", action="store_true", help="100,000 events, 2 rounds, the first of them cold")
     parser.add_argument("--events", type=float, help="about so many (default: 5e6)")
     parser.add_argument("--rounds", type=int, help="medians of so many (default: 5)")
     parser.add_argument("--only", nargs="+", help="some of the contestants, without ratios")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for the log and what is written")
     arguments = parser.parse_args()
     count = int(arguments.events or (100_000 if arguments.quick else 5_000_000))
-    rounds = arguments.rounds or (3 if arguments.quick else 5)
+    rounds = arguments.rounds or (2 if arguments.quick else 5)
 
     spark = session(quick=False)
     folder = arguments.folder.absolute()
@@ -180,7 +209,9 @@ def main() -> None:
     if not arguments.only:
         same = {tuple(row) for name in ("sessionize", "windows") for row in _shape(spark, out / name)}
         assert len(same) == 1, f"sessionize and windows differ: {same}"
-        result |= skew(spark, path, count, out)
+        spark.conf.set("spark.sql.shuffle.partitions", TASKS)
+        spark.conf.set("spark.sql.adaptive.coalescePartitions.enabled", "false")
+        result |= skew(spark, path, count, out) | hot_item(spark, path)
         for prefix, measured in (("", times), ("cpu_", cpu)):
             median = {name: statistics.median(seconds) for name, seconds in measured.items()}
             result |= {
