@@ -124,8 +124,8 @@ def task_seconds(spark: SparkSession, since: int, tasks: int = 0) -> list[float]
     newer = [s for s in stages(spark) if s.stageId() > since and tasks in (0, s.numCompleteTasks())]
     longest = max(newer, key=lambda s: s.executorRunTime())
     store = spark.sparkContext._jsc.sc().statusStore()
-    tasks = of_scala(store.taskList(longest.stageId(), longest.attemptId(), 10_000))
-    return sorted(t.taskMetrics().get().executorRunTime() / 1000 for t in tasks)
+    of_stage = of_scala(store.taskList(longest.stageId(), longest.attemptId(), 10_000))
+    return sorted(t.taskMetrics().get().executorRunTime() / 1000 for t in of_stage)
 
 
 def skew(spark: SparkSession, path: Path, count: int, out: Path) -> dict[str, Any]:
@@ -155,7 +155,10 @@ def hot_item(spark: SparkSession, path: Path) -> dict[str, Any]:
     vocabulary = described.select("item_id", F.row_number().over(by_id).alias("item_index")).localCheckpoint()
     values = spark.createDataFrame([], "kind string, value string, value_index int")
     sessions = sessionize(rows, SETTINGS).localCheckpoint()
-    acts = {"grouped": lambda: described, "joined": lambda: number_actions(sessions, vocabulary, values)}
+    acts: dict[str, Callable[[], DataFrame]] = {
+        "grouped": lambda: described,
+        "joined": lambda: number_actions(sessions, vocabulary, values),
+    }
     found: dict[str, float] = {}
     with spark_conf(spark, {"spark.sql.autoBroadcastJoinThreshold": "-1"}):
         for name, make in acts.items():
