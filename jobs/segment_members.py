@@ -47,6 +47,7 @@ from spark_udfs.likeness import Anchors, Scorer, anchors_of, candidates
 from training.stores import remove_tree
 
 _SAMPLE = 50_000  # users, about, whose scores set the floors: more of them are fewer who travel in vain
+_SEEDS = 20_000  # of one segment, whose vectors come to the driver: of more, about so many stand for all, by a hash
 _OTHERS = 5_000  # of them who stand for everybody else in a classifier: a weight for each of some 64 numbers
 
 
@@ -231,19 +232,28 @@ class Selection:
 
     def _look_up(self, kind: Vectors, scored: list[Export]) -> None:
         """The anchors of segments of one kind of vectors, and the scores of a sample of the users."""
-        sampled = F.pmod(F.xxhash64("user_id"), F.lit(max(1, self.everyone.total // _SAMPLE))) == 0
-        words = self._lists.words
-        seeds_of = [self._rules[export.number].seeds for export in scored]
-        bits = self._lists.bits(mark for mark in seeds_of if mark is not None)
-        of_seeds = [F.col(word).bitwiseAND(F.lit(bit)) != 0 for word, bit in zip(words, bits, strict=True)]
-        seeds = self._marks.where(reduce(operator.or_, of_seeds)).select("user_id", F.lit(True).alias("is_seed"))
-        chosen = self._vectors(kind).withColumn("sampled", sampled).join(F.broadcast(seeds), "user_id", "left")
-        found = self._marked(chosen.where("sampled OR is_seed")).toPandas().sort_values("user_id")
+        draw, words = F.xxhash64("user_id"), self._lists.words
+        sampled = F.pmod(draw, F.lit(max(1, self.everyone.total // _SAMPLE))) == 0
+        marks = [mark for export in scored if (mark := self._rules[export.number].seeds) is not None]
+        one_in = {mark: -(-self._listed.of(mark).total // _SEEDS) or 1 for mark in marks}
+        some = [
+            self._has_any([mark for mark in marks if one_in[mark] == n]) & (F.pmod(draw, F.lit(n)) == 0)
+            for n in sorted(set(one_in.values()))
+        ]
+        seeds = self._marks.where(reduce(operator.or_, some, F.lit(False)))
+        seeds = seeds.select("user_id", F.lit(True).alias("is_seed"))
+        everyone = self._vectors(kind)
+        chosen = everyone.withColumn("sampled", sampled).join(F.broadcast(seeds), "user_id", "left")
+        chosen = chosen.where("sampled OR is_seed").withColumn("draw", draw)
+        found = self._marked(chosen).toPandas().sort_values("user_id")
         vectors = np.stack(found["vector"].tolist()) if len(found) else np.empty((0, 1), np.float32)
         there = vectors.any(axis=1)
         vectors, found = vectors[there], found[there]
-        marked = Marked(found[words].to_numpy())
+        marked, draws = Marked(found[words].to_numpy()), found["draw"].to_numpy()
         cold, of_sample = found["is_cold"].to_numpy(np.bool_), found["sampled"].to_numpy(np.bool_)
+        self._count_seeds(
+            scored, found.assign(users=1) if set(one_in.values()) <= {1} else self._known(everyone, marks)
+        )
         of_items = self._item_anchors([export for export in scored if export.segment.affinity is not None])
         for export in scored:
             seeds_mark, seed_list = self._rules[export.number].seeds, export.segment.seeds
@@ -251,22 +261,40 @@ class Selection:
                 self._anchors[export.number] = of_items[export.number]
                 continue
             seed = marked.has(seeds_mark)
-            count = {
-                "given": self._listed.of(seeds_mark).total,
-                "known": int(seed.sum()),
-                "cold": int((seed & cold).sum()),
-            }
-            self._seeds[export.number] = count | {"unknown": count["given"] - count["known"]}
-            self._refuse_seeds(export)
             others = vectors[of_sample & ~seed]
-            # A cold seed says nothing of what it is fond of.
+            # Among the rows is what other segments of the run look up, too. A cold seed says nothing of its tastes.
+            used = seed & ~cold & (draws % one_in[seeds_mark] == 0)
+            self._seeds[export.number]["used"] = int(used.sum())
+            self._refuse_seeds(export)
             self._anchors[export.number] = anchors_of(
-                seed_list.method, vectors[seed & ~cold], others[:: -(-len(others) // _OTHERS) or 1], seed_list.tastes
+                seed_list.method, vectors[used], others[:: -(-len(others) // _OTHERS) or 1], seed_list.tastes
             )
         scores = Scorer([self._anchors[export.number] for export in scored]).all(vectors)
         for export, of_export in zip(scored, scores, strict=True):
             allowed = of_sample & marked.allowed(self._rules[export.number])
             self._sample[export.number] = np.sort(of_export[allowed])[::-1]
+
+    def _has_any(self, marks: list[int]) -> Column:
+        """Whether a row's marks have one of these."""
+        bits = zip(self._lists.words, self._lists.bits(marks), strict=True)
+        return reduce(operator.or_, (F.col(word).bitwiseAND(F.lit(bit)) != 0 for word, bit in bits))
+
+    def _known(self, everyone: DataFrame, marks: list[int]) -> pd.DataFrame:
+        """How many users with a vector have which marks, one of `marks` among them, and are cold or not."""
+        known = everyone.where(F.exists("vector", lambda value: value != 0))
+        marked = known.join(self._marks.where(self._has_any(marks)), "user_id")
+        return marked.groupBy(*self._lists.words, "is_cold").agg(F.count("*").alias("users")).toPandas()
+
+    def _count_seeds(self, scored: list[Export], found: pd.DataFrame) -> None:
+        """How many seeds of each segment are known, or cold; `found`: `users` by their marks and is_cold, all seeds."""
+        marked, cold = Marked(found[self._lists.words].to_numpy()), found["is_cold"].to_numpy(np.bool_)
+        users = found["users"].to_numpy()
+        for export in scored:
+            if (mark := self._rules[export.number].seeds) is not None:
+                seed, given = marked.has(mark), self._listed.of(mark).total
+                known, of_cold = int(users[seed].sum()), int(users[seed & cold].sum())
+                count = {"given": given, "known": known, "cold": of_cold, "unknown": given - known}
+                self._seeds[export.number] = count
 
     def _refuse_seeds(self, export: Export) -> None:
         count = self._seeds[export.number]
@@ -276,10 +304,10 @@ class Selection:
                 f"{export.path}: none of its {count['given']:,} seeds is a user with a vector of model "
                 f"{self.version}: correct the seeds, or run `trailvec {stage}` first"
             )
-        if count["known"] == count["cold"]:
+        if not count["used"]:
             raise TrailvecError(
-                f"{export.path}: all of its {count['known']:,} seeds are cold, model {self.version} knows none of "
-                f"their items: take other seeds, or train a newer model"
+                f"{export.path}: of its {count['known']:,} seeds {count['cold']:,} are cold, model {self.version} "
+                f"knows none of their items: take other seeds, or train a newer model"
             )
 
     def _item_anchors(self, exports: list[Export]) -> dict[int, Anchors]:

@@ -129,7 +129,7 @@ def test_who_is_in_a_segment(shop: Runtime, tmp_path: Path) -> None:
         "removed": [{"rule": "seed", "users": 3}, {"rule": "after the best 4", "users": 2}],
         "control": 0,
         "exported": 4,
-        "seeds": {"given": 4, "known": 3, "unknown": 1, "cold": 0},
+        "seeds": {"given": 4, "known": 3, "unknown": 1, "cold": 0, "used": 3},
     }
     assert (manifest["score"]["min"], manifest["score"]["max"]) == (rows[-1]["score"], rows[0]["score"])
     histogram = manifest["score"]["histogram"]
@@ -564,6 +564,42 @@ def test_a_floor_that_was_too_high_is_lowered(shop: Runtime, tmp_path: Path, mon
     assert next(floors, None) is None
 
 
+def test_of_many_seeds_some_stand_for_all(
+    make_runtime: Callable[..., Runtime],
+    shop: Runtime,
+    spark: SparkSession,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who they are is a matter of their own ids; all are counted, and none is exported."""
+    monkeypatch.setattr(segment_members, "_SEEDS", 7)
+    seeds = {f"s{n:02}": [float(np.cos(n / 9)), float(np.sin(n / 9))] for n in range(12)}
+    embed(shop, spark, USERS | seeds, {"i1": [1.0, 0.0]})
+    ids = ", ".join(f"('{user}')" for user in seeds)
+    one_in_two = spark.sql(f"SELECT id FROM VALUES {ids} AS t(id) WHERE pmod(xxhash64(id), 2) = 0").collect()
+    drawn = sorted(row.id for row in one_in_two)
+    assert 1 < len(drawn) < 11
+    cold = {drawn[0], min(seeds.keys() - drawn)}
+    vectors = shop.latest(USER_EMBEDDINGS).withColumn("is_cold", F.col("user_id").isin(*cold))
+    put(shop, USER_EMBEDDINGS, vectors.localCheckpoint())
+
+    (tmp_path / "seeds.txt").write_text("\n".join([*seeds, "ghost"]))  # 13, of which one in two is looked at
+    (tmp_path / "likes.toml").write_text(SEGMENT.replace("size = 4", "size = 8"))
+    # Of another segment's seeds each is: they are among the rows that are looked up.
+    (tmp_path / "few.txt").write_text("\n".join(list(seeds)[:5]))
+    (tmp_path / "few.toml").write_text(SEGMENT.replace("likes", "few").replace("seeds.txt", "few.txt"))
+    both = [str(tmp_path / name) for name in ("likes.toml", "few.toml")]
+    make_runtime("storage.database=segments", f"export.segments={json.dumps(both)}").execute(STAGE)
+    manifest, rows = read(shop)
+
+    assert manifest["counts"]["seeds"] == {"given": 13, "known": 12, "unknown": 1, "cold": 2, "used": len(drawn) - 1}
+    assert read(shop, "few")[0]["counts"]["seeds"]["used"] == len(set(list(seeds)[:5]) - cold)
+    assert removed(manifest)["seed"] == 12
+    unit = {user: np.array(vector) / np.linalg.norm(vector) for user, vector in USERS.items() if any(vector)}
+    best = {user: max(float(of @ seeds[seed]) for seed in drawn[1:]) for user, of in unit.items()}
+    assert {row["user_id"]: row["score"] for row in rows} == pytest.approx({hashed(u): s for u, s in best.items()})
+
+
 def test_how_often_a_user_is_exported(shop: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most twice in three days, over the log and over the segments of a run; who is held back got nothing."""
     asked = {"a": ["ann", "bob", "cat", "nil"], "b": ["ann"], "c": ["ann", "bob", "cat", "nil"]}
@@ -686,7 +722,7 @@ def test_what_is_refused_of_lists(shop: Runtime, spark: SparkSession, tmp_path: 
 
     vectors = shop.latest(USER_EMBEDDINGS).withColumn("is_cold", F.lit(True))
     put(shop, USER_EMBEDDINGS, vectors.localCheckpoint())
-    with pytest.raises(TrailvecError, match="all of its 3 seeds are cold, model m1 knows none of their items"):
+    with pytest.raises(TrailvecError, match="of its 3 seeds 3 are cold, model m1 knows none of their items"):
         shop.execute(STAGE)
 
 
