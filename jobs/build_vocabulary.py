@@ -129,7 +129,7 @@ def changed_events(runtime: Runtime, written: Table, flagged: DataFrame) -> tupl
     # In the feed are those too who got a flag for one day more. It is here so that no flag is read where none changed.
     turned = gained.union(lost).join(flags.select("user_id").distinct(), "user_id", "left_semi").localCheckpoint()
     changes = changes.join(flagged.union(turned), "user_id", "left_anti").select(*OF_EVENTS, "_change_type")
-    return changes.localCheckpoint(), turned  # read for both tables: the feed is planned and read once
+    return changes.localCheckpoint(), turned  # the feed is planned and read once, for both tables where items go by it
 
 
 def run(runtime: Runtime) -> None:

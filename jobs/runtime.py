@@ -205,13 +205,17 @@ class Runtime(Lake):
     def is_unchanged(self, written: Table, read: Table) -> bool:
         """Whether no row of `read` is another than when `written` was made; False where `incremental` gives None."""
         since = self._since(written, read)
-        return since is not None and since >= self.changed_version(read)
+        return since is not None and self._unchanged_since(read, since)
+
+    def _unchanged_since(self, read: Table, since: int) -> bool:
+        """Whether there was upkeep at most after the version, and runs that had nothing to do."""
+        return since >= self.changed_version(read)
 
     def changes(self, read: Table, since: int) -> DataFrame | None:
         """What changed in `read` after its version `since`, as in `incremental`; None where it was replaced as a whole
         or the changes are too old to be kept."""
         until = self._versions[read.name]
-        if since >= self.changed_version(read):  # upkeep at most since then, and runs that had nothing to do
+        if self._unchanged_since(read, since):
             nothing = self.read(read).limit(0).withColumn("_change_type", F.lit("insert"))
             return nothing.withColumn("_commit_version", F.lit(until).cast("bigint"))
         newer = itertools.takewhile(lambda commit: commit.version > since, self._commits(read))

@@ -155,15 +155,12 @@ def hot_item(spark: SparkSession, path: Path) -> dict[str, Any]:
     vocabulary = described.select("item_id", F.row_number().over(by_id).alias("item_index")).localCheckpoint()
     values = spark.createDataFrame([], "kind string, value string, value_index int")
     sessions = sessionize(rows, SETTINGS).localCheckpoint()
-    acts: dict[str, Callable[[], DataFrame]] = {
-        "grouped": lambda: described,
-        "joined": lambda: number_actions(sessions, vocabulary, values),
-    }
+    acts = {"grouped": described, "joined": number_actions(sessions, vocabulary, values)}
     found: dict[str, float] = {}
     with spark_conf(spark, {"spark.sql.autoBroadcastJoinThreshold": "-1"}):
-        for name, make in acts.items():
+        for name, made in acts.items():
             before = max(s.stageId() for s in stages(spark))
-            make().write.format("noop").mode("overwrite").save()
+            made.write.format("noop").mode("overwrite").save()
             seconds = task_seconds(spark, before, TASKS)
             found[name] = round(seconds[-1] / statistics.median(seconds), 2)
             said(f"a hot item, {name}, tasks' seconds: {' '.join(f'{s:.2f}' for s in seconds)}")
