@@ -139,6 +139,26 @@ def test_increments_end_in_the_same_rows_as_one_build(
     assert by_increments == _rows(runtime)
 
 
+def test_who_met_an_item_that_becomes_known_has_new_rows(make_runtime: Callable[..., Runtime]) -> None:
+    """Without an event of their own in the batch."""
+    runtime = make_runtime(*CUTS, "vocabulary.min_count=2")
+
+    def bought(user: str, item: str, **passed: float) -> Row:
+        when = START + timedelta(**passed)
+        return make_event(event_id=f"{user}-{item}", user_id=user, item_id=item, event_ts=when)
+
+    log = [bought("ann", "rare", hours=1), bought("ann", "i", hours=2), bought("bob", "i", hours=3)]
+    put(runtime, FLAGGED_USERS, runtime.spark.createDataFrame([], FLAGGED_USERS.schema()))
+    for batch in ([*log, bought("last", "i", days=9)], [bought("bob", "rare", hours=3.2)]):
+        add(runtime, EVENTS, to_frame(runtime.spark, batch))
+        for stage in STAGES:
+            runtime.execute(stage)
+    assert list(_rows(runtime)["ann", "score", 0]["item_index"]) == [3, 2]
+    by_increments = _rows(runtime)
+    runtime.execute(build_sequences.STAGE, force=True)
+    assert by_increments == _rows(runtime)
+
+
 def _rows(runtime: Runtime) -> dict[tuple[str, str, int], Row]:
     rows = runtime.latest(SEQUENCES).collect()
     found = {(r.user_id, r.split, r.part): r.asDict() for r in rows}
