@@ -266,6 +266,11 @@ class MaintainSettings(Section):
         "exports; what is made from events follows in the next run. None named: all are kept",
     )
     target_file_mb: int = Field(256, ge=1, description="OPTIMIZE packs files together up to this size")
+    usd_per_gb_month: float = Field(
+        0.023,
+        ge=0,
+        description="what the store takes for 2**30 bytes; the report's cost goes by it (default: S3 Standard)",
+    )
 
     def retention_hours_for(self, table: str) -> float:
         """How long that table's dropped files are kept."""

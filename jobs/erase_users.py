@@ -40,10 +40,10 @@ from jobs.config import UserList
 from jobs.errors import TrailvecError
 from jobs.maintain_tables import disk_files
 from jobs.runtime import Report, Runtime, Stage, code_version
-from jobs.segment_rules import read_users
 from jobs.segments import read_segments
 from jobs.tables import ERASED_USERS, ERASURES, EXPORTS, REJECTED_EVENTS, TABLES, Table
 from jobs.tombstones import erase_key, erased_tests, key_mark
+from jobs.user_lists import copies, read_users
 from spark_udfs.keyed import ColumnTest, hashed, mentions, of_column, values
 
 HOLDING_USERS = tuple(table for table in TABLES if table.user_columns())
@@ -135,8 +135,9 @@ def read_ids(runtime: Runtime, file: str | None, sql: str | None) -> list[str]:
     if file is not None and not Path(file).exists():
         raise TrailvecError(f"the list {file} does not exist: correct the path")
     absolute = None if file is None else str(Path(file).absolute())
-    users = read_users(runtime, UserList(file=absolute, sql=sql), Path("erase_users"))
-    rows = users if isinstance(users, list) else [row["user_id"] for row in users.distinct().collect()]
+    with copies(runtime.staging("erasures")) as folder:
+        users = read_users(runtime, UserList(file=absolute, sql=sql), Path("erase_users"), folder)
+        rows = [row["user_id"] for row in users.distinct().collect()] if isinstance(users, DataFrame) else list(users)
     if not rows:
         raise TrailvecError("the list of users to erase is empty: nothing was done")
     return sorted(set(rows))
@@ -296,8 +297,8 @@ def _finish(runtime: Runtime) -> None:
     returned = sum(again.values())
 
     waiting = {erasure_id for digest in held for erasure_id in requests[digest]}
-    # What a killed export leaves holds user ids; one that runs right now has begun before.
-    leftovers = [folder for folder in (runtime.exports_staging, *runtime.exports.glob(".*")) if folder.exists()]
+    # What a killed export leaves holds user ids; one that runs right now has begun before. So do copies of lists.
+    leftovers = [*runtime.place.glob(".*.staging"), *runtime.exports.glob(".*")]
     receipts = _receipts(runtime)
     changed = []
     for receipt in receipts:
@@ -319,8 +320,8 @@ def _finish(runtime: Runtime) -> None:
         report.notes.append(f"{returned:,} rows of erased users had come back and were taken out again")
     if leftovers:
         report.notes.append(
-            f"{', '.join(map(str, leftovers))} may hold erased users: an export that runs, or a killed one, made it; "
-            f"run `trailvec export_segments`, or delete it, then this again"
+            f"{', '.join(map(str, leftovers))} may hold erased users: a job that runs, or a killed one, made it; run "
+            f"export_segments, erase_users or probe, whose it is, or delete it, then this again"
         )
     if held:
         report.notes.append(

@@ -43,7 +43,6 @@ from jobs.segment_files import (
     check_place,
     delivered,
     export_key,
-    file_digest,
     laid_down,
     place_of,
     read_manifest,
@@ -53,6 +52,7 @@ from jobs.segment_members import Export, Selection, Taken, rows_of_model
 from jobs.segment_report import Share, page
 from jobs.segments import SegmentFile, Vectors, read_segments
 from jobs.tables import CURRENT_MODEL, EXPORTS, ITEM_EMBEDDINGS, ITEMS, SESSIONS, TABLES, USER_EMBEDDINGS, USER_PROFILES
+from jobs.user_lists import file_digest
 from spark_udfs.keyed import hashed
 
 _BINS = 20  # of the histogram of scores

@@ -90,10 +90,9 @@ class Lake:
     def exports(self) -> Place:
         return self.place / "exports"
 
-    @property
-    def exports_staging(self) -> Place:
-        """What a run of export_segments lays down meanwhile; user ids among it."""
-        return self.place / ".exports.staging"
+    def staging(self, of: str) -> Place:
+        """What a stage lays down while it runs, user ids among it: `of` exports, erasures or labels."""
+        return self.place / f".{of}.staging"
 
     def exists(self, table: Table) -> bool:
         return bool(DeltaTable.isDeltaTable(self.spark, self.path(table)))

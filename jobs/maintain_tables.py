@@ -49,7 +49,7 @@ from jobs.runtime import Runtime, Stage
 from jobs.spark_session import spark_conf
 from jobs.tables import TABLES, Table
 
-MB = 1024 * 1024
+MB, GB = 2**20, 2**30
 _SMALL = 8  # a file under an eighth of the target is small
 _CUBE_FILES = 16  # of the target's size, in a cube that is packed no more
 _RETENTION = "delta.deletedFileRetentionDuration"
@@ -60,8 +60,8 @@ def maintain(runtime: Runtime, names: Sequence[str] = (), dry_run: bool = False)
 
     Keys: table; rows; rows_hidden (deleted ones that files still hold: deletion vectors); bytes, files, small_files of
     the current version; bytes_on_disk (older versions' files too); the same four keys with `_before` unless `dry_run`;
-    bytes_freed; rows_too_old (deleted, or with `dry_run` to be); seconds; conflict (True where another job's commits
-    left no gap for ours).
+    usd_per_month (what bytes_on_disk cost by maintain.usd_per_gb_month); bytes_freed; rows_too_old (deleted, or with
+    `dry_run` to be); seconds; conflict (True where another job's commits left no gap for ours).
 
     Raises:
         TrailvecError: maintain.keep_days names a table whose rows have no age.
@@ -100,7 +100,8 @@ def _maintain(runtime: Runtime, names: Sequence[str], dry_run: bool) -> Iterator
             entry |= {f"{key}_before": before[key] for key in ("bytes", "files", "small_files")}
             entry["bytes_on_disk_before"] = sum(disk_before.values())
         entry |= after | {
-            "bytes_on_disk": sum(disk_after.values()),
+            "bytes_on_disk": (on_disk := sum(disk_after.values())),
+            "usd_per_month": on_disk / GB * runtime.config.maintain.usd_per_gb_month,
             "bytes_freed": sum(size for file, size in disk_before.items() if file not in disk_after),
             "seconds": round(time.monotonic() - started, 3),
             "conflict": conflict,
@@ -219,11 +220,13 @@ def run_maintain(runtime: Runtime, names: Sequence[str], dry_run: bool, as_json:
 
 
 def _print(runtime: Runtime, entries: list[dict[str, Any]]) -> None:
+    settings, cost = runtime.config.maintain, sum(entry["usd_per_month"] for entry in entries)
     grid = Grid(
-        caption=f"under {runtime.place / 'tables'}; small: under {runtime.config.maintain.target_file_mb / _SMALL:g} MB"
+        caption=f"under {runtime.place / 'tables'}; small: under {settings.target_file_mb / _SMALL:g} MB; on disk: "
+        f"{cost:,.2f} USD a month in all, at {settings.usd_per_gb_month:g} a GB (maintain.usd_per_gb_month)"
     )
     grid.add_column("table", no_wrap=True)
-    for heading in ("rows", "too old", "hidden", "size", "files", "small", "on disk", "freed", "s"):
+    for heading in ("rows", "too old", "hidden", "size", "files", "small", "on disk", "USD/month", "freed", "s"):
         grid.add_column(heading, justify="right", no_wrap=True)
     for entry in entries:
 
@@ -241,6 +244,7 @@ def _print(runtime: Runtime, entries: list[dict[str, Any]]) -> None:
             change("files"),
             f"{share:.0%}",
             decimal(entry["bytes_on_disk"]),
+            f"{entry['usd_per_month']:,.2f}",
             decimal(entry["bytes_freed"]),
             f"{entry['seconds']:.1f}",
         )

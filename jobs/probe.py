@@ -27,6 +27,7 @@ from pyspark.sql import functions as F
 from jobs.cli import stage_main
 from jobs.config import ProbeSettings
 from jobs.errors import TrailvecError
+from jobs.files import Place
 from jobs.model_folders import model_folder
 from jobs.profile_users import (
     before,
@@ -40,10 +41,10 @@ from jobs.profile_users import (
     statistics,
 )
 from jobs.runtime import Runtime, Stage
-from jobs.segment_files import file_digest
 from jobs.splits import Cuts, cut_times, utc
 from jobs.sql import query
 from jobs.tables import CONTEXT_VALUES, ITEMS, PROBES, SESSIONS, TABLES
+from jobs.user_lists import copies, file_digest, read_rows
 from spark_udfs.profile import profiles
 from training.checkpoint import read_about
 
@@ -84,8 +85,11 @@ def activity_labels(events: DataFrame, cut: datetime, targets: list[str], settin
     return per_user.where("before > 0").select("user_id", F.explode(rows).alias("row")).select("user_id", "row.*")
 
 
-def read_labels(runtime: Runtime) -> DataFrame:
+def read_labels(runtime: Runtime, folder: Place) -> DataFrame:
     """user_id, task, label (int), label_ts (timestamp, NULL where there is none), as probe.labels says.
+
+    Args:
+        folder: as for `read_rows`.
 
     Raises:
         TrailvecError: a column is missing, a label is neither 0 nor 1, or a user has two labels of one task.
@@ -94,10 +98,8 @@ def read_labels(runtime: Runtime) -> DataFrame:
     assert labels is not None
     if labels.sql is not None:
         where, found = "the query of probe.labels", query(runtime, labels.sql)
-    elif str(labels.file).endswith((".csv", ".csv.gz")):
-        where, found = f"probe.labels, {labels.file},", runtime.spark.read.csv(str(labels.file), header=True)
     else:
-        where, found = f"probe.labels, {labels.file},", runtime.spark.read.parquet(str(labels.file))
+        where, found = f"probe.labels, {labels.file},", read_rows(runtime, Path(str(labels.file)), folder)
     if missing := {"user_id", "task", "label"} - set(found.columns):
         raise TrailvecError(
             f"{where} has no column {', '.join(sorted(missing))} (found {', '.join(found.columns)}): add it"
@@ -204,7 +206,8 @@ def questions(runtime: Runtime, sessions: DataFrame, cuts: Cuts) -> list[Questio
         targets = runtime.config.sequences.target_event_types
         ask(activity_labels(events_of(sessions), cut, targets, settings), utc(cut), cut)
     if settings.labels is not None:
-        labels = read_labels(runtime)
+        with copies(runtime.staging("labels")) as folder:
+            labels = read_labels(runtime, folder).localCheckpoint()
         ask(labels.where("label_ts IS NULL"), utc(cuts.end), cuts.end)
         timed = labels.where("label_ts IS NOT NULL")
         first = timed.groupBy("task").agg(F.unix_micros(F.min("label_ts")).alias("first")).orderBy("task").collect()

@@ -11,7 +11,6 @@ the same bytes for the same rows.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import hmac
 import os
 import re
@@ -37,6 +36,7 @@ from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, Place, fetch, published
 from jobs.runtime import Runtime
 from jobs.segments import Format, Segment
+from jobs.user_lists import file_digest
 from spark_udfs.keyed import hashed
 from training.stores import remove_tree
 from training.urls import local_path
@@ -75,14 +75,6 @@ def texts(users: pa.Array) -> npt.NDArray[np.object_]:
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
-
-
-def file_digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise TrailvecError(f"the list {path} can't be read ({error.strerror}): add it or correct the path") from None
 
 
 def write_parts(
@@ -182,8 +174,8 @@ def laid_down(runtime: Runtime) -> Iterator[Staging]:
     Raises:
         TrailvecError: a newer run has begun meanwhile.
     """
-    remove_tree(runtime.exports_staging)
-    shared = runtime.exports_staging / uuid.uuid4().hex
+    remove_tree(runtime.staging("exports"))
+    shared = runtime.staging("exports") / uuid.uuid4().hex
     with TemporaryDirectory() as local:
         staging = Staging(shared, shared if isinstance(shared, Path) else Path(local))
         staging.take()

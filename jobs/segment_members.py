@@ -140,12 +140,12 @@ class Selection:
         of_model = rows_of_model(runtime.read(USER_EMBEDDINGS), self.version)
         self.users = of_model.select("user_id", "vector", "is_cold")
         self.as_of = of_model.agg(F.date_format(F.max("as_of"), "yyyy-MM-dd'T'HH:mm:ssX")).collect()[0][0]
-        consents = read_consents(runtime) if any(e.segment.consent for e in pending) else None
         # What this very run logged before it was killed is no earlier export.
         runtime.create(EXPORTS)
         self.log = runtime.latest(EXPORTS)
         log = self.log.where(~F.col("export_id").isin([export.id for export in pending]))
-        lists = Lists(runtime)
+        lists = Lists(runtime, staging)
+        consents = read_consents(runtime, lists.folder) if any(e.segment.consent for e in pending) else None
         has_vector = lists.mark("users", lambda: self.users)
         self._rules = {
             export.number: rules_of(

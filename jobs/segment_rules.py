@@ -7,43 +7,49 @@ segments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial, reduce
+from itertools import chain, islice
 from operator import and_
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from jobs.config import UserList
 from jobs.errors import TrailvecError
+from jobs.files import Place
 from jobs.runtime import Runtime
+from jobs.segment_files import Staging
 from jobs.segments import Frequency, SegmentFile
 from jobs.sql import ask
-from training.urls import file_url
+from jobs.user_lists import read_rows, read_users
 
 Flags = npt.NDArray[np.bool_]
 
-_CSV = (".csv", ".csv.gz")
 _BITS = 62  # marks in one word: a bigint, and no sign
+_TEXTS = "texts"  # in the staging: the users of all lists that are texts
+_ROWS = pa.schema({"user_id": pa.string(), "mark": pa.int32()})
+_BATCH = 100_000  # lines of a text at once
 
 
 class Lists:
     """Lists of users, each read once however many segments name it. A mark is a list's number."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+    def __init__(self, runtime: Runtime, staging: Staging) -> None:
+        self._runtime, self._staging = runtime, staging
         self._marks: dict[str, int] = {}
-        self._texts: list[pd.DataFrame] = []
         self._frames: list[DataFrame] = []
+        (staging.local / _TEXTS).mkdir()
 
-    def mark(self, name: str, read: Callable[[], DataFrame | list[str]]) -> int:
+    def mark(self, name: str, read: Callable[[], DataFrame | Iterator[str]]) -> int:
         """The mark of the list of that name, which is read now where it is new.
 
         Args:
@@ -53,14 +59,25 @@ class Lists:
         if name not in self._marks:
             self._marks[name] = len(self._marks)
             users = read()
-            if isinstance(users, list):
-                self._texts.append(pd.DataFrame({"user_id": pd.Series(users, dtype="str"), "mark": self._marks[name]}))
-            else:
+            if isinstance(users, DataFrame):
                 holds = F.col("holds") if "holds" in users.columns else F.lit(True)
                 self._frames.append(
                     users.select("user_id", F.lit(self._marks[name]).alias("mark"), holds.alias("holds"))
                 )
+            else:
+                self._write(users, self._marks[name])
         return self._marks[name]
+
+    def _write(self, users: Iterator[str], mark: int) -> None:
+        """Beside the other texts: Spark reads all at once, as a hundred files each apart take a while to plan."""
+        with pq.ParquetWriter(self._staging.local / _TEXTS / f"{mark}.parquet", _ROWS) as file:
+            while ids := list(islice(users, _BATCH)):
+                file.write_batch(pa.record_batch([ids, pa.repeat(pa.scalar(mark, pa.int32()), len(ids))], schema=_ROWS))
+
+    @property
+    def folder(self) -> Place:
+        """For copies of the lists' files, where Spark's tasks need one."""
+        return self._staging.shared / "lists"
 
     @property
     def words(self) -> list[str]:
@@ -76,11 +93,8 @@ class Lists:
 
     def of_users(self) -> DataFrame:
         """user_id string, and `words`, bigint each: a row for each user of any list."""
-        texts = pd.concat([pd.DataFrame({"user_id": [], "mark": []}), *self._texts])
-        frame = self._runtime.spark.createDataFrame(
-            texts.astype({"user_id": "object", "mark": "int32"}), "user_id string, mark int"
-        ).withColumn("holds", F.lit(True))
-        frame = reduce(DataFrame.unionByName, self._frames, frame)
+        texts = self._runtime.spark.read.schema("user_id string, mark int").parquet(self._staging.to_tasks(_TEXTS))
+        frame = reduce(DataFrame.unionByName, self._frames, texts.withColumn("holds", F.lit(True)))
         # No arrays: Spark makes each row's apart, and sorts rows for it. Whole numbers it hashes and compares.
         bit = f"shiftleft(1L, mark % {_BITS})"
         words = []
@@ -94,54 +108,29 @@ class Lists:
         return frame.repartition("user_id").groupBy("user_id").agg(*words)
 
 
-def read_users(runtime: Runtime, users: UserList, path: Path) -> DataFrame | list[str]:
-    """The users of a list that the segment's file at `path` names: ids, or a column user_id, not empty."""
-    if users.sql is not None:
-        where = f"{path}: the query of a list of its users"
-        frame = ask(runtime, users.sql, where)
-    else:
-        file = path.parent / str(users.file)
-        if not file.name.lower().endswith((*_CSV, ".parquet")):
-            return _read_lines(file)
-        frame, where = _read_rows(runtime, file), f"{path}: the list {file}"
-    if "user_id" not in frame.columns:
-        raise TrailvecError(f"{where} gives {', '.join(frame.columns) or 'nothing'}: it needs a column user_id")
-    return frame.select(F.col("user_id").cast("string")).where("user_id <> ''")
-
-
-def _read_lines(file: Path) -> list[str]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise TrailvecError(f"the list {file} is no UTF-8 text ({error.reason}): save it as such") from None
-    return [line.strip() for line in lines if line.strip()]
-
-
-def _read_rows(runtime: Runtime, file: Path) -> DataFrame:
-    """CSV with a header, or Parquet."""
-    url = file_url(str(file))  # a path alone Spark would look for in Hadoop's default file system
-    if file.name.lower().endswith(_CSV):
-        return runtime.spark.read.csv(url, header=True, escape='"')
-    return runtime.spark.read.parquet(url)
-
-
-def _read_suppressed(runtime: Runtime, users: UserList, path: Path) -> DataFrame | list[str]:
+def _read_suppressed(runtime: Runtime, users: UserList, path: Path, folder: Place) -> DataFrame | Iterator[str]:
     """As `read_users`; a file of nobody is refused, since all who should be in it would be exported."""
-    found = read_users(runtime, users, path)
-    if users.file is not None and (not found if isinstance(found, list) else found.isEmpty()):
-        raise TrailvecError(
-            f"{path}: the list {path.parent / users.file} in suppress holds no user id: correct it, or leave it out"
-        )
-    return found
+    found = read_users(runtime, users, path, folder)
+    if users.file is None:
+        return found
+    if isinstance(found, DataFrame):
+        if not found.isEmpty():
+            return found
+    elif (first := next(found, None)) is not None:
+        return chain([first], found)
+    raise TrailvecError(
+        f"{path}: the list {path.parent / users.file} in suppress holds no user id: correct it, or leave it out"
+    )
 
 
-def read_consents(runtime: Runtime) -> DataFrame:
-    """user_id and a column for each purpose, as export.consent says; a user may have several rows."""
+def read_consents(runtime: Runtime, folder: Place) -> DataFrame:
+    """user_id and a column for each purpose, as export.consent says; a user may have several rows. `folder`: as for
+    `read_users`."""
     consent = runtime.config.export.consent
     assert consent is not None
     if consent.sql is not None:
         return ask(runtime, consent.sql, "export.consent.sql")
-    return _read_rows(runtime, Path(str(consent.file)))
+    return read_rows(runtime, Path(str(consent.file)), folder)
 
 
 def consenting(consents: DataFrame, purpose: str, path: Path) -> DataFrame:
@@ -191,7 +180,7 @@ def rules_of(
     seeds: int | None = None
     exported: list[int] = []
     if segment.seeds is not None:
-        seeds = lists.mark(f"seeds of {segment.name}", partial(read_users, runtime, segment.seeds, path))
+        seeds = lists.mark(f"seeds of {segment.name}", partial(read_users, runtime, segment.seeds, path, lists.folder))
         steps.append(Rule("seed", seeds))
     if segment.consent is not None:
         assert consents is not None
@@ -199,7 +188,7 @@ def rules_of(
         steps.append(Rule(f"no consent to {segment.consent}", mark, required=True))
     for users in segment.suppress:
         name = f"list {users.sql or (path.parent / str(users.file)).resolve()}"
-        mark = lists.mark(name, partial(_read_suppressed, runtime, users, path))
+        mark = lists.mark(name, partial(_read_suppressed, runtime, users, path, lists.folder))
         steps.append(Rule(f"suppressed by {users.file or 'a query'}", mark))
     if segment.at_most is not None:
         since = now.date() - timedelta(days=segment.at_most.days - 1)

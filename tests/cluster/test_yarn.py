@@ -108,6 +108,7 @@ name = "like_the_first"
 owner = "tests"
 purpose = "to be found again"
 size = 12
+suppress = [{{ file = "never.csv" }}]
 [seeds]
 sql = "SELECT user_id FROM sequences WHERE split = 'score' ORDER BY user_id LIMIT {SEEDS}"
 method = "nearest_seed"
@@ -235,6 +236,7 @@ def test_after_a_lost_driver_executor_and_node_the_rows_are_those_of_a_local_run
 def test_training_scoring_and_an_export_end_right_after_killed_executors(
     submit: Submit,
     lake: tuple[list[str], list[str]],
+    expected: Path,
     spark: SparkSession,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -243,6 +245,8 @@ def test_training_scoring_and_an_export_end_right_after_killed_executors(
     conf = submit.conf.with_name("learn.toml")
     conf.write_text(LEARN)
     (conf.parent / "segments/like_the_first.toml").write_text(SEGMENT)
+    never = some_users(expected, 2 * SEEDS)
+    (conf.parent / "segments/never.csv").write_text("\n".join(["user_id", *never]))
     learn = replace(submit, environment=f"local:{sys.prefix}", conf=conf)
     with learn.start(str(Path(__file__).with_name("learn.py"))) as process:
         for far_enough in (lambda: checkpoints(submit.cluster), lambda: "✓ align" in said_by_now(submit.cluster)):
@@ -281,7 +285,7 @@ def test_training_scoring_and_an_export_end_right_after_killed_executors(
     query = f"SELECT user_id, vector, is_cold FROM {rows} WHERE s.split = 'score' ORDER BY user_id"
     users = delta_reader().execute(query).fetchall()
     assert len({user for user, *_ in users}) == len(users) > 50
-    scores = likeness(users)
+    scores = likeness(users, set(never))
     export = found / "exports/like_the_first"
     assert sorted(path.name for path in export.iterdir()) == ["manifest.json", "part-00000.parquet", "report.html"]
     part = pq.read_table(export / "part-00000.parquet").to_pydict()
@@ -309,8 +313,9 @@ def listed(cluster: Cluster, folder: str, pattern: str) -> list[str]:
     return [name for name in (status["pathSuffix"] for status in found) if re.fullmatch(pattern, name)]
 
 
-def likeness(users: list[tuple[str, list[float], bool]]) -> dict[str, float]:
-    """Of all but the first SEEDS users, by hashed id: the highest cosine to any of these that is not cold."""
+def likeness(users: list[tuple[str, list[float], bool]], never: set[str]) -> dict[str, float]:
+    """Of all but the first SEEDS users and who is in `never`, by hashed id: the highest cosine to any of the first that
+    is not cold."""
     unit = {}
     for user, vector, _ in users:
         values = np.array(vector, np.float64)
@@ -323,7 +328,7 @@ def likeness(users: list[tuple[str, list[float], bool]]) -> dict[str, float]:
             float(unit[user] @ seed) for seed in first
         )
         for user, *_ in users[SEEDS:]
-        if user in unit
+        if user in unit and user not in never
     }
 
 
@@ -339,9 +344,9 @@ def test_people_are_erased_and_files_kept_up_on_hdfs(
     hdfs(submit.cluster, "-cp", f"{submit.cluster.root}/lake/tables", f"{root}/tables")
     monkeypatch.setenv(ERASE_KEY, "a key of the tests")
     users = some_users(before)
-    (tmp_path / "ids.txt").write_text("\n".join(users))
+    (tmp_path / "ids.csv").write_text("\n".join(["user_id", *users]))
     config = make_config(root, 'storage.database="on_hdfs"', conf=REPOSITORY / "conf/base.toml")
-    said = forget(Runtime(config, spark), tmp_path / "ids.txt")
+    said = forget(Runtime(config, spark), tmp_path / "ids.csv")
     is_forgotten(said, before, submit.fetch("erased", tmp_path), users)
 
 

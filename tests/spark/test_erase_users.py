@@ -276,7 +276,11 @@ def test_a_row_that_an_update_hid_goes_too(make_runtime: Callable[..., Runtime],
     for table in HOLDING_USERS:
         if runtime.exists(table):
             vacuum(expired(runtime), table)
-    left = [runtime.root / ".exports.staging", runtime.exports / ".segment.9ab.staging"]
+    left = [
+        runtime.root / ".exports.staging",
+        runtime.root / ".erasures.staging",
+        runtime.exports / ".segment.9ab.staging",
+    ]
     for folder in left:
         folder.mkdir(parents=True)
         report = finish(runtime)

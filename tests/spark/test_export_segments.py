@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -27,11 +28,13 @@ from jobs import export_segments, segment_members
 from jobs.config import UserList, load_config
 from jobs.errors import TrailvecError
 from jobs.export_segments import STAGE
+from jobs.files import HadoopPath
 from jobs.runtime import Runtime
-from jobs.segment_files import KEY, WRITERS, ArrowFolder, check_place, laid_down
-from jobs.segment_rules import Lists, Marked, allows, read_users
+from jobs.segment_files import KEY, WRITERS, ArrowFolder, Staging, check_place, laid_down
+from jobs.segment_rules import Lists, Marked, allows
 from jobs.segments import Format, read_segments
 from jobs.tables import EXPORTS, ITEMS, SESSIONS, USER_EMBEDDINGS, USER_PROFILES
+from jobs.user_lists import copies, read_users
 from tests.conftest import put, read_delta
 from tests.spark.test_neighbours import embed
 
@@ -252,7 +255,7 @@ def test_the_older_run_leaves_what_the_newer_one_has_laid_down(shop: Runtime) ->
         with pytest.raises(TrailvecError, match="newer run"):
             older.__exit__(FileNotFoundError, FileNotFoundError("log"), None)
         assert (newer.local / "log").exists()
-    assert not shop.exports_staging.exists()
+    assert not shop.staging("exports").exists()
 
 
 def test_seeds_by_sql_plain_ids_and_chosen_columns(
@@ -713,6 +716,8 @@ def test_what_is_refused_of_lists(shop: Runtime, spark: SparkSession, tmp_path: 
     for name, text in {"nobody.txt": "\n", "nobody.csv": "user_id,date\n"}.items():
         (tmp_path / name).write_text(text)
         refused(f'suppress = [{{ file = "{name}" }}]', f"the list .*/{name} in suppress holds no user id: correct it")
+    (tmp_path / "latin.txt").write_bytes("anna\nrené\n".encode("latin-1"))
+    refused('suppress = [{ file = "latin.txt" }]', r"the list .*/latin\.txt is no UTF-8 text .*: save it as such")
     deletes = 'sql = "DELETE FROM user_embeddings"'
     refused(f"suppress = [{{ {deletes} }}]", "likes.toml: the query of a list of its users is no query .found 'DELETE")
     consent = f"export.consent={{ {deletes} }}"
@@ -733,18 +738,36 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
     (tmp_path / "gone.csv").write_bytes(text)
     (tmp_path / "gone.csv.gz").write_bytes(gzip.compress(text))
     for name in ("gone.csv", "gone.csv.gz"):
-        users = read_users(runtime, UserList(file=name), tmp_path / "likes.toml")
+        users = read_users(runtime, UserList(file=name), tmp_path / "likes.toml", tmp_path)
         assert {row["user_id"] for row in users.collect()} == {"ann", 'o"neil, b'}  # type: ignore[union-attr]
     (tmp_path / "gone.csv").write_text("customer;date\nann;2024-01-01\n")
     with pytest.raises(TrailvecError, match=r"the list .*gone\.csv gives customer;date: it needs a column user_id"):
-        read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml")
+        read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path)
 
 
-def test_more_lists_than_a_word_has_bits_are_told_apart(make_runtime: Callable[..., Runtime]) -> None:
+@pytest.mark.parametrize("name", ["gone.csv", "gone.parquet"])
+def test_tasks_that_do_not_see_the_drivers_files_read_a_copy(
+    make_runtime: Callable[..., Runtime], tmp_path: Path, name: str
+) -> None:
+    """As on a cluster: the original goes before the first task reads it."""
     runtime = make_runtime()
-    lists = Lists(runtime)
+    write = pd.DataFrame.to_csv if name.endswith(".csv") else pd.DataFrame.to_parquet
+    write(pd.DataFrame({"user_id": ["ann", "bob"]}), tmp_path / name, index=False)
+    with copies(HadoopPath(f"file://{tmp_path}/lake/.labels.staging")) as folder:
+        users = read_users(runtime, UserList(file=name), tmp_path / "likes.toml", folder)
+        (tmp_path / name).unlink()
+        assert {row["user_id"] for row in users.collect()} == {"ann", "bob"}  # type: ignore[union-attr]
+    assert [path for path in (tmp_path / "lake").rglob("*") if not path.name.endswith(".crc")] == []
+
+
+def test_more_lists_than_a_word_has_bits_are_told_apart(
+    make_runtime: Callable[..., Runtime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.segment_rules._BATCH", 2)
+    runtime = make_runtime()
+    lists = Lists(runtime, Staging(tmp_path, tmp_path))
     for number in range(130):
-        assert lists.mark(f"list {number}", lambda n=number: [f"u{n}", f"u{n + 1}", "everywhere"]) == number
+        assert lists.mark(f"list {number}", lambda n=number: iter([f"u{n}", f"u{n + 1}", "everywhere"])) == number
     rows = lists.of_users()
     words = lists.words
     assert len(words) == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -452,14 +453,20 @@ def test_the_command_prints_a_table_or_json(
     runtime = make_runtime()
     in_pieces(runtime, pieces=2)
     monkeypatch.setattr(cli, "Runtime", lambda config: Runtime(config, spark))
-    command = ["maintain_tables", "--set", f'storage.root="{runtime.root}"', "--table", "events"]
+    sets = ["--set", f'storage.root="{runtime.root}"', "--set", "maintain.usd_per_gb_month=1e6"]
+    command = ["maintain_tables", *sets, "--table", "events"]
     cli.main([*command, "--dry-run", "--json"])
     (entry,) = json.loads(capsys.readouterr().out)
     assert (entry["table"], entry["rows"], entry["files"]) == ("events", 20, 3)
     assert "files_before" not in entry
+    files = [f for f in Path(runtime.path(EVENTS)).rglob("*") if f.is_file() and f.name[0] != "."]
+    on_disk = sum(f.stat().st_size for f in files if f.parent.name != "_delta_log")
+    assert entry["usd_per_month"] == pytest.approx(on_disk / 1024**3 * 1e6)
     with module.jvm_console(spark) as printed:
         cli.main(command)
-    assert "3 → 1" in capsys.readouterr().out
+    printed_grid = capsys.readouterr().out
+    assert "3 → 1" in printed_grid
+    assert re.search(r"on disk: [1-9]\d\.\d\d USD a month in all, at 1e\+06 a GB", " ".join(printed_grid.split()))
     assert printed.toString() == ""  # nothing from VACUUM between the lines
     with pytest.raises(SystemExit) as stopped:
         cli.main([*command, "--table", "evnts"])

@@ -27,7 +27,9 @@ from jobs.cli import main, run_stages
 from jobs.model_folders import model_folder
 from jobs.pipeline import STAGES
 from jobs.runtime import Runtime
-from jobs.tables import FLAGGED_USERS, TABLES
+from jobs.sql import prepare
+from jobs.tables import FLAGGED_USERS, TABLES, USER_EMBEDDINGS
+from scripts.answer_queries import queries
 from tests.conftest import make_config, read_delta
 from tests.unit.test_evaluation_page import Page
 from training.checkpoint import write_alignment
@@ -250,6 +252,21 @@ def test_the_page_of_the_model_stands_beside_it_and_in_mlflow(undisturbed: Runti
     assert Page(text).open == []
     assert f"Model {model_folder(undisturbed).name}" in text
     assert [copy.read_text() for copy in undisturbed.root.glob("mlruns/*/artifacts/evaluation.html")] == [text]
+
+
+def test_the_documented_queries_run_and_give_the_columns_of_their_answers(undisturbed: Runtime) -> None:
+    page = (REPOSITORY / "docs/queries.md").read_text()
+    prepare(undisturbed)
+    somebody = read_delta(undisturbed.path(USER_EMBEDDINGS))[0]["user_id"]
+    sections = page.split("\n## ")[1:]
+    assert len(sections) == len(queries()) == 10
+    for number, (section, (title, text)) in enumerate(zip(sections, queries(), strict=True), 1):
+        heading, sql, answer = re.match(r"(.*)\n\n```sql\n(.*?)\n```\n\n(.*)", section, re.DOTALL).groups()  # type: ignore[union-attr]
+        assert (heading, sql) == (f"{number}. {title}", text)
+        found = undisturbed.spark.sql(text.replace("'1'", f"'{somebody}'"))
+        assert found.columns == answer.splitlines()[0].strip("| ").split(" | ")
+        # Few items are a category here, and nothing of Complete Journey's weeks was bought.
+        assert found.isEmpty() == ("HAVING count(*) >= 200" in text), title
 
 
 def test_no_line_log_manifest_report_or_model_names_a_user_or_a_secret(undisturbed: Runtime, said: io.StringIO) -> None:
