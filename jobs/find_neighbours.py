@@ -18,7 +18,6 @@ trailvec find_neighbours --conf conf/local.toml --set neighbours.k=20 --set 'nei
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from functools import reduce
 from pathlib import Path
@@ -38,6 +37,7 @@ from jobs.runtime import Runtime, Stage
 from jobs.spark_session import shuffle_tasks, spark_conf
 from jobs.splits import cut_times, microseconds
 from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, ITEMS, NEIGHBOURS, SESSIONS, USER_EMBEDDINGS, Table
+from jobs.user_lists import file_digest
 from spark_udfs.topk import BLOCK_CONF, Cells, Metric, find_cells, nearest
 from spark_udfs.vectors import inner_product
 
@@ -269,7 +269,7 @@ def _habits(runtime: Runtime) -> DataFrame:
 
 def _inputs(runtime: Runtime) -> dict[str, Any]:
     file = runtime.config.neighbours.in_stock
-    stock = None if file is None else hashlib.sha256(_stock_list(file).read_bytes()).hexdigest()
+    stock = None if file is None else file_digest(_stock_list(file))
     return {"model_version": runtime.current_model(), "in_stock": stock}
 
 

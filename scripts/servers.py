@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 import signal
 import socket
 import sys
@@ -16,16 +19,22 @@ from jobs.errors import TrailvecError
 HOST = "127.0.0.1"
 
 
+# Below what the system itself gives to connections (Linux: from 32768, others: from 49152): one of those may be taken
+# in the seconds that a server needs to start. By process, so that two that start servers at once don't meet.
+_LOWEST, _COUNT = 10_000, 22_000
+_candidates = (_LOWEST + (os.getpid() * 1009 + number) % _COUNT for number in itertools.count())
+
+
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback that nobody has right now, each another."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind((HOST, 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+    """Ports of the loopback that nobody has right now, each another, none that an earlier call gave."""
+    found: list[int] = []
+    for port in _candidates:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((HOST, port))
+            found.append(port)
+        if len(found) == count:
+            break
+    return found
 
 
 def failed(what: str, log: Path) -> TrailvecError:

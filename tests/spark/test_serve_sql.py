@@ -29,6 +29,7 @@ from jobs.spark_session import java_home
 from jobs.sql import query
 from jobs.tables import CURRENT_MODEL, EVENTS, ITEM_EMBEDDINGS, USER_EMBEDDINGS
 from scripts.document_tables import EXAMPLES, PAGE, page
+from scripts.servers import free_ports
 from spark_udfs import nearest_of_user, vectors
 from tests.conftest import SPARK_CONF, make_config, put, read_delta
 
@@ -73,9 +74,7 @@ def warehouse(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def server(warehouse: Served) -> Iterator[Served]:
     """The command, serving with a password; it has to end with 0 when told to."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        warehouse.port = probe.getsockname()[1]
+    (warehouse.port,) = free_ports(1)
     conf = ", ".join(f'"{k}"={json.dumps(v)}' for k, v in (SPARK_CONF | {"spark.driver.memory": "1g"}).items())
     command = [sys.executable, "-m", "jobs.cli", "serve_sql", "--port", str(warehouse.port)]
     command += ["--set", f'storage.root="{warehouse.runtime.root}"', "--set", "storage.database=served"]
