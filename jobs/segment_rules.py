@@ -48,6 +48,7 @@ class Lists:
         self._marks: dict[str, int] = {}
         self._frames: list[DataFrame] = []
         (staging.local / _TEXTS).mkdir()
+        self._write(iter(()), mark=-1)  # a folder without any file is none in an object store
 
     def mark(self, name: str, read: Callable[[], DataFrame | Iterator[str]]) -> int:
         """The mark of the list of that name, which is read now where it is new.
@@ -93,7 +94,7 @@ class Lists:
 
     def of_users(self) -> DataFrame:
         """user_id string, and `words`, bigint each: a row for each user of any list."""
-        texts = self._runtime.spark.read.schema("user_id string, mark int").parquet(self._staging.to_tasks(_TEXTS))
+        texts = self._runtime.spark.read.parquet(self._staging.to_tasks(_TEXTS))
         frame = reduce(DataFrame.unionByName, self._frames, texts.withColumn("holds", F.lit(True)))
         # No arrays: Spark makes each row's apart, and sorts rows for it. Whole numbers it hashes and compares.
         bit = f"shiftleft(1L, mark % {_BITS})"

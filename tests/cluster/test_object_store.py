@@ -6,8 +6,11 @@ Spark: by pyarrow, DuckDB and delta-rs.
 
 from __future__ import annotations
 
+import hmac
 import json
+import math
 import os
+import random
 import re
 import signal
 import subprocess
@@ -18,14 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, write_deltalake
 from pyarrow import fs
 from pyspark.sql import SparkSession
 
+from jobs import export_segments
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime
-from jobs.segment_files import MANIFEST, ArrowFolder, delivered, place_of
+from jobs.segment_files import KEY, MANIFEST, ArrowFolder, delivered, place_of
 from jobs.segments import Segment
 from jobs.tombstones import ERASE_KEY
 from scripts.s3_server import S3Server
@@ -41,6 +46,7 @@ from tests.cluster.road import (
     train_here,
 )
 from tests.conftest import make_config
+from tests.spark.test_neighbours import embed
 from training.checkpoint import read_about
 
 BUCKET = "lake"
@@ -75,7 +81,8 @@ class Store:
         text = CONF.format(repository=REPOSITORY, bucket=BUCKET, endpoint=server.endpoint)
         self.conf.write_text(text)
         self.system.create_dir(BUCKET)
-        fs.copy_files(str(DATA), f"{BUCKET}/logs", destination_filesystem=self.system)
+        # Uploads by one thread: more files at once than Arrow has threads wait for each other.
+        fs.copy_files(str(DATA), f"{BUCKET}/logs", destination_filesystem=self.system, use_threads=False)
         self.options = {
             **{name: value for name, value in server.environment.items() if "METADATA" not in name},
             "AWS_ENDPOINT_URL": server.endpoint,
@@ -208,7 +215,7 @@ def test_wrong_keys_a_missing_bucket_and_no_keys_are_one_sentence(store: Store) 
 
 def test_people_are_erased_and_files_kept_up(store: Store, tables: Path, tmp_path: Path) -> None:
     system = store.system
-    fs.copy_files(f"{BUCKET}/trailvec/tables", f"{BUCKET}/erased/tables", system, system)
+    fs.copy_files(f"{BUCKET}/trailvec/tables", f"{BUCKET}/erased/tables", system, system, use_threads=False)
     conf = store.conf.with_name("erased.toml")
     conf.write_text(store.conf.read_text().replace(f"{BUCKET}/trailvec", f"{BUCKET}/erased"))
     users = some_users(tables)
@@ -305,6 +312,52 @@ def test_an_export_is_whole_or_has_no_manifest(
     assert there() == dict.fromkeys(parts, "one")
     export("three")
     assert there() == dict.fromkeys(parts, "three")
+
+
+SEGMENT = """
+name = "likes"
+owner = "tests"
+purpose = "to be found again"
+size = 6
+consent = "push"
+suppress = [{ file = "never.csv" }]
+seeds = { file = "seeds.txt", method = "nearest_seed" }
+"""
+
+
+def test_an_export_by_lists_is_the_one_over_local_files(
+    store: Store, spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lists lie on this machine alone; nothing of them stays on the store."""
+    angles = {f"u{number:02}": random.Random(number).uniform(0, 2 * math.pi) for number in range(24)}
+    (tmp_path / "likes.toml").write_text(SEGMENT)
+    (tmp_path / "seeds.txt").write_text("u03\nu11\nnobody\n")
+    (tmp_path / "never.csv").write_text("user_id\nu04\nu12\n")
+    consent = {"user_id": list(angles), "push": [number % 5 > 0 for number in range(24)]}
+    pq.write_table(pa.table(consent), tmp_path / "consent.parquet")
+    sets = [f'export.segments=["{tmp_path}/likes.toml"]', f'export.consent={{ file = "{tmp_path}/consent.parquet" }}']
+    monkeypatch.setenv(KEY, "the key of the tests")
+    here = Runtime(make_config(tmp_path / "here", *sets, 'storage.database="exported"'), spark)
+    embed(here, spark, {user: [math.cos(angle), math.sin(angle)] for user, angle in angles.items()}, {"i1": [1.0, 0.0]})
+    to = f"{BUCKET}/exported/tables"
+    fs.copy_files(str(here.root / "tables"), to, destination_filesystem=store.system, use_threads=False)
+    here.execute(export_segments.STAGE)
+
+    there = [*sets, f'storage.root="s3a://{BUCKET}/exported"']
+    with store.trailvec("export_segments", *[f"--set={value}" for value in there]) as job:
+        _, told = job.communicate()
+    assert job.returncode == 0, told
+    found = store.system.get_file_info(fs.FileSelector(f"{BUCKET}/exported", recursive=True))
+    outside = [info.path for info in found if info.is_file and "/tables/" not in info.path]
+    names = {"manifest.json", "part-00000.parquet", "report.html"}
+    assert set(outside) == {f"{BUCKET}/exported/exports/likes/{name}" for name in names}
+    part = pq.read_table(f"{BUCKET}/exported/exports/likes/part-00000.parquet", filesystem=store.system)
+    assert part.equals(pq.read_table(here.exports / "likes/part-00000.parquet"))
+    out = {"u03", "u11", "u04", "u12", *list(angles)[::5]}
+    near = {user: max(math.cos(angle - angles[seed]) for seed in ("u03", "u11")) for user, angle in angles.items()}
+    best = sorted(near.keys() - out, key=lambda user: -near[user])
+    expected = [hmac.new(b"the key of the tests", user.encode(), "sha256").hexdigest() for user in best[:6]]
+    assert part["user_id"].to_pylist() == expected
 
 
 def test_an_export_to_a_missing_bucket_is_one_sentence(place: Callable[[str], ArrowFolder], tmp_path: Path) -> None:
