@@ -297,7 +297,7 @@ def _finish(runtime: Runtime) -> None:
     returned = sum(again.values())
 
     waiting = {erasure_id for digest in held for erasure_id in requests[digest]}
-    # What a killed export leaves holds user ids; one that runs right now has begun before. So do copies of lists.
+    # What a killed export or a list's copy left holds user ids; a job that runs right now has begun before.
     leftovers = [*runtime.place.glob(".*.staging"), *runtime.exports.glob(".*")]
     receipts = _receipts(runtime)
     changed = []
