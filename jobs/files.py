@@ -108,6 +108,10 @@ class HadoopPath:
         assert exist_ok
         self._system.mkdirs(self._path)
 
+    def make_private(self) -> None:
+        """As the function of that name."""
+        self._system.mkdirs(self._path, self._jvm.org.apache.hadoop.fs.permission.FsPermission("700"))
+
     def lines(self) -> Iterator[str]:
         """The lines of a text file, read as they are asked for."""
         io = self._jvm.java.io
@@ -261,6 +265,14 @@ def place_of(text: str) -> Place:
     """A folder that the configuration names: a local one by its absolute path."""
     path = local_path(text)
     return HadoopPath(text) if path is None else Path(path).absolute()
+
+
+def make_private(folder: Place) -> None:
+    """Makes the folder, with its parents; only its owner may look into it, where the store knows owners."""
+    if isinstance(folder, Path):
+        folder.mkdir(mode=0o700, parents=True)
+    else:
+        folder.make_private()
 
 
 def write_json(path: Place, value: dict[str, Any]) -> None:

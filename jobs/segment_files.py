@@ -33,7 +33,7 @@ from pandas.util import hash_array
 from pyarrow import csv, fs
 
 from jobs.errors import TrailvecError
-from jobs.files import HadoopPath, Place, fetch, published
+from jobs.files import HadoopPath, Place, fetch, make_private, published
 from jobs.runtime import Runtime
 from jobs.segments import Format, Segment
 from jobs.user_lists import file_digest
@@ -150,8 +150,8 @@ class Staging:
         return self.shared / "ours"
 
     def take(self) -> None:
-        """Makes it, empty."""
-        self.shared.mkdir(parents=True, exist_ok=True)
+        """Makes it, empty; it is to hold user ids."""
+        make_private(self.shared)
         self._ours.write_text("")
 
     def check(self) -> None:

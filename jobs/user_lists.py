@@ -18,7 +18,7 @@ from pyspark.sql import functions as F
 
 from jobs.config import UserList
 from jobs.errors import TrailvecError
-from jobs.files import Place
+from jobs.files import Place, make_private
 from jobs.runtime import Runtime
 from jobs.sql import ask
 from training.stores import remove_tree
@@ -40,6 +40,8 @@ def file_digest(path: Path) -> str:
 def copies(folder: Place) -> Iterator[Place]:
     """A folder for `read_rows`. It holds user ids: nothing of it stays after the block, nor what a kill left."""
     remove_tree(folder)
+    if not isinstance(folder, Path):
+        make_private(folder)
     try:
         yield folder
     finally:

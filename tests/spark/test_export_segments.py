@@ -251,6 +251,7 @@ def test_the_older_run_leaves_what_the_newer_one_has_laid_down(shop: Runtime) ->
     older = laid_down(shop)
     older.__enter__()
     with laid_down(shop) as newer:
+        assert newer.local.stat().st_mode & 0o777 == 0o700  # user ids lie there
         (newer.local / "log").mkdir()
         with pytest.raises(TrailvecError, match="newer run"):
             older.__exit__(FileNotFoundError, FileNotFoundError("log"), None)
@@ -756,6 +757,7 @@ def test_tasks_that_do_not_see_the_drivers_files_read_a_copy(
     with copies(HadoopPath(f"file://{tmp_path}/lake/.labels.staging")) as folder:
         users = read_users(runtime, UserList(file=name), tmp_path / "likes.toml", folder)
         (tmp_path / name).unlink()
+        assert (tmp_path / "lake/.labels.staging").stat().st_mode & 0o777 == 0o700  # they are user ids
         assert {row["user_id"] for row in users.collect()} == {"ann", "bob"}  # type: ignore[union-attr]
     assert [path for path in (tmp_path / "lake").rglob("*") if not path.name.endswith(".crc")] == []
 

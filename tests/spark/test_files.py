@@ -11,7 +11,7 @@ import pytest
 from pyspark.sql import SparkSession
 
 from jobs.errors import TrailvecError
-from jobs.files import HadoopPath, fetch, file_sizes, published, write_json
+from jobs.files import HadoopPath, fetch, file_sizes, make_private, published, write_json
 from jobs.model_folders import add_to_model, has_model, model_folder
 from jobs.runtime import Runtime
 from training.checkpoint import describe_weights
@@ -29,6 +29,13 @@ def store(spark: SparkSession, tmp_path: Path) -> HadoopPath:
 
 def names(folder: HadoopPath) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_private_folder_is_its_owners_alone(store: HadoopPath, tmp_path: Path) -> None:
+    make_private(store / "parent" / "ids")
+    make_private(tmp_path / "store" / "here" / "ids")
+    for parent in ("parent", "here"):
+        assert (tmp_path / "store" / parent / "ids").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_folder_is_published_whole_or_not_at_all(store: HadoopPath) -> None:
