@@ -154,7 +154,8 @@ def _align(runtime: Runtime, folder: Path, onto: str | None) -> None:
         shared, why = pairs.count(), f"widths {widths or '{}'} and {width}"
     chance = min(1.0, ITEMS_COMPARED / max(1, shared))
     some = pairs.where(_by_hash("item_id", chance)).orderBy(F.xxhash64("item_id"), "item_id").toPandas()
-    both = _users(runtime, folder, onto).toPandas()
+    # Spark would encode the users twice to sort them: once to find the ranges of its partitions.
+    both = _users(runtime, folder, onto).toPandas().sort_values("user_id", ignore_index=True)
     items, users = ((_matrix(rows["new"], width), _matrix(rows["old"], width)) for rows in (some, both))
     report |= {"shared_items": shared, **compare(users, items, some["vertical"], rotation)}
     report["ranking"] = {"old": _ranking(runtime, onto), "new": _ranking(runtime, folder.name)}
@@ -189,7 +190,7 @@ def _users(runtime: Runtime, folder: Path, onto: str) -> DataFrame:
         rows, ["user_id"], model_dir=folder, batch_size=runtime.config.score.batch_size, turned=False
     )
     both = new.where(~F.col("is_cold")).select("user_id", F.col("vector").alias("new"))
-    return both.join(old.select("user_id", F.col("vector").alias("old")), "user_id").orderBy("user_id")
+    return both.join(old.select("user_id", F.col("vector").alias("old")), "user_id")
 
 
 def _by_hash(column: str, chance: float) -> Any:

@@ -335,7 +335,8 @@ def evaluated_rows(runtime: Runtime, model_dir: Path) -> pd.DataFrame:
     encoded = encode_sequences(
         _sample(rows, settings.max_users), keep, model_dir=model_dir, batch_size=runtime.config.score.batch_size
     ).drop("history_length", "is_cold")
-    return encoded.orderBy("user_id").toPandas()
+    # Spark would encode them twice to sort them: once to find the ranges of its partitions.
+    return encoded.toPandas().sort_values("user_id", ignore_index=True)
 
 
 def _sample(rows: DataFrame, max_users: int) -> DataFrame:
@@ -409,7 +410,8 @@ def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts)
     of_habit = habit(runtime.config.habit, F.col("cut_us"))
     own = Own(*matrices(visible, users["user_id"].tolist(), counts=F.count("*"), habits=of_habit))
     trained = actions.where("in_train")
-    known = _sample(trained.select("user_id").distinct(), runtime.config.evaluate.knn_max_users)
+    # Counted, and drawn from: the log need not be read for each.
+    known = _sample(trained.select("user_id").distinct().localCheckpoint(), runtime.config.evaluate.knn_max_users)
     names = sorted(row.user_id for row in known.collect())
     return own, *matrices(trained.join(known, "user_id"), names, counts=F.count("*"))
 

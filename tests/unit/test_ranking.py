@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.evaluate import rank_users
-from jobs.ranking import HOURS_FROM, Following, Known, bootstrap, coverage, flatten, measures, sliced
+from jobs.ranking import HOURS_FROM, Following, Known, bootstrap, coverage, flatten, measures, sliced, top_items
 
 ITEMS = 9
 VERTICALS = ["food", "rides", "shop"]
@@ -145,3 +145,17 @@ def test_the_ranks_are_the_same_however_few_scores_are_in_memory(monkeypatch: py
         assert blocks == users
         assert found.keys() == whole.keys()
         assert all(np.array_equal(found[key], whole[key]) for key in whole)
+
+
+@pytest.mark.parametrize("values", [1, 3, 100_000])
+@pytest.mark.parametrize("columns", [1, 5, 128, 300, 900])
+def test_the_best_items_are_those_of_a_sort(columns: int, values: int) -> None:
+    """Many share a score, or hardly any; many have none."""
+    random = np.random.default_rng(columns)
+    for k in (1, 2, 5):
+        scores = random.integers(0, values, (40, columns)).astype(np.float32)
+        scores[random.random(scores.shape) < random.random((40, 1))] = -np.inf
+        for row, found in zip(scores, top_items(scores, k), strict=True):
+            finite = [column for column in range(columns) if np.isfinite(row[column])]
+            best = sorted(finite, key=lambda column: (-row[column], column))[:k]
+            assert found.tolist() == best + [-1] * (min(k, columns) - len(best))
