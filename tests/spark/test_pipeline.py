@@ -265,7 +265,7 @@ def test_the_documented_queries_run_and_give_the_columns_of_their_answers(undist
         assert (heading, sql) == (f"{number}. {title}", text)
         found = undisturbed.spark.sql(text.replace("'1'", f"'{somebody}'"))
         assert found.columns == answer.splitlines()[0].strip("| ").split(" | ")
-        # Few items are a category here, and nothing of Complete Journey's weeks was bought.
+        # No category of this log has so many items.
         assert found.isEmpty() == ("HAVING count(*) >= 200" in text), title
 
 
