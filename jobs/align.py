@@ -29,6 +29,7 @@ from jobs.errors import TrailvecError
 from jobs.model_folders import add_to_model, has_model, model_folder
 from jobs.models import encode_sequences, item_vectors
 from jobs.runtime import Runtime, Stage
+from jobs.spark_session import in_order
 from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_EMBEDDINGS
 from spark_udfs.alignment import cross_products, mean_cosine, overlap, rotation_of
 from spark_udfs.topk import Vectors
@@ -154,8 +155,7 @@ def _align(runtime: Runtime, folder: Path, onto: str | None) -> None:
         shared, why = pairs.count(), f"widths {widths or '{}'} and {width}"
     chance = min(1.0, ITEMS_COMPARED / max(1, shared))
     some = pairs.where(_by_hash("item_id", chance)).orderBy(F.xxhash64("item_id"), "item_id").toPandas()
-    # Spark would encode the users twice to sort them: once to find the ranges of its partitions.
-    both = _users(runtime, folder, onto).toPandas().sort_values("user_id", ignore_index=True)
+    both = in_order(_users(runtime, folder, onto), "user_id")
     items, users = ((_matrix(rows["new"], width), _matrix(rows["old"], width)) for rows in (some, both))
     report |= {"shared_items": shared, **compare(users, items, some["vertical"], rotation)}
     report["ranking"] = {"old": _ranking(runtime, onto), "new": _ranking(runtime, folder.name)}

@@ -25,6 +25,7 @@ Key: TRAILVEC_ERASE_KEY of the environment, for good (jobs/tombstones.py). What 
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta, timezone
@@ -135,7 +136,9 @@ def read_ids(runtime: Runtime, file: str | None, sql: str | None) -> list[str]:
     if file is not None and not Path(file).exists():
         raise TrailvecError(f"the list {file} does not exist: correct the path")
     absolute = None if file is None else str(Path(file).absolute())
-    with copies(runtime.staging("erasures")) as folder:
+    # A folder for each list, so that a request that begins meanwhile takes no other one's copy away.
+    of_list = hashlib.sha256(str(absolute).encode()).hexdigest()[:12]
+    with copies(runtime.staging(f"erasures-{of_list}")) as folder:
         users = read_users(runtime, UserList(file=absolute, sql=sql), Path("erase_users"), folder)
         rows = [row["user_id"] for row in users.distinct().collect()] if isinstance(users, DataFrame) else list(users)
     if not rows:

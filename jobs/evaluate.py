@@ -55,6 +55,7 @@ from jobs.ranking import (
     top_items,
 )
 from jobs.runtime import Runtime, Stage
+from jobs.spark_session import in_order
 from jobs.splits import Cuts, before_cut, cut_of, cut_times
 from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS
 from training.floors import ItemKnn, own_frequency, popularity
@@ -335,8 +336,7 @@ def evaluated_rows(runtime: Runtime, model_dir: Path) -> pd.DataFrame:
     encoded = encode_sequences(
         _sample(rows, settings.max_users), keep, model_dir=model_dir, batch_size=runtime.config.score.batch_size
     ).drop("history_length", "is_cold")
-    # Spark would encode them twice to sort them: once to find the ranges of its partitions.
-    return encoded.toPandas().sort_values("user_id", ignore_index=True)
+    return in_order(encoded, "user_id")
 
 
 def _sample(rows: DataFrame, max_users: int) -> DataFrame:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
@@ -32,12 +31,13 @@ from pyspark.sql import functions as F
 from jobs.cli import stage_main
 from jobs.config import NeighboursSettings
 from jobs.errors import TrailvecError
+from jobs.files import Place
 from jobs.habit import habit
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import shuffle_tasks, spark_conf
 from jobs.splits import cut_times, microseconds
 from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, ITEMS, NEIGHBOURS, SESSIONS, USER_EMBEDDINGS, Table
-from jobs.user_lists import file_digest
+from jobs.user_lists import copies, file_digest, read_text_ids
 from spark_udfs.topk import BLOCK_CONF, Cells, Metric, find_cells, nearest
 from spark_udfs.vectors import inner_product
 
@@ -180,6 +180,11 @@ def _by_hash(chance: float) -> Column:
 
 
 def run(runtime: Runtime) -> None:
+    with copies(runtime.staging("neighbours")) as folder:
+        _run(runtime, folder)
+
+
+def _run(runtime: Runtime, folder: Place) -> None:
     version = runtime.current_model()
     settings = runtime.config.neighbours
     users, items = (
@@ -189,7 +194,7 @@ def run(runtime: Runtime) -> None:
     every = searches(
         users,
         items,
-        offered=_offered(runtime, items),
+        offered=_offered(runtime, items, folder),
         without=_done_before(runtime.read(SESSIONS), settings.without) if settings.without else None,
     )
     of_model = F.col("model_version") == version
@@ -221,16 +226,15 @@ def _vectors(runtime: Runtime, table: Table, key: str, version: str) -> DataFram
     return of_model.select(F.col(key).alias("id"), "vector")
 
 
-def _offered(runtime: Runtime, items: DataFrame) -> DataFrame:
-    """The items that may be neighbours."""
+def _offered(runtime: Runtime, items: DataFrame, folder: Place) -> DataFrame:
+    """The items that may be neighbours. `folder`: as for `read_text_ids`."""
     settings = runtime.config.neighbours
     if settings.verticals:
         of_verticals = runtime.read(ITEMS).where(F.col("vertical").isin(settings.verticals))
         items = items.join(of_verticals.select(F.col("item_id").alias("id")), "id", "left_semi")
     if settings.in_stock is not None:
-        lines = _stock_list(settings.in_stock).read_text(encoding="utf-8-sig").splitlines()
-        ids = pd.DataFrame({"id": sorted({line.strip() for line in lines} - {""})}, dtype="str")
-        items = items.join(runtime.spark.createDataFrame(ids, "id string"), "id", "left_semi")
+        stock = read_text_ids(runtime, _stock_list(settings.in_stock), folder)
+        items = items.join(stock, "id", "left_semi")
     if items.isEmpty():
         raise TrailvecError(
             "no item is left as a neighbour: correct neighbours.verticals or neighbours.in_stock "

@@ -113,13 +113,14 @@ def same_ids(table: str, low: str, high: str, days: Sequence[date] | None) -> Co
 
 
 def commit_batch(
-    runtime: Runtime, frames: list[DataFrame], writer: str, number: int, read: Counter[str | None]
+    runtime: Runtime, frames: list[DataFrame], batch: tuple[str, int], read: Counter[str | None], again: bool
 ) -> None:
     """Checks, deduplicates and commits the records of one batch (frames as `to_events` gives them).
 
     Args:
-        writer, number: the batch's name; of the same batch, rejected_events takes the rows once.
+        batch: its writer and number; of the same batch, rejected_events takes the rows once.
         read: by reason (None: an event), the records of this run's earlier batches; this one's are added.
+        again: what is refused may stand in rejected_events already, from another batch.
     """
     settings = runtime.config.ingest
     same_day = settings.duplicates == "same_day"
@@ -148,10 +149,10 @@ def commit_batch(
         _check_share(records.where(~F.col("stored")), counts, read, settings.max_rejected_share)
         refused = records.where(F.col("reason").isNotNull() & ~F.col("reason").isin(*_NO_REFUSAL))
         refused = refused.withColumn("refused_on", F.current_date())
-        if runtime.forced:  # all is read again, and what was refused stands there
+        if again:
             refused = _not_yet_refused(runtime, refused)
         if counts.total() > counts[None] + sum(counts[reason] for reason in _NO_REFUSAL) or replaced:
-            runtime.append(REJECTED_EVENTS, refused, batch=(writer, number), done=False)
+            runtime.append(REJECTED_EVENTS, refused, batch=batch, done=False)
         if counts[None]:
             new = records.where(F.col("reason").isNull() & ~F.col("stored"))
             if same_day:
@@ -228,17 +229,22 @@ def _check_share(records: DataFrame, counts: Counter[str | None], read: Counter[
 # ---- the stage ----------------------------------------------------------------------------------------
 
 
-def follow(runtime: Runtime, source: Source, number: int) -> None:
-    """Commits what is new of one input, batch by batch.
+def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
+    """Commits what is new of one of the source's inputs, batch by batch.
 
     Raises:
         TrailvecError: a batch is refused, or another ingest reads the same input right now.
     """
-    mapping, settings, spark = source.input[number], runtime.config.ingest, runtime.spark
-    name = f"{source.name}-{number}"
-    checkpoint = runtime.place / "checkpoints" / "ingest" / name
+    settings, spark = runtime.config.ingest, runtime.spark
+    name = f"{source.name}, {mapping.place}"
+    checkpoint = runtime.place / "checkpoints" / "ingest" / f"{source.name}-{mapping.key}"
     if runtime.forced:
         remove_tree(checkpoint)
+    again = checkpoint / "again"  # until a run ends, also where it begins with a kill
+    if not checkpoint.exists() and _has_refused(runtime, source):
+        checkpoint.mkdir(parents=True)
+        again.write_text("", encoding="utf-8")
+    reads_again = again.exists()
     now = datetime.now(timezone.utc)
     read: Counter[str | None] = Counter()
     failed: list[BaseException] = []
@@ -258,7 +264,7 @@ def follow(runtime: Runtime, source: Source, number: int) -> None:
                 query = json.loads((checkpoint / "metadata").read_text())["id"]
                 before = runtime.report.rows_in["records"]
                 events = [to_events(frame, mapping, source.name, settings, now) for frame in raw]
-                commit_batch(runtime, events, f"ingest-{query}", batch_number, read)
+                commit_batch(runtime, events, (f"ingest-{query}", batch_number), read, reads_again)
                 count = runtime.report.rows_in["records"] - before
                 seconds = time.monotonic() - started
                 runtime.on_progress(f"{name}: batch {batch_number}, {count:,} records in {seconds:.1f} s")
@@ -274,6 +280,14 @@ def follow(runtime: Runtime, source: Source, number: int) -> None:
         if failed:
             raise failed[0] from None
         raise TrailvecError(f"{name}: {explain(error) or str(error).strip().splitlines()[0]}") from error
+    again.unlink(missing_ok=True)
+
+
+def _has_refused(runtime: Runtime, source: Source) -> bool:
+    """Whether the source was read before (--force, an input's path that was changed), and records were refused."""
+    if not runtime.exists(REJECTED_EVENTS):
+        return False
+    return not runtime.latest(REJECTED_EVENTS).where(F.col("source") == source.name).isEmpty()
 
 
 def _listing(spark: SparkSession, mapping: Input, runtime: Runtime) -> DataFrame:
@@ -326,8 +340,8 @@ def run(runtime: Runtime) -> None:
             "read is kept under it"
         )
     for source in sources:
-        for number in range(len(source.input)):
-            follow(runtime, source, number)
+        for mapping in source.input:
+            follow(runtime, source, mapping)
     # Only now is the stage up to date: a killed one has batches to come.
     runtime.touch(REJECTED_EVENTS)
     runtime.touch(EVENTS)

@@ -91,7 +91,7 @@ class Lake:
         return self.place / "exports"
 
     def staging(self, of: str) -> Place:
-        """What a stage lays down while it runs, user ids among it: `of` exports, erasures or labels."""
+        """What a stage lays down while it runs, user ids among it: `of` exports, erasures, labels or neighbours."""
         return self.place / f".{of}.staging"
 
     def exists(self, table: Table) -> bool:

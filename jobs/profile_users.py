@@ -30,6 +30,7 @@ from jobs.item_facts import item_attributes
 from jobs.model_folders import add_to_model, model_folder
 from jobs.models import encode_sequences
 from jobs.runtime import Runtime, Stage, code_version
+from jobs.spark_session import in_order
 from jobs.splits import Cuts, cut_times, utc
 from jobs.tables import CONTEXT_VALUES, ITEMS, SESSIONS, USER_PROFILES
 from spark_udfs.profile import KINDS, profiles
@@ -269,7 +270,7 @@ def fit(runtime: Runtime, visible: DataFrame, encoded: DataFrame, *, numbers: Da
     sample = encoded.orderBy(bucket, "user_id").limit(settings.fit_users).persist()
     visible, told = (of.join(F.broadcast(sample.select("user_id")), "user_id") for of in (visible, told))
     names = statistic_names(told)
-    rows = _in_order(profile_rows(visible, sample, numbers, numbered(told, names)))
+    rows = in_order(profile_rows(visible, sample, numbers, numbered(told, names)), "user_id")
     if rows.empty:
         raise TrailvecError("no user has an event before the cut: there is nothing to make a profile of")
     matrix = np.stack([np.asarray(vector, np.float32) for vector in rows["vector"]])
@@ -289,11 +290,6 @@ def fit(runtime: Runtime, visible: DataFrame, encoded: DataFrame, *, numbers: Da
         width=settings.width,
         most=settings.max_terms,
     )
-
-
-def _in_order(rows: DataFrame) -> pd.DataFrame:
-    """The rows by user_id. (Spark would make them twice to sort them: once to find the ranges of its partitions.)"""
-    return rows.toPandas().sort_values("user_id", ignore_index=True)
 
 
 def _once(
@@ -317,7 +313,8 @@ def _once(
             ).alias("came")
         )
     )
-    rows = _in_order(lists.join(came, "user_id", "left").select("user_id", "pairs.number", "pairs.value", "came"))
+    both = lists.join(came, "user_id", "left").select("user_id", "pairs.number", "pairs.value", "came")
+    rows = in_order(both, "user_id")
     none = np.zeros(len(_HORIZONS))
     since = [none if came is None else np.asarray(came, np.float64) for came in rows["came"]]
     return _sparse(rows["number"], rows["value"]), np.array(since).reshape(len(rows), len(_HORIZONS))

@@ -41,6 +41,7 @@ from jobs.segment_rules import (
     rules_of,
 )
 from jobs.segments import Affinity, Segment, SegmentFile, Vectors
+from jobs.spark_session import in_order
 from jobs.sql import ask
 from jobs.tables import EXPORTS, ITEM_EMBEDDINGS, ITEMS, USER_EMBEDDINGS, USER_PROFILES
 from spark_udfs.likeness import Anchors, Scorer, anchors_of, candidates
@@ -245,7 +246,7 @@ class Selection:
         everyone = self._vectors(kind)
         chosen = everyone.withColumn("sampled", sampled).join(F.broadcast(seeds), "user_id", "left")
         chosen = chosen.where("sampled OR is_seed").withColumn("draw", draw)
-        found = self._marked(chosen).toPandas().sort_values("user_id")
+        found = in_order(self._marked(chosen), "user_id")
         vectors = np.stack(found["vector"].tolist()) if len(found) else np.empty((0, 1), np.float32)
         there = vectors.any(axis=1)
         vectors, found = vectors[there], found[there]
@@ -323,7 +324,7 @@ class Selection:
         rows = named.select("item_id", "vector", *flags).where(
             reduce(operator.or_, (F.col(f"of_{number}") for number in wanted))
         )
-        found = rows.toPandas().sort_values("item_id")
+        found = in_order(rows, "item_id")
         anchors = {}
         for export in exports:
             vectors = found["vector"][found[f"of_{export.number}"]].tolist()

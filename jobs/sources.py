@@ -25,11 +25,15 @@ or, instead of path and format, records of a Kafka topic whose values are JSON o
 
     kafka = { bootstrap_servers = "127.0.0.1:9092", topic = "orders" }
 
-`jobs/checked_records.py` reads the records by it. An input may be repeated: each is a kind of record of the source.
+`jobs/checked_records.py` reads the records by it. An input may be repeated: each is a kind of record of the source. How
+far each was read is kept under its path or topic: two of the same need a `name` each, and one with a name may change its
+path without being read anew.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,6 +140,11 @@ class Kafka(Section):
 class Input(Section):
     """One kind of file, or one topic."""
 
+    name: str | None = Field(
+        None,
+        pattern=r"^[a-z][a-z0-9_]*$",
+        description="how far the input was read is kept under it; None: under its path or topic",
+    )
     path: str | None = Field(None, description="file, folder or pattern, from ingest.data_dir")
     kafka: Kafka | None = Field(None, description="a topic instead of a path; its values are JSON objects")
     format: Literal["json", "csv", "parquet"] = Field("json", description="json: one object on each line")
@@ -163,6 +172,11 @@ class Input(Section):
         """Where the records lie, for people to read."""
         return self.path if self.path is not None else f"kafka topic {self.kafka and self.kafka.topic}"
 
+    @property
+    def key(self) -> str:
+        """What the input is known by in its source, wherever it stands in the mapping and whatever that says."""
+        return self.name or hashlib.sha256(self.place.encode()).hexdigest()[:12]
+
     def column_names(self) -> list[str]:
         """The raw columns that are named outside expressions, each once."""
         values = self.columns.given().values()
@@ -182,6 +196,16 @@ class Source(Section):
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="stands in the source column of every event")
     input: list[Input] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _told_apart(self) -> Source:
+        counts = Counter(mapping.key for mapping in self.input)
+        if twice := [mapping for mapping in self.input if counts[mapping.key] > 1]:
+            what = f"are named {twice[0].name}" if twice[0].name else f"read {twice[0].place}"
+            raise ValueError(
+                f"two inputs {what}: give each a name of its own, since how far each was read is kept under it"
+            )
+        return self
 
 
 def load_source(path: str | Path) -> Source:

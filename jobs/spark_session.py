@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from delta.tables import DeltaTable
 from py4j.java_gateway import JavaClass, JavaPackage, JVMView
 from pyspark.errors import AnalysisException
@@ -162,6 +163,12 @@ def few_to_all(rows: DataFrame) -> DataFrame:
         rows: ids and times, no whole records; they are counted, so checkpointed.
     """
     return F.broadcast(rows) if rows.count() <= FEW else rows
+
+
+def in_order(rows: DataFrame, key: str) -> pd.DataFrame:
+    """The rows on the driver, by the key. (Spark would compute them twice to sort them: once to find the ranges of its
+    partitions.)"""
+    return rows.toPandas().sort_values(key, ignore_index=True)
 
 
 def shuffle_tasks(spark: SparkSession) -> int:

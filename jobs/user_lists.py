@@ -1,4 +1,4 @@
-"""Lists of users that people hand in: seeds, suppressions, consents, labels, whom to erase.
+"""Lists that people hand in: of users seeds, suppressions, consents, labels, whom to erase; of items what is in stock.
 
 A list is a query over the tables, a Parquet or CSV file with a column user_id, or a text of one id per line. A file
 lies beside the configuration, on the driver's machine, which never holds it as a whole: Spark reads it, a text goes by
@@ -82,12 +82,29 @@ def _read_lines(file: Path) -> Iterator[str]:
 def read_rows(runtime: Runtime, file: Path, folder: Place) -> DataFrame:
     """The rows of a local file, Parquet or CSV with a header. Where `folder` lies on storage that all machines share,
     they are read from a copy in it, whenever Spark needs them: it must stay so long."""
-    if isinstance(folder, Path):
-        url = file_url(str(file))  # a path alone Spark would look for in Hadoop's default file system
-    else:
-        copy = folder / uuid.uuid4().hex / file.name
-        copy.put(file)
-        url = str(copy)
+    url = _to_tasks(file, folder)
     if file.name.lower().endswith(_CSV):
         return runtime.spark.read.csv(url, header=True, escape='"')
     return runtime.spark.read.parquet(url)
+
+
+def read_text_ids(runtime: Runtime, file: Path, folder: Place) -> DataFrame:
+    """id string, not empty: the lines of a local text; `folder` as for `read_rows`.
+
+    Raises:
+        TrailvecError: it is no UTF-8.
+    """
+    lines = runtime.spark.read.text(_to_tasks(file, folder))
+    ids = lines.select(F.regexp_replace("value", r"^[\s\ufeff]+|\s+$", "").alias("id")).where("id <> ''")
+    if not ids.where(F.col("id").contains("\ufffd")).isEmpty():  # what Spark reads for bytes that are none
+        raise TrailvecError(f"the list {file} is no UTF-8 text: save it as such")
+    return ids
+
+
+def _to_tasks(file: Path, folder: Place) -> str:
+    """Where Spark's tasks find a local file: a copy of it, where `folder` lies on storage that all machines share."""
+    if isinstance(folder, Path):
+        return file_url(str(file))  # a path alone Spark would look for in Hadoop's default file system
+    copy = folder / uuid.uuid4().hex / file.name
+    copy.put(file)
+    return str(copy)

@@ -9,7 +9,7 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +18,14 @@ from typing import Any
 import duckdb
 import pytest
 from deltalake import DeltaTable
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 
 from jobs import build_sequences, build_vocabulary, cli, erase_users, flag_users, ingest, sessionize
 from jobs import lake as lake_module
-from jobs.erase_users import HOLDING_USERS, erase, finish
+from jobs.config import UserList
+from jobs.erase_users import HOLDING_USERS, erase, finish, read_ids
 from jobs.errors import TrailvecError
+from jobs.files import HadoopPath, Place
 from jobs.maintain_tables import maintain, vacuum
 from jobs.runtime import Runtime, Stage
 from jobs.tables import (
@@ -43,6 +45,7 @@ from jobs.tables import (
     Table,
 )
 from jobs.tombstones import ERASE_KEY
+from jobs.user_lists import read_users
 from tests.conftest import expired, make_config, put, read_delta
 from tests.events import START, make_event, to_frame
 
@@ -278,7 +281,7 @@ def test_a_row_that_an_update_hid_goes_too(make_runtime: Callable[..., Runtime],
             vacuum(expired(runtime), table)
     left = [
         runtime.root / ".exports.staging",
-        runtime.root / ".erasures.staging",
+        runtime.root / ".erasures-0123456789ab.staging",
         runtime.exports / ".segment.9ab.staging",
     ]
     for folder in left:
@@ -288,6 +291,27 @@ def test_a_row_that_an_update_hid_goes_too(make_runtime: Callable[..., Runtime],
         assert str(folder) in report.notes[0]
         folder.rmdir()
     assert finish(runtime).rows_out == {"finished": 1}
+
+
+def test_lists_that_are_read_at_once_keep_their_copies(
+    make_runtime: Callable[..., Runtime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime, lake, meanwhile = make_runtime(), HadoopPath(f"file://{tmp_path}/lake"), []
+    for user in ("ann", "bob"):
+        (tmp_path / f"{user}.csv").write_text(f"user_id\n{user}\n")
+
+    def read(runtime: Runtime, users: UserList, path: Path, folder: Place) -> DataFrame | Iterator[str]:
+        found = read_users(runtime, users, path, folder)
+        if not meanwhile:
+            meanwhile.append("bob")
+            meanwhile.extend(read_ids(runtime, str(tmp_path / "bob.csv"), None))
+        return found
+
+    monkeypatch.setattr(Runtime, "staging", lambda _, of: lake / f".{of}.staging")
+    monkeypatch.setattr(erase_users, "read_users", read)
+    assert read_ids(runtime, str(tmp_path / "ann.csv"), None) == ["ann"]
+    assert meanwhile == ["bob", "bob"]
+    assert not list((tmp_path / "lake").iterdir())
 
 
 def test_a_writer_beside_it_loses_nothing_and_brings_nobody_back(

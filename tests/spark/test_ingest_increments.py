@@ -107,6 +107,55 @@ def test_the_ids_of_a_small_batch_go_to_each_task(
     assert [row["event_id"] for row in events(runtime)] == ["1", "2"]
 
 
+def test_inputs_are_known_by_path_or_name_wherever_they_stand(
+    make_runtime: Callable[..., Runtime], tmp_path: Path
+) -> None:
+    (tmp_path / "log.csv").write_text(HEADER + "1,ann,a,2023-05-01,1\n2,,b,2023-05-02,1\n")
+    (tmp_path / "more.csv").write_text(HEADER + "3,cyd,c,2023-05-03,1\n")
+    log, more = ('path = "log.csv"\nformat = "csv"', 'path = "more.csv"\nformat = "csv"')
+    runtime = make_runtime(*settings(tmp_path, source(tmp_path, log)))
+    runtime.execute(STAGE)
+
+    in_front = Path(source(tmp_path, more)).read_text() + f"[[input]]\n{log}\n{COLUMNS}"
+    (tmp_path / "shop.toml").write_text(in_front)
+    assert runtime.execute(STAGE).rows_in["records"] == 1
+    # Another kind of event in the file that was read: its name gives it books of its own.
+    of_events = COLUMNS.replace('event_id = "id"', "event_id = { expr = \"concat('b', id)\" }")
+    baskets = f'[[input]]\nname = "baskets"\n{log}\n{of_events}'
+    (tmp_path / "shop.toml").write_text(in_front.replace("[[input]]", f"{baskets}[[input]]", 1))
+    assert runtime.execute(STAGE).rows_in["records"] == 2
+    assert [row["event_id"] for row in events(runtime)] == ["1", "3", "b1"]
+
+
+def test_a_changed_path_reads_again_and_writes_nothing_again(
+    make_runtime: Callable[..., Runtime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that run is stopped between its batches and the next one goes on."""
+    rows = [f"{n},ann,a,2023-05-01,1\n{n},,b,2023-05-02,1\n" for n in range(3)]
+    for number, text in enumerate(rows):
+        (tmp_path / f"log{number}.csv").write_text(HEADER + text)
+    one_by_one = "ingest.max_files_per_batch=1"
+    runtime = make_runtime(*settings(tmp_path, source(tmp_path), one_by_one))
+    runtime.execute(STAGE)
+    before = events(runtime), read_delta(runtime.path(REJECTED_EVENTS))
+    assert [len(rows) for rows in before] == [3, 3]
+
+    commit = ingest.commit_batch
+
+    def only_one(runtime: Runtime, frames: list[DataFrame], batch: tuple[str, int], *rest: Any) -> None:
+        if batch[1] == 1:
+            raise TrailvecError("stopped")
+        commit(runtime, frames, batch, *rest)
+
+    source(tmp_path, 'path = "log?.csv"\nformat = "csv"')
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest, "commit_batch", only_one)
+        with pytest.raises(TrailvecError, match="stopped"):
+            runtime.execute(STAGE)
+    assert runtime.execute(STAGE).rows_in["records"] == 4
+    assert (events(runtime), read_delta(runtime.path(REJECTED_EVENTS))) == before
+
+
 def test_a_last_batch_of_one_wrong_record_is_weighed_with_those_before_it(
     make_runtime: Callable[..., Runtime], tmp_path: Path
 ) -> None:
@@ -226,12 +275,12 @@ def test_a_topic_is_read_once_across_a_broker_that_dies_in_the_middle(
 ) -> None:
     commit, dead_after = ingest.commit_batch, []
 
-    def commit_and_kill(runtime: Runtime, frames: list[DataFrame], writer: str, number: int, read: Any) -> None:
-        commit(runtime, frames, writer, number, read)
-        if number in (0, 3):  # the first batch of a run, which has two or three
+    def commit_and_kill(runtime: Runtime, frames: list[DataFrame], batch: tuple[str, int], *rest: Any) -> None:
+        commit(runtime, frames, batch, *rest)
+        if batch[1] in (0, 3):  # the first batch of a run, which has two or three
             broker.kill()
             broker.start()
-            dead_after.append(number)
+            dead_after.append(batch[1])
 
     def send(first: int, last: int) -> None:
         value = (

@@ -94,6 +94,27 @@ def test_a_wrong_mapping_is_one_sentence_that_says_where(tmp_path: Path, old: st
     assert str(tmp_path / "shop.toml") in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("", ""), "two inputs read orders.csv: give each a name"),
+        (('name = "a"', 'name = "a"'), "two inputs are named a: give each a name"),
+        (('name = "a"', ""), None),
+        (('name = "a"', 'name = "b"'), None),
+    ],
+)
+def test_inputs_of_one_path_need_names(tmp_path: Path, names: tuple[str, str], said: str | None) -> None:
+    path = tmp_path / "shop.toml"
+    head, _, mapping = GOOD.partition("[[input]]")
+    path.write_text(head + "".join(f"[[input]]\n{name}{mapping}" for name in names))
+    if said is None:
+        first, second = load_source(path).input
+        assert first.key != second.key
+    else:
+        with pytest.raises(TrailvecError, match=said):
+            load_source(path)
+
+
 def test_a_missing_mapping_is_named(tmp_path: Path) -> None:
     with pytest.raises(TrailvecError, match=r"nowhere\.toml does not exist"):
         load_source(tmp_path / "nowhere.toml")
