@@ -26,8 +26,8 @@ or, instead of path and format, records of a Kafka topic whose values are JSON o
     kafka = { bootstrap_servers = "127.0.0.1:9092", topic = "orders" }
 
 `jobs/checked_records.py` reads the records by it. An input may be repeated: each is a kind of record of the source. How
-far each was read is kept under its path or topic: two of the same need a `name` each, and one with a name may change its
-path without being read anew.
+far it was read is kept under its path or topic: two of the same need a `name` each, and one that has a name may change
+its path without being read anew.
 """
 
 from __future__ import annotations

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import horovod.torch as hvd
@@ -137,7 +139,13 @@ def run_in_spark(
         Exception: Horovod's own, when a rank failed or the tasks did not start within two minutes.
     """
     import horovod.spark  # noqa: PLC0415 - it wants pyspark, which a training process need not have
+    from pyspark import SparkContext  # noqa: PLC0415
 
+    from training.horovodrun import on_loopback  # noqa: PLC0415
+
+    # All on this machine: no other one has to reach Horovod's servers, of which one asks for no credentials.
+    local = SparkContext.getOrCreate().master.startswith("local")
+    loopback = {name for _, name in socket.if_nameindex() if name.startswith("lo")}
     # Horovod takes Ctrl-C and SIGTERM for itself and does not give them back.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     told = threading.excepthook
@@ -149,20 +157,22 @@ def run_in_spark(
 
     threading.excepthook = tell
     try:
-        return list(
-            horovod.spark.run(
-                function,
-                args=arguments,
-                num_proc=processes,
-                use_gloo=True,
-                env=environment,
-                stdout=_Lines(hear),
-                stderr=_Lines(hear),
-                start_timeout=120,
-                verbose=0,
-                executable=os.environ.get("PYSPARK_PYTHON"),  # the executors' interpreter
+        with on_loopback() if local else nullcontext():
+            return list(
+                horovod.spark.run(
+                    function,
+                    args=arguments,
+                    num_proc=processes,
+                    use_gloo=True,
+                    env=environment,
+                    stdout=_Lines(hear),
+                    stderr=_Lines(hear),
+                    start_timeout=120,
+                    verbose=0,
+                    nics=loopback if local else None,
+                    executable=os.environ.get("PYSPARK_PYTHON"),  # the executors' interpreter
+                )
             )
-        )
     finally:
         threading.excepthook = told
         for number, handler in handlers.items():

@@ -271,6 +271,7 @@ def _pass_over_rows(run: _Run, epoch: int) -> None:
             run.said = now
             _say("step", **_figures(spec, progress), learning_rate=run.learning_rate)
         if someone_is_due:  # only rank 0's clock counts
+            _refuse_broken(run.model, epoch)
             _save(run)
 
 
@@ -328,7 +329,7 @@ def _close_epoch(run: _Run, epoch: int) -> None:
 
 
 def _refuse_broken(model: SequenceModel, epoch: int) -> None:
-    """After an epoch's last step, whose parameters no step's loss tells of. All ranks call it, and all raise.
+    """Before parameters are kept: of those after the last step no loss has told yet. All ranks call it, and all raise.
 
     Raises:
         TrailvecError: a parameter is not finite.
@@ -336,7 +337,7 @@ def _refuse_broken(model: SequenceModel, epoch: int) -> None:
     ends = (torch.stack(torch.aminmax(p.detach())) for p in model.parameters() if p.numel())  # no copy of a table
     broken = sum(not bool(pair.isfinite().all()) for pair in ends)
     if dist.total([float(broken)])[0]:
-        raise TrailvecError(f"parameters are not finite after epoch {epoch}: lower train.learning_rate")
+        raise TrailvecError(f"parameters are not finite in epoch {epoch}: lower train.learning_rate")
 
 
 def train_in_executor(run: str, arrays: dict[str, bytes]) -> dict[str, bytes]:

@@ -11,6 +11,7 @@ from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -203,7 +204,15 @@ def test_tasks_of_spark_train_the_same_model_as_horovodrun(trained: Runtime, tmp
         }
     )
     events: list[dict[str, Any]] = []
-    launch_in_spark(spec, events.append)
+    listening: set[str] = set()
+
+    def hear(event: dict[str, Any]) -> None:
+        events.append(event)
+        sockets = psutil.Process().net_connections("tcp")
+        listening.update(found.laddr.ip for found in sockets if found.status == psutil.CONN_LISTEN)
+
+    launch_in_spark(spec, hear)
+    assert listening == {"127.0.0.1"}
     assert [event["epoch"] for event in events if event["event"] == "epoch"] == [1, 2, 3, 4, 5, 6]
     about = json.loads((output / "model.json").read_text())
     expected = about_of(trained)["training"]["parameters_sha256_by_rank"]

@@ -334,13 +334,18 @@ def test_the_best_epochs_weights_are_published(tmp_path: Path) -> None:
     assert not torch.equal(published["table.own.weight"], last["model.table.own.weight"])
 
 
-def test_a_model_that_breaks_in_its_last_step_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("batch_size", [20, 10])  # its only step; the first of two, which would be kept
+def test_a_model_that_breaks_is_neither_published_nor_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
     def break_it(run: Any, positions: float) -> None:
         run.others[-1].data.view(-1)[-1] = math.inf
 
     monkeypatch.setattr("training.loop._move", break_it)
-    with pytest.raises(TrailvecError, match=r"parameters are not finite after epoch 1: lower train\.learning_rate"):
-        train(make_run(tmp_path, [make_rows(20)], batch_size=20, epochs=1))
+    minutes = 0 if batch_size == 10 else 10
+    spec = make_run(tmp_path, [make_rows(20)], batch_size=batch_size, epochs=1, checkpoint_minutes=minutes)
+    with pytest.raises(TrailvecError, match=r"parameters are not finite in epoch 1: lower train\.learning_rate"):
+        train(spec)
     assert not list((tmp_path / "model").iterdir())
     assert newest_checkpoint(tmp_path / "checkpoints") is None
 
