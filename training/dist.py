@@ -144,7 +144,7 @@ def run_in_spark(
     from training.horovodrun import on_loopback  # noqa: PLC0415
 
     # All on this machine: no other one has to reach Horovod's servers, of which one asks for no credentials.
-    local = SparkContext.getOrCreate().master.startswith("local")
+    local = str(SparkContext.getOrCreate().master).startswith("local")
     loopback = {name for _, name in socket.if_nameindex() if name.startswith("lo")}
     # Horovod takes Ctrl-C and SIGTERM for itself and does not give them back.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
