@@ -40,7 +40,7 @@ from training.batches import BUCKET_SIZES, FEATURES
 from training.checkpoint import WEIGHTS, read_about
 from training.config import ModelSpec, RunSpec, TrainSettings
 from training.stores import parquet_files, remove_tree
-from training.urls import file_url, local_path
+from training.urls import file_of_table, file_url, local_path, not_for_training
 
 SECONDS_BETWEEN_LINES = 10.0
 TRACKED = ("loss", "learning_rate", "rows_per_second", "padding", "data_wait", "recall@10", "ndcg@10")
@@ -74,7 +74,7 @@ def model_spec(config: Config, items: int, context_values: DataFrame) -> ModelSp
 def snapshot_files(table: str, version: int, split: str) -> list[str]:
     """URLs (training.urls.file_url) of the split's active data files in that version of the table, in order."""
     uris = DeltaTable(local_path(table) or table, version).file_uris([("split", "=", split)])
-    return sorted(map(file_url, uris))
+    return sorted(file_url(file_of_table(uri)) for uri in uris)
 
 
 def split_files(runtime: Runtime, split: str) -> list[str]:
@@ -83,7 +83,7 @@ def split_files(runtime: Runtime, split: str) -> list[str]:
     if isinstance(runtime.place, Path):
         return snapshot_files(table, runtime.version(SEQUENCES), split)
     # delta-rs knows no hdfs://. Spark lists the files, maybe with those of other splits.
-    files = runtime.read(SEQUENCES).where(F.col("split") == split).inputFiles()
+    files = map(file_of_table, runtime.read(SEQUENCES).where(F.col("split") == split).inputFiles())
     home = shared_url(HadoopPath(table))
     return sorted(home + file.removeprefix(table) for file in files if file.startswith(f"{table}/split={split}/"))
 
@@ -95,8 +95,10 @@ def training_files(runtime: Runtime) -> dict[str, list[str]]:
     training instead of by each increment of build_sequences.
 
     Raises:
-        TrailvecError: another run changes the table meanwhile.
+        TrailvecError: another run changes the table meanwhile, or training can't read a folder of its name.
     """
+    if found := not_for_training(table := runtime.path(SEQUENCES)):
+        raise TrailvecError(f"training can't read {table}, a path with {found}: move storage.root to one without it")
     runtime.purge(SEQUENCES, "split IN ('train', 'valid')")
     runtime.read_after_upkeep(SEQUENCES)
     return {split: split_files(runtime, split) for split in ("train", "valid")}
@@ -304,6 +306,8 @@ class Listener:
 
 def progress_line(event: dict[str, Any]) -> str:
     """An event of training.loop in words."""
+    if event["event"] == "without_gpus":
+        return "trains on the CPU: Horovod was built without NCCL, which its exchange between GPUs needs"
     if event["event"] == "left":
         step = f"epoch {event['epoch']}, after {event['step']:,} steps"
         return f"leaves the checkpoint of {step}: its rows lie in other files now, and would come in another order"

@@ -5,6 +5,7 @@ One process is the same code with size 1; it needs no launcher.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -16,20 +17,34 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
+from jobs.errors import TrailvecError
 from training.rowwise import summed
 
 
 def start() -> torch.device:
     """Joins the processes that the launcher started (without a launcher this one is alone); this process's device:
-    one GPU for each process of a machine, or the CPU."""
-    cuda = torch.cuda.is_available()
+    one GPU for each process of a machine, or the CPU, also where Horovod was built without NCCL.
+
+    Raises:
+        TrailvecError: a machine has more processes than GPUs.
+    """
+    gpus = torch.cuda.is_available()
+    cuda = gpus and bool(hvd.nccl_built())  # else Horovod exchanges tensors in the CPU's memory alone
     if not cuda:
         # A thread of Horovod's asks the others every so many milliseconds what there is to exchange. Every single one
         # (its default) costs a process that computes on one core 20 ms of a step of 66 (docs/what-did-not-work.md).
         os.environ.setdefault("HOROVOD_CYCLE_TIME", "3")
     hvd.init()
     if not cuda:
+        if gpus and rank() == 0:
+            print(json.dumps({"event": "without_gpus"}), flush=True)
         return torch.device("cpu")
+    processes, there = hvd.local_size(), torch.cuda.device_count()
+    if processes > there:
+        raise TrailvecError(
+            f"train.processes asks for {processes} processes on a machine with {there} GPUs: lower it, or hide "
+            f"the GPUs with CUDA_VISIBLE_DEVICES=''"
+        )
     torch.cuda.set_device(hvd.local_rank())
     torch.set_float32_matmul_precision("high")  # TF32 where a product is not in bfloat16 anyway
     return torch.device("cuda", hvd.local_rank())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 
 def local_path(place: str) -> str | None:
@@ -26,3 +27,15 @@ def file_url(place: str) -> str:
     """The place as Petastorm wants it: file:// and an absolute path; a URL of another store as it is."""
     path = local_path(place)
     return place if path is None else f"file://{Path(path).absolute()}"
+
+
+def file_of_table(uri: str) -> str:
+    """A data file's place, of what delta-rs and Spark say: there the path is a URL's (a space is %20), and Petastorm
+    takes it as it stands."""
+    return unquote(uri)
+
+
+def not_for_training(place: str) -> str | None:
+    """What in a folder's name Petastorm (# and ?: there a URL's path ends) or delta-rs (%41: it reads A) can't read."""
+    found = re.search(r"[#?]|%[0-9A-Fa-f]{2}", place)
+    return found[0] if found else None

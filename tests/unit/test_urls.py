@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from deltalake import write_deltalake
 from pyarrow import fs
@@ -18,8 +19,9 @@ from jobs.errors import TrailvecError
 from jobs.files import HadoopPath
 from jobs.segment_files import ArrowFolder, delivered, place_of
 from jobs.segments import Segment
-from jobs.train import snapshot_files
-from training.data import Piece
+from jobs.train import snapshot_files, training_files
+from tests.sequence_files import make_rows, make_run
+from training.data import Piece, read_batches
 from training.urls import file_url, local_path
 
 ABFSS = "abfss://vectors@account.dfs.core.windows.net/trailvec"
@@ -75,11 +77,29 @@ def test_training_gets_the_urls_of_a_snapshots_files(
 
 def test_a_real_snapshots_files_are_found_by_their_urls(tmp_path: Path) -> None:
     rows = pa.table({"split": ["train", "valid"], "length": [1, 2]})
-    write_deltalake(str(tmp_path / "sequences"), rows, partition_by=["split"])
-    for form in (f"{tmp_path}/sequences", f"file://{tmp_path}/sequences", f"file:{tmp_path}/sequences"):
+    table = tmp_path / "a wärehouse, 100%" / "sequences"
+    write_deltalake(str(table), rows, partition_by=["split"])
+    for form in (f"{table}", f"file://{table}", f"file:{table}"):
         (url,) = snapshot_files(form, 0, "train")
-        assert url.startswith(f"file://{tmp_path}/sequences/split=train/")
+        assert url.startswith(f"file://{table}/split=train/")
         assert Path(url.removeprefix("file://")).is_file()
+
+
+def test_petastorm_reads_a_table_whose_path_has_a_space_and_an_umlaut(tmp_path: Path) -> None:
+    folder = tmp_path / "a wärehouse, 100%"
+    folder.mkdir()
+    (url,) = make_run(folder, [make_rows(20)]).train_files
+    rows = pq.read_table(url.removeprefix("file://")).append_column("split", pa.array(["train"] * 20))
+    write_deltalake(str(folder / "sequences"), rows, partition_by=["split"])
+    files = snapshot_files(str(folder / "sequences"), 0, "train")
+    batches = read_batches(files, max_length=8, batch_size=4, rank=0, size=1, seed=0)
+    assert sum(len(batch["item_index"]) for batch in batches) == 20
+
+
+@pytest.mark.parametrize(("name", "found"), [("a#b", "#"), ("a?b", r"\?"), ("a%20b", "%20")])
+def test_a_path_that_training_cannot_read_is_one_sentence(name: str, found: str) -> None:
+    with pytest.raises(TrailvecError, match=f"a path with {found}: move storage.root to one without it"):
+        training_files(SimpleNamespace(path=lambda table: f"/data/{name}/{table.name}"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("place", "path", "url"), FORMS)
