@@ -68,6 +68,21 @@ _SPARK_MESSAGES = (
         "conf/s3.toml",
     ),
     (
+        r"Illegal Parquet type: INT(?:64|96) \(TIMESTAMP\(NANOS",  # Spark does not say which file
+        "a Parquet file of the input has times in nanoseconds, which Spark can't read: write it again with "
+        'coerce_timestamps="us" (pandas, pyarrow)',
+    ),
+    (
+        r"Cannot fetch offset (\d+) \(GroupId: [^)]*?TopicPartition: ([^)\s]+)\)",
+        "records of {1} from offset {0} on are gone from the topic before they were read: set "
+        'failOnDataLoss = "false" in the input\'s kafka.options to go on without them',
+    ),
+    (
+        r"data may have been (?:lost|missed)",
+        'records are gone from the topic before they were read: set failOnDataLoss = "false" in the input\'s '
+        "kafka.options to go on without them",
+    ),
+    (
         r"Multiple streaming (?:jobs|queries)",
         "another ingest reads the same input right now: run this one again when it has ended; nothing is lost",
     ),

@@ -1,0 +1,34 @@
+"""Spark's messages as a user reads them."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobs.errors import explain
+
+_LOST = "Some data may have been lost because they are not available in Kafka any more; either the data was aged out"
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "java.lang.IllegalStateException: Cannot fetch offset 30 (GroupId: spark-kafka-source-1-executor, "
+            f"TopicPartition: views-2). \n{_LOST}",
+            "records of views-2 from offset 30 on are gone from the topic before they were read: set failOnDataLoss = "
+            '"false" in the input\'s kafka.options to go on without them',
+        ),
+        (
+            "Partition views-0's offset was changed from 30 to 10, some data may have been missed. \n" + _LOST,
+            "records are gone from the topic before they were read: set failOnDataLoss = "
+            '"false" in the input\'s kafka.options to go on without them',
+        ),
+        (
+            "[PARQUET_TYPE_ILLEGAL] Illegal Parquet type: INT64 (TIMESTAMP(NANOS,true)).",
+            "a Parquet file of the input has times in nanoseconds, which Spark can't read: write it again with "
+            'coerce_timestamps="us" (pandas, pyarrow)',
+        ),
+    ],
+)
+def test_a_message_of_spark_becomes_a_sentence(said: str, told: str) -> None:
+    assert explain(RuntimeError(f"An error occurred while calling o1.load.\n: {said}\n\tat org.apache")) == told
