@@ -339,6 +339,11 @@ def run(runtime: Runtime) -> None:
             f"two mappings of ingest.sources are named {twice[0]}: give each a name of its own, since how far each was "
             "read is kept under it"
         )
+    if not runtime.exists(EVENTS):
+        # What the books say was read into a table that is gone (moved away, say). Of all inputs at once, and of sources
+        # that are not named now too: after a kill the table is there.
+        remove_tree(runtime.place / "checkpoints" / "ingest")
+        runtime.create(EVENTS)  # from here on another ingest leaves the books alone
     for source in sources:
         for mapping in source.input:
             follow(runtime, source, mapping)

@@ -31,7 +31,7 @@ def cut_times(events: DataFrame, settings: SequencesSettings) -> Cuts:
     if last is None:
         raise TrailvecError(
             "table events is empty, or has flagged users alone: look into rejected_events and flagged_users, then run "
-            "`trailvec ingest` again"
+            "`trailvec ingest --force`, which reads all inputs again"
         )
     # Exclusive, so that "strictly before" holds for the last event too.
     end = datetime.fromtimestamp(0, timezone.utc).replace(tzinfo=None) + timedelta(microseconds=last + 1)

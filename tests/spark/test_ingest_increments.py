@@ -23,6 +23,7 @@ from jobs.errors import TrailvecError
 from jobs.ingest import STAGE
 from jobs.raw_records import read_raw
 from jobs.runtime import Runtime
+from jobs.sources import Input, Source
 from jobs.spark_session import spark_conf
 from jobs.tables import EVENTS, REJECTED_EVENTS
 from scripts.bench.measure import Watch
@@ -153,6 +154,33 @@ def test_a_changed_path_reads_again_and_writes_nothing_again(
         with pytest.raises(TrailvecError, match="stopped"):
             runtime.execute(STAGE)
     assert runtime.execute(STAGE).rows_in["records"] == 4
+    assert (events(runtime), read_delta(runtime.path(REJECTED_EVENTS))) == before
+
+
+def test_where_events_was_moved_away_all_inputs_are_read_again(
+    make_runtime: Callable[..., Runtime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the second one, where the run is stopped after the first."""
+    (tmp_path / "log.csv").write_text(HEADER + "1,ann,a,2023-05-01,1\n2,,b,2023-05-02,1\n")
+    (tmp_path / "more.csv").write_text(HEADER + "3,cyd,c,2023-05-03,1\n")
+    runtime = make_runtime(*settings(tmp_path, source(tmp_path, 'path = "log.csv"\nformat = "csv"')))
+    with (tmp_path / "shop.toml").open("a") as mapping:
+        mapping.write(f'[[input]]\npath = "more.csv"\nformat = "csv"\n{COLUMNS}')
+    runtime.execute(STAGE)
+    before = events(runtime), read_delta(runtime.path(REJECTED_EVENTS))
+    shutil.move(runtime.path(EVENTS), tmp_path / "away")
+
+    def stop_at_more(runtime: Runtime, source: Source, mapping: Input) -> None:
+        if mapping.path == "more.csv":
+            raise TrailvecError("stopped")
+        follow(runtime, source, mapping)
+
+    follow = ingest.follow
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest, "follow", stop_at_more)
+        with pytest.raises(TrailvecError, match="stopped"):
+            runtime.execute(STAGE)
+    assert runtime.execute(STAGE).rows_in["records"] == 1
     assert (events(runtime), read_delta(runtime.path(REJECTED_EVENTS))) == before
 
 
