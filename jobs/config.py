@@ -8,12 +8,14 @@ Relative paths in values are taken from the directory in which the command runs.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import tomllib
 import zoneinfo
-from datetime import datetime
+from datetime import date, datetime, time
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
@@ -22,6 +24,7 @@ from training.config import Section, TrainSettings, UtcDatetime
 from training.urls import local_path
 
 M = TypeVar("M", bound=BaseModel)
+V = TypeVar("V")
 # What Spark takes as a LIKE pattern: a backslash stands before _, % or another backslash.
 LikePattern = Annotated[str, Field(pattern=r"^([^\\]|\\[_%\\])+$")]
 
@@ -30,6 +33,17 @@ def _known_zone(name: str) -> str:
     if name not in zoneinfo.available_timezones():
         raise ValueError(f"found {name!r}, which is no IANA time zone")
     return name
+
+
+def _known_tables(by_table: dict[str, V]) -> dict[str, V]:
+    from jobs.tables import TABLES  # noqa: PLC0415 - PySpark comes with it
+
+    names = [table.name for table in TABLES]
+    for name in by_table:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0)
+            raise ValueError(f"no table is named {name}, the nearest name is {near[0]}")
+    return by_table
 
 
 TimeZone = Annotated[str, AfterValidator(_known_zone)]
@@ -257,10 +271,10 @@ class MaintainSettings(Section):
         description="files that a table dropped are kept so long, for readers that began before; also how long a stage "
         "may rest and still go on from the changes",
     )
-    retention_hours_of: dict[str, Annotated[float, Field(ge=24, le=720)]] = Field(
-        default_factory=dict, description="the same of single tables, by name"
+    retention_hours_of: Annotated[dict[str, Annotated[float, Field(ge=24, le=720)]], AfterValidator(_known_tables)] = (
+        Field(default_factory=dict, description="the same of single tables, by name")
     )
-    keep_days: dict[str, Annotated[int, Field(ge=1)]] = Field(
+    keep_days: Annotated[dict[str, Annotated[int, Field(ge=1)]], AfterValidator(_known_tables)] = Field(
         default_factory=dict,
         description="rows that are older by so many whole days (UTC) are deleted, by table: events, rejected_events, "
         "exports; what is made from events follows in the next run. None named: all are kept",
@@ -419,14 +433,23 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise TrailvecError(f"{path} does not exist: correct the path") from None
+    except OSError as error:  # a folder, say
+        raise TrailvecError(f"{path} can't be read ({error.strerror}): correct the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TrailvecError(f"{path} is no TOML file: {error}: correct it") from None
 
 
-def _read_with_bases(path: Path) -> dict[str, Any]:
-    values = read_toml(path)
+def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file's values over those of the file that it extends; `above` are those that extend it."""
+    values, chain = read_toml(path), (*above, path.resolve())
     base = values.pop("extends", None)
-    return values if base is None else _merge(_read_with_bases(path.parent / base), values)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise TrailvecError(f'{path}: extends = {base!r}: name one file, such as extends = "base.toml"')
+    if (path.parent / base).resolve() in chain:
+        raise TrailvecError(f"{path}: extends = {base!r} leads back to a file that extends it: name another")
+    return _merge(_read_with_bases(path.parent / base, chain), values)
 
 
 def _merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
@@ -438,20 +461,49 @@ def _merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
 
 
 def _assign(values: dict[str, Any], assignment: str) -> None:
-    """Sets `a.b=c` in place; c is read as TOML and, where it is none, as a plain string."""
+    """Sets `a.b=c` in place; c is read as TOML and, where it is none or the setting is a string, as a plain string.
+    A part of the key that has dots stands in quotes."""
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise TrailvecError(f"--set {assignment}: found no key=value: write for example --set train.epochs=2")
-    try:
+    path = _parts(key)
+    value: Any = text
+    with contextlib.suppress(tomllib.TOMLDecodeError):
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *parents, last = key.split(".")
+    if isinstance(value, int | float | date | time) and _is_text(path):
+        value = text.strip()  # a model's version may be digits alone
+    *parents, last = path
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise TrailvecError(f"--set {assignment}: {parent} is a value, not a section: correct the key")
     values[last] = value
+
+
+def _parts(key: str) -> list[str]:
+    """The parts of a dotted key, as TOML reads it; of what is no key in TOML, between the dots."""
+    try:
+        node: Any = tomllib.loads(f"{key} = 0")
+        parts = []
+        while isinstance(node, dict):
+            ((part, node),) = node.items()
+            parts.append(part)
+        return parts
+    except ValueError:
+        return key.split(".")
+
+
+def _is_text(path: list[str]) -> bool:
+    """Whether the setting is a string."""
+    wanted: list[Any] = [Config]
+    for name in path:
+        section = next((w for w in wanted if isinstance(w, type) and issubclass(w, BaseModel)), None)
+        if section is None:
+            inner = next((get_args(w)[1] for w in wanted if get_origin(w) is dict), None)
+        else:
+            inner = section.model_fields[name].annotation if name in section.model_fields else None
+        wanted = [*get_args(inner)] if get_origin(inner) in (Union, UnionType) else [inner]
+    return any(w is str or getattr(w, "__origin__", None) is str for w in wanted)
 
 
 def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

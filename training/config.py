@@ -5,7 +5,15 @@ from __future__ import annotations
 from datetime import datetime, timezone
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _no_number(value: Any) -> Any:
+    """Pydantic takes a number, digits in quotes too, for seconds since 1970: 20111101 would be a day in 1970."""
+    digits = isinstance(value, str) and value.strip().lstrip("+-").replace(".", "", 1).isdigit()
+    if digits or isinstance(value, int | float):
+        raise ValueError(f"found {value!r}, a number, where a time is wanted, such as 2011-11-01T00:00:00")
+    return value
 
 
 def _to_utc(value: datetime) -> datetime:
@@ -13,7 +21,7 @@ def _to_utc(value: datetime) -> datetime:
 
 
 # A time without a zone is UTC; one with a zone is converted.
-UtcDatetime = Annotated[datetime, AfterValidator(_to_utc)]
+UtcDatetime = Annotated[datetime, BeforeValidator(_no_number), AfterValidator(_to_utc)]
 
 
 class Section(BaseModel):

@@ -1,0 +1,69 @@
+"""The configuration: what is wrong in it is one sentence, and `--set` takes what is meant."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from jobs.config import load_config
+from jobs.errors import TrailvecError
+
+
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        (
+            "maintain.keep_days={ evnets = 3 }",
+            "maintain.keep_days: no table is named evnets, the nearest name is events",
+        ),
+        ("maintain.retention_hours_of={ sesions = 24 }", "no table is named sesions, the nearest name is sessions"),
+        ("sequences.valid_from=20111101", "sequences.valid_from: found 20111101, a number, where a time is wanted"),
+        ('sequences.valid_from="20111101"', "sequences.valid_from: found '20111101', a number, where a time is wanted"),
+        ("ingest.earliest=1.5e9", "ingest.earliest: found 1500000000.0, a number, where a time is wanted"),
+        ("ingest.sources=5", "ingest.sources = 5: Input should be a valid list"),
+        ("train.epochs=many", "train.epochs = 'many': Input should be a valid integer"),
+        ("storage.root.a=b", "storage.root = {'a': 'b'}: Input should be a valid string"),
+        ("modle.version=a", "unknown key modle; did you mean model?"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence(assignment: str, said: str) -> None:
+    with pytest.raises(TrailvecError) as error:
+        load_config(None, [assignment])
+    assert str(error.value).startswith("the settings: ")
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_time_is_taken_in_every_way_to_write_it() -> None:
+    for text in ("2011-11-01", '"2011-11-01"', "2011-11-01T00:00:00", "2011-11-01T01:00:00+01:00"):
+        assert load_config(None, [f"sequences.valid_from={text}"]).sequences.valid_from == datetime(2011, 11, 1)
+
+
+@pytest.mark.parametrize("version", ["604812345678", "0123456789ab", "12345678e901", "2011-11-01", "true", '"a"'])
+def test_what_is_set_as_a_string_is_kept_as_it_is_written(version: str) -> None:
+    assert load_config(None, [f"model.version={version}"]).model.version == version.strip('"')
+
+
+def test_a_quoted_part_of_a_key_may_have_dots() -> None:
+    sets = ['spark.conf."spark.executor.memory"="4g"', "spark.conf.'spark.executor.cores'=4", "train.epochs = 2"]
+    config = load_config(None, sets)
+    assert config.spark.conf == {"spark.executor.memory": "4g", "spark.executor.cores": "4"}
+    assert config.train.epochs == 2
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    def refused(text: str) -> str:
+        (tmp_path / "mine.toml").write_text(text)
+        with pytest.raises(TrailvecError) as error:
+            load_config(tmp_path / "mine.toml")
+        return str(error.value).replace(f"{tmp_path}/", "")
+
+    (tmp_path / "other.toml").write_text('extends = "mine.toml"')
+    assert refused('extends = "mine.toml"').startswith("mine.toml: extends = 'mine.toml' leads back to a file that")
+    assert refused('extends = "other.toml"').startswith("other.toml: extends = 'mine.toml' leads back to a file that")
+    assert refused('extends = ["other.toml"]').startswith("mine.toml: extends = ['other.toml']: name one file")
+    assert refused('extends = "none.toml"') == "none.toml does not exist: correct the path"
+    with pytest.raises(TrailvecError, match=r"can't be read \(Is a directory\): correct the path$"):
+        load_config(tmp_path)
