@@ -25,7 +25,7 @@ from pyspark.sql import types as T
 
 from jobs.config import IngestSettings
 from jobs.errors import TrailvecError, explain
-from jobs.raw_records import BROKEN, FILE, LINE, REST, named_column, text_of
+from jobs.raw_records import BROKEN, FILE, LINE, REST, named_column, text_of, valid_text
 from jobs.sources import Given, IdValue, Input, TimeValue, Value
 from jobs.tables import EVENTS
 from spark_udfs.keyed import ColumnTest
@@ -102,13 +102,14 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
     # First the numbers, of which the reasons ask several times.
     numbered = given.withColumns({n: _number(given, n) for n in _NUMBERS})
     events = numbered.withColumns({"reason": _reason(numbered, settings, now, zones), "source": F.lit(source)})
-    # What a broken row shows as its user may be a part of anything.
-    user_id = F.when(F.col("reason").isNull() | (F.col("reason") != BROKEN_ROW), F.col("user_id")).alias("user_id")
+    # An event's texts are valid. What a broken row shows as its user may be a part of anything.
+    user_id = F.when(F.col("reason").isNull(), F.col("user_id"))
+    user_id = user_id.when(F.col("reason") != BROKEN_ROW, valid_text(F.col("user_id"))).alias("user_id")
     return events.select(
         *[user_id if c.name == "user_id" else c.name for c in EVENTS.columns],
         "reason",
         # Made into text here and not above, where it would be made for every record.
-        F.when(F.col("reason").isNotNull(), F.coalesce("line", F.to_json("record"))).alias("raw"),
+        F.when(F.col("reason").isNotNull(), valid_text(F.coalesce("line", F.to_json("record")))).alias("raw"),
         "file",
     )
 
@@ -210,7 +211,7 @@ def _is_nested(raw: DataFrame, value: Given, mapping: Input) -> Column:
 def _is_valid_text(names: Sequence[str]) -> Column:
     """False where bytes are no UTF-8: Java reads them as U+FFFD, which no clean log holds."""
     parts = [*map(F.col, names), F.array_join(F.map_values("attributes"), "")]
-    return ~F.decode(F.encode(F.concat_ws("", *parts), "UTF-8"), "UTF-8").contains("\ufffd")
+    return ~valid_text(F.concat_ws("", *parts)).contains("\ufffd")
 
 
 def _reason(given: DataFrame, settings: IngestSettings, now: datetime, zones: list[str]) -> Column:

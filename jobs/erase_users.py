@@ -40,6 +40,7 @@ from jobs.cli import stage_main
 from jobs.config import UserList
 from jobs.errors import TrailvecError
 from jobs.maintain_tables import disk_files
+from jobs.raw_records import valid_text
 from jobs.runtime import Report, Runtime, Stage, code_version
 from jobs.segments import read_segments
 from jobs.tables import ERASED_USERS, ERASURES, EXPORTS, REJECTED_EVENTS, TABLES, Table
@@ -245,7 +246,7 @@ def _delete(runtime: Runtime, table: Table, column: tuple[str, str], users: Data
 
 def _delete_unread(runtime: Runtime, in_raw: ColumnTest, erasure: str) -> None:
     """Rejected records of nobody known whose text holds one of the users. Such a record has no key: a hash names it."""
-    unread = runtime.latest(REJECTED_EVENTS).where("user_id IS NULL").where(in_raw(F.col("raw")))
+    unread = runtime.latest(REJECTED_EVENTS).where("user_id IS NULL").where(in_raw(valid_text(F.col("raw"))))
     texts = [row[0] for row in unread.select(F.sha2("raw", 256)).distinct().collect()]
     if texts:
         same = F.sha2("old.raw", 256) == F.col("gone.user_id")
@@ -340,10 +341,11 @@ def _on_disk(runtime: Runtime, table: Table, tests: tuple[ColumnTest, ColumnTest
     found: set[str] = set()
     for rows in _files(runtime, table):
         for name, where in table.user_columns().items():
-            users = rows.where(where).select(F.col(f"old.{name}").alias("user_id")).distinct()
+            users = rows.where(where).select(valid_text(F.col(f"old.{name}")).alias("user_id")).distinct()
             found.update(row["user_id"] for row in users.where(is_erased(F.col("user_id"))).collect())
         if table == REJECTED_EVENTS:
-            texts = rows.where("user_id IS NULL").select("raw").distinct().where(holds_erased(F.col("raw")))
+            raw = valid_text(F.col("raw")).alias("raw")
+            texts = rows.where("user_id IS NULL").select(raw).distinct().where(holds_erased(F.col("raw")))
             found.update(*[values(row["raw"]) for row in texts.collect()])
     return found
 

@@ -94,7 +94,7 @@ def read_raw(
         spread: parse the records in a task for each core, whatever files they lie in: for few and large files.
 
     Raises:
-        TrailvecError: a file does not exist, or a column that the mapping names.
+        TrailvecError: a file does not exist, or a column that the mapping names, or a header has it twice.
     """
     # With it, Spark finds partition columns (day=2017-01-01) in the files' paths.
     folder = data_dir / str(mapping.path)
@@ -102,7 +102,10 @@ def read_raw(
     groups: list[DataFrame] = []
     for alike in _by_partition_columns(files) if base else [files]:
         if mapping.format == "csv":
-            groups += [_read_csv(spark, group, mapping.delimiter, base) for group in _by_header(spark, alike)]
+            for header, group in _by_header(spark, alike).items():
+                records = _read_csv(spark, group, mapping.delimiter, base)
+                _check_doubled(group[0], header, records.columns, _named_columns(mapping))
+                groups.append(records)
         elif mapping.format == "parquet":
             groups += [_with_place(frame) for frame in _read_parquet(spark, _as_patterns(alike), base)]
         else:
@@ -175,7 +178,7 @@ def _with_place(rows: DataFrame) -> DataFrame:
     return rows.select("*", _file(), F.lit(None).cast("string").alias(LINE), F.lit(False).alias(BROKEN))
 
 
-def _by_header(spark: SparkSession, files: Sequence[str]) -> list[list[str]]:
+def _by_header(spark: SparkSession, files: Sequence[str]) -> dict[str, list[str]]:
     """The files of each header, in the order of their names."""
     jvm: Any = spark._jvm
     conf = spark._jsc.hadoopConfiguration()
@@ -198,14 +201,26 @@ def _by_header(spark: SparkSession, files: Sequence[str]) -> list[list[str]]:
             reader.close()
         if header is not None:  # else it has no records
             groups.setdefault(header, []).append(file)
-    return list(groups.values())
+    return groups
+
+
+def _check_doubled(file: str, header: str, columns: Sequence[str], names: Sequence[str]) -> None:
+    """Spark puts its place behind the name of each column that has another one's (note and Note are one to it)."""
+    for name in names:
+        for place, column in enumerate(columns):
+            if column.lower() == f"{name}{place}".lower() and column not in header:
+                raise TrailvecError(
+                    f"{file}: the header has several columns {name}, which the source's mapping names: give each a "
+                    f"name of its own"
+                )
 
 
 def _read_csv(
-    spark: SparkSession, files: Sequence[str], delimiter: str, base: dict[str, str], mode: str = "PERMISSIVE"
+    spark: SparkSession, files: Sequence[str], delimiter: str, base: dict[str, str], lookup: bool = False
 ) -> DataFrame:
-    """Files of one header."""
-    reader = spark.read.options(header=True, sep=delimiter, escape='"', enforceSchema=False, **base)
+    """Files of one header; of a lookup, whose headers nobody has compared, Spark does."""
+    mode = "FAILFAST" if lookup else "PERMISSIVE"
+    reader = spark.read.options(header=True, sep=delimiter, escape='"', enforceSchema=not lookup, **base)
     files = _as_patterns(files)
     header = reader.csv(files[0]).columns
     schema = T.StructType([T.StructField(name, T.StringType()) for name in [*header, LINE]])
@@ -235,10 +250,13 @@ def _parse_json(lines: DataFrame, names: list[str], claimed: set[str]) -> DataFr
         rest = F.map_concat(rest, _texts(unclaimed))
     # As a list: of two objects in one line Spark would give the first, and not say a word of the second.
     objects = F.from_json(F.concat(F.lit("["), LINE, F.lit("]")), "array<map<string,string>>")
+    keys = F.map_keys(F.col("objects")[0])
+    # Of a key that stands twice a map would hold both, which no other reader takes.
+    is_one = (F.size("objects") == 1) & (F.size(keys) == F.size(F.array_distinct(keys)))
     return (
         lines.where(F.trim(LINE) != "")
         .withColumn("objects", objects)
-        .withColumn("parsed", F.when(F.size("objects") == 1, F.col("objects")[0]))
+        .withColumn("parsed", F.when(is_one, F.col("objects")[0]))
         .select(
             *[(named_column(name) if name in in_path else F.col("parsed")[name]).alias(name) for name in names],
             FILE,
@@ -267,7 +285,7 @@ def _read_lookup(spark: SparkSession, lookup: Lookup, data_dir: Place) -> DataFr
     """One row for each value of the `on` columns; these as text, under names of their own (_on)."""
     files = [file for file, *_ in find_inputs(spark, data_dir, lookup.path)]
     if lookup.format == "csv":
-        rows = _read_csv(spark, files, lookup.delimiter, {}, mode="FAILFAST").drop(FILE, LINE, BROKEN)
+        rows = _read_csv(spark, files, lookup.delimiter, {}, lookup=True).drop(FILE, LINE, BROKEN)
     else:
         rows = spark.read.parquet(*files)
     _check_columns(lookup.path, rows, lookup.on)
@@ -302,6 +320,11 @@ def _check_columns(path: str, rows: DataFrame, names: Sequence[str]) -> None:
         near = difflib.get_close_matches(missing[0], found, n=1)
         hint = f"did you mean {near[0]}?" if near else f"found {', '.join(found)}: correct the mapping"
         raise TrailvecError(f"{path} has no column {missing[0]}, which the source's mapping names; {hint}")
+
+
+def valid_text(value: Column) -> Column:
+    """The text with U+FFFD for bytes that are no UTF-8, which Spark's readers keep, and Python and DuckDB refuse."""
+    return F.decode(F.encode(value, "UTF-8"), "UTF-8")
 
 
 def text_of(value: Column) -> Column:

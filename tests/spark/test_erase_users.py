@@ -16,6 +16,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
@@ -46,7 +48,7 @@ from jobs.tables import (
 )
 from jobs.tombstones import ERASE_KEY
 from jobs.user_lists import read_users
-from tests.conftest import expired, make_config, put, read_delta
+from tests.conftest import add, expired, make_config, put, read_delta
 from tests.events import START, make_event, to_frame
 
 KEY = "a key of the tests"
@@ -291,6 +293,61 @@ def test_a_row_that_an_update_hid_goes_too(make_runtime: Callable[..., Runtime],
         assert str(folder) in report.notes[0]
         folder.rmdir()
     assert finish(runtime).rows_out == {"finished": 1}
+
+
+def test_texts_that_no_utf8_holds_stop_nothing(
+    make_runtime: Callable[..., Runtime], tmp_path: Path, keyed: None
+) -> None:
+    """Half of an emoji in JSON, and bytes of another encoding in lines and in Parquet's columns."""
+    data = tmp_path / "data"
+    data.mkdir()
+    name, columns = MAPPING.split("[[input]]")
+    inputs = [f"[[input]]{columns}".replace("csv", form) for form in ("json", "parquet")]
+    (tmp_path / "shop.toml").write_text(name + "".join(inputs))
+    sources = f"ingest.sources={json.dumps([str(tmp_path / 'shop.toml')])}"
+    runtime = make_runtime(sources, f'ingest.data_dir="{data}"', "ingest.max_rejected_share=1.0")
+    own = (
+        b'"user": "bob"',
+        b'"note": "caf\xe9 erika"',
+        b'"other": "erika", "note": "cut \\ud83d"',
+        b'"note": "caf\xe9"',
+        b'"note": "cut \\ud83d"',
+    )
+    users = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.array([0, 4, 9], pa.int32()).buffers()[1], pa.py_buffer(b"caf\xe9erika")]
+    )
+
+    def arrive(day: int) -> list[str]:
+        rest = b'"item": "i", "at": "2023-05-01", "price": 1'
+        lines = [b'{"id": "%d%d", %s, %s}' % (day, number, text, rest) for number, text in enumerate(own)]
+        (data / f"log{day}.json").write_bytes(b"\n".join(lines))
+        same = {"item": ["i"] * 2, "at": ["2023-05-01"] * 2, "price": ["dear"] * 2}
+        pq.write_table(pa.table({"id": [f"p{day}", f"q{day}"], "user": users, **same}), data / f"log{day}.parquet")
+        return runtime.execute(ingest.STAGE).notes
+
+    def refused() -> list[tuple[str, str | None]]:
+        rows = runtime.latest(REJECTED_EVENTS).select("reason", "user_id", "raw").collect()
+        return sorted((row["reason"], row["user_id"] or "") for row in rows)
+
+    arrive(1)
+    kept = [("invalid_utf8", ""), ("invalid_utf8", "caf\ufffd"), ("missing_user_id", "")]
+    hers = [("bad_amount", "erika"), ("invalid_utf8", ""), ("missing_user_id", "")]
+    assert refused() == sorted([*kept, *hers])
+    assert all("\ufffd" in row["raw"] for row in read_delta(runtime.path(REJECTED_EVENTS)) if "caf" in row["raw"])
+
+    # Rows of before, with the bytes as they came.
+    old = [(None, bytearray(own[1])), (None, bytearray(own[3])), (bytearray(b"caf\xe9"), None)]
+    rows = runtime.spark.createDataFrame(old, "user_id binary, raw binary").selectExpr(
+        "'shop' source", "'f' file", "string(user_id)", "'old' reason", "string(raw)", "current_date() refused_on"
+    )
+    add(runtime, REJECTED_EVENTS, rows)
+    (tmp_path / "ids.txt").write_text("erika\n")
+    erase(runtime, str(tmp_path / "ids.txt"), requested_by="desk")
+    left = sorted([*kept, ("old", ""), ("old", "caf\ufffd")])
+    assert refused() == left
+    assert arrive(2) == [f"{count} records of erased users dropped" for count in (2, 1)]  # by input
+    assert refused() == sorted([*left, *kept])
+    assert "1 erased users" in finish(runtime).notes[-1]
 
 
 def test_lists_that_are_read_at_once_keep_their_copies(

@@ -301,6 +301,7 @@ def test_a_broken_json_line_is_kept_as_it_is(spark: SparkSession, write: Callabl
     good = '{"id": "1", "user": "ann", "item": "a", "at": "2023-05-01T10:00:00Z", "price": 1}'
     two = good + good.replace("1", "2")  # two files put together, the first without a last line's end
     broken = ['"text"', '[{"id": "2"}]', good[:30], two, good + "," + good, good + " and more"]
+    broken.append(good.replace('"price": 1', '"price": 1, "k": 1, "k": 2'))  # which of the two?
     rows = ingest(spark, write("log.json", "\n".join([good, *broken])), mapping("log.json", "json"))
     assert sorted(row["raw"] for row in rows if row["reason"] == "broken_row") == sorted(broken)
     assert [row["event_id"] for row in rows if row["reason"] is None] == ["1"]
@@ -357,6 +358,21 @@ def test_a_csv_file_with_other_columns_is_read_by_its_own_header(
     assert [row["amount"] for row in rows] == [1.0, 2.0, 3.0, 4.0]
     assert [row["event_ts"].day for row in rows] == [1, 2, 3, 4]
     assert [row["attributes"] or {} for row in rows] == [{}, {}, {"channel": "app"}, {}]
+
+
+def test_a_header_without_a_name_or_with_one_twice_is_read(
+    spark: SparkSession, write: Callable[[str, str], Path]
+) -> None:
+    folder = write("day1.csv", ",id,user,item,at,price\n0,1,ann,a,2023-05-01,1\n")  # pandas' index
+    write("day2.csv", "id,user,item,at,price,\n2,ann,a,2023-05-02,2,\n3,ann,a,2023-05-02,2\n")
+    write("day3.csv", "id,user,item,at,price,note,Note\n4,ann,a,2023-05-03,3,x,y\n")
+    rows = ingest(spark, folder, mapping("day*.csv"))
+    assert [row["raw"] for row in rows if row["reason"] == "broken_row"] == ["3,ann,a,2023-05-02,2"]
+    found = [(row["event_id"], row["attributes"]) for row in rows if not row["reason"]]
+    assert found == [("1", {"_c0": "0"}), ("2", {}), ("4", {"note5": "x", "Note6": "y"})]
+    for category in ("note", {"expr": "upper(NOTE)"}):
+        with pytest.raises(TrailvecError, match=r"day3\.csv: the header has several columns (note|NOTE), which the"):
+            ingest(spark, folder, mapping("day3.csv", columns={"category": category}))
 
 
 @pytest.mark.parametrize("form", ["csv", "json", "parquet"])

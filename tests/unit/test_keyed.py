@@ -46,6 +46,11 @@ def test_values_of_a_record_that_could_not_be_read(raw: str, value: str) -> None
     assert asked(on_list_in_raw(KEY, hashed(KEY, [value])), [raw, "else"]) == [True, False]
 
 
+def test_half_of_an_emoji_in_json_stops_nothing() -> None:
+    raws = [json.dumps({"user": user, "name": "cut \ud83d"}) for user in ("ann", "bob")]
+    assert asked(on_list_in_raw(KEY, hashed(KEY, ["ann"])), raws) == [True, False]
+
+
 @pytest.mark.parametrize(
     ("user", "raw", "found"),
     [
