@@ -38,6 +38,14 @@ from training.checkpoint import ALIGNMENT, ROTATION, read_about, read_alignment,
 USERS_COMPARED, ITEMS_COMPARED, ITEMS_ASKED, NEIGHBOURS = 2_000, 20_000, 2_000, 10
 
 
+def has_no_items(runtime: Runtime, version: str) -> bool:
+    """Whether items have vectors, and none of this model: its users would stand alone, and no later model could be laid
+    onto it."""
+    if not runtime.exists(ITEM_EMBEDDINGS):
+        return False
+    return runtime.latest(ITEM_EMBEDDINGS).where(F.col("model_version") == version).isEmpty()
+
+
 def refusal(report: dict[str, Any], settings: AlignSettings) -> str | None:
     """Why the model must not become current: one sentence, which says by how much; None: it may."""
     reasons = []
@@ -142,6 +150,11 @@ def _align(runtime: Runtime, folder: Path, onto: str | None) -> None:
     if onto is None or onto == folder.name:
         write_alignment(folder, None, report)
         return
+    if has_no_items(runtime, onto):
+        raise TrailvecError(
+            f"model {onto}, the current one, has no item vectors that another could be laid onto: run "
+            f"`trailvec embed_items --set model.version={onto}` first"
+        )
     pairs = _pairs(runtime, folder, onto).persist()
     width = int(about["spec"]["width"])
     widths = {row["width"] for row in pairs.select(F.size("old").alias("width")).distinct().collect()}

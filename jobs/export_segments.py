@@ -154,6 +154,7 @@ def _publish(runtime: Runtime, chosen: Selection, staging: Staging, now: datetim
         parts = {e.name: writers.submit(_write_parts, staging, e, chosen.taken[e.name]) for e in chosen.pending}
         _log_members(runtime, chosen, staging, now)
         overlaps, verticals = _overlaps(chosen), _verticals(runtime, chosen, staging)
+        as_of = {kind: chosen.as_of(kind) for kind in {export.vectors for export in chosen.pending}}
         for export in chosen.pending:
             taken, segment, files = chosen.taken[export.name], export.segment, parts[export.name].result()
             manifest = {
@@ -161,7 +162,7 @@ def _publish(runtime: Runtime, chosen: Selection, staging: Staging, now: datetim
                 "export_id": export.id,
                 "model_version": chosen.version,
                 "vectors": export.vectors if segment.scored else None,
-                "as_of": chosen.as_of,
+                "as_of": as_of[export.vectors],
                 "counts": taken.counts,
                 "score": _spread(taken.scores[~taken.control]) if segment.scored else None,
                 "files": files,

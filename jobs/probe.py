@@ -42,9 +42,9 @@ from jobs.profile_users import (
 )
 from jobs.runtime import Runtime, Stage
 from jobs.splits import Cuts, cut_times, utc
-from jobs.sql import query
+from jobs.sql import ask
 from jobs.tables import CONTEXT_VALUES, ITEMS, PROBES, SESSIONS, TABLES
-from jobs.user_lists import copies, file_digest, read_rows
+from jobs.user_lists import as_user_ids, copies, file_digest, read_rows
 from spark_udfs.profile import profiles
 from training.checkpoint import read_about
 
@@ -97,30 +97,38 @@ def read_labels(runtime: Runtime, folder: Place) -> DataFrame:
     labels = runtime.config.probe.labels
     assert labels is not None
     if labels.sql is not None:
-        where, found = "the query of probe.labels", query(runtime, labels.sql)
+        where = "the query of probe.labels"
+        found = ask(runtime, labels.sql, where)
     else:
         where, found = f"probe.labels, {labels.file},", read_rows(runtime, Path(str(labels.file)), folder)
     if missing := {"user_id", "task", "label"} - set(found.columns):
         raise TrailvecError(
             f"{where} has no column {', '.join(sorted(missing))} (found {', '.join(found.columns)}): add it"
         )
-    time = F.col("label_ts").cast("timestamp") if "label_ts" in found.columns else F.lit(None).cast("timestamp")
+    given = F.col("label_ts") if "label_ts" in found.columns else F.lit(None)
     rows = found.select(
-        F.col("user_id").cast("string"),
+        as_user_ids(found, where),
         F.col("task").cast("string"),
-        F.col("label").cast("int"),
-        time.alias("label_ts"),
+        F.col("label").cast("double").alias("label"),
+        given.cast("timestamp").alias("label_ts"),
+        given.isNotNull().alias("has_time"),
     )
     label = F.col("label")
     checked = rows.groupBy("user_id", "task").agg(
-        F.count_if(label.isNull() | ~label.isin(0, 1)).alias("bad"), F.count("*").alias("rows")
+        F.count_if(label.isNull() | ~label.isin(0, 1)).alias("bad"),
+        F.count_if(F.col("has_time") & F.col("label_ts").isNull()).alias("no_time"),
+        F.count("*").alias("rows"),
     )
-    for condition, what in (("bad > 0", "that is neither 0 nor 1"), ("rows > 1", "twice")):
+    for condition, what in (
+        ("bad > 0", "that is neither 0 nor 1"),
+        ("no_time > 0", "whose label_ts is no time (2017-01-31 08:00:00 is one)"),
+        ("rows > 1", "twice"),
+    ):
         if wrong := checked.where(condition).orderBy("user_id", "task").take(1):
             raise TrailvecError(
                 f"{where} has a label {what}: user {wrong[0]['user_id']}, task {wrong[0]['task']}: correct it"
             )
-    return rows
+    return rows.select("user_id", "task", label.cast("int").alias("label"), "label_ts")
 
 
 # ---- features: what comes to the driver is a row per asked user, or a count per user and value ---------------------
@@ -303,6 +311,12 @@ def run(runtime: Runtime) -> None:
     results = []
     for question in questions(runtime, sessions, cuts):
         tasks = sorted(set(question.labels["task"]))
+        earliest = datetime(1970, 1, 1) + timedelta(microseconds=int(question.labels["cut"].min()))
+        if trained_to > earliest:
+            raise TrailvecError(
+                f"model {model_dir.name} has learnt from events up to {trained_to}, and a label of {', '.join(tasks)} "
+                f"asks about what came after {earliest}: leave out such labels, or train up to that time"
+            )
         runtime.on_progress(f"features for {', '.join(tasks)}")
         users, features = features_of(runtime, sessions, question, model_dir, cuts.end)
         runtime.on_progress(f"heads for {', '.join(tasks)}")

@@ -252,6 +252,8 @@ def check_successor(runtime: Runtime, version: str) -> None:
         )
     if why := align.refusal(report, runtime.config.align):
         raise TrailvecError(why)
+    if align.has_no_items(runtime, version):
+        raise TrailvecError(f"model {version} has no item vectors yet: run `trailvec embed_items` first")
 
 
 def run(runtime: Runtime) -> None:

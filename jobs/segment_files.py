@@ -84,14 +84,18 @@ def write_parts(
 
     There is always a first part, so that whoever loads an empty segment still finds its columns.
     """
-    shown = hashed(export_key(), texts(ids)) if segment.user_ids == "hashed" else ids
-    ranks = np.arange(1, len(ids) + 1, dtype=np.int32)
-    values = {"user_id": shown, "score": scores, "rank": ranks}
     names = segment.exported_columns
-    table = pa.table([pa.array(values[name], _TYPES[name]) for name in names], names=list(names))
     parts: list[dict[str, Any]] = []
-    for start in range(0, max(len(table), 1), segment.rows_per_file):
-        path, some = folder / f"part-{len(parts):05d}.{segment.format}", table.slice(start, segment.rows_per_file)
+    for start in range(0, max(len(ids), 1), segment.rows_per_file):
+        of_part = ids.slice(start, segment.rows_per_file)
+        values = {
+            # Hashed here: the texts of all members would be four times as large as their ids.
+            "user_id": hashed(export_key(), texts(of_part)) if segment.user_ids == "hashed" else of_part,
+            "score": None if scores is None else scores[start : start + segment.rows_per_file],
+            "rank": np.arange(start + 1, start + len(of_part) + 1, dtype=np.int32),
+        }
+        path = folder / f"part-{len(parts):05d}.{segment.format}"
+        some = pa.table([pa.array(values[name], _TYPES[name]) for name in names], names=list(names))
         WRITERS[segment.format](some, path)
         parts.append({"name": path.name, "rows": len(some), "bytes": path.stat().st_size, "sha256": file_digest(path)})
     return parts

@@ -127,7 +127,7 @@ class Selection:
 
     Attributes:
         exports, pending: all of the configuration's, in its order; those of them to be made.
-        version, as_of: of the model, and of the newest event that its vectors know.
+        version: of the model.
         users: user_id, vector, is_cold of everyone with a vector; `everyone`: what marks they have.
         log: `exports` as they were before this run.
         taken: by name, the segments that `select` has dealt with.
@@ -140,17 +140,23 @@ class Selection:
         self.version = runtime.current_model()
         of_model = rows_of_model(runtime.read(USER_EMBEDDINGS), self.version)
         self.users = of_model.select("user_id", "vector", "is_cold")
-        self.as_of = of_model.agg(F.date_format(F.max("as_of"), "yyyy-MM-dd'T'HH:mm:ssX")).collect()[0][0]
-        # What this very run logged before it was killed is no earlier export.
         runtime.create(EXPORTS)
         self.log = runtime.latest(EXPORTS)
-        log = self.log.where(~F.col("export_id").isin([export.id for export in pending]))
+        self._earlier = self._logged_before()
+        own = [export.id for export in pending if export.id not in self._earlier]
+        log = self.log.where(~F.col("export_id").isin(own))
         lists = Lists(runtime, staging)
         consents = read_consents(runtime, lists.folder) if any(e.segment.consent for e in pending) else None
-        has_vector = lists.mark("users", lambda: self.users)
+        self._has_vector = has_vector = lists.mark("users", lambda: self.users)
         self._rules = {
             export.number: rules_of(
-                runtime, SegmentFile(export.segment, export.path), lists, consents, log=log, now=now
+                runtime,
+                SegmentFile(export.segment, export.path),
+                lists,
+                consents,
+                everyone=has_vector,
+                log=log,
+                now=now,
             )
             for export in pending
         }
@@ -190,11 +196,31 @@ class Selection:
         for export in self.pending:
             runtime.on_progress(f"segment {export.name}")
             self.taken[export.name] = taken = self._take(export)
-            if limited:
+            if limited and export.id not in self._earlier:
                 self._exported.update(texts(taken.ids.filter(pa.array(~taken.control))))
         self._marks.unpersist()
 
+    def as_of(self, kind: Vectors) -> str:
+        """The newest time before which the vectors of that kind know events, ISO 8601."""
+        runtime = self._runtime
+        rows = runtime.read(USER_EMBEDDINGS) if kind == "embedding" else runtime.latest(USER_PROFILES)
+        rows = rows_of_model(rows, self.version)
+        return str(rows.agg(F.date_format(F.max("as_of"), "yyyy-MM-dd'T'HH:mm:ssX")).collect()[0][0])
+
     # ---- Spark: who comes into question
+
+    def _logged_before(self) -> set[str]:
+        """The ids of exports to be made that an earlier run exported, which count as such, and not once more: they are
+        made again by --force, by other code, or because their files are gone.
+
+        What this very run logged before it was killed is no earlier export: a run logs all its members at one time, and
+        the id of an export with `at_most` is of one day.
+        """
+        limited = {export.id for export in self.pending if export.segment.at_most is not None}
+        rows = self.log.where(F.col("export_id").isin([export.id for export in self.pending]))
+        logged = rows.select("export_id", F.unix_micros("exported_at").alias("at")).distinct().collect()
+        own = {row["at"] for row in logged if row["export_id"] in limited}
+        return {row["export_id"] for row in logged if row["at"] not in own}
 
     def _asked(self, export: Export) -> DataFrame:
         """The users that a segment's query gives: segment, user_id, score (NULL)."""
@@ -215,11 +241,13 @@ class Selection:
         return Combinations(Marked(found[self._lists.words].to_numpy()), found["count"].to_numpy())
 
     def _count(self, rows: DataFrame) -> dict[int, Combinations]:
-        """By segment the combinations of its users."""
+        """By segment the combinations of its users. (A member by the log may have no vector any more.)"""
         words = self._lists.words
         found = self._marked(rows.select("segment", "user_id")).groupBy("segment", *words).count().toPandas()
         return {
-            int(str(number)): Combinations(Marked(part[words].to_numpy()), part["count"].to_numpy())
+            int(str(number)): Combinations(Marked(part[words].to_numpy()), part["count"].to_numpy()).of(
+                self._has_vector
+            )
             for number, part in found.groupby("segment")
         }
 
@@ -248,7 +276,8 @@ class Selection:
         chosen = chosen.where("sampled OR is_seed").withColumn("draw", draw)
         found = in_order(self._marked(chosen), "user_id")
         vectors = np.stack(found["vector"].tolist()) if len(found) else np.empty((0, 1), np.float32)
-        there = vectors.any(axis=1)
+        # A profile may be of somebody who has gone since: nobody's seed, and like nobody.
+        there = vectors.any(axis=1) & Marked(found[words].to_numpy()).has(self._has_vector)
         vectors, found = vectors[there], found[there]
         marked, draws = Marked(found[words].to_numpy()), found["draw"].to_numpy()
         cold, of_sample = found["is_cold"].to_numpy(np.bool_), found["sampled"].to_numpy(np.bool_)
@@ -283,7 +312,8 @@ class Selection:
     def _known(self, everyone: DataFrame, marks: list[int]) -> pd.DataFrame:
         """How many users with a vector have which marks, one of `marks` among them, and are cold or not."""
         known = everyone.where(F.exists("vector", lambda value: value != 0))
-        marked = known.join(self._marks.where(self._has_any(marks)), "user_id")
+        seeds = self._marks.where(self._has_any(marks) & self._has_any([self._has_vector]))
+        marked = known.join(seeds, "user_id")
         return marked.groupBy(*self._lists.words, "is_cold").agg(F.count("*").alias("users")).toPandas()
 
     def _count_seeds(self, scored: list[Export], found: pd.DataFrame) -> None:

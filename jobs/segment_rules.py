@@ -30,7 +30,7 @@ from jobs.runtime import Runtime
 from jobs.segment_files import Staging
 from jobs.segments import Frequency, SegmentFile
 from jobs.sql import ask
-from jobs.user_lists import read_rows, read_users
+from jobs.user_lists import as_user_ids, read_rows, read_users
 
 Flags = npt.NDArray[np.bool_]
 
@@ -142,7 +142,7 @@ def consenting(consents: DataFrame, purpose: str, path: Path) -> DataFrame:
             f"(found {', '.join(consents.columns)}): correct one of them"
         )
     said = F.coalesce(F.col(f"`{purpose.replace('`', '``')}`").cast("boolean"), F.lit(False))
-    return consents.select(F.col("user_id").cast("string"), said.alias("holds"))
+    return consents.select(as_user_ids(consents, "export.consent"), said.alias("holds"))
 
 
 class Rule(NamedTuple):
@@ -158,22 +158,32 @@ class Rules:
     """What decides about a user of a segment.
 
     Attributes:
+        everyone: the mark of the users with a vector; nobody else comes into question.
         steps: in the order in which they are looked at: the first one that leaves a user out is the one that counts.
         seeds: the mark of its seeds.
         exported: the marks of those who were exported once, twice, … within the days that the segment looks back.
     """
 
+    everyone: int
     steps: tuple[Rule, ...]
     seeds: int | None
     exported: tuple[int, ...]
 
 
 def rules_of(
-    runtime: Runtime, file: SegmentFile, lists: Lists, consents: DataFrame | None, *, log: DataFrame, now: datetime
+    runtime: Runtime,
+    file: SegmentFile,
+    lists: Lists,
+    consents: DataFrame | None,
+    *,
+    everyone: int,
+    log: DataFrame,
+    now: datetime,
 ) -> Rules:
     """The rules of a segment; the lists that it names are read.
 
     Args:
+        everyone: as in `Rules`.
         log: the rows of `exports` that count.
     """
     segment, path = file
@@ -198,7 +208,7 @@ def rules_of(
             at_least = counts.where(F.col("count") >= n).select("user_id")
             exported.append(lists.mark(f"exported {n} times since {since}", partial(_same, at_least)))
         steps.append(Rule(limit_name(segment.at_most), exported[-1]))
-    return Rules(tuple(steps), seeds, tuple(exported))
+    return Rules(everyone, tuple(steps), seeds, tuple(exported))
 
 
 def _same(frame: DataFrame) -> DataFrame:
@@ -213,7 +223,8 @@ def deciding(lists: Lists, rules: Rules) -> dict[str, int]:
     """The columns by which `allows` decides for a segment: forbidden_… and required_…, the bits of its rules' lists."""
     columns: dict[str, int] = {}
     for kind, required in (("forbidden", False), ("required", True)):
-        bits = lists.bits(rule.mark for rule in rules.steps if rule.required == required)
+        marks = [rule.mark for rule in rules.steps if rule.required == required]
+        bits = lists.bits([*marks, rules.everyone] if required else marks)
         columns |= {f"{kind}_{number}": word for number, word in enumerate(bits)}
     return columns
 
@@ -248,7 +259,7 @@ class Marked:
         return found
 
     def allowed(self, rules: Rules) -> Flags:
-        out = [np.zeros(len(self._words), np.bool_), *(flags for _, flags in self.left_out(rules))]
+        out = [~self.has(rules.everyone), *(flags for _, flags in self.left_out(rules))]
         return np.asarray(~np.any(out, axis=0))
 
     def __getitem__(self, rows: Flags) -> Marked:

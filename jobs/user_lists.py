@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from jobs.config import UserList
@@ -56,7 +56,7 @@ def read_users(runtime: Runtime, users: UserList, path: Path, folder: Place) -> 
         folder: as for `read_rows`.
 
     Raises:
-        TrailvecError: it has no such column; when it is read, a text is no UTF-8.
+        TrailvecError: it has no such column, or one of numbers that are not whole; when it is read, it is no UTF-8.
     """
     if users.sql is not None:
         where = f"{path}: the query of a list of its users"
@@ -68,7 +68,20 @@ def read_users(runtime: Runtime, users: UserList, path: Path, folder: Place) -> 
         frame, where = read_rows(runtime, file, folder), f"{path}: the list {file}"
     if "user_id" not in frame.columns:
         raise TrailvecError(f"{where} gives {', '.join(frame.columns) or 'nothing'}: it needs a column user_id")
-    return frame.select(F.col("user_id").cast("string")).where("user_id <> ''")
+    return frame.select(as_user_ids(frame, where)).where("user_id <> ''")
+
+
+def as_user_ids(rows: DataFrame, where: str) -> Column:
+    """The rows' column user_id as text.
+
+    Raises:
+        TrailvecError: it holds neither texts nor whole numbers. (pandas makes doubles of whole numbers beside a missing
+            one: as text 4711.0, who is nobody.)
+    """
+    kind = rows.schema["user_id"].dataType.simpleString()
+    if kind not in ("string", "tinyint", "smallint", "int", "bigint"):
+        raise TrailvecError(f"{where} has a column user_id of type {kind}: write the ids as text")
+    return F.col("user_id").cast("string")
 
 
 def _read_lines(file: Path) -> Iterator[str]:
@@ -80,12 +93,21 @@ def _read_lines(file: Path) -> Iterator[str]:
 
 
 def read_rows(runtime: Runtime, file: Path, folder: Place) -> DataFrame:
-    """The rows of a local file, Parquet or CSV with a header. Where `folder` lies on storage that all machines share,
-    they are read from a copy in it, whenever Spark needs them: it must stay so long."""
+    """The rows of a local file, Parquet or CSV with a header, whose ids are stripped of blanks as those of a text are.
+    Where `folder` lies on storage that all machines share, they are read from a copy in it, whenever Spark needs them:
+    it must stay so long.
+
+    Raises:
+        TrailvecError: the user ids of a CSV are no UTF-8.
+    """
     url = _to_tasks(file, folder)
-    if file.name.lower().endswith(_CSV):
-        return runtime.spark.read.csv(url, header=True, escape='"')
-    return runtime.spark.read.parquet(url)
+    if not file.name.lower().endswith(_CSV):
+        return runtime.spark.read.parquet(url)
+    rows = runtime.spark.read.csv(url, header=True, escape='"')
+    if "user_id" not in rows.columns:
+        return rows
+    _refuse_other_text(rows, "user_id", file)
+    return rows.withColumn("user_id", _stripped("user_id"))
 
 
 def read_text_ids(runtime: Runtime, file: Path, folder: Place) -> DataFrame:
@@ -95,10 +117,17 @@ def read_text_ids(runtime: Runtime, file: Path, folder: Place) -> DataFrame:
         TrailvecError: it is no UTF-8.
     """
     lines = runtime.spark.read.text(_to_tasks(file, folder))
-    ids = lines.select(F.regexp_replace("value", r"^[\s\ufeff]+|\s+$", "").alias("id")).where("id <> ''")
-    if not ids.where(F.col("id").contains("\ufffd")).isEmpty():  # what Spark reads for bytes that are none
+    _refuse_other_text(lines, "value", file)
+    return lines.select(_stripped("value").alias("id")).where("id <> ''")
+
+
+def _stripped(name: str) -> Column:
+    return F.regexp_replace(name, r"^[\s\ufeff]+|\s+$", "")
+
+
+def _refuse_other_text(rows: DataFrame, name: str, file: Path) -> None:
+    if not rows.where(F.col(name).contains("\ufffd")).isEmpty():  # what Spark reads for bytes that are no UTF-8
         raise TrailvecError(f"the list {file} is no UTF-8 text: save it as such")
-    return ids
 
 
 def _to_tasks(file: Path, folder: Place) -> str:

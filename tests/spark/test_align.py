@@ -113,8 +113,19 @@ def test_a_model_that_turned_too_far_does_not_become_current(shop: Runtime) -> N
     assert current(shop) == ({"m1"}, 40)
     assert not vectors(shop, USER_EMBEDDINGS, "m2")
     shop.execute(align.STAGE)  # the limit was changed
-    shop.execute(score_users.STAGE)
+    with pytest.raises(TrailvecError, match=r"model m2 has no item vectors yet: run `trailvec embed_items` first"):
+        shop.execute(score_users.STAGE)
+    assert current(shop) == ({"m1"}, 40)
+    for stage in (embed_items.STAGE, score_users.STAGE):
+        shop.execute(stage)
     assert current(shop) == ({"m2"}, 40)
+
+    shop.spark.sql(f"DELETE FROM delta.`{shop.path(ITEM_EMBEDDINGS)}` WHERE model_version = 'm2'")
+    make_unaligned(shop, "m3", seed=3)
+    with pytest.raises(
+        TrailvecError, match=r"model m2, the current one, has no item vectors that another could be laid"
+    ):
+        shop.execute(align.STAGE)
 
 
 def test_spaces_of_unlike_width_are_told_apart(shop: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:

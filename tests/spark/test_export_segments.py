@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import io
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -544,8 +545,10 @@ def test_profiles_say_who_is_alike_where_the_model_has_some(shop: Runtime, spark
     def fill_profiles(version: str) -> None:
         seeds = {seed: [1.0, 0.0, 0.0] for seed in ("ann", "amy", "bob")}
         others = {"cat": [0.0, 1.0, 0.0], "dan": [0.0, 0.0, 1.0], "eve": [2.0, 1.0, 0.0], "far": [3.0, 0.0, 0.0]}
+        gone = {"bot": [4.0, 0.0, 0.0], "ada": [1.0, 0.0, 0.0]}  # users when profiles were made, with a vector no more
         now = datetime(2024, 1, 1, tzinfo=timezone.utc)
-        rows = [(user, version, now, vector) for user, vector in (seeds | others).items()]  # of eva and nil none
+        everyone = seeds | others | gone  # of eva and nil none
+        rows = [(user, version, now, vector) for user, vector in everyone.items()]
         put(shop, USER_PROFILES, spark.createDataFrame(rows, USER_PROFILES.schema()))
 
     by_embedding = "embedding", ["cat", "dan", "eva", "eve"]
@@ -554,7 +557,14 @@ def test_profiles_say_who_is_alike_where_the_model_has_some(shop: Runtime, spark
     with pytest.raises(TrailvecError, match=r"compares users by user_profiles, which has none of model m1: run"):
         exported('vectors = "profile"')
     fill_profiles("m1")
+    with (tmp_path / "seeds.txt").open("a", encoding="utf-8") as seeds:
+        seeds.write("ada\n")
     assert exported() == ("profile", ["far", "eve", "cat", "dan"])
+    manifest, _ = read(shop)
+    counts = manifest["counts"]
+    assert manifest["as_of"] == "2024-01-01T00:00:00Z"  # the profiles'
+    assert (counts["seeds"]["known"], counts["seeds"]["used"]) == (3, 3)
+    assert counts["in"] == len(USERS) == counts["exported"] + sum(removed(manifest).values())
     assert exported('vectors = "embedding"') == by_embedding
 
 
@@ -640,6 +650,37 @@ def test_how_often_a_user_is_exported(shop: Runtime, tmp_path: Path, monkeypatch
     logged = read_delta(shop.root / "tables" / "exports")
     assert sorted((r["user_id"], r["exported_at"].day) for r in logged if not r["is_control"]) == sorted(got)
     assert [r["user_id"] for r in logged if r["is_control"]] == held_back
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_an_earlier_export_counts_where_it_is_made_again(
+    shop: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    """By --force, or as its files were moved away by who loaded them: once, and before and after the limited ones."""
+    query = "sql = \"SELECT user_id FROM user_embeddings WHERE user_id IN ('ann', 'bob')\"\n"
+    limits = {name: f"at_most = {{ exports = {n}, days = 30 }}\n" for name, n in (("b", 1), ("d", 2))}
+    b, a, d = write_segments(tmp_path, {"b": limits["b"] + query, "a": query, "d": limits["d"] + query})
+
+    def run(day: int, paths: list[str]) -> Runtime:
+        now = datetime(2024, 3, day, 4, tzinfo=timezone.utc)
+        monkeypatch.setattr(export_segments, "_now", lambda: now)
+        settings = [f"export.segments={json.dumps(paths)}", "storage.database=segments"]
+        runtime = Runtime(load_config(None, [f'storage.root="{shop.root}"', *settings]), shop.spark)
+        runtime.execute(STAGE, force=force)
+        return runtime
+
+    runtime = run(1, [a])
+    shutil.rmtree(runtime.exports / "a")
+    runtime = run(5, [b, a, d])
+    assert read(runtime, "b")[1] == []
+    assert len(read(runtime, "a")[1]) == 2
+    assert len(read(runtime, "d")[1]) == 2  # had it once
+    # Made again on its day a limited export stays what it was.
+    for name in "abd":
+        shutil.rmtree(runtime.exports / name)
+    runtime = run(5, [b, a, d])
+    assert [len(read(runtime, name)[1]) for name in "bad"] == [0, 2, 2]
+    assert len(read_delta(shop.root / "tables" / "exports")) == 4
 
 
 def test_csv_for_spreadsheets(shop: Runtime, spark: SparkSession, tmp_path: Path) -> None:
@@ -735,7 +776,7 @@ def test_what_is_refused_of_lists(shop: Runtime, spark: SparkSession, tmp_path: 
 def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> None:
     """As tools write them: a byte order mark, quotes, other columns."""
     runtime = make_runtime()
-    text = '\ufeff"user_id","date"\r\n"ann","2024-01-01"\r\n"o""neil, b",\r\n,"2024-01-02"\r\n'.encode()
+    text = '\ufeff"user_id","date"\r\n" ann ","2024-01-01"\r\n"o""neil, b",\r\n,"2024-01-02"\r\n'.encode()
     (tmp_path / "gone.csv").write_bytes(text)
     (tmp_path / "gone.csv.gz").write_bytes(gzip.compress(text))
     for name in ("gone.csv", "gone.csv.gz"):
@@ -744,6 +785,14 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
     (tmp_path / "gone.csv").write_text("customer;date\nann;2024-01-01\n")
     with pytest.raises(TrailvecError, match=r"the list .*gone\.csv gives customer;date: it needs a column user_id"):
         read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path)
+    (tmp_path / "gone.csv").write_text("user_id\nrené\n", encoding="latin-1")
+    with pytest.raises(TrailvecError, match=r"the list .*gone\.csv is no UTF-8 text: save it as such"):
+        read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path)
+    pd.DataFrame({"user_id": [4711, None]}).to_parquet(tmp_path / "gone.parquet")  # 4711.0
+    with pytest.raises(
+        TrailvecError, match=r"gone\.parquet has a column user_id of type double: write the ids as text"
+    ):
+        read_users(runtime, UserList(file="gone.parquet"), tmp_path / "likes.toml", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["gone.csv", "gone.parquet"])

@@ -281,6 +281,47 @@ def test_what_is_probed_is_what_profile_users_writes(
     assert again["u3"]["vector"][:timeless] == pytest.approx(rows["u3"]["vector"][:timeless], abs=1e-6)
 
 
+def test_labels_with_times_see_what_came_before_them_and_no_more(
+    make_runtime: Callable[..., Runtime], whole: Path, tmp_path: Path, model: dict[str, str]
+) -> None:
+    """Each user's features of the whole log at a label's time are those of the log that ends there."""
+    file, day = tmp_path / "labels.csv", START + timedelta(days=100)
+    asked = ("probe.activity=[]", "probe.event_types=[]", f'probe.labels={{file="{file}"}}')
+    runtime, cut_off = (make_runtime(*SETTINGS, *asked, root=root) for root in (whole, tmp_path / "cut_off"))
+    fill(cut_off, [e for e in log() if e["event_ts"] < day.replace(tzinfo=None)])
+    items = runtime.latest(ITEMS).collect()
+    put(cut_off, ITEMS, cut_off.spark.createDataFrame(items, ITEMS.schema()))
+    header, rows = "user_id,task,label,label_ts", [f"u{n},many,{n % 2},{day:%Y-%m-%d %H:%M:%S}" for n in range(24)]
+    file.write_text("\n".join([header, *rows]) + "\n")
+    ((labels, users, features),), ((_, same_users, of_cut_off),) = look(runtime), look(cut_off)
+    assert set(labels["cut"]) == {int(day.replace(tzinfo=timezone.utc).timestamp() * 1_000_000)}
+    assert users == same_users
+    for name, values in features.items():
+        assert values == pytest.approx(of_cut_off[name], abs=1e-5), name
+    model["as_of"] = f"{day + timedelta(days=1):%Y-%m-%dT%H:%M:%S.%f}"
+    with pytest.raises(TrailvecError, match=r"m1 has learnt from events up to .*, and a label of many asks about what"):
+        runtime.execute(probe.STAGE)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("u1,many,0.99,", "has a label that is neither 0 nor 1: user u1, task many"),
+        ("u1,many,1,31.01.2017", "has a label whose label_ts is no time"),
+        ("u1,many,1,\nu1,many,0,", "has a label twice: user u1, task many"),
+        ("u\xe9,many,1,", "labels.csv is no UTF-8 text: save it as such"),
+    ],
+)
+def test_a_wrong_label_is_one_sentence(
+    make_runtime: Callable[..., Runtime], tmp_path: Path, row: str, said: str
+) -> None:
+    file = tmp_path / "labels.csv"
+    file.write_text(f"user_id,task,label,label_ts\nu0,many,0,\n{row}\n", encoding="latin-1")
+    runtime = make_runtime(f'probe.labels={{file="{file}"}}')
+    with pytest.raises(TrailvecError, match=said):
+        probe.read_labels(runtime, tmp_path / "copies")
+
+
 def test_nothing_asked_is_said(make_runtime: Callable[..., Runtime], whole: Path, model: dict[str, str]) -> None:
     runtime = make_runtime(root=whole)
     with pytest.raises(TrailvecError, match="nothing is asked"):
