@@ -16,6 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as Grid
 
+from jobs.errors import TrailvecError
 from jobs.evaluate import TASKS, Catalogue, evaluated_rows, following, model_scorer, rank_users, read_catalogue
 from jobs.model_folders import model_folder
 from jobs.models import item_vectors
@@ -71,12 +72,19 @@ def compare(runtime: Runtime, versions: tuple[str, str]) -> tuple[list[Differenc
     """The differences between two models' folders.
 
     Raises:
-        TrailvecError: there is no such model, or it is damaged; a table is missing.
+        TrailvecError: there is no such model, or it is damaged or has learnt from what it would be asked; a table is
+            missing, or has no rows to ask about.
     """
     found: list[Difference] = []
 
     def act(runtime: Runtime) -> None:
         folders = [model_folder(runtime, version) for version in versions]
+        split = runtime.config.evaluate.split
+        if runtime.read(SEQUENCES).where(F.col("split") == split).isEmpty():
+            raise TrailvecError(
+                f"table sequences has no row of split {split}: nothing is ranked: set sequences.{split}_from before "
+                f"the log's end"
+            )
         both = [
             (
                 evaluated_rows(runtime, folder),

@@ -19,9 +19,11 @@ trailvec evaluate --conf conf/local.toml --compare MODEL_A MODEL_B
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,8 +58,9 @@ from jobs.ranking import (
 )
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import in_order
-from jobs.splits import Cuts, before_cut, cut_of, cut_times
+from jobs.splits import Cuts, before_cut, cut_of, cut_times, microseconds
 from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS
+from training.checkpoint import read_about
 from training.floors import ItemKnn, own_frequency, popularity
 
 TASKS = ("next", "new", "repeat")
@@ -295,10 +298,10 @@ def run(runtime: Runtime) -> None:
             f"run `trailvec embed_items` first"
         )
     rows = evaluated_rows(runtime, model_dir)
-    catalogue = read_catalogue(runtime, vectors)
     cuts = cut_times(runtime.read(SESSIONS).select(F.col("end_ts").alias("event_ts")), runtime.config.sequences)
     results: list[Result] = []
     if len(rows):
+        catalogue = read_catalogue(runtime, vectors)
         size = len(catalogue.target_counts)
         own, interactions = _interactions(runtime, rows[["user_id", "cut_us"]], size, cuts)
         scorers = _scorers(rows, own, ItemKnn(interactions, settings.knn_decay), catalogue)
@@ -326,17 +329,32 @@ def evaluated_rows(runtime: Runtime, model_dir: Path) -> pd.DataFrame:
     item_index, seen_item_index, target_item_index, target_hours (from the cut on), vector. Reads the stage's SEQUENCES.
 
     Raises:
-        TrailvecError: the model in that folder is damaged.
+        TrailvecError: the model in that folder is damaged, or has learnt from what these rows ask about.
     """
     settings = runtime.config.evaluate
     hours = "transform(target_ts, t -> (unix_micros(t) - unix_micros(as_of)) / 3.6e9D)"
     rows = runtime.read(SEQUENCES).where(F.col("split") == settings.split)
     rows = rows.withColumn("target_hours", F.expr(hours)).withColumn("cut_us", F.unix_micros("as_of"))
+    if runtime.config.sequences.split_by == "time":
+        _refuse_leak(runtime, rows, model_dir)
     keep = ["user_id", "cut_us", "length", "item_index", "seen_item_index", "target_item_index", "target_hours"]
     encoded = encode_sequences(
         _sample(rows, settings.max_users), keep, model_dir=model_dir, batch_size=runtime.config.score.batch_size
     ).drop("history_length", "is_cold")
     return in_order(encoded, "user_id")
+
+
+def _refuse_leak(runtime: Runtime, rows: DataFrame, model_dir: Path) -> None:
+    """Raises TrailvecError: the model was trained past the cut of the rows, so that it knows what they ask about."""
+    split = runtime.config.evaluate.split
+    cut_us = rows.agg(F.min("cut_us")).collect()[0][0]
+    trained_to = datetime.fromisoformat(read_about(model_dir)["as_of"])
+    if cut_us is not None and microseconds(trained_to) > cut_us:
+        cut = datetime(1970, 1, 1) + timedelta(microseconds=cut_us)
+        raise TrailvecError(
+            f"model {model_dir.name} has learnt from events up to {trained_to}, and split {split} asks about what came "
+            f"after {cut}: set sequences.{split}_from later, or train up to that time"
+        )
 
 
 def _sample(rows: DataFrame, max_users: int) -> DataFrame:
@@ -349,7 +367,11 @@ def _sample(rows: DataFrame, max_users: int) -> DataFrame:
 
 
 def read_catalogue(runtime: Runtime, vectors: DataFrame) -> Catalogue:
-    """The catalogue of a model's `vectors` (item_id, item_index, vector). Reads the stage's ITEMS."""
+    """The catalogue of a model's `vectors` (item_id, item_index, vector). Reads the stage's ITEMS.
+
+    Raises:
+        TrailvecError: none of its items can be ranked.
+    """
     counted = vectors.join(runtime.read(ITEMS), ["item_id", "item_index"])
     items = counted.select("item_index", "vector", "target_count").toPandas()
     index = items["item_index"].to_numpy()
@@ -357,6 +379,12 @@ def read_catalogue(runtime: Runtime, vectors: DataFrame) -> Catalogue:
     matrix, counts = np.zeros((size, width), np.float32), np.zeros(size, np.int64)
     matrix[index] = np.stack(list(items["vector"]))
     counts[index] = items["target_count"]
+    if not counts.any():
+        types = runtime.config.sequences.target_event_types
+        raise TrailvecError(
+            f"no item that the model knows can be ranked: in training nobody acted on one by any of "
+            f"sequences.target_event_types = {json.dumps(types)}: correct them"
+        )
     return Catalogue(matrix, counts, counts > 0)
 
 

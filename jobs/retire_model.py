@@ -36,8 +36,8 @@ def _run(runtime: Runtime, version: str) -> None:
         raise TrailvecError(f"model {version} is the current one: make another current first (`trailvec score_users`)")
     counts = {table.name: runtime.latest(table).where(_is(version)).count() for table in tables}
     if not any(counts.values()):
-        found = runtime.latest(USER_EMBEDDINGS).select("model_version").distinct().collect() if tables else []
-        names = ", ".join(sorted(row["model_version"] for row in found)) or "none"
+        found = [runtime.latest(table).select("model_version").distinct().collect() for table in tables]
+        names = ", ".join(sorted({row["model_version"] for rows in found for row in rows})) or "none"
         raise TrailvecError(f"no table has a row of model {version} (found: {names}): correct the version")
     for table in tables:
         # The note tells score_users that nothing of the model is there to go on from.

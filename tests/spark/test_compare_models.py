@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from jobs.compare_models import compare, print_differences
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime
 from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS
+from tests.conftest import make_config
 from tests.sequence_files import make_rows
 from tests.spark.test_score_users import Rows, by_plain_loop, make_model
 from tests.spark.test_train_and_score import CUT, fill, sequences
+from training.checkpoint import save_model
 
 USERS = 60
 
@@ -95,3 +98,29 @@ def test_a_model_that_is_not_there_or_has_no_vectors_is_one_sentence(
         runtime.create(table)
     with pytest.raises(TrailvecError, match="no vector of an item that model m1 knows: run `trailvec embed_items`"):
         runtime.execute(evaluate.STAGE)
+
+
+def test_a_model_that_has_learnt_from_what_it_is_asked_is_refused(shop: tuple[Runtime, Rows]) -> None:
+    runtime, _ = shop
+    for version, as_of in (("m1", CUT), ("late", CUT + timedelta(microseconds=1))):
+        model = make_model(runtime, version, seed=1)
+        save_model(runtime.models / version, model, {"model_version": version, "as_of": as_of.isoformat()})
+    compare(runtime, ("m1", "m1"))  # trained right up to the cut
+    leak = "model late has learnt from events up to 2024-06-01 00:00:00.000001, and split test asks about what came"
+    with pytest.raises(TrailvecError, match=leak):
+        compare(runtime, ("m1", "late"))
+    with pytest.raises(TrailvecError, match=leak):
+        evaluate.evaluated_rows(runtime, runtime.models / "late")
+    config = make_config(runtime.root, "evaluate.resamples=200", "sequences.split_by=leave_one_out")
+    compare(Runtime(config, runtime.spark), ("m1", "late"))  # each user has a cut
+
+
+def test_what_nothing_can_be_said_of_is_one_sentence(shop: tuple[Runtime, Rows]) -> None:
+    runtime, _ = shop
+    make_model(runtime, "m1", seed=1)
+    runtime.spark.sql(f"UPDATE delta.`{runtime.path(ITEMS)}` SET target_count = 0")
+    with pytest.raises(TrailvecError, match=r"nobody acted on one by any of sequences\.target_event_types = "):
+        compare(runtime, ("m1", "m1"))
+    runtime.spark.sql(f"DELETE FROM delta.`{runtime.path(SEQUENCES)}`")
+    with pytest.raises(TrailvecError, match="table sequences has no row of split test: nothing is ranked"):
+        compare(runtime, ("m1", "m1"))

@@ -308,6 +308,13 @@ def test_an_old_model_is_retired_and_can_be_scored_again(
     assert_vectors(shop, model, "m1", score_rows(USERS, seed=1))
 
 
+def test_a_version_is_looked_for_in_the_tables_that_there_are(make_runtime: Callable[..., Runtime]) -> None:
+    runtime = make_runtime()
+    runtime.create(ITEM_EMBEDDINGS)
+    with pytest.raises(TrailvecError, match=r"no table has a row of model typo \(found: none\)"):
+        retire(runtime, "typo")
+
+
 def test_vectors_written_twice_are_never_made_current(shop: Runtime) -> None:
     make_model(shop, "m1", seed=1)
     shop.execute(score_users.STAGE)
