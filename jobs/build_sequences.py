@@ -20,7 +20,7 @@ from pyspark.sql import functions as F
 from jobs.cli import stage_main
 from jobs.config import SequencesSettings
 from jobs.runtime import Runtime, Stage
-from jobs.spark_session import FEW, spark_conf
+from jobs.spark_session import FEW, few_to_all, spark_conf
 from jobs.splits import Cuts, cut_times, microseconds, utc
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES, SESSIONS, conform
 from spark_udfs.sequences import GIVEN, SPLITS, CutRules, cut_sequences
@@ -107,12 +107,15 @@ def changed_users(
         items, values: item_id, and kind and value, whose numbers are others than they were; None: none are.
     """
     users = changes.select("user_id", "start_ts")
-    # Both are rare: an item that comes into the training window's vocabulary by late events; a new vertical or type.
-    met = sessions.select("user_id", "start_ts", F.explode("events").alias("event"))
-    if items is not None and not items.isEmpty():
-        of_items = met.join(F.broadcast(items), F.col("event.item_id") == F.col("item_id"))
-        users = users.union(of_items.select("user_id", "start_ts"))
+    # Both are rare: an item that comes into the training window's vocabulary by late events, though a vertical's whole
+    # past may bring millions at once; a new vertical or type.
+    if items is not None and not (items := items.localCheckpoint()).isEmpty():
+        met_items = sessions.select(
+            "user_id", "start_ts", F.explode(F.array_distinct("events.item_id")).alias("item_id")
+        )
+        users = users.union(met_items.join(few_to_all(items), "item_id", "left_semi").select("user_id", "start_ts"))
     if values is not None and not values.isEmpty():
+        met = sessions.select("user_id", "start_ts", F.explode("events").alias("event"))
         same = F.when(F.col("kind") == "vertical", F.col("event.vertical")).otherwise(F.col("event.event_type"))
         users = users.union(met.join(F.broadcast(values), same == F.col("value")).select("user_id", "start_ts"))
     return users.groupBy("user_id").agg(F.min("start_ts").alias("since"))
