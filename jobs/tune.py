@@ -2,7 +2,7 @@
 
 Each trial is a training like `trailvec train`'s, with other values for a few settings; Optuna proposes them and ends a
 trial that goes worse than half of the others. What was tried stands in `tune.db` under storage.root: the same command
-goes on from there, and other data or other settings beside the searched ones begin a new search. No model is kept: put
+goes on from there, and other data or another value in [train] begins a new search. No model is kept: put
 what is printed at the end into the configuration and train.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def search(spec: RunSpec, study: optuna.Study, trials: int, folder: Path, say: A
             trial.set_user_attr("error", str(error))
             return math.nan  # for Optuna, a trial that failed
         finally:
-            shutil.rmtree(output)
+            shutil.rmtree(output, ignore_errors=True)
         if not scores:
             raise TrailvecError(
                 "no user of the valid split did something next that the model knows, so that no trial can be judged: "
@@ -114,7 +115,7 @@ def run_tune(runtime: Runtime, trials: int) -> None:
         )
 
     def run(runtime: Runtime) -> None:
-        # What the search is about: all that decides a model but the settings that are searched.
+        # All that decides a model, also what [train] says of the searched settings, which no trial takes.
         name = f"{runtime.fingerprint[:12]}"
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         study = optuna.create_study(
@@ -128,9 +129,7 @@ def run_tune(runtime: Runtime, trials: int) -> None:
         study.sampler = optuna.samplers.TPESampler(seed=settings.seed + len(study.trials))
         if done := len(_ended(study)):
             runtime.on_progress(f"goes on from {done} trials")
-        folder = runtime.root / "tune"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder = Path(tempfile.mkdtemp(prefix="tune-", dir=runtime.root))  # another search may run beside this one
         try:
             spec = run_spec(runtime, name, folder, None)
             if not spec.valid_files:
@@ -139,7 +138,7 @@ def run_tune(runtime: Runtime, trials: int) -> None:
                 )
             search(spec, study, trials, folder, runtime.on_progress)
         finally:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
         best = study.best_trial
         print(f"# {METRIC} {best.value:.4f} on the validation users, trial {best.number} of {len(study.trials)}")
         print("[train]")

@@ -205,7 +205,8 @@ class Progress(BaseModel):
 
 
 def write_checkpoint(folder: Folder, progress: Progress, tensors: dict[str, torch.Tensor], keep: int) -> None:
-    """Adds a checkpoint to the folder, then removes all but the `keep` newest and the one from the best epoch's end."""
+    """Adds a checkpoint to the folder, then removes all but the `keep` newest and those from the end of the
+    epochs that these call their best."""
     from safetensors.torch import save_file  # noqa: PLC0415
 
     target = folder / _name(progress.epoch, progress.step)
@@ -218,7 +219,10 @@ def write_checkpoint(folder: Folder, progress: Progress, tensors: dict[str, torc
         for path in (local / STATE, local / PROGRESS):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    kept = {path.name for path in checkpoints(folder)[-keep:]} | {_name(progress.best_epoch + 1, 0)}
+    newest = checkpoints(folder)[-keep:]
+    kept = {path.name for path in newest} | {best_checkpoint(folder, progress).name}
+    # Where a newer one is found damaged, the run goes on from one before it, which may end with another best epoch.
+    kept |= {best_checkpoint(folder, of).name for path in newest if (of := _progress_or_none(path))}
     for old in checkpoints(folder):
         if old.name not in kept:
             remove_tree(old)
@@ -269,6 +273,13 @@ def read_progress(path: Folder) -> tuple[Progress, str]:
 def best_checkpoint(folder: Folder, progress: Progress) -> Folder:
     """The checkpoint from the end of the best epoch so far."""
     return folder / _name(progress.best_epoch + 1, 0)
+
+
+def _progress_or_none(path: Folder) -> Progress | None:
+    try:
+        return read_progress(path)[0]
+    except TrailvecError:  # told when a run is to go on from it
+        return None
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:

@@ -257,6 +257,16 @@ def test_the_newest_checkpoints_and_the_best_epochs_stay(tmp_path: Path) -> None
     assert (progress.epoch, progress.step, tensors["x"].tolist()) == (5, 12, [5, 12])
 
 
+def test_what_an_older_checkpoint_calls_its_best_stays(tmp_path: Path) -> None:
+    for ended, best in ((1, 1), (2, 1), (3, 3)):
+        write_checkpoint(tmp_path, Progress(ranks=1, epoch=ended + 1, best_epoch=best), {"x": torch.zeros(1)}, keep=2)
+    last, before, best_of_it = sorted((path.name for path in tmp_path.iterdir()), reverse=True)
+    assert (last, before, best_of_it) == ("00004-0000000000", "00003-0000000000", "00002-0000000000")
+    (tmp_path / before / "checkpoint.json").write_text("damaged")  # it stops no writing
+    write_checkpoint(tmp_path, Progress(ranks=1, epoch=5, best_epoch=4), {"x": torch.zeros(1)}, keep=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [before, last, "00005-0000000000"]
+
+
 def test_training_ends_when_validation_gets_no_better(tmp_path: Path) -> None:
     rows = make_rows(6, seed=4)
     settings = {"epochs": 9, "patience": 2, "learning_rate": 1e-12}  # so small a step changes nothing

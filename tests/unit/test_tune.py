@@ -71,6 +71,30 @@ def test_what_is_no_trial_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "argument --trials: expected a whole number of at least 1, found 0" in capsys.readouterr().err
 
 
+def test_two_searches_under_one_root_leave_each_others_folder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime(make_config(tmp_path))
+    spec = make_run(tmp_path / "run", [make_rows(3)], (make_rows(3), next_items(make_rows(3))))
+    monkeypatch.setattr(tune, "run_spec", lambda *arguments: spec)
+    # The command without the tables that it reads.
+    monkeypatch.setattr(Runtime, "execute", lambda runtime, stage: stage.run(runtime))
+    folders: list[Path] = []
+
+    def search(spec: Any, study: optuna.Study, trials: int, folder: Path, say: Any) -> None:
+        folders.append(folder)
+        (folder / "trial-0").mkdir()
+        if trials > 1:
+            tune.run_tune(runtime, trials - 1)
+        assert (folder / "trial-0").is_dir()
+        study.add_trial(optuna.trial.create_trial(value=0.5))
+
+    monkeypatch.setattr(tune, "search", search)
+    tune.run_tune(runtime, 2)
+    assert len(set(folders)) == 2
+    assert not any(folder.exists() for folder in folders)
+
+
 def test_searched_settings_reach_the_run_and_the_model(tmp_path: Path) -> None:
     spec = make_run(tmp_path, [make_rows(3)])
     trial = optuna.trial.FixedTrial(
