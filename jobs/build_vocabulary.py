@@ -113,9 +113,12 @@ def number_context_values(events: DataFrame, values: DataFrame) -> DataFrame:
     return conform(numbered, CONTEXT_VALUES)
 
 
-def changed_events(runtime: Runtime, written: Table, flagged: DataFrame) -> tuple[DataFrame, DataFrame] | None:
+def changed_events(
+    runtime: Runtime, written: Table, flagged: DataFrame
+) -> tuple[DataFrame, DataFrame, DataFrame] | None:
     """What changed in the events (OF_EVENTS and _change_type) of users who are not flagged and were not when `written`
-    was made; and the user_id of each whose flag came or went since. None: `written` is to be made anew.
+    was made; the same of users whose flag came or went since; and the user_id of each of these. None: `written` is to
+    be made anew.
 
     Args:
         flagged: user_id of all who are flagged.
@@ -128,8 +131,12 @@ def changed_events(runtime: Runtime, written: Table, flagged: DataFrame) -> tupl
     gained, lost = flagged.join(before, "user_id", "left_anti"), before.join(flagged, "user_id", "left_anti")
     # In the feed are those too who got a flag for one day more. It is here so that no flag is read where none changed.
     turned = gained.union(lost).join(flags.select("user_id").distinct(), "user_id", "left_semi").localCheckpoint()
-    changes = changes.join(flagged.union(turned), "user_id", "left_anti").select(*OF_EVENTS, "_change_type")
-    return changes.localCheckpoint(), turned  # the feed is planned and read once, for both tables where items go by it
+    # Who is in neither has NULL; who is in both has turned.
+    sides = flagged.withColumn("turned", F.lit(False)).union(turned.withColumn("turned", F.lit(True)))
+    changes = changes.join(sides.groupBy("user_id").agg(F.max("turned").alias("turned")), "user_id", "left")
+    changes = changes.where("turned IS NULL OR turned").select(*OF_EVENTS, "_change_type", "turned")
+    changes = changes.localCheckpoint()  # the feed is planned and read once, for both tables where items go by it
+    return changes.where("turned IS NULL").drop("turned"), changes.where("turned").drop("turned"), turned
 
 
 def run(runtime: Runtime) -> None:
@@ -147,11 +154,13 @@ def run(runtime: Runtime) -> None:
     changed = changed_events(runtime, written, flagged)
     met, of_turned = events.select(*OF_EVENTS), None
     if changed is not None:
-        changes, turned = changed
+        changes, changes_of_turned, turned = changed
         met = changes.drop("_change_type")
         if not turned.isEmpty():  # rare, and all events are read for it
             met = met.union(events.join(turned, "user_id", "left_semi").select(*OF_EVENTS))
-            of_turned = runtime.read(EVENTS).join(turned, "user_id", "left_semi")
+            of_turned = runtime.read(EVENTS).join(turned, "user_id", "left_semi").select("item_id")
+            # What they no longer have was counted too, before the flag.
+            of_turned = of_turned.union(changes_of_turned.select("item_id"))
     new_values = number_context_values(met, runtime.latest(CONTEXT_VALUES))
     runtime.merge(CONTEXT_VALUES, new_values, made_from=values_from)
 

@@ -285,8 +285,9 @@ def test_what_flagged_users_did_counts_for_nothing_while_they_are_flagged(
     make_runtime: Callable[..., Runtime], spark: SparkSession
 ) -> None:
     runtime = make_runtime(*CUTS, "vocabulary.min_count=1")
-    # y is of u0, x of u1 and u2.
+    # x is of u1 and u2; y is of u0, and once of u2.
     log = [event(n, item, n, vertical=f"of_u{n % 3}") for n, item in enumerate("abcaxcyax")]
+    log.append(event(11, "y", 11))
     put_log(runtime, log)
     put(runtime, FLAGGED_USERS, flagged(spark, "u1"))
     path = runtime.path(FLAGGED_USERS)
@@ -306,9 +307,10 @@ def test_what_flagged_users_did_counts_for_nothing_while_they_are_flagged(
     log += [event(10, "z", 1), event(12, "a", 1), event(13, "q", 2)]
     add(runtime, EVENTS, to_frame(spark, log[-3:]))
     check("u1")
-    # One flag goes, with events that come; another comes; a third is said once more.
+    # One flag goes, with events that come; another comes, and an event of that user goes; a third is said once more.
     log += [event(16, "a", 3), event(17, "q", 3)]
     add(runtime, EVENTS, to_frame(spark, log[-2:]))
+    DeltaTable.forPath(spark, runtime.path(EVENTS)).delete("event_id = 'e11'")
     DeltaTable.forPath(spark, path).delete("user_id = 'u1'")
     add(runtime, FLAGGED_USERS, flagged(spark, "u2"))
     check("u2")
