@@ -49,7 +49,7 @@ def sessionize(events: DataFrame, settings: SessionizeSettings, splits: Sequence
         sessionize_arrow,
         rules=_rules(settings),
         event_fields=fields,
-        run_us_of_split={split.event_id: split.run_us for split in splits},
+        run_us_of_split={(split.user_id, split.event_us, split.event_id): split.run_us for split in splits},
     )
     sessions = (
         events.select("user_id", *fields)

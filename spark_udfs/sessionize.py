@@ -22,6 +22,8 @@ from spark_udfs.ragged import distinct
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
 
+Key = tuple[str, int, str]  # user_id, event_ts in microseconds, event_id: an id alone may stand on many days
+
 _DAY_US = 86_400_000_000
 
 
@@ -68,15 +70,15 @@ def sessionize(
     batches: Iterable[pa.RecordBatch],
     rules: Rules,
     event_fields: list[str],
-    run_us_of_split: Mapping[str, int] | None = None,
+    run_us_of_split: Mapping[Key, int] | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """One row per session.
 
     Args:
         batches: events, sorted by (user_id, event_ts, event_id) across all batches; event_ts in microseconds.
         event_fields: the columns that the `events` structs keep, in their order.
-        run_us_of_split: event_id → start of its run, of events that start a session (`split_points`): what comes before
-            them may be missing.
+        run_us_of_split: the start of its run, of events that start a session (`split_points`): what comes before them
+            may be missing.
 
     Yields:
         Batches of session_id (that of its first event), user_id, start_ts, end_ts, event_count (int32), verticals
@@ -123,11 +125,11 @@ def split_points(batches: Iterable[pa.RecordBatch], rules: Rules, every: int) ->
 
 
 def _cut(
-    batches: Iterable[pa.RecordBatch], rules: Rules, run_us_of_split: Mapping[str, int]
+    batches: Iterable[pa.RecordBatch], rules: Rules, run_us_of_split: Mapping[Key, int]
 ) -> Iterator[tuple[pa.RecordBatch, Int64, Int64]]:
     """Each batch that is not empty, the numbers of its rows that start a session, and the starts of those' runs."""
     before: _Open | None = None
-    split_ids = pa.array(list(run_us_of_split), pa.string())
+    split_ids = pa.array([event_id for _, _, event_id in run_us_of_split], pa.string())
     for batch in batches:
         if batch.num_rows == 0:
             continue
@@ -158,11 +160,16 @@ def _cut(
 
         run_us = times
         if run_us_of_split:
-            here = np.flatnonzero(pc.is_in(batch["event_id"], split_ids).to_numpy(zero_copy_only=False))
-            if len(here):
+            # The ids leave few rows, and only these become Python objects.
+            like = pa.array(np.flatnonzero(pc.is_in(batch["event_id"], split_ids).to_numpy(zero_copy_only=False)))
+            of_like = [column.take(like).to_pylist() for column in (users, pa.array(times), batch["event_id"])]
+            keys = zip(like.to_pylist(), zip(*of_like, strict=True), strict=True)
+            splits = [(row, run_us_of_split[key]) for row, key in keys if key in run_us_of_split]
+            if splits:
+                here, runs_here = np.array(splits, np.int64).T
                 new_run[here] = cut[here] = True
                 run_us = times.copy()
-                run_us[here] = [run_us_of_split[name] for name in batch["event_id"].take(pa.array(here)).to_pylist()]
+                run_us[here] = runs_here
 
         starts = _cut_long(times, np.flatnonzero(cut), before, rules)
         run_rows = np.flatnonzero(new_run)

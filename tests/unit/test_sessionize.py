@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jobs.config import load_config
 from jobs.errors import TrailvecError
-from spark_udfs.sessionize import Rules, sessionize, split_points
+from spark_udfs.sessionize import Key, Rules, sessionize, split_points
 from tests import oracles
 from tests.events import START, Row, logs, make_event
 
@@ -42,9 +42,18 @@ def batched(events: list[Row], borders: list[int]) -> list[pa.RecordBatch]:
     ]
 
 
-def run(events: list[Row], borders: list[int], rules: Rules, splits: dict[str, int] | None = None) -> list[Row]:
+def run(events: list[Row], borders: list[int], rules: Rules, splits: dict[Key, int] | None = None) -> list[Row]:
     made = sessionize(batched(events, borders), rules, FIELDS, splits)
     return [row for batch in made for row in batch.to_pylist()]
+
+
+def key(event: Row) -> Key:
+    return event["user_id"], (event["event_ts"] - datetime(1970, 1, 1)) // timedelta(microseconds=1), event["event_id"]
+
+
+def splits_of(events: list[Row], borders: list[int], rules: Rules, every: int) -> dict[Key, int]:
+    rows = [row for batch in split_points(batched(events, borders), rules, every) for row in batch.to_pylist()]
+    return {(row["user_id"], row["event_us"], row["event_id"]): row["run_us"] for row in rows}
 
 
 def ids(sessions: list[Row]) -> list[str]:
@@ -178,10 +187,9 @@ def test_the_log_may_be_parted_at_its_splits(
     events: list[Row], borders: list[int], every: int, max_us: int | None, max_events: int
 ) -> None:
     rules = Rules(30 * MINUTE, {"rides": 60 * MINUTE}, max_us, max_events)
-    made = list(split_points(batched(events, borders), rules, every))
-    splits = {row["event_id"]: row["run_us"] for batch in made for row in batch.to_pylist()}
+    splits = splits_of(events, borders, rules, every)
     ordered = oracles.in_order(events)
-    at_splits = [n for n, e in enumerate(ordered) if e["event_id"] in splits]
+    at_splits = [n for n, e in enumerate(ordered) if key(e) in splits]
     cuts = [0, *at_splits, len(ordered)]
 
     whole = run(events, [], rules)
@@ -190,6 +198,22 @@ def test_the_log_may_be_parted_at_its_splits(
     assert all(b - a >= every for a, b in itertools.pairwise([0, *at_splits]))
     longest = max(s["event_count"] for s in whole)
     assert all(b - a < every + longest for a, b in itertools.pairwise(cuts))
+
+
+def test_an_event_with_the_id_of_a_split_is_none_itself() -> None:
+    # "c" is a split of u's first day; it stands on u's next day too, and with v at the very same time.
+    first = [at(name, 10 * n) for n, name in enumerate("abcd")]
+    next_day = [at(name, 24 * 60 + 10 * n) for n, name in enumerate("abcd")]
+    events = [*first, *next_day, *[event | {"user_id": "v"} for event in first]]
+    rules = Rules(30 * MINUTE, max_events=2)
+    splits = {key(first[2]): key(first[0])[1]}
+    assert splits.items() <= splits_of(events, [], rules, 2).items()
+    # Rules that alone would cut nowhere show which events are taken for splits.
+    for borders in ([], [2], [3, 6, 9]):
+        found = run(events, borders, Rules(30 * MINUTE), splits)
+        assert ids(found) == ["ab", "cd", "abcd", "abcd"]
+        days = [0, 0, 1, 0]
+        assert [s["run_start_ts"].replace(tzinfo=None) for s in found] == [START + timedelta(days=d) for d in days]
 
 
 def test_one_endless_run_is_never_held_as_a_whole() -> None:
