@@ -9,11 +9,14 @@ from typing import Any
 
 from jobs.files import HadoopPath
 
-_COMMIT_INFO = '{"commitInfo"'
+_COMMIT_INFO, _METADATA = '{"commitInfo"', '{"metaData"'
 KEEP_DAYS = "keep_days"  # the note of a commit that deletes rows for their age
 _HISTORY = 500  # commits of a table that are looked at; a stage that is further behind makes all anew
-# Commits that move or drop files and change no row.
-_UPKEEP = {"OPTIMIZE", "REORG", "VACUUM START", "VACUUM END", "CLUSTER BY", "SET TBLPROPERTIES"}
+# Commits that move or drop files, or say something else of the table, and change no row.
+_UPKEEP = {
+    *("OPTIMIZE", "REORG", "VACUUM START", "VACUUM END", "CLUSTER BY", "SET TBLPROPERTIES", "UNSET TBLPROPERTIES"),
+    *("UPGRADE PROTOCOL", "CHANGE COLUMN", "ADD CONSTRAINT", "DROP CONSTRAINT"),
+}
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Commit:
         changed_rows: False for upkeep and for a commit that only records that a stage ran.
         replaced_all: the commit put all its rows in the place of all that were there.
         provenance: what the stage that made it stored (`Runtime.provenance`); None where no stage did.
+        foreign: somebody else changed rows: a RESTORE, a DELETE by SQL, another writer.
         erasure: the request that it took users out for; None: it is no erasure.
         beside: an erasure, or rows deleted for their age. What a stage wrote before it is still made from what that
             stage read, so that it goes on from there.
@@ -38,6 +42,7 @@ class Commit:
     changed_rows: bool
     replaced_all: bool
     provenance: dict[str, Any] | None
+    foreign: bool
     erasure: str | None
     beside: bool
     rows_deleted: int
@@ -53,13 +58,15 @@ def _commit_of(version: int, info: dict[str, Any]) -> Commit:
     empty = bool(changes) and all(metrics.get(name, "1") == "0" for name in changes)
     provenance = _provenance(info.get("userMetadata") or "")
     note = (provenance or {}).get("note") or {}
+    changed_rows = operation not in _UPKEEP and not empty
     return Commit(
         version=version,
         committed_at=info["timestamp"] / 1000,
         operation=str(operation),
-        changed_rows=operation not in _UPKEEP and not empty,
+        changed_rows=changed_rows,
         replaced_all=mode == "Overwrite",
         provenance=provenance,
+        foreign=changed_rows and provenance is None and operation != "CREATE TABLE",
         erasure=note.get("erasure"),
         beside=not note.keys().isdisjoint(("erasure", KEEP_DAYS)),
         rows_deleted=int(metrics.get("numTargetRowsDeleted") or 0),
@@ -95,6 +102,16 @@ class History:
             commit = _commit_of(version, json.loads(info)["commitInfo"])
             self._read.append(commit)
             yield commit
+
+    def table_id(self) -> str | None:
+        """Delta's id of the table: a table that was removed and made anew has another. None where the log is silent."""
+        made = next((line for line in self._lines(f"{0:020}.json") if line.startswith(_METADATA)), None)
+        if made is not None:
+            return str(json.loads(made)["metaData"]["id"])
+        # The log is cleaned of its first commit; Spark lays a checksum beside each, which says the same.
+        said = next(self._lines(f"{self.newest:020}.crc"), "{}")
+        table_id = (json.loads(said).get("metadata") or {}).get("id")
+        return None if table_id is None else str(table_id)
 
     def _newest(self) -> int:
         # From the last checkpoint on there are a few commits at most.

@@ -6,6 +6,7 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,10 @@ class Lake:
         return self._history[table.name]
 
     def notes(self, table: Table) -> list[dict[str, Any]]:
-        """The `note` of each of the table's commits of a stage that has one, newest first."""
-        stages = (c.provenance for c in self.commits(table) if c.provenance is not None and not c.beside)
+        """The `note` of each of the table's commits of a stage that has one, newest first, since somebody else changed
+        rows."""
+        ours = takewhile(lambda commit: not commit.foreign, self.commits(table))
+        stages = (c.provenance for c in ours if c.provenance is not None and not c.beside)
         return [provenance["note"] for provenance in stages if "note" in provenance]
 
     def erasure_commits(self, table: Table, erasure: str) -> list[Commit]:
@@ -149,11 +152,12 @@ class Lake:
         return [commit for commit in self._commits(table) if commit.erasure == erasure]
 
     def last_writer(self, table: Table) -> dict[str, Any] | None:
-        """The provenance of the table's newest commit that a stage of the road made; None where there is none."""
+        """The provenance of the table's newest commit that a stage of the road made; None where there is none, or where
+        somebody else has changed rows since (a RESTORE, say): they are not what it wrote."""
         if not self.exists(table):
             return None
-        stages = (c.provenance for c in self._commits(table) if not c.beside)
-        return next((provenance for provenance in stages if provenance is not None), None)
+        told = (c for c in self._commits(table) if c.foreign or (c.provenance is not None and not c.beside))
+        return next((c.provenance for c in told), None)
 
     def newest_current_model(self) -> str | None:
         """The current model's version now, whatever the stage pinned and the configuration asks for; None: none yet."""

@@ -90,6 +90,7 @@ class Runtime(Lake):
         super().__init__(config, spark)
         self._stage: Stage | None = None
         self._versions: dict[str, int] = {}
+        self._table_ids: dict[str, str | None] = {}  # versions of two tables of one name say nothing of each other
         self._frames: dict[str, DataFrame] = {}
         self._rows: dict[tuple[str, int], int] = {}  # by table and version; what one stage writes the next one reads
         self.fingerprint = ""
@@ -111,6 +112,7 @@ class Runtime(Lake):
         self._history, self._frames = {}, {}
         self.forced = force
         self._versions = {table.name: self.latest_version(table) for table in stage.reads}
+        self._table_ids = {table.name: self._commits(table).table_id() for table in stage.reads}
         self.fingerprint = _digest(self._facts(stage))
         if not force and stage.writes and all(self._last_fingerprint(t) == self.fingerprint for t in stage.writes):
             self.report.skipped = True
@@ -192,7 +194,8 @@ class Runtime(Lake):
         _change_type and _commit_version) since `written` was made.
 
         None where `written` has to be made anew: it does not exist yet, the stage was forced, its settings or the
-        table's revision are others, `read` was replaced as a whole, or its changes are too old to be kept.
+        table's revision are others, `read` was replaced as a whole or made anew, its changes are too old to be kept, or
+        others changed rows of `written`.
         """
         since = self._since(written, read)
         return None if since is None else self.changes(read, since)
@@ -233,6 +236,10 @@ class Runtime(Lake):
         if last is None or last.get("revisions") != now["revisions"] or last["fingerprint"] is None:
             return None
         if any(last["config"].get(s) != now["config"][s] for s in self._stage.settings):
+            return None
+        # Commits of older code say no id.
+        then = last.get("table_ids", {}).get(read.name)
+        if then is not None and then != self._table_ids[read.name]:
             return None
         since = last["reads"].get(read.name)
         return int(since) if since is not None and self.kept(read, since) else None
@@ -401,6 +408,7 @@ class Runtime(Lake):
             "user": self.spark.sparkContext.sparkUser(),
             "application": self.spark.sparkContext.applicationId,
             "reads": self._versions,
+            "table_ids": self._table_ids,
             "revisions": {table.name: table.revision for table in self._stage.writes},
             "config": config,
         }
@@ -416,6 +424,7 @@ class Runtime(Lake):
             "code": code_version(),
             "settings": settings,
             "reads": {table.name: self.changed_version(table) for table in stage.reads},
+            "table_ids": self._table_ids,
             "inputs": stage.inputs(self),
         }
 

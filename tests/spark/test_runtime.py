@@ -213,8 +213,15 @@ def test_the_commits_are_those_of_deltas_history(make_runtime: Callable[..., Run
     assert [c.version for c in commits if not c.changed_rows] == [14, 13]
     assert commits[2].provenance is None
     assert runtime.notes(CONTEXT_VALUES) == [{"seen": 1}]
+    assert [c.version for c in commits if c.foreign] == [12]
     (log / "00000000000000000003.json").unlink()
     assert [c.version for c in History(path)] == [*range(14, 3, -1)]
+    (table_id,) = DeltaTable.forPath(spark, path).detail().select("id").collect()[0]
+    assert History(path).table_id() == table_id
+    (log / "00000000000000000000.json").unlink()
+    assert History(path).table_id() == table_id
+    (log / "00000000000000000014.crc").unlink()
+    assert History(path).table_id() is None
 
 
 def test_tune_refuses_hdfs_in_one_sentence() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from datetime import date, timedelta
@@ -178,6 +179,35 @@ def test_the_stage_writes_once_and_then_is_up_to_date(
     assert written["stage"] == "sessionize"
     assert written["reads"] == {"events": 1, "flagged_users": 1}
     assert written["config"]["sessionize"]["gap_minutes"] == 61
+
+
+def test_a_table_that_was_made_anew_is_another_one(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
+    """With as many commits as before, then with one more: versions of two tables say nothing of each other."""
+    runtime = make_runtime()
+    tables = Tables(runtime, [event("e1", "u", 0)])
+    assert in_words(tables.run()) == [["e1"]]
+    for first, more in (("e2", []), ("e3", ["e4"])):
+        shutil.rmtree(runtime.path(EVENTS))
+        spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()  # type: ignore[union-attr]
+        put(runtime, EVENTS, to_frame(spark, [event(first, "v", 0)]))
+        for name in more:
+            tables.append([event(name, "w", 60)])
+        assert in_words(tables.run()) == [[first], *([name] for name in more)]
+
+
+def test_sessions_that_somebody_else_changed_are_made_anew(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    runtime = make_runtime()
+    tables = Tables(runtime, [event("e1", "u", 0)])
+    tables.run()
+    version = runtime.latest_version(SESSIONS)
+    tables.append([event("e2", "u", 600)])
+    assert in_words(tables.run()) == [["e1"], ["e2"]]
+    spark.sql(f"RESTORE TABLE {runtime.sql_name(SESSIONS)} TO VERSION AS OF {version}")
+    assert in_words(tables.run()) == [["e1"], ["e2"]]
+    spark.sql(f"OPTIMIZE {runtime.sql_name(SESSIONS)}")
+    assert runtime.execute(sessionize.STAGE).skipped
 
 
 # ---- batch by batch -------------------------------------------------------------------------------------
