@@ -3,8 +3,8 @@
     vector_cosine_similarity(a, b)   vector_inner_product(a, b)   vector_l2_distance(a, b)
     vector_norm(v [, degree])        vector_normalize(v [, degree])
     vector_avg(v), vector_sum(v)     aggregates
-    vector_top_k(id, v, query, k)    an aggregate of our own: the ids of the k vectors of the group whose inner product
-                                     with its query is highest, the highest first, ties to the smaller id
+    vector_top_k(id, v, query, k)    an aggregate of our own: the ids (STRING) of the k vectors of the group whose inner
+                                     product with its query is highest, the highest first, ties to the smaller id
 
 Vectors are ARRAY<FLOAT>; sums are taken in float64, results are FLOAT or ARRAY<FLOAT>. The rules:
 
@@ -13,7 +13,7 @@ Vectors are ARRAY<FLOAT>; sums are taken in float64, results are FLOAT or ARRAY<
 * A zero vector has no direction: its cosine is NULL, and so is its normalised form. An empty vector's norm,
   distance and inner product are 0.
 * `degree` is 1, 2 (the default) or float('inf').
-* Unequal lengths, another element type than FLOAT and another degree are errors.
+* Unequal lengths, another type of elements than FLOAT or of ids than STRING, and another degree are errors.
 
 Two limits of Spark 3.5's pandas UDFs: an aggregate here can't stand beside a built-in one in the same SELECT, and a
 whole group passes through the memory of one Python worker.
@@ -144,8 +144,12 @@ def top_k(ids: Series, vectors: Series, queries: Series, ks: Series) -> list[str
     """The ids of a group's k highest inner products of a vector and its query; None where there is none.
 
     Raises:
-        TrailvecError: k is no whole number from 1 on, or not one for the group; and as `pairwise`.
+        TrailvecError: k is no whole number from 1 on, or not one for the group; the ids are no strings; and as
+            `pairwise`.
     """
+    # Other types come as pandas has them: a BIGINT 7 beside a NULL as 7.0.
+    if (kind := pd.api.types.infer_dtype(ids, skipna=True)) not in ("string", "empty"):
+        raise TrailvecError(f"vector_top_k takes STRING ids, found {kind}: write CAST(id AS STRING)")
     found = ks.unique()
     if len(found) != 1 or not found[0] >= 1:
         raise TrailvecError(f"vector_top_k: found k = {', '.join(map(str, found))}: write one whole number from 1 on")

@@ -110,6 +110,14 @@ def test_the_k_best_of_each_group(spark: SparkSession) -> None:
             "vector_top_k: found k = 0: write one whole number from 1 on",
         ),
         (
+            "SELECT vector_top_k(id, array(1F), array(1F), 1) FROM VALUES (7L), (NULL) AS t(id)",
+            "vector_top_k takes STRING ids, found floating: write CAST(id AS STRING)",
+        ),
+        (
+            "SELECT vector_top_k(7L, array(1F), array(1F), 1)",
+            "vector_top_k takes STRING ids, found integer: write CAST(id AS STRING)",
+        ),
+        (
             "SELECT vector_cosine_similarity(array(1F, 2F), array(1F))",
             "vector_cosine_similarity: two vectors are of the lengths 2 and 1: compare vectors of one model_version",
         ),
