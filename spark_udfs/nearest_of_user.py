@@ -29,6 +29,7 @@ from pyspark.sql.functions import udtf
 
 from jobs.errors import TrailvecError
 from spark_udfs.topk import Ids, Metric, Vectors, keep_best, top_k
+from training.urls import file_of_table
 
 _BLOCK_ROWS = 1 << 15  # 8 MiB of vectors of 64
 _KEPT_BYTES = 128 << 20
@@ -47,7 +48,7 @@ class VectorTable:
         table = deltalake.DeltaTable(str(path))
         if "deletionVectors" in (table.protocol().reader_features or []):
             raise TrailvecError(f"table {path.name} has deletion vectors: read the table neighbours instead")
-        files = table.file_uris([("model_version", "=", version)])
+        files = [file_of_table(uri) for uri in table.file_uris([("model_version", "=", version)])]
         if not files:
             raise TrailvecError(f"table {path.name} has no vector of model {version}: run `trailvec run` first")
         self._dataset = ds.dataset(files, format="parquet")
@@ -116,7 +117,8 @@ def current_model(tables: Path) -> str:
         TrailvecError: there is none yet.
     """
     path = tables / "current_model"
-    files = deltalake.DeltaTable(str(path)).file_uris() if deltalake.DeltaTable.is_deltatable(str(path)) else []
+    uris = deltalake.DeltaTable(str(path)).file_uris() if deltalake.DeltaTable.is_deltatable(str(path)) else []
+    files = [file_of_table(uri) for uri in uris]
     versions = ds.dataset(files, format="parquet").to_table()["model_version"].to_pylist() if files else []
     if not versions:
         raise TrailvecError(f"no model has a vector of every user under {tables.parent}: run `trailvec run` first")

@@ -54,7 +54,8 @@ class Served:
 
 @pytest.fixture(scope="module")
 def warehouse(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    runtime = Runtime(make_config(tmp_path_factory.mktemp("served"), "storage.database=served"), spark)
+    root = tmp_path_factory.mktemp("served") / "a wärehouse, 100% #1?"  # what a URL would write in another way
+    runtime = Runtime(make_config(root, "storage.database=served"), spark)
     random = np.random.default_rng(7)
 
     def vectors(prefix: str, count: int) -> dict[str, np.ndarray[Any, Any]]:
