@@ -4,11 +4,14 @@ trailvec serve_sql --conf conf/local.toml                          # on this mac
 TRAILVEC_SQL_USER=ada TRAILVEC_SQL_PASSWORD=… trailvec serve_sql --conf conf/local.toml --host 0.0.0.0
 
 Each client has a session of its own: its USE, SET and temporary views are nobody else's. The functions live in the
-registry that every new session copies. Who connects may do what the server's own account may, writing included.
+registry that every new session copies. Who connects may do what the server's own account may: write, and run programs
+(SELECT TRANSFORM ... USING). The server wipes trailvec's secrets out of its environment; that of the process which
+started it, a shell or a wrapper, stays readable to programs of the same account.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import ipaddress
 import os
@@ -78,9 +81,9 @@ def run_serve(config: Config, host: str, port: int) -> None:
     """
     login = _login()
     _check_address(host, port, login is not None)
-    # A client can read the JVM's environment, which is a copy of this one: none of trailvec's secrets may stand in it.
+    # A client can read the JVM's environment, a copy of this one, and by a program this one, too.
     for name in SECRETS:
-        os.environ.pop(name, None)
+        _forget(name)
     stopped = threading.Event()
     with tempfile.TemporaryDirectory(prefix="trailvec-sql-") as scratch:
         settings = _SETTINGS | config.spark.conf
@@ -115,7 +118,20 @@ def _login() -> str | None:
     if not user or not password:
         raise TrailvecError(f"one of {_LOGIN[0]} and {_LOGIN[1]} is missing or empty: set both, or none")
     salt = secrets.token_hex(16)
-    return _LOGIN_CHECK % {"salt": salt, "digest": hashlib.sha256(f"{salt}{user}\0{password}".encode()).hexdigest()}
+    # The bytes that were set, be they no UTF-8.
+    digest = hashlib.sha256(os.fsencode(f"{salt}{user}\0{password}")).hexdigest()
+    return _LOGIN_CHECK % {"salt": salt, "digest": digest}
+
+
+def _forget(name: str) -> None:
+    """Takes a variable out of the environment, and its value out of what the process was started with: that is what
+    /proc/PID/environ shows, whatever has been unset since."""
+    if os.name == "posix" and (value := os.environb.get(os.fsencode(name))):
+        libc = ctypes.CDLL(None)
+        libc.getenv.restype = ctypes.c_void_p
+        if address := libc.getenv(os.fsencode(name)):
+            ctypes.memset(address, 0, len(value))
+    os.environ.pop(name, None)
 
 
 def _check_address(host: str, port: int, with_password: bool) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -24,7 +26,7 @@ from pyspark.sql import SparkSession
 
 from jobs.errors import TrailvecError, explain
 from jobs.runtime import Runtime
-from jobs.serve_sql import SECRETS, _share_functions, run_serve
+from jobs.serve_sql import SECRETS, _forget, _login, _share_functions, run_serve
 from jobs.spark_session import java_home
 from jobs.sql import query
 from jobs.tables import CURRENT_MODEL, EVENTS, ITEM_EMBEDDINGS, USER_EMBEDDINGS
@@ -46,6 +48,7 @@ class Served:
     users: dict[str, np.ndarray[Any, Any]]
     items: dict[str, np.ndarray[Any, Any]]
     port: int = 0
+    pid: int = 0
 
     def best_items(self, user: str, k: int) -> list[str]:
         scores = {item: float(self.users[user] @ vector) for item, vector in self.items.items()}
@@ -83,6 +86,7 @@ def server(warehouse: Served) -> Iterator[Served]:
     login = {"TRAILVEC_SQL_USER": USER, "TRAILVEC_SQL_PASSWORD": PASSWORD}
     environment = os.environ | {"TRAILVEC_EXPORT_KEY": "k1", "TRAILVEC_ERASE_KEY": "k2"} | login
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    warehouse.pid = process.pid
     try:
         assert process.stdout is not None
         assert select.select([process.stdout], [], [], 300)[0], "not ready after five minutes"
@@ -153,6 +157,18 @@ def test_no_client_reads_a_secret_of_the_environment(server: Served) -> None:
     assert secrets == [[["null"]]] * 4  # as Spark writes Java's null
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_no_program_of_a_client_reads_a_secret_of_the_servers_processes(server: Served) -> None:
+    """What they were started with, Python and Java, which starts the program."""
+    program = "SELECT TRANSFORM('x') USING 'xargs -0 -n1 < /proc/{}/environ' AS (line STRING)"
+    out, err = client(server, [program.format(process) for process in (server.pid, "$PPID")]).communicate(timeout=120)
+    assert out, err
+    for lines in json.loads(out):
+        values = {name: value for name, _, value in ((line or "").partition("=") for [line] in lines)}
+        assert values["PATH"]
+        assert not any(values.get(name) for name in SECRETS)
+
+
 def beeline(server: Served, text: str, password: str, folder: Path) -> subprocess.CompletedProcess[str]:
     secret = folder / "password"
     secret.write_text(password, encoding="utf-8")
@@ -214,6 +230,21 @@ def test_what_is_not_served(
         with pytest.raises(TrailvecError) as caught:
             run_serve(make_config(tmp_path), host, taken.getsockname()[1])
     assert message in str(caught.value)
+
+
+def test_a_login_is_bytes_and_is_wiped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that are no UTF-8 among them."""
+    login = dict(zip(("TRAILVEC_SQL_USER", "TRAILVEC_SQL_PASSWORD"), (b"ada", b"p\xff"), strict=True))
+    for name, value in login.items():
+        monkeypatch.setenv(name, os.fsdecode(value))
+    checked = _login()
+    assert checked is not None
+    salt, digest = (re.findall(rf'"({form})"', checked)[0] for form in ("[0-9a-f]{32}", "[0-9a-f]{64}"))
+    assert hashlib.sha256(salt.encode() + b"ada\0p\xff").hexdigest() == digest
+    for name in login:
+        _forget(name)
+        assert name not in os.environ
+    _forget("TRAILVEC_SQL_USER")  # not set: no matter
 
 
 def test_what_a_session_lacks_is_not_shared(spark: SparkSession) -> None:
