@@ -167,4 +167,4 @@ step "Horovod and trailvec into .venv" install_project
 step "Delta's, Kafka's, Hadoop's and S3's jars" install_jars
 step "Delta's log on S3" compile_log_store
 facts >"$stamp"
-echo "setup: done in $SECONDS s"
+echo "setup: done in $SECONDS s; for all that follows: export PATH='$PWD/.venv/bin':\$PATH"

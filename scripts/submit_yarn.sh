@@ -11,6 +11,8 @@
 # nothing travels (default: made here, profile data); TRAILVEC_ERASE_KEY and TRAILVEC_EXPORT_KEY, for the driver.
 set -euo pipefail
 repository=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# What scripts/setup.sh made, whatever the PATH says; another environment serves where there is none.
+[[ ! -x $repository/.venv/bin/python ]] || export PATH=$repository/.venv/bin:$PATH
 # Spark would hand them to every container, and they name folders of this machine.
 unset PYTHONPATH PYSPARK_PYTHON PYSPARK_DRIVER_PYTHON
 
