@@ -1,6 +1,9 @@
 """trailvec's four jobs for Airflow 2, task by task those of conf/databricks: copy this file into the `dags` folder.
 
 Airflow's variables say how a stage is started on its workers (they need no trailvec among Airflow's own packages):
+  trailvec_home   the folder that the configuration's relative paths start from (storage.root, ingest.sources, .venv/s3
+                  of conf/s3.toml): mostly the checkout, /opt/trailvec. Airflow itself would start a task in a folder
+                  that it deletes afterwards, a relative warehouse with it
   trailvec_run    the command before the stage's name: trailvec, or /opt/trailvec/scripts/submit_yarn.sh
   trailvec_conf   the configuration, an absolute path
 The rest comes from the workers' environment: TRAILVEC_ERASE_KEY, TRAILVEC_EXPORT_KEY, and on YARN HADOOP_CONF_DIR.
@@ -37,7 +40,10 @@ JOBS = {
     "upkeep": ("0 12 * * SAT", 43200, {"maintain_tables": 1}),
 }
 
-COMMAND = "exec {{ var.value.trailvec_run }} STAGE --conf '{{ var.value.trailvec_conf }}'"
+COMMAND = (
+    "cd '{{ var.value.trailvec_home }}' && "
+    "exec {{ var.value.trailvec_run }} STAGE --conf '{{ var.value.trailvec_conf }}'"
+)
 
 for job, (schedule, seconds, stages) in JOBS.items():
     with DAG(

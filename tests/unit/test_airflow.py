@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import ast
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 import yaml
 
@@ -17,13 +20,24 @@ ROOT = Path(__file__).parents[2]
 FILE = ROOT / "conf/airflow/trailvec.py"
 
 
-def dags() -> dict[str, tuple[str, int, dict[str, int]]]:
-    tree = ast.parse(FILE.read_text())
-    (jobs,) = [
-        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "JOBS"
+def constant(name: str) -> Any:
+    """What the file sets `name` to."""
+    (value,) = [
+        node.value
+        for node in ast.parse(FILE.read_text()).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name
     ]
-    found: dict[str, tuple[str, int, dict[str, int]]] = ast.literal_eval(jobs)
+    return ast.literal_eval(value)
+
+
+def dags() -> dict[str, tuple[str, int, dict[str, int]]]:
+    found: dict[str, tuple[str, int, dict[str, int]]] = constant("JOBS")
     return found
+
+
+def variables() -> set[str]:
+    """Airflow's variables that a task's command asks for."""
+    return set(re.findall(r"var\.value\.(\w+)", constant("COMMAND")))
 
 
 def databricks(job: str) -> dict[str, Any]:
@@ -59,3 +73,31 @@ def test_every_task_is_a_command_of_trailvec() -> None:
         for stage in stages:
             arguments = _parser(STAGES, ASIDE).parse_args([stage, "--conf", "conf/mine.toml"])
             assert arguments.command == stage
+
+
+def run_task(folder: Path, **values: object) -> subprocess.CompletedProcess[str]:
+    """A task's command, as BashOperator runs it in a folder of its own; the stage's command is told, not run."""
+    command = jinja2.Template(constant("COMMAND").replace("STAGE", "ingest"), undefined=jinja2.StrictUndefined)
+    text = command.render(var={"value": values})
+    return subprocess.run(["bash", "-c", text], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_a_task_starts_its_stage_in_the_folder_that_relative_paths_start_from(tmp_path: Path) -> None:
+    home, elsewhere = tmp_path / "a home", tmp_path / "deleted afterwards"
+    home.mkdir()
+    elsewhere.mkdir()
+    (home / "told").write_text('#!/bin/sh\nprintf "%s\\n" "$PWD" "$@"\n')
+    (home / "told").chmod(0o755)
+    done = run_task(elsewhere, trailvec_home=home, trailvec_run="./told", trailvec_conf="/etc/my conf/mine.toml")
+    assert done.stdout.splitlines() == [str(home), "ingest", "--conf", "/etc/my conf/mine.toml"]
+    # Where that folder is missing, nothing is started in the one that goes.
+    done = run_task(elsewhere, trailvec_home=home / "not there", trailvec_run="echo", trailvec_conf="mine.toml")
+    assert (done.returncode, done.stdout) == (1, "")
+
+
+def test_the_file_and_the_operations_page_name_every_variable() -> None:
+    asked = variables()
+    assert asked == {"trailvec_home", "trailvec_run", "trailvec_conf"}
+    said = ast.get_docstring(ast.parse(FILE.read_text())) or ""
+    assert set(re.findall(r"^  (trailvec_\w+) ", said, re.MULTILINE)) == asked
+    assert asked <= set(re.findall(r"`(trailvec_\w+)`", (ROOT / "docs/operations.md").read_text()))
