@@ -1,4 +1,4 @@
-"""The names by which SQL knows the tables, and the views of the current model's vectors."""
+"""The names by which SQL knows the tables, and the views of the current model's rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _VOLUMES = "/Volumes"  # where Databricks mounts the volumes of Unity Catalog
 
 
 def register_tables(runtime: Runtime) -> None:
-    """Makes every existing table, and the views of the current model's vectors, known to SQL by their names, in
+    """Makes every existing table, and the views of the current model's rows, known to SQL by their names, in
     `storage.database`, and uses that database. Does nothing where the session knows all of them already."""
     spark, database = runtime.spark, runtime.config.storage.database
     there = [table for table in TABLES if runtime.exists(table)]

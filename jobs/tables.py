@@ -314,7 +314,7 @@ USER_EMBEDDINGS = Table(
 
 CURRENT_MODEL = Table(
     "current_model",
-    "The model whose vectors the views current_* show: one row, changed when all users have their vector.",
+    "The model whose rows the views current_* show: one row, changed when all users have their vector.",
     (Column("model_version", "string", "The model."),),
     key=("model_version",),
     stage="score_users",
@@ -538,6 +538,8 @@ TABLES = (
     ERASED_USERS,
 )
 
-# Views: of each of these tables the rows of the one current model. Spark plans a subquery first, so current_model is
-# looked up before the table: a model that is current then was whole before that, and stays until it is retired.
-CURRENT = {f"current_{table.name}": table for table in (USER_EMBEDDINGS, ITEM_EMBEDDINGS)}
+# Views: of each table that keeps rows of several models, those of the one current model. Spark plans a subquery first,
+# so current_model is looked up before the table: a model that is current then had all its vectors before that, and
+# keeps them until it is retired. find_neighbours comes after that, profile_users and probe when asked: until then their
+# views show no row, and never another model's.
+CURRENT = {f"current_{table.name}": table for table in TABLES if "model_version" in table.partition_by}

@@ -17,7 +17,7 @@ from jobs.errors import TrailvecError
 from jobs.list_tables import list_tables, print_tables
 from jobs.runtime import Runtime
 from jobs.sql import ask, query, run_sql
-from jobs.tables import ITEM_EMBEDDINGS, TABLES
+from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, NEIGHBOURS, TABLES
 from spark_udfs import vectors
 from tests.conftest import put
 
@@ -226,6 +226,18 @@ def test_a_query_joins_tables_by_name(shop: Runtime) -> None:
     assert [row["item_id"] for row in query(shop, NEAREST).collect()] == ["butter", "nails"]
     comments = {row["col_name"]: row["comment"] for row in query(shop, "DESCRIBE item_embeddings").collect()}
     assert comments["vector"] == "The vector."
+
+
+def test_a_view_of_the_current_model_comes_with_its_table(shop: Runtime, spark: SparkSession) -> None:
+    for view in ("current_item_embeddings", "current_neighbours"):
+        with pytest.raises(TrailvecError, match=f"`{view}` cannot be found"):
+            query(shop, f"SELECT * FROM {view}")
+    put(shop, CURRENT_MODEL, spark.createDataFrame([("m1",)], CURRENT_MODEL.schema()))
+    assert query(shop, "SELECT * FROM current_item_embeddings").count() == 3
+    with pytest.raises(TrailvecError, match="`current_neighbours` cannot be found"):
+        query(shop, "SELECT * FROM current_neighbours")
+    shop.create(NEIGHBOURS)
+    assert query(shop, "SELECT * FROM current_neighbours").count() == 0
 
 
 def test_the_printed_table(shop: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
