@@ -28,7 +28,7 @@ FROM nearest_users('1', 5) AS n JOIN current_user_embeddings AS u USING (user_id
 
 -- What goes with an item: the neighbours of the item that is bought most
 SELECT s.item_name AS of_item, n.rank, i.item_name, i.category, round(n.score, 3) AS likeness
-FROM neighbours AS n JOIN items AS i ON i.item_id = n.neighbour_id
+FROM current_neighbours AS n JOIN items AS i ON i.item_id = n.neighbour_id
 JOIN (SELECT item_id, item_name FROM items ORDER BY target_count DESC, item_id LIMIT 1) AS s ON s.item_id = n.source_id
 WHERE n.kind = 'item_item' AND n.rank <= 5 ORDER BY n.rank;
 
@@ -49,4 +49,4 @@ ORDER BY likeness DESC, u.user_id LIMIT 5;
 -- Is it worth it: the model beside simpler methods, on the test weeks
 SELECT task, method, round(max(value) FILTER (WHERE metric = 'ndcg@10'), 4) AS `ndcg@10`,
        round(max(value) FILTER (WHERE metric = 'recall@20'), 4) AS `recall@20`, max(counted) AS users
-FROM evaluation WHERE split = 'test' AND slice = 'all' AND task IN ('next', 'new', 'repeat') GROUP BY task, method ORDER BY task, `ndcg@10` DESC;
+FROM current_evaluation WHERE split = 'test' AND slice = 'all' AND task IN ('next', 'new', 'repeat') GROUP BY task, method ORDER BY task, `ndcg@10` DESC;

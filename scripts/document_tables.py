@@ -10,15 +10,24 @@ import argparse
 import sys
 from pathlib import Path
 
-from jobs.tables import TABLES, Table
+from jobs.tables import CURRENT, TABLES, Table
 
 PAGE = Path(__file__).parent.parent / "docs" / "tables.md"
 
 _HEAD = """# The tables
 
 Made from `jobs/tables.py` by `scripts/document_tables.py`: change that file, not this page. Each is a Delta table under
-`storage.root`/tables; Spark, DuckDB and delta-rs read it. Times are UTC with microseconds. Examples run with `trailvec
-sql` or over JDBC (`trailvec serve_sql`).
+`storage.root`/tables. Times are UTC with microseconds. Examples run with `trailvec sql` or over JDBC (`trailvec
+serve_sql`).
+
+A table that is partitioned by `model_version` keeps rows of every model, of refused ones too. Its view `current_…`
+shows those of the current model: none until the table's stage has run with it. Read the table itself only to compare
+models, with `model_version` in SELECT and GROUP BY.
+
+DuckDB reads every table (`INSTALL delta; LOAD delta; SELECT * FROM delta_scan('…/tables/events')`), and so does
+delta-rs by its `QueryBuilder`. The `to_pandas` and `to_pyarrow_table` of the pinned deltalake read no table that may
+have deletion vectors (`events`, `sessions`, ...), and under pyarrow 14 none that is partitioned. These readers have
+no views: write `WHERE model_version = (SELECT model_version FROM …)` over `current_model`.
 """
 
 EXAMPLES = {
@@ -50,7 +59,7 @@ EXAMPLES = {
         WHERE b.user_id = '1' AND a.user_id <> '1' ORDER BY likeness DESC LIMIT 10""",
     "user_profiles": """
         SELECT a.user_id, vector_cosine_similarity(a.vector, b.vector) AS likeness
-        FROM user_profiles AS a JOIN user_profiles AS b USING (model_version)
+        FROM current_user_profiles AS a CROSS JOIN current_user_profiles AS b
         WHERE b.user_id = '1' AND a.user_id <> '1' ORDER BY likeness DESC LIMIT 10""",
     "current_model": """
         SELECT count(*) AS users, avg(vector_norm(vector)) AS mean_norm FROM current_user_embeddings""",
@@ -58,13 +67,13 @@ EXAMPLES = {
         SELECT n.rank, i.item_name, n.score FROM nearest_items('1', 10) AS n JOIN items AS i USING (item_id)
         ORDER BY n.rank""",
     "evaluation": """
-        SELECT task, method, value, low, high, counted AS users FROM evaluation
+        SELECT task, method, value, low, high, counted AS users FROM current_evaluation
         WHERE metric = 'ndcg@10' AND split = 'test' AND slice = 'all' ORDER BY task, value DESC""",
     "probes": """
-        SELECT task, features, max_by(head, value) AS best_head, max(value) AS auc FROM probes
+        SELECT task, features, max_by(head, value) AS best_head, max(value) AS auc FROM current_probes
         WHERE metric = 'auc' GROUP BY task, features ORDER BY task, auc DESC""",
     "neighbours": """
-        SELECT n.rank, i.item_name, n.score FROM neighbours AS n JOIN items AS i ON i.item_id = n.neighbour_id
+        SELECT n.rank, i.item_name, n.score FROM current_neighbours AS n JOIN items AS i ON i.item_id = n.neighbour_id
         WHERE n.kind = 'user_item' AND n.source_id = '1' ORDER BY n.rank""",
     "exports": """
         SELECT segment, export_id, min(exported_at) AS exported_at, count(*) AS members,
@@ -88,6 +97,7 @@ def _section(table: Table) -> str:
         f"key {_names(table.key)}" if table.key else "rows have no key",
         f"partitioned by {_names(table.partition_by)}" if table.partition_by else "",
         f"clustered by {_names(table.cluster_by)}" if table.cluster_by else "",
+        f"view of the current model `current_{table.name}`" if table in CURRENT.values() else "",
         f"written by `trailvec {table.stage}`",
     ]
     lines = [f"## {table.name}", "", table.comment, "", "; ".join(filter(None, facts)).capitalize() + ".", ""]

@@ -21,6 +21,7 @@ import deltalake
 import numpy as np
 import pyspark
 import pytest
+from deltalake.exceptions import DeltaProtocolError
 from pyspark.errors import PythonException
 from pyspark.sql import SparkSession
 
@@ -29,11 +30,25 @@ from jobs.runtime import Runtime
 from jobs.serve_sql import SECRETS, _forget, _login, _share_functions, run_serve
 from jobs.spark_session import java_home
 from jobs.sql import query
-from jobs.tables import CURRENT_MODEL, EVENTS, ITEM_EMBEDDINGS, USER_EMBEDDINGS
+from jobs.tables import (
+    CURRENT,
+    CURRENT_MODEL,
+    EVALUATION,
+    EVENTS,
+    ITEM_EMBEDDINGS,
+    ITEMS,
+    NEIGHBOURS,
+    PROBES,
+    TABLES,
+    USER_EMBEDDINGS,
+    USER_PROFILES,
+    Table,
+)
+from scripts.answer_queries import queries
 from scripts.document_tables import EXAMPLES, PAGE, page
 from scripts.servers import free_ports
 from spark_udfs import nearest_of_user, vectors
-from tests.conftest import SPARK_CONF, make_config, put, read_delta
+from tests.conftest import SPARK_CONF, add, make_config, put, read_delta
 
 USER, PASSWORD = "ada", "pä-ss"  # beeline itself takes no space and no quote in a password
 LENGTH = 8
@@ -71,6 +86,8 @@ def warehouse(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> 
     ]
     put(runtime, USER_EMBEDDINGS, spark.createDataFrame(user_rows, USER_EMBEDDINGS.schema()))
     put(runtime, ITEM_EMBEDDINGS, spark.createDataFrame(item_rows, ITEM_EMBEDDINGS.schema()))
+    found = [(m, "user_item", "u0", 1, f"i{n}", 1.0) for n, m in enumerate(models)]
+    put(runtime, NEIGHBOURS, spark.createDataFrame(found, NEIGHBOURS.schema()))
     put(runtime, CURRENT_MODEL, spark.createDataFrame([("m2",)], CURRENT_MODEL.schema()))
     return Served(runtime, *models["m2"])
 
@@ -147,6 +164,16 @@ def test_ten_clients_at_once(server: Served) -> None:
         assert by_function == expected
         assert by_query == expected
         assert setting == [["spark.sql.shuffle.partitions", str(n + 1)]]
+
+
+def test_a_client_finds_the_views_of_the_current_model(server: Served) -> None:
+    queries = [
+        "SELECT DISTINCT model_version, count(*) OVER () FROM current_user_embeddings",
+        "SELECT model_version, neighbour_id FROM current_neighbours",
+    ]
+    out, err = client(server, queries).communicate(timeout=120)
+    assert out, err
+    assert json.loads(out) == [[["m2", 12]], [["m2", "i1"]]]
 
 
 def test_no_client_reads_a_secret_of_the_environment(server: Served) -> None:
@@ -294,7 +321,9 @@ def test_what_has_no_neighbours(warehouse: Served) -> None:
     assert explain(caught.value) == "nearest_items: k is 0: write a whole number from 1 on"
 
 
-def test_others_read_the_same_rows(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
+def test_others_read_the_same_rows(
+    warehouse: Served, make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
     """DuckDB and delta-rs, of a table in which a deletion vector hides a row."""
     runtime = make_runtime("storage.database=others")
     event = ("u1", "bread", "purchase", NOON, "grocery", 1.5, None, "UTC", None, None, "b1", {"store": "1"}, "log")
@@ -310,15 +339,73 @@ def test_others_read_the_same_rows(make_runtime: Callable[..., Runtime], spark: 
     assert sorted(by_spark) == [(f"e{n}", 1.5, "b1") for n in (0, 1, 2, 4)]
     assert sorted(by_duckdb) == sorted(by_delta_rs) == sorted(by_spark)
 
+    # What docs/tables.md says they do not read.
+    with pytest.raises(DeltaProtocolError, match="deletionVectors"):
+        deltalake.DeltaTable(runtime.path(EVENTS)).to_pyarrow_table()
+    with pytest.raises(TypeError, match=r"field\(\)"):
+        deltalake.DeltaTable(warehouse.runtime.path(NEIGHBOURS)).to_pyarrow_table()
+
 
 def test_the_page_of_tables_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run python scripts/document_tables.py"
 
 
 def test_the_pages_examples_can_be_run(warehouse: Served, make_runtime: Callable[..., Runtime]) -> None:
-    from jobs.tables import TABLES
-
     runtime = make_runtime("storage.database=examples", root=warehouse.runtime.root)
     for table in TABLES:
         runtime.create(table)
         query(runtime, EXAMPLES[table.name])  # Spark knows every table, column and function of it
+
+
+def rows_of_model(model: str, more: int) -> list[tuple[Table, list[tuple[Any, ...]]]]:
+    """Rows of every table that keeps a model's; `more`: other values, and larger ones where a query looks for them."""
+    users, scale = ("1", "2", "3", "4"), 10.0**more
+    vectors = {user: [scale, 1.0 + n + more, float(n)] for n, user in enumerate(users)}
+    items = [(f"i{n}", n + 2, model, NOON, False, [scale + n, 1.0 + n % 2 * more, 1.0]) for n in range(400)]
+    evaluation = [
+        (model, "test", task, "model", metric, "all", "all", value * scale, None, None, 5)
+        for task, value in (("next", 0.2), ("new", 0.1))
+        for metric in ("ndcg@10", "recall@20")
+    ]
+    return [
+        (USER_EMBEDDINGS, [(user, model, NOON, 9 + more, False, vector) for user, vector in vectors.items()]),
+        (USER_PROFILES, [(user, model, NOON, vector) for user, vector in vectors.items()]),
+        (ITEM_EMBEDDINGS, items),
+        (EVALUATION, evaluation),
+        (PROBES, [(model, "inactive", "vector", "mlp", "auc", 0.01 * scale, 0.0, 9, 3)]),
+        (NEIGHBOURS, [(model, "user_item", "1", 1, f"i{more}", scale), (model, "item_item", "i0", 1, "i7", scale)]),
+    ]
+
+
+def test_no_documented_query_mixes_models(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
+    """An older model's rows, and those of a newer one that was refused, change no answer."""
+    runtime = make_runtime("storage.database=mixed")
+
+    def fill(**models: int) -> None:
+        for of_models in zip(*(rows_of_model(model, more) for model, more in models.items()), strict=True):
+            table = of_models[0][0]
+            found = [row for _, of_model in of_models for row in of_model]
+            add(runtime, table, spark.createDataFrame(found, table.schema()))
+
+    said = dict.fromkeys(("item_name", "category", "vertical", "unit_price"), NOON)
+    items = [  # two categories of as many as a documented query asks for
+        (n + 2, f"i{n}", f"item {n}", f"c{n % 2}", "grocery", 1.0, NOON, 9, 9, 500 - n, said) for n in range(400)
+    ]
+    put(runtime, ITEMS, spark.createDataFrame(items, ITEMS.schema()))
+    event = ("e1", "2", "i0", "purchase", NOON, "grocery", 1.5, None, "UTC", None, None, None, None, "log")
+    put(runtime, EVENTS, spark.createDataFrame([event], EVENTS.schema()))
+    put(runtime, CURRENT_MODEL, spark.createDataFrame([("m2",)], CURRENT_MODEL.schema()))
+
+    fill(m2=1)
+    kept_by_model = [table.name for table, _ in rows_of_model("m2", 1)]
+    assert sorted(table.name for table in CURRENT.values()) == sorted(kept_by_model)
+    named = re.compile(rf"\b(current_)?({'|'.join(kept_by_model)})\b|\bnearest_")
+    texts = [text for text in (*EXAMPLES.values(), *(text for _, text in queries())) if named.search(text)]
+    assert len(texts) == 15
+    answers = {text: rows(runtime, text) for text in texts}
+    assert [text for text, answer in answers.items() if not answer] == []
+
+    fill(m1=0, m3=2)
+    assert [text for text, answer in answers.items() if rows(runtime, text) != answer] == []
+    shown = " UNION ALL ".join(f"SELECT '{view}' AS view, model_version FROM {view}" for view in CURRENT)
+    assert sorted(rows(runtime, f"SELECT DISTINCT * FROM ({shown})")) == [(view, "m2") for view in sorted(CURRENT)]
