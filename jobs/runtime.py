@@ -114,7 +114,7 @@ class Runtime(Lake):
         self._versions = {table.name: self.latest_version(table) for table in stage.reads}
         self._table_ids = {table.name: self._commits(table).table_id() for table in stage.reads}
         self.fingerprint = _digest(self._facts(stage))
-        if not force and stage.writes and all(self._last_fingerprint(t) == self.fingerprint for t in stage.writes):
+        if not force and stage.writes and all(self._is_up_to_date(t) for t in stage.writes):
             self.report.skipped = True
         else:
             stage.run(self)
@@ -237,11 +237,7 @@ class Runtime(Lake):
             return None
         if any(last["config"].get(s) != now["config"][s] for s in self._stage.settings):
             return None
-        # Commits of older code say no id.
-        then = last.get("table_ids", {}).get(read.name)
-        if then is not None and then != self._table_ids[read.name]:
-            return None
-        since = last["reads"].get(read.name)
+        since = last["reads"].get(read.name) if self.read_these(last) else None
         return int(since) if since is not None and self.kept(read, since) else None
 
     def kept(self, read: Table, version: int) -> bool:
@@ -424,12 +420,18 @@ class Runtime(Lake):
             "code": code_version(),
             "settings": settings,
             "reads": {table.name: self.changed_version(table) for table in stage.reads},
-            "table_ids": self._table_ids,
             "inputs": stage.inputs(self),
         }
 
-    def _last_fingerprint(self, table: Table) -> str | None:
-        return (self.last_writer(table) or {}).get("fingerprint")
+    def _is_up_to_date(self, table: Table) -> bool:
+        last = self.last_writer(table) or {}
+        return last.get("fingerprint") == self.fingerprint and self.read_these(last)
+
+    def read_these(self, provenance: dict[str, Any]) -> bool:
+        """Whether what was stored tells of the tables that the stage reads, and not of others that had their names and
+        are gone. (No part of the fingerprint: the same data in another warehouse give the same model's version.)"""
+        told = provenance.get("table_ids", {})  # older code told none
+        return all(told.get(name) in (None, table_id) for name, table_id in self._table_ids.items())
 
 
 def _changed_by_another_run(table: Table, during: str) -> TrailvecError:

@@ -157,7 +157,8 @@ def count_rows(files: list[str]) -> int:
 def run(runtime: Runtime) -> None:
     version = runtime.fingerprint[:12]
     folder = runtime.models / version
-    if has_model(runtime, version) and not runtime.forced:
+    there = read_about(model_folder(runtime, version)) if has_model(runtime, version) else None
+    if there is not None and runtime.read_these(there["provenance"]) and not runtime.forced:
         runtime.report.skipped = True
     else:
         # Beside the model's folder, which appears when all is done: what a kill leaves, the same command finds.
