@@ -49,6 +49,9 @@ from training.stores import remove_tree
 
 _SAMPLE = 50_000  # users, about, whose scores set the floors: more of them are fewer who travel in vain
 _SEEDS = 20_000  # of one segment, whose vectors come to the driver: of more, about so many stand for all, by a hash
+_ITEMS = (
+    20_000  # of one affinity, whose vectors come to the driver and to every task: of more, those that most acted on
+)
 _OTHERS = 5_000  # of them who stand for everybody else in a classifier: a weight for each of some 64 numbers
 
 
@@ -166,6 +169,7 @@ class Selection:
         self.everyone = self._listed.of(has_vector)
         self._counts: dict[int, Combinations] = {}
         self._seeds: dict[int, dict[str, int]] = {}
+        self._items: dict[int, dict[str, int]] = {}
         self._anchors: dict[int, Anchors] = {}
         self._sample: dict[int, npt.NDArray[np.float32]] = {}  # scores of the allowed users of the sample
         self._floors: dict[int, float] = {}
@@ -342,22 +346,29 @@ class Selection:
             )
 
     def _item_anchors(self, exports: list[Export]) -> dict[int, Anchors]:
-        """The vectors of the items that the segments name, read at once."""
+        """The vectors of the items that the segments name, read at once but for those of too many items."""
         if not exports:
             return {}
         wanted = {export.number: _is_wanted(export.segment.affinity) for export in exports if export.segment.affinity}
         for table in (ITEMS, ITEM_EMBEDDINGS):
             self._runtime.latest_version(table)  # says which stage makes it, where it is missing
         items = rows_of_model(self._runtime.latest(ITEM_EMBEDDINGS), self.version)
-        named = items.join(self._runtime.latest(ITEMS).select("item_id", "vertical", "category"), "item_id", "left")
+        said = self._runtime.latest(ITEMS).select("item_id", "vertical", "category", "event_count")
+        named = items.join(said, "item_id", "left")
         flags = [F.coalesce(condition, F.lit(False)).alias(f"of_{number}") for number, condition in wanted.items()]
-        rows = named.select("item_id", "vector", *flags).where(
-            reduce(operator.or_, (F.col(f"of_{number}") for number in wanted))
-        )
-        found = in_order(rows, "item_id")
+        rows = named.select("item_id", "vector", F.coalesce("event_count", F.lit(0)).alias("events"), *flags)
+        counts = rows.agg(*[F.count_if(f"of_{number}").alias(str(number)) for number in wanted]).collect()[0]
+        few = [F.col(f"of_{number}") for number in wanted if counts[str(number)] <= _ITEMS]
+        found = in_order(rows.where(reduce(operator.or_, few, F.lit(False))), "item_id")
         anchors = {}
         for export in exports:
-            vectors = found["vector"][found[f"of_{export.number}"]].tolist()
+            count, of_export = counts[str(export.number)], f"of_{export.number}"
+            if count <= _ITEMS:
+                vectors = found["vector"][found[of_export]].tolist()
+            else:
+                best = rows.where(of_export).orderBy(F.desc("events"), "item_id").limit(_ITEMS)
+                vectors = in_order(best.select("item_id", "vector"), "item_id")["vector"].tolist()
+                self._items[export.number] = {"named": count, "used": len(vectors)}
             if not vectors:
                 raise TrailvecError(
                     f"{export.path}: no item of its affinity has a vector of model {self.version}: correct the items, "
@@ -480,7 +491,9 @@ class Selection:
             removed[cut] = total - sum(removed.values()) - taken
         steps = [{"rule": rule, "users": count} for rule, count in removed.items()]
         counts = {"in": total, "removed": steps, "control": control, "exported": taken - control}
-        return counts | ({"seeds": self._seeds[export.number]} if export.number in self._seeds else {})
+        for name, told in (("seeds", self._seeds), ("items", self._items)):
+            counts |= {name: told[export.number]} if export.number in told else {}
+        return counts
 
     def members(self, name: str) -> pa.Array:
         """The members of a segment of the configuration; of one that this run leaves as it is, those in the log."""

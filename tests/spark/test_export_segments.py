@@ -652,6 +652,33 @@ def test_how_often_a_user_is_exported(shop: Runtime, tmp_path: Path, monkeypatch
     assert [r["user_id"] for r in logged if r["is_control"]] == held_back
 
 
+def test_of_very_many_items_those_that_most_acted_on_make_an_affinity(
+    make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segment_members, "_ITEMS", 2)
+    spark.sql("DROP DATABASE IF EXISTS segments CASCADE")
+    fruit, named = 'affinity = { vertical = "FRUIT" }\n', 'affinity = { items = ["i0", "i3"] }\n'
+    paths = write_segments(tmp_path, {"fruit": f"size = 3\n{fruit}", "named": f"size = 3\n{named}"})
+    runtime = make_runtime("storage.database=segments", f"export.segments={json.dumps(paths)}")
+    users = {"ann": [1.0, 0.0, 0.0], "bob": [0.0, 1.0, 0.0], "cat": [0.0, 0.0, 1.0]}
+    items = {"i0": [5.0, 0.0, 0.0], "i1": [0.0, 4.0, 0.0], "i2": [0.0, 0.0, 3.0], "i3": [0.0, 0.0, 6.0]}
+    embed(runtime, spark, users, items)
+    now = datetime(2024, 1, 1, tzinfo=timezone.utc)
+    counts = {"i0": 1, "i1": 9, "i2": 7, "i3": 99}
+    kinds = [
+        (n, item, None, None, "TOYS" if item == "i3" else "FRUIT", 1.0, now, counts[item], 1, 1, (None,) * 4)
+        for n, item in enumerate(items)
+    ]
+    put(runtime, ITEMS, spark.createDataFrame(kinds, ITEMS.schema()))
+    runtime.execute(STAGE)
+    manifest, rows = read(runtime, "fruit")
+    assert [row["user_id"] for row in rows] == ["bob", "cat", "ann"]  # i0 is the one that few acted on
+    assert manifest["counts"]["items"] == {"named": 3, "used": 2}
+    manifest, rows = read(runtime, "named")
+    assert [row["user_id"] for row in rows] == ["cat", "ann", "bob"]
+    assert "items" not in manifest["counts"]
+
+
 @pytest.mark.parametrize("force", [True, False])
 def test_an_earlier_export_counts_where_it_is_made_again(
     shop: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
