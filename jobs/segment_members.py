@@ -221,6 +221,8 @@ class Selection:
         the id of an export with `at_most` is of one day.
         """
         limited = {export.id for export in self.pending if export.segment.at_most is not None}
+        if not limited:  # nobody asks
+            return set()
         rows = self.log.where(F.col("export_id").isin([export.id for export in self.pending]))
         logged = rows.select("export_id", F.unix_micros("exported_at").alias("at")).distinct().collect()
         own = {row["at"] for row in logged if row["export_id"] in limited}
