@@ -19,6 +19,7 @@ from pyspark.sql import functions as F
 from jobs.config import UserList
 from jobs.errors import TrailvecError
 from jobs.files import Place, make_private
+from jobs.raw_records import valid_text
 from jobs.runtime import Runtime
 from jobs.sql import ask
 from training.stores import remove_tree
@@ -126,7 +127,7 @@ def _stripped(name: str) -> Column:
 
 
 def _refuse_other_text(rows: DataFrame, name: str, file: Path) -> None:
-    if not rows.where(F.col(name).contains("\ufffd")).isEmpty():  # what Spark reads for bytes that are no UTF-8
+    if not rows.where(valid_text(F.col(name)).contains("\ufffd")).isEmpty():  # for bytes that are no UTF-8
         raise TrailvecError(f"the list {file} is no UTF-8 text: save it as such")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 from unittest.mock import Mock
 
@@ -207,8 +208,9 @@ def test_a_new_model_killed_in_the_middle_goes_on_while_readers_see_the_old_one_
     of_new = [r["user_id"] for r in read_delta(shop.path(USER_EMBEDDINGS)) if r["model_version"] == "m2"]
     assert 0 < len(of_new) < USERS
     other = Runtime(make_config(shop.root, "model.version=m2"), shop.spark)
-    for table in (ITEM_EMBEDDINGS, ITEMS, SESSIONS):
-        put(other, table, shop.spark.createDataFrame([], table.schema()))
+    item = ("i2", 2, "m2", datetime(2024, 1, 1), False, [1.0])
+    for table, of_table in ((ITEM_EMBEDDINGS, [item]), (ITEMS, []), (SESSIONS, [])):
+        put(other, table, shop.spark.createDataFrame(of_table, table.schema()))
     with pytest.raises(TrailvecError, match=r"the current model is m1, found model\.version = m2: run"):
         other.execute(find_neighbours.STAGE)
 
