@@ -23,7 +23,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +58,7 @@ from jobs.ranking import (
 )
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import in_order
-from jobs.splits import Cuts, before_cut, cut_of, cut_times, microseconds
+from jobs.splits import Cuts, before_cut, cut_of, cut_times, refuse_leak, time_at
 from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS
 from training.checkpoint import read_about
 from training.floors import ItemKnn, own_frequency, popularity
@@ -348,13 +348,10 @@ def _refuse_leak(runtime: Runtime, rows: DataFrame, model_dir: Path) -> None:
     """Raises TrailvecError: the model was trained past the cut of the rows, so that it knows what they ask about."""
     split = runtime.config.evaluate.split
     cut_us = rows.agg(F.min("cut_us")).collect()[0][0]
-    trained_to = datetime.fromisoformat(read_about(model_dir)["as_of"])
-    if cut_us is not None and microseconds(trained_to) > cut_us:
-        cut = datetime(1970, 1, 1) + timedelta(microseconds=cut_us)
-        raise TrailvecError(
-            f"model {model_dir.name} has learnt from events up to {trained_to}, and split {split} asks about what came "
-            f"after {cut}: set sequences.{split}_from later, or train up to that time"
-        )
+    if cut_us is not None:
+        trained_to = datetime.fromisoformat(read_about(model_dir)["as_of"])
+        later = f"set sequences.{split}_from later"
+        refuse_leak(model_dir.name, trained_to, time_at(cut_us), asks=f"split {split}", instead=later)
 
 
 def _sample(rows: DataFrame, max_users: int) -> DataFrame:

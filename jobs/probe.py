@@ -41,7 +41,7 @@ from jobs.profile_users import (
     statistics,
 )
 from jobs.runtime import Runtime, Stage
-from jobs.splits import Cuts, cut_times, utc
+from jobs.splits import Cuts, cut_times, refuse_leak, time_at, utc
 from jobs.sql import ask
 from jobs.tables import CONTEXT_VALUES, ITEMS, PROBES, SESSIONS, TABLES
 from jobs.user_lists import as_user_ids, copies, file_digest, read_rows
@@ -220,8 +220,7 @@ def questions(runtime: Runtime, sessions: DataFrame, cuts: Cuts) -> list[Questio
         timed = labels.where("label_ts IS NOT NULL")
         first = timed.groupBy("task").agg(F.unix_micros(F.min("label_ts")).alias("first")).orderBy("task").collect()
         for row in first:
-            earliest = datetime(1970, 1, 1) + timedelta(microseconds=row["first"])
-            ask(timed.where(F.col("task") == row["task"]), F.col("label_ts"), earliest)
+            ask(timed.where(F.col("task") == row["task"]), F.col("label_ts"), time_at(row["first"]))
     return found
 
 
@@ -303,20 +302,14 @@ def run(runtime: Runtime) -> None:
     cuts = cut_times(sessions.select(F.col("end_ts").alias("event_ts")), runtime.config.sequences)
     trained_to = datetime.fromisoformat(read_about(model_dir)["as_of"])
     asked_from = cuts.end - timedelta(days=settings.days)
-    if (settings.activity or settings.event_types) and trained_to > asked_from:
-        raise TrailvecError(
-            f"model {model_dir.name} has learnt from events up to {trained_to}, and probe.days = {settings.days:g} "
-            f"asks about what came after {asked_from}: give fewer days, or train up to that time"
-        )
+    if settings.activity or settings.event_types:
+        asks = f"probe.days = {settings.days:g}"
+        refuse_leak(model_dir.name, trained_to, asked_from, asks=asks, instead="give fewer days")
     results = []
     for question in questions(runtime, sessions, cuts):
         tasks = sorted(set(question.labels["task"]))
-        earliest = datetime(1970, 1, 1) + timedelta(microseconds=int(question.labels["cut"].min()))
-        if trained_to > earliest:
-            raise TrailvecError(
-                f"model {model_dir.name} has learnt from events up to {trained_to}, and a label of {', '.join(tasks)} "
-                f"asks about what came after {earliest}: leave out such labels, or train up to that time"
-            )
+        asks, earliest = f"a label of {', '.join(tasks)}", time_at(int(question.labels["cut"].min()))
+        refuse_leak(model_dir.name, trained_to, earliest, asks=asks, instead="leave out such labels")
         runtime.on_progress(f"features for {', '.join(tasks)}")
         users, features = features_of(runtime, sessions, question, model_dir, cuts.end)
         runtime.on_progress(f"heads for {', '.join(tasks)}")

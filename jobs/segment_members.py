@@ -141,8 +141,7 @@ class Selection:
     ) -> None:
         self._runtime, self._staging, self.exports, self.pending = runtime, staging, exports, pending
         self.version = runtime.current_model()
-        of_model = rows_of_model(runtime.read(USER_EMBEDDINGS), self.version)
-        self.users = of_model.select("user_id", "vector", "is_cold")
+        self.users = self._of_model("embedding").select("user_id", "vector", "is_cold")
         runtime.create(EXPORTS)
         self.log = runtime.latest(EXPORTS)
         self._earlier = self._logged_before()
@@ -150,14 +149,14 @@ class Selection:
         log = self.log.where(~F.col("export_id").isin(own))
         lists = Lists(runtime, staging)
         consents = read_consents(runtime, lists.folder) if any(e.segment.consent for e in pending) else None
-        self._has_vector = has_vector = lists.mark("users", lambda: self.users)
+        self._has_vector = lists.mark("users", lambda: self.users)
         self._rules = {
             export.number: rules_of(
                 runtime,
                 SegmentFile(export.segment, export.path),
                 lists,
                 consents,
-                everyone=has_vector,
+                everyone=self._has_vector,
                 log=log,
                 now=now,
             )
@@ -166,7 +165,7 @@ class Selection:
         self._lists, self._marks = lists, lists.of_users().persist()
         runtime.on_progress("who may be exported")
         self._listed = self._combinations(self._marks)
-        self.everyone = self._listed.of(has_vector)
+        self.everyone = self._listed.of(self._has_vector)
         self._counts: dict[int, Combinations] = {}
         self._seeds: dict[int, dict[str, int]] = {}
         self._items: dict[int, dict[str, int]] = {}
@@ -206,12 +205,15 @@ class Selection:
 
     def as_of(self, kind: Vectors) -> str:
         """The newest time before which the vectors of that kind know events, ISO 8601."""
-        runtime = self._runtime
-        rows = runtime.read(USER_EMBEDDINGS) if kind == "embedding" else runtime.latest(USER_PROFILES)
-        rows = rows_of_model(rows, self.version)
-        return str(rows.agg(F.date_format(F.max("as_of"), "yyyy-MM-dd'T'HH:mm:ssX")).collect()[0][0])
+        return str(self._of_model(kind).agg(F.date_format(F.max("as_of"), "yyyy-MM-dd'T'HH:mm:ssX")).collect()[0][0])
 
     # ---- Spark: who comes into question
+
+    def _of_model(self, kind: Vectors) -> DataFrame:
+        """The rows of the table of that kind of vectors."""
+        runtime = self._runtime
+        rows = runtime.read(USER_EMBEDDINGS) if kind == "embedding" else runtime.latest(USER_PROFILES)
+        return rows_of_model(rows, self.version)
 
     def _logged_before(self) -> set[str]:
         """The ids of exports to be made that an earlier run exported, which count as such, and not once more: they are
@@ -262,8 +264,7 @@ class Selection:
         if kind == "embedding":
             return self.users
         # A profile says more than which items the model knows of somebody.
-        profiles = rows_of_model(self._runtime.latest(USER_PROFILES), self.version)
-        return profiles.select("user_id", "vector", F.lit(False).alias("is_cold"))
+        return self._of_model(kind).select("user_id", "vector", F.lit(False).alias("is_cold"))
 
     def _look_up(self, kind: Vectors, scored: list[Export]) -> None:
         """The anchors of segments of one kind of vectors, and the scores of a sample of the users."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
@@ -34,7 +34,7 @@ def cut_times(events: DataFrame, settings: SequencesSettings) -> Cuts:
             "`trailvec ingest --force`, which reads all inputs again"
         )
     # Exclusive, so that "strictly before" holds for the last event too.
-    end = datetime.fromtimestamp(0, timezone.utc).replace(tzinfo=None) + timedelta(microseconds=last + 1)
+    end = time_at(last + 1)
     cuts = Cuts(
         valid_from=settings.valid_from or end - timedelta(days=56),
         test_from=settings.test_from or end - timedelta(days=28),
@@ -74,3 +74,25 @@ def utc(time: datetime) -> Column:
 def microseconds(time: datetime) -> int:
     """A naive UTC time as microseconds since 1970."""
     return (time - datetime(1970, 1, 1)) // timedelta(microseconds=1)
+
+
+def time_at(us: int) -> datetime:
+    """The naive UTC time of so many microseconds since 1970."""
+    return datetime(1970, 1, 1) + timedelta(microseconds=us)
+
+
+def refuse_leak(model: str, trained_to: datetime, cut: datetime, *, asks: str, instead: str) -> None:
+    """Law 4: a model is asked about what came after its training alone.
+
+    Args:
+        trained_to: the model's as_of.
+        asks, instead: what asks about what came after the cut; what to do about it, beside another training.
+
+    Raises:
+        TrailvecError: the model was trained past the cut.
+    """
+    if trained_to > cut:
+        raise TrailvecError(
+            f"model {model} has learnt from events up to {trained_to}, and {asks} asks about what came after {cut}: "
+            f"{instead}, or train up to that time"
+        )

@@ -63,6 +63,18 @@ def events(runtime: Runtime) -> list[dict[str, Any]]:
     return sorted(read_delta(runtime.path(EVENTS)), key=lambda row: (row["event_id"], row["event_ts"]))
 
 
+def both_tables(runtime: Runtime) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    return events(runtime), read_delta(runtime.path(REJECTED_EVENTS))
+
+
+def stop(runtime: Runtime, monkeypatch: pytest.MonkeyPatch, name: str, instead: Callable[..., None]) -> None:
+    """Runs ingest with another function of that name, which stops it on its way."""
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest, name, instead)
+        with pytest.raises(TrailvecError, match="stopped"):
+            runtime.execute(STAGE)
+
+
 def test_growing_folders_end_in_the_events_of_one_batch(make_runtime: Callable[..., Runtime], tmp_path: Path) -> None:
     """Law 1: days in any order, one under two names, half of one again a run later, its lines shuffled."""
     mapping = "conf/sources/online_retail.toml"
@@ -138,7 +150,7 @@ def test_a_changed_path_reads_again_and_writes_nothing_again(
     one_by_one = "ingest.max_files_per_batch=1"
     runtime = make_runtime(*settings(tmp_path, source(tmp_path), one_by_one))
     runtime.execute(STAGE)
-    before = events(runtime), read_delta(runtime.path(REJECTED_EVENTS))
+    before = both_tables(runtime)
     assert [len(rows) for rows in before] == [3, 3]
 
     commit = ingest.commit_batch
@@ -149,12 +161,9 @@ def test_a_changed_path_reads_again_and_writes_nothing_again(
         commit(runtime, frames, batch, *rest)
 
     source(tmp_path, 'path = "log?.csv"\nformat = "csv"')
-    with monkeypatch.context() as patch:
-        patch.setattr(ingest, "commit_batch", only_one)
-        with pytest.raises(TrailvecError, match="stopped"):
-            runtime.execute(STAGE)
+    stop(runtime, monkeypatch, "commit_batch", only_one)
     assert runtime.execute(STAGE).rows_in["records"] == 4
-    assert (events(runtime), read_delta(runtime.path(REJECTED_EVENTS))) == before
+    assert both_tables(runtime) == before
 
 
 def test_where_events_was_moved_away_all_inputs_are_read_again(
@@ -167,7 +176,7 @@ def test_where_events_was_moved_away_all_inputs_are_read_again(
     with (tmp_path / "shop.toml").open("a") as mapping:
         mapping.write(f'[[input]]\npath = "more.csv"\nformat = "csv"\n{COLUMNS}')
     runtime.execute(STAGE)
-    before = events(runtime), read_delta(runtime.path(REJECTED_EVENTS))
+    before = both_tables(runtime)
     shutil.move(runtime.path(EVENTS), tmp_path / "away")
 
     def stop_at_more(runtime: Runtime, source: Source, mapping: Input) -> None:
@@ -176,12 +185,9 @@ def test_where_events_was_moved_away_all_inputs_are_read_again(
         follow(runtime, source, mapping)
 
     follow = ingest.follow
-    with monkeypatch.context() as patch:
-        patch.setattr(ingest, "follow", stop_at_more)
-        with pytest.raises(TrailvecError, match="stopped"):
-            runtime.execute(STAGE)
+    stop(runtime, monkeypatch, "follow", stop_at_more)
     assert runtime.execute(STAGE).rows_in["records"] == 1
-    assert (events(runtime), read_delta(runtime.path(REJECTED_EVENTS))) == before
+    assert both_tables(runtime) == before
 
 
 def test_a_last_batch_of_one_wrong_record_is_weighed_with_those_before_it(
