@@ -12,6 +12,7 @@ object on each line of stdout, whose `event` is `left`, `resumed`, `step` or `ep
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,16 @@ class _Run:
         return settings.learning_rate * rate_factor(settings, dist.size()) * schedule(settings, done)
 
 
+def _keep_freed_memory() -> None:
+    """Each step takes and frees the same large blocks. The C library would give them back and ask for fresh pages, a
+    fifth of a step with a full softmax (docs/sizing.md). Only glibc has these options (mallopt(3))."""
+    m_trim_threshold, m_mmap_max = -1, -4
+    with suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(m_mmap_max, 0)  # large blocks out of the heap too
+        mallopt(m_trim_threshold, 2**31 - 1)
+
+
 def train(spec: RunSpec) -> None:
     """Trains, validates after each epoch, and writes the best epoch's model. All ranks call it.
 
@@ -114,6 +126,8 @@ def train(spec: RunSpec) -> None:
     # Threads inherit it: before the first of them.
     torch.set_flush_denormal(True)
     device = dist.start()
+    if device.type == "cpu":
+        _keep_freed_memory()
     torch.set_num_threads(spec.settings.threads)
     run = _begin(spec, device)
     progress, patience = run.progress, spec.settings.patience

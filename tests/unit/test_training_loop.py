@@ -466,3 +466,26 @@ def test_a_python_without_pytorch_is_one_sentence() -> None:
 def test_a_small_log_is_passed_over_more_often() -> None:
     settings = TrainSettings(epochs=3, min_steps=100, batch_size=10, processes=2)  # 20 rows in a step
     assert [epochs(settings, rows) for rows in (1, 20, 21, 980, 1000, 100_000)] == [100, 100, 50, 3, 3, 3]
+
+
+_FRESH_PAGES = """
+import resource, torch
+from training.loop import _keep_freed_memory
+
+def fresh_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(10_000_000)  # 40 MB, freed at once: more than malloc keeps by itself
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(fresh_pages())
+_keep_freed_memory()
+fresh_pages()
+print(fresh_pages())
+"""
+
+
+def test_a_steps_memory_serves_the_next_one() -> None:
+    told = subprocess.run([sys.executable, "-c", _FRESH_PAGES], check=True, capture_output=True).stdout
+    before, kept = map(int, told.split())
+    assert kept < 100 < before
