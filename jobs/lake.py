@@ -140,12 +140,12 @@ class Lake:
             self._history[table.name] = History(self.path(table))
         return self._history[table.name]
 
-    def notes(self, table: Table) -> list[dict[str, Any]]:
-        """The `note` of each of the table's commits of a stage that has one, newest first, since somebody else changed
-        rows."""
+    def noted(self, table: Table) -> list[dict[str, Any]]:
+        """The provenance of each of the table's commits of a stage that has a `note`, newest first, since somebody else
+        changed rows."""
         ours = takewhile(lambda commit: not commit.foreign, self.commits(table))
         stages = (c.provenance for c in ours if c.provenance is not None and not c.beside)
-        return [provenance["note"] for provenance in stages if "note" in provenance]
+        return [provenance for provenance in stages if "note" in provenance]
 
     def erasure_commits(self, table: Table, erasure: str) -> list[Commit]:
         """The table's commits of that erasure, newest first."""

@@ -76,7 +76,9 @@ class Scoring:
 
 def scoring_so_far(runtime: Runtime, model: dict[str, Any]) -> Scoring | None:
     """None where there is nothing to go on from."""
-    notes = [note for note in runtime.notes(USER_EMBEDDINGS) if note["model"]["version"] == model["version"]]
+    # What was made from another table of that name is nothing to go on from: versions of the two may be the same.
+    told = takewhile(runtime.read_these, runtime.noted(USER_EMBEDDINGS))
+    notes = [said["note"] for said in told if said["note"]["model"]["version"] == model["version"]]
     if runtime.forced or not notes or notes[0]["model"] != model or not runtime.kept(SEQUENCES, notes[0]["sequences"]):
         return None
     run = ("model", "sequences", "chunks")
@@ -224,7 +226,7 @@ def progress_line(users: int, to_do: int, total: int, seconds: float) -> str:
 def was_scored(runtime: Runtime, version: str) -> bool:
     """Whether all users had a vector of the model once, so that it passed the gate; by the notes of user_embeddings,
     else by its rows."""
-    notes = [note for note in runtime.notes(USER_EMBEDDINGS) if note["model"]["version"] == version]
+    notes = [said["note"] for said in runtime.noted(USER_EMBEDDINGS) if said["note"]["model"]["version"] == version]
     if notes:
         return any(note.get("chunks") == 1 and not note["into_empty"] for note in notes)  # as every run ends
     of_model = F.col("model_version") == version

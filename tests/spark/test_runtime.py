@@ -212,7 +212,7 @@ def test_the_commits_are_those_of_deltas_history(make_runtime: Callable[..., Run
         assert commit.provenance == (json.loads(said) if said not in (None, theirs) else None)
     assert [c.version for c in commits if not c.changed_rows] == [14, 13]
     assert commits[2].provenance is None
-    assert runtime.notes(CONTEXT_VALUES) == [{"seen": 1}]
+    assert [said["note"] for said in runtime.noted(CONTEXT_VALUES)] == [{"seen": 1}]
     assert [c.version for c in commits if c.foreign] == [12]
     (log / "00000000000000000003.json").unlink()
     assert [c.version for c in History(path)] == [*range(14, 3, -1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any
@@ -178,6 +179,17 @@ def test_a_table_made_anew_as_a_whole_is_compared_with_what_it_was(shop: Runtime
 
     # Forced, all anew, into the vectors that are there.
     assert shop.execute(score_users.STAGE, force=True).rows_out["users_encoded"] == len(rows)
+    assert_vectors(shop, model, "m1", rows)
+
+    # Removed and made anew with as many commits, it is another one: the same version says nothing.
+    version = shop.latest_version(SEQUENCES)
+    shutil.rmtree(shop.path(SEQUENCES))
+    shop.spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()  # type: ignore[union-attr]
+    rows = score_rows(len(rows), seed=10)
+    for _ in range(version):
+        fill(shop, SEQUENCES, rows)
+    assert shop.latest_version(SEQUENCES) == version
+    assert shop.execute(score_users.STAGE).rows_out["users_encoded"] == len(rows)
     assert_vectors(shop, model, "m1", rows)
 
 
