@@ -117,6 +117,7 @@ def base_of(runtime: Runtime) -> str | None:
     same = (
         made["code_version"] == now["code_version"]
         and all(made["config"][section] == now["config"][section] for section in STAGE.settings)
+        and runtime.read_these(made)
         # Upkeep since then has changed no row.
         and all(runtime.changed_version(t) <= made["reads"][t.name] <= runtime.version(t) for t in STAGE.reads)
     )

@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 
 from jobs.errors import TrailvecError, explain
 from jobs.launch_training import last_words, launch
-from jobs.train import epochs
+from jobs.runtime import Runtime
+from jobs.train import base_of, epochs
+from tests.conftest import make_config
 from tests.sequence_files import ITEMS, MAX_LENGTH, SPEC, item_counts, make_rows, make_run, next_items, write_valid
 from training.batches import FEATURES
 from training.checkpoint import Progress, newest_checkpoint, read_checkpoint, write_checkpoint
@@ -223,6 +225,26 @@ def test_a_killed_rank_ends_the_run_which_goes_on_and_stops_early_as_without(tmp
     training = training_of(tmp_path / "killed")
     assert (len(training["epochs"]), training["best_epoch"], training["held_users"]) == (2, 1, 3)
     assert training["parameters_sha256_by_rank"][0] == training["parameters_sha256_by_rank"][1]
+
+
+def test_a_model_of_other_tables_that_had_these_names_is_grown_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that this very command has made, of these tables, is not: the command would never come to an end."""
+    runtime = Runtime(make_config(tmp_path, "train.warm_start=true"))
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "current.json").touch()
+    reads, ids = {"sequences": 7, "items": 2, "context_values": 2}, {"sequences": "a", "items": "b"}
+    made = {"code_version": "c", "config": runtime.config.model_dump(mode="json"), "reads": reads, "table_ids": ids}
+    about = {"model_version": "m2", "grown_from": "m1", "provenance": made}
+    monkeypatch.setattr("jobs.train.model_folder", lambda runtime: tmp_path)
+    monkeypatch.setattr("jobs.train.read_about", lambda folder: about)
+    monkeypatch.setattr(runtime, "provenance", lambda: made)
+    for name in ("version", "changed_version"):
+        monkeypatch.setattr(runtime, name, lambda table: reads[table.name])
+    for sequences, base in (("a", "m1"), ("made anew", "m2")):
+        monkeypatch.setattr(runtime, "_table_ids", {**ids, "sequences": sequences})
+        assert base_of(runtime) == base
 
 
 def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> None:
