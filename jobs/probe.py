@@ -330,7 +330,7 @@ def _inputs(runtime: Runtime) -> dict[str, Any]:
         facts["labels"] = file_digest(Path(labels.file))
     if labels is not None and labels.sql is not None:  # it may read any table, but for the one that is written here
         there = [table for table in TABLES if table != PROBES and runtime.exists(table)]
-        facts["tables"] = {table.name: runtime.changed_version(table) for table in there}
+        facts["tables"] = {table.name: runtime.state(table) for table in there}
     return facts
 
 

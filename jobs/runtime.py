@@ -171,6 +171,11 @@ class Runtime(Lake):
         at = self._versions[table.name] if table.name in self._versions else self.latest_version(table)
         return next((c.version for c in self._commits(table) if c.changed_rows and c.version <= at), at)
 
+    def state(self, table: Table) -> tuple[str | None, int]:
+        """What tells the table's rows from those that it held before, and from those of one that was removed: Delta's
+        id of the table, `changed_version`."""
+        return self._commits(table).table_id(), self.changed_version(table)
+
     def current_model(self) -> str:
         """The version of the model whose vectors the stage reads: the one that all users have a vector of.
 

@@ -167,7 +167,7 @@ def _inputs(runtime: Runtime) -> dict[str, Any]:
     return {
         "model_version": model_folder(runtime).name,
         "current": runtime.newest_current_model(),
-        **{t.name: runtime.changed_version(t) for t in (PROBES, EXPORTS, USER_EMBEDDINGS) if runtime.exists(t)},
+        **{t.name: runtime.state(t) for t in (*STAGE.reads, PROBES, EXPORTS, USER_EMBEDDINGS) if runtime.exists(t)},
     }
 
 

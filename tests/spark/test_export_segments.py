@@ -183,6 +183,16 @@ def test_a_rerun_is_skipped_and_a_forced_one_gives_the_same_bytes(
     monkeypatch.setenv(KEY, "another key")
     assert not shop.execute(STAGE).skipped
 
+    # Removed and made anew with as many commits: another table.
+    as_of = datetime(2017, 12, 1, tzinfo=timezone.utc)
+    rows = [(user, "m1", as_of, 1, False, [1.0, 0.0]) for user in ("far", "zoe")]
+    shutil.rmtree(shop.path(USER_EMBEDDINGS))
+    shop.spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()  # type: ignore[union-attr]
+    put(shop, USER_EMBEDDINGS, shop.spark.createDataFrame(rows, USER_EMBEDDINGS.schema()))
+    assert shop.changed_version(USER_EMBEDDINGS) == 1
+    shop.execute(STAGE)
+    assert read(shop)[0]["counts"]["in"] == 2
+
 
 def test_a_crash_before_the_manifest_leaves_no_half_export(
     shop: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,15 +1,17 @@
-"""write_report: whom its map of users shows."""
+"""write_report: whom its map of users shows, and what makes its page out of date."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pyspark.sql import SparkSession
 
-from jobs import write_report
+from jobs import probe, write_report
 from jobs.runtime import Runtime
 from jobs.tables import EXPORTS, USER_EMBEDDINGS
 from tests.spark.test_train_and_score import CUT, fill
@@ -55,3 +57,21 @@ def test_users_of_the_last_exports_and_some_of_everybody(
     assert len(numbers) > 60
     assert set(found["segment"].dropna()) == {"small", "large", "huge"}
     assert list(numbers) == list(write_report._users(runtime, "m1")["vector"].map(lambda vector: int(vector[0])))
+
+
+def test_a_table_that_was_made_anew_is_another_one(
+    make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a page, and for labels by SQL, which may read any table; versions of the two say nothing of each other."""
+    runtime = make_runtime('probe.labels={sql="SELECT * FROM exports"}')
+    for stage in (write_report, probe):
+        monkeypatch.setattr(stage, "model_folder", lambda runtime: Path("m1"))
+    found = []
+    for _ in range(2):
+        fill(runtime, EXPORTS, [member(1, "fans", "e1", 1)])
+        found.append((write_report._inputs(runtime), probe._inputs(runtime)))
+        shutil.rmtree(runtime.path(EXPORTS))
+        spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()  # type: ignore[union-attr]
+    (page, labels), (another_page, other_labels) = found
+    assert page != another_page
+    assert labels != other_labels
