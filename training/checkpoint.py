@@ -209,10 +209,7 @@ def write_checkpoint(folder: Folder, progress: Progress, tensors: dict[str, torc
     epochs that these call their best."""
     from safetensors.torch import save_file  # noqa: PLC0415
 
-    target = folder / _name(progress.epoch, progress.step)
-    for stale in [*folder.glob(".*.part"), target]:
-        remove_tree(stale)
-    with filled(target) as local:
+    with filled(folder / _name(progress.epoch, progress.step)) as local:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, local / STATE)
         text = json.dumps({"progress": progress.model_dump(), "state_sha256": _sha256(local / STATE)}, indent=1)
         (local / PROGRESS).write_text(text + "\n", encoding="utf-8")

@@ -222,8 +222,11 @@ def _begin(spec: RunSpec, device: torch.device) -> _Run:
 def _checkpoint_over(rows_sha256: str, folder: Folder) -> Folder | None:
     """Rank 0: the newest checkpoint that training can go on from over those rows (training.data.rows_digest).
 
-    One from inside an epoch over other files is removed: which rows its steps took, says the order of its own files.
+    One from inside an epoch over other files is removed: which rows its steps took, says the order of its own files. So
+    is what a kill left.
     """
+    for part in folder.glob(".*.part"):
+        remove_tree(part)
     for found in reversed(checkpoints(folder)):
         progress, _ = read_progress(found)
         if progress.step == 0 or progress.rows_sha256 == rows_sha256:

@@ -12,6 +12,7 @@ import fnmatch
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -133,20 +134,23 @@ def remove_tree(of: Path | Tree) -> None:
 
 @contextlib.contextmanager
 def filled(target: Folder) -> Iterator[Path]:
-    """A new local folder to fill, which becomes `target` when the block ends without an error: at once, by a rename; on
-    S3, which has none, it is whole when its description (JSON) is there."""
-    part = target.parent / f".{target.name}.part"
+    """A new local folder to fill, which takes target's place when the block ends without an error: at once, by a
+    rename; on S3, which has none, it is whole when its description (JSON) is there. A kill leaves a `.*.part`."""
+    part = target.parent / f".{target.name}.{uuid.uuid4().hex}.part"  # another run may fill the same place
     if isinstance(part, Path):
         part.mkdir(parents=True)
         yield part
+        remove_tree(target)
         part.rename(target)  # type: ignore[arg-type]  # both are of one kind
         return
     with tempfile.TemporaryDirectory() as local:
         yield Path(local)
         if part.renames:
             part.put(Path(local))
+            remove_tree(target)
             part.rename(target)  # type: ignore[arg-type]  # both are of one kind
         else:
+            remove_tree(target)
             target.put(Path(local))  # type: ignore[union-attr]
 
 

@@ -18,7 +18,8 @@ from training import stores
 from training.batches import FEATURES
 from training.checkpoint import Progress, best_checkpoint, newest_checkpoint, read_checkpoint, write_checkpoint
 from training.data import Piece, _PlannedReader, _row_groups
-from training.stores import StorePath, fsspec_of, local_file, parquet_files
+from training.loop import _checkpoint_over
+from training.stores import StorePath, filled, fsspec_of, local_file, parquet_files
 
 
 @pytest.fixture
@@ -43,8 +44,18 @@ def test_checkpoints_in_a_store_are_those_of_a_folder(store: StorePath, tmp_path
     assert str(best_checkpoint(store, progress)) == "memory://models/m1.checkpoints/00002-0000000000"
 
 
+def test_two_runs_in_step_write_the_same_checkpoint(store: StorePath, tmp_path: Path) -> None:
+    for folder in (store, tmp_path):
+        with filled(folder / "00001-0000000002") as others:
+            write_checkpoint(folder, Progress(ranks=1, step=2), {"model.x": torch.ones(1)}, keep=1)
+            (others / "late").touch()
+        assert [path.name for path in folder.glob("*")] == ["00001-0000000002"]
+        assert (folder / "00001-0000000002" / "late").exists()
+
+
 def test_what_a_kill_left_in_a_store_is_removed_and_what_is_damaged_told(store: StorePath) -> None:
-    (store / ".00001-0000000001.part" / "state.safetensors").write_text("half")
+    (store / ".00001-0000000001.x.part" / "state.safetensors").write_text("half")
+    assert _checkpoint_over("", store) is None
     write_checkpoint(store, Progress(ranks=1, step=2), {"model.x": torch.ones(1)}, keep=1)
     assert [path.name for path in store.glob("*")] == ["00001-0000000002"]
     whole = store / "00001-0000000002"
