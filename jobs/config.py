@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_va
 
 from jobs.errors import TrailvecError
 from training.config import Section, TrainSettings, UtcDatetime
-from training.urls import local_path
+from training.urls import local_path, not_for_training
 
 M = TypeVar("M", bound=BaseModel)
 V = TypeVar("V")
@@ -383,12 +383,21 @@ def load_config(path: str | Path | None = None, sets: list[str] | None = None) -
     """The resolved configuration of a file (None: all defaults) and of `a.b=c` settings.
 
     Raises:
-        TrailvecError: the file is missing or no TOML, a key is unknown, a value is of the wrong type.
+        TrailvecError: the file is missing or no TOML, a key is unknown, a value is of the wrong type, or training can't
+            read a folder of the root's name.
     """
     values = _read_with_bases(shipped(path)) if path is not None else {}
     for assignment in sets or []:
         _assign(values, assignment)
-    return parse(Config, values, str(path) if path is not None else "the settings")
+    config = parse(Config, values, str(path) if path is not None else "the settings")
+    root = config.storage.root
+    place = root if local_path(root) is None else str(Path(root).absolute())
+    # Asked here and not by `train`: the stages before it, maybe hours of them, read any name.
+    if found := not_for_training(place):
+        raise TrailvecError(
+            f"storage.root = {place}, a path with {found}, which training can't read: choose one without it"
+        )
+    return config
 
 
 def parse(model: type[M], values: dict[str, Any], where: str) -> M:

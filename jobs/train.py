@@ -40,7 +40,7 @@ from training.batches import BUCKET_SIZES, FEATURES
 from training.checkpoint import WEIGHTS, read_about
 from training.config import ModelSpec, RunSpec, TrainSettings
 from training.stores import parquet_files, remove_tree
-from training.urls import file_of_table, file_url, local_path, not_for_training
+from training.urls import file_of_table, file_url, local_path
 
 SECONDS_BETWEEN_LINES = 10.0
 TRACKED = ("loss", "learning_rate", "rows_per_second", "padding", "data_wait", "recall@10", "ndcg@10")
@@ -95,10 +95,8 @@ def training_files(runtime: Runtime) -> dict[str, list[str]]:
     training instead of by each increment of build_sequences.
 
     Raises:
-        TrailvecError: another run changes the table meanwhile, or training can't read a folder of its name.
+        TrailvecError: another run changes the table meanwhile.
     """
-    if found := not_for_training(table := runtime.path(SEQUENCES)):
-        raise TrailvecError(f"training can't read {table}, a path with {found}: move storage.root to one without it")
     runtime.purge(SEQUENCES, "split IN ('train', 'valid')")
     runtime.read_after_upkeep(SEQUENCES)
     return {split: split_files(runtime, split) for split in ("train", "valid")}

@@ -72,7 +72,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def warehouse(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    root = tmp_path_factory.mktemp("served") / "a wärehouse, 100% #1?"  # what a URL would write in another way
+    root = tmp_path_factory.mktemp("served") / "a wärehouse, 100%"  # what a URL would write in another way
     runtime = Runtime(make_config(root, "storage.database=served"), spark)
     random = np.random.default_rng(7)
 

@@ -19,7 +19,7 @@ from jobs.errors import TrailvecError
 from jobs.files import HadoopPath
 from jobs.segment_files import ArrowFolder, delivered, place_of
 from jobs.segments import Segment
-from jobs.train import snapshot_files, training_files
+from jobs.train import snapshot_files
 from tests.sequence_files import make_rows, make_run
 from training.data import Piece, read_batches
 from training.urls import file_url, local_path
@@ -97,9 +97,14 @@ def test_petastorm_reads_a_table_whose_path_has_a_space_and_an_umlaut(tmp_path: 
 
 
 @pytest.mark.parametrize(("name", "found"), [("a#b", "#"), ("a?b", r"\?"), ("a%20b", "%20")])
-def test_a_path_that_training_cannot_read_is_one_sentence(name: str, found: str) -> None:
-    with pytest.raises(TrailvecError, match=f"a path with {found}: move storage.root to one without it"):
-        training_files(SimpleNamespace(path=lambda table: f"/data/{name}/{table.name}"))  # type: ignore[arg-type]
+def test_a_path_that_training_cannot_read_is_one_sentence(
+    name: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    for sets in ([f"storage.root=s3a://bucket/{name}"], ["storage.root=warehouse"], []):
+        with pytest.raises(TrailvecError, match=f"^storage.root = .*, a path with {found}, which training can't read"):
+            load_config(None, sets)
 
 
 @pytest.mark.parametrize(("place", "path", "url"), FORMS)
