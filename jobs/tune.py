@@ -8,10 +8,13 @@ what is printed at the end into the configuration and train.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from jobs.train import progress_line, run_spec
 from training.config import RunSpec
 
 METRIC = "ndcg@10"
+LOCK = "lock"
 
 
 def propose(trial: optuna.Trial) -> dict[str, Any]:
@@ -96,6 +100,24 @@ def _failed(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.FAIL,))
 
 
+@contextlib.contextmanager
+def _folder(root: Path) -> Iterator[Path]:
+    """A folder for one search, which goes when the block ends. Those that a kill left go too: another search may run
+    beside this one, but its folder holds a file that its process keeps locked."""
+    for lock in root.glob(f"tune-*/{LOCK}"):
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), lock.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix="tune-", dir=root))
+    try:
+        with (folder / f".{LOCK}").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            (folder / f".{LOCK}").rename(folder / LOCK)  # nobody else sees it without its lock
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def run_tune(runtime: Runtime, trials: int) -> None:
     """Searches, saying what each trial does, and prints the best settings as TOML.
 
@@ -129,16 +151,13 @@ def run_tune(runtime: Runtime, trials: int) -> None:
         study.sampler = optuna.samplers.TPESampler(seed=settings.seed + len(study.trials))
         if done := len(_ended(study)):
             runtime.on_progress(f"goes on from {done} trials")
-        folder = Path(tempfile.mkdtemp(prefix="tune-", dir=runtime.root))  # another search may run beside this one
-        try:
+        with _folder(runtime.root) as folder:
             spec = run_spec(runtime, name, folder, None)
             if not spec.valid_files:
                 raise TrailvecError(
                     "the valid split of table sequences has no rows: set sequences.valid_from before the log's end"
                 )
             search(spec, study, trials, folder, runtime.on_progress)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
         best = study.best_trial
         print(f"# {METRIC} {best.value:.4f} on the validation users, trial {best.number} of {len(study.trials)}")
         print("[train]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from jobs.errors import TrailvecError
 from jobs.runtime import Runtime
 from tests.conftest import make_config
 from tests.sequence_files import make_rows, make_run, next_items
+from training.config import RunSpec
+
+TOLD: dict[str, Any] = {"event": "epoch", "epoch": 1, "epochs": 1, "share": 1.0, "loss": 1.0, "rows_per_second": 1.0}
+TOLD |= {"padding": 0.0, "data_wait": 0.0, "seconds_left": 0.0}
 
 
 def a_study(folder: Path) -> optuna.Study:
@@ -51,9 +56,7 @@ def test_a_search_that_finds_nothing_says_why(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(TrailvecError, match="more than 2 trials failed; the last one: training stopped: no space"):
         tune.search(spec, a_study(tmp_path), 2, tmp_path, lambda text: None)
     # Rank 0 says nothing of the ranking where no user can be judged by.
-    told = {"event": "epoch", "epoch": 1, "epochs": 1, "share": 1.0, "loss": 1.0, "rows_per_second": 1.0}
-    told |= {"padding": 0.0, "data_wait": 0.0, "seconds_left": 0.0}
-    monkeypatch.setattr(tune, "launch", lambda run_file, run, hear: hear(told))
+    monkeypatch.setattr(tune, "launch", lambda run_file, run, hear: hear(TOLD))
     with pytest.raises(TrailvecError, match="no user of the valid split did something next that the model knows"):
         tune.search(spec, a_study(tmp_path), 2, tmp_path, lambda text: None)
 
@@ -71,18 +74,57 @@ def test_what_is_no_trial_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "argument --trials: expected a whole number of at least 1, found 0" in capsys.readouterr().err
 
 
-def test_two_searches_under_one_root_leave_each_others_folder_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runtime = Runtime(make_config(tmp_path))
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runtime:
+    """For the command without the tables that it reads."""
     spec = make_run(tmp_path / "run", [make_rows(3)], (make_rows(3), next_items(make_rows(3))))
     monkeypatch.setattr(tune, "run_spec", lambda *arguments: spec)
-    # The command without the tables that it reads.
     monkeypatch.setattr(Runtime, "execute", lambda runtime, stage: stage.run(runtime))
+    runtime = Runtime(make_config(tmp_path))
+    runtime.fingerprint = "feed"
+    return runtime
+
+
+def test_the_best_of_all_trials_is_said_as_toml(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an earlier run's too; one that failed is made up for."""
+    outcomes: list[float | None] = [0.2, 0.4, None, 0.3]
+    run_specs: list[RunSpec] = []
+
+    def launch(run_file: Path, run: RunSpec, hear: Any) -> None:
+        run_specs.append(run)
+        score = outcomes[len(run_specs) - 1]
+        if score is None:
+            raise TrailvecError("training stopped: the loss is nan")
+        hear({**TOLD, tune.METRIC: score})
+
+    monkeypatch.setattr(tune, "launch", launch)
+    said: list[str] = []
+    runtime.on_progress = said.append
+    for trials, of in ((2, 2), (3, 4)):
+        tune.run_tune(runtime, trials)
+        head, _, text = capsys.readouterr().out.partition("\n")
+        assert head == f"# ndcg@10 0.4000 on the validation users, trial 1 of {of}"
+        best = run_specs[1].settings.model_dump()
+        found = tomllib.loads(text)["train"]
+        assert found == {name: best[name] for name in found}
+        assert len(found) == 7
+    assert "goes on from 2 trials" in said
+    assert "trial 2  training stopped: the loss is nan" in said
+
+
+def test_two_searches_under_one_root_leave_each_others_folder_alone(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folders: list[Path] = []
+    killed = tmp_path / "tune-killed"
+    (killed / "trial-7").mkdir(parents=True)
+    (killed / tune.LOCK).touch()
 
     def search(spec: Any, study: optuna.Study, trials: int, folder: Path, say: Any) -> None:
         folders.append(folder)
+        assert not killed.exists()
         (folder / "trial-0").mkdir()
         if trials > 1:
             tune.run_tune(runtime, trials - 1)
