@@ -6,9 +6,9 @@ together (spark_udfs/alignment.py). Dot products and cosines inside the new mode
 score_users turn what they write by it; it is made once for a model, and kept with it.
 
 alignment.json says how alike the two are, on a sample: the cosine of a user's old and new vector before and after, how
-many of the 10 nearest items of a user and of an item are the same, how norms and the verticals' centroids moved. Where
-too few neighbours stay or the ranking got too bad (`align.*`), this ends with an error, nothing is scored, and the
-current model stays current.
+many of the 10 nearest items of a user and of an item are the same (and would be by chance alone: of few items, many),
+how norms and the verticals' centroids moved. Where too few neighbours stay or the ranking got too bad (`align.*`), this
+ends with an error, nothing is scored, and the current model stays current.
 
 trailvec align --conf conf/local.toml
 """
@@ -71,6 +71,17 @@ def refusal(report: dict[str, Any], settings: AlignSettings) -> str | None:
     )
 
 
+def too_few_items(report: dict[str, Any], settings: AlignSettings) -> str | None:
+    """Why the limit on neighbours says nothing: one sentence; None: it does, or there is no limit."""
+    by_chance = report.get("items", {}).get("overlap@10_by_chance", 0.0)  # older code told none
+    if not by_chance >= settings.min_overlap > 0:
+        return None
+    return (
+        f"of so few items ({report['shared_items']:,}) {by_chance:.0%} of the 10 nearest would stay by chance alone: "
+        f"align.min_overlap = {settings.min_overlap:.0%} says nothing about model {report['model_version']}"
+    )
+
+
 # ---- the comparison ----------------------------------------------------------------------------------------------
 
 
@@ -92,6 +103,7 @@ def compare(
             "compared": len(new),
             # A rotation changes no neighbour.
             "overlap@10": _said(overlap(queries, items, NEIGHBOURS, metric, ids=name == "items")),  # type: ignore[arg-type]
+            "overlap@10_by_chance": _said(min(1.0, NEIGHBOURS / max(1, len(items[0]) - (name == "items")))),
             "mean_norm": {"old": _said(_norms(old)), "new": _said(_norms(new))},
         }
     if rotation is None:
@@ -135,6 +147,8 @@ def run(runtime: Runtime) -> None:
     else:
         runtime.report.skipped = True
     runtime.report.notes.append(report["said"])
+    if warning := too_few_items(report, runtime.config.align):
+        runtime.report.notes.append(warning)
     if (why := refusal(report, runtime.config.align)) and onto != folder.name:
         raise TrailvecError(why)
 

@@ -1,12 +1,14 @@
 """The rotation between two spaces against scipy's, and how alike they are against counting by hand."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.linalg import orthogonal_procrustes
 from scipy.stats import ortho_group
 
-from jobs.align import compare, refusal
+from jobs.align import compare, refusal, too_few_items
 from jobs.config import AlignSettings
 from spark_udfs.alignment import mean_cosine, overlap, rotation_of
 
@@ -90,3 +92,21 @@ def test_the_gate_says_by_how_much() -> None:
         "train another (train.warm_start keeps the space) or change the limit"
     )
     assert refusal({"model_version": "m2", "onto": None}, settings) is None
+
+
+def test_of_few_items_the_gate_says_that_it_says_nothing() -> None:
+    users = vectors(600, 1), vectors(600, 2)
+    for count, by_chance in ((8, 1.0), (51, 0.2), (201, 0.05)):
+        items = vectors(count, 3), vectors(count, 4)
+        report: dict[str, Any] = {"model_version": "m2", "shared_items": count}
+        report |= compare(users, items, pd.Series(["a"] * count), None)
+        assert report["items"]["overlap@10_by_chance"] == by_chance
+        for kind in ("users", "items"):
+            assert report[kind]["overlap@10"] == pytest.approx(report[kind]["overlap@10_by_chance"], abs=0.03)
+        assert (too_few_items(report, AlignSettings(min_overlap=0.2)) is None) == (by_chance < 0.2)
+        assert too_few_items(report, AlignSettings(min_overlap=0)) is None
+    assert too_few_items({"model_version": "m2", "onto": None}, AlignSettings()) is None
+    assert too_few_items({**report, "items": {"overlap@10_by_chance": 0.2}}, AlignSettings()) == (
+        "of so few items (201) 20% of the 10 nearest would stay by chance alone: align.min_overlap = 10% says nothing "
+        "about model m2"
+    )
