@@ -14,7 +14,7 @@ from jobs.model_folders import model_folder
 from jobs.models import item_vectors
 from jobs.runtime import Runtime, Stage
 from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS
-from training.checkpoint import read_about, read_alignment
+from training.checkpoint import read_about, rotation_sha256
 
 
 def run(runtime: Runtime) -> None:
@@ -30,7 +30,7 @@ def run(runtime: Runtime) -> None:
 
 def _inputs(runtime: Runtime) -> dict[str, str | None]:
     folder = model_folder(runtime)
-    return {"model_version": folder.name, "rotation": (read_alignment(folder) or {}).get("rotation_sha256")}
+    return {"model_version": folder.name, "rotation": rotation_sha256(folder)}
 
 
 STAGE = Stage(

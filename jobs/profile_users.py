@@ -34,7 +34,7 @@ from jobs.spark_session import in_order
 from jobs.splits import Cuts, cut_times, utc
 from jobs.tables import CONTEXT_VALUES, ITEMS, SESSIONS, USER_PROFILES
 from spark_udfs.profile import KINDS, profiles
-from training.checkpoint import read_alignment
+from training.checkpoint import rotation_sha256
 from training.profile import ABOUT, TENSORS, Basis, Integers, fit_basis, fit_items, read_basis, write_basis
 
 _WINDOWS = (7, 14, 28, 56, 91, 182)  # days before the cut
@@ -363,7 +363,7 @@ def run(runtime: Runtime) -> None:
 
 def _inputs(runtime: Runtime) -> dict[str, str | None]:
     folder = model_folder(runtime)
-    return {"model_version": folder.name, "rotation": (read_alignment(folder) or {}).get("rotation_sha256")}
+    return {"model_version": folder.name, "rotation": rotation_sha256(folder)}
 
 
 STAGE = Stage(

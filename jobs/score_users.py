@@ -34,7 +34,7 @@ from jobs.spark_session import spark_conf
 from jobs.tables import CURRENT_MODEL, SEQUENCES, USER_EMBEDDINGS
 from spark_udfs.encode import Counts, Summed
 from training.batches import FEATURES
-from training.checkpoint import read_about, read_alignment
+from training.checkpoint import read_about, read_alignment, rotation_sha256
 
 MAX_CHUNKS = 4
 SECONDS_BETWEEN_LINES = 5.0
@@ -100,7 +100,7 @@ class Scorer:
         self.model = {
             "version": self.version,
             "weights": read_about(self._folder)["weights_sha256"],
-            "rotation": (read_alignment(self._folder) or {}).get("rotation_sha256"),
+            "rotation": rotation_sha256(self._folder),
             "revision": USER_EMBEDDINGS.revision,
         }
         self.counts: Counts = runtime.spark.sparkContext.accumulator([0, 0, 0, 0], Summed())

@@ -112,17 +112,27 @@ def read_alignment(folder: Path) -> dict[str, Any] | None:
         raise _damaged(folder, f"{ALIGNMENT} is no report on a model's space") from None
 
 
+def rotation_sha256(folder: Path) -> str | None:
+    """The SHA-256 of what the model's vectors are turned by; None: nothing.
+
+    Raises:
+        TrailvecError: the alignment's file is damaged.
+    """
+    report = read_alignment(folder)
+    return None if report is None else report["rotation_sha256"]
+
+
 def read_rotation(folder: Path) -> npt.NDArray[np.float32] | None:
     """What the model's vectors are turned by, float32 [width, width]; None: nothing.
 
     Raises:
         TrailvecError: a file is missing or damaged.
     """
-    report = read_alignment(folder)
-    if report is None or report["rotation_sha256"] is None:
+    sha256 = rotation_sha256(folder)
+    if sha256 is None:
         return None
     path = folder / ROTATION
-    if not path.exists() or _sha256(path) != report["rotation_sha256"]:
+    if not path.exists() or _sha256(path) != sha256:
         raise _damaged(folder, f"{ROTATION} is not the file that {ALIGNMENT} was written for")
     return np.asarray(load_file(path)["rotation"])
 
