@@ -29,14 +29,6 @@ _SPARK_MESSAGES = (
         "{0}: column {1} is {3}, in the files beside it {2}: give it the same type or an input of its own",
     ),
     (
-        r"CSV header does not conform to the schema\.\s+Header: ([^\n]+)\s+Schema: ([^\n]+).*?CSV file: (\S+)",
-        "{2} has the columns {0}, the files beside it {1}: correct its header or give it an input of its own",
-    ),
-    (
-        r"Number of column in CSV header is not equal.*?Header length: (\d+), schema size: (\d+)\s+CSV file: (\S+)",
-        "{2} has {0} columns, the files beside it {1}: correct its header or give it an input of its own",
-    ),
-    (
         r"Encountered error while reading file (\S+)\. Details:.*?Malformed CSV record: ([^\n]+)",
         "{0}: the row {1} can't be split into the header's columns: correct it",
     ),

@@ -126,9 +126,9 @@ def _finish(groups: list[DataFrame], mapping: Input, data_dir: Place) -> list[Da
     """The records parsed, if they are lines of JSON, with the lookups' columns and REST."""
     if not groups:
         return []
-    lookups = [_read_lookup(groups[0].sparkSession, lookup, data_dir) for lookup in mapping.lookups]
-    looked_up = {name for rows in lookups for name in rows.columns}
     named = _named_columns(mapping)
+    lookups = [_read_lookup(groups[0].sparkSession, lookup, data_dir, named) for lookup in mapping.lookups]
+    looked_up = {name for rows in lookups for name in rows.columns}
     claimed = {*named, *mapping.ignore} - set(mapping.attributes)
 
     def finish(records: DataFrame) -> DataFrame:
@@ -218,9 +218,9 @@ def _check_doubled(file: str, header: str, columns: Sequence[str], names: Sequen
 def _read_csv(
     spark: SparkSession, files: Sequence[str], delimiter: str, base: dict[str, str], lookup: bool = False
 ) -> DataFrame:
-    """Files of one header; of a lookup, whose headers nobody has compared, Spark does."""
+    """Files of one header; a lookup's rows are all whole."""
     mode = "FAILFAST" if lookup else "PERMISSIVE"
-    reader = spark.read.options(header=True, sep=delimiter, escape='"', enforceSchema=not lookup, **base)
+    reader = spark.read.options(header=True, sep=delimiter, escape='"', **base)
     files = _as_patterns(files)
     header = reader.csv(files[0]).columns
     schema = T.StructType([T.StructField(name, T.StringType()) for name in [*header, LINE]])
@@ -281,18 +281,31 @@ def _named_columns(mapping: Input) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _read_lookup(spark: SparkSession, lookup: Lookup, data_dir: Place) -> DataFrame:
+def _read_lookup(spark: SparkSession, lookup: Lookup, data_dir: Place, named: Sequence[str]) -> DataFrame:
     """One row for each value of the `on` columns; these as text, under names of their own (_on)."""
     files = [file for file, *_ in find_inputs(spark, data_dir, lookup.path)]
-    if lookup.format == "csv":
-        rows = _read_csv(spark, files, lookup.delimiter, {}, lookup=True).drop(FILE, LINE, BROKEN)
-    else:
-        rows = spark.read.parquet(*files)
+    rows = _read_csv_lookup(spark, files, lookup, named) if lookup.format == "csv" else spark.read.parquet(*files)
     _check_columns(lookup.path, rows, lookup.on)
     rest = [named_column(name) for name in rows.columns if name not in lookup.on]
     keys = [named_column(name).cast("string").alias(_on(name)) for name in lookup.on]
     # Two rows of one key would make two events of one record; the smallest of them does not depend on their order.
     return rows.groupBy(*keys).agg(F.min(F.struct(*rest)).alias("row")).select(*map(_on, lookup.on), "row.*")
+
+
+def _read_csv_lookup(spark: SparkSession, files: Sequence[str], lookup: Lookup, named: Sequence[str]) -> DataFrame:
+    frames: list[DataFrame] = []
+    for header, group in _by_header(spark, files).items():
+        rows = _read_csv(spark, group, lookup.delimiter, {}, lookup=True).drop(FILE, LINE, BROKEN)
+        _check_doubled(group[0], header, rows.columns, named)
+        if frames and rows.columns != frames[0].columns:
+            raise TrailvecError(
+                f"{group[0]} has the columns {', '.join(rows.columns)}, other files of the lookup {lookup.path} have "
+                f"{', '.join(frames[0].columns)}: correct its header"
+            )
+        frames.append(rows)
+    if not frames:
+        raise TrailvecError(f"{lookup.path} is empty, without even a header: fetch it again or take the lookup out")
+    return reduce(DataFrame.union, frames)
 
 
 def _join_lookup(records: DataFrame, rows: DataFrame, lookup: Lookup) -> DataFrame:

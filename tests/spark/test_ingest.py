@@ -375,6 +375,20 @@ def test_a_header_without_a_name_or_with_one_twice_is_read(
             ingest(spark, folder, mapping("day3.csv", columns={"category": category}))
 
 
+def test_a_header_of_a_lookup_is_read_as_a_log_s(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
+    folder = write("log.csv", "id,user,item,at,price\n1,ann,a,2023-05-01,1\n")
+    write("kinds/1.csv", ",user,kind,note,Note\n0,ann,tea,x,y\n")
+    write("kinds/2.csv", '"",user,kind,note,Note\n1,bob,jam,x,y\n')
+    lookups = [{"path": "kinds", "format": "csv", "on": ["user"]}]
+    (row,) = ingest(spark, folder, mapping("log.csv", columns={"category": "kind"}, lookups=lookups))
+    assert row["category"] == "tea"
+    with pytest.raises(TrailvecError, match=r"1\.csv: the header has several columns note, which the source's mapping"):
+        ingest(spark, folder, mapping("log.csv", columns={"category": "note"}, lookups=lookups))
+    write("kinds/3.csv", "user,colour\nann,red\n")
+    with pytest.raises(TrailvecError, match=r"3\.csv has the columns user, colour, other files of the lookup"):
+        ingest(spark, folder, mapping("log.csv", columns={"category": "kind"}, lookups=lookups))
+
+
 @pytest.mark.parametrize("form", ["csv", "json", "parquet"])
 def test_what_a_folder_says_is_a_column_whatever_folders_are_beside_it(
     spark: SparkSession, tmp_path: Path, form: str
