@@ -11,7 +11,7 @@ class TrailvecError(Exception):
 
 # (what Spark's message holds, what to tell the user); {0} is the first group of the pattern.
 _SPARK_MESSAGES = (
-    (r"jobs\.errors\.TrailvecError: ([^\n]+)", "{0}"),  # ours, raised in a Python worker
+    (r"jobs\.errors\.TrailvecError: ([^\n]+)", "{0}"),  # ours, raised in a Python worker or by raise_error
     (
         r"\[INVALID_PANDAS_UDF_PLACEMENT\] The group aggregate pandas UDF `(\w+)`",
         "{0} can't stand beside Spark's own aggregates in one SELECT: give it a SELECT of its own and join the two",
@@ -27,10 +27,6 @@ _SPARK_MESSAGES = (
     (
         r"Parquet column cannot be converted in file (\S+?)\. Column: \[([^\]]*)\], Expected: (\w+), Found: (\w+)",
         "{0}: column {1} is {3}, in the files beside it {2}: give it the same type or an input of its own",
-    ),
-    (
-        r"Encountered error while reading file (\S+)\. Details:.*?Malformed CSV record: ([^\n]+)",
-        "{0}: the row {1} can't be split into the header's columns: correct it",
     ),
     (
         r"(\S+) is not a Parquet file",

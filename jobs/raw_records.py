@@ -19,7 +19,6 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import AnalysisException, ParseException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql import types as T
 
 from jobs.errors import TrailvecError, explain
 from jobs.files import Place
@@ -103,14 +102,13 @@ def read_raw(
     for alike in _by_partition_columns(files) if base else [files]:
         if mapping.format == "csv":
             for header, group in _by_header(spark, alike).items():
-                records = _read_csv(spark, group, mapping.delimiter, base)
+                records = _read_csv(_read_lines(spark, group, base), group[0], header, mapping.delimiter)
                 _check_doubled(group[0], header, records.columns, _named_columns(mapping))
                 groups.append(records)
         elif mapping.format == "parquet":
             groups += [_with_place(frame) for frame in _read_parquet(spark, _as_patterns(alike), base)]
         else:
-            lines = spark.read.options(**base).text(_as_patterns(alike))
-            groups.append(lines.withColumnRenamed("value", LINE).select("*", _file()))
+            groups.append(_read_lines(spark, alike, base))
     if spread:
         groups = [records.repartition(spark.sparkContext.defaultParallelism) for records in groups]
     return _finish(groups, mapping, data_dir)
@@ -215,17 +213,39 @@ def _check_doubled(file: str, header: str, columns: Sequence[str], names: Sequen
                 )
 
 
-def _read_csv(
-    spark: SparkSession, files: Sequence[str], delimiter: str, base: dict[str, str], lookup: bool = False
-) -> DataFrame:
-    """Files of one header; a lookup's rows are all whole."""
-    mode = "FAILFAST" if lookup else "PERMISSIVE"
-    reader = spark.read.options(header=True, sep=delimiter, escape='"', **base)
-    files = _as_patterns(files)
-    header = reader.csv(files[0]).columns
-    schema = T.StructType([T.StructField(name, T.StringType()) for name in [*header, LINE]])
-    rows = reader.options(mode=mode, columnNameOfCorruptRecord=LINE).schema(schema).csv(files)
-    return rows.select("*", _file(), F.col(LINE).isNotNull().alias(BROKEN))
+def _read_lines(spark: SparkSession, files: Sequence[str], base: dict[str, str]) -> DataFrame:
+    return spark.read.schema(f"{LINE} string").options(**base).text(_as_patterns(files)).select("*", _file())
+
+
+def _read_csv(lines: DataFrame, file: str, header: str, delimiter: str) -> DataFrame:
+    """A record of each line that is neither blank nor the header; `file`: one of those whose header it is."""
+    spark = lines.sparkSession
+    options = {"sep": delimiter, "escape": '"'}
+    names = spark.read.options(header=True, **options).csv(_as_patterns([file])).columns  # type: ignore[arg-type]
+    in_path = [name for name in lines.columns if name not in (LINE, FILE)]  # they win, as in Parquet files
+    # Of a quoted field that the line's end leaves open Spark would give the part before it, and not say a word. Such a
+    # field takes in the delimiter that is put behind the line: there is one field less than there has to be.
+    behind = spark._jvm.org.apache.spark.sql.catalyst.csv.CSVExprUtils.toDelimiterStr(delimiter)  # type: ignore[union-attr]
+    fields = [f"_{place} string" for place in range(len(names) + 1)]
+    record = F.from_csv(
+        F.concat(LINE, F.lit(behind)),
+        ", ".join([*fields, f"{BROKEN} string"]),
+        {**options, "columnNameOfCorruptRecord": BROKEN},
+    )
+    # Bytes that are no UTF-8 stand as U+FFFD in the header, which Java has read.
+    line = valid_text(F.col(LINE)) if "\ufffd" in header else F.col(LINE)
+    is_broken = F.col(f"record.{BROKEN}").isNotNull()
+    return (
+        lines.where((F.trim(LINE) != "") & (line != header.removeprefix("\ufeff")))
+        .withColumn("record", record)
+        .select(
+            *[F.col(f"record._{place}").alias(name) for place, name in enumerate(names) if name not in in_path],
+            *map(named_column, in_path),
+            FILE,
+            F.when(is_broken, F.col(LINE)).alias(LINE),
+            is_broken.alias(BROKEN),
+        )
+    )
 
 
 def _read_parquet(spark: SparkSession, files: Sequence[str], base: dict[str, str]) -> list[DataFrame]:
@@ -295,7 +315,8 @@ def _read_lookup(spark: SparkSession, lookup: Lookup, data_dir: Place, named: Se
 def _read_csv_lookup(spark: SparkSession, files: Sequence[str], lookup: Lookup, named: Sequence[str]) -> DataFrame:
     frames: list[DataFrame] = []
     for header, group in _by_header(spark, files).items():
-        rows = _read_csv(spark, group, lookup.delimiter, {}, lookup=True).drop(FILE, LINE, BROKEN)
+        rows = _read_csv(_read_lines(spark, group, {}), group[0], header, lookup.delimiter)
+        rows = rows.where(_is_whole()).drop(FILE, LINE, BROKEN)
         _check_doubled(group[0], header, rows.columns, named)
         if frames and rows.columns != frames[0].columns:
             raise TrailvecError(
@@ -306,6 +327,14 @@ def _read_csv_lookup(spark: SparkSession, files: Sequence[str], lookup: Lookup, 
     if not frames:
         raise TrailvecError(f"{lookup.path} is empty, without even a header: fetch it again or take the lookup out")
     return reduce(DataFrame.union, frames)
+
+
+def _is_whole() -> Column:
+    """True, or the job ends with a sentence: there is no table for the refused rows of a lookup."""
+    said = F.format_string(
+        "jobs.errors.TrailvecError: %s: the row %s can't be split into the header's columns: correct it", FILE, LINE
+    )
+    return F.when(F.col(BROKEN), F.raise_error(said)).otherwise(True)
 
 
 def _join_lookup(records: DataFrame, rows: DataFrame, lookup: Lookup) -> DataFrame:

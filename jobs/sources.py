@@ -147,7 +147,9 @@ class Input(Section):
     )
     path: str | None = Field(None, description="file, folder or pattern, from ingest.data_dir")
     kafka: Kafka | None = Field(None, description="a topic instead of a path; its values are JSON objects")
-    format: Literal["json", "csv", "parquet"] = Field("json", description="json: one object on each line")
+    format: Literal["json", "csv", "parquet"] = Field(
+        "json", description="json: one object on each line; csv: one record on each, no line break between quotes"
+    )
     delimiter: str = Field(",", description="CSV: between the fields")
     lookups: list[Lookup] = Field(default_factory=list)
     columns: Columns

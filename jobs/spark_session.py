@@ -50,8 +50,6 @@ _SPARK_DEFAULTS = {
     },
     # A folder store=007 says "007", whatever the folders beside it say.
     "spark.sql.sources.partitionColumnTypeInference.enabled": "false",
-    # Without it, Spark's CSV reader does not see a row with too many or too few fields.
-    "spark.sql.csv.parser.columnPruning.enabled": "false",
     "spark.sql.execution.arrow.pyspark.enabled": "true",
     # What is cached is read once or twice: choosing an encoding for each column was a sixth of ingest's CPU time.
     "spark.sql.inMemoryColumnarStorage.compressed": "false",

@@ -289,12 +289,20 @@ def test_each_record_is_refused_for_its_first_reason(spark: SparkSession, write:
     assert kept == [(-1000.0, 0.5, "Europe/Paris"), (None, None, "UTC")]
 
 
-def test_a_broken_csv_row_is_kept_as_its_line(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
+@pytest.mark.parametrize(("delimiter", "sign"), [(",", ","), (r"\t", "\t")])
+def test_a_broken_csv_row_is_kept_as_its_line(
+    spark: SparkSession, write: Callable[[str, str], Path], delimiter: str, sign: str
+) -> None:
     broken = ["2,bob,b", "3,bob,b,2023-05-01T10:00:00Z,1,extra", '4,bob,"b,2023-05-01T10:00:00Z,1']
-    text = ["id,user,item,at,price", "1,ann,a,2023-05-01T10:00:00Z,1", *broken, "5,cyd,c,2023-05-01T10:00:00Z,1"]
-    rows = ingest(spark, write("log.csv", "\n".join(text)), mapping("log.csv"))
-    assert [row["raw"] for row in rows if row["reason"] == "broken_row"] == broken
-    assert [row["user_id"] for row in rows if row["reason"] is None] == ["ann", "cyd"]
+    broken += ['5,bob,b,2023-05-01T10:00:00Z,"1', '2"', '6,bob,"b', 'c",2023-05-01T10:00:00Z,1']  # two lines of one
+    good = ["1,ann,a,2023-05-01T10:00:00Z,1", '7,"c ""d"" ,""",5" c,2023-05-01T10:00:00Z,"1"']
+    lines = ["id,user,item,at,price", good[0], *broken, "id,user,item,at,price", good[1]]  # two files put together
+    text = "\n".join(lines).replace(",", sign)
+    rows = ingest(spark, write("log.csv", text), mapping("log.csv", delimiter=delimiter))
+    refused = [row["raw"] for row in rows if row["reason"] == "broken_row"]
+    assert sorted(refused) == sorted(line.replace(",", sign) for line in broken)
+    found = [(row["user_id"], row["item_id"]) for row in rows if row["reason"] is None]
+    assert found == [("ann", "a"), (f'c "d" {sign}"', '5" c')]
 
 
 def test_a_broken_json_line_is_kept_as_it_is(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
@@ -384,6 +392,10 @@ def test_a_header_of_a_lookup_is_read_as_a_log_s(spark: SparkSession, write: Cal
     assert row["category"] == "tea"
     with pytest.raises(TrailvecError, match=r"1\.csv: the header has several columns note, which the source's mapping"):
         ingest(spark, folder, mapping("log.csv", columns={"category": "note"}, lookups=lookups))
+    write("kinds/3.csv", 'user,kind\nann,"tea\nand milk"\n')
+    with pytest.raises(Exception, match="TrailvecError") as error:
+        ingest(spark, folder, mapping("log.csv", lookups=[lookups[0] | {"path": "kinds/3.csv"}]))
+    assert re.search("kinds/3.csv: the row ann,\"tea can't be split into the header's", str(explain(error.value)))
     write("kinds/3.csv", "user,colour\nann,red\n")
     with pytest.raises(TrailvecError, match=r"3\.csv has the columns user, colour, other files of the lookup"):
         ingest(spark, folder, mapping("log.csv", columns={"category": "kind"}, lookups=lookups))
@@ -462,7 +474,7 @@ def test_a_type_that_no_id_has_is_refused(spark: SparkSession, tmp_path: Path) -
 def test_bytes_that_are_no_utf8_are_refused(spark: SparkSession, tmp_path: Path, form: str) -> None:
     lines = ((1, b"\xc3\xa9", b"1"), (2, b"\xe9", b"1"), (3, b"\xc3\xa9", b"1\xe9"))
     texts = {
-        "csv": [b"id,user,item,at,price", *(b"%d,ann,caf%s,2023-05-01,%s" % line for line in lines)],
+        "csv": [b"id,user,item,at,price,caf\xe9", *(b"%d,ann,caf%s,2023-05-01,%s," % line for line in lines)],
         "json": [
             b'{"id": "%d", "user": "ann", "item": "caf%s", "at": "2023-05-01", "price": "%s"}' % line for line in lines
         ],
