@@ -31,6 +31,8 @@ LINE = "trailvec_line"  # the record's text; NULL where the columns say it all
 BROKEN = "trailvec_broken"  # the line could not be split into columns
 REST = "trailvec_rest"  # what nothing in the mapping names, as a map
 
+_END = "trailvec_end"
+
 # What Spark's own file listing gives of a file without reading it.
 LISTING = "path string, modificationTime timestamp, length long, content binary"
 
@@ -268,11 +270,14 @@ def _parse_json(lines: DataFrame, names: list[str], claimed: set[str]) -> DataFr
     rest = F.map_filter("parsed", lambda key, value: ~key.isin(*claimed, *in_path) & text_of(value).isNotNull())
     if unclaimed := [name for name in in_path if name not in claimed]:
         rest = F.map_concat(rest, _texts(unclaimed))
-    # As a list: of two objects in one line Spark would give the first, and not say a word of the second.
-    objects = F.from_json(F.concat(F.lit("["), LINE, F.lit("]")), "array<map<string,string>>")
+    # As a list: of two objects in one line Spark would give the first, and not say a word of the second. With an object
+    # of ours at its end: a line may end the list itself ("]"), and what stands behind it Spark would not read.
+    text = F.concat(F.lit("["), LINE, F.lit(f',{{"{_END}":""}}]'))
+    objects = F.from_json(text, "array<map<string,string>>")
     keys = F.map_keys(F.col("objects")[0])
     # Of a key that stands twice a map would hold both, which no other reader takes.
-    is_one = (F.size("objects") == 1) & (F.size(keys) == F.size(F.array_distinct(keys)))
+    is_one = (F.size("objects") == 2) & F.col("objects")[1][_END].isNotNull()
+    is_one &= F.size(keys) == F.size(F.array_distinct(keys))
     return (
         lines.where(F.trim(LINE) != "")
         .withColumn("objects", objects)

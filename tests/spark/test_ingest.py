@@ -310,6 +310,7 @@ def test_a_broken_json_line_is_kept_as_it_is(spark: SparkSession, write: Callabl
     two = good + good.replace("1", "2")  # two files put together, the first without a last line's end
     broken = ['"text"', '[{"id": "2"}]', good[:30], two, good + "," + good, good + " and more"]
     broken.append(good.replace('"price": 1', '"price": 1, "k": 1, "k": 2'))  # which of the two?
+    broken += [good + "], more", good + "," + good + "], more", good + "]", good + "],[" + good, "{}x", good + ","]
     rows = ingest(spark, write("log.json", "\n".join([good, *broken])), mapping("log.json", "json"))
     assert sorted(row["raw"] for row in rows if row["reason"] == "broken_row") == sorted(broken)
     assert [row["event_id"] for row in rows if row["reason"] is None] == ["1"]
