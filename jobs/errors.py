@@ -21,6 +21,10 @@ _SPARK_MESSAGES = (
         "{0} does not exist: correct the path in the source's file",
     ),
     (
+        r"URISyntaxException: Relative path in absolute URI: \.?([^\n]+?)(?:\.crc)?(?:\n|$)",
+        "{0}: Hadoop reads no file with a colon in its name, nor a pattern's files beside it: rename it",
+    ),
+    (
         r"Could not read footer for file: (\S+?)\. Please",
         "{0} is not a whole Parquet file (truncated?): fetch it again or take it out of the folder",
     ),

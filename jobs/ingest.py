@@ -295,7 +295,10 @@ def _listing(spark: SparkSession, mapping: Input, runtime: Runtime) -> DataFrame
     given = _data_dir(runtime) / str(mapping.path)
     path = file_url(str(given))
     if given.is_file():
-        path = f"{path[:-1]}[{path[-1]}]"  # Spark's stream takes a pattern or a folder, not a file
+        # Spark's stream takes a pattern or a folder, not a file. In braces Hadoop asks for the file alone; by any other
+        # pattern for all beside it, and stops at a colon in a name.
+        folder, _, name = path.rpartition("/")
+        path = "{}/{{/{}}}".format(folder, name.replace(",", "\\,"))
     files = spark.readStream.format("binaryFile").schema(LISTING)
     options = {
         "maxFilesPerTrigger": str(runtime.config.ingest.max_files_per_batch),

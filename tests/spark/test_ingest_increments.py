@@ -124,8 +124,9 @@ def test_inputs_are_known_by_path_or_name_wherever_they_stand(
     make_runtime: Callable[..., Runtime], tmp_path: Path
 ) -> None:
     (tmp_path / "log.csv").write_text(HEADER + "1,ann,a,2023-05-01,1\n2,,b,2023-05-02,1\n")
-    (tmp_path / "more.csv").write_text(HEADER + "3,cyd,c,2023-05-03,1\n")
-    log, more = ('path = "log.csv"\nformat = "csv"', 'path = "more.csv"\nformat = "csv"')
+    (tmp_path / "and, more.csv").write_text(HEADER + "3,cyd,c,2023-05-03,1\n")
+    (tmp_path / "12:00.csv").write_text("no log")  # Hadoop, which takes no colon, is not to look at it
+    log, more = ('path = "log.csv"\nformat = "csv"', 'path = "and, more.csv"\nformat = "csv"')
     runtime = make_runtime(*settings(tmp_path, source(tmp_path, log)))
     runtime.execute(STAGE)
 

@@ -28,6 +28,10 @@ _LOST = "Some data may have been lost because they are not available in Kafka an
             "a Parquet file of the input has times in nanoseconds, which Spark can't read: write it again with "
             'coerce_timestamps="us" (pandas, pyarrow)',
         ),
+        (
+            "java.net.URISyntaxException: Relative path in absolute URI: .a b:1.csv.crc",
+            "a b:1.csv: Hadoop reads no file with a colon in its name, nor a pattern's files beside it: rename it",
+        ),
     ],
 )
 def test_a_message_of_spark_becomes_a_sentence(said: str, told: str) -> None:
