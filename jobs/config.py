@@ -295,7 +295,9 @@ class UserList(Section):
     """A list of users: one of the two."""
 
     file: str | None = Field(
-        None, description="Parquet or CSV (.csv, .csv.gz) with a column user_id; any other: text, one user id per line"
+        None,
+        description="Parquet or CSV (.csv, .csv.gz) with a column user_id, or a folder of such files whose name ends "
+        "so; any other: text, one user id per line",
     )
     sql: str | None = Field(None, description="a query over the tables with a column user_id")
 

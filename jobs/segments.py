@@ -170,7 +170,7 @@ def read_segments(paths: list[str]) -> list[SegmentFile]:
             raise TrailvecError(f"{path} and {by_place[place]} both export to {place}: give each a destination")
         by_place[place] = path
         for users in segment.lists:
-            if users.file is not None and not (path.parent / users.file).is_file():
+            if users.file is not None and not (path.parent / users.file).exists():
                 raise TrailvecError(f"{path}: the list of users {path.parent / users.file} does not exist: add it")
     for segment, path in files:
         for other in (*segment.include, *segment.exclude):

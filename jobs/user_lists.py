@@ -1,8 +1,9 @@
 """Lists that people hand in: of users seeds, suppressions, consents, labels, whom to erase; of items what is in stock.
 
-A list is a query over the tables, a Parquet or CSV file with a column user_id, or a text of one id per line. A file
-lies beside the configuration, on the driver's machine, which never holds it as a whole: Spark reads it, a text goes by
-line. On a cluster Spark's tasks see no file of that machine: they read a copy beside the tables, gone afterwards.
+A list is a query over the tables, a Parquet or CSV file with a column user_id (or a folder of such files, as Spark
+writes it), or a text of one id per line. A file lies beside the configuration, on the driver's machine, which never
+holds it as a whole: Spark reads it, a text goes by line. On a cluster Spark's tasks see no file of that machine: they
+read a copy beside the tables, gone afterwards.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ _CSV = (".csv", ".csv.gz")
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of the file's bytes, hexadecimal."""
+    """SHA-256 of the file's bytes, or of the names and bytes of the folder's files, hexadecimal."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        parts = [f"{file.relative_to(path)}\n{file_digest(file)}\n" for file in files]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -89,6 +94,10 @@ def _read_lines(file: Path) -> Iterator[str]:
     try:
         with file.open(encoding="utf-8-sig") as lines:
             yield from filter(None, map(str.strip, lines))
+    except IsADirectoryError:
+        raise TrailvecError(
+            f"the list {file} is a folder: name a file, or a folder of Parquet files whose own name ends in .parquet"
+        ) from None
     except UnicodeDecodeError as error:
         raise TrailvecError(f"the list {file} is no UTF-8 text ({error.reason}): save it as such") from None
 

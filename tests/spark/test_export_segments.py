@@ -442,7 +442,9 @@ def test_many_segments_in_one_pass_against_plain_python(
     seeds, suppressed = names[5:12], names[10:60]
     consents = [(user, n % 3 > 0, True) for n, user in enumerate(names[:280])] + [(names[20], False, True)]
     (tmp_path / "seeds.txt").write_text("\n".join([*seeds, "ghost"]), encoding="utf-8")
-    pq.write_table(pa.table({"user_id": suppressed}), tmp_path / "suppressed.parquet")
+    (tmp_path / "suppressed.parquet").mkdir()  # as Spark writes it
+    for part in (0, 1):
+        pq.write_table(pa.table({"user_id": suppressed[part::2]}), tmp_path / f"suppressed.parquet/{part}.parquet")
     with (tmp_path / "consent.csv").open("w", encoding="utf-8") as file:
         file.write("user_id,email,push\n")
         file.writelines(f"{user},{str(email).lower()},{str(push).lower()}\n" for user, email, push in consents)
@@ -825,6 +827,8 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
     (tmp_path / "gone.csv").write_text("user_id\nrené\n", encoding="latin-1")
     with pytest.raises(TrailvecError, match=r"the list .*gone\.csv is no UTF-8 text: save it as such"):
         read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path)
+    with pytest.raises(TrailvecError, match=r"the list .* is a folder: name a file"):
+        list(read_users(runtime, UserList(file="."), tmp_path / "likes.toml", tmp_path))
     pd.DataFrame({"user_id": [4711, None]}).to_parquet(tmp_path / "gone.parquet")  # 4711.0
     with pytest.raises(
         TrailvecError, match=r"gone\.parquet has a column user_id of type double: write the ids as text"
