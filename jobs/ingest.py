@@ -346,7 +346,14 @@ def run(runtime: Runtime) -> None:
         # What the books say was read into a table that is gone (moved away, say). Of all inputs at once, and of sources
         # that are not named now too: after a kill the table is there.
         remove_tree(runtime.place / "checkpoints" / "ingest")
+        runtime.create(REJECTED_EVENTS)  # first: where events is there, this one is gone or has all that was refused
         runtime.create(EVENTS)  # from here on another ingest leaves the books alone
+    elif not runtime.exists(REJECTED_EVENTS) and not runtime.forced:
+        # Not read again unasked: where the mapping has changed since, old records would become other events.
+        runtime.report.notes.append(
+            "table rejected_events was gone, and what was refused before with it: `trailvec ingest --force` reads all "
+            "inputs again"
+        )
     for source in sources:
         for mapping in source.input:
             follow(runtime, source, mapping)

@@ -190,6 +190,13 @@ def test_where_events_was_moved_away_all_inputs_are_read_again(
     assert runtime.execute(STAGE).rows_in["records"] == 1
     assert both_tables(runtime) == before
 
+    shutil.move(runtime.path(REJECTED_EVENTS), tmp_path / "refused")
+    (note,) = runtime.execute(STAGE).notes
+    assert note.startswith("table rejected_events was gone, and what was refused before with it")
+    assert both_tables(runtime) == (before[0], [])
+    runtime.execute(STAGE, force=True)
+    assert both_tables(runtime) == before
+
 
 def test_a_last_batch_of_one_wrong_record_is_weighed_with_those_before_it(
     make_runtime: Callable[..., Runtime], tmp_path: Path
