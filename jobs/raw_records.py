@@ -223,7 +223,7 @@ def _read_csv(lines: DataFrame, file: str, header: str, delimiter: str) -> DataF
     """A record of each line that is neither blank nor the header; `file`: one of those whose header it is."""
     spark = lines.sparkSession
     options = {"sep": delimiter, "escape": '"'}
-    names = spark.read.options(header=True, **options).csv(_as_patterns([file])).columns  # type: ignore[arg-type]
+    names = spark.read.options(header=True, **options).csv(_as_patterns([file])).columns
     in_path = [name for name in lines.columns if name not in (LINE, FILE)]  # they win, as in Parquet files
     # Of a quoted field that the line's end leaves open Spark would give the part before it, and not say a word. Such a
     # field takes in the delimiter that is put behind the line: there is one field less than there has to be.
