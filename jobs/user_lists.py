@@ -108,11 +108,19 @@ def read_rows(runtime: Runtime, file: Path, folder: Place) -> DataFrame:
     it must stay so long.
 
     Raises:
-        TrailvecError: the user ids of a CSV are no UTF-8.
+        TrailvecError: the user ids of a CSV are no UTF-8, or a record of it goes on in the next line.
     """
     url = _to_tasks(file, folder)
     if not file.name.lower().endswith(_CSV):
         return runtime.spark.read.parquet(url)
+    # Spark reads by line. Where a line leaves quotes open, the ids of this record or of the next would be others.
+    quotes = F.length("value") - F.length(F.replace("value", F.lit('"'), F.lit("")))
+    cut = runtime.spark.read.text(url).where(quotes % 2 == 1).first()
+    if cut is not None:
+        raise TrailvecError(
+            f"the list {file} has a record that goes on in another line, or a quote too many (found {cut['value']!r}): "
+            "write each record on one line"
+        )
     rows = runtime.spark.read.csv(url, header=True, escape='"')
     if "user_id" not in rows.columns:
         return rows

@@ -827,6 +827,9 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
     (tmp_path / "gone.csv").write_text("user_id\nrené\n", encoding="latin-1")
     with pytest.raises(TrailvecError, match=r"the list .*gone\.csv is no UTF-8 text: save it as such"):
         read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path)
+    (tmp_path / "gone.csv").write_text('note,user_id\n"two\nlines",ann\nnone,bob\n')
+    with pytest.raises(TrailvecError, match=r"the list .*gone\.csv has a record that goes on in another line.*\"two"):
+        read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path)
     with pytest.raises(TrailvecError, match=r"the list .* is a folder: name a file"):
         list(read_users(runtime, UserList(file="."), tmp_path / "likes.toml", tmp_path))
     pd.DataFrame({"user_id": [4711, None]}).to_parquet(tmp_path / "gone.parquet")  # 4711.0
