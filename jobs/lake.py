@@ -241,12 +241,13 @@ class Lake:
     def cluster(self, table: Table, by: Sequence[str]) -> None:
         """Has Delta's OPTIMIZE lay rows of like values of `by` into the same files from now on (none: no more). A table
         without `cluster_by` stays as it is."""
-        if not table.cluster_by:
-            return
-        now = DeltaTable.forPath(self.spark, self.path(table)).detail().collect()[0]["clusteringColumns"]
-        if now != list(by):
+        if table.cluster_by and self._clustered_by(table) != list(by):
             columns = f"({', '.join(by)})" if by else "NONE"
             self.commit(lambda: self.spark.sql(f"ALTER TABLE {self.sql_name(table)} CLUSTER BY {columns}"))
+
+    def _clustered_by(self, table: Table) -> list[str]:
+        columns = DeltaTable.forPath(self.spark, self.path(table)).detail().select("clusteringColumns")
+        return list(columns.collect()[0][0])
 
     def purge(self, table: Table, where: str | None = None) -> None:
         """Rewrites the files of the partitions in which deletion vectors hide rows, and no other (but for those of a
@@ -259,7 +260,11 @@ class Lake:
         Args:
             where: a condition over the partition columns; SQL, from code, never from input. None: all partitions.
         """
-        self.cluster(table, ())
         of = f"WHERE {where} " if where else ""
-        with spark_conf(self.spark, {"spark.databricks.delta.optimize.maxFileSize": "1"}):
-            self.commit(lambda: self.spark.sql(f"REORG TABLE {self.sql_name(table)} {of}APPLY (PURGE)"))
+        while True:
+            self.cluster(table, ())
+            with spark_conf(self.spark, {"spark.databricks.delta.optimize.maxFileSize": "1"}):
+                self.commit(lambda: self.spark.sql(f"REORG TABLE {self.sql_name(table)} {of}APPLY (PURGE)"))
+            # `maintain_tables` may have clustered it again before the purge looked at it.
+            if not (table.cluster_by and self._clustered_by(table)):
+                return
