@@ -142,7 +142,9 @@ def rows_since(runtime: Runtime, about: dict[str, Any], folder: Place) -> list[s
     # sample of them says.
     files = math.ceil(count / runtime.config.sequences.rows_per_file)
     mixed = rows.repartition(files, order).sortWithinPartitions(order)
-    mixed.select("length", *FEATURES).write.mode("overwrite").parquet(str(folder))
+    name = "parquet.block.size"  # row groups of the table's own size, which is training's
+    writer = mixed.select("length", *FEATURES).write.mode("overwrite").option(name, SEQUENCES.properties[name])
+    writer.parquet(str(folder))
     home = shared_url(folder) if isinstance(folder, HadoopPath) else f"file://{folder}"
     return sorted(f"{home}/{file.name}" for file in folder.glob("*.parquet"))
 

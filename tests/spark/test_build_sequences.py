@@ -24,7 +24,7 @@ from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
 from jobs.splits import cut_times
 from jobs.tables import EVENTS, FLAGGED_USERS, SEQUENCES, SESSIONS, conform
-from jobs.train import training_files
+from jobs.train import rows_since, training_files
 from tests import oracles
 from tests.conftest import add, make_config, put
 from tests.events import START, Row, logs, make_event, to_frame
@@ -179,22 +179,24 @@ def test_row_groups_are_small_whatever_the_logs_size(
     large = spark.read.parquet(str(tmp_path / "large.parquet")).coalesce(1)
     large = conform(large.withColumns(lists | {n: F.lit(v) for n, v in fixed.items()}), SEQUENCES)
 
-    def check_row_groups() -> None:
-        sizes = [f.row_group(n).total_byte_size for f in train_footers(runtime) for n in range(f.num_row_groups)]
+    def check_row_groups(footers: list[Any]) -> None:
+        sizes = [f.row_group(n).total_byte_size for f in footers for n in range(f.num_row_groups)]
         assert sum(sizes) > 8e6
         assert max(sizes) < 5e6
 
     put(runtime, SEQUENCES, large.where("user_id < 'u6'"))
-    check_row_groups()
+    check_row_groups(train_footers(runtime))
     merge = Stage("merge", "", lambda r: r.merge(SEQUENCES, large.where("user_id > 'u3'")), (), (), ())
     runtime.execute(merge, force=True)
-    check_row_groups()
+    check_row_groups(train_footers(runtime))
+    base = {"as_of": START, "model_version": "m"}
+    check_row_groups(train_footers(runtime, lambda r: {"train": rows_since(r, base, tmp_path / "rows")}))
 
 
-def train_footers(runtime: Runtime) -> list[Any]:
+def train_footers(runtime: Runtime, files: Callable[[Runtime], dict[str, list[str]]] = training_files) -> list[Any]:
     """Of the files that a training of now reads."""
     found: dict[str, list[str]] = {}
-    stage = Stage("look", "", lambda r: found.update(training_files(r)), reads=(SEQUENCES,), writes=(), settings=())
+    stage = Stage("look", "", lambda r: found.update(files(r)), reads=(SEQUENCES,), writes=(), settings=())
     runtime.execute(stage)
     return [pq.read_metadata(url.removeprefix("file://")) for url in found["train"]]
 
