@@ -37,6 +37,7 @@ from jobs.maintain_tables import disk_files
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import spark_conf
 from jobs.tables import EVENTS, USER_EMBEDDINGS, Table
+from training.urls import file_of_table
 
 WAYS = {"vectors": True, "rewrite": False}
 FILE_ROWS = 2_000_000
@@ -98,14 +99,11 @@ def erase(stages: Runtime, table: Table, users: DataFrame, vectors: bool) -> tup
 
 def left(stages: Runtime, table: Table, ids: pd.DataFrame) -> int:
     """Rows of the users in the files of the current version, those that deletion vectors hide too."""
-    files = DeltaTable(stages.path(table)).file_uris()
+    files = [file_of_table(uri) for uri in DeltaTable(stages.path(table)).file_uris()]
     connection = duckdb.connect()
     connection.register("ids", ids)
-    return int(
-        connection.execute(
-            "SELECT count(*) FROM read_parquet(?) SEMI JOIN ids USING (user_id)", [list(files)]
-        ).fetchall()[0][0]
-    )
+    rows = connection.execute("SELECT count(*) FROM read_parquet(?) SEMI JOIN ids USING (user_id)", [files])
+    return int(rows.fetchall()[0][0])
 
 
 def one_round(whole: Runtime, copy: Runtime, table: Table, ids: pd.DataFrame, vectors: bool) -> dict[str, float]:
