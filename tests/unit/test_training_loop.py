@@ -153,6 +153,7 @@ DRAWS = {"dropout": 0.3, "negatives": 12, "later_share": 0.5, "weight_decay": 0.
 def check_resumed(killed: Path, whole: Path, said: str) -> None:
     """After the kill and the second start: all is as if there had been none."""
     assert "the same command goes on from epoch 2 after" in said
+    assert said.endswith("steps (if maintain_tables runs first: from an earlier checkpoint, or anew)")
     assert "\n" not in said
     after, expected = training_of(killed), training_of(whole)
     assert after["parameters_sha256_by_rank"] == expected["parameters_sha256_by_rank"]
