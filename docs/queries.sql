@@ -23,8 +23,8 @@ WHERE n.item_id NOT IN (SELECT item_id FROM events WHERE user_id = '1' AND event
 ORDER BY n.rank LIMIT 5;
 
 -- Who is most like household 1 (cosine of two users' vectors)
-SELECT n.rank, n.user_id, round(n.score, 3) AS likeness, u.history_length
-FROM nearest_users('1', 5) AS n JOIN current_user_embeddings AS u USING (user_id) ORDER BY n.rank;
+SELECT n.rank, n.user_id, round(n.score, 3) AS likeness, count(*) AS sessions
+FROM nearest_users('1', 5) AS n JOIN sessions AS s USING (user_id) GROUP BY n.rank, n.user_id, n.score ORDER BY n.rank;
 
 -- What goes with an item: the neighbours of the item that is bought most
 SELECT s.item_name AS of_item, n.rank, i.item_name, i.category, round(n.score, 3) AS likeness
