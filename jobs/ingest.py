@@ -126,7 +126,6 @@ def commit_batch(
     same_day = settings.duplicates == "same_day"
     given = without_erased(reduce(DataFrame.unionByName, frames), erased_tests(runtime))
     given = given.withColumn("stored", F.lit(False))
-    runtime.create(EVENTS)
     together, where, few = given, F.lit(True), False
     if not runtime.latest(EVENTS).isEmpty():
         given = given.persist(StorageLevel.DISK_ONLY)  # looked into for its ids, then judged
@@ -347,13 +346,13 @@ def run(runtime: Runtime) -> None:
         # that are not named now too: after a kill the table is there.
         remove_tree(runtime.place / "checkpoints" / "ingest")
         runtime.create(REJECTED_EVENTS)  # first: where events is there, this one is gone or has all that was refused
-        runtime.create(EVENTS)  # from here on another ingest leaves the books alone
     elif not runtime.exists(REJECTED_EVENTS) and not runtime.forced:
         # Not read again unasked: where the mapping has changed since, old records would become other events.
         runtime.report.notes.append(
             "table rejected_events was gone, and what was refused before with it: `trailvec ingest --force` reads all "
             "inputs again"
         )
+    runtime.create(EVENTS)  # from here on another ingest leaves the books alone
     for source in sources:
         for mapping in source.input:
             follow(runtime, source, mapping)
