@@ -37,6 +37,7 @@ import pyarrow as pa
 from delta.tables import DeltaTable
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
+from rich import box
 from rich.filesize import decimal
 from rich.table import Table as Grid
 
@@ -222,12 +223,14 @@ def run_maintain(runtime: Runtime, names: Sequence[str], dry_run: bool, as_json:
 def _print(runtime: Runtime, entries: list[dict[str, Any]]) -> None:
     settings, cost = runtime.config.maintain, sum(entry["usd_per_month"] for entry in entries)
     grid = Grid(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),  # all of it in 100 columns
         caption=f"under {runtime.place / 'tables'}; small: under {settings.target_file_mb / _SMALL:g} MB; on disk: "
-        f"{cost:,.2f} USD a month in all, at {settings.usd_per_gb_month:g} a GB (maintain.usd_per_gb_month)"
+        f"{cost:,.2f} USD a month in all, at {settings.usd_per_gb_month:g} a GB (maintain.usd_per_gb_month)",
     )
     grid.add_column("table", no_wrap=True)
-    for heading in ("rows", "too old", "hidden", "size", "files", "small", "on disk", "USD/month", "freed", "s"):
-        grid.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("rows", "too old", "hidden", "size", "files", "small", "on disk", "freed", "s"):
+        grid.add_column(heading, justify="right", overflow="fold")
     for entry in entries:
 
         def change(key: str, entry: dict[str, Any] = entry) -> str:
@@ -244,7 +247,6 @@ def _print(runtime: Runtime, entries: list[dict[str, Any]]) -> None:
             change("files"),
             f"{share:.0%}",
             decimal(entry["bytes_on_disk"]),
-            f"{entry['usd_per_month']:,.2f}",
             decimal(entry["bytes_freed"]),
             f"{entry['seconds']:.1f}",
         )

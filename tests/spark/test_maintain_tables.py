@@ -29,7 +29,7 @@ from jobs.files import HadoopPath
 from jobs.maintain_tables import active_files, disk_files, maintain, measure, run_maintain
 from jobs.runtime import Runtime, Stage, code_version
 from jobs.tables import CONTEXT_VALUES, EVENTS, FLAGGED_USERS, REJECTED_EVENTS, SEQUENCES, SESSIONS, Table
-from tests.conftest import expired, put, read_delta
+from tests.conftest import expired, make_config, put, read_delta
 from tests.events import START, Row, make_event, to_frame
 
 
@@ -480,3 +480,18 @@ def test_the_command_prints_a_table_or_json(
     with pytest.raises(SystemExit) as stopped:
         cli.main([*command, "--table", "evnts"])
     assert stopped.value.code == 2
+
+
+def test_the_table_of_a_usual_warehouse_fits_into_100_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = {"table": "rejected_events", "rows": 1_477_998, "rows_too_old": 0, "rows_hidden": 0, "bytes": 41_800_000}
+    entry |= {"files_before": 12, "files": 1, "small_files": 1, "bytes_on_disk": 886, "bytes_freed": 0}
+    monkeypatch.setattr(
+        module, "maintain", lambda *_: [entry | {"usd_per_month": 0, "seconds": 64.6, "conflict": False}]
+    )
+    run_maintain(Runtime(make_config(tmp_path)), [], dry_run=False, as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    cells = "rejected_events 1,477,998 0 0 41.8 MB 12 → 1 100% 886 bytes 0 bytes 64.6"
+    assert " ".join(lines[3].split()) == cells
