@@ -19,6 +19,7 @@ trailvec find_neighbours --conf conf/local.toml --set neighbours.k=20 --set 'nei
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -180,7 +181,8 @@ def _by_hash(chance: float) -> Column:
 
 
 def run(runtime: Runtime) -> None:
-    with copies(runtime.staging("neighbours")) as folder:
+    folder = runtime.staging("neighbours")
+    with copies(folder) if runtime.config.neighbours.in_stock is not None else nullcontext():
         _run(runtime, folder)
 
 
