@@ -325,7 +325,7 @@ def _finish(runtime: Runtime) -> None:
     if leftovers:
         report.notes.append(
             f"{', '.join(map(str, leftovers))} may hold erased users: a job that runs, or a killed one, made it; run "
-            f"export_segments, erase_users or probe, whose it is, or delete it, then this again"
+            f"export_segments, erase_users, probe or find_neighbours, whose it is, or delete it, then this again"
         )
     if held:
         report.notes.append(
