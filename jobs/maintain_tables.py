@@ -229,7 +229,7 @@ def _print(runtime: Runtime, entries: list[dict[str, Any]]) -> None:
         f"{cost:,.2f} USD a month in all, at {settings.usd_per_gb_month:g} a GB (maintain.usd_per_gb_month)",
     )
     grid.add_column("table", no_wrap=True)
-    for heading in ("rows", "too old", "hidden", "size", "files", "small", "on disk", "freed", "s"):
+    for heading in ("rows", "too old", "hidden", "size", "files", "small", "on disk", "freed", "USD"):
         grid.add_column(heading, justify="right", overflow="fold")
     for entry in entries:
 
@@ -248,7 +248,7 @@ def _print(runtime: Runtime, entries: list[dict[str, Any]]) -> None:
             f"{share:.0%}",
             decimal(entry["bytes_on_disk"]),
             decimal(entry["bytes_freed"]),
-            f"{entry['seconds']:.1f}",
+            f"{entry['usd_per_month']:,.2f}",
         )
     table_console().print(grid)
 

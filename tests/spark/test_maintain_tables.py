@@ -488,10 +488,10 @@ def test_the_table_of_a_usual_warehouse_fits_into_100_columns(
     entry = {"table": "rejected_events", "rows": 1_477_998, "rows_too_old": 0, "rows_hidden": 0, "bytes": 41_800_000}
     entry |= {"files_before": 12, "files": 1, "small_files": 1, "bytes_on_disk": 886, "bytes_freed": 0}
     monkeypatch.setattr(
-        module, "maintain", lambda *_: [entry | {"usd_per_month": 0, "seconds": 64.6, "conflict": False}]
+        module, "maintain", lambda *_: [entry | {"usd_per_month": 1234.5, "seconds": 64.6, "conflict": False}]
     )
     run_maintain(Runtime(make_config(tmp_path)), [], dry_run=False, as_json=False)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
-    cells = "rejected_events 1,477,998 0 0 41.8 MB 12 → 1 100% 886 bytes 0 bytes 64.6"
+    cells = "rejected_events 1,477,998 0 0 41.8 MB 12 → 1 100% 886 bytes 0 bytes 1,234.50"
     assert " ".join(lines[3].split()) == cells
