@@ -32,6 +32,8 @@ BROKEN = "trailvec_broken"  # the line could not be split into columns
 REST = "trailvec_rest"  # what nothing in the mapping names, as a map
 
 _END = "trailvec_end"
+_PARSED = "trailvec_parsed"
+_OBJECTS = "trailvec_objects"
 
 # What Spark's own file listing gives of a file without reading it.
 LISTING = "path string, modificationTime timestamp, length long, content binary"
@@ -192,7 +194,7 @@ def _by_header(spark: SparkSession, files: Sequence[str]) -> dict[str, list[str]
         reader = jvm.java.io.BufferedReader(jvm.java.io.InputStreamReader(text, "UTF-8"))
         try:
             header = reader.readLine()
-            while header is not None and not header.strip():  # as Spark's own reader looks for it
+            while header is not None and not header.removeprefix("\ufeff").strip():
                 header = reader.readLine()
         except Py4JJavaError as error:
             said = error.java_exception.toString()
@@ -225,8 +227,10 @@ def _read_csv(lines: DataFrame, file: str, header: str, delimiter: str) -> DataF
     options = {"sep": delimiter, "escape": '"'}
     names = spark.read.options(header=True, **options).csv(_as_patterns([file])).columns
     in_path = [name for name in lines.columns if name not in (LINE, FILE)]  # they win, as in Parquet files
+    hidden = {name.lower() for name in in_path}
     # Of a quoted field that the line's end leaves open Spark would give the part before it, and not say a word. Such a
-    # field takes in the delimiter that is put behind the line: there is one field less than there has to be.
+    # field takes in the delimiter that is put behind the line, so that the empty field behind that is not there: there
+    # is one too few, or, where the line has one too many, it stands in the last one's place.
     behind = spark._jvm.org.apache.spark.sql.catalyst.csv.CSVExprUtils.toDelimiterStr(delimiter)  # type: ignore[union-attr]
     fields = [f"_{place} string" for place in range(len(names) + 1)]
     record = F.from_csv(
@@ -236,12 +240,13 @@ def _read_csv(lines: DataFrame, file: str, header: str, delimiter: str) -> DataF
     )
     # Bytes that are no UTF-8 stand as U+FFFD in the header, which Java has read.
     line = valid_text(F.col(LINE)) if "\ufffd" in header else F.col(LINE)
-    is_broken = F.col(f"record.{BROKEN}").isNotNull()
+    parsed = F.col(_PARSED)
+    is_broken = parsed[BROKEN].isNotNull() | parsed[f"_{len(names)}"].isNotNull()
     return (
-        lines.where((F.trim(LINE) != "") & (line != header.removeprefix("\ufeff")))
-        .withColumn("record", record)
+        lines.where(F.col(LINE).rlike(r"[^\x00-\x20]") & (line != header.removeprefix("\ufeff")))
+        .withColumn(_PARSED, record)
         .select(
-            *[F.col(f"record._{place}").alias(name) for place, name in enumerate(names) if name not in in_path],
+            *[parsed[f"_{place}"].alias(name) for place, name in enumerate(names) if name.lower() not in hidden],
             *map(named_column, in_path),
             FILE,
             F.when(is_broken, F.col(LINE)).alias(LINE),
@@ -267,26 +272,26 @@ def _read_parquet(spark: SparkSession, files: Sequence[str], base: dict[str, str
 def _parse_json(lines: DataFrame, names: list[str], claimed: set[str]) -> DataFrame:
     """One object of each line that is not blank; a key that the mapping names nowhere stands in REST."""
     in_path = [name for name in lines.columns if name not in (LINE, FILE)]  # they win, as in Parquet files
-    rest = F.map_filter("parsed", lambda key, value: ~key.isin(*claimed, *in_path) & text_of(value).isNotNull())
+    rest = F.map_filter(_PARSED, lambda key, value: ~key.isin(*claimed, *in_path) & text_of(value).isNotNull())
     if unclaimed := [name for name in in_path if name not in claimed]:
         rest = F.map_concat(rest, _texts(unclaimed))
     # As a list: of two objects in one line Spark would give the first, and not say a word of the second. With an object
     # of ours at its end: a line may end the list itself ("]"), and what stands behind it Spark would not read.
     text = F.concat(F.lit("["), LINE, F.lit(f',{{"{_END}":""}}]'))
     objects = F.from_json(text, "array<map<string,string>>")
-    keys = F.map_keys(F.col("objects")[0])
+    keys = F.map_keys(F.col(_OBJECTS)[0])
     # Of a key that stands twice a map would hold both, which no other reader takes.
-    is_one = (F.size("objects") == 2) & F.col("objects")[1][_END].isNotNull()
+    is_one = (F.size(_OBJECTS) == 2) & F.col(_OBJECTS)[1][_END].isNotNull()
     is_one &= F.size(keys) == F.size(F.array_distinct(keys))
     return (
         lines.where(F.trim(LINE) != "")
-        .withColumn("objects", objects)
-        .withColumn("parsed", F.when(is_one, F.col("objects")[0]))
+        .withColumn(_OBJECTS, objects)
+        .withColumn(_PARSED, F.when(is_one, F.col(_OBJECTS)[0]))
         .select(
-            *[(named_column(name) if name in in_path else F.col("parsed")[name]).alias(name) for name in names],
+            *[(named_column(name) if name in in_path else F.col(_PARSED)[name]).alias(name) for name in names],
             FILE,
             LINE,
-            F.col("parsed").isNull().alias(BROKEN),
+            F.col(_PARSED).isNull().alias(BROKEN),
             rest.alias(REST),
         )
     )
