@@ -114,7 +114,8 @@ def read_rows(runtime: Runtime, file: Path, folder: Place) -> DataFrame:
     if not file.name.lower().endswith(_CSV):
         return runtime.spark.read.parquet(url)
     # Spark reads by line. Where a line leaves quotes open, the ids of this record or of the next would be others.
-    quotes = F.length("value") - F.length(F.replace("value", F.lit('"'), F.lit("")))
+    # (In bytes: of some that are no UTF-8 Spark counts the characters wrong.)
+    quotes = F.octet_length("value") - F.octet_length(F.replace("value", F.lit('"'), F.lit("")))
     cut = runtime.spark.read.text(url).where(quotes % 2 == 1).first()
     if cut is not None:
         raise TrailvecError(

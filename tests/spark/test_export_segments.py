@@ -183,16 +183,6 @@ def test_a_rerun_is_skipped_and_a_forced_one_gives_the_same_bytes(
     monkeypatch.setenv(KEY, "another key")
     assert not shop.execute(STAGE).skipped
 
-    # Removed and made anew with as many commits: another table.
-    as_of = datetime(2017, 12, 1, tzinfo=timezone.utc)
-    rows = [(user, "m1", as_of, 1, False, [1.0, 0.0]) for user in ("far", "zoe")]
-    shutil.rmtree(shop.path(USER_EMBEDDINGS))
-    shop.spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()  # type: ignore[union-attr]
-    put(shop, USER_EMBEDDINGS, shop.spark.createDataFrame(rows, USER_EMBEDDINGS.schema()))
-    assert shop.changed_version(USER_EMBEDDINGS) == 1
-    shop.execute(STAGE)
-    assert read(shop)[0]["counts"]["in"] == 2
-
 
 def test_a_crash_before_the_manifest_leaves_no_half_export(
     shop: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -827,7 +817,9 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
     (tmp_path / "gone.csv").write_text("user_id\nrené\n", encoding="latin-1")
     with pytest.raises(TrailvecError, match=r"the list .*gone\.csv is no UTF-8 text: save it as such"):
         read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path)
-    (tmp_path / "gone.csv").write_text('note,user_id\n"two\nlines",ann\nnone,bob\n')
+    (tmp_path / "gone.csv").write_text("user_id,name\nann,Zoë\n", encoding="latin-1")  # whatever others say
+    assert read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path).count() == 1  # type: ignore[union-attr]
+    (tmp_path / "gone.csv").write_text('note,user_id\n"two é\nlines",ann\nnone,bob\n', encoding="latin-1")
     with pytest.raises(TrailvecError, match=r"the list .*gone\.csv has a record that goes on in another line.*\"two"):
         read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path)
     with pytest.raises(TrailvecError, match=r"the list .* is a folder: name a file"):
