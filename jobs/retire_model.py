@@ -1,11 +1,10 @@
-"""retire_model: takes the vectors of one old model out of user_embeddings, user_profiles,
-item_embeddings and neighbours.
+"""retire_model: takes what one old model made out of the tables: vectors, profiles, neighbours.
 
 trailvec retire_model VERSION --conf conf/local.toml
 
 One commit for each table, of whole partitions: no data file is read. Readers that began before go on until
 maintain_tables deletes the files. The current model is refused. The model itself stays in models/VERSION, and can be
-scored again; its rows in `evaluation` stay too.
+scored again; its rows in `evaluation` and `probes` stay too.
 """
 
 from __future__ import annotations
@@ -16,9 +15,10 @@ from pyspark.sql import functions as F
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
 from jobs.runtime import Report, Runtime, Stage
-from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, NEIGHBOURS, USER_EMBEDDINGS, USER_PROFILES
+from jobs.tables import CURRENT, CURRENT_MODEL, EVALUATION, PROBES
 
-_OF_MODELS = (NEIGHBOURS, USER_PROFILES, USER_EMBEDDINGS, ITEM_EMBEDDINGS)
+_STAY = (EVALUATION, PROBES)  # how good it was
+_OF_MODELS = [table for table in CURRENT.values() if table not in _STAY]
 
 
 def retire(runtime: Runtime, version: str) -> Report:
