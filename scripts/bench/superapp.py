@@ -10,10 +10,10 @@ What a model can learn:
 - a ride has a destination, and food after a ride comes from there; people ride to work in the morning,
   home at night;
 - people have favourites, habitual hours and a shopping day; one retail item leads to the next (views go on to the
-  following item of the list); what is bought has been viewed.
+  following item of the list); what is bought has mostly been viewed (an outing of one event may be a purchase).
 
 What makes it hard, as real logs are: users of very different activity, Zipf items that appear and die, users who come
-and go, late events, events that stand twice, bots (crawlers in exact steps, bursts of hundreds of views a second).
+and go, late events, events that stand twice, bots (crawlers in exact steps, bursts of up to a hundred views a second).
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ _WEEKDAYS = (
 _OUTINGS_A_DAY = 0.28  # of a mean user; the spread between users is log-normal
 _SPREAD = 1.1
 _MOST_OUTINGS_A_DAY = 12.0
-EVENTS_A_DAY = 0.74  # of a mean user, bots included; measured
+# Measured: of a mean user, and of a bot in the whole log, whose bursts and crawls do not grow with it.
+_EVENTS_A_DAY, _EVENTS_OF_BOT = 0.712, 1680
+MOST_DAYS = 900
 _USERS_IN_BLOCK = 4096
 _ROWS_HELD = 2_000_000  # some 350 MB
 _REPEATING = ["user_id", "item_id", "event_type", "vertical", "time_zone", "category", "district", "quantity"]
@@ -100,7 +102,8 @@ class World:
     """What a log is made from; equal worlds make equal logs.
 
     Attributes:
-        days: events happen on so many days from START on; late ones arrive up to a week after the last.
+        days: events happen on so many days from START on, each in the user's zone; of what is late the second copy of a
+            doubled one is the last to arrive, up to nine days after the event.
         late: share of events that arrive one to seven days after they happened.
         doubled: share of events that stand twice.
         bots: share of users that are bots.
@@ -116,7 +119,8 @@ class World:
     @classmethod
     def of_events(cls, events: int, days: int = 60, seed: int = 1, **shares: float) -> World:
         """As many users as make about `events` events."""
-        return cls(max(1, round(events / (days * EVENTS_A_DAY))), days, seed, **shares)
+        of_user = days * _EVENTS_A_DAY + shares.get("bots", cls.bots) * _EVENTS_OF_BOT
+        return cls(max(1, round(events / of_user)), days, seed, **shares)
 
     def ranks(self) -> tuple[int, ...]:
         """By vertical: items that live at one time in each group."""
@@ -234,7 +238,7 @@ def _runs(sorted_values: pa.Array) -> list[tuple[object, int, int]]:
     """Each value of a sorted column, where it begins and how often it stands there."""
     runs = pc.run_end_encode(sorted_values)
     ends = runs.run_ends.to_pylist()
-    begins = [0, *ends[:-1]]
+    begins = [0, *ends][:-1]
     return [(v, begin, end - begin) for v, begin, end in zip(runs.values.to_pylist(), begins, ends, strict=True)]
 
 
@@ -610,11 +614,15 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--events", type=float, help="about so many events, such as 1e8")
     size.add_argument("--users", type=float, help="so many users")
-    parser.add_argument("--days", type=int, default=60, help="days of the log (default: 60)")
+    parser.add_argument("--days", type=int, default=60, help=f"days of the log, {MOST_DAYS} at most (default: 60)")
     parser.add_argument("--seed", type=int, default=1, help="another number, another log (default: 1)")
     parser.add_argument("--out", type=Path, required=True, help="folder that is written; what it holds is replaced")
     parser.add_argument("--partitions", type=int, help="tasks, and so files in a day (default: four for each core)")
     arguments = parser.parse_args()
+    if not 1 <= arguments.days <= MOST_DAYS:
+        parser.error(
+            f"--days is {arguments.days}: it goes from 1 to {MOST_DAYS}, since a task keeps a file open for each"
+        )
     if arguments.events:
         world = World.of_events(int(arguments.events), arguments.days, arguments.seed)
     else:

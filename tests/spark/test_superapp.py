@@ -60,10 +60,16 @@ def test_a_user_is_the_same_whoever_is_made_beside_them() -> None:
     assert other["event_ts"].isin(whole["event_ts"]).mean() < 0.01
 
 
-def test_as_many_events_as_were_asked_for() -> None:
-    world = World.of_events(300_000, days=40)
+@pytest.mark.parametrize("days", [1, 40])
+def test_as_many_events_as_were_asked_for(days: int) -> None:
+    world = World.of_events(300_000, days)
     made = len(log_of_users(world, 0, world.users)["key"])
     assert abs(made / 300_000 - 1) < 0.1
+
+
+def test_a_block_may_have_no_event(tmp_path: Path, spark: SparkSession) -> None:
+    quiet = next(world for seed in range(99) if not len(log_of_users(world := World(1, seed=seed), 0, 1)["key"]))
+    assert superapp.write(spark, quiet, tmp_path, partitions=1) == (0, 0)
 
 
 def test_files_lie_by_day_of_arrival_and_hold_what_the_frame_has(spark: SparkSession, tmp_path: Path) -> None:
