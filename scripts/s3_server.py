@@ -186,7 +186,11 @@ def main() -> None:
     def greeting() -> str:
         server.filesystem.create_dir(arguments.bucket)
         told = {**server.environment, "AWS_ENDPOINT_URL": server.endpoint}
-        return "\n".join(f"export {name}={value}" for name, value in told.items())
+        exports = [f"export {name}={value}" for name, value in told.items()]
+        # Spark takes it from no variable.
+        s3a = {"endpoint": server.endpoint, "path.style.access": "true"}
+        settings = [f'#   "spark.hadoop.fs.s3a.{name}" = "{value}"' for name, value in s3a.items()]
+        return "\n".join([*exports, "# in the configuration, under [spark.conf]:", *settings])
 
     run(server, server.check, greeting)
 

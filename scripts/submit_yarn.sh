@@ -101,6 +101,8 @@ for key, value in spark["conf"].items():
 
 # ---- submit, wait, tell ---------------------------------------------------------------------------------
 
+JAVA_HOME=$(python -c 'from jobs.spark_session import java_home; print(java_home())')
+export JAVA_HOME
 id=
 while read -r line; do
   printf '%s\n' "$line" >>"$work/log"
@@ -123,9 +125,8 @@ words='
   END { printf "%s", said }'
 # `yarn logs`, which Spark's own jars hold only a part of. The words are there a moment after the end.
 hadoop_jars=$(python -c 'import sys; print(sys.prefix)')/hadoop
-java=$(python -c 'from jobs.spark_session import java_home; print(java_home())')/bin/java
 for _ in {1..10}; do
-  "$java" -Dfile.encoding=UTF-8 -Dsun.stdout.encoding=UTF-8 -cp "$HADOOP_CONF_DIR:$hadoop_jars/*:$spark_home/jars/*" \
+  "$JAVA_HOME/bin/java" -Dfile.encoding=UTF-8 -Dsun.stdout.encoding=UTF-8 -cp "$HADOOP_CONF_DIR:$hadoop_jars/*:$spark_home/jars/*" \
     org.apache.hadoop.yarn.client.cli.LogsCLI -applicationId "$id" -log_files stdout 2>>"$work/log" |
     awk "$words" >"$work/said" || true
   [[ ! -s $work/said ]] || break

@@ -8,7 +8,9 @@ ResourceManager and some NodeManagers, each a JVM of its own.
         cluster.kill("node1")                                     as a crash would, then
         cluster.restart("node1")
 
-Its jars are those that scripts/setup.sh put into .venv/hadoop, and Spark's.
+Its jars are those that scripts/setup.sh put into .venv/hadoop, and Spark's. Files go to HDFS by Spark's own
+`spark-class org.apache.hadoop.fs.FsShell -put FOLDER /logs`. conf/yarn.toml's driver and executors are larger than
+these nodes: a configuration that extends it has to give each 2,560 MB at most, its overhead included, and 4 cores.
 """
 
 from __future__ import annotations
