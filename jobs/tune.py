@@ -105,13 +105,14 @@ def _folder(root: Path) -> Iterator[Path]:
     """A folder for one search, which goes when the block ends. Those that a kill left go too: another search may run
     beside this one, but its folder holds a file that its process keeps locked."""
     for lock in root.glob(f"tune-*/{LOCK}"):
-        with contextlib.suppress(FileNotFoundError, BlockingIOError), lock.open("r+") as file:
+        with contextlib.suppress(OSError), lock.open("r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock.parent, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix="tune-", dir=root))
     try:
         with (folder / f".{LOCK}").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # a file system without locks: nobody removes what it keeps
+                fcntl.flock(file, fcntl.LOCK_EX)
             (folder / f".{LOCK}").rename(folder / LOCK)  # nobody else sees it without its lock
             yield folder
     finally:

@@ -135,13 +135,18 @@ def remove_tree(of: Path | Tree) -> None:
 @contextlib.contextmanager
 def filled(target: Folder) -> Iterator[Path]:
     """A new local folder to fill, which takes target's place when the block ends without an error: at once, by a
-    rename; on S3, which has none, it is whole when its description (JSON) is there. A kill leaves a `.*.part`."""
+    rename; on S3, which has none, it is whole when its description (JSON) is there. What stops it leaves a
+    `.*.part`."""
     part = target.parent / f".{target.name}.{uuid.uuid4().hex}.part"  # another run may fill the same place
     if isinstance(part, Path):
         part.mkdir(parents=True)
         yield part
         remove_tree(target)
-        part.rename(target)  # type: ignore[arg-type]  # both are of one kind
+        with contextlib.suppress(OSError):
+            part.rename(target)  # type: ignore[arg-type]  # both are of one kind
+            return
+        remove_tree(target)  # another run put its own there in this moment
+        part.rename(target)  # type: ignore[arg-type]
         return
     with tempfile.TemporaryDirectory() as local:
         yield Path(local)
