@@ -39,6 +39,7 @@ from jobs.tables import (
     ITEMS,
     NEIGHBOURS,
     PROBES,
+    SESSIONS,
     TABLES,
     USER_EMBEDDINGS,
     USER_PROFILES,
@@ -394,6 +395,8 @@ def test_no_documented_query_mixes_models(make_runtime: Callable[..., Runtime], 
     put(runtime, ITEMS, spark.createDataFrame(items, ITEMS.schema()))
     event = ("e1", "2", "i0", "purchase", NOON, "grocery", 1.5, None, "UTC", None, None, None, None, "log")
     put(runtime, EVENTS, spark.createDataFrame([event], EVENTS.schema()))
+    sessions = [(f"s{user}", user, NOON, NOON, 1, ["grocery"], None, [], NOON) for user in ("1", "2", "3", "4")]
+    put(runtime, SESSIONS, spark.createDataFrame(sessions, SESSIONS.schema()))
     put(runtime, CURRENT_MODEL, spark.createDataFrame([("m2",)], CURRENT_MODEL.schema()))
 
     fill(m2=1)
