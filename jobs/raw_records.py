@@ -105,10 +105,8 @@ def read_raw(
     groups: list[DataFrame] = []
     for alike in _by_partition_columns(files) if base else [files]:
         if mapping.format == "csv":
-            for header, group in _by_header(spark, alike).items():
-                records = _read_csv(_read_lines(spark, group, base), group[0], header, mapping.delimiter)
-                _check_doubled(group[0], header, records.columns, _named_columns(mapping))
-                groups.append(records)
+            by_header = _read_csv_files(spark, alike, mapping.delimiter, _named_columns(mapping), base)
+            groups += [records for _, records in by_header]
         elif mapping.format == "parquet":
             groups += [_with_place(frame) for frame in _read_parquet(spark, _as_patterns(alike), base)]
         else:
@@ -221,6 +219,18 @@ def _read_lines(spark: SparkSession, files: Sequence[str], base: dict[str, str])
     return spark.read.schema(f"{LINE} string").options(**base).text(_as_patterns(files)).select("*", _file())
 
 
+def _read_csv_files(
+    spark: SparkSession, files: Sequence[str], delimiter: str, named: Sequence[str], base: dict[str, str]
+) -> list[tuple[str, DataFrame]]:
+    """For each header the first of its files, and the records of all of them."""
+    found = []
+    for header, group in _by_header(spark, files).items():
+        records = _read_csv(_read_lines(spark, group, base), group[0], header, delimiter)
+        _check_doubled(group[0], header, records.columns, named)
+        found.append((group[0], records))
+    return found
+
+
 def _read_csv(lines: DataFrame, file: str, header: str, delimiter: str) -> DataFrame:
     """A record of each line that is neither blank nor the header; `file`: one of those whose header it is."""
     spark = lines.sparkSession
@@ -324,13 +334,11 @@ def _read_lookup(spark: SparkSession, lookup: Lookup, data_dir: Place, named: Se
 
 def _read_csv_lookup(spark: SparkSession, files: Sequence[str], lookup: Lookup, named: Sequence[str]) -> DataFrame:
     frames: list[DataFrame] = []
-    for header, group in _by_header(spark, files).items():
-        rows = _read_csv(_read_lines(spark, group, {}), group[0], header, lookup.delimiter)
-        rows = rows.where(_is_whole()).drop(FILE, LINE, BROKEN)
-        _check_doubled(group[0], header, rows.columns, named)
+    for file, records in _read_csv_files(spark, files, lookup.delimiter, named, {}):
+        rows = records.where(_is_whole()).drop(FILE, LINE, BROKEN)
         if frames and rows.columns != frames[0].columns:
             raise TrailvecError(
-                f"{group[0]} has the columns {', '.join(rows.columns)}, other files of the lookup {lookup.path} have "
+                f"{file} has the columns {', '.join(rows.columns)}, other files of the lookup {lookup.path} have "
                 f"{', '.join(frames[0].columns)}: correct its header"
             )
         frames.append(rows)
