@@ -817,7 +817,7 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
     (tmp_path / "gone.csv").write_text("user_id\nrené\n", encoding="latin-1")
     with pytest.raises(TrailvecError, match=r"the list .*gone\.csv is no UTF-8 text: save it as such"):
         read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path)
-    (tmp_path / "gone.csv").write_text("user_id,name\nann,Zoë\n", encoding="latin-1")  # whatever others say
+    (tmp_path / "gone.csv").write_text('user_id,name\n"ann","Zoë"\n', encoding="latin-1")  # whatever others say
     assert read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path).count() == 1  # type: ignore[union-attr]
     (tmp_path / "gone.csv").write_text('note,user_id\n"two é\nlines",ann\nnone,bob\n', encoding="latin-1")
     with pytest.raises(TrailvecError, match=r"the list .*gone\.csv has a record that goes on in another line.*\"two"):

@@ -19,7 +19,7 @@ from training.batches import FEATURES
 from training.checkpoint import Progress, best_checkpoint, newest_checkpoint, read_checkpoint, write_checkpoint
 from training.data import Piece, _PlannedReader, _row_groups
 from training.loop import _checkpoint_over
-from training.stores import StorePath, filled, fsspec_of, local_file, parquet_files
+from training.stores import StorePath, filled, fsspec_of, local_file, parquet_files, remove_tree
 
 
 @pytest.fixture
@@ -51,6 +51,20 @@ def test_two_runs_in_step_write_the_same_checkpoint(store: StorePath, tmp_path: 
             (others / "late").touch()
         assert [path.name for path in folder.glob("*")] == ["00001-0000000002"]
         assert (folder / "00001-0000000002" / "late").exists()
+
+
+def test_of_two_runs_that_put_a_folder_into_place_at_once_both_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def then_the_other_run_is_there(of: Path) -> None:
+        remove_tree(of)
+        monkeypatch.setattr(stores, "remove_tree", remove_tree)
+        (of / "of the other").mkdir(parents=True)
+
+    monkeypatch.setattr(stores, "remove_tree", then_the_other_run_is_there)
+    with filled(tmp_path / "target") as folder:
+        (folder / "ours").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["target", "ours"]
 
 
 def test_what_a_kill_left_in_a_store_is_removed_and_what_is_damaged_told(store: StorePath) -> None:
