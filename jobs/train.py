@@ -125,7 +125,7 @@ def base_of(runtime: Runtime) -> str | None:
 
 def rows_since(runtime: Runtime, about: dict[str, Any], folder: Place) -> list[str]:
     """Files, in `folder`, of the train rows of users who acted after the model `about` was trained; URLs. The same rows
-    lie in them in the same order each time.
+    lie in them in the same order each time, each with its newest `train.warm_length` actions.
 
     Raises:
         TrailvecError: there are none.
@@ -142,8 +142,10 @@ def rows_since(runtime: Runtime, about: dict[str, Any], folder: Place) -> list[s
     # sample of them says.
     files = math.ceil(count / runtime.config.sequences.rows_per_file)
     mixed = rows.repartition(files, order).sortWithinPartitions(order)
+    length = F.least("length", F.lit(runtime.config.train.warm_length)).alias("length")
+    newest = [F.slice(name, F.greatest(F.col("length") - length, F.lit(0)) + 1, length).alias(name) for name in FEATURES]
     name = "parquet.block.size"  # row groups of the table's own size, which is training's
-    writer = mixed.select("length", *FEATURES).write.mode("overwrite").option(name, SEQUENCES.properties[name])
+    writer = mixed.select(length, *newest).write.mode("overwrite").option(name, SEQUENCES.properties[name])
     writer.parquet(str(folder))
     home = shared_url(folder) if isinstance(folder, HadoopPath) else f"file://{folder}"
     return sorted(f"{home}/{file.name}" for file in folder.glob("*.parquet"))
@@ -197,8 +199,7 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
         old = read_about(model_folder(runtime, base))
         check_growth(base, ModelSpec.model_validate(old["spec"]), model)
         files["train"] = rows_since(runtime, old, _rows_folder(runtime, version, staging))
-        rate = settings.learning_rate * settings.warm_rate
-        settings = settings.model_copy(update={"epochs": settings.warm_epochs, "learning_rate": rate})
+        settings = warm_settings(settings, model.max_length)
     rows = count_rows(files["train"])
     if not rows:
         raise TrailvecError(
@@ -238,6 +239,16 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
     for name, array in arrays.items():
         np.save(staging / f"{name}.npy", array)
     return spec
+
+
+def warm_settings(settings: TrainSettings, max_length: int) -> TrainSettings:
+    """Those of a warm start. Its rows are shorter, so that as many more of them make a step as large as usual."""
+    changed = {
+        "epochs": settings.warm_epochs,
+        "learning_rate": settings.learning_rate * settings.warm_rate,
+        "batch_size": settings.batch_size * max(1, max_length // settings.warm_length),
+    }
+    return settings.model_copy(update=changed)
 
 
 def epochs(settings: TrainSettings, rows: int) -> int:

@@ -117,6 +117,9 @@ class TrainSettings(Section):
     warm_rate: float = Field(
         0.2, gt=0, description="of the learning rate in a warm start: a full one shakes off what the model knows"
     )
+    warm_length: int = Field(
+        64, ge=2, description="of a row, a warm start reads so many of the newest actions; its batches have more rows"
+    )
     seed: int = Field(0, ge=0)
     launcher: Literal["local", "spark"] = Field(
         "local",

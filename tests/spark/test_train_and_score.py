@@ -330,6 +330,7 @@ def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
 ) -> None:
     shutil.copytree(trained.root, tmp_path / "root")
     sets = (*SETTINGS, "train.processes=1", "train.warm_start=true", "train.warm_rate=0.3")
+    sets += (f"train.warm_length={MAX_LENGTH // 2}",)
     runtime = Runtime(make_config(tmp_path / "root", *sets), trained.spark)
     base = model_folder(runtime).name
     with pytest.raises(TrailvecError, match=f"nobody has acted between 2024-06-01.*model {base} was trained"):
@@ -353,6 +354,7 @@ def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
     assert before > about["provenance"]["reads"]["sequences"]  # upkeep has come in between
     settings = RunSpec.model_validate_json((model_folder(runtime) / "run.json").read_text()).settings
     assert (settings.epochs, settings.learning_rate) == (1, pytest.approx(0.02 * 0.3))
+    assert settings.batch_size == 2 * 16  # of rows half as long
     assert not (model_folder(runtime) / "rows").exists()
 
     wider = Runtime(make_config(tmp_path / "root", *sets, "train.width=32"), trained.spark)
@@ -362,18 +364,18 @@ def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
         wider.execute(train.STAGE)
 
 
-def test_the_rows_of_a_warm_start_lie_in_the_same_order_each_time(
+def test_the_rows_of_a_warm_start_are_the_newest_actions_in_the_same_order_each_time(
     make_runtime: Callable[..., Runtime], tmp_path: Path
 ) -> None:
-    runtime = make_runtime("sequences.rows_per_file=50")
+    runtime = make_runtime("sequences.rows_per_file=50", "train.warm_length=4")
     rows = sequences(make_rows(120, seed=1), "train")
     fill(runtime, SEQUENCES, rows, files=2)
-    found: list[list[list[Any]]] = []
+    found: list[list[list[dict[str, Any]]]] = []
 
     def look(runtime: Runtime) -> None:
         about = {"as_of": "2024-05-01T00:00:00", "model_version": "m"}
         files = train.rows_since(runtime, about, tmp_path / f"rows-{len(found)}")
-        found.append([pq.read_table(file.removeprefix("file://"))["item_index"].to_pylist() for file in files])
+        found.append([pq.read_table(file.removeprefix("file://")).to_pylist() for file in files])
 
     for partitions in ("2", "3"):  # of a shuffle, when none is asked for
         conf = {"spark.sql.shuffle.partitions": partitions, "spark.sql.adaptive.coalescePartitions.enabled": "false"}
@@ -382,4 +384,9 @@ def test_the_rows_of_a_warm_start_lie_in_the_same_order_each_time(
         DeltaTable.forPath(runtime.spark, runtime.path(SEQUENCES)).optimize().executeCompaction()
     assert found[0] == found[1]
     assert len(found[0]) == 3
-    assert sorted(items for file in found[0] for items in file) == sorted(row["item_index"] for row in rows)
+    newest = [{name: row[name][-4:] for name in FEATURES} | {"length": min(4, row["length"])} for row in rows]
+    assert {len(row["hour"]) for row in newest} == {1, 2, 3, 4}
+    written = [row for file in found[0] for row in file]
+    assert sorted(json.dumps(row, sort_keys=True) for row in written) == sorted(
+        json.dumps(row, sort_keys=True) for row in newest
+    )
