@@ -21,7 +21,7 @@ from jobs.cli import stage_main
 from jobs.config import SequencesSettings
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import FEW, few_to_all, spark_conf
-from jobs.splits import Cuts, cut_times, microseconds, utc
+from jobs.splits import Cuts, cut_times, is_target, microseconds, utc
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES, SESSIONS, conform
 from spark_udfs.sequences import GIVEN, SPLITS, CutRules, cut_sequences
 from training.batches import MAX_PRICE_BUCKET, SESSION_END
@@ -87,9 +87,9 @@ def build_sequences(
         seen_us=settings.seen_days * 86_400_000_000 or None,
         splits=splits,
     )
-    predicted = F.col("event_type").isin(settings.target_event_types) if settings.target_event_types else F.lit(True)
+    predicted = is_target(settings.target_event_types).alias("predicted")
     in_order = (
-        actions.select("user_id", "event_ts", "event_id", predicted.alias("predicted"), *GIVEN)
+        actions.select("user_id", "event_ts", "event_id", predicted, *GIVEN)
         .repartition("user_id")
         .sortWithinPartitions("user_id", "event_ts", "event_id")
         .drop("event_id")

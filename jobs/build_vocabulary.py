@@ -19,7 +19,7 @@ from pyspark.sql import functions as F
 from jobs.cli import stage_main
 from jobs.config import SequencesSettings
 from jobs.runtime import Runtime, Stage
-from jobs.splits import Cuts, before_cut, cut_times
+from jobs.splits import Cuts, before_cut, cut_times, is_target
 from jobs.tables import CONTEXT_VALUES, EVENTS, FLAGGED_USERS, ITEMS, Table, conform
 
 FIRST_INDEX = 2  # 0 is padding, 1 is unknown
@@ -35,8 +35,6 @@ def category_value() -> Column:
 
 def describe_items(events: DataFrame, cuts: Cuts, settings: SequencesSettings) -> DataFrame:
     """One row per item of the log: everything in ITEMS but the number."""
-    targets = settings.target_event_types
-    is_target = F.col("event_type").isin(targets) if targets else F.lit(True)
     price = F.col("amount") / F.coalesce("quantity", F.lit(1.0))
     described = (
         events.withColumn("unit_price", F.when(price > 0, price))
@@ -47,7 +45,7 @@ def describe_items(events: DataFrame, cuts: Cuts, settings: SequencesSettings) -
             F.min("event_ts").alias("first_ts"),
             F.count("*").alias("event_count"),
             F.count_if("in_training").alias("train_count"),
-            F.count_if(F.col("in_training") & is_target).alias("target_count"),
+            F.count_if(F.col("in_training") & is_target(settings.target_event_types)).alias("target_count"),
         )
     )
     return _unpacked(described)

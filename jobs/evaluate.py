@@ -58,7 +58,7 @@ from jobs.ranking import (
 )
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import in_order
-from jobs.splits import Cuts, before_cut, cut_of, cut_times, refuse_leak, time_at
+from jobs.splits import Cuts, before_cut, cut_of, cut_times, is_target, refuse_leak, time_at
 from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS
 from training.checkpoint import read_about
 from training.floors import ItemKnn, own_frequency, popularity
@@ -421,8 +421,7 @@ def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts)
     split_of = {name: before_cut(name, cuts, settings) for name in ("train", split)}
     for name, condition in split_of.items():
         actions = actions.withColumn(f"in_{name}", condition)
-    if settings.target_event_types:
-        actions = actions.where(F.col("event_type").isin(settings.target_event_types))
+    actions = actions.where(is_target(settings.target_event_types))
     actions = actions.where((F.col("item_index") > UNKNOWN) & (F.col("item_index") < items))
 
     def matrices(rows: DataFrame, names: list[str], **values: Column) -> list[sp.csr_matrix]:

@@ -41,7 +41,7 @@ from jobs.profile_users import (
     statistics,
 )
 from jobs.runtime import Runtime, Stage
-from jobs.splits import Cuts, cut_times, refuse_leak, time_at, utc
+from jobs.splits import Cuts, cut_times, is_target, refuse_leak, time_at, utc
 from jobs.sql import ask
 from jobs.tables import CONTEXT_VALUES, ITEMS, PROBES, SESSIONS, TABLES
 from jobs.user_lists import as_user_ids, copies, file_digest, read_rows
@@ -66,13 +66,12 @@ def activity_labels(events: DataFrame, cut: datetime, targets: list[str], settin
     Args:
         targets: event types that count as activity; empty: all.
     """
-    is_target = F.col("event_type").isin(targets) if targets else F.lit(True)
-    early = F.col("event_ts") < utc(cut)
+    early, predicted = F.col("event_ts") < utc(cut), is_target(targets)
     per_user = events.groupBy("user_id").agg(
-        F.count_if(early & is_target).alias("before"),
-        F.count_if(~early & is_target).alias("after"),
-        F.collect_set(F.when(early & is_target, F.col("vertical"))).alias("verticals_before"),
-        F.collect_set(F.when(~early & is_target, F.col("vertical"))).alias("verticals_after"),
+        F.count_if(early & predicted).alias("before"),
+        F.count_if(~early & predicted).alias("after"),
+        F.collect_set(F.when(early & predicted, F.col("vertical"))).alias("verticals_before"),
+        F.collect_set(F.when(~early & predicted, F.col("vertical"))).alias("verticals_after"),
         F.collect_set(F.when(~early, F.col("event_type"))).alias("types_after"),
     )
     answers: dict[str, Column] = {

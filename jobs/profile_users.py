@@ -31,7 +31,7 @@ from jobs.model_folders import add_to_model, model_folder
 from jobs.models import encode_sequences
 from jobs.runtime import Runtime, Stage, code_version
 from jobs.spark_session import in_order
-from jobs.splits import Cuts, cut_times, utc
+from jobs.splits import Cuts, cut_times, is_target, utc
 from jobs.tables import CONTEXT_VALUES, ITEMS, SESSIONS, USER_PROFILES
 from spark_udfs.profile import KINDS, profiles
 from training.checkpoint import rotation_sha256
@@ -64,7 +64,7 @@ def before(events: DataFrame, cuts: DataFrame) -> DataFrame:
 def rfm(visible: DataFrame, targets: list[str]) -> DataFrame:
     """user_id and five numbers: days since the last and the first action, actions, days with one, money; in logs."""
     return (
-        _done(visible, targets)
+        visible.where(is_target(targets))
         .groupBy("user_id")
         .agg(
             F.log1p(F.min("days")).alias("recency"),
@@ -79,11 +79,6 @@ def rfm(visible: DataFrame, targets: list[str]) -> DataFrame:
 def _local_time() -> Column:
     """An event's time in its own zone."""
     return F.from_utc_timestamp("event_ts", F.col("time_zone"))
-
-
-def _done(visible: DataFrame, targets: list[str]) -> DataFrame:
-    """The target actions; without any targets all."""
-    return visible.where(F.col("event_type").isin(targets)) if targets else visible
 
 
 def _distinct(values: Column) -> Column:
@@ -133,7 +128,7 @@ def pauses(visible: DataFrame, targets: list[str]) -> DataFrame:
     """
     day = F.to_date(_local_time())
     rows = (
-        _done(visible, targets)
+        visible.where(is_target(targets))
         .groupBy("user_id")
         .agg(F.sort_array(F.collect_set(day)).alias("dates"), F.min("days").alias("now"), F.max("days").alias("all"))
     )
@@ -302,7 +297,7 @@ def _once(
     lists = _listed(numbered(statistics(then, targets), names))
     day = F.to_date(_local_time())
     came = (
-        _done(visible, targets)
+        visible.where(is_target(targets))
         .groupBy("user_id")
         .agg(
             F.array(

@@ -1,4 +1,4 @@
-"""Where training ends and testing begins: the two cut times, and which events a model may learn from."""
+"""Which events a model may learn from and is to predict: the two cut times, the types of target events."""
 
 from __future__ import annotations
 
@@ -59,6 +59,12 @@ def before_cut(split: str, cuts: Cuts, settings: SequencesSettings) -> Column:
         newest_first = Window.partitionBy("user_id").orderBy(F.desc("event_ts"), F.desc("event_id"))
         return F.row_number().over(newest_first) > left_out
     return F.col("event_ts") < utc(cut_of(split, cuts))
+
+
+def is_target(event_types: list[str]) -> Column:
+    """True for the events of these types, which are those to be predicted (`sequences.target_event_types`); where none
+    are given, for all."""
+    return F.col("event_type").isin(event_types) if event_types else F.lit(True)
 
 
 def cut_of(split: str, cuts: Cuts) -> datetime:
