@@ -148,7 +148,7 @@ def run(runtime: Runtime) -> None:
     # Categories belong to items, not to actions.
     sessions, values = runtime.read(SESSIONS), runtime.read(CONTEXT_VALUES).where("kind != 'category'")
     items = in_vocabulary(runtime.read(ITEMS), min_count)
-    cuts = cut_times(sessions.select(F.col("end_ts").alias("event_ts")), settings)
+    cuts = cut_times(sessions, settings, "end_ts")
     fixed = settings.split_by == "leave_one_out" or (settings.valid_from and settings.test_from)
     changes = runtime.incremental(SEQUENCES, SESSIONS) if fixed else None
     old_items, old_values = runtime.previous(SEQUENCES, ITEMS), runtime.previous(SEQUENCES, CONTEXT_VALUES)

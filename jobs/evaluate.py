@@ -298,7 +298,7 @@ def run(runtime: Runtime) -> None:
             f"run `trailvec embed_items` first"
         )
     rows = evaluated_rows(runtime, model_dir)
-    cuts = cut_times(runtime.read(SESSIONS).select(F.col("end_ts").alias("event_ts")), runtime.config.sequences)
+    cuts = cut_times(runtime.read(SESSIONS), runtime.config.sequences, "end_ts")
     results: list[Result] = []
     if len(rows):
         catalogue = read_catalogue(runtime, vectors)

@@ -298,7 +298,7 @@ def run(runtime: Runtime) -> None:
             "what the log itself is to answer"
         )
     sessions = runtime.read(SESSIONS)
-    cuts = cut_times(sessions.select(F.col("end_ts").alias("event_ts")), runtime.config.sequences)
+    cuts = cut_times(sessions, runtime.config.sequences, "end_ts")
     trained_to = datetime.fromisoformat(read_about(model_dir)["as_of"])
     asked_from = cuts.end - timedelta(days=settings.days)
     if settings.activity or settings.event_types:

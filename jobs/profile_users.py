@@ -334,7 +334,7 @@ def _names_of(runtime: Runtime, numbers: Integers) -> list[str]:
 def run(runtime: Runtime) -> None:
     model_dir = model_folder(runtime)
     sessions = runtime.read(SESSIONS)
-    end = cut_times(sessions.select(F.col("end_ts").alias("event_ts")), runtime.config.sequences).end
+    end = cut_times(sessions, runtime.config.sequences, "end_ts").end
     cuts = sessions.select("user_id").distinct().withColumn("cut", utc(end))
     targets = runtime.config.sequences.target_event_types
     visible = before(events_of(sessions), cuts)

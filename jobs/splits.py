@@ -21,13 +21,17 @@ class Cuts:
     end: datetime
 
 
-def cut_times(events: DataFrame, settings: SequencesSettings) -> Cuts:
-    """The cut times of a log with an `event_ts` column; one pass over that column.
+def cut_times(rows: DataFrame, settings: SequencesSettings, time: str = "event_ts") -> Cuts:
+    """The cut times of a log; one pass over a column.
+
+    Args:
+        rows: events, or sessions.
+        time: the column that says how far the log goes: of events `event_ts`, of sessions `end_ts`.
 
     Raises:
         TrailvecError: the log is empty, or the configured times are not in order.
     """
-    last = events.agg(F.unix_micros(F.max("event_ts"))).collect()[0][0]
+    last = rows.agg(F.unix_micros(F.max(time))).collect()[0][0]
     if last is None:
         raise TrailvecError(
             "table events is empty, or has flagged users alone: look into rejected_events and flagged_users, then run "

@@ -109,7 +109,7 @@ def movielens(folder: Path) -> list[str]:
 def coles(runtime: Runtime, folder: Path, epochs: int) -> Iterator[tuple[Any, ...]]:
     """Rows as those of `probe.results_of`, of the features `coles`."""
     python, sessions = environment(folder, "coles", *PEER), runtime.latest(SESSIONS)
-    cuts = cut_times(sessions.select(F.col("end_ts").alias("event_ts")), runtime.config.sequences)
+    cuts = cut_times(sessions, runtime.config.sequences, "end_ts")
     numbers, questions = item_numbers(runtime), probe.questions(runtime, sessions, cuts)
     files = [
         [folder / f"coles-{kind}-{number}.parquet" for kind in ("events", "vectors")]

@@ -101,7 +101,7 @@ def look(runtime: Runtime) -> list[tuple[pd.DataFrame, list[str], dict[str, np.n
 
     def go(running: Runtime) -> None:
         sessions = running.read(SESSIONS)
-        cuts = cut_times(sessions.select(F.col("end_ts").alias("event_ts")), running.config.sequences)
+        cuts = cut_times(sessions, running.config.sequences, "end_ts")
         for question in probe.questions(running, sessions, cuts):
             users, features = probe.features_of(running, sessions, question, Path("m1"), cuts.end)
             found.append((question.labels, users, features))
