@@ -24,7 +24,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from jobs.config import IngestSettings
-from jobs.errors import TrailvecError, explain
+from jobs.errors import TrailvecError, explain, first_line
 from jobs.raw_records import BROKEN, FILE, LINE, REST, named_column, text_of, valid_text
 from jobs.sources import Given, IdValue, Input, TimeValue, Value
 from jobs.tables import EVENTS
@@ -96,8 +96,7 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
             F.col(FILE).alias("file"),
         )
     except AnalysisException as error:
-        said = explain(error) or str(error).strip().splitlines()[0]
-        raise TrailvecError(f"source {source}: {said}: correct the mapping") from None
+        raise TrailvecError(f"source {source}: {explain(error) or first_line(error)}: correct the mapping") from None
 
     # First the numbers, of which the reasons ask several times.
     numbered = given.withColumns({n: _number(given, n) for n in _NUMBERS})

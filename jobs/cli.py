@@ -20,7 +20,7 @@ from functools import partial
 from rich.console import Console
 
 from jobs.config import Config, load_config
-from jobs.errors import TrailvecError, explain
+from jobs.errors import TrailvecError, explain, first_line
 from jobs.progress import meanwhile
 from jobs.runtime import Report, Runtime, Stage
 from jobs.tables import TABLES
@@ -337,8 +337,7 @@ def guarded(action: Callable[[], None], debug: bool = False) -> int:
             raise
         sentence = str(error) if isinstance(error, TrailvecError) else explain(error)
         if sentence is None:
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-            sentence = f"unexpected {type(error).__name__}: {first_line} (run with --debug for the stack trace)"
+            sentence = f"unexpected {type(error).__name__}: {first_line(error)} (run with --debug for the stack trace)"
         print(f"trailvec: {sentence}", file=sys.stderr)
         return 1
     return 0

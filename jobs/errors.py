@@ -100,6 +100,11 @@ _SPARK_MESSAGES = (
 )
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; "" where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
 def explain(error: BaseException) -> str | None:
     """The one-sentence form of a known Spark or JVM error, or None when it is not known."""
     text = str(error)

@@ -34,7 +34,7 @@ from rich.filesize import decimal
 from jobs.checked_records import ERASED, to_events, without_erased
 from jobs.cli import stage_main
 from jobs.config import IngestSettings, shipped
-from jobs.errors import TrailvecError, explain
+from jobs.errors import TrailvecError, explain, first_line
 from jobs.files import Place
 from jobs.pruning import within_days
 from jobs.raw_records import LISTING, find_inputs, read_raw, read_topic
@@ -278,7 +278,7 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
     except StreamingQueryException as error:
         if failed:
             raise failed[0] from None
-        raise TrailvecError(f"{name}: {explain(error) or str(error).strip().splitlines()[0]}") from error
+        raise TrailvecError(f"{name}: {explain(error) or first_line(error)}") from error
     again.unlink(missing_ok=True)
 
 

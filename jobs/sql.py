@@ -16,7 +16,7 @@ from pyspark.sql import functions as F
 from rich.table import Table as Grid
 
 from jobs.cli import table_console
-from jobs.errors import TrailvecError, explain
+from jobs.errors import TrailvecError, explain, first_line
 from jobs.runtime import Runtime
 from jobs.sql_names import register_tables
 from spark_udfs import nearest_of_user, vectors
@@ -123,5 +123,5 @@ def _one_sentence(error: PySparkException) -> TrailvecError:
     known = explain(error)
     if known is None:
         first = re.search(r"\[[A-Z][A-Z0-9_.]*\] ([^\n]+)", str(error))
-        known = f"the SQL can't be run: {first.group(1) if first else str(error).strip().splitlines()[0]}"
+        known = f"the SQL can't be run: {first[1] if first else first_line(error)}"
     return TrailvecError(known.rstrip(";"))

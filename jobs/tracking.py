@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jobs.errors import first_line
 from jobs.files import Place
 from training.config import RunSpec
 from training.stores import folder_of
@@ -91,7 +92,8 @@ class Tracker:
 
     def _give_up(self, error: Exception) -> None:
         self._client = None
-        self._warn(f"MLflow ({self._uri}) failed, the run goes on untracked: {_first_line(error)}")
+        why = first_line(error) or type(error).__name__
+        self._warn(f"MLflow ({self._uri}) failed, the run goes on untracked: {why}")
 
 
 @contextlib.contextmanager
@@ -120,11 +122,8 @@ def attach(uri: str, root: Place, model_version: str, page: tuple[str, str], war
         for run in client.search_runs([experiment.experiment_id], wanted, max_results=1):
             client.log_text(run.info.run_id, page[1], page[0])
     except Exception as error:
-        warn(f"MLflow ({uri}) failed, {page[0]} is not attached: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        why = first_line(error) or type(error).__name__
+        warn(f"MLflow ({uri}) failed, {page[0]} is not attached: {why}")
 
 
 def _client(uri: str, root: Place) -> Any:
