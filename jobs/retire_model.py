@@ -15,7 +15,7 @@ from pyspark.sql import functions as F
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
 from jobs.runtime import Report, Runtime, Stage
-from jobs.tables import CURRENT, CURRENT_MODEL, EVALUATION, PROBES
+from jobs.tables import CURRENT, EVALUATION, PROBES
 
 _STAY = (EVALUATION, PROBES)  # how good it was
 _OF_MODELS = [table for table in CURRENT.values() if table not in _STAY]
@@ -32,7 +32,7 @@ def retire(runtime: Runtime, version: str) -> Report:
 
 def _run(runtime: Runtime, version: str) -> None:
     tables = [table for table in _OF_MODELS if runtime.exists(table)]
-    if runtime.exists(CURRENT_MODEL) and not runtime.latest(CURRENT_MODEL).where(_is(version)).isEmpty():
+    if runtime.newest_current_model() == version:
         raise TrailvecError(f"model {version} is the current one: make another current first (`trailvec score_users`)")
     counts = {table.name: runtime.latest(table).where(_is(version)).count() for table in tables}
     if not any(counts.values()):

@@ -169,7 +169,7 @@ class Scorer:
                 f"(did two jobs write it at once?): run this stage again, and if that does not help, "
                 f"`trailvec retire_model {self.version}` before it"
             )
-        if [row["model_version"] for row in self._runtime.latest(CURRENT_MODEL).collect()] == [self.version]:
+        if self._runtime.newest_current_model() == self.version:
             self._runtime.touch(CURRENT_MODEL)
         else:
             row = self._runtime.spark.createDataFrame([(self.version,)], CURRENT_MODEL.schema())
@@ -236,20 +236,20 @@ def was_scored(runtime: Runtime, version: str) -> bool:
 def check_successor(runtime: Runtime, version: str) -> None:
     """Raises TrailvecError where a model that is not the current one must not become it, or nobody has looked yet."""
     runtime.create(CURRENT_MODEL)
-    current = [row["model_version"] for row in runtime.latest(CURRENT_MODEL).collect()]
-    if current == [version]:
+    current = runtime.newest_current_model()
+    if current == version:
         return
     if why := evaluate.refusal(runtime, version):
         raise TrailvecError(why)
-    if not current:
+    if current is None:
         return
     report = read_alignment(model_folder(runtime))
     if report is None:
-        raise TrailvecError(f"model {version} is not aligned with {current[0]} yet: run `trailvec align` first")
+        raise TrailvecError(f"model {version} is not aligned with {current} yet: run `trailvec align` first")
     # A model that comes back keeps its place, whatever it was laid onto then.
-    if (onto := report["onto"]) != current[0] and not was_scored(runtime, version):
+    if (onto := report["onto"]) != current and not was_scored(runtime, version):
         raise TrailvecError(
-            f"model {version} was compared with {onto or 'none'}, and {current[0]} has become current since: "
+            f"model {version} was compared with {onto or 'none'}, and {current} has become current since: "
             f"run `trailvec align --force` and `trailvec embed_items` first"
         )
     if why := align.refusal(report, runtime.config.align):
