@@ -125,7 +125,7 @@ def measure(runtime: Runtime, table: Table) -> dict[str, int]:
     for file in active_files(runtime, table, version):
         sizes.append(file["size_bytes"])
         records.append(file["num_records"] or 0)
-    rows = runtime.spark.read.format("delta").option("versionAsOf", version).load(runtime.path(table)).count()
+    rows = runtime.at(table, version).count()
     small = runtime.config.maintain.target_file_mb * MB / _SMALL
     return {
         "rows": rows,

@@ -40,8 +40,8 @@ def register_tables(runtime: Runtime) -> None:
 def _register_views(runtime: Runtime, there: list[Table]) -> None:
     """The same by temporary views of the session: Unity Catalog takes no table whose files lie in a volume."""
     for table in there:
-        path = runtime.path(table).replace("`", "``")
-        runtime.spark.sql(f"CREATE OR REPLACE TEMPORARY VIEW {table.name} AS SELECT * FROM delta.`{path}`")  # noqa: S608
+        rows = f"SELECT * FROM {runtime.sql_name(table)}"  # noqa: S608 - our own names
+        runtime.spark.sql(f"CREATE OR REPLACE TEMPORARY VIEW {table.name} AS {rows}")
     for view, table in CURRENT.items():
         if table in there and CURRENT_MODEL in there:
             runtime.spark.sql(f"CREATE OR REPLACE TEMPORARY VIEW {view} AS {_current_rows(table)}")
