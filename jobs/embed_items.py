@@ -10,11 +10,11 @@ from __future__ import annotations
 from pyspark.sql import functions as F
 
 from jobs.cli import stage_main
-from jobs.model_folders import model_folder
+from jobs.model_folders import model_folder, model_inputs
 from jobs.models import item_vectors
 from jobs.runtime import Runtime, Stage
 from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS
-from training.checkpoint import read_about, rotation_sha256
+from training.checkpoint import read_about
 
 
 def run(runtime: Runtime) -> None:
@@ -28,11 +28,6 @@ def run(runtime: Runtime) -> None:
     runtime.write(ITEM_EMBEDDINGS, vectors)
 
 
-def _inputs(runtime: Runtime) -> dict[str, str | None]:
-    folder = model_folder(runtime)
-    return {"model_version": folder.name, "rotation": rotation_sha256(folder)}
-
-
 STAGE = Stage(
     "embed_items",
     "write the vectors of all items: learnt ones, and of cold items what their category and price say",
@@ -40,7 +35,7 @@ STAGE = Stage(
     reads=(ITEMS, CONTEXT_VALUES),
     writes=(ITEM_EMBEDDINGS,),
     settings=(),
-    inputs=_inputs,
+    inputs=model_inputs,
 )
 
 

@@ -12,7 +12,7 @@ from pyspark import SparkFiles
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, fetch
 from jobs.runtime import Runtime
-from training.checkpoint import ABOUT, WEIGHTS, read_about
+from training.checkpoint import ABOUT, WEIGHTS, read_about, rotation_sha256
 
 
 def model_folder(runtime: Runtime, version: str | None = None) -> Path:
@@ -38,6 +38,13 @@ def model_folder(runtime: Runtime, version: str | None = None) -> Path:
             f"set model.version to one of them or run `trailvec train`"
         )
     return folder if isinstance(folder, Path) else _fetched(folder)
+
+
+def model_inputs(runtime: Runtime) -> dict[str, str | None]:
+    """What decides about the vectors that the model in use gives, as `Stage.inputs`: its version, and what they are
+    turned by (`trailvec align`)."""
+    folder = model_folder(runtime)
+    return {"model_version": folder.name, "rotation": rotation_sha256(folder)}
 
 
 def has_model(runtime: Runtime, version: str) -> bool:

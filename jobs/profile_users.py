@@ -27,14 +27,13 @@ from jobs.cli import stage_main
 from jobs.config import SequencesSettings
 from jobs.errors import TrailvecError
 from jobs.item_facts import item_attributes
-from jobs.model_folders import add_to_model, model_folder
+from jobs.model_folders import add_to_model, model_folder, model_inputs
 from jobs.models import encode_sequences
 from jobs.runtime import Runtime, Stage, code_version
 from jobs.spark_session import in_order
 from jobs.splits import Cuts, cut_times, is_target, utc
 from jobs.tables import CONTEXT_VALUES, ITEMS, SESSIONS, USER_PROFILES
 from spark_udfs.profile import KINDS, profiles
-from training.checkpoint import rotation_sha256
 from training.profile import ABOUT, TENSORS, Basis, Integers, fit_basis, fit_items, read_basis, write_basis
 
 _WINDOWS = (7, 14, 28, 56, 91, 182)  # days before the cut
@@ -356,11 +355,6 @@ def run(runtime: Runtime) -> None:
     runtime.report.notes.append(f"model {model_dir.name}: places of the vector: {widths}")
 
 
-def _inputs(runtime: Runtime) -> dict[str, str | None]:
-    folder = model_folder(runtime)
-    return {"model_version": folder.name, "rotation": rotation_sha256(folder)}
-
-
 STAGE = Stage(
     "profile_users",
     "write a second vector of every user, for other teams' models: sequence, tastes, time and value",
@@ -368,7 +362,7 @@ STAGE = Stage(
     reads=(SESSIONS, ITEMS, CONTEXT_VALUES),
     writes=(USER_PROFILES,),
     settings=("profile", "sequences", "vocabulary"),
-    inputs=_inputs,
+    inputs=model_inputs,
 )
 
 
