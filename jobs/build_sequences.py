@@ -17,6 +17,7 @@ from functools import partial
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
+from jobs.build_vocabulary import numbers_of, unit_price
 from jobs.cli import stage_main
 from jobs.config import SequencesSettings
 from jobs.runtime import Runtime, Stage
@@ -41,10 +42,7 @@ def number_actions(sessions: DataFrame, vocabulary: DataFrame, values: DataFrame
         "event.*",
     )
     for kind in ("vertical", "event_type"):
-        numbers = values.where(F.col("kind") == kind).select(
-            F.col("value").alias(kind), F.col("value_index").alias(f"{kind}_index")
-        )
-        actions = actions.join(F.broadcast(numbers), kind, "left")
+        actions = actions.join(F.broadcast(numbers_of(values, kind)), kind, "left")
     local = F.from_utc_timestamp("event_ts", F.col("time_zone"))
     return actions.join(vocabulary, "item_id", "left").select(
         "user_id",
@@ -58,16 +56,16 @@ def number_actions(sessions: DataFrame, vocabulary: DataFrame, values: DataFrame
         "session_end",
         (F.hour(local) + 1).alias("hour"),
         F.dayofweek(local).alias("weekday"),
-        price_bucket(F.col("amount") / F.coalesce("quantity", F.lit(1.0))).alias("price_bucket"),
+        price_bucket(unit_price()).alias("price_bucket"),
     )
 
 
-def price_bucket(unit_price: Column) -> Column:
+def price_bucket(price: Column) -> Column:
     """Half-octaves of the unit price: 15 holds 1.00 to 1.41; NULL (also a quantity of 0) is unknown."""
-    bucket = F.floor(2 * F.log2(unit_price)) + 15
+    bucket = F.floor(2 * F.log2(price)) + 15
     return (
-        F.when(unit_price.isNull(), PRICE_UNKNOWN)
-        .when(unit_price <= 0, PRICE_NOT_POSITIVE)
+        F.when(price.isNull(), PRICE_UNKNOWN)
+        .when(price <= 0, PRICE_NOT_POSITIVE)
         .otherwise(F.greatest(F.lit(PRICE_MIN), F.least(F.lit(MAX_PRICE_BUCKET), bucket)))
         .cast("int")
     )

@@ -33,9 +33,20 @@ def category_value() -> Column:
     return F.when(F.col("category").isNotNull(), F.concat_ws("/", "vertical", "category"))
 
 
+def unit_price() -> Column:
+    """An event's price of one; NULL where it has no amount, or a quantity of 0."""
+    return F.col("amount") / F.coalesce("quantity", F.lit(1.0))
+
+
+def numbers_of(values: DataFrame, kind: str) -> DataFrame:
+    """CONTEXT_VALUES of one kind, named after it: `kind` and `<kind>_index`."""
+    of_kind = values.where(F.col("kind") == kind)
+    return of_kind.select(F.col("value").alias(kind), F.col("value_index").alias(f"{kind}_index"))
+
+
 def describe_items(events: DataFrame, cuts: Cuts, settings: SequencesSettings) -> DataFrame:
     """One row per item of the log: everything in ITEMS but the number."""
-    price = F.col("amount") / F.coalesce("quantity", F.lit(1.0))
+    price = unit_price()
     described = (
         events.withColumn("unit_price", F.when(price > 0, price))
         .withColumn("in_training", before_cut("train", cuts, settings))

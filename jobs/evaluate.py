@@ -36,6 +36,7 @@ from pyspark.sql import functions as F
 
 from jobs import space
 from jobs.build_sequences import UNKNOWN, in_vocabulary, number_actions
+from jobs.build_vocabulary import category_value
 from jobs.cli import stage_main
 from jobs.drift import Alarm, Drift, alarms, drift_of, event_counts
 from jobs.errors import TrailvecError
@@ -390,13 +391,8 @@ def _space_sample(
 ) -> tuple[Floats, Floats, Integers, Integers]:
     """What `space_results` takes: of about SPACE_SAMPLE users and items each, drawn by a hash of the id."""
     users = _by_hash(rows, SPACE_SAMPLE)["vector"]
-    # A category is one of its vertical.
-    items = vectors.join(runtime.read(ITEMS).where("target_count > 0"), ["item_id", "item_index"]).select(
-        "item_id",
-        "vector",
-        "target_count",
-        F.when(F.col("category").isNotNull(), F.concat("vertical", F.lit("/"), "category")).alias("category"),
-    )
+    items = vectors.join(runtime.read(ITEMS).where("target_count > 0"), ["item_id", "item_index"])
+    items = items.select("item_id", "vector", "target_count", category_value().alias("category"))
     sample = items.orderBy(F.xxhash64("item_id"), "item_id").limit(SPACE_SAMPLE).toPandas()
     counts, classes = sample["target_count"].to_numpy(np.int64), pd.factorize(sample["category"])[0]
     return _matrix(users), _matrix(sample["vector"]), counts, classes

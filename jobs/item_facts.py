@@ -11,7 +11,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from jobs.build_sequences import price_bucket
-from jobs.build_vocabulary import category_value
+from jobs.build_vocabulary import category_value, numbers_of
 from training.config import ITEM_ATTRIBUTES
 
 
@@ -28,17 +28,9 @@ def item_counts(items: DataFrame, min_count: int) -> npt.NDArray[np.int64]:
 
 def item_attributes(items: DataFrame, context_values: DataFrame) -> DataFrame:
     """item_index and, for each of ITEM_ATTRIBUTES, the item's number; 0, which says nothing, where it is not known."""
-    categories = context_values.where("kind = 'category'").select(
-        F.col("value").alias("named"), F.col("value_index").alias("category_index")
-    )
-    verticals = context_values.where("kind = 'vertical'").select(
-        F.col("value").alias("vertical"), F.col("value_index").alias("vertical_index")
-    )
-    numbered = (
-        items.withColumn("named", category_value())
-        .join(categories, "named", "left")
-        .join(verticals, "vertical", "left")
-    )
+    numbered = items.withColumn("category", category_value())
+    for kind in ("category", "vertical"):
+        numbered = numbered.join(numbers_of(context_values, kind), kind, "left")
     number_of = {
         "category": F.coalesce("category_index", F.lit(0)),
         "vertical": F.coalesce("vertical_index", F.lit(0)),
