@@ -44,9 +44,9 @@ from jobs.raw_records import valid_text
 from jobs.runtime import Report, Runtime, Stage, code_version
 from jobs.segments import read_segments
 from jobs.tables import ERASED_USERS, ERASURES, EXPORTS, REJECTED_EVENTS, TABLES, Table
-from jobs.tombstones import erase_key, erased_tests, key_mark
+from jobs.tombstones import erase_key, erased_tests
 from jobs.user_lists import copies, read_users
-from spark_udfs.keyed import ColumnTest, hashed, mentions, of_column, values
+from spark_udfs.keyed import ColumnTest, hashed, key_mark, mentions, of_column, values
 
 HOLDING_USERS = tuple(table for table in TABLES if table.user_columns())
 _AGAIN = "finish"  # the erasure that commits of --finish are noted under

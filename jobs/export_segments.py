@@ -15,7 +15,6 @@ trailvec export_segments --conf conf/local.toml
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -35,7 +34,7 @@ from pyspark.sql import functions as F
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
 from jobs.files import write_json
-from jobs.runtime import Runtime, Stage, code_version
+from jobs.runtime import Runtime, Stage, code_version, digest
 from jobs.segment_files import (
     MANIFEST,
     REPORT,
@@ -53,7 +52,7 @@ from jobs.segment_report import Share, page
 from jobs.segments import SegmentFile, Vectors, read_segments
 from jobs.tables import CURRENT_MODEL, EXPORTS, ITEM_EMBEDDINGS, ITEMS, SESSIONS, TABLES, USER_EMBEDDINGS, USER_PROFILES
 from jobs.user_lists import file_digest
-from spark_udfs.keyed import hashed
+from spark_udfs.keyed import key_mark
 
 _BINS = 20  # of the histogram of scores
 _WRITERS = 2  # threads: while one hashes ids (which Python lets only one do), the other packs a file
@@ -84,7 +83,7 @@ def _exports(runtime: Runtime, now: datetime) -> list[Export]:
                     f'`trailvec profile_users` first, or say seeds.vectors = "embedding"'
                 )
             facts["profiles"] = versions[USER_PROFILES.name]
-        found[file.segment.name] = Export(number, file.segment, file.path, vectors, _digest(facts)[:32])
+        found[file.segment.name] = Export(number, file.segment, file.path, vectors, digest(facts)[:32])
     return list(found.values())
 
 
@@ -116,7 +115,7 @@ def _facts(
         facts["tables"] = versions
     if segment.needs_key:
         # Another key makes other files. Only a hash of this mark goes on from here.
-        facts["key"] = hashed(export_key(), ["which key is this?"])[0]
+        facts["key"] = key_mark(export_key())
     if segment.at_most is not None:
         facts["day"] = now.date().isoformat()
     return facts
@@ -124,10 +123,6 @@ def _facts(
 
 def _now() -> datetime:
     return datetime.now(timezone.utc)
-
-
-def _digest(value: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _published(runtime: Runtime, export: Export) -> dict[str, Any] | None:

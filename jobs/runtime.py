@@ -113,7 +113,7 @@ class Runtime(Lake):
         self.forced = force
         self._versions = {table.name: self.latest_version(table) for table in stage.reads}
         self._table_ids = {table.name: self._commits(table).table_id() for table in stage.reads}
-        self.fingerprint = _digest(self._facts(stage))
+        self.fingerprint = digest(self._facts(stage))
         if not force and stage.writes and all(self._is_up_to_date(t) for t in stage.writes):
             self.report.skipped = True
         else:
@@ -457,5 +457,6 @@ def code_version() -> str:
     return f"{importlib.metadata.version('trailvec')}+{digest.hexdigest()[:12]}"
 
 
-def _digest(value: dict[str, Any]) -> str:
+def digest(value: dict[str, Any]) -> str:
+    """SHA-256 of plain values, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

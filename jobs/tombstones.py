@@ -11,10 +11,9 @@ import os
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime
 from jobs.tables import ERASED_USERS
-from spark_udfs.keyed import ColumnTest, hashed, of_column, on_list, on_list_in_raw
+from spark_udfs.keyed import ColumnTest, key_mark, of_column, on_list, on_list_in_raw
 
 ERASE_KEY = "TRAILVEC_ERASE_KEY"
-_MARKED = "which key is this?"
 
 
 def erase_key(runtime: Runtime) -> bytes:
@@ -36,11 +35,6 @@ def erase_key(runtime: Runtime) -> bytes:
                 f"set the old one"
             )
     return key
-
-
-def key_mark(key: bytes) -> str:
-    """Tells two keys apart, and tells neither."""
-    return hashed(key, [_MARKED])[0]
 
 
 def erased_tests(runtime: Runtime) -> tuple[ColumnTest, ColumnTest] | None:

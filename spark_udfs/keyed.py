@@ -44,6 +44,11 @@ def digests(key: bytes, texts: Iterable[str]) -> Iterator[bytes]:
         yield one.digest()
 
 
+def key_mark(key: bytes) -> str:
+    """Tells two keys apart, and tells neither."""
+    return hashed(key, ["which key is this?"])[0]
+
+
 def of_column(test: TextTest) -> ColumnTest:
     """The test of a text as a function of a column of texts, to boolean; of NULL it is false."""
 
