@@ -71,7 +71,7 @@ def _exports(runtime: Runtime, now: datetime) -> list[Export]:
     )
     found: dict[str, Export] = {}
     for number, file in enumerate(read_segments(runtime.config.export.segments)):
-        others = [found[name].id for name in (*file.segment.include, *file.segment.exclude)]
+        others = [found[name].id for name in file.segment.others]
         facts = {"model_version": version, "others": others} | _facts(runtime, file, versions, digest_of, now)
         vectors: Vectors = "embedding"
         if file.segment.seeds is not None:

@@ -26,6 +26,7 @@ from pyspark.sql import functions as F
 from jobs.config import UserList
 from jobs.errors import TrailvecError
 from jobs.files import Place
+from jobs.raw_records import named_column
 from jobs.runtime import Runtime
 from jobs.segment_files import Staging
 from jobs.segments import Frequency, SegmentFile
@@ -141,7 +142,7 @@ def consenting(consents: DataFrame, purpose: str, path: Path) -> DataFrame:
             f"{path} asks for the consent {purpose!r}: export.consent has no column {', '.join(sorted(missing))} "
             f"(found {', '.join(consents.columns)}): correct one of them"
         )
-    said = F.coalesce(F.col(f"`{purpose.replace('`', '``')}`").cast("boolean"), F.lit(False))
+    said = F.coalesce(named_column(purpose).cast("boolean"), F.lit(False))
     return consents.select(as_user_ids(consents, "export.consent"), said.alias("holds"))
 
 
@@ -205,14 +206,9 @@ def rules_of(
         since = now.date() - timedelta(days=segment.at_most.days - 1)
         counts = log.where(~F.col("is_control") & (F.to_date("exported_at") >= F.lit(since))).groupBy("user_id").count()
         for n in range(1, segment.at_most.exports + 1):
-            at_least = counts.where(F.col("count") >= n).select("user_id")
-            exported.append(lists.mark(f"exported {n} times since {since}", partial(_same, at_least)))
+            exported.append(lists.mark(f"exported {n} times since {since}", partial(counts.where, F.col("count") >= n)))
         steps.append(Rule(limit_name(segment.at_most), exported[-1]))
     return Rules(everyone, tuple(steps), seeds, tuple(exported))
-
-
-def _same(frame: DataFrame) -> DataFrame:
-    return frame
 
 
 def limit_name(limit: Frequency) -> str:

@@ -116,6 +116,11 @@ class Segment(Section):
         return (*([] if self.seeds is None else [self.seeds]), *self.suppress)
 
     @property
+    def others(self) -> tuple[str, ...]:
+        """The names of the segments that this one includes or excludes: they are taken before it."""
+        return (*self.include, *self.exclude)
+
+    @property
     def needs_key(self) -> bool:
         return self.user_ids == "hashed" or self.control_share > 0
 
@@ -173,16 +178,12 @@ def read_segments(paths: list[str]) -> list[SegmentFile]:
             if users.file is not None and not (path.parent / users.file).exists():
                 raise TrailvecError(f"{path}: the list of users {path.parent / users.file} does not exist: add it")
     for segment, path in files:
-        for other in (*segment.include, *segment.exclude):
+        for other in segment.others:
             if other not in by_name:
                 raise TrailvecError(f"{path}: segment {other} is not among export.segments: add its file or correct it")
     try:
-        order = TopologicalSorter({file.segment.name: _others(file.segment) for file in files}).static_order()
+        order = TopologicalSorter({file.segment.name: file.segment.others for file in files}).static_order()
         return [by_name[name] for name in order]
     except CycleError as error:
         cycle = " → ".join(error.args[1])
         raise TrailvecError(f"segments include or exclude each other in a circle ({cycle}): take one out") from None
-
-
-def _others(segment: Segment) -> tuple[str, ...]:
-    return (*segment.include, *segment.exclude)
