@@ -94,8 +94,8 @@ def compare(runtime: Runtime, versions: tuple[str, str]) -> tuple[list[Differenc
         ]
         found.extend(differences(both[0], both[1], runtime.config.evaluate.resamples))
 
-    reads = (SEQUENCES, ITEMS, CONTEXT_VALUES)
-    return found, runtime.execute(Stage("compare", "", act, reads, (), ("evaluate",)), force=True)
+    stage = Stage("compare", "", act, reads=(SEQUENCES, ITEMS, CONTEXT_VALUES), settings=("evaluate",))
+    return found, runtime.execute(stage, force=True)
 
 
 def print_differences(found: list[Difference], versions: tuple[str, str], split: str) -> None:

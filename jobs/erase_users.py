@@ -65,7 +65,7 @@ def erase(runtime: Runtime, file: str | None = None, sql: str | None = None, req
         TrailvecError: the list is empty, not there or has no column user_id; nobody asked; the key is missing or
             another than before.
     """
-    return runtime.execute(Stage("erase_users", "", lambda r: _erase(r, file, sql, requested_by), (), (), ()), True)
+    return runtime.execute(Stage("erase_users", "", lambda r: _erase(r, file, sql, requested_by)), force=True)
 
 
 def finish(runtime: Runtime) -> Report:
@@ -74,7 +74,7 @@ def finish(runtime: Runtime) -> Report:
     Raises:
         TrailvecError: the key is missing or another than before.
     """
-    return runtime.execute(Stage("erase_users", "", _finish, (), (), ()), True)
+    return runtime.execute(Stage("erase_users", "", _finish), force=True)
 
 
 # ---- one request --------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def maintain(runtime: Runtime, names: Sequence[str] = (), dry_run: bool = False)
         TrailvecError: maintain.keep_days names a table whose rows have no age.
     """
     found: list[dict[str, Any]] = []
-    stage = Stage("maintain_tables", "", lambda r: found.extend(_maintain(r, names, dry_run)), (), (), ())
+    stage = Stage("maintain_tables", "", lambda r: found.extend(_maintain(r, names, dry_run)))
     runtime.execute(stage, force=True)  # commits say who made them
     return found
 

@@ -48,9 +48,9 @@ class Stage:
     name: str
     help: str
     run: Callable[[Runtime], None]
-    reads: tuple[Table, ...]
-    writes: tuple[Table, ...]
-    settings: tuple[str, ...]
+    reads: tuple[Table, ...] = ()
+    writes: tuple[Table, ...] = ()
+    settings: tuple[str, ...] = ()
     inputs: Callable[[Runtime], dict[str, Any]] = lambda runtime: {}
 
 
