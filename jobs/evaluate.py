@@ -233,10 +233,9 @@ def space_results(users: Floats, items: Floats, counts: Integers, classes: Integ
 def space_alignment(rows: pd.DataFrame, catalogue: Catalogue) -> Iterator[Result]:
     """How near users lie to what they did next."""
     done = following(rows, "next")
-    owners = np.repeat(np.arange(len(rows)), np.diff(done.offsets))
     there = done.items < len(catalogue.rankable)
     there[there] = catalogue.rankable[done.items[there]]
-    users = np.stack(list(rows["vector"]))[owners[there]]
+    users = np.stack(list(rows["vector"]))[done.owners[there]]
     value = space.alignment(users, catalogue.vectors[done.items[there]])
     if not math.isnan(value):
         yield Result("space", Cell("users_items", "alignment"), value, None, None, int(there.sum()))

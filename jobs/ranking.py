@@ -51,6 +51,11 @@ class Following:
     offsets: Integers
     hours: Floats
 
+    @property
+    def owners(self) -> Integers:
+        """The user of each item, [items]."""
+        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+
 
 @dataclass(frozen=True)
 class Known:
@@ -121,10 +126,10 @@ def measures(ranked: Integers, following: Following, counts: Integers) -> dict[s
 def _popularity_bias(ranked: Integers, following: Following, counts: Integers) -> Floats:
     logs = np.log(np.maximum(counts, 1))
     users = len(ranked)
-    owners = np.repeat(np.arange(users), np.diff(following.offsets))
     known = following.items < len(counts)
     known[known] = counts[following.items[known]] > 0
-    pairs = np.unique(owners[known] * len(counts) + following.items[known])  # an item that is done twice counts once
+    # An item that is done twice counts once.
+    pairs = np.unique(following.owners[known] * len(counts) + following.items[known])
     owners, items = pairs // len(counts), pairs % len(counts)
     there = ranked >= 0
     with np.errstate(invalid="ignore"):
@@ -168,12 +173,11 @@ def _by_vertical(
     ranked: Integers, following: Following, known: Known
 ) -> Iterator[tuple[int, Integers, dict[str, Floats]]]:
     """(vertical, users who did something of it next, their metrics) of the VERTICALS that most users did."""
-    owners = np.repeat(np.arange(len(ranked)), np.diff(following.offsets))
     inside = following.items < len(known.vertical)
     vertical = np.where(inside, known.vertical[np.where(inside, following.items, 0)], -1)
     some = vertical >= 0
     # A pair of a user and a vertical is ranked as a user of its own.
-    pairs, items = owners[some] * max(1, len(known.verticals)) + vertical[some], following.items[some]
+    pairs, items = following.owners[some] * max(1, len(known.verticals)) + vertical[some], following.items[some]
     order = np.argsort(pairs, kind="stable")
     found, first = np.unique(pairs[order], return_index=True)
     users, verticals = found // max(1, len(known.verticals)), found % max(1, len(known.verticals))
