@@ -445,7 +445,7 @@ def refusal(runtime: Runtime, version: str) -> str | None:
         return None
     runtime.create(EVALUATION)
     rows = runtime.latest(EVALUATION).where((F.col("model_version") == version) & (F.col("split") == settings.split))
-    found = {(r["task"], Cell(r["method"], r["metric"], r["slice"], r["slice_value"])): r for r in rows.collect()}
+    found = {(r["task"], Cell.of(r)): r for r in rows.collect()}
     reasons = []
     for asked in settings.gate:
         cell = Cell(asked.method, asked.metric, asked.slice, asked.slice_value)

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from jobs import pictures
 from jobs.pictures import Point
-from jobs.ranking import MODELS, hours_names
+from jobs.ranking import MODELS, Cell, hours_names
 from training.metrics import HISTORY_FROM, class_names
 
 TASKS = {"next": "Any next item", "new": "A new item", "repeat": "An item taken again"}
@@ -146,10 +146,7 @@ def page(facts: Facts) -> str:
         lstrip_blocks=True,
     )
     environment.filters["figure"] = figure
-    points = {
-        (r["task"], r["method"], r["metric"], r["slice"], r["slice_value"]): Point(r["value"], r["low"], r["high"])
-        for r in facts.rows
-    }
+    points = {(r["task"], Cell.of(r)): Point(r["value"], r["low"], r["high"]) for r in facts.rows}
     users = {
         (r["task"], r["slice"], r["slice_value"]): r["counted"]
         for r in facts.rows
@@ -174,7 +171,7 @@ def page(facts: Facts) -> str:
             _verdict(task, model, points, users)
             for task in tasks
             for model in MODELS
-            if (task, model, "ndcg@10", "all", "all") in points
+            if (task, Cell(model, "ndcg@10")) in points
         ],
         ranking_picture=_picture(pictures.bars(_of_tasks(tasks, points), METHODS, "model")) if tasks else "",
         tasks=[_task(task, points, users) for task in tasks],
@@ -214,20 +211,18 @@ def _picture(svg: str) -> Markup:
 
 # ---- parts -------------------------------------------------------------------------------------------------------
 
-Points = dict[tuple[str, str, str, str, str], Point]
-Users = dict[tuple[str, str, str], int]
+Points = dict[tuple[str, Cell], Point]  # by task and cell
+Users = dict[tuple[str, str, str], int]  # by task, slice and slice_value
 
 
 def _of_tasks(tasks: list[str], points: Points) -> dict[str, dict[str, Point]]:
-    return {
-        TASKS[task]: {m: p for m in METHODS if (p := points.get((task, m, "ndcg@10", "all", "all")))} for task in tasks
-    }
+    return {TASKS[task]: {m: p for m in METHODS if (p := points.get((task, Cell(m, "ndcg@10"))))} for task in tasks}
 
 
 def _verdict(task: str, model: str, points: Points, users: Users) -> Row:
     leads = []
     for method, name in METHODS.items():
-        lead = points.get((task, method, f"{model}_lead_ndcg@10", "all", "all"))
+        lead = points.get((task, Cell(method, f"{model}_lead_ndcg@10")))
         if lead is None or lead.low is None or lead.high is None:
             continue
         word = "better" if lead.low > 0 else "worse" if lead.high < 0 else "level"
@@ -237,7 +232,7 @@ def _verdict(task: str, model: str, points: Points, users: Users) -> Row:
     return {
         "title": f"{TASKS[task]}, {METHODS[model]}",
         "users": users[task, "all", "all"],
-        "model": points[task, model, "ndcg@10", "all", "all"],
+        "model": points[task, Cell(model, "ndcg@10")],
         "leads": leads,
     }
 
@@ -245,10 +240,10 @@ def _verdict(task: str, model: str, points: Points, users: Users) -> Row:
 def _task(task: str, points: Points, users: Users) -> Row:
     rows = []
     for method, name in METHODS.items():
-        of = [points.get((task, method, metric, "all", "all")) for metric in METRICS]
-        bias = points.get((task, method, "popularity_bias@10", "all", "all"))
+        of = [points.get((task, Cell(method, metric))) for metric in METRICS]
+        bias = points.get((task, Cell(method, "popularity_bias@10")))
         of.append(bias and Point(*(None if x is None else math.exp(x) for x in bias)))  # type: ignore[arg-type]
-        of.append(points.get((task, method, "coverage@10", "all", "all")))
+        of.append(points.get((task, Cell(method, "coverage@10"))))
         if any(of):
             rows.append([name, *of])
     columns = ["method", *METRICS, "popularity bias", "coverage@10"]
@@ -270,7 +265,7 @@ def _slice_pictures(points: Points, users: Users) -> list[Row]:
         classes = _classes("next", kind, users)[:LARGEST]
         if classes:
             values = {
-                method: {c: p for c in classes if (p := points.get(("next", method, "ndcg@10", kind, c)))}
+                method: {c: p for c in classes if (p := points.get(("next", Cell(method, "ndcg@10", kind, c))))}
                 for method in METHODS
             }
             made.append({"svg": _picture(pictures.dots(classes, values, METHODS, "NDCG@10")), "caption": f"{caption}."})
@@ -280,7 +275,7 @@ def _slice_pictures(points: Points, users: Users) -> list[Row]:
 def _slice_table(task: str, kind: str, points: Points, users: Users) -> Row | None:
     classes = _classes(task, kind, users)
     rows = [
-        [value, users[task, kind, value], *(points.get((task, m, "ndcg@10", kind, value)) for m in METHODS)]
+        [value, users[task, kind, value], *(points.get((task, Cell(m, "ndcg@10", kind, value))) for m in METHODS)]
         for value in classes
     ]
     title = f"{TASKS[task]}: {SLICES[kind][0].lower()}{SLICES[kind][1:]}"
@@ -314,9 +309,9 @@ def _probes(rows: Sequence[Row]) -> Row:
 
 def _space(points: Points) -> list[Row]:
     return [
-        {"name": name, "meaning": meaning, "value": _space_value(key[1], points["space", *key, "all", "all"].value)}
+        {"name": name, "meaning": meaning, "value": _space_value(key[1], points["space", Cell(*key)].value)}
         for key, (name, meaning) in SPACE.items()
-        if ("space", *key, "all", "all") in points
+        if ("space", Cell(*key)) in points
     ]
 
 
@@ -344,9 +339,9 @@ def _drift(points: Points, rows: Sequence[Row]) -> Row:
     shown = {row["slice_value"]: Point(row["value"], None, None) for row in rates[:LARGEST]}
     title = "events after the cut for each one before it"
     figures = [
-        [name, points["drift", *key, "all", "all"], meaning]
+        [name, points["drift", Cell(*key)], meaning]
         for key, (name, meaning) in DRIFT.items()
-        if ("drift", *key, "all", "all") in points
+        if ("drift", Cell(*key)) in points
     ]
     picture = pictures.bars({title: shown}, {name: name for name in shown}, "") if shown else ""
     return {

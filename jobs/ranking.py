@@ -38,6 +38,11 @@ class Cell(NamedTuple):
     slice: str = "all"
     slice_value: str = "all"
 
+    @classmethod
+    def of(cls, row: Any) -> Cell:
+        """That of a row of EVALUATION, Spark's or a dictionary."""
+        return cls(*(row[name] for name in cls._fields))
+
 
 @dataclass(frozen=True)
 class Following:
