@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyspark.sql import DataFrame
 
+from spark_udfs.arrow import matrix_of
 from spark_udfs.topk import Metric, Vectors, top_k
 
 Matrix = npt.NDArray[np.float64]
@@ -45,11 +46,6 @@ def rotation_of(products: Matrix) -> Matrix:
     """
     left, _, right = np.linalg.svd(products)
     return np.asarray(left @ right)
-
-
-def matrix_of(vectors: pa.ListArray) -> Vectors:
-    """float32 [rows, width] of lists of one length."""
-    return np.asarray(vectors.flatten().to_numpy()).reshape(len(vectors), -1)
 
 
 def row_cosines(one: Vectors, other: Vectors) -> Matrix:

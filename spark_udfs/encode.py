@@ -18,6 +18,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, BooleanType, FloatType, IntegerType, StructType
 
+from spark_udfs.arrow import as_lists
 from training.batches import FEATURES
 from training.checkpoint import ItemVectors, load_model
 from training.config import ModelSpec
@@ -87,16 +88,6 @@ def encode_users(
 
 def turned(vectors: Vectors, rotation: Vectors | None) -> Vectors:
     return vectors if rotation is None else vectors @ rotation
-
-
-def as_lists(vectors: Vectors) -> pa.ListArray:
-    """Rows of a matrix, float32 [n, width], as Arrow lists, without a Python object for any of them.
-
-    Their offsets are evenly spaced; Arrow's own lists of fixed size can't be read by Spark 3.5.
-    """
-    count, width = vectors.shape
-    offsets = pa.array(np.arange(count + 1, dtype=np.int32) * width)
-    return pa.ListArray.from_arrays(offsets, pa.array(vectors.reshape(-1)))
 
 
 def encode_rows(

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyspark.sql import DataFrame
 
+from spark_udfs.arrow import matrix_of
 from spark_udfs.topk import Metric, Numbers, Vectors, pair_scores, polar, unit_vectors
 from spark_udfs.vectors import norm
 
@@ -240,7 +241,7 @@ def candidates(users: DataFrame, anchors: Mapping[int, Anchors], floors: Mapping
     def score(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         scorer = Scorer(shared.value)
         for batch in batches:
-            vectors = batch.column(1).flatten().to_numpy().reshape(batch.num_rows, -1)
+            vectors = matrix_of(batch.column(1))
             there = np.flatnonzero(vectors.any(axis=1))
             for places, rows, scores in scorer.reaching(vectors[there], lowest):
                 ids = batch.column(0).take(pa.array(there[rows]))

@@ -10,7 +10,7 @@ import pyarrow as pa
 import scipy.sparse as sp
 from pyspark.sql import DataFrame
 
-from spark_udfs.encode import as_lists
+from spark_udfs.arrow import as_lists, matrix_of
 
 if TYPE_CHECKING:
     from training.profile import Basis
@@ -33,9 +33,8 @@ def profiles(rows: DataFrame, basis: Basis) -> DataFrame:
     def make(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
             users, states, *lists = batch.columns
-            matrix = states.flatten().to_numpy().reshape(len(users), -1)
             pairs = zip(KINDS, lists[::2], lists[1::2], strict=True)
-            vectors = shared.value.profiles(matrix, {kind: counts_of(n, v) for kind, n, v in pairs})
+            vectors = shared.value.profiles(matrix_of(states), {kind: counts_of(n, v) for kind, n, v in pairs})
             yield pa.RecordBatch.from_arrays([users, as_lists(vectors)], ["user_id", "vector"])
 
     return rows.mapInArrow(make, "user_id string, vector array<float>")

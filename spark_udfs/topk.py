@@ -22,6 +22,7 @@ import pyarrow as pa
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
+from spark_udfs.arrow import matrix_of
 from spark_udfs.vectors import inner_product, norm
 
 Metric = Literal["dot", "cosine"]
@@ -301,7 +302,7 @@ def _in_cells(vectors: DataFrame, cells: Cells, *, asking: bool) -> DataFrame:
         for batch in batches:
             if not batch.num_rows:
                 continue
-            rows = batch.column("vector").flatten().to_numpy().reshape(batch.num_rows, -1)
+            rows = matrix_of(batch.column("vector"))
             found = shared.value.of_queries(rows) if asking else shared.value.of_candidates(rows)[:, None]
             columns = [
                 batch.column(name).take(pa.array(np.repeat(np.arange(len(rows)), found.shape[1])))

@@ -35,7 +35,7 @@ from pyspark.sql import SparkSession
 from jobs.config import NeighboursSettings
 from jobs.find_neighbours import Search, find_neighbours
 from jobs.spark_session import spark_conf
-from spark_udfs.encode import as_lists
+from spark_udfs.arrow import as_lists
 from spark_udfs.topk import BLOCK_CONF, Nearest
 
 K, WIDTH = 10, 64

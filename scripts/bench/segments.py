@@ -47,7 +47,7 @@ from jobs.runtime import Runtime
 from jobs.segment_files import KEY, write_parts
 from jobs.segments import read_segments
 from jobs.tables import CURRENT_MODEL, EXPORTS, ITEM_EMBEDDINGS, ITEMS, USER_EMBEDDINGS
-from spark_udfs.encode import as_lists
+from spark_udfs.arrow import as_lists
 from spark_udfs.likeness import DEFAULT_METHOD, Method
 
 WIDTH, CLUSTERS, SEEDS, ITEMS_OF_ONE = 64, 300, 200, 10
