@@ -59,42 +59,14 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
         TrailvecError: the mapping has an unknown zone or SQL that Spark does not take.
     """
     zones = _known_zones(raw.sparkSession)
-    columns = mapping.columns
-    if columns.event_ts.zone not in zones:
-        near = difflib.get_close_matches(columns.event_ts.zone, zones, n=1)
+    zone = mapping.columns.event_ts.zone
+    if zone not in zones:
+        near = difflib.get_close_matches(zone, zones, n=1)
         hint = f"did you mean {near[0]}?" if near else "write an IANA name such as Europe/London"
-        raise TrailvecError(f"source {source}: event_ts: unknown zone {columns.event_ts.zone}; {hint}")
+        raise TrailvecError(f"source {source}: event_ts: unknown zone {zone}; {hint}")
 
-    fields = [named_column(name) for name in raw.columns if name not in (FILE, LINE, BROKEN, REST)]
-    if columns.event_id.ordinal:
-        record = F.coalesce(F.col(LINE), F.to_json(F.struct(*fields)))
-        # The hash first: the sort goes by the first bytes of the first key, and a file's name tells no records apart.
-        identical = Window.partitionBy(F.sha2(record, 256), FILE).orderBy(FILE)
-        raw = raw.withColumn(_ORDINAL, F.row_number().over(identical))
     try:
-        event_ts = _given(columns.event_ts)
-        event_ts_type = raw.select(event_ts).schema[0].dataType
-        own_rules = [F.when(F.expr(rule.when), F.lit(rule.reason)) for rule in mapping.reject]
-        ids = {n: _is_no_id(raw, value, mapping) for n, value in columns.given().items() if n in _IDS}
-        others = [n for n in columns.given() if _is_text(n) and n not in _IDS]
-        nested = {n: _is_nested(raw, columns.given()[n], mapping) for n in others}
-        bad_types = [F.when(is_bad, f"bad_type_{n}") for n, is_bad in (ids | nested).items()]
-        values = {n: _given(value) for n, value in columns.given().items() if n != "event_ts"}
-        texts = {n: text_of(value) for n, value in values.items() if n not in _NUMBERS}
-        numbers = {n: _text_unless(raw, value, _NUMBER_TYPES) for n, value in values.items() if n in _NUMBERS}
-        missing = F.lit(None).cast("string")
-        given = raw.select(
-            *[texts.get(c.name, missing).alias(c.name) for c in EVENTS.columns if _is_text(c.name)],
-            *[numbers.get(n, missing).alias(_as_given(n)) for n in _NUMBERS],
-            _time(event_ts, event_ts_type, columns.event_ts).alias("event_ts"),
-            _text_unless(raw, event_ts, _TIME_TYPES).isNotNull().alias("has_event_ts"),
-            F.col(REST).alias("attributes"),
-            F.coalesce(F.when(F.col(BROKEN), F.lit(BROKEN_ROW)), *own_rules).alias("own_reason"),
-            F.coalesce(F.lit(None).cast("string"), *bad_types).alias("bad_type"),
-            F.struct(*fields).alias("record"),
-            F.col(LINE).alias("line"),
-            F.col(FILE).alias("file"),
-        )
+        given = _mapped(raw, mapping)
     except AnalysisException as error:
         raise TrailvecError(f"source {source}: {explain(error) or first_line(error)}: correct the mapping") from None
 
@@ -110,6 +82,41 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
         # Made into text here and not above, where it would be made for every record.
         F.when(F.col("reason").isNotNull(), valid_text(F.coalesce("line", F.to_json("record")))).alias("raw"),
         "file",
+    )
+
+
+def _mapped(raw: DataFrame, mapping: Input) -> DataFrame:
+    """The mapping applied: EVENTS' columns as the record gives them (of numbers what is to be read, under the names of
+    `_as_given`), and what `_reason` and `to_events` go by: has_event_ts, own_reason, bad_type, record, line, file."""
+    columns = mapping.columns
+    fields = [named_column(name) for name in raw.columns if name not in (FILE, LINE, BROKEN, REST)]
+    if columns.event_id.ordinal:
+        record = F.coalesce(F.col(LINE), F.to_json(F.struct(*fields)))
+        # The hash first: the sort goes by the first bytes of the first key, and a file's name tells no records apart.
+        identical = Window.partitionBy(F.sha2(record, 256), FILE).orderBy(FILE)
+        raw = raw.withColumn(_ORDINAL, F.row_number().over(identical))
+    event_ts = _given(columns.event_ts)
+    event_ts_type = raw.select(event_ts).schema[0].dataType
+    own_rules = [F.when(F.expr(rule.when), F.lit(rule.reason)) for rule in mapping.reject]
+    ids = {n: _is_no_id(raw, value, mapping) for n, value in columns.given().items() if n in _IDS}
+    others = [n for n in columns.given() if _is_text(n) and n not in _IDS]
+    nested = {n: _is_nested(raw, columns.given()[n], mapping) for n in others}
+    bad_types = [F.when(is_bad, f"bad_type_{n}") for n, is_bad in (ids | nested).items()]
+    values = {n: _given(value) for n, value in columns.given().items() if n != "event_ts"}
+    texts = {n: text_of(value) for n, value in values.items() if n not in _NUMBERS}
+    numbers = {n: _text_unless(raw, value, _NUMBER_TYPES) for n, value in values.items() if n in _NUMBERS}
+    missing = F.lit(None).cast("string")
+    return raw.select(
+        *[texts.get(c.name, missing).alias(c.name) for c in EVENTS.columns if _is_text(c.name)],
+        *[numbers.get(n, missing).alias(_as_given(n)) for n in _NUMBERS],
+        _time(event_ts, event_ts_type, columns.event_ts).alias("event_ts"),
+        _text_unless(raw, event_ts, _TIME_TYPES).isNotNull().alias("has_event_ts"),
+        F.col(REST).alias("attributes"),
+        F.coalesce(F.when(F.col(BROKEN), F.lit(BROKEN_ROW)), *own_rules).alias("own_reason"),
+        F.coalesce(F.lit(None).cast("string"), *bad_types).alias("bad_type"),
+        F.struct(*fields).alias("record"),
+        F.col(LINE).alias("line"),
+        F.col(FILE).alias("file"),
     )
 
 
