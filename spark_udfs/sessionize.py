@@ -159,17 +159,11 @@ def _cut(
             )
 
         run_us = times
-        if run_us_of_split:
-            # The ids leave few rows, and only these become Python objects.
-            like = pa.array(np.flatnonzero(pc.is_in(batch["event_id"], split_ids).to_numpy(zero_copy_only=False)))
-            of_like = [column.take(like).to_pylist() for column in (users, pa.array(times), batch["event_id"])]
-            keys = zip(like.to_pylist(), zip(*of_like, strict=True), strict=True)
-            splits = [(row, run_us_of_split[key]) for row, key in keys if key in run_us_of_split]
-            if splits:
-                here, runs_here = np.array(splits, np.int64).T
-                new_run[here] = cut[here] = True
-                run_us = times.copy()
-                run_us[here] = runs_here
+        if splits := _splits_in(batch, run_us_of_split, split_ids):
+            here, runs_here = np.array(splits, np.int64).T
+            new_run[here] = cut[here] = True
+            run_us = times.copy()
+            run_us[here] = runs_here
 
         starts = _cut_long(times, np.flatnonzero(cut), before, rules)
         run_rows = np.flatnonzero(new_run)
@@ -185,6 +179,19 @@ def _cut(
             first_us, events = before.first_us, before.events + len(times)
         last = int(codes[-1])
         before = _Open(users[-1], names[last], int(times[-1]), int(days[-1]), int(run_starts[-1]), first_us, events)
+
+
+def _splits_in(batch: pa.RecordBatch, run_us_of_split: Mapping[Key, int], ids: pa.Array) -> list[tuple[int, int]]:
+    """(row, start of its run) of the batch's events that are splits, whose event_ids are `ids`."""
+    if not run_us_of_split:
+        return []
+    # The ids leave few rows, and only these become Python objects.
+    like = pa.array(np.flatnonzero(pc.is_in(batch["event_id"], ids).to_numpy(zero_copy_only=False)))
+    key_columns = (batch["user_id"], batch["event_ts"].cast(pa.int64()), batch["event_id"])
+    keys = zip(*(column.take(like).to_pylist() for column in key_columns), strict=True)
+    return [
+        (row, run_us_of_split[key]) for row, key in zip(like.to_pylist(), keys, strict=True) if key in run_us_of_split
+    ]
 
 
 def _local_days(times: pa.Array, zone: str) -> Int64:
