@@ -10,8 +10,8 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import horovod.torch as hvd
@@ -161,34 +161,40 @@ def run_in_spark(
     # All on this machine: no other one has to reach Horovod's servers, of which one asks for no credentials.
     local = str(SparkContext.getOrCreate().master).startswith("local")
     loopback = {name for _, name in socket.if_nameindex() if name.startswith("lo")}
+    with _hooks_given_back(), on_loopback() if local else nullcontext():
+        return list(
+            horovod.spark.run(
+                function,
+                args=arguments,
+                num_proc=processes,
+                use_gloo=True,
+                env=environment,
+                stdout=_Lines(hear),
+                stderr=_Lines(hear),
+                start_timeout=120,
+                verbose=0,
+                nics=loopback if local else None,
+                executable=os.environ.get("PYSPARK_PYTHON"),  # the executors' interpreter
+            )
+        )
+
+
+@contextmanager
+def _hooks_given_back() -> Iterator[None]:
+    """What Horovod changes in this process is as before when the block ends, and its own thread's errors go unprinted:
+    pages of Java about what `run_in_spark` raises anyway."""
     # Horovod takes Ctrl-C and SIGTERM for itself and does not give them back.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    told = threading.excepthook
+    print_error = threading.excepthook
 
-    def tell(failed: threading.ExceptHookArgs) -> None:
-        # Of Horovod's thread that runs the job: pages of Java about what is raised here anyway.
+    def print_others(failed: threading.ExceptHookArgs) -> None:
         if "(run_spark)" not in getattr(failed.thread, "name", ""):
-            told(failed)
+            print_error(failed)
 
-    threading.excepthook = tell
+    threading.excepthook = print_others
     try:
-        with on_loopback() if local else nullcontext():
-            return list(
-                horovod.spark.run(
-                    function,
-                    args=arguments,
-                    num_proc=processes,
-                    use_gloo=True,
-                    env=environment,
-                    stdout=_Lines(hear),
-                    stderr=_Lines(hear),
-                    start_timeout=120,
-                    verbose=0,
-                    nics=loopback if local else None,
-                    executable=os.environ.get("PYSPARK_PYTHON"),  # the executors' interpreter
-                )
-            )
+        yield
     finally:
-        threading.excepthook = told
+        threading.excepthook = print_error
         for number, handler in handlers.items():
             signal.signal(number, handler)
