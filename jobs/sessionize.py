@@ -183,6 +183,23 @@ def _days(rows: DataFrame, first: Column, last: Column) -> set[date]:
     return {row["day"] for row in rows.select(days).distinct().collect()}
 
 
+def with_changes(sessions: DataFrame, changed: DataFrame, fields: list[str]) -> DataFrame:
+    """user_id and `fields` of the events that `sessions` hold, as the changes leave them, and of those that they add.
+
+    Args:
+        changed: user_id, `fields`, _change_type and _commit_version of events, as Delta's change data feed has them.
+    """
+    # An id may stand on two days (ingest.duplicates = "same_day").
+    changed = changed.withColumn("day", F.to_date("event_ts"))
+    there = F.col("_change_type").isin("insert", "update_postimage")
+    newest = F.max_by(F.struct("user_id", *fields, there.alias("there")), F.struct("_commit_version", there))
+    last = changed.groupBy("event_id", "day").agg(newest.alias("event")).select("event.*")
+    held = sessions.select("user_id", F.explode("events").alias("event")).select("user_id", "event.*")
+    met = changed.select("event_id", "day").distinct()
+    same = (held.event_id == met.event_id) & (F.to_date(held.event_ts) == met.day)
+    return held.join(met, same, "left_anti").unionByName(last.where("there").drop("there"))
+
+
 # ---- the stage ------------------------------------------------------------------------------------------
 
 
@@ -204,11 +221,8 @@ def _events_of_a_task(runtime: Runtime) -> int:
 
 def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame) -> None:
     """Makes the affected sessions anew from the events they hold and from what changed."""
-    settings, gap_us, fields = (
-        runtime.config.sessionize,
-        _rules(runtime.config.sessionize).longest_gap_us,
-        _event_fields(),
-    )
+    settings, fields = runtime.config.sessionize, _event_fields()
+    gap_us = _rules(settings).longest_gap_us
     made_from = runtime.stage_version(SESSIONS)
     sessions = runtime.latest(SESSIONS)
     flagged = runtime.read(FLAGGED_USERS).select("user_id").distinct()
@@ -221,18 +235,7 @@ def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame) -> None:
     touched = spans(changed, gap_us).localCheckpoint()
     old = affected(sessions, touched, gap_us).localCheckpoint()
 
-    there = F.col("_change_type").isin("insert", "update_postimage")
-    newest = F.max_by(F.struct("user_id", *fields, there.alias("there")), F.struct("_commit_version", there))
-    # An id may stand on two days (ingest.duplicates = "same_day").
-    changed = changed.withColumn("day", F.to_date("event_ts"))
-    arrived = (
-        changed.groupBy("event_id", "day").agg(newest.alias("event")).select("event.*").where("there").drop("there")
-    )
-    held = old.select("user_id", F.explode("events").alias("event")).select("user_id", "event.*")
-    met = changed.select("event_id", "day").distinct()
-    same = (held.event_id == met.event_id) & (F.to_date(held.event_ts) == met.day)
-    events = held.join(met, same, "left_anti").unionByName(arrived)
-    before = old
+    events, before = with_changes(old, changed, fields), old
     if not turned.isEmpty():
         back = turned.join(flagged, "user_id", "left_anti").localCheckpoint()
         if not back.isEmpty():  # rare, and all events are read for it
