@@ -18,39 +18,11 @@ def write_card(path: Path, about: dict[str, Any]) -> None:
 
 def card(about: dict[str, Any]) -> str:
     """The card as Markdown."""
-    spec, training, provenance = about["spec"], about["training"], about["provenance"]
-    config = provenance["config"]
-    sequences = config["sequences"]
+    training = about["training"]
     best = training["epochs"][training["best_epoch"] - 1]
-    last = training["epochs"][-1]
-
-    def cut(name: str, days: int) -> str:
-        return str(sequences[name] or f"{days} days before the log's end")
-
-    if sequences["split_by"] == "leave_one_out":
-        trained, validated = "all of a user's actions but the last two", "each user's last action but one"
-    else:
-        trained = f"actions before {about['as_of']}"
-        validated = f"actions from {cut('valid_from', 56)} to {cut('test_from', 28)}"
-    processes, seconds = f"{training['processes']} processes ({training['device']})", f"{training['seconds']:,.0f} s"
-    facts = {
-        "version": about["model_version"],
-        "code": provenance["code_version"],
-        "data": ", ".join(f"{table} version {number}" for table, number in provenance["reads"].items()),
-        "training": trained,
-        "validation": validated,
-        "network": f"{spec['architecture']}, width {spec['width']}, {spec['layers']} layers, {spec['heads']} heads",
-        "history": f"the newest {spec['max_length'] - 1} actions of a user",
-        "items": f"{spec['items']:,} numbers; unknown to the model are those with fewer than "
-        f"{config['vocabulary']['min_count']} events in training",
-        "trained by": f"{processes} in {seconds}",
-        "epochs": f"{len(training['epochs'])} of at most {training['planned_epochs']}; "
-        f"kept: the best, {training['best_epoch']}",
-        "loss": f"{training['epochs'][0]['loss']:.4f} in the first epoch, {last['loss']:.4f} in the last",
-    }
     lines = [f"# Model {about['model_version']}", ""]
     lines += ["Vectors of users and items in one space, learnt from people's actions in their order.", ""]
-    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in _facts(about).items()), ""]
     lines += ["![the run](training.svg)", "", "## How well it ranks the next item", ""]
     if "ndcg@10" in best:
         lines += [
@@ -76,6 +48,37 @@ def card(about: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _facts(about: dict[str, Any]) -> dict[str, str]:
+    """The rows of the card's first table."""
+    spec, training, provenance = about["spec"], about["training"], about["provenance"]
+    epochs, config = training["epochs"], provenance["config"]
+    sequences = config["sequences"]
+
+    def cut(name: str, days: int) -> str:
+        return str(sequences[name] or f"{days} days before the log's end")
+
+    if sequences["split_by"] == "leave_one_out":
+        trained, validated = "all of a user's actions but the last two", "each user's last action but one"
+    else:
+        trained = f"actions before {about['as_of']}"
+        validated = f"actions from {cut('valid_from', 56)} to {cut('test_from', 28)}"
+    processes, seconds = f"{training['processes']} processes ({training['device']})", f"{training['seconds']:,.0f} s"
+    return {
+        "version": about["model_version"],
+        "code": provenance["code_version"],
+        "data": ", ".join(f"{table} version {number}" for table, number in provenance["reads"].items()),
+        "training": trained,
+        "validation": validated,
+        "network": f"{spec['architecture']}, width {spec['width']}, {spec['layers']} layers, {spec['heads']} heads",
+        "history": f"the newest {spec['max_length'] - 1} actions of a user",
+        "items": f"{spec['items']:,} numbers; unknown to the model are those with fewer than "
+        f"{config['vocabulary']['min_count']} events in training",
+        "trained by": f"{processes} in {seconds}",
+        "epochs": f"{len(epochs)} of at most {training['planned_epochs']}; kept: the best, {training['best_epoch']}",
+        "loss": f"{epochs[0]['loss']:.4f} in the first epoch, {epochs[-1]['loss']:.4f} in the last",
+    }
 
 
 def _table(heading: str, rows: dict[str, dict[str, Any]]) -> list[str]:
