@@ -29,7 +29,7 @@ from jobs.errors import TrailvecError
 from jobs.model_folders import add_to_model, has_model, model_folder
 from jobs.models import encode_sequences, item_vectors
 from jobs.runtime import Runtime, Stage
-from jobs.spark_session import in_order
+from jobs.spark_session import drawn_by_hash, in_order
 from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_EMBEDDINGS
 from spark_udfs.alignment import cross_products, mean_cosine, overlap, rotation_of
 from spark_udfs.topk import Vectors
@@ -180,8 +180,11 @@ def _align(runtime: Runtime, folder: Path, onto: str | None) -> None:
             rotation = rotation_of(products).astype(np.float32)
     else:
         shared, why = pairs.count(), f"widths {widths or '{}'} and {width}"
-    chance = min(1.0, ITEMS_COMPARED / max(1, shared))
-    some = pairs.where(_by_hash("item_id", chance)).orderBy(F.xxhash64("item_id"), "item_id").toPandas()
+    some = (
+        pairs.where(drawn_by_hash(ITEMS_COMPARED / max(1, shared), "item_id", F.lit("align")))
+        .orderBy(F.xxhash64("item_id"), "item_id")
+        .toPandas()
+    )
     both = in_order(_users(runtime, folder, onto), "user_id")
     items, users = ((_matrix(rows["new"], width), _matrix(rows["old"], width)) for rows in (some, both))
     report |= {"shared_items": shared, **compare(users, items, some["vertical"], rotation)}
@@ -211,18 +214,13 @@ def _pairs(runtime: Runtime, folder: Path, onto: str) -> DataFrame:
 def _users(runtime: Runtime, folder: Path, onto: str) -> DataFrame:
     """user_id, new, old of about USERS_COMPARED users who are not cold; new is not turned."""
     old = runtime.latest(USER_EMBEDDINGS).where((F.col("model_version") == onto) & ~F.col("is_cold"))
-    chance = min(1.0, USERS_COMPARED / max(1, old.count()))
-    rows = runtime.read(SEQUENCES).where("split = 'score'").where(_by_hash("user_id", chance))
+    drawn = drawn_by_hash(USERS_COMPARED / max(1, old.count()), "user_id", F.lit("align"))
+    rows = runtime.read(SEQUENCES).where("split = 'score'").where(drawn)
     new = encode_sequences(
         rows, ["user_id"], model_dir=folder, batch_size=runtime.config.score.batch_size, turned=False
     )
     both = new.where(~F.col("is_cold")).select("user_id", F.col("vector").alias("new"))
     return both.join(old.select("user_id", F.col("vector").alias("old")), "user_id")
-
-
-def _by_hash(column: str, chance: float) -> Any:
-    """Rows drawn by a hash of the id: the same whatever the partitioning."""
-    return F.pmod(F.xxhash64(column, F.lit("align")), F.lit(1_000_000)) < round(chance * 1_000_000)
 
 
 def _matrix(vectors: pd.Series[Any], width: int) -> Vectors:

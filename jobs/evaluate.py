@@ -58,7 +58,7 @@ from jobs.ranking import (
     top_items,
 )
 from jobs.runtime import Runtime, Stage
-from jobs.spark_session import in_order
+from jobs.spark_session import drawn_by_hash, in_order
 from jobs.splits import Cuts, before_cut, cut_of, cut_times, is_target, refuse_leak, time_at
 from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS
 from training.checkpoint import read_about
@@ -355,12 +355,9 @@ def _refuse_leak(runtime: Runtime, rows: DataFrame, model_dir: Path) -> None:
 
 
 def _sample(rows: DataFrame, max_users: int) -> DataFrame:
-    """At most about `max_users` rows, chosen by a hash of the user: the same users whatever the partitioning."""
+    """At most about `max_users` rows, drawn by a hash of the user."""
     total = rows.count()
-    if total <= max_users:
-        return rows
-    buckets = 1_000_000
-    return rows.where(F.pmod(F.xxhash64("user_id"), F.lit(buckets)) < round(max_users / total * buckets))
+    return rows if total <= max_users else rows.where(drawn_by_hash(max_users / total, "user_id"))
 
 
 def read_catalogue(runtime: Runtime, vectors: DataFrame) -> Catalogue:

@@ -17,7 +17,7 @@ import pandas as pd
 from delta.tables import DeltaTable
 from py4j.java_gateway import JavaClass, JavaPackage, JVMView
 from pyspark.errors import AnalysisException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from jobs.config import Config
@@ -161,6 +161,11 @@ def few_to_all(rows: DataFrame) -> DataFrame:
         rows: ids and times, no whole records; they are counted, so checkpointed.
     """
     return F.broadcast(rows) if rows.count() <= FEW else rows
+
+
+def drawn_by_hash(share: float, *of: str | Column) -> Column:
+    """True for about that share of the rows, drawn by a hash of the columns: the same whatever the partitioning."""
+    return F.pmod(F.xxhash64(*of), F.lit(1_000_000)) < round(min(1.0, share) * 1_000_000)
 
 
 def in_order(rows: DataFrame, key: str) -> pd.DataFrame:
