@@ -26,14 +26,14 @@ class Commit:
     Attributes:
         committed_at: seconds since 1970.
         operation: Delta's word for it: WRITE, MERGE, OPTIMIZE, ...
-        changed_rows: False for upkeep and for a commit that only records that a stage ran.
-        replaced_all: the commit put all its rows in the place of all that were there.
-        provenance: what the stage that made it stored (`Runtime.provenance`); None where no stage did.
-        foreign: somebody else changed rows: a RESTORE, a DELETE by SQL, another writer.
-        erasure: the request that it took users out for; None: it is no erasure.
-        beside: an erasure, or rows deleted for their age. What a stage wrote before it is still made from what that
-            stage read, so that it goes on from there.
-        rows_deleted: how many rows it took out.
+        changed_rows: False for upkeep (OPTIMIZE and the like), and for a commit that only records that a stage ran.
+        replaced_all: the commit replaced all rows of the table.
+        provenance: what trailvec stored of the run that made it (`Runtime.provenance`); None: something else made it.
+        foreign: it changed rows, and trailvec did not make it: a RESTORE, a DELETE by SQL, another writer.
+        erasure: the id of the erasure that it is a part of; None: of none.
+        beside: it deleted rows for an erasure, or for their age. The table's stage looks past such a commit: the rows
+            that are left are as it wrote them, so it can go on from its own last commit.
+        rows_deleted: how many rows a MERGE deleted.
     """
 
     version: int
@@ -83,9 +83,10 @@ def _provenance(text: str) -> dict[str, Any] | None:
 
 
 class History:
-    """A table's commits, newest first, as they were at first sight; each is read when it is asked for.
+    """A table's commits, newest first, up to the one that was newest when this was made. Each is read from the log's
+    files when it is first asked for.
 
-    Out of the log's files: Delta's own history() is a Spark job or two, and a stage asks a dozen times.
+    (Delta's own history() is a Spark job or two, and a stage asks a dozen times.)
     """
 
     def __init__(self, path: str) -> None:
@@ -104,11 +105,11 @@ class History:
             yield commit
 
     def table_id(self) -> str | None:
-        """Delta's id of the table: a table that was removed and made anew has another. None where the log is silent."""
+        """Delta's id of the table: one that was removed and made anew has another. None: the log does not say."""
         made = next((line for line in self._lines(f"{0:020}.json") if line.startswith(_METADATA)), None)
         if made is not None:
             return str(json.loads(made)["metaData"]["id"])
-        # The log is cleaned of its first commit; Spark lays a checksum beside each, which says the same.
+        # The first commit is no longer in the log. The checksum that Spark writes beside each commit holds the id too.
         said = next(self._lines(f"{self.newest:020}.crc"), "{}")
         table_id = (json.loads(said).get("metadata") or {}).get("id")
         return None if table_id is None else str(table_id)

@@ -126,7 +126,7 @@ class Lake:
         return self._commits(table).newest
 
     def stage_version(self, table: Table) -> int:
-        """The newest version in which a stage of the road changed rows: no upkeep, and no erasure; -1: none did."""
+        """The newest version that changed rows, and not for an erasure or for their age; -1: there is none."""
         self.latest_version(table)  # looks the commits up anew
         return next((c.version for c in self._commits(table) if c.changed_rows and not c.beside), -1)
 
@@ -141,8 +141,8 @@ class Lake:
         return self._history[table.name]
 
     def noted(self, table: Table) -> list[dict[str, Any]]:
-        """The provenance of each of the table's commits of a stage that has a `note`, newest first, since somebody else
-        changed rows."""
+        """The provenance of those of the table's commits that a stage gave a `note`, newest first. It ends where rows
+        were changed by something other than trailvec: what earlier notes say no longer holds."""
         ours = takewhile(lambda commit: not commit.foreign, self.commits(table))
         stages = (c.provenance for c in ours if c.provenance is not None and not c.beside)
         return [provenance for provenance in stages if "note" in provenance]
@@ -152,8 +152,11 @@ class Lake:
         return [commit for commit in self._commits(table) if commit.erasure == erasure]
 
     def last_writer(self, table: Table) -> dict[str, Any] | None:
-        """The provenance of the table's newest commit that a stage of the road made; None where there is none, or where
-        somebody else has changed rows since (a RESTORE, say): they are not what it wrote."""
+        """The provenance of the table's newest commit that trailvec made, without those that are `Commit.beside`.
+
+        None: there is none, or something other than trailvec has changed rows since (a RESTORE, say), so that they are
+        not what that commit wrote.
+        """
         if not self.exists(table):
             return None
         told = (c for c in self._commits(table) if c.foreign or (c.provenance is not None and not c.beside))
@@ -250,12 +253,14 @@ class Lake:
         return list(columns.collect()[0][0])
 
     def purge(self, table: Table, where: str | None = None) -> None:
-        """Rewrites the files of the partitions in which deletion vectors hide rows, and no other (but for those of a
-        table with a change data feed that MERGE wrote: they have a column that the table has not).
+        """Rewrites the files in which deletion vectors hide rows, so that no file of the newest version holds these rows.
 
-        Each file for itself: Delta would pack them into files of 1 GB, written by a task each. A clustered table is one
-        no more until `maintain_tables`: of its files Delta would leave those of a full cube, or of the only one, as
-        they are, hidden rows and all.
+        Files without hidden rows stay, but for those that MERGE wrote into a table with a change data feed: they have a
+        column that the table lacks, and are rewritten too. Each file is rewritten by itself; by default Delta would
+        pack them into files of 1 GB, each written by one task.
+
+        The table's clustering is turned off, until `maintain_tables` turns it on again: in a clustered table Delta does
+        not rewrite the files of a full cube, or of an only one, and their hidden rows would stay.
 
         Args:
             where: a condition over the partition columns; SQL, from code, never from input. None: all partitions.
@@ -265,6 +270,6 @@ class Lake:
             self.cluster(table, ())
             with spark_conf(self.spark, {"spark.databricks.delta.optimize.maxFileSize": "1"}):
                 self.commit(lambda: self.spark.sql(f"REORG TABLE {self.sql_name(table)} {of}APPLY (PURGE)"))
-            # `maintain_tables` may have clustered it again before the purge looked at it.
+            # Otherwise `maintain_tables` turned it on again meanwhile, and the purge may have left files out.
             if not (table.cluster_by and self._clustered_by(table)):
                 return
