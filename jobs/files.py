@@ -307,14 +307,14 @@ def file_sizes(folder: Place, without: str) -> dict[str, int]:
 
 @contextlib.contextmanager
 def published(target: Place) -> Iterator[Path]:
-    """A local folder to fill; it takes target's place, whole, when the block ends without an error. On S3, which has no
-    rename, the old one goes, then come its files, those that describe the others (JSON) last.
+    """A local folder to fill. When the block ends without an error, it takes target's place as a whole, by a rename; on
+    S3, which has none, target is deleted and the files are copied there, those that describe the others (JSON) last.
 
-    Whatever a kill leaves has another name, and the next one that fills the same place removes it. What fills it at the
-    same moment, too: the later one takes the place.
+    What a killed block leaves lies under another name, and the next block with the same target removes it. It can't
+    tell it from the folder of a block that still runs: of two that run at once, the one that began later goes on.
 
     Raises:
-        TrailvecError: a later one has begun, and what the block laid down is gone.
+        TrailvecError: another block with the same target began later.
     """
     for other in target.parent.glob(f".{target.name}.*staging"):
         remove_tree(other)
@@ -352,7 +352,8 @@ def _overtaken(target: Place) -> TrailvecError:
 
 
 def fetch(source: HadoopPath, copy: Path) -> list[str]:
-    """Makes a local folder hold the files of `source`, none of its folders, as they are now; which were fetched."""
+    """Brings a local folder up to date with the files of `source` (not its folders); the names of those that were new
+    or had changed."""
     copy.mkdir(parents=True, exist_ok=True)
     files = {file.name: file for file in source.iterdir() if file.is_file()}
     fetched = []

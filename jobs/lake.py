@@ -253,7 +253,7 @@ class Lake:
         return list(columns.collect()[0][0])
 
     def purge(self, table: Table, where: str | None = None) -> None:
-        """Rewrites the files in which deletion vectors hide rows, so that no file of the newest version holds these rows.
+        """Rewrites the files in which deletion vectors hide rows, so that no file of the newest version holds them.
 
         Files without hidden rows stay, but for those that MERGE wrote into a table with a change data feed: they have a
         column that the table lacks, and are rewritten too. Each file is rewritten by itself; by default Delta would

@@ -54,10 +54,10 @@ class Stage:
     inputs: Callable[[Runtime], dict[str, Any]] = lambda runtime: {}
 
 
-# MERGE joins the old rows of all files concerned with the new ones, which it keeps (an outer join), and Spark can't
-# send the side that it keeps to all tasks: the old rows go through a shuffle. A Bloom filter of the new rows' first key
-# drops those that none of them meets as they are read. Spark makes one where it would send neither side to all tasks,
-# where a condition is laid on the new rows, and where it knows that the old ones are more.
+# MERGE is an outer join that keeps the new rows, and Spark can't broadcast the side that an outer join keeps: the old
+# rows of all files concerned go through a shuffle. These settings have Spark drop most of them as they are read, by a
+# Bloom filter of the new rows' first key. It makes such a filter only where it would broadcast neither side, where the
+# new rows have a condition, and where it knows that the old ones are more: `merge` sees to the last two.
 _FILTERED_MERGE = {
     "spark.sql.optimizer.runtime.bloomFilter.enabled": "true",
     "spark.sql.optimizer.runtime.bloomFilter.creationSideThreshold": str(2**40),
@@ -90,7 +90,7 @@ class Runtime(Lake):
         super().__init__(config, spark)
         self._stage: Stage | None = None
         self._versions: dict[str, int] = {}
-        self._table_ids: dict[str, str | None] = {}  # versions of two tables of one name say nothing of each other
+        self._table_ids: dict[str, str | None] = {}  # a table made anew counts its versions from 0 again
         self._frames: dict[str, DataFrame] = {}
         self._rows: dict[tuple[str, int], int] = {}  # by table and version; what one stage writes the next one reads
         self.fingerprint = ""
@@ -166,14 +166,14 @@ class Runtime(Lake):
         self._frames.pop(table.name, None)
 
     def changed_version(self, table: Table) -> int:
-        """The newest version that changed rows, at or before the stage's where it reads the table: upkeep makes
-        nothing else out of date."""
+        """The newest version that changed rows, at or before the one that the stage reads (else, the newest of all).
+        After upkeep alone it is what it was: what was made from the table is still up to date."""
         at = self._versions[table.name] if table.name in self._versions else self.latest_version(table)
         return next((c.version for c in self._commits(table) if c.changed_rows and c.version <= at), at)
 
     def state(self, table: Table) -> tuple[str | None, int]:
-        """What tells the table's rows from those that it held before, and from those of one that was removed: Delta's
-        id of the table, `changed_version`."""
+        """Delta's id of the table and `changed_version`: the same as long as the table is the same one with the same
+        rows."""
         return self._commits(table).table_id(), self.changed_version(table)
 
     def current_model(self) -> str:
@@ -195,12 +195,12 @@ class Runtime(Lake):
     # ---- what changed since the last run ---------------------------------------------------------
 
     def incremental(self, written: Table, read: Table) -> DataFrame | None:
-        """The changes of `read` (Delta's change data feed: its columns,
-        _change_type and _commit_version) since `written` was made.
+        """What changed in `read` since `written` was made from it, as Delta's change data feed has it: the columns of
+        `read`, _change_type and _commit_version.
 
-        None where `written` has to be made anew: it does not exist yet, the stage was forced, its settings or the
-        table's revision are others, `read` was replaced as a whole or made anew, its changes are too old to be kept, or
-        others changed rows of `written`.
+        None where `written` has to be made anew: it does not exist yet; the stage was forced; its settings or the
+        table's revision have changed; something other than trailvec changed its rows; `read` was replaced as a whole or
+        is another table of that name; or its changes are no longer kept.
         """
         since = self._since(written, read)
         return None if since is None else self.changes(read, since)
@@ -211,17 +211,17 @@ class Runtime(Lake):
         return None if since is None else self.at(read, since)
 
     def is_unchanged(self, written: Table, read: Table) -> bool:
-        """Whether no row of `read` is another than when `written` was made; False where `incremental` gives None."""
+        """Whether `read` has the same rows as when `written` was made; False where `incremental` gives None."""
         since = self._since(written, read)
         return since is not None and self._unchanged_since(read, since)
 
     def _unchanged_since(self, read: Table, since: int) -> bool:
-        """Whether there was upkeep at most after the version, and runs that had nothing to do."""
+        """Whether no commit after the version changed a row."""
         return since >= self.changed_version(read)
 
     def changes(self, read: Table, since: int) -> DataFrame | None:
         """What changed in `read` after its version `since`, as in `incremental`; None where it was replaced as a whole
-        or the changes are too old to be kept."""
+        or the changes are no longer kept."""
         until = self._versions[read.name]
         if self._unchanged_since(read, since):
             nothing = self.read(read).limit(0).withColumn("_change_type", F.lit("insert"))
@@ -246,7 +246,7 @@ class Runtime(Lake):
         return int(since) if since is not None and self.kept(read, since) else None
 
     def kept(self, read: Table, version: int) -> bool:
-        """Whether the files of that version of a table that the stage reads are still there, and what changed since."""
+        """Whether that version of a table that the stage reads can still be read, and what changed since."""
         until = self._versions[read.name]
         # What the commit after `version` dropped is there until VACUUM takes it.
         oldest = time.time() - self.config.maintain.retention_hours_for(read.name) * 3600
@@ -317,10 +317,10 @@ class Runtime(Lake):
 
         Args:
             deletes: rows with the key's columns, none of them in `upserts`.
-            where: a condition over `old.*` that all old rows concerned fulfil: spares Delta the other files.
+            where: a condition over `old.*` that holds for all old rows concerned, so that Delta reads no other files.
             insert_only: old rows stay as they are, and no file is rewritten.
-            few: the rows of both are few beside the table's (about FEW at most), which then need no shuffle.
-            made_from: the table's `stage_version` that `upserts` goes on from, where it must be the newest still.
+            few: both have few rows beside the table (about FEW at most): most of its rows then need no shuffle.
+            made_from: the `stage_version` that `upserts` was made from; it must still be the newest. None: not asked.
             done, note: as in `append`.
 
         Raises:
@@ -337,8 +337,8 @@ class Runtime(Lake):
         values = {c.name: F.col(f"new.{c.name}") for c in table.columns}
         given, settings = new, {}
         if few:
-            # Cached, so that its size is known; out of a checkpoint, since the commit makes Delta plan anew what is
-            # cached and was read from the table.
+            # Cached, so that Spark knows its size; checkpointed before, since the commit would have Spark compute anew
+            # what is cached and was read from the table.
             new = new.localCheckpoint(eager=False).persist()
             new.count()
             given = new.where(F.col("trailvec_delete") >= F.lit(False))  # which holds for all
@@ -433,8 +433,8 @@ class Runtime(Lake):
         return last.get("fingerprint") == self.fingerprint and self.read_these(last)
 
     def read_these(self, provenance: dict[str, Any]) -> bool:
-        """Whether what was stored tells of the tables that the stage reads, and not of others that had their names and
-        are gone. (No part of the fingerprint: the same data in another warehouse give the same model's version.)"""
+        """Whether the run that stored this read the very tables that the stage reads, not earlier ones of their names.
+        (No part of the fingerprint: the same data in another warehouse give the same model's version.)"""
         told = provenance.get("table_ids", {})  # older code told none
         return all(told.get(name) in (None, table_id) for name, table_id in self._table_ids.items())
 
