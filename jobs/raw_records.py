@@ -146,7 +146,8 @@ def _finish(groups: list[DataFrame], mapping: Input, data_dir: Place) -> list[Da
 
 
 def _by_partition_columns(files: Sequence[str]) -> list[list[str]]:
-    """The files that Spark can read together: of others it leaves out those without such columns, or refuses all."""
+    """The files in groups that Spark can read together: those with the same partition columns (folders column=value)
+    below the same folder. Of files that differ in these, Spark leaves some out or refuses all."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for file in files:
         folders = file.split("/")[:-1]
@@ -159,7 +160,7 @@ def _by_partition_columns(files: Sequence[str]) -> list[list[str]]:
 
 
 def _as_patterns(files: Sequence[str]) -> list[str]:
-    """Names as Spark's readers, which take patterns, have to be told them."""
+    """Each name as a pattern that stands for it alone: Spark's readers take patterns."""
     return [re.sub(r"([][{}*?\\])", r"\\\1", file) for file in files]
 
 
@@ -205,7 +206,8 @@ def _by_header(spark: SparkSession, files: Sequence[str]) -> dict[str, list[str]
 
 
 def _check_doubled(file: str, header: str, columns: Sequence[str], names: Sequence[str]) -> None:
-    """Spark puts its place behind the name of each column that has another one's (note and Note are one to it)."""
+    """Refuses a header that has one of the names twice. Spark has renamed such columns by then: behind the name of each
+    it puts the column's place (note0, Note3: case makes no difference to it)."""
     for name in names:
         for place, column in enumerate(columns):
             if column.lower() == f"{name}{place}".lower() and column not in header:
@@ -236,11 +238,12 @@ def _read_csv(lines: DataFrame, file: str, header: str, delimiter: str) -> DataF
     spark = lines.sparkSession
     options = {"sep": delimiter, "escape": '"'}
     names = spark.read.options(header=True, **options).csv(_as_patterns([file])).columns
-    in_path = [name for name in lines.columns if name not in (LINE, FILE)]  # they win, as in Parquet files
+    in_path = [name for name in lines.columns if name not in (LINE, FILE)]  # they win over the file's, as in Parquet
     hidden = {name.lower() for name in in_path}
-    # Of a quoted field that the line's end leaves open Spark would give the part before it, and not say a word. Such a
-    # field takes in the delimiter that is put behind the line, so that the empty field behind that is not there: there
-    # is one too few, or, where the line has one too many, it stands in the last one's place.
+    # Where a quoted field goes on in the next line, Spark would give its first part and not say a word. So a delimiter
+    # is put behind each line, and one more field, an empty one, is asked for. A field that is still open takes the
+    # delimiter in: then there is one field too few, which Spark says; or, in a line with one too many, the last one
+    # stands where the empty one should, and is not empty.
     behind = spark._jvm.org.apache.spark.sql.catalyst.csv.CSVExprUtils.toDelimiterStr(delimiter)  # type: ignore[union-attr]
     fields = [f"_{place} string" for place in range(len(names) + 1)]
     record = F.from_csv(
@@ -272,7 +275,7 @@ def _read_parquet(spark: SparkSession, files: Sequence[str], base: dict[str, str
     except Exception as error:
         if "CANNOT_MERGE_SCHEMAS" not in str(error):
             raise
-    # A column has other types in other files: each kind of file is read by its own.
+    # A column has other types in other files: the files of each schema are read by themselves.
     groups: dict[str, list[str]] = {}
     for file in sorted(files):
         groups.setdefault(reader.parquet(file).schema.json(), []).append(file)
@@ -281,16 +284,17 @@ def _read_parquet(spark: SparkSession, files: Sequence[str], base: dict[str, str
 
 def _parse_json(lines: DataFrame, names: list[str], claimed: set[str]) -> DataFrame:
     """One object of each line that is not blank; a key that the mapping names nowhere stands in REST."""
-    in_path = [name for name in lines.columns if name not in (LINE, FILE)]  # they win, as in Parquet files
+    in_path = [name for name in lines.columns if name not in (LINE, FILE)]  # they win over the line's, as in Parquet
     rest = F.map_filter(_PARSED, lambda key, value: ~key.isin(*claimed, *in_path) & text_of(value).isNotNull())
     if unclaimed := [name for name in in_path if name not in claimed]:
         rest = F.map_concat(rest, _texts(unclaimed))
-    # As a list: of two objects in one line Spark would give the first, and not say a word of the second. With an object
-    # of ours at its end: a line may end the list itself ("]"), and what stands behind it Spark would not read.
+    # Read as a list of two: the line's object, and one of ours. Of several objects in a line by itself Spark would give
+    # the first and not say a word of the others. And a line may end the list itself, with a "]", behind which Spark
+    # reads nothing more: then our own object is missing.
     text = F.concat(F.lit("["), LINE, F.lit(f',{{"{_END}":""}}]'))
     objects = F.from_json(text, "array<map<string,string>>")
     keys = F.map_keys(F.col(_OBJECTS)[0])
-    # Of a key that stands twice a map would hold both, which no other reader takes.
+    # A key that stands twice would be twice in the map, which other readers refuse.
     is_one = (F.size(_OBJECTS) == 2) & F.col(_OBJECTS)[1][_END].isNotNull()
     is_one &= F.size(keys) == F.size(F.array_distinct(keys))
     return (
@@ -383,10 +387,12 @@ def _check_columns(path: str, rows: DataFrame, names: Sequence[str]) -> None:
 
 
 def valid_text(value: Column) -> Column:
-    """The text with U+FFFD for bytes that are no UTF-8, which Spark's readers keep, and Python and DuckDB refuse."""
+    """The text with U+FFFD in the place of bytes that are no UTF-8. Spark's readers keep such bytes, Python and DuckDB
+    refuse them."""
     return F.decode(F.encode(value, "UTF-8"), "UTF-8")
 
 
 def text_of(value: Column) -> Column:
+    """The value as text; NULL where it is blank."""
     text = value.cast("string")
     return F.when(F.trim(text) != "", text)
