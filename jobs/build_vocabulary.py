@@ -6,9 +6,10 @@ of old rows are brought up to date; their numbers are not touched. The numbering
 one task: 10^8 new items at once are its limit, not the log's size. What flagged users did counts for nothing, as long
 as they are flagged.
 
-Where the cut is given (`sequences.valid_from`), events that have come are added to the rows of their items, and nobody
-else's is looked at. Out of the log itself come only the items that some event has left, those of users who got a flag
-or lost it, and new ones: their earlier events were not enough for a row that could be added to.
+Where the cut is given (`sequences.valid_from`), a later run reads what changed: new events are added to the rows of
+their items, and all other rows stay as they are. Three kinds of items are described anew from the whole log: those that
+lost an event, those of users who got or lost a flag, and those without a row yet (their earlier events were too few for
+one, so that there is nothing to add to).
 """
 
 from __future__ import annotations
@@ -63,19 +64,21 @@ def describe_items(events: DataFrame, cuts: Cuts, settings: SequencesSettings) -
 
 
 def _said(name: str, when: Column, value: Column) -> Column:
-    """A value and when it was said, NULL for none: of two the greater is the later, in one moment the greater value."""
+    """A value and when it was said, as a struct; NULL without a value. Of two structs the greater is the later one, and
+    of one moment that with the greater value."""
     return F.when(value.isNotNull(), F.struct(when.alias("ts"), value.alias(name)))
 
 
 def _unpacked(rows: DataFrame) -> DataFrame:
-    """The values of LATEST out of what `_said` makes, and beside them when they were said."""
+    """Rows whose LATEST columns are structs of `_said` → the values there, and said_ts, when each was said."""
     times = F.struct(*[F.col(f"{name}.ts").alias(name) for name in LATEST]).alias("said_ts")
     values = {name: F.col(f"{name}.{name}") for name in LATEST}
     return rows.select("*", times).withColumns(values)
 
 
 def add_events(items: DataFrame, described: DataFrame) -> DataFrame:
-    """The rows of `items` with what `described` says of events that are new to them; each is in both."""
+    """The rows of `items` with new events added; `described` is `describe_items` of these events. Items that are not in
+    both are left out."""
     old, new = items.alias("old"), described.alias("new")
     latest = [
         F.greatest(
@@ -97,7 +100,7 @@ def number_items(described: DataFrame, items: DataFrame, min_count: int, next_in
         described, items: `describe_items` and the old rows, both of all items or both of some.
         next_index: the first number that no item ever had.
     """
-    described = described.localCheckpoint()  # else the log is read thrice: for items that are old, gone and new
+    described = described.localCheckpoint()  # else the log is read three times, for old, gone and new items
     old = items.select("item_id", "item_index")
     # An item whose last event is gone (its users were erased) keeps its number and its row, and counts for nothing.
     none = {name: F.lit(0) for name in ("event_count", "train_count", "target_count")}
@@ -125,12 +128,14 @@ def number_context_values(events: DataFrame, values: DataFrame) -> DataFrame:
 def changed_events(
     runtime: Runtime, written: Table, flagged: DataFrame
 ) -> tuple[DataFrame, DataFrame, DataFrame] | None:
-    """What changed in the events (OF_EVENTS and _change_type) of users who are not flagged and were not when `written`
-    was made; the same of users whose flag came or went since; and the user_id of each of these. None: `written` is to
-    be made anew.
+    """What changed in the events since `written` was made; None: `written` is to be made anew.
 
     Args:
-        flagged: user_id of all who are flagged.
+        flagged: user_id of all who are flagged now.
+
+    Returns:
+        The changed events (OF_EVENTS and _change_type) of users who are not flagged now and were not then; those of
+        users who got or lost their flag since; and the user_id of each of the latter.
     """
     changes, flags = runtime.incremental(written, EVENTS), runtime.incremental(written, FLAGGED_USERS)
     before = runtime.previous(written, FLAGGED_USERS)
@@ -138,9 +143,9 @@ def changed_events(
         return None
     before = before.select("user_id").distinct()
     gained, lost = flagged.join(before, "user_id", "left_anti"), before.join(flagged, "user_id", "left_anti")
-    # In the feed are those too who got a flag for one day more. It is here so that no flag is read where none changed.
+    # `flags` also has users who are flagged for one day more. The join spares reading all flags where none changed.
     turned = gained.union(lost).join(flags.select("user_id").distinct(), "user_id", "left_semi").localCheckpoint()
-    # Who is in neither has NULL; who is in both has turned.
+    # turned: NULL for users in neither frame, true for those in both.
     sides = flagged.withColumn("turned", F.lit(False)).union(turned.withColumn("turned", F.lit(True)))
     changes = changes.join(sides.groupBy("user_id").agg(F.max("turned").alias("turned")), "user_id", "left")
     changes = changes.where("turned IS NULL OR turned").select(*OF_EVENTS, "_change_type", "turned")
@@ -154,11 +159,11 @@ def run(runtime: Runtime) -> None:
     events = runtime.read(EVENTS).join(flagged, "user_id", "left_anti")
     runtime.create(ITEMS)
     runtime.create(CONTEXT_VALUES)
-    # A number is given once: where two runs at once would give one number to two items, one of them ends.
+    # Two runs at once could give one number to two items: the later commit is refused (`made_from`).
     items_from, values_from = (runtime.stage_version(table) for table in (ITEMS, CONTEXT_VALUES))
-    # What no change names stands as it is, unless the cut moves; in leave-one-out a user's every event moves one.
+    # Rows without a change stay as they are only if the cut stays; in leave-one-out every event moves its user's.
     fixed = settings.split_by == "time" and settings.valid_from is not None
-    # Items are written last: nothing is new to the context values that is not new to them.
+    # Items are written last: what is new since the last commit to context_values is new to items too.
     written = ITEMS if fixed and runtime.last_writer(CONTEXT_VALUES) else CONTEXT_VALUES
     changed = changed_events(runtime, written, flagged)
     met, of_turned = events.select(*OF_EVENTS), None
@@ -168,12 +173,12 @@ def run(runtime: Runtime) -> None:
         if not turned.isEmpty():  # rare, and all events are read for it
             met = met.union(events.join(turned, "user_id", "left_semi").select(*OF_EVENTS))
             of_turned = runtime.read(EVENTS).join(turned, "user_id", "left_semi").select("item_id")
-            # What they no longer have was counted too, before the flag.
+            # An item may also have lost events of theirs that were counted before the flag.
             of_turned = of_turned.union(changes_of_turned.select("item_id"))
     new_values = number_context_values(met, runtime.latest(CONTEXT_VALUES))
     runtime.merge(CONTEXT_VALUES, new_values, made_from=values_from)
 
-    # A cut that is given does not go by the log's end: whose events they are need not be read for it.
+    # A given cut does not depend on the log's end, so flagged users need not be left out, which would cost a join.
     cuts, items = cut_times(runtime.read(EVENTS) if fixed else events, settings), runtime.latest(ITEMS)
     next_index = items.agg(F.coalesce(F.max("item_index") + 1, F.lit(FIRST_INDEX))).collect()[0][0]
     if changed is None or not fixed:
@@ -185,7 +190,7 @@ def run(runtime: Runtime) -> None:
         touched = touched.union(of_turned.select("item_id", F.lit(False)))
     touched = touched.groupBy("item_id").agg(F.bool_and("came").alias("only_came"))
     touched = touched.join(items.select("item_id", "item_index"), "item_id", "left")
-    # What left an item can't be subtracted from its latest name; to what is no row yet nothing can be added.
+    # A lost event can't be taken out of a latest name again, and to an item without a row nothing can be added.
     anew = touched.where(~F.col("only_came") | F.col("item_index").isNull()).select("item_id").persist()
     try:
         known = items.join(anew, "item_id", "left_anti")
