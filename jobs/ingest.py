@@ -6,9 +6,10 @@ the source's mapping and the reasons why a record is no event), deduplicated aga
 committed: rejected_events first, under the batch's number, so that a batch that is done again adds nothing; then
 events, by MERGE. A kill at any moment and the same command end as if nothing had happened (docs/decisions/0007).
 
-The same event again, equal in every column, is dropped without a word, however long ago it came; the same event_id with
-other content keeps the row with the smallest (event_ts, hash of content), whichever came first, and the other one is
-refused: duplicate_event_id. So records may come in any order, in any batches and any number of times.
+The same event again, equal in every column, is dropped and not refused, however long ago it first came. Of events with
+one event_id and different content, the one with the smallest (event_ts, hash of content) is kept, whichever came first,
+and the others are refused: duplicate_event_id. So records may come in any order, in any batches and any number of
+times.
 
 What comes of a user whom erase_users took out is dropped, events and refused records alike, and only counted.
 """
@@ -59,10 +60,11 @@ _ONE_TASK = 4_000_000
 
 
 def mark_duplicates(records: DataFrame, duplicates: str) -> DataFrame:
-    """`records` (as `to_events` gives them, and `stored`: the row is in the table) with a reason at every event but
-    one of each event_id (where duplicates is "same_day": of each event_id and day).
+    """`records` with one event kept of each event_id (where duplicates is "same_day": of each event_id and day). The
+    others get a reason: REPEAT where they equal the kept one in all columns, else duplicate_event_id. One shuffle.
 
-    The reason is REPEAT where the event equals the kept one in all columns, else duplicate_event_id. One shuffle.
+    Args:
+        records: as `to_events` gives them, with `stored`: the row is in the table already.
     """
     is_event = F.col("reason").isNull()
     # Map columns have no hash; xxhash64 skips NULLs, so that each is marked.
@@ -98,10 +100,11 @@ def mark_duplicates(records: DataFrame, duplicates: str) -> DataFrame:
 
 
 def same_ids(table: str, low: str, high: str, days: Sequence[date] | None) -> Column:
-    """A condition over the columns of the events table (`table` is its alias, with a dot, or "") that all its rows with
-    an event_id of a batch fulfil, in literals, so that the files' statistics spare most files.
+    """A condition that holds for all rows of the events table with an event_id of a batch. It is made of literals, so
+    that Delta can tell by its files' statistics which files to leave unread.
 
     Args:
+        table: the table's alias with a dot behind it, or "".
         low, high: the batch's first and last event_id. Ids that go up with time (most do) lie in few files.
         days: the days on which such a row may lie; None: on any.
     """
@@ -119,8 +122,8 @@ def commit_batch(
 
     Args:
         batch: its writer and number; of the same batch, rejected_events takes the rows once.
-        read: by reason (None: an event), the records of this run's earlier batches; this one's are added.
-        again: what is refused may stand in rejected_events already, from another batch.
+        read: how many records of this run's earlier batches had which reason (None: events); this batch's are added.
+        again: the inputs are read once more, so that rejected_events may hold what is refused already.
     """
     settings = runtime.config.ingest
     same_day = settings.duplicates == "same_day"
@@ -170,7 +173,8 @@ def stored_events(runtime: Runtime, ids: DataFrame, where: Column) -> DataFrame 
     """The rows of `events` with one of the ids (event_id, each once), as `mark_duplicates` wants them; None where there
     is none.
 
-    Their ids and days first: most batches bring little again, and of other days' files no other column is read.
+    The table is read twice, first for the ids and days of these rows alone: few batches bring an event again, and so
+    all columns are read of few days' files, or of none.
 
     Args:
         where: `same_ids` of them.
@@ -290,12 +294,12 @@ def _has_refused(runtime: Runtime, source: Source) -> bool:
 
 
 def _listing(spark: SparkSession, mapping: Input, runtime: Runtime) -> DataFrame:
-    """The names of the input's files, as a stream: which of them are new, Spark's checkpoint knows."""
+    """The names of the input's files, as a stream; by its checkpoint Spark tells which of them are new."""
     given = _data_dir(runtime) / str(mapping.path)
     path = file_url(str(given))
     if given.is_file():
-        # Spark's stream takes a pattern or a folder, not a file. In braces Hadoop asks for the file alone; by any other
-        # pattern for all beside it, and stops at a colon in a name.
+        # Spark's stream takes a folder or a pattern, not a file. For a name in braces Hadoop looks at that file alone;
+        # for any other pattern it lists all files beside it, and fails at one with a colon in its name.
         folder, _, name = path.rpartition("/")
         path = "{}/{{/{}}}".format(folder, name.replace(",", "\\,"))
     files = spark.readStream.format("binaryFile").schema(LISTING)
@@ -342,17 +346,17 @@ def run(runtime: Runtime) -> None:
             "read is kept under it"
         )
     if not runtime.exists(EVENTS):
-        # What the books say was read into a table that is gone (moved away, say). Of all inputs at once, and of sources
-        # that are not named now too: after a kill the table is there.
+        # The checkpoints tell of what was read into a table that is gone (moved away, say). All of them go, also those
+        # of sources that are not configured now: were this run killed, the next one would find a table, and trust them.
         remove_tree(runtime.place / "checkpoints" / "ingest")
-        runtime.create(REJECTED_EVENTS)  # first: where events is there, this one is gone or has all that was refused
+        runtime.create(REJECTED_EVENTS)  # before events, so that it is only missing beside them if somebody removed it
     elif not runtime.exists(REJECTED_EVENTS) and not runtime.forced:
-        # Not read again unasked: where the mapping has changed since, old records would become other events.
+        # Nothing is read again unasked: by a mapping that has changed since, old records would become other events.
         runtime.report.notes.append(
             "table rejected_events was gone, and what was refused before with it: `trailvec ingest --force` reads all "
             "inputs again"
         )
-    runtime.create(EVENTS)  # from here on another ingest leaves the books alone
+    runtime.create(EVENTS)  # from here on another ingest leaves the checkpoints
     for source in sources:
         for mapping in source.input:
             follow(runtime, source, mapping)
