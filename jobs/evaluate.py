@@ -108,8 +108,8 @@ class Result(NamedTuple):
 
 
 def relevant_items(row: Any, task: str) -> tuple[list[int], float]:
-    """What the user of a row did next, by task (the items at the first moment at which there are any), and how many
-    hours after the cut; NaN where there is nothing."""
+    """(items, hours): what the user of a row did at the first moment after the cut at which they did anything of the
+    task, and how many hours after the cut that was; ([], NaN) where they did nothing of it."""
     seen = set(row.seen_item_index) - {UNKNOWN}
     pairs = list(zip(row.target_hours, row.target_item_index, strict=True))
     if task != "next":
@@ -127,8 +127,7 @@ def following(rows: pd.DataFrame, task: str) -> Following:
 def rank_users(
     rows: pd.DataFrame, scorers: dict[str, Scorer], rankable: npt.NDArray[np.bool_]
 ) -> dict[tuple[str, bool], Integers]:
-    """By method the best items of each row, int64 [rows, at most 20]: (method, False) of all that may be ranked,
-    (method, True) without what the user has seen."""
+    """The best items of each row, int64 [rows, at most 20], by (method, whether what the user has seen is left out)."""
     found: dict[tuple[str, bool], list[Integers]] = {}
     at_once = max(1, min(_BLOCK_USERS, _BLOCK_SCORES // len(rankable)))
     for start in range(0, len(rows), at_once):
@@ -290,7 +289,7 @@ def run(runtime: Runtime) -> None:
     settings = runtime.config.evaluate
     model_dir = model_folder(runtime)
     version = model_dir.name
-    # An item that the model never saw is none that it can be asked to rank: the floors do not know it either.
+    # Items that the model never saw in training are not ranked: the floors don't know them either.
     vectors = runtime.read(ITEM_EMBEDDINGS).where((F.col("model_version") == version) & ~F.col("is_cold"))
     if vectors.isEmpty():
         raise TrailvecError(
@@ -405,7 +404,8 @@ def _matrix(vectors: pd.Series[Any]) -> Floats:
 
 
 def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts) -> tuple[Own, sp.csr_matrix]:
-    """What the users (user_id, cut_us) did before their cuts; a sample's counts in training, [sample, items]."""
+    """What the users (user_id, cut_us) did before their cuts; and how often a sample of all users acted on each item in
+    the training window, [sample, items]."""
     settings, split = runtime.config.sequences, runtime.config.evaluate.split
     sessions = runtime.read(SESSIONS)
     vocabulary = in_vocabulary(runtime.read(ITEMS), runtime.config.vocabulary.min_count)
@@ -417,7 +417,7 @@ def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts)
     actions = actions.where((F.col("item_index") > UNKNOWN) & (F.col("item_index") < items))
 
     def matrices(rows: DataFrame, names: list[str], **values: Column) -> list[sp.csr_matrix]:
-        """Each value of a user and an item, [users in `names`, items]."""
+        """A matrix for each of `values`, an aggregate over a user's rows of an item: [users in `names`, items]."""
         found = rows.groupBy("user_id", "item_index").agg(*[v.alias(name) for name, v in values.items()]).toPandas()
         places = found["user_id"].map({name: n for n, name in enumerate(names)}), found["item_index"]
         return [sp.csr_matrix((found[name], places), shape=(len(names), items)) for name in values]

@@ -64,8 +64,9 @@ class Scoring:
 
     Attributes:
         sequences: the version of sequences that the vectors are made from.
-        done: those of the chunks 0 … chunks - 1 that are committed.
-        into_empty: the table had no vector of the model before.
+        chunks: how many there are; a user's is a hash of their id.
+        done: the numbers of those that are committed.
+        into_empty: the table had no vector of the model when this began, so that a chunk only adds rows.
     """
 
     sequences: int
@@ -75,8 +76,8 @@ class Scoring:
 
 
 def scoring_so_far(runtime: Runtime, model: dict[str, Any]) -> Scoring | None:
-    """None where there is nothing to go on from."""
-    # What was made from another table of that name is nothing to go on from: versions of the two may be the same.
+    """How far an earlier run came with this very model; None where there is nothing to go on from."""
+    # Notes of runs that read an earlier table of the name sequences don't count: its versions held other rows.
     told = takewhile(runtime.read_these, runtime.noted(USER_EMBEDDINGS))
     notes = [said["note"] for said in told if said["note"]["model"]["version"] == model["version"]]
     if runtime.forced or not notes or notes[0]["model"] != model or not runtime.kept(SEQUENCES, notes[0]["sequences"]):
@@ -203,7 +204,8 @@ class Scorer:
         }
 
     def _told(self, total: int, to_do: int) -> AbstractContextManager[None]:
-        """Says every few seconds how many of `total` users are done, of whom `to_do` are this block's."""
+        """Until the block ends, says every few seconds how many of `total` users are done; `to_do` of them are encoded
+        in the block."""
         started, before = time.monotonic(), self.counts.value[0]
 
         def tell() -> None:
@@ -224,8 +226,8 @@ def progress_line(users: int, to_do: int, total: int, seconds: float) -> str:
 
 
 def was_scored(runtime: Runtime, version: str) -> bool:
-    """Whether all users had a vector of the model once, so that it passed the gate; by the notes of user_embeddings,
-    else by its rows."""
+    """Whether all users had a vector of the model once, so that it has passed the gate before. The notes of
+    user_embeddings' commits say so; where none of them is kept, any row of the model does."""
     notes = [said["note"] for said in runtime.noted(USER_EMBEDDINGS) if said["note"]["model"]["version"] == version]
     if notes:
         return any(note.get("chunks") == 1 and not note["into_empty"] for note in notes)  # as every run ends
