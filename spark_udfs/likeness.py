@@ -100,9 +100,10 @@ class _Group(NamedTuple):
         first, counts: where each one's anchors begin, and how many there are, [segments].
         vectors: the anchors, one segment's after the other, float64 [anchors, width].
         lengths: the anchors' lengths, [anchors].
-        prepared: float32 [anchors, width], none longer than 1, so that the bound of the rounding error holds and
-            nothing overflows.
-        divided_by: what made `prepared` of a segment's anchors, under "dot"; ones under "cosine", [segments].
+        prepared: the anchors for the float32 product, [anchors, width]: under "cosine" of length 1, under "dot" divided
+            by the segment's longest. None is longer than 1: the bound of the rounding error wants that, and nothing
+            overflows.
+        divided_by: under "dot" what each segment's anchors were divided by, under "cosine" ones, [segments].
     """
 
     metric: Metric
@@ -115,7 +116,7 @@ class _Group(NamedTuple):
     divided_by: Numbers
 
     def scale(self, lengths: Numbers) -> Numbers:
-        """What a product with a user's direction is multiplied by to be the score, about: [segments, users or 1]."""
+        """What makes a score, but for roundings, of a product with a user's direction: [segments, users or 1]."""
         return self.divided_by[:, None] * (lengths if self.metric == "dot" else 1.0)
 
     def products(self, unit: Vectors) -> Iterator[tuple[slice, Vectors, Vectors]]:
@@ -206,7 +207,7 @@ def _group(metric: Metric, segments: list[int], anchors: Sequence[Anchors]) -> _
 
 
 def _ranges(first: Rows, counts: Rows) -> tuple[Rows, Rows]:
-    """The numbers from each `first` on, so many: which range each is of, and the numbers."""
+    """Ranges of `counts` numbers from `first` on, laid end to end: which range each number is of, and the number."""
     of = np.repeat(np.arange(len(counts)), counts)
     return of, np.arange(len(of)) + (first - np.cumsum(counts) + counts)[of]
 

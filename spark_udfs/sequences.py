@@ -1,9 +1,10 @@
 """Rows of `sequences` out of actions in order, over Arrow: no Python object per action, memory bounded by a batch.
 
-What a user's rows are is a matter of places in their history: how many actions lie before a cut, and how far back from
-there an action stands. So all rows of a batch's users are found at once by arithmetic over those places, and each list
-column is one gather. A history that goes on in the next batches is held back without what no row will show: of the
-actions before `max_parts` rows, only which items they name.
+A user's actions lie in order, so a row is a range of them: from so many actions before a cut up to it. The ranges of
+all users of a batch are worked out at once, by arithmetic over places, and each list column is then one gather.
+
+A user whose actions go on in the next batch is held back until they end. Of actions too far back for any row only the
+items are kept: a valid or test row must still name them as seen.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class CutRules:
 
 
 class _Seen(NamedTuple):
-    """Items of a user's actions that are no longer held, sorted: what valid and test rows must name beside the rest."""
+    """Items of a user's actions that are no longer held, sorted: those that the user's valid and test row must name as
+    seen, beside those of the actions that are held."""
 
     valid: Int64
     test: Int64
@@ -84,7 +86,8 @@ def cut_sequences(batches: Iterable[pa.RecordBatch], rules: CutRules) -> Iterato
             held.append(batch)
             if sum(part.num_rows for part in held) > limit:
                 held, seen = _newest(held, rules, seen)
-                # Twice as many next time: a million targets, which all must stay, are not laid together each time.
+                # Next time at twice as many: all actions after the cut must stay, maybe a million, and they are not to
+                # be laid together anew for each batch.
                 limit = 2 * (rules.farthest + held[0].num_rows)
             continue
         first_of_last = pc.index(users, users[-1]).as_py()
@@ -96,7 +99,7 @@ def cut_sequences(batches: Iterable[pa.RecordBatch], rules: CutRules) -> Iterato
 
 
 def _newest(held: list[pa.RecordBatch], rules: CutRules, seen: _Seen) -> tuple[list[pa.RecordBatch], _Seen]:
-    """A user's actions without those that no row can show any more, and the items of these."""
+    """A user's actions without those that are too far back for any row, and `seen` with the items of the latter."""
     together = pa.Table.from_batches(held).combine_chunks().to_batches()[0]
     times = together["event_ts"].cast(pa.int64()).to_numpy()
     before_valid = len(times) - 2 if rules.leave_one_out else int(np.searchsorted(times, rules.valid_us))

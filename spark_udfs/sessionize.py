@@ -167,7 +167,7 @@ def _cut(
 
         starts = _cut_long(times, np.flatnonzero(cut), before, rules)
         run_rows = np.flatnonzero(new_run)
-        # Row 0 of these is the run that the last batch left open.
+        # The first of these is the run that the last batch left open.
         run_starts = np.concatenate(([before.run_us if before else 0], run_us[run_rows]))
         runs = run_starts[np.searchsorted(run_rows, starts, side="right")]
         yield batch, starts, runs
@@ -201,7 +201,7 @@ def _local_days(times: pa.Array, zone: str) -> Int64:
 
 
 def _cut_long(times: Int64, starts: Int64, before: _Open | None, rules: Rules) -> Int64:
-    """`starts`, and those that a session's length makes: one step for each of these."""
+    """`starts` and the further ones where a session would get too long, in events or in time: a step for each."""
     if before is None or (len(starts) > 0 and starts[0] == 0):
         first_rows, first_us, held = starts, times[starts], np.zeros(len(starts), np.int64)
     else:  # the batch begins inside a session

@@ -91,15 +91,15 @@ class Nearest:
 
     def _floor(self, approximate: npt.NDArray[np.float32], scale: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
         """What an approximate score must reach to be one of the k best so far: [queries, 1]."""
-        # A product of vectors no longer than 1 is off by at most (length + 2) roundings, here and at the k-th best; the
-        # score's own rounding to float32 and that of the subtraction below are covered by the rest.
+        # A product of vectors no longer than 1 is off by at most (length + 2) roundings. There are two, this and the
+        # k-th best's; the rest of the margin is for the rounding of scores and of the subtraction below.
         margin = 2 * (self._queries.shape[1] + 8) * np.finfo(np.float32).eps
         lowest = np.finfo(np.float32).min  # all but -inf, what is left out
         kth = self._scores[:, 0].astype(np.float64)
         floor = np.divide(kth, scale, out=np.zeros(len(kth)), where=scale > 0)
         floor[np.isneginf(kth)] = -np.inf
         if (few := np.isneginf(floor)).any() and (count := approximate.shape[1]) > self._k:
-            # They have no k yet: the k-th of this product is as high as one may go.
+            # Queries with fewer than k so far: at least the k best of this product will be taken.
             floor[few] = np.partition(approximate[few], count - self._k, axis=1)[:, count - self._k]
         return np.asarray(np.maximum(floor - margin, lowest), np.float32)[:, None]
 
