@@ -103,8 +103,9 @@ def read_batches(
 
 
 def rows_digest(files: list[str]) -> str:
-    """SHA-256 of what the files' footers say of their rows. Other rows have another one, and so have the same rows in
-    another order or in other row groups, over which a pass would go in another order. The files' names don't matter."""
+    """SHA-256 of the rows and bytes of each row group, by the files' footers. It tells whether a pass over the files
+    would take the same rows in the same order: other rows, and the same rows in other row groups, have another digest.
+    The files' names don't matter."""
     return hashlib.sha256(json.dumps([sizes for _, _, *sizes in _row_groups(tuple(files))]).encode()).hexdigest()
 
 
@@ -188,8 +189,8 @@ def _chunks(pieces: list[Piece], rows: int) -> Iterator[pa.Table]:
 class _PlannedReader(Reader):  # type: ignore[misc]
     """Petastorm's reader, of the planned row groups in the plan's order: for each the Arrow table of FEATURES.
 
-    make_batch_reader would make a pandas frame of every row group, a numpy array of every cell: four times the work of
-    reading it, and work that holds the interpreter's lock while the training step wants it.
+    Petastorm's own make_batch_reader would turn every row group into a pandas frame and every cell into a numpy array.
+    That is four times the work of reading, under the interpreter's lock, which the training step wants.
     """
 
     def __init__(self, pieces: list[Piece]) -> None:
@@ -266,7 +267,7 @@ def _ahead(batches: Generator[Batch, None, None], count: int) -> Iterator[Batch]
 
 # ---- what happens to a chunk ------------------------------------------------------------------------------
 # Its rows lie one after the other: values int32 [features, actions], lengths int64 [rows], actions = sum(lengths).
-# Most of the time goes into memory that is in no cache: columns are gathered once, and written where they stay.
+# Most of the time goes into reading and writing memory, so each column is gathered once, into its last place.
 
 
 def _generator(seed: int, *drawn: int) -> np.random.Generator:
@@ -303,7 +304,7 @@ def shuffle_moments(gaps: Values, lengths: Ints, random: np.random.Generator) ->
     """
     begins = gaps != SAME_MOMENT
     begins[np.cumsum(lengths) - lengths] = True  # a row can begin in the midst of a moment
-    # By number of the moment, then by chance: nearly in order already, which the stable sort makes use of.
+    # The key is the moment's number plus a random fraction: nearly in order already, which makes a stable sort quick.
     return np.argsort(np.cumsum(begins) + random.random(len(begins)), kind="stable")
 
 

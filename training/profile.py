@@ -4,15 +4,14 @@ A profile is PARTS side by side. Each is centred and brought to one length over 
 so that a part weighs what WEIGHTS says, however many places it has:
 
   state       the model's state after the user's last action: what comes next, and in which order things came
-  items       TF-IDF of the user's items, in its first singular directions: which ones, over the whole history; each
-              weighs the more, the more of it the user takes at once, beside what others take (a rating is a
-              quantity too)
-  amounts     of which of them the user takes more and of which less, likewise
-  words       the same of the words in the items' names: items that are hardly ever bought by the same user share them
-  categories  the same of their categories
+  items       which items, over the whole history: TF-IDF in its first singular directions. An item weighs more, the
+              more of it the user takes at once beside what others take (a rating is a quantity too)
+  amounts     of which items the user takes more than others do, and of which less, in singular directions too
+  words       the words in the items' names, likewise: items that hardly any user has both of may share words
+  categories  the items' categories, likewise
   statistics  numbers of how often, when and for how much, each standardised (jobs.profile_users names them)
-  forecast    on how many days of the next week, and of the next four, the user will act: what the statistics said four
-              weeks ago, by ridge regression on what came since
+  forecast    on how many days of the next week, and of the next four, the user will act: a ridge regression from the
+              statistics of four weeks ago to what came since, applied to the statistics of now
 
 The basis is fitted on a bounded sample of users, without any label, and kept beside the model: `profile.safetensors`
 and, written last, `profile.json`.
@@ -43,8 +42,8 @@ Counts: TypeAlias = (
 )  # float [users, numbers]; a column for each number that an item, category or statistic may have
 
 PARTS = ("state", "items", "amounts", "words", "categories", "statistics", "forecast")
-# How often and when says little of who somebody is: with more weight it drowns in a linear head what they buy. The two
-# numbers of the forecast hold what says most of what comes next.
+# Statistics say little of who somebody is: with more weight they would drown, in a linear head, what somebody buys. The
+# two numbers of the forecast say most about what comes next.
 WEIGHTS = {
     "state": 0.5,
     "items": 2.0,
@@ -67,8 +66,9 @@ class Terms:
     Attributes:
         numbers: which ones count, ascending, [terms].
         idf: float32 [terms].
-        presence: that a user has it at all is what counts. How often somebody buys an item hardly tells who they are,
-            and once out of thirty thousand is enough to; of a few hundred categories everybody has most.
+        presence: only whether a user has it counts, not how often. So for items: to have bought one out of thirty
+            thousand tells who somebody is, how often hardly does. Not for categories: of a few hundred everybody has
+            most.
     """
 
     numbers: Integers
@@ -183,7 +183,8 @@ class Basis:
 def _weighed(
     counts: Mapping[str, Counts], words: sp.csr_matrix, terms: Mapping[str, Terms], usual: Floats
 ) -> dict[str, sp.csr_matrix]:
-    """What singular directions are found of, and multiplied with: float64 [users, terms] of each kind."""
+    """The weighted matrices whose singular directions the basis holds, and which are multiplied by them to give the
+    parts of a profile: float64 [users, terms] of each kind."""
     beside = terms["items"].beside(counts["items"], usual)
     return {
         "items": _unit(terms["items"].weigh(counts["items"]).multiply(beside).tocsr()),
