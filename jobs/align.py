@@ -158,10 +158,12 @@ def _align(runtime: Runtime, folder: Path, onto: str | None) -> None:
     report: dict[str, Any] = {
         "model_version": folder.name,
         "onto": onto,
-        "said": f"model {folder.name}: there is no current model yet, its space is the first",
+        "said": f"model {folder.name}: there is nothing to lay it onto, its space is the first",
         "provenance": runtime.provenance(),
     }
-    if onto is None or onto == folder.name:
+    # The current model itself, trained again: to other weights, or its alignment would still be there (jobs/train.py).
+    itself = onto == folder.name
+    if onto is None or (itself and (has_no_items(runtime, onto) or not runtime.exists(ITEM_EMBEDDINGS))):
         write_alignment(folder, None, report)
         return
     if has_no_items(runtime, onto):

@@ -25,7 +25,7 @@ def run(runtime: Runtime) -> None:
         .withColumn("model_version", F.lit(about["model_version"]))
         .withColumn("as_of", F.to_timestamp(F.lit(about["as_of"])))
     )
-    runtime.write(ITEM_EMBEDDINGS, vectors)
+    runtime.write(ITEM_EMBEDDINGS, vectors, note=model_inputs(runtime))
 
 
 STAGE = Stage(

@@ -41,10 +41,11 @@ def model_folder(runtime: Runtime, version: str | None = None) -> Path:
 
 
 def model_inputs(runtime: Runtime) -> dict[str, str | None]:
-    """What decides about the vectors that the model in use gives, as `Stage.inputs`: its version, and what they are
-    turned by (`trailvec align`)."""
+    """What decides about the vectors that the model in use gives, as `Stage.inputs`: its version, its weights (on GPUs a
+    training that is repeated ends in others), and what they are turned by (`trailvec align`)."""
     folder = model_folder(runtime)
-    return {"model_version": folder.name, "rotation": rotation_sha256(folder)}
+    weights = read_about(folder)["weights_sha256"]
+    return {"model_version": folder.name, "weights": weights, "rotation": rotation_sha256(folder)}
 
 
 def has_model(runtime: Runtime, version: str) -> bool:

@@ -256,11 +256,11 @@ class Runtime(Lake):
 
     # ---- writing ---------------------------------------------------------------------------------
 
-    def write(self, table: Table, df: DataFrame, done: bool = True) -> None:
+    def write(self, table: Table, df: DataFrame, done: bool = True, note: dict[str, Any] | None = None) -> None:
         """Replaces the table's rows by `df` in one commit; in a table partitioned by model_version, only
-        the rows of the partitions that `df` holds. `done` as in `append`."""
+        the rows of the partitions that `df` holds. `done` and `note` as in `append`."""
         mode = "dynamic" if "model_version" in table.partition_by else "static"
-        self._save(table, df, "overwrite", {"partitionOverwriteMode": mode}, done=done)
+        self._save(table, df, "overwrite", {"partitionOverwriteMode": mode}, done=done, note=note)
 
     def append(
         self,

@@ -26,12 +26,12 @@ from pyspark.sql import functions as F
 from jobs import align, evaluate
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
-from jobs.model_folders import model_folder
+from jobs.model_folders import model_folder, model_inputs
 from jobs.models import encode_sequences
 from jobs.progress import meanwhile
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import spark_conf
-from jobs.tables import CURRENT_MODEL, SEQUENCES, USER_EMBEDDINGS
+from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, SEQUENCES, USER_EMBEDDINGS
 from spark_udfs.encode import Counts, Summed
 from training.batches import FEATURES
 from training.checkpoint import read_about, read_alignment, rotation_sha256
@@ -260,9 +260,21 @@ def check_successor(runtime: Runtime, version: str) -> None:
         raise TrailvecError(f"model {version} has no item vectors yet: run `trailvec embed_items` first")
 
 
+def check_items(runtime: Runtime, version: str) -> None:
+    """Raises TrailvecError where the items of the model lie in a space that it had before: users would in another."""
+    notes = [said["note"] for said in runtime.noted(ITEM_EMBEDDINGS)] if runtime.exists(ITEM_EMBEDDINGS) else []
+    made_by = next((note for note in notes if note.get("model_version") == version), None)
+    if made_by not in (None, model_inputs(runtime)):
+        raise TrailvecError(
+            f"model {version} was trained or aligned again after its item vectors were written: "
+            f"run `trailvec embed_items` first"
+        )
+
+
 def run(runtime: Runtime) -> None:
     scorer = Scorer(runtime)
     check_successor(runtime, scorer.version)
+    check_items(runtime, scorer.version)
     runtime.create(USER_EMBEDDINGS)
     now = runtime.version(SEQUENCES)
     scoring = scoring_so_far(runtime, scorer.model)
@@ -289,7 +301,7 @@ STAGE = Stage(
     reads=(SEQUENCES,),
     writes=(USER_EMBEDDINGS, CURRENT_MODEL),
     settings=(),  # score.* changes the speed, not the vectors
-    inputs=lambda runtime: {"model_version": model_folder(runtime).name},
+    inputs=model_inputs,
 )
 
 

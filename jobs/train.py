@@ -13,6 +13,7 @@ has gone on from there.
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -170,6 +171,8 @@ def run(runtime: Runtime) -> None:
             remove_tree(checkpoints)
         with published(folder) as staging:
             _train(runtime, version, staging, checkpoints)
+            if there is not None and read_about(staging)["weights_sha256"] == there["weights_sha256"]:
+                _keep_what_was_added(model_folder(runtime, version), staging)
         remove_tree(checkpoints)
     write_json(runtime.models / "current.json", {"model_version": version})
     about = read_about(model_folder(runtime, version))
@@ -182,6 +185,14 @@ def run(runtime: Runtime) -> None:
         f"{training['epochs'][-1]['loss']:.3f}, best epoch {training['best_epoch']}"
         + (f" ({scores} on {training['held_users']:,} held-out users)" if scores else "")
     )
+
+
+def _keep_what_was_added(old: Path, new: Path) -> None:
+    """Other stages have added files to the model (its alignment, its profiles' basis, a page): they hold for the same
+    weights."""
+    for file in old.iterdir():
+        if not (new / file.name).exists():
+            shutil.copyfile(file, new / file.name)
 
 
 def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place | None) -> RunSpec:
