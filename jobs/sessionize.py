@@ -97,12 +97,21 @@ def _part(splits: Sequence[Split]) -> Column:
         earlier = (time < middle.event_us) | ((time == middle.event_us) & (F.col("event_id") < middle.event_id))
         return F.when(earlier, within(low, (low + high) // 2)).otherwise(within((low + high) // 2 + 1, high))
 
-    part, low = F.lit(0), 0
+    def of(users: Sequence[tuple[str, int, int]]) -> Column:
+        """The same of these users: whose splits begin and end where. A tree again: Spark walks expressions by recursion,
+        and a chain of a thousand users is more than its stack holds."""
+        if len(users) == 1:
+            user_id, low, high = users[0]
+            return F.when(F.col("user_id") == user_id, within(low, high)).otherwise(0)
+        middle = len(users) // 2
+        return F.when(F.col("user_id") < users[middle][0], of(users[:middle])).otherwise(of(users[middle:]))
+
+    users, low = [], 0
     for user_id, of_user in itertools.groupby(splits, lambda split: split.user_id):
         high = low + len(list(of_user))
-        part = F.when(F.col("user_id") == user_id, within(low, high)).otherwise(part)
+        users.append((user_id, low, high))
         low = high
-    return part
+    return of(users) if users else F.lit(0)
 
 
 def _event_fields() -> list[str]:

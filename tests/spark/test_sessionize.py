@@ -126,6 +126,19 @@ def test_a_run_without_an_end_is_parted_too(spark: SparkSession) -> None:
     assert {r["part"]: r["count"] for r in numbers} == {0: 56, 1: 56, 2: 56, 3: 32}
 
 
+def test_so_many_users_may_be_parted_that_spark_could_not_walk_down_a_chain_of_them(spark: SparkSession) -> None:
+    at = int(START.timestamp() * 1_000_000)
+    splits = [sessionize.Split(f"u{n:04}", at, "e1", at) for n in range(1500)]
+    events = [event("e0", "u0007", 0), event("e1", "u0007", 0), event("e1", "u1499", 0), event("e1", "v", 0)]
+    found = to_frame(spark, events).select("user_id", "event_id", sessionize._part(splits).alias("part")).collect()
+    assert sorted(map(tuple, found)) == [
+        ("u0007", "e0", 7),
+        ("u0007", "e1", 8),
+        ("u1499", "e1", 1500),
+        ("v", "e1", 0),
+    ]
+
+
 def test_users_of_many_events_are_found_in_a_table_of_many_files(make_runtime: Callable[..., Runtime]) -> None:
     # Of every second event there are 125 of this user, where more than 100 are looked for; in half of the files 62.
     runtime = make_runtime()
