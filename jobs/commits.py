@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ def _commit_of(version: int, info: dict[str, Any]) -> Commit:
     changes = [n for n in metrics if n in ("numTargetRowsInserted", "numTargetRowsUpdated", "numTargetRowsDeleted")]
     if operation == "WRITE" and mode == "Append":
         changes = ["numOutputRows"]
+    elif operation in {"DELETE", "UPDATE"}:  # without rows in the metrics, whole files went
+        changes = ["numRemovedFiles", *(n for n in metrics if n in {"numDeletedRows", "numUpdatedRows"})]
     empty = bool(changes) and all(metrics.get(name, "1") == "0" for name in changes)
     provenance = _provenance(info.get("userMetadata") or "")
     note = (provenance or {}).get("note") or {}
@@ -110,7 +113,9 @@ class History:
         if made is not None:
             return str(json.loads(made)["metaData"]["id"])
         # The first commit is no longer in the log. The checksum that Spark writes beside each commit holds the id too.
-        said = next(self._lines(f"{self.newest:020}.crc"), "{}")
+        # The newest may be missing: not all writers make one, and a kill may come between the two.
+        checksums = (self._lines(f"{version:020}.crc") for version in range(self.newest, max(self.newest - 10, -1), -1))
+        said = next(itertools.chain.from_iterable(checksums), "{}")
         table_id = (json.loads(said).get("metadata") or {}).get("id")
         return None if table_id is None else str(table_id)
 

@@ -117,6 +117,10 @@ class Runtime(Lake):
         if not force and stage.writes and all(self._is_up_to_date(t) for t in stage.writes):
             self.report.skipped = True
         else:
+            # Before anything is done: an increment would lay new rows beside the old ones first.
+            for table in (*stage.reads, *stage.writes):
+                if self.exists(table):
+                    self._refuse_other_columns(table)
             stage.run(self)
         for table in stage.reads:
             self.report.rows_in.setdefault(table.name, self._count(table, self._versions[table.name]))

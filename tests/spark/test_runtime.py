@@ -140,6 +140,9 @@ def test_a_table_of_another_version_is_refused_and_kept(
     runtime = make_runtime()
     put(runtime, CONTEXT_VALUES, spark.createDataFrame([("vertical", "food", 2)], VALUES))
     wider = dataclasses.replace(CONTEXT_VALUES, columns=(*CONTEXT_VALUES.columns, Column("more", "int", "New.")))
+    for reads, writes in (((wider,), ()), ((), (wider,))):  # before the stage does anything
+        with pytest.raises(TrailvecError, match="has the columns of another version"):
+            runtime.execute(Stage("none", "", lambda _: pytest.fail("it ran"), reads, writes), force=True)
     with pytest.raises(TrailvecError, match="has the columns of another version"):
         put(runtime, wider, spark.createDataFrame([("vertical", "rides", 3, 7)], f"{VALUES}, more int"))
     assert [r.value for r in runtime.latest(CONTEXT_VALUES).collect()] == ["food"]
@@ -185,7 +188,8 @@ def test_a_stage_reads_what_was_there_when_it_began(make_runtime: Callable[..., 
 
 
 def test_the_commits_are_those_of_deltas_history(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
-    """Over a checkpoint, an upkeep, an empty append, a write of somebody else's; and where the log was cleaned."""
+    """Over a checkpoint, an upkeep, commits that change no row, a write of somebody else's; and where the log was
+    cleaned."""
     runtime, theirs = make_runtime(), "gdpr-12"
     rows = spark.createDataFrame([("vertical", "food", 2)], VALUES)
     for _ in range(11):
@@ -195,6 +199,8 @@ def test_the_commits_are_those_of_deltas_history(make_runtime: Callable[..., Run
     stage = Stage("touch", "", lambda r: r.touch(CONTEXT_VALUES, {"seen": 1}), reads=(), writes=(), settings=())
     runtime.execute(stage, force=True)
     spark.sql(f"OPTIMIZE delta.`{path}`")
+    spark.sql(f"DELETE FROM delta.`{path}` WHERE value = 'nobody'")
+    spark.sql(f"UPDATE delta.`{path}` SET value_index = 3 WHERE value = 'nobody'")
     log = Path(path) / "_delta_log"
     assert list(log.glob("*.checkpoint.parquet"))
     history = (
@@ -204,24 +210,30 @@ def test_the_commits_are_those_of_deltas_history(make_runtime: Callable[..., Run
     )
     expected = history.collect()
     commits = list(History(path))
-    assert [c.version for c in commits] == [row["version"] for row in expected] == [*range(14, -1, -1)]
+    assert [c.version for c in commits] == [row["version"] for row in expected] == [*range(16, -1, -1)]
     for commit, row in zip(commits, expected, strict=True):
         assert commit.committed_at == pytest.approx(row["timestamp"].timestamp(), abs=5)
         assert commit.replaced_all == (row["mode"] == "Overwrite")
         said = row["userMetadata"]
         assert commit.provenance == (json.loads(said) if said not in (None, theirs) else None)
-    assert [c.version for c in commits if not c.changed_rows] == [14, 13]
-    assert commits[2].provenance is None
+    assert [c.version for c in commits if not c.changed_rows] == [16, 15, 14, 13]
+    assert commits[4].provenance is None
     assert [said["note"] for said in runtime.noted(CONTEXT_VALUES)] == [{"seen": 1}]
     assert [c.version for c in commits if c.foreign] == [12]
     (log / "00000000000000000003.json").unlink()
-    assert [c.version for c in History(path)] == [*range(14, 3, -1)]
+    assert [c.version for c in History(path)] == [*range(16, 3, -1)]
     (table_id,) = DeltaTable.forPath(spark, path).detail().select("id").collect()[0]
     assert History(path).table_id() == table_id
     (log / "00000000000000000000.json").unlink()
     assert History(path).table_id() == table_id
-    (log / "00000000000000000014.crc").unlink()
+    (log / "00000000000000000016.crc").unlink()
+    assert History(path).table_id() == table_id
+    for checksum in log.glob("*.crc"):
+        checksum.unlink()
     assert History(path).table_id() is None
+    spark.sql(f"DELETE FROM delta.`{path}` WHERE value = 'food'")
+    assert History(path).newest == 17
+    assert next(iter(History(path))).foreign
 
 
 def test_tune_refuses_hdfs_in_one_sentence() -> None:
