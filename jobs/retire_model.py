@@ -40,6 +40,8 @@ def _run(runtime: Runtime, version: str) -> None:
         names = ", ".join(sorted({row["model_version"] for rows in found for row in rows})) or "none"
         raise TrailvecError(f"no table has a row of model {version} (found: {names}): correct the version")
     for table in tables:
+        if not counts[table.name]:
+            continue  # a commit without a row would have the table's stage run again all the same
         # The note tells score_users that nothing of the model is there to go on from.
         runtime.delete(table, _is(version), note={"model": {"version": version, "retired": True}})
     runtime.report.rows_out = counts

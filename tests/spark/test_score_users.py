@@ -24,7 +24,7 @@ from jobs.runtime import Runtime, Stage
 from jobs.score_users import progress_line
 from jobs.spark_session import spark_conf
 from jobs.sql import query
-from jobs.tables import EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS, USER_EMBEDDINGS
+from jobs.tables import EVALUATION, ITEM_EMBEDDINGS, ITEMS, NEIGHBOURS, SEQUENCES, SESSIONS, USER_EMBEDDINGS
 from scripts.faults import delta_reader
 from tests.conftest import make_config, put, read_delta
 from tests.sequence_files import MAX_LENGTH, SPEC, item_counts, make_rows
@@ -305,6 +305,7 @@ def test_an_old_model_is_retired_and_can_be_scored_again(
     shop: Runtime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = make_model(shop, "m1", seed=1)
+    shop.create(NEIGHBOURS)
     shop.execute(score_users.STAGE)
     make_model(shop, "m2", seed=2)
     shop.execute(score_users.STAGE)
@@ -316,6 +317,7 @@ def test_an_old_model_is_retired_and_can_be_scored_again(
     cli.main(["retire_model", "m1", "--set", f'storage.root="{shop.root}"'])
     assert {r["model_version"] for r in read_delta(shop.path(USER_EMBEDDINGS))} == {"m2"}
     assert current(shop) == ({"m2"}, USERS)
+    assert shop.latest_version(NEIGHBOURS) == 0  # it had no row of the model
 
     write_json(shop.models / "current.json", {"model_version": "m1"})
     assert shop.execute(score_users.STAGE).rows_out["users_encoded"] == USERS
