@@ -33,12 +33,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pyspark.sql import DataFrame
+from pyspark.errors import AnalysisException
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from jobs.cli import stage_main
 from jobs.config import UserList
 from jobs.errors import TrailvecError
+from jobs.files import HadoopPath
 from jobs.maintain_tables import disk_files
 from jobs.raw_records import valid_text
 from jobs.runtime import Report, Runtime, Stage, code_version
@@ -358,11 +360,24 @@ def _files(runtime: Runtime, table: Table) -> Iterator[DataFrame]:
     for file in disk_files(runtime, table):
         if file.endswith(".parquet"):
             folders[file.removeprefix(runtime.path(table)).rpartition("/")[0]].append(file)
-    # A VACUUM beside this one may take a file before it is read.
-    reader = runtime.spark.read.schema(schema).option("ignoreMissingFiles", True)
     for folder, files in folders.items():
         parts = [part.split("=", 1) for part in folder.split("/") if "=" in part]
-        yield reader.parquet(*files).withColumns({name: F.lit(value) for name, value in parts}).alias("old")
+        rows = _of_those_there(runtime.spark, schema, files)
+        yield rows.withColumns({name: F.lit(value) for name, value in parts}).alias("old")
+
+
+def _of_those_there(spark: SparkSession, schema: str, files: list[str]) -> DataFrame:
+    """The files' rows. A VACUUM beside this job may take some before they are read: Spark passes over these while it
+    reads (`ignoreMissingFiles`), but not when it makes the frame."""
+    if not files:
+        return spark.createDataFrame([], schema)
+    try:
+        return spark.read.schema(schema).option("ignoreMissingFiles", True).parquet(*files)
+    except AnalysisException:
+        there = [file for file in files if HadoopPath(file).exists()]
+        if there == files:
+            raise
+        return _of_those_there(spark, schema, there)
 
 
 def main() -> None:

@@ -295,6 +295,15 @@ def test_a_row_that_an_update_hid_goes_too(make_runtime: Callable[..., Runtime],
     assert finish(runtime).rows_out == {"finished": 1}
 
 
+def test_files_that_a_vacuum_takes_meanwhile_are_passed_over(spark: SparkSession, tmp_path: Path) -> None:
+    for n in range(2):
+        pq.write_table(pa.table({"user_id": [f"u{n}"]}), tmp_path / f"{n}.parquet")
+    files = [str(tmp_path / f"{n}.parquet") for n in range(3)]  # the last is gone
+    rows = erase_users._of_those_there(spark, "user_id string", files)
+    assert sorted(row["user_id"] for row in rows.collect()) == ["u0", "u1"]
+    assert erase_users._of_those_there(spark, "user_id string", files[2:]).isEmpty()
+
+
 def test_texts_that_no_utf8_holds_stop_nothing(
     make_runtime: Callable[..., Runtime], tmp_path: Path, keyed: None
 ) -> None:
