@@ -51,7 +51,7 @@ from training.data import Batch, Held, padding, read_batches, read_held, rows_di
 from training.model import SequenceModel, build_model
 from training.rowwise import RowWiseAdam
 from training.start import MAX_ITEMS, item_factors
-from training.stores import Folder, folder_of, local_file, remove_tree
+from training.stores import Folder, folder_of, local_file, remove_abandoned, remove_tree
 from training.validation import validate
 
 FINAL_RATE = 0.05  # of the learning rate, reached at the end along a cosine
@@ -223,10 +223,9 @@ def _checkpoint_over(rows_sha256: str, folder: Folder) -> Folder | None:
     """Rank 0: the newest checkpoint that training can go on from over those rows (training.data.rows_digest).
 
     One from inside an epoch over other files is removed: which rows its steps took, says the order of its own files. So
-    is what a kill left.
+    is what a kill left a day ago.
     """
-    for part in folder.glob(".*.part"):
-        remove_tree(part)
+    remove_abandoned(folder)
     for found in reversed(checkpoints(folder)):
         progress, _ = read_progress(found)
         if progress.step == 0 or progress.rows_sha256 == rows_sha256:

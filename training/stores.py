@@ -12,6 +12,7 @@ import fnmatch
 import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from functools import cache
@@ -21,6 +22,7 @@ from typing import Any, Protocol, cast
 from pyarrow import fs
 
 _BYTES_AT_ONCE = 64 * 1024 * 1024  # of a file that is sent; each is an append of its own
+_SECONDS_TO_FILL = 24 * 3600  # so long nobody takes, whatever the clocks of two machines say
 
 
 class StorePath:
@@ -135,28 +137,42 @@ def remove_tree(of: Path | Tree) -> None:
 @contextlib.contextmanager
 def filled(target: Folder) -> Iterator[Path]:
     """A new local folder to fill, which takes target's place when the block ends without an error: at once, by a
-    rename; on S3, which has none, it is whole when its description (JSON) is there. What stops it leaves a
-    `.*.part`."""
-    part = target.parent / f".{target.name}.{uuid.uuid4().hex}.part"  # another run may fill the same place
-    if isinstance(part, Path):
-        part.mkdir(parents=True)
-        yield part
-        remove_tree(target)
-        with contextlib.suppress(OSError):
-            part.rename(target)  # type: ignore[arg-type]  # both are of one kind
+    rename; on S3, which has none, it is whole when its description (JSON) is there. A kill leaves a `.*.part`."""
+    # Another run may fill the same place. The time is for `remove_abandoned`.
+    part = target.parent / f".{target.name}.{time.time():.0f}-{uuid.uuid4().hex}.part"
+    try:
+        if isinstance(part, Path):
+            part.mkdir(parents=True)
+            yield part
+            remove_tree(target)
+            with contextlib.suppress(OSError):
+                part.rename(target)  # type: ignore[arg-type]  # both are of one kind
+                return
+            remove_tree(target)  # another run put its own there in this moment
+            part.rename(target)  # type: ignore[arg-type]
             return
-        remove_tree(target)  # another run put its own there in this moment
-        part.rename(target)  # type: ignore[arg-type]
-        return
-    with tempfile.TemporaryDirectory() as local:
-        yield Path(local)
-        if part.renames:
-            part.put(Path(local))
-            remove_tree(target)
-            part.rename(target)  # type: ignore[arg-type]  # both are of one kind
-        else:
-            remove_tree(target)
-            target.put(Path(local))  # type: ignore[union-attr]
+        with tempfile.TemporaryDirectory() as local:
+            yield Path(local)
+            if part.renames:
+                part.put(Path(local))
+                remove_tree(target)
+                part.rename(target)  # type: ignore[arg-type]  # both are of one kind
+            else:
+                remove_tree(target)
+                target.put(Path(local))  # type: ignore[union-attr]
+    except BaseException:
+        with contextlib.suppress(OSError):  # a store that is away: what stopped the block is what is told
+            remove_tree(part)
+        raise
+
+
+def remove_abandoned(folder: Folder) -> None:
+    """Removes from the folder what kills left of `filled`: what it began a day ago or earlier. What is newer may be
+    another run's that goes on."""
+    for part in folder.glob(".*.part"):
+        begun = re.search(r"\.(\d+)-[0-9a-f]+\.part$", part.name)
+        if begun and time.time() - int(begun[1]) > _SECONDS_TO_FILL:
+            remove_tree(part)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,9 +68,24 @@ def test_of_two_runs_that_put_a_folder_into_place_at_once_both_go_on(
     assert [path.name for path in tmp_path.rglob("*")] == ["target", "ours"]
 
 
-def test_what_a_kill_left_in_a_store_is_removed_and_what_is_damaged_told(store: StorePath) -> None:
-    (store / ".00001-0000000001.x.part" / "state.safetensors").write_text("half")
-    assert _checkpoint_over("", store) is None
+def test_a_run_that_begins_removes_what_was_abandoned_and_nothing_that_another_run_writes(
+    store: StorePath, tmp_path: Path
+) -> None:
+    for folder in (store, tmp_path):
+        of_days = {days: folder / f".00001-0000000001.{time.time() - days * 86_400:.0f}-9ab.part" for days in (2, 0.5)}
+        for part in of_days.values():
+            part.mkdir()
+            (part / "state.safetensors").write_text("half")
+        with filled(folder / "00001-0000000002") as ours:
+            (ours / "state.safetensors").touch()
+            assert _checkpoint_over("", folder) is None
+        assert (folder / "00001-0000000002" / "state.safetensors").exists()
+        with pytest.raises(FileNotFoundError), filled(folder / "00001-0000000003") as ours:
+            (ours / "no-such" / "state.safetensors").touch()
+        assert [path.name for path in folder.glob(".*")] == [of_days[0.5].name]
+
+
+def test_what_is_damaged_in_a_store_is_told(store: StorePath) -> None:
     write_checkpoint(store, Progress(ranks=1, step=2), {"model.x": torch.ones(1)}, keep=1)
     assert [path.name for path in store.glob("*")] == ["00001-0000000002"]
     whole = store / "00001-0000000002"
