@@ -92,7 +92,8 @@ class Runtime(Lake):
         self._versions: dict[str, int] = {}
         self._table_ids: dict[str, str | None] = {}  # a table made anew counts its versions from 0 again
         self._frames: dict[str, DataFrame] = {}
-        self._rows: dict[tuple[str, int], int] = {}  # by table and version; what one stage writes the next one reads
+        # By table, its id and version; what one stage writes the next one reads.
+        self._rows: dict[tuple[str, str | None, int], int] = {}
         self.fingerprint = ""
         self.forced = False
         self.report = Report("")
@@ -132,9 +133,10 @@ class Runtime(Lake):
 
     def _count(self, table: Table, version: int) -> int:
         """The table's rows at that version."""
-        if (table.name, version) not in self._rows:
-            self._rows[table.name, version] = self.at(table, version).count()
-        return self._rows[table.name, version]
+        key = table.name, self._commits(table).table_id(), version
+        if key not in self._rows:
+            self._rows[key] = self.at(table, version).count()
+        return self._rows[key]
 
     def running_tasks(self) -> str:
         """Spark's running stages as "done/all tasks"; empty when nothing runs or Spark is not up."""

@@ -62,13 +62,15 @@ def test_users_of_the_last_exports_and_some_of_everybody(
 def test_a_table_that_was_made_anew_is_another_one(
     make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For a page, and for labels by SQL, which may read any table; versions of the two say nothing of each other."""
+    """For a page, for labels by SQL, which may read any table, and for the rows that a stage reports; versions of the
+    two say nothing of each other."""
     runtime = make_runtime('probe.labels={sql="SELECT * FROM exports"}')
     for stage in (write_report, probe):
         monkeypatch.setattr(stage, "model_folder", lambda runtime: Path("m1"))
     found = []
-    for _ in range(2):
-        fill(runtime, EXPORTS, [member(1, "fans", "e1", 1)])
+    for members in (1, 2):
+        fill(runtime, EXPORTS, [member(n, "fans", "e1", 1) for n in range(members)])
+        assert runtime.report.rows_out["exports"] == members
         found.append((write_report._inputs(runtime), probe._inputs(runtime)))
         shutil.rmtree(runtime.path(EXPORTS))
         spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()  # type: ignore[union-attr]
