@@ -72,7 +72,7 @@ def gbce(
     catalogue that is drawn; t = 0 is plain binary cross-entropy (Petrov & Macdonald, gSASRec, 2023).
     """
     drawn, _ = sampler.sample()
-    a = len(drawn) / max(known_items - 1, 1)
+    a = min(1.0, len(drawn) / max(known_items - 1, 1))  # the target may be among the drawn
     beta = a * (t * (1 - 1 / a) + 1 / a)
     scores = (states @ vectors(drawn).T).masked_fill(targets[:, None] == drawn, -torch.inf)
     own = (states * vectors(targets)).sum(dim=1)

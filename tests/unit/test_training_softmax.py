@@ -97,14 +97,15 @@ def test_the_correction_makes_the_sum_under_the_softmax_right_on_average() -> No
             assert error < 0.03 * full
 
 
+@pytest.mark.parametrize("known_items", [11, 3])  # of three, all are drawn
 @pytest.mark.parametrize("t", [0.0, 0.75, 1.0])
-def test_gbce_is_the_papers_formula(t: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gbce_is_the_papers_formula(t: float, known_items: int, monkeypatch: pytest.MonkeyPatch) -> None:
     targets, drawn = [3, 5], torch.tensor([2, 3, 6])
     sampler = FrequencySampler(COUNTS, draws=3, power=0.0)
     monkeypatch.setattr(sampler, "sample", lambda: (drawn, torch.ones(3)))
     states, table = states_and_table(2)
-    found = gbce(states, torch.tensor(targets), lambda items: table[items], sampler, known_items=11, t=t)
-    alpha = 3 / 10
+    found = gbce(states, torch.tensor(targets), lambda items: table[items], sampler, known_items=known_items, t=t)
+    alpha = {11: 3 / 10, 3: 1.0}[known_items]
     beta = alpha * (t * (1 - 1 / alpha) + 1 / alpha)
     expected = 0.0
     for state, target in zip(states.tolist(), targets, strict=True):
