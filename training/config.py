@@ -135,6 +135,8 @@ class TrainSettings(Section):
 
     @model_validator(mode="after")
     def _supported(self) -> TrainSettings:
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads = {self.heads}, found {self.width}")
         if self.architecture == "gpt2" and self.objective != "clm":
             raise ValueError(f"gpt2 only looks back, found objective {self.objective!r}, which looks both ways")
         if self.objective == "plm" and self.architecture != "xlnet":

@@ -24,6 +24,7 @@ from jobs.errors import TrailvecError
         ("ingest.earliest=1.5e9", "ingest.earliest: found 1500000000.0, a number, where a time is wanted"),
         ("ingest.sources=5", "ingest.sources = 5: Input should be a valid list"),
         ("train.epochs=many", "train.epochs = 'many': Input should be a valid integer"),
+        ("train.heads=3", "width must be a multiple of heads = 3, found 64"),
         ("storage.root.a=b", "storage.root = {'a': 'b'}: Input should be a valid string"),
         ("modle.version=a", "unknown key modle; did you mean model?"),
     ],
