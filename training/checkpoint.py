@@ -143,10 +143,13 @@ class ItemVectors:
     def __init__(self, weights: Path) -> None:
         """Raises TrailvecError: the file is missing or damaged."""
         with _open(weights, "pt") as file:
-            self._own = file.get_tensor("table.own.weight")
-            self._counts = file.get_tensor("item_counts")
-            count = file.get_tensor("table.attributes").shape[0]
-            self._parts = [file.get_tensor(f"table.parts.{place}.weight") for place in range(count)]
+            try:
+                self._own = file.get_tensor("table.own.weight")
+                self._counts = file.get_tensor("item_counts")
+                count = file.get_tensor("table.attributes").shape[0]
+                self._parts = [file.get_tensor(f"table.parts.{place}.weight") for place in range(count)]
+            except SafetensorError as error:
+                raise _damaged(weights.parent, f"{weights.name} holds no items ({error})") from None
 
     def of(
         self, items: npt.NDArray[np.int64], attributes: Sequence[npt.NDArray[np.int64]]

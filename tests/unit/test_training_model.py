@@ -13,7 +13,7 @@ from transformers4rec.torch.tabular.aggregation import ElementwiseSum
 from jobs.errors import TrailvecError
 from tests.sequence_files import CONTEXT_SIZES, ITEMS, MAX_LENGTH, SPEC, item_counts, make_rows
 from training.batches import FEATURES, TARGET, pad
-from training.checkpoint import ItemVectors, load_model, read_about, save_model
+from training.checkpoint import ItemVectors, load_model, read_about, save_model, save_weights
 from training.model import SequenceModel, build_model
 
 torch.set_num_threads(1)  # tests run side by side: threads that wait for each other are slower than one
@@ -303,6 +303,9 @@ def test_weights_that_are_no_model_are_one_sentence(tmp_path: Path) -> None:
     save_model(tmp_path, make_model(), {})
     with pytest.raises(TrailvecError, match="does not fit its description"):
         load_model(tmp_path / "model.safetensors", SPEC.model_copy(update={"width": 32}))
+    save_weights(tmp_path, {"x": torch.zeros(1)})
+    with pytest.raises(TrailvecError, match=r"holds no items \(.*table\.own\.weight\)"):
+        ItemVectors(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(TrailvecError, match="can't be read"):
         ItemVectors(tmp_path / "model.safetensors")
