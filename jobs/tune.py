@@ -48,6 +48,7 @@ def with_values(spec: RunSpec, values: dict[str, Any], output: Path) -> RunSpec:
     """The run with other settings; those that a model is built from change there too."""
     settings = spec.settings.model_copy(update=values)
     of_model = {name: value for name, value in values.items() if name in type(spec.model).model_fields}
+    of_model["sparse"] = settings.row_wise(spec.model.items)
     model = spec.model.model_copy(update=of_model)
     return spec.model_copy(update={"settings": settings, "model": model, "output": str(output), "checkpoints": None})
 

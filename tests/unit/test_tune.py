@@ -148,3 +148,7 @@ def test_searched_settings_reach_the_run_and_the_model(tmp_path: Path) -> None:
     assert {name: getattr(run.settings, name) for name in values} == values
     assert (run.model.width, run.model.layers, run.model.negatives, run.model.dropout) == (32, 2, 256, 0.3)
     assert (run.model.heads, run.output) == (spec.model.heads, str(tmp_path / "out"))
+    # A trial's optimizer is that of a training with its values: rowwise from 50,000 items on, but for 0 negatives.
+    many = spec.model_copy(update={"model": spec.model.model_copy(update={"items": 50_000})})
+    for negatives, row_wise in ((256, True), (0, False)):
+        assert tune.with_values(many, {"negatives": negatives}, tmp_path).model.sparse == row_wise
