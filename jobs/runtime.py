@@ -438,6 +438,11 @@ class Runtime(Lake):
         last = self.last_writer(table) or {}
         return last.get("fingerprint") == self.fingerprint and self.read_these(last)
 
+    @property
+    def fingerprint_here(self) -> str:
+        """The fingerprint of the stage over these very tables: another one over others that have taken their names."""
+        return _digest({"fingerprint": self.fingerprint, "table_ids": self._table_ids})
+
     def read_these(self, provenance: dict[str, Any]) -> bool:
         """Whether the run that stored this read the very tables that the stage reads, not earlier ones of their names.
         (No part of the fingerprint: the same data in another warehouse give the same model's version.)"""

@@ -6,8 +6,8 @@ fingerprint of what made it, so the same command again finds it there and trains
 
 The processes (training/loop.py, started by jobs/launch_training.py) read the data files of the snapshot that the stage
 has pinned, never the table's folder, which also holds files of older versions; from HDFS over WebHDFS
-(training/stores.py). `models/<model_version>.checkpoints` lives while they run, and after a kill until the same command
-has gone on from there.
+(training/stores.py). `models/<model_version>_<tables>.checkpoints` lives while they run, and after a kill until the
+same command over the same tables has gone on from there.
 """
 
 from __future__ import annotations
@@ -165,8 +165,9 @@ def run(runtime: Runtime) -> None:
     if there is not None and runtime.read_these(there["provenance"]) and not runtime.forced:
         runtime.report.skipped = True
     else:
-        # Beside the model's folder, which appears when all is done: what a kill leaves, the same command finds.
-        checkpoints = runtime.models / f"{version}.checkpoints"
+        # Beside the model's folder, which appears when all is done: what a kill leaves, the same command finds, unless
+        # the tables were made anew.
+        checkpoints = runtime.models / f"{version}_{runtime.fingerprint_here[:8]}.checkpoints"
         if runtime.forced:
             remove_tree(checkpoints)
         with published(folder) as staging:

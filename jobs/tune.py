@@ -140,7 +140,7 @@ def run_tune(runtime: Runtime, trials: int) -> None:
 
     def run(runtime: Runtime) -> None:
         # All that decides a model, also what [train] says of the searched settings, which no trial takes.
-        name = f"{runtime.fingerprint[:12]}"
+        name = runtime.fingerprint_here[:12]
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         study = optuna.create_study(
             storage=f"sqlite:///{runtime.root / 'tune.db'}",

@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from jobs.errors import TrailvecError, explain
 from jobs.launch_training import last_words, launch
 from jobs.runtime import Runtime
-from jobs.train import base_of, epochs
+from jobs.train import base_of, epochs, run
 from tests.conftest import make_config
 from tests.sequence_files import ITEMS, MAX_LENGTH, SPEC, item_counts, make_rows, make_run, next_items, write_valid
+from training import dist
 from training.batches import FEATURES
 from training.checkpoint import Progress, newest_checkpoint, read_checkpoint, write_checkpoint
 from training.config import RunSpec, TrainSettings
@@ -246,6 +247,26 @@ def test_a_model_of_other_tables_that_had_these_names_is_grown_from(
     for sequences, base in (("a", "m1"), ("made anew", "m2")):
         monkeypatch.setattr(runtime, "_table_ids", {**ids, "sequences": sequences})
         assert base_of(runtime) == base
+
+
+def test_a_training_over_tables_that_were_made_anew_leaves_the_old_ones_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With as many commits they give the model the same version."""
+    runtime = Runtime(make_config(tmp_path))
+    runtime.fingerprint = "feed" * 16
+    found: list[Any] = []
+
+    def stop(runtime: Runtime, version: str, staging: Path, checkpoints: Path) -> None:
+        found.append(checkpoints)
+        raise InterruptedError
+
+    monkeypatch.setattr("jobs.train._train", stop)
+    for table_id in ("a", "a", "made anew"):
+        monkeypatch.setattr(runtime, "_table_ids", {"sequences": table_id})
+        with pytest.raises(InterruptedError):
+            run(runtime)
+    assert found[0] == found[1] != found[2]
 
 
 def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> None:

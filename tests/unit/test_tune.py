@@ -112,6 +112,11 @@ def test_the_best_of_all_trials_is_said_as_toml(
         assert len(found) == 7
     assert "goes on from 2 trials" in said
     assert "trial 2  training stopped: the loss is nan" in said
+    said.clear()
+    outcomes.append(0.1)
+    monkeypatch.setattr(runtime, "_table_ids", {"sequences": "made anew"})
+    tune.run_tune(runtime, 1)  # as many commits, other rows
+    assert "trial 0 of 1" in capsys.readouterr().out
 
 
 def test_two_searches_under_one_root_leave_each_others_folder_alone(
