@@ -312,6 +312,11 @@ def _close_epoch(run: _Run, epoch: int) -> None:
     """Validates (each rank ranks its part of the users, the sums meet), keeps the best weights, writes a checkpoint."""
     spec, progress, rank, size = run.spec, run.progress, dist.rank(), dist.size()
     started = time.monotonic()
+    if not progress.curve:  # of all ranks
+        raise TrailvecError(
+            "the train split of table sequences asks for no item that the model knows, so that there is nothing to "
+            "learn: lower vocabulary.min_count"
+        )
     _refuse_broken(run.model, epoch)
     scores: dict[str, Any] = {}
     if run.held is not None:

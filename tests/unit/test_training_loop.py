@@ -373,6 +373,8 @@ def test_rows_that_ask_for_nothing_are_no_point_of_the_curve(tmp_path: Path) -> 
     curve = json.loads((tmp_path / "model/model.json").read_text())["training"]["curve"]
     assert len(curve) == 2  # of four batches two are of single actions
     assert min(loss for _, loss in curve) > 1
+    with pytest.raises(TrailvecError, match="asks for no item that the model knows"):
+        train(make_run(tmp_path / "nothing", [short], epochs=1))
 
 
 def test_the_best_epochs_weights_are_published(tmp_path: Path) -> None:
