@@ -69,7 +69,7 @@ def validate(  # noqa: PLR0917 - all of it is what is ranked
 def best_items(
     model: SequenceModel, states: torch.Tensor, items: torch.Tensor, excluded: torch.Tensor | None, k: int = 10
 ) -> torch.Tensor:
-    """The items that score best with each state, the best first, int64 [users, at most k].
+    """The items that score best with each state, the best first, int64 [users, at most k]; -1 where they are fewer.
 
     Neither the scores nor the vectors of all items are ever in memory.
 
@@ -93,7 +93,7 @@ def best_items(
             found = scores.topk(min(k, len(some)), dim=1)
             best[users], kept = torch.cat([best[users], found.values], 1).topk(k, dim=1)
             best_of[users] = torch.cat([best_of[users], some[found.indices]], 1).gather(1, kept)
-    return best_of
+    return best_of.masked_fill_(best == -torch.inf, -1)
 
 
 def _metric_sums(metrics: dict[str, npt.NDArray[np.float64]], users: npt.NDArray[np.bool_]) -> list[float]:
