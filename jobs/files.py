@@ -65,11 +65,8 @@ class HadoopPath:
         system = path.getFileSystem(spark._jsc.hadoopConfiguration())
         return HadoopPath(system.makeQualified(path).toString())
 
-    def is_dir(self) -> bool:
-        return self.exists() and bool(self._system.getFileStatus(self._path).isDirectory())
-
     def is_file(self) -> bool:
-        return self.exists() and bool(self._system.getFileStatus(self._path).isFile())
+        return bool(self._system.isFile(self._path))
 
     def exists(self) -> bool:
         return bool(self._system.exists(self._path))
