@@ -108,6 +108,9 @@ def base_of(runtime: Runtime) -> str | None:
 
     It is the current one, unless that is what this very command has made: then it is the one that was current before,
     so that the same command again finds its model and trains nothing.
+
+    Raises:
+        TrailvecError: the current model knows things by numbers of tables that were removed since.
     """
     if not runtime.config.train.warm_start or not (runtime.models / "current.json").exists():
         return None
@@ -120,8 +123,16 @@ def base_of(runtime: Runtime) -> str | None:
         # Upkeep since then has changed no row.
         and all(runtime.changed_version(t) <= made["reads"][t.name] <= runtime.version(t) for t in STAGE.reads)
     )
-    base: str | None = about["grown_from"] if same else about["model_version"]
-    return base
+    if same:
+        base: str | None = about["grown_from"]
+        return base
+    told = made.get("table_ids", {})
+    if not runtime.read_these({"table_ids": {table.name: told.get(table.name) for table in (ITEMS, CONTEXT_VALUES)}}):
+        raise TrailvecError(
+            f"model {about['model_version']} knows items by the numbers of tables items and context_values that were "
+            f"removed and made anew since: set train.warm_start = false to begin anew"
+        )
+    return str(about["model_version"])
 
 
 def rows_since(runtime: Runtime, about: dict[str, Any], folder: Place) -> list[str]:

@@ -247,6 +247,10 @@ def test_a_model_of_other_tables_that_had_these_names_is_grown_from(
     for sequences, base in (("a", "m1"), ("made anew", "m2")):
         monkeypatch.setattr(runtime, "_table_ids", {**ids, "sequences": sequences})
         assert base_of(runtime) == base
+    # The vectors of its items would begin as those of others.
+    monkeypatch.setattr(runtime, "_table_ids", {**ids, "items": "made anew"})
+    with pytest.raises(TrailvecError, match="model m2 knows items by the numbers of tables"):
+        base_of(runtime)
 
 
 def test_a_training_over_tables_that_were_made_anew_leaves_the_old_ones_checkpoints(
