@@ -42,21 +42,26 @@ LISTING = "path string, modificationTime timestamp, length long, content binary"
 def find_files(data_dir: Path, path: str) -> list[Path]:
     """The local files that a mapping's path (file, folder or pattern) stands for, sorted.
 
-    Names that begin with `_` or `.` are no data: so Spark has it too.
-
     Raises:
         TrailvecError: there is none.
     """
-    found = [Path(match) for match in sorted(glob.glob(str(data_dir / path)))]
-    inside = [(top, file) for top in found for file in (top.rglob("*") if top.is_dir() else [top])]
-    files = [
-        file
-        for top, file in inside
-        if file.is_file() and not any(part[0] in "._" for part in (file.name, *file.relative_to(top).parts))
-    ]
+    files = sorted(file for match in glob.glob(str(data_dir / path)) for file in data_files(Path(match)))
     if not files:
         raise _no_such_file(data_dir / path)
-    return sorted(files)
+    return files
+
+
+def data_files(top: Path) -> list[Path]:
+    """The file, or those in the folder and the folders in it, sorted.
+
+    Names that begin with `_` or `.` are no data: so Spark has it too.
+    """
+    inside = top.rglob("*") if top.is_dir() else [top]
+    return sorted(
+        file
+        for file in inside
+        if file.is_file() and not any(part[0] in "._" for part in (file.name, *file.relative_to(top).parts))
+    )
 
 
 def find_inputs(spark: SparkSession, data_dir: Place, path: str) -> list[tuple[str, int, int]]:
@@ -328,7 +333,11 @@ def _named_columns(mapping: Input) -> list[str]:
 def _read_lookup(spark: SparkSession, lookup: Lookup, data_dir: Place, named: Sequence[str]) -> DataFrame:
     """One row for each value of the `on` columns; these as text, under names of their own (_on)."""
     files = [file for file, *_ in find_inputs(spark, data_dir, lookup.path)]
-    rows = _read_csv_lookup(spark, files, lookup, named) if lookup.format == "csv" else spark.read.parquet(*files)
+    if lookup.format == "csv":
+        rows = read_csv_table(spark, files, lookup.delimiter, named, f"the lookup {lookup.path}", base={})
+        rows = rows.where(_is_whole()).drop(FILE, LINE, BROKEN)
+    else:
+        rows = spark.read.parquet(*files)
     _check_columns(lookup.path, rows, lookup.on)
     rest = [named_column(name) for name in rows.columns if name not in lookup.on]
     keys = [named_column(name).cast("string").alias(_on(name)) for name in lookup.on]
@@ -336,18 +345,24 @@ def _read_lookup(spark: SparkSession, lookup: Lookup, data_dir: Place, named: Se
     return rows.groupBy(*keys).agg(F.min(F.struct(*rest)).alias("row")).select(*map(_on, lookup.on), "row.*")
 
 
-def _read_csv_lookup(spark: SparkSession, files: Sequence[str], lookup: Lookup, named: Sequence[str]) -> DataFrame:
+def read_csv_table(
+    spark: SparkSession, files: Sequence[str], delimiter: str, named: Sequence[str], what: str, *, base: dict[str, str]
+) -> DataFrame:
+    """The rows of files that have one header, with FILE, LINE and BROKEN; `what` they are, for people to read.
+
+    Raises:
+        TrailvecError: they have no header, or several, or one that has one of the columns `named` twice.
+    """
     frames: list[DataFrame] = []
-    for file, records in _read_csv_files(spark, files, lookup.delimiter, named, {}):
-        rows = records.where(_is_whole()).drop(FILE, LINE, BROKEN)
+    for file, rows in _read_csv_files(spark, files, delimiter, named, base):
         if frames and rows.columns != frames[0].columns:
+            found, others = (", ".join(frame.columns[:-3]) for frame in (rows, frames[0]))
             raise TrailvecError(
-                f"{file} has the columns {', '.join(rows.columns)}, other files of the lookup {lookup.path} have "
-                f"{', '.join(frames[0].columns)}: correct its header"
+                f"{file} has the columns {found}, other files of {what} have {others}: correct its header"
             )
         frames.append(rows)
     if not frames:
-        raise TrailvecError(f"{lookup.path} is empty, without even a header: fetch it again or take the lookup out")
+        raise TrailvecError(f"{what} is empty, without even a header: fetch it again or take it out")
     return reduce(DataFrame.union, frames)
 
 

@@ -20,7 +20,7 @@ from pyspark.sql import functions as F
 from jobs.config import UserList
 from jobs.errors import TrailvecError
 from jobs.files import Place, make_private
-from jobs.raw_records import valid_text
+from jobs.raw_records import BROKEN, FILE, LINE, data_files, read_csv_table, valid_text
 from jobs.runtime import Runtime
 from jobs.sql import ask
 from training.stores import remove_tree
@@ -108,25 +108,27 @@ def read_rows(runtime: Runtime, file: Path, folder: Place) -> DataFrame:
     it must stay so long.
 
     Raises:
-        TrailvecError: the user ids of a CSV are no UTF-8, or a record of it goes on in the next line.
+        TrailvecError: the user ids of a CSV are no UTF-8, its files have several
+            headers, or a line of it is no record of the header's columns.
     """
+    parts = data_files(file)
     url = _to_tasks(file, folder)
     if not file.name.lower().endswith(_CSV):
         return runtime.spark.read.parquet(url)
-    # Spark reads by line. Where a line leaves quotes open, the ids of this record or of the next would be others.
-    # (In bytes: of some that are no UTF-8 Spark counts the characters wrong.)
-    quotes = F.octet_length("value") - F.octet_length(F.replace("value", F.lit('"'), F.lit("")))
-    cut = runtime.spark.read.text(url).where(quotes % 2 == 1).first()
-    if cut is not None:
+    base = {"basePath": url} if file.is_dir() else {}  # Spark finds columns in the names of folders (task=churn)
+    files = [f"{url}/{part.relative_to(file)}" for part in parts] if base else [url]
+    rows = read_csv_table(runtime.spark, files, ",", (), f"the list {file}", base=base)
+    has_ids = "user_id" in rows.columns
+    is_other = _is_other_text("user_id") if has_ids else F.lit(False)
+    if (wrong := rows.where(F.col(BROKEN) | is_other).first()) is not None:
+        if not wrong[BROKEN]:
+            raise _other_text(file)
         raise TrailvecError(
-            f"the list {file} has a record that goes on in another line, or a quote too many (found {cut['value']!r}): "
-            "write each record on one line"
+            f"the list {file} has a line that does not fit its header, or a record that goes on in another line (found "
+            f"{wrong[LINE]!r}): write each record on one line"
         )
-    rows = runtime.spark.read.csv(url, header=True, escape='"')
-    if "user_id" not in rows.columns:
-        return rows
-    _refuse_other_text(rows, "user_id", file)
-    return rows.withColumn("user_id", _stripped("user_id"))
+    rows = rows.drop(FILE, LINE, BROKEN)
+    return rows.withColumn("user_id", _stripped("user_id")) if has_ids else rows
 
 
 def read_text_ids(runtime: Runtime, file: Path, folder: Place) -> DataFrame:
@@ -136,7 +138,8 @@ def read_text_ids(runtime: Runtime, file: Path, folder: Place) -> DataFrame:
         TrailvecError: it is no UTF-8.
     """
     lines = runtime.spark.read.text(_to_tasks(file, folder))
-    _refuse_other_text(lines, "value", file)
+    if not lines.where(_is_other_text("value")).isEmpty():
+        raise _other_text(file)
     return lines.select(_stripped("value").alias("id")).where("id <> ''")
 
 
@@ -144,9 +147,12 @@ def _stripped(name: str) -> Column:
     return F.regexp_replace(name, r"^[\s\ufeff]+|\s+$", "")
 
 
-def _refuse_other_text(rows: DataFrame, name: str, file: Path) -> None:
-    if not rows.where(valid_text(F.col(name)).contains("\ufffd")).isEmpty():  # for bytes that are no UTF-8
-        raise TrailvecError(f"the list {file} is no UTF-8 text: save it as such")
+def _is_other_text(name: str) -> Column:
+    return valid_text(F.col(name)).contains("\ufffd")  # for bytes that are no UTF-8
+
+
+def _other_text(file: Path) -> TrailvecError:
+    return TrailvecError(f"the list {file} is no UTF-8 text: save it as such")
 
 
 def _to_tasks(file: Path, folder: Place) -> str:

@@ -35,7 +35,7 @@ from jobs.segment_files import KEY, WRITERS, ArrowFolder, Staging, check_place, 
 from jobs.segment_rules import Lists, Marked, allows
 from jobs.segments import Format, read_segments
 from jobs.tables import EXPORTS, ITEMS, SESSIONS, USER_EMBEDDINGS, USER_PROFILES
-from jobs.user_lists import copies, read_users
+from jobs.user_lists import copies, read_rows, read_users
 from tests.conftest import put, read_delta
 from tests.spark.test_neighbours import embed
 
@@ -820,8 +820,23 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
     (tmp_path / "gone.csv").write_text('user_id,name\n"ann","Zoë"\n', encoding="latin-1")  # whatever others say
     assert read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path).count() == 1  # type: ignore[union-attr]
     (tmp_path / "gone.csv").write_text('note,user_id\n"two é\nlines",ann\nnone,bob\n', encoding="latin-1")
-    with pytest.raises(TrailvecError, match=r"the list .*gone\.csv has a record that goes on in another line.*\"two"):
+    with pytest.raises(
+        TrailvecError, match=r"the list .*gone\.csv has .* a record that goes on in another line.*\"two"
+    ):
         read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path)
+    (tmp_path / "gone.csv").write_text('user_id,note\nann,TV 55"\nbob,"TV 55"" or 60"""\n')  # an inch sign
+    found = read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path).collect()  # type: ignore[union-attr]
+    assert {row["user_id"] for row in found} == {"ann", "bob"}
+    (tmp_path / "gone.csv").write_text("name,user_id\nSmith, Ann,ann\n")  # the id is not " Ann"
+    with pytest.raises(TrailvecError, match=r"gone\.csv has a line that does not fit its header.*'Smith, Ann,ann'"):
+        read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path)
+    (tmp_path / "parts.csv/day=1").mkdir(parents=True)
+    (tmp_path / "parts.csv/day=1/a.csv").write_text("user_id,note\nann,1\n")
+    found = read_rows(runtime, tmp_path / "parts.csv", tmp_path).collect()
+    assert [row.asDict() for row in found] == [{"user_id": "ann", "note": "1", "day": "1"}]
+    (tmp_path / "parts.csv/day=1/b.csv").write_text("note,user_id\n2,bob\n")  # the id is not 2
+    with pytest.raises(TrailvecError, match=r"b\.csv has the columns note, user_id, day, other files of the list "):
+        read_users(runtime, UserList(file="parts.csv"), tmp_path / "likes.toml", tmp_path)
     with pytest.raises(TrailvecError, match=r"the list .* is a folder: name a file"):
         list(read_users(runtime, UserList(file="."), tmp_path / "likes.toml", tmp_path))
     pd.DataFrame({"user_id": [4711, None]}).to_parquet(tmp_path / "gone.parquet")  # 4711.0
