@@ -108,12 +108,19 @@ def read_rows(runtime: Runtime, file: Path, folder: Place) -> DataFrame:
     it must stay so long.
 
     Raises:
-        TrailvecError: the user ids of a CSV are no UTF-8, its files have several
+        TrailvecError: it holds no file, or an empty one; the user ids of a CSV are no UTF-8, its files have several
             headers, or a line of it is no record of the header's columns.
     """
     parts = data_files(file)
+    if not parts:
+        raise TrailvecError(
+            f"the list {file} holds no file that Spark reads (names that begin with _ or . it leaves out): add one, or "
+            "correct the path"
+        )
     url = _to_tasks(file, folder)
     if not file.name.lower().endswith(_CSV):
+        if empty := next((part for part in parts if not part.stat().st_size), None):
+            raise TrailvecError(f"the list {empty} is empty, no Parquet file: fetch it again")
         return runtime.spark.read.parquet(url)
     base = {"basePath": url} if file.is_dir() else {}  # Spark finds columns in the names of folders (task=churn)
     files = [f"{url}/{part.relative_to(file)}" for part in parts] if base else [url]

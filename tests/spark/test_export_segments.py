@@ -837,6 +837,14 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
     (tmp_path / "parts.csv/day=1/b.csv").write_text("note,user_id\n2,bob\n")  # the id is not 2
     with pytest.raises(TrailvecError, match=r"b\.csv has the columns note, user_id, day, other files of the list "):
         read_users(runtime, UserList(file="parts.csv"), tmp_path / "likes.toml", tmp_path)
+    (tmp_path / "none.parquet").mkdir()
+    (tmp_path / "none.parquet/_SUCCESS").touch()
+    with pytest.raises(TrailvecError, match=r"the list .*none\.parquet holds no file that Spark reads"):
+        read_users(runtime, UserList(file="none.parquet"), tmp_path / "likes.toml", tmp_path)
+    pd.DataFrame({"user_id": ["ann"]}).to_parquet(tmp_path / "none.parquet/a.parquet")
+    (tmp_path / "none.parquet/b.parquet").touch()  # Spark would read the others alone
+    with pytest.raises(TrailvecError, match=r"the list .*none\.parquet/b\.parquet is empty, no Parquet file"):
+        read_users(runtime, UserList(file="none.parquet"), tmp_path / "likes.toml", tmp_path)
     with pytest.raises(TrailvecError, match=r"the list .* is a folder: name a file"):
         list(read_users(runtime, UserList(file="."), tmp_path / "likes.toml", tmp_path))
     pd.DataFrame({"user_id": [4711, None]}).to_parquet(tmp_path / "gone.parquet")  # 4711.0
