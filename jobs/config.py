@@ -248,7 +248,9 @@ class NeighboursSettings(Section):
     probes: int = Field(16, ge=1, description="cells that a query looks into: more find more and cost more")
     verticals: list[str] = Field(default_factory=list, description="items of these alone are neighbours; empty: of all")
     in_stock: str | None = Field(
-        None, description="a file, one item id per line: these items alone are neighbours; None: all"
+        None,
+        description="Parquet or CSV (.csv, .csv.gz) with a column item_id, or a folder of such files whose name ends "
+        "so; any other: text, one item id per line: these items alone are neighbours; None: all",
     )
     without: list[str] = Field(
         default_factory=list,

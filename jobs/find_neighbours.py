@@ -38,7 +38,7 @@ from jobs.runtime import Runtime, Stage
 from jobs.spark_session import shuffle_tasks, spark_conf
 from jobs.splits import cut_times, microseconds
 from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, ITEMS, NEIGHBOURS, SESSIONS, USER_EMBEDDINGS, Table
-from jobs.user_lists import copies, file_digest, read_text_ids
+from jobs.user_lists import copies, file_digest, read_items
 from spark_udfs.topk import BLOCK_CONF, Cells, Metric, find_cells, nearest
 from spark_udfs.vectors import inner_product
 
@@ -229,14 +229,14 @@ def _vectors(runtime: Runtime, table: Table, key: str, version: str) -> DataFram
 
 
 def _offered(runtime: Runtime, items: DataFrame, folder: Place) -> DataFrame:
-    """The items that may be neighbours. `folder`: as for `read_text_ids`."""
+    """The items that may be neighbours. `folder`: as for `read_items`."""
     settings = runtime.config.neighbours
     if settings.verticals:
         of_verticals = runtime.read(ITEMS).where(F.col("vertical").isin(settings.verticals))
         items = items.join(of_verticals.select(F.col("item_id").alias("id")), "id", "left_semi")
     if settings.in_stock is not None:
-        stock = read_text_ids(runtime, _stock_list(settings.in_stock), folder)
-        items = items.join(stock, "id", "left_semi")
+        stock = read_items(runtime, _stock_list(settings.in_stock), folder)
+        items = items.join(stock.select(F.col("item_id").alias("id")), "id", "left_semi")
     if items.isEmpty():
         raise TrailvecError(
             "no item is left as a neighbour: correct neighbours.verticals or neighbours.in_stock "
@@ -247,7 +247,7 @@ def _offered(runtime: Runtime, items: DataFrame, folder: Place) -> DataFrame:
 
 def _stock_list(file: str) -> Path:
     path = Path(file)
-    if not path.is_file():
+    if not path.exists():
         raise TrailvecError(f"neighbours.in_stock: {path} does not exist: correct the path")
     return path
 

@@ -44,7 +44,7 @@ from jobs.runtime import Runtime, Stage
 from jobs.splits import Cuts, cut_times, is_target, refuse_leak, time_at, utc
 from jobs.sql import ask
 from jobs.tables import CONTEXT_VALUES, ITEMS, PROBES, SESSIONS, TABLES
-from jobs.user_lists import as_user_ids, copies, file_digest, read_rows
+from jobs.user_lists import as_ids, copies, file_digest, read_rows
 from spark_udfs.profile import profiles
 from training.checkpoint import read_about
 
@@ -106,7 +106,7 @@ def read_labels(runtime: Runtime, folder: Place) -> DataFrame:
         )
     given = F.col("label_ts") if "label_ts" in found.columns else F.lit(None)
     rows = found.select(
-        as_user_ids(found, where),
+        as_ids(found, where),
         F.col("task").cast("string"),
         F.col("label").cast("double").alias("label"),
         given.cast("timestamp").alias("label_ts"),

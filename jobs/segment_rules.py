@@ -31,7 +31,7 @@ from jobs.runtime import Runtime
 from jobs.segment_files import Staging
 from jobs.segments import Frequency, SegmentFile
 from jobs.sql import ask
-from jobs.user_lists import as_user_ids, read_rows, read_users
+from jobs.user_lists import as_ids, read_rows, read_users
 
 Flags = npt.NDArray[np.bool_]
 
@@ -143,7 +143,7 @@ def consenting(consents: DataFrame, purpose: str, path: Path) -> DataFrame:
             f"(found {', '.join(consents.columns)}): correct one of them"
         )
     said = F.coalesce(named_column(purpose).cast("boolean"), F.lit(False))
-    return consents.select(as_user_ids(consents, "export.consent"), said.alias("holds"))
+    return consents.select(as_ids(consents, "export.consent"), said.alias("holds"))
 
 
 class Rule(NamedTuple):

@@ -69,25 +69,45 @@ def read_users(runtime: Runtime, users: UserList, path: Path, folder: Place) -> 
         frame = ask(runtime, users.sql, where)
     else:
         file = path.parent / str(users.file)
-        if not file.name.lower().endswith((*_CSV, ".parquet")):
+        if not _is_table(file):
             return _read_lines(file)
         frame, where = read_rows(runtime, file, folder), f"{path}: the list {file}"
-    if "user_id" not in frame.columns:
-        raise TrailvecError(f"{where} gives {', '.join(frame.columns) or 'nothing'}: it needs a column user_id")
-    return frame.select(as_user_ids(frame, where)).where("user_id <> ''")
+    return _ids(frame, where, "user_id")
 
 
-def as_user_ids(rows: DataFrame, where: str) -> Column:
-    """The rows' column user_id as text.
+def read_items(runtime: Runtime, file: Path, folder: Place) -> DataFrame:
+    """A column item_id, not empty, of a local list of items; `folder` as for `read_rows`.
+
+    Raises:
+        TrailvecError: as `read_users`.
+    """
+    if _is_table(file):
+        return _ids(read_rows(runtime, file, folder, "item_id"), f"the list {file}", "item_id")
+    if file.is_dir():
+        raise _no_table(file)
+    lines = runtime.spark.read.text(_to_tasks(file, folder))
+    if not lines.where(_is_other_text("value")).isEmpty():
+        raise _other_text(file)
+    return lines.select(_stripped("value").alias("item_id")).where("item_id <> ''")
+
+
+def _ids(rows: DataFrame, where: str, name: str) -> DataFrame:
+    if name not in rows.columns:
+        raise TrailvecError(f"{where} gives {', '.join(rows.columns) or 'nothing'}: it needs a column {name}")
+    return rows.select(as_ids(rows, where, name)).where(f"{name} <> ''")
+
+
+def as_ids(rows: DataFrame, where: str, name: str = "user_id") -> Column:
+    """The rows' column of that name as text.
 
     Raises:
         TrailvecError: it holds neither texts nor whole numbers. (pandas makes doubles of whole numbers beside a missing
             one: as text 4711.0, who is nobody.)
     """
-    kind = rows.schema["user_id"].dataType.simpleString()
+    kind = rows.schema[name].dataType.simpleString()
     if kind not in ("string", "tinyint", "smallint", "int", "bigint"):
-        raise TrailvecError(f"{where} has a column user_id of type {kind}: write the ids as text")
-    return F.col("user_id").cast("string")
+        raise TrailvecError(f"{where} has a column {name} of type {kind}: write the ids as text")
+    return F.col(name).cast("string")
 
 
 def _read_lines(file: Path) -> Iterator[str]:
@@ -95,20 +115,29 @@ def _read_lines(file: Path) -> Iterator[str]:
         with file.open(encoding="utf-8-sig") as lines:
             yield from filter(None, map(str.strip, lines))
     except IsADirectoryError:
-        raise TrailvecError(
-            f"the list {file} is a folder: name a file, or a folder of Parquet files whose own name ends in .parquet"
-        ) from None
+        raise _no_table(file) from None
     except UnicodeDecodeError as error:
         raise TrailvecError(f"the list {file} is no UTF-8 text ({error.reason}): save it as such") from None
 
 
-def read_rows(runtime: Runtime, file: Path, folder: Place) -> DataFrame:
+def _is_table(file: Path) -> bool:
+    return file.name.lower().endswith((*_CSV, ".parquet"))
+
+
+def _no_table(folder: Path) -> TrailvecError:
+    return TrailvecError(
+        f"the list {folder} is a folder: name a file, or a folder of Parquet or CSV files whose own name ends in "
+        ".parquet or .csv"
+    )
+
+
+def read_rows(runtime: Runtime, file: Path, folder: Place, name: str = "user_id") -> DataFrame:
     """The rows of a local file, Parquet or CSV with a header, whose ids are stripped of blanks as those of a text are.
     Where `folder` lies on storage that all machines share, they are read from a copy in it, whenever Spark needs them:
     it must stay so long.
 
     Raises:
-        TrailvecError: it holds no file, or an empty one; the user ids of a CSV are no UTF-8, its files have several
+        TrailvecError: it holds no file, or an empty one; the ids of a CSV, `name`, are no UTF-8, its files have several
             headers, or a line of it is no record of the header's columns.
     """
     parts = data_files(file)
@@ -125,8 +154,8 @@ def read_rows(runtime: Runtime, file: Path, folder: Place) -> DataFrame:
     base = {"basePath": url} if file.is_dir() else {}  # Spark finds columns in the names of folders (task=churn)
     files = [f"{url}/{part.relative_to(file)}" for part in parts] if base else [url]
     rows = read_csv_table(runtime.spark, files, ",", (), f"the list {file}", base=base)
-    has_ids = "user_id" in rows.columns
-    is_other = _is_other_text("user_id") if has_ids else F.lit(False)
+    has_ids = name in rows.columns
+    is_other = _is_other_text(name) if has_ids else F.lit(False)
     if (wrong := rows.where(F.col(BROKEN) | is_other).first()) is not None:
         if not wrong[BROKEN]:
             raise _other_text(file)
@@ -135,19 +164,7 @@ def read_rows(runtime: Runtime, file: Path, folder: Place) -> DataFrame:
             f"{wrong[LINE]!r}): write each record on one line"
         )
     rows = rows.drop(FILE, LINE, BROKEN)
-    return rows.withColumn("user_id", _stripped("user_id")) if has_ids else rows
-
-
-def read_text_ids(runtime: Runtime, file: Path, folder: Place) -> DataFrame:
-    """id string, not empty: the lines of a local text; `folder` as for `read_rows`.
-
-    Raises:
-        TrailvecError: it is no UTF-8.
-    """
-    lines = runtime.spark.read.text(_to_tasks(file, folder))
-    if not lines.where(_is_other_text("value")).isEmpty():
-        raise _other_text(file)
-    return lines.select(_stripped("value").alias("id")).where("id <> ''")
+    return rows.withColumn(name, _stripped(name)) if has_ids else rows
 
 
 def _stripped(name: str) -> Column:

@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import deltalake
 import duckdb
 import numpy as np
+import pandas as pd
 import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
@@ -22,6 +23,7 @@ from jobs.find_neighbours import STAGE
 from jobs.runtime import Runtime
 from jobs.spark_session import spark_conf
 from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, ITEMS, SESSIONS, USER_EMBEDDINGS
+from jobs.user_lists import read_items
 from spark_udfs import topk
 from spark_udfs.topk import BLOCK_CONF, nearest
 from tests.conftest import make_config, put
@@ -161,6 +163,15 @@ def test_items_in_stock_of_a_vertical_that_a_user_has_not_bought(
     stock.write_text("café\ni1\n", encoding="latin-1")
     with pytest.raises(TrailvecError, match=r"the list .*stock\.txt is no UTF-8 text: save it as such"):
         runtime.execute(STAGE)
+    for write, name in ((pd.DataFrame.to_parquet, "stock.parquet"), (pd.DataFrame.to_csv, "stock.csv")):
+        folder = tmp_path / name
+        folder.mkdir()
+        for number, part in enumerate((["i1", "i3"], ["i5", "i9"])):
+            write(pd.DataFrame({"item_id": part, "price": 1}), folder / f"{number}{folder.suffix}", index=False)
+        listed = read_items(runtime, find_neighbours._stock_list(str(folder)), tmp_path)
+        assert {row["item_id"] for row in listed.collect()} == {"i1", "i3", "i5", "i9"}
+    with pytest.raises(TrailvecError, match=r"the list .* is a folder: name a file, or a folder of Parquet or CSV"):
+        read_items(runtime, tmp_path, tmp_path)
     stock.unlink()
     with pytest.raises(TrailvecError, match=r"neighbours\.in_stock: .*stock\.txt does not exist: correct the path"):
         runtime.execute(STAGE)
