@@ -13,9 +13,9 @@ import numpy.typing as npt
 import pandas as pd
 from pyspark.sql import functions as F
 from rich import box
-from rich.console import Console
 from rich.table import Table as Grid
 
+from jobs.cli import table_console
 from jobs.errors import TrailvecError
 from jobs.evaluate import TASKS, Catalogue, evaluated_rows, following, model_scorer, rank_users, read_catalogue
 from jobs.model_folders import model_folder
@@ -100,7 +100,6 @@ def compare(runtime: Runtime, versions: tuple[str, str]) -> tuple[list[Differenc
 
 def print_differences(found: list[Difference], versions: tuple[str, str], split: str) -> None:
     """On stdout, one line for each task and metric."""
-    screen = Console(highlight=False)
     grid = Grid(box=box.SIMPLE, title=f"split {split}; differences with 95 % intervals over the same users")
     for heading in ("task", "metric", "users", *versions, "difference"):
         grid.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
@@ -113,7 +112,7 @@ def print_differences(found: list[Difference], versions: tuple[str, str], split:
         cells += [f"{row.one:.4f}", f"{row.other:.4f}", f"[{colour}]{text}[/]" if colour else text]
         grid.add_row(*cells)
         last = row.task
-    screen.print(grid)
+    table_console().print(grid)
 
 
 def run_compare(runtime: Runtime, versions: tuple[str, str]) -> None:

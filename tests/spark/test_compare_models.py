@@ -12,7 +12,7 @@ from pyspark.sql import SparkSession
 
 from jobs import evaluate
 from jobs.cli import main
-from jobs.compare_models import compare, print_differences
+from jobs.compare_models import Difference, compare, print_differences
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime
 from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS
@@ -83,6 +83,15 @@ def test_a_model_beside_itself(shop: tuple[Runtime, Rows], capsys: pytest.Captur
     assert {(d.other - d.one, d.low, d.high) for d in found} == {(0, 0, 0)}
     print_differences(found, ("m1", "m1"), "test")
     assert "ndcg@10" in capsys.readouterr().out
+
+
+def test_a_pipe_gets_a_line_for_each_metric(capsys: pytest.CaptureFixture[str]) -> None:
+    found = Difference("next", "popularity_bias@10", 20_000, 0.1234, 0.1301, -0.0012, 0.0146)
+    print_differences([found], ("20261128-120000-abcdef", "20261129-120000-abcdef"), "test")
+    last = capsys.readouterr().out.split("\n")[-3].split("  ")
+    assert [cell.strip() for cell in last if cell] == [
+        *("next", "popularity_bias@10", "20,000", "0.1234", "0.1301", "+0.0067 (-0.0012 to +0.0146)")
+    ]
 
 
 def test_a_model_that_is_not_there_or_has_no_vectors_is_one_sentence(
