@@ -143,7 +143,7 @@ def _finish(groups: list[DataFrame], mapping: Input, data_dir: Place) -> list[Da
             rest = [name for name in records.columns if not name.startswith("trailvec_") and name not in claimed]
             records = records.withColumn(REST, _texts(rest))
         for lookup, rows in zip(mapping.lookups, lookups, strict=True):
-            records = _join_lookup(records, rows, lookup)
+            records = _join_lookup(records, rows, lookup, named)
         _check_columns(mapping.place, records, mapping.column_names())
         return records
 
@@ -374,11 +374,13 @@ def _is_whole() -> Column:
     return F.when(F.col(BROKEN), F.raise_error(said)).otherwise(True)
 
 
-def _join_lookup(records: DataFrame, rows: DataFrame, lookup: Lookup) -> DataFrame:
-    if both := set(records.columns) & set(rows.columns):
+def _join_lookup(records: DataFrame, rows: DataFrame, lookup: Lookup, named: Sequence[str]) -> DataFrame:
+    both = set(records.columns) & set(rows.columns)
+    if wanted := both & set(named):
         raise TrailvecError(
-            f"{lookup.path}: the column {min(both)} is also one of the records' own: rename it in one of the files"
+            f"{lookup.path}: the column {min(wanted)} is also one of the records' own: rename it in one of the files"
         )
+    rows = rows.drop(*both)  # nobody asks for them (`_c0`, where pandas wrote its index into both files)
     same = [named_column(name).cast("string") == F.col(_on(name)) for name in lookup.on]
     return records.join(rows, reduce(Column.__and__, same), "left").drop(*map(_on, lookup.on))
 

@@ -386,12 +386,14 @@ def test_a_header_without_a_name_or_with_one_twice_is_read(
 
 
 def test_a_header_of_a_lookup_is_read_as_a_log_s(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
-    folder = write("log.csv", "id,user,item,at,price\n1,ann,a,2023-05-01,1\n")
+    folder = write("log.csv", ",id,user,item,at,price\n7,1,ann,a,2023-05-01,1\n")  # both have pandas' index
     write("kinds/1.csv", ",user,kind,note,Note\n0,ann,tea,x,y\n")
     write("kinds/2.csv", '"",user,kind,note,Note\n1,bob,jam,x,y\n')
     lookups = [{"path": "kinds", "format": "csv", "on": ["user"]}]
     (row,) = ingest(spark, folder, mapping("log.csv", columns={"category": "kind"}, lookups=lookups))
-    assert row["category"] == "tea"
+    assert (row["category"], row["attributes"]) == ("tea", {"_c0": "7"})
+    with pytest.raises(TrailvecError, match="kinds: the column _c0 is also one of the records' own: rename it"):
+        ingest(spark, folder, mapping("log.csv", columns={"category": "_c0"}, lookups=lookups))
     with pytest.raises(TrailvecError, match=r"1\.csv: the header has several columns note, which the source's mapping"):
         ingest(spark, folder, mapping("log.csv", columns={"category": "note"}, lookups=lookups))
     write("kinds/3.csv", 'user,kind\nann,"tea\nand milk"\n')
