@@ -197,12 +197,12 @@ def _log_members(runtime: Runtime, chosen: Selection, staging: Staging, now: dat
         taken = chosen.taken[export.name]
         count = len(taken.ids)
         columns = {
-            "export_id": pa.repeat(export.id, count),
-            "segment": pa.repeat(export.name, count),
+            "export_id": _repeated(export.id, count),
+            "segment": _repeated(export.name, count),
             "user_id": taken.ids,
             "is_control": pa.array(taken.control),
             "exported_at": pa.repeat(pa.scalar(now, pa.timestamp("us", "UTC")), count),
-            "model_version": pa.repeat(chosen.version, count),
+            "model_version": _repeated(chosen.version, count),
         }
         same = ["export_id", "segment", "model_version"]  # a dictionary of ids, no two of which are, only costs
         pq.write_table(pa.table(columns), folder / f"{export.number:05d}.parquet", use_dictionary=same)
@@ -211,6 +211,11 @@ def _log_members(runtime: Runtime, chosen: Selection, staging: Staging, now: dat
         rows = rows.join(there, ["export_id", "user_id"], "left_anti")
     if is_new or not rows.isEmpty():
         runtime.append(EXPORTS, rows)
+
+
+def _repeated(text: str, count: int) -> pa.Array:
+    """The text `count` times, a byte each: as texts, those of 60 million rows are more than an array holds."""
+    return pa.DictionaryArray.from_arrays(pa.repeat(pa.scalar(0, pa.int8()), count), [text])
 
 
 def _overlaps(chosen: Selection) -> dict[str, list[Share]]:

@@ -52,6 +52,7 @@ _SEEDS = 20_000  # of one segment, whose vectors come to the driver: of more, ab
 _ITEMS = (
     20_000  # of one affinity, whose vectors come to the driver and to every task: of more, those that most acted on
 )
+_IDS = pa.large_string()  # pyarrow's string holds 2 GiB in an array: some 60 million ids
 _OTHERS = 5_000  # of them who stand for everybody else in a classifier: a weight for each of some 64 numbers
 
 
@@ -80,7 +81,7 @@ class Candidates(NamedTuple):
     """Users who may be a segment's.
 
     Attributes:
-        ids: string, those of other segments among them.
+        ids: large_string, those of other segments among them.
         scores: float32 [ids]; 0 where there is none.
         marks: int64 [ids, words].
         rows: which of them are the segment's.
@@ -103,9 +104,7 @@ class Candidates(NamedTuple):
         return order
 
 
-_NOBODY = Candidates(
-    pa.array([], pa.string()), np.empty(0, np.float32), np.empty((0, 1), np.int64), np.empty(0, np.int64)
-)
+_NOBODY = Candidates(pa.array([], _IDS), np.empty(0, np.float32), np.empty((0, 1), np.int64), np.empty(0, np.int64))
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class Taken:
     """The members of a segment, from the highest score on, where there is none by id.
 
     Attributes:
-        ids: the users, strings.
+        ids: the users, large_string.
         scores: float32 [members]; empty where the segment has none.
         control: bool [members]: held back.
         counts: as in the manifest.
@@ -416,7 +415,7 @@ class Selection:
         allowed.select("segment", "user_id", "score", *words).write.parquet(str(self._staging.shared / "candidates"))
         found = ds.dataset(self._staging.from_tasks("candidates"), format="parquet").to_table()
         segments = found["segment"].to_numpy()
-        ids, scores = found["user_id"].combine_chunks(), pc.fill_null(found["score"], 0.0).to_numpy()
+        ids, scores = found["user_id"].cast(_IDS).combine_chunks(), pc.fill_null(found["score"], 0.0).to_numpy()
         marks = np.column_stack([found[word].to_numpy() for word in words])
         order = np.argsort(segments, kind="stable")
         numbers, starts = np.unique(segments[order], return_index=True)
@@ -427,7 +426,7 @@ class Selection:
 
     def _take(self, export: Export) -> Taken:
         if export.segment.include:
-            ids = pa.chunked_array([self.members(name) for name in export.segment.include], pa.string()).unique()
+            ids = pa.chunked_array([self.members(name) for name in export.segment.include], _IDS).unique()
             frame = self._runtime.spark.createDataFrame(pd.DataFrame({"user_id": ids.to_pandas()}), "user_id string")
             rows = _without_score(export, frame)
             self._counts |= self._count(rows)
@@ -503,7 +502,7 @@ class Selection:
         if name not in self.taken and name not in self._logged:
             (export,) = (export for export in self.exports if export.name == name)
             rows = self.log.where(F.col("export_id") == export.id).select("user_id").orderBy("user_id").toPandas()
-            self._logged[name] = pa.array(rows["user_id"], pa.string())
+            self._logged[name] = pa.array(rows["user_id"], _IDS)
         return self.taken[name].ids if name in self.taken else self._logged[name]
 
 

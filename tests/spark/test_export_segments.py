@@ -575,9 +575,18 @@ def test_a_floor_that_was_too_high_is_lowered(shop: Runtime, tmp_path: Path, mon
     expected = read(shop)[1]
     floors = iter([0.99, 0.9, -np.inf])
     monkeypatch.setattr(segment_members.Selection, "_floor", lambda *_: next(floors))
+    taken: list[segment_members.Taken] = []
+    select = segment_members.Selection.select
+    monkeypatch.setattr(segment_members.Selection, "select", lambda s: (select(s), taken.extend(s.taken.values())))
     shop.execute(STAGE, force=True)
     assert read(shop)[1] == expected
     assert next(floors, None) is None
+    assert [one.ids.type for one in taken] == [pa.large_string()]  # of more than 2 GiB of ids too
+
+
+def test_the_log_of_more_members_than_an_array_of_texts_holds() -> None:
+    texts = export_segments._repeated("0123456789abcdef" * 2, 70_000_000)
+    assert texts[69_999_999].as_py() == "0123456789abcdef" * 2
 
 
 def test_of_many_seeds_some_stand_for_all(
