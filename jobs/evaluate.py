@@ -316,7 +316,8 @@ def run(runtime: Runtime) -> None:
     results += drift_results(drift, raised, settings.resamples)
     results += space_results(*_space_sample(runtime, rows, vectors))
     table = [(version, settings.split, r.task, *r.cell, r.value, r.low, r.high, r.counted) for r in results]
-    runtime.write(EVALUATION, runtime.spark.createDataFrame(table, EVALUATION.schema()).coalesce(1))
+    frame = runtime.spark.createDataFrame(table, EVALUATION.schema()).coalesce(1)
+    runtime.write(EVALUATION, frame, of={"model_version": version, "split": settings.split})
     for task in TASKS:
         of = {r.cell.method: r for r in results if r.task == task and r.cell[1:] == ("ndcg@10", "all", "all")}
         runtime.report.notes.append(f"ndcg@10, {task}: " + ", ".join(f"{m} {r.value:.4f}" for m, r in of.items()))

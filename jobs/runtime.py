@@ -262,11 +262,27 @@ class Runtime(Lake):
 
     # ---- writing ---------------------------------------------------------------------------------
 
-    def write(self, table: Table, df: DataFrame, done: bool = True, note: dict[str, Any] | None = None) -> None:
+    def write(
+        self,
+        table: Table,
+        df: DataFrame,
+        done: bool = True,
+        note: dict[str, Any] | None = None,
+        of: dict[str, str] | None = None,
+    ) -> None:
         """Replaces the table's rows by `df` in one commit; in a table partitioned by model_version, only
-        the rows of the partitions that `df` holds. `done` and `note` as in `append`."""
-        mode = "dynamic" if "model_version" in table.partition_by else "static"
-        self._save(table, df, "overwrite", {"partitionOverwriteMode": mode}, done=done, note=note)
+        the rows of the partitions that `df` holds.
+
+        Args:
+            done, note: as in `append`.
+            of: columns and their values: only the rows that have them are replaced, also where `df` holds none.
+        """
+        if of is not None:
+            options = {"replaceWhere": " AND ".join(f"{name} = {_sql_text(value)}" for name, value in of.items())}
+        else:
+            dynamic = "model_version" in table.partition_by
+            options = {"partitionOverwriteMode": "dynamic" if dynamic else "static"}
+        self._save(table, df, "overwrite", options, done=done, note=note)
 
     def append(
         self,
@@ -448,6 +464,12 @@ class Runtime(Lake):
         (No part of the fingerprint: the same data in another warehouse give the same model's version.)"""
         told = provenance.get("table_ids", {})  # older code told none
         return all(told.get(name) in (None, table_id) for name, table_id in self._table_ids.items())
+
+
+def _sql_text(value: str) -> str:
+    """The value as a literal of SQL."""
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def _changed_by_another_run(table: Table, during: str) -> TrailvecError:

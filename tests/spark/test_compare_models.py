@@ -15,10 +15,10 @@ from jobs.cli import main
 from jobs.compare_models import Difference, compare, print_differences
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime
-from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS
+from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS
 from tests.conftest import make_config
 from tests.sequence_files import make_rows
-from tests.spark.test_score_users import Rows, by_plain_loop, make_model
+from tests.spark.test_score_users import Rows, by_plain_loop, evaluation_row, make_model
 from tests.spark.test_train_and_score import CUT, fill, sequences
 from training.checkpoint import save_model
 
@@ -133,3 +133,19 @@ def test_what_nothing_can_be_said_of_is_one_sentence(shop: tuple[Runtime, Rows])
     runtime.spark.sql(f"DELETE FROM delta.`{runtime.path(SEQUENCES)}`")
     with pytest.raises(TrailvecError, match="table sequences has no row of split test: nothing is ranked"):
         compare(runtime, ("m1", "m1"))
+
+
+def test_an_evaluation_replaces_its_models_rows_of_its_split_alone(shop: tuple[Runtime, Rows]) -> None:
+    runtime, _ = shop
+    make_model(runtime, "o'm", seed=1)
+    about = {"model_version": "o'm", "as_of": CUT, "is_cold": False}
+    items = [{"item_id": f"i{n}", "item_index": n, "vector": [1.0, float(n)]} | about for n in (2, 3)]
+    fill(runtime, ITEM_EMBEDDINGS, items)
+    session = {"session_id": "s", "user_id": "u", "verticals": [], "events": [], "event_count": 0, "amount": None}
+    fill(runtime, SESSIONS, [session | dict.fromkeys(("start_ts", "end_ts", "run_start_ts"), CUT)])
+    both = [evaluation_row(model, 0.1, 0.2, 0.3) for model in ("m2", "o'm")]
+    fill(runtime, EVALUATION, [row | {"split": split} for row in both for split in ("test", "valid")])
+    Runtime(make_config(runtime.root, 'evaluate.split="valid"'), runtime.spark).execute(evaluate.STAGE)
+    found = {(r.model_version, r.split, r.task) for r in runtime.latest(EVALUATION).collect()}
+    kept = {("m2", "test", "new"), ("m2", "valid", "new"), ("o'm", "test", "new")}
+    assert found == kept | {("o'm", "valid", "space")}
