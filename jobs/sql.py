@@ -13,6 +13,7 @@ from typing import Any
 from pyspark.errors import ParseException, PySparkException
 from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
+from pyspark.sql import types as T
 from rich.table import Table as Grid
 
 from jobs.cli import table_console
@@ -91,9 +92,28 @@ def run_sql(runtime: Runtime, text: str, as_json: bool, limit: int = 100) -> Non
             for row in answer.select(line).toLocalIterator():
                 print(row[0])
         elif answer.columns:
-            _print_rows(answer.columns, answer.limit(limit + 1).collect(), limit)
+            _print_rows(answer.columns, _times_as_text(answer.limit(limit + 1)).collect(), limit)
     except PySparkException as error:
         raise _one_sentence(error) from error
+
+
+def _times_as_text(answer: DataFrame) -> DataFrame:
+    """The rows with their times, also those inside arrays, structs and maps, as Spark writes them, in the session's
+    zone (UTC): Python's would be in the machine's. The columns are numbered: two may have one name."""
+    numbered = answer.toDF(*map(str, range(len(answer.columns))))
+    return numbered.select([F.col(field.name).cast(_text_of_times(field.dataType)) for field in numbered.schema])
+
+
+def _text_of_times(kind: T.DataType) -> T.DataType:
+    if isinstance(kind, T.TimestampType):
+        return T.StringType()
+    if isinstance(kind, T.ArrayType):
+        return T.ArrayType(_text_of_times(kind.elementType), kind.containsNull)
+    if isinstance(kind, T.MapType):
+        return T.MapType(_text_of_times(kind.keyType), _text_of_times(kind.valueType), kind.valueContainsNull)
+    if isinstance(kind, T.StructType):
+        return T.StructType([T.StructField(f.name, _text_of_times(f.dataType), f.nullable) for f in kind])
+    return kind
 
 
 def _print_rows(columns: list[str], rows: list[Row], limit: int) -> None:

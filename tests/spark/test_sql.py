@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -258,6 +259,20 @@ def test_the_printed_table(shop: Runtime, capsys: pytest.CaptureFixture[str]) ->
     assert "[1, 2, 3, … 4 in all]" in printed
     assert "NULL" in printed
     assert "[red]x[/red]" in printed
+
+
+def test_printed_times_are_utc_on_any_machine(
+    shop: Runtime, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        times = "VALUES (TIMESTAMP '2017-12-01 08:00:00.000001') AS v(t)"
+        run_sql(shop, f"SELECT t, t, array(t) AS a, map(t, struct(t)) AS m FROM {times}", as_json=False)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert capsys.readouterr().out.count("2017-12-01 08:00:00.000001") == 5
 
 
 def test_json_lines(shop: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
