@@ -19,6 +19,7 @@ from rich.table import Table as Grid
 from jobs.cli import table_console
 from jobs.errors import TrailvecError, explain, first_line
 from jobs.runtime import Runtime
+from jobs.spark_session import JSON_MICROSECONDS
 from jobs.sql_names import register_tables
 from spark_udfs import nearest_of_user, vectors
 
@@ -88,7 +89,7 @@ def run_sql(runtime: Runtime, text: str, as_json: bool, limit: int = 100) -> Non
     answer = query(runtime, text)
     try:
         if as_json:
-            line = F.to_json(F.struct("*"), {"ignoreNullFields": "false"})
+            line = F.to_json(F.struct("*"), JSON_MICROSECONDS | {"ignoreNullFields": "false"})
             for row in answer.select(line).toLocalIterator():
                 print(row[0])
         elif answer.columns:

@@ -276,10 +276,11 @@ def test_printed_times_are_utc_on_any_machine(
 
 
 def test_json_lines(shop: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
-    run_sql(shop, "SELECT item_id, vector, NULL AS nothing, as_of FROM item_embeddings ORDER BY item_id", as_json=True)
+    columns = "item_id, vector, NULL AS nothing, as_of + INTERVAL 1 MICROSECOND AS t"
+    run_sql(shop, f"SELECT {columns} FROM item_embeddings ORDER BY item_id", as_json=True)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["item_id"] for line in lines] == ["bread", "butter", "nails"]
-    assert lines[1] == {"item_id": "butter", "vector": [1.0, 1.0], "nothing": None, "as_of": "2017-12-01T00:00:00.000Z"}
+    assert lines[1] == {"item_id": "butter", "vector": [1.0, 1.0], "nothing": None, "t": "2017-12-01T00:00:00.000001Z"}
 
 
 def test_tables_against_delta_rs(shop: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
