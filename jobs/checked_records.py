@@ -27,6 +27,7 @@ from jobs.config import IngestSettings
 from jobs.errors import TrailvecError, explain, first_line
 from jobs.raw_records import BROKEN, FILE, LINE, REST, named_column, text_of, valid_text
 from jobs.sources import Given, IdValue, Input, TimeValue, Value
+from jobs.spark_session import JSON_MICROSECONDS
 from jobs.tables import EVENTS
 from spark_udfs.keyed import ColumnTest
 
@@ -73,6 +74,7 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
     # First the numbers, of which the reasons ask several times.
     numbered = given.withColumns({n: _number(given, n) for n in _NUMBERS})
     events = numbered.withColumns({"reason": _reason(numbered, settings, now, zones), "source": F.lit(source)})
+    as_json = F.to_json("record", JSON_MICROSECONDS)
     # An event's texts are valid. What a broken row shows as its user may be a part of anything.
     user_id = F.when(F.col("reason").isNull(), F.col("user_id"))
     user_id = user_id.when(F.col("reason") != BROKEN_ROW, valid_text(F.col("user_id"))).alias("user_id")
@@ -80,7 +82,7 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
         *[user_id if c.name == "user_id" else c.name for c in EVENTS.columns],
         "reason",
         # Made into text here and not above, where it would be made for every record.
-        F.when(F.col("reason").isNotNull(), valid_text(F.coalesce("line", F.to_json("record")))).alias("raw"),
+        F.when(F.col("reason").isNotNull(), valid_text(F.coalesce("line", as_json))).alias("raw"),
         "file",
     )
 
@@ -91,7 +93,7 @@ def _mapped(raw: DataFrame, mapping: Input) -> DataFrame:
     columns = mapping.columns
     fields = [named_column(name) for name in raw.columns if name not in (FILE, LINE, BROKEN, REST)]
     if columns.event_id.ordinal:
-        record = F.coalesce(F.col(LINE), F.to_json(F.struct(*fields)))
+        record = F.coalesce(F.col(LINE), F.to_json(F.struct(*fields), JSON_MICROSECONDS))
         # The hash first: the sort goes by the first bytes of the first key, and a file's name tells no records apart.
         identical = Window.partitionBy(F.sha2(record, 256), FILE).orderBy(FILE)
         raw = raw.withColumn(_ORDINAL, F.row_number().over(identical))

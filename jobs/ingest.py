@@ -41,7 +41,7 @@ from jobs.pruning import within_days
 from jobs.raw_records import LISTING, find_inputs, read_raw, read_topic
 from jobs.runtime import Runtime, Stage
 from jobs.sources import Input, Kafka, Source, load_source
-from jobs.spark_session import FEW
+from jobs.spark_session import FEW, JSON_MICROSECONDS
 from jobs.tables import EVENTS, REJECTED_EVENTS
 from jobs.tombstones import erased_tests
 from training.stores import remove_tree
@@ -93,7 +93,7 @@ def mark_duplicates(records: DataFrame, duplicates: str) -> DataFrame:
         .when(is_event & (F.col("place") > 1), F.lit(REPEAT))
         .otherwise(F.col("reason"))
     )
-    event = F.to_json(F.struct(*[c.name for c in EVENTS.columns]))
+    event = F.to_json(F.struct(*[c.name for c in EVENTS.columns]), JSON_MICROSECONDS)
     return ranked.withColumns({"raw": F.when(conflicts, event).otherwise(F.col("raw")), "reason": reason}).drop(
         "content", "kept_ts", "kept_content", "place"
     )

@@ -221,6 +221,18 @@ def test_times_of_parquet_types(spark: SparkSession, tmp_path: Path) -> None:
     assert seen == {"instant": noon, "naive": datetime(2011, 7, 1, 11), "day": datetime(2011, 6, 30, 23), "int96": noon}
 
 
+def test_records_that_differ_in_microseconds_are_others_and_are_kept_whole(spark: SparkSession, tmp_path: Path) -> None:
+    times = [datetime(2011, 7, 1, 12, 0, 0, microsecond) for microsecond in (1, 2)]
+    same = {name: pa.array([text] * 2, pa.string()) for name, text in (("id", "x"), ("user", None), ("item", "x"))}
+    instants, naive = pa.array(times, pa.timestamp("us", tz="UTC")), pa.array(times, pa.timestamp("us"))
+    pq.write_table(pa.table({**same, "price": [1.0] * 2, "at": instants, "local": naive}), tmp_path / "log.parquet")
+    columns = {"event_id": {"columns": ["id"], "ordinal": True}}
+    rows = ingest(spark, tmp_path, mapping("log.parquet", "parquet", columns))
+    assert {(row["reason"], row["event_id"]) for row in rows} == {("missing_user_id", rows[0]["event_id"])}
+    texts = sorted((raw["at"], raw["local"]) for raw in (json.loads(row["raw"]) for row in rows))
+    assert texts == [(f"2011-07-01T12:00:00.00000{n}Z", f"2011-07-01T12:00:00.00000{n}") for n in (1, 2)]
+
+
 def test_numbers_and_missing_times_of_parquet_types(spark: SparkSession, tmp_path: Path) -> None:
     """A number in another type is the number that its text shows: 0.1 of 32 bits is no .10000000149."""
     prices_of = {
@@ -569,7 +581,12 @@ def test_no_sources_is_an_error(make_runtime: Callable[..., Runtime]) -> None:
 
 
 def test_the_same_id_is_one_event(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
-    lines = ["1,ann,a,2023-05-02,1", "1,ann,a,2023-05-01,1", "1,ann,a,2023-05-01,1", "2,bob,b,2023-05-01,"]
+    lines = [
+        "1,ann,a,2023-05-02T00:00:00.000001,1",
+        "1,ann,a,2023-05-01,1",
+        "1,ann,a,2023-05-01,1",
+        "2,bob,b,2023-05-01,",
+    ]
     lines.append("2,bob,,2023-04-30,")  # refused: of its id the event counts
     given = mapping("log.csv", attributes=["user"])
 
@@ -583,11 +600,11 @@ def test_the_same_id_is_one_event(spark: SparkSession, write: Callable[[str, str
     assert [row[:3] for row in first] == [
         ("1", datetime(2023, 5, 1), ""),
         ("1", datetime(2023, 5, 1), REPEAT),
-        ("1", datetime(2023, 5, 2), "duplicate_event_id"),
+        ("1", datetime(2023, 5, 2, 0, 0, 0, 1), "duplicate_event_id"),
         ("2", datetime(2023, 4, 30), "missing_item_id"),
         ("2", datetime(2023, 5, 1), ""),
     ]
-    assert json.loads(first[2][3])["event_ts"].startswith("2023-05-02")
+    assert json.loads(first[2][3])["event_ts"] == "2023-05-02T00:00:00.000001Z"
     assert judge(lines[::-1], 3) == first
 
 
