@@ -91,9 +91,11 @@ def read_labels(runtime: Runtime, folder: Place) -> DataFrame:
         folder: as for `read_rows`.
 
     Raises:
-        TrailvecError: a column is missing, a label is neither 0 nor 1, or a user has two labels of one task.
+        TrailvecError: a column is missing, a user_id or a task is blank, a label is neither 0 nor 1, a user has two
+            labels of one task, only some labels of a task have a time, or a task has the name of one of the log.
     """
-    labels = runtime.config.probe.labels
+    settings = runtime.config.probe
+    labels = settings.labels
     assert labels is not None
     if labels.sql is not None:
         where = "the query of probe.labels"
@@ -119,6 +121,7 @@ def read_labels(runtime: Runtime, folder: Place) -> DataFrame:
         F.count("*").alias("rows"),
     )
     for condition, what in (
+        ("coalesce(trim(user_id), '') = '' OR coalesce(trim(task), '') = ''", "with a blank user_id or task"),
         ("bad > 0", "that is neither 0 nor 1"),
         ("no_time > 0", "whose label_ts is no time (2017-01-31 08:00:00 is one)"),
         ("rows > 1", "twice"),
@@ -126,6 +129,18 @@ def read_labels(runtime: Runtime, folder: Place) -> DataFrame:
         if wrong := checked.where(condition).orderBy("user_id", "task").take(1):
             raise TrailvecError(
                 f"{where} has a label {what}: user {wrong[0]['user_id']}, task {wrong[0]['task']}: correct it"
+            )
+    per_task = rows.groupBy("task").agg(F.count("label_ts").alias("timed"), F.count("*").alias("labels"))
+    for row in per_task.orderBy("task").collect():
+        if row["task"] in (*settings.activity, *settings.event_types):
+            raise TrailvecError(
+                f"{where} has labels of task {row['task']}, which probe.activity and probe.event_types ask the log "
+                f"about: give it another name"
+            )
+        if 0 < row["timed"] < row["labels"]:
+            raise TrailvecError(
+                f"{where} has a label_ts with {row['timed']:,} of the {row['labels']:,} labels of task {row['task']}: "
+                f"give all of them one, or none"
             )
     return rows.select("user_id", "task", label.cast("int").alias("label"), "label_ts")
 

@@ -309,6 +309,10 @@ def test_labels_with_times_see_what_came_before_them_and_no_more(
         ("u1,many,0.99,", "has a label that is neither 0 nor 1: user u1, task many"),
         ("u1,many,1,31.01.2017", "has a label whose label_ts is no time"),
         ("u1,many,1,\nu1,many,0,", "has a label twice: user u1, task many"),
+        (",many,1,", "has a label with a blank user_id or task: user None, task many"),
+        ("u1, ,1,", "has a label with a blank user_id or task: user u1, task"),
+        ("u1,many,1,2017-01-31", "has a label_ts with 1 of the 2 labels of task many: give all of them one, or none"),
+        ("u1,inactive,1,", "has labels of task inactive, which probe.activity and probe.event_types ask the log about"),
         ("u\xe9,many,1,", "labels.csv is no UTF-8 text: save it as such"),
     ],
 )
@@ -317,7 +321,7 @@ def test_a_wrong_label_is_one_sentence(
 ) -> None:
     file = tmp_path / "labels.csv"
     file.write_text(f"user_id,task,label,label_ts\nu0,many,0,\n{row}\n", encoding="latin-1")
-    runtime = make_runtime(f'probe.labels={{file="{file}"}}')
+    runtime = make_runtime('probe.activity=["inactive"]', f'probe.labels={{file="{file}"}}')
     with pytest.raises(TrailvecError, match=said):
         probe.read_labels(runtime, tmp_path / "copies")
 
