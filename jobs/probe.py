@@ -281,6 +281,11 @@ def features_of(
     }
 
 
+def rarer(labels: Any) -> int:
+    """How many there are of the label, 0 or 1, that is rarer."""
+    return int(min(np.bincount(labels, minlength=2)))
+
+
 def results_of(labels: pd.DataFrame, users: list[str], features: dict[str, Matrix], settings: ProbeSettings) -> Any:
     """(task, features, head, metric, mean, std, users, positives) of one question, one after the other.
 
@@ -294,7 +299,7 @@ def results_of(labels: pd.DataFrame, users: list[str], features: dict[str, Matri
         chosen = rows["user_id"].map(place).to_numpy()
         answers = rows["label"].to_numpy(np.int64)
         times = rows["cut"].to_numpy(np.int64) if rows["cut"].nunique() > 1 else None
-        if min(np.bincount(answers, minlength=2)) < settings.folds:
+        if rarer(answers) < settings.folds:
             continue  # too few to find one of each label in every fold
         for name, of in features.items():
             for head in ("majority",) if name == "majority" else settings.heads:
@@ -328,7 +333,13 @@ def run(runtime: Runtime) -> None:
         users, features = features_of(runtime, sessions, question, model_dir, cuts.end)
         runtime.on_progress(f"heads for {', '.join(tasks)}")
         results += [(model_dir.name, *row) for row in results_of(question.labels, users, features, settings)]
-    runtime.write(PROBES, runtime.spark.createDataFrame(results, PROBES.schema()).coalesce(1))
+        few = question.labels.groupby("task")["label"].agg(rarer)
+        runtime.report.notes += [
+            f"{task} is not probed: found {count:,} of its rarer label, fewer than probe.folds = {settings.folds}"
+            for task, count in few[few < settings.folds].items()
+        ]
+    frame = runtime.spark.createDataFrame(results, PROBES.schema()).coalesce(1)
+    runtime.write(PROBES, frame, of={"model_version": model_dir.name})
     for task in dict.fromkeys(row[1] for row in results):
         best: dict[str, tuple[float, float]] = {}
         for name in FEATURES:

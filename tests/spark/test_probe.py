@@ -251,6 +251,26 @@ def test_the_table_with_labels_of_a_file(
         runtime.execute(probe.STAGE, force=True)
 
 
+def test_a_task_with_too_few_of_a_label_is_said_and_leaves_no_old_rows(
+    make_runtime: Callable[..., Runtime],
+    whole: Path,
+    tmp_path: Path,
+    model: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = tmp_path / "labels.csv"
+    file.write_text("\n".join(["user_id,task,label", *(f"u{n},rare,{n // 23}" for n in range(24))]) + "\n")
+    asked = ("probe.activity=[]", "probe.event_types=[]", f'probe.labels={{file="{file}"}}')
+    runtime = make_runtime(*SETTINGS, *asked, root=whole)
+    old = [(version, "rare", "vector", "logistic", "auc", 0.9, 0.0, 24, 3) for version in ("m0", "m1")]
+    put(runtime, PROBES, runtime.spark.createDataFrame(old, PROBES.schema()))
+    users = sorted(f"u{n}" for n in range(24))
+    monkeypatch.setattr(probe, "features_of", lambda *_: (users, {"majority": np.zeros((24, 1))}))
+    report = runtime.execute(probe.STAGE)
+    assert report.notes == ["rare is not probed: found 1 of its rarer label, fewer than probe.folds = 2"]
+    assert [r["model_version"] for r in read_delta(runtime.path(PROBES))] == ["m0"]
+
+
 def test_what_is_probed_is_what_profile_users_writes(
     make_runtime: Callable[..., Runtime], whole: Path, tmp_path: Path, model: dict[str, str]
 ) -> None:
