@@ -193,6 +193,14 @@ def _run(runtime: Runtime, folder: Place) -> None:
         _vectors(runtime, table, key, version)
         for table, key in ((USER_EMBEDDINGS, "user_id"), (ITEM_EMBEDDINGS, "item_id"))
     )
+    if settings.without:
+        seen = _events(runtime.read(SESSIONS), []).select("event_type").distinct().collect()
+        types = sorted(row["event_type"] for row in seen)
+        runtime.report.notes += [
+            f"neighbours.without leaves out nothing for {name}: no event is of that type (found {', '.join(types)})"
+            for name in settings.without
+            if name not in types
+        ]
     every = searches(
         users,
         items,

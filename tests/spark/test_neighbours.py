@@ -140,11 +140,17 @@ def test_items_in_stock_of_a_vertical_that_a_user_has_not_bought(
 ) -> None:
     stock = tmp_path / "stock.txt"
     stock.write_text("\ufeffi1\ni3 \t\n\ni5\ni2\ni9\nunknown\n", encoding="utf-8")
-    filters = ('neighbours.verticals=["food"]', f'neighbours.in_stock="{stock}"', 'neighbours.without=["purchase"]')
+    filters = (
+        'neighbours.verticals=["food"]',
+        f'neighbours.in_stock="{stock}"',
+        'neighbours.without=["purchase", "veiw"]',
+    )
     runtime = make_runtime(f"neighbours.k={K}", "neighbours.block_rows=3", *filters)
     users, items = some("u", 20, 1), some("i", 11, 2)
     embed(runtime, spark, users, items)
-    runtime.execute(STAGE)
+    assert runtime.execute(STAGE).notes == [
+        "neighbours.without leaves out nothing for veiw: no event is of that type (found purchase, view)"
+    ]
     offered = {item: items[item] for item in ("i1", "i3", "i5", "i9")}
     bought = {(user, item) for user, item, what in DONE if what == "purchase"}
     found = read(runtime)
