@@ -15,8 +15,9 @@ Vectors are ARRAY<FLOAT>; sums are taken in float64, results are FLOAT or ARRAY<
 * `degree` is 1, 2 (the default) or float('inf').
 * Unequal lengths, another type of elements than FLOAT or of ids than STRING, and another degree are errors.
 
-Two limits of Spark 3.5's pandas UDFs: an aggregate here can't stand beside a built-in one in the same SELECT, and a
-whole group passes through the memory of one Python worker.
+Three limits of Spark 3.5's pandas UDFs: an aggregate here can't stand beside a built-in one in the same SELECT; a whole
+group passes through the memory of one Python worker; and without GROUP BY, an aggregate of no rows at all gives no row,
+where a built-in one gives a row with NULL.
 
 Source of the rules: https://apache.github.io/spark/api/sql/vector-functions and the pages of the same functions at
 https://docs.databricks.com/aws/en/sql/language-manual/functions/vector_norm.

@@ -91,6 +91,7 @@ def test_sums_are_per_group(spark: SparkSession) -> None:
         SELECT k, vector_sum(v) AS total FROM VALUES ('a', array(1F)), ('b', array(5F)), ('a', array(2F)) AS t(k, v)
         GROUP BY k""")
     assert {row["k"]: row["total"] for row in answer.collect()} == {"a": [3.0], "b": [5.0]}
+    assert spark.sql("SELECT vector_sum(v) FROM VALUES (array(1F)) AS t(v) WHERE false").collect() == []
 
 
 def test_the_k_best_of_each_group(spark: SparkSession) -> None:
