@@ -5,8 +5,8 @@
 
     SELECT u.user_id, n.item_id FROM seeds AS u, LATERAL nearest_items(u.user_id, 5) AS n      for a few users
 
-Exact, with the scores and the ties of find_neighbours. A user without a vector gives no rows. The model, for both
-sides, is `model.version`, else the one that is current when a task begins.
+Without a number: the 10 nearest. Exact, with the scores and the ties of find_neighbours. A user without a vector gives
+no rows. The model, for both sides, is `model.version`, else the one that is current when a task begins.
 
 Spark 3.5 runs such a function row by row in a Python worker, which has no Spark: it lists the active files of the
 Delta tables with delta-rs and reads them with pyarrow, block by block, so its memory is bounded however large the
@@ -130,7 +130,7 @@ def _table_function(name: str, root: Path, version: str | None, kind: str, metri
         def __init__(self) -> None:
             self._tables: tuple[VectorTable, VectorTable] | None = None
 
-        def eval(self, user_id: str | None, k: int | None) -> Iterator[tuple[int, str, float]]:
+        def eval(self, user_id: str | None, k: int | None = 10) -> Iterator[tuple[int, str, float]]:
             if k is None or k < 1:
                 raise TrailvecError(f"{name}: k is {'NULL' if k is None else k}: write a whole number from 1 on")
             if user_id is None:

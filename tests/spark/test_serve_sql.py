@@ -293,6 +293,7 @@ def test_nearest_items_are_those_of_the_current_model(warehouse: Served, monkeyp
         for rank, item in enumerate(warehouse.best_items("u5", 50), 1)
     ]
     assert rows(warehouse.runtime, "SELECT * FROM nearest_items('u5', 50)") == expected
+    assert rows(warehouse.runtime, "SELECT * FROM nearest_items('u5')") == expected[:10]
     # Block by block, none of them kept.
     monkeypatch.setattr(nearest_of_user, "_BLOCK_ROWS", 7)
     monkeypatch.setattr(nearest_of_user, "_KEPT_BYTES", 0)
