@@ -18,15 +18,18 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 from jobs.config import Config
-from jobs.errors import TrailvecError
+from jobs.errors import TrailvecError, explain
 from jobs.runtime import Runtime
 from jobs.segment_files import KEY as EXPORT_KEY
 from jobs.sql import prepare
@@ -98,10 +101,7 @@ def run_serve(config: Config, host: str, port: int) -> None:
             signal.signal(number, lambda *_: stopped.set())
         address = f"[{host}]" if ":" in host else host
         print(f"SQL at jdbc:hive2://{address}:{port}/{config.storage.database} (Ctrl-C stops it)", flush=True)
-        while not stopped.wait(_LOOK_AGAIN_SECONDS):
-            if (existing := _existing(runtime)) != known:  # a stage has made its table
-                register_tables(runtime)
-                known = existing
+        _watch(runtime, known, stopped)
         server.stop()
         spark.stop()
 
@@ -205,6 +205,24 @@ def _start(spark: SparkSession, host: str, port: int, login: str | None, scratch
         system.setProperty("hive.server2.custom.authentication.class", _LOGIN_CLASS)
     start: Any = jvm.org.apache.spark.sql.hive.thriftserver.HiveThriftServer2.startWithContext
     return start(spark._jsparkSession.sqlContext())
+
+
+def _watch(runtime: Runtime, known: set[str], stopped: threading.Event) -> None:
+    """Until it is stopped, makes tables known that are no longer the `known` ones. A store that fails is said once, and
+    asked again; where the JVM itself is gone, so is the server."""
+    failing = False
+    while not stopped.wait(_LOOK_AGAIN_SECONDS):
+        try:
+            if (existing := _existing(runtime)) != known:  # a stage has made its table
+                register_tables(runtime)
+                known = existing
+            failing = False
+        except (PySparkException, Py4JJavaError) as error:
+            if not failing:
+                said = explain(error) or str(error).strip().splitlines()[0]
+                again = f"looking again every {_LOOK_AGAIN_SECONDS:g} seconds, the tables known so far are served"
+                print(f"can't see which tables there are ({said}): {again}", file=sys.stderr, flush=True)
+            failing = True
 
 
 def _existing(runtime: Runtime) -> set[str]:

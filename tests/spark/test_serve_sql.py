@@ -11,23 +11,26 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import deltalake
 import numpy as np
 import pyspark
 import pytest
 from deltalake.exceptions import DeltaProtocolError
-from pyspark.errors import PythonException
+from pyspark.errors import AnalysisException, PythonException
 from pyspark.sql import SparkSession
 
+from jobs import serve_sql
 from jobs.errors import TrailvecError, explain
 from jobs.runtime import Runtime
-from jobs.serve_sql import SECRETS, _forget, _login, _share_functions, run_serve
+from jobs.serve_sql import SECRETS, _forget, _login, _share_functions, _watch, run_serve
 from jobs.spark_session import java_home
 from jobs.sql import query
 from jobs.tables import (
@@ -273,6 +276,30 @@ def test_a_login_is_bytes_and_is_wiped(monkeypatch: pytest.MonkeyPatch) -> None:
         _forget(name)
         assert name not in os.environ
     _forget("TRAILVEC_SQL_USER")  # not set: no matter
+
+
+def test_a_store_that_fails_for_a_while_does_not_end_the_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped = threading.Event()
+    looks: list[set[str] | None] = [{"events"}, None, None, {"events", "items"}, {"events", "items"}, None]
+    registered: list[int] = []
+
+    def look(runtime: Runtime) -> set[str]:
+        found = looks.pop(0)
+        if not looks:
+            stopped.set()
+        if found is None:
+            raise AnalysisException("the store is away\nat line 1")
+        return found
+
+    monkeypatch.setattr(serve_sql, "_LOOK_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(serve_sql, "_existing", look)
+    monkeypatch.setattr(serve_sql, "register_tables", lambda runtime: registered.append(len(looks)))
+    _watch(Mock(), {"events"}, stopped)
+    assert registered == [2]
+    said = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()]
+    assert said == ["can't see which tables there are (the store is away)"] * 2  # each time that it begins to fail
 
 
 def test_what_a_session_lacks_is_not_shared(spark: SparkSession) -> None:
