@@ -254,7 +254,7 @@ def nearest(
         candidates: id string, vector array<float>; all vectors of one length, no id twice.
         same_kind: both are of one kind (users, say): of one's own id is oneself, who is not to be found. An item and a
             user may have the same id and are two.
-        block_rows: about how many vectors stand on each side of a matrix product.
+        block_rows: about how many vectors stand on each side of a matrix product; within cells at most so many.
         counts: about how many rows `queries` and `candidates` have.
         tasks: at most so many compare, each its blocks of queries. Spark, left to itself, makes tasks by bytes: few, of
             blocks that are small to read and long to compare.
@@ -270,18 +270,14 @@ def nearest(
         queries = queries.withColumn("left_out", F.array().cast("array<string>"))
     candidates = candidates.withColumn("left_out", F.array().cast("array<string>"))
     if cells is None:
-        queries, candidates = (side.withColumn("cell", F.lit(0)) for side in (queries, candidates))
-        per_cell = counts
-    else:
-        queries = _in_cells(queries, cells, asking=True)
-        candidates = _in_cells(candidates, cells, asking=False)
-        per_cell = counts[0] * cells.probes // len(cells.centres), counts[1] // len(cells.centres)
-    of_candidates = _blocks(candidates, per_cell[1], block_rows, "candidate")
-    if cells is None:
-        of_queries = _blocks(queries, per_cell[0], block_rows, "query", tasks)
+        of_queries = _blocks(_numbered(queries, counts[0], block_rows, tasks), "query")
+        of_candidates = _blocks(_numbered(candidates, counts[1], block_rows), "candidate")
         pairs = of_queries.drop("cell").crossJoin(of_candidates.drop("cell"))
     else:
-        of_queries = _blocks(queries, per_cell[0], block_rows, "query")
+        of_queries, of_candidates = (
+            _blocks(_numbered_in_cells(_in_cells(side, cells, asking=asking), block_rows), name)
+            for side, asking, name in ((queries, True, "query"), (candidates, False, "candidate"))
+        )
         of_queries, of_candidates = (side.repartition(tasks, "cell") for side in (of_queries, of_candidates))
         pairs = of_queries.join(of_candidates, "cell").drop("cell")
 
@@ -315,20 +311,29 @@ def _in_cells(vectors: DataFrame, cells: Cells, *, asking: bool) -> DataFrame:
     return vectors.select("id", "vector", "left_out").mapInArrow(sort_in, schema)
 
 
-def _blocks(vectors: DataFrame, count: int, block_rows: int, name: str, tasks: int | None = None) -> DataFrame:
+def _numbered(vectors: DataFrame, count: int, block_rows: int, tasks: int | None = None) -> DataFrame:
+    """With a column cell, the same for all, and a column block, by hash. `count`: about how many vectors there are;
+    `tasks`: in so many partitions, None: in as many as Spark likes."""
+    blocks = -(-count // block_rows) or 1
+    numbered = vectors.withColumns({"cell": F.lit(0), "block": F.pmod(F.xxhash64("id"), F.lit(blocks))})
+    return numbered if tasks is None else numbered.repartition(min(tasks, blocks), "block")
+
+
+def _numbered_in_cells(vectors: DataFrame, block_rows: int) -> DataFrame:
+    """With a column block, of one cell and at most block_rows vectors: some cells have many times the mean."""
+    place = F.row_number().over(Window.partitionBy("cell").orderBy("id")) - 1
+    # No number stands in two cells: `_compare` tells blocks of queries apart by it.
+    return vectors.withColumn("block", F.shiftleft(F.col("cell").cast("long"), 32) + F.floor(place / block_rows))
+
+
+def _blocks(numbered: DataFrame, name: str) -> DataFrame:
     """One row per block, of one cell: cell int, <name>_block long, <name> struct of ids, vectors (float32, one after
     the other, as bytes: a block goes to Python once for each it is compared with), left_out and their counts; in order
-    of id. `count`: about how many vectors a cell has; `tasks`: in so many partitions, None: in as many as Spark likes.
-    """
-    per_cell = -(-count // block_rows) or 1
-    number = F.pmod(F.xxhash64("id"), F.lit(per_cell)) + F.col("cell").cast("long") * per_cell
+    of id."""
     rows = F.sort_array(F.collect_list(F.struct("id", "vector", "left_out"))).alias("rows")
     packed = (
         "cell int, block long, ids array<string>, vectors binary, left_out array<string>, left_out_counts array<int>"
     )
-    numbered = vectors.withColumn("block", number)
-    if tasks is not None:
-        numbered = numbered.repartition(min(tasks, per_cell), "block")
     blocks = numbered.groupBy("cell", "block").agg(rows).mapInArrow(_pack, packed)
     columns = [F.col(column) for column in ("ids", "vectors", "left_out", "left_out_counts")]
     return blocks.select("cell", F.col("block").alias(f"{name}_block"), F.struct(*columns).alias(name))

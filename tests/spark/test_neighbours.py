@@ -289,11 +289,20 @@ def test_partitions_and_blocks_do_not_matter(spark: SparkSession) -> None:
     assert [row["neighbour_id"] for row in found[0] if row["source_id"] == "u07"] == [f"twin{n}" for n in range(5)]
 
 
-def test_blocks_of_queries_lie_in_many_tasks_however_few_bytes_they_are(spark: SparkSession) -> None:
+def test_blocks_lie_in_many_tasks_however_few_bytes_and_are_small_however_full_a_cell(spark: SparkSession) -> None:
     users = spark.createDataFrame([(f"u{n:02d}", [float(n)]) for n in range(60)], "id string, vector array<float>")
-    rows = users.withColumns({"cell": F.lit(0), "left_out": F.array().cast("array<string>")})
-    blocks = topk._blocks(rows, 60, 7, "query", tasks=4)
+    rows = users.withColumn("left_out", F.array().cast("array<string>"))
+    blocks = topk._blocks(topk._numbered(rows, 60, 7, tasks=4), "query")
     assert len({row[0] for row in blocks.select(F.spark_partition_id()).collect()}) > 2
+
+    # Cell 1 has 40 of the 60 users, many times the mean: its blocks are no larger, and no number is used twice.
+    cell = F.greatest(F.lit(1), F.col("vector")[0] - 38).cast("int")
+    in_cells = topk._blocks(topk._numbered_in_cells(rows.withColumn("cell", cell), 7), "query")
+    found = in_cells.select("cell", "query_block", "query.ids").collect()
+    sizes = {place: [len(row["ids"]) for row in found if row["cell"] == place] for place in (1, 2, 21)}
+    assert {place: sorted(of) for place, of in sizes.items()} == {1: [5, 7, 7, 7, 7, 7], 2: [1], 21: [1]}
+    assert len({row["query_block"] for row in found}) == len(found) == 26
+    assert sorted(name for row in found for name in row["ids"]) == [f"u{n:02d}" for n in range(60)]
 
 
 def test_a_model_without_vectors(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
