@@ -482,12 +482,12 @@ def _changed_by_another_run(table: Table, during: str) -> TrailvecError:
 @cache
 def code_version() -> str:
     """The package's version and a hash of its source: changes exactly when the code does."""
-    digest = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for package in _PACKAGES:
         folder = Path(__file__).parent.parent / package
         for file in sorted(file for suffix in ("*.py", "*.html") for file in folder.rglob(suffix)):
-            digest.update(str(file.relative_to(folder.parent)).encode() + b"\0" + file.read_bytes())
-    return f"{importlib.metadata.version('trailvec')}+{digest.hexdigest()[:12]}"
+            sha256.update(str(file.relative_to(folder.parent)).encode() + b"\0" + file.read_bytes())
+    return f"{importlib.metadata.version('trailvec')}+{sha256.hexdigest()[:12]}"
 
 
 def digest(value: dict[str, Any]) -> str:
