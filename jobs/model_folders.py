@@ -41,8 +41,8 @@ def model_folder(runtime: Runtime, version: str | None = None) -> Path:
 
 
 def model_inputs(runtime: Runtime) -> dict[str, str | None]:
-    """What decides about the vectors that the model in use gives, as `Stage.inputs`: its version, its weights (on GPUs a
-    training that is repeated ends in others), and what they are turned by (`trailvec align`)."""
+    """What decides about the vectors that the model in use gives, as `Stage.inputs`: its version, its weights (on GPUs
+    a training that is repeated ends in others), and what they are turned by (`trailvec align`)."""
     folder = model_folder(runtime)
     weights = read_about(folder)["weights_sha256"]
     return {"model_version": folder.name, "weights": weights, "rotation": rotation_sha256(folder)}

@@ -457,7 +457,7 @@ class Runtime(Lake):
     @property
     def fingerprint_here(self) -> str:
         """The fingerprint of the stage over these very tables: another one over others that have taken their names."""
-        return _digest({"fingerprint": self.fingerprint, "table_ids": self._table_ids})
+        return digest({"fingerprint": self.fingerprint, "table_ids": self._table_ids})
 
     def read_these(self, provenance: dict[str, Any]) -> bool:
         """Whether the run that stored this read the very tables that the stage reads, not earlier ones of their names.

@@ -98,8 +98,8 @@ def _part(splits: Sequence[Split]) -> Column:
         return F.when(earlier, within(low, (low + high) // 2)).otherwise(within((low + high) // 2 + 1, high))
 
     def of(users: Sequence[tuple[str, int, int]]) -> Column:
-        """The same of these users: whose splits begin and end where. A tree again: Spark walks expressions by recursion,
-        and a chain of a thousand users is more than its stack holds."""
+        """The same of these users: whose splits begin and end where. A tree again: Spark walks expressions by
+        recursion, and a chain of a thousand users is more than its stack holds."""
         if len(users) == 1:
             user_id, low, high = users[0]
             return F.when(F.col("user_id") == user_id, within(low, high)).otherwise(0)

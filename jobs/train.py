@@ -155,7 +155,9 @@ def rows_since(runtime: Runtime, about: dict[str, Any], folder: Place) -> list[s
     files = math.ceil(count / runtime.config.sequences.rows_per_file)
     mixed = rows.repartition(files, order).sortWithinPartitions(order)
     length = F.least("length", F.lit(runtime.config.train.warm_length)).alias("length")
-    newest = [F.slice(name, F.greatest(F.col("length") - length, F.lit(0)) + 1, length).alias(name) for name in FEATURES]
+    newest = [
+        F.slice(name, F.greatest(F.col("length") - length, F.lit(0)) + 1, length).alias(name) for name in FEATURES
+    ]
     name = "parquet.block.size"  # row groups of the table's own size, which is training's
     writer = mixed.select(length, *newest).write.mode("overwrite").option(name, SEQUENCES.properties[name])
     writer.parquet(str(folder))

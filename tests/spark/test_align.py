@@ -99,7 +99,9 @@ def test_a_new_model_is_laid_onto_the_current_one(shop: Runtime) -> None:
     again = make_unaligned(shop, "m2", seed=3)  # as a forced training ends on GPUs: in other weights
     report = shop.execute(align.STAGE)
     assert report.notes[0].startswith("model m2 onto m2 by 27 items: ")
-    with pytest.raises(TrailvecError, match="model m2 was trained or aligned again after its item vectors were written"):
+    with pytest.raises(
+        TrailvecError, match="model m2 was trained or aligned again after its item vectors were written"
+    ):
         shop.execute(score_users.STAGE)
     raw[again] = again.item_vectors().detach().numpy()[LEARNT]
     rotation = orthogonal_procrustes(raw[again], np.stack([items[f"i{n}"] for n in LEARNT]))[0]
