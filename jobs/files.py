@@ -65,6 +65,9 @@ class HadoopPath:
         system = path.getFileSystem(spark._jsc.hadoopConfiguration())
         return HadoopPath(system.makeQualified(path).toString())
 
+    def is_dir(self) -> bool:
+        return bool(self._system.isDirectory(self._path))
+
     def is_file(self) -> bool:
         return bool(self._system.isFile(self._path))
 
