@@ -165,9 +165,11 @@ def recall(every: list[Search], found: DataFrame, settings: NeighboursSettings) 
     return {row["kind"]: row["recall"] for row in rows}
 
 
-def _cells(candidates: DataFrame, count: int, metric: Metric, settings: NeighboursSettings) -> Cells:
+def _cells(candidates: DataFrame, count: int, metric: Metric, settings: NeighboursSettings) -> Cells | None:
     sample = candidates.where(_by_hash(SAMPLE_OF_CELL * settings.cells / max(1, count)))
     rows = sample.where(F.exists("vector", lambda x: x != 0)).orderBy("id").select("vector").toPandas()
+    if rows.empty:
+        return None  # all are cold: no vector is nearer than another
     try:
         return find_cells(np.stack(rows["vector"].tolist()), metric, settings.cells, settings.probes)
     except ImportError:

@@ -261,6 +261,8 @@ def test_an_inverted_file_finds_what_lies_in_the_cells_that_it_looks_into(
         shares[kind] = len(true_pairs & pairs) / len(true_pairs)
         assert 0.5 < shares[kind] < 1
     assert report.notes == [SHARE + ", ".join(f"{kind} {share:.3f}" for kind, share in sorted(shares.items()))]
+    cold = spark.createDataFrame([("i1", [0.0, 0.0])], "id string, vector array<float>")
+    assert find_neighbours._cells(cold, 1, "dot", runtime.config.neighbours) is None
 
 
 SHARE = "share of the exact neighbours that was found, for a sample: "
