@@ -9,6 +9,7 @@ read a copy beside the tables, gone afterwards.
 from __future__ import annotations
 
 import hashlib
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,7 +63,8 @@ def read_users(runtime: Runtime, users: UserList, path: Path, folder: Place) -> 
         folder: as for `read_rows`.
 
     Raises:
-        TrailvecError: it has no such column, or one of numbers that are not whole; when it is read, it is no UTF-8.
+        TrailvecError: it has no such column, or one of numbers that are not whole; when it is read, it is no UTF-8, or
+            a text with columns.
     """
     if users.sql is not None:
         where = f"{path}: the query of a list of its users"
@@ -113,7 +115,17 @@ def as_ids(rows: DataFrame, where: str, name: str = "user_id") -> Column:
 def _read_lines(file: Path) -> Iterator[str]:
     try:
         with file.open(encoding="utf-8-sig") as lines:
-            yield from filter(None, map(str.strip, lines))
+            ids = filter(None, map(str.strip, lines))
+            first = next(ids, "")
+            fields = re.split(r"[,;|\t]", first.replace('"', ""))
+            if len(fields) > 1 and "user_id" in fields:  # as ids, its lines would be nobody's
+                raise TrailvecError(
+                    f"the list {file} has a header of {len(fields)} columns, and a name as a text of one id per line: "
+                    "name it .csv, with commas between the columns, or take out the other columns"
+                )
+            if first:
+                yield first
+            yield from ids
     except IsADirectoryError:
         raise _no_table(file) from None
     except UnicodeDecodeError as error:

@@ -846,6 +846,9 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
     (tmp_path / "parts.csv/day=1/b.csv").write_text("note,user_id\n2,bob\n")  # the id is not 2
     with pytest.raises(TrailvecError, match=r"b\.csv has the columns note, user_id, day, other files of the list "):
         read_users(runtime, UserList(file="parts.csv"), tmp_path / "likes.toml", tmp_path)
+    (tmp_path / "gone.tsv").write_text('date\t"user_id"\n2024-01-01\tann\n')  # as ids, its lines would be nobody's
+    with pytest.raises(TrailvecError, match=r"the list .*gone\.tsv has a header of 2 columns, and a name as a text"):
+        list(read_users(runtime, UserList(file="gone.tsv"), tmp_path / "likes.toml", tmp_path))
     (tmp_path / "none.parquet").mkdir()
     (tmp_path / "none.parquet/_SUCCESS").touch()
     with pytest.raises(TrailvecError, match=r"the list .*none\.parquet holds no file that Spark reads"):
