@@ -113,7 +113,7 @@ def read_raw(
             by_header = _read_csv_files(spark, alike, mapping.delimiter, _named_columns(mapping), base)
             groups += [records for _, records in by_header]
         elif mapping.format == "parquet":
-            groups += [_with_place(frame) for frame in _read_parquet(spark, _as_patterns(alike), base)]
+            groups += [_with_place(frame) for frame in _read_parquet(spark, as_patterns(alike), base)]
         else:
             groups.append(_read_lines(spark, alike, base))
     if spread:
@@ -164,7 +164,7 @@ def _by_partition_columns(files: Sequence[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _as_patterns(files: Sequence[str]) -> list[str]:
+def as_patterns(files: Sequence[str]) -> list[str]:
     """Each name as a pattern that stands for it alone: Spark's readers take patterns."""
     return [re.sub(r"([][{}*?\\])", r"\\\1", file) for file in files]
 
@@ -223,7 +223,7 @@ def _check_doubled(file: str, header: str, columns: Sequence[str], names: Sequen
 
 
 def _read_lines(spark: SparkSession, files: Sequence[str], base: dict[str, str]) -> DataFrame:
-    return spark.read.schema(f"{LINE} string").options(**base).text(_as_patterns(files)).select("*", _file())
+    return spark.read.schema(f"{LINE} string").options(**base).text(as_patterns(files)).select("*", _file())
 
 
 def _read_csv_files(
@@ -242,7 +242,7 @@ def _read_csv(lines: DataFrame, file: str, header: str, delimiter: str) -> DataF
     """A record of each line that is neither blank nor the header; `file`: one of those whose header it is."""
     spark = lines.sparkSession
     options = {"sep": delimiter, "escape": '"'}
-    names = spark.read.options(header=True, **options).csv(_as_patterns([file])).columns
+    names = spark.read.options(header=True, **options).csv(as_patterns([file])).columns
     in_path = [name for name in lines.columns if name not in (LINE, FILE)]  # they win over the file's, as in Parquet
     hidden = {name.lower() for name in in_path}
     # Where a quoted field goes on in the next line, Spark would give its first part and not say a word. So a delimiter

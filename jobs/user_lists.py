@@ -21,7 +21,7 @@ from pyspark.sql import functions as F
 from jobs.config import UserList
 from jobs.errors import TrailvecError
 from jobs.files import Place, make_private
-from jobs.raw_records import BROKEN, FILE, LINE, data_files, read_csv_table, valid_text
+from jobs.raw_records import BROKEN, FILE, LINE, as_patterns, data_files, read_csv_table, valid_text
 from jobs.runtime import Runtime
 from jobs.sql import ask
 from training.stores import remove_tree
@@ -87,7 +87,7 @@ def read_items(runtime: Runtime, file: Path, folder: Place) -> DataFrame:
         return _ids(read_rows(runtime, file, folder, "item_id"), f"the list {file}", "item_id")
     if file.is_dir():
         raise _no_table(file)
-    lines = runtime.spark.read.text(_to_tasks(file, folder))
+    lines = runtime.spark.read.text(as_patterns([_to_tasks(file, folder)]))
     if not lines.where(_is_other_text("value")).isEmpty():
         raise _other_text(file)
     return lines.select(_stripped("value").alias("item_id")).where("item_id <> ''")
@@ -162,7 +162,7 @@ def read_rows(runtime: Runtime, file: Path, folder: Place, name: str = "user_id"
     if not file.name.lower().endswith(_CSV):
         if empty := next((part for part in parts if not part.stat().st_size), None):
             raise TrailvecError(f"the list {empty} is empty, no Parquet file: fetch it again")
-        return runtime.spark.read.parquet(url)
+        return runtime.spark.read.parquet(*as_patterns([url]))
     base = {"basePath": url} if file.is_dir() else {}  # Spark finds columns in the names of folders (task=churn)
     files = [f"{url}/{part.relative_to(file)}" for part in parts] if base else [url]
     rows = read_csv_table(runtime.spark, files, ",", (), f"the list {file}", base=base)

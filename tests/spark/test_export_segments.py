@@ -866,7 +866,7 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
         read_users(runtime, UserList(file="gone.parquet"), tmp_path / "likes.toml", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["gone.csv", "gone.parquet"])
+@pytest.mark.parametrize("name", ["gone.csv", "gone[1].parquet"])  # no pattern, a name
 def test_tasks_that_do_not_see_the_drivers_files_read_a_copy(
     make_runtime: Callable[..., Runtime], tmp_path: Path, name: str
 ) -> None:
