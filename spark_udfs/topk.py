@@ -6,6 +6,7 @@ id: the result depends on nothing but the vectors, neither on the blocks nor on 
 since a float32 matrix product rounds differently from one block shape to the next: the product picks every
 candidate that may be among the k best, within the bound of its rounding error, and those alone are scored one by one.
 Once a query has k, few candidates of a later block pass its k-th score: the rest costs the product and one comparison.
+Where many pass, they are ties: of the block's candidates of the very same vector the first k by id are scored alone.
 
 With `cells` the search is an inverted file: candidates are sorted into cells, and a query meets those of a few cells
 alone. What it meets is compared as above; what it does not meet it cannot find (recall: scripts/bench/neighbours.py).
@@ -73,11 +74,17 @@ class Nearest:
             short, scale = np.asarray(candidates / longest, np.float32), self._lengths * longest
         order = np.argsort(left_out[1])
         out_rows, out_columns = left_out[0][order], left_out[1][order]
+        early = None
         for start in range(0, len(candidates), _COLUMNS):
             approximate = self._unit @ short[start : start + _COLUMNS].T
             first, last = np.searchsorted(out_columns, (start, start + _COLUMNS))
             approximate[out_rows[first:last], out_columns[first:last] - start] = -np.inf
-            rows, columns = np.nonzero(approximate >= self._floor(approximate, scale))
+            near = approximate >= self._floor(approximate, scale)
+            if np.count_nonzero(near) > 2 * self._scores.size:  # ties: new items that are described alike, say
+                if early is None:
+                    early = _first_twins(names, candidates, self._k + int(np.bincount(out_rows).max(initial=0)))
+                near &= early[start : start + _COLUMNS]
+            rows, columns = np.nonzero(near)
             if len(rows):
                 columns += start
                 both = (self._lengths, lengths) if self._metric == "cosine" else None
@@ -148,6 +155,16 @@ def keep_best(rows: Integers, ids: npt.NDArray[Any], scores: npt.NDArray[np.floa
     rows, ids, scores = rows[order], ids[order], scores[order]
     rank = np.arange(len(rows)) - np.searchsorted(rows, rows)
     return rows[rank < k], ids[rank < k], scores[rank < k]
+
+
+def _first_twins(names: npt.NDArray[Any], vectors: Vectors, count: int) -> npt.NDArray[np.bool_]:
+    """Whether each is one of the `count` smallest names of its very vector, [n]."""
+    whole = np.ascontiguousarray(vectors).view(f"V{vectors.shape[1] * vectors.itemsize}")[:, 0]
+    twins = np.unique(whole, return_inverse=True)[1]
+    order = np.lexsort((names, twins))
+    first = np.empty(len(twins), np.bool_)
+    first[order] = np.arange(len(twins)) - np.searchsorted(twins[order], twins[order]) < count
+    return first
 
 
 def _same(ids: Ids, others: Ids) -> Pairs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spark_udfs import topk
-from spark_udfs.topk import Metric, _compare, top_k
+from spark_udfs.topk import Metric, Nearest, _compare, top_k
 
 Named = dict[str, list[float]]
 Neighbours = dict[str, list[tuple[str, float]]]
@@ -127,6 +128,38 @@ def test_many_candidates_in_many_products(metric: Metric, monkeypatch: pytest.Mo
         assert found == expected[f"q{n}"]
 
 
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+@pytest.mark.parametrize("seed", range(20))
+def test_many_twins(metric: Metric, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few vectors of many names in no order, some left out: ties go to the smaller name, over all blocks."""
+    monkeypatch.setattr(topk, "_COLUMNS", 64)
+    rng = np.random.default_rng(seed)
+    k = int(rng.integers(1, 9))
+    queries, distinct = (rng.integers(-1, 2, size=(n, 4)).astype(np.float32) for n in (13, rng.integers(1, 7)))
+    queries[:, 0] = distinct[:, 0] = 1  # none is zero
+    candidates = distinct[rng.integers(len(distinct), size=400)]
+    names = rng.permutation(400).astype(np.str_)
+    is_out = rng.random((13, 400)) < rng.choice([0, 0.02, 0.9, 0.999])
+
+    found = Nearest(queries, k, metric)
+    for block in np.array_split(np.arange(400), 3):
+        rows, columns = np.nonzero(is_out[:, block])
+        found.add(names[block], candidates[block], (rows, columns))
+    pairs = list(zip(*(of.tolist() for of in found.best()), strict=True))
+
+    exact = queries.astype(np.float64) @ candidates.astype(np.float64).T
+    if metric == "cosine":
+        exact /= np.linalg.norm(queries.astype(np.float64), axis=1)[:, None]
+        exact /= np.linalg.norm(candidates.astype(np.float64), axis=1)
+    scores = np.where(is_out, -np.inf, exact.astype(np.float32))
+    expected = []
+    for row in range(13):
+        best = np.lexsort((names, -scores[row]))[:k]
+        expected += [(row, names[c], scores[row, c]) for c in best if not is_out[row, c]]
+    assert [(row, name) for row, name, _ in pairs] == [(row, name) for row, name, _ in expected]
+    assert [score for *_, score in pairs] == pytest.approx([score for *_, score in expected], rel=1e-6)
+
+
 def test_a_k_beyond_all_memory_gives_all_candidates() -> None:
     queries, candidates = (np.arange(n, dtype=np.float32).reshape(-1, 1) + 1 for n in (2, 3))
     rows, columns, _ = top_k(queries, candidates, 10**15, "dot")
@@ -137,11 +170,14 @@ def test_a_k_beyond_all_memory_gives_all_candidates() -> None:
 def test_scores_do_not_depend_on_the_block_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A float32 matrix product gives equal candidates unequal scores by their place in the block: ours must not."""
     monkeypatch.setattr(topk, "_PAIRS_AT_ONCE", 102)
+    scored = Mock(wraps=topk.pair_scores)
+    monkeypatch.setattr(topk, "pair_scores", scored)
     rng = np.random.default_rng(7)
     twins = np.repeat(rng.normal(size=(1, 63)).astype(np.float32), 101, axis=0)
     queries = rng.normal(size=(13, 63)).astype(np.float32)
     _, columns, scores = top_k(queries, twins, 5, "cosine")
     assert columns.reshape(13, 5).tolist() == [[0, 1, 2, 3, 4]] * 13
+    assert [len(call.args[2][0]) for call in scored.call_args_list] == [13 * 5]  # not each of the twins
     alone = [top_k(queries[row : row + 1], twins[:1], 1, "cosine")[2][0] for row in range(13)]
     assert scores.reshape(13, 5).tolist() == [[score] * 5 for score in alone]
 
