@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spark_udfs import topk
-from spark_udfs.topk import Metric, Nearest, _compare, top_k
+from spark_udfs.topk import Cells, Metric, Nearest, _compare, _gathered, top_k
 
 Named = dict[str, list[float]]
 Neighbours = dict[str, list[tuple[str, float]]]
@@ -196,3 +196,26 @@ def test_hard_numbers(metric: Metric, scale: float) -> None:
     for n in range(3):
         found = [(f"c{c:02d}", float(s)) for c, s in zip(columns[rows == n], scores[rows == n], strict=True)]
         assert found == expected[str(n)]
+
+
+def test_vectors_are_put_into_cells_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topk, "_SORTED_AT_ONCE", 10)
+    table = pa.table({"id": [f"u{n}" for n in range(27)], "vector": [[float(n), 1.0] for n in range(27)]})
+    gathered = list(_gathered(table.to_batches(max_chunksize=4)))
+    assert [batch.num_rows for batch in gathered] == [12, 12, 3]
+    assert pa.Table.from_batches(gathered).equals(table)
+    empty = pa.RecordBatch.from_pylist([], table.schema)
+    assert list(_gathered([empty, empty])) == []
+
+
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+def test_the_cell_of_a_candidate_is_that_of_the_nearest_centre(metric: Metric) -> None:
+    rng = np.random.default_rng(6)
+    centres, vectors = (rng.normal(size=(n, 5)).astype(np.float32) for n in (30, 200))
+    if metric == "cosine":
+        centres /= np.linalg.norm(centres, axis=1)[:, None]
+    compared = vectors / np.linalg.norm(vectors, axis=1)[:, None] if metric == "cosine" else vectors
+    distances = np.linalg.norm(compared[:, None] - centres, axis=2)
+    cells = Cells(centres, metric, 3)
+    for _ in range(2):
+        assert cells.of_candidates(vectors).tolist() == distances.argmin(axis=1).tolist()
