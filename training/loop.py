@@ -190,9 +190,7 @@ def _begin(spec: RunSpec, device: torch.device) -> _Run:
             items.load_tensors(part_of(tensors, "items."))
         if rank == 0:
             if progress.best_epoch:
-                best = read_checkpoint(best_checkpoint(folder, progress))[1]
-                save_weights(Path(spec.output), part_of(best, "model."))
-                del best
+                _publish_best(spec, found, best_checkpoint(folder, progress))
             _say("resumed", epoch=progress.epoch, step=progress.step, rows_done=progress.rows_done)
     random = tensors.get(f"rng.{rank}", torch.get_rng_state()).clone()
     del tensors  # with them the file goes, which is as large as the model
@@ -233,6 +231,22 @@ def _checkpoint_over(rows_sha256: str, folder: Folder) -> Folder | None:
         remove_tree(found)
         _say("left", epoch=progress.epoch, step=progress.step)
     return None
+
+
+def _publish_best(spec: RunSpec, found: Folder, best: Folder) -> None:
+    """Rank 0: writes the best epoch's weights so far out of its checkpoint, of which `found` tells.
+
+    Raises:
+        TrailvecError: it is gone or damaged.
+    """
+    try:
+        tensors = read_checkpoint(best)[1]
+    except TrailvecError:
+        raise TrailvecError(
+            f"the checkpoint {found} tells of a best epoch whose checkpoint, {best.name}, is gone or damaged: put that "
+            f"back, or remove {found.name} too, and training goes on from the one before it"
+        ) from None
+    save_weights(Path(spec.output), part_of(tensors, "model."))
 
 
 def _pass_over_rows(run: _Run, epoch: int) -> None:

@@ -392,6 +392,9 @@ def test_the_best_epochs_weights_are_published(tmp_path: Path) -> None:
     published = load_file(tmp_path / "model/model.safetensors")
     assert all(torch.equal(tensor, first[f"model.{name}"]) for name, tensor in published.items())
     assert not torch.equal(published["table.own.weight"], last["model.table.own.weight"])
+    shutil.rmtree(Path(str(spec.checkpoints)) / "00002-0000000000")
+    with pytest.raises(TrailvecError, match=r"/00003-0000000000 tells of a best epoch whose .*, 00002-0000000000,"):
+        train(spec)
 
 
 @pytest.mark.parametrize("batch_size", [20, 10])  # its only step; the first of two, which would be kept
