@@ -364,6 +364,27 @@ def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
         wider.execute(train.STAGE)
 
 
+def test_a_forced_training_that_ends_in_the_same_weights_keeps_what_other_stages_added(
+    trained: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained.root, tmp_path / "root")
+    runtime = Runtime(make_config(tmp_path / "root", *SETTINGS), trained.spark)
+    folder = model_folder(runtime)
+    as_trained = shutil.copytree(folder, tmp_path / "as_trained")
+    for name in ("alignment.json", "alignment.safetensors"):
+        (as_trained / name).unlink(missing_ok=True)
+        (folder / name).write_text("how its space was turned")
+
+    def train_again(_: Runtime, version: str, staging: Path, __: Path) -> None:
+        assert version == folder.name
+        shutil.copytree(as_trained, staging, dirs_exist_ok=True)
+
+    monkeypatch.setattr(train, "_train", train_again)
+    runtime.execute(train.STAGE, force=True)
+    for name in ("alignment.json", "alignment.safetensors"):
+        assert (folder / name).read_text() == "how its space was turned"
+
+
 def test_the_rows_of_a_warm_start_are_the_newest_actions_in_the_same_order_each_time(
     make_runtime: Callable[..., Runtime], tmp_path: Path
 ) -> None:
