@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from jobs.cli import stage_main
@@ -35,8 +35,8 @@ from jobs.errors import TrailvecError
 from jobs.files import Place
 from jobs.habit import habit
 from jobs.runtime import Runtime, Stage
-from jobs.spark_session import shuffle_tasks, spark_conf
-from jobs.splits import cut_times, microseconds
+from jobs.spark_session import drawn_by_hash, shuffle_tasks, spark_conf
+from jobs.splits import cut_times, is_target, microseconds
 from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, ITEMS, NEIGHBOURS, SESSIONS, USER_EMBEDDINGS, Table
 from jobs.user_lists import copies, file_digest, read_items
 from spark_udfs.topk import BLOCK_CONF, Cells, Metric, find_cells, nearest
@@ -158,7 +158,8 @@ def with_habit(found: DataFrame, own: DataFrame, k: int) -> DataFrame:
 def recall(every: list[Search], found: DataFrame, settings: NeighboursSettings) -> dict[str, float]:
     """By kind the share of the exact neighbours of about ASKED queries that stand in `found`."""
     exact = settings.model_copy(update={"cells": 0})
-    some = [s._replace(queries=s.queries.where(_by_hash(ASKED / max(1, s.counts[0])))) for s in every]
+    asked = [drawn_by_hash(ASKED / max(1, s.counts[0]), "id", F.lit("neighbours")) for s in every]
+    some = [s._replace(queries=s.queries.where(drawn)) for s, drawn in zip(every, asked, strict=True)]
     true = find_neighbours(some, exact).select("kind", "source_id", "neighbour_id")
     hits = true.join(found.select(*true.columns, F.lit(1).alias("hit")), true.columns, "left")
     rows = hits.groupBy("kind").agg((F.count("hit") / F.count(F.lit(1))).alias("recall")).collect()
@@ -166,7 +167,8 @@ def recall(every: list[Search], found: DataFrame, settings: NeighboursSettings) 
 
 
 def _cells(candidates: DataFrame, count: int, metric: Metric, settings: NeighboursSettings) -> Cells | None:
-    sample = candidates.where(_by_hash(SAMPLE_OF_CELL * settings.cells / max(1, count)))
+    share = SAMPLE_OF_CELL * settings.cells / max(1, count)
+    sample = candidates.where(drawn_by_hash(share, "id", F.lit("neighbours")))
     rows = sample.where(F.exists("vector", lambda x: x != 0)).orderBy("id").select("vector").toPandas()
     if rows.empty:
         return None  # all are cold: no vector is nearer than another
@@ -176,10 +178,6 @@ def _cells(candidates: DataFrame, count: int, metric: Metric, settings: Neighbou
         raise TrailvecError(
             "neighbours.cells needs faiss: pip install 'trailvec[faiss]', or leave it at 0 for the exact search"
         ) from None
-
-
-def _by_hash(chance: float) -> Column:
-    return F.pmod(F.xxhash64("id", F.lit("neighbours")), F.lit(1_000_000)) < round(min(1.0, chance) * 1_000_000)
 
 
 def run(runtime: Runtime) -> None:
@@ -271,13 +269,13 @@ def _done_before(sessions: DataFrame, event_types: list[str]) -> DataFrame:
 def _events(sessions: DataFrame, event_types: list[str]) -> DataFrame:
     """user_id and the columns of each event of these types; without any types of all."""
     events = sessions.select("user_id", F.explode("events").alias("event")).select("user_id", "event.*")
-    return events.where(F.col("event_type").isin(event_types)) if event_types else events
+    return events.where(is_target(event_types))
 
 
 def _habits(runtime: Runtime) -> DataFrame:
     """user_id, item_id, habit: of what users did, of the kinds that are predicted, before the log's end."""
     settings, sessions = runtime.config.sequences, runtime.read(SESSIONS)
-    end = cut_times(sessions.select(F.col("end_ts").alias("event_ts")), settings).end
+    end = cut_times(sessions, settings, "end_ts").end
     of_pair = habit(runtime.config.habit, F.lit(microseconds(end)))
     events = _events(sessions, settings.target_event_types)
     return events.groupBy("user_id", "item_id").agg(of_pair.alias("habit"))
