@@ -115,7 +115,7 @@ class TrainSettings(Section):
     )
     warm_epochs: int = Field(1, ge=1, description="the epochs of a warm start")
     warm_rate: float = Field(
-        0.2, gt=0, description="of the learning rate in a warm start: a full one shakes off what the model knows"
+        0.4, gt=0, description="of the learning rate in a warm start: a full one shakes off what the model knows"
     )
     warm_length: int = Field(
         64, ge=2, description="of a row, a warm start reads so many of the newest actions; its batches have more rows"
