@@ -12,7 +12,7 @@ from pyspark import SparkFiles
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, fetch
 from jobs.runtime import Runtime
-from training.checkpoint import ABOUT, WEIGHTS, read_about, rotation_sha256
+from training.checkpoint import ABOUT, WEIGHTS, read_about, rotation_sha256, weights_sha256
 
 
 def model_folder(runtime: Runtime, version: str | None = None) -> Path:
@@ -44,8 +44,11 @@ def model_inputs(runtime: Runtime) -> dict[str, str | None]:
     """What decides about the vectors that the model in use gives, as `Stage.inputs`: its version, its weights (on GPUs
     a training that is repeated ends in others), and what they are turned by (`trailvec align`)."""
     folder = model_folder(runtime)
-    weights = read_about(folder)["weights_sha256"]
-    return {"model_version": folder.name, "weights": weights, "rotation": rotation_sha256(folder)}
+    return {
+        "model_version": folder.name,
+        "weights": weights_sha256(folder),
+        "rotation": rotation_sha256(folder),
+    }
 
 
 def has_model(runtime: Runtime, version: str) -> bool:

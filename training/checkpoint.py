@@ -112,6 +112,15 @@ def read_alignment(folder: Path) -> dict[str, Any] | None:
         raise _damaged(folder, f"{ALIGNMENT} is no report on a model's space") from None
 
 
+def weights_sha256(folder: Path) -> str:
+    """The SHA-256 that the model's description gives of its weights, which are not looked at.
+
+    Raises:
+        TrailvecError: the description is missing or damaged.
+    """
+    return str(_read_json(folder / ABOUT)["weights_sha256"])
+
+
 def rotation_sha256(folder: Path) -> str | None:
     """The SHA-256 of what the model's vectors are turned by; None: nothing.
 

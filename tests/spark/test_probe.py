@@ -24,6 +24,7 @@ from jobs.splits import cut_times
 from jobs.tables import EVENTS, FLAGGED_USERS, ITEMS, PROBES, SESSIONS, USER_PROFILES
 from tests.conftest import make_config, put, read_delta
 from tests.events import Row, make_event, to_frame
+from tests.sequence_files import SPEC
 
 START = datetime(2024, 1, 1)
 CUT = START + timedelta(days=100)
@@ -64,7 +65,7 @@ def fill(runtime: Runtime, events: list[Row]) -> None:
         runtime.execute(stage)
     folder = runtime.models / "m1"
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "model.json", {})
+    write_json(folder / "model.json", {"spec": SPEC.model_dump(), "weights_sha256": ""})
     write_json(runtime.models / "current.json", {"model_version": "m1"})
 
 
