@@ -169,7 +169,7 @@ def _rows(runtime: Runtime) -> dict[tuple[str, str, int], Row]:
 def test_row_groups_are_small_whatever_the_logs_size(
     make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path
 ) -> None:
-    runtime = make_runtime()
+    runtime = make_runtime("train.warm_length=256")
     # Numbers that don't compress: 8 kB a row. The MERGE updates half of the rows and inserts as many others.
     numbers = np.random.default_rng(1).integers(1, 2**31, (1500, 256), np.int32)
     rows_of = pa.table({"user_id": [f"u{n}" for n in range(1500)], "numbers": list(numbers)})
