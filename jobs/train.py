@@ -38,7 +38,7 @@ from jobs.runtime import Runtime, Stage
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
 from jobs.tracking import Tracker, tracked
 from training.batches import BUCKET_SIZES, FEATURES
-from training.checkpoint import WEIGHTS, read_about
+from training.checkpoint import WEIGHTS, read_about, weights_sha256
 from training.config import ModelSpec, RunSpec, TrainSettings
 from training.stores import parquet_files, remove_tree
 from training.urls import file_of_table, file_url, local_path
@@ -185,7 +185,7 @@ def run(runtime: Runtime) -> None:
             remove_tree(checkpoints)
         with published(folder) as staging:
             _train(runtime, version, staging, checkpoints)
-            if there is not None and read_about(staging)["weights_sha256"] == there["weights_sha256"]:
+            if there is not None and weights_sha256(staging) == there["weights_sha256"]:
                 _keep_what_was_added(model_folder(runtime, version), staging)
         remove_tree(checkpoints)
     write_json(runtime.models / "current.json", {"model_version": version})
