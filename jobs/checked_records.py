@@ -18,7 +18,7 @@ import difflib
 from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
 
-from pyspark.errors import AnalysisException
+from pyspark.errors import AnalysisException, IllegalArgumentException, SparkUpgradeException
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
@@ -57,7 +57,7 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
         now: UTC, with zone; what is later than it by more than the tolerance is refused.
 
     Raises:
-        TrailvecError: the mapping has an unknown zone or SQL that Spark does not take.
+        TrailvecError: the mapping has an unknown zone or format, or SQL that Spark does not take.
     """
     zones = _known_zones(raw.sparkSession)
     zone = mapping.columns.event_ts.zone
@@ -65,6 +65,12 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
         near = difflib.get_close_matches(zone, zones, n=1)
         hint = f"did you mean {near[0]}?" if near else "write an IANA name such as Europe/London"
         raise TrailvecError(f"source {source}: event_ts: unknown zone {zone}; {hint}")
+    pattern = mapping.columns.event_ts.format
+    if pattern is not None and pattern not in _EPOCH and not _reads_times(raw.sparkSession, pattern):
+        raise TrailvecError(
+            f"source {source}: event_ts: format = {pattern!r} is no datetime pattern of Spark's: write one, such as "
+            f"dd/MM/yyyy HH:mm, or {' or '.join(_EPOCH)}"
+        )
 
     try:
         given = _mapped(raw, mapping)
@@ -138,6 +144,15 @@ def _text_unless(raw: DataFrame, value: Column, kinds: tuple[type[T.DataType], .
 def _known_zones(spark: SparkSession) -> list[str]:
     """The zones that Spark itself knows: it is Java that converts times."""
     return sorted(str(zone) for zone in spark._jvm.java.time.ZoneId.getAvailableZoneIds())  # type: ignore[union-attr]
+
+
+def _reads_times(spark: SparkSession, pattern: str) -> bool:
+    """Whether Spark knows the datetime pattern, which it looks at when it reads a time by it."""
+    try:
+        spark.sql("SELECT to_timestamp('-', :pattern)", {"pattern": pattern}).collect()
+    except (IllegalArgumentException, SparkUpgradeException):
+        return False
+    return True
 
 
 def _given(value: Given) -> Column:

@@ -1,7 +1,8 @@
 """The configuration: TOML files parsed once into typed models.
 
-A file may say `extends = "base.toml"` (a path beside it); its own values win, and `--set a.b=c` wins over both. The
-files of conf/ come with trailvec, in its wheel too: `conf/base.toml` is found from any directory (`shipped`).
+A file may say `extends = "base.toml"` (a path beside it, or else in trailvec's own conf/); its own values win, and
+`--set a.b=c` wins over both. The files of conf/ come with trailvec, in its wheel too: `conf/base.toml` is found from
+any directory (`shipped`).
 An unknown key is an error that names the nearest known one. What a key means stands here, at the key.
 Relative paths in values are taken from the directory in which the command runs.
 """
@@ -23,6 +24,7 @@ from jobs.errors import TrailvecError
 from training.config import Section, TrainSettings, UtcDatetime
 from training.urls import local_path, not_for_training
 
+_OWN = Path(__file__).parent.parent  # where conf/ lies beside the packages
 M = TypeVar("M", bound=BaseModel)
 V = TypeVar("V")
 # What Spark takes as a LIKE pattern: a backslash stands before _, % or another backslash.
@@ -432,7 +434,7 @@ def parse(model: type[M], values: dict[str, Any], where: str) -> M:
 
 def shipped(path: str | Path) -> Path:
     """The path; where no file is there, that of trailvec's own file of the name, which lies beside its packages."""
-    own = Path(__file__).parent.parent / path
+    own = _OWN / path
     return own if own.exists() and not Path(path).exists() else Path(path)
 
 
@@ -460,9 +462,15 @@ def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]
         return values
     if not isinstance(base, str):
         raise TrailvecError(f'{path}: extends = {base!r}: name one file, such as extends = "base.toml"')
-    if (path.parent / base).resolve() in chain:
+    beside, own = path.parent / base, _OWN / "conf" / base
+    found = beside if beside.exists() else own
+    if not found.exists():
+        raise TrailvecError(
+            f"{path}: extends = {base!r}, which is neither beside it nor in trailvec's conf/: correct it"
+        )
+    if found.resolve() in chain:
         raise TrailvecError(f"{path}: extends = {base!r} leads back to a file that extends it: name another")
-    return _merge(_read_with_bases(path.parent / base, chain), values)
+    return _merge(_read_with_bases(found, chain), values)
 
 
 def _merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:

@@ -97,6 +97,16 @@ _SPARK_MESSAGES = (
     ),
     (r"\[(?:TABLE_OR_VIEW_NOT_FOUND|UNRESOLVED_COLUMN)[^\]]*\] ([^\n]+)", "{0}"),
     (r"\[(?:PARSE_SYNTAX_ERROR)[^\]]*\] ([^\n]+)", "the SQL can't be read: {0}"),
+    # What no plan shows: the patterns, zones and places that an expression is given, by a mapping or a query.
+    (
+        r"((?:Unknown|Illegal) pattern (?:letter|character): \S|Fail to recognize '[^'\n]*' pattern|"
+        r"(?:Too many pattern letters|Pattern ends with an incomplete string literal|All week-based patterns)[^\n]*)",
+        "the SQL fails: {0}: correct it",
+    ),
+    (
+        r"(?:PatternSyntaxException:|ZoneRulesException:|\[INVALID_[A-Z_.]+\]) ([^\n]+)",
+        "the SQL fails: {0}: correct it",
+    ),
 )
 
 

@@ -22,6 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -337,6 +339,13 @@ def test_a_missing_file_or_column_is_named(spark: SparkSession, write: Callable[
         ingest(spark, folder, mapping("log.csv", columns={"item_id": "itm"}))
     with pytest.raises(TrailvecError, match=r"unknown zone Europe/Lodnon; did you mean Europe/London\?"):
         ingest(spark, folder, mapping("log.csv", columns={"event_ts": {"column": "at", "zone": "Europe/Lodnon"}}))
+    for format in ("millis", "%Y-%m-%d", "YYYY-MM-dd", "'at"):
+        with pytest.raises(TrailvecError, match=rf"format = .{format}. is no datetime .* epoch_s or epoch_ms$"):
+            ingest(spark, folder, mapping("log.csv", columns={"event_ts": {"column": "at", "format": format}}))
+    for sql in ("to_timestamp(at, '%Y')", "regexp_replace(at, '(', '')", "from_utc_timestamp(at, 'Mars')"):
+        with pytest.raises((PySparkException, Py4JJavaError)) as failed:
+            ingest(spark, folder, mapping("log.csv", columns={"item_id": {"expr": sql}}))
+        assert str(explain(failed.value)).startswith("the SQL fails: ")
     with pytest.raises(TrailvecError, match=r"source test: .*`itm`.*correct the mapping"):
         ingest(spark, folder, mapping("log.csv", columns={"item_id": {"expr": "upper(itm)"}}))
     with pytest.raises(TrailvecError, match=r"log\.csv: the SQL can't be read: Syntax error at.*correct the mapping"):

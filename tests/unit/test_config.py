@@ -54,6 +54,15 @@ def test_a_quoted_part_of_a_key_may_have_dots() -> None:
     assert config.train.epochs == 2
 
 
+def test_a_file_extends_the_one_beside_it_or_else_trailvecs_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('extends = "base.toml"\n[vocabulary]\nmin_count = 3')
+    config = load_config(tmp_path / "mine.toml")
+    assert (config.vocabulary.min_count, config.sequences.max_length) == (3, 256)
+    (tmp_path / "base.toml").write_text("[sequences]\nmax_length = 7")
+    config = load_config(tmp_path / "mine.toml")
+    assert (config.vocabulary.min_count, config.sequences.max_length) == (3, 7)
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     def refused(text: str) -> str:
         (tmp_path / "mine.toml").write_text(text)
@@ -65,6 +74,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert refused('extends = "mine.toml"').startswith("mine.toml: extends = 'mine.toml' leads back to a file that")
     assert refused('extends = "other.toml"').startswith("other.toml: extends = 'mine.toml' leads back to a file that")
     assert refused('extends = ["other.toml"]').startswith("mine.toml: extends = ['other.toml']: name one file")
-    assert refused('extends = "none.toml"') == "none.toml does not exist: correct the path"
+    assert refused('extends = "none.toml"').startswith("mine.toml: extends = 'none.toml', which is neither beside it")
     with pytest.raises(TrailvecError, match=r"can't be read \(Is a directory\): correct the path$"):
         load_config(tmp_path)
