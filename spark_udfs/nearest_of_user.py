@@ -131,7 +131,7 @@ def _table_function(name: str, root: Path, version: str | None, kind: str, metri
             self._tables: tuple[VectorTable, VectorTable] | None = None
 
         def eval(self, user_id: str | None, k: int | None = 10) -> Iterator[tuple[int, str, float]]:
-            if k is None or k < 1:
+            if not isinstance(k, int) or k < 1:  # SQL may give it anything
                 raise TrailvecError(f"{name}: k is {'NULL' if k is None else k}: write a whole number from 1 on")
             if user_id is None:
                 return
@@ -141,7 +141,7 @@ def _table_function(name: str, root: Path, version: str | None, kind: str, metri
                 same = kind == "user"
                 others = users if same else VectorTable(root / "tables" / "item_embeddings", "item_id", model)
                 self._tables = users, others
-            yield from nearest(str(user_id), int(k), *self._tables, metric)
+            yield from nearest(str(user_id), k, *self._tables, metric)
 
     return udtf(Nearest, returnType=f"rank int, {kind}_id string, score float")
 
