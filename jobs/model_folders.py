@@ -6,13 +6,15 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from pyspark import SparkFiles
 
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, fetch
 from jobs.runtime import Runtime
-from training.checkpoint import ABOUT, WEIGHTS, read_about, rotation_sha256, weights_sha256
+from jobs.tables import CONTEXT_VALUES, ITEMS
+from training.checkpoint import ABOUT, WEIGHTS, read_about, read_description, rotation_sha256
 
 
 def model_folder(runtime: Runtime, version: str | None = None) -> Path:
@@ -46,9 +48,23 @@ def model_inputs(runtime: Runtime) -> dict[str, str | None]:
     folder = model_folder(runtime)
     return {
         "model_version": folder.name,
-        "weights": weights_sha256(folder),
+        "weights": read_description(folder)["weights_sha256"],
         "rotation": rotation_sha256(folder),
     }
+
+
+def check_numbers(
+    runtime: Runtime, about: dict[str, Any], instead: str = "run `trailvec train`, with no model.version set"
+) -> None:
+    """Raises TrailvecError where the model that `about` describes knows things by numbers of tables that were removed
+    since."""
+    told = about.get("provenance", {}).get("table_ids", {})  # older code told none
+    numbered = [table for table in (ITEMS, CONTEXT_VALUES) if told.get(table.name)]
+    if any(told[table.name] != runtime.state(table)[0] for table in numbered):
+        raise TrailvecError(
+            f"model {about['model_version']} knows items by the numbers of tables items and context_values that were "
+            f"removed and made anew since: {instead}"
+        )
 
 
 def has_model(runtime: Runtime, version: str) -> bool:

@@ -10,6 +10,7 @@ from pyspark import SparkFiles
 from pyspark.sql import DataFrame, SparkSession
 
 from jobs.item_facts import item_attributes
+from jobs.model_folders import check_numbers
 from jobs.runtime import Runtime
 from jobs.tables import CONTEXT_VALUES, ITEMS
 from spark_udfs.encode import Counts, embed_items, encode_users
@@ -53,9 +54,10 @@ def item_vectors(runtime: Runtime, model_dir: Path, turned: bool = True) -> Data
     Reads the stage's ITEMS and CONTEXT_VALUES.
 
     Raises:
-        TrailvecError: the model in that folder is damaged.
+        TrailvecError: the model in that folder is damaged, or knows items by other numbers than today's.
     """
     about = read_about(model_dir)
+    check_numbers(runtime, about)
     names = ModelSpec.model_validate(about["spec"]).attribute_sizes
     items = runtime.read(ITEMS)
     numbers = item_attributes(items, runtime.read(CONTEXT_VALUES)).select("item_index", *names)

@@ -26,7 +26,7 @@ from pyspark.sql import functions as F
 from jobs import align, evaluate
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
-from jobs.model_folders import model_folder, model_inputs
+from jobs.model_folders import check_numbers, model_folder, model_inputs
 from jobs.models import encode_sequences
 from jobs.progress import meanwhile
 from jobs.runtime import Runtime, Stage
@@ -98,9 +98,11 @@ class Scorer:
         self._runtime = runtime
         self._folder = model_folder(runtime)
         self.version = self._folder.name
+        about = read_about(self._folder)
+        check_numbers(runtime, about)
         self.model = {
             "version": self.version,
-            "weights": read_about(self._folder)["weights_sha256"],
+            "weights": about["weights_sha256"],
             "rotation": rotation_sha256(self._folder),
             "revision": USER_EMBEDDINGS.revision,
         }

@@ -33,12 +33,12 @@ from jobs.files import HadoopPath, Place, published, shared_url, write_json
 from jobs.item_facts import attribute_matrix, item_attributes, item_counts, item_verticals
 from jobs.launch_training import launch, launch_in_spark
 from jobs.model_card import plot, write_card
-from jobs.model_folders import has_model, model_folder
+from jobs.model_folders import check_numbers, has_model, model_folder
 from jobs.runtime import Runtime, Stage
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
 from jobs.tracking import Tracker, tracked
 from training.batches import BUCKET_SIZES, FEATURES
-from training.checkpoint import WEIGHTS, read_about, weights_sha256
+from training.checkpoint import WEIGHTS, read_about, read_description
 from training.config import ModelSpec, RunSpec, TrainSettings
 from training.stores import parquet_files, remove_tree
 from training.urls import file_of_table, file_url, local_path
@@ -126,12 +126,7 @@ def base_of(runtime: Runtime) -> str | None:
     if same:
         base: str | None = about["grown_from"]
         return base
-    told = made.get("table_ids", {})
-    if not runtime.read_these({"table_ids": {table.name: told.get(table.name) for table in (ITEMS, CONTEXT_VALUES)}}):
-        raise TrailvecError(
-            f"model {about['model_version']} knows items by the numbers of tables items and context_values that were "
-            f"removed and made anew since: set train.warm_start = false to begin anew"
-        )
+    check_numbers(runtime, about, instead="set train.warm_start = false to begin anew")
     return str(about["model_version"])
 
 
@@ -185,7 +180,7 @@ def run(runtime: Runtime) -> None:
             remove_tree(checkpoints)
         with published(folder) as staging:
             _train(runtime, version, staging, checkpoints)
-            if there is not None and weights_sha256(staging) == there["weights_sha256"]:
+            if there is not None and read_description(staging)["weights_sha256"] == there["weights_sha256"]:
                 _keep_what_was_added(model_folder(runtime, version), staging)
         remove_tree(checkpoints)
     write_json(runtime.models / "current.json", {"model_version": version})

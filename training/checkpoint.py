@@ -70,13 +70,29 @@ def describe_weights(folder: Path, spec: ModelSpec, about: dict[str, Any]) -> No
     part.replace(folder / ABOUT)
 
 
+def read_description(folder: Path) -> dict[str, Any]:
+    """What model.json says; the weights, which may be gigabytes, are not looked at.
+
+    Raises:
+        TrailvecError: the file is missing or damaged.
+    """
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        ModelSpec.model_validate(about["spec"])
+        return {**about, "weights_sha256": str(about["weights_sha256"])}
+    except FileNotFoundError:
+        raise _damaged(folder, f"{ABOUT} is missing") from None
+    except (ValueError, KeyError, TypeError, ValidationError):
+        raise _damaged(folder, f"{ABOUT} is no description of a model") from None
+
+
 def read_about(folder: Path) -> dict[str, Any]:
     """What model.json says, after a check that it belongs to the weights beside it.
 
     Raises:
         TrailvecError: a file is missing or damaged.
     """
-    about = _read_json(folder / ABOUT)
+    about = read_description(folder)
     if not (folder / WEIGHTS).exists():
         raise _damaged(folder, f"{WEIGHTS} is missing")
     if _sha256(folder / WEIGHTS) != about["weights_sha256"]:
@@ -110,15 +126,6 @@ def read_alignment(folder: Path) -> dict[str, Any] | None:
         return None
     except (ValueError, KeyError, TypeError):
         raise _damaged(folder, f"{ALIGNMENT} is no report on a model's space") from None
-
-
-def weights_sha256(folder: Path) -> str:
-    """The SHA-256 that the model's description gives of its weights, which are not looked at.
-
-    Raises:
-        TrailvecError: the description is missing or damaged.
-    """
-    return str(_read_json(folder / ABOUT)["weights_sha256"])
 
 
 def rotation_sha256(folder: Path) -> str | None:
@@ -326,17 +333,6 @@ def part_of(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Te
 
 def _name(epoch: int, step: int) -> str:
     return f"{epoch:05}-{step:010}"  # the order of names is that of time
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        ModelSpec.model_validate(about["spec"])
-        return {**about, "weights_sha256": str(about["weights_sha256"])}
-    except FileNotFoundError:
-        raise _damaged(path.parent, f"{path.name} is missing") from None
-    except (ValueError, KeyError, TypeError, ValidationError):
-        raise _damaged(path.parent, f"{path.name} is no description of a model") from None
 
 
 def _open(path: Path, framework: str) -> Any:

@@ -297,17 +297,25 @@ def test_failed_training_leaves_the_old_model_current(trained: Runtime) -> None:
     assert sorted(path.name for path in trained.models.glob("*/model.json")) == models
 
 
-def test_missing_and_damaged_models(trained: Runtime) -> None:
+def test_missing_and_damaged_models_and_one_of_other_tables(trained: Runtime) -> None:
     config = make_config(trained.root, *SETTINGS, "model.version=nope")
     with pytest.raises(TrailvecError, match="model nope does not exist under"):
         Runtime(config, trained.spark).execute(score_users.STAGE)
     damaged = trained.models / "damaged"
     damaged.mkdir()
     (damaged / "model.json").write_text((model_folder(trained) / "model.json").read_text())
-    config = make_config(trained.root, *SETTINGS, "model.version=damaged")
-    for stage in (score_users.STAGE, embed_items.STAGE):
-        with pytest.raises(TrailvecError, match=r"model\.safetensors is missing"):
-            Runtime(config, trained.spark).execute(stage)
+    of_others = shutil.copytree(model_folder(trained), trained.models / "of_others")
+    about = about_of(trained)
+    about["provenance"]["table_ids"]["items"] = "removed since"
+    (of_others / "model.json").write_text(json.dumps(about))
+    for version, sentence in (
+        ("damaged", r"model\.safetensors is missing"),
+        ("of_others", "knows items by the numbers of tables items and context_values that were removed and made anew"),
+    ):
+        config = make_config(trained.root, *SETTINGS, f"model.version={version}")
+        for stage in (score_users.STAGE, embed_items.STAGE):
+            with pytest.raises(TrailvecError, match=sentence):
+                Runtime(config, trained.spark).execute(stage)
 
 
 def test_a_user_in_many_batches_of_arrow_still_has_one_vector(trained: Runtime) -> None:

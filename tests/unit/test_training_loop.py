@@ -242,6 +242,7 @@ def test_a_model_of_other_tables_that_had_these_names_is_grown_from(
     monkeypatch.setattr("jobs.train.model_folder", lambda runtime: tmp_path)
     monkeypatch.setattr("jobs.train.read_about", lambda folder: about)
     monkeypatch.setattr(runtime, "provenance", lambda: made)
+    monkeypatch.setattr(runtime, "state", lambda table: (runtime._table_ids[table.name], reads[table.name]))
     for name in ("version", "changed_version"):
         monkeypatch.setattr(runtime, name, lambda table: reads[table.name])
     for sequences, base in (("a", "m1"), ("made anew", "m2")):
