@@ -29,6 +29,7 @@ import pyarrow as pa
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
+from jobs.build_vocabulary import numbers_of
 from jobs.cli import stage_main
 from jobs.config import NeighboursSettings
 from jobs.errors import TrailvecError
@@ -37,7 +38,16 @@ from jobs.habit import habit
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import drawn_by_hash, shuffle_tasks, spark_conf
 from jobs.splits import cut_times, is_target, microseconds
-from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, ITEMS, NEIGHBOURS, SESSIONS, USER_EMBEDDINGS, Table
+from jobs.tables import (
+    CONTEXT_VALUES,
+    CURRENT_MODEL,
+    ITEM_EMBEDDINGS,
+    ITEMS,
+    NEIGHBOURS,
+    SESSIONS,
+    USER_EMBEDDINGS,
+    Table,
+)
 from jobs.user_lists import copies, file_digest, read_items
 from spark_udfs.topk import BLOCK_CONF, Cells, Metric, find_cells, nearest
 from spark_udfs.vectors import inner_product
@@ -194,8 +204,7 @@ def _run(runtime: Runtime, folder: Place) -> None:
         for table, key in ((USER_EMBEDDINGS, "user_id"), (ITEM_EMBEDDINGS, "item_id"))
     )
     if settings.without:
-        seen = _events(runtime.read(SESSIONS), []).select("event_type").distinct().collect()
-        types = sorted(row["event_type"] for row in seen)
+        types = sorted(row["event_type"] for row in numbers_of(runtime.read(CONTEXT_VALUES), "event_type").collect())
         runtime.report.notes += [
             f"neighbours.without leaves out nothing for {name}: no event is of that type (found {', '.join(types)})"
             for name in settings.without
@@ -291,7 +300,8 @@ STAGE = Stage(
     "find_neighbours",
     "the nearest items and users of each user, and the nearest items of each item",
     run,
-    reads=(CURRENT_MODEL, USER_EMBEDDINGS, ITEM_EMBEDDINGS, ITEMS, SESSIONS),  # in this order: what is current is whole
+    # In this order: what is current is whole.
+    reads=(CURRENT_MODEL, USER_EMBEDDINGS, ITEM_EMBEDDINGS, ITEMS, CONTEXT_VALUES, SESSIONS),
     writes=(NEIGHBOURS,),
     settings=("neighbours", "habit", "sequences"),
     inputs=_inputs,

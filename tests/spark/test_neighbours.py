@@ -22,7 +22,7 @@ from jobs.files import write_json
 from jobs.find_neighbours import STAGE
 from jobs.runtime import Runtime
 from jobs.spark_session import spark_conf
-from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, ITEMS, SESSIONS, USER_EMBEDDINGS
+from jobs.tables import CONTEXT_VALUES, CURRENT_MODEL, ITEM_EMBEDDINGS, ITEMS, SESSIONS, USER_EMBEDDINGS
 from jobs.user_lists import read_items
 from spark_udfs import topk
 from spark_udfs.topk import BLOCK_CONF, nearest
@@ -45,6 +45,8 @@ def embed(runtime: Runtime, spark: SparkSession, users: Vectors, items: Vectors,
     put(runtime, ITEM_EMBEDDINGS, spark.createDataFrame(item_rows, ITEM_EMBEDDINGS.schema()))
     put(runtime, ITEMS, spark.createDataFrame([about(item, n) for n, item in enumerate(items, 2)], ITEMS.schema()))
     put(runtime, SESSIONS, spark.createDataFrame([session(*what) for what in DONE], SESSIONS.schema()))
+    types = [("event_type", name, number) for number, name in enumerate(("purchase", "search", "view"), 2)]
+    put(runtime, CONTEXT_VALUES, spark.createDataFrame(types, CONTEXT_VALUES.schema()))
 
 
 WHEN = datetime(2017, 11, 1, tzinfo=timezone.utc)
@@ -149,7 +151,7 @@ def test_items_in_stock_of_a_vertical_that_a_user_has_not_bought(
     users, items = some("u", 20, 1), some("i", 11, 2)
     embed(runtime, spark, users, items)
     assert runtime.execute(STAGE).notes == [
-        "neighbours.without leaves out nothing for veiw: no event is of that type (found purchase, view)"
+        "neighbours.without leaves out nothing for veiw: no event is of that type (found purchase, search, view)"
     ]
     offered = {item: items[item] for item in ("i1", "i3", "i5", "i9")}
     bought = {(user, item) for user, item, what in DONE if what == "purchase"}

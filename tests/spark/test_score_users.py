@@ -24,7 +24,16 @@ from jobs.runtime import Runtime, Stage
 from jobs.score_users import progress_line
 from jobs.spark_session import spark_conf
 from jobs.sql import query
-from jobs.tables import EVALUATION, ITEM_EMBEDDINGS, ITEMS, NEIGHBOURS, SEQUENCES, SESSIONS, USER_EMBEDDINGS
+from jobs.tables import (
+    CONTEXT_VALUES,
+    EVALUATION,
+    ITEM_EMBEDDINGS,
+    ITEMS,
+    NEIGHBOURS,
+    SEQUENCES,
+    SESSIONS,
+    USER_EMBEDDINGS,
+)
 from scripts.faults import delta_reader
 from tests.conftest import make_config, put, read_delta
 from tests.sequence_files import MAX_LENGTH, SPEC, item_counts, make_rows
@@ -221,7 +230,7 @@ def test_a_new_model_killed_in_the_middle_goes_on_while_readers_see_the_old_one_
     assert 0 < len(of_new) < USERS
     other = Runtime(make_config(shop.root, "model.version=m2"), shop.spark)
     item = ("i2", 2, "m2", datetime(2024, 1, 1), False, [1.0])
-    for table, of_table in ((ITEM_EMBEDDINGS, [item]), (ITEMS, []), (SESSIONS, [])):
+    for table, of_table in ((ITEM_EMBEDDINGS, [item]), (ITEMS, []), (CONTEXT_VALUES, []), (SESSIONS, [])):
         put(other, table, shop.spark.createDataFrame(of_table, table.schema()))
     with pytest.raises(TrailvecError, match=r"the current model is m1, found model\.version = m2: run"):
         other.execute(find_neighbours.STAGE)
