@@ -33,7 +33,7 @@ LOCK = "lock"
 
 def propose(trial: optuna.Trial) -> dict[str, Any]:
     """Values of [train] for one trial: those that decide most about the ranking."""
-    return {
+    values = {
         "learning_rate": trial.suggest_float("learning_rate", 3e-4, 5e-3, log=True),
         "dropout": trial.suggest_float("dropout", 0.0, 0.5, step=0.1),
         "width": trial.suggest_categorical("width", [32, 64, 128]),
@@ -42,6 +42,12 @@ def propose(trial: optuna.Trial) -> dict[str, Any]:
         "negatives": trial.suggest_categorical("negatives", [256, 1024, 4096]),
         "later_share": trial.suggest_float("later_share", 0.0, 1.0, step=0.25),
     }
+    return {name: _written(value) for name, value in values.items()}
+
+
+def _written(value: float) -> float:
+    """As a person would write it. (Optuna's third step of 0.1 is 0.30000000000000004.)"""
+    return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
 def with_values(spec: RunSpec, values: dict[str, Any], output: Path) -> RunSpec:
@@ -164,7 +170,7 @@ def run_tune(runtime: Runtime, trials: int) -> None:
         print(f"# {METRIC} {best.value:.4f} on the validation users, trial {best.number} of {len(study.trials)}")
         print("[train]")
         for key, value in sorted(best.params.items()):
-            print(f"{key} = {json.dumps(value)}")
+            print(f"{key} = {json.dumps(_written(value))}")
 
     stage = Stage("tune", "look for better settings of training", run, TRAIN.reads, (), TRAIN.settings, TRAIN.inputs)
     runtime.execute(stage)

@@ -109,6 +109,7 @@ def test_the_best_of_all_trials_is_said_as_toml(
         best = run_specs[1].settings.model_dump()
         found = tomllib.loads(text)["train"]
         assert found == {name: best[name] for name in found}
+        assert all(len(line) <= len("learning_rate = 0.000315") for line in text.splitlines())
         assert len(found) == 7
     assert "goes on from 2 trials" in said
     assert "trial 2  training stopped: the loss is nan" in said
@@ -145,7 +146,7 @@ def test_two_searches_under_one_root_leave_each_others_folder_alone(
 def test_searched_settings_reach_the_run_and_the_model(tmp_path: Path) -> None:
     spec = make_run(tmp_path, [make_rows(3)])
     trial = optuna.trial.FixedTrial(
-        {"learning_rate": 0.001, "dropout": 0.3, "width": 32, "layers": 2, "weight_decay": 0.1, "negatives": 256}
+        {"learning_rate": 0.001, "dropout": 3 * 0.1, "width": 32, "layers": 2, "weight_decay": 0.1, "negatives": 256}
         | {"later_share": 0.5}
     )
     values = tune.propose(trial)
