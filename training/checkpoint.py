@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -82,7 +82,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         return {**about, "weights_sha256": str(about["weights_sha256"])}
     except FileNotFoundError:
         raise _damaged(folder, f"{ABOUT} is missing") from None
-    except (ValueError, KeyError, TypeError, ValidationError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise _damaged(folder, f"{ABOUT} is no description of a model") from None
 
 
@@ -124,7 +124,7 @@ def read_alignment(folder: Path) -> dict[str, Any] | None:
         return {**report, "rotation_sha256": report["rotation_sha256"]}
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise _damaged(folder, f"{ALIGNMENT} is no report on a model's space") from None
 
 
@@ -292,7 +292,7 @@ def read_progress(path: Folder) -> tuple[Progress, str]:
     try:
         about = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
         return Progress.model_validate(about["progress"]), str(about["state_sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged_checkpoint(path, error) from None
 
 

@@ -355,7 +355,7 @@ def read_basis(folder: Path) -> tuple[Basis, dict[str, object]] | None:
             {part: tensors[f"{part}.shift"] for part in PARTS},
             {part: tensors[f"{part}.scale"] for part in PARTS},
         )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise TrailvecError(
             f"the profile's basis in {folder} is damaged ({error}): remove {ABOUT} and {TENSORS} there, and "
             f"`trailvec profile_users` makes another"

@@ -174,9 +174,10 @@ def test_a_user_alone_has_the_profile_that_they_have_among_others(
     states, counts = sample
     alone = read[0].profiles(states[7:8], {kind: of[7:8] for kind, of in counts.items()})
     assert alone[0] == pytest.approx(basis.profiles(*sample)[7], abs=1e-6)
-    (tmp_path / "profile.safetensors").write_bytes(b"x")
-    with pytest.raises(TrailvecError, match=r"damaged .*remove profile.json and profile.safetensors there"):
-        read_basis(tmp_path)
+    for name, content in (("profile.safetensors", b"x"), ("profile.json", b"[" * 100_000)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(TrailvecError, match=r"damaged .*remove profile.json and profile.safetensors there"):
+            read_basis(tmp_path)
     (tmp_path / "profile.json").unlink()
     assert read_basis(tmp_path) is None
 

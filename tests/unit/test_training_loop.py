@@ -284,6 +284,9 @@ def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) 
     state.write_bytes(state.read_bytes()[:-1] + b"x")
     with pytest.raises(TrailvecError, match=r"00001-0000000000 is damaged \(state\.safetensors is not the file"):
         train(spec)
+    (folder / "00001-0000000000/checkpoint.json").write_text("[" * 100_000)
+    with pytest.raises(TrailvecError, match=r"00001-0000000000 is damaged \(maximum recursion depth exceeded"):
+        train(spec)
 
 
 def test_the_newest_checkpoints_and_the_best_epochs_stay(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers4rec.torch.tabular.aggregation import ElementwiseSum
 from jobs.errors import TrailvecError
 from tests.sequence_files import CONTEXT_SIZES, ITEMS, MAX_LENGTH, SPEC, item_counts, make_rows
 from training.batches import FEATURES, TARGET, pad
-from training.checkpoint import ItemVectors, load_model, read_about, save_model, save_weights
+from training.checkpoint import ItemVectors, load_model, read_about, read_alignment, save_model, save_weights
 from training.model import SequenceModel, build_model
 
 torch.set_num_threads(1)  # tests run side by side: threads that wait for each other are slower than one
@@ -286,6 +286,7 @@ def test_attributes_learn_to_stand_for_items_that_were_hidden() -> None:
         (lambda folder: (folder / "model.json").unlink(), "model.json is missing"),
         (lambda folder: (folder / "model.json").write_text('{"spec"'), "no description of a model"),
         (lambda folder: (folder / "model.json").write_text(json.dumps({"spec": {}})), "no description of a model"),
+        (lambda folder: (folder / "model.json").write_text("[" * 100_000), "no description of a model"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 900), "not the file that"),
     ],
@@ -309,3 +310,6 @@ def test_weights_that_are_no_model_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(TrailvecError, match="can't be read"):
         ItemVectors(tmp_path / "model.safetensors")
+    (tmp_path / "alignment.json").write_text("[" * 100_000)
+    with pytest.raises(TrailvecError, match=r"alignment\.json is no report on a model's space"):
+        read_alignment(tmp_path)
