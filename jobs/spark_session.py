@@ -170,8 +170,9 @@ def few_to_all(rows: DataFrame) -> DataFrame:
 
 
 def drawn_by_hash(share: float, *of: str | Column) -> Column:
-    """True for about that share of the rows, drawn by a hash of the columns: the same whatever the partitioning."""
-    return F.pmod(F.xxhash64(*of), F.lit(1_000_000)) < round(min(1.0, share) * 1_000_000)
+    """True for about that share of the rows (a millionth at least), drawn by a hash of the columns: the same whatever
+    the partitioning."""
+    return F.pmod(F.xxhash64(*of), F.lit(1_000_000)) < max(1, round(min(1.0, share) * 1_000_000))
 
 
 def in_order(rows: DataFrame, key: str) -> pd.DataFrame:

@@ -26,7 +26,7 @@ from jobs.commits import History
 from jobs.config import load_config
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
-from jobs.spark_session import spark_conf
+from jobs.spark_session import drawn_by_hash, spark_conf
 from jobs.sql import query
 from jobs.sql_names import register_tables
 from jobs.tables import CONTEXT_VALUES, CURRENT_MODEL, EVALUATION, EVENTS, ITEM_EMBEDDINGS, Column, conform
@@ -44,6 +44,10 @@ def test_few_rows_go_to_each_task(spark: SparkSession, monkeypatch: pytest.Monke
     with spark_conf(spark, {"spark.sql.autoBroadcastJoinThreshold": "-1"}):  # as Spark does where it knows no size
         joined = spark.range(9).join(spark_session.few_to_all(few), "id", "left_semi")
         assert join in joined._jdf.queryExecution().executedPlan().toString()  # type: ignore[operator]
+
+
+def test_of_very_many_rows_some_are_drawn_however_small_the_share(spark: SparkSession) -> None:
+    assert 0 < spark.range(4_000_000).where(drawn_by_hash(1e-7, "id")).count() < 20
 
 
 def test_a_missing_column_is_named(spark: SparkSession) -> None:
