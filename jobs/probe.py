@@ -227,6 +227,12 @@ def questions(runtime: Runtime, sessions: DataFrame, cuts: Cuts) -> list[Questio
         cut = cuts.end - timedelta(days=settings.days)
         targets = runtime.config.sequences.target_event_types
         ask(activity_labels(events_of(sessions), cut, targets, settings), utc(cut), cut)
+        if not found:
+            runtime.report.notes += [
+                f"{task} is not probed: found nobody who did anything of sequences.target_event_types before the log's "
+                f"last {settings.days:g} days (probe.days)"
+                for task in (*settings.activity, *settings.event_types)
+            ]
     if settings.labels is not None:
         with copies(runtime.staging("labels")) as folder:
             labels = read_labels(runtime, folder).localCheckpoint()

@@ -252,7 +252,7 @@ def test_the_table_with_labels_of_a_file(
         runtime.execute(probe.STAGE, force=True)
 
 
-def test_a_task_with_too_few_of_a_label_is_said_and_leaves_no_old_rows(
+def test_a_task_with_nobody_or_too_few_of_a_label_is_said_and_leaves_no_old_rows(
     make_runtime: Callable[..., Runtime],
     whole: Path,
     tmp_path: Path,
@@ -261,14 +261,18 @@ def test_a_task_with_too_few_of_a_label_is_said_and_leaves_no_old_rows(
 ) -> None:
     file = tmp_path / "labels.csv"
     file.write_text("\n".join(["user_id,task,label", *(f"u{n},rare,{n // 23}" for n in range(24))]) + "\n")
-    asked = ("probe.activity=[]", "probe.event_types=[]", f'probe.labels={{file="{file}"}}')
-    runtime = make_runtime(*SETTINGS, *asked, root=whole)
+    asked = ('probe.activity=["inactive"]', "probe.event_types=[]", f'probe.labels={{file="{file}"}}')
+    runtime = make_runtime(*SETTINGS, *asked, 'sequences.target_event_types=["rent"]', root=whole)
     old = [(version, "rare", "vector", "logistic", "auc", 0.9, 0.0, 24, 3) for version in ("m0", "m1")]
     put(runtime, PROBES, runtime.spark.createDataFrame(old, PROBES.schema()))
     users = sorted(f"u{n}" for n in range(24))
     monkeypatch.setattr(probe, "features_of", lambda *_: (users, {"majority": np.zeros((24, 1))}))
     report = runtime.execute(probe.STAGE)
-    assert report.notes == ["rare is not probed: found 1 of its rarer label, fewer than probe.folds = 2"]
+    assert report.notes == [
+        "inactive is not probed: found nobody who did anything of sequences.target_event_types before the log's last "
+        "20 days (probe.days)",
+        "rare is not probed: found 1 of its rarer label, fewer than probe.folds = 2",
+    ]
     assert [r["model_version"] for r in read_delta(runtime.path(PROBES))] == ["m0"]
 
 
