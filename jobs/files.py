@@ -20,7 +20,7 @@ from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
 from jobs.errors import TrailvecError
-from training.stores import descriptions_last, remove_tree
+from training.stores import descriptions_last, remove_tree, write_whole
 from training.urls import local_path
 
 _SECONDS_FOR_AN_ANSWER = 10.0
@@ -279,9 +279,7 @@ def write_json(path: Place, value: dict[str, Any]) -> None:
     """Writes the file whole or not at all."""
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
     if isinstance(path, Path):
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        write_whole(path, text)
     else:
         path.write_text(text)
 

@@ -26,6 +26,7 @@ from jobs.space import flat_map, unit
 from jobs.tables import EVALUATION, EXPORTS, ITEM_EMBEDDINGS, ITEMS, PROBES, USER_EMBEDDINGS
 from jobs.tracking import attach
 from training.checkpoint import read_about
+from training.stores import write_whole
 
 PAGE = "evaluation.html"
 MAPPED = 1_500  # items on the map, and about as many users on theirs: each is a part of the page
@@ -61,9 +62,7 @@ def run(runtime: Runtime) -> None:
         return
     text = page(_facts(runtime, folder))
     attach(runtime.config.train.tracking_uri, runtime.place, folder.name, (PAGE, text), runtime.report.notes.append)
-    part = folder / f".{PAGE}.part"
-    part.write_text(text, encoding="utf-8")
-    part.rename(target)  # last: it is what says that all is done
+    write_whole(target, text)  # last: it is what says that all is done
     add_to_model(runtime, folder, PAGE)
     runtime.report.rows_out["page"] = 1
     runtime.report.notes.append(f"{runtime.models / folder.name / PAGE} ({len(text) / 1024:,.0f} kB)")

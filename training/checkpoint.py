@@ -32,7 +32,7 @@ from safetensors.numpy import load_file, save_file
 
 from jobs.errors import TrailvecError
 from training.config import ModelSpec
-from training.stores import Folder, filled, local_file, remove_tree
+from training.stores import Folder, filled, local_file, remove_tree, write_whole
 
 if TYPE_CHECKING:  # torch and Transformers4Rec take seconds to import; reading the vectors needs neither
     import torch
@@ -65,9 +65,7 @@ def describe_weights(folder: Path, spec: ModelSpec, about: dict[str, Any]) -> No
     sha256 = _sha256(folder / WEIGHTS)
     # Not sorted: the order of the item attributes is that of their tables.
     text = json.dumps({**about, "spec": spec.model_dump(), "weights_sha256": sha256}, indent=2)
-    part = folder / f".{ABOUT}.part"
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(folder / ABOUT)
+    write_whole(folder / ABOUT, text + "\n")
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -108,9 +106,7 @@ def write_alignment(folder: Path, rotation: npt.NDArray[np.float32] | None, repo
         save_file({"rotation": rotation}, part)
         sha256 = _sha256(part)
         part.replace(folder / ROTATION)
-    part = folder / f".{ALIGNMENT}.part"
-    part.write_text(json.dumps({**report, "rotation_sha256": sha256}, indent=2) + "\n", encoding="utf-8")
-    part.replace(folder / ALIGNMENT)
+    write_whole(folder / ALIGNMENT, json.dumps({**report, "rotation_sha256": sha256}, indent=2) + "\n")
 
 
 def read_alignment(folder: Path) -> dict[str, Any] | None:

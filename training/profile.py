@@ -34,6 +34,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.sparse.linalg import svds
 
 from jobs.errors import TrailvecError
+from training.stores import write_whole
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
@@ -323,9 +324,7 @@ def write_basis(folder: Path, basis: Basis, about: dict[str, object]) -> None:
     staged.replace(folder / TENSORS)
     told = {"widths": basis.widths, "statistics": basis.names, "words": basis.words.shape[1], "sha256": sha256}
     text = json.dumps({**about, **told}, indent=2)
-    staged = folder / f".{ABOUT}.part"
-    staged.write_text(text + "\n", encoding="utf-8")
-    staged.replace(folder / ABOUT)
+    write_whole(folder / ABOUT, text + "\n")
 
 
 def read_basis(folder: Path) -> tuple[Basis, dict[str, object]] | None:

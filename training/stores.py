@@ -134,6 +134,13 @@ def remove_tree(of: Path | Tree) -> None:
         of.rmtree()
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Makes a local file hold the text: all of it, or what it held before."""
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
+
+
 @contextlib.contextmanager
 def filled(target: Folder) -> Iterator[Path]:
     """A new local folder to fill, which takes target's place when the block ends without an error: at once, by a
