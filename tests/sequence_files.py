@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from training.batches import BUCKET_SIZES, FEATURES
+from training.checkpoint import describe_weights, save_weights
 from training.config import ModelSpec, RunSpec, TrainSettings
+
+if TYPE_CHECKING:
+    from training.model import SequenceModel
 
 ITEMS = 30  # numbers 2 to 29; 29 is in no row: training never saw it
 MAX_LENGTH = 8
@@ -26,6 +30,12 @@ SPEC = ModelSpec(
     items=ITEMS,
     context_sizes=CONTEXT_SIZES,
 )
+
+
+def save_model(folder: Path, model: SequenceModel, about: dict[str, Any]) -> None:
+    """Makes an existing folder that of a model, as training does."""
+    save_weights(folder, model.tensors())
+    describe_weights(folder, model.spec, about)
 
 
 def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:

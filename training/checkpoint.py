@@ -47,12 +47,6 @@ ROTATION = "alignment.safetensors"
 ALIGNMENT = "alignment.json"
 
 
-def save_model(folder: Path, model: SequenceModel, about: dict[str, Any]) -> None:
-    """Writes both files into an existing folder. The caller renames the folder: until then nobody reads it."""
-    save_weights(folder, model.tensors())
-    describe_weights(folder, model.spec, about)
-
-
 def save_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Writes what SequenceModel.tensors() gives. Until `describe_weights` they are no model yet."""
     from safetensors.torch import save_file  # noqa: PLC0415

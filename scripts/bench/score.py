@@ -49,7 +49,7 @@ from jobs.score_users import SPLIT
 from jobs.spark_session import spark_conf
 from spark_udfs.encode import LoadedModel, by_length, encode_rows
 from training.batches import BUCKET_SIZES, FEATURES
-from training.checkpoint import WEIGHTS, load_model, save_model
+from training.checkpoint import WEIGHTS, describe_weights, load_model, save_weights
 from training.config import ModelSpec
 from training.model import build_model
 from training.scoring import fast_encoder
@@ -90,7 +90,8 @@ def write_model(folder: Path) -> None:
     """A model of SPEC with random weights."""
     folder.mkdir(parents=True)
     attributes = torch.stack([torch.arange(ITEMS) % size for size in SPEC.attribute_sizes.values()])
-    save_model(folder, build_model(SPEC, torch.ones(ITEMS, dtype=torch.int64), attributes), {"model_version": "bench"})
+    save_weights(folder, build_model(SPEC, torch.ones(ITEMS, dtype=torch.int64), attributes).tensors())
+    describe_weights(folder, SPEC, {"model_version": "bench"})
 
 
 def columns_of(rows: pa.Table) -> tuple[npt.NDArray[np.int64], list[npt.NDArray[np.int32]]]:

@@ -17,10 +17,9 @@ from jobs.errors import TrailvecError
 from jobs.runtime import Runtime
 from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS
 from tests.conftest import make_config
-from tests.sequence_files import make_rows
+from tests.sequence_files import make_rows, save_model
 from tests.spark.test_score_users import Rows, by_plain_loop, evaluation_row, make_model
 from tests.spark.test_train_and_score import CUT, fill, sequences
-from training.checkpoint import save_model
 
 USERS = 60
 

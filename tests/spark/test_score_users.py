@@ -36,10 +36,10 @@ from jobs.tables import (
 )
 from scripts.faults import delta_reader
 from tests.conftest import make_config, put, read_delta
-from tests.sequence_files import MAX_LENGTH, SPEC, item_counts, make_rows
+from tests.sequence_files import MAX_LENGTH, SPEC, item_counts, make_rows, save_model
 from tests.spark.test_train_and_score import CUT, fill, sequences
 from training.batches import FEATURES
-from training.checkpoint import save_model, write_alignment
+from training.checkpoint import write_alignment
 from training.model import SequenceModel, build_model
 
 USERS = 40

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from spark_udfs.encode import LoadedModel, by_length, encode_rows
-from tests.sequence_files import CONTEXT_SIZES, ITEMS, MAX_LENGTH, SPEC, item_counts, make_rows
+from tests.sequence_files import CONTEXT_SIZES, ITEMS, MAX_LENGTH, SPEC, item_counts, make_rows, save_model
 from training.batches import FEATURES
-from training.checkpoint import load_model, save_model
+from training.checkpoint import load_model
 from training.config import ModelSpec
 from training.model import SequenceModel, build_model
 from training.scoring import fast_encoder

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers4rec.torch.tabular.aggregation import ElementwiseSum
 
 from jobs.errors import TrailvecError
-from tests.sequence_files import CONTEXT_SIZES, ITEMS, MAX_LENGTH, SPEC, item_counts, make_rows
+from tests.sequence_files import CONTEXT_SIZES, ITEMS, MAX_LENGTH, SPEC, item_counts, make_rows, save_model
 from training.batches import FEATURES, TARGET, pad
-from training.checkpoint import ItemVectors, load_model, read_about, read_alignment, save_model, save_weights
+from training.checkpoint import ItemVectors, load_model, read_about, read_alignment, save_weights
 from training.model import SequenceModel, build_model
 
 torch.set_num_threads(1)  # tests run side by side: threads that wait for each other are slower than one
