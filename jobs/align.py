@@ -39,11 +39,10 @@ USERS_COMPARED, ITEMS_COMPARED, ITEMS_ASKED, NEIGHBOURS = 2_000, 20_000, 2_000, 
 
 
 def has_no_items(runtime: Runtime, version: str) -> bool:
-    """Whether items have vectors, and none of this model: its users would stand alone, and no later model could be laid
-    onto it."""
-    if not runtime.exists(ITEM_EMBEDDINGS):
-        return False
-    return runtime.latest(ITEM_EMBEDDINGS).where(F.col("model_version") == version).isEmpty()
+    """Whether no item has a vector of this model: its users would stand alone, and no later model could be laid onto
+    it."""
+    of_model = F.col("model_version") == version
+    return not runtime.exists(ITEM_EMBEDDINGS) or runtime.latest(ITEM_EMBEDDINGS).where(of_model).isEmpty()
 
 
 def refusal(report: dict[str, Any], settings: AlignSettings) -> str | None:
@@ -163,7 +162,7 @@ def _align(runtime: Runtime, folder: Path, onto: str | None) -> None:
     }
     # The current model itself, trained again: to other weights, or its alignment would still be there (jobs/train.py).
     itself = onto == folder.name
-    if onto is None or (itself and (has_no_items(runtime, onto) or not runtime.exists(ITEM_EMBEDDINGS))):
+    if onto is None or (itself and has_no_items(runtime, onto)):
         write_alignment(folder, None, report)
         return
     if has_no_items(runtime, onto):

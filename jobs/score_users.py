@@ -258,13 +258,14 @@ def check_successor(runtime: Runtime, version: str) -> None:
         )
     if why := align.refusal(report, runtime.config.align):
         raise TrailvecError(why)
-    if align.has_no_items(runtime, version):
+    # Where no item of any model has a vector, there is nothing that users could fail to fit.
+    if runtime.exists(ITEM_EMBEDDINGS) and align.has_no_items(runtime, version):
         raise TrailvecError(f"model {version} has no item vectors yet: run `trailvec embed_items` first")
 
 
 def check_items(runtime: Runtime, version: str) -> None:
     """Raises TrailvecError where the items of the model lie in a space that it had before: users would in another."""
-    notes = [said["note"] for said in runtime.noted(ITEM_EMBEDDINGS)] if runtime.exists(ITEM_EMBEDDINGS) else []
+    notes = [said["note"] for said in runtime.noted(ITEM_EMBEDDINGS)]
     made_by = next((note for note in notes if note.get("model_version") == version), None)
     if made_by not in (None, model_inputs(runtime)):
         raise TrailvecError(

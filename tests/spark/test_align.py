@@ -137,10 +137,12 @@ def test_a_model_that_turned_too_far_does_not_become_current(shop: Runtime) -> N
 
     shop.spark.sql(f"DELETE FROM delta.`{shop.path(ITEM_EMBEDDINGS)}` WHERE model_version = 'm2'")
     make_unaligned(shop, "m3", seed=3)
-    with pytest.raises(
-        TrailvecError, match=r"model m2, the current one, has no item vectors that another could be laid"
-    ):
-        shop.execute(align.STAGE)
+    for _ in range(2):
+        with pytest.raises(
+            TrailvecError, match=r"model m2, the current one, has no item vectors that another could be laid"
+        ):
+            shop.execute(align.STAGE)
+        shutil.rmtree(shop.path(ITEM_EMBEDDINGS), ignore_errors=True)  # the second time there is no table at all
 
 
 def test_spaces_of_unlike_width_are_told_apart(shop: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
