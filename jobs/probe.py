@@ -332,6 +332,13 @@ def run(runtime: Runtime) -> None:
         refuse_leak(model_dir.name, trained_to, asked_from, asks=asks, instead="give fewer days")
     results = []
     for question in questions(runtime, sessions, cuts):
+        few = question.labels.groupby("task")["label"].agg(rarer)
+        runtime.report.notes += [
+            f"{task} is not probed: found {count:,} of its rarer label, fewer than probe.folds = {settings.folds}"
+            for task, count in few[few < settings.folds].items()
+        ]
+        if (few < settings.folds).all():  # else the features would be made for nothing
+            continue
         tasks = sorted(set(question.labels["task"]))
         asks, earliest = f"a label of {', '.join(tasks)}", time_at(int(question.labels["cut"].min()))
         refuse_leak(model_dir.name, trained_to, earliest, asks=asks, instead="leave out such labels")
@@ -339,11 +346,6 @@ def run(runtime: Runtime) -> None:
         users, features = features_of(runtime, sessions, question, model_dir, cuts.end)
         runtime.on_progress(f"heads for {', '.join(tasks)}")
         results += [(model_dir.name, *row) for row in results_of(question.labels, users, features, settings)]
-        few = question.labels.groupby("task")["label"].agg(rarer)
-        runtime.report.notes += [
-            f"{task} is not probed: found {count:,} of its rarer label, fewer than probe.folds = {settings.folds}"
-            for task, count in few[few < settings.folds].items()
-        ]
     frame = runtime.spark.createDataFrame(results, PROBES.schema()).coalesce(1)
     runtime.write(PROBES, frame, of={"model_version": model_dir.name})
     for task in dict.fromkeys(row[1] for row in results):
