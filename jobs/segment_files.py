@@ -208,7 +208,8 @@ class ArrowFolder(NamedTuple):
 def place_of(runtime: Runtime, segment: Segment) -> ArrowFolder | HadoopPath:
     destination = str(runtime.exports / segment.name) if segment.destination is None else segment.destination
     if (path := local_path(destination)) is not None:
-        return ArrowFolder(fs.LocalFileSystem(), str(Path(path).absolute()), local=True)
+        # Where a link leads: `published` can't take the place of the link itself.
+        return ArrowFolder(fs.LocalFileSystem(), os.path.realpath(path), local=True)
     # pyarrow asks for a native library that few machines have, and knows not all that Hadoop does.
     if segment.destination is None or destination.startswith("hdfs://"):
         return HadoopPath(destination)
@@ -236,8 +237,13 @@ def check_place(place: ArrowFolder | HadoopPath) -> None:
     """Does first what a delivery does first: whoever could not be delivered must not stand in the log.
 
     Raises:
-        TrailvecError: the place holds other files than an export's, or can't be read or written.
+        TrailvecError: the place is a mount point, holds other files than an export's, or can't be read or written.
     """
+    if isinstance(place, ArrowFolder) and place.local and os.path.ismount(place.folder):
+        raise TrailvecError(
+            f"{place.folder} is a mount point, which a new export can't take the place of: name a folder inside it as "
+            "the segment's destination"
+        )
     _files_of_export(place)
     if isinstance(place, HadoopPath):
         _make_and_remove(place)

@@ -17,7 +17,7 @@ import training.data
 from jobs.config import load_config, parse, shipped
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath
-from jobs.segment_files import ArrowFolder, delivered, place_of
+from jobs.segment_files import ArrowFolder, check_place, delivered, place_of
 from jobs.segments import Segment
 from jobs.train import snapshot_files
 from tests.sequence_files import make_rows, make_run
@@ -137,6 +137,23 @@ def test_a_mounted_destination_is_written_as_a_folder(place: str, path: str) -> 
 def test_a_segment_without_destination_goes_beside_the_others() -> None:
     found = place_of(SimpleNamespace(exports=Path("/Volumes/c/s/v/exports")), segment(None))  # type: ignore[arg-type]
     assert (found.folder, found.local) == ("/Volumes/c/s/v/exports/fans", True)
+
+
+def test_a_destination_that_is_a_link_is_where_it_leads(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "fans").symlink_to(tmp_path / "disk" / "fans")
+    for text in ("old", "new"):
+        place = place_of(SimpleNamespace(), segment(str(tmp_path / "fans")))  # type: ignore[arg-type]
+        check_place(place)
+        with delivered(place, tmp_path) as folder:
+            (folder / "manifest.json").write_text(text)
+    assert (tmp_path / "fans").is_symlink()
+    assert (tmp_path / "disk" / "fans" / "manifest.json").read_text() == "new"
+
+
+def test_a_mount_point_is_no_destination() -> None:
+    with pytest.raises(TrailvecError, match=r"/ is a mount point, .*: name a folder inside it"):
+        check_place(place_of(SimpleNamespace(), segment("/")))  # type: ignore[arg-type]
 
 
 def test_what_goes_to_hdfs_goes_by_hadoop() -> None:
