@@ -39,6 +39,7 @@ from jobs.segment_files import (
     MANIFEST,
     REPORT,
     Staging,
+    check_destinations,
     check_place,
     delivered,
     export_key,
@@ -69,8 +70,10 @@ def _exports(runtime: Runtime, now: datetime) -> list[Export]:
     with_profiles = (
         USER_PROFILES.name in versions and not rows_of_model(runtime.latest(USER_PROFILES), version).isEmpty()
     )
+    files = read_segments(runtime.config.export.segments)
+    check_destinations(runtime, files)
     found: dict[str, Export] = {}
-    for number, file in enumerate(read_segments(runtime.config.export.segments)):
+    for number, file in enumerate(files):
         others = [found[name].id for name in file.segment.others]
         facts = {"model_version": version, "others": others} | _facts(runtime, file, versions, digest_of, now)
         vectors: Vectors = "embedding"

@@ -35,7 +35,7 @@ from pyarrow import csv, fs
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, Place, fetch, make_private, published
 from jobs.runtime import Runtime
-from jobs.segments import Format, Segment
+from jobs.segments import Format, Segment, SegmentFile
 from jobs.user_lists import file_digest
 from spark_udfs.keyed import hashed
 from training.stores import remove_tree
@@ -205,11 +205,31 @@ class ArrowFolder(NamedTuple):
     local: bool
 
 
-def place_of(runtime: Runtime, segment: Segment) -> ArrowFolder | HadoopPath:
+def destination_of(runtime: Runtime, segment: Segment) -> str:
+    """A local folder's own path, another store's URI: one text for one place."""
     destination = str(runtime.exports / segment.name) if segment.destination is None else segment.destination
-    if (path := local_path(destination)) is not None:
-        # Where a link leads: `published` can't take the place of the link itself.
-        return ArrowFolder(fs.LocalFileSystem(), os.path.realpath(path), local=True)
+    path = local_path(destination)
+    # Where a link leads: `published` can't take the place of the link itself.
+    return re.sub(r"(?<=[^:/])/+(?=\?|$)", "", destination) if path is None else os.path.realpath(path)
+
+
+def check_destinations(runtime: Runtime, files: list[SegmentFile]) -> None:
+    """
+    Raises:
+        TrailvecError: two segments have one destination.
+    """
+    found: dict[str, Path] = {}
+    for segment, path in files:
+        place = destination_of(runtime, segment)
+        if place in found:
+            raise TrailvecError(f"{path} and {found[place]} both export to {place}: give each a destination")
+        found[place] = path
+
+
+def place_of(runtime: Runtime, segment: Segment) -> ArrowFolder | HadoopPath:
+    destination = destination_of(runtime, segment)
+    if local_path(destination) is not None:
+        return ArrowFolder(fs.LocalFileSystem(), destination, local=True)
     # pyarrow asks for a native library that few machines have, and knows not all that Hadoop does.
     if segment.destination is None or destination.startswith("hdfs://"):
         return HadoopPath(destination)

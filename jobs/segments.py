@@ -159,21 +159,16 @@ def read_segments(paths: list[str]) -> list[SegmentFile]:
     """The segments of the files, each after those that it includes or excludes.
 
     Raises:
-        TrailvecError: a file is missing or wrong, two have one name or one destination, one names a segment that is
-            not there or, over others, itself, or a list is missing.
+        TrailvecError: a file is missing or wrong, two have one name, one names a segment that is not there or, over
+            others, itself, or a list is missing.
     """
     files = [SegmentFile(parse(Segment, read_toml(shipped(path)), path), shipped(path)) for path in paths]
     by_name: dict[str, SegmentFile] = {}
-    by_place: dict[str, Path] = {}
     for file in files:
         segment, path = file
         if segment.name in by_name:
             raise TrailvecError(f"{path} and {by_name[segment.name].path} both say name = {segment.name!r}: rename one")
         by_name[segment.name] = file
-        place = segment.destination or segment.name
-        if place in by_place:
-            raise TrailvecError(f"{path} and {by_place[place]} both export to {place}: give each a destination")
-        by_place[place] = path
         for users in segment.lists:
             if users.file is not None and not (path.parent / users.file).exists():
                 raise TrailvecError(f"{path}: the list of users {path.parent / users.file} does not exist: add it")

@@ -12,8 +12,10 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -31,7 +33,7 @@ from jobs.errors import TrailvecError
 from jobs.export_segments import STAGE
 from jobs.files import HadoopPath
 from jobs.runtime import Runtime
-from jobs.segment_files import KEY, WRITERS, ArrowFolder, Staging, check_place, laid_down
+from jobs.segment_files import KEY, WRITERS, ArrowFolder, Staging, check_destinations, check_place, laid_down
 from jobs.segment_rules import Lists, Marked, allows
 from jobs.segments import Format, read_segments
 from jobs.tables import EXPORTS, ITEMS, SESSIONS, USER_EMBEDDINGS, USER_PROFILES
@@ -340,13 +342,25 @@ def test_two_segments_of_one_name(tmp_path: Path) -> None:
         read_segments([str(tmp_path / name) for name in ("a.toml", "b.toml")])
 
 
-def test_two_segments_of_one_place(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("one", "other", "place"),
+    [
+        ("/somewhere", "/somewhere/", "/somewhere"),
+        ("/exports/b/../b", None, "/exports/b"),
+        ("s3://bucket/x/?region=r", "s3://bucket/x?region=r", r"s3://bucket/x\?region=r"),
+        ("b", None, None),  # a folder b beside the configuration's, which is none of /exports
+    ],
+)
+def test_two_segments_of_one_place(tmp_path: Path, one: str, other: str | None, place: str | None) -> None:
     (tmp_path / "seeds.txt").write_text("ann\n")
-    for name in ("a", "b"):
-        other = SEGMENT.replace('"likes"', f'"{name}"').replace("size = 4", 'size = 4\ndestination = "/somewhere"')
-        (tmp_path / f"{name}.toml").write_text(other)
-    with pytest.raises(TrailvecError, match="both export to /somewhere: give each a destination"):
-        read_segments([str(tmp_path / f"{name}.toml") for name in ("a", "b")])
+    for name, destination in {"a": one, "b": other}.items():
+        line = "" if destination is None else f'\ndestination = "{destination}"'
+        text = SEGMENT.replace('"likes"', f'"{name}"').replace("size = 4", f"size = 4{line}")
+        (tmp_path / f"{name}.toml").write_text(text)
+    files = read_segments([str(tmp_path / f"{name}.toml") for name in ("a", "b")])
+    refused = nullcontext() if place is None else pytest.raises(TrailvecError, match=f"both export to {place}: give")
+    with refused:
+        check_destinations(SimpleNamespace(exports=Path("/exports")), files)  # type: ignore[arg-type]
 
 
 def test_the_segments_of_the_repository_are_some() -> None:
