@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 import tempfile
 import urllib.request
 import uuid
@@ -306,7 +307,8 @@ def file_sizes(folder: Place, without: str) -> dict[str, int]:
 @contextlib.contextmanager
 def published(target: Place) -> Iterator[Path]:
     """A local folder to fill. When the block ends without an error, it takes target's place as a whole, by a rename; on
-    S3, which has none, target is deleted and the files are copied there, those that describe the others (JSON) last.
+    S3, which has none, target is deleted and the files are copied there, those that describe the others (JSON) last. A
+    local target keeps its owner, group and mode.
 
     What a killed block leaves lies under another name, and the next block with the same target removes it. It can't
     tell it from the folder of a block that still runs: of two that run at once, the one that began later goes on.
@@ -319,6 +321,8 @@ def published(target: Place) -> Iterator[Path]:
     staging = target.with_name(f".{target.name}.{uuid.uuid4().hex}.staging")
     if isinstance(staging, Path):
         staging.mkdir(parents=True)
+        if isinstance(target, Path) and target.is_dir():
+            _take_access(staging, target)
         try:
             yield staging
         except Exception as error:
@@ -340,6 +344,16 @@ def published(target: Place) -> Iterator[Path]:
         raise _overtaken(target)
     remove_tree(target)
     staging.replace(target)  # type: ignore[arg-type]  # both are of one kind
+
+
+def _take_access(folder: Path, other: Path) -> None:
+    """Gives the folder the owner, group and mode of another one, as far as this user and the file system may."""
+    there = other.stat()
+    for uid, gid in ((there.st_uid, -1), (-1, there.st_gid)):
+        with contextlib.suppress(OSError):
+            os.chown(folder, uid, gid)
+    with contextlib.suppress(OSError):
+        folder.chmod(stat.S_IMODE(there.st_mode))
 
 
 def _overtaken(target: Place) -> TrailvecError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,6 +54,19 @@ def test_a_folder_is_published_whole_or_not_at_all(store: HadoopPath) -> None:
     with published(store / "m1") as folder:
         (folder / "b").write_text("newest")
     assert (names(store), names(store / "m1")) == (["m1"], ["b"])
+
+
+def test_whoever_could_look_into_a_folder_can_still(tmp_path: Path) -> None:
+    (tmp_path / "m1").mkdir()
+    (tmp_path / "m1").chmod(0o2710)
+    if os.getuid() == 0:
+        os.chown(tmp_path / "m1", 1234, 5678)
+    before = (tmp_path / "m1").stat()
+    with published(tmp_path / "m1") as folder:
+        assert folder.stat().st_mode == before.st_mode  # while it is filled too
+    after = (tmp_path / "m1").stat()
+    assert after.st_ino != before.st_ino
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
 
 
 @pytest.mark.parametrize("fails", [False, True])
