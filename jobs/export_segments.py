@@ -133,8 +133,11 @@ def _published(runtime: Runtime, export: Export) -> dict[str, Any] | None:
     text = read_manifest(place_of(runtime, export.segment))
     if text is None:
         return None
-    manifest: dict[str, Any] = json.loads(text)
-    same = manifest.get("export_id") == export.id and manifest["provenance"]["code_version"] == code_version()
+    try:
+        manifest: dict[str, Any] = json.loads(text)
+        same = (manifest["export_id"], manifest["provenance"]["code_version"]) == (export.id, code_version())
+    except (ValueError, LookupError, TypeError):  # damaged, or no export's
+        return None
     return manifest if same else None
 
 

@@ -247,10 +247,11 @@ def read_manifest(place: ArrowFolder | HadoopPath) -> str | None:
     if isinstance(place, HadoopPath):
         return (place / MANIFEST).read_text() if (place / MANIFEST).exists() else None
     path = f"{place.folder}/{MANIFEST}"
-    if place.system.get_file_info(path).type == fs.FileType.NotFound:
-        return None
-    with place.system.open_input_stream(path) as file:
-        return str(file.read(), "utf-8")
+    with _refusals_told(place):
+        if place.system.get_file_info(path).type == fs.FileType.NotFound:
+            return None
+        with place.system.open_input_stream(path) as file:
+            return str(file.read(), "utf-8", "replace")
 
 
 def check_place(place: ArrowFolder | HadoopPath) -> None:
@@ -316,7 +317,7 @@ def _refusals_told(place: ArrowFolder) -> Iterator[None]:
         yield
     except OSError as error:
         raise TrailvecError(
-            f"{place.folder} can't be written ({error}): correct the segment's destination, or who may write there"
+            f"{place.folder} can't be read or written ({error}): correct the segment's destination, or who may do so"
         ) from None
 
 

@@ -30,10 +30,11 @@ from pyspark.sql import functions as F
 from jobs import export_segments, segment_members
 from jobs.config import UserList, load_config
 from jobs.errors import TrailvecError
-from jobs.export_segments import STAGE
+from jobs.export_segments import STAGE, _published
 from jobs.files import HadoopPath
 from jobs.runtime import Runtime
 from jobs.segment_files import KEY, WRITERS, ArrowFolder, Staging, check_destinations, check_place, laid_down
+from jobs.segment_members import Export
 from jobs.segment_rules import Lists, Marked, allows
 from jobs.segments import Format, read_segments
 from jobs.tables import EXPORTS, ITEMS, SESSIONS, USER_EMBEDDINGS, USER_PROFILES
@@ -784,9 +785,27 @@ def test_where_it_goes(shop: Runtime, tmp_path: Path) -> None:
     assert (place / "holiday.jpg").exists()
     below = tmp_path / "seeds.txt" / "likes"  # no folder can be made there
     (tmp_path / "likes.toml").write_text(SEGMENT.replace("size = 4", f'size = 3\ndestination = "{below}"'))
-    with pytest.raises(TrailvecError, match=r"seeds\.txt/likes can't be written .*: correct the segment's destination"):
+    with pytest.raises(TrailvecError, match=r"seeds\.txt/likes can't be read or written .*: correct the segment's"):
         shop.execute(STAGE)
     assert logged() == before  # who got nothing was not exported
+
+
+@pytest.mark.parametrize(
+    "text", [b"[]", b"none", b"\xff", b'{"export_id": "x"}', b'{"export_id": "x", "provenance": 1}']
+)
+def test_a_damaged_manifest_is_no_export(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "seeds.txt").touch()
+    (tmp_path / "likes.toml").write_text(SEGMENT)
+    (file,) = read_segments([str(tmp_path / "likes.toml")])
+    (tmp_path / "likes").mkdir()
+    manifest = tmp_path / "likes" / "manifest.json"
+    manifest.write_bytes(text)
+    runtime: Any = SimpleNamespace(exports=tmp_path)
+    assert _published(runtime, Export(0, *file, "embedding", "x")) is None
+    manifest.unlink()
+    manifest.mkdir()
+    with pytest.raises(TrailvecError, match="likes can't be read or written"):
+        _published(runtime, Export(0, *file, "embedding", "x"))
 
 
 def test_what_is_refused_of_lists(shop: Runtime, spark: SparkSession, tmp_path: Path) -> None:
