@@ -28,6 +28,7 @@ ColumnTest = Callable[[Column], Column]
 
 _WORD = re.compile(r"\w+")
 _STRUCTURE = re.compile(r"[\s\"'{}\[\](),;:|=]+")
+_ESCAPES = re.compile(r'(?:\\(?:u[0-9a-fA-F]{4}|["\\/bfnrt]))+')
 
 
 def hashed(key: bytes, texts: Iterable[str]) -> list[str]:
@@ -72,17 +73,30 @@ def on_list_in_raw(key: bytes, hashes: Sequence[str]) -> TextTest:
 
 def values(raw: str) -> set[str]:
     """What may be a value of a record that could not be read: JSON's, CSV's by several delimiters, and the pieces
-    between quotes, brackets, commas, blanks and the like."""
-    found = {piece for piece in _STRUCTURE.split(raw) if piece}
-    for delimiter in ",;\t|":
-        try:
-            fields = next(csv.reader([raw], delimiter=delimiter), [])
-        except csv.Error:
-            continue
-        found.update(field.strip() for field in fields)
+    between quotes, brackets, commas, blanks and the like; as they are written, and without JSON's escapes."""
+    found, plain = _pieces(raw), _unescaped(raw)
+    if plain != raw:
+        found.update([_unescaped(piece) for piece in found], _pieces(plain))
     with suppress(ValueError, RecursionError):
         found.update(_leaves(json.loads(raw)))
     return found
+
+
+def _pieces(text: str) -> set[str]:
+    found = {piece for piece in _STRUCTURE.split(text) if piece}
+    for delimiter in ",;\t|":
+        try:
+            fields = next(csv.reader([text], delimiter=delimiter), [])
+        except csv.Error:
+            continue
+        found.update(field.strip() for field in fields)
+    return found
+
+
+def _unescaped(text: str) -> str:
+    """Without JSON's escapes: writers differ in which characters they escape (PHP /, Gson = and '), and in the case of
+    their digits."""
+    return _ESCAPES.sub(lambda found: str(json.loads(f'"{found[0]}"')), text)
 
 
 def _leaves(value: Any) -> Iterator[str]:
@@ -100,7 +114,10 @@ def mentions(ids: Sequence[str]) -> TextTest:
     Rather one record too many: the id 12 is found in 12.50 too."""
     found_by, without_words = _by_rarest_word(ids)
 
-    def holds(text: str) -> bool:
+    def holds(raw: str) -> bool:
+        return any(map(is_in, {raw, _unescaped(raw)}))
+
+    def is_in(text: str) -> bool:
         for word in _WORD.finditer(text):
             for offset, form in found_by.get(word[0], ()):
                 start = word.start() - offset

@@ -39,6 +39,11 @@ def test_who_is_on_a_list_of_hashes() -> None:
         ('{"user": {"id": 12}, "x": ["b c", null]}', "b c"),
         ('{"user": "ann", "broken', "ann"),
         ("id=ann&x", "ann&x"),
+        (r'{"user":"a\/b","broken', "a/b"),  # PHP
+        (r'{"user":"x\u003d1","broken', "x=1"),  # Gson
+        (r'{"user":"o\u0027neil","broken', "o'neil"),
+        (r'{"user":"jos\u00E9\uD83D\uDE00","broken', "josé😀"),
+        (r'{"text":"{\"user\":\"ann\"}"}', "ann"),
     ],
 )
 def test_values_of_a_record_that_could_not_be_read(raw: str, value: str) -> None:
@@ -65,6 +70,13 @@ def test_half_of_an_emoji_in_json_stops_nothing() -> None:
         ('o"neil', json.dumps({"user": 'o"neil'}), True),
         ("José", json.dumps({"user": "José"}), True),
         ("José", "1,José,x", True),
+        ("José😀", r'{"user":"Jos\u00E9\uD83D\uDE00"}', True),
+        ("a/b", r'{"user":"a\/b"}', True),
+        ("x=1", r'{"user":"x\u003d1"}', True),
+        ("o'neil", r'{"user":"o\u0027neil"}', True),
+        ('é="', r'{"user":"\u00E9\u003d\""}', True),
+        ("ann", r'{"text":"one\nann"}', True),
+        ("a/b", r'{"user":"a\\/b"}', False),  # a\/b
         ("-ann-", "a-ann-b", True),
         ("***", "a,***,b", True),
         ("a b", "x,a  b", False),
