@@ -1,9 +1,9 @@
 """Lists that people hand in: of users seeds, suppressions, consents, labels, whom to erase; of items what is in stock.
 
 A list is a query over the tables, a Parquet or CSV file with a column user_id (or a folder of such files, as Spark
-writes it), or a text of one id per line. A file lies beside the configuration, on the driver's machine, which never
-holds it as a whole: Spark reads it, a text goes by line. On a cluster Spark's tasks see no file of that machine: they
-read a copy beside the tables, gone afterwards.
+writes it), or a text of one id per line, under a line user_id or none. A file lies beside the configuration, on the
+driver's machine, which never holds it as a whole: Spark reads it, a text goes by line. On a cluster Spark's tasks see
+no file of that machine: they read a copy beside the tables, gone afterwards.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 from pyspark.sql import Column, DataFrame
@@ -28,6 +29,7 @@ from training.stores import remove_tree
 from training.urls import file_url
 
 _CSV = (".csv", ".csv.gz")
+_OF_CSV = re.compile(r"""(["']).*\1|.*[,;|]""")
 
 
 def file_digest(path: Path) -> str:
@@ -64,7 +66,7 @@ def read_users(runtime: Runtime, users: UserList, path: Path, folder: Place) -> 
 
     Raises:
         TrailvecError: it has no such column, or one of numbers that are not whole; when it is read, it is no UTF-8, or
-            a text with columns.
+            a text with columns or quotes.
     """
     if users.sql is not None:
         where = f"{path}: the query of a list of its users"
@@ -115,17 +117,21 @@ def as_ids(rows: DataFrame, where: str, name: str = "user_id") -> Column:
 def _read_lines(file: Path) -> Iterator[str]:
     try:
         with file.open(encoding="utf-8-sig") as lines:
-            ids = filter(None, map(str.strip, lines))
-            first = next(ids, "")
-            fields = re.split(r"[,;|\t]", first.replace('"', ""))
+            ids = ((number, text) for number, line in enumerate(lines, 1) if (text := line.strip()))
+            first = next(ids, (1, ""))
+            fields = re.split(r"[,;|\t]", first[1].replace('"', ""))
             if len(fields) > 1 and "user_id" in fields:  # as ids, its lines would be nobody's
                 raise TrailvecError(
                     f"the list {file} has a header of {len(fields)} columns, and a name as a text of one id per line: "
                     "name it .csv, with commas between the columns, or take out the other columns"
                 )
-            if first:
-                yield first
-            yield from ids
+            for number, text in ids if fields in ([""], ["user_id"]) else chain([first], ids):
+                if _OF_CSV.fullmatch(text):  # nobody's either
+                    raise TrailvecError(
+                        f"line {number} of the list {file} is in quotes or ends in a delimiter, and a text holds bare "
+                        "ids: take them out, or name the list .csv, with a header"
+                    )
+                yield text
     except IsADirectoryError:
         raise _no_table(file) from None
     except UnicodeDecodeError as error:

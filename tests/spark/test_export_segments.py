@@ -899,6 +899,30 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
         read_users(runtime, UserList(file="gone.parquet"), tmp_path / "likes.toml", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("user_id\nann\n\nbob, jr\n", ["ann", "bob, jr"]),
+        ('\ufeff"user_id"\r\no\'neil\r\n', ["o'neil"]),
+        ("ann\nuser_id\n", ["ann", "user_id"]),
+        ("user_id\n", []),
+        ('\nann\n"4711"\n', 3),
+        ("'4711'\n", 1),
+        ("ann\n4711,\n", 2),
+        ("user_id\n4711 ; \n", 2),
+    ],
+)
+def test_ids_in_a_text(tmp_path: Path, text: str, ids: list[str] | int) -> None:
+    (tmp_path / "gone.txt").write_text(text)
+    runtime: Any = None  # Spark is not asked
+    users = read_users(runtime, UserList(file="gone.txt"), tmp_path / "likes.toml", tmp_path)
+    if isinstance(ids, list):
+        assert list(users) == ids
+    else:
+        with pytest.raises(TrailvecError, match=rf"line {ids} of the list .*gone\.txt is in quotes or ends in a"):
+            list(users)
+
+
 @pytest.mark.parametrize("name", ["gone.csv", "gone[1].parquet"])  # no pattern, a name
 def test_tasks_that_do_not_see_the_drivers_files_read_a_copy(
     make_runtime: Callable[..., Runtime], tmp_path: Path, name: str
