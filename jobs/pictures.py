@@ -19,6 +19,7 @@ MODEL, FLOOR, ACCENT = "#1b6ca8", "#a9b3bb", "#d1495b"
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c6bb1", "#111111")
 _REST = "#c8c8c8"
 _NARROW = 4.6  # inches: legible on a phone
+_LABEL = 30  # characters of a name beside an axis; more would leave the picture no room
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -69,20 +70,21 @@ def bars(values: dict[str, dict[str, Point]], names: dict[str, str], first: str)
         names: what to write beside a bar.
         first: the key that is told apart by its colour.
     """
+    there = {title: [key for key in names if key in group] for title, group in values.items()}
+    heights = [0.5 + 0.15 * len(keys) for keys in there.values()]
 
     def draw(figure: Any) -> None:
-        plots = figure.subplots(len(values), 1, sharex=True, squeeze=False)[:, 0]
-        for axes, (title, group) in zip(plots, values.items(), strict=True):
-            keys = [key for key in names if key in group]
-            points = [group[key] for key in keys]
+        plots = figure.subplots(len(there), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, (title, keys) in zip(plots, there.items(), strict=True):
+            points = [values[title][key] for key in keys]
             colours = [MODEL if key == first else FLOOR for key in keys]
             widths = [point.value for point in points]
             axes.barh(range(len(keys)), widths, color=colours, xerr=_errors(points), error_kw={"elinewidth": 1.2})
-            axes.set_yticks(range(len(keys)), [names[key] for key in keys])
+            axes.set_yticks(range(len(keys)), [_shortened(names[key], _LABEL) for key in keys])
             axes.invert_yaxis()
-            axes.set_title(title, loc="left")
+            axes.set_title(title, loc="left", wrap=True)
 
-    return _picture(draw, (_NARROW, 0.4 + 1.25 * len(values)), "bars")
+    return _picture(draw, (_NARROW, 0.4 + sum(heights)), "bars")
 
 
 def dots(
@@ -113,7 +115,7 @@ def dots(
                 alpha=0.75 if number else 1.0,
                 label=name,
             )
-        axes.set_yticks(range(len(classes)), classes)
+        axes.set_yticks(range(len(classes)), [_shortened(name, _LABEL) for name in classes])
         axes.set_ylim(len(classes) - 0.5, -0.5)
         axes.set_xlim(left=left)
         axes.set_xlabel(label)
@@ -166,8 +168,10 @@ def _errors(points: Sequence[Point]) -> Any:
 
 
 def _shortened(name: str, limit: int = 26) -> str:
+    """Without its middle: the names of a tree begin alike."""
+    end = limit // 3
     # An underscore at its beginning would keep a name out of the legend.
-    return " " * name.startswith("_") + (name if len(name) <= limit else f"{name[: limit - 1]}…")
+    return " " * name.startswith("_") + (name if len(name) <= limit else f"{name[: limit - 1 - end]}…{name[-end:]}")
 
 
 def _picture(draw: Callable[[Any], None], size: tuple[float, float], salt: str) -> str:

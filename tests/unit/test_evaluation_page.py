@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from jobs.evaluation_page import Example, Facts, Map, Neighbour, figure, page
+from jobs.pictures import Point, bars, dots
 from tests.unit.test_model_card import ABOUT
 
 EVIL = "<script>alert('1')</script> & \"$5\" _or_ more"
@@ -130,9 +132,10 @@ def test_it_needs_nothing_but_itself() -> None:
 def test_names_are_text() -> None:
     seen = Page(page(facts(probes=[probe(EVIL)])))
     said = " ".join(seen.text.split())
-    # The example, its vertical, its neighbour, the slice's row, the probe, the drift's alarm and row, three axes; the
-    # legends shorten it.
-    assert said.count(EVIL) == 10
+    # The example, its vertical, its neighbour, the slice's row, the probe, the drift's alarm and row; the pictures
+    # shorten it.
+    assert said.count(EVIL) == 7
+    assert said.count(f"{EVIL[:19]}…{EVIL[-10:]}") == 3  # axes
     assert "_hidden" in said
 
 
@@ -199,6 +202,18 @@ def test_its_maps_have_a_dot_for_each_vector_and_a_legend() -> None:
     assert legend == ["everybody", "fans", "buyers"]
     dots = {colour: drawn.count(f"fill: {colour}") for colour in ("#c8c8c8", "#0072b2", "#e69f00")}
     assert dots == {"#c8c8c8": 3, "#0072b2": 3, "#e69f00": 2}  # the legend's dot is one more
+
+
+@pytest.mark.filterwarnings("error::UserWarning")  # there is no room for the picture
+@pytest.mark.parametrize("count", [1, 12])
+def test_long_names_leave_a_picture_room_and_bars_have_theirs(count: int) -> None:
+    names = {name: name for name in (f"{'a vertical of many words ' * 4}{n}" for n in range(count))}
+    of = {name: Point(0.5, 0.25, 0.75) for name in names}
+    assert ">a vertical of many …ny words 0<" in dots(list(names), {"model": of}, {"model": "the model"}, "NDCG@10")
+    drawn = bars({"events after the cut for each one before it": of}, names, "")
+    places = [float(y) for y in re.findall(r' y="([\d.]+)"[^>]*>[^<]*…', drawn)]
+    assert len(places) == count
+    assert all(np.diff(places) > 9)  # points, the height of their letters
 
 
 def test_the_same_facts_give_the_same_bytes() -> None:
