@@ -6,8 +6,8 @@ fingerprint of what made it, so the same command again finds it there and trains
 
 The processes (training/loop.py, started by jobs/launch_training.py) read the data files of the snapshot that the stage
 has pinned, never the table's folder, which also holds files of older versions; from HDFS over WebHDFS
-(training/stores.py). `models/<model_version>_<tables>.checkpoints` lives while they run, and after a kill until the
-same command over the same tables has gone on from there.
+(training/stores.py). `models/<model_version>_<tables>.checkpoints` (of a forced training: `….forced.checkpoints`) lives
+while they run, and after a kill until the same command over the same tables has gone on from there.
 """
 
 from __future__ import annotations
@@ -174,15 +174,15 @@ def run(runtime: Runtime) -> None:
         runtime.report.skipped = True
     else:
         # Beside the model's folder, which appears when all is done: what a kill leaves, the same command finds, unless
-        # the tables were made anew.
-        checkpoints = runtime.models / f"{version}_{runtime.fingerprint_here[:8]}.checkpoints"
-        if runtime.forced:
-            remove_tree(checkpoints)
+        # the tables were made anew. A forced training goes on from no checkpoint of another one.
+        name = f"{version}_{runtime.fingerprint_here[:8]}"
+        checkpoints = runtime.models / f"{name}{'.forced' if runtime.forced else ''}.checkpoints"
         with published(folder) as staging:
             _train(runtime, version, staging, checkpoints)
             if there is not None and read_description(staging)["weights_sha256"] == there["weights_sha256"]:
                 _keep_what_was_added(model_folder(runtime, version), staging)
-        remove_tree(checkpoints)
+        for left in runtime.models.glob(f"{name}*.checkpoints"):
+            remove_tree(left)
     write_json(runtime.models / "current.json", {"model_version": version})
     about = read_about(model_folder(runtime, version))
     training = about["training"]

@@ -372,7 +372,7 @@ def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
         wider.execute(train.STAGE)
 
 
-def test_a_forced_training_that_ends_in_the_same_weights_keeps_what_other_stages_added(
+def test_a_forced_training_that_was_killed_goes_on_and_keeps_what_other_stages_added_to_the_same_weights(
     trained: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(trained.root, tmp_path / "root")
@@ -383,12 +383,25 @@ def test_a_forced_training_that_ends_in_the_same_weights_keeps_what_other_stages
         (as_trained / name).unlink(missing_ok=True)
         (folder / name).write_text("how its space was turned")
 
-    def train_again(_: Runtime, version: str, staging: Path, __: Path) -> None:
+    started_from: list[bool] = []
+
+    def train_again(_: Runtime, version: str, staging: Path, checkpoints: Path) -> None:
         assert version == folder.name
+        started_from.append(checkpoints.exists())
+        if not started_from[-1]:
+            checkpoints.mkdir()
+            raise InterruptedError
         shutil.copytree(as_trained, staging, dirs_exist_ok=True)
 
     monkeypatch.setattr(train, "_train", train_again)
+    assert runtime.execute(train.STAGE).skipped
+    # What another training left, killed before it had a model.
+    (runtime.models / f"{folder.name}_{runtime.fingerprint_here[:8]}.checkpoints").mkdir()
+    with pytest.raises(InterruptedError):
+        runtime.execute(train.STAGE, force=True)
     runtime.execute(train.STAGE, force=True)
+    assert started_from == [False, True]  # it goes on from its own checkpoints alone
+    assert not list(runtime.models.glob("*.checkpoints"))
     for name in ("alignment.json", "alignment.safetensors"):
         assert (folder / name).read_text() == "how its space was turned"
 
