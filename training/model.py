@@ -123,9 +123,12 @@ class SequenceModel(nn.Module):
     # ---- training
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
-        """The summed loss over all targets, and how many they are. An unknown item is no target: it stands for many."""
-        embedded = self._embed(batch)
-        items = batch[ITEM]
+        """The summed loss over all targets, and how many they are. An unknown item is no target: it stands for many.
+
+        Rows that were cut for a larger vocabulary are read as `encode` reads them: what is not known as unknown.
+        """
+        known = self.known(batch)
+        embedded, items = self._embed(known), known[ITEM]
         if self.spec.objective == "clm":
             return self._item_loss(self._states(embedded, items > 0), batch[TARGET])
         info = self.masking.compute_masked_targets(items, training=True)
@@ -136,11 +139,11 @@ class SequenceModel(nn.Module):
         states = self._states(hidden, items > 0)
         loss, count = self._item_loss(states, info.targets)
         if self.spec.objective == "rtd" and count:
-            loss = loss + _RTD_WEIGHT * self._replacement_loss(batch, states, info.targets)
+            loss = loss + _RTD_WEIGHT * self._replacement_loss(known, states, info.targets)
         return loss, count
 
     def _item_loss(self, states: Tensor, targets: Tensor) -> tuple[Tensor, int]:
-        wanted = targets > UNKNOWN
+        wanted = self.item_counts[targets] > 0
         states, targets = states[wanted].float(), targets[wanted]
         if len(targets) == 0:
             return states.sum() * 0, 0
