@@ -29,14 +29,15 @@ from training.config import RunSpec
 
 METRIC = "ndcg@10"
 LOCK = "lock"
+WIDTHS = (32, 64, 128)
 
 
-def propose(trial: optuna.Trial) -> dict[str, Any]:
-    """Values of [train] for one trial: those that decide most about the ranking."""
+def propose(trial: optuna.Trial, heads: int) -> dict[str, Any]:
+    """Values of [train] for one trial: those that decide most about the ranking. `heads`: a width is its multiple."""
     values = {
         "learning_rate": trial.suggest_float("learning_rate", 3e-4, 5e-3, log=True),
         "dropout": trial.suggest_float("dropout", 0.0, 0.5, step=0.1),
-        "width": trial.suggest_categorical("width", [32, 64, 128]),
+        "width": trial.suggest_categorical("width", [width for width in WIDTHS if width % heads == 0]),
         "layers": trial.suggest_int("layers", 1, 3),
         "weight_decay": trial.suggest_float("weight_decay", 1e-3, 1.0, log=True),
         "negatives": trial.suggest_categorical("negatives", [256, 1024, 4096]),
@@ -65,7 +66,7 @@ def search(spec: RunSpec, study: optuna.Study, trials: int, folder: Path, say: A
     def objective(trial: optuna.Trial) -> float:
         output = folder / f"trial-{trial.number}"
         output.mkdir()
-        run = with_values(spec, propose(trial), output)
+        run = with_values(spec, propose(trial, spec.settings.heads), output)
         (output / "run.json").write_text(run.model_dump_json())
         scores: list[float] = []
 
@@ -142,6 +143,11 @@ def run_tune(runtime: Runtime, trials: int) -> None:
         raise TrailvecError(
             f'tune trains on this machine alone, found train.launcher = "{settings.launcher}": '
             f'set it to "local" for the search, on a machine that has the data'
+        )
+    if all(width % settings.heads for width in WIDTHS):
+        raise TrailvecError(
+            f"tune tries the widths {', '.join(map(str, WIDTHS))}, none of them a multiple of train.heads = "
+            f"{settings.heads}: set it to one that divides them, such as 2, for the search"
         )
 
     def run(runtime: Runtime) -> None:

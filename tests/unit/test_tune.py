@@ -31,7 +31,7 @@ def test_a_search_goes_on_from_the_trials_that_have_ended(tmp_path: Path, monkey
     rows = make_rows(30, seed=3)
     spec = make_run(tmp_path / "run", [make_rows(120)], (rows, next_items(rows)), epochs=2, batch_size=20)
     rates = {0: 0.03, 2: 1e30, 3: 1e-9}  # one learns all that there is, one fails, one learns nothing
-    monkeypatch.setattr(tune, "propose", lambda trial: {"learning_rate": rates[trial.number], "width": 8})
+    monkeypatch.setattr(tune, "propose", lambda trial, heads: {"learning_rate": rates[trial.number], "width": 8})
     said: list[str] = []
     tune.search(spec, a_study(tmp_path), 1, tmp_path, said.append)
     a_study(tmp_path).ask()  # what a kill leaves: a trial that is said to be running
@@ -65,9 +65,10 @@ def test_what_is_no_trial_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     for setting, sentence in (
         ("warm_start=true", "found train.warm_start = true"),
         ('launcher="spark"', "this machine alone"),
+        ("heads=3", "32, 64, 128, none of them a multiple of train.heads = 3: set it"),
     ):
         with pytest.raises(TrailvecError, match=sentence):
-            tune.run_tune(Runtime(make_config(tmp_path, f"train.{setting}")), 1)
+            tune.run_tune(Runtime(make_config(tmp_path, "train.width=96", f"train.{setting}")), 1)
     with pytest.raises(SystemExit) as stopped:
         main(["tune", "--trials", "0"])
     assert stopped.value.code == 2
@@ -149,11 +150,15 @@ def test_searched_settings_reach_the_run_and_the_model(tmp_path: Path) -> None:
         {"learning_rate": 0.001, "dropout": 3 * 0.1, "width": 32, "layers": 2, "weight_decay": 0.1, "negatives": 256}
         | {"later_share": 0.5}
     )
-    values = tune.propose(trial)
+    values = tune.propose(trial, heads=2)
     run = tune.with_values(spec, values, tmp_path / "out")
     assert {name: getattr(run.settings, name) for name in values} == values
     assert (run.model.width, run.model.layers, run.model.negatives, run.model.dropout) == (32, 2, 256, 0.3)
     assert (run.model.heads, run.output) == (spec.model.heads, str(tmp_path / "out"))
+    for heads, widths in ((2, (32, 64, 128)), (64, (64, 128))):  # a head has its share of the width
+        drawn = optuna.create_study().ask()
+        tune.propose(drawn, heads)
+        assert drawn.distributions["width"].choices == widths
     # A trial's optimizer is that of a training with its values: rowwise from 50,000 items on, but for 0 negatives.
     many = spec.model_copy(update={"model": spec.model.model_copy(update={"items": 50_000})})
     for negatives, row_wise in ((256, True), (0, False)):
