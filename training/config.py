@@ -135,6 +135,9 @@ class TrainSettings(Section):
 
     @model_validator(mode="after")
     def _supported(self) -> TrainSettings:
+        for key, names in (("inputs", self.inputs), ("item_attributes", self.item_attributes)):
+            if repeated := [name for place, name in enumerate(names) if name in names[:place]]:
+                raise ValueError(f"{key} names {repeated[0]!r} more than once")
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads = {self.heads}, found {self.width}")
         if self.architecture == "gpt2" and self.objective != "clm":

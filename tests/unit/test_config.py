@@ -25,6 +25,8 @@ from jobs.errors import TrailvecError
         ("ingest.sources=5", "ingest.sources = 5: Input should be a valid list"),
         ("train.epochs=many", "train.epochs = 'many': Input should be a valid integer"),
         ("train.heads=3", "width must be a multiple of heads = 3, found 64"),
+        ('train.inputs=["hour", "weekday", "hour"]', "train: inputs names 'hour' more than once: correct it"),
+        ('train.item_attributes=["price", "price"]', "train: item_attributes names 'price' more than once"),
         ("storage.root.a=b", "storage.root = {'a': 'b'}: Input should be a valid string"),
         ("modle.version=a", "unknown key modle; did you mean model?"),
     ],
