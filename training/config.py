@@ -47,6 +47,8 @@ ROW_WISE_FROM = 50_000
 class TrainSettings(Section):
     """sequences → model."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     processes: int = Field(1, ge=1, description="Horovod processes; each reads its own part of the data")
     threads: int = Field(1, ge=1, description="CPU threads of one process")
     architecture: Architecture = Field("gpt2", description="the Hugging Face block inside Transformers4Rec")
@@ -120,7 +122,7 @@ class TrainSettings(Section):
     warm_length: int = Field(
         64, ge=2, description="of a row, a warm start reads so many of the newest actions; its batches have more rows"
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)
     launcher: Literal["local", "spark"] = Field(
         "local",
         description="local: processes of this machine, by horovodrun where there are several; spark: one task of the "
