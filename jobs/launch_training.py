@@ -36,11 +36,14 @@ def launch(run_file: Path, spec: RunSpec, on_event: Callable[[dict[str, Any]], N
     if processes > 1:
         horovodrun = [sys.executable, "-m", "training.horovodrun"]
         command = [*horovodrun, "--gloo", "-np", str(processes), "-H", f"localhost:{processes}", *command]
+    path = os.environ.get("PYTHONPATH", "")
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
-        # Python's own modules of this checkout or wheel, wherever the command was started.
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]),
+        # The modules of this checkout or wheel, wherever the command was started. That folder, which `python -m` and
+        # an empty entry of the path mean, may have a file of the name of any module.
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, path.split(os.pathsep))]),
+        "PYTHONSAFEPATH": "1",
     }
     child = subprocess.Popen(
         command,

@@ -425,8 +425,12 @@ def test_gradients_are_scaled_together() -> None:
     assert parts[0].flatten().tolist() + parts[2].tolist() == pytest.approx([0.6, 0, 0, 0, 0.8])
 
 
-def test_a_failing_rank_is_one_sentence_and_ends_the_other(tmp_path: Path) -> None:
+def test_a_failing_rank_is_one_sentence_and_ends_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = make_run(tmp_path, [make_rows(5), make_rows(5)], processes=2)
+    # A file of a module's name in the folder where the command was started is not that module.
+    (tmp_path / "torch.py").write_text("raise RuntimeError('no PyTorch')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep + os.environ.get("PYTHONPATH", ""))
     with pytest.raises(TrailvecError, match=r"training stopped: .*no-such\.npy") as error:
         start(spec.model_copy(update={"item_counts": str(tmp_path / "no-such.npy")}), tmp_path)
     assert "\n" not in str(error.value)
