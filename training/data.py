@@ -378,7 +378,8 @@ class Held:
 
 
 def read_held(files: list[str], max_length: int, known: npt.NDArray[np.bool_], max_users: int) -> Held:
-    """The first `max_users` rows of the valid split with a known target: the items at the earliest target time.
+    """The first `max_users` rows of the valid split with a known target: the items at the earliest target time. So many
+    rows are in memory at once; where few targets are known, many are read.
 
     Args:
         files: URLs of the split's files (Spark has spread the users over them by hash).
@@ -386,19 +387,33 @@ def read_held(files: list[str], max_length: int, known: npt.NDArray[np.bool_], m
     """
     columns = ["length", *FEATURES, "target_item_index", "target_ts"]
     system, paths = parquet_files(files)
-    table = pds.dataset(paths, filesystem=system).head(max_users, columns=columns).combine_chunks()
+    rows = pds.dataset(paths, filesystem=system).to_batches(
+        columns=columns, batch_size=max_users, batch_readahead=1, fragment_readahead=1
+    )
+    actions = [np.empty((len(FEATURES), 0, max_length), np.int32)]
+    targets, counts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for batch in rows:
+        for found, part in zip((actions, targets, counts), _held(batch, max_length, known), strict=True):
+            found.append(part)
+        if sum(map(len, counts)) >= max_users:
+            break
+    offsets = np.cumsum([0, *np.concatenate(counts)[:max_users]])
+    return Held(np.concatenate(actions, axis=1)[:, :max_users], np.concatenate(targets)[: offsets[-1]], offsets)
 
-    def flat(name: str) -> npt.NDArray[np.int64]:
-        return np.asarray(pc.list_flatten(table[name]).to_numpy(), np.int64)
 
-    counts = pc.fill_null(pc.list_value_length(table["target_ts"]), 0).to_numpy()
-    owner, items, times = np.repeat(np.arange(len(table)), counts), flat("target_item_index"), flat("target_ts")
-    first = np.zeros(len(table), np.int64)
+def _held(rows: pa.RecordBatch, max_length: int, known: npt.NDArray[np.bool_]) -> tuple[Values, Ints, Ints]:
+    """Of the rows with a known target: the actions, all targets one after the other, and how many each has."""
+
+    def flat(name: str) -> Ints:
+        return np.asarray(pc.list_flatten(rows[name]).to_numpy(), np.int64)
+
+    counts = pc.fill_null(pc.list_value_length(rows["target_ts"]), 0).to_numpy()
+    owner, items, times = np.repeat(np.arange(len(rows)), counts), flat("target_item_index"), flat("target_ts")
+    first = np.zeros(len(rows), np.int64)
     first[counts > 0] = times[(np.cumsum(counts) - counts)[counts > 0]]  # the lists are in order of time
     wanted = (times == first[owner]) & (items < len(known)) & known[np.minimum(items, len(known) - 1)]
-    owner, items = owner[wanted], items[wanted]
 
-    users, user_counts = np.unique(owner, return_counts=True)
-    lengths = table["length"].to_numpy().astype(np.int64)
+    users, user_counts = np.unique(owner[wanted], return_counts=True)
+    lengths = rows["length"].to_numpy().astype(np.int64)
     actions = np.stack([pad(flat(name).astype(np.int32), lengths, max_length)[users] for name in FEATURES])
-    return Held(actions, items, np.concatenate([[0], np.cumsum(user_counts)]))
+    return actions, items[wanted], user_counts

@@ -300,6 +300,10 @@ def test_held_targets_are_the_known_items_of_the_first_moment(tmp_path: Path) ->
 
     held = read_held([f"file://{tmp_path}/valid.parquet"], MAX_LENGTH, known, max_users=10)
     assert (held.targets.tolist(), held.offsets.tolist()) == ([3, 4, 7, 3], [0, 2, 3, 4])
+    # Users that are not held make no room for others: as many as are wanted, the first ones.
+    first = read_held([f"file://{tmp_path}/valid.parquet"], MAX_LENGTH, known, max_users=2)
+    assert (first.targets.tolist(), first.offsets.tolist()) == ([3, 4, 7], [0, 2, 3])
+    np.testing.assert_array_equal(first.actions, held.actions[:, :2])
     for position, row in enumerate([rows[0], rows[3], rows[4]]):
         assert held.actions[0, position, : row["length"]].tolist() == row["item_index"]
     second = held.part(1, 2)
