@@ -70,6 +70,7 @@ def _facts(about: dict[str, Any]) -> dict[str, str]:
         "code": provenance["code_version"],
         "data": ", ".join(f"{table} version {number}" for table, number in provenance["reads"].items()),
         "training": trained,
+        "grown from": about["grown_from"] or "no other model",
         "validation": validated,
         "network": f"{spec['architecture']}, width {spec['width']}, {spec['layers']} layers, {spec['heads']} heads",
         "history": f"the newest {spec['max_length'] - 1} actions of a user",

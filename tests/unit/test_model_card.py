@@ -24,6 +24,7 @@ EPOCHS = [
 ABOUT: dict[str, Any] = {
     "model_version": "abc123",
     "as_of": "2024-06-01T00:00:00",
+    "grown_from": None,
     "spec": {"architecture": "gpt2", "width": 64, "layers": 2, "heads": 4, "max_length": 256, "items": 18000},
     "provenance": {
         "code_version": "0.1.0+feed",
@@ -52,6 +53,8 @@ def test_the_card_says_where_the_model_comes_from_and_how_well_it_ranks() -> Non
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert ["data", "sequences version 3, items version 8"] in rows
     assert ["training", "actions before 2024-06-01T00:00:00"] in rows
+    assert ["grown from", "no other model"] in rows
+    assert "| grown from | fed987 |" in card({**ABOUT, "grown_from": "fed987"})
     assert ["validation", "actions from 2024-06-01T00:00:00 to 28 days before the log's end"] in rows
     assert ["epochs", "2 of at most 5; kept: the best, 2"] in rows
     assert ["all", "1,500", "0.5000", "0.3750"] in rows
