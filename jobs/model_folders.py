@@ -24,14 +24,20 @@ def model_folder(runtime: Runtime, version: str | None = None) -> Path:
     has to be brought back by `add_to_model`.
 
     Raises:
-        TrailvecError: there is no such model, or what was fetched of it is damaged.
+        TrailvecError: there is no such model, or what names or was fetched of it is damaged.
     """
     version = version or runtime.config.model.version
     if version is None:
         current = runtime.models / "current.json"
         if not current.exists():
             raise TrailvecError(f"no model under {runtime.models}: run `trailvec train` first")
-        version = str(json.loads(current.read_text())["model_version"])
+        try:
+            version = str(json.loads(current.read_text())["model_version"])
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise TrailvecError(
+                f"{current} does not say which model is in use: give it one of the form "
+                f'{{"model_version": "..."}} or set model.version'
+            ) from None
     folder = runtime.models / version
     if not has_model(runtime, version):
         found = sorted(p.parent.name for p in runtime.models.glob(f"*/{ABOUT}"))

@@ -1,7 +1,7 @@
 """Lists that people hand in: of users seeds, suppressions, consents, labels, whom to erase; of items what is in stock.
 
 A list is a query over the tables, a Parquet or CSV file with a column user_id (or a folder of such files, as Spark
-writes it), or a text of one id per line, under a line user_id or none. A file lies beside the configuration, on the
+writes it), or a text of one id per line, under such a header or none. A file lies beside the configuration, on the
 driver's machine, which never holds it as a whole: Spark reads it, a text goes by line. On a cluster Spark's tasks see
 no file of that machine: they read a copy beside the tables, gone afterwards.
 """
@@ -92,7 +92,17 @@ def read_items(runtime: Runtime, file: Path, folder: Place) -> DataFrame:
     lines = runtime.spark.read.text(as_patterns([_to_tasks(file, folder)]))
     if not lines.where(_is_other_text("value")).isEmpty():
         raise _other_text(file)
-    return lines.select(_stripped("value").alias("item_id")).where("item_id <> ''")
+    ids = lines.select(_stripped("value").alias("item_id"))
+    if not ids.where(F.col("item_id").rlike(f"^(?:{_OF_CSV.pattern})$")).isEmpty():
+        raise _no_bare_id(f"a line of the list {file}")
+    return ids.where("item_id NOT IN ('', 'item_id')")
+
+
+def _no_bare_id(line: str) -> TrailvecError:
+    return TrailvecError(
+        f"{line} is in quotes or ends in a delimiter, and a text holds bare ids: take them out, or name the list .csv, "
+        "with a header"
+    )
 
 
 def _ids(rows: DataFrame, where: str, name: str) -> DataFrame:
@@ -127,10 +137,7 @@ def _read_lines(file: Path) -> Iterator[str]:
                 )
             for number, text in ids if fields in ([""], ["user_id"]) else chain([first], ids):
                 if _OF_CSV.fullmatch(text):  # nobody's either
-                    raise TrailvecError(
-                        f"line {number} of the list {file} is in quotes or ends in a delimiter, and a text holds bare "
-                        "ids: take them out, or name the list .csv, with a header"
-                    )
+                    raise _no_bare_id(f"line {number} of the list {file}")
                 yield text
     except IsADirectoryError:
         raise _no_table(file) from None

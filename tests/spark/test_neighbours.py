@@ -141,7 +141,7 @@ def test_items_in_stock_of_a_vertical_that_a_user_has_not_bought(
     make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path
 ) -> None:
     stock = tmp_path / "stock.txt"
-    stock.write_text("\ufeffi1\ni3 \t\n\ni5\ni2\ni9\nunknown\n", encoding="utf-8")
+    stock.write_text("\ufeffitem_id\ni1\ni3 \t\n\ni5\ni2\ni9\nunknown\n", encoding="utf-8")
     filters = (
         'neighbours.verticals=["food"]',
         f'neighbours.in_stock="{stock}"',
@@ -167,6 +167,9 @@ def test_items_in_stock_of_a_vertical_that_a_user_has_not_bought(
     assert not runtime.execute(STAGE).skipped
     stock.write_text("i2\n")
     with pytest.raises(TrailvecError, match="no item is left as a neighbour: correct neighbours"):
+        runtime.execute(STAGE)
+    stock.write_text('i1\n"i3"\n')
+    with pytest.raises(TrailvecError, match=r"a line of the list .*stock\.txt is in quotes or ends in a delimiter"):
         runtime.execute(STAGE)
     stock.write_text("café\ni1\n", encoding="latin-1")
     with pytest.raises(TrailvecError, match=r"the list .*stock\.txt is no UTF-8 text: save it as such"):

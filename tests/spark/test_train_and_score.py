@@ -316,6 +316,13 @@ def test_missing_and_damaged_models_and_one_of_other_tables(trained: Runtime) ->
         for stage in (score_users.STAGE, embed_items.STAGE):
             with pytest.raises(TrailvecError, match=sentence):
                 Runtime(config, trained.spark).execute(stage)
+    current = trained.models / "current.json"
+    there = current.read_text()
+    for text in ("", "[]", "{}", "[" * 100_000):
+        current.write_text(text)
+        with pytest.raises(TrailvecError, match=r"current\.json does not say which model is in use"):
+            model_folder(trained)
+    current.write_text(there)
 
 
 def test_a_user_in_many_batches_of_arrow_still_has_one_vector(trained: Runtime) -> None:
