@@ -208,11 +208,19 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
     """What the training processes are told; the arrays that it names are written into `staging`, a local folder.
 
     Raises:
-        TrailvecError: there is nothing to train on, or the current model can't be grown.
+        TrailvecError: there is nothing to train on, the rows are those of a smaller vocabulary, or the current model
+            can't be grown.
     """
-    settings = runtime.config.train
+    settings, min_count = runtime.config.train, runtime.config.vocabulary.min_count
+    made = runtime.last_writer(SEQUENCES)
+    # One that was raised since is no harm: training reads as unknown what the model must not know.
+    if made and (was := made["config"]["vocabulary"]["min_count"]) > min_count:
+        raise TrailvecError(
+            f"table sequences was made with vocabulary.min_count = {was}, found {min_count}, with which a model would "
+            f"know items that no row has: run `trailvec build_vocabulary` and `trailvec build_sequences` first"
+        )
     files = training_files(runtime)
-    counts = item_counts(runtime.read(ITEMS), runtime.config.vocabulary.min_count)
+    counts = item_counts(runtime.read(ITEMS), min_count)
     model = model_spec(runtime.config, len(counts), runtime.read(CONTEXT_VALUES))
     base = base_of(runtime)
     if base:
@@ -226,9 +234,7 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
             "the train split of table sequences has no rows: no user acted twice before sequences.valid_from"
         )
     if not counts.any():
-        raise TrailvecError(
-            f"no item was seen vocabulary.min_count = {runtime.config.vocabulary.min_count} times in training: lower it"
-        )
+        raise TrailvecError(f"no item was seen vocabulary.min_count = {min_count} times in training: lower it")
     if not base:
         settings = settings.model_copy(update={"epochs": epochs(settings, rows)})
     places, verticals = item_verticals(runtime.read(ITEMS), len(counts))

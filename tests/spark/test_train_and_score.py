@@ -293,6 +293,9 @@ def test_failed_training_leaves_the_old_model_current(trained: Runtime) -> None:
     config = make_config(trained.root, *SETTINGS, "train.processes=1", "train.learning_rate=1e30", "train.epochs=2")
     with pytest.raises(TrailvecError, match=r"training stopped: the loss is nan in epoch \d: lower train"):
         Runtime(config, trained.spark).execute(train.STAGE)
+    config = make_config(trained.root, *SETTINGS, "vocabulary.min_count=2")
+    with pytest.raises(TrailvecError, match=r"vocabulary\.min_count = 3, found 2, .*: run `trailvec build_vo"):
+        Runtime(config, trained.spark).execute(train.STAGE)
     assert (trained.models / "current.json").read_text() == current
     assert sorted(path.name for path in trained.models.glob("*/model.json")) == models
 
