@@ -390,13 +390,12 @@ def read_held(files: list[str], max_length: int, known: npt.NDArray[np.bool_], m
     rows = pds.dataset(paths, filesystem=system).to_batches(
         columns=columns, batch_size=max_users, batch_readahead=1, fragment_readahead=1
     )
-    actions = [np.empty((len(FEATURES), 0, max_length), np.int32)]
-    targets, counts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    parts = [(np.empty((len(FEATURES), 0, max_length), np.int32), np.empty(0, np.int64), np.empty(0, np.int64))]
     for batch in rows:
-        for found, part in zip((actions, targets, counts), _held(batch, max_length, known), strict=True):
-            found.append(part)
-        if sum(map(len, counts)) >= max_users:
+        parts.append(_held(batch, max_length, known))
+        if sum(len(counts) for _, _, counts in parts) >= max_users:
             break
+    actions, targets, counts = zip(*parts, strict=True)
     offsets = np.cumsum([0, *np.concatenate(counts)[:max_users]])
     return Held(np.concatenate(actions, axis=1)[:, :max_users], np.concatenate(targets)[: offsets[-1]], offsets)
 
