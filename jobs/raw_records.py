@@ -262,7 +262,9 @@ def _read_csv(lines: DataFrame, file: str, header: str, delimiter: str) -> DataF
     is_broken = parsed[BROKEN].isNotNull() | parsed[f"_{len(names)}"].isNotNull()
     return (
         lines.where(F.col(LINE).rlike(r"[^\x00-\x20]") & (line != header.removeprefix("\ufeff")))
-        .withColumn(_PARSED, record)
+        # A condition that is laid on a column would be moved below this, and parse the line once more. Below what is
+        # not deterministic Spark moves none; this is always true.
+        .withColumn(_PARSED, F.when(F.spark_partition_id() >= 0, record))
         .select(
             *[parsed[f"_{place}"].alias(name) for place, name in enumerate(names) if name.lower() not in hidden],
             *map(named_column, in_path),

@@ -853,6 +853,8 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
     for name in ("gone.csv", "gone.csv.gz"):
         users = read_users(runtime, UserList(file=name), tmp_path / "likes.toml", tmp_path)
         assert {row["user_id"] for row in users.collect()} == {"ann", 'o"neil, b'}  # type: ignore[union-attr]
+    plan = users._jdf.queryExecution().optimizedPlan().toString()  # type: ignore[union-attr]
+    assert plan.count("from_csv(") == 1  # a line is parsed once
     (tmp_path / "gone.csv").write_text("customer;date\nann;2024-01-01\n")
     with pytest.raises(TrailvecError, match=r"the list .*gone\.csv gives customer;date: it needs a column user_id"):
         read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path)
