@@ -30,6 +30,7 @@ from training.urls import file_url
 
 _CSV = (".csv", ".csv.gz")
 _OF_CSV = re.compile(r"""(["']).*\1|.*[,;|]""")
+_BLANKS = " \t\n\x0b\f\r"
 
 
 def file_digest(path: Path) -> str:
@@ -193,7 +194,9 @@ def read_rows(runtime: Runtime, file: Path, folder: Place, name: str = "user_id"
 
 
 def _stripped(name: str) -> Column:
-    return F.regexp_replace(name, r"^[\s\ufeff]+|\s+$", "")
+    # No regular expression: it took an eighth of the time of reading a list.
+    without_start = F.call_function("ltrim", F.lit(f"{_BLANKS}\ufeff"), F.col(name))
+    return F.call_function("rtrim", F.lit(_BLANKS), without_start)
 
 
 def _is_other_text(name: str) -> Column:
