@@ -65,17 +65,17 @@ _WRITERS = 2  # threads: while one hashes ids (which Python lets only one do), t
 def _exports(runtime: Runtime, now: datetime) -> list[Export]:
     """The configuration's segments, each after those that it includes or excludes."""
     version = runtime.current_model()
-    versions = {t.name: runtime.changed_version(t) for t in TABLES if t != EXPORTS and runtime.exists(t)}
+    states = {t.name: runtime.state(t) for t in TABLES if t != EXPORTS and runtime.exists(t)}
     digest_of = cache(file_digest)  # many segments name the same lists
     with_profiles = (
-        USER_PROFILES.name in versions and not rows_of_model(runtime.latest(USER_PROFILES), version).isEmpty()
+        USER_PROFILES.name in states and not rows_of_model(runtime.latest(USER_PROFILES), version).isEmpty()
     )
     files = read_segments(runtime.config.export.segments)
     check_destinations(runtime, files)
     found: dict[str, Export] = {}
     for number, file in enumerate(files):
         others = [found[name].id for name in file.segment.others]
-        facts = {"model_version": version, "others": others} | _facts(runtime, file, versions, digest_of, now)
+        facts = {"model_version": version, "others": others} | _facts(runtime, file, states, digest_of, now)
         vectors: Vectors = "embedding"
         if file.segment.seeds is not None:
             vectors = file.segment.seeds.vectors or ("profile" if with_profiles else "embedding")
@@ -85,23 +85,27 @@ def _exports(runtime: Runtime, now: datetime) -> list[Export]:
                     f"{file.path} compares users by user_profiles, which has none of model {version}: run "
                     f'`trailvec profile_users` first, or say seeds.vectors = "embedding"'
                 )
-            facts["profiles"] = versions[USER_PROFILES.name]
+            facts["profiles"] = states[USER_PROFILES.name]
         found[file.segment.name] = Export(number, file.segment, file.path, vectors, digest(facts)[:32])
     return list(found.values())
 
 
 def _facts(
-    runtime: Runtime, file: SegmentFile, versions: dict[str, int], digest_of: Callable[[Path], str], now: datetime
+    runtime: Runtime,
+    file: SegmentFile,
+    states: dict[str, tuple[str | None, int]],
+    digest_of: Callable[[Path], str],
+    now: datetime,
 ) -> dict[str, Any]:
     """What else decides about an export's members, as plain values; not the code: new code logs nothing again.
 
     Args:
-        versions: of all tables but the log, when they changed last.
+        states: `Runtime.state` of all tables but the log.
     """
     segment, consent = file.segment, runtime.config.export.consent
     facts: dict[str, Any] = {
         "segment": segment.model_dump(mode="json"),
-        "users": versions[USER_EMBEDDINGS.name],
+        "users": states[USER_EMBEDDINGS.name],
         "files": [digest_of(file.path.parent / users.file) for users in segment.lists if users.file is not None],
     }
     if segment.consent is not None:
@@ -111,11 +115,11 @@ def _facts(
             )
         facts["consent"] = consent.sql or digest_of(Path(str(consent.file)))
     if segment.affinity is not None:
-        facts["items"] = {t.name: versions[t.name] for t in (ITEMS, ITEM_EMBEDDINGS) if t.name in versions}
+        facts["items"] = {t.name: states[t.name] for t in (ITEMS, ITEM_EMBEDDINGS) if t.name in states}
     asked = [segment.sql, *(users.sql for users in segment.lists)]
     if any(asked) or (segment.consent is not None and consent is not None and consent.sql is not None):
         # A query may read any table. (Not the log: each export would make the next one another.)
-        facts["tables"] = versions
+        facts["tables"] = states
     if segment.needs_key:
         # Another key makes other files. Only a hash of this mark goes on from here.
         facts["key"] = key_mark(export_key())

@@ -185,6 +185,11 @@ def test_a_rerun_is_skipped_and_a_forced_one_gives_the_same_bytes(
     assert shop.execute(STAGE).skipped
     monkeypatch.setenv(KEY, "another key")
     assert not shop.execute(STAGE).skipped
+    shutil.rmtree(shop.path(USER_EMBEDDINGS))  # another table of that name, at the same version
+    shop.spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()  # type: ignore[union-attr]
+    embed(shop, shop.spark, {user: USERS[user] for user in ("ann", "far")}, {"i1": [1.0, 0.0]})
+    assert not shop.execute(STAGE).skipped
+    assert read(shop)[0]["counts"]["exported"] == 1
 
 
 def test_a_crash_before_the_manifest_leaves_no_half_export(
