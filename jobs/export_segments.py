@@ -145,6 +145,29 @@ def _published(runtime: Runtime, export: Export) -> dict[str, Any] | None:
     return manifest if same else None
 
 
+def _pending(runtime: Runtime, exports: list[Export], found: dict[str, dict[str, Any] | None]) -> list[Export]:
+    """Those that are not there, and any that one of them includes or excludes and whose members the log does not tell:
+    it keeps whom other code took under the same id, and loses who is older than `maintain.keep_days`.
+
+    Args:
+        found: by segment, as `_published`.
+    """
+    runtime.create(EXPORTS)
+    others = {name for export in exports for name in export.segment.others}
+    there = [export.id for export in exports if found[export.name] is not None and export.name in others]
+    counts = runtime.latest(EXPORTS).where(F.col("export_id").isin(there)).groupBy("export_id").count().collect()
+    logged = {row["export_id"]: row["count"] for row in counts}
+    named: set[str] = set()
+    pending: list[Export] = []
+    for export in reversed(exports):  # each comes after those that it names
+        manifest = found[export.name]
+        members = 0 if manifest is None else manifest["counts"]["exported"] + manifest["counts"]["control"]
+        if manifest is None or (export.name in named and logged.get(export.id, 0) != members):
+            pending.append(export)
+            named.update(export.segment.others)
+    return pending[::-1]
+
+
 # ---- the log, the files ---------------------------------------------------------------------------------------------
 
 
@@ -286,10 +309,10 @@ def run(runtime: Runtime) -> None:
     for name, manifest in found.items():
         if manifest is not None:
             runtime.report.rows_out[name] = manifest["counts"]["exported"]
-    pending = [export for export in exports if found[export.name] is None]
-    if not pending:
+    if all(found.values()):
         runtime.report.skipped = True
         return
+    pending = _pending(runtime, exports, found)
     with laid_down(runtime) as staging:
         chosen = Selection(runtime, exports, pending, staging, now)
         chosen.select()
