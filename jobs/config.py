@@ -318,8 +318,9 @@ class ExportSettings(Section):
     segments: list[str] = Field(default_factory=list, description="the segments' files (conf/segments/*.toml)")
     consent: UserList | None = Field(
         None,
-        description="who has consented to what: user_id and a boolean column for each purpose; a file is Parquet or "
-        "CSV with a header. Who is not in it has consented to nothing; of several rows of a user all must be true",
+        description="who has consented to what: user_id and a column for each purpose, boolean, or true, false, 1 or 0 "
+        "as text or whole numbers; a file is Parquet or CSV with a header. Who is not in it, or of whom it says "
+        "nothing, has consented to nothing; of several rows of a user all must be true",
     )
 
 

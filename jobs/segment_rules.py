@@ -31,7 +31,7 @@ from jobs.runtime import Runtime
 from jobs.segment_files import Staging
 from jobs.segments import Frequency, SegmentFile
 from jobs.sql import ask
-from jobs.user_lists import as_ids, read_rows, read_users
+from jobs.user_lists import TEXT_OR_WHOLE, as_ids, read_rows, read_users
 
 Flags = npt.NDArray[np.bool_]
 
@@ -136,14 +136,31 @@ def read_consents(runtime: Runtime, folder: Place) -> DataFrame:
 
 
 def consenting(consents: DataFrame, purpose: str, path: Path) -> DataFrame:
-    """user_id, holds: what each row says of the purpose. A user all of whose rows say yes agrees."""
+    """user_id, holds: what each row says of the purpose. A user all of whose rows say yes agrees.
+
+    Raises:
+        TrailvecError: there is no such column, or it says something that is neither yes nor no.
+    """
     if missing := {"user_id", purpose} - set(consents.columns):
         raise TrailvecError(
             f"{path} asks for the consent {purpose!r}: export.consent has no column {', '.join(sorted(missing))} "
             f"(found {', '.join(consents.columns)}): correct one of them"
         )
-    said = F.coalesce(named_column(purpose).cast("boolean"), F.lit(False))
-    return consents.select(as_ids(consents, "export.consent"), said.alias("holds"))
+    said, kind = named_column(purpose), consents.schema[purpose].dataType.simpleString()
+    if kind not in ("boolean", *TEXT_OR_WHOLE):  # as a boolean NaN is true, and so is any time
+        raise TrailvecError(
+            f"{path} asks for the consent {purpose!r}: that column of export.consent is of type {kind}: "
+            f"write true or false"
+        )
+    if kind != "boolean":
+        text = said.cast("string")  # as a boolean -1 is true, the text is nothing
+        said = text.cast("boolean")
+        if wrong := consents.where(said.isNull() & text.rlike(r"\S")).select(text).first():
+            raise TrailvecError(
+                f"{path} asks for the consent {purpose!r}: export.consent says {wrong[0]!r} of somebody: "
+                f"write true or false"
+            )
+    return consents.select(as_ids(consents, "export.consent"), F.coalesce(said, F.lit(False)).alias("holds"))
 
 
 class Rule(NamedTuple):

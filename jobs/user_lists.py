@@ -31,6 +31,7 @@ from training.urls import file_url
 _CSV = (".csv", ".csv.gz")
 _OF_CSV = re.compile(r"""(["']).*\1|.*[,;|]""")
 _BLANKS = " \t\n\x0b\f\r"
+TEXT_OR_WHOLE = ("string", "tinyint", "smallint", "int", "bigint")  # Spark's types
 
 
 def file_digest(path: Path) -> str:
@@ -120,7 +121,7 @@ def as_ids(rows: DataFrame, where: str, name: str = "user_id") -> Column:
             one: as text 4711.0, who is nobody.)
     """
     kind = rows.schema[name].dataType.simpleString()
-    if kind not in ("string", "tinyint", "smallint", "int", "bigint"):
+    if kind not in TEXT_OR_WHOLE:
         raise TrailvecError(f"{where} has a column {name} of type {kind}: write the ids as text")
     return F.col(name).cast("string")
 

@@ -35,7 +35,7 @@ from jobs.files import HadoopPath
 from jobs.runtime import Runtime
 from jobs.segment_files import KEY, WRITERS, ArrowFolder, Staging, check_destinations, check_place, laid_down
 from jobs.segment_members import Export
-from jobs.segment_rules import Lists, Marked, allows
+from jobs.segment_rules import Lists, Marked, allows, consenting
 from jobs.segments import Format, read_segments
 from jobs.tables import EXPORTS, ITEMS, SESSIONS, USER_EMBEDDINGS, USER_PROFILES
 from jobs.user_lists import copies, read_rows, read_users
@@ -852,6 +852,23 @@ def test_what_is_refused_of_lists(shop: Runtime, spark: SparkSession, tmp_path: 
     put(shop, USER_EMBEDDINGS, vectors.localCheckpoint())
     with pytest.raises(TrailvecError, match="of its 3 seeds 3 are cold, model m1 knows none of their items"):
         shop.execute(STAGE)
+
+
+def test_what_a_consent_may_say(spark: SparkSession) -> None:
+    def agreeing(*said: str) -> list[str]:
+        rows = ", ".join(f"('u{n}', {value})" for n, value in enumerate(said))
+        consents = spark.sql(f"SELECT * FROM VALUES {rows} AS t(user_id, push)")
+        return [row["user_id"] for row in consenting(consents, "push", Path("likes.toml")).where("holds").collect()]
+
+    assert agreeing("true", "false", "NULL") == ["u0"]
+    assert agreeing("1", "0", "NULL") == ["u0"]
+    assert agreeing("'True'", "' 1'", "'no'", "'0'", "' '", "NULL") == ["u0", "u1"]
+    for wrong, shown in (("-1", "'-1'"), ("'maybe'", "'maybe'"), ("'NaN'", "'NaN'")):
+        with pytest.raises(TrailvecError, match=f"the consent 'push': export.consent says {shown} of somebody: write"):
+            agreeing("'1'" if "'" in wrong else "1", wrong)
+    for wrong, kind in (("DOUBLE('NaN')", "double"), ("TIMESTAMP '2024-01-01'", "timestamp")):
+        with pytest.raises(TrailvecError, match=f"the consent 'push': that column of export.consent is of type {kind}"):
+            agreeing(wrong)
 
 
 def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> None:
