@@ -307,6 +307,9 @@ def test_what_is_refused_while_it_runs(shop: Runtime, tmp_path: Path, monkeypatc
     monkeypatch.delenv(KEY)
     with pytest.raises(TrailvecError, match=f"the environment has no {KEY}"):
         shop.execute(STAGE)
+    write_segments(tmp_path, {"likes": 'sql = "SELECT CAST(7 AS DOUBLE) AS user_id"\n'})
+    with pytest.raises(TrailvecError, match=r"likes\.toml: its sql has a column user_id of type double: write the ids"):
+        shop.execute(STAGE)
     assert not shop.exports.exists()
 
 
