@@ -21,7 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import datetime, timezone
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ from jobs.segment_files import (
 from jobs.segment_members import Export, Selection, Taken, rows_of_model
 from jobs.segment_report import Share, page
 from jobs.segments import SegmentFile, Vectors, read_segments
+from jobs.sql import asks_for_the_time
 from jobs.tables import CURRENT_MODEL, EXPORTS, ITEM_EMBEDDINGS, ITEMS, SESSIONS, TABLES, USER_EMBEDDINGS, USER_PROFILES
 from jobs.user_lists import file_digest
 from spark_udfs.keyed import key_mark
@@ -66,16 +67,16 @@ def _exports(runtime: Runtime, now: datetime) -> list[Export]:
     """The configuration's segments, each after those that it includes or excludes."""
     version = runtime.current_model()
     states = {t.name: runtime.state(t) for t in TABLES if t != EXPORTS and runtime.exists(t)}
-    digest_of = cache(file_digest)  # many segments name the same lists
-    with_profiles = (
-        USER_PROFILES.name in states and not rows_of_model(runtime.latest(USER_PROFILES), version).isEmpty()
-    )
+    digest_of, timely = cache(file_digest), cache(partial(asks_for_the_time, runtime))  # many name the same lists
+    with_profiles = USER_PROFILES.name in states and not rows_of_model(runtime.latest(USER_PROFILES), version).isEmpty()
     files = read_segments(runtime.config.export.segments)
     check_destinations(runtime, files)
     found: dict[str, Export] = {}
     for number, file in enumerate(files):
         others = [found[name].id for name in file.segment.others]
-        facts = {"model_version": version, "others": others} | _facts(runtime, file, states, digest_of, now)
+        facts = {"model_version": version, "others": others} | _facts(
+            runtime, file, states, now, digest_of=digest_of, timely=timely
+        )
         vectors: Vectors = "embedding"
         if file.segment.seeds is not None:
             vectors = file.segment.seeds.vectors or ("profile" if with_profiles else "embedding")
@@ -94,13 +95,16 @@ def _facts(
     runtime: Runtime,
     file: SegmentFile,
     states: dict[str, tuple[str | None, int]],
-    digest_of: Callable[[Path], str],
     now: datetime,
+    *,
+    digest_of: Callable[[Path], str],
+    timely: Callable[[str, str], bool],
 ) -> dict[str, Any]:
     """What else decides about an export's members, as plain values; not the code: new code logs nothing again.
 
     Args:
         states: `Runtime.state` of all tables but the log.
+        digest_of, timely: `file_digest` and `asks_for_the_time`.
     """
     segment, consent = file.segment, runtime.config.export.consent
     facts: dict[str, Any] = {
@@ -116,14 +120,17 @@ def _facts(
         facts["consent"] = consent.sql or digest_of(Path(str(consent.file)))
     if segment.affinity is not None:
         facts["items"] = {t.name: states[t.name] for t in (ITEMS, ITEM_EMBEDDINGS) if t.name in states}
-    asked = [segment.sql, *(users.sql for users in segment.lists)]
-    if any(asked) or (segment.consent is not None and consent is not None and consent.sql is not None):
+    queries = [(segment.sql, "its sql"), *((users.sql, "the query of a list of its users") for users in segment.lists)]
+    asked = [(text, f"{file.path}: {name}") for text, name in queries if text]
+    if segment.consent is not None and consent is not None and consent.sql is not None:
+        asked.append((consent.sql, "export.consent.sql"))
+    if asked:
         # A query may read any table. (Not the log: each export would make the next one another.)
         facts["tables"] = states
     if segment.needs_key:
         # Another key makes other files. Only a hash of this mark goes on from here.
         facts["key"] = key_mark(export_key())
-    if segment.at_most is not None:
+    if segment.at_most is not None or any(timely(*query) for query in asked):
         facts["day"] = now.date().isoformat()
     return facts
 

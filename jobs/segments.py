@@ -75,7 +75,11 @@ class Segment(Section):
 
     seeds: Seeds | None = None
     affinity: Affinity | None = None
-    sql: str | None = Field(None, description="a query over the tables with a column user_id")
+    sql: str | None = Field(
+        None,
+        description="a query over the tables with a column user_id; it, and queries of lists, are asked again once a "
+        "table but `exports` has changed, and where they name the current date or time each day (UTC)",
+    )
     include: tuple[str, ...] = Field((), description="names of segments of the same run: their members, control too")
 
     size: int | None = Field(

@@ -72,6 +72,14 @@ def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
     return answer
 
 
+def asks_for_the_time(runtime: Runtime, text: str, where: str) -> bool:
+    """Whether the query names the current date or time: over the same rows it may give another answer tomorrow. As
+    `ask`."""
+    plan = ask(runtime, text, where)._jdf.queryExecution().analyzed()
+    patterns = runtime.spark._jvm.org.apache.spark.sql.catalyst.trees.TreePattern  # type: ignore[union-attr]
+    return bool(plan.containsPattern(patterns.CURRENT_LIKE()))
+
+
 def _nodes(plan: Any) -> Iterator[Any]:
     """A plan's nodes (Java's objects), those of its subqueries too."""
     yield plan

@@ -284,6 +284,16 @@ def test_seeds_by_sql_plain_ids_and_chosen_columns(
     ]
     assert manifest["segment"]["approved_by"] == "the privacy officer"
 
+    def id_on(day: int, condition: str) -> str:
+        (tmp_path / "likes.toml").write_text(text.replace(' = 1"', f'{condition}"'))
+        (export,) = export_segments._exports(shop, datetime(2024, 3, day, tzinfo=timezone.utc))
+        return export.id
+
+    for still in (" = 1", " = 1 AND user_id <> 'now()'"):
+        assert id_on(1, still) == id_on(2, still)
+    for timely in (" > year(current_date)", " IN (SELECT 1 FROM user_embeddings WHERE as_of < now() - INTERVAL 1 DAY)"):
+        assert id_on(1, timely) == id_on(1, timely) != id_on(2, timely)
+
     (tmp_path / "likes.toml").write_text(text.replace("SELECT user_id", "SELECT history_length"))
     with pytest.raises(TrailvecError, match="gives history_length: it needs a column user_id"):
         shop.execute(STAGE)
