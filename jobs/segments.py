@@ -63,7 +63,7 @@ class Frequency(Section):
     """
 
     exports: int = Field(ge=1, le=100)
-    days: int = Field(ge=1)
+    days: int = Field(ge=1, le=36_500)
 
 
 class Segment(Section):

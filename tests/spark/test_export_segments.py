@@ -336,6 +336,11 @@ def test_what_is_refused_while_it_runs(shop: Runtime, tmp_path: Path, monkeypatc
         ("size = 4", "size = 4\ncontrol_share = 1", "control_share = 1: Input should be less than 1"),
         ('name = "likes"', 'name = "../likes"', "name = '../likes': String should match pattern"),
         ("size = 4", 'size = 4\nuser_ids = "plain"', r"likes.toml: plain user ids need approved_by, .*: correct it"),
+        (
+            "size = 4",
+            "size = 4\nat_most = { exports = 1, days = 1_000_000 }",
+            "at_most.days = 1000000: Input should be less",
+        ),
         ("size = 4", "size = 0", "size = 0: Input should be greater than or equal to 1"),
         ("size = 4", "sise = 4", "unknown key sise; did you mean size"),
         ("size = 4", 'size = 4\ncolumns = ["rank", "rank"]', "a column stands in columns twice"),
