@@ -346,6 +346,10 @@ def run(runtime: Runtime) -> None:
         users, features = features_of(runtime, sessions, question, model_dir, cuts.end)
         runtime.on_progress(f"heads for {', '.join(tasks)}")
         results += [(model_dir.name, *row) for row in results_of(question.labels, users, features, settings)]
+        runtime.report.notes += [
+            f"{task} is not probed: no fold by label_ts has both labels to learn from and to test on"
+            for task in sorted({*few[few >= settings.folds].index} - {row[1] for row in results})
+        ]
     frame = runtime.spark.createDataFrame(results, PROBES.schema()).coalesce(1)
     runtime.write(PROBES, frame, of={"model_version": model_dir.name})
     for task in dict.fromkeys(row[1] for row in results):

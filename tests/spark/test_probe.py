@@ -260,17 +260,25 @@ def test_a_task_with_nobody_or_too_few_of_a_label_is_said_and_leaves_no_old_rows
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file = tmp_path / "labels.csv"
-    file.write_text("\n".join(["user_id,task,label", *(f"u{n},rare,{n // 23}" for n in range(24))]) + "\n")
+    days = [START + timedelta(days=100 + (n > 0)) for n in range(24)]
+    rows = [f"u{n},rare,{n // 23},\nu{n},at once,{n % 2},{day:%Y-%m-%d %H:%M:%S}" for n, day in enumerate(days)]
+    file.write_text("\n".join(["user_id,task,label,label_ts", *rows]) + "\n")
     asked = ('probe.activity=["inactive"]', "probe.event_types=[]", f'probe.labels={{file="{file}"}}')
     runtime = make_runtime(*SETTINGS, *asked, 'sequences.target_event_types=["rent"]', root=whole)
     old = [(version, "rare", "vector", "logistic", "auc", 0.9, 0.0, 24, 3) for version in ("m0", "m1")]
     put(runtime, PROBES, runtime.spark.createDataFrame(old, PROBES.schema()))
-    monkeypatch.setattr(probe, "features_of", None)  # for nothing
+
+    def features(_runtime: Runtime, _sessions: DataFrame, question: probe.Question, *_: Any) -> Any:
+        assert set(question.labels["task"]) == {"at once"}  # those of the others would be for nothing
+        return sorted(f"u{n}" for n in range(24)), {"majority": np.zeros((24, 1))}
+
+    monkeypatch.setattr(probe, "features_of", features)
     report = runtime.execute(probe.STAGE)
     assert report.notes == [
         "inactive is not probed: found nobody who did anything of sequences.target_event_types before the log's last "
         "20 days (probe.days)",
         "rare is not probed: found 1 of its rarer label, fewer than probe.folds = 2",
+        "at once is not probed: no fold by label_ts has both labels to learn from and to test on",
     ]
     assert [r["model_version"] for r in read_delta(runtime.path(PROBES))] == ["m0"]
 
