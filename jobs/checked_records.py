@@ -156,20 +156,25 @@ def _reads_times(spark: SparkSession, pattern: str) -> bool:
 
 
 def _given(value: Given) -> Column:
-    """The value as the record has it, of any type."""
-    if isinstance(value, IdValue) and value.columns:
-        parts = [text_of(named_column(name)) for name in value.columns]
+    """The value as the mapping makes it of the record, of any type."""
+    if isinstance(value, IdValue) and (value.columns or value.sha256 or value.ordinal):
+        parts = list(map(text_of, map(named_column, value.columns) if value.columns else [_raw(value)]))
         if value.ordinal:
             parts.append(F.col(_ORDINAL).cast("string"))
         between = F.lit(value.separator)
         joined = F.concat(*[part for name in parts for part in (between, name)][1:])
         return F.sha2(joined, 256) if value.sha256 else joined
-    if value.constant is not None:
-        return F.lit(value.constant)
-    given = F.expr(value.expr) if value.expr is not None else named_column(str(value.column))
+    given = _raw(value)
     if isinstance(value, Value) and value.default is not None:
         return F.coalesce(text_of(given), F.lit(value.default))
     return given
+
+
+def _raw(value: Given) -> Column:
+    """The one value as the record has it, of any type."""
+    if value.constant is not None:
+        return F.lit(value.constant)
+    return F.expr(value.expr) if value.expr is not None else named_column(str(value.column))
 
 
 def _number(given: DataFrame, name: str) -> Column:
@@ -214,16 +219,17 @@ def _is_no_id(raw: DataFrame, value: Given, mapping: Input) -> Column:
     """True where the value has a type that no id has: 17850.0 is 17850 in the file before, and nobody would notice."""
     if isinstance(value, IdValue) and value.columns:
         return F.lit(False)  # made of many values, of any type
-    given = _given(value)
+    given = _raw(value)
     if mapping.format == "json":
         return F.coalesce(F.ltrim(given.cast("string")).rlike(r"^[\[{]"), F.lit(False))  # an object or a list
     kind = raw.select(given).schema[0].dataType
-    return F.lit(not isinstance(kind, (T.StringType, T.IntegralType, T.DateType, T.NullType, T.DecimalType)))
+    is_id = isinstance(kind, (T.StringType, T.IntegralType, T.DateType, T.NullType, T.DecimalType))
+    return F.lit(not is_id) & given.isNotNull()
 
 
 def _is_nested(raw: DataFrame, value: Given, mapping: Input) -> Column:
     """True where the value is an object or a list in its file, whose text nobody means by a name or a category."""
-    given = _given(value.model_copy(update={"default": None}) if isinstance(value, Value) else value)
+    given = _raw(value)
     if mapping.format == "json":  # "[new] tea" is a text that begins so, too
         text = F.ltrim(given.cast("string"))
         is_json = F.when(text.rlike(r"^[\[{]"), F.get_json_object(text, "$").isNotNull())

@@ -73,8 +73,8 @@ class IdValue(Given):
     """A name for the event; made from several columns where the log has none."""
 
     columns: list[str] | None = Field(None, min_length=1, description="joined to one id; missing where one is missing")
-    separator: str = Field("-", description="between the columns")
-    sha256: bool = Field(False, description="the id is the hash of the joined columns")
+    separator: str = Field("-", description="between the columns, and before the ordinal")
+    sha256: bool = Field(False, description="the id is the hash of the value, or of the joined columns")
     ordinal: bool = Field(False, description="number identical records of one file, so that each has its own id")
 
 

@@ -470,20 +470,25 @@ def test_a_type_that_no_id_has_is_refused(spark: SparkSession, tmp_path: Path) -
     kinds: dict[str, list[Any]] = {"text": ["17850"], "whole": [17850], "real": [17850.0], "object": [{"id": 17850}]}
     for kind, value in kinds.items():
         pq.write_table(pa.table({"id": [kind], "user": value, **rest}), tmp_path / f"{kind}.parquet")
+    missing = {"id": ["missing"], "user": pa.array([None], pa.float64())}
+    pq.write_table(pa.table(missing | rest), tmp_path / "missing.parquet")
     lines = [{"id": kind, "user": value[0]} | {k: v[0] for k, v in rest.items()} for kind, value in kinds.items()]
     (tmp_path / "log.json").write_text("\n".join(map(json.dumps, lines)))
     found = {
         row["event_id"]: (row["user_id"], row["reason"])
-        for row in ingest(spark, tmp_path, mapping("*.parquet", "parquet"))
+        for row in ingest(
+            spark, tmp_path, mapping("*.parquet", "parquet", {"user_id": {"column": "user", "default": "nobody"}})
+        )
     }
     assert found["text"] == found["whole"] == ("17850", None)
+    assert found["missing"] == ("nobody", None)
     assert found["real"][1] == found["object"][1] == "bad_type_user_id"
     # Nobody means an object's text by a category.
     by_category = {
         row["event_id"]: row["reason"]
         for row in ingest(spark, tmp_path, mapping("*.parquet", "parquet", {"user_id": "item", "category": "user"}))
     }
-    assert by_category == {"text": None, "whole": None, "real": None, "object": "bad_type_category"}
+    assert by_category == {"text": None, "whole": None, "real": None, "missing": None, "object": "bad_type_category"}
     texts = ["[new] tea", "{tea", {"name": "tea"}, ["tea"]]
     lines_of_texts = [lines[0] | {"id": str(number), "kind": text} for number, text in enumerate(texts)]
     (tmp_path / "texts.json").write_text("\n".join(map(json.dumps, lines_of_texts)))
@@ -493,6 +498,15 @@ def test_a_type_that_no_id_has_is_refused(spark: SparkSession, tmp_path: Path) -
     assert [row["reason"] for row in found_texts] == [None, None, "bad_type_category", "bad_type_category"]
     in_json = {row["event_id"]: row["reason"] for row in ingest(spark, tmp_path, mapping("log.json", "json"))}
     assert in_json == {"text": None, "whole": None, "real": None, "object": "bad_type_user_id"}
+
+
+def test_an_id_of_any_origin_may_be_hashed_and_numbered(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
+    folder = write("log.csv", "id,user,item,at,price\n" + "1,ann,a,2023-05-01,1\n" * 2 + ",ann,a,2023-05-01,1\n")
+    for origin in ({"column": "id"}, {"expr": "upper(id)"}, {"columns": ["id"]}):
+        given = mapping("log.csv", columns={"event_id": origin | {"sha256": True, "ordinal": True}})
+        found = [row["event_id"] or row["reason"] for row in ingest(spark, folder, given)]
+        hashes = [hashlib.sha256(text).hexdigest() for text in (b"1-1", b"1-2")]
+        assert sorted(found) == sorted([*hashes, "missing_event_id"])
 
 
 @pytest.mark.parametrize("form", ["csv", "json"])
