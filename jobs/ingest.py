@@ -345,6 +345,8 @@ def run(runtime: Runtime) -> None:
             f"two mappings of ingest.sources are named {twice[0]}: give each a name of its own, since how far each was "
             "read is kept under it"
         )
+    if settings.duplicates == "everywhere":
+        _refuse_ids_of_several_days(runtime)
     if not runtime.exists(EVENTS):
         # The checkpoints tell of what was read into a table that is gone (moved away, say). All of them go, also those
         # of sources that are not configured now: were this run killed, the next one would find a table, and trust them.
@@ -363,6 +365,20 @@ def run(runtime: Runtime) -> None:
     # Only now is the stage up to date: a killed one has batches to come.
     runtime.touch(REJECTED_EVENTS)
     runtime.touch(EVENTS)
+
+
+def _refuse_ids_of_several_days(runtime: Runtime) -> None:
+    """Of an id that same_day let stand on two days, an earlier event that comes would take the place of both rows."""
+    last = runtime.last_writer(EVENTS)
+    if last is None or last["config"]["ingest"]["duplicates"] != "same_day":
+        return
+    several = runtime.latest(EVENTS).groupBy("event_id").count().where("count > 1").count()
+    if several:
+        raise TrailvecError(
+            f"table events at {runtime.path(EVENTS)} holds {several:,} ids on several days, as ingest.duplicates = "
+            f"same_day lets them stand, found everywhere: set it back, or move that folder away and run "
+            f"`trailvec ingest` again, which reads all inputs anew"
+        )
 
 
 def _data_dir(runtime: Runtime) -> Place:
