@@ -148,7 +148,8 @@ def commit_batch(
         replaced = sum(row["count"] for row in found if row["stored"] and row["reason"] is not None)
         runtime.report.rows_in["records"] += counts.total()
         read += counts
-        _check_share(records.where(~F.col("stored")), counts, read, settings.max_rejected_share)
+        reread = again or runtime.forced
+        _check_share(records.where(~F.col("stored")), counts, read, settings.max_rejected_share, reread)
         refused = records.where(F.col("reason").isNotNull() & ~F.col("reason").isin(*_NO_REFUSAL))
         refused = refused.withColumn("refused_on", F.current_date())
         if again:
@@ -206,7 +207,9 @@ def _not_yet_refused(runtime: Runtime, refused: DataFrame) -> DataFrame:
     return refused.alias("new").join(runtime.latest(REJECTED_EVENTS).alias("old"), same, "left_anti")
 
 
-def _check_share(records: DataFrame, counts: Counter[str | None], read: Counter[str | None], allowed: float) -> None:
+def _check_share(
+    records: DataFrame, counts: Counter[str | None], read: Counter[str | None], allowed: float, reread: bool
+) -> None:
     """Stops the job before this batch is written where too much is refused.
 
     The share is that of the run so far, this batch included: the last batch of a topic may be one record, and wrong.
@@ -222,10 +225,14 @@ def _check_share(records: DataFrame, counts: Counter[str | None], read: Counter[
     for reason, count in sorted(refused(counts), key=lambda item: (-item[1], item[0]))[:3]:
         row = records.where(F.col("reason") == reason).agg(F.min("raw").alias("raw")).collect()[0]
         examples.append(f"{reason} {count:,} (such as {str(row['raw'])[:200]})")
+    changed = (
+        "; events that the mapping or a lookup now makes otherwise are refused beside what was read before: to correct "
+        "that, see Backfill in docs/operations.md"
+    )
     raise TrailvecError(
         f"{total:,} of {read.total():,} records are refused, more than ingest.max_rejected_share = {allowed:g} allows; "
         f"nothing of this batch was written: correct the mapping or the files, or allow more; "
-        f"most often: {'; '.join(examples)}"
+        f"most often: {'; '.join(examples)}{changed if reread and counts['duplicate_event_id'] else ''}"
     )
 
 
