@@ -37,9 +37,18 @@ _SPARK_MESSAGES = (
         "{0} is not a whole Parquet file (truncated?): fetch it again or take it out of the folder",
     ),
     (
-        r"EOFException: Unexpected end of input stream",  # Spark does not say which
-        "a compressed file of the input is cut short (gzip -t FILE tells which): fetch it again or take it out of the "
-        "folder",
+        # gzip's, bzip2's; Spark does not say which
+        r"EOFException: Unexpected end of input stream|IOException: unexpected end of stream(?:\n|$)",
+        "a compressed file of the input is cut short (gzip -t FILE, bzip2 -t FILE tell which): fetch it again or take "
+        "it out of the folder",
+    ),
+    (
+        r"Encountered error while reading file (\S+?)\. Details:.*IOException: (not a gzip file|incorrect \w+ check)",
+        "{0} is not packed as its name says ({1}): fetch it again or take it out of the folder",
+    ),
+    (
+        r"native zStandard library not available",
+        "Hadoop reads no .zst file here, and the input has one: pack it by gzip or bzip2",
     ),
     (
         r"UnknownStoreException: `?(s3a://[^/'`]+)",

@@ -267,6 +267,7 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
             else:
                 found = {row["path"]: row["length"] for row in records.collect()}
                 runtime.on_progress(f"{name}: batch {batch_number}, reading {decimal(sum(found.values()))}")
+                _check_gzip(found)
                 few = len(found) < spark.sparkContext.defaultParallelism
                 spread = few and max(found.values(), default=0) > _ONE_TASK
                 raw = read_raw(spark, mapping, _data_dir(runtime), sorted(found), spread) if found else []
@@ -291,6 +292,15 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
             raise failed[0] from None
         raise TrailvecError(f"{name}: {explain(error) or first_line(error)}") from error
     again.unlink(missing_ok=True)
+
+
+def _check_gzip(found: dict[str, int]) -> None:
+    """Refuses a gzip file of no bytes (not even its head: an upload that failed). Of one among files of JSON Spark says
+    no word."""
+    if empty := [path for path, length in found.items() if length == 0 and path.endswith(".gz")]:
+        raise TrailvecError(
+            f"{min(empty)} is no gzip file, it has no bytes: fetch it again or take it out of the folder"
+        )
 
 
 def _has_refused(runtime: Runtime, source: Source) -> bool:

@@ -115,6 +115,7 @@ def read_raw(
         elif mapping.format == "parquet":
             groups += [_with_place(frame) for frame in _read_parquet(spark, as_patterns(alike), base)]
         else:
+            _check_bzip2(spark, alike)
             groups.append(_read_lines(spark, alike, base))
     if spread:
         groups = [records.repartition(spark.sparkContext.defaultParallelism) for records in groups]
@@ -189,25 +190,43 @@ def _by_header(spark: SparkSession, files: Sequence[str]) -> dict[str, list[str]
     jvm: Any = spark._jvm
     conf = spark._jsc.hadoopConfiguration()
     codecs = jvm.org.apache.hadoop.io.compress.CompressionCodecFactory(conf)
+    _check_bzip2(spark, files)
     groups: dict[str, list[str]] = {}
     for file in sorted(files):
         path = jvm.org.apache.hadoop.fs.Path(file)
         codec = codecs.getCodec(path)
-        opened = path.getFileSystem(conf).open(path)
-        text = opened if codec is None else codec.createInputStream(opened)
-        reader = jvm.java.io.BufferedReader(jvm.java.io.InputStreamReader(text, "UTF-8"))
+        opened = reader = path.getFileSystem(conf).open(path)
         try:
+            text = opened if codec is None else codec.createInputStream(opened)
+            reader = jvm.java.io.BufferedReader(jvm.java.io.InputStreamReader(text, "UTF-8"))
             header = reader.readLine()
             while header is not None and not header.removeprefix("\ufeff").strip():
                 header = reader.readLine()
         except Py4JJavaError as error:
             said = error.java_exception.toString()
-            raise TrailvecError(f"{file} can't be read ({said}): fetch it again or take it out of the folder") from None
+            raise TrailvecError(
+                f"{file} can't be read ({said}): fetch it again, or packed by gzip, or take it out of the folder"
+            ) from None
         finally:
             reader.close()
         if header is not None:  # else it has no records
             groups.setdefault(header, []).append(file)
     return groups
+
+
+def _check_bzip2(spark: SparkSession, files: Sequence[str]) -> None:
+    """Refuses a file that is called .bz2 and is none, of which Hadoop reads no line and says no word."""
+    jvm: Any = spark._jvm
+    conf = spark._jsc.hadoopConfiguration()
+    for file in sorted(file for file in files if file.endswith(".bz2")):
+        path = jvm.org.apache.hadoop.fs.Path(file)
+        opened = path.getFileSystem(conf).open(path)
+        try:
+            start = [opened.read() for _ in range(3)]
+        finally:
+            opened.close()
+        if start != list(b"BZh"):
+            raise TrailvecError(f"{file} is no bzip2 file: fetch it again, or take it out of the folder")
 
 
 def _check_doubled(file: str, header: str, columns: Sequence[str], names: Sequence[str]) -> None:

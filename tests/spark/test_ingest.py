@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import collections
 import csv
 import gzip
@@ -30,7 +31,7 @@ from pyspark.sql import functions as F
 from jobs.checked_records import to_events
 from jobs.config import IngestSettings
 from jobs.errors import TrailvecError, explain
-from jobs.ingest import REPEAT, STAGE, mark_duplicates
+from jobs.ingest import REPEAT, STAGE, _check_gzip, mark_duplicates
 from jobs.raw_records import find_files, read_raw
 from jobs.runtime import Runtime
 from jobs.sources import Input
@@ -362,15 +363,26 @@ def test_a_cut_parquet_file_is_named(spark: SparkSession, tmp_path: Path) -> Non
     assert "cut.parquet is not a whole Parquet file" in str(explain(error.value))
 
 
-def test_a_cut_gzip_file_is_told(spark: SparkSession, tmp_path: Path) -> None:
+def test_a_cut_compressed_file_is_told(spark: SparkSession, tmp_path: Path) -> None:
     lines = "".join(f"{n},ann,a,2023-05-01,{n * 7919 % 1013}\n" for n in range(50_000))
     packed = gzip.compress(("id,user,item,at,price\n" + lines).encode())
-    for size, said in ((5, r"log\.csv\.gz can't be read"), (100_000, r"gzip -t FILE tells which")):
-        (tmp_path / "log.csv.gz").write_bytes(packed[:size])
+    files = [
+        ("log.csv.gz", packed[:5], r"log\.csv\.gz can't be read"),
+        ("log.csv.gz", packed[:100_000], "bzip2 -t FILE tell which"),
+        ("log.csv.bz2", bz2.compress(packed)[:30], r"log\.csv\.bz2 can't be read"),
+        ("log.csv.bz2", lines.encode(), r"log\.csv\.bz2 is no bzip2 file"),
+        ("log.json.bz2", b"", r"log\.json\.bz2 is no bzip2 file"),
+        ("log.json.gz", lines.encode(), r"log\.json\.gz is not packed as its name says \(not a gzip file\)"),
+        ("log.csv.zst", b"", r"log\.csv\.zst can't be read \(.*zStandard"),
+    ]
+    for name, content, said in files:
+        (tmp_path / name).write_bytes(content)
         with pytest.raises(Exception) as error:  # noqa: PT011 - ours, or Spark's own
-            ingest(spark, tmp_path, mapping("log.csv.gz"))
+            ingest(spark, tmp_path, mapping(name, name.split(".")[1]))
         text = str(error.value) if isinstance(error.value, TrailvecError) else str(explain(error.value))
-        assert re.search(rf"{said}.*: fetch it again or take it out", text)
+        assert re.search(rf"{said}.*: fetch it again.* or take it out", text)
+    with pytest.raises(TrailvecError, match=r"b\.json\.gz is no gzip file, it has no bytes"):
+        _check_gzip({"a.json": 0, "b.json.gz": 0, "c.json.gz": 20})
 
 
 # ---- logs that change -----------------------------------------------------------------------------------

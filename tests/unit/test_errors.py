@@ -29,6 +29,15 @@ _LOST = "Some data may have been lost because they are not available in Kafka an
             'coerce_timestamps="us" (pandas, pyarrow)',
         ),
         (
+            "java.io.IOException: unexpected end of stream",
+            "a compressed file of the input is cut short (gzip -t FILE, bzip2 -t FILE tell which): fetch it again or "
+            "take it out of the folder",
+        ),
+        (
+            "java.lang.RuntimeException: native zStandard library not available: this version of libhadoop was built",
+            "Hadoop reads no .zst file here, and the input has one: pack it by gzip or bzip2",
+        ),
+        (
             "java.net.URISyntaxException: Relative path in absolute URI: .a b:1.csv.crc",
             "a b:1.csv: Hadoop reads no file with a colon in its name, nor a pattern's files beside it: rename it",
         ),
