@@ -69,6 +69,11 @@ _SPARK_MESSAGES = (
         "conf/s3.toml",
     ),
     (
+        r"\[COLUMN_ALREADY_EXISTS\] The column (\S+) already exists",
+        "several columns are named {0} (case makes no difference): give each a name of its own, the same in all files "
+        "of an input",
+    ),
+    (
         r"Illegal Parquet type: INT(?:64|96) \(TIMESTAMP\(NANOS",  # Spark does not say which file
         "a Parquet file of the input has times in nanoseconds, which Spark can't read: write it again with "
         'coerce_timestamps="us" (pandas, pyarrow)',

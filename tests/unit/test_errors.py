@@ -29,6 +29,11 @@ _LOST = "Some data may have been lost because they are not available in Kafka an
             'coerce_timestamps="us" (pandas, pyarrow)',
         ),
         (
+            "[COLUMN_ALREADY_EXISTS] The column `id` already exists. Consider to choose another name or rename the",
+            "several columns are named `id` (case makes no difference): give each a name of its own, the same in all "
+            "files of an input",
+        ),
+        (
             "java.io.IOException: unexpected end of stream",
             "a compressed file of the input is cut short (gzip -t FILE, bzip2 -t FILE tell which): fetch it again or "
             "take it out of the folder",
