@@ -2,10 +2,11 @@
 
 Nothing in a record makes the job fail. One that is no event gets the first reason that holds, in this order:
 broken_row; the mapping's own rules; invalid_utf8; missing_* (user_id, item_id, event_type, vertical, event_ts,
-event_id; blank counts as missing); bad_type_* (an id that is no text and no whole number in its file, another text that
-is an object or a list there); bad_event_ts, event_before_earliest, event_in_future, bad_amount, bad_quantity,
-negative_amount, bad_time_zone; long_* (an id of more than 512 characters). (duplicate_event_id, which no record tells
-by itself, is given by jobs/ingest.py.)
+event_id; blank counts as missing); bad_type_* (an id that is no text and no whole number in a Parquet file, or is an
+object or a list in a line of JSON, of which a number can't be told from a text; another text that is an object or a
+list); bad_event_ts, event_before_earliest, event_in_future, bad_amount, bad_quantity, negative_amount, bad_time_zone;
+long_* (an id of more than 512 characters). (duplicate_event_id, which no record tells by itself, is given by
+jobs/ingest.py.)
 
 An id with an ordinal numbers the identical records *of one file*: a line that stands twice in a file is two events,
 while a file that comes twice, even under another name, is the same events again. The price: a file cut in two
@@ -223,7 +224,8 @@ def _is_no_id(raw: DataFrame, value: Given, mapping: Input) -> Column:
     if mapping.format == "json":
         return F.coalesce(F.ltrim(given.cast("string")).rlike(r"^[\[{]"), F.lit(False))  # an object or a list
     kind = raw.select(given).schema[0].dataType
-    is_id = isinstance(kind, (T.StringType, T.IntegralType, T.DateType, T.NullType, T.DecimalType))
+    is_id = isinstance(kind, (T.StringType, T.IntegralType, T.DateType, T.NullType))
+    is_id |= isinstance(kind, T.DecimalType) and kind.scale == 0
     return F.lit(not is_id) & given.isNotNull()
 
 
