@@ -19,6 +19,7 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import AnalysisException, ParseException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql import types as T
 
 from jobs.errors import TrailvecError, explain
 from jobs.files import Place
@@ -358,12 +359,16 @@ def _read_lookup(spark: SparkSession, lookup: Lookup, data_dir: Place, named: Se
         rows = read_csv_table(spark, files, lookup.delimiter, named, f"the lookup {lookup.path}", base={})
         rows = rows.where(_is_whole()).drop(FILE, LINE, BROKEN)
     else:
-        rows = spark.read.parquet(*files)
+        rows = spark.read.parquet(*as_patterns(files))
     _check_columns(lookup.path, rows, lookup.on)
-    rest = [named_column(name) for name in rows.columns if name not in lookup.on]
+    rest = [name for name in rows.columns if name not in lookup.on]
     keys = [named_column(name).cast("string").alias(_on(name)) for name in lookup.on]
     # Two rows of one key would make two events of one record; the smallest of them does not depend on their order.
-    return rows.groupBy(*keys).agg(F.min(F.struct(*rest)).alias("row")).select(*map(_on, lookup.on), "row.*")
+    # (Spark has no order of maps.)
+    maps = {field.name for field in rows.schema if isinstance(field.dataType, T.MapType)}
+    order = [F.sort_array(F.map_entries(named_column(n))) if n in maps else named_column(n) for n in rest]
+    smallest = F.min_by(F.struct(*map(named_column, rest)), F.struct(*order)).alias("row")
+    return rows.groupBy(*keys).agg(smallest).select(*map(_on, lookup.on), "row.*")
 
 
 def read_csv_table(

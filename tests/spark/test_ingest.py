@@ -659,9 +659,12 @@ def test_a_null_beside_a_value_is_other_content(spark: SparkSession, write: Call
 
 def test_a_lookup_never_multiplies_or_loses_records(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
     folder = write("log.csv", "id,user,item,at,price\n1,ann,7,2023-05-01,1\n2,ann,8,2023-05-01,1\n")
-    table = pa.table({"item": [7, 7, 9], "department": ["toys", "food", "none"]})  # numbers here, text in the log
-    pq.write_table(table, folder / "items.parquet")
-    lookups = [{"path": "items.parquet", "format": "parquet", "on": ["item"]}]
+    table = pa.table(
+        {"item": [7, 7, 9], "department": ["toys", "food", "none"]}  # numbers here, text in the log
+        | {"sizes": pa.array([[("s", 1)], None, []], pa.map_(pa.string(), pa.int32()))}
+    )
+    pq.write_table(table, folder / "items [1].parquet")
+    lookups = [{"path": "items*.parquet", "format": "parquet", "on": ["item"]}]
     columns = {"vertical": {"column": "department", "default": "OTHER"}}
     rows = ingest(spark, folder, mapping("log.csv", columns=columns, lookups=lookups))
     assert [(row["event_id"], row["vertical"]) for row in rows] == [("1", "food"), ("2", "OTHER")]
