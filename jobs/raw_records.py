@@ -108,37 +108,39 @@ def read_raw(
     # With it, Spark finds partition columns (day=2017-01-01) in the files' paths.
     folder = data_dir / str(mapping.path)
     base = {"basePath": file_url(str(folder))} if folder.is_dir() else {}
-    groups: list[DataFrame] = []
+    groups: list[tuple[str, DataFrame]] = []
     for alike in _by_partition_columns(files) if base else [files]:
         if mapping.format == "csv":
-            by_header = _read_csv_files(spark, alike, mapping.delimiter, _named_columns(mapping), base)
-            groups += [records for _, records in by_header]
+            groups += _read_csv_files(spark, alike, mapping.delimiter, _named_columns(mapping), base)
         elif mapping.format == "parquet":
-            groups += [_with_place(frame) for frame in _read_parquet(spark, as_patterns(alike), base)]
+            groups += [(mapping.place, _with_place(frame)) for frame in _read_parquet(spark, as_patterns(alike), base)]
         else:
             _check_bzip2(spark, alike)
-            groups.append(_read_lines(spark, alike, base))
+            groups.append((mapping.place, _read_lines(spark, alike, base)))
     if spread:
-        groups = [records.repartition(spark.sparkContext.defaultParallelism) for records in groups]
+        cores = spark.sparkContext.defaultParallelism
+        groups = [(place, records.repartition(cores)) for place, records in groups]
     return _finish(groups, mapping, data_dir)
 
 
 def read_topic(records: DataFrame, mapping: Input, data_dir: Place) -> list[DataFrame]:
     """As `read_raw`, of a batch of Kafka's records."""
     place = F.concat_ws("/", "topic", "partition", "offset").alias(FILE)
-    return _finish([records.select(F.col("value").cast("string").alias(LINE), place)], mapping, data_dir)
+    lines = records.select(F.col("value").cast("string").alias(LINE), place)
+    return _finish([(mapping.place, lines)], mapping, data_dir)
 
 
-def _finish(groups: list[DataFrame], mapping: Input, data_dir: Place) -> list[DataFrame]:
-    """The records parsed, if they are lines of JSON, with the lookups' columns and REST."""
+def _finish(groups: list[tuple[str, DataFrame]], mapping: Input, data_dir: Place) -> list[DataFrame]:
+    """The records parsed, if they are lines of JSON, with the lookups' columns and REST. With each group comes where
+    its columns are from, for people to read."""
     if not groups:
         return []
     named = _named_columns(mapping)
-    lookups = [_read_lookup(groups[0].sparkSession, lookup, data_dir, named) for lookup in mapping.lookups]
+    lookups = [_read_lookup(groups[0][1].sparkSession, lookup, data_dir, named) for lookup in mapping.lookups]
     looked_up = {name for rows in lookups for name in rows.columns}
     claimed = {*named, *mapping.ignore} - set(mapping.attributes)
 
-    def finish(records: DataFrame) -> DataFrame:
+    def finish(place: str, records: DataFrame) -> DataFrame:
         if mapping.format == "json":
             records = _parse_json(records, [name for name in named if name not in looked_up], claimed)
         else:
@@ -146,10 +148,10 @@ def _finish(groups: list[DataFrame], mapping: Input, data_dir: Place) -> list[Da
             records = records.withColumn(REST, _texts(rest))
         for lookup, rows in zip(mapping.lookups, lookups, strict=True):
             records = _join_lookup(records, rows, lookup, named)
-        _check_columns(mapping.place, records, mapping.column_names())
+        _check_columns(place, records, mapping.column_names())
         return records
 
-    return [finish(records) for records in groups]
+    return [finish(place, records) for place, records in groups]
 
 
 def _by_partition_columns(files: Sequence[str]) -> list[list[str]]:
@@ -425,7 +427,7 @@ def _check_columns(path: str, rows: DataFrame, names: Sequence[str]) -> None:
     missing = [name for name in names if name not in found]
     if missing:
         near = difflib.get_close_matches(missing[0], found, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"found {', '.join(found)}: correct the mapping"
+        hint = f"did you mean {near[0]}?" if near else f"found {', '.join(found)}: correct the mapping, or take it out"
         raise TrailvecError(f"{path} has no column {missing[0]}, which the source's mapping names; {hint}")
 
 

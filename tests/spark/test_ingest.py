@@ -396,6 +396,9 @@ def test_a_csv_file_with_other_columns_is_read_by_its_own_header(
     write("day3.csv", "id,user,item,at,price,channel\n3,ann,a,2023-05-03,3,app\n")
     write("day4.csv", "\n  \nid,user,item,price,at\n4,ann,a,4,2023-05-04\n")
     write("day5.csv", "\n")
+    write("o.csv", "id,user,what,at,price\n5,ann,a,2023-05-05,5\n")
+    with pytest.raises(TrailvecError, match=r"/o\.csv has no column item.*: correct the mapping, or take it out"):
+        ingest(spark, folder, mapping("*.csv"))
     rows = ingest(spark, folder, mapping("day*.csv"))
     assert [row["reason"] for row in rows] == [None] * 4
     assert [row["amount"] for row in rows] == [1.0, 2.0, 3.0, 4.0]
