@@ -158,7 +158,7 @@ def test_searched_settings_reach_the_run_and_the_model(tmp_path: Path) -> None:
     for heads, widths in ((2, (32, 64, 128)), (64, (64, 128))):  # a head has its share of the width
         drawn = optuna.create_study().ask()
         tune.propose(drawn, heads)
-        assert drawn.distributions["width"].choices == widths
+        assert drawn.distributions["width"] == optuna.distributions.CategoricalDistribution(widths)
     # A trial's optimizer is that of a training with its values: rowwise from 50,000 items on, but for 0 negatives.
     many = spec.model_copy(update={"model": spec.model.model_copy(update={"items": 50_000})})
     for negatives, row_wise in ((256, True), (0, False)):
