@@ -247,7 +247,7 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
     """
     settings, spark = runtime.config.ingest, runtime.spark
     name = f"{source.name}, {mapping.place}"
-    checkpoint = runtime.place / "checkpoints" / "ingest" / f"{source.name}-{mapping.key}"
+    checkpoint = _checkpoint(runtime, source, mapping)
     if runtime.forced:
         remove_tree(checkpoint)
     again = checkpoint / "again"  # until a run ends, also where it begins with a kill
@@ -301,6 +301,10 @@ def _check_gzip(found: dict[str, int]) -> None:
         raise TrailvecError(
             f"{min(empty)} is no gzip file, it has no bytes: fetch it again or take it out of the folder"
         )
+
+
+def _checkpoint(runtime: Runtime, source: Source, mapping: Input) -> Place:
+    return runtime.place / "checkpoints" / "ingest" / f"{source.name}-{mapping.key}"
 
 
 def _has_refused(runtime: Runtime, source: Source) -> bool:
@@ -402,6 +406,20 @@ def _data_dir(runtime: Runtime) -> Place:
     return runtime.place_of(runtime.config.ingest.data_dir)
 
 
+def _files(runtime: Runtime, source: Source, mapping: Input) -> list[tuple[str, int, int]]:
+    """As `find_inputs`, of an input's own files; none where they were read before, and are all taken away since. (A
+    folder that is gone itself may be a disk that is not mounted.)"""
+    given = _data_dir(runtime) / str(mapping.path)
+    folder = given.parent if re.search(r"[*?\[{]", given.name) else given
+    try:
+        return find_inputs(runtime.spark, _data_dir(runtime), str(mapping.path))
+    except TrailvecError:
+        was_read = runtime.exists(EVENTS) and _checkpoint(runtime, source, mapping).exists()
+        if runtime.forced or not was_read or not folder.is_dir():
+            raise
+        return []
+
+
 def inputs(runtime: Runtime) -> dict[str, Any]:
     """What the result depends on beside the settings: the mappings' text; path, size and time of each file."""
     mappings: dict[str, str] = {}
@@ -410,8 +428,9 @@ def inputs(runtime: Runtime) -> dict[str, Any]:
         source = load_source(path)
         mappings[path] = shipped(path).read_text(encoding="utf-8")
         for mapping in source.input:
-            for pattern in (mapping.path, *[lookup.path for lookup in mapping.lookups]):
-                files += find_inputs(runtime.spark, _data_dir(runtime), pattern) if pattern else []
+            files += _files(runtime, source, mapping) if mapping.path else []
+            for lookup in mapping.lookups:
+                files += find_inputs(runtime.spark, _data_dir(runtime), lookup.path)
             if mapping.kafka is not None:
                 mappings[path] += f"# {time.time()}"  # a topic is asked each time
     return {"mappings": mappings, "files": sorted(set(files))}

@@ -257,9 +257,17 @@ def test_files_in_whatever_folder_are_found(make_runtime: Callable[..., Runtime]
             (tmp_path / "logs" / f"{name}.csv").write_text(HEADER + f"{name},ann,a,2023-05-01,1\n")
         runtime.execute(STAGE)
     assert [row["event_id"] for row in events(runtime)] == ["2023/05/a", "2023/05/day=1/b", "2023/06/c", "d", "day=7/e"]
+    for file in (tmp_path / "logs").rglob("*.csv"):  # taken away once they were read
+        file.unlink()
+    assert runtime.execute(STAGE).rows_out["events"] == 5
+    with pytest.raises(TrailvecError, match=r"logs: no such file"):
+        runtime.execute(STAGE, force=True)
     twice = runtime.config.ingest.sources[0]
     with pytest.raises(TrailvecError, match=r"two mappings of ingest\.sources are named shop"):
         make_runtime(*settings(tmp_path, twice), f"ingest.sources={json.dumps([twice, twice])}").execute(STAGE)
+    shutil.rmtree(tmp_path / "logs")
+    with pytest.raises(TrailvecError, match=r"logs: no such file"):
+        runtime.execute(STAGE)
 
 
 def test_same_day_finds_an_event_again_and_takes_another_day_for_another(
