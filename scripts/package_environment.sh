@@ -60,7 +60,9 @@ if library=$(patchelf --print-needed "$python" | grep '^libpython3.11'); then
   cp -L "$(python3.11 -c 'import sysconfig; print(sysconfig.get_config_var("LIBDIR"))')/$library" "$folder/lib"
   patchelf --set-rpath "\$ORIGIN/../lib" "$python"
 fi
-mkdir -p "$folder/lib/python3.11/site-packages"
+# Debian's Python looks for packages elsewhere than others do: in local/lib/python3.11/dist-packages.
+packages=$("$python" -I -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+mkdir -p "$packages"
 uv pip sync --quiet --python "$python" --compile-bytecode --require-hashes "$lock" >&2
 if [[ $profile == full ]]; then
   # The wheel that scripts/setup.sh built for this torch.
@@ -70,12 +72,13 @@ if [[ $profile == full ]]; then
 fi
 # Scripts whose first line names this machine's folder; tests of packages, an eighth of the size.
 find "$folder/bin" -mindepth 1 ! -name python3.11 -delete
-find "$folder/lib/python3.11/site-packages" -type d -name tests -prune -exec rm -r {} +
+rm -rf "$folder/local/bin"
+find "$packages" -type d -name tests -prune -exec rm -r {} +
 # What compilers, type checkers and `python -O` read, a fifth of the files: a node sets the rights of each by itself.
-find "$folder/lib" -type f -regex '.*\.\(h\|hpp\|cc\|c\|pyx\|pxd\|pxi\|pyi\|opt-[12]\.pyc\)' -delete
-env -i "$python" -I -c 'import sys; sys.exit(sys.prefix != sys.argv[1])' "$folder" ||
+find "$folder" -type f -regex '.*\.\(h\|hpp\|cc\|c\|pyx\|pxd\|pxi\|pyi\|opt-[12]\.pyc\)' -delete
+env -i "$python" -I -c 'import sys, pyarrow, pydantic; sys.exit(sys.prefix != sys.argv[1])' "$folder" ||
   fail "the copy of $interpreter does not run from its own folder: pack with another Python 3.11"
-tar --create --directory "$folder" --use-compress-program "gzip -1" --file "$archive.part" bin lib
+(cd "$folder" && tar --create --use-compress-program "gzip -1" --file "$archive.part" -- *)
 check "$archive.part"
 mv "$archive.part" "$archive"
 echo "$archive"

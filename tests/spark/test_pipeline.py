@@ -21,7 +21,7 @@ from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 from rich.console import Console
 
-from jobs import align, cli, evaluate, export_segments
+from jobs import align, cli, evaluate, export_segments, write_report
 from jobs import train as train_module
 from jobs.cli import main, run_stages
 from jobs.model_folders import model_folder
@@ -309,6 +309,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     for module in (train_module, export_segments):
         monkeypatch.setattr(module, "write_json", dying(module.write_json))
     monkeypatch.setattr(align, "write_alignment", dying(write_alignment))
+    monkeypatch.setattr(write_report, "write_whole", dying(write_report.write_whole))
     monkeypatch.setattr(Path, "rename", dying(Path.rename))
     return lambda writes: left.__setitem__(0, writes)
 
