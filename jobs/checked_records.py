@@ -159,7 +159,8 @@ def _reads_times(spark: SparkSession, pattern: str) -> bool:
 def _given(value: Given) -> Column:
     """The value as the mapping makes it of the record, of any type."""
     if isinstance(value, IdValue) and (value.columns or value.sha256 or value.ordinal):
-        parts = list(map(text_of, map(named_column, value.columns) if value.columns else [_raw(value)]))
+        origins = [named_column(name) for name in value.columns] if value.columns else [_raw(value)]
+        parts = [text_of(origin) for origin in origins]
         if value.ordinal:
             parts.append(F.col(_ORDINAL).cast("string"))
         between = F.lit(value.separator)
