@@ -411,7 +411,7 @@ def test_a_forced_training_that_was_killed_goes_on_and_keeps_what_other_stages_a
         runtime.execute(train.STAGE, force=True)
     runtime.execute(train.STAGE, force=True)
     assert started_from == [False, True]  # it goes on from its own checkpoints alone
-    assert not list(runtime.models.glob("*.checkpoints"))
+    assert not list(runtime.models.glob(f"{folder.name}*.checkpoints"))  # another model's stay
     for name in ("alignment.json", "alignment.safetensors"):
         assert (folder / name).read_text() == "how its space was turned"
 
