@@ -33,6 +33,7 @@ from scripts.answer_queries import queries
 from tests.conftest import make_config, read_delta
 from tests.unit.test_evaluation_page import Page
 from training.checkpoint import write_alignment
+from training.stores import write_whole
 
 REPOSITORY = Path(__file__).parents[2]
 PERSON = "person-"  # every user id begins with it, and nothing else holds it
@@ -310,7 +311,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     for module in (train_module, export_segments):
         monkeypatch.setattr(module, "write_json", dying(module.write_json))
     monkeypatch.setattr(align, "write_alignment", dying(write_alignment))
-    monkeypatch.setattr(write_report, "write_whole", dying(write_report.write_whole))
+    monkeypatch.setattr(write_report, "write_whole", dying(write_whole))
     monkeypatch.setattr(Path, "rename", dying(Path.rename))
     return lambda writes: left.__setitem__(0, writes)
 
