@@ -44,7 +44,7 @@ from jobs.segments import Affinity, Segment, SegmentFile, Vectors
 from jobs.spark_session import in_order
 from jobs.sql import ask
 from jobs.tables import EXPORTS, ITEM_EMBEDDINGS, ITEMS, USER_EMBEDDINGS, USER_PROFILES
-from jobs.user_lists import as_ids
+from jobs.user_lists import ids_of
 from spark_udfs.likeness import Anchors, Scorer, anchors_of, candidates
 from training.stores import remove_tree
 
@@ -233,10 +233,7 @@ class Selection:
     def _asked(self, export: Export) -> DataFrame:
         """The users that a segment's query gives: segment, user_id, score (NULL)."""
         where = f"{export.path}: its sql"
-        asked = ask(self._runtime, str(export.segment.sql), where)
-        if "user_id" not in asked.columns:
-            raise TrailvecError(f"{export.path}: its query gives {', '.join(asked.columns)}: it needs a column user_id")
-        ids = asked.select(as_ids(asked, where)).distinct()
+        ids = ids_of(ask(self._runtime, str(export.segment.sql), where), where).distinct()
         return _without_score(export, ids.join(self.users.select("user_id"), "user_id", "left_semi"))
 
     def _marked(self, rows: DataFrame) -> DataFrame:

@@ -78,7 +78,7 @@ def read_users(runtime: Runtime, users: UserList, path: Path, folder: Place) -> 
         if not _is_table(file):
             return _read_lines(file)
         frame, where = read_rows(runtime, file, folder), f"{path}: the list {file}"
-    return _ids(frame, where, "user_id")
+    return ids_of(frame, where)
 
 
 def read_items(runtime: Runtime, file: Path, folder: Place) -> DataFrame:
@@ -88,7 +88,7 @@ def read_items(runtime: Runtime, file: Path, folder: Place) -> DataFrame:
         TrailvecError: as `read_users`.
     """
     if _is_table(file):
-        return _ids(read_rows(runtime, file, folder, "item_id"), f"the list {file}", "item_id")
+        return ids_of(read_rows(runtime, file, folder, "item_id"), f"the list {file}", "item_id")
     if file.is_dir():
         raise _no_table(file)
     lines = runtime.spark.read.text(as_patterns([_to_tasks(file, folder)]))
@@ -107,7 +107,12 @@ def _no_bare_id(line: str) -> TrailvecError:
     )
 
 
-def _ids(rows: DataFrame, where: str, name: str) -> DataFrame:
+def ids_of(rows: DataFrame, where: str, name: str = "user_id") -> DataFrame:
+    """That column alone, not empty.
+
+    Raises:
+        TrailvecError: there is none, or as `as_ids`.
+    """
     if name not in rows.columns:
         raise TrailvecError(f"{where} gives {', '.join(rows.columns) or 'nothing'}: it needs a column {name}")
     return rows.select(as_ids(rows, where, name)).where(f"{name} <> ''")

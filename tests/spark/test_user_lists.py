@@ -1,0 +1,114 @@
+"""Lists that people hand in: CSV and Parquet by Spark, texts by line, and the copies that a cluster's tasks read."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from jobs.config import UserList
+from jobs.errors import TrailvecError
+from jobs.files import HadoopPath
+from jobs.runtime import Runtime
+from jobs.user_lists import copies, read_rows, read_users
+
+
+def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> None:
+    """As tools write them: a byte order mark, quotes, other columns."""
+    runtime = make_runtime()
+    text = '\ufeff"user_id","date"\r\n" ann ","2024-01-01"\r\n"o""neil, b",\r\n,"2024-01-02"\r\n'.encode()
+    (tmp_path / "gone.csv").write_bytes(text)
+    (tmp_path / "gone.csv.gz").write_bytes(gzip.compress(text))
+    for name in ("gone.csv", "gone.csv.gz"):
+        users = read_users(runtime, UserList(file=name), tmp_path / "likes.toml", tmp_path)
+        assert {row["user_id"] for row in users.collect()} == {"ann", 'o"neil, b'}  # type: ignore[union-attr]
+    plan = users._jdf.queryExecution().optimizedPlan().toString()  # type: ignore[union-attr]
+    assert plan.count("from_csv(") == 1  # a line is parsed once
+    (tmp_path / "gone.csv").write_text("customer;date\nann;2024-01-01\n")
+    with pytest.raises(TrailvecError, match=r"the list .*gone\.csv gives customer;date: it needs a column user_id"):
+        read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path)
+    (tmp_path / "gone.csv").write_text("user_id\nrené\n", encoding="latin-1")
+    with pytest.raises(TrailvecError, match=r"the list .*gone\.csv is no UTF-8 text: save it as such"):
+        read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path)
+    (tmp_path / "gone.csv").write_text('user_id,name\n"ann","Zoë"\n', encoding="latin-1")  # whatever others say
+    assert read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path).count() == 1  # type: ignore[union-attr]
+    (tmp_path / "gone.csv").write_text('note,user_id\n"two é\nlines",ann\nnone,bob\n', encoding="latin-1")
+    with pytest.raises(
+        TrailvecError, match=r"the list .*gone\.csv has .* a record that goes on in another line.*\"two"
+    ):
+        read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path)
+    (tmp_path / "gone.csv").write_text('user_id,note\nann,TV 55"\nbob,"TV 55"" or 60"""\n')  # an inch sign
+    found = read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path).collect()  # type: ignore[union-attr]
+    assert {row["user_id"] for row in found} == {"ann", "bob"}
+    (tmp_path / "gone.csv").write_text("name,user_id\nSmith, Ann,ann\n")  # the id is not " Ann"
+    with pytest.raises(TrailvecError, match=r"gone\.csv has a line that does not fit its header.*'Smith, Ann,ann'"):
+        read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path)
+    (tmp_path / "parts.csv/day=1").mkdir(parents=True)
+    (tmp_path / "parts.csv/day=1/a.csv").write_text("user_id,note\nann,1\n")
+    found = read_rows(runtime, tmp_path / "parts.csv", tmp_path).collect()
+    assert [row.asDict() for row in found] == [{"user_id": "ann", "note": "1", "day": "1"}]
+    (tmp_path / "parts.csv/day=1/b.csv").write_text("note,user_id\n2,bob\n")  # the id is not 2
+    with pytest.raises(TrailvecError, match=r"b\.csv has the columns note, user_id, day, other files of the list "):
+        read_users(runtime, UserList(file="parts.csv"), tmp_path / "likes.toml", tmp_path)
+    (tmp_path / "gone.tsv").write_text('date\t"user_id"\n2024-01-01\tann\n')  # as ids, its lines would be nobody's
+    with pytest.raises(TrailvecError, match=r"the list .*gone\.tsv has a header of 2 columns, and a name as a text"):
+        list(read_users(runtime, UserList(file="gone.tsv"), tmp_path / "likes.toml", tmp_path))
+    (tmp_path / "none.parquet").mkdir()
+    (tmp_path / "none.parquet/_SUCCESS").touch()
+    with pytest.raises(TrailvecError, match=r"the list .*none\.parquet holds no file that Spark reads"):
+        read_users(runtime, UserList(file="none.parquet"), tmp_path / "likes.toml", tmp_path)
+    pd.DataFrame({"user_id": ["ann"]}).to_parquet(tmp_path / "none.parquet/a.parquet")
+    (tmp_path / "none.parquet/b.parquet").touch()  # Spark would read the others alone
+    with pytest.raises(TrailvecError, match=r"the list .*none\.parquet/b\.parquet is empty, no Parquet file"):
+        read_users(runtime, UserList(file="none.parquet"), tmp_path / "likes.toml", tmp_path)
+    with pytest.raises(TrailvecError, match=r"the list .* is a folder: name a file"):
+        list(read_users(runtime, UserList(file="."), tmp_path / "likes.toml", tmp_path))
+    pd.DataFrame({"user_id": [4711, None]}).to_parquet(tmp_path / "gone.parquet")  # 4711.0
+    with pytest.raises(
+        TrailvecError, match=r"gone\.parquet has a column user_id of type double: write the ids as text"
+    ):
+        read_users(runtime, UserList(file="gone.parquet"), tmp_path / "likes.toml", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("user_id\nann\n\nbob, jr\n", ["ann", "bob, jr"]),
+        ('\ufeff"user_id"\r\no\'neil\r\n', ["o'neil"]),
+        ("ann\nuser_id\n", ["ann", "user_id"]),
+        ("user_id\n", []),
+        ('\nann\n"4711"\n', 3),
+        ("'4711'\n", 1),
+        ("ann\n4711,\n", 2),
+        ("user_id\n4711 ; \n", 2),
+    ],
+)
+def test_ids_in_a_text(tmp_path: Path, text: str, ids: list[str] | int) -> None:
+    (tmp_path / "gone.txt").write_text(text)
+    runtime: Any = None  # Spark is not asked
+    users = read_users(runtime, UserList(file="gone.txt"), tmp_path / "likes.toml", tmp_path)
+    if isinstance(ids, list):
+        assert list(users) == ids
+    else:
+        with pytest.raises(TrailvecError, match=rf"line {ids} of the list .*gone\.txt is in quotes or ends in a"):
+            list(users)
+
+
+@pytest.mark.parametrize("name", ["gone.csv", "gone[1].parquet"])  # no pattern, a name
+def test_tasks_that_do_not_see_the_drivers_files_read_a_copy(
+    make_runtime: Callable[..., Runtime], tmp_path: Path, name: str
+) -> None:
+    """As on a cluster: the original goes before the first task reads it."""
+    runtime = make_runtime()
+    write = pd.DataFrame.to_csv if name.endswith(".csv") else pd.DataFrame.to_parquet
+    write(pd.DataFrame({"user_id": ["ann", "bob"]}), tmp_path / name, index=False)
+    with copies(HadoopPath(f"file://{tmp_path}/lake/.labels.staging")) as folder:
+        users = read_users(runtime, UserList(file=name), tmp_path / "likes.toml", folder)
+        (tmp_path / name).unlink()
+        assert (tmp_path / "lake/.labels.staging").stat().st_mode & 0o777 == 0o700  # they are user ids
+        assert {row["user_id"] for row in users.collect()} == {"ann", "bob"}  # type: ignore[union-attr]
+    assert [path for path in (tmp_path / "lake").rglob("*") if not path.name.endswith(".crc")] == []
