@@ -148,6 +148,8 @@ def test_items_in_stock_of_a_vertical_that_a_user_has_not_bought(
         'neighbours.without=["purchase", "veiw"]',
     )
     runtime = make_runtime(f"neighbours.k={K}", "neighbours.block_rows=3", *filters)
+    listed = read_items(runtime, stock, tmp_path).collect()
+    assert [row["item_id"] for row in listed] == ["i1", "i3", "i5", "i2", "i9", "unknown"]
     users, items = some("u", 20, 1), some("i", 11, 2)
     embed(runtime, spark, users, items)
     assert runtime.execute(STAGE).notes == [
