@@ -181,8 +181,8 @@ def test_items_in_stock_of_a_vertical_that_a_user_has_not_bought(
         folder.mkdir()
         for number, part in enumerate((["i1", "i3"], ["i5", "i9"])):
             write(pd.DataFrame({"item_id": part, "price": 1}), folder / f"{number}{folder.suffix}", index=False)
-        listed = read_items(runtime, find_neighbours._stock_list(str(folder)), tmp_path)
-        assert {row["item_id"] for row in listed.collect()} == {"i1", "i3", "i5", "i9"}
+        listed = read_items(runtime, find_neighbours._stock_list(str(folder)), tmp_path).collect()
+        assert {row["item_id"] for row in listed} == {"i1", "i3", "i5", "i9"}
     with pytest.raises(TrailvecError, match=r"the list .* is a folder: name a file, or a folder of Parquet or CSV"):
         read_items(runtime, tmp_path, tmp_path)
     stock.unlink()
