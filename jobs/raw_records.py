@@ -35,6 +35,7 @@ REST = "trailvec_rest"  # what nothing in the mapping names, as a map
 _END = "trailvec_end"
 _PARSED = "trailvec_parsed"
 _OBJECTS = "trailvec_objects"
+_MAX_FIELDS = 1 << 20  # of a line of CSV, 8 MB in each task; by itself Spark ends the job at 20,480
 
 # What Spark's own file listing gives of a file without reading it.
 LISTING = "path string, modificationTime timestamp, length long, content binary"
@@ -263,7 +264,7 @@ def _read_csv_files(
 def _read_csv(lines: DataFrame, file: str, header: str, delimiter: str) -> DataFrame:
     """A record of each line that is neither blank nor the header; `file`: one of those whose header it is."""
     spark = lines.sparkSession
-    options = {"sep": delimiter, "escape": '"'}
+    options = {"sep": delimiter, "escape": '"', "maxColumns": str(_MAX_FIELDS)}
     names = spark.read.options(header=True, **options).csv(as_patterns([file])).columns
     in_path = [name for name in lines.columns if name not in (LINE, FILE)]  # they win over the file's, as in Parquet
     hidden = {name.lower() for name in in_path}
@@ -273,8 +274,12 @@ def _read_csv(lines: DataFrame, file: str, header: str, delimiter: str) -> DataF
     # stands where the empty one should, and is not empty.
     behind = spark._jvm.org.apache.spark.sql.catalyst.csv.CSVExprUtils.toDelimiterStr(delimiter)  # type: ignore[union-attr]
     fields = [f"_{place} string" for place in range(len(names) + 1)]
+    # Of more fields than that `from_csv` would end the job: it gets a single quote instead, a field too few. Few lines
+    # are so long that they have to be counted.
+    delimiters = (F.length(LINE) - F.length(F.replace(F.col(LINE), F.lit(behind), F.lit("")))) / len(behind)
+    is_short = (F.octet_length(LINE) < _MAX_FIELDS) | (delimiters < _MAX_FIELDS - 1)
     record = F.from_csv(
-        F.concat(LINE, F.lit(behind)),
+        F.when(is_short, F.concat(LINE, F.lit(behind))).otherwise('"'),
         ", ".join([*fields, f"{BROKEN} string"]),
         {**options, "columnNameOfCorruptRecord": BROKEN},
     )

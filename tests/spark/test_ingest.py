@@ -311,6 +311,7 @@ def test_a_broken_csv_row_is_kept_as_its_line(
     broken = ["2,bob,b", "3,bob,b,2023-05-01T10:00:00Z,1,extra", '4,bob,"b,2023-05-01T10:00:00Z,1']
     broken += ['5,bob,b,2023-05-01T10:00:00Z,"1', '2"', '6,bob,"b', 'c",2023-05-01T10:00:00Z,1']  # two lines of one
     broken.append('8,bob,b,2023-05-01T10:00:00Z,1,"one too many')
+    broken += ["9,bob" + "," * fields for fields in (30_000, 1 << 20)]  # more than Spark reads, than is asked of it
     good = ["1,ann,a,2023-05-01T10:00:00Z,1", '7,"c ""d"" ,""",5" c,2023-05-01T10:00:00Z,"1"']
     lines = ["id,user,item,at,price", good[0], *broken, "id,user,item,at,price", good[1]]  # two files put together
     text = "\n".join(["\ufeff", *lines, "\t\t ", "\x1a"]).replace(",", sign)  # with what editors and DOS leave
