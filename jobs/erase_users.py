@@ -44,7 +44,6 @@ from jobs.files import HadoopPath
 from jobs.maintain_tables import disk_files
 from jobs.raw_records import valid_text
 from jobs.runtime import Report, Runtime, Stage, code_version
-from jobs.segments import read_segments
 from jobs.tables import ERASED_USERS, ERASURES, EXPORTS, REJECTED_EVENTS, TABLES, Table
 from jobs.tombstones import erase_key, erased_tests
 from jobs.user_lists import copies, read_users
@@ -179,19 +178,11 @@ def _exports(runtime: Runtime, users: DataFrame) -> list[dict[str, Any]]:
     if not runtime.exists(EXPORTS):
         return []
     held = runtime.latest(EXPORTS).where("NOT is_control").join(F.broadcast(users), "user_id", "left_semi")
-    counts = held.groupBy("segment", "export_id").agg(
+    counts = held.groupBy("segment", "export_id", "destination").agg(
         F.unix_micros(F.min("exported_at")).alias("exported_at"), F.count("*").alias("users")
     )
-    destinations = {
-        file.segment.name: file.segment.destination for file in read_segments(runtime.config.export.segments)
-    }
     return [
-        row.asDict()
-        | {
-            "exported_at": _EPOCH + timedelta(microseconds=row["exported_at"]),
-            "destination": destinations.get(row["segment"]) or str(runtime.exports / row["segment"]),
-        }
-        for row in counts.collect()
+        row.asDict() | {"exported_at": _EPOCH + timedelta(microseconds=row["exported_at"])} for row in counts.collect()
     ]
 
 

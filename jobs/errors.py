@@ -84,6 +84,11 @@ _SPARK_MESSAGES = (
         'failOnDataLoss = "false" in the input\'s kafka.options to go on without them',
     ),
     (
+        r"Partition (\S+?)(?:'s)? offset was changed from",  # to an older one
+        "{0} holds fewer records than were read of it: the topic was made anew, or is another cluster's; run "
+        "`trailvec ingest --force` once, which reads all of it, or give the input another `name`",
+    ),
+    (
         r"data may have been (?:lost|missed)",
         'records are gone from the topic before they were read: set failOnDataLoss = "false" in the input\'s '
         "kafka.options to go on without them",

@@ -42,6 +42,7 @@ from jobs.segment_files import (
     check_destinations,
     check_place,
     delivered,
+    destination_of,
     export_key,
     laid_down,
     place_of,
@@ -243,8 +244,14 @@ def _log_members(runtime: Runtime, chosen: Selection, staging: Staging, now: dat
             "is_control": pa.array(taken.control),
             "exported_at": pa.repeat(pa.scalar(now, pa.timestamp("us", "UTC")), count),
             "model_version": _repeated(chosen.version, count),
+            "destination": _repeated(destination_of(runtime, export.segment), count),
         }
-        same = ["export_id", "segment", "model_version"]  # a dictionary of ids, no two of which are, only costs
+        same = [
+            "export_id",
+            "segment",
+            "model_version",
+            "destination",
+        ]  # a dictionary of ids, no two of which are, only costs
         pq.write_table(pa.table(columns), folder / f"{export.number:05d}.parquet", use_dictionary=same)
     rows = runtime.spark.read.parquet(staging.to_tasks("log"))
     if not is_new:

@@ -338,6 +338,7 @@ def _topic(spark: SparkSession, kafka: Kafka, settings: IngestSettings) -> DataF
         "subscribe": kafka.topic,
         "startingOffsets": "earliest",
         "maxOffsetsPerTrigger": str(settings.max_records_per_batch),
+        "kafka.isolation.level": "read_committed",  # else records of aborted transactions come too
         **{key: _from_environment(value, kafka) for key, value in kafka.options.items()},
     }
     return spark.readStream.format("kafka").options(**options).load()

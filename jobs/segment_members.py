@@ -166,6 +166,7 @@ class Selection:
         runtime.on_progress("who may be exported")
         self._listed = self._combinations(self._marks)
         self.everyone = self._listed.of(self._has_vector)
+        self._note_strangers()
         self._counts: dict[int, Combinations] = {}
         self._seeds: dict[int, dict[str, int]] = {}
         self._items: dict[int, dict[str, int]] = {}
@@ -176,6 +177,16 @@ class Selection:
         self.taken: dict[str, Taken] = {}
         self._logged: dict[str, pa.Array] = {}  # members of segments that this run leaves as they are
         self._exported: Counter[str] = Counter()  # in this run, by user
+
+    def _note_strangers(self) -> None:
+        """A list that is to leave users out and knows none of them may be written otherwise than the events."""
+        lists = {rule.mark: rule.name for rules in self._rules.values() for rule in rules.suppressing}
+        for mark, name in lists.items():
+            if (listed := self._listed.of(mark).total) and not self.everyone.of(mark).total:
+                self._runtime.report.notes.append(
+                    f"{name}: none of its {listed:,} users has a vector, so nobody is left out by it; are its ids "
+                    f"written as in the events?"
+                )
 
     def select(self) -> None:
         """Takes the members of each segment."""

@@ -179,12 +179,14 @@ class Rules:
         everyone: the mark of the users with a vector; nobody else comes into question.
         steps: in the order in which they are looked at: the first one that leaves a user out is the one that counts.
         seeds: the mark of its seeds.
+        suppressing: those of the steps that are lists in `suppress`.
         exported: the marks of those who were exported once, twice, … within the days that the segment looks back.
     """
 
     everyone: int
     steps: tuple[Rule, ...]
     seeds: int | None
+    suppressing: tuple[Rule, ...]
     exported: tuple[int, ...]
 
 
@@ -215,17 +217,19 @@ def rules_of(
         assert consents is not None
         mark = lists.mark(f"consent {segment.consent}", partial(consenting, consents, segment.consent, path))
         steps.append(Rule(f"no consent to {segment.consent}", mark, required=True))
+    suppressing: list[Rule] = []
     for users in segment.suppress:
         name = f"list {users.sql or (path.parent / str(users.file)).resolve()}"
         mark = lists.mark(name, partial(_read_suppressed, runtime, users, path, lists.folder))
-        steps.append(Rule(f"suppressed by {users.file or 'a query'}", mark))
+        suppressing.append(Rule(f"suppressed by {users.file or 'a query'}", mark))
+    steps += suppressing
     if segment.at_most is not None:
         since = now.date() - timedelta(days=segment.at_most.days - 1)
         counts = log.where(~F.col("is_control") & (F.to_date("exported_at") >= F.lit(since))).groupBy("user_id").count()
         for n in range(1, segment.at_most.exports + 1):
             exported.append(lists.mark(f"exported {n} times since {since}", partial(counts.where, F.col("count") >= n)))
         steps.append(Rule(limit_name(segment.at_most), exported[-1]))
-    return Rules(everyone, tuple(steps), seeds, tuple(exported))
+    return Rules(everyone, tuple(steps), seeds, tuple(suppressing), tuple(exported))
 
 
 def limit_name(limit: Frequency) -> str:

@@ -25,6 +25,8 @@ or, instead of path and format, records of a Kafka topic whose values are JSON o
 
     kafka = { bootstrap_servers = "127.0.0.1:9092", topic = "orders" }
 
+Records without a value (a compacted topic's mark that a key has gone) are none, nor are blank lines.
+
 `jobs/checked_records.py` reads the records by it. An input may be repeated: each is a kind of record of the source. How
 far it was read is kept under its path or topic: two of the same need a `name` each, and one that has a name may change
 its path without being read anew.

@@ -461,6 +461,7 @@ EXPORTS = Table(
         Column("is_control", "boolean", "The user was held back as the control group, and stands in no file."),
         Column("exported_at", "timestamp", "When the export was first made: a repeated one is not logged again."),
         Column("model_version", "string", "The model whose vectors were compared."),
+        Column("destination", "string", "Where the files were put."),
     ),
     key=("export_id", "user_id"),
     stage="export_segments",

@@ -1,7 +1,7 @@
 """Who was erased: the keyed hashes in `erased_users`, and the key that they are made with.
 
-The key is of its own, not the exports': that one may be changed from time to time, this one must never be, or the
-erased could come back unseen. So each hash has the key's mark beside it, and another key is refused.
+The key is of its own, not the exports': that one may be changed (other pseudonyms, other control groups), this one must
+never be, or the erased could come back unseen. So each hash has the key's mark beside it, and another key is refused.
 """
 
 from __future__ import annotations

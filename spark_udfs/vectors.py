@@ -152,7 +152,7 @@ def top_k(ids: Series, vectors: Series, queries: Series, ks: Series) -> list[str
     if (kind := pd.api.types.infer_dtype(ids, skipna=True)) not in ("string", "empty"):
         raise TrailvecError(f"vector_top_k takes STRING ids, found {kind}: write CAST(id AS STRING)")
     found = ks.unique()
-    if len(found) != 1 or not found[0] >= 1:
+    if len(found) != 1 or found[0] is None or not (found[0] >= 1 and found[0] % 1 == 0):
         raise TrailvecError(f"vector_top_k: found k = {', '.join(map(str, found))}: write one whole number from 1 on")
     scores = pairwise("vector_top_k", inner_product, vectors, queries).to_numpy()
     valid = ids.notna().to_numpy() & ~np.isnan(scores)

@@ -152,9 +152,9 @@ def add_vectors(runtime: Runtime) -> None:
     ]
     put(runtime, NEIGHBOURS, spark.createDataFrame(pairs, NEIGHBOURS.schema()))
     log = [
-        ("x1", "fans", "erika-1", False, at, "m1"),
-        ("x1", "fans", "bob", False, at, "m1"),
-        ("x2", "held", "qa-erika", True, at, "m1"),  # as control: in no file
+        ("x1", "fans", "erika-1", False, at, "m1", "s3://partner/fans"),
+        ("x1", "fans", "bob", False, at, "m1", "s3://partner/fans"),
+        ("x2", "held", "qa-erika", True, at, "m1", "/exports/held"),  # as control: in no file
     ]
     put(runtime, EXPORTS, spark.createDataFrame(log, EXPORTS.schema()))
 
@@ -507,7 +507,7 @@ def test_the_receipt_names_the_exports_that_left(story: SimpleNamespace) -> None
     (export,) = story.after["receipt"]["exports"]  # found before the kill, when the log still held them
     assert (export["segment"], export["export_id"], export["users"]) == ("fans", "x1", 1)
     assert export["exported_at"] == datetime(2023, 5, 8, tzinfo=timezone.utc)
-    assert export["destination"] == str(story.runtime.exports / "fans")
+    assert export["destination"] == "s3://partner/fans"  # no segment of the configuration has that name any more
     assert any("segment fans" in note for note in story.report.notes)
 
 

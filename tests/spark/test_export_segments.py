@@ -288,7 +288,12 @@ def test_seeds_by_sql_plain_ids_and_chosen_columns(
 
     for still in (" = 1", " = 1 AND user_id <> 'now()'"):
         assert id_on(1, still) == id_on(2, still)
-    for timely in (" > year(current_date)", " IN (SELECT 1 FROM user_embeddings WHERE as_of < now() - INTERVAL 1 DAY)"):
+    for timely in (
+        " > year(current_date)",
+        " IN (SELECT 1 FROM user_embeddings WHERE as_of < now() - INTERVAL 1 DAY)",
+        " OR DATE 'today' > DATE '2024-03-01'",
+        " OR TIMESTAMP 'Now Europe/Berlin' > '2024-03-01'",
+    ):
         assert id_on(1, timely) == id_on(1, timely) != id_on(2, timely)
 
     (tmp_path / "likes.toml").write_text(text.replace("SELECT user_id", "SELECT history_length"))
@@ -324,6 +329,7 @@ def test_what_is_refused_while_it_runs(shop: Runtime, tmp_path: Path, monkeypatc
     ("old", "new", "message"),
     [
         ("size = 4", "", "seeds needs either size or threshold, found neither"),
+        ("size = 4", "threshold = nan", r"threshold: Input should be a finite number, found nan"),
         ("size = 4", "size = 4\nthreshold = 0.5", "seeds needs either size or threshold, found size and threshold"),
         ("size = 4", 'size = 4\nsql = "SELECT 1"', "give one of seeds, affinity, sql and include, found seeds and sql"),
         ("size = 4", 'size = 4\nsuppress = [{ file = "gone.txt" }]', r"the list of users .*gone\.txt does not exist"),
@@ -789,9 +795,19 @@ def test_each_format_has_a_writer_and_files_that_are_known_again(tmp_path: Path)
 
 def test_where_it_goes(shop: Runtime, tmp_path: Path) -> None:
     place = tmp_path / "bucket" / "likes"
-    (tmp_path / "likes.toml").write_text(SEGMENT.replace("size = 4", f'size = 4\ndestination = "file://{place}"'))
-    shop.execute(STAGE)
+    for name, user in {"strangers": "ann.0", "known": "far"}.items():
+        (tmp_path / f"{name}.txt").write_text(user)
+    lists = 'suppress = [{ file = "strangers.txt" }, { file = "known.txt" }]'
+    (tmp_path / "likes.toml").write_text(
+        SEGMENT.replace("size = 4", f'size = 4\n{lists}\ndestination = "file://{place}"')
+    )
+    (note,) = shop.execute(STAGE).notes
+    assert note == (
+        "suppressed by strangers.txt: none of its 1 users has a vector, so nobody is left out by it; are its ids written "
+        "as in the events?"
+    )
     assert len(read(shop, folder=place)[1]) == 4
+    assert {row["destination"] for row in read_delta(shop.root / "tables" / "exports")} == {str(place)}
     assert shop.execute(STAGE).skipped
     (place / "part-00007.parquet").write_text("of a longer export")
     shop.execute(STAGE, force=True)

@@ -112,6 +112,14 @@ def test_the_k_best_of_each_group(spark: SparkSession) -> None:
             "vector_top_k: found k = 0: write one whole number from 1 on",
         ),
         (
+            "SELECT vector_top_k('a', array(1F), array(1F), 2.5)",
+            "vector_top_k: found k = 2.5: write one whole number from 1 on",
+        ),
+        (
+            "SELECT vector_top_k('a', array(1F), array(1F), CAST(NULL AS INT))",
+            "vector_top_k: found k = None: write one whole number from 1 on",
+        ),
+        (
             "SELECT vector_top_k(id, array(1F), array(1F), 1) FROM VALUES (7L), (NULL) AS t(id)",
             "vector_top_k takes STRING ids, found floating: write CAST(id AS STRING)",
         ),

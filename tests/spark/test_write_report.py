@@ -20,7 +20,7 @@ from tests.spark.test_train_and_score import CUT, fill
 def member(user: int, segment: str, export: str, day: int) -> dict[str, Any]:
     at = datetime(2020, 1, day, tzinfo=timezone.utc)
     of = {"export_id": export, "segment": segment, "exported_at": at, "model_version": "m1"}
-    return of | {"user_id": f"u{user}", "is_control": user % 2 == 0}
+    return of | {"destination": "/exports", "user_id": f"u{user}", "is_control": user % 2 == 0}
 
 
 def test_users_of_the_last_exports_and_some_of_everybody(

@@ -20,6 +20,11 @@ _LOST = "Some data may have been lost because they are not available in Kafka an
         ),
         (
             "Partition views-0's offset was changed from 30 to 10, some data may have been missed. \n" + _LOST,
+            "views-0 holds fewer records than were read of it: the topic was made anew, or is another cluster's; run "
+            "`trailvec ingest --force` once, which reads all of it, or give the input another `name`",
+        ),
+        (
+            f"Added partition views-3 starts from 7 instead of 0. {_LOST}",
             "records are gone from the topic before they were read: set failOnDataLoss = "
             '"false" in the input\'s kafka.options to go on without them',
         ),
