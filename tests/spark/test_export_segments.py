@@ -803,8 +803,8 @@ def test_where_it_goes(shop: Runtime, tmp_path: Path) -> None:
     )
     (note,) = shop.execute(STAGE).notes
     assert note == (
-        "suppressed by strangers.txt: none of its 1 users has a vector, so nobody is left out by it; are its ids written "
-        "as in the events?"
+        "suppressed by strangers.txt: none of its 1 users has a vector, so nobody is left out by it; are its ids "
+        "written as in the events?"
     )
     assert len(read(shop, folder=place)[1]) == 4
     assert {row["destination"] for row in read_delta(shop.root / "tables" / "exports")} == {str(place)}
