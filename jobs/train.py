@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
@@ -40,7 +39,7 @@ from jobs.tracking import Tracker, tracked
 from training.batches import BUCKET_SIZES, FEATURES
 from training.checkpoint import WEIGHTS, read_about, read_description
 from training.config import ModelSpec, RunSpec, TrainSettings
-from training.stores import parquet_files, remove_tree
+from training.stores import footers, remove_tree
 from training.urls import file_of_table, file_url, local_path
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -162,8 +161,7 @@ def rows_since(runtime: Runtime, about: dict[str, Any], folder: Place) -> list[s
 
 def count_rows(files: list[str]) -> int:
     """How many rows the Parquet files of these URLs have."""
-    system, paths = parquet_files(files)
-    return sum(pq.read_metadata(path, filesystem=system).num_rows for path in paths)
+    return sum(footer.num_rows for footer in footers(files))
 
 
 def run(runtime: Runtime) -> None:

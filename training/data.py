@@ -25,7 +25,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pds
-import pyarrow.parquet as pq
 import torch
 
 # Petastorm 0.12.1 uses what pyarrow 14 calls deprecated, on every read. Its own FutureWarnings, nothing else.
@@ -38,7 +37,7 @@ from petastorm.workers_pool.worker_base import WorkerBase  # noqa: E402
 from pyarrow.filesystem import DaskFileSystem  # noqa: E402
 
 from training.batches import FEATURES, SAME_MOMENT, SESSION_END, TARGET, pad  # noqa: E402
-from training.stores import fsspec_of, parquet_files  # noqa: E402
+from training.stores import footers, fsspec_of, parquet_files  # noqa: E402
 from training.urls import file_url  # noqa: E402
 
 Batch = dict[str, torch.Tensor]
@@ -143,12 +142,9 @@ class Piece:
 @lru_cache(maxsize=4)
 def _row_groups(files: tuple[str, ...]) -> tuple[tuple[str, int, int, int], ...]:
     """(URL, number in the file, rows, compressed bytes) of every row group, from the files' footers."""
-    system, paths = parquet_files(list(files))
-    with ThreadPoolExecutor() as pool:
-        footers = list(pool.map(lambda path: pq.read_metadata(path, filesystem=system), paths))
     return tuple(
         (url, number, group.num_rows, sum(group.column(n).total_compressed_size for n in range(group.num_columns)))
-        for url, footer in zip(files, footers, strict=True)
+        for url, footer in zip(files, footers(list(files)), strict=True)
         for number, group in ((number, footer.row_group(number)) for number in range(footer.num_row_groups))
     )
 

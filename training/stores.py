@@ -15,10 +15,12 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import pyarrow.parquet as pq
 from pyarrow import fs
 
 _BYTES_AT_ONCE = 64 * 1024 * 1024  # of a file that is sent; each is an append of its own
@@ -208,6 +210,14 @@ def parquet_files(urls: list[str]) -> tuple[fs.FileSystem, list[str]]:
         return fs.LocalFileSystem(), [url.removeprefix("file://") for url in urls]
     system = store.fs if _S3.match(urls[0]) else fs.PyFileSystem(fs.FSSpecHandler(store))
     return system, [str(store._strip_protocol(url)) for url in urls]
+
+
+def footers(urls: list[str]) -> list[pq.FileMetaData]:
+    """What the footers of these Parquet files say, in the files' order. Several are read at once: a store lets each be
+    waited for."""
+    system, paths = parquet_files(urls)
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda path: pq.read_metadata(path, filesystem=system), paths))
 
 
 def fsspec_of(urls: list[str]) -> Any | None:

@@ -6,6 +6,7 @@ import pickle
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Barrier
 
 import fsspec
 import pyarrow as pa
@@ -15,6 +16,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from jobs.errors import TrailvecError
+from jobs.train import count_rows
 from training import stores
 from training.batches import FEATURES
 from training.checkpoint import Progress, best_checkpoint, newest_checkpoint, read_checkpoint, write_checkpoint
@@ -152,6 +154,10 @@ def test_petastorm_reads_planned_row_groups_out_of_a_store(tmp_path: Path, monke
     system, paths = parquet_files([url])
     assert pq.read_metadata(paths[0], filesystem=system).num_rows == 6
     assert [group[:3] for group in _row_groups((url,))] == [(url, 0, 3), (url, 1, 3)]
+    both_asked, asked = Barrier(2, timeout=30), pq.read_metadata  # one after the other, the first waits in vain
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "read_metadata", lambda path, **rest: (both_asked.wait(), asked(path, **rest))[1])
+        assert count_rows([url, url]) == 12
     with _PlannedReader([Piece(url, 1, 0, 3), Piece(url, 0, 1, 3)]) as reader:
         read = [table["item_index"].to_pylist() for table in reader]
     assert read == [[[3, 4], [4, 5], [5, 6]], [[0, 1], [1, 2], [2, 3]]]
