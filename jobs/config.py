@@ -49,14 +49,14 @@ def _known_tables(by_table: dict[str, V]) -> dict[str, V]:
 
 
 TimeZone = Annotated[str, AfterValidator(_known_zone)]
-# A folder. What Databricks mounts is taken as the mount: dbfs:/Volumes/… as /Volumes/…, dbfs:/… as /dbfs/….
-Folder = Annotated[str, AfterValidator(lambda place: local_path(place) or place)]
+# A folder or a file. What Databricks mounts is taken as the mount: dbfs:/Volumes/… as /Volumes/…, dbfs:/… as /dbfs/….
+PlaceName = Annotated[str, AfterValidator(lambda place: local_path(place) or place)]
 
 
 class StorageSettings(Section):
     """Where tables, models and exports lie."""
 
-    root: Folder = Field(
+    root: PlaceName = Field(
         "build/warehouse", description="folder or file system URI that holds everything trailvec writes"
     )
     database: str = Field("trailvec", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="name of the database in SQL")
@@ -73,7 +73,7 @@ class IngestSettings(Section):
     """files → events."""
 
     sources: list[str] = Field(default_factory=list, description="the sources' mapping files (conf/sources/*.toml)")
-    data_dir: Folder = Field(".", description="the folder that a mapping's relative paths start from")
+    data_dir: PlaceName = Field(".", description="the folder that a mapping's relative paths start from")
     max_rejected_share: float = Field(
         0.05, ge=0, le=1, description="a larger share of refused records, of those that a run has read, stops the job"
     )
@@ -249,7 +249,7 @@ class NeighboursSettings(Section):
     )
     probes: int = Field(16, ge=1, description="cells that a query looks into: more find more and cost more")
     verticals: list[str] = Field(default_factory=list, description="items of these alone are neighbours; empty: of all")
-    in_stock: str | None = Field(
+    in_stock: PlaceName | None = Field(
         None,
         description="Parquet or CSV (.csv, .csv.gz) with a column item_id, or a folder of such files whose name ends "
         "so; any other: text, one item id per line: these items alone are neighbours; None: all",
@@ -298,7 +298,7 @@ class MaintainSettings(Section):
 class UserList(Section):
     """A list of users: one of the two."""
 
-    file: str | None = Field(
+    file: PlaceName | None = Field(
         None,
         description="Parquet or CSV (.csv, .csv.gz) with a column user_id, or a folder of such files whose name ends "
         "so; any other: text, one user id per line",

@@ -48,6 +48,7 @@ from jobs.tables import ERASED_USERS, ERASURES, EXPORTS, REJECTED_EVENTS, TABLES
 from jobs.tombstones import erase_key, erased_tests
 from jobs.user_lists import copies, read_users
 from spark_udfs.keyed import ColumnTest, hashed, key_mark, mentions, of_column, values
+from training.urls import local_path
 
 HOLDING_USERS = tuple(table for table in TABLES if table.user_columns())
 _AGAIN = "finish"  # the erasure that commits of --finish are noted under
@@ -135,9 +136,9 @@ def read_ids(runtime: Runtime, file: str | None, sql: str | None) -> list[str]:
     """
     if (file is None) == (sql is None):
         raise TrailvecError("erase_users needs either a file of user ids or --sql")
-    if file is not None and not Path(file).exists():
+    absolute = None if file is None else str(Path(local_path(file) or file).absolute())
+    if absolute is not None and not Path(absolute).exists():
         raise TrailvecError(f"the list {file} does not exist: correct the path")
-    absolute = None if file is None else str(Path(file).absolute())
     # A folder for each list, so that a request that begins meanwhile takes no other one's copy away.
     of_list = hashlib.sha256(str(absolute).encode()).hexdigest()[:12]
     with copies(runtime.staging(f"erasures-{of_list}")) as folder:

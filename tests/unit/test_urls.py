@@ -15,6 +15,7 @@ from pyarrow import fs
 import jobs.train
 import training.data
 from jobs.config import load_config, parse, shipped
+from jobs.erase_users import read_ids
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath
 from jobs.segment_files import ArrowFolder, check_place, delivered, place_of
@@ -216,9 +217,20 @@ def test_where_nothing_can_be_renamed_the_manifest_goes_first_and_comes_last(tmp
 
 
 @pytest.mark.parametrize(("place", "path"), [(place, path) for place, path, _ in FORMS])
-def test_the_configuration_knows_a_mounted_folder_by_its_path(place: str, path: str | None) -> None:
-    config = load_config(None, [f'storage.root="{place}"', f'ingest.data_dir="{place}"'])
+def test_the_configuration_knows_what_is_mounted_by_its_path(place: str, path: str | None) -> None:
+    keys = ("storage.root", "ingest.data_dir", "neighbours.in_stock", "probe.labels.file", "export.consent.file")
+    config = load_config(None, [f'{key}="{place}"' for key in keys])
+    labels, consent = config.probe.labels, config.export.consent
+    assert labels is not None
+    assert consent is not None
     assert config.storage.root == config.ingest.data_dir == (path or place)
+    assert config.neighbours.in_stock == labels.file == consent.file == (path or place)
+
+
+def test_a_list_whom_to_erase_is_found_by_its_mounted_name(tmp_path: Path) -> None:
+    (tmp_path / "ids.txt").write_text("erika\n")
+    runtime = SimpleNamespace(staging=lambda name: tmp_path / name)
+    assert read_ids(runtime, f"file:{tmp_path}/ids.txt", None) == ["erika"]  # type: ignore[arg-type]
 
 
 def test_files_that_come_with_trailvec_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
