@@ -34,6 +34,7 @@ from pyarrow import csv, fs
 
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, Place, fetch, make_private, published
+from jobs.keys import key_of
 from jobs.runtime import Runtime
 from jobs.segments import Format, Segment, SegmentFile
 from jobs.user_lists import file_digest
@@ -50,10 +51,7 @@ _FORMULA = r"^([=+\-@\t\r])"
 
 
 def export_key() -> bytes:
-    key = os.environ.get(KEY, "")
-    if not key:
-        raise TrailvecError(f"the environment has no {KEY}, the key that user ids are hashed with: export {KEY}=...")
-    return key.encode()
+    return key_of(KEY, "user ids are hashed with")
 
 
 def held_back(segment: Segment, users: pa.Array) -> npt.NDArray[np.bool_]:

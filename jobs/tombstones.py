@@ -6,9 +6,8 @@ never be, or the erased could come back unseen. So each hash has the key's mark 
 
 from __future__ import annotations
 
-import os
-
 from jobs.errors import TrailvecError
+from jobs.keys import key_of
 from jobs.runtime import Runtime
 from jobs.tables import ERASED_USERS
 from spark_udfs.keyed import ColumnTest, key_mark, of_column, on_list, on_list_in_raw
@@ -22,11 +21,7 @@ def erase_key(runtime: Runtime) -> bytes:
     Raises:
         TrailvecError: there is none, or another than users were erased with before.
     """
-    key = os.environ.get(ERASE_KEY, "").encode()
-    if not key:
-        raise TrailvecError(
-            f"the environment has no {ERASE_KEY}, the key that erased users are known by: export {ERASE_KEY}=..."
-        )
+    key = key_of(ERASE_KEY, "erased users are known by")
     if runtime.exists(ERASED_USERS):
         marks = runtime.latest(ERASED_USERS).select("key_mark").distinct().collect()
         if any(row["key_mark"] != key_mark(key) for row in marks):

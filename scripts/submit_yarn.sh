@@ -8,7 +8,8 @@
 # configuration lies in, as conf/: mappings are named from there (conf/sources/...). All spark.conf goes to Spark.
 # Reads: HADOOP_CONF_DIR, the cluster; TRAILVEC_ENVIRONMENT, the archive of the Python, a file or a URI on the cluster,
 # where nodes keep it from job to job, or local:FOLDER, an environment that lies in that folder on every node, and
-# nothing travels (default: made here, profile data); TRAILVEC_ERASE_KEY and TRAILVEC_EXPORT_KEY, for the driver.
+# nothing travels (default: made here, profile data); TRAILVEC_ERASE_KEY and TRAILVEC_EXPORT_KEY, for the driver, which
+# finds them by jobs/keys.py.
 set -euo pipefail
 repository=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # What scripts/setup.sh made, whatever the PATH says; another environment serves where there is none.
@@ -77,6 +78,15 @@ fi
 uv build --quiet --python "$(command -v python)" --no-build-isolation --out-dir "$work/dist" . >&2
 mv "$work"/dist/trailvec-*.whl "$work/trailvec.zip" # YARN unpacks what is named so
 tar --create --gzip --directory "${conf%/*}" --file "$work/conf.tar.gz" .
+# A variable would stand in the script that starts the driver, which nodes keep among the logs and whose bash reads $ and
+# ` in it (jobs/keys.py). An archive as the others: --files would take the place of spark.files.
+python -c '
+import json, os
+
+names = ("TRAILVEC_ERASE_KEY", "TRAILVEC_EXPORT_KEY")
+print(json.dumps({name: os.environ[name] for name in names if os.environ.get(name)}))' >"$work/keys.json"
+tar --create --gzip --directory "$work" --file "$work/keys.tar.gz" keys.json
+archives+=,$work/keys.tar.gz#keys
 
 # ---- Spark's settings -----------------------------------------------------------------------------------
 
@@ -89,11 +99,7 @@ spark_home=$(python -c 'import pyspark; print(pyspark.__path__[0])')
     echo "$where.PYTHONPATH ./trailvec"
     echo "$where.LC_ALL C.UTF-8"
   done
-  for key in TRAILVEC_ERASE_KEY TRAILVEC_EXPORT_KEY; do
-    if [[ -n ${!key-} ]]; then
-      echo "spark.yarn.appMasterEnv.$key ${!key//\\/\\\\}"
-    fi
-  done
+  echo "spark.yarn.appMasterEnv.TRAILVEC_KEYS keys/keys.json"
   echo "spark.redaction.regex (?i)secret|password|token|access[.]?key|erase_key|export_key"
   python -c '
 import json, sys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ import numpy
 import jobs
 from jobs.cli import main
 from jobs.config import load_config
+from jobs.segment_files import export_key
 from jobs.spark_session import start_spark
 
 
@@ -32,5 +34,6 @@ if __name__ == "__main__":
     conf = sys.argv[1].removeprefix("--conf=")
     spark = start_spark(load_config(conf))
     worker = spark.sparkContext.parallelize([0], 1).mapPartitions(lambda _: look()).collect()[0]
-    print(json.dumps({"driver": next(look()), "worker": worker}), flush=True)
+    key = hashlib.sha256(export_key()).hexdigest()
+    print(json.dumps({"driver": next(look()), "worker": worker, "key": key}), flush=True)
     main(["train", "--conf", conf])

@@ -113,7 +113,7 @@ suppress = [{{ file = "never.csv" }}]
 sql = "SELECT user_id FROM sequences WHERE split = 'score' ORDER BY user_id LIMIT {SEEDS}"
 method = "nearest_seed"
 """
-EXPORT_KEY = "the key of the tests"
+EXPORT_KEY = 'the key $$ of "the" `tests`'
 
 
 @dataclass(frozen=True)
@@ -377,12 +377,26 @@ def said_by_now(cluster: Cluster) -> str:
     return "" if log is None else log.read_text()
 
 
-def test_nothing_of_this_machine_is_seen_and_a_failure_is_one_line(submit: Submit) -> None:
+ONCE = """
+"spark.yarn.maxAppAttempts" = "1"
+"spark.eventLog.enabled" = "true"
+"spark.eventLog.dir" = "hdfs:///tmp"
+"""
+
+
+def test_nothing_of_this_machine_is_seen_nor_a_key_in_logs_and_a_failure_is_one_line(
+    submit: Submit, tmp_path: Path
+) -> None:
     once = submit.conf.with_name("once.toml")
-    once.write_text(submit.conf.read_text() + '"spark.yarn.maxAppAttempts" = "1"\n')
+    once.write_text(submit.conf.read_text() + ONCE)
     code, said, told = replace(submit, conf=once).run(str(Path(__file__).with_name("look.py")))
     seen = json.loads(next(line for line in said if line.startswith("{")))
     containers = re.compile(f"{submit.cluster.data}/node[12]/local/usercache/")
+    assert seen["key"] == hashlib.sha256(EXPORT_KEY.encode()).hexdigest()
+    # The containers' logs, with the scripts that started them, and Spark's events.
+    logs = b"".join(file.read_bytes() for file in submit.fetch("tmp", tmp_path).rglob("*") if file.is_file())
+    for text, is_there in ((b"launch_container.sh", True), (b"EnvironmentUpdate", True), (b"the key $$", False)):
+        assert (text in logs) == is_there, text
     for place in ("driver", "worker"):
         assert [
             path

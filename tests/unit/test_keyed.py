@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import re
+from pathlib import Path
 
 import pytest
 
+from jobs.errors import TrailvecError
+from jobs.keys import key_of
 from spark_udfs.keyed import TextTest, hashed, mentions, on_list, on_list_in_raw, values
 
 KEY = b"a key"
@@ -21,6 +25,22 @@ def test_hashes_are_hmac_sha256() -> None:
     assert hashed(KEY, ["ann", "é"]) == [
         hmac.new(KEY, text.encode(), hashlib.sha256).hexdigest() for text in ("ann", "é")
     ]
+
+
+def test_a_key_is_the_environments_or_that_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TRAILVEC_A", "TRAILVEC_KEYS"):
+        monkeypatch.delenv(name, raising=False)
+    refused = re.escape("the environment has no TRAILVEC_A, the key that opens: export TRAILVEC_A=...")
+    with pytest.raises(TrailvecError, match=refused):
+        key_of("TRAILVEC_A", "opens")
+    monkeypatch.setenv("TRAILVEC_KEYS", str(tmp_path / "keys.json"))
+    (tmp_path / "keys.json").write_text("{}")
+    with pytest.raises(TrailvecError, match=refused):
+        key_of("TRAILVEC_A", "opens")
+    (tmp_path / "keys.json").write_text(json.dumps({"TRAILVEC_A": "é $$"}))
+    assert key_of("TRAILVEC_A", "opens") == "é $$".encode()
+    monkeypatch.setenv("TRAILVEC_A", "mine")
+    assert key_of("TRAILVEC_A", "opens") == b"mine"
 
 
 def test_who_is_on_a_list_of_hashes() -> None:
