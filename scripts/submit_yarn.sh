@@ -98,6 +98,8 @@ spark_home=$(python -c 'import pyspark; print(pyspark.__path__[0])')
     echo "$where.PYSPARK_PYTHON $python"
     echo "$where.PYTHONPATH ./trailvec"
     echo "$where.LC_ALL C.UTF-8"
+    # Python's temporary files, by the name of the folder that YARN makes in each container and removes with it.
+    echo "$where.TMPDIR ./tmp"
   done
   echo "spark.yarn.appMasterEnv.TRAILVEC_KEYS keys/keys.json"
   echo "spark.redaction.regex (?i)secret|password|token|access[.]?key|erase_key|export_key"

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ def look(_: object = None) -> Iterator[dict[str, Any]]:
         "modules": [jobs.__file__, numpy.__file__],
         "path": sys.path,
         "files": sorted(files),
+        "temporary": tempfile.gettempdir(),
     }
 
 

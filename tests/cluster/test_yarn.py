@@ -398,6 +398,7 @@ def test_nothing_of_this_machine_is_seen_nor_a_key_in_logs_and_a_failure_is_one_
     for text, is_there in ((b"launch_container.sh", True), (b"EnvironmentUpdate", True), (b"the key $$", False)):
         assert (text in logs) == is_there, text
     for place in ("driver", "worker"):
+        assert seen[place]["temporary"] == f"{seen[place]['folder']}/tmp"
         assert [
             path
             for path in [seen[place]["folder"], seen[place]["prefix"], *seen[place]["modules"]]
