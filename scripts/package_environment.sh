@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Packs a Python that runs on a cluster's nodes, which need none, and prints the archive's path:
 #   scripts/package_environment.sh data           what ingest to build_sequences import (requirements-data.lock): no torch
-#   scripts/package_environment.sh full           all of requirements.lock, and Horovod: gigabytes
+#   scripts/package_environment.sh full           all of requirements.lock, and the Horovod of the set-up: gigabytes
 #   scripts/package_environment.sh check ARCHIVE  does its interpreter travel with it? (scripts/submit_yarn.sh asks)
 # An archive that is up to date is not made again. PySpark is not in it: the Spark that submits a job ships its own,
 # which is of the same version as its jars; nor is trailvec, which changes more often (scripts/submit_yarn.sh).
@@ -28,8 +28,8 @@ check() {
 
 profile=${1-}
 case $profile in
-  data) lock=requirements-data.lock ;;
-  full) lock=requirements.lock ;;
+  data) lock=requirements-data.lock wheels= ;;
+  full) lock=requirements.lock && source scripts/horovod.sh ;;
   check) check "${2:?which archive?}" && exit ;;
   *) fail "found ${profile:-no profile}: give data, full or check ARCHIVE" ;;
 esac
@@ -39,12 +39,13 @@ done
 
 interpreter=$(python3.11 -c 'import os, sys; print(os.path.realpath(sys.executable))')
 stdlib=$(python3.11 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
-key=$( (cat "$lock" requirements-horovod.lock scripts/package_environment.sh && "$interpreter" -VV) | sha256sum | cut -c1-12)
+key=$( (cat "$lock" scripts/package_environment.sh && echo "${wheels##*/}" && "$interpreter" -VV) | sha256sum | cut -c1-12)
 archive=$PWD/build/environment-$profile-$key.tar.gz
 if [[ -f $archive ]]; then
   echo "$archive"
   exit
 fi
+[[ -z $wheels || -d $wheels ]] || fail "Horovod's wheel is not in $wheels: run scripts/setup.sh with the same HOROVOD_GPU_OPERATIONS (${gpu:-none, the CPU})"
 
 mkdir -p build
 folder=$(mktemp -d "$PWD/build/environment.XXXXXX")
@@ -65,9 +66,7 @@ packages=$("$python" -I -c 'import sysconfig; print(sysconfig.get_path("purelib"
 mkdir -p "$packages"
 uv pip sync --quiet --python "$python" --compile-bytecode --require-hashes "$lock" >&2
 if [[ $profile == full ]]; then
-  # The wheel that scripts/setup.sh built for this torch.
-  wheels=(${XDG_CACHE_HOME:-$HOME/.cache}/trailvec/wheels/torch*-cp311-x86_64-${HOROVOD_GPU_OPERATIONS:-CPU}-*/horovod-*.whl)
-  uv pip install --quiet --python "$python" --no-deps "${wheels[-1]}" >&2
+  uv pip install --quiet --python "$python" --no-deps "$wheels"/horovod-*.whl >&2
   uv pip uninstall --quiet --python "$python" pyspark py4j >&2
 fi
 # Scripts whose first line names this machine's folder; tests of packages, an eighth of the size.

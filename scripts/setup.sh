@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes .venv: all that trailvec's commands and tests need. Run it at any time: a finished set-up is skipped, an
 # interrupted one goes on. Packages come from the registries that pip, uv and Ivy are set to on this machine.
-# Reads, where set: XDG_CACHE_HOME (Horovod's wheel, Ivy), HOROVOD_GPU_OPERATIONS (NCCL on a GPU host with CUDA).
+# Reads, where set: XDG_CACHE_HOME (Horovod's wheel, Ivy), HOROVOD_GPU_OPERATIONS (NCCL on a GPU host with CUDA; it is
+# remembered).
 set -euo pipefail
 cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -10,10 +11,12 @@ fail() {
   exit 1
 }
 
+source scripts/horovod.sh
+
 # What the environment is made from; it is up to date where its stamp says the same.
 facts() {
-  printf '%s\n' "$PWD" "${HOROVOD_GPU_OPERATIONS:-}"
-  sha256sum pyproject.toml requirements.lock requirements-horovod.lock scripts/{setup.sh,cxx17.sh,trust_store.py,ivysettings.xml,jars.sha256} scripts/s3/*.scala
+  printf '%s\n' "$PWD" "$gpu"
+  sha256sum pyproject.toml requirements.lock requirements-horovod.lock scripts/{setup.sh,horovod.sh,cxx17.sh,trust_store.py,ivysettings.xml,jars.sha256} scripts/s3/*.scala
 }
 
 version_of() { sed -n "s/^$1==\([^ ]*\).*/\1/p" requirements.lock; }
@@ -33,8 +36,6 @@ done
 [[ -n $python ]] || fail "Python 3.11 with its venv module is missing: apt-get install python3.11-venv, or pyenv install 3.11"
 
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/trailvec
-build_key=$(cat requirements-horovod.lock scripts/cxx17.sh | sha256sum | cut -c1-12)
-wheels=$cache/wheels/torch$(version_of torch)-cp311-x86_64-${HOROVOD_GPU_OPERATIONS:-CPU}-$build_key
 if [[ ! -d $wheels ]]; then
   command -v g++ >/dev/null || fail "no C++ compiler, which Horovod's build needs: apt-get install g++ make"
   command -v make >/dev/null || fail "make is missing, which Horovod's build needs: apt-get install make"
@@ -58,6 +59,8 @@ install_packages() { uv pip sync --require-hashes requirements.lock; }
 
 build_horovod() {
   rm -rf "$wheels.part"
+  # Of this step alone, which is a subshell. Horovod asks whether it is set.
+  if [[ -n $gpu ]]; then export HOROVOD_GPU_OPERATIONS=$gpu; else unset HOROVOD_GPU_OPERATIONS; fi
   # pip's own cache of wheels knows nothing of PyTorch's version: it stays out.
   PATH=$PWD/scripts:$PATH CXX=cxx17.sh MAKEFLAGS=-j$(nproc) \
     HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 \
@@ -161,6 +164,7 @@ mkdir -p build
 export PATH=$PWD/.venv/bin:$PATH VIRTUAL_ENV=$PWD/.venv
 rm -f "$stamp"
 step "Python environment in .venv" make_environment
+facts | sed -n 1,2p >"$stamp" # what was asked for; the rest when it is done
 step "packages of requirements.lock (3 GB to fetch the first time)" install_packages
 [[ -d $wheels ]] || step "Horovod from its source, once (2 to 6 minutes)" build_horovod
 step "Horovod and trailvec into .venv" install_project

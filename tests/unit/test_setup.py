@@ -157,6 +157,37 @@ def test_a_missing_tool_is_one_line_before_anything_is_made(tmp_path: Path, miss
     assert not (checkout / ".venv").exists()
 
 
+def test_an_archive_is_of_the_horovod_that_the_set_up_built(tmp_path: Path) -> None:
+    checkout, tools, cache = tmp_path / "a checkout", tmp_path / "bin", tmp_path / "cache"
+    shutil.copytree(ROOT / "scripts", checkout / "scripts")
+    for folder in (tools, checkout / ".venv"):
+        folder.mkdir()
+    for file in LOCKS:
+        shutil.copy(file, checkout)
+    for name in ("patchelf", "uv"):
+        (tools / name).symlink_to(str(shutil.which("true")))
+    (tools / "python3.11").symlink_to(sys.executable)
+    (cache / "trailvec/wheels/torch9-cp311-x86_64-CPU-of-another-lock").mkdir(parents=True)
+    environment = {"PATH": f"{tools}:/usr/bin:/bin", "HOME": str(tmp_path), "XDG_CACHE_HOME": str(cache)}
+
+    def pack(**said: str) -> tuple[str, str]:
+        """The archive that it would make, and the kind of the wheel that is missing."""
+        command = ["bash", "-x", checkout / "scripts/package_environment.sh", "full"]
+        done = subprocess.run(command, env=environment | said, capture_output=True, text=True, check=False)
+        told = re.findall(r"^package_environment: (.*)$", done.stderr, re.MULTILINE)
+        assert (done.returncode, done.stdout, len(told)) == (1, "", 1)
+        wheel = re.escape(f"{cache}/trailvec/wheels/torch{locked('torch')}-cp311-x86_64-")
+        kind = re.match(rf"Horovod's wheel is not in {wheel}(\w+)-\w{{12}}: run scripts/setup\.sh with", told[0])
+        assert kind, told
+        return re.findall(r"^\+ archive=.*(full-\w+)", done.stderr, re.MULTILINE)[0], kind[1]
+
+    cpu, nccl = pack(), pack(HOROVOD_GPU_OPERATIONS="NCCL")
+    assert (cpu[1], nccl[1], cpu[0] != nccl[0]) == ("CPU", "NCCL", True)
+    (checkout / ".venv/.trailvec-setup").write_text(f"{checkout}\nNCCL\n")
+    assert (pack(), pack(HOROVOD_GPU_OPERATIONS="")) == (nccl, cpu)
+    assert not (checkout / "build").exists()
+
+
 def test_without_java_submit_yarn_says_so_in_one_line_before_anything_is_made(tmp_path: Path) -> None:
     checkout = tmp_path / "a checkout"
     tools = checkout / ".venv" / "bin"
