@@ -258,9 +258,11 @@ def fit_basis(
     for part, values in _parts(states, counts, weighed, directions).items():
         spread = values.std(axis=0)
         if part == "statistics":  # each of another unit
-            scale = np.where(spread > 1e-9, 1 / np.maximum(spread, 1e-9), 0) / np.sqrt(max(1, values.shape[1]))
+            spread *= np.sqrt(max(1, values.shape[1]))
         else:  # a state's or a direction's places have lengths that mean something: one factor for all
-            scale = np.full(values.shape[1], 1 / max(float(np.sqrt((spread**2).sum())), 1e-9))
+            spread = np.full(values.shape[1], np.sqrt((spread**2).sum()))
+        # What is the same for all of the fit is 0 for good: another factor would make much of a later user's little.
+        scale = np.where(spread > 1e-9, 1 / np.maximum(spread, 1e-9), 0)
         shifts[part] = values.mean(axis=0).astype(np.float32)
         scales[part] = (scale * WEIGHTS[part]).astype(np.float32)
     return Basis(names, words, terms, usual, directions, shifts, scales)

@@ -30,7 +30,7 @@ def fitted(states: np.ndarray, counts: dict[str, sp.csr_matrix], most: int = 100
     items = fit_items(counts["items"], most)
     names = [f"{('red', 'green', 'blue')[n % 3]} item, no {n} of many" for n in range(len(items.numbers))]
     names[0] = ""  # has none
-    once, since = counts["statistics"] + sp.csr_matrix([[1.0, 2, 0]] * USERS), np.log1p(np.arange(2.0 * USERS))
+    once = counts["statistics"] + sp.csr_matrix([[1.0, 2, 0]] * len(states))
     return fit_basis(
         states,
         counts,
@@ -38,7 +38,7 @@ def fitted(states: np.ndarray, counts: dict[str, sp.csr_matrix], most: int = 100
         items=items,
         item_names=names,
         before=once,
-        since=since.reshape(USERS, 2),
+        since=np.log1p(np.arange(2.0 * len(states))).reshape(len(states), 2),
         item_width=7,
         width=5,
         most=most,
@@ -180,6 +180,14 @@ def test_a_user_alone_has_the_profile_that_they_have_among_others(
             read_basis(tmp_path)
     (tmp_path / "profile.json").unlink()
     assert read_basis(tmp_path) is None
+
+
+def test_what_is_the_same_for_all_users_of_the_fit_is_0_for_those_who_come_later(
+    sample: tuple[np.ndarray, dict[str, sp.csr_matrix]],
+) -> None:
+    states, counts = sample
+    basis = fitted(states[:1], {kind: of[:1] for kind, of in counts.items()})
+    assert not basis.profiles(states, counts).any()
 
 
 def test_lists_of_a_slice_as_counts() -> None:
