@@ -81,6 +81,15 @@ def too_few_items(report: dict[str, Any], settings: AlignSettings) -> str | None
     )
 
 
+def no_ranking(report: dict[str, Any], settings: AlignSettings) -> str | None:
+    """Why the limit on the ranking says nothing: one sentence; None: it does, there is no limit, or nothing is known of
+    the current model either."""
+    ranking = report.get("ranking", {})
+    if not ranking.get("old") or ranking.get("new") is not None or settings.max_ranking_loss == 1:
+        return None
+    return f"align.max_ranking_loss says nothing about model {report['model_version']}: its valid split holds nobody"
+
+
 # ---- the comparison ----------------------------------------------------------------------------------------------
 
 
@@ -146,8 +155,7 @@ def run(runtime: Runtime) -> None:
     else:
         runtime.report.skipped = True
     runtime.report.notes.append(report["said"])
-    if warning := too_few_items(report, runtime.config.align):
-        runtime.report.notes.append(warning)
+    runtime.report.notes += filter(None, (ask(report, runtime.config.align) for ask in (too_few_items, no_ranking)))
     if (why := refusal(report, runtime.config.align)) and onto != folder.name:
         raise TrailvecError(why)
 

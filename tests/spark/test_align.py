@@ -151,8 +151,11 @@ def test_spaces_of_unlike_width_are_told_apart(shop: Runtime, monkeypatch: pytes
         shop.execute(stage)
     monkeypatch.setattr("tests.spark.test_score_users.SPEC", SPEC.model_copy(update={"width": 8}))
     make_unaligned(shop, "m2", seed=2)
+    ranking = {"m1": 0.5, "m2": None, "m3": 0.1}
+    monkeypatch.setattr(align, "_ranking", lambda _, version: ranking[version])
     assert shop.execute(align.STAGE).notes == [
-        "model m2 can't be laid onto m1 (found widths {16} and 8): its space is a new one"
+        "model m2 can't be laid onto m1 (found widths {16} and 8): its space is a new one",
+        "align.max_ranking_loss says nothing about model m2: its valid split holds nobody",
     ]
     told = json.loads((shop.models / "m2" / "alignment.json").read_text())
     assert told["rotation_sha256"] is None
@@ -163,7 +166,6 @@ def test_spaces_of_unlike_width_are_told_apart(shop: Runtime, monkeypatch: pytes
         assert "cosine_after" not in told[kind]
 
     make_unaligned(shop, "m3", seed=3)
-    monkeypatch.setattr(align, "_ranking", lambda _, version: {"m1": 0.5, "m3": 0.1}[version])
     for stage in (align.STAGE, score_users.STAGE):
         with pytest.raises(TrailvecError, match=r"model m3 must not follow m1: NDCG@10 in validation fell by 80%"):
             shop.execute(stage)

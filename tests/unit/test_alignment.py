@@ -8,7 +8,7 @@ import pytest
 from scipy.linalg import orthogonal_procrustes
 from scipy.stats import ortho_group
 
-from jobs.align import compare, refusal, too_few_items
+from jobs.align import compare, no_ranking, refusal, too_few_items
 from jobs.config import AlignSettings
 from spark_udfs.alignment import mean_cosine, overlap, rotation_of
 
@@ -92,6 +92,18 @@ def test_the_gate_says_by_how_much() -> None:
         "train another (train.warm_start keeps the space) or change the limit"
     )
     assert refusal({"model_version": "m2", "onto": None}, settings) is None
+
+
+def test_without_validation_the_gate_says_that_it_says_nothing() -> None:
+    settings = AlignSettings(min_overlap=0.5, max_ranking_loss=0.1)
+    assert refusal(report_of(0.5, 0.6, 0.2, None), settings) is None
+    assert no_ranking(report_of(0.5, 0.6, 0.2, None), settings) == (
+        "align.max_ranking_loss says nothing about model m2: its valid split holds nobody"
+    )
+    for old, new in ((0.2, 0.1), (0.2, 0.0), (None, None), (0.0, None)):
+        assert no_ranking(report_of(0.5, 0.6, old, new), settings) is None
+    assert no_ranking({"model_version": "m2", "onto": None}, settings) is None
+    assert no_ranking(report_of(0.5, 0.6, 0.2, None), AlignSettings(max_ranking_loss=1)) is None
 
 
 def test_of_few_items_the_gate_says_that_it_says_nothing() -> None:
