@@ -57,6 +57,9 @@ _SPARK_DEFAULTS = {
     # A folder store=007 says "007", whatever the folders beside it say.
     "spark.sql.sources.partitionColumnTypeInference.enabled": "false",
     "spark.sql.execution.arrow.pyspark.enabled": "true",
+    # What comes to the driver is bounded by code, or has to come (a catalogue's vectors, a model's weights). Spark's
+    # own limit, 1g, ended evaluate and a training in Spark's tasks from some four million items on.
+    "spark.driver.maxResultSize": "0",
     # What is cached is read once or twice: choosing an encoding for each column was a sixth of ingest's CPU time.
     "spark.sql.inMemoryColumnarStorage.compressed": "false",
     # A write that changes nothing (an empty table stays empty) still records what ran.

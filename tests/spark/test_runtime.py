@@ -307,6 +307,10 @@ def test_settings_are_what_they_were_when_a_block_fails(spark: SparkSession) -> 
     assert [spark.conf.get(key) for key in (given, default)] == ["2", "0"]
 
 
+def test_a_result_of_any_size_comes_to_the_driver(spark: SparkSession) -> None:
+    assert spark.sparkContext.getConf().get("spark.driver.maxResultSize") == "0"
+
+
 def test_own_java_options_come_beside_ours(spark: SparkSession) -> None:
     """The tests have some of their own (tests/conftest.py)."""
     system = spark._jvm.java.lang.System  # type: ignore[union-attr]

@@ -214,6 +214,12 @@ def test_training_fits_its_cluster_and_the_upkeep_of_the_tables(target: str) -> 
     assert task.job["timeout_seconds"] < config.maintain.retention_hours * 3600
 
 
+def test_what_a_session_may_not_change_is_the_clusters() -> None:
+    key = "spark.driver.maxResultSize"
+    unbounded = {task.entry_point for task in tasks("prod") if task.cluster.get("spark_conf", {}).get(key) == "0"}
+    assert unbounded >= {"trailvec-train", "trailvec-evaluate"}
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_cluster_is_of_the_runtime_that_the_pins_are_for(target: str) -> None:
     for task in tasks(target):
