@@ -145,7 +145,10 @@ class SequencesSettings(Section):
         None, description="UTC; validation ends here. None: 28 days before the log's end"
     )
     seen_days: int = Field(
-        28, ge=0, description="an item acted on in that many days before the cut is not new; 0: ever"
+        28,
+        ge=0,
+        description="an item acted on in that many days before the cut is not new; 0: ever, as always in leave_one_out "
+        "(there it only says, by 0, that validation during training ranks no item of the user's row)",
     )
     target_event_types: list[str] = Field(
         default_factory=list, description="event types that are to be predicted; empty: all"

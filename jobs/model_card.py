@@ -28,7 +28,8 @@ def card(about: dict[str, Any]) -> str:
         lines += [
             "Users held out for validation; the whole catalogue is ranked, nothing taken out. These figures chose",
             "the epoch, so they flatter it. What to report (the test window, new and repeated items, the floors beside",
-            "them) is in the table `evaluation`.",
+            "them) is in the table `evaluation`. There split valid has other figures: a target that the model does not",
+            "know is a miss, here it is left out; items that are never a target are not ranked, here they are.",
             *_table("", {"all": {"users": training["held_users"], **best}}),
             *_table("by actions of history", best["by_history"]),
             *_table("by vertical of the next item", best["by_vertical"]),

@@ -60,6 +60,7 @@ def test_the_card_says_where_the_model_comes_from_and_how_well_it_ranks() -> Non
     assert ["all", "1,500", "0.5000", "0.3750"] in rows
     assert ["1-4", "7", "0.0625", "0.0312"] in rows
     assert ["food", "1,234", "1.0000", "0.7500"] in rows
+    assert "There split valid has other figures" in text
     assert "## Known limits" in text
     assert "has no vector" not in text  # embed_items gives cold items one
 
