@@ -225,9 +225,7 @@ def _users(runtime: Runtime, folder: Path, onto: str) -> DataFrame:
     old = runtime.latest(USER_EMBEDDINGS).where((F.col("model_version") == onto) & ~F.col("is_cold"))
     drawn = drawn_by_hash(USERS_COMPARED / max(1, old.count()), "user_id", F.lit("align"))
     rows = runtime.read(SEQUENCES).where("split = 'score'").where(drawn)
-    new = encode_sequences(
-        rows, ["user_id"], model_dir=folder, batch_size=runtime.config.score.batch_size, turned=False
-    )
+    new = encode_sequences(runtime, rows, ["user_id"], model_dir=folder, turned=False)
     both = new.where(~F.col("is_cold")).select("user_id", F.col("vector").alias("new"))
     return both.join(old.select("user_id", F.col("vector").alias("old")), "user_id")
 

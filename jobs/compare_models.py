@@ -88,7 +88,7 @@ def compare(runtime: Runtime, versions: tuple[str, str]) -> tuple[list[Differenc
         both = [
             (
                 evaluated_rows(runtime, folder),
-                read_catalogue(runtime, item_vectors(runtime, folder).where(~F.col("is_cold"))),
+                read_catalogue(runtime, item_vectors(runtime, folder).where(~F.col("is_cold")), folder.name),
             )
             for folder in folders
         ]

@@ -42,7 +42,7 @@ from jobs.drift import Alarm, Drift, alarms, drift_of, event_counts
 from jobs.errors import TrailvecError
 from jobs.habit import habit
 from jobs.item_facts import item_verticals
-from jobs.model_folders import model_folder
+from jobs.model_folders import check_items, model_folder
 from jobs.models import encode_sequences
 from jobs.ranking import (
     FLOORS,
@@ -276,8 +276,7 @@ def measure_drift(runtime: Runtime, rows: pd.DataFrame, cuts: Cuts, model_dir: P
     sample = _by_hash(rows, DRIFT_SAMPLE)[["user_id", "vector"]]
     asked = runtime.spark.createDataFrame(sample[["user_id"]], "user_id string")
     newest = runtime.read(SEQUENCES).where("split = 'score'").join(F.broadcast(asked), "user_id", "left_semi")
-    batch_size = runtime.config.score.batch_size
-    encoded = encode_sequences(newest, ["user_id"], model_dir=model_dir, batch_size=batch_size).toPandas()
+    encoded = encode_sequences(runtime, newest, ["user_id"], model_dir=model_dir).toPandas()
     both = sample.merge(encoded[["user_id", "vector"]], on="user_id", suffixes=("_cut", "_end"))
     return drift_of(counts, _matrix(both["vector_cut"]), _matrix(both["vector_end"]))
 
@@ -289,18 +288,14 @@ def run(runtime: Runtime) -> None:
     settings = runtime.config.evaluate
     model_dir = model_folder(runtime)
     version = model_dir.name
+    check_items(runtime, version)
     # Items that the model never saw in training are not ranked: the floors don't know them either.
     vectors = runtime.read(ITEM_EMBEDDINGS).where((F.col("model_version") == version) & ~F.col("is_cold"))
-    if vectors.isEmpty():
-        raise TrailvecError(
-            f"table item_embeddings has no vector of an item that model {version} knows: "
-            f"run `trailvec embed_items` first"
-        )
     rows = evaluated_rows(runtime, model_dir)
+    catalogue = read_catalogue(runtime, vectors, version)
     cuts = cut_times(runtime.read(SESSIONS), runtime.config.sequences, "end_ts")
     results: list[Result] = []
     if len(rows):
-        catalogue = read_catalogue(runtime, vectors)
         size = len(catalogue.target_counts)
         own, interactions = _interactions(runtime, rows[["user_id", "cut_us"]], size, cuts)
         scorers = _scorers(rows, own, ItemKnn(interactions, settings.knn_decay), catalogue)
@@ -329,7 +324,8 @@ def evaluated_rows(runtime: Runtime, model_dir: Path) -> pd.DataFrame:
     item_index, seen_item_index, target_item_index, target_hours (from the cut on), vector. Reads the stage's SEQUENCES.
 
     Raises:
-        TrailvecError: the model in that folder is damaged, or has learnt from what these rows ask about.
+        TrailvecError: the model in that folder is damaged, has learnt from what these rows ask about, or knows items by
+            other numbers than today's.
     """
     settings = runtime.config.evaluate
     hours = "transform(target_ts, t -> (unix_micros(t) - unix_micros(as_of)) / 3.6e9D)"
@@ -338,10 +334,8 @@ def evaluated_rows(runtime: Runtime, model_dir: Path) -> pd.DataFrame:
     if runtime.config.sequences.split_by == "time":
         _refuse_leak(runtime, rows, model_dir)
     keep = ["user_id", "cut_us", "length", "item_index", "seen_item_index", "target_item_index", "target_hours"]
-    encoded = encode_sequences(
-        _sample(rows, settings.max_users), keep, model_dir=model_dir, batch_size=runtime.config.score.batch_size
-    ).drop("history_length", "is_cold")
-    return in_order(encoded, "user_id")
+    encoded = encode_sequences(runtime, _sample(rows, settings.max_users), keep, model_dir=model_dir)
+    return in_order(encoded.drop("history_length", "is_cold"), "user_id")
 
 
 def _refuse_leak(runtime: Runtime, rows: DataFrame, model_dir: Path) -> None:
@@ -360,14 +354,19 @@ def _sample(rows: DataFrame, max_users: int) -> DataFrame:
     return rows if total <= max_users else rows.where(drawn_by_hash(max_users / total, "user_id"))
 
 
-def read_catalogue(runtime: Runtime, vectors: DataFrame) -> Catalogue:
+def read_catalogue(runtime: Runtime, vectors: DataFrame, version: str) -> Catalogue:
     """The catalogue of a model's `vectors` (item_id, item_index, vector). Reads the stage's ITEMS.
 
     Raises:
-        TrailvecError: none of its items can be ranked.
+        TrailvecError: there are none of today's items, or none of these can be ranked.
     """
     counted = vectors.join(runtime.read(ITEMS), ["item_id", "item_index"])
     items = counted.select("item_index", "vector", "target_count").toPandas()
+    if items.empty:
+        raise TrailvecError(
+            f"table item_embeddings has no vector of an item that model {version} knows: "
+            f"run `trailvec embed_items` first"
+        )
     index = items["item_index"].to_numpy()
     size, width = int(index.max()) + 1, len(items["vector"].iloc[0])
     matrix, counts = np.zeros((size, width), np.float32), np.zeros(size, np.int64)

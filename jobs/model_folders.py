@@ -13,7 +13,7 @@ from pyspark import SparkFiles
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, fetch
 from jobs.runtime import Runtime
-from jobs.tables import CONTEXT_VALUES, ITEMS
+from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS
 from training.checkpoint import ABOUT, WEIGHTS, read_about, read_description, rotation_sha256
 
 
@@ -70,6 +70,17 @@ def check_numbers(
         raise TrailvecError(
             f"model {about['model_version']} knows items by the numbers of tables items and context_values that were "
             f"removed and made anew since: {instead}"
+        )
+
+
+def check_items(runtime: Runtime, version: str) -> None:
+    """Raises TrailvecError where the items of the model lie in a space that it had before: users would in another."""
+    notes = [said["note"] for said in runtime.noted(ITEM_EMBEDDINGS)]
+    made_by = next((note for note in notes if note.get("model_version") == version), None)
+    if made_by not in (None, model_inputs(runtime)):
+        raise TrailvecError(
+            f"model {version} was trained or aligned again after its item vectors were written: "
+            f"run `trailvec embed_items` first"
         )
 
 

@@ -19,11 +19,11 @@ from training.config import ModelSpec
 
 
 def encode_sequences(
+    runtime: Runtime,
     sequences: DataFrame,
     keep: Sequence[str],
     *,
     model_dir: Path,
-    batch_size: int,
     counts: Counts | None = None,
     turned: bool = True,
 ) -> DataFrame:
@@ -34,15 +34,16 @@ def encode_sequences(
         turned: as the model's alignment says (`trailvec align`).
 
     Raises:
-        TrailvecError: the model in that folder is damaged.
+        TrailvecError: the model in that folder is damaged, or knows items by other numbers than today's.
     """
     about = read_about(model_dir)
+    check_numbers(runtime, about)
     return encode_users(
         sequences,
         keep,
         spec=ModelSpec.model_validate(about["spec"]),
-        weights=_ship_weights(sequences.sparkSession, model_dir, about["weights_sha256"]),
-        batch_size=batch_size,
+        weights=_ship_weights(runtime.spark, model_dir, about["weights_sha256"]),
+        batch_size=runtime.config.score.batch_size,
         rotation=read_rotation(model_dir) if turned else None,
         counts=counts,
     )

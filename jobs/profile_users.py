@@ -178,7 +178,7 @@ def states(runtime: Runtime, sessions: DataFrame, cuts: DataFrame, model_dir: Pa
     known = actions.join(cuts, "user_id").where("event_ts < cut").drop("cut")
     settings = SequencesSettings(max_length=runtime.config.sequences.max_length)
     rows = build_sequences(known, Cuts(end, end, end), settings, splits=("score",))
-    encoded = encode_sequences(rows, ["user_id"], model_dir=model_dir, batch_size=runtime.config.score.batch_size)
+    encoded = encode_sequences(runtime, rows, ["user_id"], model_dir=model_dir)
     return encoded.select("user_id", "vector")
 
 

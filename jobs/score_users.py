@@ -26,7 +26,7 @@ from pyspark.sql import functions as F
 from jobs import align, evaluate
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
-from jobs.model_folders import check_numbers, model_folder, model_inputs
+from jobs.model_folders import check_items, check_numbers, model_folder, model_inputs
 from jobs.models import encode_sequences
 from jobs.progress import meanwhile
 from jobs.runtime import Runtime, Stage
@@ -99,7 +99,7 @@ class Scorer:
         self._folder = model_folder(runtime)
         self.version = self._folder.name
         about = read_about(self._folder)
-        check_numbers(runtime, about)
+        check_numbers(runtime, about)  # before the gate, whose advice would be of no use
         self.model = {
             "version": self.version,
             "weights": about["weights_sha256"],
@@ -180,11 +180,7 @@ class Scorer:
 
     def _encode(self, rows: DataFrame) -> DataFrame:
         vectors = encode_sequences(
-            rows,
-            ["user_id", "as_of"],
-            model_dir=self._folder,
-            batch_size=self._runtime.config.score.batch_size,
-            counts=self.counts,
+            self._runtime, rows, ["user_id", "as_of"], model_dir=self._folder, counts=self.counts
         )
         return vectors.withColumn("model_version", F.lit(self.version))
 
@@ -261,17 +257,6 @@ def check_successor(runtime: Runtime, version: str) -> None:
     # Where no item of any model has a vector, there is nothing that users could fail to fit.
     if runtime.exists(ITEM_EMBEDDINGS) and align.has_no_items(runtime, version):
         raise TrailvecError(f"model {version} has no item vectors yet: run `trailvec embed_items` first")
-
-
-def check_items(runtime: Runtime, version: str) -> None:
-    """Raises TrailvecError where the items of the model lie in a space that it had before: users would in another."""
-    notes = [said["note"] for said in runtime.noted(ITEM_EMBEDDINGS)]
-    made_by = next((note for note in notes if note.get("model_version") == version), None)
-    if made_by not in (None, model_inputs(runtime)):
-        raise TrailvecError(
-            f"model {version} was trained or aligned again after its item vectors were written: "
-            f"run `trailvec embed_items` first"
-        )
 
 
 def run(runtime: Runtime) -> None:

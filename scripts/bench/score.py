@@ -43,8 +43,9 @@ from measure import CORES, bars, cpu_seconds, exponent, last_line, said, session
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from jobs.config import ScoreSettings
+from jobs.config import ScoreSettings, load_config
 from jobs.models import encode_sequences
+from jobs.runtime import Runtime
 from jobs.score_users import SPLIT
 from jobs.spark_session import spark_conf
 from spark_udfs.encode import LoadedModel, by_length, encode_rows
@@ -174,9 +175,9 @@ def timed(act: Callable[[], Any]) -> tuple[float, float]:
 
 
 def trailvec(spark: SparkSession, path: str, model_dir: Path, out: Path) -> None:
-    rows = spark.read.parquet(path)
+    rows, runtime = spark.read.parquet(path), Runtime(load_config(), spark)
     with spark_conf(spark, SPLIT):
-        save(encode_sequences(rows, ["user_id", "as_of"], model_dir=model_dir, batch_size=BATCH), out)
+        save(encode_sequences(runtime, rows, ["user_id", "as_of"], model_dir=model_dir), out)
 
 
 def contestants(

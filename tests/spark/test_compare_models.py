@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from pyspark.sql import SparkSession
 
-from jobs import evaluate
+from jobs import embed_items, evaluate
 from jobs.cli import main
 from jobs.compare_models import Difference, compare, print_differences
 from jobs.errors import TrailvecError
@@ -93,7 +94,7 @@ def test_a_pipe_gets_a_line_for_each_metric(capsys: pytest.CaptureFixture[str]) 
     ]
 
 
-def test_a_model_that_is_not_there_or_has_no_vectors_is_one_sentence(
+def test_a_model_that_is_not_there_or_has_no_vectors_of_its_own_is_one_sentence(
     shop: tuple[Runtime, Rows], capsys: pytest.CaptureFixture[str]
 ) -> None:
     runtime, _ = shop
@@ -105,6 +106,11 @@ def test_a_model_that_is_not_there_or_has_no_vectors_is_one_sentence(
     for table in (SESSIONS, ITEM_EMBEDDINGS):
         runtime.create(table)
     with pytest.raises(TrailvecError, match="no vector of an item that model m1 knows: run `trailvec embed_items`"):
+        runtime.execute(evaluate.STAGE)
+    runtime.execute(embed_items.STAGE)
+    shutil.rmtree(runtime.models / "m1")
+    make_model(runtime, "m1", seed=2)
+    with pytest.raises(TrailvecError, match="m1 was trained or aligned again after its item vectors were written: run"):
         runtime.execute(evaluate.STAGE)
 
 

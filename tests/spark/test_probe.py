@@ -16,7 +16,7 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from jobs import build_vocabulary, probe, profile_users, sessionize
+from jobs import build_vocabulary, models, probe, profile_users, sessionize
 from jobs.errors import TrailvecError
 from jobs.files import write_json
 from jobs.runtime import Runtime
@@ -86,7 +86,7 @@ def whole(filled: Path, tmp_path: Path) -> Path:
 def model(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """A model whose vector is what it reads: the row's items, laid out in four numbers."""
 
-    def encode(rows: DataFrame, keep: list[str], *, model_dir: Path, batch_size: int) -> DataFrame:
+    def encode(_: Runtime, rows: DataFrame, keep: list[str], *, model_dir: Path) -> DataFrame:
         padded = F.slice(F.concat(F.reverse("item_index"), F.array_repeat(F.lit(0), 4)), 1, 4)
         return rows.select(*keep, padded.cast("array<float>").alias("vector"))
 
@@ -311,6 +311,16 @@ def test_what_is_probed_is_what_profile_users_writes(
     timeless = sum(width for part, width in widths.items() if part not in ("statistics", "forecast"))
     assert again.keys() == rows.keys() | {"new"}
     assert again["u3"]["vector"][:timeless] == pytest.approx(rows["u3"]["vector"][:timeless], abs=1e-6)
+
+
+def test_a_model_that_numbers_other_tables_items_makes_no_profile(
+    make_runtime: Callable[..., Runtime], whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = {"model_version": "m1", "spec": SPEC.model_dump(), "weights_sha256": ""}
+    about |= {"provenance": {"table_ids": {"items": "removed since"}}}
+    monkeypatch.setattr(models, "read_about", lambda folder: about)
+    with pytest.raises(TrailvecError, match=r"m1 knows items by the numbers of tables .*: run `trailvec train`"):
+        make_runtime(*SETTINGS, root=whole).execute(profile_users.STAGE)
 
 
 def test_labels_with_times_see_what_came_before_them_and_no_more(

@@ -329,11 +329,12 @@ def test_missing_and_damaged_models_and_one_of_other_tables(trained: Runtime) ->
 
 
 def test_a_user_in_many_batches_of_arrow_still_has_one_vector(trained: Runtime) -> None:
-    rows = trained.spark.read.format("delta").load(trained.path(SEQUENCES)).where("split = 'score'")
+    runtime = Runtime(make_config(trained.root, *SETTINGS, "score.batch_size=2"), trained.spark)
+    rows = runtime.latest(SEQUENCES).where("split = 'score'")
     key = "spark.sql.execution.arrow.maxRecordsPerBatch"
     trained.spark.conf.set(key, "3")
     try:
-        small = encode_sequences(rows, ["user_id"], model_dir=model_folder(trained), batch_size=2).collect()
+        small = encode_sequences(runtime, rows, ["user_id"], model_dir=model_folder(trained)).collect()
     finally:
         trained.spark.conf.unset(key)
     stored = trained.spark.read.format("delta").load(trained.path(USER_EMBEDDINGS)).select("user_id", F.col("vector"))
