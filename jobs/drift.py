@@ -41,7 +41,7 @@ class Alarm(NamedTuple):
 
 @dataclass(frozen=True)
 class Drift:
-    """What moved. NaN: one of the two windows holds nothing.
+    """What moved. NaN: one of the two windows holds nothing, or of rates that the log does not reach over both.
 
     Attributes:
         events: events in the window after the cut.
@@ -76,7 +76,7 @@ def event_counts(sessions: DataFrame, items: DataFrame, cut: datetime, end: date
     Args:
         sessions, items: rows of these tables.
     """
-    start = cut - (end - cut)
+    start = _start(cut, end)
     known = items.select("item_id", "first_ts")
     events = sessions.where(F.col("end_ts") >= utc(start)).select(F.explode("events").alias("event")).select("event.*")
     late = F.col("event_ts") >= utc(cut)
@@ -91,12 +91,22 @@ def event_counts(sessions: DataFrame, items: DataFrame, cut: datetime, end: date
     )
 
 
-def drift_of(counts: pd.DataFrame, at_cut: Vectors, at_end: Vectors) -> Drift:
+def reaches_back(sessions: DataFrame, cut: datetime, end: datetime) -> bool:
+    """Whether the log begins no later than the time before the cut that `event_counts` counts in."""
+    return not sessions.where(F.col("start_ts") <= utc(_start(cut, end))).isEmpty()
+
+
+def _start(cut: datetime, end: datetime) -> datetime:
+    return cut - (end - cut)
+
+
+def drift_of(counts: pd.DataFrame, at_cut: Vectors, at_end: Vectors, *, comparable: bool = True) -> Drift:
     """The figures.
 
     Args:
         counts: what `event_counts` gives.
         at_cut, at_end: vectors of the same users, float32 [users, width] each.
+        comparable: what `reaches_back` gives: else a steady vertical would have more events after the cut than before.
     """
     ordered = counts.assign(all=counts["after"] + counts["before"]).sort_values(
         ["all", "vertical"], ascending=[False, True]
@@ -108,7 +118,9 @@ def drift_of(counts: pd.DataFrame, at_cut: Vectors, at_end: Vectors) -> Drift:
     return Drift(
         events=after,
         stability=stability(counts["before"].to_numpy(), counts["after"].to_numpy()),
-        rates={row.vertical: int(row.after) / int(row.before) for row in ordered.itertuples() if row.before},
+        rates={row.vertical: int(row.after) / int(row.before) for row in ordered.itertuples() if row.before}
+        if comparable
+        else dict.fromkeys(ordered["vertical"], math.nan),
         counts={row.vertical: int(row.all) for row in ordered.itertuples()},
         new_items=int(counts["new_after"].sum()) / after if after else math.nan,
         new_items_before=int(counts["new_before"].sum()) / before if before else math.nan,
@@ -140,7 +152,8 @@ def alarms(drift: Drift, settings: DriftSettings) -> list[Alarm]:
     ask("max_stability", drift.stability > settings.max_stability, drift.stability, moved)
     for vertical, count in drift.counts.items():
         rate = drift.rates.get(vertical, math.inf)
-        beyond = count >= settings.min_events and not 1 / settings.max_rate_factor <= rate <= settings.max_rate_factor
+        most = settings.max_rate_factor
+        beyond = count >= settings.min_events and (rate < 1 / most or rate > most)
         times = f"{rate:.2f} times the events of the time before" if vertical in drift.rates else "events, none before"
         ask("max_rate_factor", beyond, rate, f"vertical {vertical} has {times}", vertical)
     new = f"{drift.new_items:.0%} of the events are of items new in that time (before: {drift.new_items_before:.0%})"

@@ -38,7 +38,7 @@ from jobs import space
 from jobs.build_sequences import UNKNOWN, in_vocabulary, number_actions
 from jobs.build_vocabulary import category_value
 from jobs.cli import stage_main
-from jobs.drift import Alarm, Drift, alarms, drift_of, event_counts
+from jobs.drift import Alarm, Drift, alarms, drift_of, event_counts, reaches_back
 from jobs.errors import TrailvecError
 from jobs.habit import habit
 from jobs.item_facts import item_verticals
@@ -270,15 +270,19 @@ def measure_drift(runtime: Runtime, rows: pd.DataFrame, cuts: Cuts, model_dir: P
     Args:
         rows: what `evaluated_rows` gives.
     """
-    counts = event_counts(
-        runtime.read(SESSIONS), runtime.read(ITEMS), cut_of(runtime.config.evaluate.split, cuts), cuts.end
-    ).toPandas()
+    sessions, cut = runtime.read(SESSIONS), cut_of(runtime.config.evaluate.split, cuts)
+    counts = event_counts(sessions, runtime.read(ITEMS), cut, cuts.end).toPandas()
+    if not (comparable := reaches_back(sessions, cut, cuts.end)):
+        runtime.report.notes.append(
+            f"no rate of the verticals' events is given: the log does not go back as far before the cut, {cut}, as it "
+            f"goes on after it"
+        )
     sample = _by_hash(rows, DRIFT_SAMPLE)[["user_id", "vector"]]
     asked = runtime.spark.createDataFrame(sample[["user_id"]], "user_id string")
     newest = runtime.read(SEQUENCES).where("split = 'score'").join(F.broadcast(asked), "user_id", "left_semi")
     encoded = encode_sequences(runtime, newest, ["user_id"], model_dir=model_dir).toPandas()
     both = sample.merge(encoded[["user_id", "vector"]], on="user_id", suffixes=("_cut", "_end"))
-    return drift_of(counts, _matrix(both["vector_cut"]), _matrix(both["vector_end"]))
+    return drift_of(counts, _matrix(both["vector_cut"]), _matrix(both["vector_end"]), comparable=comparable)
 
 
 # ---- the stage ---------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 
 from pyspark.sql import SparkSession
 
-from jobs.drift import event_counts
+from jobs.drift import event_counts, reaches_back
 
 CUT, END = datetime(2024, 1, 11), datetime(2024, 1, 21)
 
@@ -22,12 +22,15 @@ def test_events_are_counted_by_vertical_on_both_sides_of_the_cut(spark: SparkSes
         [(at(9), "late", "food"), (at(2), "old", "rides")],
         [(at(-3), "nameless", "rides")],  # an item that the vocabulary does not hold
     ]
-    sessions = [(max(time for time, _, _ in of), of) for of in events]
+    times = [[time for time, _, _ in of] for of in events]
+    sessions = spark.createDataFrame(
+        [(min(of), max(of), session) for of, session in zip(times, events, strict=True)],
+        "start_ts timestamp, end_ts timestamp, "
+        "events array<struct<event_ts: timestamp, item_id: string, vertical: string>>",
+    )
     items = [("old", at(-11)), ("early", at(-1)), ("late", at(9))]
     found = event_counts(
-        spark.createDataFrame(
-            sessions, "end_ts timestamp, events array<struct<event_ts: timestamp, item_id: string, vertical: string>>"
-        ),
+        sessions,
         spark.createDataFrame(items, "item_id string, first_ts timestamp"),
         CUT,
         END,
@@ -36,3 +39,5 @@ def test_events_are_counted_by_vertical_on_both_sides_of_the_cut(spark: SparkSes
         ("food", 2, 2, 1, 1),
         ("rides", 1, 1, 0, 0),
     ]
+    # Its first event is 11 days before the cut.
+    assert [reaches_back(sessions, CUT, at(days)) for days in (11, 11.001)] == [True, False]

@@ -59,6 +59,17 @@ def test_figures_of_a_small_log() -> None:
     assert drift.centroid == pytest.approx(1 / math.sqrt(5))  # (1/2, 1) and (5/2, 0)
 
 
+def test_a_log_that_does_not_reach_over_the_time_before_gives_no_rates() -> None:
+    """36 days of a steady log, cut 28 days before its end: 28 days beside 8."""
+    counts = pd.DataFrame({"vertical": ["food", "new"], "after": [280, 150], "before": [80, 0]})
+    counts[["new_after", "new_before"]] = 0
+    none = np.empty((0, 2), np.float32)
+    assert {alarm.vertical for alarm in alarms(drift_of(counts, none, none), LIMITS)} >= {"food", "new"}
+    drift = drift_of(counts, none, none, comparable=False)
+    assert all(math.isnan(rate) for rate in drift.rates.values())
+    assert {alarm.limit for alarm in alarms(drift, LIMITS)} == {"max_stability"}  # shares are of whatever time
+
+
 def test_within_the_limits_nobody_is_called() -> None:
     assert alarms(moved(), LIMITS) == []
 
