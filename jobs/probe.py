@@ -330,7 +330,8 @@ def run(runtime: Runtime) -> None:
     if settings.activity or settings.event_types:
         asks = f"probe.days = {settings.days:g}"
         refuse_leak(model_dir.name, trained_to, asked_from, asks=asks, instead="give fewer days")
-    results = []
+    # None takes its time before all were looked at.
+    asked: list[tuple[Question, set[str]]] = []
     for question in questions(runtime, sessions, cuts):
         few = question.labels.groupby("task")["label"].agg(rarer)
         runtime.report.notes += [
@@ -342,13 +343,17 @@ def run(runtime: Runtime) -> None:
         tasks = sorted(set(question.labels["task"]))
         asks, earliest = f"a label of {', '.join(tasks)}", time_at(int(question.labels["cut"].min()))
         refuse_leak(model_dir.name, trained_to, earliest, asks=asks, instead="leave out such labels")
-        runtime.on_progress(f"features for {', '.join(tasks)}")
+        asked.append((question, {*few[few >= settings.folds].index}))
+    results = []
+    for question, enough in asked:
+        names = ", ".join(sorted(set(question.labels["task"])))
+        runtime.on_progress(f"features for {names}")
         users, features = features_of(runtime, sessions, question, model_dir, cuts.end)
-        runtime.on_progress(f"heads for {', '.join(tasks)}")
+        runtime.on_progress(f"heads for {names}")
         results += [(model_dir.name, *row) for row in results_of(question.labels, users, features, settings)]
         runtime.report.notes += [
             f"{task} is not probed: no fold by label_ts has both labels to learn from and to test on"
-            for task in sorted({*few[few >= settings.folds].index} - {row[1] for row in results})
+            for task in sorted(enough - {row[1] for row in results})
         ]
     frame = runtime.spark.createDataFrame(results, PROBES.schema()).coalesce(1)
     runtime.write(PROBES, frame, of={"model_version": model_dir.name})

@@ -268,8 +268,10 @@ def test_a_task_with_nobody_or_too_few_of_a_label_is_said_and_leaves_no_old_rows
     old = [(version, "rare", "vector", "logistic", "auc", 0.9, 0.0, 24, 3) for version in ("m0", "m1")]
     put(runtime, PROBES, runtime.spark.createDataFrame(old, PROBES.schema()))
 
+    made: list[str] = []
+
     def features(_runtime: Runtime, _sessions: DataFrame, question: probe.Question, *_: Any) -> Any:
-        assert set(question.labels["task"]) == {"at once"}  # those of the others would be for nothing
+        made.extend(question.labels["task"].unique())
         return sorted(f"u{n}" for n in range(24)), {"majority": np.zeros((24, 1))}
 
     monkeypatch.setattr(probe, "features_of", features)
@@ -281,6 +283,13 @@ def test_a_task_with_nobody_or_too_few_of_a_label_is_said_and_leaves_no_old_rows
         "at once is not probed: no fold by label_ts has both labels to learn from and to test on",
     ]
     assert [r["model_version"] for r in read_delta(runtime.path(PROBES))] == ["m0"]
+    assert made == ["at once"]  # those of the others would be for nothing
+
+    early = [f"u{n},early,{n % 2},2024-02-01 00:00:00" for n in range(24)]  # the model has learnt from what came then
+    file.write_text("\n".join(["user_id,task,label,label_ts", *rows, *early]) + "\n")
+    with pytest.raises(TrailvecError, match=r"and a label of early asks about what came after 2024-02-01 00:00:00"):
+        runtime.execute(probe.STAGE)
+    assert made == ["at once"]  # another question's features would be for nothing
 
 
 def test_what_is_probed_is_what_profile_users_writes(
