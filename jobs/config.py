@@ -200,6 +200,9 @@ class DriftSettings(Section):
     )
 
 
+FEW_USERS = 30  # an interval over fewer is too narrow to be believed (docs/decisions/0016)
+
+
 class GateSettings(Section):
     """A row of `evaluation` that a model must have before it becomes the current one; columns as there."""
 
@@ -208,8 +211,13 @@ class GateSettings(Section):
     metric: str
     slice: str = "all"
     slice_value: str = "all"
-    at_least: float | None = Field(None, description="the lower end of the interval, where the row has one, else value")
-    at_most: float | None = Field(None, description="the upper end of the interval, where the row has one, else value")
+    at_least: float | None = Field(
+        None, description="the whole interval lies above it; of a row without one, the value is not below it"
+    )
+    at_most: float | None = Field(
+        None, description="the whole interval lies below it; of a row without one, the value is not above it"
+    )
+    min_users: int = Field(FEW_USERS, ge=1, description="a row with an interval over fewer users does not pass")
 
     @model_validator(mode="after")
     def _says_something(self) -> GateSettings:

@@ -38,6 +38,7 @@ from jobs import space
 from jobs.build_sequences import UNKNOWN, in_vocabulary, number_actions
 from jobs.build_vocabulary import category_value
 from jobs.cli import stage_main
+from jobs.config import GateSettings
 from jobs.drift import Alarm, Drift, alarms, drift_of, event_counts, reaches_back
 from jobs.errors import TrailvecError
 from jobs.habit import habit
@@ -455,18 +456,33 @@ def refusal(runtime: Runtime, version: str) -> str | None:
         if row is None:
             reasons.append(f"table evaluation has no row {name} of it in split {settings.split}")
             continue
-        low, high = (row["value"] if row[end] is None else row[end] for end in ("low", "high"))
-        told = f"{name} is {row['value']:.4f}" + ("" if row["low"] is None else f" ({low:.4f} to {high:.4f})")
-        if asked.at_least is not None and not low >= asked.at_least:
-            reasons.append(f"{told}, not surely at least {asked.at_least:g}")
-        if asked.at_most is not None and not high <= asked.at_most:
-            reasons.append(f"{told}, not surely at most {asked.at_most:g}")
+        reasons += [f"{name} {why}" for why in shortfalls(row.asDict(), asked)]
     if not reasons:
         return None
     return (
         f"model {version} must not become current (evaluate.gate): {'; '.join(reasons)}: run `trailvec evaluate` where "
-        f"it has not run, else train another or change the gate"
+        f"it has not run, else look at its page (`trailvec write_report` writes it), train another or change the gate"
     )
+
+
+def shortfalls(row: dict[str, Any], asked: GateSettings) -> Iterator[str]:
+    """What a row of EVALUATION lacks of what is asked of it. An interval that ends at a limit is level with it, as the
+    page says too."""
+    value, low, high = row["value"], row["low"], row["high"]
+    if low is None:
+        if asked.at_least is not None and not value >= asked.at_least:
+            yield f"is {value:.4f}, not at least {asked.at_least:g}"
+        if asked.at_most is not None and not value <= asked.at_most:
+            yield f"is {value:.4f}, not at most {asked.at_most:g}"
+        return
+    if row["counted"] < asked.min_users:
+        yield f"is over {row['counted']:,} users, fewer than min_users = {asked.min_users:,}"
+        return
+    told = f"is {value:.4f} ({low:.4f} to {high:.4f}), not surely"
+    if asked.at_least is not None and not low > asked.at_least:
+        yield f"{told} above {asked.at_least:g}"
+    if asked.at_most is not None and not high < asked.at_most:
+        yield f"{told} below {asked.at_most:g}"
 
 
 STAGE = Stage(

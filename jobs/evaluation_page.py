@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from jobs import pictures
+from jobs.config import FEW_USERS
 from jobs.pictures import Point
 from jobs.ranking import MODELS, Cell, hours_names
 from training.metrics import HISTORY_FROM, class_names
@@ -167,6 +168,7 @@ def page(facts: Facts) -> str:
         as_of=facts.about.get("as_of", "")[:16].replace("T", " "),
         split=facts.split,
         sections=sections,
+        few_users=FEW_USERS,
         verdicts=[
             _verdict(task, model, points, users)
             for task in tasks
@@ -227,6 +229,8 @@ def _verdict(task: str, model: str, points: Points, users: Users) -> Row:
             continue
         word = "better" if lead.low > 0 else "worse" if lead.high < 0 else "level"
         said = {"better": "better than", "worse": "worse than", "level": "level with"}[word]
+        if users[task, "all", "all"] < FEW_USERS:
+            word, said = "few", "not surely other than"
         by = f"{lead.value:+.4f}, {lead.low:+.4f} to {lead.high:+.4f}"
         leads.append({"word": word, "said": said, "name": name, "by": by})
     return {

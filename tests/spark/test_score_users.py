@@ -16,8 +16,10 @@ import torch
 from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
-from jobs import cli, find_neighbours, score_users
+from jobs import cli, find_neighbours, score_users, write_report
+from jobs.config import GateSettings
 from jobs.errors import TrailvecError
+from jobs.evaluate import shortfalls
 from jobs.files import write_json
 from jobs.retire_model import retire
 from jobs.runtime import Runtime, Stage
@@ -110,7 +112,7 @@ def shop(make_runtime: Callable[..., Runtime], spark: SparkSession) -> Runtime:
 def evaluation_row(version: str, low: float | None, value: float, high: float | None) -> dict[str, Any]:
     cell = {"method": "popularity", "metric": "model_lead_ndcg@10", "slice": "all", "slice_value": "all"}
     of = {"model_version": version, "split": "test", "task": "new", "low": low, "value": value, "high": high}
-    return of | cell | {"counted": 100}
+    return of | cell | {"counted": 30}
 
 
 def test_a_model_without_the_asked_rows_of_evaluation_does_not_become_current(shop: Runtime) -> None:
@@ -118,7 +120,11 @@ def test_a_model_without_the_asked_rows_of_evaluation_does_not_become_current(sh
     shop.execute(score_users.STAGE)
     make_model(shop, "m2", seed=2)
     gate = '{{task="new", method="popularity", metric="model_lead_ndcg@10", {}}}'.format
-    asked = ["storage.database=scores", f"evaluate.gate=[{gate('at_least=0.0')}, {gate('at_most=0.5')}]"]
+    asked = [
+        "storage.database=scores",
+        "train.tracking_uri=none",
+        f"evaluate.gate=[{gate('at_least=0.0')}, {gate('at_most=0.5')}]",
+    ]
     strict = Runtime(make_config(shop.root, *asked), shop.spark)
 
     def refused(reason: str) -> None:
@@ -131,14 +137,45 @@ def test_a_model_without_the_asked_rows_of_evaluation_does_not_become_current(sh
     name = "new popularity model_lead_ndcg@10"
     refused(f"table evaluation has no row {name} of it in split test; table evaluation has no row")
     fill(shop, EVALUATION, [evaluation_row("m1", 0.1, 0.2, 0.3), evaluation_row("m2", -0.01, 0.2, 0.3)])
-    refused(f"{name} is 0.2000 (-0.0100 to 0.3000), not surely at least 0: run")
-    fill(shop, EVALUATION, [evaluation_row("m2", 0.01, 0.2, 0.6)])
-    refused(f"{name} is 0.2000 (0.0100 to 0.6000), not surely at most 0.5: run")
-    fill(shop, EVALUATION, [evaluation_row("m2", None, 0.7, None)])
-    refused(f"{name} is 0.7000, not surely at most 0.5: run")
-    fill(shop, EVALUATION, [evaluation_row("m2", 0.0, 0.2, 0.5)])
+    refused(f"{name} is 0.2000 (-0.0100 to 0.3000), not surely above 0: run")
+    about = {"item_name": None, "category": None, "unit_price": None, "vertical": "food", "said_ts": (None,) * 4}
+    counts = dict.fromkeys(("event_count", "train_count", "target_count"), 9)
+    item = {"item_id": "i2", "item_index": 2}
+    fill(shop, ITEMS, [item | about | counts | {"first_ts": CUT}])
+    of_model = {"model_version": "m2", "as_of": CUT, "is_cold": False, "vector": [1.0]}
+    fill(shop, ITEM_EMBEDDINGS, [item | of_model])
+    strict.execute(write_report.STAGE)  # which the sentence sends people to
+    assert "Model m2" in (shop.models / "m2" / write_report.PAGE).read_text()
+    fill(shop, EVALUATION, [evaluation_row("m2", 0.01, 0.2, 0.49)])
     strict.execute(score_users.STAGE)
     assert current(shop) == ({"m2"}, USERS)
+
+
+@pytest.mark.parametrize(
+    ("interval", "counted", "lacks"),
+    [
+        ((0.01, 0.49), 30, []),
+        ((-0.01, 0.3), 30, ["is 0.2000 (-0.0100 to 0.3000), not surely above 0"]),
+        # What beats nothing is level with it, of everybody and of one user.
+        ((0.0, 0.0), 2_000, ["is 0.2000 (0.0000 to 0.0000), not surely above 0"]),
+        ((0.2, 0.5), 30, ["is 0.2000 (0.2000 to 0.5000), not surely below 0.5"]),
+        ((0.2, 0.2), 29, ["is over 29 users, fewer than min_users = 30"]),
+    ],
+)
+def test_what_a_row_lacks_of_what_the_gate_asks(interval: tuple[float, float], counted: int, lacks: list[str]) -> None:
+    of = {"task": "new", "method": "popularity", "metric": "model_lead_ndcg@10"}
+    asked = GateSettings.model_validate(of | {"at_least": 0.0, "at_most": 0.5})
+    low, high = interval
+    row = evaluation_row("m", low, 0.2, high) | {"counted": counted}
+    assert list(shortfalls(row, asked)) == lacks
+    assert not list(shortfalls(row | {"counted": 1}, GateSettings.model_validate(of | {"at_most": 1, "min_users": 1})))
+    for value, lack in (
+        (0.0, []),
+        (0.5, []),
+        (-0.1, ["is -0.1000, not at least 0"]),
+        (0.7, ["is 0.7000, not at most 0.5"]),
+    ):
+        assert list(shortfalls(evaluation_row("m", None, value, None) | {"counted": 1}, asked)) == lack
 
 
 def test_increments_end_as_a_plain_loop_over_all_users(shop: Runtime) -> None:

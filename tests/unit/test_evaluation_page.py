@@ -152,6 +152,8 @@ def test_it_says_what_the_rows_say() -> None:
     )
     assert "worse than the user's own most frequent (-0.2500, -0.2600 to -0.2400)" in said
     assert "level with item-kNN (+0.0050, -0.0050 to +0.0150)" in said
+    few = " ".join(Page(page(facts(rows=[each | {"counted": 29} for each in ROWS]))).text.split())
+    assert "(29 users, NDCG@10 0.1250 0.1150 to 0.1350): not surely other than most popular items (+0.0625," in few
     assert "the model 0.1250 0.1150 to 0.1350 2.50" in said  # twice and a half as popular
     assert "0.3750" in said
     assert "5-19 1,234 0.1875 0.1250 to 0.2500" in said
