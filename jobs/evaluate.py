@@ -3,7 +3,8 @@
 What a user did *next* after the cut is everything at the first moment of it: the order inside one moment (a basket) is
 no information. Three tasks: `next` (any item), `new` (items not acted on in the last `sequences.seen_days`; those are
 taken out of the ranking), `repeat` (the others). Every method ranks the whole catalogue of the training window: all its
-items that were acted on by a type of event that is to be predicted. An item outside of it counts as a miss.
+items that were acted on by a type of event that is to be predicted. An item outside of it counts as a miss: an unknown
+one each time, as nobody can say whether it was the same one twice.
 The floors know what the model knows: counts of the training window, and each user's own history up to the cut.
 `model_and_habit` ranks by the model's score and what the user does again and again (jobs/habit.py).
 
@@ -70,6 +71,7 @@ SPACE_SAMPLE, SPACE_NEIGHBOURS = 10_000, 10  # vectors that the space is judged 
 DRIFT_SAMPLE = 2_000  # users whose vectors are made a second time, at most
 _BLOCK_USERS, _BLOCK_SCORES = 256, 2**24  # 64 MB of scores, however large the catalogue is
 _DEEPEST = 20
+_BEYOND = 2**31  # the first number that no item can have
 _LEADING = "ndcg@10"  # the metric that a model's lead over each floor is told in
 
 Floats = npt.NDArray[np.float32]
@@ -119,9 +121,12 @@ def relevant_items(row: Any, task: str) -> tuple[list[int], float]:
 
 
 def following(rows: pd.DataFrame, task: str) -> Following:
-    """What the users of the rows did next."""
+    """What the users of the rows did next. Unknown items share a number in the rows; here each has its own, beyond any
+    catalogue's."""
     each = [relevant_items(row, task) for row in rows.itertuples()]
     items, offsets = flatten([np.asarray(found, np.int64) for found, _ in each])
+    unknown = items == UNKNOWN
+    items[unknown] = _BEYOND + np.arange(unknown.sum())
     return Following(items, offsets, np.array([hours for _, hours in each], np.float64))
 
 

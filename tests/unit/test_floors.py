@@ -6,13 +6,14 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.evaluate import relevant_items
-from jobs.ranking import flatten, top_items
+from jobs.evaluate import following, relevant_items
+from jobs.ranking import flatten, measures, top_items
 from training.floors import ItemKnn, own_frequency, popularity
 
 ITEMS = 6
@@ -73,3 +74,12 @@ def test_what_comes_next_is_everything_at_the_first_moment() -> None:
     items, hours = relevant_items(nothing_new, "new")
     assert items == []
     assert math.isnan(hours)
+
+
+def test_each_unknown_item_is_one_of_its_own() -> None:
+    hours = {"target_hours": [8.0, 8.0, 12.0], "seen_item_index": [1, 5]}
+    rows = pd.DataFrame([{"target_item_index": [1, 1, 7]} | hours, {"target_item_index": [5, 1, 7]} | hours])
+    assert following(rows, "next").items.tolist() == [2**31, 2**31 + 1, 5, 2**31 + 2]
+    assert following(rows, "new").items.tolist() == [2**31, 2**31 + 1, 2**31 + 2]
+    recall = measures(np.array([[5], [5]]), following(rows, "next"), np.full(8, 9))["recall@10"]
+    assert recall.tolist() == [0, 0.5]
