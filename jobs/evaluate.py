@@ -310,8 +310,8 @@ def run(runtime: Runtime) -> None:
         own, interactions = _interactions(runtime, rows[["user_id", "cut_us"]], size, cuts)
         scorers = _scorers(rows, own, ItemKnn(interactions, settings.knn_decay), catalogue)
         ranked = rank_users(rows, scorers, catalogue.rankable)
-        verticals = item_verticals(runtime.read(ITEMS).where(F.col("item_index") < size), size)
-        known = Known(catalogue.target_counts, *verticals, rows["length"].to_numpy())
+        verticals = item_verticals(runtime.read(ITEMS))
+        known = Known(catalogue.target_counts, *verticals, rows["history_length"].to_numpy())
         results += ranking_results(rows, ranked, known, settings.resamples)
         results += space_alignment(rows, catalogue)
     else:
@@ -330,8 +330,9 @@ def run(runtime: Runtime) -> None:
 
 
 def evaluated_rows(runtime: Runtime, model_dir: Path) -> pd.DataFrame:
-    """The rows that a model is judged by, in the order of users: user_id, cut_us (microseconds since 1970), length,
-    item_index, seen_item_index, target_item_index, target_hours (from the cut on), vector. Reads the stage's SEQUENCES.
+    """The rows that a model is judged by, in the order of users: user_id, cut_us (microseconds since 1970), item_index,
+    seen_item_index, target_item_index, target_hours (from the cut on), history_length (actions that the model reads),
+    vector. Reads the stage's SEQUENCES.
 
     Raises:
         TrailvecError: the model in that folder is damaged, has learnt from what these rows ask about, or knows items by
@@ -343,9 +344,9 @@ def evaluated_rows(runtime: Runtime, model_dir: Path) -> pd.DataFrame:
     rows = rows.withColumn("target_hours", F.expr(hours)).withColumn("cut_us", F.unix_micros("as_of"))
     if runtime.config.sequences.split_by == "time":
         _refuse_leak(runtime, rows, model_dir)
-    keep = ["user_id", "cut_us", "length", "item_index", "seen_item_index", "target_item_index", "target_hours"]
+    keep = ["user_id", "cut_us", "item_index", "seen_item_index", "target_item_index", "target_hours"]
     encoded = encode_sequences(runtime, _sample(rows, settings.max_users), keep, model_dir=model_dir)
-    return in_order(encoded.drop("history_length", "is_cold"), "user_id")
+    return in_order(encoded.drop("is_cold"), "user_id")
 
 
 def _refuse_leak(runtime: Runtime, rows: DataFrame, model_dir: Path) -> None:

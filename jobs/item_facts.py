@@ -48,10 +48,11 @@ def attribute_matrix(attributes: DataFrame, names: Sequence[str], items: int) ->
     return matrix
 
 
-def item_verticals(items: DataFrame, size: int) -> tuple[npt.NDArray[np.int64], list[str]]:
-    """The place of each item's vertical, int64 [size], in the list of verticals beside it; -1 for none."""
+def item_verticals(items: DataFrame) -> tuple[npt.NDArray[np.int64], list[str]]:
+    """The place of each item's vertical, int64 [largest item_index + 1], in the list of verticals beside it; -1 for
+    none."""
     rows = items.select("item_index", "vertical").toPandas()
     codes, names = pd.factorize(rows["vertical"], sort=True)
-    places = np.full(size, -1, np.int64)
+    places = np.full(int(rows["item_index"].max()) + 1 if len(rows) else 2, -1, np.int64)
     places[rows["item_index"]] = codes
     return places, [str(name) for name in names]

@@ -68,7 +68,7 @@ class Known:
 
     Attributes:
         counts: of target actions in training, [items]; 0: the item can't be ranked.
-        vertical: each item's place in `verticals`, [items]; -1 for none.
+        vertical: each item's place in `verticals`, [items], also of those that came after the model; -1 for none.
         lengths: actions that the model reads of a user, [users].
     """
 
@@ -148,8 +148,8 @@ def sliced(
 ) -> Iterator[tuple[str, str, str, Floats]]:
     """(metric, slice, value, each user's value), the metrics of SLICED; NaN where a user is not in the slice.
 
-    By vertical: what a user did next in other verticals does not count there, and an item outside of the vocabulary
-    has none. By history and hours: users by classes.
+    By vertical: what a user did next in other verticals does not count there. An item that has a number and is not
+    ranked is a miss in its vertical; an unknown one has none. By history and hours: users by classes.
 
     Args:
         of_users: what `measures` says of the same ranking.

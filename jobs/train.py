@@ -235,7 +235,7 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
         raise TrailvecError(f"no item was seen vocabulary.min_count = {min_count} times in training: lower it")
     if not base:
         settings = settings.model_copy(update={"epochs": epochs(settings, rows)})
-    places, verticals = item_verticals(runtime.read(ITEMS), len(counts))
+    places, verticals = item_verticals(runtime.read(ITEMS))
     newest = F.date_format(F.max("as_of"), "yyyy-MM-dd'T'HH:mm:ss.SSSSSS")
     as_of = runtime.read(SEQUENCES).where("split = 'train'").agg(newest).collect()[0][0]
     spec = RunSpec(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from tests.conftest import make_config
 from tests.sequence_files import make_rows, save_model
 from tests.spark.test_score_users import Rows, by_plain_loop, evaluation_row, make_model
 from tests.spark.test_train_and_score import CUT, fill, sequences
+from training.batches import FEATURES
 
 USERS = 60
 
@@ -41,6 +43,14 @@ def shop(make_runtime: Callable[..., Runtime], spark: SparkSession) -> tuple[Run
     fill(runtime, ITEMS, items)
     fill(runtime, CONTEXT_VALUES, [{"kind": "vertical", "value": "food", "value_index": 2}])
     return runtime, rows
+
+
+def session_of(user: str, item: str, when: datetime) -> dict[str, Any]:
+    """A session of one event."""
+    event = {"event_ts": when, "event_id": f"{user}-{when}", "item_id": item, "event_type": "buy", "vertical": "food"}
+    event |= {"amount": None, "quantity": None, "time_zone": "UTC"}
+    of = {"session_id": event["event_id"], "user_id": user, "verticals": ["food"], "events": [event], "event_count": 1}
+    return of | {"amount": None} | dict.fromkeys(("start_ts", "end_ts", "run_start_ts"), when)
 
 
 def test_both_models_and_their_difference_over_the_same_users(shop: tuple[Runtime, Rows]) -> None:
@@ -154,3 +164,43 @@ def test_an_evaluation_replaces_its_models_rows_of_its_split_alone(shop: tuple[R
     found = {(r.model_version, r.split, r.task) for r in runtime.latest(EVALUATION).collect()}
     kept = {("m2", "test", "new"), ("m2", "valid", "new"), ("o'm", "test", "new")}
     assert found == kept | {("o'm", "valid", "space")}
+
+
+def test_the_stages_figures_are_what_plain_python_counts(shop: tuple[Runtime, Rows]) -> None:
+    """Some items are unknown, or came after the model."""
+    runtime, rows = shop
+    make_model(runtime, "m1", seed=1)
+    about = {"model_version": "m1", "as_of": CUT, "is_cold": False, "vector": [1.0] * 16}
+    fill(runtime, ITEM_EMBEDDINGS, [{"item_id": f"i{n}", "item_index": n} | about for n in range(2, 29)])
+    for row, following in zip(rows, ([4], [1, 1, 4], [29]), strict=False):
+        row.update(target_item_index=following, target_ts=[CUT] * len(following))
+    rows[0].update({name: (rows[0][name] * 20)[:20] for name in FEATURES}, length=20)
+    fill(runtime, SEQUENCES, rows)
+    day = timedelta(days=1)
+    log = [("other", 4, -60 * day), ("other", 4, 28 * day)]
+    fill(runtime, SESSIONS, [session_of(user, f"i{item}", CUT + after) for user, item, after in log])
+    runtime.execute(evaluate.STAGE)
+
+    table = runtime.latest(EVALUATION).where("task = 'next' AND metric = 'recall@10'").collect()
+    found = {(r["method"], r["slice"], r["slice_value"]): r for r in table}
+    popular = sorted((n for n in range(2, 29) if n % 5), key=lambda n: (-(n % 5), n))[:10]
+
+    def recall(best: list[int], targets: list[int]) -> float:
+        hits = set(best) & set(targets)
+        return len(hits) / (len(set(targets) - {1}) + targets.count(1))
+
+    def mean(method: str, kind: str, name: str) -> tuple[Any, int]:
+        row = found[method, kind, name]
+        return pytest.approx(row["value"]), row["counted"]
+
+    targets = {row["user_id"]: row["target_item_index"] for row in rows}
+    values = [recall(popular, of) for of in targets.values()]
+    assert mean("popularity", "all", "all") == (np.mean(values), USERS)
+    numbered = [inside for of in targets.values() if (inside := [n for n in of if 1 < n < 30])]
+    values = [recall(popular, of) for of in numbered]
+    assert mean("popularity", "vertical", "food") == (np.mean(values), len(numbered))
+    few = sum(row["length"] < 5 for row in rows)
+    assert {key[2]: r["counted"] for key, r in found.items() if key[:2] == ("popularity", "history")} == {
+        "1-4": few,
+        "5-19": USERS - few,  # a model reads so many of longer rows
+    }
