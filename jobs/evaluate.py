@@ -426,6 +426,9 @@ def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts)
         actions = actions.withColumn(f"in_{name}", condition)
     actions = actions.where(is_target(settings.target_event_types))
     actions = actions.where((F.col("item_index") > UNKNOWN) & (F.col("item_index") < items))
+    # Sessions may be newer than the rows, and cut times move with the log's end: what a row asks for is not looked at.
+    actions = actions.join(F.broadcast(runtime.spark.createDataFrame(users)), "user_id", "left")
+    actions = actions.where(F.col("cut_us").isNull() | (F.unix_micros("event_ts") < F.col("cut_us")))
 
     def matrices(rows: DataFrame, names: list[str], **values: Column) -> list[sp.csr_matrix]:
         """A matrix for each of `values`, an aggregate over a user's rows of an item: [users in `names`, items]."""
@@ -433,7 +436,7 @@ def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts)
         places = found["user_id"].map({name: n for n, name in enumerate(names)}), found["item_index"]
         return [sp.csr_matrix((found[name], places), shape=(len(names), items)) for name in values]
 
-    visible = actions.where(f"in_{split}").join(runtime.spark.createDataFrame(users), "user_id")
+    visible = actions.where(f"in_{split} AND cut_us IS NOT NULL")
     of_habit = habit(runtime.config.habit, F.col("cut_us"))
     own = Own(*matrices(visible, users["user_id"].tolist(), counts=F.count("*"), habits=of_habit))
     trained = actions.where("in_train")

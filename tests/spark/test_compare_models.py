@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from pyspark.sql import SparkSession
 
@@ -16,7 +17,8 @@ from jobs import embed_items, evaluate
 from jobs.cli import main
 from jobs.compare_models import Difference, compare, print_differences
 from jobs.errors import TrailvecError
-from jobs.runtime import Runtime
+from jobs.runtime import Runtime, Stage
+from jobs.splits import cut_times, microseconds
 from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS
 from tests.conftest import make_config
 from tests.sequence_files import make_rows, save_model
@@ -167,23 +169,30 @@ def test_an_evaluation_replaces_its_models_rows_of_its_split_alone(shop: tuple[R
 
 
 def test_the_stages_figures_are_what_plain_python_counts(shop: tuple[Runtime, Rows]) -> None:
-    """Some items are unknown, or came after the model."""
+    """The log is a day longer than the sequences; some items are unknown, or came after the model."""
     runtime, rows = shop
     make_model(runtime, "m1", seed=1)
     about = {"model_version": "m1", "as_of": CUT, "is_cold": False, "vector": [1.0] * 16}
     fill(runtime, ITEM_EMBEDDINGS, [{"item_id": f"i{n}", "item_index": n} | about for n in range(2, 29)])
-    for row, following in zip(rows, ([4], [1, 1, 4], [29]), strict=False):
+    for row, following in zip(rows, ([4], [1, 1, 4], [29], [21], [21]), strict=False):
         row.update(target_item_index=following, target_ts=[CUT] * len(following))
     rows[0].update({name: (rows[0][name] * 20)[:20] for name in FEATURES}, length=20)
     fill(runtime, SEQUENCES, rows)
     day = timedelta(days=1)
-    log = [("other", 4, -60 * day), ("other", 4, 28 * day)]
+    log = [
+        ("u3", 21, -day),
+        ("u4", 21, day / 2),
+        ("u4", 22, -27.5 * day),
+        ("other", 4, -60 * day),
+        ("other", 4, 29 * day),
+    ]
     fill(runtime, SESSIONS, [session_of(user, f"i{item}", CUT + after) for user, item, after in log])
     runtime.execute(evaluate.STAGE)
 
     table = runtime.latest(EVALUATION).where("task = 'next' AND metric = 'recall@10'").collect()
     found = {(r["method"], r["slice"], r["slice_value"]): r for r in table}
     popular = sorted((n for n in range(2, 29) if n % 5), key=lambda n: (-(n % 5), n))[:10]
+    own = {"u3": 21, "u4": 22}  # the other one of u4's is what the row asks
 
     def recall(best: list[int], targets: list[int]) -> float:
         hits = set(best) & set(targets)
@@ -196,6 +205,8 @@ def test_the_stages_figures_are_what_plain_python_counts(shop: tuple[Runtime, Ro
     targets = {row["user_id"]: row["target_item_index"] for row in rows}
     values = [recall(popular, of) for of in targets.values()]
     assert mean("popularity", "all", "all") == (np.mean(values), USERS)
+    values = [recall([own[user], *popular[:9]] if user in own else popular, of) for user, of in targets.items()]
+    assert mean("own_frequency", "all", "all") == (np.mean(values), USERS)
     numbered = [inside for of in targets.values() if (inside := [n for n in of if 1 < n < 30])]
     values = [recall(popular, of) for of in numbered]
     assert mean("popularity", "vertical", "food") == (np.mean(values), len(numbered))
@@ -204,3 +215,15 @@ def test_the_stages_figures_are_what_plain_python_counts(shop: tuple[Runtime, Ro
         "1-4": few,
         "5-19": USERS - few,  # a model reads so many of longer rows
     }
+
+    # Today's training window ends a day after the one that rows of the valid split were cut by.
+    valid = Runtime(make_config(runtime.root, 'evaluate.split="valid"'), runtime.spark)
+    users = pd.DataFrame({"user_id": ["u4"], "cut_us": [microseconds(CUT - 28 * day)]})
+    trained: list[np.ndarray] = []
+
+    def look(runtime: Runtime) -> None:
+        cuts = cut_times(runtime.read(SESSIONS), runtime.config.sequences, "end_ts")
+        trained.append(evaluate._interactions(runtime, users, 29, cuts)[1].toarray())
+
+    valid.execute(Stage("look", "", look, reads=(SESSIONS, ITEMS, CONTEXT_VALUES)))
+    assert np.argwhere(trained[0]).tolist() == [[0, 4]]  # of `other`
