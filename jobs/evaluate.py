@@ -494,14 +494,20 @@ def shortfalls(row: dict[str, Any], asked: GateSettings) -> Iterator[str]:
         yield f"{told} below {asked.at_most:g}"
 
 
+def _inputs(runtime: Runtime) -> dict[str, Any]:
+    # The gate is judged by the rows whenever score_users runs: no row depends on it.
+    settings = runtime.config.evaluate.model_dump(mode="json", exclude={"gate"})
+    return {"model_version": model_folder(runtime).name, "evaluate": settings}
+
+
 STAGE = Stage(
     "evaluate",
     "rank the catalogue for every test user; the model beside the floors",
     run,
     reads=(SEQUENCES, SESSIONS, ITEMS, CONTEXT_VALUES, ITEM_EMBEDDINGS),
     writes=(EVALUATION,),
-    settings=("evaluate", "habit", "sequences", "vocabulary", "model"),
-    inputs=lambda runtime: {"model_version": model_folder(runtime).name},
+    settings=("habit", "sequences", "vocabulary", "model"),
+    inputs=_inputs,
 )
 
 

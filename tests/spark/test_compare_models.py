@@ -216,6 +216,10 @@ def test_the_stages_figures_are_what_plain_python_counts(shop: tuple[Runtime, Ro
         "5-19": USERS - few,  # a model reads so many of longer rows
     }
 
+    gate = 'evaluate.gate=[{task="next", method="model", metric="ndcg@10", at_least=0.0}]'
+    asked = Runtime(make_config(runtime.root, "evaluate.resamples=200", gate), runtime.spark)
+    assert asked.execute(evaluate.STAGE).skipped
+
     # Today's training window ends a day after the one that rows of the valid split were cut by.
     valid = Runtime(make_config(runtime.root, 'evaluate.split="valid"'), runtime.spark)
     users = pd.DataFrame({"user_id": ["u4"], "cut_us": [microseconds(CUT - 28 * day)]})
