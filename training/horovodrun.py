@@ -4,6 +4,9 @@
 
 Its server, where the processes find each other, asks for no credentials and would listen to every machine that reaches
 this one. Here it listens on loopback, as all else that `horovodrun --gloo` opens for localhost does.
+
+And it would write the whole environment, keys and all, into each process's command line, which everybody on the machine
+can read. Here the processes inherit it.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from socketserver import TCPServer
+from types import SimpleNamespace
 
-from horovod.runner import launch
+from horovod.runner import gloo_run, launch
 from horovod.runner.common.util import network
 from horovod.runner.http import http_server
 
@@ -37,6 +41,12 @@ def _find_loopback_port(make_server: Callable[[tuple[str, int]], TCPServer]) -> 
     return server, server.server_address[1]
 
 
+def _said_aloud(name: str) -> bool:
+    """Whether a variable is written into a process's command line: those that this process does not have itself."""
+    return name.startswith("HOROVOD_") or name == "PYTHONUNBUFFERED"
+
+
 if __name__ == "__main__":
+    gloo_run.env_util = SimpleNamespace(is_exportable=_said_aloud)
     with on_loopback():
         launch.run_commandline()

@@ -437,7 +437,11 @@ def test_a_failing_rank_is_one_sentence_and_ends_the_other(tmp_path: Path, monke
     assert list((tmp_path / "model").iterdir()) == []
 
 
-def test_no_rank_outlives_a_killed_stage(tmp_path: Path) -> None:
+def test_no_rank_outlives_a_killed_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meanwhile: who listens, and what the command lines tell, which everybody can read."""
+    key = "only-in-the-environment" + 4_000 * " of a long class path"  # with the other more than one argument may have
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key)
+    monkeypatch.setenv("SPARK_DIST_CLASSPATH", key)
     spec = make_run(tmp_path, [make_rows(50), make_rows(50)], processes=2, epochs=10_000, batch_size=2)
     (tmp_path / "run.json").write_text(spec.model_dump_json())
     script = f"""
@@ -455,6 +459,10 @@ launch(run, RunSpec.model_validate_json(run.read_text()), lambda event: print(ev
     opened = [c for rank in ranks for c in psutil.Process(rank).net_connections() if c.status == psutil.CONN_LISTEN]
     assert opened
     assert {connection.laddr.ip for connection in opened} == {"127.0.0.1"}
+    started = psutil.Process(stage.pid).children(recursive=True)
+    assert {process.pid for process in started} > set(ranks)  # and the shells around them
+    assert not [process for process in started if "only-in-the-environment" in " ".join(process.cmdline())]
+    assert all(psutil.Process(rank).environ()["AWS_SECRET_ACCESS_KEY"] == key for rank in ranks)
     stage.send_signal(signal.SIGKILL)
     stage.wait()
     deadline = time.monotonic() + 60
