@@ -164,10 +164,9 @@ def _begin(spec: RunSpec, device: torch.device) -> _Run:
     rows_sha256 = rows_digest(spec.train_files)
     found = dist.from_first(_checkpoint_over(rows_sha256, folder) if folder and rank == 0 else None)
     progress, tensors = read_checkpoint(found) if found else (Progress(ranks=size), {})
-    if progress.ranks != size:
+    if progress.ranks != size:  # started by hand: for `trailvec train` another number makes another model
         raise TrailvecError(
-            f"the checkpoint {found} is of {progress.ranks} processes, this run has {size}: "
-            f"set train.processes = {progress.ranks}, or remove {folder} to begin anew"
+            f"the checkpoint {found} is of {progress.ranks} processes, this run has {size}: start as many"
         )
     progress.rows_sha256 = rows_sha256
     if found:
