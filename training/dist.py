@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -17,7 +18,7 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 
-from jobs.errors import TrailvecError
+from jobs.errors import TrailvecError, explain, first_line
 from training.rowwise import summed
 
 
@@ -34,6 +35,9 @@ def start() -> torch.device:
         # A thread of Horovod's asks the others every so many milliseconds what there is to exchange. Every single one
         # (its default) costs a process that computes on one core 20 ms of a step of 66 (docs/what-did-not-work.md).
         os.environ.setdefault("HOROVOD_CYCLE_TIME", "3")
+    # How long Gloo waits for the others, now and at each exchange: in its own 30 s a busy or cold machine may not even
+    # have imported PyTorch. One that was killed closes its sockets, and nobody waits for it.
+    os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "300")
     hvd.init()
     if not cuda:
         if gpus and rank() == 0:
@@ -151,49 +155,66 @@ def run_in_spark(
             brings the lines in blocks of 64 KB or when the rank ends.
 
     Raises:
-        Exception: Horovod's own, when a rank failed or the tasks did not start within two minutes.
+        Exception: Horovod's own, when a rank failed or the tasks did not start within two minutes; or what Spark says
+            of its job, where that failed.
     """
     import horovod.spark  # noqa: PLC0415 - it wants pyspark, which a training process need not have
     from pyspark import SparkContext  # noqa: PLC0415
 
-    from training.horovodrun import on_loopback  # noqa: PLC0415
+    from training.horovodrun import kept_alive, on_loopback  # noqa: PLC0415
 
     # All on this machine: no other one has to reach Horovod's servers, of which one asks for no credentials.
     local = str(SparkContext.getOrCreate().master).startswith("local")
     loopback = {name for _, name in socket.if_nameindex() if name.startswith("lo")}
-    with _hooks_given_back(), on_loopback() if local else nullcontext():
-        return list(
-            horovod.spark.run(
-                function,
-                args=arguments,
-                num_proc=processes,
-                use_gloo=True,
-                env=environment,
-                stdout=_Lines(hear),
-                stderr=_Lines(hear),
-                start_timeout=120,
-                verbose=0,
-                nics=loopback if local else None,
-                executable=os.environ.get("PYSPARK_PYTHON"),  # the executors' interpreter
+    with _hooks_given_back() as of_job, kept_alive(), on_loopback() if local else nullcontext():
+        try:
+            return list(
+                horovod.spark.run(
+                    function,
+                    args=arguments,
+                    num_proc=processes,
+                    use_gloo=True,
+                    env=environment,
+                    stdout=_Lines(hear),
+                    stderr=_Lines(hear),
+                    start_timeout=120,
+                    verbose=0,
+                    nics=loopback if local else None,
+                    executable=os.environ.get("PYSPARK_PYTHON"),  # the executors' interpreter
+                )
             )
-        )
+        except Exception as error:
+            if of_job and "see the error above" in str(error):
+                raise RuntimeError(_why_a_job_failed(of_job[0])) from of_job[0]
+            raise
+
+
+def _why_a_job_failed(error: BaseException) -> str:
+    """One line of the pages that Spark says: its Python's own exception, else what Java's message ends with."""
+    text = str(error)
+    found = re.search(r"^[\w.]*(?:Error|Exception): (.+)", text, re.MULTILINE)
+    found = found or re.search(r".*(?:Error|Exception): (.+)", text)
+    return explain(error) or (found[1] if found else first_line(error))
 
 
 @contextmanager
-def _hooks_given_back() -> Iterator[None]:
-    """What Horovod changes in this process is as before when the block ends, and its own thread's errors go unprinted:
-    pages of Java about what `run_in_spark` raises anyway."""
+def _hooks_given_back() -> Iterator[list[BaseException]]:
+    """What Horovod changes in this process is as before when the block ends. Its own thread's errors are not printed,
+    being pages of Java: they are in the list."""
     # Horovod takes Ctrl-C and SIGTERM for itself and does not give them back.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     print_error = threading.excepthook
+    unprinted: list[BaseException] = []
 
     def print_others(failed: threading.ExceptHookArgs) -> None:
         if "(run_spark)" not in getattr(failed.thread, "name", ""):
             print_error(failed)
+        elif failed.exc_value:
+            unprinted.append(failed.exc_value)
 
     threading.excepthook = print_others
     try:
-        yield
+        yield unprinted
     finally:
         threading.excepthook = print_error
         for number, handler in handlers.items():

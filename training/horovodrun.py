@@ -11,10 +11,13 @@ can read. Here the processes inherit it.
 
 from __future__ import annotations
 
+import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from socketserver import TCPServer
 from types import SimpleNamespace
+from typing import Any
 
 from horovod.runner import gloo_run, launch
 from horovod.runner.common.util import network
@@ -39,6 +42,29 @@ def _find_loopback_port(make_server: Callable[[tuple[str, int]], TCPServer]) -> 
     """What Horovod's `find_port` gives: a server and its port."""
     server = make_server(("127.0.0.1", 0))
     return server, server.server_address[1]
+
+
+@contextmanager
+def kept_alive() -> Iterator[None]:
+    """A machine that is gone without a word is missed within three minutes by what Horovod asks it meanwhile from this
+    process. It asks for the end of each rank, and would wait for the answer for ever."""
+    kept = network.socket
+    network.socket = SimpleNamespace(**{**vars(socket), "socket": _alive_socket})
+    try:
+        yield
+    finally:
+        network.socket = kept
+
+
+def _alive_socket(*of_kind: Any) -> socket.socket:
+    """A TCP socket that asks a silent machine for a sign of life after a minute, and soon gives up to reach one."""
+    made = socket.socket(*of_kind)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":
+        options = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 6, socket.TCP_SYNCNT: 3}
+        for option, value in options.items():
+            made.setsockopt(socket.IPPROTO_TCP, option, value)
+    return made
 
 
 def _said_aloud(name: str) -> bool:

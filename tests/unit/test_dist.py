@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
+from horovod.runner.common.util import network
 
 from jobs.errors import TrailvecError
 from jobs.train import progress_line
@@ -21,6 +26,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         monkeypatch.setattr(f"horovod.torch.{name}", lambda value=value: value)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     monkeypatch.setenv("HOROVOD_CYCLE_TIME", "3")
+    monkeypatch.setenv("HOROVOD_GLOO_TIMEOUT_SECONDS", "300")
     return monkeypatch
 
 
@@ -49,3 +55,66 @@ def test_a_machine_without_gpus_has_nothing_to_say(
     machine.setattr("horovod.torch.rank", lambda: 0)
     assert dist.start() == torch.device("cpu")
     assert capsys.readouterr().out == ""
+
+
+def test_ranks_wait_five_minutes_for_each_other_or_as_long_as_they_are_told(machine: pytest.MonkeyPatch) -> None:
+    machine.delenv("HOROVOD_GLOO_TIMEOUT_SECONDS", raising=False)
+    dist.start()
+    assert os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] == "300"
+    machine.setenv("HOROVOD_GLOO_TIMEOUT_SECONDS", "9")
+    dist.start()
+    assert os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] == "9"
+
+
+# What Spark says of a job, by Py4J; the thread in which Horovod runs it prints it, and nobody else knows it.
+ABORTED = "An error occurred while calling z:org.apache.spark.api.python.PythonRDD.collectAndServe.\n: "
+ABORTED += "org.apache.spark.SparkException: Job aborted due to stage failure: "
+LOST_TASK = "Task 0 in stage 1.0 failed 1 times, most recent failure: Lost task 0.0 in stage 1.0 (host driver): "
+IN_PYTHON = "org.apache.spark.api.python.PythonException: Traceback (most recent call last):\n  File ...\n"
+
+
+@pytest.mark.parametrize(
+    ("says", "told"),
+    [
+        (
+            "Total size of results (2 GiB) is bigger than x\n\tat org...",
+            "^Job aborted .*: Total size .* bigger than x$",
+        ),
+        (LOST_TASK + "org.apache.spark.SparkException: Python worker crashed\n\tat org...", "^Python worker crashed$"),
+        (LOST_TASK + IN_PYTHON + "ValueError: no such place\nbehind it\n\tat org...", "^no such place$"),
+        (
+            LOST_TASK + IN_PYTHON + "ModuleNotFoundError: No module named 'horovod'\n\tat",
+            "^horovod is not in the Python",
+        ),
+    ],
+)
+def test_a_failed_job_of_spark_says_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], says: str, told: str
+) -> None:
+    def run_spark() -> None:
+        raise RuntimeError(ABORTED + says)
+
+    def run(*_: object, **__: object) -> None:
+        failing = threading.Thread(target=run_spark)  # its name ends with the function's
+        failing.start()
+        failing.join()
+        raise Exception("Spark job has failed, see the error above.")
+
+    monkeypatch.setattr("horovod.spark.run", run)
+    monkeypatch.setattr("pyspark.SparkContext.getOrCreate", lambda: SimpleNamespace(master="yarn"))
+    with pytest.raises(RuntimeError, match=told):
+        dist.run_in_spark(print, (), 2, {}, print)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_driver_does_not_wait_for_a_machine_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: object, **__: object) -> list[list[int]]:
+        with network.socket.socket(network.socket.AF_INET, network.socket.SOCK_STREAM) as asking:
+            names = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT")
+            after = [asking.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in names]
+            return [[asking.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), *after]]
+
+    monkeypatch.setattr("horovod.spark.run", run)
+    monkeypatch.setattr("pyspark.SparkContext.getOrCreate", lambda: SimpleNamespace(master="yarn"))
+    assert dist.run_in_spark(print, (), 2, {}, print) == [[1, 60, 10, 6]]
+    assert network.socket is socket
