@@ -23,6 +23,8 @@ from training.stores import folder_of
 
 _FOLLOWS = re.compile(r"HorovodInternalError|: Horovod (?:has been shut down|detected)|gloo/")
 _LOST = ": Horovod has been shut down"
+_LAUNCHERS = ": Horovod detected"
+_PLACES = r"(?:\[\S+:\d+\] )*"  # in the source of Gloo, from which C++ speaks
 
 
 def launch(run_file: Path, spec: RunSpec, on_event: Callable[[dict[str, Any]], None]) -> None:
@@ -93,14 +95,17 @@ def launch_in_spark(spec: RunSpec, on_event: Callable[[dict[str, Any]], None]) -
         else:
             words.append(line)
 
-    environment = {"OMP_NUM_THREADS": str(spec.settings.threads)}
+    environment = {
+        "OMP_NUM_THREADS": str(spec.settings.threads),
+        "PYTHONSAFEPATH": "1",  # as above, of the folder in which an executor works
+    }
     places = {name: getattr(spec, name) for name in ("item_counts", "item_attributes", "item_verticals")}
     arrays = {name: Path(place).read_bytes() for name, place in places.items() if place}
     arguments = (spec.model_dump_json(), arrays)
     try:
         files, *_ = dist.run_in_spark(train_in_executor, arguments, spec.settings.processes, environment, hear)
     except Exception as error:  # Horovod raises plain Exception and RuntimeError
-        raise _stopped(spec, last_words([*words, *str(error).splitlines()], 1)) from error
+        raise _stopped(spec, last_words([*words, *f"{type(error).__name__}: {error}".splitlines()], 1)) from error
     for name in sorted(files, key=lambda name: name == "model.json"):  # the description comes last, as everywhere
         (Path(spec.output) / name).write_bytes(files[name])
 
@@ -115,19 +120,23 @@ def parse_event(line: str) -> dict[str, Any] | None:
 
 
 def last_words(lines: list[str], code: int) -> str:
-    """What a failed run's output says about its cause: an exception, else the signal that killed a process, else the
-    last line. That a rank lost the others, and that the launcher lost a rank, follows from the cause."""
-    texts = [text for line in lines if (text := re.sub(r"^\[\d+\]<std(?:err|out)>:", "", line.strip()))]
-    exceptions = [text for text in texts if re.match(r"[\w.]*(?:Error|Exception): .", text)]
+    """What a failed run's output says about its cause: an exception (Python's, or what() of C++), else the signal that
+    killed a process, else how one ended, else the last line. That a rank lost the others, and that the launcher lost a
+    rank, follows from the cause."""
+    texts = [text for line in lines if (text := re.sub(r"^\[\d+\]<std(?:err|out)>:\s*", "", line.strip()))]
+    exceptions = [text for text in texts if re.match(r"(?:[\w.]*(?:Error|Exception)|what\(\)): +[^ ]", text)]
     causes = [text for text in exceptions if not _FOLLOWS.search(text)]
     killed = [found[1] for text in texts if (found := re.search(r"(\d+) exit with status code 137", text))]
     if not causes and (killed or code in (-signal.SIGKILL, 137) or "Exit code: 137" in texts):
         return f"process {killed[0] if killed else 0} was killed by signal 9 (did the machine run out of memory?)"
-    said = causes[:1] or exceptions[:1]
-    if said and _LOST in said[0]:  # what the others say of a rank that could say nothing
+    said = causes[:1] or [text for text in exceptions if _LAUNCHERS not in text][:1]
+    # What the others say of a rank that could say nothing, or the launcher, to which it did not answer any more.
+    if not causes and ("Exit code: -1" in texts or (said and _LOST in said[0])):
         return "a process was lost, with its executor or its machine"
     if said:
-        return said[0].partition(": ")[2]
+        return re.sub(rf"^\S+: +{_PLACES}", "", said[0])
+    if ended := re.search(r"Process name: (\d+)\nExit code: (\d+)", "\n".join(texts)):  # the launcher's
+        return f"process {ended[1]} ended with code {ended[2]}"
     return texts[-1] if texts else f"exit code {code}"
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from jobs.errors import TrailvecError, explain
-from jobs.launch_training import last_words, launch
+from jobs.launch_training import last_words, launch, launch_in_spark
 from jobs.runtime import Runtime
 from jobs.train import base_of, epochs, run
 from tests.conftest import make_config
@@ -519,9 +520,32 @@ def test_last_words_are_the_cause() -> None:
     assert last_words([gone, shut_down, launchers, "Process name: 1", "Exit code: 137"], 1).startswith("process 0 was")
     assert last_words([gone, launchers], 1) == "the other rank is gone"
     assert last_words([shut_down, launchers], 1) == "a process was lost, with its executor or its machine"
+    assert last_words([gone, launchers, "Process name: 1", "Exit code: -1"], 1).startswith("a process was lost, with")
+    place = "[/src/horovod/common/gloo/http_store.cc:54] "
+    late = f"[0]<stderr>:  what():  {place}{place}Wait timeout after 300 seconds for key(s): 1. You may want to"
+    lines = [late, "[0]<stderr>:Aborted", "[1]<stderr>:Terminated", launchers, "Process name: 0", "Exit code: 134"]
+    assert last_words(lines, 1) == "Wait timeout after 300 seconds for key(s): 1. You may want to"
+    assert last_words(lines[1:], 1) == "process 0 ended with code 134"
+    assert last_words([gone, "[1]<stderr>:  what():  std::bad_alloc", *lines[1:]], 1) == "std::bad_alloc"
     assert last_words(["[0]<stderr>:no space", ""], 1) == "no space"
     assert last_words([], -9).startswith("process 0 was killed by signal 9")
     assert last_words([], 3) == "exit code 3"
+
+
+def test_what_tasks_of_spark_are_given_and_why_there_were_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = make_run(tmp_path, [make_rows(5)], threads=3)
+    given: list[dict[str, str]] = []
+
+    def run_in_spark(function: object, arguments: object, processes: int, environment: dict, hear: Callable) -> None:
+        given.append(environment)
+        hear("[0]<stderr>:horovod.common.exceptions.HorovodInternalError: the other rank is gone")
+        raise Exception("Timed out waiting for tasks to start")
+
+    monkeypatch.setattr(dist, "run_in_spark", run_in_spark)
+    with pytest.raises(TrailvecError, match=r"training stopped: Timed out waiting for tasks to start; the"):
+        launch_in_spark(spec, print)
+    # A file of a module's name in the folder where an executor works is not that module.
+    assert given == [{"OMP_NUM_THREADS": "3", "PYTHONSAFEPATH": "1"}]
 
 
 def test_a_python_without_pytorch_is_one_sentence() -> None:
