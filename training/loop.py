@@ -415,12 +415,18 @@ def add_gradients(
             break
         of_padding, of_all = padding(batch)
         rows, places, empty = rows + len(batch[FEATURES[0]]), places + of_all, empty + of_padding
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=knows_bfloat16(device)):
             loss, targets = model.loss(to_device(batch, device))
         if targets > 0:
             (loss / _scale(settings)).backward()  # type: ignore[no-untyped-call]
             positions, loss_sum = positions + targets, loss_sum + loss.detach()
     return np.array([rows, positions, float(loss_sum), places, empty, waited, 0.0])
+
+
+def knows_bfloat16(device: torch.device) -> bool:
+    """Whether products are in bfloat16 there: on GPUs since Ampere (8.0). Older ones have it by detours, slower than 32
+    bits."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def scale_gradients(gradients: list[torch.Tensor], factor: float, largest: float) -> None:

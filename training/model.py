@@ -160,6 +160,7 @@ class SequenceModel(nn.Module):
         flat = targets.flatten()
         hidden = flat > 0
         found = states.flatten(end_dim=1)[hidden].detach() @ self.table(flat[hidden]).detach().T
+        found = found.float()  # under autocast of 16 bits, in which Transformers4Rec would draw: of 256 numbers
         items, replaced, _ = self.masking.get_fake_tokens(batch[ITEM], flat, found)
         present = batch[ITEM] > 0
         doubts = self.discriminator(self._states(self._embed({**batch, ITEM: items}), present)).squeeze(-1)

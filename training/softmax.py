@@ -57,7 +57,7 @@ def sampled_softmax(states: Tensor, targets: Tensor, vectors: Vectors, sampler: 
     all items (Bengio & Senécal, 2008; Khrylchenko et al., "Correcting the LogQ Correction", 2025).
     """
     drawn, chance = sampler.sample()
-    scores = states @ vectors(drawn).T - chance.log()
+    scores = _products(states, vectors(drawn)) - chance.log()
     scores = scores.masked_fill(targets[:, None] == drawn, -torch.inf)
     own = (states * vectors(targets)).sum(dim=1)
     return (torch.logaddexp(own, scores.logsumexp(dim=1)) - own).sum()
@@ -74,9 +74,15 @@ def gbce(
     drawn, _ = sampler.sample()
     a = min(1.0, len(drawn) / max(known_items - 1, 1))  # the target may be among the drawn
     beta = a * (t * (1 - 1 / a) + 1 / a)
-    scores = (states @ vectors(drawn).T).masked_fill(targets[:, None] == drawn, -torch.inf)
+    scores = _products(states, vectors(drawn)).masked_fill(targets[:, None] == drawn, -torch.inf)
     own = (states * vectors(targets)).sum(dim=1)
     return (F.softplus(scores).sum(dim=1) + beta * F.softplus(-own)).sum()
+
+
+def _products(states: Tensor, vectors: Tensor) -> Tensor:
+    """The score of each of `vectors` for each state: in 32 bits, as the target's, also where autocast would take 16."""
+    with torch.autocast(states.device.type, enabled=False):
+        return states @ vectors.T
 
 
 def full_softmax(states: Tensor, targets: Tensor, vectors: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def best_items(
         vectors = model.item_vectors(some).T
         for start in range(0, len(states), USERS_AT_ONCE):
             users = slice(start, start + USERS_AT_ONCE)
-            scores = states[users] @ vectors  # in 32 bits: 16 would make ties
+            scores = states[users] @ vectors  # in 32 bits (a GPU rounds factors to TF32): 16 would make ties
             if excluded is not None:
                 place = torch.searchsorted(some, excluded[users]).clamp_(max=len(some) - 1)
                 user, column = (some[place] == excluded[users]).nonzero(as_tuple=True)

@@ -30,7 +30,7 @@ from training.batches import FEATURES
 from training.checkpoint import Progress, newest_checkpoint, read_checkpoint, write_checkpoint
 from training.config import RunSpec, TrainSettings
 from training.data import read_held
-from training.loop import rate_factor, scale_gradients, schedule, train
+from training.loop import knows_bfloat16, rate_factor, scale_gradients, schedule, train
 from training.model import build_model
 from training.validation import best_items, validate
 
@@ -416,6 +416,13 @@ def test_a_model_that_breaks_is_neither_published_nor_kept(
         train(spec)
     assert not list((tmp_path / "model").iterdir())
     assert newest_checkpoint(tmp_path / "checkpoints") is None
+
+
+def test_only_gpus_that_know_bfloat16_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, expected in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert knows_bfloat16(torch.device("cuda", 0)) == expected
+    assert not knows_bfloat16(torch.device("cpu"))
 
 
 def test_gradients_are_scaled_together() -> None:

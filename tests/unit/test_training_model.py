@@ -170,6 +170,18 @@ def test_every_objective_learns_what_comes_next(architecture: str, objective: st
     assert (best == expected).float().mean() > 0.5
 
 
+def test_replacements_are_drawn_in_32_bits_under_autocast_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, drawn_by = make_model(architecture="electra", objective="rtd"), []
+    draw = model.masking.sample_from_softmax
+    monkeypatch.setattr(
+        model.masking, "sample_from_softmax", lambda scores: drawn_by.append(scores.dtype) or draw(scores)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = model.loss(make_batch(ROWS, SPEC.max_length))
+    assert drawn_by == [torch.float32]
+    assert loss.isfinite()
+
+
 def test_what_the_model_has_not_learnt_is_read_as_unknown() -> None:
     model, batch = make_model(), make_batch(ROWS[:1], ROWS[0]["length"])
     unknown = {name: matrix.clone() for name, matrix in batch.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -17,6 +18,15 @@ def states_and_table(targets: int, items: int = 7) -> tuple[torch.Tensor, torch.
     generator = torch.Generator().manual_seed(4)
     states, table = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (targets, items))
     return states.requires_grad_(), table.requires_grad_()
+
+
+def sampled(states: torch.Tensor, targets: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    return sampled_softmax(states, targets, lambda items: table[items], FrequencySampler(COUNTS, draws=3, power=1.0))
+
+
+def binary(states: torch.Tensor, targets: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    sampler = FrequencySampler(COUNTS, draws=3, power=1.0)
+    return gbce(states, targets, lambda items: table[items], sampler, known_items=4, t=0.75)
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
@@ -53,13 +63,15 @@ def test_the_full_softmax_and_its_gradients_are_torchs_cross_entropy(monkeypatch
         torch.testing.assert_close(full_softmax(states, targets, table) * 2, expected)
 
 
-def test_the_full_softmax_is_of_32_bits_under_autocast_too() -> None:
+@pytest.mark.parametrize("loss_of", [full_softmax, sampled, binary])
+def test_losses_are_of_32_bits_under_autocast_too(loss_of: Callable[..., torch.Tensor]) -> None:
     targets = torch.tensor([3, 0, 6])
     losses = []
     for enabled in (False, True):
         states, table = (tensor.detach().float().requires_grad_() for tensor in states_and_table(len(targets)))
+        torch.manual_seed(2)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            loss = full_softmax(states, targets, table)
+            loss = loss_of(states, targets, table)
         loss.backward()
         losses.append((loss, states.grad, table.grad))
     for ours, theirs in zip(*losses, strict=True):
