@@ -343,6 +343,8 @@ class Listener:
 
 def progress_line(event: dict[str, Any]) -> str:
     """An event of training.loop in words."""
+    if event["event"] == "without_gpus" and event["ranks"]:
+        return f"trains on the CPU: of its processes {', '.join(map(str, event['ranks']))} see no GPU, others do"
     if event["event"] == "without_gpus":
         return "trains on the CPU: Horovod was built without NCCL, which its exchange between GPUs needs"
     if event["event"] == "left":

@@ -5,6 +5,7 @@ One process is the same code with size 1; it needs no launcher.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -24,10 +25,10 @@ from training.rowwise import summed
 
 def start() -> torch.device:
     """Joins the processes that the launcher started (without a launcher this one is alone); this process's device:
-    one GPU for each process of a machine, or the CPU, also where Horovod was built without NCCL.
+    a GPU that no other process has, or the CPU, where any of them sees no GPU or Horovod was built without NCCL.
 
     Raises:
-        TrailvecError: a machine has more processes than GPUs.
+        TrailvecError: there is no GPU left for this process.
     """
     gpus = torch.cuda.is_available()
     cuda = gpus and bool(hvd.nccl_built())  # else Horovod exchanges tensors in the CPU's memory alone
@@ -39,19 +40,58 @@ def start() -> torch.device:
     # have imported PyTorch. One that was killed closes its sockets, and nobody waits for it.
     os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "300")
     hvd.init()
-    if not cuda:
-        if gpus and rank() == 0:
-            print(json.dumps({"event": "without_gpus"}), flush=True)
+    seen = gather(_gpus() if cuda else [])  # all take part, before one of them goes its own way
+    if not all(seen):
+        if rank() == 0 and (gpus or any(seen)):
+            without = [number for number, of_rank in enumerate(seen) if not of_rank] if any(seen) else []
+            print(json.dumps({"event": "without_gpus", "ranks": without}), flush=True)
         return torch.device("cpu")
-    processes, there = hvd.local_size(), torch.cuda.device_count()
-    if processes > there:
+    number = own_gpu(seen, rank())
+    if number is None:
         raise TrailvecError(
-            f"train.processes asks for {processes} processes on a machine with {there} GPUs: lower it, or hide "
-            f"the GPUs with CUDA_VISIBLE_DEVICES=''"
+            f"train.processes asks for {size()} processes, and process {rank()} finds no GPU of its own (it sees "
+            f"{len(seen[rank()])}): lower it, or hide the GPUs with CUDA_VISIBLE_DEVICES=''"
         )
-    torch.cuda.set_device(hvd.local_rank())
+    torch.cuda.set_device(number)
     torch.set_float32_matmul_precision("high")  # TF32 where a product is not in bfloat16 anyway
-    return torch.device("cuda", hvd.local_rank())
+    return torch.device("cuda", number)
+
+
+def own_gpu(seen: list[list[str]], rank: int) -> int | None:
+    """The place, among the GPUs that this rank sees, of the one that is its own: each rank takes the first that none
+    before it took. None: there is none left.
+
+    Args:
+        seen: the names of the GPUs that each rank sees. Those of a machine may see all of them, or each its own.
+    """
+    taken: set[str | None] = set()
+    for gpus in seen[: rank + 1]:
+        free = next((gpu for gpu in gpus if gpu not in taken), None)
+        taken.add(free)
+    return None if free is None else seen[rank].index(free)
+
+
+def _gpus() -> list[str]:
+    """The UUIDs of the GPUs that this process sees (of the part, where one is parted by MIG), in CUDA's order, which is
+    PyTorch's; by the machine's name and their numbers where the driver does not tell."""
+
+    def check(code: int) -> None:
+        if code != 0:
+            raise OSError(f"CUDA's driver failed with code {code}")
+
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+        count, device, uuid = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(16)
+        check(cuda.cuInit(0))
+        check(cuda.cuDeviceGetCount(ctypes.byref(count)))
+        found = []
+        for number in range(count.value):
+            check(cuda.cuDeviceGet(ctypes.byref(device), number))
+            check(cuda.cuDeviceGetUuid_v2(uuid, device))
+            found.append(uuid.raw.hex())
+        return found
+    except (OSError, AttributeError):  # no such library, or an older one without the function
+        return [f"{socket.gethostname()} {number}" for number in range(torch.cuda.device_count())]
 
 
 def rank() -> int:

@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,19 +23,80 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The second of two processes on a machine with two GPUs."""
     for name, value in {"is_available": True, "device_count": 2, "set_device": None}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    for name, value in {"init": None, "nccl_built": 1, "rank": 1, "local_rank": 1, "local_size": 2}.items():
+    for name, value in {"init": None, "nccl_built": 1, "rank": 1, "size": 2}.items():
         monkeypatch.setattr(f"horovod.torch.{name}", lambda value=value: value)
+    # Both see the same.
+    monkeypatch.setattr("horovod.torch.allgather_object", lambda value, name: [value, value])
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     monkeypatch.setenv("HOROVOD_CYCLE_TIME", "3")
     monkeypatch.setenv("HOROVOD_GLOO_TIMEOUT_SECONDS", "300")
     return monkeypatch
 
 
-def test_each_process_of_a_machine_has_its_gpu(machine: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("library", [None, "knows nothing"])
+def test_each_process_of_a_machine_has_its_gpu(machine: pytest.MonkeyPatch, library: str | None) -> None:
+    """Where CUDA's driver does not say which they are, too."""
+    driver = Driver([b"A" * 16, b"B" * 16]) if library is None else object()
+    machine.setattr("ctypes.CDLL", lambda name: driver)
     assert dist.start() == torch.device("cuda", 1)
     machine.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(TrailvecError, match="asks for 2 processes on a machine with 1 GPUs: lower it"):
+    machine.setattr("ctypes.CDLL", lambda name: Driver([b"A" * 16]) if library is None else driver)
+    with pytest.raises(TrailvecError, match=r"processes, and process 1 finds no GPU of its own \(it sees 1\): lower"):
         dist.start()
+
+
+class Driver:
+    """CUDA's, with GPUs of these UUIDs."""
+
+    def __init__(self, uuids: list[bytes]) -> None:
+        self.uuids = uuids
+
+    def cuInit(self, flags: int) -> int:
+        return 0
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = len(self.uuids)
+        return 0
+
+    def cuDeviceGet(self, device: Any, number: int) -> int:
+        device._obj.value = number
+        return 0
+
+    def cuDeviceGetUuid_v2(self, uuid: Any, device: Any) -> int:
+        uuid.raw = self.uuids[device.value]
+        return 0
+
+
+def test_processes_that_each_see_one_gpu_of_a_machine_have_their_own(machine: pytest.MonkeyPatch) -> None:
+    """As YARN's containers do: for each it is the first. Nobody has one where another process sees none."""
+    machine.setattr("ctypes.CDLL", lambda name: Driver([b"B" * 16]))
+    machine.setattr(torch.cuda, "device_count", lambda: 1)
+    machine.setattr("horovod.torch.allgather_object", lambda value, name: [[b"A".hex() * 16], value])
+    assert dist.start() == torch.device("cuda", 0)
+    machine.setattr("horovod.torch.allgather_object", lambda value, name: [[], value])
+    assert dist.start() == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("seen", "own"),
+    [
+        ([["A", "B"], ["A", "B"]], [0, 1]),  # one machine
+        ([["A"], ["B"]], [0, 0]),  # each its own
+        ([["A", "B"], ["C", "D"], ["A", "B"], ["D", "C"]], [0, 0, 1, 0]),  # two machines, another order
+        ([["A"], ["A"], ["B"]], [0, None, 0]),  # one too many
+        ([["A"], [], ["A"]], [0, None, None]),  # one sees none
+    ],
+)
+def test_no_gpu_belongs_to_two_processes(seen: list[list[str]], own: list[int | None]) -> None:
+    assert [dist.own_gpu(seen, rank) for rank in range(len(seen))] == own
+
+
+def test_rank_0_says_who_sees_no_gpu(machine: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    machine.setattr("horovod.torch.allgather_object", lambda value, name: [["A"], []])
+    machine.setattr("horovod.torch.rank", lambda: 0)
+    assert dist.start() == torch.device("cpu")
+    said = progress_line(json.loads(capsys.readouterr().out))
+    assert said == "trains on the CPU: of its processes 1 see no GPU, others do"
 
 
 def test_gpus_that_horovod_knows_nothing_of_are_left_alone(
