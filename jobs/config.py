@@ -27,6 +27,20 @@ from training.urls import local_path, not_for_training
 _OWN = Path(__file__).parent.parent  # where conf/ lies beside the packages
 M = TypeVar("M", bound=BaseModel)
 V = TypeVar("V")
+# The same in every session of trailvec, since the rows depend on it: a configuration may not say otherwise.
+SPARK_FIXED = {
+    # The days by which tables are pruned, cut and measured are those of UTC.
+    "spark.sql.session.timeZone": "UTC",
+    # A text that is no number or no time is NULL, which ingest refuses with a reason; never an exception.
+    "spark.sql.ansi.enabled": "false",
+    "spark.sql.legacy.timeParserPolicy": "CORRECTED",
+    # A folder store=007 says "007", whatever the folders beside it say.
+    "spark.sql.sources.partitionColumnTypeInference.enabled": "false",
+    # Parquet timestamps as microseconds, not INT96: what other readers expect.
+    "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
+    # A write that changes nothing (an empty table stays empty) still records what ran.
+    "spark.databricks.delta.skipRecordingEmptyCommits": "false",
+}
 # What Spark takes as a LIKE pattern: a backslash stands before _, % or another backslash.
 LikePattern = Annotated[str, Field(pattern=r"^([^\\]|\\[_%\\])+$")]
 
@@ -48,6 +62,13 @@ def _known_tables(by_table: dict[str, V]) -> dict[str, V]:
     return by_table
 
 
+def _not_fixed(conf: dict[str, str]) -> dict[str, str]:
+    for key, value in SPARK_FIXED.items():
+        if conf.get(key, value) != value:
+            raise ValueError(f"found {key} = {conf[key]!r}, which is always {value}, since the rows depend on it")
+    return conf
+
+
 TimeZone = Annotated[str, AfterValidator(_known_zone)]
 # A folder or a file. What Databricks mounts is taken as the mount: dbfs:/Volumes/… as /Volumes/…, dbfs:/… as /dbfs/….
 PlaceName = Annotated[str, AfterValidator(lambda place: local_path(place) or place)]
@@ -66,7 +87,9 @@ class SparkSettings(Section):
     """How Spark is started where nothing started it (spark-submit's own settings win)."""
 
     master: str | None = Field("local[*]", description="None: what spark-submit says")
-    conf: dict[str, str] = Field(default_factory=dict, description="any spark.* settings")
+    conf: Annotated[dict[str, str], AfterValidator(_not_fixed)] = Field(
+        default_factory=dict, description="spark.* settings, but for those that the rows depend on (SPARK_FIXED)"
+    )
 
 
 class IngestSettings(Section):

@@ -20,7 +20,7 @@ from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from jobs.config import Config
+from jobs.config import SPARK_FIXED, Config
 from jobs.errors import TrailvecError
 from jobs.files import place_of
 
@@ -41,29 +41,20 @@ JSON_MICROSECONDS = {
 }
 
 _SPARK_DEFAULTS = {
+    **SPARK_FIXED,
     "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
-    "spark.sql.session.timeZone": "UTC",
-    # A text that is no number or no time is NULL, which ingest refuses with a reason; never an exception.
-    "spark.sql.ansi.enabled": "false",
-    "spark.sql.legacy.timeParserPolicy": "CORRECTED",
-    # Parquet timestamps as microseconds, not INT96: what other readers expect.
-    "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
     # Every value is another: a dictionary is built, found too large and thrown away, a tenth of sessionize's time.
     **{
         f"spark.hadoop.parquet.enable.dictionary#{column}": "false"
         for column in ("event_id", "session_id", "events.list.element.event_id", "vector.list.element")
     },
-    # A folder store=007 says "007", whatever the folders beside it say.
-    "spark.sql.sources.partitionColumnTypeInference.enabled": "false",
     "spark.sql.execution.arrow.pyspark.enabled": "true",
     # What comes to the driver is bounded by code, or has to come (a catalogue's vectors, a model's weights). Spark's
     # own limit, 1g, ended evaluate and a training in Spark's tasks from some four million items on.
     "spark.driver.maxResultSize": "0",
     # What is cached is read once or twice: choosing an encoding for each column was a sixth of ingest's CPU time.
     "spark.sql.inMemoryColumnarStorage.compressed": "false",
-    # A write that changes nothing (an empty table stays empty) still records what ran.
-    "spark.databricks.delta.skipRecordingEmptyCommits": "false",
     # MERGE would send all rows of a partition (a model's vectors of all users) to one task, into one file.
     "spark.databricks.delta.merge.repartitionBeforeWrite.enabled": "false",
     # Not extraJavaOptions, which come behind these and are left to the configuration.

@@ -31,6 +31,12 @@ from jobs.errors import TrailvecError
         ("train.learning_rate=inf", "train.learning_rate = inf: Input should be a finite number"),
         ("train.weight_decay=inf", "train.weight_decay = inf: Input should be a finite number"),
         ("storage.root.a=b", "storage.root = {'a': 'b'}: Input should be a valid string"),
+        (
+            'spark.conf."spark.sql.session.timeZone"="Europe/Berlin"',
+            "spark.conf: found spark.sql.session.timeZone = 'Europe/Berlin', which is always UTC, since the rows "
+            "depend on it: correct it",
+        ),
+        ('spark.conf."spark.sql.ansi.enabled"="true"', "spark.sql.ansi.enabled = 'true', which is always false"),
         ("modle.version=a", "unknown key modle; did you mean model?"),
     ],
 )
