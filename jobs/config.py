@@ -46,7 +46,7 @@ LikePattern = Annotated[str, Field(pattern=r"^([^\\]|\\[_%\\])+$")]
 
 
 def _known_zone(name: str) -> str:
-    if name not in zoneinfo.available_timezones():
+    if name not in zoneinfo.available_timezones() - {"Factory"}:  # a zone of no place, which Arrow does not know
         raise ValueError(f"found {name!r}, which is no IANA time zone")
     return name
 
@@ -69,6 +69,7 @@ def _not_fixed(conf: dict[str, str]) -> dict[str, str]:
     return conf
 
 
+Minutes = Annotated[float, Field(gt=0, le=52_560_000)]  # up to a hundred years: times stay within what Python can tell
 TimeZone = Annotated[str, AfterValidator(_known_zone)]
 # A folder or a file. What Databricks mounts is taken as the mount: dbfs:/Volumes/… as /Volumes/…, dbfs:/… as /dbfs/….
 PlaceName = Annotated[str, AfterValidator(lambda place: local_path(place) or place)]
@@ -131,12 +132,12 @@ class FlagUsersSettings(Section):
 class SessionizeSettings(Section):
     """events → sessions."""
 
-    gap_minutes: float = Field(30, gt=0, description="a longer pause than this ends a session")
-    gap_minutes_by_vertical: dict[str, float] = Field(
+    gap_minutes: Minutes = Field(30, description="a longer pause than this ends a session")
+    gap_minutes_by_vertical: dict[str, Minutes] = Field(
         default_factory=dict, description="other gaps, by the vertical of the event before the pause"
     )
-    max_minutes: float | None = Field(
-        None, gt=0, description="an event later than this after the session's first starts a new one; None: no limit"
+    max_minutes: Minutes | None = Field(
+        None, description="an event later than this after the session's first starts a new one; None: no limit"
     )
     max_events: int = Field(10_000, ge=1, description="so many events end a session: memory is bounded by it")
     midnight_of: TimeZone | None = Field(

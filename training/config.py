@@ -25,9 +25,10 @@ UtcDatetime = Annotated[datetime, BeforeValidator(_no_number), AfterValidator(_t
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values don't change after parsing."""
+    """A part of the configuration: unknown keys are errors, and so are numbers that are not finite; values don't change
+    after parsing."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Architecture = Literal["gpt2", "xlnet", "bert", "electra"]
@@ -46,8 +47,6 @@ ROW_WISE_FROM = 50_000
 
 class TrainSettings(Section):
     """sequences → model."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
 
     processes: int = Field(1, ge=1, description="Horovod processes; each reads its own part of the data")
     threads: int = Field(1, ge=1, description="CPU threads of one process")

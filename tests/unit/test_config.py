@@ -30,6 +30,11 @@ from jobs.errors import TrailvecError
         ("train.seed=18446744073709551616", "train.seed = 18446744073709551616: Input should be less than 2147483648"),
         ("train.learning_rate=inf", "train.learning_rate = inf: Input should be a finite number"),
         ("train.weight_decay=inf", "train.weight_decay = inf: Input should be a finite number"),
+        ("sessionize.gap_minutes=inf", "sessionize.gap_minutes = inf: Input should be a finite number"),
+        ("sessionize.max_minutes=1e12", "sessionize.max_minutes = 1000000000000.0: Input should be less than or equal"),
+        ("sessionize.gap_minutes_by_vertical={ food = nan }", "food = nan: Input should be a finite number"),
+        ("sessionize.gap_minutes_by_vertical={ food = -5 }", "food = -5: Input should be greater than 0"),
+        ("sessionize.midnight_of=Factory", "midnight_of: found 'Factory', which is no IANA time zone"),
         ("storage.root.a=b", "storage.root = {'a': 'b'}: Input should be a valid string"),
         (
             'spark.conf."spark.sql.session.timeZone"="Europe/Berlin"',
