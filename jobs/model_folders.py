@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from pyspark import SparkFiles
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, fetch
 from jobs.runtime import Runtime
-from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS
+from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, Table
 from training.checkpoint import ABOUT, WEIGHTS, read_about, read_description, rotation_sha256
 
 
@@ -63,14 +64,25 @@ def check_numbers(
     runtime: Runtime, about: dict[str, Any], instead: str = "run `trailvec train`, with no model.version set"
 ) -> None:
     """Raises TrailvecError where the model that `about` describes knows things by numbers of tables that were removed
-    since."""
+    since, or whose rows somebody else changed (by a RESTORE, say), so that a number may have been given twice."""
     told = about.get("provenance", {}).get("table_ids", {})  # older code told none
     numbered = [table for table in (ITEMS, CONTEXT_VALUES) if told.get(table.name)]
     if any(told[table.name] != runtime.state(table)[0] for table in numbered):
-        raise TrailvecError(
-            f"model {about['model_version']} knows items by the numbers of tables items and context_values that were "
-            f"removed and made anew since: {instead}"
-        )
+        what = "were removed and made anew"
+    elif any(_changed_by_others(runtime, table, about["provenance"]["reads"][table.name]) for table in numbered):
+        what = "something other than trailvec has changed (RESTORE, SQL)"
+    else:
+        return
+    raise TrailvecError(
+        f"model {about['model_version']} knows items by the numbers of tables items and context_values that {what} "
+        f"since: {instead}"
+    )
+
+
+def _changed_by_others(runtime: Runtime, table: Table, since: int) -> bool:
+    """Whether something other than trailvec changed rows after that version, as far back as the table's log goes."""
+    newer = itertools.takewhile(lambda commit: commit.version > since, runtime.commits(table))
+    return any(commit.foreign for commit in newer)
 
 
 def check_items(runtime: Runtime, version: str) -> None:

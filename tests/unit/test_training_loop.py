@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from jobs.commits import Commit
 from jobs.errors import TrailvecError, explain
 from jobs.launch_training import last_words, launch, launch_in_spark
 from jobs.runtime import Runtime
@@ -238,12 +240,15 @@ def test_a_model_of_other_tables_that_had_these_names_is_grown_from(
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "current.json").touch()
     reads, ids = {"sequences": 7, "items": 2, "context_values": 2}, {"sequences": "a", "items": "b"}
+    restored = Commit(2, 0.0, "RESTORE", True, False, None, True, None, False, 0)  # before the model was trained
+    commits = [replace(restored, version=3, foreign=False), restored]
     made = {"code_version": "c", "config": runtime.config.model_dump(mode="json"), "reads": reads, "table_ids": ids}
     about = {"model_version": "m2", "grown_from": "m1", "provenance": made}
     monkeypatch.setattr("jobs.train.model_folder", lambda runtime: tmp_path)
     monkeypatch.setattr("jobs.train.read_about", lambda folder: about)
     monkeypatch.setattr(runtime, "provenance", lambda: made)
     monkeypatch.setattr(runtime, "state", lambda table: (runtime._table_ids[table.name], reads[table.name]))
+    monkeypatch.setattr(runtime, "commits", lambda table: commits)
     for name in ("version", "changed_version"):
         monkeypatch.setattr(runtime, name, lambda table: reads[table.name])
     for sequences, base in (("a", "m1"), ("made anew", "m2")):
@@ -251,7 +256,11 @@ def test_a_model_of_other_tables_that_had_these_names_is_grown_from(
         assert base_of(runtime) == base
     # The vectors of its items would begin as those of others.
     monkeypatch.setattr(runtime, "_table_ids", {**ids, "items": "made anew"})
-    with pytest.raises(TrailvecError, match="model m2 knows items by the numbers of tables"):
+    with pytest.raises(TrailvecError, match=r"model m2 knows items by the numbers of tables .* made anew since: set"):
+        base_of(runtime)
+    monkeypatch.setattr(runtime, "_table_ids", {**ids, "sequences": "made anew"})
+    commits.insert(0, replace(restored, version=4))
+    with pytest.raises(TrailvecError, match=r"has changed \(RESTORE, SQL\) since: set train.warm_start = false"):
         base_of(runtime)
 
 
