@@ -308,7 +308,8 @@ class MaintainSettings(Section):
         ge=24,
         le=720,  # Delta keeps the history itself for 30 days
         description="files that a table dropped are kept so long, for readers that began before; also how long a stage "
-        "may rest and still go on from the changes",
+        "may rest and still go on from the changes (raised, it brings back nothing: run the stages first, or once with "
+        "--force)",
     )
     retention_hours_of: Annotated[dict[str, Annotated[float, Field(ge=24, le=720)]], AfterValidator(_known_tables)] = (
         Field(default_factory=dict, description="the same of single tables, by name")

@@ -102,6 +102,12 @@ _SPARK_MESSAGES = (
         "another job wrote to the same table at the same time: run this stage again",
     ),
     (
+        # Of a Delta table of ours, by its place and the names that Delta gives; each store says it in its own words.
+        r"FileNotFoundException: [^\n]*/tables/(\w+)/((?:[^\n]*/)?(?:part|cdc)-\d{5}-[0-9a-f-]{36}\S*?\.parquet)",
+        "{1} of table {0} is gone: a VACUUM took what this stage goes on from (was maintain.retention_hours raised, or "
+        "VACUUM run by hand?): run it once with --force",
+    ),
+    (
         r"No space left on device",
         "the disk is full: free some space and run this stage again; nothing already committed is lost",
     ),

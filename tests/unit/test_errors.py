@@ -7,6 +7,8 @@ import pytest
 from jobs.errors import explain
 
 _LOST = "Some data may have been lost because they are not available in Kafka any more; either the data was aged out"
+_CHANGES = "cdc-00000-591396bc-522d-405c-87c4-377008e1ad49.c000.snappy.parquet"
+_ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,24 @@ _LOST = "Some data may have been lost because they are not available in Kafka an
             "java.net.URISyntaxException: Relative path in absolute URI: .a b:1.csv.crc",
             "a b:1.csv: Hadoop reads no file with a colon in its name, nor a pattern's files beside it: rename it",
         ),
+        *(
+            (
+                f"Caused by: org.apache.spark.SparkFileNotFoundException: {said}\nIt is possible the underlying files",
+                f"{file} of table events is gone: a VACUUM took what this stage goes on from (was "
+                "maintain.retention_hours raised, or VACUUM run by hand?): run it once with --force",
+            )
+            for said, file in (
+                (f"File file:/my t/tables/events/_change_data/{_CHANGES} does not exist", f"_change_data/{_CHANGES}"),
+                (f"File does not exist: /trailvec/tables/events/{_ROWS}", _ROWS),
+                (f"No such file or directory: s3a://b/t/tables/events/{_ROWS}", _ROWS),
+            )
+        ),
     ],
 )
 def test_a_message_of_spark_becomes_a_sentence(said: str, told: str) -> None:
     assert explain(RuntimeError(f"An error occurred while calling o1.load.\n: {said}\n\tat org.apache")) == told
+
+
+def test_a_missing_file_of_somebody_else_is_none_of_a_tables() -> None:
+    for file in ("logs/2024/part-1.parquet", "tables/events/clicks.parquet", f"logs/{_ROWS}"):
+        assert explain(RuntimeError(f"java.io.FileNotFoundException: File does not exist: /data/{file}")) is None
