@@ -30,7 +30,8 @@ OF_EVENTS = ("item_id", "event_ts", "event_type", "vertical", "category", "item_
 
 
 def category_value() -> Column:
-    """A category as CONTEXT_VALUES names it: two verticals may use one word for different things."""
+    """A category as CONTEXT_VALUES names it: two verticals may use one word for different things.
+    (A vertical with a slash in its name may share a number with another: docs/extending.md.)"""
     return F.when(F.col("category").isNotNull(), F.concat_ws("/", "vertical", "category"))
 
 

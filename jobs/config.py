@@ -317,7 +317,8 @@ class MaintainSettings(Section):
     keep_days: Annotated[dict[str, Annotated[int, Field(ge=1)]], AfterValidator(_known_tables)] = Field(
         default_factory=dict,
         description="rows that are older by so many whole days (UTC) are deleted, by table: events, rejected_events, "
-        "exports; what is made from events follows in the next run. None named: all are kept",
+        "exports; what is made from events follows in the next run, also when an item was first seen. None named: all "
+        "are kept",
     )
     target_file_mb: int = Field(256, ge=1, description="OPTIMIZE packs files together up to this size")
     usd_per_gb_month: float = Field(

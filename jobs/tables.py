@@ -215,7 +215,7 @@ ITEMS = Table(
         Column("category", "string", "Its latest category.", True),
         Column("vertical", "string", "Its latest vertical."),
         Column("unit_price", "double", "Its latest price above zero: amount / quantity.", True),
-        Column("first_ts", "timestamp", "When it was first seen."),
+        Column("first_ts", "timestamp", "When it was first seen, of the events that are kept (maintain.keep_days)."),
         Column("event_count", "bigint", "Events with it in the whole log."),
         Column("train_count", "bigint", "Events with it before valid_from: what a model's vocabulary is made by."),
         Column("target_count", "bigint", "Of those, the events of the types that are to be predicted."),
