@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from delta.exceptions import ConcurrentDeleteReadException
 from delta.tables import DeltaTable
+from py4j.protocol import Py4JJavaError
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -24,7 +25,7 @@ from jobs import cli, flag_users, sessionize
 from jobs import lake as lake_module
 from jobs import maintain_tables as module
 from jobs.audit import audit
-from jobs.errors import TrailvecError
+from jobs.errors import TrailvecError, explain
 from jobs.files import HadoopPath
 from jobs.maintain_tables import active_files, disk_files, maintain, measure, run_maintain
 from jobs.runtime import Runtime, Stage, code_version
@@ -197,6 +198,13 @@ def test_vacuum_takes_what_is_older_than_the_retention_and_nothing_else(
     left = {p for p in folder.rglob("*") if p.is_file() and "_delta_log" not in p.parts and p.suffix == ".parquet"}
     assert len(left) == 1
     assert event_ids(runtime) == sorted(e["event_id"] for e in events(0, 30))
+
+    # Where the retention was raised meanwhile, a stage takes for kept what is gone.
+    feed = spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", 1)
+    with pytest.raises(Py4JJavaError) as error:
+        feed.load(str(folder)).collect()
+    told = explain(error.value) or ""
+    assert re.fullmatch(r"part-\S+ of table events is gone: a VACUUM took .*: run it once with --force", told)
 
 
 @pytest.fixture
