@@ -7,7 +7,8 @@
   soak         the days in a shuffled order, in so many batches, some of their files twice
 
 After each, the tables are those of one undisturbed run, row by row, as DuckDB reads them: else it exits with 1. FOLDER
-holds daily CSVs of Online Retail (default: the four of the tests). Each prints one JSON object as its last line.
+holds daily CSVs of Online Retail (default: the four of the tests). What is written goes to build/faults/CHECK, which is
+made anew (--folder OTHER: OTHER/CHECK). Each prints one JSON object as its last line.
 """
 
 from __future__ import annotations
@@ -134,30 +135,40 @@ def kills(folder: Path, data: Path, compared: tuple[Job, float], times: int, see
     """In ingest and in sessionize by turns; then the same command goes on to its end."""
     chance = random.Random(seed)
     (undisturbed, whole), killed = compared, Job(folder, data, folder / "killed")
-    seconds = undisturbed.seconds()
-    start_s = whole - sum(seconds.values())  # Python's, Java's and Spark's
-    done: list[str] = []
+    # Moments count from what a stage begins with: how long Python, Java and Spark take to start is the machine's mood.
+    written = [path.stat().st_mtime for path in _books(undisturbed).rglob("*")]
+    stages: dict[str, tuple[float, Callable[[], bool]]] = {
+        "ingest": (max(written) - min(written), _books(killed).exists),
+        "sessionize": (undisturbed.seconds()["sessionize"], lambda: "flag_users" in killed.seconds()),
+    }
+    done: list[dict[str, Any]] = []
     wrong: dict[str, int] = {}
     while len(done) < times:
-        for stage, before in [("ingest", None), ("sessionize", "flag_users")][: times - len(done)]:
+        for stage, (length, has_begun) in list(stages.items())[: times - len(done)]:
             process = killed.start()
-            if before is None:
-                time.sleep(start_s)
-            else:
-                while before not in killed.seconds() and process.poll() is None:
-                    time.sleep(0.05)
-            moment = chance.uniform(0, 0.9) * seconds[stage]
+            while not has_begun() and process.poll() is None:
+                time.sleep(0.05)
+            moment = chance.uniform(0, 0.9) * length
             try:
                 process.wait(moment)  # ends only where it takes less time than the run it is compared with
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                done.append(f"{stage}, after {moment:.1f} of {seconds[stage]:.1f} s")
-                print(f"killed in {done[-1]}", flush=True)
+            code = process.wait()
+            if code not in (0, -signal.SIGKILL):
+                raise RuntimeError(f"a run ended by itself with code {code}: {killed.said.read_text()}")
+            before = list(killed.seconds())
+            if code and stage not in before:
+                done.append({"stage": stage, "after_s": round(moment, 1), "of_s": round(length, 1), "done": before})
+                print(f"killed in {stage}, after {moment:.1f} of {length:.1f} s", flush=True)
         killed.run()
         wrong |= _wrong(undisturbed.root, killed.root)
         shutil.rmtree(killed.root)
     return {"undisturbed_s": round(whole, 1), "kills": done, "wrong": wrong}
+
+
+def _books(job: Job) -> Path:
+    """Where Spark notes what ingest reads, from its first batch on."""
+    return job.root / "checkpoints/ingest"
 
 
 def two_ingests(folder: Path, data: Path, compared: tuple[Job, float]) -> dict[str, Any]:
@@ -264,15 +275,19 @@ def main() -> None:
     }
     parser.add_argument("check", choices=checks)
     parser.add_argument("--data", type=Path, default=REPOSITORY / "tests/data/online_retail", help="daily CSVs")
-    parser.add_argument("--folder", type=Path, help="for what is written (default: build/faults/CHECK, made anew)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/faults"), help="its CHECK is made anew (default: build/faults)"
+    )
     parser.add_argument("--times", type=int, default=10, help="kills: so many (default: 10)")
     parser.add_argument("--batches", type=int, default=50, help="soak: so many (default: 50)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mounted", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    arguments.folder = (arguments.folder or Path("build/faults") / arguments.check).absolute()
-    arguments.data = arguments.data.absolute()
+    arguments.folder, arguments.data = arguments.folder.absolute(), arguments.data.absolute()
+    if not any(arguments.data.glob("*.csv")):
+        parser.error(f"--data {arguments.data} holds no *.csv: name a folder of daily CSVs of Online Retail")
     if not arguments.mounted:
+        arguments.folder /= arguments.check
         shutil.rmtree(arguments.folder, ignore_errors=True)
     found = checks[arguments.check](arguments)
     print(json.dumps(found))

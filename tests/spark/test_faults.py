@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from deltalake import write_deltalake
 
+from scripts import faults
 from scripts.faults import Job, differences, full_disk, kills, two_ingests, undisturbed_run
 
 
@@ -40,8 +42,47 @@ def test_differences_are_seen(tmp_path: Path) -> None:
 
 def test_kills_at_random_moments_leave_no_trace(tmp_path: Path, days: Path, compared: tuple[Job, float]) -> None:
     found = kills(tmp_path, days, compared, times=2, seed=os.getpid())
-    assert len(found["kills"]) == 2
+    assert [(kill["stage"], kill["done"]) for kill in found["kills"]] == [
+        ("ingest", []),
+        ("sessionize", ["ingest", "flag_users"]),
+    ], found
     assert found["wrong"] == {}, found
+
+
+def test_a_run_that_fails_by_itself_is_no_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed = Job(tmp_path, tmp_path, tmp_path / "undisturbed")
+    undisturbed.said.write_text("✓ ingest 1.0 s\n✓ flag_users 1.0 s\n✓ sessionize 1.0 s\n")
+    (undisturbed.root / "checkpoints/ingest/retail").mkdir(parents=True)
+    endings = iter(["echo it is broken; exit 1"])
+
+    def start(job: Job) -> subprocess.Popen[bytes]:
+        with job.said.open("wb") as said:
+            return subprocess.Popen(["sh", "-c", next(endings, "true")], stdout=said)
+
+    monkeypatch.setattr(Job, "start", start)
+    with pytest.raises(RuntimeError, match="code 1: it is broken"):
+        kills(tmp_path, tmp_path, (undisturbed, 3.0), times=2, seed=0)
+
+
+def test_data_without_days_is_told_and_nothing_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["faults.py", "soak", "--folder", str(tmp_path), "--data", str(tmp_path / "nowhere")]
+    (tmp_path / "soak").mkdir()
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        faults.main()
+    assert f"--data {tmp_path / 'nowhere'} holds no *.csv" in capsys.readouterr().err
+    assert (tmp_path / "soak").exists()
+
+
+def test_what_lies_beside_the_check_stays(tmp_path: Path, days: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").touch()
+    monkeypatch.setattr(faults, "full_disk", lambda folder, _: {"folder": folder.mkdir(parents=True), "wrong": {}})
+    monkeypatch.setattr(sys, "argv", ["faults.py", "full_disk", "--folder", str(tmp_path), "--data", str(days)])
+    with pytest.raises(SystemExit):
+        faults.main()
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "full_disk"}
 
 
 def test_of_two_ingests_at_once_none_loses_or_doubles_a_row(
@@ -49,6 +90,7 @@ def test_of_two_ingests_at_once_none_loses_or_doubles_a_row(
 ) -> None:
     found = two_ingests(tmp_path, days, compared)
     assert found["wrong"] == {}, found
+    assert 0 in found["codes"], found
     for code, said in zip(found["codes"], found["said"], strict=True):
         assert code == 0 or (said.startswith("trailvec: ") and "unexpected" not in said), said
 
