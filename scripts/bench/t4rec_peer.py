@@ -9,7 +9,6 @@ loader in a process of its own, its masking, its prediction task, and the Traine
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 import time
 import warnings
@@ -102,11 +101,6 @@ def take_weights(model: torch.nn.Module, ours: SequenceModel) -> None:
     transformer.load_state_dict(transformer.state_dict() | ours.transformer.state_dict())
 
 
-def cpu() -> float:
-    """CPU seconds of this process, all its threads, and its children, those that have ended too."""
-    return sum(os.times()[:4]) + cpu_seconds()
-
-
 class Clock(TrainerCallback):
     """Each epoch's seconds and CPU seconds, without what comes before the first: reading the files into memory."""
 
@@ -115,11 +109,11 @@ class Clock(TrainerCallback):
         self.cpu_seconds: list[float] = []
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._started, self._worked = time.monotonic(), cpu()
+        self._started, self._worked = time.monotonic(), cpu_seconds()
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.seconds.append(time.monotonic() - self._started)
-        self.cpu_seconds.append(cpu() - self._worked)
+        self.cpu_seconds.append(cpu_seconds() - self._worked)
 
 
 def train(spec: RunSpec) -> list[dict[str, float]]:
@@ -163,8 +157,8 @@ def train(spec: RunSpec) -> list[dict[str, float]]:
     return [
         {
             "rows_per_second": spec.train_rows / seconds,
-            "rows_per_cpu_second": spec.train_rows / cpu_seconds,
+            "rows_per_cpu_second": spec.train_rows / worked,
             "loss": loss,
         }
-        for seconds, cpu_seconds, loss in zip(clock.seconds, clock.cpu_seconds, losses, strict=True)
+        for seconds, worked, loss in zip(clock.seconds, clock.cpu_seconds, losses, strict=True)
     ]

@@ -39,7 +39,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import t4rec_peer
 import torch
-from measure import bars, last_line, said
+from measure import bars, cpu_seconds, last_line, said
 
 from jobs.launch_training import launch
 from training import loop
@@ -54,6 +54,7 @@ ROWS_PER_FILE = 1024
 ITEMS, MANY_ITEMS = 12_000, 100_000
 CONTEXT_SIZES = {"event_type_index": 6, "vertical_index": 6, **BUCKET_SIZES}
 QUICK = ("trailvec", "peer", "sampled 100k", "peer 100k", "fed", "in memory", "1 rank", "2 ranks")
+CONTESTANTS = (*QUICK, "peer sampled 100k", "1 rank sampled", "2 ranks sampled")
 Epochs = list[dict[str, Any]]
 
 
@@ -128,7 +129,7 @@ def watched(spec: RunSpec, out: Path, read: Callable[..., Iterator[Batch]]) -> E
     worked: list[float] = []
 
     def timed(*args: Any, **options: Any) -> Iterator[Batch]:
-        before, waited = t4rec_peer.cpu(), 0.0
+        before, waited = cpu_seconds(), 0.0
         batches = read(*args, **options)
         while True:
             started = time.monotonic()
@@ -138,13 +139,13 @@ def watched(spec: RunSpec, out: Path, read: Callable[..., Iterator[Batch]]) -> E
                 break
             yield batch
         waits.append(waited)
-        worked.append(t4rec_peer.cpu() - before)
+        worked.append(cpu_seconds() - before)
 
     with patch.object(loop, "read_batches", timed):
         epochs = trained(spec, out)
-    for epoch, waited, cpu_seconds in zip(epochs, waits, worked, strict=True):
+    for epoch, waited, seconds in zip(epochs, waits, worked, strict=True):
         epoch["waited"] = waited * epoch["rows_per_second"] / spec.train_rows
-        epoch["rows_per_cpu_second"] = spec.train_rows / cpu_seconds
+        epoch["rows_per_cpu_second"] = spec.train_rows / seconds
     return epochs
 
 
@@ -216,7 +217,7 @@ def main() -> None:
     )
     parser.add_argument("--files", type=int, help="of 1,024 rows each (default: 16)")
     parser.add_argument("--rounds", type=int, help="medians of so many (default: 5)")
-    parser.add_argument("--only", nargs="+", help="some of the contestants")
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, help="some of the contestants")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for the rows and what is written")
     arguments = parser.parse_args()
     rounds = arguments.rounds or (1 if arguments.quick else 5)

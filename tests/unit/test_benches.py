@@ -1,0 +1,87 @@
+"""The benchmarks and scripts as far as they run without Spark: their help, what is wrong with a command, their sums."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from scripts.answer_queries import _cell
+from scripts.bench.measure import cpu_seconds, exponent
+
+BENCH = Path("scripts/bench")
+# They import Transformers4Rec, which takes longer than all the others together.
+SLOW = {"catalogue.py", "score.py", "score_increments.py", "train.py"}
+SCRIPTS = sorted(
+    path
+    for path in (*BENCH.glob("*.py"), *Path("scripts").glob("*.py"))
+    if "add_argument(" in path.read_text() and path.name not in SLOW
+)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, path: Path, *arguments: str) -> str | int | None:
+    """What a script ends with, in this process: the modules that all of them import are imported once."""
+    monkeypatch.syspath_prepend(BENCH.absolute())
+    monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    return ended.value.code
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_has_help(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, path, "--help") == 0
+    assert "usage: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["scripts/answer_queries.py", "--conf", "nowhere.toml"], "nowhere.toml"),
+        (["scripts/bench/probes.py", "--conf", "nowhere.toml"], "nowhere.toml"),
+        (["scripts/bench/probes.py", "--conf", "conf/local.toml", "--quick"], "two seeds: leave it out"),
+        (["scripts/bench/sessionize.py", "--only", "window"], "invalid choice: 'window'"),
+        (["scripts/faults.py", "kills", "--data", "nowhere"], "holds no *.csv"),
+    ],
+)
+def test_a_wrong_path_or_name_is_one_sentence(
+    command: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run(monkeypatch, Path(command[0]), *command[1:])
+    line = (capsys.readouterr().err.strip() or str(code)).splitlines()[-1]
+    assert code, code
+    assert said in line, line
+    assert "unexpected" not in line, line
+
+
+def test_the_exponent_is_the_slope_of_the_logarithms() -> None:
+    assert exponent([(n, 3 * n**1.5) for n in (10.0, 100.0, 5000.0)]) == pytest.approx(1.5)
+
+
+def test_one_size_has_no_exponent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH.absolute())
+    growth = runpy.run_path(str(BENCH / "scale.py"))["growth"]
+    assert growth([(10.0, 1.0)], "") == growth([(10.0, 1.0), (10.0, 1.1)], "") == {}
+    assert growth([(10.0, 1.0), (100.0, 10.0)], "_ingest") == pytest.approx(
+        {"exponent_ingest": 1.0, "exponent_last_ingest": 1.0}
+    )
+
+
+def test_cpu_seconds_are_of_this_process_and_of_ended_ones_below() -> None:
+    def work(seconds: float) -> str:
+        return f"import time\nwhile time.process_time() < {seconds}: pass"
+
+    before = cpu_seconds()
+    subprocess.run([sys.executable, "-c", work(0.2)], check=True)
+    ended = cpu_seconds()
+    exec(work(time.process_time() + 0.2))
+    assert ended - before >= 0.15
+    assert cpu_seconds() - ended >= 0.15
+
+
+def test_a_boolean_in_an_answer_is_no_number() -> None:
+    assert [_cell(value) for value in (True, False, 1200, None)] == ["true", "false", "1,200", ""]
