@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from jobs.cli import guarded
 from jobs.config import load_config
 from jobs.model_folders import model_folder
 from jobs.runtime import Runtime
@@ -48,6 +50,8 @@ def _cell(value: Any) -> str:
         return f"{value:,.4f}".rstrip("0").rstrip(".")
     if value is None:
         return ""
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
 
 
@@ -55,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--conf", required=True, metavar="FILE")
     parser.add_argument("--set", metavar="a.b=c", action="append", default=[])
+    parser.add_argument("--debug", action="store_true", help="show stack traces")
     arguments = parser.parse_args()
     runtime = Runtime(load_config(arguments.conf, arguments.set))
     folder = model_folder(runtime)
@@ -72,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(guarded(main, debug="--debug" in sys.argv))

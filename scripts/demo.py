@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 
 from rich.console import Console
 from rich.rule import Rule
@@ -60,6 +62,9 @@ ANSWERS = (
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--debug", action="store_true", help="show stack traces")
+    parser.parse_args()
     screen.print("[bold]trailvec[/]: a year of purchases → a vector for every household and item\n")
     runtime = Runtime(load_config("conf/local.toml"))
     run_stages(runtime, STAGES)
@@ -135,4 +140,4 @@ def show_places(runtime: Runtime, model: str) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(guarded(main))
+    raise SystemExit(guarded(main, debug="--debug" in sys.argv))

@@ -11,4 +11,4 @@ if [[ -z ${TRAILVEC_EXPORT_KEY:-} ]]; then
   TRAILVEC_EXPORT_KEY=$(<"$key")
   export TRAILVEC_EXPORT_KEY
 fi
-exec .venv/bin/python scripts/demo.py
+exec .venv/bin/python scripts/demo.py "$@"
