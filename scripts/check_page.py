@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 PHONE, SCREEN = (360, 6000), (1280, 6000)
+LONGEST = 120
 _NO_ORIGIN = "not an origin"
 _LOCAL = ("file:", "data:", "blob:", "chrome:", "about:")
 # The page inside a frame of a phone's width: Chromium's own window is never so narrow.
@@ -31,29 +32,32 @@ def chromium(binary: str, arguments: list[str], profile: Path) -> tuple[str, str
     """stdout and stderr of one headless run.
 
     Raises:
-        SystemExit: it ended with an error.
+        SystemExit: it ended with an error, or not at all.
     """
     common = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
     quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
-    done = subprocess.run(
-        [binary, *common, *quiet, "--enable-logging=stderr", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [binary, *common, *quiet, "--enable-logging=stderr", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=LONGEST,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        sys.exit(f"{binary} took longer than {LONGEST} s over {arguments[-1]}: look at it by hand, or try it again")
     if done.returncode:
         sys.exit(f"{binary} ended with exit code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
     return done.stdout, done.stderr
 
 
-def requests(net_log: Path) -> list[str]:
+def requests(net_log: Path) -> set[str]:
     """The addresses beyond this machine that the page asked for; Chromium's own requests (updates) have no origin."""
     events = json.loads(net_log.read_text())["events"]
     of_page = (
         event["params"] for event in events if event.get("params", {}).get("initiator", _NO_ORIGIN) != _NO_ORIGIN
     )
-    return sorted({of["url"] for of in of_page if "url" in of and not of["url"].startswith(_LOCAL)})
+    return {of["url"] for of in of_page if "url" in of and not of["url"].startswith(_LOCAL)}
 
 
 def main() -> None:
@@ -72,21 +76,23 @@ def main() -> None:
     address = arguments.page.resolve().as_uri()
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        profile, net_log, frame = Path(folder) / "profile", Path(folder) / "net.json", Path(folder) / "frame.html"
-        said = ""
-        for name, (width, height) in (("phone", PHONE), ("screen", SCREEN)):
-            picture = [f"--screenshot={arguments.out / name}.png", f"--window-size={width},{height}"]
-            said += chromium(binary, [*picture, f"--log-net-log={net_log}", address], profile)[1]
-        said += chromium(
-            binary, [f"--print-to-pdf={arguments.out / 'print.pdf'}", "--no-pdf-header-footer", address], profile
-        )[1]
+        profile, frame = Path(folder) / "profile", Path(folder) / "frame.html"
+        shown = {
+            name: [f"--screenshot={arguments.out / name}.png", f"--window-size={width},{height}"]
+            for name, (width, height) in (("phone", PHONE), ("screen", SCREEN))
+        }
+        shown["print"] = [f"--print-to-pdf={arguments.out / 'print.pdf'}", "--no-pdf-header-footer"]
+        said, asked = "", set[str]()
+        for name, options in shown.items():
+            net_log = Path(folder) / f"{name}.json"
+            said += chromium(binary, [*options, f"--log-net-log={net_log}", address], profile)[1]
+            asked |= requests(net_log)
         frame.write_text(_WIDTHS.format(page=address, width=PHONE[0]))
         document = chromium(
             binary,
             ["--allow-file-access-from-files", "--virtual-time-budget=10000", "--dump-dom", frame.as_uri()],
             profile,
         )[0]
-        asked = requests(net_log)
     console = [line for line in said.splitlines() if "CONSOLE" in line]
     found = re.search(r'data-width="(\d+)"', document)
     if found is None:
@@ -94,7 +100,7 @@ def main() -> None:
     width = int(found.group(1))
     for line in console:
         print(line, file=sys.stderr)
-    for line in asked:
+    for line in sorted(asked):
         print(f"asked for {line}", file=sys.stderr)
     print(json.dumps({"console_lines": len(console), "requests": len(asked), "width_on_a_phone": width}))
     sys.exit(bool(console or asked or width > PHONE[0]))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import check_page
 from scripts.answer_queries import _cell
 from scripts.bench.measure import cpu_seconds, exponent
 
@@ -85,3 +86,44 @@ def test_cpu_seconds_are_of_this_process_and_of_ended_ones_below() -> None:
 
 def test_a_boolean_in_an_answer_is_no_number() -> None:
     assert [_cell(value) for value in (True, False, 1200, None)] == ["true", "false", "1,200", ""]
+
+
+# Asks for one address of each way to look at the page.
+CHROMIUM = """#!/bin/sh
+for word; do
+  case $word in
+    --screenshot=*|--print-to-pdf=*) way=$(basename "${word#*=}") ;;
+    --log-net-log=*) log=${word#*=} ;;
+    --dump-dom) echo '<body data-width="360">' ;;
+  esac
+done
+[ -z "$log" ] ||
+  echo '{"events": [{"params": {"initiator": "file://", "url": "http://far.away/'$way'"}}]}' >"$log"
+"""
+
+
+@pytest.fixture
+def looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A page and a program that opens it."""
+    browser, page = tmp_path / "chromium", tmp_path / "page.html"
+    browser.write_text(CHROMIUM)
+    browser.chmod(0o755)
+    page.touch()
+    command = ["check_page.py", str(page), "--out", str(tmp_path / "out"), "--chromium", str(browser)]
+    monkeypatch.setattr(sys, "argv", command)
+    return browser
+
+
+def test_what_any_way_to_look_at_a_page_asks_for_is_told(looked_at: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        check_page.main()
+    asked = [line for line in capsys.readouterr().err.splitlines() if line.startswith("asked for")]
+    assert asked == [f"asked for http://far.away/{way}" for way in ("phone.png", "print.pdf", "screen.png")]
+    assert ended.value.code == 1
+
+
+def test_a_browser_that_hangs_is_told(looked_at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at.write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr(check_page, "LONGEST", 0.2)
+    with pytest.raises(SystemExit, match=r"chromium took longer than 0\.2 s over file://"):
+        check_page.main()
