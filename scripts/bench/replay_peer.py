@@ -20,11 +20,14 @@ def prepare(events: DataFrame, cut: datetime, out: str) -> None:
     """Sessions at pauses of 30 minutes, numbers for items, verticals and event types, two splits by time."""
     log = events.select(*COLUMNS).withColumn("timestamp", F.unix_micros("event_ts"))
     log = Sessionizer(user_column="user_id", time_column="timestamp", session_gap=30 * 60_000_000).transform(log)
+    log.persist()  # its windows would run again for each action below; trailvec writes what it reads again, too
     encoder = LabelEncoder([LabelEncodingRule(name) for name in ("item_id", "vertical", "event_type")])
-    log = encoder.fit_transform(log)
+    encoded = encoder.fit_transform(log).persist()
     splitter = TimeSplitter(time_threshold=cut, query_column="user_id", timestamp_column="event_ts")
-    for name, part in zip(("train", "test"), splitter.split(log), strict=True):
+    for name, part in zip(("train", "test"), splitter.split(encoded), strict=True):
         part.write.mode("overwrite").parquet(f"{out}/{name}")
+    encoded.unpersist()
+    log.unpersist()
 
 
 def main() -> None:
