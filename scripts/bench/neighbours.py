@@ -151,7 +151,6 @@ def main() -> None:
             "ratio_to_faiss_of_a_core": median["faiss"] * CORES / (median["in_numpy"] * counts[0] / part),
             "same_neighbours": same(folder / "ours", folder / "theirs"),
             "recall_of_cells": same(folder / "by_cells", folder / "theirs"),
-            "speedup_of_cells": median["trailvec"] / median["cells"],
             "users_per_s": round(counts[0] / median["trailvec"]),
             **{f"{name}_s": seconds for name, seconds in median.items()},
         }

@@ -6,14 +6,13 @@ leaves out a suppression list of one in a hundred, holds back a control group, a
 the first round is not counted:
   segments  `trailvec export_segments`, all of it: lists, seeds, scores, rules, files, reports, log
   read      one pass: Spark reads user_id and vector of everybody and hands them to Python, which drops them
-  scan      the same without Python: Spark's scan alone
   write     the files that came out, hashed ids and checksums too, written by the same code from memory, and one commit
             of the log's rows
   one       one segment alone
 
-The last line is one JSON object. ratio_to_read_write: segments / (read + write); ratio_to_scan_write: against the scan
-alone; ratio_to_one_by_one: segments / (number of segments · one). seconds: the medians. peak_mb: of the JVM and of the
-Python workers, while segments runs (the driver itself is this process). A chart goes to build/bench/segments.svg.
+The last line is one JSON object. ratio_to_read_write: segments / (read + write); ratio_to_one_by_one: segments / (their
+number · one). seconds: the medians. peak_mb: of the JVM and of the Python workers, while segments runs (the driver
+itself is this process). A chart goes to build/bench/segments.svg.
 
 What grows with the users: the pass (read, products; --users shows it) and one join of ids with the lists. What grows
 with the members alone: the sort, the files, the log. 10 million users are 2.6 GB of vectors: --users 10000000 needs
@@ -202,7 +201,6 @@ def main() -> None:
     acts: dict[str, Callable[[], Any]] = {
         "segments": segments,
         "read": lambda: vectors.mapInArrow(dropped, "rows long").collect(),
-        "scan": lambda: vectors.write.format("noop").mode("overwrite").save(),
         "write": write,
         "one": lambda: alone.execute(STAGE, force=True),
     }
@@ -215,7 +213,6 @@ def main() -> None:
     last_line(
         {
             "ratio_to_read_write": middle["segments"] / (middle["read"] + middle["write"]),
-            "ratio_to_scan_write": middle["segments"] / (middle["scan"] + middle["write"]),
             "ratio_to_one_by_one": middle["segments"] / (count * middle["one"]),
             "seconds": {name: round(value, 2) for name, value in middle.items()},
             "users": users,
