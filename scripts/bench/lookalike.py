@@ -166,6 +166,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     source = Runtime(load_config("conf/local.toml", [f'storage.root="{arguments.warehouse.absolute()}"']))
+    if not source.exists(EVENTS):
+        raise TrailvecError(f"{arguments.warehouse} holds no events: run `make demo`, or name another --warehouse")
     campaigns = campaigns_of(source, arguments.least)
     if not campaigns:
         raise TrailvecError(f"no campaign in {arguments.warehouse} has {arguments.least} redeemers: lower --least")
