@@ -24,8 +24,9 @@ from pyspark.sql import functions as F
 
 from jobs.build_sequences import build_sequences, in_vocabulary, number_actions
 from jobs.cli import stage_main
-from jobs.config import SequencesSettings
+from jobs.config import ProfileSettings, SequencesSettings
 from jobs.errors import TrailvecError
+from jobs.files import Place
 from jobs.item_facts import item_attributes
 from jobs.model_folders import add_to_model, model_folder, model_inputs
 from jobs.models import encode_sequences
@@ -330,8 +331,25 @@ def _names_of(runtime: Runtime, numbers: Integers) -> list[str]:
     return [found.get(number, "") for number in numbers.tolist()]
 
 
+def too_late(settings: ProfileSettings, about: dict[str, Any], folder: Place) -> str | None:
+    """Which settings are others than those that the basis in that folder was fitted by: one sentence; None: none is, or
+    it does not say."""
+    fitted = about.get("settings", {})  # older code told none
+    others = [
+        f"profile.{name} = {value} (it has {fitted[name]})"
+        for name, value in settings.model_dump().items()
+        if fitted.get(name, value) != value
+    ]
+    if not others:
+        return None
+    return (
+        f"the profile's basis in {folder} stays as it was fitted, in spite of {', '.join(others)}: set that back, or "
+        f"remove {ABOUT} and {TENSORS} there to have another one fitted, whose places mean something else"
+    )
+
+
 def run(runtime: Runtime) -> None:
-    model_dir = model_folder(runtime)
+    settings, model_dir = runtime.config.profile, model_folder(runtime)
     sessions = runtime.read(SESSIONS)
     end = cut_times(sessions, runtime.config.sequences, "end_ts").end
     cuts = sessions.select("user_id").distinct().withColumn("cut", utc(end))
@@ -343,10 +361,13 @@ def run(runtime: Runtime) -> None:
     if found is None:
         runtime.on_progress("the basis is fitted")
         basis = fit(runtime, visible, encoded, numbers=numbers, told=told)
-        write_basis(model_dir, basis, {"as_of": end.isoformat(timespec="microseconds"), "code_version": code_version()})
+        about = {"as_of": end.isoformat(timespec="microseconds"), "code_version": code_version()}
+        write_basis(model_dir, basis, about | {"settings": settings.model_dump()})
         add_to_model(runtime, model_dir, TENSORS, ABOUT)
     else:
         basis = found[0]
+        if warning := too_late(settings, found[1], runtime.models / model_dir.name):
+            runtime.report.notes.append(warning)
     rows = profiles(profile_rows(visible, encoded, numbers, numbered(told, basis.names)), basis)
     rows = rows.withColumn("model_version", F.lit(model_dir.name)).withColumn("as_of", utc(end))
     runtime.write(USER_PROFILES, rows)

@@ -24,7 +24,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -329,7 +329,7 @@ def write_basis(folder: Path, basis: Basis, about: dict[str, object]) -> None:
     write_whole(folder / ABOUT, text + "\n")
 
 
-def read_basis(folder: Path) -> tuple[Basis, dict[str, object]] | None:
+def read_basis(folder: Path) -> tuple[Basis, dict[str, Any]] | None:
     """What `write_basis` wrote, and what was said about it; None where the model has none yet.
 
     Raises:

@@ -314,7 +314,9 @@ def test_what_is_probed_is_what_profile_users_writes(
     put(runtime, EVENTS, to_frame(runtime.spark, [*log(), event("new", 119.5, "brand new")]))
     for stage in (sessionize.STAGE, build_vocabulary.STAGE):
         runtime.execute(stage)
-    runtime.execute(profile_users.STAGE)
+    wider = make_runtime(*SETTINGS, *only_labels, "profile.width=32", root=whole)
+    (note, _) = wider.execute(profile_users.STAGE).notes
+    assert f"basis in {whole}/models/m1 stays as it was fitted, in spite of profile.width = 32 (it has 64): " in note
     again = {r["user_id"]: r for r in read_delta(runtime.path(USER_PROFILES))}
     widths = json.loads((runtime.models / "m1" / "profile.json").read_text())["widths"]
     timeless = sum(width for part, width in widths.items() if part not in ("statistics", "forecast"))

@@ -9,7 +9,9 @@ import pyarrow as pa
 import pytest
 import scipy.sparse as sp
 
+from jobs.config import ProfileSettings
 from jobs.errors import TrailvecError
+from jobs.profile_users import too_late
 from spark_udfs.profile import counts_of
 from training.profile import PARTS, WEIGHTS, Basis, Terms, fit_basis, fit_items, read_basis, write_basis
 
@@ -188,6 +190,18 @@ def test_what_is_the_same_for_all_users_of_the_fit_is_0_for_those_who_come_later
     states, counts = sample
     basis = fitted(states[:1], {kind: of[:1] for kind, of in counts.items()})
     assert not basis.profiles(states, counts).any()
+
+
+def test_settings_that_come_too_late_for_a_basis_are_said() -> None:
+    told = {"settings": ProfileSettings().model_dump()}
+    folder = Path("/models/m1")
+    assert too_late(ProfileSettings(), told, folder) is None
+    assert too_late(ProfileSettings(width=8), {"as_of": "2024"}, folder) is None  # older code told none
+    assert too_late(ProfileSettings(fit_users=9, width=8), told, folder) == (
+        "the profile's basis in /models/m1 stays as it was fitted, in spite of profile.fit_users = 9 (it has 20000), "
+        "profile.width = 8 (it has 64): set that back, or remove profile.json and profile.safetensors there to have "
+        "another one fitted, whose places mean something else"
+    )
 
 
 def test_lists_of_a_slice_as_counts() -> None:
