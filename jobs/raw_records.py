@@ -10,7 +10,7 @@ import difflib
 import glob
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -138,12 +138,13 @@ def _finish(groups: list[tuple[str, DataFrame]], mapping: Input, data_dir: Place
         return []
     named = _named_columns(mapping)
     lookups = [_read_lookup(groups[0][1].sparkSession, lookup, data_dir, named) for lookup in mapping.lookups]
-    looked_up = {name for rows in lookups for name in rows.columns}
+    looked_up = {name: lk.path for lk, rows in zip(mapping.lookups, lookups, strict=True) for name in rows.columns}
     claimed = {*named, *mapping.ignore} - set(mapping.attributes)
 
     def finish(place: str, records: DataFrame) -> DataFrame:
         if mapping.format == "json":
-            records = _parse_json(records, [name for name in named if name not in looked_up], claimed)
+            taken = {name: looked_up[name] for name in named if name in looked_up}
+            records = _parse_json(records, [name for name in named if name not in taken], claimed, taken)
         else:
             rest = [name for name in records.columns if not name.startswith("trailvec_") and name not in claimed]
             records = records.withColumn(REST, _texts(rest))
@@ -316,8 +317,13 @@ def _read_parquet(spark: SparkSession, files: Sequence[str], base: dict[str, str
     return [reader.parquet(*group) for group in groups.values()]
 
 
-def _parse_json(lines: DataFrame, names: list[str], claimed: set[str]) -> DataFrame:
-    """One object of each line that is not blank; a key that the mapping names nowhere stands in REST."""
+def _parse_json(lines: DataFrame, names: list[str], claimed: set[str], taken: Mapping[str, str]) -> DataFrame:
+    """One object of each line that is not blank; a key that the mapping names nowhere stands in REST.
+
+    Args:
+        taken: the columns that the mapping names and a lookup gives, and its path. Only the records tell whether they
+            have such a key too: at one that does, the job ends with a sentence.
+    """
     in_path = [name for name in lines.columns if name not in (LINE, FILE)]  # they win over the line's, as in Parquet
     rest = F.map_filter(_PARSED, lambda key, value: ~key.isin(*claimed, *in_path) & text_of(value).isNotNull())
     if unclaimed := [name for name in in_path if name not in claimed]:
@@ -331,6 +337,12 @@ def _parse_json(lines: DataFrame, names: list[str], claimed: set[str]) -> DataFr
     # A key that stands twice would be twice in the map, which other readers refuse.
     is_one = (F.size(_OBJECTS) == 2) & F.col(_OBJECTS)[1][_END].isNotNull()
     is_one &= F.size(keys) == F.size(F.array_distinct(keys))
+    # In a column that is always asked for, not in a condition: moved below the parsing, it would do it once more.
+    is_broken = F.col(_PARSED).isNull()
+    for name, path in taken.items():
+        own = named_column(name) if name in in_path else F.col(_PARSED)[name]
+        said = F.raise_error(f"jobs.errors.TrailvecError: {_both_have(path, name)}")
+        is_broken = F.when(text_of(own).isNotNull(), said).otherwise(is_broken)
     return (
         lines.where(F.trim(LINE) != "")
         .withColumn(_OBJECTS, objects)
@@ -339,7 +351,7 @@ def _parse_json(lines: DataFrame, names: list[str], claimed: set[str]) -> DataFr
             *[(named_column(name) if name in in_path else F.col(_PARSED)[name]).alias(name) for name in names],
             FILE,
             LINE,
-            F.col(_PARSED).isNull().alias(BROKEN),
+            is_broken.alias(BROKEN),
             rest.alias(REST),
         )
     )
@@ -410,12 +422,14 @@ def _is_whole() -> Column:
 def _join_lookup(records: DataFrame, rows: DataFrame, lookup: Lookup, named: Sequence[str]) -> DataFrame:
     both = set(records.columns) & set(rows.columns)
     if wanted := both & set(named):
-        raise TrailvecError(
-            f"{lookup.path}: the column {min(wanted)} is also one of the records' own: rename it in one of the files"
-        )
+        raise TrailvecError(_both_have(lookup.path, min(wanted)))
     rows = rows.drop(*both)  # nobody asks for them (`_c0`, where pandas wrote its index into both files)
     same = [named_column(name).cast("string") == F.col(_on(name)) for name in lookup.on]
     return records.join(rows, reduce(Column.__and__, same), "left").drop(*map(_on, lookup.on))
+
+
+def _both_have(path: str, name: str) -> str:
+    return f"{path}: the column {name} is also one of the records' own: rename it in one of the files"
 
 
 def _on(name: str) -> str:

@@ -674,6 +674,26 @@ def test_a_lookup_never_multiplies_or_loses_records(spark: SparkSession, write: 
     assert [(row["event_id"], row["vertical"]) for row in rows] == [("1", "food"), ("2", "OTHER")]
 
 
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_a_column_that_the_records_and_a_lookup_have_is_told(
+    spark: SparkSession, write: Callable[[str, str], Path], form: str
+) -> None:
+    def log(**more: str | None) -> str:
+        row = {"id": "1", "user": "ann", "item": "a", "at": "2023-05-01", "price": "1"} | more
+        return json.dumps(row) if form == "json" else ",".join(row) + "\n" + ",".join(t or "" for t in row.values())
+
+    write("kinds.csv", "item,kind\na,tea\n")
+    folder = write(f"both.{form}", log(kind="milk"))
+    write(f"alone.{form}", log(shelf="7", **({"kind": None} if form == "json" else {})))
+    lookups = [{"path": "kinds.csv", "format": "csv", "on": ["item"]}]
+    (row,) = ingest(spark, folder, mapping(f"alone.{form}", form, {"category": "kind"}, lookups=lookups))
+    assert (row["category"], row["attributes"]) == ("tea", {"shelf": "7"})
+    with pytest.raises(Exception, match="column kind") as error:
+        ingest(spark, folder, mapping(f"both.{form}", form, {"category": "kind"}, lookups=lookups))
+    said = "kinds.csv: the column kind is also one of the records' own: rename it in one of the files"
+    assert (explain(error.value) or str(error.value)) == said
+
+
 # ---- Online Retail, four real days against plain Python -----------------------------------------------
 
 
