@@ -139,7 +139,9 @@ def _finish(groups: list[tuple[str, DataFrame]], mapping: Input, data_dir: Place
     named = _named_columns(mapping)
     lookups = [_read_lookup(groups[0][1].sparkSession, lookup, data_dir, named) for lookup in mapping.lookups]
     looked_up = {name: lk.path for lk, rows in zip(mapping.lookups, lookups, strict=True) for name in rows.columns}
-    claimed = {*named, *mapping.ignore} - set(mapping.attributes)
+    # An attribute out of a lookup comes into REST when it has been joined.
+    joined = [name for name in looked_up if name in mapping.attributes]
+    claimed = {*named, *mapping.ignore} - (set(mapping.attributes) - set(joined))
 
     def finish(place: str, records: DataFrame) -> DataFrame:
         if mapping.format == "json":
@@ -150,6 +152,9 @@ def _finish(groups: list[tuple[str, DataFrame]], mapping: Input, data_dir: Place
             records = records.withColumn(REST, _texts(rest))
         for lookup, rows in zip(mapping.lookups, lookups, strict=True):
             records = _join_lookup(records, rows, lookup, named)
+        if joined:
+            more = _texts(joined)
+            records = records.withColumn(REST, F.coalesce(F.map_concat(REST, more), more))
         _check_columns(place, records, mapping.column_names())
         return records
 

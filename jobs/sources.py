@@ -156,7 +156,8 @@ class Input(Section):
     lookups: list[Lookup] = Field(default_factory=list)
     columns: Columns
     attributes: list[str] = Field(
-        default_factory=list, description="raw columns kept in the event's map though something else names them"
+        default_factory=list,
+        description="raw columns kept in the event's map though something else names them, and those of lookups",
     )
     ignore: list[str] = Field(
         default_factory=list, description="raw columns kept nowhere; all others that nothing names are attributes"

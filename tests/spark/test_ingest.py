@@ -688,6 +688,8 @@ def test_a_column_that_the_records_and_a_lookup_have_is_told(
     lookups = [{"path": "kinds.csv", "format": "csv", "on": ["item"]}]
     (row,) = ingest(spark, folder, mapping(f"alone.{form}", form, {"category": "kind"}, lookups=lookups))
     assert (row["category"], row["attributes"]) == ("tea", {"shelf": "7"})
+    (kept,) = ingest(spark, folder, mapping(f"alone.{form}", form, lookups=lookups, attributes=["kind"]))
+    assert kept["attributes"] == {"kind": "tea", "shelf": "7"}
     with pytest.raises(Exception, match="column kind") as error:
         ingest(spark, folder, mapping(f"both.{form}", form, {"category": "kind"}, lookups=lookups))
     said = "kinds.csv: the column kind is also one of the records' own: rename it in one of the files"
