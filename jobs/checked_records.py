@@ -5,7 +5,8 @@ broken_row; the mapping's own rules; invalid_utf8; missing_* (user_id, item_id, 
 event_id; blank counts as missing); bad_type_* (an id that is no text and no whole number in a Parquet file, or is an
 object or a list in a line of JSON, of which a number can't be told from a text; another text that is an object or a
 list); bad_event_ts, event_before_earliest, event_in_future, bad_amount, bad_quantity, negative_amount, bad_time_zone;
-long_* (an id of more than 512 characters). (duplicate_event_id, which no record tells by itself, is given by
+nul_* (an id with the character NUL, which numpy's texts lose at their end); long_* (an id of more than 512
+characters). (duplicate_event_id, which no record tells by itself, is given by
 jobs/ingest.py.)
 
 An id with an ordinal numbers the identical records *of one file*: a line that stands twice in a file is two events,
@@ -264,6 +265,7 @@ def _reason(given: DataFrame, settings: IngestSettings, now: datetime, zones: li
         **{f"bad_{n}": F.col(_as_given(n)).isNotNull() & F.col(n).isNull() for n in _NUMBERS},
         "negative_amount": (F.col("amount") < 0) & ~may_be_negative,
         "bad_time_zone": ~F.coalesce(F.col("time_zone").isin(zones), F.lit(False)),
+        **{f"nul_{n}": F.contains(n, F.lit("\0")) for n in _IDS},
         # Characters are counted one by one, bytes are not.
         **{f"long_{n}": (F.octet_length(n) > _LONGEST_ID) & (F.length(n) > _LONGEST_ID) for n in _IDS},
     }

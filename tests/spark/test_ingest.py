@@ -287,6 +287,8 @@ def test_each_record_is_refused_for_its_first_reason(spark: SparkSession, write:
         "long_event_id": f"{'f' * 513},ann,a,{good},1,2,UTC",
         "long_user_id": f"f3,{'u' * 513},a,{good},1,2,UTC",
         "long_item_id": f"f4,ann,{'i' * 513},{good},1,2,UTC",
+        "nul_user_id": f"f6,ann\0,a,{good},1,2,UTC",
+        "nul_item_id": f"f7,ann,\0{'i' * 600},{good},1,2,UTC",
         "test_order": f"f5,test,,{good},1,2,UTC",  # the mapping's own rule comes before missing_item_id
     }
     allowed = [f"{'ü' * 512},ann,a,{good},,,UTC", "g2,ann,a,2024-01-02T00:00:00Z,-1e3,+.5,Europe/Paris"]
