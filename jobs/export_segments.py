@@ -52,7 +52,7 @@ from jobs.segment_files import (
 from jobs.segment_members import Export, Selection, Taken, rows_of_model
 from jobs.segment_report import Share, page
 from jobs.segments import SegmentFile, Vectors, read_segments
-from jobs.sql import asks_for_the_time
+from jobs.sql import ask, names_the_time, reads_folder
 from jobs.tables import CURRENT_MODEL, EXPORTS, ITEM_EMBEDDINGS, ITEMS, SESSIONS, TABLES, USER_EMBEDDINGS, USER_PROFILES
 from jobs.user_lists import file_digest
 from spark_udfs.keyed import key_mark
@@ -68,7 +68,7 @@ def _exports(runtime: Runtime, now: datetime) -> list[Export]:
     """The configuration's segments, each after those that it includes or excludes."""
     version = runtime.current_model()
     states = {t.name: runtime.state(t) for t in TABLES if t != EXPORTS and runtime.exists(t)}
-    digest_of, timely = cache(file_digest), cache(partial(asks_for_the_time, runtime))  # many name the same lists
+    digest_of, timely = cache(file_digest), cache(partial(_is_timely, runtime))  # many name the same lists
     with_profiles = USER_PROFILES.name in states and not rows_of_model(runtime.latest(USER_PROFILES), version).isEmpty()
     files = read_segments(runtime.config.export.segments)
     check_destinations(runtime, files)
@@ -105,7 +105,7 @@ def _facts(
 
     Args:
         states: `Runtime.state` of all tables but the log.
-        digest_of, timely: `file_digest` and `asks_for_the_time`.
+        digest_of, timely: `file_digest` and `_is_timely`.
     """
     segment, consent = file.segment, runtime.config.export.consent
     facts: dict[str, Any] = {
@@ -126,14 +126,30 @@ def _facts(
     if segment.consent is not None and consent is not None and consent.sql is not None:
         asked.append((consent.sql, "export.consent.sql"))
     if asked:
-        # A query may read any table. (Not the log: each export would make the next one another.)
-        facts["tables"] = states
+        facts["tables"] = states  # a query may read any but the log
+    timely_ones = [query for query in asked if timely(*query)]
     if segment.needs_key:
         # Another key makes other files. Only a hash of this mark goes on from here.
         facts["key"] = key_mark(export_key())
-    if segment.at_most is not None or any(timely(*query) for query in asked):
+    if segment.at_most is not None or timely_ones:
         facts["day"] = now.date().isoformat()
     return facts
+
+
+def _is_timely(runtime: Runtime, text: str, where: str) -> bool:
+    """Whether the answer to a query may be another one tomorrow.
+
+    Raises:
+        TrailvecError: it reads the log of exports: each export would make the next one another, and once its members
+            are logged, one that is made again would take others. Or as `ask`.
+    """
+    answer = ask(runtime, text, where)
+    if reads_folder(answer, runtime.path(EXPORTS)):
+        raise TrailvecError(
+            f"{where} reads exports, where this export's own members stand as soon as it is made: say at_most or "
+            f"exclude, or lay the users down in a file and name that"
+        )
+    return names_the_time(text, answer)
 
 
 def _now() -> datetime:

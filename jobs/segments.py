@@ -77,8 +77,8 @@ class Segment(Section):
     affinity: Affinity | None = None
     sql: str | None = Field(
         None,
-        description="a query over the tables with a column user_id; it, and queries of lists, are asked again once a "
-        "table but `exports` has changed, and where they name the current date or time each day (UTC)",
+        description="a query over the tables but `exports`, with a column user_id; it, and queries of lists, are asked "
+        "again once a table has changed, and where they name the current date or time each day (UTC)",
     )
     include: tuple[str, ...] = Field((), description="names of segments of the same run: their members, control too")
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from py4j.java_gateway import is_instance_of
 from pyspark.errors import ParseException, PySparkException
 from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
@@ -76,14 +77,29 @@ def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
 _SPECIAL_TIMES = re.compile(r"""['"]\s*(now|today|tomorrow|yesterday)(\s+[\w/:+-]+)?\s*['"]""", re.IGNORECASE)
 
 
-def asks_for_the_time(runtime: Runtime, text: str, where: str) -> bool:
-    """Whether the query names the current date or time: over the same rows it may give another answer tomorrow. As
-    `ask`."""
-    plan = ask(runtime, text, where)._jdf.queryExecution().analyzed()
+def names_the_time(text: str, answer: DataFrame) -> bool:
+    """Whether a query names the current date or time: over the same rows it may give another answer tomorrow.
+
+    Args:
+        answer: what `ask` gives for the text.
+    """
     if _SPECIAL_TIMES.search(text):
         return True
-    patterns = runtime.spark._jvm.org.apache.spark.sql.catalyst.trees.TreePattern  # type: ignore[union-attr]
-    return bool(plan.containsPattern(patterns.CURRENT_LIKE()))
+    patterns = answer.sparkSession._jvm.org.apache.spark.sql.catalyst.trees.TreePattern  # type: ignore[union-attr]
+    return bool(answer._jdf.queryExecution().analyzed().containsPattern(patterns.CURRENT_LIKE()))
+
+
+def reads_folder(answer: DataFrame, folder: str) -> bool:
+    """Whether a query reads the table in that folder, whatever it calls it."""
+    gateway: Any = answer.sparkSession.sparkContext._gateway
+    path = gateway.jvm.org.apache.hadoop.fs.Path(folder).toUri().getPath()
+    of_files = "org.apache.spark.sql.execution.datasources.HadoopFsRelation"
+    for node in _nodes(answer._jdf.queryExecution().analyzed()):
+        if node.nodeName() == "LogicalRelation" and is_instance_of(gateway, node.relation(), of_files):
+            roots = node.relation().location().rootPaths()
+            if any(roots.apply(number).toUri().getPath() == path for number in range(roots.size())):
+                return True
+    return False
 
 
 def _nodes(plan: Any) -> Iterator[Any]:

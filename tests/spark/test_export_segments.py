@@ -296,6 +296,11 @@ def test_seeds_by_sql_plain_ids_and_chosen_columns(
     ):
         assert id_on(1, timely) == id_on(1, timely) != id_on(2, timely)
 
+    for log in ("exports", f"delta.`{shop.path(EXPORTS)}`"):  # a run made again would find its own members there
+        with pytest.raises(TrailvecError, match=r"likes\.toml: the query of a list of its users reads exports, where"):
+            id_on(1, f" = 1 AND user_id NOT IN (SELECT user_id FROM {log})")
+    id_on(1, " = 1 AND user_id IN (WITH exports AS (SELECT 'ann') SELECT * FROM exports)")
+
     (tmp_path / "likes.toml").write_text(text.replace("SELECT user_id", "SELECT history_length"))
     with pytest.raises(TrailvecError, match="gives history_length: it needs a column user_id"):
         shop.execute(STAGE)
