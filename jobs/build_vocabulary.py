@@ -112,12 +112,19 @@ def number_items(described: DataFrame, items: DataFrame, min_count: int, next_in
     return conform(known.unionByName(new.withColumn("item_index", place + next_index - 1)), ITEMS)
 
 
-def number_context_values(events: DataFrame, values: DataFrame) -> DataFrame:
-    """CONTEXT_VALUES rows to add: values that have no number yet, in their own order."""
+def number_context_values(events: DataFrame, values: DataFrame, came: Column | int = 1) -> DataFrame:
+    """CONTEXT_VALUES rows to add: values that have no number yet, in their own order.
+
+    Args:
+        events: all of them, or what changed.
+        came: 1; of what changed -1 where an event, or its earlier state, went. Without a number yet, a value that went
+            as often as it came is no event's: what was there before has one.
+    """
     kinds = {"vertical": F.col("vertical"), "event_type": F.col("event_type"), "category": category_value()}
     pairs = F.create_map(*[part for kind, value in kinds.items() for part in (F.lit(kind), value)])
-    found = events.select(F.explode(pairs).alias("kind", "value"))
-    new = found.where("value IS NOT NULL").distinct().join(values, ["kind", "value"], "left_anti")
+    found = events.select(F.lit(came).alias("came"), F.explode(pairs).alias("kind", "value"))
+    left = found.where("value IS NOT NULL").groupBy("kind", "value").agg(F.sum("came").alias("left")).where("left > 0")
+    new = left.select("kind", "value").join(values, ["kind", "value"], "left_anti")
     next_by_kind = values.groupBy("kind").agg((F.max("value_index") + 1).alias("next"))
     rank = F.row_number().over(Window.partitionBy("kind").orderBy("value"))
     numbered = new.join(next_by_kind, "kind", "left").withColumn(
@@ -167,16 +174,16 @@ def run(runtime: Runtime) -> None:
     # Items are written last: what is new since the last commit to context_values is new to items too.
     written = ITEMS if fixed and runtime.last_writer(CONTEXT_VALUES) else CONTEXT_VALUES
     changed = changed_events(runtime, written, flagged)
-    met, of_turned = events.select(*OF_EVENTS), None
+    met, came, of_turned = events.select(*OF_EVENTS), F.lit(1), None
     if changed is not None:
         changes, changes_of_turned, turned = changed
-        met = changes.drop("_change_type")
+        met, came = changes, F.when(F.col("_change_type").isin("insert", "update_postimage"), 1).otherwise(-1)
         if not turned.isEmpty():  # rare, and all events are read for it
-            met = met.union(events.join(turned, "user_id", "left_semi").select(*OF_EVENTS))
+            met = met.union(events.join(turned, "user_id", "left_semi").select(*OF_EVENTS, F.lit("insert")))
             of_turned = runtime.read(EVENTS).join(turned, "user_id", "left_semi").select("item_id")
             # An item may also have lost events of theirs that were counted before the flag.
             of_turned = of_turned.union(changes_of_turned.select("item_id"))
-    new_values = number_context_values(met, runtime.latest(CONTEXT_VALUES))
+    new_values = number_context_values(met, runtime.latest(CONTEXT_VALUES), came)
     runtime.merge(CONTEXT_VALUES, new_values, made_from=values_from)
 
     # A given cut does not depend on the log's end, so flagged users need not be left out, which would cost a join.
