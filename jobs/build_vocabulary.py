@@ -153,12 +153,10 @@ def changed_events(
     gained, lost = flagged.join(before, "user_id", "left_anti"), before.join(flagged, "user_id", "left_anti")
     # `flags` also has users who are flagged for one day more. The join spares reading all flags where none changed.
     turned = gained.union(lost).join(flags.select("user_id").distinct(), "user_id", "left_semi").localCheckpoint()
-    # turned: NULL for users in neither frame, true for those in both.
-    sides = flagged.withColumn("turned", F.lit(False)).union(turned.withColumn("turned", F.lit(True)))
-    changes = changes.join(sides.groupBy("user_id").agg(F.max("turned").alias("turned")), "user_id", "left")
-    changes = changes.where("turned IS NULL OR turned").select(*OF_EVENTS, "_change_type", "turned")
-    changes = changes.localCheckpoint()  # the feed is planned and read once, for both tables where items go by it
-    return changes.where("turned IS NULL").drop("turned"), changes.where("turned").drop("turned"), turned
+    of_turned = changes.join(turned, "user_id", "left_semi").select(*OF_EVENTS, "_change_type")
+    changes = changes.join(flagged.union(turned), "user_id", "left_anti").select(*OF_EVENTS, "_change_type")
+    # The feed is planned and read once, for both tables where items go by it (and once more where somebody turned).
+    return changes.localCheckpoint(), of_turned, turned
 
 
 def run(runtime: Runtime) -> None:
