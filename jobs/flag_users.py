@@ -108,11 +108,12 @@ def _any(conditions: list[Column]) -> Column:
 def run(runtime: Runtime) -> None:
     settings = runtime.config.flag_users
     events = runtime.read(EVENTS)
+    runtime.create(FLAGGED_USERS)
+    made_from = runtime.stage_version(FLAGGED_USERS)  # before it is decided where to go on from
     changes = runtime.incremental(FLAGGED_USERS, EVENTS)
     if changes is None:
         runtime.write(FLAGGED_USERS, flag_users(events, settings))
         return
-    made_from = runtime.stage_version(FLAGGED_USERS)
     # What an update changed stands in `changes` twice, as it was and as it is: both days are touched.
     touched = changes.select("user_id", day_of("event_ts").alias("day")).distinct().persist()
     try:

@@ -213,6 +213,8 @@ def with_changes(sessions: DataFrame, changed: DataFrame, fields: list[str]) -> 
 
 
 def run(runtime: Runtime) -> None:
+    runtime.create(SESSIONS)
+    made_from = runtime.stage_version(SESSIONS)  # before it is decided where to go on from
     changed = runtime.incremental(SESSIONS, EVENTS)
     flags = runtime.incremental(SESSIONS, FLAGGED_USERS)
     if changed is None or flags is None:
@@ -221,18 +223,17 @@ def run(runtime: Runtime) -> None:
         settings, every = runtime.config.sessionize, _events_of_a_task(runtime)
         runtime.write(SESSIONS, sessionize(events, settings, find_splits(events, settings, every)))
     else:
-        _update(runtime, changed, flags)
+        _update(runtime, changed, flags, made_from)
 
 
 def _events_of_a_task(runtime: Runtime) -> int:
     return max(_PART_EVENTS, runtime.read(EVENTS).count() // shuffle_tasks(runtime.spark))
 
 
-def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame) -> None:
+def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame, made_from: int) -> None:
     """Makes the affected sessions anew from the events they hold and from what changed."""
     settings, fields = runtime.config.sessionize, _event_fields()
     gap_us = _rules(settings).longest_gap_us
-    made_from = runtime.stage_version(SESSIONS)
     sessions = runtime.latest(SESSIONS)
     flagged = runtime.read(FLAGGED_USERS).select("user_id").distinct()
     # Users with other flags than before: all their sessions go, and those of whom no flag is left are read from events.

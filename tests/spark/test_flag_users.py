@@ -20,12 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyspark.sql import DataFrame, SparkSession
 
-from jobs import flag_users as module
 from jobs.config import FlagUsersSettings, load_config
 from jobs.errors import TrailvecError
 from jobs.flag_users import STAGE, flag_users
 from jobs.runtime import Runtime, Stage
-from jobs.tables import EVENTS, FLAGGED_USERS, Table, differences
+from jobs.tables import EVENTS, FLAGGED_USERS, Table
 from tests.conftest import put
 from tests.events import Row, make_event, to_frame
 
@@ -306,12 +305,14 @@ def test_of_two_runs_at_once_the_one_that_ends_later_is_refused(
     runtime.execute(STAGE)
     change(runtime, to_frame(spark, bot[1:]))
 
-    def meanwhile(new: DataFrame, old: DataFrame, table: Table) -> DataFrame:
-        monkeypatch.setattr(module, "differences", differences)
+    def meanwhile(written: Table, read: Table) -> DataFrame | None:
+        changes = incremental(written, read)
+        monkeypatch.setattr(runtime, "incremental", incremental)
         Early(runtime.config, spark).execute(STAGE)
-        return differences(new, old, table)
+        return changes
 
-    monkeypatch.setattr(module, "differences", meanwhile)
+    incremental = runtime.incremental
+    monkeypatch.setattr(runtime, "incremental", meanwhile)
     with pytest.raises(TrailvecError, match="another run changed table flagged_users"):
         runtime.execute(STAGE)
     assert set(flags(runtime.latest(FLAGGED_USERS)).values()) == {4.0}  # of the run that ended

@@ -19,7 +19,7 @@ from jobs import sessionize
 from jobs.config import SessionizeSettings
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
-from jobs.tables import EVENTS, FLAGGED_USERS, SESSIONS, Table, differences
+from jobs.tables import EVENTS, FLAGGED_USERS, SESSIONS, Table
 from tests import oracles
 from tests.conftest import put
 from tests.events import START, Row, logs, make_event, to_frame
@@ -390,12 +390,14 @@ def test_of_two_runs_at_once_the_one_that_ends_later_is_refused(
     tables.run()
     tables.append([event("e8", "u", 45), event("e9", "u", 60)])
 
-    def meanwhile(new: DataFrame, old: DataFrame, table: Table) -> DataFrame:
-        monkeypatch.setattr(sessionize, "differences", differences)
+    def meanwhile(written: Table, read: Table) -> DataFrame | None:
+        changed = incremental(written, read)
+        monkeypatch.setattr(tables.runtime, "incremental", incremental)
         Early(tables.runtime.config, tables.spark).execute(sessionize.STAGE)
-        return differences(new, old, table)
+        return changed
 
-    monkeypatch.setattr(sessionize, "differences", meanwhile)
+    incremental = tables.runtime.incremental
+    monkeypatch.setattr(tables.runtime, "incremental", meanwhile)
     with pytest.raises(TrailvecError, match="another run changed table sessions"):
         tables.run()
     assert in_words(rows(tables.runtime.latest(SESSIONS))) == [["e1"], ["e9"]]
