@@ -192,16 +192,16 @@ def _days(rows: DataFrame, first: Column, last: Column) -> set[date]:
     return {row["day"] for row in rows.select(days).distinct().collect()}
 
 
-def with_changes(sessions: DataFrame, changed: DataFrame, fields: list[str]) -> DataFrame:
-    """user_id and `fields` of the events that `sessions` hold, as the changes leave them, and of those that they add.
+def with_changes(sessions: DataFrame, changed: DataFrame) -> DataFrame:
+    """user_id and the fields of the events that `sessions` hold, as the changes leave them, and of those that they add.
 
     Args:
-        changed: user_id, `fields`, _change_type and _commit_version of events, as Delta's change data feed has them.
+        changed: the same columns, _change_type and _commit_version of events, as Delta's change data feed has them.
     """
     # An id may stand on two days (ingest.duplicates = "same_day").
     changed = changed.withColumn("day", F.to_date("event_ts"))
     there = F.col("_change_type").isin("insert", "update_postimage")
-    newest = F.max_by(F.struct("user_id", *fields, there.alias("there")), F.struct("_commit_version", there))
+    newest = F.max_by(F.struct("user_id", *_event_fields(), there.alias("there")), F.struct("_commit_version", there))
     last = changed.groupBy("event_id", "day").agg(newest.alias("event")).select("event.*")
     held = sessions.select("user_id", F.explode("events").alias("event")).select("user_id", "event.*")
     met = changed.select("event_id", "day").distinct()
@@ -245,7 +245,7 @@ def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame, made_from: i
     touched = spans(changed, gap_us).localCheckpoint()
     old = affected(sessions, touched, gap_us).localCheckpoint()
 
-    events, before = with_changes(old, changed, fields), old
+    events, before = with_changes(old, changed), old
     if not turned.isEmpty():
         back = turned.join(flagged, "user_id", "left_anti").localCheckpoint()
         if not back.isEmpty():  # rare, and all events are read for it
