@@ -121,8 +121,13 @@ class History:
 
     def _newest(self) -> int:
         # From the last checkpoint on there are a few commits at most.
-        last = next(self._lines("_last_checkpoint"), None)
-        version = 0 if last is None else int(json.loads(last)["version"])
+        try:
+            version = int(json.loads(next(self._lines("_last_checkpoint"), '{"version": 0}'))["version"])
+        except ValueError:  # half of it: Delta writes it in place
+            version = 0
+        if version == 0 and not (self._folder / f"{0:020}.json").exists():
+            # It said nothing, and the log is cleaned of its first commits.
+            version = max((int(file.name[:20]) for file in self._folder.glob("?" * 20 + ".json")), default=0)
         while (self._folder / f"{version + 1:020}.json").exists():
             version += 1
         return version

@@ -238,6 +238,11 @@ def test_the_commits_are_those_of_deltas_history(make_runtime: Callable[..., Run
     spark.sql(f"DELETE FROM delta.`{path}` WHERE value = 'food'")
     assert History(path).newest == 17
     assert next(iter(History(path))).foreign
+    # A reader may find half of the file that says where to begin, or nothing in it.
+    for text in ('{"version":10,"si', ""):
+        (log / "_last_checkpoint").write_text(text)
+        (log / "._last_checkpoint.crc").unlink(missing_ok=True)
+        assert History(path).newest == 17
 
 
 def test_tune_refuses_hdfs_in_one_sentence() -> None:
