@@ -11,7 +11,8 @@ Users of skewed histories (2 to 64 actions, 17 in the mean) in Parquet, a model 
               all users sorted by length, gathered into batches by collect_list and written; a row UDF that pads
               a batch by pad_sequence, runs the broadcast model (fast_encoder here too) and returns Python lists;
               exploded into a column for each coordinate. 8 partitions; its 100 would be mostly empty.
-Workers are warm: the first round is not counted.
+Workers are warm: the first round is not counted. The vectors that trailvec wrote must be those of both loops (of 500
+users).
 
 The last line is one JSON object. ratio_to_forward_loop, speedup_vs_unbucketed, speedup_vs_row_udf and speedup_vs_ptls
 are ratios of users per CPU second (of all processes, the JVM's too: what other work on the machine changes least);
@@ -36,6 +37,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import torch
 from feed import make_rows
@@ -204,6 +206,21 @@ def contestants(
     yield "ptls", users, lambda: ptls(rows, shared, out / "ptls")
 
 
+def compare(model_dir: Path, path: str, out: Path) -> None:
+    """The vectors that trailvec has written beside those of the loops, of some users."""
+    rows = pq.read_table(path, columns=["user_id", "length", *FEATURES]).slice(0, 500)
+    users = rows["user_id"].to_pylist()
+    made = ds.dataset(out).to_table(["user_id", "vector"], filter=ds.field("user_id").isin(users))
+    written = dict(zip(made["user_id"].to_pylist(), made["vector"].to_pylist(), strict=True))
+    vectors = np.array([written[user] for user in users])
+    model = load_model(model_dir / WEIGHTS, SPEC)
+    for name, encode in (("forward", model.encode), ("last_state", fast_encoder(model))):
+        for places, batch in by_length(*columns_of(rows), SPEC.history_length, BATCH):
+            with torch.inference_mode():
+                found = encode({feature: torch.from_numpy(matrix).long() for feature, matrix in batch.items()})
+            assert np.allclose(found.numpy(), vectors[places], atol=1e-5), f"{name} gives other vectors than trailvec"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="10,000 users, 1 counted round: mostly fixed costs")
@@ -232,6 +249,7 @@ def main() -> None:
                 measured.setdefault(name, []).append((seconds / count, work / count))
         if number:
             said(f"round {number}: " + ", ".join(f"{n} {1e6 * m[-1][1]:.0f} us" for n, m in measured.items()))
+    compare(model_dir, path, folder / "score-out/ours")
     clock, cpu = (
         {name: statistics.median(times[place] for times in all_times) for name, all_times in measured.items()}
         for place in (0, 1)

@@ -208,8 +208,9 @@ def main() -> None:
     bars(folder / "sessionize.svg", times)
     result: dict[str, Any] = {"events": count, "rounds": rounds}
     if not arguments.only:
-        same = {tuple(row) for name in ("sessionize", "windows") for row in _shape(spark, out / name)}
-        assert len(same) == 1, f"sessionize and windows differ: {same}"
+        same = {name: _shape(spark, out / name) for name in ("sessionize", "windows")}
+        same["duckdb"] = _shape(spark, out / "duckdb.parquet", "parquet")
+        assert len(set(same.values())) == 1, f"count and hash of the sessions differ: {same}"
         spark.conf.set("spark.sql.shuffle.partitions", TASKS)
         spark.conf.set("spark.sql.adaptive.coalescePartitions.enabled", "false")
         result |= skew(spark, path, count, out) | hot_item(spark, path)
@@ -227,9 +228,9 @@ def main() -> None:
     last_line(result)
 
 
-def _shape(spark: SparkSession, path: Path) -> list[Any]:
-    made = spark.read.format("delta").load(str(path))
-    return made.agg(F.count("*"), F.sum(F.xxhash64("session_id", "start_ts", "end_ts", "events"))).collect()
+def _shape(spark: SparkSession, path: Path, form: str = "delta") -> tuple[Any, ...]:
+    made = spark.read.format(form).load(str(path))
+    return tuple(made.agg(F.count("*"), F.sum(F.xxhash64("session_id", "start_ts", "end_ts", "events"))).collect()[0])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ Over a Parquet file of pairs of vectors of 64, on 2 cores, in turns, medians, le
   sum                     the pandas UDF; collect_list, then one aggregate() over it
   top_k                   of 64 groups: slice(sort_array(collect_list(...))); row_number() <= k (Spark cuts it early)
 
-The last line is one JSON object: seconds of each way, and <function>_native_to_pandas (under 1: native is faster).
+Before, pandas and native of each function must give the same numbers. The last line is one JSON object: seconds of each
+way, and <function>_native_to_pandas (under 1: native is faster).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from measure import last_line, said, session
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -61,6 +63,17 @@ WAYS = {
 }
 
 
+def compare(spark: SparkSession) -> None:
+    for name in ("inner_product", "cosine", "sum"):
+        one, other = (
+            np.array(
+                sorted([*row] if np.isscalar(row[0]) else row[0] for row in spark.sql(WAYS[f"{name}_{way}"]).collect())
+            )
+            for way in ("pandas", "native")
+        )
+        assert np.allclose(one, other, rtol=1e-4, atol=1e-3), f"{name} differs: {one} {other}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="20,000 pairs")
@@ -73,6 +86,7 @@ def main() -> None:
     spark = session(quick=False)
     vectors.register(spark)
     pairs(spark, count, arguments.folder.absolute() / f"pairs-{count}").createOrReplaceTempView("pairs")
+    compare(spark)
     times: dict[str, list[float]] = {name: [] for name in WAYS}
     for number in range(-2, arguments.rounds):
         for name, text in WAYS.items():
