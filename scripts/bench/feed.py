@@ -29,7 +29,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from measure import bars, last_line, said
+from measure import bars, in_turns, last_line
 
 from training.batches import FEATURES, pad
 from training.data import CHUNK_ROWS, padding, read_batches
@@ -164,18 +164,16 @@ def main() -> None:
         "trailvec": trailvec,
         "dataloader": dataloader,
     }
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    cpu: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(rounds if arguments.quick else rounds + 1):
-        for name, run in contestants.items():
-            started, worked = time.perf_counter(), time.process_time()
-            read = run(files, batch_size)
-            seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
-            assert read == rows, f"{name} gave {read} of {rows} rows"
-            if number or arguments.quick:  # the first round warms
-                times[name].append(seconds)
-                cpu[name].append(cpu_seconds)
-                said(f"round {number} {name:11} {rows / seconds:12,.0f} rows/s, CPU {cpu_seconds:6.3f} s")
+
+    def whole(read: Callable[[list[str], int], int]) -> Callable[[], None]:
+        def run() -> None:
+            found = read(files, batch_size)
+            assert found == rows, f"{read.__name__} gave {found} of {rows} rows"
+
+        return run
+
+    acts = {name: whole(read) for name, read in contestants.items()}
+    times, cpu = in_turns(acts, rounds, warm=0 if arguments.quick else 1)
     bars(arguments.folder / "feed.svg", times)
 
     median = {name: statistics.median(seconds) for name, seconds in times.items()}

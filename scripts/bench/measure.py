@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -159,6 +159,43 @@ def _descendants(root: int) -> list[tuple[str, float, float]]:
         return False
 
     return [process[1:] for pid, process in found.items() if below(pid)]
+
+
+# ---- time -------------------------------------------------------------------------------------------------
+
+Seconds = dict[str, list[float]]
+
+
+def timed(act: Callable[[], object]) -> tuple[float, float]:
+    """Seconds by the clock, and CPU seconds of this process and all below it."""
+    worked, started = cpu_seconds(), time.perf_counter()
+    act()
+    return time.perf_counter() - started, cpu_seconds() - worked
+
+
+def in_turns(
+    acts: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm: int = 1,
+    before: Callable[[int], object] = lambda number: None,
+) -> tuple[Seconds, Seconds]:
+    """By act, of each round, seconds by the clock and CPU seconds.
+
+    Args:
+        warm: so many rounds come before and are not counted: Java compiles in them.
+        before: what is done with a round's number before it, not timed.
+    """
+    clock: Seconds = {name: [] for name in acts}
+    cpu: Seconds = {name: [] for name in acts}
+    for number in range(1 - warm, rounds + 1):
+        before(number)
+        for name, act in acts.items():
+            seconds, work = timed(act)
+            said(f"round {number} {name:22} {seconds:8.2f} s, CPU {work:8.2f} s")
+            if number > 0:
+                clock[name].append(seconds)
+                cpu[name].append(work)
+    return clock, cpu
 
 
 # ---- results ----------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
-from measure import CORES, bars, last_line, said, session
+from measure import CORES, bars, in_turns, last_line, session
 from pyspark.sql import SparkSession
 
 from jobs.config import NeighboursSettings
@@ -131,14 +130,7 @@ def main() -> None:
         "in_numpy": in_numpy(folder, part),
         "cells": lambda: by_trailvec(spark, folder, folder / "by_cells", counts, round(4 * counts[1] ** 0.5)),
     }
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(rounds if arguments.quick else rounds + 1):
-        for name, run in contestants.items():
-            started = time.monotonic()
-            run()
-            if number or arguments.quick:  # the first round compiles and warms
-                times[name].append(time.monotonic() - started)
-                said(f"round {number} {name:9} {times[name][-1]:6.2f} s")
+    times, _ = in_turns(contestants, rounds, warm=0 if arguments.quick else 1)
     spark.stop()
     bars(folder.parent / "neighbours.svg", times)
     median = {name: statistics.median(seconds) for name, seconds in times.items()}

@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import partial
@@ -41,7 +40,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import torch
 from feed import make_rows
-from measure import CORES, bars, cpu_seconds, exponent, last_line, said, session
+from measure import CORES, bars, exponent, in_turns, last_line, said, session, timed
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -169,13 +168,6 @@ def ptls(rows: DataFrame, model: Any, out: Path) -> None:
 # ---- measuring ----------------------------------------------------------------------------------------
 
 
-def timed(act: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds by the clock, and CPU seconds of this process and all below it."""
-    started, cpu = time.perf_counter(), cpu_seconds()
-    act()
-    return time.perf_counter() - started, cpu_seconds() - cpu
-
-
 def trailvec(spark: SparkSession, path: str, model_dir: Path, out: Path) -> None:
     rows, runtime = spark.read.parquet(path), Runtime(load_config(), spark)
     with spark_conf(spark, SPLIT):
@@ -240,19 +232,12 @@ def main() -> None:
     path = write_users(folder, users)
     spark = session(quick=False)
 
-    measured: dict[str, list[tuple[float, float]]] = {}
     acts = list(contestants(spark, folder, path, users, sample=500 if arguments.quick else 5_000))
-    for number in range((arguments.rounds or (1 if arguments.quick else 5)) + 1):
-        for name, count, act in acts:
-            seconds, work = timed(act)
-            if number:
-                measured.setdefault(name, []).append((seconds / count, work / count))
-        if number:
-            said(f"round {number}: " + ", ".join(f"{n} {1e6 * m[-1][1]:.0f} us" for n, m in measured.items()))
+    measured = in_turns({name: act for name, _, act in acts}, arguments.rounds or (1 if arguments.quick else 5))
+    counts = {name: count for name, count, _ in acts}
     compare(model_dir, path, folder / "score-out/ours")
     clock, cpu = (
-        {name: statistics.median(times[place] for times in all_times) for name, all_times in measured.items()}
-        for place in (0, 1)
+        {name: statistics.median(seconds) / counts[name] for name, seconds in times.items()} for times in measured
     )
     table = pq.read_table(path, columns=["length", *FEATURES]).slice(0, 50_000)
     padding = encoded(LoadedModel(load_model(model_dir / WEIGHTS, SPEC)), table)
@@ -265,7 +250,11 @@ def main() -> None:
         said(f"{size:,} users: {seconds:.1f} s, {work:.1f} CPU s")
     spark.stop()
     shutil.rmtree(folder / "score-out")
-    bars(folder / "score.svg", {name: [1e6 * t for _, t in times] for name, times in measured.items()}, unit="us")
+    bars(
+        folder / "score.svg",
+        {name: [1e6 * t / counts[name] for t in times] for name, times in measured[1].items()},
+        unit="us",
+    )
 
     others = {
         "ratio_to_forward_loop": "forward",

@@ -26,7 +26,6 @@ import json
 import os
 import shutil
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -37,7 +36,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
-from measure import CONF, Watch, bars, last_line, put, said, session
+from measure import CONF, Watch, bars, in_turns, last_line, put, said, session
 from pyspark.sql import SparkSession
 
 from jobs.config import load_config
@@ -141,20 +140,6 @@ def dropped(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     yield pa.RecordBatch.from_arrays([pa.array([rows])], ["rows"])
 
 
-def in_turns(acts: dict[str, Callable[[], Any]], rounds: int, before: Callable[[int], Any]) -> dict[str, list[float]]:
-    """By act the seconds of each round but the first, which only warms; `before` (of its number) is not timed."""
-    seconds: dict[str, list[float]] = {name: [] for name in acts}
-    for number in range(rounds + 1):
-        before(number)
-        for name, act in acts.items():
-            started = time.perf_counter()
-            act()
-            seconds[name].append(time.perf_counter() - started)
-        if number:
-            said(f"round {number}: " + ", ".join(f"{name} {times[-1]:.1f} s" for name, times in seconds.items()))
-    return {name: times[1:] for name, times in seconds.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="50,000 users, 20 segments, 1 counted round: fixed costs")
@@ -204,8 +189,11 @@ def main() -> None:
         "write": write,
         "one": lambda: alone.execute(STAGE, force=True),
     }
-    seconds = in_turns(
-        acts, rounds, lambda number: write_segments(data, users, count, arguments.method, f"round {number + 1}")
+    # Other exports in each round; round 0 was the run before.
+    seconds, _ = in_turns(
+        acts,
+        rounds,
+        before=lambda number: write_segments(data, users, count, arguments.method, f"round {number + 1}"),
     )
     spark.stop()
     bars(folder / "segments.svg", seconds)

@@ -20,13 +20,12 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import duckdb
-from measure import CORES, bars, cpu_seconds, last_line, of_scala, said, session, stages
+from measure import CORES, bars, in_turns, last_line, of_scala, said, session, stages
 from pyspark.sql import DataFrame, GroupedData, SparkSession, Window
 from pyspark.sql import functions as F
 from superapp import World, events
@@ -195,16 +194,7 @@ def main() -> None:
 
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    cpu: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(rounds if arguments.quick else rounds + 1):
-        for name, run in contestants.items():
-            started, worked = time.monotonic(), cpu_seconds()
-            run()
-            if number or arguments.quick:  # the first round compiles and warms
-                times[name].append(time.monotonic() - started)
-                cpu[name].append(cpu_seconds() - worked)
-                said(f"round {number} {name:15} {times[name][-1]:6.2f} s, CPU {cpu[name][-1]:6.2f} s")
+    times, cpu = in_turns(contestants, rounds, warm=0 if arguments.quick else 1)
     bars(folder / "sessionize.svg", times)
     result: dict[str, Any] = {"events": count, "rounds": rounds}
     if not arguments.only:

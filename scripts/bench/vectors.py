@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import last_line, said, session
+from measure import in_turns, last_line, session
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -87,15 +87,11 @@ def main() -> None:
     vectors.register(spark)
     pairs(spark, count, arguments.folder.absolute() / f"pairs-{count}").createOrReplaceTempView("pairs")
     compare(spark)
-    times: dict[str, list[float]] = {name: [] for name in WAYS}
-    for number in range(-2, arguments.rounds):
-        for name, text in WAYS.items():
-            started = time.monotonic()
-            spark.sql(text).write.format("noop").mode("overwrite").save()
-            seconds = time.monotonic() - started
-            said(f"round {number} {name:22} {seconds:6.2f} s")
-            if number >= 0:  # Java compiles in the first ones
-                times[name].append(seconds)
+
+    def run(text: str) -> Callable[[], None]:
+        return lambda: spark.sql(text).write.format("noop").mode("overwrite").save()
+
+    times, _ = in_turns({name: run(text) for name, text in WAYS.items()}, arguments.rounds, warm=2)
     spark.stop()
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     scan = medians.pop("scan")

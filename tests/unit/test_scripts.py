@@ -12,7 +12,7 @@ import pytest
 
 from scripts import check_page
 from scripts.answer_queries import _cell
-from scripts.bench.measure import cpu_seconds, exponent
+from scripts.bench.measure import cpu_seconds, exponent, in_turns
 
 BENCH = Path("scripts/bench")
 # They import Transformers4Rec, which takes longer than all the others together.
@@ -82,6 +82,17 @@ def test_cpu_seconds_are_of_this_process_and_of_ended_ones_below() -> None:
     exec(work(time.process_time() + 0.2))
     assert ended - before >= 0.15
     assert cpu_seconds() - ended >= 0.15
+
+
+def test_contestants_take_turns_and_warm_ones_are_not_counted() -> None:
+    done: list[object] = []
+    acts = {name: lambda name=name: done.append(name) for name in ("a", "b")}
+    clock, cpu = in_turns(acts, 2, warm=1, before=done.append)
+    assert done == [0, "a", "b", 1, "a", "b", 2, "a", "b"]
+    assert [(name, len(seconds)) for times in (clock, cpu) for name, seconds in times.items()] == [
+        ("a", 2),
+        ("b", 2),
+    ] * 2
 
 
 def test_a_boolean_in_an_answer_is_no_number() -> None:
