@@ -262,12 +262,8 @@ def _log_members(runtime: Runtime, chosen: Selection, staging: Staging, now: dat
             "model_version": _repeated(chosen.version, count),
             "destination": _repeated(destination_of(runtime, export.segment), count),
         }
-        same = [
-            "export_id",
-            "segment",
-            "model_version",
-            "destination",
-        ]  # a dictionary of ids, no two of which are, only costs
+        # (A dictionary of ids, no two of which are the same, only costs.)
+        same = ["export_id", "segment", "model_version", "destination"]
         pq.write_table(pa.table(columns), folder / f"{export.number:05d}.parquet", use_dictionary=same)
     rows = runtime.spark.read.parquet(staging.to_tasks("log"))
     if not is_new:
