@@ -98,6 +98,7 @@ def rows(root: Path, table: str) -> list[str]:
     for row in found:
         row.pop("exported_at", None)  # by the clock
         row.pop("export_id", None)  # by the ids of tables, which no other warehouse has
+        row.pop("destination", None)  # below the warehouse
     return sorted(json.dumps(row, default=str) for row in found)
 
 
