@@ -116,7 +116,7 @@ def test_the_k_best_of_each_group(spark: SparkSession) -> None:
             "vector_top_k: found k = 2.5: write one whole number from 1 on",
         ),
         (
-            "SELECT vector_top_k('a', array(1F), array(1F), CAST(NULL AS INT))",
+            "SELECT vector_top_k('a', array(1F), array(1F), NULL)",
             "vector_top_k: found k = None: write one whole number from 1 on",
         ),
         (
