@@ -85,7 +85,7 @@ class Segment(Section):
     size: int | None = Field(
         None, ge=1, description="users to take, the control group too; fewer where there are fewer"
     )
-    threshold: float | None = Field(None, allow_inf_nan=False, description="the lowest score that is taken")
+    threshold: float | None = Field(None, description="the lowest score that is taken")
 
     consent: str | None = Field(None, description="a column of export.consent that must be true")
     suppress: tuple[UserList, ...] = Field((), description="lists of users who are never exported")
