@@ -127,7 +127,7 @@ def _facts(
         asked.append((consent.sql, "export.consent.sql"))
     if asked:
         facts["tables"] = states  # a query may read any but the log
-    timely_ones = [query for query in asked if timely(*query)]
+    timely_ones = [query for query in asked if timely(*query)]  # all are asked: one over the log is refused
     if segment.needs_key:
         # Another key makes other files. Only a hash of this mark goes on from here.
         facts["key"] = key_mark(export_key())

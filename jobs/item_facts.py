@@ -10,7 +10,7 @@ import pandas as pd
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from jobs.build_sequences import price_bucket
+from jobs.build_sequences import UNKNOWN, price_bucket
 from jobs.build_vocabulary import category_value, numbers_of
 from training.config import ITEM_ATTRIBUTES
 
@@ -21,7 +21,7 @@ def item_counts(items: DataFrame, min_count: int) -> npt.NDArray[np.int64]:
     This is the one place where it is decided what is in a model's vocabulary; the model carries the result.
     """
     rows = items.select("item_index", "train_count").toPandas()
-    counts = np.zeros(int(rows["item_index"].max()) + 1 if len(rows) else 2, np.int64)
+    counts = np.zeros(_size(rows), np.int64)
     counts[rows["item_index"]] = rows["train_count"].where(rows["train_count"] >= min_count, 0)
     return counts
 
@@ -53,6 +53,11 @@ def item_verticals(items: DataFrame) -> tuple[npt.NDArray[np.int64], list[str]]:
     none."""
     rows = items.select("item_index", "vertical").toPandas()
     codes, names = pd.factorize(rows["vertical"], sort=True)
-    places = np.full(int(rows["item_index"].max()) + 1 if len(rows) else 2, -1, np.int64)
+    places = np.full(_size(rows), -1, np.int64)
     places[rows["item_index"]] = codes
     return places, [str(name) for name in names]
+
+
+def _size(rows: pd.DataFrame) -> int:
+    """[largest item_index + 1], also where there is no item."""
+    return int(rows["item_index"].max() if len(rows) else UNKNOWN) + 1
