@@ -18,7 +18,7 @@ from pyspark.sql import functions as F
 
 from jobs.config import DriftSettings
 from jobs.splits import utc
-from spark_udfs.alignment import row_cosines
+from spark_udfs.alignment import mean_cosine, row_cosines
 
 Vectors = npt.NDArray[np.float32]
 _LEAST = 1e-4  # the share that a vertical without an event stands for in `stability`
@@ -125,7 +125,9 @@ def drift_of(counts: pd.DataFrame, at_cut: Vectors, at_end: Vectors, *, comparab
         new_items=int(counts["new_after"].sum()) / after if after else math.nan,
         new_items_before=int(counts["new_before"].sum()) / before if before else math.nan,
         cosines=cosines[there],
-        centroid=_cosine(one.mean(axis=0), other.mean(axis=0)) if there.any() else math.nan,
+        centroid=mean_cosine(one.mean(axis=0, keepdims=True), other.mean(axis=0, keepdims=True))
+        if there.any()
+        else math.nan,
     )
 
 
@@ -161,7 +163,3 @@ def alarms(drift: Drift, settings: DriftSettings) -> list[Alarm]:
     turned = f"users' vectors turned, mean cosine {drift.cosine:.2f} between the cut and the log's end"
     ask("min_user_cosine", drift.cosine < settings.min_user_cosine, drift.cosine, turned)
     return found
-
-
-def _cosine(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
-    return float(one @ other) / max(float(np.linalg.norm(one) * np.linalg.norm(other)), 1e-12)

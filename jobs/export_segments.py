@@ -352,7 +352,6 @@ STAGE = Stage(
     reads=(CURRENT_MODEL, USER_EMBEDDINGS),  # in this order: what is current is whole
     writes=(),  # also `exports`; but what says that the stage is up to date are the manifests
     settings=("export",),
-    inputs=lambda runtime: {export.name: export.id for export in _exports(runtime, _now())},
 )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import pyarrow as pa
 import scipy.sparse as sp
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
@@ -34,7 +35,7 @@ from jobs.runtime import Runtime, Stage, code_version
 from jobs.spark_session import in_order
 from jobs.splits import Cuts, cut_times, is_target, utc
 from jobs.tables import CONTEXT_VALUES, ITEMS, SESSIONS, USER_PROFILES
-from spark_udfs.profile import KINDS, profiles
+from spark_udfs.profile import KINDS, counts_of, profiles
 from training.profile import ABOUT, TENSORS, Basis, Integers, fit_basis, fit_items, read_basis, write_basis
 
 _WINDOWS = (7, 14, 28, 56, 91, 182)  # days before the cut
@@ -269,7 +270,7 @@ def fit(runtime: Runtime, visible: DataFrame, encoded: DataFrame, *, numbers: Da
     if rows.empty:
         raise TrailvecError("no user has an event before the cut: there is nothing to make a profile of")
     matrix = np.stack([np.asarray(vector, np.float32) for vector in rows["vector"]])
-    counts = {kind: _sparse(rows[f"{kind}_numbers"], rows[f"{kind}_values"]) for kind in KINDS}
+    counts = {kind: _counts(rows[f"{kind}_numbers"], rows[f"{kind}_values"]) for kind in KINDS}
     items = fit_items(counts["items"], settings.max_terms)
     before, since = _once(visible, targets, names)
     sample.unpersist()
@@ -312,15 +313,12 @@ def _once(
     rows = in_order(both, "user_id")
     none = np.zeros(len(_HORIZONS))
     since = [none if came is None else np.asarray(came, np.float64) for came in rows["came"]]
-    return _sparse(rows["number"], rows["value"]), np.array(since).reshape(len(rows), len(_HORIZONS))
+    return _counts(rows["number"], rows["value"]), np.array(since).reshape(len(rows), len(_HORIZONS))
 
 
-def _sparse(numbers: pd.Series[Any], values: pd.Series[Any]) -> sp.csr_matrix:
-    """Lists of numbers and of their values, a pair for each user, as float64 [users, numbers]."""
-    offsets = np.cumsum([0, *(len(of) for of in numbers)])
-    columns = np.concatenate([*numbers, np.empty(0)]).astype(np.int64)
-    data = np.concatenate([*values, np.empty(0)]).astype(np.float64)
-    return sp.csr_matrix((data, columns, offsets), (len(numbers), columns.max(initial=0) + 1))
+def _counts(numbers: pd.Series[Any], values: pd.Series[Any]) -> sp.csr_matrix:
+    """Lists of numbers and of their values, a pair for each user, as `counts_of` gives them."""
+    return counts_of(pa.array(numbers, pa.list_(pa.int32())), pa.array(values, pa.list_(pa.float64())))
 
 
 def _names_of(runtime: Runtime, numbers: Integers) -> list[str]:

@@ -25,7 +25,7 @@ from jobs.files import Place, make_private
 from jobs.raw_records import BROKEN, FILE, LINE, as_patterns, data_files, read_csv_table, valid_text
 from jobs.runtime import Runtime
 from jobs.sql import ask
-from training.stores import remove_tree
+from training.stores import remove_tree, sha256_of
 from training.urls import file_url
 
 _CSV = (".csv", ".csv.gz")
@@ -41,8 +41,7 @@ def file_digest(path: Path) -> str:
         parts = [f"{file.relative_to(path)}\n{file_digest(file)}\n" for file in files]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise TrailvecError(f"the list {path} can't be read ({error.strerror}): add it or correct the path") from None
 

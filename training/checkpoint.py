@@ -17,7 +17,6 @@ there.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from safetensors.numpy import load_file, save_file
 
 from jobs.errors import TrailvecError
 from training.config import ModelSpec
-from training.stores import Folder, filled, local_file, remove_tree, write_whole
+from training.stores import Folder, filled, local_file, remove_tree, sha256_of, write_whole
 
 if TYPE_CHECKING:  # torch and Transformers4Rec take seconds to import; reading the vectors needs neither
     import torch
@@ -56,7 +55,7 @@ def save_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def describe_weights(folder: Path, spec: ModelSpec, about: dict[str, Any]) -> None:
     """Makes the weights in the folder, of a model of that spec, a model."""
-    sha256 = _sha256(folder / WEIGHTS)
+    sha256 = sha256_of(folder / WEIGHTS)
     # Not sorted: the order of the item attributes is that of their tables.
     text = json.dumps({**about, "spec": spec.model_dump(), "weights_sha256": sha256}, indent=2)
     write_whole(folder / ABOUT, text + "\n")
@@ -87,7 +86,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     about = read_description(folder)
     if not (folder / WEIGHTS).exists():
         raise _damaged(folder, f"{WEIGHTS} is missing")
-    if _sha256(folder / WEIGHTS) != about["weights_sha256"]:
+    if sha256_of(folder / WEIGHTS) != about["weights_sha256"]:
         raise _damaged(folder, f"{WEIGHTS} is not the file that {ABOUT} was written for")
     return about
 
@@ -98,7 +97,7 @@ def write_alignment(folder: Path, rotation: npt.NDArray[np.float32] | None, repo
     if rotation is not None:
         part = folder / f".{ROTATION}.part"
         save_file({"rotation": rotation}, part)
-        sha256 = _sha256(part)
+        sha256 = sha256_of(part)
         part.replace(folder / ROTATION)
     write_whole(folder / ALIGNMENT, json.dumps({**report, "rotation_sha256": sha256}, indent=2) + "\n")
 
@@ -138,7 +137,7 @@ def read_rotation(folder: Path) -> npt.NDArray[np.float32] | None:
     if sha256 is None:
         return None
     path = folder / ROTATION
-    if not path.exists() or _sha256(path) != sha256:
+    if not path.exists() or sha256_of(path) != sha256:
         raise _damaged(folder, f"{ROTATION} is not the file that {ALIGNMENT} was written for")
     return np.asarray(load_file(path)["rotation"])
 
@@ -230,7 +229,7 @@ def write_checkpoint(folder: Folder, progress: Progress, tensors: dict[str, torc
 
     with filled(folder / _name(progress.epoch, progress.step)) as local:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, local / STATE)
-        text = json.dumps({"progress": progress.model_dump(), "state_sha256": _sha256(local / STATE)}, indent=1)
+        text = json.dumps({"progress": progress.model_dump(), "state_sha256": sha256_of(local / STATE)}, indent=1)
         (local / PROGRESS).write_text(text + "\n", encoding="utf-8")
         for path in (local / STATE, local / PROGRESS):
             with path.open("rb") as file:
@@ -266,7 +265,7 @@ def read_checkpoint(path: Folder) -> tuple[Progress, dict[str, torch.Tensor]]:
     progress, state_sha256 = read_progress(path)
     try:
         with local_file(path / STATE) as state:
-            if _sha256(state) != state_sha256:
+            if sha256_of(state) != state_sha256:
                 raise ValueError(f"{STATE} is not the file that {PROGRESS} was written for")
             return progress, load_file(state)
     except (OSError, ValueError, SafetensorError) as error:
@@ -341,8 +340,3 @@ def _damaged_checkpoint(path: Folder, error: Exception) -> TrailvecError:
     return TrailvecError(
         f"the checkpoint {path} is damaged ({why}): remove that folder, and training goes on from the one before it"
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,7 +19,6 @@ and, written last, `profile.json`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.sparse.linalg import svds
 
 from jobs.errors import TrailvecError
-from training.stores import write_whole
+from training.stores import sha256_of, write_whole
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
@@ -322,7 +321,7 @@ def write_basis(folder: Path, basis: Basis, about: dict[str, object]) -> None:
         tensors |= {f"{part}.shift": basis.shifts[part], f"{part}.scale": basis.scales[part]}
     staged = folder / f".{TENSORS}.part"
     save_file(tensors, staged)
-    sha256 = hashlib.sha256(staged.read_bytes()).hexdigest()
+    sha256 = sha256_of(staged)
     staged.replace(folder / TENSORS)
     told = {"widths": basis.widths, "statistics": basis.names, "words": basis.words.shape[1], "sha256": sha256}
     text = json.dumps({**about, **told}, indent=2)
@@ -339,7 +338,7 @@ def read_basis(folder: Path) -> tuple[Basis, dict[str, Any]] | None:
         return None
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        if hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest() != about["sha256"]:
+        if sha256_of(folder / TENSORS) != about["sha256"]:
             raise ValueError("it is not the file that was written")
         tensors = load_file(folder / TENSORS)
         terms = {

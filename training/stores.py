@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import hashlib
 import re
 import shutil
 import tempfile
@@ -134,6 +135,12 @@ def remove_tree(of: Path | Tree) -> None:
         shutil.rmtree(of, ignore_errors=True)
     else:
         of.rmtree()
+
+
+def sha256_of(file: Path) -> str:
+    """Of its bytes, hexadecimal; a block of them at a time."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def write_whole(file: Path, text: str) -> None:
