@@ -65,18 +65,21 @@ def check_numbers(
 ) -> None:
     """Raises TrailvecError where the model that `about` describes knows things by numbers of tables that were removed
     since, or whose rows somebody else changed (by a RESTORE, say), so that a number may have been given twice."""
-    told = about.get("provenance", {}).get("table_ids", {})  # older code told none
+    if what := other_numbers(runtime, about.get("provenance", {})):
+        raise TrailvecError(f"model {about['model_version']} knows items by the numbers of {what}: {instead}")
+
+
+def other_numbers(runtime: Runtime, provenance: dict[str, Any]) -> str | None:
+    """What has become of the tables whose numbers a run of that provenance went by; None: they still hold."""
+    told = provenance.get("table_ids", {})  # older code told none
     numbered = [table for table in (ITEMS, CONTEXT_VALUES) if told.get(table.name)]
     if any(told[table.name] != runtime.state(table)[0] for table in numbered):
         what = "were removed and made anew"
-    elif any(_changed_by_others(runtime, table, about["provenance"]["reads"][table.name]) for table in numbered):
+    elif any(_changed_by_others(runtime, table, provenance["reads"][table.name]) for table in numbered):
         what = "something other than trailvec has changed (RESTORE, SQL)"
     else:
-        return
-    raise TrailvecError(
-        f"model {about['model_version']} knows items by the numbers of tables items and context_values that {what} "
-        f"since: {instead}"
-    )
+        return None
+    return f"tables items and context_values that {what} since"
 
 
 def _changed_by_others(runtime: Runtime, table: Table, since: int) -> bool:

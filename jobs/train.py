@@ -32,7 +32,7 @@ from jobs.files import HadoopPath, Place, published, shared_url, write_json
 from jobs.item_facts import attribute_matrix, item_attributes, item_counts, item_verticals
 from jobs.launch_training import launch, launch_in_spark
 from jobs.model_card import plot, write_card
-from jobs.model_folders import check_numbers, has_model, model_folder
+from jobs.model_folders import check_numbers, has_model, model_folder, other_numbers
 from jobs.runtime import Runtime, Stage
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
 from jobs.tracking import Tracker, tracked
@@ -166,14 +166,14 @@ def count_rows(files: list[str]) -> int:
 
 def run(runtime: Runtime) -> None:
     version = runtime.fingerprint[:12]
-    folder = runtime.models / version
+    folder, name = runtime.models / version, f"{version}_{runtime.fingerprint_here[:8]}"
     there = read_about(model_folder(runtime, version)) if has_model(runtime, version) else None
     if there is not None and runtime.read_these(there["provenance"]) and not runtime.forced:
         runtime.report.skipped = True
+        remove_tree(runtime.models / f"{name}.checkpoints")  # of a run that was killed as soon as the model was there
     else:
         # Beside the model's folder, which appears when all is done: what a kill leaves, the same command finds, unless
         # the tables were made anew. A forced training goes on from no checkpoint of another one.
-        name = f"{version}_{runtime.fingerprint_here[:8]}"
         checkpoints = runtime.models / f"{name}{'.forced' if runtime.forced else ''}.checkpoints"
         with published(folder) as staging:
             _train(runtime, version, staging, checkpoints)
@@ -206,8 +206,8 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
     """What the training processes are told; the arrays that it names are written into `staging`, a local folder.
 
     Raises:
-        TrailvecError: there is nothing to train on, the rows are those of a smaller vocabulary, or the current model
-            can't be grown.
+        TrailvecError: there is nothing to train on, the rows are those of a smaller vocabulary or have the numbers of
+            another one, or the current model can't be grown.
     """
     settings, min_count = runtime.config.train, runtime.config.vocabulary.min_count
     made = runtime.last_writer(SEQUENCES)
@@ -217,6 +217,8 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
             f"table sequences was made with vocabulary.min_count = {was}, found {min_count}, with which a model would "
             f"know items that no row has: run `trailvec build_vocabulary` and `trailvec build_sequences` first"
         )
+    if made and (what := other_numbers(runtime, made)):
+        raise TrailvecError(f"table sequences has the numbers of {what}: run `trailvec build_sequences` first")
     files = training_files(runtime)
     counts = item_counts(runtime.read(ITEMS), min_count)
     model = model_spec(runtime.config, len(counts), runtime.read(CONTEXT_VALUES))

@@ -32,8 +32,9 @@ LOCK = "lock"
 WIDTHS = (32, 64, 128)
 
 
-def propose(trial: optuna.Trial, heads: int) -> dict[str, Any]:
-    """Values of [train] for one trial: those that decide most about the ranking. `heads`: a width is its multiple."""
+def propose(trial: optuna.Trial, spec: RunSpec) -> dict[str, Any]:
+    """Values of [train] for one trial: those that decide most about the ranking of a run like `spec`."""
+    heads = spec.settings.heads  # a width is its multiple
     values = {
         "learning_rate": trial.suggest_float("learning_rate", 3e-4, 5e-3, log=True),
         "dropout": trial.suggest_float("dropout", 0.0, 0.5, step=0.1),
@@ -41,8 +42,9 @@ def propose(trial: optuna.Trial, heads: int) -> dict[str, Any]:
         "layers": trial.suggest_int("layers", 1, 3),
         "weight_decay": trial.suggest_float("weight_decay", 1e-3, 1.0, log=True),
         "negatives": trial.suggest_categorical("negatives", [256, 1024, 4096]),
-        "later_share": trial.suggest_float("later_share", 0.0, 1.0, step=0.25),
     }
+    if spec.model.objective == "clm":  # no other has such targets
+        values["later_share"] = trial.suggest_float("later_share", 0.0, 1.0, step=0.25)
     return {name: _written(value) for name, value in values.items()}
 
 
@@ -66,7 +68,7 @@ def search(spec: RunSpec, study: optuna.Study, trials: int, folder: Path, say: A
     def objective(trial: optuna.Trial) -> float:
         output = folder / f"trial-{trial.number}"
         output.mkdir()
-        run = with_values(spec, propose(trial, spec.settings.heads), output)
+        run = with_values(spec, propose(trial, spec), output)
         (output / "run.json").write_text(run.model_dump_json())
         scores: list[float] = []
 
@@ -97,7 +99,9 @@ def search(spec: RunSpec, study: optuna.Study, trials: int, folder: Path, say: A
         study.optimize(objective, n_trials=1)
         last = study.trials[-1]
         if last.state == optuna.trial.TrialState.FAIL and len(_failed(study)) > trials:
-            raise TrailvecError(f"more than {trials} trials failed; the last one: {last.user_attrs['error']}")
+            raise TrailvecError(
+                f"more than {trials} trials failed; the last one: {last.user_attrs.get('error', 'stopped')}"
+            )
 
 
 def _ended(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:

@@ -76,7 +76,10 @@ class TrainSettings(Section):
         0.0, ge=0, lt=1, description="how often an item's own part is left out, so that its attributes can stand alone"
     )
     later_share: float = Field(
-        1.0, ge=0, le=1, description="of the actions, those that are asked for later sessions, not the next action"
+        1.0,
+        ge=0,
+        le=1,
+        description="of the actions, those that are asked for later sessions, not the next action; of clm alone",
     )
     shuffle_baskets: bool = Field(
         True, description="actions of one moment in a new order in each epoch; False: in the log's, by event_id"

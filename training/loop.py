@@ -267,7 +267,8 @@ def _pass_over_rows(run: _Run, epoch: int) -> None:
         rank=rank,
         size=dist.size(),
         seed=seed,
-        later_share=settings.later_share,
+        # Another objective asks for no later session: the rows say where sessions end as they do when they are encoded.
+        later_share=settings.later_share if spec.model.objective == "clm" else 0.0,
         horizon=settings.horizon,
         skip=progress.step * settings.local_steps,
         shuffle_baskets=settings.shuffle_baskets,

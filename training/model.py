@@ -157,12 +157,14 @@ class SequenceModel(nn.Module):
     def _replacement_loss(self, batch: Batch, states: Tensor, targets: Tensor) -> Tensor:
         """Which actions are not the true ones? The hidden ones come back as other hidden items of the batch, drawn by
         the model's own scores; a mean over all actions, times the number of hidden ones."""
-        flat = targets.flatten()
-        hidden = flat > 0
-        found = states.flatten(end_dim=1)[hidden].detach() @ self.table(flat[hidden]).detach().T
-        found = found.float()  # under autocast of 16 bits, in which Transformers4Rec would draw: of 256 numbers
-        items, replaced, _ = self.masking.get_fake_tokens(batch[ITEM], flat, found)
-        present = batch[ITEM] > 0
+        hidden, given = targets > 0, batch[ITEM]
+        table = self.table(targets[hidden]).detach().T
+        # Transformers4Rec's own way holds all hidden actions by all hidden items, several times; and under autocast it
+        # draws of the 256 numbers that 16 bits tell apart.
+        parts = torch.split(states[hidden].detach(), _DRAWN_AT_ONCE)
+        drawn = torch.cat([self.masking.sample_from_softmax((part @ table).float()) for part in parts])
+        items = given.masked_scatter(hidden, targets[hidden][drawn])
+        replaced, present = items != given, given > 0
         doubts = self.discriminator(self._states(self._embed({**batch, ITEM: items}), present)).squeeze(-1)
         loss = F.binary_cross_entropy_with_logits(doubts[present], replaced[present].float())
         return loss * hidden.sum()
@@ -293,6 +295,7 @@ def build_model(
 
 
 _FIRST_STD = 0.02  # of the item vectors' coordinates
+_DRAWN_AT_ONCE = 1024  # hidden actions whose replacements are drawn together
 _RTD_WEIGHT = 1.0
 
 # How many of the actions are hidden.

@@ -79,6 +79,8 @@ def main() -> None:
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE", help="another setting")
     parser.add_argument("--folder", type=Path, default=Path("build/bench/quality"), help="for tables and models")
     arguments = parser.parse_args()
+    if arguments.seeds < 1:
+        parser.error(f"--seeds {arguments.seeds}: train at least one model")
     started = time.monotonic()
     events = arguments.events.absolute()
     text = mapping(events)

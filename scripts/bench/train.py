@@ -210,7 +210,7 @@ def ratios(rates: dict[str, float], prefix: str = "") -> dict[str, float]:
     return {prefix + key: rates[a] / rates[b] for key, (a, b) in RATIOS.items() if a in rates and b in rates}
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--quick", action="store_true", help="two minutes: few rows, one epoch, no warm-up, QUICK's contestants"
@@ -220,6 +220,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, help="some of the contestants")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for the rows and what is written")
     arguments = parser.parse_args()
+    if "in memory" in (arguments.only or ()) and "fed" not in arguments.only:
+        parser.error("in memory trains on the batches that fed has read: name both")
+    return arguments
+
+
+def main() -> None:
+    arguments = parsed()
     rounds = arguments.rounds or (1 if arguments.quick else 5)
     folder = arguments.folder.absolute() / "train"
     few, epochs = arguments.files or (1 if arguments.quick else 16), 1 if arguments.quick else 2
@@ -258,7 +265,7 @@ def main() -> None:
             "2 ranks sampled": launches(2, sampled),
         }
         chosen = arguments.only or (QUICK if arguments.quick else contestants)
-        contestants = {name: contestants[name] for name in chosen}
+        contestants = {name: run for name, run in contestants.items() if name in chosen}
         rates: dict[str, list[float]] = {name: [] for name in contestants}
         by_cpu: dict[str, list[float]] = {name: [] for name in contestants}
         losses: dict[str, list[float]] = {name: [] for name in contestants}

@@ -406,8 +406,12 @@ def test_a_forced_training_that_was_killed_goes_on_and_keeps_what_other_stages_a
 
     monkeypatch.setattr(train, "_train", train_again)
     assert runtime.execute(train.STAGE).skipped
-    # What another training left, killed before it had a model.
-    (runtime.models / f"{folder.name}_{runtime.fingerprint_here[:8]}.checkpoints").mkdir()
+    # What a training left that was killed as soon as it had its model.
+    left = runtime.models / f"{folder.name}_{runtime.fingerprint_here[:8]}.checkpoints"
+    left.mkdir()
+    assert runtime.execute(train.STAGE).skipped
+    assert not left.exists()
+    left.mkdir()  # and one that was killed before
     with pytest.raises(InterruptedError):
         runtime.execute(train.STAGE, force=True)
     runtime.execute(train.STAGE, force=True)

@@ -45,6 +45,8 @@ def test_every_script_has_help(path: Path, monkeypatch: pytest.MonkeyPatch, caps
         (["scripts/answer_queries.py", "--conf", "nowhere.toml"], "nowhere.toml"),
         (["scripts/bench/probes.py", "--conf", "nowhere.toml"], "nowhere.toml"),
         (["scripts/bench/probes.py", "--conf", "conf/local.toml", "--quick"], "two seeds: leave it out"),
+        (["scripts/bench/quality.py", "--events", "nowhere", "--seeds", "0"], "train at least one model"),
+        (["scripts/bench/train.py", "--only", "in memory"], "name both"),
         (["scripts/bench/sessionize.py", "--only", "window"], "invalid choice: 'window'"),
         (["scripts/faults.py", "kills", "--data", "nowhere"], "holds no *.csv"),
     ],

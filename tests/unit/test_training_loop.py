@@ -24,7 +24,7 @@ from jobs.commits import Commit
 from jobs.errors import TrailvecError, explain
 from jobs.launch_training import last_words, launch, launch_in_spark
 from jobs.runtime import Runtime
-from jobs.train import base_of, epochs, run
+from jobs.train import base_of, epochs, run, run_spec
 from tests.conftest import make_config
 from tests.sequence_files import ITEMS, MAX_LENGTH, SPEC, item_counts, make_rows, make_run, next_items, write_valid
 from training import dist
@@ -262,6 +262,32 @@ def test_a_model_of_other_tables_that_had_these_names_is_grown_from(
     commits.insert(0, replace(restored, version=4))
     with pytest.raises(TrailvecError, match=r"has changed \(RESTORE, SQL\) since: set train.warm_start = false"):
         base_of(runtime)
+
+
+def test_rows_with_the_numbers_of_other_tables_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target would be another item, or beyond the table's end."""
+    runtime = Runtime(make_config(tmp_path))
+    made = {"config": runtime.config.model_dump(mode="json"), "reads": {"items": 2}, "table_ids": {"items": "a"}}
+    monkeypatch.setattr(runtime, "last_writer", lambda table: made)
+    monkeypatch.setattr(runtime, "state", lambda table: ("made anew", 0))
+    with pytest.raises(TrailvecError, match=r"table sequences has the numbers of .* made anew since: run `trailvec b"):
+        run_spec(runtime, "m", tmp_path, None)
+
+
+def test_clm_alone_is_asked_for_later_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What asks for one says so in an input, which another objective would learn from."""
+    asked: list[float] = []
+
+    def stop(*_: object, later_share: float, **__: object) -> None:
+        asked.append(later_share)
+        raise InterruptedError
+
+    monkeypatch.setattr("training.loop.read_batches", stop)
+    for objective in ("clm", "mlm"):
+        model = SPEC.model_copy(update={"architecture": "xlnet", "objective": objective})
+        with pytest.raises(InterruptedError):
+            train(make_run(tmp_path / objective, [make_rows(5)], model=model, later_share=0.5))
+    assert asked == [0.5, 0]
 
 
 def test_a_training_over_tables_that_were_made_anew_leaves_the_old_ones_checkpoints(

@@ -182,6 +182,31 @@ def test_replacements_are_drawn_in_32_bits_under_autocast_too(monkeypatch: pytes
     assert loss.isfinite()
 
 
+def test_replacements_are_drawn_as_transformers4rec_draws_them_a_part_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make_model(architecture="electra", objective="rtd")
+    masking, batch = model.masking, model.known(make_batch(ROWS, SPEC.max_length))
+    targets = masking.compute_masked_targets(batch["item_index"], training=True).targets
+    states = torch.randn((*targets.shape, SPEC.width))
+    hidden, read = targets > 0, []
+    embed = model._embed
+    monkeypatch.setattr(model, "_embed", lambda rows: read.append(rows["item_index"]) or embed(rows))
+    scores = states[hidden] @ model.table(targets[hidden]).detach().T
+    torch.manual_seed(5)
+    expected, _, _ = masking.get_fake_tokens(batch["item_index"], targets.flatten(), scores)
+    torch.manual_seed(5)
+    whole = model._replacement_loss(batch, states, targets)
+    assert torch.equal(read[0], expected)
+    sizes, draw = [], masking.sample_from_softmax
+    monkeypatch.setattr(masking, "sample_from_softmax", lambda part: sizes.append(len(part)) or draw(part))
+    monkeypatch.setattr("training.model._DRAWN_AT_ONCE", 3)
+    assert model._replacement_loss(batch, states, targets).isfinite()
+    assert whole.isfinite()
+    assert max(sizes) == 3
+    assert sum(sizes) == int(hidden.sum())
+
+
 def test_what_the_model_has_not_learnt_is_read_as_unknown() -> None:
     model, batch = make_model(), make_batch(ROWS[:1], ROWS[0]["length"])
     unknown = {name: matrix.clone() for name, matrix in batch.items()}

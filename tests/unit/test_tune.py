@@ -150,15 +150,18 @@ def test_searched_settings_reach_the_run_and_the_model(tmp_path: Path) -> None:
         {"learning_rate": 0.001, "dropout": 3 * 0.1, "width": 32, "layers": 2, "weight_decay": 0.1, "negatives": 256}
         | {"later_share": 0.5}
     )
-    values = tune.propose(trial, heads=2)
+    values = tune.propose(trial, spec)
     run = tune.with_values(spec, values, tmp_path / "out")
     assert {name: getattr(run.settings, name) for name in values} == values
     assert (run.model.width, run.model.layers, run.model.negatives, run.model.dropout) == (32, 2, 256, 0.3)
     assert (run.model.heads, run.output) == (spec.model.heads, str(tmp_path / "out"))
     for heads, widths in ((2, (32, 64, 128)), (64, (64, 128))):  # a head has its share of the width
         drawn = optuna.create_study().ask()
-        tune.propose(drawn, heads)
+        of_heads = spec.settings.model_copy(update={"heads": heads})
+        tune.propose(drawn, spec.model_copy(update={"settings": of_heads}))
         assert drawn.distributions["width"] == optuna.distributions.CategoricalDistribution(widths)
+    masked = spec.model_copy(update={"model": spec.model.model_copy(update={"objective": "mlm"})})
+    assert "later_share" not in tune.propose(optuna.create_study().ask(), masked)
     # A trial's optimizer is that of a training with its values: rowwise from 50,000 items on, but for 0 negatives.
     many = spec.model_copy(update={"model": spec.model.model_copy(update={"items": 50_000})})
     for negatives, row_wise in ((256, True), (0, False)):
