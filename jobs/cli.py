@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from rich.console import Console
+from rich.text import Text
 
 from jobs.config import Config, load_config
 from jobs.errors import TrailvecError, explain, first_line
@@ -25,7 +26,7 @@ from jobs.progress import meanwhile
 from jobs.runtime import Report, Runtime, Stage
 from jobs.tables import TABLES
 
-_out = Console(stderr=True, highlight=False)
+_out = Console(stderr=True, highlight=False, emoji=False)
 _STDOUT = 1  # its file descriptor
 
 
@@ -272,9 +273,11 @@ _BESIDE: dict[str, tuple[Callable[[_Add], None], Callable[[Config, argparse.Name
 }
 
 
-def table_console(markup: bool = True, piped_width: int = 160) -> Console:
-    """stdout, for tables: a pipe has no width of its own, and 80 columns would break the cells."""
-    return Console(highlight=False, markup=markup, width=None if sys.stdout.isatty() else piped_width)
+def table_console(piped_width: int = 160) -> Console:
+    """stdout, for tables, whose cells are taken as they are (brackets too): a pipe has no width of its own, and 80
+    columns would break the cells."""
+    width = None if sys.stdout.isatty() else piped_width
+    return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def run_stages(runtime: Runtime, stages: Sequence[Stage], force: bool = False) -> list[Report]:
@@ -291,7 +294,7 @@ def run_stages(runtime: Runtime, stages: Sequence[Stage], force: bool = False) -
 def _say(report: Report) -> None:
     _out.print(_line(report), soft_wrap=True)
     for note in report.notes:
-        _out.print(f"    {note}", style="dim", soft_wrap=True)
+        _out.print(f"    {note}", style="dim", markup=False, soft_wrap=True)
 
 
 def _line(report: Report) -> str:
@@ -307,7 +310,7 @@ def _line(report: Report) -> str:
 def _progress(runtime: Runtime, name: str) -> Iterator[None]:
     """A line that lives while a stage runs: what it says itself, and Spark's running tasks."""
     if not _out.is_terminal:
-        runtime.on_progress = lambda text: _out.print(f"    {text}", soft_wrap=True)
+        runtime.on_progress = lambda text: _out.print(f"    {text}", markup=False, soft_wrap=True)
         yield
         return
     with _out.status(name) as status:
@@ -318,7 +321,7 @@ def _progress(runtime: Runtime, name: str) -> Iterator[None]:
             said = text
 
         runtime.on_progress = say
-        with meanwhile(lambda: status.update(f"{name}  {said}  {runtime.running_tasks()}"), 0.5):
+        with meanwhile(lambda: status.update(Text(f"{name}  {said}  {runtime.running_tasks()}")), 0.5):
             yield
 
 

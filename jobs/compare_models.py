@@ -14,6 +14,7 @@ import pandas as pd
 from pyspark.sql import functions as F
 from rich import box
 from rich.table import Table as Grid
+from rich.text import Text
 
 from jobs.cli import table_console
 from jobs.errors import TrailvecError
@@ -109,7 +110,7 @@ def print_differences(found: list[Difference], versions: tuple[str, str], split:
         colour = "" if not sure or row.metric.startswith("popularity") else "green" if row.low > 0 else "red"
         text = f"{row.other - row.one:+.4f} ({row.low:+.4f} to {row.high:+.4f})"
         cells: list[Any] = [row.task if row.task != last else "", row.metric, f"{row.users:,}"]
-        cells += [f"{row.one:.4f}", f"{row.other:.4f}", f"[{colour}]{text}[/]" if colour else text]
+        cells += [f"{row.one:.4f}", f"{row.other:.4f}", Text(text, style=colour)]
         grid.add_row(*cells)
         last = row.task
     table_console().print(grid)

@@ -153,7 +153,7 @@ def _print_rows(columns: list[str], rows: list[Row], limit: int) -> None:
         grid.add_column(column, overflow="fold")
     for row in rows[:limit]:
         grid.add_row(*[_cell(value) for value in row])
-    console = table_console(markup=False)
+    console = table_console()
     console.print(grid)
     more = f"the first {limit:,} rows; there are more rows: add a WHERE, or --json for all"
     console.print(more if len(rows) > limit else f"{len(rows):,} row{'s' * (len(rows) != 1)}")

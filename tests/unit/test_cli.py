@@ -5,11 +5,17 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 
 import pytest
+from rich.console import Console
+from rich.table import Table
 
-from jobs.cli import _BESIDE, guarded, main
+from jobs import cli
+from jobs.cli import _BESIDE, guarded, main, table_console
+from jobs.config import Config
 from jobs.pipeline import ASIDE, STAGES
+from jobs.runtime import Report, Runtime
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
@@ -38,3 +44,32 @@ def test_every_command_has_help_and_a_stage_names_its_tables(capsys: pytest.Capt
         assert ended.value.code == 0, command
         words = set(re.findall(r"\w+", said.rpartition("\n\n")[2]))
         assert tables.get(command, set()) <= words, (command, said)
+
+
+@pytest.mark.parametrize("by", ["note", "line", "status", "table"])
+def test_brackets_are_printed_as_they_are(
+    by: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = "food [new] of logs/[a-z]*.json, RLIKE '[/]', :star:"
+    said = ""
+    if by == "note":
+        cli._say(Report("evaluate", notes=[odd]))
+    elif by == "table":
+        grid = Table(caption=odd)
+        grid.add_column("found")
+        grid.add_row(f"in a cell: {odd}")
+        table_console().print(grid)
+        said = capsys.readouterr().out
+        assert f"in a cell: {odd}" in said
+        said = said.replace(f"in a cell: {odd}", "")
+    else:
+        monkeypatch.setenv("TERM", "xterm")
+        if by == "status":
+            monkeypatch.setattr(cli, "_out", Console(stderr=True, force_terminal=True, width=160))
+        runtime, until = Runtime(Config()), time.monotonic() + 20
+        with cli._progress(runtime, "ingest"):
+            runtime.on_progress(odd)
+            while odd not in said and time.monotonic() < until:
+                time.sleep(0.1)  # a status is drawn twice a second
+                said += capsys.readouterr().err
+    assert odd in said + capsys.readouterr().err
