@@ -254,6 +254,8 @@ STAGE = Stage(
     reads=(ITEMS, CONTEXT_VALUES, SEQUENCES),
     writes=(),
     settings=(),
+    also="It also reads the model and, to lay it onto the current one, current_model, item_embeddings and "
+    "user_embeddings; it writes alignment.json and alignment.safetensors beside the model.",
 )
 
 

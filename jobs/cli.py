@@ -93,7 +93,8 @@ def _about(stage: Stage) -> str:
     about = [f"{what} {', '.join(table.name for table in tables)}" for what, tables in names.items() if tables]
     settings = ", ".join(f"[{section}]" for section in stage.settings)
     asked = f" Its result depends on the settings {settings} (--show-config prints them)." if settings else ""
-    return f"It {' and '.join(about)}.{asked}"
+    also = f" {stage.also}" if stage.also else ""
+    return f"It {' and '.join(about)}.{also}{asked}"
 
 
 def _count(text: str) -> int:

@@ -35,6 +35,7 @@ STAGE = Stage(
     reads=(ITEMS, CONTEXT_VALUES),
     writes=(ITEM_EMBEDDINGS,),
     settings=(),
+    also="It also reads the model.",
     inputs=model_inputs,
 )
 

@@ -507,6 +507,7 @@ STAGE = Stage(
     reads=(SEQUENCES, SESSIONS, ITEMS, CONTEXT_VALUES, ITEM_EMBEDDINGS),
     writes=(EVALUATION,),
     settings=("habit", "sequences", "vocabulary", "model"),
+    also="It also reads the model.",
     inputs=_inputs,
 )
 

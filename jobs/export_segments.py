@@ -350,8 +350,10 @@ STAGE = Stage(
     "the users of each segment, as files with a manifest and a report",
     run,
     reads=(CURRENT_MODEL, USER_EMBEDDINGS),  # in this order: what is current is whole
-    writes=(),  # also `exports`; but what says that the stage is up to date are the manifests
+    writes=(),  # what says that the stage is up to date are the manifests, not `exports`
     settings=("export",),
+    also="It also writes files and the table exports, and reads the lists, the tables that queries name and, where "
+    "they are needed, user_profiles, items, item_embeddings and sessions.",
 )
 
 

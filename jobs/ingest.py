@@ -444,6 +444,7 @@ STAGE = Stage(
     reads=(),
     writes=(REJECTED_EVENTS, EVENTS),
     settings=("ingest",),
+    also="It also reads erased_users, where somebody was erased.",
     inputs=inputs,
 )
 

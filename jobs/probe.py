@@ -383,6 +383,7 @@ STAGE = Stage(
     reads=(SESSIONS, ITEMS, CONTEXT_VALUES),
     writes=(PROBES,),
     settings=("probe", "profile", "sequences", "vocabulary", "model"),
+    also="It also reads the model and the labels.",
     inputs=_inputs,
 )
 

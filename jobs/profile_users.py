@@ -381,6 +381,7 @@ STAGE = Stage(
     reads=(SESSIONS, ITEMS, CONTEXT_VALUES),
     writes=(USER_PROFILES,),
     settings=("profile", "sequences", "vocabulary"),
+    also="It also reads the model, and writes the basis of its profiles beside it.",
     inputs=model_inputs,
 )
 

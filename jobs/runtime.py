@@ -41,8 +41,11 @@ class Stage:
 
     Attributes:
         run: reads and writes through the runtime that it is handed.
+        reads: tables that must be there; the versions that they have as the stage begins are those that it reads.
+        writes: tables whose last commit says whether the stage is up to date.
         settings: the sections of the configuration that change its result.
         inputs: what else changes its result (files, a model's version), as plain values.
+        also: what else it reads and writes (files, tables that may be missing): a sentence, for its help.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Stage:
     writes: tuple[Table, ...] = ()
     settings: tuple[str, ...] = ()
     inputs: Callable[[Runtime], dict[str, Any]] = lambda runtime: {}
+    also: str = ""
 
 
 # MERGE is an outer join that keeps the new rows, and Spark can't broadcast the side that an outer join keeps: the old

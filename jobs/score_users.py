@@ -289,6 +289,8 @@ STAGE = Stage(
     reads=(SEQUENCES,),
     writes=(USER_EMBEDDINGS, CURRENT_MODEL),
     settings=(),  # score.* changes the speed, not the vectors
+    also="It also reads the model and, before it makes it current, its alignment.json, item_embeddings and, for "
+    "evaluate.gate, evaluation.",
     inputs=model_inputs,
 )
 

@@ -370,6 +370,7 @@ STAGE = Stage(
     reads=(SEQUENCES, ITEMS, CONTEXT_VALUES),
     writes=(),
     settings=("train", "vocabulary", "sequences"),
+    also="It also writes a folder of models/, and the files of sequences anew in which deleted rows are hidden.",
     inputs=lambda runtime: {"grown_from": base_of(runtime)},
 )
 

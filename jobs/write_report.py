@@ -177,6 +177,8 @@ STAGE = Stage(
     reads=(EVALUATION, ITEMS, ITEM_EMBEDDINGS),
     writes=(),
     settings=("evaluate", "model"),
+    also="It also reads the model, current_model and, where they are there, user_embeddings, exports and probes; it "
+    "writes evaluation.html beside the model.",
     inputs=_inputs,
 )
 
