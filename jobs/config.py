@@ -230,11 +230,11 @@ FEW_USERS = 30  # an interval over fewer is too narrow to be believed (docs/deci
 class GateSettings(Section):
     """A row of `evaluation` that a model must have before it becomes the current one; columns as there."""
 
-    task: str
-    method: str
-    metric: str
-    slice: str = "all"
-    slice_value: str = "all"
+    task: str = Field(description="next, new or repeat; or space, drift")
+    method: str = Field(description="model or model_and_habit; or a floor, or of what a figure of space or drift is")
+    metric: str = Field(description="such as ndcg@10, or against a floor model_lead_ndcg@10")
+    slice: str = Field("all", description="all, history, hours or vertical")
+    slice_value: str = Field("all", description="which of them, such as 5-19 or the vertical; all: of slice all")
     at_least: float | None = Field(
         None, description="the whole interval lies above it; of a row without one, the value is not below it"
     )

@@ -62,9 +62,9 @@ class TrainSettings(Section):
         ITEM_ATTRIBUTES, description="what an item's vector is made of beside its own part"
     )
     width: int = Field(64, ge=8, description="length of the vectors")
-    layers: int = Field(1, ge=1)
-    heads: int = Field(2, ge=1)
-    dropout: float = Field(0.2, ge=0, lt=1)
+    layers: int = Field(1, ge=1, description="blocks, one behind the other")
+    heads: int = Field(2, ge=1, description="of each block's attention; width is a multiple of them")
+    dropout: float = Field(0.2, ge=0, lt=1, description="share of the blocks' numbers that training sets to 0")
     loss: Literal["softmax", "gbce"] = Field("softmax", description="gbce: binary, wants uniform negatives")
     negatives: int = Field(1024, ge=0, description="items drawn for each batch and shared in it; 0: full softmax")
     negative_power: float = Field(1.0, ge=0, le=1, description="drawn by count^power: 1 by frequency, 0 all alike")
@@ -101,7 +101,9 @@ class TrainSettings(Section):
         "its square root suits Adam (Malladi et al., 2022), linear suits SGD (Goyal et al., 2017)",
     )
     warm_up: float = Field(0.05, gt=0, le=1, description="share of all rows over which the learning rate rises")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(
+        0.0, ge=0, description="AdamW's: in a step a weight loses this share of itself, times the learning rate"
+    )
     clip_norm: float = Field(1.0, gt=0, description="the gradient is scaled down to this norm")
     item_optimizer: Literal["auto", "adamw", "rowwise"] = Field(
         "auto",
@@ -124,7 +126,9 @@ class TrainSettings(Section):
     warm_length: int = Field(
         64, ge=2, description="of a row, a warm start reads so many of the newest actions; its batches have more rows"
     )
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(
+        0, ge=0, lt=2**31, description="of all that is drawn: first weights, order of the rows, negatives, dropout"
+    )
     launcher: Literal["local", "spark"] = Field(
         "local",
         description="local: processes of this machine, by horovodrun where there are several; spark: one task of the "

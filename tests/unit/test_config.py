@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.config import load_config
+from jobs.config import Config, load_config
 from jobs.errors import TrailvecError
 
 
@@ -93,3 +93,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert refused('extends = "none.toml"').startswith("mine.toml: extends = 'none.toml', which is neither beside it")
     with pytest.raises(TrailvecError, match=r"can't be read \(Is a directory\): correct the path$"):
         load_config(tmp_path)
+
+
+def test_every_key_is_explained() -> None:
+    sections = Config.model_json_schema()["$defs"]
+    assert {"TrainSettings", "GateSettings", "UserList"} < sections.keys()
+    keys = {f"{name}.{key}": said for name, of in sections.items() for key, said in of["properties"].items()}
+    # A section inside a section ($ref) is explained by its own keys.
+    assert [key for key, said in keys.items() if "description" not in said and "$ref" not in said] == []
