@@ -213,7 +213,7 @@ def run(runtime: Runtime) -> None:
 
 STAGE = Stage(
     "build_vocabulary",
-    "give every item, vertical and event type its number, once and for all",
+    "give items (from vocabulary.min_count events on), categories, verticals and event types numbers, once and for all",
     run,
     reads=(EVENTS, FLAGGED_USERS),
     writes=(CONTEXT_VALUES, ITEMS),

@@ -1,4 +1,4 @@
-"""maintain_tables: upkeep of every table; no stage of the road, but a job beside it, mostly once a night.
+"""maintain_tables: upkeep of every table; no stage of the road, but a job beside it, once a week, say.
 
 trailvec maintain_tables --conf conf/local.toml [--table events] [--dry-run] [--json]
 
@@ -8,9 +8,9 @@ does, where it is asked to):
 - DELETE takes the rows that are older than `maintain.keep_days` allows; sessions, sequences and what else is made from
   events follow in the next run of their stages.
 - OPTIMIZE packs small files together up to `maintain.target_file_mb`, and clusters the tables that have `cluster_by`. A
-  file of half that size is left alone, so that a byte is rewritten a few times, not every night. In a clustered table
+  file of half that size is left alone, so that a byte is rewritten a few times, not every week. In a clustered table
   Delta packs whole cubes: what is new, with each cube that does not hold 16 such files yet. (By default one holds
-  100 GB, and a smaller table would be written anew as a whole every night.)
+  100 GB, and a smaller table would be written anew as a whole each time.)
 - VACUUM deletes the files that no version of the last `maintain.retention_hours` holds. The one rule for readers: who
   pins a version has that long to read it. A training reads the files of one snapshot to its end and does not resume
   from an old one, so it too must end within the retention. The retention is written into the table's own properties,

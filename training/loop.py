@@ -7,7 +7,7 @@ or, with train.launcher = "spark", `train_in_executor` in the tasks of a Spark a
 
 Every process reads its own row groups and computes its own gradients; the gradients are summed, so that a step
 with N processes is a step with an N times larger batch. Rank 0 writes checkpoints and the model, and speaks: one JSON
-object on each line of stdout, whose `event` is `left`, `resumed`, `step` or `epoch`.
+object on each line of stdout, whose `event` is `without_gpus`, `left`, `resumed`, `step` or `epoch`.
 """
 
 from __future__ import annotations
