@@ -208,7 +208,7 @@ class AlignSettings(Section):
 class ModelSettings(Section):
     """Which model the stages after training use."""
 
-    version: str | None = Field(None, description="None: the one that training made current")
+    version: str | None = Field(None, description="None: the newest trained (models/current.json)")
 
 
 class DriftSettings(Section):

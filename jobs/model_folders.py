@@ -1,4 +1,5 @@
-"""Where models lie: models/<version>/ and models/current.json below the root, on a local disk or elsewhere."""
+"""Where models lie: models/<version>/ below the root, on a local disk or elsewhere; models/current.json
+names the newest trained."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from training.checkpoint import ABOUT, WEIGHTS, read_about, read_description, ro
 
 
 def model_folder(runtime: Runtime, version: str | None = None) -> Path:
-    """The folder of a model; None: of the one in use, `model.version` of the configuration, else the current one.
+    """The folder of a model; None: of the one in use, `model.version` of the configuration, else the newest trained.
 
     Where it does not lie on a local disk: this process's copy, which has the version's name too. What is to stay
     has to be brought back by `add_to_model`.

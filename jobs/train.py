@@ -1,8 +1,9 @@
 """train: sequences, items, context_values → a model.
 
 Writes no table but the folder `models/<model_version>` (training/checkpoint.py says what it holds) and then
-`models/current.json`, which names the model that the stages after this one use. A model's version is the
-fingerprint of what made it, so the same command again finds it there and trains nothing.
+`models/current.json`, which names the newest trained model: the one that the stages after this one use, unless
+`model.version` names another. (The table current_model names the one that all users have vectors of.) A model's version
+is the fingerprint of what made it, so the same command again finds it there and trains nothing.
 
 The processes (training/loop.py, started by jobs/launch_training.py) read the data files of the snapshot that the stage
 has pinned, never the table's folder, which also holds files of older versions; from HDFS over WebHDFS
