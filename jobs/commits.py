@@ -32,8 +32,8 @@ class Commit:
         provenance: what trailvec stored of the run that made it (`Runtime.provenance`); None: something else made it.
         foreign: it changed rows, and trailvec did not make it: a RESTORE, a DELETE by SQL, another writer.
         erasure: the id of the erasure that it is a part of; None: of none.
-        beside: it deleted rows for an erasure, or for their age. The table's stage looks past such a commit: the rows
-            that are left are as it wrote them, so it can go on from its own last commit.
+        housekeeping: it deleted rows for an erasure, or for their age. The table's stage looks past such a commit: the
+            rows that are left are as it wrote them, so it can go on from its own last commit.
         rows_deleted: how many rows a MERGE deleted.
     """
 
@@ -45,7 +45,7 @@ class Commit:
     provenance: dict[str, Any] | None
     foreign: bool
     erasure: str | None
-    beside: bool
+    housekeeping: bool
     rows_deleted: int
 
 
@@ -71,7 +71,7 @@ def _commit_of(version: int, info: dict[str, Any]) -> Commit:
         provenance=provenance,
         foreign=changed_rows and provenance is None and operation != "CREATE TABLE",
         erasure=note.get("erasure"),
-        beside=not note.keys().isdisjoint(("erasure", KEEP_DAYS)),
+        housekeeping=not note.keys().isdisjoint(("erasure", KEEP_DAYS)),
         rows_deleted=int(metrics.get("numTargetRowsDeleted") or 0),
     )
 

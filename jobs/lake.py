@@ -128,7 +128,7 @@ class Lake:
     def stage_version(self, table: Table) -> int:
         """The newest version that changed rows, and not for an erasure or for their age; -1: there is none."""
         self.latest_version(table)  # looks the commits up anew
-        return next((c.version for c in self._commits(table) if c.changed_rows and not c.beside), -1)
+        return next((c.version for c in self._commits(table) if c.changed_rows and not c.housekeeping), -1)
 
     def commits(self, table: Table) -> Iterable[Commit]:
         """The table's commits, newest first, as far back as its log is kept (at most 500); none where it is not."""
@@ -144,7 +144,7 @@ class Lake:
         """The provenance of those of the table's commits that a stage gave a `note`, newest first. It ends where rows
         were changed by something other than trailvec: what earlier notes say no longer holds."""
         ours = takewhile(lambda commit: not commit.foreign, self.commits(table))
-        stages = (c.provenance for c in ours if c.provenance is not None and not c.beside)
+        stages = (c.provenance for c in ours if c.provenance is not None and not c.housekeeping)
         return [provenance for provenance in stages if "note" in provenance]
 
     def erasure_commits(self, table: Table, erasure: str) -> list[Commit]:
@@ -152,14 +152,14 @@ class Lake:
         return [commit for commit in self._commits(table) if commit.erasure == erasure]
 
     def last_writer(self, table: Table) -> dict[str, Any] | None:
-        """The provenance of the table's newest commit that trailvec made, without those that are `Commit.beside`.
+        """The provenance of the table's newest commit that trailvec made, without those that are `Commit.housekeeping`.
 
         None: there is none, or something other than trailvec has changed rows since (a RESTORE, say), so that they are
         not what that commit wrote.
         """
         if not self.exists(table):
             return None
-        told = (c for c in self._commits(table) if c.foreign or (c.provenance is not None and not c.beside))
+        told = (c for c in self._commits(table) if c.foreign or (c.provenance is not None and not c.housekeeping))
         return next((c.provenance for c in told), None)
 
     def newest_current_model(self) -> str | None:

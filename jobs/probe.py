@@ -207,7 +207,7 @@ def questions(runtime: Runtime, sessions: DataFrame, cuts: Cuts) -> list[Questio
     """What is asked: the log's own tasks; the labels without a time; of those with one each task by itself."""
     settings, found = runtime.config.probe, []
 
-    def ask(labels: DataFrame, cut: Column, others: datetime) -> None:
+    def add(labels: DataFrame, cut: Column, others: datetime) -> None:
         of_tasks = labels.select("user_id", "task", "label", cut.alias("cut")).persist()
         bucket = F.pmod(F.xxhash64("user_id"), F.lit(1_000_000))  # a user's place in every sample
         place = F.row_number().over(Window.partitionBy("task").orderBy(bucket, "user_id"))
@@ -226,7 +226,7 @@ def questions(runtime: Runtime, sessions: DataFrame, cuts: Cuts) -> list[Questio
     if settings.activity or settings.event_types:
         cut = cuts.end - timedelta(days=settings.days)
         targets = runtime.config.sequences.target_event_types
-        ask(activity_labels(events_of(sessions), cut, targets, settings), utc(cut), cut)
+        add(activity_labels(events_of(sessions), cut, targets, settings), utc(cut), cut)
         if not found:
             runtime.report.notes += [
                 f"{task} is not probed: found nobody who did anything of sequences.target_event_types before the log's "
@@ -236,11 +236,11 @@ def questions(runtime: Runtime, sessions: DataFrame, cuts: Cuts) -> list[Questio
     if settings.labels is not None:
         with copies(runtime.staging("labels")) as folder:
             labels = read_labels(runtime, folder).localCheckpoint()
-        ask(labels.where("label_ts IS NULL"), utc(cuts.end), cuts.end)
+        add(labels.where("label_ts IS NULL"), utc(cuts.end), cuts.end)
         timed = labels.where("label_ts IS NOT NULL")
         first = timed.groupBy("task").agg(F.unix_micros(F.min("label_ts")).alias("first")).orderBy("task").collect()
         for row in first:
-            ask(timed.where(F.col("task") == row["task"]), F.col("label_ts"), time_at(row["first"]))
+            add(timed.where(F.col("task") == row["task"]), F.col("label_ts"), time_at(row["first"]))
     return found
 
 

@@ -133,8 +133,8 @@ def pauses(visible: DataFrame, targets: list[str]) -> DataFrame:
         .groupBy("user_id")
         .agg(F.sort_array(F.collect_set(day)).alias("dates"), F.min("days").alias("now"), F.max("days").alias("all"))
     )
-    following, before = (F.expr(f"slice(dates, {start}, size(dates) - 1)") for start in (2, 1))
-    rows = rows.withColumn("pauses", F.zip_with(following, before, lambda a, b: F.datediff(a, b).cast("double")))
+    later, earlier = (F.expr(f"slice(dates, {start}, size(dates) - 1)") for start in (2, 1))
+    rows = rows.withColumn("pauses", F.zip_with(later, earlier, lambda a, b: F.datediff(a, b).cast("double")))
     rows = rows.withColumn("sorted", F.sort_array("pauses")).withColumn("count", F.size("pauses"))
 
     def mean(values: Column) -> Column:
@@ -272,7 +272,7 @@ def fit(runtime: Runtime, visible: DataFrame, encoded: DataFrame, *, numbers: Da
     matrix = np.stack([np.asarray(vector, np.float32) for vector in rows["vector"]])
     counts = {kind: _counts(rows[f"{kind}_numbers"], rows[f"{kind}_values"]) for kind in KINDS}
     items = fit_items(counts["items"], settings.max_terms)
-    before, since = _once(visible, targets, names)
+    earlier, since = _once(visible, targets, names)
     sample.unpersist()
     return fit_basis(
         matrix,
@@ -280,7 +280,7 @@ def fit(runtime: Runtime, visible: DataFrame, encoded: DataFrame, *, numbers: Da
         names=names,
         items=items,
         item_names=_names_of(runtime, items.numbers),
-        before=before,
+        before=earlier,
         since=since,
         item_width=settings.item_width,
         width=settings.width,
