@@ -95,7 +95,7 @@ def compare(runtime: Runtime, versions: tuple[str, str]) -> tuple[list[Differenc
         ]
         found.extend(differences(both[0], both[1], runtime.config.evaluate.resamples))
 
-    stage = Stage("compare", "", act, reads=(SEQUENCES, ITEMS, CONTEXT_VALUES), settings=("evaluate",))
+    stage = Stage("compare", "", act, reads=(SEQUENCES, ITEMS, CONTEXT_VALUES))
     return found, runtime.execute(stage, force=True)
 
 

@@ -10,6 +10,9 @@ the days with as many events as some rule's limit.
 
 from __future__ import annotations
 
+import operator
+from functools import reduce
+
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
@@ -31,7 +34,7 @@ def flag_users(events: DataFrame, settings: FlagUsersSettings) -> DataFrame:
         "constant_interval": ("in_step", settings.constant_interval_events),
     }
     least = [least for _, least in limits.values() if least is not None]
-    is_test = _any([F.col("user_id").like(pattern) for pattern in settings.test_accounts])
+    is_test = reduce(operator.or_, (F.col("user_id").like(pattern) for pattern in settings.test_accounts), F.lit(False))
 
     spread = events.select("user_id", day_of("event_ts").alias("day"), "event_ts").repartition(*USER_DAY)
     # No rule catches a day that has fewer events than the least of the limits: most days are neither sorted nor
@@ -96,13 +99,6 @@ def _more_than(limit: int | None) -> int | None:
 def _caught(rule: str, measured: str, holds: Column) -> Column:
     row = F.struct(F.lit(rule).alias("rule"), F.col(measured).cast("double").alias("value"))
     return F.when(holds, row)
-
-
-def _any(conditions: list[Column]) -> Column:
-    found = F.lit(False)
-    for condition in conditions:
-        found |= condition
-    return found
 
 
 def run(runtime: Runtime) -> None:

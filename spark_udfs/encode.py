@@ -49,8 +49,8 @@ def encode_users(
     spec: ModelSpec,
     weights: str,
     batch_size: int,
-    rotation: Vectors | None = None,
-    counts: Counts | None = None,
+    rotation: Vectors | None,
+    counts: Counts | None,
 ) -> DataFrame:
     """The columns `keep` of rows of `sequences`; with them history_length int, is_cold boolean, vector array<float>.
 
@@ -132,7 +132,7 @@ def by_length(
         yield rows, {name: np.where(inside, of[places], 0) for name, of in zip(FEATURES, values, strict=True)}
 
 
-def embed_items(items: DataFrame, weights: str, rotation: Vectors | None = None) -> DataFrame:
+def embed_items(items: DataFrame, weights: str, rotation: Vectors | None) -> DataFrame:
     """The vectors of items, without those of which the model knows nothing.
 
     Args:
