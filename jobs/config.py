@@ -391,7 +391,12 @@ class ProbeSettings(Section):
         ("logistic", "boosting", "mlp"), description="what is learnt on top of the features"
     )
     folds: int = Field(5, ge=2, description="of a cross-validation, stratified; by time where labels have one")
-    seeds: int = Field(5, ge=2, description="runs with other folds and other heads; their spread is the std")
+    seeds: int = Field(
+        5,
+        ge=2,
+        description="runs with other folds and other heads, whose spread is the std; by time the folds stay the same, "
+        "and their spread is the std",
+    )
     max_users: int = Field(
         20_000,
         ge=1,

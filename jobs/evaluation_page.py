@@ -287,7 +287,7 @@ def _slice_table(task: str, kind: str, points: Points, users: Users) -> Row | No
 
 
 def _probe_points(rows: Sequence[Row]) -> dict[str, dict[str, Point]]:
-    """By features, by task: the AUC of the head that did best, and one standard deviation over the seeds about it."""
+    """By features, by task: the AUC of the head that did best, and one standard deviation about it."""
     best: dict[str, dict[str, Point]] = {}
     for row in rows:
         of = best.setdefault(row["features"], {})

@@ -13,6 +13,7 @@ known before the cuts.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -49,7 +50,7 @@ from spark_udfs.profile import profiles
 from training.checkpoint import read_about
 
 if TYPE_CHECKING:
-    from training.probes import Matrix
+    from training.probes import Integers, Labels, Matrix
 
 FEATURES = ("vector", "profile", "majority", "rfm", "tfidf_svd", "aggregates")
 _TOP = 10  # values of a column whose counts the aggregates hold, of each event type
@@ -292,19 +293,42 @@ def rarer(labels: Any) -> int:
     return int(min(np.bincount(labels, minlength=2)))
 
 
+def asked_of(rows: pd.DataFrame) -> tuple[Labels, Integers | None]:
+    """The labels of a task's rows, and their times in microseconds; None where all have the same: no split by time."""
+    times = rows["cut"].to_numpy(np.int64) if rows["cut"].nunique() > 1 else None
+    return rows["label"].to_numpy(np.int64), times
+
+
+def fold_notes(labels: pd.DataFrame, settings: ProbeSettings) -> Iterator[str]:
+    """What is to be said of a question's tasks of which not all folds count."""
+    from training import probes  # noqa: PLC0415
+
+    for task, rows in labels.groupby("task"):
+        answers, times = asked_of(rows)
+        if rarer(answers) < settings.folds:
+            continue
+        counted = len(list(probes.folds_of(answers, times, settings.folds, 0)))
+        if not counted:
+            yield f"{task} is not probed: no fold by label_ts has both labels to learn from and to test on"
+        elif counted < settings.folds:
+            yield (
+                f"{task}: {counted} of {settings.folds} folds by label_ts counted: the others have not both labels to "
+                f"learn from and to test on"
+            )
+
+
 def results_of(labels: pd.DataFrame, users: list[str], features: dict[str, Matrix], settings: ProbeSettings) -> Any:
     """(task, features, head, metric, mean, std, users, positives) of one question, one after the other.
 
     Args:
-        labels: user_id, task, label, cut (microseconds; one and the same for all users: no split by time).
+        labels: user_id, task, label, cut (microseconds).
     """
     from training import probes  # noqa: PLC0415
 
     place = {user: number for number, user in enumerate(users)}
     for task, rows in labels.groupby("task"):
         chosen = rows["user_id"].map(place).to_numpy()
-        answers = rows["label"].to_numpy(np.int64)
-        times = rows["cut"].to_numpy(np.int64) if rows["cut"].nunique() > 1 else None
+        answers, times = asked_of(rows)
         if rarer(answers) < settings.folds:
             continue  # too few to find one of each label in every fold
         for name, of in features.items():
@@ -331,7 +355,7 @@ def run(runtime: Runtime) -> None:
         asks = f"probe.days = {settings.days:g}"
         refuse_leak(model_dir.name, trained_to, asked_from, asks=asks, instead="give fewer days")
     # None takes its time before all were looked at.
-    asked: list[tuple[Question, set[str]]] = []
+    asked: list[Question] = []
     for question in questions(runtime, sessions, cuts):
         few = question.labels.groupby("task")["label"].agg(rarer)
         runtime.report.notes += [
@@ -343,18 +367,15 @@ def run(runtime: Runtime) -> None:
         tasks = sorted(set(question.labels["task"]))
         asks, earliest = f"a label of {', '.join(tasks)}", time_at(int(question.labels["cut"].min()))
         refuse_leak(model_dir.name, trained_to, earliest, asks=asks, instead="leave out such labels")
-        asked.append((question, {*few[few >= settings.folds].index}))
+        asked.append(question)
     results = []
-    for question, enough in asked:
+    for question in asked:
         names = ", ".join(sorted(set(question.labels["task"])))
         runtime.on_progress(f"features for {names}")
         users, features = features_of(runtime, sessions, question, model_dir, cuts.end)
         runtime.on_progress(f"heads for {names}")
         results += [(model_dir.name, *row) for row in results_of(question.labels, users, features, settings)]
-        runtime.report.notes += [
-            f"{task} is not probed: no fold by label_ts has both labels to learn from and to test on"
-            for task in sorted(enough - {row[1] for row in results})
-        ]
+        runtime.report.notes += fold_notes(question.labels, settings)
     frame = runtime.spark.createDataFrame(results, PROBES.schema()).coalesce(1)
     runtime.write(PROBES, frame, of={"model_version": model_dir.name})
     for task in dict.fromkeys(row[1] for row in results):

@@ -420,8 +420,13 @@ PROBES = Table(
         ),
         Column("head", "string", "logistic, boosting, mlp; of the majority prior."),
         Column("metric", "string", "auc or average_precision."),
-        Column("value", "double", "Mean over the seeds."),
-        Column("std", "double", "Standard deviation over the seeds."),
+        Column("value", "double", "Mean over the folds and the seeds."),
+        Column(
+            "std",
+            "double",
+            "Standard deviation over the seeds; with folds by time (label_ts), which are the same for all seeds, over "
+            "the folds that have both labels.",
+        ),
         Column("users", "bigint", "Labelled users."),
         Column("positives", "bigint", "Of those, users whose label is 1."),
     ),

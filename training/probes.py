@@ -65,55 +65,59 @@ HEADS: dict[str, Callable[[int], Any]] = {
         MLPClassifier((32,), alpha=1.0, learning_rate_init=0.003, max_iter=30, random_state=seed),
     ),
 }
+SEEDLESS = ("majority", "logistic")
 
 
 def folds_of(labels: Labels, times: Integers | None, folds: int, seed: int) -> Iterator[tuple[Integers, Integers]]:
-    """(training rows, test rows) of each fold.
+    """(training rows, test rows) of each fold that counts: one with both labels among either.
 
     Args:
         times: of each label, any unit. With them training comes before testing: fold n of `folds` tests on the n+1-th
             of folds + 1 stretches of time, and trains on all before. None: stratified folds, shuffled by the seed.
     """
+    for train, test in _all_folds(labels, times, folds, seed):
+        if len(set(labels[train])) == len(set(labels[test])) == 2:
+            yield train, test
+
+
+def _all_folds(labels: Labels, times: Integers | None, folds: int, seed: int) -> Iterator[tuple[Integers, Integers]]:
     if times is None:
         yield from StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)
         return
     order = np.argsort(times, kind="stable")
     for train, test in TimeSeriesSplit(folds).split(order):
         # Labels of one moment are not told apart: none of the test's own moment is learnt from.
-        train_rows = order[train][times[order[train]] < times[order[test[0]]]]
-        yield train_rows, order[test]
+        yield order[train][times[order[train]] < times[order[test[0]]]], order[test]
 
 
 def probe(
     features: Matrix, labels: Labels, head: str, *, folds: int, seeds: int, times: Integers | None = None
 ) -> dict[str, list[float]]:
-    """How well a head on frozen features ranks users by their label: of each seed the mean over the folds.
+    """How well a head on frozen features ranks users by their label.
 
     Args:
         head: a key of HEADS.
         times: as in `folds_of`.
 
     Returns:
-        `auc` and `average_precision`, of each seed. A fold whose training or test rows have one label only does not
-        count; no seed has a value where no fold counts.
+        `auc` and `average_precision`: of each seed the mean over its folds that count. With times, where all seeds have
+        the same folds: of each fold that counts the mean over the seeds. Nothing where no fold counts.
     """
     features = one_length(features)  # looks at no label
-    found: dict[str, list[float]] = {"auc": [], "average_precision": []}
-    for seed in range(seeds):
+    found = []
+    for seed in range(1 if times is not None and head in SEEDLESS else seeds):
         of_folds = []
         for train, test in folds_of(labels, times, folds, seed):
-            if len(set(labels[train])) == len(set(labels[test])) == 2:
-                # So small a fit gains nothing from threads, and on a busy machine waits ten times as long for them.
-                with threadpool_limits(1), warnings.catch_warnings():
-                    warnings.simplefilter("ignore", ConvergenceWarning)  # that few passes are what holds an MLP back
-                    fitted = HEADS[head](seed).fit(features[train], labels[train])
-                scores = fitted.predict_proba(features[test])[:, 1]
-                of_folds.append((roc_auc_score(labels[test], scores), average_precision_score(labels[test], scores)))
+            # So small a fit gains nothing from threads, and on a busy machine waits ten times as long for them.
+            with threadpool_limits(1), warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)  # that few passes are what holds an MLP back
+                fitted = HEADS[head](seed).fit(features[train], labels[train])
+            scores = fitted.predict_proba(features[test])[:, 1]
+            of_folds.append((roc_auc_score(labels[test], scores), average_precision_score(labels[test], scores)))
         if of_folds:
-            auc, precision = np.mean(of_folds, axis=0).tolist()
-            found["auc"].append(auc)
-            found["average_precision"].append(precision)
-    return found
+            found.append(of_folds)
+    means = [np.mean(each, axis=0) for each in (found if times is None else zip(*found, strict=True))]
+    return {name: [float(mean[place]) for mean in means] for place, name in enumerate(("auc", "average_precision"))}
 
 
 def tfidf_svd(counts: sp.csr_matrix, width: int = 64) -> Matrix:

@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.model_selection import StratifiedKFold, TimeSeriesSplit, cross_val_score
 
 from jobs.config import ProbeSettings
-from jobs.probe import matrix, results_of
+from jobs.probe import fold_notes, matrix, results_of
 from training.probes import HEADS, folds_of, one_length, probe, standardised, tfidf_svd
 
 
@@ -36,6 +36,24 @@ def test_a_probe_is_scikit_learns_own_cross_validation(head: str, told: tuple[np
             )
         assert found[metric] == pytest.approx(expected)
         assert len(set(found[metric])) == 2
+
+
+@pytest.mark.parametrize(("head", "fits"), [("logistic", 3), ("boosting", 6)])
+def test_by_time_the_figures_are_those_of_the_folds(
+    head: str, fits: int, told: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All seeds have the same folds, and to the logistic head they are the same altogether."""
+    features, labels = told
+    expected = [
+        cross_val_score(HEADS[head](seed), one_length(features), labels, cv=TimeSeriesSplit(3), scoring="roc_auc")
+        for seed in (0, 1)
+    ]
+    made, make = [], HEADS[head]
+    monkeypatch.setitem(HEADS, head, lambda seed: made.append(seed) or make(seed))
+    found = probe(features, labels, head, folds=3, seeds=2, times=np.arange(120))
+    assert found["auc"] == pytest.approx(np.mean(expected, axis=0))
+    assert len(set(found["auc"])) == len(set(found["average_precision"])) == 3
+    assert len(made) == fits
 
 
 @pytest.mark.parametrize(("seed", "strength"), [(15, 1.0), (1, 0.1)])
@@ -64,7 +82,7 @@ def test_the_majority_ranks_nobody(told: tuple[np.ndarray, np.ndarray]) -> None:
 
 def test_with_times_training_comes_before_testing() -> None:
     times = np.array([50, 10, 40, 20, 30, 30, 60, 30])
-    labels = np.zeros(8, np.int64)
+    labels = np.array([0, 0, 1, 1, 0, 1, 1, 0])
     found = [(times[a].tolist(), times[b].tolist()) for a, b in folds_of(labels, times, 3, seed=0)]
     # In order: 10 20 30 30 30 40 50 60; the second of two stretches that share a moment learns nothing from it.
     assert found == [([10, 20], [30, 30]), ([10, 20], [30, 40]), ([10, 20, 30, 30, 30, 40], [50, 60])]
@@ -80,6 +98,12 @@ def test_folds_of_one_label_do_not_count() -> None:
         "auc": [],
         "average_precision": [],
     }
+    timed = pd.DataFrame({"user_id": [f"u{n}" for n in times], "task": "one", "label": labels, "cut": times})
+    none = timed.assign(task="none", label=times // 6)
+    assert list(fold_notes(pd.concat([timed, none, timed.assign(task="shuffled", cut=0)]), ProbeSettings(folds=3))) == [
+        "none is not probed: no fold by label_ts has both labels to learn from and to test on",
+        "one: 1 of 3 folds by label_ts counted: the others have not both labels to learn from and to test on",
+    ]
 
 
 def test_tfidf_svd_is_numpys() -> None:
