@@ -92,8 +92,9 @@ def read_labels(runtime: Runtime, folder: Place) -> DataFrame:
         folder: as for `read_rows`.
 
     Raises:
-        TrailvecError: a column is missing, a user_id or a task is blank, a label is neither 0 nor 1, a user has two
-            labels of one task, only some labels of a task have a time, or a task has the name of one of the log.
+        TrailvecError: a column is missing, a user_id or a task is blank, a label is neither 0 nor 1, a label_ts is no
+            time before the year 9999, a user has two labels of one task, only some labels of a task have a time, or a
+            task has the name of one of the log.
     """
     settings = runtime.config.probe
     labels = settings.labels
@@ -115,16 +116,17 @@ def read_labels(runtime: Runtime, folder: Place) -> DataFrame:
         given.cast("timestamp").alias("label_ts"),
         given.isNotNull().alias("has_time"),
     )
-    label = F.col("label")
+    label, time = F.col("label"), F.col("label_ts")
+    beyond = time >= utc(datetime(9999, 1, 1))  # milliseconds, say: a number counts seconds
     checked = rows.groupBy("user_id", "task").agg(
         F.count_if(label.isNull() | ~label.isin(0, 1)).alias("bad"),
-        F.count_if(F.col("has_time") & F.col("label_ts").isNull()).alias("no_time"),
+        F.count_if(F.col("has_time") & (time.isNull() | beyond)).alias("no_time"),
         F.count("*").alias("rows"),
     )
     for condition, what in (
         ("coalesce(trim(user_id), '') = '' OR coalesce(trim(task), '') = ''", "with a blank user_id or task"),
         ("bad > 0", "that is neither 0 nor 1"),
-        ("no_time > 0", "whose label_ts is no time (2017-01-31 08:00:00 is one)"),
+        ("no_time > 0", "whose label_ts is no time (2017-01-31 08:00:00 is one, a whole number counts seconds)"),
         ("rows > 1", "twice"),
     ):
         if wrong := checked.where(condition).orderBy("user_id", "task").take(1):

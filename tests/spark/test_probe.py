@@ -361,6 +361,7 @@ def test_labels_with_times_see_what_came_before_them_and_no_more(
     [
         ("u1,many,0.99,", "has a label that is neither 0 nor 1: user u1, task many"),
         ("u1,many,1,31.01.2017", "has a label whose label_ts is no time"),
+        ("u1,many,1,49051-01-31", "has a label whose label_ts is no time"),
         ("u1,many,1,\nu1,many,0,", "has a label twice: user u1, task many"),
         (",many,1,", "has a label with a blank user_id or task: user None, task many"),
         ("u1, ,1,", "has a label with a blank user_id or task: user u1, task"),
