@@ -162,10 +162,12 @@ def page(facts: Facts) -> str:
         + [("training", "Training"), ("versions", "All versions")]
     )
     training = facts.about.get("training")
+    trained, asked = _windows(facts.about, facts.split)
     return environment.get_template("evaluation.html").render(
         fingerprint=facts.fingerprint,
         version=facts.version,
-        as_of=facts.about.get("as_of", "")[:16].replace("T", " "),
+        trained=trained,
+        asked=asked,
         split=facts.split,
         sections=sections,
         few_users=FEW_USERS,
@@ -215,6 +217,16 @@ def _picture(svg: str) -> Markup:
 
 Points = dict[tuple[str, Cell], Point]  # by task and cell
 Users = dict[tuple[str, str, str], int]  # by task, slice and slice_value
+
+
+def _windows(about: Row, split: str) -> tuple[str, str]:
+    """(what the model was trained on, what the figures are of), in words; empty where nobody knows."""
+    sequences = about.get("provenance", {}).get("config", {}).get("sequences", {})
+    if sequences.get("split_by") == "leave_one_out":
+        last = "each user's last action but one" if split == "valid" else "each user's last action"
+        return "all of a user's actions but the last two", last
+    as_of = about.get("as_of", "")[:16].replace("T", " ")
+    return f"actions before {as_of}" if as_of else "", f"the {split} window"
 
 
 def _of_tasks(tasks: list[str], points: Points) -> dict[str, dict[str, Point]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from html.parser import HTMLParser
 from typing import Any
@@ -163,6 +164,24 @@ def test_it_says_what_the_rows_say() -> None:
     assert "cosine of a user's vectors 0.8750 0.7500 to 1.0000" in said
     assert "abc123 (current)" in said
     assert "old 0.0312" in said
+
+
+def test_it_says_what_was_trained_on_and_what_the_figures_are_of() -> None:
+    bare: dict[str, Any] = {"rows": [], "items": Map(), "users": Map()}  # pictures take their time
+    timed = {name: value for name, value in ABOUT.items() if name != "training"}
+    last = copy.deepcopy(timed)
+    last["provenance"]["config"]["sequences"]["split_by"] = "leave_one_out"
+    before, others = (
+        "trained on actions before 2024-06-01 00:00.",
+        "trained on all of a user's actions but the last two.",
+    )
+    for about, split, expected in (
+        (timed, "test", f"{before} All figures are of the test window, which training never saw;"),
+        (timed, "valid", f"{before} All figures are of the valid window, which chose the epoch;"),
+        (last, "test", f"{others} All figures are of each user's last action, which training never saw;"),
+        (last, "valid", f"{others} All figures are of each user's last action but one, which chose the epoch;"),
+    ):
+        assert expected in " ".join(Page(page(facts(about=about, split=split, **bare))).text.split())
 
 
 @pytest.mark.parametrize("probes", [[], [probe("churn")]])
