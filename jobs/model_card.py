@@ -84,8 +84,11 @@ def _facts(about: dict[str, Any]) -> dict[str, str]:
 
 
 def _table(heading: str, rows: dict[str, dict[str, Any]]) -> list[str]:
-    lines = [f"| {n} | {r['users']:,} | {r['recall@10']:.4f} | {r['ndcg@10']:.4f} |" for n, r in rows.items()]
-    return ["", f"| {heading} | users | recall@10 | ndcg@10 |", "|---|---|---|---|", *lines]
+    lines = ["", f"| {heading} | users | recall@10 | ndcg@10 |", "|---|---|---|---|"]
+    for name, row in rows.items():
+        cell = name.replace("|", r"\|")  # a vertical's name may hold anything
+        lines.append(f"| {cell} | {row['users']:,} | {row['recall@10']:.4f} | {row['ndcg@10']:.4f} |")
+    return lines
 
 
 def plot(path: Path, about: dict[str, Any]) -> None:
