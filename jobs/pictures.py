@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -96,8 +97,9 @@ def dots(
         classes: from the top down.
         values: by a key of `names`, by class.
         label: of the axis.
-        left: where the axis begins.
+        left: where the axis begins, if no interval begins before it.
     """
+    lows = [point.value if point.low is None else point.low for of in values.values() for point in of.values()]
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
@@ -117,7 +119,7 @@ def dots(
             )
         axes.set_yticks(range(len(classes)), [_shortened(name, _LABEL) for name in classes])
         axes.set_ylim(len(classes) - 0.5, -0.5)
-        axes.set_xlim(left=left)
+        axes.set_xlim(left=min([left, *lows]))
         axes.set_xlabel(label)
         axes.grid(axis="x", color="#eee")
         figure.legend(loc="outside upper left", ncols=2, frameon=False)
@@ -179,7 +181,9 @@ def _picture(draw: Callable[[Any], None], size: tuple[float, float], salt: str) 
     from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: PLC0415 - a second, and only pictures need it
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    with rc_context({**_STYLE, "svg.hashsalt": salt}):  # the same bytes each time
+    with rc_context({**_STYLE, "svg.hashsalt": salt}), warnings.catch_warnings():  # the same bytes each time
+        # Of letters that its own font has not, once for each: the reader's draws the texts.
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font")
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         text = io.StringIO()

@@ -237,6 +237,15 @@ def test_long_names_leave_a_picture_room_and_bars_have_theirs(count: int) -> Non
     assert all(np.diff(places) > 9)  # points, the height of their letters
 
 
+@pytest.mark.filterwarnings("error::UserWarning")  # of letters that matplotlib's font has not: the page's has them
+def test_names_in_any_letters_and_values_below_where_an_axis_begins() -> None:
+    values = {"餐厅": Point(0.31, 0.29, 0.33), "b": Point(0.75, 0.7, 0.8)}
+    drawn = dots(list(values), {"model": values}, {"model": "模型"}, "AUC", left=0.45)
+    assert ">餐厅<" in drawn
+    assert ">模型<" in drawn
+    assert ">0.3<" in drawn  # a number on the axis
+
+
 def test_the_same_facts_give_the_same_bytes() -> None:
     assert page(facts()) == page(facts())
 
