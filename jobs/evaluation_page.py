@@ -205,10 +205,6 @@ def figure(value: Any) -> str:
     return f"{value:.4f}" if abs(value) < 2 else f"{value:,.2f}"
 
 
-def _space_value(metric: str, value: float) -> float | str:
-    return str(int(value)) if metric == "dead_dimensions" else value  # a count
-
-
 def _picture(svg: str) -> Markup:
     return Markup(pictures.inline(svg))  # noqa: S704 - matplotlib escapes the texts in it
 
@@ -324,11 +320,12 @@ def _probes(rows: Sequence[Row]) -> Row:
 
 
 def _space(points: Points) -> list[Row]:
-    return [
-        {"name": name, "meaning": meaning, "value": _space_value(key[1], points["space", Cell(*key)].value)}
-        for key, (name, meaning) in SPACE.items()
-        if ("space", Cell(*key)) in points
-    ]
+    rows = []
+    for (of, metric), (name, meaning) in SPACE.items():
+        if point := points.get(("space", Cell(of, metric))):
+            value = int(point.value) if metric == "dead_dimensions" else point.value  # a count
+            rows.append({"name": name, "meaning": meaning, "value": value})
+    return rows
 
 
 def _maps(facts: Facts) -> list[Row]:

@@ -1,23 +1,15 @@
-"""The card of a model, card.md beside model.json, and the plot of its training, training.svg.
+"""The card of a model, card.md beside model.json.
 
-Both say again, for people, what model.json says (Mitchell et al., Model Cards for Model Reporting, 2019).
+It says again, for people, what model.json says (Mitchell et al., Model Cards for Model Reporting, 2019).
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
-
-from jobs import pictures
-
-
-def write_card(path: Path, about: dict[str, Any]) -> None:
-    """`about`: what model.json holds."""
-    path.write_text(card(about), encoding="utf-8")
 
 
 def card(about: dict[str, Any]) -> str:
-    """The card as Markdown."""
+    """The card as Markdown; `about`: what model.json holds."""
     training = about["training"]
     best = training["epochs"][training["best_epoch"] - 1]
     lines = [f"# Model {about['model_version']}", ""]
@@ -89,8 +81,3 @@ def _table(heading: str, rows: dict[str, dict[str, Any]]) -> list[str]:
         cell = name.replace("|", r"\|")  # a vertical's name may hold anything
         lines.append(f"| {cell} | {row['users']:,} | {row['recall@10']:.4f} | {row['ndcg@10']:.4f} |")
     return lines
-
-
-def plot(path: Path, about: dict[str, Any]) -> None:
-    """The loss over the rows read, and what validation found after each epoch, as SVG."""
-    path.write_text(pictures.training(about), encoding="utf-8")

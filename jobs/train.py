@@ -26,13 +26,14 @@ from deltalake import DeltaTable
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from jobs import pictures
 from jobs.cli import stage_main
 from jobs.config import Config
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, Place, published, shared_url, write_json
 from jobs.item_facts import attribute_matrix, item_attributes, item_counts, item_verticals
 from jobs.launch_training import launch, launch_in_spark
-from jobs.model_card import plot, write_card
+from jobs.model_card import card
 from jobs.model_folders import check_numbers, has_model, model_folder, other_numbers
 from jobs.runtime import Runtime, Stage
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
@@ -304,8 +305,8 @@ def _train(runtime: Runtime, version: str, staging: Path, checkpoints: Place) ->
             path.unlink()  # the model carries what it needs of them
         remove_tree(_rows_folder(runtime, version, staging))
         about = read_about(staging)
-        write_card(staging / "card.md", about)
-        plot(staging / "training.svg", about)
+        (staging / "card.md").write_text(card(about), encoding="utf-8")
+        (staging / "training.svg").write_text(pictures.training(about), encoding="utf-8")
         tracker.files(staging / "card.md", staging / "training.svg", staging / "model.json")
 
 
