@@ -107,11 +107,12 @@ def training_files(runtime: Runtime) -> dict[str, list[str]]:
 def base_of(runtime: Runtime) -> str | None:
     """The version of the model that training grows from; None: it starts anew.
 
-    It is the current one, unless that is what this very command has made: then it is the one that was current before,
-    so that the same command again finds its model and trains nothing.
+    It is the current one, not one that was trained since and that `align` or the gate refused; `model.version` goes
+    before it. Where no model is current yet, it is the newest. The model in use may be what this very command has made:
+    then it is what that has grown from, so that the same command again finds its model and trains nothing.
 
     Raises:
-        TrailvecError: the current model knows things by numbers of tables that were removed since.
+        TrailvecError: that model knows things by numbers of tables that were removed since.
     """
     if not runtime.config.train.warm_start or not (runtime.models / "current.json").exists():
         return None
@@ -127,6 +128,9 @@ def base_of(runtime: Runtime) -> str | None:
     if same:
         base: str | None = about["grown_from"]
         return base
+    current = None if runtime.config.model.version else runtime.newest_current_model()
+    if current and current != about["model_version"] and has_model(runtime, current):
+        about = read_about(model_folder(runtime, current))
     check_numbers(runtime, about, instead="set train.warm_start = false to begin anew")
     return str(about["model_version"])
 

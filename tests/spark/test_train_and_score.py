@@ -382,6 +382,19 @@ def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
     ):
         wider.execute(train.STAGE)
 
+    # What was grown is the newest, and nobody has made it current: align or the gate may have refused it.
+    def base_with(*more: str) -> str | None:
+        found: list[str | None] = []
+        stage = Stage("look", "", lambda r: found.append(train.base_of(r)), train.STAGE.reads)
+        Runtime(make_config(tmp_path / "root", *sets, *more), trained.spark).execute(stage)
+        return found[0]
+
+    grown, other = about["model_version"], "train.warm_rate=0.5"
+    assert base_with() == base_with(other) == base
+    assert base_with(other, f"model.version={grown}") == grown
+    shutil.rmtree(runtime.models / base)
+    assert base_with(other) == grown
+
 
 def test_a_forced_training_that_was_killed_goes_on_and_keeps_what_other_stages_added_to_the_same_weights(
     trained: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
