@@ -78,10 +78,10 @@ class Terms:
     @staticmethod
     def fit(counts: Counts, most: int, presence: bool) -> Terms:
         """Of those that anybody has, the `most` that most users have (of equals the lower numbers)."""
-        users = np.bincount(counts.indices, minlength=counts.shape[1])
-        numbers = np.sort(np.argsort(-users, kind="stable")[: min(most, np.count_nonzero(users))])
-        idf = np.log((1 + counts.shape[0]) / (1 + users[numbers])) + 1
-        return Terms(numbers, idf.astype(np.float32), presence)
+        numbers, users = np.unique(counts.indices, return_counts=True)
+        first = np.sort(np.argsort(-users, kind="stable")[:most])
+        idf = np.log((1 + counts.shape[0]) / (1 + users[first])) + 1
+        return Terms(numbers[first].astype(np.int64), idf.astype(np.float32), presence)
 
     def present(self, counts: Counts) -> sp.csr_matrix:
         """[users, numbers] → which terms a user has at all, 0 or 1, float64 [users, terms]."""
@@ -117,10 +117,12 @@ class Terms:
 
     def _of(self, counts: Counts) -> sp.csr_matrix:
         """The counts of the terms, float64 [users, terms]."""
-        inside = self.numbers[self.numbers < counts.shape[1]]
-        found = sp.csr_matrix(counts[:, inside], dtype=np.float64)
-        found.resize(counts.shape[0], len(self.numbers))
-        return found
+        # By scipy's own indexing each call would take memory for every number that an item may have.
+        places = np.searchsorted(self.numbers, counts.indices)
+        known = np.append(self.numbers, -1)[places] == counts.indices
+        offsets = np.append(0, np.cumsum(known))[counts.indptr]
+        data = counts.data[known].astype(np.float64)
+        return sp.csr_matrix((data, places[known], offsets), (counts.shape[0], len(self.numbers)))
 
 
 def _unit(rows: sp.csr_matrix) -> sp.csr_matrix:

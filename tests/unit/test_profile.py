@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,20 @@ def test_terms_by_hand_and_what_the_basis_does_not_know_counts_nothing() -> None
     older = sp.csr_matrix(np.array([[0, 1.0]]))
     assert presence.weigh(older).toarray().tolist() == [[1, 0]]
     assert Terms.fit(counts, 1, presence=True).numbers.tolist() == [1]
+    assert Terms.fit(counts[2:], 1, presence=True).weigh(counts).shape == (3, 0)
+
+
+def test_memory_goes_by_what_users_have_and_not_by_the_largest_number() -> None:
+    """An array as long as the catalogue would take gigabytes."""
+    of = np.array([7, 2**31 - 2, 7, 10**9, 2**31 - 2, 7])
+    counts = sp.csr_matrix((np.array([1.0, 2, 3, 4, 5, 6]), of, [0, 2, 4, 6]), (3, 2**31 - 1))
+    tracemalloc.start()
+    terms = Terms.fit(counts, 2, presence=True)
+    assert terms.numbers.tolist() == [7, 2**31 - 2]
+    assert terms.usual(counts) == pytest.approx([10 / 3, 7 / 2])
+    assert terms.beside(counts, np.ones(2, np.float32)).toarray().tolist() == [[1, 2], [3, 0], [4, 4]]
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
 
 
 def test_amounts_by_hand() -> None:
