@@ -78,6 +78,8 @@ def _ship_weights(spark: SparkSession, model_dir: Path, sha256: str) -> str:
     copy = Path(SparkFiles.getRootDirectory()) / "trailvec" / name
     if not copy.exists():
         copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(model_dir / WEIGHTS, copy)
+        part = copy.with_suffix(".part")  # a full disk leaves half of it, which nobody may take for the whole
+        shutil.copyfile(model_dir / WEIGHTS, part)
+        part.replace(copy)
         spark.sparkContext.addFile(str(copy))
     return name
