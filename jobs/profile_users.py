@@ -6,7 +6,8 @@ categories over the whole history, numbers of time and value, and a forecast of 
 function. All users are written anew in one commit, as of the log's end: how long ago somebody came changes every day.
 
 The basis is fitted on a sample of users when a model has none yet, and kept in its folder: from then on the places of a
-profile mean the same, and a head that a team has trained goes on reading them. A new model has new profiles.
+profile mean the same, and a head that a team has trained goes on reading them. A new model has new profiles, and so has
+one that `align` has turned since: the states that the basis was fitted on lay elsewhere.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from jobs.spark_session import in_order
 from jobs.splits import Cuts, cut_times, is_target, utc
 from jobs.tables import CONTEXT_VALUES, ITEMS, SESSIONS, USER_PROFILES
 from spark_udfs.profile import KINDS, counts_of, profiles
+from training.checkpoint import rotation_sha256
 from training.profile import ABOUT, TENSORS, Basis, Integers, fit_basis, fit_items, read_basis, write_basis
 
 _WINDOWS = (7, 14, 28, 56, 91, 182)  # days before the cut
@@ -355,12 +357,18 @@ def run(runtime: Runtime) -> None:
     visible = before(events_of(sessions), cuts)
     encoded = states(runtime, sessions, cuts, model_dir, end).persist()  # encoding is what costs
     told, numbers = statistics(visible, targets), item_numbers(runtime)
-    found = read_basis(model_dir)
+    found, rotation = read_basis(model_dir), rotation_sha256(model_dir)
+    if found is not None and found[1].get("rotation", rotation) != rotation:  # older code told none
+        runtime.report.notes.append(
+            f"the profile's basis of model {model_dir.name} is fitted anew: `trailvec align` has turned the model's "
+            f"vectors since, and the places of a profile mean something else now"
+        )
+        found = None
     if found is None:
         runtime.on_progress("the basis is fitted")
         basis = fit(runtime, visible, encoded, numbers=numbers, told=told)
         about = {"as_of": end.isoformat(timespec="microseconds"), "code_version": code_version()}
-        write_basis(model_dir, basis, about | {"settings": settings.model_dump()})
+        write_basis(model_dir, basis, about | {"rotation": rotation, "settings": settings.model_dump()})
         add_to_model(runtime, model_dir, TENSORS, ABOUT)
     else:
         basis = found[0]

@@ -25,6 +25,7 @@ from jobs.tables import EVENTS, FLAGGED_USERS, ITEMS, PROBES, SESSIONS, USER_PRO
 from tests.conftest import make_config, put, read_delta
 from tests.events import Row, make_event, to_frame
 from tests.sequence_files import SPEC
+from training.checkpoint import rotation_sha256, write_alignment
 
 START = datetime(2024, 1, 1)
 CUT = START + timedelta(days=100)
@@ -309,6 +310,11 @@ def test_what_is_probed_is_what_profile_users_writes(
     assert np.stack([rows[user]["vector"] for user in users]) == pytest.approx(features["profile"], abs=1e-6)
     assert len(np.unique(features["profile"], axis=0)) > 20
     assert runtime.execute(profile_users.STAGE).skipped
+    basis_of = runtime.models / "m1" / "profile.json"
+    told = json.loads(basis_of.read_text())
+    assert told.pop("rotation") is None
+    write_json(basis_of, told)  # as older code wrote it
+    write_alignment(runtime.models / "m1", np.eye(4, dtype=np.float32), {})
 
     # Another user comes: the places mean what they meant, and who did nothing new keeps the parts that tell no time.
     put(runtime, EVENTS, to_frame(runtime.spark, [*log(), event("new", 119.5, "brand new")]))
@@ -318,10 +324,16 @@ def test_what_is_probed_is_what_profile_users_writes(
     (note, _) = wider.execute(profile_users.STAGE).notes
     assert f"basis in {whole}/models/m1 stays as it was fitted, in spite of profile.width = 32 (it has 64): " in note
     again = {r["user_id"]: r for r in read_delta(runtime.path(USER_PROFILES))}
-    widths = json.loads((runtime.models / "m1" / "profile.json").read_text())["widths"]
+    widths = json.loads(basis_of.read_text())["widths"]
     timeless = sum(width for part, width in widths.items() if part not in ("statistics", "forecast"))
     assert again.keys() == rows.keys() | {"new"}
     assert again["u3"]["vector"][:timeless] == pytest.approx(rows["u3"]["vector"][:timeless], abs=1e-6)
+
+    write_json(basis_of, told | {"rotation": None})  # fitted before the model was turned
+    (note, _) = wider.execute(profile_users.STAGE, force=True).notes
+    assert note.startswith("the profile's basis of model m1 is fitted anew: `trailvec align` has turned the model's ")
+    fitted = json.loads(basis_of.read_text())
+    assert (fitted["rotation"], fitted["settings"]["width"]) == (rotation_sha256(runtime.models / "m1"), 32)
 
 
 def test_a_model_that_numbers_other_tables_items_makes_no_profile(
