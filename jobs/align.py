@@ -26,7 +26,7 @@ from pyspark.sql import functions as F
 from jobs.cli import stage_main
 from jobs.config import AlignSettings
 from jobs.errors import TrailvecError
-from jobs.model_folders import add_to_model, has_model, model_folder
+from jobs.model_folders import add_to_model, description, model_folder
 from jobs.models import encode_sequences, item_vectors
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import drawn_by_hash, in_order
@@ -236,9 +236,7 @@ def _matrix(vectors: pd.Series[Any], width: int) -> Vectors:
 
 def _ranking(runtime: Runtime, version: str) -> float | None:
     """NDCG@10 in the model's own validation, of the epoch that was kept; None where it is not known (any more)."""
-    if not has_model(runtime, version):
-        return None
-    training = read_about(model_folder(runtime, version)).get("training", {})
+    training = description(runtime, version).get("training", {})
     epochs = training.get("epochs", [])
     return epochs[training["best_epoch"] - 1].get("ndcg@10") if epochs else None
 

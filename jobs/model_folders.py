@@ -50,6 +50,18 @@ def model_folder(runtime: Runtime, version: str | None = None) -> Path:
     return folder if isinstance(folder, Path) else _fetched(folder)
 
 
+def description(runtime: Runtime, version: str) -> dict[str, Any]:
+    """What model.json says of a model, whose other files are neither fetched nor looked at; {} where it is gone or
+    damaged."""
+    if not has_model(runtime, version):
+        return {}
+    try:
+        about = json.loads((runtime.models / version / ABOUT).read_text())
+    except (ValueError, RecursionError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
 def model_inputs(runtime: Runtime) -> dict[str, str | None]:
     """What decides about the vectors that the model in use gives, as `Stage.inputs`: its version, its weights (on GPUs
     a training that is repeated ends in others), and what they are turned by (`trailvec align`)."""

@@ -20,7 +20,7 @@ from jobs.cli import stage_main
 from jobs.errors import TrailvecError
 from jobs.evaluate import SPACE_SAMPLE
 from jobs.evaluation_page import Example, Facts, Map, Neighbour, page
-from jobs.model_folders import add_to_model, has_model, model_folder
+from jobs.model_folders import add_to_model, description, model_folder
 from jobs.runtime import Runtime, Stage
 from jobs.space import flat_map, unit
 from jobs.tables import EVALUATION, EXPORTS, ITEM_EMBEDDINGS, ITEMS, PROBES, USER_EMBEDDINGS
@@ -79,11 +79,11 @@ def _facts(runtime: Runtime, folder: Path) -> Facts:
             f"table evaluation has no row of model {folder.name} in split {split}: run `trailvec evaluate` first"
         )
     current = runtime.newest_current_model()
-    abouts = {version: _about(runtime, version) for version in by_model}
+    abouts = {version: description(runtime, version) for version in by_model}
     versions = [(version, version == current, abouts[version], of) for version, of in by_model.items()]
     newest_first = sorted(versions, key=lambda of: (of[2].get("as_of", ""), of[0]), reverse=True)
     items = _sample(runtime, folder.name).toPandas()
-    there = [bool(np.any(vector)) for vector in items["vector"]]  # a zero vector has no direction
+    there = np.array([np.any(vector) for vector in items["vector"]], bool)  # a zero vector has no direction
     items = items[there].reset_index(drop=True)
     users = _users(runtime, folder.name)
     return Facts(
@@ -146,10 +146,6 @@ def _probes(runtime: Runtime, version: str) -> list[dict[str, Any]]:
         return []
     rows = runtime.latest(PROBES).where(F.col("model_version") == version).orderBy(*PROBES.key).collect()
     return [row.asDict() for row in rows]
-
-
-def _about(runtime: Runtime, version: str) -> dict[str, Any]:
-    return read_about(model_folder(runtime, version)) if has_model(runtime, version) else {}
 
 
 def _fingerprint_of(target: Path) -> str | None:

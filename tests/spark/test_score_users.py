@@ -41,7 +41,7 @@ from tests.conftest import make_config, put, read_delta
 from tests.sequence_files import MAX_LENGTH, SPEC, item_counts, make_rows, save_model
 from tests.spark.test_train_and_score import CUT, fill, sequences
 from training.batches import FEATURES
-from training.checkpoint import write_alignment
+from training.checkpoint import WEIGHTS, write_alignment
 from training.model import SequenceModel, build_model
 
 USERS = 40
@@ -142,10 +142,12 @@ def test_a_model_without_the_asked_rows_of_evaluation_does_not_become_current(sh
     counts = dict.fromkeys(("event_count", "train_count", "target_count"), 9)
     item = {"item_id": "i2", "item_index": 2}
     fill(shop, ITEMS, [item | about | counts | {"first_ts": CUT}])
-    of_model = {"model_version": "m2", "as_of": CUT, "is_cold": False, "vector": [1.0]}
-    fill(shop, ITEM_EMBEDDINGS, [item | of_model])
+    fill(shop, ITEM_EMBEDDINGS, [])
+    (shop.models / "m1" / WEIGHTS).unlink()  # the page says of an older model what its description does
     strict.execute(write_report.STAGE)  # which the sentence sends people to
     assert "Model m2" in (shop.models / "m2" / write_report.PAGE).read_text()
+    of_model = {"model_version": "m2", "as_of": CUT, "is_cold": False, "vector": [1.0]}
+    fill(shop, ITEM_EMBEDDINGS, [item | of_model])
     fill(shop, EVALUATION, [evaluation_row("m2", 0.01, 0.2, 0.49)])
     strict.execute(score_users.STAGE)
     assert current(shop) == ({"m2"}, USERS)

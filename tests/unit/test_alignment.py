@@ -1,5 +1,7 @@
 """The rotation between two spaces against scipy's, and how alike they are against counting by hand."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,9 +10,11 @@ import pytest
 from scipy.linalg import orthogonal_procrustes
 from scipy.stats import ortho_group
 
-from jobs.align import compare, no_ranking, refusal, too_few_items
+from jobs.align import _ranking, compare, no_ranking, refusal, too_few_items
 from jobs.config import AlignSettings
+from jobs.runtime import Runtime
 from spark_udfs.alignment import mean_cosine, overlap, rotation_of
+from tests.conftest import make_config
 
 
 def vectors(rows: int, seed: int, width: int = 8) -> np.ndarray:
@@ -122,3 +126,14 @@ def test_of_few_items_the_gate_says_that_it_says_nothing() -> None:
         "of so few items (201) 20% of the 10 nearest would stay by chance alone: align.min_overlap = 10% says nothing "
         "about model m2"
     )
+
+
+def test_a_models_ranking_is_read_from_its_description_alone(tmp_path: Path) -> None:
+    runtime = Runtime(make_config(tmp_path))
+    assert _ranking(runtime, "m1") is None
+    folder = tmp_path / "models" / "m1"
+    folder.mkdir(parents=True)
+    training = {"best_epoch": 2, "epochs": [{"ndcg@10": 0.1}, {"ndcg@10": 0.3}, {"ndcg@10": 0.2}]}
+    for text, found in ((json.dumps({"training": training}), 0.3), ("{}", None), ("[]", None), ("{", None)):
+        (folder / "model.json").write_text(text)
+        assert _ranking(runtime, "m1") == found
