@@ -44,7 +44,7 @@ from jobs.drift import Alarm, Drift, alarms, drift_of, event_counts, reaches_bac
 from jobs.errors import TrailvecError
 from jobs.habit import habit
 from jobs.item_facts import item_verticals
-from jobs.model_folders import check_items, model_folder
+from jobs.model_folders import check_items, is_of_before, model_folder, model_inputs
 from jobs.models import encode_sequences
 from jobs.ranking import (
     FLOORS,
@@ -322,7 +322,9 @@ def run(runtime: Runtime) -> None:
     results += space_results(*_space_sample(runtime, rows, vectors))
     table = [(version, settings.split, r.task, *r.cell, r.value, r.low, r.high, r.counted) for r in results]
     frame = runtime.spark.createDataFrame(table, EVALUATION.schema()).coalesce(1)
-    runtime.write(EVALUATION, frame, of={"model_version": version, "split": settings.split})
+    of_split = {"split": settings.split}
+    note = model_inputs(runtime) | of_split
+    runtime.write(EVALUATION, frame, of={"model_version": version} | of_split, note=note)
     for task in TASKS:
         of = {r.cell.method: r for r in results if r.task == task and r.cell[1:] == ("ndcg@10", "all", "all")}
         runtime.report.notes.append(f"ndcg@10, {task}: " + ", ".join(f"{m} {r.value:.4f}" for m, r in of.items()))
@@ -455,6 +457,11 @@ def refusal(runtime: Runtime, version: str) -> str | None:
     if not settings.gate:
         return None
     runtime.create(EVALUATION)
+    if is_of_before(runtime, EVALUATION, split=settings.split):
+        return (
+            f"model {version} must not become current (evaluate.gate): it was trained or aligned again after it was "
+            f"evaluated: run `trailvec evaluate` first"
+        )
     rows = runtime.latest(EVALUATION).where((F.col("model_version") == version) & (F.col("split") == settings.split))
     found = {(r["task"], Cell.of(r)): r for r in rows.collect()}
     reasons = []
@@ -497,7 +504,7 @@ def shortfalls(row: dict[str, Any], asked: GateSettings) -> Iterator[str]:
 def _inputs(runtime: Runtime) -> dict[str, Any]:
     # The gate is judged by the rows whenever score_users runs: no row depends on it.
     settings = runtime.config.evaluate.model_dump(mode="json", exclude={"gate"})
-    return {"model_version": model_folder(runtime).name, "evaluate": settings}
+    return {**model_inputs(runtime), "evaluate": settings}
 
 
 STAGE = Stage(

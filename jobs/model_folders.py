@@ -103,13 +103,20 @@ def _changed_by_others(runtime: Runtime, table: Table, since: int) -> bool:
 
 def check_items(runtime: Runtime, version: str) -> None:
     """Raises TrailvecError where the items of the model lie in a space that it had before: users would in another."""
-    notes = [said["note"] for said in runtime.noted(ITEM_EMBEDDINGS)]
-    made_by = next((note for note in notes if note.get("model_version") == version), None)
-    if made_by not in (None, model_inputs(runtime)):
+    if is_of_before(runtime, ITEM_EMBEDDINGS):
         raise TrailvecError(
             f"model {version} was trained or aligned again after its item vectors were written: "
             f"run `trailvec embed_items` first"
         )
+
+
+def is_of_before(runtime: Runtime, table: Table, **of: str) -> bool:
+    """Whether the model in use was trained or aligned again after the table's rows of it were written (of these values,
+    too, of the commit's note); False where no note tells."""
+    now = model_inputs(runtime) | of
+    keys = ("model_version", *of)
+    notes = (said["note"] for said in runtime.noted(table))
+    return next((note != now for note in notes if all(note.get(key) == now[key] for key in keys)), False)
 
 
 def has_model(runtime: Runtime, version: str) -> bool:

@@ -29,7 +29,7 @@ from jobs.cli import stage_main
 from jobs.config import ProbeSettings
 from jobs.errors import TrailvecError
 from jobs.files import Place
-from jobs.model_folders import model_folder
+from jobs.model_folders import model_folder, model_inputs
 from jobs.profile_users import (
     before,
     events_of,
@@ -390,7 +390,7 @@ def run(runtime: Runtime) -> None:
 
 def _inputs(runtime: Runtime) -> dict[str, Any]:
     labels = runtime.config.probe.labels
-    facts: dict[str, Any] = {"model_version": model_folder(runtime).name}
+    facts: dict[str, Any] = {**model_inputs(runtime)}
     if labels is not None and labels.file is not None:
         facts["labels"] = file_digest(Path(labels.file))
     if labels is not None and labels.sql is not None:  # it may read any table, but for the one that is written here

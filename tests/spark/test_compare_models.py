@@ -219,6 +219,13 @@ def test_the_stages_figures_are_what_plain_python_counts(shop: tuple[Runtime, Ro
     gate = 'evaluate.gate=[{task="next", method="model", metric="ndcg@10", at_least=0.0}]'
     asked = Runtime(make_config(runtime.root, "evaluate.resamples=200", gate), runtime.spark)
     assert asked.execute(evaluate.STAGE).skipped
+    assert evaluate.refusal(asked, "m1") is None
+    shutil.rmtree(runtime.models / "m1")
+    make_model(runtime, "m1", seed=2)
+    assert evaluate.refusal(asked, "m1") == (
+        "model m1 must not become current (evaluate.gate): it was trained or aligned again after it was evaluated: "
+        "run `trailvec evaluate` first"
+    )
 
     # Today's training window ends a day after the one that rows of the valid split were cut by.
     valid = Runtime(make_config(runtime.root, 'evaluate.split="valid"'), runtime.spark)

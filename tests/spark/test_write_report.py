@@ -65,8 +65,8 @@ def test_a_table_that_was_made_anew_is_another_one(
     """For a page, for labels by SQL, which may read any table, and for the rows that a stage reports; versions of the
     two say nothing of each other."""
     runtime = make_runtime('probe.labels={sql="SELECT * FROM exports"}')
-    for stage in (write_report, probe):
-        monkeypatch.setattr(stage, "model_folder", lambda runtime: Path("m1"))
+    monkeypatch.setattr(write_report, "model_folder", lambda runtime: Path("m1"))
+    monkeypatch.setattr(probe, "model_inputs", lambda runtime: {"model_version": "m1"})
     found = []
     for members in (1, 2):
         fill(runtime, EXPORTS, [member(n, "fans", "e1", 1) for n in range(members)])

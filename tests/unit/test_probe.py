@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,8 +11,13 @@ import scipy.sparse as sp
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, TimeSeriesSplit, cross_val_score
 
+from jobs import evaluate
 from jobs.config import ProbeSettings
-from jobs.probe import fold_notes, matrix, results_of
+from jobs.probe import _inputs, fold_notes, matrix, results_of
+from jobs.runtime import Runtime
+from tests.conftest import make_config
+from tests.sequence_files import SPEC
+from training.checkpoint import describe_weights
 from training.probes import HEADS, folds_of, one_length, probe, standardised, tfidf_svd
 
 
@@ -147,3 +154,16 @@ def test_results_hold_the_users_of_each_task_and_leave_out_what_has_too_few() ->
     assert {row[0] for row in rows} == {"told"}
     assert {row[1]: row[4] for row in rows if row[3] == "auc"} == {name: 1.0 for name in features} | {"majority": 0.5}
     assert {(row[6], row[7]) for row in rows} == {(40, 20)}
+
+
+def test_a_model_trained_again_under_its_version_is_another_one(tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "m1"
+    folder.mkdir(parents=True)
+    runtime = Runtime(make_config(tmp_path, "model.version=m1"))
+    for inputs in (_inputs, evaluate._inputs):
+        found = []
+        for weights in (b"once", b"again"):
+            (folder / "model.safetensors").write_bytes(weights)
+            describe_weights(folder, SPEC, {"model_version": "m1"})
+            found.append(inputs(runtime))
+        assert found[0] != found[1]
