@@ -15,6 +15,7 @@ from pyspark.sql import functions as F
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
 from jobs.runtime import Report, Runtime, Stage
+from jobs.score_users import was_scored
 from jobs.tables import CURRENT, EVALUATION, PROBES
 
 _STAY = (EVALUATION, PROBES)  # how good it was
@@ -39,11 +40,12 @@ def _run(runtime: Runtime, version: str) -> None:
         found = [runtime.latest(table).select("model_version").distinct().collect() for table in tables]
         names = ", ".join(sorted({row["model_version"] for rows in found for row in rows})) or "none"
         raise TrailvecError(f"no table has a row of model {version} (found: {names}): correct the version")
+    scored = was_scored(runtime, version)  # once its older notes are gone with Delta's log, this one says so
     for table in tables:
         if not counts[table.name]:
             continue  # a commit without a row would have the table's stage run again all the same
         # The note tells score_users that nothing of the model is there to go on from.
-        runtime.delete(table, _is(version), note={"model": {"version": version, "retired": True}})
+        runtime.delete(table, _is(version), note={"model": {"version": version, "retired": True, "scored": scored}})
     runtime.report.rows_out = counts
 
 

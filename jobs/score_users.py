@@ -228,7 +228,8 @@ def was_scored(runtime: Runtime, version: str) -> bool:
     user_embeddings' commits say so; where none of them is kept, any row of the model does."""
     notes = [said["note"] for said in runtime.noted(USER_EMBEDDINGS) if said["note"]["model"]["version"] == version]
     if notes:
-        return any(note.get("chunks") == 1 and not note["into_empty"] for note in notes)  # as every run ends
+        ended = (note.get("chunks") == 1 and not note["into_empty"] for note in notes)  # as every run ends
+        return any(ended) or any(note["model"].get("scored") for note in notes)  # retire_model's
     of_model = F.col("model_version") == version
     return runtime.exists(USER_EMBEDDINGS) and not runtime.latest(USER_EMBEDDINGS).where(of_model).isEmpty()
 

@@ -366,6 +366,10 @@ def test_an_old_model_is_retired_and_can_be_scored_again(
     assert {r["model_version"] for r in read_delta(shop.path(USER_EMBEDDINGS))} == {"m2"}
     assert current(shop) == ({"m2"}, USERS)
     assert shop.latest_version(NEIGHBOURS) == 0  # it had no row of the model
+    newest, *_ = shop.noted(USER_EMBEDDINGS)
+    with monkeypatch.context() as patch:  # Delta keeps no older note
+        patch.setattr(Runtime, "noted", lambda *_: [newest])
+        assert score_users.was_scored(shop, "m1")
 
     write_json(shop.models / "current.json", {"model_version": "m1"})
     assert shop.execute(score_users.STAGE).rows_out["users_encoded"] == USERS
