@@ -126,9 +126,12 @@ def has_model(runtime: Runtime, version: str) -> bool:
 
 def add_to_model(runtime: Runtime, folder: Path, *names: str) -> None:
     """Puts files that were written into `model_folder` where the model lies, each whole or not at all, in this order;
-    those that are not there are left out. On a local disk they are there already."""
+    those that are not there are left out. On a local disk they are there already. An old one of the last name goes
+    first: it tells of the others as they were."""
     home = runtime.models / folder.name
     if isinstance(home, HadoopPath):
+        if len(names) > 1:
+            (home / names[-1]).unlink(missing_ok=True)
         for name in names:
             if (folder / name).exists():
                 (home / name).put_whole(folder / name)

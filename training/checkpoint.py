@@ -92,7 +92,9 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def write_alignment(folder: Path, rotation: npt.NDArray[np.float32] | None, report: dict[str, Any]) -> None:
-    """Writes what a model's vectors are turned by (None: nothing), then what is said of it, which makes it aligned."""
+    """Writes what a model's vectors are turned by (None: nothing), then what is said of it, which makes it aligned.
+    Killed in between, it leaves a model that is not aligned, whatever it was before."""
+    (folder / ALIGNMENT).unlink(missing_ok=True)
     sha256 = None
     if rotation is not None:
         part = folder / f".{ROTATION}.part"

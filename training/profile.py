@@ -310,7 +310,8 @@ def _singular(weights: sp.csr_matrix, width: int) -> Floats:
 
 
 def write_basis(folder: Path, basis: Basis, about: dict[str, object]) -> None:
-    """Writes both files into a model's folder, each whole or not at all, the JSON last."""
+    """Writes both files into a model's folder, each whole or not at all, the JSON, which makes them a basis, last."""
+    (folder / ABOUT).unlink(missing_ok=True)
     tensors: dict[str, npt.NDArray[np.generic]] = {
         "words.starts": basis.words.indptr.astype(np.int64),
         "words.places": basis.words.indices.astype(np.int64),

@@ -134,6 +134,23 @@ def test_a_model_elsewhere_is_read_from_a_whole_copy_and_added_to_there(
     assert names(runtime.models / "m2") == ["model.json", "model.safetensors", "page.html"]
     assert (model_folder(runtime) / "page.html").read_text() == "a page"
 
+    def add(text: str) -> None:
+        for name in ("vectors", "vectors.json"):
+            (copy / name).write_text(text)
+        add_to_model(runtime, copy, "vectors", "vectors.json")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    add("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(HadoopPath, "put_whole", killed)
+        with pytest.raises(KeyboardInterrupt):
+            add("new")
+    assert names(runtime.models / "m2") == ["model.json", "model.safetensors", "page.html", "vectors"]
+    add("new")
+    assert (model_folder(runtime) / "vectors.json").read_text() == "new"
+
     (store / "models" / "m2" / "model.safetensors").write_text("damaged")
     with pytest.raises(
         TrailvecError, match=r"the model in file:\S+/store/models/m2 is damaged: model.safetensors is not"

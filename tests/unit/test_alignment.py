@@ -15,6 +15,8 @@ from jobs.config import AlignSettings
 from jobs.runtime import Runtime
 from spark_udfs.alignment import mean_cosine, overlap, rotation_of
 from tests.conftest import make_config
+from training import checkpoint
+from training.checkpoint import read_alignment, read_rotation, write_alignment
 
 
 def vectors(rows: int, seed: int, width: int = 8) -> np.ndarray:
@@ -137,3 +139,22 @@ def test_a_models_ranking_is_read_from_its_description_alone(tmp_path: Path) -> 
     for text, found in ((json.dumps({"training": training}), 0.3), ("{}", None), ("[]", None), ("{", None)):
         (folder / "model.json").write_text(text)
         assert _ranking(runtime, "m1") == found
+
+
+def test_a_kill_while_an_alignment_is_made_anew_leaves_a_model_that_is_not_aligned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (np.eye(8, dtype=np.float32) * sign for sign in (1, -1))
+    write_alignment(tmp_path, first, {"onto": "m1"})
+
+    def killed(path: Path, text: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_whole", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_alignment(tmp_path, second, {"onto": "m2"})
+    assert read_alignment(tmp_path) is None  # so that `align` makes it
+    assert read_rotation(tmp_path) is None
+    write_alignment(tmp_path, second, {"onto": "m2"})
+    assert (read_rotation(tmp_path) == second).all()
