@@ -7,9 +7,9 @@ one task: 10^8 new items at once are its limit, not the log's size. What flagged
 as they are flagged.
 
 Where the cut is given (`sequences.valid_from`), a later run reads what changed: new events are added to the rows of
-their items, and all other rows stay as they are. Three kinds of items are described anew from the whole log: those that
-lost an event, those of users who got or lost a flag, and those without a row yet (their earlier events were too few for
-one, so that there is nothing to add to).
+their items, and all other rows stay as they are. Four kinds of items are described anew from the whole log: those that
+lost an event, those of users who got or lost a flag, those without a row yet (their earlier events were too few for
+one, so that there is nothing to add to), and those that had no event left.
 """
 
 from __future__ import annotations
@@ -195,9 +195,11 @@ def run(runtime: Runtime) -> None:
     if of_turned is not None:
         touched = touched.union(of_turned.select("item_id", F.lit(False)))
     touched = touched.groupBy("item_id").agg(F.bool_and("came").alias("only_came"))
-    touched = touched.join(items.select("item_id", "item_index"), "item_id", "left")
-    # A lost event can't be taken out of a latest name again, and to an item without a row nothing can be added.
-    anew = touched.where(~F.col("only_came") | F.col("item_index").isNull()).select("item_id").persist()
+    touched = touched.join(items.select("item_id", "item_index", "event_count"), "item_id", "left")
+    # A lost event can't be taken out of a latest name again, and to an item without a row nothing can be added. The row
+    # of one without events still says what the last ones said.
+    nothing_to_add_to = F.col("item_index").isNull() | (F.col("event_count") == 0)
+    anew = touched.where(~F.col("only_came") | nothing_to_add_to).select("item_id").persist()
     try:
         known = items.join(anew, "item_id", "left_anti")
         new_events = changes.join(known.select("item_id"), "item_id", "left_semi")

@@ -163,13 +163,14 @@ def test_a_category_is_numbered_within_its_vertical_and_a_price_is_the_latest_ab
 def test_an_increment_ends_as_a_build_of_everything(
     make_runtime: Callable[..., Runtime], spark: SparkSession, moving: bool
 ) -> None:
-    """Law 1: events arrive and go; items come over min_count on the way; the cut moves, or it does not."""
+    """Law 1: events arrive and go; items come over min_count on the way, or lose all that was said of them; the cut
+    moves, or it does not."""
     runtime = make_runtime(*([] if moving else CUTS), "vocabulary.min_count=2")
-    log = [event(n, item, n, category="tea") for n, item in enumerate("abacdbac")]
+    log = [event(n, item, n, category="tea") for n, item in enumerate("abacdbacgg")]
     put_log(runtime, log)
     runtime.execute(build_vocabulary.STAGE)
     numbers = {item: row[0] for item, row in items(runtime).items()}
-    assert numbers == {"a": 2, "b": 3, "c": 4}
+    assert numbers == {"a": 2, "b": 3, "c": 4, "g": 5}
     later = [
         event(10, "b", 9, category="mistyped", item_name="renamed", vertical="rides"),
         event(11, "d", -3),
@@ -180,14 +181,21 @@ def test_an_increment_ends_as_a_build_of_everything(
     add(runtime, EVENTS, to_frame(spark, [event(13, "b", 9, category="gone")]))
     table = DeltaTable.forPath(spark, runtime.path(EVENTS))
     table.update("event_id = 'e10'", {"category": F.lit("mate")})
-    table.delete("event_id IN ('e6', 'e13')")  # e6 is of item a
+    table.delete("event_id IN ('e6', 'e8', 'e9', 'e13')")  # e6 is of item a, e8 and e9 are all of g
     runtime.execute(build_vocabulary.STAGE)
     values = runtime.latest(CONTEXT_VALUES).where("kind = 'category'").collect()
     assert {row.value for row in values} == {"food/tea", "rides/mate"}
-    by_increment = [sorted(runtime.latest(table).collect()) for table in (ITEMS, CONTEXT_VALUES)]
     found = items(runtime)
-    assert {name: row[:2] for name, row in found.items()} == {"a": (2, 2), "b": (3, 3), "c": (4, 2), "d": (5, 2)}
+    assert {name: row[:2] for name, row in found.items()} == dict(
+        zip("abcgd", [(2, 2), (3, 3), (4, 2), (5, 0), (6, 2)], strict=True)
+    )
     assert [found[name][2] for name in "abcd"] == ([2, 3, 2, 2] if moving else [1, 1, 0, 1])
+    # What comes of g again says less than what is gone said.
+    add(runtime, EVENTS, to_frame(spark, [event(14, "g", 10, item_name=None)]))
+    runtime.execute(build_vocabulary.STAGE)
+    g = runtime.latest(ITEMS).where("item_id = 'g'").collect()[0]
+    assert (g.item_index, g.event_count, g.item_name, g.category) == (5, 1, None, None)
+    by_increment = [sorted(runtime.latest(table).collect()) for table in (ITEMS, CONTEXT_VALUES)]
     runtime.execute(build_vocabulary.STAGE, force=True)
     assert by_increment == [sorted(runtime.latest(table).collect()) for table in (ITEMS, CONTEXT_VALUES)]
 
