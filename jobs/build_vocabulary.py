@@ -14,6 +14,8 @@ one, so that there is nothing to add to), and those that had no event left.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
@@ -54,7 +56,7 @@ def describe_items(events: DataFrame, cuts: Cuts, settings: SequencesSettings) -
         .withColumn("in_training", before_cut("train", cuts, settings))
         .groupBy("item_id")
         .agg(
-            *[F.max(_said(name, F.col("event_ts"), F.col(name))).alias(name) for name in LATEST],
+            *[F.max(_said(name, F.col("event_ts"), F.col)).alias(name) for name in LATEST],
             F.min("event_ts").alias("first_ts"),
             F.count("*").alias("event_count"),
             F.count_if("in_training").alias("train_count"),
@@ -64,10 +66,22 @@ def describe_items(events: DataFrame, cuts: Cuts, settings: SequencesSettings) -
     return _unpacked(described)
 
 
-def _said(name: str, when: Column, value: Column) -> Column:
+def _said(name: str, when: Column, value: Callable[[str], Column]) -> Column:
     """A value and when it was said, as a struct; NULL without a value. Of two structs the greater is the later one, and
-    of one moment that with the greater value."""
-    return F.when(value.isNotNull(), F.struct(when.alias("ts"), value.alias(name)))
+    of one moment that with the greater value.
+
+    A category means something in its own vertical alone: a vertical that was said with a category is greater than one
+    without, and a category goes by its vertical first, so that the greatest of both are of one event.
+
+    Args:
+        value: the column of that name, of one event or one row of ITEMS.
+    """
+    said = [when.alias("ts"), value(name).alias(name)]
+    if name == "vertical":
+        said.insert(0, value("category").isNotNull().alias("with_category"))
+    elif name == "category":
+        said.insert(1, value("vertical").alias("vertical"))
+    return F.when(value(name).isNotNull(), F.struct(*said))
 
 
 def _unpacked(rows: DataFrame) -> DataFrame:
@@ -81,12 +95,11 @@ def add_events(items: DataFrame, described: DataFrame) -> DataFrame:
     """The rows of `items` with new events added; `described` is `describe_items` of these events. Items that are not in
     both are left out."""
     old, new = items.alias("old"), described.alias("new")
-    latest = [
-        F.greatest(
-            *[_said(name, F.col(f"{side}.said_ts.{name}"), F.col(f"{side}.{name}")) for side in ("old", "new")]
-        ).alias(name)
-        for name in LATEST
-    ]
+
+    def said(side: str, name: str) -> Column:
+        return _said(name, F.col(f"{side}.said_ts.{name}"), lambda column: F.col(f"{side}.{column}"))
+
+    latest = [F.greatest(said("old", name), said("new", name)).alias(name) for name in LATEST]
     counts = ("event_count", "train_count", "target_count")
     added = [(F.col(f"old.{name}") + F.col(f"new.{name}")).alias(name) for name in counts]
     first = F.least("old.first_ts", "new.first_ts").alias("first_ts")

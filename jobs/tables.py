@@ -213,7 +213,7 @@ ITEMS = Table(
         Column("item_id", "string", "The item as the business knows it."),
         Column("item_name", "string", "Its latest name.", True),
         Column("category", "string", "Its latest category.", True),
-        Column("vertical", "string", "Its latest vertical."),
+        Column("vertical", "string", "The vertical in which its category was said; without a category its latest."),
         Column("unit_price", "double", "Its latest price above zero: amount / quantity.", True),
         Column("first_ts", "timestamp", "When it was first seen, of the events that are kept (maintain.keep_days)."),
         Column("event_count", "bigint", "Events with it in the whole log."),
@@ -227,6 +227,7 @@ ITEMS = Table(
     ),
     key=("item_id",),
     stage="build_vocabulary",
+    revision=2,
 )
 
 CONTEXT_VALUES = Table(
