@@ -13,6 +13,7 @@ increments.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
@@ -20,6 +21,7 @@ from pyspark.sql import functions as F
 from jobs.build_vocabulary import numbers_of, unit_price
 from jobs.cli import stage_main
 from jobs.config import SequencesSettings
+from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import FEW, few_to_all, spark_conf
 from jobs.splits import Cuts, cut_times, is_target, microseconds, utc
@@ -141,7 +143,28 @@ def in_vocabulary(items: DataFrame, min_count: int) -> DataFrame:
     return items.where(F.col("train_count") >= min_count)
 
 
+def refuse_other_counts(runtime: Runtime, rows: dict[str, Any]) -> None:
+    """Law 4: `items` counts what was seen before the cut that build_vocabulary was given, and so says what a model may
+    know; it must be the cut of the rows.
+
+    Args:
+        rows: the section [sequences] that the rows are made with, as a commit's provenance has it.
+
+    Raises:
+        TrailvecError: items was counted with other settings.
+    """
+    made = runtime.last_writer(ITEMS)
+    counted = rows if made is None else made["config"]["sequences"]
+    for name in ("split_by", "valid_from", "target_event_types"):
+        if counted.get(name) != rows.get(name):
+            raise TrailvecError(
+                f"table items was counted with sequences.{name} = {counted.get(name)}, found {rows.get(name)} for "
+                f"the rows of sequences: run `trailvec build_vocabulary` and `trailvec build_sequences` first"
+            )
+
+
 def run(runtime: Runtime) -> None:
+    refuse_other_counts(runtime, runtime.provenance()["config"]["sequences"])
     settings, min_count = runtime.config.sequences, runtime.config.vocabulary.min_count
     # Categories belong to items, not to actions.
     sessions, values = runtime.read(SESSIONS), runtime.read(CONTEXT_VALUES).where("kind != 'category'")

@@ -27,6 +27,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from jobs import pictures
+from jobs.build_sequences import refuse_other_counts
 from jobs.cli import stage_main
 from jobs.config import Config
 from jobs.errors import TrailvecError
@@ -212,8 +213,8 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
     """What the training processes are told; the arrays that it names are written into `staging`, a local folder.
 
     Raises:
-        TrailvecError: there is nothing to train on, the rows are those of a smaller vocabulary or have the numbers of
-            another one, or the current model can't be grown.
+        TrailvecError: there is nothing to train on, the rows are those of a smaller vocabulary, of another cut than the
+            vocabulary's or have the numbers of another one, or the current model can't be grown.
     """
     settings, min_count = runtime.config.train, runtime.config.vocabulary.min_count
     made = runtime.last_writer(SEQUENCES)
@@ -223,8 +224,10 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
             f"table sequences was made with vocabulary.min_count = {was}, found {min_count}, with which a model would "
             f"know items that no row has: run `trailvec build_vocabulary` and `trailvec build_sequences` first"
         )
-    if made and (what := other_numbers(runtime, made)):
-        raise TrailvecError(f"table sequences has the numbers of {what}: run `trailvec build_sequences` first")
+    if made:
+        if what := other_numbers(runtime, made):
+            raise TrailvecError(f"table sequences has the numbers of {what}: run `trailvec build_sequences` first")
+        refuse_other_counts(runtime, made["config"]["sequences"])
     files = training_files(runtime)
     counts = item_counts(runtime.read(ITEMS), min_count)
     model = model_spec(runtime.config, len(counts), runtime.read(CONTEXT_VALUES))

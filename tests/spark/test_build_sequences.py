@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from jobs import build_sequences, build_vocabulary, sessionize
+from jobs import build_sequences, build_vocabulary, sessionize, train
 from jobs.config import SequencesSettings, SessionizeSettings
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
 from jobs.splits import cut_times
-from jobs.tables import EVENTS, FLAGGED_USERS, SEQUENCES, SESSIONS, conform
+from jobs.tables import CONTEXT_VALUES, EVENTS, FLAGGED_USERS, ITEMS, SEQUENCES, SESSIONS, conform
 from jobs.train import rows_since, training_files
 from tests import oracles
 from tests.conftest import add, make_config, put
@@ -349,6 +349,21 @@ def test_cuts_out_of_order_or_an_empty_log_are_refused(
     empty.create(FLAGGED_USERS)
     with pytest.raises(TrailvecError, match="events is empty"):
         empty.execute(build_vocabulary.STAGE)
+
+
+def test_a_vocabulary_that_was_counted_up_to_another_cut_is_refused(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    """Law 4: by the counts of a later cut, a model would know items that were met after its own."""
+    later, earlier = make_runtime(*CUTS), make_runtime('sequences.valid_from="2023-03-01T00:00:00"', CUTS[1])
+    put(later, ITEMS, spark.createDataFrame([], ITEMS.schema()))
+    for table in (SESSIONS, CONTEXT_VALUES):
+        later.create(table)
+    put(earlier, SEQUENCES, spark.createDataFrame([], SEQUENCES.schema()))
+    counted = f"items was counted with sequences.valid_from = {VALID_FROM.isoformat()}, found 2023-03-01T00:00:00"
+    for stage in (build_sequences.STAGE, train.STAGE):
+        with pytest.raises(TrailvecError, match=counted):
+            earlier.execute(stage)
 
 
 def test_a_missing_table_names_the_stage_that_makes_it(make_runtime: Callable[..., Runtime]) -> None:
