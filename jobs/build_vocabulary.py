@@ -189,8 +189,11 @@ def run(runtime: Runtime) -> None:
     if changed is not None:
         changes, changes_of_turned, turned = changed
         met, came = changes, F.when(F.col("_change_type").isin("insert", "update_postimage"), 1).otherwise(-1)
-        if not turned.isEmpty():  # rare, and all events are read for it
-            met = met.union(events.join(turned, "user_id", "left_semi").select(*OF_EVENTS, F.lit("insert")))
+        if not turned.isEmpty():
+            back = turned.join(flagged, "user_id", "left_anti").localCheckpoint()
+            if not back.isEmpty():  # all events are read for their words
+                met = met.union(events.join(back, "user_id", "left_semi").select(*OF_EVENTS, F.lit("insert")))
+            # And where the cut is given, for the items of all who turned.
             of_turned = runtime.read(EVENTS).join(turned, "user_id", "left_semi").select("item_id")
             # An item may also have lost events of theirs that were counted before the flag.
             of_turned = of_turned.union(changes_of_turned.select("item_id"))

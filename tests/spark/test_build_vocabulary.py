@@ -299,7 +299,7 @@ def flagged(spark: SparkSession, *users: str) -> DataFrame:
 
 
 def test_what_flagged_users_did_counts_for_nothing_while_they_are_flagged(
-    make_runtime: Callable[..., Runtime], spark: SparkSession
+    make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime = make_runtime(*CUTS, "vocabulary.min_count=1")
     # x is of u1 and u2; y is of u0, and once of u2.
@@ -334,6 +334,18 @@ def test_what_flagged_users_did_counts_for_nothing_while_they_are_flagged(
     DeltaTable.forPath(spark, path).update(set={"day": F.lit(date(2023, 3, 26))})
     add(runtime, EVENTS, to_frame(spark, [event(20, "new", 4)]))
     check("u2")
+    # Where flags only come, the log is not read for the numbers of words.
+    add(runtime, FLAGGED_USERS, flagged(spark, "u0"))
+    number, met = build_vocabulary.number_context_values, []
+
+    def noting(events: DataFrame, *rest: Any) -> DataFrame:
+        met.append(events)
+        return number(events, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_vocabulary, "number_context_values", noting)
+        check("u0 u2")
+    assert met[0].inputFiles() == []
     found = items(runtime)
     assert numbers == {name: found[name][0] for name in numbers}
     by_increments = [sorted(runtime.latest(table).collect()) for table in (ITEMS, CONTEXT_VALUES)]
