@@ -188,8 +188,10 @@ def affected(sessions: DataFrame, touched: DataFrame, gap_us: int) -> DataFrame:
 
 def _days(rows: DataFrame, first: Column, last: Column) -> set[date]:
     """Every day (UTC) from `first` to `last` of any row."""
-    days = F.explode(F.sequence(F.to_date(first), F.to_date(last))).alias("day")
-    return {row["day"] for row in rows.select(days).distinct().collect()}
+    # A run of a year has a row for each of its sessions, all from its first day on: the longest of them is enough.
+    longest = rows.groupBy(F.to_date(first).alias("first")).agg(F.max(F.to_date(last)).alias("last"))
+    days = F.explode(F.sequence("first", "last")).alias("day")
+    return {row["day"] for row in longest.select(days).distinct().collect()}
 
 
 def with_changes(sessions: DataFrame, changed: DataFrame) -> DataFrame:
@@ -248,7 +250,7 @@ def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame, made_from: i
     events, before = with_changes(old, changed), old
     if not turned.isEmpty():
         back = turned.join(flagged, "user_id", "left_anti").localCheckpoint()
-        if not back.isEmpty():  # rare, and all events are read for it
+        if not back.isEmpty():  # all events are read for it
             again = runtime.read(EVENTS).join(back, "user_id", "left_semi")
             events = events.unionByName(again.select("user_id", *fields))
         # Their rows are not read, only named.
