@@ -111,7 +111,7 @@ def _part(splits: Sequence[Split]) -> Column:
         high = low + len(list(of_user))
         users.append((user_id, low, high))
         low = high
-    return of(users) if users else F.lit(0)
+    return of(users)
 
 
 def _event_fields() -> list[str]:

@@ -55,11 +55,11 @@ def cut_times(rows: DataFrame, settings: SequencesSettings, time: str = "event_t
 def before_cut(split: str, cuts: Cuts, settings: SequencesSettings) -> Column:
     """True for the events that come before the cut of `split` (train shares valid's).
 
-    By time: event_ts before the cut. Leave-one-out: all of a user's events but the last two (train, valid), the last
-    one (test), none (score).
+    By time: event_ts before the cut. Leave-one-out: all of a user's events but the last two (train, valid) or the last
+    one (test).
     """
     if settings.split_by == "leave_one_out":
-        left_out = {"train": 2, "valid": 2, "test": 1, "score": 0}[split]
+        left_out = {"train": 2, "valid": 2, "test": 1}[split]
         newest_first = Window.partitionBy("user_id").orderBy(F.desc("event_ts"), F.desc("event_id"))
         return F.row_number().over(newest_first) > left_out
     return F.col("event_ts") < utc(cut_of(split, cuts))
@@ -73,7 +73,7 @@ def is_target(event_types: list[str]) -> Column:
 
 def cut_of(split: str, cuts: Cuts) -> datetime:
     """The time of a split's cut."""
-    return {"train": cuts.valid_from, "valid": cuts.valid_from, "test": cuts.test_from, "score": cuts.end}[split]
+    return {"train": cuts.valid_from, "valid": cuts.valid_from, "test": cuts.test_from}[split]
 
 
 def utc(time: datetime) -> Column:
