@@ -178,7 +178,10 @@ class SequencesSettings(Section):
         default_factory=list, description="event types that are to be predicted; empty: all"
     )
     rows_per_file: int = Field(
-        262_144, ge=1, description="rows of one split in a file, at most; how many files there are follows from it"
+        262_144,
+        ge=1,
+        description="rows of one split in a file, at most, where all rows are made anew (an increment's MERGE writes "
+        "files of its own); how many files there are follows from it",
     )
 
 

@@ -95,7 +95,7 @@ def statistics(visible: DataFrame, targets: list[str]) -> DataFrame:
     The five numbers of `rfm`; those of `pauses`; counts (in logs) of actions and of days in windows before the cut, and
     of each event type, with how close its last is (1 / (1 + log days)); shares of 4-hour stretches, of weekdays (both
     in the user's zone) and of verticals; the mean and the spread of the logarithm of an action's amount, the mean of
-    its quantity's; actions per session, money per active day.
+    its quantity's; actions per session, money per active day. An amount or quantity that is not known counts as 0.
     """
     local = _local_time()
     count, day = F.count("*"), F.to_date(local)

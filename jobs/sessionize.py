@@ -21,7 +21,7 @@ from jobs.config import SessionizeSettings
 from jobs.pruning import meeting_days, within_days
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import few_to_all, shuffle_tasks
-from jobs.tables import EVENTS, FLAGGED_USERS, SESSIONS, conform, differences
+from jobs.tables import CONTEXT_VALUES, EVENTS, FLAGGED_USERS, SESSIONS, conform, differences
 from spark_udfs.sessionize import Rules, split_points
 from spark_udfs.sessionize import sessionize as sessionize_arrow
 
@@ -215,6 +215,7 @@ def with_changes(sessions: DataFrame, changed: DataFrame) -> DataFrame:
 
 
 def run(runtime: Runtime) -> None:
+    runtime.report.notes += _gaps_of_no_vertical(runtime)
     runtime.create(SESSIONS)
     made_from = runtime.stage_version(SESSIONS)  # before it is decided where to go on from
     changed = runtime.incremental(SESSIONS, EVENTS)
@@ -226,6 +227,20 @@ def run(runtime: Runtime) -> None:
         runtime.write(SESSIONS, sessionize(events, settings, find_splits(events, settings, every)))
     else:
         _update(runtime, changed, flags, made_from)
+
+
+def _gaps_of_no_vertical(runtime: Runtime) -> list[str]:
+    """A note for each vertical that has a gap of its own and that no event had when build_vocabulary last ran."""
+    named = runtime.config.sessionize.gap_minutes_by_vertical
+    if not named or not runtime.exists(CONTEXT_VALUES):
+        return []
+    found = sorted(row["value"] for row in runtime.latest(CONTEXT_VALUES).where("kind = 'vertical'").collect())
+    return [
+        f"sessionize.gap_minutes_by_vertical changes nothing for {name}: build_vocabulary has met no such vertical yet "
+        f"(found {', '.join(found)})"
+        for name in named
+        if name not in found
+    ]
 
 
 def _events_of_a_task(runtime: Runtime) -> int:

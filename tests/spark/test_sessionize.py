@@ -19,7 +19,7 @@ from jobs import sessionize
 from jobs.config import SessionizeSettings
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
-from jobs.tables import EVENTS, FLAGGED_USERS, SESSIONS, Table
+from jobs.tables import CONTEXT_VALUES, EVENTS, FLAGGED_USERS, SESSIONS, Table
 from tests import oracles
 from tests.conftest import put
 from tests.events import START, Row, logs, make_event, to_frame
@@ -184,8 +184,12 @@ def test_the_stage_writes_once_and_then_is_up_to_date(
     read = {"events": 3, "flagged_users": 0}
     assert (first.skipped, first.rows_in, first.rows_out) == (False, read, {"sessions": 3})
     assert (second.skipped, second.rows_in, second.rows_out) == (True, read, {"sessions": 3})
-    changed = make_runtime("sessionize.gap_minutes=61").execute(sessionize.STAGE)
+    words = spark.createDataFrame([("vertical", "food", 2), ("category", "foood", 2)], CONTEXT_VALUES.schema())
+    put(runtime, CONTEXT_VALUES, words)
+    misspelt = "sessionize.gap_minutes_by_vertical={foood = 5, food = 61}"
+    changed = make_runtime("sessionize.gap_minutes=61", misspelt).execute(sessionize.STAGE)
     assert (changed.skipped, changed.rows_out) == (False, {"sessions": 1})
+    assert ["for foood" in note for note in changed.notes] == [True]
 
     written = runtime.last_writer(SESSIONS)
     assert written is not None
