@@ -350,7 +350,8 @@ class Runtime(Lake):
             done, note: as in `append`.
 
         Raises:
-            TrailvecError: another run has changed rows since `made_from`.
+            TrailvecError: another run has changed rows since `made_from`; if it did so between the last look at that
+                and Delta's own, the rows of both are in the table, and the stage makes all anew when it runs again.
         """
         self.create(table)
         new = conform(upserts, table).withColumn("trailvec_delete", F.lit(False))
@@ -386,6 +387,15 @@ class Runtime(Lake):
         finally:
             if few:
                 new.unpersist()
+        if made_from is not None:
+            self.latest_version(table)  # looks the commits up anew
+            newer = itertools.takewhile(lambda commit: commit.version > made_from, self._commits(table))
+            if sum(commit.changed_rows and not commit.beside for commit in newer) > 1:
+                self._save(table, self.latest(table).limit(0), "append", {}, done=False)  # nothing goes on from here
+                raise TrailvecError(
+                    f"another run changed table {table.name} in the moment in which this one wrote to it, and the rows "
+                    f"of both are in it: run `trailvec {table.stage}` again when that one has ended: it makes all anew"
+                )
 
     def merge_differences(self, table: Table, differing: DataFrame, where: Column, made_from: int) -> None:
         """Puts the `new` rows of jobs.tables.differences in the place of the `old` ones, in one commit.

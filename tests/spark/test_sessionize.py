@@ -10,7 +10,7 @@ from datetime import date, timedelta
 from typing import Any
 
 import pytest
-from delta.tables import DeltaTable
+from delta.tables import DeltaMergeBuilder, DeltaTable
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from pyspark.sql import DataFrame, SparkSession
@@ -405,6 +405,20 @@ def test_of_two_runs_at_once_the_one_that_ends_later_is_refused(
     with pytest.raises(TrailvecError, match="another run changed table sessions"):
         tables.run()
     assert in_words(rows(tables.runtime.latest(SESSIONS))) == [["e1"], ["e9"]]
+
+    # Between the last look and Delta's own: it sees no conflict, and puts the new session in a second time.
+    tables.append([event("e20", "v", 0)])
+    execute = DeltaMergeBuilder.execute
+
+    def between(merge: DeltaMergeBuilder) -> DataFrame:
+        monkeypatch.setattr(DeltaMergeBuilder, "execute", execute)
+        Runtime(tables.runtime.config, tables.spark).execute(sessionize.STAGE)
+        return execute(merge)
+
+    monkeypatch.setattr(DeltaMergeBuilder, "execute", between)
+    with pytest.raises(TrailvecError, match="the rows of both are in it"):
+        tables.run()
+    assert in_words(tables.run()) == [["e1"], ["e20"], ["e8", "e9"]]  # all anew
 
 
 def test_a_flagged_user_is_left_out_from_then_on_and_comes_back_whole(make_runtime: Callable[..., Runtime]) -> None:
