@@ -31,7 +31,8 @@ from jobs.spark_session import FEW, known_size, spark_conf
 from jobs.tables import CURRENT_MODEL, Table, conform
 
 _PACKAGES = ("jobs", "spark_udfs", "training")
-# Spark settings that no commit and no manifest may show; the pattern is spark.redaction.regex's default.
+# Spark settings that no commit and no manifest may show, by their names and, as Spark does it, by their values (Java's
+# options may hold a password); the pattern is spark.redaction.regex's default.
 _SECRET = re.compile(r"(?i)secret|password|token|access[.]?key")
 
 
@@ -436,7 +437,8 @@ class Runtime(Lake):
         assert self._stage is not None
         config = self.config.model_dump(mode="json")
         config["spark"]["conf"] = {
-            key: "(redacted)" if _SECRET.search(key) else value for key, value in config["spark"]["conf"].items()
+            key: "(redacted)" if _SECRET.search(key) or _SECRET.search(value) else value
+            for key, value in config["spark"]["conf"].items()
         }
         return {
             "stage": self._stage.name,

@@ -312,6 +312,20 @@ def test_settings_are_what_they_were_when_a_block_fails(spark: SparkSession) -> 
     assert [spark.conf.get(key) for key in (given, default)] == ["2", "0"]
 
 
+def test_what_is_stored_of_a_run_shows_no_secret(make_runtime: Callable[..., Runtime]) -> None:
+    config = make_runtime().config
+    conf = {
+        "spark.hadoop.store.password": "open sesame",
+        "spark.driver.extraJavaOptions": "-Xmn1g -Djavax.net.ssl.trustStorePassword=open",
+        "spark.executor.memory": "4g",
+    }
+    settings = config.spark.model_copy(update={"conf": conf})
+    runtime = Runtime(config.model_copy(update={"spark": settings}), make_runtime().spark)
+    stored = []
+    runtime.execute(Stage("look", "", lambda r: stored.append(r.provenance())), force=True)
+    assert [*stored[0]["config"]["spark"]["conf"].values()] == ["(redacted)", "(redacted)", "4g"]
+
+
 def test_a_result_of_any_size_comes_to_the_driver(spark: SparkSession) -> None:
     assert spark.sparkContext.getConf().get("spark.driver.maxResultSize") == "0"
 
