@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 import tomllib
 import zoneinfo
 from datetime import date, datetime, time
@@ -79,7 +80,7 @@ class StorageSettings(Section):
     """Where tables, models and exports lie."""
 
     root: PlaceName = Field(
-        "build/warehouse", description="folder or file system URI that holds everything trailvec writes"
+        "build/warehouse", min_length=1, description="folder or file system URI that holds everything trailvec writes"
     )
     database: str = Field("trailvec", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="name of the database in SQL")
 
@@ -97,7 +98,7 @@ class IngestSettings(Section):
     """files → events."""
 
     sources: list[str] = Field(default_factory=list, description="the sources' mapping files (conf/sources/*.toml)")
-    data_dir: PlaceName = Field(".", description="the folder that a mapping's relative paths start from")
+    data_dir: PlaceName = Field(".", min_length=1, description="the folder that a mapping's relative paths start from")
     max_rejected_share: float = Field(
         0.05, ge=0, le=1, description="a larger share of refused records, of those that a run has read, stops the job"
     )
@@ -317,7 +318,8 @@ class MaintainSettings(Section):
     retention_hours_of: Annotated[dict[str, Annotated[float, Field(ge=24, le=720)]], AfterValidator(_known_tables)] = (
         Field(default_factory=dict, description="the same of single tables, by name")
     )
-    keep_days: Annotated[dict[str, Annotated[int, Field(ge=1)]], AfterValidator(_known_tables)] = Field(
+    # Up to a hundred years: times stay within what Python can tell.
+    keep_days: Annotated[dict[str, Annotated[int, Field(ge=1, le=36_500)]], AfterValidator(_known_tables)] = Field(
         default_factory=dict,
         description="rows that are older by so many whole days (UTC) are deleted, by table: events, rejected_events, "
         "exports; what is made from events follows in the next run, also when an item was first seen. None named: all "
@@ -435,8 +437,8 @@ def load_config(path: str | Path | None = None, sets: list[str] | None = None) -
     """The resolved configuration of a file (None: all defaults) and of `a.b=c` settings.
 
     Raises:
-        TrailvecError: the file is missing or no TOML, a key is unknown, a value is of the wrong type, or training can't
-            read a folder of the root's name.
+        TrailvecError: the file is missing or no TOML, a key is unknown, a value is of the wrong type, or training or
+            Spark can't read a folder of the root's name.
     """
     values = _read_with_bases(shipped(path)) if path is not None else {}
     for assignment in sets or []:
@@ -448,6 +450,11 @@ def load_config(path: str | Path | None = None, sets: list[str] | None = None) -
     if found := not_for_training(place):
         raise TrailvecError(
             f"storage.root = {place}, a path with {found}, which training can't read: choose one without it"
+        )
+    if wild := re.search(r"[][{}*\\]", place):
+        raise TrailvecError(
+            f"storage.root = {place}, a path with {wild[0]}, which Spark takes for a pattern of names: choose one "
+            f"without it"
         )
     return config
 

@@ -35,6 +35,9 @@ from jobs.errors import TrailvecError
         ("sessionize.gap_minutes_by_vertical={ food = nan }", "food = nan: Input should be a finite number"),
         ("sessionize.gap_minutes_by_vertical={ food = -5 }", "food = -5: Input should be greater than 0"),
         ("sessionize.midnight_of=Factory", "midnight_of: found 'Factory', which is no IANA time zone"),
+        ('storage.root=""', "storage.root = '': String should have at least 1 character"),
+        ('ingest.data_dir=""', "ingest.data_dir = '': String should have at least 1 character"),
+        ("maintain.keep_days={ events = 99999999 }", "events = 99999999: Input should be less than or equal to 36500"),
         ("storage.root.a=b", "storage.root = {'a': 'b'}: Input should be a valid string"),
         (
             'spark.conf."spark.sql.session.timeZone"="Europe/Berlin"',

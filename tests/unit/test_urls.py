@@ -108,6 +108,16 @@ def test_a_path_that_training_cannot_read_is_one_sentence(
             load_config(None, sets)
 
 
+@pytest.mark.parametrize("character", "[]{}*\\")
+def test_a_path_that_spark_takes_for_a_pattern_is_one_sentence(character: str) -> None:
+    root = f"a{character}b"
+    for place in (root, f"s3a://bucket/{root}"):
+        with pytest.raises(TrailvecError) as told:
+            load_config(None, [f"storage.root='{place}'"])
+        assert str(told.value).startswith("storage.root = ")
+        assert f"{root}, a path with {character}, which Spark takes for a pattern" in str(told.value)
+
+
 @pytest.mark.parametrize(("place", "path", "url"), FORMS)
 def test_petastorm_is_given_each_file_by_its_url(
     place: str, path: str | None, url: str, monkeypatch: pytest.MonkeyPatch
