@@ -51,6 +51,15 @@ _SPARK_MESSAGES = (
         "Hadoop reads no .zst file here, and the input has one: pack it by gzip or bzip2",
     ),
     (
+        r"AccessControlException: (Permission denied[^\n]*)",
+        "{0}: run as a user who may, or have the owner allow it",
+    ),
+    (
+        r"ConnectException: Call From \S+ to (\S+)[^\n]*",
+        "{0} does not answer: bring it up, or correct the host and port in storage.root, ingest.data_dir or "
+        "HADOOP_CONF_DIR",
+    ),
+    (
         r"UnknownStoreException: `?(s3a://[^/'`]+)",
         "{0} is no bucket of this store: make it, or correct storage.root, ingest.data_dir or the store's endpoint",
     ),
@@ -136,8 +145,11 @@ _SPARK_MESSAGES = (
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says; "" where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), "")
+    """The first line of what an error says, past py4j's own, which names a call alone; "" where it says nothing."""
+    lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[0].startswith("An error occurred while calling"):
+        lines = lines[1:]
+    return next(iter(lines), "").removeprefix(": ")
 
 
 def explain(error: BaseException) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.errors import explain
+from jobs.errors import explain, first_line
 
 _LOST = "Some data may have been lost because they are not available in Kafka any more; either the data was aged out"
 _CHANGES = "cdc-00000-591396bc-522d-405c-87c4-377008e1ad49.c000.snappy.parquet"
@@ -53,6 +53,18 @@ _ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
             "java.net.URISyntaxException: Relative path in absolute URI: .a b:1.csv.crc",
             "a b:1.csv: Hadoop reads no file with a colon in its name, nor a pattern's files beside it: rename it",
         ),
+        (
+            "org.apache.hadoop.security.AccessControlException: Permission denied: user=ann, access=WRITE, "
+            'inode="/trailvec":hdfs:supergroup:drwxr-xr-x',
+            'Permission denied: user=ann, access=WRITE, inode="/trailvec":hdfs:supergroup:drwxr-xr-x: run as a user '
+            "who may, or have the owner allow it",
+        ),
+        (
+            "java.net.ConnectException: Call From here/10.0.0.7 to master:8020 failed on connection exception: "
+            "java.net.ConnectException: Connection refused; For more details see:  wiki",
+            "master:8020 does not answer: bring it up, or correct the host and port in storage.root, ingest.data_dir "
+            "or HADOOP_CONF_DIR",
+        ),
         *(
             (
                 f"Caused by: org.apache.spark.SparkFileNotFoundException: {said}\nIt is possible the underlying files",
@@ -74,3 +86,23 @@ def test_a_message_of_spark_becomes_a_sentence(said: str, told: str) -> None:
 def test_a_missing_file_of_somebody_else_is_none_of_a_tables() -> None:
     for file in ("logs/2024/part-1.parquet", "tables/events/clicks.parquet", f"logs/{_ROWS}"):
         assert explain(RuntimeError(f"java.io.FileNotFoundException: File does not exist: /data/{file}")) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "first"),
+    [
+        (
+            "An error occurred while calling o55.load.\n: java.io.IOException: gone\n\tat org",
+            "java.io.IOException: gone",
+        ),
+        (
+            "An error occurred while calling o5.f. Trace:\npy4j.Py4JException: no f\n\tat py4j",
+            "py4j.Py4JException: no f",
+        ),
+        ("An error occurred while calling o5.f", "An error occurred while calling o5.f"),
+        ("\none\ntwo", "one"),
+        ("", ""),
+    ],
+)
+def test_the_first_line_is_the_errors_own(said: str, first: str) -> None:
+    assert first_line(RuntimeError(said)) == first
