@@ -49,7 +49,8 @@ fi
 
 mkdir -p build
 folder=$(mktemp -d "$PWD/build/environment.XXXXXX")
-trap 'rm -rf "$folder" "$archive.part"' EXIT
+part=$folder.tar.gz # of two that make the same archive at once, each has its own
+trap 'rm -rf "$folder" "$part"' EXIT
 python=$folder/bin/python3.11
 mkdir -p "$folder/bin" "$folder/lib"
 cp -L "$interpreter" "$python"
@@ -77,7 +78,7 @@ find "$packages" -type d -name tests -prune -exec rm -r {} +
 find "$folder" -type f -regex '.*\.\(h\|hpp\|cc\|c\|pyx\|pxd\|pxi\|pyi\|opt-[12]\.pyc\)' -delete
 env -i "$python" -I -c 'import sys, pyarrow, pydantic; sys.exit(sys.prefix != sys.argv[1])' "$folder" ||
   fail "the copy of $interpreter does not run from its own folder: pack with another Python 3.11"
-(cd "$folder" && tar --create --use-compress-program "gzip -1" --file "$archive.part" -- *)
-check "$archive.part"
-mv "$archive.part" "$archive"
+(cd "$folder" && tar --create --use-compress-program "gzip -1" --file "$part" -- *)
+check "$part"
+mv "$part" "$archive"
 echo "$archive"
