@@ -45,7 +45,7 @@ lock: setup ## write the locks anew from pyproject.toml; UPGRADE=-U takes newer 
 	$(COMPILE) --extra spark --constraint requirements.lock --no-emit-package pyspark --no-emit-package py4j \
 		--upgrade --output-file requirements-data.lock
 
-clean: ## remove what the demo and the set-up left in build/
+clean: ## remove build/: what the demo and the set-up left, and all tables of the default storage.root, who was erased too
 	rm -rf build
 
 distclean: clean ## remove the environment too
