@@ -22,7 +22,7 @@ from pyspark.sql import functions as F
 
 from jobs.config import SPARK_FIXED, Config
 from jobs.errors import TrailvecError
-from jobs.files import place_of
+from jobs.files import Place, place_of
 
 # Errors only, from the first line on: setLogLevel comes too late for what the JVM says as it starts.
 _QUIET = f"-Dlog4j2.configurationFile={Path(__file__).parent / 'log4j2.properties'}"
@@ -91,7 +91,8 @@ def start_spark(config: Config) -> SparkSession:
     """The running session, or a new one with the configuration's settings.
 
     Raises:
-        TrailvecError: there is no Java, or Delta's jars are not on Spark's class path.
+        TrailvecError: there is no Java, Delta's jars are not on Spark's class path, or Spark would look for a local
+            storage.root elsewhere.
     """
     _remember_java_names()
     os.environ["JAVA_HOME"] = java_home()
@@ -111,6 +112,8 @@ def start_spark(config: Config) -> SparkSession:
     for key, value in settings.items():
         builder = builder.config(key, value)
     spark = builder.getOrCreate()
+    system: Any = spark._jvm.org.apache.hadoop.fs.FileSystem  # type: ignore[union-attr]
+    refuse_other_files(place_of(config.storage.root), str(system.getDefaultUri(spark._jsc.hadoopConfiguration())))
     try:
         spark.sql("SELECT 1").collect()  # the extensions' classes load here
         DeltaTable.isDeltaTable(spark, settings["spark.sql.warehouse.dir"])  # Databricks may refuse "/"
@@ -119,6 +122,20 @@ def start_spark(config: Config) -> SparkSession:
             "Delta's jars are not on Spark's class path: run scripts/setup.sh, or add io.delta:delta-spark_2.12:3.3.3"
         ) from error
     return spark
+
+
+def refuse_other_files(root: Place, default: str) -> None:
+    """Python looks for a path on this machine, Spark in Hadoop's default file system: they have to be one. (dbfs:/ is
+    Databricks', whose paths name the mounts of its machines.)
+
+    Raises:
+        TrailvecError: they are not.
+    """
+    if isinstance(root, Path) and default.partition(":")[0] not in {"file", "dbfs"}:
+        raise TrailvecError(
+            f"storage.root = {root} is a path on this machine, but fs.defaultFS is {default}, where Spark would look "
+            f'for it: say storage.root = "{default.rstrip("/")}/..." or unset HADOOP_CONF_DIR, which names it'
+        )
 
 
 @cache

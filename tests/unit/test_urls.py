@@ -20,6 +20,7 @@ from jobs.errors import TrailvecError
 from jobs.files import HadoopPath
 from jobs.segment_files import ArrowFolder, check_place, delivered, place_of
 from jobs.segments import Segment
+from jobs.spark_session import refuse_other_files
 from jobs.train import snapshot_files
 from tests.sequence_files import make_rows, make_run
 from training.data import Piece, read_batches
@@ -106,6 +107,17 @@ def test_a_path_that_training_cannot_read_is_one_sentence(
     for sets in ([f"storage.root=s3a://bucket/{name}"], ["storage.root=warehouse"], []):
         with pytest.raises(TrailvecError, match=f"^storage.root = .*, a path with {found}, which training can't read"):
             load_config(None, sets)
+
+
+def test_a_local_root_is_refused_where_spark_would_look_for_it_elsewhere() -> None:
+    refuse_other_files(Path("/lake"), "file:///")
+    refuse_other_files(Path("/Volumes/a/b"), "dbfs:/")
+    refuse_other_files(HadoopPath("hdfs:///lake"), "hdfs://master:8020")
+    said = (
+        'storage.root = /lake .* fs.defaultFS is hdfs://master:8020, .* "hdfs://master:8020/..." or unset HADOOP_CONF'
+    )
+    with pytest.raises(TrailvecError, match=said):
+        refuse_other_files(Path("/lake"), "hdfs://master:8020")
 
 
 @pytest.mark.parametrize("character", "[]{}*\\")
