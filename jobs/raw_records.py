@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import glob
 import itertools
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,18 @@ def data_files(top: Path) -> list[Path]:
 
     Names that begin with `_` or `.` are no data: so Spark has it too.
     """
-    inside = top.rglob("*") if top.is_dir() else [top]
+    inside = files_below(top) if top.is_dir() else [top]
     return sorted(
         file
         for file in inside
         if file.is_file() and not any(part[0] in "._" for part in (file.name, *file.relative_to(top).parts))
     )
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files in the folder and the folders in it, linked ones too, as Spark looks into them."""
+    for inside, _, names in os.walk(folder, followlinks=True):
+        yield from (Path(inside, name) for name in names)
 
 
 def find_inputs(spark: SparkSession, data_dir: Place, path: str) -> list[tuple[str, int, int]]:

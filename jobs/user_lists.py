@@ -22,7 +22,7 @@ from pyspark.sql import functions as F
 from jobs.config import UserList
 from jobs.errors import TrailvecError
 from jobs.files import Place, make_private
-from jobs.raw_records import BROKEN, FILE, LINE, as_patterns, data_files, read_csv_table, valid_text
+from jobs.raw_records import BROKEN, FILE, LINE, as_patterns, data_files, files_below, read_csv_table, valid_text
 from jobs.runtime import Runtime
 from jobs.sql import ask
 from training.stores import remove_tree, sha256_of
@@ -37,7 +37,7 @@ TEXT_OR_WHOLE = ("string", "tinyint", "smallint", "int", "bigint")  # Spark's ty
 def file_digest(path: Path) -> str:
     """SHA-256 of the file's bytes, or of the names and bytes of the folder's files, hexadecimal."""
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
+        files = sorted(file for file in files_below(path) if file.is_file())
         parts = [f"{file.relative_to(path)}\n{file_digest(file)}\n" for file in files]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
     try:
