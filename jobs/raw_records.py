@@ -117,7 +117,7 @@ def read_raw(
     folder = data_dir / str(mapping.path)
     base = {"basePath": file_url(str(folder))} if folder.is_dir() else {}
     groups: list[tuple[str, DataFrame]] = []
-    for alike in _by_partition_columns(files) if base else [files]:
+    for alike in by_partition_columns(files) if base else [files]:
         if mapping.format == "csv":
             groups += _read_csv_files(spark, alike, mapping.delimiter, _named_columns(mapping), base)
         elif mapping.format == "parquet":
@@ -168,7 +168,7 @@ def _finish(groups: list[tuple[str, DataFrame]], mapping: Input, data_dir: Place
     return [finish(place, records) for place, records in groups]
 
 
-def _by_partition_columns(files: Sequence[str]) -> list[list[str]]:
+def by_partition_columns(files: Sequence[str]) -> list[list[str]]:
     """The files in groups that Spark can read together: those with the same partition columns (folders column=value)
     below the same folder. Of files that differ in these, Spark leaves some out or refuses all."""
     groups: dict[tuple[str, ...], list[str]] = {}

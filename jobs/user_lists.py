@@ -11,18 +11,30 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from jobs.config import UserList
 from jobs.errors import TrailvecError
 from jobs.files import Place, make_private
-from jobs.raw_records import BROKEN, FILE, LINE, as_patterns, data_files, files_below, read_csv_table, valid_text
+from jobs.raw_records import (
+    BROKEN,
+    FILE,
+    LINE,
+    as_patterns,
+    by_partition_columns,
+    data_files,
+    files_below,
+    read_csv_table,
+    valid_text,
+)
 from jobs.runtime import Runtime
 from jobs.sql import ask
 from training.stores import remove_tree, sha256_of
@@ -168,8 +180,9 @@ def read_rows(runtime: Runtime, file: Path, folder: Place, name: str = "user_id"
     it must stay so long.
 
     Raises:
-        TrailvecError: it holds no file, or an empty one; the ids of a CSV, `name`, are no UTF-8, its files have several
-            headers, or a line of it is no record of the header's columns.
+        TrailvecError: it holds no file, an empty one, or files that Spark does not read together: with other columns,
+            or in folders of different kinds; the ids of a CSV, `name`, are no UTF-8, or a line of it is no record of
+            the header's columns.
     """
     parts = data_files(file)
     if not parts:
@@ -177,13 +190,16 @@ def read_rows(runtime: Runtime, file: Path, folder: Place, name: str = "user_id"
             f"the list {file} holds no file that Spark reads (names that begin with _ or . it leaves out): add one, or "
             "correct the path"
         )
+    if len(by_partition_columns([str(part.relative_to(file)) for part in parts])) > 1:
+        raise TrailvecError(f"the list {file} has files in folders of different kinds: lay them side by side")
+    is_csv = file.name.lower().endswith(_CSV)
+    if not is_csv:
+        _check_alike(file, parts)
     url = _to_tasks(file, folder)
-    if not file.name.lower().endswith(_CSV):
-        if empty := next((part for part in parts if not part.stat().st_size), None):
-            raise TrailvecError(f"the list {empty} is empty, no Parquet file: fetch it again")
-        return runtime.spark.read.parquet(*as_patterns([url]))
     base = {"basePath": url} if file.is_dir() else {}  # Spark finds columns in the names of folders (task=churn)
     files = [f"{url}/{part.relative_to(file)}" for part in parts] if base else [url]
+    if not is_csv:
+        return runtime.spark.read.options(**base).parquet(*as_patterns(files))
     rows = read_csv_table(runtime.spark, files, ",", (), f"the list {file}", base=base)
     has_ids = name in rows.columns
     is_other = _is_other_text(name) if has_ids else F.lit(False)
@@ -196,6 +212,23 @@ def read_rows(runtime: Runtime, file: Path, folder: Place, name: str = "user_id"
         )
     rows = rows.drop(FILE, LINE, BROKEN)
     return rows.withColumn(name, _stripped(name)) if has_ids else rows
+
+
+def _check_alike(file: Path, parts: Sequence[Path]) -> None:
+    """Refuses Parquet files with other columns than the first. Spark takes one file's for those of all, and has NULL
+    for the ids of a file that names them otherwise."""
+    first: list[str] = []
+    for part in parts:
+        try:
+            names = sorted(pq.read_schema(part).names)
+        except pa.ArrowInvalid:
+            raise TrailvecError(f"the list {part} is empty or cut short, no Parquet file: fetch it again") from None
+        first = first or names
+        if names != first:
+            raise TrailvecError(
+                f"{part} has the columns {', '.join(names)}, other files of the list {file} have {', '.join(first)}: "
+                "correct it"
+            )
 
 
 def _stripped(name: str) -> Column:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,21 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
         read_users(runtime, UserList(file="none.parquet"), tmp_path / "likes.toml", tmp_path)
     pd.DataFrame({"user_id": ["ann"]}).to_parquet(tmp_path / "none.parquet/a.parquet")
     (tmp_path / "none.parquet/b.parquet").touch()  # Spark would read the others alone
-    with pytest.raises(TrailvecError, match=r"the list .*none\.parquet/b\.parquet is empty, no Parquet file"):
+    with pytest.raises(TrailvecError, match=r"the list .*none\.parquet/b\.parquet is empty or cut short, no Parquet"):
         read_users(runtime, UserList(file="none.parquet"), tmp_path / "likes.toml", tmp_path)
+    (tmp_path / "none.parquet/b.parquet").unlink()
+    (tmp_path / "none.parquet/eu").mkdir()
+    pd.DataFrame({"user_id": ["bob"]}).to_parquet(tmp_path / "none.parquet/eu/b.parquet")
+    found = read_users(runtime, UserList(file="none.parquet"), tmp_path / "likes.toml", tmp_path).collect()  # type: ignore[union-attr]
+    assert {row["user_id"] for row in found} == {"ann", "bob"}
+    pd.DataFrame({"userid": ["cyd"]}).to_parquet(tmp_path / "none.parquet/c.parquet")  # as user_id NULL
+    with pytest.raises(TrailvecError, match=r"c\.parquet has the columns userid, other files of .* have user_id"):
+        read_users(runtime, UserList(file="none.parquet"), tmp_path / "likes.toml", tmp_path)
+    for name, part in (("none.parquet", "a.parquet"), ("parts.csv", "day=1/a.csv")):
+        (tmp_path / name / "task=x").mkdir()
+        shutil.copy(tmp_path / name / part, tmp_path / name / "task=x")  # Spark would read one kind alone
+        with pytest.raises(TrailvecError, match=rf"the list .*{name} has files in folders of different kinds: lay"):
+            read_users(runtime, UserList(file=name), tmp_path / "likes.toml", tmp_path)
     with pytest.raises(TrailvecError, match=r"the list .* is a folder: name a file"):
         list(read_users(runtime, UserList(file="."), tmp_path / "likes.toml", tmp_path))
     pd.DataFrame({"user_id": [4711, None]}).to_parquet(tmp_path / "gone.parquet")  # 4711.0
