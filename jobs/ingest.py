@@ -38,7 +38,7 @@ from jobs.config import IngestSettings, shipped
 from jobs.errors import TrailvecError, explain, first_line
 from jobs.files import Place
 from jobs.pruning import within_days
-from jobs.raw_records import LISTING, find_inputs, read_raw, read_topic
+from jobs.raw_records import LISTING, find_inputs, folder_of, is_data, read_raw, read_topic
 from jobs.runtime import Runtime, Stage
 from jobs.sources import Input, Kafka, Source, load_source
 from jobs.spark_session import FEW, JSON_MICROSECONDS
@@ -265,7 +265,8 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
             if mapping.kafka is not None:
                 raw = read_topic(records, mapping, _data_dir(runtime))
             else:
-                found = {row["path"]: row["length"] for row in records.collect()}
+                folder = folder_of(_data_dir(runtime), str(mapping.path))
+                found = {row["path"]: row["length"] for row in records.collect() if is_data(row["path"], folder)}
                 runtime.on_progress(f"{name}: batch {batch_number}, reading {decimal(sum(found.values()))}")
                 _check_gzip(found)
                 few = len(found) < spark.sparkContext.defaultParallelism
@@ -410,13 +411,12 @@ def _data_dir(runtime: Runtime) -> Place:
 def _files(runtime: Runtime, source: Source, mapping: Input) -> list[tuple[str, int, int]]:
     """As `find_inputs`, of an input's own files; none where they were read before, and are all taken away since. (A
     folder that is gone itself may be a disk that is not mounted.)"""
-    given = _data_dir(runtime) / str(mapping.path)
-    folder = given.parent if re.search(r"[*?\[{]", given.name) else given
+    data_dir, path = _data_dir(runtime), str(mapping.path)
     try:
-        return find_inputs(runtime.spark, _data_dir(runtime), str(mapping.path))
+        return find_inputs(runtime.spark, data_dir, path)
     except TrailvecError:
         was_read = runtime.exists(EVENTS) and _checkpoint(runtime, source, mapping).exists()
-        if runtime.forced or not was_read or not folder.is_dir():
+        if runtime.forced or not was_read or not folder_of(data_dir, path).is_dir():
             raise
         return []
 

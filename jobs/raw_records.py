@@ -25,7 +25,7 @@ from pyspark.sql import types as T
 from jobs.errors import TrailvecError, explain
 from jobs.files import Place
 from jobs.sources import Input, Lookup
-from training.urls import file_url
+from training.urls import file_url, local_path
 
 # Columns of a raw frame beside the record's own.
 FILE = "trailvec_file"  # the file's URI, or the topic's name, partition and offset
@@ -48,23 +48,39 @@ def find_files(data_dir: Path, path: str) -> list[Path]:
     Raises:
         TrailvecError: there is none.
     """
-    files = sorted(file for match in glob.glob(str(data_dir / path)) for file in data_files(Path(match)))
+    folder = folder_of(data_dir, path)
+    found = [file for match in glob.glob(str(data_dir / path)) for file in data_files(Path(match))]
+    files = sorted(file for file in found if is_data(str(file), folder))
     if not files:
         raise _no_such_file(data_dir / path)
     return files
 
 
+def folder_of(data_dir: Place, path: str) -> Place:
+    """What a mapping's path stands for, or of a pattern the folder that all its files lie in."""
+    plain = itertools.takewhile(lambda part: not re.search(r"[*?\[{]", part), path.split("/"))
+    return data_dir / "/".join(plain)
+
+
+def is_data(file: str, folder: Place) -> bool:
+    """Whether no name below `folder` is one that Spark leaves out. What a pattern stands for, Spark takes as it is:
+    logs/* is logs/_temporary too, where a job has files that are half written."""
+    path, above = (os.path.normpath(local_path(place) or place) for place in (file, str(folder)))
+    below = path.removeprefix(above) if path.startswith(above) else os.path.basename(path)
+    return not any(map(_is_hidden, below.split("/")))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or (name.startswith("_") and "=" not in name) or name.endswith("._COPYING_")
+
+
 def data_files(top: Path) -> list[Path]:
     """The file, or those in the folder and the folders in it, sorted.
 
-    Names that begin with `_` or `.` are no data: so Spark has it too.
+    Names that begin with `_` or `.` are no data (a folder _column=value is): so Spark has it too.
     """
     inside = files_below(top) if top.is_dir() else [top]
-    return sorted(
-        file
-        for file in inside
-        if file.is_file() and not any(part[0] in "._" for part in (file.name, *file.relative_to(top).parts))
-    )
+    return sorted(file for file in inside if file.is_file() and is_data(str(file), top) and not _is_hidden(file.name))
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -90,9 +106,10 @@ def find_inputs(spark: SparkSession, data_dir: Place, path: str) -> list[tuple[s
         if "PATH_NOT_FOUND" not in str(error):
             raise
         files = []
-    if not files:
+    found = sorted((file[0], file[1], file[2]) for file in files if is_data(file[0], folder_of(data_dir, path)))
+    if not found:
         raise _no_such_file(data_dir / path)
-    return sorted((file[0], file[1], file[2]) for file in files)
+    return found
 
 
 def _no_such_file(path: Place) -> TrailvecError:
@@ -114,7 +131,7 @@ def read_raw(
         TrailvecError: a file does not exist, or a column that the mapping names, or a header has it twice.
     """
     # With it, Spark finds partition columns (day=2017-01-01) in the files' paths.
-    folder = data_dir / str(mapping.path)
+    folder = folder_of(data_dir, str(mapping.path))
     base = {"basePath": file_url(str(folder))} if folder.is_dir() else {}
     groups: list[tuple[str, DataFrame]] = []
     for alike in by_partition_columns(files) if base else [files]:

@@ -461,8 +461,9 @@ def test_what_a_folder_says_is_a_column_whatever_folders_are_beside_it(
     rows = ingest(spark, tmp_path, mapping("log", form))
     given = [{}, {}, {"store": "007"}, {"store": "007", "till": "1"}, {"store": "A1"}, {"store": "A1"}]
     assert [row["attributes"] or {} for row in rows] == given
-    (alone,) = ingest(spark, tmp_path, mapping("alone", form, {"category": "store"}))
-    assert (alone["reason"], alone["category"], alone["attributes"] or {}) == (None, "007", {})
+    for path in ("alone", "alone/store=*"):
+        (alone,) = ingest(spark, tmp_path, mapping(path, form, {"category": "store"}))
+        assert (alone["reason"], alone["category"], alone["attributes"] or {}) == (None, "007", {})
 
 
 @pytest.mark.parametrize("form", ["json", "parquet"])

@@ -250,16 +250,20 @@ def test_of_one_id_the_earliest_stays_whichever_came_first(
 
 
 def test_files_in_whatever_folder_are_found(make_runtime: Callable[..., Runtime], tmp_path: Path) -> None:
-    runtime = make_runtime(*settings(tmp_path, source(tmp_path, 'path = "logs"\nformat = "csv"')))
-    for arriving in (["2023/05/a", "2023/05/day=1/b"], ["2023/06/c", "d", "day=7/e"]):
+    more = '[[input]]\npath = "more/*/*"\nformat = "csv"'
+    mapping = source(tmp_path, f'path = "logs"\nformat = "csv"\n{COLUMNS}{more}')
+    runtime = make_runtime(*settings(tmp_path, mapping))
+    first = ["logs/05/a", "logs/05/day=1/b", "more/1/e"]
+    hidden = ["logs/.staging/x", "more/_temporary/0/x", "more/2/.x"]  # by the pattern alone Spark would take two
+    for arriving in (first + hidden, ["logs/06/c", "logs/_day=7/d", "more/2/f"]):
         for name in arriving:
-            (tmp_path / "logs" / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / "logs" / f"{name}.csv").write_text(HEADER + f"{name},ann,a,2023-05-01,1\n")
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / f"{name}.csv").write_text(HEADER + f"{name},ann,a,2023-05-01,1\n")
         runtime.execute(STAGE)
-    assert [row["event_id"] for row in events(runtime)] == ["2023/05/a", "2023/05/day=1/b", "2023/06/c", "d", "day=7/e"]
-    for file in (tmp_path / "logs").rglob("*.csv"):  # taken away once they were read
-        file.unlink()
-    assert runtime.execute(STAGE).rows_out["events"] == 5
+    assert [row["event_id"] for row in events(runtime)] == sorted([*first, *arriving])
+    for name in (*first, *arriving):  # taken away once they were read
+        (tmp_path / f"{name}.csv").unlink()
+    assert runtime.execute(STAGE).rows_out["events"] == 6
     with pytest.raises(TrailvecError, match=r"logs: no such file"):
         runtime.execute(STAGE, force=True)
     twice = runtime.config.ingest.sources[0]

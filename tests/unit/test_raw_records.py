@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jobs.raw_records import find_files
+import pytest
+
+from jobs.files import HadoopPath, Place
+from jobs.raw_records import find_files, folder_of, is_data
 from jobs.user_lists import file_digest
 
 
@@ -17,3 +20,28 @@ def test_a_linked_folder_is_looked_into_as_spark_does(tmp_path: Path) -> None:
     (tmp_path / "disk/b.csv").write_text("id\n2\n")
     assert find_files(tmp_path, "logs") == [tmp_path / "logs" / name for name in ("2024/a.csv", "2024/b.csv", "a.csv")]
     assert file_digest(tmp_path / "logs") != before
+
+
+@pytest.mark.parametrize(
+    ("path", "folder"),
+    [("logs", "/d/logs"), ("logs/*.csv", "/d/logs"), ("logs/day=*/a?.csv", "/d/logs"), ("log[12].csv", "/d")],
+)
+def test_the_folder_of_a_pattern_ends_before_its_first_sign(path: str, folder: str) -> None:
+    assert folder_of(Path("/d"), path) == Path(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "kept"),
+    [
+        ("2024/a.json", True),
+        ("_day=7/a.json", True),
+        ("_temporary/0/a.json", False),
+        ("2024/.staging/a.json", False),
+        ("a.json._COPYING_", False),
+    ],
+)
+def test_hidden_and_unfinished_files_are_no_data(file: str, kept: bool) -> None:
+    places: list[tuple[str, Place]] = [("file:/home/.me/logs", Path("/home/.me/logs"))]
+    places.append(("hdfs://host:8020/_raw/logs", HadoopPath("hdfs://host:8020/_raw/logs")))
+    for url, folder in places:
+        assert is_data(f"{url}/{file}", folder) is kept
