@@ -27,7 +27,7 @@ from pyspark.sql import types as T
 
 from jobs.config import IngestSettings
 from jobs.errors import TrailvecError, explain, first_line
-from jobs.raw_records import BROKEN, FILE, LINE, REST, named_column, text_of, valid_text
+from jobs.raw_records import BROKEN, FILE, LINE, REST, named_column, stripped, text_of, valid_text
 from jobs.sources import Given, IdValue, Input, TimeValue, Value
 from jobs.spark_session import JSON_MICROSECONDS
 from jobs.tables import EVENTS
@@ -39,6 +39,7 @@ ERASED = "erased_user"  # no refusal: whom erase_users took out stays out, and l
 _ORDINAL = "trailvec_ordinal"
 _REQUIRED = ("user_id", "item_id", "event_type", "vertical", "event_ts", "event_id")
 _IDS = ("event_id", "user_id", "item_id", "basket_id")
+_LISTED = ("user_id", "item_id")  # lists that people hand in name them, and are stripped of blanks too
 _LONGEST_ID = 512
 _NUMBERS = ("amount", "quantity")
 # Not 32-bit numbers, whose text is another number than their 64 bits, nor times, which Spark takes for numbers.
@@ -114,6 +115,7 @@ def _mapped(raw: DataFrame, mapping: Input) -> DataFrame:
     bad_types = [F.when(is_bad, f"bad_type_{n}") for n, is_bad in (ids | nested).items()]
     values = {n: _given(value) for n, value in columns.given().items() if n != "event_ts"}
     texts = {n: text_of(value) for n, value in values.items() if n not in _NUMBERS}
+    texts |= {n: text_of(stripped(values[n].cast("string"))) for n in _LISTED}
     numbers = {n: _text_unless(raw, value, _NUMBER_TYPES) for n, value in values.items() if n in _NUMBERS}
     missing = F.lit(None).cast("string")
     return raw.select(

@@ -33,6 +33,8 @@ LINE = "trailvec_line"  # the record's text; NULL where the columns say it all
 BROKEN = "trailvec_broken"  # the line could not be split into columns
 REST = "trailvec_rest"  # what nothing in the mapping names, as a map
 
+BLANKS = " \t\n\x0b\f\r"
+
 _END = "trailvec_end"
 _PARSED = "trailvec_parsed"
 _OBJECTS = "trailvec_objects"
@@ -483,6 +485,14 @@ def valid_text(value: Column) -> Column:
     """The text with U+FFFD in the place of bytes that are no UTF-8. Spark's readers keep such bytes, Python and DuckDB
     refuse them."""
     return F.decode(F.encode(value, "UTF-8"), "UTF-8")
+
+
+def stripped(text: Column) -> Column:
+    """The text without blanks around it, as ids stand in events and in lists of them: what is no such blank is part of
+    the id."""
+    # No regular expression: it took an eighth of the time of reading a list.
+    without_start = F.call_function("ltrim", F.lit(f"{BLANKS}\ufeff"), text)
+    return F.call_function("rtrim", F.lit(BLANKS), without_start)
 
 
 def text_of(value: Column) -> Column:

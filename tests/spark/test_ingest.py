@@ -274,8 +274,8 @@ def test_numbers_and_missing_times_of_parquet_types(spark: SparkSession, tmp_pat
 def test_each_record_is_refused_for_its_first_reason(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
     good, late = "2023-05-01T10:00:00Z", "2024-01-02T00:00:01Z"  # NOW and 24 hours, and one second
     rows = {
-        "missing_user_id": f"e1, ,a,{good},1,2,UTC",
-        "missing_item_id": f"e2,ann,,{good},1,2,UTC",
+        "missing_user_id": f"e1,\t ,a,{good},1,2,UTC",
+        "missing_item_id": rf"e2,ann,\N,{good},1,2,UTC",
         "missing_event_ts": "e3,ann,a,,1,2,UTC",
         "missing_event_id": f",ann,a,{good},1,2,UTC",
         "bad_event_ts": "e5,ann,a,noon,x,2,UTC",  # its amount is bad too
@@ -291,10 +291,11 @@ def test_each_record_is_refused_for_its_first_reason(spark: SparkSession, write:
         "nul_item_id": f"f7,ann,\0{'i' * 600},{good},1,2,UTC",
         "test_order": f"f5,test,,{good},1,2,UTC",  # the mapping's own rule comes before missing_item_id
     }
-    allowed = [f"{'ü' * 512},ann,a,{good},,,UTC", "g2,ann,a,2024-01-02T00:00:00Z,-1e3,+.5,Europe/Paris"]
+    allowed = [f"{'ü' * 512},ann,a,{good},,,UTC", "g2, bob\t,\va b ,2024-01-02T00:00:00Z,-1e3,+.5,Europe/Paris"]
     folder = write("log.csv", "\n".join(["id,user,item,at,price,n,zone", *rows.values(), *allowed]))
     rules = [{"reason": "test_order", "when": "user = 'test'"}]
-    given = mapping("log.csv", columns={"quantity": "n", "time_zone": "zone"}, reject=rules)
+    item = {"expr": r"nullif(item, '\\N')"}  # as docs/extending.md has it of users
+    given = mapping("log.csv", columns={"item_id": item, "quantity": "n", "time_zone": "zone"}, reject=rules)
     found = ingest(spark, folder, given)
     refused = {
         row["reason"]: ",".join((json.loads(row["raw"]).get(n) or "") for n in ("id", "at"))
@@ -302,8 +303,9 @@ def test_each_record_is_refused_for_its_first_reason(spark: SparkSession, write:
         if row["reason"]
     }
     assert refused == {reason: ",".join(line.split(",")[i] for i in (0, 3)) for reason, line in rows.items()}
-    kept = [(row["amount"], row["quantity"], row["time_zone"]) for row in found if row["reason"] is None]
-    assert kept == [(-1000.0, 0.5, "Europe/Paris"), (None, None, "UTC")]
+    names = ("user_id", "item_id", "amount", "quantity", "time_zone")
+    kept = [tuple(row[name] for name in names) for row in found if row["reason"] is None]
+    assert kept == [("bob", "a b", -1000.0, 0.5, "Europe/Paris"), ("ann", "a", None, None, "UTC")]
 
 
 @pytest.mark.parametrize(("delimiter", "sign"), [(",", ","), (r"\t", "\t")])

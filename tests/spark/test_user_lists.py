@@ -68,7 +68,7 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
         read_users(runtime, UserList(file="none.parquet"), tmp_path / "likes.toml", tmp_path)
     (tmp_path / "none.parquet/b.parquet").unlink()
     (tmp_path / "none.parquet/eu").mkdir()
-    pd.DataFrame({"user_id": ["bob"]}).to_parquet(tmp_path / "none.parquet/eu/b.parquet")
+    pd.DataFrame({"user_id": ["bob\t"]}).to_parquet(tmp_path / "none.parquet/eu/b.parquet")
     found = read_users(runtime, UserList(file="none.parquet"), tmp_path / "likes.toml", tmp_path).collect()  # type: ignore[union-attr]
     assert {row["user_id"] for row in found} == {"ann", "bob"}
     pd.DataFrame({"userid": ["cyd"]}).to_parquet(tmp_path / "none.parquet/c.parquet")  # as user_id NULL
@@ -95,6 +95,7 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
         ('\ufeff"user_id"\r\no\'neil\r\n', ["o'neil"]),
         ("ann\nuser_id\n", ["ann", "user_id"]),
         ("user_id\n", []),
+        ("ann\u00a0\n \ufeffbob\v\n", ["ann\u00a0", "bob"]),  # what is no blank in an event's id is none here
         ('\nann\n"4711"\n', 3),
         ("'4711'\n", 1),
         ("ann\n4711,\n", 2),
