@@ -305,7 +305,9 @@ def delivered(place: ArrowFolder | HadoopPath, staging: Path) -> Iterator[Path]:
         for name in sorted(found, key=lambda name: name != MANIFEST):
             place.system.delete_file(f"{place.folder}/{name}")
         for file in sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST):
-            with file.open("rb") as source, place.system.open_output_stream(f"{place.folder}/{file.name}") as target:
+            path = f"{place.folder}/{file.name}"
+            # Asked nothing, pyarrow packs what goes to a name in .gz, packed as it is.
+            with file.open("rb") as source, place.system.open_output_stream(path, compression=None) as target:
                 shutil.copyfileobj(source, target)
 
 

@@ -292,7 +292,7 @@ def test_an_export_is_whole_or_has_no_manifest(
     store: Store, place: Callable[[str], ArrowFolder], tmp_path: Path
 ) -> None:
     to = place(f"{BUCKET}/exports/x")
-    parts = ("part-00000.parquet", "part-00001.parquet", MANIFEST)
+    parts = ("part-00000.parquet", "part-00001.csv.gz", MANIFEST)
 
     def export(text: str, failing: bool = False) -> None:
         with delivered(to, tmp_path) as folder:
