@@ -71,12 +71,14 @@ def direction_of(seeds: Numbers | Vectors, others: Numbers | Vectors) -> Numbers
     """[width]: the weights of a logistic regression, seeds against others, both sides weighing the same."""
     from scipy.optimize import minimize  # noqa: PLC0415
 
+    if not len(others):  # nothing parts the seeds but roundings
+        return np.asarray(seeds.mean(axis=0, dtype=np.float64))
     rows = np.concatenate([seeds, others]).astype(np.float64)
     spread = rows.std(axis=0)
     scale = np.where(spread > 0, spread, 1.0)
     standard = (rows - rows.mean(axis=0)) / scale
     sign = np.concatenate([np.ones(len(seeds)), -np.ones(len(others))])
-    weight = np.concatenate([np.full(len(part), 0.5 / len(part)) for part in (seeds, others) if len(part)])
+    weight = np.concatenate([np.full(len(part), 0.5 / len(part)) for part in (seeds, others)])
 
     def loss(point: Numbers) -> tuple[float, Numbers]:
         margin = sign * (standard @ point[1:] + point[0])
@@ -85,7 +87,7 @@ def direction_of(seeds: Numbers | Vectors, others: Numbers | Vectors) -> Numbers
         return float(weight @ np.logaddexp(0, -margin) + _RIDGE / 2 * point[1:] @ point[1:]), gradient
 
     found = minimize(loss, np.zeros(rows.shape[1] + 1), jac=True, method="L-BFGS-B").x[1:] / scale
-    # Without others, or with others just like them, nothing parts the seeds: their mean is all they say.
+    # Others just like them part nothing either: the seeds' mean is all they say.
     return np.asarray(found if found.any() else rows[: len(seeds)].mean(axis=0))
 
 
