@@ -112,7 +112,7 @@ def _write_csv(rows: pa.Table, path: Path) -> None:
 
 
 WRITERS: dict[Format, Callable[[pa.Table, Path], None]] = {"parquet": pq.write_table, "csv.gz": _write_csv}
-_OURS = re.compile(rf"part-\d{{5}}\.({'|'.join(map(re.escape, WRITERS))})|{re.escape(MANIFEST)}|{re.escape(REPORT)}")
+_OURS = re.compile(rf"part-\d{{5,}}\.({'|'.join(map(re.escape, WRITERS))})|{re.escape(MANIFEST)}|{re.escape(REPORT)}")
 
 
 # ---- what a run lays down meanwhile ---------------------------------------------------------------------------------
@@ -214,14 +214,25 @@ def destination_of(runtime: Runtime, segment: Segment) -> str:
 def check_destinations(runtime: Runtime, files: list[SegmentFile]) -> None:
     """
     Raises:
-        TrailvecError: two segments have one destination.
+        TrailvecError: two segments have one destination, or one of them lies inside the other.
     """
     found: dict[str, Path] = {}
     for segment, path in files:
         place = destination_of(runtime, segment)
         if place in found:
             raise TrailvecError(f"{path} and {found[place]} both export to {place}: give each a destination")
+        for other, its in found.items():
+            if _is_inside(place, other) or _is_inside(other, place):
+                raise TrailvecError(
+                    f"{path} exports to {place} and {its} to {other}, and one lies inside the other: give each a "
+                    f"folder of its own"
+                )
         found[place] = path
+
+
+def _is_inside(place: str, other: str) -> bool:
+    (folder, _, settings), (outer, _, others) = place.partition("?"), other.partition("?")
+    return settings == others and folder.startswith(f"{outer}/")
 
 
 def place_of(runtime: Runtime, segment: Segment) -> ArrowFolder | HadoopPath:

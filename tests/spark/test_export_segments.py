@@ -375,22 +375,29 @@ def test_two_segments_of_one_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "place"),
+    ("one", "other", "message"),
     [
-        ("/somewhere", "/somewhere/", "/somewhere"),
-        ("/exports/b/../b", None, "/exports/b"),
-        ("s3://bucket/x/?region=r", "s3://bucket/x?region=r", r"s3://bucket/x\?region=r"),
+        ("/somewhere", "/somewhere/", "both export to /somewhere: give"),
+        ("/exports/b/../b", None, "both export to /exports/b: give"),
+        ("s3://bucket/x/?region=r", "s3://bucket/x?region=r", r"both export to s3://bucket/x\?region=r: give"),
+        (
+            "/exports",
+            None,
+            r"b\.toml exports to /exports/b and \S*a\.toml to /exports, and one lies inside",
+        ),
+        ("s3://bucket/x/y?region=r", "s3://bucket/x?region=r", "one lies inside the other: give"),
+        ("s3://bucket/x?region=r", "s3://bucket/xy?region=r", None),
         ("b", None, None),  # a folder b beside the configuration's, which is none of /exports
     ],
 )
-def test_two_segments_of_one_place(tmp_path: Path, one: str, other: str | None, place: str | None) -> None:
+def test_two_segments_of_one_place(tmp_path: Path, one: str, other: str | None, message: str | None) -> None:
     (tmp_path / "seeds.txt").write_text("ann\n")
     for name, destination in {"a": one, "b": other}.items():
         line = "" if destination is None else f'\ndestination = "{destination}"'
         text = SEGMENT.replace('"likes"', f'"{name}"').replace("size = 4", f"size = 4{line}")
         (tmp_path / f"{name}.toml").write_text(text)
     files = read_segments([str(tmp_path / f"{name}.toml") for name in ("a", "b")])
-    refused = nullcontext() if place is None else pytest.raises(TrailvecError, match=f"both export to {place}: give")
+    refused = nullcontext() if message is None else pytest.raises(TrailvecError, match=message)
     with refused:
         check_destinations(SimpleNamespace(exports=Path("/exports")), files)  # type: ignore[arg-type]
 
@@ -792,7 +799,8 @@ def test_csv_for_spreadsheets(shop: Runtime, spark: SparkSession, tmp_path: Path
 def test_each_format_has_a_writer_and_files_that_are_known_again(tmp_path: Path) -> None:
     assert set(WRITERS) == set(get_args(Format))
     for name, write in WRITERS.items():
-        write(pa.table({"user_id": ["ann"]}), tmp_path / f"part-00000.{name}")
+        for number in ("00000", "100000"):
+            write(pa.table({"user_id": ["ann"]}), tmp_path / f"part-{number}.{name}")
     (tmp_path / "manifest.json").touch()
     (tmp_path / "report.html").touch()
     check_place(ArrowFolder(LocalFileSystem(), str(tmp_path), local=True))
