@@ -400,7 +400,7 @@ class Selection:
         return float(scores[place]) if place < len(scores) else -np.inf
 
     def _wanted(self, export: Export) -> int:
-        """So many allowed users are enough, unless `at_most` leaves out many."""
+        """So many allowed users are enough, unless `at_most`, or a segment without `size`, leaves out many."""
         others = (other.segment.size or 0 for other in self.exports if other.name in export.segment.exclude)
         return (export.segment.size or 0) + sum(others)
 
@@ -443,7 +443,9 @@ class Selection:
             self._candidates |= self._allowed(rows)
         wanted = self._wanted(export)
         while (taken := self._walk(export)) is None:
-            wanted *= 4
+            # Those of a segment without `size` are known only now.
+            others = (export.segment.size or 0) + sum(len(self.members(name)) for name in export.segment.exclude)
+            wanted = others if others > wanted else 4 * wanted
             self._floors[export.number] = self._floor(export, wanted)
             self._candidates |= self._allowed(self._pass([export]))
         return taken

@@ -17,6 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -640,6 +641,20 @@ def test_a_floor_that_was_too_high_is_lowered(shop: Runtime, tmp_path: Path, mon
     assert read(shop)[1] == expected
     assert next(floors, None) is None
     assert [one.ids.type for one in taken] == [pa.large_string()]  # of more than 2 GiB of ids too
+
+
+def test_a_floor_goes_below_all_whom_another_segment_may_take() -> None:
+    """Of one without a size nobody knows before how many they are."""
+    tried: list[int] = []
+    selection = Mock(spec=segment_members.Selection, _candidates={}, **{"_wanted.return_value": 4})
+    selection._walk.side_effect = [None, None, "taken"]
+    selection.members.return_value = range(900)
+    selection._floor.side_effect = lambda _, wanted: tried.append(wanted)
+    selection._floors = selection._allowed.return_value = {}
+    segment = SimpleNamespace(include=(), exclude=("a", "b"), size=4)
+    export: Any = SimpleNamespace(number=0, segment=segment)
+    assert segment_members.Selection._take(selection, export) == "taken"
+    assert tried == [1804, 7216]
 
 
 def test_the_log_of_more_members_than_an_array_of_texts_holds() -> None:
