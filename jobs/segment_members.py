@@ -280,12 +280,12 @@ class Selection:
         draw, words = F.xxhash64("user_id"), self._lists.words
         sampled = F.pmod(draw, F.lit(max(1, self.everyone.total // _SAMPLE))) == 0
         marks = [mark for export in scored if (mark := self._rules[export.number].seeds) is not None]
-        one_in = {mark: -(-self._listed.of(mark).total // _SEEDS) or 1 for mark in marks}
+        one_in = {mark: -(-self.everyone.of(mark).total // _SEEDS) or 1 for mark in marks}
         some = [
             self._has_any([mark for mark in marks if one_in[mark] == n]) & (F.pmod(draw, F.lit(n)) == 0)
             for n in sorted(set(one_in.values()))
         ]
-        seeds = self._marks.where(reduce(operator.or_, some, F.lit(False)))
+        seeds = self._marks.where(reduce(operator.or_, some, F.lit(False)) & self._has_any([self._has_vector]))
         seeds = seeds.select("user_id", F.lit(True).alias("is_seed"))
         everyone = self._vectors(kind)
         chosen = everyone.withColumn("sampled", sampled).join(F.broadcast(seeds), "user_id", "left")
@@ -352,9 +352,10 @@ class Selection:
                 f"{self.version}: correct the seeds, or run `trailvec {stage}` first"
             )
         if not count["used"]:
+            drawn = "" if count["cold"] == count["known"] else ", and no other is among those drawn to stand for all"
             raise TrailvecError(
                 f"{export.path}: of its {count['known']:,} seeds {count['cold']:,} are cold, model {self.version} "
-                f"knows none of their items: take other seeds, or train a newer model"
+                f"knows none of their items{drawn}: take other seeds, or train a newer model"
             )
 
     def _item_anchors(self, exports: list[Export]) -> dict[int, Anchors]:

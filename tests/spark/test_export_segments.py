@@ -681,7 +681,8 @@ def test_of_many_seeds_some_stand_for_all(
     vectors = shop.latest(USER_EMBEDDINGS).withColumn("is_cold", F.col("user_id").isin(*cold))
     put(shop, USER_EMBEDDINGS, vectors.localCheckpoint())
 
-    (tmp_path / "seeds.txt").write_text("\n".join([*seeds, "ghost"]))  # 13, of which one in two is looked at
+    ghosts = [f"ghost{n}" for n in range(40)]
+    (tmp_path / "seeds.txt").write_text("\n".join([*seeds, *ghosts]))  # 12 are known, of which one in two is looked at
     (tmp_path / "likes.toml").write_text(SEGMENT.replace("size = 4", "size = 8"))
     # Of another segment's seeds each is: they are among the rows that are looked up.
     (tmp_path / "few.txt").write_text("\n".join(list(seeds)[:5]))
@@ -690,7 +691,7 @@ def test_of_many_seeds_some_stand_for_all(
     make_runtime("storage.database=segments", f"export.segments={json.dumps(both)}").execute(STAGE)
     manifest, rows = read(shop)
 
-    assert manifest["counts"]["seeds"] == {"given": 13, "known": 12, "unknown": 1, "cold": 2, "used": len(drawn) - 1}
+    assert manifest["counts"]["seeds"] == {"given": 52, "known": 12, "unknown": 40, "cold": 2, "used": len(drawn) - 1}
     assert read(shop, "few")[0]["counts"]["seeds"]["used"] == len(set(list(seeds)[:5]) - cold)
     assert removed(manifest)["seed"] == 12
     unit = {user: np.array(vector) / np.linalg.norm(vector) for user, vector in USERS.items() if any(vector)}
