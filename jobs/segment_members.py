@@ -10,10 +10,10 @@ from the highest score on.
 from __future__ import annotations
 
 import operator
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from datetime import datetime
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,11 +142,8 @@ class Selection:
         self._runtime, self._staging, self.exports, self.pending = runtime, staging, exports, pending
         self.version = runtime.current_model()
         self.users = self._of_model("embedding").select("user_id", "vector", "is_cold")
-        runtime.create(EXPORTS)
         self.log = runtime.latest(EXPORTS)
-        self._earlier = self._logged_before()
-        own = [export.id for export in pending if export.id not in self._earlier]
-        log = self.log.where(~F.col("export_id").isin(own))
+        self._logged_at = self._first_logged()
         lists = Lists(runtime, staging)
         consents = read_consents(runtime, lists.folder) if any(e.segment.consent for e in pending) else None
         self._has_vector = lists.mark("users", lambda: self.users)
@@ -157,7 +154,8 @@ class Selection:
                 lists,
                 consents,
                 everyone=self._has_vector,
-                log=log,
+                log=self._counting(self._logged_at.get(export.id)),
+                logged_at=self._logged_at.get(export.id),
                 now=now,
             )
             for export in pending
@@ -175,8 +173,8 @@ class Selection:
         self._floors: dict[int, float] = {}
         self._candidates: dict[int, Candidates] = {}
         self.taken: dict[str, Taken] = {}
-        self._logged: dict[str, pa.Array] = {}  # members of segments that this run leaves as they are
-        self._exported: Counter[str] = Counter()  # in this run, by user
+        # By user, and by when it was first logged (None: never): the segments so far.
+        self._exported: defaultdict[int | None, Counter[str]] = defaultdict(Counter)
 
     def _note_strangers(self) -> None:
         """A list that is to leave users out and knows none of them may be written otherwise than the events."""
@@ -206,12 +204,14 @@ class Selection:
         runtime.on_progress(f"the scores of {len(scored)} segments")
         if rows:
             self._candidates = self._allowed(reduce(DataFrame.unionByName, rows))
-        limited = any(export.segment.at_most is not None for export in self.pending)
-        for export in self.pending:
-            runtime.on_progress(f"segment {export.name}")
-            self.taken[export.name] = taken = self._take(export)
-            if limited and export.id not in self._earlier:
-                self._exported.update(texts(taken.ids.filter(pa.array(~taken.control))))
+        limited = {self._logged_at.get(e.id) for e in self.pending if e.segment.at_most is not None}
+        for export in self.exports:
+            if export in self.pending:
+                runtime.on_progress(f"segment {export.name}")
+                self.taken[export.name] = self._take(export)
+            if (logged_at := self._logged_at.get(export.id)) in limited:
+                ids, control = self._members(export.name)
+                self._exported[logged_at].update(texts(ids.filter(pa.array(~control))))
         self._marks.unpersist()
 
     def as_of(self, kind: Vectors) -> str:
@@ -226,20 +226,25 @@ class Selection:
         rows = runtime.read(USER_EMBEDDINGS) if kind == "embedding" else runtime.latest(USER_PROFILES)
         return rows_of_model(rows, self.version)
 
-    def _logged_before(self) -> set[str]:
-        """The ids of exports to be made that an earlier run exported, which count as such, and not once more: they are
-        made again by --force, by other code, or because their files are gone.
+    def _first_logged(self) -> dict[str, int]:
+        """By id, when those of the exports were first logged that ever were, in microseconds.
 
-        What this very run logged before it was killed is no earlier export: a run logs all its members at one time, and
-        the id of an export with `at_most` is of one day.
+        One with `at_most` is made again (by --force, by other code, or because its files are gone) as if at that time,
+        since its id is of one day: it would take others else. What a run has logged at one time it takes in order.
         """
-        limited = {export.id for export in self.pending if export.segment.at_most is not None}
-        if not limited:  # nobody asks
-            return set()
-        rows = self.log.where(F.col("export_id").isin([export.id for export in self.pending]))
-        logged = rows.select("export_id", F.unix_micros("exported_at").alias("at")).distinct().collect()
-        own = {row["at"] for row in logged if row["export_id"] in limited}
-        return {row["export_id"] for row in logged if row["at"] not in own}
+        if all(export.segment.at_most is None for export in self.pending):  # nobody asks
+            return {}
+        rows = self.log.where(F.col("export_id").isin([export.id for export in self.exports]))
+        times = rows.groupBy("export_id").agg(F.unix_micros(F.min("exported_at")).alias("at")).collect()
+        return {row["export_id"]: row["at"] for row in times}
+
+    def _counting(self, logged_at: int | None) -> DataFrame:
+        """The rows of the log that count for an export that was first logged at that time. Of what was logged just then
+        `select` counts whom the segments before it took; of a segment that is no more nobody knows where it stood."""
+        if logged_at is None:
+            return self.log
+        at, known = F.unix_micros("exported_at"), F.col("export_id").isin([export.id for export in self.exports])
+        return self.log.where((at < logged_at) | ((at == logged_at) & ~known))
 
     def _asked(self, export: Export) -> DataFrame:
         """The users that a segment's query gives: segment, user_id, score (NULL)."""
@@ -428,10 +433,7 @@ class Selection:
         segments = found["segment"].to_numpy()
         ids, scores = found["user_id"].cast(_IDS).combine_chunks(), pc.fill_null(found["score"], 0.0).to_numpy()
         marks = np.column_stack([found[word].to_numpy() for word in words])
-        order = np.argsort(segments, kind="stable")
-        numbers, starts = np.unique(segments[order], return_index=True)
-        parts = zip(numbers, np.split(order, starts)[1:], strict=True)  # before the first start there is nothing
-        return {int(number): Candidates(ids, scores, marks, part) for number, part in parts}
+        return {number: Candidates(ids, scores, marks, rows) for number, rows in _rows_of(segments).items()}
 
     # ---- the driver: who is taken
 
@@ -477,14 +479,14 @@ class Selection:
     def _too_often(
         self, export: Export, ids: pa.Array, marks: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
     ) -> Flags:
-        """Which of `ids`, whose marks are those of `rows`, the exports of this run, with those in the log, bring to the
-        limit; the log alone is Spark's part."""
-        limit = export.segment.at_most
-        if limit is None or not self._exported or not len(ids):
+        """Which of `ids`, whose marks are those of `rows`, the segments of the run before it, with those in the log,
+        bring to the limit; the log alone is Spark's part."""
+        limit, exported = export.segment.at_most, self._exported[self._logged_at.get(export.id)]
+        if limit is None or not exported or not len(ids):
             return np.zeros(len(ids), np.bool_)
         marked = Marked(marks[rows])
         of_log = sum(marked.has(mark).astype(np.int64) for mark in self._rules[export.number].exported)
-        of_run = np.array([self._exported[user] for user in texts(ids)], np.int64)
+        of_run = np.array([exported[user] for user in texts(ids)], np.int64)
         return np.asarray((of_run > 0) & (of_run + of_log >= limit.exports))
 
     def _told(self, export: Export, taken: int, control: int, too_often: int, excluded: int) -> dict[str, Any]:
@@ -512,15 +514,41 @@ class Selection:
 
     def members(self, name: str) -> pa.Array:
         """The members of a segment of the configuration; of one that this run leaves as it is, those in the log."""
-        if name not in self.taken and name not in self._logged:
-            (export,) = (export for export in self.exports if export.name == name)
-            rows = self.log.where(F.col("export_id") == export.id).select("user_id").orderBy("user_id").toPandas()
-            self._logged[name] = pa.array(rows["user_id"], _IDS)
-        return self.taken[name].ids if name in self.taken else self._logged[name]
+        return self._members(name)[0]
+
+    def _members(self, name: str) -> tuple[pa.Array, Flags]:
+        """With who of them is held back."""
+        if name in self.taken:
+            return self.taken[name].ids, self.taken[name].control
+        ids, control, rows = self._logged
+        (export,) = (export for export in self.exports if export.name == name)
+        of_export = rows.get(export.number, _NOBODY.rows)
+        return ids.take(pa.array(of_export)), control[of_export]
+
+    @cached_property
+    def _logged(self) -> tuple[pa.Array, Flags, dict[int, npt.NDArray[np.int64]]]:
+        """Of the segments that this run leaves as they are, whose members the log tells: users, who of them is held
+        back, and by segment which of them are its. Read at once: the log may be far larger."""
+        numbers = {export.id: export.number for export in self.exports if export not in self.pending}
+        rows = self.log.where(F.col("export_id").isin(list(numbers)))
+        rows.select("export_id", "user_id", "is_control").write.parquet(str(self._staging.shared / "members"))
+        found = ds.dataset(self._staging.from_tasks("members"), format="parquet").to_table()
+        named = found["export_id"].dictionary_encode().combine_chunks()
+        of_names = np.array([numbers[name] for name in named.dictionary.to_pylist()], np.int64)
+        ids = found["user_id"].cast(_IDS).combine_chunks()
+        return ids, found["is_control"].to_numpy(), _rows_of(of_names[named.indices.to_numpy()])
 
 
 def rows_of_model(rows: DataFrame, version: str) -> DataFrame:
     return rows.where(F.col("model_version") == version)
+
+
+def _rows_of(segments: npt.NDArray[np.int64]) -> dict[int, npt.NDArray[np.int64]]:
+    """By segment, which rows are its; `segments`: each row's."""
+    order = np.argsort(segments, kind="stable")
+    numbers, starts = np.unique(segments[order], return_index=True)
+    parts = np.split(order, starts)[1:]  # before the first start there is nothing
+    return {int(number): part for number, part in zip(numbers, parts, strict=True)}
 
 
 def _without_score(export: Export, ids: DataFrame) -> DataFrame:

@@ -198,13 +198,14 @@ def rules_of(
     *,
     everyone: int,
     log: DataFrame,
+    logged_at: int | None,
     now: datetime,
 ) -> Rules:
     """The rules of a segment; the lists that it names are read.
 
     Args:
         everyone: as in `Rules`.
-        log: the rows of `exports` that count.
+        log: the rows of `exports` that count for what was first logged at `logged_at`.
     """
     segment, path = file
     steps: list[Rule] = []
@@ -227,7 +228,8 @@ def rules_of(
         since = now.date() - timedelta(days=segment.at_most.days - 1)
         counts = log.where(~F.col("is_control") & (F.to_date("exported_at") >= F.lit(since))).groupBy("user_id").count()
         for n in range(1, segment.at_most.exports + 1):
-            exported.append(lists.mark(f"exported {n} times since {since}", partial(counts.where, F.col("count") >= n)))
+            name = f"exported {n} times since {since}, logged at {logged_at}"
+            exported.append(lists.mark(name, partial(counts.where, F.col("count") >= n)))
         steps.append(Rule(limit_name(segment.at_most), exported[-1]))
     return Rules(everyone, tuple(steps), seeds, tuple(suppressing), tuple(exported))
 

@@ -772,6 +772,9 @@ def test_an_earlier_export_counts_where_it_is_made_again(
     query = "sql = \"SELECT user_id FROM user_embeddings WHERE user_id IN ('ann', 'bob')\"\n"
     limits = {name: f"at_most = {{ exports = {n}, days = 30 }}\n" for name, n in (("b", 1), ("d", 2))}
     b, a, d = write_segments(tmp_path, {"b": limits["b"] + query, "a": query, "d": limits["d"] + query})
+    cat, dan, both = (query.replace("'ann', 'bob'", users) for users in ("'cat'", "'dan'", "'cat', 'dan'"))
+    others = {"e": cat, "f": limits["b"] + both, "g": both, "new": dan}
+    e, f, g, new = write_segments(tmp_path, others)
 
     def run(day: int, paths: list[str]) -> Runtime:
         now = datetime(2024, 3, day, 4, tzinfo=timezone.utc)
@@ -783,16 +786,18 @@ def test_an_earlier_export_counts_where_it_is_made_again(
 
     runtime = run(1, [a])
     shutil.rmtree(runtime.exports / "a")
-    runtime = run(5, [b, a, d])
+    runtime = run(5, [b, a, d, e, f, g])
     assert read(runtime, "b")[1] == []
     assert len(read(runtime, "a")[1]) == 2
     assert len(read(runtime, "d")[1]) == 2  # had it once
-    # Made again on its day a limited export stays what it was.
-    for name in "abd":
+    assert [row["user_id"] for row in read(runtime, "f")[1]] == ["dan"]  # e took cat
+    # Made again on its day a limited export stays what it was: what came after it, in that run or since, is no matter.
+    for name in "abdf":
         shutil.rmtree(runtime.exports / name)
-    runtime = run(5, [b, a, d])
+    runtime = run(5, [new, b, a, d, e, f, g])
     assert [len(read(runtime, name)[1]) for name in "bad"] == [0, 2, 2]
-    assert len(read_delta(shop.root / "tables" / "exports")) == 4
+    assert [row["user_id"] for row in read(runtime, "f")[1]] == ["dan"]
+    assert len(read_delta(shop.root / "tables" / "exports")) == 9
 
 
 def test_csv_for_spreadsheets(shop: Runtime, spark: SparkSession, tmp_path: Path) -> None:
