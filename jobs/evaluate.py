@@ -513,7 +513,7 @@ STAGE = Stage(
     run,
     reads=(SEQUENCES, SESSIONS, ITEMS, CONTEXT_VALUES, ITEM_EMBEDDINGS),
     writes=(EVALUATION,),
-    settings=("habit", "sequences", "vocabulary", "model"),
+    settings=("habit", "sequences", "vocabulary"),
     also="It also reads the model.",
     inputs=_inputs,
 )

@@ -405,7 +405,7 @@ STAGE = Stage(
     run,
     reads=(SESSIONS, ITEMS, CONTEXT_VALUES),
     writes=(PROBES,),
-    settings=("probe", "profile", "sequences", "vocabulary", "model"),
+    settings=("probe", "profile", "sequences", "vocabulary"),
     also="It also reads the model and the labels.",
     inputs=_inputs,
 )

@@ -379,6 +379,12 @@ def run(runtime: Runtime) -> None:
     runtime.write(USER_PROFILES, rows)
     encoded.unpersist()
     widths = ", ".join(f"{part} {width}" for part, width in basis.widths.items())
+    current = runtime.newest_current_model()
+    if current not in (None, model_dir.name):
+        runtime.report.notes.append(
+            f"the profiles of model {current}, which is current and which segments go by, stay as they are: "
+            f"--set model.version={current} brings them up to date"
+        )
     runtime.report.notes.append(f"model {model_dir.name}: places of the vector: {widths}")
 
 

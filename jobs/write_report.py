@@ -172,7 +172,7 @@ STAGE = Stage(
     run,
     reads=(EVALUATION, ITEMS, ITEM_EMBEDDINGS),
     writes=(),
-    settings=("evaluate", "model"),
+    settings=("evaluate",),
     also="It also reads the model, current_model and, where they are there, user_embeddings, exports and probes; it "
     "writes evaluation.html beside the model.",
     inputs=_inputs,

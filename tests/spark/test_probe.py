@@ -21,7 +21,7 @@ from jobs.errors import TrailvecError
 from jobs.files import write_json
 from jobs.runtime import Runtime
 from jobs.splits import cut_times
-from jobs.tables import EVENTS, FLAGGED_USERS, ITEMS, PROBES, SESSIONS, USER_PROFILES
+from jobs.tables import CURRENT_MODEL, EVENTS, FLAGGED_USERS, ITEMS, PROBES, SESSIONS, USER_PROFILES
 from tests.conftest import make_config, put, read_delta
 from tests.events import Row, make_event, to_frame
 from tests.sequence_files import SPEC
@@ -330,7 +330,9 @@ def test_what_is_probed_is_what_profile_users_writes(
     assert again["u3"]["vector"][:timeless] == pytest.approx(rows["u3"]["vector"][:timeless], abs=1e-6)
 
     write_json(basis_of, told | {"rotation": None})  # fitted before the model was turned
-    (note, _) = wider.execute(profile_users.STAGE, force=True).notes
+    put(runtime, CURRENT_MODEL, runtime.spark.createDataFrame([("m0",)], CURRENT_MODEL.schema()))
+    note, stale, _ = wider.execute(profile_users.STAGE, force=True).notes
+    assert stale.startswith("the profiles of model m0, which is current and which segments go by, stay as they are: ")
     assert note.startswith("the profile's basis of model m1 is fitted anew: `trailvec align` has turned the model's ")
     fitted = json.loads(basis_of.read_text())
     assert (fitted["rotation"], fitted["settings"]["width"]) == (rotation_sha256(runtime.models / "m1"), 32)
