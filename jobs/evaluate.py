@@ -338,7 +338,7 @@ def evaluated_rows(runtime: Runtime, model_dir: Path) -> pd.DataFrame:
 
     Raises:
         TrailvecError: the model in that folder is damaged, has learnt from what these rows ask about, or knows items by
-            other numbers than today's.
+            other numbers than today's; or evaluate.max_users drew nobody.
     """
     settings = runtime.config.evaluate
     hours = "transform(target_ts, t -> (unix_micros(t) - unix_micros(as_of)) / 3.6e9D)"
@@ -348,7 +348,12 @@ def evaluated_rows(runtime: Runtime, model_dir: Path) -> pd.DataFrame:
         _refuse_leak(runtime, rows, model_dir)
     keep = ["user_id", "cut_us", "item_index", "seen_item_index", "target_item_index", "target_hours"]
     encoded = encode_sequences(runtime, _sample(rows, settings.max_users), keep, model_dir=model_dir)
-    return in_order(encoded.drop("is_cold"), "user_id")
+    found = in_order(encoded.drop("is_cold"), "user_id")
+    if found.empty and not rows.isEmpty():
+        raise TrailvecError(
+            f"evaluate.max_users = {settings.max_users} drew none of the users of split {settings.split}: give more"
+        )
+    return found
 
 
 def _refuse_leak(runtime: Runtime, rows: DataFrame, model_dir: Path) -> None:

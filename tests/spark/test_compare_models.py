@@ -144,6 +144,10 @@ def test_a_model_that_has_learnt_from_what_it_is_asked_is_refused(shop: tuple[Ru
 def test_what_nothing_can_be_said_of_is_one_sentence(shop: tuple[Runtime, Rows]) -> None:
     runtime, _ = shop
     make_model(runtime, "m1", seed=1)
+    runtime.spark.sql(f"DELETE FROM delta.`{runtime.path(SEQUENCES)}` WHERE pmod(xxhash64(user_id), 1000000) < 500000")
+    one = Runtime(make_config(runtime.root, "evaluate.max_users=1"), runtime.spark)
+    with pytest.raises(TrailvecError, match=r"evaluate\.max_users = 1 drew none of the users of split test: give more"):
+        compare(one, ("m1", "m1"))
     runtime.spark.sql(f"UPDATE delta.`{runtime.path(ITEMS)}` SET target_count = 0")
     with pytest.raises(TrailvecError, match=r"nobody acted on one by any of sequences\.target_event_types = "):
         compare(runtime, ("m1", "m1"))
