@@ -218,7 +218,8 @@ def _add_erase(add: _Add) -> None:
     command.add_argument(
         "--finish",
         action="store_true",
-        help="after maintain_tables: close the receipts whose users no file on disk holds any more",
+        help="after maintain_tables: end what was killed, and close the receipts whose users no file on disk holds "
+        "any more",
     )
 
 

@@ -5,10 +5,12 @@ trailvec erase_users --sql "SELECT user_id FROM customers_who_left" --requested-
 trailvec maintain_tables --conf conf/local.toml        (after maintain.retention_hours)
 trailvec erase_users --finish --conf conf/local.toml
 
-In this order, each step one commit or a few, so that a kill and the same command end as if nothing had happened:
+In this order, each step one commit or a few, so that a kill and the same command end as if nothing had happened (where
+a query over these tables was the list, it may give other users by then, or none: `--finish` ends what was begun):
 
 1. Keyed hashes of the users into `erased_users`: from here on ingest drops whatever comes of them.
-2. The receipt, still open, with the exports that hold them (what the log of exports says is gone after step 3).
+2. The receipt, still open, with the exports that hold them (what the log of exports says is gone after step 3, so it is
+   asked once more when its turn comes: a run of export_segments may have logged some meanwhile).
 3. Their rows out of each table with a column of user ids, by MERGE with the list as a frame: no value stands in a
    query or in Delta's log of operations. Of rejected_events also the records whose user could not be read and whose
    text holds one of the ids.
@@ -17,8 +19,8 @@ In this order, each step one commit or a few, so that a kill and the same comman
 
 The versions before hold the users until VACUUM takes their files, after the retention (`trailvec maintain_tables`).
 `--finish` then reads every Parquet file on disk, whatever version it belongs to, for anybody who was ever erased: who
-stands in a table again (a job that began before step 1 may have written after step 3) is taken out again, and the
-receipts of whose users no file holds one are closed.
+stands in a table again (a job that began before step 1 may have written after step 3) is taken out again, an erasure
+that was killed is ended, and the receipts of whose users no file holds one are closed.
 
 Key: TRAILVEC_ERASE_KEY of the environment, for good (jobs/tombstones.py). What the choice was: docs/decisions/0017.
 """
@@ -26,8 +28,8 @@ Key: TRAILVEC_ERASE_KEY of the environment, for good (jobs/tombstones.py). What 
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -87,10 +89,11 @@ def _erase(runtime: Runtime, file: str | None, sql: str | None, requested_by: st
         raise TrailvecError("nobody asked for the erasure: say who did with --requested-by")
     key = erase_key(runtime)
     ids = read_ids(runtime, file, sql)
+    if not ids:
+        raise _nobody_listed(runtime, requested_by)
     hashes = sorted(hashed(key, ids))
     ids_digest = hashed(key, ["\n".join(hashes)])[0]
     erasure_id = hashed(key, [f"{requested_by}\n{ids_digest}"])[0][:32]
-    users = _frame(runtime, ids)
 
     runtime.on_progress("who must not come back")
     _bury(runtime, key, hashes, erasure_id)
@@ -101,25 +104,14 @@ def _erase(runtime: Runtime, file: str | None, sql: str | None, requested_by: st
         "ids_digest": ids_digest,
         "users": len(ids),
     }
-    receipt = _open(runtime, receipt, users)
-    take_out(runtime, users, of_column(mentions(ids)), erasure_id)
-    told = _told(runtime, erasure_id)
-    known = {entry["table"]: entry["rows"] for entry in receipt["tables"] or []}
-    # The same list again, and nothing of them was there: the receipt stays as it is. (Delta forgets old commits.)
-    if receipt["erased_at"] is None or any(entry["rows"] > known.get(entry["table"], 0) for entry in told):
-        receipt |= {"tables": told, "erased_at": _now(), "finished_at": None}
-        _save(runtime, [receipt])
+    receipt, rows = _end(runtime, receipt, ids)
 
     report = runtime.report
     report.rows_in["users"] = len(ids)
-    report.rows_out = {entry["table"]: entry["rows"] for entry in receipt["tables"]}
-    if not any(report.rows_out.values()):
+    report.rows_out = rows
+    if not any(entry["rows"] for entry in receipt["tables"]):
         report.notes.append("no table held any of them: is it the right list?")
-    for export in receipt["exports"]:
-        report.notes.append(
-            f"tell who has it: segment {export['segment']}, exported {export['exported_at']:%Y-%m-%d %H:%M} to "
-            f"{export['destination']}, held {export['users']:,} of them"
-        )
+    report.notes.extend(map(_tell, receipt["exports"]))
     longest = max(runtime.config.maintain.retention_hours_for(table.name) for table in HOLDING_USERS)
     gone = receipt["erased_at"] + timedelta(hours=longest)
     report.notes.append(
@@ -128,11 +120,50 @@ def _erase(runtime: Runtime, file: str | None, sql: str | None, requested_by: st
     )
 
 
+def _end(runtime: Runtime, receipt: dict[str, Any], ids: Sequence[str]) -> tuple[dict[str, Any], dict[str, int]]:
+    """Takes the receipt's users out and fills it in; beside it, by table, how many rows went since it was last."""
+    users = _frame(runtime, ids)
+
+    def name_exports() -> None:
+        nonlocal receipt
+        receipt = _open(runtime, receipt, users)
+
+    name_exports()
+    take_out(runtime, users, of_column(mentions(ids)), receipt["erasure_id"], name_exports)
+    known = {entry["table"]: entry for entry in receipt["tables"] or []}
+    told = _told(runtime, receipt["erasure_id"], known)
+    rows = {entry["table"]: entry["rows"] - known.get(entry["table"], {"rows": 0})["rows"] for entry in told}
+    # The same list again, and nothing of them was there: the receipt stays as it is.
+    if receipt["tables"] is None or any(rows.values()):
+        receipt = receipt | {"tables": told, "erased_at": _now(), "finished_at": None}
+        _save(runtime, [receipt])
+    return receipt, rows
+
+
+def _nobody_listed(runtime: Runtime, requested_by: str) -> TrailvecError:
+    """That the list is empty: a query over the tables is, where a killed run of the same command took all out."""
+    for receipt in _receipts(runtime):
+        if receipt["erased_at"] is None and receipt["requested_by"] == requested_by:
+            return TrailvecError(
+                f"the list of users to erase is empty, but the erasure {receipt['erasure_id']} that {requested_by} "
+                f"asked for at {receipt['requested_at']:%Y-%m-%d %H:%M} UTC did not come to its end: run `trailvec "
+                f"erase_users --finish`, which ends it"
+            )
+    return TrailvecError("the list of users to erase is empty: nothing was done")
+
+
+def _tell(export: dict[str, Any]) -> str:
+    return (
+        f"tell who has it: segment {export['segment']}, exported {export['exported_at']:%Y-%m-%d %H:%M} to "
+        f"{export['destination']}, held {export['users']:,} of them"
+    )
+
+
 def read_ids(runtime: Runtime, file: str | None, sql: str | None) -> list[str]:
     """The list's user ids, sorted, each once.
 
     Raises:
-        TrailvecError: it is empty, not there or has no column user_id.
+        TrailvecError: it is not there or has no column user_id.
     """
     if (file is None) == (sql is None):
         raise TrailvecError("erase_users needs either a file of user ids or --sql")
@@ -144,8 +175,6 @@ def read_ids(runtime: Runtime, file: str | None, sql: str | None) -> list[str]:
     with copies(runtime.staging(f"erasures-{of_list}")) as folder:
         users = read_users(runtime, UserList(file=absolute, sql=sql), Path("erase_users"), folder)
         rows = [row["user_id"] for row in users.distinct().collect()] if isinstance(users, DataFrame) else list(users)
-    if not rows:
-        raise TrailvecError("the list of users to erase is empty: nothing was done")
     return sorted(set(rows))
 
 
@@ -166,25 +195,39 @@ def _bury(runtime: Runtime, key: bytes, hashes: Sequence[str], erasure_id: str) 
 def _open(runtime: Runtime, receipt: dict[str, Any], users: DataFrame) -> dict[str, Any]:
     """The request's receipt, stored before anything is deleted; one that is there keeps what it knows."""
     runtime.create(ERASURES)
-    old = next((r for r in _receipts(runtime) if r["erasure_id"] == receipt["erasure_id"]), receipt)
-    exports = {export["export_id"]: export for export in [*_exports(runtime, users), *(old.get("exports") or [])]}
-    receipt = {"tables": None, "erased_at": None, "finished_at": None} | old
-    receipt["exports"] = sorted(exports.values(), key=lambda export: (export["exported_at"], export["export_id"]))
-    _save(runtime, [receipt])
-    return receipt
+    old = next((r for r in _receipts(runtime) if r["erasure_id"] == receipt["erasure_id"]), None)
+    opened = {"tables": None, "erased_at": None, "finished_at": None} | (old or receipt)
+    found = _exports(runtime, users.withColumn("erasure_id", F.lit(receipt["erasure_id"])))
+    opened = _with_exports(opened, found)
+    if opened != old:
+        _save(runtime, [opened])
+    return opened
 
 
-def _exports(runtime: Runtime, users: DataFrame) -> list[dict[str, Any]]:
-    """The exports whose files hold some of the users."""
+def _with_exports(receipt: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The receipt with those exports, as `_exports` gives them, that it does not name yet."""
+    exports = [*found.get(receipt["erasure_id"], []), *(receipt.get("exports") or [])]
+    by_id = {export["export_id"]: export for export in exports}
+    return receipt | {"exports": sorted(by_id.values(), key=lambda e: (e["exported_at"], e["export_id"]))}
+
+
+def _exports(runtime: Runtime, users: DataFrame) -> dict[str, list[dict[str, Any]]]:
+    """By erasure, the exports whose files hold some of its users.
+
+    Args:
+        users: user_id, erasure_id.
+    """
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     if not runtime.exists(EXPORTS):
-        return []
-    held = runtime.latest(EXPORTS).where("NOT is_control").join(F.broadcast(users), "user_id", "left_semi")
-    counts = held.groupBy("segment", "export_id", "destination").agg(
+        return found
+    held = runtime.latest(EXPORTS).where("NOT is_control").join(F.broadcast(users), "user_id")
+    counts = held.groupBy("erasure_id", "segment", "export_id", "destination").agg(
         F.unix_micros(F.min("exported_at")).alias("exported_at"), F.count("*").alias("users")
     )
-    return [
-        row.asDict() | {"exported_at": _EPOCH + timedelta(microseconds=row["exported_at"])} for row in counts.collect()
-    ]
+    for row in counts.collect():
+        export = row.asDict() | {"exported_at": _EPOCH + timedelta(microseconds=row["exported_at"])}
+        found[export.pop("erasure_id")].append(export)
+    return found
 
 
 def _save(runtime: Runtime, receipts: Sequence[dict[str, Any]]) -> None:
@@ -195,6 +238,8 @@ def _save(runtime: Runtime, receipts: Sequence[dict[str, Any]]) -> None:
 
 def _receipts(runtime: Runtime) -> list[dict[str, Any]]:
     """The rows of `erasures`, the oldest first. Times travel as numbers: one that Spark collects has no zone."""
+    if not runtime.exists(ERASURES):
+        return []
     times = [c.name for c in ERASURES.columns if c.type == "timestamp"]
     exports = F.transform("exports", lambda export: export.withField("exported_at", F.unix_micros(export.exported_at)))
     rows = runtime.latest(ERASURES).withColumns({name: F.unix_micros(name) for name in times} | {"exports": exports})
@@ -212,17 +257,22 @@ def _now() -> datetime:
 # ---- the tables ---------------------------------------------------------------------------------------
 
 
-def take_out(runtime: Runtime, users: DataFrame, in_raw: ColumnTest, erasure: str) -> None:
+def take_out(
+    runtime: Runtime, users: DataFrame, in_raw: ColumnTest, erasure: str, name_exports: Callable[[], None]
+) -> None:
     """Deletes the users' rows from every table, and rewrites the files in which deletion vectors hide any rows.
 
     Args:
         users: user_id, each once.
         in_raw: of a rejected record's text, whether it holds one of the users.
+        name_exports: called before the log of exports forgets them.
     """
     for table in HOLDING_USERS:
         if not runtime.exists(table):
             continue
         runtime.on_progress(table.name)
+        if table == EXPORTS:
+            name_exports()
         for name, where in table.user_columns().items():
             _delete(runtime, table, (name, where), users, erasure)
         if table == REJECTED_EVENTS:
@@ -247,18 +297,25 @@ def _delete_unread(runtime: Runtime, in_raw: ColumnTest, erasure: str) -> None:
         runtime.erase(REJECTED_EVENTS, _frame(runtime, texts), F.col("old.user_id").isNull() & same, erasure)
 
 
-def _told(runtime: Runtime, erasure: str) -> list[dict[str, Any]]:
-    """By table: rows that the erasure's commits took out, those of a killed run too, and the versions around them."""
+def _told(runtime: Runtime, erasure: str, known: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """By table: rows that the erasure's commits took out, those of a killed run too, and the versions around them.
+
+    Args:
+        known: what the receipt says already, by table: Delta forgets old commits, so only newer ones are counted.
+    """
     found = []
     for table in HOLDING_USERS:
         if not runtime.exists(table):
             continue
-        newest, commits = runtime.latest_version(table), runtime.erasure_commits(table, erasure)
+        newest = runtime.latest_version(table)
+        old = known.get(table.name, {"table": table.name, "rows": 0, "version_before": None, "version_after": -1})
+        newer = [c for c in runtime.erasure_commits(table, erasure) if c.version > old["version_after"]]
+        before = newer[-1].version - 1 if newer else newest
         found.append(
-            {
-                "table": table.name,
-                "rows": sum(commit.rows_deleted for commit in commits),
-                "version_before": commits[-1].version - 1 if commits else newest,
+            old
+            | {
+                "rows": old["rows"] + sum(commit.rows_deleted for commit in newer),
+                "version_before": before if old["version_before"] is None else old["version_before"],
                 "version_after": newest,
             }
         )
@@ -277,22 +334,22 @@ def _finish(runtime: Runtime) -> None:
     for row in runtime.latest(ERASED_USERS).select("user_hash", "erasure_id").collect():
         requests[row["user_hash"]].add(row["erasure_id"])
     there = [table for table in HOLDING_USERS if runtime.exists(table)]
-    before = {table.name: runtime.latest_version(table) for table in there}
+    receipts = _receipts(runtime)
+    named = {(receipt["erasure_id"], e["export_id"]) for receipt in receipts for e in receipt["exports"] or []}
 
     runtime.on_progress("what is on disk")
     on_disk = {table.name: _on_disk(runtime, table, tests) for table in there}
     # A text that can't be read gives all that may be a value of it.
     of_hash = {hashed(key, [user])[0]: user for found in on_disk.values() for user in found}
     held = {digest: user for digest, user in of_hash.items() if digest in requests}
-    if held:
-        take_out(runtime, _frame(runtime, sorted(held.values())), tests[1], _AGAIN)
-    again = {
-        table.name: sum(
-            c.rows_deleted for c in runtime.erasure_commits(table, _AGAIN) if c.version > before[table.name]
-        )
-        for table in there
-    }
-    returned = sum(again.values())
+    report, rows = runtime.report, Counter[str]()
+    killed = {receipt["erasure_id"]: receipt for receipt in receipts if receipt["erased_at"] is None}
+    for erasure_id, receipt in killed.items():
+        ids = sorted(user for digest, user in held.items() if erasure_id in requests[digest])
+        rows.update(_end(runtime, receipt, ids)[1])
+        report.notes.append(f"erasure {erasure_id} had not come to its end: it has now")
+    again = _again(runtime, {d: u for d, u in held.items() if requests[d].isdisjoint(killed)}, requests, tests[1])
+    returned = again.total()
 
     waiting = {erasure_id for digest in held for erasure_id in requests[digest]}
     # What a killed export or a list's copy left holds user ids; a job that runs right now has begun before.
@@ -310,10 +367,12 @@ def _finish(runtime: Runtime) -> None:
     if changed:
         _save(runtime, changed)
 
-    report = runtime.report
     report.rows_in["receipts"] = len(receipts)
     report.rows_out = {"finished": sum(receipt["finished_at"] is not None for receipt in _receipts(runtime))}
-    report.rows_out |= {name: rows for name, rows in again.items() if rows}
+    report.rows_out |= rows + again
+    for receipt in receipts:
+        news = (e for e in receipt["exports"] or [] if (receipt["erasure_id"], e["export_id"]) not in named)
+        report.notes.extend(map(_tell, news))
     if returned:
         report.notes.append(f"{returned:,} rows of erased users had come back and were taken out again")
     if leftovers:
@@ -326,6 +385,37 @@ def _finish(runtime: Runtime) -> None:
             f"old files of {', '.join(name for name, found in on_disk.items() if found)} hold {len(held):,} erased "
             f"users: run `trailvec maintain_tables` when maintain.retention_hours have passed, then this again"
         )
+
+
+def _again(runtime: Runtime, held: dict[str, str], requests: dict[str, set[str]], in_raw: ColumnTest) -> Counter[str]:
+    """Takes out whom some file holds though their erasures are at an end: rows by table of those who had come back.
+
+    Args:
+        held: users by their hashes.
+        requests: the erasures that named them, by hash.
+        in_raw: as in `take_out`.
+    """
+    if not held:
+        return Counter()
+    pairs = [(user, erasure_id) for digest, user in held.items() for erasure_id in requests[digest]]
+    of_requests = runtime.spark.createDataFrame(pd.DataFrame(pairs, dtype="str"), "user_id string, erasure_id string")
+
+    def name_exports() -> None:
+        found = _exports(runtime, of_requests)
+        if found:
+            _save(runtime, [_with_exports(r, found) for r in _receipts(runtime) if r["erasure_id"] in found])
+
+    there = [table for table in HOLDING_USERS if runtime.exists(table)]
+    before = {table.name: runtime.latest_version(table) for table in there}
+    take_out(runtime, _frame(runtime, sorted(held.values())), in_raw, _AGAIN, name_exports)
+    return Counter(
+        {
+            table.name: sum(
+                c.rows_deleted for c in runtime.erasure_commits(table, _AGAIN) if c.version > before[table.name]
+            )
+            for table in there
+        }
+    )
 
 
 def _on_disk(runtime: Runtime, table: Table, tests: tuple[ColumnTest, ColumnTest]) -> set[str]:

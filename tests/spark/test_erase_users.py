@@ -22,7 +22,7 @@ import pytest
 from deltalake import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 
-from jobs import build_sequences, build_vocabulary, cli, erase_users, flag_users, ingest, sessionize
+from jobs import build_sequences, build_vocabulary, cli, commits, erase_users, flag_users, ingest, sessionize
 from jobs import lake as lake_module
 from jobs.config import UserList
 from jobs.erase_users import HOLDING_USERS, erase, finish, read_ids
@@ -293,6 +293,73 @@ def test_a_row_that_an_update_hid_goes_too(make_runtime: Callable[..., Runtime],
         assert str(folder) in report.notes[0]
         folder.rmdir()
     assert finish(runtime).rows_out == {"finished": 1}
+
+
+def test_finish_ends_what_was_killed_and_names_exports_that_were_made_meanwhile(
+    make_runtime: Callable[..., Runtime], tmp_path: Path, keyed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = make_runtime()
+    spark, at = runtime.spark, datetime(2023, 5, 8, tzinfo=timezone.utc)
+    events = [
+        make_event(event_id=f"e{n}", user_id=u, item_id="i", event_ts=START) for n, u in enumerate(("erika", "bob"))
+    ]
+    put(runtime, EVENTS, to_frame(spark, events))
+
+    def export(number: int) -> DataFrame:
+        row = (f"x{number}", "fans", "erika", False, at, "m1", f"/exports/{number}")
+        return spark.createDataFrame([row], EXPORTS.schema())
+
+    put(runtime, EXPORTS, export(1))
+    hers = "SELECT user_id FROM events WHERE user_id = 'erika'"
+    delete = erase_users._delete
+
+    def killed(runtime: Runtime, table: Table, *more: Any) -> None:
+        delete(runtime, table, *more)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as kill:
+        kill.setattr(erase_users, "_delete", killed)
+        with pytest.raises(KeyboardInterrupt):
+            erase(runtime, sql=hers, requested_by="desk")
+    with pytest.raises(TrailvecError, match=r"list of users to erase is empty: nothing was done"):
+        erase(runtime, sql=hers, requested_by="somebody else")
+    with pytest.raises(TrailvecError, match=r"that desk asked for .* did not come to its end: .* --finish"):
+        erase(runtime, sql=hers, requested_by="desk")
+
+    def beside(runtime: Runtime, table: Table, *more: Any) -> None:
+        if table == EVENTS:  # a run of export_segments that began before logs what it made
+            runtime.append(EXPORTS, export(2))
+        delete(runtime, table, *more)
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(erase_users, "_delete", beside)
+        ended = finish(runtime)
+    (receipt,) = receipts(runtime)
+    assert {entry["table"]: entry["rows"] for entry in receipt["tables"]} == {"events": 1, "exports": 2}
+    assert ended.rows_out == {"finished": 0, "events": 1, "exports": 2}
+    assert [export["export_id"] for export in receipt["exports"]] == ["x1", "x2"]
+    assert [note.split(", exported")[0] for note in ended.notes[:2]] == [
+        f"erasure {receipt['erasure_id']} had not come to its end: it has now",
+        "tell who has it: segment fans",
+    ]
+    assert "/exports/2" in ended.notes[1]
+
+    add(runtime, EXPORTS, export(3))  # and one that logs it after that
+    again = finish(runtime)
+    assert again.rows_out == {"finished": 0, "exports": 1}
+    assert "/exports/3" in again.notes[0]
+
+    # She is back, and so is the request. Of the commits before it Delta's log tells no more.
+    add(runtime, EVENTS, to_frame(spark, events[:1]))
+    monkeypatch.setattr(commits, "_HISTORY", 2)
+    (tmp_path / "ids.txt").write_text("erika\n")
+    for rows in (1, 0):
+        report = erase(runtime, str(tmp_path / "ids.txt"), requested_by="desk")
+        assert report.rows_out == {"events": rows, "exports": 0}
+    old, (receipt,) = receipt, receipts(runtime)
+    assert {entry["table"]: entry["rows"] for entry in receipt["tables"]} == {"events": 2, "exports": 2}
+    assert receipt["erased_at"] > old["erased_at"]
+    assert [export["export_id"] for export in receipt["exports"]] == ["x1", "x2", "x3"]
 
 
 def test_files_that_a_vacuum_takes_meanwhile_are_passed_over(spark: SparkSession, tmp_path: Path) -> None:
