@@ -63,7 +63,6 @@ for job, (schedule, seconds, stages) in JOBS.items():
                 task_id=stage,
                 bash_command=COMMAND.replace("STAGE", stage),
                 retries=retries,  # a stage that is run again goes on where it was
-                append_env=True,
             )
             if before is not None:
                 before >> task
