@@ -50,7 +50,7 @@ def query(runtime: Runtime, text: str) -> DataFrame:
 
 def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
     """`query` of a text from a file that is only to ask: a statement that writes, drops or sets is refused, and so is a
-    query that starts programs (TRANSFORM).
+    query that starts programs (TRANSFORM) or calls Java, which can read the keys in the environment.
 
     Args:
         where: what the error calls it.
@@ -68,8 +68,11 @@ def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
     except ParseException:
         raise TrailvecError(f"{where} is no query (found {' '.join(text.split())[:60]!r}): write a SELECT") from None
     answer = query(runtime, text)
-    if any(plan.nodeName() == "ScriptTransformation" for plan in _nodes(answer._jdf.queryExecution().analyzed())):
-        raise TrailvecError(f"{where} starts a program (TRANSFORM ... USING): write it without")
+    for plan in _nodes(answer._jdf.queryExecution().analyzed()):
+        if plan.nodeName() == "ScriptTransformation":
+            raise TrailvecError(f"{where} starts a program (TRANSFORM ... USING): write it without")
+        if any(part.nodeName() == "CallMethodViaReflection" for part in _expressions(plan.expressions())):
+            raise TrailvecError(f"{where} calls a method of Java's (reflect or java_method): write it without")
     return answer
 
 
@@ -108,6 +111,13 @@ def _nodes(plan: Any) -> Iterator[Any]:
     for parts in (plan.children(), plan.subqueries()):
         for number in range(parts.size()):
             yield from _nodes(parts.apply(number))
+
+
+def _expressions(some: Any) -> Iterator[Any]:
+    """Expressions (a sequence of Scala's), and all that they are made of."""
+    for number in range(some.size()):
+        yield some.apply(number)
+        yield from _expressions(some.apply(number).children())
 
 
 def run_sql(runtime: Runtime, text: str, as_json: bool, limit: int = 100) -> None:

@@ -205,6 +205,13 @@ def test_what_only_asks_starts_no_program(make_runtime: Callable[..., Runtime], 
         ask(make_runtime("storage.database=errors"), text.format(program), "likes.toml: its sql")
 
 
+@pytest.mark.parametrize("text", ["{}", "SELECT user_id FROM ({})", "SELECT 'a' AS user_id WHERE 'a' IN ({})"])
+def test_what_only_asks_reads_no_key(make_runtime: Callable[..., Runtime], text: str) -> None:
+    key = "SELECT raise_error(java_method('java.lang.System', 'getenv', 'TRAILVEC_EXPORT_KEY')) AS user_id"
+    with pytest.raises(TrailvecError, match=r"^likes.toml: its sql calls a method of Java's \(reflect"):
+        ask(make_runtime("storage.database=errors"), text.format(key), "likes.toml: its sql")
+
+
 def test_what_asks_is_asked(make_runtime: Callable[..., Runtime]) -> None:
     runtime = make_runtime("storage.database=errors")
     for text in ("-- all\nSELECT 1 AS a;", "WITH x AS (SELECT 1 AS a) SELECT * FROM x", "(VALUES (1)) UNION SELECT 1"):
