@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from jobs.errors import TrailvecError
 from jobs.runtime import Runtime
 from jobs.tables import CURRENT, CURRENT_MODEL, TABLES, Table
 
@@ -14,7 +15,11 @@ _VOLUMES = "/Volumes"  # where Databricks mounts the volumes of Unity Catalog
 
 def register_tables(runtime: Runtime) -> None:
     """Makes every existing table, and the views of the current model's rows, known to SQL by their names, in
-    `storage.database`, and uses that database. Does nothing where the session knows all of them already."""
+    `storage.database`, and uses that database. Does nothing where the session knows all of them already.
+
+    Raises:
+        TrailvecError: the database has a table of such a name whose files are its own: dropped, they would be gone.
+    """
     spark, database = runtime.spark, runtime.config.storage.database
     there = [table for table in TABLES if runtime.exists(table)]
     if isinstance(runtime.place, Path) and runtime.place.is_relative_to(_VOLUMES):
@@ -26,6 +31,12 @@ def register_tables(runtime: Runtime) -> None:
         return
     spark.sql(f"CREATE DATABASE IF NOT EXISTS `{database}`")  # the name's pattern is checked by the config
     spark.catalog.setCurrentDatabase(database)
+    for table in there:
+        name = f"`{database}`.{table.name}"
+        if spark.catalog.tableExists(name) and spark.catalog.getTable(name).tableType == "MANAGED":
+            raise TrailvecError(
+                f"database {database} has a table {table.name} of its own: choose another storage.database"
+            )
     for table in there:
         # Anew each time: the name may still mean a table under another root.
         spark.sql(f"DROP TABLE IF EXISTS `{database}`.{table.name}")  # external: its files stay

@@ -245,6 +245,16 @@ def test_a_query_joins_tables_by_name(shop: Runtime) -> None:
     assert comments["vector"] == "The vector."
 
 
+def test_a_table_of_yours_stays(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
+    spark.sql("CREATE DATABASE theirs")
+    spark.sql("CREATE TABLE theirs.current_model USING parquet AS SELECT 1 AS a")
+    runtime = make_runtime("storage.database=theirs")
+    runtime.create(CURRENT_MODEL)
+    with pytest.raises(TrailvecError, match=r"^database theirs has a table current_model of its own: choose another"):
+        query(runtime, "SELECT 1")
+    assert spark.table("theirs.current_model").count() == 1
+
+
 def test_a_view_of_the_current_model_comes_with_its_table(shop: Runtime, spark: SparkSession) -> None:
     for view in ("current_item_embeddings", "current_neighbours"):
         with pytest.raises(TrailvecError, match=f"`{view}` cannot be found"):
