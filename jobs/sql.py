@@ -139,14 +139,15 @@ def run_sql(runtime: Runtime, text: str, as_json: bool, limit: int = 100) -> Non
 
 
 def _times_as_text(answer: DataFrame) -> DataFrame:
-    """The rows with their times, also those inside arrays, structs and maps, as Spark writes them, in the session's
-    zone (UTC): Python's would be in the machine's. The columns are numbered: two may have one name."""
+    """The rows with their days and times, also those inside arrays, structs and maps, as Spark writes them, in the
+    session's zone (UTC): Python's would be in the machine's, and end with the year 9999. The columns are numbered: two
+    may have one name."""
     numbered = answer.toDF(*map(str, range(len(answer.columns))))
     return numbered.select([F.col(field.name).cast(_text_of_times(field.dataType)) for field in numbered.schema])
 
 
 def _text_of_times(kind: T.DataType) -> T.DataType:
-    if isinstance(kind, T.TimestampType):
+    if isinstance(kind, (T.DateType, T.TimestampType, T.TimestampNTZType)):
         return T.StringType()
     if isinstance(kind, T.ArrayType):
         return T.ArrayType(_text_of_times(kind.elementType), kind.containsNull)

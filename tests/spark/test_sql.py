@@ -299,6 +299,8 @@ def test_printed_times_are_utc_on_any_machine(
         monkeypatch.undo()
         time.tzset()
     assert capsys.readouterr().out.count("2017-12-01 08:00:00.000001") == 5
+    run_sql(shop, "SELECT DATE '+10000-01-01' AS day", as_json=False)  # Python has no such year
+    assert "+10000-01-01" in capsys.readouterr().out
 
 
 def test_json_lines(shop: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
