@@ -27,7 +27,7 @@ from pyspark.sql import types as T
 
 from jobs.config import IngestSettings
 from jobs.errors import TrailvecError, explain, first_line
-from jobs.raw_records import BROKEN, FILE, LINE, REST, named_column, stripped, text_of, valid_text
+from jobs.raw_records import BROKEN, FILE, LINE, REST, is_id_type, named_column, stripped, text_of, valid_text
 from jobs.sources import Given, IdValue, Input, TimeValue, Value
 from jobs.spark_session import JSON_MICROSECONDS
 from jobs.tables import EVENTS
@@ -45,6 +45,7 @@ _NUMBERS = ("amount", "quantity")
 # Not 32-bit numbers, whose text is another number than their 64 bits, nor times, which Spark takes for numbers.
 _NUMBER_TYPES = (T.DoubleType, T.IntegralType)
 _TIME_TYPES = (T.TimestampType, T.TimestampNTZType, T.DateType)
+_ZONE_LETTERS = "VzOXxZ"
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 _ISO_LOCAL = r"\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?)?"
 _ISO_ZONED = r"\d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?\s*(Z|[+-]\d{2}(:?\d{2})?)"
@@ -60,7 +61,8 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
         now: UTC, with zone; what is later than it by more than the tolerance is refused.
 
     Raises:
-        TrailvecError: the mapping has an unknown zone or format, or SQL that Spark does not take.
+        TrailvecError: the mapping has an unknown zone or format, one that can't be applied, or SQL that Spark does not
+            take.
     """
     zones = _known_zones(raw.sparkSession)
     zone = mapping.columns.event_ts.zone
@@ -74,9 +76,14 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
             f"source {source}: event_ts: format = {pattern!r} is no datetime pattern of Spark's: write one, such as "
             f"dd/MM/yyyy HH:mm, or {' or '.join(_EPOCH)}"
         )
+    if pattern is not None and zone != "UTC" and may_lack_zone(pattern):
+        raise TrailvecError(
+            f"source {source}: event_ts: by format = {pattern!r} a time without a zone would be one of UTC, not of "
+            f"{zone}: give the two forms an input each, or leave format out, which is ISO 8601 with a zone or without"
+        )
 
     try:
-        given = _mapped(raw, mapping)
+        given = _mapped(raw, mapping, source)
     except AnalysisException as error:
         raise TrailvecError(f"source {source}: {explain(error) or first_line(error)}: correct the mapping") from None
 
@@ -96,7 +103,7 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
     )
 
 
-def _mapped(raw: DataFrame, mapping: Input) -> DataFrame:
+def _mapped(raw: DataFrame, mapping: Input, source: str) -> DataFrame:
     """The mapping applied: EVENTS' columns as the record gives them (of numbers what is to be read, under the names of
     `_as_given`), and what `_reason` and `to_events` go by: has_event_ts, own_reason, bad_type, record, line, file."""
     columns = mapping.columns
@@ -108,6 +115,12 @@ def _mapped(raw: DataFrame, mapping: Input) -> DataFrame:
         raw = raw.withColumn(_ORDINAL, F.row_number().over(identical))
     event_ts = _given(columns.event_ts)
     event_ts_type = raw.select(event_ts).schema[0].dataType
+    is_local = columns.event_ts.zone != "UTC" or columns.event_ts.format is not None
+    if columns.event_ts.expr is not None and isinstance(event_ts_type, T.TimestampType) and is_local:
+        raise TrailvecError(
+            f"source {source}: event_ts: expr = {columns.event_ts.expr!r} gives an instant, to which zone and format "
+            "can't apply: let it give the text (with format), or use to_timestamp_ntz"
+        )
     own_rules = [F.when(F.expr(rule.when), F.lit(rule.reason)) for rule in mapping.reject]
     ids = {n: _is_no_id(raw, value, mapping) for n, value in columns.given().items() if n in _IDS}
     others = [n for n in columns.given() if _is_text(n) and n not in _IDS]
@@ -217,7 +230,14 @@ def _time(value: Column, given: T.DataType, mapping: TimeValue) -> Column:
 
 def _has_zone(pattern: str) -> bool:
     """Whether a datetime pattern reads a zone: one of its letters outside quotes."""
-    return any(letter in part for part in pattern.split("'")[::2] for letter in "VzOXxZ")
+    return any(letter in part for part in pattern.split("'")[::2] for letter in _ZONE_LETTERS)
+
+
+def may_lack_zone(pattern: str) -> bool:
+    """Whether a zone is optional in a datetime pattern: one of its letters stands in brackets."""
+    unquoted = "".join(pattern.split("'")[::2])
+    before = [unquoted[:place] for place, letter in enumerate(unquoted) if letter in _ZONE_LETTERS]
+    return any(text.count("[") > text.count("]") for text in before)
 
 
 def _is_no_id(raw: DataFrame, value: Given, mapping: Input) -> Column:
@@ -227,10 +247,7 @@ def _is_no_id(raw: DataFrame, value: Given, mapping: Input) -> Column:
     given = _raw(value)
     if mapping.format == "json":
         return F.coalesce(F.ltrim(given.cast("string")).rlike(r"^[\[{]"), F.lit(False))  # an object or a list
-    kind = raw.select(given).schema[0].dataType
-    is_id = isinstance(kind, (T.StringType, T.IntegralType, T.DateType, T.NullType))
-    is_id |= isinstance(kind, T.DecimalType) and kind.scale == 0
-    return F.lit(not is_id) & given.isNotNull()
+    return F.lit(not is_id_type(raw.select(given).schema[0].dataType)) & given.isNotNull()
 
 
 def _is_nested(raw: DataFrame, value: Given, mapping: Input) -> Column:

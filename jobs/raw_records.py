@@ -177,7 +177,7 @@ def _finish(groups: list[tuple[str, DataFrame]], mapping: Input, data_dir: Place
             rest = [name for name in records.columns if not name.startswith("trailvec_") and name not in claimed]
             records = records.withColumn(REST, _texts(rest))
         for lookup, rows in zip(mapping.lookups, lookups, strict=True):
-            records = _join_lookup(records, rows, lookup, named)
+            records = _join_lookup(records, rows, lookup, named, place)
         if joined:
             more = _texts(joined)
             records = records.withColumn(REST, F.coalesce(F.map_concat(REST, more), more))
@@ -412,7 +412,7 @@ def _read_lookup(spark: SparkSession, lookup: Lookup, data_dir: Place, named: Se
         rows = spark.read.parquet(*as_patterns(files))
     _check_columns(lookup.path, rows, lookup.on)
     rest = [name for name in rows.columns if name not in lookup.on]
-    keys = [named_column(name).cast("string").alias(_on(name)) for name in lookup.on]
+    keys = [_key(rows, name, f"the lookup {lookup.path}").alias(_on(name)) for name in lookup.on]
     # Two rows of one key would make two events of one record; the smallest of them does not depend on their order.
     # (Spark has no order of maps.)
     maps = {field.name for field in rows.schema if isinstance(field.dataType, T.MapType)}
@@ -450,13 +450,31 @@ def _is_whole() -> Column:
     return F.when(F.col(BROKEN), F.raise_error(said)).otherwise(True)
 
 
-def _join_lookup(records: DataFrame, rows: DataFrame, lookup: Lookup, named: Sequence[str]) -> DataFrame:
+def _join_lookup(records: DataFrame, rows: DataFrame, lookup: Lookup, named: Sequence[str], place: str) -> DataFrame:
     both = set(records.columns) & set(rows.columns)
     if wanted := both & set(named):
         raise TrailvecError(_both_have(lookup.path, min(wanted)))
     rows = rows.drop(*both)  # nobody asks for them (`_c0`, where pandas wrote its index into both files)
-    same = [named_column(name).cast("string") == F.col(_on(name)) for name in lookup.on]
+    same = [_key(records, name, place) == F.col(_on(name)) for name in lookup.on]
     return records.join(rows, reduce(Column.__and__, same), "left").drop(*map(_on, lookup.on))
+
+
+def _key(rows: DataFrame, name: str, where: str) -> Column:
+    """A column that a lookup goes by, as text.
+
+    Raises:
+        TrailvecError: its text is not the other file's: 4711.0 is no 4711, and nothing would match.
+    """
+    kind = rows.select(named_column(name)).schema[0].dataType
+    if not is_id_type(kind):
+        raise TrailvecError(f"{where} has a column {name} of type {kind.simpleString()}: write the ids as text")
+    return named_column(name).cast("string")
+
+
+def is_id_type(kind: T.DataType) -> bool:
+    """Whether it has texts, days or whole numbers, of which all files write the same text."""
+    is_whole = isinstance(kind, T.DecimalType) and kind.scale == 0
+    return is_whole or isinstance(kind, (T.StringType, T.IntegralType, T.DateType, T.NullType))
 
 
 def _both_have(path: str, name: str) -> str:

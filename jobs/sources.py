@@ -81,7 +81,8 @@ class IdValue(Given):
 
 
 class TimeValue(Given):
-    """A time. A raw column that already is a time with a zone (Parquet) is taken as it is."""
+    """A time. A raw column that already is a time with a zone (Parquet) is taken as it is; an expression that gives one
+    (`to_timestamp`) has neither format nor zone, `to_date` and `to_timestamp_ntz` may have a zone."""
 
     format: str | None = Field(
         None,
@@ -147,7 +148,9 @@ class Input(Section):
         pattern=r"^[a-z][a-z0-9_]*$",
         description="how far the input was read is kept under it; None: under its path or topic",
     )
-    path: str | None = Field(None, description="file, folder or pattern, from ingest.data_dir")
+    path: str | None = Field(
+        None, description="file, folder or pattern (`*`, `?`, `[...]`; no braces), from ingest.data_dir"
+    )
     kafka: Kafka | None = Field(None, description="a topic instead of a path; its values are JSON objects")
     format: Literal["json", "csv", "parquet"] = Field(
         "json", description="json: one object on each line; csv: one record on each, no line break between quotes"

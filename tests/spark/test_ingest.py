@@ -348,6 +348,13 @@ def test_a_missing_file_or_column_is_named(spark: SparkSession, write: Callable[
     for format in ("millis", "%Y-%m-%d", "YYYY-MM-dd", "'at"):
         with pytest.raises(TrailvecError, match=rf"format = .{format}. is no datetime .* epoch_s or epoch_ms$"):
             ingest(spark, folder, mapping("log.csv", columns={"event_ts": {"column": "at", "format": format}}))
+    said = r"by format = \"yyyy.*\" a time without a zone would be one of UTC, not of Europe/London: give the two"
+    for zoned, match in (
+        ({"column": "at", "format": "yyyy-MM-dd'T'HH:mm:ss[XXX]"}, said),
+        ({"expr": "to_timestamp(at)"}, r"expr = 'to_timestamp\(at\)' gives an instant, to which zone and format can't"),
+    ):
+        with pytest.raises(TrailvecError, match=f"source test: event_ts: {match}"):
+            ingest(spark, folder, mapping("log.csv", columns={"event_ts": {**zoned, "zone": "Europe/London"}}))
     for sql in ("to_timestamp(at, '%Y')", "regexp_replace(at, '(', '')", "from_utc_timestamp(at, 'Mars')"):
         with pytest.raises((PySparkException, Py4JJavaError)) as failed:
             ingest(spark, folder, mapping("log.csv", columns={"item_id": {"expr": sql}}))
@@ -677,6 +684,16 @@ def test_a_lookup_never_multiplies_or_loses_records(spark: SparkSession, write: 
     columns = {"vertical": {"column": "department", "default": "OTHER"}}
     rows = ingest(spark, folder, mapping("log.csv", columns=columns, lookups=lookups))
     assert [(row["event_id"], row["vertical"]) for row in rows] == [("1", "food"), ("2", "OTHER")]
+    doubled = table.set_column(0, "item", pa.array([7.0, None, 9.0]))  # pandas, where one is missing: 7.0 is no 7
+    pq.write_table(doubled, folder / "items [1].parquet")
+    with pytest.raises(TrailvecError, match=r"lookup items\*\.parquet has a column item of type double: write the ids"):
+        ingest(spark, folder, mapping("log.csv", columns=columns, lookups=lookups))
+    pq.write_table(table, folder / "items [1].parquet")
+    pq.write_table(
+        pa.table({"id": ["1"], "user": ["ann"], "item": [7.0], "at": ["x"], "price": [1]}), folder / "log.pq"
+    )
+    with pytest.raises(TrailvecError, match=r"log\.pq has a column item of type double: write the ids as text"):
+        ingest(spark, folder, mapping("log.pq", "parquet", columns=columns, lookups=lookups))
 
 
 @pytest.mark.parametrize("form", ["csv", "json"])

@@ -1,4 +1,4 @@
-"""Which files an input stands for, and a list: told by their names alone."""
+"""What is told of files and mappings without Spark."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.checked_records import may_lack_zone
 from jobs.files import HadoopPath, Place
 from jobs.raw_records import find_files, folder_of, is_data
 from jobs.user_lists import file_digest
@@ -45,3 +46,17 @@ def test_hidden_and_unfinished_files_are_no_data(file: str, kept: bool) -> None:
     places.append(("hdfs://host:8020/_raw/logs", HadoopPath("hdfs://host:8020/_raw/logs")))
     for url, folder in places:
         assert is_data(f"{url}/{file}", folder) is kept
+
+
+@pytest.mark.parametrize(
+    ("pattern", "optional"),
+    [
+        ("yyyy-MM-dd HH:mm[:ss]XXX", False),
+        ("yyyy-MM-dd HH:mm['[Z'] z", False),
+        ("yyyy-MM-dd HH:mm[XXX]", True),
+        ("yyyy-MM-dd HH:mm[:ss[.SSS][ VV]]", True),
+        ("yyyy-MM-dd HH:mm[ 'Z']", False),
+    ],
+)
+def test_a_zone_in_brackets_may_be_lacking(pattern: str, optional: bool) -> None:
+    assert may_lack_zone(pattern) is optional
