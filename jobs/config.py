@@ -103,7 +103,9 @@ class IngestSettings(Section):
         0.05, ge=0, le=1, description="a larger share of refused records, of those that a run has read, stops the job"
     )
     earliest: UtcDatetime = Field(datetime(2000, 1, 1), description="UTC; an event before this is refused")
-    future_tolerance_hours: float = Field(24, ge=0, description="an event later than now plus this is refused")
+    future_tolerance_hours: float = Field(
+        24, ge=0, le=876_000, description="an event later than now plus this is refused"
+    )
     negative_amount_event_types: list[str] = Field(
         default_factory=lambda: ["return", "refund"], description="event types whose amount may be negative"
     )

@@ -392,8 +392,8 @@ def run(runtime: Runtime) -> None:
 
 def _refuse_ids_of_several_days(runtime: Runtime) -> None:
     """Of an id that same_day let stand on two days, an earlier event that comes would take the place of both rows."""
-    last = runtime.last_writer(EVENTS)
-    if last is None or last["config"]["ingest"]["duplicates"] != "same_day":
+    last = runtime.last_writer(EVENTS)  # None: it may have such ids, as after a RESTORE
+    if not runtime.exists(EVENTS) or (last is not None and last["config"]["ingest"]["duplicates"] != "same_day"):
         return
     several = runtime.latest(EVENTS).groupBy("event_id").count().where("count > 1").count()
     if several:

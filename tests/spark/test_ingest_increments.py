@@ -284,6 +284,7 @@ def test_same_day_finds_an_event_again_and_takes_another_day_for_another(
     assert report.notes == ["1 exact repeats of an event dropped"]
     assert [row["event_ts"].day for row in events(runtime)] == [1, 9]
     (tmp_path / "log2.csv").write_text(HEADER + "1,ann,a,2023-04-30,1\n")
+    runtime.spark.sql(f"UPDATE delta.`{runtime.path(EVENTS)}` SET user_id = 'bob'")  # by another hand
     with pytest.raises(TrailvecError, match=r"holds 1 ids on several days.*found everywhere: set it back, or move"):
         make_runtime(*settings(tmp_path, source(tmp_path))).execute(STAGE)
     assert runtime.execute(STAGE).rows_out["events"] == 3

@@ -31,6 +31,7 @@ from jobs.errors import TrailvecError
         ("train.learning_rate=inf", "train.learning_rate = inf: Input should be a finite number"),
         ("train.weight_decay=inf", "train.weight_decay = inf: Input should be a finite number"),
         ("sessionize.gap_minutes=inf", "sessionize.gap_minutes = inf: Input should be a finite number"),
+        ("ingest.future_tolerance_hours=1e8", "hours = 100000000.0: Input should be less than or equal to 876000"),
         ("sessionize.max_minutes=1e12", "sessionize.max_minutes = 1000000000000.0: Input should be less than or equal"),
         ("sessionize.gap_minutes_by_vertical={ food = nan }", "food = nan: Input should be a finite number"),
         ("sessionize.gap_minutes_by_vertical={ food = -5 }", "food = -5: Input should be greater than 0"),
