@@ -33,6 +33,8 @@ LINE = "trailvec_line"  # the record's text; NULL where the columns say it all
 BROKEN = "trailvec_broken"  # the line could not be split into columns
 REST = "trailvec_rest"  # what nothing in the mapping names, as a map
 
+_PACKED = re.compile(r"[.](zip|7z|xz|rar|tar|tgz|gz|bz2|zst|lz4|snappy|deflate)$", re.IGNORECASE)
+_TAR = re.compile(r"[.]tar([.]\w+)?$", re.IGNORECASE)  # many files in one, which no codec parts
 BLANKS = " \t\n\x0b\f\r"
 
 _END = "trailvec_end"
@@ -142,7 +144,7 @@ def read_raw(
         elif mapping.format == "parquet":
             groups += [(mapping.place, _with_place(frame)) for frame in _read_parquet(spark, as_patterns(alike), base)]
         else:
-            _check_bzip2(spark, alike)
+            _check_packing(spark, alike)
             groups.append((mapping.place, _read_lines(spark, alike, base)))
     if spread:
         cores = spark.sparkContext.defaultParallelism
@@ -226,12 +228,12 @@ def _by_header(spark: SparkSession, files: Sequence[str]) -> dict[str, list[str]
     jvm: Any = spark._jvm
     conf = spark._jsc.hadoopConfiguration()
     codecs = jvm.org.apache.hadoop.io.compress.CompressionCodecFactory(conf)
-    _check_bzip2(spark, files)
+    _check_packing(spark, files)
     groups: dict[str, list[str]] = {}
     for file in sorted(files):
         path = jvm.org.apache.hadoop.fs.Path(file)
         codec = codecs.getCodec(path)
-        opened = reader = path.getFileSystem(conf).open(path)
+        opened = reader = _open(path, conf)
         try:
             text = opened if codec is None else codec.createInputStream(opened)
             reader = jvm.java.io.BufferedReader(jvm.java.io.InputStreamReader(text, "UTF-8"))
@@ -239,10 +241,7 @@ def _by_header(spark: SparkSession, files: Sequence[str]) -> dict[str, list[str]
             while header is not None and not header.removeprefix("\ufeff").strip():
                 header = reader.readLine()
         except Py4JJavaError as error:
-            said = error.java_exception.toString()
-            raise TrailvecError(
-                f"{file} can't be read ({said}): fetch it again, or packed by gzip, or take it out of the folder"
-            ) from None
+            raise _unreadable(file, error) from None
         finally:
             reader.close()
         if header is not None:  # else it has no records
@@ -250,13 +249,37 @@ def _by_header(spark: SparkSession, files: Sequence[str]) -> dict[str, list[str]
     return groups
 
 
-def _check_bzip2(spark: SparkSession, files: Sequence[str]) -> None:
-    """Refuses a file that is called .bz2 and is none, of which Hadoop reads no line and says no word."""
+def _open(path: Any, conf: Any) -> Any:
+    """A Java stream of the file's bytes."""
+    try:
+        return path.getFileSystem(conf).open(path)
+    except Py4JJavaError as error:
+        raise _unreadable(path.toString(), error) from None
+
+
+def _unreadable(file: str, error: Py4JJavaError) -> TrailvecError:
+    said = error.java_exception.toString()
+    return TrailvecError(
+        f"{file} can't be read ({said}): fetch it again, or packed by gzip, or take it out of the folder"
+    )
+
+
+def _check_packing(spark: SparkSession, files: Sequence[str]) -> None:
+    """Refuses files that Hadoop does not unpack, whose bytes would be taken for lines, and one that is called .bz2 and
+    is none, of which it reads no line and says no word."""
     jvm: Any = spark._jvm
     conf = spark._jsc.hadoopConfiguration()
-    for file in sorted(file for file in files if file.endswith(".bz2")):
+    codecs = jvm.org.apache.hadoop.io.compress.CompressionCodecFactory(conf)
+    for file in sorted(file for file in files if _PACKED.search(file)):
         path = jvm.org.apache.hadoop.fs.Path(file)
-        opened = path.getFileSystem(conf).open(path)
+        if _TAR.search(file) or codecs.getCodec(path) is None:
+            raise TrailvecError(
+                f"{file} is packed in a way that Spark does not unpack: pack it by gzip, named .gz, or take it out of "
+                "the folder"
+            )
+        if not file.endswith(".bz2"):
+            continue
+        opened = _open(path, conf)
         try:
             start = [opened.read() for _ in range(3)]
         finally:

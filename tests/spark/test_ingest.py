@@ -386,13 +386,20 @@ def test_a_cut_compressed_file_is_told(spark: SparkSession, tmp_path: Path) -> N
         ("log.json.bz2", b"", r"log\.json\.bz2 is no bzip2 file"),
         ("log.json.gz", lines.encode(), r"log\.json\.gz is not packed as its name says \(not a gzip file\)"),
         ("log.csv.zst", b"", r"log\.csv\.zst can't be read \(.*zStandard"),
+        ("log.json.zip", packed, r"log\.json\.zip is packed in a way that Spark does not unpack"),
+        ("log.csv.GZ", packed, r"log\.csv\.GZ is packed in a way"),
+        ("log.csv.tar.gz", packed, r"log\.csv\.tar\.gz is packed in a way"),
     ]
     for name, content, said in files:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(Exception) as error:  # noqa: PT011 - ours, or Spark's own
             ingest(spark, tmp_path, mapping(name, name.split(".")[1]))
         text = str(error.value) if isinstance(error.value, TrailvecError) else str(explain(error.value))
-        assert re.search(rf"{said}.*: fetch it again.* or take it out", text)
+        assert re.search(rf"{said}.*: (fetch it again|pack it).* or take it out", text)
+        (tmp_path / name).unlink()
+    for name in ("gone.csv", "gone.json.bz2"):
+        with pytest.raises(TrailvecError, match=rf"{name} can't be read \(java\.io\.FileNotFoundException"):
+            read_raw(spark, mapping("*", name.split(".")[1]), tmp_path, [f"file://{tmp_path}/{name}"])
     with pytest.raises(TrailvecError, match=r"b\.json\.gz is no gzip file, it has no bytes"):
         _check_gzip({"a.json": 0, "b.json.gz": 0, "c.json.gz": 20})
 
