@@ -391,7 +391,7 @@ class Runtime(Lake):
         if made_from is not None:
             self.latest_version(table)  # looks the commits up anew
             newer = itertools.takewhile(lambda commit: commit.version > made_from, self._commits(table))
-            if sum(commit.changed_rows and not commit.beside for commit in newer) > 1:
+            if sum(commit.changed_rows and not commit.housekeeping for commit in newer) > 1:
                 self._save(table, self.latest(table).limit(0), "append", {}, done=False)  # nothing goes on from here
                 raise TrailvecError(
                     f"another run changed table {table.name} in the moment in which this one wrote to it, and the rows "
