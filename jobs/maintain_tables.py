@@ -92,6 +92,7 @@ def _maintain(runtime: Runtime, names: Sequence[str], dry_run: bool) -> Iterator
             try:
                 if old is not None and entry["rows_too_old"]:
                     runtime.delete(table, old, note={KEEP_DAYS: days})
+                if entry["rows_too_old"] or (before["rows_hidden"] and only_hidden(runtime, table)):
                     runtime.purge(table)  # else deletion vectors would only hide them
                 compact(runtime, table)
                 vacuum(runtime, table)
@@ -116,6 +117,12 @@ def too_old(table: Table, days: int | None) -> Column | None:
         return None
     today = datetime.now(timezone.utc).replace(hour=0, minute=0, second=0, microsecond=0)
     return F.col(table.ages_by) < F.lit(today - timedelta(days=days))
+
+
+def only_hidden(runtime: Runtime, table: Table) -> bool:
+    """Whether nothing was purged since rows went for their age or for an erasure: a kill came between the two."""
+    last = next((commit for commit in runtime.commits(table) if commit.beside or commit.operation == "REORG"), None)
+    return last is not None and last.beside
 
 
 def measure(runtime: Runtime, table: Table) -> dict[str, int]:

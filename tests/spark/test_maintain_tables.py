@@ -252,6 +252,27 @@ def test_rows_go_when_they_are_too_old_and_what_is_made_of_them_follows(
     assert sessions == {"e3": 2, "e6": 1}
 
 
+def test_rows_that_a_killed_upkeep_only_hid_are_purged_by_the_next(
+    make_runtime: Callable[..., Runtime], spark: SparkSession, midnight: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime, today = make_runtime("maintain.keep_days={ events = 3 }"), midnight.replace(tzinfo=None)
+    times = [today - timedelta(days=30), today]
+    rows = [make_event(event_id=f"e{n}", user_id="u", item_id="i", event_ts=time) for n, time in enumerate(times)]
+    put(runtime, EVENTS, to_frame(spark, rows).coalesce(1))
+    monkeypatch.setattr(module, "compact", lambda *_: None)  # which leaves a full cube's files as they are
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as kill:
+        kill.setattr(Runtime, "purge", killed)
+        with pytest.raises(KeyboardInterrupt):
+            maintain(runtime)
+    for hidden in (1, 0):
+        (done,) = maintain(runtime, dry_run=bool(hidden))
+        assert (done["rows"], done["rows_too_old"], done["rows_hidden"]) == (1, 0, hidden)
+
+
 def test_refused_records_go_by_the_day_they_were_refused(
     make_runtime: Callable[..., Runtime], spark: SparkSession, midnight: datetime
 ) -> None:
