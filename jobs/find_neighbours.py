@@ -5,7 +5,7 @@ vocabulary), for each user and each item the users and the items with the highes
 (spark_udfs/topk.py). A zero vector has no direction: it has no cosine neighbours and is nobody's.
 
 With `neighbours.habit` also user_item_habit: a user's items by the model's score and what the user does again and again
-(jobs/habit.py), exact too.
+(jobs/habit.py), as exact as user_item is.
 
 Items as neighbours can be narrowed down: to some verticals, to those in stock, and for a user without what they have
 already bought (`neighbours.*`).
@@ -249,6 +249,13 @@ def _offered(runtime: Runtime, items: DataFrame, folder: Place) -> DataFrame:
     """The items that may be neighbours. `folder`: as for `read_items`."""
     settings = runtime.config.neighbours
     if settings.verticals:
+        verticals = runtime.read(ITEMS).where("vertical IS NOT NULL").select("vertical").distinct().collect()
+        there = sorted(row["vertical"] for row in verticals)
+        runtime.report.notes += [
+            f"neighbours.verticals offers nothing of {name}: no item is of that vertical (found {', '.join(there)})"
+            for name in settings.verticals
+            if name not in there
+        ]
         of_verticals = runtime.read(ITEMS).where(F.col("vertical").isin(settings.verticals))
         items = items.join(of_verticals.select(F.col("item_id").alias("id")), "id", "left_semi")
     if settings.in_stock is not None:

@@ -143,17 +143,18 @@ def test_items_in_stock_of_a_vertical_that_a_user_has_not_bought(
     stock = tmp_path / "stock.txt"
     stock.write_text("\ufeffitem_id\ni1\ni3 \t\n\ni5\ni2\ni9\nunknown\n", encoding="utf-8")
     filters = (
-        'neighbours.verticals=["food"]',
+        'neighbours.verticals=["food", "foot"]',
         f'neighbours.in_stock="{stock}"',
         'neighbours.without=["purchase", "veiw"]',
     )
     runtime = make_runtime(f"neighbours.k={K}", "neighbours.block_rows=3", *filters)
     listed = read_items(runtime, stock, tmp_path).collect()
     assert [row["item_id"] for row in listed] == ["i1", "i3", "i5", "i2", "i9", "unknown"]
-    users, items = some("u", 20, 1), some("i", 11, 2)
+    users, items = some("u", 20, 1), some("i", 11, 2) | {"i9": [0.0, 0.0, 0.0]}
     embed(runtime, spark, users, items)
     assert runtime.execute(STAGE).notes == [
-        "neighbours.without leaves out nothing for veiw: no event is of that type (found purchase, search, view)"
+        "neighbours.without leaves out nothing for veiw: no event is of that type (found purchase, search, view)",
+        "neighbours.verticals offers nothing of foot: no item is of that vertical (found food, rides)",
     ]
     offered = {item: items[item] for item in ("i1", "i3", "i5", "i9")}
     bought = {(user, item) for user, item, what in DONE if what == "purchase"}
