@@ -110,7 +110,7 @@ def find_neighbours(every: list[Search], settings: NeighboursSettings) -> DataFr
         found = nearest(
             queries,
             candidates,
-            settings.k,
+            min(settings.k, max(1, counts[1])),  # memory is taken for so many
             metric,
             same_kind=source == target,
             block_rows=settings.block_rows,
@@ -217,13 +217,14 @@ def _run(runtime: Runtime, folder: Place) -> None:
         without=_done_before(runtime.read(SESSIONS), settings.without) if settings.without else None,
     )
     of_model = F.col("model_version") == version
-    # A run takes the place of the kinds that it writes, and of no other.
+    # A run takes the place of the kinds that it writes, also where it finds nothing, and of no other.
     of_habit = of_model & (F.col("kind") == WITH_HABIT)
     stale = not settings.habit and runtime.exists(NEIGHBOURS)
     stale = stale and not runtime.latest(NEIGHBOURS).where(of_habit).isEmpty()
     with spark_conf(runtime.spark, BLOCK_CONF):
         found = find_neighbours(every, settings).withColumn("model_version", F.lit(version))
-        runtime.write(NEIGHBOURS, found, done=not settings.habit and not stale)
+        of: dict[str, str | tuple[str, ...]] = {"model_version": version, "kind": tuple(KINDS)}
+        runtime.write(NEIGHBOURS, found, done=not settings.habit and not stale, of=of)
         if settings.cells:
             shares = recall(every, runtime.latest(NEIGHBOURS).where(of_model), settings)
             told = ", ".join(f"{kind} {share:.3f}" for kind, share in sorted(shares.items()))
@@ -233,7 +234,8 @@ def _run(runtime: Runtime, folder: Place) -> None:
         (search,) = (search for search in every if search.kind == "user_item")
         found = runtime.latest(NEIGHBOURS).where(of_model & (F.col("kind") == search.kind))
         rows = with_habit(found, score_habits(_habits(runtime), search), settings.k)
-        runtime.write(NEIGHBOURS, rows.withColumns({"model_version": F.lit(version), "kind": F.lit(WITH_HABIT)}))
+        of = {"model_version": version, "kind": WITH_HABIT}
+        runtime.write(NEIGHBOURS, rows.withColumns({name: F.lit(value) for name, value in of.items()}), of=of)
     elif stale:
         runtime.delete(NEIGHBOURS, of_habit, note={"habit": False})
 

@@ -14,7 +14,7 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -273,17 +273,18 @@ class Runtime(Lake):
         df: DataFrame,
         done: bool = True,
         note: dict[str, Any] | None = None,
-        of: dict[str, str] | None = None,
+        of: Mapping[str, str | tuple[str, ...]] | None = None,
     ) -> None:
         """Replaces the table's rows by `df` in one commit; in a table partitioned by model_version, only
         the rows of the partitions that `df` holds.
 
         Args:
             done, note: as in `append`.
-            of: columns and their values: only the rows that have them are replaced, also where `df` holds none.
+            of: columns and the value of each, or some: only the rows that have them are replaced, also where `df` holds
+                none.
         """
         if of is not None:
-            options = {"replaceWhere": " AND ".join(f"{name} = {_sql_text(value)}" for name, value in of.items())}
+            options = {"replaceWhere": " AND ".join(f"{name} IN ({_sql_texts(values)})" for name, values in of.items())}
         else:
             dynamic = "model_version" in table.partition_by
             options = {"partitionOverwriteMode": "dynamic" if dynamic else "static"}
@@ -482,10 +483,11 @@ class Runtime(Lake):
         return all(told.get(name) in (None, table_id) for name, table_id in self._table_ids.items())
 
 
-def _sql_text(value: str) -> str:
-    """The value as a literal of SQL."""
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+def _sql_texts(values: str | tuple[str, ...]) -> str:
+    """One value, or some, as literals of SQL."""
+    some = (values,) if isinstance(values, str) else values
+    escaped = [value.replace("\\", "\\\\").replace("'", "\\'") for value in some]
+    return ", ".join(f"'{value}'" for value in escaped)
 
 
 def _changed_by_another_run(table: Table, during: str) -> TrailvecError:

@@ -138,7 +138,7 @@ def test_all_three_kinds_against_brute_force(
 
 
 def test_items_in_stock_of_a_vertical_that_a_user_has_not_bought(
-    make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path
+    make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stock = tmp_path / "stock.txt"
     stock.write_text("\ufeffitem_id\ni1\ni3 \t\n\ni5\ni2\ni9\nunknown\n", encoding="utf-8")
@@ -166,8 +166,12 @@ def test_items_in_stock_of_a_vertical_that_a_user_has_not_bought(
     }
     assert found["user_item"] != brute_force(users, offered, False)
     assert runtime.execute(STAGE).skipped
-    stock.write_text("i1\n")
+    stock.write_text("i9\n")
+    search = Mock(wraps=nearest)
+    monkeypatch.setattr(find_neighbours, "nearest", search)
     assert not runtime.execute(STAGE).skipped
+    assert read(runtime).keys() == {"user_item", "user_user"}  # it has no direction: nothing is near it
+    assert [call.args[2] for call in search.call_args_list] == [1, K, 1]  # no memory for more than there are
     stock.write_text("i2\n")
     with pytest.raises(TrailvecError, match="no item is left as a neighbour: correct neighbours"):
         runtime.execute(STAGE)
