@@ -322,9 +322,8 @@ def run(runtime: Runtime) -> None:
     results += space_results(*_space_sample(runtime, rows, vectors))
     table = [(version, settings.split, r.task, *r.cell, r.value, r.low, r.high, r.counted) for r in results]
     frame = runtime.spark.createDataFrame(table, EVALUATION.schema()).coalesce(1)
-    of_split = {"split": settings.split}
-    note = model_inputs(runtime) | of_split
-    runtime.write(EVALUATION, frame, of={"model_version": version} | of_split, note=note)
+    note = {**model_inputs(runtime), "split": settings.split}
+    runtime.write(EVALUATION, frame, of={"model_version": version, "split": settings.split}, note=note)
     for task in TASKS:
         of = {r.cell.method: r for r in results if r.task == task and r.cell[1:] == ("ndcg@10", "all", "all")}
         runtime.report.notes.append(f"ndcg@10, {task}: " + ", ".join(f"{m} {r.value:.4f}" for m, r in of.items()))

@@ -121,8 +121,8 @@ def too_old(table: Table, days: int | None) -> Column | None:
 
 def only_hidden(runtime: Runtime, table: Table) -> bool:
     """Whether nothing was purged since rows went for their age or for an erasure: a kill came between the two."""
-    last = next((commit for commit in runtime.commits(table) if commit.beside or commit.operation == "REORG"), None)
-    return last is not None and last.beside
+    last = next((commit for commit in runtime.commits(table) if commit.housekeeping or commit.operation == "REORG"), None)
+    return last is not None and last.housekeeping
 
 
 def measure(runtime: Runtime, table: Table) -> dict[str, int]:
