@@ -121,7 +121,8 @@ def too_old(table: Table, days: int | None) -> Column | None:
 
 def only_hidden(runtime: Runtime, table: Table) -> bool:
     """Whether nothing was purged since rows went for their age or for an erasure: a kill came between the two."""
-    last = next((commit for commit in runtime.commits(table) if commit.housekeeping or commit.operation == "REORG"), None)
+    told = (commit for commit in runtime.commits(table) if commit.housekeeping or commit.operation == "REORG")
+    last = next(told, None)
     return last is not None and last.housekeeping
 
 
