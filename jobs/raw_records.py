@@ -110,7 +110,8 @@ def find_inputs(spark: SparkSession, data_dir: Place, path: str) -> list[tuple[s
         if "PATH_NOT_FOUND" not in str(error):
             raise
         files = []
-    found = sorted((file[0], file[1], file[2]) for file in files if is_data(file[0], folder_of(data_dir, path)))
+    folder = folder_of(data_dir, path)
+    found = sorted((file[0], file[1], file[2]) for file in files if is_data(file[0], folder))
     if not found:
         raise _no_such_file(data_dir / path)
     return found
