@@ -9,6 +9,7 @@ in `exclude`. What each key means stands here, at the key.
 
 from __future__ import annotations
 
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -149,7 +150,9 @@ class Segment(Section):
         place = urlsplit(self.destination or "")
         # abfss://container@account…: what stands there for a user is no secret.
         user = None if place.scheme in ("abfs", "abfss") else place.username
-        if user or place.password or "key" in place.query.lower():
+        # (A secret may hold a slash, where the host would end.)
+        named = place.scheme and re.search(r"//[^@]*:[^@]*@", self.destination or "")
+        if user or place.password or named or "key" in place.query.lower():
             raise ValueError("destination holds credentials: leave them to the environment")
         return self
 

@@ -28,6 +28,7 @@ ColumnTest = Callable[[Column], Column]
 
 _WORD = re.compile(r"\w+")
 _STRUCTURE = re.compile(r"[\s\"'{}\[\](),;:|=]+")
+_FIELDS = re.compile(r"[\t\r\n\"'{}\[\](),;:|=&]+")  # an id may hold blanks
 _ESCAPES = re.compile(r'(?:\\(?:u[0-9a-fA-F]{4}|["\\/bfnrt]))+')
 
 
@@ -73,7 +74,8 @@ def on_list_in_raw(key: bytes, hashes: Sequence[str]) -> TextTest:
 
 def values(raw: str) -> set[str]:
     """What may be a value of a record that could not be read: JSON's, CSV's by several delimiters, and the pieces
-    between quotes, brackets, commas, blanks and the like; as they are written, and without JSON's escapes."""
+    between quotes, brackets, commas and the like, parted at blanks or not; as they are written, and without JSON's
+    escapes."""
     found, plain = _pieces(raw), _unescaped(raw)
     if plain != raw:
         found.update([_unescaped(piece) for piece in found], _pieces(plain))
@@ -83,7 +85,7 @@ def values(raw: str) -> set[str]:
 
 
 def _pieces(text: str) -> set[str]:
-    found = {piece for piece in _STRUCTURE.split(text) if piece}
+    found = {*_STRUCTURE.split(text), *map(str.strip, _FIELDS.split(text))} - {""}
     for delimiter in ",;\t|":
         try:
             fields = next(csv.reader([text], delimiter=delimiter), [])

@@ -342,6 +342,7 @@ def test_what_is_refused_while_it_runs(shop: Runtime, tmp_path: Path, monkeypatc
         ("size = 4", 'size = 4\nexclude = ["buyers"]', "segment buyers is not among export.segments: add its file"),
         ("size = 4", 'size = 4\nexclude = ["likes"]', r"in a circle \(likes → likes\): take one out"),
         ("size = 4", 'size = 4\ndestination = "s3://me:pass@bucket/x"', "destination holds credentials: leave them"),
+        ("size = 4", 'size = 4\ndestination = "s3a://me:pa/ss@bucket/x"', "destination holds credentials: leave them"),
         ("size = 4", "size = 4\ncontrol_share = 1", "control_share = 1: Input should be less than 1"),
         ('name = "likes"', 'name = "../likes"', "name = '../likes': String should match pattern"),
         ("size = 4", 'size = 4\nuser_ids = "plain"', r"likes.toml: plain user ids need approved_by, .*: correct it"),

@@ -58,6 +58,12 @@ def test_who_is_on_a_list_of_hashes() -> None:
         ('{"user": {"id": 12}, "x": ["b c", null]}', "12"),
         ('{"user": {"id": 12}, "x": ["b c", null]}', "b c"),
         ('{"user": "ann", "broken', "ann"),
+        ("1;ann lee;x", "ann lee"),
+        ("1\tann lee\tx", "ann lee"),
+        ("1|ann lee|x", "ann lee"),
+        ('1,"oat milk,ann lee,2023', "ann lee"),  # what opens a field or an object, and is never closed
+        ('{"user":"ann lee","x":', "ann lee"),
+        ("1,ann lee,a\rb", "ann lee"),
         ("id=ann&x", "ann&x"),
         (r'{"user":"a\/b","broken', "a/b"),  # PHP
         (r'{"user":"x\u003d1","broken', "x=1"),  # Gson

@@ -7,6 +7,7 @@ import pytest
 
 from spark_udfs import likeness, topk
 from spark_udfs.likeness import Anchors, Scorer, anchors_of
+from spark_udfs.topk import Metric
 
 
 def one_by_one(user: np.ndarray, anchors: Anchors) -> float:
@@ -49,6 +50,16 @@ def test_who_reaches_a_floor(at_once: int, monkeypatch: pytest.MonkeyPatch) -> N
     assert np.array_equal(found, expected, equal_nan=True)
     assert np.isfinite(found).sum(axis=1).tolist()[4] == 200
     assert np.allclose(scorer.all(users), true, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+def test_anchors_that_float32_takes_for_one(metric: Metric) -> None:
+    rng = np.random.default_rng(3)
+    base = rng.normal(size=48)
+    anchors = Anchors((base + 1e-6 * rng.normal(size=(60, 48))).astype(np.float32), metric)
+    users = rng.normal(size=(64, 48)).astype(np.float32)
+    ((_, rows, scores),) = Scorer([anchors]).reaching(users, np.array([-np.inf]))
+    assert scores[np.argsort(rows)].tolist() == [one_by_one(user, anchors) for user in users]
 
 
 def test_tastes_are_the_middles_of_far_clusters() -> None:

@@ -55,6 +55,8 @@ def test_each_part_weighs_what_it_should(sample: tuple[np.ndarray, dict[str, sp.
     assert basis.widths == widths
     assert found.shape == (USERS, 31)
     assert found.dtype == np.float32
+    directions = basis.directions["items"]  # a direction's sign is nothing that libraries agree on
+    assert (directions[np.abs(directions).argmax(axis=0), range(directions.shape[1])] > 0).all()
     start = 0
     for part in PARTS:
         of_part = found[:, start : (start := start + basis.widths[part])]

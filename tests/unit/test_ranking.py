@@ -85,6 +85,20 @@ def test_popularity_bias_equals_plain_python(rows: list[tuple[list[int], list[in
         assert each == pytest.approx(sum(recommended) / len(recommended) - sum(done) / len(done))
 
 
+def test_only_the_verticals_that_most_users_did_next_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.ranking.VERTICALS", 1)
+    ranked, following, known = of([([2, 3, 5], [item], 1, 1.0) for item in (2, 5, 6)])
+    found = sliced(ranked, following, known, measures(ranked, following, COUNTS))
+    assert {value for _, kind, value, _ in found if kind == "vertical"} == {"rides"}
+
+
+def test_the_intervals_are_the_same_however_few_draws_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(1).normal(size=(50, 1))
+    whole = bootstrap(values, 500)
+    monkeypatch.setattr("jobs.ranking._WEIGHTS_AT_ONCE", 50 * 7)
+    np.testing.assert_allclose(bootstrap(values, 500), whole, rtol=1e-12)
+
+
 def test_a_user_with_no_candidate_recommends_nothing_popular() -> None:
     following = Following(np.array([2]), np.array([0, 1]), np.array([1.0]))
     assert math.isnan(measures(np.array([[-1, -1]]), following, COUNTS)["popularity_bias@10"][0])

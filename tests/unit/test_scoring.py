@@ -86,6 +86,14 @@ def test_padding_is_counted_and_cold_rows_are_told() -> None:
     assert np.isfinite(vectors).all()
 
 
+def test_items_that_came_after_the_model_are_as_good_as_none() -> None:
+    model = LoadedModel(make_model())
+    model.knows[-2] = True  # the last item that the model has is one that it knows
+    (row,) = make_rows(1)
+    row.update({name: (row[name] * 4)[:2] for name in FEATURES}, item_index=[1, 777], length=2)
+    assert encode_rows(model, *columns([row]), batch_size=2)[1].tolist() == [True]
+
+
 def test_a_loaded_models_weights_are_those_of_the_file_in_memory(tmp_path: Path) -> None:
     model = make_model()
     save_model(tmp_path, model, {"model_version": "m"})

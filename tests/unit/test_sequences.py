@@ -86,21 +86,36 @@ def test_equals_the_plain_python_sequences(
     assert few == {key: row for key, row in found.items() if key[1] in ("score", "valid")}
 
 
+def hourly(hours: dict[str, range]) -> dict[str, list[Row]]:
+    """Each user's actions, one in each of these hours, each with another item: numbers from 2 on, in that order."""
+    events = [
+        make_event(event_id=f"{user}{n:03}", user_id=user, item_id=f"{user}{n}", event_ts=START + timedelta(hours=n))
+        for user, of_user in hours.items()
+        for n in of_user
+    ]
+    numbers = {event["item_id"]: 2 + n for n, event in enumerate(events)}
+    return oracles.actions(events, numbers, {events[0]["vertical"]: 2}, {events[0]["event_type"]: 2}, [])
+
+
 @pytest.mark.parametrize("days", [0, 1])
 def test_what_a_long_history_no_longer_holds_is_still_seen(days: int) -> None:
-    """Ninety items, an hour apart, before the cut; rows of two actions."""
-    events = [
-        make_event(event_id=f"{n:03}", user_id="u", item_id=f"{n}", event_ts=START + timedelta(hours=n))
-        for n in range(100)
-    ]
-    numbers = {f"{n}": 2 + n for n in range(100)}
-    by_user = oracles.actions(events, numbers, {events[0]["vertical"]: 2}, {events[0]["event_type"]: 2}, [])
-    cut = microseconds(START + timedelta(hours=90))
-    rules = CutRules(max_length=2, max_parts=1, valid_us=cut, test_us=cut, seen_us=days * 86_400_000_000 or None)
-    row = rows_of(cut_sequences(batches(by_user, 3), rules))["u", "test", 0]
-    assert row["item_index"] == [90, 91]
-    assert row["target_item_index"] == list(range(92, 102))
-    assert row["seen_item_index"] == (list(range(68, 92)) if days else list(range(2, 92)))
+    """Items an hour apart, of which the rows show two: what was seen is told of each cut, back to its own day."""
+    by_user = hourly({"u": range(100)})
+    valid, test = (microseconds(START + timedelta(hours=hours)) for hours in (80, 90))
+    rules = CutRules(max_length=2, max_parts=1, valid_us=valid, test_us=test, seen_us=days * 86_400_000_000 or None)
+    rows = rows_of(cut_sequences(batches(by_user, 3), rules))
+    for split, first in (("valid", 82), ("test", 92)):
+        row = rows["u", split, 0]
+        assert row["item_index"] == [first - 2, first - 1]
+        assert row["target_item_index"] == list(range(first, 92 if split == "valid" else 102))
+        assert row["seen_item_index"] == list(range(first - 24 if days else 2, first))
+
+
+def test_what_is_no_longer_held_was_seen_by_its_own_user_alone() -> None:
+    by_user = hourly({"u": range(40), "v": range(36, 40), "w": range(1)})
+    cut = microseconds(START + timedelta(hours=38))
+    rules = CutRules(max_length=2, max_parts=1, valid_us=cut, test_us=cut)
+    assert rows_of(cut_sequences(batches(by_user, 9), rules))["v", "test", 0]["seen_item_index"] == [42, 43]
 
 
 @pytest.mark.parametrize(("seconds", "bucket"), [(0.5, 3), (1, 3), (2, 4), (7.9, 5), (8, 6), (2**29, 31)])

@@ -217,5 +217,7 @@ def test_the_cell_of_a_candidate_is_that_of_the_nearest_centre(metric: Metric) -
     compared = vectors / np.linalg.norm(vectors, axis=1)[:, None] if metric == "cosine" else vectors
     distances = np.linalg.norm(compared[:, None] - centres, axis=2)
     cells = Cells(centres, metric, 3)
+    best = np.argsort(-(compared @ centres.T), axis=1)[:, :3]
+    assert np.sort(cells.of_queries(vectors)).tolist() == np.sort(best).tolist()
     for _ in range(2):
         assert cells.of_candidates(vectors).tolist() == distances.argmin(axis=1).tolist()

@@ -309,3 +309,9 @@ def test_held_targets_are_the_known_items_of_the_first_moment(tmp_path: Path) ->
     second = held.part(1, 2)
     assert (second.targets.tolist(), second.offsets.tolist(), second.actions.shape[1]) == ([7], [0, 1], 1)
     assert held.part(3, 4).offsets.tolist() == [0]
+    # The second batch brings two where one more is wanted.
+    for row, items in zip(rows, ([3], [], [4], [5], [7]), strict=True):
+        row.update(target_item_index=items, target_ts=[at(1)] * len(items))
+    pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "more.parquet")
+    more = read_held([f"file://{tmp_path}/more.parquet"], MAX_LENGTH, known, max_users=2)
+    assert (more.targets.tolist(), more.offsets.tolist(), more.actions.shape[1]) == ([3, 4], [0, 1, 2], 2)
