@@ -65,7 +65,9 @@ class TrainSettings(Section):
     layers: int = Field(1, ge=1, description="blocks, one behind the other")
     heads: int = Field(2, ge=1, description="of each block's attention; width is a multiple of them")
     dropout: float = Field(0.2, ge=0, lt=1, description="share of the blocks' numbers that training sets to 0")
-    loss: Literal["softmax", "gbce"] = Field("softmax", description="gbce: binary, wants uniform negatives")
+    loss: Literal["softmax", "gbce"] = Field(
+        "softmax", description="gbce: binary, calibrated for uniform negatives: wants negative_power = 0"
+    )
     negatives: int = Field(1024, ge=0, description="items drawn for each batch and shared in it; 0: full softmax")
     negative_power: float = Field(1.0, ge=0, le=1, description="drawn by count^power: 1 by frequency, 0 all alike")
     gbce_t: float = Field(0.75, ge=0, le=1, description="gbce's calibration; 0: plain binary cross-entropy")
@@ -148,12 +150,20 @@ class TrainSettings(Section):
                 raise ValueError(f"{key} names {repeated[0]!r} more than once")
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads = {self.heads}, found {self.width}")
+        if self.architecture == "xlnet" and self.width % 2:
+            raise ValueError(f"xlnet needs an even width, found {self.width}")
         if self.architecture == "gpt2" and self.objective != "clm":
             raise ValueError(f"gpt2 only looks back, found objective {self.objective!r}, which looks both ways")
         if self.objective == "plm" and self.architecture != "xlnet":
             raise ValueError(f"plm needs architecture 'xlnet', found {self.architecture!r}")
         if self.loss == "gbce" and not self.negatives:
             raise ValueError("gbce needs negatives, found 0")
+        if self.loss == "gbce" and self.negative_power:
+            raise ValueError(
+                f"gbce is calibrated for uniform negatives: set negative_power = 0, found {self.negative_power}"
+            )
+        if self.item_dropout and not self.item_attributes:
+            raise ValueError(f"item_dropout = {self.item_dropout} needs item_attributes to stand alone, found none")
         if self.item_precision == "bfloat16" and self.item_optimizer == "adamw":
             raise ValueError("item_precision 'bfloat16' needs item_optimizer 'rowwise' or 'auto', found 'adamw'")
         return self

@@ -25,6 +25,12 @@ from jobs.errors import TrailvecError
         ("ingest.sources=5", "ingest.sources = 5: Input should be a valid list"),
         ("train.epochs=many", "train.epochs = 'many': Input should be a valid integer"),
         ("train.heads=3", "width must be a multiple of heads = 3, found 64"),
+        ("train.loss=gbce", "gbce is calibrated for uniform negatives: set negative_power = 0, found 1.0"),
+        ("train={ architecture = 'xlnet', heads = 3, width = 9 }", "xlnet needs an even width, found 9"),
+        (
+            "train={ item_dropout = 0.1, item_attributes = [] }",
+            "item_dropout = 0.1 needs item_attributes to stand alone, found none",
+        ),
         ('train.inputs=["hour", "weekday", "hour"]', "train: inputs names 'hour' more than once: correct it"),
         ('train.item_attributes=["price", "price"]', "train: item_attributes names 'price' more than once"),
         ("train.seed=18446744073709551616", "train.seed = 18446744073709551616: Input should be less than 2147483648"),

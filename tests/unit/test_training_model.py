@@ -15,6 +15,7 @@ from tests.sequence_files import CONTEXT_SIZES, ITEMS, MAX_LENGTH, SPEC, item_co
 from training.batches import FEATURES, TARGET, pad
 from training.checkpoint import ItemVectors, load_model, read_about, read_alignment, save_weights
 from training.model import SequenceModel, build_model
+from training.softmax import gbce
 
 torch.set_num_threads(1)  # tests run side by side: threads that wait for each other are slower than one
 
@@ -111,6 +112,16 @@ def test_loss_is_the_cross_entropy_of_every_known_next_item() -> None:
                     count += 1
     assert positions == count
     assert float(total) == pytest.approx(expected, rel=1e-4)
+
+
+def test_gbce_goes_by_how_many_items_the_model_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, told = make_model(negatives=12, loss="gbce", negative_power=0.0), []
+    monkeypatch.setattr("training.model.gbce", lambda *given, **more: told.append(more) or gbce(*given, **more))
+    loss, count = model.loss(make_batch(ROWS, SPEC.max_length))
+    loss.backward()
+    assert told == [{"known_items": 27, "t": 0.75}]
+    assert count == sum(row["length"] - 1 for row in ROWS)
+    assert model.table.own.weight.grad.any()
 
 
 def test_a_batch_without_targets_has_no_loss() -> None:
