@@ -247,12 +247,13 @@ class _ArrowResults:
 def _ahead(batches: Generator[Batch, None, None], count: int) -> Iterator[Batch]:
     """The batches, of which a thread makes `count` or a few more before they are asked for."""
     pool = ThreadPoolExecutor(1)
+    at_once = min(8, count)  # handing small ones over one by one costs half as much as making them
 
     def some() -> list[Batch]:
-        return list(islice(batches, 8))  # handing them over one by one costs half as much as making them
+        return list(islice(batches, at_once))
 
     try:
-        waiting = deque(pool.submit(some) for _ in range(math.ceil(count / 8)))
+        waiting = deque(pool.submit(some) for _ in range(math.ceil(count / at_once)))
         while made := waiting.popleft().result():
             waiting.append(pool.submit(some))
             yield from made

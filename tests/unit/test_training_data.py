@@ -200,6 +200,18 @@ def test_the_threads_end_with_the_consumer(tmp_path: Path, monkeypatch: pytest.M
     assert threading.active_count() == threads
 
 
+def test_large_batches_too_are_made_only_a_few_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(data, "READY_ROWS", 8)
+    rows, make = [], data._batches
+    monkeypatch.setattr(data, "_batches", lambda *of: (rows.append(len(b["item_index"])) or b for b in make(*of)))
+    files = write_files(tmp_path, make_rows(160))
+    batches = read_batches(files, max_length=MAX_LENGTH, batch_size=8, rank=0, size=1, seed=5)
+    assert len(next(batches)["item_index"]) == 8
+    batches.close()  # type: ignore[attr-defined]
+    assert sum(rows) <= 4 * 8
+
+
 def test_a_row_longer_than_the_model_keeps_its_newest_actions(tmp_path: Path) -> None:
     rows = [row for row in make_rows(40) if row["length"] > 3]
     batches = read(write_files(tmp_path, rows), max_length=3)
