@@ -130,16 +130,20 @@ class SequenceModel(nn.Module):
         known = self.known(batch)
         embedded, items = self._embed(known), known[ITEM]
         if self.spec.objective == "clm":
-            return self._item_loss(self._states(embedded, items > 0), batch[TARGET])
+            targets = batch[TARGET].where(batch[TARGET] < self.spec.items, UNKNOWN)
+            return self._item_loss(self._states(embedded, items > 0), targets)
         info = self.masking.compute_masked_targets(items, training=True)
         if self.spec.objective == "plm":
             chosen = {"perm_mask": self.masking.perm_mask, "target_mapping": self.masking.target_mapping}
-            return self._item_loss(self._states(embedded, items > 0, **chosen), info.targets)
+            # XLNet's attention to nothing is the mean of everything, what is asked for too. Transformers4Rec leaves an
+            # action to be seen, but not in a short row of which it hides padding, too.
+            sees = ((self.masking.perm_mask == 0) & (items > 0)[:, None]).any(dim=2)
+            return self._item_loss(self._states(embedded, items > 0, **chosen), info.targets.where(sees, 0))
         hidden = self.masking.apply_mask_to_inputs(embedded, info.schema, training=True)
         states = self._states(hidden, items > 0)
         loss, count = self._item_loss(states, info.targets)
         if self.spec.objective == "rtd" and count:
-            loss = loss + _RTD_WEIGHT * self._replacement_loss(known, states, info.targets)
+            loss = loss + count * self._replacement_loss(known, states, info.targets)
         return loss, count
 
     def _item_loss(self, states: Tensor, targets: Tensor) -> tuple[Tensor, int]:
@@ -156,7 +160,7 @@ class SequenceModel(nn.Module):
 
     def _replacement_loss(self, batch: Batch, states: Tensor, targets: Tensor) -> Tensor:
         """Which actions are not the true ones? The hidden ones come back as other hidden items of the batch, drawn by
-        the model's own scores; a mean over all actions, times the number of hidden ones."""
+        the model's own scores; the mean over all actions."""
         hidden, given = targets > 0, batch[ITEM]
         table = self.table(targets[hidden]).detach().T
         # Transformers4Rec's own way holds all hidden actions by all hidden items, several times; and under autocast it
@@ -166,8 +170,7 @@ class SequenceModel(nn.Module):
         items = given.masked_scatter(hidden, targets[hidden][drawn])
         replaced, present = items != given, given > 0
         doubts = self.discriminator(self._states(self._embed({**batch, ITEM: items}), present)).squeeze(-1)
-        loss = F.binary_cross_entropy_with_logits(doubts[present], replaced[present].float())
-        return loss * hidden.sum()
+        return F.binary_cross_entropy_with_logits(doubts[present], replaced[present].float())
 
     # ---- use
 
@@ -296,7 +299,6 @@ def build_model(
 
 _FIRST_STD = 0.02  # of the item vectors' coordinates
 _DRAWN_AT_ONCE = 1024  # hidden actions whose replacements are drawn together
-_RTD_WEIGHT = 1.0
 
 # How many of the actions are hidden.
 _MASKINGS = {

@@ -98,9 +98,12 @@ def test_loss_is_the_cross_entropy_of_every_known_next_item() -> None:
     batch["item_index"][0, 0] = 1  # unknown as an input
     batch["item_index"][1, 1] = 1  # unknown as a target (and then as an input)
     batch["item_index"][longest, 2] = 29  # the same, by a number that the model must not know
-    batch = with_targets(batch)
+    newer = {name: matrix.clone() for name, matrix in batch.items()}
+    newer["item_index"][longest, 2] = ITEMS + 5  # the same, by a number that came after the model
+    batch, newer = with_targets(batch), with_targets(newer)
     with torch.inference_mode():
         total, positions = model.loss(batch)
+        assert model.loss(newer) == (total, positions)
         expected, count = 0.0, 0
         for row in range(len(ROWS)):
             for end in range(1, ROWS[row]["length"]):
@@ -140,11 +143,9 @@ def test_a_row_has_the_same_vector_whatever_its_neighbours(architecture: str, ob
     assert torch.pdist(alone).max() > 0.1
 
 
-@pytest.mark.parametrize(("architecture", "objective"), OBJECTIVES)
-def test_what_comes_later_is_never_seen_in_causal_training(architecture: str, objective: str) -> None:
-    if objective != "clm":
-        return
-    model = make_model(architecture=architecture, objective=objective)
+@pytest.mark.parametrize("architecture", ["gpt2", "xlnet", "bert", "electra"])
+def test_what_comes_later_is_never_seen_in_causal_training(architecture: str) -> None:
+    model = make_model(architecture=architecture)
     batch = make_batch([row for row in ROWS if row["length"] > 5][:4], SPEC.history_length)
     changed = {name: matrix.clone() for name, matrix in batch.items()}
     changed["item_index"][:, 4:] = changed["hour"][:, 4:] = 3
@@ -153,6 +154,36 @@ def test_what_comes_later_is_never_seen_in_causal_training(architecture: str, ob
         states, others = (model._states(model._embed(b), present) for b in (batch, changed))
     torch.testing.assert_close(states[:, :4], others[:, :4], rtol=1e-5, atol=1e-5)
     assert (states[:, 4] - others[:, 4]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("architecture", "objective"), [pair for pair in OBJECTIVES if pair[1] != "clm"])
+def test_what_is_hidden_is_not_seen_by_the_state_that_asks_for_it(
+    architecture: str, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(architecture=architecture, objective=objective)
+    batch, seen = make_batch(ROWS, SPEC.max_length), []
+    states = model._states
+    monkeypatch.setattr(model, "_states", lambda *given, **more: seen.append(states(*given, **more)) or seen[-1])
+    with torch.inference_mode():
+        info = model.masking.compute_masked_targets(batch["item_index"], training=True)
+        hidden = info.targets > 0
+        # Where nothing else is left to see, plm asks for nothing: the test below.
+        rows = (hidden.any(dim=1) & (batch["item_index"][:, 1] > 0)).nonzero().squeeze(1)
+        place = hidden[rows].float().argmax(dim=1)  # one hidden action of each of these rows
+        changed = {name: matrix.clone() for name, matrix in batch.items()}
+        changed["item_index"][rows, place] = changed["hour"][rows, place] = 3
+        monkeypatch.setattr(model.masking, "compute_masked_targets", lambda *given, **more: info)
+        for of in (batch, changed):
+            torch.manual_seed(0)
+            model.loss(of)
+    one, other = (seen[number][rows, place] for number in (0, len(seen) // 2))  # rtd reads the actions twice
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_plm_asks_nothing_of_an_action_that_sees_no_other_one() -> None:
+    model = make_model(architecture="xlnet", objective="plm")
+    batch = make_batch([row for row in ROWS if row["length"] == 1], 7)
+    assert sum(model.loss(batch)[1] for _ in range(20)) == 0
 
 
 @pytest.mark.parametrize(
@@ -179,6 +210,20 @@ def test_every_objective_learns_what_comes_next(architecture: str, objective: st
         best = (model.encode(make_batch(tested, SPEC.history_length)) @ model.item_vectors().T)[:, 2:29].argmax(1) + 2
     expected = torch.tensor([(row["item_index"][-1] - 1) % 27 + 2 for row in tested])
     assert (best == expected).float().mean() > 0.5
+
+
+def test_replacements_weigh_as_much_as_the_items_however_many_of_these_are_unknown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, of_items = make_model(architecture="electra", objective="rtd"), []
+    model.item_counts[2:16] = 0
+    item_loss = model._item_loss
+    monkeypatch.setattr(model, "_item_loss", lambda *given: of_items.append(item_loss(*given)) or of_items[-1])
+    monkeypatch.setattr("training.model.F.binary_cross_entropy_with_logits", lambda *given: torch.tensor(7.0))
+    with torch.inference_mode():
+        total, count = model.loss(make_batch(ROWS, SPEC.max_length))
+    assert of_items[0][1] == count > 0
+    assert float(total - of_items[0][0]) == pytest.approx(7 * count, rel=1e-4)
 
 
 def test_replacements_are_drawn_in_32_bits_under_autocast_too(monkeypatch: pytest.MonkeyPatch) -> None:
