@@ -111,11 +111,14 @@ def launch_in_spark(spec: RunSpec, on_event: Callable[[dict[str, Any]], None]) -
 
 
 def parse_event(line: str) -> dict[str, Any] | None:
-    """What a line of rank 0's stdout says; None for any other line."""
+    """What a line of rank 0's stdout says; None for any other line, and for one that a kill cut short."""
     text = re.sub(r"^\[\d+\]<stdout>:", "", line.strip())
     if not text.startswith('{"event": '):
         return None
-    event: dict[str, Any] = json.loads(text)
+    try:
+        event: dict[str, Any] = json.loads(text)
+    except ValueError:
+        return None
     return event
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -247,8 +248,9 @@ def write_checkpoint(folder: Folder, progress: Progress, tensors: dict[str, torc
 
 def checkpoints(folder: Folder) -> list[Folder]:
     """The whole ones, the oldest first."""
-    found = [path for path in folder.glob("[0-9]*-[0-9]*") if (path / PROGRESS).exists()]
-    return sorted(found, key=lambda path: path.name)
+    named = [path for path in folder.glob("[0-9]*-[0-9]*") if re.fullmatch(r"\d+-\d+", path.name)]
+    found = [path for path in named if (path / PROGRESS).exists()]
+    return sorted(found, key=lambda path: tuple(map(int, path.name.split("-"))))
 
 
 def newest_checkpoint(folder: Folder) -> Folder | None:
@@ -323,7 +325,7 @@ def part_of(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Te
 
 
 def _name(epoch: int, step: int) -> str:
-    return f"{epoch:05}-{step:010}"  # the order of names is that of time
+    return f"{epoch:05}-{step:010}"
 
 
 def _open(path: Path, framework: str) -> Any:

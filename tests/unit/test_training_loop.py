@@ -22,14 +22,14 @@ from safetensors.torch import load_file
 
 from jobs.commits import Commit
 from jobs.errors import TrailvecError, explain
-from jobs.launch_training import last_words, launch, launch_in_spark
+from jobs.launch_training import last_words, launch, launch_in_spark, parse_event
 from jobs.runtime import Runtime
 from jobs.train import base_of, epochs, run, run_spec
 from tests.conftest import make_config
 from tests.sequence_files import ITEMS, MAX_LENGTH, SPEC, item_counts, make_rows, make_run, next_items, write_valid
 from training import dist
 from training.batches import FEATURES
-from training.checkpoint import Progress, newest_checkpoint, read_checkpoint, write_checkpoint
+from training.checkpoint import Progress, checkpoints, newest_checkpoint, read_checkpoint, write_checkpoint
 from training.config import RunSpec, TrainSettings
 from training.data import read_held
 from training.loop import knows_bfloat16, rate_factor, scale_gradients, schedule, train
@@ -343,6 +343,12 @@ def test_the_newest_checkpoints_and_the_best_epochs_stay(tmp_path: Path) -> None
     assert (progress.epoch, progress.step, tensors["x"].tolist()) == (5, 12, [5, 12])
 
 
+def test_the_newest_checkpoint_is_that_of_the_last_epoch_beyond_99999_too(tmp_path: Path) -> None:
+    for epoch in (99_999, 100_000):
+        write_checkpoint(tmp_path, Progress(ranks=1, epoch=epoch), {"x": torch.zeros(1)}, keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["100000-0000000000"]
+
+
 def test_what_an_older_checkpoint_calls_its_best_stays(tmp_path: Path) -> None:
     for ended, best in ((1, 1), (2, 1), (3, 3)):
         write_checkpoint(tmp_path, Progress(ranks=1, epoch=ended + 1, best_epoch=best), {"x": torch.zeros(1)}, keep=2)
@@ -572,6 +578,13 @@ def test_last_words_are_the_cause() -> None:
     assert last_words(["[0]<stderr>:no space", ""], 1) == "no space"
     assert last_words([], -9).startswith("process 0 was killed by signal 9")
     assert last_words([], 3) == "exit code 3"
+
+
+def test_a_line_that_a_kill_cut_short_is_no_event() -> None:
+    line = '[0]<stdout>:{"event": "epoch", "loss": 2.5}'
+    assert parse_event(line) == {"event": "epoch", "loss": 2.5}
+    assert parse_event(line[:-3]) is None
+    assert parse_event("a word") is None
 
 
 def test_what_tasks_of_spark_are_given_and_why_there_were_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
