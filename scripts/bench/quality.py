@@ -14,7 +14,9 @@ Numbers computed against a few sampled negatives instead of all items are not co
 from __future__ import annotations
 
 import argparse
+import glob
 import hashlib
+import json
 import statistics
 import time
 from pathlib import Path
@@ -40,6 +42,11 @@ OPTIONAL = ("vertical", "event_type", "category", "item_name", "amount", "quanti
 METRICS = ("ndcg@10", "recall@10")
 
 
+def quoted(value: str | list[str]) -> str:
+    """A value as TOML, whose strings and lists are written as JSON's."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 def mapping(events: Path) -> str:
     """The source's mapping of a file whose columns are named as those of `events`.
 
@@ -61,9 +68,9 @@ def mapping(events: Path) -> str:
         [
             'name = "log"',
             "[[input]]",
-            f'path = "{events.name}"',
+            f"path = {quoted(glob.escape(events.name))}",
             'format = "parquet"',
-            f"ignore = {ignored}".replace("'", '"'),
+            f"ignore = {quoted(ignored)}",
             "[input.columns]",
             *lines,
         ]
@@ -89,8 +96,9 @@ def main() -> None:
     folder = arguments.folder.absolute() / f"{events.stem}-{content[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "source.toml"
-    source.write_text(text)
-    sets = [f'storage.root="{folder}"', f'ingest.data_dir="{events.parent}"', f'ingest.sources=["{source}"]']
+    source.write_text(text, encoding="utf-8")
+    places = {"storage.root": str(folder), "ingest.data_dir": str(events.parent), "ingest.sources": [str(source)]}
+    sets = [f"{key}={quoted(place)}" for key, place in places.items()]
     quick = ["train.epochs=1", "train.min_steps=0"] if arguments.quick else []
     sets += [f'evaluate.split="{arguments.split}"', *quick, *arguments.sets]
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import runpy
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from scripts import check_page
@@ -72,6 +76,18 @@ def test_one_size_has_no_exponent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert growth([(10.0, 1.0), (100.0, 10.0)], "_ingest") == pytest.approx(
         {"exponent_ingest": 1.0, "exponent_last_ingest": 1.0}
     )
+
+
+def test_a_log_of_any_name_and_columns_has_a_mapping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH.absolute())
+    quality = runpy.run_path(str(BENCH / "quality.py"))
+    log = tmp_path / 'log "a" [1] \U0001f600.parquet'
+    odd = ["it's", 'so-called "id"']
+    columns = ["event_id", "user_id", "item_id", "event_ts", *odd]
+    pq.write_table(pa.table({name: ["x"] for name in columns}), log)
+    (given,) = tomllib.loads(quality["mapping"](log))["input"]
+    assert given["ignore"] == odd
+    assert glob.glob(given["path"], root_dir=tmp_path) == [log.name]
 
 
 def test_cpu_seconds_are_of_this_process_and_of_ended_ones_below() -> None:
