@@ -97,10 +97,10 @@ class TrainSettings(Section):
     )
     patience: int = Field(0, ge=0, description="epochs without a better validation ndcg@10 that end training; 0: never")
     learning_rate: float = Field(1e-3, gt=0, description="of one process with one batch per step; see rate_scaling")
-    rate_scaling: Literal["sqrt", "linear", "none"] = Field(
+    rate_scaling: Literal["sqrt", "none"] = Field(
         "sqrt",
         description="what processes * local_steps (so many times more rows in a step) multiplies the learning rate by: "
-        "its square root suits Adam (Malladi et al., 2022), linear suits SGD (Goyal et al., 2017)",
+        "its square root suits Adam (Malladi et al., 2022)",
     )
     warm_up: float = Field(0.05, gt=0, le=1, description="share of all rows over which the learning rate rises")
     weight_decay: float = Field(

@@ -442,8 +442,7 @@ def scale_gradients(gradients: list[torch.Tensor], factor: float, largest: float
 
 def rate_factor(settings: TrainSettings, processes: int) -> float:
     """By how much the learning rate of a step exceeds that of one process with one batch per step."""
-    larger = processes * settings.local_steps
-    return {"sqrt": math.sqrt(larger), "linear": float(larger), "none": 1.0}[settings.rate_scaling]
+    return math.sqrt(processes * settings.local_steps) if settings.rate_scaling == "sqrt" else 1.0
 
 
 def schedule(settings: TrainSettings, progress: float) -> float:
