@@ -45,21 +45,15 @@ ITEM_ATTRIBUTES: tuple[ItemAttribute, ...] = get_args(ItemAttribute)
 ROW_WISE_FROM = 50_000
 
 
-class TrainSettings(Section):
-    """sequences → model."""
+class Network(Section):
+    """What the settings of training say of a model, and the model itself keeps of them."""
 
-    processes: int = Field(1, ge=1, description="Horovod processes; each reads its own part of the data")
-    threads: int = Field(1, ge=1, description="CPU threads of one process")
-    architecture: Architecture = Field("gpt2", description="the Hugging Face block inside Transformers4Rec")
+    architecture: Architecture = Field(
+        "gpt2", description="the Hugging Face block inside Transformers4Rec; electra's network is bert's"
+    )
     objective: Objective = Field(
         "clm",
         description="clm: the action that follows, or a later one; mlm, rtd, plm: hidden actions (training/model.py)",
-    )
-    inputs: tuple[ContextFeature, ...] = Field(
-        CONTEXT_FEATURES, description="what the model reads of an action beside its item"
-    )
-    item_attributes: tuple[ItemAttribute, ...] = Field(
-        ITEM_ATTRIBUTES, description="what an item's vector is made of beside its own part"
     )
     width: int = Field(64, ge=8, description="length of the vectors")
     layers: int = Field(1, ge=1, description="blocks, one behind the other")
@@ -71,11 +65,28 @@ class TrainSettings(Section):
     negatives: int = Field(1024, ge=0, description="items drawn for each batch and shared in it; 0: full softmax")
     negative_power: float = Field(1.0, ge=0, le=1, description="drawn by count^power: 1 by frequency, 0 all alike")
     gbce_t: float = Field(0.75, ge=0, le=1, description="gbce's calibration; 0: plain binary cross-entropy")
-    start: Literal["svd", "random"] = Field(
-        "svd", description="item vectors begin as an SVD of who acted on what (up to 200,000 items), or by chance"
-    )
     item_dropout: float = Field(
         0.0, ge=0, lt=1, description="how often an item's own part is left out, so that its attributes can stand alone"
+    )
+    item_precision: Precision = Field(
+        "float32",
+        description="numbers of the items' own parts, in training and in the model; bfloat16: half the size",
+    )
+
+
+class TrainSettings(Network):
+    """sequences → model."""
+
+    processes: int = Field(1, ge=1, description="Horovod processes; each reads its own part of the data")
+    threads: int = Field(1, ge=1, description="CPU threads of one process")
+    inputs: tuple[ContextFeature, ...] = Field(
+        CONTEXT_FEATURES, description="what the model reads of an action beside its item"
+    )
+    item_attributes: tuple[ItemAttribute, ...] = Field(
+        ITEM_ATTRIBUTES, description="what an item's vector is made of beside its own part"
+    )
+    start: Literal["svd", "random"] = Field(
+        "svd", description="item vectors begin as an SVD of who acted on what (up to 200,000 items), or by chance"
     )
     later_share: float = Field(
         1.0,
@@ -112,10 +123,6 @@ class TrainSettings(Section):
         description="of the items' own parts. adamw: a step costs time and memory for every item; rowwise: for those "
         "that it uses (training/rowwise.py); auto: rowwise from 50,000 items on where there are negatives, and with "
         "item_precision bfloat16",
-    )
-    item_precision: Precision = Field(
-        "float32",
-        description="numbers of the items' own parts, in training and in the model; bfloat16: half the size",
     )
     fp16_gradients: bool = Field(False, description="gradients travel between the processes as 16-bit numbers")
     warm_start: bool = Field(
@@ -176,22 +183,10 @@ class TrainSettings(Section):
         )
 
 
-class ModelSpec(Section):
+class ModelSpec(Network):
     """What a model is built from."""
 
-    architecture: Architecture
-    objective: Objective = "clm"
-    width: int
-    layers: int
-    heads: int
-    dropout: float
-    loss: Literal["softmax", "gbce"] = "softmax"
-    negatives: int
-    negative_power: float = 1.0
-    gbce_t: float = 0.75
-    item_dropout: float = 0.0
     sparse: bool = Field(False, description="gradients of the item table hold only the rows that a step has used")
-    item_precision: Precision = "float32"
     max_length: int = Field(description="actions in a row of sequences")
     items: int = Field(description="rows of the item table: the largest item_index + 1")
     context_sizes: dict[str, int] = Field(description="rows of each context feature's table; only these are read")
