@@ -22,16 +22,14 @@ TARGET = "target"  # beside them in training: the item that each action is to pr
 # Largest number of the context features that don't come from a vocabulary (jobs/tables.py says what they mean).
 SAME_MOMENT = 2  # the gap_bucket of an action at the same event_ts as the one before it
 MAX_GAP_BUCKET = 31
-SESSION_END = MAX_SESSION_END = 2
-MAX_HOUR = 24
-MAX_WEEKDAY = 7
+SESSION_END = 2
 MAX_PRICE_BUCKET = 40
 # The rows that the tables of these features have.
 BUCKET_SIZES = {
     "gap_bucket": MAX_GAP_BUCKET + 1,
-    "session_end": MAX_SESSION_END + 1,
-    "hour": MAX_HOUR + 1,
-    "weekday": MAX_WEEKDAY + 1,
+    "session_end": SESSION_END + 1,
+    "hour": 25,
+    "weekday": 8,
     "price_bucket": MAX_PRICE_BUCKET + 1,
 }
 

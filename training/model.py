@@ -78,11 +78,14 @@ class ItemTable(nn.Module):
             for part in self.parts:
                 cast(nn.Embedding, part).weight.zero_()
 
-    def forward(self, items: Tensor) -> Tensor:
-        """The vectors of items, float32 [..., width], for their numbers, int64 [...]."""
+    def forward(self, items: Tensor, kept: Tensor | None = None) -> Tensor:
+        """The vectors of items, float32 [..., width], for their numbers, int64 [...]. `kept`, bool [...], tells whose
+        own part counts; None: everybody's, but for those that training leaves out."""
+        if kept is None and self.training and self.dropout and len(self.parts):
+            kept = torch.rand(items.shape, device=items.device) >= self.dropout
         vectors = self.own(items).float()
-        if self.training and self.dropout and len(self.parts):
-            vectors = vectors * (torch.rand(items.shape, device=items.device) >= self.dropout).unsqueeze(-1)
+        if kept is not None:
+            vectors = vectors * kept.unsqueeze(-1)
         for numbers, part in zip(self.attributes, self.parts, strict=True):
             vectors = vectors + part(numbers[items])
         return cast(Tensor, vectors)
@@ -210,10 +213,7 @@ class SequenceModel(nn.Module):
         of items that the model does not know are what their attributes say, zeros where they have none."""
         if items is None:
             items = torch.arange(self.spec.items, device=self.item_counts.device)
-        vectors = self.table.own(items).float() * (self.item_counts[items] > 0)[:, None]
-        for numbers, part in zip(self.table.attributes, self.table.parts, strict=True):
-            vectors += part(numbers[items])
-        return cast(Tensor, vectors)
+        return cast(Tensor, self.table(items, kept=self.item_counts[items] > 0))
 
     # ---- weights
 

@@ -58,8 +58,6 @@ class StorePath:
 
     def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
         """Always with its parents, and content with a folder that is there; the arguments are pathlib's."""
-        assert parents
-        assert exist_ok
         if self.renames:  # elsewhere there are no folders, only names with a / in them
             self._system.makedirs(self._path, exist_ok=True)
 
