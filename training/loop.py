@@ -61,6 +61,7 @@ CURVE_POINTS = 50  # in an epoch
 # What is summed over steps and ranks. Places: cells of the batches' item matrices, padding: those that hold no action;
 # waited: seconds that a rank waited for its data, of the `busy` seconds that its steps took.
 SUMS = ("rows", "positions", "loss", "places", "padding", "waited", "busy")
+ROWS, POSITIONS, LOSS, _, _, _, BUSY = range(len(SUMS))
 
 
 @dataclass
@@ -171,32 +172,18 @@ def _begin(spec: RunSpec, device: torch.device) -> _Run:
     progress.rows_sha256 = rows_sha256
     if found:
         model.load_tensors(part_of(tensors, "model."))
-    elif spec.start_from:
-        with local_file(folder_of(spec.start_from)) as weights:
-            model.grow_from(read_tensors(weights))
-    elif rank == 0 and settings.start == "svd" and len(known) <= MAX_ITEMS:
-        # The other ranks get it with the first weights, from the broadcast in dist.distribute.
-        model.start_from(torch.from_numpy(item_factors(spec.train_files, known, spec.model.width, settings.seed)))
+    else:
+        _first_weights(model, spec, known)
     model.to(device)
     own = model.table.own.weight
     items = RowWiseAdam(own, weight_decay=settings.weight_decay, seed=settings.seed) if spec.model.sparse else None
     others = [parameter for parameter in model.parameters() if items is None or parameter is not own]
     optimizer = torch.optim.AdamW(others, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     optimizer = dist.distribute(model, optimizer, settings.local_steps, settings.fp16_gradients)
-    if found and folder:
-        load_optimizer(model, optimizer, part_of(tensors, "optimizer."))
-        if items:
-            items.load_tensors(part_of(tensors, "items."))
-        if rank == 0:
-            if progress.best_epoch:
-                _publish_best(spec, found, best_checkpoint(folder, progress))
-            _say("resumed", epoch=progress.epoch, step=progress.step, rows_done=progress.rows_done)
-    random = tensors.get(f"rng.{rank}", torch.get_rng_state()).clone()
-    del tensors  # with them the file goes, which is as large as the model
 
     held = read_held(spec.valid_files, spec.model.history_length, known, MAX_HELD_USERS) if spec.valid_files else None
     verticals = np.load(spec.item_verticals, mmap_mode="r") if spec.item_verticals else np.full(len(known), -1)
-    return _Run(
+    run = _Run(
         spec=spec,
         device=device,
         folder=folder,
@@ -205,7 +192,7 @@ def _begin(spec: RunSpec, device: torch.device) -> _Run:
         others=others,
         optimizer=optimizer,
         progress=progress,
-        random=random,
+        random=torch.get_rng_state(),
         held=None if held is None else held.part(rank, size),
         held_users=0 if held is None else len(held.offsets) - 1,
         known=known,
@@ -214,6 +201,33 @@ def _begin(spec: RunSpec, device: torch.device) -> _Run:
         said=time.monotonic(),
         saved=time.monotonic(),
     )
+    if found:
+        _restore(run, found, tensors)
+    return run
+
+
+def _first_weights(model: SequenceModel, spec: RunSpec, known: npt.NDArray[np.bool_]) -> None:
+    """What a training without a checkpoint begins with, beyond what was drawn: an older model's weights, or an SVD."""
+    if spec.start_from:
+        with local_file(folder_of(spec.start_from)) as weights:
+            model.grow_from(read_tensors(weights))
+    elif dist.rank() == 0 and spec.settings.start == "svd" and len(known) <= MAX_ITEMS:
+        # The other ranks get it with the first weights, from the broadcast in dist.distribute.
+        factors = item_factors(spec.train_files, known, spec.model.width, spec.settings.seed)
+        model.start_from(torch.from_numpy(factors))
+
+
+def _restore(run: _Run, found: Folder, tensors: dict[str, torch.Tensor]) -> None:
+    """Takes what the checkpoint holds beside the model's weights. Rank 0 publishes the best epoch's and says it."""
+    load_optimizer(run.model, run.optimizer, part_of(tensors, "optimizer."))
+    if run.items:
+        run.items.load_tensors(part_of(tensors, "items."))
+    run.random = tensors[f"rng.{dist.rank()}"].clone()  # the file, which is as large as the model, is let go
+    if dist.rank() == 0:
+        progress = run.progress
+        if progress.best_epoch:
+            _publish_best(run.spec, found, best_checkpoint(found.parent, progress))
+        _say("resumed", epoch=progress.epoch, step=progress.step, rows_done=progress.rows_done)
 
 
 def _checkpoint_over(rows_sha256: str, folder: Folder) -> Folder | None:
@@ -278,7 +292,7 @@ def _pass_over_rows(run: _Run, epoch: int) -> None:
         run.optimizer.zero_grad()
         sums = add_gradients(run.model, batches, settings, run.device)
         now = time.monotonic()
-        sums[-1], stepped = now - stepped, now
+        sums[BUSY], stepped = now - stepped, now
         due = run.folder is not None and rank == 0 and now - run.saved > 60 * settings.checkpoint_minutes
         *sums_of_all, someone_is_due = dist.total([*sums.tolist(), float(due)])
         step = dict(zip(SUMS, sums_of_all, strict=True))
@@ -294,7 +308,7 @@ def _pass_over_rows(run: _Run, epoch: int) -> None:
         progress.step += 1
         progress.sums = everyone.tolist()
         since = everyone - progress.curve_sums
-        if since[0] >= spec.train_rows / CURVE_POINTS and since[1] > 0:  # rows of one action ask for nothing
+        if since[ROWS] >= spec.train_rows / CURVE_POINTS and since[POSITIONS] > 0:  # rows of one action ask for nothing
             progress.curve.append([progress.rows_done, _loss(since)])
             progress.curve_sums = progress.sums
         if rank == 0 and now - run.said > SECONDS_BETWEEN_LINES:
@@ -342,7 +356,7 @@ def _close_epoch(run: _Run, epoch: int) -> None:
         {
             **_figures(spec, progress),
             "loss_by_rank": [_loss(sums) for sums in by_rank],
-            "rows_by_rank": [int(sums[0]) for sums in by_rank],
+            "rows_by_rank": [int(sums[ROWS]) for sums in by_rank],
             "positions": int(everyone["positions"]),
             "seconds": everyone["busy"] / size + time.monotonic() - started,
             **scores,
@@ -486,7 +500,7 @@ def _scale(settings: TrainSettings) -> float:
 
 def _loss(sums: npt.NDArray[np.float64]) -> float:
     """The mean loss, of sums."""
-    return float(sums[2] / max(sums[1], 1))
+    return float(sums[LOSS] / max(sums[POSITIONS], 1))
 
 
 def _figures(spec: RunSpec, progress: Progress) -> dict[str, Any]:
