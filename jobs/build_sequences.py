@@ -33,6 +33,7 @@ UNKNOWN = 1
 # Buckets of the context features; 0 is padding everywhere. Those that training knows too stand in training/batches.py.
 PRICE_UNKNOWN, PRICE_NOT_POSITIVE, PRICE_MIN = 1, 2, 3
 IN_SESSION = 1
+_TARGETS = "target_event_types"
 
 
 def number_actions(sessions: DataFrame, vocabulary: DataFrame, values: DataFrame) -> DataFrame:
@@ -154,13 +155,28 @@ def refuse_other_counts(runtime: Runtime, rows: dict[str, Any]) -> None:
         TrailvecError: items was counted with other settings.
     """
     made = runtime.last_writer(ITEMS)
-    counted = rows if made is None else made["config"]["sequences"]
-    for name in ("split_by", "valid_from", "target_event_types"):
-        if counted.get(name) != rows.get(name):
-            raise TrailvecError(
-                f"table items was counted with sequences.{name} = {counted.get(name)}, found {rows.get(name)} for "
-                f"the rows of sequences: run `trailvec build_vocabulary` and `trailvec build_sequences` first"
-            )
+    if made and (other := other_setting(made["config"]["sequences"], rows, "split_by", "valid_from", _TARGETS)):
+        raise TrailvecError(
+            f"table items was counted with {other} for the rows of sequences: run `trailvec build_vocabulary` and "
+            f"`trailvec build_sequences` first"
+        )
+
+
+def refuse_other_rows(runtime: Runtime) -> None:
+    """Raises TrailvecError: sequences was made with other settings than those of today, by which its questions would be
+    answered."""
+    made, now = runtime.last_writer(SEQUENCES), runtime.provenance()["config"]["sequences"]
+    asked = ("split_by", "valid_from", "test_from", _TARGETS)
+    if made and (other := other_setting(made["config"]["sequences"], now, *asked)):
+        raise TrailvecError(
+            f"table sequences was made with {other}: run `trailvec build_sequences` first, or set it back"
+        )
+
+
+def other_setting(made: dict[str, Any], now: dict[str, Any], *names: str) -> str | None:
+    """The first of these settings of [sequences] that differs, in words; None: none does."""
+    differing = (name for name in names if made.get(name) != now.get(name))
+    return next((f"sequences.{name} = {made.get(name)}, found {now.get(name)}" for name in differing), None)
 
 
 def run(runtime: Runtime) -> None:

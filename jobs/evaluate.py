@@ -36,7 +36,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from jobs import space
-from jobs.build_sequences import UNKNOWN, in_vocabulary, number_actions
+from jobs.build_sequences import UNKNOWN, in_vocabulary, number_actions, refuse_other_rows
 from jobs.build_vocabulary import category_value
 from jobs.cli import stage_main
 from jobs.config import GateSettings
@@ -337,14 +337,14 @@ def evaluated_rows(runtime: Runtime, model_dir: Path) -> pd.DataFrame:
 
     Raises:
         TrailvecError: the model in that folder is damaged, has learnt from what these rows ask about, or knows items by
-            other numbers than today's; or evaluate.max_users drew nobody.
+            other numbers than today's; the rows were made with other settings; or evaluate.max_users drew nobody.
     """
+    refuse_other_rows(runtime)
     settings = runtime.config.evaluate
     hours = "transform(target_ts, t -> (unix_micros(t) - unix_micros(as_of)) / 3.6e9D)"
     rows = runtime.read(SEQUENCES).where(F.col("split") == settings.split)
     rows = rows.withColumn("target_hours", F.expr(hours)).withColumn("cut_us", F.unix_micros("as_of"))
-    if runtime.config.sequences.split_by == "time":
-        _refuse_leak(runtime, rows, model_dir)
+    _refuse_leak(runtime, rows, model_dir)
     keep = ["user_id", "cut_us", "item_index", "seen_item_index", "target_item_index", "target_hours"]
     encoded = encode_sequences(runtime, _sample(rows, settings.max_users), keep, model_dir=model_dir)
     found = in_order(encoded.drop("is_cold"), "user_id")
@@ -357,10 +357,18 @@ def evaluated_rows(runtime: Runtime, model_dir: Path) -> pd.DataFrame:
 
 def _refuse_leak(runtime: Runtime, rows: DataFrame, model_dir: Path) -> None:
     """Raises TrailvecError: the model was trained past the cut of the rows, so that it knows what they ask about."""
-    split = runtime.config.evaluate.split
+    about, split = read_about(model_dir), runtime.config.evaluate.split
+    if runtime.config.sequences.split_by == "leave_one_out":  # each user has a cut, and no model one time
+        settings = about.get("provenance", {}).get("config", {}).get("sequences", {})
+        if settings.get("split_by") == "time":
+            raise TrailvecError(
+                f"model {model_dir.name} was trained by time, and has learnt the last action of whoever acted no more: "
+                f"train one under sequences.split_by = leave_one_out, or set that back to time"
+            )
+        return
     cut_us = rows.agg(F.min("cut_us")).collect()[0][0]
     if cut_us is not None:
-        trained_to = datetime.fromisoformat(read_about(model_dir)["as_of"])
+        trained_to = datetime.fromisoformat(about["as_of"])
         later = f"set sequences.{split}_from later"
         refuse_leak(model_dir.name, trained_to, time_at(cut_us), asks=f"split {split}", instead=later)
 

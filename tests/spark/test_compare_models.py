@@ -127,7 +127,7 @@ def test_a_model_that_is_not_there_or_has_no_vectors_of_its_own_is_one_sentence(
 
 
 def test_a_model_that_has_learnt_from_what_it_is_asked_is_refused(shop: tuple[Runtime, Rows]) -> None:
-    runtime, _ = shop
+    runtime, rows = shop
     for version, as_of in (("m1", CUT), ("late", CUT + timedelta(microseconds=1))):
         model = make_model(runtime, version, seed=1)
         save_model(runtime.models / version, model, {"model_version": version, "as_of": as_of.isoformat()})
@@ -138,7 +138,15 @@ def test_a_model_that_has_learnt_from_what_it_is_asked_is_refused(shop: tuple[Ru
     with pytest.raises(TrailvecError, match=leak):
         evaluate.evaluated_rows(runtime, runtime.models / "late")
     config = make_config(runtime.root, "evaluate.resamples=200", "sequences.split_by=leave_one_out")
-    compare(Runtime(config, runtime.spark), ("m1", "late"))  # each user has a cut
+    by_user = Runtime(config, runtime.spark)
+    with pytest.raises(TrailvecError, match=r"made with sequences\.split_by = time, found leave_one_out: run"):
+        compare(by_user, ("m1", "late"))
+    fill(by_user, SEQUENCES, rows)
+    compare(by_user, ("m1", "late"))  # each user has a cut
+    told = {"config": {"sequences": {"split_by": "time"}}, "table_ids": {}}
+    save_model(runtime.models / "late", model, {"model_version": "late", "as_of": "2024-06-01", "provenance": told})
+    with pytest.raises(TrailvecError, match="late was trained by time, and has learnt the last action of whoever"):
+        compare(by_user, ("m1", "late"))
 
 
 def test_what_nothing_can_be_said_of_is_one_sentence(shop: tuple[Runtime, Rows]) -> None:
