@@ -41,7 +41,8 @@ class Alarm(NamedTuple):
 
 @dataclass(frozen=True)
 class Drift:
-    """What moved. NaN: one of the two windows holds nothing, or of rates that the log does not reach over both.
+    """What moved. NaN: one of the two windows holds nothing, or of rates and of new items before that the log does not
+    reach over both.
 
     Attributes:
         events: events in the window after the cut.
@@ -106,7 +107,8 @@ def drift_of(counts: pd.DataFrame, at_cut: Vectors, at_end: Vectors, *, comparab
     Args:
         counts: what `event_counts` gives.
         at_cut, at_end: vectors of the same users, float32 [users, width] each.
-        comparable: what `reaches_back` gives: else a steady vertical would have more events after the cut than before.
+        comparable: what `reaches_back` gives: else a steady vertical would have more events after the cut than before,
+            and where the log begins all items are new.
     """
     ordered = counts.assign(all=counts["after"] + counts["before"]).sort_values(
         ["all", "vertical"], ascending=[False, True]
@@ -123,7 +125,7 @@ def drift_of(counts: pd.DataFrame, at_cut: Vectors, at_end: Vectors, *, comparab
         else dict.fromkeys(ordered["vertical"], math.nan),
         counts={row.vertical: int(row.all) for row in ordered.itertuples()},
         new_items=int(counts["new_after"].sum()) / after if after else math.nan,
-        new_items_before=int(counts["new_before"].sum()) / before if before else math.nan,
+        new_items_before=int(counts["new_before"].sum()) / before if before and comparable else math.nan,
         cosines=cosines[there],
         centroid=mean_cosine(one.mean(axis=0, keepdims=True), other.mean(axis=0, keepdims=True))
         if there.any()
@@ -158,7 +160,8 @@ def alarms(drift: Drift, settings: DriftSettings) -> list[Alarm]:
         beyond = count >= settings.min_events and (rate < 1 / most or rate > most)
         times = f"{rate:.2f} times the events of the time before" if vertical in drift.rates else "events, none before"
         ask("max_rate_factor", beyond, rate, f"vertical {vertical} has {times}", vertical)
-    new = f"{drift.new_items:.0%} of the events are of items new in that time (before: {drift.new_items_before:.0%})"
+    before = "" if math.isnan(drift.new_items_before) else f" (before: {drift.new_items_before:.0%})"
+    new = f"{drift.new_items:.0%} of the events are of items new in that time{before}"
     ask("max_new_items", drift.new_items > settings.max_new_items, drift.new_items, new)
     turned = f"users' vectors turned, mean cosine {drift.cosine:.2f} between the cut and the log's end"
     ask("min_user_cosine", drift.cosine < settings.min_user_cosine, drift.cosine, turned)

@@ -68,6 +68,9 @@ def test_a_log_that_does_not_reach_over_the_time_before_gives_no_rates() -> None
     drift = drift_of(counts, none, none, comparable=False)
     assert all(math.isnan(rate) for rate in drift.rates.values())
     assert {alarm.limit for alarm in alarms(drift, LIMITS)} == {"max_stability"}  # shares are of whatever time
+    counts["new_after"], counts["new_before"] = [100, 150], [80, 0]
+    (said,) = [a.said for a in alarms(drift_of(counts, none, none, comparable=False), LIMITS) if "new in" in a.said]
+    assert said == "58% of the events are of items new in that time (evaluate.drift.max_new_items = 0.3)"
 
 
 def test_within_the_limits_nobody_is_called() -> None:
