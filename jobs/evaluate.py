@@ -162,9 +162,15 @@ def _scorers(rows: pd.DataFrame, own: Own, knn: ItemKnn, catalogue: Catalogue) -
     histories = (np.asarray(items) for items in rows["item_index"])
     history = [items[(items < len(rankable)) & rankable[np.minimum(items, len(rankable) - 1)]] for items in histories]
     model = model_scorer(rows, catalogue)
+
+    def model_and_habit(block: slice) -> Floats:
+        scores, habits = model(block), own.habits[block].tocoo()
+        scores[habits.row, habits.col] += habits.data  # few: a sum with the matrix makes float64 of all
+        return scores
+
     return {
         "model": model,
-        "model_and_habit": lambda block: np.asarray(model(block) + own.habits[block], np.float32),
+        "model_and_habit": model_and_habit,
         "popularity": lambda block: popularity(counts, len(history[block])),
         "own_frequency": lambda block: own_frequency(own.counts[block], counts),
         "item_knn": lambda block: knn.scores(*flatten(history[block])),
