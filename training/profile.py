@@ -31,6 +31,7 @@ import scipy.sparse as sp
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from scipy.sparse.linalg import svds
+from threadpoolctl import threadpool_limits
 
 from jobs.errors import TrailvecError
 from training.stores import sha256_of, write_whole
@@ -303,7 +304,9 @@ def _singular(weights: sp.csr_matrix, width: int) -> Floats:
     if width < 1 or not weights.nnz:
         return np.zeros((weights.shape[1], 1), np.float32)
     start = np.random.default_rng(0).normal(size=min(weights.shape))
-    _, values, rows = svds(weights, width, v0=start)
+    # As for the heads of training/probes.py: on a busy machine it waits for threads longer than it computes.
+    with threadpool_limits(1):
+        _, values, rows = svds(weights, width, v0=start)
     rows = rows[np.argsort(-values, kind="stable")]
     signs = np.sign(np.take_along_axis(rows, np.abs(rows).argmax(axis=1)[:, None], axis=1))
     return np.ascontiguousarray((rows * np.where(signs, signs, 1)).T, np.float32)
