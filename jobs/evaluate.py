@@ -25,6 +25,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +55,7 @@ from jobs.ranking import (
     Known,
     bootstrap,
     coverage,
+    flagged,
     flatten,
     measures,
     sliced,
@@ -85,7 +87,11 @@ class Catalogue:
 
     vectors: Floats  # [items, width]
     target_counts: Integers
-    rankable: npt.NDArray[np.bool_]
+
+    @cached_property
+    def rankable(self) -> npt.NDArray[np.bool_]:
+        """Whether anybody acted on it, by what is to be predicted, in training."""
+        return self.target_counts > 0
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,7 @@ def model_scorer(rows: pd.DataFrame, catalogue: Catalogue) -> Scorer:
 def _scorers(rows: pd.DataFrame, own: Own, knn: ItemKnn, catalogue: Catalogue) -> dict[str, Scorer]:
     counts, rankable = catalogue.target_counts, catalogue.rankable
     histories = (np.asarray(items) for items in rows["item_index"])
-    history = [items[(items < len(rankable)) & rankable[np.minimum(items, len(rankable) - 1)]] for items in histories]
+    history = [items[flagged(items, rankable)] for items in histories]
     model = model_scorer(rows, catalogue)
 
     def model_and_habit(block: slice) -> Floats:
@@ -244,8 +250,7 @@ def space_results(users: Floats, items: Floats, counts: Integers, classes: Integ
 def space_alignment(rows: pd.DataFrame, catalogue: Catalogue) -> Iterator[Result]:
     """How near users lie to what they did next."""
     done = following(rows, "next")
-    there = done.items < len(catalogue.rankable)
-    there[there] = catalogue.rankable[done.items[there]]
+    there = flagged(done.items, catalogue.rankable)
     users = np.stack(list(rows["vector"]))[done.owners[there]]
     value = space.alignment(users, catalogue.vectors[done.items[there]])
     if not math.isnan(value):
@@ -409,7 +414,7 @@ def read_catalogue(runtime: Runtime, vectors: DataFrame, version: str) -> Catalo
             f"no item that the model knows can be ranked: in training nobody acted on one by any of "
             f"sequences.target_event_types = {json.dumps(types)}: correct them"
         )
-    return Catalogue(matrix, counts, counts > 0)
+    return Catalogue(matrix, counts)
 
 
 def _space_sample(

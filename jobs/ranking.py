@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spark_udfs.topk import keep_best
-from training.metrics import HISTORY_FROM, class_names, rank_metrics
+from training.metrics import HISTORY_FROM, class_names, metrics_by_class, rank_metrics
 
 MODELS = ("model", "model_and_habit")  # methods that are told beside the floors
 FLOORS = ("popularity", "own_frequency", "item_knn")
@@ -84,6 +84,13 @@ def flatten(lists: list[npt.NDArray[Any]]) -> tuple[Integers, Integers]:
     return np.concatenate([*lists, np.empty(0, np.int64)]).astype(np.int64), offsets
 
 
+def flagged(items: Integers, flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Whether each item has a place in `flags`, and is flagged there."""
+    there = items < len(flags)
+    there[there] = flags[items[there]]
+    return there
+
+
 def top_items(scores: npt.NDArray[np.float32], k: int) -> Integers:
     """The k best columns of each row, best first, ties by column; -1 where a row has fewer finite scores.
 
@@ -131,8 +138,7 @@ def measures(ranked: Integers, following: Following, counts: Integers) -> dict[s
 def _popularity_bias(ranked: Integers, following: Following, counts: Integers) -> Floats:
     logs = np.log(np.maximum(counts, 1))
     users = len(ranked)
-    known = following.items < len(counts)
-    known[known] = counts[following.items[known]] > 0
+    known = flagged(following.items, counts > 0)
     # An item that is done twice counts once.
     pairs = np.unique(following.owners[known] * len(counts) + following.items[known])
     owners, items = pairs // len(counts), pairs % len(counts)
@@ -180,14 +186,9 @@ def _by_vertical(
     """(vertical, users who did something of it next, their metrics) of the VERTICALS that most users did."""
     inside = following.items < len(known.vertical)
     vertical = np.where(inside, known.vertical[np.where(inside, following.items, 0)], -1)
-    some = vertical >= 0
-    # A pair of a user and a vertical is ranked as a user of its own.
-    pairs, items = following.owners[some] * max(1, len(known.verticals)) + vertical[some], following.items[some]
-    order = np.argsort(pairs, kind="stable")
-    found, first = np.unique(pairs[order], return_index=True)
-    users, verticals = found // max(1, len(known.verticals)), found % max(1, len(known.verticals))
-    metrics = rank_metrics(ranked[users], items[order], np.append(first, len(order)))
-    sizes = np.bincount(verticals, minlength=len(known.verticals))
+    count = len(known.verticals)
+    users, verticals, metrics = metrics_by_class(ranked, following.items, following.offsets, vertical, count)
+    sizes = np.bincount(verticals, minlength=count)
     for number in sorted(np.argsort(-sizes, kind="stable")[:VERTICALS].tolist()):
         chosen = verticals == number
         if chosen.any():

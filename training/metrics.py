@@ -19,6 +19,27 @@ def class_names(lows: Sequence[int]) -> list[str]:
     return [*(f"{low}-{high - 1}" for low, high in itertools.pairwise(lows)), f"{lows[-1]}+"]
 
 
+def metrics_by_class(
+    ranked: Integers, relevant: Integers, offsets: Integers, classes: Integers, count: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], dict[str, npt.NDArray[np.float64]]]:
+    """`rank_metrics` within each class of relevant items: what is relevant of other classes does not count there.
+
+    Args:
+        ranked, relevant, offsets: as in `rank_metrics`.
+        classes: of each relevant item, under `count`; negative for none.
+
+    Returns:
+        (users, classes, metrics): of each pair of a user and a class that the user has a relevant item of, by users.
+    """
+    owners, some = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)), classes >= 0
+    # A pair of a user and a class is ranked as a user of its own.
+    pairs = owners[some] * max(1, count) + classes[some]
+    order = np.argsort(pairs, kind="stable")
+    found, first = np.unique(pairs[order], return_index=True)
+    users, of = np.divmod(found, max(1, count))
+    return users, of, rank_metrics(ranked[users], relevant[some][order], np.append(first, len(order)))
+
+
 def rank_metrics(ranked: Integers, relevant: Integers, offsets: Integers) -> dict[str, npt.NDArray[np.float64]]:
     """Recall, NDCG and MRR at k of every user, with binary gains.
 

@@ -10,7 +10,7 @@ import torch
 
 from training import dist
 from training.data import Held, to_batch, to_device
-from training.metrics import HISTORY_FROM, class_names, rank_metrics
+from training.metrics import HISTORY_FROM, class_names, metrics_by_class, rank_metrics
 from training.model import SequenceModel
 from training.scoring import fast_encoder
 
@@ -44,12 +44,9 @@ def validate(  # noqa: PLR0917 - all of it is what is ranked
     classes = np.searchsorted(HISTORY_FROM, (held.actions[0] > 0).sum(axis=1), side="right") - 1
     sums = [_metric_sums(metrics, np.ones(len(classes), bool))]
     sums += [_metric_sums(metrics, classes == number) for number in range(len(HISTORY_FROM))]
-    owners = np.repeat(np.arange(len(classes)), np.diff(held.offsets))
-    for number in range(len(verticals)):
-        chosen = item_verticals[held.targets] == number
-        offsets = np.concatenate([[0], np.bincount(owners[chosen], minlength=len(classes)).cumsum()])
-        found = rank_metrics(top_items, held.targets[chosen], offsets)
-        sums.append(_metric_sums(found, np.diff(offsets) > 0))
+    places = item_verticals[held.targets]
+    _, of, metrics = metrics_by_class(top_items, held.targets, held.offsets, places, len(verticals))
+    sums += [_metric_sums(metrics, of == number) for number in range(len(verticals))]
     users, recall, ndcg = np.array(dist.total(np.concatenate(sums).tolist())).reshape(-1, 3).T.tolist()
     means = [
         {"users": int(n), "recall@10": r / n, "ndcg@10": g / n} if n else None
