@@ -22,7 +22,7 @@ from jobs.evaluate import TASKS, Catalogue, evaluated_rows, following, model_sco
 from jobs.model_folders import model_folder
 from jobs.models import item_vectors
 from jobs.ranking import bootstrap, measures
-from jobs.runtime import Report, Runtime, Stage
+from jobs.runtime import Runtime, Stage
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
 
 Floats = npt.NDArray[np.float64]
@@ -69,7 +69,7 @@ def differences(
     return found
 
 
-def compare(runtime: Runtime, versions: tuple[str, str]) -> tuple[list[Difference], Report]:
+def compare(runtime: Runtime, versions: tuple[str, str]) -> list[Difference]:
     """The differences between two models' folders.
 
     Raises:
@@ -96,7 +96,8 @@ def compare(runtime: Runtime, versions: tuple[str, str]) -> tuple[list[Differenc
         found.extend(differences(both[0], both[1], runtime.config.evaluate.resamples))
 
     stage = Stage("compare", "", act, reads=(SEQUENCES, ITEMS, CONTEXT_VALUES))
-    return found, runtime.execute(stage, force=True)
+    runtime.execute(stage, force=True)
+    return found
 
 
 def print_differences(found: list[Difference], versions: tuple[str, str], split: str) -> None:
@@ -118,5 +119,4 @@ def print_differences(found: list[Difference], versions: tuple[str, str], split:
 
 def run_compare(runtime: Runtime, versions: tuple[str, str]) -> None:
     """Prints how two models differ."""
-    found, _ = compare(runtime, versions)
-    print_differences(found, versions, runtime.config.evaluate.split)
+    print_differences(compare(runtime, versions), versions, runtime.config.evaluate.split)

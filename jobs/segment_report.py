@@ -38,15 +38,15 @@ def page(
         verticals: the shares of its members, and of everyone, who acted in a vertical; None: not known.
     """
     segment, counts = manifest["segment"], manifest["counts"]
-    steps = [("users to begin with", counts["in"], "")]
-    steps += [(f"left out: {removed['rule']}", -removed["users"], "") for removed in counts["removed"]]
-    steps += [("control group, held back", -counts["control"], ""), ("exported", counts["exported"], "")]
+    steps = [("users to begin with", counts["in"])]
+    steps += [(f"left out: {removed['rule']}", -removed["users"]) for removed in counts["removed"]]
+    steps += [("control group, held back", -counts["control"]), ("exported", counts["exported"])]
     parts = [
         f"<h1>{escape(segment['name'])}</h1>",
         f"<p>{escape(segment['purpose'])}. Owner: {escape(segment['owner'])}. Model {escape(manifest['model_version'])}"
         f", as of {escape(str(manifest['as_of']))}. Export {escape(manifest['export_id'])}.</p>",
         "<h2>Who is in it</h2><table>",
-        *(f'<tr><td>{escape(name)}<td class="n">{count:,}' for name, count, _ in steps),
+        *(f'<tr><td>{escape(name)}<td class="n">{count:,}' for name, count in steps),
         "</table>",
     ]
     if len(scores):

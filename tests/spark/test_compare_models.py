@@ -58,7 +58,7 @@ def session_of(user: str, item: str, when: datetime) -> dict[str, Any]:
 def test_both_models_and_their_difference_over_the_same_users(shop: tuple[Runtime, Rows]) -> None:
     runtime, rows = shop
     models = [make_model(runtime, version, seed) for version, seed in (("m1", 1), ("m2", 2))]
-    found, _ = compare(runtime, ("m1", "m2"))
+    found = compare(runtime, ("m1", "m2"))
     rankable = [n for n in range(2, 29) if n % 5]  # 29 no model has seen
     expected: dict[str, list[list[float]]] = {"next": [], "new": [], "repeat": []}
     for model in models:
@@ -91,7 +91,7 @@ def test_both_models_and_their_difference_over_the_same_users(shop: tuple[Runtim
 def test_a_model_beside_itself(shop: tuple[Runtime, Rows], capsys: pytest.CaptureFixture[str]) -> None:
     runtime, _ = shop
     make_model(runtime, "m1", seed=1)
-    found, _ = compare(runtime, ("m1", "m1"))
+    found = compare(runtime, ("m1", "m1"))
     assert {(d.other - d.one, d.low, d.high) for d in found} == {(0, 0, 0)}
     print_differences(found, ("m1", "m1"), "test")
     assert "ndcg@10" in capsys.readouterr().out
