@@ -91,9 +91,11 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
     numbered = given.withColumns({n: _number(given, n) for n in _NUMBERS})
     events = numbered.withColumns({"reason": _reason(numbered, settings, now, zones), "source": F.lit(source)})
     as_json = F.to_json("record", JSON_MICROSECONDS)
-    # An event's texts are valid. What a broken row shows as its user may be a part of anything.
+    # An event's texts are valid. What a broken row shows as its user may be a part of anything, and no erasure is of
+    # {"id": 4711} or 4711.0: it is to look into the raw record.
     user_id = F.when(F.col("reason").isNull(), F.col("user_id"))
-    user_id = user_id.when(F.col("reason") != BROKEN_ROW, valid_text(F.col("user_id"))).alias("user_id")
+    says_who = (F.col("reason") != BROKEN_ROW) & ~F.col("is_no_user")
+    user_id = user_id.when(says_who, valid_text(F.col("user_id"))).alias("user_id")
     return events.select(
         *[user_id if c.name == "user_id" else c.name for c in EVENTS.columns],
         "reason",
@@ -105,7 +107,8 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
 
 def _mapped(raw: DataFrame, mapping: Input, source: str) -> DataFrame:
     """The mapping applied: EVENTS' columns as the record gives them (of numbers what is to be read, under the names of
-    `_as_given`), and what `_reason` and `to_events` go by: has_event_ts, own_reason, bad_type, record, line, file."""
+    `_as_given`), and what `_reason` and `to_events` go by: has_event_ts, own_reason, bad_type, is_no_user, record, line
+    and file."""
     columns = mapping.columns
     fields = [named_column(name) for name in raw.columns if name not in (FILE, LINE, BROKEN, REST)]
     if columns.event_id.ordinal:
@@ -139,6 +142,7 @@ def _mapped(raw: DataFrame, mapping: Input, source: str) -> DataFrame:
         F.col(REST).alias("attributes"),
         F.coalesce(F.when(F.col(BROKEN), F.lit(BROKEN_ROW)), *own_rules).alias("own_reason"),
         F.coalesce(F.lit(None).cast("string"), *bad_types).alias("bad_type"),
+        ids["user_id"].alias("is_no_user"),
         F.struct(*fields).alias("record"),
         F.col(LINE).alias("line"),
         F.col(FILE).alias("file"),

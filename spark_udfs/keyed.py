@@ -12,6 +12,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -29,6 +30,7 @@ ColumnTest = Callable[[Column], Column]
 _WORD = re.compile(r"\w+")
 _STRUCTURE = re.compile(r"[\s\"'{}\[\](),;:|=]+")
 _FIELDS = re.compile(r"[\t\r\n\"'{}\[\](),;:|=&]+")  # an id may hold blanks
+_REAL = re.compile(r"\b\d{1,40}\.\d{1,40}(?:E\d{1,2})?\b")
 _ESCAPES = re.compile(r'(?:\\(?:u[0-9a-fA-F]{4}|["\\/bfnrt]))+')
 
 
@@ -74,11 +76,13 @@ def on_list_in_raw(key: bytes, hashes: Sequence[str]) -> TextTest:
 
 def values(raw: str) -> set[str]:
     """What may be a value of a record that could not be read: JSON's, CSV's by several delimiters, and the pieces
-    between quotes, brackets, commas and the like, parted at blanks or not; as they are written, and without JSON's
-    escapes."""
+    between quotes, brackets, commas and the like, parted at blanks or not; as they are written, without JSON's escapes,
+    and of a whole number its digits alone."""
     found, plain = _pieces(raw), _unescaped(raw)
     if plain != raw:
         found.update([_unescaped(piece) for piece in found], _pieces(plain))
+    if (whole := _whole(plain)) != plain:
+        found.update(_pieces(whole))
     with suppress(ValueError, RecursionError):
         found.update(_leaves(json.loads(raw)))
     return found
@@ -101,6 +105,16 @@ def _unescaped(text: str) -> str:
     return _ESCAPES.sub(lambda found: str(json.loads(f'"{found[0]}"')), text)
 
 
+def _whole(text: str) -> str:
+    """With 17850.0 as 17850, which pandas makes of whole numbers beside a missing one; so Spark's 1.785E7."""
+
+    def digits(found: re.Match[str]) -> str:
+        number = Decimal(found[0])
+        return str(int(number)) if number == int(number) else found[0]
+
+    return _REAL.sub(digits, text)
+
+
 def _leaves(value: Any) -> Iterator[str]:
     if isinstance(value, dict):
         value = list(value.values())
@@ -117,7 +131,8 @@ def mentions(ids: Sequence[str]) -> TextTest:
     found_by, without_words = _by_rarest_word(ids)
 
     def holds(raw: str) -> bool:
-        return any(map(is_in, {raw, _unescaped(raw)}))
+        plain = _unescaped(raw)
+        return any(map(is_in, {raw, plain, _whole(plain)}))
 
     def is_in(text: str) -> bool:
         for word in _WORD.finditer(text):

@@ -65,6 +65,9 @@ def test_who_is_on_a_list_of_hashes() -> None:
         ('{"user":"ann lee","x":', "ann lee"),
         ("1,ann lee,a\rb", "ann lee"),
         ("id=ann&x", "ann&x"),
+        ('{"user":17850.0}', "17850"),  # pandas, beside a missing one
+        ('{"user":1.785E7}', "17850000"),  # the same, as Spark writes it
+        ("1,17850.0000000000,one too many", "17850"),
         (r'{"user":"a\/b","broken', "a/b"),  # PHP
         (r'{"user":"x\u003d1","broken', "x=1"),  # Gson
         (r'{"user":"o\u0027neil","broken', "o'neil"),
@@ -87,6 +90,8 @@ def test_half_of_an_emoji_in_json_stops_nothing() -> None:
     [
         ("12", '{"user":12}', True),
         ("12", "a,12.50,b", True),  # rather one too many
+        ("17850000", '{"user":1.785E7}', True),
+        ("17850000", '{"user":1.785E70}', False),
         ("12", "a,112,b", False),
         ("12", "a,12b,b", False),
         ("user-7", "x,user-7,y", True),
