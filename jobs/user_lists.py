@@ -131,7 +131,7 @@ def ids_of(rows: DataFrame, where: str, name: str = "user_id") -> DataFrame:
 
 
 def as_ids(rows: DataFrame, where: str, name: str = "user_id") -> Column:
-    """The rows' column of that name as text.
+    """The rows' column of that name as text, stripped of blanks as the ids of events are.
 
     Raises:
         TrailvecError: it holds neither texts nor whole numbers. (pandas makes doubles of whole numbers beside a missing
@@ -140,7 +140,7 @@ def as_ids(rows: DataFrame, where: str, name: str = "user_id") -> Column:
     kind = rows.schema[name].dataType.simpleString()
     if kind not in TEXT_OR_WHOLE:
         raise TrailvecError(f"{where} has a column {name} of type {kind}: write the ids as text")
-    return F.col(name).cast("string")
+    return stripped(F.col(name).cast("string")).alias(name)
 
 
 def _read_lines(file: Path) -> Iterator[str]:
@@ -177,9 +177,8 @@ def _no_table(folder: Path) -> TrailvecError:
 
 
 def read_rows(runtime: Runtime, file: Path, folder: Place, name: str = "user_id") -> DataFrame:
-    """The rows of a local file, Parquet or CSV with a header, whose ids are stripped of blanks as those of a text are.
-    Where `folder` lies on storage that all machines share, they are read from a copy in it, whenever Spark needs them:
-    it must stay so long.
+    """The rows of a local file, Parquet or CSV with a header. Where `folder` lies on storage that all machines share,
+    they are read from a copy in it, whenever Spark needs them: it must stay so long.
 
     Raises:
         TrailvecError: it holds no file, an empty one, or files that Spark does not read together: with other columns,
@@ -201,12 +200,9 @@ def read_rows(runtime: Runtime, file: Path, folder: Place, name: str = "user_id"
     base = {"basePath": url} if file.is_dir() else {}  # Spark finds columns in the names of folders (task=churn)
     files = [f"{url}/{part.relative_to(file)}" for part in parts] if base else [url]
     if not is_csv:
-        rows = runtime.spark.read.options(**base).parquet(*as_patterns(files))
-        is_text = name in rows.columns and rows.schema[name].dataType.simpleString() == "string"
-        return rows.withColumn(name, stripped(F.col(name))) if is_text else rows
+        return runtime.spark.read.options(**base).parquet(*as_patterns(files))
     rows = read_csv_table(runtime.spark, files, ",", (), f"the list {file}", base=base)
-    has_ids = name in rows.columns
-    is_other = _is_other_text(name) if has_ids else F.lit(False)
+    is_other = _is_other_text(name) if name in rows.columns else F.lit(False)
     if (wrong := rows.where(F.col(BROKEN) | is_other).first()) is not None:
         if not wrong[BROKEN]:
             raise _other_text(file)
@@ -214,8 +210,7 @@ def read_rows(runtime: Runtime, file: Path, folder: Place, name: str = "user_id"
             f"the list {file} has a line that does not fit its header, or a record that goes on in another line (found "
             f"{wrong[LINE]!r}): write each record on one line"
         )
-    rows = rows.drop(FILE, LINE, BROKEN)
-    return rows.withColumn(name, stripped(F.col(name))) if has_ids else rows
+    return rows.drop(FILE, LINE, BROKEN)
 
 
 def _check_alike(file: Path, parts: Sequence[Path]) -> None:

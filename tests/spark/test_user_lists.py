@@ -29,6 +29,8 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
         assert {row["user_id"] for row in users.collect()} == {"ann", 'o"neil, b'}  # type: ignore[union-attr]
     plan = users._jdf.queryExecution().optimizedPlan().toString()  # type: ignore[union-attr]
     assert plan.count("from_csv(") == 1  # a line is parsed once
+    asked = UserList(sql="SELECT explode(array(' 4711\t', '')) AS user_id")
+    assert read_users(runtime, asked, tmp_path / "likes.toml", tmp_path).collect() == [("4711",)]  # type: ignore[union-attr]
     (tmp_path / "gone.csv").write_text("customer;date\nann;2024-01-01\n")
     with pytest.raises(TrailvecError, match=r"the list .*gone\.csv gives customer;date: it needs a column user_id"):
         read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path)
