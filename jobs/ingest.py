@@ -251,8 +251,9 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
     if runtime.forced:
         remove_tree(checkpoint)
     again = checkpoint / "again"  # until a run ends, also where it begins with a kill
-    if not checkpoint.exists() and _has_refused(runtime, source):
-        checkpoint.mkdir(parents=True)
+    # Spark's first file, not the folder: a kill may come between the next two lines.
+    if not (checkpoint / "metadata").exists() and (runtime.forced or _has_refused(runtime, source)):
+        checkpoint.mkdir(parents=True, exist_ok=True)
         again.write_text("", encoding="utf-8")
     reads_again = again.exists()
     now = datetime.now(timezone.utc)
@@ -309,7 +310,7 @@ def _checkpoint(runtime: Runtime, source: Source, mapping: Input) -> Place:
 
 
 def _has_refused(runtime: Runtime, source: Source) -> bool:
-    """Whether the source was read before (--force, an input's path that was changed), and records were refused."""
+    """Whether the source was read before (by an input whose path was changed, say), and records were refused."""
     if not runtime.exists(REJECTED_EVENTS):
         return False
     return not runtime.latest(REJECTED_EVENTS).where(F.col("source") == source.name).isEmpty()
