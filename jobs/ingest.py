@@ -68,8 +68,10 @@ def mark_duplicates(records: DataFrame, duplicates: str) -> DataFrame:
     """
     is_event = F.col("reason").isNull()
     # Map columns have no hash; xxhash64 skips NULLs, so that each is marked.
+    # A map of nothing is none: a new column that is blank makes no other event.
     comparable = [
-        F.sort_array(F.map_entries(c.name)) if c.type.startswith("map") else F.col(c.name) for c in EVENTS.columns
+        F.when(F.size(c.name) > 0, F.sort_array(F.map_entries(c.name))) if c.type.startswith("map") else F.col(c.name)
+        for c in EVENTS.columns
     ]
     content = F.xxhash64(*[part for column in comparable for part in (column, column.isNull())])
     # The id first: the sort goes by the first bytes of the first key, and looks into rows only where these are equal.

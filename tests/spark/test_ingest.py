@@ -683,6 +683,16 @@ def test_a_null_beside_a_value_is_other_content(spark: SparkSession, write: Call
     assert sorted(found) == ["", "duplicate_event_id"]
 
 
+def test_a_new_column_that_is_blank_makes_no_other_event(
+    spark: SparkSession, write: Callable[[str, str], Path]
+) -> None:
+    write("day1.csv", "id,user,item,at,price\n1,a,a,2023-05-01,1\n")
+    folder = write("day2.csv", "id,user,item,at,price,channel\n1,a,a,2023-05-01,1,\n")
+    events = to_records(spark, folder, mapping("day*.csv")).withColumn("stored", F.lit(False))
+    found = [row["reason"] or "" for row in mark_duplicates(events, "everywhere").collect()]
+    assert sorted(found) == ["", REPEAT]
+
+
 def test_a_lookup_never_multiplies_or_loses_records(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
     folder = write("log.csv", "id,user,item,at,price\n1,ann,7,2023-05-01,1\n2,ann,8,2023-05-01,1\n")
     table = pa.table(
