@@ -399,7 +399,7 @@ def _parse_json(lines: DataFrame, names: list[str], claimed: set[str], taken: Ma
         said = F.raise_error(f"jobs.errors.TrailvecError: {_both_have(path, name)}")
         is_broken = F.when(text_of(own).isNotNull(), said).otherwise(is_broken)
     return (
-        lines.where(F.trim(LINE) != "")
+        lines.where(F.col(LINE).rlike(r"[^\x00-\x20]"))
         .withColumn(_OBJECTS, objects)
         .withColumn(_PARSED, F.when(is_one, F.col(_OBJECTS)[0]))
         .select(
@@ -484,7 +484,7 @@ def _join_lookup(records: DataFrame, rows: DataFrame, lookup: Lookup, named: Seq
 
 
 def _key(rows: DataFrame, name: str, where: str) -> Column:
-    """A column that a lookup goes by, as text.
+    """A column that a lookup goes by, as text, stripped of blanks as ids are.
 
     Raises:
         TrailvecError: its text is not the other file's: 4711.0 is no 4711, and nothing would match.
@@ -492,7 +492,7 @@ def _key(rows: DataFrame, name: str, where: str) -> Column:
     kind = rows.select(named_column(name)).schema[0].dataType
     if not is_id_type(kind):
         raise TrailvecError(f"{where} has a column {name} of type {kind.simpleString()}: write the ids as text")
-    return named_column(name).cast("string")
+    return stripped(named_column(name).cast("string"))
 
 
 def is_id_type(kind: T.DataType) -> bool:

@@ -332,7 +332,7 @@ def test_a_broken_json_line_is_kept_as_it_is(spark: SparkSession, write: Callabl
     broken = ['"text"', '[{"id": "2"}]', good[:30], two, good + "," + good, good + " and more"]
     broken.append(good.replace('"price": 1', '"price": 1, "k": 1, "k": 2'))  # which of the two?
     broken += [good + "], more", good + "," + good + "], more", good + "]", good + "],[" + good, "{}x", good + ","]
-    rows = ingest(spark, write("log.json", "\n".join([good, *broken])), mapping("log.json", "json"))
+    rows = ingest(spark, write("log.json", "\n".join([good, "\t", *broken])), mapping("log.json", "json"))
     assert sorted(row["raw"] for row in rows if row["reason"] == "broken_row") == sorted(broken)
     assert [row["event_id"] for row in rows if row["reason"] is None] == ["1"]
 
@@ -694,7 +694,7 @@ def test_a_new_column_that_is_blank_makes_no_other_event(
 
 
 def test_a_lookup_never_multiplies_or_loses_records(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
-    folder = write("log.csv", "id,user,item,at,price\n1,ann,7,2023-05-01,1\n2,ann,8,2023-05-01,1\n")
+    folder = write("log.csv", "id,user,item,at,price\n1,ann,7\t ,2023-05-01,1\n2,ann,8,2023-05-01,1\n")
     table = pa.table(
         {"item": [7, 7, 9], "department": ["toys", "food", "none"]}  # numbers here, text in the log
         | {"sizes": pa.array([[("s", 1)], None, []], pa.map_(pa.string(), pa.int32()))}
