@@ -100,7 +100,10 @@ class IngestSettings(Section):
     sources: list[str] = Field(default_factory=list, description="the sources' mapping files (conf/sources/*.toml)")
     data_dir: PlaceName = Field(".", min_length=1, description="the folder that a mapping's relative paths start from")
     max_rejected_share: float = Field(
-        0.05, ge=0, le=1, description="a larger share of refused records, of those that a run has read, stops the job"
+        0.05,
+        ge=0,
+        le=1,
+        description="a larger share of refused records, of those that a run has read of one input, stops the job",
     )
     earliest: UtcDatetime = Field(datetime(2000, 1, 1), description="UTC; an event before this is refused")
     future_tolerance_hours: float = Field(

@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import date, datetime, timezone
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 from pyspark import StorageLevel
@@ -408,7 +409,14 @@ def _refuse_ids_of_several_days(runtime: Runtime) -> None:
 
 
 def _data_dir(runtime: Runtime) -> Place:
-    return runtime.place_of(runtime.config.ingest.data_dir)
+    data_dir = runtime.place_of(runtime.config.ingest.data_dir)
+    place = data_dir.absolute() if isinstance(data_dir, Path) else data_dir
+    if wild := re.search(r"[][{}*?\\]", str(place)):
+        raise TrailvecError(
+            f"ingest.data_dir = {place}, a path with {wild[0]}, which Spark takes for a pattern of names: choose one "
+            "without it"
+        )
+    return data_dir
 
 
 def _files(runtime: Runtime, source: Source, mapping: Input) -> list[tuple[str, int, int]]:

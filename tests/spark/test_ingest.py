@@ -643,6 +643,14 @@ def test_no_sources_is_an_error(make_runtime: Callable[..., Runtime]) -> None:
         make_runtime().execute(STAGE)
 
 
+def test_a_folder_of_a_pattern_s_name_is_refused(
+    make_runtime: Callable[..., Runtime], write: Callable[[str, str], Path]
+) -> None:
+    folder = write("logs [new]/log.csv", "id,user,item,at,price\n1,ann,a,2023-05-01,1\n") / "logs [new]"
+    with pytest.raises(TrailvecError, match=r"ingest\.data_dir = .*/logs \[new\], a path with \[, which Spark takes"):
+        make_runtime(*_settings(folder, [_source(folder)])).execute(STAGE)
+
+
 # ---- one event, one row -------------------------------------------------------------------------------
 
 
