@@ -36,7 +36,7 @@ def flag_users(events: DataFrame, settings: FlagUsersSettings) -> DataFrame:
     least = [least for _, least in limits.values() if least is not None]
     is_test = reduce(operator.or_, (F.col("user_id").like(pattern) for pattern in settings.test_accounts), F.lit(False))
 
-    spread = events.select("user_id", day_of("event_ts").alias("day"), "event_ts").repartition(*USER_DAY)
+    spread = events.select("user_id", F.to_date("event_ts").alias("day"), "event_ts").repartition(*USER_DAY)
     # No rule catches a day that has fewer events than the least of the limits: most days are neither sorted nor
     # counted by the minute. (That event_ts is named here makes both uses of `spread` read the same columns, and so
     # Spark shuffles once.)
@@ -87,11 +87,6 @@ def measure(events: DataFrame) -> DataFrame:
     )
 
 
-def day_of(time: str) -> Column:
-    """The day (UTC) of a timestamp column: the runtime's sessions are in UTC."""
-    return F.to_date(time)
-
-
 def _more_than(limit: int | None) -> int | None:
     return None if limit is None else limit + 1
 
@@ -111,12 +106,12 @@ def run(runtime: Runtime) -> None:
         runtime.write(FLAGGED_USERS, flag_users(events, settings))
         return
     # What an update changed stands in `changes` twice, as it was and as it is: both days are touched.
-    touched = changes.select("user_id", day_of("event_ts").alias("day")).distinct().persist()
+    touched = changes.select("user_id", F.to_date("event_ts").alias("day")).distinct().persist()
     try:
         days = [row["day"] for row in touched.select("day").distinct().collect()]
         again = (
             events.where(within_days(F.col("event_ts"), days))
-            .withColumn("day", day_of("event_ts"))
+            .withColumn("day", F.to_date("event_ts"))
             .join(touched, USER_DAY, "left_semi")
             .select("user_id", "event_ts")
             .localCheckpoint()  # both looks at the busy days would read the table

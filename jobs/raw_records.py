@@ -138,10 +138,11 @@ def read_raw(
     # With it, Spark finds partition columns (day=2017-01-01) in the files' paths.
     folder = folder_of(data_dir, str(mapping.path))
     base = {"basePath": file_url(str(folder))} if folder.is_dir() else {}
+    named = _named_columns(mapping)
     groups: list[tuple[str, DataFrame]] = []
     for alike in by_partition_columns(files) if base else [files]:
         if mapping.format == "csv":
-            groups += _read_csv_files(spark, alike, mapping.delimiter, _named_columns(mapping), base)
+            groups += _read_csv_files(spark, alike, mapping.delimiter, named, base)
         elif mapping.format == "parquet":
             groups += [(mapping.place, _with_place(frame)) for frame in _read_parquet(spark, as_patterns(alike), base)]
         else:
@@ -150,27 +151,28 @@ def read_raw(
     if spread:
         cores = spark.sparkContext.defaultParallelism
         groups = [(place, records.repartition(cores)) for place, records in groups]
-    return _finish(groups, mapping, data_dir)
+    return _finish(groups, mapping, named, data_dir)
 
 
 def read_topic(records: DataFrame, mapping: Input, data_dir: Place) -> list[DataFrame]:
     """As `read_raw`, of a batch of Kafka's records."""
     place = F.concat_ws("/", "topic", "partition", "offset").alias(FILE)
     lines = records.select(F.col("value").cast("string").alias(LINE), place)
-    return _finish([(mapping.place, lines)], mapping, data_dir)
+    return _finish([(mapping.place, lines)], mapping, _named_columns(mapping), data_dir)
 
 
-def _finish(groups: list[tuple[str, DataFrame]], mapping: Input, data_dir: Place) -> list[DataFrame]:
+def _finish(
+    groups: list[tuple[str, DataFrame]], mapping: Input, named: Sequence[str], data_dir: Place
+) -> list[DataFrame]:
     """The records parsed, if they are lines of JSON, with the lookups' columns and REST. With each group comes where
     its columns are from, for people to read."""
     if not groups:
         return []
-    named = _named_columns(mapping)
     lookups = [_read_lookup(groups[0][1].sparkSession, lookup, data_dir, named) for lookup in mapping.lookups]
     looked_up = {name: lk.path for lk, rows in zip(mapping.lookups, lookups, strict=True) for name in rows.columns}
-    # An attribute out of a lookup comes into REST when it has been joined.
+    # An attribute out of a lookup comes into REST when it has been joined; the record's own stay in it from the start.
     joined = [name for name in looked_up if name in mapping.attributes]
-    claimed = {*named, *mapping.ignore} - (set(mapping.attributes) - set(joined))
+    claimed = {*named, *mapping.ignore} - {name for name in mapping.attributes if name not in looked_up}
 
     def finish(place: str, records: DataFrame) -> DataFrame:
         if mapping.format == "json":
