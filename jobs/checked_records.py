@@ -53,25 +53,20 @@ _ISO_ZONED = r"\d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?\s*(Z|[+-]\d
 _EPOCH = {"epoch_s": (1_000_000, "decimal(18,6)"), "epoch_ms": (1_000, "decimal(21,6)")}
 
 
-def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSettings, now: datetime) -> DataFrame:
-    """The records as rows of EVENTS, with `reason` (NULL: an event), `raw` (of refused ones) and `file`.
-
-    Args:
-        raw: what `read_raw` gives.
-        now: UTC, with zone; what is later than it by more than the tolerance is refused.
+def check_times(spark: SparkSession, mapping: Input, source: str) -> list[str]:
+    """All zones that Spark knows, for `to_events`.
 
     Raises:
-        TrailvecError: the mapping has an unknown zone or format, one that can't be applied, or SQL that Spark does not
-            take.
+        TrailvecError: the mapping has an unknown zone or format, or one that can't be applied.
     """
-    zones = _known_zones(raw.sparkSession)
+    zones = _known_zones(spark)
     zone = mapping.columns.event_ts.zone
     if zone not in zones:
         near = difflib.get_close_matches(zone, zones, n=1)
         hint = f"did you mean {near[0]}?" if near else "write an IANA name such as Europe/London"
         raise TrailvecError(f"source {source}: event_ts: unknown zone {zone}; {hint}")
     pattern = mapping.columns.event_ts.format
-    if pattern is not None and pattern not in _EPOCH and not _reads_times(raw.sparkSession, pattern):
+    if pattern is not None and pattern not in _EPOCH and not _reads_times(spark, pattern):
         raise TrailvecError(
             f"source {source}: event_ts: format = {pattern!r} is no datetime pattern of Spark's: write one, such as "
             f"dd/MM/yyyy HH:mm, or {' or '.join(_EPOCH)}"
@@ -81,7 +76,22 @@ def to_events(raw: DataFrame, mapping: Input, source: str, settings: IngestSetti
             f"source {source}: event_ts: by format = {pattern!r} a time without a zone would be one of UTC, not of "
             f"{zone}: give the two forms an input each, or leave format out, which is ISO 8601 with a zone or without"
         )
+    return zones
 
+
+def to_events(
+    raw: DataFrame, mapping: Input, source: str, settings: IngestSettings, now: datetime, *, zones: list[str]
+) -> DataFrame:
+    """The records as rows of EVENTS, with `reason` (NULL: an event), `raw` (of refused ones) and `file`.
+
+    Args:
+        raw: what `read_raw` gives.
+        now: UTC, with zone; what is later than it by more than the tolerance is refused.
+        zones: what `check_times` gives of the mapping.
+
+    Raises:
+        TrailvecError: the mapping has SQL that Spark does not take, or times to which their zone can't be applied.
+    """
     try:
         given = _mapped(raw, mapping, source)
     except AnalysisException as error:

@@ -33,7 +33,7 @@ from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 from rich.filesize import decimal
 
-from jobs.checked_records import ERASED, to_events, without_erased
+from jobs.checked_records import ERASED, check_times, to_events, without_erased
 from jobs.cli import stage_main
 from jobs.config import IngestSettings, shipped
 from jobs.errors import TrailvecError, explain, first_line
@@ -49,7 +49,7 @@ from training.stores import remove_tree
 from training.urls import file_url
 
 REPEAT = "exact_repeat"  # not a refusal: the event is there already
-_NO_REFUSAL = (REPEAT, ERASED)
+_NO_REFUSAL = {REPEAT: "exact repeats of an event", ERASED: "records of erased users"}
 
 _STORED = "table events"  # the file of a row that the table holds already
 
@@ -151,23 +151,18 @@ def commit_batch(
         replaced = sum(row["count"] for row in found if row["stored"] and row["reason"] is not None)
         runtime.report.rows_in["records"] += counts.total()
         read += counts
-        reread = again or runtime.forced
-        _check_share(records.where(~F.col("stored")), counts, read, settings.max_rejected_share, reread)
+        _check_share(records.where(~F.col("stored")), counts, read, settings.max_rejected_share, again)
         refused = records.where(F.col("reason").isNotNull() & ~F.col("reason").isin(*_NO_REFUSAL))
         refused = refused.withColumn("refused_on", F.current_date())
         if again:
             refused = _not_yet_refused(runtime, refused)
-        if counts.total() > counts[None] + sum(counts[reason] for reason in _NO_REFUSAL) or replaced:
+        if _refused(counts) or replaced:
             runtime.append(REJECTED_EVENTS, refused, batch=batch, done=False)
         if counts[None]:
             new = records.where(F.col("reason").isNull() & ~F.col("stored"))
             if same_day:
                 where &= F.to_date("old.event_ts") == F.to_date("new.event_ts")
             runtime.merge(EVENTS, new, where=where, insert_only=replaced == 0, few=few, done=False)
-        if repeats := counts[REPEAT]:
-            runtime.report.notes.append(f"{repeats:,} exact repeats of an event dropped")
-        if erased := counts[ERASED]:
-            runtime.report.notes.append(f"{erased:,} records of erased users dropped")
     finally:
         records.unpersist()
         given.unpersist()
@@ -210,22 +205,22 @@ def _not_yet_refused(runtime: Runtime, refused: DataFrame) -> DataFrame:
     return refused.alias("new").join(runtime.latest(REJECTED_EVENTS).alias("old"), same, "left_anti")
 
 
+def _refused(counts: Counter[str | None]) -> Counter[str]:
+    return Counter({reason: n for reason, n in counts.items() if reason is not None and reason not in _NO_REFUSAL})
+
+
 def _check_share(
-    records: DataFrame, counts: Counter[str | None], read: Counter[str | None], allowed: float, reread: bool
+    records: DataFrame, counts: Counter[str | None], read: Counter[str | None], allowed: float, again: bool
 ) -> None:
     """Stops the job before this batch is written where too much is refused.
 
     The share is that of the run so far, this batch included: the last batch of a topic may be one record, and wrong.
     """
-
-    def refused(of: Counter[str | None]) -> list[tuple[str, int]]:
-        return [(reason, count) for reason, count in of.items() if reason not in (None, *_NO_REFUSAL)]
-
-    total = sum(count for _, count in refused(read))
+    total = _refused(read).total()
     if total <= allowed * read.total():
         return
     examples = []
-    for reason, count in sorted(refused(counts), key=lambda item: (-item[1], item[0]))[:3]:
+    for reason, count in sorted(_refused(counts).items(), key=lambda item: (-item[1], item[0]))[:3]:
         row = records.where(F.col("reason") == reason).agg(F.min("raw").alias("raw")).collect()[0]
         examples.append(f"{reason} {count:,} (such as {str(row['raw'])[:200]})")
     changed = (
@@ -235,7 +230,7 @@ def _check_share(
     raise TrailvecError(
         f"{total:,} of {read.total():,} records are refused, more than ingest.max_rejected_share = {allowed:g} allows; "
         f"nothing of this batch was written: correct the mapping or the files, or allow more; "
-        f"most often: {'; '.join(examples)}{changed if reread and counts['duplicate_event_id'] else ''}"
+        f"most often: {'; '.join(examples)}{changed if again and counts['duplicate_event_id'] else ''}"
     )
 
 
@@ -250,6 +245,7 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
     """
     settings, spark = runtime.config.ingest, runtime.spark
     name = f"{source.name}, {mapping.place}"
+    zones = check_times(spark, mapping, source.name)
     checkpoint = _checkpoint(runtime, source, mapping)
     if runtime.forced:
         remove_tree(checkpoint)
@@ -279,7 +275,7 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
             if raw:
                 query = json.loads((checkpoint / "metadata").read_text())["id"]
                 before = runtime.report.rows_in["records"]
-                events = [to_events(frame, mapping, source.name, settings, now) for frame in raw]
+                events = [to_events(frame, mapping, source.name, settings, now, zones=zones) for frame in raw]
                 commit_batch(runtime, events, (f"ingest-{query}", batch_number), read, reads_again)
                 count = runtime.report.rows_in["records"] - before
                 seconds = time.monotonic() - started
@@ -297,6 +293,7 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
             raise failed[0] from None
         raise TrailvecError(f"{name}: {explain(error) or first_line(error)}") from error
     again.unlink(missing_ok=True)
+    runtime.report.notes += [f"{read[reason]:,} {what} dropped" for reason, what in _NO_REFUSAL.items() if read[reason]]
 
 
 def _check_gzip(found: dict[str, int]) -> None:

@@ -28,7 +28,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from jobs.checked_records import to_events
+from jobs.checked_records import check_times, to_events
 from jobs.config import IngestSettings
 from jobs.errors import TrailvecError, explain
 from jobs.ingest import REPEAT, STAGE, _check_gzip, mark_duplicates
@@ -61,9 +61,8 @@ def to_records(spark: SparkSession, data_dir: Path, given: Input, **settings: An
     files = [f"file://{file}" for file in find_files(data_dir, str(given.path))]
     settings = {"negative_amount_event_types": ["view"]} | settings
     frames = read_raw(spark, given, data_dir, files)
-    return reduce(
-        DataFrame.unionByName, [to_events(raw, given, "test", IngestSettings(**settings), NOW) for raw in frames]
-    )
+    zones, limits = check_times(spark, given, "test"), IngestSettings(**settings)
+    return reduce(DataFrame.unionByName, [to_events(raw, given, "test", limits, NOW, zones=zones) for raw in frames])
 
 
 def ingest(spark: SparkSession, data_dir: Path, given: Input, **settings: Any) -> list[Row]:
