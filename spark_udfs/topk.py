@@ -419,9 +419,11 @@ class _Queries:
         self._same_kind = same_kind
         self._ids, vectors = _unpack(block)
         self._nearest = Nearest(vectors, k, metric)
-        names = block.field("left_out").flatten().to_numpy(zero_copy_only=False).astype(np.str_)
+        # Each once: numpy takes four bytes of a text for each letter of the longest.
+        names = block.field("left_out").flatten().dictionary_encode()
         counts = block.field("left_out_counts").flatten().to_numpy()
-        self._left_out, self._which = np.unique(names, return_inverse=True)  # each once
+        once = names.dictionary.to_numpy(zero_copy_only=False).astype(np.str_)
+        self._left_out, self._which = once, names.indices.to_numpy()
         by_name = np.argsort(self._which, kind="stable")
         self._rows = np.repeat(np.arange(len(counts)), counts)[by_name]
         self._which = self._which[by_name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tracemalloc
 from unittest.mock import Mock
 
 import numpy as np
@@ -107,6 +108,19 @@ def test_cosines_among_the_same_vectors_leave_the_vector_itself_out(users: Named
 )
 def test_what_is_left_out_is_not_found(users: Named, items: Named, out: LeftOut, k: int, cuts: list[int]) -> None:
     assert run(users, items, k, "dot", cuts, out) == brute_force(users, items, k, "dot", out)
+
+
+def test_what_many_queries_leave_out_takes_memory_once() -> None:
+    long = "i" * 10_000
+    users, items = {f"u{n:03}": [1.0, 2.0] for n in range(500)}, {"i1": [1.0, 1.0], "i2": [1.0, 0.0]}
+    tracemalloc.start()
+    try:
+        found = run(users, items, 2, "dot", [], {user: {long, "i1"} for user in users})
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert all(of == [("i2", 1.0)] for of in found.values())
+    assert peak < 5e6  # the text of each pair takes 20 MB as numpy has it
 
 
 @pytest.mark.parametrize("metric", ["dot", "cosine"])
