@@ -22,7 +22,7 @@ class Cuts:
 
 
 def cut_times(rows: DataFrame, settings: SequencesSettings, time: str = "event_ts") -> Cuts:
-    """The cut times of a log; one pass over a column.
+    """The cut times of a log; one pass over a column, where cuts are given over what came after the later one alone.
 
     Args:
         rows: events, or sessions.
@@ -31,7 +31,12 @@ def cut_times(rows: DataFrame, settings: SequencesSettings, time: str = "event_t
     Raises:
         TrailvecError: the log is empty, or the configured times are not in order.
     """
-    last = rows.agg(F.unix_micros(F.max(time))).collect()[0][0]
+    newest = F.unix_micros(F.max(time))
+    given = [cut for cut in (settings.valid_from, settings.test_from) if cut is not None]
+    # Files that end before it are spared by their statistics.
+    last = rows.where(F.col(time) >= utc(max(given))).agg(newest).collect()[0][0] if given else None
+    if last is None:
+        last = rows.agg(newest).collect()[0][0]
     if last is None:
         raise TrailvecError(
             "table events is empty, or has flagged users alone: look into rejected_events and flagged_users, then run "

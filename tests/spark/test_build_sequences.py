@@ -94,6 +94,21 @@ def test_equals_the_plain_python_sequences(
         assert {name: found[key][name] for name in row} == row, key
 
 
+def test_where_cuts_are_given_the_logs_end_is_looked_for_after_them(spark: SparkSession, tmp_path: Path) -> None:
+    """Files that end before are not opened: here they are gone."""
+    table, newest = tmp_path / "log", TEST_FROM + timedelta(days=3)
+    for day in (VALID_FROM, newest):
+        row = make_event(event_id=str(day), user_id="u", item_id="i", event_ts=day)
+        to_frame(spark, [row]).write.format("delta").mode("append").save(str(table))
+        if day == VALID_FROM:
+            early = list(table.glob("*.parquet"))
+    for file in early:
+        file.unlink()
+    log = spark.read.format("delta").load(str(table))
+    given = SequencesSettings(valid_from=VALID_FROM, test_from=TEST_FROM)
+    assert cut_times(log, given).end == newest + timedelta(microseconds=1)
+
+
 def _training_events(events: list[Row], leave_one_out: bool) -> list[Row]:
     if not leave_one_out:
         return [e for e in events if e["event_ts"] < VALID_FROM]
