@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from jobs.config import DriftSettings
@@ -81,14 +81,19 @@ def event_counts(sessions: DataFrame, items: DataFrame, cut: datetime, end: date
     known = items.select("item_id", "first_ts")
     events = sessions.where(F.col("end_ts") >= utc(start)).select(F.explode("events").alias("event")).select("event.*")
     late = F.col("event_ts") >= utc(cut)
-    seen = events.where((F.col("event_ts") >= utc(start)) & (F.col("event_ts") < utc(end))).join(
-        known, "item_id", "left"
+    seen = events.where((F.col("event_ts") >= utc(start)) & (F.col("event_ts") < utc(end)))
+    # An item's events are counted where they lie: no event is sent to where its item is.
+    of_items = seen.groupBy("item_id", "vertical").agg(
+        F.count_if(late).alias("after"), F.count_if(~late).alias("before")
     )
-    return seen.groupBy("vertical").agg(
-        F.count_if(late).alias("after"),
-        F.count_if(~late).alias("before"),
-        F.count_if(late & (F.col("first_ts") >= utc(cut))).alias("new_after"),
-        F.count_if(~late & (F.col("first_ts") >= utc(start))).alias("new_before"),
+
+    def new(side: str, since: datetime) -> Column:
+        return F.sum(F.when(F.col("first_ts") >= utc(since), F.col(side)).otherwise(0)).alias(f"new_{side}")
+
+    return (
+        of_items.join(known, "item_id", "left")
+        .groupBy("vertical")
+        .agg(F.sum("after").alias("after"), F.sum("before").alias("before"), new("after", cut), new("before", start))
     )
 
 

@@ -35,6 +35,8 @@ def test_events_are_counted_by_vertical_on_both_sides_of_the_cut(spark: SparkSes
         CUT,
         END,
     )
+    # Each item's events are counted before they meet the items.
+    assert found._jdf.queryExecution().optimizedPlan().toString().count("Aggregate [") == 2
     assert sorted(map(tuple, found.select("vertical", "after", "before", "new_after", "new_before").collect())) == [
         ("food", 2, 2, 1, 1),
         ("rides", 1, 1, 0, 0),
