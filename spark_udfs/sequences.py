@@ -1,10 +1,11 @@
-"""Rows of `sequences` out of actions in order, over Arrow: no Python object per action, memory bounded by a batch.
+"""Rows of `sequences` out of actions in order, over Arrow: no Python object per action.
 
 A user's actions lie in order, so a row is a range of them: from so many actions before a cut up to it. The ranges of
 all users of a batch are worked out at once, by arithmetic over places, and each list column is then one gather.
 
 A user whose actions go on in the next batch is held back until they end. Of actions too far back for any row only the
-items are kept: a valid or test row must still name them as seen.
+items are kept: a valid or test row must still name them as seen. So memory is bounded by a batch but for one user's
+actions after the first cut, which are all kept: any of them may be a target (161 bytes each at the peak).
 """
 
 from __future__ import annotations
