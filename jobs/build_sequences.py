@@ -144,17 +144,23 @@ def in_vocabulary(items: DataFrame, min_count: int) -> DataFrame:
     return items.where(F.col("train_count") >= min_count)
 
 
-def refuse_other_counts(runtime: Runtime, rows: dict[str, Any]) -> None:
+def refuse_other_counts(runtime: Runtime, rows: dict[str, Any], min_count: int) -> None:
     """Law 4: `items` counts what was seen before the cut that build_vocabulary was given, and so says what a model may
-    know; it must be the cut of the rows.
+    know; it must be the cut of the rows. And it must have all items that a model may know.
 
     Args:
         rows: the section [sequences] that the rows are made with, as a commit's provenance has it.
+        min_count: the events from which on a model is to know an item.
 
     Raises:
-        TrailvecError: items was counted with other settings.
+        TrailvecError: items was counted with other settings, or has no row for items that are too rare for it alone.
     """
     made = runtime.last_writer(ITEMS)
+    if made and (was := made["config"]["vocabulary"]["min_count"]) > min_count:
+        raise TrailvecError(
+            f"table items was made with vocabulary.min_count = {was}, found {min_count}: rarer items have no row in "
+            f"it: run `trailvec build_vocabulary` and `trailvec build_sequences` first"
+        )
     if made and (other := other_setting(made["config"]["sequences"], rows, "split_by", "valid_from", _TARGETS)):
         raise TrailvecError(
             f"table items was counted with {other} for the rows of sequences: run `trailvec build_vocabulary` and "
@@ -180,8 +186,8 @@ def other_setting(made: dict[str, Any], now: dict[str, Any], *names: str) -> str
 
 
 def run(runtime: Runtime) -> None:
-    refuse_other_counts(runtime, runtime.provenance()["config"]["sequences"])
     settings, min_count = runtime.config.sequences, runtime.config.vocabulary.min_count
+    refuse_other_counts(runtime, runtime.provenance()["config"]["sequences"], min_count)
     # Categories belong to items, not to actions.
     sessions, values = runtime.read(SESSIONS), runtime.read(CONTEXT_VALUES).where("kind != 'category'")
     items = in_vocabulary(runtime.read(ITEMS), min_count)

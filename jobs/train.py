@@ -213,8 +213,8 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
     """What the training processes are told; the arrays that it names are written into `staging`, a local folder.
 
     Raises:
-        TrailvecError: there is nothing to train on, the rows are those of a smaller vocabulary, of another cut than the
-            vocabulary's or have the numbers of another one, or the current model can't be grown.
+        TrailvecError: there is nothing to train on, the rows or the items are those of a smaller vocabulary, the rows
+            are of another cut than the vocabulary's or have another one's numbers, or the current model can't be grown.
     """
     settings, min_count = runtime.config.train, runtime.config.vocabulary.min_count
     made = runtime.last_writer(SEQUENCES)
@@ -227,7 +227,7 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
     if made:
         if what := other_numbers(runtime, made):
             raise TrailvecError(f"table sequences has the numbers of {what}: run `trailvec build_sequences` first")
-        refuse_other_counts(runtime, made["config"]["sequences"])
+        refuse_other_counts(runtime, made["config"]["sequences"], min_count)
     files = training_files(runtime)
     counts = item_counts(runtime.read(ITEMS), min_count)
     model = model_spec(runtime.config, len(counts), runtime.read(CONTEXT_VALUES))

@@ -366,11 +366,12 @@ def test_cuts_out_of_order_or_an_empty_log_are_refused(
         empty.execute(build_vocabulary.STAGE)
 
 
-def test_a_vocabulary_that_was_counted_up_to_another_cut_is_refused(
+def test_a_vocabulary_that_was_counted_up_to_another_cut_or_lacks_rarer_items_is_refused(
     make_runtime: Callable[..., Runtime], spark: SparkSession
 ) -> None:
     """Law 4: by the counts of a later cut, a model would know items that were met after its own."""
     later, earlier = make_runtime(*CUTS), make_runtime('sequences.valid_from="2023-03-01T00:00:00"', CUTS[1])
+    rarer = make_runtime(*CUTS, "vocabulary.min_count=4")
     put(later, ITEMS, spark.createDataFrame([], ITEMS.schema()))
     for table in (SESSIONS, CONTEXT_VALUES):
         later.create(table)
@@ -379,6 +380,12 @@ def test_a_vocabulary_that_was_counted_up_to_another_cut_is_refused(
     for stage in (build_sequences.STAGE, train.STAGE):
         with pytest.raises(TrailvecError, match=counted):
             earlier.execute(stage)
+    put(rarer, SEQUENCES, spark.createDataFrame([], SEQUENCES.schema()))
+    for stage in (build_sequences.STAGE, train.STAGE):
+        with pytest.raises(TrailvecError, match=r"items was made with vocabulary\.min_count = 5, found 4: rarer items"):
+            rarer.execute(stage)
+    same_cut = later.config.model_dump(mode="json")["sequences"]
+    build_sequences.refuse_other_counts(later, same_cut, 6)  # what is to be rarer than that is read as unknown
 
 
 def test_a_missing_table_names_the_stage_that_makes_it(make_runtime: Callable[..., Runtime]) -> None:
