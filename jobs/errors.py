@@ -9,6 +9,9 @@ class TrailvecError(Exception):
     """One sentence: what was wrong, where, what was found, what to do. Printed without a stack trace."""
 
 
+# A file of a Delta table of ours, by its place and the names that Delta gives: the table, and the file in its folder.
+_OWN_FILE = r"/tables/(\w+)/((?:[^\n]*/)?(?:part|cdc)-\d{5}-[0-9a-f-]{36}\S*?\.parquet)"
+
 # (what Spark's message holds, what to tell the user); {0} is the first group of the pattern.
 _SPARK_MESSAGES = (
     (r"jobs\.errors\.TrailvecError: ([^\n]+)", "{0}"),  # ours, raised in a Python worker or by raise_error
@@ -23,6 +26,11 @@ _SPARK_MESSAGES = (
     (
         r"URISyntaxException: Relative path in absolute URI: \.?([^\n]+?)(?:\.crc)?(?:\n|$)",
         "{0}: Hadoop reads no file with a colon in its name, nor a pattern's files beside it: rename it",
+    ),
+    (
+        _OWN_FILE + r"(?: is not a Parquet file|\. Please)",
+        "{1} of table {0} is damaged: put it back from a backup (never delete it alone), or move the table's folder "
+        "away and run the stage that makes it",
     ),
     (
         r"Could not read footer for file: (\S+?)\. Please",
@@ -111,14 +119,20 @@ _SPARK_MESSAGES = (
         "another job wrote to the same table at the same time: run this stage again",
     ),
     (
-        # Of a Delta table of ours, by its place and the names that Delta gives; each store says it in its own words.
-        r"FileNotFoundException: [^\n]*/tables/(\w+)/((?:[^\n]*/)?(?:part|cdc)-\d{5}-[0-9a-f-]{36}\S*?\.parquet)",
+        rf"FileNotFoundException: [^\n]*{_OWN_FILE}",  # each store says it in its own words
         "{1} of table {0} is gone: a VACUUM took what this stage goes on from (was maintain.retention_hours raised, or "
         "VACUUM run by hand?): run it once with --force",
     ),
     (
         r"No space left on device",
         "the disk is full: free some space and run this stage again; nothing already committed is lost",
+    ),
+    (
+        # Java's own, a Python worker's end, the driver's JVM gone (by py4j alone, who asks it), a container's on YARN.
+        r"OutOfMemoryError|exited unexpectedly \(crashed\)|Answer from Java side is empty|"
+        r"^\[Errno 111\] Connection refused$|Exit status: (?:137|143)",
+        "a process of Spark's was lost or ran out of memory: give spark.driver.memory or spark.executor.memory (and "
+        "memoryOverhead) more (docs/sizing.md), and run this stage again; nothing already committed is lost",
     ),
     (
         r"\[DELTA_TABLE_NOT_FOUND\] ([^\n]+?)\.?(?:\n|$)",

@@ -77,10 +77,60 @@ _ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
                 (f"No such file or directory: s3a://b/t/tables/events/{_ROWS}", _ROWS),
             )
         ),
+        *(
+            (
+                said,
+                f"{file} of table events is damaged: put it back from a backup (never delete it alone), or move the "
+                "table's folder away and run the stage that makes it",
+            )
+            for said, file in (
+                (
+                    f"[CANNOT_READ_FILE_FOOTER] Could not read footer for file: file:/t/tables/events/day=1/{_ROWS}. "
+                    "Please ensure that the file is in either ORC or Parquet format.",
+                    f"day=1/{_ROWS}",
+                ),
+                (
+                    f"RuntimeException: s3a://b/my t/tables/events/_change_data/{_CHANGES} is not a Parquet file. "
+                    "Expected magic number at tail, but found [1, 2, 3, 4]",
+                    f"_change_data/{_CHANGES}",
+                ),
+            )
+        ),
+        *(
+            (
+                said,
+                "/data/logs/part-1.parquet is not a whole Parquet file (truncated?): fetch it again or take it out of "
+                "the folder",
+            )
+            for said in (
+                "Could not read footer for file: /data/logs/part-1.parquet. Please ensure that the file is in either",
+                "/data/logs/part-1.parquet is not a Parquet file. Expected magic number at tail",
+            )
+        ),
+        *(
+            (
+                said,
+                "a process of Spark's was lost or ran out of memory: give spark.driver.memory or spark.executor.memory "
+                "(and memoryOverhead) more (docs/sizing.md), and run this stage again; nothing already committed is "
+                "lost",
+            )
+            for said in (
+                "java.lang.OutOfMemoryError: Java heap space",
+                "org.apache.spark.SparkException: Python worker exited unexpectedly (crashed)",
+                "ExecutorLostFailure (executor 2 exited caused by one of the running tasks) Reason: Container from a "
+                "bad node: container_1 on host: w. Exit status: 137. Diagnostics: Container killed on request.",
+            )
+        ),
     ],
 )
 def test_a_message_of_spark_becomes_a_sentence(said: str, told: str) -> None:
     assert explain(RuntimeError(f"An error occurred while calling o1.load.\n: {said}\n\tat org.apache")) == told
+
+
+def test_a_jvm_that_was_killed_is_told() -> None:
+    for lost in (ConnectionRefusedError(111, "Connection refused"), RuntimeError("Answer from Java side is empty")):
+        assert (explain(lost) or "").startswith("a process of Spark's was lost or ran out of memory: ")
+    assert explain(RuntimeError("<urlopen error [Errno 111] Connection refused>")) is None
 
 
 def test_a_missing_file_of_somebody_else_is_none_of_a_tables() -> None:
