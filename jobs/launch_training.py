@@ -52,20 +52,19 @@ def launch(run_file: Path, spec: RunSpec, on_event: Callable[[dict[str, Any]], N
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",  # whatever this machine's locale is
+        errors="replace",  # a library may say what is no text
         preexec_fn=_die_with_parent,  # noqa: PLW1509 - it makes one system call and takes no lock
     )
     assert child.stdout is not None
     assert child.stderr is not None
     words: deque[str] = deque(maxlen=400)
+    hear = _hearing(on_event, words)  # Horovod's launcher says on stdout how a process ended
     listener = threading.Thread(target=words.extend, args=(child.stderr,), daemon=True)
     listener.start()
     try:
         for line in child.stdout:
-            if event := parse_event(line):
-                on_event(event)
-            else:  # Horovod's launcher says here how a process ended
-                words.append(line)
+            hear(line)
         code = child.wait()
     finally:
         # Ctrl-C or an error here: Horovod's launcher ends its processes when it is asked to end.
@@ -88,13 +87,6 @@ def launch_in_spark(spec: RunSpec, on_event: Callable[[dict[str, Any]], None]) -
     from training.loop import train_in_executor  # noqa: PLC0415
 
     words: deque[str] = deque(maxlen=400)
-
-    def hear(line: str) -> None:
-        if event := parse_event(line):
-            on_event(event)
-        else:
-            words.append(line)
-
     environment = {
         "OMP_NUM_THREADS": str(spec.settings.threads),
         "PYTHONSAFEPATH": "1",  # as above, of the folder in which an executor works
@@ -103,11 +95,25 @@ def launch_in_spark(spec: RunSpec, on_event: Callable[[dict[str, Any]], None]) -
     arrays = {name: Path(place).read_bytes() for name, place in places.items() if place}
     arguments = (spec.model_dump_json(), arrays)
     try:
-        files, *_ = dist.run_in_spark(train_in_executor, arguments, spec.settings.processes, environment, hear)
+        files, *_ = dist.run_in_spark(
+            train_in_executor, arguments, spec.settings.processes, environment, _hearing(on_event, words)
+        )
     except Exception as error:  # Horovod raises plain Exception and RuntimeError
         raise _stopped(spec, last_words([*words, *f"{type(error).__name__}: {error}".splitlines()], 1)) from error
     for name in sorted(files, key=lambda name: name == "model.json"):  # the description comes last, as everywhere
         (Path(spec.output) / name).write_bytes(files[name])
+
+
+def _hearing(on_event: Callable[[dict[str, Any]], None], words: deque[str]) -> Callable[[str], None]:
+    """What takes the lines that a run writes: events are handed on, all else stays in `words`."""
+
+    def hear(line: str) -> None:
+        if event := parse_event(line):
+            on_event(event)
+        else:
+            words.append(line)
+
+    return hear
 
 
 def parse_event(line: str) -> dict[str, Any] | None:

@@ -486,6 +486,18 @@ def test_a_failing_rank_is_one_sentence_and_ends_the_other(tmp_path: Path, monke
     assert list((tmp_path / "model").iterdir()) == []
 
 
+def test_bytes_that_are_no_text_are_heard_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who listened had ended at the first of them; a process that said more then waited for ever."""
+    process = tmp_path / "process"
+    process.write_text("#!/bin/sh\nprintf '\\377\\n{\"event\": 1}\\n'; printf 'OSError: no \\377\\n' >&2; exit 1\n")
+    process.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(process))
+    heard: list[Any] = []
+    with pytest.raises(TrailvecError, match="training stopped: no \ufffd; the old model stays current"):
+        launch(tmp_path / "run.json", make_run(tmp_path, [make_rows(5)]), heard.append)
+    assert heard == [{"event": 1}]
+
+
 def test_no_rank_outlives_a_killed_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Meanwhile: who listens, and what the command lines tell, which everybody can read."""
     key = "only-in-the-environment" + 4_000 * " of a long class path"  # with the other more than one argument may have
