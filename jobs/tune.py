@@ -29,6 +29,8 @@ from training.config import RunSpec
 
 METRIC = "ndcg@10"
 LOCK = "lock"
+State = optuna.trial.TrialState
+ENDED = (State.COMPLETE, State.PRUNED)
 WIDTHS = (32, 64, 128)
 
 
@@ -95,21 +97,18 @@ def search(spec: RunSpec, study: optuna.Study, trials: int, folder: Path, say: A
             )
         return max(scores)
 
-    while len(_ended(study)) < trials:
+    failed = len(_in(study, State.FAIL))  # of earlier runs
+    while len(_in(study, *ENDED)) < trials:
         study.optimize(objective, n_trials=1)
         last = study.trials[-1]
-        if last.state == optuna.trial.TrialState.FAIL and len(_failed(study)) > trials:
+        if last.state == State.FAIL and len(_in(study, State.FAIL)) - failed > trials:
             raise TrailvecError(
                 f"more than {trials} trials failed; the last one: {last.user_attrs.get('error', 'stopped')}"
             )
 
 
-def _ended(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED))
-
-
-def _failed(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.FAIL,))
+def _in(study: optuna.Study, *states: optuna.trial.TrialState) -> list[optuna.trial.FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=states)
 
 
 @contextlib.contextmanager
@@ -167,7 +166,7 @@ def run_tune(runtime: Runtime, trials: int) -> None:
         )
         # A search that goes on would propose its first trials again if it drew from the same seed.
         study.sampler = optuna.samplers.TPESampler(seed=settings.seed + len(study.trials))
-        if done := len(_ended(study)):
+        if done := len(_in(study, *ENDED)):
             runtime.on_progress(f"goes on from {done} trials")
         with _folder(runtime.root) as folder:
             spec = run_spec(runtime, name, folder, None)

@@ -59,6 +59,17 @@ def test_a_search_that_finds_nothing_says_why(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(tune, "launch", lambda run_file, run, hear: hear(TOLD))
     with pytest.raises(TrailvecError, match="no user of the valid split did something next that the model knows"):
         tune.search(spec, a_study(tmp_path), 2, tmp_path, lambda text: None)
+    # The same command again, when the disk has room: what failed before is not counted.
+    failures = iter([True, False, False])
+
+    def fail_once(run_file: Path, run: RunSpec, hear: Any) -> None:
+        if next(failures):
+            fail()
+        hear({**TOLD, tune.METRIC: 0.5})
+
+    monkeypatch.setattr(tune, "launch", fail_once)
+    tune.search(spec, a_study(tmp_path), 2, tmp_path, lambda text: None)
+    assert [trial.state.name for trial in a_study(tmp_path).trials[-3:]] == ["FAIL", "COMPLETE", "COMPLETE"]
 
 
 def test_what_is_no_trial_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
