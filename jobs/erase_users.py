@@ -67,7 +67,7 @@ def erase(runtime: Runtime, file: str | None = None, sql: str | None = None, req
 
     Raises:
         TrailvecError: the list is empty, not there or has no column user_id; nobody asked; the key is missing or
-            another than before.
+            another than before; no table of users is there.
     """
     return runtime.execute(Stage("erase_users", "", lambda r: _erase(r, file, sql, requested_by)), force=True)
 
@@ -88,6 +88,8 @@ def _erase(runtime: Runtime, file: str | None, sql: str | None, requested_by: st
     if not requested_by or not requested_by.strip():
         raise TrailvecError("nobody asked for the erasure: say who did with --requested-by")
     key = erase_key(runtime)
+    if not any(runtime.exists(table) for table in HOLDING_USERS):
+        raise TrailvecError(f"no table of users exists under {runtime.place}: is --conf the right one?")
     ids = read_ids(runtime, file, sql)
     if not ids:
         raise _nobody_listed(runtime, requested_by)

@@ -426,6 +426,16 @@ def test_texts_that_no_utf8_holds_stop_nothing(
     assert "1 erased users" in finish(runtime).notes[-1]
 
 
+def test_where_no_table_of_users_is_nobody_is_said_to_be_erased(
+    tmp_path: Path, keyed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As without --conf: the receipt lay in an empty warehouse."""
+    for there, said in ((ITEMS, f"no table of users exists under {tmp_path}: is"), (EXPORTS, "list .* does not")):
+        monkeypatch.setattr(Runtime, "exists", lambda runtime, table, there=there: table == there)
+        with pytest.raises(TrailvecError, match=said):
+            erase_users._erase(Runtime(make_config(tmp_path)), str(tmp_path / "none.txt"), None, "desk")
+
+
 def test_lists_that_are_read_at_once_keep_their_copies(
     make_runtime: Callable[..., Runtime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
