@@ -348,7 +348,8 @@ class UserList(Section):
     file: PlaceName | None = Field(
         None,
         description="Parquet or CSV (.csv, .csv.gz) with a column user_id, or a folder of such files whose name ends "
-        "so; any other: text, one user id per line",
+        "so; any other: text, one user id per line. A relative path starts, in a segment's file, where that lies, else "
+        "in the directory in which the command runs",
     )
     sql: str | None = Field(None, description="a query over the tables with a column user_id")
 
@@ -362,12 +363,16 @@ class UserList(Section):
 class ExportSettings(Section):
     """user_embeddings → segment files."""
 
-    segments: list[str] = Field(default_factory=list, description="the segments' files (conf/segments/*.toml)")
+    segments: list[str] = Field(
+        default_factory=list,
+        description="the segments' files (conf/segments/*.toml), from the directory in which the command runs",
+    )
     consent: UserList | None = Field(
         None,
         description="who has consented to what: user_id and a column for each purpose, boolean, or true, false, 1 or 0 "
-        "as text or whole numbers; a file is Parquet or CSV with a header. Who is not in it, or of whom it says "
-        "nothing, has consented to nothing; of several rows of a user all must be true",
+        "as text or whole numbers; a file is Parquet or CSV with a header, its path from the directory in which "
+        "the command runs. Who is not in it, or of whom it says nothing, has consented to nothing; of several rows of "
+        "a user all must be true",
     )
 
 
@@ -482,12 +487,31 @@ def parse(model: type[M], values: dict[str, Any], where: str) -> M:
         if first["type"] == "value_error":
             what = f"{where}: {key}" if key else where
             raise TrailvecError(f"{what}: {first['ctx']['error']}: correct it") from None
+        if first["type"] == "model_type":
+            keys = _keys_at(model, first["loc"])
+            raise TrailvecError(
+                f"{where}: {key} = {first['input']!r}: write a table, such as {{ {keys[0]} = ... }} (known here: "
+                f"{', '.join(keys)})"
+            ) from None
         if first["type"] != "extra_forbidden":
             raise TrailvecError(f"{where}: {key} = {first['input']!r}: {first['msg']}: correct it") from None
         known = _keys_at(model, first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        hint = _above(model, first["loc"], first["input"]) or hint
         raise TrailvecError(f"{where}: unknown key {key}; {hint}") from None
+
+
+def _above(model: type[BaseModel], location: tuple[int | str, ...], value: Any) -> str | None:
+    """Where an unknown key is a key of a section around its own: below a [heading] in TOML all are that section's."""
+    *around, name = location
+    for depth in range(len(around)):
+        outer = (*around[:depth],)
+        is_section = _keys_at(model, (*outer, name)) != _keys_at(model, outer)
+        if str(name) in _keys_at(model, outer) and (not is_section or isinstance(value, dict | list)):
+            place = f"below [{'.'.join(map(str, outer))}]" if outer else "above the first [heading]"
+            return f"{name} belongs {place}"
+    return None
 
 
 def shipped(path: str | Path) -> Path:
@@ -503,7 +527,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         TrailvecError: the file is missing or no TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows put a mark before it
     except FileNotFoundError:
         raise TrailvecError(f"{path} does not exist: correct the path") from None
     except OSError as error:  # a folder, say

@@ -1,9 +1,9 @@
 """Lists that people hand in: of users seeds, suppressions, consents, labels, whom to erase; of items what is in stock.
 
 A list is a query over the tables, a Parquet or CSV file with a column user_id (or a folder of such files, as Spark
-writes it), or a text of one id per line, under such a header or none. A file lies beside the configuration, on the
-driver's machine, which never holds it as a whole: Spark reads it, a text goes by line. On a cluster Spark's tasks see
-no file of that machine: they read a copy beside the tables, gone afterwards.
+writes it), or a text of one id per line, under such a header or none. A file lies on the driver's machine, which
+never holds it as a whole: Spark reads it, a text goes by line. On a cluster Spark's tasks see no file of that machine:
+they read a copy beside the tables, gone afterwards.
 """
 
 from __future__ import annotations

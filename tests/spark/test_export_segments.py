@@ -365,6 +365,12 @@ def test_what_a_segment_file_may_not_say(tmp_path: Path, old: str, new: str, mes
     (tmp_path / "seeds.txt").write_text("ann\n")
     (tmp_path / "likes.toml").write_text(SEGMENT.replace(old, new))
     with pytest.raises(TrailvecError, match=message):
+        ("[seeds]", "[seeds]\nsize = 4", r"unknown key seeds\.size; size belongs above the first \[heading\]"),
+        (
+            "size = 4",
+            'size = 4\nsuppress = ["seeds.txt"]',
+            r"suppress\.0 = 'seeds\.txt': write a table, such as { file = \.\.\. } \(known here: file, sql\)",
+        ),
         read_segments([str(tmp_path / "likes.toml")])
 
 

@@ -53,6 +53,12 @@ from jobs.errors import TrailvecError
         ),
         ('spark.conf."spark.sql.ansi.enabled"="true"', "spark.sql.ansi.enabled = 'true', which is always false"),
         ("modle.version=a", "unknown key modle; did you mean model?"),
+        ("evaluate.drift.split=valid", "unknown key evaluate.drift.split; split belongs below [evaluate]"),
+        ("evaluate.train=3", "unknown key evaluate.train; "),
+        (
+            "export.consent=consent.csv",
+            "export.consent = 'consent.csv': write a table, such as { file = ... } (known here: file, sql)",
+        ),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(assignment: str, said: str) -> None:
@@ -81,7 +87,7 @@ def test_a_quoted_part_of_a_key_may_have_dots() -> None:
 
 
 def test_a_file_extends_the_one_beside_it_or_else_trailvecs_own(tmp_path: Path) -> None:
-    (tmp_path / "mine.toml").write_text('extends = "base.toml"\n[vocabulary]\nmin_count = 3')
+    (tmp_path / "mine.toml").write_text('\ufeffextends = "base.toml"\n[vocabulary]\nmin_count = 3')  # as on Windows
     config = load_config(tmp_path / "mine.toml")
     assert (config.vocabulary.min_count, config.sequences.max_length) == (3, 256)
     (tmp_path / "base.toml").write_text("[sequences]\nmax_length = 7")
