@@ -215,12 +215,12 @@ class Scorer:
 
 def progress_line(users: int, to_do: int, total: int, seconds: float) -> str:
     """`users` of `to_do` were encoded in that time; the rest of `total` was done before."""
+    done = f"{total - to_do + users:,} of {total:,} users"
+    if not users:  # tasks count what they have done as they end
+        return f"{done}, the first tasks run"
     rate = users / seconds
-    line = f"{total - to_do + users:,} of {total:,} users  {rate:,.0f} users/s"
-    if not users:
-        return line
     left = round(max(to_do - users, 0) / rate)
-    return f"{line}  {left // 60}:{left % 60:02} left"
+    return f"{done}  {rate:,.0f} users/s  {left // 60}:{left % 60:02} left"
 
 
 def was_scored(runtime: Runtime, version: str) -> bool:

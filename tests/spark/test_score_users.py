@@ -406,4 +406,4 @@ def test_vectors_written_twice_are_never_made_current(shop: Runtime) -> None:
 
 def test_what_is_said_meanwhile() -> None:
     assert progress_line(500, 1_500, 2_000, 5.0) == "1,000 of 2,000 users  100 users/s  0:10 left"
-    assert progress_line(0, 1_500, 2_000, 5.0) == "500 of 2,000 users  0 users/s"
+    assert progress_line(0, 1_500, 2_000, 5.0) == "500 of 2,000 users, the first tasks run"
