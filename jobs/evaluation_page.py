@@ -42,7 +42,7 @@ METRICS = ("ndcg@10", "recall@10", "ndcg@20", "recall@20", "mrr@20")
 SLICES = {
     "history": "By actions of history that the model read",
     "hours": "By hours from the cut to what was done next",
-    "vertical": "By vertical of what was done next (elsewhere does not count there)",
+    "vertical": "By vertical of what was done next (elsewhere does not count there, nor do items without a number)",
 }
 SPACE = {
     ("items", "uniformity"): ("uniformity of items", "0: all point one way; about -4: as even as random directions"),

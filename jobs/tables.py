@@ -394,7 +394,7 @@ EVALUATION = Table(
             "slice",
             "string",
             "all; or history: by actions that the model read; hours: from the cut to what was done next; vertical: of "
-            "what was done next (what was done next elsewhere does not count there).",
+            "what was done next (what was done next elsewhere does not count there, nor do items without a number).",
         ),
         Column("slice_value", "string", "all; or the class, 5-19 or 24-72 (72 excluded) or 100+; or the vertical."),
         Column("value", "double", "Mean over users; of coverage@10 and of task space the figure itself."),
