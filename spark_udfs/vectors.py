@@ -99,7 +99,8 @@ def pairwise(name: str, function: Callable[[Vectors, Vectors], Numbers], a: Seri
         raise TrailvecError(f"{name}: two vectors are of the lengths {found}: compare vectors of one model_version")
     out = np.full(len(a), np.nan, np.float32)
     for some in _by_value(rows, left):
-        out[some] = function(_stack(a, some), _stack(b, some))
+        with np.errstate(over="ignore"):  # beyond FLOAT: infinite, as in Spark
+            out[some] = function(_stack(a, some), _stack(b, some))
     return Series(out)
 
 
@@ -118,7 +119,8 @@ def with_degree(
     out: list[Any] = [None] * len(vectors)
     for same_degree in _by_value(rows, degree[rows]):
         for some in _by_value(same_degree, _lengths(name, vectors, same_degree)):
-            results = function(_stack(vectors, some), degree[some[0]]).astype(np.float32)
+            with np.errstate(over="ignore"):
+                results = function(_stack(vectors, some), degree[some[0]]).astype(np.float32)
             valid = ~np.isnan(results).reshape(len(some), -1).any(axis=1)
             for row, result in zip(some[valid], results[valid], strict=True):
                 out[row] = result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -101,6 +102,11 @@ def test_a_null_element_makes_the_vector_null() -> None:
     for function in (vectors.inner_product, vectors.l2_distance, vectors.cosine_similarity):
         assert vectors.pairwise("f", function, rows, ones).isna().tolist() == [True, False]
     assert vectors.with_degree("f", vectors.norm, rows, pd.Series([2.0])) == [None, 5.0]
+    large = column([[3e38, 3e38]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert vectors.with_degree("f", vectors.norm, large, pd.Series([2.0])) == [np.inf]
+        assert vectors.pairwise("f", vectors.inner_product, large, large).tolist() == [np.inf]
     assert vectors.with_degree("f", vectors.normalize, rows, pd.Series([2.0]))[0] is None
     assert vectors.total("f", lambda stacked: stacked.sum(axis=0), rows) == [3.0, 4.0]
 
