@@ -123,10 +123,12 @@ def ids_of(rows: DataFrame, where: str, name: str = "user_id") -> DataFrame:
     """That column alone, not empty.
 
     Raises:
-        TrailvecError: there is none, or as `as_ids`.
+        TrailvecError: there is none, or several, or as `as_ids`.
     """
     if name not in rows.columns:
         raise TrailvecError(f"{where} gives {', '.join(rows.columns) or 'nothing'}: it needs a column {name}")
+    if rows.columns.count(name) > 1:
+        raise TrailvecError(f"{where} gives {', '.join(rows.columns)}: it needs one column {name}")
     return rows.select(as_ids(rows, where, name)).where(f"{name} <> ''")
 
 

@@ -6,6 +6,7 @@ import gzip
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -15,7 +16,7 @@ from jobs.config import UserList
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath
 from jobs.runtime import Runtime
-from jobs.user_lists import copies, read_rows, read_users
+from jobs.user_lists import copies, ids_of, read_rows, read_users
 
 
 def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> None:
@@ -88,6 +89,12 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
         TrailvecError, match=r"gone\.parquet has a column user_id of type double: write the ids as text"
     ):
         read_users(runtime, UserList(file="gone.parquet"), tmp_path / "likes.toml", tmp_path)
+
+
+def test_of_two_columns_of_ids_neither_is_taken() -> None:
+    rows: Any = SimpleNamespace(columns=["user_id", "day", "user_id"])  # Spark is not asked
+    with pytest.raises(TrailvecError, match=r"^its sql gives user_id, day, user_id: it needs one column user_id$"):
+        ids_of(rows, "its sql")
 
 
 @pytest.mark.parametrize(
