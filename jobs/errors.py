@@ -159,8 +159,14 @@ _SPARK_MESSAGES = (
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, past py4j's own, which names a call alone; "" where it says nothing."""
-    lines = str(error).strip().splitlines()
+    """The first line of what an error says, past py4j's own, which names a call alone; of one that says what caused it
+    the last cause, be it Python's in a worker or Java's; "" where it says nothing."""
+    text = str(error).strip()
+    _, trace, of_python = text.rpartition("Traceback (most recent call last):\n")
+    raised = re.search(r"^\w[\w.]*: .+", of_python, re.MULTILINE) if trace else None
+    if found := [raised[0]] if raised else re.findall(r"^Caused by: (.+)", text, re.MULTILINE):
+        return str(found[-1])
+    lines = text.splitlines()
     if len(lines) > 1 and lines[0].startswith("An error occurred while calling"):
         lines = lines[1:]
     return next(iter(lines), "").removeprefix(": ")

@@ -150,6 +150,18 @@ def test_a_missing_file_of_somebody_else_is_none_of_a_tables() -> None:
             "py4j.Py4JException: no f",
         ),
         ("An error occurred while calling o5.f", "An error occurred while calling o5.f"),
+        (
+            "An error occurred while calling o5.f\n: org.apache.SparkException: awaitResult:\n\tat org\n"
+            "Caused by: org.apache.SparkException: Job ended\n\tat org\nCaused by: java.lang.RuntimeException: boom\n",
+            "java.lang.RuntimeException: boom",
+        ),
+        (
+            "\n  An exception was thrown from the Python worker. Please see the stack trace below.\n"
+            "Traceback (most recent call last):\n  File a\nKeyError: 'k'\n\nDuring handling of that:\n\n"
+            "Traceback (most recent call last):\n  File b\n    f()\nTypeError: f() missing 'b'\n\n\tat org\n"
+            "Caused by: java.io.EOFException\n",
+            "TypeError: f() missing 'b'",
+        ),
         ("\none\ntwo", "one"),
         ("", ""),
     ],
