@@ -9,9 +9,7 @@ import gzip
 import hashlib
 import json
 import math
-import random
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
@@ -797,23 +795,6 @@ def test_online_retail_against_plain_python(make_runtime: Callable[..., Runtime]
         assert dict(row["attributes"]) == {"Country": line["Country"]}
         assert (row["time_zone"], row["vertical"], row["source"]) == ("Europe/London", "GIFTS", "online_retail")
     assert returns > 0
-
-
-def test_doubled_and_shuffled_files_give_the_same_events(make_runtime: Callable[..., Runtime], tmp_path: Path) -> None:
-    """Law 1, for a whole log."""
-    once = make_runtime(*_settings(ONLINE_RETAIL, [*RETAIL], 0.6), root=tmp_path / "once")
-    once.execute(STAGE)
-    twice = tmp_path / "twice"
-    twice.mkdir()
-    for number, path in enumerate(sorted(ONLINE_RETAIL.glob("*.csv"))):
-        header, *lines = path.read_text(encoding="utf-8").splitlines()
-        random.Random(number).shuffle(lines)
-        (twice / f"{9 - number}.csv").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
-        shutil.copy(path, twice)
-    doubled = make_runtime(*_settings(twice, [*RETAIL], 0.6), root=tmp_path / "doubled")
-    report = doubled.execute(STAGE)
-    assert stored(doubled, EVENTS) == stored(once, EVENTS)
-    assert report.notes == [f"{report.rows_out['events']:,} exact repeats of an event dropped"]
 
 
 def test_a_second_run_is_skipped_and_a_forced_one_changes_no_row(
