@@ -1,7 +1,7 @@
 """`trailvec audit`: who ran what, when, out of the logs of all tables (Delta's history and the provenance in it).
 
-A commit stands in a table's log for 30 days (Delta's default), at most 500 commits of a table are looked at. Keep the
-output (`--json`) where it can't be changed if you need it for longer.
+A commit stands in a table's log for 30 days (Delta's default), at most 5,000 commits of a table are looked at. Keep
+the output (`--json`) where it can't be changed if you need it for longer.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from jobs.files import HadoopPath
 
 _COMMIT_INFO, _METADATA = '{"commitInfo"', '{"metaData"'
 KEEP_DAYS = "keep_days"  # the note of a commit that deletes rows for their age
-_HISTORY = 500  # commits of a table that are looked at; a stage that is further behind makes all anew
+_HISTORY = 5_000  # commits of a table that are looked at; a stage that is further behind makes all anew
 # Commits that move or drop files, or say something else of the table, and change no row.
 _UPKEEP = {
     *("OPTIMIZE", "REORG", "VACUUM START", "VACUUM END", "CLUSTER BY", "SET TBLPROPERTIES", "UNSET TBLPROPERTIES"),

@@ -53,6 +53,7 @@ from spark_udfs.keyed import ColumnTest, hashed, key_mark, mentions, of_column, 
 from training.urls import local_path
 
 HOLDING_USERS = tuple(table for table in TABLES if table.user_columns())
+_AN_HOUR = 3600  # by which the clocks of two machines do not differ
 _AGAIN = "finish"  # the erasure that commits of --finish are noted under
 _EPOCH = datetime.fromtimestamp(0, timezone.utc)
 
@@ -133,7 +134,7 @@ def _end(runtime: Runtime, receipt: dict[str, Any], ids: Sequence[str]) -> tuple
     name_exports()
     take_out(runtime, users, of_column(mentions(ids)), receipt["erasure_id"], name_exports)
     known = {entry["table"]: entry for entry in receipt["tables"] or []}
-    told = _told(runtime, receipt["erasure_id"], known)
+    told = _told(runtime, receipt, known)
     rows = {entry["table"]: entry["rows"] - known.get(entry["table"], {"rows": 0})["rows"] for entry in told}
     # The same list again, and nothing of them was there: the receipt stays as it is.
     if receipt["tables"] is None or any(rows.values()):
@@ -259,6 +260,10 @@ def _now() -> datetime:
 # ---- the tables ---------------------------------------------------------------------------------------
 
 
+def _holding(runtime: Runtime) -> list[Table]:
+    return [table for table in HOLDING_USERS if runtime.exists(table)]
+
+
 def take_out(
     runtime: Runtime, users: DataFrame, in_raw: ColumnTest, erasure: str, name_exports: Callable[[], None]
 ) -> None:
@@ -269,9 +274,7 @@ def take_out(
         in_raw: of a rejected record's text, whether it holds one of the users.
         name_exports: called before the log of exports forgets them.
     """
-    for table in HOLDING_USERS:
-        if not runtime.exists(table):
-            continue
+    for table in _holding(runtime):
         runtime.on_progress(table.name)
         if table == EXPORTS:
             name_exports()
@@ -299,19 +302,18 @@ def _delete_unread(runtime: Runtime, in_raw: ColumnTest, erasure: str) -> None:
         runtime.erase(REJECTED_EVENTS, _frame(runtime, texts), F.col("old.user_id").isNull() & same, erasure)
 
 
-def _told(runtime: Runtime, erasure: str, known: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _told(runtime: Runtime, receipt: dict[str, Any], known: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """By table: rows that the erasure's commits took out, those of a killed run too, and the versions around them.
 
     Args:
         known: what the receipt says already, by table: Delta forgets old commits, so only newer ones are counted.
     """
     found = []
-    for table in HOLDING_USERS:
-        if not runtime.exists(table):
-            continue
+    since = receipt["requested_at"].timestamp() - _AN_HOUR
+    for table in _holding(runtime):
         newest = runtime.latest_version(table)
         old = known.get(table.name, {"table": table.name, "rows": 0, "version_before": None, "version_after": -1})
-        newer = [c for c in runtime.erasure_commits(table, erasure) if c.version > old["version_after"]]
+        newer = runtime.erasure_commits(table, receipt["erasure_id"], old["version_after"], since)
         before = newer[-1].version - 1 if newer else newest
         found.append(
             old
@@ -335,7 +337,7 @@ def _finish(runtime: Runtime) -> None:
     requests: dict[str, set[str]] = defaultdict(set)
     for row in runtime.latest(ERASED_USERS).select("user_hash", "erasure_id").collect():
         requests[row["user_hash"]].add(row["erasure_id"])
-    there = [table for table in HOLDING_USERS if runtime.exists(table)]
+    there = _holding(runtime)
     receipts = _receipts(runtime)
     named = {(receipt["erasure_id"], e["export_id"]) for receipt in receipts for e in receipt["exports"] or []}
 
@@ -407,15 +409,12 @@ def _again(runtime: Runtime, held: dict[str, str], requests: dict[str, set[str]]
         if found:
             _save(runtime, [_with_exports(r, found) for r in _receipts(runtime) if r["erasure_id"] in found])
 
-    there = [table for table in HOLDING_USERS if runtime.exists(table)]
-    before = {table.name: runtime.latest_version(table) for table in there}
+    before = [(table, runtime.latest_version(table)) for table in _holding(runtime)]
     take_out(runtime, _frame(runtime, sorted(held.values())), in_raw, _AGAIN, name_exports)
     return Counter(
         {
-            table.name: sum(
-                c.rows_deleted for c in runtime.erasure_commits(table, _AGAIN) if c.version > before[table.name]
-            )
-            for table in there
+            table.name: sum(commit.rows_deleted for commit in runtime.erasure_commits(table, _AGAIN, version, 0))
+            for table, version in before
         }
     )
 

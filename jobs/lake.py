@@ -131,7 +131,7 @@ class Lake:
         return next((c.version for c in self._commits(table) if c.changed_rows and not c.housekeeping), -1)
 
     def commits(self, table: Table) -> Iterable[Commit]:
-        """The table's commits, newest first, as far back as its log is kept (at most 500); none where it is not."""
+        """The table's commits, newest first, as far back as its log is kept (at most 5,000); none where it is not."""
         return self._commits(table) if self.exists(table) else ()
 
     def _commits(self, table: Table) -> History:
@@ -147,9 +147,11 @@ class Lake:
         stages = (c.provenance for c in ours if c.provenance is not None and not c.housekeeping)
         return [provenance for provenance in stages if "note" in provenance]
 
-    def erasure_commits(self, table: Table, erasure: str) -> list[Commit]:
-        """The table's commits of that erasure, newest first."""
-        return [commit for commit in self._commits(table) if commit.erasure == erasure]
+    def erasure_commits(self, table: Table, erasure: str, after: int, since: float) -> list[Commit]:
+        """The table's commits of that erasure, newest first: those after a version that were not made before a time
+        (seconds since 1970). The log is read no further back."""
+        newer = takewhile(lambda commit: commit.version > after and commit.committed_at >= since, self._commits(table))
+        return [commit for commit in newer if commit.erasure == erasure]
 
     def last_writer(self, table: Table) -> dict[str, Any] | None:
         """The provenance of the table's newest commit that trailvec made, without those that are `Commit.housekeeping`.

@@ -24,6 +24,7 @@ from delta.tables import DeltaTable
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from jobs.commits import Commit
 from jobs.config import Config
 from jobs.errors import TrailvecError
 from jobs.lake import Lake
@@ -237,9 +238,7 @@ class Runtime(Lake):
         if self._unchanged_since(read, since):
             nothing = self.read(read).limit(0).withColumn("_change_type", F.lit("insert"))
             return nothing.withColumn("_commit_version", F.lit(until).cast("bigint"))
-        newer = itertools.takewhile(lambda commit: commit.version > since, self._commits(read))
-        replaced = any(commit.replaced_all for commit in newer if commit.version <= until)
-        if replaced or not self.kept(read, since):
+        if any(commit.replaced_all for commit in self._newer(read, since)) or not self.kept(read, since):
             return None
         reader = self.spark.read.format("delta").option("readChangeFeed", "true")
         return reader.option("startingVersion", since + 1).option("endingVersion", until).load(self.path(read))
@@ -254,15 +253,30 @@ class Runtime(Lake):
         if any(last["config"].get(s) != now["config"][s] for s in self._stage.settings):
             return None
         since = last["reads"].get(read.name) if self.read_these(last) else None
-        return int(since) if since is not None and self.kept(read, since) else None
+        if since is None:
+            return None
+        if self.kept(read, since):
+            return int(since)
+        told, behind = len(self._newer(read, since)), self._versions[read.name] - since
+        note = (
+            f"table {written.name} is made anew as a whole: it is {behind:,} commits of table {read.name} behind, of "
+            f"which {told:,} are looked at or still in Delta's log: run the stage more often"
+        )
+        if told < behind and note not in self.report.notes:  # the stage asks several times
+            self.report.notes.append(note)
+        return None
+
+    def _newer(self, read: Table, version: int) -> list[Commit]:
+        """The commits after that version, as far as they are told, up to the one that the stage reads."""
+        newer = itertools.takewhile(lambda commit: commit.version > version, self._commits(read))
+        return [commit for commit in newer if commit.version <= self._versions[read.name]]
 
     def kept(self, read: Table, version: int) -> bool:
         """Whether that version of a table that the stage reads can still be read, and what changed since."""
         until = self._versions[read.name]
         # What the commit after `version` dropped is there until VACUUM takes it.
         oldest = time.time() - self.config.maintain.retention_hours_for(read.name) * 3600
-        newer = itertools.takewhile(lambda commit: commit.version > version, self._commits(read))
-        commits = [commit for commit in newer if commit.version <= until]
+        commits = self._newer(read, version)
         return version <= until and len(commits) == until - version and all(c.committed_at > oldest for c in commits)
 
     # ---- writing ---------------------------------------------------------------------------------

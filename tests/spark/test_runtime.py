@@ -8,9 +8,10 @@ import json
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PosixPath
 from random import Random
 from zipimport import zipimporter
 
@@ -21,7 +22,7 @@ from pyspark.errors import AnalysisException
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from jobs import spark_session
+from jobs import commits, spark_session
 from jobs.commits import History
 from jobs.config import load_config
 from jobs.errors import TrailvecError
@@ -29,7 +30,16 @@ from jobs.runtime import Runtime, Stage
 from jobs.spark_session import drawn_by_hash, spark_conf
 from jobs.sql import query
 from jobs.sql_names import register_tables
-from jobs.tables import CONTEXT_VALUES, CURRENT_MODEL, EVALUATION, EVENTS, ITEM_EMBEDDINGS, Column, conform
+from jobs.tables import (
+    CONTEXT_VALUES,
+    CURRENT_MODEL,
+    EVALUATION,
+    EVENTS,
+    FLAGGED_USERS,
+    ITEM_EMBEDDINGS,
+    Column,
+    conform,
+)
 from scripts.bench.measure import Watch
 from tests.conftest import put, read_delta
 from tests.events import START, make_event, to_frame
@@ -243,6 +253,46 @@ def test_the_commits_are_those_of_deltas_history(make_runtime: Callable[..., Run
         (log / "_last_checkpoint").write_text(text)
         (log / "._last_checkpoint.crc").unlink(missing_ok=True)
         assert History(path).newest == 17
+
+
+class Local(PosixPath):
+    """A file without Spark's JVM."""
+
+    def lines(self) -> Iterator[str]:
+        return iter(self.read_text().splitlines())
+
+
+def test_of_very_many_commits_all_are_told_and_few_are_read_where_few_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A topic that is polled each minute brings a thousand a day, and a stage that runs at night goes on from them."""
+    monkeypatch.setattr(commits, "HadoopPath", Local)
+    runtime = Runtime(load_config(None, [f'storage.root="{tmp_path}"']))
+    log, now = Path(runtime.path(EVENTS)) / "_delta_log", time.time()
+    log.mkdir(parents=True)
+    said = json.dumps({"stage": "erase_users", "reads": {}, "note": {"erasure": "hers"}})
+    for version in range(600):
+        info = {"timestamp": 1000 * (now + version), "operation": "MERGE"}
+        info |= {"userMetadata": said} if version in {50, 500} else {}
+        (log / f"{version:020}.json").write_text(json.dumps({"commitInfo": info}))
+    (log / "_last_checkpoint").write_text('{"version": 599}')
+    found = runtime.erasure_commits(EVENTS, "hers", after=-1, since=now + 500)
+    assert [commit.version for commit in found] == [500]
+    assert len(runtime._history["events"]._read) == 101
+    assert [commit.version for commit in runtime.erasure_commits(EVENTS, "hers", after=0, since=0)] == [500, 50]
+
+    last = {"revisions": {}, "fingerprint": "", "config": {}, "reads": {"events": 40}}
+    monkeypatch.setattr(runtime, "last_writer", lambda table: last)
+    monkeypatch.setattr(runtime, "provenance", lambda: last)
+    runtime._stage, runtime._versions = Stage("flag_users", "", lambda r: None), {"events": 599}
+    assert (runtime._since(FLAGGED_USERS, EVENTS), runtime.report.notes) == (40, [])
+    (log / f"{299:020}.json").unlink()
+    runtime._history.clear()
+    for _ in range(2):
+        assert runtime.incremental(FLAGGED_USERS, EVENTS) is None
+    (note,) = runtime.report.notes
+    assert note.startswith("table flagged_users is made anew as a whole: it is 559 commits of table events behind, of")
+    assert "which 300 are looked at or still in Delta's log" in note
 
 
 def test_tune_refuses_hdfs_in_one_sentence() -> None:
