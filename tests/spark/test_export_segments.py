@@ -343,6 +343,12 @@ def test_what_is_refused_while_it_runs(shop: Runtime, tmp_path: Path, monkeypatc
         ("size = 4", 'size = 4\nexclude = ["likes"]', r"in a circle \(likes → likes\): take one out"),
         ("size = 4", 'size = 4\ndestination = "s3://me:pass@bucket/x"', "destination holds credentials: leave them"),
         ("size = 4", 'size = 4\ndestination = "s3a://me:pa/ss@bucket/x"', "destination holds credentials: leave them"),
+        ("[seeds]", "[seeds]\nsize = 4", r"unknown key seeds\.size; size belongs above the first \[heading\]"),
+        (
+            "size = 4",
+            'size = 4\nsuppress = ["seeds.txt"]',
+            r"suppress\.0 = 'seeds\.txt': write a table, such as { file = \.\.\. } \(known here: file, sql\)",
+        ),
         ("size = 4", "size = 4\ncontrol_share = 1", "control_share = 1: Input should be less than 1"),
         ('name = "likes"', 'name = "../likes"', "name = '../likes': String should match pattern"),
         ("size = 4", 'size = 4\nuser_ids = "plain"', r"likes.toml: plain user ids need approved_by, .*: correct it"),
@@ -365,12 +371,6 @@ def test_what_a_segment_file_may_not_say(tmp_path: Path, old: str, new: str, mes
     (tmp_path / "seeds.txt").write_text("ann\n")
     (tmp_path / "likes.toml").write_text(SEGMENT.replace(old, new))
     with pytest.raises(TrailvecError, match=message):
-        ("[seeds]", "[seeds]\nsize = 4", r"unknown key seeds\.size; size belongs above the first \[heading\]"),
-        (
-            "size = 4",
-            'size = 4\nsuppress = ["seeds.txt"]',
-            r"suppress\.0 = 'seeds\.txt': write a table, such as { file = \.\.\. } \(known here: file, sql\)",
-        ),
         read_segments([str(tmp_path / "likes.toml")])
 
 
