@@ -37,8 +37,8 @@ from jobs.segment_members import Export
 from jobs.segment_rules import Lists, Marked, allows, consenting
 from jobs.segments import Format, read_segments
 from jobs.tables import EXPORTS, ITEMS, SESSIONS, USER_EMBEDDINGS, USER_PROFILES
-from tests.conftest import put, read_delta
-from tests.spark.test_neighbours import embed
+from tests.conftest import make_config, put, read_delta
+from tests.spark.test_neighbours import embed, put_users
 
 SECRET = "correct horse battery staple"
 USERS = {
@@ -63,9 +63,21 @@ method = "nearest_seed"
 """
 
 
+@pytest.fixture(scope="module")
+def filled(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A warehouse of nine users' vectors; each test takes a copy."""
+    root = tmp_path_factory.mktemp("filled")
+    embed(Runtime(make_config(root), spark), spark, USERS, {"i1": [1.0, 0.0]})
+    return root
+
+
 @pytest.fixture
 def shop(
-    make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    filled: Path,
+    make_runtime: Callable[..., Runtime],
+    spark: SparkSession,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Runtime:
     """Nine users' vectors, a segment's file and its seed list with one unknown user."""
     monkeypatch.setenv(KEY, SECRET)
@@ -74,7 +86,7 @@ def shop(
         "storage.database=segments",
         f'export.segments=["{tmp_path / "likes.toml"}"]',
     )
-    embed(runtime, spark, USERS, {"i1": [1.0, 0.0]})
+    shutil.copytree(filled, runtime.root)
     (tmp_path / "likes.toml").write_text(SEGMENT)
     (tmp_path / "seeds.txt").write_text("\ufeffann\r\n bob \n\nann\nghost\namy\n", encoding="utf-8")
     return runtime
@@ -185,7 +197,7 @@ def test_a_rerun_is_skipped_and_a_forced_one_gives_the_same_bytes(
     assert not shop.execute(STAGE).skipped
     shutil.rmtree(shop.path(USER_EMBEDDINGS))  # another table of that name, at the same version
     shop.spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()  # type: ignore[union-attr]
-    embed(shop, shop.spark, {user: USERS[user] for user in ("ann", "far")}, {"i1": [1.0, 0.0]})
+    put_users(shop, {user: USERS[user] for user in ("ann", "far")})
     assert not shop.execute(STAGE).skipped
     assert read(shop)[0]["counts"]["exported"] == 1
 
@@ -679,14 +691,12 @@ def test_of_many_seeds_some_stand_for_all(
     """Who they are is a matter of their own ids; all are counted, and none is exported."""
     monkeypatch.setattr(segment_members, "_SEEDS", 7)
     seeds = {f"s{n:02}": [float(np.cos(n / 9)), float(np.sin(n / 9))] for n in range(12)}
-    embed(shop, spark, USERS | seeds, {"i1": [1.0, 0.0]})
     ids = ", ".join(f"('{user}')" for user in seeds)
     one_in_two = spark.sql(f"SELECT id FROM VALUES {ids} AS t(id) WHERE pmod(xxhash64(id), 2) = 0").collect()
     drawn = sorted(row.id for row in one_in_two)
     assert 1 < len(drawn) < 11
     cold = {drawn[0], min(seeds.keys() - drawn)}
-    vectors = shop.latest(USER_EMBEDDINGS).withColumn("is_cold", F.col("user_id").isin(*cold))
-    put(shop, USER_EMBEDDINGS, vectors.localCheckpoint())
+    put_users(shop, USERS | seeds, cold=cold)
 
     ghosts = [f"ghost{n}" for n in range(40)]
     (tmp_path / "seeds.txt").write_text("\n".join([*seeds, *ghosts]))  # 12 are known, of which one in two is looked at
@@ -807,9 +817,9 @@ def test_an_earlier_export_counts_where_it_is_made_again(
     assert len(read_delta(shop.root / "tables" / "exports")) == 9
 
 
-def test_csv_for_spreadsheets(shop: Runtime, spark: SparkSession, tmp_path: Path) -> None:
+def test_csv_for_spreadsheets(shop: Runtime, tmp_path: Path) -> None:
     ids = ["=1+1", "+1", "-1", "@sum", "\tx", "\rx", 'say "hi", you', "line\nbreak", "naïve ☕", "plain", "a=b"]
-    embed(shop, spark, {user: [1.0, n / 10] for n, user in enumerate(ids)} | {"seed": [1.0, 0.0]}, {"i1": [1.0, 0.0]})
+    put_users(shop, {user: [1.0, n / 10] for n, user in enumerate(ids)} | {"seed": [1.0, 0.0]})
     (tmp_path / "seeds.txt").write_text("seed\n")
     more = 'size = 100\nformat = "csv.gz"\nrows_per_file = 6\nuser_ids = "plain"\napproved_by = "a"'
     (tmp_path / "likes.toml").write_text(SEGMENT.replace("size = 4", more))
@@ -920,8 +930,7 @@ def test_what_is_refused_of_lists(shop: Runtime, spark: SparkSession, tmp_path: 
     refused('suppress = [{ sql = "SELECT user_id FROM blocked" }]', "`blocked` cannot be found")
     (tmp_path / "likes.toml").write_text(SEGMENT)
 
-    vectors = shop.latest(USER_EMBEDDINGS).withColumn("is_cold", F.lit(True))
-    put(shop, USER_EMBEDDINGS, vectors.localCheckpoint())
+    put_users(shop, USERS, cold=USERS)
     with pytest.raises(TrailvecError, match="of its 3 seeds 3 are cold, model m1 knows none of their items"):
         shop.execute(STAGE)
 

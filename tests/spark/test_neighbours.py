@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from unittest.mock import Mock
@@ -37,10 +37,8 @@ def embed(runtime: Runtime, spark: SparkSession, users: Vectors, items: Vectors,
     (runtime.models / version).mkdir(parents=True, exist_ok=True)
     write_json(runtime.models / version / "model.json", {})
     write_json(runtime.models / "current.json", {"model_version": version})
-    as_of = datetime(2017, 12, 1, tzinfo=timezone.utc)
-    user_rows = [(user, version, as_of, 1, False, vector) for user, vector in users.items()]
-    item_rows = [(item, n, version, as_of, False, vector) for n, (item, vector) in enumerate(items.items(), 2)]
-    put(runtime, USER_EMBEDDINGS, spark.createDataFrame(user_rows, USER_EMBEDDINGS.schema()))
+    item_rows = [(item, n, version, AS_OF, False, vector) for n, (item, vector) in enumerate(items.items(), 2)]
+    put_users(runtime, users, version)
     put(runtime, CURRENT_MODEL, spark.createDataFrame([(version,)], CURRENT_MODEL.schema()))
     put(runtime, ITEM_EMBEDDINGS, spark.createDataFrame(item_rows, ITEM_EMBEDDINGS.schema()))
     put(runtime, ITEMS, spark.createDataFrame([about(item, n) for n, item in enumerate(items, 2)], ITEMS.schema()))
@@ -49,6 +47,12 @@ def embed(runtime: Runtime, spark: SparkSession, users: Vectors, items: Vectors,
     put(runtime, CONTEXT_VALUES, spark.createDataFrame(types, CONTEXT_VALUES.schema()))
 
 
+def put_users(runtime: Runtime, users: Vectors, version: str = "m1", cold: Collection[str] = ()) -> None:
+    rows = [(user, version, AS_OF, 1, user in cold, vector) for user, vector in users.items()]
+    put(runtime, USER_EMBEDDINGS, runtime.spark.createDataFrame(rows, USER_EMBEDDINGS.schema()))
+
+
+AS_OF = datetime(2017, 12, 1, tzinfo=timezone.utc)
 WHEN = datetime(2017, 11, 1, tzinfo=timezone.utc)
 # (user, item, what they did)
 DONE = [("u1", "i1", "purchase"), ("u1", "i2", "view"), ("u1", "i4", "purchase"), ("u2", "i1", "purchase")]
