@@ -378,10 +378,6 @@ def test_what_is_stored_of_a_run_shows_no_secret(make_runtime: Callable[..., Run
     assert [*stored[0]["config"]["spark"]["conf"].values()] == ["(redacted)"] * 4 + ["4g"]
 
 
-def test_a_result_of_any_size_comes_to_the_driver(spark: SparkSession) -> None:
-    assert spark.sparkContext.getConf().get("spark.driver.maxResultSize") == "0"
-
-
 def test_own_java_options_come_beside_ours(spark: SparkSession) -> None:
     """The tests have some of their own (tests/conftest.py)."""
     system = spark._jvm.java.lang.System  # type: ignore[union-attr]
