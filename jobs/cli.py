@@ -104,6 +104,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _port(text: str) -> int:
+    """A port that clients can call, of a command line."""
+    if not (text.isdecimal() and 0 < int(text) < 1 << 16):
+        raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, found {text}")
+    return int(text)
+
+
 def _run(arguments: argparse.Namespace, stages: Sequence[Stage], aside: Sequence[Stage]) -> None:
     config = load_config(arguments.conf, arguments.set)
     if arguments.show_config:
@@ -254,7 +261,7 @@ def _add_serve(add: _Add) -> None:
         "asked of every client.",
     )
     command.add_argument("--host", default="127.0.0.1", help="the address to serve on (default: 127.0.0.1)")
-    command.add_argument("--port", type=int, default=10000, help="default: 10000")
+    command.add_argument("--port", type=_port, default=10000, help="default: 10000")
 
 
 def _serve(config: Config, arguments: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from jobs.errors import TrailvecError
 from training.config import Section, TrainSettings, UtcDatetime
@@ -47,7 +47,8 @@ LikePattern = Annotated[str, Field(pattern=r"^([^\\]|\\[_%\\])+$")]
 
 
 def _known_zone(name: str) -> str:
-    if name not in zoneinfo.available_timezones() - {"Factory"}:  # a zone of no place, which Arrow does not know
+    # Zones of no place: one that Arrow does not know, and whatever a machine has for its own.
+    if name not in zoneinfo.available_timezones() - {"Factory", "localtime"}:
         raise ValueError(f"found {name!r}, which is no IANA time zone")
     return name
 
@@ -63,6 +64,23 @@ def _known_tables(by_table: dict[str, V]) -> dict[str, V]:
     return by_table
 
 
+def _no_home(place: str) -> str:
+    if place.startswith("~"):
+        raise ValueError(f"found {place!r}, and ~ is not read here: write the folder in full")
+    return place
+
+
+def _in_quotes(conf: Any) -> Any:
+    """TOML reads a key with dots as a section inside a section."""
+    for key, value in conf.items() if isinstance(conf, dict) else ():
+        if isinstance(value, dict):
+            raise ValueError(
+                f"found a section {key}: a key with dots stands in quotes, as in "
+                f'spark.conf."spark.executor.memory" = "4g"'
+            )
+    return conf
+
+
 def _not_fixed(conf: dict[str, str]) -> dict[str, str]:
     for key, value in SPARK_FIXED.items():
         if conf.get(key, value) != value:
@@ -73,7 +91,7 @@ def _not_fixed(conf: dict[str, str]) -> dict[str, str]:
 Minutes = Annotated[float, Field(gt=0, le=52_560_000)]  # up to a hundred years: times stay within what Python can tell
 TimeZone = Annotated[str, AfterValidator(_known_zone)]
 # A folder or a file. What Databricks mounts is taken as the mount: dbfs:/Volumes/… as /Volumes/…, dbfs:/… as /dbfs/….
-PlaceName = Annotated[str, AfterValidator(lambda place: local_path(place) or place)]
+PlaceName = Annotated[str, AfterValidator(_no_home), AfterValidator(lambda place: local_path(place) or place)]
 
 
 class StorageSettings(Section):
@@ -88,8 +106,8 @@ class StorageSettings(Section):
 class SparkSettings(Section):
     """How Spark is started where nothing started it (spark-submit's own settings win)."""
 
-    master: str | None = Field("local[*]", description="None: what spark-submit says")
-    conf: Annotated[dict[str, str], AfterValidator(_not_fixed)] = Field(
+    master: str = Field("local[*]", description="empty: that of what started Spark, such as spark-submit")
+    conf: Annotated[dict[str, str], BeforeValidator(_in_quotes), AfterValidator(_not_fixed)] = Field(
         default_factory=dict, description="spark.* settings, but for those that the rows depend on (SPARK_FIXED)"
     )
 
@@ -123,11 +141,12 @@ class IngestSettings(Section):
 
 
 class FlagUsersSettings(Section):
-    """events → flagged_users: which users are bots or test accounts. None turns a rule off."""
+    """events → flagged_users: which users are bots or test accounts. A number that nobody reaches turns a rule
+    off."""
 
-    events_per_minute: int | None = Field(1_000, ge=1, description="more events than this in one minute")
-    events_per_day: int | None = Field(20_000, ge=1, description="more events than this in one day (UTC)")
-    constant_interval_events: int | None = Field(
+    events_per_minute: int = Field(1_000, ge=1, description="more events than this in one minute")
+    events_per_day: int = Field(20_000, ge=1, description="more events than this in one day (UTC)")
+    constant_interval_events: int = Field(
         200, ge=3, description="at least this many events of one day in step, the same time from each to the next"
     )
     test_accounts: list[LikePattern] = Field(

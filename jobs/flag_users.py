@@ -29,11 +29,10 @@ def flag_users(events: DataFrame, settings: FlagUsersSettings) -> DataFrame:
     """FLAGGED_USERS rows of `events` (user_id and event_ts), which must hold whole days of a user."""
     # rule: (what is measured, the least of it that is caught)
     limits = {
-        "events_per_minute": ("busiest_minute", _more_than(settings.events_per_minute)),
-        "events_per_day": ("events", _more_than(settings.events_per_day)),
+        "events_per_minute": ("busiest_minute", settings.events_per_minute + 1),
+        "events_per_day": ("events", settings.events_per_day + 1),
         "constant_interval": ("in_step", settings.constant_interval_events),
     }
-    least = [least for _, least in limits.values() if least is not None]
     is_test = reduce(operator.or_, (F.col("user_id").like(pattern) for pattern in settings.test_accounts), F.lit(False))
 
     spread = events.select("user_id", F.to_date("event_ts").alias("day"), "event_ts").repartition(*USER_DAY)
@@ -44,13 +43,11 @@ def flag_users(events: DataFrame, settings: FlagUsersSettings) -> DataFrame:
         spread.groupBy(*USER_DAY)
         .agg(F.count("*").alias("events"), F.max("event_ts").alias("last_ts"))
         .where("last_ts IS NOT NULL")
-        .where(is_test | (F.col("events") >= min(least)) if least else is_test)
+        .where(is_test | (F.col("events") >= min(least for _, least in limits.values())))
         .drop("last_ts")
     )
     caught = [_caught("test_account", "events", is_test)]
-    for rule, (measured, at_least) in limits.items():
-        if at_least is not None:
-            caught.append(_caught(rule, measured, F.col(measured) >= at_least))
+    caught += [_caught(rule, measured, F.col(measured) >= least) for rule, (measured, least) in limits.items()]
     rows = (
         measure(spread.join(busy.hint("shuffle_hash"), USER_DAY))
         .select(*USER_DAY, F.explode(F.array(*caught)).alias("caught"))
@@ -85,10 +82,6 @@ def measure(events: DataFrame) -> DataFrame:
         .groupBy(*USER_DAY, "events")
         .agg(F.max("in_minute").alias("busiest_minute"), F.max("length").alias("in_step"))
     )
-
-
-def _more_than(limit: int | None) -> int | None:
-    return None if limit is None else limit + 1
 
 
 def _caught(rule: str, measured: str, holds: Column) -> Column:

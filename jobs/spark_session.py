@@ -97,7 +97,7 @@ def start_spark(config: Config) -> SparkSession:
     _remember_java_names()
     os.environ["JAVA_HOME"] = java_home()
     # Spark alone would look for the machine's address, and warn about what it finds.
-    if (config.spark.master or "").startswith("local"):
+    if config.spark.master.startswith("local"):
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
     # Workers run the interpreter that runs this (otherwise Spark takes the first python3 of the PATH).
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)

@@ -17,7 +17,10 @@ def _no_number(value: Any) -> Any:
 
 
 def _to_utc(value: datetime) -> datetime:
-    return value if value.tzinfo is None else value.astimezone(timezone.utc).replace(tzinfo=None)
+    try:
+        return value if value.tzinfo is None else value.astimezone(timezone.utc).replace(tzinfo=None)
+    except OverflowError:
+        raise ValueError("found a time beyond the years 1 to 9999") from None
 
 
 # A time without a zone is UTC; one with a zone is converted.

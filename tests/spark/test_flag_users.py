@@ -29,7 +29,7 @@ from tests.conftest import put
 from tests.events import Row, make_event, to_frame
 
 NOON = datetime(2023, 3, 25, 12, 0)
-OFF = {"events_per_minute": None, "events_per_day": None, "constant_interval_events": None}
+OFF = dict.fromkeys(("events_per_minute", "events_per_day", "constant_interval_events"), 10**9)
 Flags = dict[tuple[str, date, str], float]
 
 
@@ -148,11 +148,11 @@ def oracle(events: list[Row], rules: FlagUsersSettings) -> Flags:
         series = [1 + len(list(group)) for gap, group in itertools.groupby(gaps) if gap]
         minutes = Counter(time.replace(second=0, microsecond=0) for time in times)
         busiest, in_step = max(minutes.values()), max(series, default=1)
-        if rules.events_per_minute is not None and busiest > rules.events_per_minute:
+        if busiest > rules.events_per_minute:
             found[user, day, "events_per_minute"] = busiest
-        if rules.events_per_day is not None and len(times) > rules.events_per_day:
+        if len(times) > rules.events_per_day:
             found[user, day, "events_per_day"] = len(times)
-        if rules.constant_interval_events is not None and in_step >= rules.constant_interval_events:
+        if in_step >= rules.constant_interval_events:
             found[user, day, "constant_interval"] = in_step
         if user == "u0" and rules.test_accounts:
             found[user, day, "test_account"] = len(times)
@@ -175,9 +175,9 @@ def busy_logs(draw: st.DrawFn) -> list[Row]:
 
 all_rules = st.builds(
     FlagUsersSettings,
-    events_per_minute=st.none() | st.integers(1, 4),
-    events_per_day=st.none() | st.integers(1, 12),
-    constant_interval_events=st.none() | st.integers(3, 5),
+    events_per_minute=st.just(10**9) | st.integers(1, 4),
+    events_per_day=st.just(10**9) | st.integers(1, 12),
+    constant_interval_events=st.just(10**9) | st.integers(3, 5),
     test_accounts=st.sampled_from([[], ["_0"]]),
 )
 

@@ -49,6 +49,14 @@ def test_every_command_has_help_and_a_stage_names_its_tables(capsys: pytest.Capt
         assert tables.get(command, set()) <= words, (command, said)
 
 
+@pytest.mark.parametrize("port", ["0", "-1", "65536", "http"])
+def test_a_port_that_nobody_can_call_is_refused(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve_sql", f"--port={port}", "--show-config"])  # which would end it without an error
+    assert ended.value.code == 2
+    assert f"argument --port: expected a port from 1 to 65535, found {port}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("by", ["note", "line", "status", "table"])
 def test_brackets_are_printed_as_they_are(
     by: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -42,6 +42,10 @@ from jobs.errors import TrailvecError
         ("sessionize.gap_minutes_by_vertical={ food = nan }", "food = nan: Input should be a finite number"),
         ("sessionize.gap_minutes_by_vertical={ food = -5 }", "food = -5: Input should be greater than 0"),
         ("sessionize.midnight_of=Factory", "midnight_of: found 'Factory', which is no IANA time zone"),
+        ("sessionize.midnight_of=localtime", "midnight_of: found 'localtime', which is no IANA time zone"),
+        ("ingest.earliest=0001-01-01T00:00:00+05:00", "ingest.earliest: found a time beyond the years 1 to 9999"),
+        ("storage.root=~/trailvec", "storage.root: found '~/trailvec', and ~ is not read here: write the folder in"),
+        ("ingest.data_dir=~ann/logs", "ingest.data_dir: found '~ann/logs', and ~ is not read here"),
         ('storage.root=""', "storage.root = '': String should have at least 1 character"),
         ('ingest.data_dir=""', "ingest.data_dir = '': String should have at least 1 character"),
         ("maintain.keep_days={ events = 99999999 }", "events = 99999999: Input should be less than or equal to 36500"),
@@ -52,6 +56,11 @@ from jobs.errors import TrailvecError
             "depend on it: correct it",
         ),
         ('spark.conf."spark.sql.ansi.enabled"="true"', "spark.sql.ansi.enabled = 'true', which is always false"),
+        (
+            "spark.conf.spark.executor.memory=4g",
+            'spark.conf: found a section spark: a key with dots stands in quotes, as in spark.conf."spark.executor.'
+            'memory" = "4g": correct it',
+        ),
         ("modle.version=a", "unknown key modle; did you mean model?"),
         ("evaluate.drift.split=valid", "unknown key evaluate.drift.split; split belongs below [evaluate]"),
         ("evaluate.train=3", "unknown key evaluate.train; "),
