@@ -86,7 +86,8 @@ def find_splits(events: DataFrame, settings: SessionizeSettings, every: int) -> 
 
 
 def _part(splits: Sequence[Split]) -> Column:
-    """How many of the user's splits are at or before the event."""
+    """The event's part: how many of all splits, those of other users counted by their order, lie before it; 0 for
+    users who are not parted. Only that two parts of a user differ matters."""
 
     def within(low: int, high: int) -> Column:
         """The same, where it is known that it is at least `low` and at most `high` of all users' splits."""
