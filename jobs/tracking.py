@@ -92,8 +92,7 @@ class Tracker:
 
     def _give_up(self, error: Exception) -> None:
         self._client = None
-        why = first_line(error) or type(error).__name__
-        self._warn(f"MLflow ({self._uri}) failed, the run goes on untracked: {why}")
+        self._warn(f"MLflow ({self._uri}) failed, the run goes on untracked: {_why(error)}")
 
 
 @contextlib.contextmanager
@@ -122,8 +121,11 @@ def attach(uri: str, root: Place, model_version: str, page: tuple[str, str], war
         for run in client.search_runs([experiment.experiment_id], wanted, max_results=1):
             client.log_text(run.info.run_id, page[1], page[0])
     except Exception as error:
-        why = first_line(error) or type(error).__name__
-        warn(f"MLflow ({uri}) failed, {page[0]} is not attached: {why}")
+        warn(f"MLflow ({uri}) failed, {page[0]} is not attached: {_why(error)}")
+
+
+def _why(error: Exception) -> str:
+    return first_line(error) or type(error).__name__
 
 
 def _client(uri: str, root: Place) -> Any:

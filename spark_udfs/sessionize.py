@@ -90,13 +90,12 @@ def sessionize(
         if len(starts) == 0:
             parts.append(batch)
             continue
-        if starts[0] > 0 or parts:
-            carried = sum(part.num_rows for part in parts)
-            offsets = np.concatenate(([0], starts + carried))
-            closed = [*parts, batch.slice(0, starts[-1])]
-            yield _to_sessions(closed, offsets, np.concatenate(([run_us], runs_us[:-1])), event_fields)
-        elif len(starts) > 1:
-            yield _to_sessions([batch.slice(0, starts[-1])], starts, runs_us[:-1], event_fields)
+        offsets, runs = starts, runs_us
+        if parts:
+            offsets = np.concatenate(([0], starts + sum(part.num_rows for part in parts)))
+            runs = np.concatenate(([run_us], runs_us))
+        if len(offsets) > 1:
+            yield _to_sessions([*parts, batch.slice(0, starts[-1])], offsets, runs[:-1], event_fields)
         parts, run_us = [batch.slice(starts[-1])], int(runs_us[-1])
     if parts:
         offsets = np.array([0, sum(part.num_rows for part in parts)])
