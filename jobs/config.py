@@ -292,7 +292,6 @@ class EvaluateSettings(Section):
 
     max_users: int = Field(20_000, ge=1, description="users ranked; a larger log is sampled by hash of user_id")
     knn_max_users: int = Field(100_000, ge=1, description="users whose items the item-kNN floor is counted from")
-    knn_decay: float = Field(0.7, gt=0, le=1, description="weight of a history item per step back")
     resamples: int = Field(1_000, ge=1, description="of the bootstrap over users that intervals come from")
     drift: DriftSettings = Field(default_factory=DriftSettings)
     gate: list[GateSettings] = Field(

@@ -319,7 +319,7 @@ def run(runtime: Runtime) -> None:
     if len(rows):
         size = len(catalogue.target_counts)
         own, interactions = _interactions(runtime, rows[["user_id", "cut_us"]], size, cuts)
-        scorers = _scorers(rows, own, ItemKnn(interactions, settings.knn_decay), catalogue)
+        scorers = _scorers(rows, own, ItemKnn(interactions), catalogue)
         ranked = rank_users(rows, scorers, catalogue.rankable)
         verticals = item_verticals(runtime.read(ITEMS))
         known = Known(catalogue.target_counts, *verticals, rows["history_length"].to_numpy())

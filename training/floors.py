@@ -13,6 +13,8 @@ import scipy.sparse as sp
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 
+_DECAY = 0.7  # weight of a history item per step back; no setting: a floor that can be lowered makes a gate pass
+
 
 def popularity(counts: Integers, users: int) -> Floats:
     """The same for everybody: how often an item was acted on in the training window (`counts`, [items])."""
@@ -28,16 +30,15 @@ def own_frequency(own_counts: sp.csr_matrix, counts: Integers) -> Floats:
 class ItemKnn:
     """Item-kNN: cosine of two items over the users who acted on them, a history item's weight decaying per step back.
 
-    score(u, j) = sum over s of decay^s * cosine(history[-1 - s], j); an item is its own nearest neighbour.
+    score(u, j) = sum over s of 0.7^s * cosine(history[-1 - s], j); an item is its own nearest neighbour.
     """
 
-    def __init__(self, interactions: sp.csr_matrix, decay: float) -> None:
+    def __init__(self, interactions: sp.csr_matrix) -> None:
         """`interactions`: users of the training window by items, non-zero where the user acted on the item."""
         binary = (interactions > 0).astype(np.float32)
         norms = np.sqrt(np.asarray(binary.sum(axis=0)).ravel())
         self._unit = binary @ sp.diags(np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0))
         self._unit = self._unit.tocsr()
-        self._decay = decay
 
     def scores(self, history: Integers, offsets: Integers) -> Floats:
         """Scores for the users whose items, oldest first, are history[offsets[u]:offsets[u + 1]]."""
@@ -46,6 +47,6 @@ class ItemKnn:
         steps_back = np.repeat(offsets[1:], lengths) - 1 - np.arange(len(history))
         shape = (len(lengths), self._unit.shape[1])
         # Duplicate entries of one (user, item) add up, as the sum over s wants it.
-        weights = sp.csr_matrix((np.power(self._decay, steps_back, dtype=np.float32), (users, history)), shape=shape)
+        weights = sp.csr_matrix((np.power(_DECAY, steps_back, dtype=np.float32), (users, history)), shape=shape)
         # By way of the users, not of an items-by-items matrix: (H Uᵀ) U.
         return np.asarray(((weights @ self._unit.T) @ self._unit).toarray(), dtype=np.float32)

@@ -33,7 +33,7 @@ def test_item_knn_equals_plain_python(training: list[list[int]], history: list[l
         both = len(users_of[a] & users_of[b])
         return both / math.sqrt(len(users_of[a]) * len(users_of[b])) if both else 0.0
 
-    found = ItemKnn(counts_of(training), decay=0.7).scores(*flatten([np.array(items, np.int64) for items in history]))
+    found = ItemKnn(counts_of(training)).scores(*flatten([np.array(items, np.int64) for items in history]))
     for user, items in enumerate(history):
         for candidate in range(ITEMS):
             expected = sum(0.7**step * cosine(item, candidate) for step, item in enumerate(reversed(items)))
