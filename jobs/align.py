@@ -32,7 +32,7 @@ from jobs.runtime import Runtime, Stage
 from jobs.spark_session import drawn_by_hash, in_order
 from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_EMBEDDINGS
 from spark_udfs.alignment import cross_products, mean_cosine, overlap, rotation_of
-from spark_udfs.topk import Vectors
+from spark_udfs.topk import Metric, Vectors
 from training.checkpoint import ALIGNMENT, ROTATION, read_about, read_alignment, write_alignment
 
 USERS_COMPARED, ITEMS_COMPARED, ITEMS_ASKED, NEIGHBOURS = 2_000, 20_000, 2_000, 10
@@ -51,16 +51,14 @@ def refusal(report: dict[str, Any], settings: AlignSettings) -> str | None:
     for kind, of in (("users", "a user's"), ("items", "an item's")):
         found = report.get(kind, {}).get("overlap@10")
         if found is not None and found < settings.min_overlap:
-            reasons.append(
-                f"of {of} 10 nearest items {found:.0%} stay (align.min_overlap = {settings.min_overlap:.0%})"
-            )
+            reasons.append(f"of {of} 10 nearest items {found:.2%} stay (align.min_overlap = {settings.min_overlap:g})")
     ranking = report.get("ranking", {})
     if ranking.get("old") and ranking.get("new") is not None:
         lost = 1 - ranking["new"] / ranking["old"]
         if lost > settings.max_ranking_loss:
             reasons.append(
-                f"NDCG@10 in validation fell by {lost:.0%}, from {ranking['old']:.4f} to {ranking['new']:.4f} "
-                f"(align.max_ranking_loss = {settings.max_ranking_loss:.0%})"
+                f"NDCG@10 in validation fell by {lost:.2%}, from {ranking['old']:.4f} to {ranking['new']:.4f} "
+                f"(align.max_ranking_loss = {settings.max_ranking_loss:g})"
             )
     if not reasons:
         return None
@@ -76,8 +74,8 @@ def too_few_items(report: dict[str, Any], settings: AlignSettings) -> str | None
     if not by_chance >= settings.min_overlap > 0:
         return None
     return (
-        f"of so few items ({report['shared_items']:,}) {by_chance:.0%} of the 10 nearest would stay by chance alone: "
-        f"align.min_overlap = {settings.min_overlap:.0%} says nothing about model {report['model_version']}"
+        f"of so few items ({report['shared_items']:,}) {by_chance:.2%} of the 10 nearest would stay by chance alone: "
+        f"align.min_overlap = {settings.min_overlap:g} says nothing about model {report['model_version']}"
     )
 
 
@@ -104,26 +102,29 @@ def compare(
         rotation: None: the space is a new one, maybe of another width; only neighbours and norms can be compared.
     """
     report: dict[str, Any] = {}
-    asked = {"users": (users, "dot"), "items": (tuple(of[:ITEMS_ASKED] for of in items), "cosine")}
-    for name, (new, old) in (("users", users), ("items", items)):
-        queries, metric = asked[name]
+    first = items[0][:ITEMS_ASKED], items[1][:ITEMS_ASKED]
+    sides: tuple[tuple[str, tuple[Vectors, Vectors], tuple[Vectors, Vectors], Metric], ...] = (
+        ("users", users, users, "dot"),
+        ("items", items, first, "cosine"),
+    )
+    for name, (new, old), queries, metric in sides:
         report[name] = {
             "compared": len(new),
             # A rotation changes no neighbour.
-            "overlap@10": _said(overlap(queries, items, NEIGHBOURS, metric, ids=name == "items")),  # type: ignore[arg-type]
+            "overlap@10": _said(overlap(queries, items, NEIGHBOURS, metric, ids=name == "items")),
             "overlap@10_by_chance": _said(min(1.0, NEIGHBOURS / max(1, len(items[0]) - (name == "items")))),
             "mean_norm": {"old": _said(_norms(old)), "new": _said(_norms(new))},
         }
+        if rotation is not None:
+            report[name]["cosine_before"] = _said(mean_cosine(new, old))
+            report[name]["cosine_after"] = _said(mean_cosine(new @ rotation, old))
     if rotation is None:
         return report
-    turned = {"users": users[0] @ rotation, "items": items[0] @ rotation}
-    for name, (new, old) in (("users", users), ("items", items)):
-        report[name]["cosine_before"] = _said(mean_cosine(new, old))
-        report[name]["cosine_after"] = _said(mean_cosine(turned[name], old))
+    turned = items[0] @ rotation
     report["centroids"] = {}
     for vertical in sorted(verticals.unique()):
         of = (verticals == vertical).to_numpy()
-        centres = [matrix[of].mean(axis=0, keepdims=True) for matrix in (turned["items"], items[1])]
+        centres = [matrix[of].mean(axis=0, keepdims=True) for matrix in (turned, items[1])]
         report["centroids"][vertical] = {
             "items": int(of.sum()),
             "cosine": _said(mean_cosine(*centres)),
@@ -155,7 +156,8 @@ def run(runtime: Runtime) -> None:
     else:
         runtime.report.skipped = True
     runtime.report.notes.append(report["said"])
-    runtime.report.notes += filter(None, (ask(report, runtime.config.align) for ask in (too_few_items, no_ranking)))
+    asked = (ask(report, runtime.config.align) for ask in (too_few_items, no_ranking))
+    runtime.report.notes += filter(None, asked)
     if (why := refusal(report, runtime.config.align)) and onto != folder.name:
         raise TrailvecError(why)
 

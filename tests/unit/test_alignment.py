@@ -92,11 +92,14 @@ def test_the_gate_says_by_how_much() -> None:
     assert refusal(report_of(0.5, 0.6, 0.20, 0.181), settings) is None
     assert refusal(report_of(None, 0.6, None, 0.18), settings) is None
     assert refusal(report_of(0.49, 0.2, 0.2, 0.17), settings) == (
-        "model m2 must not follow m1: of a user's 10 nearest items 49% stay (align.min_overlap = 50%), and "
-        "of an item's 10 nearest items 20% stay (align.min_overlap = 50%), and "
-        "NDCG@10 in validation fell by 15%, from 0.2000 to 0.1700 (align.max_ranking_loss = 10%); "
+        "model m2 must not follow m1: of a user's 10 nearest items 49.00% stay (align.min_overlap = 0.5), and "
+        "of an item's 10 nearest items 20.00% stay (align.min_overlap = 0.5), and "
+        "NDCG@10 in validation fell by 15.00%, from 0.2000 to 0.1700 (align.max_ranking_loss = 0.1); "
         "train another (train.warm_start keeps the space) or change the limit"
     )
+    near = refusal(report_of(0.0996, 0.6, 0.2, None), AlignSettings(min_overlap=0.1))
+    assert near is not None  # so near its limit that it would round to it
+    assert "of a user's 10 nearest items 9.96% stay (align.min_overlap = 0.1)" in near
     assert refusal({"model_version": "m2", "onto": None}, settings) is None
 
 
@@ -125,8 +128,8 @@ def test_of_few_items_the_gate_says_that_it_says_nothing() -> None:
         assert too_few_items(report, AlignSettings(min_overlap=0)) is None
     assert too_few_items({"model_version": "m2", "onto": None}, AlignSettings()) is None
     assert too_few_items({**report, "items": {"overlap@10_by_chance": 0.2}}, AlignSettings()) == (
-        "of so few items (201) 20% of the 10 nearest would stay by chance alone: align.min_overlap = 10% says nothing "
-        "about model m2"
+        "of so few items (201) 20.00% of the 10 nearest would stay by chance alone: align.min_overlap = 0.1 says "
+        "nothing about model m2"
     )
 
 
