@@ -18,11 +18,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from deltalake import DeltaTable, write_deltalake
 from pyarrow import fs
 from pyspark.sql import SparkSession
@@ -47,7 +47,8 @@ from tests.cluster.road import (
 )
 from tests.conftest import make_config
 from tests.spark.test_neighbours import embed
-from training.checkpoint import read_about
+from training.checkpoint import STATE, Progress, newest_checkpoint, read_about, read_checkpoint, write_checkpoint
+from training.stores import StorePath
 
 BUCKET = "lake"
 CONF = """
@@ -149,19 +150,6 @@ def test_after_a_kill_the_rows_are_those_of_a_local_run(
     root = tmp_path_factory.mktemp("expected")
     run_here(spark, root)
     same_tables(root, tables)
-
-
-def test_the_next_run_writes_nothing(store: Store, tables: Path) -> None:
-    def written() -> list[tuple[str, Any]]:
-        found = store.system.get_file_info(fs.FileSelector(f"{BUCKET}/trailvec", recursive=True))
-        return sorted((info.path, info.mtime) for info in found if info.type == fs.FileType.File)
-
-    before = written()
-    with store.road() as job:
-        _, said = job.communicate()
-    assert job.returncode == 0, said
-    assert stages_said(said) == [("=", stage.name) for stage in ROAD]
-    assert written() == before
 
 
 def test_no_commit_shows_the_keys(store: Store, tables: Path) -> None:
@@ -274,14 +262,33 @@ def test_training_reads_and_writes_on_the_store_and_goes_on_after_a_kill(
 
 
 @pytest.fixture
-def place(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ArrowFolder]:
-    """Where a segment's destination leads to, with the keys in the environment."""
+def host(store: Store, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The server's, with the keys in the environment."""
     for name, value in store.server.environment.items():
         monkeypatch.setenv(name, value)
-    host = store.server.endpoint.removeprefix("http://").replace(":", "%3A")
+    return store.server.endpoint.removeprefix("http://")
+
+
+def test_of_the_checkpoints_on_the_store_the_newest_whole_one_is_read_back(host: str) -> None:
+    folder = StorePath(f"s3+http://us-east-1@{host}/{BUCKET}/m1.checkpoints")
+    assert newest_checkpoint(folder) is None
+    for step in (1, 2):
+        write_checkpoint(folder, Progress(ranks=1, step=step), {"model.x": torch.full((3,), float(step))}, keep=1)
+    (folder / "00009-0000000009" / STATE).write_text("what a kill left")
+    newest = newest_checkpoint(folder)
+    assert newest is not None
+    progress, tensors = read_checkpoint(newest)
+    assert (progress.step, tensors["model.x"].tolist()) == (2, [2.0, 2.0, 2.0])
+    assert [path.name for path in folder.glob("*")] == ["00001-0000000002", "00009-0000000009"]
+
+
+@pytest.fixture
+def place(host: str) -> Callable[[str], ArrowFolder]:
+    """Where a segment's destination leads to."""
+    quoted = host.replace(":", "%3A")
 
     def at(folder: str) -> ArrowFolder:
-        where = f"s3://{folder}?endpoint_override={host}&scheme=http&region=us-east-1"
+        where = f"s3://{folder}?endpoint_override={quoted}&scheme=http&region=us-east-1"
         segment = Segment.model_construct(name="x", owner="", purpose="", destination=where)
         return place_of(Runtime(make_config(Path("unused"))), segment)
 
