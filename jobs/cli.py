@@ -244,8 +244,12 @@ def _erase(config: Config, arguments: argparse.Namespace) -> None:
 
 def _add_sql(add: _Add) -> None:
     command = add(help="answer one SQL query over the tables")
-    command.add_argument("query", help="the query; vector_cosine_similarity and its kin are there")
-    command.add_argument("--json", action="store_true", help="one JSON object per row")
+    command.add_argument(
+        "query",
+        help="the query; vector_cosine_similarity and its kin are there, and the tables nearest_items('USER', 10) and "
+        "nearest_users('USER', 10)",
+    )
+    command.add_argument("--json", action="store_true", help="one JSON object per row: of all, not of the first 100")
 
 
 def _sql(config: Config, arguments: argparse.Namespace) -> None:

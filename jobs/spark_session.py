@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -95,6 +96,8 @@ def start_spark(config: Config) -> SparkSession:
             storage.root elsewhere.
     """
     _remember_java_names()
+    # Two hundred lines of Java, beside the error that says the same.
+    warnings.filterwarnings("ignore", "toPandas attempted Arrow optimization because", UserWarning)
     os.environ["JAVA_HOME"] = java_home()
     # Spark alone would look for the machine's address, and warn about what it finds.
     if config.spark.master.startswith("local"):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from py4j.java_gateway import is_instance_of
+from py4j.protocol import Py4JJavaError
 from pyspark.errors import ParseException, PySparkException
 from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
@@ -24,7 +25,9 @@ from jobs.spark_session import JSON_MICROSECONDS
 from jobs.sql_names import register_tables
 from spark_udfs import nearest_of_user, vectors
 
+_FAILURES = (PySparkException, Py4JJavaError)  # the second: while a query runs, what PySpark has no class for
 _SHOWN_ELEMENTS = 3  # of an array
+_BY_CHANCE = {"Rand", "Randn", "Uuid", "Shuffle", "Sample"}  # Spark's names in a plan
 
 
 def prepare(runtime: Runtime) -> None:
@@ -44,13 +47,14 @@ def query(runtime: Runtime, text: str) -> DataFrame:
     prepare(runtime)
     try:
         return runtime.spark.sql(text)
-    except PySparkException as error:
+    except _FAILURES as error:
         raise _one_sentence(error) from error
 
 
 def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
     """`query` of a text from a file that is only to ask: a statement that writes, drops or sets is refused, and so is a
-    query that starts programs (TRANSFORM) or calls Java, which can read the keys in the environment.
+    query that starts programs (TRANSFORM) or calls Java, which can read the keys in the environment, or one that draws
+    by chance, whose answer is another one each time.
 
     Args:
         where: what the error calls it.
@@ -62,17 +66,25 @@ def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
     try:
         parser.parsePlan(text)
     except PySparkException as error:
-        raise _one_sentence(error) from error
+        raise TrailvecError(f"{where}: {_one_sentence(error)}") from error
     try:
         parser.parseQuery(text)  # Spark's grammar of a query alone, as of a view's
     except ParseException:
         raise TrailvecError(f"{where} is no query (found {' '.join(text.split())[:60]!r}): write a SELECT") from None
-    answer = query(runtime, text)
+    try:
+        answer = query(runtime, text)
+    except TrailvecError as error:
+        raise TrailvecError(f"{where}: {error}") from error
     for plan in _nodes(answer._jdf.queryExecution().analyzed()):
         if plan.nodeName() == "ScriptTransformation":
             raise TrailvecError(f"{where} starts a program (TRANSFORM ... USING): write it without")
-        if any(part.nodeName() == "CallMethodViaReflection" for part in _expressions(plan.expressions())):
+        names = {plan.nodeName(), *(part.nodeName() for part in _expressions(plan.expressions()))}
+        if "CallMethodViaReflection" in names:
             raise TrailvecError(f"{where} calls a method of Java's (reflect or java_method): write it without")
+        if drawn := names & _BY_CHANCE:
+            raise TrailvecError(
+                f"{where} draws by chance ({', '.join(sorted(drawn))}), each time others: order by xxhash64(user_id)"
+            )
     return answer
 
 
@@ -134,7 +146,7 @@ def run_sql(runtime: Runtime, text: str, as_json: bool, limit: int = 100) -> Non
                 print(row[0])
         elif answer.columns:
             _print_rows(answer.columns, _times_as_text(answer.limit(limit + 1)).collect(), limit)
-    except PySparkException as error:
+    except _FAILURES as error:
         raise _one_sentence(error) from error
 
 
@@ -171,17 +183,22 @@ def _print_rows(columns: list[str], rows: list[Row], limit: int) -> None:
 
 
 def _cell(value: Any) -> str:
-    if value is None:
-        return "NULL"
-    if isinstance(value, float):
-        return f"{value:.6g}"
+    if value is None or isinstance(value, bool):
+        return "NULL" if value is None else str(value).lower()
+    if isinstance(value, float):  # from ten thousand on money's two places, up to what a double holds of them
+        return f"{value:.2f}" if 1e4 <= abs(value) < 1e13 else f"{value:.6g}"
+    if isinstance(value, bytes | bytearray):
+        return f"X'{value.hex().upper()}'"
+    if isinstance(value, dict | Row):
+        pairs = value.items() if isinstance(value, dict) else zip(value.__fields__, value, strict=True)
+        return f"{{{', '.join(f'{_cell(key)}: {_cell(inner)}' for key, inner in pairs)}}}"
     if isinstance(value, list):
         shown = ", ".join(_cell(element) for element in value[:_SHOWN_ELEMENTS])
         return f"[{shown}, … {len(value):,} in all]" if len(value) > _SHOWN_ELEMENTS else f"[{shown}]"
     return str(value)
 
 
-def _one_sentence(error: PySparkException) -> TrailvecError:
+def _one_sentence(error: PySparkException | Py4JJavaError) -> TrailvecError:
     known = explain(error)
     if known is None:
         first = re.search(r"\[[A-Z][A-Z0-9_.]*\] ([^\n]+)", str(error))

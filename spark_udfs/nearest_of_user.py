@@ -131,8 +131,8 @@ def _table_function(name: str, root: Path, version: str | None, kind: str, metri
             self._tables: tuple[VectorTable, VectorTable] | None = None
 
         def eval(self, user_id: str | None, k: int | None = 10) -> Iterator[tuple[int, str, float]]:
-            if not isinstance(k, int) or k < 1:  # SQL may give it anything
-                raise TrailvecError(f"{name}: k is {'NULL' if k is None else k}: write a whole number from 1 on")
+            if type(k) is not int or k < 1:  # SQL may give it anything
+                raise TrailvecError(f"{name}: k is {'NULL' if k is None else repr(k)}: write a whole number from 1 on")
             if user_id is None:
                 return
             if self._tables is None:
@@ -143,6 +143,7 @@ def _table_function(name: str, root: Path, version: str | None, kind: str, metri
                 self._tables = users, others
             yield from nearest(str(user_id), k, *self._tables, metric)
 
+    Nearest.eval.__qualname__ = name  # what Python calls it where an argument is missing
     return udtf(Nearest, returnType=f"rank int, {kind}_id string, score float")
 
 

@@ -7,20 +7,22 @@ import math
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import deltalake
 import pytest
-from pyspark.sql import SparkSession
+from pyspark.sql import Row, SparkSession
 
 from jobs.errors import TrailvecError
 from jobs.list_tables import list_tables, print_tables
 from jobs.runtime import Runtime
-from jobs.sql import ask, query, run_sql
+from jobs.spark_session import start_spark
+from jobs.sql import _cell, ask, query, run_sql
 from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, NEIGHBOURS, TABLES
 from spark_udfs import vectors
-from tests.conftest import put
+from tests.conftest import make_config, put
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +165,19 @@ def test_the_k_best_of_each_group(spark: SparkSession) -> None:
             "the SQL can't be run: The query does not include a GROUP BY clause. "
             "Add GROUP BY or turn it into the window functions using OVER clauses.; line 1 pos 0",
         ),
+        ("SELECT raise_error('boom')", "the SQL can't be run: java.lang.RuntimeException: boom"),
+        ("SELECT decode('a', 'nope')", "the SQL can't be run: java.io.UnsupportedEncodingException: nope"),
+        (
+            "SELECT 1 = (SELECT id FROM range(2))",
+            "the SQL can't be run: More than one row returned by a subquery used as an expression.",
+        ),
+        ("SELECT * FROM nearest_items('a', true)", "nearest_items: k is True: write a whole number from 1 on"),
+        ("SELECT * FROM nearest_items('a', '3')", "nearest_items: k is '3': write a whole number from 1 on"),
+        (
+            "SELECT * FROM nearest_items()",
+            "the SQL can't be run: User defined table function encountered an error in the 'eval' method: "
+            "nearest_items() missing 1 required positional argument: 'user_id'",
+        ),
     ],
 )
 def test_errors_are_one_sentence(make_runtime: Callable[..., Runtime], text: str, message: str) -> None:
@@ -212,12 +227,38 @@ def test_what_only_asks_reads_no_key(make_runtime: Callable[..., Runtime], text:
         ask(make_runtime("storage.database=errors"), text.format(key), "likes.toml: its sql")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SELECT id AS user_id FROM range(9) ORDER BY rand() LIMIT 2",
+        "WITH x AS (SELECT transform(array(1), a -> randn(7)) AS user_id) SELECT * FROM x",
+        "SELECT 'a' AS user_id WHERE 'a' IN (SELECT uuid())",
+        "SELECT explode(shuffle(array('a', 'b'))) AS user_id",
+        "SELECT user_id FROM (VALUES ('a') AS t(user_id)) TABLESAMPLE (10 PERCENT)",
+    ],
+)
+def test_what_only_asks_draws_nobody_by_chance(make_runtime: Callable[..., Runtime], text: str) -> None:
+    with pytest.raises(TrailvecError, match=r"^a: its sql draws by chance \(.*\), .*: order by xxhash64\(user_id\)$"):
+        ask(make_runtime("storage.database=errors"), text, "a: its sql")
+
+
+def test_what_fails_while_it_runs_is_told_once(
+    spark: SparkSession, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    start_spark(make_config(tmp_path))  # pytest forgets what an earlier test left out of its warnings
+    with pytest.raises(Exception, match="boom"):
+        spark.sql("SELECT raise_error('boom') AS a").toPandas()
+    assert not [said for said in recwarn if "Arrow" in str(said.message)]
+
+
 def test_what_asks_is_asked(make_runtime: Callable[..., Runtime]) -> None:
     runtime = make_runtime("storage.database=errors")
     for text in ("-- all\nSELECT 1 AS a;", "WITH x AS (SELECT 1 AS a) SELECT * FROM x", "(VALUES (1)) UNION SELECT 1"):
         assert [row[0] for row in ask(runtime, text, "a").collect()] == [1]
-    with pytest.raises(TrailvecError, match="the SQL can't be read: Syntax error at or near 'SELEC'"):
+    with pytest.raises(TrailvecError, match=r"^a: the SQL can't be read: Syntax error at or near 'SELEC'"):
         ask(runtime, "SELEC 1", "a")
+    with pytest.raises(TrailvecError, match=r"^a: The table or view `evnts` cannot be found"):
+        ask(runtime, "SELECT * FROM evnts", "a")
 
 
 @pytest.fixture
@@ -285,6 +326,27 @@ def test_the_printed_table(shop: Runtime, capsys: pytest.CaptureFixture[str]) ->
     assert "[1, 2, 3, … 4 in all]" in printed
     assert "NULL" in printed
     assert "[red]x[/red]" in printed
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (8286663.32, "8286663.32"),
+        (1234.5678, "1234.57"),
+        (0.1 + 0.2, "0.3"),
+        (-1e4, "-10000.00"),
+        (1e30, "1e+30"),
+        (float("nan"), "nan"),
+        (float("-inf"), "-inf"),
+        (True, "true"),
+        (bytearray(b"\0\xff"), "X'00FF'"),
+        ({"a": Decimal("1.5"), "b": None}, "{a: 1.5, b: NULL}"),
+        (Row(x=1.23456789, inner=Row(d="2011-01-01")), "{x: 1.23457, inner: {d: 2011-01-01}}"),
+        ([{"a": [1, 2, 3, 4]}], "[{a: [1, 2, 3, … 4 in all]}]"),
+    ],
+)
+def test_a_printed_value(value: Any, shown: str) -> None:
+    assert _cell(value) == shown
 
 
 def test_printed_times_are_utc_on_any_machine(
