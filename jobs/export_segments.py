@@ -52,7 +52,7 @@ from jobs.segment_files import (
 from jobs.segment_members import Export, Selection, Taken, rows_of_model
 from jobs.segment_report import Share, page
 from jobs.segments import SegmentFile, Vectors, read_segments
-from jobs.sql import ask, names_the_time, reads_folder
+from jobs.sql import ask, names_the_time, sources_of
 from jobs.tables import CURRENT_MODEL, EXPORTS, ITEM_EMBEDDINGS, ITEMS, SESSIONS, TABLES, USER_EMBEDDINGS, USER_PROFILES
 from jobs.user_lists import file_digest
 from spark_udfs.keyed import key_mark
@@ -137,14 +137,16 @@ def _facts(
 
 
 def _is_timely(runtime: Runtime, text: str, where: str) -> bool:
-    """Whether the answer to a query may be another one tomorrow.
+    """Whether the answer to a query may be another one tomorrow: it names the time, or reads a table that is none of
+    trailvec's, whose version is no part of an export's id.
 
     Raises:
         TrailvecError: it reads the log of exports: each export would make the next one another, and once its members
-            are logged, one that is made again would take others. Or as `ask`.
+            are logged, one that is made again would take others. It reads files. Or as `ask`.
     """
     answer = ask(runtime, text, where)
-    if reads_folder(answer, runtime.path(EXPORTS)):
+    read = sources_of(runtime, answer)
+    if EXPORTS.name in read.tables:
         raise TrailvecError(
             f"{where} reads exports, where this export's own members stand as soon as it is made: say at_most or "
             f"exclude, or lay the users down in a file and name that"

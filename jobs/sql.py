@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from py4j.java_gateway import is_instance_of
 from py4j.protocol import Py4JJavaError
@@ -23,6 +23,7 @@ from jobs.errors import TrailvecError, explain, first_line
 from jobs.runtime import Runtime
 from jobs.spark_session import JSON_MICROSECONDS
 from jobs.sql_names import register_tables
+from jobs.tables import TABLES
 from spark_udfs import nearest_of_user, vectors
 
 _FAILURES = (PySparkException, Py4JJavaError)  # the second: while a query runs, what PySpark has no class for
@@ -88,6 +89,10 @@ def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
     return answer
 
 
+# A plan's leaves that read nothing, or what another part of the plan reads.
+_WITHOUT_SOURCE = {"OneRowRelation", "LocalRelation", "Range", "CTERelationRef"}
+_OF_FILES = "org.apache.spark.sql.execution.datasources.HadoopFsRelation"
+_LISTED = "org.apache.spark.sql.execution.datasources.InMemoryFileIndex"  # of plain files; Delta has its own
 # DATE 'today' is a day already when Spark has read the text: its plan does not tell. A text of that word does no harm.
 _SPECIAL_TIMES = re.compile(r"""['"]\s*(now|today|tomorrow|yesterday)(\s+[\w/:+-]+)?\s*['"]""", re.IGNORECASE)
 
@@ -104,17 +109,41 @@ def names_the_time(text: str, answer: DataFrame) -> bool:
     return bool(answer._jdf.queryExecution().analyzed().containsPattern(patterns.CURRENT_LIKE()))
 
 
-def reads_folder(answer: DataFrame, folder: str) -> bool:
-    """Whether a query reads the table in that folder, whatever it calls it."""
-    gateway: Any = answer.sparkSession.sparkContext._gateway
-    path = gateway.jvm.org.apache.hadoop.fs.Path(folder).toUri().getPath()
-    of_files = "org.apache.spark.sql.execution.datasources.HadoopFsRelation"
+class Sources(NamedTuple):
+    """What a query reads, whatever it calls it.
+
+    Attributes:
+        tables: the names of those of trailvec's.
+        files: the first path of plain files that it names by their path; None where it names none.
+        others: whether it reads any other table.
+    """
+
+    tables: set[str]
+    files: str | None
+    others: bool
+
+
+def sources_of(runtime: Runtime, answer: DataFrame) -> Sources:
+    """`answer`: what `ask` gives."""
+    gateway: Any = runtime.spark.sparkContext._gateway
+    path_of = gateway.jvm.org.apache.hadoop.fs.Path
+    known = {path_of(runtime.path(table)).toUri().getPath(): table.name for table in TABLES}
+    tables: set[str] = set()
+    files, others = None, False
     for node in _nodes(answer._jdf.queryExecution().analyzed()):
-        if node.nodeName() == "LogicalRelation" and is_instance_of(gateway, node.relation(), of_files):
-            roots = node.relation().location().rootPaths()
-            if any(roots.apply(number).toUri().getPath() == path for number in range(roots.size())):
-                return True
-    return False
+        if node.children().size() or node.nodeName() in _WITHOUT_SOURCE:
+            continue
+        roots: list[str] = []
+        if node.nodeName() == "LogicalRelation" and is_instance_of(gateway, node.relation(), _OF_FILES):
+            found = node.relation().location().rootPaths()
+            roots = [found.apply(number).toUri().getPath() for number in range(found.size())]
+        if roots and known.keys() >= set(roots):
+            tables.update(known[root] for root in roots)
+        elif roots and node.catalogTable().isEmpty() and is_instance_of(gateway, node.relation().location(), _LISTED):
+            files = files or roots[0]
+        else:
+            others = True
+    return Sources(tables, files, others)
 
 
 def _nodes(plan: Any) -> Iterator[Any]:

@@ -312,6 +312,14 @@ def test_seeds_by_sql_plain_ids_and_chosen_columns(
     for log in ("exports", f"delta.`{shop.path(EXPORTS)}`"):  # a run made again would find its own members there
         with pytest.raises(TrailvecError, match=r"likes\.toml: the query of a list of its users reads exports, where"):
             id_on(1, f" = 1 AND user_id NOT IN (SELECT user_id FROM {log})")
+    (tmp_path / "in.csv").write_text("ann\n")
+    with pytest.raises(TrailvecError, match=r"likes\.toml: the query of .* reads the files /.*/in\.csv, whose change"):
+        id_on(1, f" = 1 AND user_id IN (SELECT _c0 FROM csv.`{tmp_path}/in.csv`)")
+    shop.spark.sql("CREATE TABLE theirs USING parquet AS SELECT 'ann' AS user_id")
+    shop.spark.sql("CREATE TABLE theirs_too USING delta AS SELECT 'ann' AS user_id")
+    for theirs in ("theirs", "theirs_too"):  # whose versions are no part of an id
+        condition = f" = 1 AND user_id IN (SELECT user_id FROM {theirs})"
+        assert id_on(1, condition) == id_on(1, condition) != id_on(2, condition)
     id_on(1, " = 1 AND user_id IN (WITH exports AS (SELECT 'ann') SELECT * FROM exports)")
 
     (tmp_path / "likes.toml").write_text(text.replace("SELECT user_id", "SELECT history_length"))
