@@ -5,10 +5,11 @@ lays the new model's space onto the current one's by the rotation that brings th
 together (spark_udfs/alignment.py). Dot products and cosines inside the new model stay what they are. embed_items and
 score_users turn what they write by it; it is made once for a model, and kept with it.
 
-alignment.json says how alike the two are, on a sample: the cosine of a user's old and new vector before and after, how
-many of the 10 nearest items of a user and of an item are the same (and would be by chance alone: of few items, many),
-how norms and the verticals' centroids moved. Where too few neighbours stay or the ranking got too bad (`align.*`), this
-ends with an error, nothing is scored, and the current model stays current.
+alignment.json says how alike the two are, on a sample, of users such as have not acted since the old vectors were made:
+the cosine of a user's old and new vector before and after, how many of the 10 nearest items of a user and of an item
+are the same (and would be by chance alone: of few items, many), how norms and the verticals' centroids moved. Where too
+few neighbours stay or the ranking got too bad (`align.*`), this ends with an error, nothing is scored, and the current
+model stays current.
 
 trailvec align --conf conf/local.toml
 """
@@ -76,6 +77,16 @@ def too_few_items(report: dict[str, Any], settings: AlignSettings) -> str | None
     return (
         f"of so few items ({report['shared_items']:,}) {by_chance:.2%} of the 10 nearest would stay by chance alone: "
         f"align.min_overlap = {settings.min_overlap:g} says nothing about model {report['model_version']}"
+    )
+
+
+def no_users(report: dict[str, Any], settings: AlignSettings) -> str | None:
+    """Why the limit on neighbours says nothing of users: one sentence; None: it does, or there is no limit."""
+    if report.get("users", {}).get("compared", 1) or not settings.min_overlap:
+        return None
+    return (
+        f"every user with a vector of model {report['onto']} has acted since, or is cold: align.min_overlap asks about "
+        f"items alone for model {report['model_version']}"
     )
 
 
@@ -156,7 +167,7 @@ def run(runtime: Runtime) -> None:
     else:
         runtime.report.skipped = True
     runtime.report.notes.append(report["said"])
-    asked = (ask(report, runtime.config.align) for ask in (too_few_items, no_ranking))
+    asked = (ask(report, runtime.config.align) for ask in (too_few_items, no_users, no_ranking))
     runtime.report.notes += filter(None, asked)
     if (why := refusal(report, runtime.config.align)) and onto != folder.name:
         raise TrailvecError(why)
@@ -223,10 +234,11 @@ def _pairs(runtime: Runtime, folder: Path, onto: str) -> DataFrame:
 
 
 def _users(runtime: Runtime, folder: Path, onto: str) -> DataFrame:
-    """user_id, new, old of about USERS_COMPARED users who are not cold; new is not turned."""
+    """user_id, new, old of about USERS_COMPARED users who are not cold and have not acted since the old vector was
+    made: another history moves a vector too. new is not turned."""
     old = runtime.latest(USER_EMBEDDINGS).where((F.col("model_version") == onto) & ~F.col("is_cold"))
-    drawn = drawn_by_hash(USERS_COMPARED / max(1, old.count()), "user_id", F.lit("align"))
-    rows = runtime.read(SEQUENCES).where("split = 'score'").where(drawn)
+    rows = runtime.read(SEQUENCES).where("split = 'score'").join(old, ["user_id", "as_of"], "left_semi")
+    rows = rows.where(drawn_by_hash(USERS_COMPARED / max(1, rows.count()), "user_id", F.lit("align")))
     new = encode_sequences(runtime, rows, ["user_id"], model_dir=folder, turned=False)
     both = new.where(~F.col("is_cold")).select("user_id", F.col("vector").alias("new"))
     return both.join(old.select("user_id", F.col("vector").alias("old")), "user_id")

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 from scipy.linalg import orthogonal_procrustes
 
 from jobs import align, embed_items, score_users
@@ -113,6 +117,27 @@ def test_a_new_model_is_laid_onto_the_current_one(shop: Runtime) -> None:
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def test_who_has_acted_since_is_not_compared(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that makes one number of a history, and the same one again: all that differs is what users did since."""
+    later = CUT + timedelta(days=1)
+    rows = [("same", "score", CUT, 1.0), ("acted", "score", later, 2.0), ("same", "test", later, 3.0)]
+    sequences = spark.createDataFrame(rows, "user_id string, split string, as_of timestamp, state float")
+    made = [("same", "m1", CUT, [1.0]), ("acted", "m1", CUT, [1.5]), ("acted", "m0", later, [2.5])]
+    schema = "user_id string, model_version string, as_of timestamp, vector array<float>"
+    tables = {
+        SEQUENCES: sequences,
+        USER_EMBEDDINGS: spark.createDataFrame(made, schema).withColumn("is_cold", F.lit(0) > 0),
+    }
+    runtime = SimpleNamespace(read=lambda t: tables[t.name], latest=lambda t: tables[t.name])
+
+    def encoded(_: object, rows: DataFrame, keep: list[str], **of: object) -> DataFrame:
+        return rows.select(*keep, (F.lit(0) > 0).alias("is_cold"), F.array("state").alias("vector"))
+
+    monkeypatch.setattr(align, "encode_sequences", encoded)
+    found = align._users(runtime, Path("m2"), "m1").collect()  # type: ignore[arg-type]
+    assert [tuple(row) for row in found] == [("same", [1.0], [1.0])]
 
 
 def test_a_model_that_turned_too_far_does_not_become_current(shop: Runtime) -> None:

@@ -10,7 +10,7 @@ import pytest
 from scipy.linalg import orthogonal_procrustes
 from scipy.stats import ortho_group
 
-from jobs.align import _ranking, compare, no_ranking, refusal, too_few_items
+from jobs.align import _ranking, compare, no_ranking, no_users, refusal, too_few_items
 from jobs.config import AlignSettings
 from jobs.runtime import Runtime
 from spark_udfs.alignment import mean_cosine, overlap, rotation_of
@@ -113,6 +113,25 @@ def test_without_validation_the_gate_says_that_it_says_nothing() -> None:
         assert no_ranking(report_of(0.5, 0.6, old, new), settings) is None
     assert no_ranking({"model_version": "m2", "onto": None}, settings) is None
     assert no_ranking(report_of(0.5, 0.6, 0.2, None), AlignSettings(max_ranking_loss=1)) is None
+
+
+def test_without_users_of_the_same_history_items_alone_decide() -> None:
+    nobody = (vectors(0, 1), vectors(0, 2))
+    items = vectors(20, 3), vectors(20, 4)
+    report: dict[str, Any] = {"model_version": "m2", "onto": "m1"}
+    report |= compare(nobody, items, pd.Series(["a"] * 20), np.eye(8, dtype=np.float32))
+    assert report["users"]["compared"] == 0
+    assert report["users"]["overlap@10"] is None
+    why = refusal(report, AlignSettings(min_overlap=1))
+    assert why is not None
+    assert why.startswith("model m2 must not follow m1: of an item's 10 nearest items ")
+    assert no_users(report, AlignSettings()) == (
+        "every user with a vector of model m1 has acted since, or is cold: align.min_overlap asks about items alone "
+        "for model m2"
+    )
+    assert no_users(report, AlignSettings(min_overlap=0)) is None
+    assert no_users(report | {"users": {"compared": 1}}, AlignSettings()) is None
+    assert no_users({"model_version": "m2", "onto": None}, AlignSettings()) is None
 
 
 def test_of_few_items_the_gate_says_that_it_says_nothing() -> None:
