@@ -151,7 +151,12 @@ def _is_timely(runtime: Runtime, text: str, where: str) -> bool:
             f"{where} reads exports, where this export's own members stand as soon as it is made: say at_most or "
             f"exclude, or lay the users down in a file and name that"
         )
-    return names_the_time(text, answer)
+    if read.files is not None:
+        raise TrailvecError(
+            f"{where} reads the files {read.files}, whose change nobody notices: name them as a list, file = ..., or "
+            f"make a table of them"
+        )
+    return read.others or names_the_time(text, answer)
 
 
 def _now() -> datetime:
