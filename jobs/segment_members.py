@@ -54,6 +54,8 @@ _ITEMS = (
     20_000  # of one affinity, whose vectors come to the driver and to every task: of more, those that most acted on
 )
 _IDS = pa.large_string()  # pyarrow's string holds 2 GiB in an array: some 60 million ids
+_NO_DATE = "(a date that Spark can't read is NULL)"  # why a query may name nobody
+_SHOWN = 5  # ids in a note
 _OTHERS = 5_000  # of them who stand for everybody else in a classifier: a weight for each of some 64 numbers
 
 
@@ -164,7 +166,7 @@ class Selection:
         runtime.on_progress("who may be exported")
         self._listed = self._combinations(self._marks)
         self.everyone = self._listed.of(self._has_vector)
-        self._note_strangers()
+        self._note_nobody()
         self._counts: dict[int, Combinations] = {}
         self._seeds: dict[int, dict[str, int]] = {}
         self._items: dict[int, dict[str, int]] = {}
@@ -176,13 +178,25 @@ class Selection:
         # By user, and by when it was first logged (None: never): the segments so far.
         self._exported: defaultdict[int | None, Counter[str]] = defaultdict(Counter)
 
-    def _note_strangers(self) -> None:
-        """A list that is to leave users out and knows none of them may be written otherwise than the events."""
-        lists = {rule.mark: rule.name for rules in self._rules.values() for rule in rules.suppressing}
-        for mark, name in lists.items():
-            if (listed := self._listed.of(mark).total) and not self.everyone.of(mark).total:
-                self._runtime.report.notes.append(
-                    f"{name}: none of its {listed:,} users has a vector, so nobody is left out by it; are its ids "
+    def _note_nobody(self) -> None:
+        """A list that is to leave users out and knows none of them may be written otherwise than the events; one that
+        a query gives, or a consent, may be of nobody by a mistake in it."""
+        notes, consent = self._runtime.report.notes, self._runtime.config.export.consent
+        lists = {
+            rule.mark: (export.path, rule, rule in self._rules[export.number].suppressing)
+            for export in reversed(self.pending)  # of several that name it the first is told
+            for rule in self._rules[export.number].steps
+        }
+        for mark, (path, rule, suppresses) in sorted(lists.items()):
+            listed, known = self._listed.of(mark).total, self.everyone.of(mark).total
+            if rule.required and not listed:
+                by_query = f" {_NO_DATE}" if consent is not None and consent.sql else ""
+                notes.append(f"{path}: {rule.name} by anybody, so nobody is exported{by_query}")
+            elif suppresses and not listed:
+                notes.append(f"{path}: the query in suppress names nobody, so nobody is left out by it {_NO_DATE}")
+            elif suppresses and not known:
+                notes.append(
+                    f"{rule.name}: none of its {listed:,} users has a vector, so nobody is left out by it; are its ids "
                     f"written as in the events?"
                 )
 
@@ -195,6 +209,9 @@ class Selection:
         if queried:
             runtime.on_progress("the users whom queries name")
             self._counts = self._count(reduce(DataFrame.unionByName, rows))
+            for export in queried:
+                if not self._counts.get(export.number, self.everyone.of_nobody()).total:
+                    runtime.report.notes.append(f"{export.path}: its sql names no user with a vector {_NO_DATE}")
         if scored:
             runtime.on_progress("the seeds and a sample")
             for vectors in sorted({export.vectors for export in scored}):
@@ -382,15 +399,24 @@ class Selection:
         for export in exports:
             count, of_export = counts[str(export.number)], f"of_{export.number}"
             if count <= _ITEMS:
-                vectors = found["vector"][found[of_export]].tolist()
+                used = found[found[of_export]]
             else:
                 best = rows.where(of_export).orderBy(F.desc("events"), "item_id").limit(_ITEMS)
-                vectors = in_order(best.select("item_id", "vector"), "item_id")["vector"].tolist()
-                self._items[export.number] = {"named": count, "used": len(vectors)}
+                used = in_order(best.select("item_id", "vector"), "item_id")
+            vectors, affinity = used["vector"].tolist(), export.segment.affinity
+            listed = set(affinity.items) if affinity is not None else set()
+            if listed or count > _ITEMS:
+                self._items[export.number] = {"named": len(listed) or count, "used": len(vectors)}
             if not vectors:
                 raise TrailvecError(
                     f"{export.path}: no item of its affinity has a vector of model {self.version}: correct the items, "
                     f"or run `trailvec embed_items` first"
+                )
+            if count <= _ITEMS and (missing := sorted(listed - set(used["item_id"]))):
+                some = ", ".join([*missing[:_SHOWN], *["..."] * (len(missing) > _SHOWN)])
+                self._runtime.report.notes.append(
+                    f"{export.path}: {len(missing):,} of the {len(listed):,} items of its affinity have no vector of "
+                    f"model {self.version} ({some}); are their ids written as in the events?"
                 )
             anchors[export.number] = Anchors(np.stack(vectors), "dot")
         return anchors

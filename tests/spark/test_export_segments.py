@@ -767,9 +767,12 @@ def test_of_very_many_items_those_that_most_acted_on_make_an_affinity(
 ) -> None:
     monkeypatch.setattr(segment_members, "_ITEMS", 2)
     spark.sql("DROP DATABASE IF EXISTS segments CASCADE")
-    fruit, named = 'affinity = { vertical = "FRUIT" }\n', 'affinity = { items = ["i0", "i3"] }\n'
-    paths = write_segments(tmp_path, {"fruit": f"size = 3\n{fruit}", "named": f"size = 3\n{named}"})
-    runtime = make_runtime("storage.database=segments", f"export.segments={json.dumps(paths)}")
+    fruit, named = 'affinity = { vertical = "FRUIT" }\n', 'affinity = { items = ["i0", "I3", "i3"] }\n'
+    nobody = 'consent = "push"\nsql = "SELECT user_id FROM user_embeddings WHERE as_of > DATE(\'31.10.2011\')"\n'
+    texts = {"fruit": f"size = 3\n{fruit}", "named": f"size = 3\n{named}", "nobody": nobody}
+    paths = write_segments(tmp_path, texts)
+    consent = "export.consent={ sql = \"SELECT 'ann' AS user_id, DATE('x') < DATE('y') AS push\" }"
+    runtime = make_runtime("storage.database=segments", f"export.segments={json.dumps(paths)}", consent)
     users = {"ann": [1.0, 0.0, 0.0], "bob": [0.0, 1.0, 0.0], "cat": [0.0, 0.0, 1.0]}
     items = {"i0": [5.0, 0.0, 0.0], "i1": [0.0, 4.0, 0.0], "i2": [0.0, 0.0, 3.0], "i3": [0.0, 0.0, 6.0]}
     embed(runtime, spark, users, items)
@@ -780,13 +783,19 @@ def test_of_very_many_items_those_that_most_acted_on_make_an_affinity(
         for n, item in enumerate(items)
     ]
     put(runtime, ITEMS, spark.createDataFrame(kinds, ITEMS.schema()))
-    runtime.execute(STAGE)
+    no_date = "(a date that Spark can't read is NULL)"
+    assert runtime.execute(STAGE).notes == [
+        f"{paths[2]}: no consent to push by anybody, so nobody is exported {no_date}",
+        f"{paths[2]}: its sql names no user with a vector {no_date}",
+        f"{paths[1]}: 1 of the 3 items of its affinity have no vector of model m1 (I3); are their ids written as in "
+        f"the events?",
+    ]
     manifest, rows = read(runtime, "fruit")
     assert [row["user_id"] for row in rows] == ["bob", "cat", "ann"]  # i0 is the one that few acted on
     assert manifest["counts"]["items"] == {"named": 3, "used": 2}
     manifest, rows = read(runtime, "named")
     assert [row["user_id"] for row in rows] == ["cat", "ann", "bob"]
-    assert "items" not in manifest["counts"]
+    assert manifest["counts"]["items"] == {"named": 3, "used": 2}
 
 
 @pytest.mark.parametrize("force", [True, False])
@@ -856,15 +865,17 @@ def test_where_it_goes(shop: Runtime, tmp_path: Path) -> None:
     place = tmp_path / "bucket" / "likes"
     for name, user in {"strangers": "ann.0", "known": "far"}.items():
         (tmp_path / f"{name}.txt").write_text(user)
-    lists = 'suppress = [{ file = "strangers.txt" }, { file = "known.txt" }]'
+    queried = "{ sql = \"SELECT 'ann' AS user_id WHERE false\" }"
+    lists = f'suppress = [{{ file = "strangers.txt" }}, {{ file = "known.txt" }}, {queried}]'
     (tmp_path / "likes.toml").write_text(
         SEGMENT.replace("size = 4", f'size = 4\n{lists}\ndestination = "file://{place}"')
     )
-    (note,) = shop.execute(STAGE).notes
-    assert note == (
+    assert shop.execute(STAGE).notes == [
         "suppressed by strangers.txt: none of its 1 users has a vector, so nobody is left out by it; are its ids "
-        "written as in the events?"
-    )
+        "written as in the events?",
+        f"{tmp_path}/likes.toml: the query in suppress names nobody, so nobody is left out by it (a date that Spark "
+        f"can't read is NULL)",
+    ]
     assert len(read(shop, folder=place)[1]) == 4
     assert {row["destination"] for row in read_delta(shop.root / "tables" / "exports")} == {str(place)}
     assert shop.execute(STAGE).skipped
@@ -935,7 +946,10 @@ def test_what_is_refused_of_lists(shop: Runtime, spark: SparkSession, tmp_path: 
     refused(f"suppress = [{{ {deletes} }}]", "likes.toml: the query of a list of its users is no query .found 'DELETE")
     consent = f"export.consent={{ {deletes} }}"
     refused('consent = "email"', "export.consent.sql is no query .found 'DELETE FROM user_embeddings'.: write", consent)
-    refused('suppress = [{ sql = "SELECT user_id FROM blocked" }]', "`blocked` cannot be found")
+    refused(
+        'suppress = [{ sql = "SELECT user_id FROM blocked" }]',
+        r"likes\.toml: the query of a list of its users: .*`blocked` cannot be",
+    )
     (tmp_path / "likes.toml").write_text(SEGMENT)
 
     put_users(shop, USERS, cold=USERS)
