@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import scipy.sparse as sp
+from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
@@ -60,8 +61,12 @@ def before(events: DataFrame, cuts: DataFrame) -> DataFrame:
     Args:
         cuts: user_id, cut (timestamp); one row per user. Who is not in it has no events here.
     """
-    days = (F.unix_micros("cut") - F.unix_micros("event_ts")) / F.lit(86400e6)
-    return events.join(cuts, "user_id").where("event_ts < cut").withColumn("days", days)
+    return _until(events.join(cuts, "user_id"), F.col("cut"))
+
+
+def _until(events: DataFrame, cut: Column) -> DataFrame:
+    days = (F.unix_micros(cut) - F.unix_micros("event_ts")) / F.lit(86400e6)
+    return events.where(F.col("event_ts") < cut).withColumn("days", days)
 
 
 def rfm(visible: DataFrame, targets: list[str]) -> DataFrame:
@@ -174,12 +179,15 @@ def _long(wide: DataFrame) -> DataFrame:
     return wide.select("user_id", F.explode(pairs).alias("pair")).select("user_id", "pair.*")
 
 
-def states(runtime: Runtime, sessions: DataFrame, cuts: DataFrame, model_dir: Path, end: datetime) -> DataFrame:
-    """user_id and the vector that the user has when only events before their cut are known."""
+def states(runtime: Runtime, sessions: DataFrame, cuts: DataFrame | None, model_dir: Path, end: datetime) -> DataFrame:
+    """user_id and the vector that the user has when only events before their cut are known; without `cuts`, all."""
     vocabulary = in_vocabulary(runtime.read(ITEMS), runtime.config.vocabulary.min_count)
     values = runtime.read(CONTEXT_VALUES).where("kind != 'category'")
-    actions = number_actions(sessions.join(cuts, "user_id", "left_semi"), vocabulary, values)
-    known = actions.join(cuts, "user_id").where("event_ts < cut").drop("cut")
+    if cuts is None:
+        known = number_actions(sessions, vocabulary, values)
+    else:
+        actions = number_actions(sessions.join(cuts, "user_id", "left_semi"), vocabulary, values)
+        known = actions.join(cuts, "user_id").where("event_ts < cut").drop("cut")
     settings = SequencesSettings(max_length=runtime.config.sequences.max_length)
     rows = build_sequences(known, Cuts(end, end, end), settings, splits=("score",))
     encoded = encode_sequences(runtime, rows, ["user_id"], model_dir=model_dir)
@@ -189,7 +197,9 @@ def states(runtime: Runtime, sessions: DataFrame, cuts: DataFrame, model_dir: Pa
 # ---- profiles -------------------------------------------------------------------------------------------------------
 
 
-def profile_rows(visible: DataFrame, encoded: DataFrame, numbers: DataFrame, told: DataFrame) -> DataFrame:
+def profile_rows(
+    visible: DataFrame, encoded: DataFrame, numbers: DataFrame, told: DataFrame, terms: DataFrame | None = None
+) -> DataFrame:
     """What a profile is made of, a row for each user of `encoded`: user_id, vector (the state), and for each of KINDS
     <kind>_numbers array<int> and <kind>_values array<double>: of items the mean quantity of an action with it (0: none
     has one), of categories actions, of statistics their values.
@@ -199,11 +209,13 @@ def profile_rows(visible: DataFrame, encoded: DataFrame, numbers: DataFrame, tol
         encoded: user_id, vector.
         numbers: item_id, item_index, category (its number; 0: none).
         told: user_id, number, value of the statistics.
+        terms: item_index of the items that the basis knows: no other is listed. None: all are.
     """
     known = visible.join(numbers, "item_id")
+    listed = known if terms is None else known.join(F.broadcast(terms), "item_index", "left_semi")
     rows = encoded.select("user_id", "vector")
     counts = {
-        "items": known.groupBy("user_id", F.col("item_index").alias("number")).agg(
+        "items": listed.groupBy("user_id", F.col("item_index").alias("number")).agg(
             F.avg(F.when(F.col("quantity") > 0, F.col("quantity"))).alias("value")
         ),
         "categories": known.where("category > 0")
@@ -325,10 +337,15 @@ def _counts(numbers: pd.Series[Any], values: pd.Series[Any]) -> sp.csr_matrix:
 
 def _names_of(runtime: Runtime, numbers: Integers) -> list[str]:
     """The names of the items of those numbers (ascending); "" of one that has none."""
-    wanted = runtime.spark.createDataFrame(pd.DataFrame({"item_index": numbers}), "item_index int")
-    rows = runtime.read(ITEMS).join(F.broadcast(wanted), "item_index").select("item_index", "item_name")
+    wanted = F.broadcast(_as_rows(runtime, numbers))
+    rows = runtime.read(ITEMS).join(wanted, "item_index").select("item_index", "item_name")
     found = {row["item_index"]: row["item_name"] or "" for row in rows.collect()}
     return [found.get(number, "") for number in numbers.tolist()]
+
+
+def _as_rows(runtime: Runtime, numbers: Integers) -> DataFrame:
+    """item_index of those items."""
+    return runtime.spark.createDataFrame(pd.DataFrame({"item_index": numbers}), "item_index int")
 
 
 def too_late(settings: ProfileSettings, about: dict[str, Any], folder: Place) -> str | None:
@@ -352,10 +369,10 @@ def run(runtime: Runtime) -> None:
     settings, model_dir = runtime.config.profile, model_folder(runtime)
     sessions = runtime.read(SESSIONS)
     end = cut_times(sessions, runtime.config.sequences, "end_ts").end
-    cuts = sessions.select("user_id").distinct().withColumn("cut", utc(end))
     targets = runtime.config.sequences.target_event_types
-    visible = before(events_of(sessions), cuts)
-    encoded = states(runtime, sessions, cuts, model_dir, end).persist()  # encoding is what costs
+    # Everybody's cut is the log's end: no event is joined with it. Read a dozen times, and as large as the log.
+    visible = _until(events_of(sessions).drop("event_id"), utc(end)).persist(StorageLevel.DISK_ONLY)
+    encoded = states(runtime, sessions, None, model_dir, end).persist()  # encoding is what costs
     told, numbers = statistics(visible, targets), item_numbers(runtime)
     found, rotation = read_basis(model_dir), rotation_sha256(model_dir)
     if found is not None and found[1].get("rotation", rotation) != rotation:  # older code told none
@@ -374,10 +391,12 @@ def run(runtime: Runtime) -> None:
         basis = found[0]
         if warning := too_late(settings, found[1], runtime.models / model_dir.name):
             runtime.report.notes.append(warning)
-    rows = profiles(profile_rows(visible, encoded, numbers, numbered(told, basis.names)), basis)
+    terms = _as_rows(runtime, basis.terms["items"].numbers)
+    rows = profiles(profile_rows(visible, encoded, numbers, numbered(told, basis.names), terms), basis)
     rows = rows.withColumn("model_version", F.lit(model_dir.name)).withColumn("as_of", utc(end))
     runtime.write(USER_PROFILES, rows)
-    encoded.unpersist()
+    for frame in (visible, encoded):
+        frame.unpersist()
     widths = ", ".join(f"{part} {width}" for part, width in basis.widths.items())
     current = runtime.newest_current_model()
     if current not in (None, model_dir.name):

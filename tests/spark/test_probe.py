@@ -201,14 +201,19 @@ def test_of_an_item_a_profile_hears_how_much_of_it_is_taken_at_once(
     cuts = spark.createDataFrame([(u, CUT.replace(tzinfo=timezone.utc)) for u in "ab"], "user_id string, cut timestamp")
     visible = profile_users.before(profile_users.events_of(runtime.latest(SESSIONS)), cuts)
     items = [("i1", 2, 0), ("i2", 3, 0), ("i3", 4, 0)]
-    rows = profile_users.profile_rows(
+    given = (
         visible,
         spark.createDataFrame([(user, [1.0]) for user in "ab"], "user_id string, vector array<float>"),
         spark.createDataFrame(items, "item_id string, item_index int, category int"),
         spark.createDataFrame([], "user_id string, number int, value double"),
     )
-    found = {row.user_id: (row.items_numbers, row.items_values) for row in rows.collect()}
-    assert found == {"a": ([2, 3, 4], [3.5, 0, 0]), "b": ([3], [3])}
+    known = spark.createDataFrame([(2,), (4,)], "item_index int")
+    for terms, expected in (
+        (None, {"a": ([2, 3, 4], [3.5, 0, 0]), "b": ([3], [3])}),
+        (known, {"a": ([2, 4], [3.5, 0]), "b": ([], [])}),  # what the basis knows
+    ):
+        rows = profile_users.profile_rows(*given, terms).select("user_id", "items_numbers", "items_values").collect()
+        assert {row.user_id: (row.items_numbers, row.items_values) for row in rows} == expected
 
 
 def test_what_the_forecast_is_fitted_on(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
@@ -294,13 +299,26 @@ def test_a_task_with_nobody_or_too_few_of_a_label_is_said_and_leaves_no_old_rows
 
 
 def test_what_is_probed_is_what_profile_users_writes(
-    make_runtime: Callable[..., Runtime], whole: Path, tmp_path: Path, model: dict[str, str]
+    make_runtime: Callable[..., Runtime],
+    whole: Path,
+    tmp_path: Path,
+    model: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file = tmp_path / "labels.csv"
     file.write_text("\n".join(["user_id,task,label", *(f"u{n},many,{n % 2}" for n in range(24))]) + "\n")
     only_labels = ("probe.activity=[]", "probe.event_types=[]", f'probe.labels={{file="{file}"}}')
     runtime = make_runtime(*SETTINGS, *only_labels, root=whole)
-    report = runtime.execute(profile_users.STAGE)
+    told, stored = profile_users.statistics, []
+
+    def statistics(visible: DataFrame, targets: list[str]) -> DataFrame:
+        stored.append(visible.storageLevel.useDisk)
+        return told(visible, targets)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(profile_users, "statistics", statistics)
+        report = runtime.execute(profile_users.STAGE)
+    assert stored[0]  # what is read a dozen times is read from the table once
     assert report.rows_out == {"user_profiles": 25}
     rows = {r["user_id"]: r for r in read_delta(runtime.path(USER_PROFILES))}
     assert {(r["model_version"], r["as_of"].replace(tzinfo=None)) for r in rows.values()} == {
@@ -311,9 +329,9 @@ def test_what_is_probed_is_what_profile_users_writes(
     assert len(np.unique(features["profile"], axis=0)) > 20
     assert runtime.execute(profile_users.STAGE).skipped
     basis_of = runtime.models / "m1" / "profile.json"
-    told = json.loads(basis_of.read_text())
-    assert told.pop("rotation") is None
-    write_json(basis_of, told)  # as older code wrote it
+    about = json.loads(basis_of.read_text())
+    assert about.pop("rotation") is None
+    write_json(basis_of, about)  # as older code wrote it
     write_alignment(runtime.models / "m1", np.eye(4, dtype=np.float32), {})
 
     # Another user comes: the places mean what they meant, and who did nothing new keeps the parts that tell no time.
@@ -329,7 +347,7 @@ def test_what_is_probed_is_what_profile_users_writes(
     assert again.keys() == rows.keys() | {"new"}
     assert again["u3"]["vector"][:timeless] == pytest.approx(rows["u3"]["vector"][:timeless], abs=1e-6)
 
-    write_json(basis_of, told | {"rotation": None})  # fitted before the model was turned
+    write_json(basis_of, about | {"rotation": None})  # fitted before the model was turned
     put(runtime, CURRENT_MODEL, runtime.spark.createDataFrame([("m0",)], CURRENT_MODEL.schema()))
     note, stale, _ = wider.execute(profile_users.STAGE, force=True).notes
     assert stale.startswith("the profiles of model m0, which is current and which segments go by, stay as they are: ")
