@@ -62,7 +62,7 @@ from jobs.ranking import (
     top_items,
 )
 from jobs.runtime import Runtime, Stage
-from jobs.spark_session import drawn_by_hash, in_order
+from jobs.spark_session import drawn_by_hash, few_to_all, in_order
 from jobs.splits import Cuts, before_cut, cut_of, cut_times, is_target, refuse_leak, time_at
 from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS
 from training.checkpoint import read_about
@@ -445,15 +445,22 @@ def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts)
     settings, split = runtime.config.sequences, runtime.config.evaluate.split
     sessions = runtime.read(SESSIONS)
     vocabulary = in_vocabulary(runtime.read(ITEMS), runtime.config.vocabulary.min_count)
-    actions = number_actions(sessions, vocabulary, runtime.read(CONTEXT_VALUES))
-    split_of = {name: before_cut(name, cuts, settings) for name in ("train", split)}
-    for name, condition in split_of.items():
-        actions = actions.withColumn(f"in_{name}", condition)
-    actions = actions.where(is_target(settings.target_event_types))
-    actions = actions.where((F.col("item_index") > UNKNOWN) & (F.col("item_index") < items))
-    # Sessions may be newer than the rows, and cut times move with the log's end: what a row asks for is not looked at.
-    actions = actions.join(F.broadcast(runtime.spark.createDataFrame(users)), "user_id", "left")
-    actions = actions.where(F.col("cut_us").isNull() | (F.unix_micros("event_ts") < F.col("cut_us")))
+    asked = F.broadcast(runtime.spark.createDataFrame(users))
+
+    def actions(sessions: DataFrame) -> DataFrame:
+        numbered = number_actions(sessions, vocabulary, runtime.read(CONTEXT_VALUES))
+        for name in ("train", split):
+            numbered = numbered.withColumn(f"in_{name}", before_cut(name, cuts, settings))
+        numbered = numbered.where(is_target(settings.target_event_types))
+        numbered = numbered.where((F.col("item_index") > UNKNOWN) & (F.col("item_index") < items))
+        # Sessions may be newer than the rows, and cut times move with the log's end: what a row asks for is not looked
+        # at.
+        numbered = numbered.join(asked, "user_id", "left")
+        return numbered.where(F.col("cut_us").isNull() | (F.unix_micros("event_ts") < F.col("cut_us")))
+
+    def of(some: DataFrame) -> DataFrame:
+        """The sessions of some users: no event of others is looked at."""
+        return sessions.join(few_to_all(some.select("user_id")), "user_id", "left_semi")
 
     def matrices(rows: DataFrame, names: list[str], **values: Column) -> list[sp.csr_matrix]:
         """A matrix for each of `values`, an aggregate over a user's rows of an item: [users in `names`, items]."""
@@ -461,14 +468,14 @@ def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts)
         places = found["user_id"].map({name: n for n, name in enumerate(names)}), found["item_index"]
         return [sp.csr_matrix((found[name], places), shape=(len(names), items)) for name in values]
 
-    visible = actions.where(f"in_{split} AND cut_us IS NOT NULL")
+    visible = actions(of(asked)).where(f"in_{split}")
     of_habit = habit(runtime.config.habit, F.col("cut_us"))
     own = Own(*matrices(visible, users["user_id"].tolist(), counts=F.count("*"), habits=of_habit))
-    trained = actions.where("in_train")
     # Counted, and drawn from: the log need not be read for each.
-    known = _sample(trained.select("user_id").distinct().localCheckpoint(), runtime.config.evaluate.knn_max_users)
+    everybody = actions(sessions).where("in_train").select("user_id").distinct().localCheckpoint()
+    known = _sample(everybody, runtime.config.evaluate.knn_max_users)
     names = sorted(row.user_id for row in known.collect())
-    return own, *matrices(trained.join(known, "user_id"), names, counts=F.count("*"))
+    return own, *matrices(actions(of(known)).where("in_train"), names, counts=F.count("*"))
 
 
 # ---- the gate ----------------------------------------------------------------------------------------------------

@@ -7,13 +7,15 @@ import shutil
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 import pytest
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 
 from jobs import embed_items, evaluate
+from jobs.build_sequences import number_actions
 from jobs.cli import main
 from jobs.compare_models import Difference, compare, print_differences
 from jobs.errors import TrailvecError
@@ -243,10 +245,19 @@ def test_the_stages_figures_are_what_plain_python_counts(shop: tuple[Runtime, Ro
     valid = Runtime(make_config(runtime.root, 'evaluate.split="valid"'), runtime.spark)
     users = pd.DataFrame({"user_id": ["u4"], "cut_us": [microseconds(CUT - 28 * day)]})
     trained: list[np.ndarray] = []
+    met: list[set[str]] = []  # whose sessions are laid out event by event, each time
+
+    def lay_out(sessions: DataFrame, *others: DataFrame) -> DataFrame:
+        met.append({row.user_id for row in sessions.select("user_id").distinct().collect()})
+        return number_actions(sessions, *others)
 
     def look(runtime: Runtime) -> None:
         cuts = cut_times(runtime.read(SESSIONS), runtime.config.sequences, "end_ts")
         trained.append(evaluate._interactions(runtime, users, 29, cuts)[1].toarray())
 
-    valid.execute(Stage("look", "", look, reads=(SESSIONS, ITEMS, CONTEXT_VALUES)))
+    with patch.object(evaluate, "number_actions", lay_out):
+        valid.execute(Stage("look", "", look, reads=(SESSIONS, ITEMS, CONTEXT_VALUES)))
+    of_rows, of_all, of_known = met
+    assert (of_rows, of_known) == ({"u4"}, {"other"})
+    assert of_rows | of_known < of_all
     assert np.argwhere(trained[0]).tolist() == [[0, 4]]  # of `other`
