@@ -302,6 +302,11 @@ class EvaluateSettings(Section):
 class NeighboursSettings(Section):
     """vectors → neighbours."""
 
+    kinds: list[Literal["user_item", "user_user", "item_item"]] = Field(
+        default=["user_item", "user_user", "item_item"],
+        min_length=1,
+        description="which are found; each meets all pairs: of very many users leave user_user out, or give `cells`",
+    )
     k: int = Field(10, ge=1, description="neighbours of each item or user")
     block_rows: int = Field(4096, ge=1, description="vectors in one side of a matrix product")
     cells: int = Field(
@@ -325,6 +330,12 @@ class NeighboursSettings(Section):
         description="also user_item_habit: a user's items by the model's score and what the user does again and again; "
         "meets every item that a user ever did what is predicted with",
     )
+
+    @model_validator(mode="after")
+    def _has_what_habits_are_added_to(self) -> NeighboursSettings:
+        if self.habit and "user_item" not in self.kinds:
+            raise ValueError("habit adds to user_item: name it in kinds too, or set habit = false")
+        return self
 
 
 class MaintainSettings(Section):

@@ -1,8 +1,9 @@
 """find_neighbours: user_embeddings, item_embeddings → neighbours.
 
 Of the current model: for each user the items with the highest dot product (the model's own score, over its whole
-vocabulary), for each user and each item the users and the items with the highest cosine. Exact, in blocks
-(spark_udfs/topk.py). A zero vector has no direction: it has no cosine neighbours and is nobody's.
+vocabulary), for each user and each item the users and the items with the highest cosine; all three, or those that
+`neighbours.kinds` names. Exact, in blocks (spark_udfs/topk.py). A zero vector has no direction: it has no cosine
+neighbours and is nobody's.
 
 With `neighbours.habit` also user_item_habit: a user's items by the model's score and what the user does again and again
 (jobs/habit.py), as exact as user_item is.
@@ -75,12 +76,18 @@ class Search(NamedTuple):
 
 
 def searches(
-    users: DataFrame, items: DataFrame, *, offered: DataFrame | None = None, without: DataFrame | None = None
+    users: DataFrame,
+    items: DataFrame,
+    kinds: Iterable[str] = tuple(KINDS),
+    *,
+    offered: DataFrame | None = None,
+    without: DataFrame | None = None,
 ) -> list[Search]:
     """What is looked for.
 
     Args:
         users, items: id string, vector array<float>, all of one model.
+        kinds: some of KINDS.
         offered: the rows of `items` that may be neighbours; None: all.
         without: id string, left_out array<string>: of a user, the items that are not to be found for them.
     """
@@ -88,7 +95,8 @@ def searches(
     targets = {"user": users, "item": items if offered is None else offered}
     asked, found = ({name: frame.count() for name, frame in side.items()} for side in (sources, targets))
     every = []
-    for kind, (source, target, metric) in KINDS.items():
+    for kind in dict.fromkeys(kinds):
+        source, target, metric = KINDS[kind]
         queries = sources[source]
         if kind == "user_item" and without is not None:
             queries = queries.join(without, "id", "left")
@@ -213,11 +221,19 @@ def _run(runtime: Runtime, folder: Place) -> None:
     every = searches(
         users,
         items,
+        settings.kinds,
         offered=_offered(runtime, items, folder),
         without=_done_before(runtime.read(SESSIONS), settings.without) if settings.without else None,
     )
     of_model = F.col("model_version") == version
-    # A run takes the place of the kinds that it writes, also where it finds nothing, and of no other.
+    gone = [kind for kind in KINDS if kind not in settings.kinds]
+    if gone and runtime.exists(NEIGHBOURS):
+        old = runtime.latest(NEIGHBOURS).where(of_model & F.col("kind").isin(gone)).select("kind").distinct().collect()
+        runtime.report.notes += [
+            f"the rows {kind} of a run before are removed: neighbours.kinds does not name it"
+            for kind in sorted(row["kind"] for row in old)
+        ]
+    # A run takes the place of all of KINDS, also of those that it finds nothing of or is not asked for.
     of_habit = of_model & (F.col("kind") == WITH_HABIT)
     stale = not settings.habit and runtime.exists(NEIGHBOURS)
     stale = stale and not runtime.latest(NEIGHBOURS).where(of_habit).isEmpty()

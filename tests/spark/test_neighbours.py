@@ -140,6 +140,13 @@ def test_all_three_kinds_against_brute_force(
     }
     assert runtime.execute(STAGE).skipped
 
+    fewer = Runtime(make_config(runtime.root, f"neighbours.k={K}", 'neighbours.kinds=["item_item"]'), spark)
+    assert fewer.execute(STAGE).notes == [
+        f"the rows {kind} of a run before are removed: neighbours.kinds does not name it"
+        for kind in ("user_item", "user_user")
+    ]
+    assert read(fewer) == {"item_item": brute_force(items, items, True)}
+
 
 def test_items_in_stock_of_a_vertical_that_a_user_has_not_bought(
     make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -22,6 +22,10 @@ from jobs.errors import TrailvecError
         ("sequences.valid_from=20111101", "sequences.valid_from: found 20111101, a number, where a time is wanted"),
         ('sequences.valid_from="20111101"', "sequences.valid_from: found '20111101', a number, where a time is wanted"),
         ("ingest.earliest=1.5e9", "ingest.earliest: found 1500000000.0, a number, where a time is wanted"),
+        (
+            'neighbours={ habit = true, kinds = ["item_item"] }',
+            "neighbours: habit adds to user_item: name it in kinds too, or set habit = false",
+        ),
         ("ingest.sources=5", "ingest.sources = 5: Input should be a valid list"),
         ("train.epochs=many", "train.epochs = 'many': Input should be a valid integer"),
         ("train.heads=3", "width must be a multiple of heads = 3, found 64"),
