@@ -29,10 +29,13 @@ from training.model import SequenceModel
 LEARNT = range(2, 29)
 
 
-@pytest.fixture
-def shop(make_runtime: Callable[..., Runtime], spark: SparkSession) -> Runtime:
-    spark.sql("DROP DATABASE IF EXISTS scores CASCADE")
-    runtime = make_runtime("storage.database=scores", "align.min_overlap=0")
+SETTINGS = ("storage.database=scores", "align.min_overlap=0")
+
+
+@pytest.fixture(scope="module")
+def filled(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SequenceModel]:
+    """A warehouse with the vectors of model m1, the first one, and the model; each test takes a copy."""
+    runtime = Runtime(make_config(tmp_path_factory.mktemp("filled"), *SETTINGS), spark)
     fill(runtime, SEQUENCES, score_rows(40, seed=1))
     about = {"item_name": None, "category": None, "unit_price": None, "first_ts": CUT, "said_ts": (None,) * 4}
     counts = {"event_count": 9, "train_count": 9, "target_count": 9}
@@ -42,6 +45,17 @@ def shop(make_runtime: Callable[..., Runtime], spark: SparkSession) -> Runtime:
     ]
     fill(runtime, ITEMS, items)
     fill(runtime, CONTEXT_VALUES, [{"kind": "vertical", "value": "food", "value_index": 2}])
+    model = make_unaligned(runtime, "m1", seed=1)
+    for stage in (align.STAGE, embed_items.STAGE, score_users.STAGE):
+        runtime.execute(stage)
+    return runtime.root, model
+
+
+@pytest.fixture
+def shop(filled: tuple[Path, SequenceModel], make_runtime: Callable[..., Runtime], spark: SparkSession) -> Runtime:
+    spark.sql("DROP DATABASE IF EXISTS scores CASCADE")
+    runtime = make_runtime(*SETTINGS)
+    shutil.copytree(filled[0], runtime.root)
     return runtime
 
 
@@ -61,10 +75,8 @@ def vectors(runtime: Runtime, table: Any, version: str) -> dict[str, np.ndarray]
     }
 
 
-def test_a_new_model_is_laid_onto_the_current_one(shop: Runtime) -> None:
-    old_model = make_unaligned(shop, "m1", seed=1)
-    for stage in (align.STAGE, embed_items.STAGE, score_users.STAGE):
-        shop.execute(stage)
+def test_a_new_model_is_laid_onto_the_current_one(shop: Runtime, filled: tuple[Path, SequenceModel]) -> None:
+    _, old_model = filled
     assert json.loads((shop.models / "m1" / "alignment.json").read_text())["onto"] is None
     model = make_unaligned(shop, "m2", seed=2)
     with pytest.raises(TrailvecError, match="model m2 is not aligned with m1 yet: run `trailvec align` first"):
@@ -127,8 +139,8 @@ def test_who_has_acted_since_is_not_compared(spark: SparkSession, monkeypatch: p
     made = [("same", "m1", CUT, [1.0]), ("acted", "m1", CUT, [1.5]), ("acted", "m0", later, [2.5])]
     schema = "user_id string, model_version string, as_of timestamp, vector array<float>"
     tables = {
-        SEQUENCES: sequences,
-        USER_EMBEDDINGS: spark.createDataFrame(made, schema).withColumn("is_cold", F.lit(0) > 0),
+        SEQUENCES.name: sequences,
+        USER_EMBEDDINGS.name: spark.createDataFrame(made, schema).withColumn("is_cold", F.lit(0) > 0),
     }
     runtime = SimpleNamespace(read=lambda t: tables[t.name], latest=lambda t: tables[t.name])
 
@@ -141,9 +153,6 @@ def test_who_has_acted_since_is_not_compared(spark: SparkSession, monkeypatch: p
 
 
 def test_a_model_that_turned_too_far_does_not_become_current(shop: Runtime) -> None:
-    make_unaligned(shop, "m1", seed=1)
-    for stage in (align.STAGE, embed_items.STAGE, score_users.STAGE):
-        shop.execute(stage)
     make_unaligned(shop, "m2", seed=2)
     strict = Runtime(make_config(shop.root, "storage.database=scores", "align.min_overlap=0.999"), shop.spark)
     refused = r"model m2 must not follow m1: of a user's 10 nearest items [\d.]+% stay \(align\.min_overlap = 0\.999\)"
@@ -171,9 +180,6 @@ def test_a_model_that_turned_too_far_does_not_become_current(shop: Runtime) -> N
 
 
 def test_spaces_of_unlike_width_are_told_apart(shop: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_unaligned(shop, "m1", seed=1)
-    for stage in (align.STAGE, embed_items.STAGE, score_users.STAGE):
-        shop.execute(stage)
     monkeypatch.setattr("tests.spark.test_score_users.SPEC", SPEC.model_copy(update={"width": 8}))
     make_unaligned(shop, "m2", seed=2)
     ranking = {"m1": 0.5, "m2": None, "m3": 0.1}

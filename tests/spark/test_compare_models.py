@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -31,9 +33,13 @@ from training.batches import FEATURES
 USERS = 60
 
 
-@pytest.fixture
-def shop(make_runtime: Callable[..., Runtime], spark: SparkSession) -> tuple[Runtime, Rows]:
-    runtime = make_runtime("evaluate.resamples=200")
+SETTINGS = ("evaluate.resamples=200",)
+
+
+@pytest.fixture(scope="module")
+def filled(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Rows]:
+    """A warehouse without a model, and its sequences; each test takes a copy."""
+    runtime = Runtime(make_config(tmp_path_factory.mktemp("filled"), *SETTINGS), spark)
     random = np.random.default_rng(7)
     rows = sequences(make_rows(USERS, seed=1), "test")
     for row in rows:
@@ -46,7 +52,15 @@ def shop(make_runtime: Callable[..., Runtime], spark: SparkSession) -> tuple[Run
     items = [{"item_index": n, "item_id": f"i{n}", "target_count": n % 5} | about | counts for n in range(2, 30)]
     fill(runtime, ITEMS, items)
     fill(runtime, CONTEXT_VALUES, [{"kind": "vertical", "value": "food", "value_index": 2}])
-    return runtime, rows
+    return runtime.root, rows
+
+
+@pytest.fixture
+def shop(filled: tuple[Path, Rows], make_runtime: Callable[..., Runtime]) -> tuple[Runtime, Rows]:
+    root, rows = filled
+    runtime = make_runtime(*SETTINGS)
+    shutil.copytree(root, runtime.root)
+    return runtime, copy.deepcopy(rows)
 
 
 def session_of(user: str, item: str, when: datetime) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import getpass
 import json
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -47,11 +48,19 @@ def add(runtime: Runtime, rows: DataFrame, deletes: DataFrame | None = None, tab
     runtime.execute(stage, force=True)
 
 
-def in_pieces(runtime: Runtime, pieces: int = 3) -> None:
-    """Events of many small commits."""
-    put(runtime, EVENTS, to_frame(runtime.spark, events(0, 10), partitions=2))
-    for number in range(1, pieces):
-        add(runtime, to_frame(runtime.spark, events(10 * number, 10 * (number + 1))))
+InPieces = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def in_pieces(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> InPieces:
+    """Gives a runtime events of many small commits: a copy, with the times of what it is a copy of."""
+    root = tmp_path_factory.mktemp("pieces")
+    runtime = Runtime(make_config(root / "now"), spark)
+    put(runtime, EVENTS, to_frame(spark, events(0, 10), partitions=2))
+    for number in (1, 2):
+        add(runtime, to_frame(spark, events(10 * number, 10 * (number + 1))))
+        shutil.copytree(runtime.root, root / f"{number + 1}")
+    return lambda runtime, pieces=3: shutil.copytree(root / f"{pieces}", runtime.root)
 
 
 def event_ids(runtime: Runtime) -> list[str]:
@@ -77,7 +86,7 @@ def clustering(runtime: Runtime, table: Table) -> list[list[str]]:
 
 
 def test_small_files_become_one_and_the_report_says_so(
-    make_runtime: Callable[..., Runtime], spark: SparkSession
+    make_runtime: Callable[..., Runtime], in_pieces: InPieces, spark: SparkSession
 ) -> None:
     runtime = make_runtime()
     in_pieces(runtime)
@@ -101,7 +110,9 @@ def test_small_files_become_one_and_the_report_says_so(
     assert event_ids(runtime) == sorted(e["event_id"] for e in events(4, 30))
 
 
-def test_a_table_replaced_as_a_whole_is_clustered_again(make_runtime: Callable[..., Runtime]) -> None:
+def test_a_table_replaced_as_a_whole_is_clustered_again(
+    make_runtime: Callable[..., Runtime], in_pieces: InPieces
+) -> None:
     runtime = make_runtime()
     in_pieces(runtime)
     put(runtime, FLAGGED_USERS, runtime.spark.createDataFrame([], FLAGGED_USERS.schema()))
@@ -118,7 +129,11 @@ def test_a_table_replaced_as_a_whole_is_clustered_again(make_runtime: Callable[.
 
 @pytest.mark.parametrize(("of_a_cube", "written"), [(16, [20, 30]), (0, [20, 10])])
 def test_a_cube_that_is_full_is_packed_no_more(
-    make_runtime: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch, of_a_cube: int, written: list[int]
+    make_runtime: Callable[..., Runtime],
+    in_pieces: InPieces,
+    monkeypatch: pytest.MonkeyPatch,
+    of_a_cube: int,
+    written: list[int],
 ) -> None:
     monkeypatch.setattr(module, "_CUBE_FILES", of_a_cube)
     runtime = make_runtime()
@@ -148,7 +163,7 @@ def test_well_sized_files_are_left_alone(make_runtime: Callable[..., Runtime], s
 
 
 def test_elsewhere_than_on_a_local_disk_files_are_the_same(
-    make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+    make_runtime: Callable[..., Runtime], in_pieces: InPieces, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hadoop's local file system in the place of HDFS and S3; themselves: tests/cluster."""
     runtime = make_runtime()
@@ -173,7 +188,7 @@ def test_elsewhere_than_on_a_local_disk_files_are_the_same(
 
 
 def test_vacuum_takes_what_is_older_than_the_retention_and_nothing_else(
-    make_runtime: Callable[..., Runtime], spark: SparkSession
+    make_runtime: Callable[..., Runtime], in_pieces: InPieces, spark: SparkSession
 ) -> None:
     runtime = make_runtime("maintain.retention_hours=100")
     in_pieces(runtime)
@@ -285,7 +300,7 @@ def test_refused_records_go_by_the_day_they_were_refused(
 
 
 def test_each_table_has_its_own_retention_and_only_aging_rows_can_be_too_old(
-    make_runtime: Callable[..., Runtime], spark: SparkSession
+    make_runtime: Callable[..., Runtime], in_pieces: InPieces, spark: SparkSession
 ) -> None:
     runtime = make_runtime("maintain.retention_hours=100", "maintain.retention_hours_of={ events = 24 }")
     in_pieces(runtime)
@@ -306,7 +321,7 @@ def test_each_table_has_its_own_retention_and_only_aging_rows_can_be_too_old(
 
 
 def test_upkeep_makes_no_stage_out_of_date_and_feeds_no_change(
-    make_runtime: Callable[..., Runtime], spark: SparkSession
+    make_runtime: Callable[..., Runtime], in_pieces: InPieces, spark: SparkSession
 ) -> None:
     runtime = make_runtime()
     in_pieces(runtime)
@@ -340,7 +355,7 @@ def test_upkeep_makes_no_stage_out_of_date_and_feeds_no_change(
 
 
 def test_a_writer_beside_it_loses_nothing(
-    make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+    make_runtime: Callable[..., Runtime], in_pieces: InPieces, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lake_module, "time", SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 20)))
     runtime = make_runtime()
@@ -378,6 +393,7 @@ def test_a_writer_beside_it_loses_nothing(
 
 def test_a_conflict_is_tried_again_and_told_when_it_does_not_end(
     make_runtime: Callable[..., Runtime],
+    in_pieces: InPieces,
     spark: SparkSession,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -454,7 +470,7 @@ def test_a_purge_rewrites_each_file_for_itself(make_runtime: Callable[..., Runti
 
 
 def test_a_purge_leaves_no_hidden_row_in_a_clustered_table(
-    make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+    make_runtime: Callable[..., Runtime], in_pieces: InPieces, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Left to Delta, a table whose files are all of one cube is not touched. Upkeep comes just before the purge."""
     runtime = make_runtime()
@@ -484,6 +500,7 @@ def test_a_purge_leaves_no_hidden_row_in_a_clustered_table(
 
 def test_the_command_prints_a_table_or_json(
     make_runtime: Callable[..., Runtime],
+    in_pieces: InPieces,
     spark: SparkSession,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -97,20 +97,27 @@ def model(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return about
 
 
-def look(runtime: Runtime) -> list[tuple[pd.DataFrame, list[str], dict[str, np.ndarray]]]:
-    """Of each question: its labels, users and features."""
-    found = []
+def ask(runtime: Runtime, answer: Callable[[probe.Question, datetime], Any]) -> list[Any]:
+    """What `answer` says of each question and the log's end."""
+    found: list[Any] = []
 
     def go(running: Runtime) -> None:
         sessions = running.read(SESSIONS)
         cuts = cut_times(sessions, running.config.sequences, "end_ts")
-        for question in probe.questions(running, sessions, cuts):
-            users, features = probe.features_of(running, sessions, question, Path("m1"), cuts.end)
-            found.append((question.labels, users, features))
+        found.extend(answer(question, cuts.end) for question in probe.questions(running, sessions, cuts))
 
     stage = probe.STAGE
-    runtime.execute(type(stage)("look", "", go, stage.reads, (), ()), force=True)
+    runtime.execute(type(stage)("ask", "", go, stage.reads, (), ()), force=True)
     return found
+
+
+def look(runtime: Runtime) -> list[tuple[pd.DataFrame, list[str], dict[str, np.ndarray]]]:
+    """Of each question: its labels, users and features."""
+
+    def answer(question: probe.Question, end: datetime) -> tuple[pd.DataFrame, list[str], dict[str, np.ndarray]]:
+        return question.labels, *probe.features_of(runtime, runtime.read(SESSIONS), question, Path("m1"), end)
+
+    return ask(runtime, answer)
 
 
 def test_labels_by_hand_and_no_feature_knows_what_came_after_the_cut(
@@ -247,8 +254,9 @@ def test_the_table_with_labels_of_a_file(
     assert all(r["value"] == 0.5 for r in rows if (r["features"], r["metric"]) == ("majority", "auc"))
     assert any(note.startswith("auc, many: vector 0.") for note in report.notes)
     assert runtime.execute(probe.STAGE).skipped
+    asked = probe.STAGE.inputs(runtime)
     file.write_text("\n".join(["user_id,task,label", *reversed(lines)]) + "\n")
-    assert not runtime.execute(probe.STAGE).skipped
+    assert probe.STAGE.inputs(runtime) != asked  # so it is not skipped
 
     file.write_text("user_id,task,label\nu1,many,2\n")
     with pytest.raises(TrailvecError, match="neither 0 nor 1: user u1, task many: correct it"):
@@ -369,21 +377,19 @@ def test_a_model_that_numbers_other_tables_items_makes_no_profile(
 def test_labels_with_times_see_what_came_before_them_and_no_more(
     make_runtime: Callable[..., Runtime], whole: Path, tmp_path: Path, model: dict[str, str]
 ) -> None:
-    """Each user's features of the whole log at a label's time are those of the log that ends there."""
-    file, day = tmp_path / "labels.csv", START + timedelta(days=100)
+    """Each user's cut is their label's time, and of those beside them the first of these; what features see, they are
+    asked above."""
+    file = tmp_path / "labels.csv"
+    days = {f"u{n}": START + timedelta(days=90 + n % 5) for n in range(3, 24)}
+    rows = [f"{user},many,{n % 2},{day:%Y-%m-%d %H:%M:%S}" for n, (user, day) in enumerate(days.items())]
+    file.write_text("\n".join(["user_id,task,label,label_ts", *rows]) + "\n")
     asked = ("probe.activity=[]", "probe.event_types=[]", f'probe.labels={{file="{file}"}}')
-    runtime, cut_off = (make_runtime(*SETTINGS, *asked, root=root) for root in (whole, tmp_path / "cut_off"))
-    fill(cut_off, [e for e in log() if e["event_ts"] < day.replace(tzinfo=None)])
-    items = runtime.latest(ITEMS).collect()
-    put(cut_off, ITEMS, cut_off.spark.createDataFrame(items, ITEMS.schema()))
-    header, rows = "user_id,task,label,label_ts", [f"u{n},many,{n % 2},{day:%Y-%m-%d %H:%M:%S}" for n in range(24)]
-    file.write_text("\n".join([header, *rows]) + "\n")
-    ((labels, users, features),), ((_, same_users, of_cut_off),) = look(runtime), look(cut_off)
-    assert set(labels["cut"]) == {int(day.replace(tzinfo=timezone.utc).timestamp() * 1_000_000)}
-    assert users == same_users
-    for name, values in features.items():
-        assert values == pytest.approx(of_cut_off[name], abs=1e-5), name
-    model["as_of"] = f"{day + timedelta(days=1):%Y-%m-%dT%H:%M:%S.%f}"
+    runtime = make_runtime(*SETTINGS, *asked, root=whole)
+    ((labels, cuts),) = ask(runtime, lambda question, _: (question.labels, question.cuts.collect()))
+    times = {user: int(day.replace(tzinfo=timezone.utc).timestamp() * 1_000_000) for user, day in days.items()}
+    assert dict(zip(labels["user_id"], labels["cut"], strict=True)) == times
+    assert {row.user_id: row.cut for row in cuts} == days | dict.fromkeys(("u0", "u1", "u2"), min(days.values()))
+    model["as_of"] = f"{min(days.values()) + timedelta(days=1):%Y-%m-%dT%H:%M:%S.%f}"
     with pytest.raises(TrailvecError, match=r"m1 has learnt from events up to .*, and a label of many asks about what"):
         runtime.execute(probe.STAGE)
 

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -100,13 +101,48 @@ def current(runtime: Runtime) -> tuple[set[str], int]:
     return {row["model_version"] for row in rows}, len(rows)
 
 
-@pytest.fixture
-def shop(make_runtime: Callable[..., Runtime], spark: SparkSession) -> Runtime:
-    """40 users to score and a few rows of training; no model."""
-    spark.sql("DROP DATABASE IF EXISTS scores CASCADE")  # the session is shared: forget the last test's tables
-    runtime = make_runtime("storage.database=scores", "score.batch_size=7", "score.chunk_users=10")
+SETTINGS = ("storage.database=scores", "score.batch_size=7", "score.chunk_users=10")
+
+
+@pytest.fixture(scope="module")
+def filled(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 users to score and a few rows of training; each test takes a copy."""
+    runtime = Runtime(make_config(tmp_path_factory.mktemp("filled"), *SETTINGS), spark)
     fill(runtime, SEQUENCES, score_rows(USERS, seed=1) + sequences(make_rows(6, seed=2), "train"), files=2)
-    return runtime
+    return runtime.root
+
+
+@pytest.fixture(scope="module")
+def m1_scored(
+    filled: Path, spark: SparkSession, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, SequenceModel]:
+    """The same with the users' vectors by model m1, which is current; and the model."""
+    root = shutil.copytree(filled, tmp_path_factory.mktemp("scored") / "warehouse")
+    runtime = Runtime(make_config(root, *SETTINGS), spark)
+    model = make_model(runtime, "m1", seed=1)
+    runtime.execute(score_users.STAGE)
+    return root, model
+
+
+@pytest.fixture
+def empty(make_runtime: Callable[..., Runtime], spark: SparkSession) -> Runtime:
+    spark.sql("DROP DATABASE IF EXISTS scores CASCADE")  # the session is shared: forget the last test's tables
+    return make_runtime(*SETTINGS)
+
+
+@pytest.fixture
+def shop(empty: Runtime, filled: Path) -> Runtime:
+    """40 users to score and a few rows of training; no model."""
+    shutil.copytree(filled, empty.root)
+    return empty
+
+
+@pytest.fixture
+def scored(empty: Runtime, m1_scored: tuple[Path, SequenceModel]) -> tuple[Runtime, SequenceModel]:
+    """The same, scored by m1, which is current."""
+    root, model = m1_scored
+    shutil.copytree(root, empty.root)
+    return empty, model
 
 
 def evaluation_row(version: str, low: float | None, value: float, high: float | None) -> dict[str, Any]:
@@ -115,9 +151,10 @@ def evaluation_row(version: str, low: float | None, value: float, high: float | 
     return of | cell | {"counted": 30}
 
 
-def test_a_model_without_the_asked_rows_of_evaluation_does_not_become_current(shop: Runtime) -> None:
-    make_model(shop, "m1", seed=1)
-    shop.execute(score_users.STAGE)
+def test_a_model_without_the_asked_rows_of_evaluation_does_not_become_current(
+    scored: tuple[Runtime, SequenceModel],
+) -> None:
+    shop, _ = scored
     make_model(shop, "m2", seed=2)
     gate = '{{task="new", method="popularity", metric="model_lead_ndcg@10", {}}}'.format
     asked = [
@@ -206,9 +243,10 @@ def test_increments_end_as_a_plain_loop_over_all_users(shop: Runtime) -> None:
     assert_vectors(shop, model, "m1", rows)
 
 
-def test_the_vectors_that_an_increment_rewrites_are_written_by_more_than_one_task(shop: Runtime) -> None:
-    make_model(shop, "m1", seed=1)
-    shop.execute(score_users.STAGE)
+def test_the_vectors_that_an_increment_rewrites_are_written_by_more_than_one_task(
+    scored: tuple[Runtime, SequenceModel],
+) -> None:
+    shop, _ = scored
     change(shop, score_rows(USERS, seed=3), [])
     with spark_conf(shop.spark, {"spark.sql.adaptive.coalescePartitions.enabled": "false"}):
         shop.execute(score_users.STAGE)
@@ -216,9 +254,8 @@ def test_the_vectors_that_an_increment_rewrites_are_written_by_more_than_one_tas
     assert newest["operationMetrics"]["numTargetFilesAdded"] == "2"  # spark.sql.shuffle.partitions
 
 
-def test_a_table_made_anew_as_a_whole_is_compared_with_what_it_was(shop: Runtime) -> None:
-    model = make_model(shop, "m1", seed=1)
-    shop.execute(score_users.STAGE)
+def test_a_table_made_anew_as_a_whole_is_compared_with_what_it_was(scored: tuple[Runtime, SequenceModel]) -> None:
+    shop, model = scored
     rows = score_rows(USERS, seed=1)[:-1]
     rows[3] = score_rows(1, seed=9, first_user=3)[0]
     fill(shop, SEQUENCES, rows, files=3)
@@ -246,10 +283,9 @@ class Killed(BaseException):
 
 
 def test_a_new_model_killed_in_the_middle_goes_on_while_readers_see_the_old_one_whole(
-    shop: Runtime, monkeypatch: pytest.MonkeyPatch
+    scored: tuple[Runtime, SequenceModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = make_model(shop, "m1", seed=1)
-    shop.execute(score_users.STAGE)
+    shop, old = scored
     new = make_model(shop, "m2", seed=2)
     rows = score_rows(USERS, seed=1)
     seen: list[tuple[set[str], int]] = []
@@ -292,9 +328,8 @@ def test_a_new_model_killed_in_the_middle_goes_on_while_readers_see_the_old_one_
     assert delta_reader().sql(text).fetchall() == [(USERS - 1,)]
 
 
-def test_back_to_an_old_model_only_what_changed_since_is_encoded(shop: Runtime) -> None:
-    model = make_model(shop, "m1", seed=1)
-    shop.execute(score_users.STAGE)
+def test_back_to_an_old_model_only_what_changed_since_is_encoded(scored: tuple[Runtime, SequenceModel]) -> None:
+    shop, model = scored
     make_model(shop, "m2", seed=2)
     shop.execute(score_users.STAGE)
     rows = score_rows(USERS, seed=1)
@@ -307,13 +342,11 @@ def test_back_to_an_old_model_only_what_changed_since_is_encoded(shop: Runtime) 
 
 
 def test_a_model_compared_with_one_that_is_current_no_more_does_not_become_current(
-    shop: Runtime, monkeypatch: pytest.MonkeyPatch
+    scored: tuple[Runtime, SequenceModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for version, seed in (("m1", 1), ("m2", 2)):
+    shop, _ = scored
+    for version, seed in (("m2", 2), ("m3", 3)):
         make_model(shop, version, seed)
-        if version == "m1":
-            shop.execute(score_users.STAGE)
-    make_model(shop, "m3", seed=3)
     monkeypatch.setattr(score_users.Scorer, "score_changed", Mock(side_effect=Killed))
     with pytest.raises(Killed):  # some of its vectors are there
         shop.execute(score_users.STAGE)
@@ -350,11 +383,10 @@ def test_cold_users(shop: Runtime) -> None:
 
 
 def test_an_old_model_is_retired_and_can_be_scored_again(
-    shop: Runtime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    scored: tuple[Runtime, SequenceModel], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = make_model(shop, "m1", seed=1)
+    shop, model = scored
     shop.create(NEIGHBOURS)
-    shop.execute(score_users.STAGE)
     make_model(shop, "m2", seed=2)
     shop.execute(score_users.STAGE)
     with pytest.raises(TrailvecError, match="model m2 is the current one"):
@@ -383,9 +415,8 @@ def test_a_version_is_looked_for_in_the_tables_that_there_are(make_runtime: Call
         retire(runtime, "typo")
 
 
-def test_vectors_written_twice_are_never_made_current(shop: Runtime) -> None:
-    make_model(shop, "m1", seed=1)
-    shop.execute(score_users.STAGE)
+def test_vectors_written_twice_are_never_made_current(scored: tuple[Runtime, SequenceModel]) -> None:
+    shop, _ = scored
     make_model(shop, "m2", seed=2)
     about = json.loads((shop.models / "m2" / "model.json").read_text())
     assert about["model_version"] == "m2"
