@@ -1,4 +1,4 @@
-"""People erased, files kept up, proof read, wherever the tables lie. Started by test_object_store.py too.
+"""People erased, files kept up, proof read, wherever the tables lie. Started by test_object_store.py.
 
 python forget.py CONF IDS
 """

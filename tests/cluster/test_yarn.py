@@ -25,6 +25,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -34,17 +35,18 @@ import pyspark
 import pytest
 from pyspark.sql import SparkSession
 
+from jobs.config import MaintainSettings
+from jobs.files import HadoopPath
+from jobs.maintain_tables import maintain
 from jobs.runtime import Runtime
-from jobs.tombstones import ERASE_KEY
 from scripts.faults import delta_reader
 from scripts.yarn_cluster import Cluster
-from tests.cluster.forget import forget
 from tests.cluster.road import (
     DATA,
     REPOSITORY,
     ROAD,
     SETTINGS,
-    is_forgotten,
+    is_kept_up,
     run_here,
     same_tables,
     some_users,
@@ -148,14 +150,8 @@ class Submit:
 
     def fetch(self, folder: str, to: Path) -> Path:
         """A folder of HDFS, copied."""
-        hdfs(self.cluster, "-get", f"{self.cluster.root}/{folder}", str(to / folder))
+        (HadoopPath(self.cluster.root) / folder).get(to / folder)
         return to / folder
-
-
-def hdfs(cluster: Cluster, *arguments: str) -> None:
-    """The command `hadoop fs`."""
-    command = ["spark-class", "org.apache.hadoop.fs.FsShell", *arguments]
-    subprocess.run(command, check=True, env={**os.environ, "HADOOP_CONF_DIR": str(cluster.conf)})
 
 
 def road(root: str) -> list[str]:
@@ -185,8 +181,12 @@ def expected(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="module")
-def submit(cluster: Cluster, environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Submit:
-    hdfs(cluster, "-put", str(DATA), f"{cluster.root}/logs")
+def submit(
+    cluster: Cluster, environment: Path, spark: SparkSession, tmp_path_factory: pytest.TempPathFactory
+) -> Submit:
+    """With the log on HDFS, which this JVM reads and writes too."""
+    for day in DATA.glob("*.csv"):
+        (HadoopPath(cluster.root) / "logs" / day.name).put(day)
     folder = tmp_path_factory.mktemp("conf")
     shutil.copytree(REPOSITORY / "conf", folder, dirs_exist_ok=True)
     text = CONF.format(jars=SPARK_JARS)
@@ -335,22 +335,26 @@ def likeness(users: list[tuple[str, list[float], bool]], never: set[str]) -> dic
     }
 
 
-def test_people_are_erased_and_files_kept_up_on_hdfs(
-    submit: Submit,
-    lake: tuple[list[str], list[str]],
-    spark: SparkSession,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_old_events_go_and_files_are_kept_up_on_hdfs(
+    submit: Submit, expected: Path, spark: SparkSession, tmp_path: Path
 ) -> None:
-    before, root = submit.fetch("lake", tmp_path), f"{submit.cluster.root}/erased"
-    hdfs(submit.cluster, "-mkdir", root)
-    hdfs(submit.cluster, "-cp", f"{submit.cluster.root}/lake/tables", f"{root}/tables")
-    monkeypatch.setenv(ERASE_KEY, "a key of the tests")
-    users = some_users(before)
-    (tmp_path / "ids.csv").write_text("\n".join(["user_id", *users]))
-    config = make_config(root, 'storage.database="on_hdfs"', conf=REPOSITORY / "conf/base.toml")
-    said = forget(Runtime(config, spark), tmp_path / "ids.csv")
-    is_forgotten(said, before, submit.fetch("erased", tmp_path), users)
+    """An erasure on another store than a local disk: test_object_store.py."""
+    last_kept = datetime(2011, 3, 1, tzinfo=timezone.utc)  # the log has days before and after it
+    root = HadoopPath(submit.cluster.root) / "kept"
+    (root / "tables" / "events").put(expected / "tables/events")
+    config = make_config(Path("unused"), f'storage.root="{root}"', conf=REPOSITORY / "conf/base.toml")
+    days = (datetime.now(timezone.utc) - last_kept).days
+    upkeep = MaintainSettings.model_construct(retention_hours=0, keep_days={"events": days})
+    (said,) = maintain(Runtime(config.model_copy(update={"maintain": upkeep}), spark), ["events"])
+    assert said["rows_too_old"] > 0
+    assert said["bytes_freed"] > 0
+    folder = submit.fetch("kept", tmp_path) / "tables/events"
+    is_kept_up(said, folder)
+    # Gone from every file, whatever version it belongs to.
+    files = [str(file) for file in folder.rglob("*.parquet") if "_delta_log" not in file.parts]
+    count = f"SELECT count(*), count(*) FILTER (event_ts < '{last_kept:%F}T00:00:00Z') FROM read_parquet(?)"
+    assert delta_reader().execute(count, [files]).fetchall() == [(said["rows"], 0)]
+    assert said["rows"] > 0
 
 
 def kill_one(main: str, cluster: Cluster) -> None:

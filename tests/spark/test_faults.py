@@ -78,7 +78,8 @@ def test_data_without_days_is_told_and_nothing_is_removed(
 
 def test_what_lies_beside_the_check_stays(tmp_path: Path, days: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").touch()
-    monkeypatch.setattr(faults, "full_disk", lambda folder, _: {"folder": folder.mkdir(parents=True), "wrong": {}})
+    monkeypatch.setattr(faults, "undisturbed_run", lambda folder, _: folder.mkdir(parents=True))
+    monkeypatch.setattr(faults, "full_disk", lambda *_: {"wrong": {}})
     monkeypatch.setattr(sys, "argv", ["faults.py", "full_disk", "--folder", str(tmp_path), "--data", str(days)])
     with pytest.raises(SystemExit):
         faults.main()
@@ -95,10 +96,10 @@ def test_of_two_ingests_at_once_none_loses_or_doubles_a_row(
         assert code == 0 or (said.startswith("trailvec: ") and "unexpected" not in said), said
 
 
-def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path, days: Path) -> None:
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path, days: Path, compared: tuple[Job, float]) -> None:
     if subprocess.run(["unshare", "--map-root-user", "--mount", "true"], check=False, capture_output=True).returncode:
         pytest.skip("this system lets nobody but root make a mount namespace")
-    found = full_disk(tmp_path, days)
+    found = full_disk(tmp_path, days, compared)
     assert found["wrong"] == {}, found
     assert all(found["kept"].values()), found
     assert any(one["code"] for one in found["full"]), found

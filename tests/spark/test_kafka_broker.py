@@ -1,4 +1,5 @@
-"""The tests' broker is a real one: what Spark wrote outlives a kill -9, and it stops when it is told to."""
+"""The tests' broker is a real one, and stops when it is told to. What Spark wrote outlives a kill -9:
+test_ingest_increments.py."""
 
 from __future__ import annotations
 
@@ -36,23 +37,6 @@ def answers(address: str) -> bool:
     host, port = address.split(":")
     with socket.socket() as client:
         return client.connect_ex((host, int(port))) == 0
-
-
-def test_what_was_written_outlives_a_kill(spark: SparkSession, tmp_path: Path) -> None:
-    with Broker(tmp_path / "kafka") as broker:
-        write(spark, broker.address, 0, 1_000)
-        assert read(spark, broker.address) == expected(1_000)
-        broker.kill()
-        assert not answers(broker.address)
-        with pytest.raises(TrailvecError, match="has ended"):
-            broker.check()
-        broker.start()
-        broker.check()
-        assert read(spark, broker.address) == expected(1_000)
-        write(spark, broker.address, 1_000, 1_100)
-        assert read(spark, broker.address) == expected(1_100)
-        address = broker.address
-    assert not answers(address)
 
 
 def test_the_script_says_its_address_stops_cleanly_and_keeps_port_and_data(spark: SparkSession, tmp_path: Path) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 from rich.console import Console
 
-from jobs import align, cli, evaluate, export_segments, write_report
+from jobs import align, cli, export_segments, write_report
 from jobs import train as train_module
 from jobs.cli import main, run_stages
+from jobs.files import Place
 from jobs.model_folders import model_folder
 from jobs.pipeline import STAGES
 from jobs.runtime import Runtime
@@ -32,7 +32,8 @@ from jobs.tables import FLAGGED_USERS, TABLES, USER_EMBEDDINGS
 from scripts.answer_queries import queries
 from tests.conftest import make_config, read_delta
 from tests.unit.test_evaluation_page import Page
-from training.checkpoint import write_alignment
+from training.checkpoint import describe_weights, read_about, write_alignment
+from training.config import ModelSpec
 from training.stores import write_whole
 
 REPOSITORY = Path(__file__).parents[2]
@@ -50,6 +51,9 @@ SETTINGS = {
     "train.heads": 2,
     "train.negatives": 64,
     "neighbours.k": 3,
+    # So heavy that it alone decides about what a user did before; ties go by number.
+    "habit.weight": 1e12,
+    "habit.decay": 0.9,
     "spark.master": "local[2]",
 }
 SEGMENT = """
@@ -62,8 +66,7 @@ seeds = { sql = "SELECT user_id FROM user_embeddings ORDER BY user_id LIMIT 3" }
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    os.environ["TRAILVEC_EXPORT_KEY"] = KEY
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     folder = tmp_path_factory.mktemp("settings")
     segment, mapping = folder / "retail.toml", folder / "online_retail.toml"
     segment.write_text(SEGMENT)
@@ -71,7 +74,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     assert "regexp_replace(CustomerID, '[.]0$', '')" in text
     mapping.write_text(text.replace("regexp_replace(CustomerID", f"'{PERSON}' || regexp_replace(CustomerID"))
     values = SETTINGS | {"export.segments": [str(segment)], "ingest.sources": [str(mapping)]}
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRAILVEC_EXPORT_KEY", KEY)
+        yield [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
 @pytest.fixture(scope="module")
@@ -212,14 +217,8 @@ def test_slices_coverage_and_the_space_are_what_plain_python_counts(undisturbed:
     assert 0 < whole["drift", "users", "cosine"]["value"] < 1
 
 
-def test_a_habit_is_what_plain_python_sums(undisturbed: Runtime, settings: list[str], tmp_path: Path) -> None:
-    shutil.copytree(undisturbed.root, tmp_path / "copy")
-    # So heavy that it alone decides about what a user did before; ties go by number.
-    runtime = Runtime(
-        make_config(tmp_path / "copy", *settings, "habit.weight=1e12", "habit.decay=0.9"), undisturbed.spark
-    )
-    runtime.execute(evaluate.STAGE)
-    tables = runtime.root / "tables"
+def test_a_habit_is_what_plain_python_sums(undisturbed: Runtime) -> None:
+    tables = undisturbed.root / "tables"
     learnt = {v["item_id"] for v in read_delta(tables / "item_embeddings") if not v["is_cold"]}
     items = [i for i in read_delta(tables / "items") if i["item_id"] in learnt and i["target_count"] > 0]
     number = {i["item_id"]: i["item_index"] for i in items}
@@ -324,7 +323,19 @@ def test_a_kill_after_a_write_and_the_same_command_end_as_if_nothing_had_happene
     settings: list[str],
     tmp_path: Path,
     kill_after: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Processes that train are killed in test_training_loop.py and in tests/cluster: here the weights are copied."""
+    trained = model_folder(undisturbed)
+
+    def train_by_copy(runtime: Runtime, version: str, staging: Path, _: Place) -> None:
+        assert version == trained.name
+        for name in ("run.json", "model.safetensors", "card.md", "training.svg"):
+            shutil.copy(trained / name, staging)
+        about = read_about(trained) | {"provenance": runtime.provenance()}
+        describe_weights(staging, ModelSpec.model_validate(about.pop("spec")), about)
+
+    monkeypatch.setattr(train_module, "_train", train_by_copy)
     config = make_config(tmp_path / "killed", *settings)
     kills = {}
     for stage in STAGES:
