@@ -66,11 +66,13 @@ _WRITERS = 2  # threads: while one hashes ids (which Python lets only one do), t
 
 def _exports(runtime: Runtime, now: datetime) -> list[Export]:
     """The configuration's segments, each after those that it includes or excludes."""
+    files = read_segments(runtime.config.export.segments)
+    if any(file.segment.needs_key for file in files):
+        export_key()  # what asks for it first comes after all queries
     version = runtime.current_model()
     states = {t.name: runtime.state(t) for t in TABLES if t != EXPORTS and runtime.exists(t)}
     digest_of, timely = cache(file_digest), cache(partial(_is_timely, runtime))  # many name the same lists
     with_profiles = USER_PROFILES.name in states and not rows_of_model(runtime.latest(USER_PROFILES), version).isEmpty()
-    files = read_segments(runtime.config.export.segments)
     check_destinations(runtime, files)
     found: dict[str, Export] = {}
     for number, file in enumerate(files):

@@ -368,10 +368,13 @@ class Selection:
     def _refuse_seeds(self, export: Export) -> None:
         count = self._seeds[export.number]
         stage = (USER_EMBEDDINGS if export.vectors == "embedding" else USER_PROFILES).stage
+        if not count["given"]:
+            raise TrailvecError(f"{export.path}: its list of seeds is empty: correct it")
         if not count["known"]:
             raise TrailvecError(
                 f"{export.path}: none of its {count['given']:,} seeds is a user with a vector of model "
-                f"{self.version}: correct the seeds, or run `trailvec {stage}` first"
+                f"{self.version} (are its ids written as in the events?): correct the seeds, or run "
+                f"`trailvec {stage}` first"
             )
         if not count["used"]:
             drawn = "" if count["cold"] == count["known"] else ", and no other is among those drawn to stand for all"

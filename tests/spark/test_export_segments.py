@@ -342,8 +342,12 @@ def test_what_is_refused_while_it_runs(shop: Runtime, tmp_path: Path, monkeypatc
     (tmp_path / "seeds.txt").write_text("ghost\nnil\n")
     with pytest.raises(TrailvecError, match="none of its 2 seeds is a user with a vector of model m1"):
         shop.execute(STAGE)
+    (tmp_path / "seeds.txt").write_text("\n")
+    with pytest.raises(TrailvecError, match=r"likes\.toml: its list of seeds is empty: correct it"):
+        shop.execute(STAGE)
     monkeypatch.delenv(KEY)
-    with pytest.raises(TrailvecError, match=f"the environment has no {KEY}"):
+    (tmp_path / "likes.toml").write_text(SEGMENT.replace('file = "seeds.txt"', 'sql = "SELECT * FROM nowhere"'))
+    with pytest.raises(TrailvecError, match=f"the environment has no {KEY}"):  # before any query is asked
         shop.execute(STAGE)
     write_segments(tmp_path, {"likes": 'sql = "SELECT CAST(7 AS DOUBLE) AS user_id"\n'})
     with pytest.raises(TrailvecError, match=r"likes\.toml: its sql has a column user_id of type double: write the ids"):
