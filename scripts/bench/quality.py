@@ -97,7 +97,11 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "source.toml"
     source.write_text(text, encoding="utf-8")
-    places = {"storage.root": str(folder), "ingest.data_dir": str(events.parent), "ingest.sources": [str(source)]}
+    places: dict[str, str | list[str]] = {
+        "storage.root": str(folder),
+        "ingest.data_dir": str(events.parent),
+        "ingest.sources": [str(source)],
+    }
     sets = [f"{key}={quoted(place)}" for key, place in places.items()]
     quick = ["train.epochs=1", "train.min_steps=0"] if arguments.quick else []
     sets += [f'evaluate.split="{arguments.split}"', *quick, *arguments.sets]
