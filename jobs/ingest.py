@@ -151,7 +151,7 @@ def commit_batch(
         replaced = sum(row["count"] for row in found if row["stored"] and row["reason"] is not None)
         runtime.report.rows_in["records"] += counts.total()
         read += counts
-        _check_share(records.where(~F.col("stored")), counts, read, settings.max_rejected_share, again)
+        _check_share(records.where(~F.col("stored")), counts, read, settings.max_rejected_share)
         refused = records.where(F.col("reason").isNotNull() & ~F.col("reason").isin(*_NO_REFUSAL))
         refused = refused.withColumn("refused_on", F.current_date())
         if again:
@@ -209,9 +209,7 @@ def _refused(counts: Counter[str | None]) -> Counter[str]:
     return Counter({reason: n for reason, n in counts.items() if reason is not None and reason not in _NO_REFUSAL})
 
 
-def _check_share(
-    records: DataFrame, counts: Counter[str | None], read: Counter[str | None], allowed: float, again: bool
-) -> None:
+def _check_share(records: DataFrame, counts: Counter[str | None], read: Counter[str | None], allowed: float) -> None:
     """Stops the job before this batch is written where too much is refused.
 
     The share is that of the run so far, this batch included: the last batch of a topic may be one record, and wrong.
@@ -224,13 +222,13 @@ def _check_share(
         row = records.where(F.col("reason") == reason).agg(F.min("raw").alias("raw")).collect()[0]
         examples.append(f"{reason} {count:,} (such as {str(row['raw'])[:200]})")
     changed = (
-        "; events that the mapping or a lookup now makes otherwise are refused beside what was read before: to correct "
-        "that, see Backfill in docs/operations.md"
+        "; events that come again, and that the mapping or a lookup now makes otherwise, are refused beside what was read "
+        "before: to correct that, see Backfill in docs/operations.md"
     )
     raise TrailvecError(
         f"{total:,} of {read.total():,} records are refused, more than ingest.max_rejected_share = {allowed:g} allows; "
         f"nothing of this batch was written: correct the mapping or the files, or allow more; "
-        f"most often: {'; '.join(examples)}{changed if again and counts['duplicate_event_id'] else ''}"
+        f"most often: {'; '.join(examples)}{changed if counts['duplicate_event_id'] else ''}"
     )
 
 
