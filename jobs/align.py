@@ -28,7 +28,7 @@ from jobs.cli import stage_main
 from jobs.config import AlignSettings
 from jobs.errors import TrailvecError
 from jobs.model_folders import add_to_model, description, model_folder
-from jobs.models import encode_sequences, item_vectors
+from jobs.models import encode_sequences, item_vectors, stacked
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import drawn_by_hash, in_order
 from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_EMBEDDINGS
@@ -208,7 +208,7 @@ def _align(runtime: Runtime, folder: Path, onto: str | None) -> None:
         .toPandas()
     )
     both = in_order(_users(runtime, folder, onto), "user_id")
-    items, users = ((_matrix(rows["new"], width), _matrix(rows["old"], width)) for rows in (some, both))
+    items, users = ((stacked(rows["new"], width), stacked(rows["old"], width)) for rows in (some, both))
     report |= {"shared_items": shared, **compare(users, items, some["vertical"], rotation)}
     report["ranking"] = {"old": _ranking(runtime, onto), "new": _ranking(runtime, folder.name)}
     of_users = report["users"]
@@ -242,10 +242,6 @@ def _users(runtime: Runtime, folder: Path, onto: str) -> DataFrame:
     new = encode_sequences(runtime, rows, ["user_id"], model_dir=folder, turned=False)
     both = new.where(~F.col("is_cold")).select("user_id", F.col("vector").alias("new"))
     return both.join(old.select("user_id", F.col("vector").alias("old")), "user_id")
-
-
-def _matrix(vectors: pd.Series[Any], width: int) -> Vectors:
-    return np.stack(list(vectors)).astype(np.float32) if len(vectors) else np.empty((0, width), np.float32)
 
 
 def _ranking(runtime: Runtime, version: str) -> float | None:

@@ -88,6 +88,7 @@ def _not_fixed(conf: dict[str, str]) -> dict[str, str]:
     return conf
 
 
+VALID_DAYS, TEST_DAYS = 56, 28  # before the log's end: where training and validation end unless settings say otherwise
 Minutes = Annotated[float, Field(gt=0, le=52_560_000)]  # up to a hundred years: times stay within what Python can tell
 TimeZone = Annotated[str, AfterValidator(_known_zone)]
 # A folder or a file. What Databricks mounts is taken as the mount: dbfs:/Volumes/… as /Volumes/…, dbfs:/… as /dbfs/….
@@ -188,10 +189,10 @@ class SequencesSettings(Section):
     )
     split_by: Literal["time", "leave_one_out"] = Field("time", description="leave_one_out only to compare with papers")
     valid_from: UtcDatetime | None = Field(
-        None, description="UTC; training ends here. None: 56 days before the log's end"
+        None, description=f"UTC; training ends here. None: {VALID_DAYS} days before the log's end"
     )
     test_from: UtcDatetime | None = Field(
-        None, description="UTC; validation ends here. None: 28 days before the log's end"
+        None, description=f"UTC; validation ends here. None: {TEST_DAYS} days before the log's end"
     )
     seen_days: int = Field(
         28,
@@ -409,7 +410,9 @@ class ProfileSettings(Section):
     """sessions + model → user_profiles."""
 
     fit_users: int = Field(20_000, ge=2, description="users that the basis is fitted on, a sample by hash of user_id")
-    max_terms: int = Field(50_000, ge=1, description="items that the basis knows, those that most users have")
+    max_terms: int = Field(
+        50_000, ge=1, description="items, words and categories that the basis knows, of each those that most users have"
+    )
     item_width: int = Field(256, ge=1, description="singular directions of the items")
     width: int = Field(64, ge=1, description="those of amounts, of the words in the items' names, and of categories")
 

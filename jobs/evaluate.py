@@ -46,7 +46,7 @@ from jobs.errors import TrailvecError
 from jobs.habit import habit
 from jobs.item_facts import item_verticals
 from jobs.model_folders import check_items, is_of_before, model_folder, model_inputs
-from jobs.models import encode_sequences
+from jobs.models import encode_sequences, stacked
 from jobs.ranking import (
     FLOORS,
     MODELS,
@@ -299,7 +299,7 @@ def measure_drift(runtime: Runtime, rows: pd.DataFrame, cuts: Cuts, model_dir: P
     newest = runtime.read(SEQUENCES).where("split = 'score'").join(F.broadcast(asked), "user_id", "left_semi")
     encoded = encode_sequences(runtime, newest, ["user_id"], model_dir=model_dir).toPandas()
     both = sample.merge(encoded[["user_id", "vector"]], on="user_id", suffixes=("_cut", "_end"))
-    return drift_of(counts, _matrix(both["vector_cut"]), _matrix(both["vector_end"]), comparable=comparable)
+    return drift_of(counts, stacked(both["vector_cut"]), stacked(both["vector_end"]), comparable=comparable)
 
 
 # ---- the stage ---------------------------------------------------------------------------------------------------
@@ -426,17 +426,13 @@ def _space_sample(
     items = items.select("item_id", "vector", "target_count", category_value().alias("category"))
     sample = items.orderBy(F.xxhash64("item_id"), "item_id").limit(SPACE_SAMPLE).toPandas()
     counts, classes = sample["target_count"].to_numpy(np.int64), pd.factorize(sample["category"])[0]
-    return _matrix(users), _matrix(sample["vector"]), counts, classes
+    return stacked(users), stacked(sample["vector"]), counts, classes
 
 
 def _by_hash(rows: pd.DataFrame, most: int) -> pd.DataFrame:
     """At most so many of the rows, in the order of a hash of their users."""
     hashes = pd.util.hash_pandas_object(rows["user_id"], index=False).to_numpy()
     return rows.iloc[np.argsort(hashes, kind="stable")[:most]]
-
-
-def _matrix(vectors: pd.Series[Any]) -> Floats:
-    return np.stack(list(vectors)).astype(np.float32) if len(vectors) else np.empty((0, 1), np.float32)
 
 
 def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts) -> tuple[Own, sp.csr_matrix]:

@@ -222,8 +222,8 @@ def _check_share(records: DataFrame, counts: Counter[str | None], read: Counter[
         row = records.where(F.col("reason") == reason).agg(F.min("raw").alias("raw")).collect()[0]
         examples.append(f"{reason} {count:,} (such as {str(row['raw'])[:200]})")
     changed = (
-        "; events that come again, and that the mapping or a lookup now makes otherwise, are refused beside what was read "
-        "before: to correct that, see Backfill in docs/operations.md"
+        "; events that come again, and that the mapping or a lookup now makes otherwise, are refused beside what was "
+        "read before: to correct that, see Backfill in docs/operations.md"
     )
     raise TrailvecError(
         f"{total:,} of {read.total():,} records are refused, more than ingest.max_rejected_share = {allowed:g} allows; "

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from jobs.config import TEST_DAYS, VALID_DAYS
+
 
 def card(about: dict[str, Any]) -> str:
     """The card as Markdown; `about`: what model.json holds."""
@@ -56,7 +58,7 @@ def _facts(about: dict[str, Any]) -> dict[str, str]:
         trained, validated = "all of a user's actions but the last two", "each user's last action but one"
     else:
         trained = f"actions before {about['as_of']}"
-        validated = f"actions from {cut('valid_from', 56)} to {cut('test_from', 28)}"
+        validated = f"actions from {cut('valid_from', VALID_DAYS)} to {cut('test_from', TEST_DAYS)}"
     processes, seconds = f"{training['processes']} processes ({training['device']})", f"{training['seconds']:,.0f} s"
     return {
         "version": about["model_version"],

@@ -5,7 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
 from pyspark import SparkFiles
 from pyspark.sql import DataFrame, SparkSession
 
@@ -14,6 +17,7 @@ from jobs.model_folders import check_numbers
 from jobs.runtime import Runtime
 from jobs.tables import CONTEXT_VALUES, ITEMS
 from spark_udfs.encode import Counts, embed_items, encode_users
+from spark_udfs.topk import Vectors
 from training.checkpoint import WEIGHTS, read_about, read_rotation
 from training.config import ModelSpec
 
@@ -66,6 +70,11 @@ def item_vectors(runtime: Runtime, model_dir: Path, turned: bool = True) -> Data
     weights = _ship_weights(runtime.spark, model_dir, about["weights_sha256"])
     rotation = read_rotation(model_dir) if turned else None
     return embed_items(rows.select("item_id", "item_index", *names), weights, rotation)
+
+
+def stacked(vectors: pd.Series[Any], width: int = 1) -> Vectors:
+    """A column of vectors, float32 [rows, width]; `width` is for a column without rows."""
+    return np.stack(list(vectors)).astype(np.float32) if len(vectors) else np.empty((0, width), np.float32)
 
 
 def _ship_weights(spark: SparkSession, model_dir: Path, sha256: str) -> str:

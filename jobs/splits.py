@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
-from jobs.config import SequencesSettings
+from jobs.config import TEST_DAYS, VALID_DAYS, SequencesSettings
 from jobs.errors import TrailvecError
 
 
@@ -45,8 +45,8 @@ def cut_times(rows: DataFrame, settings: SequencesSettings, time: str = "event_t
     # Exclusive, so that "strictly before" holds for the last event too.
     end = time_at(last + 1)
     cuts = Cuts(
-        valid_from=settings.valid_from or end - timedelta(days=56),
-        test_from=settings.test_from or end - timedelta(days=28),
+        valid_from=settings.valid_from or end - timedelta(days=VALID_DAYS),
+        test_from=settings.test_from or end - timedelta(days=TEST_DAYS),
         end=end,
     )
     if not cuts.valid_from <= cuts.test_from <= cuts.end:
