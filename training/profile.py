@@ -31,7 +31,6 @@ import scipy.sparse as sp
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from scipy.sparse.linalg import svds
-from threadpoolctl import threadpool_limits
 
 from jobs.errors import TrailvecError
 from training.stores import sha256_of, write_whole
@@ -303,6 +302,8 @@ def _singular(weights: sp.csr_matrix, width: int) -> Floats:
     width = min(width, *(size - 1 for size in weights.shape))
     if width < 1 or not weights.nnz:
         return np.zeros((weights.shape[1], 1), np.float32)
+    from threadpoolctl import threadpool_limits  # noqa: PLC0415 - comes with scikit-learn, and only fitting needs it
+
     start = np.random.default_rng(0).normal(size=min(weights.shape))
     # As for the heads of training/probes.py: on a busy machine it waits for threads longer than it computes.
     with threadpool_limits(1):
