@@ -132,7 +132,8 @@ def _table_function(name: str, root: Path, version: str | None, kind: str, metri
 
         def eval(self, user_id: str | None, k: int | None = 10) -> Iterator[tuple[int, str, float]]:
             if type(k) is not int or k < 1:  # SQL may give it anything
-                raise TrailvecError(f"{name}: k is {'NULL' if k is None else repr(k)}: write a whole number from 1 on")
+                given = "NULL" if k is None else repr(k) if isinstance(k, str) else k
+                raise TrailvecError(f"{name}: k is {given}: write a whole number from 1 on")
             if user_id is None:
                 return
             if self._tables is None:

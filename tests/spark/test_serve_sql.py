@@ -345,7 +345,7 @@ def test_nearest_users_leave_the_user_out(warehouse: Served) -> None:
 def test_what_has_no_neighbours(warehouse: Served) -> None:
     assert rows(warehouse.runtime, "SELECT * FROM nearest_items('nobody', 3)") == []
     assert rows(warehouse.runtime, "SELECT * FROM nearest_users(NULL, 3)") == []
-    for given, k in (("0", "0"), ("'3'", "3"), ("2.5", "2.5")):
+    for given, k in (("0", "0"), ("'3'", "'3'"), ("2.5", "2.5")):
         with pytest.raises(PythonException) as caught:
             rows(warehouse.runtime, f"SELECT * FROM nearest_items('u1', {given})")
         assert explain(caught.value) == f"nearest_items: k is {k}: write a whole number from 1 on"
