@@ -89,7 +89,7 @@ def _erase(runtime: Runtime, file: str | None, sql: str | None, requested_by: st
     if not requested_by or not requested_by.strip():
         raise TrailvecError("nobody asked for the erasure: say who did with --requested-by")
     key = erase_key(runtime)
-    if not any(runtime.exists(table) for table in HOLDING_USERS):
+    if not _holding(runtime):
         raise TrailvecError(f"no table of users exists under {runtime.place}: is --conf the right one?")
     ids = read_ids(runtime, file, sql)
     if not ids:

@@ -445,8 +445,7 @@ def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts)
 
     def actions(sessions: DataFrame) -> DataFrame:
         numbered = number_actions(sessions, vocabulary, runtime.read(CONTEXT_VALUES))
-        for name in ("train", split):
-            numbered = numbered.withColumn(f"in_{name}", before_cut(name, cuts, settings))
+        numbered = numbered.withColumns({f"in_{name}": before_cut(name, cuts, settings) for name in ("train", split)})
         numbered = numbered.where(is_target(settings.target_event_types))
         numbered = numbered.where((F.col("item_index") > UNKNOWN) & (F.col("item_index") < items))
         # Sessions may be newer than the rows, and cut times move with the log's end: what a row asks for is not looked
