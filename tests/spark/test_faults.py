@@ -42,7 +42,8 @@ def test_differences_are_seen(tmp_path: Path) -> None:
 
 def test_kills_at_random_moments_leave_no_trace(tmp_path: Path, days: Path, compared: tuple[Job, float]) -> None:
     found = kills(tmp_path, days, compared, times=2, seed=os.getpid())
-    assert [(kill["stage"], kill["done"]) for kill in found["kills"]] == [
+    # In either order: a stage that ended before its moment came is begun anew, and killed after the other.
+    assert sorted((kill["stage"], kill["done"]) for kill in found["kills"]) == [
         ("ingest", []),
         ("sessionize", ["ingest", "flag_users"]),
     ], found
