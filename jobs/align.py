@@ -37,6 +37,7 @@ from spark_udfs.topk import Metric, Vectors
 from training.checkpoint import ALIGNMENT, ROTATION, read_about, read_alignment, write_alignment
 
 USERS_COMPARED, ITEMS_COMPARED, ITEMS_ASKED, NEIGHBOURS = 2_000, 20_000, 2_000, 10
+FEWEST_USERS = 50  # whom a limit is held against: of five whose neighbours stay to 20 %, chance says below 10 % in 18 %
 
 
 def has_no_items(runtime: Runtime, version: str) -> bool:
@@ -49,9 +50,10 @@ def has_no_items(runtime: Runtime, version: str) -> bool:
 def refusal(report: dict[str, Any], settings: AlignSettings) -> str | None:
     """Why the model must not become current: one sentence, which says by how much; None: it may."""
     reasons = []
-    for kind, of in (("users", "a user's"), ("items", "an item's")):
-        found = report.get(kind, {}).get("overlap@10")
-        if found is not None and found < settings.min_overlap:
+    for kind, of, fewest in (("users", "a user's", FEWEST_USERS), ("items", "an item's", 0)):
+        compared = report.get(kind, {})
+        found = compared.get("overlap@10")
+        if found is not None and found < settings.min_overlap and compared.get("compared", fewest) >= fewest:
             reasons.append(f"of {of} 10 nearest items {found:.2%} stay (align.min_overlap = {settings.min_overlap:g})")
     ranking = report.get("ranking", {})
     if ranking.get("old") and ranking.get("new") is not None:
@@ -80,13 +82,14 @@ def too_few_items(report: dict[str, Any], settings: AlignSettings) -> str | None
     )
 
 
-def no_users(report: dict[str, Any], settings: AlignSettings) -> str | None:
+def too_few_users(report: dict[str, Any], settings: AlignSettings) -> str | None:
     """Why the limit on neighbours says nothing of users: one sentence; None: it does, or there is no limit."""
-    if report.get("users", {}).get("compared", 1) or not settings.min_overlap:
+    compared = report.get("users", {}).get("compared", FEWEST_USERS)
+    if compared >= FEWEST_USERS or not settings.min_overlap:
         return None
     return (
-        f"every user with a vector of model {report['onto']} has acted since, or is cold: align.min_overlap asks about "
-        f"items alone for model {report['model_version']}"
+        f"of those with a vector of model {report['onto']} {compared:,} have not acted since and are not cold (from "
+        f"{FEWEST_USERS} on they count): align.min_overlap asks about items alone for model {report['model_version']}"
     )
 
 
@@ -167,7 +170,7 @@ def run(runtime: Runtime) -> None:
     else:
         runtime.report.skipped = True
     runtime.report.notes.append(report["said"])
-    asked = (ask(report, runtime.config.align) for ask in (too_few_items, no_users, no_ranking))
+    asked = (ask(report, runtime.config.align) for ask in (too_few_items, too_few_users, no_ranking))
     runtime.report.notes += filter(None, asked)
     if (why := refusal(report, runtime.config.align)) and onto != folder.name:
         raise TrailvecError(why)

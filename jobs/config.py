@@ -64,7 +64,7 @@ def _known_tables(by_table: dict[str, V]) -> dict[str, V]:
     return by_table
 
 
-def _no_home(place: str) -> str:
+def no_home(place: str) -> str:
     if place.startswith("~"):
         raise ValueError(f"found {place!r}, and ~ is not read here: write the folder in full")
     return place
@@ -92,7 +92,7 @@ VALID_DAYS, TEST_DAYS = 56, 28  # before the log's end: where training and valid
 Minutes = Annotated[float, Field(gt=0, le=52_560_000)]  # up to a hundred years: times stay within what Python can tell
 TimeZone = Annotated[str, AfterValidator(_known_zone)]
 # A folder or a file. What Databricks mounts is taken as the mount: dbfs:/Volumes/… as /Volumes/…, dbfs:/… as /dbfs/….
-PlaceName = Annotated[str, AfterValidator(_no_home), AfterValidator(lambda place: local_path(place) or place)]
+PlaceName = Annotated[str, AfterValidator(no_home), AfterValidator(lambda place: local_path(place) or place)]
 
 
 class StorageSettings(Section):
@@ -143,12 +143,12 @@ class IngestSettings(Section):
 
 class FlagUsersSettings(Section):
     """events → flagged_users: which users are bots or test accounts. A number that nobody reaches turns a rule
-    off."""
+    off: 1_000_000_000, the largest that is taken."""
 
-    events_per_minute: int = Field(1_000, ge=1, description="more events than this in one minute")
-    events_per_day: int = Field(20_000, ge=1, description="more events than this in one day (UTC)")
+    events_per_minute: int = Field(1_000, ge=1, le=10**9, description="more events than this in one minute")
+    events_per_day: int = Field(20_000, ge=1, le=10**9, description="more events than this in one day (UTC)")
     constant_interval_events: int = Field(
-        200, ge=3, description="at least this many events of one day in step, the same time from each to the next"
+        200, ge=3, le=10**9, description="at least this many events of one day in step, the same time from each to the next"
     )
     test_accounts: list[LikePattern] = Field(
         default_factory=list, description="SQL LIKE patterns of user ids ('qa-%'); a user that matches one is caught"

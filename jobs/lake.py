@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -140,12 +140,12 @@ class Lake:
             self._history[table.name] = History(self.path(table))
         return self._history[table.name]
 
-    def noted(self, table: Table) -> list[dict[str, Any]]:
+    def noted(self, table: Table) -> Iterator[dict[str, Any]]:
         """The provenance of those of the table's commits that a stage gave a `note`, newest first. It ends where rows
-        were changed by something other than trailvec: what earlier notes say no longer holds."""
+        were changed by something other than trailvec: what earlier notes say no longer holds. The log is read no further back than is asked for."""
         ours = takewhile(lambda commit: not commit.foreign, self.commits(table))
         stages = (c.provenance for c in ours if c.provenance is not None and not c.housekeeping)
-        return [provenance for provenance in stages if "note" in provenance]
+        return (provenance for provenance in stages if "note" in provenance)
 
     def erasure_commits(self, table: Table, erasure: str, after: int, since: float) -> list[Commit]:
         """The table's commits of that erasure, newest first: those after a version that were not made before a time

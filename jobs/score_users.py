@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any
 
 from pyspark.sql import DataFrame
@@ -79,13 +79,14 @@ def scoring_so_far(runtime: Runtime, model: dict[str, Any]) -> Scoring | None:
     """How far an earlier run came with this very model; None where there is nothing to go on from."""
     # Notes of runs that read an earlier table of the name sequences don't count: its versions held other rows.
     told = takewhile(runtime.read_these, runtime.noted(USER_EMBEDDINGS))
-    notes = [said["note"] for said in told if said["note"]["model"]["version"] == model["version"]]
-    if runtime.forced or not notes or notes[0]["model"] != model or not runtime.kept(SEQUENCES, notes[0]["sequences"]):
+    notes = (said["note"] for said in told if said["note"]["model"]["version"] == model["version"])
+    newest = None if runtime.forced else next(notes, None)
+    if newest is None or newest["model"] != model or not runtime.kept(SEQUENCES, newest["sequences"]):
         return None
     run = ("model", "sequences", "chunks")
-    of_run = list(takewhile(lambda note: all(note[key] == notes[0][key] for key in run), notes))
-    done = frozenset(note["chunk"] for note in of_run)
-    return Scoring(notes[0]["sequences"], notes[0]["chunks"], done, notes[0]["into_empty"])
+    of_run = takewhile(lambda note: all(note[key] == newest[key] for key in run), notes)
+    done = frozenset(note["chunk"] for note in (newest, *of_run))
+    return Scoring(newest["sequences"], newest["chunks"], done, newest["into_empty"])
 
 
 # ---- the stage ----------------------------------------------------------------------------------------
@@ -226,10 +227,14 @@ def progress_line(users: int, to_do: int, total: int, seconds: float) -> str:
 def was_scored(runtime: Runtime, version: str) -> bool:
     """Whether all users had a vector of the model once, so that it has passed the gate before. The notes of
     user_embeddings' commits say so; where none of them is kept, any row of the model does."""
-    notes = [said["note"] for said in runtime.noted(USER_EMBEDDINGS) if said["note"]["model"]["version"] == version]
-    if notes:
-        ended = (note.get("chunks") == 1 and not note["into_empty"] for note in notes)  # as every run ends
-        return any(ended) or any(note["model"].get("scored") for note in notes)  # retire_model's
+    notes = (said["note"] for said in runtime.noted(USER_EMBEDDINGS) if said["note"]["model"]["version"] == version)
+    newest = next(notes, None)
+    if newest is not None:
+        return any(
+            (note.get("chunks") == 1 and not note["into_empty"])  # as every run ends
+            or note["model"].get("scored")  # retire_model's
+            for note in chain((newest,), notes)
+        )
     of_model = F.col("model_version") == version
     return runtime.exists(USER_EMBEDDINGS) and not runtime.latest(USER_EMBEDDINGS).where(of_model).isEmpty()
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from jobs.config import UserList, parse, read_toml, shipped
+from jobs.config import UserList, no_home, parse, read_toml, shipped
 from jobs.errors import TrailvecError
 from spark_udfs.likeness import DEFAULT_METHOD, Method
 from training.config import Section
@@ -105,7 +105,7 @@ class Segment(Section):
     user_ids: Literal["hashed", "plain"] = "hashed"
     approved_by: str | None = Field(None, min_length=1, description="who allowed plain user ids")
     rows_per_file: int = Field(1_000_000, ge=1)
-    destination: str | None = Field(
+    destination: Annotated[str, AfterValidator(no_home)] | None = Field(
         None, description="a folder of its own, or a file system's URI (s3://…, hdfs://…); None: exports/<name>"
     )
 

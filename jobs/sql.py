@@ -28,7 +28,9 @@ from spark_udfs import nearest_of_user, vectors
 
 _FAILURES = (PySparkException, Py4JJavaError)  # the second: while a query runs, what PySpark has no class for
 _SHOWN_ELEMENTS = 3  # of an array
-_BY_CHANCE = {"Rand", "Randn", "Uuid", "Shuffle", "Sample"}  # Spark's names in a plan
+# Spark's names in a plan, of what differs from one run to the next, or with the files that a table lies in.
+_BY_CHANCE = {"Rand", "Randn", "Uuid", "Shuffle", "Sample"}
+_BY_CHANCE |= {"MonotonicallyIncreasingID", "SparkPartitionID", "InputFileName"}
 
 
 def prepare(runtime: Runtime) -> None:
@@ -55,7 +57,7 @@ def query(runtime: Runtime, text: str) -> DataFrame:
 def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
     """`query` of a text from a file that is only to ask: a statement that writes, drops or sets is refused, and so is a
     query that starts programs (TRANSFORM) or calls Java, which can read the keys in the environment, or one that draws
-    by chance, whose answer is another one each time.
+    by chance or takes any rows (LIMIT without ORDER BY), whose answer is another one each time or once files are packed.
 
     Args:
         where: what the error calls it.
@@ -82,11 +84,23 @@ def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
         names = {plan.nodeName(), *(part.nodeName() for part in _expressions(plan.expressions()))}
         if "CallMethodViaReflection" in names:
             raise TrailvecError(f"{where} calls a method of Java's (reflect or java_method): write it without")
+        if plan.nodeName() == "LocalLimit" and not _is_ordered(plan.child()):
+            raise TrailvecError(
+                f"{where} takes any rows (a LIMIT without ORDER BY, or TABLESAMPLE), which are others once the table's "
+                f"files are packed: order by user_id, say"
+            )
         if drawn := names & _BY_CHANCE:
             raise TrailvecError(
                 f"{where} draws by chance ({', '.join(sorted(drawn))}), each time others: order by xxhash64(user_id)"
             )
     return answer
+
+
+def _is_ordered(plan: Any) -> bool:
+    """Whether a LIMIT over this plan of Spark's takes the first rows of an ORDER BY."""
+    while plan.nodeName() in ("Project", "Offset"):
+        plan = plan.child()
+    return bool(plan.nodeName() == "Sort")
 
 
 # A plan's leaves that read nothing, or what another part of the plan reads.

@@ -123,12 +123,10 @@ def ids_of(rows: DataFrame, where: str, name: str = "user_id") -> DataFrame:
     """That column alone, not empty.
 
     Raises:
-        TrailvecError: there is none, or several, or as `as_ids`.
+        TrailvecError: there is none, or as `as_ids`.
     """
     if name not in rows.columns:
         raise TrailvecError(f"{where} gives {', '.join(rows.columns) or 'nothing'}: it needs a column {name}")
-    if rows.columns.count(name) > 1:
-        raise TrailvecError(f"{where} gives {', '.join(rows.columns)}: it needs one column {name}")
     return rows.select(as_ids(rows, where, name)).where(f"{name} <> ''")
 
 
@@ -136,9 +134,11 @@ def as_ids(rows: DataFrame, where: str, name: str = "user_id") -> Column:
     """The rows' column of that name as text, stripped of blanks as the ids of events are.
 
     Raises:
-        TrailvecError: it holds neither texts nor whole numbers. (pandas makes doubles of whole numbers beside a missing
-            one: as text 4711.0, who is nobody.)
+        TrailvecError: there are several; or it holds neither texts nor whole numbers. (pandas makes doubles of whole
+            numbers beside a missing one: as text 4711.0, who is nobody.)
     """
+    if rows.columns.count(name) > 1:
+        raise TrailvecError(f"{where} gives {', '.join(rows.columns)}: it needs one column {name}")
     kind = rows.schema[name].dataType.simpleString()
     if kind not in TEXT_OR_WHOLE:
         raise TrailvecError(f"{where} has a column {name} of type {kind}: write the ids as text")

@@ -152,7 +152,8 @@ def test_who_has_acted_since_is_not_compared(spark: SparkSession, monkeypatch: p
     assert [tuple(row) for row in found] == [("same", [1.0], [1.0])]
 
 
-def test_a_model_that_turned_too_far_does_not_become_current(shop: Runtime) -> None:
+def test_a_model_that_turned_too_far_does_not_become_current(shop: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(align, "FEWEST_USERS", 1)
     make_unaligned(shop, "m2", seed=2)
     strict = Runtime(make_config(shop.root, "storage.database=scores", "align.min_overlap=0.999"), shop.spark)
     refused = r"model m2 must not follow m1: of a user's 10 nearest items [\d.]+% stay \(align\.min_overlap = 0\.999\)"

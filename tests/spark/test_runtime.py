@@ -268,7 +268,7 @@ def test_of_very_many_commits_all_are_told_and_few_are_read_where_few_are_asked_
     """A topic that is polled each minute brings a thousand a day, and a stage that runs at night goes on from them."""
     monkeypatch.setattr(commits, "HadoopPath", Local)
     runtime = Runtime(load_config(None, [f'storage.root="{tmp_path}"']))
-    log, now = Path(runtime.path(EVENTS)) / "_delta_log", time.time()
+    log, now = Path(runtime.path(EVENTS)) / "_delta_log", int(time.time())
     log.mkdir(parents=True)
     said = json.dumps({"stage": "erase_users", "reads": {}, "note": {"erasure": "hers"}})
     for version in range(600):

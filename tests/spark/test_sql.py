@@ -235,10 +235,27 @@ def test_what_only_asks_reads_no_key(make_runtime: Callable[..., Runtime], text:
         "SELECT 'a' AS user_id WHERE 'a' IN (SELECT uuid())",
         "SELECT explode(shuffle(array('a', 'b'))) AS user_id",
         "SELECT user_id FROM (VALUES ('a') AS t(user_id)) TABLESAMPLE (10 PERCENT)",
+        "SELECT user_id FROM (VALUES ('a') AS t(user_id)) WHERE monotonically_increasing_id() % 2 = 0",
+        "SELECT user_id FROM (VALUES ('a') AS t(user_id)) WHERE spark_partition_id() = 0 OR input_file_name() = ''",
     ],
 )
 def test_what_only_asks_draws_nobody_by_chance(make_runtime: Callable[..., Runtime], text: str) -> None:
     with pytest.raises(TrailvecError, match=r"^a: its sql draws by chance \(.*\), .*: order by xxhash64\(user_id\)$"):
+        ask(make_runtime("storage.database=errors"), text, "a: its sql")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SELECT user_id FROM (VALUES ('a'), ('b') AS t(user_id)) LIMIT 1",
+        "SELECT user_id FROM (VALUES ('a'), ('b') AS t(user_id)) TABLESAMPLE (1 ROWS)",
+        "SELECT user_id FROM (SELECT user_id FROM (VALUES ('a'), ('b') AS t(user_id)) LIMIT 1) ORDER BY user_id LIMIT 1",
+    ],
+)
+def test_what_only_asks_takes_no_rows_that_others_could_stand_for(
+    make_runtime: Callable[..., Runtime], text: str
+) -> None:
+    with pytest.raises(TrailvecError, match=r"^a: its sql takes any rows \(a LIMIT without ORDER BY, or TABLESAMPLE\)"):
         ask(make_runtime("storage.database=errors"), text, "a: its sql")
 
 
@@ -253,7 +270,9 @@ def test_what_fails_while_it_runs_is_told_once(
 
 def test_what_asks_is_asked(make_runtime: Callable[..., Runtime]) -> None:
     runtime = make_runtime("storage.database=errors")
-    for text in ("-- all\nSELECT 1 AS a;", "WITH x AS (SELECT 1 AS a) SELECT * FROM x", "(VALUES (1)) UNION SELECT 1"):
+    by_order = "SELECT a FROM (VALUES (2, 1), (1, 2) AS t(a, b)) ORDER BY b DESC LIMIT 1"
+    texts = ("-- all\nSELECT 1 AS a;", "WITH x AS (SELECT 1 AS a) SELECT * FROM x", "(VALUES (1)) UNION SELECT 1")
+    for text in (*texts, by_order, "SELECT * FROM (VALUES (0), (1), (2) AS t(a)) ORDER BY a LIMIT 1 OFFSET 1"):
         assert [row[0] for row in ask(runtime, text, "a").collect()] == [1]
     with pytest.raises(TrailvecError, match=r"^a: the SQL can't be read: Syntax error at or near 'SELEC'"):
         ask(runtime, "SELEC 1", "a")

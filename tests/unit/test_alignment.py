@@ -10,7 +10,7 @@ import pytest
 from scipy.linalg import orthogonal_procrustes
 from scipy.stats import ortho_group
 
-from jobs.align import _ranking, compare, no_ranking, no_users, refusal, too_few_items
+from jobs.align import FEWEST_USERS, _ranking, compare, no_ranking, refusal, too_few_items, too_few_users
 from jobs.config import AlignSettings
 from jobs.runtime import Runtime
 from spark_udfs.alignment import mean_cosine, overlap, rotation_of
@@ -125,13 +125,20 @@ def test_without_users_of_the_same_history_items_alone_decide() -> None:
     why = refusal(report, AlignSettings(min_overlap=1))
     assert why is not None
     assert why.startswith("model m2 must not follow m1: of an item's 10 nearest items ")
-    assert no_users(report, AlignSettings()) == (
-        "every user with a vector of model m1 has acted since, or is cold: align.min_overlap asks about items alone "
-        "for model m2"
+    assert too_few_users(report, AlignSettings()) == (
+        "of those with a vector of model m1 0 have not acted since and are not cold (from 50 on they count): "
+        "align.min_overlap asks about items alone for model m2"
     )
-    assert no_users(report, AlignSettings(min_overlap=0)) is None
-    assert no_users(report | {"users": {"compared": 1}}, AlignSettings()) is None
-    assert no_users({"model_version": "m2", "onto": None}, AlignSettings()) is None
+    assert too_few_users(report, AlignSettings(min_overlap=0)) is None
+    assert too_few_users({"model_version": "m2", "onto": None}, AlignSettings()) is None
+
+
+@pytest.mark.parametrize(("compared", "decide"), [(1, False), (FEWEST_USERS - 1, False), (FEWEST_USERS, True)])
+def test_a_handful_of_users_decides_for_nobody_else(compared: int, decide: bool) -> None:
+    report = report_of(0.0, 0.6, None, None)
+    report["users"] = {"overlap@10": 0.0, "compared": compared}
+    assert (refusal(report, AlignSettings(min_overlap=0.5)) is not None) == decide
+    assert (too_few_users(report, AlignSettings(min_overlap=0.5)) is None) == decide
 
 
 def test_of_few_items_the_gate_says_that_it_says_nothing() -> None:
