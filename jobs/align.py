@@ -31,7 +31,7 @@ from jobs.model_folders import add_to_model, description, model_folder
 from jobs.models import encode_sequences, item_vectors, stacked
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import drawn_by_hash, in_order
-from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_EMBEDDINGS
+from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_EMBEDDINGS, of_model
 from spark_udfs.alignment import cross_products, mean_cosine, overlap, rotation_of
 from spark_udfs.topk import Metric, Vectors
 from training.checkpoint import ALIGNMENT, ROTATION, read_about, read_alignment, write_alignment
@@ -43,8 +43,7 @@ FEWEST_USERS = 50  # whom a limit is held against: of five whose neighbours stay
 def has_no_items(runtime: Runtime, version: str) -> bool:
     """Whether no item has a vector of this model: its users would stand alone, and no later model could be laid onto
     it."""
-    of_model = F.col("model_version") == version
-    return not runtime.exists(ITEM_EMBEDDINGS) or runtime.latest(ITEM_EMBEDDINGS).where(of_model).isEmpty()
+    return not runtime.exists(ITEM_EMBEDDINGS) or of_model(runtime.latest(ITEM_EMBEDDINGS), version).isEmpty()
 
 
 def refusal(report: dict[str, Any], settings: AlignSettings) -> str | None:
@@ -228,7 +227,7 @@ def _align(runtime: Runtime, folder: Path, onto: str | None) -> None:
 
 def _pairs(runtime: Runtime, folder: Path, onto: str) -> DataFrame:
     """item_id, vertical, new, old: the items that both models have learnt; new is not turned."""
-    old = runtime.latest(ITEM_EMBEDDINGS).where((F.col("model_version") == onto) & ~F.col("is_cold"))
+    old = of_model(runtime.latest(ITEM_EMBEDDINGS), onto).where("NOT is_cold")
     new = item_vectors(runtime, folder, turned=False).where(~F.col("is_cold"))
     both = new.select("item_id", F.col("vector").alias("new")).join(
         old.select("item_id", F.col("vector").alias("old")), "item_id"
@@ -239,7 +238,7 @@ def _pairs(runtime: Runtime, folder: Path, onto: str) -> DataFrame:
 def _users(runtime: Runtime, folder: Path, onto: str) -> DataFrame:
     """user_id, new, old of about USERS_COMPARED users who are not cold and have not acted since the old vector was
     made: another history moves a vector too. new is not turned."""
-    old = runtime.latest(USER_EMBEDDINGS).where((F.col("model_version") == onto) & ~F.col("is_cold"))
+    old = of_model(runtime.latest(USER_EMBEDDINGS), onto).where("NOT is_cold")
     rows = runtime.read(SEQUENCES).where("split = 'score'").join(old, ["user_id", "as_of"], "left_semi")
     rows = rows.where(drawn_by_hash(USERS_COMPARED / max(1, rows.count()), "user_id", F.lit("align")))
     new = encode_sequences(runtime, rows, ["user_id"], model_dir=folder, turned=False)

@@ -21,6 +21,7 @@ from pyspark.sql import functions as F
 
 from jobs.cli import stage_main
 from jobs.config import SequencesSettings
+from jobs.flag_users import flagged_now
 from jobs.runtime import Runtime, Stage
 from jobs.splits import Cuts, before_cut, cut_times, is_target
 from jobs.tables import CONTEXT_VALUES, EVENTS, FLAGGED_USERS, ITEMS, Table, conform
@@ -172,9 +173,27 @@ def changed_events(
     return changes.localCheckpoint(), of_turned, turned
 
 
+def to_describe_anew(items: DataFrame, changes: DataFrame, of_turned: DataFrame | None) -> DataFrame:
+    """item_id of the touched items to whose rows the new events can't just be added.
+
+    Args:
+        changes: changed events, item_id and _change_type.
+        of_turned: item_id of the events of users who got or lost their flag; None: nobody did.
+    """
+    touched = changes.select("item_id", (F.col("_change_type") == "insert").alias("came"))
+    if of_turned is not None:
+        touched = touched.union(of_turned.select("item_id", F.lit(False)))
+    touched = touched.groupBy("item_id").agg(F.bool_and("came").alias("only_came"))
+    touched = touched.join(items.select("item_id", "item_index", "event_count"), "item_id", "left")
+    # A lost event can't be taken out of a latest name again, and to an item without a row nothing can be added. The row
+    # of one without events still says what the last ones said.
+    nothing_to_add_to = F.col("item_index").isNull() | (F.col("event_count") == 0)
+    return touched.where(~F.col("only_came") | nothing_to_add_to).select("item_id")
+
+
 def run(runtime: Runtime) -> None:
     settings, min_count = runtime.config.sequences, runtime.config.vocabulary.min_count
-    flagged = runtime.read(FLAGGED_USERS).select("user_id").distinct()
+    flagged = flagged_now(runtime)
     events = runtime.read(EVENTS).join(flagged, "user_id", "left_anti")
     runtime.create(ITEMS)
     runtime.create(CONTEXT_VALUES)
@@ -207,15 +226,7 @@ def run(runtime: Runtime) -> None:
         rows = number_items(describe_items(events, cuts, settings), items, min_count, next_index)
         runtime.merge(ITEMS, rows, made_from=items_from)
         return
-    touched = changes.select("item_id", (F.col("_change_type") == "insert").alias("came"))
-    if of_turned is not None:
-        touched = touched.union(of_turned.select("item_id", F.lit(False)))
-    touched = touched.groupBy("item_id").agg(F.bool_and("came").alias("only_came"))
-    touched = touched.join(items.select("item_id", "item_index", "event_count"), "item_id", "left")
-    # A lost event can't be taken out of a latest name again, and to an item without a row nothing can be added. The row
-    # of one without events still says what the last ones said.
-    nothing_to_add_to = F.col("item_index").isNull() | (F.col("event_count") == 0)
-    anew = touched.where(~F.col("only_came") | nothing_to_add_to).select("item_id").persist()
+    anew = to_describe_anew(items, changes, of_turned).persist()
     try:
         known = items.join(anew, "item_id", "left_anti")
         new_events = changes.join(known.select("item_id"), "item_id", "left_semi")

@@ -26,7 +26,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from jobs.config import IngestSettings
-from jobs.errors import TrailvecError, explain, first_line
+from jobs.errors import TrailvecError, told
 from jobs.raw_records import BROKEN, FILE, LINE, REST, is_id_type, named_column, stripped, text_of, valid_text
 from jobs.sources import Given, IdValue, Input, TimeValue, Value
 from jobs.spark_session import JSON_MICROSECONDS
@@ -95,7 +95,7 @@ def to_events(
     try:
         given = _mapped(raw, mapping, source)
     except AnalysisException as error:
-        raise TrailvecError(f"source {source}: {explain(error) or first_line(error)}: correct the mapping") from None
+        raise TrailvecError(f"source {source}: {told(error)}: correct the mapping") from None
 
     # First the numbers, of which the reasons ask several times.
     numbered = given.withColumns({n: _number(given, n) for n in _NUMBERS})

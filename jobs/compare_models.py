@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from pyspark.sql import functions as F
 from rich import box
@@ -24,8 +23,6 @@ from jobs.models import item_vectors
 from jobs.ranking import bootstrap, measures
 from jobs.runtime import Runtime, Stage
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
-
-Floats = npt.NDArray[np.float64]
 
 
 class Difference(NamedTuple):

@@ -292,7 +292,6 @@ class EvaluateSettings(Section):
     split: Literal["valid", "test"] = Field("test", description="valid to choose settings by, test to report")
 
     max_users: int = Field(20_000, ge=1, description="users ranked; a larger log is sampled by hash of user_id")
-    knn_max_users: int = Field(100_000, ge=1, description="users whose items the item-kNN floor is counted from")
     resamples: int = Field(1_000, ge=1, description="of the bootstrap over users that intervals come from")
     drift: DriftSettings = Field(default_factory=DriftSettings)
     gate: list[GateSettings] = Field(
@@ -410,9 +409,6 @@ class ProfileSettings(Section):
     """sessions + model → user_profiles."""
 
     fit_users: int = Field(20_000, ge=2, description="users that the basis is fitted on, a sample by hash of user_id")
-    max_terms: int = Field(
-        50_000, ge=1, description="items, words and categories that the basis knows, of each those that most users have"
-    )
     item_width: int = Field(256, ge=1, description="singular directions of the items")
     width: int = Field(64, ge=1, description="those of amounts, of the words in the items' names, and of categories")
 

@@ -19,8 +19,8 @@ from pyspark.sql import functions as F
 from jobs.config import DriftSettings
 from jobs.splits import utc
 from spark_udfs.alignment import mean_cosine, row_cosines
+from spark_udfs.topk import Vectors
 
-Vectors = npt.NDArray[np.float32]
 _LEAST = 1e-4  # the share that a vertical without an event stands for in `stability`
 
 

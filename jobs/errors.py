@@ -172,6 +172,11 @@ def first_line(error: BaseException) -> str:
     return next(iter(lines), "").removeprefix(": ")
 
 
+def told(error: BaseException) -> str:
+    """What to say of an error that is not ours: `explain`'s sentence, else its first line."""
+    return explain(error) or first_line(error)
+
+
 def explain(error: BaseException) -> str | None:
     """The one-sentence form of a known Spark or JVM error, or None when it is not known."""
     text = str(error)

@@ -64,21 +64,21 @@ from jobs.ranking import (
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import drawn_by_hash, few_to_all, in_order
 from jobs.splits import Cuts, before_cut, cut_of, cut_times, is_target, refuse_leak, time_at
-from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS
+from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS, of_model
 from training.checkpoint import read_about
-from training.floors import ItemKnn, own_frequency, popularity
+from training.floors import Floats, ItemKnn, own_frequency, popularity
 
 TASKS = ("next", "new", "repeat")
 SPACE_SAMPLE, SPACE_NEIGHBOURS = 10_000, 10  # vectors that the space is judged by, at most
 DRIFT_SAMPLE = 2_000  # users whose vectors are made a second time, at most
+KNN_USERS = 100_000  # whose items item-kNN is counted from, about; no setting: as _DECAY in training/floors.py
 _BLOCK_USERS, _BLOCK_SCORES = 256, 2**24  # 64 MB of scores, however large the catalogue is
 _DEEPEST = 20
 _BEYOND = 2**31  # the first number that no item can have
 _LEADING = "ndcg@10"  # the metric that a model's lead over each floor is told in
 
-Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
-Scorer = Callable[[slice], Floats]  # scores of all items, [users of the block, items]; they may be written over
+ScoreBlock = Callable[[slice], Floats]  # scores of all items, [users of the block, items]; they may be written over
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def following(rows: pd.DataFrame, task: str) -> Following:
 
 
 def rank_users(
-    rows: pd.DataFrame, scorers: dict[str, Scorer], rankable: npt.NDArray[np.bool_]
+    rows: pd.DataFrame, scorers: dict[str, ScoreBlock], rankable: npt.NDArray[np.bool_]
 ) -> dict[tuple[str, bool], Integers]:
     """The best items of each row, int64 [rows, at most 20], by (method, whether what the user has seen is left out)."""
     found: dict[tuple[str, bool], list[Integers]] = {}
@@ -157,13 +157,13 @@ def rank_users(
     return {key: np.concatenate(blocks) for key, blocks in found.items()}
 
 
-def model_scorer(rows: pd.DataFrame, catalogue: Catalogue) -> Scorer:
+def model_scorer(rows: pd.DataFrame, catalogue: Catalogue) -> ScoreBlock:
     """The model's own score: the dot product of a row's `vector` and an item's."""
     vectors = np.stack(list(rows["vector"]))
     return lambda block: np.asarray(vectors[block] @ catalogue.vectors.T)
 
 
-def _scorers(rows: pd.DataFrame, own: Own, knn: ItemKnn, catalogue: Catalogue) -> dict[str, Scorer]:
+def _scorers(rows: pd.DataFrame, own: Own, knn: ItemKnn, catalogue: Catalogue) -> dict[str, ScoreBlock]:
     counts, rankable = catalogue.target_counts, catalogue.rankable
     histories = (np.asarray(items) for items in rows["item_index"])
     history = [items[flagged(items, rankable)] for items in histories]
@@ -223,7 +223,7 @@ def space_results(users: Floats, items: Floats, counts: Integers, classes: Integ
         counts, classes: of the items, how often they were acted on and the number of their category (-1: none), [n].
     """
     for name, vectors in (("items", items), ("users", users)):
-        there = np.linalg.norm(vectors.astype(np.float64), axis=1) > 0
+        there = vectors.any(axis=1)
         vectors = vectors[there]  # noqa: PLW2901 - a zero vector has no direction
         if len(vectors) < 2:
             continue
@@ -311,7 +311,7 @@ def run(runtime: Runtime) -> None:
     version = model_dir.name
     check_items(runtime, version)
     # Items that the model never saw in training are not ranked: the floors don't know them either.
-    vectors = runtime.read(ITEM_EMBEDDINGS).where((F.col("model_version") == version) & ~F.col("is_cold"))
+    vectors = of_model(runtime.read(ITEM_EMBEDDINGS), version).where("NOT is_cold")
     rows = evaluated_rows(runtime, model_dir)
     catalogue = read_catalogue(runtime, vectors, version)
     cuts = cut_times(runtime.read(SESSIONS), runtime.config.sequences, "end_ts")
@@ -420,13 +420,18 @@ def read_catalogue(runtime: Runtime, vectors: DataFrame, version: str) -> Catalo
 def _space_sample(
     runtime: Runtime, rows: pd.DataFrame, vectors: DataFrame
 ) -> tuple[Floats, Floats, Integers, Integers]:
-    """What `space_results` takes: of about SPACE_SAMPLE users and items each, drawn by a hash of the id."""
+    """What `space_results` takes: of SPACE_SAMPLE users and items at most, drawn by a hash of the id."""
     users = _by_hash(rows, SPACE_SAMPLE)["vector"]
-    items = vectors.join(runtime.read(ITEMS).where("target_count > 0"), ["item_id", "item_index"])
-    items = items.select("item_id", "vector", "target_count", category_value().alias("category"))
-    sample = items.orderBy(F.xxhash64("item_id"), "item_id").limit(SPACE_SAMPLE).toPandas()
+    sample = item_sample(runtime, vectors, "vector", "target_count", category_value().alias("category"))
     counts, classes = sample["target_count"].to_numpy(np.int64), pd.factorize(sample["category"])[0]
     return stacked(users), stacked(sample["vector"]), counts, classes
+
+
+def item_sample(runtime: Runtime, vectors: DataFrame, *columns: str | Column) -> pd.DataFrame:
+    """Those columns of ITEMS and of a model's `vectors`, of the items that can be ranked: at most SPACE_SAMPLE, in the
+    order of a hash of the id."""
+    items = vectors.join(runtime.read(ITEMS).where("target_count > 0"), ["item_id", "item_index"])
+    return items.orderBy(F.xxhash64("item_id"), "item_id").limit(SPACE_SAMPLE).select(*columns).toPandas()
 
 
 def _by_hash(rows: pd.DataFrame, most: int) -> pd.DataFrame:
@@ -468,7 +473,7 @@ def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts)
     own = Own(*matrices(visible, users["user_id"].tolist(), counts=F.count("*"), habits=of_habit))
     # Counted, and drawn from: the log need not be read for each.
     everybody = actions(sessions).where("in_train").select("user_id").distinct().localCheckpoint()
-    known = _sample(everybody, runtime.config.evaluate.knn_max_users)
+    known = _sample(everybody, KNN_USERS)
     names = sorted(row.user_id for row in known.collect())
     return own, *matrices(actions(of(known)).where("in_train"), names, counts=F.count("*"))
 
@@ -487,7 +492,7 @@ def refusal(runtime: Runtime, version: str) -> str | None:
             f"model {version} must not become current (evaluate.gate): it was trained or aligned again after it was "
             f"evaluated: run `trailvec evaluate` first"
         )
-    rows = runtime.latest(EVALUATION).where((F.col("model_version") == version) & (F.col("split") == settings.split))
+    rows = of_model(runtime.latest(EVALUATION), version).where(F.col("split") == settings.split)
     found = {(r["task"], Cell.of(r)): r for r in rows.collect()}
     reasons = []
     for asked in settings.gate:

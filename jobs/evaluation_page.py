@@ -19,8 +19,8 @@ from markupsafe import Markup
 from jobs import pictures
 from jobs.config import FEW_USERS
 from jobs.pictures import Point
-from jobs.ranking import MODELS, Cell, hours_names
-from training.metrics import HISTORY_FROM, class_names
+from jobs.ranking import HOURS_NAMES, MODELS, Cell
+from training.metrics import HISTORY_NAMES
 
 TASKS = {"next": "Any next item", "new": "A new item", "repeat": "An item taken again"}
 METHODS = {
@@ -265,7 +265,7 @@ def _task(task: str, points: Points, users: Users) -> Row:
 def _classes(task: str, kind: str, users: Users) -> list[str]:
     """The classes of a slice that hold users: in their order, verticals from the largest on."""
     there = [value for (of, name, value) in users if of == task and name == kind]
-    order = {"history": class_names(HISTORY_FROM), "hours": hours_names()}.get(kind)
+    order = {"history": HISTORY_NAMES, "hours": HOURS_NAMES}.get(kind)
     if order is not None:
         return [value for value in order if value in there]
     return sorted(there, key=lambda value: (-users[task, kind, value], value))

@@ -49,11 +49,21 @@ from jobs.segment_files import (
     read_manifest,
     write_parts,
 )
-from jobs.segment_members import Export, Selection, Taken, rows_of_model
+from jobs.segment_members import Export, Selection, Taken
 from jobs.segment_report import Share, page
-from jobs.segments import SegmentFile, Vectors, read_segments
+from jobs.segments import SegmentFile, VectorKind, read_segments
 from jobs.sql import ask, names_the_time, sources_of
-from jobs.tables import CURRENT_MODEL, EXPORTS, ITEM_EMBEDDINGS, ITEMS, SESSIONS, TABLES, USER_EMBEDDINGS, USER_PROFILES
+from jobs.tables import (
+    CURRENT_MODEL,
+    EXPORTS,
+    ITEM_EMBEDDINGS,
+    ITEMS,
+    SESSIONS,
+    TABLES,
+    USER_EMBEDDINGS,
+    USER_PROFILES,
+    of_model,
+)
 from jobs.user_lists import file_digest
 from spark_udfs.keyed import key_mark
 
@@ -72,7 +82,7 @@ def _exports(runtime: Runtime, now: datetime) -> list[Export]:
     version = runtime.current_model()
     states = {t.name: runtime.state(t) for t in TABLES if t != EXPORTS and runtime.exists(t)}
     digest_of, timely = cache(file_digest), cache(partial(_is_timely, runtime))  # many name the same lists
-    with_profiles = USER_PROFILES.name in states and not rows_of_model(runtime.latest(USER_PROFILES), version).isEmpty()
+    with_profiles = USER_PROFILES.name in states and not of_model(runtime.latest(USER_PROFILES), version).isEmpty()
     check_destinations(runtime, files)
     found: dict[str, Export] = {}
     for number, file in enumerate(files):
@@ -80,7 +90,7 @@ def _exports(runtime: Runtime, now: datetime) -> list[Export]:
         facts = {"model_version": version, "others": others} | _facts(
             runtime, file, states, now, digest_of=digest_of, timely=timely
         )
-        vectors: Vectors = "embedding"
+        vectors: VectorKind = "embedding"
         if file.segment.seeds is not None:
             vectors = file.segment.seeds.vectors or ("profile" if with_profiles else "embedding")
         if vectors == "profile":

@@ -48,8 +48,10 @@ from jobs.tables import (
     SESSIONS,
     USER_EMBEDDINGS,
     Table,
+    of_model,
 )
 from jobs.user_lists import copies, file_digest, read_items
+from spark_udfs.arrow import matrix_of
 from spark_udfs.topk import BLOCK_CONF, Cells, Metric, find_cells, nearest
 from spark_udfs.vectors import inner_product
 
@@ -149,7 +151,7 @@ def score_habits(habits: DataFrame, search: Search) -> DataFrame:
 def _scored(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     for batch in batches:
         users, items, *sides, habits = batch.columns
-        a, b = (side.flatten().to_numpy().reshape(len(users), -1).astype(np.float64) for side in sides)
+        a, b = (matrix_of(side).astype(np.float64) for side in sides)
         # A float, as the search's own scores and SQL's are.
         scores = inner_product(a, b).astype(np.float32) + habits.to_numpy()
         yield pa.RecordBatch.from_arrays(
@@ -225,42 +227,36 @@ def _run(runtime: Runtime, folder: Place) -> None:
         offered=_offered(runtime, items, folder),
         without=_done_before(runtime.read(SESSIONS), settings.without) if settings.without else None,
     )
-    of_model = F.col("model_version") == version
     gone = [kind for kind in KINDS if kind not in settings.kinds]
     if gone and runtime.exists(NEIGHBOURS):
-        old = runtime.latest(NEIGHBOURS).where(of_model & F.col("kind").isin(gone)).select("kind").distinct().collect()
+        old = of_model(runtime.latest(NEIGHBOURS), version).where(F.col("kind").isin(gone))
         runtime.report.notes += [
             f"the rows {kind} of a run before are removed: neighbours.kinds does not name it"
-            for kind in sorted(row["kind"] for row in old)
+            for kind in sorted(row["kind"] for row in old.select("kind").distinct().collect())
         ]
-    # A run takes the place of all of KINDS, also of those that it finds nothing of or is not asked for.
-    of_habit = of_model & (F.col("kind") == WITH_HABIT)
-    stale = not settings.habit and runtime.exists(NEIGHBOURS)
-    stale = stale and not runtime.latest(NEIGHBOURS).where(of_habit).isEmpty()
+    # A run takes the place of every kind, also of those that it finds nothing of or is not asked for.
+    replaced = tuple(KINDS) if settings.habit else (*KINDS, WITH_HABIT)
     with spark_conf(runtime.spark, BLOCK_CONF):
         found = find_neighbours(every, settings).withColumn("model_version", F.lit(version))
-        of: dict[str, str | tuple[str, ...]] = {"model_version": version, "kind": tuple(KINDS)}
-        runtime.write(NEIGHBOURS, found, done=not settings.habit and not stale, of=of)
+        runtime.write(NEIGHBOURS, found, done=not settings.habit, of={"model_version": version, "kind": replaced})
         if settings.cells:
-            shares = recall(every, runtime.latest(NEIGHBOURS).where(of_model), settings)
+            shares = recall(every, of_model(runtime.latest(NEIGHBOURS), version), settings)
             told = ", ".join(f"{kind} {share:.3f}" for kind, share in sorted(shares.items()))
             runtime.report.notes.append(f"share of the exact neighbours that was found, for a sample: {told}")
     if settings.habit:
         runtime.on_progress("habits")
         (search,) = (search for search in every if search.kind == "user_item")
-        found = runtime.latest(NEIGHBOURS).where(of_model & (F.col("kind") == search.kind))
+        found = of_model(runtime.latest(NEIGHBOURS), version).where(F.col("kind") == search.kind)
         rows = with_habit(found, score_habits(_habits(runtime), search), settings.k)
         of = {"model_version": version, "kind": WITH_HABIT}
         runtime.write(NEIGHBOURS, rows.withColumns({name: F.lit(value) for name, value in of.items()}), of=of)
-    elif stale:
-        runtime.delete(NEIGHBOURS, of_habit, note={"habit": False})
 
 
 def _vectors(runtime: Runtime, table: Table, key: str, version: str) -> DataFrame:
-    of_model = runtime.read(table).where(F.col("model_version") == version)
-    if of_model.isEmpty():
+    rows = of_model(runtime.read(table), version)
+    if rows.isEmpty():
         raise TrailvecError(f"table {table.name} has no vector of model {version}: run `trailvec {table.stage}` first")
-    return of_model.select(F.col(key).alias("id"), "vector")
+    return rows.select(F.col(key).alias("id"), "vector")
 
 
 def _offered(runtime: Runtime, items: DataFrame, folder: Place) -> DataFrame:

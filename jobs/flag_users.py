@@ -89,6 +89,11 @@ def _caught(rule: str, measured: str, holds: Column) -> Column:
     return F.when(holds, row)
 
 
+def flagged_now(runtime: Runtime) -> DataFrame:
+    """user_id of all who are flagged, each once. Reads the stage's FLAGGED_USERS."""
+    return runtime.read(FLAGGED_USERS).select("user_id").distinct()
+
+
 def run(runtime: Runtime) -> None:
     settings = runtime.config.flag_users
     events = runtime.read(EVENTS)

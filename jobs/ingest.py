@@ -36,7 +36,7 @@ from rich.filesize import decimal
 from jobs.checked_records import ERASED, check_times, to_events, without_erased
 from jobs.cli import stage_main
 from jobs.config import IngestSettings, shipped
-from jobs.errors import TrailvecError, explain, first_line
+from jobs.errors import TrailvecError, told
 from jobs.files import Place
 from jobs.pruning import within_days
 from jobs.raw_records import LISTING, find_inputs, folder_of, is_data, read_raw, read_topic
@@ -289,7 +289,7 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
     except StreamingQueryException as error:
         if failed:
             raise failed[0] from None
-        raise TrailvecError(f"{name}: {explain(error) or first_line(error)}") from error
+        raise TrailvecError(f"{name}: {told(error)}") from error
     again.unlink(missing_ok=True)
     runtime.report.notes += [f"{read[reason]:,} {what} dropped" for reason, what in _NO_REFUSAL.items() if read[reason]]
 

@@ -240,19 +240,15 @@ def _print(runtime: Runtime, entries: list[dict[str, Any]]) -> None:
     for heading in ("rows", "too old", "hidden", "size", "files", "small", "on disk", "freed", "USD"):
         grid.add_column(heading, justify="right", overflow="fold")
     for entry in entries:
-
-        def change(key: str, entry: dict[str, Any] = entry) -> str:
-            before = entry.get(f"{key}_before", entry[key])
-            return f"{entry[key]:,}" if before == entry[key] else f"{before:,} → {entry[key]:,}"
-
-        share = entry["small_files"] / entry["files"] if entry["files"] else 0
+        files, before = entry["files"], entry.get("files_before", entry["files"])
+        share = entry["small_files"] / files if files else 0
         grid.add_row(
             entry["table"],
             f"{entry['rows']:,}",
             f"{entry['rows_too_old']:,}",
             f"{entry['rows_hidden']:,}",
             decimal(entry["bytes"]),
-            change("files"),
+            f"{files:,}" if before == files else f"{before:,} → {files:,}",
             f"{share:.0%}",
             decimal(entry["bytes_on_disk"]),
             decimal(entry["bytes_freed"]),

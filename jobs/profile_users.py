@@ -39,10 +39,11 @@ from jobs.splits import Cuts, cut_times, is_target, utc
 from jobs.tables import CONTEXT_VALUES, ITEMS, SESSIONS, USER_PROFILES
 from spark_udfs.profile import KINDS, counts_of, profiles
 from training.checkpoint import rotation_sha256
-from training.profile import ABOUT, TENSORS, Basis, Integers, fit_basis, fit_items, read_basis, write_basis
+from training.profile import ABOUT, TENSORS, Basis, Integers, Terms, fit_basis, read_basis, write_basis
 
 _WINDOWS = (7, 14, 28, 56, 91, 182)  # days before the cut
 _MOST_STATISTICS = 100
+_MOST_TERMS = 50_000  # items, words and categories that the basis knows, of each those that most users have
 _HORIZONS = (7, 28)  # days that the forecast is about, from the cut on; it is fitted as many days before as the last
 
 
@@ -182,7 +183,7 @@ def _long(wide: DataFrame) -> DataFrame:
 def states(runtime: Runtime, sessions: DataFrame, cuts: DataFrame | None, model_dir: Path, end: datetime) -> DataFrame:
     """user_id and the vector that the user has when only events before their cut are known; without `cuts`, all."""
     vocabulary = in_vocabulary(runtime.read(ITEMS), runtime.config.vocabulary.min_count)
-    values = runtime.read(CONTEXT_VALUES).where("kind != 'category'")
+    values = runtime.read(CONTEXT_VALUES)
     if cuts is None:
         known = number_actions(sessions, vocabulary, values)
     else:
@@ -285,7 +286,7 @@ def fit(runtime: Runtime, visible: DataFrame, encoded: DataFrame, *, numbers: Da
         raise TrailvecError("no user has an event before the cut: there is nothing to make a profile of")
     matrix = np.stack([np.asarray(vector, np.float32) for vector in rows["vector"]])
     counts = {kind: _counts(rows[f"{kind}_numbers"], rows[f"{kind}_values"]) for kind in KINDS}
-    items = fit_items(counts["items"], settings.max_terms)
+    items = Terms.fit(counts["items"], _MOST_TERMS, presence=True)
     earlier, since = _once(visible, targets, names)
     sample.unpersist()
     return fit_basis(
@@ -298,7 +299,7 @@ def fit(runtime: Runtime, visible: DataFrame, encoded: DataFrame, *, numbers: Da
         since=since,
         item_width=settings.item_width,
         width=settings.width,
-        most=settings.max_terms,
+        most=_MOST_TERMS,
     )
 
 

@@ -5,7 +5,6 @@ A ranking is int64 [users, k], best first, -1 where there is no further item.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,11 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from spark_udfs.topk import keep_best
-from training.metrics import HISTORY_FROM, class_names, metrics_by_class, rank_metrics
+from training.metrics import HISTORY_FROM, HISTORY_NAMES, metrics_by_class, rank_metrics
 
 MODELS = ("model", "model_and_habit")  # methods that are told beside the floors
 FLOORS = ("popularity", "own_frequency", "item_knn")
 HOURS_FROM = (0, 1, 6, 24, 72, 168, 336)  # lower bounds of the classes of "hours between the cut and the next action"
+HOURS_NAMES = ("0-1", "1-6", "6-24", "24-72", "72-168", "168-336", "336+")  # 6-24 is from 6 hours on and under 24
 VERTICALS = 20  # at most: the ones that most users act in next
 CONFIDENCE = 0.95
 SLICED = ("recall@10", "ndcg@10")
@@ -161,9 +161,9 @@ def sliced(
         of_users: what `measures` says of the same ranking.
     """
     for name, classes, names in (
-        ("history", np.searchsorted(HISTORY_FROM, known.lengths, side="right") - 1, class_names(HISTORY_FROM)),
+        ("history", np.searchsorted(HISTORY_FROM, known.lengths, side="right") - 1, HISTORY_NAMES),
         # Leave-one-out cuts right after the last action: what was done in the same moment lies a microsecond before.
-        ("hours", np.searchsorted(HOURS_FROM, np.maximum(following.hours, 0), side="right") - 1, hours_names()),
+        ("hours", np.searchsorted(HOURS_FROM, np.maximum(following.hours, 0), side="right") - 1, HOURS_NAMES),
     ):
         for number, value in enumerate(names):
             for metric in SLICED:
@@ -173,11 +173,6 @@ def sliced(
             values = np.full(len(ranked), np.nan)
             values[users] = found[metric.removesuffix("@10")]
             yield metric, "vertical", known.verticals[vertical], values
-
-
-def hours_names() -> list[str]:
-    """The names of the classes of HOURS_FROM: `6-24` is from 6 hours on and under 24."""
-    return [*(f"{low}-{high}" for low, high in itertools.pairwise(HOURS_FROM)), f"{HOURS_FROM[-1]}+"]
 
 
 def _by_vertical(

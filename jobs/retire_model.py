@@ -9,7 +9,6 @@ scored again; its rows in `evaluation` and `probes` stay too.
 
 from __future__ import annotations
 
-from pyspark.sql import Column
 from pyspark.sql import functions as F
 
 from jobs.cli import stage_main
@@ -32,10 +31,11 @@ def retire(runtime: Runtime, version: str) -> Report:
 
 
 def _run(runtime: Runtime, version: str) -> None:
+    mine = F.col("model_version") == version
     tables = [table for table in _OF_MODELS if runtime.exists(table)]
     if runtime.newest_current_model() == version:
         raise TrailvecError(f"model {version} is the current one: make another current first (`trailvec score_users`)")
-    counts = {table.name: runtime.latest(table).where(_is(version)).count() for table in tables}
+    counts = {table.name: runtime.latest(table).where(mine).count() for table in tables}
     if not any(counts.values()):
         found = [runtime.latest(table).select("model_version").distinct().collect() for table in tables]
         names = ", ".join(sorted({row["model_version"] for rows in found for row in rows})) or "none"
@@ -45,12 +45,8 @@ def _run(runtime: Runtime, version: str) -> None:
         if not counts[table.name]:
             continue  # a commit without a row would have the table's stage run again all the same
         # The note tells score_users that nothing of the model is there to go on from.
-        runtime.delete(table, _is(version), note={"model": {"version": version, "retired": True, "scored": scored}})
+        runtime.delete(table, mine, note={"model": {"version": version, "retired": True, "scored": scored}})
     runtime.report.rows_out = counts
-
-
-def _is(version: str) -> Column:
-    return F.col("model_version") == version
 
 
 def main() -> None:

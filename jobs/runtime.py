@@ -322,10 +322,10 @@ class Runtime(Lake):
         options = {} if batch is None else {"txnAppId": batch[0], "txnVersion": str(batch[1])}
         self._save(table, df, "append", options, done=done, note=note)
 
-    def touch(self, table: Table, note: dict[str, Any] | None = None) -> None:
-        """Records that the stage ran and found nothing to change."""
+    def touch(self, table: Table, note: dict[str, Any] | None = None, done: bool = True) -> None:
+        """Records that the stage ran and found nothing to change; `done` and `note` as in `append`."""
         self.create(table)
-        self.append(table, self.latest(table).limit(0), note=note)
+        self.append(table, self.latest(table).limit(0), done=done, note=note)
 
     def _save(
         self,
@@ -334,8 +334,8 @@ class Runtime(Lake):
         mode: str,
         options: dict[str, str],
         *,
-        done: bool = True,
-        note: dict[str, Any] | None = None,
+        done: bool,
+        note: dict[str, Any] | None,
     ) -> None:
         self.create(table)
         writer = conform(df, table).write.format("delta").mode(mode).options(**options)
@@ -407,7 +407,7 @@ class Runtime(Lake):
             self.latest_version(table)  # looks the commits up anew
             newer = itertools.takewhile(lambda commit: commit.version > made_from, self._commits(table))
             if sum(commit.changed_rows and not commit.housekeeping for commit in newer) > 1:
-                self._save(table, self.latest(table).limit(0), "append", {}, done=False)  # nothing goes on from here
+                self.touch(table, done=False)  # nothing goes on from here
                 raise TrailvecError(
                     f"another run changed table {table.name} in the moment in which this one wrote to it, and the rows "
                     f"of both are in it: run `trailvec {table.stage}` again when that one has ended: it makes all anew"
@@ -467,7 +467,7 @@ class Runtime(Lake):
             "config": config,
         }
 
-    def _metadata(self, done: bool = True, note: dict[str, Any] | None = None) -> str:
+    def _metadata(self, done: bool, note: dict[str, Any] | None) -> str:
         words = {} if note is None else {"note": note}
         return json.dumps(self.provenance() | ({} if done else {"fingerprint": None}) | words, sort_keys=True)
 

@@ -31,7 +31,7 @@ from jobs.models import encode_sequences
 from jobs.progress import meanwhile
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import spark_conf
-from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, SEQUENCES, USER_EMBEDDINGS
+from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, SEQUENCES, USER_EMBEDDINGS, of_model
 from spark_udfs.encode import Counts, Summed
 from training.batches import FEATURES
 from training.checkpoint import read_about, read_alignment, rotation_sha256
@@ -115,7 +115,7 @@ class Scorer:
 
     def vectors(self) -> DataFrame:
         """What the table holds of the model now."""
-        return self._runtime.latest(USER_EMBEDDINGS).where(F.col("model_version") == self.version)
+        return of_model(self._runtime.latest(USER_EMBEDDINGS), self.version)
 
     def score_all(self, scoring: Scoring) -> None:
         """Writes the chunks that are missing."""
@@ -130,7 +130,7 @@ class Scorer:
 
     def _score_chunk(self, scoring: Scoring, rows: DataFrame, number: int) -> None:
         mine = F.pmod(F.xxhash64("user_id"), F.lit(scoring.chunks)) == number
-        note = self._note(scoring.sequences, scoring.chunks, number, scoring.into_empty)
+        note = self._note(scoring, number)
         chunk = self._encode(rows.where(mine) if scoring.chunks > 1 else rows)
         if scoring.into_empty:
             self._runtime.append(USER_EMBEDDINGS, chunk, done=False, note=note)
@@ -140,7 +140,7 @@ class Scorer:
     def score_changed(self, since: int) -> None:
         """Takes up what changed in sequences after its version `since`, in one MERGE."""
         runtime, now = self._runtime, self._runtime.version(SEQUENCES)
-        note = self._note(now, 1, 0, False)
+        note = self._note(Scoring(now, 1, frozenset(), into_empty=False), 0)
         if since == now:
             runtime.touch(USER_EMBEDDINGS, note=note)
             return
@@ -189,18 +189,13 @@ class Scorer:
         """Puts the vectors `new` in the place of `old`; who has no new one loses theirs."""
         new = new.persist()  # Delta reads it twice
         gone = old.select(*USER_EMBEDDINGS.key).join(new, "user_id", "left_anti")
-        of_model = F.col("old.model_version") == self.version
-        self._runtime.merge(USER_EMBEDDINGS, new, deletes=gone, where=of_model, done=done, note=note)
+        of_this = F.col("old.model_version") == self.version
+        self._runtime.merge(USER_EMBEDDINGS, new, deletes=gone, where=of_this, done=done, note=note)
         new.unpersist()
 
-    def _note(self, sequences: int, chunks: int, chunk: int, into_empty: bool) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "sequences": sequences,
-            "chunks": chunks,
-            "chunk": chunk,
-            "into_empty": into_empty,
-        }
+    def _note(self, scoring: Scoring, chunk: int) -> dict[str, Any]:
+        told = {name: getattr(scoring, name) for name in ("sequences", "chunks", "into_empty")}
+        return {"model": self.model, **told, "chunk": chunk}
 
     def _told(self, total: int, to_do: int) -> AbstractContextManager[None]:
         """Until the block ends, says every few seconds how many of `total` users are done; `to_do` of them are encoded
@@ -235,8 +230,7 @@ def was_scored(runtime: Runtime, version: str) -> bool:
             or note["model"].get("scored")  # retire_model's
             for note in chain((newest,), notes)
         )
-    of_model = F.col("model_version") == version
-    return runtime.exists(USER_EMBEDDINGS) and not runtime.latest(USER_EMBEDDINGS).where(of_model).isEmpty()
+    return runtime.exists(USER_EMBEDDINGS) and not of_model(runtime.latest(USER_EMBEDDINGS), version).isEmpty()
 
 
 def check_successor(runtime: Runtime, version: str) -> None:

@@ -299,12 +299,8 @@ def delivered(place: ArrowFolder | HadoopPath, staging: Path) -> Iterator[Path]:
         TrailvecError: as `check_place`.
     """
     found = _files_of_export(place)
-    if isinstance(place, HadoopPath):
-        with published(place) as folder:
-            yield folder
-        return
-    if place.local:
-        with published(Path(place.folder)) as folder:
+    if isinstance(place, HadoopPath) or place.local:
+        with published(place if isinstance(place, HadoopPath) else Path(place.folder)) as folder:
             yield folder
         return
     folder = staging / "delivery"

@@ -27,6 +27,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from jobs.errors import TrailvecError
+from jobs.models import stacked
 from jobs.runtime import Runtime
 from jobs.segment_files import Staging, held_back, texts
 from jobs.segment_rules import (
@@ -40,10 +41,10 @@ from jobs.segment_rules import (
     read_consents,
     rules_of,
 )
-from jobs.segments import Affinity, Segment, SegmentFile, Vectors
+from jobs.segments import Affinity, Segment, SegmentFile, VectorKind
 from jobs.spark_session import in_order
 from jobs.sql import ask
-from jobs.tables import EXPORTS, ITEM_EMBEDDINGS, ITEMS, USER_EMBEDDINGS, USER_PROFILES
+from jobs.tables import EXPORTS, ITEM_EMBEDDINGS, ITEMS, USER_EMBEDDINGS, USER_PROFILES, of_model
 from jobs.user_lists import ids_of
 from spark_udfs.likeness import Anchors, Scorer, anchors_of, candidates
 from training.stores import remove_tree
@@ -72,7 +73,7 @@ class Export:
     number: int
     segment: Segment
     path: Path
-    vectors: Vectors
+    vectors: VectorKind
     id: str
 
     @property
@@ -231,17 +232,17 @@ class Selection:
                 self._exported[logged_at].update(texts(ids.filter(pa.array(~control))))
         self._marks.unpersist()
 
-    def as_of(self, kind: Vectors) -> str:
+    def as_of(self, kind: VectorKind) -> str:
         """The newest time before which the vectors of that kind know events, ISO 8601."""
         return str(self._of_model(kind).agg(F.date_format(F.max("as_of"), "yyyy-MM-dd'T'HH:mm:ssX")).collect()[0][0])
 
     # ---- Spark: who comes into question
 
-    def _of_model(self, kind: Vectors) -> DataFrame:
+    def _of_model(self, kind: VectorKind) -> DataFrame:
         """The rows of the table of that kind of vectors."""
         runtime = self._runtime
         rows = runtime.read(USER_EMBEDDINGS) if kind == "embedding" else runtime.latest(USER_PROFILES)
-        return rows_of_model(rows, self.version)
+        return of_model(rows, self.version)
 
     def _first_logged(self) -> dict[str, int]:
         """By id, when those of the exports were first logged that ever were, in microseconds.
@@ -290,14 +291,14 @@ class Selection:
             for number, part in found.groupby("segment")
         }
 
-    def _vectors(self, kind: Vectors) -> DataFrame:
+    def _vectors(self, kind: VectorKind) -> DataFrame:
         """user_id, vector, is_cold: what users are compared by."""
         if kind == "embedding":
             return self.users
         # A profile says more than which items the model knows of somebody.
         return self._of_model(kind).select("user_id", "vector", F.lit(False).alias("is_cold"))
 
-    def _look_up(self, kind: Vectors, scored: list[Export]) -> None:
+    def _look_up(self, kind: VectorKind, scored: list[Export]) -> None:
         """The anchors of segments of one kind of vectors, and the scores of a sample of the users."""
         draw, words = F.xxhash64("user_id"), self._lists.words
         sampled = F.pmod(draw, F.lit(max(1, self.everyone.total // _SAMPLE))) == 0
@@ -313,7 +314,7 @@ class Selection:
         chosen = everyone.withColumn("sampled", sampled).join(F.broadcast(seeds), "user_id", "left")
         chosen = chosen.where("sampled OR is_seed").withColumn("draw", draw)
         found = in_order(self._marked(chosen), "user_id")
-        vectors = np.stack(found["vector"].tolist()) if len(found) else np.empty((0, 1), np.float32)
+        vectors = stacked(found["vector"])
         # A profile may be of somebody who has gone since: nobody's seed, and like nobody.
         there = vectors.any(axis=1) & Marked(found[words].to_numpy()).has(self._has_vector)
         vectors, found = vectors[there], found[there]
@@ -337,7 +338,7 @@ class Selection:
             self._anchors[export.number] = anchors_of(
                 seed_list.method, vectors[used], others[:: -(-len(others) // _OTHERS) or 1], seed_list.tastes
             )
-        scores = Scorer([self._anchors[export.number] for export in scored]).all(vectors)
+        scores = Scorer([self._anchors[export.number] for export in scored]).approximate(vectors)
         for export, of_export in zip(scored, scores, strict=True):
             allowed = of_sample & marked.allowed(self._rules[export.number])
             self._sample[export.number] = np.sort(of_export[allowed])[::-1]
@@ -390,7 +391,7 @@ class Selection:
         wanted = {export.number: _is_wanted(export.segment.affinity) for export in exports if export.segment.affinity}
         for table in (ITEMS, ITEM_EMBEDDINGS):
             self._runtime.latest_version(table)  # says which stage makes it, where it is missing
-        items = rows_of_model(self._runtime.latest(ITEM_EMBEDDINGS), self.version)
+        items = of_model(self._runtime.latest(ITEM_EMBEDDINGS), self.version)
         said = self._runtime.latest(ITEMS).select("item_id", "vertical", "category", "event_count")
         named = items.join(said, "item_id", "left")
         flags = [F.coalesce(condition, F.lit(False)).alias(f"of_{number}") for number, condition in wanted.items()]
@@ -566,10 +567,6 @@ class Selection:
         of_names = np.array([numbers[name] for name in named.dictionary.to_pylist()], np.int64)
         ids = found["user_id"].cast(_IDS).combine_chunks()
         return ids, found["is_control"].to_numpy(), _rows_of(of_names[named.indices.to_numpy()])
-
-
-def rows_of_model(rows: DataFrame, version: str) -> DataFrame:
-    return rows.where(F.col("model_version") == version)
 
 
 def _rows_of(segments: npt.NDArray[np.int64]) -> dict[int, npt.NDArray[np.int64]]:

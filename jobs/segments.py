@@ -23,7 +23,7 @@ from spark_udfs.likeness import DEFAULT_METHOD, Method
 from training.config import Section
 
 Column = Literal["user_id", "score", "rank"]
-Vectors = Literal["embedding", "profile"]
+VectorKind = Literal["embedding", "profile"]
 Format = Literal["parquet", "csv.gz"]
 
 
@@ -35,7 +35,7 @@ class Seeds(UserList):
         description="nearest_seed: the highest cosine to any seed; tastes: to any centre of the seeds, clustered; "
         "classifier: to the direction that parts the seeds from other users",
     )
-    vectors: Vectors | None = Field(
+    vectors: VectorKind | None = Field(
         None,
         description="what users are compared by: user_embeddings or, far better at finding people, user_profiles; "
         "None: profiles where the current model has them (`trailvec profile_users`)",

@@ -29,7 +29,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 from jobs.config import Config
-from jobs.errors import TrailvecError, explain, first_line
+from jobs.errors import TrailvecError, told
 from jobs.runtime import Runtime
 from jobs.segment_files import KEY as EXPORT_KEY
 from jobs.sql import prepare
@@ -219,7 +219,7 @@ def _watch(runtime: Runtime, known: set[str], stopped: threading.Event) -> None:
             failing = False
         except (PySparkException, Py4JJavaError) as error:
             if not failing:
-                said = explain(error) or first_line(error)
+                said = told(error)
                 again = f"looking again every {_LOOK_AGAIN_SECONDS:g} seconds, the tables known so far are served"
                 print(f"can't see which tables there are ({said}): {again}", file=sys.stderr, flush=True)
             failing = True

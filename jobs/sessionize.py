@@ -14,14 +14,14 @@ from functools import partial
 
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
-from pyspark.sql.types import ArrayType
 
 from jobs.cli import stage_main
 from jobs.config import SessionizeSettings
+from jobs.flag_users import flagged_now
 from jobs.pruning import meeting_days, within_days
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import few_to_all, shuffle_tasks
-from jobs.tables import CONTEXT_VALUES, EVENTS, FLAGGED_USERS, SESSIONS, conform, differences
+from jobs.tables import CONTEXT_VALUES, EVENT_IN_SESSION, EVENTS, FLAGGED_USERS, SESSIONS, conform, differences
 from spark_udfs.sessionize import Rules, split_points
 from spark_udfs.sessionize import sessionize as sessionize_arrow
 
@@ -44,15 +44,14 @@ def sessionize(events: DataFrame, settings: SessionizeSettings, splits: Sequence
     Args:
         splits: `find_splits` of the same events and settings: what lies between two of them may go to another task.
     """
-    fields = _event_fields()
     in_partition = partial(
         sessionize_arrow,
         rules=_rules(settings),
-        event_fields=fields,
+        event_fields=list(EVENT_IN_SESSION),
         run_us_of_split={(split.user_id, split.event_us, split.event_id): split.run_us for split in splits},
     )
     sessions = (
-        events.select("user_id", *fields)
+        events.select("user_id", *EVENT_IN_SESSION)
         .repartition("user_id", *([_part(splits)] if splits else []))
         .sortWithinPartitions("user_id", "event_ts", "event_id")
         .mapInArrow(in_partition, SESSIONS.schema())
@@ -113,12 +112,6 @@ def _part(splits: Sequence[Split]) -> Column:
         users.append((user_id, low, high))
         low = high
     return of(users)
-
-
-def _event_fields() -> list[str]:
-    events = SESSIONS.schema()["events"].dataType
-    assert isinstance(events, ArrayType)
-    return list(events.elementType.fieldNames())  # type: ignore[attr-defined]
 
 
 def _rules(settings: SessionizeSettings) -> Rules:
@@ -204,7 +197,7 @@ def with_changes(sessions: DataFrame, changed: DataFrame) -> DataFrame:
     # An id may stand on two days (ingest.duplicates = "same_day").
     changed = changed.withColumn("day", F.to_date("event_ts"))
     there = F.col("_change_type").isin("insert", "update_postimage")
-    newest = F.max_by(F.struct("user_id", *_event_fields(), there.alias("there")), F.struct("_commit_version", there))
+    newest = F.max_by(F.struct("user_id", *EVENT_IN_SESSION, there.alias("there")), F.struct("_commit_version", there))
     last = changed.groupBy("event_id", "day").agg(newest.alias("event")).select("event.*")
     held = sessions.select("user_id", F.explode("events").alias("event")).select("user_id", "event.*")
     met = changed.select("event_id", "day").distinct()
@@ -222,7 +215,7 @@ def run(runtime: Runtime) -> None:
     changed = runtime.incremental(SESSIONS, EVENTS)
     flags = runtime.incremental(SESSIONS, FLAGGED_USERS)
     if changed is None or flags is None:
-        flagged = runtime.read(FLAGGED_USERS).select("user_id").distinct()
+        flagged = flagged_now(runtime)
         events = runtime.read(EVENTS).join(flagged, "user_id", "left_anti")
         settings, every = runtime.config.sessionize, _events_of_a_task(runtime)
         runtime.write(SESSIONS, sessionize(events, settings, find_splits(events, settings, every)))
@@ -250,14 +243,14 @@ def _events_of_a_task(runtime: Runtime) -> int:
 
 def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame, made_from: int) -> None:
     """Makes the affected sessions anew from the events they hold and from what changed."""
-    settings, fields = runtime.config.sessionize, _event_fields()
+    settings = runtime.config.sessionize
     gap_us = _rules(settings).longest_gap_us
     sessions = runtime.latest(SESSIONS)
-    flagged = runtime.read(FLAGGED_USERS).select("user_id").distinct()
+    flagged = flagged_now(runtime)
     # Users with other flags than before: all their sessions go, and those of whom no flag is left are read from events.
     turned = flags.select("user_id").distinct().localCheckpoint()
 
-    changed = changed.select("user_id", *fields, "_change_type", "_commit_version")
+    changed = changed.select("user_id", *EVENT_IN_SESSION, "_change_type", "_commit_version")
     # What is used twice is checkpointed: a commit to a table makes Delta plan everything persisted from it anew.
     changed = changed.join(flagged.union(turned), "user_id", "left_anti").localCheckpoint()
     touched = spans(changed, gap_us).localCheckpoint()
@@ -268,7 +261,7 @@ def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame, made_from: i
         back = turned.join(flagged, "user_id", "left_anti").localCheckpoint()
         if not back.isEmpty():  # all events are read for it
             again = runtime.read(EVENTS).join(back, "user_id", "left_semi")
-            events = events.unionByName(again.select("user_id", *fields))
+            events = events.unionByName(again.select("user_id", *EVENT_IN_SESSION))
         # Their rows are not read, only named.
         gone = sessions.select("session_id", "user_id", "start_ts").join(few_to_all(turned), "user_id", "left_semi")
         before = old.unionByName(gone, allowMissingColumns=True)

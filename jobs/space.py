@@ -13,8 +13,8 @@ from scipy.stats import skew, spearmanr
 
 from jobs.ranking import top_items
 from spark_udfs.alignment import mean_cosine
+from spark_udfs.topk import Vectors, unit_vectors
 
-Vectors = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 
 DEAD = 0.01  # a direction in which vectors spread less than so much of the widest is a dead dimension
@@ -23,8 +23,7 @@ _ROWS_AT_ONCE = 512
 
 def unit(vectors: Vectors) -> Vectors:
     """The vectors that are not zero, at length 1."""
-    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
-    return np.asarray(vectors[lengths > 0] / lengths[lengths > 0, None], np.float32)
+    return unit_vectors(vectors[vectors.any(axis=1)])
 
 
 def uniformity(vectors: Vectors) -> float:

@@ -92,6 +92,11 @@ def conform(df: DataFrame, table: Table) -> DataFrame:
     )
 
 
+def of_model(rows: DataFrame, version: str) -> DataFrame:
+    """The rows of one model, of a table that keeps those of several."""
+    return rows.where(F.col("model_version") == version)
+
+
 def differences(new: DataFrame, old: DataFrame, table: Table) -> DataFrame:
     """The rows of two frames of the table's columns that only one has, or that have other values under the same key:
     the key, and the structs `new` and `old`, NULL where that one has no such row."""
@@ -105,11 +110,6 @@ def differences(new: DataFrame, old: DataFrame, table: Table) -> DataFrame:
 
 # Readers ask for what changed since they last looked, and a changed row does not rewrite the file it stands in.
 _INCREMENTAL = {"delta.enableChangeDataFeed": "true", "delta.enableDeletionVectors": "true"}
-
-_EVENT_IN_SESSION = (
-    "struct<event_ts:timestamp,event_id:string,item_id:string,event_type:string,"
-    "vertical:string,amount:double,quantity:double,time_zone:string>"
-)
 
 EVENTS = Table(
     "events",
@@ -175,6 +175,9 @@ FLAGGED_USERS = Table(
     properties=_INCREMENTAL,
 )
 
+EVENT_IN_SESSION = ("event_ts", "event_id", "item_id", "event_type", "vertical", "amount", "quantity", "time_zone")
+_EVENT_TYPES = {column.name: column.type for column in EVENTS.columns}
+
 SESSIONS = Table(
     "sessions",
     "Runs of a user's events without a longer pause than the gap, cut by the rules of sessionize; events in order.",
@@ -191,7 +194,11 @@ SESSIONS = Table(
         Column("event_count", "int", "Number of events."),
         Column("verticals", "array<string>", "The verticals met, sorted, each once."),
         Column("amount", "double", "Sum of the events' amounts; NULL when none has one.", True),
-        Column("events", f"array<{_EVENT_IN_SESSION}>", "The events, in (event_ts, event_id) order."),
+        Column(
+            "events",
+            f"array<struct<{','.join(f'{name}:{_EVENT_TYPES[name]}' for name in EVENT_IN_SESSION)}>>",
+            "The events, in (event_ts, event_id) order.",
+        ),
         Column(
             "run_start_ts",
             "timestamp",

@@ -13,17 +13,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pyspark.sql import DataFrame, Window
+from pyspark.sql import Window
 from pyspark.sql import functions as F
 
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
-from jobs.evaluate import SPACE_SAMPLE
+from jobs.evaluate import item_sample
 from jobs.evaluation_page import Example, Facts, Map, Neighbour, page
 from jobs.model_folders import add_to_model, description, model_folder
+from jobs.models import stacked
 from jobs.runtime import Runtime, Stage
 from jobs.space import flat_map, unit
-from jobs.tables import EVALUATION, EXPORTS, ITEM_EMBEDDINGS, ITEMS, PROBES, USER_EMBEDDINGS
+from jobs.tables import EVALUATION, EXPORTS, ITEM_EMBEDDINGS, ITEMS, PROBES, USER_EMBEDDINGS, of_model
 from jobs.tracking import attach
 from training.checkpoint import read_about
 from training.stores import write_whole
@@ -82,9 +83,10 @@ def _facts(runtime: Runtime, folder: Path) -> Facts:
     abouts = {version: description(runtime, version) for version in by_model}
     versions = [(version, version == current, abouts[version], of) for version, of in by_model.items()]
     newest_first = sorted(versions, key=lambda of: (of[2].get("as_of", ""), of[0]), reverse=True)
-    items = _sample(runtime, folder.name).toPandas()
-    there = np.array([np.any(vector) for vector in items["vector"]], bool)  # a zero vector has no direction
-    items = items[there].reset_index(drop=True)
+    warm = of_model(runtime.read(ITEM_EMBEDDINGS), folder.name).where("NOT is_cold")
+    items = item_sample(runtime, warm, "item_id", "item_name", "vertical", "target_count", "vector")
+    # A zero vector has no direction.
+    items = items[stacked(items["vector"]).any(axis=1)].reset_index(drop=True)
     users = _users(runtime, folder.name)
     return Facts(
         fingerprint=runtime.fingerprint,
@@ -101,21 +103,12 @@ def _facts(runtime: Runtime, folder: Path) -> Facts:
     )
 
 
-def _sample(runtime: Runtime, version: str) -> DataFrame:
-    """About SPACE_SAMPLE items with their vectors, in the order of a hash of the id; first those that are shown."""
-    vectors = runtime.read(ITEM_EMBEDDINGS).where((F.col("model_version") == version) & ~F.col("is_cold"))
-    items = vectors.join(runtime.read(ITEMS).where("target_count > 0"), ["item_id", "item_index"])
-    columns = ["item_id", "item_name", "vertical", "target_count", "vector"]
-    drawn = items.orderBy(F.xxhash64("item_id"), "item_id").limit(SPACE_SAMPLE).select(*columns)
-    return drawn.orderBy(F.xxhash64("item_id"), "item_id")
-
-
 def _users(runtime: Runtime, version: str) -> pd.DataFrame:
     """vector, segment (None: of everybody) of the users to show; none where the model has no users or no exports."""
     if not (runtime.exists(USER_EMBEDDINGS) and runtime.exists(EXPORTS)):
         return pd.DataFrame({"vector": [], "segment": []})
-    vectors = runtime.latest(USER_EMBEDDINGS).where((F.col("model_version") == version) & ~F.col("is_cold"))
-    log = runtime.latest(EXPORTS).where(F.col("model_version") == version)
+    vectors = of_model(runtime.latest(USER_EMBEDDINGS), version).where("NOT is_cold")
+    log = of_model(runtime.latest(EXPORTS), version)
     exports = log.groupBy("segment", "export_id").agg(F.max("exported_at").alias("at"), F.count("*").alias("members"))
     newest = F.max_by(F.struct("export_id", "members"), F.struct("at", "export_id"))
     last = exports.groupBy("segment").agg(newest.alias("last")).select("segment", "last.*")
@@ -144,7 +137,7 @@ def _probes(runtime: Runtime, version: str) -> list[dict[str, Any]]:
     """The model's rows of the table that `trailvec probe` makes; none where it never ran."""
     if not runtime.exists(PROBES):
         return []
-    rows = runtime.latest(PROBES).where(F.col("model_version") == version).orderBy(*PROBES.key).collect()
+    rows = of_model(runtime.latest(PROBES), version).orderBy(*PROBES.key).collect()
     return [row.asDict() for row in rows]
 
 

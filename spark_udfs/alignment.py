@@ -12,6 +12,7 @@ from pyspark.sql import DataFrame
 
 from spark_udfs.arrow import matrix_of
 from spark_udfs.topk import Metric, Vectors, top_k
+from spark_udfs.vectors import cosine_similarity
 
 Matrix = npt.NDArray[np.float64]
 _QUERIES_AT_ONCE = 256
@@ -50,10 +51,7 @@ def rotation_of(products: Matrix) -> Matrix:
 
 def row_cosines(one: Vectors, other: Vectors) -> Matrix:
     """Of each row and its like, float64 [rows]; NaN where one of the two is zeros, which have no direction."""
-    a, b = one.astype(np.float64), other.astype(np.float64)
-    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    with np.errstate(invalid="ignore"):
-        return np.asarray(np.where(lengths > 0, (a * b).sum(axis=1) / lengths, np.nan))
+    return cosine_similarity(one.astype(np.float64), other.astype(np.float64))
 
 
 def mean_cosine(one: Vectors, other: Vectors) -> float:

@@ -18,6 +18,7 @@ import pyarrow as pa
 from pyspark.sql import DataFrame
 
 from spark_udfs.arrow import matrix_of
+from spark_udfs.ragged import ranges
 from spark_udfs.topk import Metric, Numbers, Vectors, pair_scores, polar, unit_vectors
 from spark_udfs.vectors import norm
 
@@ -151,7 +152,7 @@ class Scorer:
             segments = [number for number, of in enumerate(anchors) if of.metric == metric]
             self._groups += [_group(metric, some, anchors) for some in _together(segments, anchors)]
 
-    def all(self, users: Vectors) -> npt.NDArray[np.float32]:
+    def approximate(self, users: Vectors) -> npt.NDArray[np.float32]:
         """About the scores, but for roundings: [segments, users]; no vector may be zero."""
         _, lengths, unit = polar(users)
         found = np.empty((self._count, len(users)), np.float32)
@@ -177,7 +178,8 @@ class Scorer:
                 place, row = np.divmod(np.flatnonzero(best >= needed), best.shape[1])
                 if not len(row):
                     continue
-                pair, anchor = _ranges(group.first[place], group.counts[place])
+                pair = np.repeat(np.arange(len(row)), group.counts[place])
+                _, anchor = ranges(group.first[place], group.first[place] + group.counts[place])
                 near = products[anchor, row[pair]] >= best[place, row][pair] - margin
                 pair, anchor, row = pair[near], anchor[near], row + some.start
                 scores = group.exact(exact, lengths, row[pair], anchor)
@@ -206,12 +208,6 @@ def _group(metric: Metric, segments: list[int], anchors: Sequence[Anchors]) -> _
         np.concatenate(prepared).astype(np.float32),
         divided_by,
     )
-
-
-def _ranges(first: Rows, counts: Rows) -> tuple[Rows, Rows]:
-    """Ranges of `counts` numbers from `first` on, laid end to end: which range each number is of, and the number."""
-    of = np.repeat(np.arange(len(counts)), counts)
-    return of, np.arange(len(of)) + (first - np.cumsum(counts) + counts)[of]
 
 
 def _together(segments: Iterable[int], anchors: Sequence[Anchors]) -> list[list[int]]:

@@ -28,6 +28,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql.functions import udtf
 
 from jobs.errors import TrailvecError
+from spark_udfs.arrow import matrix_of
 from spark_udfs.topk import Ids, Metric, Vectors, keep_best, top_k
 from training.urls import file_of_table
 
@@ -85,9 +86,8 @@ class VectorTable:
 
 def _block(batch: pa.RecordBatch) -> Block:
     ids = batch.column(0).to_numpy(zero_copy_only=False).astype(np.str_)
-    vectors = batch.column(1).flatten().to_numpy(zero_copy_only=False).reshape(len(ids), -1)
     order = np.argsort(ids)
-    return ids[order], vectors[order]
+    return ids[order], matrix_of(batch.column(1))[order]
 
 
 def nearest(
@@ -125,7 +125,9 @@ def current_model(tables: Path) -> str:
     return str(versions[0])
 
 
-def _table_function(name: str, root: Path, version: str | None, kind: str, metric: Metric) -> Any:
+def _table_function(name: str, root: Path, version: str | None) -> Any:
+    kind, metric = TABLE_FUNCTIONS[name]
+
     class Nearest:
         def __init__(self) -> None:
             self._tables: tuple[VectorTable, VectorTable] | None = None
@@ -148,7 +150,7 @@ def _table_function(name: str, root: Path, version: str | None, kind: str, metri
     return udtf(Nearest, returnType=f"rank int, {kind}_id string, score float")
 
 
-TABLE_FUNCTIONS = ("nearest_items", "nearest_users")
+TABLE_FUNCTIONS: dict[str, tuple[str, Metric]] = {"nearest_items": ("item", "dot"), "nearest_users": ("user", "cosine")}
 
 
 def register(spark: SparkSession, root: Path, version: str | None) -> None:
@@ -158,5 +160,5 @@ def register(spark: SparkSession, root: Path, version: str | None) -> None:
         root: the folder that holds tables and models; each worker must see it.
         version: the model; None: the one that is current when a task begins.
     """
-    spark.udtf.register("nearest_items", _table_function("nearest_items", root, version, "item", "dot"))
-    spark.udtf.register("nearest_users", _table_function("nearest_users", root, version, "user", "cosine"))
+    for name in TABLE_FUNCTIONS:
+        spark.udtf.register(name, _table_function(name, root, version))

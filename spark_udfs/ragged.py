@@ -20,3 +20,9 @@ def distinct(rows: Int64, values: Int64, count: int) -> tuple[Int64, Int64]:
     base = int(values.max(initial=0)) + 1
     pairs = np.unique(rows * base + values)
     return np.searchsorted(pairs, np.arange(count + 1) * base), pairs % base
+
+
+def ranges(start: Int64, stop: Int64) -> tuple[Int64, Int64]:
+    """Where each range begins when all are laid end to end, [rows + 1], and the places that they hold."""
+    offsets: Int64 = np.concatenate(([0], np.cumsum(stop - start)))
+    return offsets, np.repeat(start - offsets[:-1], stop - start) + np.arange(int(offsets[-1]))

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from spark_udfs.ragged import distinct
+from spark_udfs.ragged import distinct, ranges
 from training.batches import FEATURES, MAX_GAP_BUCKET, SAME_MOMENT, SESSION_END
 
 SPLITS = ("train", "valid", "test", "score")
@@ -223,15 +223,15 @@ def _to_batch(rows: list[_Rows], history: _History, rules: CutRules, seen: _Seen
         cut_us = np.array([rules.valid_us, rules.valid_us, rules.test_us, 0])[split]
         as_of = np.where(split == SPLITS.index("score"), as_of, cut_us)
 
-    offsets, places = _ranges(start, stop)
+    offsets, places = ranges(start, stop)
     inputs = {name: history.columns[name][places] for name in FEATURES}
     # At the cut nobody knows whether the session goes on: the newest action always stands for its end, so that the
     # state there asks what comes in the next session. (The true value would tell about events after the cut.)
     inputs["session_end"][offsets[1:][part == 0] - 1] = SESSION_END
 
-    target_offsets, places = _ranges(*_together(of.targets for of in rows))
+    target_offsets, places = ranges(*_together(of.targets for of in rows))
     targets = history.predicted[places]
-    known_offsets, places = _ranges(*_together(of.seen for of in rows))
+    known_offsets, places = ranges(*_together(of.seen for of in rows))
     row_of_known = np.repeat(np.arange(len(split)), np.diff(known_offsets))
     items = history.columns["item_index"]
     known = items[history.predicted[places]].astype(np.int64)
@@ -262,12 +262,6 @@ def _to_batch(rows: list[_Rows], history: _History, rules: CutRules, seen: _Seen
             "seen_item_index": lists(known_offsets, pa.array(known, pa.int32()), unasked),
         }
     )
-
-
-def _ranges(start: Int64, stop: Int64) -> tuple[Int64, Int64]:
-    """Where each range begins when all are laid end to end, [rows + 1], and the places that they hold."""
-    offsets: Int64 = np.concatenate(([0], np.cumsum(stop - start)))
-    return offsets, np.repeat(start - offsets[:-1], stop - start) + np.arange(int(offsets[-1]))
 
 
 def _together(ranges: Iterable[tuple[Int64, Int64]]) -> tuple[Int64, Int64]:

@@ -20,7 +20,6 @@ import pyarrow.compute as pc
 from spark_udfs.ragged import distinct
 
 Int64 = npt.NDArray[np.int64]
-Bool = npt.NDArray[np.bool_]
 
 Key = tuple[str, int, str]  # user_id, event_ts in microseconds, event_id: an id alone may stand on many days
 

@@ -424,9 +424,7 @@ class _Queries:
         counts = block.field("left_out_counts").flatten().to_numpy()
         once = names.dictionary.to_numpy(zero_copy_only=False).astype(np.str_)
         self._left_out, self._which = once, names.indices.to_numpy()
-        by_name = np.argsort(self._which, kind="stable")
-        self._rows = np.repeat(np.arange(len(counts)), counts)[by_name]
-        self._which = self._which[by_name]
+        self._rows = np.repeat(np.arange(len(counts)), counts)
 
     def meet(self, block: pa.StructArray) -> None:
         ids, vectors = _unpack(block)

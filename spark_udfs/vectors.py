@@ -189,16 +189,11 @@ def _stack(vectors: Series, rows: npt.NDArray[np.intp]) -> Vectors:
 _EUCLIDEAN = Series([2.0])
 
 
-def _cosine_similarity(a: Series, b: Series) -> Series:
-    return pairwise("vector_cosine_similarity", cosine_similarity, a, b)
+def _of_pairs(name: str, function: Callable[[Vectors, Vectors], Numbers]) -> Callable[[Series, Series], Series]:
+    def of_columns(a: Series, b: Series) -> Series:
+        return pairwise(name, function, a, b)
 
-
-def _inner_product(a: Series, b: Series) -> Series:
-    return pairwise("vector_inner_product", inner_product, a, b)
-
-
-def _l2_distance(a: Series, b: Series) -> Series:
-    return pairwise("vector_l2_distance", l2_distance, a, b)
+    return of_columns
 
 
 def _norm(vector: Series, degree: Series = _EUCLIDEAN) -> Series:
@@ -219,19 +214,15 @@ def _sum(vectors: Series) -> Any:
     return total("vector_sum", lambda stacked: stacked.sum(axis=0), vectors)
 
 
-def _top_k(id: Series, vector: Series, query: Series, k: Series) -> Any:
-    return top_k(id, vector, query, k)
-
-
 FUNCTIONS: dict[str, tuple[Callable[..., Any], str]] = {
-    "vector_cosine_similarity": (_cosine_similarity, "float"),
-    "vector_inner_product": (_inner_product, "float"),
-    "vector_l2_distance": (_l2_distance, "float"),
+    "vector_cosine_similarity": (_of_pairs("vector_cosine_similarity", cosine_similarity), "float"),
+    "vector_inner_product": (_of_pairs("vector_inner_product", inner_product), "float"),
+    "vector_l2_distance": (_of_pairs("vector_l2_distance", l2_distance), "float"),
     "vector_norm": (_norm, "float"),
     "vector_normalize": (_normalize, "array<float>"),
     "vector_avg": (_avg, "array<float>"),
     "vector_sum": (_sum, "array<float>"),
-    "vector_top_k": (_top_k, "array<string>"),
+    "vector_top_k": (top_k, "array<string>"),
 }
 
 

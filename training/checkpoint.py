@@ -150,7 +150,7 @@ class ItemVectors:
 
     def __init__(self, weights: Path) -> None:
         """Raises TrailvecError: the file is missing or damaged."""
-        with _open(weights, "pt") as file:
+        with _open(weights) as file:
             try:
                 self._own = file.get_tensor("table.own.weight")
                 self._counts = file.get_tensor("item_counts")
@@ -203,7 +203,7 @@ def read_tensors(weights: Path) -> dict[str, torch.Tensor]:
     Raises:
         TrailvecError: the file is missing or damaged.
     """
-    with _open(weights, "pt") as file:
+    with _open(weights) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
 
 
@@ -328,9 +328,9 @@ def _name(epoch: int, step: int) -> str:
     return f"{epoch:05}-{step:010}"
 
 
-def _open(path: Path, framework: str) -> Any:
+def _open(path: Path) -> Any:
     try:
-        return safe_open(path, framework)
+        return safe_open(path, "pt")
     except (FileNotFoundError, SafetensorError, OSError) as error:
         raise _damaged(path.parent, f"{path.name} can't be read ({error})") from None
 

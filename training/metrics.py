@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +10,7 @@ import numpy.typing as npt
 Integers = npt.NDArray[np.integer[Any]]
 
 HISTORY_FROM = (1, 5, 20, 100)  # actions: the lower bounds of the classes that metrics are also given for
-
-
-def class_names(lows: Sequence[int]) -> list[str]:
-    """Of classes of whole numbers by their lower bounds: 1-4, 5-19, ..., 100+."""
-    return [*(f"{low}-{high - 1}" for low, high in itertools.pairwise(lows)), f"{lows[-1]}+"]
+HISTORY_NAMES = ("1-4", "5-19", "20-99", "100+")
 
 
 def metrics_by_class(

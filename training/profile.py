@@ -213,11 +213,6 @@ def _parts(
     }
 
 
-def fit_items(counts: Counts, most: int) -> Terms:
-    """The items that count, `most` of them at most; counts as those of `Basis.profiles`."""
-    return Terms.fit(counts, most, presence=True)
-
-
 def fit_basis(
     states: Floats,
     counts: Mapping[str, Counts],
@@ -236,7 +231,7 @@ def fit_basis(
     Args:
         states, counts: as in `Basis.profiles`.
         names: of the statistics.
-        items: `fit_items` of the same counts.
+        items: `Terms.fit` of the same counts, by presence.
         item_names: of those items, in the order of their numbers; "" where one has none.
         before: statistics of some of the users as they were once, [users once, statistics].
         since: the logarithms of 1 and the days on which they acted since then, [users once, horizons].

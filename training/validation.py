@@ -10,7 +10,7 @@ import torch
 
 from training import dist
 from training.data import Held, to_batch, to_device
-from training.metrics import HISTORY_FROM, class_names, metrics_by_class, rank_metrics
+from training.metrics import HISTORY_FROM, HISTORY_NAMES, metrics_by_class, rank_metrics
 from training.model import SequenceModel
 from training.scoring import fast_encoder
 
@@ -58,7 +58,7 @@ def validate(  # noqa: PLR0917 - all of it is what is ranked
     return {
         "recall@10": everyone["recall@10"],
         "ndcg@10": everyone["ndcg@10"],
-        "by_history": {name: found for name, found in zip(class_names(HISTORY_FROM), of_class, strict=True) if found},
+        "by_history": {name: found for name, found in zip(HISTORY_NAMES, of_class, strict=True) if found},
         "by_vertical": {name: found for name, found in zip(verticals, of_vertical, strict=True) if found},
     }
 

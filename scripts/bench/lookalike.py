@@ -110,7 +110,7 @@ def alike(vectors: Matrix, seed: Matrix) -> dict[str, Matrix]:
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     anchors = {method: anchors_of(method, vectors[seed], vectors[~seed], TASTES) for method in METHODS}
     mean = Anchors(unit[seed].mean(axis=0, keepdims=True).astype(np.float32), "cosine")
-    return dict(zip([*anchors, "mean"], Scorer([*anchors.values(), mean]).all(vectors), strict=True))
+    return dict(zip([*anchors, "mean"], Scorer([*anchors.values(), mean]).approximate(vectors), strict=True))
 
 
 def scores_of(vectors: Matrix, profiles: Matrix, rfm: Matrix, counts: csr_matrix, seed: Matrix) -> dict[str, Matrix]:

@@ -49,7 +49,7 @@ def test_who_reaches_a_floor(at_once: int, monkeypatch: pytest.MonkeyPatch) -> N
     expected = np.where(true >= floors[:, None], true, np.nan)
     assert np.array_equal(found, expected, equal_nan=True)
     assert np.isfinite(found).sum(axis=1).tolist()[4] == 200
-    assert np.allclose(scorer.all(users), true, rtol=1e-4, atol=1e-6)
+    assert np.allclose(scorer.approximate(users), true, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("metric", ["dot", "cosine"])

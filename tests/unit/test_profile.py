@@ -14,7 +14,7 @@ from jobs.config import ProfileSettings
 from jobs.errors import TrailvecError
 from jobs.profile_users import too_late
 from spark_udfs.profile import counts_of
-from training.profile import PARTS, WEIGHTS, Basis, Terms, fit_basis, fit_items, read_basis, write_basis
+from training.profile import PARTS, WEIGHTS, Basis, Terms, fit_basis, read_basis, write_basis
 
 USERS = 60
 
@@ -30,7 +30,7 @@ def sample() -> tuple[np.ndarray, dict[str, sp.csr_matrix]]:
 
 
 def fitted(states: np.ndarray, counts: dict[str, sp.csr_matrix], most: int = 100) -> Basis:
-    items = fit_items(counts["items"], most)
+    items = Terms.fit(counts["items"], most, presence=True)
     names = [f"{('red', 'green', 'blue')[n % 3]} item, no {n} of many" for n in range(len(items.numbers))]
     names[0] = ""  # has none
     once = counts["statistics"] + sp.csr_matrix([[1.0, 2, 0]] * len(states))
@@ -147,7 +147,7 @@ def test_words_of_names_by_hand() -> None:
         np.ones((3, 1), np.float32),
         {"items": items, "categories": items, "statistics": items},
         names=(),
-        items=fit_items(items, 9),
+        items=Terms.fit(items, 9, presence=True),
         item_names=["Oat milk, 1 L", "oat 1 Flakes", "Milch-Kaffee x milch 12"],
         before=items[:0],
         since=np.empty((0, 2)),
