@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime, timezone
+from itertools import takewhile
 from typing import Any
 
 from rich.table import Table as Grid
@@ -32,13 +33,12 @@ def audit(runtime: Runtime, table: str | None = None, since: datetime | None = N
     """
     if since is not None and since.tzinfo is None:
         since = since.replace(tzinfo=timezone.utc)
-    found = [
-        _entry(one.name, commit)
-        for one in TABLES
-        if table in (None, one.name)
-        for commit in runtime.commits(one)
-        if since is None or commit.committed_at >= since.timestamp()
-    ]
+
+    def is_newer(commit: Commit) -> bool:
+        return since is None or commit.committed_at >= since.timestamp()
+
+    tables = [one for one in TABLES if table in (None, one.name)]
+    found = [_entry(one.name, commit) for one in tables for commit in takewhile(is_newer, runtime.commits(one))]
     return sorted(found, key=lambda entry: (entry["at"], entry["table"], entry["version"]), reverse=True)
 
 

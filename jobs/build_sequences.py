@@ -199,7 +199,9 @@ def run(runtime: Runtime) -> None:
     cuts = cut_times(sessions, settings, "end_ts")
     fixed = settings.split_by == "leave_one_out" or (settings.valid_from and settings.test_from)
     changes = runtime.incremental(SEQUENCES, SESSIONS) if fixed else None
-    old_items, old_values = runtime.previous(SEQUENCES, ITEMS), runtime.previous(SEQUENCES, CONTEXT_VALUES)
+    # (Where all is made anew anyway, nobody needs to hear that these are gone.)
+    old_items = None if changes is None else runtime.previous(SEQUENCES, ITEMS)
+    old_values = None if changes is None else runtime.previous(SEQUENCES, CONTEXT_VALUES)
     if changes is None or old_items is None or old_values is None:
         sequences = build_sequences(number_actions(sessions, items, values), cuts, settings)
         # Files of like size, as many as the rows want, in an order that has nothing to do with the users.

@@ -149,7 +149,8 @@ def _mapped(raw: DataFrame, mapping: Input, source: str) -> DataFrame:
         *[numbers.get(n, missing).alias(_as_given(n)) for n in _NUMBERS],
         _time(event_ts, event_ts_type, columns.event_ts).alias("event_ts"),
         _text_unless(raw, event_ts, _TIME_TYPES).isNotNull().alias("has_event_ts"),
-        F.col(REST).alias("attributes"),
+        # An empty map is none: a new column that is blank makes no other event.
+        F.when(F.size(REST) > 0, F.col(REST)).alias("attributes"),
         F.coalesce(F.when(F.col(BROKEN), F.lit(BROKEN_ROW)), *own_rules).alias("own_reason"),
         F.coalesce(F.lit(None).cast("string"), *bad_types).alias("bad_type"),
         ids["user_id"].alias("is_no_user"),

@@ -148,7 +148,7 @@ class FlagUsersSettings(Section):
     events_per_minute: int = Field(1_000, ge=1, le=10**9, description="more events than this in one minute")
     events_per_day: int = Field(20_000, ge=1, le=10**9, description="more events than this in one day (UTC)")
     constant_interval_events: int = Field(
-        200, ge=3, le=10**9, description="at least this many events of one day in step, the same time from each to the next"
+        200, ge=3, le=10**9, description="at least this many events of one day, the same time from each to the next"
     )
     test_accounts: list[LikePattern] = Field(
         default_factory=list, description="SQL LIKE patterns of user ids ('qa-%'); a user that matches one is caught"

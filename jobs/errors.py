@@ -10,7 +10,13 @@ class TrailvecError(Exception):
 
 
 # A file of a Delta table of ours, by its place and the names that Delta gives: the table, and the file in its folder.
-_OWN_FILE = r"/tables/(\w+)/((?:[^\n]*/)?(?:part|cdc)-\d{5}-[0-9a-f-]{36}\S*?\.parquet)"
+_FILE = r"/((?:[^\n]*/)?(?:part|cdc)-\d{5}-[0-9a-f-]{36}\S*?\.parquet)"
+_MADE_AGAIN = (
+    "flagged_users|sessions|sequences|item_embeddings|user_embeddings|user_profiles|neighbours|evaluation|probes"
+)
+_ONLY_HERE = "events|rejected_events|items|context_values|current_model|exports|erasures|erased_users"
+_OWN_FILE = rf"/tables/({_MADE_AGAIN}|{_ONLY_HERE}){_FILE}"
+_DAMAGED = r"(?: is not a Parquet file|\. Please)"
 
 # (what Spark's message holds, what to tell the user); {0} is the first group of the pattern.
 _SPARK_MESSAGES = (
@@ -28,9 +34,14 @@ _SPARK_MESSAGES = (
         "{0}: Hadoop reads no file with a colon in its name, nor a pattern's files beside it: rename it",
     ),
     (
-        _OWN_FILE + r"(?: is not a Parquet file|\. Please)",
+        rf"/tables/({_MADE_AGAIN}){_FILE}{_DAMAGED}",
         "{1} of table {0} is damaged: put it back from a backup (never delete it alone), or move the table's folder "
         "away and run the stage that makes it",
+    ),
+    (
+        _OWN_FILE + _DAMAGED,
+        "{1} of table {0} is damaged: put it back from a backup (never delete it alone, nor move the table away: what "
+        "it says stands nowhere else)",
     ),
     (
         r"Could not read footer for file: (\S+?)\. Please",
@@ -129,7 +140,7 @@ _SPARK_MESSAGES = (
     ),
     (
         # Java's own, a Python worker's end, the driver's JVM gone (by py4j alone, who asks it), a container's on YARN.
-        r"OutOfMemoryError|exited unexpectedly \(crashed\)|Answer from Java side is empty|"
+        r"java\.lang\.OutOfMemoryError|exited unexpectedly \(crashed\)|Answer from Java side is empty|"
         r"^\[Errno 111\] Connection refused$|Exit status: (?:137|143)",
         "a process of Spark's was lost or ran out of memory: give spark.driver.memory or spark.executor.memory (and "
         "memoryOverhead) more (docs/sizing.md), and run this stage again; nothing already committed is lost",

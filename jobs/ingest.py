@@ -69,7 +69,7 @@ def mark_duplicates(records: DataFrame, duplicates: str) -> DataFrame:
     """
     is_event = F.col("reason").isNull()
     # Map columns have no hash; xxhash64 skips NULLs, so that each is marked.
-    # A map of nothing is none: a new column that is blank makes no other event.
+    # Older code kept empty maps (checked_records.py); these are no other events.
     comparable = [
         F.when(F.size(c.name) > 0, F.sort_array(F.map_entries(c.name))) if c.type.startswith("map") else F.col(c.name)
         for c in EVENTS.columns
@@ -261,15 +261,15 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
         started = time.monotonic()
         try:
             if mapping.kafka is not None:
-                raw = read_topic(records, mapping, _data_dir(runtime))
+                raw = read_topic(records, mapping, _data_dir(runtime, mapping))
             else:
-                folder = folder_of(_data_dir(runtime), str(mapping.path))
+                folder = folder_of(_data_dir(runtime, mapping), str(mapping.path))
                 found = {row["path"]: row["length"] for row in records.collect() if is_data(row["path"], folder)}
                 runtime.on_progress(f"{name}: batch {batch_number}, reading {decimal(sum(found.values()))}")
                 _check_gzip(found)
                 few = len(found) < spark.sparkContext.defaultParallelism
                 spread = few and max(found.values(), default=0) > _ONE_TASK
-                raw = read_raw(spark, mapping, _data_dir(runtime), sorted(found), spread) if found else []
+                raw = read_raw(spark, mapping, _data_dir(runtime, mapping), sorted(found), spread) if found else []
             if raw:
                 query = json.loads((checkpoint / "metadata").read_text())["id"]
                 before = runtime.report.rows_in["records"]
@@ -291,7 +291,9 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
             raise failed[0] from None
         raise TrailvecError(f"{name}: {told(error)}") from error
     again.unlink(missing_ok=True)
-    runtime.report.notes += [f"{read[reason]:,} {what} dropped" for reason, what in _NO_REFUSAL.items() if read[reason]]
+    runtime.report.notes += [
+        f"{name}: {read[reason]:,} {what} dropped" for reason, what in _NO_REFUSAL.items() if read[reason]
+    ]
 
 
 def _check_gzip(found: dict[str, int]) -> None:
@@ -316,7 +318,7 @@ def _has_refused(runtime: Runtime, source: Source) -> bool:
 
 def _listing(spark: SparkSession, mapping: Input, runtime: Runtime) -> DataFrame:
     """The names of the input's files, as a stream; by its checkpoint Spark tells which of them are new."""
-    given = _data_dir(runtime) / str(mapping.path)
+    given = _data_dir(runtime, mapping) / str(mapping.path)
     path = file_url(str(given))
     if given.is_file():
         # Spark's stream takes a folder or a pattern, not a file. For a name in braces Hadoop looks at that file alone;
@@ -403,10 +405,13 @@ def _refuse_ids_of_several_days(runtime: Runtime) -> None:
         )
 
 
-def _data_dir(runtime: Runtime) -> Place:
+def _data_dir(runtime: Runtime, mapping: Input) -> Place:
+    """Raises TrailvecError: a path of the mapping begins there, and Spark would take it for a pattern."""
     data_dir = runtime.place_of(runtime.config.ingest.data_dir)
     place = data_dir.absolute() if isinstance(data_dir, Path) else data_dir
-    if wild := re.search(r"[][{}*?\\]", str(place)):
+    paths = [path for path in (mapping.path, *(lookup.path for lookup in mapping.lookups)) if path]
+    is_used = any(str(place / path).startswith(f"{place}/") for path in paths)
+    if is_used and (wild := re.search(r"[][{}*?\\]", str(place))):
         raise TrailvecError(
             f"ingest.data_dir = {place}, a path with {wild[0]}, which Spark takes for a pattern of names: choose one "
             "without it"
@@ -417,7 +422,7 @@ def _data_dir(runtime: Runtime) -> Place:
 def _files(runtime: Runtime, source: Source, mapping: Input) -> list[tuple[str, int, int]]:
     """As `find_inputs`, of an input's own files; none where they were read before, and are all taken away since. (A
     folder that is gone itself may be a disk that is not mounted.)"""
-    data_dir, path = _data_dir(runtime), str(mapping.path)
+    data_dir, path = _data_dir(runtime, mapping), str(mapping.path)
     try:
         return find_inputs(runtime.spark, data_dir, path)
     except TrailvecError:
@@ -437,7 +442,7 @@ def inputs(runtime: Runtime) -> dict[str, Any]:
         for mapping in source.input:
             files += _files(runtime, source, mapping) if mapping.path else []
             for lookup in mapping.lookups:
-                files += find_inputs(runtime.spark, _data_dir(runtime), lookup.path)
+                files += find_inputs(runtime.spark, _data_dir(runtime, mapping), lookup.path)
             if mapping.kafka is not None:
                 mappings[path] += f"# {time.time()}"  # a topic is asked each time
     return {"mappings": mappings, "files": sorted(set(files))}

@@ -262,7 +262,7 @@ def features_of(
     asked = F.broadcast(runtime.spark.createDataFrame(pd.DataFrame({"user_id": labelled})))
     of_asked = visible.join(asked, "user_id")
 
-    def stacked(rows: DataFrame) -> Matrix:
+    def of_labelled(rows: DataFrame) -> Matrix:
         """Of who has nothing before their cut zeros."""
         found = rows.toPandas()
         known = dict(zip(found["user_id"], found["vector"], strict=True))
@@ -273,8 +273,8 @@ def features_of(
     told, numbers = statistics(visible, targets).persist(), item_numbers(runtime)
     basis = fit(runtime, visible, encoded, numbers=numbers, told=told)
     encoded_asked, told_asked = encoded.join(asked, "user_id"), numbered(told.join(asked, "user_id"), basis.names)
-    profile = stacked(profiles(profile_rows(of_asked, encoded_asked, numbers, told_asked), basis))
-    vector = stacked(encoded_asked.select("user_id", "vector"))
+    profile = of_labelled(profiles(profile_rows(of_asked, encoded_asked, numbers, told_asked), basis))
+    vector = of_labelled(encoded_asked.select("user_id", "vector"))
     by_hand = matrix(aggregates(of_asked, runtime.read(ITEMS)).toPandas(), labelled, "name", "value").toarray()
     five = rfm(of_asked, targets).toPandas().set_index("user_id").reindex(labelled)
     numbers_of = five.fillna({"recency": five["recency"].max()}).fillna(0.0).to_numpy(np.float64)

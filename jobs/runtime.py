@@ -33,8 +33,10 @@ from jobs.tables import CURRENT_MODEL, Table, conform
 
 _PACKAGES = ("jobs", "spark_udfs", "training")
 # Spark settings that no commit and no manifest may show, by their names and, as Spark does it, by their values (Java's
-# options may hold a password); the pattern is spark.redaction.regex's default, and the keys of Azure and Google.
-_SECRET = re.compile(r"(?i)secret|password|token|credential|(access|account|private)[.]?key")
+# options may hold a password); the pattern is spark.redaction.regex's default, and what Azure, Google and S3 call keys.
+_SECRET = re.compile(
+    r"(?i)secret|password|token|credential|(access|account|private|encryption)[.]?key|client-provided-key|[.]sas[.]|[?&]sig="
+)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,9 @@ in `exclude`. What each key means stands here, at the key.
 
 from __future__ import annotations
 
-import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -21,6 +19,7 @@ from jobs.config import UserList, no_home, parse, read_toml, shipped
 from jobs.errors import TrailvecError
 from spark_udfs.likeness import DEFAULT_METHOD, Method
 from training.config import Section
+from training.urls import holds_secret
 
 Column = Literal["user_id", "score", "rank"]
 VectorKind = Literal["embedding", "profile"]
@@ -148,12 +147,7 @@ class Segment(Section):
 
     @model_validator(mode="after")
     def _no_secret(self) -> Segment:
-        place = urlsplit(self.destination or "")
-        # abfss://container@account…: what stands there for a user is no secret.
-        user = None if place.scheme in ("abfs", "abfss") else place.username
-        # (A secret may hold a slash, where the host would end.)
-        named = place.scheme and re.search(r"//[^@]*:[^@]*@", self.destination or "")
-        if user or place.password or named or "key" in place.query.lower():
+        if holds_secret(self.destination or ""):
             raise ValueError("destination holds credentials: leave them to the environment")
         return self
 

@@ -57,7 +57,7 @@ def query(runtime: Runtime, text: str) -> DataFrame:
 def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
     """`query` of a text from a file that is only to ask: a statement that writes, drops or sets is refused, and so is a
     query that starts programs (TRANSFORM) or calls Java, which can read the keys in the environment, or one that draws
-    by chance or takes any rows (LIMIT without ORDER BY), whose answer is another one each time or once files are packed.
+    by chance or takes any rows (LIMIT without ORDER BY), whose answer is another one each time or over packed files.
 
     Args:
         where: what the error calls it.

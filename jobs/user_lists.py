@@ -127,7 +127,8 @@ def ids_of(rows: DataFrame, where: str, name: str = "user_id") -> DataFrame:
     """
     if name not in rows.columns:
         raise TrailvecError(f"{where} gives {', '.join(rows.columns) or 'nothing'}: it needs a column {name}")
-    return rows.select(as_ids(rows, where, name)).where(f"{name} <> ''")
+    ids = as_ids(rows, where, name)
+    return rows.select(ids).where(f"{name} <> ''")
 
 
 def as_ids(rows: DataFrame, where: str, name: str = "user_id") -> Column:

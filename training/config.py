@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from training.urls import holds_secret
+
 
 def _no_number(value: Any) -> Any:
     """Pydantic takes a number, digits in quotes too, for seconds since 1970: 20111101 would be a day in 1970."""
@@ -166,6 +168,10 @@ class TrainSettings(Network):
             raise ValueError(f"gpt2 only looks back, found objective {self.objective!r}, which looks both ways")
         if self.objective == "plm" and self.architecture != "xlnet":
             raise ValueError(f"plm needs architecture 'xlnet', found {self.architecture!r}")
+        if holds_secret(self.tracking_uri):
+            raise ValueError(
+                "tracking_uri holds credentials: leave them to MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
         if self.loss == "gbce" and not self.negatives:
             raise ValueError("gbce needs negatives, found 0")
         if self.loss == "gbce" and self.negative_power:

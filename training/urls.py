@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 
 def local_path(place: str) -> str | None:
@@ -33,6 +33,16 @@ def file_of_table(uri: str) -> str:
     """A data file's place, of what delta-rs and Spark say: there the path is a URL's (a space is %20), and Petastorm
     takes it as it stands."""
     return unquote(uri)
+
+
+def holds_secret(place: str) -> bool:
+    """Whether a URL holds what belongs into the environment: a user or password, a key."""
+    parts = urlsplit(place)
+    # abfss://container@account…: what stands there for a user is no secret.
+    user = None if parts.scheme in ("abfs", "abfss") else parts.username
+    # (A secret may hold a slash, where the host would end.)
+    named = parts.scheme and re.search(r"//[^@]*:[^@]*@", place)
+    return bool(user or parts.password or named or "key" in parts.query.lower())
 
 
 def not_for_training(place: str) -> str | None:

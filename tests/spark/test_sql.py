@@ -249,7 +249,7 @@ def test_what_only_asks_draws_nobody_by_chance(make_runtime: Callable[..., Runti
     [
         "SELECT user_id FROM (VALUES ('a'), ('b') AS t(user_id)) LIMIT 1",
         "SELECT user_id FROM (VALUES ('a'), ('b') AS t(user_id)) TABLESAMPLE (1 ROWS)",
-        "SELECT user_id FROM (SELECT user_id FROM (VALUES ('a'), ('b') AS t(user_id)) LIMIT 1) ORDER BY user_id LIMIT 1",
+        "SELECT a FROM (SELECT a FROM (VALUES ('a'), ('b') AS t(a)) LIMIT 1) ORDER BY a LIMIT 1",
     ],
 )
 def test_what_only_asks_takes_no_rows_that_others_could_stand_for(

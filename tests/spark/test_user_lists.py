@@ -16,7 +16,7 @@ from jobs.config import UserList
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath
 from jobs.runtime import Runtime
-from jobs.user_lists import copies, ids_of, read_rows, read_users
+from jobs.user_lists import as_ids, copies, ids_of, read_rows, read_users
 
 
 def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> None:
@@ -95,6 +95,10 @@ def test_of_two_columns_of_ids_neither_is_taken() -> None:
     rows: Any = SimpleNamespace(columns=["user_id", "day", "user_id"])  # Spark is not asked
     with pytest.raises(TrailvecError, match=r"^its sql gives user_id, day, user_id: it needs one column user_id$"):
         ids_of(rows, "its sql")
+    with pytest.raises(
+        TrailvecError, match=r"^export\.consent gives user_id, day, user_id: it needs one column user_id$"
+    ):
+        as_ids(rows, "export.consent")
 
 
 @pytest.mark.parametrize(

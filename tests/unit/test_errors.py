@@ -80,31 +80,35 @@ _ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
         *(
             (
                 said,
-                f"{file} of table events is damaged: put it back from a backup (never delete it alone), or move the "
-                "table's folder away and run the stage that makes it",
+                f"{file} of table {table} is damaged: put it back from a backup (never delete it alone{more})"
+                + ("" if more else ", or move the table's folder away and run the stage that makes it"),
             )
-            for said, file in (
+            for said, file, table, more in (
                 (
                     f"[CANNOT_READ_FILE_FOOTER] Could not read footer for file: file:/t/tables/events/day=1/{_ROWS}. "
                     "Please ensure that the file is in either ORC or Parquet format.",
                     f"day=1/{_ROWS}",
+                    "events",
+                    ", nor move the table away: what it says stands nowhere else",
                 ),
                 (
-                    f"RuntimeException: s3a://b/my t/tables/events/_change_data/{_CHANGES} is not a Parquet file. "
+                    f"RuntimeException: s3a://b/my t/tables/sessions/_change_data/{_CHANGES} is not a Parquet file. "
                     "Expected magic number at tail, but found [1, 2, 3, 4]",
                     f"_change_data/{_CHANGES}",
+                    "sessions",
+                    "",
                 ),
             )
         ),
         *(
             (
                 said,
-                "/data/logs/part-1.parquet is not a whole Parquet file (truncated?): fetch it again or take it out of "
-                "the folder",
+                f"{file} is not a whole Parquet file (truncated?): fetch it again or take it out of the folder",
             )
+            for file in ("/data/logs/part-1.parquet", f"file:/landing/tables/orders/{_ROWS}")  # whose table is not ours
             for said in (
-                "Could not read footer for file: /data/logs/part-1.parquet. Please ensure that the file is in either",
-                "/data/logs/part-1.parquet is not a Parquet file. Expected magic number at tail",
+                f"Could not read footer for file: {file}. Please ensure that the file is in either",
+                f"{file} is not a Parquet file. Expected magic number at tail",
             )
         ),
         *(

@@ -67,7 +67,7 @@ def test_who_is_on_a_list_of_hashes() -> None:
         ("id=ann&x", "ann&x"),
         ('{"user":17850.0}', "17850"),  # pandas, beside a missing one
         ('{"user":1.785E7}', "17850000"),  # the same, as Spark writes it
-        ("1,17850.0000000000,one too many", "17850"),
+        ('{"user":17850.0000000000}', "17850"),
         (r'{"user":"a\/b","broken', "a/b"),  # PHP
         (r'{"user":"x\u003d1","broken', "x=1"),  # Gson
         (r'{"user":"o\u0027neil","broken', "o'neil"),
@@ -78,6 +78,11 @@ def test_who_is_on_a_list_of_hashes() -> None:
 def test_values_of_a_record_that_could_not_be_read(raw: str, value: str) -> None:
     assert value in values(raw)
     assert asked(on_list_in_raw(KEY, hashed(KEY, [value])), [raw, "else"]) == [True, False]
+
+
+def test_a_price_is_nobody() -> None:
+    assert values('9,"oat milk,ann,5.00') >= {"9", "oat milk", "ann", "5.00"}
+    assert not asked(on_list_in_raw(KEY, hashed(KEY, ["5"])), ['9,"oat milk,ann,5.00'])[0]
 
 
 def test_half_of_an_emoji_in_json_stops_nothing() -> None:
