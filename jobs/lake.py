@@ -141,8 +141,8 @@ class Lake:
         return self._history[table.name]
 
     def noted(self, table: Table) -> Iterator[dict[str, Any]]:
-        """The provenance of those of the table's commits that a stage gave a `note`, newest first, read as far as asked
-        for. It ends where rows were changed by something other than trailvec: what earlier notes say no longer holds."""
+        """The provenance of those of the table's commits that a stage gave a `note`, newest first, read as far as
+        asked for. It ends where something other than trailvec changed rows: what earlier notes say no longer holds."""
         ours = takewhile(lambda commit: not commit.foreign, self.commits(table))
         stages = (c.provenance for c in ours if c.provenance is not None and not c.housekeeping)
         return (provenance for provenance in stages if "note" in provenance)

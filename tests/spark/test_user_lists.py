@@ -95,10 +95,8 @@ def test_of_two_columns_of_ids_neither_is_taken() -> None:
     rows: Any = SimpleNamespace(columns=["user_id", "day", "user_id"])  # Spark is not asked
     with pytest.raises(TrailvecError, match=r"^its sql gives user_id, day, user_id: it needs one column user_id$"):
         ids_of(rows, "its sql")
-    with pytest.raises(
-        TrailvecError, match=r"^export\.consent gives user_id, day, user_id: it needs one column user_id$"
-    ):
-        as_ids(rows, "export.consent")
+    with pytest.raises(TrailvecError, match=r"^consent gives user_id, day, user_id: it needs one column user_id$"):
+        as_ids(rows, "consent")
 
 
 @pytest.mark.parametrize(
