@@ -157,8 +157,20 @@ def test_a_model_that_has_learnt_from_what_it_is_asked_is_refused(shop: tuple[Ru
     by_user = Runtime(config, runtime.spark)
     with pytest.raises(TrailvecError, match=r"made with sequences\.split_by = time, found leave_one_out: run"):
         compare(by_user, ("m1", "late"))
+    items = [row.asDict(recursive=True) for row in runtime.latest(ITEMS).collect()]
     fill(by_user, SEQUENCES, rows)
+    with pytest.raises(TrailvecError, match=r"items was counted with sequences\.split_by = time, found leave_one_out for"):
+        compare(by_user, ("m1", "late"))
+    fill(by_user, ITEMS, items)
     compare(by_user, ("m1", "late"))  # each user has a cut
+    rarer = Runtime(
+        make_config(runtime.root, "vocabulary.min_count=6", "sequences.split_by=leave_one_out"), runtime.spark
+    )
+    with pytest.raises(TrailvecError, match=r"sequences was made with vocabulary\.min_count = \d+, found 6: run"):
+        compare(rarer, ("m1", "m1"))  # to the floors more items would be unknown than to the model
+    fill(rarer, ITEMS, items)
+    with pytest.raises(TrailvecError, match=r"items was made with vocabulary\.min_count = 6, found \d+: rarer items"):
+        compare(by_user, ("m1", "m1"))
     told = {"config": {"sequences": {"split_by": "time"}}, "table_ids": {}}
     save_model(runtime.models / "late", model, {"model_version": "late", "as_of": "2024-06-01", "provenance": told})
     with pytest.raises(TrailvecError, match="late was trained by time, and has learnt the last action of whoever"):

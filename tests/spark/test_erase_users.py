@@ -421,7 +421,10 @@ def test_texts_that_no_utf8_holds_stop_nothing(
     erase(runtime, str(tmp_path / "ids.txt"), requested_by="desk")
     left = sorted([*kept, ("old", ""), ("old", "caf\ufffd")])
     assert refused() == left
-    assert arrive(2) == [f"{count} records of erased users dropped" for count in (2, 1)]  # by input
+    assert arrive(2) == [
+        "shop, log*.json: 2 records of erased users dropped",
+        "shop, log*.parquet: 1 records of erased users dropped",
+    ]
     assert refused() == sorted([*left, *kept])
     assert "1 erased users" in finish(runtime).notes[-1]
 
@@ -521,7 +524,7 @@ def test_others_and_items_of_their_name_stay(story: SimpleNamespace) -> None:
 
 
 def test_late_events_are_dropped_and_counted(story: SimpleNamespace) -> None:
-    assert story.late["ingest"] == ["3 records of erased users dropped"]
+    assert story.late["ingest"] == ["shop, log*.csv: 3 records of erased users dropped"]
 
 
 def without(rows: list[dict[str, Any]], *names: str) -> list[str]:

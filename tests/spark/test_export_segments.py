@@ -365,6 +365,11 @@ def test_what_is_refused_while_it_runs(shop: Runtime, tmp_path: Path, monkeypatc
         ("size = 4", 'size = 4\nsuppress = [{ file = "gone.txt" }]', r"the list of users .*gone\.txt does not exist"),
         ("size = 4", 'size = 4\nexclude = ["buyers"]', "segment buyers is not among export.segments: add its file"),
         ("size = 4", 'size = 4\nexclude = ["likes"]', r"in a circle \(likes → likes\): take one out"),
+        (
+            "size = 4",
+            'size = 4\ndestination = "~/x"',
+            "destination: found '~/x', and ~ is not read here: write the folder",
+        ),
         ("size = 4", 'size = 4\ndestination = "s3://me:pass@bucket/x"', "destination holds credentials: leave them"),
         ("size = 4", 'size = 4\ndestination = "s3a://me:pa/ss@bucket/x"', "destination holds credentials: leave them"),
         ("[seeds]", "[seeds]\nsize = 4", r"unknown key seeds\.size; size belongs above the first \[heading\]"),

@@ -282,7 +282,7 @@ def test_same_day_finds_an_event_again_and_takes_another_day_for_another(
     for number, lines in enumerate(("1,ann,a,2023-05-01,1\n", "1,ann,a,2023-05-01,1\n1,ann,a,2023-05-09,1\n")):
         (tmp_path / f"log{number}.csv").write_text(HEADER + lines)
         report = runtime.execute(STAGE)
-    assert report.notes == ["1 exact repeats of an event dropped"]
+    assert report.notes == ["shop, log*.csv: 1 exact repeats of an event dropped"]
     assert [row["event_ts"].day for row in events(runtime)] == [1, 9]
     (tmp_path / "log2.csv").write_text(HEADER + "1,ann,a,2023-04-30,1\n")
     runtime.spark.sql(f"UPDATE delta.`{runtime.path(EVENTS)}` SET user_id = 'bob'")  # by another hand
@@ -301,13 +301,14 @@ def test_a_small_batch_sends_no_id_of_the_table_through_a_shuffle(
         # The table is a small one too, and would be sent to all tasks itself.
         with Watch(spark) as watch, spark_conf(spark, {"spark.sql.autoBroadcastJoinThreshold": "-1"}):
             report = runtime.execute(STAGE)
-    assert report.notes == ["1 exact repeats of an event dropped"]
+    assert report.notes == ["shop, log*.csv: 1 exact repeats of an event dropped"]
     assert 0 < watch.shuffled_mb < 0.1  # the table's ids alone are 0.7
     assert [row["event_id"] for row in events(runtime)] == sorted(ids)
     # Delta looks for no row to change, and so for no file to write anew.
     (first, second) = DeltaTable.forPath(spark, runtime.path(EVENTS)).history().where("operation = 'MERGE'").collect()
     assert first.operationParameters["matchedPredicates"] == second.operationParameters["matchedPredicates"] == "[]"
     assert [merge.operationMetrics["numTargetRowsInserted"] for merge in (first, second)] == ["2", "20000"]
+    assert [merge.operationMetrics["numTargetFilesRemoved"] for merge in (first, second)] == ["0", "0"]
 
 
 def test_what_another_run_commits_after_this_one_has_looked_is_not_doubled(

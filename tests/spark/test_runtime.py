@@ -369,13 +369,17 @@ def test_what_is_stored_of_a_run_shows_no_secret(make_runtime: Callable[..., Run
         "spark.driver.extraJavaOptions": "-Xmn1g -Djavax.net.ssl.trustStorePassword=open",
         "spark.hadoop.fs.azure.account.key.shop.dfs.core.windows.net": "open",
         "spark.hadoop.fs.gs.auth.service.account.private.key": "open",
+        "spark.hadoop.fs.azure.sas.logs.shop.blob.core.windows.net": "open",
+        "spark.hadoop.fs.s3a.encryption.key": "open",
+        "spark.hadoop.fs.azure.encryption.encoded.client-provided-key": "open",
+        "spark.hadoop.logs": "https://shop.blob.core.windows.net/logs?sv=1&sig=open",
         "spark.executor.memory": "4g",
     }
     settings = config.spark.model_copy(update={"conf": conf})
     runtime = Runtime(config.model_copy(update={"spark": settings}), make_runtime().spark)
     stored = []
     runtime.execute(Stage("look", "", lambda r: stored.append(r.provenance())), force=True)
-    assert [*stored[0]["config"]["spark"]["conf"].values()] == ["(redacted)"] * 4 + ["4g"]
+    assert [*stored[0]["config"]["spark"]["conf"].values()] == ["(redacted)"] * 8 + ["4g"]
 
 
 def test_own_java_options_come_beside_ours(spark: SparkSession) -> None:
