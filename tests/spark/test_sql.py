@@ -236,7 +236,8 @@ def test_what_only_asks_reads_no_key(make_runtime: Callable[..., Runtime], text:
         "SELECT explode(shuffle(array('a', 'b'))) AS user_id",
         "SELECT user_id FROM (VALUES ('a') AS t(user_id)) TABLESAMPLE (10 PERCENT)",
         "SELECT user_id FROM (VALUES ('a') AS t(user_id)) WHERE monotonically_increasing_id() % 2 = 0",
-        "SELECT user_id FROM (VALUES ('a') AS t(user_id)) WHERE spark_partition_id() = 0 OR input_file_name() = ''",
+        "SELECT user_id FROM (VALUES ('a') AS t(user_id)) WHERE spark_partition_id() = 0",
+        "SELECT user_id FROM (VALUES ('a') AS t(user_id)) WHERE input_file_name() = '' OR input_file_block_start() = 0",
     ],
 )
 def test_what_only_asks_draws_nobody_by_chance(make_runtime: Callable[..., Runtime], text: str) -> None:
