@@ -198,14 +198,15 @@ def test_of_an_item_a_profile_hears_how_much_of_it_is_taken_at_once(
 ) -> None:
     runtime = make_runtime()
     quantities = {"a": [("i1", 2.0), ("i1", 5.0), ("i1", -1.0), ("i1", None), ("i2", None), ("i3", 0.0)]}
-    quantities["b"] = [("i2", 3.0)]
+    quantities["b"] = [("i2", 3.0), ("i2", 9.0)]  # the second comes after b's cut, and before a's
     events = [
         event(user, day, item, quantity=quantity)
         for user, of_user in quantities.items()
         for day, (item, quantity) in enumerate(of_user)
     ]
     fill(runtime, events)
-    cuts = spark.createDataFrame([(u, CUT.replace(tzinfo=timezone.utc)) for u in "ab"], "user_id string, cut timestamp")
+    of_users = [(u, at.replace(tzinfo=timezone.utc)) for u, at in (("a", CUT), ("b", START + timedelta(days=1)))]
+    cuts = spark.createDataFrame(of_users, "user_id string, cut timestamp")
     visible = profile_users.before(profile_users.events_of(runtime.latest(SESSIONS)), cuts)
     items = [("i1", 2, 0), ("i2", 3, 0), ("i3", 4, 0)]
     given = (
