@@ -171,6 +171,7 @@ def test_a_model_that_has_learnt_from_what_it_is_asked_is_refused(shop: tuple[Ru
     fill(rarer, ITEMS, items)
     with pytest.raises(TrailvecError, match=r"items was made with vocabulary\.min_count = 6, found \d+: rarer items"):
         compare(by_user, ("m1", "m1"))
+    fill(by_user, ITEMS, items)
     told = {"config": {"sequences": {"split_by": "time"}}, "table_ids": {}}
     save_model(runtime.models / "late", model, {"model_version": "late", "as_of": "2024-06-01", "provenance": told})
     with pytest.raises(TrailvecError, match="late was trained by time, and has learnt the last action of whoever"):
