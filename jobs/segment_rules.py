@@ -225,12 +225,19 @@ def rules_of(
         suppressing.append(Rule(f"suppressed by {users.file or 'a query'}", mark))
     steps += suppressing
     if segment.at_most is not None:
-        since = now.date() - timedelta(days=segment.at_most.days - 1)
-        counts = log.where(~F.col("is_control") & (F.to_date("exported_at") >= F.lit(since))).groupBy("user_id").count()
-        for n in range(1, segment.at_most.exports + 1):
+        limit, since = segment.at_most, now.date() - timedelta(days=segment.at_most.days - 1)
+        recent = log.where(F.to_date("exported_at") >= F.lit(since))
+        counts = recent.where(~F.col("is_control")).groupBy("user_id").count()
+        for n in range(1, limit.exports + 1):
             name = f"exported {n} times since {since}, logged at {logged_at}"
             exported.append(lists.mark(name, partial(counts.where, F.col("count") >= n)))
-        steps.append(Rule(limit_name(segment.at_most), exported[-1]))
+        steps.append(Rule(limit_name(limit), exported[-1]))
+        if segment.control_share:
+            # Else they never leave: day after day they take more of the places, and are likelier than who is exported.
+            own = recent.where(F.col("is_control") & (F.col("segment") == segment.name)).groupBy("user_id").count()
+            name = f"held back of {segment.name} since {since}, logged at {logged_at}"
+            mark = lists.mark(name, partial(own.where, F.col("count") >= limit.exports))
+            steps.append(Rule(f"held back {limit.exports} times in {limit.days} days", mark))
     return Rules(everyone, tuple(steps), seeds, tuple(suppressing), tuple(exported))
 
 

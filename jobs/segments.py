@@ -59,7 +59,9 @@ class Affinity(Section):
 class Frequency(Section):
     """A user who was exported `exports` times within `days` days (UTC, today is one of them) is left out.
 
-    Control groups got nothing and do not count. Segments that are exported earlier in the same run count.
+    Segments that are exported earlier in the same run count. Who was held back got nothing: that counts for no other
+    segment, but so often held back of this one, a user is left out of it as if exported, or its control group would
+    fill its places day after day. Each run that exports counts, also a second one of a day.
     """
 
     exports: int = Field(ge=1, le=100)

@@ -771,6 +771,27 @@ def test_how_often_a_user_is_exported(shop: Runtime, tmp_path: Path, monkeypatch
     assert [r["user_id"] for r in logged if r["is_control"]] == held_back
 
 
+def test_who_is_held_back_leaves_as_often_as_who_is_exported(
+    shop: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = ["ann", "bob", "cat", "nil"]
+    held_back = [user for user in users if control_of(user, "n", 0.3)]
+    query = "sql = \"SELECT user_id FROM user_embeddings WHERE user_id IN ('{}')\"\n".format("', '".join(users))
+    limit = 'at_most = { exports = 2, days = 3 }\ncontrol_share = 0.3\ncontrol_group = "n"\n'
+    paths = write_segments(tmp_path, {"a": limit + query})
+    settings = [f"export.segments={json.dumps(paths)}", "storage.database=segments"]
+    runtime = Runtime(load_config(None, [f'storage.root="{shop.root}"', *settings]), shop.spark)
+    out = {"exported 2 times in 3 days": 3, "held back 2 times in 3 days": 1}
+    for day, left_out in ((1, dict.fromkeys(out, 0)), (2, dict.fromkeys(out, 0)), (3, out), (4, dict.fromkeys(out, 0))):
+        now = datetime(2024, 3, day, 23, tzinfo=timezone.utc)
+        monkeypatch.setattr(export_segments, "_now", lambda now=now: now)
+        runtime.execute(STAGE)
+        manifest, rows = read(runtime, "a")
+        assert removed(manifest) == left_out, day
+        assert [row["user_id"] for row in rows] == ([] if day == 3 else [u for u in users if u not in held_back])
+        assert manifest["counts"]["control"] == (0 if day == 3 else len(held_back) == 1)
+
+
 def test_of_very_many_items_those_that_most_acted_on_make_an_affinity(
     make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
