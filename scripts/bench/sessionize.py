@@ -36,10 +36,10 @@ from jobs.config import SequencesSettings, SessionizeSettings
 from jobs.sessionize import find_splits, sessionize
 from jobs.spark_session import spark_conf
 from jobs.splits import cut_times
+from jobs.tables import EVENT_IN_SESSION
 
 GAP = 30
 TASKS = 16  # of a shuffle, when tasks' times are looked at
-FIELDS = ("event_ts", "event_id", "item_id", "event_type", "vertical", "amount", "quantity", "time_zone")
 WAYS = ("floor", "sessionize", "windows", "session_window", "duckdb")
 SETTINGS = SessionizeSettings(gap_minutes=GAP)
 
@@ -53,7 +53,7 @@ def log(spark: SparkSession, count: int, folder: Path) -> Path:
 
 
 def floor(rows: DataFrame) -> DataFrame:
-    made = rows.select("user_id", *FIELDS).repartition("user_id")
+    made = rows.select("user_id", *EVENT_IN_SESSION).repartition("user_id")
     return made.sortWithinPartitions("user_id", "event_ts", "event_id")
 
 
@@ -68,7 +68,7 @@ def _sessions(grouped: GroupedData) -> DataFrame:
         F.count("*").cast("int").alias("event_count"),
         F.array_sort(F.collect_set("vertical")).alias("verticals"),
         F.sum("amount").alias("amount"),
-        F.array_sort(F.collect_list(F.struct(*FIELDS))).alias("events"),
+        F.array_sort(F.collect_list(F.struct(*EVENT_IN_SESSION))).alias("events"),
         F.min("event_ts").alias("run_start_ts"),
     )
     return made.withColumn("session_id", F.col("events")[0]["event_id"])
@@ -78,17 +78,18 @@ def windows(rows: DataFrame) -> DataFrame:
     in_order = Window.partitionBy("user_id").orderBy("event_ts", "event_id")
     pause = F.unix_micros("event_ts") - F.unix_micros(F.lag("event_ts").over(in_order))
     new = F.coalesce((pause > GAP * 60_000_000).cast("int"), F.lit(1))
-    numbered = rows.select("user_id", *FIELDS, new.alias("new")).withColumn("number", F.sum("new").over(in_order))
+    numbered = rows.select("user_id", *EVENT_IN_SESSION, new.alias("new"))
+    numbered = numbered.withColumn("number", F.sum("new").over(in_order))
     return _sessions(numbered.groupBy("user_id", "number")).drop("number")
 
 
 def session_window(rows: DataFrame) -> DataFrame:
     session = F.session_window("event_ts", f"{GAP} minutes").alias("session")
-    return _sessions(rows.select("user_id", *FIELDS).groupBy("user_id", session)).drop("session")
+    return _sessions(rows.select("user_id", *EVENT_IN_SESSION).groupBy("user_id", session)).drop("session")
 
 
 def in_duckdb(path: Path, out: Path, scratch: Path) -> None:
-    struct = ", ".join(f"{name} := {name}" for name in FIELDS)
+    struct = ", ".join(f"{name} := {name}" for name in EVENT_IN_SESSION)
     limits: dict[str, str | bool | int | float | list[str]] = {
         "threads": CORES,
         "temp_directory": str(scratch),
@@ -99,7 +100,7 @@ def in_duckdb(path: Path, out: Path, scratch: Path) -> None:
     connection.execute(
         f"""COPY (
             WITH marked AS (
-                SELECT user_id, {", ".join(FIELDS)}, coalesce(event_ts - lag(event_ts) OVER w
+                SELECT user_id, {", ".join(EVENT_IN_SESSION)}, coalesce(event_ts - lag(event_ts) OVER w
                        > INTERVAL {GAP} MINUTES, true) AS new
                 FROM read_parquet('{path}/*.parquet') WINDOW w AS (PARTITION BY user_id ORDER BY event_ts, event_id)),
             numbered AS (
