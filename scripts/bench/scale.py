@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="10,000 and 100,000 events once, cold: a minute of fixed costs, no measure of growth",
+        help="10,000 and 30,000 events once, cold: a minute of fixed costs, no measure of growth",
     )
     parser.add_argument("--sizes", type=float, nargs="+", help="default: 1e6 1e7 1e8")
     parser.add_argument(
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--without-ingest", action="store_true", help="events straight from the generator")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for logs, tables and the chart")
     arguments = parser.parse_args()
-    sizes = [int(size) for size in arguments.sizes or ([1e4, 1e5] if arguments.quick else [1e6, 1e7, 1e8])]
+    sizes = [int(size) for size in arguments.sizes or ([1e4, 3e4] if arguments.quick else [1e6, 1e7, 1e8])]
     folder = arguments.folder.absolute()
 
     spark, direct = session(arguments.quick, tiny=arguments.quick), arguments.without_ingest
