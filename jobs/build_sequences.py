@@ -198,6 +198,11 @@ def run(runtime: Runtime) -> None:
     items = in_vocabulary(runtime.read(ITEMS), min_count)
     cuts = cut_times(sessions, settings, "end_ts")
     fixed = settings.split_by == "leave_one_out" or (settings.valid_from and settings.test_from)
+    if not fixed and not runtime.forced and runtime.exists(SEQUENCES):
+        runtime.report.notes.append(
+            "table sequences is made anew as a whole: sequences.valid_from and sequences.test_from are not both given, "
+            "so that the cuts follow the log's end: give both to go by increments, and later ones before each training"
+        )
     changes = runtime.incremental(SEQUENCES, SESSIONS) if fixed else None
     # (Where all is made anew anyway, nobody needs to hear that these are gone.)
     old_items = None if changes is None else runtime.previous(SEQUENCES, ITEMS)

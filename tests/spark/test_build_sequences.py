@@ -321,8 +321,8 @@ def test_an_event_at_the_very_moment_of_the_cut_comes_after_it(make_runtime: Cal
 
 
 @pytest.fixture(scope="module")
-def scored(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, int], Row]:
-    """By the default settings."""
+def by_default(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+    """A lake made by the default settings."""
     events = [
         make_event(event_id=f"{user}{n}", user_id=user, item_id=f"i{n}", event_ts=START + timedelta(days=n))
         for user, count in (("one", 1), ("two", 2), ("many", 70))
@@ -334,7 +334,14 @@ def scored(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> dic
         make_event(event_id="b", event_ts=datetime(2023, 3, 26, 1, 0, 0), **zone),
         make_event(event_id="c", event_ts=datetime(2023, 3, 26, 23, 30, 0), **zone),
     ]
-    return run(Runtime(make_config(tmp_path_factory.mktemp("scored")), spark), events)
+    runtime = Runtime(make_config(tmp_path_factory.mktemp("scored")), spark)
+    run(runtime, events)
+    return runtime
+
+
+@pytest.fixture(scope="module")
+def scored(by_default: Runtime) -> dict[tuple[str, str, int], Row]:
+    return _rows(by_default)
 
 
 def test_every_user_has_exactly_one_row_to_score(scored: dict[tuple[str, str, int], Row]) -> None:
@@ -347,6 +354,18 @@ def test_the_clock_change_is_read_in_the_users_zone(scored: dict[tuple[str, str,
     row = scored["londoner", "score", 0]
     assert row["hour"] == [1, 3, 1]
     assert row["weekday"] == [1, 1, 2]
+
+
+def test_where_cuts_follow_the_logs_end_it_is_said_that_all_rows_are_made_anew(
+    by_default: Runtime, scored: dict[tuple[str, str, int], Row]
+) -> None:
+    assert by_default.report.notes == []  # there was no table
+    assert scored["many", "score", 0]["length"] == 64
+    changed = Runtime(make_config(by_default.root, "sequences.max_length=5"), by_default.spark)
+    (note,) = changed.execute(build_sequences.STAGE).notes
+    assert note.startswith("table sequences is made anew as a whole: sequences.valid_from and sequences.test_from")
+    assert changed.execute(build_sequences.STAGE, force=True).notes == []  # as was asked for
+    assert _rows(changed)["many", "score", 0]["length"] == 5
 
 
 def test_cuts_out_of_order_or_an_empty_log_are_refused(
