@@ -47,8 +47,8 @@ Batch = dict[str, Tensor]
 class ItemTable(nn.Module):
     """The vectors of items: a part of its own for each, plus one for each of its attributes (category, vertical, ...).
 
-    An item that training never saw has no part of its own: its attributes alone are its vector. So that they can stand
-    alone, training leaves the own part out now and then (`item_dropout`).
+    An item that training never saw has no part of its own: its attributes alone are its vector. Where `item_dropout` is
+    set, training leaves the own part out now and then, so that they can stand alone.
     """
 
     attributes: Tensor
