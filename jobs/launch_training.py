@@ -155,8 +155,8 @@ def _stopped(spec: RunSpec, why: str) -> TrailvecError:
     if found:
         epoch, step = map(int, found.name.split("-"))
         again = f", and the same command goes on from epoch {epoch} after {step:,} steps"
-        # Files that were packed have their rows in another order (training/loop.py).
-        again += " (if maintain_tables runs first: from an earlier checkpoint, or anew)" if step else ""
+        if found.parent.name.endswith(".forced.checkpoints"):  # it goes by the tables as they are
+            again += " (if a data job or maintain_tables runs first: from an earlier checkpoint, or anew)"
     return TrailvecError(f"training stopped: {why}; the old model stays current{again}")
 
 

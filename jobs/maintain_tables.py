@@ -12,9 +12,9 @@ does, where it is asked to):
   Delta packs whole cubes: what is new, with each cube that does not hold 16 such files yet. (By default one holds
   100 GB, and a smaller table would be written anew as a whole each time.)
 - VACUUM deletes the files that no version of the last `maintain.retention_hours` holds. The one rule for readers: who
-  pins a version has that long to read it. A training reads the files of one snapshot to its end and does not resume
-  from an old one, so it too must end within the retention. The retention is written into the table's own properties,
-  where Delta needs it: it forgets a dropped file after that time, and VACUUM takes what is forgotten.
+  pins a version has that long to read it. A training reads the files of one snapshot to its end, after a kill too, so
+  it must end within the retention. The retention is written into the table's own properties, where Delta needs it: it
+  forgets a dropped file after that time, and VACUUM takes what is forgotten.
 - No ANALYZE: Delta keeps the smallest and largest values of every file, and from them skips files, answers count(*)
   and sizes joins; Spark would read ANALYZE's statistics in its cost-based optimiser alone, which is off. Checkpoints
   of the log are Delta's own business too.

@@ -30,6 +30,7 @@ from jobs.errors import TrailvecError
 from jobs.lake import Lake
 from jobs.spark_session import FEW, known_size, spark_conf
 from jobs.tables import CURRENT_MODEL, Table, conform
+from training.urls import file_of_table
 
 _PACKAGES = ("jobs", "spark_udfs", "training")
 # Spark settings that no commit and no manifest may show, by their names and, as Spark does it, by their values (Java's
@@ -104,6 +105,7 @@ class Runtime(Lake):
         self._rows: dict[tuple[str, str | None, int], int] = {}
         self.fingerprint = ""
         self.forced = False
+        self.went_back = False  # `go_back`
         self.report = Report("")
         self.on_progress: Callable[[str], None] = lambda text: None
 
@@ -119,7 +121,7 @@ class Runtime(Lake):
         self.report = Report(stage.name)
         self._stage = stage
         self._history, self._frames = {}, {}
-        self.forced = force
+        self.forced, self.went_back = force, False
         self._versions = {table.name: self.latest_version(table) for table in stage.reads}
         self._table_ids = {table.name: self._commits(table).table_id() for table in stage.reads}
         self.fingerprint = digest(self._facts(stage))
@@ -178,6 +180,33 @@ class Runtime(Lake):
             raise _changed_by_another_run(table, f"{self.report.stage} began")
         self._versions[table.name] = newest
         self._frames.pop(table.name, None)
+
+    def can_go_back(self, provenance: dict[str, Any]) -> bool:
+        """Whether the stage could read its tables as the run that stored this did: they are the same ones, those
+        versions are kept, with their files, and no row of them had to go since, for an erasure or for its age."""
+        assert self._stage is not None
+        if not self.read_these(provenance):
+            return False
+        for table in self._stage.reads:
+            version = provenance["reads"][table.name]
+            if not self.kept(table, version) or any(c.housekeeping for c in self._newer(table, version)):
+                return False
+            files = self.at(table, version).inputFiles()  # a VACUUM by hand may have kept less
+            if not all(self.place_of(file_of_table(file)).exists() for file in files):
+                return False
+        return True
+
+    def go_back(self, provenance: dict[str, Any]) -> bool:
+        """Has the stage read its tables as the run that stored this did, and have its fingerprint; False, and nothing
+        is changed, where other inputs of today give it another one."""
+        assert self._stage is not None
+        before = self._versions, self.fingerprint
+        self._versions, self._frames = dict(provenance["reads"]), {}
+        self.fingerprint = digest(self._facts(self._stage))
+        self.went_back = self.fingerprint == provenance["fingerprint"]
+        if not self.went_back:
+            (self._versions, self.fingerprint), self._frames = before, {}
+        return self.went_back
 
     def changed_version(self, table: Table) -> int:
         """The newest version that changed rows, at or before the one that the stage reads (else, the newest of all).

@@ -8,11 +8,13 @@ is the fingerprint of what made it, so the same command again finds it there and
 The processes (training/loop.py, started by jobs/launch_training.py) read the data files of the snapshot that the stage
 has pinned, never the table's folder, which also holds files of older versions; from HDFS over WebHDFS
 (training/stores.py). `models/<model_version>_<tables>.checkpoints` (of a forced training: `….forced.checkpoints`) lives
-while they run, and after a kill until the same command over the same tables has gone on from there.
+while they run, and after a kill until the same command has gone on from there, over the tables as they were when it
+began; or until the command comes when they can't be read so any more.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
@@ -35,17 +37,18 @@ from jobs.files import HadoopPath, Place, published, shared_url, write_json
 from jobs.item_facts import attribute_matrix, item_attributes, item_counts, item_verticals
 from jobs.launch_training import launch, launch_in_spark
 from jobs.model_card import card
-from jobs.model_folders import check_numbers, has_model, model_folder, other_numbers
+from jobs.model_folders import check_numbers, description, has_model, model_folder, other_numbers
 from jobs.runtime import Runtime, Stage
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
 from jobs.tracking import Tracker, tracked
 from training.batches import BUCKET_SIZES, FEATURES
-from training.checkpoint import WEIGHTS, read_about, read_description
+from training.checkpoint import ABOUT, PROGRESS, WEIGHTS, read_about, read_description
 from training.config import ModelSpec, RunSpec, TrainSettings
 from training.stores import footers, remove_tree
 from training.urls import file_of_table, file_url, local_path
 
 SECONDS_BETWEEN_LINES = 10.0
+BEGUN = "begun.json"  # beside checkpoints: the provenance of their training
 TRACKED = ("loss", "learning_rate", "rows_per_second", "padding", "data_wait", "recall@10", "ndcg@10")
 
 
@@ -100,8 +103,9 @@ def training_files(runtime: Runtime) -> dict[str, list[str]]:
     Raises:
         TrailvecError: another run changes the table meanwhile.
     """
-    runtime.purge(SEQUENCES, "split IN ('train', 'valid')")
-    runtime.read_after_upkeep(SEQUENCES)
+    if not runtime.went_back:  # to a version that was written so
+        runtime.purge(SEQUENCES, "split IN ('train', 'valid')")
+        runtime.read_after_upkeep(SEQUENCES)
     return {split: split_files(runtime, split) for split in ("train", "valid")}
 
 
@@ -118,10 +122,9 @@ def base_of(runtime: Runtime) -> str | None:
     if not runtime.config.train.warm_start or not (runtime.models / "current.json").exists():
         return None
     about = read_about(model_folder(runtime))
-    made, now = about["provenance"], runtime.provenance()
+    made = about["provenance"]
     same = (
-        made["code_version"] == now["code_version"]
-        and all(made["config"][section] == now["config"][section] for section in STAGE.settings)
+        same_command(runtime, made)
         and runtime.read_these(made)
         # Upkeep since then has changed no row.
         and all(runtime.changed_version(t) <= made["reads"][t.name] <= runtime.version(t) for t in STAGE.reads)
@@ -134,6 +137,14 @@ def base_of(runtime: Runtime) -> str | None:
         about = read_about(model_folder(runtime, current))
     check_numbers(runtime, about, instead="set train.warm_start = false to begin anew")
     return str(about["model_version"])
+
+
+def same_command(runtime: Runtime, made: dict[str, Any]) -> bool:
+    """Whether what has this provenance was made by the same code with the same settings, over whatever rows."""
+    now = runtime.provenance()
+    return bool(made.get("code_version") == now["code_version"]) and all(
+        made["config"][section] == now["config"][section] for section in STAGE.settings
+    )
 
 
 def rows_since(runtime: Runtime, about: dict[str, Any], folder: Place) -> list[str]:
@@ -171,7 +182,40 @@ def count_rows(files: list[str]) -> int:
     return sum(footer.num_rows for footer in footers(files))
 
 
+def _go_on(runtime: Runtime) -> None:
+    """Where this very command was killed as it trained, has the stage read its tables as they were then; not where it
+    is forced, nor where it has since made a model of the same rows or newer ones. Removes the checkpoints that it has
+    left of tables that can't be read so any more."""
+    now = runtime.fingerprint
+    if runtime.forced or has_model(runtime, now[:12]):
+        return
+    models = [description(runtime, file.parent.name) for file in runtime.models.glob(f"*/{ABOUT}")]
+    made = [of for model in models if same_command(runtime, of := model.get("provenance", {}))]
+    newest = max((of["reads"][SEQUENCES.name] for of in made if runtime.read_these(of)), default=-1)
+    for place in runtime.models.glob("*.checkpoints"):
+        begun = json.loads((place / BEGUN).read_text()) if (place / BEGUN).exists() else {}
+        if not same_command(runtime, begun):
+            continue
+        if not runtime.can_go_back(begun):
+            if begun["fingerprint"] != now:  # else upkeep has come between: the rows of now lie in other files
+                remove_tree(place)
+        elif (
+            not place.name.endswith(".forced.checkpoints")
+            and any(place.glob(f"*/{PROGRESS}"))
+            and begun["reads"][SEQUENCES.name] > newest
+            and runtime.go_back(begun)
+        ):
+            if begun["fingerprint"] != now:
+                versions = ", ".join(f"{table} version {version}" for table, version in begun["reads"].items())
+                runtime.report.notes.append(
+                    f"goes on with the training that was stopped, over the tables as they were then ({versions}): run "
+                    f"`trailvec train` again for what came since"
+                )
+            return
+
+
 def run(runtime: Runtime) -> None:
+    _go_on(runtime)
     version = runtime.fingerprint[:12]
     folder, name = runtime.models / version, f"{version}_{runtime.fingerprint_here[:8]}"
     there = read_about(model_folder(runtime, version)) if has_model(runtime, version) else None
@@ -301,6 +345,8 @@ def _train(runtime: Runtime, version: str, staging: Path, checkpoints: Place) ->
     settings = runtime.config.train
     spec = run_spec(runtime, version, staging, checkpoints)
     (staging / "run.json").write_text(spec.model_dump_json(indent=2))
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    write_json(checkpoints / BEGUN, runtime.provenance())  # the same command finds by it which versions it has to read
     with tracked(settings.tracking_uri, runtime.place, spec, runtime.report.notes.append) as tracker:
         listener = Listener(runtime.on_progress, tracker)
         if settings.launcher == "spark":

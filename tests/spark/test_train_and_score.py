@@ -21,6 +21,7 @@ from pyspark.sql import functions as F
 from safetensors.numpy import load_file
 
 from jobs import embed_items, item_facts, score_users, train
+from jobs.commits import KEEP_DAYS
 from jobs.errors import TrailvecError
 from jobs.launch_training import launch_in_spark
 from jobs.model_folders import model_folder
@@ -432,6 +433,99 @@ def test_a_forced_training_that_was_killed_goes_on_and_keeps_what_other_stages_a
     assert not list(runtime.models.glob(f"{folder.name}*.checkpoints"))  # another model's stay
     for name in ("alignment.json", "alignment.safetensors"):
         assert (folder / name).read_text() == "how its space was turned"
+
+
+def test_a_killed_training_goes_on_over_the_tables_as_they_were_whatever_was_committed_since(
+    trained: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = (*SETTINGS, "train.processes=1", "train.epochs=3")
+    rows = sequences(make_rows(60, seed=7), "train", first_user=500)
+    lines: list[str] = []
+
+    def delete(runtime: Runtime, user: str) -> None:
+        """As their age has it: the row is only hidden, until training purges it."""
+        stage = Stage("delete", "", lambda r: r.delete(SEQUENCES, F.col("user_id") == user, {KEEP_DAYS: 9}))
+        runtime.execute(stage, force=True)
+
+    def increment(user: str) -> None:
+        """New rows, and one that goes: it is hidden in the newest version's files."""
+        frame = runtime.spark.createDataFrame(rows, SEQUENCES.schema())
+        gone = runtime.latest(SEQUENCES).where(F.col("user_id") == user).select(*SEQUENCES.key)
+        merge = Stage("merge", "", lambda r: r.merge(SEQUENCES, frame, gone), (), (SEQUENCES,), ())
+        runtime.execute(merge, force=True)
+
+    def hear(line: str) -> None:
+        lines.append(line)
+        if "epoch 2/3" in line:
+            raise InterruptedError
+
+    def train_killed() -> tuple[Any, dict[str, Any]]:
+        before = set(runtime.models.glob("*.checkpoints"))
+        with pytest.raises(InterruptedError):
+            runtime.execute(train.STAGE)
+        left = next(place for place in runtime.models.glob("*.checkpoints") if place not in before)
+        assert [path.name for path in left.glob("0*")] == ["00002-0000000000"]
+        return left, json.loads((left / "begun.json").read_text())
+
+    shutil.copytree(trained.root, tmp_path / "disturbed")
+    runtime = Runtime(make_config(tmp_path / "disturbed", *sets), trained.spark)
+    delete(runtime, "u3")
+    shutil.copytree(runtime.root, tmp_path / "whole")
+    whole = Runtime(make_config(tmp_path / "whole", *sets), trained.spark)
+    whole.execute(train.STAGE)
+
+    runtime.on_progress = hear
+    left, begun = train_killed()
+    increment("u4")
+    newest = runtime.latest_version(SEQUENCES)
+    runtime.on_progress = lines.append
+    report = runtime.execute(train.STAGE)
+    assert any("goes on from a checkpoint: epoch 2, after 0 steps" in line for line in lines)
+    assert any("goes on with the training that was stopped, over the tables as they were" in n for n in report.notes)
+    assert runtime.latest_version(SEQUENCES) == newest  # nothing was purged that is not read
+    about, expected = about_of(runtime), about_of(whole)
+    for of in ("model_version", "weights_sha256", "as_of"):
+        assert about[of] == expected[of]
+    assert about["provenance"]["reads"] == expected["provenance"]["reads"] == begun["reads"]
+    assert about["training"]["epochs"][1]["rows_by_rank"] == expected["training"]["epochs"][1]["rows_by_rank"]
+    assert not left.exists()
+
+    # Over the newest rows now, and killed again. Forced, it begins anew; so does one with other settings.
+    runtime.on_progress = hear
+    left, begun = train_killed()
+    assert begun["reads"]["sequences"] > newest
+    increment("u6")
+    began: list[tuple[int, bool]] = []
+
+    def stop(runtime: Runtime, version: str, staging: Path, checkpoints: Path) -> None:
+        began.append((runtime.version(SEQUENCES), checkpoints == left))
+        raise InterruptedError
+
+    monkeypatch.setattr(train, "_train", stop)
+    other = Runtime(make_config(tmp_path / "disturbed", *sets, "train.seed=5"), trained.spark)
+    newest = runtime.latest_version(SEQUENCES)
+    for one, force in ((runtime, True), (other, False), (runtime, False)):
+        with pytest.raises(InterruptedError):
+            one.execute(train.STAGE, force=force)
+    assert began == [(newest, False), (newest, False), (begun["reads"]["sequences"], True)]
+
+    # Without one of its files, or after rows had to go, it can't go on; what is another command's stays.
+    answers: list[bool] = []
+    look = Stage("look", "", lambda r: answers.append(r.can_go_back(begun)), train.STAGE.reads)
+    file = next(Path(runtime.path(ITEMS)).glob("*.parquet"))
+    runtime.execute(look)
+    file.rename(file.with_suffix(".gone"))
+    runtime.execute(look)
+    file.with_suffix(".gone").rename(file)
+    assert answers == [True, False]
+    delete(runtime, "u5")
+    with pytest.raises(InterruptedError):
+        other.execute(train.STAGE)
+    assert left.exists()
+    with pytest.raises(InterruptedError):
+        runtime.execute(train.STAGE)
+    assert not left.exists()
+    assert began[-1] == (runtime.latest_version(SEQUENCES), False)
 
 
 def test_the_rows_of_a_warm_start_are_the_newest_actions_in_the_same_order_each_time(

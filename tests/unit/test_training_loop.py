@@ -22,9 +22,10 @@ from safetensors.torch import load_file
 
 from jobs.commits import Commit
 from jobs.errors import TrailvecError, explain
-from jobs.launch_training import last_words, launch, launch_in_spark, parse_event
-from jobs.runtime import Runtime
-from jobs.train import base_of, epochs, run, run_spec
+from jobs.launch_training import _stopped, last_words, launch, launch_in_spark, parse_event
+from jobs.runtime import Runtime, digest
+from jobs.tables import SEQUENCES
+from jobs.train import STAGE, base_of, epochs, run, run_spec
 from tests.conftest import make_config
 from tests.sequence_files import ITEMS, MAX_LENGTH, SPEC, item_counts, make_rows, make_run, next_items, write_valid
 from training import dist
@@ -157,7 +158,7 @@ DRAWS = {"dropout": 0.3, "negatives": 12, "later_share": 0.5, "weight_decay": 0.
 def check_resumed(killed: Path, whole: Path, said: str) -> None:
     """After the kill and the second start: all is as if there had been none."""
     assert "the same command goes on from epoch 2 after" in said
-    assert said.endswith("steps (if maintain_tables runs first: from an earlier checkpoint, or anew)")
+    assert said.endswith("steps")
     assert "\n" not in said
     after, expected = training_of(killed), training_of(whole)
     assert after["parameters_sha256_by_rank"] == expected["parameters_sha256_by_rank"]
@@ -308,6 +309,77 @@ def test_a_training_over_tables_that_were_made_anew_leaves_the_old_ones_checkpoi
         with pytest.raises(InterruptedError):
             run(runtime)
     assert found[0] == found[1] != found[2]
+
+
+def test_a_killed_training_is_gone_on_with_over_the_versions_that_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = True
+    began: list[tuple[int, str]] = []
+    notes: list[str] = []
+
+    def stop(runtime: Runtime, version: str, staging: Path, checkpoints: Path) -> None:
+        assert checkpoints.name.startswith(f"{version}_")
+        began.append((runtime.version(SEQUENCES), checkpoints.name))
+        (checkpoints / "00002-0000000000").mkdir(parents=True, exist_ok=True)
+        (checkpoints / "00002-0000000000/checkpoint.json").touch()
+        (checkpoints / "begun.json").write_text(json.dumps(runtime.provenance()))
+        raise InterruptedError
+
+    def command(version: int, *sets: str, force: bool = False) -> str:
+        """The name of the folder that it trains in."""
+        runtime = Runtime(make_config(tmp_path, *sets))
+        config = runtime.config.model_dump(mode="json")
+        runtime._stage, runtime.forced, runtime._table_ids = STAGE, force, {"sequences": "a"}
+        runtime._versions = {"sequences": version, "items": 2, "context_values": 2}
+        monkeypatch.setattr(runtime, "changed_version", runtime.version)
+        monkeypatch.setattr(runtime, "can_go_back", lambda begun: kept)
+        monkeypatch.setattr(
+            runtime,
+            "provenance",
+            lambda: (
+                {"code_version": "c", "config": config, "reads": runtime._versions, "table_ids": runtime._table_ids}
+                | {"fingerprint": runtime.fingerprint}
+            ),
+        )
+        runtime.fingerprint = digest(runtime._facts(STAGE))
+        with pytest.raises(InterruptedError):
+            run(runtime)
+        assert runtime.went_back == (began[-1][0] < version)
+        notes[:] = runtime.report.notes
+        return began[-1][1]
+
+    monkeypatch.setattr("jobs.train._train", stop)
+    first = command(7)
+    assert command(9) == first
+    assert notes[0].startswith(
+        "goes on with the training that was stopped, over the tables as they were then (sequence"
+    )
+    forced, other = command(9, force=True), command(9, "train.seed=5")  # they begin anew
+    assert [version for version, _ in began] == [7, 7, 9, 9]
+    assert forced.endswith(".forced.checkpoints")
+    # It has a model of newer rows: what it left is not gone on with, until that can't be any more and is removed.
+    made = json.loads((tmp_path / "models" / first / "begun.json").read_text())
+    made["reads"]["sequences"] = 8
+    (tmp_path / "models/m").mkdir()
+    (tmp_path / "models/m/model.json").write_text(json.dumps({"provenance": made}))
+    newer = command(10)
+    assert newer != first
+    kept = False
+    last = command(11)
+    left = {place.name for place in (tmp_path / "models").glob("*.checkpoints")}
+    assert left == {last, other}
+
+
+def test_a_stopped_training_says_what_the_same_command_does(tmp_path: Path) -> None:
+    spec = make_run(tmp_path, [make_rows(5)])
+    for name, said in (
+        ("m", "steps"),
+        ("m.forced", "maintain_tables runs first: from an earlier checkpoint, or anew)"),
+    ):
+        folder = tmp_path / f"{name}.checkpoints"
+        write_checkpoint(folder, Progress(ranks=1, epoch=2, step=3), {"x": torch.zeros(1)}, keep=1)
+        assert str(_stopped(spec.model_copy(update={"checkpoints": str(folder)}), "x")).endswith(said)
 
 
 def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> None:
