@@ -90,9 +90,9 @@ def pairwise(name: str, function: Callable[[Vectors, Vectors], Numbers], a: Seri
     """`function` of each pair of vectors of two columns, as float32; NaN (which is NULL to Spark) by the rules.
 
     Raises:
-        TrailvecError: a pair is of unequal lengths, or the elements are no FLOATs.
+        TrailvecError: a pair is of unequal lengths, or something is no ARRAY<FLOAT>.
     """
-    rows = np.flatnonzero((a.notna() & b.notna()).to_numpy())
+    rows = np.flatnonzero(_given(name, a) & _given(name, b))
     left, right = _lengths(name, a, rows), _lengths(name, b, rows)
     if (unequal := left != right).any():
         found = f"{left[unequal][0]} and {right[unequal][0]}"
@@ -112,10 +112,12 @@ def with_degree(
     `degrees` is as long as `vectors`, or a single value for all.
 
     Raises:
-        TrailvecError: an unknown degree, or the elements are no FLOATs.
+        TrailvecError: an unknown degree, or something is no ARRAY<FLOAT>.
     """
+    if not _are_numbers(degrees):
+        raise TrailvecError(f"{name}: the degree is {_shown(degrees)}: write 1, 2 or float('inf')")
     degree = np.broadcast_to(degrees.to_numpy(np.float64, na_value=np.nan), len(vectors))
-    rows = np.flatnonzero(vectors.notna().to_numpy() & ~np.isnan(degree))
+    rows = np.flatnonzero(_given(name, vectors) & ~np.isnan(degree))
     out: list[Any] = [None] * len(vectors)
     for same_degree in _by_value(rows, degree[rows]):
         for some in _by_value(same_degree, _lengths(name, vectors, same_degree)):
@@ -131,9 +133,9 @@ def total(name: str, function: Callable[[Vectors], Numbers], vectors: Series) ->
     """`function` of all valid vectors of a group at once; None where there is none.
 
     Raises:
-        TrailvecError: the vectors are of unequal lengths, or the elements are no FLOATs.
+        TrailvecError: the vectors are of unequal lengths, or something is no ARRAY<FLOAT>.
     """
-    rows = np.flatnonzero(vectors.notna().to_numpy())
+    rows = np.flatnonzero(_given(name, vectors))
     lengths = np.unique(_lengths(name, vectors, rows))
     if len(lengths) > 1:
         found = " and ".join(str(length) for length in lengths[:2])
@@ -153,6 +155,8 @@ def top_k(ids: Series, vectors: Series, queries: Series, ks: Series) -> list[str
     # Other types come as pandas has them: a BIGINT 7 beside a NULL as 7.0.
     if (kind := pd.api.types.infer_dtype(ids, skipna=True)) not in ("string", "empty"):
         raise TrailvecError(f"vector_top_k takes STRING ids, found {kind}: write CAST(id AS STRING)")
+    if not _are_numbers(ks):
+        raise TrailvecError(f"vector_top_k: k is {_shown(ks)}: write one whole number from 1 on")
     found = ks.unique()
     if len(found) != 1 or found[0] is None or not (found[0] >= 1 and found[0] % 1 == 0):
         raise TrailvecError(f"vector_top_k: found k = {', '.join(map(str, found))}: write one whole number from 1 on")
@@ -161,6 +165,30 @@ def top_k(ids: Series, vectors: Series, queries: Series, ks: Series) -> list[str
     names = ids.to_numpy()[valid].astype(str)
     order = np.lexsort((names, -scores[valid]))[: int(found[0])]
     return names[order].tolist() if len(order) else None
+
+
+def _given(name: str, vectors: Series) -> npt.NDArray[np.bool_]:
+    """The rows that hold a vector, no NULL."""
+    if isinstance(vectors, pd.DataFrame):  # as Spark hands a struct over
+        raise TrailvecError(f"{name} takes ARRAY<FLOAT>, found a struct: give it a vector")
+    given = vectors.notna().to_numpy()
+    for found in {type(value).__name__ for value in vectors.to_numpy()[given]} - {"ndarray"}:
+        raise TrailvecError(f"{name} takes ARRAY<FLOAT>, found {found}: give it a vector")
+    return given
+
+
+def _are_numbers(values: Series) -> bool:
+    """Whether a column holds numbers, or NULLs alone. (pandas would make numbers of dates, booleans and some texts.)"""
+    kinds = {"integer", "floating", "mixed-integer-float", "decimal", "empty"}
+    return not isinstance(values, pd.DataFrame) and pd.api.types.infer_dtype(values, skipna=True) in kinds
+
+
+def _shown(values: Series) -> str:
+    """What a sentence says that it found: a column's first value."""
+    if isinstance(values, pd.DataFrame):
+        return "a struct"
+    first = values.dropna().iloc[0]
+    return repr(first) if isinstance(first, str) else str(first)
 
 
 def _lengths(name: str, vectors: Series, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from datetime import date, datetime
+from decimal import Decimal
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -115,12 +118,24 @@ def test_each_row_has_its_own_degree() -> None:
     same = column([[3.0, -4.0]] * 4)
     degrees = pd.Series([1, 2, math.inf, None])
     assert vectors.with_degree("f", vectors.norm, same, degrees) == [7.0, 5.0, 4.0, None]
+    decimals = pd.Series([Decimal("1.0"), Decimal(2), None, None])
+    assert vectors.with_degree("f", vectors.norm, same, decimals) == [7.0, 5.0, None, None]
 
 
 def test_sums_are_taken_in_float64() -> None:
     # In float32, 1e8 + 1 is 1e8: the ones would be lost.
     rows = column([[1e8, 1.0, -1e8]])
     assert vectors.pairwise("f", vectors.inner_product, rows, column([[1.0, 1.0, 1.0]])).tolist() == [1.0]
+
+
+NO_NUMBERS = (
+    (pd.Series(["abc"]), "'abc'"),
+    (pd.Series(["2"]), "'2'"),
+    (pd.Series([True]), "True"),
+    (pd.Series([date(2020, 1, 1)]), "2020-01-01"),
+    (pd.Series([datetime(2020, 1, 1)]), "2020-01-01 00:00:00"),  # Spark's TIMESTAMP_NTZ
+    (pd.DataFrame({"a": [2]}), "a struct"),
+)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +155,34 @@ def test_sums_are_taken_in_float64() -> None:
         (
             lambda: vectors.with_degree("vector_f", vectors.norm, pd.Series([np.array([1.0])]), pd.Series([2])),
             "vector_f takes ARRAY<FLOAT>, found float64 elements",
+        ),
+        *(
+            (
+                partial(vectors.with_degree, "vector_f", vectors.norm, of, pd.Series([2])),
+                f"FLOAT>, found {found}: give it",
+            )
+            for of, found in (
+                (pd.DataFrame({"a": [1.0]}), "a struct"),
+                (pd.Series([{"a": 1.0}]), "dict"),
+                (pd.Series([1.5]), "float64"),
+                (pd.Series(["abc"]), "str"),
+            )
+        ),
+        (lambda: vectors.pairwise("f", vectors.inner_product, column([[1.0]]), pd.Series([1])), "FLOAT>, found int"),
+        (lambda: vectors.total("f", np.sum, pd.Series([date(2020, 1, 1)])), "FLOAT>, found date: give it a vector"),
+        *(
+            (
+                partial(vectors.with_degree, "vector_f", vectors.norm, column([[1.0]]), of),
+                f"^vector_f: the degree is {found}",
+            )
+            for of, found in NO_NUMBERS
+        ),
+        *(
+            (
+                partial(vectors.top_k, pd.Series(["a"]), column([[1.0]]), column([[1.0]]), of),
+                f"vector_top_k: k is {found}: ",
+            )
+            for of, found in NO_NUMBERS
         ),
     ],
 )
