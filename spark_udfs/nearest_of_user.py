@@ -17,6 +17,7 @@ read the table neighbours.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,13 @@ def current_model(tables: Path) -> str:
     return str(versions[0])
 
 
+def _names_a_user(given: Any) -> bool:
+    """Whether SQL gave a text or a whole number (a DECIMAL where it is beyond BIGINT)."""
+    if isinstance(given, Decimal):
+        return given.as_tuple().exponent == 0
+    return type(given) in (str, int)
+
+
 def _table_function(name: str, root: Path, version: str | None) -> Any:
     kind, metric = TABLE_FUNCTIONS[name]
 
@@ -138,6 +146,11 @@ def _table_function(name: str, root: Path, version: str | None) -> Any:
                 raise TrailvecError(f"{name}: k is {given}: write a whole number from 1 on")
             if user_id is None:
                 return
+            if not _names_a_user(user_id):
+                given = f"{user_id} ({type(user_id).__name__})"
+                raise TrailvecError(
+                    f"{name}: user_id is {given}: write a text or a whole number, as in user_embeddings"
+                )
             if self._tables is None:
                 model = version or current_model(root / "tables")
                 users = VectorTable(root / "tables" / "user_embeddings", "user_id", model)

@@ -345,10 +345,16 @@ def test_nearest_users_leave_the_user_out(warehouse: Served) -> None:
 def test_what_has_no_neighbours(warehouse: Served) -> None:
     assert rows(warehouse.runtime, "SELECT * FROM nearest_items('nobody', 3)") == []
     assert rows(warehouse.runtime, "SELECT * FROM nearest_users(NULL, 3)") == []
+    assert rows(warehouse.runtime, "SELECT * FROM nearest_items(99999999999999999999, 3)") == []  # a DECIMAL's name
     for given, k in (("0", "0"), ("'3'", "'3'"), ("2.5", "2.5")):
         with pytest.raises(PythonException) as caught:
             rows(warehouse.runtime, f"SELECT * FROM nearest_items('u1', {given})")
         assert explain(caught.value) == f"nearest_items: k is {k}: write a whole number from 1 on"
+    for given, user in (("1.0", "1.0 (Decimal)"), ("array('u1')", "['u1'] (list)")):
+        with pytest.raises(PythonException) as caught:
+            rows(warehouse.runtime, f"SELECT * FROM nearest_items({given}, 3)")
+        sentence = f"nearest_items: user_id is {user}: write a text or a whole number, as in user_embeddings"
+        assert explain(caught.value) == sentence
 
 
 def test_others_read_the_same_rows(
