@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
 
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime
 from jobs.tables import CURRENT, CURRENT_MODEL, TABLES, Table
 
 _REGISTERED = "spark.trailvec.registered"  # what the session's catalogue knows by name
+_REFUSED = re.compile(r"AccessControlException: Permission denied|AccessDeniedException: s3a://")
 _VOLUMES = "/Volumes"  # where Databricks mounts the volumes of Unity Catalog
 
 
@@ -21,7 +26,7 @@ def register_tables(runtime: Runtime) -> None:
         TrailvecError: the database has a table of such a name whose files are its own: dropped, they would be gone.
     """
     spark, database = runtime.spark, runtime.config.storage.database
-    there = [table for table in TABLES if runtime.exists(table)]
+    there = _tables_to_see(runtime)
     if isinstance(runtime.place, Path) and runtime.place.is_relative_to(_VOLUMES):
         _register_views(runtime, there)
         return
@@ -46,6 +51,27 @@ def register_tables(runtime: Runtime) -> None:
         if table in there and CURRENT_MODEL in there:
             spark.sql(f"CREATE VIEW `{database}`.{view} AS {_current_rows(table, f'`{database}`.')}")
     spark.conf.set(_REGISTERED, known)
+
+
+def _tables_to_see(runtime: Runtime) -> list[Table]:
+    """The tables that exist, without those whose folders this user may not look into (an analyst: exports, say).
+
+    Raises:
+        PySparkException, Py4JJavaError: no table is to be seen, and a folder may not be looked into (wrong keys, say);
+            or the store fails.
+    """
+    found, refused = [], None
+    for table in TABLES:
+        try:
+            if runtime.exists(table):
+                found.append(table)
+        except (PySparkException, Py4JJavaError) as error:
+            if not _REFUSED.search(str(error)):
+                raise
+            refused = error
+    if refused and not found:
+        raise refused
+    return found
 
 
 def _register_views(runtime: Runtime, there: list[Table]) -> None:

@@ -10,9 +10,11 @@ from datetime import datetime, timezone
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import deltalake
 import pytest
+from pyspark.errors import AnalysisException
 from pyspark.sql import Row, SparkSession
 
 from jobs.errors import TrailvecError
@@ -20,7 +22,15 @@ from jobs.list_tables import list_tables, print_tables
 from jobs.runtime import Runtime
 from jobs.spark_session import start_spark
 from jobs.sql import _cell, ask, query, run_sql
-from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, NEIGHBOURS, TABLES
+from jobs.sql_names import _tables_to_see
+from jobs.tables import (
+    CURRENT_MODEL,
+    EVENTS,
+    ITEM_EMBEDDINGS,
+    NEIGHBOURS,
+    TABLES,
+    Table,
+)
 from spark_udfs import vectors
 from tests.conftest import make_config, put
 
@@ -326,6 +336,28 @@ def test_a_view_of_the_current_model_comes_with_its_table(shop: Runtime, spark: 
         query(shop, "SELECT * FROM current_neighbours")
     shop.create(NEIGHBOURS)
     assert query(shop, "SELECT * FROM current_neighbours").count() == 0
+
+
+def test_a_table_that_one_may_not_look_into_is_not_there() -> None:
+    """On HDFS and S3; that no table is to be seen is no answer."""
+    denied = AnalysisException("org.apache.hadoop.security.AccessControlException: Permission denied: user=ana")
+    forbidden = AnalysisException("java.nio.file.AccessDeniedException: s3a://lake/tables/exports: getFileStatus")
+    answers: dict[str, bool | AnalysisException] = {"exports": denied, "erased_users": forbidden, "events": True}
+
+    def exists(table: Table) -> bool:
+        answer = answers.get(table.name, False)
+        if isinstance(answer, AnalysisException):
+            raise answer
+        return answer
+
+    runtime = Mock(exists=exists)
+    assert _tables_to_see(runtime) == [EVENTS]
+    answers["items"] = AnalysisException("the store is away")
+    with pytest.raises(AnalysisException, match="the store is away"):
+        _tables_to_see(runtime)
+    answers.update(events=False, items=False)
+    with pytest.raises(AnalysisException, match=r"Permission denied|AccessDenied"):
+        _tables_to_see(runtime)
 
 
 def test_the_printed_table(shop: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
