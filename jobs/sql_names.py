@@ -11,9 +11,13 @@ from pyspark.errors import PySparkException
 
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime
+from jobs.spark_session import spark_conf
 from jobs.tables import CURRENT, CURRENT_MODEL, TABLES, Table
 
 _REGISTERED = "spark.trailvec.registered"  # what the session's catalogue knows by name
+# Delta leaves a table's columns out of the catalogue, where JDBC's getColumns looks for them. (Only as a table is made
+# known: where rows are written by a name it would start threads that go on after the commit.)
+_WITH_COLUMNS = {"spark.databricks.delta.catalog.update.enabled": "true"}
 _REFUSED = re.compile(r"AccessControlException: Permission denied|AccessDeniedException: s3a://")
 _VOLUMES = "/Volumes"  # where Databricks mounts the volumes of Unity Catalog
 
@@ -45,7 +49,8 @@ def register_tables(runtime: Runtime) -> None:
     for table in there:
         # Anew each time: the name may still mean a table under another root.
         spark.sql(f"DROP TABLE IF EXISTS `{database}`.{table.name}")  # external: its files stay
-        spark.catalog.createTable(table.name, path=runtime.path(table), source="delta")
+        with spark_conf(spark, _WITH_COLUMNS):
+            spark.catalog.createTable(table.name, path=runtime.path(table), source="delta")
     for view, table in CURRENT.items():
         spark.sql(f"DROP VIEW IF EXISTS `{database}`.{view}")
         if table in there and CURRENT_MODEL in there:

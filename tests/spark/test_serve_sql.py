@@ -218,6 +218,14 @@ def test_beeline(server: Served, tmp_path: Path) -> None:
     assert answer.stdout.split()[-3:] == ["rank,item_id,five", f"1,{first},5.0", f"2,{second},5.0"], answer.stderr
 
 
+def test_a_bi_tool_sees_columns(server: Served, tmp_path: Path) -> None:
+    """By JDBC's getColumns, which asks the catalogue."""
+    answer = beeline(server, "!columns neighbours", PASSWORD, tmp_path)
+    for column in NEIGHBOURS.columns:
+        assert f",neighbours,{column.name}," in answer.stdout, answer.stdout + answer.stderr
+        assert f",{column.comment}," in answer.stdout.replace("\0", "")  # beeline's quotes
+
+
 def test_a_wrong_login_is_refused(server: Served) -> None:
     tries = [client(server, ["SELECT 1"], *login) for login in ((USER, "wrong"), ("eve", PASSWORD), ("", ""))]
     for process in tries:
