@@ -24,7 +24,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from py4j.protocol import Py4JJavaError
+from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
@@ -34,7 +34,6 @@ from jobs.runtime import Runtime
 from jobs.segment_files import KEY as EXPORT_KEY
 from jobs.sql import prepare
 from jobs.sql_names import register_tables
-from jobs.tables import TABLES
 from jobs.tombstones import ERASE_KEY
 from spark_udfs.nearest_of_user import TABLE_FUNCTIONS
 from spark_udfs.vectors import FUNCTIONS
@@ -45,7 +44,8 @@ _LOGIN_CLASS = "TrailvecLogin"
 _CLASS_PATH = "spark.driver.extraClassPath"
 _LOOK_AGAIN_SECONDS = 10.0
 _SETTINGS = {
-    # A large answer goes to its client piece by piece, not through the server's memory as a whole.
+    # A large answer goes to its client partition by partition, not through the server's memory as a whole. (One
+    # partition does: where it is larger than the memory, the server ends.)
     "spark.sql.thriftServer.incrementalCollect": "true",
 }
 # Spark has a compiler for Java (Janino, for its generated code) wherever it runs: no jar to build or to ship. Hive
@@ -80,7 +80,7 @@ def run_serve(config: Config, host: str, port: int) -> None:
     """Serves until SIGINT or SIGTERM.
 
     Raises:
-        TrailvecError: the address is not to be had, or is open to others and no credentials are set.
+        TrailvecError: the address is not to be had, or is open to others and no credentials are set; or Spark ended.
     """
     login = _login()
     _check_address(host, port, login is not None)
@@ -93,7 +93,6 @@ def run_serve(config: Config, host: str, port: int) -> None:
         settings[_CLASS_PATH] = os.pathsep.join(filter(None, [scratch, settings.get(_CLASS_PATH)]))
         runtime = Runtime(config.model_copy(update={"spark": config.spark.model_copy(update={"conf": settings})}))
         spark = runtime.spark
-        known = _existing(runtime)
         prepare(runtime)
         _share_functions(spark)
         server = _start(spark, host, port, login, Path(scratch))
@@ -101,7 +100,7 @@ def run_serve(config: Config, host: str, port: int) -> None:
             signal.signal(number, lambda *_: stopped.set())
         address = f"[{host}]" if ":" in host else host
         print(f"SQL at jdbc:hive2://{address}:{port}/{config.storage.database} (Ctrl-C stops it)", flush=True)
-        _watch(runtime, known, stopped)
+        _watch(runtime, stopped)
         server.stop()
         spark.stop()
 
@@ -207,24 +206,26 @@ def _start(spark: SparkSession, host: str, port: int, login: str | None, scratch
     return start(spark._jsparkSession.sqlContext())
 
 
-def _watch(runtime: Runtime, known: set[str], stopped: threading.Event) -> None:
-    """Until it is stopped, makes tables known that are no longer the `known` ones. A store that fails is said once, and
-    asked again; where the JVM itself is gone, so is the server."""
+def _watch(runtime: Runtime, stopped: threading.Event) -> None:
+    """Until it is stopped, makes known what a stage has made or a client has dropped. (Which model is current the views
+    look up themselves.) A store that fails, or a client's own table in the way, is said once, and looked at again.
+
+    Raises:
+        TrailvecError: Spark itself is gone, and so is the server.
+    """
     failing = False
     while not stopped.wait(_LOOK_AGAIN_SECONDS):
         try:
-            if (existing := _existing(runtime)) != known:  # a stage has made its table
-                register_tables(runtime)
-                known = existing
+            register_tables(runtime)
             failing = False
-        except (PySparkException, Py4JJavaError) as error:
+        except (PySparkException, Py4JJavaError, TrailvecError) as error:
             if not failing:
                 said = told(error)
                 again = f"looking again every {_LOOK_AGAIN_SECONDS:g} seconds, the tables known so far are served"
-                print(f"can't see which tables there are ({said}): {again}", file=sys.stderr, flush=True)
+                print(f"can't make all tables known ({said}): {again}", file=sys.stderr, flush=True)
             failing = True
-
-
-def _existing(runtime: Runtime) -> set[str]:
-    """The tables that exist: what names in SQL stand for. (Which model is current the views look up themselves.)"""
-    return {table.name for table in TABLES if runtime.exists(table)}
+        except (Py4JError, ConnectionError) as error:
+            raise TrailvecError(
+                "the server's Java has ended, for want of memory as a rule (one partition of an answer has to fit into "
+                "it): give spark.driver.memory more, and start the server again"
+            ) from error

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
+from pyspark.sql import SparkSession
 
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime
@@ -24,7 +25,7 @@ _VOLUMES = "/Volumes"  # where Databricks mounts the volumes of Unity Catalog
 
 def register_tables(runtime: Runtime) -> None:
     """Makes every existing table, and the views of the current model's rows, known to SQL by their names, in
-    `storage.database`, and uses that database. Does nothing where the session knows all of them already.
+    `storage.database`, and uses that database. Does nothing where they are known already, and by nobody dropped since.
 
     Raises:
         TrailvecError: the database has a table of such a name whose files are its own: dropped, they would be gone.
@@ -34,8 +35,10 @@ def register_tables(runtime: Runtime) -> None:
     if isinstance(runtime.place, Path) and runtime.place.is_relative_to(_VOLUMES):
         _register_views(runtime, there)
         return
+    views = {view: table for view, table in CURRENT.items() if table in there and CURRENT_MODEL in there}
+    names = {table.name for table in there} | views.keys()
     known = json.dumps([str(runtime.place), database, [table.name for table in there]])
-    if spark.conf.get(_REGISTERED, "") == known and spark.catalog.databaseExists(database):
+    if spark.conf.get(_REGISTERED, "") == known and names <= _names_in(spark, database):
         spark.catalog.setCurrentDatabase(database)
         return
     spark.sql(f"CREATE DATABASE IF NOT EXISTS `{database}`")  # the name's pattern is checked by the config
@@ -51,10 +54,10 @@ def register_tables(runtime: Runtime) -> None:
         spark.sql(f"DROP TABLE IF EXISTS `{database}`.{table.name}")  # external: its files stay
         with spark_conf(spark, _WITH_COLUMNS):
             spark.catalog.createTable(table.name, path=runtime.path(table), source="delta")
-    for view, table in CURRENT.items():
+    for view in CURRENT:
         spark.sql(f"DROP VIEW IF EXISTS `{database}`.{view}")
-        if table in there and CURRENT_MODEL in there:
-            spark.sql(f"CREATE VIEW `{database}`.{view} AS {_current_rows(table, f'`{database}`.')}")
+    for view, table in views.items():
+        spark.sql(f"CREATE VIEW `{database}`.{view} AS {_current_rows(table, f'`{database}`.')}")
     spark.conf.set(_REGISTERED, known)
 
 
@@ -77,6 +80,13 @@ def _tables_to_see(runtime: Runtime) -> list[Table]:
     if refused and not found:
         raise refused
     return found
+
+
+def _names_in(spark: SparkSession, database: str) -> set[str]:
+    """The tables and views that a database has; none where somebody dropped it."""
+    if not spark.catalog.databaseExists(database):
+        return set()
+    return {row.tableName for row in spark.sql(f"SHOW TABLES IN `{database}`").collect()}
 
 
 def _register_views(runtime: Runtime, there: list[Table]) -> None:

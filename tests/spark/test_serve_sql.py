@@ -24,6 +24,7 @@ import numpy as np
 import pyspark
 import pytest
 from deltalake.exceptions import DeltaProtocolError
+from py4j.protocol import Py4JNetworkError
 from pyspark.errors import AnalysisException, PythonException
 from pyspark.sql import SparkSession
 
@@ -286,28 +287,39 @@ def test_a_login_is_bytes_and_is_wiped(monkeypatch: pytest.MonkeyPatch) -> None:
     _forget("TRAILVEC_SQL_USER")  # not set: no matter
 
 
-def test_a_store_that_fails_for_a_while_does_not_end_the_server(
+OWN_TABLE = "database served has a table probes of its own: choose another storage.database"
+
+
+def test_what_fails_for_a_while_does_not_end_the_server(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A store that is away, and a client's own table in the way."""
     stopped = threading.Event()
-    looks: list[set[str] | None] = [{"events"}, None, None, {"events", "items"}, {"events", "items"}, None]
-    registered: list[int] = []
+    away, own = AnalysisException("the store is away\nat line 1"), TrailvecError(OWN_TABLE)
+    looks = [None, away, away, None, own, own, None]
 
-    def look(runtime: Runtime) -> set[str]:
+    def look(runtime: Runtime) -> None:
         found = looks.pop(0)
         if not looks:
             stopped.set()
-        if found is None:
-            raise AnalysisException("the store is away\nat line 1")
-        return found
+        if found is not None:
+            raise found
 
     monkeypatch.setattr(serve_sql, "_LOOK_AGAIN_SECONDS", 0.0)
-    monkeypatch.setattr(serve_sql, "_existing", look)
-    monkeypatch.setattr(serve_sql, "register_tables", lambda runtime: registered.append(len(looks)))
-    _watch(Mock(), {"events"}, stopped)
-    assert registered == [2]
-    said = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()]
-    assert said == ["can't see which tables there are (the store is away)"] * 2  # each time that it begins to fail
+    monkeypatch.setattr(serve_sql, "register_tables", look)
+    _watch(Mock(), stopped)
+    said = [line.rpartition("): ")[0] for line in capsys.readouterr().err.splitlines()]  # once each time
+    assert said == [f"can't make all tables known ({reason}" for reason in ("the store is away", OWN_TABLE)]
+
+
+@pytest.mark.parametrize(
+    "error", [Py4JNetworkError("Answer from Java side is empty"), ConnectionRefusedError(111, "Connection refused")]
+)
+def test_a_server_without_its_java_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    monkeypatch.setattr(serve_sql, "_LOOK_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(serve_sql, "register_tables", Mock(side_effect=error))
+    with pytest.raises(TrailvecError, match=r"^the server's Java has ended, .* start the server again$"):
+        _watch(Mock(), threading.Event())
 
 
 def test_what_a_session_lacks_is_not_shared(spark: SparkSession) -> None:

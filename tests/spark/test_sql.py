@@ -23,14 +23,7 @@ from jobs.runtime import Runtime
 from jobs.spark_session import start_spark
 from jobs.sql import _cell, ask, query, run_sql
 from jobs.sql_names import _tables_to_see
-from jobs.tables import (
-    CURRENT_MODEL,
-    EVENTS,
-    ITEM_EMBEDDINGS,
-    NEIGHBOURS,
-    TABLES,
-    Table,
-)
+from jobs.tables import CURRENT_MODEL, EVENTS, ITEM_EMBEDDINGS, NEIGHBOURS, TABLES, Table
 from spark_udfs import vectors
 from tests.conftest import make_config, put
 
@@ -336,6 +329,13 @@ def test_a_view_of_the_current_model_comes_with_its_table(shop: Runtime, spark: 
         query(shop, "SELECT * FROM current_neighbours")
     shop.create(NEIGHBOURS)
     assert query(shop, "SELECT * FROM current_neighbours").count() == 0
+
+
+def test_what_somebody_dropped_is_known_anew(shop: Runtime, spark: SparkSession) -> None:
+    put(shop, CURRENT_MODEL, spark.createDataFrame([("m1",)], CURRENT_MODEL.schema()))
+    for dropped in ("TABLE item_embeddings", "VIEW current_item_embeddings", "DATABASE shop CASCADE"):
+        query(shop, f"DROP {dropped}")
+        assert query(shop, "SELECT * FROM current_item_embeddings").count() == 3
 
 
 def test_a_table_that_one_may_not_look_into_is_not_there() -> None:
