@@ -17,7 +17,7 @@ _HEAD = """# The tables
 
 Made from `jobs/tables.py` by `scripts/document_tables.py`: change that file, not this page. Each is a Delta table under
 `storage.root`/tables. Times are UTC with microseconds. Examples run with `trailvec sql` or over JDBC (`trailvec
-serve_sql`).
+serve_sql`). SQL knows a table once its stage has run.
 
 A table that is partitioned by `model_version` keeps rows of every model, of refused ones too. Its view `current_…`
 shows those of the current model: none until the table's stage has run with it. Read the table itself only to compare

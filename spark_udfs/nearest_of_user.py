@@ -6,7 +6,9 @@
     SELECT u.user_id, n.item_id FROM seeds AS u, LATERAL nearest_items(u.user_id, 5) AS n      for a few users
 
 Without a number: the 10 nearest. Exact, with the scores and the ties of find_neighbours. A user without a vector gives
-no rows. The model, for both sides, is `model.version`, else the one that is current when a task begins.
+no rows; to keep such users, write seeds AS u LEFT JOIN LATERAL nearest_items(u.user_id, 5) AS n ON true (without ON
+true they are lost). The model, for both sides, is `model.version`, else the one that is current when a task begins:
+a query of several tasks (many users) may meet two models at a switch, where current_neighbours is of one whole.
 
 Spark 3.5 runs such a function row by row in a Python worker, which has no Spark: it lists the active files of the
 Delta tables with delta-rs and reads them with pyarrow, block by block, so its memory is bounded however large the
