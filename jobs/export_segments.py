@@ -83,6 +83,8 @@ def _exports(runtime: Runtime, now: datetime) -> list[Export]:
     states = {t.name: runtime.state(t) for t in TABLES if t != EXPORTS and runtime.exists(t)}
     digest_of, timely = cache(file_digest), cache(partial(_is_timely, runtime))  # many name the same lists
     with_profiles = USER_PROFILES.name in states and not of_model(runtime.latest(USER_PROFILES), version).isEmpty()
+    if not with_profiles and USER_PROFILES.name in states:
+        _tell_of_profiles(runtime, files, version)
     check_destinations(runtime, files)
     found: dict[str, Export] = {}
     for number, file in enumerate(files):
@@ -102,6 +104,18 @@ def _exports(runtime: Runtime, now: datetime) -> list[Export]:
             facts["profiles"] = states[USER_PROFILES.name]
         found[file.segment.name] = Export(number, file.segment, file.path, vectors, digest(facts)[:32])
     return list(found.values())
+
+
+def _tell_of_profiles(runtime: Runtime, files: list[SegmentFile], version: str) -> None:
+    """A note where the profiles are another model's: lookalikes go by embeddings after each training, until
+    `profile_users` has run."""
+    open_ones = [f.segment.name for f in files if f.segment.seeds is not None and f.segment.seeds.vectors is None]
+    if open_ones and not runtime.latest(USER_PROFILES).isEmpty():
+        runtime.report.notes.append(
+            f"user_profiles has rows of other models, and none of {version}, the current one: users are compared by "
+            f"user_embeddings, which find fewer of those looked for, in {', '.join(open_ones)}: run "
+            f"`trailvec profile_users`, then this again, or say seeds.vectors"
+        )
 
 
 def _facts(

@@ -632,9 +632,13 @@ def test_many_segments_in_one_pass_against_plain_python(
 
 
 def test_profiles_say_who_is_alike_where_the_model_has_some(shop: Runtime, spark: SparkSession, tmp_path: Path) -> None:
+    notes: list[str] = []
+
     def exported(vectors: str = "") -> tuple[str, list[str]]:
         (tmp_path / "likes.toml").write_text(f"{SEGMENT}{vectors}")
-        assert not shop.execute(STAGE).skipped
+        report = shop.execute(STAGE)
+        assert not report.skipped
+        notes[:] = [note for note in report.notes if "user_profiles" in note]
         manifest, rows = read(shop)
         names = {hashed(user): user for user in USERS}
         return manifest["vectors"], [names[row["user_id"]] for row in rows]
@@ -651,12 +655,19 @@ def test_profiles_say_who_is_alike_where_the_model_has_some(shop: Runtime, spark
     by_embedding = "embedding", ["cat", "dan", "eva", "eve"]
     fill_profiles("m0")
     assert exported() == by_embedding
+    (note,) = notes
+    assert note.startswith("user_profiles has rows of other models, and none of m1, the current one: users are")
+    assert "in likes: run" in note
+    assert "run `trailvec profile_users`" in note
+    assert exported('vectors = "embedding"  # asked for') == by_embedding
+    assert not notes
     with pytest.raises(TrailvecError, match=r"compares users by user_profiles, which has none of model m1: run"):
         exported('vectors = "profile"')
     fill_profiles("m1")
     with (tmp_path / "seeds.txt").open("a", encoding="utf-8") as seeds:
         seeds.write("ada\n")
     assert exported() == ("profile", ["far", "eve", "cat", "dan"])
+    assert not notes
     manifest, _ = read(shop)
     counts = manifest["counts"]
     assert manifest["as_of"] == "2024-01-01T00:00:00Z"  # the profiles'
