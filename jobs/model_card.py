@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.config import TEST_DAYS, VALID_DAYS
+from jobs.config import TEST_DAYS
 
 
 def card(about: dict[str, Any]) -> str:
@@ -51,14 +51,13 @@ def _facts(about: dict[str, Any]) -> dict[str, str]:
     epochs, config = training["epochs"], provenance["config"]
     sequences = config["sequences"]
 
-    def cut(name: str, days: int) -> str:
-        return str(sequences[name] or f"{days} days before the log's end")
-
     if sequences["split_by"] == "leave_one_out":
         trained, validated = "all of a user's actions but the last two", "each user's last action but one"
     else:
         trained = f"actions before {about['as_of']}"
-        validated = f"actions from {cut('valid_from', VALID_DAYS)} to {cut('test_from', TEST_DAYS)}"
+        # None: nobody acted before it; older code told none.
+        test_from = about.get("test_from") or sequences["test_from"] or f"{TEST_DAYS} days before the log's end"
+        validated = f"actions from {about['as_of']} to {test_from}"
     processes, seconds = f"{training['processes']} processes ({training['device']})", f"{training['seconds']:,.0f} s"
     return {
         "version": about["model_version"],

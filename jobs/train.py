@@ -292,7 +292,9 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
         settings = settings.model_copy(update={"epochs": epochs(settings, rows)})
     places, verticals = item_verticals(runtime.read(ITEMS))
     newest = F.date_format(F.max("as_of"), "yyyy-MM-dd'T'HH:mm:ss.SSSSSS")
-    as_of = runtime.read(SEQUENCES).where("split = 'train'").agg(newest).collect()[0][0]
+    cuts = runtime.read(SEQUENCES).where("split IN ('train', 'test')").groupBy("split").agg(newest).collect()
+    times = {row[0]: row[1] for row in cuts}
+    about = {"model_version": version, "as_of": times["train"], "test_from": times.get("test")}
     spec = RunSpec(
         settings=settings,
         model=model,
@@ -307,7 +309,7 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
         start_from=shared_url(runtime.models / base / WEIGHTS) if base else None,
         output=str(staging),
         checkpoints=shared_url(checkpoints) if checkpoints else None,
-        about={"model_version": version, "as_of": as_of, "provenance": runtime.provenance(), "grown_from": base},
+        about=about | {"provenance": runtime.provenance(), "grown_from": base},
     )
     attributes = item_attributes(runtime.read(ITEMS), runtime.read(CONTEXT_VALUES))
     arrays: dict[str, npt.NDArray[Any]] = {

@@ -108,6 +108,7 @@ def fill_all(runtime: Runtime) -> None:
     fill(runtime, ITEMS, items)
     fill(runtime, CONTEXT_VALUES, values)
     rows = sequences(train_rows, "train") + sequences(valid, "valid") + sequences(score, "score")
+    rows += [row | {"as_of": CUT + timedelta(days=28)} for row in sequences(make_rows(1, seed=4), "test")]
     fill(runtime, SEQUENCES, rows, files=3)
 
 
@@ -163,7 +164,7 @@ def test_ranks_read_the_snapshots_active_files_each_row_once(trained: Runtime) -
 def test_model_json_says_what_made_it(trained: Runtime) -> None:
     about = about_of(trained)
     assert about["model_version"] == model_folder(trained).name
-    assert about["as_of"] == "2024-06-01T00:00:00.000000"
+    assert (about["as_of"], about["test_from"]) == ("2024-06-01T00:00:00.000000", "2024-06-29T00:00:00.000000")
     # Version 0 made the table, each write one more.
     assert about["provenance"]["reads"] == {"sequences": 3, "items": 1, "context_values": 1}
     assert about["provenance"]["config"]["train"]["epochs"] == 6

@@ -24,6 +24,7 @@ EPOCHS = [
 ABOUT: dict[str, Any] = {
     "model_version": "abc123",
     "as_of": "2024-06-01T00:00:00",
+    "test_from": "2024-06-29T00:00:00",
     "grown_from": None,
     "spec": {"architecture": "gpt2", "width": 64, "layers": 2, "heads": 4, "max_length": 256, "items": 18000},
     "provenance": {
@@ -31,7 +32,7 @@ ABOUT: dict[str, Any] = {
         "reads": {"sequences": 3, "items": 8},
         "config": {
             "train": {},
-            "sequences": {"split_by": "time", "valid_from": "2024-06-01T00:00:00", "test_from": None},
+            "sequences": {"split_by": "time", "valid_from": None, "test_from": None},
             "vocabulary": {"min_count": 10},
         },
     },
@@ -55,7 +56,9 @@ def test_the_card_says_where_the_model_comes_from_and_how_well_it_ranks() -> Non
     assert ["training", "actions before 2024-06-01T00:00:00"] in rows
     assert ["grown from", "no other model"] in rows
     assert "| grown from | fed987 |" in card({**ABOUT, "grown_from": "fed987"})
-    assert ["validation", "actions from 2024-06-01T00:00:00 to 28 days before the log's end"] in rows
+    validation = "| validation | actions from 2024-06-01T00:00:00 to {} |".format
+    assert validation("2024-06-29T00:00:00") in text
+    assert validation("28 days before the log's end") in card({**ABOUT, "test_from": None})  # it was asked of nobody
     assert ["epochs", "2 of at most 5; kept: the best, 2"] in rows
     assert ["all", "1,500", "0.5000", "0.3750"] in rows
     assert ["1-4", "7", "0.0625", "0.0312"] in rows
