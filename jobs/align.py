@@ -27,7 +27,7 @@ from pyspark.sql import functions as F
 from jobs.cli import stage_main
 from jobs.config import AlignSettings
 from jobs.errors import TrailvecError
-from jobs.model_folders import add_to_model, description, model_folder
+from jobs.model_folders import add_to_model, description, model_folder, trained_again
 from jobs.models import encode_sequences, item_vectors, stacked
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import drawn_by_hash, in_order
@@ -171,7 +171,7 @@ def run(runtime: Runtime) -> None:
     runtime.report.notes.append(report["said"])
     asked = (ask(report, runtime.config.align) for ask in (too_few_items, too_few_users, no_ranking))
     runtime.report.notes += filter(None, asked)
-    if (why := refusal(report, runtime.config.align)) and onto != folder.name:
+    if (why := refusal(report, runtime.config.align)) and (onto != folder.name or trained_again(runtime, folder)):
         raise TrailvecError(why)
 
 

@@ -15,7 +15,7 @@ from pyspark import SparkFiles
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, fetch
 from jobs.runtime import Runtime
-from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, Table
+from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, USER_EMBEDDINGS, Table
 from training.checkpoint import ABOUT, WEIGHTS, read_about, read_description, rotation_sha256
 
 
@@ -117,6 +117,14 @@ def is_of_before(runtime: Runtime, table: Table, **of: str) -> bool:
     keys = ("model_version", *of)
     notes = (said["note"] for said in runtime.noted(table))
     return next((note != now for note in notes if all(note.get(key) == now[key] for key in keys)), False)
+
+
+def trained_again(runtime: Runtime, folder: Path) -> bool:
+    """Whether the model was trained again, to other weights than its users' newest vectors are of; False where no note
+    tells."""
+    told = (said["note"]["model"] for said in runtime.noted(USER_EMBEDDINGS))
+    newest = next((model for model in told if model["version"] == folder.name and "weights" in model), None)
+    return newest is not None and newest["weights"] != read_description(folder)["weights_sha256"]
 
 
 def has_model(runtime: Runtime, version: str) -> bool:

@@ -5,6 +5,8 @@
 - A new model: all users, in chunks by a hash of user_id, one commit each, which says so. A run that finds some of them
   done goes on with the rest, at the version of sequences that they were made from, and then takes up what has changed
   since.
+- The current model, trained again to other weights: asked what a new one is asked, then all users in one commit, as it
+  is read meanwhile.
 
 The last act changes the one row of current_model: readers of current_user_embeddings saw the old model whole until
 then, and see the new one whole from then on. Vectors of old models stay until `trailvec retire_model`. Of a history
@@ -26,7 +28,7 @@ from pyspark.sql import functions as F
 from jobs import align, evaluate
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
-from jobs.model_folders import check_items, check_numbers, model_folder, model_inputs
+from jobs.model_folders import check_items, check_numbers, model_folder, model_inputs, trained_again
 from jobs.models import encode_sequences
 from jobs.progress import meanwhile
 from jobs.runtime import Runtime, Stage
@@ -233,11 +235,15 @@ def was_scored(runtime: Runtime, version: str) -> bool:
     return runtime.exists(USER_EMBEDDINGS) and not of_model(runtime.latest(USER_EMBEDDINGS), version).isEmpty()
 
 
-def check_successor(runtime: Runtime, version: str) -> None:
-    """Raises TrailvecError where a model that is not the current one must not become it, or nobody has looked yet."""
+def check_successor(runtime: Runtime, version: str, again: bool) -> None:
+    """Raises TrailvecError where a model that is not the current one must not become it, or nobody has looked yet.
+
+    Args:
+        again: it was trained again since its vectors were made, so that the current one, too, is another.
+    """
     runtime.create(CURRENT_MODEL)
     current = runtime.newest_current_model()
-    if current == version:
+    if current == version and not again:
         return
     if why := evaluate.refusal(runtime, version):
         raise TrailvecError(why)
@@ -247,7 +253,7 @@ def check_successor(runtime: Runtime, version: str) -> None:
     if report is None:
         raise TrailvecError(f"model {version} is not aligned with {current} yet: run `trailvec align` first")
     # A model that comes back keeps its place, whatever it was laid onto then.
-    if (onto := report["onto"]) != current and not was_scored(runtime, version):
+    if (onto := report["onto"]) != current and (again or not was_scored(runtime, version)):
         raise TrailvecError(
             f"model {version} was compared with {onto or 'none'}, and {current} has become current since: "
             f"run `trailvec align --force` and `trailvec embed_items` first"
@@ -261,13 +267,16 @@ def check_successor(runtime: Runtime, version: str) -> None:
 
 def run(runtime: Runtime) -> None:
     scorer = Scorer(runtime)
-    check_successor(runtime, scorer.version)
+    again = trained_again(runtime, model_folder(runtime))
+    check_successor(runtime, scorer.version, again)
     check_items(runtime, scorer.version)
     runtime.create(USER_EMBEDDINGS)
     now = runtime.version(SEQUENCES)
     scoring = scoring_so_far(runtime, scorer.model)
     if scoring is None:
         chunks = min(MAX_CHUNKS, -(-scorer.rows(now).count() // runtime.config.score.chunk_users) or 1)
+        if again and runtime.newest_current_model() == scorer.version:
+            chunks = 1  # its readers would see the vectors of two trainings at once
         scoring = Scoring(now, chunks, frozenset(), into_empty=scorer.vectors().isEmpty())
     scorer.score_all(scoring)
     scorer.score_changed(scoring.sequences)

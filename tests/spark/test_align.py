@@ -113,6 +113,14 @@ def test_a_new_model_is_laid_onto_the_current_one(shop: Runtime, filled: tuple[P
         assert shop.execute(stage).skipped
 
     again = make_unaligned(shop, "m2", seed=3)  # as a forced training ends on GPUs: in other weights
+    strict = Runtime(make_config(shop.root, "storage.database=scores", "align.min_overlap=0.999"), shop.spark)
+    with pytest.raises(TrailvecError, match="model m2, the current one, was trained again and is not aligned with its"):
+        strict.execute(embed_items.STAGE)
+    for stage in (align.STAGE, embed_items.STAGE):
+        with pytest.raises(TrailvecError, match=r"model m2 must not follow m2: of an item's 10 nearest items"):
+            strict.execute(stage)
+    unchanged = vectors(shop, ITEM_EMBEDDINGS, "m2")
+    assert all(np.array_equal(unchanged[name], vector) for name, vector in items.items())
     report = shop.execute(align.STAGE)
     assert report.notes[0].startswith("model m2 onto m2 by 27 items: ")
     with pytest.raises(

@@ -190,6 +190,35 @@ def test_a_model_without_the_asked_rows_of_evaluation_does_not_become_current(
     assert current(shop) == ({"m2"}, USERS)
 
 
+def test_the_current_model_trained_again_is_asked_like_a_new_one_and_changed_in_one_commit(
+    scored: tuple[Runtime, SequenceModel],
+) -> None:
+    shop, old = scored
+    gate = 'evaluate.gate=[{task="new", method="popularity", metric="model_lead_ndcg@10", at_least=0.0}]'
+    strict = Runtime(make_config(shop.root, *SETTINGS, gate), shop.spark)
+    rows = score_rows(USERS, seed=1)
+    rows[7] = score_rows(1, seed=9, first_user=7)[0]
+    change(shop, [rows[7]], [])
+    assert strict.execute(score_users.STAGE).rows_out["users_encoded"] == 1  # of the same weights nothing is asked
+
+    shutil.rmtree(shop.models / "m1")
+    new = make_model(shop, "m1", seed=5)
+    folder = shop.models / "m1"
+    aligned = json.loads((folder / "alignment.json").read_text())
+    with pytest.raises(TrailvecError, match=r"model m1 must not become current \(evaluate\.gate\)"):
+        strict.execute(score_users.STAGE)
+    write_alignment(folder, None, aligned | {"items": {"overlap@10": 0.01}})
+    with pytest.raises(TrailvecError, match=r"model m1 must not follow m1: of an item's 10 nearest items 1\.00% stay"):
+        shop.execute(score_users.STAGE)
+    assert_vectors(shop, old, "m1", rows)
+    write_alignment(folder, None, aligned)
+    assert shop.execute(score_users.STAGE).rows_out["users_encoded"] == USERS
+    assert_vectors(shop, new, "m1", rows)
+    weights = json.loads((folder / "model.json").read_text())["weights_sha256"]
+    notes = [said["note"] for said in Runtime(shop.config, shop.spark).noted(USER_EMBEDDINGS)]
+    assert [note["chunks"] for note in notes if note["model"]["weights"] == weights] == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("interval", "counted", "lacks"),
     [
