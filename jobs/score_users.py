@@ -245,7 +245,9 @@ def check_successor(runtime: Runtime, version: str, again: bool) -> None:
     current = runtime.newest_current_model()
     if current == version and not again:
         return
-    if why := evaluate.refusal(runtime, version):
+    comes_back = not again and was_scored(runtime, version)
+    # Today's window is no reason to keep a worse one current.
+    if not comes_back and (why := evaluate.refusal(runtime, version)):
         raise TrailvecError(why)
     if current is None:
         return
@@ -253,7 +255,7 @@ def check_successor(runtime: Runtime, version: str, again: bool) -> None:
     if report is None:
         raise TrailvecError(f"model {version} is not aligned with {current} yet: run `trailvec align` first")
     # A model that comes back keeps its place, whatever it was laid onto then.
-    if (onto := report["onto"]) != current and (again or not was_scored(runtime, version)):
+    if (onto := report["onto"]) != current and not comes_back:
         raise TrailvecError(
             f"model {version} was compared with {onto or 'none'}, and {current} has become current since: "
             f"run `trailvec align --force` and `trailvec embed_items` first"
