@@ -117,7 +117,7 @@ def test_each_format_gives_the_same_events(spark: SparkSession, tmp_path: Path, 
     assert second["item_id"] == "é"
     assert (first["event_ts"], second["event_ts"]) == (datetime(2023, 5, 1, 10), datetime(2023, 5, 1, 10))
     assert (first["amount"], second["amount"], third["amount"]) == (1.5, -2.0, None)
-    assert (first["attributes"], second["attributes"]) == ({}, {"more": "x"})
+    assert (first["attributes"], second["attributes"]) == (None, {"more": "x"})
     assert (first["quantity"], first["time_zone"], first["source"], first["raw"]) == (None, "UTC", "test", None)
     assert json.loads(third["raw"])["more"] == "y"
     assert third["file"].endswith(f"log.{form}")
@@ -431,7 +431,7 @@ def test_a_header_without_a_name_or_with_one_twice_is_read(
     rows = ingest(spark, folder, mapping("day*.csv"))
     assert [row["raw"] for row in rows if row["reason"] == "broken_row"] == ["3,ann,a,2023-05-02,2"]
     found = [(row["event_id"], row["attributes"]) for row in rows if not row["reason"]]
-    assert found == [("1", {"_c0": "0"}), ("2", {}), ("4", {"note5": "x", "Note6": "y"})]
+    assert found == [("1", {"_c0": "0"}), ("2", None), ("4", {"note5": "x", "Note6": "y"})]
     for category in ("note", {"expr": "upper(NOTE)"}):
         with pytest.raises(TrailvecError, match=r"day3\.csv: the header has several columns (note|NOTE), which the"):
             ingest(spark, folder, mapping("day3.csv", columns={"category": category}))
@@ -491,7 +491,7 @@ def test_a_new_column_is_kept_in_attributes_unless_it_is_ignored(
         else:
             pq.write_table(pa.Table.from_pylist([row]), tmp_path / f"{name}.parquet")
     first, second = ingest(spark, tmp_path, mapping(f"*.{form}", form, ignore=["trace"]))
-    assert first["attributes"] == {}
+    assert first["attributes"] is None
     assert second["attributes"].keys() == {"channel", "geo"}
     assert second["attributes"]["channel"] == "app"
 
