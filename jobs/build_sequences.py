@@ -172,15 +172,16 @@ def refuse_other_rows(runtime: Runtime) -> None:
     """Raises TrailvecError: sequences was made with other settings than those of today, by which its questions would be
     answered, or by other counts of items than `items` has."""
     made, now = runtime.last_writer(SEQUENCES), runtime.provenance()["config"]
-    asked = ("split_by", "valid_from", "test_from", _TARGETS)
-    other = other_setting(made["config"]["sequences"], now["sequences"], *asked) if made else None
     min_count = now["vocabulary"]["min_count"]
-    if made and (was := made["config"]["vocabulary"]["min_count"]) != min_count:
-        other = f"vocabulary.min_count = {was}, found {min_count}"
-    if other:
-        raise TrailvecError(
-            f"table sequences was made with {other}: run `trailvec build_sequences` first, or set it back"
-        )
+    if made:
+        asked = ("split_by", "valid_from", "test_from", _TARGETS)
+        other = other_setting(made["config"]["sequences"], now["sequences"], *asked)
+        if (was := made["config"]["vocabulary"]["min_count"]) != min_count:
+            other = f"vocabulary.min_count = {was}, found {min_count}"
+        if other:
+            raise TrailvecError(
+                f"table sequences was made with {other}: run `trailvec build_sequences` first, or set it back"
+            )
     refuse_other_counts(runtime, now["sequences"], min_count)
 
 

@@ -21,6 +21,7 @@ from training.checkpoint import newest_checkpoint
 from training.config import RunSpec
 from training.stores import folder_of
 
+FORCED = ".forced.checkpoints"  # how the folder of a forced training's checkpoints ends
 _FOLLOWS = re.compile(r"HorovodInternalError|: Horovod (?:has been shut down|detected)|gloo/")
 _LOST = ": Horovod has been shut down"
 _LAUNCHERS = ": Horovod detected"
@@ -155,7 +156,7 @@ def _stopped(spec: RunSpec, why: str) -> TrailvecError:
     if found:
         epoch, step = map(int, found.name.split("-"))
         again = f", and the same command goes on from epoch {epoch} after {step:,} steps"
-        if found.parent.name.endswith(".forced.checkpoints"):  # it goes by the tables as they are
+        if found.parent.name.endswith(FORCED):  # it goes by the tables as they are
             again += " (if a data job or maintain_tables runs first: from an earlier checkpoint, or anew)"
     return TrailvecError(f"training stopped: {why}; the old model stays current{again}")
 

@@ -29,9 +29,11 @@ from spark_udfs import nearest_of_user, vectors
 _FAILURES = (PySparkException, Py4JJavaError)  # the second: while a query runs, what PySpark has no class for
 _SHOWN_ELEMENTS = 3  # of an array
 # Spark's names in a plan, of what differs from one run to the next, or with the files that a table lies in.
-_BY_CHANCE = {"Rand", "Randn", "Uuid", "Shuffle", "Sample"}
-_BY_CHANCE |= {"monotonically_increasing_id", "SparkPartitionID"}
-_BY_CHANCE |= {"InputFileName", "InputFileBlockStart", "InputFileBlockLength"}
+_BY_CHANCE = {
+    *("Rand", "Randn", "Uuid", "Shuffle", "Sample"),
+    *("monotonically_increasing_id", "SparkPartitionID"),
+    *("InputFileName", "InputFileBlockStart", "InputFileBlockLength"),
+}
 
 
 def prepare(runtime: Runtime) -> None:

@@ -35,7 +35,7 @@ from jobs.config import Config
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, Place, published, shared_url, write_json
 from jobs.item_facts import attribute_matrix, item_attributes, item_counts, item_verticals
-from jobs.launch_training import launch, launch_in_spark
+from jobs.launch_training import FORCED, launch, launch_in_spark
 from jobs.model_card import card
 from jobs.model_folders import check_numbers, description, has_model, model_folder, other_numbers
 from jobs.runtime import Runtime, Stage
@@ -189,9 +189,6 @@ def _go_on(runtime: Runtime) -> None:
     now = runtime.fingerprint
     if runtime.forced or has_model(runtime, now[:12]):
         return
-    models = [description(runtime, file.parent.name) for file in runtime.models.glob(f"*/{ABOUT}")]
-    made = [of for model in models if same_command(runtime, of := model.get("provenance", {}))]
-    newest = max((of["reads"][SEQUENCES.name] for of in made if runtime.read_these(of)), default=-1)
     for place in runtime.models.glob("*.checkpoints"):
         begun = json.loads((place / BEGUN).read_text()) if (place / BEGUN).exists() else {}
         if not same_command(runtime, begun):
@@ -200,9 +197,9 @@ def _go_on(runtime: Runtime) -> None:
             if begun["fingerprint"] != now:  # else upkeep has come between: the rows of now lie in other files
                 remove_tree(place)
         elif (
-            not place.name.endswith(".forced.checkpoints")
+            not place.name.endswith(FORCED)
             and any(place.glob(f"*/{PROGRESS}"))
-            and begun["reads"][SEQUENCES.name] > newest
+            and begun["reads"][SEQUENCES.name] > _newest_learnt(runtime)
             and runtime.go_back(begun)
         ):
             if begun["fingerprint"] != now:
@@ -212,6 +209,13 @@ def _go_on(runtime: Runtime) -> None:
                     f"`trailvec train` again for what came since"
                 )
             return
+
+
+def _newest_learnt(runtime: Runtime) -> int:
+    """The newest version of sequences that a model of this command was trained on; -1: there is none."""
+    models = [description(runtime, file.parent.name) for file in runtime.models.glob(f"*/{ABOUT}")]
+    made = [of for model in models if same_command(runtime, of := model.get("provenance", {}))]
+    return max((int(of["reads"][SEQUENCES.name]) for of in made if runtime.read_these(of)), default=-1)
 
 
 def run(runtime: Runtime) -> None:
@@ -225,7 +229,7 @@ def run(runtime: Runtime) -> None:
     else:
         # Beside the model's folder, which appears when all is done: what a kill leaves, the same command finds, unless
         # the tables were made anew. A forced training goes on from no checkpoint of another one.
-        checkpoints = runtime.models / f"{name}{'.forced' if runtime.forced else ''}.checkpoints"
+        checkpoints = runtime.models / f"{name}{FORCED if runtime.forced else '.checkpoints'}"
         with published(folder) as staging:
             _train(runtime, version, staging, checkpoints)
             if there is not None and read_description(staging)["weights_sha256"] == there["weights_sha256"]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.errors import explain, first_line
+from jobs.errors import _MADE_AGAIN, _ONLY_HERE, explain, first_line
+from jobs.tables import TABLES
 
 _LOST = "Some data may have been lost because they are not available in Kafka any more; either the data was aged out"
 _CHANGES = "cdc-00000-591396bc-522d-405c-87c4-377008e1ad49.c000.snappy.parquet"
@@ -172,3 +173,7 @@ def test_a_missing_file_of_somebody_else_is_none_of_a_tables() -> None:
 )
 def test_the_first_line_is_the_errors_own(said: str, first: str) -> None:
     assert first_line(RuntimeError(said)) == first
+
+
+def test_of_each_table_it_is_known_whether_a_stage_can_make_it_again() -> None:
+    assert sorted(f"{_MADE_AGAIN}|{_ONLY_HERE}".split("|")) == sorted(table.name for table in TABLES)
