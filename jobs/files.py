@@ -1,6 +1,6 @@
-"""Files wherever Hadoop's file systems reach (hdfs://, s3a://, abfss://), asked through Spark's JVM.
+"""Files on any of Hadoop's file systems (hdfs://, s3a://, abfss://), accessed through Spark's JVM.
 
-`HadoopPath` has pathlib's names and meanings, as far as the stages need them: a `Place` is either.
+`HadoopPath` implements the part of pathlib's interface that the stages need. A `Place` is a Path or a HadoopPath.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _SECONDS_FOR_AN_ANSWER = 10.0
 
 
 class Stat(NamedTuple):
-    """What os.stat calls so; the time in milliseconds."""
+    """As in os.stat_result, but with the time in milliseconds."""
 
     st_size: int
     st_mtime_ms: int
 
 
 class HadoopPath:
-    """A file or folder, by its URI; a path without a scheme is of Hadoop's default file system.
+    """A file or folder, given by its URI; a path without a scheme is on Hadoop's default file system.
 
-    It can be named at any time, and asked for once Spark runs.
+    Can be constructed at any time; any file access needs a running Spark.
     """
 
     def __init__(self, uri: str) -> None:
@@ -61,7 +61,7 @@ class HadoopPath:
         return self.parent / name
 
     def qualified(self, spark: SparkSession) -> HadoopPath:
-        """With the host that `hdfs:///` leaves out; Spark's streams and Delta want it."""
+        """Fills in the host that `hdfs:///` leaves out: Spark's streams and Delta require it."""
         path = spark._jvm.org.apache.hadoop.fs.Path(self._uri)  # type: ignore[union-attr]
         system = path.getFileSystem(spark._jsc.hadoopConfiguration())
         return HadoopPath(system.makeQualified(path).toString())
@@ -83,12 +83,12 @@ class HadoopPath:
         return [HadoopPath(status.getPath().toString()) for status in self._system.listStatus(self._path)]
 
     def file_sizes(self, without: str) -> dict[str, int]:
-        """As the function of that name."""
+        """See the module function `file_sizes`."""
         found = {}
         try:
             statuses = self._system.listStatus(self._path)
         except Py4JJavaError as error:
-            if "FileNotFoundException" in str(error.java_exception):  # another job's own folder, gone in the meantime
+            if "FileNotFoundException" in str(error.java_exception):  # deleted meanwhile by the job that owns it
                 return {}
             raise
         for status in statuses:
@@ -104,17 +104,17 @@ class HadoopPath:
         return Stat(int(status.getLen()), int(status.getModificationTime()))
 
     def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
-        """Always with its parents, and content with a folder that is there; the arguments are pathlib's."""
+        """Always creates parents and accepts an existing folder; the arguments exist to match pathlib."""
         assert parents
         assert exist_ok
         self._system.mkdirs(self._path)
 
     def make_private(self) -> None:
-        """As the function of that name."""
+        """See the module function `make_private`."""
         self._system.mkdirs(self._path, self._jvm.org.apache.hadoop.fs.permission.FsPermission("700"))
 
     def lines(self) -> Iterator[str]:
-        """The lines of a text file, read as they are asked for."""
+        """The lines of a text file, read lazily."""
         io = self._jvm.java.io
         reader = io.BufferedReader(io.InputStreamReader(self._system.open(self._path), "UTF-8"))
         try:
@@ -127,7 +127,7 @@ class HadoopPath:
         return "\n".join(self.lines())
 
     def write_text(self, text: str, encoding: str = "utf-8") -> None:
-        """Whole, or it holds what it held before."""
+        """Atomic: a failed write leaves the old content."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "text"
             file.write_text(text, encoding=encoding)
@@ -135,11 +135,11 @@ class HadoopPath:
 
     @property
     def renames(self) -> bool:
-        """Whether a rename is one step; S3 copies and deletes file by file, but puts a file in one step."""
+        """Whether a rename is atomic. On S3 it is not (copy and delete, file by file), but the put of one file is."""
         return str(self._system.getScheme()) != "s3a"
 
     def put_whole(self, source: Path) -> None:
-        """Makes it hold a local file's bytes: all of them, or what it held before."""
+        """Replaces the content by a local file's, atomically."""
         if not self.renames:
             self.put(source)
             return
@@ -148,17 +148,17 @@ class HadoopPath:
         part.replace(self)
 
     def put(self, source: Path) -> None:
-        """Copies a local file, or a folder with what is in it, here."""
+        """Copies a local file, or a folder with its contents, to this path."""
         self.parent.mkdir()
         self._system.copyFromLocalFile(False, True, self._java_path(f"file://{source.absolute()}"), self._path)
 
     def get(self, target: Path) -> None:
-        """Copies the file, or the folder with what is in it, to this machine."""
-        # Past Hadoop's own local file system, which would lay a file of checksums beside each.
+        """Copies the file, or the folder with its contents, to this machine."""
+        # Bypasses Hadoop's checksummed local file system, which would write a .crc file beside each file.
         self._system.copyToLocalFile(False, self._path, self._java_path(f"file://{target.absolute()}"), True)
 
     def replace(self, target: HadoopPath) -> None:
-        """Renames it; takes the place of a file that has the name. One step on HDFS, copies on object stores."""
+        """Renames it, overwriting an existing file. Atomic on HDFS, copies on object stores."""
         names = self._jvm.org.apache.hadoop.fs
         options = _context()._gateway.new_array(names.Options.Rename, 1)
         options[0] = names.Options.Rename.OVERWRITE
@@ -172,19 +172,19 @@ class HadoopPath:
     def rmdir(self) -> None:
         try:
             self._system.delete(self._path, False)
-        except Py4JJavaError as error:  # it is not empty
+        except Py4JJavaError as error:  # not empty
             raise OSError(str(error.java_exception)) from None
 
     def rmtree(self) -> None:
-        """Deletes it with all that is in it; nothing where it does not exist."""
+        """Deletes it recursively; does nothing if it does not exist."""
         self._system.delete(self._path, True)
 
     def shared_url(self) -> str:
-        """Its name for processes that have no JVM (training.stores): webhdfs://user@host:port/path, of the NameNode
-        that is active, or s3+https://region@host:port/bucket/path.
+        """Its URL for processes without a JVM (training.stores): webhdfs://user@host:port/path on the active NameNode,
+        or s3+https://region@host:port/bucket/path.
 
         Raises:
-            TrailvecError: it is on neither, or no NameNode answers over HTTP.
+            TrailvecError: it is on neither HDFS nor S3, the HDFS uses Kerberos, or no NameNode answers over HTTP.
         """
         java, settings = self._jvm.org.apache.hadoop, _context()._jsc.hadoopConfiguration()
         if self._system.getScheme() == "s3a":
@@ -203,7 +203,7 @@ class HadoopPath:
         nodes = settings.get(f"dfs.ha.namenodes.{service}")
         keys = [f".{service}.{node.strip()}" for node in nodes.split(",")] if nodes else [""]
         found = [settings.get(f"dfs.namenode.http-address{key}") for key in keys]
-        # 0.0.0.0, the default, means all addresses of the NameNode.
+        # 0.0.0.0, the default, means all of the NameNode's addresses.
         addresses = [str(address).replace("0.0.0.0", service) for address in found if address]  # noqa: S104
         user = java.security.UserGroupInformation.getCurrentUser().getShortUserName()
         for address in addresses:
@@ -223,7 +223,7 @@ class HadoopPath:
 
         region = setting("endpoint.region") or os.environ.get("AWS_REGION") or "us-east-1"
         endpoint = setting("endpoint")
-        if endpoint in ("", "s3.amazonaws.com"):  # Hadoop's default, which sends others to their region
+        if endpoint in ("", "s3.amazonaws.com"):  # Hadoop's default, which redirects to the bucket's region
             endpoint = f"s3.{region}.amazonaws.com"
         scheme = "http" if setting("connection.ssl.enabled") == "false" else "https"
         scheme, host = endpoint.split("://") if "://" in endpoint else (scheme, endpoint)
@@ -249,7 +249,7 @@ def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=_SECONDS_FOR_AN_ANSWER) as answer:  # noqa: S310 - http, from the settings
             return bool(answer.status == 200)
-    except OSError:  # a NameNode that is down, or stands by
+    except OSError:  # the NameNode is down or in standby
         return False
 
 
@@ -263,13 +263,13 @@ Place = Path | HadoopPath
 
 
 def place_of(text: str) -> Place:
-    """A folder that the configuration names: a local one by its absolute path."""
+    """A folder named in the configuration; a local path is made absolute."""
     path = local_path(text)
     return HadoopPath(text) if path is None else Path(path).absolute()
 
 
 def make_private(folder: Place) -> None:
-    """Makes the folder, with its parents; only its owner may look into it, where the store knows owners."""
+    """Creates the folder and its parents; accessible to its owner only, on stores that have owners."""
     if isinstance(folder, Path):
         folder.mkdir(mode=0o700, parents=True)
     else:
@@ -277,7 +277,7 @@ def make_private(folder: Place) -> None:
 
 
 def write_json(path: Place, value: dict[str, Any]) -> None:
-    """Writes the file whole or not at all."""
+    """Writes the file atomically."""
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
     if isinstance(path, Path):
         write_whole(path, text)
@@ -286,35 +286,36 @@ def write_json(path: Place, value: dict[str, Any]) -> None:
 
 
 def shared_url(place: Place) -> str:
-    """The place as training's processes know it: a local path, or a URL that needs no JVM (`HadoopPath.shared_url`)."""
+    """The place as training processes address it: local path, or a URL that needs no JVM (`HadoopPath.shared_url`)."""
     return str(place) if isinstance(place, Path) else place.shared_url()
 
 
 def file_sizes(folder: Place, without: str) -> dict[str, int]:
-    """Every file below the folder by its full name, with its size in bytes; nothing where the folder does not exist.
-    Hidden ones (a dot in front) are left out, and what lies in folders of the name `without`."""
+    """Full name → size in bytes of every file below the folder; empty if the folder does not exist. Skips hidden files
+    (leading dot) and folders named `without`."""
     if isinstance(folder, HadoopPath):
         return folder.file_sizes(without)
     found = {}
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name != without]
         for file in (Path(place) / name for name in files if not name.startswith(".")):
-            with contextlib.suppress(FileNotFoundError):  # another job's own file, gone in the meantime
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile by the job that owns it
                 found[str(file)] = file.stat().st_size
     return found
 
 
 @contextlib.contextmanager
 def published(target: Place) -> Iterator[Path]:
-    """A local folder to fill. When the block ends without an error, it takes target's place as a whole, by a rename; on
-    S3, which has none, target is deleted and the files are copied there, those that describe the others (JSON) last. A
-    local target keeps its owner, group and mode.
+    """A local folder to fill. When the block ends without an error, a rename puts the folder in target's place. On S3,
+    which has no rename, target is deleted and the files are copied there, those that describe the others (JSON) last.
+    A local target keeps its owner, group and mode.
 
-    What a killed block leaves lies under another name, and the next block with the same target removes it. It can't
-    tell it from the folder of a block that still runs: of two that run at once, the one that began later goes on.
+    A killed block leaves a staging folder under another name, which the next block with the same target removes. It
+    can't tell such a leftover from the folder of a running block: of two concurrent blocks on a local disk, the one
+    that started later wins.
 
     Raises:
-        TrailvecError: another block with the same target began later.
+        TrailvecError: another block with the same target started later and removed this one's staging folder.
     """
     for other in target.parent.glob(f".{target.name}.*staging"):
         remove_tree(other)
@@ -347,7 +348,7 @@ def published(target: Place) -> Iterator[Path]:
 
 
 def _take_access(folder: Path, other: Path) -> None:
-    """Gives the folder the owner, group and mode of another one, as far as this user and the file system may."""
+    """Gives the folder the owner, group and mode of `other`, as far as this user and the file system allow."""
     there = other.stat()
     for uid, gid in ((there.st_uid, -1), (-1, there.st_gid)):
         with contextlib.suppress(OSError):
@@ -364,8 +365,11 @@ def _overtaken(target: Place) -> TrailvecError:
 
 
 def fetch(source: HadoopPath, copy: Path) -> list[str]:
-    """Brings a local folder up to date with the files of `source` (not its folders); the names of those that were new
-    or had changed."""
+    """Syncs a local folder with the files of `source` (not its subfolders). Returns the names of new or changed files.
+
+    Raises:
+        TrailvecError: a file changed while it was read.
+    """
     copy.mkdir(parents=True, exist_ok=True)
     files = {file.name: file for file in source.iterdir() if file.is_file()}
     fetched = []

@@ -1,18 +1,18 @@
 """find_neighbours: user_embeddings, item_embeddings → neighbours.
 
-Of the current model: for each user the items with the highest dot product (the model's own score, over its whole
-vocabulary), for each user and each item the users and the items with the highest cosine; all three, or those that
-`neighbours.kinds` names. Exact, in blocks (spark_udfs/topk.py). A zero vector has no direction: it has no cosine
-neighbours and is nobody's.
+For the current model: for each user, the items with the highest dot product (the model's own score, over its whole
+vocabulary) and the users with the highest cosine; for each item, the items with the highest cosine. All three kinds, or
+those in `neighbours.kinds`. The search is exact, in blocks (spark_udfs/topk.py). A zero vector has no direction: it
+neither has cosine neighbours nor is one.
 
-With `neighbours.habit` also user_item_habit: a user's items by the model's score and what the user does again and again
-(jobs/habit.py), as exact as user_item is.
+With `neighbours.habit`, also user_item_habit: a user's items ranked by the model's score plus the user's habit
+(jobs/habit.py), as exact as user_item.
 
-Items as neighbours can be narrowed down: to some verticals, to those in stock, and for a user without what they have
-already bought (`neighbours.*`).
+Candidate items can be restricted (`neighbours.*`): to some verticals, to items in stock, and for each user to items
+that they have had no event of given types with (not bought yet, say).
 
-Over very many candidates `neighbours.cells` makes the search an inverted file: it looks at a part of them and finds
-most. The run says what share of the true neighbours it found, by the exact search for a sample.
+For very many candidates, `neighbours.cells` turns the search into an inverted file (IVF), which scans only a part of
+them and finds most neighbours. The run reports its recall, measured by an exact search for a sample.
 
 trailvec find_neighbours --conf conf/local.toml --set neighbours.k=20 --set 'neighbours.without=["purchase"]'
 """
@@ -63,12 +63,12 @@ KINDS: dict[str, tuple[str, str, Metric]] = {
 
 WITH_HABIT = "user_item_habit"
 
-SAMPLE_OF_CELL = 64  # candidates that a cell's centre is found by, on average
-ASKED = 500  # queries that are searched exactly too, to see what an inverted file misses
+SAMPLE_OF_CELL = 64  # candidates per cell, on average, that the centroids are trained on
+ASKED = 500  # queries also searched exactly, to measure the recall of the inverted file
 
 
 class Search(NamedTuple):
-    """One kind's: both sides are id string, vector array<float>; queries may have left_out array<string>."""
+    """The search of one kind. Both sides: id string, vector array<float>; queries may have left_out array<string>."""
 
     kind: str
     queries: DataFrame
@@ -85,13 +85,13 @@ def searches(
     offered: DataFrame | None = None,
     without: DataFrame | None = None,
 ) -> list[Search]:
-    """What is looked for.
+    """The searches to run, one per kind.
 
     Args:
         users, items: id string, vector array<float>, all of one model.
-        kinds: some of KINDS.
+        kinds: a subset of KINDS.
         offered: the rows of `items` that may be neighbours; None: all.
-        without: id string, left_out array<string>: of a user, the items that are not to be found for them.
+        without: id string, left_out array<string>: the items to exclude for a user (user_item only).
     """
     sources = {"user": users, "item": items}
     targets = {"user": users, "item": items if offered is None else offered}
@@ -108,10 +108,10 @@ def searches(
 
 
 def find_neighbours(every: list[Search], settings: NeighboursSettings) -> DataFrame:
-    """The k nearest of each user and item, as NEIGHBOURS without model_version.
+    """The k nearest neighbours of each user and item: NEIGHBOURS without model_version.
 
     Raises:
-        TrailvecError: settings.cells asks for faiss, which is not installed.
+        TrailvecError: settings.cells needs faiss, which is not installed.
     """
     parts = []
     for kind, queries, candidates, metric, counts in every:
@@ -120,7 +120,7 @@ def find_neighbours(every: list[Search], settings: NeighboursSettings) -> DataFr
         found = nearest(
             queries,
             candidates,
-            min(settings.k, max(1, counts[1])),  # memory is taken for so many
+            min(settings.k, max(1, counts[1])),  # memory is allocated for k
             metric,
             same_kind=source == target,
             block_rows=settings.block_rows,
@@ -133,11 +133,11 @@ def find_neighbours(every: list[Search], settings: NeighboursSettings) -> DataFr
 
 
 def score_habits(habits: DataFrame, search: Search) -> DataFrame:
-    """What users did themselves, by the dot product and their habit: source_id, neighbour_id, score.
+    """Scores the items that users have a habit of, by dot product plus habit: source_id, neighbour_id, score.
 
     Args:
         habits: user_id, item_id, habit (double, at least 0).
-        search: "user_item".
+        search: the one of kind "user_item".
     """
     users = search.queries.withColumnRenamed("vector", "user_vector")
     items = search.candidates.select(F.col("id").alias("item_id"), F.col("vector").alias("item_vector"))
@@ -152,7 +152,7 @@ def _scored(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     for batch in batches:
         users, items, *sides, habits = batch.columns
         a, b = (matrix_of(side).astype(np.float64) for side in sides)
-        # A float, as the search's own scores and SQL's are.
+        # Rounded to float32, as the search's and SQL's scores are.
         scores = inner_product(a, b).astype(np.float32) + habits.to_numpy()
         yield pa.RecordBatch.from_arrays(
             [users, items, pa.array(scores, pa.float64())], ["source_id", "neighbour_id", "score"]
@@ -160,14 +160,14 @@ def _scored(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 
 def with_habit(found: DataFrame, own: DataFrame, k: int) -> DataFrame:
-    """The k best of each user by the dot product and their habits: source_id, rank, neighbour_id, score.
+    """Each user's k best by dot product plus habit: source_id, rank, neighbour_id, score.
 
-    An item without a habit scores what it did: it is among the k best now only where it was before. One with a habit
-    may stand in both; the greater score is the one with the habit.
+    An item without a habit keeps its score, so it can be among the k best only if it already was in `found`. An item
+    with a habit may be in both frames; a habit is never negative, so the greater score is the one that includes it.
 
     Args:
-        found: the k best by the dot product alone.
-        own: what `score_habits` gives.
+        found: the k best by dot product alone.
+        own: the result of `score_habits`.
     """
     both = own.unionByName(found.select(*own.columns))
     scored = both.groupBy("source_id", "neighbour_id").agg(F.max("score").alias("score"))
@@ -176,7 +176,7 @@ def with_habit(found: DataFrame, own: DataFrame, k: int) -> DataFrame:
 
 
 def recall(every: list[Search], found: DataFrame, settings: NeighboursSettings) -> dict[str, float]:
-    """By kind the share of the exact neighbours of about ASKED queries that stand in `found`."""
+    """kind → recall of `found`: the share of the exact neighbours of about ASKED queries that it contains."""
     exact = settings.model_copy(update={"cells": 0})
     asked = [drawn_by_hash(ASKED / max(1, s.counts[0]), "id", F.lit("neighbours")) for s in every]
     some = [s._replace(queries=s.queries.where(drawn)) for s, drawn in zip(every, asked, strict=True)]
@@ -191,7 +191,7 @@ def _cells(candidates: DataFrame, count: int, metric: Metric, settings: Neighbou
     sample = candidates.where(drawn_by_hash(share, "id", F.lit("neighbours")))
     rows = sample.where(F.exists("vector", lambda x: x != 0)).orderBy("id").select("vector").toPandas()
     if rows.empty:
-        return None  # all are cold: no vector is nearer than another
+        return None  # all sampled vectors are zero: none is nearer than another
     try:
         return find_cells(np.stack(rows["vector"].tolist()), metric, settings.cells, settings.probes)
     except ImportError:
@@ -234,7 +234,7 @@ def _run(runtime: Runtime, folder: Place) -> None:
             f"the rows {kind} of a run before are removed: neighbours.kinds does not name it"
             for kind in sorted(row["kind"] for row in old.select("kind").distinct().collect())
         ]
-    # A run takes the place of every kind, also of those that it finds nothing of or is not asked for.
+    # A run replaces the rows of every kind, including kinds that it finds nothing for or that are not configured.
     replaced = tuple(KINDS) if settings.habit else (*KINDS, WITH_HABIT)
     with spark_conf(runtime.spark, BLOCK_CONF):
         found = find_neighbours(every, settings).withColumn("model_version", F.lit(version))
@@ -260,7 +260,7 @@ def _vectors(runtime: Runtime, table: Table, key: str, version: str) -> DataFram
 
 
 def _offered(runtime: Runtime, items: DataFrame, folder: Place) -> DataFrame:
-    """The items that may be neighbours. `folder`: as for `read_items`."""
+    """The items that may be neighbours. `folder` as in `read_items`."""
     settings = runtime.config.neighbours
     if settings.verticals:
         verticals = runtime.read(ITEMS).where("vertical IS NOT NULL").select("vertical").distinct().collect()
@@ -291,19 +291,19 @@ def _stock_list(file: str) -> Path:
 
 
 def _done_before(sessions: DataFrame, event_types: list[str]) -> DataFrame:
-    """id, left_out: of each user the items of their events of these types."""
+    """id, left_out: for each user, the items of their events of these types."""
     events = _events(sessions, event_types)
     return events.groupBy(F.col("user_id").alias("id")).agg(F.collect_set("item_id").alias("left_out"))
 
 
 def _events(sessions: DataFrame, event_types: list[str]) -> DataFrame:
-    """user_id and the columns of each event of these types; without any types of all."""
+    """user_id and the event's columns, one row per event of these types; an empty list means all types."""
     events = sessions.select("user_id", F.explode("events").alias("event")).select("user_id", "event.*")
     return events.where(is_target(event_types))
 
 
 def _habits(runtime: Runtime) -> DataFrame:
-    """user_id, item_id, habit: of what users did, of the kinds that are predicted, before the log's end."""
+    """user_id, item_id, habit at the log's end, over the events of the predicted types."""
     settings, sessions = runtime.config.sequences, runtime.read(SESSIONS)
     end = cut_times(sessions, settings, "end_ts").end
     of_pair = habit(runtime.config.habit, F.lit(microseconds(end)))
@@ -321,7 +321,7 @@ STAGE = Stage(
     "find_neighbours",
     "the nearest items and users of each user, and the nearest items of each item",
     run,
-    # In this order: what is current is whole.
+    # CURRENT_MODEL first: a model that is current by then has all its vectors.
     reads=(CURRENT_MODEL, USER_EMBEDDINGS, ITEM_EMBEDDINGS, ITEMS, CONTEXT_VALUES, SESSIONS),
     writes=(NEIGHBOURS,),
     settings=("neighbours", "habit", "sequences"),

@@ -1,11 +1,11 @@
 """flag_users: events → flagged_users.
 
-Rules over each user's day (UTC) mark bots and test accounts: a row for every (user, day, rule) caught, with what was
-measured. Their events stay in events; sessionize leaves the users out. A row depends on one user's one day alone, so
-after a change of events only the days touched are measured again, and the result is that of a full build.
+Rules over each user's day (UTC) flag bots and test accounts: one row for every (user, day, rule) caught, with the
+measured value. Their events stay in events; sessionize leaves the users out. A row depends only on one day of one user,
+so when events change, only the days affected are measured again, and the result equals a full build.
 
-A full build shuffles two columns of the log once, by (user, day), counts each day's events, and looks closer only at
-the days with as many events as some rule's limit.
+A full build shuffles two columns of the log once, by (user, day), counts each day's events, and measures only the days
+with at least as many events as the lowest limit, and those of test accounts.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ USER_DAY = ["user_id", "day"]
 
 
 def flag_users(events: DataFrame, settings: FlagUsersSettings) -> DataFrame:
-    """FLAGGED_USERS rows of `events` (user_id and event_ts), which must hold whole days of a user."""
-    # rule: (what is measured, the least of it that is caught)
+    """FLAGGED_USERS rows for `events` (user_id, event_ts), which must hold complete days of a user."""
+    # rule: (measured column, smallest value that is caught)
     limits = {
         "events_per_minute": ("busiest_minute", settings.events_per_minute + 1),
         "events_per_day": ("events", settings.events_per_day + 1),
@@ -36,9 +36,9 @@ def flag_users(events: DataFrame, settings: FlagUsersSettings) -> DataFrame:
     is_test = reduce(operator.or_, (F.col("user_id").like(pattern) for pattern in settings.test_accounts), F.lit(False))
 
     spread = events.select("user_id", F.to_date("event_ts").alias("day"), "event_ts").repartition(*USER_DAY)
-    # No rule catches a day that has fewer events than the least of the limits: most days are neither sorted nor
-    # counted by the minute. (That event_ts is named here makes both uses of `spread` read the same columns, and so
-    # Spark shuffles once.)
+    # No rule but test_account catches a day with fewer events than the lowest limit, so most days are neither sorted
+    # nor counted by the minute. (Using event_ts here makes both uses of `spread` read the same columns, so that Spark
+    # shuffles once.)
     busy = (
         spread.groupBy(*USER_DAY)
         .agg(F.count("*").alias("events"), F.max("event_ts").alias("last_ts"))
@@ -58,20 +58,21 @@ def flag_users(events: DataFrame, settings: FlagUsersSettings) -> DataFrame:
 
 def measure(events: DataFrame) -> DataFrame:
     """One row per (user, day, events) of `events`, with `busiest_minute`, the most events in one clock minute, and
-    `in_step`, the most events one after the other with the same interval from each to the next (1: no interval but 0).
+    `in_step`, the length in events of the longest run with equal intervals (1 if no interval is above 0).
 
-    Two intervals are the same if they round to the same number of milliseconds. So a timer that fires every 5,000 ms is
-    caught with up to half a millisecond of jitter, and so is any in a log of whole milliseconds or seconds that hide
-    it. A wider tolerance would have to say from what: the interval before (then it may drift without end), or the first
-    (then the choice of the first decides). An interval that rounds to 0 belongs to no series: a basket is no bot.
+    Two intervals are equal if they round to the same number of milliseconds. So a timer that fires every 5,000 ms is
+    caught despite up to half a millisecond of jitter, and so is any timer whose jitter is hidden by a log of whole
+    milliseconds or seconds. A wider tolerance would need a reference: the previous interval (which lets the run drift
+    without bound) or the first one (whose choice then decides). An interval that rounds to 0 belongs to no run: a
+    basket is not a bot.
     """
     in_order = Window.partitionBy(*USER_DAY).orderBy("event_ts")
     so_far = in_order.rowsBetween(Window.unboundedPreceding, Window.currentRow)
     micros = F.unix_micros("event_ts")
-    # Which of two events of the same moment comes first decides nothing: only their time is looked at.
+    # The order of events at the same moment does not matter: only their times are used.
     interval = F.round((micros - F.lag(micros).over(in_order)) / 1000)
     intervals = events.withColumns({"interval": interval, "place": F.row_number().over(in_order)})
-    # Where an interval is another than the one before it, a series begins; its first event stands one place earlier.
+    # A run begins where an interval differs from the previous one; its first event is one place earlier.
     begins = ~F.col("interval").eqNullSafe(F.lag("interval").over(in_order))
     series = intervals.withColumn("begin", F.when(begins, F.col("place")))
     length = F.when(F.col("interval") > 0, F.col("place") - F.max("begin").over(so_far) + 2).otherwise(1)
@@ -90,7 +91,7 @@ def _caught(rule: str, measured: str, holds: Column) -> Column:
 
 
 def flagged_now(runtime: Runtime) -> DataFrame:
-    """user_id of all who are flagged, each once. Reads the stage's FLAGGED_USERS."""
+    """The distinct user_id of all flagged users. Reads the stage's FLAGGED_USERS."""
     return runtime.read(FLAGGED_USERS).select("user_id").distinct()
 
 
@@ -98,12 +99,12 @@ def run(runtime: Runtime) -> None:
     settings = runtime.config.flag_users
     events = runtime.read(EVENTS)
     runtime.create(FLAGGED_USERS)
-    made_from = runtime.stage_version(FLAGGED_USERS)  # before it is decided where to go on from
+    made_from = runtime.stage_version(FLAGGED_USERS)  # before the starting point of the increment is decided
     changes = runtime.incremental(FLAGGED_USERS, EVENTS)
     if changes is None:
         runtime.write(FLAGGED_USERS, flag_users(events, settings))
         return
-    # What an update changed stands in `changes` twice, as it was and as it is: both days are touched.
+    # `changes` holds an updated row twice, before and after: both days are affected.
     touched = changes.select("user_id", F.to_date("event_ts").alias("day")).distinct().persist()
     try:
         days = [row["day"] for row in touched.select("day").distinct().collect()]
@@ -112,7 +113,7 @@ def run(runtime: Runtime) -> None:
             .withColumn("day", F.to_date("event_ts"))
             .join(touched, USER_DAY, "left_semi")
             .select("user_id", "event_ts")
-            .localCheckpoint()  # both looks at the busy days would read the table
+            .localCheckpoint()  # else both uses in flag_users would read the table
         )
         old = runtime.latest(FLAGGED_USERS).join(touched, USER_DAY, "left_semi")
         differing = differences(flag_users(again, settings), old, FLAGGED_USERS).localCheckpoint()
