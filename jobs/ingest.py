@@ -1,17 +1,17 @@
 """ingest: files and topics → events, rejected_events.
 
-Structured Streaming keeps the books: a checkpoint for each input says which files (or offsets) were read, and each run
+Structured Streaming tracks progress: one checkpoint per input records which files (or offsets) were read, and each run
 takes what is new (Trigger.AvailableNow). A batch is read (`jobs/raw_records.py`), checked (`jobs/checked_records.py`:
-the source's mapping and the reasons why a record is no event), deduplicated against the batch and the table, and
-committed: rejected_events first, under the batch's number, so that a batch that is done again adds nothing; then
-events, by MERGE. A kill at any moment and the same command end as if nothing had happened (docs/decisions/0007).
+the source's mapping, and why a record is refused), deduplicated against itself and the table, and committed:
+rejected_events first, under the batch's number, so that a replayed batch adds nothing; then events, by MERGE. After a
+kill at any moment, the same command gives the result of an undisturbed run (docs/decisions/0007).
 
-The same event again, equal in every column, is dropped and not refused, however long ago it first came. Of events with
-one event_id and different content, the one with the smallest (event_ts, hash of content) is kept, whichever came first,
-and the others are refused: duplicate_event_id. So records may come in any order, in any batches and any number of
-times.
+An exact repeat of an event, equal in every column, is dropped and not refused, however old the first copy. Among events
+with one event_id and different content, the one with the smallest (event_ts, hash of content) is kept, in whatever
+order they arrive, and the others are refused: duplicate_event_id. So records may arrive in any order, in any batches
+and any number of times.
 
-What comes of a user whom erase_users took out is dropped, events and refused records alike, and only counted.
+Records of users erased by erase_users, valid or not, are dropped and only counted.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from jobs.tombstones import erased_tests
 from training.stores import remove_tree
 from training.urls import file_url
 
-REPEAT = "exact_repeat"  # not a refusal: the event is there already
+REPEAT = "exact_repeat"  # not a refusal: the event is already stored
 _NO_REFUSAL = {REPEAT: "exact repeats of an event", ERASED: "records of erased users"}
 
-_STORED = "table events"  # the file of a row that the table holds already
+_STORED = "table events"  # the `file` of a row that is already in the table
 
-# Bytes of a file that may be one task (a Parquet file of one row group is, whatever its size) while cores are idle.
+# A larger file, in bytes, is not left to one task while cores are idle (a Parquet file of one row group always is one).
 _ONE_TASK = 4_000_000
 
 
@@ -61,25 +61,25 @@ _ONE_TASK = 4_000_000
 
 
 def mark_duplicates(records: DataFrame, duplicates: str) -> DataFrame:
-    """`records` with one event kept of each event_id (where duplicates is "same_day": of each event_id and day). The
-    others get a reason: REPEAT where they equal the kept one in all columns, else duplicate_event_id. One shuffle.
+    """`records`, of which one event per event_id is kept (per event_id and day if duplicates is "same_day"). The others
+    get a reason: REPEAT if they equal the kept one in all columns, else duplicate_event_id. One shuffle.
 
     Args:
-        records: as `to_events` gives them, with `stored`: the row is in the table already.
+        records: the columns of `to_events`, and `stored`: the row is already in the table.
     """
     is_event = F.col("reason").isNull()
-    # Map columns have no hash; xxhash64 skips NULLs, so that each is marked.
-    # Older code kept empty maps (checked_records.py); these are no other events.
+    # Maps can't be hashed, so they become arrays. xxhash64 skips NULLs, so isNull is hashed too. Older versions stored
+    # empty maps where checked_records.py now gives NULL: both count as the same content.
     comparable = [
         F.when(F.size(c.name) > 0, F.sort_array(F.map_entries(c.name))) if c.type.startswith("map") else F.col(c.name)
         for c in EVENTS.columns
     ]
     content = F.xxhash64(*[part for column in comparable for part in (column, column.isNull())])
-    # The id first: the sort goes by the first bytes of the first key, and looks into rows only where these are equal.
-    # Refused records (the others have no hash here) go the same way only to be spread evenly.
+    # The id first: Spark sorts by the first bytes of the first key, and compares rows only where these are equal. The
+    # hash, NULL for events, only spreads refused records evenly.
     key = [F.col("event_id"), F.when(~is_event, F.xxhash64("raw"))]
     same_id = Window.partitionBy(*key, *([F.to_date("event_ts")] if duplicates == "same_day" else []))
-    # One order for both: each order would be a sort of its own.
+    # One order for all window functions: each different order would cost a sort.
     in_order = same_id.orderBy("event_ts", "content", F.desc("stored"))
     so_far = in_order.rowsBetween(Window.unboundedPreceding, Window.currentRow)
     ranked = records.withColumn("content", content).withColumns(
@@ -103,13 +103,13 @@ def mark_duplicates(records: DataFrame, duplicates: str) -> DataFrame:
 
 
 def same_ids(table: str, low: str, high: str, days: Sequence[date] | None) -> Column:
-    """A condition that holds for all rows of the events table with an event_id of a batch. It is made of literals, so
-    that Delta can tell by its files' statistics which files to leave unread.
+    """A condition that holds for all rows of the events table that have an event_id of a batch. It uses only literals,
+    so that Delta can skip files by their statistics.
 
     Args:
-        table: the table's alias with a dot behind it, or "".
-        low, high: the batch's first and last event_id. Ids that go up with time (most do) lie in few files.
-        days: the days on which such a row may lie; None: on any.
+        table: the table's alias followed by a dot, or "".
+        low, high: the batch's smallest and largest event_id. Ids that grow with time (most do) are in few files.
+        days: the days on which such a row may be; None: any.
     """
     condition = F.col(f"{table}event_id").between(low, high)
     return condition if days is None else condition & within_days(F.col(f"{table}event_ts"), days)
@@ -121,12 +121,16 @@ def same_ids(table: str, low: str, high: str, days: Sequence[date] | None) -> Co
 def commit_batch(
     runtime: Runtime, frames: list[DataFrame], batch: tuple[str, int], read: Counter[str | None], again: bool
 ) -> None:
-    """Checks, deduplicates and commits the records of one batch (frames as `to_events` gives them).
+    """Deduplicates one batch of records, checks the share refused, and commits it.
 
     Args:
-        batch: its writer and number; of the same batch, rejected_events takes the rows once.
-        read: how many records of this run's earlier batches had which reason (None: events); this batch's are added.
-        again: the inputs are read once more, so that rejected_events may hold what is refused already.
+        frames: results of `to_events`.
+        batch: its writer and number; rejected_events takes the rows of a batch only once.
+        read: records per reason (None: events) in this run's earlier batches; this batch's are added.
+        again: the inputs are read again, so rejected_events may already hold what is refused.
+
+    Raises:
+        TrailvecError: too large a share of the run's records is refused.
     """
     settings = runtime.config.ingest
     same_day = settings.duplicates == "same_day"
@@ -134,7 +138,7 @@ def commit_batch(
     given = given.withColumn("stored", F.lit(False))
     together, where, few = given, F.lit(True), False
     if not runtime.latest(EVENTS).isEmpty():
-        given = given.persist(StorageLevel.DISK_ONLY)  # looked into for its ids, then judged
+        given = given.persist(StorageLevel.DISK_ONLY)  # scanned for its ids, then deduplicated
         events = given.where(F.col("reason").isNull())
         low, high, count = events.agg(F.min("event_id"), F.max("event_id"), F.count("*")).collect()[0]
         few = count <= FEW
@@ -147,7 +151,7 @@ def commit_batch(
     try:
         found = records.groupBy("reason", "stored").count().collect()
         counts = Counter({row["reason"]: int(row["count"]) for row in found if not row["stored"]})
-        # What the table holds gives way to an earlier event of the same id.
+        # A stored event is replaced by one with the same id that sorts before it.
         replaced = sum(row["count"] for row in found if row["stored"] and row["reason"] is not None)
         runtime.report.rows_in["records"] += counts.total()
         read += counts
@@ -169,14 +173,14 @@ def commit_batch(
 
 
 def stored_events(runtime: Runtime, ids: DataFrame, where: Column) -> DataFrame | None:
-    """The rows of `events` with one of the ids (event_id, each once), as `mark_duplicates` wants them; None where there
-    is none.
+    """The rows of the events table with one of the ids, as input of `mark_duplicates`; None if there are none.
 
-    The table is read twice, first for the ids and days of these rows alone: few batches bring an event again, and so
-    all columns are read of few days' files, or of none.
+    The table is read twice, first only for the ids and days of these rows: few batches repeat an event, so all columns
+    are read from the files of few days, or of none.
 
     Args:
-        where: `same_ids` of them.
+        ids: event_id, distinct.
+        where: `same_ids` of these ids.
     """
     table = runtime.latest(EVENTS)
     there = table.where(where).join(ids, "event_id", "left_semi")
@@ -210,9 +214,9 @@ def _refused(counts: Counter[str | None]) -> Counter[str]:
 
 
 def _check_share(records: DataFrame, counts: Counter[str | None], read: Counter[str | None], allowed: float) -> None:
-    """Stops the job before this batch is written where too much is refused.
+    """Stops the job before this batch is written if too large a share is refused.
 
-    The share is that of the run so far, this batch included: the last batch of a topic may be one record, and wrong.
+    The share is that of the run so far, including this batch: the last batch of a topic may be a single bad record.
     """
     total = _refused(read).total()
     if total <= allowed * read.total():
@@ -236,10 +240,10 @@ def _check_share(records: DataFrame, counts: Counter[str | None], read: Counter[
 
 
 def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
-    """Commits what is new of one of the source's inputs, batch by batch.
+    """Commits what is new in one of the source's inputs, batch by batch.
 
     Raises:
-        TrailvecError: a batch is refused, or another ingest reads the same input right now.
+        TrailvecError: a batch is refused, or another ingest is reading the same input.
     """
     settings, spark = runtime.config.ingest, runtime.spark
     name = f"{source.name}, {mapping.place}"
@@ -247,8 +251,8 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
     checkpoint = _checkpoint(runtime, source, mapping)
     if runtime.forced:
         remove_tree(checkpoint)
-    again = checkpoint / "again"  # until a run ends, also where it begins with a kill
-    # Spark's first file, not the folder: a kill may come between the next two lines.
+    again = checkpoint / "again"  # a marker that stays until a run finishes, through any kills
+    # Tests for Spark's first file, not the folder: a kill may come between the next two lines.
     if not (checkpoint / "metadata").exists() and (runtime.forced or _has_refused(runtime, source)):
         checkpoint.mkdir(parents=True, exist_ok=True)
         again.write_text("", encoding="utf-8")
@@ -280,7 +284,7 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
                 runtime.on_progress(f"{name}: batch {batch_number}, {count:,} records in {seconds:.1f} s")
         except BaseException as error:
             failed.append(error)
-            raise RuntimeError("the batch failed") from error  # what the JVM is told, and does not understand
+            raise RuntimeError("the batch failed") from error  # the JVM does not pass the error on; `failed` does
 
     stream = _topic(spark, mapping.kafka, settings) if mapping.kafka else _listing(spark, mapping, runtime)
     query = stream.writeStream.foreachBatch(batch).option("checkpointLocation", file_url(str(checkpoint)))
@@ -297,8 +301,8 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
 
 
 def _check_gzip(found: dict[str, int]) -> None:
-    """Refuses a gzip file of no bytes (not even its head: an upload that failed). Of one among files of JSON Spark says
-    no word."""
+    """Refuses an empty gzip file: it lacks even a header, so an upload failed. Spark would silently accept one among
+    JSON files."""
     if empty := [path for path, length in found.items() if length == 0 and path.endswith(".gz")]:
         raise TrailvecError(
             f"{min(empty)} is no gzip file, it has no bytes: fetch it again or take it out of the folder"
@@ -310,26 +314,26 @@ def _checkpoint(runtime: Runtime, source: Source, mapping: Input) -> Place:
 
 
 def _has_refused(runtime: Runtime, source: Source) -> bool:
-    """Whether the source was read before (by an input whose path was changed, say), and records were refused."""
+    """Whether the source was read before (through an input whose path has changed, say) and records were refused."""
     if not runtime.exists(REJECTED_EVENTS):
         return False
     return not runtime.latest(REJECTED_EVENTS).where(F.col("source") == source.name).isEmpty()
 
 
 def _listing(spark: SparkSession, mapping: Input, runtime: Runtime) -> DataFrame:
-    """The names of the input's files, as a stream; by its checkpoint Spark tells which of them are new."""
+    """The names of the input's files, as a stream; the checkpoint tells Spark which of them are new."""
     given = _data_dir(runtime, mapping) / str(mapping.path)
     path = file_url(str(given))
     if given.is_file():
-        # Spark's stream takes a folder or a pattern, not a file. For a name in braces Hadoop looks at that file alone;
-        # for any other pattern it lists all files beside it, and fails at one with a colon in its name.
+        # A Spark stream takes a folder or a pattern, not a file. A name in braces makes Hadoop look up that file alone;
+        # any other pattern makes it list the whole folder, and fail on a name with a colon.
         folder, _, name = path.rpartition("/")
         path = "{}/{{/{}}}".format(folder, name.replace(",", "\\,"))
     files = spark.readStream.format("binaryFile").schema(LISTING)
     options = {
         "maxFilesPerTrigger": str(runtime.config.ingest.max_files_per_batch),
-        "maxFileAge": "36500d",  # however old a file's time stamp is, when it comes, it is read
-        "recursiveFileLookup": "true",  # in whatever folder inside: without it only in those named column=value
+        "maxFileAge": "36500d",  # a new file is read however old its timestamp
+        "recursiveFileLookup": "true",  # in any subfolder; without it, only in those named column=value
     }
     return files.options(**options).load(path).select("path", "length")
 
@@ -340,7 +344,7 @@ def _topic(spark: SparkSession, kafka: Kafka, settings: IngestSettings) -> DataF
         "subscribe": kafka.topic,
         "startingOffsets": "earliest",
         "maxOffsetsPerTrigger": str(settings.max_records_per_batch),
-        "kafka.isolation.level": "read_committed",  # else records of aborted transactions come too
+        "kafka.isolation.level": "read_committed",  # else records of aborted transactions are read too
         **{key: _from_environment(value, kafka) for key, value in kafka.options.items()},
     }
     return spark.readStream.format("kafka").options(**options).load()
@@ -372,28 +376,29 @@ def run(runtime: Runtime) -> None:
     if settings.duplicates == "everywhere":
         _refuse_ids_of_several_days(runtime)
     if not runtime.exists(EVENTS):
-        # The checkpoints tell of what was read into a table that is gone (moved away, say). All of them go, also those
-        # of sources that are not configured now: were this run killed, the next one would find a table, and trust them.
+        # The checkpoints describe what was read into a table that is gone (moved away, say). Remove all of them, also
+        # those of sources not configured now: if this run is killed, the next one finds a table and trusts them.
         remove_tree(runtime.place / "checkpoints" / "ingest")
-        runtime.create(REJECTED_EVENTS)  # before events, so that it is only missing beside them if somebody removed it
+        runtime.create(REJECTED_EVENTS)  # before events, so that it is missing beside them only if somebody removed it
     elif not runtime.exists(REJECTED_EVENTS) and not runtime.forced:
-        # Nothing is read again unasked: by a mapping that has changed since, old records would become other events.
+        # Nothing is read again unasked: a mapping changed since would turn old records into other events.
         runtime.report.notes.append(
             "table rejected_events was gone, and what was refused before with it: `trailvec ingest --force` reads all "
             "inputs again"
         )
-    runtime.create(EVENTS)  # from here on another ingest leaves the checkpoints
+    runtime.create(EVENTS)  # from here on, another ingest keeps the checkpoints
     for source in sources:
         for mapping in source.input:
             follow(runtime, source, mapping)
-    # Only now is the stage up to date: a killed one has batches to come.
+    # Only now is the stage up to date: a killed run still has batches to read.
     runtime.touch(REJECTED_EVENTS)
     runtime.touch(EVENTS)
 
 
 def _refuse_ids_of_several_days(runtime: Runtime) -> None:
-    """Of an id that same_day let stand on two days, an earlier event that comes would take the place of both rows."""
-    last = runtime.last_writer(EVENTS)  # None: it may have such ids, as after a RESTORE
+    """Raises TrailvecError where the table has an id on several days, as same_day allows: an earlier event with that id
+    would replace all of these rows."""
+    last = runtime.last_writer(EVENTS)  # None: unknown (after a RESTORE, say), so the ids are counted
     if not runtime.exists(EVENTS) or (last is not None and last["config"]["ingest"]["duplicates"] != "same_day"):
         return
     several = runtime.latest(EVENTS).groupBy("event_id").count().where("count > 1").count()
@@ -406,7 +411,11 @@ def _refuse_ids_of_several_days(runtime: Runtime) -> None:
 
 
 def _data_dir(runtime: Runtime, mapping: Input) -> Place:
-    """Raises TrailvecError: a path of the mapping begins there, and Spark would take it for a pattern."""
+    """The folder ingest.data_dir.
+
+    Raises:
+        TrailvecError: the mapping reads files below it, and Spark would read it as a glob pattern.
+    """
     data_dir = runtime.place_of(runtime.config.ingest.data_dir)
     place = data_dir.absolute() if isinstance(data_dir, Path) else data_dir
     paths = [path for path in (mapping.path, *(lookup.path for lookup in mapping.lookups)) if path]
@@ -420,8 +429,8 @@ def _data_dir(runtime: Runtime, mapping: Input) -> Place:
 
 
 def _files(runtime: Runtime, source: Source, mapping: Input) -> list[tuple[str, int, int]]:
-    """As `find_inputs`, of an input's own files; none where they were read before, and are all taken away since. (A
-    folder that is gone itself may be a disk that is not mounted.)"""
+    """`find_inputs` of an input's own files; empty if the input was read before and all its files were removed since.
+    (A missing folder is still an error: its disk may not be mounted.)"""
     data_dir, path = _data_dir(runtime, mapping), str(mapping.path)
     try:
         return find_inputs(runtime.spark, data_dir, path)
@@ -433,7 +442,7 @@ def _files(runtime: Runtime, source: Source, mapping: Input) -> list[tuple[str, 
 
 
 def inputs(runtime: Runtime) -> dict[str, Any]:
-    """What the result depends on beside the settings: the mappings' text; path, size and time of each file."""
+    """What the result depends on besides the settings: the mappings' text; path, size and time of each file."""
     mappings: dict[str, str] = {}
     files: list[tuple[str, int, int]] = []
     for path in runtime.config.ingest.sources:
@@ -444,7 +453,7 @@ def inputs(runtime: Runtime) -> dict[str, Any]:
             for lookup in mapping.lookups:
                 files += find_inputs(runtime.spark, _data_dir(runtime, mapping), lookup.path)
             if mapping.kafka is not None:
-                mappings[path] += f"# {time.time()}"  # a topic is asked each time
+                mappings[path] += f"# {time.time()}"  # a topic is read on every run
     return {"mappings": mappings, "files": sorted(set(files))}
 
 

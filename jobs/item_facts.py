@@ -1,4 +1,4 @@
-"""What training and the stages after it are told of the items, in arrays by item_index."""
+"""Facts about the items for training and the stages after it, in arrays indexed by item_index."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from training.config import ITEM_ATTRIBUTES
 
 
 def item_counts(items: DataFrame, min_count: int) -> npt.NDArray[np.int64]:
-    """How often a model may see each item, [largest item_index + 1]; 0 for those that it must not know.
+    """The train_count of each item, [largest item_index + 1]; 0 for items outside the model's vocabulary.
 
-    This is the one place where it is decided what is in a model's vocabulary; the model carries the result.
+    This is the only place that decides what is in a model's vocabulary; the model stores the result.
     """
     rows = items.select("item_index", "train_count").toPandas()
     counts = np.zeros(_size(rows), np.int64)
@@ -27,7 +27,7 @@ def item_counts(items: DataFrame, min_count: int) -> npt.NDArray[np.int64]:
 
 
 def item_attributes(items: DataFrame, context_values: DataFrame) -> DataFrame:
-    """item_index and, for each of ITEM_ATTRIBUTES, the item's number; 0, which says nothing, where it is not known."""
+    """item_index and the item's number for each of ITEM_ATTRIBUTES; 0 where it is unknown."""
     numbered = items.withColumn("category", category_value())
     for kind in ("category", "vertical"):
         numbered = numbered.join(numbers_of(context_values, kind), kind, "left")
@@ -49,8 +49,7 @@ def attribute_matrix(attributes: DataFrame, names: Sequence[str], items: int) ->
 
 
 def item_verticals(items: DataFrame) -> tuple[npt.NDArray[np.int64], list[str]]:
-    """The place of each item's vertical, int64 [largest item_index + 1], in the list of verticals beside it; -1 for
-    none."""
+    """Each item's vertical, int64 [largest item_index + 1], as an index into the returned list of names; -1: none."""
     rows = items.select("item_index", "vertical").toPandas()
     codes, names = pd.factorize(rows["vertical"], sort=True)
     places = np.full(_size(rows), -1, np.int64)
@@ -59,5 +58,5 @@ def item_verticals(items: DataFrame) -> tuple[npt.NDArray[np.int64], list[str]]:
 
 
 def _size(rows: pd.DataFrame) -> int:
-    """[largest item_index + 1], also where there is no item."""
+    """Length of an array indexed by item_index; UNKNOWN + 1 if there are no items."""
     return int(rows["item_index"].max() if len(rows) else UNKNOWN) + 1

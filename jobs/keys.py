@@ -1,7 +1,7 @@
-"""The keys that ids are hashed with, each by the name of its environment variable.
+"""The keys for hashing ids, each named by its environment variable.
 
-On YARN a variable would stand in the script that starts the container, which nodes keep among the logs:
-scripts/submit_yarn.sh sends a file, and tells in TRAILVEC_KEYS where it lies there.
+On YARN a variable would appear in the container's launch script, which nodes keep with the logs. So
+scripts/submit_yarn.sh ships a file of keys and puts its path into TRAILVEC_KEYS.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ _FILE = "TRAILVEC_KEYS"
 
 
 def key_of(name: str, what: str) -> bytes:
-    """The environment's key, else that of the file of keys.
+    """The key from the environment, else from the file of keys.
+
+    Args:
+        what: what the key is for, for the message.
 
     Raises:
-        TrailvecError: there is none; `what` says what it is for.
+        TrailvecError: there is no such key.
     """
     key = os.environ.get(name)
     if not key and (file := os.environ.get(_FILE)):

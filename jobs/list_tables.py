@@ -1,4 +1,4 @@
-"""`trailvec tables`: every table with its place, rows, Delta version, size and last writer."""
+"""`trailvec tables`: every table with its location, rows, Delta version, size and last writer."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from jobs.tables import TABLES
 
 
 def list_tables(runtime: Runtime) -> list[dict[str, Any]]:
-    """One dictionary per table of the contract, in its order.
+    """One dictionary per table, in the order of TABLES.
 
-    Keys: table, stage (the one that writes it), location, exists; and where it exists rows, version (Delta's),
-    bytes and files (of the current version), written_at (UTC, ISO 8601), last_writer (stage and code_version of the
-    newest commit that a stage made, or None).
+    Keys: table, stage (the one that writes it), location, exists; and if it exists: rows, version (Delta's), bytes and
+    files (of the current version), written_at (UTC, ISO 8601), last_writer (see `Lake.last_writer`: stage and
+    code_version, or None).
     """
     found = []
     for table in TABLES:
@@ -28,7 +28,7 @@ def list_tables(runtime: Runtime) -> list[dict[str, Any]]:
         if entry["exists"]:
             delta = DeltaTable.forPath(runtime.spark, runtime.path(table))
             detail = delta.detail().select("sizeInBytes", "numFiles").collect()[0]
-            # Formatted by Spark: a collected timestamp would come in the zone of this machine.
+            # Formatted by Spark: a collected timestamp would be in this machine's time zone.
             commit = delta.history(1).selectExpr(
                 "version", "date_format(timestamp, \"yyyy-MM-dd'T'HH:mm:ss'Z'\") AS written_at"
             )
