@@ -1,4 +1,4 @@
-"""The only place that knows paths: where everything lies, and how its Delta tables are made, read and committed to."""
+"""The only module that knows paths: where everything is stored, and how Delta tables are created, read and written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jobs.files import Place, place_of
 from jobs.spark_session import spark_conf, start_spark
 from jobs.tables import CURRENT_MODEL, Table
 
-# Another job committed in the meantime. In Python these have no base of their own, as they have in Java.
+# Another job committed in the meantime. In Python, unlike Java, these exceptions have no common base class.
 CONFLICTS = (
     exceptions.ConcurrentAppendException,
     exceptions.ConcurrentDeleteDeleteException,
@@ -33,11 +33,11 @@ CONFLICTS = (
     exceptions.MetadataChangedException,
     exceptions.ProtocolChangedException,
 )
-_ATTEMPTS = 5  # at a commit that another job's commit got in the way of
+_ATTEMPTS = 5  # at a commit that conflicts with another job's
 
 
 class Lake:
-    """Tables, models and exports of one configuration, whoever reads or writes them."""
+    """The tables, models and exports of one configuration, for readers and writers."""
 
     def __init__(self, config: Config, spark: SparkSession | None = None) -> None:
         self.config = config
@@ -58,13 +58,13 @@ class Lake:
         return self.place_of(self.config.storage.root)
 
     def place_of(self, text: str) -> Place:
-        """A folder that the configuration names."""
+        """A folder named in the configuration."""
         place = place_of(text)
         return place if isinstance(place, Path) else place.qualified(self.spark)
 
     @property
     def root(self) -> Path:
-        """The same, for what needs it on a local disk: the database of tune.
+        """`place` as a local path, for the database of tune.
 
         Raises:
             TrailvecError: it is not local.
@@ -92,24 +92,24 @@ class Lake:
         return self.place / "exports"
 
     def staging(self, of: str) -> Place:
-        """What a stage lays down while it runs, user ids among it: `of` exports, erasures, labels or neighbours."""
+        """A stage's temporary folder, which may hold user ids; `of`: exports, erasures-…, labels or neighbours."""
         return self.place / f".{of}.staging"
 
     def exists(self, table: Table) -> bool:
         return bool(DeltaTable.isDeltaTable(self.spark, self.path(table)))
 
     def sql_name(self, table: Table) -> str:
-        """The table in SQL."""
+        """The table's name in SQL."""
         return f"delta.`{self.path(table).replace('`', '``')}`"
 
-    # ---- what is there ---------------------------------------------------------------------------
+    # ---- reading ---------------------------------------------------------------------------------
 
     def latest(self, table: Table) -> DataFrame:
-        """The table as it is now; for a stage that reads what it writes itself."""
+        """The table as it is now; for a stage that reads its own output."""
         return self.spark.read.format("delta").load(self.path(table))
 
     def at(self, table: Table, version: int) -> DataFrame:
-        """The table as it was at a Delta version whose files are still there."""
+        """The table at a Delta version whose files still exist."""
         return self.spark.read.format("delta").option("versionAsOf", version).load(self.path(table))
 
     def latest_version(self, table: Table) -> int:
@@ -126,38 +126,38 @@ class Lake:
         return self._commits(table).newest
 
     def stage_version(self, table: Table) -> int:
-        """The newest version that changed rows, and not for an erasure or for their age; -1: there is none."""
-        self.latest_version(table)  # looks the commits up anew
+        """The newest version that changed rows, ignoring deletions for erasure or age; -1 if there is none."""
+        self.latest_version(table)  # reloads the commits
         return next((c.version for c in self._commits(table) if c.changed_rows and not c.housekeeping), -1)
 
     def commits(self, table: Table) -> Iterable[Commit]:
-        """The table's commits, newest first, as far back as its log is kept (at most 5,000); none where it is not."""
+        """The table's commits, newest first, as far back as its log is kept (at most 5,000); empty without a table."""
         return self._commits(table) if self.exists(table) else ()
 
     def _commits(self, table: Table) -> History:
-        """The table's commits; looked up once until the next commit through this lake."""
+        """The table's commits, cached until the next commit through this lake."""
         if table.name not in self._history:
             self._history[table.name] = History(self.path(table))
         return self._history[table.name]
 
     def noted(self, table: Table) -> Iterator[dict[str, Any]]:
-        """The provenance of those of the table's commits that a stage gave a `note`, newest first, read as far as
-        asked for. It ends where something other than trailvec changed rows: what earlier notes say no longer holds."""
+        """The provenance of the table's commits to which a stage added a `note`, newest first and lazily. Ends where
+        something other than trailvec changed rows: earlier notes no longer hold."""
         ours = takewhile(lambda commit: not commit.foreign, self.commits(table))
         stages = (c.provenance for c in ours if c.provenance is not None and not c.housekeeping)
         return (provenance for provenance in stages if "note" in provenance)
 
     def erasure_commits(self, table: Table, erasure: str, after: int, since: float) -> list[Commit]:
-        """The table's commits of that erasure, newest first: those after a version that were not made before a time
-        (seconds since 1970). The log is read no further back."""
+        """The table's commits of that erasure, newest first. The log is read back only to version `after` (exclusive)
+        and time `since` (seconds since 1970)."""
         newer = takewhile(lambda commit: commit.version > after and commit.committed_at >= since, self._commits(table))
         return [commit for commit in newer if commit.erasure == erasure]
 
     def last_writer(self, table: Table) -> dict[str, Any] | None:
-        """The provenance of the table's newest commit that trailvec made, without those that are `Commit.housekeeping`.
+        """The provenance of trailvec's newest commit to the table, ignoring `Commit.housekeeping`.
 
-        None: there is none, or something other than trailvec has changed rows since (a RESTORE, say), so that they are
-        not what that commit wrote.
+        None if there is none, or if something other than trailvec has changed rows since (a RESTORE, say): the rows are
+        then not what that commit wrote.
         """
         if not self.exists(table):
             return None
@@ -165,15 +165,15 @@ class Lake:
         return next((c.provenance for c in told), None)
 
     def newest_current_model(self) -> str | None:
-        """The current model's version now, whatever the stage pinned and the configuration asks for; None: none yet."""
+        """The current model's version now, whatever the stage pinned or the configuration says; None: none yet."""
         if not self.exists(CURRENT_MODEL):
             return None
         return next((str(row["model_version"]) for row in self.latest(CURRENT_MODEL).collect()), None)
 
-    # ---- making and committing -------------------------------------------------------------------
+    # ---- creating and committing -----------------------------------------------------------------
 
     def create(self, table: Table) -> None:
-        """Makes the table, empty, where it does not exist: types, NOT NULL, comments, partitions.
+        """Creates the table, empty, if it does not exist: types, NOT NULL, comments, partitions.
 
         Raises:
             TrailvecError: it exists with other columns.
@@ -186,8 +186,8 @@ class Lake:
                 self.commit(self._builder(table).execute)
                 return
             except (AnalysisException, Py4JJavaError):
-                # Another job makes it at this moment, or was killed as it did. No long waits: a full disk comes this
-                # way too, and is to be said within seconds.
+                # Another job is creating it, or was killed while it did. Waits are short: a full disk ends here too,
+                # and should be reported within seconds.
                 if attempt == _ATTEMPTS:
                     raise
                 time.sleep(random.uniform(0.2, 1))  # noqa: S311 - spreads the two, nothing secret
@@ -215,21 +215,22 @@ class Lake:
             )
 
     def _clear_log(self, table: Table) -> None:
-        """Removes a log without a commit: what a kill between the making of its folder and the first commit leaves, and
-        Delta neither reads nor creates. At most a half-written commit lies in it, which nobody has ever seen.
-        (Another job may be about to commit there: a folder that holds a commit is not removed, whoever made it.)"""
+        """Removes a log without commits, as left by a kill between the creation of its folder and the first commit:
+        with it, Delta can neither read nor create the table. It holds at most a half-written commit that nobody has
+        seen.
+        (Another job may be about to commit there: a folder that holds a commit is never removed.)"""
         log = self.folder(table) / "_delta_log"
         for part in log.glob(".*"):
             part.unlink(missing_ok=True)
-        for folder in (log / "_commits", log):  # Delta makes both before it commits
+        for folder in (log / "_commits", log):  # Delta creates both before it commits
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
     def commit(self, write: Callable[[], Any]) -> None:
-        """One commit to a table; tries again where another job (maintain_tables, say) got in its way.
+        """One commit to a table; retries after a conflict with another job (maintain_tables, say).
 
         Raises:
-            one of CONFLICTS: it did so five times, 15 to 30 seconds of waiting in all.
+            one of CONFLICTS: all five attempts conflicted, with 15 to 30 seconds of waiting in all.
         """
         for attempt in range(1, _ATTEMPTS + 1):
             try:
@@ -244,8 +245,8 @@ class Lake:
     # ---- upkeep ----------------------------------------------------------------------------------
 
     def cluster(self, table: Table, by: Sequence[str]) -> None:
-        """Has Delta's OPTIMIZE lay rows of like values of `by` into the same files from now on (none: no more). A table
-        without `cluster_by` stays as it is."""
+        """Sets the table's clustering columns, by which OPTIMIZE puts rows with close values into the same files;
+        empty turns clustering off. A table without `cluster_by` stays as it is."""
         if table.cluster_by and self._clustered_by(table) != list(by):
             columns = f"({', '.join(by)})" if by else "NONE"
             self.commit(lambda: self.spark.sql(f"ALTER TABLE {self.sql_name(table)} CLUSTER BY {columns}"))
@@ -257,12 +258,12 @@ class Lake:
     def purge(self, table: Table, where: str | None = None) -> None:
         """Rewrites the files in which deletion vectors hide rows, so that no file of the newest version holds them.
 
-        Files without hidden rows stay, but for those that MERGE wrote into a table with a change data feed: they have a
-        column that the table lacks, and are rewritten too. Each file is rewritten by itself; by default Delta would
+        Files without hidden rows stay, except those that MERGE wrote into a table with a change data feed: these have a
+        column that the table lacks, and are rewritten too. Each file is rewritten on its own; by default Delta would
         pack them into files of 1 GB, each written by one task.
 
-        The table's clustering is turned off, until `maintain_tables` turns it on again: in a clustered table Delta does
-        not rewrite the files of a full cube, or of an only one, and their hidden rows would stay.
+        This turns the table's clustering off until `maintain_tables` turns it on again: in a clustered table Delta does
+        not rewrite the files of a full cube or of a single one, and their hidden rows would stay.
 
         Args:
             where: a condition over the partition columns; SQL, from code, never from input. None: all partitions.
@@ -272,6 +273,6 @@ class Lake:
             self.cluster(table, ())
             with spark_conf(self.spark, {"spark.databricks.delta.optimize.maxFileSize": "1"}):
                 self.commit(lambda: self.spark.sql(f"REORG TABLE {self.sql_name(table)} {of}APPLY (PURGE)"))
-            # Otherwise `maintain_tables` turned it on again meanwhile, and the purge may have left files out.
+            # Else `maintain_tables` turned clustering on again meanwhile, and the purge may have skipped files.
             if not (table.cluster_by and self._clustered_by(table)):
                 return

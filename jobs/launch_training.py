@@ -1,5 +1,5 @@
-"""How a training's processes are started, heard and ended: on this machine (by Horovod's launcher where there are
-several), or in tasks of the Spark application."""
+"""Starts a training's processes, reads their output and ends them: on this machine (through Horovod's launcher if there
+are several), or in tasks of the Spark application."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from training.checkpoint import newest_checkpoint
 from training.config import RunSpec
 from training.stores import folder_of
 
-FORCED = ".forced.checkpoints"  # how the folder of a forced training's checkpoints ends
+FORCED = ".forced.checkpoints"  # suffix of a forced training's checkpoint folder
 _FOLLOWS = re.compile(r"HorovodInternalError|: Horovod (?:has been shut down|detected)|gloo/")
 _LOST = ": Horovod has been shut down"
 _LAUNCHERS = ": Horovod detected"
-_PLACES = r"(?:\[\S+:\d+\] )*"  # in the source of Gloo, from which C++ speaks
+_PLACES = r"(?:\[\S+:\d+\] )*"  # the source locations in Gloo's C++ messages
 
 
 def launch(run_file: Path, spec: RunSpec, on_event: Callable[[dict[str, Any]], None]) -> None:
-    """Runs the training processes on this machine to their end, handing on what rank 0 says.
+    """Runs the training processes on this machine to completion and forwards rank 0's events.
 
     Raises:
-        TrailvecError: a process failed or was killed; the message holds the last thing that it said.
+        TrailvecError: a process failed or was killed; the message gives the cause (`last_words`).
     """
     processes, threads = spec.settings.processes, spec.settings.threads
     command = [sys.executable, "-m", "training.loop", str(run_file)]
@@ -43,8 +43,8 @@ def launch(run_file: Path, spec: RunSpec, on_event: Callable[[dict[str, Any]], N
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
-        # The modules of this checkout or wheel, wherever the command was started. That folder, which `python -m` and
-        # an empty entry of the path mean, may have a file of the name of any module.
+        # The modules of this checkout or wheel. Not the working directory, which `python -m` and an empty path entry
+        # stand for: a file there may have the name of any module.
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, path.split(os.pathsep))]),
         "PYTHONSAFEPATH": "1",
     }
@@ -53,14 +53,14 @@ def launch(run_file: Path, spec: RunSpec, on_event: Callable[[dict[str, Any]], N
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        encoding="utf-8",  # whatever this machine's locale is
-        errors="replace",  # a library may say what is no text
+        encoding="utf-8",  # whatever the locale
+        errors="replace",  # a library may write bytes that are not text
         preexec_fn=_die_with_parent,  # noqa: PLW1509 - it makes one system call and takes no lock
     )
     assert child.stdout is not None
     assert child.stderr is not None
     words: deque[str] = deque(maxlen=400)
-    hear = _hearing(on_event, words)  # Horovod's launcher says on stdout how a process ended
+    hear = _hearing(on_event, words)  # Horovod's launcher reports on stdout how a process ended
     listener = threading.Thread(target=words.extend, args=(child.stderr,), daemon=True)
     listener.start()
     try:
@@ -68,7 +68,7 @@ def launch(run_file: Path, spec: RunSpec, on_event: Callable[[dict[str, Any]], N
             hear(line)
         code = child.wait()
     finally:
-        # Ctrl-C or an error here: Horovod's launcher ends its processes when it is asked to end.
+        # On Ctrl-C or an error here: on SIGTERM, Horovod's launcher ends its processes.
         child.terminate()
         child.wait()
     listener.join()
@@ -77,20 +77,20 @@ def launch(run_file: Path, spec: RunSpec, on_event: Callable[[dict[str, Any]], N
 
 
 def launch_in_spark(spec: RunSpec, on_event: Callable[[dict[str, Any]], None]) -> None:
-    """The same in tasks of the active Spark application, one for each process; what rank 0 wrote is brought here.
+    """As `launch`, but in tasks of the active Spark application, one per process; the files of rank 0 are copied here.
 
-    The executors must have trailvec in their Python, and see the data's and the checkpoints' folder.
+    The executors need trailvec in their Python, and access to the data and checkpoint folders.
 
     Raises:
-        TrailvecError: a process failed or was killed, or there were no free tasks for all of them within two minutes.
+        TrailvecError: a process failed or was killed, or Spark had no free tasks for all of them within two minutes.
     """
-    from training import dist  # noqa: PLC0415 - PyTorch, which no other way of launching loads into this process
+    from training import dist  # noqa: PLC0415 - loads PyTorch, which `launch` keeps out of this process
     from training.loop import train_in_executor  # noqa: PLC0415
 
     words: deque[str] = deque(maxlen=400)
     environment = {
         "OMP_NUM_THREADS": str(spec.settings.threads),
-        "PYTHONSAFEPATH": "1",  # as above, of the folder in which an executor works
+        "PYTHONSAFEPATH": "1",  # as above, for an executor's working directory
     }
     places = {name: getattr(spec, name) for name in ("item_counts", "item_attributes", "item_verticals")}
     arrays = {name: Path(place).read_bytes() for name, place in places.items() if place}
@@ -106,7 +106,7 @@ def launch_in_spark(spec: RunSpec, on_event: Callable[[dict[str, Any]], None]) -
 
 
 def _hearing(on_event: Callable[[dict[str, Any]], None], words: deque[str]) -> Callable[[str], None]:
-    """What takes the lines that a run writes: events are handed on, all else stays in `words`."""
+    """A callback for a run's output lines: forwards events and collects everything else in `words`."""
 
     def hear(line: str) -> None:
         if event := parse_event(line):
@@ -118,7 +118,7 @@ def _hearing(on_event: Callable[[dict[str, Any]], None], words: deque[str]) -> C
 
 
 def parse_event(line: str) -> dict[str, Any] | None:
-    """What a line of rank 0's stdout says; None for any other line, and for one that a kill cut short."""
+    """The event in a line of rank 0's stdout; None for any other line, or one cut short by a kill."""
     text = re.sub(r"^\[\d+\]<stdout>:", "", line.strip())
     if not text.startswith('{"event": '):
         return None
@@ -130,9 +130,9 @@ def parse_event(line: str) -> dict[str, Any] | None:
 
 
 def last_words(lines: list[str], code: int) -> str:
-    """What a failed run's output says about its cause: an exception (Python's, or what() of C++), else the signal that
-    killed a process, else how one ended, else the last line. That a rank lost the others, and that the launcher lost a
-    rank, follows from the cause."""
+    """The cause of a failed run, from its output: an exception (Python's, or what() of C++), else the signal that
+    killed a process, else that a process was lost, else a process's exit code, else the last line. That a rank lost the
+    others, or the launcher a rank, is a consequence: it counts only if nothing else tells the cause."""
     texts = [text for line in lines if (text := re.sub(r"^\[\d+\]<std(?:err|out)>:\s*", "", line.strip()))]
     exceptions = [text for text in texts if re.match(r"(?:[\w.]*(?:Error|Exception)|what\(\)): +[^ ]", text)]
     causes = [text for text in exceptions if not _FOLLOWS.search(text)]
@@ -140,12 +140,12 @@ def last_words(lines: list[str], code: int) -> str:
     if not causes and (killed or code in (-signal.SIGKILL, 137) or "Exit code: 137" in texts):
         return f"process {killed[0] if killed else 0} was killed by signal 9 (did the machine run out of memory?)"
     said = causes[:1] or [text for text in exceptions if _LAUNCHERS not in text][:1]
-    # What the others say of a rank that could say nothing, or the launcher, to which it did not answer any more.
+    # Reported by the other ranks, or by the launcher, about a rank that could no longer report anything itself.
     if not causes and ("Exit code: -1" in texts or (said and _LOST in said[0])):
         return "a process was lost, with its executor or its machine"
     if said:
         return re.sub(rf"^\S+: +{_PLACES}", "", said[0])
-    if ended := re.search(r"Process name: (\d+)\nExit code: (\d+)", "\n".join(texts)):  # the launcher's
+    if ended := re.search(r"Process name: (\d+)\nExit code: (\d+)", "\n".join(texts)):  # the launcher's report
         return f"process {ended[1]} ended with code {ended[2]}"
     return texts[-1] if texts else f"exit code {code}"
 
@@ -156,12 +156,12 @@ def _stopped(spec: RunSpec, why: str) -> TrailvecError:
     if found:
         epoch, step = map(int, found.name.split("-"))
         again = f", and the same command goes on from epoch {epoch} after {step:,} steps"
-        if found.parent.name.endswith(FORCED):  # it goes by the tables as they are
+        if found.parent.name.endswith(FORCED):  # which resumes only if the tables are unchanged
             again += " (if a data job or maintain_tables runs first: from an earlier checkpoint, or anew)"
     return TrailvecError(f"training stopped: {why}; the old model stays current{again}")
 
 
 def _die_with_parent() -> None:
-    """In the child: SIGTERM when this stage dies, even by kill -9 (Linux; elsewhere it does nothing)."""
+    """In the child: get SIGTERM when this stage dies, even by kill -9 (Linux only; elsewhere does nothing)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
