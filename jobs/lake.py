@@ -33,7 +33,7 @@ CONFLICTS = (
     exceptions.MetadataChangedException,
     exceptions.ProtocolChangedException,
 )
-_ATTEMPTS = 5  # at a commit that conflicts with another job's
+_ATTEMPTS = 5  # per commit, if it conflicts with other jobs' commits
 
 
 class Lake:

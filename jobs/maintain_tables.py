@@ -1,25 +1,25 @@
-"""maintain_tables: upkeep of every table; no stage of the road, but a job beside it, once a week, say.
+"""maintain_tables: upkeep of every table. Not a stage of the pipeline: a separate job, run weekly, say.
 
 trailvec maintain_tables --conf conf/local.toml [--table events] [--dry-run] [--json]
 
-For each table, in commits that change no row, so that no stage has more to do after them than before (the first alone
-does, where it is asked to):
+For each table, in commits that change no row, so that they give no stage more to do (only DELETE, which is opt-in,
+changes rows):
 
-- DELETE takes the rows that are older than `maintain.keep_days` allows; sessions, sequences and what else is made from
+- DELETE removes the rows older than `maintain.keep_days` allows; sessions, sequences and whatever else is made from
   events follow in the next run of their stages.
-- OPTIMIZE packs small files together up to `maintain.target_file_mb`, and clusters the tables that have `cluster_by`. A
-  file of half that size is left alone, so that a byte is rewritten a few times, not every week. In a clustered table
-  Delta packs whole cubes: what is new, with each cube that does not hold 16 such files yet. (By default one holds
-  100 GB, and a smaller table would be written anew as a whole each time.)
-- VACUUM deletes the files that no version of the last `maintain.retention_hours` holds. The one rule for readers: who
-  pins a version has that long to read it. A training reads the files of one snapshot to its end, after a kill too, so
-  it must end within the retention. The retention is written into the table's own properties, where Delta needs it: it
-  forgets a dropped file after that time, and VACUUM takes what is forgotten.
-- No ANALYZE: Delta keeps the smallest and largest values of every file, and from them skips files, answers count(*)
-  and sizes joins; Spark would read ANALYZE's statistics in its cost-based optimiser alone, which is off. Checkpoints
-  of the log are Delta's own business too.
+- OPTIMIZE packs small files up to `maintain.target_file_mb`, and clusters the tables that have `cluster_by`. A file of
+  at least half that size is left alone, so that a byte is rewritten a few times, not every week. In a clustered table
+  Delta packs whole cubes: new files, together with every cube smaller than 16 files of the target size. (Delta's
+  default cube is 100 GB, and a smaller table would be rewritten in full each time.)
+- VACUUM deletes the files that no version of the last `maintain.retention_hours` holds. The one rule for readers:
+  whoever pins a version has that long to read it. A training reads the files of one snapshot until it ends, also when
+  it resumes after a kill, so it must end within the retention. The retention is also set in the table's properties,
+  because Delta's log forgets a removed file after that time, and VACUUM deletes what the log has forgotten.
+- No ANALYZE: Delta keeps each file's minimum and maximum values and row count, and uses them to skip files, answer
+  count(*) and size joins; only Spark's cost-based optimiser, which is off, would read ANALYZE's statistics. Delta also
+  writes the checkpoints of its log by itself.
 
-It may run beside the other jobs: where two commits meet, the later one is tried again, here as there.
+It may run concurrently with the other jobs: when two commits conflict, the later one is retried, by either job.
 """
 
 from __future__ import annotations
@@ -52,24 +52,24 @@ from jobs.tables import TABLES, Table
 
 MB, GB = 2**20, 2**30
 _SMALL = 8  # a file under an eighth of the target is small
-_CUBE_FILES = 16  # of the target's size, in a cube that is packed no more
+_CUBE_FILES = 16  # a cube of this many files of the target size is full: no longer packed
 _RETENTION = "delta.deletedFileRetentionDuration"
 
 
 def maintain(runtime: Runtime, names: Sequence[str] = (), dry_run: bool = False) -> list[dict[str, Any]]:
-    """One dictionary per existing table (`names`: only those), in the contract's order.
+    """One dictionary per existing table (only those in `names`, if given), in the order of TABLES.
 
-    Keys: table; rows; rows_hidden (deleted ones that files still hold: deletion vectors); bytes, files, small_files of
-    the current version; bytes_on_disk (older versions' files too); the same four keys with `_before` unless `dry_run`;
-    usd_per_month (what bytes_on_disk cost by maintain.usd_per_gb_month); bytes_freed; rows_too_old (deleted, or with
-    `dry_run` to be); seconds; conflict (True where another job's commits left no gap for ours).
+    Keys: table; rows; rows_hidden (deleted by deletion vectors, but still in files); bytes, files, small_files of the
+    current version; bytes_on_disk (including older versions' files); these four also with `_before` unless `dry_run`;
+    usd_per_month (cost of bytes_on_disk at maintain.usd_per_gb_month); bytes_freed; rows_too_old (deleted, or with
+    `dry_run` to be deleted); seconds; conflict (True if upkeep gave up after repeated conflicts with other jobs).
 
     Raises:
         TrailvecError: maintain.keep_days names a table whose rows have no age.
     """
     found: list[dict[str, Any]] = []
     stage = Stage("maintain_tables", "", lambda r: found.extend(_maintain(r, names, dry_run)))
-    runtime.execute(stage, force=True)  # commits say who made them
+    runtime.execute(stage, force=True)  # as a stage, so that its commits have provenance
     return found
 
 
@@ -93,7 +93,7 @@ def _maintain(runtime: Runtime, names: Sequence[str], dry_run: bool) -> Iterator
                 if old is not None and entry["rows_too_old"]:
                     runtime.delete(table, old, note={KEEP_DAYS: days})
                 if entry["rows_too_old"] or (before["rows_hidden"] and only_hidden(runtime, table)):
-                    runtime.purge(table)  # else deletion vectors would only hide them
+                    runtime.purge(table)  # else deletion vectors would only hide the rows
                 compact(runtime, table)
                 vacuum(runtime, table)
             except CONFLICTS:
@@ -112,7 +112,7 @@ def _maintain(runtime: Runtime, names: Sequence[str], dry_run: bool) -> Iterator
 
 
 def too_old(table: Table, days: int | None) -> Column | None:
-    """True for the rows that lie before the last `days` whole days and today (UTC); None: no row is."""
+    """True for rows from before the last `days` whole days and today (UTC); None: no row is too old."""
     if table.ages_by is None or days is None:
         return None
     today = datetime.now(timezone.utc).replace(hour=0, minute=0, second=0, microsecond=0)
@@ -120,14 +120,14 @@ def too_old(table: Table, days: int | None) -> Column | None:
 
 
 def only_hidden(runtime: Runtime, table: Table) -> bool:
-    """Whether nothing was purged since rows went for their age or for an erasure: a kill came between the two."""
+    """Whether rows were deleted for their age or for an erasure and not purged since: a kill came in between."""
     told = (commit for commit in runtime.commits(table) if commit.housekeeping or commit.operation == "REORG")
     last = next(told, None)
     return last is not None and last.housekeeping
 
 
 def measure(runtime: Runtime, table: Table) -> dict[str, int]:
-    """rows, rows_hidden, bytes, files and small_files of the current version; from the log, no data file is read."""
+    """rows, rows_hidden, bytes, files and small_files of the current version, from the log: no data file is read."""
     version = runtime.latest_version(table)
     sizes, records = [], []
     for file in active_files(runtime, table, version):
@@ -145,11 +145,11 @@ def measure(runtime: Runtime, table: Table) -> dict[str, int]:
 
 
 def active_files(runtime: Runtime, table: Table, version: int) -> list[dict[str, Any]]:
-    """path (in the table's folder), size_bytes and num_records (deleted ones too) of each file of the version."""
+    """path (in the table's folder), size_bytes and num_records (including deleted ones) of each file of the version."""
     if isinstance(runtime.place, Path):
         actions = deltalake.DeltaTable(runtime.path(table), version).get_add_actions(flatten=True)
         return pa.table(actions).select(["path", "size_bytes", "num_records"]).to_pylist()  # type: ignore[no-any-return]
-    # delta-rs knows no hdfs://, and of other stores it would want the settings that Spark has.
+    # delta-rs does not support hdfs://, and for other stores it would need the settings that Spark has.
     log: Any = runtime.spark._jvm.org.apache.spark.sql.delta.DeltaLog  # type: ignore[union-attr]
     log = log.forTable(runtime.spark._jsparkSession, runtime.path(table))
     rest = [getattr(log, f"getSnapshotAt$default${number}")() for number in (2, 3)]
@@ -160,12 +160,12 @@ def active_files(runtime: Runtime, table: Table, version: int) -> list[dict[str,
 
 
 def disk_files(runtime: Runtime, table: Table) -> dict[str, int]:
-    """Every file in the table's folder but those of the log and local checksums, with its size in bytes."""
+    """File → size in bytes, in the table's folder, without the log and local checksum files."""
     return file_sizes(runtime.folder(table), without="_delta_log")
 
 
 def compact(runtime: Runtime, table: Table) -> None:
-    """OPTIMIZE; commits nothing where the files are as they should be."""
+    """OPTIMIZE; commits nothing if there is nothing to pack."""
     target = runtime.config.maintain.target_file_mb * MB
     settings = {
         "maxFileSize": str(target),
@@ -173,14 +173,14 @@ def compact(runtime: Runtime, table: Table) -> None:
         "clustering.mergeStrategy.minCubeSize.threshold": str(max(1, target * _CUBE_FILES)),
     }
     delta = DeltaTable.forPath(runtime.spark, runtime.path(table))
-    # A table that was replaced as a whole (Delta 3.3.3) or purged is clustered no more, and would only be packed.
+    # A full overwrite (in Delta 3.3.3) or a purge turns clustering off, and OPTIMIZE would then only pack files.
     runtime.cluster(table, table.cluster_by)
     with spark_conf(runtime.spark, {f"spark.databricks.delta.optimize.{k}": v for k, v in settings.items()}):
         runtime.commit(lambda: delta.optimize().executeCompaction())
 
 
 def vacuum(runtime: Runtime, table: Table) -> None:
-    """Deletes what no version of the retention holds, and what no version ever held and is as old."""
+    """VACUUM: deletes files that no version within the retention holds, and equally old ones that none ever held."""
     delta = DeltaTable.forPath(runtime.spark, runtime.path(table))
     hours = runtime.config.maintain.retention_hours_for(table.name)
     retention = f"interval {round(hours * 60)} minutes"
@@ -188,9 +188,9 @@ def vacuum(runtime: Runtime, table: Table) -> None:
         set_it = f"ALTER TABLE {runtime.sql_name(table)} SET TBLPROPERTIES ('{_RETENTION}' = '{retention}')"
         runtime.commit(lambda: runtime.spark.sql(set_it))
     settings = {
-        # Two commits for every VACUUM would in time push the stages' own out of the part of the history looked at.
+        # Two commits per VACUUM would in time push the stages' commits out of the history that trailvec reads.
         "spark.databricks.delta.vacuum.logging.enabled": "false",
-        # By default VACUUM makes 10,000 tasks for each of its steps, however small the table (140,000 in all).
+        # By default VACUUM runs 10,000 tasks in each of its steps, however small the table (140,000 in all).
         "spark.sql.sources.parallelPartitionDiscovery.parallelism": str(runtime.spark.sparkContext.defaultParallelism),
     }
     with spark_conf(runtime.spark, settings), jvm_console(runtime.spark):
@@ -199,7 +199,7 @@ def vacuum(runtime: Runtime, table: Table) -> None:
 
 @contextmanager
 def jvm_console(spark: SparkSession) -> Iterator[Any]:
-    """What Scala prints (VACUUM does) goes into the stream that this gives: stdout may be read as JSON."""
+    """Redirects what Scala prints (VACUUM does) to the stream it yields: stdout may be read as JSON."""
     jvm: Any = spark._jvm
     console = jvm.java.lang.Class.forName("scala.Console$").getField("MODULE$").get(None)
     stdout, printed = console.out(), jvm.java.io.ByteArrayOutputStream()
@@ -214,7 +214,7 @@ def run_maintain(runtime: Runtime, names: Sequence[str], dry_run: bool, as_json:
     """Maintains the tables and prints the report: a table, or one JSON array.
 
     Raises:
-        TrailvecError: a table was committed to by other jobs each time that it was tried; the others are done.
+        TrailvecError: every attempt at some table conflicted with other jobs; the other tables are done.
     """
     entries = maintain(runtime, names, dry_run)
     if as_json:
@@ -232,7 +232,7 @@ def _print(runtime: Runtime, entries: list[dict[str, Any]]) -> None:
     settings, cost = runtime.config.maintain, sum(entry["usd_per_month"] for entry in entries)
     grid = Grid(
         box=box.SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),  # all of it in 100 columns
+        padding=(0, 0, 0, 1),  # fits in 100 columns
         caption=f"under {runtime.place / 'tables'}; small: under {settings.target_file_mb / _SMALL:g} MB; on disk: "
         f"{cost:,.2f} USD a month in all, at {settings.usd_per_gb_month:g} a GB (maintain.usd_per_gb_month)",
     )

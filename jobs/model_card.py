@@ -1,6 +1,6 @@
-"""The card of a model, card.md beside model.json.
+"""The model card: card.md beside model.json.
 
-It says again, for people, what model.json says (Mitchell et al., Model Cards for Model Reporting, 2019).
+It repeats the content of model.json for human readers (Mitchell et al., Model Cards for Model Reporting, 2019).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from jobs.config import TEST_DAYS
 
 
 def card(about: dict[str, Any]) -> str:
-    """The card as Markdown; `about`: what model.json holds."""
+    """The card as Markdown; `about` is the content of model.json."""
     training = about["training"]
     best = training["epochs"][training["best_epoch"] - 1]
     lines = [f"# Model {about['model_version']}", ""]
@@ -55,7 +55,7 @@ def _facts(about: dict[str, Any]) -> dict[str, str]:
         trained, validated = "all of a user's actions but the last two", "each user's last action but one"
     else:
         trained = f"actions before {about['as_of']}"
-        # None: nobody acted before it; older code told none.
+        # None if nobody acted before it; missing in models of older versions.
         test_from = about.get("test_from") or sequences["test_from"] or f"{TEST_DAYS} days before the log's end"
         validated = f"actions from {about['as_of']} to {test_from}"
     processes, seconds = f"{training['processes']} processes ({training['device']})", f"{training['seconds']:,.0f} s"
@@ -79,6 +79,6 @@ def _facts(about: dict[str, Any]) -> dict[str, str]:
 def _table(heading: str, rows: dict[str, dict[str, Any]]) -> list[str]:
     lines = ["", f"| {heading} | users | recall@10 | ndcg@10 |", "|---|---|---|---|"]
     for name, row in rows.items():
-        cell = name.replace("|", r"\|")  # a vertical's name may hold anything
+        cell = name.replace("|", r"\|")  # a vertical's name may contain anything
         lines.append(f"| {cell} | {row['users']:,} | {row['recall@10']:.4f} | {row['ndcg@10']:.4f} |")
     return lines

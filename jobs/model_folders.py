@@ -1,5 +1,5 @@
-"""Where models lie: models/<version>/ below the root, on a local disk or elsewhere; models/current.json
-names the newest trained."""
+"""Model storage: models/<version>/ below the root, on a local disk or elsewhere; models/current.json names the newest
+trained model."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from training.checkpoint import ABOUT, WEIGHTS, read_about, read_description, ro
 
 
 def model_folder(runtime: Runtime, version: str | None = None) -> Path:
-    """The folder of a model; None: of the one in use, `model.version` of the configuration, else the newest trained.
+    """The folder of a model; None: of the model in use (`model.version` in the configuration, else the newest trained).
 
-    Where it does not lie on a local disk: this process's copy, which has the version's name too. What is to stay
-    has to be brought back by `add_to_model`.
+    If it is not on a local disk, this is the process's local copy, also named after the version; `add_to_model` copies
+    new files back.
 
     Raises:
-        TrailvecError: there is no such model, or what names or was fetched of it is damaged.
+        TrailvecError: there is no such model, or current.json or the fetched copy is damaged.
     """
     version = version or runtime.config.model.version
     if version is None:
@@ -51,8 +51,7 @@ def model_folder(runtime: Runtime, version: str | None = None) -> Path:
 
 
 def description(runtime: Runtime, version: str) -> dict[str, Any]:
-    """What model.json says of a model, whose other files are neither fetched nor looked at; {} where it is gone or
-    damaged."""
+    """A model's model.json, without fetching or checking its other files; {} if it is gone or damaged."""
     if not has_model(runtime, version):
         return {}
     try:
@@ -63,8 +62,8 @@ def description(runtime: Runtime, version: str) -> dict[str, Any]:
 
 
 def model_inputs(runtime: Runtime) -> dict[str, str | None]:
-    """What decides about the vectors that the model in use gives, as `Stage.inputs`: its version, its weights (on GPUs
-    a training that is repeated ends in others), and what they are turned by (`trailvec align`)."""
+    """What the vectors of the model in use depend on, for `Stage.inputs`: its version, its weights (on GPUs, a
+    repeated training gives different ones), and the rotation of its space (`trailvec align`)."""
     folder = model_folder(runtime)
     return {
         "model_version": folder.name,
@@ -76,15 +75,15 @@ def model_inputs(runtime: Runtime) -> dict[str, str | None]:
 def check_numbers(
     runtime: Runtime, about: dict[str, Any], instead: str = "run `trailvec train`, with no model.version set"
 ) -> None:
-    """Raises TrailvecError where the model that `about` describes knows things by numbers of tables that were removed
-    since, or whose rows somebody else changed (by a RESTORE, say), so that a number may have been given twice."""
+    """Raises TrailvecError if the numbers by which the model of `about` knows items and context values are stale: their
+    tables were removed, or changed by something else (a RESTORE, say), so a number may have been assigned twice."""
     if what := other_numbers(runtime, about.get("provenance", {})):
         raise TrailvecError(f"model {about['model_version']} knows items by the numbers of {what}: {instead}")
 
 
 def other_numbers(runtime: Runtime, provenance: dict[str, Any]) -> str | None:
-    """What has become of the tables whose numbers a run of that provenance went by; None: they still hold."""
-    told = provenance.get("table_ids", {})  # older code told none
+    """What happened to the tables whose numbers a run of that provenance used; None: the numbers are still valid."""
+    told = provenance.get("table_ids", {})  # missing in older versions
     numbered = [table for table in (ITEMS, CONTEXT_VALUES) if told.get(table.name)]
     if any(told[table.name] != runtime.state(table)[0] for table in numbered):
         what = "were removed and made anew"
@@ -96,13 +95,13 @@ def other_numbers(runtime: Runtime, provenance: dict[str, Any]) -> str | None:
 
 
 def _changed_by_others(runtime: Runtime, table: Table, since: int) -> bool:
-    """Whether something other than trailvec changed rows after that version, as far back as the table's log goes."""
+    """Whether something other than trailvec changed rows after version `since`, as far back as the log goes."""
     newer = itertools.takewhile(lambda commit: commit.version > since, runtime.commits(table))
     return any(commit.foreign for commit in newer)
 
 
 def check_items(runtime: Runtime, version: str) -> None:
-    """Raises TrailvecError where the items of the model lie in a space that it had before: users would in another."""
+    """Raises TrailvecError if the stored item vectors are in an old space of the model: users would get the new one."""
     if is_of_before(runtime, ITEM_EMBEDDINGS):
         raise TrailvecError(
             f"model {version} was trained or aligned again after its item vectors were written: "
@@ -111,8 +110,12 @@ def check_items(runtime: Runtime, version: str) -> None:
 
 
 def is_of_before(runtime: Runtime, table: Table, **of: str) -> bool:
-    """Whether the model in use was trained or aligned again after the table's rows of it were written (of these values,
-    too, of the commit's note); False where no note tells."""
+    """Whether the model in use was trained or aligned again after its rows in the table were written; False if no
+    commit's note says.
+
+    Args:
+        of: only commits whose note has these values count.
+    """
     now = model_inputs(runtime) | of
     keys = ("model_version", *of)
     notes = (said["note"] for said in runtime.noted(table))
@@ -120,22 +123,22 @@ def is_of_before(runtime: Runtime, table: Table, **of: str) -> bool:
 
 
 def trained_again(runtime: Runtime, folder: Path) -> bool:
-    """Whether the model was trained again, to other weights than its users' newest vectors are of; False where no note
-    tells."""
+    """Whether the model was retrained to other weights than its users' newest vectors come from; False if no
+    commit's note says."""
     told = (said["note"]["model"] for said in runtime.noted(USER_EMBEDDINGS))
     newest = next((model for model in told if model["version"] == folder.name and "weights" in model), None)
     return newest is not None and newest["weights"] != read_description(folder)["weights_sha256"]
 
 
 def has_model(runtime: Runtime, version: str) -> bool:
-    """Whether its folder is there (it may have been deleted)."""
+    """Whether the model exists (it may have been deleted)."""
     return (runtime.models / version / ABOUT).exists()
 
 
 def add_to_model(runtime: Runtime, folder: Path, *names: str) -> None:
-    """Puts files that were written into `model_folder` where the model lies, each whole or not at all, in this order;
-    those that are not there are left out. On a local disk they are there already. An old one of the last name goes
-    first: it tells of the others as they were."""
+    """Copies files written into `model_folder` to the model's storage, each atomically, in this order, skipping missing
+    ones; on a local disk there is nothing to do. Of several files the last describes the others, so its old version is
+    deleted first."""
     home = runtime.models / folder.name
     if isinstance(home, HadoopPath):
         if len(names) > 1:
@@ -146,8 +149,8 @@ def add_to_model(runtime: Runtime, folder: Path, *names: str) -> None:
 
 
 def _fetched(folder: HadoopPath) -> Path:
-    """A local copy of a model's folder, as the folder is now; its weights come once."""
-    # Spark's own folder goes with the application.
+    """An up-to-date local copy of a model's folder; unchanged weights are not fetched again."""
+    # Spark deletes its own folder when the application ends.
     store = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
     copy = Path(SparkFiles.getRootDirectory()) / "trailvec" / store / folder.name
     if WEIGHTS in fetch(folder, copy):

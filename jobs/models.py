@@ -1,4 +1,4 @@
-"""A model's vectors, over Spark: its weights sent to the executors, rows of `sequences` encoded, items looked up."""
+"""A model's vectors with Spark: ships weights to the executors, encodes rows of `sequences`, looks up items."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def encode_sequences(
     counts: Counts | None = None,
     turned: bool = True,
 ) -> DataFrame:
-    """The columns `keep` of rows of `sequences` (any split), with history_length, is_cold and vector: the state at each
+    """The columns `keep` of rows of `sequences` (any split), plus history_length, is_cold and vector: the state at each
     row's last action (spark_udfs.encode.encode_users).
 
     Args:
-        turned: as the model's alignment says (`trailvec align`).
+        turned: apply the model's alignment rotation (`trailvec align`).
 
     Raises:
-        TrailvecError: the model in that folder is damaged, or knows items by other numbers than today's.
+        TrailvecError: the model in that folder is damaged, or its item numbers are stale (`check_numbers`).
     """
     about = read_about(model_dir)
     check_numbers(runtime, about)
@@ -54,12 +54,15 @@ def encode_sequences(
 
 
 def item_vectors(runtime: Runtime, model_dir: Path, turned: bool = True) -> DataFrame:
-    """item_id, item_index, is_cold and vector of the items that the model has learnt, or knows something about.
+    """item_id, item_index, is_cold and vector of the items that the model has learnt or knows attributes of.
 
     Reads the stage's ITEMS and CONTEXT_VALUES.
 
+    Args:
+        turned: as in `encode_sequences`.
+
     Raises:
-        TrailvecError: the model in that folder is damaged, or knows items by other numbers than today's.
+        TrailvecError: the model in that folder is damaged, or its item numbers are stale (`check_numbers`).
     """
     about = read_about(model_dir)
     check_numbers(runtime, about)
@@ -73,21 +76,21 @@ def item_vectors(runtime: Runtime, model_dir: Path, turned: bool = True) -> Data
 
 
 def stacked(vectors: pd.Series[Any], width: int = 1) -> Vectors:
-    """A column of vectors, float32 [rows, width]; `width` is for a column without rows."""
+    """A column of vectors as a matrix, float32 [rows, width]; `width` is only used for a column without rows."""
     return np.stack(list(vectors)).astype(np.float32) if len(vectors) else np.empty((0, width), np.float32)
 
 
 def _ship_weights(spark: SparkSession, model_dir: Path, sha256: str) -> str:
-    """Sends the model's weights to all executors, once each; returns their name among Spark's files.
+    """Ships the model's weights to all executors, once; returns their name among Spark's files.
 
-    The name is that of the content: Spark refuses a second file of the same name in one application.
+    The name is a content hash: Spark refuses a second file of the same name in one application.
     """
     name = f"{sha256[:32]}.safetensors"
-    # Spark's own folder: there as long as the application, which may start new executors at any time.
+    # In Spark's own folder: it lives as long as the application, which may start executors at any time.
     copy = Path(SparkFiles.getRootDirectory()) / "trailvec" / name
     if not copy.exists():
         copy.parent.mkdir(exist_ok=True)
-        part = copy.with_suffix(".part")  # a full disk leaves half of it, which nobody may take for the whole
+        part = copy.with_suffix(".part")  # a full disk leaves a partial copy, which must not pass for the whole
         shutil.copyfile(model_dir / WEIGHTS, part)
         part.replace(copy)
         spark.sparkContext.addFile(str(copy))
