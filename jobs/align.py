@@ -1,15 +1,15 @@
 """align: the model in use + the current model's vectors → models/<version>/alignment.json, alignment.safetensors.
 
-Retraining turns a space: what users of the vectors have learnt on the old ones means nothing to the new ones. This
-lays the new model's space onto the current one's by the rotation that brings the items that both have learnt nearest
-together (spark_udfs/alignment.py). Dot products and cosines inside the new model stay what they are. embed_items and
-score_users turn what they write by it; it is made once for a model, and kept with it.
+Retraining rotates the embedding space: whatever consumers learnt on the old vectors is meaningless on the new ones.
+This stage aligns the new model's space with the current one's by the rotation that brings the items that both models
+learnt closest together (spark_udfs/alignment.py). Dot products and cosines within the new model do not change. The
+rotation is computed once per model and stored with it; embed_items and score_users apply it to the vectors they write.
 
-alignment.json says how alike the two are, on a sample, of users such as have not acted since the old vectors were made:
-the cosine of a user's old and new vector before and after, how many of the 10 nearest items of a user and of an item
-are the same (and would be by chance alone: of few items, many), how norms and the verticals' centroids moved. Where too
-few neighbours stay or the ranking got too bad (`align.*`), this ends with an error, nothing is scored, and the current
-model stays current.
+alignment.json says how similar the two spaces are, on a sample (of users, only those who have not acted since the old
+vectors were computed): the cosine of a user's old and new vector before and after the rotation; how many of the 10
+nearest items of a user and of an item stay the same (and how many would by chance alone: many, if there are few items);
+how norms and the verticals' centroids moved. If too few neighbours stay or the ranking degrades too much (`align.*`),
+the stage ends with an error, nothing is scored, and the current model stays current.
 
 trailvec align --conf conf/local.toml
 """
@@ -37,17 +37,17 @@ from spark_udfs.topk import Metric, Vectors
 from training.checkpoint import ALIGNMENT, ROTATION, read_about, read_alignment, write_alignment
 
 USERS_COMPARED, ITEMS_COMPARED, ITEMS_ASKED, NEIGHBOURS = 2_000, 20_000, 2_000, 10
-FEWEST_USERS = 50  # whom a limit is held against: of five whose neighbours stay to 20 %, chance says below 10 % in 18 %
+FEWEST_USERS = 50  # needed to apply a limit: five users with a true overlap of 20 % fall below 10 % by chance in 18 %
 
 
 def has_no_items(runtime: Runtime, version: str) -> bool:
-    """Whether no item has a vector of this model: its users would stand alone, and no later model could be laid onto
-    it."""
+    """Whether no item has a vector of this model: its users would have no items to compare with, and no later model
+    could be aligned to it."""
     return not runtime.exists(ITEM_EMBEDDINGS) or of_model(runtime.latest(ITEM_EMBEDDINGS), version).isEmpty()
 
 
 def refusal(report: dict[str, Any], settings: AlignSettings) -> str | None:
-    """Why the model must not become current: one sentence, which says by how much; None: it may."""
+    """Why the model must not become current, in one sentence with the figures; None if it may."""
     reasons = []
     for kind, of, fewest in (("users", "a user's", FEWEST_USERS), ("items", "an item's", 0)):
         compared = report.get(kind, {})
@@ -71,8 +71,8 @@ def refusal(report: dict[str, Any], settings: AlignSettings) -> str | None:
 
 
 def too_few_items(report: dict[str, Any], settings: AlignSettings) -> str | None:
-    """Why the limit on neighbours says nothing: one sentence; None: it does, or there is no limit."""
-    by_chance = report.get("items", {}).get("overlap@10_by_chance", 0.0)  # older code told none
+    """Why the limit on neighbours is meaningless, in one sentence; None if it is not, or there is no limit."""
+    by_chance = report.get("items", {}).get("overlap@10_by_chance", 0.0)  # older versions did not write it
     if not by_chance >= settings.min_overlap > 0:
         return None
     return (
@@ -82,7 +82,7 @@ def too_few_items(report: dict[str, Any], settings: AlignSettings) -> str | None
 
 
 def too_few_users(report: dict[str, Any], settings: AlignSettings) -> str | None:
-    """Why the limit on neighbours says nothing of users: one sentence; None: it does, or there is no limit."""
+    """Why the limit on neighbours is not applied to users, in one sentence; None if it is, or there is no limit."""
     compared = report.get("users", {}).get("compared", FEWEST_USERS)
     if compared >= FEWEST_USERS or not settings.min_overlap:
         return None
@@ -93,8 +93,8 @@ def too_few_users(report: dict[str, Any], settings: AlignSettings) -> str | None
 
 
 def no_ranking(report: dict[str, Any], settings: AlignSettings) -> str | None:
-    """Why the limit on the ranking says nothing: one sentence; None: it does, there is no limit, or nothing is known of
-    the current model either."""
+    """Why the limit on the ranking can't be applied, in one sentence; None if it can, if there is no limit, or if the
+    current model's ranking is not known either."""
     ranking = report.get("ranking", {})
     if not ranking.get("old") or ranking.get("new") is not None or settings.max_ranking_loss == 1:
         return None
@@ -107,12 +107,12 @@ def no_ranking(report: dict[str, Any], settings: AlignSettings) -> str | None:
 def compare(
     users: tuple[Vectors, Vectors], items: tuple[Vectors, Vectors], verticals: pd.Series[str], rotation: Vectors | None
 ) -> dict[str, Any]:
-    """How alike the new space, turned, and the old one are, by the same users and items in both.
+    """How similar the new space, once rotated, is to the old one, over the same users and items in both.
 
     Args:
-        users, items: (new, old), float32 [n, width] each, the new ones not turned.
+        users, items: (new, old), float32 [n, width] each; the new ones are not rotated.
         verticals: of the items, [n].
-        rotation: None: the space is a new one, maybe of another width; only neighbours and norms can be compared.
+        rotation: None if the spaces can't be aligned, maybe for their widths: only neighbours and norms are compared.
     """
     report: dict[str, Any] = {}
     first = items[0][:ITEMS_ASKED], items[1][:ITEMS_ASKED]
@@ -123,7 +123,7 @@ def compare(
     for name, (new, old), queries, metric in sides:
         report[name] = {
             "compared": len(new),
-            # A rotation changes no neighbour.
+            # A rotation leaves neighbours unchanged.
             "overlap@10": _said(overlap(queries, items, NEIGHBOURS, metric, ids=name == "items")),
             "overlap@10_by_chance": _said(min(1.0, NEIGHBOURS / max(1, len(items[0]) - (name == "items")))),
             "mean_norm": {"old": _said(_norms(old)), "new": _said(_norms(new))},
@@ -183,7 +183,7 @@ def _align(runtime: Runtime, folder: Path, onto: str | None) -> None:
         "said": f"model {folder.name}: there is nothing to lay it onto, its space is the first",
         "provenance": runtime.provenance(),
     }
-    # The current model itself, trained again: to other weights, or its alignment would still be there (jobs/train.py).
+    # The current model itself, retrained: to other weights, else train would have kept its alignment (jobs/train.py).
     itself = onto == folder.name
     if onto is None or (itself and has_no_items(runtime, onto)):
         write_alignment(folder, None, report)
@@ -226,7 +226,7 @@ def _align(runtime: Runtime, folder: Path, onto: str | None) -> None:
 
 
 def _pairs(runtime: Runtime, folder: Path, onto: str) -> DataFrame:
-    """item_id, vertical, new, old: the items that both models have learnt; new is not turned."""
+    """item_id, vertical, new, old: the items that both models have learnt; new is not rotated."""
     old = of_model(runtime.latest(ITEM_EMBEDDINGS), onto).where("NOT is_cold")
     new = item_vectors(runtime, folder, turned=False).where(~F.col("is_cold"))
     both = new.select("item_id", F.col("vector").alias("new")).join(
@@ -237,7 +237,7 @@ def _pairs(runtime: Runtime, folder: Path, onto: str) -> DataFrame:
 
 def _users(runtime: Runtime, folder: Path, onto: str) -> DataFrame:
     """user_id, new, old of about USERS_COMPARED users who are not cold and have not acted since the old vector was
-    made: another history moves a vector too. new is not turned."""
+    computed, since a longer history moves a vector too. new is not rotated."""
     old = of_model(runtime.latest(USER_EMBEDDINGS), onto).where("NOT is_cold")
     rows = runtime.read(SEQUENCES).where("split = 'score'").join(old, ["user_id", "as_of"], "left_semi")
     rows = rows.where(drawn_by_hash(USERS_COMPARED / max(1, rows.count()), "user_id", F.lit("align")))
@@ -247,7 +247,7 @@ def _users(runtime: Runtime, folder: Path, onto: str) -> DataFrame:
 
 
 def _ranking(runtime: Runtime, version: str) -> float | None:
-    """NDCG@10 in the model's own validation, of the epoch that was kept; None where it is not known (any more)."""
+    """NDCG@10 of the kept epoch in the model's own validation; None if it is not known (any more)."""
     training = description(runtime, version).get("training", {})
     epochs = training.get("epochs", [])
     return epochs[training["best_epoch"] - 1].get("ndcg@10") if epochs else None

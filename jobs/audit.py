@@ -1,7 +1,7 @@
-"""`trailvec audit`: who ran what, when, out of the logs of all tables (Delta's history and the provenance in it).
+"""`trailvec audit`: who ran what and when, from the logs of all tables (Delta's history and the provenance in it).
 
-A commit stands in a table's log for 30 days (Delta's default), at most 5,000 commits of a table are looked at. Keep
-the output (`--json`) where it can't be changed if you need it for longer.
+A table's log keeps a commit for 30 days (Delta's default), and at most 5,000 commits of a table are read. To keep the
+audit trail for longer, store the output (`--json`) where it can't be changed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from jobs.tables import TABLES
 def audit(runtime: Runtime, table: str | None = None, since: datetime | None = None) -> list[dict[str, Any]]:
     """One dictionary per commit, newest first.
 
-    Keys: at (UTC, ISO 8601), table, version, operation (Delta's), changed_rows; and, None where no stage of trailvec
-    made the commit (upkeep, other programs): stage, user, application (Spark's id of the run, on YARN YARN's),
-    code_version, erasure (the request).
+    Keys: at (UTC, ISO 8601), table, version, operation (Delta's), changed_rows. Also, None if no trailvec stage made
+    the commit (upkeep, other programs): stage, user, application (Spark's application id; on YARN, YARN's),
+    code_version, erasure (the id of the request, if it is part of one).
 
     Args:
-        table: only this one's.
-        since: only later commits; without a zone it is UTC.
+        table: only this table's commits.
+        since: only commits at or after this time; UTC if it has no time zone.
     """
     if since is not None and since.tzinfo is None:
         since = since.replace(tzinfo=timezone.utc)
@@ -60,7 +60,7 @@ def print_audit(runtime: Runtime, table: str | None, since: str | None, as_json:
     """Prints `audit` as a table, or as one JSON array.
 
     Raises:
-        TrailvecError: `since` is no time.
+        TrailvecError: `since` is not a time.
     """
     try:
         earliest = None if since is None else datetime.fromisoformat(since)

@@ -1,13 +1,13 @@
 """build_sequences: sessions + items + context_values → sequences.
 
-For each split one cut; a row holds a user's newest `max_length` actions before it. Train has older parts too, so that
-a long history teaches whole. How and why: docs/decisions/0004. One shuffle by user, one sort by (user_id, event_ts,
-event_id), then Arrow (`spark_udfs/sequences.py`).
+Each split has one cut; a row holds a user's newest `max_length` actions before it. The train split also has rows of
+older actions, so that the whole of a long history is learnt from. How and why: docs/decisions/0004. One shuffle by
+user, one sort by (user_id, event_ts, event_id), then Arrow (`spark_udfs/sequences.py`).
 
-Rows are made anew for the users whose sessions changed since the last run, and for those who met an item, a vertical or
-an event type whose number changed, as far as the change reaches: one MERGE puts them in the place of the old ones. Cut
-times that move with the log's end (the default) change everybody's rows: give `valid_from` and `test_from` to go by
-increments.
+An incremental run rebuilds the rows of users whose sessions changed since the last run, or who acted on an item, a
+vertical or an event type whose number changed, and only in the splits that the change reaches. One MERGE replaces the
+old rows. Cut times that follow the log's end (the default) change every user's rows: set `valid_from` and `test_from`
+to run incrementally.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from spark_udfs.sequences import GIVEN, SPLITS, CutRules, cut_sequences
 from training.batches import MAX_PRICE_BUCKET, SESSION_END
 
 UNKNOWN = 1
-# Buckets of the context features; 0 is padding everywhere. Those that training knows too stand in training/batches.py.
+# Buckets of the context features; 0 is always padding. Those that training uses too are in training/batches.py.
 PRICE_UNKNOWN, PRICE_NOT_POSITIVE, PRICE_MIN = 1, 2, 3
 IN_SESSION = 1
 _TARGETS = "target_event_types"
 
 
 def number_actions(sessions: DataFrame, vocabulary: DataFrame, values: DataFrame) -> DataFrame:
-    """One row per event with its numbers. An item outside the training window's vocabulary is unknown (1)."""
+    """One row per event, with ids as numbers. An item outside the training window's vocabulary is unknown (1)."""
     vocabulary = vocabulary.select("item_id", "item_index")
     actions = sessions.select("user_id", "event_count", F.posexplode("events").alias("place", "event")).select(
         "user_id",
@@ -64,7 +64,7 @@ def number_actions(sessions: DataFrame, vocabulary: DataFrame, values: DataFrame
 
 
 def price_bucket(price: Column) -> Column:
-    """Half-octaves of the unit price: 15 holds 1.00 to 1.41; NULL (also a quantity of 0) is unknown."""
+    """Half-octave buckets of the unit price: 15 is 1.00 to 1.41; NULL (also for a quantity of 0) is unknown."""
     bucket = F.floor(2 * F.log2(price)) + 15
     return (
         F.when(price.isNull(), PRICE_UNKNOWN)
@@ -77,7 +77,7 @@ def price_bucket(price: Column) -> Column:
 def build_sequences(
     actions: DataFrame, cuts: Cuts, settings: SequencesSettings, splits: tuple[str, ...] = SPLITS
 ) -> DataFrame:
-    """SEQUENCES rows of `splits` out of numbered actions: one shuffle by user, one sort, then Arrow
+    """SEQUENCES rows of `splits` from numbered actions: one shuffle by user, one sort, then Arrow
     (`spark_udfs/sequences.py`)."""
     rules = CutRules(
         max_length=settings.max_length,
@@ -101,15 +101,15 @@ def build_sequences(
 def changed_users(
     sessions: DataFrame, changes: DataFrame, items: DataFrame | None, values: DataFrame | None
 ) -> DataFrame:
-    """user_id, since: the users whose sequences may be others than they were, from the session that starts then on.
+    """user_id, since: users whose sequences may have changed, and the start of their earliest session concerned.
 
     Args:
         changes: the sessions' change data feed.
-        items, values: item_id, and kind and value, whose numbers are others than they were; None: none are.
+        items, values: item_id, and kind and value, whose numbers changed; None: none did.
     """
     users = changes.select("user_id", "start_ts")
-    # Both are rare: an item that comes into the training window's vocabulary by late events, though a vertical's whole
-    # past may bring millions at once; a new vertical or type.
+    # Both are rare: late events that bring an item into the training window's vocabulary (though loading a vertical's
+    # whole past may bring millions at once), and a new vertical or event type.
     if items is not None and not (items := items.localCheckpoint()).isEmpty():
         met_items = sessions.select(
             "user_id", "start_ts", F.explode(F.array_distinct("events.item_id")).alias("item_id")
@@ -123,10 +123,10 @@ def changed_users(
 
 
 def may_differ(split: str, since: Column, cuts: Cuts, settings: SequencesSettings) -> Column:
-    """Whether rows of the split may be others where a user's sessions are, from the one that starts at `since` on.
+    """Whether a user's rows of the split may change if their sessions changed from the one starting at `since` on.
 
-    A train row ends at valid's cut, and a valid row's targets at test's: what happens later, as most that a batch
-    brings, changes neither. In leave-one-out every event moves all cuts.
+    A train row ends at valid's cut, and a valid row's targets at test's: later events, such as most of a new batch,
+    change neither. In leave-one-out every event moves all cuts.
     """
     if settings.split_by == "leave_one_out" or split in ("test", "score"):
         return F.lit(True)
@@ -134,7 +134,7 @@ def may_differ(split: str, since: Column, cuts: Cuts, settings: SequencesSetting
 
 
 def _differing(new: DataFrame, old: DataFrame, key: list[str], number: str) -> DataFrame:
-    """The keys whose number is another than it was, or that have come or gone."""
+    """The keys whose number changed, or that were added or removed."""
     both = new.select(*key, number).join(old.select(*key, F.col(number).alias("old")), key, "full")
     return both.where(~F.col(number).eqNullSafe(F.col("old"))).select(*key)
 
@@ -145,15 +145,16 @@ def in_vocabulary(items: DataFrame, min_count: int) -> DataFrame:
 
 
 def refuse_other_counts(runtime: Runtime, rows: dict[str, Any], min_count: int) -> None:
-    """Law 4: `items` counts what was seen before the cut that build_vocabulary was given, and so says what a model may
-    know; it must be the cut of the rows. And it must have all items that a model may know.
+    """Law 4: the counts in `items` decide what a model may know. build_vocabulary took them before its own cut, which
+    must therefore be the cut of the rows too; and `items` must have all items that a model may know.
 
     Args:
-        rows: the section [sequences] that the rows are made with, as a commit's provenance has it.
-        min_count: the events from which on a model is to know an item.
+        rows: the [sequences] settings that the rows are made with, as a commit's provenance has them.
+        min_count: the number of events from which a model is to know an item.
 
     Raises:
-        TrailvecError: items was counted with other settings, or has no row for items that are too rare for it alone.
+        TrailvecError: items was counted with other settings, or with a higher min_count, so that rarer items have no
+            row.
     """
     made = runtime.last_writer(ITEMS)
     if made and (was := made["config"]["vocabulary"]["min_count"]) > min_count:
@@ -169,8 +170,8 @@ def refuse_other_counts(runtime: Runtime, rows: dict[str, Any], min_count: int) 
 
 
 def refuse_other_rows(runtime: Runtime) -> None:
-    """Raises TrailvecError: sequences was made with other settings than those of today, by which its questions would be
-    answered, or by other counts of items than `items` has."""
+    """Raises TrailvecError if sequences was made with settings other than today's, which the evaluation would apply to
+    its rows, or with item counts other than those in `items`."""
     made, now = runtime.last_writer(SEQUENCES), runtime.provenance()["config"]
     min_count = now["vocabulary"]["min_count"]
     if made:
@@ -186,7 +187,7 @@ def refuse_other_rows(runtime: Runtime) -> None:
 
 
 def other_setting(made: dict[str, Any], now: dict[str, Any], *names: str) -> str | None:
-    """The first of these settings of [sequences] that differs, in words; None: none does."""
+    """The first of these [sequences] settings that differs, in words; None if none does."""
     differing = (name for name in names if made.get(name) != now.get(name))
     return next((f"sequences.{name} = {made.get(name)}, found {now.get(name)}" for name in differing), None)
 
@@ -205,12 +206,12 @@ def run(runtime: Runtime) -> None:
             "so that the cuts follow the log's end: give both to go by increments, and later ones before each training"
         )
     changes = runtime.incremental(SEQUENCES, SESSIONS) if fixed else None
-    # (Where all is made anew anyway, nobody needs to hear that these are gone.)
+    # (Not asked for a full rebuild: `previous` would only report that the old versions are gone.)
     old_items = None if changes is None else runtime.previous(SEQUENCES, ITEMS)
     old_values = None if changes is None else runtime.previous(SEQUENCES, CONTEXT_VALUES)
     if changes is None or old_items is None or old_values is None:
         sequences = build_sequences(number_actions(sessions, items, values), cuts, settings)
-        # Files of like size, as many as the rows want, in an order that has nothing to do with the users.
+        # Files of similar size, as many as the rows need, in an order independent of the users.
         shuffled = sequences.hint("rebalance").sortWithinPartitions("split", F.xxhash64("user_id", "split", "part"))
         with spark_conf(runtime.spark, {"spark.sql.files.maxRecordsPerFile": str(settings.rows_per_file)}):
             runtime.write(SEQUENCES, shuffled)
@@ -234,7 +235,7 @@ def run(runtime: Runtime) -> None:
 
 
 def _update(runtime: Runtime, actions: DataFrame, users: DataFrame, cuts: Cuts, splits: tuple[str, ...]) -> None:
-    """Puts the users' rows of `splits` that may differ in the place of the old ones."""
+    """Replaces the users' rows of `splits` that may differ."""
     settings = runtime.config.sequences
 
     def concerned(rows: DataFrame) -> DataFrame:
@@ -247,7 +248,7 @@ def _update(runtime: Runtime, actions: DataFrame, users: DataFrame, cuts: Cuts, 
     try:
         before = concerned(runtime.latest(SEQUENCES).select(*SEQUENCES.key).where(F.col("split").isin(*splits)))
         gone = before.join(new, list(SEQUENCES.key), "left_anti")
-        # Old rows are only hidden in their files. Training, which can't read such files, has them written anew.
+        # Deletion vectors only hide the old rows. Training, which can't read such files, has them rewritten.
         few = users.count() <= FEW
         runtime.merge(SEQUENCES, new, deletes=gone, where=F.col("old.split").isin(*splits), few=few)
     finally:

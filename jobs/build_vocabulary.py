@@ -1,15 +1,15 @@
-"""build_vocabulary: events + flagged_users (+ items, context_values as they are) → items, context_values.
+"""build_vocabulary: events + flagged_users (+ existing items, context_values) → items, context_values.
 
-The law: a number is given once and never again (docs/decisions/0005). An item gets a row, and with it a number, once it
-has `vocabulary.min_count` events; numbers go up with the time of the first event, ties by item_id. The counts and names
-of old rows are brought up to date; their numbers are not touched. The numbering of one run's *new* items sorts them in
-one task: 10^8 new items at once are its limit, not the log's size. What flagged users did counts for nothing, as long
-as they are flagged.
+The law: a number is assigned once, never changed and never reused (docs/decisions/0005). An item gets a row, and with
+it a number, once it has `vocabulary.min_count` events; numbers follow the time of the first event, ties broken by
+item_id. Counts and names of existing rows are updated, their numbers never. To number its *new* items, a run sorts them
+in one task: the limit is 10^8 new items at once, not the log's size. A flagged user's events do not count, as long as
+the user is flagged.
 
-Where the cut is given (`sequences.valid_from`), a later run reads what changed: new events are added to the rows of
-their items, and all other rows stay as they are. Four kinds of items are described anew from the whole log: those that
-lost an event, those of users who got or lost a flag, those without a row yet (their earlier events were too few for
-one, so that there is nothing to add to), and those that had no event left.
+With a fixed cut (`sequences.valid_from`), later runs are incremental: new events are added to the rows of their items,
+and all other rows stay as they are. Four kinds of items are recomputed from the whole log: those that lost an event,
+those of users who were flagged or unflagged, those without a row yet (they had too few events for one, so there is
+nothing to add to), and those that had no events left.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from jobs.tables import CONTEXT_VALUES, EVENTS, FLAGGED_USERS, ITEMS, Table, con
 
 FIRST_INDEX = 2  # 0 is padding, 1 is unknown
 LATEST = ("item_name", "category", "vertical", "unit_price")
-# What is read of an event that has come or gone.
+# The columns read of events that were added or removed.
 OF_EVENTS = ("item_id", "event_ts", "event_type", "vertical", "category", "item_name", "amount", "quantity")
 
 
 def category_value() -> Column:
-    """A category as CONTEXT_VALUES names it: two verticals may use one word for different things.
-    (A vertical with a slash in its name may share a number with another: docs/extending.md.)"""
+    """A category as CONTEXT_VALUES names it, `vertical/category`: two verticals may use one word for different things.
+    (With a slash in a vertical's name, two categories may share a number: docs/extending.md.)"""
     return F.when(F.col("category").isNotNull(), F.concat_ws("/", "vertical", "category"))
 
 
 def unit_price() -> Column:
-    """An event's price of one; NULL where it has no amount, or a quantity of 0."""
+    """An event's price per unit; NULL if it has no amount, or a quantity of 0."""
     return F.col("amount") / F.coalesce("quantity", F.lit(1.0))
 
 
 def numbers_of(values: DataFrame, kind: str) -> DataFrame:
-    """CONTEXT_VALUES of one kind, named after it: `kind` and `<kind>_index`."""
+    """CONTEXT_VALUES of one kind, as columns named after it: `<kind>` and `<kind>_index`."""
     of_kind = values.where(F.col("kind") == kind)
     return of_kind.select(F.col("value").alias(kind), F.col("value_index").alias(f"{kind}_index"))
 
 
 def describe_items(events: DataFrame, cuts: Cuts, settings: SequencesSettings) -> DataFrame:
-    """One row per item of the log: everything in ITEMS but the number."""
+    """One row per item of the log: every column of ITEMS but the number."""
     price = unit_price()
     described = (
         events.withColumn("unit_price", F.when(price > 0, price))
@@ -68,14 +68,14 @@ def describe_items(events: DataFrame, cuts: Cuts, settings: SequencesSettings) -
 
 
 def _said(name: str, when: Column, value: Callable[[str], Column]) -> Column:
-    """A value and when it was said, as a struct; NULL without a value. Of two structs the greater is the later one, and
-    of one moment that with the greater value.
+    """A value and its event's time, as a struct; NULL without a value. The greater of two structs is the later one or,
+    at the same time, the one with the greater value.
 
-    A category means something in its own vertical alone: a vertical that was said with a category is greater than one
-    without, and a category goes by its vertical first, so that the greatest of both are of one event.
+    A category only has a meaning within its vertical. So a vertical that comes with a category ranks above one without,
+    and categories compare by vertical first: the maxima of both then come from the same event.
 
     Args:
-        value: the column of that name, of one event or one row of ITEMS.
+        value: returns the column of a name, from an event or a row of ITEMS.
     """
     said = [when.alias("ts"), value(name).alias(name)]
     if name == "vertical":
@@ -86,15 +86,15 @@ def _said(name: str, when: Column, value: Callable[[str], Column]) -> Column:
 
 
 def _unpacked(rows: DataFrame) -> DataFrame:
-    """Rows whose LATEST columns are structs of `_said` → the values there, and said_ts, when each was said."""
+    """Rows whose LATEST columns are structs of `_said` → the plain values, and said_ts, the time of each."""
     times = F.struct(*[F.col(f"{name}.ts").alias(name) for name in LATEST]).alias("said_ts")
     values = {name: F.col(f"{name}.{name}") for name in LATEST}
     return rows.select("*", times).withColumns(values)
 
 
 def add_events(items: DataFrame, described: DataFrame) -> DataFrame:
-    """The rows of `items` with new events added; `described` is `describe_items` of these events. Items that are not in
-    both are left out."""
+    """The rows of `items` with new events added; `described` is `describe_items` of these events. Items missing from
+    either are left out."""
     old, new = items.alias("old"), described.alias("new")
 
     def said(side: str, name: str) -> Column:
@@ -109,15 +109,15 @@ def add_events(items: DataFrame, described: DataFrame) -> DataFrame:
 
 
 def number_items(described: DataFrame, items: DataFrame, min_count: int, next_index: int) -> DataFrame:
-    """ITEMS rows to merge: old items keep their number, new ones with `min_count` events get the next numbers.
+    """ITEMS rows to merge: existing items keep their number, new ones with `min_count` events get the next numbers.
 
     Args:
-        described, items: `describe_items` and the old rows, both of all items or both of some.
-        next_index: the first number that no item ever had.
+        described, items: `describe_items` and the existing rows, both of all items or both of the same subset.
+        next_index: the first number that was never assigned.
     """
-    described = described.localCheckpoint()  # else the log is read three times, for old, gone and new items
+    described = described.localCheckpoint()  # else the log is read three times: for old, gone and new items
     old = items.select("item_id", "item_index")
-    # An item whose last event is gone (its users were erased) keeps its number and its row, and counts for nothing.
+    # An item whose last event is gone (its users were erased) keeps its row and its number, with counts of 0.
     none = {name: F.lit(0) for name in ("event_count", "train_count", "target_count")}
     gone = items.join(described, "item_id", "left_anti").withColumns(none)
     known = described.join(old, "item_id").unionByName(gone.select(*described.columns, "item_index"))
@@ -127,12 +127,12 @@ def number_items(described: DataFrame, items: DataFrame, min_count: int, next_in
 
 
 def number_context_values(events: DataFrame, values: DataFrame, came: Column | int = 1) -> DataFrame:
-    """CONTEXT_VALUES rows to add: values that have no number yet, in their own order.
+    """CONTEXT_VALUES rows to add: values without a number yet, numbered in their sort order.
 
     Args:
-        events: all of them, or what changed.
-        came: 1; of what changed -1 where an event, or its earlier state, went. Without a number yet, a value that went
-            as often as it came is no event's: what was there before has one.
+        events: all of them, or the changed ones.
+        came: 1; among changed events -1 for an event, or its earlier state, that was removed. A value without a number
+            that was removed as often as added is in no event: had it been there before, it would have a number.
     """
     kinds = {"vertical": F.col("vertical"), "event_type": F.col("event_type"), "category": category_value()}
     pairs = F.create_map(*[part for kind, value in kinds.items() for part in (F.lit(kind), value)])
@@ -150,14 +150,14 @@ def number_context_values(events: DataFrame, values: DataFrame, came: Column | i
 def changed_events(
     runtime: Runtime, written: Table, flagged: DataFrame
 ) -> tuple[DataFrame, DataFrame, DataFrame] | None:
-    """What changed in the events since `written` was made; None: `written` is to be made anew.
+    """What changed in the events since `written` was made; None if `written` must be rebuilt.
 
     Args:
-        flagged: user_id of all who are flagged now.
+        flagged: user_id of all users who are flagged now.
 
     Returns:
-        The changed events (OF_EVENTS and _change_type) of users who are not flagged now and were not then; those of
-        users who got or lost their flag since; and the user_id of each of the latter.
+        The changed events (OF_EVENTS and _change_type) of users flagged neither now nor then; those of users flagged
+        or unflagged since; and the latter users' user_id.
     """
     changes, flags = runtime.incremental(written, EVENTS), runtime.incremental(written, FLAGGED_USERS)
     before = runtime.previous(written, FLAGGED_USERS)
@@ -165,28 +165,28 @@ def changed_events(
         return None
     before = before.select("user_id").distinct()
     gained, lost = flagged.join(before, "user_id", "left_anti"), before.join(flagged, "user_id", "left_anti")
-    # `flags` also has users who are flagged for one day more. The join spares reading all flags where none changed.
+    # `flags` also has users who were flagged for one more day. The join avoids reading all flags if none changed.
     turned = gained.union(lost).join(flags.select("user_id").distinct(), "user_id", "left_semi").localCheckpoint()
     of_turned = changes.join(turned, "user_id", "left_semi").select(*OF_EVENTS, "_change_type")
     changes = changes.join(flagged.union(turned), "user_id", "left_anti").select(*OF_EVENTS, "_change_type")
-    # The feed is planned and read once, for both tables where items go by it (and once more where somebody turned).
+    # The feed is planned and read once, even if both tables use it (and once more if a user was flagged or unflagged).
     return changes.localCheckpoint(), of_turned, turned
 
 
 def to_describe_anew(items: DataFrame, changes: DataFrame, of_turned: DataFrame | None) -> DataFrame:
-    """item_id of the touched items to whose rows the new events can't just be added.
+    """item_id of the touched items that must be recomputed: new events can't just be added to their rows.
 
     Args:
-        changes: changed events, item_id and _change_type.
-        of_turned: item_id of the events of users who got or lost their flag; None: nobody did.
+        changes: item_id and _change_type of changed events.
+        of_turned: item_id of the events of users who were flagged or unflagged; None: nobody was.
     """
     touched = changes.select("item_id", (F.col("_change_type") == "insert").alias("came"))
     if of_turned is not None:
         touched = touched.union(of_turned.select("item_id", F.lit(False)))
     touched = touched.groupBy("item_id").agg(F.bool_and("came").alias("only_came"))
     touched = touched.join(items.select("item_id", "item_index", "event_count"), "item_id", "left")
-    # A lost event can't be taken out of a latest name again, and to an item without a row nothing can be added. The row
-    # of one without events still says what the last ones said.
+    # A lost event can't be subtracted from a latest value, and an item without a row has nothing to add to. The row of
+    # an item without events still holds the last ones' values.
     nothing_to_add_to = F.col("item_index").isNull() | (F.col("event_count") == 0)
     return touched.where(~F.col("only_came") | nothing_to_add_to).select("item_id")
 
@@ -197,11 +197,11 @@ def run(runtime: Runtime) -> None:
     events = runtime.read(EVENTS).join(flagged, "user_id", "left_anti")
     runtime.create(ITEMS)
     runtime.create(CONTEXT_VALUES)
-    # Two runs at once could give one number to two items: the later commit is refused (`made_from`).
+    # Two concurrent runs could give one number to two items: the later commit is refused (`made_from`).
     items_from, values_from = (runtime.stage_version(table) for table in (ITEMS, CONTEXT_VALUES))
-    # Rows without a change stay as they are only if the cut stays; in leave-one-out every event moves its user's.
+    # Rows without a changed event stay the same only if the cut does; in leave-one-out every event moves its user's.
     fixed = settings.split_by == "time" and settings.valid_from is not None
-    # Items are written last: what is new since the last commit to context_values is new to items too.
+    # Items are written last, so what changed since then includes what changed since context_values was written.
     written = ITEMS if fixed and runtime.last_writer(CONTEXT_VALUES) else CONTEXT_VALUES
     changed = changed_events(runtime, written, flagged)
     met, came, of_turned = events.select(*OF_EVENTS), F.lit(1), None
@@ -210,16 +210,16 @@ def run(runtime: Runtime) -> None:
         met, came = changes, F.when(F.col("_change_type").isin("insert", "update_postimage"), 1).otherwise(-1)
         if not turned.isEmpty():
             back = turned.join(flagged, "user_id", "left_anti").localCheckpoint()
-            if not back.isEmpty():  # all events are read for their words
+            if not back.isEmpty():  # their values may have no number yet; reads all events
                 met = met.union(events.join(back, "user_id", "left_semi").select(*OF_EVENTS, F.lit("insert")))
-            # And where the cut is given, for the items of all who turned.
+            # With a fixed cut, events are also read for the items of all who were flagged or unflagged.
             of_turned = runtime.read(EVENTS).join(turned, "user_id", "left_semi").select("item_id")
-            # An item may also have lost events of theirs that were counted before the flag.
+            # Their removed events matter too: an item may have counted them before the flag.
             of_turned = of_turned.union(changes_of_turned.select("item_id"))
     new_values = number_context_values(met, runtime.latest(CONTEXT_VALUES), came)
     runtime.merge(CONTEXT_VALUES, new_values, made_from=values_from)
 
-    # A given cut does not depend on the log's end, so flagged users need not be left out, which would cost a join.
+    # A fixed cut does not depend on the log's end, so flagged users may stay in: leaving them out would cost a join.
     cuts, items = cut_times(runtime.read(EVENTS) if fixed else events, settings), runtime.latest(ITEMS)
     next_index = items.agg(F.coalesce(F.max("item_index") + 1, F.lit(FIRST_INDEX))).collect()[0][0]
     if changed is None or not fixed:
