@@ -1,17 +1,16 @@
-"""Raw frames → events: a source's mapping applied to its records, and why a record is no event.
+"""Raw frames → events: applies a source's mapping to its records, and says why a record is not an event.
 
-Nothing in a record makes the job fail. One that is no event gets the first reason that holds, in this order:
+No record makes the job fail. One that is not an event gets the first reason that applies, in this order:
 broken_row; the mapping's own rules; invalid_utf8; missing_* (user_id, item_id, event_type, vertical, event_ts,
-event_id; blank counts as missing); bad_type_* (an id that is no text and no whole number in a Parquet file, or is an
-object or a list in a line of JSON, of which a number can't be told from a text; another text that is an object or a
+event_id; blank counts as missing); bad_type_* (an id that is neither text nor a whole number in a Parquet file, or that
+is an object or a list in a JSON line, where numbers can't be told from texts; another text that is an object or a
 list); bad_event_ts, event_before_earliest, event_in_future, bad_amount, bad_quantity, negative_amount, bad_time_zone;
-nul_* (an id with the character NUL, which numpy's texts lose at their end); long_* (an id of more than 512
-characters). (duplicate_event_id, which no record tells by itself, is given by
-jobs/ingest.py.)
+nul_* (an id with a NUL character, which numpy drops from the end of strings); long_* (an id of more than 512
+characters). (jobs/ingest.py adds duplicate_event_id, which a single record can't show.)
 
-An id with an ordinal numbers the identical records *of one file*: a line that stands twice in a file is two events,
-while a file that comes twice, even under another name, is the same events again. The price: a file cut in two
-between two identical lines can't be told from a file and its copy, and makes one event of them.
+An id with an ordinal numbers identical records *within one file*: a line that occurs twice in a file is two events,
+while a file that arrives twice, even under another name, is the same events again. The price: a file split between two
+identical lines looks like a file and its copy, so the two lines become one event.
 """
 
 from __future__ import annotations
@@ -34,27 +33,27 @@ from jobs.tables import EVENTS
 from spark_udfs.keyed import ColumnTest
 
 BROKEN_ROW = "broken_row"
-ERASED = "erased_user"  # no refusal: whom erase_users took out stays out, and leaves no trace here either
+ERASED = "erased_user"  # not a rejection: records of erased users are dropped without a trace
 
 _ORDINAL = "trailvec_ordinal"
 _REQUIRED = ("user_id", "item_id", "event_type", "vertical", "event_ts", "event_id")
 _IDS = ("event_id", "user_id", "item_id", "basket_id")
-_LISTED = ("user_id", "item_id")  # lists that people hand in name them, and are stripped of blanks too
+_LISTED = ("user_id", "item_id")  # also named in user-supplied lists, where blanks are stripped too
 _LONGEST_ID = 512
 _NUMBERS = ("amount", "quantity")
-# Not 32-bit numbers, whose text is another number than their 64 bits, nor times, which Spark takes for numbers.
+# Not 32-bit floats, whose text is another number than their 64-bit value, nor times, which Spark casts to numbers.
 _NUMBER_TYPES = (T.DoubleType, T.IntegralType)
 _TIME_TYPES = (T.TimestampType, T.TimestampNTZType, T.DateType)
 _ZONE_LETTERS = "VzOXxZ"
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 _ISO_LOCAL = r"\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?)?"
 _ISO_ZONED = r"\d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?\s*(Z|[+-]\d{2}(:?\d{2})?)"
-# Microseconds in one unit; and the widest number whose microseconds still fit into 64 bits.
+# Microseconds per unit, and the widest decimal whose microseconds still fit into 64 bits.
 _EPOCH = {"epoch_s": (1_000_000, "decimal(18,6)"), "epoch_ms": (1_000, "decimal(21,6)")}
 
 
 def check_times(spark: SparkSession, mapping: Input, source: str) -> list[str]:
-    """All zones that Spark knows, for `to_events`.
+    """All time zones that Spark knows, for `to_events`.
 
     Raises:
         TrailvecError: the mapping has an unknown zone or format, or one that can't be applied.
@@ -82,48 +81,47 @@ def check_times(spark: SparkSession, mapping: Input, source: str) -> list[str]:
 def to_events(
     raw: DataFrame, mapping: Input, source: str, settings: IngestSettings, now: datetime, *, zones: list[str]
 ) -> DataFrame:
-    """The records as rows of EVENTS, with `reason` (NULL: an event), `raw` (of refused ones) and `file`.
+    """The records as rows of EVENTS, with `reason` (NULL: an event), `raw` (of rejected ones) and `file`.
 
     Args:
-        raw: what `read_raw` gives.
-        now: UTC, with zone; what is later than it by more than the tolerance is refused.
-        zones: what `check_times` gives of the mapping.
+        raw: what `read_raw` returns.
+        now: with time zone UTC; an event later than this by more than the tolerance is rejected.
+        zones: what `check_times` returns for the mapping.
 
     Raises:
-        TrailvecError: the mapping has SQL that Spark does not take, or times to which their zone can't be applied.
+        TrailvecError: the mapping has SQL that Spark refuses, or times that its zone or format can't be applied to.
     """
     try:
         given = _mapped(raw, mapping, source)
     except AnalysisException as error:
         raise TrailvecError(f"source {source}: {told(error)}: correct the mapping") from None
 
-    # First the numbers, of which the reasons ask several times.
+    # Numbers first: several reasons depend on them.
     numbered = given.withColumns({n: _number(given, n) for n in _NUMBERS})
     events = numbered.withColumns({"reason": _reason(numbered, settings, now, zones), "source": F.lit(source)})
     as_json = F.to_json("record", JSON_MICROSECONDS)
-    # An event's texts are valid. What a broken row shows as its user may be a part of anything, and no erasure is of
-    # {"id": 4711} or 4711.0: it is to look into the raw record.
+    # An event's texts are valid already. A broken row's user may be a fragment of anything, and no erasure lists
+    # {"id": 4711} or 4711.0: NULL makes it search the raw record instead.
     user_id = F.when(F.col("reason").isNull(), F.col("user_id"))
     says_who = (F.col("reason") != BROKEN_ROW) & ~F.col("is_no_user")
     user_id = user_id.when(says_who, valid_text(F.col("user_id"))).alias("user_id")
     return events.select(
         *[user_id if c.name == "user_id" else c.name for c in EVENTS.columns],
         "reason",
-        # Made into text here and not above, where it would be made for every record.
+        # Converted to text here, for rejected records only; above, it would be for every record.
         F.when(F.col("reason").isNotNull(), valid_text(F.coalesce("line", as_json))).alias("raw"),
         "file",
     )
 
 
 def _mapped(raw: DataFrame, mapping: Input, source: str) -> DataFrame:
-    """The mapping applied: EVENTS' columns as the record gives them (of numbers what is to be read, under the names of
-    `_as_given`), and what `_reason` and `to_events` go by: has_event_ts, own_reason, bad_type, is_no_user, record, line
-    and file."""
+    """The mapping applied: EVENTS' columns as the record gives them (numbers still unparsed, named by `_as_given`), and
+    what `_reason` and `to_events` need: has_event_ts, own_reason, bad_type, is_no_user, record, line and file."""
     columns = mapping.columns
     fields = [named_column(name) for name in raw.columns if name not in (FILE, LINE, BROKEN, REST)]
     if columns.event_id.ordinal:
         record = F.coalesce(F.col(LINE), F.to_json(F.struct(*fields), JSON_MICROSECONDS))
-        # The hash first: the sort goes by the first bytes of the first key, and a file's name tells no records apart.
+        # The hash first: the sort compares a prefix of the first key, and a file's name can't tell its records apart.
         identical = Window.partitionBy(F.sha2(record, 256), FILE).orderBy(FILE)
         raw = raw.withColumn(_ORDINAL, F.row_number().over(identical))
     event_ts = _given(columns.event_ts)
@@ -149,7 +147,7 @@ def _mapped(raw: DataFrame, mapping: Input, source: str) -> DataFrame:
         *[numbers.get(n, missing).alias(_as_given(n)) for n in _NUMBERS],
         _time(event_ts, event_ts_type, columns.event_ts).alias("event_ts"),
         _text_unless(raw, event_ts, _TIME_TYPES).isNotNull().alias("has_event_ts"),
-        # An empty map is none: a new column that is blank makes no other event.
+        # NULL rather than an empty map: a new column that is blank must not change the event.
         F.when(F.size(REST) > 0, F.col(REST)).alias("attributes"),
         F.coalesce(F.when(F.col(BROKEN), F.lit(BROKEN_ROW)), *own_rules).alias("own_reason"),
         F.coalesce(F.lit(None).cast("string"), *bad_types).alias("bad_type"),
@@ -169,17 +167,17 @@ def _as_given(number: str) -> str:
 
 
 def _text_unless(raw: DataFrame, value: Column, kinds: tuple[type[T.DataType], ...]) -> Column:
-    """The value as text; as it is where it has one of the types, none of which is blank: to write it out takes long."""
+    """The value as text, or unchanged if it has one of the types: none of these is blank, and formatting is slow."""
     return value if isinstance(raw.select(value).schema[0].dataType, kinds) else text_of(value)
 
 
 def _known_zones(spark: SparkSession) -> list[str]:
-    """The zones that Spark itself knows: it is Java that converts times."""
+    """The time zones that Spark itself knows: those of Java, which converts the times."""
     return sorted(str(zone) for zone in spark._jvm.java.time.ZoneId.getAvailableZoneIds())  # type: ignore[union-attr]
 
 
 def _reads_times(spark: SparkSession, pattern: str) -> bool:
-    """Whether Spark knows the datetime pattern, which it looks at when it reads a time by it."""
+    """Whether Spark accepts the datetime pattern, which it only checks when it parses a time."""
     try:
         spark.sql("SELECT to_timestamp('-', :pattern)", {"pattern": pattern}).collect()
     except (IllegalArgumentException, SparkUpgradeException):
@@ -188,7 +186,7 @@ def _reads_times(spark: SparkSession, pattern: str) -> bool:
 
 
 def _given(value: Given) -> Column:
-    """The value as the mapping makes it of the record, of any type."""
+    """The value that the mapping makes from the record, of any type."""
     if isinstance(value, IdValue) and (value.columns or value.sha256 or value.ordinal):
         origins = [named_column(name) for name in value.columns] if value.columns else [_raw(value)]
         parts = [text_of(origin) for origin in origins]
@@ -204,14 +202,14 @@ def _given(value: Given) -> Column:
 
 
 def _raw(value: Given) -> Column:
-    """The one value as the record has it, of any type."""
+    """The single value as the record has it, of any type."""
     if value.constant is not None:
         return F.lit(value.constant)
     return F.expr(value.expr) if value.expr is not None else named_column(str(value.column))
 
 
 def _number(given: DataFrame, name: str) -> Column:
-    """As double; NULL where it is no number, or no finite one."""
+    """As double; NULL if it is not a finite number."""
     value = F.col(_as_given(name))
     number = value.cast("double")
     is_number = F.abs(number) < float("inf")
@@ -223,19 +221,19 @@ def _is_string(given: DataFrame, name: str) -> bool:
 
 
 def _time(value: Column, given: T.DataType, mapping: TimeValue) -> Column:
-    """The instant; NULL where it can't be read. A local time that the clock skips (spring) is read as if it had not
-    been put forward; one that it shows twice (autumn) is the first."""
+    """The instant; NULL if it can't be parsed. A local time that daylight saving skips (spring) is read as if the clock
+    had not been put forward; of an ambiguous one (autumn) the first is taken."""
     if isinstance(given, T.TimestampType):
         return value
     if isinstance(given, (T.TimestampNTZType, T.DateType)):
-        # The session's zone is UTC, so the cast takes the clock's reading as it is.
+        # The session's time zone is UTC, so the cast keeps the wall-clock time.
         return F.to_utc_timestamp(value.cast("timestamp"), mapping.zone)
     if mapping.format in _EPOCH:
         unit, number = _EPOCH[mapping.format]
         return F.timestamp_micros((value.cast(number) * unit).cast("bigint"))
     text = F.trim(value.cast("string"))
     if mapping.format is None:
-        # Spark's cast alone would take "12:00" for noon of today.
+        # Spark's cast alone would read "12:00" as noon today.
         instant = text.cast("timestamp")
         local = F.when(text.rlike(f"^{_ISO_LOCAL}$"), F.to_utc_timestamp(instant, mapping.zone))
         return local.otherwise(F.when(text.rlike(f"^{_ISO_ZONED}$"), instant))
@@ -244,21 +242,21 @@ def _time(value: Column, given: T.DataType, mapping: TimeValue) -> Column:
 
 
 def _has_zone(pattern: str) -> bool:
-    """Whether a datetime pattern reads a zone: one of its letters outside quotes."""
+    """Whether a datetime pattern parses a time zone: it has one of the zone letters outside quotes."""
     return any(letter in part for part in pattern.split("'")[::2] for letter in _ZONE_LETTERS)
 
 
 def may_lack_zone(pattern: str) -> bool:
-    """Whether a zone is optional in a datetime pattern: one of its letters stands in brackets."""
+    """Whether the time zone is optional in a datetime pattern: a zone letter is in brackets."""
     unquoted = "".join(pattern.split("'")[::2])
     before = [unquoted[:place] for place, letter in enumerate(unquoted) if letter in _ZONE_LETTERS]
     return any(text.count("[") > text.count("]") for text in before)
 
 
 def _is_no_id(raw: DataFrame, value: Given, mapping: Input) -> Column:
-    """True where the value has a type that no id has: 17850.0 is 17850 in the file before, and nobody would notice."""
+    """True if the value has a type that no id has: 17850.0 may be 17850 in an earlier file, and nobody would notice."""
     if isinstance(value, IdValue) and value.columns:
-        return F.lit(False)  # made of many values, of any type
+        return F.lit(False)  # composed of several values, of any type
     given = _raw(value)
     if mapping.format == "json":
         return F.coalesce(F.ltrim(given.cast("string")).rlike(r"^[\[{]"), F.lit(False))  # an object or a list
@@ -266,9 +264,9 @@ def _is_no_id(raw: DataFrame, value: Given, mapping: Input) -> Column:
 
 
 def _is_nested(raw: DataFrame, value: Given, mapping: Input) -> Column:
-    """True where the value is an object or a list in its file, whose text nobody means by a name or a category."""
+    """True if the value is an object or a list in its file: its text can't be meant as a name or a category."""
     given = _raw(value)
-    if mapping.format == "json":  # "[new] tea" is a text that begins so, too
+    if mapping.format == "json":  # a plain text may begin like that too: "[new] tea"
         text = F.ltrim(given.cast("string"))
         is_json = F.when(text.rlike(r"^[\[{]"), F.get_json_object(text, "$").isNotNull())
         return F.coalesce(is_json, F.lit(False))
@@ -276,13 +274,13 @@ def _is_nested(raw: DataFrame, value: Given, mapping: Input) -> Column:
 
 
 def _is_valid_text(names: Sequence[str]) -> Column:
-    """False where bytes are no UTF-8: Java reads them as U+FFFD, which no clean log holds."""
+    """False if some bytes are not UTF-8: Java reads them as U+FFFD, which no clean log contains."""
     parts = [*map(F.col, names), F.array_join(F.map_values("attributes"), "")]
     return ~valid_text(F.concat_ws("", *parts)).contains("\ufffd")
 
 
 def _reason(given: DataFrame, settings: IngestSettings, now: datetime, zones: list[str]) -> Column:
-    """Why a record is no event; NULL when it is one."""
+    """Why a record is not an event; NULL if it is one."""
     event_ts = F.col("event_ts")
     earliest = settings.earliest.replace(tzinfo=timezone.utc)
     latest = now + timedelta(hours=settings.future_tolerance_hours)
@@ -300,7 +298,7 @@ def _reason(given: DataFrame, settings: IngestSettings, now: datetime, zones: li
         "negative_amount": (F.col("amount") < 0) & ~may_be_negative,
         "bad_time_zone": ~F.coalesce(F.col("time_zone").isin(zones), F.lit(False)),
         **{f"nul_{n}": F.contains(n, F.lit("\0")) for n in _IDS},
-        # Characters are counted one by one, bytes are not.
+        # Bytes first: counting characters has to walk the text.
         **{f"long_{n}": (F.octet_length(n) > _LONGEST_ID) & (F.length(n) > _LONGEST_ID) for n in _IDS},
     }
 
@@ -311,12 +309,12 @@ def _reason(given: DataFrame, settings: IngestSettings, now: datetime, zones: li
 
 
 def without_erased(records: DataFrame, tests: tuple[ColumnTest, ColumnTest] | None) -> DataFrame:
-    """`records` (as `to_events` gives them) with reason ERASED and no raw record where the user is erased: by their
-    user_id, and where it can't be read, by what stands in the raw record."""
+    """`records` (from `to_events`), those of erased users with reason ERASED and without the raw record. A user is
+    recognised by user_id or, if that could not be read, by the contents of the raw record."""
     if tests is None:
         return records
     is_erased, holds_erased = tests
-    unread = F.when(F.col("user_id").isNull(), F.col("raw"))  # NULL is tested for free
+    unread = F.when(F.col("user_id").isNull(), F.col("raw"))  # testing NULL costs nothing
     erased = records.withColumn("erased", is_erased(F.col("user_id")) | holds_erased(unread))
     keep = ~F.col("erased")
     return erased.withColumns(

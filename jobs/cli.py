@@ -1,4 +1,4 @@
-"""The command `trailvec`: one stage, all of them, the tables and their upkeep, SQL.
+"""The command `trailvec`: runs one stage or all of them, lists and maintains the tables, answers SQL.
 
 trailvec run --conf conf/local.toml
 trailvec sessionize --conf conf/local.toml --set sessionize.gap_minutes=45
@@ -31,11 +31,11 @@ _STDOUT = 1  # its file descriptor
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; exits with 1 and one sentence on stderr when something is wrong, else returns."""
+    """Runs the command line; returns if all went well, else exits with the code of `guarded`."""
     from jobs.pipeline import ASIDE, STAGES  # noqa: PLC0415 - the stages import this module's stage_main
 
     arguments = _parser(STAGES, ASIDE).parse_args(argv)
-    # Databricks calls this function inside a process of its own, where an exit, of 0 too, can count as a failure.
+    # Databricks calls this function in its own process, where any exit, even with 0, can count as a failure.
     if code := guarded(lambda: _run(arguments, STAGES, ASIDE), debug=arguments.debug):
         sys.exit(code)
 
@@ -98,14 +98,14 @@ def _about(stage: Stage) -> str:
 
 
 def _count(text: str) -> int:
-    """A whole number of at least 1, of a command line."""
+    """Parses an argument: a whole number of at least 1."""
     if not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text}")
     return int(text)
 
 
 def _port(text: str) -> int:
-    """A port that clients can call, of a command line."""
+    """Parses an argument: a port that clients can connect to."""
     if not (text.isdecimal() and 0 < int(text) < 1 << 16):
         raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, found {text}")
     return int(text)
@@ -132,9 +132,9 @@ def _run(arguments: argparse.Namespace, stages: Sequence[Stage], aside: Sequence
         run_stages(Runtime(config), [s for s in (*stages, *aside) if s.name == arguments.command], arguments.force)
 
 
-# ---- jobs beside the road: of each its arguments, and what it does; each imports what it alone needs ----
+# ---- commands outside the pipeline: the arguments and the action of each; an action imports what it alone needs ----
 
-_Add = Callable[..., argparse.ArgumentParser]  # of help, description: makes the command
+_Add = Callable[..., argparse.ArgumentParser]  # (help, description) → the command's parser
 
 
 def _add_tables(add: _Add) -> None:
@@ -287,14 +287,14 @@ _BESIDE: dict[str, tuple[Callable[[_Add], None], Callable[[Config, argparse.Name
 
 
 def table_console(piped_width: int = 160) -> Console:
-    """stdout, for tables, whose cells are taken as they are (brackets too): a pipe has no width of its own, and 80
-    columns would break the cells."""
+    """A console on stdout for tables; cells are printed as they are, brackets too. A pipe has no width of its own, and
+    the default of 80 columns would break the cells."""
     width = None if sys.stdout.isatty() else piped_width
     return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def run_stages(runtime: Runtime, stages: Sequence[Stage], force: bool = False) -> list[Report]:
-    """Runs the stages in order in one Spark session, saying what each did as it ends."""
+    """Runs the stages in order in one Spark session, and reports each as it ends."""
     reports = []
     for stage in stages:
         with _progress(runtime, stage.name):
@@ -321,7 +321,7 @@ def _line(report: Report) -> str:
 
 @contextmanager
 def _progress(runtime: Runtime, name: str) -> Iterator[None]:
-    """A line that lives while a stage runs: what it says itself, and Spark's running tasks."""
+    """A status line while a stage runs: the stage's own messages, and Spark's running tasks."""
     if not _out.is_terminal:
         runtime.on_progress = lambda text: _out.print(f"    {text}", markup=False, soft_wrap=True)
         yield
@@ -339,7 +339,7 @@ def _progress(runtime: Runtime, name: str) -> Iterator[None]:
 
 
 def guarded(action: Callable[[], None], debug: bool = False) -> int:
-    """The exit code of `action`: 0, 1 with one sentence for what a user can mend, 130 for Ctrl-C."""
+    """The exit code of `action`: 0; 1 after one sentence on stderr (with `debug` it raises instead); 130 for Ctrl-C."""
     try:
         action()
         sys.stdout.flush()
@@ -360,9 +360,9 @@ def guarded(action: Callable[[], None], debug: bool = False) -> int:
 
 
 def _reader_has_left() -> bool:
-    """Whether who reads our stdout (`| head`) wants no more; what is still to be written is dropped then."""
+    """Whether the reader of our stdout (`| head`) has closed the pipe; if so, drops what is still to be written."""
     poll = select.poll()
-    poll.register(_STDOUT, 0)  # errors alone
+    poll.register(_STDOUT, 0)  # errors only
     if not poll.poll(0):
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)

@@ -1,4 +1,4 @@
-"""What Delta's log says of a table: its commits, which stage made them, and whether they changed rows."""
+"""What Delta's log says about a table: its commits, which stage made them, and whether they changed rows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from jobs.files import HadoopPath
 
 _COMMIT_INFO, _METADATA = '{"commitInfo"', '{"metaData"'
-KEEP_DAYS = "keep_days"  # the note of a commit that deletes rows for their age
-_HISTORY = 5_000  # commits of a table that are looked at; a stage that is further behind makes all anew
-# Commits that move or drop files, or say something else of the table, and change no row.
+KEEP_DAYS = "keep_days"  # marks, in its note, a commit that deletes rows for their age
+_HISTORY = 5_000  # newest commits of a table that are read; a stage further behind rebuilds its table
+# Operations that rewrite or drop files or change the table's metadata, but no rows.
 _UPKEEP = {
     *("OPTIMIZE", "REORG", "VACUUM START", "VACUUM END", "CLUSTER BY", "SET TBLPROPERTIES", "UNSET TBLPROPERTIES"),
     *("UPGRADE PROTOCOL", "CHANGE COLUMN", "ADD CONSTRAINT", "DROP CONSTRAINT"),
@@ -26,14 +26,14 @@ class Commit:
 
     Attributes:
         committed_at: seconds since 1970.
-        operation: Delta's word for it: WRITE, MERGE, OPTIMIZE, ...
+        operation: Delta's name for it: WRITE, MERGE, OPTIMIZE, ...
         changed_rows: False for upkeep (OPTIMIZE and the like), and for a commit that only records that a stage ran.
-        replaced_all: the commit replaced all rows of the table.
-        provenance: what trailvec stored of the run that made it (`Runtime.provenance`); None: something else made it.
+        replaced_all: it was an overwrite, of all rows or of those of a condition or some partitions.
+        provenance: what trailvec stored about the run that made it (`Runtime.provenance`); None: it was not trailvec.
         foreign: it changed rows, and trailvec did not make it: a RESTORE, a DELETE by SQL, another writer.
-        erasure: the id of the erasure that it is a part of; None: of none.
-        housekeeping: it deleted rows for an erasure, or for their age. The table's stage looks past such a commit: the
-            rows that are left are as it wrote them, so it can go on from its own last commit.
+        erasure: the id of the erasure that it is part of; None: it is part of none.
+        housekeeping: it deleted rows for an erasure, or for their age. The table's stage ignores such commits: the
+            remaining rows are as it wrote them, so it can continue from its own last commit.
         rows_deleted: how many rows a MERGE deleted.
     """
 
@@ -50,13 +50,13 @@ class Commit:
 
 
 def _commit_of(version: int, info: dict[str, Any]) -> Commit:
-    """Out of the commitInfo of Delta's log."""
+    """From the commitInfo in Delta's log."""
     metrics, parameters = info.get("operationMetrics") or {}, info.get("operationParameters") or {}
     mode, operation = parameters.get("mode"), info.get("operation")
     changes = [n for n in metrics if n in ("numTargetRowsInserted", "numTargetRowsUpdated", "numTargetRowsDeleted")]
     if operation == "WRITE" and mode == "Append":
         changes = ["numOutputRows"]
-    elif operation in {"DELETE", "UPDATE"}:  # without rows in the metrics, whole files went
+    elif operation in {"DELETE", "UPDATE"}:  # without row counts in the metrics, whole files were removed
         changes = ["numRemovedFiles", *(n for n in metrics if n in {"numDeletedRows", "numUpdatedRows"})]
     empty = bool(changes) and all(metrics.get(name, "1") == "0" for name in changes)
     provenance = _provenance(info.get("userMetadata") or "")
@@ -77,7 +77,7 @@ def _commit_of(version: int, info: dict[str, Any]) -> Commit:
 
 
 def _provenance(text: str) -> dict[str, Any] | None:
-    """What a stage wrote into its commit; None for what others wrote there, in whatever form."""
+    """The provenance that a stage stored in its commit; None for what others stored there, in whatever form."""
     try:
         said = json.loads(text)
     except ValueError:
@@ -86,10 +86,10 @@ def _provenance(text: str) -> dict[str, Any] | None:
 
 
 class History:
-    """A table's commits, newest first, up to the one that was newest when this was made. Each is read from the log's
-    files when it is first asked for.
+    """A table's commits, newest first, from the one that was newest when this was created. Each is read from the log's
+    files on first use.
 
-    (Delta's own history() is a Spark job or two, and a stage asks a dozen times.)
+    (Delta's own history() costs a Spark job or two, and a stage asks a dozen times.)
     """
 
     def __init__(self, path: str) -> None:
@@ -101,32 +101,32 @@ class History:
         yield from self._read
         for version in range(self.newest - len(self._read), max(self.newest - _HISTORY, -1), -1):
             info = next((line for line in self._lines(f"{version:020}.json") if line.startswith(_COMMIT_INFO)), None)
-            if info is None:  # the log is cleaned of what is older
+            if info is None:  # older commits have been cleaned from the log
                 return
             commit = _commit_of(version, json.loads(info)["commitInfo"])
             self._read.append(commit)
             yield commit
 
     def table_id(self) -> str | None:
-        """Delta's id of the table: one that was removed and made anew has another. None: the log does not say."""
+        """Delta's id of the table, another one if it was dropped and recreated. None: the log does not say."""
         made = next((line for line in self._lines(f"{0:020}.json") if line.startswith(_METADATA)), None)
         if made is not None:
             return str(json.loads(made)["metaData"]["id"])
-        # The first commit is no longer in the log. The checksum that Spark writes beside each commit holds the id too.
-        # The newest may be missing: not all writers make one, and a kill may come between the two.
+        # The first commit is no longer in the log, but the checksum file that Spark writes beside each commit holds the
+        # id too. The newest may be missing: not all writers make one, and a kill may come between the two.
         checksums = (self._lines(f"{version:020}.crc") for version in range(self.newest, max(self.newest - 10, -1), -1))
         said = next(itertools.chain.from_iterable(checksums), "{}")
         table_id = (json.loads(said).get("metadata") or {}).get("id")
         return None if table_id is None else str(table_id)
 
     def _newest(self) -> int:
-        # From the last checkpoint on there are a few commits at most.
+        # At most a few commits follow the last checkpoint.
         try:
             version = int(json.loads(next(self._lines("_last_checkpoint"), '{"version": 0}'))["version"])
-        except ValueError:  # half of it: Delta writes it in place
+        except ValueError:  # half written: Delta overwrites it in place
             version = 0
         if version == 0 and not (self._folder / f"{0:020}.json").exists():
-            # It said nothing, and the log is cleaned of its first commits.
+            # No checkpoint was read, and the first commits have been cleaned from the log.
             version = max((int(file.name[:20]) for file in self._folder.glob("?" * 20 + ".json")), default=0)
         while (self._folder / f"{version + 1:020}.json").exists():
             version += 1

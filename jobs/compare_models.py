@@ -1,7 +1,7 @@
-"""trailvec evaluate --compare A B: two models over the same users, with the interval of their difference.
+"""trailvec evaluate --compare A B: two models over the same users, with confidence intervals of their differences.
 
-Both are encoded and asked to rank anew, over the rows that `sequences` holds now: they need not have been evaluated or
-scored, nor be of one space. Nothing is written. Each ranks its own catalogue; what only the other knows is a miss.
+Both models encode and rank again, over the rows that `sequences` holds now: they need not have been evaluated or
+scored, nor share a space. Nothing is written. Each ranks its own catalogue; an item only the other knows is a miss.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
 
 
 class Difference(NamedTuple):
-    """One metric of two models; low and high: the interval of other - one."""
+    """One metric of two models; low and high: the confidence interval of other - one."""
 
     task: str
     metric: str
@@ -40,10 +40,10 @@ class Difference(NamedTuple):
 def differences(
     one: tuple[pd.DataFrame, Catalogue], other: tuple[pd.DataFrame, Catalogue], resamples: int
 ) -> list[Difference]:
-    """How two models differ, over the users that have a value of both.
+    """How two models differ, over the users with a value for both.
 
     Args:
-        one, other: what `evaluated_rows` gives (the same users in the same order), and the model's catalogue.
+        one, other: what `evaluated_rows` returns (the same users in the same order), and the model's catalogue.
     """
     ranked = [rank_users(rows, {"model": model_scorer(rows, of)}, of.rankable) for rows, of in (one, other)]
     found = []
@@ -70,7 +70,7 @@ def compare(runtime: Runtime, versions: tuple[str, str]) -> list[Difference]:
     """The differences between two models' folders.
 
     Raises:
-        TrailvecError: there is no such model, or it is damaged or has learnt from what it would be asked; a table is
+        TrailvecError: a model does not exist, is damaged or has learnt from what it would be asked about; a table is
             missing, or has no rows to ask about.
     """
     found: list[Difference] = []
@@ -98,7 +98,7 @@ def compare(runtime: Runtime, versions: tuple[str, str]) -> list[Difference]:
 
 
 def print_differences(found: list[Difference], versions: tuple[str, str], split: str) -> None:
-    """On stdout, one line for each task and metric."""
+    """Prints one line per task and metric to stdout."""
     grid = Grid(box=box.SIMPLE, title=f"split {split}; differences with 95 % intervals over the same users")
     for heading in ("task", "metric", "users", *versions, "difference"):
         grid.add_column(heading, justify="left" if heading in ("task", "metric") else "right")

@@ -1,10 +1,10 @@
 """The configuration: TOML files parsed once into typed models.
 
-A file may say `extends = "base.toml"` (a path beside it, or else in trailvec's own conf/); its own values win, and
-`--set a.b=c` wins over both. The files of conf/ come with trailvec, in its wheel too: `conf/base.toml` is found from
-any directory (`shipped`).
-An unknown key is an error that names the nearest known one. What a key means stands here, at the key.
-Relative paths in values are taken from the directory in which the command runs.
+A file may say `extends = "base.toml"` (a path beside it, else in trailvec's own conf/); its own values win, and
+`--set a.b=c` wins over both. conf/ ships with trailvec, also in its wheel, so `conf/base.toml` is found from any
+directory (`shipped`).
+An unknown key is an error that names the nearest known one. Each key is documented here, in its description.
+Relative paths in values start from the working directory.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ from jobs.errors import TrailvecError
 from training.config import Section, TrainSettings, UtcDatetime
 from training.urls import local_path, not_for_training
 
-_OWN = Path(__file__).parent.parent  # where conf/ lies beside the packages
+_OWN = Path(__file__).parent.parent  # has conf/ beside the packages
 M = TypeVar("M", bound=BaseModel)
 V = TypeVar("V")
-# The same in every session of trailvec, since the rows depend on it: a configuration may not say otherwise.
+# Fixed in every session of trailvec, since the rows depend on them: a configuration must not change them.
 SPARK_FIXED = {
-    # The days by which tables are pruned, cut and measured are those of UTC.
+    # The days by which tables are pruned, cut and measured are UTC days.
     "spark.sql.session.timeZone": "UTC",
-    # A text that is no number or no time is NULL, which ingest refuses with a reason; never an exception.
+    # A text that is not a number or a time becomes NULL, which ingest rejects with a reason, never an exception.
     "spark.sql.ansi.enabled": "false",
     "spark.sql.legacy.timeParserPolicy": "CORRECTED",
-    # A folder store=007 says "007", whatever the folders beside it say.
+    # A folder store=007 means "007", whatever the other folders' values look like.
     "spark.sql.sources.partitionColumnTypeInference.enabled": "false",
     # Parquet timestamps as microseconds, not INT96: what other readers expect.
     "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
     # A write that changes nothing (an empty table stays empty) still records what ran.
     "spark.databricks.delta.skipRecordingEmptyCommits": "false",
 }
-# What Spark takes as a LIKE pattern: a backslash stands before _, % or another backslash.
+# A LIKE pattern that Spark accepts: a backslash only before _, % or another backslash.
 LikePattern = Annotated[str, Field(pattern=r"^([^\\]|\\[_%\\])+$")]
 
 
 def _known_zone(name: str) -> str:
-    # Zones of no place: one that Arrow does not know, and whatever a machine has for its own.
+    # Not places: "Factory" is unknown to Arrow, "localtime" is whatever the machine is set to.
     if name not in zoneinfo.available_timezones() - {"Factory", "localtime"}:
         raise ValueError(f"found {name!r}, which is no IANA time zone")
     return name
 
 
 def _known_tables(by_table: dict[str, V]) -> dict[str, V]:
-    from jobs.tables import TABLES  # noqa: PLC0415 - PySpark comes with it
+    from jobs.tables import TABLES  # noqa: PLC0415 - it imports PySpark
 
     names = [table.name for table in TABLES]
     for name in by_table:
@@ -71,7 +71,7 @@ def no_home(place: str) -> str:
 
 
 def _in_quotes(conf: Any) -> Any:
-    """TOML reads a key with dots as a section inside a section."""
+    """Refuses a section inside the section, which is how TOML reads an unquoted key with dots."""
     for key, value in conf.items() if isinstance(conf, dict) else ():
         if isinstance(value, dict):
             raise ValueError(
@@ -88,15 +88,15 @@ def _not_fixed(conf: dict[str, str]) -> dict[str, str]:
     return conf
 
 
-VALID_DAYS, TEST_DAYS = 56, 28  # before the log's end: where training and validation end unless settings say otherwise
-Minutes = Annotated[float, Field(gt=0, le=52_560_000)]  # up to a hundred years: times stay within what Python can tell
+VALID_DAYS, TEST_DAYS = 56, 28  # before the log's end: where training and validation end by default
+Minutes = Annotated[float, Field(gt=0, le=52_560_000)]  # up to a hundred years: times stay in Python's range
 TimeZone = Annotated[str, AfterValidator(_known_zone)]
-# A folder or a file. What Databricks mounts is taken as the mount: dbfs:/Volumes/… as /Volumes/…, dbfs:/… as /dbfs/….
+# A folder or a file. Databricks' URIs become local mount paths: dbfs:/Volumes/… is /Volumes/…, dbfs:/… is /dbfs/….
 PlaceName = Annotated[str, AfterValidator(no_home), AfterValidator(lambda place: local_path(place) or place)]
 
 
 class StorageSettings(Section):
-    """Where tables, models and exports lie."""
+    """Where tables, models and exports are stored."""
 
     root: PlaceName = Field(
         "build/warehouse", min_length=1, description="folder or file system URI that holds everything trailvec writes"
@@ -105,7 +105,7 @@ class StorageSettings(Section):
 
 
 class SparkSettings(Section):
-    """How Spark is started where nothing started it (spark-submit's own settings win)."""
+    """How Spark is started, if nothing else has started it (spark-submit's own settings win)."""
 
     master: str = Field("local[*]", description="empty: that of what started Spark, such as spark-submit")
     conf: Annotated[dict[str, str], BeforeValidator(_in_quotes), AfterValidator(_not_fixed)] = Field(
@@ -142,8 +142,8 @@ class IngestSettings(Section):
 
 
 class FlagUsersSettings(Section):
-    """events → flagged_users: which users are bots or test accounts. A number that nobody reaches turns a rule
-    off: 1_000_000_000, the largest that is taken."""
+    """events → flagged_users: which users are bots or test accounts. To turn a rule off, set it to a number that nobody
+    reaches: 1_000_000_000, the largest allowed."""
 
     events_per_minute: int = Field(1_000, ge=1, le=10**9, description="more events than this in one minute")
     events_per_day: int = Field(20_000, ge=1, le=10**9, description="more events than this in one day (UTC)")
@@ -224,7 +224,7 @@ class ScoreSettings(Section):
 
 
 class AlignSettings(Section):
-    """A new model beside the current one: what it must keep to become current."""
+    """What a new model must preserve of the current one to become current itself."""
 
     min_overlap: float = Field(
         0.1, ge=0, le=1, description="of the 10 nearest items of a user, and of an item, so large a share must stay"
@@ -241,8 +241,8 @@ class ModelSettings(Section):
 
 
 class DriftSettings(Section):
-    """When the log or the vectors have moved so far that somebody should look; the days from the cut on against as many
-    before it."""
+    """Limits beyond which the drift of the log or the vectors raises an alarm; the days from the cut on are compared
+    with as many before it."""
 
     max_stability: float = Field(0.25, gt=0, description="population stability index of the verticals' shares")
     max_rate_factor: float = Field(3, gt=1, description="a vertical's events: so many times as many, or as few")
@@ -253,11 +253,11 @@ class DriftSettings(Section):
     )
 
 
-FEW_USERS = 30  # an interval over fewer is too narrow to be believed (docs/decisions/0016)
+FEW_USERS = 30  # a confidence interval over fewer is too narrow to trust (docs/decisions/0016)
 
 
 class GateSettings(Section):
-    """A row of `evaluation` that a model must have before it becomes the current one; columns as there."""
+    """A row of `evaluation`, named by its columns, and the limits a model must meet in it to become current."""
 
     task: str = Field(description="next, new or repeat; or space, drift")
     method: str = Field(description="model or model_and_habit; or a floor, or of what a figure of space or drift is")
@@ -280,7 +280,7 @@ class GateSettings(Section):
 
 
 class HabitSettings(Section):
-    """What a user does again and again, beside the model's own score (jobs/habit.py)."""
+    """How a user's repeated actions are added to the model's score (jobs/habit.py)."""
 
     weight: float = Field(15.0, ge=0, description="of a habit beside the dot product of user and item")
     decay: float = Field(0.5, gt=0, description="an action weeks ago counts weeks^-decay; one of the last week 1")
@@ -344,7 +344,7 @@ class MaintainSettings(Section):
     retention_hours: float = Field(
         168,
         ge=24,
-        le=720,  # Delta keeps the history itself for 30 days
+        le=720,  # Delta itself keeps its history for 30 days
         description="files that a table dropped are kept so long, for readers that began before; also how long a stage "
         "may rest and still go on from the changes (raised, it brings back nothing: run the stages first, or once with "
         "--force)",
@@ -352,7 +352,7 @@ class MaintainSettings(Section):
     retention_hours_of: Annotated[dict[str, Annotated[float, Field(ge=24, le=720)]], AfterValidator(_known_tables)] = (
         Field(default_factory=dict, description="the same of single tables, by name")
     )
-    # Up to a hundred years: times stay within what Python can tell.
+    # Up to a hundred years: times stay in Python's range.
     keep_days: Annotated[dict[str, Annotated[int, Field(ge=1, le=36_500)]], AfterValidator(_known_tables)] = Field(
         default_factory=dict,
         description="rows that are older by so many whole days (UTC) are deleted, by table: events, rejected_events, "
@@ -367,12 +367,12 @@ class MaintainSettings(Section):
     )
 
     def retention_hours_for(self, table: str) -> float:
-        """How long that table's dropped files are kept."""
+        """For how many hours files that the table dropped are kept."""
         return self.retention_hours_of.get(table, self.retention_hours)
 
 
 class UserList(Section):
-    """A list of users: one of the two."""
+    """A list of users: either a file or a query."""
 
     file: PlaceName | None = Field(
         None,
@@ -472,11 +472,11 @@ class Config(Section):
 
 
 def load_config(path: str | Path | None = None, sets: list[str] | None = None) -> Config:
-    """The resolved configuration of a file (None: all defaults) and of `a.b=c` settings.
+    """The configuration from a file (None: all defaults) and `a.b=c` settings, resolved.
 
     Raises:
-        TrailvecError: the file is missing or no TOML, a key is unknown, a value is of the wrong type, or training or
-            Spark can't read a folder of the root's name.
+        TrailvecError: the file is missing or not TOML, a key is unknown, a value has the wrong type, or storage.root is
+            a path that training or Spark can't read.
     """
     values = _read_with_bases(shipped(path)) if path is not None else {}
     for assignment in sets or []:
@@ -484,7 +484,7 @@ def load_config(path: str | Path | None = None, sets: list[str] | None = None) -
     config = parse(Config, values, str(path) if path is not None else "the settings")
     root = config.storage.root
     place = root if local_path(root) is None else str(Path(root).absolute())
-    # Asked here and not by `train`: the stages before it, maybe hours of them, read any name.
+    # Checked here, not in `train`: the stages before it accept any name and may run for hours.
     if found := not_for_training(place):
         raise TrailvecError(
             f"storage.root = {place}, a path with {found}, which training can't read: choose one without it"
@@ -498,16 +498,16 @@ def load_config(path: str | Path | None = None, sets: list[str] | None = None) -
 
 
 def parse(model: type[M], values: dict[str, Any], where: str) -> M:
-    """`values` as a `model`.
+    """`values` validated as a `model`.
 
     Raises:
-        TrailvecError: a value is wrong or a key unknown; one sentence that says where, and the nearest known key.
+        TrailvecError: a value is wrong or a key unknown; the message says where, and names the nearest known key.
     """
     try:
         return model.model_validate(values)
     except ValidationError as error:
         errors = error.errors(include_url=False)
-        # A mistyped key also leaves the right one missing: the mistyped one is what to tell.
+        # A mistyped key also leaves the right one missing: report the mistyped one.
         first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "missing":
@@ -531,7 +531,7 @@ def parse(model: type[M], values: dict[str, Any], where: str) -> M:
 
 
 def _above(model: type[BaseModel], location: tuple[int | str, ...], value: Any) -> str | None:
-    """Where an unknown key is a key of a section around its own: below a [heading] in TOML all are that section's."""
+    """Where an unknown key belongs, if to an enclosing section: in TOML, a key below a [heading] is in that section."""
     *around, name = location
     for depth in range(len(around)):
         outer = (*around[:depth],)
@@ -543,7 +543,7 @@ def _above(model: type[BaseModel], location: tuple[int | str, ...], value: Any) 
 
 
 def shipped(path: str | Path) -> Path:
-    """The path; where no file is there, that of trailvec's own file of the name, which lies beside its packages."""
+    """The path or, if only that exists, the path of trailvec's own file of this name, beside its packages."""
     own = _OWN / path
     return own if own.exists() and not Path(path).exists() else Path(path)
 
@@ -552,20 +552,20 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The file's values.
 
     Raises:
-        TrailvecError: the file is missing or no TOML.
+        TrailvecError: the file is missing, can't be read or is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows put a mark before it
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors may write a BOM
     except FileNotFoundError:
         raise TrailvecError(f"{path} does not exist: correct the path") from None
-    except OSError as error:  # a folder, say
+    except OSError as error:  # such as a folder
         raise TrailvecError(f"{path} can't be read ({error.strerror}): correct the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TrailvecError(f"{path} is no TOML file: {error}: correct it") from None
 
 
 def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The file's values over those of the file that it extends; `above` are those that extend it."""
+    """The file's values merged over those of the file that it extends; `above`: the files that extend it."""
     values, chain = read_toml(path), (*above, path.resolve())
     base = values.pop("extends", None)
     if base is None:
@@ -592,8 +592,8 @@ def _merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
 
 
 def _assign(values: dict[str, Any], assignment: str) -> None:
-    """Sets `a.b=c` in place; c is read as TOML and, where it is none or the setting is a string, as a plain string.
-    A part of the key that has dots stands in quotes."""
+    """Sets `a.b=c` in place; c is read as TOML or, if it is not TOML or the setting is a string, as a plain string.
+    A part of the key with dots in it must be quoted."""
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise TrailvecError(f"--set {assignment}: found no key=value: write for example --set train.epochs=2")
@@ -602,7 +602,7 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
     with contextlib.suppress(tomllib.TOMLDecodeError):
         value = tomllib.loads(f"value = {text}")["value"]
     if isinstance(value, int | float | date | time) and _is_text(path):
-        value = text.strip()  # a model's version may be digits alone
+        value = text.strip()  # a model's version may consist of digits only
     *parents, last = path
     for parent in parents:
         values = values.setdefault(parent, {})
@@ -612,7 +612,7 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
 
 
 def _parts(key: str) -> list[str]:
-    """The parts of a dotted key, as TOML reads it; of what is no key in TOML, between the dots."""
+    """The parts of a dotted key, as TOML parses it; if it is not a TOML key, the parts between its dots."""
     try:
         node: Any = tomllib.loads(f"{key} = 0")
         parts = []
