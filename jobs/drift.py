@@ -1,6 +1,6 @@
-"""How far the log and the vectors have moved: the days from an evaluation's cut on, beside as many days before it.
+"""How far the log and the vectors have drifted: the days from an evaluation's cut on, against as many days before it.
 
-Nothing here says that a model is bad: it says that what it was trained on is no longer what comes in.
+Drift does not say that a model is bad: it says that what comes in is no longer what the model was trained on.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from jobs.splits import utc
 from spark_udfs.alignment import mean_cosine, row_cosines
 from spark_udfs.topk import Vectors
 
-_LEAST = 1e-4  # the share that a vertical without an event stands for in `stability`
+_LEAST = 1e-4  # the smallest share of a vertical in `stability`: 0 has no logarithm
 
 
 class Alarm(NamedTuple):
     """A figure beyond its limit.
 
     Attributes:
-        limit: the key of evaluate.drift.
-        vertical: None where it is about all.
-        said: for people, with the limit.
+        limit: its key in evaluate.drift.
+        vertical: None if the figure covers all.
+        said: the message for people, with the limit.
     """
 
     limit: str
@@ -41,18 +41,18 @@ class Alarm(NamedTuple):
 
 @dataclass(frozen=True)
 class Drift:
-    """What moved. NaN: one of the two windows holds nothing, or of rates and of new items before that the log does not
-    reach over both.
+    """What moved. NaN: one of the two windows is empty or, for rates and new_items_before, the log does not cover both
+    windows.
 
     Attributes:
         events: events in the window after the cut.
         stability: the population stability index of the verticals' shares.
-        rates: by vertical, events after the cut for each event before it; without those that had none before.
-        counts: by vertical, events in both windows together; the largest first.
+        rates: by vertical, events after the cut per event before it; without verticals that had none before.
+        counts: by vertical, events in both windows together, largest first.
         new_items, new_items_before: share of a window's events whose item was first seen within it. An item too rare
-            for the vocabulary is not known to be new.
+            for the vocabulary does not count as new.
         cosines: of each sampled user's vectors at the cut and at the log's end, [users].
-        centroid: cosine of the two means of those vectors.
+        centroid: cosine of the mean vectors at the cut and at the log's end.
     """
 
     events: int
@@ -71,8 +71,8 @@ class Drift:
 
 
 def event_counts(sessions: DataFrame, items: DataFrame, cut: datetime, end: datetime) -> DataFrame:
-    """vertical; events from the cut to the end and in as long a time before it; of both, those of items first seen in
-    that time. Columns vertical, after, before, new_after, new_before.
+    """Events per vertical from the cut to the end, and in a window of the same length before the cut; of each, those of
+    items first seen in that window. Columns vertical, after, before, new_after, new_before.
 
     Args:
         sessions, items: rows of these tables.
@@ -82,7 +82,7 @@ def event_counts(sessions: DataFrame, items: DataFrame, cut: datetime, end: date
     events = sessions.where(F.col("end_ts") >= utc(start)).select(F.explode("events").alias("event")).select("event.*")
     late = F.col("event_ts") >= utc(cut)
     seen = events.where((F.col("event_ts") >= utc(start)) & (F.col("event_ts") < utc(end)))
-    # An item's events are counted where they lie: no event is sent to where its item is.
+    # Counted by item first, so that the join moves counts, not events.
     of_items = seen.groupBy("item_id", "vertical").agg(
         F.count_if(late).alias("after"), F.count_if(~late).alias("before")
     )
@@ -98,7 +98,7 @@ def event_counts(sessions: DataFrame, items: DataFrame, cut: datetime, end: date
 
 
 def reaches_back(sessions: DataFrame, cut: datetime, end: datetime) -> bool:
-    """Whether the log begins no later than the time before the cut that `event_counts` counts in."""
+    """Whether the log begins no later than the window before the cut that `event_counts` uses."""
     return not sessions.where(F.col("start_ts") <= utc(_start(cut, end))).isEmpty()
 
 
@@ -107,13 +107,13 @@ def _start(cut: datetime, end: datetime) -> datetime:
 
 
 def drift_of(counts: pd.DataFrame, at_cut: Vectors, at_end: Vectors, *, comparable: bool = True) -> Drift:
-    """The figures.
+    """The drift figures.
 
     Args:
-        counts: what `event_counts` gives.
+        counts: what `event_counts` returns.
         at_cut, at_end: vectors of the same users, float32 [users, width] each.
-        comparable: what `reaches_back` gives: else a steady vertical would have more events after the cut than before,
-            and where the log begins all items are new.
+        comparable: what `reaches_back` returns. If False, a steady vertical would seem to have more events after the
+            cut than before, and all items are new where the log begins.
     """
     ordered = counts.assign(all=counts["after"] + counts["before"]).sort_values(
         ["all", "vertical"], ascending=[False, True]
@@ -139,8 +139,8 @@ def drift_of(counts: pd.DataFrame, at_cut: Vectors, at_end: Vectors, *, comparab
 
 
 def stability(before: npt.NDArray[np.int64], after: npt.NDArray[np.int64]) -> float:
-    """The population stability index, Σ (q - p) ln(q / p) over the shares p before and q after (Siddiqi 2006): under
-    0.1 little has changed, above 0.25 much. A share is at least 0.0001. NaN where one window holds nothing."""
+    """The population stability index, Σ (q - p) ln(q / p) over the shares p before and q after (Siddiqi 2006): below
+    0.1 little has changed, above 0.25 much. Shares are at least 0.0001. NaN if one window is empty."""
     if not before.sum() or not after.sum():
         return math.nan
     p = np.maximum(before / int(before.sum()), _LEAST)
@@ -149,7 +149,7 @@ def stability(before: npt.NDArray[np.int64], after: npt.NDArray[np.int64]) -> fl
 
 
 def alarms(drift: Drift, settings: DriftSettings) -> list[Alarm]:
-    """What is beyond its limit."""
+    """The figures beyond their limits."""
     found = []
 
     def ask(limit: str, beyond: bool, value: float, said: str, vertical: str | None = None) -> None:

@@ -1,8 +1,8 @@
 """embed_items: items + context_values + the model in use → item_embeddings: a vector for every item.
 
-An item that the model knows has the vector that it learnt. Any other (too rare in training, or newer than the model) is
+An item that the model knows gets the vector learnt for it. Any other (too rare in training, or newer than the model) is
 cold: its vector is what the model learnt about its category, its vertical and its price. An item of which the model
-knows none of these gets no row. What is written is turned as `trailvec align` found.
+knows none of these gets no row. The vectors are written with the rotation that `trailvec align` found.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def run(runtime: Runtime) -> None:
 
 
 def _check_again(runtime: Runtime, folder: Path) -> None:
-    """Raises TrailvecError where the current model, trained again to other weights, must not take the place of its own
-    vectors, which readers see, or nobody has looked yet."""
+    """Raises TrailvecError if the current model, retrained to other weights, must not replace its own vectors, which
+    readers see, or `align` has not checked it yet."""
     report = read_alignment(folder)
     if report is None:
         raise TrailvecError(

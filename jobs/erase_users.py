@@ -1,28 +1,29 @@
-"""erase_users: takes people out of every table that holds them, keeps them out, and says what it did in `erasures`.
+"""erase_users: deletes people from every table that holds them, keeps them out, and records it in `erasures`.
 
 trailvec erase_users ids.txt --requested-by "privacy desk, case 4711" --conf conf/local.toml
 trailvec erase_users --sql "SELECT user_id FROM customers_who_left" --requested-by dpo --conf conf/local.toml
 trailvec maintain_tables --conf conf/local.toml        (after maintain.retention_hours)
 trailvec erase_users --finish --conf conf/local.toml
 
-In this order, each step one commit or a few, so that a kill and the same command end as if nothing had happened (where
-a query over these tables was the list, it may give other users by then, or none: `--finish` ends what was begun):
+The steps run in this order, each in one commit or a few. After a kill, running the same command again ends as if
+nothing had happened. (If the list is a query over these tables, it may return other users by then, or none: `--finish`
+completes what was begun.)
 
-1. Keyed hashes of the users into `erased_users`: from here on ingest drops whatever comes of them.
-2. The receipt, still open, with the exports that hold them (what the log of exports says is gone after step 3, so it is
-   asked once more when its turn comes: a run of export_segments may have logged some meanwhile).
-3. Their rows out of each table with a column of user ids, by MERGE with the list as a frame: no value stands in a
-   query or in Delta's log of operations. Of rejected_events also the records whose user could not be read and whose
-   text holds one of the ids.
-4. Every deletion vector purged, older ones too: an old state of a person's row may be hidden in any file.
-5. The receipt filled in: rows by table, versions before and after.
+1. Keyed hashes of the users go into `erased_users`: from here on ingest drops whatever arrives of them.
+2. The receipt is opened, with the exports that hold the users. (Step 3 deletes them from the log of exports, so the log
+   is read once more just before: a run of export_segments may have logged some meanwhile.)
+3. Their rows are deleted from each table with a column of user ids, by a MERGE with the list as a frame, so that no id
+   appears in a query or in Delta's log of operations. In rejected_events, this includes records whose user could not
+   be read and whose text holds one of the ids.
+4. All deletion vectors are purged, older ones too: an old state of a person's row may be hidden in any file.
+5. The receipt is completed: rows by table, versions before and after.
 
-The versions before hold the users until VACUUM takes their files, after the retention (`trailvec maintain_tables`).
-`--finish` then reads every Parquet file on disk, whatever version it belongs to, for anybody who was ever erased: who
-stands in a table again (a job that began before step 1 may have written after step 3) is taken out again, an erasure
-that was killed is ended, and the receipts of whose users no file holds one are closed.
+Older versions hold the users until VACUUM deletes their files, after the retention (`trailvec maintain_tables`).
+`--finish` then reads every Parquet file on disk, whatever version it belongs to, for anybody who was ever erased. It
+deletes again whoever is back in a table (a job that began before step 1 may have written after step 3), completes
+erasures that were killed, and closes the receipts whose users are in no file, once no staging folder is left either.
 
-Key: TRAILVEC_ERASE_KEY of the environment, for good (jobs/tombstones.py). What the choice was: docs/decisions/0017.
+Key: TRAILVEC_ERASE_KEY in the environment; it must never change (jobs/tombstones.py). Why: docs/decisions/0017.
 """
 
 from __future__ import annotations
@@ -53,31 +54,32 @@ from spark_udfs.keyed import ColumnTest, hashed, key_mark, mentions, of_column, 
 from training.urls import local_path
 
 HOLDING_USERS = tuple(table for table in TABLES if table.user_columns())
-_AN_HOUR = 3600  # by which the clocks of two machines do not differ
-_AGAIN = "finish"  # the erasure that commits of --finish are noted under
+_AN_HOUR = 3600  # more than the clocks of two machines differ by
+_AGAIN = "finish"  # instead of an erasure's id, in commits that delete returned users
 _EPOCH = datetime.fromtimestamp(0, timezone.utc)
 
 
 def erase(runtime: Runtime, file: str | None = None, sql: str | None = None, requested_by: str | None = None) -> Report:
-    """Takes the users of a list out of all tables; rows_out: how many rows of each.
+    """Deletes the users of a list from all tables; rows_out: how many rows of each.
 
     Args:
         file: as UserList.file.
-        sql: instead, a query over the tables with a column user_id.
-        requested_by: who asked for it; stands in the receipt.
+        sql: instead of a file, a query over the tables with a column user_id.
+        requested_by: who asked for it; recorded in the receipt.
 
     Raises:
-        TrailvecError: the list is empty, not there or has no column user_id; nobody asked; the key is missing or
-            another than before; no table of users is there.
+        TrailvecError: the list is empty, missing or has no column user_id; requested_by is empty; the key is missing or
+            not the one used before; there is no table of users.
     """
     return runtime.execute(Stage("erase_users", "", lambda r: _erase(r, file, sql, requested_by)), force=True)
 
 
 def finish(runtime: Runtime) -> Report:
-    """Erases anybody again who came back, and closes the receipts of which nothing is left on disk.
+    """Completes killed erasures, deletes again whoever came back, and closes the receipts whose users are no longer on
+    disk.
 
     Raises:
-        TrailvecError: the key is missing or another than before.
+        TrailvecError: the key is missing or not the one used before; nobody has been erased yet.
     """
     return runtime.execute(Stage("erase_users", "", _finish), force=True)
 
@@ -124,7 +126,7 @@ def _erase(runtime: Runtime, file: str | None, sql: str | None, requested_by: st
 
 
 def _end(runtime: Runtime, receipt: dict[str, Any], ids: Sequence[str]) -> tuple[dict[str, Any], dict[str, int]]:
-    """Takes the receipt's users out and fills it in; beside it, by table, how many rows went since it was last."""
+    """Deletes the receipt's users and completes it. Also returns, by table, the rows deleted since it last was."""
     users = _frame(runtime, ids)
 
     def name_exports() -> None:
@@ -136,7 +138,7 @@ def _end(runtime: Runtime, receipt: dict[str, Any], ids: Sequence[str]) -> tuple
     known = {entry["table"]: entry for entry in receipt["tables"] or []}
     told = _told(runtime, receipt, known)
     rows = {entry["table"]: entry["rows"] - known.get(entry["table"], {"rows": 0})["rows"] for entry in told}
-    # The same list again, and nothing of them was there: the receipt stays as it is.
+    # The same list again, and nothing was left to delete: the receipt stays as it is.
     if receipt["tables"] is None or any(rows.values()):
         receipt = receipt | {"tables": told, "erased_at": _now(), "finished_at": None}
         _save(runtime, [receipt])
@@ -144,7 +146,7 @@ def _end(runtime: Runtime, receipt: dict[str, Any], ids: Sequence[str]) -> tuple
 
 
 def _nobody_listed(runtime: Runtime, requested_by: str) -> TrailvecError:
-    """That the list is empty: a query over the tables is, where a killed run of the same command took all out."""
+    """The error for an empty list. A query over the tables returns one if a killed run already deleted its users."""
     for receipt in _receipts(runtime):
         if receipt["erased_at"] is None and receipt["requested_by"] == requested_by:
             return TrailvecError(
@@ -163,17 +165,17 @@ def _tell(export: dict[str, Any]) -> str:
 
 
 def read_ids(runtime: Runtime, file: str | None, sql: str | None) -> list[str]:
-    """The list's user ids, sorted, each once.
+    """The list's user ids, sorted and distinct.
 
     Raises:
-        TrailvecError: it is not there or has no column user_id.
+        TrailvecError: the list is missing or has no column user_id, or not exactly one of file and sql is given.
     """
     if (file is None) == (sql is None):
         raise TrailvecError("erase_users needs either a file of user ids or --sql")
     absolute = None if file is None else str(Path(local_path(file) or file).absolute())
     if absolute is not None and not Path(absolute).exists():
         raise TrailvecError(f"the list {file} does not exist: correct the path")
-    # A folder for each list, so that a request that begins meanwhile takes no other one's copy away.
+    # A folder per list, so that a concurrent request does not remove another one's copy.
     of_list = hashlib.sha256(str(absolute).encode()).hexdigest()[:12]
     with copies(runtime.staging(f"erasures-{of_list}")) as folder:
         users = read_users(runtime, UserList(file=absolute, sql=sql), Path("erase_users"), folder)
@@ -186,7 +188,7 @@ def _frame(runtime: Runtime, ids: Sequence[str]) -> DataFrame:
 
 
 def _bury(runtime: Runtime, key: bytes, hashes: Sequence[str], erasure_id: str) -> None:
-    """Adds the hashes that are new to `erased_users`."""
+    """Adds to `erased_users` the hashes that it does not have yet."""
     runtime.create(ERASED_USERS)
     values = pd.DataFrame({"user_hash": list(hashes)}, dtype="str")
     rows = runtime.spark.createDataFrame(values, "user_hash string").withColumns(
@@ -196,7 +198,7 @@ def _bury(runtime: Runtime, key: bytes, hashes: Sequence[str], erasure_id: str) 
 
 
 def _open(runtime: Runtime, receipt: dict[str, Any], users: DataFrame) -> dict[str, Any]:
-    """The request's receipt, stored before anything is deleted; one that is there keeps what it knows."""
+    """The request's receipt, saved before anything is deleted; an existing one keeps its contents."""
     runtime.create(ERASURES)
     old = next((r for r in _receipts(runtime) if r["erasure_id"] == receipt["erasure_id"]), None)
     opened = {"tables": None, "erased_at": None, "finished_at": None} | (old or receipt)
@@ -208,7 +210,7 @@ def _open(runtime: Runtime, receipt: dict[str, Any], users: DataFrame) -> dict[s
 
 
 def _with_exports(receipt: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """The receipt with those exports, as `_exports` gives them, that it does not name yet."""
+    """The receipt, with those exports from `_exports` added that it does not name yet."""
     exports = [*found.get(receipt["erasure_id"], []), *(receipt.get("exports") or [])]
     by_id = {export["export_id"]: export for export in exports}
     return receipt | {"exports": sorted(by_id.values(), key=lambda e: (e["exported_at"], e["export_id"]))}
@@ -240,7 +242,7 @@ def _save(runtime: Runtime, receipts: Sequence[dict[str, Any]]) -> None:
 
 
 def _receipts(runtime: Runtime) -> list[dict[str, Any]]:
-    """The rows of `erasures`, the oldest first. Times travel as numbers: one that Spark collects has no zone."""
+    """The rows of `erasures`, oldest first. Times are collected as numbers, as Spark's collected times have no zone."""
     if not runtime.exists(ERASURES):
         return []
     times = [c.name for c in ERASURES.columns if c.type == "timestamp"]
@@ -267,12 +269,12 @@ def _holding(runtime: Runtime) -> list[Table]:
 def take_out(
     runtime: Runtime, users: DataFrame, in_raw: ColumnTest, erasure: str, name_exports: Callable[[], None]
 ) -> None:
-    """Deletes the users' rows from every table, and rewrites the files in which deletion vectors hide any rows.
+    """Deletes the users' rows from every table, and rewrites all files with rows hidden by deletion vectors.
 
     Args:
-        users: user_id, each once.
-        in_raw: of a rejected record's text, whether it holds one of the users.
-        name_exports: called before the log of exports forgets them.
+        users: user_id, distinct.
+        in_raw: whether a rejected record's text holds one of the users.
+        name_exports: called before the users are deleted from the log of exports.
     """
     for table in _holding(runtime):
         runtime.on_progress(table.name)
@@ -287,14 +289,14 @@ def take_out(
 
 def _delete(runtime: Runtime, table: Table, column: tuple[str, str], users: DataFrame, erasure: str) -> None:
     name, where = column
-    # A look first: a commit that changes nothing is one more for others to get in the way of.
+    # Checked first: even a commit that changes nothing may conflict with concurrent ones.
     of_users = runtime.latest(table).alias("old").where(where).select(F.col(f"old.{name}").alias("user_id"))
     if not of_users.join(F.broadcast(users), "user_id", "left_semi").isEmpty():
         runtime.erase(table, users, F.expr(where) & (F.col(f"old.{name}") == F.col("gone.user_id")), erasure)
 
 
 def _delete_unread(runtime: Runtime, in_raw: ColumnTest, erasure: str) -> None:
-    """Rejected records of nobody known whose text holds one of the users. Such a record has no key: a hash names it."""
+    """Deletes rejected records without a known user whose text holds one of the users. Their hashes serve as keys."""
     unread = runtime.latest(REJECTED_EVENTS).where("user_id IS NULL").where(in_raw(valid_text(F.col("raw"))))
     texts = [row[0] for row in unread.select(F.sha2("raw", 256)).distinct().collect()]
     if texts:
@@ -303,10 +305,10 @@ def _delete_unread(runtime: Runtime, in_raw: ColumnTest, erasure: str) -> None:
 
 
 def _told(runtime: Runtime, receipt: dict[str, Any], known: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """By table: rows that the erasure's commits took out, those of a killed run too, and the versions around them.
+    """By table: the rows that the erasure's commits (a killed run's too) deleted, and the versions before and after.
 
     Args:
-        known: what the receipt says already, by table: Delta forgets old commits, so only newer ones are counted.
+        known: the receipt's entries so far, by table. Delta forgets old commits, so only newer ones are counted.
     """
     found = []
     since = receipt["requested_at"].timestamp() - _AN_HOUR
@@ -343,7 +345,7 @@ def _finish(runtime: Runtime) -> None:
 
     runtime.on_progress("what is on disk")
     on_disk = {table.name: _on_disk(runtime, table, tests) for table in there}
-    # A text that can't be read gives all that may be a value of it.
+    # An unreadable record yields everything that may be one of its values.
     of_hash = {hashed(key, [user])[0]: user for found in on_disk.values() for user in found}
     held = {digest: user for digest, user in of_hash.items() if digest in requests}
     report, rows = runtime.report, Counter[str]()
@@ -356,7 +358,7 @@ def _finish(runtime: Runtime) -> None:
     returned = again.total()
 
     waiting = {erasure_id for digest in held for erasure_id in requests[digest]}
-    # What a killed export or a list's copy left holds user ids; a job that runs right now has begun before.
+    # Left by a killed export or list copy, or in use by a job that began before: either may hold erased users.
     leftovers = [*runtime.place.glob(".*.staging"), *runtime.exports.glob(".*")]
     receipts = _receipts(runtime)
     changed = []
@@ -364,7 +366,7 @@ def _finish(runtime: Runtime) -> None:
         if receipt["erasure_id"] not in waiting:
             finished_at = receipt["finished_at"] or (_now() if receipt["erased_at"] and not leftovers else None)
             new = receipt | {"finished_at": finished_at}
-        else:  # where a row came back, old files hold it from now on
+        else:  # old files hold any returned row from now on
             new = receipt | {"finished_at": None, "erased_at": _now() if returned else receipt["erased_at"]}
         if new != receipt:
             changed.append(new)
@@ -392,11 +394,12 @@ def _finish(runtime: Runtime) -> None:
 
 
 def _again(runtime: Runtime, held: dict[str, str], requests: dict[str, set[str]], in_raw: ColumnTest) -> Counter[str]:
-    """Takes out whom some file holds though their erasures are at an end: rows by table of those who had come back.
+    """Deletes again the users that some file holds although their erasures are complete. Returns, by table, the deleted
+    rows: those of users who had come back.
 
     Args:
         held: users by their hashes.
-        requests: the erasures that named them, by hash.
+        requests: the erasures that named each user, by hash.
         in_raw: as in `take_out`.
     """
     if not held:
@@ -420,8 +423,8 @@ def _again(runtime: Runtime, held: dict[str, str], requests: dict[str, set[str]]
 
 
 def _on_disk(runtime: Runtime, table: Table, tests: tuple[ColumnTest, ColumnTest]) -> set[str]:
-    """The erased users whom some Parquet file of the table holds (of a text that can't be read: all that may be one).
-    Reads the columns of user ids of every file on disk, those of no version and of the change feed too."""
+    """The erased users that some Parquet file of the table holds (for an unreadable record: all its possible values).
+    Reads the user id columns of every file on disk, including files of no version and of the change feed."""
     is_erased, holds_erased = tests
     found: set[str] = set()
     for rows in _files(runtime, table):
@@ -436,7 +439,7 @@ def _on_disk(runtime: Runtime, table: Table, tests: tuple[ColumnTest, ColumnTest
 
 
 def _files(runtime: Runtime, table: Table) -> Iterator[DataFrame]:
-    """The Parquet files on disk of each folder of the table, with the partition's values from the folder's name."""
+    """The table's Parquet files on disk, a frame per folder, with the partition values from the folder's name."""
     names = {*table.user_columns(), *(["raw"] if table == REJECTED_EVENTS else [])}
     schema = ", ".join(f"`{c.name}` {c.type}" for c in table.columns if c.name in names)
     folders: dict[str, list[str]] = defaultdict(list)
@@ -450,8 +453,8 @@ def _files(runtime: Runtime, table: Table) -> Iterator[DataFrame]:
 
 
 def _of_those_there(spark: SparkSession, schema: str, files: list[str]) -> DataFrame:
-    """The files' rows. A VACUUM beside this job may take some before they are read: Spark passes over these while it
-    reads (`ignoreMissingFiles`), but not when it makes the frame."""
+    """The files' rows. A concurrent VACUUM may delete some files before they are read: Spark skips these while it reads
+    (`ignoreMissingFiles`), but not while it creates the frame."""
     if not files:
         return spark.createDataFrame([], schema)
     try:

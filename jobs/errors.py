@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read, and the translation of Spark's into it."""
+"""The one exception that is meant for users, and the translation of Spark's errors into it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class TrailvecError(Exception):
     """One sentence: what was wrong, where, what was found, what to do. Printed without a stack trace."""
 
 
-# A file of a Delta table of ours, by its place and the names that Delta gives: the table, and the file in its folder.
+# A file of one of our Delta tables, by its place and Delta's file names; groups: the table, the file in its folder.
 _FILE = r"/((?:[^\n]*/)?(?:part|cdc)-\d{5}-[0-9a-f-]{36}\S*?\.parquet)"
 _MADE_AGAIN = (
     "flagged_users|sessions|sequences|item_embeddings|user_embeddings|user_profiles|neighbours|evaluation|probes"
@@ -18,7 +18,7 @@ _ONLY_HERE = "events|rejected_events|items|context_values|current_model|exports|
 _OWN_FILE = rf"/tables/({_MADE_AGAIN}|{_ONLY_HERE}){_FILE}"
 _DAMAGED = r"(?: is not a Parquet file|\. Please)"
 
-# (what Spark's message holds, what to tell the user); {0} is the first group of the pattern.
+# (pattern of Spark's message, what to tell the user); {0} is the first group of the pattern.
 _SPARK_MESSAGES = (
     (r"jobs\.errors\.TrailvecError: ([^\n]+)", "{0}"),  # ours, raised in a Python worker or by raise_error
     (
@@ -56,7 +56,7 @@ _SPARK_MESSAGES = (
         "{0} is not a whole Parquet file (truncated?): fetch it again or take it out of the folder",
     ),
     (
-        # gzip's, bzip2's; Spark does not say which
+        # gzip's message, bzip2's; Spark does not say which file
         r"EOFException: Unexpected end of input stream|IOException: unexpected end of stream(?:\n|$)",
         "a compressed file of the input is cut short (gzip -t FILE, bzip2 -t FILE tell which): fetch it again or take "
         "it out of the folder",
@@ -112,7 +112,7 @@ _SPARK_MESSAGES = (
         'failOnDataLoss = "false" in the input\'s kafka.options to go on without them',
     ),
     (
-        r"Partition (\S+?)(?:'s)? offset was changed from",  # to an older one
+        r"Partition (\S+?)(?:'s)? offset was changed from",  # to a lower one
         "{0} holds fewer records than were read of it: the topic was made anew, or is another cluster's; run "
         "`trailvec ingest --force` once, which reads all of it, or give the input another `name`",
     ),
@@ -130,7 +130,7 @@ _SPARK_MESSAGES = (
         "another job wrote to the same table at the same time: run this stage again",
     ),
     (
-        rf"FileNotFoundException: [^\n]*{_OWN_FILE}",  # each store says it in its own words
+        rf"FileNotFoundException: [^\n]*{_OWN_FILE}",  # the rest differs between file systems
         "{1} of table {0} is gone: a VACUUM took what this stage goes on from (was maintain.retention_hours raised, or "
         "VACUUM run by hand?): run it once with --force",
     ),
@@ -139,7 +139,7 @@ _SPARK_MESSAGES = (
         "the disk is full: free some space and run this stage again; nothing already committed is lost",
     ),
     (
-        # Java's own, a Python worker's end, the driver's JVM gone (by py4j alone, who asks it), a container's on YARN.
+        # Java's own, a crashed Python worker, a lost driver JVM (two messages, both py4j's), a killed YARN container.
         r"java\.lang\.OutOfMemoryError|exited unexpectedly \(crashed\)|Answer from Java side is empty|"
         r"^\[Errno 111\] Connection refused$|Exit status: (?:137|143)",
         "a process of Spark's was lost or ran out of memory: give spark.driver.memory or spark.executor.memory (and "
@@ -156,7 +156,7 @@ _SPARK_MESSAGES = (
     ),
     (r"\[(?:TABLE_OR_VIEW_NOT_FOUND|UNRESOLVED_COLUMN)[^\]]*\] ([^\n]+)", "{0}"),
     (r"\[(?:PARSE_SYNTAX_ERROR)[^\]]*\] ([^\n]+)", "the SQL can't be read: {0}"),
-    # What no plan shows: the patterns, zones and places that an expression is given, by a mapping or a query.
+    # What only fails at run time: patterns, zones and positions that a mapping or a query gives to an expression.
     (
         r"((?:Unknown|Illegal) pattern (?:letter|character): \S|Fail to recognize '[^'\n]*' pattern|"
         r"(?:Too many pattern letters|Pattern ends with an incomplete string literal|All week-based patterns)[^\n]*)",
@@ -170,8 +170,8 @@ _SPARK_MESSAGES = (
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, past py4j's own, which names a call alone; of one that says what caused it
-    the last cause, be it Python's in a worker or Java's; "" where it says nothing."""
+    """The first line of an error's message, after py4j's own line, which only names a call. If the message gives
+    causes, the last one instead, whether Java's or Python's in a worker. "" if there is no message."""
     text = str(error).strip()
     _, trace, of_python = text.rpartition("Traceback (most recent call last):\n")
     raised = re.search(r"^\w[\w.]*: .+", of_python, re.MULTILINE) if trace else None
@@ -184,12 +184,12 @@ def first_line(error: BaseException) -> str:
 
 
 def told(error: BaseException) -> str:
-    """What to say of an error that is not ours: `explain`'s sentence, else its first line."""
+    """What to say about an error that is not ours: `explain`'s sentence, else its first line."""
     return explain(error) or first_line(error)
 
 
 def explain(error: BaseException) -> str | None:
-    """The one-sentence form of a known Spark or JVM error, or None when it is not known."""
+    """The one-sentence form of a known Spark or JVM error; None if it is not known."""
     text = str(error)
     for pattern, sentence in _SPARK_MESSAGES:
         if found := re.search(pattern, text, re.DOTALL):
