@@ -1,17 +1,17 @@
 """evaluate: sequences (valid or test rows) + item_embeddings + the model → evaluation.
 
-What a user did *next* after the cut is everything at the first moment of it: the order inside one moment (a basket) is
-no information. Three tasks: `next` (any item), `new` (items not acted on in the last `sequences.seen_days`; those are
-taken out of the ranking), `repeat` (the others). Every method ranks the whole catalogue of the training window: all its
-items that were acted on by a type of event that is to be predicted. An item outside of it counts as a miss: an unknown
-one each time, as nobody can say whether it was the same one twice.
-The floors know what the model knows: counts of the training window, and each user's own history up to the cut.
-`model_and_habit` ranks by the model's score and what the user does again and again (jobs/habit.py).
+What a user did *next* is everything at the first moment after the cut at which they acted: the order within one moment
+(a basket) carries no information. There are three ranking tasks: `next` (any item), `new` (items not acted on in the
+last `sequences.seen_days`; items acted on are left out of the ranking) and `repeat` (the others). Every method ranks
+the whole catalogue of the training window: all items with an event of a type that is to be predicted. An item outside
+it is a miss; each unknown item is a miss of its own, as nobody can say whether two are the same.
+The baselines (floors) know what the model knows: counts of the training window, and each user's history up to the cut.
+`model_and_habit` ranks by the model's score plus what the user does repeatedly (jobs/habit.py).
 
-Each figure is also given for slices of the users (jobs/ranking.py), with an interval from a bootstrap over users. A
-fourth task, `space`, holds what can be said of the vectors without any task (jobs/space.py), of samples by hash. They
-do not ask the table neighbours, which is made later: the same input gives the same rows, in whatever order stages run.
-A fifth, `drift`, says how far events and vectors moved since the cut (jobs/drift.py), and which limits that exceeds.
+Each metric is also given for slices of the users (jobs/ranking.py), with a confidence interval from a bootstrap over
+users. A fourth task, `space`, measures the vectors without a downstream task (jobs/space.py), on samples drawn by hash.
+It does not use the table neighbours, which is built later: the same input gives the same rows, in whatever order stages
+run. A fifth, `drift`, says how far events and vectors moved since the cut (jobs/drift.py), and which limits they broke.
 
 trailvec evaluate --conf conf/local.toml
 trailvec evaluate --conf conf/local.toml --compare MODEL_A MODEL_B
@@ -69,41 +69,41 @@ from training.checkpoint import read_about
 from training.floors import Floats, ItemKnn, own_frequency, popularity
 
 TASKS = ("next", "new", "repeat")
-SPACE_SAMPLE, SPACE_NEIGHBOURS = 10_000, 10  # vectors that the space is judged by, at most
-DRIFT_SAMPLE = 2_000  # users whose vectors are made a second time, at most
-KNN_USERS = 100_000  # whose items item-kNN is counted from, about; no setting: as _DECAY in training/floors.py
-_BLOCK_USERS, _BLOCK_SCORES = 256, 2**24  # 64 MB of scores, however large the catalogue is
+SPACE_SAMPLE, SPACE_NEIGHBOURS = 10_000, 10  # vectors sampled for `space`, at most; neighbours of each
+DRIFT_SAMPLE = 2_000  # users encoded a second time, at most
+KNN_USERS = 100_000  # about so many users' items train item-kNN; not a setting, like _DECAY in training/floors.py
+_BLOCK_USERS, _BLOCK_SCORES = 256, 2**24  # 64 MB of scores at most, or one user's
 _DEEPEST = 20
 _BEYOND = 2**31  # the first number that no item can have
-_LEADING = "ndcg@10"  # the metric that a model's lead over each floor is told in
+_LEADING = "ndcg@10"  # the metric of a model's lead over each floor
 
 Integers = npt.NDArray[np.int64]
-ScoreBlock = Callable[[slice], Floats]  # scores of all items, [users of the block, items]; they may be written over
+ScoreBlock = Callable[[slice], Floats]  # scores of all items, [users of the block, items]; callers may overwrite them
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The items that may be ranked. Arrays are [items]; position i is the item with the number i."""
+    """The items that may be ranked. Arrays are [items]; position i is item number i."""
 
     vectors: Floats  # [items, width]
     target_counts: Integers
 
     @cached_property
     def rankable(self) -> npt.NDArray[np.bool_]:
-        """Whether anybody acted on it, by what is to be predicted, in training."""
+        """Whether the item had an event of a type that is to be predicted in the training window."""
         return self.target_counts > 0
 
 
 @dataclass(frozen=True)
 class Own:
-    """What the users of the rows did themselves before the cut, float [users, items] each."""
+    """The actions of each row's user before the cut, float [users, items] each."""
 
     counts: sp.csr_matrix
     habits: sp.csr_matrix
 
 
 class Result(NamedTuple):
-    """A row of EVALUATION, within a model and a split. low, high: None where a figure is no mean over users."""
+    """A row of EVALUATION, within a model and a split. low, high: None if the value is not a mean over users."""
 
     task: str
     cell: Cell
@@ -117,8 +117,8 @@ class Result(NamedTuple):
 
 
 def relevant_items(row: Any, task: str) -> tuple[list[int], float]:
-    """(items, hours): what the user of a row did at the first moment after the cut at which they did anything of the
-    task, and how many hours after the cut that was; ([], NaN) where they did nothing of it."""
+    """(items, hours): the task's items that the row's user acted on at the first moment after the cut that has any, and
+    how many hours after the cut that was; ([], NaN) if there is none."""
     seen = set(row.seen_item_index) - {UNKNOWN}
     pairs = list(zip(row.target_hours, row.target_item_index, strict=True))
     if task != "next":
@@ -127,7 +127,7 @@ def relevant_items(row: Any, task: str) -> tuple[list[int], float]:
 
 
 def following(rows: pd.DataFrame, task: str) -> Following:
-    """What the users of the rows did next. Unknown items share a number in the rows; here each has its own, beyond any
+    """What the users of the rows did next. Unknown items share a number in the rows; here each gets its own, beyond any
     catalogue's."""
     each = [relevant_items(row, task) for row in rows.itertuples()]
     items, offsets = flatten([np.asarray(found, np.int64) for found, _ in each])
@@ -139,7 +139,7 @@ def following(rows: pd.DataFrame, task: str) -> Following:
 def rank_users(
     rows: pd.DataFrame, scorers: dict[str, ScoreBlock], rankable: npt.NDArray[np.bool_]
 ) -> dict[tuple[str, bool], Integers]:
-    """The best items of each row, int64 [rows, at most 20], by (method, whether what the user has seen is left out)."""
+    """The best items of each row, int64 [rows, at most 20], by (method, whether the user's seen items are left out)."""
     found: dict[tuple[str, bool], list[Integers]] = {}
     at_once = max(1, min(_BLOCK_USERS, _BLOCK_SCORES // len(rankable)))
     for start in range(0, len(rows), at_once):
@@ -171,7 +171,7 @@ def _scorers(rows: pd.DataFrame, own: Own, knn: ItemKnn, catalogue: Catalogue) -
 
     def model_and_habit(block: slice) -> Floats:
         scores, habits = model(block), own.habits[block].tocoo()
-        scores[habits.row, habits.col] += habits.data  # few: a sum with the matrix makes float64 of all
+        scores[habits.row, habits.col] += habits.data  # few entries: adding the matrix would make all float64
         return scores
 
     return {
@@ -186,7 +186,7 @@ def _scorers(rows: pd.DataFrame, own: Own, knn: ItemKnn, catalogue: Catalogue) -
 def ranking_results(
     rows: pd.DataFrame, ranked: dict[tuple[str, bool], Integers], known: Known, resamples: int
 ) -> Iterator[Result]:
-    """What the rankings of `rank_users` are worth, whole and in slices, with intervals."""
+    """The metrics of the rankings from `rank_users`, overall and by slice, with confidence intervals."""
     for task in TASKS:
         done = following(rows, task)
         there = np.diff(done.offsets) > 0
@@ -204,7 +204,7 @@ def ranking_results(
         for floor, model in itertools.product(FLOORS, MODELS):
             of_floor, of_model = (values.get(Cell(method, _LEADING)) for method in (floor, model))
             if of_floor is not None and of_model is not None:
-                # Over the same users: surer than two intervals beside each other.
+                # Paired differences over the same users: more precise than comparing two intervals.
                 values[Cell(floor, f"{model}_lead_{_LEADING}")] = of_model - of_floor
         values = {cell: each for cell, each in values.items() if not np.isnan(each).all()}
         low, high = bootstrap(np.column_stack(list(values.values())), resamples)
@@ -217,10 +217,10 @@ def ranking_results(
 
 
 def space_results(users: Floats, items: Floats, counts: Integers, classes: Integers) -> Iterator[Result]:
-    """What can be said of the vectors of a sample of users and of items, float32 [n, width] each.
+    """Metrics of the vectors of a sample of users and of items, float32 [n, width] each.
 
     Args:
-        counts, classes: of the items, how often they were acted on and the number of their category (-1: none), [n].
+        counts, classes: how often each item was acted on, and the number of its category (-1: none), [n].
     """
     for name, vectors in (("items", items), ("users", users)):
         there = vectors.any(axis=1)
@@ -248,7 +248,7 @@ def space_results(users: Floats, items: Floats, counts: Integers, classes: Integ
 
 
 def space_alignment(rows: pd.DataFrame, catalogue: Catalogue) -> Iterator[Result]:
-    """How near users lie to what they did next."""
+    """How close users' vectors are to those of what they did next."""
     done = following(rows, "next")
     there = flagged(done.items, catalogue.rankable)
     users = np.stack(list(rows["vector"]))[done.owners[there]]
@@ -261,7 +261,7 @@ def space_alignment(rows: pd.DataFrame, catalogue: Catalogue) -> Iterator[Result
 
 
 def drift_results(drift: Drift, raised: list[Alarm], resamples: int) -> Iterator[Result]:
-    """Rows of `drift`; an alarm's metric is the limit that it is beyond."""
+    """Rows of the task `drift`; an alarm's metric is the limit that was broken."""
 
     def figure(method: str, metric: str, value: float, counted: int, vertical: str | None = None) -> Iterator[Result]:
         if not math.isnan(value):
@@ -282,10 +282,10 @@ def drift_results(drift: Drift, raised: list[Alarm], resamples: int) -> Iterator
 
 
 def measure_drift(runtime: Runtime, rows: pd.DataFrame, cuts: Cuts, model_dir: Path) -> Drift:
-    """The evaluated users' vectors beside those that the log's end gives them; the log's events on both sides.
+    """The drift of the evaluated users' vectors from the cut to the log's end, and of events before and after the cut.
 
     Args:
-        rows: what `evaluated_rows` gives.
+        rows: what `evaluated_rows` returns.
     """
     sessions, cut = runtime.read(SESSIONS), cut_of(runtime.config.evaluate.split, cuts)
     counts = event_counts(sessions, runtime.read(ITEMS), cut, cuts.end).toPandas()
@@ -310,7 +310,7 @@ def run(runtime: Runtime) -> None:
     model_dir = model_folder(runtime)
     version = model_dir.name
     check_items(runtime, version)
-    # Items that the model never saw in training are not ranked: the floors don't know them either.
+    # Items that the model never saw in training are not ranked: the floors do not know them either.
     vectors = of_model(runtime.read(ITEM_EMBEDDINGS), version).where("NOT is_cold")
     rows = evaluated_rows(runtime, model_dir)
     catalogue = read_catalogue(runtime, vectors, version)
@@ -342,13 +342,13 @@ def run(runtime: Runtime) -> None:
 
 
 def evaluated_rows(runtime: Runtime, model_dir: Path) -> pd.DataFrame:
-    """The rows that a model is judged by, in the order of users: user_id, cut_us (microseconds since 1970), item_index,
-    seen_item_index, target_item_index, target_hours (from the cut on), history_length (actions that the model reads),
+    """The rows that a model is evaluated on, sorted by user_id: user_id, cut_us (microseconds since 1970), item_index,
+    seen_item_index, target_item_index, target_hours (since the cut), history_length (actions that the model reads),
     vector. Reads the stage's SEQUENCES.
 
     Raises:
         TrailvecError: the model in that folder is damaged, has learnt from what these rows ask about, or knows items by
-            other numbers than today's; the rows were made with other settings; or evaluate.max_users drew nobody.
+            numbers other than today's; the rows were made with other settings; or evaluate.max_users drew nobody.
     """
     refuse_other_rows(runtime)
     settings = runtime.config.evaluate
@@ -367,9 +367,9 @@ def evaluated_rows(runtime: Runtime, model_dir: Path) -> pd.DataFrame:
 
 
 def _refuse_leak(runtime: Runtime, rows: DataFrame, model_dir: Path) -> None:
-    """Raises TrailvecError: the model was trained past the cut of the rows, so that it knows what they ask about."""
+    """Raises TrailvecError if the model was trained past the cut of the rows, so that it knows what they ask about."""
     about, split = read_about(model_dir), runtime.config.evaluate.split
-    if runtime.config.sequences.split_by == "leave_one_out":  # each user has a cut, and no model one time
+    if runtime.config.sequences.split_by == "leave_one_out":  # each user has their own cut, so as_of tells nothing
         settings = about.get("provenance", {}).get("config", {}).get("sequences", {})
         if settings.get("split_by") == "time":
             raise TrailvecError(
@@ -385,7 +385,7 @@ def _refuse_leak(runtime: Runtime, rows: DataFrame, model_dir: Path) -> None:
 
 
 def _sample(rows: DataFrame, max_users: int) -> DataFrame:
-    """At most about `max_users` rows, drawn by a hash of the user."""
+    """About `max_users` rows at most, drawn by a hash of the user."""
     total = rows.count()
     return rows if total <= max_users else rows.where(drawn_by_hash(max_users / total, "user_id"))
 
@@ -394,7 +394,7 @@ def read_catalogue(runtime: Runtime, vectors: DataFrame, version: str) -> Catalo
     """The catalogue of a model's `vectors` (item_id, item_index, vector). Reads the stage's ITEMS.
 
     Raises:
-        TrailvecError: there are none of today's items, or none of these can be ranked.
+        TrailvecError: `vectors` has none of today's items, or none that can be ranked.
     """
     counted = vectors.join(runtime.read(ITEMS), ["item_id", "item_index"])
     items = counted.select("item_index", "vector", "target_count").toPandas()
@@ -420,7 +420,7 @@ def read_catalogue(runtime: Runtime, vectors: DataFrame, version: str) -> Catalo
 def _space_sample(
     runtime: Runtime, rows: pd.DataFrame, vectors: DataFrame
 ) -> tuple[Floats, Floats, Integers, Integers]:
-    """What `space_results` takes: of SPACE_SAMPLE users and items at most, drawn by a hash of the id."""
+    """The arguments of `space_results`, from at most SPACE_SAMPLE users and items each, drawn by a hash of the id."""
     users = _by_hash(rows, SPACE_SAMPLE)["vector"]
     sample = item_sample(runtime, vectors, "vector", "target_count", category_value().alias("category"))
     counts, classes = sample["target_count"].to_numpy(np.int64), pd.factorize(sample["category"])[0]
@@ -428,21 +428,21 @@ def _space_sample(
 
 
 def item_sample(runtime: Runtime, vectors: DataFrame, *columns: str | Column) -> pd.DataFrame:
-    """Those columns of ITEMS and of a model's `vectors`, of the items that can be ranked: at most SPACE_SAMPLE, in the
-    order of a hash of the id."""
+    """Those columns of ITEMS and of a model's `vectors`, for items that can be ranked: at most SPACE_SAMPLE, ordered by
+    a hash of the id."""
     items = vectors.join(runtime.read(ITEMS).where("target_count > 0"), ["item_id", "item_index"])
     return items.orderBy(F.xxhash64("item_id"), "item_id").limit(SPACE_SAMPLE).select(*columns).toPandas()
 
 
 def _by_hash(rows: pd.DataFrame, most: int) -> pd.DataFrame:
-    """At most so many of the rows, in the order of a hash of their users."""
+    """At most `most` of the rows, ordered by a hash of their users."""
     hashes = pd.util.hash_pandas_object(rows["user_id"], index=False).to_numpy()
     return rows.iloc[np.argsort(hashes, kind="stable")[:most]]
 
 
 def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts) -> tuple[Own, sp.csr_matrix]:
-    """What the users (user_id, cut_us) did before their cuts; and how often a sample of all users acted on each item in
-    the training window, [sample, items]."""
+    """What the users (user_id, cut_us) did before their cuts; and how often each user of a sample of all users acted on
+    each item in the training window, [sample, items]."""
     settings, split = runtime.config.sequences, runtime.config.evaluate.split
     sessions = runtime.read(SESSIONS)
     vocabulary = in_vocabulary(runtime.read(ITEMS), runtime.config.vocabulary.min_count)
@@ -453,17 +453,16 @@ def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts)
         numbered = numbered.withColumns({f"in_{name}": before_cut(name, cuts, settings) for name in ("train", split)})
         numbered = numbered.where(is_target(settings.target_event_types))
         numbered = numbered.where((F.col("item_index") > UNKNOWN) & (F.col("item_index") < items))
-        # Sessions may be newer than the rows, and cut times move with the log's end: what a row asks for is not looked
-        # at.
+        # Sessions may be newer than the rows, and cut times may follow the log's end: leave out what a row asks about.
         numbered = numbered.join(asked, "user_id", "left")
         return numbered.where(F.col("cut_us").isNull() | (F.unix_micros("event_ts") < F.col("cut_us")))
 
     def of(some: DataFrame) -> DataFrame:
-        """The sessions of some users: no event of others is looked at."""
+        """The sessions of some users, so that no others' events are processed."""
         return sessions.join(few_to_all(some.select("user_id")), "user_id", "left_semi")
 
     def matrices(rows: DataFrame, names: list[str], **values: Column) -> list[sp.csr_matrix]:
-        """A matrix for each of `values`, an aggregate over a user's rows of an item: [users in `names`, items]."""
+        """A matrix for each aggregate of `values`, over a user's rows of an item: [users in `names`, items]."""
         found = rows.groupBy("user_id", "item_index").agg(*[v.alias(name) for name, v in values.items()]).toPandas()
         places = found["user_id"].map({name: n for n, name in enumerate(names)}), found["item_index"]
         return [sp.csr_matrix((found[name], places), shape=(len(names), items)) for name in values]
@@ -471,7 +470,7 @@ def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts)
     visible = actions(of(asked)).where(f"in_{split}")
     of_habit = habit(runtime.config.habit, F.col("cut_us"))
     own = Own(*matrices(visible, users["user_id"].tolist(), counts=F.count("*"), habits=of_habit))
-    # Counted, and drawn from: the log need not be read for each.
+    # Counted and then sampled: without the checkpoint, the log would be read for each.
     everybody = actions(sessions).where("in_train").select("user_id").distinct().localCheckpoint()
     known = _sample(everybody, KNN_USERS)
     names = sorted(row.user_id for row in known.collect())
@@ -482,7 +481,7 @@ def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts)
 
 
 def refusal(runtime: Runtime, version: str) -> str | None:
-    """Why the model must not become current: one sentence; None: it may, by every row that `evaluate.gate` names."""
+    """Why the model must not become current, in one sentence; None if it passes every row named by `evaluate.gate`."""
     settings = runtime.config.evaluate
     if not settings.gate:
         return None
@@ -512,8 +511,8 @@ def refusal(runtime: Runtime, version: str) -> str | None:
 
 
 def shortfalls(row: dict[str, Any], asked: GateSettings) -> Iterator[str]:
-    """What a row of EVALUATION lacks of what is asked of it. An interval that ends at a limit is level with it, as the
-    page says too."""
+    """How a row of EVALUATION falls short of a gate. An interval that ends exactly at a limit is level with it and does
+    not pass; the page calls it level too."""
     value, low, high = row["value"], row["low"], row["high"]
     if low is None:
         if asked.at_least is not None and not value >= asked.at_least:
@@ -532,7 +531,7 @@ def shortfalls(row: dict[str, Any], asked: GateSettings) -> Iterator[str]:
 
 
 def _inputs(runtime: Runtime) -> dict[str, Any]:
-    # The gate is judged by the rows whenever score_users runs: no row depends on it.
+    # No row depends on the gate: score_users checks it against the rows whenever it runs.
     settings = runtime.config.evaluate.model_dump(mode="json", exclude={"gate"})
     return {**model_inputs(runtime), "evaluate": settings}
 

@@ -1,6 +1,6 @@
-"""evaluation.html beside a model: one page that says what its vectors are worth, without any other file or network.
+"""evaluation.html beside a model: a self-contained page (no other files, no network) on what its vectors are worth.
 
-The same facts give the same bytes. All values are escaped by the template (jobs/templates/evaluation.html).
+The same facts give the same bytes. The template escapes all values (jobs/templates/evaluation.html).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ DRIFT = {
     ("users", "cosine"): ("cosine of a user's vectors", "at the cut and at the log's end: 1 the same"),
     ("users", "centroid_cosine"): ("cosine of the users' centroids", "the same of the mean of all"),
 }
-LARGEST = 12  # verticals in a picture
+LARGEST = 12  # verticals in a picture, at most
 MAPPED_ITEMS = "items, drawn by hash, along the two axes in which their directions differ most (PCA); by vertical"
 MAPPED_USERS = (
     "users, some of everybody and some of each segment that was exported last, drawn by hash, along the two axes in "
@@ -90,7 +90,7 @@ class Neighbour(NamedTuple):
 
 
 class Example(NamedTuple):
-    """An item and its nearest others, nearest first."""
+    """An item and its neighbours, nearest first."""
 
     name: str
     vertical: str
@@ -102,9 +102,9 @@ class Map:
     """Vectors as points in the plane.
 
     Attributes:
-        points: [n, 2]; none: there is no such map.
-        groups: of each, [n]; None: of none that is told apart.
-        shares: of the variance, along each axis.
+        points: [n, 2]; empty: there is no such map.
+        groups: the group of each point, [n]; None: in no group that is shown.
+        shares: the share of the variance along each axis.
     """
 
     points: npt.NDArray[Any] = field(default_factory=lambda: np.empty((0, 2)))
@@ -114,13 +114,14 @@ class Map:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the page is made of.
+    """What the page is made from.
 
     Attributes:
-        about: what model.json says; parts may be missing.
-        rows: the model's rows of EVALUATION in that split.
-        versions: of each model in EVALUATION what model.json says (where it is still there), `is_current` and its rows.
-        sample: how many items the examples were looked for in.
+        about: the contents of model.json; parts may be missing.
+        rows: the model's rows of EVALUATION for that split.
+        versions: for each model in EVALUATION: its version, whether it is current, the contents of its model.json (if
+            it still exists) and its rows.
+        sample: how many items the examples were searched in.
         probes: rows of the table probes.
     """
 
@@ -138,7 +139,7 @@ class Facts:
 
 
 def page(facts: Facts) -> str:
-    """The page."""
+    """The page, as HTML."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -194,8 +195,8 @@ def page(facts: Facts) -> str:
 
 
 def figure(value: Any) -> str:
-    """A value for people: counts (int) and large whole numbers with commas, others with four digits or so, nothing for
-    None."""
+    """A value formatted for people: counts (int) and large whole numbers with commas, others with about four digits; ""
+    for None and NaN."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -216,7 +217,7 @@ Users = dict[tuple[str, str, str], int]  # by task, slice and slice_value
 
 
 def _windows(about: Row, split: str) -> tuple[str, str]:
-    """(what the model was trained on, what the figures are of), in words; empty where nobody knows."""
+    """(what the model was trained on, what the metrics cover), in words; empty if unknown."""
     sequences = about.get("provenance", {}).get("config", {}).get("sequences", {})
     if sequences.get("split_by") == "leave_one_out":
         last = "each user's last action but one" if split == "valid" else "each user's last action"
@@ -263,7 +264,7 @@ def _task(task: str, points: Points, users: Users) -> Row:
 
 
 def _classes(task: str, kind: str, users: Users) -> list[str]:
-    """The classes of a slice that hold users: in their order, verticals from the largest on."""
+    """The classes of a slice that hold users, in their own order; verticals by number of users, largest first."""
     there = [value for (of, name, value) in users if of == task and name == kind]
     order = {"history": HISTORY_NAMES, "hours": HOURS_NAMES}.get(kind)
     if order is not None:
@@ -295,7 +296,7 @@ def _slice_table(task: str, kind: str, points: Points, users: Users) -> Row | No
 
 
 def _probe_points(rows: Sequence[Row]) -> dict[str, dict[str, Point]]:
-    """By features, by task: the AUC of the head that did best, and one standard deviation about it."""
+    """By features, by task: the AUC of the best head, plus and minus one standard deviation."""
     best: dict[str, dict[str, Point]] = {}
     for row in rows:
         of = best.setdefault(row["features"], {})
@@ -344,7 +345,7 @@ def _maps(facts: Facts) -> list[Row]:
 
 
 def _drift(points: Points, rows: Sequence[Row]) -> Row:
-    """The figures, the alarms and the verticals' rates, of rows of the task drift."""
+    """The figures, the alarms and the verticals' rates, from the rows of the task drift."""
     of = [row for row in rows if row["task"] == "drift"]
     rates = sorted(
         (row for row in of if row["metric"] == "rate"), key=lambda row: (-row["counted"], row["slice_value"])

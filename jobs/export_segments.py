@@ -1,14 +1,14 @@
 """export_segments: user_embeddings (and what the segments' lists and queries read) → files of each segment, exports.
 
-A segment is a small TOML file (jobs/segments.py says what may stand in it; conf/segments/ has examples). All segments
-of a run share one pass over the vectors: jobs/segment_members.py says who is taken.
+A segment is a small TOML file (keys: jobs/segments.py; examples: conf/segments/). All segments of a run share one pass
+over the vectors; jobs/segment_members.py selects the members.
 
-A segment's folder holds its parts, report.html and manifest.json. It takes the place of the last export only when it is
-whole (a `destination` on an object store: the manifest is deleted first and written last). The same input gives the
-same bytes. Before anything is published the members are logged in `exports`, under an id made of all that the export
+A segment's folder holds its parts, report.html and manifest.json. It replaces the last export only when it is complete
+(for a `destination` on an object store, the manifest is deleted first and written last). The same input gives the same
+bytes. Before anything is published, the members are logged in `exports`, under an id derived from all that the export
 depends on: after a kill between the two, the same command finds them there and logs nothing twice.
 
-What becomes of user ids and of texts that look like formulas: jobs/segment_files.py.
+How user ids and texts that look like formulas are written: jobs/segment_files.py.
 
 trailvec export_segments --conf conf/local.toml
 """
@@ -68,20 +68,20 @@ from jobs.user_lists import file_digest
 from spark_udfs.keyed import key_mark
 
 _BINS = 20  # of the histogram of scores
-_WRITERS = 2  # threads: while one hashes ids (which Python lets only one do), the other packs a file
+_WRITERS = 2  # threads: while one hashes ids (the GIL allows only one), the other compresses a file
 
 
-# ---- which exports, and which of them are there ---------------------------------------------------------------------
+# ---- which exports, and which of them exist already -----------------------------------------------------------------
 
 
 def _exports(runtime: Runtime, now: datetime) -> list[Export]:
-    """The configuration's segments, each after those that it includes or excludes."""
+    """The configured segments as exports, each after those that it includes or excludes."""
     files = read_segments(runtime.config.export.segments)
     if any(file.segment.needs_key for file in files):
-        export_key()  # what asks for it first comes after all queries
+        export_key()  # fails early: it is first needed after all queries
     version = runtime.current_model()
     states = {t.name: runtime.state(t) for t in TABLES if t != EXPORTS and runtime.exists(t)}
-    digest_of, timely = cache(file_digest), cache(partial(_is_timely, runtime))  # many name the same lists
+    digest_of, timely = cache(file_digest), cache(partial(_is_timely, runtime))  # many segments name the same lists
     with_profiles = USER_PROFILES.name in states and not of_model(runtime.latest(USER_PROFILES), version).isEmpty()
     if not with_profiles and USER_PROFILES.name in states:
         _tell_of_profiles(runtime, files, version)
@@ -107,7 +107,7 @@ def _exports(runtime: Runtime, now: datetime) -> list[Export]:
 
 
 def _tell_of_profiles(runtime: Runtime, files: list[SegmentFile], version: str) -> None:
-    """A note where the profiles are another model's: lookalikes go by embeddings after each training, until
+    """Adds a note if the profiles are another model's: after each training, lookalikes use embeddings until
     `profile_users` has run."""
     open_ones = [f.segment.name for f in files if f.segment.seeds is not None and f.segment.seeds.vectors is None]
     if open_ones and not runtime.latest(USER_PROFILES).isEmpty():
@@ -127,10 +127,10 @@ def _facts(
     digest_of: Callable[[Path], str],
     timely: Callable[[str, str], bool],
 ) -> dict[str, Any]:
-    """What else decides about an export's members, as plain values; not the code: new code logs nothing again.
+    """What else determines an export's members, as plain values. Not the code: new code must not log members again.
 
     Args:
-        states: `Runtime.state` of all tables but the log.
+        states: `Runtime.state` of all tables but `exports`.
         digest_of, timely: `file_digest` and `_is_timely`.
     """
     segment, consent = file.segment, runtime.config.export.consent
@@ -152,10 +152,10 @@ def _facts(
     if segment.consent is not None and consent is not None and consent.sql is not None:
         asked.append((consent.sql, "export.consent.sql"))
     if asked:
-        facts["tables"] = states  # a query may read any but the log
-    timely_ones = [query for query in asked if timely(*query)]  # all are asked: one over the log is refused
+        facts["tables"] = states  # a query may read any table but `exports`
+    timely_ones = [query for query in asked if timely(*query)]  # checks all: one that reads `exports` is refused
     if segment.needs_key:
-        # Another key makes other files. Only a hash of this mark goes on from here.
+        # Another key gives other files. Only a hash of this mark leaves this module.
         facts["key"] = key_mark(export_key())
     if segment.at_most is not None or timely_ones:
         facts["day"] = now.date().isoformat()
@@ -163,12 +163,12 @@ def _facts(
 
 
 def _is_timely(runtime: Runtime, text: str, where: str) -> bool:
-    """Whether the answer to a query may be another one tomorrow: it names the time, or reads a table that is none of
-    trailvec's, whose version is no part of an export's id.
+    """Whether a query may give another answer tomorrow: it names the time, or reads a table that is not trailvec's,
+    whose version is not part of an export's id.
 
     Raises:
-        TrailvecError: it reads the log of exports: each export would make the next one another, and once its members
-            are logged, one that is made again would take others. It reads files. Or as `ask`.
+        TrailvecError: the query reads `exports`: each export would change the next one, and an export made again after
+            its members were logged would select others. Or it reads files. Or as `ask`.
     """
     answer = ask(runtime, text, where)
     read = sources_of(runtime, answer)
@@ -190,24 +190,24 @@ def _now() -> datetime:
 
 
 def _published(runtime: Runtime, export: Export) -> dict[str, Any] | None:
-    """The manifest, where this very export is there already, made by this code."""
+    """The manifest, if this very export is published already and was made by this code."""
     text = read_manifest(place_of(runtime, export.segment))
     if text is None:
         return None
     try:
         manifest: dict[str, Any] = json.loads(text)
         same = (manifest["export_id"], manifest["provenance"]["code_version"]) == (export.id, code_version())
-    except (ValueError, LookupError, TypeError):  # damaged, or no export's
+    except (ValueError, LookupError, TypeError):  # damaged, or not an export's
         return None
     return manifest if same else None
 
 
 def _pending(runtime: Runtime, exports: list[Export], found: dict[str, dict[str, Any] | None]) -> list[Export]:
-    """Those that are not there, and any that one of them includes or excludes and whose members the log does not tell:
-    it keeps whom other code took under the same id, and loses who is older than `maintain.keep_days`.
+    """The exports not published yet, and any that one of them includes or excludes and whose members the log does not
+    match: it keeps those that other code selected under the same id, and loses those older than `maintain.keep_days`.
 
     Args:
-        found: by segment, as `_published`.
+        found: by segment, what `_published` returned.
     """
     runtime.create(EXPORTS)
     others = {name for export in exports for name in export.segment.others}
@@ -229,7 +229,7 @@ def _pending(runtime: Runtime, exports: list[Export], found: dict[str, dict[str,
 
 
 def _publish(runtime: Runtime, chosen: Selection, staging: Staging, now: datetime) -> None:
-    """Logs the members, then puts each segment's files in their place, which threads make meanwhile: the log is Spark's
+    """Logs the members, then puts each segment's files in place. Threads write the files meanwhile: the log is Spark's
     work, the files are the driver's."""
     for export in chosen.pending:
         check_place(place_of(runtime, export.segment))
@@ -263,7 +263,7 @@ def _publish(runtime: Runtime, chosen: Selection, staging: Staging, now: datetim
 
 
 def _provenance(runtime: Runtime) -> dict[str, Any]:
-    """What is the same wherever and whenever the same export is made; the rest stands in the log's commit."""
+    """What is the same wherever and whenever the same export is made; the rest is in the commit to `exports`."""
     told = {key: value for key, value in runtime.provenance().items() if key not in ("user", "application")}
     return told | {"reads": {table.name: runtime.changed_version(table) for table in STAGE.reads}}
 
@@ -276,11 +276,11 @@ def _write_parts(staging: Staging, export: Export, taken: Taken) -> list[dict[st
 
 
 def _log_members(runtime: Runtime, chosen: Selection, staging: Staging, now: datetime) -> None:
-    """One commit for all; who is there already, of a run that was killed before it published, is not added. (Other code
-    may take others for the same export: they are.)"""
+    """Logs all members in one commit, but for those already logged by a run that was killed before it published. (Other
+    code may select other members for the same export: these are added.)"""
     folder = staging.local / "log"
     folder.mkdir()
-    staging.check()  # two that log at once would log twice
+    staging.check()  # two concurrent runs would log members twice
     there = chosen.log.where(F.col("export_id").isin([export.id for export in chosen.pending]))
     is_new = there.isEmpty()
     for export in chosen.pending:
@@ -295,7 +295,7 @@ def _log_members(runtime: Runtime, chosen: Selection, staging: Staging, now: dat
             "model_version": _repeated(chosen.version, count),
             "destination": _repeated(destination_of(runtime, export.segment), count),
         }
-        # (A dictionary of ids, no two of which are the same, only costs.)
+        # (Not user_id: it has no repeated values, so a dictionary only costs.)
         same = ["export_id", "segment", "model_version", "destination"]
         pq.write_table(pa.table(columns), folder / f"{export.number:05d}.parquet", use_dictionary=same)
     rows = runtime.spark.read.parquet(staging.to_tasks("log"))
@@ -306,13 +306,13 @@ def _log_members(runtime: Runtime, chosen: Selection, staging: Staging, now: dat
 
 
 def _repeated(text: str, count: int) -> pa.Array:
-    """The text `count` times, a byte each: as texts, those of 60 million rows are more than an array holds."""
+    """The text `count` times, a byte each: as plain strings, those of 60 million rows would not fit into an array."""
     return pa.DictionaryArray.from_arrays(pa.repeat(pa.scalar(0, pa.int8()), count), [text])
 
 
 def _overlaps(chosen: Selection) -> dict[str, list[Share]]:
-    """By segment: which share of its members each of the other segments holds too."""
-    from scipy.sparse import csr_matrix  # noqa: PLC0415 - a part of a second, and only this needs it
+    """By segment: the share of its members that each of the other segments holds too."""
+    from scipy.sparse import csr_matrix  # noqa: PLC0415 - a fraction of a second, and only this needs it
 
     names = [export.name for export in chosen.exports]
     members = [chosen.members(name) for name in names]
@@ -331,7 +331,7 @@ def _overlaps(chosen: Selection) -> dict[str, list[Share]]:
 
 
 def _verticals(runtime: Runtime, chosen: Selection, staging: Staging) -> dict[str, list[Share] | None]:
-    """By segment: which share of its members, and of everyone, acted in a vertical."""
+    """By segment: the share of its members, and of everyone, who acted in each vertical."""
     if not runtime.exists(SESSIONS):
         return {name: None for name in chosen.taken}
     members = runtime.spark.read.parquet(str(staging.shared / "log")).select("segment", "user_id")
@@ -350,7 +350,7 @@ def _verticals(runtime: Runtime, chosen: Selection, staging: Staging) -> dict[st
 
 
 def _spread(scores: npt.NDArray[np.float32]) -> dict[str, Any]:
-    """Range and histogram."""
+    """Range and histogram of scores that are sorted in descending order."""
     if not len(scores):
         return {"min": None, "max": None, "histogram": None}
     counts, edges = np.histogram(scores.astype(np.float64), _BINS)
@@ -382,8 +382,8 @@ STAGE = Stage(
     "export_segments",
     "the users of each segment, as files with a manifest and a report",
     run,
-    reads=(CURRENT_MODEL, USER_EMBEDDINGS),  # in this order: what is current is whole
-    writes=(),  # what says that the stage is up to date are the manifests, not `exports`
+    reads=(CURRENT_MODEL, USER_EMBEDDINGS),  # in this order: a current model's vectors are complete
+    writes=(),  # the manifests, not `exports`, say whether the stage is up to date
     settings=("export",),
     also="It also writes files and the table exports, and reads the lists, the tables that queries name and, where "
     "they are needed, user_profiles, items, item_embeddings and sessions.",
