@@ -37,7 +37,7 @@ from spark_udfs.topk import Metric, Vectors
 from training.checkpoint import ALIGNMENT, ROTATION, read_about, read_alignment, write_alignment
 
 USERS_COMPARED, ITEMS_COMPARED, ITEMS_ASKED, NEIGHBOURS = 2_000, 20_000, 2_000, 10
-FEWEST_USERS = 50  # needed to apply a limit: five users with a true overlap of 20 % fall below 10 % by chance in 18 %
+FEWEST_USERS = 50  # fewer prove nothing: five users with a true overlap of 20 % fall below 10 % by chance in 18 %
 
 
 def has_no_items(runtime: Runtime, version: str) -> bool:
@@ -71,7 +71,7 @@ def refusal(report: dict[str, Any], settings: AlignSettings) -> str | None:
 
 
 def too_few_items(report: dict[str, Any], settings: AlignSettings) -> str | None:
-    """Why the limit on neighbours is meaningless, in one sentence; None if it is not, or there is no limit."""
+    """Why there are too few items for the limit on neighbours: one sentence; None if there are enough, or no limit."""
     by_chance = report.get("items", {}).get("overlap@10_by_chance", 0.0)  # older versions did not write it
     if not by_chance >= settings.min_overlap > 0:
         return None
@@ -82,7 +82,7 @@ def too_few_items(report: dict[str, Any], settings: AlignSettings) -> str | None
 
 
 def too_few_users(report: dict[str, Any], settings: AlignSettings) -> str | None:
-    """Why the limit on neighbours is not applied to users, in one sentence; None if it is, or there is no limit."""
+    """Why there are too few users for the limit on neighbours: one sentence; None if there are enough, or no limit."""
     compared = report.get("users", {}).get("compared", FEWEST_USERS)
     if compared >= FEWEST_USERS or not settings.min_overlap:
         return None
@@ -112,7 +112,7 @@ def compare(
     Args:
         users, items: (new, old), float32 [n, width] each; the new ones are not rotated.
         verticals: of the items, [n].
-        rotation: None if the spaces can't be aligned, maybe for their widths: only neighbours and norms are compared.
+        rotation: None if the spaces can't be aligned (widths may differ): only neighbours and norms are compared.
     """
     report: dict[str, Any] = {}
     first = items[0][:ITEMS_ASKED], items[1][:ITEMS_ASKED]

@@ -199,9 +199,9 @@ def run(runtime: Runtime) -> None:
     runtime.create(CONTEXT_VALUES)
     # Two concurrent runs could give one number to two items: the later commit is refused (`made_from`).
     items_from, values_from = (runtime.stage_version(table) for table in (ITEMS, CONTEXT_VALUES))
-    # Rows without a changed event stay the same only if the cut does; in leave-one-out every event moves its user's.
+    # Items without a changed event keep their rows only if the cut stays; in leave-one-out every event moves a cut.
     fixed = settings.split_by == "time" and settings.valid_from is not None
-    # Items are written last, so what changed since then includes what changed since context_values was written.
+    # Items are written last, so the changes since then include those since context_values was written.
     written = ITEMS if fixed and runtime.last_writer(CONTEXT_VALUES) else CONTEXT_VALUES
     changed = changed_events(runtime, written, flagged)
     met, came, of_turned = events.select(*OF_EVENTS), F.lit(1), None

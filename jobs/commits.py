@@ -28,7 +28,7 @@ class Commit:
         committed_at: seconds since 1970.
         operation: Delta's name for it: WRITE, MERGE, OPTIMIZE, ...
         changed_rows: False for upkeep (OPTIMIZE and the like), and for a commit that only records that a stage ran.
-        replaced_all: it was an overwrite, of all rows or of those of a condition or some partitions.
+        replaced_all: it was an overwrite: of all rows, or of those that a condition or some partitions hold.
         provenance: what trailvec stored about the run that made it (`Runtime.provenance`); None: it was not trailvec.
         foreign: it changed rows, and trailvec did not make it: a RESTORE, a DELETE by SQL, another writer.
         erasure: the id of the erasure that it is part of; None: it is part of none.
@@ -108,7 +108,7 @@ class History:
             yield commit
 
     def table_id(self) -> str | None:
-        """Delta's id of the table, another one if it was dropped and recreated. None: the log does not say."""
+        """Delta's id of the table; it changes when the table is dropped and recreated. None: the log does not say."""
         made = next((line for line in self._lines(f"{0:020}.json") if line.startswith(_METADATA)), None)
         if made is not None:
             return str(json.loads(made)["metaData"]["id"])

@@ -67,7 +67,7 @@ def differences(
 
 
 def compare(runtime: Runtime, versions: tuple[str, str]) -> list[Difference]:
-    """The differences between two models' folders.
+    """The differences between two models, by their versions.
 
     Raises:
         TrailvecError: a model does not exist, is damaged or has learnt from what it would be asked about; a table is

@@ -126,7 +126,7 @@ def _erase(runtime: Runtime, file: str | None, sql: str | None, requested_by: st
 
 
 def _end(runtime: Runtime, receipt: dict[str, Any], ids: Sequence[str]) -> tuple[dict[str, Any], dict[str, int]]:
-    """Deletes the receipt's users and completes it. Also returns, by table, the rows deleted since it last was."""
+    """Deletes the receipt's users and completes it. Also returns, by table, the rows deleted since its last state."""
     users = _frame(runtime, ids)
 
     def name_exports() -> None:
@@ -366,7 +366,7 @@ def _finish(runtime: Runtime) -> None:
         if receipt["erasure_id"] not in waiting:
             finished_at = receipt["finished_at"] or (_now() if receipt["erased_at"] and not leftovers else None)
             new = receipt | {"finished_at": finished_at}
-        else:  # old files hold any returned row from now on
+        else:  # returned rows are in old files from now on
             new = receipt | {"finished_at": None, "erased_at": _now() if returned else receipt["erased_at"]}
         if new != receipt:
             changed.append(new)
