@@ -1,6 +1,6 @@
-"""Pictures as SVG, the same bytes each time. The only module that imports matplotlib.
+"""Charts as byte-reproducible SVG. The only module that imports matplotlib.
 
-Their texts are texts, in the font of the page that they stand in; names may hold anything.
+Text stays text, drawn in the font of the enclosing page; names may contain any characters.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 MODEL, FLOOR, ACCENT = "#1b6ca8", "#a9b3bb", "#d1495b"
-# Told apart by colour-blind people too (Okabe & Ito 2008).
+# Distinguishable to colour-blind readers (Okabe & Ito 2008).
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c6bb1", "#111111")
 _REST = "#c8c8c8"
 _NARROW = 4.6  # inches: legible on a phone
-_LABEL = 30  # characters of a name beside an axis; more would leave the picture no room
+_LABEL = 30  # maximum characters of an axis label; longer ones would squeeze the plot
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -28,12 +28,12 @@ _STYLE: dict[Any, Any] = {
     "axes.titlesize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "text.parse_math": False,  # a dollar in a name is a dollar
+    "text.parse_math": False,  # a "$" in a name is literal
 }
 
 
 class Point(NamedTuple):
-    """A value with its interval; None: there is none."""
+    """A value with its confidence interval; None: no interval."""
 
     value: float
     low: float | None
@@ -41,10 +41,10 @@ class Point(NamedTuple):
 
 
 def training(about: dict[str, Any], *, narrow: bool = False) -> str:
-    """The loss over the rows read, and what validation found after each epoch; `about`: what model.json says.
+    """The training loss over rows read, and the validation metrics after each epoch; `about`: model.json's content.
 
     Args:
-        narrow: the two one below the other.
+        narrow: stack the two plots vertically.
     """
     facts = about["training"]
 
@@ -64,12 +64,12 @@ def training(about: dict[str, Any], *, narrow: bool = False) -> str:
 
 
 def bars(values: dict[str, dict[str, Point]], names: dict[str, str], first: str) -> str:
-    """One group of bars for each of `values`, one bar for each of its members; lines are intervals.
+    """Horizontal bars, one group for each entry of `values`; error bars show the intervals.
 
     Args:
-        values: by the group's title, by a key of `names`.
-        names: what to write beside a bar.
-        first: the key that is told apart by its colour.
+        values: by group title, then by key of `names`.
+        names: label of each bar, by key.
+        first: the key to highlight by colour.
     """
     there = {title: [key for key in names if key in group] for title, group in values.items()}
     heights = [0.5 + 0.15 * len(keys) for keys in there.values()]
@@ -91,13 +91,13 @@ def bars(values: dict[str, dict[str, Point]], names: dict[str, str], first: str)
 def dots(
     classes: Sequence[str], values: dict[str, dict[str, Point]], names: dict[str, str], label: str, left: float = 0
 ) -> str:
-    """One line for each class, on it a dot with its interval for each key of `names`.
+    """A dot plot: one row per class, with a dot and its interval for each key of `names`.
 
     Args:
-        classes: from the top down.
-        values: by a key of `names`, by class.
-        label: of the axis.
-        left: where the axis begins, if no interval begins before it.
+        classes: from top to bottom.
+        values: by key of `names`, then by class.
+        label: of the x axis.
+        left: where the x axis begins, unless an interval begins further left.
     """
     lows = [point.value if point.low is None else point.low for of in values.values() for point in of.values()]
 
@@ -128,13 +128,13 @@ def dots(
 
 
 def scatter(points: npt.NDArray[Any], groups: Sequence[str | None], shares: Sequence[float], rest: str) -> str:
-    """Points in the plane coloured by group: the largest in colours of their own, the others grey.
+    """A scatter plot coloured by group: the largest groups get a colour each, all others are grey.
 
     Args:
         points: [n, 2].
-        groups: the group of each, [n]; None: grey.
-        shares: of the variance, along each axis.
-        rest: what to call the grey ones.
+        groups: each point's group, [n]; None: grey.
+        shares: the share of the variance that each axis explains.
+        rest: legend label of the grey points.
     """
     sizes = Counter(group for group in groups if group is not None)
     largest = sorted(sizes, key=lambda name: (-sizes[name], name))[: len(COLOURS)]
@@ -156,33 +156,33 @@ def scatter(points: npt.NDArray[Any], groups: Sequence[str | None], shares: Sequ
 
 
 def inline(svg: str) -> str:
-    """A picture to stand within a page of HTML: without the prolog and without names that two pictures would share."""
+    """The SVG for embedding in HTML: without the prolog and without ids that would clash between two charts."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>\s*", "", body, flags=re.DOTALL)
-    return re.sub(r' id="[A-Za-z0-9]+_\d+"', "", body)  # figure_1, axes_1, ...: nothing refers to them
+    return re.sub(r' id="[A-Za-z0-9]+_\d+"', "", body)  # figure_1, axes_1, ...: never referenced
 
 
 def _errors(points: Sequence[Point]) -> Any:
-    """[2, n]: how far the ends of the intervals are from the values."""
+    """[2, n]: distances from the values to the ends of their intervals."""
     lows = [0.0 if p.low is None else max(0.0, p.value - p.low) for p in points]
     highs = [0.0 if p.high is None else max(0.0, p.high - p.value) for p in points]
     return np.array([lows, highs])
 
 
 def _shortened(name: str, limit: int = 26) -> str:
-    """Without its middle: the names of a tree begin alike."""
+    """Truncated in the middle: hierarchical names share their beginnings."""
     end = limit // 3
-    # An underscore at its beginning would keep a name out of the legend.
+    # matplotlib leaves labels with a leading underscore out of the legend.
     return " " * name.startswith("_") + (name if len(name) <= limit else f"{name[: limit - 1 - end]}…{name[-end:]}")
 
 
 def _picture(draw: Callable[[Any], None], size: tuple[float, float], salt: str) -> str:
     from matplotlib import rc_context  # noqa: PLC0415
-    from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: PLC0415 - a second, and only pictures need it
+    from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: PLC0415 - takes a second, and only charts need it
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    with rc_context({**_STYLE, "svg.hashsalt": salt}), warnings.catch_warnings():  # the same bytes each time
-        # Of letters that its own font has not, once for each: the reader's draws the texts.
+    with rc_context({**_STYLE, "svg.hashsalt": salt}), warnings.catch_warnings():  # reproducible ids
+        # One warning per letter missing from matplotlib's font, but the reader's font draws the text.
         warnings.filterwarnings("ignore", r"Glyph .* missing from font")
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)

@@ -1,5 +1,5 @@
-"""The stages in the order of the road. A new stage is a file in `jobs/` and a line here; the other steps stand in
-docs/extending.md."""
+"""The stages in pipeline order. A new stage is a file in `jobs/` and a line here; docs/extending.md has the other
+steps."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ STAGES = (
     train.STAGE,
     align.STAGE,
     embed_items.STAGE,
-    evaluate.STAGE,  # before anybody sees the model: its gate stands in score_users
+    evaluate.STAGE,  # before the model goes live: score_users enforces the evaluation gate
     score_users.STAGE,
     find_neighbours.STAGE,
     export_segments.STAGE,
-    write_report.STAGE,  # its map shows the segments
+    write_report.STAGE,  # after the exports: its map shows the segments
 )
 
-# Stages that run only when they are asked for by name.
+# Stages that run only when named explicitly.
 ASIDE = (profile_users.STAGE, probe.STAGE)

@@ -1,14 +1,14 @@
 """probe: labels + sessions + items + the model → probes.
 
-How well the frozen vectors foretell what the model never saw, through light heads, beside baselines through the same
-heads. Labels come from the configuration's table and from the log itself (inactive, a new vertical, an event type
-within the last `probe.days`).
+Measures how well the frozen vectors predict what the model never saw: light heads are trained on them and, for
+comparison, on baseline features. Labels come from the configured table and from the log itself (inactivity, a new
+vertical, an event type within the last `probe.days`).
 
-Each labelled user has a cut: the label's time, the beginning of the days that a task of the log asks about, else the
-log's end. Every feature is made of events strictly before it; so is the vector, which is encoded anew from the actions
-before the cut as `build_sequences` would lay them out. (The test rows of `sequences` will not do: who did nothing after
-the cut has none.) The profile is what `profile_users` writes, made by its own functions; its basis is fitted on what is
-known before the cuts.
+Each labelled user has a cut: the label's time, the start of the prediction window of a task from the log, or else the
+log's end. All features use only events strictly before the cut. So does the vector: it is re-encoded from the actions
+before the cut, laid out as `build_sequences` would. (The test rows of `sequences` won't do: users who did nothing after
+the cut have none.) The profile is computed by the functions of `profile_users`, with a basis fitted on data from before
+the cuts.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ if TYPE_CHECKING:
     from training.probes import Integers, Labels, Matrix
 
 FEATURES = ("vector", "profile", "majority", "rfm", "tfidf_svd", "aggregates")
-_TOP = 10  # values of a column whose counts the aggregates hold, of each event type
+_TOP = 10  # the aggregates count the most frequent values of each column, per event type
 _WINDOWS = (1, 7, 30)  # days before the cut
 _COLUMNS = ("vertical", "category", "item_id")
 
 
-# ---- who is asked about what ---------------------------------------------------------------------------------------
+# ---- labels --------------------------------------------------------------------------------------------------------
 
 
 def activity_labels(events: DataFrame, cut: datetime, targets: list[str], settings: ProbeSettings) -> DataFrame:
-    """user_id, task, label of the tasks that the log itself answers, of users with a target action before the cut.
+    """user_id, task, label for the tasks labelled from the log, for users with a target action before the cut.
 
     Args:
         targets: event types that count as activity; empty: all.
@@ -86,15 +86,15 @@ def activity_labels(events: DataFrame, cut: datetime, targets: list[str], settin
 
 
 def read_labels(runtime: Runtime, folder: Place) -> DataFrame:
-    """user_id, task, label (int), label_ts (timestamp, NULL where there is none), as probe.labels says.
+    """user_id, task, label (int), label_ts (timestamp, NULL if not given), read as probe.labels says.
 
     Args:
         folder: as for `read_rows`.
 
     Raises:
-        TrailvecError: a column is missing, a user_id or a task is blank, a label is neither 0 nor 1, a label_ts is no
-            time before the year 9999, a user has two labels of one task, only some labels of a task have a time, or a
-            task has the name of one of the log.
+        TrailvecError: a column is missing, a user_id or a task is blank, a label is neither 0 nor 1, a label_ts is not
+            a time before the year 9999, a user has two labels for one task, only some labels of a task have a time, or
+            a task has the name of one labelled from the log.
     """
     settings = runtime.config.probe
     labels = settings.labels
@@ -117,7 +117,7 @@ def read_labels(runtime: Runtime, folder: Place) -> DataFrame:
         given.isNotNull().alias("has_time"),
     )
     label, time = F.col("label"), F.col("label_ts")
-    beyond = time >= utc(datetime(9999, 1, 1))  # milliseconds, say: a number counts seconds
+    beyond = time >= utc(datetime(9999, 1, 1))  # e.g. milliseconds: numbers are read as seconds
     checked = rows.groupBy("user_id", "task").agg(
         F.count_if(label.isNull() | ~label.isin(0, 1)).alias("bad"),
         F.count_if(F.col("has_time") & (time.isNull() | beyond)).alias("no_time"),
@@ -148,13 +148,13 @@ def read_labels(runtime: Runtime, folder: Place) -> DataFrame:
     return rows.select("user_id", "task", label.cast("int").alias("label"), "label_ts")
 
 
-# ---- features: what comes to the driver is a row per asked user, or a count per user and value ---------------------
+# ---- features: the driver collects one row per labelled user, or one count per user and value ----------------------
 
 
 def aggregates(visible: DataFrame, items: DataFrame) -> DataFrame:
-    """user_id, name, value: the features that a team makes by hand, in long form.
+    """user_id, name, value: typical hand-crafted features, in long form.
 
-    For each event type, counts (in logs) of its ten most frequent verticals, categories and items, and of all, within
+    For each event type, log counts of all events and of its ten most frequent verticals, categories and items, within
     1, 7 and 30 days before the cut.
     """
     named = visible.join(items.select("item_id", "category"), "item_id", "left")
@@ -183,7 +183,7 @@ def aggregates(visible: DataFrame, items: DataFrame) -> DataFrame:
 
 
 def matrix(rows: pd.DataFrame, users: list[str], name: str, value: str) -> sp.csr_matrix:
-    """Rows in long form (user_id, `name`, `value`) as float64 [users, names]; the names in order."""
+    """Long-form rows (user_id, `name`, `value`) as a sparse float64 matrix [users, names], the names sorted."""
     places = pd.Series(np.arange(len(users)), index=users)
     columns, names = pd.factorize(rows[name], sort=True)
     shape = (len(users), max(1, len(names)))
@@ -195,11 +195,11 @@ def matrix(rows: pd.DataFrame, users: list[str], name: str, value: str) -> sp.cs
 
 @dataclass(frozen=True)
 class Question:
-    """Tasks whose users have the same cuts.
+    """Tasks whose users share their cuts.
 
     Attributes:
-        labels: user_id, task, label, label_ts, in the driver.
-        cuts: user_id, cut: of the labelled users, and of others whose items the item baseline learns from.
+        labels: user_id, task, label, cut (microseconds), on the driver.
+        cuts: user_id, cut: the labelled users, and others from whose items the item baseline learns.
     """
 
     labels: pd.DataFrame
@@ -207,12 +207,12 @@ class Question:
 
 
 def questions(runtime: Runtime, sessions: DataFrame, cuts: Cuts) -> list[Question]:
-    """What is asked: the log's own tasks; the labels without a time; of those with one each task by itself."""
+    """One question for the tasks from the log, one for the labels without a time, one per task with timed labels."""
     settings, found = runtime.config.probe, []
 
     def add(labels: DataFrame, cut: Column, others: datetime) -> None:
         of_tasks = labels.select("user_id", "task", "label", cut.alias("cut")).persist()
-        bucket = F.pmod(F.xxhash64("user_id"), F.lit(1_000_000))  # a user's place in every sample
+        bucket = F.pmod(F.xxhash64("user_id"), F.lit(1_000_000))  # puts users in the same order in every sample
         place = F.row_number().over(Window.partitionBy("task").orderBy(bucket, "user_id"))
         rows = of_tasks.withColumn("place", place).where(F.col("place") <= settings.max_users).drop("place")
         frame = rows.select("user_id", "task", "label", F.unix_micros("cut").alias("cut")).toPandas()
@@ -250,7 +250,7 @@ def questions(runtime: Runtime, sessions: DataFrame, cuts: Cuts) -> list[Questio
 def features_of(
     runtime: Runtime, sessions: DataFrame, question: Question, model_dir: Path, end: datetime
 ) -> tuple[list[str], dict[str, Matrix]]:
-    """The users, sorted, and each of FEATURES of them, float64 [users, width]; all of events before their cuts."""
+    """The labelled users, sorted, and their FEATURES, float64 [users, width] each, from events before the cuts."""
     from training import probes  # noqa: PLC0415 - only this stage needs scikit-learn
 
     targets = runtime.config.sequences.target_event_types
@@ -263,7 +263,7 @@ def features_of(
     of_asked = visible.join(asked, "user_id")
 
     def of_labelled(rows: DataFrame) -> Matrix:
-        """Of who has nothing before their cut zeros."""
+        """Zeros for users without events before their cut."""
         found = rows.toPandas()
         known = dict(zip(found["user_id"], found["vector"], strict=True))
         width = len(next(iter(known.values()))) if known else 1
@@ -291,18 +291,18 @@ def features_of(
 
 
 def rarer(labels: Any) -> int:
-    """How many there are of the label, 0 or 1, that is rarer."""
+    """The count of the rarer label, 0 or 1."""
     return int(min(np.bincount(labels, minlength=2)))
 
 
 def asked_of(rows: pd.DataFrame) -> tuple[Labels, Integers | None]:
-    """The labels of a task's rows, and their times in microseconds; None where all have the same: no split by time."""
+    """A task's labels and their times in microseconds; None if all times are equal: then there is no split by time."""
     times = rows["cut"].to_numpy(np.int64) if rows["cut"].nunique() > 1 else None
     return rows["label"].to_numpy(np.int64), times
 
 
 def fold_notes(labels: pd.DataFrame, settings: ProbeSettings) -> Iterator[str]:
-    """What is to be said of a question's tasks of which not all folds count."""
+    """Notes on the question's tasks for which some folds don't count."""
     from training import probes  # noqa: PLC0415
 
     for task, rows in labels.groupby("task"):
@@ -320,7 +320,7 @@ def fold_notes(labels: pd.DataFrame, settings: ProbeSettings) -> Iterator[str]:
 
 
 def results_of(labels: pd.DataFrame, users: list[str], features: dict[str, Matrix], settings: ProbeSettings) -> Any:
-    """(task, features, head, metric, mean, std, users, positives) of one question, one after the other.
+    """Yields (task, features, head, metric, mean, std, users, positives) for one question.
 
     Args:
         labels: user_id, task, label, cut (microseconds).
@@ -332,7 +332,7 @@ def results_of(labels: pd.DataFrame, users: list[str], features: dict[str, Matri
         chosen = rows["user_id"].map(place).to_numpy()
         answers, times = asked_of(rows)
         if rarer(answers) < settings.folds:
-            continue  # too few to find one of each label in every fold
+            continue  # too few for every fold to have both labels
         for name, of in features.items():
             for head in ("majority",) if name == "majority" else settings.heads:
                 found = probes.probe(of[chosen], answers, head, folds=settings.folds, seeds=settings.seeds, times=times)
@@ -356,7 +356,7 @@ def run(runtime: Runtime) -> None:
     if settings.activity or settings.event_types:
         asks = f"probe.days = {settings.days:g}"
         refuse_leak(model_dir.name, trained_to, asked_from, asks=asks, instead="give fewer days")
-    # None takes its time before all were looked at.
+    # Check all questions before any of the slow work starts.
     asked: list[Question] = []
     for question in questions(runtime, sessions, cuts):
         few = question.labels.groupby("task")["label"].agg(rarer)
@@ -364,7 +364,7 @@ def run(runtime: Runtime) -> None:
             f"{task} is not probed: found {count:,} of its rarer label, fewer than probe.folds = {settings.folds}"
             for task, count in few[few < settings.folds].items()
         ]
-        if (few < settings.folds).all():  # else the features would be made for nothing
+        if (few < settings.folds).all():  # the features would be computed for nothing
             continue
         tasks = sorted(set(question.labels["task"]))
         asks, earliest = f"a label of {', '.join(tasks)}", time_at(int(question.labels["cut"].min()))
@@ -393,7 +393,7 @@ def _inputs(runtime: Runtime) -> dict[str, Any]:
     facts: dict[str, Any] = {**model_inputs(runtime)}
     if labels is not None and labels.file is not None:
         facts["labels"] = file_digest(Path(labels.file))
-    if labels is not None and labels.sql is not None:  # it may read any table, but for the one that is written here
+    if labels is not None and labels.sql is not None:  # the query may read any table except the one written here
         there = [table for table in TABLES if table != PROBES and runtime.exists(table)]
         facts["tables"] = {table.name: runtime.state(table) for table in there}
     return facts

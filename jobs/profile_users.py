@@ -1,13 +1,13 @@
 """profile_users: sessions + items + context_values + the model in use → user_profiles, and the profile's basis.
 
-A second vector of every user, for other teams' models: the sequence's state, the items, their names' words and their
-categories over the whole history, numbers of time and value, and a forecast of how often the user will come
-(training/profile.py says how they come together). `probe` judges the very same
-function. All users are written anew in one commit, as of the log's end: how long ago somebody came changes every day.
+A second vector for every user, for other teams' models. It combines the sequence state; the items, the words of their
+names and their categories over the whole history; time and value statistics; and a forecast of how often the user will
+come (training/profile.py says how). `probe` evaluates this very function. All users are rewritten in one commit, as of
+the log's end, because recency changes every day.
 
-The basis is fitted on a sample of users when a model has none yet, and kept in its folder: from then on the places of a
-profile mean the same, and a head that a team has trained goes on reading them. A new model has new profiles, and so has
-one that `align` has turned since: the states that the basis was fitted on lay elsewhere.
+If a model has no basis yet, one is fitted on a sample of users and kept in the model's folder. From then on each
+dimension of a profile keeps its meaning, so heads that teams have trained stay valid. A new model gets new profiles,
+and so does one that `align` has rotated since, because the basis was fitted on the states before the rotation.
 """
 
 from __future__ import annotations
@@ -43,24 +43,24 @@ from training.profile import ABOUT, TENSORS, Basis, Integers, Terms, fit_basis, 
 
 _WINDOWS = (7, 14, 28, 56, 91, 182)  # days before the cut
 _MOST_STATISTICS = 100
-_MOST_TERMS = 50_000  # items, words and categories that the basis knows, of each those that most users have
-_HORIZONS = (7, 28)  # days that the forecast is about, from the cut on; it is fitted as many days before as the last
+_MOST_TERMS = 50_000  # limits of items, words and categories in the basis: those that most users have
+_HORIZONS = (7, 28)  # days; what the forecast covers from the cut on. It is fitted as of max(_HORIZONS) days before
 
 
-# ---- what a user's events say ---------------------------------------------------------------------------------------
+# ---- event features -------------------------------------------------------------------------------------------------
 
 
 def events_of(sessions: DataFrame) -> DataFrame:
-    """user_id, `opens` (the event is its session's first) and the columns of each event."""
+    """One row per event: user_id, `opens` (it is the first of its session) and the event's columns."""
     exploded = sessions.select("user_id", F.posexplode("events").alias("place", "event"))
     return exploded.select("user_id", (F.col("place") == 0).alias("opens"), "event.*")
 
 
 def before(events: DataFrame, cuts: DataFrame) -> DataFrame:
-    """The events strictly before their user's cut, with `days` (double): how long before.
+    """The events strictly before their user's cut, with `days` (double) between the event and the cut.
 
     Args:
-        cuts: user_id, cut (timestamp); one row per user. Who is not in it has no events here.
+        cuts: user_id, cut (timestamp); one row per user. Users without a row are dropped.
     """
     return _until(events.join(cuts, "user_id"), F.col("cut"))
 
@@ -71,7 +71,7 @@ def _until(events: DataFrame, cut: Column) -> DataFrame:
 
 
 def rfm(visible: DataFrame, targets: list[str]) -> DataFrame:
-    """user_id and five numbers: days since the last and the first action, actions, days with one, money; in logs."""
+    """user_id and five log-scaled numbers: days since the last and first action, actions, active days, amount."""
     return (
         visible.where(is_target(targets))
         .groupBy("user_id")
@@ -86,22 +86,22 @@ def rfm(visible: DataFrame, targets: list[str]) -> DataFrame:
 
 
 def _local_time() -> Column:
-    """An event's time in its own zone."""
+    """The event's time in the event's time zone."""
     return F.from_utc_timestamp("event_ts", F.col("time_zone"))
 
 
 def _distinct(values: Column) -> Column:
-    # count_distinct copies every row once for each column that it is asked about.
+    # Several count_distinct make Spark duplicate every row once per distinct column.
     return F.size(F.collect_set(values))
 
 
 def statistics(visible: DataFrame, targets: list[str]) -> DataFrame:
     """user_id, name, value: how often, when and for how much a user acts, in long form.
 
-    The five numbers of `rfm`; those of `pauses`; counts (in logs) of actions and of days in windows before the cut, and
-    of each event type, with how close its last is (1 / (1 + log days)); shares of 4-hour stretches, of weekdays (both
-    in the user's zone) and of verticals; the mean and the spread of the logarithm of an action's amount, the mean of
-    its quantity's; actions per session, money per active day. An amount or quantity that is not known counts as 0.
+    The five numbers of `rfm`; those of `pauses`; log counts of actions and active days in windows before the cut; for
+    each event type its log count and the closeness of its last event, 1 / (1 + log days); shares of 4-hour bins and
+    weekdays (both in the user's zone) and of verticals; mean and standard deviation of the log amount; mean log
+    quantity; actions per session and amount per active day. Unknown amounts and quantities count as 0.
     """
     local = _local_time()
     count, day = F.count("*"), F.to_date(local)
@@ -128,12 +128,12 @@ def statistics(visible: DataFrame, targets: list[str]) -> DataFrame:
 
 
 def pauses(visible: DataFrame, targets: list[str]) -> DataFrame:
-    """user_id and numbers of the pauses between the days on which the user did a target action, in days of their zone.
+    """user_id and statistics of the pauses between days with a target action, in days of the user's zone.
 
-    In logs: the mean, the median, the ninth of ten, the longest, the spread, the mean of the last three; how many were
-    of 28 days or more, and how many as long as the one that is going on. The share of the latter; how long the one that
-    is going on is, as a part of the median and of the longest; and the chance of 28 days without one if they came
-    evenly by chance.
+    In logs: mean, median, 90th percentile, maximum, standard deviation, mean of the last three; how many pauses lasted
+    28 days or more, and how many at least as long as the current one. Not in logs: the latter count per active day; the
+    current pause relative to the median and to the maximum (each plus a day); and the probability of 28 days without an
+    active day if these were a Poisson process.
     """
     day = F.to_date(_local_time())
     rows = (
@@ -174,14 +174,14 @@ def pauses(visible: DataFrame, targets: list[str]) -> DataFrame:
 
 
 def _long(wide: DataFrame) -> DataFrame:
-    """Columns beside user_id as rows: user_id, name, value."""
+    """Unpivots all columns but user_id: user_id, name, value."""
     names = [name for name in wide.columns if name != "user_id"]
     pairs = F.array(*[F.struct(F.lit(n).alias("name"), F.col(n).cast("double").alias("value")) for n in names])
     return wide.select("user_id", F.explode(pairs).alias("pair")).select("user_id", "pair.*")
 
 
 def states(runtime: Runtime, sessions: DataFrame, cuts: DataFrame | None, model_dir: Path, end: datetime) -> DataFrame:
-    """user_id and the vector that the user has when only events before their cut are known; without `cuts`, all."""
+    """user_id and the vector encoded from the events before the user's cut only; without `cuts`, from all events."""
     vocabulary = in_vocabulary(runtime.read(ITEMS), runtime.config.vocabulary.min_count)
     values = runtime.read(CONTEXT_VALUES)
     if cuts is None:
@@ -201,16 +201,16 @@ def states(runtime: Runtime, sessions: DataFrame, cuts: DataFrame | None, model_
 def profile_rows(
     visible: DataFrame, encoded: DataFrame, numbers: DataFrame, told: DataFrame, terms: DataFrame | None = None
 ) -> DataFrame:
-    """What a profile is made of, a row for each user of `encoded`: user_id, vector (the state), and for each of KINDS
-    <kind>_numbers array<int> and <kind>_values array<double>: of items the mean quantity of an action with it (0: none
-    has one), of categories actions, of statistics their values.
+    """The inputs of a profile, one row per user of `encoded`: user_id, vector (the state), and for each of KINDS
+    <kind>_numbers array<int> and <kind>_values array<double>. The values are: for items the mean quantity per action
+    (0: none is known), for categories the number of actions, for statistics the statistic itself.
 
     Args:
-        visible: as `before` gives it.
+        visible: as `before` returns it.
         encoded: user_id, vector.
         numbers: item_id, item_index, category (its number; 0: none).
         told: user_id, number, value of the statistics.
-        terms: item_index of the items that the basis knows: no other is listed. None: all are.
+        terms: item_index of the items in the basis: only these are listed. None: all items.
     """
     known = visible.join(numbers, "item_id")
     listed = known if terms is None else known.join(F.broadcast(terms), "item_index", "left_semi")
@@ -235,9 +235,9 @@ def profile_rows(
 
 
 def _listed(counts: DataFrame) -> DataFrame:
-    """user_id, number, value → user_id, pairs: a list for each user; a value that is NULL is 0.
+    """user_id, number, value → user_id, pairs: one list per user; NULL values become 0.
 
-    Sorted: sums of floats end in the same bits whatever the partitions.
+    Sorted, so that float sums are bit-identical whatever the partitioning.
     """
     pair = F.struct(
         F.col("number").cast("int").alias("number"),
@@ -247,34 +247,34 @@ def _listed(counts: DataFrame) -> DataFrame:
 
 
 def item_numbers(runtime: Runtime) -> DataFrame:
-    """item_id, item_index, category (its number; 0: none) of all items, rare ones too."""
+    """item_id, item_index, category (its number; 0: none) of all items, including rare ones."""
     items = runtime.read(ITEMS)
     attributes = item_attributes(items, runtime.read(CONTEXT_VALUES)).select("item_index", "category")
     return items.select("item_id", "item_index").join(attributes, "item_index")
 
 
 def numbered(told: DataFrame, names: tuple[str, ...]) -> DataFrame:
-    """Statistics by the number of their name; those that have none are left out."""
+    """The statistics, keyed by their position in `names` instead of by name; others are dropped."""
     schema = "name string, number int"
     places = told.sparkSession.createDataFrame([(name, number) for number, name in enumerate(names)], schema)
     return told.join(F.broadcast(places), "name").select("user_id", "number", "value")
 
 
 def statistic_names(told: DataFrame) -> tuple[str, ...]:
-    """The statistics that most users have, sorted; a hundred at most."""
+    """Names of the statistics that are non-zero for the most users, sorted; at most 100."""
     counted = told.where("value != 0").groupBy("name").count().orderBy(F.desc("count"), "name").limit(_MOST_STATISTICS)
     return tuple(sorted(row["name"] for row in counted.collect()))
 
 
 def fit(runtime: Runtime, visible: DataFrame, encoded: DataFrame, *, numbers: DataFrame, told: DataFrame) -> Basis:
-    """The basis, fitted on profile.fit_users users of `encoded` at most, whose rows come to the driver.
+    """The basis, fitted on the driver on at most profile.fit_users users of `encoded`.
 
     Args:
         visible, encoded, numbers: as in `profile_rows`.
-        told: as `statistics` gives it.
+        told: as `statistics` returns it.
 
     Raises:
-        TrailvecError: nobody has an event before their cut.
+        TrailvecError: no user has an event before their cut.
     """
     settings, targets = runtime.config.profile, runtime.config.sequences.target_event_types
     bucket = F.xxhash64("user_id")
@@ -306,8 +306,8 @@ def fit(runtime: Runtime, visible: DataFrame, encoded: DataFrame, *, numbers: Da
 def _once(
     visible: DataFrame, targets: list[str], names: tuple[str, ...]
 ) -> tuple[sp.csr_matrix, npt.NDArray[np.float64]]:
-    """What the forecast is fitted on: the users' statistics as they were `max(_HORIZONS)` days before their cuts,
-    [users, statistics], and the logarithms of 1 and the days with a target action since then, [users, horizons]."""
+    """The forecast's training data: the users' statistics `max(_HORIZONS)` days before their cuts, [users, statistics],
+    and log(1 + days with a target action) within each horizon from then on, [users, horizons]."""
     ago = max(_HORIZONS)
     then = visible.where(F.col("days") > ago).withColumn("days", F.col("days") - ago)
     lists = _listed(numbered(statistics(then, targets), names))
@@ -332,12 +332,12 @@ def _once(
 
 
 def _counts(numbers: pd.Series[Any], values: pd.Series[Any]) -> sp.csr_matrix:
-    """Lists of numbers and of their values, a pair for each user, as `counts_of` gives them."""
+    """Per-user lists of numbers and values as a sparse matrix (`counts_of`)."""
     return counts_of(pa.array(numbers, pa.list_(pa.int32())), pa.array(values, pa.list_(pa.float64())))
 
 
 def _names_of(runtime: Runtime, numbers: Integers) -> list[str]:
-    """The names of the items of those numbers (ascending); "" of one that has none."""
+    """The names of the items with these (ascending) numbers; "" for items without a name."""
     wanted = F.broadcast(_as_rows(runtime, numbers))
     rows = runtime.read(ITEMS).join(wanted, "item_index").select("item_index", "item_name")
     found = {row["item_index"]: row["item_name"] or "" for row in rows.collect()}
@@ -345,14 +345,14 @@ def _names_of(runtime: Runtime, numbers: Integers) -> list[str]:
 
 
 def _as_rows(runtime: Runtime, numbers: Integers) -> DataFrame:
-    """item_index of those items."""
+    """The numbers as a frame with one column, item_index."""
     return runtime.spark.createDataFrame(pd.DataFrame({"item_index": numbers}), "item_index int")
 
 
 def too_late(settings: ProfileSettings, about: dict[str, Any], folder: Place) -> str | None:
-    """Which settings are others than those that the basis in that folder was fitted by: one sentence; None: none is, or
-    it does not say."""
-    fitted = about.get("settings", {})  # older code told none
+    """A warning that names the settings changed since the basis in that folder was fitted; None if none changed, or the
+    basis doesn't record them."""
+    fitted = about.get("settings", {})  # older code recorded none
     others = [
         f"profile.{name} = {value} (it has {fitted[name]})"
         for name, value in settings.model_dump().items()
@@ -371,12 +371,12 @@ def run(runtime: Runtime) -> None:
     sessions = runtime.read(SESSIONS)
     end = cut_times(sessions, runtime.config.sequences, "end_ts").end
     targets = runtime.config.sequences.target_event_types
-    # Everybody's cut is the log's end: no event is joined with it. Read a dozen times, and as large as the log.
+    # All users share one cut, the log's end, so no join is needed. On disk: it is read a dozen times and log-sized.
     visible = _until(events_of(sessions).drop("event_id"), utc(end)).persist(StorageLevel.DISK_ONLY)
-    encoded = states(runtime, sessions, None, model_dir, end).persist()  # encoding is what costs
+    encoded = states(runtime, sessions, None, model_dir, end).persist()  # encoding is the expensive step
     told, numbers = statistics(visible, targets), item_numbers(runtime)
     found, rotation = read_basis(model_dir), rotation_sha256(model_dir)
-    if found is not None and found[1].get("rotation", rotation) != rotation:  # older code told none
+    if found is not None and found[1].get("rotation", rotation) != rotation:  # older code recorded none
         runtime.report.notes.append(
             f"the profile's basis of model {model_dir.name} is fitted anew: `trailvec align` has turned the model's "
             f"vectors since, and the places of a profile mean something else now"

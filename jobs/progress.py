@@ -1,4 +1,4 @@
-"""What a long stage says while it works."""
+"""Progress reporting for long stages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def meanwhile(act: Callable[[], None], seconds: float) -> Iterator[None]:
-    """Does `act` every so many seconds, in a thread of its own, until the block ends."""
+    """Calls `act` every `seconds` in a background thread until the block ends."""
     done = threading.Event()
 
     def watch() -> None:

@@ -1,6 +1,6 @@
-"""Conditions in literals, by which Delta's file statistics spare the files that hold nothing of interest.
+"""Filters on literals, with which Delta skips files by their statistics.
 
-A join tells Spark which rows are wanted; it does not tell Delta which files to leave unread. Literals do.
+A join tells Spark which rows are wanted, but not Delta which files it can skip. Literals do.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from datetime import date, datetime, timedelta, timezone
 from pyspark.sql import Column
 from pyspark.sql import functions as F
 
-_MOST_RANGES = 64  # each is weighed against every file's statistics
+_MOST_RANGES = 64  # each is checked against every file's statistics
 
 
 def day_ranges(days: Iterable[date], most: int = _MOST_RANGES) -> list[tuple[date, date]]:
-    """The days as (first, last) of at most `most` ranges: where there are more, the shortest holes are filled."""
+    """The days as at most `most` ranges (first, last): if there are more, the shortest gaps are filled."""
     ordered = sorted(set(days))
     if not ordered:
         return []
@@ -27,7 +27,7 @@ def day_ranges(days: Iterable[date], most: int = _MOST_RANGES) -> list[tuple[dat
 
 
 def meeting_days(start: Column, end: Column, days: Iterable[date]) -> Column:
-    """True where [start, end] meets one of the days (UTC), or a day between two of them where they are many."""
+    """True where [start, end] overlaps one of the days (UTC) or, if they are many, a filled gap between two of them."""
     meeting = F.lit(False)
     for first, last in day_ranges(days):
         meeting |= (start < _midnight(last + timedelta(days=1))) & (end >= _midnight(first))
@@ -35,7 +35,7 @@ def meeting_days(start: Column, end: Column, days: Iterable[date]) -> Column:
 
 
 def within_days(time: Column, days: Iterable[date]) -> Column:
-    """As `meeting_days`, of a moment."""
+    """As `meeting_days`, for a single time."""
     return meeting_days(time, time, days)
 
 
