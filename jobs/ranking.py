@@ -1,6 +1,6 @@
-"""What rankings say of a method: how well it ranks, for whom, what it recommends, and how sure that is. Plain numpy.
+"""Ranking metrics of a method: overall, by slice, what it recommends, and confidence intervals. Plain numpy.
 
-A ranking is int64 [users, k], best first, -1 where there is no further item.
+A ranking is int64 [users, k], best first, padded with -1.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import numpy.typing as npt
 from spark_udfs.topk import keep_best
 from training.metrics import HISTORY_FROM, HISTORY_NAMES, metrics_by_class, rank_metrics
 
-MODELS = ("model", "model_and_habit")  # methods that are told beside the floors
+MODELS = ("model", "model_and_habit")  # methods compared with the floors
 FLOORS = ("popularity", "own_frequency", "item_knn")
 HOURS_FROM = (0, 1, 6, 24, 72, 168, 336)  # lower bounds of the classes of "hours between the cut and the next action"
-HOURS_NAMES = ("0-1", "1-6", "6-24", "24-72", "72-168", "168-336", "336+")  # 6-24 is from 6 hours on and under 24
-VERTICALS = 20  # at most: the ones that most users act in next
+HOURS_NAMES = ("0-1", "1-6", "6-24", "24-72", "72-168", "168-336", "336+")  # 6-24: 6 ≤ hours < 24
+VERTICALS = 20  # at most: those in which the most users act next
 CONFIDENCE = 0.95
 SLICED = ("recall@10", "ndcg@10")
-_GROUP = 128  # columns
+_GROUP = 128  # columns per group in `top_items`
 _SEED = 7
-_WEIGHTS_AT_ONCE = 1 << 21  # of the bootstrap: 16 MiB
+_WEIGHTS_AT_ONCE = 1 << 21  # bootstrap weights held in memory: 16 MiB
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 
 class Cell(NamedTuple):
-    """What a row of EVALUATION is about, within a model, a split and a task."""
+    """What a row of EVALUATION measures, within a model, a split and a task."""
 
     method: str
     metric: str
@@ -40,16 +40,16 @@ class Cell(NamedTuple):
 
     @classmethod
     def of(cls, row: Any) -> Cell:
-        """That of a row of EVALUATION, Spark's or a dictionary."""
+        """The cell of a row of EVALUATION, a Spark Row or a dictionary."""
         return cls(*(row[name] for name in cls._fields))
 
 
 @dataclass(frozen=True)
 class Following:
-    """What users did next. User u's items are `items[offsets[u]:offsets[u + 1]]`, none for a user without any.
+    """What users did next. User u's items are `items[offsets[u]:offsets[u + 1]]`, possibly none.
 
     Attributes:
-        hours: between the cut and that, [users]; NaN without any.
+        hours: between the cut and the user's next action, [users]; NaN for users without one.
     """
 
     items: Integers
@@ -64,12 +64,12 @@ class Following:
 
 @dataclass(frozen=True)
 class Known:
-    """What slices and popularity are read from.
+    """What slices and popularity are computed from.
 
     Attributes:
-        counts: of target actions in training, [items]; 0: the item can't be ranked.
-        vertical: each item's place in `verticals`, [items], also of those that came after the model; -1 for none.
-        lengths: actions that the model reads of a user, [users].
+        counts: target actions in training, [items]; 0: the item can't be ranked.
+        vertical: each item's index into `verticals`, [items], including items newer than the model; -1 for none.
+        lengths: number of a user's actions that the model reads, [users].
     """
 
     counts: Integers
@@ -79,13 +79,13 @@ class Known:
 
 
 def flatten(lists: list[npt.NDArray[Any]]) -> tuple[Integers, Integers]:
-    """The lists laid end to end, and the offset at which each begins (and the last ends)."""
+    """The lists concatenated, and the offsets [lists + 1] at which each begins and the last ends."""
     offsets = np.concatenate([[0], np.cumsum([len(items) for items in lists])]).astype(np.int64)
     return np.concatenate([*lists, np.empty(0, np.int64)]).astype(np.int64), offsets
 
 
 def flagged(items: Integers, flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Whether each item has a place in `flags`, and is flagged there."""
+    """Whether each item is within `flags` and flagged there."""
     there = items < len(flags)
     there[there] = flags[items[there]]
     return there
@@ -94,8 +94,8 @@ def flagged(items: Integers, flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.boo
 def top_items(scores: npt.NDArray[np.float32], k: int) -> Integers:
     """The k best columns of each row, best first, ties by column; -1 where a row has fewer finite scores.
 
-    Of k groups of columns each has a score that reaches the k-th highest of the groups' maxima: what lies below that is
-    not looked at again. (A partition of all columns takes seven times as long.)
+    The k-th highest of the column groups' maxima is a lower bound of the k-th best score, so lower scores are dropped
+    early. (np.partition over all columns takes seven times as long.)
     """
     rows, columns = scores.shape
     k, groups = min(k, columns), columns // _GROUP
@@ -104,7 +104,7 @@ def top_items(scores: npt.NDArray[np.float32], k: int) -> Integers:
         highest = scores[:, : groups * _GROUP].reshape(rows, _GROUP, groups).max(axis=1)
         floor = np.partition(highest, groups - k, axis=1)[:, groups - k]
     row, column = np.divmod(np.flatnonzero(scores > floor[:, None]), columns)
-    # Just the floor any number of columns may reach: the first k are enough.
+    # Any number of columns may tie exactly at the floor: the first k are enough.
     most = np.where(np.isfinite(floor), k, 0)
     level = [np.flatnonzero(of == least)[:n] for of, least, n in zip(scores, floor, most, strict=True)]
     row = np.concatenate([row, np.repeat(np.arange(rows), [len(found) for found in level])])
@@ -115,14 +115,15 @@ def top_items(scores: npt.NDArray[np.float32], k: int) -> Integers:
     return ranked
 
 
-# ---- values of users ---------------------------------------------------------------------------------------------
+# ---- per-user values ---------------------------------------------------------------------------------------------
 
 
 def measures(ranked: Integers, following: Following, counts: Integers) -> dict[str, Floats]:
-    """Each metric's value of each user, float64 [users]; NaN where the user did nothing of the task.
+    """Per-user values of each metric, float64 [users]; NaN where the user has no action of the task.
 
-    popularity_bias@10: mean log popularity of the ten recommended items less that of what the user did (of the items
-    that can be ranked; NaN without one). Above 0: more popular things than people take. Its exponential is a factor.
+    popularity_bias@10: mean log popularity of the ten recommended items minus that of the user's next items (rankable
+    ones only; NaN without any). Above 0: recommendations are more popular than what people take. exp() of it is a
+    factor.
     """
     at = {k: rank_metrics(ranked[:, :k], following.items, following.offsets) for k in (10, 20)}
     return {
@@ -139,7 +140,7 @@ def _popularity_bias(ranked: Integers, following: Following, counts: Integers) -
     logs = np.log(np.maximum(counts, 1))
     users = len(ranked)
     known = flagged(following.items, counts > 0)
-    # An item that is done twice counts once.
+    # Repeated items count once.
     pairs = np.unique(following.owners[known] * len(counts) + following.items[known])
     owners, items = pairs // len(counts), pairs % len(counts)
     there = ranked >= 0
@@ -152,17 +153,17 @@ def _popularity_bias(ranked: Integers, following: Following, counts: Integers) -
 def sliced(
     ranked: Integers, following: Following, known: Known, of_users: dict[str, Floats]
 ) -> Iterator[tuple[str, str, str, Floats]]:
-    """(metric, slice, value, each user's value), the metrics of SLICED; NaN where a user is not in the slice.
+    """Yields (metric, slice, value, per-user values) for the metrics of SLICED; NaN where a user is not in the slice.
 
-    By vertical: what a user did next in other verticals does not count there. An item that has a number and is not
-    ranked is a miss in its vertical; an unknown one has none. By history and hours: users by classes.
+    By vertical: only what users did next in that vertical counts. An item that has a number but is not ranked is a miss
+    in its vertical; an item without a number has no vertical. By history and hours: users are binned into classes.
 
     Args:
-        of_users: what `measures` says of the same ranking.
+        of_users: `measures` of the same ranking.
     """
     for name, classes, names in (
         ("history", np.searchsorted(HISTORY_FROM, known.lengths, side="right") - 1, HISTORY_NAMES),
-        # Leave-one-out cuts right after the last action: what was done in the same moment lies a microsecond before.
+        # Leave-one-out cuts right after the last action: one at the same time lies a microsecond before the cut.
         ("hours", np.searchsorted(HOURS_FROM, np.maximum(following.hours, 0), side="right") - 1, HOURS_NAMES),
     ):
         for number, value in enumerate(names):
@@ -178,7 +179,7 @@ def sliced(
 def _by_vertical(
     ranked: Integers, following: Following, known: Known
 ) -> Iterator[tuple[int, Integers, dict[str, Floats]]]:
-    """(vertical, users who did something of it next, their metrics) of the VERTICALS that most users did."""
+    """Yields (vertical, users who acted in it next, their metrics) for the VERTICALS with the most such users."""
     inside = following.items < len(known.vertical)
     vertical = np.where(inside, known.vertical[np.where(inside, following.items, 0)], -1)
     count = len(known.verticals)
@@ -191,25 +192,25 @@ def _by_vertical(
 
 
 def coverage(ranked: Integers, catalogue: int) -> float:
-    """The share of the catalogue's items that are recommended to somebody. It grows with the number of users."""
+    """The share of the catalogue that is recommended to at least one user. It grows with the number of users."""
     return len(np.unique(ranked[ranked >= 0])) / catalogue
 
 
-# ---- how sure ----------------------------------------------------------------------------------------------------
+# ---- confidence --------------------------------------------------------------------------------------------------
 
 
 def bootstrap(values: Floats, resamples: int) -> tuple[Floats, Floats]:
-    """The interval of CONFIDENCE of each column's mean, [columns] each: users drawn with replacement (Efron, 1979),
-    percentiles of the means.
+    """Lower and upper ends of the CONFIDENCE interval of each column's mean, [columns] each: percentile bootstrap over
+    users (Efron, 1979).
 
-    All columns see the same draws, and another call with as many users does too: differences are paired.
+    All columns, and all calls with the same number of users, share the same draws, so differences are paired.
 
     Args:
-        values: [users, columns]; NaN where a user has no value in a column, and does not count there.
+        values: [users, columns]; NaN where a user has no value: they don't count in that column.
     """
     users, columns = values.shape
     there = ~np.isnan(values)
-    # One product makes sums and numbers of users.
+    # One matrix product gives both the sums and the user counts.
     both = np.concatenate([np.where(there, values, 0.0), there], axis=1)
     chance = np.random.default_rng(_SEED)
     means = np.empty((resamples, columns))
@@ -221,6 +222,6 @@ def bootstrap(values: Floats, resamples: int) -> tuple[Floats, Floats]:
         sums = weights.astype(np.float64) @ both
         with np.errstate(invalid="ignore"):
             means[start : start + count] = sums[:, :columns] / sums[:, columns:]
-    # NaN: a resample that holds none of the users of a column. One user at least is in most.
+    # NaN: a resample without any of a column's users. Most resamples have at least one.
     low, high = np.nanquantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
     return low, high

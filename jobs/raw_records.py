@@ -1,7 +1,7 @@
-"""Files and topics → raw frames: a source's records as they are, before anything is said about them.
+"""Files and topics → raw frames: a source's records as read, before any validation.
 
 A frame has the record's own columns, those of the mapping's lookups, and FILE, LINE, BROKEN and REST.
-`jobs/checked_records.py` makes events of them.
+`jobs/checked_records.py` turns them into events.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from jobs.files import Place
 from jobs.sources import Input, Lookup
 from training.urls import file_url, local_path
 
-# Columns of a raw frame beside the record's own.
+# Columns that a raw frame has besides the record's own.
 FILE = "trailvec_file"  # the file's URI, or the topic's name, partition and offset
-LINE = "trailvec_line"  # the record's text; NULL where the columns say it all
+LINE = "trailvec_line"  # the record's text; NULL where the columns hold all of it
 BROKEN = "trailvec_broken"  # the line could not be split into columns
-REST = "trailvec_rest"  # what nothing in the mapping names, as a map
+REST = "trailvec_rest"  # columns that the mapping doesn't mention, as a map
 
 _PACKED = re.compile(r"[.](zip|7z|xz|rar|tar|tgz|gz|bz2|zst|lz4|snappy|deflate)$", re.IGNORECASE)
-_TAR = re.compile(r"[.]tar([.]\w+)?$", re.IGNORECASE)  # many files in one, which no codec parts
+_TAR = re.compile(r"[.]tar([.]\w+)?$", re.IGNORECASE)  # an archive of several files, which no codec splits
 BLANKS = " \t\n\x0b\f\r"
 
 _END = "trailvec_end"
 _PARSED = "trailvec_parsed"
 _OBJECTS = "trailvec_objects"
-_MAX_FIELDS = 1 << 20  # of a line of CSV, 8 MB in each task; by itself Spark ends the job at 20,480
+_MAX_FIELDS = 1 << 20  # per CSV line, 8 MB in each task; Spark's default limit of 20,480 would fail the job
 
-# What Spark's own file listing gives of a file without reading it.
+# Schema of Spark's file listing. If `content` isn't selected, no file is read.
 LISTING = "path string, modificationTime timestamp, length long, content binary"
 
 
 def find_files(data_dir: Path, path: str) -> list[Path]:
-    """The local files that a mapping's path (file, folder or pattern) stands for, sorted.
+    """The local files that match a mapping's path (file, folder or pattern), sorted.
 
     Raises:
-        TrailvecError: there is none.
+        TrailvecError: there are none.
     """
     folder = folder_of(data_dir, path)
     found = [file for match in glob.glob(str(data_dir / path)) for file in data_files(Path(match))]
@@ -61,14 +61,14 @@ def find_files(data_dir: Path, path: str) -> list[Path]:
 
 
 def folder_of(data_dir: Place, path: str) -> Place:
-    """What a mapping's path stands for, or of a pattern the folder that all its files lie in."""
+    """The mapping's path itself, or for a pattern the deepest folder without wildcards."""
     plain = itertools.takewhile(lambda part: not re.search(r"[*?\[{]", part), path.split("/"))
     return data_dir / "/".join(plain)
 
 
 def is_data(file: str, folder: Place) -> bool:
-    """Whether no name below `folder` is one that Spark leaves out. What a pattern stands for, Spark takes as it is:
-    logs/* is logs/_temporary too, where a job has files that are half written."""
+    """Whether no path component below `folder` is one that Spark skips. Spark does not skip what a pattern matches:
+    logs/* includes logs/_temporary, where a running job keeps half-written files."""
     path, above = (os.path.normpath(local_path(place) or place) for place in (file, str(folder)))
     below = path.removeprefix(above) if path.startswith(above) else os.path.basename(path)
     return not any(map(_is_hidden, below.split("/")))
@@ -79,30 +79,30 @@ def _is_hidden(name: str) -> bool:
 
 
 def data_files(top: Path) -> list[Path]:
-    """The file, or those in the folder and the folders in it, sorted.
+    """The file itself, or all files below the folder, sorted.
 
-    Names that begin with `_` or `.` are no data (a folder _column=value is): so Spark has it too.
+    As in Spark, names that begin with `_` or `.` are not data, except partition folders such as _column=value.
     """
     inside = files_below(top) if top.is_dir() else [top]
     return sorted(file for file in inside if file.is_file() and is_data(str(file), top) and not _is_hidden(file.name))
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """All files in the folder and the folders in it, linked ones too, as Spark looks into them."""
+    """All files below the folder; like Spark, it follows links."""
     for inside, _, names in os.walk(folder, followlinks=True):
         yield from (Path(inside, name) for name in names)
 
 
 def find_inputs(spark: SparkSession, data_dir: Place, path: str) -> list[tuple[str, int, int]]:
-    """URI, size and time (of whatever unit) of each such file, wherever it lies; sorted.
+    """URI, size and modification time (in any unit) of each file of `find_files`, on any file system; sorted.
 
     Raises:
-        TrailvecError: there is none.
+        TrailvecError: there are none.
     """
     if isinstance(data_dir, Path):
         local = [(file, file.stat()) for file in find_files(data_dir, path)]
         return [(file_url(str(file)), stat.st_size, stat.st_mtime_ns) for file, stat in local]
-    # Spark's own listing: it leaves out the same names, and asks the file system from many tasks at once.
+    # Spark's listing skips the same names and queries the file system in parallel.
     reader = spark.read.format("binaryFile").schema(LISTING).option("recursiveFileLookup", True)
     try:
         files = reader.load(str(data_dir / path)).select("path", "length", F.unix_micros("modificationTime")).collect()
@@ -124,18 +124,18 @@ def _no_such_file(path: Place) -> TrailvecError:
 def read_raw(
     spark: SparkSession, mapping: Input, data_dir: Place, files: Sequence[str], spread: bool = False
 ) -> list[DataFrame]:
-    """The records of some files of an input: their own columns, those of the lookups, FILE, LINE, BROKEN and REST.
+    """The records of some of an input's files: their own columns, those of the lookups, FILE, LINE, BROKEN and REST.
 
     CSV and JSON columns are strings (a nested JSON value is its JSON text); Parquet columns keep their types. Files
-    whose columns differ come as frames of their own.
+    with different columns become separate frames.
 
     Args:
-        spread: parse the records in a task for each core, whatever files they lie in: for few and large files.
+        spread: repartition to one task per core before parsing: for few, large files.
 
     Raises:
-        TrailvecError: a file does not exist, or a column that the mapping names, or a header has it twice.
+        TrailvecError: a file or a column that the mapping names doesn't exist, or a header has such a column twice.
     """
-    # With it, Spark finds partition columns (day=2017-01-01) in the files' paths.
+    # Spark needs it to find partition columns (day=2017-01-01) in the files' paths.
     folder = folder_of(data_dir, str(mapping.path))
     base = {"basePath": file_url(str(folder))} if folder.is_dir() else {}
     named = _named_columns(mapping)
@@ -155,7 +155,7 @@ def read_raw(
 
 
 def read_topic(records: DataFrame, mapping: Input, data_dir: Place) -> list[DataFrame]:
-    """As `read_raw`, of a batch of Kafka's records."""
+    """As `read_raw`, for a batch of Kafka records."""
     place = F.concat_ws("/", "topic", "partition", "offset").alias(FILE)
     lines = records.select(F.col("value").cast("string").alias(LINE), place)
     return _finish([(mapping.place, lines)], mapping, _named_columns(mapping), data_dir)
@@ -164,13 +164,13 @@ def read_topic(records: DataFrame, mapping: Input, data_dir: Place) -> list[Data
 def _finish(
     groups: list[tuple[str, DataFrame]], mapping: Input, named: Sequence[str], data_dir: Place
 ) -> list[DataFrame]:
-    """The records parsed, if they are lines of JSON, with the lookups' columns and REST. With each group comes where
-    its columns are from, for people to read."""
+    """The records with the lookups' columns and REST, parsed if they are JSON lines. Each group comes with a
+    human-readable origin of its columns."""
     if not groups:
         return []
     lookups = [_read_lookup(groups[0][1].sparkSession, lookup, data_dir, named) for lookup in mapping.lookups]
     looked_up = {name: lk.path for lk, rows in zip(mapping.lookups, lookups, strict=True) for name in rows.columns}
-    # An attribute out of a lookup comes into REST when it has been joined; the record's own stay in it from the start.
+    # Attributes from a lookup are added to REST after the join; the record's own are in it from the start.
     joined = [name for name in looked_up if name in mapping.attributes]
     claimed = {*named, *mapping.ignore} - {name for name in mapping.attributes if name not in looked_up}
 
@@ -193,8 +193,8 @@ def _finish(
 
 
 def by_partition_columns(files: Sequence[str]) -> list[list[str]]:
-    """The files in groups that Spark can read together: those with the same partition columns (folders column=value)
-    below the same folder. Of files that differ in these, Spark leaves some out or refuses all."""
+    """The files grouped into those that Spark can read together: with the same partition columns (column=value folders)
+    below the same folder. When these differ, Spark skips some files or refuses all of them."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for file in files:
         folders = file.split("/")[:-1]
@@ -207,7 +207,7 @@ def by_partition_columns(files: Sequence[str]) -> list[list[str]]:
 
 
 def as_patterns(files: Sequence[str]) -> list[str]:
-    """Each name as a pattern that stands for it alone: Spark's readers take patterns."""
+    """The file names with wildcards escaped, because Spark's readers expect patterns."""
     return [re.sub(r"([][{}*?\\])", r"\\\1", file) for file in files]
 
 
@@ -227,7 +227,7 @@ def _with_place(rows: DataFrame) -> DataFrame:
 
 
 def _by_header(spark: SparkSession, files: Sequence[str]) -> dict[str, list[str]]:
-    """The files of each header, in the order of their names."""
+    """The files of each distinct header, sorted by name."""
     jvm: Any = spark._jvm
     conf = spark._jsc.hadoopConfiguration()
     codecs = jvm.org.apache.hadoop.io.compress.CompressionCodecFactory(conf)
@@ -247,7 +247,7 @@ def _by_header(spark: SparkSession, files: Sequence[str]) -> dict[str, list[str]
             raise _unreadable(file, error) from None
         finally:
             reader.close()
-        if header is not None:  # else it has no records
+        if header is not None:  # else the file is empty
             groups.setdefault(header, []).append(file)
     return groups
 
@@ -268,8 +268,8 @@ def _unreadable(file: str, error: Py4JJavaError) -> TrailvecError:
 
 
 def _check_packing(spark: SparkSession, files: Sequence[str]) -> None:
-    """Refuses files that Hadoop does not unpack, whose bytes would be taken for lines, and one that is called .bz2 and
-    is none, of which it reads no line and says no word."""
+    """Refuses files that Hadoop can't decompress, whose bytes would be read as lines, and files named .bz2 that aren't
+    bzip2, from which Hadoop silently reads nothing."""
     jvm: Any = spark._jvm
     conf = spark._jsc.hadoopConfiguration()
     codecs = jvm.org.apache.hadoop.io.compress.CompressionCodecFactory(conf)
@@ -292,8 +292,8 @@ def _check_packing(spark: SparkSession, files: Sequence[str]) -> None:
 
 
 def _check_doubled(file: str, header: str, columns: Sequence[str], names: Sequence[str]) -> None:
-    """Refuses a header that has one of the names twice. Spark has renamed such columns by then: behind the name of each
-    it puts the column's place (note0, Note3: case makes no difference to it)."""
+    """Refuses a header that has one of the names twice. By then Spark has renamed such columns: it appends each one's
+    position (note0, Note3; it ignores case)."""
     for name in names:
         for place, column in enumerate(columns):
             if column.lower() == f"{name}{place}".lower() and column not in header:
@@ -310,7 +310,7 @@ def _read_lines(spark: SparkSession, files: Sequence[str], base: dict[str, str])
 def _read_csv_files(
     spark: SparkSession, files: Sequence[str], delimiter: str, named: Sequence[str], base: dict[str, str]
 ) -> list[tuple[str, DataFrame]]:
-    """For each header the first of its files, and the records of all of them."""
+    """For each distinct header, its first file and the records of all its files."""
     found = []
     for header, group in _by_header(spark, files).items():
         records = _read_csv(_read_lines(spark, group, base), group[0], header, delimiter)
@@ -320,20 +320,20 @@ def _read_csv_files(
 
 
 def _read_csv(lines: DataFrame, file: str, header: str, delimiter: str) -> DataFrame:
-    """A record of each line that is neither blank nor the header; `file`: one of those whose header it is."""
+    """One record per line that is neither blank nor the header; `file`: any file that has this header."""
     spark = lines.sparkSession
     options = {"sep": delimiter, "escape": '"', "maxColumns": str(_MAX_FIELDS)}
     names = spark.read.options(header=True, **options).csv(as_patterns([file])).columns
     in_path = [name for name in lines.columns if name not in (LINE, FILE)]  # they win over the file's, as in Parquet
     hidden = {name.lower() for name in in_path}
-    # Where a quoted field goes on in the next line, Spark would give its first part and not say a word. So a delimiter
-    # is put behind each line, and one more field, an empty one, is asked for. A field that is still open takes the
-    # delimiter in: then there is one field too few, which Spark says; or, in a line with one too many, the last one
-    # stands where the empty one should, and is not empty.
+    # If a quoted field continues on the next line, Spark silently returns its first part. So we append a delimiter to
+    # each line and expect one more, empty field. A quote that is still open swallows that delimiter: then a field is
+    # missing, which Spark reports; or, if the line had one field too many, its last one is in the extra field's place
+    # and not empty.
     behind = spark._jvm.org.apache.spark.sql.catalyst.csv.CSVExprUtils.toDelimiterStr(delimiter)  # type: ignore[union-attr]
     fields = [f"_{place} string" for place in range(len(names) + 1)]
-    # Of more fields than that `from_csv` would end the job: it gets a single quote instead, a field too few. Few lines
-    # are so long that they have to be counted.
+    # On more than _MAX_FIELDS fields `from_csv` would fail the job, so it gets a lone quote instead, which has too few
+    # fields. Only very long lines need their delimiters counted.
     delimiters = (F.length(LINE) - F.length(F.replace(F.col(LINE), F.lit(behind), F.lit("")))) / len(behind)
     is_short = (F.octet_length(LINE) < _MAX_FIELDS) | (delimiters < _MAX_FIELDS - 1)
     record = F.from_csv(
@@ -341,14 +341,14 @@ def _read_csv(lines: DataFrame, file: str, header: str, delimiter: str) -> DataF
         ", ".join([*fields, f"{BROKEN} string"]),
         {**options, "columnNameOfCorruptRecord": BROKEN},
     )
-    # Bytes that are no UTF-8 stand as U+FFFD in the header, which Java has read.
+    # Java read the header, so it has U+FFFD in place of invalid UTF-8.
     line = valid_text(F.col(LINE)) if "\ufffd" in header else F.col(LINE)
     parsed = F.col(_PARSED)
     is_broken = parsed[BROKEN].isNotNull() | parsed[f"_{len(names)}"].isNotNull()
     return (
         lines.where(F.col(LINE).rlike(r"[^\x00-\x20]") & (line != header.removeprefix("\ufeff")))
-        # A condition that is laid on a column would be moved below this, and parse the line once more. Below what is
-        # not deterministic Spark moves none; this is always true.
+        # Spark would push filters on the parsed columns below this projection and parse each line again. It pushes
+        # nothing below a non-deterministic expression; this one is always true.
         .withColumn(_PARSED, F.when(F.spark_partition_id() >= 0, record))
         .select(
             *[parsed[f"_{place}"].alias(name) for place, name in enumerate(names) if name.lower() not in hidden],
@@ -367,7 +367,7 @@ def _read_parquet(spark: SparkSession, files: Sequence[str], base: dict[str, str
     except Exception as error:
         if "CANNOT_MERGE_SCHEMAS" not in str(error):
             raise
-    # A column has other types in other files: the files of each schema are read by themselves.
+    # A column's type differs between files: read the files of each schema separately.
     groups: dict[str, list[str]] = {}
     for file in sorted(files):
         groups.setdefault(reader.parquet(file).schema.json(), []).append(file)
@@ -375,26 +375,26 @@ def _read_parquet(spark: SparkSession, files: Sequence[str], base: dict[str, str
 
 
 def _parse_json(lines: DataFrame, names: list[str], claimed: set[str], taken: Mapping[str, str]) -> DataFrame:
-    """One object of each line that is not blank; a key that the mapping names nowhere stands in REST.
+    """One object per non-blank line; keys that the mapping doesn't name go into REST.
 
     Args:
-        taken: the columns that the mapping names and a lookup gives, and its path. Only the records tell whether they
-            have such a key too: at one that does, the job ends with a sentence.
+        taken: columns that the mapping names and a lookup provides, with the lookup's path. Whether a record has such a
+            key too is only known when it is parsed: then the job fails with a clear error.
     """
     in_path = [name for name in lines.columns if name not in (LINE, FILE)]  # they win over the line's, as in Parquet
     rest = F.map_filter(_PARSED, lambda key, value: ~key.isin(*claimed, *in_path) & text_of(value).isNotNull())
     if unclaimed := [name for name in in_path if name not in claimed]:
         rest = F.map_concat(rest, _texts(unclaimed))
-    # Read as a list of two: the line's object, and one of ours. Of several objects in a line by itself Spark would give
-    # the first and not say a word of the others. And a line may end the list itself, with a "]", behind which Spark
-    # reads nothing more: then our own object is missing.
+    # Parsed as a list of two: the line's object and a sentinel. Of several objects on a line, Spark alone would return
+    # the first and silently drop the others. A "]" in the line may also close the list early, after which Spark stops
+    # reading: then the sentinel is missing.
     text = F.concat(F.lit("["), LINE, F.lit(f',{{"{_END}":""}}]'))
     objects = F.from_json(text, "array<map<string,string>>")
     keys = F.map_keys(F.col(_OBJECTS)[0])
-    # A key that stands twice would be twice in the map, which other readers refuse.
+    # A repeated key would be in the map twice, which other readers refuse.
     is_one = (F.size(_OBJECTS) == 2) & F.col(_OBJECTS)[1][_END].isNotNull()
     is_one &= F.size(keys) == F.size(F.array_distinct(keys))
-    # In a column that is always asked for, not in a condition: moved below the parsing, it would do it once more.
+    # In a column that is always selected, not in a filter: pushed below the parsing, a filter would parse again.
     is_broken = F.col(_PARSED).isNull()
     for name, path in taken.items():
         own = named_column(name) if name in in_path else F.col(_PARSED)[name]
@@ -415,7 +415,7 @@ def _parse_json(lines: DataFrame, names: list[str], claimed: set[str], taken: Ma
 
 
 def _named_columns(mapping: Input) -> list[str]:
-    """Every raw column that the mapping names, those inside SQL expressions too."""
+    """All raw columns that the mapping names, including those in SQL expressions."""
     names = mapping.column_names()
     for expression in mapping.expressions():
         try:
@@ -429,7 +429,7 @@ def _named_columns(mapping: Input) -> list[str]:
 
 
 def _read_lookup(spark: SparkSession, lookup: Lookup, data_dir: Place, named: Sequence[str]) -> DataFrame:
-    """One row for each value of the `on` columns; these as text, under names of their own (_on)."""
+    """One row per value of the `on` columns, which become text and are renamed by `_on`."""
     files = [file for file, *_ in find_inputs(spark, data_dir, lookup.path)]
     if lookup.format == "csv":
         rows = read_csv_table(spark, files, lookup.delimiter, named, f"the lookup {lookup.path}", base={})
@@ -439,8 +439,8 @@ def _read_lookup(spark: SparkSession, lookup: Lookup, data_dir: Place, named: Se
     _check_columns(lookup.path, rows, lookup.on)
     rest = [name for name in rows.columns if name not in lookup.on]
     keys = [_key(rows, name, f"the lookup {lookup.path}").alias(_on(name)) for name in lookup.on]
-    # Two rows of one key would make two events of one record; the smallest of them does not depend on their order.
-    # (Spark has no order of maps.)
+    # Two rows with the same key would turn one record into two events; taking the smallest row doesn't depend on their
+    # order. (Spark can't order maps, hence the sorted entries.)
     maps = {field.name for field in rows.schema if isinstance(field.dataType, T.MapType)}
     order = [F.sort_array(F.map_entries(named_column(n))) if n in maps else named_column(n) for n in rest]
     smallest = F.min_by(F.struct(*map(named_column, rest)), F.struct(*order)).alias("row")
@@ -450,10 +450,10 @@ def _read_lookup(spark: SparkSession, lookup: Lookup, data_dir: Place, named: Se
 def read_csv_table(
     spark: SparkSession, files: Sequence[str], delimiter: str, named: Sequence[str], what: str, *, base: dict[str, str]
 ) -> DataFrame:
-    """The rows of files that have one header, with FILE, LINE and BROKEN; `what` they are, for people to read.
+    """The rows of files with the same header, with FILE, LINE and BROKEN; `what`: how errors call the files.
 
     Raises:
-        TrailvecError: they have no header, or several, or one that has one of the columns `named` twice.
+        TrailvecError: the files have no header, or different ones, or one that repeats a column of `named`.
     """
     frames: list[DataFrame] = []
     for file, rows in _read_csv_files(spark, files, delimiter, named, base):
@@ -469,7 +469,7 @@ def read_csv_table(
 
 
 def _is_whole() -> Column:
-    """True, or the job ends with a sentence: there is no table for the refused rows of a lookup."""
+    """True, else the job fails with a clear error: there is no table for rejected lookup rows."""
     said = F.format_string(
         "jobs.errors.TrailvecError: %s: the row %s can't be split into the header's columns: correct it", FILE, LINE
     )
@@ -480,16 +480,16 @@ def _join_lookup(records: DataFrame, rows: DataFrame, lookup: Lookup, named: Seq
     both = set(records.columns) & set(rows.columns)
     if wanted := both & set(named):
         raise TrailvecError(_both_have(lookup.path, min(wanted)))
-    rows = rows.drop(*both)  # nobody asks for them (`_c0`, where pandas wrote its index into both files)
+    rows = rows.drop(*both)  # not named by the mapping (`_c0`, where pandas wrote its index into both files)
     same = [_key(records, name, place) == F.col(_on(name)) for name in lookup.on]
     return records.join(rows, reduce(Column.__and__, same), "left").drop(*map(_on, lookup.on))
 
 
 def _key(rows: DataFrame, name: str, where: str) -> Column:
-    """A column that a lookup goes by, as text, stripped of blanks as ids are.
+    """A lookup's join key as text, stripped of blanks as ids are.
 
     Raises:
-        TrailvecError: its text is not the other file's: 4711.0 is no 4711, and nothing would match.
+        TrailvecError: the type's text form varies between files: 4711.0 is not 4711, so nothing would match.
     """
     kind = rows.select(named_column(name)).schema[0].dataType
     if not is_id_type(kind):
@@ -498,7 +498,7 @@ def _key(rows: DataFrame, name: str, where: str) -> Column:
 
 
 def is_id_type(kind: T.DataType) -> bool:
-    """Whether it has texts, days or whole numbers, of which all files write the same text."""
+    """Whether it is text, date or integral: the types whose text form is the same in all files."""
     is_whole = isinstance(kind, T.DecimalType) and kind.scale == 0
     return is_whole or isinstance(kind, (T.StringType, T.IntegralType, T.DateType, T.NullType))
 
@@ -512,7 +512,7 @@ def _on(name: str) -> str:
 
 
 def named_column(name: str) -> Column:
-    """A column by its whole name, dots and blanks included."""
+    """The column with exactly this name, dots and blanks included."""
     return F.col("`" + name.replace("`", "``") + "`")
 
 
@@ -526,20 +526,19 @@ def _check_columns(path: str, rows: DataFrame, names: Sequence[str]) -> None:
 
 
 def valid_text(value: Column) -> Column:
-    """The text with U+FFFD in the place of bytes that are no UTF-8. Spark's readers keep such bytes, Python and DuckDB
-    refuse them."""
+    """The text with U+FFFD for invalid UTF-8. Spark's readers keep such bytes, Python and DuckDB refuse them."""
     return F.decode(F.encode(value, "UTF-8"), "UTF-8")
 
 
 def stripped(text: Column) -> Column:
-    """The text without blanks around it, as ids stand in events and in lists of them: what is no such blank is part of
-    the id."""
-    # No regular expression: it took an eighth of the time of reading a list.
+    """The text without surrounding BLANKS, as for ids in events and lists; any other character is part of the id. A
+    leading U+FEFF is removed too."""
+    # Not by regular expression, which took an eighth of the time of reading a list.
     without_start = F.call_function("ltrim", F.lit(f"{BLANKS}\ufeff"), text)
     return F.call_function("rtrim", F.lit(BLANKS), without_start)
 
 
 def text_of(value: Column) -> Column:
-    """The value as text; NULL where it is blank."""
+    """The value as text; NULL if blank."""
     text = value.cast("string")
     return F.when(F.trim(text) != "", text)

@@ -1,10 +1,10 @@
-"""retire_model: takes what one old model made out of the tables: vectors, profiles, neighbours.
+"""retire_model: removes an old model's rows from the tables: vectors, profiles, neighbours.
 
 trailvec retire_model VERSION --conf conf/local.toml
 
-One commit for each table, of whole partitions: no data file is read. Readers that began before go on until
-maintain_tables deletes the files. The current model is refused. The model itself stays in models/VERSION, and can be
-scored again; its rows in `evaluation` and `probes` stay too.
+One commit per table, dropping whole partitions, so no data file is read. Readers that have already begun keep working
+until maintain_tables deletes the files. The current model is refused. The model itself stays in models/VERSION and can
+be scored again; its rows in `evaluation` and `probes` stay too.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from jobs.runtime import Report, Runtime, Stage
 from jobs.score_users import was_scored
 from jobs.tables import CURRENT, EVALUATION, PROBES
 
-_STAY = (EVALUATION, PROBES)  # how good it was
+_STAY = (EVALUATION, PROBES)  # kept: the record of its quality
 _OF_MODELS = [table for table in CURRENT.values() if table not in _STAY]
 
 
 def retire(runtime: Runtime, version: str) -> Report:
-    """Deletes the model's rows; how many, by table.
+    """Deletes the model's rows; the report counts them by table.
 
     Raises:
         TrailvecError: it is the current model, or no table has a row of it.
@@ -40,11 +40,11 @@ def _run(runtime: Runtime, version: str) -> None:
         found = [runtime.latest(table).select("model_version").distinct().collect() for table in tables]
         names = ", ".join(sorted({row["model_version"] for rows in found for row in rows})) or "none"
         raise TrailvecError(f"no table has a row of model {version} (found: {names}): correct the version")
-    scored = was_scored(runtime, version)  # once its older notes are gone with Delta's log, this one says so
+    scored = was_scored(runtime, version)  # recorded in this note, for when Delta's log has dropped the older ones
     for table in tables:
         if not counts[table.name]:
-            continue  # a commit without a row would have the table's stage run again all the same
-        # The note tells score_users that nothing of the model is there to go on from.
+            continue  # even an empty commit would make the table's stage run again
+        # The note tells score_users that there is no scoring of this model to resume.
         runtime.delete(table, mine, note={"model": {"version": version, "retired": True, "scored": scored}})
     runtime.report.rows_out = counts
 
