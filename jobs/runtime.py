@@ -1,9 +1,9 @@
-"""What a stage is, and what it reads and writes through.
+"""The definition of a stage, and the runtime through which it reads and writes.
 
-A stage reads tables at pinned versions and writes each of its tables in one Delta commit, whose user
-metadata says what ran: code version, resolved config, versions read (law 7). From the same facts comes
-the stage's fingerprint: where the last commit of every table that it writes carries it, the stage is
-up to date and is skipped, which makes a second `trailvec run` quick and a killed one resumable.
+A stage reads tables at pinned versions and writes each of its tables in one Delta commit, whose user metadata records
+what ran: code version, resolved config, versions read (law 7). The same facts give the stage's fingerprint: if the last
+commit of every table that it writes carries it, the stage is up to date and is skipped, which makes a second
+`trailvec run` quick and a killed one resumable.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from jobs.tables import CURRENT_MODEL, Table, conform
 from training.urls import file_of_table
 
 _PACKAGES = ("jobs", "spark_udfs", "training")
-# Spark settings that no commit and no manifest may show, by their names and, as Spark does it, by their values (Java's
-# options may hold a password); the pattern is spark.redaction.regex's default, and what Azure, Google and S3 call keys.
+# Redacts Spark settings in commits and manifests, matched by name and, as in Spark, by value (Java options may hold a
+# password): the default of spark.redaction.regex, plus the names of keys at Azure, Google and S3.
 _SECRET = re.compile(
     r"(?i)secret|password|token|credential|(access|account|private|encryption)[.]?key|client-provided-key|[.]sas[.]|[?&]sig="
 )
@@ -42,15 +42,15 @@ _SECRET = re.compile(
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the road.
+    """One stage of the pipeline.
 
     Attributes:
-        run: reads and writes through the runtime that it is handed.
-        reads: tables that must be there; the versions that they have as the stage begins are those that it reads.
+        run: the stage itself; all its reads and writes go through the runtime it is given.
+        reads: tables that must exist; their versions are pinned when the stage begins.
         writes: tables whose last commit says whether the stage is up to date.
-        settings: the sections of the configuration that change its result.
-        inputs: what else changes its result (files, a model's version), as plain values.
-        also: what else it reads and writes (files, tables that may be missing): a sentence, for its help.
+        settings: the config sections that affect its result.
+        inputs: anything else that affects its result (files, a model's version), as plain values.
+        also: a sentence for its help about what else it reads and writes (files, optional tables).
     """
 
     name: str
@@ -63,26 +63,26 @@ class Stage:
     also: str = ""
 
 
-# MERGE is an outer join that keeps the new rows, and Spark can't broadcast the side that an outer join keeps: the old
-# rows of all files concerned go through a shuffle. These settings have Spark drop most of them as they are read, by a
-# Bloom filter of the new rows' first key. It makes such a filter only where it would broadcast neither side, where the
-# new rows have a condition, and where it knows that the old ones are more: `merge` sees to the last two.
+# MERGE is an outer join that keeps the new rows, and Spark can't broadcast the preserved side of an outer join, so the
+# old rows of all affected files get shuffled. With these settings, Spark drops most of them at the scan, by a Bloom
+# filter on the new rows' first key. It builds one only if it would broadcast neither side, the new rows are filtered,
+# and it knows that the old side is larger: `merge` sees to the last two.
 _FILTERED_MERGE = {
     "spark.sql.optimizer.runtime.bloomFilter.enabled": "true",
     "spark.sql.optimizer.runtime.bloomFilter.creationSideThreshold": str(2**40),
     "spark.sql.optimizer.runtimeFilter.number.threshold": "1",
     "spark.sql.autoBroadcastJoinThreshold": "-1",
-    # Delta's own copy of the new rows has neither a size nor a condition.
+    # Delta's materialised copy of the new rows would have neither a known size nor a filter.
     "spark.databricks.delta.merge.materializeSource": "none",
-    # Delta's shorter way for inserts alone is an anti join, in which Spark makes no filter. The usual one looks for
-    # matches, and finding none, inserts all.
+    # Delta's shortcut for insert-only merges is an anti join, for which Spark builds no Bloom filter. The regular path
+    # looks for matches and, if there are none, inserts everything.
     "spark.databricks.delta.merge.optimizeInsertOnlyMerge.enabled": "false",
 }
 
 
 @dataclass
 class Report:
-    """What one run of a stage did; rows by table (or by what else was read or written)."""
+    """What one run of a stage did; row counts by table (or by what else was read or written)."""
 
     stage: str
     skipped: bool = False
@@ -93,15 +93,15 @@ class Report:
 
 
 class Runtime(Lake):
-    """The lake, and the one stage that runs in it at a time."""
+    """The lake, and the one stage that is running in it."""
 
     def __init__(self, config: Config, spark: SparkSession | None = None) -> None:
         super().__init__(config, spark)
         self._stage: Stage | None = None
         self._versions: dict[str, int] = {}
-        self._table_ids: dict[str, str | None] = {}  # a table made anew counts its versions from 0 again
+        self._table_ids: dict[str, str | None] = {}  # a recreated table restarts its versions at 0
         self._frames: dict[str, DataFrame] = {}
-        # By table, its id and version; what one stage writes the next one reads.
+        # Row counts by table name, id and version, kept between stages: what one writes the next one reads.
         self._rows: dict[tuple[str, str | None, int], int] = {}
         self.fingerprint = ""
         self.forced = False
@@ -112,7 +112,7 @@ class Runtime(Lake):
     # ---- one stage -------------------------------------------------------------------------------
 
     def execute(self, stage: Stage, force: bool = False) -> Report:
-        """Runs the stage, or skips it where its tables already hold what it would write.
+        """Runs the stage, or skips it if its tables already hold what it would write.
 
         Raises:
             TrailvecError: a table that it reads does not exist, or its input is wrong.
@@ -128,7 +128,7 @@ class Runtime(Lake):
         if not force and stage.writes and all(self._is_up_to_date(t) for t in stage.writes):
             self.report.skipped = True
         else:
-            # Before anything is done: an increment would lay new rows beside the old ones first.
+            # Check before any work: an increment would already have written new rows next to the old ones.
             for table in (*stage.reads, *stage.writes):
                 if self.exists(table):
                     self._refuse_other_columns(table)
@@ -137,19 +137,19 @@ class Runtime(Lake):
             self.report.rows_in.setdefault(table.name, self._count(table, self._versions[table.name]))
         for table in stage.writes:
             self.report.rows_out.setdefault(table.name, self._count(table, self.latest_version(table)))
-        self._history = {}  # what others commit from now on is looked up
+        self._history = {}  # so that later commits by others are seen
         self.report.seconds = time.monotonic() - started
         return self.report
 
     def _count(self, table: Table, version: int) -> int:
-        """The table's rows at that version."""
+        """The table's row count at that version."""
         key = table.name, self._commits(table).table_id(), version
         if key not in self._rows:
             self._rows[key] = self.at(table, version).count()
         return self._rows[key]
 
     def running_tasks(self) -> str:
-        """Spark's running stages as "done/all tasks"; empty when nothing runs or Spark is not up."""
+        """Spark's active stages as "done/total tasks"; empty if nothing runs or Spark isn't started."""
         if self._spark is None:
             return ""
         tracker = self._spark.sparkContext.statusTracker()
@@ -158,7 +158,7 @@ class Runtime(Lake):
 
     def read(self, table: Table) -> DataFrame:
         """The table as it was when the stage began."""
-        # One frame for all: Delta puts a snapshot of an old version together anew for each.
+        # Cached: Delta would rebuild an old version's snapshot for every frame.
         if table.name not in self._frames:
             self._frames[table.name] = self.at(table, self._versions[table.name])
         return self._frames[table.name]
@@ -168,7 +168,7 @@ class Runtime(Lake):
         return self._versions[table.name]
 
     def read_after_upkeep(self, table: Table) -> None:
-        """Has the stage read the table as it is now, after upkeep of its files: the same rows in other files.
+        """Re-pins the table to its newest version, after maintenance that moved the same rows to other files.
 
         Raises:
             TrailvecError: another run has changed rows since the stage began.
@@ -182,8 +182,8 @@ class Runtime(Lake):
         self._frames.pop(table.name, None)
 
     def can_go_back(self, provenance: dict[str, Any]) -> bool:
-        """Whether the stage could read its tables as the run that stored this did: they are the same ones, those
-        versions are kept, with their files, and no row of them had to go since, for an erasure or for its age."""
+        """Whether the stage can read its tables at the versions in this provenance: the tables are the same ones, those
+        versions and their files still exist, and no rows have been deleted since for an erasure or for their age."""
         assert self._stage is not None
         if not self.read_these(provenance):
             return False
@@ -191,14 +191,16 @@ class Runtime(Lake):
             version = provenance["reads"][table.name]
             if not self.kept(table, version) or any(c.housekeeping for c in self._newer(table, version)):
                 return False
-            files = self.at(table, version).inputFiles()  # a VACUUM by hand may have kept less
+            files = self.at(table, version).inputFiles()  # a manual VACUUM may have deleted more
             if not all(self.place_of(file_of_table(file)).exists() for file in files):
                 return False
         return True
 
     def go_back(self, provenance: dict[str, Any]) -> bool:
-        """Has the stage read its tables as the run that stored this did, and have its fingerprint; False, and nothing
-        is changed, where other inputs of today give it another one."""
+        """Pins the stage to the table versions and the fingerprint of this provenance.
+
+        Returns False, with nothing changed, if today's other inputs give a different fingerprint.
+        """
         assert self._stage is not None
         before = self._versions, self.fingerprint
         self._versions, self._frames = dict(provenance["reads"]), {}
@@ -209,21 +211,22 @@ class Runtime(Lake):
         return self.went_back
 
     def changed_version(self, table: Table) -> int:
-        """The newest version that changed rows, at or before the one that the stage reads (else, the newest of all).
-        After upkeep alone it is what it was: what was made from the table is still up to date."""
+        """The newest version that changed rows, up to the pinned version (of a table that isn't pinned, the newest).
+
+        Maintenance alone doesn't move it, so what was derived from the table stays up to date.
+        """
         at = self._versions[table.name] if table.name in self._versions else self.latest_version(table)
         return next((c.version for c in self._commits(table) if c.changed_rows and c.version <= at), at)
 
     def state(self, table: Table) -> tuple[str | None, int]:
-        """Delta's id of the table and `changed_version`: the same as long as the table is the same one with the same
-        rows."""
+        """The table's Delta id and `changed_version`: equal as long as it is the same table with the same rows."""
         return self._commits(table).table_id(), self.changed_version(table)
 
     def current_model(self) -> str:
-        """The version of the model whose vectors the stage reads: the one that all users have a vector of.
+        """The version of the model whose vectors the stage reads: the one for which all users have a vector.
 
         Raises:
-            TrailvecError: there is none yet, or the configuration asks for another.
+            TrailvecError: there is none yet, or the configuration names another.
         """
         versions = [row["model_version"] for row in self.read(CURRENT_MODEL).collect()]
         wanted = self.config.model.version
@@ -238,33 +241,33 @@ class Runtime(Lake):
     # ---- what changed since the last run ---------------------------------------------------------
 
     def incremental(self, written: Table, read: Table) -> DataFrame | None:
-        """What changed in `read` since `written` was made from it, as Delta's change data feed has it: the columns of
-        `read`, _change_type and _commit_version.
+        """Delta's change data feed of `read` since `written` was built from it: the columns of `read`,
+        _change_type and _commit_version.
 
-        None where `written` has to be made anew: it does not exist yet; the stage was forced; its settings or the
-        table's revision have changed; something other than trailvec changed its rows; `read` was replaced as a whole or
-        is another table of that name; or its changes are no longer kept.
+        None if `written` needs a full rebuild: it does not exist yet; the stage was forced; its settings or the table's
+        revision have changed; something other than trailvec changed its rows; `read` was overwritten as a whole or
+        replaced by another table of that name; or its changes are no longer retained.
         """
         since = self._since(written, read)
         return None if since is None else self.changes(read, since)
 
     def previous(self, written: Table, read: Table) -> DataFrame | None:
-        """`read` as it was when `written` was made; None where `incremental` would give None."""
+        """`read` as it was when `written` was built; None where `written` needs a full rebuild (see `incremental`)."""
         since = self._since(written, read)
         return None if since is None else self.at(read, since)
 
     def is_unchanged(self, written: Table, read: Table) -> bool:
-        """Whether `read` has the same rows as when `written` was made; False where `incremental` gives None."""
+        """Whether `read` has the same rows as when `written` was built; False if `written` needs a full rebuild."""
         since = self._since(written, read)
         return since is not None and self._unchanged_since(read, since)
 
     def _unchanged_since(self, read: Table, since: int) -> bool:
-        """Whether no commit after the version changed a row."""
+        """Whether no commit after version `since` changed a row."""
         return since >= self.changed_version(read)
 
     def changes(self, read: Table, since: int) -> DataFrame | None:
-        """What changed in `read` after its version `since`, as in `incremental`; None where it was replaced as a whole
-        or the changes are no longer kept."""
+        """What changed in `read` after its version `since`, as in `incremental`; None if it was overwritten as a whole
+        or the changes are no longer retained."""
         until = self._versions[read.name]
         if self._unchanged_since(read, since):
             nothing = self.read(read).limit(0).withColumn("_change_type", F.lit("insert"))
@@ -275,7 +278,7 @@ class Runtime(Lake):
         return reader.option("startingVersion", since + 1).option("endingVersion", until).load(self.path(read))
 
     def _since(self, written: Table, read: Table) -> int | None:
-        """The version of `read` that `written` was made from, if one can go on from there."""
+        """The version of `read` that `written` was built from; None if it can't be updated incrementally from there."""
         assert self._stage is not None
         last = None if self.forced else self.last_writer(written)
         now = self.provenance()
@@ -293,19 +296,19 @@ class Runtime(Lake):
             f"table {written.name} is made anew as a whole: it is {behind:,} commits of table {read.name} behind, of "
             f"which {told:,} are looked at or still in Delta's log: run the stage more often"
         )
-        if told < behind and note not in self.report.notes:  # the stage asks several times
+        if told < behind and note not in self.report.notes:  # a stage calls this several times
             self.report.notes.append(note)
         return None
 
     def _newer(self, read: Table, version: int) -> list[Commit]:
-        """The commits after that version, as far as they are told, up to the one that the stage reads."""
+        """The known commits after that version, up to the pinned one."""
         newer = itertools.takewhile(lambda commit: commit.version > version, self._commits(read))
         return [commit for commit in newer if commit.version <= self._versions[read.name]]
 
     def kept(self, read: Table, version: int) -> bool:
-        """Whether that version of a table that the stage reads can still be read, and what changed since."""
+        """Whether that version of a table that the stage reads, and all changes since, can still be read."""
         until = self._versions[read.name]
-        # What the commit after `version` dropped is there until VACUUM takes it.
+        # Files removed by the commit after `version` exist until VACUUM deletes them.
         oldest = time.time() - self.config.maintain.retention_hours_for(read.name) * 3600
         commits = self._newer(read, version)
         return version <= until and len(commits) == until - version and all(c.committed_at > oldest for c in commits)
@@ -320,13 +323,12 @@ class Runtime(Lake):
         note: dict[str, Any] | None = None,
         of: Mapping[str, str | tuple[str, ...]] | None = None,
     ) -> None:
-        """Replaces the table's rows by `df` in one commit; in a table partitioned by model_version, only
-        the rows of the partitions that `df` holds.
+        """Replaces the table's rows by `df` in one commit; in a table partitioned by model_version, only the partitions
+        that occur in `df`.
 
         Args:
             done, note: as in `append`.
-            of: columns and the value of each, or some: only the rows that have them are replaced, also where `df` holds
-                none.
+            of: column → allowed value or values: replaces exactly the rows that match, even if `df` has none.
         """
         if of is not None:
             options = {"replaceWhere": " AND ".join(f"{name} IN ({_sql_texts(values)})" for name, values in of.items())}
@@ -346,15 +348,15 @@ class Runtime(Lake):
         """Adds the rows of `df` in one commit.
 
         Args:
-            batch: (writer, number): a number of that writer that was committed before is not written again.
-            done: False for a commit that others of the same run follow: the stage is not up to date after it.
-            note: the stage's own words, kept in the commit's provenance.
+            batch: (writer, number), for idempotence: a number that this writer has committed is not written again.
+            done: False if more commits of the same run follow: the stage is not up to date yet.
+            note: stage-specific data, stored in the commit's provenance.
         """
         options = {} if batch is None else {"txnAppId": batch[0], "txnVersion": str(batch[1])}
         self._save(table, df, "append", options, done=done, note=note)
 
     def touch(self, table: Table, note: dict[str, Any] | None = None, done: bool = True) -> None:
-        """Records that the stage ran and found nothing to change; `done` and `note` as in `append`."""
+        """Records by an empty commit that the stage found nothing to change; `done` and `note` as in `append`."""
         self.create(table)
         self.append(table, self.latest(table).limit(0), done=done, note=note)
 
@@ -386,19 +388,21 @@ class Runtime(Lake):
         done: bool = True,
         note: dict[str, Any] | None = None,
     ) -> None:
-        """Updates or inserts the rows of `upserts` by the table's key and deletes those of `deletes`, in one commit.
+        """Upserts the rows of `upserts` by the table's key and deletes those of `deletes`, in one commit.
 
         Args:
-            deletes: rows with the key's columns, none of them in `upserts`.
-            where: a condition over `old.*` that holds for all old rows concerned, so that Delta reads no other files.
-            insert_only: old rows stay as they are, and no file is rewritten.
-            few: both have few rows beside the table (about FEW at most): most of its rows then need no shuffle.
-            made_from: the `stage_version` that `upserts` was made from; it must still be the newest. None: not asked.
+            deletes: rows with the key columns, disjoint from `upserts`.
+            where: a condition over `old.*` that holds for all affected old rows, so that Delta can skip other files.
+            insert_only: matching old rows are left as they are, and no file is rewritten.
+            few: both frames are small compared with the table (about FEW rows at most): most old rows then skip the
+                shuffle.
+            made_from: the `stage_version` from which `upserts` was computed; it must still be the newest. None: not
+                checked.
             done, note: as in `append`.
 
         Raises:
-            TrailvecError: another run has changed rows since `made_from`; if it did so between the last look at that
-                and Delta's own, the rows of both are in the table, and the stage makes all anew when it runs again.
+            TrailvecError: another run has changed rows since `made_from`. If it did so between our check and Delta's,
+                the table has the rows of both, and the stage's next run rebuilds it in full.
         """
         self.create(table)
         new = conform(upserts, table).withColumn("trailvec_delete", F.lit(False))
@@ -411,11 +415,11 @@ class Runtime(Lake):
         values = {c.name: F.col(f"new.{c.name}") for c in table.columns}
         given, settings = new, {}
         if few:
-            # Cached, so that Spark knows its size; checkpointed before, since the commit would have Spark compute anew
-            # what is cached and was read from the table.
+            # Cached so that Spark knows its size; checkpointed first, because the commit invalidates caches of frames
+            # that were read from the table.
             new = new.localCheckpoint(eager=False).persist()
             new.count()
-            given = new.where(F.col("trailvec_delete") >= F.lit(False))  # which holds for all
+            given = new.where(F.col("trailvec_delete") >= F.lit(False))  # always true
             more = "spark.sql.optimizer.runtime.bloomFilter.applicationSideScanSizeThreshold"
             settings = _FILTERED_MERGE | {more: str(known_size(new) + 1)}
         merge = DeltaTable.forPath(self.spark, self.path(table)).alias("old").merge(given.alias("new"), on)
@@ -435,20 +439,20 @@ class Runtime(Lake):
             if few:
                 new.unpersist()
         if made_from is not None:
-            self.latest_version(table)  # looks the commits up anew
+            self.latest_version(table)  # refreshes the list of commits
             newer = itertools.takewhile(lambda commit: commit.version > made_from, self._commits(table))
             if sum(commit.changed_rows and not commit.housekeeping for commit in newer) > 1:
-                self.touch(table, done=False)  # nothing goes on from here
+                self.touch(table, done=False)  # forces a full rebuild
                 raise TrailvecError(
                     f"another run changed table {table.name} in the moment in which this one wrote to it, and the rows "
                     f"of both are in it: run `trailvec {table.stage}` again when that one has ended: it makes all anew"
                 )
 
     def merge_differences(self, table: Table, differing: DataFrame, where: Column, made_from: int) -> None:
-        """Puts the `new` rows of jobs.tables.differences in the place of the `old` ones, in one commit.
+        """Replaces the `old` rows of jobs.tables.differences by the `new` ones, in one commit.
 
         Args:
-            differing: read several times: checkpointed.
+            differing: should be checkpointed: it is read several times.
             where, made_from: as in `merge`.
         """
         gone = differing.where("new IS NULL").select(*table.key)
@@ -457,16 +461,17 @@ class Runtime(Lake):
         self.merge(table, new, gone, where=where, few=few, made_from=made_from)
 
     def delete(self, table: Table, where: Column, note: dict[str, Any]) -> None:
-        """Deletes the rows that fulfil a condition, in one commit; `note` as in `append`."""
+        """Deletes the rows that match a condition, in one commit; `note` as in `append`."""
         rows = DeltaTable.forPath(self.spark, self.path(table))
         self._noted_commit(lambda: rows.delete(where), True, note)
 
     def erase(self, table: Table, users: DataFrame, on: Column, erasure: str) -> None:
-        """Deletes the rows that fulfil a condition (over `old.*`) with one of `users` (`gone.user_id`), in one commit,
-        which is known as that erasure's.
+        """Deletes the rows that match one of `users` by `on`, a condition over `old.*` and `gone.user_id`.
 
-        Where the table may have deletion vectors, the rows are only marked in them: they stay in their files until
-        `purge`. Else their files are written anew.
+        One commit, labelled with the erasure.
+
+        If the table allows deletion vectors, rows are only marked as deleted and stay in their files until `purge`.
+        Otherwise their files are rewritten.
         """
         rows = DeltaTable.forPath(self.spark, self.path(table)).alias("old")
         merge = rows.merge(users.alias("gone"), on).whenMatchedDelete()
@@ -479,7 +484,7 @@ class Runtime(Lake):
     # ---- what ran --------------------------------------------------------------------------------
 
     def provenance(self) -> dict[str, Any]:
-        """What is running, as it is stored in what it writes; without secrets."""
+        """What is running, as stored in every commit; secrets are redacted."""
         assert self._stage is not None
         config = self.config.model_dump(mode="json")
         config["spark"]["conf"] = {
@@ -518,18 +523,18 @@ class Runtime(Lake):
 
     @property
     def fingerprint_here(self) -> str:
-        """The fingerprint of the stage over these very tables: another one over others that have taken their names."""
+        """The stage's fingerprint combined with the tables' ids, so that it differs once a table is recreated."""
         return digest({"fingerprint": self.fingerprint, "table_ids": self._table_ids})
 
     def read_these(self, provenance: dict[str, Any]) -> bool:
-        """Whether the run that stored this read the very tables that the stage reads, not earlier ones of their names.
-        (No part of the fingerprint: the same data in another warehouse give the same model's version.)"""
-        told = provenance.get("table_ids", {})  # older code told none
+        """Whether this provenance is of the same tables that the stage reads, not earlier ones of the same names.
+        (Not part of the fingerprint, so that the same data in another warehouse give the same model version.)"""
+        told = provenance.get("table_ids", {})  # older code recorded none
         return all(told.get(name) in (None, table_id) for name, table_id in self._table_ids.items())
 
 
 def _sql_texts(values: str | tuple[str, ...]) -> str:
-    """One value, or some, as literals of SQL."""
+    """One or several values as SQL string literals."""
     some = (values,) if isinstance(values, str) else values
     escaped = [value.replace("\\", "\\\\").replace("'", "\\'") for value in some]
     return ", ".join(f"'{value}'" for value in escaped)
@@ -544,7 +549,7 @@ def _changed_by_another_run(table: Table, during: str) -> TrailvecError:
 
 @cache
 def code_version() -> str:
-    """The package's version and a hash of its source: changes exactly when the code does."""
+    """The package's version and a hash of its source, so that it changes exactly when the code does."""
     sha256 = hashlib.sha256()
     for package in _PACKAGES:
         folder = Path(__file__).parent.parent / package
@@ -554,5 +559,5 @@ def code_version() -> str:
 
 
 def digest(value: dict[str, Any]) -> str:
-    """SHA-256 of plain values, whatever the order of their keys."""
+    """SHA-256 of plain values, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

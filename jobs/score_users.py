@@ -1,16 +1,15 @@
 """score_users: sequences (split = score) + the model in use → user_embeddings, current_model.
 
-- A model that is scored already: only the users whose sequence changed since, by sequences' change feed, or where the
-  table was made anew as a whole, by comparing its two versions. One MERGE; users who are gone lose their vector.
-- A new model: all users, in chunks by a hash of user_id, one commit each, which says so. A run that finds some of them
-  done goes on with the rest, at the version of sequences that they were made from, and then takes up what has changed
-  since.
-- The current model, trained again to other weights: asked what a new one is asked, then all users in one commit, as it
-  is read meanwhile.
+- Model already scored: only users whose sequence changed since, from the change data feed of sequences, or by comparing
+  two versions if the table was rebuilt. One MERGE; users who have disappeared lose their vector.
+- New model: all users, in chunks by a hash of user_id, one commit per chunk with a note of it. A run that finds some
+  chunks done scores the rest at the same version of sequences, then applies what has changed since.
+- Current model retrained to other weights: it must pass the checks of a new model; then all users in one commit,
+  because the model is being read meanwhile.
 
-The last act changes the one row of current_model: readers of current_user_embeddings saw the old model whole until
-then, and see the new one whole from then on. Vectors of old models stay until `trailvec retire_model`. Of a history
-longer than the model reads (one action less than sequences.max_length), the newest actions count.
+Last, the single row of current_model changes: readers of current_user_embeddings see all of the old model before that,
+and all of the new one afterwards. Vectors of old models stay until `trailvec retire_model`. If a history is longer than
+the model reads (one action less than sequences.max_length), the newest actions count.
 How and why: docs/decisions/0012.
 """
 
@@ -40,19 +39,19 @@ from training.checkpoint import read_about, read_alignment, rotation_sha256
 
 MAX_CHUNKS = 4
 SECONDS_BETWEEN_LINES = 5.0
-# Bytes of sequences that a task reads, some seconds of work; Spark's own 128 MB suit lighter work.
-# And rows handed to Python at once: with Spark's own 10,000 twice as many places of the matrices would be padding.
+# 16 MB of sequences per task is some seconds of work; Spark's default of 128 MB suits lighter work.
+# Larger Arrow batches: with Spark's default of 10,000 rows there would be twice as much padding.
 SPLIT = {
     "spark.sql.files.maxPartitionBytes": str(16 * 1024 * 1024),
     "spark.sql.execution.arrow.maxRecordsPerBatch": "32768",
 }
 
 
-# ---- what has been done --------------------------------------------------------------------------------
+# ---- progress so far -----------------------------------------------------------------------------------
 
 
 def changed_users(before: DataFrame, now: DataFrame) -> DataFrame:
-    """The users (user_id) whose row to score is another than it was, or has come or gone."""
+    """The users (user_id) whose row to score has changed, appeared or disappeared."""
     content = F.xxhash64("as_of", *FEATURES)
     both = now.select("user_id", content.alias("now")).join(
         before.select("user_id", content.alias("before")), "user_id", "full"
@@ -62,13 +61,13 @@ def changed_users(before: DataFrame, now: DataFrame) -> DataFrame:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How far the scoring of one model has come, as the notes of user_embeddings' commits tell it.
+    """How far the scoring of one model has come, according to the notes in user_embeddings' commits.
 
     Attributes:
-        sequences: the version of sequences that the vectors are made from.
-        chunks: how many there are; a user's is a hash of their id.
-        done: the numbers of those that are committed.
-        into_empty: the table had no vector of the model when this began, so that a chunk only adds rows.
+        sequences: the version of sequences from which the vectors are computed.
+        chunks: the number of chunks; a user's chunk is a hash of their id.
+        done: the numbers of the committed chunks.
+        into_empty: the table had no vectors of the model at the start, so chunks only append rows.
     """
 
     sequences: int
@@ -78,8 +77,8 @@ class Scoring:
 
 
 def scoring_so_far(runtime: Runtime, model: dict[str, Any]) -> Scoring | None:
-    """How far an earlier run came with this very model; None where there is nothing to go on from."""
-    # Notes of runs that read an earlier table of the name sequences don't count: its versions held other rows.
+    """How far an earlier run came with this very model; None if there is nothing to resume."""
+    # Skip runs that read an earlier table named sequences: its versions held other rows.
     told = takewhile(runtime.read_these, runtime.noted(USER_EMBEDDINGS))
     notes = (said["note"] for said in told if said["note"]["model"]["version"] == model["version"])
     newest = None if runtime.forced else next(notes, None)
@@ -95,14 +94,14 @@ def scoring_so_far(runtime: Runtime, model: dict[str, Any]) -> Scoring | None:
 
 
 class Scorer:
-    """One run of the stage: what it writes and what it says meanwhile."""
+    """One run of the stage: its writes and its progress messages."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._folder = model_folder(runtime)
         self.version = self._folder.name
         about = read_about(self._folder)
-        check_numbers(runtime, about)  # before the gate, whose advice would be of no use
+        check_numbers(runtime, about)  # before the gate, whose advice would be useless
         self.model = {
             "version": self.version,
             "weights": about["weights_sha256"],
@@ -116,11 +115,11 @@ class Scorer:
         return self._runtime.at(SEQUENCES, version).where("split = 'score'")
 
     def vectors(self) -> DataFrame:
-        """What the table holds of the model now."""
+        """The model's rows now in the table."""
         return of_model(self._runtime.latest(USER_EMBEDDINGS), self.version)
 
     def score_all(self, scoring: Scoring) -> None:
-        """Writes the chunks that are missing."""
+        """Writes the missing chunks."""
         missing = [number for number in range(scoring.chunks) if number not in scoring.done]
         if not missing:
             return
@@ -140,7 +139,7 @@ class Scorer:
             self._merge(chunk, self.vectors().where(mine), done=False, note=note)
 
     def score_changed(self, since: int) -> None:
-        """Takes up what changed in sequences after its version `since`, in one MERGE."""
+        """Applies what changed in sequences after its version `since`, in one MERGE."""
         runtime, now = self._runtime, self._runtime.version(SEQUENCES)
         note = self._note(Scoring(now, 1, frozenset(), into_empty=False), 0)
         if since == now:
@@ -163,7 +162,7 @@ class Scorer:
         users.unpersist()
 
     def make_current(self) -> None:
-        """The switch: readers of the views see this model from here on.
+        """Switches over: from here on, readers of the views see this model.
 
         Raises:
             TrailvecError: a user has no vector, or more than one.
@@ -188,7 +187,7 @@ class Scorer:
         return vectors.withColumn("model_version", F.lit(self.version))
 
     def _merge(self, new: DataFrame, old: DataFrame, done: bool, note: dict[str, Any]) -> None:
-        """Puts the vectors `new` in the place of `old`; who has no new one loses theirs."""
+        """Replaces the vectors `old` by `new`; users without a new vector lose theirs."""
         new = new.persist()  # Delta reads it twice
         gone = old.select(*USER_EMBEDDINGS.key).join(new, "user_id", "left_anti")
         of_this = F.col("old.model_version") == self.version
@@ -200,8 +199,8 @@ class Scorer:
         return {"model": self.model, **told, "chunk": chunk}
 
     def _told(self, total: int, to_do: int) -> AbstractContextManager[None]:
-        """Until the block ends, says every few seconds how many of `total` users are done; `to_do` of them are encoded
-        in the block."""
+        """Reports every few seconds how many of `total` users are done, until the block ends; it encodes `to_do` of
+        them."""
         started, before = time.monotonic(), self.counts.value[0]
 
         def tell() -> None:
@@ -212,9 +211,9 @@ class Scorer:
 
 
 def progress_line(users: int, to_do: int, total: int, seconds: float) -> str:
-    """`users` of `to_do` were encoded in that time; the rest of `total` was done before."""
+    """`users` of `to_do` were encoded in that time; the others of `total` had been done before."""
     done = f"{total - to_do + users:,} of {total:,} users"
-    if not users:  # tasks count what they have done as they end
+    if not users:  # tasks report their counts when they end
         return f"{done}, the first tasks run"
     rate = users / seconds
     left = round(max(to_do - users, 0) / rate)
@@ -222,31 +221,31 @@ def progress_line(users: int, to_do: int, total: int, seconds: float) -> str:
 
 
 def was_scored(runtime: Runtime, version: str) -> bool:
-    """Whether all users had a vector of the model once, so that it has passed the gate before. The notes of
-    user_embeddings' commits say so; where none of them is kept, any row of the model does."""
+    """Whether all users once had a vector of the model, so that it has passed the gate before. The notes in
+    user_embeddings' commits tell; if none of them is left, any row of the model counts as a yes."""
     notes = (said["note"] for said in runtime.noted(USER_EMBEDDINGS) if said["note"]["model"]["version"] == version)
     newest = next(notes, None)
     if newest is not None:
         return any(
-            (note.get("chunks") == 1 and not note["into_empty"])  # as every run ends
-            or note["model"].get("scored")  # retire_model's
+            (note.get("chunks") == 1 and not note["into_empty"])  # the last commit of every run
+            or note["model"].get("scored")  # written by retire_model
             for note in chain((newest,), notes)
         )
     return runtime.exists(USER_EMBEDDINGS) and not of_model(runtime.latest(USER_EMBEDDINGS), version).isEmpty()
 
 
 def check_successor(runtime: Runtime, version: str, again: bool) -> None:
-    """Raises TrailvecError where a model that is not the current one must not become it, or nobody has looked yet.
+    """Raises TrailvecError if the model may not become current: it fails a check, or a check has not been run yet.
 
     Args:
-        again: it was trained again since its vectors were made, so that the current one, too, is another.
+        again: it was retrained after its vectors were computed, so it is checked even if it is the current model.
     """
     runtime.create(CURRENT_MODEL)
     current = runtime.newest_current_model()
     if current == version and not again:
         return
     comes_back = not again and was_scored(runtime, version)
-    # Today's window is no reason to keep a worse one current.
+    # For a model that passed before, today's evaluation window is no reason to keep a worse one current.
     if not comes_back and (why := evaluate.refusal(runtime, version)):
         raise TrailvecError(why)
     if current is None:
@@ -254,7 +253,7 @@ def check_successor(runtime: Runtime, version: str, again: bool) -> None:
     report = read_alignment(model_folder(runtime))
     if report is None:
         raise TrailvecError(f"model {version} is not aligned with {current} yet: run `trailvec align` first")
-    # A model that comes back keeps its place, whatever it was laid onto then.
+    # A model that comes back keeps its vectors, whichever model it was aligned to then.
     if (onto := report["onto"]) != current and not comes_back:
         raise TrailvecError(
             f"model {version} was compared with {onto or 'none'}, and {current} has become current since: "
@@ -262,7 +261,7 @@ def check_successor(runtime: Runtime, version: str, again: bool) -> None:
         )
     if why := align.refusal(report, runtime.config.align):
         raise TrailvecError(why)
-    # Where no item of any model has a vector, there is nothing that users could fail to fit.
+    # If no model has item vectors, there is nothing that the user vectors could mismatch.
     if runtime.exists(ITEM_EMBEDDINGS) and align.has_no_items(runtime, version):
         raise TrailvecError(f"model {version} has no item vectors yet: run `trailvec embed_items` first")
 
@@ -278,7 +277,7 @@ def run(runtime: Runtime) -> None:
     if scoring is None:
         chunks = min(MAX_CHUNKS, -(-scorer.rows(now).count() // runtime.config.score.chunk_users) or 1)
         if again and runtime.newest_current_model() == scorer.version:
-            chunks = 1  # its readers would see the vectors of two trainings at once
+            chunks = 1  # readers would see vectors of two trainings mixed
         scoring = Scoring(now, chunks, frozenset(), into_empty=scorer.vectors().isEmpty())
     scorer.score_all(scoring)
     scorer.score_changed(scoring.sequences)
