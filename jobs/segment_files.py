@@ -1,11 +1,11 @@
-"""How a segment leaves: under which ids, in which files, and where to.
+"""How a segment is exported: its user ids, file formats and destinations.
 
-User ids leave as HMAC-SHA256 with the key in the environment's TRAILVEC_EXPORT_KEY, taken on the driver as the rows
-are written: neither a Spark plan nor a file ever holds the key. A text in a CSV that begins with = + - @, a tab or a
-carriage return gets a ' in front, so that no spreadsheet takes it for a formula; all texts are quoted.
+User ids are exported as HMAC-SHA256 under the key in the environment variable TRAILVEC_EXPORT_KEY. The driver hashes
+them as it writes the rows, so neither a Spark plan nor a file ever holds the key. In CSV, all strings are quoted, and
+one that begins with = + - @, a tab or a carriage return is prefixed with ', lest a spreadsheet run it as a formula.
 
-A new format: its name, which ends the files' names, in jobs/segments.py's `Format`, and in `WRITERS` what writes it,
-the same bytes for the same rows.
+To add a format, add its name, which is also the file extension, to `Format` in jobs/segments.py and its writer to
+`WRITERS`. The same rows must give the same bytes.
 """
 
 from __future__ import annotations
@@ -55,19 +55,18 @@ def export_key() -> bytes:
 
 
 def held_back(segment: Segment, users: pa.Array) -> npt.NDArray[np.bool_]:
-    """Whom the control group holds: pandas' keyed hash (SipHash-2-4, mixed) of the user under the group's own key
-    decides, so that it is the same in every run, and no group tells of another. (An HMAC of each member took as long as
-    the files.)"""
+    """Which users are in the control group, by pandas' keyed hash (SipHash-2-4, mixed) under the group's own key: the
+    same in every run, and independent between groups. (An HMAC per member took as long as writing the files.)"""
     if not segment.control_share:
         return np.zeros(len(users), np.bool_)
     group = f"control\0{segment.control_group or segment.name}"
-    key = b64encode(hmac.digest(export_key(), group.encode(), "sha256"))[:16].decode()  # pandas asks for 16 characters
+    key = b64encode(hmac.digest(export_key(), group.encode(), "sha256"))[:16].decode()  # pandas requires 16 characters
     hashes = hash_array(texts(users), encoding="utf8", hash_key=key, categorize=False)
     return np.asarray(hashes < np.uint64(int(segment.control_share * 2**64)))
 
 
 def texts(users: pa.Array) -> npt.NDArray[np.object_]:
-    """The ids as Python's strings, in a tenth of the time of `to_pylist`."""
+    """The ids as Python strings, ten times as fast as `to_pylist`."""
     found: npt.NDArray[np.object_] = users.to_numpy(zero_copy_only=False)
     return found
 
@@ -78,16 +77,16 @@ def texts(users: pa.Array) -> npt.NDArray[np.object_]:
 def write_parts(
     folder: Path, segment: Segment, ids: pa.Array, scores: npt.NDArray[np.float32] | None
 ) -> list[dict[str, Any]]:
-    """Writes the rows, best first, to the segment's files; what each file holds.
+    """Writes the rows, best first, to the segment's files; returns each file's name, rows, bytes and sha256.
 
-    There is always a first part, so that whoever loads an empty segment still finds its columns.
+    There is always a first part, so that even an empty segment loads with its columns.
     """
     names = segment.exported_columns
     parts: list[dict[str, Any]] = []
     for start in range(0, max(len(ids), 1), segment.rows_per_file):
         of_part = ids.slice(start, segment.rows_per_file)
         values = {
-            # Hashed here: the texts of all members would be four times as large as their ids.
+            # Hashed part by part: the hashes of all members would take four times the memory of their ids.
             "user_id": hashed(export_key(), texts(of_part)) if segment.user_ids == "hashed" else of_part,
             "score": None if scores is None else scores[start : start + segment.rows_per_file],
             "rank": np.arange(start + 1, start + len(of_part) + 1, dtype=np.int32),
@@ -100,7 +99,7 @@ def write_parts(
 
 
 def _write_csv(rows: pa.Table, path: Path) -> None:
-    """CSV (RFC 4180, UTF-8) in gzip, without a time or a name in it: the same rows give the same bytes."""
+    """Gzipped CSV (RFC 4180, UTF-8), without timestamp or file name: the same rows give the same bytes."""
     columns = [
         pc.replace_substring_regex(column, pattern=_FORMULA, replacement=r"'\1")
         if column.type == pa.string()
@@ -115,33 +114,33 @@ WRITERS: dict[Format, Callable[[pa.Table, Path], None]] = {"parquet": pq.write_t
 _OURS = re.compile(rf"part-\d{{5,}}\.({'|'.join(map(re.escape, WRITERS))})|{re.escape(MANIFEST)}|{re.escape(REPORT)}")
 
 
-# ---- what a run lays down meanwhile ---------------------------------------------------------------------------------
+# ---- staging --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Staging:
-    """What a run lays down meanwhile.
+    """A run's temporary folders.
 
     Attributes:
-        shared: where Spark's tasks write and read.
-        local: where the driver does; the same folder, where that is on a local disk.
+        shared: for Spark's tasks.
+        local: for the driver; the same folder as `shared` if that is on a local disk.
     """
 
     shared: Place
     local: Path
 
     def parts_of(self, segment: str) -> Path:
-        """A segment's files, before they go to their place."""
+        """The folder of a segment's files before delivery."""
         return self.local / "parts" / segment
 
     def to_tasks(self, name: str) -> str:
-        """A folder that the driver has filled, where tasks find it."""
+        """Makes a folder that the driver has filled visible to tasks; returns its path for them."""
         if isinstance(self.shared, HadoopPath):
             (self.shared / name).put(self.local / name)
         return str(self.shared / name)
 
     def from_tasks(self, name: str) -> Path:
-        """A folder of files that tasks have written, where the driver finds it."""
+        """Makes a folder that tasks have written visible to the driver; returns its local path."""
         if isinstance(self.shared, HadoopPath):
             remove_tree(self.local / name)
             fetch(self.shared / name, self.local / name)
@@ -152,14 +151,14 @@ class Staging:
         return self.shared / "ours"
 
     def take(self) -> None:
-        """Makes it, empty; it is to hold user ids."""
+        """Creates it, empty and private, since it will hold user ids."""
         make_private(self.shared)
         self._ours.write_text("")
 
     def check(self) -> None:
         """
         Raises:
-            TrailvecError: a newer run has begun meanwhile.
+            TrailvecError: a newer run has begun since.
         """
         if not self._ours.exists():
             raise TrailvecError(
@@ -170,11 +169,11 @@ class Staging:
 
 @contextmanager
 def laid_down(runtime: Runtime) -> Iterator[Staging]:
-    """An empty staging, which is gone after the block. What other runs have laid down goes first: what a kill left and,
-    of two runs at once, what is the older one's.
+    """An empty staging area, removed after the block. First removes those of other runs: what a killed run left, and
+    that of an older run still going.
 
     Raises:
-        TrailvecError: a newer run has begun meanwhile.
+        TrailvecError: a newer run has begun since.
     """
     remove_tree(runtime.staging("exports"))
     shared = runtime.staging("exports") / uuid.uuid4().hex
@@ -184,11 +183,11 @@ def laid_down(runtime: Runtime) -> Iterator[Staging]:
         try:
             yield staging
         except Exception:
-            staging.check()  # what failed may be for want of what the newer one has removed
+            staging.check()  # the failure may be due to a newer run removing this one's files
             raise
         finally:
             remove_tree(shared)
-            with suppress(OSError):  # a newer run's is in it
+            with suppress(OSError):  # not empty: a newer run's staging is in it
                 shared.parent.rmdir()
 
 
@@ -196,7 +195,7 @@ def laid_down(runtime: Runtime) -> Iterator[Staging]:
 
 
 class ArrowFolder(NamedTuple):
-    """Where an export goes: a file system's folder. Only a folder of this machine's can be put there at once."""
+    """A destination folder in a file system. Only local folders can be replaced atomically."""
 
     system: fs.FileSystem
     folder: str
@@ -204,17 +203,17 @@ class ArrowFolder(NamedTuple):
 
 
 def destination_of(runtime: Runtime, segment: Segment) -> str:
-    """A local folder's own path, another store's URI: one text for one place."""
+    """The destination in canonical form: the real path of a local folder, or another store's URI."""
     destination = str(runtime.exports / segment.name) if segment.destination is None else segment.destination
     path = local_path(destination)
-    # Where a link leads: `published` can't take the place of the link itself.
+    # Resolve links: `published` can't replace the link itself.
     return re.sub(r"(?<=[^:/])/+(?=\?|$)", "", destination) if path is None else os.path.realpath(path)
 
 
 def check_destinations(runtime: Runtime, files: list[SegmentFile]) -> None:
     """
     Raises:
-        TrailvecError: two segments have one destination, or one of them lies inside the other.
+        TrailvecError: two segments have the same destination, or one destination lies inside the other.
     """
     found: dict[str, Path] = {}
     for segment, path in files:
@@ -239,7 +238,7 @@ def place_of(runtime: Runtime, segment: Segment) -> ArrowFolder | HadoopPath:
     destination = destination_of(runtime, segment)
     if local_path(destination) is not None:
         return ArrowFolder(fs.LocalFileSystem(), destination, local=True)
-    # pyarrow asks for a native library that few machines have, and knows not all that Hadoop does.
+    # pyarrow's HDFS needs a native library that few machines have, and supports less than Hadoop does.
     if segment.destination is None or destination.startswith("hdfs://"):
         return HadoopPath(destination)
     try:
@@ -252,7 +251,7 @@ def place_of(runtime: Runtime, segment: Segment) -> ArrowFolder | HadoopPath:
 
 
 def read_manifest(place: ArrowFolder | HadoopPath) -> str | None:
-    """What the manifest says that is there; None where there is none."""
+    """The text of the manifest at the destination; None if there is none."""
     if isinstance(place, HadoopPath):
         return (place / MANIFEST).read_text() if (place / MANIFEST).exists() else None
     path = f"{place.folder}/{MANIFEST}"
@@ -264,10 +263,10 @@ def read_manifest(place: ArrowFolder | HadoopPath) -> str | None:
 
 
 def check_place(place: ArrowFolder | HadoopPath) -> None:
-    """Does first what a delivery does first: whoever could not be delivered must not stand in the log.
+    """Tries the first steps of a delivery, before the log is written: it must not record users who can't be delivered.
 
     Raises:
-        TrailvecError: the place is a mount point, holds other files than an export's, or can't be read or written.
+        TrailvecError: the place is a mount point, has files that no export wrote, or can't be read or written.
     """
     if isinstance(place, ArrowFolder) and place.local and os.path.ismount(place.folder):
         raise TrailvecError(
@@ -286,14 +285,14 @@ def check_place(place: ArrowFolder | HadoopPath) -> None:
 
 
 def _make_and_remove(target: Place) -> None:
-    folder = target.with_name(f".{target.name}.check.staging")  # `published` removes what a kill leaves of that name
+    folder = target.with_name(f".{target.name}.check.staging")  # if killed here, `published` cleans up this name
     folder.mkdir(parents=True, exist_ok=True)
     remove_tree(folder)
 
 
 @contextmanager
 def delivered(place: ArrowFolder | HadoopPath, staging: Path) -> Iterator[Path]:
-    """A folder to fill, which is put in its place, the manifest last, when the block ends without an error.
+    """A folder to fill; if the block succeeds, it is moved or copied to the destination, the manifest last.
 
     Raises:
         TrailvecError: as `check_place`.
@@ -313,7 +312,7 @@ def delivered(place: ArrowFolder | HadoopPath, staging: Path) -> Iterator[Path]:
             place.system.delete_file(f"{place.folder}/{name}")
         for file in sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST):
             path = f"{place.folder}/{file.name}"
-            # Asked nothing, pyarrow packs what goes to a name in .gz, packed as it is.
+            # By default pyarrow compresses streams to names in .gz, even if the data is compressed already.
             with file.open("rb") as source, place.system.open_output_stream(path, compression=None) as target:
                 shutil.copyfileobj(source, target)
 
@@ -332,7 +331,7 @@ def _files_of_export(place: ArrowFolder | HadoopPath) -> list[str]:
     """The names of the last export's files.
 
     Raises:
-        TrailvecError: others are there too.
+        TrailvecError: there are other files too.
     """
     if isinstance(place, HadoopPath):
         folder, names = str(place), [file.name for file in place.iterdir()] if place.exists() else []

@@ -1,10 +1,9 @@
-"""Who a segment takes: the members of each segment of a run, in one pass over the vectors (spark_udfs/likeness.py).
+"""Selects the members of all segments of a run, in one pass over the vectors (spark_udfs/likeness.py).
 
-Where a segment takes the best `size`, the pass gives the users above a floor, which a hash sample of the users sets a
-little too low; where it was still too high, the segment's pass is repeated with a lower one. So the result is exact,
-and it depends on no partitioning: ties go to the smaller user id. Spark leaves out whom a list decides about
-(jobs/segment_rules.py). The driver sorts what is left, somewhat more than the members of all segments, and takes these
-from the highest score on.
+For a segment of the best `size` users, the pass returns users above a score floor, which is estimated a little too low
+from a hash sample of users. If it was still too high, that segment's pass is repeated with a lower floor. So the result
+is exact, and independent of partitioning: ties go to the smaller user id. Spark drops users whom a list rules out
+(jobs/segment_rules.py). The driver sorts the rest, somewhat more than the members of all segments, and takes the best.
 """
 
 from __future__ import annotations
@@ -49,15 +48,13 @@ from jobs.user_lists import ids_of
 from spark_udfs.likeness import Anchors, Scorer, anchors_of, candidates
 from training.stores import remove_tree
 
-_SAMPLE = 50_000  # users, about, whose scores set the floors: more of them are fewer who travel in vain
-_SEEDS = 20_000  # of one segment, whose vectors come to the driver: of more, about so many stand for all, by a hash
-_ITEMS = (
-    20_000  # of one affinity, whose vectors come to the driver and to every task: of more, those that most acted on
-)
-_IDS = pa.large_string()  # pyarrow's string holds 2 GiB in an array: some 60 million ids
-_NO_DATE = "(a date that Spark can't read is NULL)"  # why a query may name nobody
+_SAMPLE = 50_000  # approximate number of users whose scores set the floors: the larger, the fewer needless candidates
+_SEEDS = 20_000  # per segment, vectors sent to the driver: of more seeds, a hash sample of about this size
+_ITEMS = 20_000  # per affinity, vectors sent to the driver and to every task: of more items, the most popular ones
+_IDS = pa.large_string()  # a pyarrow string array is limited to 2 GiB: some 60 million ids
+_NO_DATE = "(a date that Spark can't read is NULL)"  # a reason why a query may return no user
 _SHOWN = 5  # ids in a note
-_OTHERS = 5_000  # of them who stand for everybody else in a classifier: a weight for each of some 64 numbers
+_OTHERS = 5_000  # negative examples of a classifier: it fits only some 64 weights
 
 
 @dataclass(frozen=True)
@@ -65,9 +62,9 @@ class Export:
     """One segment of the run.
 
     Attributes:
-        number: its place in the run's order; what Spark knows it by.
-        vectors: which of a user's vectors give the score, where there is one.
-        id: a hash of all that decides about its members; in the log, and in the manifest.
+        number: its position in the run's order; identifies it in Spark frames.
+        vectors: which of the users' vectors it is scored by, if it is scored.
+        id: a hash of everything that determines its members; in the log and in the manifest.
     """
 
     number: int
@@ -82,13 +79,13 @@ class Export:
 
 
 class Candidates(NamedTuple):
-    """Users who may be a segment's.
+    """Candidate members of a segment.
 
     Attributes:
-        ids: large_string, those of other segments among them.
-        scores: float32 [ids]; 0 where there is none.
+        ids: large_string; shared with other segments, so it has their candidates too.
+        scores: float32 [ids]; 0 for segments without scores.
         marks: int64 [ids, words].
-        rows: which of them are the segment's.
+        rows: indices of the segment's own candidates.
     """
 
     ids: pa.Array
@@ -97,7 +94,7 @@ class Candidates(NamedTuple):
     rows: npt.NDArray[np.int64]
 
     def best_first(self) -> npt.NDArray[np.int64]:
-        """`rows` from the highest score on; ties by id."""
+        """`rows` by descending score; ties by id."""
         order = self.rows[np.argsort(-self.scores[self.rows], kind="stable")]
         same = np.diff(self.scores[order]) == 0
         tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
@@ -113,12 +110,12 @@ _NOBODY = Candidates(pa.array([], _IDS), np.empty(0, np.float32), np.empty((0, 1
 
 @dataclass(frozen=True)
 class Taken:
-    """The members of a segment, from the highest score on, where there is none by id.
+    """The members of a segment, by descending score, or by id if it has no scores.
 
     Attributes:
         ids: the users, large_string.
-        scores: float32 [members]; empty where the segment has none.
-        control: bool [members]: held back.
+        scores: float32 [members]; empty if the segment has no scores.
+        control: bool [members]: in the control group.
         counts: as in the manifest.
     """
 
@@ -129,14 +126,14 @@ class Taken:
 
 
 class Selection:
-    """Takes the members of the segments that are not there yet.
+    """Selects the members of the segments that are not exported yet.
 
     Attributes:
-        exports, pending: all of the configuration's, in its order; those of them to be made.
+        exports, pending: all configured segments, in run order; those to be exported now.
         version: of the model.
-        users: user_id, vector, is_cold of everyone with a vector; `everyone`: what marks they have.
-        log: `exports` as they were before this run.
-        taken: by name, the segments that `select` has dealt with.
+        users: user_id, vector, is_cold of everyone with a vector; `everyone`: their combinations of marks.
+        log: the table `exports` as it was before this run.
+        taken: results of `select`, by segment name.
     """
 
     def __init__(
@@ -172,20 +169,20 @@ class Selection:
         self._seeds: dict[int, dict[str, int]] = {}
         self._items: dict[int, dict[str, int]] = {}
         self._anchors: dict[int, Anchors] = {}
-        self._sample: dict[int, npt.NDArray[np.float32]] = {}  # scores of the allowed users of the sample
+        self._sample: dict[int, npt.NDArray[np.float32]] = {}  # scores of the allowed users in the sample
         self._floors: dict[int, float] = {}
         self._candidates: dict[int, Candidates] = {}
         self.taken: dict[str, Taken] = {}
-        # By user, and by when it was first logged (None: never): the segments so far.
+        # By time of first logging (None: never), then by user: the number of segments so far.
         self._exported: defaultdict[int | None, Counter[str]] = defaultdict(Counter)
 
     def _note_nobody(self) -> None:
-        """A list that is to leave users out and knows none of them may be written otherwise than the events; one that
-        a query gives, or a consent, may be of nobody by a mistake in it."""
+        """Notes lists that look wrong: if a suppression list matches no known user, its ids may be written unlike those
+        of the events; if a query or a consent yields no user at all, it may have a mistake."""
         notes, consent = self._runtime.report.notes, self._runtime.config.export.consent
         lists = {
             rule.mark: (export.path, rule, rule in self._rules[export.number].suppressing)
-            for export in reversed(self.pending)  # of several that name it the first is told
+            for export in reversed(self.pending)  # the first segment that names the list is reported
             for rule in self._rules[export.number].steps
         }
         for mark, (path, rule, suppresses) in sorted(lists.items()):
@@ -202,7 +199,7 @@ class Selection:
                 )
 
     def select(self) -> None:
-        """Takes the members of each segment."""
+        """Selects the members of each segment."""
         runtime = self._runtime
         scored = [export for export in self.pending if export.segment.scored]
         queried = [export for export in self.pending if export.segment.sql is not None]
@@ -233,45 +230,49 @@ class Selection:
         self._marks.unpersist()
 
     def as_of(self, kind: VectorKind) -> str:
-        """The newest time before which the vectors of that kind know events, ISO 8601."""
+        """The latest `as_of` of the vectors of that kind, ISO 8601: they know events before it."""
         return str(self._of_model(kind).agg(F.date_format(F.max("as_of"), "yyyy-MM-dd'T'HH:mm:ssX")).collect()[0][0])
 
-    # ---- Spark: who comes into question
+    # ---- Spark: candidates
 
     def _of_model(self, kind: VectorKind) -> DataFrame:
-        """The rows of the table of that kind of vectors."""
+        """The current model's rows in the table of that kind of vectors."""
         runtime = self._runtime
         rows = runtime.read(USER_EMBEDDINGS) if kind == "embedding" else runtime.latest(USER_PROFILES)
         return of_model(rows, self.version)
 
     def _first_logged(self) -> dict[str, int]:
-        """By id, when those of the exports were first logged that ever were, in microseconds.
+        """By export id, when the export was first logged, in microseconds; only exports that ever were.
 
-        One with `at_most` is made again (by --force, by other code, or because its files are gone) as if at that time,
-        since its id is of one day: it would take others else. What a run has logged at one time it takes in order.
+        An export with `at_most` that is repeated (by --force, by other code, or because its files are gone) is made as
+        of that time, because its id is of that day: otherwise it would take other users. Exports logged at the same
+        time are taken in run order.
         """
-        if all(export.segment.at_most is None for export in self.pending):  # nobody asks
+        if all(export.segment.at_most is None for export in self.pending):  # not needed
             return {}
         rows = self.log.where(F.col("export_id").isin([export.id for export in self.exports]))
         times = rows.groupBy("export_id").agg(F.unix_micros(F.min("exported_at")).alias("at")).collect()
         return {row["export_id"]: row["at"] for row in times}
 
     def _counting(self, logged_at: int | None) -> DataFrame:
-        """The rows of the log that count for an export that was first logged at that time. Of what was logged just then
-        `select` counts whom the segments before it took; of a segment that is no more nobody knows where it stood."""
+        """The rows of the log that count for an export first logged at that time.
+
+        Among exports logged at the very same time, `select` itself counts those of segments earlier in the run.
+        Segments that no longer exist count too, since their position in the run is unknown.
+        """
         if logged_at is None:
             return self.log
         at, known = F.unix_micros("exported_at"), F.col("export_id").isin([export.id for export in self.exports])
         return self.log.where((at < logged_at) | ((at == logged_at) & ~known))
 
     def _asked(self, export: Export) -> DataFrame:
-        """The users that a segment's query gives: segment, user_id, score (NULL)."""
+        """The users that a segment's query returns: segment, user_id, score (NULL)."""
         where = f"{export.path}: its sql"
         ids = ids_of(ask(self._runtime, str(export.segment.sql), where), where).distinct()
         return _without_score(export, ids.join(self.users.select("user_id"), "user_id", "left_semi"))
 
     def _marked(self, rows: DataFrame) -> DataFrame:
-        """The rows with the words of their user's marks."""
+        """The rows with their users' marks joined on, as words."""
         none = F.lit(0).cast("bigint")
         words = {word: F.coalesce(word, none) for word in self._lists.words}
         return rows.join(self._marks, "user_id", "left").withColumns(words)
@@ -281,7 +282,8 @@ class Selection:
         return Combinations(Marked(found[self._lists.words].to_numpy()), found["count"].to_numpy())
 
     def _count(self, rows: DataFrame) -> dict[int, Combinations]:
-        """By segment the combinations of its users. (A member by the log may have no vector any more.)"""
+        """By segment, the combinations of marks of its users with a vector. (Members known from the log may have lost
+        theirs.)"""
         words = self._lists.words
         found = self._marked(rows.select("segment", "user_id")).groupBy("segment", *words).count().toPandas()
         return {
@@ -292,14 +294,14 @@ class Selection:
         }
 
     def _vectors(self, kind: VectorKind) -> DataFrame:
-        """user_id, vector, is_cold: what users are compared by."""
+        """user_id, vector, is_cold: the vectors by which users are compared."""
         if kind == "embedding":
             return self.users
-        # A profile says more than which items the model knows of somebody.
+        # No profile counts as cold: it holds more than the items that the model knows.
         return self._of_model(kind).select("user_id", "vector", F.lit(False).alias("is_cold"))
 
     def _look_up(self, kind: VectorKind, scored: list[Export]) -> None:
-        """The anchors of segments of one kind of vectors, and the scores of a sample of the users."""
+        """Sets the anchors of the segments scored by one kind of vectors, and the scores of a sample of users."""
         draw, words = F.xxhash64("user_id"), self._lists.words
         sampled = F.pmod(draw, F.lit(max(1, self.everyone.total // _SAMPLE))) == 0
         marks = [mark for export in scored if (mark := self._rules[export.number].seeds) is not None]
@@ -315,7 +317,7 @@ class Selection:
         chosen = chosen.where("sampled OR is_seed").withColumn("draw", draw)
         found = in_order(self._marked(chosen), "user_id")
         vectors = stacked(found["vector"])
-        # A profile may be of somebody who has gone since: nobody's seed, and like nobody.
+        # Drop zero vectors and profiles of users who have lost their vector since: neither seeds nor candidates.
         there = vectors.any(axis=1) & Marked(found[words].to_numpy()).has(self._has_vector)
         vectors, found = vectors[there], found[there]
         marked, draws = Marked(found[words].to_numpy()), found["draw"].to_numpy()
@@ -331,7 +333,7 @@ class Selection:
                 continue
             seed = marked.has(seeds_mark)
             others = vectors[of_sample & ~seed]
-            # Among the rows is what other segments of the run look up, too. A cold seed says nothing of its tastes.
+            # The rows include those that other segments look up. Cold seeds tell nothing about tastes.
             used = seed & ~cold & (draws % one_in[seeds_mark] == 0)
             self._seeds[export.number]["used"] = int(used.sum())
             self._refuse_seeds(export)
@@ -344,19 +346,19 @@ class Selection:
             self._sample[export.number] = np.sort(of_export[allowed])[::-1]
 
     def _has_any(self, marks: list[int]) -> Column:
-        """Whether a row's marks have one of these."""
+        """Whether a row has any of these marks."""
         bits = zip(self._lists.words, self._lists.bits(marks), strict=True)
         return reduce(operator.or_, (F.col(word).bitwiseAND(F.lit(bit)) != 0 for word, bit in bits))
 
     def _known(self, everyone: DataFrame, marks: list[int]) -> pd.DataFrame:
-        """How many users with a vector have which marks, one of `marks` among them, and are cold or not."""
+        """Counts users (non-zero vector, any of `marks`) by combination of marks and is_cold."""
         known = everyone.where(F.exists("vector", lambda value: value != 0))
         seeds = self._marks.where(self._has_any(marks) & self._has_any([self._has_vector]))
         marked = known.join(seeds, "user_id")
         return marked.groupBy(*self._lists.words, "is_cold").agg(F.count("*").alias("users")).toPandas()
 
     def _count_seeds(self, scored: list[Export], found: pd.DataFrame) -> None:
-        """How many seeds of each segment are known, or cold; `found`: `users` by their marks and is_cold, all seeds."""
+        """Counts each segment's known and cold seeds; `found`: number of `users` by marks and is_cold, all seeds."""
         marked, cold = Marked(found[self._lists.words].to_numpy()), found["is_cold"].to_numpy(np.bool_)
         users = found["users"].to_numpy()
         for export in scored:
@@ -385,12 +387,12 @@ class Selection:
             )
 
     def _item_anchors(self, exports: list[Export]) -> dict[int, Anchors]:
-        """The vectors of the items that the segments name, read at once but for those of too many items."""
+        """The vectors of the segments' affinity items, in one read, except for segments with more than _ITEMS items."""
         if not exports:
             return {}
         wanted = {export.number: _is_wanted(export.segment.affinity) for export in exports if export.segment.affinity}
         for table in (ITEMS, ITEM_EMBEDDINGS):
-            self._runtime.latest_version(table)  # says which stage makes it, where it is missing
+            self._runtime.latest_version(table)  # if missing, the error says which stage writes it
         items = of_model(self._runtime.latest(ITEM_EMBEDDINGS), self.version)
         said = self._runtime.latest(ITEMS).select("item_id", "vertical", "category", "event_count")
         named = items.join(said, "item_id", "left")
@@ -426,7 +428,7 @@ class Selection:
         return anchors
 
     def _floor(self, export: Export, wanted: int) -> float:
-        """The score from which on there are at least `wanted` allowed users, most probably."""
+        """A score that, very probably, at least `wanted` allowed users reach."""
         if export.segment.threshold is not None:
             return export.segment.threshold
         scores = self._sample[export.number]
@@ -436,7 +438,7 @@ class Selection:
         return float(scores[place]) if place < len(scores) else -np.inf
 
     def _wanted(self, export: Export) -> int:
-        """So many allowed users are enough, unless `at_most`, or a segment without `size`, leaves out many."""
+        """How many allowed users suffice, unless `at_most` or an excluded segment without `size` removes many."""
         others = (other.segment.size or 0 for other in self.exports if other.name in export.segment.exclude)
         return (export.segment.size or 0) + sum(others)
 
@@ -450,12 +452,12 @@ class Selection:
         return reduce(DataFrame.unionByName, passes)
 
     def _allowed(self, rows: DataFrame) -> dict[int, Candidates]:
-        """By segment the allowed ones of `rows` (segment, user_id, score)."""
+        """By segment, those of `rows` (segment, user_id, score) that its rules allow."""
         words = self._lists.words
         bits = {number: deciding(self._lists, rules) for number, rules in self._rules.items()}
         schema = ", ".join(["segment int", *(f"{name} bigint" for name in next(iter(bits.values())))])
         of_segment = self._runtime.spark.createDataFrame([(n, *of.values()) for n, of in bits.items()], schema)
-        # The bits of its segment come to a row after the shuffle, not before.
+        # Join the segments' bits after the shuffle, to keep it small.
         allowed = self._marked(rows).join(F.broadcast(of_segment), "segment").where(allows(self._lists))
         remove_tree(self._staging.shared / "candidates")
         allowed.select("segment", "user_id", "score", *words).write.parquet(str(self._staging.shared / "candidates"))
@@ -465,7 +467,7 @@ class Selection:
         marks = np.column_stack([found[word].to_numpy() for word in words])
         return {number: Candidates(ids, scores, marks, rows) for number, rows in _rows_of(segments).items()}
 
-    # ---- the driver: who is taken
+    # ---- driver: members
 
     def _take(self, export: Export) -> Taken:
         if export.segment.include:
@@ -476,7 +478,7 @@ class Selection:
             self._candidates |= self._allowed(rows)
         wanted = self._wanted(export)
         while (taken := self._walk(export)) is None:
-            # Those of a segment without `size` are known only now.
+            # Members of excluded segments without `size` are only known by now.
             others = (export.segment.size or 0) + sum(len(self.members(name)) for name in export.segment.exclude)
             wanted = others if others > wanted else 4 * wanted
             self._floors[export.number] = self._floor(export, wanted)
@@ -484,7 +486,7 @@ class Selection:
         return taken
 
     def _walk(self, export: Export) -> Taken | None:
-        """The segment's members among its candidates; None where there are too few, and may be more below the floor."""
+        """The segment's members among its candidates; None if too few, while there may be more below the floor."""
         segment = export.segment
         found = self._candidates.get(export.number, _NOBODY)
         rows = found.best_first()
@@ -497,7 +499,7 @@ class Selection:
         kept, seen = np.flatnonzero(~too_often & ~is_excluded), len(rows)
         if segment.size is not None and len(kept) >= segment.size:
             kept = kept[: segment.size]
-            seen = kept[-1] + 1  # nobody looks at who follows the last one
+            seen = kept[-1] + 1  # counts end with the last member
         elif segment.size is not None and self._floors[export.number] > -np.inf:
             return None
         members = ids.take(pa.array(kept))
@@ -509,8 +511,8 @@ class Selection:
     def _too_often(
         self, export: Export, ids: pa.Array, marks: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
     ) -> Flags:
-        """Which of `ids`, whose marks are those of `rows`, the segments of the run before it, with those in the log,
-        bring to the limit; the log alone is Spark's part."""
+        """Which of `ids` (marks at `rows`) reach the limit by earlier segments of this run together with the log. Spark
+        has already dropped those who reach it by the log alone."""
         limit, exported = export.segment.at_most, self._exported[self._logged_at.get(export.id)]
         if limit is None or not exported or not len(ids):
             return np.zeros(len(ids), np.bool_)
@@ -522,7 +524,7 @@ class Selection:
     def _told(self, export: Export, taken: int, control: int, too_often: int, excluded: int) -> dict[str, Any]:
         segment = export.segment
         begun_with = self.everyone if segment.scored else self._counts.get(export.number, self.everyone.of_nobody())
-        removed: Counter[str] = Counter()  # in the order of the rules
+        removed: Counter[str] = Counter()  # in rule order
         for name, out in begun_with.marked.left_out(self._rules[export.number]):
             removed[name] += int(begun_with.users[out].sum())
         if segment.at_most is not None:
@@ -531,7 +533,7 @@ class Selection:
             removed[f"member of {', '.join(segment.exclude)}"] = excluded
         total = begun_with.total
         if segment.scored:
-            # Who has a zero vector is like nobody, and comes after all others.
+            # Users with a zero vector have no likeness, and rank after all others.
             cut = (
                 f"after the best {segment.size:,}" if segment.size is not None else f"score below {segment.threshold:g}"
             )
@@ -543,11 +545,11 @@ class Selection:
         return counts
 
     def members(self, name: str) -> pa.Array:
-        """The members of a segment of the configuration; of one that this run leaves as it is, those in the log."""
+        """The members of a configured segment: as just selected or, if this run doesn't export it, from the log."""
         return self._members(name)[0]
 
     def _members(self, name: str) -> tuple[pa.Array, Flags]:
-        """With who of them is held back."""
+        """As `members`, with flags of who is held back."""
         if name in self.taken:
             return self.taken[name].ids, self.taken[name].control
         ids, control, rows = self._logged
@@ -557,8 +559,8 @@ class Selection:
 
     @cached_property
     def _logged(self) -> tuple[pa.Array, Flags, dict[int, npt.NDArray[np.int64]]]:
-        """Of the segments that this run leaves as they are, whose members the log tells: users, who of them is held
-        back, and by segment which of them are its. Read at once: the log may be far larger."""
+        """The logged members of segments that this run doesn't export: users, who is held back, and row indices by
+        segment. One filtered read for all, because the log may be far larger."""
         numbers = {export.id: export.number for export in self.exports if export not in self.pending}
         rows = self.log.where(F.col("export_id").isin(list(numbers)))
         rows.select("export_id", "user_id", "is_control").write.parquet(str(self._staging.shared / "members"))
@@ -570,10 +572,10 @@ class Selection:
 
 
 def _rows_of(segments: npt.NDArray[np.int64]) -> dict[int, npt.NDArray[np.int64]]:
-    """By segment, which rows are its; `segments`: each row's."""
+    """Row indices by segment; `segments`: each row's segment."""
     order = np.argsort(segments, kind="stable")
     numbers, starts = np.unique(segments[order], return_index=True)
-    parts = np.split(order, starts)[1:]  # before the first start there is nothing
+    parts = np.split(order, starts)[1:]  # the part before the first start is empty
     return {int(number): part for number, part in zip(numbers, parts, strict=True)}
 
 
@@ -582,7 +584,7 @@ def _without_score(export: Export, ids: DataFrame) -> DataFrame:
 
 
 def _is_wanted(affinity: Affinity) -> Column:
-    """Whether an item (item_id, vertical, category) is one of the affinity's."""
+    """Whether an item (item_id, vertical, category) matches the affinity."""
     if affinity.items:
         return F.col("item_id").isin(list(affinity.items))
     same = F.lit(True)

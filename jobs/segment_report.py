@@ -1,6 +1,6 @@
-"""report.html beside a segment's files: one page for the people who asked for the segment, without any other file.
+"""report.html next to a segment's files: a self-contained page for the people who asked for the segment.
 
-Plain HTML and one SVG, so that it opens wherever the files go; the same facts give the same bytes.
+Plain HTML and one SVG, so that it opens wherever the files go; the same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-_POINTS = 200  # of the curve
-_ROWS = 20  # of a table
+_POINTS = 200  # on the curve
+_ROWS = 20  # per table
 _STYLE = """body{font:14px sans-serif;max-width:52em;margin:2em auto;color:#222}
 table{border-collapse:collapse;width:100%}td,th{padding:.2em .6em;text-align:left;border-bottom:1px solid #eee}
 td.n,th.n{text-align:right}i{display:inline-block;height:.7em;background:#1b6ca8}i.all{background:#bbb}"""
 
 
 class Share(NamedTuple):
-    """How much of the segment something holds, and of everyone where that is known; 0 to 1."""
+    """A share of the segment's members and, if known, of all users; 0 to 1."""
 
     name: str
     segment: float
@@ -29,13 +29,13 @@ class Share(NamedTuple):
 def page(
     manifest: dict[str, Any], scores: npt.NDArray[np.float32], overlaps: list[Share], verticals: list[Share] | None
 ) -> str:
-    """The page.
+    """The page as HTML.
 
     Args:
-        manifest: what manifest.json says.
-        scores: of the members, from the highest on; empty where the segment has none.
-        overlaps: of the segment's members, the shares that other segments hold too.
-        verticals: the shares of its members, and of everyone, who acted in a vertical; None: not known.
+        manifest: the content of manifest.json.
+        scores: of the members, descending; empty if the segment has no scores.
+        overlaps: the shares of the segment's members that are also in each other segment.
+        verticals: the shares of its members, and of everyone, who acted in each vertical; None: not known.
     """
     segment, counts = manifest["segment"], manifest["counts"]
     steps = [("users to begin with", counts["in"])]
@@ -68,7 +68,7 @@ def page(
 
 
 def _table(heading: str, shares: list[Share]) -> list[str]:
-    """The largest shares, each with a bar."""
+    """The largest shares as table rows with bars."""
     lines = [f'<table><tr><th>{heading}<th class="n">members<th class="n">everyone<th>']
     for name, segment, everyone in sorted(shares, key=lambda share: (-share.segment, share.name))[:_ROWS]:
         bars = f'<i style="width:{12 * segment:.2f}em"></i>'

@@ -1,7 +1,7 @@
-"""Who may be exported: lists of users, and the rules that a segment makes of them.
+"""Who may be exported: lists of users, and a segment's rules about them.
 
-Every list (seeds, consent, suppression, the log of exports) is read once, however many segments name it, and all become
-one frame: for each user the numbers ("marks") of the lists that hold them, as bits. One join of it decides about all
+Each list (seeds, consent, suppression, the export log) is read once, however many segments name it. All lists become
+one frame with a bitmap per user: bit n ("mark" n) is set if list n contains the user. One join with it decides for all
 segments.
 """
 
@@ -35,28 +35,28 @@ from jobs.user_lists import TEXT_OR_WHOLE, as_ids, read_rows, read_users
 
 Flags = npt.NDArray[np.bool_]
 
-_BITS = 62  # marks in one word: a bigint, and no sign
-_TEXTS = "texts"  # in the staging: the users of all lists that are texts
+_BITS = 62  # marks per word: a bigint that stays non-negative
+_TEXTS = "texts"  # subfolder of the staging, for users of all plain-text lists
 _ROWS = pa.schema({"user_id": pa.string(), "mark": pa.int32()})
-_BATCH = 100_000  # lines of a text at once
+_BATCH = 100_000  # lines of a text list per batch
 
 
 class Lists:
-    """Lists of users, each read once however many segments name it. A mark is a list's number."""
+    """Lists of users, each read once, however many segments name it. A mark is a list's number."""
 
     def __init__(self, runtime: Runtime, staging: Staging) -> None:
         self._runtime, self._staging = runtime, staging
         self._marks: dict[str, int] = {}
         self._frames: list[DataFrame] = []
         (staging.local / _TEXTS).mkdir()
-        self._write(iter(()), mark=-1)  # a folder without any file is none in an object store
+        self._write(iter(()), mark=-1)  # object stores have no empty folders
 
     def mark(self, name: str, read: Callable[[], DataFrame | Iterator[str]]) -> int:
-        """The mark of the list of that name, which is read now where it is new.
+        """The mark of the named list; a new list is read now.
 
         Args:
-            read: gives user ids, or rows with a user_id and maybe `holds`, boolean: a list doesn't hold a user of whom
-                a row says so.
+            read: returns user ids, or rows with user_id and optionally `holds`, boolean: one row with false takes the
+                user off the list.
         """
         if name not in self._marks:
             self._marks[name] = len(self._marks)
@@ -71,33 +71,34 @@ class Lists:
         return self._marks[name]
 
     def _write(self, users: Iterator[str], mark: int) -> None:
-        """Beside the other texts: Spark reads all at once, as a hundred files each apart take a while to plan."""
+        """Writes the users into one folder for all text lists, so that Spark reads them at once: planning a hundred
+        reads takes a while."""
         with pq.ParquetWriter(self._staging.local / _TEXTS / f"{mark}.parquet", _ROWS) as file:
             while ids := list(islice(users, _BATCH)):
                 file.write_batch(pa.record_batch([ids, pa.repeat(pa.scalar(mark, pa.int32()), len(ids))], schema=_ROWS))
 
     @property
     def folder(self) -> Place:
-        """For copies of the lists' files, where Spark's tasks need one."""
+        """For copies of the lists' files, if Spark's tasks need them."""
         return self._staging.shared / "lists"
 
     @property
     def words(self) -> list[str]:
-        """The columns that hold marks."""
+        """The names of the columns that hold marks."""
         return [f"marks_{word}" for word in range(max(1, -(-len(self._marks) // _BITS)))]
 
     def bits(self, marks: Iterable[int]) -> list[int]:
-        """Marks as the words of a row."""
+        """The marks packed into words."""
         words = [0] * len(self.words)
         for mark in marks:
             words[mark // _BITS] |= 1 << mark % _BITS
         return words
 
     def of_users(self) -> DataFrame:
-        """user_id string, and `words`, bigint each: a row for each user of any list."""
+        """user_id string and `words`, bigint each: one row per user on any list."""
         texts = self._runtime.spark.read.parquet(self._staging.to_tasks(_TEXTS))
         frame = reduce(DataFrame.unionByName, self._frames, texts.withColumn("holds", F.lit(True)))
-        # No arrays: Spark makes each row's apart, and sorts rows for it. Whole numbers it hashes and compares.
+        # Integers, not arrays: Spark aggregates integers by hash, but allocates an array per row and needs a sort.
         bit = f"shiftleft(1L, mark % {_BITS})"
         words = []
         for word, name in enumerate(self.words):
@@ -106,12 +107,12 @@ class Lists:
                 for holds in ("holds", "NOT holds")
             )
             words.append(said.bitwiseAND(F.bitwise_not(denied)).alias(name))
-        # Hardly a user is twice in one part of a list: to gather them before the shuffle costs, and spares nothing.
+        # Repartition first: hardly any user is twice in a partition, so aggregating before the shuffle saves nothing.
         return frame.repartition("user_id").groupBy("user_id").agg(*words)
 
 
 def _read_suppressed(runtime: Runtime, users: UserList, path: Path, folder: Place) -> DataFrame | Iterator[str]:
-    """As `read_users`; a file of nobody is refused, since all who should be in it would be exported."""
+    """As `read_users`, but refuses an empty file: everyone who should be in it would be exported."""
     found = read_users(runtime, users, path, folder)
     if users.file is None:
         return found
@@ -126,7 +127,7 @@ def _read_suppressed(runtime: Runtime, users: UserList, path: Path, folder: Plac
 
 
 def read_consents(runtime: Runtime, folder: Place) -> DataFrame:
-    """user_id and a column for each purpose, as export.consent says; a user may have several rows. `folder`: as for
+    """user_id and one column per purpose, from export.consent; a user may have several rows. `folder`: as for
     `read_users`."""
     consent = runtime.config.export.consent
     assert consent is not None
@@ -136,10 +137,10 @@ def read_consents(runtime: Runtime, folder: Place) -> DataFrame:
 
 
 def consenting(consents: DataFrame, purpose: str, path: Path) -> DataFrame:
-    """user_id, holds: what each row says of the purpose. A user all of whose rows say yes agrees.
+    """user_id, holds: each row's consent to the purpose. A user consents if all their rows do; NULL or blank is a no.
 
     Raises:
-        TrailvecError: there is no such column, or it says something that is neither yes nor no.
+        TrailvecError: there is no such column, or it has a value that is neither yes nor no.
     """
     if missing := {"user_id", purpose} - set(consents.columns):
         raise TrailvecError(
@@ -147,13 +148,13 @@ def consenting(consents: DataFrame, purpose: str, path: Path) -> DataFrame:
             f"(found {', '.join(consents.columns)}): correct one of them"
         )
     said, kind = named_column(purpose), consents.schema[purpose].dataType.simpleString()
-    if kind not in ("boolean", *TEXT_OR_WHOLE):  # as a boolean NaN is true, and so is any time
+    if kind not in ("boolean", *TEXT_OR_WHOLE):  # cast to boolean, NaN and any timestamp would be true
         raise TrailvecError(
             f"{path} asks for the consent {purpose!r}: that column of export.consent is of type {kind}: "
             f"write true or false"
         )
     if kind != "boolean":
-        text = said.cast("string")  # as a boolean -1 is true, the text is nothing
+        text = said.cast("string")  # cast to boolean directly, -1 would be true; via text it is NULL
         said = text.cast("boolean")
         if wrong := consents.where(said.isNull() & text.rlike(r"\S")).select(text).first():
             raise TrailvecError(
@@ -164,7 +165,7 @@ def consenting(consents: DataFrame, purpose: str, path: Path) -> DataFrame:
 
 
 class Rule(NamedTuple):
-    """A user who is in the list (`required`: who is not) is left out."""
+    """Leaves out users who are on the list; with `required`, those who are not."""
 
     name: str
     mark: int
@@ -173,14 +174,14 @@ class Rule(NamedTuple):
 
 @dataclass(frozen=True)
 class Rules:
-    """What decides about a user of a segment.
+    """A segment's rules.
 
     Attributes:
-        everyone: the mark of the users with a vector; nobody else comes into question.
-        steps: in the order in which they are looked at: the first one that leaves a user out is the one that counts.
-        seeds: the mark of its seeds.
-        suppressing: those of the steps that are lists in `suppress`.
-        exported: the marks of those who were exported once, twice, … within the days that the segment looks back.
+        everyone: the mark of the users with a vector; no one else is eligible.
+        steps: in order of evaluation: a user is counted under the first rule that leaves them out.
+        seeds: the mark of the segment's seeds.
+        suppressing: the steps for lists in `suppress`.
+        exported: the marks of users exported at least once, twice, … within the look-back days of `at_most`.
     """
 
     everyone: int
@@ -201,11 +202,11 @@ def rules_of(
     logged_at: int | None,
     now: datetime,
 ) -> Rules:
-    """The rules of a segment; the lists that it names are read.
+    """The rules of a segment; reads the lists that it names.
 
     Args:
         everyone: as in `Rules`.
-        log: the rows of `exports` that count for what was first logged at `logged_at`.
+        log: the rows of `exports` that count for an export first logged at `logged_at`.
     """
     segment, path = file
     steps: list[Rule] = []
@@ -233,7 +234,7 @@ def rules_of(
             exported.append(lists.mark(name, partial(counts.where, F.col("count") >= n)))
         steps.append(Rule(limit_name(limit), exported[-1]))
         if segment.control_share:
-            # Else they never leave: day after day they take more of the places, and are likelier than who is exported.
+            # Otherwise they never drop out: each day they fill more places, outranking those not exported yet.
             own = recent.where(F.col("is_control") & (F.col("segment") == segment.name)).groupBy("user_id").count()
             name = f"held back of {segment.name} since {since}, logged at {logged_at}"
             mark = lists.mark(name, partial(own.where, F.col("count") >= limit.exports))
@@ -246,7 +247,7 @@ def limit_name(limit: Frequency) -> str:
 
 
 def deciding(lists: Lists, rules: Rules) -> dict[str, int]:
-    """The columns by which `allows` decides for a segment: forbidden_… and required_…, the bits of its rules' lists."""
+    """The columns by which `allows` decides for a segment: its rules' marks as bits, forbidden_… and required_…."""
     columns: dict[str, int] = {}
     for kind, required in (("forbidden", False), ("required", True)):
         marks = [rule.mark for rule in rules.steps if rule.required == required]
@@ -256,7 +257,7 @@ def deciding(lists: Lists, rules: Rules) -> dict[str, int]:
 
 
 def allows(lists: Lists) -> Column:
-    """Whether a row's marks (of `Lists.words`) have none of its bits forbidden_…, and all of its required_…."""
+    """Whether a row's marks (`Lists.words`) have none of its forbidden_… bits and all of its required_… bits."""
     conditions = []
     for number, word in enumerate(lists.words):
         forbidden, required = F.col(f"forbidden_{number}"), F.col(f"required_{number}")
@@ -266,17 +267,17 @@ def allows(lists: Lists) -> Column:
 
 
 class Marked:
-    """Rows that have marks: which of them a rule leaves out."""
+    """Rows with marks, and which of them a rule leaves out."""
 
     def __init__(self, words: npt.NDArray[np.int64]) -> None:
-        """`words`: [rows, words], as `Lists.words` says."""
+        """`words`: [rows, words], in the order of `Lists.words`."""
         self._words = words
 
     def has(self, mark: int) -> Flags:
         return np.asarray(self._words[:, mark // _BITS] >> (mark % _BITS) & 1, np.bool_)
 
     def left_out(self, rules: Rules) -> list[tuple[str, Flags]]:
-        """Each rule's name with the rows that it leaves out, and none before it did."""
+        """Each rule's name and the rows that it is the first to leave out."""
         left, found = np.ones(len(self._words), np.bool_), []
         for rule in rules.steps:
             out = left & (self.has(rule.mark) != rule.required)
@@ -293,7 +294,7 @@ class Marked:
 
 
 class Combinations(NamedTuple):
-    """The combinations of marks that some users have, and how many `users` have each, [combinations]."""
+    """The combinations of marks that occur, and the number of `users` with each, [combinations]."""
 
     marked: Marked
     users: npt.NDArray[np.int64]
@@ -303,7 +304,7 @@ class Combinations(NamedTuple):
         return int(self.users.sum())
 
     def of(self, mark: int) -> Combinations:
-        """Those with the mark."""
+        """The combinations that include the mark."""
         there = self.marked.has(mark)
         return Combinations(self.marked[there], self.users[there])
 

@@ -1,10 +1,10 @@
-"""A segment's file: who is in it, who is left out, how it leaves (conf/segments/*.toml).
+"""A segment's file: who is in it, who is left out, and how it is exported (conf/segments/*.toml).
 
-Who, one of four: `seeds` (the users most like a seed list), `affinity` (the users fondest of some items), `sql` (a
-query's users), `include` (the members of other segments). The first two give a score, and take as many users as `size`
-says or those whose score is at least `threshold`. Who is left out, in this order: the seeds themselves, users without
-`consent`, users of the lists in `suppress`, users who were exported `at_most` so often lately, members of the segments
-in `exclude`. What each key means stands here, at the key.
+Exactly one key says who is in it: `seeds` (the users most like a seed list), `affinity` (the users fondest of some
+items), `sql` (a query's users) or `include` (the members of other segments). The first two are scored, and take the
+best `size` users or those whose score is at least `threshold`. Left out are, in this order: the seeds themselves, users
+without `consent`, users on the lists in `suppress`, users recently exported as often as `at_most` allows, and members
+of the segments in `exclude`. Each key is documented at its field below.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Format = Literal["parquet", "csv.gz"]
 
 
 class Seeds(UserList):
-    """The users that a segment is to be like."""
+    """The users whom a segment's members should resemble."""
 
     method: Method = Field(
         DEFAULT_METHOD,
@@ -43,7 +43,8 @@ class Seeds(UserList):
 
 
 class Affinity(Section):
-    """The items whose highest dot product with the user's vector is the score: the model's own score of that item."""
+    """The items to score users by: a user's score is the highest dot product of their vector with any of these items,
+    that is, the model's own score of that item."""
 
     items: tuple[str, ...] = Field((), description="item ids")
     vertical: str | None = Field(None, description="all items of a vertical")
@@ -57,11 +58,11 @@ class Affinity(Section):
 
 
 class Frequency(Section):
-    """A user who was exported `exports` times within `days` days (UTC, today is one of them) is left out.
+    """Leaves out users exported `exports` times within `days` days (UTC, including today).
 
-    Segments that are exported earlier in the same run count. Who was held back got nothing: that counts for no other
-    segment, but so often held back of this one, a user is left out of it as if exported, or its control group would
-    fill its places day after day. Each run that exports counts, also a second one of a day.
+    Segments exported earlier in the same run count. Being held back doesn't count for other segments, since the user
+    received nothing. But a user held back from this segment `exports` times is left out of it as if exported, or its
+    control group would fill more of its places every day. Every run that exports counts, even a second one on a day.
     """
 
     exports: int = Field(ge=1, le=100)
@@ -69,7 +70,7 @@ class Frequency(Section):
 
 
 class Segment(Section):
-    """A segment's file."""
+    """The content of a segment file."""
 
     name: str = Field(pattern=r"^[a-z0-9_-]+$", description="also the name of its folder")
     owner: str = Field(min_length=1, description="who answers for it")
@@ -124,7 +125,7 @@ class Segment(Section):
 
     @property
     def others(self) -> tuple[str, ...]:
-        """The names of the segments that this one includes or excludes: they are taken before it."""
+        """The names of the segments that this one includes or excludes, which must be selected before it."""
         return (*self.include, *self.exclude)
 
     @property
@@ -163,8 +164,8 @@ def read_segments(paths: list[str]) -> list[SegmentFile]:
     """The segments of the files, each after those that it includes or excludes.
 
     Raises:
-        TrailvecError: a file is missing or wrong, two have one name, one names a segment that is not there or, over
-            others, itself, or a list is missing.
+        TrailvecError: a file is missing or invalid, two have the same name, one names an unknown segment or, directly
+            or not, itself, or a list is missing.
     """
     files = [SegmentFile(parse(Segment, read_toml(shipped(path)), path), shipped(path)) for path in paths]
     by_name: dict[str, SegmentFile] = {}
