@@ -3,10 +3,10 @@
 trailvec serve_sql --conf conf/local.toml                          # on this machine only: 127.0.0.1:10000
 TRAILVEC_SQL_USER=ada TRAILVEC_SQL_PASSWORD=… trailvec serve_sql --conf conf/local.toml --host 0.0.0.0
 
-Each client has a session of its own: its USE, SET and temporary views are nobody else's. The functions live in the
-registry that every new session copies. Who connects may do what the server's own account may: write, and run programs
-(SELECT TRANSFORM ... USING). The server wipes trailvec's secrets out of its environment; that of the process which
-started it, a shell or a wrapper, stays readable to programs of the same account.
+Each client has its own session, so USE, SET and temporary views are private to it. The functions are in the registry
+that every new session copies. Clients may do whatever the server's account may, including writing and running programs
+(SELECT TRANSFORM ... USING). The server wipes trailvec's secrets from its environment; the environment of the process
+that started it, a shell or a wrapper, stays readable to programs of the same account.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ _LOGIN_CLASS = "TrailvecLogin"
 _CLASS_PATH = "spark.driver.extraClassPath"
 _LOOK_AGAIN_SECONDS = 10.0
 _SETTINGS = {
-    # A large answer goes to its client partition by partition, not through the server's memory as a whole. (One
-    # partition does: where it is larger than the memory, the server ends.)
+    # Stream large results partition by partition instead of collecting them in the server's memory. (A single
+    # partition that exceeds the memory still kills the server.)
     "spark.sql.thriftServer.incrementalCollect": "true",
 }
-# Spark has a compiler for Java (Janino, for its generated code) wherever it runs: no jar to build or to ship. Hive
-# makes an object of the class for each connection. It knows a salted digest, not the password. Hive hands over each
-# byte of a name or a password as a character: their UTF-8 has to be put together again.
+# Compiled at run time by Janino, which Spark ships for its generated code, so there is no jar to build or ship. Hive
+# instantiates the class for each connection. It holds a salted digest, not the password. Hive passes each byte of a
+# name or password as one character, so the UTF-8 bytes have to be reassembled.
 _LOGIN_CHECK = """
 import java.math.BigInteger;
 import java.security.MessageDigest;
@@ -80,11 +80,12 @@ def run_serve(config: Config, host: str, port: int) -> None:
     """Serves until SIGINT or SIGTERM.
 
     Raises:
-        TrailvecError: the address is not to be had, or is open to others and no credentials are set; or Spark ended.
+        TrailvecError: the address is unavailable, or is reachable by others while no credentials are set; or Spark
+            has died.
     """
     login = _login()
     _check_address(host, port, login is not None)
-    # A client can read the JVM's environment, a copy of this one, and by a program this one, too.
+    # Clients can read the JVM's environment, which is a copy of this process's, and by a program also this one.
     for name in SECRETS:
         _forget(name)
     stopped = threading.Event()
@@ -106,7 +107,7 @@ def run_serve(config: Config, host: str, port: int) -> None:
 
 
 def _login() -> str | None:
-    """The Java class that checks what clients say who they are; None where they need not.
+    """The source of the Java class that authenticates clients; None if no login is required.
 
     Raises:
         TrailvecError: only one of user and password is set, or one is empty.
@@ -117,14 +118,14 @@ def _login() -> str | None:
     if not user or not password:
         raise TrailvecError(f"one of {_LOGIN[0]} and {_LOGIN[1]} is missing or empty: set both, or none")
     salt = secrets.token_hex(16)
-    # The bytes that were set, be they no UTF-8.
+    # fsencode: the bytes as set, even if they aren't UTF-8.
     digest = hashlib.sha256(os.fsencode(f"{salt}{user}\0{password}")).hexdigest()
     return _LOGIN_CHECK % {"salt": salt, "digest": digest}
 
 
 def _forget(name: str) -> None:
-    """Takes a variable out of the environment, and its value out of what the process was started with: that is what
-    /proc/PID/environ shows, whatever has been unset since."""
+    """Unsets an environment variable and zeroes its value in the process's initial environment block, which
+    /proc/PID/environ still shows after unsetting."""
     if os.name == "posix" and (value := os.environb.get(os.fsencode(name))):
         libc = ctypes.CDLL(None)
         libc.getenv.restype = ctypes.c_void_p
@@ -135,7 +136,7 @@ def _forget(name: str) -> None:
 
 def _check_address(host: str, port: int, with_password: bool) -> None:
     for name in ("HIVE_SERVER2_THRIFT_BIND_HOST", "HIVE_SERVER2_THRIFT_PORT"):
-        if name in os.environ:  # Spark's server would heed it, whatever it was told
+        if name in os.environ:  # overrides the settings given to Spark's server
             raise TrailvecError(f"{name} is set and would win over --host and --port: unset it")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -156,8 +157,8 @@ def _check_address(host: str, port: int, with_password: bool) -> None:
 
 
 def _share_functions(spark: SparkSession) -> None:
-    """Puts the session's functions among Spark's built-in ones, which every session made from now on copies. (Without
-    local tables there are no table functions.)"""
+    """Adds the session's functions to Spark's built-in registry, which every new session copies. (Table functions only
+    exist if the tables are local.)"""
     catalyst: Any = spark._jvm.org.apache.spark.sql.catalyst  # type: ignore[union-attr]
     state = spark._jsparkSession.sessionState()
     for names, registry, kind in (
@@ -176,7 +177,7 @@ def _start(spark: SparkSession, host: str, port: int, login: str | None, scratch
     """The running server, a HiveThriftServer2 of the JVM."""
     jvm: Any = spark._jvm
     system = jvm.java.lang.System
-    # Hive's empty catalogue would write derby.log into the current folder.
+    # Otherwise Hive's empty metastore writes derby.log into the working directory.
     system.setProperty("derby.stream.error.method", "java.io.OutputStream.nullOutputStream")
     (scratch / "local").mkdir()
     hadoop = spark._jsc.hadoopConfiguration()
@@ -192,26 +193,27 @@ def _start(spark: SparkSession, host: str, port: int, login: str | None, scratch
     }.items():
         hadoop.set(key, value)
     if login:
-        # Onto the driver's class path: a thread that has served a query has another class loader than before, and only
-        # what the application's loader finds is found by all of them.
+        # Load it from the driver's class path: serving a query changes a thread's class loader, and only classes of the
+        # application's loader are visible to all threads.
         compiler = jvm.org.codehaus.janino.SimpleCompiler()
         compiler.cook(login)
         file = scratch / f"{_LOGIN_CLASS}.class"
         file.write_bytes(bytes(compiler.getBytecodes()[_LOGIN_CLASS]))
         jvm.java.lang.Class.forName(_LOGIN_CLASS)
-        file.unlink()  # nobody has to read the digest
-        # A connection's own HiveConf knows nothing of Spark's settings, but of the system's.
+        file.unlink()  # so that nobody can read the digest
+        # A connection's HiveConf ignores Spark's settings but reads system properties.
         system.setProperty("hive.server2.custom.authentication.class", _LOGIN_CLASS)
     start: Any = jvm.org.apache.spark.sql.hive.thriftserver.HiveThriftServer2.startWithContext
     return start(spark._jsparkSession.sqlContext())
 
 
 def _watch(runtime: Runtime, stopped: threading.Event) -> None:
-    """Until it is stopped, makes known what a stage has made or a client has dropped. (Which model is current the views
-    look up themselves.) A store that fails, or a client's own table in the way, is said once, and looked at again.
+    """Until stopped, keeps registering tables that stages have created or clients have dropped. (The views look up the
+    current model themselves.) A failing store, or a client's table with a conflicting name, is reported once and
+    retried.
 
     Raises:
-        TrailvecError: Spark itself is gone, and so is the server.
+        TrailvecError: Spark has died, and with it the server.
     """
     failing = False
     while not stopped.wait(_LOOK_AGAIN_SECONDS):

@@ -1,7 +1,7 @@
 """sessionize: events + flagged_users → sessions.
 
 One shuffle by user, one sort by (user_id, event_ts, event_id), then Arrow (`spark_udfs/sessionize.py`). After the first
-time only the runs that changed events can have touched are made anew (docs/decisions/0006), in one merge.
+time, only the runs that changed events can affect are recomputed (docs/decisions/0006), in one merge.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from jobs.tables import CONTEXT_VALUES, EVENT_IN_SESSION, EVENTS, FLAGGED_USERS,
 from spark_udfs.sessionize import Rules, split_points
 from spark_udfs.sessionize import sessionize as sessionize_arrow
 
-_PART_EVENTS = 50_000  # fewer are never parted: a task has work for a second or more
+_PART_EVENTS = 50_000  # never split below this: it is at least a second of work for a task
 
 
 @dataclass(frozen=True)
 class Split:
-    """An event that starts a session of a user who has too many events for one task; times are microseconds."""
+    """A session's first event at which a user with too many events for one task is split; times in microseconds."""
 
     user_id: str
     event_us: int
@@ -39,10 +39,10 @@ class Split:
 
 
 def sessionize(events: DataFrame, settings: SessionizeSettings, splits: Sequence[Split] = ()) -> DataFrame:
-    """The sessions of `events`, whatever their order and partitioning.
+    """The sessions of `events`, which may have any order and partitioning.
 
     Args:
-        splits: `find_splits` of the same events and settings: what lies between two of them may go to another task.
+        splits: `find_splits` of the same events and settings: the stretches between them may go to different tasks.
     """
     in_partition = partial(
         sessionize_arrow,
@@ -60,13 +60,13 @@ def sessionize(events: DataFrame, settings: SessionizeSettings, splits: Sequence
 
 
 def find_splits(events: DataFrame, settings: SessionizeSettings, every: int) -> list[Split]:
-    """Where to part the users with more than `every` events: about so many lie between one split and the next.
+    """Where to split users with more than `every` events: about that many lie between two splits.
 
-    Every so many rows one is looked at to see who they are. Where their sessions start is found in one task for each,
-    from the few columns that the rules read: a split is exact whoever is found.
+    These users are found by sampling every n-th row. Their session starts are then found in one task per user, from the
+    few columns that the rules read, so splits are exact whichever users are sampled.
     """
-    step = max(1, every // 100)  # of a user with `every` events about a hundred are looked at
-    # A column first: Delta takes a condition that names none for one over its files, and leaves most of them out.
+    step = max(1, every // 100)  # samples about a hundred events of a user with `every` events
+    # Make it a column first: Delta applies a filter without columns to its list of files, and skips most of them.
     some = events.select("user_id", F.monotonically_increasing_id().alias("place")).where(F.col("place") % step == 0)
     heavy = [row["user_id"] for row in some.groupBy("user_id").count().where(F.col("count") > every / step).collect()]
     if not heavy:
@@ -85,11 +85,11 @@ def find_splits(events: DataFrame, settings: SessionizeSettings, every: int) -> 
 
 
 def _part(splits: Sequence[Split]) -> Column:
-    """The event's part: how many of all splits, those of other users counted by their order, lie before it; 0 for
-    users who are not parted. Only that two parts of a user differ matters."""
+    """The event's part: its position in the sorted list of all users' splits; 0 for users who aren't split. All that
+    matters is that the parts of one user differ."""
 
     def within(low: int, high: int) -> Column:
-        """The same, where it is known that it is at least `low` and at most `high` of all users' splits."""
+        """The part by binary search, if it is known to be between `low` and `high`, inclusive."""
         if low == high:
             return F.lit(low)
         middle = splits[(low + high) // 2]
@@ -98,8 +98,8 @@ def _part(splits: Sequence[Split]) -> Column:
         return F.when(earlier, within(low, (low + high) // 2)).otherwise(within((low + high) // 2 + 1, high))
 
     def of(users: Sequence[tuple[str, int, int]]) -> Column:
-        """The same of these users: whose splits begin and end where. A tree again: Spark walks expressions by
-        recursion, and a chain of a thousand users is more than its stack holds."""
+        """The part for these users, given as (user_id, first split, end of splits). A tree too, because Spark walks
+        expressions recursively and a chain of a thousand users would overflow its stack."""
         if len(users) == 1:
             user_id, low, high = users[0]
             return F.when(F.col("user_id") == user_id, within(low, high)).otherwise(0)
@@ -129,14 +129,14 @@ def _microseconds(minutes: float) -> int:
     return round(minutes * 60_000_000)
 
 
-# ---- what changed events can have touched ----------------------------------------------------------------
+# ---- what changed events can affect ----------------------------------------------------------------------
 
 
 def spans(changed: DataFrame, gap_us: int) -> DataFrame:
-    """user_id, from_ts, to_ts: what lies within `gap_us` of a changed event, overlapping stretches made one.
+    """user_id, from_ts, to_ts: times within `gap_us` of a changed event; events at most `gap_us` apart share a span.
 
-    A session [start_ts, end_ts] meets such a span exactly when a changed event lies within `gap_us` of it. A user with
-    a million changes in an hour is one row, which keeps the join with the user's sessions small.
+    A session [start_ts, end_ts] overlaps a span exactly if a changed event lies within `gap_us` of it. A user with
+    a million changes in an hour gets one row, which keeps the join with their sessions small.
     """
     in_order = Window.partitionBy("user_id").orderBy("event_ts")
     times = changed.select("user_id", "event_ts").distinct()
@@ -154,9 +154,9 @@ def spans(changed: DataFrame, gap_us: int) -> DataFrame:
 
 
 def affected(sessions: DataFrame, touched: DataFrame, gap_us: int) -> DataFrame:
-    """The rows of `sessions` whose run has a session that meets a span of `touched`.
+    """The rows of `sessions` whose run has a session that overlaps a span of `touched`.
 
-    Only the days of the spans are read; where a run goes beyond them, its days too.
+    Reads only the days of the spans, and further days of runs that extend beyond them.
     """
     days = _days(touched, F.col("from_ts"), F.col("to_ts"))
     meets = (
@@ -175,26 +175,26 @@ def affected(sessions: DataFrame, touched: DataFrame, gap_us: int) -> DataFrame:
         beyond = _days(found, F.col("run_start_ts"), until) - days
         if not beyond:
             return found
-        # Twice as far each time: a run of a year is found in nine steps.
+        # Double the reach each time: a year-long run is found in nine steps.
         days |= beyond | {day + timedelta(days=more) for day in beyond for more in range(reach)}
         reach *= 2
 
 
 def _days(rows: DataFrame, first: Column, last: Column) -> set[date]:
     """Every day (UTC) from `first` to `last` of any row."""
-    # A run of a year has a row for each of its sessions, all from its first day on: the longest of them is enough.
+    # All sessions of a long run start at its first day here: keep only the longest range per first day.
     longest = rows.groupBy(F.to_date(first).alias("first")).agg(F.max(F.to_date(last)).alias("last"))
     days = F.explode(F.sequence("first", "last")).alias("day")
     return {row["day"] for row in longest.select(days).distinct().collect()}
 
 
 def with_changes(sessions: DataFrame, changed: DataFrame) -> DataFrame:
-    """user_id and the fields of the events that `sessions` hold, as the changes leave them, and of those that they add.
+    """user_id and the fields of the events in `sessions` with the changes applied, including added events.
 
     Args:
-        changed: the same columns, _change_type and _commit_version of events, as Delta's change data feed has them.
+        changed: Delta's change data feed of events: the same columns, _change_type and _commit_version.
     """
-    # An id may stand on two days (ingest.duplicates = "same_day").
+    # The same id can occur on two days (ingest.duplicates = "same_day").
     changed = changed.withColumn("day", F.to_date("event_ts"))
     there = F.col("_change_type").isin("insert", "update_postimage")
     newest = F.max_by(F.struct("user_id", *EVENT_IN_SESSION, there.alias("there")), F.struct("_commit_version", there))
@@ -211,7 +211,7 @@ def with_changes(sessions: DataFrame, changed: DataFrame) -> DataFrame:
 def run(runtime: Runtime) -> None:
     runtime.report.notes += _gaps_of_no_vertical(runtime)
     runtime.create(SESSIONS)
-    made_from = runtime.stage_version(SESSIONS)  # before it is decided where to go on from
+    made_from = runtime.stage_version(SESSIONS)  # read before deciding whether to go on incrementally
     changed = runtime.incremental(SESSIONS, EVENTS)
     flags = runtime.incremental(SESSIONS, FLAGGED_USERS)
     if changed is None or flags is None:
@@ -224,7 +224,7 @@ def run(runtime: Runtime) -> None:
 
 
 def _gaps_of_no_vertical(runtime: Runtime) -> list[str]:
-    """A note for each vertical that has a gap of its own and that no event had when build_vocabulary last ran."""
+    """A note for each vertical with its own gap that build_vocabulary has not seen yet."""
     named = runtime.config.sessionize.gap_minutes_by_vertical
     if not named or not runtime.exists(CONTEXT_VALUES):
         return []
@@ -242,16 +242,16 @@ def _events_of_a_task(runtime: Runtime) -> int:
 
 
 def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame, made_from: int) -> None:
-    """Makes the affected sessions anew from the events they hold and from what changed."""
+    """Recomputes the affected sessions from their own events and the changes."""
     settings = runtime.config.sessionize
     gap_us = _rules(settings).longest_gap_us
     sessions = runtime.latest(SESSIONS)
     flagged = flagged_now(runtime)
-    # Users with other flags than before: all their sessions go, and those of whom no flag is left are read from events.
+    # Users whose flags changed: all their sessions are deleted; users without flags now are recomputed from events.
     turned = flags.select("user_id").distinct().localCheckpoint()
 
     changed = changed.select("user_id", *EVENT_IN_SESSION, "_change_type", "_commit_version")
-    # What is used twice is checkpointed: a commit to a table makes Delta plan everything persisted from it anew.
+    # Checkpoint, not persist, what is used twice: a commit to a table invalidates everything persisted from it.
     changed = changed.join(flagged.union(turned), "user_id", "left_anti").localCheckpoint()
     touched = spans(changed, gap_us).localCheckpoint()
     old = affected(sessions, touched, gap_us).localCheckpoint()
@@ -259,10 +259,10 @@ def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame, made_from: i
     events, before = with_changes(old, changed), old
     if not turned.isEmpty():
         back = turned.join(flagged, "user_id", "left_anti").localCheckpoint()
-        if not back.isEmpty():  # all events are read for it
+        if not back.isEmpty():  # avoids reading all events in vain
             again = runtime.read(EVENTS).join(back, "user_id", "left_semi")
             events = events.unionByName(again.select("user_id", *EVENT_IN_SESSION))
-        # Their rows are not read, only named.
+        # To delete these rows, their keys are enough.
         gone = sessions.select("session_id", "user_id", "start_ts").join(few_to_all(turned), "user_id", "left_semi")
         before = old.unionByName(gone, allowMissingColumns=True)
 

@@ -1,4 +1,4 @@
-"""A source's mapping: a TOML file that says how raw files become rows of `events`, parsed into types.
+"""A source's mapping: a TOML file that says how raw files become rows of `events`, as typed settings.
 
     name = "shop"
 
@@ -6,7 +6,7 @@
     path = "orders"               # file, folder or pattern, from ingest.data_dir
     format = "json"               # JSON lines; or csv, parquet
     lookups = [{ path = "products.csv", format = "csv", on = ["sku"] }]
-    ignore = ["trace"]            # raw columns that are not kept; all that nothing names go into `attributes`
+    ignore = ["trace"]            # raw columns to drop; all others that nothing names go into `attributes`
 
     [input.columns]               # column of events = where it comes from
     event_id = { columns = ["order", "sku"], sha256 = true, ordinal = true }
@@ -17,19 +17,19 @@
     vertical = { column = "department", default = "OTHER" }
     amount = { expr = "price * quantity" }
 
-    [[input.reject]]              # what the source itself refuses
+    [[input.reject]]              # records that the source itself rejects
     reason = "test_order"
     when = "customer LIKE 'test-%'"
 
-or, instead of path and format, records of a Kafka topic whose values are JSON objects:
+or, instead of path and format, a Kafka topic whose values are JSON objects:
 
     kafka = { bootstrap_servers = "127.0.0.1:9092", topic = "orders" }
 
-Records without a value (a compacted topic's mark that a key has gone) are none, nor are blank lines.
+Kafka records without a value (a compacted topic's tombstones) and blank lines are skipped.
 
-`jobs/checked_records.py` reads the records by it. An input may be repeated: each is a kind of record of the source. How
-far it was read is kept under its path or topic: two of the same need a `name` each, and one that has a name may change
-its path without being read anew.
+`jobs/checked_records.py` applies the mapping. There may be several inputs, one per kind of record. Reading progress is
+stored under an input's path or topic: two inputs with the same one need a `name` each, and an input with a name can
+change its path without being read again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from training.config import Section
 
 
 class Given(Section):
-    """Where a value comes from: exactly one of the keys below; a plain string is the name of a raw column."""
+    """Where a value comes from: exactly one of the keys below; a plain string names a raw column."""
 
     column: str | None = Field(None, description="a raw column")
     constant: str | None = Field(None, description="the same text for every record")
@@ -72,7 +72,7 @@ class Value(Given):
 
 
 class IdValue(Given):
-    """A name for the event; made from several columns where the log has none."""
+    """The event's id; can be composed of several columns if the log has none."""
 
     columns: list[str] | None = Field(None, min_length=1, description="joined to one id; missing where one is missing")
     separator: str = Field("-", description="between the columns, and before the ordinal")
@@ -81,8 +81,8 @@ class IdValue(Given):
 
 
 class TimeValue(Given):
-    """A time. A raw column that already is a time with a zone (Parquet) is taken as it is; an expression that gives one
-    (`to_timestamp`) has neither format nor zone, `to_date` and `to_timestamp_ntz` may have a zone."""
+    """A time. A raw column that is already a zoned timestamp (Parquet) is used as is. An expression that returns one
+    (`to_timestamp`) takes neither format nor zone; with `to_date` and `to_timestamp_ntz` a zone is allowed."""
 
     format: str | None = Field(
         None,
@@ -92,7 +92,7 @@ class TimeValue(Given):
 
 
 class Columns(Section):
-    """The columns of the events table (`jobs/tables.py`), but for attributes and source."""
+    """The columns of the events table (`jobs/tables.py`) except attributes and source."""
 
     event_id: IdValue
     user_id: Value
@@ -113,7 +113,7 @@ class Columns(Section):
 
 
 class Lookup(Section):
-    """Another file whose columns are joined to every record that has the same `on`."""
+    """Another file, joined to the records by equal `on` columns."""
 
     path: str
     format: Literal["csv", "parquet"]
@@ -122,7 +122,7 @@ class Lookup(Section):
 
 
 class Reject(Section):
-    """Records that the source refuses."""
+    """Records that the source rejects."""
 
     reason: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     when: str = Field(description="a Spark SQL condition over the raw columns")
@@ -177,16 +177,16 @@ class Input(Section):
 
     @property
     def place(self) -> str:
-        """Where the records lie, for people to read."""
+        """Where the records are, human-readable."""
         return self.path if self.path is not None else f"kafka topic {self.kafka and self.kafka.topic}"
 
     @property
     def key(self) -> str:
-        """What the input is known by in its source, wherever it stands in the mapping and whatever that says."""
+        """Identifies the input within its source, whatever its position in the mapping and its other settings."""
         return self.name or hashlib.sha256(self.place.encode()).hexdigest()[:12]
 
     def column_names(self) -> list[str]:
-        """The raw columns that are named outside expressions, each once."""
+        """The raw columns named outside expressions, without duplicates."""
         values = self.columns.given().values()
         names = [value.column for value in values if value.column]
         names += self.columns.event_id.columns or []
@@ -220,6 +220,6 @@ def load_source(path: str | Path) -> Source:
     """The mapping in a TOML file.
 
     Raises:
-        TrailvecError: the file is missing or no TOML, a value is wrong, or a key is unknown (the nearest one is named).
+        TrailvecError: the file is missing or not TOML, a value is invalid, or a key is unknown (the nearest is named).
     """
     return parse(Source, read_toml(shipped(path)), str(path))

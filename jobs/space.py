@@ -1,6 +1,6 @@
-"""Figures about a space of vectors that need no task: how it is filled, and what lies beside what. Plain numpy.
+"""Intrinsic metrics of a vector space: how evenly it is filled, and what lies near what. Plain numpy.
 
-Vectors are float32 [n, width]. A zero vector has no direction: where directions are compared it is left out.
+Vectors are float32 [n, width]. A zero vector has no direction, so comparisons of directions leave it out.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from spark_udfs.topk import Vectors, unit_vectors
 
 Integers = npt.NDArray[np.int64]
 
-DEAD = 0.01  # a direction in which vectors spread less than so much of the widest is a dead dimension
+DEAD = 0.01  # a direction is dead if its spread is at most this fraction of the widest one's
 _ROWS_AT_ONCE = 512
 
 
 def unit(vectors: Vectors) -> Vectors:
-    """The vectors that are not zero, at length 1."""
+    """The non-zero vectors, normalised to length 1."""
     return unit_vectors(vectors[vectors.any(axis=1)])
 
 
 def uniformity(vectors: Vectors) -> float:
-    """log of the mean of exp(-2 ‖x - y‖²) over pairs of directions (Wang & Isola 2020); 0: all the same; the lower, the
-    more evenly they fill the sphere. NaN for fewer than two."""
+    """log of the mean of exp(-2 ‖x - y‖²) over pairs of directions (Wang & Isola 2020); 0: all equal; the lower, the
+    more uniform on the sphere. NaN for fewer than two."""
     directions = unit(vectors)
     n, total = len(directions), 0.0
     for start in range(0, n, _ROWS_AT_ONCE):
@@ -38,26 +38,26 @@ def uniformity(vectors: Vectors) -> float:
 
 
 def alignment(one: Vectors, other: Vectors) -> float:
-    """The mean of ‖x - y‖² over pairs of directions that belong together, rows of the two (Wang & Isola 2020); 0 to 4,
-    2 for what has nothing to do with each other. Pairs with a zero vector are left out; NaN without a pair."""
-    return 2 - 2 * mean_cosine(one, other)  # ‖x - y‖² of directions
+    """The mean of ‖x - y‖² over matching rows' directions (Wang & Isola 2020); 0 to 4, 2 for unrelated pairs. Pairs
+    with a zero vector are left out; NaN without a pair."""
+    return 2 - 2 * mean_cosine(one, other)  # ‖x - y‖² of unit vectors
 
 
 def spread(vectors: Vectors) -> npt.NDArray[np.float64]:
-    """Standard deviations along the principal directions, the widest first, [width]."""
+    """Standard deviations along the principal directions, descending, [width]."""
     covariance = np.atleast_2d(np.cov(vectors.astype(np.float64), rowvar=False, bias=True))
     values = np.linalg.eigvalsh(covariance)
     return np.asarray(np.sqrt(np.maximum(values[::-1], 0)))
 
 
 def dead_dimensions(spreads: npt.NDArray[np.float64]) -> int:
-    """How many directions hold next to nothing. Of principal directions: the axes are turned by `align`."""
+    """How many principal directions hold next to nothing (not axes, because `align` rotates them)."""
     return int((spreads <= DEAD * spreads.max(initial=0)).sum())
 
 
 def effective_dimensions(spreads: npt.NDArray[np.float64]) -> float:
-    """exp of the entropy of the directions' shares of the variance (effective rank: Roy & Vetterli 2007); NaN without
-    any."""
+    """exp of the entropy of the directions' variance shares (effective rank: Roy & Vetterli 2007); NaN if there is no
+    variance."""
     if not spreads.any():
         return float("nan")
     shares = spreads[spreads > 0] ** 2 / (spreads**2).sum()
@@ -65,7 +65,7 @@ def effective_dimensions(spreads: npt.NDArray[np.float64]) -> float:
 
 
 def norm_popularity(vectors: Vectors, counts: Integers) -> float:
-    """Spearman's correlation of a vector's length and how often its item was acted on. NaN where one never varies."""
+    """Spearman correlation between vector norms and how often the items were acted on. NaN if either is constant."""
     norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
     if len(norms) < 2 or np.ptp(norms) == 0 or np.ptp(counts) == 0:
         return float("nan")
@@ -73,7 +73,7 @@ def norm_popularity(vectors: Vectors, counts: Integers) -> float:
 
 
 def neighbours(vectors: Vectors, k: int) -> Integers:
-    """The k nearest other rows of each row by cosine, [n, at most k], nearest first, ties by row.
+    """Each row's k nearest other rows by cosine, [n, at most k], nearest first, ties by row number.
 
     No vector may be zero.
     """
@@ -89,17 +89,17 @@ def neighbours(vectors: Vectors, k: int) -> Integers:
 
 
 def hubness(found: Integers) -> float:
-    """Skewness of how often a row is among the others' neighbours (Radovanović et al. 2010); 0: none is a hub.
-    NaN where all are so equally often."""
+    """Skewness of how often rows are neighbours of others (Radovanović et al. 2010); 0: no hubs. NaN if all counts are
+    equal."""
     times = np.bincount(found.ravel(), minlength=len(found))
     return float(skew(times)) if np.ptp(times) else float("nan")
 
 
 def share_same(found: Integers, classes: Integers) -> tuple[float, float]:
-    """(the share of neighbours that are of their row's class, the same had they been drawn by chance).
+    """(the share of neighbours in their row's class, its expectation for random neighbours).
 
     Args:
-        classes: of each row, [n]; -1 for none: such a row is not asked, and is a neighbour of another class.
+        classes: of each row, [n]; -1 for none: such rows are not queried, and as neighbours count as another class.
     """
     asked = classes >= 0
     if not asked.any() or not found.shape[1]:
@@ -110,11 +110,11 @@ def share_same(found: Integers, classes: Integers) -> tuple[float, float]:
 
 
 def flat_map(vectors: Vectors) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """The directions seen along the two in which they differ most (PCA), [n, 2], and the share of their variance that
-    each of the two shows. No vector may be zero."""
+    """The directions projected onto their first two principal components, [n, 2], and each component's share of the
+    variance. No vector may be zero."""
     directions = unit(vectors).astype(np.float64)
     centred = directions - directions.mean(axis=0)
     values, axes = np.linalg.eigh(centred.T @ centred)
     axes = axes[:, ::-1][:, :2]
-    axes = axes * np.where(axes[np.abs(axes).argmax(axis=0), [0, 1]] < 0, -1, 1)  # either sign would do
+    axes = axes * np.where(axes[np.abs(axes).argmax(axis=0), [0, 1]] < 0, -1, 1)  # fixes the arbitrary sign
     return centred @ axes, values[::-1][:2] / max(values.sum(), 1e-12)
