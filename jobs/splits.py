@@ -1,4 +1,4 @@
-"""Which events a model may learn from and is to predict: the two cut times, the types of target events."""
+"""Which events a model may learn from and which it predicts: the two cut times and the target event types."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jobs.errors import TrailvecError
 
 @dataclass(frozen=True)
 class Cuts:
-    """UTC times: training < valid_from ≤ validation < test_from ≤ test < end. All events are before `end`."""
+    """UTC: training < valid_from ≤ validation < test_from ≤ test < end. All events are before `end`."""
 
     valid_from: datetime
     test_from: datetime
@@ -22,18 +22,19 @@ class Cuts:
 
 
 def cut_times(rows: DataFrame, settings: SequencesSettings, time: str = "event_ts") -> Cuts:
-    """The cut times of a log; one pass over a column, where cuts are given over what came after the later one alone.
+    """The cut times of a log, in one pass over the time column; if cuts are configured, only over files after the later
+    one.
 
     Args:
-        rows: events, or sessions.
-        time: the column that says how far the log goes: of events `event_ts`, of sessions `end_ts`.
+        rows: events or sessions.
+        time: the column whose maximum is the log's end: `event_ts` of events, `end_ts` of sessions.
 
     Raises:
-        TrailvecError: the log is empty, or the configured times are not in order.
+        TrailvecError: the log is empty, or the configured times are out of order.
     """
     newest = F.unix_micros(F.max(time))
     given = [cut for cut in (settings.valid_from, settings.test_from) if cut is not None]
-    # Files that end before it are spared by their statistics.
+    # Delta skips files that end before it by their statistics.
     last = rows.where(F.col(time) >= utc(max(given))).agg(newest).collect()[0][0] if given else None
     if last is None:
         last = rows.agg(newest).collect()[0][0]
@@ -42,7 +43,7 @@ def cut_times(rows: DataFrame, settings: SequencesSettings, time: str = "event_t
             "table events is empty, or has flagged users alone: look into rejected_events and flagged_users, then run "
             "`trailvec ingest --force`, which reads all inputs again"
         )
-    # Exclusive, so that "strictly before" holds for the last event too.
+    # Exclusive, so that the last event too is strictly before it.
     end = time_at(last + 1)
     cuts = Cuts(
         valid_from=settings.valid_from or end - timedelta(days=VALID_DAYS),
@@ -58,10 +59,10 @@ def cut_times(rows: DataFrame, settings: SequencesSettings, time: str = "event_t
 
 
 def before_cut(split: str, cuts: Cuts, settings: SequencesSettings) -> Column:
-    """True for the events that come before the cut of `split` (train shares valid's).
+    """True for events before the cut of `split` (train and valid share one).
 
-    By time: event_ts before the cut. Leave-one-out: all of a user's events but the last two (train, valid) or the last
-    one (test).
+    By time: event_ts before the cut. Leave-one-out: all of a user's events except the last two (train, valid) or the
+    last one (test).
     """
     if settings.split_by == "leave_one_out":
         left_out = {"train": 2, "valid": 2, "test": 1}[split]
@@ -71,8 +72,7 @@ def before_cut(split: str, cuts: Cuts, settings: SequencesSettings) -> Column:
 
 
 def is_target(event_types: list[str]) -> Column:
-    """True for the events of these types, which are those to be predicted (`sequences.target_event_types`); where none
-    are given, for all."""
+    """True for events of these types, the ones to predict (`sequences.target_event_types`); if empty, for all."""
     return F.col("event_type").isin(event_types) if event_types else F.lit(True)
 
 
@@ -92,19 +92,19 @@ def microseconds(time: datetime) -> int:
 
 
 def time_at(us: int) -> datetime:
-    """The naive UTC time of so many microseconds since 1970."""
+    """The naive UTC time that is `us` microseconds after 1970."""
     return datetime(1970, 1, 1) + timedelta(microseconds=us)
 
 
 def refuse_leak(model: str, trained_to: datetime, cut: datetime, *, asks: str, instead: str) -> None:
-    """Law 4: a model is asked about what came after its training alone.
+    """Law 4: a model is evaluated only on events after its training data.
 
     Args:
         trained_to: the model's as_of.
-        asks, instead: what asks about what came after the cut; what to do about it, beside another training.
+        asks, instead: for the message: what evaluates on events after the cut; the remedy besides retraining.
 
     Raises:
-        TrailvecError: the model was trained past the cut.
+        TrailvecError: the model was trained on events after the cut.
     """
     if trained_to > cut:
         raise TrailvecError(

@@ -26,9 +26,9 @@ from jobs.sql_names import register_tables
 from jobs.tables import TABLES
 from spark_udfs import nearest_of_user, vectors
 
-_FAILURES = (PySparkException, Py4JJavaError)  # the second: while a query runs, what PySpark has no class for
-_SHOWN_ELEMENTS = 3  # of an array
-# Spark's names in a plan, of what differs from one run to the next, or with the files that a table lies in.
+_FAILURES = (PySparkException, Py4JJavaError)  # the second: run-time failures for which PySpark has no class
+_SHOWN_ELEMENTS = 3  # per array
+# Spark's names of plan nodes and expressions that are random or depend on a table's physical files.
 _BY_CHANCE = {
     *("Rand", "Randn", "Uuid", "Shuffle", "Sample"),
     *("monotonically_increasing_id", "SparkPartitionID"),
@@ -37,7 +37,7 @@ _BY_CHANCE = {
 
 
 def prepare(runtime: Runtime) -> None:
-    """Makes the tables and the functions known to the runtime's Spark session: from then on spark.sql() does it."""
+    """Registers the tables and functions in the runtime's Spark session, for use by spark.sql()."""
     register_tables(runtime)
     vectors.register(runtime.spark)
     if isinstance(runtime.place, Path):  # the table functions read local files
@@ -45,10 +45,10 @@ def prepare(runtime: Runtime) -> None:
 
 
 def query(runtime: Runtime, text: str) -> DataFrame:
-    """The answer to a query over the tables, which it knows by their names.
+    """The result of a query over the tables, by their names.
 
     Raises:
-        TrailvecError: Spark refuses the query; the message is Spark's own first sentence.
+        TrailvecError: Spark refuses the query; the message is the first sentence of Spark's own.
     """
     prepare(runtime)
     try:
@@ -58,15 +58,17 @@ def query(runtime: Runtime, text: str) -> DataFrame:
 
 
 def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
-    """`query` of a text from a file that is only to ask: a statement that writes, drops or sets is refused, and so is a
-    query that starts programs (TRANSFORM) or calls Java, which can read the keys in the environment, or one that draws
-    by chance or takes any rows (LIMIT without ORDER BY), whose answer is another one each time or over packed files.
+    """As `query`, for SQL from a file, which must be a read-only and repeatable query.
+
+    Refuses statements that write, drop or set; queries that start programs (TRANSFORM) or call Java, since these can
+    read the keys in the environment; and queries that are random or take arbitrary rows (LIMIT without ORDER BY), since
+    their result changes between runs or when files are compacted.
 
     Args:
-        where: what the error calls it.
+        where: what error messages call the query.
 
     Raises:
-        TrailvecError: it is no query, or Spark refuses it.
+        TrailvecError: it is not such a query, or Spark refuses it.
     """
     parser = runtime.spark._jsparkSession.sessionState().sqlParser()
     try:
@@ -74,7 +76,7 @@ def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
     except PySparkException as error:
         raise TrailvecError(f"{where}: {_one_sentence(error)}") from error
     try:
-        parser.parseQuery(text)  # Spark's grammar of a query alone, as of a view's
+        parser.parseQuery(text)  # Spark's grammar for queries only, as used for views
     except ParseException:
         raise TrailvecError(f"{where} is no query (found {' '.join(text.split())[:60]!r}): write a SELECT") from None
     try:
@@ -100,25 +102,25 @@ def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
 
 
 def _is_ordered(plan: Any) -> bool:
-    """Whether a LIMIT over this plan of Spark's takes the first rows of an ORDER BY."""
+    """Whether a LIMIT over this Spark plan takes the first rows of an ORDER BY."""
     while plan.nodeName() in ("Project", "Offset"):
         plan = plan.child()
     return bool(plan.nodeName() == "Sort")
 
 
-# A plan's leaves that read nothing, or what another part of the plan reads.
+# Plan leaves that read no source themselves.
 _WITHOUT_SOURCE = {"OneRowRelation", "LocalRelation", "Range", "CTERelationRef"}
 _OF_FILES = "org.apache.spark.sql.execution.datasources.HadoopFsRelation"
-_LISTED = "org.apache.spark.sql.execution.datasources.InMemoryFileIndex"  # of plain files; Delta has its own
-# DATE 'today' is a day already when Spark has read the text: its plan does not tell. A text of that word does no harm.
+_LISTED = "org.apache.spark.sql.execution.datasources.InMemoryFileIndex"  # used for plain files; Delta has its own
+# Spark's parser resolves DATE 'today' to a day, so the plan doesn't show it. Plain strings that match do no harm.
 _SPECIAL_TIMES = re.compile(r"""['"]\s*(now|today|tomorrow|yesterday)(\s+[\w/:+-]+)?\s*['"]""", re.IGNORECASE)
 
 
 def names_the_time(text: str, answer: DataFrame) -> bool:
-    """Whether a query names the current date or time: over the same rows it may give another answer tomorrow.
+    """Whether a query uses the current date or time, so that tomorrow it may return another result from the same rows.
 
     Args:
-        answer: what `ask` gives for the text.
+        answer: the result of `ask` for the text.
     """
     if _SPECIAL_TIMES.search(text):
         return True
@@ -127,11 +129,11 @@ def names_the_time(text: str, answer: DataFrame) -> bool:
 
 
 class Sources(NamedTuple):
-    """What a query reads, whatever it calls it.
+    """What a query reads, by whichever names.
 
     Attributes:
-        tables: the names of those of trailvec's.
-        files: the first path of plain files that it names by their path; None where it names none.
+        tables: the names of trailvec's tables that it reads.
+        files: the first path of plain files that it reads by path; None if there are none.
         others: whether it reads any other table.
     """
 
@@ -141,7 +143,7 @@ class Sources(NamedTuple):
 
 
 def sources_of(runtime: Runtime, answer: DataFrame) -> Sources:
-    """`answer`: what `ask` gives."""
+    """The sources of a query; `answer`: the result of `ask`."""
     gateway: Any = runtime.spark.sparkContext._gateway
     path_of = gateway.jvm.org.apache.hadoop.fs.Path
     known = {path_of(runtime.path(table)).toUri().getPath(): table.name for table in TABLES}
@@ -164,7 +166,7 @@ def sources_of(runtime: Runtime, answer: DataFrame) -> Sources:
 
 
 def _nodes(plan: Any) -> Iterator[Any]:
-    """A plan's nodes (Java's objects), those of its subqueries too."""
+    """A plan's nodes (Java objects), including those of its subqueries."""
     yield plan
     for parts in (plan.children(), plan.subqueries()):
         for number in range(parts.size()):
@@ -172,17 +174,17 @@ def _nodes(plan: Any) -> Iterator[Any]:
 
 
 def _expressions(some: Any) -> Iterator[Any]:
-    """Expressions (a sequence of Scala's), and all that they are made of."""
+    """The expressions (a Scala Seq) and, recursively, their children."""
     for number in range(some.size()):
         yield some.apply(number)
         yield from _expressions(some.apply(number).children())
 
 
 def run_sql(runtime: Runtime, text: str, as_json: bool, limit: int = 100) -> None:
-    """Prints the answer: a table of the first `limit` rows, or all rows as JSON lines.
+    """Prints the result: a table of the first `limit` rows, or all rows as JSON lines.
 
     Raises:
-        TrailvecError: Spark refuses the query, or it fails while it runs.
+        TrailvecError: Spark refuses the query, or it fails at run time.
     """
     answer = query(runtime, text)
     try:
@@ -197,9 +199,8 @@ def run_sql(runtime: Runtime, text: str, as_json: bool, limit: int = 100) -> Non
 
 
 def _times_as_text(answer: DataFrame) -> DataFrame:
-    """The rows with their days and times, also those inside arrays, structs and maps, as Spark writes them, in the
-    session's zone (UTC): Python's would be in the machine's, and end with the year 9999. The columns are numbered: two
-    may have one name."""
+    """The rows with dates and times (nested ones too) as text formatted by Spark in the session's zone, UTC: Python
+    would use the machine's zone and can't represent years after 9999. Columns are numbered, since names may repeat."""
     numbered = answer.toDF(*map(str, range(len(answer.columns))))
     return numbered.select([F.col(field.name).cast(_text_of_times(field.dataType)) for field in numbered.schema])
 
@@ -231,7 +232,7 @@ def _print_rows(columns: list[str], rows: list[Row], limit: int) -> None:
 def _cell(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return "NULL" if value is None else str(value).lower()
-    if isinstance(value, float):  # from ten thousand on money's two places, up to what a double holds of them
+    if isinstance(value, float):  # large values get two decimals, as for money, while a double can hold them
         return f"{value:.2f}" if 1e4 <= abs(value) < 1e13 else f"{value:.6g}"
     if isinstance(value, bytes | bytearray):
         return f"X'{value.hex().upper()}'"

@@ -1,4 +1,4 @@
-"""The names by which SQL knows the tables, and the views of the current model's rows."""
+"""Registers the tables, and views of the current model's rows, by name for SQL."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from jobs.runtime import Runtime
 from jobs.spark_session import spark_conf
 from jobs.tables import CURRENT, CURRENT_MODEL, TABLES, Table
 
-_REGISTERED = "spark.trailvec.registered"  # what the session's catalogue knows by name
-# Delta leaves a table's columns out of the catalogue, where JDBC's getColumns looks for them. (Only as a table is made
-# known: where rows are written by a name it would start threads that go on after the commit.)
+_REGISTERED = "spark.trailvec.registered"  # what is registered in the session's catalogue
+# By default Delta doesn't put a table's columns into the catalogue, where JDBC's getColumns looks for them. (Set only
+# during registration: on writes by name it would start threads that outlive the commit.)
 _WITH_COLUMNS = {"spark.databricks.delta.catalog.update.enabled": "true"}
 _REFUSED = re.compile(r"AccessControlException: Permission denied|AccessDeniedException: s3a://")
-_VOLUMES = "/Volumes"  # where Databricks mounts the volumes of Unity Catalog
+_VOLUMES = "/Volumes"  # where Databricks mounts Unity Catalog volumes
 
 
 def register_tables(runtime: Runtime) -> None:
-    """Makes every existing table, and the views of the current model's rows, known to SQL by their names, in
-    `storage.database`, and uses that database. Does nothing where they are known already, and by nobody dropped since.
+    """Registers all existing tables, and the views of the current model's rows, in `storage.database` and switches to
+    it. Registers nothing if all of them already are and none has been dropped since.
 
     Raises:
-        TrailvecError: the database has a table of such a name whose files are its own: dropped, they would be gone.
+        TrailvecError: the database has a managed table of such a name; dropping it would delete its files.
     """
     spark, database = runtime.spark, runtime.config.storage.database
     there = _tables_to_see(runtime)
@@ -41,7 +41,7 @@ def register_tables(runtime: Runtime) -> None:
     if spark.conf.get(_REGISTERED, "") == known and names <= _names_in(spark, database):
         spark.catalog.setCurrentDatabase(database)
         return
-    spark.sql(f"CREATE DATABASE IF NOT EXISTS `{database}`")  # the name's pattern is checked by the config
+    spark.sql(f"CREATE DATABASE IF NOT EXISTS `{database}`")  # the config has validated the name
     spark.catalog.setCurrentDatabase(database)
     for table in there:
         name = f"`{database}`.{table.name}"
@@ -50,7 +50,7 @@ def register_tables(runtime: Runtime) -> None:
                 f"database {database} has a table {table.name} of its own: choose another storage.database"
             )
     for table in there:
-        # Anew each time: the name may still mean a table under another root.
+        # Always recreated: the name may still refer to a table under another root.
         spark.sql(f"DROP TABLE IF EXISTS `{database}`.{table.name}")  # external: its files stay
         with spark_conf(spark, _WITH_COLUMNS):
             spark.catalog.createTable(table.name, path=runtime.path(table), source="delta")
@@ -62,11 +62,11 @@ def register_tables(runtime: Runtime) -> None:
 
 
 def _tables_to_see(runtime: Runtime) -> list[Table]:
-    """The tables that exist, without those whose folders this user may not look into (an analyst: exports, say).
+    """The existing tables, except those whose folders this user may not read (e.g. exports, for an analyst).
 
     Raises:
-        PySparkException, Py4JJavaError: no table is to be seen, and a folder may not be looked into (wrong keys, say);
-            or the store fails.
+        PySparkException, Py4JJavaError: no table is visible and access to a folder is denied (e.g. wrong keys); or the
+            store fails.
     """
     found, refused = [], None
     for table in TABLES:
@@ -83,14 +83,14 @@ def _tables_to_see(runtime: Runtime) -> list[Table]:
 
 
 def _names_in(spark: SparkSession, database: str) -> set[str]:
-    """The tables and views that a database has; none where somebody dropped it."""
+    """The tables and views in the database; empty if it has been dropped."""
     if not spark.catalog.databaseExists(database):
         return set()
     return {row.tableName for row in spark.sql(f"SHOW TABLES IN `{database}`").collect()}
 
 
 def _register_views(runtime: Runtime, there: list[Table]) -> None:
-    """The same by temporary views of the session: Unity Catalog takes no table whose files lie in a volume."""
+    """As `register_tables`, but with temporary views: Unity Catalog accepts no tables whose files are in a volume."""
     for table in there:
         rows = f"SELECT * FROM {runtime.sql_name(table)}"  # noqa: S608 - our own names
         runtime.spark.sql(f"CREATE OR REPLACE TEMPORARY VIEW {table.name} AS {rows}")
@@ -100,6 +100,6 @@ def _register_views(runtime: Runtime, there: list[Table]) -> None:
 
 
 def _current_rows(table: Table, database: str = "") -> str:
-    """The query of the current model's rows; `database`: with a dot, where the tables are not the session's own."""
+    """A query for the current model's rows; `database`: a prefix that ends in a dot, or empty for session views."""
     current = f"(SELECT model_version FROM {database}{CURRENT_MODEL.name})"  # noqa: S608 - our own names
     return f"SELECT * FROM {database}{table.name} WHERE model_version = {current}"  # noqa: S608
