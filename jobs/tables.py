@@ -1,7 +1,7 @@
-"""Every table of trailvec as data: columns, types, comments, key; and `conform`, the contract's gate.
+"""All of trailvec's tables as data: columns, types, comments, keys; and `conform`, which enforces these contracts.
 
-A stage ends by `conform(df, TABLE)`, which selects exactly the contract's columns, in its order and
-with its types. Timestamps are UTC with microseconds.
+A stage ends with `conform(df, TABLE)`, which selects exactly the contract's columns, in its order and with its types.
+Timestamps are UTC with microseconds.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ class Table:
     """One Delta table.
 
     Attributes:
-        key: the columns whose values name a row once; empty where rows have no name.
+        key: the columns that identify a row; empty if rows have no key.
         stage: the stage that writes it.
-        cluster_by: liquid clustering (Delta's OPTIMIZE lays rows of like values into the same files).
-        revision: goes up when the same input and settings give other rows: an incremental stage then makes all anew.
-        users_in: columns that hold user ids under another name than user_id, each with the SQL condition (over `old.*`)
-            under which they do: where erase_users looks too.
-        personal: columns beside those whose values may name a person.
-        ages_by: the column that says how old a row is, where rows may be deleted for their age (maintain.keep_days).
+        cluster_by: liquid clustering (Delta's OPTIMIZE puts rows with similar values into the same files).
+        revision: increased when code changes give other rows from the same input and settings; incremental stages then
+            rebuild the table.
+        users_in: columns other than user_id that hold user ids, each with the SQL condition (over `old.*`) under which
+            they do; erase_users searches these too.
+        personal: other columns whose values may identify a person.
+        ages_by: the column that tells a row's age, if rows may be deleted for their age (maintain.keep_days).
     """
 
     name: str
@@ -54,13 +55,13 @@ class Table:
     ages_by: str | None = None
 
     def user_columns(self) -> dict[str, str]:
-        """Every column that holds user ids, with the condition under which it does."""
+        """All columns that hold user ids, each with the condition under which it does."""
         return {c.name: "TRUE" for c in self.columns if c.name == "user_id"} | self.users_in
 
     def statistics_columns(self) -> tuple[str, ...]:
-        """The columns of which Delta's log keeps each file's smallest and largest value: plain ones that name nobody.
+        """The columns with min/max statistics per file in Delta's log: plain ones that identify nobody.
 
-        Rows lie in no user's order, so that a user's id would spare no file; and what the log holds outlives the data.
+        Rows aren't ordered by user, so statistics on user ids would skip no file; and the log outlives the data.
         """
         silent = {*self.user_columns(), *self.personal, *self.partition_by}
         return tuple(c.name for c in self.columns if c.name not in silent and "<" not in c.type and c.type != "boolean")
@@ -76,10 +77,10 @@ class Table:
 
 
 def conform(df: DataFrame, table: Table) -> DataFrame:
-    """`df` with exactly the table's columns, order and types.
+    """`df` with exactly the table's columns, in its order and with its types.
 
     Raises:
-        TrailvecError: a column of the contract is missing; the message names it and what was found.
+        TrailvecError: a column of the contract is missing; the message names it and the columns found.
     """
     missing = [c.name for c in table.columns if c.name not in df.columns]
     if missing:
@@ -93,13 +94,13 @@ def conform(df: DataFrame, table: Table) -> DataFrame:
 
 
 def of_model(rows: DataFrame, version: str) -> DataFrame:
-    """The rows of one model, of a table that keeps those of several."""
+    """One model's rows, from a table that keeps those of several."""
     return rows.where(F.col("model_version") == version)
 
 
 def differences(new: DataFrame, old: DataFrame, table: Table) -> DataFrame:
-    """The rows of two frames of the table's columns that only one has, or that have other values under the same key:
-    the key, and the structs `new` and `old`, NULL where that one has no such row."""
+    """The rows that only one of two frames with the table's columns has, or that differ under the same key: the key,
+    and the structs `new` and `old`, NULL if that frame has no such row."""
 
     def whole(rows: DataFrame, name: str) -> DataFrame:
         return rows.select(*table.key, F.struct(*[c.name for c in table.columns]).alias(name))
@@ -108,7 +109,7 @@ def differences(new: DataFrame, old: DataFrame, table: Table) -> DataFrame:
     return both.where(~F.col("new").eqNullSafe(F.col("old")))
 
 
-# Readers ask for what changed since they last looked, and a changed row does not rewrite the file it stands in.
+# Downstream stages read the change data feed; with deletion vectors, a changed row doesn't rewrite its whole file.
 _INCREMENTAL = {"delta.enableChangeDataFeed": "true", "delta.enableDeletionVectors": "true"}
 
 EVENTS = Table(
@@ -290,12 +291,12 @@ SEQUENCES = Table(
     stage="build_sequences",
     partition_by=("split",),
     properties={
-        # Petastorm knows nothing of deletion vectors: train has files that have one written anew before it reads them.
+        # Petastorm ignores deletion vectors, so train has files that have one rewritten before it reads them.
         "delta.enableDeletionVectors": "true",
-        # score_users asks for the users whose rows changed.
+        # score_users reads the change data feed to find users whose rows changed.
         "delta.enableChangeDataFeed": "true",
-        # A row group is what a training process holds and shuffles: some 5,000 to 20,000 rows, however large the file.
-        # Delta hands its tables' properties to whoever writes their files, MERGE and OPTIMIZE too.
+        # The row group is the unit that training processes hold and shuffle: 5,000 to 20,000 rows in files of any size.
+        # Delta passes table properties to all writers, including MERGE and OPTIMIZE.
         "parquet.block.size": str(4 * 1024 * 1024),
     },
 )
@@ -552,8 +553,8 @@ TABLES = (
     ERASED_USERS,
 )
 
-# Views: of each table that keeps rows of several models, those of the one current model. Spark plans a subquery first,
-# so current_model is looked up before the table: a model that is current then had all its vectors before that, and
-# keeps them until it is retired. find_neighbours comes after that, profile_users and probe when asked: until then their
-# views show no row, and never another model's.
+# Views: for each table that keeps rows of several models, those of the current one. Spark runs the subquery first, so
+# current_model is read before the table: a model that is current by then already has all its vectors, and keeps them
+# until it is retired. find_neighbours runs after the switch, profile_users and probe on request: until then their views
+# show no rows, and never another model's.
 CURRENT = {f"current_{table.name}": table for table in TABLES if "model_version" in table.partition_by}

@@ -1,7 +1,8 @@
-"""Who was erased: the keyed hashes in `erased_users`, and the key that they are made with.
+"""Recognises erased users, by the keyed hashes in `erased_users`.
 
-The key is of its own, not the exports': that one may be changed (other pseudonyms, other control groups), this one must
-never be, or the erased could come back unseen. So each hash has the key's mark beside it, and another key is refused.
+Their key is separate from the exports' key, which may be changed (giving other pseudonyms and control groups). This one
+must never change, or erased users could come back unnoticed. So each hash is stored with a mark of the key, and any
+other key is refused.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ ERASE_KEY = "TRAILVEC_ERASE_KEY"
 
 
 def erase_key(runtime: Runtime) -> bytes:
-    """The environment's key.
+    """The key from the environment.
 
     Raises:
-        TrailvecError: there is none, or another than users were erased with before.
+        TrailvecError: there is none, or it differs from the key of earlier erasures.
     """
     key = key_of(ERASE_KEY, "erased users are known by")
     if runtime.exists(ERASED_USERS):
@@ -33,11 +34,11 @@ def erase_key(runtime: Runtime) -> bytes:
 
 
 def erased_tests(runtime: Runtime) -> tuple[ColumnTest, ColumnTest] | None:
-    """Two functions of a column to boolean: is this user_id erased, does this raw record hold an erased one; None where
-    nobody was erased. Read once, on the driver.
+    """Two boolean functions of a column: is this user_id erased; does this raw record contain an erased one. None if
+    nobody has been erased. The hashes are read once, on the driver.
 
     Raises:
-        TrailvecError: as `erase_key`, where somebody was.
+        TrailvecError: as `erase_key`, if anybody has been erased.
     """
     if not runtime.exists(ERASED_USERS):
         return None

@@ -1,7 +1,7 @@
-"""What MLflow keeps of a training run: parameters, figures as they come, the card; later the page about it. The only
-module that imports mlflow.
+"""Tracks training runs in MLflow: parameters, metrics as they come, the model card; later the evaluation page. The
+only module that imports mlflow.
 
-Training does not depend on it: the first failure is one warning, and the rest of the run goes untracked.
+Training does not depend on it: at the first failure it warns once, and the rest of the run is untracked.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from jobs.files import Place
 from training.config import RunSpec
 from training.stores import folder_of
 
-# MLflow's own variable for it; on Databricks it is a path in the workspace (/Shared/…).
+# MLflow's own environment variable; on Databricks the experiment is a workspace path (/Shared/…).
 EXPERIMENT = os.environ.get("MLFLOW_EXPERIMENT_NAME", "trailvec")
 DATABASE = "mlflow.db"
 
 
 class Tracker:
-    """One run in MLflow; after a failure, and without an address, all calls do nothing."""
+    """An MLflow run; after a failure, or with the URI "none", all calls do nothing."""
 
     def __init__(self, uri: str, root: Place, warn: Callable[[str], None]) -> None:
         self._uri, self._root, self._warn = uri, root, warn
@@ -35,7 +35,7 @@ class Tracker:
         self._run = ""
 
     def begin(self, spec: RunSpec) -> None:
-        """Starts the run, or goes on with the one that a killed run of the same checkpoints left."""
+        """Starts a run, or resumes that of a killed training with the same checkpoints."""
         if self._uri == "none":
             return
         try:
@@ -61,7 +61,7 @@ class Tracker:
             self._give_up(error)
 
     def metrics(self, step: int, figures: dict[str, float]) -> None:
-        """`step`: rows of training that are done."""
+        """`step`: training rows processed so far."""
 
         def log() -> None:
             now = round(time.time() * 1000)
@@ -102,7 +102,7 @@ class Tracker:
 
 @contextlib.contextmanager
 def tracked(uri: str, root: Place, spec: RunSpec, warn: Callable[[str], None]) -> Iterator[Tracker]:
-    """A run that ends as FINISHED, or as FAILED where the block raises."""
+    """A run that ends as FINISHED, or as FAILED if the block raises."""
     tracker = Tracker(uri, root, warn)
     tracker.begin(spec)
     try:
@@ -114,7 +114,7 @@ def tracked(uri: str, root: Place, spec: RunSpec, warn: Callable[[str], None]) -
 
 
 def attach(uri: str, root: Place, model_version: str, page: tuple[str, str], warn: Callable[[str], None]) -> None:
-    """Adds a file, its name and its text, to the run that trained the model; does nothing where MLflow keeps none."""
+    """Attaches `page` (file name, text) to the run that trained the model; does nothing if MLflow has no such run."""
     if uri == "none" or (uri == "local" and not (isinstance(root, Path) and (root / DATABASE).exists())):
         return
     try:
@@ -136,14 +136,14 @@ def _why(error: Exception) -> str:
 def _client(uri: str, root: Place) -> Any:
     if uri == "local" and not isinstance(root, Path):
         raise ValueError(f"its database can't lie under {root}: set train.tracking_uri to none or a server's address")
-    # Before the import. A server that is away may not hold training up for minutes; nothing is sent home.
+    # Set before the import: an unreachable server must not delay training by minutes; and no telemetry.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is the stage's
-    from mlflow.tracking import MlflowClient  # noqa: PLC0415 - seconds, and only training needs it
+    from mlflow.tracking import MlflowClient  # noqa: PLC0415 - takes seconds, and only training needs it
 
-    for name in ("mlflow", "alembic"):  # the making of the database's tables, line by line
+    for name in ("mlflow", "alembic"):  # they log each step of creating the database
         logging.getLogger(name).setLevel(logging.ERROR)
     if isinstance(root, Path):
         root.mkdir(parents=True, exist_ok=True)
@@ -151,4 +151,4 @@ def _client(uri: str, root: Place) -> Any:
 
 
 def _name(name: str) -> str:
-    return name.replace("@", "_at_")  # MLflow takes no @ in names
+    return name.replace("@", "_at_")  # MLflow allows no @ in names
