@@ -1,15 +1,15 @@
 """train: sequences, items, context_values → a model.
 
-Writes no table but the folder `models/<model_version>` (training/checkpoint.py says what it holds) and then
-`models/current.json`, which names the newest trained model: the one that the stages after this one use, unless
-`model.version` names another. (The table current_model names the one that all users have vectors of.) A model's version
-is the fingerprint of what made it, so the same command again finds it there and trains nothing.
+Writes no table, but the folder `models/<model_version>` (its content: training/checkpoint.py) and then
+`models/current.json`, which names the newest trained model. Later stages use that one, unless `model.version` names
+another. (The table current_model names the model for which all users have vectors.) A model's version is the
+fingerprint of its inputs, so running the same command again finds the model and trains nothing.
 
-The processes (training/loop.py, started by jobs/launch_training.py) read the data files of the snapshot that the stage
-has pinned, never the table's folder, which also holds files of older versions; from HDFS over WebHDFS
-(training/stores.py). `models/<model_version>_<tables>.checkpoints` (of a forced training: `….forced.checkpoints`) lives
-while they run, and after a kill until the same command has gone on from there, over the tables as they were when it
-began; or until the command comes when they can't be read so any more.
+The training processes (training/loop.py, started by jobs/launch_training.py) read the data files of the pinned
+snapshot, never the table's folder, which also has files of older versions; HDFS is read over WebHDFS
+(training/stores.py). `models/<model_version>_<tables>.checkpoints` (of a forced training: `….forced.checkpoints`)
+exists while they run. After a kill it stays until the same command has resumed from it, over the tables as they were
+when the training began, or finds that they can't be read at those versions any more.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from training.stores import footers, remove_tree
 from training.urls import file_of_table, file_url, local_path
 
 SECONDS_BETWEEN_LINES = 10.0
-BEGUN = "begun.json"  # beside checkpoints: the provenance of their training
+BEGUN = "begun.json"  # among the checkpoints: the provenance of their training
 TRACKED = ("loss", "learning_rate", "rows_per_second", "padding", "data_wait", "recall@10", "ndcg@10")
 
 
 def model_spec(config: Config, items: int, context_values: DataFrame) -> ModelSpec:
-    """The sizes of the model: those of the configuration, and those of the vocabularies."""
+    """The model's sizes, from the configuration and the vocabularies."""
     rows = context_values.groupBy("kind").agg(F.max("value_index").alias("largest")).collect()
     largest = {row["kind"]: row["largest"] for row in rows}
     settings = config.train.model_dump(include=set(ModelSpec.model_fields))
@@ -78,46 +78,46 @@ def model_spec(config: Config, items: int, context_values: DataFrame) -> ModelSp
 
 
 def snapshot_files(table: str, version: int, split: str) -> list[str]:
-    """URLs (training.urls.file_url) of the split's active data files in that version of the table, in order."""
+    """URLs (training.urls.file_url) of the split's active data files in that version of the table, sorted."""
     uris = DeltaTable(local_path(table) or table, version).file_uris([("split", "=", split)])
     return sorted(file_url(file_of_table(uri)) for uri in uris)
 
 
 def split_files(runtime: Runtime, split: str) -> list[str]:
-    """The same of the snapshot of SEQUENCES that the stage has pinned, as training's processes know the files."""
+    """As `snapshot_files`, for the pinned snapshot of SEQUENCES, as URLs that the training processes can read."""
     table = runtime.path(SEQUENCES)
     if isinstance(runtime.place, Path):
         return snapshot_files(table, runtime.version(SEQUENCES), split)
-    # delta-rs knows no hdfs://. Spark lists the files, maybe with those of other splits.
+    # delta-rs doesn't support hdfs://. Spark's list may include files of other splits.
     files = map(file_of_table, runtime.read(SEQUENCES).where(F.col("split") == split).inputFiles())
     home = shared_url(HadoopPath(table))
     return sorted(home + file.removeprefix(table) for file in files if file.startswith(f"{table}/split={split}/"))
 
 
 def training_files(runtime: Runtime) -> dict[str, list[str]]:
-    """URLs of the data files with the rows of the train and the valid split, and with no others.
+    """URLs of the data files that hold exactly the rows of the train and valid splits.
 
-    Petastorm knows nothing of deletion vectors: files in which rows are hidden are written anew first, once for each
-    training instead of by each increment of build_sequences.
+    Petastorm ignores deletion vectors, so files with deleted rows are rewritten first: once per training, rather than
+    in every increment of build_sequences.
 
     Raises:
         TrailvecError: another run changes the table meanwhile.
     """
-    if not runtime.went_back:  # to a version that was written so
+    if not runtime.went_back:  # that version has already been purged
         runtime.purge(SEQUENCES, "split IN ('train', 'valid')")
         runtime.read_after_upkeep(SEQUENCES)
     return {split: split_files(runtime, split) for split in ("train", "valid")}
 
 
 def base_of(runtime: Runtime) -> str | None:
-    """The version of the model that training grows from; None: it starts anew.
+    """The version of the model for a warm start; None: train from scratch.
 
-    It is the current one, not one that was trained since and that `align` or the gate refused; `model.version` goes
-    before it. Where no model is current yet, it is the newest. The model in use may be what this very command has made:
-    then it is what that has grown from, so that the same command again finds its model and trains nothing.
+    `model.version`, if set; else the current model, rather than a newer one that `align` or the gate refused; else, if
+    no model is current yet, the newest. But if this very command has made the model in use, it is that model's own
+    base, so that the same command again finds its model and trains nothing.
 
     Raises:
-        TrailvecError: that model knows things by numbers of tables that were removed since.
+        TrailvecError: the base model uses numbers from tables that have been removed since.
     """
     if not runtime.config.train.warm_start or not (runtime.models / "current.json").exists():
         return None
@@ -126,7 +126,7 @@ def base_of(runtime: Runtime) -> str | None:
     same = (
         same_command(runtime, made)
         and runtime.read_these(made)
-        # Upkeep since then has changed no row.
+        # No row has changed since, though maintenance may have run.
         and all(runtime.changed_version(t) <= made["reads"][t.name] <= runtime.version(t) for t in STAGE.reads)
     )
     if same:
@@ -140,7 +140,7 @@ def base_of(runtime: Runtime) -> str | None:
 
 
 def same_command(runtime: Runtime, made: dict[str, Any]) -> bool:
-    """Whether what has this provenance was made by the same code with the same settings, over whatever rows."""
+    """Whether this provenance is of the same code and settings, on whatever rows."""
     now = runtime.provenance()
     return bool(made.get("code_version") == now["code_version"]) and all(
         made["config"][section] == now["config"][section] for section in STAGE.settings
@@ -148,11 +148,12 @@ def same_command(runtime: Runtime, made: dict[str, Any]) -> bool:
 
 
 def rows_since(runtime: Runtime, about: dict[str, Any], folder: Place) -> list[str]:
-    """Files, in `folder`, of the train rows of users who acted after the model `about` was trained; URLs. The same rows
-    lie in them in the same order each time, each with its newest `train.warm_length` actions.
+    """Writes to `folder` the train rows of users who acted after the model `about` was trained; returns file URLs.
+
+    Each row keeps its newest `train.warm_length` actions. Rows, files and order are the same each time.
 
     Raises:
-        TrailvecError: there are none.
+        TrailvecError: there are no such rows.
     """
     rows = runtime.read(SEQUENCES).where((F.col("split") == "train") & (F.col("last_ts") >= F.lit(about["as_of"])))
     count = rows.count()
@@ -161,16 +162,15 @@ def rows_since(runtime: Runtime, about: dict[str, Any], folder: Place) -> list[s
             f"nobody has acted between {about['as_of']}, when model {about['model_version']} was trained, and "
             f"sequences.valid_from: move it on, or set train.warm_start = false"
         )
-    order = F.xxhash64("user_id", "part")  # has nothing to do with the users
-    # The same files each time, for a training that goes on after a kill: a sort of all rows would cut them where a
-    # sample of them says.
+    order = F.xxhash64("user_id", "part")  # an order unrelated to the users
+    # A resumed training needs the same files again: a global sort would set file boundaries from a sample of the rows.
     files = math.ceil(count / runtime.config.sequences.rows_per_file)
     mixed = rows.repartition(files, order).sortWithinPartitions(order)
     length = F.least("length", F.lit(runtime.config.train.warm_length)).alias("length")
     newest = [
         F.slice(name, F.greatest(F.col("length") - length, F.lit(0)) + 1, length).alias(name) for name in FEATURES
     ]
-    name = "parquet.block.size"  # row groups of the table's own size, which is training's
+    name = "parquet.block.size"  # the table's row group size, which suits training
     writer = mixed.select(length, *newest).write.mode("overwrite").option(name, SEQUENCES.properties[name])
     writer.parquet(str(folder))
     home = shared_url(folder) if isinstance(folder, HadoopPath) else f"file://{folder}"
@@ -178,14 +178,16 @@ def rows_since(runtime: Runtime, about: dict[str, Any], folder: Place) -> list[s
 
 
 def count_rows(files: list[str]) -> int:
-    """How many rows the Parquet files of these URLs have."""
+    """The number of rows in the Parquet files at these URLs."""
     return sum(footer.num_rows for footer in footers(files))
 
 
 def _go_on(runtime: Runtime) -> None:
-    """Where this very command was killed as it trained, has the stage read its tables as they were then; not where it
-    is forced, nor where it has since made a model of the same rows or newer ones. Removes the checkpoints that it has
-    left of tables that can't be read so any more."""
+    """If this very command was killed during training, pins the stage's tables to the versions of that run.
+
+    Not if it is forced, or has since made a model from the same or newer rows. Removes its old checkpoints whose tables
+    can't be read at those versions any more.
+    """
     now = runtime.fingerprint
     if runtime.forced or has_model(runtime, now[:12]):
         return
@@ -194,7 +196,7 @@ def _go_on(runtime: Runtime) -> None:
         if not same_command(runtime, begun):
             continue
         if not runtime.can_go_back(begun):
-            if begun["fingerprint"] != now:  # else upkeep has come between: the rows of now lie in other files
+            if begun["fingerprint"] != now:  # if equal, only maintenance came between: the same rows, in other files
                 remove_tree(place)
         elif (
             not place.name.endswith(FORCED)
@@ -212,7 +214,7 @@ def _go_on(runtime: Runtime) -> None:
 
 
 def _newest_learnt(runtime: Runtime) -> int:
-    """The newest version of sequences that a model of this command was trained on; -1: there is none."""
+    """The newest version of sequences on which this command has trained a model; -1 if none."""
     models = [description(runtime, file.parent.name) for file in runtime.models.glob(f"*/{ABOUT}")]
     made = [of for model in models if same_command(runtime, of := model.get("provenance", {}))]
     return max((int(of["reads"][SEQUENCES.name]) for of in made if runtime.read_these(of)), default=-1)
@@ -225,10 +227,10 @@ def run(runtime: Runtime) -> None:
     there = read_about(model_folder(runtime, version)) if has_model(runtime, version) else None
     if there is not None and runtime.read_these(there["provenance"]) and not runtime.forced:
         runtime.report.skipped = True
-        remove_tree(runtime.models / f"{name}.checkpoints")  # of a run that was killed as soon as the model was there
+        remove_tree(runtime.models / f"{name}.checkpoints")  # left by a run killed right after publishing the model
     else:
-        # Beside the model's folder, which appears when all is done: what a kill leaves, the same command finds, unless
-        # the tables were made anew. A forced training goes on from no checkpoint of another one.
+        # Next to the model's folder, which only appears when training is done. After a kill, the same command finds
+        # them, unless the tables were recreated. A forced training doesn't resume from another one's checkpoints.
         checkpoints = runtime.models / f"{name}{FORCED if runtime.forced else '.checkpoints'}"
         with published(folder) as staging:
             _train(runtime, version, staging, checkpoints)
@@ -250,23 +252,23 @@ def run(runtime: Runtime) -> None:
 
 
 def _keep_what_was_added(old: Path, new: Path) -> None:
-    """Other stages have added files to the model (its alignment, its profiles' basis, a page): they hold for the same
-    weights."""
+    """Copies files that other stages have added to the model (alignment, profile basis, page): the weights are the
+    same, so they remain valid."""
     for file in old.iterdir():
         if not (new / file.name).exists():
             shutil.copyfile(file, new / file.name)
 
 
 def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place | None) -> RunSpec:
-    """What the training processes are told; the arrays that it names are written into `staging`, a local folder.
+    """The spec for the training processes; writes the arrays that it refers to into `staging`, a local folder.
 
     Raises:
-        TrailvecError: there is nothing to train on, the rows or the items are those of a smaller vocabulary, the rows
-            are of another cut than the vocabulary's or have another one's numbers, or the current model can't be grown.
+        TrailvecError: there is nothing to train on; the rows or the items are of a smaller vocabulary; the rows are of
+            another cut than the vocabulary or use another one's numbers; or the base model can't be grown.
     """
     settings, min_count = runtime.config.train, runtime.config.vocabulary.min_count
     made = runtime.last_writer(SEQUENCES)
-    # One that was raised since is no harm: training reads as unknown what the model must not know.
+    # A min_count raised since does no harm: training treats items that the model must not know as unknown.
     if made and (was := made["config"]["vocabulary"]["min_count"]) > min_count:
         raise TrailvecError(
             f"table sequences was made with vocabulary.min_count = {was}, found {min_count}, with which a model would "
@@ -327,7 +329,7 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
 
 
 def warm_settings(settings: TrainSettings, max_length: int) -> TrainSettings:
-    """Those of a warm start. Its rows are shorter, so that as many more of them make a step as large as usual."""
+    """The settings of a warm start. Its rows are shorter, so a batch has more of them, to keep steps as large."""
     changed = {
         "epochs": settings.warm_epochs,
         "learning_rate": settings.learning_rate * settings.warm_rate,
@@ -337,13 +339,13 @@ def warm_settings(settings: TrainSettings, max_length: int) -> TrainSettings:
 
 
 def epochs(settings: TrainSettings, rows: int) -> int:
-    """How often a fresh model passes over so many rows: `epochs`, or as many as make `min_steps` steps."""
+    """The epochs of a model trained from scratch: `epochs`, or more if `min_steps` steps need them."""
     rows_in_a_step = settings.batch_size * settings.local_steps * settings.processes
     return max(settings.epochs, math.ceil(settings.min_steps / math.ceil(rows / rows_in_a_step)))
 
 
 def _rows_folder(runtime: Runtime, version: str, staging: Path) -> Place:
-    """Where the rows of a warm start lie while it trains: where Spark writes them, and all processes see them."""
+    """The folder for a warm start's rows during training: Spark can write it and all processes can read it."""
     return staging / "rows" if isinstance(runtime.models, Path) else runtime.models / f".{version}.rows"
 
 
@@ -352,16 +354,16 @@ def _train(runtime: Runtime, version: str, staging: Path, checkpoints: Place) ->
     spec = run_spec(runtime, version, staging, checkpoints)
     (staging / "run.json").write_text(spec.model_dump_json(indent=2))
     checkpoints.mkdir(parents=True, exist_ok=True)
-    write_json(checkpoints / BEGUN, runtime.provenance())  # the same command finds by it which versions it has to read
+    write_json(checkpoints / BEGUN, runtime.provenance())  # which versions to read on resuming
     with tracked(settings.tracking_uri, runtime.place, spec, runtime.report.notes.append) as tracker:
         listener = Listener(runtime.on_progress, tracker)
         if settings.launcher == "spark":
-            _ = runtime.spark  # the application whose tasks train
+            _ = runtime.spark  # starts the application whose tasks train
             launch_in_spark(spec, listener)
         else:
             launch(staging / "run.json", spec, listener)
         for path in staging.glob("*.npy"):
-            path.unlink()  # the model carries what it needs of them
+            path.unlink()  # the model contains what it needs of them
         remove_tree(_rows_folder(runtime, version, staging))
         about = read_about(staging)
         (staging / "card.md").write_text(card(about), encoding="utf-8")
@@ -370,10 +372,10 @@ def _train(runtime: Runtime, version: str, staging: Path, checkpoints: Place) ->
 
 
 def check_growth(base: str, old: ModelSpec, new: ModelSpec) -> None:
-    """Raises TrailvecError where a model of spec `new` can't grow from `base`, one of spec `old`."""
+    """Raises TrailvecError if a model of spec `new` can't be warm-started from `base`, which has spec `old`."""
     free = {"items", "context_sizes", "attribute_sizes", "dropout", "item_dropout", "negatives", "negative_power"}
-    free |= {"loss", "gbce_t", "sparse"}  # they make no tensor
-    free |= {"item_precision"}  # numbers are converted
+    free |= {"loss", "gbce_t", "sparse"}  # they determine no tensor's shape
+    free |= {"item_precision"}  # precision is converted
     was, is_now = old.model_dump(exclude=free), new.model_dump(exclude=free)
     was |= {"inputs": list(old.context_sizes), "item_attributes": list(old.attribute_sizes)}
     is_now |= {"inputs": list(new.context_sizes), "item_attributes": list(new.attribute_sizes)}
@@ -386,7 +388,7 @@ def check_growth(base: str, old: ModelSpec, new: ModelSpec) -> None:
 
 
 class Listener:
-    """Hands on what rank 0 says: a line of text now and then, all figures to the tracker."""
+    """Forwards rank 0's events: a progress line now and then, all metrics to the tracker."""
 
     def __init__(self, on_progress: Callable[[str], None], tracker: Tracker) -> None:
         self._on_progress = on_progress
@@ -405,7 +407,7 @@ class Listener:
 
 
 def progress_line(event: dict[str, Any]) -> str:
-    """An event of training.loop in words."""
+    """An event of training.loop as text."""
     if event["event"] == "without_gpus" and event["ranks"]:
         return f"trains on the CPU: of its processes {', '.join(map(str, event['ranks']))} see no GPU, others do"
     if event["event"] == "without_gpus":

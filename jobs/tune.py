@@ -1,9 +1,9 @@
-"""tune: looks for better settings of training, by the ranking of the validation users.
+"""tune: searches for better training settings, by the ranking metric of the validation users.
 
-Each trial is a training like `trailvec train`'s, with other values for a few settings; Optuna proposes them and ends a
-trial that goes worse than half of the others. What was tried stands in `tune.db` under storage.root: the same command
-goes on from there, and other data or another value in [train] begins a new search. No model is kept: put
-what is printed at the end into the configuration and train.
+Each trial is a training as by `trailvec train`, with different values for a few settings. Optuna proposes them, and
+prunes trials that do worse than the median. Trials are stored in `tune.db` under storage.root: the same command resumes
+the search, and other data or another value in [train] starts a new one. No model is kept: put the printed settings into
+the configuration and train.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ WIDTHS = (32, 64, 128)
 
 
 def propose(trial: optuna.Trial, spec: RunSpec) -> dict[str, Any]:
-    """Values of [train] for one trial: those that decide most about the ranking of a run like `spec`."""
-    heads = spec.settings.heads  # a width is its multiple
+    """Values of [train] for one trial: the settings that matter most for ranking in a run like `spec`."""
+    heads = spec.settings.heads  # which the width must be a multiple of
     values = {
         "learning_rate": trial.suggest_float("learning_rate", 3e-4, 5e-3, log=True),
         "dropout": trial.suggest_float("dropout", 0.0, 0.5, step=0.1),
@@ -45,18 +45,18 @@ def propose(trial: optuna.Trial, spec: RunSpec) -> dict[str, Any]:
         "weight_decay": trial.suggest_float("weight_decay", 1e-3, 1.0, log=True),
         "negatives": trial.suggest_categorical("negatives", [256, 1024, 4096]),
     }
-    if spec.model.objective == "clm":  # no other has such targets
+    if spec.model.objective == "clm":  # other objectives have no such targets
         values["later_share"] = trial.suggest_float("later_share", 0.0, 1.0, step=0.25)
     return {name: _written(value) for name, value in values.items()}
 
 
 def _written(value: float) -> float:
-    """As a person would write it. (Optuna's third step of 0.1 is 0.30000000000000004.)"""
+    """The value as a person would write it. (Optuna's third step of 0.1 is 0.30000000000000004.)"""
     return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
 def with_values(spec: RunSpec, values: dict[str, Any], output: Path) -> RunSpec:
-    """The run with other settings; those that a model is built from change there too."""
+    """The run with other settings, also in the model spec, where they occur there."""
     settings = spec.settings.model_copy(update=values)
     of_model = {name: value for name, value in values.items() if name in type(spec.model).model_fields}
     of_model["sparse"] = settings.row_wise(spec.model.items)
@@ -65,7 +65,7 @@ def with_values(spec: RunSpec, values: dict[str, Any], output: Path) -> RunSpec:
 
 
 def search(spec: RunSpec, study: optuna.Study, trials: int, folder: Path, say: Any) -> None:
-    """Trials until the study has `trials` of them that have ended; trials that a kill left open are made again."""
+    """Runs trials until `trials` of the study have completed or been pruned; killed ones don't count."""
 
     def objective(trial: optuna.Trial) -> float:
         output = folder / f"trial-{trial.number}"
@@ -84,10 +84,10 @@ def search(spec: RunSpec, study: optuna.Study, trials: int, folder: Path, say: A
 
         try:
             launch(output / "run.json", run, hear)
-        except TrailvecError as error:  # a rate too high for its width, say
+        except TrailvecError as error:  # e.g. diverged: a learning rate too high for the width
             say(f"trial {trial.number}  {error}")
             trial.set_user_attr("error", str(error))
-            return math.nan  # for Optuna, a trial that failed
+            return math.nan  # Optuna counts NaN as a failed trial
         finally:
             shutil.rmtree(output, ignore_errors=True)
         if not scores:
@@ -97,7 +97,7 @@ def search(spec: RunSpec, study: optuna.Study, trials: int, folder: Path, say: A
             )
         return max(scores)
 
-    failed = len(_in(study, State.FAIL))  # of earlier runs
+    failed = len(_in(study, State.FAIL))  # in earlier runs
     while len(_in(study, *ENDED)) < trials:
         study.optimize(objective, n_trials=1)
         last = study.trials[-1]
@@ -113,8 +113,8 @@ def _in(study: optuna.Study, *states: optuna.trial.TrialState) -> list[optuna.tr
 
 @contextlib.contextmanager
 def _folder(root: Path) -> Iterator[Path]:
-    """A folder for one search, which goes when the block ends. Those that a kill left go too: another search may run
-    beside this one, but its folder holds a file that its process keeps locked."""
+    """A temporary folder for one search, removed when the block ends. First removes those that killed searches left:
+    the folder of a running search has a file that its process keeps locked."""
     for lock in root.glob(f"tune-*/{LOCK}"):
         with contextlib.suppress(OSError), lock.open("r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -122,19 +122,19 @@ def _folder(root: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="tune-", dir=root))
     try:
         with (folder / f".{LOCK}").open("w") as file:
-            with contextlib.suppress(OSError):  # a file system without locks: nobody removes what it keeps
+            with contextlib.suppress(OSError):  # without file locks, nobody can remove the folder
                 fcntl.flock(file, fcntl.LOCK_EX)
-            (folder / f".{LOCK}").rename(folder / LOCK)  # nobody else sees it without its lock
+            (folder / f".{LOCK}").rename(folder / LOCK)  # others only ever see it locked
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def run_tune(runtime: Runtime, trials: int) -> None:
-    """Searches, saying what each trial does, and prints the best settings as TOML.
+    """Runs the search, reports each trial's progress, and prints the best settings as TOML.
 
     Raises:
-        TrailvecError: the configuration asks for trainings that are no trials, or a trial can't be judged.
+        TrailvecError: the configured training is not suitable for trials, or a trial can't be judged.
     """
     settings = runtime.config.train
     if settings.warm_start:
@@ -154,7 +154,7 @@ def run_tune(runtime: Runtime, trials: int) -> None:
         )
 
     def run(runtime: Runtime) -> None:
-        # All that decides a model, also what [train] says of the searched settings, which no trial takes.
+        # Covers all inputs of a model, even the [train] values of the searched settings, which no trial uses.
         name = runtime.fingerprint_here[:12]
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         study = optuna.create_study(
@@ -164,7 +164,7 @@ def run_tune(runtime: Runtime, trials: int) -> None:
             direction="maximize",
             pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
         )
-        # A search that goes on would propose its first trials again if it drew from the same seed.
+        # With the same seed, a resumed search would propose its first trials again.
         study.sampler = optuna.samplers.TPESampler(seed=settings.seed + len(study.trials))
         if done := len(_in(study, *ENDED)):
             runtime.on_progress(f"goes on from {done} trials")

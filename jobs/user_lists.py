@@ -1,9 +1,9 @@
-"""Lists that people hand in: of users seeds, suppressions, consents, labels, whom to erase; of items what is in stock.
+"""Lists supplied by people: of users (seeds, suppressions, consents, labels, erasures) and of items (in stock).
 
-A list is a query over the tables, a Parquet or CSV file with a column user_id (or a folder of such files, as Spark
-writes it), or a text of one id per line, under such a header or none. A file lies on the driver's machine, which
-never holds it as a whole: Spark reads it, a text goes by line. On a cluster Spark's tasks see no file of that machine:
-they read a copy beside the tables, gone afterwards.
+A list is a query over the tables, a Parquet or CSV file with a column user_id (or a folder of such files, as written by
+Spark), or a text file with one id per line and an optional header user_id. Files are on the driver's machine, which
+never loads a whole one: Spark reads tables, text is read line by line. On a cluster, Spark's tasks can't see the
+driver's files, so they read a copy next to the tables, which is deleted afterwards.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ TEXT_OR_WHOLE = ("string", "tinyint", "smallint", "int", "bigint")  # Spark's ty
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of the file's bytes, or of the names and bytes of the folder's files, hexadecimal."""
+    """SHA-256 of the file's bytes, or of the names and contents of the folder's files, hexadecimal."""
     if path.is_dir():
         files = sorted(file for file in files_below(path) if file.is_file())
         parts = [f"{file.relative_to(path)}\n{file_digest(file)}\n" for file in files]
@@ -61,7 +61,7 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def copies(folder: Place) -> Iterator[Place]:
-    """A folder for `read_rows`. It holds user ids: nothing of it stays after the block, nor what a kill left."""
+    """A folder for `read_rows`. As it holds user ids, it is removed after the block, and before, if a kill left it."""
     remove_tree(folder)
     if not isinstance(folder, Path):
         make_private(folder)
@@ -72,15 +72,15 @@ def copies(folder: Place) -> Iterator[Place]:
 
 
 def read_users(runtime: Runtime, users: UserList, path: Path, folder: Place) -> DataFrame | Iterator[str]:
-    """A column user_id, not empty; of a text the ids, read as they are asked for.
+    """A frame with one column, user_id, never empty strings; for a text file the ids, read lazily.
 
     Args:
-        path: of the file that names the list, which may say where it lies by a relative path.
+        path: the file that names the list, to which a relative path of the list refers.
         folder: as for `read_rows`.
 
     Raises:
-        TrailvecError: it has no such column, or one of numbers that are not whole; when it is read, it is no UTF-8, or
-            a text with columns or quotes.
+        TrailvecError: there is no such column, or its type is neither text nor integer; or, once it is read, the list
+            is not UTF-8, or a text file has several columns or quotes.
     """
     if users.sql is not None:
         where = f"{path}: the query of a list of its users"
@@ -94,7 +94,7 @@ def read_users(runtime: Runtime, users: UserList, path: Path, folder: Place) -> 
 
 
 def read_items(runtime: Runtime, file: Path, folder: Place) -> DataFrame:
-    """A column item_id, not empty, of a local list of items; `folder` as for `read_rows`.
+    """A frame with one column, item_id, never empty strings, from a local list of items; `folder`: as for `read_rows`.
 
     Raises:
         TrailvecError: as `read_users`.
@@ -120,10 +120,10 @@ def _no_bare_id(line: str) -> TrailvecError:
 
 
 def ids_of(rows: DataFrame, where: str, name: str = "user_id") -> DataFrame:
-    """That column alone, not empty.
+    """Only the column `name`, without empty strings.
 
     Raises:
-        TrailvecError: there is none, or as `as_ids`.
+        TrailvecError: there is no such column, or as `as_ids`.
     """
     if name not in rows.columns:
         raise TrailvecError(f"{where} gives {', '.join(rows.columns) or 'nothing'}: it needs a column {name}")
@@ -132,11 +132,11 @@ def ids_of(rows: DataFrame, where: str, name: str = "user_id") -> DataFrame:
 
 
 def as_ids(rows: DataFrame, where: str, name: str = "user_id") -> Column:
-    """The rows' column of that name as text, stripped of blanks as the ids of events are.
+    """The column `name` as text, stripped of blanks as the ids of events are.
 
     Raises:
-        TrailvecError: there are several; or it holds neither texts nor whole numbers. (pandas makes doubles of whole
-            numbers beside a missing one: as text 4711.0, who is nobody.)
+        TrailvecError: there are several such columns, or its type is neither text nor integer. (pandas turns integers
+            with a missing value into doubles, whose text, 4711.0, matches no id.)
     """
     if rows.columns.count(name) > 1:
         raise TrailvecError(f"{where} gives {', '.join(rows.columns)}: it needs one column {name}")
@@ -153,13 +153,13 @@ def _read_lines(file: Path) -> Iterator[str]:
             ids = ((number, text) for number, text in enumerate(texts, 1) if text)
             first = next(ids, (1, ""))
             fields = re.split(r"[,;|\t]", first[1].replace('"', ""))
-            if len(fields) > 1 and "user_id" in fields:  # as ids, its lines would be nobody's
+            if len(fields) > 1 and "user_id" in fields:  # read as ids, its lines would match nobody
                 raise TrailvecError(
                     f"the list {file} has a header of {len(fields)} columns, and a name as a text of one id per line: "
                     "name it .csv, with commas between the columns, or take out the other columns"
                 )
             for number, text in ids if fields in ([""], ["user_id"]) else chain([first], ids):
-                if _OF_CSV.fullmatch(text):  # nobody's either
+                if _OF_CSV.fullmatch(text):  # would match nobody either
                     raise _no_bare_id(f"line {number} of the list {file}")
                 yield text
     except IsADirectoryError:
@@ -180,13 +180,12 @@ def _no_table(folder: Path) -> TrailvecError:
 
 
 def read_rows(runtime: Runtime, file: Path, folder: Place, name: str = "user_id") -> DataFrame:
-    """The rows of a local file, Parquet or CSV with a header. Where `folder` lies on storage that all machines share,
-    they are read from a copy in it, whenever Spark needs them: it must stay so long.
+    """The rows of a local file or folder, Parquet or CSV with a header. If `folder` is on shared storage, Spark lazily
+    reads a copy in it, so it must exist as long as the rows are used.
 
     Raises:
-        TrailvecError: it holds no file, an empty one, or files that Spark does not read together: with other columns,
-            or in folders of different kinds; the ids of a CSV, `name`, are no UTF-8, or a line of it is no record of
-            the header's columns.
+        TrailvecError: there is no file, an empty one, or files that Spark can't read together (different columns, or
+            different partition folders); or in a CSV, the ids (`name`) are not UTF-8 or a line doesn't fit the header.
     """
     parts = data_files(file)
     if not parts:
@@ -200,7 +199,7 @@ def read_rows(runtime: Runtime, file: Path, folder: Place, name: str = "user_id"
     if not is_csv:
         _check_alike(file, parts)
     url = _to_tasks(file, folder)
-    base = {"basePath": url} if file.is_dir() else {}  # Spark finds columns in the names of folders (task=churn)
+    base = {"basePath": url} if file.is_dir() else {}  # for partition columns in folder names (task=churn)
     files = [f"{url}/{part.relative_to(file)}" for part in parts] if base else [url]
     if not is_csv:
         return runtime.spark.read.options(**base).parquet(*as_patterns(files))
@@ -217,8 +216,8 @@ def read_rows(runtime: Runtime, file: Path, folder: Place, name: str = "user_id"
 
 
 def _check_alike(file: Path, parts: Sequence[Path]) -> None:
-    """Refuses Parquet files with other columns than the first. Spark takes one file's for those of all, and has NULL
-    for the ids of a file that names them otherwise."""
+    """Refuses Parquet files whose columns differ from the first one's. Spark takes one file's schema for all, and reads
+    NULL ids from files that name them differently."""
     first: list[str] = []
     for part in parts:
         try:
@@ -234,7 +233,7 @@ def _check_alike(file: Path, parts: Sequence[Path]) -> None:
 
 
 def _is_other_text(name: str) -> Column:
-    return valid_text(F.col(name)).contains("\ufffd")  # for bytes that are no UTF-8
+    return valid_text(F.col(name)).contains("\ufffd")  # in place of invalid UTF-8
 
 
 def _other_text(file: Path) -> TrailvecError:
@@ -242,9 +241,9 @@ def _other_text(file: Path) -> TrailvecError:
 
 
 def _to_tasks(file: Path, folder: Place) -> str:
-    """Where Spark's tasks find a local file: a copy of it, where `folder` lies on storage that all machines share."""
+    """A URL under which Spark's tasks can read a local file: of a copy, if `folder` is on shared storage."""
     if isinstance(folder, Path):
-        return file_url(str(file))  # a path alone Spark would look for in Hadoop's default file system
+        return file_url(str(file))  # Spark would look up a bare path in Hadoop's default file system
     copy = folder / uuid.uuid4().hex / file.name
     copy.put(file)
     return str(copy)

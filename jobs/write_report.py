@@ -1,7 +1,7 @@
 """write_report: evaluation, item_embeddings, user_embeddings, exports, probes → models/<version>/evaluation.html.
 
-One page for people, of the model in use, without network (jobs/evaluation_page.py). It is attached to the model's run
-in MLflow, where there is one. Of the items a sample by hash is looked at, however large the catalogue is.
+One self-contained page about the model in use, readable offline (jobs/evaluation_page.py). It is attached to the
+model's MLflow run, if there is one. It uses a hash sample of the items, so any catalogue size will do.
 
 trailvec write_report --conf conf/local.toml
 """
@@ -30,16 +30,16 @@ from training.checkpoint import read_about
 from training.stores import write_whole
 
 PAGE = "evaluation.html"
-MAPPED = 1_500  # items on the map, and about as many users on theirs: each is a part of the page
+MAPPED = 1_500  # items on the map, and about as many users on theirs: each adds to the page's size
 SEGMENTS_MAPPED = 7  # the largest
 EXAMPLES, NEAR = 8, 5
 
 
 def examples(items: pd.DataFrame) -> list[Example]:
-    """Of the largest verticals the item acted on most, and the items nearest to it by cosine.
+    """The most popular item of each of the largest verticals, with its nearest items by cosine.
 
     Args:
-        items: item_id, item_name (None: the id stands for it), vertical, target_count, vector; none of length 0.
+        items: item_id, item_name (None: the id is shown), vertical, target_count, vector (never zero).
     """
     directions = unit(np.stack(list(items["vector"])))
     names = items["item_name"].fillna(items["item_id"]).tolist()
@@ -63,7 +63,7 @@ def run(runtime: Runtime) -> None:
         return
     text = page(_facts(runtime, folder))
     attach(runtime.config.train.tracking_uri, runtime.place, folder.name, (PAGE, text), runtime.report.notes.append)
-    write_whole(target, text)  # last: it is what says that all is done
+    write_whole(target, text)  # last: its fingerprint marks the stage as done
     add_to_model(runtime, folder, PAGE)
     runtime.report.rows_out["page"] = 1
     runtime.report.notes.append(f"{runtime.models / folder.name / PAGE} ({len(text) / 1024:,.0f} kB)")
@@ -104,7 +104,7 @@ def _facts(runtime: Runtime, folder: Path) -> Facts:
 
 
 def _users(runtime: Runtime, version: str) -> pd.DataFrame:
-    """vector, segment (None: of everybody) of the users to show; none where the model has no users or no exports."""
+    """vector, segment (None: drawn from all users) of the users to show; empty without user vectors or exports."""
     if not (runtime.exists(USER_EMBEDDINGS) and runtime.exists(EXPORTS)):
         return pd.DataFrame({"vector": [], "segment": []})
     vectors = of_model(runtime.latest(USER_EMBEDDINGS), version).where("NOT is_cold")
@@ -116,7 +116,7 @@ def _users(runtime: Runtime, version: str) -> pd.DataFrame:
     place = F.row_number().over(Window.partitionBy("segment").orderBy(F.xxhash64("user_id"), "user_id"))
     members = log.join(F.broadcast(largest), ["segment", "export_id"]).withColumn("place", place)
     some = members.where(F.col("place") <= MAPPED // 2 // SEGMENTS_MAPPED)
-    # Who is in several is shown in the smallest, whose place is the hardest to see.
+    # Show users of several segments in the smallest, which is the hardest to see.
     one = some.groupBy("user_id").agg(F.min_by("segment", F.struct("members", "segment")).alias("segment"))
     everybody = vectors.orderBy(F.xxhash64("user_id"), "user_id").limit(MAPPED // 2).select("user_id")
     shown = everybody.join(one, "user_id", "full_outer")
@@ -126,7 +126,7 @@ def _users(runtime: Runtime, version: str) -> pd.DataFrame:
 
 
 def _map(rows: pd.DataFrame, groups: pd.Series[Any]) -> Map:
-    """The map of those vectors (none is zero); no map of fewer than two."""
+    """The map of the vectors (none may be zero); an empty map for fewer than two."""
     if len(rows) < 2:
         return Map()
     points, shares = flat_map(np.stack(list(rows["vector"])))
@@ -134,7 +134,7 @@ def _map(rows: pd.DataFrame, groups: pd.Series[Any]) -> Map:
 
 
 def _probes(runtime: Runtime, version: str) -> list[dict[str, Any]]:
-    """The model's rows of the table that `trailvec probe` makes; none where it never ran."""
+    """The model's rows in the table written by `trailvec probe`; empty if it never ran."""
     if not runtime.exists(PROBES):
         return []
     rows = of_model(runtime.latest(PROBES), version).orderBy(*PROBES.key).collect()
@@ -142,7 +142,7 @@ def _probes(runtime: Runtime, version: str) -> list[dict[str, Any]]:
 
 
 def _fingerprint_of(target: Path) -> str | None:
-    """The fingerprint that a page says it was made with; None without a page."""
+    """The fingerprint recorded in an existing page; None without a page."""
     if not target.exists():
         return None
     with target.open(encoding="utf-8") as file:
