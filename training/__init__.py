@@ -1,1 +1,1 @@
-"""Training: each heavy package has one module (petastorm: data, transformers4rec: model, horovod: dist, horovodrun)."""
+"""Training. Heavy packages are confined: petastorm to data, transformers4rec to model, horovod to dist, horovodrun."""

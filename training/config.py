@@ -1,4 +1,4 @@
-"""Settings of training, and the file that a training process is started with. No heavy imports here."""
+"""Training settings, and the run spec that a training process is started with. No heavy imports here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from training.urls import holds_secret
 
 
 def _no_number(value: Any) -> Any:
-    """Pydantic takes a number, digits in quotes too, for seconds since 1970: 20111101 would be a day in 1970."""
+    """Pydantic reads a number, even in quotes, as seconds since 1970: 20111101 would be a day in 1970."""
     digits = isinstance(value, str) and value.strip().lstrip("+-").replace(".", "", 1).isdigit()
     if digits or isinstance(value, int | float):
         raise ValueError(f"found {value!r}, a number, where a time is wanted, such as 2011-11-01T00:00:00")
@@ -30,8 +30,7 @@ UtcDatetime = Annotated[datetime, BeforeValidator(_no_number), AfterValidator(_t
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, and so are numbers that are not finite; values don't change
-    after parsing."""
+    """A section of the configuration: immutable; unknown keys and non-finite numbers are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -46,12 +45,12 @@ Precision = Literal["float32", "bfloat16"]
 ItemAttribute = Literal["category", "vertical", "price"]
 ITEM_ATTRIBUTES: tuple[ItemAttribute, ...] = get_args(ItemAttribute)
 
-# Items: from here on "auto" takes the row-wise optimizer. A dense step takes about twice as long there.
+# From this many items on, "auto" picks the row-wise optimizer: a dense step takes about twice as long there.
 ROW_WISE_FROM = 50_000
 
 
 class Network(Section):
-    """What the settings of training say of a model, and the model itself keeps of them."""
+    """The training settings that define a model, and that the model's own spec keeps."""
 
     architecture: Architecture = Field(
         "gpt2", description="the Hugging Face block inside Transformers4Rec; electra's network is bert's"
@@ -185,7 +184,7 @@ class TrainSettings(Network):
         return self
 
     def row_wise(self, items: int) -> bool:
-        """Whether the item table of so many rows gets the row-wise optimizer: ModelSpec.sparse."""
+        """Whether an item table of `items` rows gets the row-wise optimizer: ModelSpec.sparse."""
         large = items >= ROW_WISE_FROM and self.negatives > 0  # a full softmax uses all rows in each step
         return self.item_optimizer == "rowwise" or (
             self.item_optimizer == "auto" and (large or self.item_precision == "bfloat16")
@@ -203,12 +202,12 @@ class ModelSpec(Network):
 
     @property
     def history_length(self) -> int:
-        """How many actions the model reads of a user: from the last place in a row nothing was ever predicted."""
+        """How many of a user's actions the model reads: training never predicts from a row's last position."""
         return self.max_length - 1
 
 
 class RunSpec(Section):
-    """The file that a training process is started with: plain values, so that training knows nothing of tables."""
+    """The file that a training process is started with. Plain values only: training knows nothing of tables."""
 
     settings: TrainSettings
     model: ModelSpec

@@ -2,11 +2,11 @@
 
     python -m training.horovodrun --gloo -np 2 -H localhost:2 COMMAND
 
-Its server, where the processes find each other, asks for no credentials and would listen to every machine that reaches
-this one. Here it listens on loopback, as all else that `horovodrun --gloo` opens for localhost does.
+Horovod's rendezvous server asks for no credentials and by default listens on all interfaces. Here it listens on
+loopback, like everything else that `horovodrun --gloo` opens for localhost.
 
-And it would write the whole environment, keys and all, into each process's command line, which everybody on the machine
-can read. Here the processes inherit it.
+By default Horovod also writes the whole environment, secrets included, into each process's command line, which every
+user of the machine can read. Here the processes inherit the environment.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from horovod.runner.http import http_server
 
 @contextmanager
 def on_loopback() -> Iterator[None]:
-    """Horovod's servers that this process starts meanwhile listen on 127.0.0.1."""
+    """Within the block, Horovod's servers started by this process listen on 127.0.0.1."""
     modules = http_server, network
     kept = [module.find_port for module in modules]
     for module in modules:
@@ -39,15 +39,15 @@ def on_loopback() -> Iterator[None]:
 
 
 def _find_loopback_port(make_server: Callable[[tuple[str, int]], TCPServer]) -> tuple[TCPServer, int]:
-    """What Horovod's `find_port` gives: a server and its port."""
+    """Replaces Horovod's `find_port`: returns a server and its port."""
     server = make_server(("127.0.0.1", 0))
     return server, server.server_address[1]
 
 
 @contextmanager
 def kept_alive() -> Iterator[None]:
-    """A machine that is gone without a word is missed within three minutes by what Horovod asks it meanwhile from this
-    process. It asks for the end of each rank, and would wait for the answer for ever."""
+    """Within the block, Horovod's requests from this process notice within three minutes that a machine has vanished.
+    Without this, its wait for a rank to end would never return."""
     kept = network.socket
     network.socket = SimpleNamespace(**{**vars(socket), "socket": _alive_socket})
     try:
@@ -57,7 +57,7 @@ def kept_alive() -> Iterator[None]:
 
 
 def _alive_socket(*of_kind: Any) -> socket.socket:
-    """A TCP socket that asks a silent machine for a sign of life after a minute, and soon gives up to reach one."""
+    """A TCP socket that probes a silent peer after a minute, and gives up early on connecting to a dead one."""
     made = socket.socket(*of_kind)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if sys.platform == "linux":
@@ -68,7 +68,7 @@ def _alive_socket(*of_kind: Any) -> socket.socket:
 
 
 def _said_aloud(name: str) -> bool:
-    """Whether a variable is written into a process's command line: those that this process does not have itself."""
+    """Whether a variable goes into a process's command line: only those that it cannot inherit from this process."""
     return name.startswith("HOROVOD_") or name == "PYTHONUNBUFFERED"
 
 

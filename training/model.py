@@ -1,18 +1,18 @@
-"""The model: the only module that imports Transformers4Rec (and Merlin, whose schema it wants).
+"""The model: the only module that imports Transformers4Rec (and Merlin, whose schema Transformers4Rec needs).
 
-A transformer reads the actions of a user and predicts items. The item table is both input and output (tied weights, no
-bias), so the state that asks for a user's next item is a vector in the space of the items: its dot product with an
-item's vector is the model's own score.
+A transformer reads a user's actions and predicts items. The item table is both input and output embedding (tied
+weights, no bias), so the state that predicts a user's next item is a vector in the items' space: its dot product with
+an item's vector is the model's own score.
 
-What is asked of the transformer in training (`train.objective`):
+The training objectives (`train.objective`):
 
-- clm: at each action the target that was chosen for it (training.data), from the actions up to it.
-- mlm: some actions are hidden and asked for, from all others (BERT4Rec; Sun et al., 2019).
-- rtd: mlm, and beside it whether each action is the true one or a replacement that the model itself proposed (ELECTRA;
-  Clark et al., 2020, in the form of Transformers4Rec; de Souza Pereira Moreira et al., 2021).
-- plm: some actions are asked for in a random order, each from the visible ones and those before it (XLNet).
+- clm: each action predicts the target chosen for it (training.data) from the actions up to and including it.
+- mlm: some actions are masked and predicted from all the others (BERT4Rec; Sun et al., 2019).
+- rtd: mlm, plus detecting whether each action is the true one or a replacement proposed by the model itself (ELECTRA;
+  Clark et al., 2020, as in Transformers4Rec; de Souza Pereira Moreira et al., 2021).
+- plm: some actions are predicted in a random order, each from the visible ones and those before it (XLNet).
 
-Only clm has a state at every action. The others ask at one more, hidden, action behind the row's last.
+Only clm yields a state at every action. The others predict at one extra, masked action appended to the row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Merlin probes for frameworks that it does not need here.
+# Merlin probes for frameworks that are not needed here.
 warnings.filterwarnings("ignore", message=".* dtype mappings did not load successfully", category=UserWarning)
 
 import transformers4rec.torch as tr  # noqa: E402
@@ -45,18 +45,18 @@ Batch = dict[str, Tensor]
 
 
 class ItemTable(nn.Module):
-    """The vectors of items: a part of its own for each, plus one for each of its attributes (category, vertical, ...).
+    """Item vectors: each is the sum of the item's own part and one part per attribute (category, vertical, ...).
 
-    An item that training never saw has no part of its own: its attributes alone are its vector. Where `item_dropout` is
-    set, training leaves the own part out now and then, so that they can stand alone.
+    An item that training never saw has no part of its own: its vector is the sum of its attributes' parts. With
+    `item_dropout`, training randomly drops own parts, so that the attributes learn to stand alone.
     """
 
     attributes: Tensor
 
     def __init__(self, spec: ModelSpec, attributes: Tensor, own: Tensor | None) -> None:
         """Args:
-        attributes: int32 [len(spec.attribute_sizes), items]: each item's numbers, 0 where it has none.
-        own: the own parts of a trained model, which are used where they lie; None: fresh ones.
+        attributes: int32 [len(spec.attribute_sizes), items]: each item's attribute numbers, 0 where it has none.
+        own: the own parts of a trained model, used in place, without a copy; None: fresh ones.
         """
         super().__init__()
         self.register_buffer("attributes", attributes)
@@ -79,8 +79,8 @@ class ItemTable(nn.Module):
                 cast(nn.Embedding, part).weight.zero_()
 
     def forward(self, items: Tensor, kept: Tensor | None = None) -> Tensor:
-        """The vectors of items, float32 [..., width], for their numbers, int64 [...]. `kept`, bool [...], tells whose
-        own part counts; None: everybody's, but for those that training leaves out."""
+        """Item numbers, int64 [...] → their vectors, float32 [..., width]. `kept`, bool [...]: whose own part counts;
+        None: every item's, minus those that `item_dropout` drops in training."""
         if kept is None and self.training and self.dropout and len(self.parts):
             kept = torch.rand(items.shape, device=items.device) >= self.dropout
         vectors = self.own(items).float()
@@ -92,16 +92,16 @@ class ItemTable(nn.Module):
 
 
 class SequenceModel(nn.Module):
-    """Transformers4Rec's inputs and transformer with what the stages need of them.
+    """Transformers4Rec's inputs and transformer, with the methods that the stages need.
 
-    A batch is, for each of FEATURES, int64 [rows, length]: numbers from 1 on, left-aligned, zeros after.
+    A batch holds, for each of FEATURES, int64 [rows, length]: numbers from 1 up, left-aligned, zero-padded.
     """
 
     item_counts: Tensor
     known_items: Tensor
 
     def __init__(self, spec: ModelSpec, item_counts: Tensor, attributes: Tensor, own: Tensor | None) -> None:
-        """`item_counts`, int64 [items]: how often training saw each item; 0 for one that the model must not know.
+        """`item_counts`, int64 [items]: how often training saw each item; 0 for an item that the model must not know.
         `attributes` and `own`: see ItemTable."""
         super().__init__()
         self.spec = spec
@@ -111,11 +111,11 @@ class SequenceModel(nn.Module):
         self.transformer = _transformer(spec)
         if spec.objective != "clm":
             self.masking = _MASKINGS[spec.objective](hidden_size=spec.width)
-            # XLNet has its own vector for what is hidden.
+            # XLNet has its own mask vector.
             self.masking.masked_item_embedding.requires_grad_(spec.objective != "plm")
         if spec.objective == "rtd":
             self.discriminator = nn.Linear(spec.width, 1)
-        # What only training reads is as long as the catalogue: a trained model goes without.
+        # These are as long as the catalogue and only training reads them: a trained model does without.
         if own is None and spec.negatives:
             self.sampler = FrequencySampler(item_counts, spec.negatives, spec.negative_power)
             self.known_count = int((item_counts > 0).sum())
@@ -126,9 +126,10 @@ class SequenceModel(nn.Module):
     # ---- training
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
-        """The summed loss over all targets, and how many they are. An unknown item is no target: it stands for many.
+        """The loss summed over all targets, and the number of targets. UNKNOWN is never a target: it stands for many
+        items.
 
-        Rows that were cut for a larger vocabulary are read as `encode` reads them: what is not known as unknown.
+        In rows made for a larger vocabulary, numbers that the model does not know are read as UNKNOWN, as in `encode`.
         """
         known = self.known(batch)
         embedded, items = self._embed(known), known[ITEM]
@@ -138,8 +139,9 @@ class SequenceModel(nn.Module):
         info = self.masking.compute_masked_targets(items, training=True)
         if self.spec.objective == "plm":
             chosen = {"perm_mask": self.masking.perm_mask, "target_mapping": self.masking.target_mapping}
-            # XLNet's attention to nothing is the mean of everything, what is asked for too. Transformers4Rec leaves an
-            # action to be seen, but not in a short row of which it hides padding, too.
+            # Where a position may attend to nothing, XLNet averages over everything, the target included.
+            # Transformers4Rec keeps one action visible, except in a short row whose padding it masks, too: there, such
+            # targets are dropped.
             sees = ((self.masking.perm_mask == 0) & (items > 0)[:, None]).any(dim=2)
             return self._item_loss(self._states(embedded, items > 0, **chosen), info.targets.where(sees, 0))
         hidden = self.masking.apply_mask_to_inputs(embedded, info.schema, training=True)
@@ -162,12 +164,12 @@ class SequenceModel(nn.Module):
         return sampled_softmax(states, targets, self.table, self.sampler), len(targets)
 
     def _replacement_loss(self, batch: Batch, states: Tensor, targets: Tensor) -> Tensor:
-        """Which actions are not the true ones? The hidden ones come back as other hidden items of the batch, drawn by
-        the model's own scores; the mean over all actions."""
+        """Replaced-action detection, averaged over all actions: each masked action is replaced by a masked item of the
+        batch, sampled by the model's own scores."""
         hidden, given = targets > 0, batch[ITEM]
         table = self.table(targets[hidden]).detach().T
-        # Transformers4Rec's own way holds all hidden actions by all hidden items, several times; and under autocast it
-        # draws of the 256 numbers that 16 bits tell apart.
+        # Transformers4Rec itself holds several matrices of all masked actions by all masked items; and under autocast
+        # it samples from the 256 values that 16 bits can distinguish.
         parts = torch.split(states[hidden].detach(), _DRAWN_AT_ONCE)
         drawn = torch.cat([self.masking.sample_from_softmax((part @ table).float()) for part in parts])
         items = given.masked_scatter(hidden, targets[hidden][drawn])
@@ -178,9 +180,9 @@ class SequenceModel(nn.Module):
     # ---- use
 
     def encode(self, batch: Batch) -> Tensor:
-        """The state that asks for each row's next item, float32 [rows, width].
+        """The state that predicts each row's next item, float32 [rows, width].
 
-        Numbers that the model has not learnt (a newer item, a newer vertical) are read as unknown. Rows hold at
+        Numbers that the model has not learnt (a newer item, a newer vertical) are read as UNKNOWN. Rows hold at
         most `spec.history_length` actions.
         """
         known = self.known(batch)
@@ -188,18 +190,18 @@ class SequenceModel(nn.Module):
         rows = torch.arange(len(lengths), device=lengths.device)
         if self.spec.objective == "clm":
             return self._states(embedded, known[ITEM] > 0)[rows, lengths - 1].float()
-        # One more action, hidden, behind each row's last.
+        # Append one masked action to each row.
         longer = F.pad(embedded, (0, 0, 0, 1))
         present = torch.arange(longer.shape[1], device=lengths.device) <= lengths[:, None]
         if self.spec.objective != "plm":
             longer[rows, lengths] = self.masking.masked_item_embedding.to(longer.dtype)
             return self._states(longer, present)[rows, lengths].float()
         asked = F.one_hot(lengths, longer.shape[1]).to(longer.dtype)
-        unseen = asked[:, None, :].expand(-1, longer.shape[1], -1)  # nobody sees the hidden action's content
+        unseen = asked[:, None, :].expand(-1, longer.shape[1], -1)  # no position sees the masked action's content
         return self._states(longer, present, perm_mask=unseen, target_mapping=asked[:, None])[:, 0].float()
 
     def known(self, batch: Batch) -> Batch:
-        """The batch with 1 (unknown) for every number that the model has not learnt."""
+        """The batch with UNKNOWN in place of every number that the model has not learnt."""
         items = batch[ITEM]
         counts = self.item_counts[items.clamp(max=self.spec.items - 1)]
         learnt = (items < self.spec.items) & ((counts > 0) | (items <= UNKNOWN))
@@ -209,8 +211,8 @@ class SequenceModel(nn.Module):
 
     @torch.no_grad()
     def item_vectors(self, items: Tensor | None = None) -> Tensor:
-        """The vectors of items, float32 [n, width], for their numbers, int64 [n]; None: of all, a second table. Those
-        of items that the model does not know are what their attributes say, zeros where they have none."""
+        """Item numbers, int64 [n] → their vectors, float32 [n, width]; None: all items, which takes the memory of a
+        second table. An item that the model does not know gets the sum of its attributes' parts, zeros without any."""
         if items is None:
             items = torch.arange(self.spec.items, device=self.item_counts.device)
         return cast(Tensor, self.table(items, kept=self.item_counts[items] > 0))
@@ -219,15 +221,16 @@ class SequenceModel(nn.Module):
 
     @torch.no_grad()
     def start_from(self, factors: Tensor) -> None:
-        """Makes `factors`, float32 [items, width], the first item vectors; some of the random ones stays in them, so
-        that no two items begin alike."""
+        """Initialises the item vectors with `factors`, float32 [items, width], plus a fraction of the random ones, so
+        that no two items start alike."""
         self.table.own.weight.mul_(0.3).add_(factors)
 
     @torch.no_grad()
     def grow_from(self, tensors: dict[str, Tensor]) -> None:
-        """Begins where an older model ended: what `tensors()` gave there, of a spec that differs only in that its
-        vocabularies are shorter. Old rows keep their numbers and meaning; an item that is new has no part of its own
-        yet, so that its vector is what its attributes say.
+        """Starts from the `tensors()` of an older model, whose spec differs only in having shorter vocabularies.
+
+        Old rows keep their numbers and meaning. A new item's own part starts at zero, so its vector is the sum of its
+        attributes' parts.
 
         Raises:
             KeyError, RuntimeError: the older model is of another kind.
@@ -244,14 +247,14 @@ class SequenceModel(nn.Module):
         self.table.own.weight[fresh] = 0
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that was learnt or counted, each tensor once; `item_counts` among them."""
+        """Everything learnt or counted, including `item_counts`; each tensor once."""
         return {name: tensor.detach() for name, tensor in self.state_dict().items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over what `tensors()` gave.
+        """Loads the result of `tensors()`.
 
         Raises:
-            KeyError: a tensor is missing or one too many.
+            KeyError: a tensor is missing, or there is one too many.
             RuntimeError: a tensor has another shape.
         """
         mine = self.tensors()
@@ -263,16 +266,16 @@ class SequenceModel(nn.Module):
     # ---- parts
 
     def _embed(self, batch: Batch) -> Tensor:
-        """What the transformer reads: the sum of the vectors of an action's item and context, [rows, length, width]."""
-        # The same vectors are small as outputs, so that no item begins far ahead of the others, and of the size of a
-        # layer's other inputs as inputs (Vaswani et al., 2017, 3.4).
+        """The transformer's input: per action, its item's vector plus its context's, [rows, length, width]."""
+        # The tied vectors are small as outputs, so that no item starts far ahead of the others; scaled up as inputs,
+        # they match a layer's other inputs in size (Vaswani et al., 2017, 3.4).
         embedded = self.table(batch[ITEM]) * math.sqrt(self.spec.width)
         if self.inputs is not None:
             embedded = embedded + self.inputs({name: batch[name] for name in self.spec.context_sizes})
         return cast(Tensor, embedded)
 
     def _states(self, embedded: Tensor, present: Tensor, **more: Tensor) -> Tensor:
-        # A causal block never looks to the right, where the padding is; the others must be told.
+        # A causal block never looks right, where the padding is; the others need a mask.
         if self.spec.objective != "clm":
             more["attention_mask"] = present.to(embedded.dtype)
         elif self.spec.architecture == "xlnet":  # its own attn_type="uni" fails in transformers 4.30 (torch.ones)
@@ -284,23 +287,23 @@ class SequenceModel(nn.Module):
 def build_model(
     spec: ModelSpec, item_counts: Tensor, attributes: Tensor | None = None, own: Tensor | None = None
 ) -> SequenceModel:
-    """A fresh model; its first weights come from torch's generator.
+    """A new model, initialised from torch's global generator.
 
     Args:
         item_counts: int64 [spec.items]; see SequenceModel.
         attributes: integers [len(spec.attribute_sizes), spec.items]; see ItemTable. None: the spec has none.
         own: the items' own parts, [spec.items, spec.width], of a trained model, whose other weights the caller loads.
-            They are used where they lie, and the model can't be trained. None: fresh ones.
+            They are used in place, and the model can't be trained. None: fresh ones.
     """
     if attributes is None:
         attributes = torch.empty((0, spec.items), dtype=torch.int32)
     return SequenceModel(spec, item_counts, attributes.int(), own)
 
 
-_FIRST_STD = 0.02  # of the item vectors' coordinates
-_DRAWN_AT_ONCE = 1024  # hidden actions whose replacements are drawn together
+_FIRST_STD = 0.02  # of the item vectors' coordinates at initialisation
+_DRAWN_AT_ONCE = 1024  # masked actions whose replacements are sampled together
 
-# How many of the actions are hidden.
+# The probabilities are the shares of actions that are masked.
 _MASKINGS = {
     "mlm": partial(masking.MaskedLanguageModeling, mlm_probability=0.3),
     "rtd": partial(masking.ReplacementLanguageModeling, mlm_probability=0.3, sample_from_batch=True),
@@ -309,7 +312,7 @@ _MASKINGS = {
 
 
 def _inputs(spec: ModelSpec) -> nn.Module | None:
-    """Transformers4Rec's embeddings of an action's context, summed; None where no context is read."""
+    """Transformers4Rec's embeddings of an action's context, summed; None if the model reads no context."""
     if not spec.context_sizes:
         return None
     columns = [
@@ -352,15 +355,15 @@ def _transformer(spec: ModelSpec) -> nn.Module:
     elif spec.architecture == "xlnet":
         config = blocks.XLNetConfig.build(**sizes, mem_len=None)
     else:
-        # Transformers4Rec leaves BERT's own dropout and inner width at those of a model of 110 million parameters.
+        # Transformers4Rec leaves BERT's dropout and inner width at the defaults of its 110-million-parameter model.
         build = {"bert": blocks.BertConfig.build, "electra": blocks.ElectraConfig.build}[spec.architecture]
         if spec.architecture == "bert":
             sizes |= {"intermediate_size": 4 * spec.width, "hidden_dropout_prob": spec.dropout}
         config = build(**sizes, attention_probs_dropout_prob=spec.dropout, is_decoder=causal)
     transformer = tr.TransformerBlock(config).transformer
-    # Tokens are looked up in our own tables: the transformer's table of one row would only be dead weight.
+    # Tokens are looked up in our own tables: the transformer's one-row table would be dead weight.
     transformer.set_input_embeddings(nn.Identity())
-    for name, parameter in transformer.named_parameters():  # never reached from here: no gradient, nothing to reduce
+    for name, parameter in transformer.named_parameters():  # unused here: no gradient, nothing to reduce
         if "pooler" in name or "seg_embed" in name or "r_s_bias" in name:
             parameter.requires_grad_(False)
         if name == "mask_emb" and spec.objective != "plm":
@@ -371,10 +374,10 @@ def _transformer(spec: ModelSpec) -> nn.Module:
 
 
 def _pass_history_on(transformer: nn.Module) -> None:
-    """Lets attention start as the mean of what it attends to: value and output projections begin as the identity.
+    """Initialises value and output projections to the identity, so that attention starts as the mean of its inputs.
 
-    With tied weights such a mean already scores the items of the history above all others. People mostly do again what
-    they did before, and from small random projections that takes many epochs to learn.
+    With tied weights that mean already scores the history's items above all others. People mostly repeat what they did
+    before, which takes many epochs to learn from small random projections.
     """
     for layer in transformer.h:
         width = layer.attn.c_proj.weight.shape[0]

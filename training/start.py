@@ -1,8 +1,8 @@
-"""Where the item vectors start: what people did together, found by a truncated SVD before the first step.
+"""Initial item vectors: item co-occurrence, factorised by a truncated SVD before the first step.
 
-From random vectors a transformer over a catalogue of this size needs very many passes to find out which items go
-together; the SVD of rows by items says it in a second, and the sum of a history's vectors is then already a fair guess
-of what comes next (Sarwar et al., 2000, for the factors; measured in docs/what-did-not-work.md).
+From random vectors, a transformer over a catalogue of this size needs very many passes to learn which items go
+together. The SVD of the row-by-item matrix takes a second, and the sum of a history's vectors is then already a fair
+guess of what comes next (Sarwar et al., 2000, for the factors; measured in docs/what-did-not-work.md).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from scipy.sparse.linalg import svds
 
 from training.stores import parquet_files
 
-MAX_ROWS = 100_000  # of sequences; with MAX_ITEMS it bounds memory, whatever the log's size
+MAX_ROWS = 100_000  # of sequences; with MAX_ITEMS this bounds memory, whatever the log's size
 MAX_ITEMS = 200_000  # 200 MB of factors at width 64
-_NORM = 0.1  # root mean square of the vectors' lengths: about that of the random ones at width 64
-_LONGEST = 4 * _NORM  # popular items' vectors would be so long that the first epochs go into shortening them
+_NORM = 0.1  # root mean square of the vectors' norms: about that of the random ones at width 64
+_LONGEST = 4 * _NORM  # without a cap, the first epochs would be spent on shortening popular items' vectors
 
 
 def item_factors(
@@ -28,12 +28,12 @@ def item_factors(
     """The right singular vectors of log(1 + count) of the first `max_rows` rows by the known items.
 
     Args:
-        files: URLs of the train split's files; its rows lie in an order that has nothing to do with users.
+        files: URLs of the train split's files, whose row order is unrelated to users.
         known: whether the model knows an item, [items].
 
     Returns:
-        float32 [items, width]; zeros for items that are in none of the rows, and in the last coordinates where the
-        rows or items are fewer than `width`.
+        float32 [items, width]; zeros for items in none of the rows, and in the last coordinates if there are too few
+        rows or items for rank `width`.
     """
     system, paths = parquet_files(files)
     lists = pds.dataset(paths, filesystem=system).head(max_rows, columns=["item_index"])["item_index"].combine_chunks()
