@@ -1,4 +1,4 @@
-"""What a batch is: for each feature one matrix of numbers [rows, length], actions left-aligned, zeros after them."""
+"""What a batch is: for each feature a matrix of numbers [rows, length], actions left-aligned, zero-padded."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ FEATURES = (
     "price_bucket",
 )
 
-TARGET = "target"  # beside them in training: the item that each action is to predict
+TARGET = "target"  # one more column in training: the item that each action is to predict
 
-# Largest number of the context features that don't come from a vocabulary (jobs/tables.py says what they mean).
+# The largest number of each context feature that has no vocabulary (jobs/tables.py says what the numbers mean).
 SAME_MOMENT = 2  # the gap_bucket of an action at the same event_ts as the one before it
 MAX_GAP_BUCKET = 31
 SESSION_END = 2
 MAX_PRICE_BUCKET = 40
-# The rows that the tables of these features have.
+# Embedding rows of these features.
 BUCKET_SIZES = {
     "gap_bucket": MAX_GAP_BUCKET + 1,
     "session_end": SESSION_END + 1,
@@ -35,10 +35,10 @@ BUCKET_SIZES = {
 
 
 def pad(values: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64], width: int) -> npt.NDArray[np.int32]:
-    """Rows of unequal length as one matrix.
+    """Ragged rows as one zero-padded matrix.
 
     Args:
-        values: the rows' values one after the other, [sum(lengths)].
+        values: the rows' values, concatenated, [sum(lengths)].
         lengths: how many values each row has, [rows].
         width: columns of the result; a longer row keeps its last (newest) `width` values.
 
@@ -48,7 +48,7 @@ def pad(values: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64], width: in
     kept = np.minimum(lengths, width)
     columns = np.arange(width)
     inside = columns < kept[:, None]
-    first = np.cumsum(lengths) - kept  # where the kept part of a row begins in `values`
+    first = np.cumsum(lengths) - kept  # where each row's kept part starts in `values`
     padded = np.zeros((len(lengths), width), np.int32)
     padded[inside] = values[(first[:, None] + columns)[inside]]
     return padded

@@ -1,7 +1,6 @@
-"""The floors that a model must beat: scores of every item for a block of users, without learning.
+"""Baselines that a model must beat: scores of every item for a block of users, without learning.
 
-All scores are float32 [users, items]; column i is the item with the number i. Which items may be ranked is the
-caller's business.
+All scores are float32 [users, items]; column i is item number i. The caller decides which items may be ranked.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ import scipy.sparse as sp
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 
-_DECAY = 0.7  # weight of a history item per step back; no setting: a floor that can be lowered makes a gate pass
+_DECAY = 0.7  # of a history item's weight per step back; not a setting: lowering a baseline would let a gate pass
 
 
 def popularity(counts: Integers, users: int) -> Floats:
-    """The same for everybody: how often an item was acted on in the training window (`counts`, [items])."""
+    """The same for all users: how often an item was acted on in the training window (`counts`, [items])."""
     return np.broadcast_to(counts.astype(np.float32), (users, len(counts))).copy()
 
 
@@ -28,7 +27,7 @@ def own_frequency(own_counts: sp.csr_matrix, counts: Integers) -> Floats:
 
 
 class ItemKnn:
-    """Item-kNN: cosine of two items over the users who acted on them, a history item's weight decaying per step back.
+    """Item-kNN: the cosine of two items over the users who acted on them; a history item's weight decays per step back.
 
     score(u, j) = sum over s of 0.7^s * cosine(history[-1 - s], j); an item is its own nearest neighbour.
     """
@@ -46,7 +45,7 @@ class ItemKnn:
         users = np.repeat(np.arange(len(lengths)), lengths)
         steps_back = np.repeat(offsets[1:], lengths) - 1 - np.arange(len(history))
         shape = (len(lengths), self._unit.shape[1])
-        # Duplicate entries of one (user, item) add up, as the sum over s wants it.
+        # Duplicate (user, item) entries add up, which is the sum over s.
         weights = sp.csr_matrix((np.power(_DECAY, steps_back, dtype=np.float32), (users, history)), shape=shape)
-        # By way of the users, not of an items-by-items matrix: (H Uᵀ) U.
+        # (H Uᵀ) U: through the users, with no items-by-items matrix.
         return np.asarray(((weights @ self._unit.T) @ self._unit).toarray(), dtype=np.float32)

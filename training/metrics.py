@@ -9,24 +9,24 @@ import numpy.typing as npt
 
 Integers = npt.NDArray[np.integer[Any]]
 
-HISTORY_FROM = (1, 5, 20, 100)  # actions: the lower bounds of the classes that metrics are also given for
+HISTORY_FROM = (1, 5, 20, 100)  # lower bounds, in actions, of the history-length classes that metrics are split by
 HISTORY_NAMES = ("1-4", "5-19", "20-99", "100+")
 
 
 def metrics_by_class(
     ranked: Integers, relevant: Integers, offsets: Integers, classes: Integers, count: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], dict[str, npt.NDArray[np.float64]]]:
-    """`rank_metrics` within each class of relevant items: what is relevant of other classes does not count there.
+    """`rank_metrics` per class of relevant items: within a class, relevant items of other classes do not count.
 
     Args:
         ranked, relevant, offsets: as in `rank_metrics`.
-        classes: of each relevant item, under `count`; negative for none.
+        classes: each relevant item's class, below `count`; negative for none.
 
     Returns:
-        (users, classes, metrics): of each pair of a user and a class that the user has a relevant item of, by users.
+        (users, classes, metrics): one entry per (user, class) pair with a relevant item, ordered by user.
     """
     owners, some = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)), classes >= 0
-    # A pair of a user and a class is ranked as a user of its own.
+    # Treat each (user, class) pair as a user of its own.
     pairs = owners[some] * max(1, count) + classes[some]
     order = np.argsort(pairs, kind="stable")
     found, first = np.unique(pairs[order], return_index=True)
@@ -38,9 +38,9 @@ def rank_metrics(ranked: Integers, relevant: Integers, offsets: Integers) -> dic
     """Recall, NDCG and MRR at k of every user, with binary gains.
 
     Args:
-        ranked: items from the best on, each at most once per user, [users, k]; a negative number is no item
+        ranked: items, best first, each at most once per user, [users, k]; padded with negative numbers
             (for a user with fewer than k candidates).
-        relevant: the relevant items (0 or more) of all users, one user after the other; repeats count once.
+        relevant: the relevant items (numbers from 0 up) of all users, concatenated; repeats count once.
         offsets: user u's relevant items are `relevant[offsets[u]:offsets[u + 1]]`, [users + 1].
 
     Returns:
@@ -49,7 +49,7 @@ def rank_metrics(ranked: Integers, relevant: Integers, offsets: Integers) -> dic
         NaN for a user without relevant items.
     """
     users, k = ranked.shape
-    # One number for each (user, item) pair makes "is it relevant for this user" one lookup for all of them.
+    # Encoding each (user, item) pair as one number tests relevance for all users in a single lookup.
     stride = int(max(ranked.max(initial=0), relevant.max(initial=0))) + 1
     owners = np.repeat(np.arange(users), np.diff(offsets))
     pairs = np.unique(owners * stride + relevant)

@@ -1,6 +1,6 @@
-"""Losses over a large catalogue: none of them ever holds an array of all targets by all items.
+"""Losses over a large catalogue: none of them ever materialises a full targets-by-items array.
 
-States are float32 [targets, width], one for each target; a loss is a sum over the targets.
+States are float32 [targets, width], one per target; a loss is a sum over the targets.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Targets whose scores of all items are in memory at once: 512 x 20,000 items are 40 MB.
+# Scores held at once, targets x items: 512 x 20,000 are 40 MB.
 _CHUNK_SCORES = 10_000_000
 
 
 class Vectors(Protocol):
-    """What gives the vectors of items, float32 [n, width], for their numbers, int64 [n]."""
+    """A function of item numbers, int64 [n], that returns the items' vectors, float32 [n, width]."""
 
     def __call__(self, items: Tensor) -> Tensor: ...
 
 
 class FrequencySampler(nn.Module):
-    """Negatives drawn by how often training saw an item, shared by a whole batch.
+    """Negatives sampled by how often training saw an item, shared by a whole batch.
 
-    Takes the place of Transformers4Rec's LogUniformSampler, which believes that a smaller number means a more
-    frequent item; in an append-only vocabulary it does not.
+    Replaces Transformers4Rec's LogUniformSampler, which assumes that a smaller number means a more frequent item. In an
+    append-only vocabulary that does not hold.
     """
 
     def __init__(self, item_counts: Tensor, draws: int, power: float) -> None:
         """Args:
-        item_counts: int64 [items]; an item with 0 is never drawn.
-        draws: with replacement, for each batch.
-        power: an item's share of the draws goes with count^power: 1 by frequency, 0 all alike.
+        item_counts: int64 [items]; an item with count 0 is never drawn.
+        draws: per batch, with replacement.
+        power: an item's chance per draw is proportional to count^power: 1 by frequency, 0 uniform.
         """
         super().__init__()
         weight = torch.where(item_counts > 0, item_counts.double() ** power, 0.0)
@@ -41,20 +41,20 @@ class FrequencySampler(nn.Module):
         self.register_buffer("cumulative", weight.div_(self.total).cumsum(0), persistent=False)
 
     def sample(self) -> tuple[Tensor, Tensor]:
-        """The drawn items, int64 [n], each once, and the chance that each had of being drawn, float32 [n]."""
+        """The distinct drawn items, int64 [n], and each one's probability of being drawn, float32 [n]."""
         points = torch.rand(self.draws, dtype=torch.float64, device=self.cumulative.device) * self.cumulative[-1]
         drawn = torch.searchsorted(self.cumulative, points, right=True).unique()  # type: ignore[no-untyped-call]
-        # An item drawn twice is kept once, so what counts is the chance to be drawn at all: 1 - (1 - p)^draws.
+        # An item drawn twice is kept once, so its probability is that of being drawn at all: 1 - (1 - p)^draws.
         share = self.counts[drawn].double() ** self.power / self.total
         return drawn, -torch.expm1(self.draws * torch.log1p(-share)).float()
 
 
 def sampled_softmax(states: Tensor, targets: Tensor, vectors: Vectors, sampler: FrequencySampler) -> Tensor:
-    """Cross-entropy of each target among itself and the sampler's negatives, summed.
+    """Cross-entropy of each target against the sampler's negatives, summed.
 
-    log-Q correction: each negative stands for 1 / chance items like it, so its score is raised by -log(chance); the
-    target is always there and stands for itself. The sum under the softmax is then an unbiased estimate of the one over
-    all items (Bengio & Senécal, 2008; Khrylchenko et al., "Correcting the LogQ Correction", 2025).
+    log-Q correction: each negative stands for 1 / chance items like it, so -log(chance) is added to its score. The
+    target is always present and stands for itself. The softmax's denominator is then an unbiased estimate of the sum
+    over all items (Bengio & Senécal, 2008; Khrylchenko et al., "Correcting the LogQ Correction", 2025).
     """
     drawn, chance = sampler.sample()
     scores = _products(states, vectors(drawn)) - chance.log()
@@ -66,7 +66,7 @@ def sampled_softmax(states: Tensor, targets: Tensor, vectors: Vectors, sampler: 
 def gbce(
     states: Tensor, targets: Tensor, vectors: Vectors, sampler: FrequencySampler, *, known_items: int, t: float
 ) -> Tensor:
-    """Generalised binary cross-entropy with shared negatives, per negative drawn, summed.
+    """Generalised binary cross-entropy with shared negatives, summed over targets and negatives.
 
     -log(sigmoid(target)^beta) - sum of log(1 - sigmoid(negative)), beta = a (t (1 - 1/a) + 1/a) for the share a of the
     catalogue that is drawn; t = 0 is plain binary cross-entropy (Petrov & Macdonald, gSASRec, 2023).
@@ -80,20 +80,20 @@ def gbce(
 
 
 def _products(states: Tensor, vectors: Tensor) -> Tensor:
-    """The score of each of `vectors` for each state: in 32 bits, as the target's, also where autocast would take 16."""
+    """Each state's score of each vector, in 32 bits like the target's score, even under 16-bit autocast."""
     with torch.autocast(states.device.type, enabled=False):
         return states @ vectors.T
 
 
 def full_softmax(states: Tensor, targets: Tensor, vectors: Tensor) -> Tensor:
-    """Cross-entropy of each target among all of `vectors` (float32 [items, width]; targets are its rows), summed."""
-    # Autocast would make products of 16 bits, which no sum of 32 takes in place.
+    """Cross-entropy of each target against all `vectors` (float32 [items, width]; targets are row numbers), summed."""
+    # Autocast would make 16-bit products, which cannot be added to 32-bit sums in place.
     with torch.autocast(states.device.type, enabled=False):
         return _FullSoftmax.apply(states, targets, vectors)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _FullSoftmax(torch.autograd.Function):
-    """Gradients are made with the loss, some targets at a time, so that no scores are kept for a backward pass."""
+    """Computes gradients with the loss, in chunks of targets, so that no scores are kept for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, targets: Tensor, vectors: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""One place, as Python's own files name it and as a URL.
+"""Conversions between local paths and URLs.
 
-Databricks shows its stores as folders of every machine of a cluster: a volume under /Volumes, all of DBFS under /dbfs.
-Spark's name for them, dbfs:/…, is none that Python's open, pyarrow or Petastorm could read.
+Databricks mounts its stores on every machine of a cluster: volumes under /Volumes, all of DBFS under /dbfs. Spark's
+names for them, dbfs:/…, cannot be read by Python's open, pyarrow or Petastorm.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from urllib.parse import unquote, urlsplit
 
 
 def local_path(place: str) -> str | None:
-    """The path of a place among this machine's files: what a file: or dbfs: URL says, or the place itself where it is a
-    path. None: it lies in another store (s3://, abfss://, hdfs://, …)."""
+    """The local path of a file: or dbfs: URL; a path is returned as it is. None: another store (s3://, abfss://,
+    hdfs://, …)."""
     scheme, colon, rest = place.partition(":/")
     if not colon or not scheme.replace("+", "").isalnum():
         return place
@@ -24,28 +24,29 @@ def local_path(place: str) -> str | None:
 
 
 def file_url(place: str) -> str:
-    """The place as Petastorm wants it: file:// and an absolute path; a URL of another store as it is."""
+    """The URL that Petastorm needs: file:// and an absolute path; a URL of another store is returned as it is."""
     path = local_path(place)
     return place if path is None else f"file://{Path(path).absolute()}"
 
 
 def file_of_table(uri: str) -> str:
-    """A data file's place, of what delta-rs and Spark say: there the path is a URL's (a space is %20), and Petastorm
-    takes it as it stands."""
+    """A data file's path or URL from the percent-encoded one of delta-rs or Spark (a space is %20), which Petastorm
+    would not decode."""
     return unquote(uri)
 
 
 def holds_secret(place: str) -> bool:
-    """Whether a URL holds what belongs into the environment: a user or password, a key."""
+    """Whether a URL holds credentials, which belong in the environment: a user or password, a key."""
     parts = urlsplit(place)
-    # abfss://container@account…: what stands there for a user is no secret.
+    # abfss://container@account…: what parses as a user is the container.
     user = None if parts.scheme in ("abfs", "abfss") else parts.username
-    # (A secret may hold a slash, where the host would end.)
+    # A secret may contain a slash, where urlsplit would end the host.
     named = parts.scheme and re.search(r"//[^@]*:[^@]*@", place)
     return bool(user or parts.password or named or "key" in parts.query.lower())
 
 
 def not_for_training(place: str) -> str | None:
-    """What in a folder's name Petastorm (# and ?: there a URL's path ends) or delta-rs (%41: it reads A) can't read."""
+    """The first part of a folder's name that Petastorm (# and ? end a URL's path) or delta-rs (reads %41 as A) can't
+    read; None if there is none."""
     found = re.search(r"[#?]|%[0-9A-Fa-f]{2}", place)
     return found[0] if found else None

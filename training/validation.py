@@ -1,4 +1,4 @@
-"""How well a model ranks while it is trained: held-out users' next items, over the whole catalogue."""
+"""Ranking quality during training: held-out users' next items, over the whole catalogue."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ def validate(  # noqa: PLR0917 - all of it is what is ranked
     *,
     new_only: bool = False,
 ) -> dict[str, Any]:
-    """Recall@10 and NDCG@10 of the next item over all known items: means over all ranks' users, over those with
-    histories of similar length (`by_history`), and over those with a next item of a vertical (`by_vertical`; what they
-    took next of other verticals does not count there). `item_verticals`: see RunSpec. Empty without users."""
+    """Recall@10 and NDCG@10 of the next item over all known items, averaged over the users of all ranks.
+
+    Also averaged per history-length class (`by_history`), and per vertical over the users with a next item in it
+    (`by_vertical`; next items of other verticals do not count there). `item_verticals`: see RunSpec. Empty without
+    users."""
     model.eval()
     encode = fast_encoder(model)  # of the weights as they are now
     states = torch.empty((held.actions.shape[1], model.spec.width), device=device)
