@@ -1,6 +1,6 @@
-"""Processes that train together: the only module that imports Horovod (but for its launcher: training/horovodrun.py).
+"""Distributed training: the only module that imports Horovod, except for its launcher (training/horovodrun.py).
 
-One process is the same code with size 1; it needs no launcher.
+A single process runs the same code with size 1 and needs no launcher.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from training.rowwise import summed
 
 
 def start() -> torch.device:
-    """Joins the processes that the launcher started (without a launcher this one is alone); this process's device:
-    a GPU that no other process has, or the CPU, where any of them sees no GPU or Horovod was built without NCCL.
+    """Joins the processes that the launcher started (without a launcher: this one alone), and returns this process's
+    device: a GPU of its own; or the CPU, if any process sees no GPU or Horovod was built without NCCL.
 
     Raises:
         TrailvecError: there is no GPU left for this process.
     """
     gpus = torch.cuda.is_available()
-    cuda = gpus and bool(hvd.nccl_built())  # else Horovod exchanges tensors in the CPU's memory alone
+    cuda = gpus and bool(hvd.nccl_built())  # without NCCL, Horovod exchanges tensors through the CPU's memory only
     if not cuda:
-        # A thread of Horovod's asks the others every so many milliseconds what there is to exchange. Every single one
-        # (its default) costs a process that computes on one core 20 ms of a step of 66 (docs/what-did-not-work.md).
+        # How often, in ms, a Horovod thread negotiates with the others what to exchange. Its default of 1 ms costs a
+        # process that computes on one core 20 ms of a step of 66 (docs/what-did-not-work.md).
         os.environ.setdefault("HOROVOD_CYCLE_TIME", "3")
-    # How long Gloo waits for the others, now and at each exchange: in its own 30 s a busy or cold machine may not even
-    # have imported PyTorch. One that was killed closes its sockets, and nobody waits for it.
+    # How long Gloo waits for the others, now and at each exchange: within its default of 30 s, a busy or cold machine
+    # may not even have imported PyTorch. A killed process closes its sockets, so nobody waits for it.
     os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "300")
     hvd.init()
-    seen = gather(_gpus() if cuda else [])  # all take part, before one of them goes its own way
+    seen = gather(_gpus() if cuda else [])  # collective: before any process returns or raises
     if not all(seen):
         if rank() == 0 and (gpus or any(seen)):
             without = [number for number, of_rank in enumerate(seen) if not of_rank] if any(seen) else []
@@ -53,16 +53,16 @@ def start() -> torch.device:
             f"{len(seen[rank()])}): lower it, or hide the GPUs with CUDA_VISIBLE_DEVICES=''"
         )
     torch.cuda.set_device(number)
-    torch.set_float32_matmul_precision("high")  # TF32 where a product is not in bfloat16 anyway
+    torch.set_float32_matmul_precision("high")  # TF32 for the products that are not in bfloat16
     return torch.device("cuda", number)
 
 
 def own_gpu(seen: list[list[str]], rank: int) -> int | None:
-    """The place, among the GPUs that this rank sees, of the one that is its own: each rank takes the first that none
-    before it took. None: there is none left.
+    """The index of this rank's GPU among those that it sees: each rank takes the first that no lower rank took. None:
+    there is none left.
 
     Args:
-        seen: the names of the GPUs that each rank sees. Those of a machine may see all of them, or each its own.
+        seen: the names of the GPUs that each rank sees. A machine's ranks may each see all its GPUs, or only their own.
     """
     taken: set[str | None] = set()
     for gpus in seen[: rank + 1]:
@@ -72,8 +72,8 @@ def own_gpu(seen: list[list[str]], rank: int) -> int | None:
 
 
 def _gpus() -> list[str]:
-    """The UUIDs of the GPUs that this process sees (of the part, where one is parted by MIG), in CUDA's order, which is
-    PyTorch's; by the machine's name and their numbers where the driver does not tell."""
+    """The UUIDs of the GPUs (or MIG instances) that this process sees, in CUDA's order, which is PyTorch's. Hostname
+    and number, if the driver gives no UUIDs."""
 
     def check(code: int) -> None:
         if code != 0:
@@ -105,14 +105,14 @@ def size() -> int:
 
 
 def distribute(model: torch.nn.Module, optimizer: torch.optim.Optimizer, local_steps: int, fp16: bool) -> Any:
-    """The optimizer whose gradients are **summed** over all processes and over `local_steps` backward passes. It may
-    have a part of the model's parameters; the others' gradients stay where they are.
+    """The optimizer, with gradients **summed** over all processes and over `local_steps` backward passes. It may hold
+    only some of the model's parameters; the gradients of the others stay local.
 
-    Every process begins with rank 0's weights. The optimizer has no state yet, so there is none to broadcast (and
-    Horovod's broadcast_optimizer_state would make one by a step with zero gradients, which decays the weights). A
-    process may do fewer backward passes before synchronize() than `local_steps`, also none. All processes take part.
+    Every process starts with rank 0's weights. The optimizer has no state yet, so there is none to broadcast (and
+    Horovod's broadcast_optimizer_state would create it by a step with zero gradients, which decays the weights). A
+    process may do fewer than `local_steps` backward passes before synchronize(), even none. Collective.
     """
-    bits = {torch.bfloat16: torch.int16}  # a type that Horovod doesn't know, as one that it knows
+    bits = {torch.bfloat16: torch.int16}  # Horovod doesn't know bfloat16: send its bits
     state = {name: tensor.view(bits.get(tensor.dtype, tensor.dtype)) for name, tensor in model.state_dict().items()}
     hvd.broadcast_parameters(state, root_rank=0)
     given = {parameter for group in optimizer.param_groups for parameter in group["params"]}
@@ -126,49 +126,49 @@ def distribute(model: torch.nn.Module, optimizer: torch.optim.Optimizer, local_s
 
 
 def sum_rows(rows: torch.Tensor, values: torch.Tensor, count: int, fp16: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows that any process has, int64 [m], each once and in order, and their summed values, float32 [m, width]:
-    the same on all processes, bit for bit, however many they are. All processes take part.
+    """The distinct rows of all processes, sorted, int64 [m], and their summed values, float32 [m, width]: bit for bit
+    the same on every process. Collective.
 
-    Horovod would exchange sparse gradients by itself, but a row as often as it was used, never as 16-bit numbers, and
-    it takes the missing gradient of a process without rows for a dense one.
+    Horovod's own exchange of sparse gradients sends a row as often as it was used, never in 16 bits, and mistakes the
+    missing gradient of a process without rows for a dense one.
 
     Args:
         rows: int64 [n], numbers below `count`, each once; a process may have none.
         values: float32 [n, width].
-        fp16: the values travel as 16-bit numbers.
+        fp16: send the values as 16-bit numbers.
     """
     if size() == 1:
         return rows, values
     sent = values.half() if fp16 else values
     waiting = [hvd.allgather_async(part, name=name) for part, name in ((rows, "rows"), (sent, "values of rows"))]
-    rows, received = (hvd.synchronize(handle) for handle in waiting)  # in the order of their ranks
+    rows, received = (hvd.synchronize(handle) for handle in waiting)  # in rank order
     return summed(rows, received, count)
 
 
 def total(values: list[float]) -> list[float]:
-    """Each value summed over all processes. All processes take part."""
-    if size() == 1:  # Horovod would keep it waiting for its next cycle
+    """Each value summed over all processes. Collective."""
+    if size() == 1:  # Horovod would wait for its next cycle
         return values
     return list(hvd.allreduce(torch.tensor(values, dtype=torch.float64), op=hvd.Sum, name="total").tolist())
 
 
 def gather(value: Any) -> list[Any]:
-    """The value of every process, in the order of their ranks. All processes take part."""
+    """The value of every process, in rank order. Collective."""
     return list(hvd.allgather_object(value, name="gather"))
 
 
 def from_first(value: Any) -> Any:
-    """Rank 0's value. All processes take part."""
+    """Rank 0's value. Collective."""
     return hvd.broadcast_object(value, root_rank=0, name="from_first")
 
 
 class _Lines:
-    """A stream that hands each line on. Horovod copies a rank's output in blocks (64 KB, or what is left at its end),
-    each rank's by a thread of its own."""
+    """A stream that passes each line to `hear`. Horovod copies each rank's output in a thread of its own, in blocks (64
+    KB, or the rest when the rank ends)."""
 
     def __init__(self, hear: Callable[[str], None]) -> None:
         self._hear = hear
-        self._rest: dict[int, str] = {}  # the line that a thread's last block has begun
+        self._rest: dict[int, str] = {}  # each thread's incomplete last line
 
     def write(self, text: str) -> None:
         thread = threading.get_ident()
@@ -187,23 +187,23 @@ def run_in_spark(
     environment: dict[str, str],
     hear: Callable[[str], None],
 ) -> list[Any]:
-    """What `function` returns on each rank: a process beside a task of the active Spark application for each.
+    """Runs `function` on each rank, a process in a task of the active Spark application, and returns all results.
 
     Args:
-        function: a module's function, which the executors import.
-        hear: is called with each line that a rank writes to stdout or stderr, from several threads, and late: Horovod
-            brings the lines in blocks of 64 KB or when the rank ends.
+        function: a module-level function, which the executors import.
+        hear: called with each line that a rank writes to stdout or stderr, from several threads, and late: Horovod
+            delivers lines in blocks of 64 KB, or when the rank ends.
 
     Raises:
-        Exception: Horovod's own, when a rank failed or the tasks did not start within two minutes; or what Spark says
-            of its job, where that failed.
+        Exception: Horovod's own, if a rank failed or the tasks did not start within two minutes; if the Spark job
+            failed, a RuntimeError with its cause.
     """
     import horovod.spark  # noqa: PLC0415 - it wants pyspark, which a training process need not have
     from pyspark import SparkContext  # noqa: PLC0415
 
     from training.horovodrun import kept_alive, on_loopback  # noqa: PLC0415
 
-    # All on this machine: no other one has to reach Horovod's servers, of which one asks for no credentials.
+    # All on this machine: no other has to reach Horovod's servers, one of which asks for no credentials.
     local = str(SparkContext.getOrCreate().master).startswith("local")
     loopback = {name for _, name in socket.if_nameindex() if name.startswith("lo")}
     with _hooks_given_back() as of_job, kept_alive(), on_loopback() if local else nullcontext():
@@ -230,7 +230,7 @@ def run_in_spark(
 
 
 def _why_a_job_failed(error: BaseException) -> str:
-    """One line of the pages that Spark says: its Python's own exception, else what Java's message ends with."""
+    """One line out of Spark's long error: the Python exception if there is one, else Java's."""
     text = str(error)
     found = re.search(r"^[\w.]*(?:Error|Exception): (.+)", text, re.MULTILINE)
     found = found or re.search(r".*(?:Error|Exception): (.+)", text)
@@ -239,9 +239,9 @@ def _why_a_job_failed(error: BaseException) -> str:
 
 @contextmanager
 def _hooks_given_back() -> Iterator[list[BaseException]]:
-    """What Horovod changes in this process is as before when the block ends. Its own thread's errors are not printed,
-    being pages of Java: they are in the list."""
-    # Horovod takes Ctrl-C and SIGTERM for itself and does not give them back.
+    """Restores the hooks that Horovod replaces in this process when the block ends. Errors of Horovod's Spark thread,
+    pages of Java, go into the yielded list instead of stderr."""
+    # Horovod installs its own handlers of Ctrl-C and SIGTERM and does not restore ours.
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     print_error = threading.excepthook
     unprinted: list[BaseException] = []

@@ -5,9 +5,9 @@
 
 or, with train.launcher = "spark", `train_in_executor` in the tasks of a Spark application.
 
-Every process reads its own row groups and computes its own gradients; the gradients are summed, so that a step
-with N processes is a step with an N times larger batch. Rank 0 writes checkpoints and the model, and speaks: one JSON
-object on each line of stdout, whose `event` is `without_gpus`, `left`, `resumed`, `step` or `epoch`.
+Every process reads its own rows and computes its own gradients. The gradients are summed, so a step with N processes
+is a step with an N times larger batch. Rank 0 writes checkpoints and the model, and logs to stdout: one JSON object per
+line, whose `event` is `without_gpus`, `left`, `resumed`, `step` or `epoch`.
 """
 
 from __future__ import annotations
@@ -58,24 +58,24 @@ FINAL_RATE = 0.05  # of the learning rate, reached at the end along a cosine
 MAX_HELD_USERS = 10_000
 SECONDS_BETWEEN_LINES = 2.0
 CURVE_POINTS = 50  # in an epoch
-# What is summed over steps and ranks. Places: cells of the batches' item matrices, padding: those that hold no action;
-# waited: seconds that a rank waited for its data, of the `busy` seconds that its steps took.
+# Summed over steps and ranks. places: cells of the batches' item matrices; padding: those without an action; busy:
+# seconds that a rank's steps took; waited: those of them that it spent waiting for data.
 SUMS = ("rows", "positions", "loss", "places", "padding", "waited", "busy")
 ROWS, POSITIONS, LOSS, _, _, _, BUSY = range(len(SUMS))
 
 
 @dataclass
 class _Run:
-    """What one process trains with, and how far it has come.
+    """One process's training state.
 
     Attributes:
         folder: of the checkpoints; None: none are written.
-        items: the item table's row-wise optimizer; None: `optimizer` moves the table too.
-        others: the parameters that `optimizer` moves.
-        random: the state of torch's generator where the checkpoint was written.
-        held, held_users: this rank's part of the held-out users, None without any; how many all ranks have.
-        mine: this rank's SUMS in the epoch that is going on; all ranks' are `progress.sums`.
-        said, saved: when this rank last spoke, and last wrote a checkpoint (time.monotonic).
+        items: the item table's row-wise optimizer; None: `optimizer` updates the table too.
+        others: the parameters that `optimizer` updates.
+        random: the state of torch's generator when the checkpoint was written.
+        held, held_users: this rank's share of the held-out users (None if there are none), and all ranks' count.
+        mine: this rank's SUMS in the current epoch; `progress.sums` are those of all ranks.
+        said, saved: when this rank last logged, and last took part in a checkpoint (time.monotonic).
     """
 
     spec: RunSpec
@@ -97,34 +97,35 @@ class _Run:
 
     @property
     def learning_rate(self) -> float:
-        """Of the step that `progress.rows_done` leads to."""
+        """Of the current step, whose rows `progress.rows_done` already includes."""
         settings = self.spec.settings
         done = self.progress.rows_done / (settings.epochs * self.spec.train_rows)
         return settings.learning_rate * rate_factor(settings, dist.size()) * schedule(settings, done)
 
 
 def _keep_freed_memory() -> None:
-    """Each step takes and frees the same large blocks. The C library would give them back and ask for fresh pages, a
-    fifth of a step with a full softmax (docs/sizing.md). Only glibc has these options (mallopt(3))."""
+    """Each step allocates and frees the same large blocks. By default the C library returns them to the system and asks
+    for fresh pages: a fifth of a step with a full softmax (docs/sizing.md). Only glibc has these options (mallopt(3)).
+    """
     m_trim_threshold, m_mmap_max = -1, -4
     with suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(m_mmap_max, 0)  # large blocks out of the heap too
+        mallopt(m_mmap_max, 0)  # take large blocks from the heap too
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def train(spec: RunSpec) -> None:
     """Trains, validates after each epoch, and writes the best epoch's model. All ranks call it.
 
-    Where `spec.checkpoints` holds a checkpoint, goes on from the newest. On CPUs the result is then bit for bit that of
-    a run without a stop (docs/decisions/0009).
+    Resumes from the newest checkpoint in `spec.checkpoints`, if there is one. On CPUs the result is then bit for bit
+    that of an uninterrupted run (docs/decisions/0009).
 
     Raises:
-        TrailvecError: the loss or a parameter is not finite, or the checkpoint is damaged or of another number of
-            processes.
+        TrailvecError: the loss or a parameter is not finite, a checkpoint is damaged or of another number of
+            processes, the train split has no target that the model knows, or there is no GPU left for this process.
     """
-    # Adam's squares of tiny gradients end below the smallest normal number, with which CPUs are several times slower.
-    # Threads inherit it: before the first of them.
+    # Adam's squares of tiny gradients become denormal, which makes CPUs several times slower. Threads inherit this
+    # flag when they start, so set it before the first one.
     torch.set_flush_denormal(True)
     device = dist.start()
     if device.type == "cpu":
@@ -133,7 +134,7 @@ def train(spec: RunSpec) -> None:
     run = _begin(spec, device)
     progress, patience = run.progress, spec.settings.patience
     for epoch in range(progress.epoch, spec.settings.epochs + 1):
-        # Decided from what all ranks have alike. Without held-out users the last epoch is always the best.
+        # All ranks hold the same values, so they decide alike. Without held-out users the last epoch is the best.
         if patience and epoch - 1 - progress.best_epoch >= patience:
             break
         _pass_over_rows(run, epoch)
@@ -154,7 +155,11 @@ def train(spec: RunSpec) -> None:
 
 
 def _begin(spec: RunSpec, device: torch.device) -> _Run:
-    """The same first weights everywhere, or all that the newest checkpoint holds, which every rank reads."""
+    """Sets up this rank: the same initial weights on all ranks, or the newest checkpoint, which every rank reads.
+
+    Raises:
+        TrailvecError: the checkpoint is damaged or of another number of processes.
+    """
     settings, rank, size = spec.settings, dist.rank(), dist.size()
     torch.manual_seed(settings.seed)
     item_counts = torch.from_numpy(np.load(spec.item_counts))
@@ -165,7 +170,7 @@ def _begin(spec: RunSpec, device: torch.device) -> _Run:
     rows_sha256 = rows_digest(spec.train_files)
     found = dist.from_first(_checkpoint_over(rows_sha256, folder) if folder and rank == 0 else None)
     progress, tensors = read_checkpoint(found) if found else (Progress(ranks=size), {})
-    if progress.ranks != size:  # started by hand: for `trailvec train` another number makes another model
+    if progress.ranks != size:  # only if started by hand: to `trailvec train`, another number is another model
         raise TrailvecError(
             f"the checkpoint {found} is of {progress.ranks} processes, this run has {size}: start as many"
         )
@@ -207,22 +212,24 @@ def _begin(spec: RunSpec, device: torch.device) -> _Run:
 
 
 def _first_weights(model: SequenceModel, spec: RunSpec, known: npt.NDArray[np.bool_]) -> None:
-    """What a training without a checkpoint begins with, beyond what was drawn: an older model's weights, or an SVD."""
+    """The initial weights where there is no checkpoint: an older model's, or random ones with item vectors from an SVD,
+    as the spec says."""
     if spec.start_from:
         with local_file(folder_of(spec.start_from)) as weights:
             model.grow_from(read_tensors(weights))
     elif dist.rank() == 0 and spec.settings.start == "svd" and len(known) <= MAX_ITEMS:
-        # The other ranks get it with the first weights, from the broadcast in dist.distribute.
+        # The other ranks get the factors from the broadcast in dist.distribute.
         factors = item_factors(spec.train_files, known, spec.model.width, spec.settings.seed)
         model.start_from(torch.from_numpy(factors))
 
 
 def _restore(run: _Run, found: Folder, tensors: dict[str, torch.Tensor]) -> None:
-    """Takes what the checkpoint holds beside the model's weights. Rank 0 publishes the best epoch's and says it."""
+    """Loads the rest of the checkpoint, all but the model's weights. Rank 0 also writes the best epoch's weights to
+    `spec.output`, and logs `resumed`."""
     load_optimizer(run.model, run.optimizer, part_of(tensors, "optimizer."))
     if run.items:
         run.items.load_tensors(part_of(tensors, "items."))
-    run.random = tensors[f"rng.{dist.rank()}"].clone()  # the file, which is as large as the model, is let go
+    run.random = tensors[f"rng.{dist.rank()}"].clone()  # a view would keep the model-sized file in memory
     if dist.rank() == 0:
         progress = run.progress
         if progress.best_epoch:
@@ -231,10 +238,10 @@ def _restore(run: _Run, found: Folder, tensors: dict[str, torch.Tensor]) -> None
 
 
 def _checkpoint_over(rows_sha256: str, folder: Folder) -> Folder | None:
-    """Rank 0: the newest checkpoint that training can go on from over those rows (training.data.rows_digest).
+    """Rank 0: the newest checkpoint that can be resumed over these rows (training.data.rows_digest).
 
-    One from inside an epoch over other files is removed: which rows its steps took, says the order of its own files. So
-    is what a kill left a day ago.
+    A checkpoint from inside an epoch over other files is removed: which rows its steps have consumed depends on the
+    order of those files. Leftovers of a process killed a day ago or earlier are removed too.
     """
     remove_abandoned(folder)
     for found in reversed(checkpoints(folder)):
@@ -247,10 +254,10 @@ def _checkpoint_over(rows_sha256: str, folder: Folder) -> Folder | None:
 
 
 def _publish_best(spec: RunSpec, found: Folder, best: Folder) -> None:
-    """Rank 0: writes the best epoch's weights so far out of its checkpoint, of which `found` tells.
+    """Rank 0: writes the best epoch's weights so far to `spec.output`, from `best`, the checkpoint that `found` names.
 
     Raises:
-        TrailvecError: it is gone or damaged.
+        TrailvecError: `best` is gone or damaged.
     """
     try:
         tensors = read_checkpoint(best)[1]
@@ -263,11 +270,15 @@ def _publish_best(spec: RunSpec, found: Folder, best: Folder) -> None:
 
 
 def _pass_over_rows(run: _Run, epoch: int) -> None:
-    """The steps of an epoch that are left. A rank that has run out of rows goes on with empty steps until all have."""
+    """The remaining steps of an epoch. A rank that runs out of rows continues with empty steps until all have.
+
+    Raises:
+        TrailvecError: the loss or a parameter is not finite.
+    """
     spec, settings, progress, rank = run.spec, run.spec.settings, run.progress, dist.rank()
     run.model.train()
     seed = settings.seed + 1000 * epoch
-    torch.manual_seed(seed + rank)  # from here on each rank draws its own negatives and dropout
+    torch.manual_seed(seed + rank)  # from here on, each rank draws its own negatives and dropout
     if progress.step:
         torch.set_rng_state(run.random)
         run.mine = np.array(progress.rank_sums[rank])
@@ -281,7 +292,7 @@ def _pass_over_rows(run: _Run, epoch: int) -> None:
         rank=rank,
         size=dist.size(),
         seed=seed,
-        # Another objective asks for no later session: the rows say where sessions end as they do when they are encoded.
+        # Other objectives predict no later session, so their rows keep session_end as it is when they are encoded.
         later_share=settings.later_share if spec.model.objective == "clm" else 0.0,
         horizon=settings.horizon,
         skip=progress.step * settings.local_steps,
@@ -308,7 +319,7 @@ def _pass_over_rows(run: _Run, epoch: int) -> None:
         progress.step += 1
         progress.sums = everyone.tolist()
         since = everyone - progress.curve_sums
-        if since[ROWS] >= spec.train_rows / CURVE_POINTS and since[POSITIONS] > 0:  # rows of one action ask for nothing
+        if since[ROWS] >= spec.train_rows / CURVE_POINTS and since[POSITIONS] > 0:  # one-action rows have no target
             progress.curve.append([progress.rows_done, _loss(since)])
             progress.curve_sums = progress.sums
         if rank == 0 and now - run.said > SECONDS_BETWEEN_LINES:
@@ -320,7 +331,7 @@ def _pass_over_rows(run: _Run, epoch: int) -> None:
 
 
 def _move(run: _Run, positions: float) -> None:
-    """Moves the parameters by the gradients of all ranks, which come from so many positions."""
+    """Updates the parameters by the mean gradient over all ranks' `positions` targets."""
     settings = run.spec.settings
     run.optimizer.synchronize()
     gradients = [parameter.grad for parameter in run.others if parameter.grad is not None]
@@ -337,10 +348,14 @@ def _move(run: _Run, positions: float) -> None:
 
 
 def _close_epoch(run: _Run, epoch: int) -> None:
-    """Validates (each rank ranks its part of the users, the sums meet), keeps the best weights, writes a checkpoint."""
+    """Validates (each rank its share of the users; the sums are reduced), keeps the best weights, writes a checkpoint.
+
+    Raises:
+        TrailvecError: a parameter is not finite, or no row had a target that the model knows.
+    """
     spec, progress, rank, size = run.spec, run.progress, dist.rank(), dist.size()
     started = time.monotonic()
-    if not progress.curve:  # of all ranks
+    if not progress.curve:  # the same on all ranks
         raise TrailvecError(
             "the train split of table sequences asks for no item that the model knows, so that there is nothing to "
             "learn: lower vocabulary.min_count"
@@ -365,8 +380,8 @@ def _close_epoch(run: _Run, epoch: int) -> None:
     if rank == 0:
         _say("epoch", **progress.history[-1])
     if (score := scores.get("ndcg@10", float(epoch))) > progress.best:
-        # The best weights go where they are published from, not into a second copy in memory. They are the same on
-        # all ranks, or something is badly wrong.
+        # The best weights go straight to the output folder: a copy in memory would be as large as the model. They must
+        # be the same on all ranks.
         progress.best, progress.best_epoch, progress.best_sha256 = score, epoch, dist.gather(digest(run.model))
         if len(set(progress.best_sha256)) > 1:
             raise RuntimeError(f"the ranks have different parameters: {progress.best_sha256}")
@@ -378,25 +393,25 @@ def _close_epoch(run: _Run, epoch: int) -> None:
 
 
 def _refuse_broken(model: SequenceModel, epoch: int) -> None:
-    """Before parameters are kept: of those after the last step no loss has told yet. All ranks call it, and all raise.
+    """Checks the parameters before they are saved: no loss has been computed since the last step. All ranks call it,
+    and all raise.
 
     Raises:
         TrailvecError: a parameter is not finite.
     """
-    ends = (torch.stack(torch.aminmax(p.detach())) for p in model.parameters() if p.numel())  # no copy of a table
+    ends = (torch.stack(torch.aminmax(p.detach())) for p in model.parameters() if p.numel())  # copies no table
     broken = sum(not bool(pair.isfinite().all()) for pair in ends)
     if dist.total([float(broken)])[0]:
         raise TrailvecError(f"parameters are not finite in epoch {epoch}: lower train.learning_rate")
 
 
 def train_in_executor(run: str, arrays: dict[str, bytes]) -> dict[str, bytes]:
-    """`train`, called by Horovod beside a Spark task, on a machine that need not see the driver's folders.
+    """`train`, called by Horovod in a Spark task, on a machine that need not see the driver's folders.
 
     Args:
-        run: the RunSpec as JSON. Its data files and its checkpoints have to be where every executor sees them; its
-            `output` is not used.
-        arrays: the bytes of its .npy files (`item_counts`, `item_attributes`, `item_verticals`): they take the place
-            of its paths.
+        run: the RunSpec as JSON. Every executor must see its data files and checkpoints; its `output` is ignored.
+        arrays: the bytes of its .npy files (`item_counts`, `item_attributes`, `item_verticals`), used instead of its
+            paths.
 
     Returns:
         Rank 0: the model's files, by name. Other ranks: nothing.
@@ -414,11 +429,10 @@ def train_in_executor(run: str, arrays: dict[str, bytes]) -> dict[str, bytes]:
 def add_gradients(
     model: SequenceModel, batches: Iterator[Batch], settings: TrainSettings, device: torch.device
 ) -> npt.NDArray[np.float64]:
-    """Adds to the gradients those of the next `local_steps` batches (or of those that are left): of their summed loss,
-    divided by `_scale`.
+    """Accumulates the gradients of the next `local_steps` batches (fewer at the end): of their summed loss / `_scale`.
 
     Returns:
-        The batches' SUMS, float64 [7], without the busy seconds.
+        The batches' SUMS, float64 [7], with `busy` left at 0.
     """
     rows = positions = places = empty = 0
     waited, loss_sum = 0.0, torch.zeros((), dtype=torch.float64, device=device)
@@ -439,14 +453,13 @@ def add_gradients(
 
 
 def knows_bfloat16(device: torch.device) -> bool:
-    """Whether products are in bfloat16 there: on GPUs since Ampere (8.0). Older ones have it by detours, slower than 32
-    bits."""
+    """Whether to compute in bfloat16: on GPUs since Ampere (8.0). Older ones emulate it, slower than 32 bits."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def scale_gradients(gradients: list[torch.Tensor], factor: float, largest: float) -> None:
-    """Multiplies the gradients by the factor, and where their common norm is then above `largest`, down to that."""
-    if not gradients:  # a step of rows that ask for nothing
+    """Multiplies the gradients by `factor`, then clips their global norm to `largest`. In place."""
+    if not gradients:  # no row of the step had a target
         return
     norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
     norm = factor * float(torch.linalg.vector_norm(norms))
@@ -455,12 +468,12 @@ def scale_gradients(gradients: list[torch.Tensor], factor: float, largest: float
 
 
 def rate_factor(settings: TrainSettings, processes: int) -> float:
-    """By how much the learning rate of a step exceeds that of one process with one batch per step."""
+    """The learning rate's multiple of that of one process with one batch per step."""
     return math.sqrt(processes * settings.local_steps) if settings.rate_scaling == "sqrt" else 1.0
 
 
 def schedule(settings: TrainSettings, progress: float) -> float:
-    """The share of the learning rate after `progress` (0 to 1) of all rows: a linear warm-up, then a cosine."""
+    """The share of the learning rate after `progress` (0 to 1) of all rows: linear warm-up, then cosine decay."""
     cosine = 0.5 + 0.5 * math.cos(math.pi * min(progress, 1.0))
     return min(progress / settings.warm_up, FINAL_RATE + (1 - FINAL_RATE) * cosine)
 
@@ -470,12 +483,12 @@ def digest(model: SequenceModel) -> str:
     sha256 = hashlib.sha256()
     for name, tensor in sorted(model.tensors().items()):
         sha256.update(name.encode())
-        sha256.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())  # as it lies: a copy is a table
+        sha256.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())  # a view: no copy of a table
     return sha256.hexdigest()
 
 
 def _save(run: _Run) -> None:
-    """Rank 0 writes a checkpoint, of which each rank's own sums and random numbers are a part. All ranks call it."""
+    """Rank 0 writes a checkpoint, with each rank's sums and generator state. All ranks call it."""
     by_rank = dist.gather((run.mine.tolist(), torch.get_rng_state().numpy().tobytes()))
     if dist.rank() == 0 and run.folder:
         run.progress.rank_sums = [sums for sums, _ in by_rank]
@@ -493,18 +506,18 @@ def _save(run: _Run) -> None:
 
 
 def _scale(settings: TrainSettings) -> float:
-    """What the summed loss is divided by before the positions of all ranks are known: about as many, so that no
-    gradient is too large or too small for 16 bits on its way."""
+    """A rough guess of all positions, which are not yet known: the summed loss is divided by it, so that gradients fit
+    the range of 16 bits when they are exchanged."""
     return float(settings.batch_size * settings.local_steps * 16)
 
 
 def _loss(sums: npt.NDArray[np.float64]) -> float:
-    """The mean loss, of sums."""
+    """The mean loss per position."""
     return float(sums[LOSS] / max(sums[POSITIONS], 1))
 
 
 def _figures(spec: RunSpec, progress: Progress) -> dict[str, Any]:
-    """How the epoch that is going on goes, in figures."""
+    """The current epoch's figures for the log."""
     epoch = dict(zip(SUMS, progress.sums, strict=True))
     seconds = epoch["busy"] / progress.ranks
     all_seconds = seconds + sum(e["seconds"] for e in progress.history)

@@ -1,13 +1,14 @@
-"""The state at each row's last action, and nothing else: what a model computes when users are scored, or ranked for.
+"""Fast inference: the state at each row's last action only, for scoring users and for validation.
 
-`SequenceModel.encode` is the meaning; this is the same to within rounding, with less work, for models that only look
-back (GPT-2). Of the last block nobody asks for the states before the last, so
+`SequenceModel.encode` is the reference; this gives the same up to rounding, with less work, for causal models (GPT-2).
+Only the last position's output of the last block is needed, so
 
-- its query, its projection and its inner layers are computed at one position of each row;
-- no keys and values are made: a score q · (K x) is (Kᵀ q) · x, and a weighted sum of V x is V (weighted sum of x).
+- its query, projection and MLP are computed at one position per row;
+- keys and values are never materialised: a score q · (K x) is (Kᵀ q) · x, and a weighted sum of V x is
+  V (weighted sum of x).
 
-With one block, the default, what is left for an action is to look up and normalise what the transformer reads of it.
-The small tables (context, item attributes) are joined into one, and summed as they are looked up.
+With one block, the default, all that remains per action is to look up and normalise its embedding. The small tables
+(context, item attributes) are concatenated into one, and summed during the lookup.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from training.model import ITEM, Batch, SequenceModel
 
 
 def fast_encoder(model: SequenceModel) -> Callable[[Batch], Tensor]:
-    """`model.encode`, or what gives the same with less work; the weights are read when this is called."""
+    """`model.encode`, or a faster equivalent. Call it again after the weights change: it copies some of them."""
     quick = model.spec.architecture == "gpt2" and model.spec.objective == "clm"
     return _LastStates(model) if quick else model.encode
 
@@ -69,17 +70,17 @@ def _context_table(inputs: Any, name: str) -> Tensor:
 
 
 def _last_of_block(block: Any, hidden: Tensor, lengths: Tensor) -> Tensor:
-    """What a GPT-2 block gives at each row's last action, [rows, width], for its input [rows, length, width]."""
+    """A GPT-2 block's output at each row's last action, [rows, width], for its input [rows, length, width]."""
     attention = block.attn
     rows, length, width = hidden.shape
     heads = attention.num_heads
     weight, bias = attention.c_attn.weight, attention.c_attn.bias  # of query, key and value, side by side
     place = torch.arange(rows, device=hidden.device), lengths - 1
     normed = block.ln_1(hidden)
-    # By head first: a product of [heads, rows, ...] copies no weights.
+    # Heads first: a product of [heads, rows, ...] copies no weights.
     query = torch.addmm(bias[:width], normed[place], weight[:, :width]).view(rows, heads, -1).transpose(0, 1)
     keys = weight[:, width : 2 * width].view(width, heads, -1).permute(1, 2, 0)  # [heads, width / heads, width]
-    # The key's bias adds the same to all scores of a row and head: softmax does not see it.
+    # The key's bias shifts all scores of a row and head alike, so softmax cancels it.
     asked = (query @ keys).transpose(0, 1) / math.sqrt(width // heads)  # [rows, heads, width]
     later = torch.arange(length, device=hidden.device) >= lengths[:, None]
     shares = (asked @ normed.transpose(1, 2)).masked_fill(later[:, None], -math.inf).softmax(dim=-1)
