@@ -1,18 +1,18 @@
-"""Models and checkpoints on disk: safetensors for the numbers, JSON (written last) for all else. No pickle.
+"""Models and checkpoints on disk: tensors as safetensors, all else as JSON (written last). No pickle.
 
 A model is `model.safetensors` and `model.json`.
 
-`model.safetensors` holds what SequenceModel.tensors() gives, among it `item_counts` int64 [items] (0: an item that the
-model does not know) and the parts of the item vectors (training.model.ItemTable). `model.json` holds `spec`
-(training.config.ModelSpec), `about` it: model_version, as_of, provenance, `training` (history and metrics), and the
-weights' SHA-256. Beside it stands, from `trailvec align` on, how its space lies beside the last one's: `alignment.json`
-and, where the vectors that are written are turned, `alignment.safetensors` with `rotation` float32 [width, width].
+`model.safetensors` holds SequenceModel.tensors(), including `item_counts` int64 [items] (0: an item that the model does
+not know) and the parts of the item vectors (training.model.ItemTable). `model.json` holds `spec`
+(training.config.ModelSpec), model_version, as_of, provenance, `training` (history and metrics), and the weights'
+SHA-256. `trailvec align` adds the alignment with the previous model's space: `alignment.json` and, if the published
+vectors are rotated, `alignment.safetensors` with `rotation` float32 [width, width].
 
 A checkpoint is a folder `<epoch>-<step>` with `state.safetensors` and `checkpoint.json` (`Progress`, and the SHA-256 of
-the former). It is filled under another name, flushed to the disk (on HDFS: copied from rank 0's disk) and renamed: what
-has the name is whole. On S3, which renames nothing, what has a `checkpoint.json` is. The tensors are `model.<name>` (as
-in a model), `optimizer.<parameter>.<key>`, `items.<key>` (training.rowwise), and `rng.<rank>`, uint8: torch's generator
-there.
+the former). It is written under a temporary name, flushed to disk (on HDFS: copied from rank 0's disk) and renamed, so
+a folder with a final name is complete. S3 cannot rename: there, a folder with a `checkpoint.json` is complete. The
+tensors are `model.<name>` (as in a model), `optimizer.<parameter>.<key>`, `items.<key>` (training.rowwise), and
+`rng.<rank>`, uint8: the state of torch's generator on that rank.
 """
 
 from __future__ import annotations
@@ -48,22 +48,22 @@ ALIGNMENT = "alignment.json"
 
 
 def save_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes what SequenceModel.tensors() gives. Until `describe_weights` they are no model yet."""
+    """Writes SequenceModel.tensors(). They become a model only with `describe_weights`."""
     from safetensors.torch import save_file  # noqa: PLC0415
 
     save_file(tensors, folder / WEIGHTS)
 
 
 def describe_weights(folder: Path, spec: ModelSpec, about: dict[str, Any]) -> None:
-    """Makes the weights in the folder, of a model of that spec, a model."""
+    """Writes model.json for the weights in the folder, which makes them a model."""
     sha256 = sha256_of(folder / WEIGHTS)
-    # Not sorted: the order of the item attributes is that of their tables.
+    # Keys unsorted: the order of the item attributes is that of their tables.
     text = json.dumps({**about, "spec": spec.model_dump(), "weights_sha256": sha256}, indent=2)
     write_whole(folder / ABOUT, text + "\n")
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What model.json says; the weights, which may be gigabytes, are not looked at.
+    """The content of model.json. The weights, which may be gigabytes, are not read.
 
     Raises:
         TrailvecError: the file is missing or damaged.
@@ -79,7 +79,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """What model.json says, after a check that it belongs to the weights beside it.
+    """The content of model.json, after checking that it belongs to the weights beside it.
 
     Raises:
         TrailvecError: a file is missing or damaged.
@@ -93,8 +93,8 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def write_alignment(folder: Path, rotation: npt.NDArray[np.float32] | None, report: dict[str, Any]) -> None:
-    """Writes what a model's vectors are turned by (None: nothing), then what is said of it, which makes it aligned.
-    Killed in between, it leaves a model that is not aligned, whatever it was before."""
+    """Writes the rotation of a model's vectors (None: they stay as they are), then the report, which marks the model as
+    aligned. If killed in between, the model is not aligned, whatever it was before."""
     (folder / ALIGNMENT).unlink(missing_ok=True)
     sha256 = None
     if rotation is not None:
@@ -106,7 +106,7 @@ def write_alignment(folder: Path, rotation: npt.NDArray[np.float32] | None, repo
 
 
 def read_alignment(folder: Path) -> dict[str, Any] | None:
-    """What alignment.json says; None where the model has not been aligned.
+    """The content of alignment.json; None if the model has not been aligned.
 
     Raises:
         TrailvecError: the file is damaged.
@@ -121,17 +121,17 @@ def read_alignment(folder: Path) -> dict[str, Any] | None:
 
 
 def rotation_sha256(folder: Path) -> str | None:
-    """The SHA-256 of what the model's vectors are turned by; None: nothing.
+    """The SHA-256 of the rotation of the model's vectors; None: no rotation.
 
     Raises:
-        TrailvecError: the alignment's file is damaged.
+        TrailvecError: alignment.json is damaged.
     """
     report = read_alignment(folder)
     return None if report is None else report["rotation_sha256"]
 
 
 def read_rotation(folder: Path) -> npt.NDArray[np.float32] | None:
-    """What the model's vectors are turned by, float32 [width, width]; None: nothing.
+    """The rotation of the model's vectors, float32 [width, width]; None: no rotation.
 
     Raises:
         TrailvecError: a file is missing or damaged.
@@ -146,7 +146,7 @@ def read_rotation(folder: Path) -> npt.NDArray[np.float32] | None:
 
 
 class ItemVectors:
-    """The item vectors of a model's weights, read in place: only what is asked for comes into memory."""
+    """The item vectors of a model's weights, memory-mapped: only the rows that are used come into memory."""
 
     def __init__(self, weights: Path) -> None:
         """Raises TrailvecError: the file is missing or damaged."""
@@ -165,9 +165,9 @@ class ItemVectors:
         """The vectors of items, float32 [n, width], and which of them are cold, bool [n].
 
         Args:
-            items: numbers from the vocabulary, [n]; one that the model does not know is cold.
-            attributes: for each of spec.attribute_sizes [n]; a number that the model has not learnt says nothing.
-                A cold item with nothing to say has a vector of zeros.
+            items: numbers from the vocabulary, [n]; an item that the model does not know is cold.
+            attributes: for each of spec.attribute_sizes its numbers, [n]; those that the model has not learnt add
+                nothing. A cold item without a learnt attribute gets zeros.
         """
         inside = items < len(self._own)
         place = np.where(inside, items, 0)
@@ -179,8 +179,8 @@ class ItemVectors:
 
 
 def load_model(weights: Path, spec: ModelSpec) -> SequenceModel:
-    """The model, ready to encode and not to be trained. Its tensors stay in the file: what is asked for comes into
-    memory, once for all processes of a machine.
+    """The model, for inference only. Its tensors are memory-mapped: what is used comes into memory, once for all
+    processes of a machine.
 
     Raises:
         TrailvecError: the file is missing, damaged, or of another model.
@@ -198,7 +198,7 @@ def load_model(weights: Path, spec: ModelSpec) -> SequenceModel:
 
 
 def read_tensors(weights: Path) -> dict[str, torch.Tensor]:
-    """All that SequenceModel.tensors() gave.
+    """The tensors that SequenceModel.tensors() returned.
 
     Raises:
         TrailvecError: the file is missing or damaged.
@@ -208,26 +208,26 @@ def read_tensors(weights: Path) -> dict[str, torch.Tensor]:
 
 
 class Progress(BaseModel):
-    """How far a run has come: all of its state that is no tensor. What sums are of: training.loop.SUMS."""
+    """A run's progress: all of its state that is not a tensor. Sums are of training.loop.SUMS."""
 
     ranks: int
-    epoch: int = 1  # the one that is going on
-    step: int = 0  # its steps that are done
-    rows_sha256: str = ""  # training.data.rows_digest of the files that it reads
+    epoch: int = 1  # the current one
+    step: int = 0  # completed steps of this epoch
+    rows_sha256: str = ""  # training.data.rows_digest of the files that the run reads
     rows_done: float = 0.0  # of all epochs and ranks
     sums: list[float] = []  # of this epoch, over all ranks
-    rank_sums: list[list[float]] = []  # the same, for each rank
-    curve: list[list[float]] = []  # of all epochs: [rows_done, mean loss since the entry before]
+    rank_sums: list[list[float]] = []  # the same, per rank
+    curve: list[list[float]] = []  # of all epochs: [rows_done, mean loss since the previous entry]
     curve_sums: list[float] = []  # `sums` at the last entry
-    history: list[dict[str, Any]] = []  # an entry for each epoch that is done
+    history: list[dict[str, Any]] = []  # an entry per completed epoch
     best: float = -1.0
     best_epoch: int = 0
-    best_sha256: list[str] = []  # of the parameters then, on each rank
+    best_sha256: list[str] = []  # of the best epoch's parameters, per rank
 
 
 def write_checkpoint(folder: Folder, progress: Progress, tensors: dict[str, torch.Tensor], keep: int) -> None:
-    """Adds a checkpoint to the folder, then removes all but the `keep` newest and those from the end of the
-    epochs that these call their best."""
+    """Adds a checkpoint to the folder, then removes all but the `keep` newest and the ones from the end of their best
+    epochs."""
     from safetensors.torch import save_file  # noqa: PLC0415
 
     with filled(folder / _name(progress.epoch, progress.step)) as local:
@@ -239,7 +239,7 @@ def write_checkpoint(folder: Folder, progress: Progress, tensors: dict[str, torc
                 os.fsync(file.fileno())
     newest = checkpoints(folder)[-keep:]
     kept = {path.name for path in newest} | {best_checkpoint(folder, progress).name}
-    # Where a newer one is found damaged, the run goes on from one before it, which may end with another best epoch.
+    # If a newer one turns out damaged, the run resumes from an earlier one, which may name another best epoch.
     kept |= {best_checkpoint(folder, of).name for path in newest if (of := _progress_or_none(path))}
     for old in checkpoints(folder):
         if old.name not in kept:
@@ -247,22 +247,22 @@ def write_checkpoint(folder: Folder, progress: Progress, tensors: dict[str, torc
 
 
 def checkpoints(folder: Folder) -> list[Folder]:
-    """The whole ones, the oldest first."""
+    """The complete checkpoints, oldest first."""
     named = [path for path in folder.glob("[0-9]*-[0-9]*") if re.fullmatch(r"\d+-\d+", path.name)]
     found = [path for path in named if (path / PROGRESS).exists()]
     return sorted(found, key=lambda path: tuple(map(int, path.name.split("-"))))
 
 
 def newest_checkpoint(folder: Folder) -> Folder | None:
-    """The checkpoint to go on from; None where there is none."""
+    """The checkpoint to resume from; None if there is none."""
     return next(reversed(checkpoints(folder)), None)
 
 
 def read_checkpoint(path: Folder) -> tuple[Progress, dict[str, torch.Tensor]]:
-    """What `write_checkpoint` was given.
+    """The progress and tensors that `write_checkpoint` was given.
 
     Raises:
-        TrailvecError: it is damaged.
+        TrailvecError: the checkpoint is damaged.
     """
     from safetensors.torch import load_file  # noqa: PLC0415
 
@@ -277,10 +277,10 @@ def read_checkpoint(path: Folder) -> tuple[Progress, dict[str, torch.Tensor]]:
 
 
 def read_progress(path: Folder) -> tuple[Progress, str]:
-    """How far the checkpoint's run had come, and the SHA-256 of its tensors' file, which is not read.
+    """The checkpoint's progress, and the SHA-256 of its tensor file, which is not read.
 
     Raises:
-        TrailvecError: it is damaged.
+        TrailvecError: `checkpoint.json` is missing or damaged.
     """
     try:
         about = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
@@ -297,22 +297,22 @@ def best_checkpoint(folder: Folder, progress: Progress) -> Folder:
 def _progress_or_none(path: Folder) -> Progress | None:
     try:
         return read_progress(path)[0]
-    except TrailvecError:  # told when a run is to go on from it
+    except TrailvecError:  # reported when a run tries to resume from it
         return None
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
-    """The optimizer's state, each tensor by its parameter's name and its own."""
+    """The optimizer's state: tensors by `<parameter>.<key>`."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {f"{names[p]}.{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
 
 
 def load_optimizer(model: torch.nn.Module, optimizer: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """Takes over what `optimizer_tensors` gave."""
+    """Loads the result of `optimizer_tensors`."""
     by_name: dict[str, dict[str, torch.Tensor]] = {}
     for full_name, tensor in tensors.items():
         name, key = full_name.rsplit(".", 1)
-        by_name.setdefault(name, {})[key] = tensor.clone()  # the file is let go
+        by_name.setdefault(name, {})[key] = tensor.clone()  # so that the file can be released
     names = {parameter: name for name, parameter in model.named_parameters()}
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     state = {number: by_name[name] for number, name in enumerate(order) if name in by_name}
@@ -320,7 +320,7 @@ def load_optimizer(model: torch.nn.Module, optimizer: Any, tensors: dict[str, to
 
 
 def part_of(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors whose name begins with the prefix, without it."""
+    """The tensors whose names start with the prefix, keyed without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 

@@ -1,9 +1,9 @@
 """Feeds training from the Parquet files of one Delta snapshot: the only module that imports Petastorm.
 
-A pass puts the row groups into an order drawn from the seed and cuts their rows into one stretch for each rank: shards
-are disjoint, complete and of one size, however few or unequal the row groups are. Chunk by chunk, a rank's rows are
-shuffled, put into batches of like length and given their targets. A chunk's number seeds what is drawn for it, so a
-pass can be entered at any batch and reads only what comes from there on.
+A pass shuffles the row groups by the seed and cuts their rows into one contiguous shard per rank: shards are disjoint,
+complete and of equal size (to within one row), however few or unequal the row groups are. Chunk by chunk, a rank's rows
+are shuffled, batched by similar length and given their targets. Each chunk's random generator is seeded by the chunk's
+number, so a pass can resume at any batch and reads only what follows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pds
 import torch
 
-# Petastorm 0.12.1 uses what pyarrow 14 calls deprecated, on every read. Its own FutureWarnings, nothing else.
+# On every read, Petastorm 0.12.1 uses what pyarrow 14 deprecates. Only Petastorm's FutureWarnings are silenced.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"petastorm\.")
 
 from petastorm.fs_utils import get_filesystem_and_path_or_paths  # noqa: E402
@@ -44,12 +44,12 @@ Batch = dict[str, torch.Tensor]
 Ints = npt.NDArray[np.int64]
 Values = npt.NDArray[np.int32]
 
-CHUNK_ROWS = 16_384  # about so many rows are shuffled, and put into batches of like length, together
-READY_ROWS = 8_192  # so many may wait as batches: the next chunk is made while a step takes them
+CHUNK_ROWS = 16_384  # about as many rows are shuffled and batched by length together
+READY_ROWS = 8_192  # prefetched as batches, so that the next chunk is made while steps consume them
 ITEM, GAP, END = (FEATURES.index(name) for name in ("item_index", "gap_bucket", "session_end"))
-_ORDER, _ROWS, _BATCHES = range(3)  # what is drawn
+_ORDER, _ROWS, _BATCHES = range(3)  # what a random generator is for
 
-# How often an idle worker looks whether it is to stop. Petastorm's millisecond takes 2 % of a core from the step.
+# How often an idle worker checks for a stop signal. Petastorm's 1 ms takes 2 % of a core away from the step.
 thread_pool.IO_TIMEOUT_INTERVAL_S = 0.02
 
 
@@ -66,23 +66,23 @@ def read_batches(
     horizon: int = 1,
     shuffle_baskets: bool = True,
 ) -> Iterator[Batch]:
-    """One pass over this rank's rows, every row once, made in a thread of its own.
+    """One pass over this rank's rows, each once, prepared in a background thread.
 
-    What is drawn depends on the arguments alone, never on torch's or numpy's global generators, nor on timing. The
-    thread ends with the pass, or when the iterator is closed; what fails in it is raised here.
+    The random draws depend on the arguments alone: not on torch's or numpy's global generators, nor on timing. The
+    thread ends with the pass, or when the iterator is closed; its errors are raised here.
 
     Args:
         files: URLs (training.stores) of Parquet files with the columns of `sequences`; rows of at least one action.
         max_length: a longer row keeps its newest actions.
-        seed: the same on all ranks; another one for each pass.
-        skip: so many of this rank's batches are left out, those that a pass from the start yields first.
+        seed: the same on all ranks, another for each pass.
+        skip: how many of this rank's first batches to leave out.
         later_share, horizon: see `choose_targets`.
-        shuffle_baskets: whether the actions of one moment come in a new order (`shuffle_moments`) or in the log's.
+        shuffle_baskets: whether to shuffle the actions of one moment (`shuffle_moments`) or keep the log's order.
 
     Yields:
         For each of FEATURES, and `target`, int64 [rows, length]: `batch_size` rows (fewer in one batch of the last
-        chunk), the longest row's length, zeros after a row's end. In one step all ranks have rows of like length:
-        none waits long for another.
+        chunk), as long as the longest row, zero-padded. In any one step all ranks have rows of similar length, so
+        that none waits long for another.
     """
     per_chunk = max(1, CHUNK_ROWS // batch_size)
     first, skipped = divmod(skip, per_chunk)
@@ -102,14 +102,15 @@ def read_batches(
 
 
 def rows_digest(files: list[str]) -> str:
-    """SHA-256 of the rows and bytes of each row group, by the files' footers. It tells whether a pass over the files
-    would take the same rows in the same order: other rows, and the same rows in other row groups, have another digest.
-    The files' names don't matter."""
+    """SHA-256 of each row group's row and byte counts, from the files' footers.
+
+    Equal digests mean that a pass takes the same rows in the same order: other rows, or the same rows in other row
+    groups, have another digest. File names don't matter."""
     return hashlib.sha256(json.dumps([sizes for _, _, *sizes in _row_groups(tuple(files))]).encode()).hexdigest()
 
 
 def padding(batch: Batch) -> tuple[int, int]:
-    """How many of the batch's places are padding, and how many it has."""
+    """How many cells of the batch's item matrix are padding, and how many it has in all."""
     items = batch[FEATURES[ITEM]]
     return int((items == 0).sum()), items.numel()
 
@@ -150,7 +151,7 @@ def _row_groups(files: tuple[str, ...]) -> tuple[tuple[str, int, int, int], ...]
 
 
 def _plan(files: list[str], rank: int, size: int, seed: int, skipped_rows: int) -> list[Piece]:
-    """What the rank reads, in order: its share of the rows of all row groups, these in an order drawn from `seed`."""
+    """What the rank reads, in order: its share of the rows of all row groups, which `seed` shuffles."""
     groups = _row_groups(tuple(files))
     total = sum(rows for _, _, rows, _ in groups)
     first, last = total * rank // size + skipped_rows, total * (rank + 1) // size
@@ -165,7 +166,7 @@ def _plan(files: list[str], rank: int, size: int, seed: int, skipped_rows: int) 
 
 
 def _chunks(pieces: list[Piece], rows: int) -> Iterator[pa.Table]:
-    """The pieces' rows in tables of `rows` rows; the last one may have fewer."""
+    """The pieces' rows in tables of `rows` rows each; the last may have fewer."""
     if not pieces:
         return
     held: list[pa.Table] = []
@@ -183,10 +184,10 @@ def _chunks(pieces: list[Piece], rows: int) -> Iterator[pa.Table]:
 
 
 class _PlannedReader(Reader):  # type: ignore[misc]
-    """Petastorm's reader, of the planned row groups in the plan's order: for each the Arrow table of FEATURES.
+    """A Petastorm reader that yields the planned row groups in order, each as an Arrow table of FEATURES.
 
-    Petastorm's own make_batch_reader would turn every row group into a pandas frame and every cell into a numpy array.
-    That is four times the work of reading, under the interpreter's lock, which the training step wants.
+    Petastorm's make_batch_reader would turn every row group into a pandas frame and every cell into a numpy array: four
+    times the work of reading, holding the GIL that the training step needs.
     """
 
     def __init__(self, pieces: list[Piece]) -> None:
@@ -213,7 +214,7 @@ class _PlannedReader(Reader):  # type: ignore[misc]
 
 
 class _LegacyFileSystem(DaskFileSystem):  # type: ignore[misc]
-    """A store of fsspec's as Petastorm 0.12.1 wants it: one of pyarrow's file systems from before version 2."""
+    """Adapts an fsspec file system to pyarrow's legacy (pre-2.0) interface, which Petastorm 0.12.1 needs."""
 
     def isdir(self, path: str) -> bool:
         return bool(self.fs.isdir(path))
@@ -223,7 +224,7 @@ class _LegacyFileSystem(DaskFileSystem):  # type: ignore[misc]
 
 
 class _ArrowWorker(WorkerBase):  # type: ignore[misc]
-    """Reads row groups as they are."""
+    """Reads row groups as Arrow tables, unconverted."""
 
     @staticmethod
     def new_results_queue_reader() -> _ArrowResults:
@@ -245,9 +246,9 @@ class _ArrowResults:
 
 
 def _ahead(batches: Generator[Batch, None, None], count: int) -> Iterator[Batch]:
-    """The batches, of which a thread makes `count` or a few more before they are asked for."""
+    """The batches, prefetched by a thread: `count` of them or a few more."""
     pool = ThreadPoolExecutor(1)
-    at_once = min(8, count)  # handing small ones over one by one costs half as much as making them
+    at_once = min(8, count)  # handing over small batches one by one would cost half as much as making them
 
     def some() -> list[Batch]:
         return list(islice(batches, at_once))
@@ -263,8 +264,8 @@ def _ahead(batches: Generator[Batch, None, None], count: int) -> Iterator[Batch]
 
 
 # ---- what happens to a chunk ------------------------------------------------------------------------------
-# Its rows lie one after the other: values int32 [features, actions], lengths int64 [rows], actions = sum(lengths).
-# Most of the time goes into reading and writing memory, so each column is gathered once, into its last place.
+# A chunk's rows are concatenated: values int32 [features, actions], lengths int64 [rows], actions = sum(lengths).
+# The work is memory-bound, so each column is gathered only once, straight to where it ends up.
 
 
 def _generator(seed: int, *drawn: int) -> np.random.Generator:
@@ -274,34 +275,34 @@ def _generator(seed: int, *drawn: int) -> np.random.Generator:
 def _shuffled(
     table: pa.Table, max_length: int, shuffle_baskets: bool, random: np.random.Generator
 ) -> tuple[Values, Ints]:
-    """(values, lengths) of the table's rows in order of length, rows of one length in an order drawn from `random`.
+    """(values, lengths) of the table's rows, sorted by length; rows of equal length are shuffled by `random`.
 
-    The values of FEATURES are followed by a place for the targets.
+    `values` has one row per feature, then one left empty for the targets.
     """
     whole = pc.list_value_length(table[FEATURES[ITEM]]).to_numpy().astype(np.int64)
     ends, lengths = np.cumsum(whole), np.minimum(whole, max_length)
     rows = random.permutation(len(lengths))
     rows = rows[np.argsort(lengths[rows], kind="stable")]
     ends, lengths = ends[rows], lengths[rows]
-    # Where the actions that a row keeps, its newest, lie among all of the table's.
+    # The positions, among all of the table's actions, of those that the rows keep: their newest.
     kept = np.repeat(ends - np.cumsum(lengths), lengths) + np.arange(lengths.sum())
     columns = [pc.list_flatten(table[name]).to_numpy() for name in FEATURES]
     moved = kept[shuffle_moments(columns[GAP][kept], lengths, random)] if shuffle_baskets else kept
     values = np.empty((len(FEATURES) + 1, len(kept)), np.int32)
     for number, column in enumerate(columns):
-        # What belongs to a place and not to the action there, gap_bucket and session_end, stays where it is.
+        # gap_bucket and session_end belong to the position, not to the action there, so they stay in place.
         np.take(column, kept if number in (GAP, END) else moved, out=values[number], mode="clip")
     return values, lengths
 
 
 def shuffle_moments(gaps: Values, lengths: Ints, random: np.random.Generator) -> Ints:
-    """A new order of the actions in which those of one moment (the same event_ts: a basket) change places, [actions].
+    """A permutation of the actions, [actions], that shuffles those of one moment (the same event_ts: a basket).
 
-    Their order in the log goes by event_id and says nothing about the user, but a model would learn it.
+    The log orders them by event_id, which says nothing about the user, but a model would learn it.
     """
     begins = gaps != SAME_MOMENT
-    begins[np.cumsum(lengths) - lengths] = True  # a row can begin in the midst of a moment
-    # The key is the moment's number plus a random fraction: nearly in order already, which makes a stable sort quick.
+    begins[np.cumsum(lengths) - lengths] = True  # a row can begin in the middle of a moment
+    # The key is the moment's number plus a random fraction: almost sorted already, so a stable sort is fast.
     return np.argsort(np.cumsum(begins) + random.random(len(begins)), kind="stable")
 
 
@@ -314,19 +315,19 @@ def choose_targets(
     horizon: int,
     random: np.random.Generator,
 ) -> tuple[Values, Values]:
-    """(session_end, target): what each action is to predict, an item, 0 where there is nothing; both int32 [actions].
+    """(session_end, target), both int32 [actions]; `target` is the item that each action is to predict, 0 for none.
 
-    A share of the actions, drawn from `random`, is asked not for the next action but for any of the first `horizon`
-    actions after its session, and says session_end, as the newest action before a cut does. The next action mostly
-    completes the visit that is going on; what comes in later visits is what a vector is asked for, and a longer
-    horizon is a steadier answer (Pancha et al., PinnerFormer, 2022, train on all actions of a window).
+    A share of the actions, drawn from `random`, predicts not the next action but a random one of the first `horizon`
+    actions after its session. These get session_end set, like the newest action before a cut. The next action mostly
+    completes the current visit, while a vector is used to predict later visits; a longer horizon makes the prediction
+    steadier (Pancha et al., PinnerFormer, 2022, train on all actions of a window).
     """
     ends = np.cumsum(lengths)  # of the rows
     closes = session_ends == SESSION_END
     closes[ends - 1] = True
     following = np.roll(items, -1)
     following[ends - 1] = 0
-    # Where the session after an action's own begins, and how many actions its row has from there on.
+    # Where the next session starts, and how many targets the action's row offers from there on, up to `horizon`.
     start = (np.flatnonzero(closes) + 1)[np.cumsum(closes) - closes]
     later = np.minimum(np.repeat(ends, lengths) - start, horizon)
     share, place = random.random((2, len(items)))
@@ -336,9 +337,9 @@ def choose_targets(
 
 
 def _batches(values: Values, lengths: Ints, batch_size: int, order: Ints) -> Iterator[Batch]:
-    """The rows, which lie in order of length, as batches of neighbours; `order` gives their numbers."""
+    """The rows, sorted by length, as batches of consecutive rows; yields the batches numbered by `order`, in order."""
     last = np.minimum(np.arange(len(lengths)) // batch_size * batch_size + batch_size, len(lengths)) - 1
-    widths = lengths[last]  # of each row with its padding: that of its batch's last row
+    widths = lengths[last]  # each row's padded length: that of its batch's last, longest row
     starts = np.concatenate([[0], np.cumsum(widths)])
     padded = np.zeros((len(values), starts[-1]), np.int32)
     places = np.repeat(starts[:-1] - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
@@ -354,7 +355,7 @@ def _batches(values: Values, lengths: Ints, batch_size: int, order: Ints) -> Ite
 
 @dataclass(frozen=True)
 class Held:
-    """Users held out for validation: what they did, and what they did next.
+    """Users held out for validation: their history and their next items.
 
     `actions` int32 [features, users, length]; user u's targets are `targets[offsets[u]:offsets[u + 1]]`.
     """
@@ -371,8 +372,8 @@ class Held:
 
 
 def read_held(files: list[str], max_length: int, known: npt.NDArray[np.bool_], max_users: int) -> Held:
-    """The first `max_users` rows of the valid split with a known target: the items at the earliest target time. So many
-    rows are in memory at once; where few targets are known, many are read.
+    """The first `max_users` rows of the valid split with a known target; targets are the items at the row's earliest
+    target time. Reads `max_users` rows at a time, and many rows if few targets are known.
 
     Args:
         files: URLs of the split's files (Spark has spread the users over them by hash).
@@ -394,7 +395,7 @@ def read_held(files: list[str], max_length: int, known: npt.NDArray[np.bool_], m
 
 
 def _held(rows: pa.RecordBatch, max_length: int, known: npt.NDArray[np.bool_]) -> tuple[Values, Ints, Ints]:
-    """Of the rows with a known target: the actions, all targets one after the other, and how many each has."""
+    """For the rows with a known target: their actions, all targets concatenated, and the number of targets of each."""
 
     def flat(name: str) -> Ints:
         return np.asarray(pc.list_flatten(rows[name]).to_numpy(), np.int64)
@@ -402,7 +403,7 @@ def _held(rows: pa.RecordBatch, max_length: int, known: npt.NDArray[np.bool_]) -
     counts = pc.fill_null(pc.list_value_length(rows["target_ts"]), 0).to_numpy()
     owner, items, times = np.repeat(np.arange(len(rows)), counts), flat("target_item_index"), flat("target_ts")
     first = np.zeros(len(rows), np.int64)
-    first[counts > 0] = times[(np.cumsum(counts) - counts)[counts > 0]]  # the lists are in order of time
+    first[counts > 0] = times[(np.cumsum(counts) - counts)[counts > 0]]  # the lists are sorted by time
     wanted = (times == first[owner]) & (items < len(known)) & known[np.minimum(items, len(known) - 1)]
 
     users, user_counts = np.unique(owner[wanted], return_counts=True)

@@ -1,7 +1,6 @@
-"""Probes: light heads over frozen features, and features to compare vectors with.
+"""Probes: light heads on frozen features, and baseline features to compare vectors with.
 
-No feature here ever sees a label; what is fitted on labels (a head, and the scaling before it) is fitted on the
-training folds alone.
+No feature here ever sees a label. Heads, and the scaling inside them, are fitted on the training folds alone.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ Integers = npt.NDArray[np.int64]
 
 
 class Logistic(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
-    """Logistic regression that chooses C among 0.1, 0.3 and 1 by the AUC of three folds of its training rows; 0.3 where
-    one label has fewer than six."""
+    """Logistic regression with C chosen from 0.1, 0.3 and 1 by AUC, in 3-fold cross-validation on its training rows;
+    0.3 if a label has fewer than six."""
 
     def fit(self, features: Matrix, labels: Labels) -> Logistic:
         few = np.bincount(labels, minlength=2).min() < 6
-        # Not LogisticRegressionCV: what it takes differs between the versions that pyproject.toml allows.
+        # Not LogisticRegressionCV: its arguments differ between the versions that pyproject.toml allows.
         chosen = GridSearchCV(LogisticRegression(max_iter=1000), {"C": [0.1, 0.3, 1.0]}, scoring="roc_auc", cv=3)
         self.fitted_ = (LogisticRegression(C=0.3, max_iter=1000) if few else chosen).fit(features, labels)
         self.classes_ = self.fitted_.classes_
@@ -49,11 +48,10 @@ class Logistic(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         return found
 
 
-# A few hundred labels over some two hundred features: the heads are held back more than scikit-learn's defaults do. The
-# same for all features, so that none is favoured. The logistic one reads features at the lengths that they have among
-# each other (`one_length`): the last of 64 singular directions, blown up to the first one's, is noise, and cost TF-IDF
-# and SVD 0.03 of AUC. How much it is held back, it chooses by three folds of what it learns from: features of many
-# places want less of it.
+# A few hundred labels on some two hundred features: the heads are regularised more than by scikit-learn's defaults, and
+# alike for all feature sets, so that none is favoured. The logistic head keeps the features' relative scales
+# (`one_length`): the last of 64 singular directions, scaled up to the first one's variance, is noise, and cost TF-IDF +
+# SVD 0.03 of AUC. It chooses its own regularisation, because features of many dimensions need less of it.
 HEADS: dict[str, Callable[[int], Any]] = {
     "majority": lambda seed: DummyClassifier(strategy="prior"),
     "logistic": lambda seed: Logistic(),
@@ -69,11 +67,11 @@ SEEDLESS = ("majority", "logistic")
 
 
 def folds_of(labels: Labels, times: Integers | None, folds: int, seed: int) -> Iterator[tuple[Integers, Integers]]:
-    """(training rows, test rows) of each fold that counts: one with both labels among either.
+    """(training rows, test rows) of each fold that counts: one with both labels in training and in test.
 
     Args:
-        times: of each label, any unit. With them training comes before testing: fold n of `folds` tests on the n+1-th
-            of folds + 1 stretches of time, and trains on all before. None: stratified folds, shuffled by the seed.
+        times: of each label, any unit. With them, training precedes testing: fold n of `folds` tests on the n+1-th of
+            folds + 1 equal slices in order of time, and trains on all before. None: stratified folds, shuffled by seed.
     """
     for train, test in _all_folds(labels, times, folds, seed):
         if len(set(labels[train])) == len(set(labels[test])) == 2:
@@ -86,7 +84,7 @@ def _all_folds(labels: Labels, times: Integers | None, folds: int, seed: int) ->
         return
     order = np.argsort(times, kind="stable")
     for train, test in TimeSeriesSplit(folds).split(order):
-        # Labels of one moment are not told apart: none of the test's own moment is learnt from.
+        # Labels at the same time as the first test label have no order: do not train on them.
         yield order[train][times[order[train]] < times[order[test[0]]]], order[test]
 
 
@@ -100,17 +98,17 @@ def probe(
         times: as in `folds_of`.
 
     Returns:
-        `auc` and `average_precision`: of each seed the mean over its folds that count. With times, where all seeds have
-        the same folds: of each fold that counts the mean over the seeds. Nothing where no fold counts.
+        `auc` and `average_precision`: for each seed the mean over its folds that count. With times, where all seeds
+        have the same folds: for each fold that counts the mean over the seeds. Empty lists if no fold counts.
     """
     features = one_length(features)  # looks at no label
     found = []
     for seed in range(1 if times is not None and head in SEEDLESS else seeds):
         of_folds = []
         for train, test in folds_of(labels, times, folds, seed):
-            # So small a fit gains nothing from threads, and on a busy machine waits ten times as long for them.
+            # So small a fit gains nothing from threads, and on a busy machine takes ten times as long with them.
             with threadpool_limits(1), warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)  # that few passes are what holds an MLP back
+                warnings.simplefilter("ignore", ConvergenceWarning)  # stopping early is the MLP's regularisation
                 fitted = HEADS[head](seed).fit(features[train], labels[train])
             scores = fitted.predict_proba(features[test])[:, 1]
             of_folds.append((roc_auc_score(labels[test], scores), average_precision_score(labels[test], scores)))
@@ -121,13 +119,13 @@ def probe(
 
 
 def tfidf_svd(counts: sp.csr_matrix, width: int = 64) -> Matrix:
-    """Counts → TF-IDF (rows of length 1) → the first `width` singular directions, fewer where there are fewer.
+    """Counts → TF-IDF (rows of norm 1) → projection on the first `width` singular directions (or all, if fewer).
 
     Args:
-        counts: [users, items]; a user without an item gets zeros.
+        counts: [users, items]; a user without items gets zeros.
 
     Returns:
-        float64 [users, width]: the rows times the directions.
+        float64 [users, width].
     """
     width = min(width, *(size - 1 for size in counts.shape))
     if width < 1:
@@ -138,13 +136,13 @@ def tfidf_svd(counts: sp.csr_matrix, width: int = 64) -> Matrix:
 
 
 def standardised(numbers: Matrix) -> Matrix:
-    """Numbers of different units, each centred and divided by its spread; one that is the same for all is 0."""
+    """Features of different units, each centred and divided by its standard deviation; a constant one becomes 0."""
     found: Matrix = StandardScaler().fit_transform(numbers)
     return found
 
 
 def one_length(features: Matrix) -> Matrix:
-    """The features centred, and all divided by one number: the mean squared length of a row is 1."""
+    """The features, centred and all divided by one number, so that the mean squared norm of a row is 1."""
     centred = features - features.mean(axis=0)
     found: Matrix = centred / max(float(np.sqrt((centred**2).sum(axis=1).mean())), 1e-12)
     return found

@@ -1,19 +1,19 @@
-"""The profile: a second vector of a user, for other teams' models. The one in the items' space stays as it is.
+"""The profile: a second vector per user, for other teams' models. The vector in the items' space stays as it is.
 
-A profile is PARTS side by side. Each is centred and brought to one length over the users that the basis was fitted on,
-so that a part weighs what WEIGHTS says, however many places it has:
+A profile concatenates PARTS. Each part is centred and scaled to the same root-mean-square norm over the users that the
+basis was fitted on, so that WEIGHTS alone sets its weight, whatever its width:
 
-  state       the model's state after the user's last action: what comes next, and in which order things came
-  items       which items, over the whole history: TF-IDF in its first singular directions. An item weighs more, the
-              more of it the user takes at once beside what others take (a rating is a quantity too)
-  amounts     of which items the user takes more than others do, and of which less, in singular directions too
-  words       the words in the items' names, likewise: items that hardly any user has both of may share words
-  categories  the items' categories, likewise
-  statistics  numbers of how often, when and for how much, each standardised (jobs.profile_users names them)
+  state       the model's state after the user's last action: what comes next, and the order of past actions
+  items       which items, over the whole history: TF-IDF projected on its first singular directions. An item weighs
+              more if the user takes more of it at once than others do (a rating is a quantity too)
+  amounts     which items the user takes more of than others do, and which less; projected likewise
+  words       the words in the items' names, projected likewise: items that hardly anyone takes both of may share words
+  categories  the items' categories, projected likewise
+  statistics  how often, when and for how much the user acts, each standardised (jobs.profile_users names them)
   forecast    on how many days of the next week, and of the next four, the user will act: a ridge regression from the
-              statistics of four weeks ago to what came since, applied to the statistics of now
+              statistics of four weeks ago to what came since, applied to the current statistics
 
-The basis is fitted on a bounded sample of users, without any label, and kept beside the model: `profile.safetensors`
+The basis is fitted on a bounded sample of users, without any label, and stored beside the model: `profile.safetensors`
 and, written last, `profile.json`.
 """
 
@@ -42,8 +42,8 @@ Counts: TypeAlias = (
 )  # float [users, numbers]; a column for each number that an item, category or statistic may have
 
 PARTS = ("state", "items", "amounts", "words", "categories", "statistics", "forecast")
-# Statistics say little of who somebody is: with more weight they would drown, in a linear head, what somebody buys. The
-# two numbers of the forecast say most about what comes next.
+# Statistics say little about who somebody is: with more weight they would drown out, in a linear head, what somebody
+# buys. The forecast's two numbers say most about what comes next.
 WEIGHTS = {
     "state": 0.5,
     "items": 2.0,
@@ -54,20 +54,20 @@ WEIGHTS = {
     "forecast": 1.0,
 }
 _DIRECTIONS = ("items", "amounts", "words", "categories", "forecast")
-_LEAST, _MOST = 0.1, 4.0  # an amount beside the item's usual one: a slip of the keyboard is not a thousand of them
-_RIDGE = 30.0  # the penalty, on statistics of spread 1
+_LEAST, _MOST = 0.1, 4.0  # bounds of an amount relative to the item's usual one: limits typos such as 1,000 pieces
+_RIDGE = 30.0  # the L2 penalty, on statistics of standard deviation 1
 TENSORS, ABOUT = "profile.safetensors", "profile.json"
 
 
 @dataclass(frozen=True)
 class Terms:
-    """How counts of one kind of thing are weighted: idf times (1 + log count), or alone; each user's row of length 1.
+    """TF-IDF weighting of one kind of counts: idf, times (1 + log count) unless `presence`; each user's row has norm 1.
 
     Attributes:
-        numbers: which ones count, ascending, [terms].
+        numbers: the terms, ascending, [terms].
         idf: float32 [terms].
-        presence: only whether a user has it counts, not how often. So for items: to have bought one out of thirty
-            thousand tells who somebody is, how often hardly does. Not for categories: of a few hundred everybody has
+        presence: only whether a user has a term counts, not how often. True for items: having bought one out of thirty
+            thousand says who somebody is, how often says little. False for categories: of a few hundred, everybody has
             most.
     """
 
@@ -77,27 +77,27 @@ class Terms:
 
     @staticmethod
     def fit(counts: Counts, most: int, presence: bool) -> Terms:
-        """Of those that anybody has, the `most` that most users have (of equals the lower numbers)."""
+        """The `most` numbers that most users have, ties to the lower numbers; numbers that nobody has are no terms."""
         numbers, users = np.unique(counts.indices, return_counts=True)
         first = np.sort(np.argsort(-users, kind="stable")[:most])
         idf = np.log((1 + counts.shape[0]) / (1 + users[first])) + 1
         return Terms(numbers[first].astype(np.int64), idf.astype(np.float32), presence)
 
     def present(self, counts: Counts) -> sp.csr_matrix:
-        """[users, numbers] → which terms a user has at all, 0 or 1, float64 [users, terms]."""
+        """[users, numbers] → whether a user has each term, 0 or 1, float64 [users, terms]."""
         found = self._of(counts)
         found.data = np.ones_like(found.data)
         return found
 
     def weigh(self, counts: Counts) -> sp.csr_matrix:
-        """[users, numbers] → float64 [users, terms]; what is no term, or newer than the basis, counts nothing."""
+        """[users, numbers] → float64 [users, terms]; non-terms and numbers newer than the basis are ignored."""
         weights = self._of(counts)
         weights.data = np.ones_like(weights.data) if self.presence else 1 + np.log(np.maximum(weights.data, 1))
         return _unit(weights.multiply(self.idf).tocsr())
 
     def beside(self, counts: Counts, usual: Floats) -> sp.csr_matrix:
-        """[users, numbers] → each amount divided by the term's usual one, within bounds, float64 [users, terms]; 1
-        where one of the two is not known (0)."""
+        """[users, numbers] → each amount relative to the term's usual one, clipped, float64 [users, terms]; 1 where
+        either is unknown (0)."""
         found = self._of(counts)
         often = usual[found.indices]
         known = (found.data > 0) & (often > 0)
@@ -106,7 +106,7 @@ class Terms:
         return found
 
     def usual(self, counts: Counts) -> Floats:
-        """Each term's mean amount over the users of whom it is known, float32 [terms]; 0 where it is of nobody."""
+        """Each term's mean amount over the users with a known one, float32 [terms]; 0 if there are none."""
         found = self._of(counts)
         known = found.data > 0
         terms, amounts = found.indices[known], found.data[known]
@@ -117,7 +117,7 @@ class Terms:
 
     def _of(self, counts: Counts) -> sp.csr_matrix:
         """The counts of the terms, float64 [users, terms]."""
-        # By scipy's own indexing each call would take memory for every number that an item may have.
+        # scipy's own indexing would allocate memory for every possible item number, at each call.
         places = np.searchsorted(self.numbers, counts.indices)
         known = np.append(self.numbers, -1)[places] == counts.indices
         offsets = np.append(0, np.cumsum(known))[counts.indptr]
@@ -126,32 +126,32 @@ class Terms:
 
 
 def _unit(rows: sp.csr_matrix) -> sp.csr_matrix:
-    """The rows at length 1; those of zeros stay."""
+    """The rows scaled to norm 1; zero rows stay zero."""
     lengths = np.sqrt(np.asarray(rows.multiply(rows).sum(axis=1)))
     return rows.multiply(1 / np.where(lengths, lengths, 1)).tocsr()
 
 
 def _more_and_less(beside: sp.csr_matrix) -> sp.csr_matrix:
-    """Logarithms of amounts beside the usual ones, less the user's own mean, rows of length 1."""
+    """Logarithms of the relative amounts, minus the user's own mean; rows of norm 1."""
     found = beside.copy()
     found.data = np.log(found.data)
     each = np.diff(found.indptr)
     means = np.asarray(found.sum(axis=1)).ravel() / np.maximum(each, 1)
     found.data = found.data - np.repeat(means, each)
-    found.data[np.abs(found.data) < 1e-9] = 0  # one and the same for all, but for rounding: no direction
+    found.data[np.abs(found.data) < 1e-9] = 0  # equal up to rounding: must not become a direction
     found.eliminate_zeros()
     return _unit(found)
 
 
 @dataclass(frozen=True)
 class Basis:
-    """What makes profiles of counts and states.
+    """The fitted transformation from counts and states to profiles.
 
     Attributes:
         names: of the statistics, in the order of their numbers.
-        words: which words the name of an item has, 0 or 1, float64 [terms of `items`, words].
+        words: which words each item's name contains, 0 or 1, float64 [terms of `items`, words].
         terms: of `items`, `words` and `categories`.
-        usual: how much of an item is mostly taken at once, float32 [terms of `items`].
+        usual: the mean amount of an item taken at once, float32 [terms of `items`].
         directions: of `items`, `amounts`, `words` and `categories`, float32 [terms, width]; of `forecast`
             [statistics, 2].
         shifts, scales: of each of PARTS, float32 [its width].
@@ -167,7 +167,7 @@ class Basis:
 
     @property
     def widths(self) -> dict[str, int]:
-        """How many places each part has, in the vector's order."""
+        """Each part's dimensions, in the vector's order."""
         return {part: len(self.shifts[part]) for part in PARTS}
 
     def profiles(self, states: Floats, counts: Mapping[str, Counts]) -> Floats:
@@ -175,8 +175,8 @@ class Basis:
 
         Args:
             states: float32 [users, the model's width].
-            counts: of `items` how much of it the user takes at once (0: not known), of `categories` how often, of
-                `statistics` their values, [users, numbers].
+            counts: each [users, numbers]: `items`, how much of it the user takes at once (0: unknown); `categories`,
+                how often; `statistics`, their values.
         """
         parts = _parts(states, counts, _weighed(counts, self.words, self.terms, self.usual), self.directions)
         return np.hstack([(parts[part] - self.shifts[part]) * self.scales[part] for part in PARTS]).astype(np.float32)
@@ -185,8 +185,8 @@ class Basis:
 def _weighed(
     counts: Mapping[str, Counts], words: sp.csr_matrix, terms: Mapping[str, Terms], usual: Floats
 ) -> dict[str, sp.csr_matrix]:
-    """The weighted matrices whose singular directions the basis holds, and which are multiplied by them to give the
-    parts of a profile: float64 [users, terms] of each kind."""
+    """Per kind, the weighted matrix, float64 [users, terms], that the basis takes singular directions of and that is
+    projected on them."""
     beside = terms["items"].beside(counts["items"], usual)
     return {
         "items": _unit(terms["items"].weigh(counts["items"]).multiply(beside).tocsr()),
@@ -232,12 +232,12 @@ def fit_basis(
         states, counts: as in `Basis.profiles`.
         names: of the statistics.
         items: `Terms.fit` of the same counts, by presence.
-        item_names: of those items, in the order of their numbers; "" where one has none.
-        before: statistics of some of the users as they were once, [users once, statistics].
-        since: the logarithms of 1 and the days on which they acted since then, [users once, horizons].
-        item_width: singular directions of items; fewer where there are fewer.
-        width: those of amounts, of words and of categories.
-        most: words and categories, at most.
+        item_names: of those items, in the order of their numbers; "" for an item without a name.
+        before: past statistics of some of the users, [past users, statistics].
+        since: log(1 + days on which they have acted since then), [past users, horizons].
+        item_width: number of singular directions of items; fewer if there are fewer.
+        width: number of those of amounts, of words and of categories.
+        most: maximum number of words, and of categories.
     """
     words = _words(item_names, most)
     of_words = items.present(counts["items"]) @ words
@@ -253,11 +253,11 @@ def fit_basis(
     shifts, scales = {}, {}
     for part, values in _parts(states, counts, weighed, directions).items():
         spread = values.std(axis=0)
-        if part == "statistics":  # each of another unit
+        if part == "statistics":  # different units: each its own factor
             spread *= np.sqrt(max(1, values.shape[1]))
-        else:  # a state's or a direction's places have lengths that mean something: one factor for all
+        else:  # relative scales within a state or projection carry meaning: one factor for all
             spread = np.full(values.shape[1], np.sqrt((spread**2).sum()))
-        # What is the same for all of the fit is 0 for good: another factor would make much of a later user's little.
+        # What is constant in the sample is always 0: a large factor would blow up a later user's small deviation.
         scale = np.where(spread > 1e-9, 1 / np.maximum(spread, 1e-9), 0)
         shifts[part] = values.mean(axis=0).astype(np.float32)
         scales[part] = (scale * WEIGHTS[part]).astype(np.float32)
@@ -265,8 +265,8 @@ def fit_basis(
 
 
 def _words(names: Sequence[str], most: int) -> sp.csr_matrix:
-    """Which words and pairs of words, of those that most names have, each name has: 0 or 1, float64 [names, words]. A
-    word is two letters or digits, or more: a year and a package's size tell something too."""
+    """Which of the `most` most frequent words and word pairs each name has: 0 or 1, float64 [names, words]. A word is
+    two or more letters or digits: a year or a package size is informative, too."""
     from sklearn.feature_extraction.text import CountVectorizer  # noqa: PLC0415 - a second, and only fitting needs it
 
     counter = CountVectorizer(ngram_range=(1, 2), binary=True, max_features=most, dtype=np.float64)
@@ -277,7 +277,7 @@ def _words(names: Sequence[str], most: int) -> sp.csr_matrix:
 
 
 def _ridge(before: Counts, since: npt.NDArray[np.float64], statistics: int) -> Floats:
-    """What to multiply statistics by to foretell `since`, but for a constant, float32 [statistics, horizons]."""
+    """The coefficients that predict `since` from statistics, without the intercept, float32 [statistics, horizons]."""
     from sklearn.linear_model import Ridge  # noqa: PLC0415
 
     weights = np.zeros((statistics, since.shape[1]), np.float32)
@@ -293,14 +293,14 @@ def _ridge(before: Counts, since: npt.NDArray[np.float64], statistics: int) -> F
 
 
 def _singular(weights: sp.csr_matrix, width: int) -> Floats:
-    """The first right singular directions, the largest first, float32 [terms, width], signs chosen."""
+    """The first right singular vectors, largest singular value first, float32 [terms, width], with fixed signs."""
     width = min(width, *(size - 1 for size in weights.shape))
     if width < 1 or not weights.nnz:
         return np.zeros((weights.shape[1], 1), np.float32)
     from threadpoolctl import threadpool_limits  # noqa: PLC0415 - comes with scikit-learn, and only fitting needs it
 
     start = np.random.default_rng(0).normal(size=min(weights.shape))
-    # As for the heads of training/probes.py: on a busy machine it waits for threads longer than it computes.
+    # As for the heads in training/probes.py: on a busy machine it would wait for threads longer than it computes.
     with threadpool_limits(1):
         _, values, rows = svds(weights, width, v0=start)
     rows = rows[np.argsort(-values, kind="stable")]
@@ -309,7 +309,7 @@ def _singular(weights: sp.csr_matrix, width: int) -> Floats:
 
 
 def write_basis(folder: Path, basis: Basis, about: dict[str, object]) -> None:
-    """Writes both files into a model's folder, each whole or not at all, the JSON, which makes them a basis, last."""
+    """Writes both files into a model's folder, each atomically; the JSON, which makes them a basis, comes last."""
     (folder / ABOUT).unlink(missing_ok=True)
     tensors: dict[str, npt.NDArray[np.generic]] = {
         "words.starts": basis.words.indptr.astype(np.int64),
@@ -331,7 +331,7 @@ def write_basis(folder: Path, basis: Basis, about: dict[str, object]) -> None:
 
 
 def read_basis(folder: Path) -> tuple[Basis, dict[str, Any]] | None:
-    """What `write_basis` wrote, and what was said about it; None where the model has none yet.
+    """The basis that `write_basis` wrote, and the content of its JSON; None if the model has none yet.
 
     Raises:
         TrailvecError: a file is damaged.

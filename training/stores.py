@@ -1,8 +1,8 @@
-"""Folders and files that training's processes share, by the names in a run spec. The only module that imports fsspec.
+"""Files and folders shared by training's processes, as named in a run spec. The only module that imports fsspec.
 
 They are local; or on HDFS over WebHDFS (`webhdfs://user@host:port/path`), which needs neither a JVM nor Hadoop's native
-library; or on S3 (`s3+https://region@host:port/bucket/path`), by pyarrow's own client, which finds its keys in the
-environment (AWS_ACCESS_KEY_ID, ...) or asks the machine's role.
+library; or on S3 (`s3+https://region@host:port/bucket/path`) through pyarrow's own client, which takes its credentials
+from the environment (AWS_ACCESS_KEY_ID, ...) or from the machine's role.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from typing import Any, Protocol, cast
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-_BYTES_AT_ONCE = 64 * 1024 * 1024  # of a file that is sent; each is an append of its own
-_SECONDS_TO_FILL = 24 * 3600  # so long nobody takes, whatever the clocks of two machines say
+_BYTES_AT_ONCE = 64 * 1024 * 1024  # block size of an upload; each block is a separate append
+_SECONDS_TO_FILL = 24 * 3600  # longer than any write takes, even with clock skew between two machines
 
 
 class StorePath:
-    """A file or folder in a store, by its URL, with pathlib's names and meanings as far as training needs them."""
+    """A file or folder in a store, by URL: the subset of pathlib's interface that training needs."""
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
@@ -48,7 +48,7 @@ class StorePath:
         return bool(self._system.exists(self._path))
 
     def glob(self, pattern: str) -> list[StorePath]:
-        """What lies in the folder under names of that pattern; nothing where it does not exist."""
+        """The folder's entries whose names match the pattern; none if the folder does not exist."""
         try:
             found = self._system.ls(self._path, detail=False)
         except FileNotFoundError:
@@ -57,8 +57,8 @@ class StorePath:
         return [self / name for name in sorted(names) if fnmatch.fnmatchcase(name, pattern)]
 
     def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
-        """Always with its parents, and content with a folder that is there; the arguments are pathlib's."""
-        if self.renames:  # elsewhere there are no folders, only names with a / in them
+        """Always creates parents and accepts an existing folder; the arguments only mirror pathlib's."""
+        if self.renames:  # S3 has no folders, only names with a / in them
             self._system.makedirs(self._path, exist_ok=True)
 
     @property
@@ -67,7 +67,7 @@ class StorePath:
 
     @property
     def renames(self) -> bool:
-        """Whether the store can give a folder another name; S3 can only copy its files."""
+        """Whether the store can rename a folder; S3 can only copy its files."""
         return not _S3.match(self._url)
 
     def read_text(self, encoding: str = "utf-8") -> str:
@@ -77,7 +77,7 @@ class StorePath:
         self._system.pipe_file(self._path, text.encode(encoding))
 
     def put(self, source: Path) -> None:
-        """Copies the files of a local folder here; those that describe the others (JSON) after them."""
+        """Copies the files of a local folder here; those that describe the others (JSON) last."""
         self.mkdir()
         for file in sorted(source.iterdir(), key=descriptions_last):
             target = (self / file.name)._path
@@ -89,13 +89,13 @@ class StorePath:
         self._system.get_file(self._path, str(target))
 
     def rename(self, target: StorePath) -> None:
-        """Raises OSError where the store did not do it."""
+        """Raises OSError if the store did not rename it."""
         self._system.mv(self._path, target._path, recursive=True)
-        if not target.exists():  # WebHDFS says false, which fsspec does not look at
+        if not target.exists():  # WebHDFS reports a failure as `false`, which fsspec ignores
             raise OSError(f"{self} could not be renamed to {target.name}")
 
     def rmtree(self) -> None:
-        """Deletes it with all that is in it; nothing where it does not exist."""
+        """Deletes it recursively; does nothing if it does not exist."""
         with contextlib.suppress(FileNotFoundError):
             self._system.rm(self._path, recursive=True)
 
@@ -112,7 +112,7 @@ Folder = Path | StorePath
 
 
 def folder_of(name: str) -> Folder:
-    """A file or folder that a run spec names."""
+    """The file or folder that a run spec names."""
     return StorePath(name) if _is_remote(name) else Path(name)
 
 
@@ -123,12 +123,12 @@ class Tree(Protocol):
 
 
 def descriptions_last(file: Path) -> tuple[bool, str]:
-    """The order in which files become a whole: JSON says what the others are, and that they are all there."""
+    """Sort key for writing files: JSON last, because it describes the others and marks them as complete."""
     return file.suffix == ".json", file.name
 
 
 def remove_tree(of: Path | Tree) -> None:
-    """Deletes it with all that is in it; nothing where it does not exist."""
+    """Deletes it recursively; does nothing if it does not exist."""
     if isinstance(of, Path):
         shutil.rmtree(of, ignore_errors=True)
     else:
@@ -136,13 +136,13 @@ def remove_tree(of: Path | Tree) -> None:
 
 
 def sha256_of(file: Path) -> str:
-    """Of its bytes, hexadecimal; a block of them at a time."""
+    """The SHA-256 of a file, hexadecimal; read in blocks."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Makes a local file hold the text: all of it, or what it held before."""
+    """Writes a local file atomically: it holds all of the text, or what it held before."""
     part = file.with_name(f".{file.name}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(file)
@@ -150,9 +150,9 @@ def write_whole(file: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def filled(target: Folder) -> Iterator[Path]:
-    """A new local folder to fill, which takes target's place when the block ends without an error: at once, by a
-    rename; on S3, which has none, it is whole when its description (JSON) is there. A kill leaves a `.*.part`."""
-    # Another run may fill the same place. The time is for `remove_abandoned`.
+    """A new local folder to fill, which replaces `target` when the block ends without an error: by a rename; on S3,
+    which has none, by an upload that is complete once the description (JSON) is there. A kill leaves a `.*.part`."""
+    # The UUID: another run may fill the same target. The time is for `remove_abandoned`.
     part = target.parent / f".{target.name}.{time.time():.0f}-{uuid.uuid4().hex}.part"
     try:
         if isinstance(part, Path):
@@ -162,7 +162,7 @@ def filled(target: Folder) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 part.rename(target)  # type: ignore[arg-type]  # both are of one kind
                 return
-            remove_tree(target)  # another run put its own there in this moment
+            remove_tree(target)  # another run has just put its own there
             part.rename(target)  # type: ignore[arg-type]
             return
         with tempfile.TemporaryDirectory() as local:
@@ -175,14 +175,14 @@ def filled(target: Folder) -> Iterator[Path]:
                 remove_tree(target)
                 target.put(Path(local))  # type: ignore[union-attr]
     except BaseException:
-        with contextlib.suppress(OSError):  # a store that is away: what stopped the block is what is told
+        with contextlib.suppress(OSError):  # if the store is unreachable, the original error is the one to report
             remove_tree(part)
         raise
 
 
 def remove_abandoned(folder: Folder) -> None:
-    """Removes from the folder what kills left of `filled`: what it began a day ago or earlier. What is newer may be
-    another run's that goes on."""
+    """Removes what killed processes left of `filled`, if begun a day ago or earlier: newer parts may belong to a run
+    that is still going."""
     for part in folder.glob(".*.part"):
         begun = re.search(r"\.(\d+)-[0-9a-f]+\.part$", part.name)
         if begun and time.time() - int(begun[1]) > _SECONDS_TO_FILL:
@@ -191,7 +191,7 @@ def remove_abandoned(folder: Folder) -> None:
 
 @contextlib.contextmanager
 def local_file(file: Folder) -> Iterator[Path]:
-    """The file itself, or a copy of it on this machine until the block ends. (What is mapped into memory stays there.)
+    """The file itself, or a local copy that exists until the block ends. (Memory maps of the copy stay valid.)
 
     Raises:
         OSError: it does not exist or can't be read.
@@ -206,10 +206,10 @@ def local_file(file: Folder) -> Iterator[Path]:
 
 
 def parquet_files(urls: list[str]) -> tuple[fs.FileSystem, list[str]]:
-    """The file system of all of these files, as pyarrow knows it, and their paths in it.
+    """The pyarrow file system of these files, and their paths in it.
 
     Args:
-        urls: file:// URLs, or those of one store.
+        urls: file:// URLs, or URLs of one store.
     """
     if (store := fsspec_of(urls)) is None:
         return fs.LocalFileSystem(), [url.removeprefix("file://") for url in urls]
@@ -218,15 +218,14 @@ def parquet_files(urls: list[str]) -> tuple[fs.FileSystem, list[str]]:
 
 
 def footers(urls: list[str]) -> list[pq.FileMetaData]:
-    """What the footers of these Parquet files say, in the files' order. Several are read at once: a store lets each be
-    waited for."""
+    """The footers of these Parquet files, in the files' order. Read concurrently: a store has a latency for each."""
     system, paths = parquet_files(urls)
     with ThreadPoolExecutor() as pool:
         return list(pool.map(lambda path: pq.read_metadata(path, filesystem=system), paths))
 
 
 def fsspec_of(urls: list[str]) -> Any | None:
-    """The store of these files, as fsspec knows it; None where they are local."""
+    """The fsspec file system of these files; None if they are local."""
     return _system_of(urls[0]) if urls and _is_remote(urls[0]) else None
 
 
@@ -242,20 +241,20 @@ def _system_of(url: str) -> Any:
         return _s3_store(*found.groups())
     from fsspec.core import url_to_fs  # noqa: PLC0415 - nothing on a local disk needs it, nor do the data stages
 
-    return cast(Any, url_to_fs(url))[0]  # one for each host, kept by fsspec
+    return cast(Any, url_to_fs(url))[0]  # fsspec caches one per host
 
 
 @cache
 def _s3_store(scheme: str, region: str, host: str) -> Any:
-    """pyarrow's client for a store, as fsspec knows it."""
+    """pyarrow's S3 client, wrapped for fsspec."""
     import fsspec  # noqa: PLC0415
     from fsspec.implementations.arrow import ArrowFSWrapper  # noqa: PLC0415
 
     class Store(ArrowFSWrapper):  # type: ignore[misc]
         @classmethod
         def _strip_protocol(cls, path: str) -> str:
-            """bucket/key"""
+            """The path as bucket/key."""
             return _S3.sub("", path).rstrip("/")
 
-    fsspec.register_implementation(f"s3+{scheme}", Store, clobber=True)  # whom Petastorm asks for a URL's path
+    fsspec.register_implementation(f"s3+{scheme}", Store, clobber=True)  # Petastorm resolves URLs through fsspec
     return Store(fs.S3FileSystem(scheme=scheme, region=region, endpoint_override=host))
