@@ -1,4 +1,4 @@
-"""A column of vectors of one length as a matrix, and back: no Python object for any of them."""
+"""A column of equal-length vectors as a matrix and back, without a Python object per vector."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 
 
 def matrix_of(vectors: pa.ListArray) -> npt.NDArray[Any]:
-    """The lists as rows, [rows, width]; at least one row."""
+    """The lists as rows, [rows, width]; there must be at least one."""
     return np.asarray(vectors.flatten().to_numpy()).reshape(len(vectors), -1)
 
 

@@ -1,19 +1,19 @@
-"""Table functions for SQL: the items and the users nearest to one user, of one model.
+"""SQL table functions: the items and the users nearest to one user, within one model.
 
     SELECT * FROM nearest_items('1001', 10)      rank, item_id, score   dot product: the model's own score
     SELECT * FROM nearest_users('1001', 10)      rank, user_id, score   cosine, never the user itself
 
     SELECT u.user_id, n.item_id FROM seeds AS u, LATERAL nearest_items(u.user_id, 5) AS n      for a few users
 
-Without a number: the 10 nearest. Exact, with the scores and the ties of find_neighbours. A user without a vector gives
-no rows; to keep such users, write seeds AS u LEFT JOIN LATERAL nearest_items(u.user_id, 5) AS n ON true (without ON
-true they are lost). The model, for both sides, is `model.version`, else the one that is current when a task begins:
-a query of several tasks (many users) may meet two models at a switch, where current_neighbours is of one whole.
+The number defaults to 10. Exact, with the scores and tie-breaking of find_neighbours. A user without a vector gives no
+rows; to keep such users, write seeds AS u LEFT JOIN LATERAL nearest_items(u.user_id, 5) AS n ON true (without ON true
+they are lost). Both sides use the model `model.version`, or, if that is not set, the one that is current when a task
+starts: a query of several tasks (many users) may mix two models during a switch, while current_neighbours never does.
 
-Spark 3.5 runs such a function row by row in a Python worker, which has no Spark: it lists the active files of the
-Delta tables with delta-rs and reads them with pyarrow, block by block, so its memory is bounded however large the
-tables are; up to 128 MiB of vectors are kept for a task's next row. Each call looks at every candidate: for many users
-read the table neighbours.
+Spark 3.5 runs such a function row by row in a Python worker, which has no Spark session. The function lists the active
+files of the Delta tables with delta-rs and reads them with pyarrow, block by block, so its memory is bounded however
+large the tables are; up to 128 MiB of vectors per table are cached for a task's next rows. Each call scans every
+candidate: for many users, read the table neighbours.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ from spark_udfs.arrow import matrix_of
 from spark_udfs.topk import Ids, Metric, Vectors, keep_best, top_k
 from training.urls import file_of_table
 
-_BLOCK_ROWS = 1 << 15  # 8 MiB of vectors of 64
+_BLOCK_ROWS = 1 << 15  # 8 MiB of vectors at width 64
 _KEPT_BYTES = 128 << 20
 Block = tuple[Ids, Vectors]
 
 
 class VectorTable:
-    """The vectors of one model, in blocks sorted by id; a small table is read once, a large one at each look."""
+    """The vectors of one model, in blocks sorted by id. A small table is read once, a large one at each scan."""
 
     def __init__(self, path: Path, id_column: str, version: str) -> None:
-        """Raises TrailvecError: the table holds no vector of the model, or rows that only Spark can tell are gone."""
+        """Raises TrailvecError: the table does not exist, has no vector of the model, or has deletion vectors, which
+        delta-rs and pyarrow would ignore."""
         if not deltalake.DeltaTable.is_deltatable(str(path)):
             raise TrailvecError(
                 f"table {path.name} does not exist under {path.parent.parent}: run `trailvec run` first"
@@ -66,7 +67,7 @@ class VectorTable:
         kept: list[Block] = []
         size = 0
         columns = [self._id_column, "vector"]
-        # Without read-ahead: pyarrow would hold sixteen blocks of each of four files.
+        # Minimal read-ahead: by default pyarrow would hold sixteen blocks of each of four files.
         for batch in self._dataset.to_batches(
             columns=columns, batch_size=_BLOCK_ROWS, batch_readahead=1, fragment_readahead=1
         ):
@@ -96,7 +97,8 @@ def _block(batch: pa.RecordBatch) -> Block:
 def nearest(
     user_id: str, k: int, users: VectorTable, candidates: VectorTable, metric: Metric
 ) -> Iterator[tuple[int, str, float]]:
-    """(rank, id, score) of the k nearest candidates, never the user itself; nothing where there is no such vector."""
+    """(rank, id, score) of the k nearest candidates; by cosine, never the user itself. Empty if the user has no vector,
+    or by cosine a zero one."""
     query = users.vector(user_id)
     if query is None or (metric == "cosine" and not query.any()):
         return
@@ -114,7 +116,7 @@ def nearest(
 
 
 def current_model(tables: Path) -> str:
-    """The model that all users have a vector of, from the table current_model.
+    """The current model, of which every user has a vector, from the table current_model.
 
     Raises:
         TrailvecError: there is none yet.
@@ -129,7 +131,7 @@ def current_model(tables: Path) -> str:
 
 
 def _names_a_user(given: Any) -> bool:
-    """Whether SQL gave a text or a whole number (a DECIMAL where it is beyond BIGINT)."""
+    """Whether SQL passed a string or a whole number (a DECIMAL if it is beyond BIGINT)."""
     if isinstance(given, Decimal):
         return given.as_tuple().exponent == 0
     return type(given) in (str, int)
@@ -143,7 +145,7 @@ def _table_function(name: str, root: Path, version: str | None) -> Any:
             self._tables: tuple[VectorTable, VectorTable] | None = None
 
         def eval(self, user_id: str | None, k: int | None = 10) -> Iterator[tuple[int, str, float]]:
-            if type(k) is not int or k < 1:  # SQL may give it anything
+            if type(k) is not int or k < 1:  # SQL may pass any type
                 given = "NULL" if k is None else repr(k) if isinstance(k, str) else k
                 raise TrailvecError(f"{name}: k is {given}: write a whole number from 1 on")
             if user_id is None:
@@ -161,7 +163,7 @@ def _table_function(name: str, root: Path, version: str | None) -> Any:
                 self._tables = users, others
             yield from nearest(str(user_id), k, *self._tables, metric)
 
-    Nearest.eval.__qualname__ = name  # what Python calls it where an argument is missing
+    Nearest.eval.__qualname__ = name  # Python's error about a missing argument shows it
     return udtf(Nearest, returnType=f"rank int, {kind}_id string, score float")
 
 
@@ -169,11 +171,11 @@ TABLE_FUNCTIONS: dict[str, tuple[str, Metric]] = {"nearest_items": ("item", "dot
 
 
 def register(spark: SparkSession, root: Path, version: str | None) -> None:
-    """Makes the table functions known to SQL in this session.
+    """Registers the table functions for SQL in this session.
 
     Args:
         root: the folder that holds tables and models; each worker must see it.
-        version: the model; None: the one that is current when a task begins.
+        version: the model; None: the one that is current when a task starts.
     """
     for name in TABLE_FUNCTIONS:
         spark.udtf.register(name, _table_function(name, root, version))

@@ -1,4 +1,4 @@
-"""Rows of unequal length as flat arrays: the values one after the other, and the offsets where each row begins."""
+"""Ragged rows as flat arrays: the concatenated values, and the offsets where each row starts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def distinct(rows: Int64, values: Int64, count: int) -> tuple[Int64, Int64]:
     """The distinct values of each row, sorted.
 
     Args:
-        rows, values: the number of its row, below `count`, for each value, in any order; values are not negative.
+        rows, values: each value and the number of its row, below `count`, in any order; values are not negative.
 
     Returns:
         offsets [count + 1] and the values.
@@ -23,6 +23,6 @@ def distinct(rows: Int64, values: Int64, count: int) -> tuple[Int64, Int64]:
 
 
 def ranges(start: Int64, stop: Int64) -> tuple[Int64, Int64]:
-    """Where each range begins when all are laid end to end, [rows + 1], and the places that they hold."""
+    """The offsets of the concatenated ranges, [rows + 1], and the positions that they cover."""
     offsets: Int64 = np.concatenate(([0], np.cumsum(stop - start)))
     return offsets, np.repeat(start - offsets[:-1], stop - start) + np.arange(int(offsets[-1]))

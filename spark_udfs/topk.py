@@ -1,15 +1,15 @@
-"""Exact nearest neighbours: blocks of vectors against blocks of vectors, a matrix product for each pair.
+"""Exact nearest neighbours: blocks of vectors against blocks of vectors, one matrix product per pair of blocks.
 
-`nearest` is the whole of it as a DataFrame function; `Nearest` is its numpy core. A score is what the SQL functions
-vector_inner_product and vector_cosine_similarity give for the two vectors, to the bit, and ties go to the smaller
-id: the result depends on nothing but the vectors, neither on the blocks nor on the partitions. That takes two steps,
-since a float32 matrix product rounds differently from one block shape to the next: the product picks every
-candidate that may be among the k best, within the bound of its rounding error, and those alone are scored one by one.
-Once a query has k, few candidates of a later block pass its k-th score: the rest costs the product and one comparison.
-Where many pass, they are ties: of the block's candidates of the very same vector the first k by id are scored alone.
+`nearest` is the DataFrame function; `Nearest` is its numpy core. Scores are bit for bit those of the SQL functions
+vector_inner_product and vector_cosine_similarity, and ties go to the smaller id: the result depends on the vectors
+alone, not on blocks or partitions. That takes two steps, because a float32 matrix product rounds differently for
+different block shapes: the product selects every candidate that may be among the k best, within its rounding-error
+bound, and only those are scored exactly. Once a query has k candidates, few later ones pass its k-th score: the rest
+cost the product and one comparison. If many pass, they are ties: of a block's candidates with identical vectors, only
+the first k by id are scored.
 
-With `cells` the search is an inverted file: candidates are sorted into cells, and a query meets those of a few cells
-alone. What it meets is compared as above; what it does not meet it cannot find (recall: scripts/bench/neighbours.py).
+With `cells` the search uses an inverted file (IVF): candidates are assigned to cells, and a query probes only a few
+cells. Candidates in them are compared as above; those elsewhere are missed (recall: scripts/bench/neighbours.py).
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ Vectors = npt.NDArray[np.float32]  # [n, length]
 Numbers = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.str_]  # [n]
 Integers = npt.NDArray[np.int64]
-# (row of the query, neighbour, score), by row and from the nearest on; all [at most rows * k]
+# (row of the query, neighbour, score), by row, nearest first; all [at most rows * k]
 Best = tuple[Integers, npt.NDArray[Any], npt.NDArray[np.float32]]
 Pairs = tuple[Integers, Integers]  # (row of the query, row of the candidate); both [n]
 
-_PAIRS_AT_ONCE = 1 << 11  # scored to the bit in one go: 1 MB of float64 a side at 64 numbers stays in the cache
-_COLUMNS = 1024  # candidates of one product: its result stays in the processor's cache
-_SORTED_AT_ONCE = 256  # vectors that are put into cells in one product: at 10,000 cells 20 MB of float64
+_PAIRS_AT_ONCE = 1 << 11  # scored exactly at once: 1 MB of float64 per side, at width 64, stays in the CPU cache
+_COLUMNS = 1024  # candidates per product, so that its result stays in the CPU cache
+_SORTED_AT_ONCE = 256  # vectors assigned to cells in one product: 20 MB of float64 at 10,000 cells
 _NO_PAIRS = np.empty(0, np.int64), np.empty(0, np.int64)
-# What `nearest` wants of Spark.
+# The Spark settings that `nearest` needs.
 BLOCK_CONF = {
     "spark.sql.execution.arrow.maxRecordsPerBatch": "4",  # a row holds two blocks, some megabytes
-    # Candidates in few partitions: in each a block of queries begins anew, without scores that the next must pass.
+    # Few partitions of candidates: in each, a block of queries starts over, with no k-th score to prune by.
     "spark.sql.adaptive.coalescePartitions.parallelismFirst": "false",
 }
 
@@ -52,7 +52,7 @@ BLOCK_CONF = {
 
 
 class Nearest:
-    """The k best candidates so far of each query of a block."""
+    """The k best candidates so far, for each query of a block."""
 
     def __init__(self, queries: Vectors, k: int, metric: Metric) -> None:
         """Under "cosine" no vector may be zero, here and in `add`."""
@@ -62,17 +62,17 @@ class Nearest:
         self._found: list[Best] = []
 
     def add(self, names: npt.NDArray[Any], candidates: Vectors, left_out: Pairs = _NO_PAIRS) -> None:
-        """Looks at more candidates.
+        """Compares more candidates.
 
         Args:
-            names: what they are called in the result; ties go to the smaller. Of one type in all calls.
-            left_out: pairs that are not to be found.
+            names: the candidates' names in the result; ties go to the smaller. Of one type in all calls.
+            left_out: pairs to exclude.
         """
         exact, lengths, unit = polar(candidates)
         if self._metric == "cosine":
             short, scale = unit, np.ones(len(self._queries))
         else:
-            # Divided by the longest one's length: the order of products is the same, none overflows.
+            # Scaled by the largest norm: the products keep their order, and none overflows.
             longest = lengths.max(initial=0.0) or 1.0
             short, scale = np.asarray(candidates / longest, np.float32), self._lengths * longest
         order = np.argsort(left_out[1])
@@ -83,7 +83,7 @@ class Nearest:
             first, last = np.searchsorted(out_columns, (start, start + _COLUMNS))
             approximate[out_rows[first:last], out_columns[first:last] - start] = -np.inf
             near = approximate >= self._floor(approximate, scale)
-            if np.count_nonzero(near) > 2 * self._scores.size:  # ties: new items that are described alike, say
+            if np.count_nonzero(near) > 2 * self._scores.size:  # ties, such as new items with the same attributes
                 if early is None:
                     early = _first_twins(names, candidates, self._k + int(np.bincount(out_rows).max(initial=0)))
                 near &= early[start : start + _COLUMNS]
@@ -100,16 +100,16 @@ class Nearest:
         return keep_best(rows, names, scores, self._k)
 
     def _floor(self, approximate: npt.NDArray[np.float32], scale: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-        """What an approximate score must reach to be one of the k best so far: [queries, 1]."""
-        # A product of vectors no longer than 1 is off by at most (length + 2) roundings. There are two, this and the
-        # k-th best's; the rest of the margin is for the rounding of scores and of the subtraction below.
+        """The approximate score that a candidate must reach to possibly be among the k best so far: [queries, 1]."""
+        # A product of vectors of norm at most 1 is off by at most (width + 2) roundings. Two products are compared, the
+        # candidate's and the k-th best's; the rest of the margin covers rounding of scores and of the subtraction.
         margin = 2 * (self._queries.shape[1] + 8) * np.finfo(np.float32).eps
-        lowest = np.finfo(np.float32).min  # all but -inf, what is left out
+        lowest = np.finfo(np.float32).min  # passes everything but -inf, the excluded pairs
         kth = self._scores[:, 0].astype(np.float64)
         floor = np.divide(kth, scale, out=np.zeros(len(kth)), where=scale > 0)
         floor[np.isneginf(kth)] = -np.inf
         if (few := np.isneginf(floor)).any() and (count := approximate.shape[1]) > self._k:
-            # Queries with fewer than k so far: at least the k best of this product will be taken.
+            # Queries with fewer than k so far: the k-th best of this product is a lower bound.
             floor[few] = np.partition(approximate[few], count - self._k, axis=1)[:, count - self._k]
         return np.asarray(np.maximum(floor - margin, lowest), np.float32)[:, None]
 
@@ -120,7 +120,7 @@ class Nearest:
         asked = np.unique(rows)
         order = np.lexsort((scores, rows))
         rows, scores = rows[order], scores[order]
-        # Each one's new scores, the lowest k of them at most, beside those that it had.
+        # Merge each query's k highest new scores into those that it had.
         starts, ends = np.searchsorted(rows, asked), np.searchsorted(rows, asked, side="right")
         width = min(self._k, int((ends - starts).max(initial=0)))
         places = ends[:, None] - 1 - np.arange(width)
@@ -141,12 +141,12 @@ def top_k(
     query_ids: Ids | None = None,
     candidate_ids: Ids | None = None,
 ) -> Best:
-    """The k best candidates of each query, or all where there are fewer; ties go to the smaller row number.
+    """The k best candidates of each query, or all if there are fewer; ties go to the smaller row number.
 
-    Neighbours are row numbers in `candidates`: sort those by id to break ties by id. Where ids are given, a
-    candidate with the query's own id is left out. Under "cosine" no vector may be zero.
+    Neighbours are row numbers in `candidates`: sort those by id to break ties by id. If both ids are given, a
+    candidate with the query's own id is excluded. Under "cosine" no vector may be zero.
     """
-    found = Nearest(queries, min(k, len(candidates)), metric)  # whatever k is asked for: it takes memory
+    found = Nearest(queries, min(k, len(candidates)), metric)  # capped, because memory grows with k
     own = _NO_PAIRS if query_ids is None or candidate_ids is None else _same(query_ids, candidate_ids)
     found.add(np.arange(len(candidates)), candidates, own)
     return found.best()
@@ -161,7 +161,7 @@ def keep_best(rows: Integers, ids: npt.NDArray[Any], scores: npt.NDArray[np.floa
 
 
 def _first_twins(names: npt.NDArray[Any], vectors: Vectors, count: int) -> npt.NDArray[np.bool_]:
-    """Whether each is one of the `count` smallest names of its very vector, [n]."""
+    """Whether each vector's name is among the `count` smallest of all identical vectors, [n]."""
     whole = np.ascontiguousarray(vectors).view(f"V{vectors.shape[1] * vectors.itemsize}")[:, 0]
     twins = np.unique(whole, return_inverse=True)[1]
     order = np.lexsort((names, twins))
@@ -171,13 +171,13 @@ def _first_twins(names: npt.NDArray[Any], vectors: Vectors, count: int) -> npt.N
 
 
 def _same(ids: Ids, others: Ids) -> Pairs:
-    """Where the same id stands in both, each once."""
+    """The positions in both of each id that they share; ids are unique within each."""
     _, place, other = np.intersect1d(ids, others, assume_unique=True, return_indices=True)
     return place.astype(np.int64), other.astype(np.int64)
 
 
 def polar(vectors: Vectors) -> tuple[Numbers, Numbers, Vectors]:
-    """The vectors in float64, their lengths, and float32 vectors of length 1 (of a zero vector a zero one)."""
+    """The vectors in float64, their norms, and float32 unit vectors (zero for a zero vector)."""
     exact = vectors.astype(np.float64)
     lengths = norm(exact)
     return exact, lengths, np.asarray(exact / np.where(lengths > 0, lengths, 1)[:, None], np.float32)
@@ -190,9 +190,8 @@ def unit_vectors(vectors: Vectors) -> Vectors:
 def pair_scores(
     left: Numbers, right: Numbers, pairs: Pairs, lengths: tuple[Numbers, Numbers] | None
 ) -> npt.NDArray[np.float32]:
-    """The score of each pair of a row of `left` and one of `right`: what vector_inner_product gives for the two, to the
-    bit; with the `lengths` of both, none zero, what vector_cosine_similarity gives. No length is worked out for each
-    pair anew."""
+    """The score of each pair of a row of `left` and a row of `right`: bit for bit vector_inner_product; given both
+    sides' `lengths` (norms, none zero, so that they are not recomputed per pair), vector_cosine_similarity."""
     scores = np.empty(len(pairs[0]), np.float32)
     for start in range(0, len(scores), _PAIRS_AT_ONCE):
         row, column = (of[start : start + _PAIRS_AT_ONCE] for of in pairs)
@@ -208,12 +207,12 @@ def pair_scores(
 
 @dataclass(frozen=True)
 class Cells:
-    """An inverted file's coarse quantizer (Jégou, Douze, Schmid 2011): where vectors lie, by the nearest centre.
+    """An inverted file's coarse quantizer (Jégou, Douze, Schmid 2011): assigns vectors to their nearest centre.
 
     Attributes:
-        centres: float32 [cells, length], of length 1 under "cosine".
-        metric: what they were found for.
-        probes: cells that a query looks into: those whose centres score highest with it.
+        centres: float32 [cells, width], of norm 1 under "cosine".
+        metric: the one that they were trained for.
+        probes: number of cells that a query probes: those whose centres score highest with it.
     """
 
     centres: Vectors
@@ -221,12 +220,12 @@ class Cells:
     probes: int
 
     def of_candidates(self, vectors: Vectors) -> Integers:
-        """The cell of each, [n]."""
-        # |x - c|² but for |x|², which all centres have in common.
+        """Each candidate's cell, [n]."""
+        # |x - c|² without |x|², which is the same for all centres.
         return np.asarray(np.argmin(self._squares - 2 * (self._prepared(vectors) @ self.centres.T), axis=1))
 
     def of_queries(self, vectors: Vectors) -> Integers:
-        """The cells that each looks into, [n, probes]."""
+        """The cells that each query probes, [n, probes]."""
         scores = self._prepared(vectors) @ self.centres.T
         return np.argpartition(-scores, self.probes - 1, axis=1)[:, : self.probes]
 
@@ -239,7 +238,7 @@ class Cells:
 
 
 def find_cells(sample: Vectors, metric: Metric, cells: int, probes: int) -> Cells:
-    """Cells by k-means over a sample of the candidates; fewer where the sample is small.
+    """Cells by k-means over a sample of the candidates; fewer if the sample is small.
 
     Raises:
         ImportError: faiss is not installed.
@@ -270,22 +269,23 @@ def nearest(
     tasks: int,
     cells: Cells | None = None,
 ) -> DataFrame:
-    """The k nearest candidates of each query; zero vectors have no cosine and are left out of it.
+    """The k nearest candidates of each query. Run it under BLOCK_CONF. Zero vectors have no cosine: under "cosine" they
+    are skipped.
 
     Args:
-        queries: id string, vector array<float>, and, if it is there, left_out array<string>: candidates that are not
-            to be found for it.
-        candidates: id string, vector array<float>; all vectors of one length, no id twice.
-        same_kind: both are of one kind (users, say): of one's own id is oneself, who is not to be found. An item and a
-            user may have the same id and are two.
-        block_rows: about how many vectors stand on each side of a matrix product; within cells at most so many.
-        counts: about how many rows `queries` and `candidates` have.
-        tasks: at most so many compare, each its blocks of queries. Spark, left to itself, makes tasks by bytes: few, of
-            blocks that are small to read and long to compare.
+        queries: id string, vector array<float>, and optionally left_out array<string>: candidates to exclude for the
+            query.
+        candidates: id string, vector array<float>; all vectors of one length, ids unique.
+        same_kind: both sides are of one kind (users, say), so a candidate with the query's id is the query itself and
+            is excluded. An item and a user may share an id and are distinct.
+        block_rows: about how many vectors are on each side of a matrix product; with cells, at most so many.
+        counts: approximate row counts of `queries` and `candidates`.
+        tasks: the query blocks are spread over at most so many partitions. Spark itself would size partitions by bytes:
+            too few, since blocks are small to read but slow to compare.
         cells: of `candidates`, by `find_cells` for the same metric; None: exact.
 
     Returns:
-        source_id string, rank int from 1 on, neighbour_id string, score float. Run it under BLOCK_CONF.
+        source_id string, rank int from 1 up, neighbour_id string, score float.
     """
     if metric == "cosine":
         not_zero = F.exists("vector", lambda x: x != 0)
@@ -315,7 +315,7 @@ def nearest(
 
 
 def _in_cells(vectors: DataFrame, cells: Cells, *, asking: bool) -> DataFrame:
-    """With a column cell; a row for each cell that an asking vector looks into."""
+    """Adds a column cell. Queries (`asking`) get a row for each cell that they probe."""
     shared = vectors.sparkSession.sparkContext.broadcast(cells)
 
     def sort_in(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -334,7 +334,7 @@ def _in_cells(vectors: DataFrame, cells: Cells, *, asking: bool) -> DataFrame:
 
 
 def _gathered(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The same rows in larger batches: BLOCK_CONF's are of a few, and the centres are read from memory for each."""
+    """The same rows in larger batches: BLOCK_CONF's have a few rows, and each batch has to read all centres."""
     some: list[pa.RecordBatch] = []
     for batch in batches:
         some.append(batch)
@@ -346,24 +346,24 @@ def _gathered(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 
 def _numbered(vectors: DataFrame, count: int, block_rows: int, tasks: int | None = None) -> DataFrame:
-    """With a column cell, the same for all, and a column block, by hash. `count`: about how many vectors there are;
-    `tasks`: in so many partitions, None: in as many as Spark likes."""
+    """Adds a constant column cell, and a column block, by hash. `count`: about how many vectors there are; `tasks`:
+    maximum number of partitions; None: left to Spark."""
     blocks = -(-count // block_rows) or 1
     numbered = vectors.withColumns({"cell": F.lit(0), "block": F.pmod(F.xxhash64("id"), F.lit(blocks))})
     return numbered if tasks is None else numbered.repartition(min(tasks, blocks), "block")
 
 
 def _numbered_in_cells(vectors: DataFrame, block_rows: int) -> DataFrame:
-    """With a column block, of one cell and at most block_rows vectors: some cells have many times the mean."""
+    """Adds a column block: at most block_rows vectors of one cell, since some cells are many times the mean size."""
     place = F.row_number().over(Window.partitionBy("cell").orderBy("id")) - 1
-    # No number stands in two cells: `_compare` tells blocks of queries apart by it.
+    # Unique across cells: `_compare` tells blocks of queries apart by it.
     return vectors.withColumn("block", F.shiftleft(F.col("cell").cast("long"), 32) + F.floor(place / block_rows))
 
 
 def _blocks(numbered: DataFrame, name: str) -> DataFrame:
-    """One row per block, of one cell: cell int, <name>_block long, <name> struct of ids, vectors (float32, one after
-    the other, as bytes: a block goes to Python once for each it is compared with), left_out and their counts; in order
-    of id."""
+    """One row per block, each of one cell: cell int, <name>_block long, <name> struct of ids, vectors (concatenated
+    float32 as bytes, because a block is sent to Python once per block that it is compared with), left_out and their
+    counts; sorted by id."""
     rows = F.sort_array(F.collect_list(F.struct("id", "vector", "left_out"))).alias("rows")
     packed = (
         "cell int, block long, ids array<string>, vectors binary, left_out array<string>, left_out_counts array<int>"
@@ -397,7 +397,7 @@ def _one_list(values: pa.Array) -> pa.ListArray:
 
 
 def _compare(batches: Iterable[pa.RecordBatch], k: int, metric: Metric, same_kind: bool) -> Iterator[pa.RecordBatch]:
-    """Pairs of blocks → the k best of each query, over all the candidate blocks that follow one another."""
+    """Pairs of blocks → the k best of each query, over each run of pairs with the same query block."""
     current = None
     for batch in batches:
         for row in range(batch.num_rows):
@@ -412,14 +412,14 @@ def _compare(batches: Iterable[pa.RecordBatch], k: int, metric: Metric, same_kin
 
 
 class _Queries:
-    """A block of queries that meets block after block of candidates."""
+    """A block of queries, compared with one block of candidates after the other."""
 
     def __init__(self, number: int, block: pa.StructArray, k: int, metric: Metric, same_kind: bool) -> None:
         self.number = number
         self._same_kind = same_kind
         self._ids, vectors = _unpack(block)
         self._nearest = Nearest(vectors, k, metric)
-        # Each once: numpy takes four bytes of a text for each letter of the longest.
+        # Deduplicated: a numpy string array takes four bytes per character of its longest string, for every entry.
         names = block.field("left_out").flatten().dictionary_encode()
         counts = block.field("left_out_counts").flatten().to_numpy()
         once = names.dictionary.to_numpy(zero_copy_only=False).astype(np.str_)
