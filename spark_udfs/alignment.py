@@ -1,5 +1,5 @@
-"""Two models' spaces: the rotation that lays one onto the other, and how far apart they are. Plain numpy, and one sum
-over Spark's workers."""
+"""Alignment of two models' spaces: the rotation from one to the other, and how far apart they are. Plain numpy, except
+for one sum over Spark's workers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _QUERIES_AT_ONCE = 256
 
 
 def cross_products(pairs: DataFrame, width: int) -> tuple[Matrix, int]:
-    """newᵀ old of all rows together, float64 [width, width], and how many rows there are.
+    """newᵀ old over all rows, float64 [width, width], and the number of rows.
 
     Args:
-        pairs: new, old array<float>, of that width; a task holds one batch of them.
+        pairs: new, old array<float>, of that width; a task holds one batch in memory.
     """
 
     def add_up(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -41,21 +41,21 @@ def cross_products(pairs: DataFrame, width: int) -> tuple[Matrix, int]:
 
 
 def rotation_of(products: Matrix) -> Matrix:
-    """The orthogonal R (a rotation, perhaps with a reflection) that makes ‖new R - old‖ least, out of newᵀ old.
+    """The orthogonal R (a rotation, possibly with a reflection) that minimises ‖new R - old‖, from newᵀ old.
 
-    Orthogonal Procrustes (Schönemann, 1966): with newᵀ old = U S Vᵀ it is U Vᵀ.
+    Orthogonal Procrustes (Schönemann, 1966): if newᵀ old = U S Vᵀ, R is U Vᵀ.
     """
     left, _, right = np.linalg.svd(products)
     return np.asarray(left @ right)
 
 
 def row_cosines(one: Vectors, other: Vectors) -> Matrix:
-    """Of each row and its like, float64 [rows]; NaN where one of the two is zeros, which have no direction."""
+    """The cosine of each pair of rows, float64 [rows]; NaN if either is zero, which has no direction."""
     return cosine_similarity(one.astype(np.float64), other.astype(np.float64))
 
 
 def mean_cosine(one: Vectors, other: Vectors) -> float:
-    """The mean of `row_cosines` without those that are NaN. NaN where none is left."""
+    """The mean of `row_cosines`, ignoring NaN; NaN if nothing is left."""
     found = row_cosines(one, other)
     there = ~np.isnan(found)
     return float(found[there].mean()) if there.any() else float("nan")
@@ -64,11 +64,11 @@ def mean_cosine(one: Vectors, other: Vectors) -> float:
 def overlap(
     queries: tuple[Vectors, Vectors], candidates: tuple[Vectors, Vectors], k: int, metric: Metric, ids: bool = False
 ) -> float:
-    """The share of a query's k nearest candidates in one space that are among its k nearest in the other, in the mean.
+    """The mean share of a query's k nearest candidates in one space that are among its k nearest in the other.
 
     Args:
         queries, candidates: the same rows in both spaces.
-        ids: the queries are the candidates' first rows: none is a neighbour of itself.
+        ids: the queries are the candidates' first rows, and none counts as its own neighbour.
     """
     names = np.array([f"{number:09d}" for number in range(len(candidates[0]))])
     kept = found = 0

@@ -1,10 +1,10 @@
-"""How much users are like some users, or like some items: the scores of many segments in one pass over the vectors.
+"""Lookalike and affinity scores: how similar users are to given users or items, many segments in one pass.
 
-A segment is a few anchors; a user's score is their vector's highest cosine, or dot product, with any of them.
-`anchors_of` makes the anchors of a seed list; `candidates` scores all users for all segments as matrix products, and
-gives those that reach their segment's floor: it holds one batch, however many users or members there are. A score is
-what vector_cosine_similarity or vector_inner_product gives for the two vectors, to the bit, as in spark_udfs.topk, for
-the same reason: a float32 product rounds by its shape, so it only picks what may reach the floor.
+A segment is a few anchors; a user's score is the highest cosine, or dot product, of their vector with any of them.
+`anchors_of` makes the anchors of a seed list. `candidates` scores all users for all segments by matrix products, and
+yields those that reach their segment's floor; it holds one batch in memory, however many users or members there are.
+Scores are bit for bit those of vector_cosine_similarity or vector_inner_product. As in spark_udfs.topk, a float32
+product rounds differently for different shapes, so it only preselects the pairs that may reach the floor.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from spark_udfs.topk import Metric, Numbers, Vectors, pair_scores, polar, unit_v
 from spark_udfs.vectors import norm
 
 Method = Literal["nearest_seed", "tastes", "classifier"]
-DEFAULT_METHOD: Method = "classifier"  # finds most of hidden redeemers: scripts/bench/lookalike.py
+DEFAULT_METHOD: Method = "classifier"  # finds the most held-out redeemers: scripts/bench/lookalike.py
 Rows = npt.NDArray[np.int64]
 
 _ANCHORS_AT_ONCE = 1024  # of several segments, in one product
-_PRODUCTS_AT_ONCE = 1 << 20  # 4 MB: stays in the processor's cache
-_RIDGE = 0.1  # of the classifier, over standardised coordinates
+_PRODUCTS_AT_ONCE = 1 << 20  # 4 MB: stays in the CPU cache
+_RIDGE = 0.1  # the classifier's L2 penalty, on standardised coordinates
 
 
 class Anchors(NamedTuple):
-    """What a segment's users are compared with: float32 [anchors, width], none zero, and how."""
+    """What a segment's users are compared with, float32 [anchors, width], none zero; and by which metric."""
 
     vectors: Vectors
     metric: Metric
@@ -42,11 +42,11 @@ class Anchors(NamedTuple):
 
 
 def anchors_of(method: Method, seeds: Vectors, others: Vectors, tastes: int) -> Anchors:
-    """The anchors of seeds. The same seeds in the same order give the same anchors.
+    """The anchors of a seed list. Deterministic for the same seeds in the same order.
 
     Args:
-        seeds, others: [n, width], none zero; `others` is a sample of the users who are no seeds.
-        tastes: how many centres the method of that name looks for.
+        seeds, others: [n, width], none zero; `others` is a sample of the users who are not seeds.
+        tastes: the number of centres for the method of that name.
     """
     if method == "nearest_seed":
         return Anchors(np.unique(seeds, axis=0), "cosine")
@@ -56,7 +56,7 @@ def anchors_of(method: Method, seeds: Vectors, others: Vectors, tastes: int) -> 
 
 
 def _centres(unit: Vectors, count: int) -> Vectors:
-    """At most `count` centres by k-means; a centre of opposite vectors that is zero is no direction and left out."""
+    """At most `count` k-means centres, without zero ones (of vectors that cancel out), which have no direction."""
     from scipy.cluster.vq import kmeans2  # noqa: PLC0415 - only the driver needs it
 
     distinct = np.unique(unit, axis=0)
@@ -69,10 +69,10 @@ def _centres(unit: Vectors, count: int) -> Vectors:
 
 
 def direction_of(seeds: Numbers | Vectors, others: Numbers | Vectors) -> Numbers:
-    """[width]: the weights of a logistic regression, seeds against others, both sides weighing the same."""
+    """The weights of a logistic regression of seeds against others, [width]; both classes weigh the same in total."""
     from scipy.optimize import minimize  # noqa: PLC0415
 
-    if not len(others):  # nothing parts the seeds but roundings
+    if not len(others):  # nothing to separate the seeds from
         return np.asarray(seeds.mean(axis=0, dtype=np.float64))
     rows = np.concatenate([seeds, others]).astype(np.float64)
     spread = rows.std(axis=0)
@@ -88,7 +88,7 @@ def direction_of(seeds: Numbers | Vectors, others: Numbers | Vectors) -> Numbers
         return float(weight @ np.logaddexp(0, -margin) + _RIDGE / 2 * point[1:] @ point[1:]), gradient
 
     found = minimize(loss, np.zeros(rows.shape[1] + 1), jac=True, method="L-BFGS-B").x[1:] / scale
-    # Others just like them part nothing either: the seeds' mean is all they say.
+    # Others identical to the seeds separate nothing either: fall back to the seeds' mean.
     return np.asarray(found if found.any() else rows[: len(seeds)].mean(axis=0))
 
 
@@ -96,17 +96,17 @@ def direction_of(seeds: Numbers | Vectors, others: Numbers | Vectors) -> Numbers
 
 
 class _Group(NamedTuple):
-    """Segments of one metric whose anchors are met in one product.
+    """Segments of one metric whose anchors share one product.
 
     Attributes:
         segments: their numbers, [segments].
-        first, counts: where each one's anchors begin, and how many there are, [segments].
-        vectors: the anchors, one segment's after the other, float64 [anchors, width].
-        lengths: the anchors' lengths, [anchors].
-        prepared: the anchors for the float32 product, [anchors, width]: under "cosine" of length 1, under "dot" divided
-            by the segment's longest. None is longer than 1: the bound of the rounding error wants that, and nothing
+        first, counts: where each segment's anchors start, and how many it has, [segments].
+        vectors: the anchors, concatenated by segment, float64 [anchors, width].
+        lengths: the anchors' norms, [anchors].
+        prepared: the anchors for the float32 product, [anchors, width]: unit vectors under "cosine", divided by the
+            segment's largest norm under "dot". No norm exceeds 1, as the rounding-error bound requires, and nothing
             overflows.
-        divided_by: under "dot" what each segment's anchors were divided by, under "cosine" ones, [segments].
+        divided_by: what each segment's anchors were divided by under "dot", ones under "cosine", [segments].
     """
 
     metric: Metric
@@ -119,11 +119,12 @@ class _Group(NamedTuple):
     divided_by: Numbers
 
     def scale(self, lengths: Numbers) -> Numbers:
-        """What makes a score, but for roundings, of a product with a user's direction: [segments, users or 1]."""
+        """The factor from a product with a user's unit vector to a score, up to rounding: [segments, users or 1]."""
         return self.divided_by[:, None] * (lengths if self.metric == "dot" else 1.0)
 
     def products(self, unit: Vectors) -> Iterator[tuple[slice, Vectors, Vectors]]:
-        """Which users, their products [anchors, users], and the highest of each segment's [segments, users]."""
+        """In blocks of users: which users, their products [anchors, users], and each segment's maximum [segments,
+        users]."""
         users_at_once = max(64, _PRODUCTS_AT_ONCE // len(self.prepared))
         for start in range(0, len(unit), users_at_once):
             some = slice(start, min(start + users_at_once, len(unit)))
@@ -153,7 +154,7 @@ class Scorer:
             self._groups += [_group(metric, some, anchors) for some in _together(segments, anchors)]
 
     def approximate(self, users: Vectors) -> npt.NDArray[np.float32]:
-        """About the scores, but for roundings: [segments, users]; no vector may be zero."""
+        """The scores up to rounding, [segments, users]; no vector may be zero."""
         _, lengths, unit = polar(users)
         found = np.empty((self._count, len(users)), np.float32)
         for group in self._groups:
@@ -162,18 +163,18 @@ class Scorer:
         return found
 
     def reaching(self, users: Vectors, floors: Numbers) -> Iterator[tuple[Rows, Rows, npt.NDArray[np.float32]]]:
-        """Who of `users` scores at least a segment's floor: segments, rows of `users`, scores. A pair comes once.
+        """The users who score at least a segment's floor: segments, rows of `users`, scores. Each pair comes once.
 
         No vector may be zero.
         """
         exact, lengths, unit = polar(users)
-        # A product of vectors no longer than 1 is off by at most (width + 2) roundings; the rest covers the scale's
-        # and the floor's.
+        # A product of vectors of norm at most 1 is off by at most (width + 2) roundings; the rest of the margin covers
+        # those of the scale and of the floor.
         margin = np.float32(2 * (users.shape[1] + 8) * np.finfo(np.float32).eps)
         for group in self._groups:
             lowest = floors[group.segments]
             for some, products, best in group.products(unit):
-                # No product is beyond -1 and 1: what is beyond 2 nobody reaches, or everybody.
+                # Products lie within ±1, so clipping to ±2 keeps a floor that nobody, or everybody, reaches.
                 needed = np.clip(lowest[:, None] / group.scale(lengths[some]) - margin, -2, 2).astype(np.float32)
                 place, row = np.divmod(np.flatnonzero(best >= needed), best.shape[1])
                 if not len(row):
@@ -227,10 +228,10 @@ def _together(segments: Iterable[int], anchors: Sequence[Anchors]) -> list[list[
 def candidates(users: DataFrame, anchors: Mapping[int, Anchors], floors: Mapping[int, float]) -> DataFrame:
     """Every user whose score reaches the segment's floor: segment int, user_id string, score float.
 
-    A zero vector has no direction and reaches none.
+    A zero vector has no direction and reaches no floor.
 
     Args:
-        users: user_id string, vector array<float>, all of the anchors' length.
+        users: user_id string, vector array<float>, of the anchors' width.
         anchors, floors: by the segment's number; a floor of -inf is reached by everybody.
     """
     numbers = np.array(list(anchors), np.int32)

@@ -1,4 +1,4 @@
-"""Profiles inside Spark's Python workers: lists of numbers and values in, vectors out."""
+"""Profiles in Spark's Python workers: lists of numbers and values in, vectors out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS = ("items", "categories", "statistics")
 
 
 def counts_of(numbers: Any, values: Any) -> sp.csr_matrix:
-    """Arrow lists of numbers and of their values, a pair for each user, as float64 [users, numbers]."""
+    """Arrow lists of column numbers and of their values, one pair of lists per user → float64 [users, numbers]."""
     offsets = numbers.offsets.to_numpy()
     columns = numbers.values.to_numpy()[offsets[0] : offsets[-1]]
     data = values.flatten().to_numpy().astype(np.float64)
@@ -27,7 +27,7 @@ def counts_of(numbers: Any, values: Any) -> sp.csr_matrix:
 
 
 def profiles(rows: DataFrame, basis: Basis) -> DataFrame:
-    """user_id, vector array<float>, of rows of jobs.profile_users.profile_rows."""
+    """jobs.profile_users.profile_rows → user_id, vector array<float>."""
     shared = rows.sparkSession.sparkContext.broadcast(basis)
 
     def make(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -3,20 +3,21 @@
     vector_cosine_similarity(a, b)   vector_inner_product(a, b)   vector_l2_distance(a, b)
     vector_norm(v [, degree])        vector_normalize(v [, degree])
     vector_avg(v), vector_sum(v)     aggregates
-    vector_top_k(id, v, query, k)    an aggregate of our own: the ids (STRING) of the k vectors of the group whose inner
-                                     product with its query is highest, the highest first, ties to the smaller id
+    vector_top_k(id, v, query, k)    an aggregate of our own: the ids (STRING) of the group's k vectors with the highest
+                                     inner product of vector and query, highest first, ties to the smaller id
 
-Vectors are ARRAY<FLOAT>; sums are taken in float64, results are FLOAT or ARRAY<FLOAT>. The rules:
+Vectors are ARRAY<FLOAT>; sums are computed in float64, results are FLOAT or ARRAY<FLOAT>, ARRAY<STRING> of
+vector_top_k. The rules:
 
-* A NULL vector, or a NULL element in one, gives NULL; the aggregates leave such rows out and give NULL where no
-  row is left. (Arrow hands a NULL element over as NaN, so a NaN counts as NULL; our vectors are finite by law.)
+* A NULL vector, or a NULL element in one, gives NULL; aggregates skip such rows and give NULL if no row is left.
+  (Arrow passes a NULL element as NaN, so NaN counts as NULL; our own vectors are always finite.)
 * A zero vector has no direction: its cosine is NULL, and so is its normalised form. An empty vector's norm,
   distance and inner product are 0.
 * `degree` is 1, 2 (the default) or float('inf').
-* Unequal lengths, another type of elements than FLOAT or of ids than STRING, and another degree are errors.
+* Unequal lengths, elements that are not FLOAT, ids that are not STRING, and any other degree are errors.
 
-Three limits of Spark 3.5's pandas UDFs: an aggregate here can't stand beside a built-in one in the same SELECT; a whole
-group passes through the memory of one Python worker; and without GROUP BY, an aggregate of no rows at all gives no row,
+Three limits of Spark 3.5's pandas UDFs: these aggregates can't be combined with a built-in one in the same SELECT; a
+whole group must fit in the memory of one Python worker; and without GROUP BY, an aggregate over no rows gives no row,
 where a built-in one gives a row with NULL.
 
 Source of the rules: https://apache.github.io/spark/api/sql/vector-functions and the pages of the same functions at
@@ -57,13 +58,13 @@ def l2_distance(a: Vectors, b: Vectors) -> Numbers:
 
 
 def cosine_similarity(a: Vectors, b: Vectors) -> Numbers:
-    """The cosine of each pair of rows; NaN where one of them is a zero vector."""
+    """The cosine of each pair of rows; NaN if either is a zero vector."""
     lengths = norm(a) * norm(b)
     return np.divide(inner_product(a, b), lengths, out=np.full(len(a), np.nan), where=lengths > 0)
 
 
 def norm(vectors: Vectors, degree: float = 2.0) -> Numbers:
-    """The norm of each row: the sum of absolute values (1), the Euclidean length (2), the largest value (inf).
+    """The norm of each row: the sum of absolute values (1), the Euclidean norm (2), the largest absolute value (inf).
 
     Raises:
         TrailvecError: another degree.
@@ -83,14 +84,14 @@ def normalize(vectors: Vectors, degree: float = 2.0) -> Vectors:
     return np.divide(vectors, lengths, out=np.full_like(vectors, np.nan), where=lengths > 0)
 
 
-# ---- columns: rows of any length, NULLs among them ---------------------------------------------------------------
+# ---- columns: vectors of any length, with NULLs ------------------------------------------------------------------
 
 
 def pairwise(name: str, function: Callable[[Vectors, Vectors], Numbers], a: Series, b: Series) -> Series:
-    """`function` of each pair of vectors of two columns, as float32; NaN (which is NULL to Spark) by the rules.
+    """`function` of each pair of vectors of two columns, as float32; NaN (which Spark reads as NULL) by the rules.
 
     Raises:
-        TrailvecError: a pair is of unequal lengths, or something is no ARRAY<FLOAT>.
+        TrailvecError: a pair is of unequal lengths, or a value is not an ARRAY<FLOAT>.
     """
     rows = np.flatnonzero(_given(name, a) & _given(name, b))
     left, right = _lengths(name, a, rows), _lengths(name, b, rows)
@@ -99,7 +100,7 @@ def pairwise(name: str, function: Callable[[Vectors, Vectors], Numbers], a: Seri
         raise TrailvecError(f"{name}: two vectors are of the lengths {found}: compare vectors of one model_version")
     out = np.full(len(a), np.nan, np.float32)
     for some in _by_value(rows, left):
-        with np.errstate(over="ignore"):  # beyond FLOAT: infinite, as in Spark
+        with np.errstate(over="ignore"):  # FLOAT overflow gives infinity, as in Spark
             out[some] = function(_stack(a, some), _stack(b, some))
     return Series(out)
 
@@ -112,7 +113,7 @@ def with_degree(
     `degrees` is as long as `vectors`, or a single value for all.
 
     Raises:
-        TrailvecError: an unknown degree, or something is no ARRAY<FLOAT>.
+        TrailvecError: an unknown degree, or a value is not an ARRAY<FLOAT>.
     """
     if not _are_numbers(degrees):
         raise TrailvecError(f"{name}: the degree is {_shown(degrees)}: write 1, 2 or float('inf')")
@@ -130,10 +131,10 @@ def with_degree(
 
 
 def total(name: str, function: Callable[[Vectors], Numbers], vectors: Series) -> list[float] | None:
-    """`function` of all valid vectors of a group at once; None where there is none.
+    """`function` of all valid vectors of a group at once; None if there are none.
 
     Raises:
-        TrailvecError: the vectors are of unequal lengths, or something is no ARRAY<FLOAT>.
+        TrailvecError: the vectors are of unequal lengths, or a value is not an ARRAY<FLOAT>.
     """
     rows = np.flatnonzero(_given(name, vectors))
     lengths = np.unique(_lengths(name, vectors, rows))
@@ -146,13 +147,13 @@ def total(name: str, function: Callable[[Vectors], Numbers], vectors: Series) ->
 
 
 def top_k(ids: Series, vectors: Series, queries: Series, ks: Series) -> list[str] | None:
-    """The ids of a group's k highest inner products of a vector and its query; None where there is none.
+    """The ids of a group's k highest inner products of a vector and its query; None if there are none.
 
     Raises:
-        TrailvecError: k is no whole number from 1 on, or not one for the group; the ids are no strings; and as
-            `pairwise`.
+        TrailvecError: k is not a whole number from 1 up, or not the same throughout the group; the ids are not
+            strings; or as in `pairwise`.
     """
-    # Other types come as pandas has them: a BIGINT 7 beside a NULL as 7.0.
+    # Other types would come as pandas converts them: with a NULL in the column, a BIGINT 7 is 7.0.
     if (kind := pd.api.types.infer_dtype(ids, skipna=True)) not in ("string", "empty"):
         raise TrailvecError(f"vector_top_k takes STRING ids, found {kind}: write CAST(id AS STRING)")
     if not _are_numbers(ks):
@@ -168,8 +169,8 @@ def top_k(ids: Series, vectors: Series, queries: Series, ks: Series) -> list[str
 
 
 def _given(name: str, vectors: Series) -> npt.NDArray[np.bool_]:
-    """The rows that hold a vector, no NULL."""
-    if isinstance(vectors, pd.DataFrame):  # as Spark hands a struct over
+    """Which rows hold a vector, not NULL. Raises TrailvecError: a value is not an array."""
+    if isinstance(vectors, pd.DataFrame):  # how Spark passes a struct
         raise TrailvecError(f"{name} takes ARRAY<FLOAT>, found a struct: give it a vector")
     given = vectors.notna().to_numpy()
     for found in {type(value).__name__ for value in vectors.to_numpy()[given]} - {"ndarray"}:
@@ -178,13 +179,13 @@ def _given(name: str, vectors: Series) -> npt.NDArray[np.bool_]:
 
 
 def _are_numbers(values: Series) -> bool:
-    """Whether a column holds numbers, or NULLs alone. (pandas would make numbers of dates, booleans and some texts.)"""
+    """Whether a column holds only numbers and NULLs. (pandas would convert dates, booleans and some strings, too.)"""
     kinds = {"integer", "floating", "mixed-integer-float", "decimal", "empty"}
     return not isinstance(values, pd.DataFrame) and pd.api.types.infer_dtype(values, skipna=True) in kinds
 
 
 def _shown(values: Series) -> str:
-    """What a sentence says that it found: a column's first value."""
+    """A column's first value that is not NULL, for an error message."""
     if isinstance(values, pd.DataFrame):
         return "a struct"
     first = values.dropna().iloc[0]
@@ -199,7 +200,7 @@ def _lengths(name: str, vectors: Series, rows: npt.NDArray[np.intp]) -> npt.NDAr
 
 
 def _by_value(rows: npt.NDArray[np.intp], values: npt.NDArray[Any]) -> Iterator[npt.NDArray[np.intp]]:
-    """The rows in groups of an equal value; one group, as a rule."""
+    """The rows, grouped by value; usually a single group."""
     for value in np.unique(values):
         yield rows[values == value]
 
@@ -255,6 +256,6 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], str]] = {
 
 
 def register(spark: SparkSession) -> None:
-    """Makes the functions known to SQL in this session."""
+    """Registers the functions for SQL in this session."""
     for name, (function, returns) in FUNCTIONS.items():
         spark.udf.register(name, pandas_udf(function, returns))  # type: ignore[call-overload]
