@@ -1,5 +1,5 @@
-"""Vectors of users and items inside Spark's Python workers. The model is loaded once per worker, and its weights are
-mapped into memory: the workers of a machine share one copy, and hold only what they read of it.
+"""Vectors of users and items in Spark's Python workers. The model is loaded once per worker, and its weights are
+memory-mapped: a machine's workers share one copy, and only the pages that they read are in memory.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 Integers = npt.NDArray[np.int64]
 Vectors = npt.NDArray[np.float32]  # [n, width]
-# What workers count while they encode, in this order: rows; cold ones; actions read; places in their matrices.
+# Counted by the workers while they encode, in this order: rows; cold rows; actions read; cells of the item matrices.
 Counts = Accumulator[list[int]]
 
 
 class Summed(AccumulatorParam[list[int]]):
-    """Lists of numbers, summed place by place."""
+    """Lists of numbers, summed elementwise."""
 
     def zero(self, value: list[int]) -> list[int]:
         return [0] * len(value)
@@ -52,16 +52,16 @@ def encode_users(
     rotation: Vectors | None,
     counts: Counts | None,
 ) -> DataFrame:
-    """The columns `keep` of rows of `sequences`; with them history_length int, is_cold boolean, vector array<float>.
+    """The columns `keep` of rows of `sequences`, plus history_length int, is_cold boolean, vector array<float>.
 
-    The vector is the state of the model at the row's last action; of a row longer than `spec.history_length` its newest
-    actions are read. A row is cold where the model knows none of the items that it reads; its vector is then what the
-    actions' context says.
+    The vector is the model's state at the row's last action. Of a row longer than `spec.history_length`, the newest
+    actions are read. A row is cold if the model knows none of the items that it reads; its vector then reflects only
+    the actions' context.
 
     Args:
-        weights: name of the model's weights among Spark's files.
+        weights: name of the model's weights among the files that Spark distributes.
         batch_size: rows in one forward pass.
-        rotation: [width, width], what the states are turned by (`trailvec align`); None: nothing.
+        rotation: [width, width], applied to the states (`trailvec align`); None: no rotation.
     """
     kept = len(keep)
 
@@ -77,7 +77,7 @@ def encode_users(
             found = [pa.array(read.astype(np.int32)), pa.array(cold), as_lists(turned(vectors, rotation))]
             yield pa.RecordBatch.from_arrays([*batch.columns[:kept], *found], schema.names)
 
-    # Under other names: a column of `keep` may be read too.
+    # Renamed, because a column of `keep` may be among the inputs too.
     frame = rows.select(*keep, *[F.col(name).alias(f"read_{name}") for name in ("length", *FEATURES)])
     schema = StructType(frame.schema.fields[:kept])
     for name, kind in (("history_length", IntegerType()), ("is_cold", BooleanType())):
@@ -93,13 +93,13 @@ def turned(vectors: Vectors, rotation: Vectors | None) -> Vectors:
 def encode_rows(
     model: LoadedModel, lengths: Integers, values: Sequence[npt.NDArray[np.int32]], batch_size: int
 ) -> tuple[Vectors, npt.NDArray[np.bool_], int]:
-    """Vectors of rows of unequal length, float32 [rows, width], and which are cold, bool [rows], in the rows' order;
-    and how many places their matrices had, padding included.
+    """Vectors of ragged rows, float32 [rows, width], and which rows are cold, bool [rows], both in the rows' order; and
+    the number of cells of their item matrices, padding included.
 
     Args:
         lengths: actions of each row, at least 1, [rows].
-        values: for each of FEATURES the values of all rows, one row after the other, [sum(lengths)].
-        batch_size: rows in one forward pass; rows of like length go together, so that little is padding.
+        values: for each of FEATURES the values of all rows, concatenated, [sum(lengths)].
+        batch_size: rows in one forward pass; rows of similar length are batched together to save padding.
     """
     import torch  # noqa: PLC0415 - only workers need it
 
@@ -117,10 +117,10 @@ def encode_rows(
 def by_length(
     lengths: Integers, values: Sequence[npt.NDArray[np.int32]], history: int, batch_size: int
 ) -> Iterator[tuple[Integers, dict[str, npt.NDArray[np.int32]]]]:
-    """The rows in batches, the shortest first: their numbers [batch], and for each of FEATURES int32 [batch, longest].
+    """The rows in batches, shortest first: their numbers [batch], and for each of FEATURES int32 [batch, longest].
 
     Args:
-        history: of a longer row its newest so many actions are kept.
+        history: a longer row keeps its `history` newest actions.
     """
     kept, ends = np.minimum(lengths, history), np.cumsum(lengths)
     order = np.argsort(kept, kind="stable")
@@ -133,11 +133,11 @@ def by_length(
 
 
 def embed_items(items: DataFrame, weights: str, rotation: Vectors | None) -> DataFrame:
-    """The vectors of items, without those of which the model knows nothing.
+    """The vectors of items, except those of which the model knows neither the item nor any attribute.
 
     Args:
-        items: item_id, item_index, and the item's numbers for each attribute of the model, in its order.
-        weights: name of the model's weights among Spark's files.
+        items: item_id, item_index, and the item's number for each attribute of the model, in the model's order.
+        weights: name of the model's weights among the files that Spark distributes.
         rotation: as in `encode_users`.
 
     Returns:
@@ -166,8 +166,8 @@ class LoadedModel:
     """A model as a worker holds it.
 
     Attributes:
-        encode: training.scoring.fast_encoder's.
-        knows: whether it knows an item, bool [items + 1]; the last is for all items that came later.
+        encode: the result of training.scoring.fast_encoder.
+        knows: whether the model knows an item, bool [items + 1]; the last entry stands for all newer items.
     """
 
     def __init__(self, model: SequenceModel) -> None:

@@ -1,6 +1,6 @@
-"""User ids under a key: HMAC-SHA256, and who of many is on a list of such hashes; and ids inside raw records.
+"""Keyed hashes (HMAC-SHA256) of user ids, tests against a list of such hashes, and the search for ids in raw records.
 
-The keys and ids travel to the workers inside the functions, pickled: no plan, no log and no file shows them.
+The keys and ids reach the workers pickled inside the functions, so that no plan, log or file shows them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ColumnTest = Callable[[Column], Column]
 
 _WORD = re.compile(r"\w+")
 _STRUCTURE = re.compile(r"[\s\"'{}\[\](),;:|=]+")
-_FIELDS = re.compile(r"[\t\r\n\"'{}\[\](),;:|=&]+")  # an id may hold blanks
+_FIELDS = re.compile(r"[\t\r\n\"'{}\[\](),;:|=&]+")  # splits at no space: an id may contain spaces
 _REAL = re.compile(r"\b\d{1,40}\.\d{1,40}(?:E\d{1,2})?\b")
 _ESCAPES = re.compile(r'(?:\\(?:u[0-9a-fA-F]{4}|["\\/bfnrt]))+')
 
@@ -41,20 +41,20 @@ def hashed(key: bytes, texts: Iterable[str]) -> list[str]:
 
 def digests(key: bytes, texts: Iterable[str]) -> Iterator[bytes]:
     """HMAC-SHA256 of each text."""
-    begun = hmac.new(key, digestmod="sha256")  # the key's part, once: hmac.digest takes half as long again
+    begun = hmac.new(key, digestmod="sha256")  # processes the key once: hmac.digest per text takes 1.5 times as long
     for text in texts:
         one = begun.copy()
-        one.update(text.encode("utf-8", "surrogatepass"))  # JSON may hold half a character: "cut \ud83d"
+        one.update(text.encode("utf-8", "surrogatepass"))  # JSON may hold a lone surrogate: "cut \ud83d"
         yield one.digest()
 
 
 def key_mark(key: bytes) -> str:
-    """Tells two keys apart, and tells neither."""
+    """A fingerprint of the key: tells keys apart without revealing them."""
     return hashed(key, ["which key is this?"])[0]
 
 
 def of_column(test: TextTest) -> ColumnTest:
-    """The test of a text as a function of a column of texts, to boolean; of NULL it is false."""
+    """The test of a text as a function of a string column, to boolean; false for NULL."""
 
     def each(texts: Series) -> Series:
         return texts.map(lambda text: text is not None and test(text))
@@ -63,7 +63,7 @@ def of_column(test: TextTest) -> ColumnTest:
 
 
 def on_list(key: bytes, hashes: Sequence[str]) -> TextTest:
-    """Is the hash of a user_id one of `hashes` (as `hashed` gives them)? A worker holds all, some 90 bytes each."""
+    """Is the hash of a user_id one of `hashes` (made by `hashed`)? Each worker holds them all, some 90 bytes each."""
     listed = frozenset(map(bytes.fromhex, hashes))
     return lambda user_id: hmac.digest(key, user_id.encode(), "sha256") in listed
 
@@ -75,9 +75,9 @@ def on_list_in_raw(key: bytes, hashes: Sequence[str]) -> TextTest:
 
 
 def values(raw: str) -> set[str]:
-    """What may be a value of a record that could not be read: JSON's, CSV's by several delimiters, and the pieces
-    between quotes, brackets, commas and the like, parted at blanks or not; as they are written and without JSON's
-    escapes, and of JSON's whole numbers the digits alone."""
+    """Everything that may be a value of a record that could not be parsed: JSON values, CSV fields by several
+    delimiters, and the pieces between quotes, brackets, commas and the like, also split at spaces. As written and with
+    JSON escapes decoded; whole JSON floats (17850.0) also as integers."""
     found, plain = _pieces(raw), _unescaped(raw)
     if plain != raw:
         found.update([_unescaped(piece) for piece in found], _pieces(plain))
@@ -98,13 +98,14 @@ def _pieces(text: str) -> set[str]:
 
 
 def _unescaped(text: str) -> str:
-    """Without JSON's escapes: writers differ in which characters they escape (PHP /, Gson = and '), and in the case of
-    their digits."""
+    """The text with JSON escapes decoded: writers differ in which characters they escape (PHP /, Gson = and '), and in
+    the case of their hex digits."""
     return _ESCAPES.sub(lambda found: str(json.loads(f'"{found[0]}"')), text)
 
 
 def _whole(text: str) -> str:
-    """With 17850.0 as 17850, which pandas makes of whole numbers beside a missing one; so Spark's 1.785E7."""
+    """The text with 17850.0 rewritten as 17850 (pandas turns integers into floats beside a missing value), and Spark's
+    1.785E7 as 17850000."""
 
     def digits(found: re.Match[str]) -> str:
         number = Decimal(found[0])
@@ -121,13 +122,13 @@ def _leaves(value: Any) -> Iterator[str]:
             yield from _leaves(element)
     elif value is not None:
         yield str(value)
-        if isinstance(value, float) and value.is_integer():  # pandas makes 17850.0 of 17850 beside a missing one
+        if isinstance(value, float) and value.is_integer():  # see `_whole`
             yield str(int(value))
 
 
 def mentions(ids: Sequence[str]) -> TextTest:
-    """Does a text hold one of the ids, as it is or as JSON or CSV would write it, not inside a longer word or number?
-    Rather one record too many: the id 12 is found in 12.50 too."""
+    """Does a text contain one of the ids, as it is or escaped by JSON or CSV, and not inside a longer word or number?
+    Errs towards false positives: the id 12 is found in 12.50, too."""
     found_by, without_words = _by_rarest_word(ids)
 
     def holds(raw: str) -> bool:
@@ -146,8 +147,8 @@ def mentions(ids: Sequence[str]) -> TextTest:
 
 
 def _by_rarest_word(ids: Sequence[str]) -> tuple[dict[str, list[tuple[int, str]]], list[str]]:
-    """The ids' written forms by the word of each that the fewest of them share (with its place), and those of none: a
-    text is then looked through word by word, however many ids there are."""
+    """The ids' written forms, indexed by each form's rarest word (with its offset), and the forms without a word: a
+    text is then scanned word by word once, however many ids there are."""
     forms = {form for text in ids for form in (text, json.dumps(text)[1:-1], text.replace('"', '""'))}
     shared = Counter(word[0] for form in forms for word in _WORD.finditer(form))
     found: dict[str, list[tuple[int, str]]] = defaultdict(list)

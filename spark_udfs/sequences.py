@@ -1,11 +1,11 @@
-"""Rows of `sequences` out of actions in order, over Arrow: no Python object per action.
+"""Rows of `sequences` from sorted actions, over Arrow: no Python object per action.
 
-A user's actions lie in order, so a row is a range of them: from so many actions before a cut up to it. The ranges of
-all users of a batch are worked out at once, by arithmetic over places, and each list column is then one gather.
+A user's actions are sorted, so a row is a range of them that ends at a cut. The ranges of all users of a batch are
+computed at once, by arithmetic on positions, and each list column is then a single gather.
 
-A user whose actions go on in the next batch is held back until they end. Of actions too far back for any row only the
-items are kept: a valid or test row must still name them as seen. So memory is bounded by a batch but for one user's
-actions after the first cut, which are all kept: any of them may be a target (161 bytes each at the peak).
+A user whose actions continue in the next batch is held back until they end. Of actions too far back for any row, only
+the items are kept, because valid and test rows must still list them as seen. So memory is bounded by a batch, except
+for one user's actions after the first cut: all are kept, as any may be a target (161 bytes each at the peak).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from training.batches import FEATURES, MAX_GAP_BUCKET, SAME_MOMENT, SESSION_END
 
 SPLITS = ("train", "valid", "test", "score")
 GAP_FIRST = 1  # the gap_bucket of a user's first action
-# What an action brings along beside user_id, event_ts and whether it is `predicted`; gaps are found here.
+# The input columns besides user_id, event_ts and `predicted`; gap_bucket is computed here.
 GIVEN = tuple(name for name in FEATURES if name != "gap_bucket")
 
 Int32 = npt.NDArray[np.int32]
@@ -34,14 +34,14 @@ Bool = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class CutRules:
-    """What rows there are. Times are microseconds.
+    """Which rows to make. Times are microseconds.
 
     Attributes:
-        max_length: actions in a row, the newest ones before its cut.
-        max_parts: train rows of a user: the newest max_length actions, the ones before them, ...
+        max_length: the most actions in a row: the newest before its cut.
+        max_parts: the most train rows per user: the newest max_length actions, the max_length before them, ...
         valid_us, test_us: the cuts; train shares valid's.
-        leave_one_out: cut before the last action but one (train, valid) and the last one (test) instead.
-        seen_us: items acted on so long before a cut are not new after it; None: ever.
+        leave_one_out: cut before the last action but one (train, valid) and before the last (test) instead.
+        seen_us: an item acted on within this time before a cut is not new after it; None: acted on ever.
         splits: the ones to make, out of SPLITS.
     """
 
@@ -55,13 +55,14 @@ class CutRules:
 
     @property
     def farthest(self) -> int:
-        """How many actions before its cut a train row may reach back, and one more, whose time says the last gap."""
+        """How many actions before the cut to keep: as far back as train rows reach, plus one, whose time gives the
+        oldest action's gap."""
         return self.max_parts * self.max_length + 1
 
 
 class _Seen(NamedTuple):
-    """Items of a user's actions that are no longer held, sorted: those that the user's valid and test row must name as
-    seen, beside those of the actions that are held."""
+    """Items of a user's dropped actions, sorted: those that the user's valid and test rows must list as seen, besides
+    the items of the actions still held."""
 
     valid: Int64
     test: Int64
@@ -77,7 +78,7 @@ def cut_sequences(batches: Iterable[pa.RecordBatch], rules: CutRules) -> Iterato
         batches: user_id, event_ts (microseconds), predicted (bool: may be a target) and GIVEN (int32), sorted by
             (user_id, event_ts, event_id) across all batches.
     """
-    held: list[pa.RecordBatch] = []  # the actions of the last user, who may go on
+    held: list[pa.RecordBatch] = []  # the actions of the last user, which may continue
     seen, limit = _NONE, 2 * rules.farthest
     for batch in batches:
         if batch.num_rows == 0:
@@ -87,8 +88,8 @@ def cut_sequences(batches: Iterable[pa.RecordBatch], rules: CutRules) -> Iterato
             held.append(batch)
             if sum(part.num_rows for part in held) > limit:
                 held, seen = _newest(held, rules, seen)
-                # Next time at twice as many: all actions after the cut must stay, maybe a million, and they are not to
-                # be laid together anew for each batch.
+                # Double the limit: all actions after the cut must stay, maybe a million, and must not be concatenated
+                # again for each batch.
                 limit = 2 * (rules.farthest + held[0].num_rows)
             continue
         first_of_last = pc.index(users, users[-1]).as_py()
@@ -100,7 +101,7 @@ def cut_sequences(batches: Iterable[pa.RecordBatch], rules: CutRules) -> Iterato
 
 
 def _newest(held: list[pa.RecordBatch], rules: CutRules, seen: _Seen) -> tuple[list[pa.RecordBatch], _Seen]:
-    """A user's actions without those that are too far back for any row, and `seen` with the items of the latter."""
+    """A user's actions without those too far back for any row, and `seen` plus the items of the dropped ones."""
     together = pa.Table.from_batches(held).combine_chunks().to_batches()[0]
     times = together["event_ts"].cast(pa.int64()).to_numpy()
     before_valid = len(times) - 2 if rules.leave_one_out else int(np.searchsorted(times, rules.valid_us))
@@ -117,7 +118,7 @@ def _newest(held: list[pa.RecordBatch], rules: CutRules, seen: _Seen) -> tuple[l
 
 
 def _seen_from(cut_us: int, rules: CutRules) -> int:
-    """From when on an item acted on is not new at the cut."""
+    """The time from which on an action makes its item not new at the cut."""
     if rules.leave_one_out or rules.seen_us is None:
         return int(np.iinfo(np.int64).min)
     return cut_us - rules.seen_us
@@ -127,9 +128,10 @@ class _Rows(NamedTuple):
     """Rows of one split.
 
     Attributes:
-        user: whose: the user's number in the history.
-        start, stop: from where to where in the history the input lies.
-        targets, seen: the same of what comes next and of what is not new, as places in `History.predicted`.
+        user: the user's number in the history.
+        start, stop: the range of the input actions in the history.
+        targets, seen: the ranges (start, stop) of the targets and of the items that are not new, in
+            `_History.predicted`.
     """
 
     split: str
@@ -142,29 +144,29 @@ class _Rows(NamedTuple):
 
 
 class _History:
-    """The actions of some users, whole, laid end to end."""
+    """The complete actions of some users, concatenated."""
 
     def __init__(self, parts: list[pa.RecordBatch]) -> None:
         actions = pa.Table.from_batches(parts).combine_chunks()
         self.users = actions["user_id"].combine_chunks()  # of each action
         self.times = actions["event_ts"].cast(pa.int64()).to_numpy()
         self.time_type = actions.schema.field("event_ts").type
-        self.predicted = np.flatnonzero(actions["predicted"].to_numpy())  # places
+        self.predicted = np.flatnonzero(actions["predicted"].to_numpy())  # positions of the actions
         new_user = np.ones(len(self.times), bool)
         new_user[1:] = pc.not_equal(self.users[1:], self.users[:-1]).to_numpy(zero_copy_only=False)
-        self.first = np.flatnonzero(new_user)  # of each user; after the last: end
+        self.first = np.flatnonzero(new_user)  # each user's first action; `end` is one past the last
         self.end = np.append(self.first[1:], len(self.times))
         self.columns = {name: actions[name].to_numpy() for name in GIVEN}
         self.columns["gap_bucket"] = _gap_buckets(self.times, new_user)
 
     def place_of(self, time_us: int) -> Int64:
-        """Of each user, the place of the first action at that time or later; `end` where there is none."""
+        """Per user, the position of the first action at that time or later; `end` if there is none."""
         earlier: Int64 = np.add.reduceat((self.times < time_us).astype(np.int64), self.first)
         return self.first + earlier
 
 
 def _gap_buckets(times: Int64, new_user: Bool) -> Int32:
-    """Octaves of the seconds since the user's last action; what is under a second counts as one."""
+    """Power-of-two buckets of the seconds since the user's previous action; less than a second counts as one."""
     gaps = np.diff(times, prepend=times[:1])
     octave = np.frexp(np.maximum(gaps // 1_000_000, 1).astype(np.float64))[1] - 1
     buckets = np.where(gaps == 0, SAME_MOMENT, np.minimum(octave + 3, MAX_GAP_BUCKET))
@@ -173,7 +175,7 @@ def _gap_buckets(times: Int64, new_user: Bool) -> Int32:
 
 
 def _rows(parts: list[pa.RecordBatch], rules: CutRules, seen: _Seen) -> pa.RecordBatch:
-    """All rows of the users whose actions the parts hold, laid end to end; `seen` belongs to the first of them."""
+    """All rows of the users whose actions are the concatenated parts; `seen` belongs to the first of these users."""
     history = _History(parts)
     first, end = history.first, history.end
     if rules.leave_one_out:
@@ -190,7 +192,7 @@ def _rows(parts: list[pa.RecordBatch], rules: CutRules, seen: _Seen) -> pa.Recor
 
 
 def _unasked(split: str, history: _History, cut: Int64, length: int, *, most: int, shortest: int) -> _Rows:
-    """Rows without targets: of each user at most `most`, back from the cut."""
+    """Rows without targets: at most `most` per user, backwards from the cut."""
     count = np.minimum(-(-(cut - history.first) // length), most)
     user = np.repeat(np.arange(len(cut)), count)
     part = np.arange(len(user)) - np.repeat(np.cumsum(count) - count, count)
@@ -202,7 +204,7 @@ def _unasked(split: str, history: _History, cut: Int64, length: int, *, most: in
 
 
 def _asked(split: str, history: _History, cuts: tuple[Int64, Int64], cut_us: int, rules: CutRules) -> _Rows:
-    """A row for each user who did something to be predicted between the two cuts, and anything before."""
+    """A row for each user with a `predicted` action between the two cuts, and any action before them."""
     recent = np.minimum(history.place_of(_seen_from(cut_us, rules)), cuts[0])
     since, at, until = (np.searchsorted(history.predicted, places) for places in (recent, *cuts))
     user = np.flatnonzero((cuts[0] > history.first) & (until > at))
@@ -225,8 +227,8 @@ def _to_batch(rows: list[_Rows], history: _History, rules: CutRules, seen: _Seen
 
     offsets, places = ranges(start, stop)
     inputs = {name: history.columns[name][places] for name in FEATURES}
-    # At the cut nobody knows whether the session goes on: the newest action always stands for its end, so that the
-    # state there asks what comes in the next session. (The true value would tell about events after the cut.)
+    # At the cut it is unknown whether the session continues: the newest action is always marked as its end, so that the
+    # state there predicts the next session. (The true value would leak events after the cut.)
     inputs["session_end"][offsets[1:][part == 0] - 1] = SESSION_END
 
     target_offsets, places = ranges(*_together(of.targets for of in rows))
@@ -235,7 +237,7 @@ def _to_batch(rows: list[_Rows], history: _History, rules: CutRules, seen: _Seen
     row_of_known = np.repeat(np.arange(len(split)), np.diff(known_offsets))
     items = history.columns["item_index"]
     known = items[history.predicted[places]].astype(np.int64)
-    for name, more in seen._asdict().items():  # what the first user did before what is held
+    for name, more in seen._asdict().items():  # the first user's dropped actions
         for row in np.flatnonzero((split == SPLITS.index(name)) & (user == 0)):
             row_of_known, known = np.append(row_of_known, np.full(len(more), row)), np.append(known, more)
     known_offsets, known = distinct(row_of_known, known, len(split))

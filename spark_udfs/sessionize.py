@@ -1,10 +1,10 @@
-"""Sessions out of sorted events, over Arrow: no Python object per event, memory bounded by a batch and `max_events`.
+"""Sessions from sorted events, over Arrow: no Python object per event, memory bounded by a batch and `max_events`.
 
-A *run* is a user's longest chain of events in which every pause is at most the gap of the vertical of the event before
-the pause (what somebody was doing says how long they may be away: a ride takes longer than a search). Inside a run,
-sessions are cut from its start on: an event starts a new one where the local day or the vertical is another than that
-of the event before it, where it is later than `max_us` after the session's first event, and where the session already
-holds `max_events` events. A session is thus a function of its run's events alone.
+A *run* is a maximal chain of a user's events in which every pause is at most the gap of the vertical of the event
+before the pause (what somebody was doing says how long they may be away: a ride takes longer than a search). A run is
+cut into sessions from its start on. An event starts a new session if its local day or vertical differs from that of the
+event before it, if it is more than `max_us` after the session's first event, or if the session already holds
+`max_events` events. A session is thus a function of its run's events alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from spark_udfs.ragged import distinct
 
 Int64 = npt.NDArray[np.int64]
 
-Key = tuple[str, int, str]  # user_id, event_ts in microseconds, event_id: an id alone may stand on many days
+Key = tuple[str, int, str]  # user_id, event_ts in microseconds, event_id, which alone may recur on several days
 
 _DAY_US = 86_400_000_000
 
@@ -32,10 +32,10 @@ class Rules:
 
     Attributes:
         gap_us: the longest pause inside a run.
-        gap_us_by_vertical: other gaps, by vertical.
-        max_us: how long after its first event a session takes events; None: for ever.
-        max_events: how many it takes at most.
-        midnight_of: the IANA zone whose days part sessions; None: days part none.
+        gap_us_by_vertical: the verticals' own gaps, instead of `gap_us`.
+        max_us: the longest time from a session's first event to its last; None: no limit.
+        max_events: the most events of a session.
+        midnight_of: the IANA zone at whose midnights sessions are cut; None: no cut at midnight.
         cut_on_vertical: whether a session holds one vertical only.
     """
 
@@ -48,13 +48,13 @@ class Rules:
 
     @property
     def longest_gap_us(self) -> int:
-        """No pause inside a run is longer, whatever the verticals."""
+        """The longest pause inside a run, over all verticals."""
         return max([self.gap_us, *self.gap_us_by_vertical.values()])
 
 
 @dataclass
 class _Open:
-    """What the next batch must know of the events before it."""
+    """State carried over to the next batch: the last event and its open run and session."""
 
     user_id: pa.Scalar
     vertical: str
@@ -76,8 +76,8 @@ def sessionize(
     Args:
         batches: events, sorted by (user_id, event_ts, event_id) across all batches; event_ts in microseconds.
         event_fields: the columns that the `events` structs keep, in their order.
-        run_us_of_split: the start of its run, of events that start a session (`split_points`): what comes before them
-            may be missing.
+        run_us_of_split: for events that are known to start a session (`split_points`), the start of their run: the
+            events before them may be missing.
 
     Yields:
         Batches of session_id (that of its first event), user_id, start_ts, end_ts, event_count (int32), verticals
@@ -102,15 +102,15 @@ def sessionize(
 
 
 def split_points(batches: Iterable[pa.RecordBatch], rules: Rules, every: int) -> Iterator[pa.RecordBatch]:
-    """Events that start a session, at least `every` rows from one to the next: the log may be parted before them.
+    """Events that start a session, at least `every` rows apart: the log can be split before them.
 
     Args:
-        batches: user_id, event_ts, event_id and vertical, in the order that `sessionize` wants.
+        batches: user_id, event_ts, event_id and vertical, sorted as for `sessionize`.
 
     Yields:
         Batches of user_id, event_us, event_id, run_us (int64, microseconds): the event and the start of its run.
     """
-    ahead = every  # rows from the next batch's first to where the next split may be
+    ahead = every  # the earliest row of the next split, counted from the next batch's first row
     for batch, starts, runs_us in _cut(batches, rules, {}):
         chosen: list[int] = []
         while (nearest := int(np.searchsorted(starts, ahead))) < len(starts):
@@ -125,7 +125,7 @@ def split_points(batches: Iterable[pa.RecordBatch], rules: Rules, every: int) ->
 def _cut(
     batches: Iterable[pa.RecordBatch], rules: Rules, run_us_of_split: Mapping[Key, int]
 ) -> Iterator[tuple[pa.RecordBatch, Int64, Int64]]:
-    """Each batch that is not empty, the numbers of its rows that start a session, and the starts of those' runs."""
+    """Each non-empty batch, the numbers of its rows that start a session, and the start of each one's run."""
     before: _Open | None = None
     split_ids = pa.array([event_id for _, _, event_id in run_us_of_split], pa.string())
     for batch in batches:
@@ -165,7 +165,7 @@ def _cut(
 
         starts = _cut_long(times, np.flatnonzero(cut), before, rules)
         run_rows = np.flatnonzero(new_run)
-        # The first of these is the run that the last batch left open.
+        # The first entry is the run that the previous batch left open.
         run_starts = np.concatenate(([before.run_us if before else 0], run_us[run_rows]))
         runs = run_starts[np.searchsorted(run_rows, starts, side="right")]
         yield batch, starts, runs
@@ -173,17 +173,17 @@ def _cut(
         if len(starts):
             first_us, events = int(times[starts[-1]]), len(times) - int(starts[-1])
         else:
-            assert before is not None  # else row 0 starts a session
+            assert before is not None  # otherwise row 0 would start a session
             first_us, events = before.first_us, before.events + len(times)
         last = int(codes[-1])
         before = _Open(users[-1], names[last], int(times[-1]), int(days[-1]), int(run_starts[-1]), first_us, events)
 
 
 def _splits_in(batch: pa.RecordBatch, run_us_of_split: Mapping[Key, int], ids: pa.Array) -> list[tuple[int, int]]:
-    """(row, start of its run) of the batch's events that are splits, whose event_ids are `ids`."""
+    """(row, start of its run) of each of the batch's events that is a split; `ids` are the splits' event_ids."""
     if not run_us_of_split:
         return []
-    # The ids leave few rows, and only these become Python objects.
+    # Filtering by id leaves few rows, and only these become Python objects.
     like = pa.array(np.flatnonzero(pc.is_in(batch["event_id"], ids).to_numpy(zero_copy_only=False)))
     key_columns = (batch["user_id"], batch["event_ts"].cast(pa.int64()), batch["event_id"])
     keys = zip(*(column.take(like).to_pylist() for column in key_columns), strict=True)
@@ -199,7 +199,7 @@ def _local_days(times: pa.Array, zone: str) -> Int64:
 
 
 def _cut_long(times: Int64, starts: Int64, before: _Open | None, rules: Rules) -> Int64:
-    """`starts` and the further ones where a session would get too long, in events or in time: a step for each."""
+    """`starts`, plus those where a session would exceed `max_events` or `max_us`: one loop iteration per such start."""
     if before is None or (len(starts) > 0 and starts[0] == 0):
         first_rows, first_us, held = starts, times[starts], np.zeros(len(starts), np.int64)
     else:  # the batch begins inside a session
@@ -228,7 +228,7 @@ def _cut_long(times: Int64, starts: Int64, before: _Open | None, rules: Rules) -
 def _to_sessions(
     parts: list[pa.RecordBatch], offsets: Int64, runs_us: Int64, event_fields: list[str]
 ) -> pa.RecordBatch:
-    """The sessions whose events are rows offsets[i] to offsets[i+1] of the parts laid end to end."""
+    """The sessions whose events are rows offsets[i] to offsets[i+1] of the concatenated parts."""
     events = pa.Table.from_batches(parts).combine_chunks()
     column = {name: events[name].combine_chunks() for name in events.column_names}
     first, last = offsets[:-1], offsets[1:] - 1
@@ -261,7 +261,7 @@ def _distinct_sorted(values: pa.Array, offsets: Int64) -> pa.ListArray:
 
 
 def _sums(amounts: pa.Array, offsets: Int64) -> pa.Array:
-    """The sum of each slice; NULL where a slice has no value."""
+    """The sum of each slice; NULL if a slice has no value."""
     sums = np.add.reduceat(pc.fill_null(amounts, 0.0).to_numpy(), offsets[:-1])
     known = np.add.reduceat(pc.is_valid(amounts).to_numpy(zero_copy_only=False).astype(np.int64), offsets[:-1])
     return pa.array(sums, mask=known == 0)
