@@ -187,7 +187,7 @@ def run_in_spark(
     environment: dict[str, str],
     hear: Callable[[str], None],
 ) -> list[Any]:
-    """Runs `function` on each rank, a process in a task of the active Spark application, and returns all results.
+    """Runs `function` on each rank, a process started by a task of the active Spark application; returns all results.
 
     Args:
         function: a module-level function, which the executors import.
@@ -198,7 +198,7 @@ def run_in_spark(
         Exception: Horovod's own, if a rank failed or the tasks did not start within two minutes; if the Spark job
             failed, a RuntimeError with its cause.
     """
-    import horovod.spark  # noqa: PLC0415 - it wants pyspark, which a training process need not have
+    import horovod.spark  # noqa: PLC0415 - it needs pyspark, which a training process need not have
     from pyspark import SparkContext  # noqa: PLC0415
 
     from training.horovodrun import kept_alive, on_loopback  # noqa: PLC0415

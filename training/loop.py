@@ -352,6 +352,7 @@ def _close_epoch(run: _Run, epoch: int) -> None:
 
     Raises:
         TrailvecError: a parameter is not finite, or no row had a target that the model knows.
+        RuntimeError: the ranks' parameters differ.
     """
     spec, progress, rank, size = run.spec, run.progress, dist.rank(), dist.size()
     started = time.monotonic()
@@ -406,7 +407,8 @@ def _refuse_broken(model: SequenceModel, epoch: int) -> None:
 
 
 def train_in_executor(run: str, arrays: dict[str, bytes]) -> dict[str, bytes]:
-    """`train`, called by Horovod in a Spark task, on a machine that need not see the driver's folders.
+    """`train`, called by Horovod in a process that a Spark task starts, on a machine that need not see the driver's
+    folders.
 
     Args:
         run: the RunSpec as JSON. Every executor must see its data files and checkpoints; its `output` is ignored.

@@ -168,8 +168,8 @@ class SequenceModel(nn.Module):
         batch, sampled by the model's own scores."""
         hidden, given = targets > 0, batch[ITEM]
         table = self.table(targets[hidden]).detach().T
-        # Transformers4Rec itself holds several matrices of all masked actions by all masked items; and under autocast
-        # it samples from the 256 values that 16 bits can distinguish.
+        # In chunks and in 32 bits: Transformers4Rec itself holds several matrices of all masked actions by all masked
+        # items, and under autocast its sampling noise is bfloat16, which takes only 256 values.
         parts = torch.split(states[hidden].detach(), _DRAWN_AT_ONCE)
         drawn = torch.cat([self.masking.sample_from_softmax((part @ table).float()) for part in parts])
         items = given.masked_scatter(hidden, targets[hidden][drawn])

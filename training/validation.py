@@ -68,14 +68,14 @@ def validate(  # noqa: PLR0917 - all of it is what is ranked
 def best_items(
     model: SequenceModel, states: torch.Tensor, items: torch.Tensor, excluded: torch.Tensor | None, k: int = 10
 ) -> torch.Tensor:
-    """The items that score best with each state, the best first, int64 [users, at most k]; -1 where they are fewer.
+    """The best-scoring items for each state, best first, int64 [users, at most k]; padded with -1.
 
-    Neither the scores nor the vectors of all items are ever in memory.
+    Works in chunks: the scores and vectors of all items are never in memory at once.
 
     Args:
         states: float32 [users, width].
-        items: int64 [n], in order: those that are ranked.
-        excluded: int64 [users, any]: items that are not ranked for that user; None: there are none.
+        items: int64 [n], sorted: the items to rank.
+        excluded: int64 [users, any]: items not to rank for that user; None: none.
     """
     k = min(k, len(items))
     best = torch.full((len(states), k), -torch.inf, device=states.device)
