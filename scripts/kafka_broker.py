@@ -1,13 +1,13 @@
 """A real Kafka broker for tests and trials: one node (KRaft, no ZooKeeper), reachable from this machine alone.
 
-    python -m scripts.kafka_broker --data build/kafka             prints its address, runs until it is interrupted
+    python -m scripts.kafka_broker --data build/kafka             prints its address, runs until interrupted
 
     with Broker(tmp_path / "kafka") as broker:                    in a test
         df.write.format("kafka").option("kafka.bootstrap.servers", broker.address) ...
-        broker.kill()                                             as a crash would, then
+        broker.kill()                                             simulates a crash
         broker.start()                                            on the same data and port
 
-Its jars are those that scripts/setup.sh put into .venv/kafka, and Spark's.
+Uses Spark's jars and those that scripts/setup.sh put into .venv/kafka.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jobs.errors import TrailvecError
 from jobs.spark_session import java_home
 from scripts.servers import HOST, failed, free_ports, run
 
-# A topic is made when it is first written to, with three partitions, so that order across partitions is not given.
+# A topic is created on the first write, with three partitions, so that order across partitions is not guaranteed.
 _SETTINGS = """\
 process.roles=broker,controller
 node.id=1
@@ -53,12 +53,12 @@ appender.out.layout.pattern=%d %p %c{1}: %m%n%ex
 logger.start.name=kafka.server.KafkaRaftServer
 logger.start.level=info
 """
-_READY = "Kafka Server started"  # said when clients may come
-_PATIENCE = 180.0  # seconds to start or to stop; a quiet machine needs three
+_READY = "Kafka Server started"  # logged once clients may connect
+_PATIENCE = 180.0  # seconds to start or to stop; an idle machine needs three
 
 
 class Broker:
-    """A broker over one folder of data; as a context manager it runs inside the block.
+    """A broker over one data folder; as a context manager it runs inside the block.
 
     Attributes:
         address: host:port for `kafka.bootstrap.servers`; the same after a restart.
@@ -67,8 +67,8 @@ class Broker:
     def __init__(self, data: Path, port: int | None = None) -> None:
         """
         Args:
-            data: what the broker keeps, its settings and its log (broker.log) too; made where it does not exist.
-            port: None: the one that the folder's broker had before, else a free one.
+            data: holds the broker's data, settings and log (broker.log); created if missing.
+            port: None: the port of the broker that used this folder before, else a free one.
         """
         self._data = data.absolute()
         self._settings = self._data / "server.properties"
@@ -84,10 +84,11 @@ class Broker:
         self.stop()
 
     def start(self) -> None:
-        """Returns when clients may come.
+        """Returns once clients may connect.
 
         Raises:
-            TrailvecError: the jars are missing, or the broker ended or did not start in time; with its last lines.
+            TrailvecError: the jars are missing, or the broker exited or did not start in time; quotes its last log
+                lines.
         """
         self._data.mkdir(parents=True, exist_ok=True)
         (self._data / "log4j2.properties").write_text(_LOGGING)
@@ -98,12 +99,12 @@ class Broker:
         with self._log.open("wb") as log:
             if not (self._data / "topics" / "meta.properties").exists():
                 cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-                # One argument: one id in 64 begins with a minus.
+                # As one argument, since one id in 64 begins with a minus.
                 named = [f"--cluster-id={cluster}", "-c", str(self._settings)]
                 command = self._java("kafka.tools.StorageTool", "format", *named)
                 if subprocess.run(command, stdout=log, stderr=log, check=False).returncode:
                     raise self._failed("could not format its folder")
-            # A group of its own: an interrupt at the terminal is for the script, which stops the broker itself.
+            # Its own process group, so that Ctrl-C reaches only this script, which then stops the broker.
             self._process = subprocess.Popen(
                 self._java("kafka.Kafka", str(self._settings)), stdout=log, stderr=log, start_new_session=True
             )
@@ -117,18 +118,18 @@ class Broker:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """Ends the broker in order; nothing where it does not run."""
+        """Shuts the broker down cleanly; does nothing if it is not running."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Ends the broker at once, as a crash does: kill -9."""
+        """Kills the broker with SIGKILL, as a crash would."""
         self._end(signal.SIGKILL)
 
     def check(self) -> None:
         """Does nothing while the broker runs.
 
         Raises:
-            TrailvecError: it has ended; with its last lines.
+            TrailvecError: it has exited; quotes its last log lines.
         """
         if self._process is None or self._process.poll() is not None:
             raise self._failed("has ended")
@@ -136,7 +137,7 @@ class Broker:
     def _end(self, how: signal.Signals) -> None:
         if self._process is None:
             return
-        self._process.send_signal(how)  # nothing where it ended by itself
+        self._process.send_signal(how)  # a no-op if it has already exited
         try:
             self._process.wait(_PATIENCE)
         except subprocess.TimeoutExpired:

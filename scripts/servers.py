@@ -1,4 +1,4 @@
-"""What the servers for tests and trials share (kafka_broker.py, s3_server.py, yarn_cluster.py)."""
+"""Shared by the servers for tests and trials (kafka_broker.py, s3_server.py, yarn_cluster.py)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from jobs.errors import TrailvecError
 HOST = "127.0.0.1"
 
 
-# Below what the system itself gives to connections (Linux: from 32768, others: from 49152): one of those may be taken
-# in the seconds that a server needs to start. By process, so that two that start servers at once don't meet.
+# Below the ephemeral ports (Linux: from 32768, others: from 49152), one of which may be taken in the seconds that a
+# server needs to start. Offset by process id, so that two processes starting servers at once do not collide.
 _LOWEST, _COUNT = 10_000, 22_000
 _candidates = (_LOWEST + (os.getpid() * 1009 + number) % _COUNT for number in itertools.count())
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback that nobody has right now, each another, none that an earlier call gave."""
+    """Distinct loopback ports that are free right now, none returned by an earlier call."""
     found: list[int] = []
     for port in _candidates:
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -38,14 +38,14 @@ def free_ports(count: int) -> list[int]:
 
 
 def failed(what: str, log: Path) -> TrailvecError:
-    """What went wrong, with the last lines of a server's log."""
+    """An error that says what went wrong, with the last lines of the server's log."""
     last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
     return TrailvecError(f"{what}: see {log}, which ends:\n{last}")
 
 
 def run(server: AbstractContextManager[Any], check: Callable[[], None], greeting: Callable[[], str]) -> None:
-    """Runs it, as a command of its own, until Ctrl-C or SIGTERM, or until `check` raises TrailvecError; once it is up,
-    prints what `greeting` says."""
+    """Runs a server as a command until Ctrl-C or SIGTERM, or until `check` raises TrailvecError; prints `greeting()`
+    once it is up."""
     told = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: told.set())

@@ -1,7 +1,7 @@
-"""Writes the machine's certificate authorities as a Java trust store: python scripts/trust_store.py OUT.
+"""Exports the machine's certificate authorities as a Java trust store: python scripts/trust_store.py OUT.
 
-A Java from a package brings its own list of authorities; behind a company's proxy the machine's list is the right one,
-the one that pip and uv go by. Writes nothing where the machine has no such list.
+A packaged Java brings its own list of authorities; behind a company's proxy the machine's list, which pip and uv use,
+is the right one. Writes nothing if the machine has no such list.
 """
 
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pyspark.java_gateway import launch_gateway
 
-BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt")  # Debian's place, Red Hat's
+BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt")  # Debian, Red Hat
 
 
 def main(out: str) -> None:
@@ -23,7 +23,7 @@ def main(out: str) -> None:
     authorities = java.security.cert.CertificateFactory.getInstance("X.509")
     for number, authority in enumerate(authorities.generateCertificates(java.io.FileInputStream(bundle))):
         store.setCertificateEntry(str(number), authority)
-    # A Java string comes back as a Python one, so the password's char[] is got from a buffer.
+    # Py4J turns a Java string into a Python one, so the password's char[] comes from a buffer.
     store.store(java.io.FileOutputStream(out), java.nio.CharBuffer.allocate(8).put("changeit").array())
 
 

@@ -1,16 +1,16 @@
 """A real YARN and HDFS for tests and trials, on one machine and reachable from it alone: a NameNode, a DataNode, a
-ResourceManager and some NodeManagers, each a JVM of its own.
+ResourceManager and some NodeManagers, each in its own JVM.
 
-    python -m scripts.yarn_cluster --data build/yarn              prints what to export, runs until it is interrupted
+    python -m scripts.yarn_cluster --data build/yarn              prints what to export, runs until interrupted
 
     with Cluster(tmp_path / "yarn") as cluster:                   in a test
         environment = {"HADOOP_CONF_DIR": str(cluster.conf)}      for spark-submit --master yarn
-        cluster.kill("node1")                                     as a crash would, then
+        cluster.kill("node1")                                     simulates a crash
         cluster.restart("node1")
 
-Its jars are those that scripts/setup.sh put into .venv/hadoop, and Spark's. Files go to HDFS by Spark's own
-`spark-class org.apache.hadoop.fs.FsShell -put FOLDER /logs`. conf/yarn.toml's driver and executors are larger than
-these nodes: a configuration that extends it has to give each 2,560 MB at most, its overhead included, and 4 cores.
+Uses Spark's jars and those that scripts/setup.sh put into .venv/hadoop. Copy files to HDFS with Spark's own
+`spark-class org.apache.hadoop.fs.FsShell -put FOLDER /logs`. The driver and executors of conf/yarn.toml are larger than
+these nodes: a configuration that extends it must give each at most 2,560 MB, overhead included, and 4 cores.
 """
 
 from __future__ import annotations
@@ -47,38 +47,38 @@ _MAINS = {
     "resourcemanager": "org.apache.hadoop.yarn.server.resourcemanager.ResourceManager",
     "node": "org.apache.hadoop.yarn.server.nodemanager.NodeManager",
 }
-# Needs no queues, and so no file that names them.
+# Has no queues, so needs no file to define them.
 _SCHEDULER = "org.apache.hadoop.yarn.server.resourcemanager.scheduler.fifo.FifoScheduler"
-_PATIENCE = 300.0  # seconds to start or to stop; a quiet machine needs ten for all
+_PATIENCE = 300.0  # seconds to start or to stop; an idle machine needs ten for all daemons
 
 
 class Cluster:
-    """A cluster over one folder of data; as a context manager it runs inside the block.
+    """A cluster over one data folder; as a context manager it runs inside the block.
 
-    Its daemons are `namenode`, `datanode`, `resourcemanager`, `node1`, `node2`, ... What ran on YARN is lost with the
-    ResourceManager; HDFS keeps its files over any restart.
+    Its daemons are `namenode`, `datanode`, `resourcemanager`, `node1`, `node2`, ... Applications are lost with the
+    ResourceManager; HDFS keeps its files across restarts.
 
     Attributes:
         data: the folder.
-        conf: the clients' HADOOP_CONF_DIR.
+        conf: HADOOP_CONF_DIR for clients.
         root: the file system's URI, hdfs://host:port; the same after a restart.
-        webhdfs: its address over HTTP.
+        webhdfs: the file system's HTTP address.
     """
 
     def __init__(self, data: Path, nodes: int = 2, memory_mb: int = 2560) -> None:
         """
         Args:
-            data: what HDFS keeps, each node's containers (`node1/local`, `node1/logs`), settings and each daemon's log;
-                made where it does not exist.
-            memory_mb: what each node gives to containers.
+            data: holds HDFS's data, each node's containers (`node1/local`, `node1/logs`), the settings and each
+                daemon's log; created if missing.
+            memory_mb: memory that each node offers to containers.
         """
         self.data = data.absolute()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.conf = self.data / "conf"
-        self._logging = self.data / "log4j2.properties"  # not among the settings, which Spark ships to its containers
+        self._logging = self.data / "log4j2.properties"  # outside conf, which Spark ships to its containers
         namenode, web, *ports = free_ports(7 + nodes)
         manager = ports[:5]
-        # By its port: a node that comes back under its old address is known at once as the one that was lost.
+        # Fixed ports: the ResourceManager recognises a node that returns at the same address as the one it lost.
         self._nodes = {f"node{number}": port for number, port in enumerate(ports[5:], 1)}
         self.root = f"hdfs://{HOST}:{namenode}"
         self._web = {"NameNode": f"http://{HOST}:{web}", "ResourceManager": f"http://{HOST}:{manager[0]}"}
@@ -97,10 +97,10 @@ class Cluster:
         self.stop()
 
     def start(self) -> None:
-        """Returns when HDFS takes files and every node takes containers.
+        """Returns once HDFS accepts files and every node accepts containers.
 
         Raises:
-            TrailvecError: the jars are missing, or a daemon ended or did not start in time; with its last lines.
+            TrailvecError: the jars are missing, or a daemon exited or did not start in time; quotes its last log lines.
         """
         try:
             if not (self.data / "name" / "current").exists():
@@ -116,8 +116,8 @@ class Cluster:
             raise
 
     def stop(self) -> None:
-        """Ends all daemons in order, the containers with them."""
-        # NodeManagers first, together: they end their containers.
+        """Shuts down all daemons cleanly, and their containers."""
+        # NodeManagers first, all at once: they stop their containers.
         for names in (self._nodes, [name for name in self._processes if name not in self._nodes]):
             running = [self._processes.pop(name) for name in names if name in self._processes]
             for process in running:
@@ -130,31 +130,31 @@ class Cluster:
                     process.wait()
 
     def kill(self, name: str) -> None:
-        """Ends a daemon at once, as a crash does: kill -9."""
+        """Kills a daemon with SIGKILL, as a crash would."""
         process = self._processes.pop(name)
         process.kill()
         process.wait()
 
     def restart(self, name: str) -> None:
-        """Starts a daemon that was killed, on the same data."""
+        """Starts a killed daemon again, on the same data."""
         self._spawn(name)
 
     def check(self) -> None:
         """Does nothing while all daemons run.
 
         Raises:
-            TrailvecError: one has ended; with its last lines.
+            TrailvecError: one has exited; quotes its last log lines.
         """
         for name, process in self._processes.items():
             if process.poll() is not None:
                 raise self._failed(name, "has ended")
 
     def live_nodes(self) -> int:
-        """How many NodeManagers the ResourceManager counts on."""
+        """The number of NodeManagers that the ResourceManager considers active."""
         return int(self._beans("ResourceManager", "ClusterMetrics")["NumActiveNMs"])
 
     def _beans(self, service: str, name: str) -> dict[str, Any]:
-        """A daemon's own figures."""
+        """One of a daemon's JMX beans."""
         with urllib.request.urlopen(
             f"{self._web[service]}/jmx?qry=Hadoop:service={service},name={name}", timeout=5
         ) as answer:
@@ -166,7 +166,7 @@ class Cluster:
             try:
                 if ready():
                     return
-            except (OSError, IndexError, KeyError):  # not up yet, or it has no figures yet
+            except (OSError, IndexError, KeyError):  # not up yet, or no metrics yet
                 pass
             self.check()
             if time.monotonic() > until:
@@ -182,21 +182,21 @@ class Cluster:
             "-Xmx384m" if name == "resourcemanager" else "-Xmx256m",
             "-XX:+UseSerialGC",
             "-XX:TieredStopAtLevel=1",  # starts in half the time
-            "--add-opens=java.base/java.lang=ALL-UNNAMED",  # Guice looks into it
+            "--add-opens=java.base/java.lang=ALL-UNNAMED",  # Guice reflects into it
             "-Djava.net.preferIPv4Stack=true",
             f"-Dlog4j2.configurationFile={self._logging}",
-            f"-Dtrailvec.daemon={name}",  # the settings name a node's folders by it ...
-            f"-Dtrailvec.port={self._nodes.get(name, 0)}",  # ... and its address
+            f"-Dtrailvec.daemon={name}",  # used in the settings for a node's folders ...
+            f"-Dtrailvec.port={self._nodes.get(name, 0)}",  # ... and address
             "-cp",
             f"{self.conf}:{own}/*:{sparks}/*",
             _MAINS["node" if name in self._nodes else name],
             *arguments,
         ]
-        # Nothing of the shell's environment reaches a container: what a job needs has to travel with it.
+        # The shell's environment does not reach the containers: whatever a job needs must travel with it.
         environment = {key: os.environ[key] for key in ("HOME", "USER", "TMPDIR") if key in os.environ}
         environment |= {"PATH": "/usr/bin:/bin", "JAVA_HOME": java_home(), "HADOOP_CONF_DIR": str(self.conf)}
         with (self.data / f"{name}.log").open("ab") as log:
-            # A group of its own: an interrupt at the terminal is for the script, which stops the daemons itself.
+            # Its own process group, so that Ctrl-C reaches only this script, which then stops the daemons.
             self._processes[name] = subprocess.Popen(
                 command, stdout=log, stderr=log, cwd=self.data, env=environment, start_new_session=True
             )
@@ -224,7 +224,7 @@ def _hdfs_settings(data: Path, port: int, web: int) -> dict[str, object]:
 
 def _yarn_settings(data: Path, ports: list[int], memory_mb: int) -> dict[str, object]:
     web, clients, scheduler, tracker, admin = ports
-    folder = f"{data}/${{trailvec.daemon}}"  # of each NodeManager by itself
+    folder = f"{data}/${{trailvec.daemon}}"  # resolved by each NodeManager
     return {
         "yarn.resourcemanager.hostname": HOST,
         "yarn.resourcemanager.webapp.address": f"{HOST}:{web}",
@@ -233,11 +233,11 @@ def _yarn_settings(data: Path, ports: list[int], memory_mb: int) -> dict[str, ob
         "yarn.resourcemanager.resource-tracker.address": f"{HOST}:{tracker}",
         "yarn.resourcemanager.admin.address": f"{HOST}:{admin}",
         "yarn.resourcemanager.scheduler.class": _SCHEDULER,
-        "yarn.resourcemanager.am.max-attempts": 5,  # at most; a job says itself how many it wants
+        "yarn.resourcemanager.am.max-attempts": 5,  # the upper limit; each job sets its own
         "yarn.scheduler.minimum-allocation-mb": 128,
         "yarn.scheduler.maximum-allocation-mb": memory_mb,
         "yarn.scheduler.include-port-in-node-name": "true",  # all nodes have one host name
-        # Quick to give containers and to miss a node, as a test wants it (1 s and 10 minutes by default).
+        # Allocates containers and notices a lost node quickly, for tests (defaults: 1 s and 10 minutes).
         "yarn.resourcemanager.nodemanagers.heartbeat-interval-ms": 250,
         "yarn.nm.liveness-monitor.expiry-interval-ms": 60000,
         "yarn.nodemanager.address": "localhost:${trailvec.port}",
@@ -248,11 +248,12 @@ def _yarn_settings(data: Path, ports: list[int], memory_mb: int) -> dict[str, ob
         "yarn.nodemanager.log-dirs": f"{folder}/logs",
         "yarn.nodemanager.resource.memory-mb": memory_mb,
         "yarn.nodemanager.resource.cpu-vcores": 4,
-        # A container that takes more memory than it asked for is killed; what it has reserved and not used counts not.
+        # A container that uses more memory than it requested is killed; reserved but unused address space does not
+        # count.
         "yarn.nodemanager.pmem-check-enabled": "true",
         "yarn.nodemanager.vmem-check-enabled": "false",
         "yarn.nodemanager.disk-health-checker.max-disk-utilization-per-disk-percentage": 99.5,
-        # The driver's words, from wherever it ran.
+        # The driver's output, whichever node it ran on.
         "yarn.log-aggregation-enable": "true",
     }
 
