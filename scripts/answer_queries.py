@@ -2,8 +2,8 @@
 
     python scripts/answer_queries.py --conf conf/local.toml
 
-Run the whole pipeline first (`make demo`): the answers are those of the warehouse that the configuration names. A query
-begins with a line `-- its title` and ends with a semicolon. All run in one Spark session, in the order of the file.
+Run the whole pipeline first (`make demo`): the answers come from the configuration's warehouse. A query begins with a
+line `-- its title` and ends with a semicolon. All run in one Spark session, in file order.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ The first query that calls a vector function waits for a Python worker to start;
 
 
 def queries() -> list[tuple[str, str]]:
-    """(title, text) of each query of the file."""
+    """(title, text) of each query in queries.sql."""
     found = []
     for part in (DOCS / "queries.sql").read_text(encoding="utf-8").split(";\n"):
         if part.strip():

@@ -1,8 +1,8 @@
-"""Opens a page in headless Chromium as people would: python scripts/check_page.py PAGE [--out FOLDER]
+"""Renders a page in headless Chromium: python scripts/check_page.py PAGE [--out FOLDER]
 
-The last line is one JSON object: lines on the console, requests for the network, the page's width on a phone of 360
-pixels; exit code 1 where there is a line or a request, or the page is wider. Leaves what a phone, a screen and a
-printer show in FOLDER: phone.png, screen.png, print.pdf. Debian's package is `chromium`.
+The last line is one JSON object: console lines, network requests, and the page's width on a 360-pixel phone. The exit
+code is 1 if there is any console line or request, or if the page is wider than the phone. Leaves the renderings in
+FOLDER: phone.png, screen.png, print.pdf. The Debian package is `chromium`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PHONE, SCREEN = (360, 6000), (1280, 6000)
 LONGEST = 120
 _NO_ORIGIN = "not an origin"
 _LOCAL = ("file:", "data:", "blob:", "chrome:", "about:")
-# The page inside a frame of a phone's width: Chromium's own window is never so narrow.
+# The page in a frame as wide as a phone: Chromium's own window is never that narrow.
 _WIDTHS = """<!doctype html><iframe id="page" src="{page}" width="{width}" height="3000"></iframe>
 <script>document.getElementById("page").onload = event => {{
   const root = event.target.contentDocument.documentElement;
@@ -29,10 +29,10 @@ _WIDTHS = """<!doctype html><iframe id="page" src="{page}" width="{width}" heigh
 
 
 def chromium(binary: str, arguments: list[str], profile: Path) -> tuple[str, str]:
-    """stdout and stderr of one headless run.
+    """Returns stdout and stderr of one headless run.
 
     Raises:
-        SystemExit: it ended with an error, or not at all.
+        SystemExit: it failed or timed out.
     """
     common = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
     quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
@@ -52,7 +52,7 @@ def chromium(binary: str, arguments: list[str], profile: Path) -> tuple[str, str
 
 
 def requests(net_log: Path) -> set[str]:
-    """The addresses beyond this machine that the page asked for; Chromium's own requests (updates) have no origin."""
+    """The non-local URLs that the page requested; Chromium's own requests (updates) have no origin."""
     events = json.loads(net_log.read_text())["events"]
     of_page = (
         event["params"] for event in events if event.get("params", {}).get("initiator", _NO_ORIGIN) != _NO_ORIGIN

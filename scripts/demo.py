@@ -1,4 +1,4 @@
-"""Runs the pipeline on the demo's data and shows what came out, for somebody who sees trailvec for the first time."""
+"""Runs the pipeline on the demo data and shows the results, for somebody new to trailvec."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def show_places(runtime: Runtime, model: str) -> None:
         exported = json.loads(manifest.read_text())["counts"]["exported"]
         lines.append(f"segment  {manifest.parent}   ({exported:,} users, ids hashed)")
     lines.append('\nNext: [bold].venv/bin/trailvec sql --conf conf/local.toml "SELECT * FROM items LIMIT 5"[/]')
-    screen.print("\n".join(lines), soft_wrap=True)  # who copies a path or a command wants it whole
+    screen.print("\n".join(lines), soft_wrap=True)  # paths and commands are meant to be copied
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Writes docs/tables.md from jobs/tables.py: python scripts/document_tables.py
 
-Each table with its columns, key and one example query. Tests run every example over tables of the contract, and say
-where the page is out of date.
+Each table with its columns, key and one example query. Tests run every example on tables built to the contract, and
+report where the page is out of date.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ EXAMPLES = {
 
 
 def page() -> str:
-    """The page as it should be."""
+    """The expected text of docs/tables.md."""
     return "\n".join([_HEAD, *(_section(table) for table in TABLES)])
 
 

@@ -1,14 +1,15 @@
-"""What faults leave behind, with real processes on real days: python scripts/faults.py CHECK [--data FOLDER]
+"""Checks what faults leave behind, with real processes on real days: python scripts/faults.py CHECK [--data FOLDER]
 
-  kills        the process and its JVM killed (SIGKILL) at a random moment of ingest, then of sessionize, then run to
-               its end, until it was killed so many times
-  two_ingests  two of the same ingest at once
-  full_disk    a disk (tmpfs, in a mount namespace of its own) that gets full in the middle, and has room again
-  soak         the days in a shuffled order, in so many batches, some of their files twice
+  kills        kills the process and its JVM (SIGKILL) at a random moment of ingest, then of sessionize, then runs to
+               the end; repeats until the given number of kills
+  two_ingests  two identical ingests at once
+  full_disk    a disk (tmpfs, in its own mount namespace) that fills up midway, then has room again
+  soak         the days in shuffled order, in the given number of batches, some of their files twice
 
-After each, the tables are those of one undisturbed run, row by row, as DuckDB reads them: else it exits with 1. FOLDER
-holds daily CSVs of Online Retail (default: the four of the tests). What is written goes to build/faults/CHECK, which is
-made anew (--folder OTHER: OTHER/CHECK). Each prints one JSON object as its last line.
+After each check, the tables must equal those of one undisturbed run, row by row, as read by DuckDB; otherwise it exits
+with 1. FOLDER holds daily CSVs of Online Retail (default: the four used by the tests). Output goes to
+build/faults/CHECK, which is recreated (--folder OTHER: OTHER/CHECK). Each check prints one JSON object as its last
+line.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from jobs.runtime import Runtime
 
 REPOSITORY = Path(__file__).parents[1]
 TABLES = ("events", "rejected_events", "flagged_users", "sessions")
-_OF_THE_RUN = MappingProxyType({"rejected_events": "refused_on"})  # midnight may lie between two runs
-# Rules that cut sessions and catch users on these days too, so that every stage has something to write.
+_OF_THE_RUN = MappingProxyType({"rejected_events": "refused_on"})  # midnight may fall between two runs
+# Rules strict enough to cut sessions and flag users on these days, so that every stage has something to write.
 CONF = """
 [spark]
 master = "local[2]"
@@ -69,8 +70,8 @@ max_events = 50
 
 
 class Job:
-    """One command over days of Online Retail: ingest, flag_users and sessionize (or `to` another stage alone) into
-    tables under `root`."""
+    """One command over days of Online Retail, writing tables under `root`: ingest, flag_users and sessionize (or up to
+    another stage, `to`)."""
 
     def __init__(self, folder: Path, data: Path, root: Path, files_per_batch: int = 1, to: str = "sessionize") -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,7 @@ class Job:
             return subprocess.Popen(command, stdout=said, stderr=said, cwd=REPOSITORY, start_new_session=True)
 
     def run(self) -> float:
-        """Seconds of a run to its end.
+        """Runs to the end and returns the seconds it took.
 
         Raises:
             RuntimeError: it failed.
@@ -97,7 +98,7 @@ class Job:
         return time.monotonic() - started
 
     def seconds(self) -> dict[str, float]:
-        """Of each stage that the newest run has done."""
+        """Seconds of each stage that the latest run finished."""
         done = re.findall(r"^[✓=] (\w+) +([\d.]+) s", self.said.read_text(), re.MULTILINE)
         return {stage: float(seconds) for stage, seconds in done}
 
@@ -116,8 +117,8 @@ def delta_reader() -> duckdb.DuckDBPyConnection:
 def differences(
     one: Path, other: Path, tables: Sequence[str] = TABLES, without: Mapping[str, str] = _OF_THE_RUN
 ) -> dict[str, int]:
-    """By table, the rows that stand in one warehouse and not in the other, each as often as it stands there; `without`
-    names a table's columns that may differ."""
+    """Counts, by table, the rows found in only one of the two warehouses, duplicates included; `without` names columns
+    to ignore, by table."""
     found = {}
     for table in tables:
         columns = f"* EXCLUDE ({without[table]})" if table in without else "*"
@@ -128,16 +129,16 @@ def differences(
 
 
 def undisturbed_run(folder: Path, data: Path) -> tuple[Job, float]:
-    """What the others are compared with, and its seconds."""
+    """The run that the others are compared with, and its seconds."""
     job = Job(folder, data, folder / "undisturbed")
     return job, job.run()
 
 
 def kills(folder: Path, data: Path, compared: tuple[Job, float], times: int, seed: int) -> dict[str, Any]:
-    """In ingest and in sessionize by turns; then the same command goes on to its end."""
+    """Kills ingest and sessionize in turn; then the same command runs to its end."""
     chance = random.Random(seed)
     (undisturbed, whole), killed = compared, Job(folder, data, folder / "killed")
-    # Moments count from what a stage begins with: how long Python, Java and Spark take to start is the machine's mood.
+    # Timed from the start of the stage: how long Python, Java and Spark take to start varies too much.
     written = [path.stat().st_mtime for path in _books(undisturbed).rglob("*")]
     stages: dict[str, tuple[float, Callable[[], bool]]] = {
         "ingest": (max(written) - min(written), _books(killed).exists),
@@ -152,7 +153,7 @@ def kills(folder: Path, data: Path, compared: tuple[Job, float], times: int, see
                 time.sleep(0.05)
             moment = chance.uniform(0, 0.9) * length
             try:
-                process.wait(moment)  # ends only where it takes less time than the run it is compared with
+                process.wait(moment)  # ends only if it is faster than the undisturbed run
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
@@ -169,7 +170,7 @@ def kills(folder: Path, data: Path, compared: tuple[Job, float], times: int, see
 
 
 def _books(job: Job) -> Path:
-    """Where Spark notes what ingest reads, from its first batch on."""
+    """The ingest stream's checkpoint, which exists from the first batch on."""
     return job.root / "checkpoints/ingest"
 
 
@@ -184,7 +185,7 @@ def two_ingests(folder: Path, data: Path, compared: tuple[Job, float]) -> dict[s
 
 
 def full_disk(folder: Path, data: Path, compared: tuple[Job, float]) -> dict[str, Any]:
-    """Starts itself anew where it may mount a disk that nobody else sees."""
+    """Restarts this script in a mount namespace, where it may mount a private disk."""
     command = ["unshare", "--map-root-user", "--mount", sys.executable, __file__, "full_disk"]
     command += ["--data", str(data), "--folder", str(folder), "--compared", str(compared[0].root)]
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
@@ -209,7 +210,7 @@ def full_disk_mounted(folder: Path, data: Path, undisturbed: Path) -> dict[str, 
     filler = disk / "filler"
     free = shutil.disk_usage(disk).free
     attempts = []
-    # A little more room each time: it gets full at another moment.
+    # A little more room each time, so that it fills up at another moment.
     for room in (0, 120_000):
         filler.write_bytes(b"\0" * max(0, free - room))
         code = job.start().wait()
@@ -220,7 +221,7 @@ def full_disk_mounted(folder: Path, data: Path, undisturbed: Path) -> dict[str, 
         filler.unlink()
     kept = {table: count >= before[table] for table, count in _counts(job.root).items()}
     job.run()
-    # A refused record is told with its file, which lies elsewhere.
+    # A rejected record names its file, whose path differs here.
     wrong = differences(undisturbed, job.root, without={"rejected_events": "file, refused_on"})
     return {"full": attempts, "kept": kept, "wrong": {table: rows for table, rows in wrong.items() if rows}}
 
@@ -233,7 +234,7 @@ def _counts(root: Path) -> dict[str, int]:
 
 
 def soak(folder: Path, data: Path, batches: int, seed: int) -> dict[str, Any]:
-    """In one Spark session."""
+    """Runs in one Spark session."""
     chance, growing = random.Random(seed), folder / "growing"
     growing.mkdir(parents=True)
     in_batches, at_once = (Job(folder, growing, folder / name, files_per_batch=1000) for name in ("batches", "once"))
@@ -253,7 +254,7 @@ def soak(folder: Path, data: Path, batches: int, seed: int) -> dict[str, Any]:
         print(f"batch {number + 1}: {stop - start} days, {seconds[-1]} s", flush=True)
     once = Runtime(load_config(at_once.conf), runtime.spark)
     whole = round(sum(once.execute(stage).seconds for stage in stages), 1)
-    # A refused record that comes twice is told twice, each time with its file: in one batch, too.
+    # A record rejected twice is recorded twice, each time with its file, even within one batch.
     return {
         "batches": len(seconds),
         "median_s": statistics.median(seconds),
@@ -284,7 +285,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=10, help="kills: so many (default: 10)")
     parser.add_argument("--batches", type=int, default=50, help="soak: so many (default: 50)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compared", type=Path, help=argparse.SUPPRESS)  # full_disk starts itself anew with it
+    parser.add_argument("--compared", type=Path, help=argparse.SUPPRESS)  # full_disk passes it when it restarts itself
     arguments = parser.parse_args()
     arguments.folder, arguments.data = arguments.folder.absolute(), arguments.data.absolute()
     if not any(arguments.data.glob("*.csv")):
