@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The demo's run: every stage on Complete Journey, then a screen of what came out. `make demo` has set everything up.
+# Runs every stage on Complete Journey, then prints a summary. `make demo` has set everything up.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# Exports hash the user ids with a key from the environment. The demo makes one of its own and keeps it, so that two
-# runs give the same file; a real key never lies beside the data.
+# Exports hash user ids with a key from the environment. The demo generates one and keeps it, so that two runs give the
+# same file; never keep a real key beside the data.
 key=build/demo-export.key
 if [[ -z ${TRAILVEC_EXPORT_KEY:-} ]]; then
   [[ -s $key ]] || (umask 077 && mkdir -p build && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$key")

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Packs a Python that runs on a cluster's nodes, which need none, and prints the archive's path:
-#   scripts/package_environment.sh data           what ingest to build_sequences import (requirements-data.lock): no torch
-#   scripts/package_environment.sh full           all of requirements.lock, and the Horovod of the set-up: gigabytes
-#   scripts/package_environment.sh check ARCHIVE  does its interpreter travel with it? (scripts/submit_yarn.sh asks)
-# An archive that is up to date is not made again. PySpark is not in it: the Spark that submits a job ships its own,
-# which is of the same version as its jars; nor is trailvec, which changes more often (scripts/submit_yarn.sh).
-# The nodes need a glibc, OpenSSL, ... as this machine's: pack on the nodes' own distribution.
+# Packs a relocatable Python for a cluster's nodes, which need none installed, and prints the archive's path:
+#   scripts/package_environment.sh data          imports of ingest to build_sequences (requirements-data.lock): no torch
+#   scripts/package_environment.sh full          all of requirements.lock, and the set-up's Horovod: gigabytes
+#   scripts/package_environment.sh check ARCHIVE is its interpreter in the archive? (used by scripts/submit_yarn.sh)
+#
+# An up-to-date archive is not rebuilt. It leaves out PySpark, because the Spark that submits a job ships its own, of
+# the same version as its jars, and trailvec, which changes more often (scripts/submit_yarn.sh). The nodes need the same
+# glibc, OpenSSL, ... as this machine: pack on the nodes' own distribution.
 set -euo pipefail
 cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -14,7 +15,7 @@ fail() {
   exit 1
 }
 
-# What venv-pack makes has a link to the build machine's interpreter, and is found out on the nodes only.
+# venv-pack's archives link to the build machine's interpreter, which fails only on the nodes.
 check() {
   local name=bin/python3.11 entry
   while entry=$(tar --list --verbose --occurrence=1 --file "$1" "$name" 2>/dev/null); do
@@ -49,20 +50,20 @@ fi
 
 mkdir -p build
 folder=$(mktemp -d "$PWD/build/environment.XXXXXX")
-part=$folder.tar.gz # of two that make the same archive at once, each has its own
+part=$folder.tar.gz # one per process: two may build the same archive at once
 trap 'rm -rf "$folder" "$part"' EXIT
 python=$folder/bin/python3.11
 mkdir -p "$folder/bin" "$folder/lib"
 cp -L "$interpreter" "$python"
-# Without what no job imports: a third of the size.
+# Leaves out what no job imports: a third of the size.
 tar --create --directory "${stdlib%/*}" --exclude={site-packages,dist-packages,test,tests,idlelib,tkinter,turtledemo,ensurepip,lib2to3,'config-*',EXTERNALLY-MANAGED} "${stdlib##*/}" |
   tar --extract --directory "$folder/lib"
-# An interpreter with a shared library looks for it where it was installed; from now on, beside itself.
+# An interpreter with a shared library looks for it where it was installed; make it look beside itself.
 if library=$(patchelf --print-needed "$python" | grep '^libpython3.11'); then
   cp -L "$(python3.11 -c 'import sysconfig; print(sysconfig.get_config_var("LIBDIR"))')/$library" "$folder/lib"
   patchelf --set-rpath "\$ORIGIN/../lib" "$python"
 fi
-# Debian's Python looks for packages elsewhere than others do: in local/lib/python3.11/dist-packages.
+# Debian's Python keeps packages elsewhere than other builds: in local/lib/python3.11/dist-packages.
 packages=$("$python" -I -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 mkdir -p "$packages"
 uv pip sync --quiet --python "$python" --compile-bytecode --require-hashes "$lock" >&2
@@ -70,11 +71,12 @@ if [[ $profile == full ]]; then
   uv pip install --quiet --python "$python" --no-deps "$wheels"/horovod-*.whl >&2
   uv pip uninstall --quiet --python "$python" pyspark py4j >&2
 fi
-# Scripts whose first line names this machine's folder; tests of packages, an eighth of the size.
+# Scripts whose shebang names this machine's folder; the packages' tests, an eighth of the size.
 find "$folder/bin" -mindepth 1 ! -name python3.11 -delete
 rm -rf "$folder/local/bin"
 find "$packages" -type d -name tests -prune -exec rm -r {} +
-# What compilers, type checkers and `python -O` read, a fifth of the files: a node sets the rights of each by itself.
+# Needed only by compilers, type checkers and `python -O`: a fifth of the files, and a node sets each file's permissions
+# one by one.
 find "$folder" -type f -regex '.*\.\(h\|hpp\|cc\|c\|pyx\|pxd\|pxi\|pyi\|opt-[12]\.pyc\)' -delete
 env -i "$python" -I -c 'import sys, pyarrow, pydantic; sys.exit(sys.prefix != sys.argv[1])' "$folder" ||
   fail "the copy of $interpreter does not run from its own folder: pack with another Python 3.11"

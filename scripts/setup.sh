@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Makes .venv: all that trailvec's commands and tests need. Run it at any time: a finished set-up is skipped, an
-# interrupted one goes on. Packages come from the registries that pip, uv and Ivy are set to on this machine.
-# Reads, where set: XDG_CACHE_HOME (Horovod's wheel, Ivy), HOROVOD_GPU_OPERATIONS (NCCL on a GPU host with CUDA; it is
+# Makes .venv, with all that trailvec's commands and tests need. Safe to run at any time: a finished set-up is skipped,
+# an interrupted one resumes. Packages come from the registries that pip, uv and Ivy are configured to use on this
+# machine.
+#
+# Optional variables: XDG_CACHE_HOME (Horovod's wheel, Ivy), HOROVOD_GPU_OPERATIONS (NCCL on a GPU host with CUDA; it is
 # remembered).
 set -euo pipefail
 cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,7 +15,7 @@ fail() {
 
 source scripts/horovod.sh
 
-# What the environment is made from; it is up to date where its stamp says the same.
+# Everything that the environment is built from; it is up to date if its stamp matches.
 facts() {
   printf '%s\n' "$PWD" "$gpu"
   sha256sum pyproject.toml requirements.lock requirements-horovod.lock scripts/{setup.sh,horovod.sh,cxx17.sh,trust_store.py,ivysettings.xml,jars.sha256} scripts/s3/*.scala
@@ -26,7 +28,7 @@ jars=.venv/lib/python3.11/site-packages/pyspark/jars
 log=build/setup.log
 if [[ -x .venv/bin/python && -f $stamp && $(<$stamp) == "$(facts)" ]]; then exit 0; fi
 
-# ---- what the machine must have -------------------------------------------------------------------------
+# ---- prerequisites --------------------------------------------------------------------------------------
 
 [[ $(uname -sm) == "Linux x86_64" ]] || fail "this is $(uname -sm), but Horovod and PyTorch are pinned for Linux x86_64"
 
@@ -47,10 +49,10 @@ fi
 
 make_environment() {
   local clear=()
-  # A virtual environment can't be moved: its scripts name the folder that it was made in.
+  # A virtual environment can't be moved: its scripts contain its absolute path.
   [[ -x .venv/bin/python ]] && grep -qF " $PWD/.venv" .venv/pyvenv.cfg || clear=(--clear)
   "$python" -m venv "${clear[@]}" .venv
-  # uv is pinned by the same lock as the rest.
+  # uv comes from the same lock file as the rest.
   awk '/^uv==/ {on = 1} on {print} on && !/\\$/ {exit}' requirements.lock >build/uv.lock
   .venv/bin/python -m pip install --quiet --no-deps --require-hashes -r build/uv.lock
 }
@@ -59,9 +61,9 @@ install_packages() { uv pip sync --require-hashes requirements.lock; }
 
 build_horovod() {
   rm -rf "$wheels.part"
-  # Of this step alone, which is a subshell. Horovod asks whether it is set.
+  # Exported for this step alone, which runs in a subshell. Horovod tests whether it is set, so unset it when empty.
   if [[ -n $gpu ]]; then export HOROVOD_GPU_OPERATIONS=$gpu; else unset HOROVOD_GPU_OPERATIONS; fi
-  # pip's own cache of wheels knows nothing of PyTorch's version: it stays out.
+  # pip's wheel cache ignores PyTorch's version: do not use it.
   PATH=$PWD/scripts:$PATH CXX=cxx17.sh MAKEFLAGS=-j$(nproc) \
     HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 \
     HOROVOD_WITHOUT_MPI=1 HOROVOD_WITH_GLOO=1 HOROVOD_CPU_OPERATIONS=GLOO \
@@ -72,9 +74,9 @@ build_horovod() {
 
 install_project() { uv pip install --no-deps --no-build-isolation "$wheels"/horovod-*.whl -e .; }
 
-# Delta and the Kafka source lie on Spark's class path from the start: a job needs no network and no --packages. The
-# broker and the YARN that the tests start have a folder each, with what they need and Spark has not. So has S3: its jars
-# (280 MB) are on the class path of those alone who ask for them, as conf/s3.toml does.
+# Delta and the Kafka source are always on Spark's class path: a job needs no network and no --packages. The broker and
+# the YARN cluster that the tests start each have a folder for the jars that Spark lacks. So does S3: its jars (280 MB)
+# are on the class path only of jobs that ask for them, as conf/s3.toml does.
 install_jars() {
   local ivy=$cache/ivy path packages
   jars_are_right &>/dev/null && return
@@ -86,14 +88,15 @@ install_jars() {
   fi
   mkdir -p "$ivy" .venv/kafka .venv/hadoop .venv/s3
   : >build/nothing.py
-  # 3.5.7 is the newest Kafka source for Scala 2.12 that was published; 3.4.1 is the Kafka that it was built with.
+  # 3.5.7 is the newest Kafka source published for Scala 2.12; it was built with Kafka 3.4.1.
   packages=io.delta:delta-spark_2.12:$(version_of delta-spark)
   packages+=,org.apache.spark:spark-sql-kafka-0-10_2.12:3.5.7,org.apache.kafka:kafka_2.12:3.4.1
-  # The Hadoop that Spark was built with; its ResourceManager wants Bouncy Castle, and does not say so.
+  # The Hadoop that Spark was built with; its ResourceManager needs Bouncy Castle without declaring it.
   packages+=,org.apache.hadoop:hadoop-client-minicluster:3.3.4,org.bouncycastle:bcpkix-jdk15on:1.70
-  # Spark has these already, and they are half of what there is to fetch; JUnit is for Hadoop's own tests.
+  # Spark has these already, and they are half of the download; JUnit is for Hadoop's own tests.
   fetch_jars "$packages" org.apache.hadoop:hadoop-client-api,org.apache.hadoop:hadoop-client-runtime,junit:junit
-  # Of spark-hadoop-cloud only what writes a stream's checkpoint; the other stores' jars and what Spark has stay out.
+  # From spark-hadoop-cloud only what writes a stream's checkpoint, without the other stores' jars and what Spark
+  # already has.
   packages=$(printf ',%s' org.apache.hadoop:hadoop-{client-api,client-runtime,annotations,azure,azure-datalake,cloud-storage,openstack} \
     com.fasterxml.jackson.{core:jackson-annotations,core:jackson-core,core:jackson-databind,dataformat:jackson-dataformat-cbor} \
     org.eclipse.jetty:jetty-util{,-ajax} org.apache.httpcomponents:http{client,core} com.google.cloud.bigdataoss:gcs-connector \
@@ -104,7 +107,7 @@ install_jars() {
   jars_are_right || (remove_jars && false)
 }
 
-# fetch_jars "what" "what not": with all that it needs, into $ivy/jars.
+# fetch_jars PACKAGES EXCLUDED: fetches the packages and their dependencies into $ivy/jars.
 fetch_jars() {
   spark-submit --master 'local[1]' --packages "$1" --exclude-packages "$2" \
     --conf spark.jars.ivySettings=scripts/ivysettings.xml --conf "spark.jars.ivy=$ivy" build/nothing.py
@@ -112,10 +115,10 @@ fetch_jars() {
 
 jars_are_right() { (cd .venv && sha256sum --check --quiet -) <scripts/jars.sha256; }
 
-# Other versions too: two of one jar on the class path are worse than none.
+# Removes other versions too: two versions of a jar on the class path are worse than none.
 remove_jars() { rm -f .venv/{kafka,hadoop,s3}/*.jar "$jars"/{delta,commons-pool2,kafka-clients,spark-sql-kafka,spark-token-provider-kafka}-*.jar; }
 
-# Delta's commits on S3, by the Scala compiler that Spark brings.
+# The log store for Delta's commits on S3, compiled with the Scala compiler that Spark ships.
 compile_log_store() {
   local java
   java=$(python -c 'from jobs.spark_session import java_home; print(java_home())')/bin/java
@@ -124,12 +127,12 @@ compile_log_store() {
     "$jars"/{delta-storage,hadoop-client-api,scala-library}-*.jar .venv/s3/{hadoop-aws,aws-java-sdk-bundle}-*.jar)" scripts/s3/*.scala
 }
 
-# A terminal sees a dot every five seconds.
+# On a terminal, prints a dot every five seconds.
 dots() { while sleep 5; do printf .; done; }
 ticker=
 trap '[[ -z $ticker ]] || kill "$ticker"' EXIT
 
-# step "what it does" command: one line for it, its seconds when it is done, its output in the log.
+# step DESCRIPTION COMMAND: prints one line, and the seconds once done; the output goes to the log.
 step() {
   local started=$SECONDS status
   printf 'setup: %s ... ' "$1"
@@ -164,7 +167,7 @@ mkdir -p build
 export PATH=$PWD/.venv/bin:$PATH VIRTUAL_ENV=$PWD/.venv
 rm -f "$stamp"
 step "Python environment in .venv" make_environment
-facts | sed -n 1,2p >"$stamp" # what was asked for; the rest when it is done
+facts | sed -n 1,2p >"$stamp" # what was asked for; the rest once it is done
 step "packages of requirements.lock (3 GB to fetch the first time)" install_packages
 [[ -d $wheels ]] || step "Horovod from its source, once (2 to 6 minutes)" build_horovod
 step "Horovod and trailvec into .venv" install_project

@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
-# Runs stages on YARN, in cluster mode, and waits for their end; the words of the driver, then one line with the
-# application's id. Exits with 1 where it failed.
+# Runs stages on YARN in cluster mode and waits for them to end; prints the driver's output, then one line with the
+# application's id. Exits with 1 if it failed.
 #   scripts/submit_yarn.sh run --conf conf/mine.toml --to build_sequences
 #   scripts/submit_yarn.sh sessionize --conf conf/mine.toml --set sessionize.gap_minutes=45
-#   scripts/submit_yarn.sh SCRIPT.py --conf conf/mine.toml ...       a Python file of your own, in the same way
-# What travels: a Python (scripts/package_environment.sh), trailvec itself (a wheel), and the folder that the
-# configuration lies in, as conf/: mappings are named from there (conf/sources/...). All spark.conf goes to Spark.
-# Reads: HADOOP_CONF_DIR, the cluster; TRAILVEC_ENVIRONMENT, the archive of the Python, a file or a URI on the cluster,
-# where nodes keep it from job to job, or local:FOLDER, an environment that lies in that folder on every node, and
-# nothing travels (default: made here, profile data); TRAILVEC_ERASE_KEY and TRAILVEC_EXPORT_KEY, for the driver, which
-# finds them by jobs/keys.py.
+#   scripts/submit_yarn.sh SCRIPT.py --conf conf/mine.toml ...       a Python file of your own, run the same way
+# Ships a Python (scripts/package_environment.sh), trailvec itself (a wheel), and the configuration's folder, as conf/:
+# mappings are resolved relative to it (conf/sources/...). All of spark.conf is passed to Spark.
+# Environment variables:
+#   HADOOP_CONF_DIR      the cluster
+#   TRAILVEC_ENVIRONMENT the Python's archive, a file or a URI on the cluster (which nodes cache from job to job); or
+#                        local:FOLDER, an environment in that folder on every node, so that nothing is shipped
+#                        (default: built here, profile data)
+#   TRAILVEC_ERASE_KEY, TRAILVEC_EXPORT_KEY  for the driver, which finds them through jobs/keys.py
 set -euo pipefail
 repository=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# What scripts/setup.sh made, whatever the PATH says; another environment serves where there is none.
+# Prefer the environment that scripts/setup.sh made, whatever the PATH; without one, use the PATH's.
 [[ ! -x $repository/.venv/bin/python ]] || export PATH=$repository/.venv/bin:$PATH
-# Spark would hand them to every container, and they name folders of this machine.
+# Spark would pass them on to every container, though they name folders of this machine.
 unset PYTHONPATH PYSPARK_PYTHON PYSPARK_DRIVER_PYTHON
 
 fail() {
@@ -60,9 +62,9 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$repository"
 
-# ---- what travels ---------------------------------------------------------------------------------------
+# ---- what is shipped -------------------------------------------------------------------------------------
 
-# The command line is checked here, and Java looked for, before anything is sent.
+# Check the command line and find Java before anything is shipped.
 python -m jobs.cli "${checked[@]}" --show-config >"$work/config.json"
 JAVA_HOME=$(python -c '
 from jobs.cli import guarded
@@ -80,10 +82,10 @@ else
   archives=$environment#environment,$archives
 fi
 uv build --quiet --python "$(command -v python)" --no-build-isolation --out-dir "$work/dist" . >&2
-mv "$work"/dist/trailvec-*.whl "$work/trailvec.zip" # YARN unpacks what is named so
+mv "$work"/dist/trailvec-*.whl "$work/trailvec.zip" # YARN unpacks files named *.zip
 tar --create --gzip --directory "${conf%/*}" --file "$work/conf.tar.gz" .
-# A variable would stand in the script that starts the driver, which nodes keep among the logs and whose bash reads $ and
-# ` in it (jobs/keys.py). An archive as the others: --files would take the place of spark.files.
+# A variable would appear in the script that launches the driver, which nodes keep among the logs and whose bash expands
+# $ and ` in it (jobs/keys.py). An archive like the others, because --files would override spark.files.
 python -c '
 import json, os
 
@@ -96,14 +98,14 @@ archives+=,$work/keys.tar.gz#keys
 
 spark_home=$(python -c 'import pyspark; print(pyspark.__path__[0])')
 {
-  # A file of settings takes the place of the cluster's defaults: they come first in it.
+  # A properties file replaces the cluster's defaults, so copy them in first.
   cat "${SPARK_CONF_DIR:-${SPARK_HOME:-$spark_home}/conf}/spark-defaults.conf" 2>/dev/null || true
-  echo # its last line may have no end
+  echo # its last line may lack a newline
   for where in spark.yarn.appMasterEnv spark.executorEnv; do
     echo "$where.PYSPARK_PYTHON $python"
     echo "$where.PYTHONPATH ./trailvec"
     echo "$where.LC_ALL C.UTF-8"
-    # Python's temporary files, by the name of the folder that YARN makes in each container and removes with it.
+    # For Python's temporary files: the folder that YARN creates in each container and removes with it.
     echo "$where.TMPDIR ./tmp"
   done
   echo "spark.yarn.appMasterEnv.TRAILVEC_KEYS keys/keys.json"
@@ -117,7 +119,7 @@ for key, value in spark["conf"].items():
     print(key, value.replace("\\", "\\\\"))' <"$work/config.json"
 } >"$work/spark.conf"
 
-# ---- submit, wait, tell ---------------------------------------------------------------------------------
+# ---- submit, wait, report --------------------------------------------------------------------------------
 
 id=
 while read -r line; do
@@ -132,14 +134,14 @@ done < <(
 )
 [[ -n $id ]] || fail "nothing was submitted: $(grep -E 'Exception|Error' "$work/log" | head -n 1 || tail -n 1 "$work/log")"
 
-# What the newest driver (the first container of an attempt) wrote, out of what YARN has gathered of all containers.
+# The output of the newest driver (the first container of an attempt), out of what YARN collected from all containers.
 words='
   /^Container: / { id = $2; driver = id ~ /_000001$/ && id >= newest }
   /^LogContents:$/ && driver { newest = id; said = ""; inside = 1; next }
   /^End of LogType:/ { inside = 0 }
   inside && NF { said = said $0 "\n" }
   END { printf "%s", said }'
-# `yarn logs`, which Spark's own jars hold only a part of. The words are there a moment after the end.
+# `yarn logs`, of which Spark's own jars hold only a part. The logs appear a moment after the end.
 hadoop_jars=$(python -c 'import sys; print(sys.prefix)')/hadoop
 for _ in {1..10}; do
   "$JAVA_HOME/bin/java" -Dfile.encoding=UTF-8 -Dsun.stdout.encoding=UTF-8 -cp "$HADOOP_CONF_DIR:$hadoop_jars/*:$spark_home/jars/*" \
