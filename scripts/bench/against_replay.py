@@ -1,13 +1,13 @@
-"""Beside RePlay at what both do on Spark: python scripts/bench/against_replay.py [--quick]
+"""Compares trailvec with RePlay on what both do in Spark: python scripts/bench/against_replay.py [--quick]
 
-On a superapp's log, from Parquet to Parquet, on 2 cores: gap sessions, numbers for items, verticals and event types,
-and a split by time. RePlay (`replay-rec`) runs in an environment of its own, which the first run makes in the folder
-(minutes; the pinned packages do not fit beside trailvec's). The two take turns, each in a Spark session that stays
-up, and the first round of both is not counted. trailvec's rows hold more: hours, weekdays, price buckets.
+On a superapp's log, from Parquet to Parquet, on 2 cores: gap sessions, integer encoding of items, verticals and event
+types, and a split by time. RePlay (`replay-rec`) runs in its own environment, which the first run creates in the folder
+(minutes; its pinned packages conflict with trailvec's). The two take turns, each in a Spark session that stays up; the
+first round of both is not counted. trailvec's rows hold more: hours, weekdays, price buckets.
 
-The last line is one JSON object: speedup_vs_replay (rows/s over RePlay's), the medians, the rows/s of both, and the
-sessions that each found. RePlay's are told, not compared: at equal times its order is arbitrary, and a pause of exactly
-30 minutes ends its session. A chart goes to build/bench/replay.svg.
+The last line is one JSON object: speedup_vs_replay (trailvec's rows/s over RePlay's), the medians, the rows/s of both,
+and the number of sessions that each found. These are reported, not compared: RePlay orders equal times arbitrarily and
+ends a session at a pause of exactly 30 minutes. A chart goes to build/bench/replay.svg.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PEER = ("replay-rec[spark]==0.18.0", "pyspark==3.5.9")
 
 
 def prepare(rows: DataFrame, cuts: Cuts, out: Path) -> None:
-    """The stages' own functions; the numbers are written first, as the stages do."""
+    """Runs the stages' own functions; the encodings are written first, as the stages do."""
     settings, spark = SequencesSettings(), rows.sparkSession
     tables = {
         "values": number_context_values(rows, spark.createDataFrame([], CONTEXT_VALUES.schema())),
@@ -85,7 +85,7 @@ def main() -> None:
     conf = [f"{key}={value}" for key, value in CONF.items() if "delta" not in key]
     command += [*conf, "spark.sql.session.timeZone=UTC", "spark.ui.showConsoleProgress=false"]
     times: dict[str, list[float]] = {"trailvec": [], "replay": []}
-    # Unbuffered: a peer that has died is met at the write, not again when the block closes its pipe.
+    # Unbuffered, so that a dead peer raises at the write, not when the block closes its pipe.
     with subprocess.Popen([*map(str, command)], bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as peer:
         assert peer.stdin is not None
         assert peer.stdout is not None

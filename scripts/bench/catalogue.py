@@ -1,19 +1,20 @@
 """What a training step costs as the catalogue grows: python scripts/bench/catalogue.py [--quick]
 
-The same users' rows (as in scripts/bench/train.py: median 8 actions, at most 64), whose items are drawn by Zipf's law
-from 10,000, 100,000, 1 million and 5 million. All items are known to the model; each has a category, a vertical and a
-price. One GPT-2 block of width 64, batches of 64 rows, 1,024 negatives, one thread. Each case is the product's loop in
-a process of its own: two epochs with a validation, a checkpoint and the best weights' file after each.
+The same users' rows (as in scripts/bench/train.py: median 8 actions, at most 64), with items drawn by Zipf's law from
+10,000, 100,000, 1 million and 5 million. The model knows all items; each has a category, a vertical and a price. One
+GPT-2 block of width 64, batches of 64 rows, 1,024 negatives, one thread. Each case runs the product's loop in its own
+process: two epochs, each followed by a validation, a checkpoint and the best weights' file.
+
   rowwise   train.item_optimizer = "rowwise"
   half      the same with train.item_precision = "bfloat16"
-  dense     "adamw"; to 1 million items: with 5 million it would take some 8 GB
-Seconds are CPU seconds of the training thread in a step of the second epoch, which a busy machine changes less than the
-wall clock. Memory is the process's peak without what it had before the model was built. --quick: to 100,000 items.
+  dense     "adamw"; up to 1 million items: 5 million would take some 8 GB
 
-The last line is one JSON object: step_ratio_5m_to_10k (rowwise: seconds of a step), speedup_vs_dense_1m, and
-peak_bytes_per_item (rowwise: how much the peak grows from 10,000 to 5 million items, by item) beside the table's own
-table_bytes_per_item; then of each case seconds_per_step, peak_mb and validation_s (wall clock, 128 users' ranking of
-all items).
+Seconds are CPU seconds of the training thread per step of the second epoch, which a busy machine affects less than the
+wall clock. Memory is the process's peak minus what it had before the model was built. --quick: up to 100,000 items.
+The last line is one JSON object: step_ratio_5m_to_10k (rowwise: seconds per step), speedup_vs_dense_1m, and
+peak_bytes_per_item (rowwise: growth of the peak from 10,000 to 5 million items, per item) beside the table's own
+table_bytes_per_item; then for each case seconds_per_step, peak_mb and validation_s (wall clock, ranking all items for
+128 users).
 A chart of seconds by items goes to build/bench/catalogue.svg.
 """
 
@@ -56,12 +57,12 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 def write_rows(folder: Path, items: int, rows: int) -> None:
-    """Train rows and held-out rows, and the arrays of the items. The same users for every number of items."""
+    """Writes train rows, held-out rows and the items' arrays; the users are the same for every number of items."""
     random = np.random.default_rng(0)
     rows += HELD_USERS
     lengths = np.exp(random.normal(np.log(MEDIAN_LENGTH), SPREAD, rows)).round().clip(2, MAX_LENGTH).astype(np.int64)
-    # Zipf's law: the item of rank r with a chance that goes with 1 / r. Ranks lie scattered over the table, as the
-    # vocabulary's numbers do: the factor has no divisor in common with the powers of ten.
+    # Zipf's law: the probability of rank r is proportional to 1 / r. Ranks are scattered over the table, as the
+    # vocabulary's indices are: the multiplier is coprime to the powers of ten.
     ranks = np.exp(random.random(lengths.sum()) * np.log(items)).astype(np.int64) % items
     actions = {FEATURES[0]: ranks * 2_654_435_761 % items + 2}  # 0 is padding, 1 is unknown
     for name, size in CONTEXT_SIZES.items():
@@ -116,7 +117,7 @@ def run_spec(folder: Path, items: int, rows: int, **settings: Any) -> RunSpec:
 
 
 def measured(spec: RunSpec) -> dict[str, float]:
-    """Trains in a process of its own, which is made as a copy of this one: PyTorch is imported once."""
+    """Trains in a forked process, so that PyTorch is imported only once."""
     for folder in (Path(spec.output), Path(str(spec.checkpoints))):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -154,7 +155,7 @@ def _train(spec: RunSpec, sender: Any) -> None:
 
 
 def _memory(what: str) -> int:
-    """Of this process, in bytes: VmRSS now, VmHWM at most since it began."""
+    """A memory figure of this process in bytes: VmRSS (current) or VmHWM (peak so far)."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition(f"{what}:")[2].split()[0]) * 1024
 

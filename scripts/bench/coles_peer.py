@@ -1,12 +1,11 @@
-"""CoLES's half of scripts/bench/probes.py: pytorch-lifestream, in an environment of its own.
+"""CoLES's half of scripts/bench/probes.py: pytorch-lifestream, in its own environment.
 
-Learns contrastive vectors of users (Babaev et al. 2022, arXiv 2002.08232), with the settings of the package's own
-example but for the width: a GRU of 128 (there 256, which takes three times as long), five slices of 25 to 200 events
+Learns contrastive vectors of users (Babaev et al. 2022, arXiv 2002.08232) with the settings of the package's own
+example, except the width: a GRU of 128 (256 there, which takes three times as long), five slices of 25 to 200 events
 per user, contrastive loss with margin 0.5 and hard negatives, 15 epochs.
 
-Arguments: epochs, then pairs of files: events (Parquet, sorted by user and time: user_id, time in days, amount, and
-codes from 1 on), and where the vectors go (user_id, vector). It learns from the first file, and encodes the users of
-each.
+Arguments: epochs, then pairs of files: input events (Parquet, sorted by user and time: user_id, time in days, amount,
+and codes from 1 up), and output vectors (user_id, vector). It trains on the first file and encodes the users of each.
 """
 
 import sys
@@ -26,12 +25,12 @@ from ptls.frames.coles.split_strategy import SampleSlices
 from ptls.nn import RnnSeqEncoder, TrxEncoder
 
 NUMBERS = ("time", "amount")
-WIDTH, BATCH, LONGEST = 128, 64, 4_000  # events of a user that a vector is made of, the newest
-PLACES = 32  # of a code's own vector, at most
+WIDTH, BATCH, LONGEST = 128, 64, 4_000  # LONGEST: events per user that are encoded, the newest
+PLACES = 32  # embedding width of a code, at most
 
 
 def read(path: str) -> tuple[npt.NDArray[np.object_], list[dict[str, torch.Tensor]]]:
-    """The ids of the users, and the events of each by column."""
+    """The user ids, and each user's events by column."""
     table = pq.read_table(path).to_pandas()
     ids = table["user_id"].to_numpy()
     starts = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]])
@@ -50,7 +49,7 @@ def main() -> None:
     _, users = given[0]
     codes = [name for name in users[0] if name not in ("amount", "event_time")]
 
-    np.random.seed(0)  # the package's slices are drawn from NumPy's own state
+    np.random.seed(0)  # the package draws its slices from NumPy's global state
     torch.manual_seed(0)
     sizes = {name: 1 + max(int(user[name].max()) for _, all_users in given for user in all_users) for name in codes}
     encoder = RnnSeqEncoder(

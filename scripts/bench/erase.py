@@ -1,18 +1,20 @@
-"""What it costs to erase people, by deletion vectors or by rewriting: python scripts/bench/erase.py [--quick]
+"""What erasing people costs, with deletion vectors or by rewriting: python scripts/bench/erase.py [--quick]
 
-A table of events of so many users (three each, files by time, so that a user's lie anywhere), 2 cores. So many of them
-are taken out, each time from the table as it was (linked, not copied), in turns, medians:
+A table of events for the given number of users (three events each, files by time, so that a user's events are spread
+over several), 2 cores. The given number of users is erased, each time from the original table (linked, not copied), in
+turns, medians:
+
   vectors   MERGE that marks the rows in deletion vectors, then REORG (PURGE), which rewrites the files that have one:
             what erase_users does
-  rewrite   MERGE that writes the files anew without the rows, then the same REORG, as an older change of theirs may be
-            hidden in any file; it rewrites these once more: MERGE leaves the change feed's column in them
-Both must end with no row of theirs in any file of the current version, as DuckDB reads them, or it stops.
+  rewrite   MERGE that rewrites the files without the rows, then the same REORG, since any file may hide an older change
+            to these users; it rewrites the same files again, because MERGE leaves the change feed's column in them
 
+Both must leave no row of these users in any file of the current version, as read by DuckDB, or the run stops.
 And user_embeddings of as many users (`--width` numbers each), which has no deletion vectors: rewritten.
 
-The last line is one JSON object: of each way <way>_s (to the end), <way>_gone_s (until no reader sees them),
-<way>_cpu_s (of all processes, the JVM's too: what other work on the machine changes least), <way>_mb (what was
-written), <way>_peak_java_mb and <way>_peak_python_mb; vectors_to_rewrite (CPU seconds); and the same of `embeddings`.
+The last line is one JSON object: for each way <way>_s (to the end), <way>_gone_s (until no reader sees the users),
+<way>_cpu_s (of all processes including the JVM: least affected by other work on the machine), <way>_mb (bytes
+written), <way>_peak_java_mb and <way>_peak_python_mb; vectors_to_rewrite (CPU seconds); and the same for `embeddings`.
 A chart goes to build/bench/erase.svg.
 """
 
@@ -49,7 +51,7 @@ def user(number: Column) -> Column:
 
 
 def make_events(spark: SparkSession, users: int) -> DataFrame:
-    """Each user's events lie a third of the log apart: in different files."""
+    """A user's events are a third of the log apart, so in different files."""
     rows = users * EVENTS_EACH
     number = F.col("id")
     return spark.range(0, rows, 1, max(2, rows // FILE_ROWS)).select(
@@ -98,7 +100,7 @@ def erase(stages: Runtime, table: Table, users: DataFrame, vectors: bool) -> tup
 
 
 def left(stages: Runtime, table: Table, ids: pd.DataFrame) -> int:
-    """Rows of the users in the files of the current version, those that deletion vectors hide too."""
+    """The users' rows in the files of the current version, including rows hidden by deletion vectors."""
     files = [file_of_table(uri) for uri in DeltaTable(stages.path(table)).file_uris()]
     connection = duckdb.connect()
     connection.register("ids", ids)
@@ -138,7 +140,7 @@ def measure(spark: SparkSession, arguments: argparse.Namespace, users: int, eras
     ids = pd.DataFrame({"user_id": [f"user-{n * step:010}" for n in range(erased)]})
 
     found: dict[str, list[dict[str, float]]] = {}
-    for number in range(-1, arguments.rounds):  # the first warms
+    for number in range(-1, arguments.rounds):  # the first is a warm-up
         turns = [(name, EVENTS, vectors) for name, vectors in WAYS.items()]
         turns = turns[:: 1 if number % 2 else -1]
         for name, table, vectors in [*turns, ("embeddings", USER_EMBEDDINGS, False)]:

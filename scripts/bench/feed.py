@@ -1,16 +1,19 @@
-"""How fast training is fed, without the training: python scripts/bench/feed.py [--quick]
+"""How fast training data is fed, without training: python scripts/bench/feed.py [--quick]
 
-Seeded rows of `sequences` of skewed lengths (2 to 64 actions), in Parquet files with row groups of 16,384 rows; in
+Seeded rows of `sequences` with skewed lengths (2 to 64 actions), in Parquet files with row groups of 16,384 rows; in
 turns, medians:
-  pyarrow     reads the columns that a model reads, row group by row group, and does nothing with them: the floor
-  trailvec    training.data.read_batches, end to end: one rank's shuffled batches as tensors, with targets
-  dataloader  petastorm.pytorch.DataLoader over make_batch_reader, both as they come, shuffling as many rows together. A
-              DataLoader takes no rows of unequal length: a TransformSpec pads each column to 64. It makes no targets.
-Then a training step is put in their place that computes for 5 ms a batch, on one core: how much it waits for data.
 
-The last line is one JSON object: ratio_to_pyarrow and speedup_vs_dataloader (rows/s of trailvec by those of the other);
-the medians of rows/s and of this process's CPU seconds per million rows; padding_share, and what it is where batches
-come by chance; wait_share, which has the wait for the first batch in it, and that one (first_wait_s). A chart goes to
+  pyarrow     reads the columns that a model needs, row group by row group, and discards them: the lower bound
+  trailvec    training.data.read_batches, end to end: one rank's shuffled batches as tensors, with targets
+  dataloader  petastorm.pytorch.DataLoader over make_batch_reader, both unmodified, with a shuffle buffer of as many
+              rows. A DataLoader cannot batch rows of unequal length, so a TransformSpec pads each column to 64. It
+              makes no targets.
+
+Then a training step is simulated (5 ms of computing per batch, on one core), to measure how long it waits for data.
+
+The last line is one JSON object: ratio_to_pyarrow and speedup_vs_dataloader (trailvec's rows/s over the other's); the
+medians of rows/s and of this process's CPU seconds per million rows; padding_share, also with randomly formed batches;
+wait_share, which includes the wait for the first batch, and that wait itself (first_wait_s). A chart goes to
 build/bench/feed.svg.
 """
 
@@ -34,7 +37,7 @@ from measure import bars, in_turns, last_line
 from training.batches import FEATURES, pad
 from training.data import CHUNK_ROWS, padding, read_batches
 
-warnings.filterwarnings("ignore", category=FutureWarning)  # Petastorm's, by the thousand
+warnings.filterwarnings("ignore", category=FutureWarning)  # Petastorm emits thousands
 from petastorm import TransformSpec, make_batch_reader  # noqa: E402
 from petastorm.pytorch import DataLoader  # noqa: E402
 
@@ -44,7 +47,7 @@ STEP_SECONDS = 0.005
 
 
 def write_files(folder: Path, rows: int) -> list[str]:
-    """URLs of the files, which are made where they do not lie yet; like those of build_sequences, but for one split."""
+    """URLs of the files, created if missing; as build_sequences writes them, but for one split only."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     urls = []
@@ -116,7 +119,7 @@ def dataloader(files: list[str], batch_size: int) -> int:
 
 
 def waits(files: list[str], batch_size: int, steps: int) -> tuple[float, float]:
-    """Of the time of that many steps the share that they wait for data; and the seconds that the first one waits."""
+    """The share of time that `steps` steps spend waiting for data, and the seconds of the first wait."""
     torch.set_num_threads(1)
     matrix = torch.rand(256, 256)
     batches, waited, first, began = ours(files, batch_size), 0.0, 0.0, time.perf_counter()
@@ -135,7 +138,7 @@ def waits(files: list[str], batch_size: int, steps: int) -> tuple[float, float]:
 
 
 def paddings(files: list[str], batch_size: int) -> tuple[float, float]:
-    """The share of padding among the batches' places: as it is, and where batches come by chance."""
+    """The padding share of all batch positions: as batched, and with randomly formed batches."""
     empty, places, lengths = 0, 0, []
     for batch in ours(files, batch_size):
         counts = padding(batch)

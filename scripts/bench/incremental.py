@@ -1,13 +1,12 @@
-"""What a small batch costs beside the whole log: python scripts/bench/incremental.py [--quick] [--events 1e7]
+"""What a small batch costs compared with the whole log: python scripts/bench/incremental.py [--quick] [--events 1e7]
 
-A superapp's log, cut where its last day ends; the last rows to arrive are kept back as batches of 0.1 % each. In one
-Spark session on 2 cores: ingest, flag_users, sessionize, build_vocabulary and build_sequences run once over the rest,
-as a first run would (once: it takes minutes; a smaller log before it compiles and warms); maintain_tables clusters what
-they wrote, as it does each night; then the stages run again after each batch.
-
-The last line is one JSON object: share_of_full (the median batch's seconds of all stages over those of the whole log),
-the seconds of each stage, of the whole log and of the median batch, and those of maintain_tables, which are in neither.
-The chart goes to build/bench/incremental.svg.
+A superapp's log, cut at the end of its last day; the last rows to arrive are held back as batches of 0.1 % each. In one
+Spark session on 2 cores, ingest, flag_users, sessionize, build_vocabulary and build_sequences run once over the rest,
+as a first run would (only once, since it takes minutes; a smaller log warms up the JVM before it); maintain_tables
+clusters their output, as it does each night; then the stages run again after each batch.
+The last line is one JSON object: share_of_full (seconds of all stages for the median batch over those for the whole
+log), the seconds of each stage for both, and those of maintain_tables, which count in neither. The chart goes to
+build/bench/incremental.svg.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ from jobs.maintain_tables import maintain
 from jobs.runtime import Runtime, Stage
 
 STAGES = (ingest.STAGE, flag_users.STAGE, sessionize.STAGE, build_vocabulary.STAGE, build_sequences.STAGE)
-FIRST = STAGES[:3]  # of --quick, which has a minute
+FIRST = STAGES[:3]  # with --quick, which must finish in a minute
 SHARE = 0.001
 
 
 def keep_back(log: Path, aside: Path, batches: int) -> tuple[int, list[int]]:
-    """Takes the last rows to arrive out of the log: how many rows stay, and how many are in each batch's file."""
+    """Moves the last rows to arrive out of the log; returns how many rows stay, and the size of each batch."""
     folders = sorted(log.glob("arrived=*"))
     counts = {folder: sum(pq.read_metadata(file).num_rows for file in folder.glob("*.parquet")) for folder in folders}
     size = max(1, round(sum(counts.values()) * SHARE))
@@ -57,7 +56,7 @@ def keep_back(log: Path, aside: Path, batches: int) -> tuple[int, list[int]]:
 
 
 def _save(rows: pa.Table, folder: Path, name: str) -> None:
-    """The rows, in folders by day of arrival."""
+    """Writes the rows into one folder per day of arrival."""
     days = pc.cast(rows["arrived_at"], pa.date32())
     for day in pc.unique(days):
         target = folder / f"arrived={day}"
@@ -81,9 +80,9 @@ def measure(spark: SparkSession, events: int, batches: int, folder: Path, quick:
     write(spark, world, log)
     end = START + timedelta(days=world.days)
     for late in [f for f in log.glob("arrived=*") if f.name >= f"arrived={end:%Y-%m-%d}"]:
-        shutil.rmtree(late)  # a week of late events alone: no company's last batches
+        shutil.rmtree(late)  # only a week of late events: untypical last batches
     rows, sizes = keep_back(log, data / "aside", batches)
-    # Fixed, as they are between two trainings: with the log's end, all windows would move.
+    # Fixed, as between two trainings: if they followed the log's end, all windows would move.
     valid, test = (f"{end - timedelta(days=days):%Y-%m-%dT%H:%M:%SZ}" for days in (14, 7))
     lake = runtime(spark, data / "warehouse", data, f"sequences.valid_from={valid}", f"sequences.test_from={test}")
     full = run_all(lake, stages, f"{rows:,} rows")
@@ -135,7 +134,7 @@ def main() -> None:
 
     spark = session(arguments.quick, tiny=arguments.quick)
     if not arguments.quick:
-        measure(spark, 100_000, 2, arguments.folder.absolute())  # compiles and warms
+        measure(spark, 100_000, 2, arguments.folder.absolute())  # JVM warm-up
     result = measure(spark, events, batches, arguments.folder.absolute(), arguments.quick)
     spark.stop()
     last_line(result)
