@@ -1,25 +1,25 @@
-"""Which lookalike finds people: python scripts/bench/lookalike.py --warehouse FOLDER [--quick] [--work FOLDER]
+"""Which lookalike method finds people: python scripts/bench/lookalike.py --warehouse FOLDER [--quick] [--work FOLDER]
 
 FOLDER is a warehouse of Complete Journey (`make demo` leaves one in build/warehouse); only its `events` are read. For
-each campaign with at least 40 users who redeemed one of its coupons: half of the redeemers, drawn by hash, are the
-seeds, the others are hidden among all other users. A method ranks these; its recall is the share of hidden redeemers
-in its first tenth. Means over ten draws, then over campaigns.
+each campaign with at least 40 users who redeemed one of its coupons, half of the redeemers, drawn by hash, are the
+seeds; the others are hidden among all other users. A method ranks these; its recall is the share of hidden redeemers
+in its top tenth. Means over ten draws, then over campaigns.
 
-Nothing from a campaign's start on is known to any method: the events before it go into a warehouse of their own (under
---work; minutes of training each, made once and kept), where flag_users to score_users run with conf/local.toml; the
-last two weeks before the start are for validation and test. So the model too knows nothing of the campaign. A redeemer
+No method sees anything from a campaign's start on: the events before it go into a separate warehouse (under --work;
+minutes of training each, built once and kept), where flag_users to score_users run with conf/local.toml; the last two
+weeks before the start are for validation and test. So the model knows nothing of the campaign either. A redeemer
 without an event before it has no vector and is left out.
 
   nearest_seed, tastes, classifier   what export_segments offers (spark_udfs/likeness.py), on user_embeddings
   profile_…                          the same on user_profiles
-  mean                               the cosine to the mean of the seeds' vectors
+  mean                               cosine to the mean of the seeds' vectors
   random                             a hash of the user
   rfm_nearest                        recency, frequency, money of purchases (logarithms, standardised): nearest seed
   rfm_logistic                       logistic regression on the same
-  item_knn, item_knn_nearest         cosine of the users' purchase counts of items: mean over the seeds, or the highest
+  item_knn, item_knn_nearest         cosine of the users' purchase counts per item: mean over the seeds, or maximum
 
-The last line is one JSON object: recall by method (the mean over campaigns), by_campaign, best (of the methods that
-export_segments offers), and what a difference is worth: spread, the standard deviation of the best one's draws.
+The last line is one JSON object: recall by method (the mean over campaigns), by_campaign, best (among the methods that
+export_segments offers), and spread, to judge differences by: the standard deviation over draws of the best method.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ OFFERED = [*METHODS, *(f"profile_{method}" for method in METHODS)]
 
 
 def campaigns_of(source: Runtime, least: int) -> list[tuple[str, pd.Timestamp, set[str]]]:
-    """Number, start and redeemers of each campaign with enough of them, in order of time."""
+    """Number, start and redeemers of each campaign with at least `least` redeemers, in order of time."""
     events = source.latest(EVENTS)
     redeemed = events.where("event_type = 'coupon_redeemed'").select(
         "user_id", F.col("attributes")["campaign_id"].alias("c")
@@ -65,7 +65,7 @@ def campaigns_of(source: Runtime, least: int) -> list[tuple[str, pd.Timestamp, s
 
 
 def warehouse_before(source: Runtime, start: pd.Timestamp, folder: Path) -> Runtime:
-    """A warehouse of the events before that time, up to the users' vectors; made where it is not there yet."""
+    """A warehouse of the events before `start`, processed up to the users' vectors; created if missing."""
     cuts = {"valid_from": start - pd.Timedelta(days=14), "test_from": start - pd.Timedelta(days=7)}
     sets = [f"sequences.{name}={time:%Y-%m-%dT%H:%M:%SZ}" for name, time in cuts.items()]
     config = load_config("conf/local.toml", [f'storage.root="{folder}"', 'train.tracking_uri="none"', *sets])
@@ -75,12 +75,12 @@ def warehouse_before(source: Runtime, start: pd.Timestamp, folder: Path) -> Runt
         put(runtime, EVENTS, before)
     names = [stage.name for stage in STAGES]
     road = STAGES[names.index("flag_users") : names.index("score_users") + 1]
-    run_stages(runtime, [*road, profile_users.STAGE])  # what is done is skipped
+    run_stages(runtime, [*road, profile_users.STAGE])  # finished stages are skipped
     return runtime
 
 
 def purchases_of(runtime: Runtime, users: list[str], start: pd.Timestamp) -> tuple[Matrix, csr_matrix]:
-    """Standardised recency, frequency, money [users, 3]; the counts of items [users, items], rows of length 1."""
+    """Standardised recency, frequency, money [users, 3]; and item counts [users, items], rows of unit length."""
     bought = runtime.latest(EVENTS).where("event_type = 'purchase'")
     by_user = bought.groupBy("user_id").agg(
         F.max("event_ts").alias("last"), F.countDistinct("basket_id").alias("baskets"), F.sum("amount").alias("money")
@@ -106,7 +106,7 @@ def share(text: str) -> float:
 
 
 def alike(vectors: Matrix, seed: Matrix) -> dict[str, Matrix]:
-    """The scores of what export_segments offers, and of the seeds' mean."""
+    """The scores of export_segments' methods, and of the seeds' mean."""
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     anchors = {method: anchors_of(method, vectors[seed], vectors[~seed], TASTES) for method in METHODS}
     mean = Anchors(unit[seed].mean(axis=0, keepdims=True).astype(np.float32), "cosine")
@@ -114,7 +114,7 @@ def alike(vectors: Matrix, seed: Matrix) -> dict[str, Matrix]:
 
 
 def scores_of(vectors: Matrix, profiles: Matrix, rfm: Matrix, counts: csr_matrix, seed: Matrix) -> dict[str, Matrix]:
-    """Each method's score of every user. `seed`: which users are seeds, bool."""
+    """Each method's score of every user. `seed`: bool mask of the seeds."""
     found = alike(vectors, seed) | {f"profile_{name}": scores for name, scores in alike(profiles, seed).items()}
     distances = np.linalg.norm(rfm[:, None] - rfm[seed][None], axis=2)
     similar = (counts @ counts[seed].T).toarray()
@@ -134,7 +134,7 @@ def vectors_of(runtime: Runtime, table: Table, version: str) -> tuple[list[str],
 def recalls(
     source: Runtime, campaign: str, start: pd.Timestamp, redeemers: set[str], work: Path
 ) -> dict[str, list[float]]:
-    """By method the recall of each draw."""
+    """The recall of each draw, by method."""
     runtime = warehouse_before(source, start, work / f"campaign-{campaign}")
     version = runtime.latest(CURRENT_MODEL).collect()[0]["model_version"]
     users, vectors = vectors_of(runtime, USER_EMBEDDINGS, version)

@@ -1,4 +1,4 @@
-"""What the benchmarks of whole stages share: a runtime on two cores, memory and spill while a stage runs, a chart."""
+"""Shared by the benchmarks of whole stages: a runtime on two cores, memory and spill while a stage runs, charts."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ CONF = {
     "spark.driver.bindAddress": "127.0.0.1",
     "spark.databricks.delta.snapshotPartitions": "2",
 }
-# A short run compiles more than it computes. (Without its optimising compiler Java keeps 48 MB of compiled code, and
-# then interprets what comes.)
+# A short run compiles more than it computes. (Without the optimising compiler, Java reserves only 48 MB for compiled
+# code, and interprets whatever no longer fits.)
 QUICK = {
     "spark.sql.shuffle.partitions": "2",
     "spark.databricks.delta.snapshotPartitions": "1",
     "spark.driver.extraJavaOptions": "-XX:+UseSerialGC -XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m",
 }
-# Of a few rows that pass through many plans none is worth being compiled.
+# With few rows and many plans, no plan is worth compiling.
 TINY = {
     "spark.sql.codegen.wholeStage": "false",
     "spark.sql.codegen.factoryMode": "NO_CODEGEN",
@@ -54,13 +54,13 @@ def session(quick: bool, tiny: bool = False) -> SparkSession:
 
 
 def runtime(spark: SparkSession, root: Path, data: Path, *sets: str) -> Runtime:
-    """Stages over the superapp's log in `data`/superapp, their tables under `root`."""
+    """A runtime for stages over the superapp's log in `data`/superapp, with tables under `root`."""
     own = [f'storage.root="{root}"', f'ingest.data_dir="{data}"', f'ingest.sources=["{SOURCE}"]']
     return Runtime(_with_conf(load_config(None, [*own, *sets]), CONF), spark)
 
 
 def put(lake: Runtime, table: Table, rows: DataFrame) -> None:
-    """Makes `rows` the table's rows, as the stage that writes it would."""
+    """Makes `rows` the content of the table, as the stage that writes it would."""
     lake.execute(Stage("put", "", lambda r: r.write(table, rows), reads=(), writes=(), settings=()), force=True)
 
 
@@ -73,12 +73,12 @@ def _with_conf(config: Config, conf: dict[str, str]) -> Config:
 
 
 class Watch:
-    """While its block runs: the most memory, the work done, and what was spilled.
+    """Peak memory, work done and spill while its block runs.
 
     Attributes:
-        cpu_s: CPU seconds, by `cpu_seconds`: what a busy machine does not change much.
-        peak_mb: by "java" and "python", resident memory of this process's children (Spark's JVM, its workers), looked
-            at twice a second; pages that the workers share are counted for each.
+        cpu_s: CPU seconds, by `cpu_seconds`, which a busy machine barely affects.
+        peak_mb: by "java" and "python", resident memory of this process's children (Spark's JVM, its workers), sampled
+            twice a second; pages shared by workers are counted for each.
         spilled_mb: shuffle data that did not fit into memory, as written to disk.
         shuffled_mb: all shuffle data, as written to disk.
     """
@@ -108,7 +108,7 @@ class Watch:
 
     def _sample(self) -> None:
         while not self._done.wait(0.5):
-            # A process that the JVM is about to start has the JVM's pages, under a thread's name.
+            # A process that the JVM has forked but not yet exec'd has the JVM's pages, under a thread's name.
             processes = [(name.rstrip(".0123456789"), megabytes) for name, megabytes, _ in _descendants(os.getpid())]
             for kind in self.peak_mb:
                 now = sum(megabytes for name, megabytes in processes if name == kind)
@@ -116,7 +116,7 @@ class Watch:
 
 
 def stages(spark: SparkSession) -> list[Any]:
-    """Every stage that Spark's status store knows, a StageData of its Java API each."""
+    """All stages in Spark's status store, each a StageData of its Java API."""
     context = spark.sparkContext
     jvm: Any = context._jvm
     gateway: Any = context._gateway
@@ -129,14 +129,14 @@ def of_scala(sequence: Any) -> list[Any]:
 
 
 def cpu_seconds() -> float:
-    """Of this process and all below it, those that have ended too."""
+    """CPU seconds of this process and its descendants, including those that have exited."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     own = time.process_time() + ended.ru_utime + ended.ru_stime
     return own + sum(seconds for _, _, seconds in _descendants(os.getpid()))
 
 
 def _descendants(root: int) -> list[tuple[str, float, float]]:
-    """Of each process below `root`: its name, resident megabytes, and CPU seconds with those of its ended children."""
+    """Name, resident megabytes and CPU seconds (those of exited children included) of each process below `root`."""
     found: dict[int, tuple[int, str, float, float]] = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
@@ -144,7 +144,7 @@ def _descendants(root: int) -> list[tuple[str, float, float]]:
         try:
             name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(")")
             pages = int((folder / "statm").read_text().split()[1])
-        except OSError:  # it has ended meanwhile
+        except OSError:  # it has exited meanwhile
             continue
         fields = rest.split()
         ticks = sum(map(int, fields[11:15]))
@@ -167,7 +167,7 @@ Seconds = dict[str, list[float]]
 
 
 def timed(act: Callable[[], object]) -> tuple[float, float]:
-    """Seconds by the clock, and CPU seconds of this process and all below it."""
+    """Wall-clock seconds, and CPU seconds of this process and its descendants."""
     worked, started = cpu_seconds(), time.perf_counter()
     act()
     return time.perf_counter() - started, cpu_seconds() - worked
@@ -179,11 +179,11 @@ def in_turns(
     warm: int = 1,
     before: Callable[[int], object] = lambda number: None,
 ) -> tuple[Seconds, Seconds]:
-    """By act, of each round, seconds by the clock and CPU seconds.
+    """Wall-clock seconds and CPU seconds of each round, by act.
 
     Args:
-        warm: so many rounds come before and are not counted: Java compiles in them.
-        before: what is done with a round's number before it, not timed.
+        warm: uncounted rounds at the start, in which the JVM warms up.
+        before: called with the round's number before each round, not timed.
     """
     clock: Seconds = {name: [] for name in acts}
     cpu: Seconds = {name: [] for name in acts}
@@ -210,12 +210,12 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
 
 
 def last_line(result: dict[str, Any]) -> None:
-    """The benchmark's result, where a script looks for it."""
+    """Prints the benchmark's result as the last line, where a script looks for it."""
     print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
 
 
 def environment(folder: Path, name: str, *packages: str) -> Path:
-    """The Python of an environment of its own for a peer whose pins do not fit beside trailvec's; made once, under
+    """The Python of a separate environment, for a peer whose pins conflict with trailvec's; created once, under
     `folder`."""
     place = folder / f"{name}-env"
     python = place / "bin/python"
@@ -228,7 +228,7 @@ def environment(folder: Path, name: str, *packages: str) -> Path:
 
 
 def told(main: Callable[[], None]) -> None:
-    """Runs `main`; what its user can mend is one sentence, anything else a stack trace."""
+    """Runs `main`; an error that the user can fix is one sentence, anything else a stack trace."""
     try:
         main()
     except TrailvecError as error:
@@ -243,7 +243,7 @@ _COLOURS = ("#1b6ca8", "#d1495b", "#2a9d5c", "#8d6a9f", "#e09f3e")
 
 
 def chart(path: Path, title: str, series: dict[str, list[tuple[float, float]]], across: str = "events") -> None:
-    """An SVG: seconds against events (or what `across` says), both by powers of ten; a line through each series."""
+    """An SVG of seconds against events (or `across`), both on log scales; one line per series."""
     every = [point for points in series.values() for point in points]
     (left, right), (low, high) = (
         (math.floor(math.log10(min(v))), math.ceil(math.log10(max(v)) + 1e-9)) for v in zip(*every, strict=True)
@@ -275,7 +275,7 @@ def chart(path: Path, title: str, series: dict[str, list[tuple[float, float]]], 
 
 
 def bars(path: Path, times: dict[str, list[float]], unit: str = "s") -> None:
-    """An SVG: a bar for each median, a point for each round."""
+    """An SVG with a bar for each median and a point for each round."""
     scale = 400 / max(max(seconds) for seconds in times.values())
     parts = []
     for row, (name, seconds) in enumerate(times.items()):

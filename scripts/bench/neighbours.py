@@ -1,16 +1,16 @@
-"""find_neighbours' exact search beside faiss's: python scripts/bench/neighbours.py [--quick]
+"""Compares find_neighbours' exact search with faiss's: python scripts/bench/neighbours.py [--quick]
 
-The 10 items with the highest dot product of each user, vectors of 64 made up so that both have popular directions and
-lengths, Parquet to Parquet on 2 cores, in turns, medians:
+The 10 items with the highest dot product for each user, over synthetic vectors of width 64 in which both sides have
+popular directions and varying lengths, Parquet to Parquet on 2 cores, in turns, medians:
+
   trailvec    spark_udfs.topk.nearest, what find_neighbours runs, in one Spark session that stays up
-  faiss       faiss.knn on 2 threads, after pyarrow has read the files and before it writes the result
-  in_numpy    topk.Nearest alone, one thread, a part of the users: what a core does without Spark
-  cells       trailvec with an inverted file of 4 √items cells, 16 of them looked into (neighbours.cells)
+  faiss       faiss.knn on 2 threads, plus pyarrow reading the files and writing the result
+  in_numpy    topk.Nearest alone, one thread, a subset of the users: what a core does without Spark
+  cells       trailvec with an inverted file of 4 √items cells, 16 of them probed (neighbours.cells)
 
-Both exact ones find the same: the neighbours may differ only where faiss's float32 scores cannot tell them apart.
-
-The last line is one JSON object: ratio_to_faiss (users/s over faiss's), the same of a core without Spark, the medians,
-same_neighbours (the share that is the same), recall_of_cells (the share of faiss's that cells found). A chart goes to
+Both exact searches find the same: neighbours may differ only where faiss's float32 scores cannot tell them apart.
+The last line is one JSON object: ratio_to_faiss (users/s over faiss's), the same per core without Spark, the medians,
+same_neighbours (the share that agree), recall_of_cells (the share of faiss's that cells found). A chart goes to
 build/bench/neighbours.svg.
 """
 
@@ -42,7 +42,7 @@ SETTINGS = NeighboursSettings()
 
 
 def make(folder: Path, name: str, count: int, seed: int) -> None:
-    """Vectors around 100 directions, of lengths that differ as those of popular and rare items do."""
+    """Vectors around 100 directions, with lengths that vary as between popular and rare items."""
     random = np.random.default_rng(seed)
     centres = np.random.default_rng(0).normal(size=(100, WIDTH))
     shutil.rmtree(folder / name, ignore_errors=True)
@@ -98,7 +98,7 @@ def in_numpy(folder: Path, count: int) -> Callable[[], None]:
 
 
 def same(ours: Path, theirs: Path) -> float:
-    """The share of (user, neighbour) pairs of faiss that trailvec has too."""
+    """The share of faiss's (user, neighbour) pairs that trailvec has too."""
     pairs = [
         set(zip(*(ds.dataset(path).to_table()[c].to_pylist() for c in ("source_id", "neighbour_id")), strict=True))
         for path in (ours, theirs)
