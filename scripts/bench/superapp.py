@@ -1,19 +1,20 @@
 """A superapp's log at any scale: python scripts/bench/superapp.py --events 1000000 --out build/superapp
 
-Rides, food, groceries and retail of four cities, written by Spark in parallel as Parquet, in a folder for each day of
+Rides, food, groceries and retail in four cities, written by Spark in parallel as Parquet, in a folder per day of
 *arrival*; `conf/sources/superapp.toml` reads it. The same seed gives the same rows however the work is split: every
 random number is a hash of the seed and of what it is drawn for (a user, an outing, a step, an event), computed for
 whole arrays at once.
 
 What a model can learn:
-- every user has a taste (one of TASTES) that decides most of what they take in food, groceries and retail;
+- every user has a taste (one of TASTES) that largely decides what they take in food, groceries and retail;
 - a ride has a destination, and food after a ride comes from there; people ride to work in the morning,
   home at night;
-- people have favourites, habitual hours and a shopping day; one retail item leads to the next (views go on to the
+- people have favourites, habitual hours and a shopping day; one retail item leads to the next (views move on to the
   following item of the list); what is bought has mostly been viewed (an outing of one event may be a purchase).
 
-What makes it hard, as real logs are: users of very different activity, Zipf items that appear and die, users who come
-and go, late events, events that stand twice, bots (crawlers in exact steps, bursts of up to a hundred views a second).
+What makes it hard, as in real logs: users of very different activity, Zipf-distributed items that appear and disappear,
+users who come and go, late events, duplicated events, bots (crawlers at exact intervals, bursts of up to a hundred
+views a second).
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ RIDES, FOOD, GROCERIES, RETAIL = range(4)
 TYPES = ("search", "ride", "view", "order", "purchase", "return")
 SEARCH, RIDE, VIEW, ORDER, PURCHASE, RETURN = range(6)
 
-# By vertical: share of first steps; chance of one more event in a step; items per 1 user ** 0.75; groups of items
-# (places, places times kitchens, tastes, tastes); Zipf's exponent; days that an item lives (0: for ever); median price;
-# chance that a user goes back to a favourite.
+# By vertical: share of first steps; probability of one more event in a step; items per 1 user ** 0.75; groups of items
+# (places, places times kitchens, tastes, tastes); Zipf exponent; lifetime of an item in days (0: for ever); median
+# price; probability that a user returns to a favourite.
 _SHARE = (0.38, 0.24, 0.16, 0.22)
 _MORE = (0.35, 0.68, 0.86, 0.8)
 _ITEMS = (0.5, 1.5, 1.5, 6.0)
@@ -68,9 +69,10 @@ _LIFE = (0, 200, 300, 60)
 _PRICE = (9.0, 16.0, 3.5, 28.0)
 _FAVOURITE = (0.3, 0.4, 0.5, 0.1)
 _LONGEST_STEP = 40  # events
-# What follows at once or soon after a step, by its vertical: rides → food above all; the rest of each row is nothing.
+# Probability of the vertical that follows a step, at once or soon, by the step's own (rides → food above all); the rest
+# of each row: none.
 _NEXT = ((0.0, 0.28, 0.05, 0.02), (0.14, 0.0, 0.02, 0.03), (0.06, 0.03, 0.0, 0.03), (0.02, 0.05, 0.03, 0.0))
-# Hours (local) around which a vertical is used, each with its weight and its spread in hours; weight of each weekday.
+# Local hours around which a vertical is used, each with its weight and its spread in hours; then weekday weights.
 _HOURS = (
     ((8, 0.4, 0.8), (18, 0.4, 1.2), (22, 0.2, 2)),
     ((12.5, 0.4, 0.8), (19.5, 0.6, 1.2)),
@@ -84,10 +86,10 @@ _WEEKDAYS = (
     (1, 1, 1, 1, 0.9, 1.1, 1.3),
 )
 
-_OUTINGS_A_DAY = 0.28  # of a mean user; the spread between users is log-normal
+_OUTINGS_A_DAY = 0.28  # of the mean user; activity is log-normal across users
 _SPREAD = 1.1
 _MOST_OUTINGS_A_DAY = 12.0
-# Measured: of a mean user, and of a bot in the whole log, whose bursts and crawls do not grow with it.
+# Measured: of the mean user, and of a bot over the whole log (its bursts and crawls do not grow with the days).
 _EVENTS_A_DAY, _EVENTS_OF_BOT = 0.712, 1680
 MOST_DAYS = 900
 _USERS_IN_BLOCK = 4096
@@ -99,13 +101,13 @@ _MINUTE = 60_000_000
 
 @dataclass(frozen=True)
 class World:
-    """What a log is made from; equal worlds make equal logs.
+    """Parameters of a log; equal worlds make equal logs.
 
     Attributes:
-        days: events happen on so many days from START on, each in the user's zone; of what is late the second copy of a
-            doubled one is the last to arrive, up to nine days after the event.
+        days: events happen on this many days from START on, each in the user's zone; the last to arrive are second
+            copies of duplicated late events, up to nine days after the event.
         late: share of events that arrive one to seven days after they happened.
-        doubled: share of events that stand twice.
+        doubled: share of events that are duplicated.
         bots: share of users that are bots.
     """
 
@@ -118,21 +120,21 @@ class World:
 
     @classmethod
     def of_events(cls, events: int, days: int = 60, seed: int = 1, **shares: float) -> World:
-        """As many users as make about `events` events."""
+        """With as many users as make about `events` events."""
         of_user = days * _EVENTS_A_DAY + shares.get("bots", cls.bots) * _EVENTS_OF_BOT
         return cls(max(1, round(events / of_user)), days, seed, **shares)
 
     def ranks(self) -> tuple[int, ...]:
-        """By vertical: items that live at one time in each group."""
+        """By vertical: the number of items alive at a time in each group."""
         every = self.users**0.75
         return tuple(max(4, round(every * n / g)) for n, g in zip(_ITEMS, _GROUPS, strict=True))
 
 
 def raw_log(spark: SparkSession, world: World, partitions: int | None = None) -> DataFrame:
-    """The log as its files hold it: SCHEMA's columns, doubled events twice; in no order.
+    """The log as its files hold it: SCHEMA's columns, duplicated events twice; in no order.
 
     Args:
-        partitions: tasks; None: four for each core.
+        partitions: tasks; None: four per core.
     """
 
     def make(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -144,8 +146,8 @@ def raw_log(spark: SparkSession, world: World, partitions: int | None = None) ->
 
 
 def _tasks(spark: SparkSession, world: World, partitions: int | None) -> tuple[DataFrame, int]:
-    """One row for each task, in a partition of its own, and how many there are."""
-    # Spark's workers need not find this file.
+    """One row per task, each in its own partition, and the number of tasks."""
+    # Pickled by value, so that Spark's workers need not import this file.
     by_value: Callable[[ModuleType], None] = cloudpickle.register_pickle_by_value
     by_value(sys.modules[__name__])
     blocks = -(-world.users // _USERS_IN_BLOCK)
@@ -181,9 +183,10 @@ SCHEMA = (
 
 
 def write(spark: SparkSession, world: World, out: Path, partitions: int | None = None) -> tuple[int, int]:
-    """The log's files under out/arrived=YYYY-MM-DD/, a folder that every worker must see; how many rows and users.
+    """Writes the log's files under out/arrived=YYYY-MM-DD/, a folder that every worker must see; counts its rows and
+    users.
 
-    Each task writes its own files: a third of the time that Spark's writer takes for so many days at once.
+    Each task writes its own files, in a third of the time that Spark's writer takes for so many days at once.
     """
 
     def make(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -199,7 +202,7 @@ def write(spark: SparkSession, world: World, out: Path, partitions: int | None =
 
 
 def _write_blocks(blocks: Iterator[pa.RecordBatch], out: Path, name: str) -> tuple[int, int]:
-    """One file a day, written under another name and renamed; memory is bounded by _ROWS_HELD."""
+    """Writes one file per day, under a temporary name and then renamed; memory is bounded by _ROWS_HELD."""
     held: dict[object, list[pa.RecordBatch]] = {}
     writers: dict[object, pq.ParquetWriter] = {}
     rows = users = waiting = 0
@@ -220,7 +223,7 @@ def _write_blocks(blocks: Iterator[pa.RecordBatch], out: Path, name: str) -> tup
             users + pc.count_distinct(block["user_id"]).as_py(),
             waiting + len(block),
         )
-        # Folders say the day.
+        # The day is in the folder's name.
         plain = block.select([name for name in block.schema.names if name != "arrived"])
         for day, first, count in _runs(block["arrived"]):
             held.setdefault(day, []).append(plain.slice(first, count))
@@ -235,7 +238,7 @@ def _write_blocks(blocks: Iterator[pa.RecordBatch], out: Path, name: str) -> tup
 
 
 def _runs(sorted_values: pa.Array) -> list[tuple[object, int, int]]:
-    """Each value of a sorted column, where it begins and how often it stands there."""
+    """Each value of a sorted column, its first position and its count."""
     runs = pc.run_end_encode(sorted_values)
     ends = runs.run_ends.to_pylist()
     begins = [0, *ends][:-1]
@@ -248,14 +251,16 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix(x: Keys) -> Keys:
-    """SplitMix64's last steps (Steele, Lea, Flood 2014): one to one, and every bit depends on every bit."""
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014): a bijection in which every output bit depends on every input
+    bit.
+    """
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 class _Draw:
-    """Uniform numbers in (0, 1) that depend on the seed, on what is drawn and on the key it is drawn for alone."""
+    """Uniform numbers in (0, 1) that depend only on the seed, on what is drawn and on the key it is drawn for."""
 
     def __init__(self, seed: int) -> None:
         self._seed = np.array([seed], np.uint64)
@@ -269,7 +274,7 @@ class _Draw:
 
 
 def _pick(weights: NDArray[Any], u: Floats) -> Ints:
-    """A number for each u, by the weights: one row for all, or one row each."""
+    """A weighted choice (an index) for each u; `weights`: one row for all, or one row each."""
     edges = np.cumsum(weights, axis=-1)
     if edges.ndim == 1:
         of_all: Ints = np.searchsorted(edges, u * edges[-1], side="right")
@@ -279,14 +284,16 @@ def _pick(weights: NDArray[Any], u: Floats) -> Ints:
 
 
 def _zipf(u: Floats, n: NDArray[Any], exponent: NDArray[Any]) -> Ints:
-    """Ranks 0 to n - 1 with chances like 1 / (rank + 1) ** exponent: the inverse of the continuous distribution."""
+    """Ranks 0 to n - 1 with probabilities like 1 / (rank + 1) ** exponent, by the inverse of the continuous
+    distribution.
+    """
     power = 1.0 - np.where(np.abs(exponent - 1) < 1e-9, 1 + 1e-9, exponent)
     rank = ((np.power(n + 1.0, power) - 1.0) * u + 1.0) ** (1.0 / power)
     return np.minimum(rank.astype(np.int64) - 1, n - 1)
 
 
 def _repeated(counts: Ints) -> tuple[Ints, Ints]:
-    """For `counts` things each: the index of what each thing belongs to, and its own place there."""
+    """Repeats owner i `counts[i]` times: each element's owner, and its position within that owner."""
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
 
@@ -297,8 +304,8 @@ def _repeated(counts: Ints) -> tuple[Ints, Ints]:
 def log_of_users(world: World, first: int, count: int = _USERS_IN_BLOCK) -> Columns:
     """The log of the users from number `first` on, sorted by arrival, as arrays of numbers.
 
-    Times are microseconds since START (UTC); `slot` is the place of an item in its vertical, which items of
-    consecutive `generation` fill; `key` names an event.
+    Times are microseconds since START (UTC); `slot` is an item's place in its vertical, filled by items of consecutive
+    `generation`; `key` identifies an event.
     """
     draw = _Draw(world.seed)
     user = np.arange(first, min(first + count, world.users), dtype=np.int64)
@@ -318,7 +325,7 @@ def log_of_users(world: World, first: int, count: int = _USERS_IN_BLOCK) -> Colu
 
 
 def taste_of(world: World, user: NDArray[Any]) -> Ints:
-    """The users' tastes, which no log tells: 0 to TASTES - 1, some more common than others."""
+    """The users' tastes, which the log does not show: 0 to TASTES - 1, some more common than others."""
     return _pick(1.0 / np.sqrt(np.arange(1, TASTES + 1)), _Draw(world.seed)("taste", user))
 
 
@@ -327,7 +334,7 @@ def _people(world: World, draw: _Draw, user: Ints) -> Columns:
     city = _pick(np.array([4, 3, 2, 1]), draw("city", user))
     joined = np.maximum(0.0, draw("joined", user) * 1.5 - 0.5) * world.days
     stays = np.where(draw("stays", user) < 0.75, 1.0, draw("left", user))
-    # A taste leans to some verticals, and people differ all the same.
+    # A taste prefers some verticals, with individual variation.
     leaning = draw("leaning", np.arange(TASTES * 4)).reshape(TASTES, 4)[taste] * 2 + 0.2
     own = np.stack([draw(f"own{v}", user) for v in range(4)], axis=1) * 2 + 0.1
     rate = _OUTINGS_A_DAY * np.exp(_SPREAD * ndtri(draw("rate", user)) - _SPREAD**2 / 2)
@@ -350,7 +357,7 @@ def _people(world: World, draw: _Draw, user: Ints) -> Columns:
 
 
 def _steps(world: World, draw: _Draw, people: Columns) -> Columns:
-    """Outings of one or two steps; a step is one thing done in one vertical. In order of user and outing."""
+    """Outings of one or two steps, in order of user and outing; a step is one thing done in one vertical."""
     owner, place = _repeated(people["outings"])
     key = (people["user"][owner] << 20) | (place << 1)
     vertical = _pick(people["weights"][owner], draw("vertical", key))
@@ -362,7 +369,7 @@ def _steps(world: World, draw: _Draw, people: Columns) -> Columns:
     key = key[outing] | second
     owner = owner[outing]
     step_vertical = np.where(second == 1, after[outing] % 4, vertical[outing])
-    # Where: at home, at work, on the way; people commute.
+    # Place: home, work or elsewhere in the city; people commute.
     home, work = people["home"][owner], people["work"][owner]
     some = people["city"][owner] * PLACES + np.minimum(draw("where", key) ** 2 * PLACES, PLACES - 1).astype(np.int64)
     commute = np.where(hour[outing] < 12, work, home)
@@ -372,7 +379,7 @@ def _steps(world: World, draw: _Draw, people: Columns) -> Columns:
     came_by_ride = (second == 1) & (before == RIDES)
     where = np.where(came_by_ride, np.roll(where, 1), where)  # the ride's destination
     where = np.where((second == 1) & (step_vertical == RIDES), home, where)
-    # Whose shelf: mostly one's own taste's.
+    # The shelf is mostly that of one's own taste.
     choice = draw("shelf", key)
     any_taste = (draw("any", key) * TASTES).astype(np.int64)
     shelf = np.where(choice < 0.72, people["taste"][owner], np.where(choice < 0.82, people["second"][owner], any_taste))
@@ -404,7 +411,7 @@ def _starts(
     for v in range(4):
         mine = vertical == v
         weekday[mine] = _pick(np.array(_WEEKDAYS[v]), draw("weekday", key[mine]))
-        # Half of the outings keep to the user's own hour.
+        # Half of the outings are at the user's usual hour.
         own = draw("hour", user[mine] * 4 + v)
         quantile[mine] = np.where(draw("usual", key[mine]) < 0.5, own, draw("time", key[mine]))
         density = sum(w * np.exp(-0.5 * ((grid - at) / spread) ** 2) / spread for at, w, spread in _HOURS[v])
@@ -422,7 +429,7 @@ def _starts(
 
 
 def _offsets(days: int) -> Ints:
-    """Microseconds by which a city's clock is ahead of UTC, by city and day."""
+    """Each city's UTC offset in microseconds, by city and day."""
     noons = [START + timedelta(days=day, hours=12) for day in range(days)]
     seconds = [[ZoneInfo(zone).utcoffset(noon).total_seconds() for noon in noons] for zone in ZONES]  # type: ignore[union-attr]
     return (np.array(seconds) * 1e6).astype(np.int64)
@@ -433,7 +440,7 @@ def _events(world: World, draw: _Draw, people: Columns, steps: Columns) -> Colum
     owner = steps["owner"][step]
     vertical = steps["vertical"][step]
     user = people["user"][owner]
-    # The number of an event among its user's: the key of all that is drawn for it.
+    # An event's number within its user: the key for everything drawn for it.
     firsts = np.searchsorted(owner, np.arange(len(people["user"])))
     key = (user << 24) | (np.arange(len(step)) - firsts[owner])
     step_key = steps["key"][step]
@@ -443,7 +450,7 @@ def _events(world: World, draw: _Draw, people: Columns, steps: Columns) -> Colum
     looks = np.array([SEARCH, VIEW, PURCHASE, VIEW])[vertical]
     event_type = np.where(buys, np.array([RIDE, ORDER, PURCHASE, PURCHASE])[vertical], looks)
 
-    # Whole microseconds: a float sum would depend on what stands before it.
+    # Integer microseconds: a float cumulative sum would depend on the rows before it.
     pause = -np.log(draw("pause", key)) * np.array([40e6, 35e6, 15e6, 30e6])[vertical] + 1e6
     minutes = np.where(draw("soon", step_key) < 0.6, 4 + 20 * draw("gap", step_key), 40 + 80 * draw("gap", step_key))
     second = steps["second"][step] == 1
@@ -453,12 +460,12 @@ def _events(world: World, draw: _Draw, people: Columns, steps: Columns) -> Colum
     opened = np.maximum.accumulate(np.where(opens, np.arange(len(step)), 0))
     event_ts = steps["start"][step] + since - since[opened]
 
-    # What is bought has been viewed; one view in retail leads to the next item of the list.
+    # What is bought has been viewed; a retail view leads to the next item of the list.
     viewed = np.where(buys & (vertical != GROCERIES) & (place > 0), place - 1, place)
     ranks = np.array(world.ranks())[vertical]
     favourite = draw("favour", step_key * 64 + viewed)
     again = favourite < np.array(_FAVOURITE)[vertical]
-    # Twelve favourites of each user in each vertical, the first ones more often.
+    # Twelve favourites per user and vertical, the first ones more often.
     number = (12 * (favourite / np.array(_FAVOURITE)[vertical]) ** 2).astype(np.int64)
     chained = (vertical == RETAIL) & ~again & (draw("chained", step_key) < 0.5)
     chosen = draw("item", step_key * 64 + np.where(chained, 0, viewed))
@@ -487,7 +494,7 @@ def _events(world: World, draw: _Draw, people: Columns, steps: Columns) -> Colum
 
 
 def _generation(draw: _Draw, vertical: Ints, slot: Ints, event_ts: Ints) -> Ints:
-    """Which of the items that fill a slot one after another lives at that time."""
+    """Which of the successive items in a slot is alive at that time."""
     key = slot * 4 + vertical
     life = np.array(_LIFE)[vertical] * (0.3 + 2 * draw("life", key) ** 2)
     born = event_ts / _DAY + draw("phase", key) * life
@@ -495,7 +502,7 @@ def _generation(draw: _Draw, vertical: Ints, slot: Ints, event_ts: Ints) -> Ints
 
 
 def _paid(draw: _Draw, vertical: Ints, slot: Ints, key: Ints, event_type: Ints) -> tuple[Floats, Floats]:
-    """Amount and quantity of what is bought; NaN for the rest."""
+    """Amount and quantity of purchases; NaN for other events."""
     bought = (event_type != VIEW) & (event_type != SEARCH)
     many = (vertical == GROCERIES) & (draw("many", key) < 0.25)
     quantity = np.where(many, 2.0 + np.floor(3 * draw("howmany", key)), 1.0)
@@ -504,7 +511,7 @@ def _paid(draw: _Draw, vertical: Ints, slot: Ints, key: Ints, event_type: Ints) 
 
 
 def _returns(world: World, draw: _Draw, log: Columns) -> Columns:
-    """Some of what was bought in retail goes back within two weeks."""
+    """Some retail purchases are returned within two weeks."""
     later = log["event_ts"] + (_DAY * (1 + 13 * draw("backday", log["key"]))).astype(np.int64)
     back = (log["event_type"] == PURCHASE) & (log["vertical"] == RETAIL) & (draw("back", log["key"]) < 0.06)
     back &= later < world.days * _DAY
@@ -519,7 +526,9 @@ def _returns(world: World, draw: _Draw, log: Columns) -> Columns:
 
 
 def _bots(world: World, draw: _Draw, people: Columns) -> Columns:
-    """Crawlers that view one retail item after another in exact steps, and bursts of 1,500 and more in a minute."""
+    """Crawlers that view one retail item after another at exact intervals, and bursts of 1,500 views or more in a
+    minute.
+    """
     user = people["user"][people["bot"]]
     burst = draw("burst", user) < 0.3
     count = np.where(burst, 1500 + 1500 * draw("views", user), 300 + 1200 * draw("views", user)).astype(np.int64)
@@ -568,7 +577,7 @@ def _arrow(world: World, log: Columns) -> pa.RecordBatch:
     bought = log["basket"] >= 0
     baskets = _hex(_mix(log["basket"].astype(np.uint64) + salt + salt), 8)
     columns = {
-        # One to one, so no two events share an id; without order, as ids from many servers are.
+        # A bijection, so ids are unique; unordered, like ids from many servers.
         "event_id": _hex(_mix(log["key"].astype(np.uint64) + salt), 8),
         "user_id": _hex(log["user"], 4, b"u"),
         "item_id": _hex((log["slot"] << 8) | np.minimum(log["generation"], 255), 4, b"rfgs", log["vertical"]),
@@ -588,7 +597,9 @@ def _arrow(world: World, log: Columns) -> pa.RecordBatch:
 
 
 def _hex(numbers: NDArray[Any], width: int, prefix: bytes = b"", which: Ints | None = None) -> pa.Array:
-    """Texts of one length: a letter of `prefix` (the `which`-th, if any), and the numbers' low `width` bytes in hex."""
+    """Strings of equal length: a letter of `prefix` (the `which`-th, if any), then the numbers' low `width` bytes in
+    hex.
+    """
     raw = numbers.astype(">u8").view(np.uint8).reshape(-1, 8)[:, 8 - width :]
     text = np.ascontiguousarray(_HEX[raw]).view(np.uint8).reshape(-1, 2 * width)
     if prefix:
