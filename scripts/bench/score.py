@@ -1,24 +1,25 @@
 """How fast users are scored: python scripts/bench/score.py [--quick] [--users 100000] [--sizes 1e4,1e5,1e6]
 
-Users of skewed histories (2 to 64 actions, 17 in the mean) in Parquet, a model of the default size with random weights,
+Users with skewed histories (2 to 64 actions, mean 17) in Parquet, a model of the default size with random weights,
 2 cores; in turns, medians. All but the loops go from Parquet to Parquet in Spark:
+
   trailvec    spark_udfs.encode.encode_users, what score_users runs
   forward     one process, one thread: `SequenceModel.encode` over the padded batches that trailvec makes, in memory
-  last_state  the same loop by training.scoring.fast_encoder, which computes no state that nobody asks for
+  last_state  the same loop with training.scoring.fast_encoder, which computes no unused states
   unbucketed  the forward loop over batches of users as they come
-  row_udf     a Python UDF that encodes one user at a time, by fast_encoder (a sample)
+  row_udf     a Python UDF that encodes one user at a time, with fast_encoder (a sample)
   ptls        the pattern of pytorch-lifestream's own Spark inference (ptls/pl_inference_spark.py, not installed here):
               all users sorted by length, gathered into batches by collect_list and written; a row UDF that pads
-              a batch by pad_sequence, runs the broadcast model (fast_encoder here too) and returns Python lists;
-              exploded into a column for each coordinate. 8 partitions; its 100 would be mostly empty.
-Workers are warm: the first round is not counted. The vectors that trailvec wrote must be those of both loops (of 500
-users).
+              a batch with pad_sequence, runs the broadcast model (fast_encoder here too) and returns Python lists;
+              exploded into one column per coordinate. 8 partitions; its 100 would be mostly empty.
+
+Workers are warm: the first round is not counted. trailvec's vectors are checked against both loops' (500 users).
 
 The last line is one JSON object. ratio_to_forward_loop, speedup_vs_unbucketed, speedup_vs_row_udf and speedup_vs_ptls
-are ratios of users per CPU second (of all processes, the JVM's too: what other work on the machine changes least);
-ratio_to_last_state_loop is the hardest comparison; *_wall are the same by the clock, per core. us_per_user: CPU
+are ratios of users per CPU second (of all processes including the JVM: least affected by other work on the machine);
+ratio_to_last_state_loop is the hardest comparison; *_wall are the same by wall clock, per core. us_per_user: CPU
 microseconds. parts_us_per_user: where trailvec's go (forward, making batches, and Spark: reading, Arrow, writing).
-padding_share. users_per_s: trailvec's by size, by the clock; growth: the exponent of its CPU seconds in users. A chart
+padding_share. users_per_s: trailvec's by size, by wall clock; growth: the exponent of its CPU seconds in users. A chart
 goes to build/bench/score.svg.
 """
 
@@ -57,7 +58,7 @@ from training.model import build_model
 from training.scoring import fast_encoder
 
 ITEMS, BATCH = 50_002, ScoreSettings().batch_size
-ARROW = int(SPLIT["spark.sql.execution.arrow.maxRecordsPerBatch"])  # rows that Spark hands to Python at once
+ARROW = int(SPLIT["spark.sql.execution.arrow.maxRecordsPerBatch"])  # rows per Arrow batch from Spark to Python
 SPEC = ModelSpec(
     architecture="gpt2",
     width=64,
@@ -74,7 +75,7 @@ Batches = list[dict[str, torch.Tensor]]
 
 
 def write_users(folder: Path, users: int) -> str:
-    """Rows as those that score_users reads, in files of 262,144."""
+    """Rows like those that score_users reads, in files of 262,144."""
     target = folder / f"score-{users}"
     target.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
@@ -102,7 +103,7 @@ def columns_of(rows: pa.Table) -> tuple[npt.NDArray[np.int64], list[npt.NDArray[
 
 
 def padded(rows: pa.Table, bucketed: bool) -> Batches:
-    """The batches that trailvec's workers make of the rows, or those of users as they come."""
+    """The batches that trailvec's workers form from the rows, or (not bucketed) batches of users as they come."""
     found: Batches = []
     step = ARROW if bucketed else BATCH
     for start in range(0, len(rows), step):
@@ -118,7 +119,7 @@ def loop(encode: Callable[[dict[str, torch.Tensor]], torch.Tensor], batches: Bat
 
 
 def encoded(model: LoadedModel, rows: pa.Table) -> float:
-    """The padding share of all batches, which are encoded."""
+    """Encodes all batches; returns their padding share."""
     places = sum(encode_rows(model, *columns_of(rows.slice(n, ARROW)), BATCH)[2] for n in range(0, len(rows), ARROW))
     return 1 - float(np.minimum(rows.column("length").to_numpy(), SPEC.history_length).sum()) / places
 
@@ -177,7 +178,7 @@ def trailvec(spark: SparkSession, path: str, model_dir: Path, out: Path) -> None
 def contestants(
     spark: SparkSession, folder: Path, path: str, users: int, sample: int
 ) -> Iterator[tuple[str, int, Callable[[], Any]]]:
-    """Name, users and act of each."""
+    """Name, number of users and function to time of each contestant."""
     model_dir, out = folder / "score-model", folder / "score-out"
     loaded = load_model(model_dir / WEIGHTS, SPEC)
     worker = LoadedModel(loaded)
@@ -199,7 +200,7 @@ def contestants(
 
 
 def compare(model_dir: Path, path: str, out: Path) -> None:
-    """The vectors that trailvec has written beside those of the loops, of some users."""
+    """Compares the vectors that trailvec wrote with those of the loops, for some users."""
     rows = pq.read_table(path, columns=["user_id", "length", *FEATURES]).slice(0, 500)
     users = rows["user_id"].to_pylist()
     made = ds.dataset(out).to_table(["user_id", "vector"], filter=ds.field("user_id").isin(users))
@@ -265,7 +266,7 @@ def main() -> None:
     }
     result: dict[str, Any] = {key: cpu[name] / cpu["trailvec"] for key, name in others.items()}
     for key, name in others.items():
-        # A loop has one core, a job of Spark's all of them.
+        # A loop uses one core, a Spark job all of them.
         result[f"{key}_wall"] = clock[name] * (1 if name in ("row_udf", "ptls") else 1 / CORES) / clock["trailvec"]
     result["us_per_user"] = {name: round(1e6 * seconds, 1) for name, seconds in cpu.items()}
     parts = {

@@ -1,12 +1,12 @@
-"""What users who changed cost beside all of them: python scripts/bench/score_increments.py [--quick] [--users 1e6]
+"""What scoring changed users costs compared with all: python scripts/bench/score_increments.py [--quick] [--users 1e6]
 
 `score_users` itself, from Delta to Delta in one Spark session on 2 cores: a model of the default size with random
-weights scores the users of score.py (once; fewer before it warm the session), then a thousandth of them whose rows in
-`sequences` a MERGE has changed, other ones in each round.
+weights scores the users of score.py (once; fewer users warm up the session before), then a thousandth of them whose
+rows in `sequences` a MERGE has changed, different users in each round.
 
-The last line is one JSON object: share_of_full (the median round's seconds over those of all users); of both, the users
-encoded, the seconds, and the CPU seconds of Spark and its workers; the files that hold the vectors at the end. A chart
-goes to build/bench/score_increments.svg.
+The last line is one JSON object: share_of_full (the median round's seconds over those of all users); for both, the
+users encoded, the seconds, and the CPU seconds of Spark and its workers; the number of files that hold the vectors at
+the end. A chart goes to build/bench/score_increments.svg.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from jobs.maintain_tables import active_files
 from jobs.runtime import Runtime, Stage
 from jobs.tables import SEQUENCES, USER_EMBEDDINGS
 
-PARTS = 1_000  # one of them changes
+PARTS = 1_000  # one of them changes per round
 
 
 def change(lake: Runtime, rows: DataFrame) -> None:
-    """Takes the rows up into sequences, as build_sequences does."""
+    """Merges the rows into sequences, as build_sequences does."""
     lake.execute(Stage("change", "", lambda r: r.merge(SEQUENCES, rows, few=True), (), (SEQUENCES,), ()), force=True)
 
 
@@ -47,11 +47,11 @@ def score(lake: Runtime) -> dict[str, float]:
 def measure(spark: SparkSession, folder: Path, users: int, rounds: int) -> dict[str, Any]:
     root = folder / "score-increments"
     shutil.rmtree(root, ignore_errors=True)
-    lake = runtime(spark, root / str(users), folder)  # Delta remembers what lay in a folder
-    assert isinstance(lake.models, Path)  # a folder of this machine
+    lake = runtime(spark, root / str(users), folder)  # a path per size: Delta caches the logs of tables by path
+    assert isinstance(lake.models, Path)  # a local folder
     write_model(lake.models / "bench")
     write_json(lake.models / "current.json", {"model_version": "bench"})
-    # Rows of split score, of the columns that a model reads.
+    # Rows of split `score`, with the columns that a model reads.
     more = {"split": F.lit("score"), "part": F.lit(0), "last_ts": F.col("as_of")}
     nothing = {name: F.lit(None) for name in ("target_item_index", "target_ts", "seen_item_index")}
     rows = spark.read.parquet(write_users(folder, users)).withColumns(more | nothing)
@@ -59,7 +59,7 @@ def measure(spark: SparkSession, folder: Path, users: int, rounds: int) -> dict[
     full = score(lake)
     parts = []
     for number in range(rounds):
-        # Another hash than the one by which the stage parts its users: they lie in all files.
+        # Not the hash by which the stage partitions its users, so that the changed ones are spread over all files.
         some = rows.where(F.pmod(F.hash("user_id"), F.lit(PARTS)) == number)
         change(lake, some.withColumn("as_of", F.col("as_of") + F.expr("INTERVAL 1 DAY")))
         parts.append(score(lake))
@@ -83,7 +83,7 @@ def main() -> None:
 
     spark = session(arguments.quick, tiny=arguments.quick)
     if not arguments.quick:
-        measure(spark, arguments.folder.absolute(), 20_000, 2)  # compiles and warms
+        measure(spark, arguments.folder.absolute(), 20_000, 2)  # JVM warm-up
     result = measure(spark, arguments.folder.absolute(), users, rounds)
     spark.stop()
     last_line(result)

@@ -1,9 +1,9 @@
 """Transformers4Rec's half of scripts/bench/train.py: its own Trainer, fed by its own PyarrowDataLoader.
 
-The model is built as Transformers4Rec's documentation builds one, of the same parts and sizes as trailvec's, and begins
-with the same weights. The optimizer, the learning rate's warm-up and cosine and the gradient's norm are those of
-trailvec's loop. What differs is what Transformers4Rec does by itself: rows padded to the model's whole length by a
-loader in a process of its own, its masking, its prediction task, and the Trainer.
+The model is built as in Transformers4Rec's documentation, with the same parts and sizes as trailvec's, and starts from
+the same weights. The optimizer, the warm-up and cosine schedule and the gradient norm are those of trailvec's loop. The
+differences are what Transformers4Rec does by itself: rows padded to the model's maximum length by a loader in a
+separate process, its masking, its prediction task, and the Trainer.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from training.batches import FEATURES
 from training.config import ModelSpec, RunSpec
 from training.model import SequenceModel, build_model
 
-# The loader and the Trainer are what they are: deprecated.
+# The loader and the Trainer are deprecated, but they are what is measured.
 warnings.filterwarnings("ignore", category=DeprecationWarning)
 warnings.filterwarnings("ignore", message="'pin_memory' argument is set", category=UserWarning)
 
 
 class SumWithLongerItems(ElementwiseSum):
-    """trailvec's inputs: an item's vector is sqrt(width) times longer there than in the head."""
+    """trailvec's inputs: an item's vector is scaled by sqrt(width) in the input, relative to the head."""
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         item = inputs[FEATURES[0]]
@@ -60,7 +60,7 @@ def peer_model(spec: ModelSpec, schema: Schema) -> torch.nn.Module:
         layer_norm_eps=1e-5,
     )
     body = tr.SequentialBlock(inputs, tr.TransformerBlock(config, masking=inputs.masking))
-    # Without the temperature's division, which is no part of trailvec's model: a copy of all logits less.
+    # 0 skips the division by the temperature, which trailvec's model lacks, and saves a copy of all logits.
     task = tr.NextItemPredictionTask(
         weight_tying=True,
         softmax_temperature=0,
@@ -90,7 +90,7 @@ def schema_of(spec: ModelSpec) -> Schema:
 
 @torch.no_grad()
 def take_weights(model: torch.nn.Module, ours: SequenceModel) -> None:
-    """Every weight of the peer's that has a part in its loss becomes trailvec's."""
+    """Copies trailvec's weights into every weight of the peer's that affects its loss."""
     body = model.heads[0].body
     tables = body.inputs.categorical_module.embedding_tables
     tables[FEATURES[0]].weight.copy_(ours.table.own.weight)
@@ -102,7 +102,7 @@ def take_weights(model: torch.nn.Module, ours: SequenceModel) -> None:
 
 
 class Clock(TrainerCallback):
-    """Each epoch's seconds and CPU seconds, without what comes before the first: reading the files into memory."""
+    """Each epoch's seconds and CPU seconds, excluding the initial reading of the files into memory."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -117,7 +117,7 @@ class Clock(TrainerCallback):
 
 
 def train(spec: RunSpec) -> list[dict[str, float]]:
-    """Each epoch's `rows_per_second`, `rows_per_cpu_second` and `loss`, the mean over its steps."""
+    """Each epoch's `rows_per_second`, `rows_per_cpu_second` and mean `loss` over its steps."""
     settings = spec.settings
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)

@@ -1,22 +1,26 @@
-"""How fast training is, beside Transformers4Rec's own Trainer: python scripts/bench/train.py [--quick]
+"""How fast training is compared with Transformers4Rec's own Trainer: python scripts/bench/train.py [--quick]
 
 Rows as build_sequences writes them: lengths skewed as in real logs (log-normal, median 8, 2 to 64), items by Zipf's
 law, every other action follows from the one before. One GPT-2 block of width 64, batches of 256 rows, 2 threads. In
 turns, medians of the epochs' examples/s:
+
   trailvec           the product's loop, full softmax over 12,000 items
-  peer               Transformers4Rec's Trainer and PyarrowDataLoader: same model, first weights, rows and loss
+  peer               Transformers4Rec's Trainer and PyarrowDataLoader: same model, initial weights, rows and loss
   sampled 100k       the loop with sampled softmax over 100,000 items
   peer 100k          the Trainer with full softmax over them
-  peer sampled 100k  the Trainer with its own sampled softmax over them, told and not compared: it draws by another law
+  peer sampled 100k  the Trainer with its own sampled softmax over them, reported but not compared: its sampling
+                     distribution differs
   fed, in memory     the loop with sampled softmax over 12,000 items, from files; the same batches kept in memory
-  1 rank, 2 ranks    the model of trailvec and peer from files, started as `trailvec train` starts it, 1 thread a rank
-  1 rank sampled, 2 ranks sampled    that of fed, whose steps are six times as short, the same way
-A first round is not counted. Then the profiler looks at ten steps.
+  1 rank, 2 ranks    the model of trailvec and peer from files, started as `trailvec train` starts it, 1 thread per rank
+  1 rank sampled, 2 ranks sampled    the model of fed, whose steps are six times as short, started the same way
+
+A first round is not counted. Then ten steps are profiled.
 
 The last line is one JSON object: speedup_vs_t4rec_trainer, speedup_sampled_100k, fed_vs_synthetic, two_rank_speedup,
-two_rank_speedup_sampled (ratios of the above), data_wait_share (of the fed loop's time, the waits for its next batch),
-and of each contestant the median and the loss of the last epoch. cpu_...: the same by CPU seconds, which a busy machine
-changes less, with OMP_WAIT_POLICY=passive least of all. A chart of seconds for 1,000 rows: build/bench/train.svg.
+two_rank_speedup_sampled (ratios of the above), data_wait_share (the share of the fed loop's time spent waiting for
+batches), and for each contestant the median and the last epoch's loss. cpu_...: the same in CPU seconds, which a busy
+machine affects less, least of all with OMP_WAIT_POLICY=passive. A chart of seconds per 1,000 rows:
+build/bench/train.svg.
 """
 
 from __future__ import annotations
@@ -59,7 +63,7 @@ Epochs = list[dict[str, Any]]
 
 
 def write_rows(folder: Path, items: int, files: int) -> None:
-    """`files` Parquet files of ROWS_PER_FILE rows, a row group each, and the items' counts."""
+    """Writes `files` Parquet files of ROWS_PER_FILE rows, one row group each, and the items' counts."""
     random = np.random.default_rng(items)
     rows = files * ROWS_PER_FILE
     lengths = np.exp(random.normal(np.log(MEDIAN_LENGTH), SPREAD, rows)).round().clip(2, MAX_LENGTH).astype(np.int64)
@@ -75,7 +79,7 @@ def write_rows(folder: Path, items: int, files: int) -> None:
     actions = {FEATURES[0]: item[inside] + 2}  # 0 is padding, 1 is unknown
     for name, size in CONTEXT_SIZES.items():
         actions[name] = random.integers(1, size, inside.sum())
-    # Each action at a moment of its own: nothing that trailvec's reader would put into another order.
+    # Distinct times, so that trailvec's reader has nothing to reorder.
     actions["gap_bucket"] = random.integers(3, MAX_GAP_BUCKET + 1, inside.sum())
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,14 +88,14 @@ def write_rows(folder: Path, items: int, files: int) -> None:
     table = pa.table({"length": pa.array(lengths, pa.int32()), **lists})
     for number in range(files):
         pq.write_table(table.slice(number * ROWS_PER_FILE, ROWS_PER_FILE), folder / f"part-{number:03}.parquet")
-    # No item is unknown: Transformers4Rec's softmax has them all.
+    # Every item is known, because Transformers4Rec's softmax covers them all.
     counts = np.bincount(actions[FEATURES[0]], minlength=items + 2) + 1
     counts[:2] = 0
     np.save(folder / "counts.npy", counts)
 
 
 def run_spec(data: Path, items: int, files: int, **settings: Any) -> RunSpec:
-    """A run over the first `files` files. Next actions as targets, as Transformers4Rec's causal masking has them."""
+    """A run over the first `files` files; targets are the next actions, as in Transformers4Rec's causal masking."""
     chosen = TrainSettings.model_validate(
         {"threads": 2, "batch_size": 256, "later_share": 0.0, "epochs": 1, "start": "random", **settings}
     )
@@ -115,7 +119,7 @@ _kept: list[Batch] = []
 
 
 def trained(spec: RunSpec, out: Path, train: Callable[[RunSpec], None] = loop.train) -> Epochs:
-    """What the model's file says of its epochs."""
+    """Trains, and returns the epochs recorded in the model's file."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     train(spec.model_copy(update={"output": str(out)}))
@@ -124,7 +128,7 @@ def trained(spec: RunSpec, out: Path, train: Callable[[RunSpec], None] = loop.tr
 
 
 def watched(spec: RunSpec, out: Path, read: Callable[..., Iterator[Batch]]) -> Epochs:
-    """The loop over what `read` gives; `waited` is the share of an epoch's time that went by between two batches."""
+    """Runs the loop over the batches of `read`; `waited` is the share of an epoch's time spent waiting for batches."""
     waits: list[float] = []
     worked: list[float] = []
 
@@ -150,7 +154,7 @@ def watched(spec: RunSpec, out: Path, read: Callable[..., Iterator[Batch]]) -> E
 
 
 def fed(spec: RunSpec, out: Path) -> Epochs:
-    """The loop over its files; the last epoch's batches are kept."""
+    """Runs the loop over its files; keeps the last epoch's batches."""
 
     def read(*args: Any, **options: Any) -> Iterator[Batch]:
         _kept.clear()
@@ -162,12 +166,12 @@ def fed(spec: RunSpec, out: Path) -> Epochs:
 
 
 def in_memory(spec: RunSpec, out: Path) -> Epochs:
-    """The loop over the batches that the last fed epoch left in memory."""
+    """Runs the loop over the batches that the last fed epoch kept in memory."""
     return watched(spec, out, lambda *_, **__: iter(_kept))
 
 
 def profile(spec: RunSpec, out: Path) -> str:
-    """A table of the operations of ten steps, after two that warm."""
+    """A table of the operators in ten steps, after two warm-up steps."""
     tables: list[str] = []
 
     def looked_at(*args: Any, **options: Any) -> Iterator[Batch]:
@@ -206,7 +210,7 @@ RATIOS = {
 
 
 def ratios(rates: dict[str, float], prefix: str = "") -> dict[str, float]:
-    """Of the contestants' rates, where both were measured."""
+    """Ratios of the contestants' rates, where both were measured."""
     return {prefix + key: rates[a] / rates[b] for key, (a, b) in RATIOS.items() if a in rates and b in rates}
 
 

@@ -1,12 +1,13 @@
-"""Vector functions two ways, pandas UDFs and native expressions: python scripts/bench/vectors.py [--quick]
+"""Vector functions as pandas UDFs and as native expressions: python scripts/bench/vectors.py [--quick]
 
-Over a Parquet file of pairs of vectors of 64, on 2 cores, in turns, medians, less the scan of the same columns:
+Over a Parquet file of pairs of vectors of width 64, on 2 cores, in turns, medians, minus the scan of the same columns:
+
   inner_product, cosine   the pandas UDF; aggregate(zip_with(...)) of Spark's higher-order functions
   sum                     the pandas UDF; collect_list, then one aggregate() over it
-  top_k                   of 64 groups: slice(sort_array(collect_list(...))); row_number() <= k (Spark cuts it early)
+  top_k                   for 64 groups: slice(sort_array(collect_list(...))); row_number() <= k (Spark prunes early)
 
-Before, pandas and native of each function must give the same numbers. The last line is one JSON object: seconds of each
-way, and <function>_native_to_pandas (under 1: native is faster).
+First, both versions of each function must give the same numbers. The last line is one JSON object: seconds of each, and
+<function>_native_to_pandas (under 1: native is faster).
 """
 
 from __future__ import annotations
