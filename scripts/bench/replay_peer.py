@@ -1,7 +1,7 @@
-"""RePlay's half of scripts/bench/against_replay.py, in an environment of its own.
+"""RePlay's half of scripts/bench/against_replay.py, in its own environment.
 
-A line on stdin is a round, a line on stdout its seconds. Arguments: the log (Parquet), a folder to write to, the cut
-between train and test (ISO), cores, then settings of Spark.
+Each line on stdin runs a round; each line on stdout is its seconds. Arguments: the log (Parquet), a folder to write to,
+the cut between train and test (ISO), cores, then Spark settings.
 """
 
 import sys
@@ -17,10 +17,10 @@ COLUMNS = ("user_id", "item_id", "event_type", "event_ts", "event_id", "vertical
 
 
 def prepare(events: DataFrame, cut: datetime, out: str) -> None:
-    """Sessions at pauses of 30 minutes, numbers for items, verticals and event types, two splits by time."""
+    """Sessions split at pauses of 30 minutes, encoded items, verticals and event types, and a split in two by time."""
     log = events.select(*COLUMNS).withColumn("timestamp", F.unix_micros("event_ts"))
     log = Sessionizer(user_column="user_id", time_column="timestamp", session_gap=30 * 60_000_000).transform(log)
-    log.persist()  # its windows would run again for each action below; trailvec writes what it reads again, too
+    log.persist()  # else its windows would be recomputed by each action below; trailvec too writes what it reads again
     encoder = LabelEncoder([LabelEncodingRule(name) for name in ("item_id", "vertical", "event_type")])
     encoded = encoder.fit_transform(log).persist()
     splitter = TimeSplitter(time_threshold=cut, query_column="user_id", timestamp_column="event_ts")

@@ -1,13 +1,13 @@
 """How cost grows with the log: python scripts/bench/scale.py [--quick] [--sizes 1e6 1e7 1e8]
 
 For each size, in one Spark session on 2 cores: a superapp's log is written, then ingest, flag_users and sessionize run
-over the whole of it, into new tables. Sizes go up, after a first run that only warms; the median of `rounds`. With
---without-ingest the generator's events become the events table as they are.
+over all of it, into new tables. Sizes ascend, after a warm-up run; the median of `rounds`. With --without-ingest the
+generator's events become the events table as they are.
 
-The last line is one JSON object: exponent (of sessionize's time against events, by a fit of the logarithms) and
-exponent_last (between the two largest sizes, where fixed costs flatter least), the same for the other stages (all of
-them only where there are two sizes), and for each size the events, seconds, CPU seconds, peak memory (MB) and spill
-(MB). The chart goes to build/bench/scale.svg.
+The last line is one JSON object: exponent (of sessionize's time against events, a log-log fit) and exponent_last
+(between the two largest sizes, where fixed costs flatter it least), the same for the other stages (all of them only
+with two sizes or more), and for each size the events, seconds, CPU seconds, peak memory (MB) and spill (MB). The chart
+goes to build/bench/scale.svg.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from jobs.tables import EVENTS
 
 
 def made(world: World) -> Stage:
-    """In the place of ingest: the events as they would be after it, straight from the generator."""
+    """Replaces ingest: writes the events as ingest would, straight from the generator."""
     return Stage("generate", "", lambda r: r.write(EVENTS, superapp_events(r.spark, world)), (), (EVENTS,), ())
 
 
 def measure(spark: SparkSession, events: int, rounds: int, folder: Path, without_ingest: bool) -> dict[str, Any]:
-    """One size: medians of the stages' seconds, the most memory and spill of any round."""
+    """One size: medians of the stages' seconds, and the maximum memory and spill over all rounds."""
     data, world = folder / f"scale-{events}", World.of_events(events)
     found: dict[str, Any] = {}
     if not without_ingest:
@@ -67,7 +67,7 @@ def measure(spark: SparkSession, events: int, rounds: int, folder: Path, without
 
 
 def growth(points: list[tuple[float, float]], suffix: str) -> dict[str, float]:
-    """Of points that go up; none where all lie at one number of events."""
+    """Exponents of points in ascending order; none if all have the same number of events."""
     parts = {f"exponent{suffix}": points, f"exponent_last{suffix}": points[-2:]}
     return {name: exponent(part) for name, part in parts.items() if len(dict(part)) > 1}
 
@@ -91,7 +91,7 @@ def main() -> None:
 
     spark, direct = session(arguments.quick, tiny=arguments.quick), arguments.without_ingest
     if not arguments.quick:
-        measure(spark, min(sizes), 1, folder, direct)  # compiles and warms
+        measure(spark, min(sizes), 1, folder, direct)  # JVM warm-up
     few = 1 if arguments.quick else 5
     found = [
         measure(spark, n, arguments.rounds or (1 if n >= 1e7 else few), folder, direct) for n in sorted(set(sizes))

@@ -1,17 +1,18 @@
-"""What many segments cost: python scripts/bench/segments.py [--quick] [--users 1000000] [--segments 100]
+"""What exporting many segments costs: python scripts/bench/segments.py [--quick] [--users 1000000] [--segments 100]
 
-Users of 64 numbers in a few hundred clusters, in a Delta table; segments in files: four fifths are lookalikes of 200
-seeds, one fifth affinities to 10 items; each takes one user in a hundred, asks for a consent that four in five gave,
-leaves out a suppression list of one in a hundred, holds back a control group, and writes hashed ids. In turns, medians,
-the first round is not counted:
+Users with vectors of width 64 in a few hundred clusters, in a Delta table; segments in files: four fifths are
+lookalikes of 200 seeds, one fifth affinities to 10 items; each takes one user in a hundred, requires a consent that
+four in five gave, leaves out a suppression list of one in a hundred, holds back a control group, and writes hashed ids.
+In turns, medians; the first round is not counted:
+
   segments  `trailvec export_segments`, all of it: lists, seeds, scores, rules, files, reports, log
-  read      one pass: Spark reads user_id and vector of everybody and hands them to Python, which drops them
-  write     the files that came out, hashed ids and checksums too, written by the same code from memory, and one commit
+  read      one pass: Spark reads everybody's user_id and vector and hands them to Python, which drops them
+  write     the same output files, with hashed ids and checksums, written by the same code from memory, and one commit
             of the log's rows
   one       one segment alone
 
 The last line is one JSON object. ratio_to_read_write: segments / (read + write); ratio_to_one_by_one: segments / (their
-number · one). seconds: the medians. peak_mb: of the JVM and of the Python workers, while segments runs (the driver
+number · one). seconds: the medians. peak_mb: of the JVM and of the Python workers while segments runs (the driver
 itself is this process). A chart goes to build/bench/segments.svg.
 
 What grows with the users: the pass (read, products; --users shows it) and one join of ids with the lists. What grows
@@ -50,7 +51,7 @@ from spark_udfs.likeness import DEFAULT_METHOD, Method
 
 WIDTH, CLUSTERS, SEEDS, ITEMS_OF_ONE = 64, 300, 200, 10
 AS_OF = datetime(2024, 1, 1, tzinfo=timezone.utc)
-ROWS = 250_000  # of one file
+ROWS = 250_000  # per file
 
 
 def make_vectors(random: np.random.Generator, count: int) -> pa.ListArray:
@@ -64,7 +65,7 @@ def user_ids(first: int, count: int) -> pa.Array:
 
 
 def prepare(runtime: Runtime, data: Path, users: int) -> None:
-    """The tables, the consent list, the suppression list."""
+    """Writes the tables, the consent list and the suppression list."""
     shutil.rmtree(data, ignore_errors=True)
     (data / "users").mkdir(parents=True)
     for number, first in enumerate(range(0, users, ROWS)):
@@ -96,8 +97,8 @@ def prepare(runtime: Runtime, data: Path, users: int) -> None:
 
 
 def write_segments(data: Path, users: int, count: int, method: Method, purpose: str) -> list[str]:
-    """The segments' files, and their seed lists: users of two clusters each. Of another purpose they are other exports,
-    with rows of their own in the log."""
+    """Writes the segments' files and their seed lists (users of two clusters each). Another purpose makes them
+    different exports, with their own rows in the log."""
     first = pq.read_table(data / "users" / "0000.parquet", columns=["vector"])["vector"].combine_chunks()
     vectors = first.flatten().to_numpy().reshape(-1, WIDTH)
     centres = np.random.default_rng(1).normal(size=(CLUSTERS, WIDTH)).astype(np.float32)
@@ -126,7 +127,7 @@ control_share = 0.05
 
 
 def members_of(runtime: Runtime) -> dict[str, pa.Array]:
-    """By segment who was exported, in the order of the log."""
+    """The exported users by segment, in log order."""
     rows = DeltaTable(runtime.path(EXPORTS)).to_pyarrow_table(columns=["segment", "user_id", "is_control"])
     rows = rows.filter(pc.invert(rows["is_control"]))
     names = rows["segment"].unique().to_pylist()
@@ -170,7 +171,7 @@ def main() -> None:
         peak.update({kind: max(peak.get(kind, 0), used) for kind, used in watch.peak_mb.items()})
 
     segments()
-    # Not persisted: Spark brings what it caches of a table up to date, and each round adds to the log.
+    # A checkpoint, not persist(): Spark refreshes a table's cached data, and each round appends to the log.
     logged, members = every.latest(EXPORTS).localCheckpoint(), members_of(every)
 
     def write() -> None:
@@ -189,7 +190,7 @@ def main() -> None:
         "write": write,
         "one": lambda: alone.execute(STAGE, force=True),
     }
-    # Other exports in each round; round 0 was the run before.
+    # Different exports in each round; round 0 was the run above.
     seconds, _ = in_turns(
         acts,
         rounds,

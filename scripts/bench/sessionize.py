@@ -1,18 +1,20 @@
-"""How near sessionize is to what the machine must do: python scripts/bench/sessionize.py [--quick]
+"""How close sessionize is to the minimum work: python scripts/bench/sessionize.py [--quick]
 
-On a superapp's log, in one Spark session on 2 cores, in turns, medians; each writes what it made:
+On a superapp's log, in one Spark session on 2 cores, in turns, medians; each writes its output:
+
   floor           shuffle by user, sort, write of the same columns, event by event: what any such job has to do
   sessionize      the stage's own functions
   windows         lag/sum windows, then collect_list
   session_window  Spark's own session windows, then collect_list
   duckdb          the same as windows in DuckDB on 2 threads, to Parquet
-Then the tasks of a log in which one user has a tenth of all events, with and without the stage's splits; and of one in
-which one item has: grouped for the vocabulary, and joined with its numbers by a shuffle, as where it is too large to be
-sent to all tasks.
+
+Then the task times of a log in which one user has a tenth of all events, with and without the stage's splits; and of
+one in which one item has a tenth: grouped for the vocabulary, and joined with its indices by a shuffle, as when the
+vocabulary is too large to broadcast.
 
 The last line is one JSON object: ratio_to_floor, speedup_vs_windows, speedup_vs_session_window, time_vs_duckdb; the
-same of CPU seconds, which a busy machine does not change much (cpu_...); skew_max_to_median of the tasks' times, with
-and without splits, hot_item_max_to_median; and the medians. A chart goes to build/bench/sessionize.svg.
+same in CPU seconds, which a busy machine barely affects (cpu_...); skew_max_to_median of the task times, with and
+without splits, hot_item_max_to_median; and the medians. A chart goes to build/bench/sessionize.svg.
 """
 
 from __future__ import annotations
@@ -39,13 +41,13 @@ from jobs.splits import cut_times
 from jobs.tables import EVENT_IN_SESSION
 
 GAP = 30
-TASKS = 16  # of a shuffle, when tasks' times are looked at
+TASKS = 16  # shuffle partitions, when task times are measured
 WAYS = ("floor", "sessionize", "windows", "session_window", "duckdb")
 SETTINGS = SessionizeSettings(gap_minutes=GAP)
 
 
 def log(spark: SparkSession, count: int, folder: Path) -> Path:
-    """A Delta table of about `count` events, made where it does not lie yet."""
+    """A Delta table of about `count` events, created if missing."""
     path = folder / f"events-{count}"
     if not (path / "_delta_log").exists():
         events(spark, World.of_events(count)).write.format("delta").save(str(path))
@@ -120,8 +122,8 @@ def in_duckdb(path: Path, out: Path, scratch: Path) -> None:
 
 
 def task_seconds(spark: SparkSession, since: int, tasks: int = 0) -> list[float]:
-    """Of the tasks of the longest stage among those that began after stage number `since`, and have so many tasks (0:
-    whatever number)."""
+    """Sorted task seconds of the longest stage started after stage number `since` that has `tasks` tasks (0: any
+    number)."""
     newer = [s for s in stages(spark) if s.stageId() > since and tasks in (0, s.numCompleteTasks())]
     longest = max(newer, key=lambda s: s.executorRunTime())
     store = spark.sparkContext._jsc.sc().statusStore()
@@ -130,7 +132,7 @@ def task_seconds(spark: SparkSession, since: int, tasks: int = 0) -> list[float]
 
 
 def skew(spark: SparkSession, path: Path, count: int, out: Path) -> dict[str, Any]:
-    """One user has a tenth of all events, evenly over all days: a run without an end."""
+    """One user has a tenth of all events, spread evenly over all days: one unbroken run."""
     heavy = F.xxhash64("event_id") % 10 == 0
     rows = spark.read.format("delta").load(str(path))
     rows = rows.withColumn("user_id", F.when(heavy, "heavy").otherwise(F.col("user_id")))
