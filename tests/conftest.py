@@ -1,4 +1,4 @@
-"""One lazy Spark session for the whole run: no test that needs no JVM starts one."""
+"""One Spark session for the whole run, created lazily: tests that need no JVM start none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jobs.spark_session import start_spark
 from jobs.tables import Table
 from scripts.faults import delta_reader
 
-# The first example pays for imports and for Spark's code generation; a fixture that only makes folders may be shared.
+# The first example includes imports and Spark's code generation; a fixture that only creates folders may be shared.
 settings.register_profile(
     "trailvec",
     deadline=None,
@@ -30,15 +30,15 @@ settings.load_profile("trailvec")
 SPARK_CONF = {
     "spark.driver.memory": "3g",
     "spark.ui.enabled": "false",
-    # What that page would show is made all the same: a twentieth of the driver's time.
+    # Plan descriptions are built even with the UI off: a twentieth of the driver's time.
     "spark.sql.ui.explainMode": "simple",
     **dict.fromkeys(("spark.ui.retainedJobs", "spark.ui.retainedStages", "spark.sql.ui.retainedExecutions"), "20"),
     "spark.ui.retainedTasks": "200",
     "spark.sql.shuffle.partitions": "2",
     "spark.databricks.delta.snapshotPartitions": "1",
-    # Small data, many plans: Spark's own compiler (of plans, to Java) costs more than it saves. Java's optimising one
-    # pays in a JVM that lives for the whole run: the same stages take 27 s instead of 34 once it is warm. A collector
-    # with threads of its own would take the cores from the other process. Delta keeps the plans of each table that it
+    # Small data, many plans: Spark's code generation (plans to Java) costs more than it saves. Java's optimising
+    # compiler pays off in a JVM that lives for the whole run: the same stages take 27 s instead of 34 once it is warm.
+    # A collector with its own threads would take cores from the other process. Delta caches the plans of each table it
     # has met for an hour, up to 10,000 of them: at the suite's end the JVM did little but collect garbage.
     "spark.driver.extraJavaOptions": (
         "-XX:ReservedCodeCacheSize=512m -XX:+UseSerialGC -Xms1g -Xmn512m -Ddelta.log.cacheSize=64"
@@ -51,15 +51,15 @@ SPARK_CONF = {
 
 
 def make_config(root: Path, *sets: str, conf: Path | None = None) -> Config:
-    """A configuration whose tables lie under `root`, with the tests' Spark settings."""
+    """A configuration with the tests' Spark settings and its tables under `root`."""
     config = load_config(conf, [f'storage.root="{root}"', *sets])
     return config.model_copy(
         update={"spark": config.spark.model_copy(update={"master": "local[2]", "conf": SPARK_CONF})}
     )
 
 
-# Minutes each. pytest-xdist hands out files as they are collected: the long ones first, so that both processes end
-# at about the same time.
+# Minutes each. pytest-xdist hands out files in collection order: the long ones first, so that both processes end at
+# about the same time.
 LONG = (
     "test_pipeline",
     "test_yarn",
@@ -82,7 +82,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _all_floats() -> Iterator[None]:
-    """Training that runs in this process makes it flush denormal numbers; other tests want them."""
+    """Training in this process makes it flush denormal numbers; other tests need them."""
     yield
     if "torch" in sys.modules:
         sys.modules["torch"].set_flush_denormal(False)
@@ -90,7 +90,7 @@ def _all_floats() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _frames_let_go() -> Iterator[None]:
-    """A runtime and its frames refer to each other. Python looks for such circles the less often the more it holds, and
+    """A runtime and its frames form reference cycles. Python collects cycles less often the more objects it holds, and
     the JVM keeps the plans meanwhile: at the suite's end it had 1,700 of them, and did little but collect garbage."""
     yield
     gc.collect()
@@ -105,7 +105,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
 
 @pytest.fixture
 def make_runtime(spark: SparkSession, tmp_path: Path) -> Callable[..., Runtime]:
-    """Runtimes over this test's own folder (or `root`), with `a.b=c` settings."""
+    """Makes runtimes over this test's own folder (or `root`), with `a.b=c` settings."""
 
     def make(*sets: str, root: Path | None = None, conf: Path | None = None) -> Runtime:
         return Runtime(make_config(root or tmp_path / "warehouse", *sets, conf=conf), spark)
@@ -114,23 +114,23 @@ def make_runtime(spark: SparkSession, tmp_path: Path) -> Callable[..., Runtime]:
 
 
 def expired(runtime: Runtime) -> Runtime:
-    """The runtime with a retention of no time at all, which no configuration may have."""
+    """The runtime with a retention of zero, which no configuration may have."""
     none = MaintainSettings.model_construct(retention_hours=0, target_file_mb=1)
     return Runtime(runtime.config.model_copy(update={"maintain": none}), runtime.spark)
 
 
 def put(runtime: Runtime, table: Table, rows: DataFrame) -> None:
-    """Makes `rows` the table's rows, as the stage that writes it would."""
+    """Makes `rows` the content of the table, as the stage that writes it would."""
     runtime.execute(Stage("put", "", lambda r: r.write(table, rows), reads=(), writes=(), settings=()), force=True)
 
 
 def add(runtime: Runtime, table: Table, rows: DataFrame) -> None:
-    """Adds `rows` to the table, as an increment of the stage that writes it would."""
+    """Appends `rows` to the table, as an increment of the stage that writes it would."""
     runtime.execute(Stage("add", "", lambda r: r.append(table, rows), reads=(), writes=(), settings=()), force=True)
 
 
 def read_delta(path: str | Path) -> list[dict[str, Any]]:
-    """A Delta table's rows as DuckDB reads them."""
+    """A Delta table's rows, as read by DuckDB."""
     connection = delta_reader()
     connection.execute("SET TimeZone = 'UTC'")
     return connection.execute("SELECT * FROM delta_scan(?)", [str(path)]).fetch_arrow_table().to_pylist()

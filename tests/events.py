@@ -1,4 +1,4 @@
-"""Small random logs for property tests, and their way into a Delta table."""
+"""Small random logs for property tests, and their conversion to DataFrames."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from jobs.tables import EVENTS
 Row = dict[str, Any]
 START = datetime(2023, 3, 25, 22, 0)  # the night before the clocks go forward in Europe
 
-# Gaps on, just under and just over 30 minutes, none at all, and of days.
+# Gaps of exactly, just under and just over 30 minutes, of zero, and of days.
 _PAUSES = [0, 1, 1799_999_999, 1800_000_000, 1800_000_001, 3600_000_000, 26 * 3600_000_000]
 
 
 def make_log(chance: random.Random, count: int) -> list[Row]:
-    """A log of a few users over a few days: equal times, gaps on the boundary, several zones, missing amounts."""
+    """A log of a few users over a few days: tied times, gaps on the boundary, several zones, missing amounts."""
     events = []
     clock = {f"u{number}": START for number in range(4)}
     for number in range(count):
@@ -43,22 +43,22 @@ def make_log(chance: random.Random, count: int) -> list[Row]:
 
 @st.composite
 def logs(draw: st.DrawFn, max_events: int = 40) -> list[Row]:
-    """Logs of which Hypothesis knows each choice, to make them smaller: for tests of many examples."""
+    """Logs in which Hypothesis controls each choice, so that it can shrink them: for tests with many examples."""
     return make_log(draw(st.randoms(use_true_random=False)), draw(st.integers(1, max_events)))
 
 
-# Of few examples the first would be one event of one user: it is always the simplest. Of a seed that is 0, which is as
-# good as any.
+# Hypothesis' first example is always the simplest: a log of one event, a waste among few examples. For a seed the
+# simplest is 0, which is as good as any.
 seeds = st.randoms(use_true_random=True)
 
 
 def full_logs(count: int) -> st.SearchStrategy[list[Row]]:
-    """Logs of so many events: for tests of few examples, each of which takes Spark seconds."""
+    """Logs of exactly `count` events, for tests with few examples, each of which takes Spark seconds."""
     return seeds.map(lambda chance: make_log(chance, count))
 
 
 def make_event(**values: Any) -> Row:
-    """An event with sensible values for whatever is not given."""
+    """An event with sensible defaults."""
     defaults = {
         "event_type": "purchase",
         "vertical": "food",

@@ -1,4 +1,4 @@
-"""What the tables must hold, worked out in plain Python from lists of dicts: slow, obvious, independent of Spark."""
+"""The tables' expected rows, computed in plain Python from lists of dicts: slow, obvious, independent of Spark."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def in_order(events: list[Row]) -> list[Row]:
 
 
 def runs(events: list[Row], gap: timedelta, gap_by_vertical: dict[str, timedelta]) -> list[list[Row]]:
-    """The events of each user's chains without a pause longer than the gap, in order."""
+    """The events of each user's runs (no pause longer than the gap), in order."""
     found: list[list[Row]] = []
     for event in in_order(events):
         last = found[-1][-1] if found else None
@@ -89,7 +89,7 @@ def actions(
     event_types: dict[str, int],
     target_types: list[str],
 ) -> dict[str, list[Row]]:
-    """Each user's events in order, numbered; `numbers` holds the training window's vocabulary alone."""
+    """Each user's events in order, encoded; `numbers` holds the training window's vocabulary only."""
     last_of_session = {session[-1]["event_id"] for session in sessions(events, timedelta(minutes=30), {})}
     found: dict[str, list[Row]] = defaultdict(list)
     before: dict[str, Row] = {}
@@ -124,7 +124,7 @@ def sequences(
     seen_days: int,
     leave_one_out: bool = False,
 ) -> dict[tuple[str, str, int], Row]:
-    """SEQUENCES rows by (user_id, split, part), out of `actions`."""
+    """SEQUENCES rows by (user_id, split, part), from the result of `actions`."""
     rows: dict[tuple[str, str, int], Row] = {}
     for user, history in by_user.items():
 
@@ -154,11 +154,11 @@ def sequences(
 
 
 def _row(chunk: list[Row], as_of: datetime | None, newest: bool = True) -> Row:
-    """None: right after the newest action."""
+    """A SEQUENCES row; `as_of` None: right after the newest action."""
     as_of = as_of or chunk[-1]["event_ts"] + timedelta(microseconds=1)
     features = ("item_index", "event_type_index", "vertical_index", "gap_bucket", "session_end", "hour", "weekday")
     row = {"as_of": as_of, "last_ts": chunk[-1]["event_ts"], "length": len(chunk)}
     row |= {name: [a[name] for a in chunk] for name in (*features, "price_bucket")}
-    if newest:  # at a cut nobody knows whether the session goes on
+    if newest:  # at a cut it is unknown whether the session continues
         row["session_end"][-1] = 2
     return row

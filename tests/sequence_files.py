@@ -1,4 +1,4 @@
-"""Small rows of `sequences` whose next item a model can learn, as Parquet files that training reads."""
+"""Small `sequences` rows whose next item a model can learn, as Parquet files that training reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training.config import ModelSpec, RunSpec, TrainSettings
 if TYPE_CHECKING:
     from training.model import SequenceModel
 
-ITEMS = 30  # numbers 2 to 29; 29 is in no row: training never saw it
+ITEMS = 30  # indices 2 to 29; 29 is in no row, so unknown to training
 MAX_LENGTH = 8
 CONTEXT_SIZES = {"event_type_index": 4, "vertical_index": 5, **BUCKET_SIZES}
 SPEC = ModelSpec(
@@ -33,13 +33,13 @@ SPEC = ModelSpec(
 
 
 def save_model(folder: Path, model: SequenceModel, about: dict[str, Any]) -> None:
-    """Makes an existing folder that of a model, as training does."""
+    """Writes a model into an existing folder, as training does."""
     save_weights(folder, model.tensors())
     describe_weights(folder, model.spec, about)
 
 
 def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows of 1 to MAX_LENGTH actions: each item is the one after the last action's, 2 comes after 28."""
+    """Rows of 1 to MAX_LENGTH actions: each item is its predecessor plus one, and 28 wraps around to 2."""
     random = np.random.default_rng(seed)
     rows = []
     for length in random.integers(1, MAX_LENGTH + 1, count).tolist():
@@ -47,7 +47,7 @@ def make_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
         row = {"length": length, "item_index": items.tolist()}
         for name in FEATURES[1:]:
             row[name] = random.integers(1, CONTEXT_SIZES[name], length).tolist()
-        # Each action at a moment of its own, and all in one session: nothing for training to draw.
+        # Distinct times within one session: nothing for training to shuffle.
         row["gap_bucket"] = random.integers(3, CONTEXT_SIZES["gap_bucket"], length).tolist()
         row["session_end"] = [1] * length
         rows.append(row)
@@ -61,7 +61,7 @@ def item_counts(rows: list[dict[str, Any]]) -> np.ndarray:
 
 
 def write_files(folder: Path, *parts: list[dict[str, Any]], row_group_size: int | None = None) -> list[str]:
-    """One file for each part, of one row group where no size is given; their URLs."""
+    """Writes one file per part, with one row group if no size is given; returns their URLs."""
     schema = pa.schema([("length", pa.int32()), *((name, pa.list_(pa.int32())) for name in FEATURES)])
     urls = []
     for number, rows in enumerate(parts):
@@ -72,7 +72,7 @@ def write_files(folder: Path, *parts: list[dict[str, Any]], row_group_size: int 
 
 
 def write_valid(folder: Path, rows: list[dict[str, Any]], targets: list[list[int]]) -> list[str]:
-    """A file of the valid split: each row with what its user did next, all at one time."""
+    """Writes a file of the valid split: each row with its user's next items, all at one time."""
     path = folder / "valid.parquet"
     held = [
         {**row, "target_item_index": items, "target_ts": [0] * len(items)}
@@ -85,7 +85,7 @@ def write_valid(folder: Path, rows: list[dict[str, Any]], targets: list[list[int
 
 
 def next_items(rows: list[dict[str, Any]]) -> list[list[int]]:
-    """What follows each of `make_rows`' rows."""
+    """The item that follows each of `make_rows`' rows."""
     return [[(row["item_index"][-1] - 1) % 27 + 2] for row in rows]
 
 
@@ -96,9 +96,9 @@ def make_run(
     model: ModelSpec = SPEC,
     **settings: Any,
 ) -> RunSpec:
-    """A run spec over those files, whose output is `folder`/model and whose checkpoints are in `folder`/checkpoints.
+    """A run spec over those files, with its output in `folder`/model and its checkpoints in `folder`/checkpoints.
 
-    `valid`: the rows of held-out users, and what they did next.
+    `valid`: the rows of held-out users, and their next items.
     """
     (folder / "model").mkdir(parents=True)
     rows = [row for part in parts for row in part]
