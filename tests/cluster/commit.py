@@ -1,4 +1,4 @@
-"""Commits rows to a Delta table, one at a time, as soon as a file tells it to. Started by test_object_store.py.
+"""Commits rows to a Delta table, one at a time, once a file gives the start signal. Started by test_object_store.py.
 
 python commit.py CONF TABLE FIRST LAST FOLDER
 """
@@ -14,13 +14,13 @@ from delta.exceptions import ConcurrentAppendException, MetadataChangedException
 from jobs.config import load_config
 from jobs.spark_session import start_spark
 
-# A commit's file takes a while to write: what checks whether it is there before it writes is caught by another's.
+# A large commit takes a while to write, which exposes a writer that only checks for the file before writing it.
 LONG = "x" * 3_000_000
 
 if __name__ == "__main__":
     conf, table, first, last, folder = sys.argv[1:]
     spark = start_spark(load_config(conf))
-    # The other writer may be making the table at the same moment: Delta leaves the second try to the caller.
+    # The other writer may be creating the table at the same moment: Delta leaves the retry to the caller.
     lost = (ConcurrentAppendException, MetadataChangedException, ProtocolChangedException)
     (Path(folder) / f"ready-{first}").touch()
     while not (Path(folder) / "go").exists():

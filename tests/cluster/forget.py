@@ -1,4 +1,4 @@
-"""People erased, files kept up, proof read, wherever the tables lie. Started by test_object_store.py.
+"""An erasure, upkeep and the proof, wherever the tables are stored. Started by test_object_store.py.
 
 python forget.py CONF IDS
 """
@@ -18,7 +18,7 @@ from tests.conftest import expired
 
 
 def forget(runtime: Runtime, ids: Path) -> dict[str, Any]:
-    """What an erasure, upkeep without a retention and the proof say."""
+    """The reports of an erasure, of upkeep without a retention, and of the proof."""
     rows = erase(runtime, str(ids), requested_by="tests").rows_out
     early = finish(runtime).rows_out
     upkeep = {entry.pop("table"): entry for entry in maintain(expired(runtime))}

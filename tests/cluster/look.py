@@ -1,4 +1,4 @@
-"""What a job sees on the cluster, as one line of JSON; then a stage that fails. Submitted by test_yarn.py."""
+"""Prints what a job sees on the cluster as one line of JSON, then fails in a stage. Submitted by test_yarn.py."""
 
 from __future__ import annotations
 

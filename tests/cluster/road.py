@@ -1,4 +1,4 @@
-"""The road to `build_sequences` that the tests of this folder take on other stores, and what it must end in."""
+"""The pipeline up to `build_sequences` that this folder's tests run on other stores, and its expected results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).parents[2]
 DATA = REPOSITORY / "tests/data/online_retail"
 ROAD = STAGES[: [stage.name for stage in STAGES].index("build_sequences") + 1]
 TABLES = [table.name for stage in ROAD for table in stage.writes]
-# Rules that catch users and cut sessions on these days too, so that every stage has something to write.
+# Rules strict enough to flag users and cut sessions on these days, so that every stage has something to write.
 SETTINGS = {
     "ingest.sources": ["conf/sources/online_retail.toml"],
     "ingest.max_rejected_share": 1.0,
@@ -36,7 +36,7 @@ SETTINGS = {
 
 
 def run_here(spark: SparkSession, root: Path) -> None:
-    """The same stages, over local files."""
+    """Runs the same stages over local files."""
     sets = [f"{key}={json.dumps(value)}" for key, value in SETTINGS.items()]
     config = make_config(root, *sets, f'ingest.data_dir="{DATA}"', conf=REPOSITORY / "conf/base.toml")
     run_stages(Runtime(config, spark), ROAD)
@@ -46,18 +46,18 @@ def same_tables(expected: Path, found: Path) -> None:
     for table in TABLES:
         rows = delta_reader().execute(f"SELECT count(*) FROM delta_scan('{found}/tables/{table}')").fetchall()[0][0]
         assert rows > 0, table
-    # A refused record is told with its file, which lies elsewhere.
+    # A rejected record names its file, whose path differs here.
     assert differences(expected, found, TABLES, {"rejected_events": "file, refused_on"}) == dict.fromkeys(TABLES, 0)
 
 
 def some_users(root: Path, count: int = 3) -> list[str]:
-    """Users of whom every table of the road that holds users may have rows."""
+    """Users who have sequences, and so may have rows in every table of ROAD that holds users."""
     query = f"SELECT DISTINCT user_id FROM delta_scan('{root}/tables/sequences') ORDER BY user_id LIMIT {count}"
     return [user for (user,) in delta_reader().execute(query).fetchall()]
 
 
 def holding(root: Path, users: list[str]) -> set[str]:
-    """The tables of which some Parquet file holds one of the users, whatever version it belongs to."""
+    """The tables with a Parquet file, of any version, that holds one of the users."""
     found = set()
     for table in HOLDING_USERS:
         files = [
@@ -71,14 +71,14 @@ def holding(root: Path, users: list[str]) -> set[str]:
 
 
 def is_forgotten(said: dict[str, Any], before: Path, after: Path, users: list[str]) -> None:
-    """What forget.py said, and what the files held before and hold after it."""
+    """Checks what forget.py reported, and the files before and after it."""
     held = holding(before, users)
     assert {"events", "sessions", "sequences"} <= held
     assert {name for name, rows in said["rows"].items() if rows} == held
     assert (said["early"], said["finished"]) == ({"finished": 0}, {"finished": 1})
     assert holding(after, users) == set()
     for name, entry in said["upkeep"].items():
-        if name == "erasures":  # written to since
+        if name == "erasures":  # written to since then
             continue
         is_kept_up(entry, after / "tables" / name)
         if name in held:
@@ -87,7 +87,7 @@ def is_forgotten(said: dict[str, Any], before: Path, after: Path, users: list[st
 
 
 def is_kept_up(entry: dict[str, Any], folder: Path) -> None:
-    """What maintain_tables said of a table whose folder this is, or a copy of it."""
+    """Checks what maintain_tables reported of a table; `folder` is the table's, or a copy."""
     active = pa.table(DeltaTable(str(folder)).get_add_actions(flatten=True)).to_pydict()
     assert (entry["rows"], entry["rows_hidden"]) == (sum(active["num_records"]), 0), folder
     assert (entry["files"], entry["bytes"]) == (len(active["path"]), sum(active["size_bytes"])), folder
@@ -96,7 +96,7 @@ def is_kept_up(entry: dict[str, Any], folder: Path) -> None:
 
 
 def train_here(root: Path, here: Path, spark: SparkSession, settings: dict[str, Any]) -> dict[str, Any]:
-    """What model.json says after a training without a stop, by horovodrun over a copy of root's tables in `here`."""
+    """Trains without interruption, with horovodrun, over a copy of root's tables in `here`; returns model.json."""
     sets = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     shutil.copytree(root / "tables", here / "tables")
     runtime = Runtime(make_config(here, *sets, 'train.launcher="local"', conf=REPOSITORY / "conf/base.toml"), spark)

@@ -1,6 +1,6 @@
-"""Tables, logs and exports on a real S3 server (scripts/s3_server.py), by conf/s3.toml as it is.
+"""Tables, logs and exports on a real S3 server (scripts/s3_server.py), with conf/s3.toml unchanged.
 
-Each job is a process of its own with its keys in the environment, as a user starts it. What it wrote is read without
+Each job is a separate process with its keys in the environment, as a user would start it. Its output is read without
 Spark: by pyarrow, DuckDB and delta-rs.
 """
 
@@ -77,14 +77,14 @@ master = "local[2]"
 
 
 class Store:
-    """The server, with the days of the log in its bucket, and a configuration for it."""
+    """The server with the log's days in its bucket, and a configuration for it."""
 
     def __init__(self, server: S3Server, folder: Path) -> None:
         self.server, self.system, self.conf = server, server.filesystem, folder / "test.toml"
         text = CONF.format(repository=REPOSITORY, bucket=BUCKET, endpoint=server.endpoint)
         self.conf.write_text(text)
         self.system.create_dir(BUCKET)
-        # Uploads by one thread: more files at once than Arrow has threads wait for each other.
+        # A single thread: uploading more files at once than Arrow has threads deadlocks.
         fs.copy_files(str(DATA), f"{BUCKET}/logs", destination_filesystem=self.system, use_threads=False)
         self.options = {
             **{name: value for name, value in server.environment.items() if "METADATA" not in name},
@@ -93,7 +93,7 @@ class Store:
         }
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
-        """A process group of its own, so that one signal reaches Python, the JVM and its workers."""
+        """Starts a process group, so that one signal reaches Python, the JVM and its workers."""
         told = {**os.environ, **self.server.environment, **environment}
         pipe = subprocess.PIPE
         return subprocess.Popen(
@@ -121,13 +121,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 
 
 def stages_said(said: str) -> list[tuple[str, str]]:
-    """(✓ or =, its name) of each stage that the job's words name as ended."""
+    """(✓ or =, name) of each stage that the job's output reports as finished."""
     return [(line.split()[0], line.split()[1]) for line in said.splitlines() if line.startswith(("✓", "="))]
 
 
 @pytest.fixture(scope="module")
 def tables(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the warehouse after a job that was killed in its middle, and the same command again."""
+    """A copy of the warehouse after a job that was killed midway and the same command again."""
     with store.road() as job:
         assert job.stderr is not None
         said = ""
@@ -162,7 +162,7 @@ def test_no_commit_shows_the_keys(store: Store, tables: Path) -> None:
 
 
 def test_no_commit_of_three_writers_at_once_is_lost(store: Store, tmp_path: Path) -> None:
-    """Two Sparks, and delta-rs, which asks the store the same way."""
+    """Two Spark sessions, and delta-rs, which uses the same conditional writes."""
     table, each = f"{BUCKET}/together", 8
     script = str(Path(__file__).with_name("commit.py"))
     bounds = [(0, each), (100, 100 + each)]
@@ -223,7 +223,7 @@ TRAIN = {
     "vocabulary.min_count": 2,
     "sequences.max_length": 64,
     "train.tracking_uri": "none",
-    "train.threads": 1,  # with more, sums are taken in another order
+    "train.threads": 1,  # with more, sums would be taken in another order
     "train.batch_size": 16,
     "train.epochs": 1,
     "train.width": 16,
@@ -234,7 +234,7 @@ TRAIN = {
 def test_training_reads_and_writes_on_the_store(
     store: Store, tables: Path, spark: SparkSession, tmp_path: Path
 ) -> None:
-    """The same bits as from local files. Going on after a kill: test_yarn.py, and the test after this one."""
+    """Bit-identical to a training from local files. Resuming after a kill: test_yarn.py, and the next test."""
     command = ["train", *[f"--set={key}={json.dumps(value)}" for key, value in TRAIN.items()]]
 
     def found(pattern: str) -> list[str]:
@@ -253,14 +253,14 @@ def test_training_reads_and_writes_on_the_store(
 
     fs.copy_files(f"{BUCKET}/trailvec/models", str(tmp_path / "models"), source_filesystem=store.system)
     assert json.loads((tmp_path / "models/current.json").read_text()) == {"model_version": version}
-    about = read_about(tmp_path / "models" / version)  # its weights are those that it names
+    about = read_about(tmp_path / "models" / version)  # checks that the weights match the digest that it names
     expected = train_here(tables, tmp_path / "here", spark, TRAIN)
     assert about["training"]["parameters_sha256_by_rank"] == expected["training"]["parameters_sha256_by_rank"]
 
 
 @pytest.fixture
 def host(store: Store, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The server's, with the keys in the environment."""
+    """The server's host and port, with the keys in the environment."""
     for name, value in store.server.environment.items():
         monkeypatch.setenv(name, value)
     return store.server.endpoint.removeprefix("http://")
@@ -281,7 +281,7 @@ def test_of_the_checkpoints_on_the_store_the_newest_whole_one_is_read_back(host:
 
 @pytest.fixture
 def place(host: str) -> Callable[[str], ArrowFolder]:
-    """Where a segment's destination leads to."""
+    """Resolves a segment's destination."""
     quoted = host.replace(":", "%3A")
 
     def at(folder: str) -> ArrowFolder:
@@ -332,8 +332,8 @@ seeds = { file = "seeds.txt", method = "nearest_seed" }
 def test_an_export_by_lists_where_nothing_can_be_renamed_is_the_one_over_local_files(
     spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lists lie on this machine alone; nothing of them stays on the store: Hadoop's local file system in the place
-    of S3's, on which a training and an erasure write in the same way."""
+    """The lists are on this machine alone, and none of their content stays on the store. Hadoop's local file system
+    stands in for S3's; training and erasures write to it in the same way."""
     angles = {f"u{number:02}": random.Random(number).uniform(0, 2 * math.pi) for number in range(24)}
     (tmp_path / "likes.toml").write_text(SEGMENT)
     (tmp_path / "seeds.txt").write_text("u03\nu11\nnobody\n")

@@ -1,8 +1,8 @@
-"""On a real YARN and HDFS, in cluster mode, by scripts/submit_yarn.sh: the data stages with a Python that travels;
-training, scoring and an export with this machine's (PyTorch makes an archive of gigabytes).
+"""On a real YARN and HDFS, in cluster mode, through scripts/submit_yarn.sh: the data stages with a shipped Python;
+training, scoring and an export with this machine's (with PyTorch the archive takes gigabytes).
 
-The nodes' environment holds nothing but Java and a PATH (scripts/yarn_cluster.py); Spark's jars alone are taken from
-where they are installed here, as from a cluster that has Spark.
+The nodes' environment holds nothing but Java and a PATH (scripts/yarn_cluster.py); only Spark's jars are taken from
+where they are installed here, as on a cluster that has Spark.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from tests.cluster.road import (
 )
 from tests.conftest import make_config
 
-pytestmark = pytest.mark.timeout(1800)  # two drivers one after the other, on a machine that may be busy
+pytestmark = pytest.mark.timeout(1800)  # two drivers in sequence, on a machine that may be busy
 SPARK_JARS = str(Path(pyspark.__file__).parent / "jars")
 CONF = """
 extends = "yarn.toml"
@@ -80,7 +80,7 @@ extends = "yarn.toml"
 """
 
 
-# A process of training and its JVM's executor share a container, and PyTorch alone takes 400 MB of it.
+# A training process and its executor's JVM share a container, and PyTorch alone takes 400 MB of it.
 LEARN = """
 extends = "test.toml"
 [storage]
@@ -128,7 +128,7 @@ class Submit:
 
     @contextmanager
     def start(self, job: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-        """The running script; what is left of it when the block ends is killed, Spark's client too."""
+        """Runs the script; whatever is left of it when the block ends is killed, Spark's client too."""
         command = [str(REPOSITORY / "scripts/submit_yarn.sh"), job, "--conf", str(self.conf), *arguments]
         told = {"HADOOP_CONF_DIR": str(self.cluster.conf), "TRAILVEC_ENVIRONMENT": str(self.environment)}
         told["TRAILVEC_EXPORT_KEY"] = EXPORT_KEY
@@ -143,13 +143,13 @@ class Submit:
                 os.killpg(process.pid, signal.SIGKILL)
 
     def run(self, job: str, *arguments: str) -> tuple[int, list[str], list[str]]:
-        """Its exit code, and the lines of its two streams."""
+        """The exit code, and the lines of stdout and stderr."""
         with self.start(job, *arguments) as process:
             said, told = process.communicate()
         return process.returncode, said.splitlines(), told.splitlines()
 
     def fetch(self, folder: str, to: Path) -> Path:
-        """A folder of HDFS, copied."""
+        """Copies a folder from HDFS."""
         (HadoopPath(self.cluster.root) / folder).get(to / folder)
         return to / folder
 
@@ -174,7 +174,7 @@ def environment() -> Path:
 
 @pytest.fixture(scope="module")
 def expected(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same stages, run here over local files."""
+    """The same stages, run locally."""
     root = tmp_path_factory.mktemp("expected")
     run_here(spark, root)
     return root
@@ -196,8 +196,8 @@ def submit(
 
 @pytest.fixture(scope="module")
 def lake(submit: Submit) -> tuple[list[str], list[str]]:
-    """What the run of the data stages says into whose middle fell the loss of an executor, and of the node that the
-    driver ran on, which came back at once."""
+    """The output of a run of the data stages during which an executor was lost, and then the driver's node, which came
+    back at once."""
     cluster = submit.cluster
     with submit.start("run", *road("hdfs:///lake")) as process:
         for after, before, strike in (
@@ -215,7 +215,7 @@ def lake(submit: Submit) -> tuple[list[str], list[str]]:
 
 
 def restart_node(cluster: Cluster) -> None:
-    """The newest driver's."""
+    """Restarts the newest driver's node."""
     log = driver_log(cluster)
     assert log is not None
     node = log.relative_to(cluster.data).parts[0]
@@ -227,7 +227,7 @@ def test_after_a_lost_driver_executor_and_node_the_rows_are_those_of_a_local_run
     submit: Submit, lake: tuple[list[str], list[str]], expected: Path, tmp_path: Path
 ) -> None:
     said, told = lake
-    # The words are the second driver's: what the first had done is not done again.
+    # The output is the second driver's: what the first had finished is not redone.
     stages = [line.split()[:2] for line in said if line.startswith(("✓", "="))]
     assert stages[:3] == [["=", stage.name] for stage in ROAD[:3]]
     assert [name for _, name in stages] == [stage.name for stage in ROAD]
@@ -244,7 +244,7 @@ def test_training_scoring_and_an_export_end_right_after_killed_executors(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What came of it is read out of HDFS by others, and trained again here from local files: the same bits."""
+    """The results are read from HDFS without Spark; training again here from local files gives the same bits."""
     conf = submit.conf.with_name("learn.toml")
     conf.write_text(LEARN)
     (conf.parent / "segments/like_the_first.toml").write_text(SEGMENT)
@@ -278,7 +278,7 @@ def test_training_scoring_and_an_export_end_right_after_killed_executors(
     settings = {f"train.{key}": value for key, value in tomllib.loads(LEARN)["train"].items()}
     settings |= {name: SETTINGS[name] for name in ("vocabulary.min_count", "sequences.max_length")}
     for name in [name for name in os.environ if name.startswith("OPENBLAS_")]:
-        monkeypatch.delenv(name)  # the nodes have none, and another kernel rounds the first vectors in another way
+        monkeypatch.delenv(name)  # the nodes have none; another kernel would round the first vectors differently
     again = train_here(found, tmp_path / "here", spark, settings)
     assert about["training"]["processes"] == again["training"]["processes"] == 2
     assert about["training"]["parameters_sha256_by_rank"] == again["training"]["parameters_sha256_by_rank"]
@@ -302,7 +302,7 @@ MODEL = ("alignment.json", "card.md", "model.json", "model.safetensors", "run.js
 
 
 def checkpoints(cluster: Cluster) -> list[str]:
-    """The names of a training's whole checkpoints, asked of the NameNode."""
+    """The names of a training's complete checkpoints, as listed by the NameNode."""
     (models,) = listed(cluster, "/lake/models", r".*\.checkpoints") or [None]
     return [] if models is None else listed(cluster, f"/lake/models/{models}", r"\d+-\d+")
 
@@ -317,8 +317,8 @@ def listed(cluster: Cluster, folder: str, pattern: str) -> list[str]:
 
 
 def likeness(users: list[tuple[str, list[float], bool]], never: set[str]) -> dict[str, float]:
-    """Of all but the first SEEDS users and who is in `never`, by hashed id: the highest cosine to any of the first that
-    is not cold."""
+    """By hashed id, the highest cosine to any seed (the first SEEDS users) that is not cold, for all other users with a
+    non-zero vector that are not in `never`."""
     unit = {}
     for user, vector, _ in users:
         values = np.array(vector, np.float64)
@@ -338,7 +338,7 @@ def likeness(users: list[tuple[str, list[float], bool]], never: set[str]) -> dic
 def test_old_events_go_and_files_are_kept_up_on_hdfs(
     submit: Submit, expected: Path, spark: SparkSession, tmp_path: Path
 ) -> None:
-    """An erasure on another store than a local disk: test_object_store.py."""
+    """For an erasure on a store other than a local disk: test_object_store.py."""
     last_kept = datetime(2011, 3, 1, tzinfo=timezone.utc)  # the log has days before and after it
     root = HadoopPath(submit.cluster.root) / "kept"
     (root / "tables" / "events").put(expected / "tables/events")
@@ -350,7 +350,7 @@ def test_old_events_go_and_files_are_kept_up_on_hdfs(
     assert said["bytes_freed"] > 0
     folder = submit.fetch("kept", tmp_path) / "tables/events"
     is_kept_up(said, folder)
-    # Gone from every file, whatever version it belongs to.
+    # Gone from the files of every version.
     files = [str(file) for file in folder.rglob("*.parquet") if "_delta_log" not in file.parts]
     count = f"SELECT count(*), count(*) FILTER (event_ts < '{last_kept:%F}T00:00:00Z') FROM read_parquet(?)"
     assert delta_reader().execute(count, [files]).fetchall() == [(said["rows"], 0)]
@@ -358,7 +358,7 @@ def test_old_events_go_and_files_are_kept_up_on_hdfs(
 
 
 def kill_one(main: str, cluster: Cluster) -> None:
-    """SIGKILL for one of the JVMs in the newest attempt's containers that run that class."""
+    """Kills (SIGKILL) one JVM that runs `main` in the newest attempt's containers."""
     log = driver_log(cluster)
     assert log is not None
     attempt = log.parent.name.rpartition("_")[0]
@@ -371,7 +371,7 @@ def kill_one(main: str, cluster: Cluster) -> None:
 
 
 def driver_log(cluster: Cluster) -> Path | None:
-    """Where the newest driver (the first container of an attempt) says what it does."""
+    """The stdout of the newest driver (the first container of an attempt)."""
     logs = cluster.data.glob("node*/logs/application_*/container_*_000001/stdout")
     return max(logs, key=lambda log: log.parent.name, default=None)
 
@@ -397,7 +397,7 @@ def test_nothing_of_this_machine_is_seen_nor_a_key_in_logs_and_a_failure_is_one_
     seen = json.loads(next(line for line in said if line.startswith("{")))
     containers = re.compile(f"{submit.cluster.data}/node[12]/local/usercache/")
     assert seen["key"] == hashlib.sha256(EXPORT_KEY.encode()).hexdigest()
-    # The containers' logs, with the scripts that started them, and Spark's events.
+    # The containers' logs, including their launch scripts, and Spark's event log.
     logs = b"".join(file.read_bytes() for file in submit.fetch("tmp", tmp_path).rglob("*") if file.is_file())
     for text, is_there in ((b"launch_container.sh", True), (b"EnvironmentUpdate", True), (b"the key $$", False)):
         assert (text in logs) == is_there, text
@@ -408,7 +408,7 @@ def test_nothing_of_this_machine_is_seen_nor_a_key_in_logs_and_a_failure_is_one_
             for path in [seen[place]["folder"], seen[place]["prefix"], *seen[place]["modules"]]
             if not containers.match(path)
         ] == []
-        # Debian's Python lies among the system's own libraries.
+        # Debian's Python is installed among the system's own libraries.
         base = sysconfig.get_path("stdlib") if sys.base_prefix == "/usr" else sys.base_prefix
         here = tuple(f"{folder}/" for folder in (sys.prefix, base, REPOSITORY))
         files = [*seen[place]["path"], *seen[place]["files"]]
