@@ -1,4 +1,4 @@
-"""align over two models with random weights: against scipy's rotation and numpy's products of what the tables hold."""
+"""align over two models with random weights, against scipy's rotation and numpy's products of the tables' vectors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SETTINGS = ("storage.database=scores", "align.min_overlap=0")
 
 @pytest.fixture(scope="module")
 def filled(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SequenceModel]:
-    """A warehouse with the vectors of model m1, the first one, and the model; each test takes a copy."""
+    """A warehouse with the vectors of m1, the first model, and the model itself; each test takes a copy."""
     runtime = Runtime(make_config(tmp_path_factory.mktemp("filled"), *SETTINGS), spark)
     fill(runtime, SEQUENCES, score_rows(40, seed=1))
     about = {"item_name": None, "category": None, "unit_price": None, "first_ts": CUT, "said_ts": (None,) * 4}
@@ -95,7 +95,7 @@ def test_a_new_model_is_laid_onto_the_current_one(shop: Runtime, filled: tuple[P
     names = sorted(states)
     unturned = np.stack([states[name] for name in names])
     np.testing.assert_allclose(np.stack([users[name] for name in names]), unturned @ rotation, atol=1e-4)
-    # Inside the model all scores are what they were.
+    # Within the model all scores are unchanged.
     scores = np.stack([users[name] for name in names]) @ np.stack([items[f"i{n}"] for n in LEARNT]).T
     np.testing.assert_allclose(scores, unturned @ raw[model].T, rtol=1e-3, atol=1e-3)
 
@@ -112,7 +112,7 @@ def test_a_new_model_is_laid_onto_the_current_one(shop: Runtime, filled: tuple[P
     for stage in (align.STAGE, embed_items.STAGE, score_users.STAGE):
         assert shop.execute(stage).skipped
 
-    again = make_unaligned(shop, "m2", seed=3)  # as a forced training ends on GPUs: in other weights
+    again = make_unaligned(shop, "m2", seed=3)  # as after a forced training on GPUs: the weights differ
     strict = Runtime(make_config(shop.root, "storage.database=scores", "align.min_overlap=0.999"), shop.spark)
     with pytest.raises(TrailvecError, match="model m2, the current one, was trained again and is not aligned with its"):
         strict.execute(embed_items.STAGE)
@@ -140,7 +140,7 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_who_has_acted_since_is_not_compared(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that makes one number of a history, and the same one again: all that differs is what users did since."""
+    """A model that encodes a history as one number, and the same model again: only what users did since can differ."""
     later = CUT + timedelta(days=1)
     rows = [("same", "score", CUT, 1.0), ("acted", "score", later, 2.0), ("same", "test", later, 3.0)]
     sequences = spark.createDataFrame(rows, "user_id string, split string, as_of timestamp, state float")
@@ -170,7 +170,7 @@ def test_a_model_that_turned_too_far_does_not_become_current(shop: Runtime, monk
             strict.execute(stage)
     assert current(shop) == ({"m1"}, 40)
     assert not vectors(shop, USER_EMBEDDINGS, "m2")
-    shop.execute(align.STAGE)  # the limit was changed
+    shop.execute(align.STAGE)  # with the limit changed
     with pytest.raises(TrailvecError, match=r"model m2 has no item vectors yet: run `trailvec embed_items` first"):
         shop.execute(score_users.STAGE)
     assert current(shop) == ({"m1"}, 40)
@@ -185,7 +185,7 @@ def test_a_model_that_turned_too_far_does_not_become_current(shop: Runtime, monk
             TrailvecError, match=r"model m2, the current one, has no item vectors that another could be laid"
         ):
             shop.execute(align.STAGE)
-        shutil.rmtree(shop.path(ITEM_EMBEDDINGS), ignore_errors=True)  # the second time there is no table at all
+        shutil.rmtree(shop.path(ITEM_EMBEDDINGS), ignore_errors=True)  # the second time there is no table
 
 
 def test_spaces_of_unlike_width_are_told_apart(shop: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +201,7 @@ def test_spaces_of_unlike_width_are_told_apart(shop: Runtime, monkeypatch: pytes
     assert told["rotation_sha256"] is None
     assert "centroids" not in told
     assert told["items"]["compared"] == 27
-    for kind in ("users", "items"):  # what needs no common space is looked at all the same
+    for kind in ("users", "items"):  # what needs no common space is compared all the same
         assert 0 < told[kind]["overlap@10"] < 1
         assert "cosine_after" not in told[kind]
 

@@ -1,4 +1,4 @@
-"""Who ran what: the commits of a few tables, beside what delta-rs reads of the same logs."""
+"""Who ran what: the commits of a few tables, compared with delta-rs's reading of the same logs."""
 
 from __future__ import annotations
 

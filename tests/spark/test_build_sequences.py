@@ -1,4 +1,4 @@
-"""Sequences against the plain-Python oracle, for both ways of splitting; and law 4 seen from the outside."""
+"""Sequences against the plain-Python oracle, for both ways of splitting; and law 4 from the outside."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run(runtime: Runtime, events: list[Row], partitions: int = 1) -> dict[tuple[
 def test_equals_the_plain_python_sequences(
     spark: SparkSession, events: list[Row], leave_one_out: bool, partitions: int
 ) -> None:
-    # The cut times must lie inside the log, whatever was drawn.
+    # The cut times must lie within the log, whatever was drawn.
     events = [*events, make_event(event_id="last", user_id="last", item_id="i0", event_ts=START + timedelta(days=9))]
     rules = SequencesSettings(
         valid_from=VALID_FROM,
@@ -96,7 +96,7 @@ def test_equals_the_plain_python_sequences(
 
 
 def test_where_cuts_are_given_the_logs_end_is_looked_for_after_them(spark: SparkSession, tmp_path: Path) -> None:
-    """Files that end before are not opened: here they are gone."""
+    """Files that end before the cuts are not opened: here they have been deleted."""
     table, newest = tmp_path / "log", TEST_FROM + timedelta(days=3)
     for day in (VALID_FROM, newest):
         row = make_event(event_id=str(day), user_id="u", item_id="i", event_ts=day)
@@ -129,14 +129,14 @@ def test_increments_end_in_the_same_rows_as_one_build(
     chance: random.Random,
     leave_one_out: bool,
 ) -> None:
-    """Law 1: batches in any order, late ones too; items come into the training window's vocabulary on the way."""
+    """Law 1: batches in any order, with late ones; items enter the training window's vocabulary along the way."""
     sets = [
         *CUTS,
         f'sequences.split_by="{"leave_one_out" if leave_one_out else "time"}"',
         *("sequences.max_length=4", "sequences.max_parts=2", "sequences.seen_days=1", "vocabulary.min_count=2"),
     ]
     runtime = make_runtime(*sets, root=tmp_path_factory.mktemp("increments"))
-    # The cut times must lie inside the log from the first batch on.
+    # The cut times must lie within the log from the first batch on.
     last = make_event(event_id="last", user_id="last", item_id="i0", event_ts=START + timedelta(days=9))
     chance.shuffle(events)
     runtime.create(FLAGGED_USERS)
@@ -145,14 +145,14 @@ def test_increments_end_in_the_same_rows_as_one_build(
         for stage in STAGES:
             runtime.execute(stage)
     history = DeltaTable.forPath(spark, runtime.path(SEQUENCES)).history().collect()
-    assert [h.operationParameters.get("mode") for h in history].count("Overwrite") == 1  # all else were increments
+    assert [h.operationParameters.get("mode") for h in history].count("Overwrite") == 1  # all others were increments
     by_increments = _rows(runtime)
     runtime.execute(build_sequences.STAGE, force=True)
     assert by_increments == _rows(runtime)
 
 
 def test_who_met_an_item_that_becomes_known_has_new_rows(make_runtime: Callable[..., Runtime]) -> None:
-    """Without an event of their own in the batch."""
+    """Even without an event of their own in the batch."""
     runtime = make_runtime(*CUTS, "vocabulary.min_count=2")
 
     def bought(user: str, item: str, **passed: float) -> Row:
@@ -182,7 +182,7 @@ def test_row_groups_are_small_whatever_the_logs_size(
     make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path
 ) -> None:
     runtime = make_runtime("train.warm_length=256")
-    # Numbers that don't compress: 8 kB a row. The MERGE updates half of the rows and inserts as many others.
+    # Incompressible numbers: 8 kB per row. The MERGE updates half of the rows and inserts as many others.
     numbers = np.random.default_rng(1).integers(1, 2**31, (1500, 256), np.int32)
     rows_of = pa.table({"user_id": [f"u{n}" for n in range(1500)], "numbers": list(numbers)})
     pq.write_table(rows_of, tmp_path / "large.parquet")
@@ -206,7 +206,7 @@ def test_row_groups_are_small_whatever_the_logs_size(
 
 
 def train_footers(runtime: Runtime, files: Callable[[Runtime], dict[str, list[str]]] = training_files) -> list[Any]:
-    """Of the files that a training of now reads."""
+    """Parquet footers of the files that a training would read now."""
     found: dict[str, list[str]] = {}
     stage = Stage("look", "", lambda r: found.update(files(r)), reads=(SEQUENCES,), writes=(), settings=())
     runtime.execute(stage)
@@ -239,8 +239,8 @@ def test_training_meets_no_deletion_vector_and_files_of_few_rows(
     assert sum(footer.num_rows for footer in train_footers(runtime)) == 4  # the old rows of user a are in no file
     made = runtime.latest_version(SEQUENCES)
     assert sum(footer.num_rows for footer in train_footers(runtime)) == 4
-    assert runtime.latest_version(SEQUENCES) == made  # there was nothing left to write anew
-    assert runtime.execute(build_sequences.STAGE).skipped  # which counts as no change
+    assert runtime.latest_version(SEQUENCES) == made  # nothing was left to rewrite
+    assert runtime.execute(build_sequences.STAGE).skipped  # the purge does not count as a change
 
 
 def test_training_does_not_begin_on_rows_that_another_run_changes(
@@ -269,7 +269,7 @@ def test_a_batch_of_new_events_leaves_the_rows_of_older_cuts_alone(
     run(runtime, history)
 
     def splits_of_change(at: datetime, name: str, *between: Stage) -> set[str]:
-        """The splits of the rows that one more event changes."""
+        """The splits of the rows changed by one more event."""
         more = to_frame(spark, [make_event(event_id=name, user_id="a", item_id="i", event_ts=at)])
         add(runtime, EVENTS, more)
         before = runtime.latest_version(SEQUENCES)
@@ -278,7 +278,7 @@ def test_a_batch_of_new_events_leaves_the_rows_of_older_cuts_alone(
         reader = spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", before + 1)
         return {row.split for row in reader.load(runtime.path(SEQUENCES)).collect()}
 
-    counting = build_vocabulary.STAGE  # which leaves all numbers as they are
+    counting = build_vocabulary.STAGE  # which leaves all indices unchanged
     assert splits_of_change(TEST_FROM + timedelta(hours=30), "b", counting) == {"test", "score"}
     assert splits_of_change(VALID_FROM + timedelta(hours=1), "c") == {"valid", "test", "score"}
     assert splits_of_change(START + timedelta(hours=2), "d") == {"train", "valid", "test", "score"}
@@ -287,7 +287,7 @@ def test_a_batch_of_new_events_leaves_the_rows_of_older_cuts_alone(
 def test_what_comes_after_a_cut_does_not_change_what_lies_before(
     make_runtime: Callable[..., Runtime], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Law 4: the training rows are the same bytes whether the later events exist or not."""
+    """Law 4: the training rows are identical byte for byte whether or not the later events exist."""
     cuts = ['sequences.valid_from="2023-03-26T00:00:00"', 'sequences.test_from="2023-03-27T00:00:00"']
     early = [
         make_event(event_id=f"a{n}", user_id=f"u{n % 2}", item_id=f"i{n % 3}", event_ts=START + timedelta(minutes=n))
@@ -322,7 +322,7 @@ def test_an_event_at_the_very_moment_of_the_cut_comes_after_it(make_runtime: Cal
 
 @pytest.fixture(scope="module")
 def by_default(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    """A lake made by the default settings."""
+    """A lake built with the default settings."""
     events = [
         make_event(event_id=f"{user}{n}", user_id=user, item_id=f"i{n}", event_ts=START + timedelta(days=n))
         for user, count in (("one", 1), ("two", 2), ("many", 70))
@@ -364,7 +364,7 @@ def test_where_cuts_follow_the_logs_end_it_is_said_that_all_rows_are_made_anew(
     changed = Runtime(make_config(by_default.root, "sequences.max_length=5"), by_default.spark)
     (note,) = changed.execute(build_sequences.STAGE).notes
     assert note.startswith("table sequences is made anew as a whole: sequences.valid_from and sequences.test_from")
-    assert changed.execute(build_sequences.STAGE, force=True).notes == []  # as was asked for
+    assert changed.execute(build_sequences.STAGE, force=True).notes == []  # as requested
     assert _rows(changed)["many", "score", 0]["length"] == 5
 
 
@@ -386,7 +386,7 @@ def test_cuts_out_of_order_or_an_empty_log_are_refused(
 def test_a_vocabulary_that_was_counted_up_to_another_cut_or_lacks_rarer_items_is_refused(
     make_runtime: Callable[..., Runtime], spark: SparkSession
 ) -> None:
-    """Law 4: by the counts of a later cut, a model would know items that were met after its own."""
+    """Law 4: with counts up to a later cut, a model would know items first seen after its own cut."""
     later, earlier = make_runtime(*CUTS), make_runtime('sequences.valid_from="2023-03-01T00:00:00"', CUTS[1])
     rarer = make_runtime(*CUTS, "vocabulary.min_count=4")
     put(later, ITEMS, spark.createDataFrame([], ITEMS.schema()))
@@ -402,7 +402,7 @@ def test_a_vocabulary_that_was_counted_up_to_another_cut_or_lacks_rarer_items_is
         with pytest.raises(TrailvecError, match=r"items was made with vocabulary\.min_count = 5, found 4: rarer items"):
             rarer.execute(stage)
     same_cut = later.config.model_dump(mode="json")["sequences"]
-    build_sequences.refuse_other_counts(later, same_cut, 6)  # what is to be rarer than that is read as unknown
+    build_sequences.refuse_other_counts(later, same_cut, 6)  # rarer items are read as unknown
 
 
 def test_a_missing_table_names_the_stage_that_makes_it(make_runtime: Callable[..., Runtime]) -> None:
