@@ -14,7 +14,7 @@ nothing to add to), and those that had no events left.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
@@ -156,33 +156,33 @@ def changed_events(
         flagged: user_id of all users who are flagged now.
 
     Returns:
-        The changed events (OF_EVENTS and _change_type) of users flagged neither now nor then; those of users flagged
-        or unflagged since; and the latter users' user_id.
+        The changed events (OF_EVENTS and _change_type) of users flagged neither now nor then; user_id of those who
+        were flagged since; user_id of those who were unflagged since.
     """
     changes, flags = runtime.incremental(written, EVENTS), runtime.incremental(written, FLAGGED_USERS)
     before = runtime.previous(written, FLAGGED_USERS)
     if changes is None or flags is None or before is None:
         return None
     before = before.select("user_id").distinct()
-    gained, lost = flagged.join(before, "user_id", "left_anti"), before.join(flagged, "user_id", "left_anti")
     # `flags` also has users who were flagged for one more day. The join avoids reading all flags if none changed.
-    turned = gained.union(lost).join(flags.select("user_id").distinct(), "user_id", "left_semi").localCheckpoint()
-    of_turned = changes.join(turned, "user_id", "left_semi").select(*OF_EVENTS, "_change_type")
-    changes = changes.join(flagged.union(turned), "user_id", "left_anti").select(*OF_EVENTS, "_change_type")
-    # The feed is planned and read once, even if both tables use it (and once more if a user was flagged or unflagged).
-    return changes.localCheckpoint(), of_turned, turned
+    changed = flags.select("user_id").distinct()
+    gained = flagged.join(before, "user_id", "left_anti").join(changed, "user_id", "left_semi").localCheckpoint()
+    lost = before.join(flagged, "user_id", "left_anti").join(changed, "user_id", "left_semi").localCheckpoint()
+    changes = changes.join(flagged.union(lost), "user_id", "left_anti").select(*OF_EVENTS, "_change_type")
+    # The feed is planned and read once, even if both tables use it.
+    return changes.localCheckpoint(), gained, lost
 
 
-def to_describe_anew(items: DataFrame, changes: DataFrame, of_turned: DataFrame | None) -> DataFrame:
+def to_describe_anew(items: DataFrame, changes: DataFrame, of_turned: Sequence[DataFrame]) -> DataFrame:
     """item_id of the touched items that must be recomputed: new events can't just be added to their rows.
 
     Args:
         changes: item_id and _change_type of changed events.
-        of_turned: item_id of the events of users who were flagged or unflagged; None: nobody was.
+        of_turned: events that counted and no longer do, or the reverse, since their users were flagged or unflagged.
     """
     touched = changes.select("item_id", (F.col("_change_type") == "insert").alias("came"))
-    if of_turned is not None:
-        touched = touched.union(of_turned.select("item_id", F.lit(False)))
+    for events in of_turned:
+        touched = touched.union(events.select("item_id", F.lit(False)))
     touched = touched.groupBy("item_id").agg(F.bool_and("came").alias("only_came"))
     touched = touched.join(items.select("item_id", "item_index", "event_count"), "item_id", "left")
     # A lost event can't be subtracted from a latest value, and an item without a row has nothing to add to. The row of
@@ -204,18 +204,19 @@ def run(runtime: Runtime) -> None:
     # Items are written last, so the changes since then include those since context_values was written.
     written = ITEMS if fixed and runtime.last_writer(CONTEXT_VALUES) else CONTEXT_VALUES
     changed = changed_events(runtime, written, flagged)
-    met, came, of_turned = events.select(*OF_EVENTS), F.lit(1), None
+    met, came = events.select(*OF_EVENTS), F.lit(1)
+    of_turned: list[DataFrame] = []
     if changed is not None:
-        changes, changes_of_turned, turned = changed
+        changes, gained, lost = changed
         met, came = changes, F.when(F.col("_change_type").isin("insert", "update_postimage"), 1).otherwise(-1)
-        if not turned.isEmpty():
-            back = turned.join(flagged, "user_id", "left_anti").localCheckpoint()
-            if not back.isEmpty():  # their values may have no number yet; reads all events
-                met = met.union(events.join(back, "user_id", "left_semi").select(*OF_EVENTS, F.lit("insert")))
-            # With a fixed cut, events are also read for the items of all who were flagged or unflagged.
-            of_turned = runtime.read(EVENTS).join(turned, "user_id", "left_semi").select("item_id")
-            # Their removed events matter too: an item may have counted them before the flag.
-            of_turned = of_turned.union(changes_of_turned.select("item_id"))
+        if not lost.isEmpty():  # nothing of them was counted; reads all events
+            of_turned.append(events.join(lost, "user_id", "left_semi"))
+            met = met.union(of_turned[0].select(*OF_EVENTS, F.lit("insert")))
+        if not gained.isEmpty():
+            # As the events were: a bot that came and was flagged at once was never counted, and changes no item.
+            counted = runtime.previous(written, EVENTS)
+            assert counted is not None  # or there were no changes to go by either
+            of_turned.append(counted.join(gained, "user_id", "left_semi"))
     new_values = number_context_values(met, runtime.latest(CONTEXT_VALUES), came)
     runtime.merge(CONTEXT_VALUES, new_values, made_from=values_from)
 

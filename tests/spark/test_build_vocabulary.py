@@ -26,9 +26,8 @@ CUTS = ['sequences.valid_from="2023-03-26T00:00:00"', 'sequences.test_from="2023
 
 
 def event(number: int, item: str, hours: float, **values: object) -> Row:
-    return make_event(
-        event_id=f"e{number}", user_id=f"u{number % 3}", item_id=item, event_ts=START + timedelta(hours=hours), **values
-    )
+    of_user = {"user_id": f"u{number % 3}"} | values
+    return make_event(event_id=f"e{number}", item_id=item, event_ts=START + timedelta(hours=hours), **of_user)
 
 
 def put_log(runtime: Runtime, log: list[Row]) -> None:
@@ -348,6 +347,19 @@ def test_what_flagged_users_did_counts_for_nothing_while_they_are_flagged(
     assert met[0].inputFiles() == []
     found = items(runtime)
     assert numbers == {name: found[name][0] for name in numbers}
+    # A bot that comes and is flagged at once was never counted: the log is not read for its items.
+    add(runtime, EVENTS, to_frame(spark, [event(23, "a", 23, user_id="bot")]))
+    add(runtime, FLAGGED_USERS, flagged(spark, "bot"))
+    describe, anew = build_vocabulary.to_describe_anew, []
+
+    def described(*of: Any) -> DataFrame:
+        anew.append(describe(*of))
+        return anew[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_vocabulary, "to_describe_anew", described)
+        check("u0 u2")
+    assert anew[0].collect() == []
     by_increments = [sorted(runtime.latest(table).collect()) for table in (ITEMS, CONTEXT_VALUES)]
     runtime.execute(build_vocabulary.STAGE, force=True)
     assert by_increments == [sorted(runtime.latest(table).collect()) for table in (ITEMS, CONTEXT_VALUES)]
