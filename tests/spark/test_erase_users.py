@@ -1,6 +1,7 @@
-"""People erased from a small warehouse: gone from every file, kept out, and the road goes on as if they had never been.
+"""People erased from a small warehouse: gone from every file, kept out, and the pipeline continues as if they had never
+existed.
 
-All of the erased have "erika" in their ids, and nothing else has: what holds the word holds one of them.
+Every erased user has "erika" in the id, and nothing else does: whatever holds the word holds one of them.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from tests.conftest import add, expired, make_config, put, read_delta
 from tests.events import START, make_event, to_frame
 
 KEY = "a key of the tests"
-ERASED = ("erika-1", "qa-erika", 'o"neil; erika')  # the last one is written otherwise in CSV and in JSON
+ERASED = ("erika-1", "qa-erika", 'o"neil; erika')  # the last one is escaped differently in CSV and in JSON
 OTHERS = ("bob", "carl", "qa-dora")
 STAGES = (ingest.STAGE, flag_users.STAGE, sessionize.STAGE, build_vocabulary.STAGE, build_sequences.STAGE)
 HEADER = "id,user,item,at,price\n"
@@ -87,21 +88,21 @@ def first_days() -> list[str]:
     return [
         *lines,
         line(900, "erika-1", "only-hers", "2023-05-01 11:00:00"),
-        line(901, "erika-1", "i1", "2023-05-01", price="dear"),  # refused, with a user
+        line(901, "erika-1", "i1", "2023-05-01", price="dear"),  # rejected, with a user
         line(902, "bob", "i1", "2023-05-01", price="dear"),
-        line(1, "bob", "i1", "2023-04-30"),  # the id of an event of erika-1, earlier: that one is refused
+        line(1, "bob", "i1", "2023-04-30"),  # the id of an event of erika-1, but earlier: hers is rejected
         '903,"o""neil; erika",i1,2023-05-01,1,one too many\n',  # broken: no user can be read
         "904,carl,i1,2023-05-01,1,one too many\n",
     ]
 
 
 def more_days() -> list[str]:
-    """Sessions of the first days get longer, so that deletion vectors hide how they were."""
+    """Sessions of the first days get longer, so that deletion vectors hide their earlier rows."""
     return [line(700 + n, user, "i2", f"2023-05-05 10:{n + 9:02}:00") for n, user in enumerate([*ERASED, *OTHERS])]
 
 
 def late_days() -> list[str]:
-    """A week after the erasure."""
+    """Arrives a week after the erasure."""
     return [
         line(800, "erika-1", "i1", "2023-05-06 10:30:00"),
         line(801, "erika-1", "i1", "never"),
@@ -132,13 +133,13 @@ def shop(spark: SparkSession, folder: Path) -> Runtime:
 
 
 def arrive(runtime: Runtime, name: str, lines: list[str], stages: Sequence[Stage] = STAGES) -> dict[str, list[str]]:
-    """A file of the lines, and the road (or these stages of it) over it; the notes of each stage."""
+    """Writes a file of the lines and runs the pipeline (or the given stages); returns the notes of each stage."""
     (Path(runtime.config.ingest.data_dir) / f"log-{name}.csv").write_text(HEADER + "".join(lines))
     return {stage.name: runtime.execute(stage).notes for stage in stages}
 
 
 def add_vectors(runtime: Runtime) -> None:
-    """What a model, its neighbours and an export would leave; an item that has the name of one of the erased too."""
+    """What a model, its neighbours and an export would leave, including an item named like an erased user."""
     spark, at = runtime.spark, datetime(2023, 5, 8, tzinfo=timezone.utc)
     users = [*ERASED, *OTHERS]
     vectors = [(u, m, at, 1, False, [1.0, float(n)]) for m in ("m1", "m2") for n, u in enumerate(users)]
@@ -154,7 +155,7 @@ def add_vectors(runtime: Runtime) -> None:
     log = [
         ("x1", "fans", "erika-1", False, at, "m1", "s3://partner/fans"),
         ("x1", "fans", "bob", False, at, "m1", "s3://partner/fans"),
-        ("x2", "held", "qa-erika", True, at, "m1", "/exports/held"),  # as control: in no file
+        ("x2", "held", "qa-erika", True, at, "m1", "/exports/held"),  # in the control group: in no file
     ]
     put(runtime, EXPORTS, spark.createDataFrame(log, EXPORTS.schema()))
 
@@ -164,7 +165,7 @@ def parquet_files(runtime: Runtime, table: Table) -> list[Path]:
 
 
 def holding(runtime: Runtime) -> set[str]:
-    """The tables of which some Parquet file on disk, of whatever version, holds one of them, as DuckDB reads it."""
+    """The tables with a Parquet file on disk, of any version, that holds an erased user, as read by DuckDB."""
     found = set()
     for table in TABLES:
         for file in parquet_files(runtime, table) if runtime.exists(table) else []:
@@ -175,7 +176,7 @@ def holding(runtime: Runtime) -> set[str]:
 
 
 def showing(runtime: Runtime) -> set[str]:
-    """The tables that show one of them now."""
+    """The tables whose current version shows an erased user."""
     rows = {t.name: str(read_delta(runtime.path(t))) for t in TABLES if runtime.exists(t) and t is not NEIGHBOURS}
     neighbours = [row for row in read_delta(runtime.path(NEIGHBOURS)) if row["kind"] != "item_item"]
     return {name for name, text in (rows | {"neighbours": str(neighbours)}).items() if "erika" in text}
@@ -186,7 +187,7 @@ def receipts(runtime: Runtime) -> list[dict[str, Any]]:
 
 
 def operations(runtime: Runtime) -> str:
-    """What Delta's logs say of each commit."""
+    """The commitInfo lines in Delta's logs."""
     logs = [log for table in TABLES for log in Path(runtime.path(table)).glob("_delta_log/*.json")]
     return "\n".join(text for log in logs for text in log.read_text().splitlines() if text.startswith('{"commitInfo"'))
 
@@ -198,7 +199,7 @@ def keyed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def story(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """All that happens, in order, and what was seen at each step."""
+    """All that happens, in order, and what was observed at each step."""
     folder, seen = tmp_path_factory.mktemp("erase"), SimpleNamespace()
     seen.runtime = runtime = shop(spark, folder / "erased")
     ids = folder / "ids.txt"
@@ -207,7 +208,7 @@ def story(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Simp
         patch.setenv(ERASE_KEY, KEY)
         arrive(runtime, "1", first_days())
         arrive(runtime, "2", more_days(), [ingest.STAGE, sessionize.STAGE])
-        maintain(runtime, [EVENTS.name, SESSIONS.name])  # a clustered table's hidden rows are another matter to Delta
+        maintain(runtime, [EVENTS.name, SESSIONS.name])  # Delta treats hidden rows of clustered tables differently
         add_vectors(runtime)
         seen.before = {"showing": showing(runtime), "holding": holding(runtime)}
 
@@ -241,7 +242,7 @@ def story(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Simp
 
 
 def test_no_table_is_forgotten() -> None:
-    """A column that may hold a user is one that erase_users knows of."""
+    """erase_users knows every column that may hold a user."""
     named = {t.name for t in TABLES for c in t.columns if c.name.endswith("_id") or "user" in c.name}
     no_users = {"items", "context_values", "item_embeddings", "evaluation", "probes", "erasures", "erased_users"}
     assert {t.name for t in HOLDING_USERS} == named - no_users
@@ -260,7 +261,7 @@ def test_after_vacuum_no_parquet_file_holds_them(story: SimpleNamespace) -> None
 
 
 def test_a_row_that_an_update_hid_goes_too(make_runtime: Callable[..., Runtime], tmp_path: Path, keyed: None) -> None:
-    """Her event was corrected once: the file of the old one shows only bob's since, and must go all the same."""
+    """Her event was corrected once: the old file now shows only bob's, and must be rewritten all the same."""
     runtime = make_runtime()
     old, new = (
         make_event(event_id="e1", user_id="erika", item_id=item, event_ts=START) for item in ("mistaken", "right")
@@ -274,7 +275,7 @@ def test_a_row_that_an_update_hid_goes_too(make_runtime: Callable[..., Runtime],
     rows = duckdb.execute("SELECT user_id FROM read_parquet(?)", [list(map(str, files))]).fetchall()
     assert rows == [("bob",)]
 
-    # No file of a table holds her any more, but one that a killed export left may.
+    # No table file holds her any more, but a file left by a killed export may.
     for table in HOLDING_USERS:
         if runtime.exists(table):
             vacuum(expired(runtime), table)
@@ -324,7 +325,7 @@ def test_finish_ends_what_was_killed_and_names_exports_that_were_made_meanwhile(
         erase(runtime, sql=hers, requested_by="desk")
 
     def beside(runtime: Runtime, table: Table, *more: Any) -> None:
-        if table == EVENTS:  # a run of export_segments that began before logs what it made
+        if table == EVENTS:  # an export_segments run that began earlier logs its members
             runtime.append(EXPORTS, export(2))
         delete(runtime, table, *more)
 
@@ -341,12 +342,12 @@ def test_finish_ends_what_was_killed_and_names_exports_that_were_made_meanwhile(
     ]
     assert "/exports/2" in ended.notes[1]
 
-    add(runtime, EXPORTS, export(3))  # and one that logs it after that
+    add(runtime, EXPORTS, export(3))  # and one that logs them even later
     again = finish(runtime)
     assert again.rows_out == {"finished": 0, "exports": 1}
     assert "/exports/3" in again.notes[0]
 
-    # She is back, and so is the request. Of the commits before it Delta's log tells no more.
+    # She is back, and so is the request. Delta's log no longer has the commits before it.
     add(runtime, EVENTS, to_frame(spark, events[:1]))
     monkeypatch.setattr(commits, "_HISTORY", 2)
     (tmp_path / "ids.txt").write_text("erika\n")
@@ -365,7 +366,7 @@ def test_finish_ends_what_was_killed_and_names_exports_that_were_made_meanwhile(
 def test_files_that_a_vacuum_takes_meanwhile_are_passed_over(spark: SparkSession, tmp_path: Path) -> None:
     for n in range(2):
         pq.write_table(pa.table({"user_id": [f"u{n}"]}), tmp_path / f"{n}.parquet")
-    files = [str(tmp_path / f"{n}.parquet") for n in range(3)]  # the last is gone
+    files = [str(tmp_path / f"{n}.parquet") for n in range(3)]  # the last does not exist
     rows = erase_users._of_those_there(spark, "user_id string", files)
     assert sorted(row["user_id"] for row in rows.collect()) == ["u0", "u1"]
     assert erase_users._of_those_there(spark, "user_id string", files[2:]).isEmpty()
@@ -374,7 +375,7 @@ def test_files_that_a_vacuum_takes_meanwhile_are_passed_over(spark: SparkSession
 def test_texts_that_no_utf8_holds_stop_nothing(
     make_runtime: Callable[..., Runtime], tmp_path: Path, keyed: None
 ) -> None:
-    """Half of an emoji in JSON, and bytes of another encoding in lines and in Parquet's columns."""
+    """Half of an emoji in JSON, and bytes in another encoding in lines and in Parquet columns."""
     data = tmp_path / "data"
     data.mkdir()
     name, columns = MAPPING.split("[[input]]")
@@ -411,7 +412,7 @@ def test_texts_that_no_utf8_holds_stop_nothing(
     assert refused() == sorted([*kept, *hers])
     assert all("\ufffd" in row["raw"] for row in read_delta(runtime.path(REJECTED_EVENTS)) if "caf" in row["raw"])
 
-    # Rows of before, with the bytes as they came.
+    # Older rows, with the original bytes.
     old = [(None, bytearray(own[1])), (None, bytearray(own[3])), (bytearray(b"caf\xe9"), None)]
     rows = runtime.spark.createDataFrame(old, "user_id binary, raw binary").selectExpr(
         "'shop' source", "'f' file", "string(user_id)", "'old' reason", "string(raw)", "current_date() refused_on"
@@ -432,7 +433,7 @@ def test_texts_that_no_utf8_holds_stop_nothing(
 def test_where_no_table_of_users_is_nobody_is_said_to_be_erased(
     tmp_path: Path, keyed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As without --conf: the receipt lay in an empty warehouse."""
+    """As without --conf: the receipt would go into an empty warehouse."""
     for there, said in ((ITEMS, f"no table of users exists under {tmp_path}: is"), (EXPORTS, "list .* does not")):
         monkeypatch.setattr(Runtime, "exists", lambda runtime, table, there=there: table == there)
         with pytest.raises(TrailvecError, match=said):
@@ -469,9 +470,9 @@ def test_a_writer_beside_it_loses_nothing_and_brings_nobody_back(
     def event(number: int, user: str, item: str = "i") -> dict[str, Any]:
         return make_event(event_id=f"e{number}", user_id=user, item_id=item, event_ts=START)
 
-    # Hers lie in files with bob's, which the other job goes on to change.
+    # Her events share files with bob's, which the other job keeps changing.
     put(runtime, EVENTS, to_frame(runtime.spark, [event(n, "erika" if n % 2 else "bob") for n in range(8)]))
-    other = Runtime(runtime.config, runtime.spark.newSession())  # settings of its own, as another process has
+    other = Runtime(runtime.config, runtime.spark.newSession())  # with its own settings, like another process
     errors: list[BaseException] = []
     began, ended = threading.Event(), threading.Event()
     written: list[int] = []
@@ -484,7 +485,7 @@ def test_a_writer_beside_it_loses_nothing_and_brings_nobody_back(
                 other.execute(change, force=True)
                 written.append(number)
                 began.set()
-                ended.wait(0.3 * 2 ** (number - 8))  # at first too short a while to commit in, then long enough
+                ended.wait(0.3 * 2 ** (number - 8))  # at first too short to commit in, then long enough
         except BaseException as error:
             errors.append(error)
             began.set()
@@ -497,7 +498,7 @@ def test_a_writer_beside_it_loses_nothing_and_brings_nobody_back(
     ended.set()
     writer.join()
     assert errors == []
-    assert len(written) > 1  # while the other was at work
+    assert len(written) > 1  # while the other was working
     rows = sorted((row["event_id"], row["user_id"], row["item_id"]) for row in read_delta(runtime.path(EVENTS)))
     bobs = [("e0", "bob", f"changed-{written[-1]}"), *[(f"e{n}", "bob", "i") for n in (2, 4, 6)]]
     assert rows == sorted([*bobs, *[(f"e{n}", "carl", "i") for n in written]])
@@ -520,7 +521,7 @@ def test_others_and_items_of_their_name_stay(story: SimpleNamespace) -> None:
     assert [r["user_id"] for r in log] == ["bob"]
 
 
-# ---- kept out, and the road goes on ----------------------------------------------------------------------
+# ---- kept out, and the pipeline goes on ------------------------------------------------------------------
 
 
 def test_late_events_are_dropped_and_counted(story: SimpleNamespace) -> None:
@@ -539,7 +540,7 @@ def test_the_road_ends_as_if_they_had_never_been(story: SimpleNamespace) -> None
     assert without(rows, "file", "refused_on") == without(expected, "file", "refused_on") != []
 
     def named(runtime: Runtime) -> list[str]:
-        """Sequences with the items' names: numbers are given once, and who met an item first is no matter."""
+        """Sequences with the items' names: indices are assigned once, and who met an item first does not matter."""
         items = {row["item_index"]: row["item_id"] for row in read_delta(runtime.path(ITEMS))}
         sequences = read_delta(runtime.path(SEQUENCES))
         for row in sequences:
@@ -558,7 +559,7 @@ def test_the_road_ends_as_if_they_had_never_been(story: SimpleNamespace) -> None
 
 
 def test_stages_go_on_from_where_they_were(story: SimpleNamespace) -> None:
-    """Nothing was made anew as a whole after the first time."""
+    """No table was rebuilt as a whole after the first time."""
     for table in (FLAGGED_USERS, SESSIONS, SEQUENCES):
         commits = list(story.runtime._commits(table))
         assert sum(commit.replaced_all for commit in commits) == 1, table.name
@@ -576,7 +577,7 @@ def test_the_receipt_says_who_asked_and_what_went(story: SimpleNamespace) -> Non
     assert receipt["finished_at"] is None
     rows = {entry["table"]: entry["rows"] for entry in receipt["tables"]}
     assert rows == story.report.rows_out
-    # Seven first days of three, one day more, and "only-hers"; one of those ids went to bob before.
+    # Three users' first seven days, one more day, and "only-hers"; one of those ids had gone to bob.
     assert (rows["events"], rows["rejected_events"], rows["flagged_users"]) == (24, 3, 7)
     assert (rows["user_embeddings"], rows["neighbours"], rows["exports"]) == (6, 27, 2)
     assert all(entry["version_before"] < entry["version_after"] for entry in receipt["tables"])
@@ -587,7 +588,7 @@ def test_the_receipt_names_the_exports_that_left(story: SimpleNamespace) -> None
     (export,) = story.after["receipt"]["exports"]  # found before the kill, when the log still held them
     assert (export["segment"], export["export_id"], export["users"]) == ("fans", "x1", 1)
     assert export["exported_at"] == datetime(2023, 5, 8, tzinfo=timezone.utc)
-    assert export["destination"] == "s3://partner/fans"  # no segment of the configuration has that name any more
+    assert export["destination"] == "s3://partner/fans"  # no configured segment has that name any more
     assert any("segment fans" in note for note in story.report.notes)
 
 

@@ -1,4 +1,4 @@
-"""Exported segments, read by pyarrow: who is in them, in which order, under which id, and what is left of a crash."""
+"""Exported segments as read by pyarrow: who is in them, in which order, under which id, and what a crash leaves."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ from tests.spark.test_neighbours import embed, put_users
 SECRET = "correct horse battery staple"
 USERS = {
     "ann": [1.0, 0.0],  # seed
-    "amy": [2.0, 0.0],  # seed, as like ann as can be
-    "bob": [0.0, 2.0],  # seed, of another taste
+    "amy": [2.0, 0.0],  # seed, same direction as ann
+    "bob": [0.0, 2.0],  # seed, different taste
     "cat": [3.0, 0.1],
     "dan": [0.1, 3.0],
     "eve": [1.0, 1.0],
@@ -65,7 +65,7 @@ method = "nearest_seed"
 
 @pytest.fixture(scope="module")
 def filled(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A warehouse of nine users' vectors; each test takes a copy."""
+    """A warehouse with the vectors of nine users; each test takes a copy."""
     root = tmp_path_factory.mktemp("filled")
     embed(Runtime(make_config(root), spark), spark, USERS, {"i1": [1.0, 0.0]})
     return root
@@ -79,9 +79,9 @@ def shop(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Runtime:
-    """Nine users' vectors, a segment's file and its seed list with one unknown user."""
+    """The nine users' vectors, a segment's file and its seed list with one unknown user."""
     monkeypatch.setenv(KEY, SECRET)
-    spark.sql("DROP DATABASE IF EXISTS segments CASCADE")  # the session is shared: forget the last test's tables
+    spark.sql("DROP DATABASE IF EXISTS segments CASCADE")  # the session is shared: drop the last test's tables
     runtime = make_runtime(
         "storage.database=segments",
         f'export.segments=["{tmp_path / "likes.toml"}"]',
@@ -93,7 +93,7 @@ def shop(
 
 
 def read(runtime: Runtime, name: str = "likes", folder: Path | None = None) -> tuple[dict[str, Any], list[Any]]:
-    """The manifest, and the rows: dictionaries out of Parquet, lists of text, the header too, out of CSV."""
+    """The manifest, and the rows: dicts from Parquet, lists of strings from CSV, header included."""
     folder = folder or runtime.exports / name
     manifest = json.loads((folder / "manifest.json").read_text())
     files = {part["name"] for part in manifest["files"]}
@@ -123,7 +123,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def hashed(user: str) -> str:
-    """By openssl, not by Python's hmac."""
+    """Computed by openssl, independently of Python's hmac."""
     command = ["openssl", "dgst", "-sha256", "-hmac", SECRET]
     return subprocess.run(command, input=user.encode(), capture_output=True, check=True).stdout.decode().split()[-1]
 
@@ -179,14 +179,14 @@ def test_a_rerun_is_skipped_and_a_forced_one_gives_the_same_bytes(
     shop.execute(STAGE)
     first = bytes_of(shop.exports)
     assert shop.execute(STAGE).skipped
-    shop.touch(USER_EMBEDDINGS)  # a version without another row, as upkeep makes
+    shop.touch(USER_EMBEDDINGS)  # a new version with the same rows, as upkeep creates
     report = shop.execute(STAGE, force=True)
     assert not report.skipped
     assert bytes_of(shop.exports) == first
-    assert {"user", "application"}.isdisjoint(read(shop)[0]["provenance"])  # another process has others
+    assert {"user", "application"}.isdisjoint(read(shop)[0]["provenance"])  # they differ between processes
     logged = {row["user_id"] for row in read_delta(shop.root / "tables" / "exports")}
     assert len(read_delta(shop.root / "tables" / "exports")) == len(logged) == 4  # logged once
-    put(shop, EXPORTS, shop.latest(EXPORTS).where("user_id <> 'cat'"))  # as if other code had not taken her
+    put(shop, EXPORTS, shop.latest(EXPORTS).where("user_id <> 'cat'"))  # as if other code had not selected her
     shop.execute(STAGE, force=True)
     assert sorted(row["user_id"] for row in read_delta(shop.root / "tables" / "exports")) == sorted(logged)
 
@@ -205,7 +205,7 @@ def test_a_rerun_is_skipped_and_a_forced_one_gives_the_same_bytes(
 def test_a_crash_before_the_manifest_leaves_no_half_export(
     shop: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The members are logged by then; the same command gives what would have been, and logs nothing twice."""
+    """The members are logged by then; the same command yields the export that was due, and logs nothing twice."""
 
     def dies(*_: object) -> None:
         raise KeyboardInterrupt
@@ -257,7 +257,7 @@ def test_who_is_overtaken_logs_nothing(shop: Runtime, monkeypatch: pytest.Monkey
     log = export_segments._log_members
 
     def overtaken(*arguments: Any) -> None:
-        (arguments[2].shared / "ours").unlink()  # the newer one has removed all, and tasks have made folders anew
+        (arguments[2].shared / "ours").unlink()  # the newer run removed everything; tasks recreated folders
         log(*arguments)
 
     monkeypatch.setattr(export_segments, "_log_members", overtaken)
@@ -270,7 +270,7 @@ def test_the_older_run_leaves_what_the_newer_one_has_laid_down(shop: Runtime) ->
     older = laid_down(shop)
     older.__enter__()
     with laid_down(shop) as newer:
-        assert newer.local.stat().st_mode & 0o777 == 0o700  # user ids lie there
+        assert newer.local.stat().st_mode & 0o777 == 0o700  # it holds user ids
         (newer.local / "log").mkdir()
         with pytest.raises(TrailvecError, match="newer run"):
             older.__exit__(FileNotFoundError, FileNotFoundError("log"), None)
@@ -309,7 +309,7 @@ def test_seeds_by_sql_plain_ids_and_chosen_columns(
     ):
         assert id_on(1, timely) == id_on(1, timely) != id_on(2, timely)
 
-    for log in ("exports", f"delta.`{shop.path(EXPORTS)}`"):  # a run made again would find its own members there
+    for log in ("exports", f"delta.`{shop.path(EXPORTS)}`"):  # a repeated run would find its own members there
         with pytest.raises(TrailvecError, match=r"likes\.toml: the query of a list of its users reads exports, where"):
             id_on(1, f" = 1 AND user_id NOT IN (SELECT user_id FROM {log})")
     (tmp_path / "in.csv").write_text("ann\n")
@@ -317,7 +317,7 @@ def test_seeds_by_sql_plain_ids_and_chosen_columns(
         id_on(1, f" = 1 AND user_id IN (SELECT _c0 FROM csv.`{tmp_path}/in.csv`)")
     shop.spark.sql("CREATE TABLE theirs USING parquet AS SELECT 'ann' AS user_id")
     shop.spark.sql("CREATE TABLE theirs_too USING delta AS SELECT 'ann' AS user_id")
-    for theirs in ("theirs", "theirs_too"):  # whose versions are no part of an id
+    for theirs in ("theirs", "theirs_too"):  # whose versions are not part of an id
         condition = f" = 1 AND user_id IN (SELECT user_id FROM {theirs})"
         assert id_on(1, condition) == id_on(1, condition) != id_on(2, condition)
     id_on(1, " = 1 AND user_id IN (WITH exports AS (SELECT 'ann') SELECT * FROM exports)")
@@ -347,7 +347,7 @@ def test_what_is_refused_while_it_runs(shop: Runtime, tmp_path: Path, monkeypatc
         shop.execute(STAGE)
     monkeypatch.delenv(KEY)
     (tmp_path / "likes.toml").write_text(SEGMENT.replace('file = "seeds.txt"', 'sql = "SELECT * FROM nowhere"'))
-    with pytest.raises(TrailvecError, match=f"the environment has no {KEY}"):  # before any query is asked
+    with pytest.raises(TrailvecError, match=f"the environment has no {KEY}"):  # before any query is run
         shop.execute(STAGE)
     write_segments(tmp_path, {"likes": 'sql = "SELECT CAST(7 AS DOUBLE) AS user_id"\n'})
     with pytest.raises(TrailvecError, match=r"likes\.toml: its sql has a column user_id of type double: write the ids"):
@@ -424,7 +424,7 @@ def test_two_segments_of_one_name(tmp_path: Path) -> None:
         ),
         ("s3://bucket/x/y?region=r", "s3://bucket/x?region=r", "one lies inside the other: give"),
         ("s3://bucket/x?region=r", "s3://bucket/xy?region=r", None),
-        ("b", None, None),  # a folder b beside the configuration's, which is none of /exports
+        ("b", None, None),  # a folder b beside the configuration file, which is not under /exports
     ],
 )
 def test_two_segments_of_one_place(tmp_path: Path, one: str, other: str | None, message: str | None) -> None:
@@ -453,7 +453,7 @@ SIZES = {"near": 40, "fond": 30, "rest": 25}
 
 
 def write_segments(folder: Path, texts: dict[str, str]) -> list[str]:
-    """Files of segments, each with plain ids."""
+    """Segment files with plain ids."""
     for name, text in texts.items():
         head = f'name = "{name}"\nowner = "o"\npurpose = "p"\nuser_ids = "plain"\napproved_by = "a"\n'
         (folder / f"{name}.toml").write_text(head + text)
@@ -463,13 +463,13 @@ def write_segments(folder: Path, texts: dict[str, str]) -> list[str]:
 def control_of(user: str, group: str, share: float) -> bool:
     digest = hmac.new(SECRET.encode(), f"control\0{group}".encode(), hashlib.sha256).digest()
     value = siphash(base64.b64encode(digest)[:16], user.encode())
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # pandas mixes it, as SplitMix64 ends
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # pandas applies SplitMix64's finaliser
         value = (value ^ value >> shift) * factor % 2**64
     return (value ^ value >> 31) / 2**64 < share
 
 
 def siphash(key: bytes, text: bytes) -> int:
-    """SipHash-2-4 as Aumasson and Bernstein wrote it down (2012)."""
+    """SipHash-2-4 as published by Aumasson and Bernstein (2012)."""
     word = 2**64 - 1
     halves = [int.from_bytes(key[start : start + 8], "little") for start in (0, 8)]
     begun = (0x736F6D6570736575, 0x646F72616E646F6D, 0x6C7967656E657261, 0x7465646279746573)
@@ -499,7 +499,7 @@ def siphash(key: bytes, text: bytes) -> int:
 
 
 def test_siphash_gives_what_its_paper_says() -> None:
-    """The example of appendix A, so that the oracle is one."""
+    """The paper's test vector (appendix A) validates the oracle."""
     assert siphash(bytes(range(16)), bytes(range(15))) == 0xA129CA6149BE45E5
 
 
@@ -510,7 +510,7 @@ def best(scores: dict[str, float], size: int) -> list[str]:
 def test_many_segments_in_one_pass_against_plain_python(
     make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every kind of segment and rule at once; the floors are set by a small sample."""
+    """Every kind of segment and rule at once; the score floors come from a small sample."""
     monkeypatch.setenv(KEY, SECRET)
     monkeypatch.setattr(segment_members, "_SAMPLE", 60)
     spark.sql("DROP DATABASE IF EXISTS segments CASCADE")
@@ -522,7 +522,7 @@ def test_many_segments_in_one_pass_against_plain_python(
     seeds, suppressed = names[5:12], names[10:60]
     consents = [(user, n % 3 > 0, True) for n, user in enumerate(names[:280])] + [(names[20], False, True)]
     (tmp_path / "seeds.txt").write_text("\n".join([*seeds, "ghost"]), encoding="utf-8")
-    (tmp_path / "suppressed.parquet").mkdir()  # as Spark writes it
+    (tmp_path / "suppressed.parquet").mkdir()  # as Spark writes Parquet
     for part in (0, 1):
         pq.write_table(pa.table({"user_id": suppressed[part::2]}), tmp_path / f"suppressed.parquet/{part}.parquet")
     with (tmp_path / "consent.csv").open("w", encoding="utf-8") as file:
@@ -614,11 +614,11 @@ def test_many_segments_in_one_pass_against_plain_python(
     page = (runtime.exports / "asked" / "report.html").read_text()
     share = len({*asked} & {*both}) / len(asked)
     assert f'<td>both<td class="n">{share:.1%}' in page
-    assert '<td>FRUIT<td class="n">100.0%<td class="n">20.0%' in page  # all of its members are among the first 60
+    assert '<td>FRUIT<td class="n">100.0%<td class="n">20.0%' in page  # all its members are among the first 60
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
 
-    # One segment is asked for anew: the others stay, and it still knows their members. One of them, whose log holds
-    # somebody whom other code took, is made again.
+    # One segment is requested again: the others stay, and it still knows their members. A segment whose log holds
+    # somebody that other code selected is exported again.
     other = next(user for user in names if user in pushed and user not in {*near, *fond, *asked})
     log = runtime.latest(EXPORTS)
     of_fond = log.where("segment = 'fond'").limit(1).withColumn("user_id", F.lit(other))
@@ -646,9 +646,9 @@ def test_profiles_say_who_is_alike_where_the_model_has_some(shop: Runtime, spark
     def fill_profiles(version: str) -> None:
         seeds = {seed: [1.0, 0.0, 0.0] for seed in ("ann", "amy", "bob")}
         others = {"cat": [0.0, 1.0, 0.0], "dan": [0.0, 0.0, 1.0], "eve": [2.0, 1.0, 0.0], "far": [3.0, 0.0, 0.0]}
-        gone = {"bot": [4.0, 0.0, 0.0], "ada": [1.0, 0.0, 0.0]}  # users when profiles were made, with a vector no more
+        gone = {"bot": [4.0, 0.0, 0.0], "ada": [1.0, 0.0, 0.0]}  # had profiles, but no longer have vectors
         now = datetime(2024, 1, 1, tzinfo=timezone.utc)
-        everyone = seeds | others | gone  # of eva and nil none
+        everyone = seeds | others | gone  # none for eva and nil
         rows = [(user, version, now, vector) for user, vector in everyone.items()]
         put(shop, USER_PROFILES, spark.createDataFrame(rows, USER_PROFILES.schema()))
 
@@ -687,11 +687,11 @@ def test_a_floor_that_was_too_high_is_lowered(shop: Runtime, tmp_path: Path, mon
     shop.execute(STAGE, force=True)
     assert read(shop)[1] == expected
     assert next(floors, None) is None
-    assert [one.ids.type for one in taken] == [pa.large_string()]  # of more than 2 GiB of ids too
+    assert [one.ids.type for one in taken] == [pa.large_string()]  # so that more than 2 GiB of ids fit
 
 
 def test_a_floor_goes_below_all_whom_another_segment_may_take() -> None:
-    """Of one without a size nobody knows before how many they are."""
+    """How many users a segment without a size takes is not known in advance."""
     tried: list[int] = []
     selection = Mock(spec=segment_members.Selection, _candidates={}, **{"_wanted.return_value": 4})
     selection._walk.side_effect = [None, None, "taken"]
@@ -716,7 +716,7 @@ def test_of_many_seeds_some_stand_for_all(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Who they are is a matter of their own ids; all are counted, and none is exported."""
+    """Which seeds are drawn depends only on their ids; all are counted, and none is exported."""
     monkeypatch.setattr(segment_members, "_SEEDS", 7)
     seeds = {f"s{n:02}": [float(np.cos(n / 9)), float(np.sin(n / 9))] for n in range(12)}
     ids = ", ".join(f"('{user}')" for user in seeds)
@@ -727,9 +727,9 @@ def test_of_many_seeds_some_stand_for_all(
     put_users(shop, USERS | seeds, cold=cold)
 
     ghosts = [f"ghost{n}" for n in range(40)]
-    (tmp_path / "seeds.txt").write_text("\n".join([*seeds, *ghosts]))  # 12 are known, of which one in two is looked at
+    (tmp_path / "seeds.txt").write_text("\n".join([*seeds, *ghosts]))  # 12 are known, half of which are drawn
     (tmp_path / "likes.toml").write_text(SEGMENT.replace("size = 4", "size = 8"))
-    # Of another segment's seeds each is: they are among the rows that are looked up.
+    # All seeds of the other segment are drawn: they are among the rows looked up.
     (tmp_path / "few.txt").write_text("\n".join(list(seeds)[:5]))
     (tmp_path / "few.toml").write_text(SEGMENT.replace("likes", "few").replace("seeds.txt", "few.txt"))
     both = [str(tmp_path / name) for name in ("likes.toml", "few.toml")]
@@ -745,7 +745,7 @@ def test_of_many_seeds_some_stand_for_all(
 
 
 def test_how_often_a_user_is_exported(shop: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most twice in three days, over the log and over the segments of a run; who is held back got nothing."""
+    """At most twice in three days, counting the log and the run's own segments; the control group received nothing."""
     asked = {"a": ["ann", "bob", "cat", "nil"], "b": ["ann"], "c": ["ann", "bob", "cat", "nil"]}
     held_back = [user for user in asked["a"] if control_of(user, "n", 0.3)]
     assert len(held_back) == 1
@@ -762,13 +762,13 @@ def test_how_often_a_user_is_exported(shop: Runtime, tmp_path: Path, monkeypatch
     )
     settings = [f"export.segments={json.dumps(paths)}", "storage.database=segments"]
     runtime = Runtime(load_config(None, [f'storage.root="{shop.root}"', *settings]), shop.spark)
-    got: list[tuple[str, int]] = []  # who got something, on which day
+    got: list[tuple[str, int]] = []  # (user, day) of each export
     for day in (1, 2, 4):
         now = datetime(2024, 3, day, 23, tzinfo=timezone.utc)
         monkeypatch.setattr(export_segments, "_now", lambda now=now: now)
         runtime.execute(STAGE)
         for name, users in asked.items():
-            if name == "a":  # it has no rule of days: after the first day it is up to date
+            if name == "a":  # it has no limit per days: after the first day it is up to date
                 sent = [user for user in users if user not in held_back]
                 got += [(user, day) for user in sent if day == 1]
             else:
@@ -832,7 +832,7 @@ def test_of_very_many_items_those_that_most_acted_on_make_an_affinity(
         f"the events?",
     ]
     manifest, rows = read(runtime, "fruit")
-    assert [row["user_id"] for row in rows] == ["bob", "cat", "ann"]  # i0 is the one that few acted on
+    assert [row["user_id"] for row in rows] == ["bob", "cat", "ann"]  # few users acted on i0
     assert manifest["counts"]["items"] == {"named": 3, "used": 2}
     manifest, rows = read(runtime, "named")
     assert [row["user_id"] for row in rows] == ["cat", "ann", "bob"]
@@ -843,7 +843,9 @@ def test_of_very_many_items_those_that_most_acted_on_make_an_affinity(
 def test_an_earlier_export_counts_where_it_is_made_again(
     shop: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
 ) -> None:
-    """By --force, or as its files were moved away by who loaded them: once, and before and after the limited ones."""
+    """Repeated by --force, or because its files were moved away once loaded: counted once, both before and after the
+    limited exports.
+    """
     query = "sql = \"SELECT user_id FROM user_embeddings WHERE user_id IN ('ann', 'bob')\"\n"
     limits = {name: f"at_most = {{ exports = {n}, days = 30 }}\n" for name, n in (("b", 1), ("d", 2))}
     b, a, d = write_segments(tmp_path, {"b": limits["b"] + query, "a": query, "d": limits["d"] + query})
@@ -864,9 +866,9 @@ def test_an_earlier_export_counts_where_it_is_made_again(
     runtime = run(5, [b, a, d, e, f, g])
     assert read(runtime, "b")[1] == []
     assert len(read(runtime, "a")[1]) == 2
-    assert len(read(runtime, "d")[1]) == 2  # had it once
+    assert len(read(runtime, "d")[1]) == 2  # each user had one export
     assert [row["user_id"] for row in read(runtime, "f")[1]] == ["dan"]  # e took cat
-    # Made again on its day a limited export stays what it was: what came after it, in that run or since, is no matter.
+    # Repeated on its day, a limited export is unchanged: later exports, in that run or since, do not matter.
     for name in "abdf":
         shutil.rmtree(runtime.exports / name)
     runtime = run(5, [new, b, a, d, e, f, g])
@@ -889,7 +891,7 @@ def test_csv_for_spreadsheets(shop: Runtime, tmp_path: Path) -> None:
     assert float(rows[2][1]) == pytest.approx(1 / np.hypot(1, 0.1), rel=1e-6)
     first = bytes_of(shop.exports)
     shop.execute(STAGE, force=True)
-    assert bytes_of(shop.exports) == first  # gzip holds no time
+    assert bytes_of(shop.exports) == first  # gzip stores no timestamp
 
 
 def test_each_format_has_a_writer_and_files_that_are_known_again(tmp_path: Path) -> None:
@@ -935,11 +937,11 @@ def test_where_it_goes(shop: Runtime, tmp_path: Path) -> None:
     ):
         shop.execute(STAGE)
     assert (place / "holiday.jpg").exists()
-    below = tmp_path / "seeds.txt" / "likes"  # no folder can be made there
+    below = tmp_path / "seeds.txt" / "likes"  # no folder can be created there
     (tmp_path / "likes.toml").write_text(SEGMENT.replace("size = 4", f'size = 3\ndestination = "{below}"'))
     with pytest.raises(TrailvecError, match=r"seeds\.txt/likes can't be read or written .*: correct the segment's"):
         shop.execute(STAGE)
-    assert logged() == before  # who got nothing was not exported
+    assert logged() == before  # users whose export failed are not logged
 
 
 @pytest.mark.parametrize(
