@@ -1,4 +1,4 @@
-"""Real processes, killed, doubled and on a full disk: `scripts/faults.py` in small. Its own runs are longer."""
+"""Real processes killed, run twice and on a full disk: a small `scripts/faults.py`, whose own runs are longer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scripts.faults import Job, differences, full_disk, kills, two_ingests, undi
 
 @pytest.fixture(scope="module")
 def days(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The two smallest of the four days: a process starts half a dozen times in each of these tests."""
+    """The two smallest of the four days: each of these tests starts a process half a dozen times."""
     folder = tmp_path_factory.mktemp("days")
     for day in ("2010-12-22.csv", "2011-02-06.csv"):
         shutil.copy(Path("tests/data/online_retail") / day, folder)
@@ -31,18 +31,18 @@ def compared(tmp_path_factory: pytest.TempPathFactory, days: Path) -> tuple[Job,
 
 
 def test_differences_are_seen(tmp_path: Path) -> None:
-    """What the other tests rely on."""
+    """The other tests rely on this."""
     for name, values in (("one", ["a", "b", "b"]), ("other", ["b", "a", "c"])):
         table = pa.table({"id": values, "events": [[{"at": 1}]] * 3})
         write_deltalake(tmp_path / name / "tables/sessions", table)
-    # One "b" too few, one "c" too many.
+    # One missing "b", one extra "c".
     assert differences(tmp_path / "one", tmp_path / "other", ["sessions"]) == {"sessions": 2}
     assert differences(tmp_path / "one", tmp_path / "one", ["sessions"]) == {"sessions": 0}
 
 
 def test_kills_at_random_moments_leave_no_trace(tmp_path: Path, days: Path, compared: tuple[Job, float]) -> None:
     found = kills(tmp_path, days, compared, times=2, seed=os.getpid())
-    # In either order: a stage that ended before its moment came is begun anew, and killed after the other.
+    # In either order: a stage that ends before its moment is started again, and killed after the other.
     assert sorted((kill["stage"], kill["done"]) for kill in found["kills"]) == [
         ("ingest", []),
         ("sessionize", ["ingest", "flag_users"]),
@@ -106,4 +106,4 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path, days: Pat
     assert any(one["code"] for one in found["full"]), found
     for one in found["full"]:
         assert one["code"] == 0 or "the disk is full: free some space" in one["said"], one
-        assert one["code"] == 0 or one["lines"] <= 12, one  # what was done before it, and the sentence: no stack trace
+        assert one["code"] == 0 or one["lines"] <= 12, one  # what was finished before, and one sentence: no stack trace

@@ -1,4 +1,4 @@
-"""Hadoop's file systems by pathlib's names, over Hadoop's own local one; HDFS itself: tests/cluster."""
+"""Hadoop file systems behind pathlib's names, on Hadoop's own local one; HDFS itself: tests/cluster."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_whoever_could_look_into_a_folder_can_still(tmp_path: Path) -> None:
         os.chown(tmp_path / "m1", 1234, 5678)
     before = (tmp_path / "m1").stat()
     with published(tmp_path / "m1") as folder:
-        assert folder.stat().st_mode == before.st_mode  # while it is filled too
+        assert folder.stat().st_mode == before.st_mode  # also while it is being filled
     after = (tmp_path / "m1").stat()
     assert after.st_ino != before.st_ino
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
@@ -71,7 +71,7 @@ def test_whoever_could_look_into_a_folder_can_still(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_of_two_who_fill_a_place_the_later_one_takes_it(tmp_path: Path, fails: bool) -> None:
-    """Whether the earlier one fails for want of its files, or has nothing more to write."""
+    """Whether the earlier one fails because its files are missing, or has nothing more to write."""
 
     def fill_at_once() -> None:
         with published(tmp_path / "m1") as earlier:
@@ -156,7 +156,7 @@ def test_a_model_elsewhere_is_read_from_a_whole_copy_and_added_to_there(
         TrailvecError, match=r"the model in file:\S+/store/models/m2 is damaged: model.safetensors is not"
     ):
         model_folder(runtime)
-    with pytest.raises(TrailvecError, match="is damaged"):  # and again: the copy is not kept
+    with pytest.raises(TrailvecError, match="is damaged"):  # again, since the copy is not kept
         model_folder(runtime)
 
 
@@ -173,7 +173,7 @@ def test_every_file_but_hidden_ones_and_those_of_one_folder(store: HadoopPath, t
 def test_where_nothing_can_be_renamed_descriptions_come_last(
     store: HadoopPath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Hadoop's local file system in the place of S3's; itself: tests/cluster."""
+    """Hadoop's local file system stands in for S3's; S3 itself: tests/cluster."""
     (store / "m1" / "old").write_text("old")
     put, done = HadoopPath.put, list[str]()
     monkeypatch.setattr(HadoopPath, "renames", False)

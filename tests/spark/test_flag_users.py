@@ -1,4 +1,4 @@
-"""Bots and test accounts: each rule by numbers to check by hand, plain Python beside it, and law 1 of increments."""
+"""Bots and test accounts: each rule with numbers to check by hand, a plain-Python oracle, and law 1 for increments."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def flags(rows: DataFrame) -> Flags:
 
 
 def by_rule(spark: SparkSession, events: list[Row], **rules: object) -> dict[str, float]:
-    """What one rule alone measured, by user; the day is asserted to be NOON's."""
+    """What one rule alone measured, by user; asserts that the day is NOON's."""
     found = flags(flag_users(to_frame(spark, events), FlagUsersSettings.model_validate(OFF | rules)))
     assert {day for _, day, _ in found} <= {NOON.date()}
     return {user: value for (user, _, _), value in found.items()}
@@ -62,7 +62,7 @@ def test_more_events_in_one_clock_minute(spark: SparkSession) -> None:
     events = [
         *events_at("four", seconds(0, 10, 20, 59.999999)),
         *events_at("three", seconds(0, 10, 20)),
-        *events_at("two minutes", seconds(58, 59, 60, 61)),  # four in three seconds, but two in each clock minute
+        *events_at("two minutes", seconds(58, 59, 60, 61)),  # four in three seconds, but two per clock minute
         *events_at("five then four", seconds(0, 1, 2, 3, 4, 60, 61, 62, 63)),
     ]
     assert by_rule(spark, events, events_per_minute=3) == {"four": 4, "five then four": 5}
@@ -86,12 +86,12 @@ def test_more_events_in_one_day_of_utc(spark: SparkSession) -> None:
         (seconds(0, 5, 10), None),
         (seconds(0, 5, 10, 16, 21, 26), None),  # 5 5 6 5 5
         (seconds(0, 1, 6, 11, 16, 17), 4),  # the series may begin and end inside the day
-        (seconds(0, 5, 10, 15, 17, 19, 21, 23, 40), 5),  # the longest of two; its first event ends the other
-        (seconds(0, 5, 5, 10, 15), None),  # two events of one moment break a series
+        (seconds(0, 5, 10, 15, 17, 19, 21, 23, 40), 5),  # the longer of two; its first event ends the other
+        (seconds(0, 5, 5, 10, 15), None),  # two simultaneous events break a series
         (seconds(0, 0, 0, 0, 0), None),  # a basket
         (seconds(0, 5, 10.0004, 15.0007), 4),  # intervals of 5,000.0, 5,000.4 and 5,000.3 ms
         (seconds(0, 5, 10.0006, 15.0012), None),  # 5,000.0, 5,000.6 and 5,000.6 ms
-        (seconds(0, 0.0004, 0.0008, 0.0012, 0.0016), None),  # less than half a millisecond is no time
+        (seconds(0, 0.0004, 0.0008, 0.0012, 0.0016), None),  # intervals below half a millisecond count as none
     ],
 )
 def test_four_events_in_step(spark: SparkSession, times: list[datetime], in_step: int | None) -> None:
@@ -160,7 +160,7 @@ def oracle(events: list[Row], rules: FlagUsersSettings) -> Flags:
     return found
 
 
-# Steps in microseconds: the same moment, a millisecond, seconds in step, a minute, and over midnight.
+# Steps in microseconds: zero, a millisecond, seconds in step, a minute, and past midnight.
 _STEPS = [0, 1_000, 10_000_000, 10_000_000, 10_000_000, 60_000_000, 5 * 3_600_000_000]
 
 
@@ -201,7 +201,7 @@ RULES = (
 
 
 def change(runtime: Runtime, rows: DataFrame | None, deletes: DataFrame | None = None) -> None:
-    """Rows updated or inserted in events, or deleted from it, as another stage would."""
+    """Upserts rows into events, or deletes from it, as another stage would."""
     if rows is None:
         assert deletes is not None
         rows = deletes.limit(0)
@@ -226,7 +226,7 @@ def test_any_split_of_the_log_ends_in_the_rows_of_one_batch(
     events, doubled = busy_log(chance), chance.randint(0, 20)
     edges = [0, *sorted(chance.choices(range(len(events)), k=2)), len(events)]
     for number, (start, stop) in enumerate(itertools.pairwise(edges)):
-        again = events[max(0, start - doubled) : stop]  # with events that were there before
+        again = events[max(0, start - doubled) : stop]  # with events that are already there
         if number == 0:
             put(runtime, EVENTS, to_frame(spark, again))
         else:
@@ -247,20 +247,20 @@ def test_a_flag_comes_changes_and_goes_with_the_events(
     assert flags(runtime.latest(FLAGGED_USERS)) == kept
     assert runtime.execute(STAGE).skipped
 
-    change(runtime, to_frame(spark, bot[:4]))  # a late event: caught
+    change(runtime, to_frame(spark, bot[:4]))  # a late event: flagged
     runtime.execute(STAGE)
     caught = {("bot", day, "events_per_minute"): 4.0, ("bot", day, "constant_interval"): 4.0}
     assert flags(runtime.latest(FLAGGED_USERS)) == kept | caught
     commit = latest_commit(runtime)
     assert (commit["operation"], commit["operationMetrics"]["numTargetRowsInserted"]) == ("MERGE", "2")
-    assert commit["operationMetrics"]["numTargetRowsUpdated"] == "0"  # other's rows are as they were
+    assert commit["operationMetrics"]["numTargetRowsUpdated"] == "0"  # other's rows are unchanged
 
-    change(runtime, to_frame(spark, bot[4:]))  # another: what was measured is more
+    change(runtime, to_frame(spark, bot[4:]))  # one more: the measured value grows
     runtime.execute(STAGE)
     assert flags(runtime.latest(FLAGGED_USERS)) == kept | dict.fromkeys(caught, 5.0)
     assert latest_commit(runtime)["operationMetrics"]["numTargetRowsUpdated"] == "2"
 
-    corrected = [event | {"event_ts": NOON + timedelta(days=1)} for event in bot[3:]]  # an update: it was another day
+    corrected = [event | {"event_ts": NOON + timedelta(days=1)} for event in bot[3:]]  # an update: another day
     change(runtime, to_frame(spark, corrected))
     runtime.execute(STAGE)
     assert flags(runtime.latest(FLAGGED_USERS)) == kept
@@ -279,7 +279,7 @@ def test_what_changes_no_flag_is_recorded_without_a_row(
     before = latest_commit(runtime)["version"]
     quiet = [*events_at("quiet", seconds(0)), *events_at("bot", seconds(0, 1, 2, 3, 1000))[4:]]
     change(runtime, to_frame(spark, quiet))
-    newer = dataclasses.replace(STAGE, inputs=lambda runtime: {"code": "newer"})  # and events as they were
+    newer = dataclasses.replace(STAGE, inputs=lambda runtime: {"code": "newer"})  # with events unchanged
     for stage in (STAGE, newer):
         assert not runtime.execute(stage).skipped
         assert runtime.execute(stage).skipped
@@ -289,7 +289,7 @@ def test_what_changes_no_flag_is_recorded_without_a_row(
 
 
 class Early(Runtime):
-    """A run that began before the bot's last event had come."""
+    """A run that began before the bot's last event arrived."""
 
     def read(self, table: Table) -> DataFrame:
         rows = super().read(table)
@@ -315,7 +315,7 @@ def test_of_two_runs_at_once_the_one_that_ends_later_is_refused(
     monkeypatch.setattr(runtime, "incremental", meanwhile)
     with pytest.raises(TrailvecError, match="another run changed table flagged_users"):
         runtime.execute(STAGE)
-    assert set(flags(runtime.latest(FLAGGED_USERS)).values()) == {4.0}  # of the run that ended
+    assert set(flags(runtime.latest(FLAGGED_USERS)).values()) == {4.0}  # from the run that finished
 
 
 def test_other_rules_make_all_rows_anew(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
@@ -356,7 +356,7 @@ def test_an_increment_reads_only_the_files_of_the_days_touched(
     others = [f for f in files if {r["event_ts"].day for r in pq.read_table(f).to_pylist()} != {26}]
     assert (len(files), len(others)) == (4, 2)
     for file in others:
-        file.unlink()  # whoever reads it fails
+        file.unlink()  # any reader would fail
     runtime.execute(STAGE)
     found = flags(runtime.latest(FLAGGED_USERS))
     assert {(user, day.day) for user, day, _ in found} == {("bot", 25), ("late", 26)}
