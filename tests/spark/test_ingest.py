@@ -1,4 +1,4 @@
-"""Ingest: real small files in all three formats, expectations by hand or from plain Python's csv."""
+"""Ingest: small real files in all three formats, expectations by hand or from Python's csv."""
 
 from __future__ import annotations
 
@@ -64,19 +64,19 @@ def to_records(spark: SparkSession, data_dir: Path, given: Input, **settings: An
 
 
 def ingest(spark: SparkSession, data_dir: Path, given: Input, **settings: Any) -> list[Row]:
-    """The records that an input becomes, before deduplication, by event_id and raw."""
+    """The records made from an input, before deduplication, by event_id and raw."""
     rows = [row.asDict(recursive=True) for row in to_records(spark, data_dir, given, **settings).collect()]
     return sorted(rows, key=lambda row: (row["event_id"] or "", row["raw"] or ""))
 
 
 def stored(runtime: Runtime, table: Table) -> list[Row]:
-    """A table's rows as DuckDB reads them, in a fixed order."""
+    """A table's rows as read by DuckDB, in a fixed order."""
     return sorted(read_delta(runtime.path(table)), key=repr)
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[[str, str], Path]:
-    """Writes a text file in the test's folder, which it gives back."""
+    """Writes a text file in the test's folder, and returns the folder."""
 
     def write_file(name: str, text: str) -> Path:
         path = tmp_path / name
@@ -126,7 +126,7 @@ def test_each_format_gives_the_same_events(spark: SparkSession, tmp_path: Path, 
 def test_a_nested_json_value_is_kept_as_its_text(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
     nested = '"shop": {"tags": ["x"]}, "geo": {"lat": 1, "tags": ["x"]}'
     line = '{"id": 7, "user": "ann", "item": "a", "at": "2023-05-01T10:00:00Z", "price": 3, ' + nested + "}"
-    columns = {"vertical": {"expr": "get_json_object(shop, '$.tags[0]')"}}  # a column that only an expression names
+    columns = {"vertical": {"expr": "get_json_object(shop, '$.tags[0]')"}}  # a column named only in an expression
     (row,) = ingest(spark, write("log.json", line), mapping("log.json", "json", columns, attributes=["geo"]))
     assert row["reason"] is None
     assert (row["event_id"], row["amount"], row["vertical"]) == ("7", 3.0, "x")
@@ -145,15 +145,15 @@ def test_a_nested_json_value_is_kept_as_its_text(spark: SparkSession, write: Cal
             {
                 "2011-03-27 00:59:59": datetime(2011, 3, 27, 0, 59, 59),  # GMT, one second before the clocks go forward
                 "2011-03-27 02:00:00": datetime(2011, 3, 27, 1),  # BST, one second later
-                "2011-03-27 01:30:00": datetime(2011, 3, 27, 1, 30),  # the clock never showed it: read as GMT
-                "2011-10-30 01:30:00": datetime(2011, 10, 30, 0, 30),  # shown twice: the first, BST
+                "2011-03-27 01:30:00": datetime(2011, 3, 27, 1, 30),  # a time the clock skipped: read as GMT
+                "2011-10-30 01:30:00": datetime(2011, 10, 30, 0, 30),  # ambiguous: the first, BST
                 "2011-10-30 02:00:00": datetime(2011, 10, 30, 2),
                 "2011-02-30 10:00:00": None,
                 "yesterday": None,
             },
         ),
         (
-            "yyyy-MM-dd",  # a day begins at midnight of the zone, five hours behind UTC in winter, four in summer
+            "yyyy-MM-dd",  # days begin at the zone's midnight, five hours behind UTC in winter, four in summer
             "America/New_York",
             {"2017-03-12": datetime(2017, 3, 12, 5), "2017-03-13": datetime(2017, 3, 13, 4), "2017-13-01": None},
         ),
@@ -177,7 +177,7 @@ def test_a_nested_json_value_is_kept_as_its_text(spark: SparkSession, write: Cal
             {
                 "1500000000": datetime(2017, 7, 14, 2, 40),
                 "1500000000.25": datetime(2017, 7, 14, 2, 40, 0, 250000),
-                "1500000000000000": None,  # microseconds: too large for seconds, and no wrapped-round time
+                "1500000000000000": None,  # microseconds: too large for seconds, and not wrapped around
                 "x": None,
             },
         ),
@@ -234,7 +234,7 @@ def test_records_that_differ_in_microseconds_are_others_and_are_kept_whole(spark
 
 
 def test_numbers_and_missing_times_of_parquet_types(spark: SparkSession, tmp_path: Path) -> None:
-    """A number in another type is the number that its text shows: 0.1 of 32 bits is no .10000000149."""
+    """A number of another type is the number that its text shows: float32 0.1 is not 0.10000000149."""
     prices_of = {
         "double": pa.array([0.1, math.nan, -math.inf, None]),
         "float": pa.array([0.1, math.nan, -math.inf, None], pa.float32()),
@@ -265,17 +265,17 @@ def test_numbers_and_missing_times_of_parquet_types(spark: SparkSession, tmp_pat
     }
 
 
-# ---- what is refused ----------------------------------------------------------------------------------
+# ---- what is rejected ---------------------------------------------------------------------------------
 
 
 def test_each_record_is_refused_for_its_first_reason(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
-    good, late = "2023-05-01T10:00:00Z", "2024-01-02T00:00:01Z"  # NOW and 24 hours, and one second
+    good, late = "2023-05-01T10:00:00Z", "2024-01-02T00:00:01Z"  # NOW plus 24 hours and one second
     rows = {
         "missing_user_id": f"e1,\t ,a,{good},1,2,UTC",
         "missing_item_id": rf"e2,ann,\N,{good},1,2,UTC",
         "missing_event_ts": "e3,ann,a,,1,2,UTC",
         "missing_event_id": f",ann,a,{good},1,2,UTC",
-        "bad_event_ts": "e5,ann,a,noon,x,2,UTC",  # its amount is bad too
+        "bad_event_ts": "e5,ann,a,noon,x,2,UTC",  # with a bad amount too
         "event_before_earliest": "e6,ann,a,1999-12-31T23:59:59Z,1,2,UTC",
         "event_in_future": f"e7,ann,a,{late},1,2,UTC",
         "bad_amount": f"e8,ann,a,{good},1d,2,UTC",  # which Java reads as 1.0
@@ -310,12 +310,12 @@ def test_a_broken_csv_row_is_kept_as_its_line(
     spark: SparkSession, write: Callable[[str, str], Path], delimiter: str, sign: str
 ) -> None:
     broken = ["2,bob,b", "3,bob,b,2023-05-01T10:00:00Z,1,extra", '4,bob,"b,2023-05-01T10:00:00Z,1']
-    broken += ['5,bob,b,2023-05-01T10:00:00Z,"1', '2"', '6,bob,"b', 'c",2023-05-01T10:00:00Z,1']  # two lines of one
+    broken += ['5,bob,b,2023-05-01T10:00:00Z,"1', '2"', '6,bob,"b', 'c",2023-05-01T10:00:00Z,1']  # two-line records
     broken.append('8,bob,b,2023-05-01T10:00:00Z,1,"one too many')
-    broken += ["9,bob" + "," * fields for fields in (30_000, 1 << 20)]  # more than Spark reads, than is asked of it
+    broken += ["9,bob" + "," * fields for fields in (30_000, 1 << 20)]  # beyond Spark's default limit, and ours
     good = ["1,ann,a,2023-05-01T10:00:00Z,1", '7,"c ""d"" ,""",5" c,2023-05-01T10:00:00Z,"1"']
-    lines = ["id,user,item,at,price", good[0], *broken, "id,user,item,at,price", good[1]]  # two files put together
-    text = "\n".join(["\ufeff", *lines, "\t\t ", "\x1a"]).replace(",", sign)  # with what editors and DOS leave
+    lines = ["id,user,item,at,price", good[0], *broken, "id,user,item,at,price", good[1]]  # two files joined
+    text = "\n".join(["\ufeff", *lines, "\t\t ", "\x1a"]).replace(",", sign)  # with the leftovers of editors and DOS
     rows = ingest(spark, write("log.csv", text), mapping("log.csv", delimiter=delimiter))
     refused = [row["raw"] for row in rows if row["reason"] == "broken_row"]
     assert sorted(refused) == sorted(line.replace(",", sign) for line in broken)
@@ -325,7 +325,7 @@ def test_a_broken_csv_row_is_kept_as_its_line(
 
 def test_a_broken_json_line_is_kept_as_it_is(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
     good = '{"id": "1", "user": "ann", "item": "a", "at": "2023-05-01T10:00:00Z", "price": 1}'
-    two = good + good.replace("1", "2")  # two files put together, the first without a last line's end
+    two = good + good.replace("1", "2")  # two files concatenated, the first without a final newline
     broken = ['"text"', '[{"id": "2"}]', good[:30], two, good + "," + good, good + " and more"]
     broken.append(good.replace('"price": 1', '"price": 1, "k": 1, "k": 2'))  # which of the two?
     broken += [good + "], more", good + "," + good + "], more", good + "]", good + "],[" + good, "{}x", good + ","]
@@ -438,7 +438,7 @@ def test_a_header_without_a_name_or_with_one_twice_is_read(
 
 
 def test_a_header_of_a_lookup_is_read_as_a_log_s(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
-    folder = write("log.csv", ",id,user,item,at,price\n7,1,ann,a,2023-05-01,1\n")  # both have pandas' index
+    folder = write("log.csv", ",id,user,item,at,price\n7,1,ann,a,2023-05-01,1\n")  # both with pandas' index
     write("kinds/1.csv", ",user,kind,note,Note\n0,ann,tea,x,y\n")
     write("kinds/2.csv", '"",user,kind,note,Note\n1,bob,jam,x,y\n')
     lookups = [{"path": "kinds", "format": "csv", "on": ["user"]}]
@@ -497,7 +497,7 @@ def test_a_new_column_is_kept_in_attributes_unless_it_is_ignored(
 
 
 def test_a_type_that_no_id_has_is_refused(spark: SparkSession, tmp_path: Path) -> None:
-    """17850.0 would be another user than 17850; a whole number and its text are the same user."""
+    """17850.0 would be a different user from 17850; an integer and its text are the same user."""
     rest: dict[str, list[Any]] = {"item": ["a"], "at": ["2023-05-01"], "price": [1.0]}
     kinds: dict[str, list[Any]] = {"text": ["17850"], "whole": [17850], "real": [17850.0], "object": [{"id": 17850}]}
     for kind, value in kinds.items():
@@ -518,9 +518,9 @@ def test_a_type_that_no_id_has_is_refused(spark: SparkSession, tmp_path: Path) -
     assert found["text"] == found["whole"] == ("17850", None)
     assert found["missing"] == ("nobody", None)
     assert found["decimal"] == ("17850", None)
-    # Nobody's, so that an erasure looks into the raw record.
+    # With no user_id, so that an erasure searches the raw record.
     assert found["real"] == found["fraction"] == found["object"] == (None, "bad_type_user_id")
-    # Nobody means an object's text by a category.
+    # No mapping intends an object's text as a category.
     by_category = {
         row["event_id"]: row["reason"]
         for row in ingest(spark, tmp_path, mapping("*.parquet", "parquet", {"user_id": "item", "category": "user"}))
@@ -658,7 +658,7 @@ def test_the_same_id_is_one_event(spark: SparkSession, write: Callable[[str, str
         "1,ann,a,2023-05-01,1",
         "2,bob,b,2023-05-01,",
     ]
-    lines.append("2,bob,,2023-04-30,")  # refused: of its id the event counts
+    lines.append("2,bob,,2023-04-30,")  # rejected: among records of one id, the valid event counts
     given = mapping("log.csv", attributes=["user"])
 
     def judge(order: list[str], partitions: int) -> list[tuple[Any, ...]]:
@@ -702,7 +702,7 @@ def test_a_new_column_that_is_blank_makes_no_other_event(
 def test_a_lookup_never_multiplies_or_loses_records(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
     folder = write("log.csv", "id,user,item,at,price\n1,ann,7\t ,2023-05-01,1\n2,ann,8,2023-05-01,1\n")
     table = pa.table(
-        {"item": [7, 7, 9], "department": ["toys", "food", "none"]}  # numbers here, text in the log
+        {"item": [7, 7, 9], "department": ["toys", "food", "none"]}  # integers here, text in the log
         | {"sizes": pa.array([[("s", 1)], None, []], pa.map_(pa.string(), pa.int32()))}
     )
     pq.write_table(table, folder / "items [1].parquet")
@@ -710,7 +710,7 @@ def test_a_lookup_never_multiplies_or_loses_records(spark: SparkSession, write: 
     columns = {"vertical": {"column": "department", "default": "OTHER"}}
     rows = ingest(spark, folder, mapping("log.csv", columns=columns, lookups=lookups))
     assert [(row["event_id"], row["vertical"]) for row in rows] == [("1", "food"), ("2", "OTHER")]
-    doubled = table.set_column(0, "item", pa.array([7.0, None, 9.0]))  # pandas, where one is missing: 7.0 is no 7
+    doubled = table.set_column(0, "item", pa.array([7.0, None, 9.0]))  # pandas with a missing value: 7.0 is not 7
     pq.write_table(doubled, folder / "items [1].parquet")
     with pytest.raises(TrailvecError, match=r"lookup items\*\.parquet has a column item of type double: write the ids"):
         ingest(spark, folder, mapping("log.csv", columns=columns, lookups=lookups))
@@ -748,7 +748,7 @@ def test_a_column_that_the_records_and_a_lookup_have_is_told(
 
 
 def _retail_oracle() -> Iterator[tuple[str, Row]]:
-    """(event_id or the reason of refusal, line) of each line of the fixture, by csv and hashlib."""
+    """(event_id or the reason for rejection, line) of each line of the fixture, by csv and hashlib."""
     id_columns = ["InvoiceNo", "StockCode", "Description", "Quantity", "UnitPrice", "InvoiceDate", "CustomerID"]
     for path in sorted(ONLINE_RETAIL.glob("*.csv")):
         times: collections.Counter[tuple[str, ...]] = collections.Counter()
@@ -804,8 +804,8 @@ def test_a_second_run_is_skipped_and_a_forced_one_changes_no_row(
     folder = write("log.csv", "id,user,item,at,price\n1,ann,a,2023-05-01,1\n2,bob,b,2023-05-01,1\n")
     runtime = make_runtime(*_settings(folder, [_source(folder)], share=1))
     assert not runtime.execute(STAGE).skipped
-    assert runtime.execute(STAGE).skipped  # rejected_events, which stays empty, has its commit too
-    refused = "3,,c,2023-05-01,1\n" * 2 + "1,ann,a,2023-04-30,1\n"  # the last takes the first one's place
+    assert runtime.execute(STAGE).skipped  # rejected_events, though empty, has its commit too
+    refused = "3,,c,2023-05-01,1\n" * 2 + "1,ann,a,2023-04-30,1\n"  # the last replaces the first
     write("log1.csv", "id,user,item,at,price\n" + refused)
     runtime.execute(STAGE)
     before = [stored(runtime, table) for table in (EVENTS, REJECTED_EVENTS)]
@@ -820,7 +820,7 @@ def test_a_second_run_is_skipped_and_a_forced_one_changes_no_row(
         make_runtime(*_settings(folder, [str(mapping)])).execute(STAGE, force=True)
 
 
-# ---- Complete Journey, its shape with a few rows made by hand ------------------------------------------
+# ---- Complete Journey, its schema with a few rows made by hand -----------------------------------------
 
 
 def test_complete_journey(make_runtime: Callable[..., Runtime], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ingest by increments: files and topics that grow, events that come again, in any order: as one batch has them."""
+"""Incremental ingest: growing files and topics, repeated events, in any order: the same result as one batch."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def both_tables(runtime: Runtime) -> tuple[list[dict[str, Any]], list[dict[str, 
 
 
 def stop(runtime: Runtime, monkeypatch: pytest.MonkeyPatch, name: str, instead: Callable[..., None]) -> None:
-    """Runs ingest with another function of that name, which stops it on its way."""
+    """Runs ingest with the function `name` replaced by `instead`, which stops it midway."""
     with monkeypatch.context() as patch:
         patch.setattr(ingest, name, instead)
         with pytest.raises(TrailvecError, match="stopped"):
@@ -76,7 +76,7 @@ def stop(runtime: Runtime, monkeypatch: pytest.MonkeyPatch, name: str, instead: 
 
 
 def test_growing_folders_end_in_the_events_of_one_batch(make_runtime: Callable[..., Runtime], tmp_path: Path) -> None:
-    """Law 1: days in any order, one under two names, half of one again a run later, its lines shuffled."""
+    """Law 1: days in any order, one under two names, and half of one repeated a run later with its lines shuffled."""
     mapping = "conf/sources/online_retail.toml"
     once = make_runtime(*settings(ONLINE_RETAIL.absolute(), mapping), root=tmp_path / "once")
     once.execute(STAGE)
@@ -113,7 +113,7 @@ def test_the_ids_of_a_small_batch_go_to_each_task(
     (tmp_path / "log0.csv").write_text(HEADER + "1,ann,a,2023-05-01,1\n")
     runtime.execute(STAGE)
     (tmp_path / "log1.csv").write_text(HEADER + "1,ann,a,2023-05-01,1\n2,bob,b,2023-05-02,1\n")
-    with spark_conf(runtime.spark, {"spark.sql.autoBroadcastJoinThreshold": "-1"}):  # as where Spark knows no size
+    with spark_conf(runtime.spark, {"spark.sql.autoBroadcastJoinThreshold": "-1"}):  # as when Spark knows no size
         runtime.execute(STAGE)
     (plan,) = plans
     assert join in plan
@@ -125,7 +125,7 @@ def test_inputs_are_known_by_path_or_name_wherever_they_stand(
 ) -> None:
     (tmp_path / "log.csv").write_text(HEADER + "1,ann,a,2023-05-01,1\n2,,b,2023-05-02,1\n")
     (tmp_path / "and, more.csv").write_text(HEADER + "3,cyd,c,2023-05-03,1\n")
-    (tmp_path / "12:00.csv").write_text("no log")  # Hadoop, which takes no colon, is not to look at it
+    (tmp_path / "12:00.csv").write_text("no log")  # Hadoop rejects colons, so must not see it
     log, more = ('path = "log.csv"\nformat = "csv"', 'path = "and, more.csv"\nformat = "csv"')
     runtime = make_runtime(*settings(tmp_path, source(tmp_path, log)))
     runtime.execute(STAGE)
@@ -133,7 +133,7 @@ def test_inputs_are_known_by_path_or_name_wherever_they_stand(
     in_front = Path(source(tmp_path, more)).read_text() + f"[[input]]\n{log}\n{COLUMNS}"
     (tmp_path / "shop.toml").write_text(in_front)
     assert runtime.execute(STAGE).rows_in["records"] == 1
-    # Another kind of event in the file that was read: its name gives it books of its own.
+    # Another kind of event in a file already read: its name gives it a checkpoint of its own.
     of_events = COLUMNS.replace('event_id = "id"', "event_id = { expr = \"concat('b', id)\" }")
     baskets = f'[[input]]\nname = "baskets"\n{log}\n{of_events}'
     (tmp_path / "shop.toml").write_text(in_front.replace("[[input]]", f"{baskets}[[input]]", 1))
@@ -144,7 +144,7 @@ def test_inputs_are_known_by_path_or_name_wherever_they_stand(
 def test_a_changed_path_reads_again_and_writes_nothing_again(
     make_runtime: Callable[..., Runtime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where that run is stopped between its batches and the next one goes on."""
+    """Also if that run stops between its batches and the next one continues."""
     rows = [f"{n},ann,a,2023-05-01,1\n{n},,b,2023-05-02,1\n" for n in range(3)]
     for number, text in enumerate(rows):
         (tmp_path / f"log{number}.csv").write_text(HEADER + text)
@@ -162,7 +162,7 @@ def test_a_changed_path_reads_again_and_writes_nothing_again(
         commit(runtime, frames, batch, *rest)
 
     changed = load_source(source(tmp_path, 'path = "log?.csv"\nformat = "csv"'))
-    ingest._checkpoint(runtime, changed, changed.input[0]).mkdir()  # as a kill at once may leave it
+    ingest._checkpoint(runtime, changed, changed.input[0]).mkdir()  # as an early kill may leave it
     stop(runtime, monkeypatch, "commit_batch", only_one)
     assert runtime.execute(STAGE).rows_in["records"] == 4
     assert both_tables(runtime) == before
@@ -171,7 +171,7 @@ def test_a_changed_path_reads_again_and_writes_nothing_again(
 def test_where_events_was_moved_away_all_inputs_are_read_again(
     make_runtime: Callable[..., Runtime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also the second one, where the run is stopped after the first."""
+    """Also the second one, if the run stops after the first."""
     (tmp_path / "log.csv").write_text(HEADER + "1,ann,a,2023-05-01,1\n2,,b,2023-05-02,1\n")
     (tmp_path / "more.csv").write_text(HEADER + "3,cyd,c,2023-05-03,1\n")
     runtime = make_runtime(*settings(tmp_path, source(tmp_path, 'path = "log.csv"\nformat = "csv"')))
@@ -255,14 +255,14 @@ def test_files_in_whatever_folder_are_found(make_runtime: Callable[..., Runtime]
     mapping = source(tmp_path, f'path = "logs"\nformat = "csv"\n{COLUMNS}{more}')
     runtime = make_runtime(*settings(tmp_path, mapping))
     first = ["logs/05/a", "logs/05/day=1/b", "more/1/e"]
-    hidden = ["logs/.staging/x", "more/_temporary/0/x", "more/2/.x"]  # by the pattern alone Spark would take two
+    hidden = ["logs/.staging/x", "more/_temporary/0/x", "more/2/.x"]  # the pattern alone would match two of them
     for arriving in (first + hidden, ["logs/06/c", "logs/_day=7/d", "more/2/f"]):
         for name in arriving:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / f"{name}.csv").write_text(HEADER + f"{name},ann,a,2023-05-01,1\n")
         runtime.execute(STAGE)
     assert [row["event_id"] for row in events(runtime)] == sorted([*first, *arriving])
-    for name in (*first, *arriving):  # taken away once they were read
+    for name in (*first, *arriving):  # removed once read
         (tmp_path / f"{name}.csv").unlink()
     assert runtime.execute(STAGE).rows_out["events"] == 6
     with pytest.raises(TrailvecError, match=r"logs: no such file"):
@@ -285,7 +285,7 @@ def test_same_day_finds_an_event_again_and_takes_another_day_for_another(
     assert report.notes == ["shop, log*.csv: 1 exact repeats of an event dropped"]
     assert [row["event_ts"].day for row in events(runtime)] == [1, 9]
     (tmp_path / "log2.csv").write_text(HEADER + "1,ann,a,2023-04-30,1\n")
-    runtime.spark.sql(f"UPDATE delta.`{runtime.path(EVENTS)}` SET user_id = 'bob'")  # by another hand
+    runtime.spark.sql(f"UPDATE delta.`{runtime.path(EVENTS)}` SET user_id = 'bob'")  # by hand
     with pytest.raises(TrailvecError, match=r"holds 1 ids on several days.*found everywhere: set it back, or move"):
         make_runtime(*settings(tmp_path, source(tmp_path))).execute(STAGE)
     assert runtime.execute(STAGE).rows_out["events"] == 3
@@ -295,16 +295,16 @@ def test_a_small_batch_sends_no_id_of_the_table_through_a_shuffle(
     make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path
 ) -> None:
     runtime, ids = make_runtime(*settings(tmp_path, source(tmp_path))), [str(uuid.uuid4()) for _ in range(20_002)]
-    for number, part in enumerate((ids[:-2], ids[-3:])):  # the second brings one again
+    for number, part in enumerate((ids[:-2], ids[-3:])):  # the second repeats one
         lines = "".join(f"{event_id},ann,a,2023-05-01,1\n" for event_id in part)
         (tmp_path / f"log{number}.csv").write_text(HEADER + lines)
-        # The table is a small one too, and would be sent to all tasks itself.
+        # The table is small too, and would otherwise be broadcast itself.
         with Watch(spark) as watch, spark_conf(spark, {"spark.sql.autoBroadcastJoinThreshold": "-1"}):
             report = runtime.execute(STAGE)
     assert report.notes == ["shop, log*.csv: 1 exact repeats of an event dropped"]
     assert 0 < watch.shuffled_mb < 0.1  # the table's ids alone are 0.7
     assert [row["event_id"] for row in events(runtime)] == sorted(ids)
-    # Delta looks for no row to change, and so for no file to write anew.
+    # Delta looks for no row to update, and so rewrites no file.
     (first, second) = DeltaTable.forPath(spark, runtime.path(EVENTS)).history().where("operation = 'MERGE'").collect()
     assert first.operationParameters["matchedPredicates"] == second.operationParameters["matchedPredicates"] == "[]"
     assert [merge.operationMetrics["numTargetRowsInserted"] for merge in (first, second)] == ["2", "20000"]
@@ -318,7 +318,7 @@ def test_what_another_run_commits_after_this_one_has_looked_is_not_doubled(
     (tmp_path / "log0.csv").write_text(HEADER + "1,ann,a,2023-05-01,1\n")
     runtime.execute(STAGE)
     (tmp_path / "log1.csv").write_text(HEADER + "1,ann,a,2023-05-01,1\n2,bob,b,2023-05-02,1\n")
-    monkeypatch.setattr(ingest, "stored_events", lambda *of: None)  # it looked too early
+    monkeypatch.setattr(ingest, "stored_events", lambda *of: None)  # it looked before the events were there
     runtime.execute(STAGE)
     assert [row["event_id"] for row in events(runtime)] == ["1", "2"]
 
@@ -330,7 +330,7 @@ def test_a_topic_is_read_once_across_a_broker_that_dies_in_the_middle(
 
     def commit_and_kill(runtime: Runtime, frames: list[DataFrame], batch: tuple[str, int], *rest: Any) -> None:
         commit(runtime, frames, batch, *rest)
-        if batch[1] in (0, 3):  # the first batch of a run, which has two or three
+        if batch[1] in (0, 3):  # the first of a run's two or three batches
             broker.kill()
             with pytest.raises(TrailvecError, match="has ended"):
                 broker.check()
@@ -352,7 +352,7 @@ def test_a_topic_is_read_once_across_a_broker_that_dies_in_the_middle(
         monkeypatch.setattr(ingest, "commit_batch", commit_and_kill)
         send(0, 100)
         assert runtime.execute(STAGE).rows_in["records"] == 101
-        send(90, 150)  # ten of them again
+        send(90, 150)  # ten of them repeated
         report = runtime.execute(STAGE)
     assert dead_after == [0, 3]
     assert report.rows_in["records"] == 61

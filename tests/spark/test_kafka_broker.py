@@ -1,5 +1,4 @@
-"""The tests' broker is a real one, and stops when it is told to. What Spark wrote outlives a kill -9:
-test_ingest_increments.py."""
+"""The tests' broker is real, and stops on request. What Spark wrote survives a kill -9: test_ingest_increments.py."""
 
 from __future__ import annotations
 
