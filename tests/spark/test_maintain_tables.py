@@ -1,4 +1,6 @@
-"""Upkeep: files packed, old ones gone, no row changed; beside writers and readers; no stage out of date by it."""
+"""Upkeep: files compacted, old ones removed, no row changed; alongside writers and readers; no stage becomes out of
+date.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,7 @@ InPieces = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def in_pieces(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> InPieces:
-    """Gives a runtime events of many small commits: a copy, with the times of what it is a copy of."""
+    """Fills a runtime's events in many small commits, by a copy that keeps the file times."""
     root = tmp_path_factory.mktemp("pieces")
     runtime = Runtime(make_config(root / "now"), spark)
     put(runtime, EVENTS, to_frame(spark, events(0, 10), partitions=2))
@@ -64,7 +66,7 @@ def in_pieces(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def event_ids(runtime: Runtime) -> list[str]:
-    """As DuckDB reads them."""
+    """The event ids, as read by DuckDB."""
     return sorted(row["event_id"] for row in read_delta(runtime.path(EVENTS)))
 
 
@@ -74,7 +76,7 @@ def operations(runtime: Runtime, table: Table = EVENTS) -> list[str]:
 
 
 def actions(runtime: Runtime, table: Table, kind: str) -> list[dict[str, Any]]:
-    """Of that kind, in the table's log; as the files have them."""
+    """The table log's actions of one kind, as written in its files."""
     log = sorted(Path(runtime.path(table), "_delta_log").glob("*.json"))
     lines = [json.loads(line) for file in log for line in file.read_text().splitlines()]
     return [line[kind] for line in lines if kind in line]
@@ -92,7 +94,7 @@ def test_small_files_become_one_and_the_report_says_so(
     in_pieces(runtime)
     add(runtime, to_frame(spark, []), deletes=to_frame(spark, events(0, 4)))  # deletion vectors
     files = [p for p in Path(runtime.path(EVENTS)).rglob("*.parquet") if "_delta_log" not in p.parts]
-    assert maintain(runtime, ["sessions"]) == []  # not there
+    assert maintain(runtime, ["sessions"]) == []  # it does not exist
 
     (plan,) = maintain(runtime, dry_run=True)
     assert "OPTIMIZE" not in operations(runtime)
@@ -116,7 +118,7 @@ def test_a_table_replaced_as_a_whole_is_clustered_again(
     runtime = make_runtime()
     in_pieces(runtime)
     put(runtime, FLAGGED_USERS, runtime.spark.createDataFrame([], FLAGGED_USERS.schema()))
-    runtime.execute(sessionize.STAGE)  # the overwrite, after which Delta names no columns
+    runtime.execute(sessionize.STAGE)  # an overwrite, after which Delta has no clustering columns
     assert clustering(runtime, SESSIONS) == []
     maintain(runtime, ["sessions"])
     assert clustering(runtime, SESSIONS) == [["start_ts"]]
@@ -148,11 +150,11 @@ def test_a_cube_that_is_full_is_packed_no_more(
 
 def test_well_sized_files_are_left_alone(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
     runtime = make_runtime("maintain.target_file_mb=1")
-    noise = F.concat_ws("", *[F.sha2(F.concat("value", F.lit(str(n))), 256) for n in range(24)])  # 1.5 kB, no pattern
+    noise = F.concat_ws("", *[F.sha2(F.concat("value", F.lit(str(n))), 256) for n in range(24)])  # 1.5 kB, random
     numbers = spark.range(0, 801).selectExpr(
         "'vertical' AS kind", "CAST(id AS string) AS value", "CAST(id AS int) AS value_index"
     )
-    # Two files of some 0.6 MB, more than half of the target, and a tiny one that would fit to either.
+    # Two files of some 0.6 MB, more than half of the target, and a tiny one that would fit with either.
     for first, last in ((0, 400), (400, 800), (800, 801)):
         rows = numbers.where(F.col("value_index").between(first, last - 1)).withColumn("value", noise)
         stage = Stage("add", "", lambda r, rows=rows: r.append(CONTEXT_VALUES, rows.coalesce(1)), (), (), ())
@@ -165,7 +167,7 @@ def test_well_sized_files_are_left_alone(make_runtime: Callable[..., Runtime], s
 def test_elsewhere_than_on_a_local_disk_files_are_the_same(
     make_runtime: Callable[..., Runtime], in_pieces: InPieces, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Hadoop's local file system in the place of HDFS and S3; themselves: tests/cluster."""
+    """Hadoop's local file system stands in for HDFS and S3, which are tested in tests/cluster."""
     runtime = make_runtime()
     in_pieces(runtime)
     add(runtime, to_frame(spark, []), deletes=to_frame(spark, events(0, 4)))
@@ -194,7 +196,7 @@ def test_vacuum_takes_what_is_older_than_the_retention_and_nothing_else(
     in_pieces(runtime)
     folder = Path(runtime.path(EVENTS))
     strays = {}
-    for hours in (99, 101):  # what a killed write leaves behind
+    for hours in (99, 101):  # left behind by a killed write
         strays[hours] = folder / f"part-{hours}.snappy.parquet"
         strays[hours].write_bytes(b"x" * 1000)
         os.utime(strays[hours], (time.time() - hours * 3600,) * 2)
@@ -214,7 +216,7 @@ def test_vacuum_takes_what_is_older_than_the_retention_and_nothing_else(
     assert len(left) == 1
     assert event_ids(runtime) == sorted(e["event_id"] for e in events(0, 30))
 
-    # Where the retention was raised meanwhile, a stage takes for kept what is gone.
+    # After the retention was raised, a stage assumes that files are kept which are already gone.
     feed = spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", 1)
     with pytest.raises(Py4JJavaError) as error:
         feed.load(str(folder)).collect()
@@ -224,7 +226,7 @@ def test_vacuum_takes_what_is_older_than_the_retention_and_nothing_else(
 
 @pytest.fixture
 def midnight(monkeypatch: pytest.MonkeyPatch) -> datetime:
-    """Today's, by a clock of upkeep that stands still at noon: no test sees the day change."""
+    """Today's midnight, with upkeep's clock stopped at noon, so that no test sees the day change."""
     noon = datetime.now(timezone.utc).replace(hour=12, minute=0, second=0, microsecond=0)
     monkeypatch.setattr(module, "datetime", SimpleNamespace(now=lambda zone: noon))
     return noon.replace(hour=0)
@@ -235,7 +237,7 @@ def test_rows_go_when_they_are_too_old_and_what_is_made_of_them_follows(
 ) -> None:
     runtime, today = make_runtime("maintain.keep_days={ events = 3 }"), midnight
     first_kept = today - timedelta(days=3)
-    # One session of five events, ten minutes apart, lies across the border: three before it, two from it on.
+    # One session of five events, ten minutes apart, spans the boundary: three before it, two from it on.
     times = [first_kept + timedelta(minutes=minutes) for minutes in (-30, -20, -10, 0, 10)]
     times += [today - timedelta(days=30), today]
     rows = [
@@ -259,7 +261,7 @@ def test_rows_go_when_they_are_too_old_and_what_is_made_of_them_follows(
     (deleted,) = [entry for entry in audit(runtime, "events") if entry["operation"] == "DELETE"]
     assert (deleted["stage"], deleted["user"]) == ("maintain_tables", getpass.getuser())
     assert (deleted["application"], deleted["code_version"]) == (spark.sparkContext.applicationId, code_version())
-    # The rows are still those that their stage wrote, as far as the stages after it are concerned.
+    # For later stages, the rows are still those that their own stage wrote.
     assert runtime.last_writer(EVENTS) == put_by
     for stage in stages:
         assert not runtime.execute(stage).skipped
@@ -274,7 +276,7 @@ def test_rows_that_a_killed_upkeep_only_hid_are_purged_by_the_next(
     times = [today - timedelta(days=30), today]
     rows = [make_event(event_id=f"e{n}", user_id="u", item_id="i", event_ts=time) for n, time in enumerate(times)]
     put(runtime, EVENTS, to_frame(spark, rows).coalesce(1))
-    monkeypatch.setattr(module, "compact", lambda *_: None)  # which leaves a full cube's files as they are
+    monkeypatch.setattr(module, "compact", lambda *_: None)  # which leaves the files of a full cube alone
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -337,7 +339,7 @@ def test_upkeep_makes_no_stage_out_of_date_and_feeds_no_change(
         assert runtime.latest_version(table) > version
         assert reader.option("startingVersion", version + 1).load(runtime.path(table)).count() == 0
 
-    # An increment after upkeep starts from what it left, reads nothing of it, and sees a new event alone.
+    # An increment after upkeep starts from its commit, reads none of its changes, and sees only the new event.
     seen: list[tuple[list[str], str]] = []
 
     def look(runtime: Runtime) -> None:
@@ -360,7 +362,7 @@ def test_a_writer_beside_it_loses_nothing(
     monkeypatch.setattr(lake_module, "time", SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 20)))
     runtime = make_runtime()
     in_pieces(runtime)
-    other = Runtime(runtime.config, spark.newSession())  # settings of its own, as another process has
+    other = Runtime(runtime.config, spark.newSession())  # with its own settings, like another process
     errors: list[BaseException] = []
     done = threading.Event()
 
@@ -472,7 +474,7 @@ def test_a_purge_rewrites_each_file_for_itself(make_runtime: Callable[..., Runti
 def test_a_purge_leaves_no_hidden_row_in_a_clustered_table(
     make_runtime: Callable[..., Runtime], in_pieces: InPieces, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Left to Delta, a table whose files are all of one cube is not touched. Upkeep comes just before the purge."""
+    """Delta alone skips a table whose files are all in one cube. Upkeep runs just before the purge."""
     runtime = make_runtime()
     in_pieces(runtime)
     maintain(runtime, ["events"])

@@ -1,4 +1,4 @@
-"""The neighbours table, read by DuckDB, against all pairs in plain numpy; the blocks are of three vectors."""
+"""The neighbours table, as read by DuckDB, against all pairs in plain numpy; blocks have three vectors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Vectors = dict[str, list[float]]
 
 
 def embed(runtime: Runtime, spark: SparkSession, users: Vectors, items: Vectors, version: str = "m1") -> None:
-    """A model's folder and its two tables; it is made the current one."""
+    """Writes a model's folder and its two tables, and makes it the current model."""
     (runtime.models / version).mkdir(parents=True, exist_ok=True)
     write_json(runtime.models / version / "model.json", {})
     write_json(runtime.models / "current.json", {"model_version": version})
@@ -81,7 +81,7 @@ def session(user: str, item: str, event_type: str, when: datetime = WHEN) -> dic
 
 
 def some(prefix: str, count: int, seed: int) -> Vectors:
-    """Vectors of small whole numbers: many ties, some zero vectors."""
+    """Vectors of small integers: many ties, some zero vectors."""
     values = np.random.default_rng(seed).integers(-1, 2, size=(count, 3))
     return {f"{prefix}{n}": row.astype(float).tolist() for n, row in enumerate(values)}
 
@@ -99,7 +99,7 @@ def brute_force(
                 if not lengths:
                     continue
                 score /= lengths
-            itself = source == target and cosine  # the dot product is of a user with items: equal ids are no matter
+            itself = source == target and cosine  # dot products pair users with items: equal ids do not matter
             if not itself and (source, target) not in without:
                 scored.append((-np.float32(score), target))
         for rank, (score, target) in enumerate(sorted(scored)[:K], 1):
@@ -108,7 +108,7 @@ def brute_force(
 
 
 def read(runtime: Runtime) -> dict[str, dict[tuple[str, int], tuple[str, float]]]:
-    """(source, rank) → (neighbour, score) by kind, as DuckDB reads them."""
+    """(source, rank) → (neighbour, score) by kind, as read by DuckDB."""
     files = deltalake.DeltaTable(str(runtime.root / "tables" / "neighbours")).file_uris()
     rows = duckdb.sql(
         "SELECT kind, source_id, rank, neighbour_id, score, model_version "
@@ -128,9 +128,9 @@ def test_all_three_kinds_against_brute_force(
 ) -> None:
     runtime = make_runtime(f"neighbours.k={K}", "neighbours.block_rows=3")
     monkeypatch.setattr(find_neighbours, "copies", Mock(side_effect=AssertionError("no list is to be copied")))
-    users, items = some("1", 20, 1), some("1", 11, 2)  # whole numbers as ids: user 14 is not item 14
+    users, items = some("1", 20, 1), some("1", 11, 2)  # numeric ids: user 14 is not item 14
     assert [0.0, 0.0, 0.0] in users.values()
-    embed(runtime, spark, {"u0": [9.0, 9.0, 9.0]}, {"i0": [9.0, 9.0, 9.0]}, "old")  # another model's: never met
+    embed(runtime, spark, {"u0": [9.0, 9.0, 9.0]}, {"i0": [9.0, 9.0, 9.0]}, "old")  # another model's: never used
     embed(runtime, spark, users, items)
     runtime.execute(STAGE)
     assert read(runtime) == {
@@ -181,8 +181,8 @@ def test_items_in_stock_of_a_vertical_that_a_user_has_not_bought(
     search = Mock(wraps=nearest)
     monkeypatch.setattr(find_neighbours, "nearest", search)
     assert not runtime.execute(STAGE).skipped
-    assert read(runtime).keys() == {"user_item", "user_user"}  # it has no direction: nothing is near it
-    assert [call.args[2] for call in search.call_args_list] == [1, K, 1]  # no memory for more than there are
+    assert read(runtime).keys() == {"user_item", "user_user"}  # a zero vector: nothing is near it
+    assert [call.args[2] for call in search.call_args_list] == [1, K, 1]  # no memory for more neighbours than exist
     stock.write_text("i2\n")
     with pytest.raises(TrailvecError, match="no item is left as a neighbour: correct neighbours"):
         runtime.execute(STAGE)
@@ -214,7 +214,8 @@ def test_habits_lift_what_a_user_does_again_and_again(
     users, items = some("u", 20, 1), some("i", 11, 2)
     embed(runtime, spark, users, items)
     end = datetime(2017, 12, 1, tzinfo=timezone.utc)
-    # (user, item, weeks before the log's end): u1 takes i5 every week, i6 once, long ago; an item of no vector; a view
+    # (user, item, weeks before the log's end): u1 takes i5 every week and i6 once, long ago; an item without a vector;
+    # a view
     done = [("u1", "i5", n) for n in (0.0, 1.0, 2.0)] + [("u1", "i6", 50.0), ("u2", "i1", 4.0), ("u2", "gone", 0.0)]
     events = [session(user, item, "purchase", end - timedelta(weeks=weeks)) for user, item, weeks in done]
     put(runtime, SESSIONS, spark.createDataFrame([*events, session("u3", "i7", "view", end)], SESSIONS.schema()))
@@ -235,7 +236,7 @@ def test_habits_lift_what_a_user_does_again_and_again(
             expected[user, rank] = item, pytest.approx(-score, abs=1e-5)
     found = read(runtime)
     assert found["user_item_habit"] == expected
-    assert found["user_item"] == brute_force(users, items, False)  # as without
+    assert found["user_item"] == brute_force(users, items, False)  # as without habits
     assert _names(found["user_item_habit"]) != _names(found["user_item"])
     assert expected["u1", 1][0] == "i5"
 
@@ -266,7 +267,7 @@ def test_an_inverted_file_finds_what_lies_in_the_cells_that_it_looks_into(
         "item_item": brute_force(items, items, True),
     }
     sets = (f"neighbours.k={K}", "neighbours.block_rows=8", "neighbours.cells=6")
-    runtime = make_runtime(*sets, "neighbours.probes=6")  # all cells: all there is
+    runtime = make_runtime(*sets, "neighbours.probes=6")  # all cells, so the search is exact
     embed(runtime, spark, users, items)
     assert runtime.execute(STAGE).notes == [f"{SHARE}item_item 1.000, user_item 1.000, user_user 1.000"]
     assert {kind: _names(of) for kind, of in read(runtime).items()} == {k: _names(of) for k, of in exact.items()}
@@ -291,7 +292,9 @@ def _names(of: dict[tuple[str, int], tuple[str, float]]) -> dict[tuple[str, int]
 
 
 def test_partitions_and_blocks_do_not_matter(spark: SparkSession) -> None:
-    """Vectors of awkward numbers, nine of them twins: a float32 matrix product alone would part them by place."""
+    """Vectors with awkward fractions, nine of them identical: a plain float32 matrix product would score identical ones
+    differently by position.
+    """
     rng = np.random.default_rng(5)
     values = {f"u{n:02d}": rng.normal(size=33).tolist() for n in range(40)}
     values |= {f"twin{n}": values["u07"] for n in range(9)}
@@ -315,7 +318,7 @@ def test_blocks_lie_in_many_tasks_however_few_bytes_and_are_small_however_full_a
     blocks = topk._blocks(topk._numbered(rows, 60, 7, tasks=4), "query")
     assert len({row[0] for row in blocks.select(F.spark_partition_id()).collect()}) > 2
 
-    # Cell 1 has 40 of the 60 users, many times the mean: its blocks are no larger, and no number is used twice.
+    # Cell 1 has 40 of the 60 users, many times the mean: its blocks are no larger, and no block number is used twice.
     cell = F.greatest(F.lit(1), F.col("vector")[0] - 38).cast("int")
     in_cells = topk._blocks(topk._numbered_in_cells(rows.withColumn("cell", cell), 7), "query")
     found = in_cells.select("cell", "query_block", "query.ids").collect()
