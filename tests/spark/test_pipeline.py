@@ -1,4 +1,4 @@
-"""The whole road on four days of Online Retail: every stage real, then again, killed, and read by others."""
+"""The whole pipeline on four days of Online Retail: every stage run, rerun, killed, and read by other tools."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ SETTINGS = {
     "ingest.max_rejected_share": 0.6,
     "vocabulary.min_count": 2,
     "sequences.max_length": 16,
-    "sequences.split_by": "leave_one_out",  # four days that lie months apart: no two cut times suit them
+    "sequences.split_by": "leave_one_out",  # four days that are months apart: no two cut times suit them
     "train.epochs": 1,
     "train.width": 16,
     "train.heads": 2,
     "train.negatives": 64,
     "neighbours.k": 3,
-    # So heavy that it alone decides about what a user did before; ties go by number.
+    # So heavy that it alone ranks a user's earlier items; ties go by index.
     "habit.weight": 1e12,
     "habit.decay": 0.9,
     "spark.master": "local[2]",
@@ -81,7 +81,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def said() -> io.StringIO:
-    """What the command says while `undisturbed` is made."""
+    """What the command prints while `undisturbed` is built."""
     return io.StringIO()
 
 
@@ -98,16 +98,16 @@ def undisturbed(
 
 
 def rows(root: Path, table: str) -> list[str]:
-    """The table's rows as sorted text, read by DuckDB."""
+    """The table's rows as sorted text, as read by DuckDB."""
     found = read_delta(root / "tables" / table)
     for row in found:
         row.pop("exported_at", None)  # by the clock
-        row.pop("export_id", None)  # by the ids of tables, which no other warehouse has
+        row.pop("export_id", None)  # depends on the tables' ids, which differ between warehouses
         row.pop("destination", None)  # below the warehouse
     return sorted(json.dumps(row, default=str) for row in found)
 
 
-WRITTEN = [table for table in TABLES if table.stage in {stage.name for stage in STAGES}]  # not by a stage aside
+WRITTEN = [table for table in TABLES if table.stage in {stage.name for stage in STAGES}]  # not those of extra stages
 
 
 def same_rows(one: Path, other: Path) -> None:
@@ -164,7 +164,7 @@ def test_slices_coverage_and_the_space_are_what_plain_python_counts(undisturbed:
         lows = [0, 1, 6, 24, 72, 168, 336]
         low = max(bound for bound in lows if bound <= hours)
         value = 1 / math.log2(best.index(target) + 2) if target in best else 0.0
-        read = min(row["length"], 15)  # a model reads one action less than a row may hold
+        read = min(row["length"], 15)  # a model reads one action fewer than a row may hold
         names = [("all", "all"), ("history", "1-4" if read < 5 else "5-19")]
         names.append(("hours", "336+" if low == 336 else f"{low}-{lows[lows.index(low) + 1]}"))
         names += [("vertical", items[target]["vertical"])] if target in items else []
@@ -206,12 +206,12 @@ def test_slices_coverage_and_the_space_are_what_plain_python_counts(undisturbed:
     late, early = (
         [event for event in actions if start - month < event["event_ts"] <= start] for start in (end, end - month)
     )
-    of_item = {i["item_id"]: i["first_ts"] for i in items.values()}  # without those too rare for the vocabulary
+    of_item = {i["item_id"]: i["first_ts"] for i in items.values()}  # excluding items too rare for the vocabulary
     first = [of_item.get(event["item_id"], end - month) for event in late]
     new = whole["drift", "events", "new_items"]
     assert new["value"] == pytest.approx(sum(time > end - month for time in first) / len(late))
     assert new["counted"] == len(late) < len(actions)
-    (rate,) = [r for r in evaluation if (r["task"], r["metric"]) == ("drift", "rate")]  # all is one vertical
+    (rate,) = [r for r in evaluation if (r["task"], r["metric"]) == ("drift", "rate")]  # there is only one vertical
     assert rate["value"] == pytest.approx(len(late) / len(early))
     assert whole["drift", "events", "stability_index"]["value"] == 0
     assert 0 < whole["drift", "users", "cosine"]["value"] < 1
@@ -278,10 +278,10 @@ def test_no_line_log_manifest_report_or_model_names_a_user_or_a_secret(undisturb
     texts = {"what the command says": said.getvalue().encode()}
     texts |= {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
     kinds = ("_delta_log/", "models/", "mlruns/", "mlflow.db", "checkpoints/", "manifest.json")
-    assert all(any(kind in name for name in texts) for kind in kinds)  # each has been looked into
+    assert all(any(kind in name for name in texts) for kind in kinds)  # each kind was searched
     assert "score_users" in said.getvalue()
 
-    # Rows are what tables and exports are for; compressed, they would hide a name in any case.
+    # Rows belong in tables and exports; compressed, they would hide a name in any case.
     rows = re.compile(r"(tables/(?!.*_delta_log/)|exports/(?!.*(json|html)$)).*")
     open_texts = {name: text for name, text in texts.items() if not rows.fullmatch(name)}
     assert [name for name, text in open_texts.items() if PERSON.encode() in text] == []
@@ -289,12 +289,12 @@ def test_no_line_log_manifest_report_or_model_names_a_user_or_a_secret(undisturb
 
 
 class Killed(BaseException):
-    """Not an Exception: nothing on the way may swallow it, as nothing survives kill -9."""
+    """Not an Exception: no handler may swallow it, just as nothing survives kill -9."""
 
 
 @pytest.fixture
 def kill_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Dies right after the n-th thing that becomes visible to others: a commit, a renamed file or folder."""
+    """Dies right after the n-th write that others can see: a commit, a renamed file or folder."""
     left = [0]
 
     def dying(write: Callable[..., Any]) -> Callable[..., Any]:
@@ -325,7 +325,7 @@ def test_a_kill_after_a_write_and_the_same_command_end_as_if_nothing_had_happene
     kill_after: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Processes that train are killed in test_training_loop.py and in tests/cluster: here the weights are copied."""
+    """Training processes are killed in test_training_loop.py and in tests/cluster: here the weights are copied."""
     trained = model_folder(undisturbed)
 
     def train_by_copy(runtime: Runtime, version: str, staging: Path, _: Place) -> None:

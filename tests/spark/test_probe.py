@@ -1,4 +1,4 @@
-"""The probe stage: labels and features by hand, nothing after a user's cut in any of them, the table it writes."""
+"""The probe stage: labels and features by hand, none of them from after a user's cut, and the table it writes."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def event(user: str, day: float, item: str = "i1", **values: Any) -> Row:
 
 
 def log() -> list[Row]:
-    """24 users act before day 100; in the 20 days after, even ones do not, every third redeems or rides for the first
-    time. The log ends at day 120."""
+    """24 users act before day 100; in the 20 days after, the even ones do not, and every third redeems or rides for the
+    first time. The log ends at day 120."""
     events = []
     for n in range(24):
         events += [event(f"u{n}", 10 + day, f"i{(n + day) % 5}") for day in range(0, 60 + n % 7, 7)]
@@ -72,7 +72,7 @@ def fill(runtime: Runtime, events: list[Row]) -> None:
 
 @pytest.fixture(scope="module")
 def filled(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A warehouse over the whole log; each test takes a copy."""
+    """A warehouse of the whole log; each test takes a copy."""
     root = tmp_path_factory.mktemp("filled")
     fill(Runtime(make_config(root, *SETTINGS), spark), log())
     return root
@@ -85,7 +85,7 @@ def whole(filled: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """A model whose vector is what it reads: the row's items, laid out in four numbers."""
+    """A model whose vector is its input: the row's items, as four numbers."""
 
     def encode(_: Runtime, rows: DataFrame, keep: list[str], *, model_dir: Path) -> DataFrame:
         padded = F.slice(F.concat(F.reverse("item_index"), F.array_repeat(F.lit(0), 4)), 1, 4)
@@ -98,7 +98,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def ask(runtime: Runtime, answer: Callable[[probe.Question, datetime], Any]) -> list[Any]:
-    """What `answer` says of each question and the log's end."""
+    """The result of `answer(question, log's end)` for each question."""
     found: list[Any] = []
 
     def go(running: Runtime) -> None:
@@ -112,7 +112,7 @@ def ask(runtime: Runtime, answer: Callable[[probe.Question, datetime], Any]) -> 
 
 
 def look(runtime: Runtime) -> list[tuple[pd.DataFrame, list[str], dict[str, np.ndarray]]]:
-    """Of each question: its labels, users and features."""
+    """The labels, users and features of each question."""
 
     def answer(question: probe.Question, end: datetime) -> tuple[pd.DataFrame, list[str], dict[str, np.ndarray]]:
         return question.labels, *probe.features_of(runtime, runtime.read(SESSIONS), question, Path("m1"), end)
@@ -125,7 +125,7 @@ def test_labels_by_hand_and_no_feature_knows_what_came_after_the_cut(
 ) -> None:
     runtime, cut_off = (make_runtime(*SETTINGS, root=root) for root in (whole, tmp_path / "cut_off"))
     fill(cut_off, [e for e in log() if e["event_ts"] < CUT or e["user_id"] == "late"])
-    # The vocabulary's numbers are the log's; those of the whole one are used for both.
+    # The vocabulary's indices depend on the log; those of the whole log are used for both.
     items = runtime.latest(ITEMS).collect()
     put(cut_off, ITEMS, cut_off.spark.createDataFrame(items, ITEMS.schema()))
     ((labels, users, features),), ((_, same_users, cut_features),) = look(runtime), look(cut_off)
@@ -153,7 +153,7 @@ def test_five_numbers_and_aggregates_by_hand(make_runtime: Callable[..., Runtime
             event("a", 90, amount=3.0),
             event("a", 99.5, "i2", amount=4.0),
             event("a", 99.5, "i3", event_type="view", amount=None),
-            event("a", 100, amount=50.0),  # at the cut: not before it
+            event("a", 100, amount=50.0),  # exactly at the cut, so not before it
             event("b", 10, "i2", amount=1.0),
         ],
     )
@@ -177,7 +177,7 @@ def test_five_numbers_and_aggregates_by_hand(make_runtime: Callable[..., Runtime
 
 def test_pauses_by_hand(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
     runtime = make_runtime()
-    days = (50, 50.2, 52, 55, 85, 90)  # of the log; its pauses: 2, 3, 30, 5
+    days = (50, 50.2, 52, 55, 85, 90)  # days of the log; the pauses: 2, 3, 30, 5
     events = [event("a", day) for day in days] + [event("a", 70, event_type="view"), event("b", 95.5)]
     fill(runtime, events)
     cuts = spark.createDataFrame([(u, CUT.replace(tzinfo=timezone.utc)) for u in "ab"], "user_id string, cut timestamp")
@@ -198,7 +198,7 @@ def test_of_an_item_a_profile_hears_how_much_of_it_is_taken_at_once(
 ) -> None:
     runtime = make_runtime()
     quantities = {"a": [("i1", 2.0), ("i1", 5.0), ("i1", -1.0), ("i1", None), ("i2", None), ("i3", 0.0)]}
-    quantities["b"] = [("i2", 3.0), ("i2", 9.0)]  # the second comes after b's cut, and before a's
+    quantities["b"] = [("i2", 3.0), ("i2", 9.0)]  # the second is after b's cut, and before a's
     events = [
         event(user, day, item, quantity=quantity)
         for user, of_user in quantities.items()
@@ -218,14 +218,14 @@ def test_of_an_item_a_profile_hears_how_much_of_it_is_taken_at_once(
     known = spark.createDataFrame([(2,), (4,)], "item_index int")
     for terms, expected in (
         (None, {"a": ([2, 3, 4], [3.5, 0, 0]), "b": ([3], [3])}),
-        (known, {"a": ([2, 4], [3.5, 0]), "b": ([], [])}),  # what the basis knows
+        (known, {"a": ([2, 4], [3.5, 0]), "b": ([], [])}),  # items in the basis
     ):
         rows = profile_users.profile_rows(*given, terms).select("user_id", "items_numbers", "items_values").collect()
         assert {row.user_id: (row.items_numbers, row.items_values) for row in rows} == expected
 
 
 def test_what_the_forecast_is_fitted_on(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
-    """Statistics of what was known 28 days before the cut, and what came on the 7 and 28 days after that."""
+    """Statistics of what was known 28 days before the cut, and actions in the 7 and 28 days after that."""
     runtime = make_runtime()
     known = [event("a", day) for day in (10, 40)] + [event("b", 72)]
     later = [event("a", 75), event("a", 75.5), event("a", 80), event("a", 90, event_type="view"), event("c", 80)]
@@ -244,7 +244,7 @@ def test_the_table_with_labels_of_a_file(
     make_runtime: Callable[..., Runtime], whole: Path, tmp_path: Path, model: dict[str, str]
 ) -> None:
     file = tmp_path / "labels.csv"
-    lines = [f"u{n},many,{n % 7 // 4}" for n in range(24)]  # n % 7 says how long the user has acted
+    lines = [f"u{n},many,{n % 7 // 4}" for n in range(24)]  # n % 7 determines how long the user was active
     file.write_text("\n".join(["user_id,task,label", *lines]) + "\n")
     runtime = make_runtime(*SETTINGS, f'probe.labels={{file="{file}"}}', root=whole)
     report = runtime.execute(probe.STAGE)
@@ -257,7 +257,7 @@ def test_the_table_with_labels_of_a_file(
     assert runtime.execute(probe.STAGE).skipped
     asked = probe.STAGE.inputs(runtime)
     file.write_text("\n".join(["user_id,task,label", *reversed(lines)]) + "\n")
-    assert probe.STAGE.inputs(runtime) != asked  # so it is not skipped
+    assert probe.STAGE.inputs(runtime) != asked  # so the stage is not skipped
 
     file.write_text("user_id,task,label\nu1,many,2\n")
     with pytest.raises(TrailvecError, match="neither 0 nor 1: user u1, task many: correct it"):
@@ -298,13 +298,13 @@ def test_a_task_with_nobody_or_too_few_of_a_label_is_said_and_leaves_no_old_rows
         "at once is not probed: no fold by label_ts has both labels to learn from and to test on",
     ]
     assert [r["model_version"] for r in read_delta(runtime.path(PROBES))] == ["m0"]
-    assert made == ["at once"]  # those of the others would be for nothing
+    assert made == ["at once"]  # computing the others' would be wasted
 
-    early = [f"u{n},early,{n % 2},2024-02-01 00:00:00" for n in range(24)]  # the model has learnt from what came then
+    early = [f"u{n},early,{n % 2},2024-02-01 00:00:00" for n in range(24)]  # the model was trained on later events
     file.write_text("\n".join(["user_id,task,label,label_ts", *rows, *early]) + "\n")
     with pytest.raises(TrailvecError, match=r"and a label of early asks about what came after 2024-02-01 00:00:00"):
         runtime.execute(probe.STAGE)
-    assert made == ["at once"]  # another question's features would be for nothing
+    assert made == ["at once"]  # computing another question's features would be wasted
 
 
 def test_what_is_probed_is_what_profile_users_writes(
@@ -327,7 +327,7 @@ def test_what_is_probed_is_what_profile_users_writes(
     with monkeypatch.context() as patch:
         patch.setattr(profile_users, "statistics", statistics)
         report = runtime.execute(profile_users.STAGE)
-    assert stored[0]  # what is read a dozen times is read from the table once
+    assert stored[0]  # read a dozen times, but from the table only once
     assert report.rows_out == {"user_profiles": 25}
     rows = {r["user_id"]: r for r in read_delta(runtime.path(USER_PROFILES))}
     assert {(r["model_version"], r["as_of"].replace(tzinfo=None)) for r in rows.values()} == {
@@ -340,10 +340,11 @@ def test_what_is_probed_is_what_profile_users_writes(
     basis_of = runtime.models / "m1" / "profile.json"
     about = json.loads(basis_of.read_text())
     assert about.pop("rotation") is None
-    write_json(basis_of, about)  # as older code wrote it
+    write_json(basis_of, about)  # as written by older code
     write_alignment(runtime.models / "m1", np.eye(4, dtype=np.float32), {})
 
-    # Another user comes: the places mean what they meant, and who did nothing new keeps the parts that tell no time.
+    # A new user arrives: the coordinates keep their meaning, and users without new events keep the time-independent
+    # parts.
     put(runtime, EVENTS, to_frame(runtime.spark, [*log(), event("new", 119.5, "brand new")]))
     for stage in (sessionize.STAGE, build_vocabulary.STAGE):
         runtime.execute(stage)
@@ -356,7 +357,7 @@ def test_what_is_probed_is_what_profile_users_writes(
     assert again.keys() == rows.keys() | {"new"}
     assert again["u3"]["vector"][:timeless] == pytest.approx(rows["u3"]["vector"][:timeless], abs=1e-6)
 
-    write_json(basis_of, about | {"rotation": None})  # fitted before the model was turned
+    write_json(basis_of, about | {"rotation": None})  # fitted before the model was rotated
     put(runtime, CURRENT_MODEL, runtime.spark.createDataFrame([("m0",)], CURRENT_MODEL.schema()))
     note, stale, _ = wider.execute(profile_users.STAGE, force=True).notes
     assert stale.startswith("the profiles of model m0, which is current and which segments go by, stay as they are: ")
@@ -378,8 +379,8 @@ def test_a_model_that_numbers_other_tables_items_makes_no_profile(
 def test_labels_with_times_see_what_came_before_them_and_no_more(
     make_runtime: Callable[..., Runtime], whole: Path, tmp_path: Path, model: dict[str, str]
 ) -> None:
-    """Each user's cut is their label's time, and of those beside them the first of these; what features see, they are
-    asked above."""
+    """Each user's cut is their label's time, and the earliest of these for users without one; what features see is
+    tested above."""
     file = tmp_path / "labels.csv"
     days = {f"u{n}": START + timedelta(days=90 + n % 5) for n in range(3, 24)}
     rows = [f"{user},many,{n % 2},{day:%Y-%m-%d %H:%M:%S}" for n, (user, day) in enumerate(days.items())]

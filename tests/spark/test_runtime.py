@@ -1,4 +1,4 @@
-"""What the runtime promises of every table: its contract, its comments, what wrote it, one commit at a time."""
+"""The runtime's guarantees for every table: its contract, its comments, what wrote it, one commit at a time."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ VALUES = "kind string, value string, value_index int"
 def test_few_rows_go_to_each_task(spark: SparkSession, monkeypatch: pytest.MonkeyPatch, most: int, join: str) -> None:
     monkeypatch.setattr(spark_session, "FEW", most)
     few = spark.range(3).localCheckpoint()
-    with spark_conf(spark, {"spark.sql.autoBroadcastJoinThreshold": "-1"}):  # as Spark does where it knows no size
+    with spark_conf(spark, {"spark.sql.autoBroadcastJoinThreshold": "-1"}):  # as when Spark knows no size
         joined = spark.range(9).join(spark_session.few_to_all(few), "id", "left_semi")
         assert join in joined._jdf.queryExecution().executedPlan().toString()  # type: ignore[operator]
 
@@ -76,7 +76,7 @@ def test_a_null_where_the_contract_has_none_is_not_committed(
 
 
 def test_a_table_is_made_though_another_job_takes_the_half_written_commit(make_runtime: Callable[..., Runtime]) -> None:
-    """As one does that makes the same table at that moment: it takes the file for one that a kill has left."""
+    """A job that creates the same table at that moment takes the file for the leftover of a kill."""
     runtime = make_runtime()
     log, taken, ended = Path(runtime.path(CONTEXT_VALUES)) / "_delta_log", list[str](), threading.Event()
 
@@ -154,7 +154,7 @@ def test_a_table_of_another_version_is_refused_and_kept(
     runtime = make_runtime()
     put(runtime, CONTEXT_VALUES, spark.createDataFrame([("vertical", "food", 2)], VALUES))
     wider = dataclasses.replace(CONTEXT_VALUES, columns=(*CONTEXT_VALUES.columns, Column("more", "int", "New.")))
-    for reads, writes in (((wider,), ()), ((), (wider,))):  # before the stage does anything
+    for reads, writes in (((wider,), ()), ((), (wider,))):  # refused before the stage runs
         with pytest.raises(TrailvecError, match="has the columns of another version"):
             runtime.execute(Stage("none", "", lambda _: pytest.fail("it ran"), reads, writes), force=True)
     with pytest.raises(TrailvecError, match="has the columns of another version"):
@@ -174,7 +174,7 @@ def test_a_merge_sends_no_old_row_through_a_shuffle_that_no_new_one_meets(
     gone = to_frame(spark, old[5:8])
 
     def merge(runtime: Runtime) -> None:
-        # A condition on the old rows, too, without which Spark would have no choice of which side to filter.
+        # A condition on the old rows too, or Spark would have no choice of which side to filter.
         where = F.col("old.event_id") >= min(ids)
         runtime.merge(EVENTS, to_frame(spark, new), gone, where=where, few=True)
 
@@ -202,8 +202,7 @@ def test_a_stage_reads_what_was_there_when_it_began(make_runtime: Callable[..., 
 
 
 def test_the_commits_are_those_of_deltas_history(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
-    """Over a checkpoint, an upkeep, commits that change no row, a write of somebody else's; and where the log was
-    cleaned."""
+    """Across a checkpoint, an upkeep, commits that change no row, and a foreign write; and after a log cleanup."""
     runtime, theirs = make_runtime(), "gdpr-12"
     rows = spark.createDataFrame([("vertical", "food", 2)], VALUES)
     for _ in range(11):
@@ -248,7 +247,7 @@ def test_the_commits_are_those_of_deltas_history(make_runtime: Callable[..., Run
     spark.sql(f"DELETE FROM delta.`{path}` WHERE value = 'food'")
     assert History(path).newest == 17
     assert next(iter(History(path))).foreign
-    # A reader may find half of the file that says where to begin, or nothing in it.
+    # A reader may find the _last_checkpoint file half written, or empty.
     for text in ('{"version":10,"si', ""):
         (log / "_last_checkpoint").write_text(text)
         (log / "._last_checkpoint.crc").unlink(missing_ok=True)
@@ -256,7 +255,7 @@ def test_the_commits_are_those_of_deltas_history(make_runtime: Callable[..., Run
 
 
 class Local(PosixPath):
-    """A file without Spark's JVM."""
+    """A file accessed without Spark's JVM."""
 
     def lines(self) -> Iterator[str]:
         return iter(self.read_text().splitlines())
@@ -265,7 +264,7 @@ class Local(PosixPath):
 def test_of_very_many_commits_all_are_told_and_few_are_read_where_few_are_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A topic that is polled each minute brings a thousand a day, and a stage that runs at night goes on from them."""
+    """A topic polled every minute adds a thousand commits a day, and a nightly stage continues from them."""
     monkeypatch.setattr(commits, "HadoopPath", Local)
     runtime = Runtime(load_config(None, [f'storage.root="{tmp_path}"']))
     log, now = Path(runtime.path(EVENTS)) / "_delta_log", int(time.time())
@@ -304,7 +303,7 @@ def test_tune_refuses_hdfs_in_one_sentence() -> None:
 
 
 def test_a_log_folder_without_a_commit_is_made_good(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
-    """What a kill at the very moment of a table's creation leaves behind."""
+    """Left behind by a kill during a table's creation."""
     runtime = make_runtime()
     log = Path(runtime.path(CONTEXT_VALUES)) / "_delta_log"
     (log / "_commits").mkdir(parents=True)
@@ -323,7 +322,7 @@ def test_a_commit_that_another_job_makes_at_that_moment_is_kept(
     log = Path(runtime.path(CONTEXT_VALUES)) / "_delta_log"
     log.mkdir(parents=True)
     (log / ".00000000000000000000.json.half.tmp").write_text("{")
-    # The other job commits after this one has looked, and before it clears the folder.
+    # The other job commits after this one has checked, but before it clears the folder.
     monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: shutil.copy(commit, path.parent))
     runtime.create(CONTEXT_VALUES)
     assert (log / commit.name).read_text() == commit.read_text()
@@ -383,7 +382,7 @@ def test_what_is_stored_of_a_run_shows_no_secret(make_runtime: Callable[..., Run
 
 
 def test_own_java_options_come_beside_ours(spark: SparkSession) -> None:
-    """The tests have some of their own (tests/conftest.py)."""
+    """The tests set some of their own (tests/conftest.py)."""
     system = spark._jvm.java.lang.System  # type: ignore[union-attr]
     found = [system.getProperty(name) for name in ("delta.log.cacheSize", "arrow.enable_null_check_for_get")]
     assert found == ["64", "false"]
