@@ -1,4 +1,4 @@
-"""score_users over models with random weights, against a plain loop: `model.encode`, one user after the other."""
+"""score_users over models with random weights, against a plain loop: `model.encode`, one user at a time."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ Rows = list[dict[str, Any]]
 
 
 def make_model(runtime: Runtime, version: str, seed: int) -> SequenceModel:
-    """A model's folder, as if aligned; the model is made the one in use. Item 29 it does not know."""
+    """Writes a model's folder, as if aligned, and makes it the current model. It does not know item 29."""
     torch.manual_seed(seed)
     model = build_model(SPEC, torch.from_numpy(item_counts(make_rows(200)))).eval()
     folder = runtime.models / version
@@ -67,7 +67,7 @@ def score_rows(count: int, seed: int, first_user: int = 0) -> Rows:
 
 
 def change(runtime: Runtime, upserts: Rows, deletes: Rows) -> None:
-    """One MERGE into sequences, as build_sequences makes it."""
+    """One MERGE into sequences, as build_sequences does it."""
     new, gone = (runtime.spark.createDataFrame(rows, SEQUENCES.schema()) for rows in (upserts, deletes))
     stage = Stage("change", "", lambda r: r.merge(SEQUENCES, new, deletes=gone), (), (SEQUENCES,), ())
     runtime.execute(stage, force=True)
@@ -85,7 +85,7 @@ def by_plain_loop(model: SequenceModel, rows: Rows) -> dict[str, tuple[Any, ...]
 
 
 def assert_vectors(runtime: Runtime, model: SequenceModel, version: str, rows: Rows) -> None:
-    """The table holds exactly those of the rows, as DuckDB reads it."""
+    """The table holds exactly the vectors of the rows, as read by DuckDB."""
     expected = by_plain_loop(model, rows)
     found = [r for r in read_delta(runtime.path(USER_EMBEDDINGS)) if r["model_version"] == version]
     assert sorted(r["user_id"] for r in found) == sorted(expected)
@@ -106,7 +106,7 @@ SETTINGS = ("storage.database=scores", "score.batch_size=7", "score.chunk_users=
 
 @pytest.fixture(scope="module")
 def filled(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 users to score and a few rows of training; each test takes a copy."""
+    """40 users to score and a few training rows; each test takes a copy."""
     runtime = Runtime(make_config(tmp_path_factory.mktemp("filled"), *SETTINGS), spark)
     fill(runtime, SEQUENCES, score_rows(USERS, seed=1) + sequences(make_rows(6, seed=2), "train"), files=2)
     return runtime.root
@@ -116,7 +116,7 @@ def filled(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def m1_scored(
     filled: Path, spark: SparkSession, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, SequenceModel]:
-    """The same with the users' vectors by model m1, which is current; and the model."""
+    """The same with the users' vectors by the current model, m1; and the model."""
     root = shutil.copytree(filled, tmp_path_factory.mktemp("scored") / "warehouse")
     runtime = Runtime(make_config(root, *SETTINGS), spark)
     model = make_model(runtime, "m1", seed=1)
@@ -126,20 +126,20 @@ def m1_scored(
 
 @pytest.fixture
 def empty(make_runtime: Callable[..., Runtime], spark: SparkSession) -> Runtime:
-    spark.sql("DROP DATABASE IF EXISTS scores CASCADE")  # the session is shared: forget the last test's tables
+    spark.sql("DROP DATABASE IF EXISTS scores CASCADE")  # the session is shared: drop the last test's tables
     return make_runtime(*SETTINGS)
 
 
 @pytest.fixture
 def shop(empty: Runtime, filled: Path) -> Runtime:
-    """40 users to score and a few rows of training; no model."""
+    """40 users to score and a few training rows; no model."""
     shutil.copytree(filled, empty.root)
     return empty
 
 
 @pytest.fixture
 def scored(empty: Runtime, m1_scored: tuple[Path, SequenceModel]) -> tuple[Runtime, SequenceModel]:
-    """The same, scored by m1, which is current."""
+    """The same, scored by the current model, m1."""
     root, model = m1_scored
     shutil.copytree(root, empty.root)
     return empty, model
@@ -181,7 +181,7 @@ def test_a_model_without_the_asked_rows_of_evaluation_does_not_become_current(
     fill(shop, ITEMS, [item | about | counts | {"first_ts": CUT}])
     fill(shop, ITEM_EMBEDDINGS, [])
     (shop.models / "m1" / WEIGHTS).unlink()  # the page says of an older model what its description does
-    strict.execute(write_report.STAGE)  # which the sentence sends people to
+    strict.execute(write_report.STAGE)  # as the message advises
     assert "Model m2" in (shop.models / "m2" / write_report.PAGE).read_text()
     of_model = {"model_version": "m2", "as_of": CUT, "is_cold": False, "vector": [1.0]}
     fill(shop, ITEM_EMBEDDINGS, [item | of_model])
@@ -199,7 +199,7 @@ def test_the_current_model_trained_again_is_asked_like_a_new_one_and_changed_in_
     rows = score_rows(USERS, seed=1)
     rows[7] = score_rows(1, seed=9, first_user=7)[0]
     change(shop, [rows[7]], [])
-    assert strict.execute(score_users.STAGE).rows_out["users_encoded"] == 1  # of the same weights nothing is asked
+    assert strict.execute(score_users.STAGE).rows_out["users_encoded"] == 1  # same weights: no gate
 
     shutil.rmtree(shop.models / "m1")
     new = make_model(shop, "m1", seed=5)
@@ -224,7 +224,7 @@ def test_the_current_model_trained_again_is_asked_like_a_new_one_and_changed_in_
     [
         ((0.01, 0.49), 30, []),
         ((-0.01, 0.3), 30, ["is 0.2000 (-0.0100 to 0.3000), not surely above 0"]),
-        # What beats nothing is level with it, of everybody and of one user.
+        # A zero interval is a tie, over all users or over one.
         ((0.0, 0.0), 2_000, ["is 0.2000 (0.0000 to 0.0000), not surely above 0"]),
         ((0.2, 0.5), 30, ["is 0.2000 (0.2000 to 0.5000), not surely below 0.5"]),
         ((0.2, 0.2), 29, ["is over 29 users, fewer than min_users = 30"]),
@@ -255,7 +255,7 @@ def test_increments_end_as_a_plain_loop_over_all_users(shop: Runtime) -> None:
     assert shop.execute(score_users.STAGE).skipped
 
     changed = score_rows(3, seed=3, first_user=5) + score_rows(2, seed=4, first_user=USERS)
-    training = sequences(make_rows(6, seed=5), "train")  # of u0, u1, u2: no change of what they are scored by
+    training = sequences(make_rows(6, seed=5), "train")  # of u0, u1, u2: their score rows do not change
     change(shop, changed + training, rows[20:22])
     report = shop.execute(score_users.STAGE)
     assert report.rows_out["users_encoded"] == 5
@@ -263,7 +263,7 @@ def test_increments_end_as_a_plain_loop_over_all_users(shop: Runtime) -> None:
     assert_vectors(shop, model, "m1", rows)
     assert shop.execute(score_users.STAGE).skipped
 
-    # Twice changed between two runs, and once there and gone again.
+    # One user changed twice between two runs, another added and removed again.
     change(shop, score_rows(1, seed=6, first_user=5) + score_rows(1, seed=6, first_user=77), [])
     last = score_rows(1, seed=7, first_user=5)
     change(shop, last, score_rows(1, seed=6, first_user=77))
@@ -291,11 +291,11 @@ def test_a_table_made_anew_as_a_whole_is_compared_with_what_it_was(scored: tuple
     assert shop.execute(score_users.STAGE).rows_out["users_encoded"] == 1
     assert_vectors(shop, model, "m1", rows)
 
-    # Forced, all anew, into the vectors that are there.
+    # Forced: all users again, into the existing vectors.
     assert shop.execute(score_users.STAGE, force=True).rows_out["users_encoded"] == len(rows)
     assert_vectors(shop, model, "m1", rows)
 
-    # Removed and made anew with as many commits, it is another one: the same version says nothing.
+    # Removed and recreated with as many commits, it is another table: an equal version means nothing.
     version = shop.latest_version(SEQUENCES)
     shutil.rmtree(shop.path(SEQUENCES))
     shop.spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()  # type: ignore[union-attr]
@@ -308,7 +308,7 @@ def test_a_table_made_anew_as_a_whole_is_compared_with_what_it_was(scored: tuple
 
 
 class Killed(BaseException):
-    """Not an Exception: nothing on the way may swallow it."""
+    """Not an Exception: no handler may swallow it."""
 
 
 def test_a_new_model_killed_in_the_middle_goes_on_while_readers_see_the_old_one_whole(
@@ -339,7 +339,7 @@ def test_a_new_model_killed_in_the_middle_goes_on_while_readers_see_the_old_one_
     with pytest.raises(TrailvecError, match=r"the current model is m1, found model\.version = m2: run"):
         other.execute(find_neighbours.STAGE)
 
-    # Meanwhile somebody whose chunk is done acts, and somebody goes.
+    # Meanwhile a user in a finished chunk acts, and another leaves.
     acted = score_rows(1, seed=8, first_user=int(of_new[0][1:]))
     gone = [row for row in rows if row["user_id"] == of_new[1]]
     change(shop, acted, gone)
@@ -348,10 +348,10 @@ def test_a_new_model_killed_in_the_middle_goes_on_while_readers_see_the_old_one_
     assert report.rows_out["users_encoded"] == USERS - len(of_new) + 1
     left = [row for row in rows if row["user_id"] not in of_new[:2]] + acted
     assert_vectors(shop, new, "m2", left)
-    assert_vectors(shop, old, "m1", rows)  # until it is retired
+    assert_vectors(shop, old, "m1", rows)  # they stay until m1 is retired
     assert current(shop) == ({"m2"}, USERS - 1)
     assert shop.execute(score_users.STAGE).skipped
-    # The same by another reader, from the files alone.
+    # The same as read by another reader, from the files alone.
     users, model = (f"delta_scan('{shop.root}/tables/{name}')" for name in ("user_embeddings", "current_model"))
     text = f"SELECT count(*) FROM {users} WHERE model_version = (SELECT model_version FROM {model})"
     assert delta_reader().sql(text).fetchall() == [(USERS - 1,)]
@@ -366,7 +366,7 @@ def test_back_to_an_old_model_only_what_changed_since_is_encoded(scored: tuple[R
     change(shop, [rows[7]], [])
     write_json(shop.models / "current.json", {"model_version": "m1"})
     gate = 'evaluate.gate=[{task="new", method="popularity", metric="model_lead_ndcg@10", at_least=0.0}]'
-    strict = Runtime(make_config(shop.root, *SETTINGS, gate), shop.spark)  # which asks those alone that never were it
+    strict = Runtime(make_config(shop.root, *SETTINGS, gate), shop.spark)  # only for models that were never current
     assert strict.execute(score_users.STAGE).rows_out["users_encoded"] == 1
     assert_vectors(shop, model, "m1", rows)
     assert current(shop) == ({"m1"}, USERS)
@@ -379,7 +379,7 @@ def test_a_model_compared_with_one_that_is_current_no_more_does_not_become_curre
     for version, seed in (("m2", 2), ("m3", 3)):
         make_model(shop, version, seed)
     monkeypatch.setattr(score_users.Scorer, "score_changed", Mock(side_effect=Killed))
-    with pytest.raises(Killed):  # some of its vectors are there
+    with pytest.raises(Killed):  # some of its vectors are written
         shop.execute(score_users.STAGE)
     monkeypatch.undo()
 
@@ -392,7 +392,7 @@ def test_a_model_compared_with_one_that_is_current_no_more_does_not_become_curre
     refused = "model m3 was compared with m1, and m2 has become current since: run `trailvec align --force` and"
     with pytest.raises(TrailvecError, match=refused):
         use("m3")
-    for version in ("m1", "m3", "m2"):  # back to what was current, and on to what was compared with it
+    for version in ("m1", "m3", "m2"):  # back to a model that was current, and on to one compared with it
         use(version)
 
 
@@ -401,7 +401,7 @@ def test_cold_users(shop: Runtime) -> None:
     rows = score_rows(4, seed=1)
     for row, items in zip(rows, ([1] * 8, [29] * 8, [5000] * 8, [1] * 7 + [4]), strict=True):
         row.update({name: (row[name] * 8)[:8] for name in FEATURES}, length=8, item_index=items)
-    rows.append(rows[3] | {"user_id": "u4", "item_index": [4] + [1] * 7})  # the known one is older than what is read
+    rows.append(rows[3] | {"user_id": "u4", "item_index": [4] + [1] * 7})  # the known item is too old to be read
     fill(shop, SEQUENCES, rows)
     report = shop.execute(score_users.STAGE)
     assert "5 users encoded" in report.notes[0]
@@ -410,7 +410,7 @@ def test_cold_users(shop: Runtime) -> None:
     found = {r["user_id"]: r for r in read_delta(shop.path(USER_EMBEDDINGS))}
     assert [found[f"u{n}"]["is_cold"] for n in range(5)] == [True, True, True, False, True]
     assert all(np.isfinite(r["vector"]).all() and np.any(r["vector"]) for r in found.values())
-    assert found["u0"]["vector"] != found["u1"]["vector"]  # by their contexts
+    assert found["u0"]["vector"] != found["u1"]["vector"]  # by their context
 
 
 def test_an_old_model_is_retired_and_can_be_scored_again(
@@ -430,7 +430,7 @@ def test_an_old_model_is_retired_and_can_be_scored_again(
     assert current(shop) == ({"m2"}, USERS)
     assert shop.latest_version(NEIGHBOURS) == 0  # it had no row of the model
     newest, *_ = shop.noted(USER_EMBEDDINGS)
-    with monkeypatch.context() as patch:  # Delta keeps no older note
+    with monkeypatch.context() as patch:  # Delta has cleaned up older notes
         patch.setattr(Runtime, "noted", lambda *_: [newest])
         assert score_users.was_scored(shop, "m1")
 

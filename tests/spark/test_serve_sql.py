@@ -55,7 +55,7 @@ from scripts.servers import free_ports
 from spark_udfs import nearest_of_user, vectors
 from tests.conftest import SPARK_CONF, add, make_config, put, read_delta
 
-USER, PASSWORD = "ada", "pä-ss"  # beeline itself takes no space and no quote in a password
+USER, PASSWORD = "ada", "pä-ss"  # beeline itself accepts no space or quote in a password
 LENGTH = 8
 NOON = datetime(2017, 12, 1, 12, tzinfo=timezone.utc)
 
@@ -77,7 +77,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def warehouse(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    root = tmp_path_factory.mktemp("served") / "a wärehouse, 100%"  # what a URL would write in another way
+    root = tmp_path_factory.mktemp("served") / "a wärehouse, 100%"  # needs escaping in a URL
     runtime = Runtime(make_config(root, "storage.database=served"), spark)
     random = np.random.default_rng(7)
 
@@ -99,7 +99,7 @@ def warehouse(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def server(warehouse: Served) -> Iterator[Served]:
-    """The command, serving with a password; it has to end with 0 when told to."""
+    """The command, serving with a password; must exit with 0 when told to stop."""
     (warehouse.port,) = free_ports(1)
     conf = ", ".join(f'"{k}"={json.dumps(v)}' for k, v in (SPARK_CONF | {"spark.driver.memory": "1g"}).items())
     command = [sys.executable, "-m", "jobs.cli", "serve_sql", "--port", str(warehouse.port)]
@@ -122,7 +122,7 @@ def server(warehouse: Served) -> Iterator[Served]:
         process.wait()
 
 
-# A client of its own: user, password, port and queries come as JSON, answers go back as JSON.
+# A client process: user, password, port and queries come as JSON, answers go back as JSON.
 CLIENT = """
 import json, sys
 from pyhive import hive
@@ -191,7 +191,7 @@ def test_no_client_reads_a_secret_of_the_environment(server: Served) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_no_program_of_a_client_reads_a_secret_of_the_servers_processes(server: Served) -> None:
-    """What they were started with, Python and Java, which starts the program."""
+    """The environments that Python, and Java, which runs the program, were started with."""
     program = "SELECT TRANSFORM('x') USING 'xargs -0 -n1 < /proc/{}/environ' AS (line STRING)"
     out, err = client(server, [program.format(process) for process in (server.pid, "$PPID")]).communicate(timeout=120)
     assert out, err
@@ -293,7 +293,7 @@ OWN_TABLE = "database served has a table probes of its own: choose another stora
 def test_what_fails_for_a_while_does_not_end_the_server(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A store that is away, and a client's own table in the way."""
+    """An unavailable store, and a client's own table in the way."""
     stopped = threading.Event()
     away, own = AnalysisException("the store is away\nat line 1"), TrailvecError(OWN_TABLE)
     looks = [None, away, away, None, own, own, None]
@@ -308,7 +308,7 @@ def test_what_fails_for_a_while_does_not_end_the_server(
     monkeypatch.setattr(serve_sql, "_LOOK_AGAIN_SECONDS", 0.0)
     monkeypatch.setattr(serve_sql, "register_tables", look)
     _watch(Mock(), stopped)
-    said = [line.rpartition("): ")[0] for line in capsys.readouterr().err.splitlines()]  # once each time
+    said = [line.rpartition("): ")[0] for line in capsys.readouterr().err.splitlines()]  # each failure is reported once
     assert said == [f"can't make all tables known ({reason}" for reason in ("the store is away", OWN_TABLE)]
 
 
@@ -323,7 +323,7 @@ def test_a_server_without_its_java_ends_with_a_sentence(monkeypatch: pytest.Monk
 
 
 def test_what_a_session_lacks_is_not_shared(spark: SparkSession) -> None:
-    """Where the tables are on HDFS or S3 there are no table functions."""
+    """With the tables on HDFS or S3 there are no table functions."""
     without = spark.newSession()
     vectors.register(without)
     _share_functions(without)
@@ -341,7 +341,7 @@ def test_nearest_items_are_those_of_the_current_model(warehouse: Served, monkeyp
     ]
     assert rows(warehouse.runtime, "SELECT * FROM nearest_items('u5', 50)") == expected
     assert rows(warehouse.runtime, "SELECT * FROM nearest_items('u5')") == expected[:10]
-    # Block by block, none of them kept.
+    # Block by block, with no caching.
     monkeypatch.setattr(nearest_of_user, "_BLOCK_ROWS", 7)
     monkeypatch.setattr(nearest_of_user, "_KEPT_BYTES", 0)
     folder = warehouse.runtime.root / "tables"
@@ -365,7 +365,7 @@ def test_nearest_users_leave_the_user_out(warehouse: Served) -> None:
 def test_what_has_no_neighbours(warehouse: Served) -> None:
     assert rows(warehouse.runtime, "SELECT * FROM nearest_items('nobody', 3)") == []
     assert rows(warehouse.runtime, "SELECT * FROM nearest_users(NULL, 3)") == []
-    assert rows(warehouse.runtime, "SELECT * FROM nearest_items(99999999999999999999, 3)") == []  # a DECIMAL's name
+    assert rows(warehouse.runtime, "SELECT * FROM nearest_items(99999999999999999999, 3)") == []  # a DECIMAL as id
     for given, k in (("0", "0"), ("'3'", "'3'"), ("2.5", "2.5")):
         with pytest.raises(PythonException) as caught:
             rows(warehouse.runtime, f"SELECT * FROM nearest_items('u1', {given})")
@@ -380,7 +380,7 @@ def test_what_has_no_neighbours(warehouse: Served) -> None:
 def test_others_read_the_same_rows(
     warehouse: Served, make_runtime: Callable[..., Runtime], spark: SparkSession
 ) -> None:
-    """DuckDB and delta-rs, of a table in which a deletion vector hides a row."""
+    """DuckDB and delta-rs, on a table in which a deletion vector hides a row."""
     runtime = make_runtime("storage.database=others")
     event = ("u1", "bread", "purchase", NOON, "grocery", 1.5, None, "UTC", None, None, "b1", {"store": "1"}, "log")
     put(runtime, EVENTS, spark.createDataFrame([(f"e{n}", *event) for n in range(5)], EVENTS.schema()))
@@ -395,7 +395,7 @@ def test_others_read_the_same_rows(
     assert sorted(by_spark) == [(f"e{n}", 1.5, "b1") for n in (0, 1, 2, 4)]
     assert sorted(by_duckdb) == sorted(by_delta_rs) == sorted(by_spark)
 
-    # What docs/tables.md says they do not read.
+    # What docs/tables.md says they cannot read.
     with pytest.raises(DeltaProtocolError, match="deletionVectors"):
         deltalake.DeltaTable(runtime.path(EVENTS)).to_pyarrow_table()
     with pytest.raises(TypeError, match=r"field\(\)"):
@@ -410,11 +410,11 @@ def test_the_pages_examples_can_be_run(warehouse: Served, make_runtime: Callable
     runtime = make_runtime("storage.database=examples", root=warehouse.runtime.root)
     for table in TABLES:
         runtime.create(table)
-        query(runtime, EXAMPLES[table.name])  # Spark knows every table, column and function of it
+        query(runtime, EXAMPLES[table.name])  # Spark resolves all its tables, columns and functions
 
 
 def rows_of_model(model: str, more: int) -> list[tuple[Table, list[tuple[Any, ...]]]]:
-    """Rows of every table that keeps a model's; `more`: other values, and larger ones where a query looks for them."""
+    """Rows of every table that is kept by model; `more`: other values, and larger ones where a query ranks by them."""
     users, scale = ("1", "2", "3", "4"), 10.0**more
     vectors = {user: [scale, 1.0 + n + more, float(n)] for n, user in enumerate(users)}
     items = [(f"i{n}", n + 2, model, NOON, False, [scale + n, 1.0 + n % 2 * more, 1.0]) for n in range(400)]
@@ -434,7 +434,7 @@ def rows_of_model(model: str, more: int) -> list[tuple[Table, list[tuple[Any, ..
 
 
 def test_no_documented_query_mixes_models(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
-    """An older model's rows, and those of a newer one that was refused, change no answer."""
+    """The rows of an older model, and of a newer one that was refused, change no answer."""
     runtime = make_runtime("storage.database=mixed")
 
     def fill(**models: int) -> None:
@@ -444,7 +444,7 @@ def test_no_documented_query_mixes_models(make_runtime: Callable[..., Runtime], 
             add(runtime, table, spark.createDataFrame(found, table.schema()))
 
     said = dict.fromkeys(("item_name", "category", "vertical", "unit_price"), NOON)
-    items = [  # two categories of as many as a documented query asks for
+    items = [  # two categories, each as large as a documented query requires
         (n + 2, f"i{n}", f"item {n}", f"c{n % 2}", "grocery", 1.0, NOON, 9, 9, 500 - n, said) for n in range(400)
     ]
     put(runtime, ITEMS, spark.createDataFrame(items, ITEMS.schema()))

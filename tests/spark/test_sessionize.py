@@ -45,14 +45,14 @@ def event(event_id: str, user_id: str, minutes: float, **values: Any) -> Row:
 
 @pytest.fixture(scope="module", autouse=True)
 def nobody_flagged(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A table of no flags, of which `Tables` takes a copy."""
+    """An empty flags table, of which `Tables` takes a copy."""
     runtime = Runtime(make_config(tmp_path_factory.mktemp("flags")), spark)
     put(runtime, FLAGGED_USERS, spark.createDataFrame([], FLAGGED_USERS.schema()))
     Tables.nobody_flagged = runtime.path(FLAGGED_USERS)
 
 
 class Tables:
-    """The stage's tables under one root, changed as ingest and flag_users would and seen after each run."""
+    """The stage's tables under one root, changed as ingest and flag_users would, and inspected after each run."""
 
     nobody_flagged: ClassVar[str]
 
@@ -87,7 +87,7 @@ class Tables:
         return {"operation": row["operation"], "version": row["version"]} | row["operationMetrics"]
 
     def changed_rows(self) -> dict[str, int]:
-        """Of the last commit."""
+        """The last commit's row counts by kind."""
         metrics = self.last_commit()
         assert metrics["operation"] == "MERGE"
         return {kind: int(metrics[f"numTargetRows{kind}"]) for kind in ("Inserted", "Updated", "Deleted")}
@@ -125,7 +125,7 @@ def test_parting_the_users_with_many_events_changes_nothing(
 
     users = Counter(e["user_id"] for e in events)
     assert {s.user_id for s in splits} <= {user for user, count in users.items() if count > every}
-    if every == 1:  # every session is a part of its own, but for the first of a task
+    if every == 1:  # every session is its own part, except the first of a task
         assert len(splits) >= sum(users[s["user_id"]] > 1 for s in rows(parted)) - 2
 
 
@@ -154,7 +154,7 @@ def test_so_many_users_may_be_parted_that_spark_could_not_walk_down_a_chain_of_t
 
 
 def test_users_of_many_events_are_found_in_a_table_of_many_files(make_runtime: Callable[..., Runtime]) -> None:
-    # Of every second event there are 125 of this user, where more than 100 are looked for; in half of the files 62.
+    # Sampling every second event finds 125 of this user's, above the threshold of 100; in half of the files only 62.
     runtime = make_runtime()
     frame = to_frame(runtime.spark, [event(f"e{n:03}", "u1", n) for n in range(250)])
     put(runtime, EVENTS, frame.repartitionByRange(10, "event_id"))
@@ -172,7 +172,7 @@ def test_a_session_keeps_its_id_when_the_other_users_change(spark: SparkSession)
 
 
 def test_the_settings_reach_the_rules(spark: SparkSession) -> None:
-    # Every 20 minutes from 22:00 UTC on 25 March; midnight of Paris is at 23:00.
+    # Every 20 minutes from 22:00 UTC on 25 March; midnight in Paris is at 23:00 UTC.
     events = to_frame(spark, [event(f"e{n}", "u", 20 * n, vertical="food" if n == 8 else "rides") for n in range(9)])
 
     def lengths(**rules: Any) -> list[int]:
@@ -213,7 +213,7 @@ def test_the_stage_writes_once_and_then_is_up_to_date(
 
 
 def test_a_table_that_was_made_anew_is_another_one(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
-    """With as many commits as before, then with one more: versions of two tables say nothing of each other."""
+    """First with as many commits as before, then with one more: versions of two tables are not comparable."""
     runtime = make_runtime()
     tables = Tables(runtime, [event("e1", "u", 0)])
     assert in_words(tables.run()) == [["e1"]]
@@ -245,7 +245,7 @@ def test_sessions_that_somebody_else_changed_are_made_anew(
 
 
 def batches(chance: random.Random) -> tuple[list[Row], list[tuple[str, list[Row]]]]:
-    """A log of many users, and the batches it comes in: in any order, some events again, some wrong at first."""
+    """A log of many users and its batches: in any order, some events repeated, some wrong at first."""
     log = [
         e | {"event_id": f"{n}-{e['event_id']}", "user_id": f"{n}-{e['user_id']}"}
         for n in range(8)
@@ -264,7 +264,7 @@ def batches(chance: random.Random) -> tuple[list[Row], list[tuple[str, list[Row]
     return log, sent
 
 
-# A failing example is not made smaller: that takes Spark an hour.
+# No shrinking: with Spark it takes an hour.
 @settings(max_examples=2, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     log_and_batches=seeds.map(batches),
@@ -310,7 +310,7 @@ def test_late_events_extend_join_split_and_precede_sessions(make_runtime: Callab
             *(event(f"extended-{n}", "extended", 10 * n) for n in range(2)),
             *(event(f"joined-{n}", "joined", 60 * n) for n in range(2)),
             *(event(f"preceded-{n}", "preceded", 100 + n) for n in range(2)),
-            # A ride may be followed 50 minutes later: a meal in between, after which 30 are too many, parts the two.
+            # After a ride 50 minutes are allowed; a meal in between, after which only 30 are, splits the two.
             *(event(f"split-{n}", "split", 50 * n, vertical="rides") for n in range(2)),
             event("far-0", "far", 0),
             event("still-0", "still", 0),
@@ -337,14 +337,14 @@ def test_late_events_extend_join_split_and_precede_sessions(make_runtime: Callab
         ["split-1"],
         ["still-0"],
     ]
-    # preceded's session has another first event and so another name: it goes, and comes.
+    # preceded's session has another first event and so another id: it is deleted and inserted.
     assert tables.changed_rows() == {"Updated": 3, "Deleted": 2, "Inserted": 3}
     assert before["extended"] in {s["session_id"] for s in after}
     assert before["preceded"] not in {s["session_id"] for s in after}
 
 
 def test_one_id_on_two_days_is_two_events(make_runtime: Callable[..., Runtime]) -> None:
-    """As `ingest.duplicates = "same_day"` lets them come."""
+    """As `ingest.duplicates = "same_day"` allows."""
     tables, day = Tables(make_runtime(*GAPS), [event("a", "ann", 0), event("x", "bob", 0)]), 24 * 60
     tables.run()
     tables.append([event("b", "ann", 9 * day + 115), event("b", "ann", 2 * day), event("x", "ann", 3 * day)])
@@ -391,7 +391,7 @@ def test_a_late_event_moves_every_cut_of_a_run_that_goes_far_beyond_its_day(
 
 
 class Early(Runtime):
-    """A run that began before e8 had come."""
+    """A run that began before e8 arrived."""
 
     def incremental(self, table: Table, source: Table) -> DataFrame | None:
         rows = super().incremental(table, source)
@@ -401,7 +401,7 @@ class Early(Runtime):
 def test_of_two_runs_at_once_the_one_that_ends_later_is_refused(
     make_runtime: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else e9 would be in two sessions: the early run's, and that which begins with e8."""
+    """Otherwise e9 would be in two sessions: the early run's, and the one that begins with e8."""
     tables = Tables(make_runtime(), [event("e1", "u", 0)])
     tables.run()
     tables.append([event("e8", "u", 45), event("e9", "u", 60)])
@@ -418,7 +418,7 @@ def test_of_two_runs_at_once_the_one_that_ends_later_is_refused(
         tables.run()
     assert in_words(rows(tables.runtime.latest(SESSIONS))) == [["e1"], ["e9"]]
 
-    # Between the last look and Delta's own: it sees no conflict, and puts the new session in a second time.
+    # Between our last check and Delta's own: it sees no conflict, and inserts the new session a second time.
     tables.append([event("e20", "v", 0)])
     execute = DeltaMergeBuilder.execute
 
@@ -430,7 +430,7 @@ def test_of_two_runs_at_once_the_one_that_ends_later_is_refused(
     monkeypatch.setattr(DeltaMergeBuilder, "execute", between)
     with pytest.raises(TrailvecError, match="the rows of both are in it"):
         tables.run()
-    assert in_words(tables.run()) == [["e1"], ["e20"], ["e8", "e9"]]  # all anew
+    assert in_words(tables.run()) == [["e1"], ["e20"], ["e8", "e9"]]  # a full rebuild
 
 
 def test_a_flagged_user_is_left_out_from_then_on_and_comes_back_whole(make_runtime: Callable[..., Runtime]) -> None:
@@ -461,12 +461,12 @@ def test_a_batch_leaves_the_files_of_other_days_and_the_rows_of_other_users_alon
     tables.run()
     tables.append([event("b3-late", "b3", 5 * day + 1)])
     for file in first_day:
-        Path(urlsplit(file).path).unlink()  # whoever reads it fails
+        Path(urlsplit(file).path).unlink()  # any reader would fail
     tables.runtime.execute(sessionize.STAGE)
 
     assert tables.changed_rows() == {"Updated": 1, "Deleted": 0, "Inserted": 0}
     metrics = tables.last_commit()
-    # The row is marked in the file it stands in and written anew in another; nothing else is.
+    # The row is marked deleted in its file and rewritten in another; nothing else is.
     assert int(metrics["numTargetRowsCopied"]) == 0
     assert int(metrics["numTargetFilesRemoved"]) == 0
     assert int(metrics["numTargetDeletionVectorsAdded"]) == 1

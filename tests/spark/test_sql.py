@@ -1,4 +1,4 @@
-"""`trailvec sql` and `trailvec tables`: each rule of the vector functions through real SQL, and what is printed."""
+"""`trailvec sql` and `trailvec tables`: each rule of the vector functions through real SQL, and the printed output."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.conftest import make_config, put
 
 @pytest.fixture(scope="module")
 def value_of(spark: SparkSession) -> Callable[[str], Any]:
-    """The value of one expression (with what follows it)."""
+    """The value of one expression (and any clauses after it)."""
     vectors.register(spark)
     return lambda text: spark.sql(f"SELECT {text}").collect()[0][0]
 
@@ -266,7 +266,7 @@ def test_what_only_asks_takes_no_rows_that_others_could_stand_for(
 def test_what_fails_while_it_runs_is_told_once(
     spark: SparkSession, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    start_spark(make_config(tmp_path))  # pytest forgets what an earlier test left out of its warnings
+    start_spark(make_config(tmp_path))  # pytest discards earlier warning filters
     with pytest.raises(Exception, match="boom"):
         spark.sql("SELECT raise_error('boom') AS a").toPandas()
     assert not [said for said in recwarn if "Arrow" in str(said.message)]
@@ -286,9 +286,9 @@ def test_what_asks_is_asked(make_runtime: Callable[..., Runtime]) -> None:
 
 @pytest.fixture
 def shop(make_runtime: Callable[..., Runtime], spark: SparkSession) -> Runtime:
-    """Three items' vectors in a database of this test's own."""
+    """Three items' vectors in this test's own database."""
     runtime = make_runtime("storage.database=shop")
-    spark.sql("DROP DATABASE IF EXISTS shop CASCADE")  # the session is shared: forget the last test's tables
+    spark.sql("DROP DATABASE IF EXISTS shop CASCADE")  # the session is shared: drop the last test's tables
     rows = [
         (item, n, "m1", datetime(2017, 12, 1, tzinfo=timezone.utc), False, vector)
         for n, (item, vector) in enumerate([("bread", [1.0, 0.0]), ("butter", [1.0, 1.0]), ("nails", [-1.0, 2.0])], 2)
@@ -339,7 +339,7 @@ def test_what_somebody_dropped_is_known_anew(shop: Runtime, spark: SparkSession)
 
 
 def test_a_table_that_one_may_not_look_into_is_not_there() -> None:
-    """On HDFS and S3; that no table is to be seen is no answer."""
+    """On HDFS and S3; but seeing no table at all is not a valid answer."""
     denied = AnalysisException("org.apache.hadoop.security.AccessControlException: Permission denied: user=ana")
     forbidden = AnalysisException("java.nio.file.AccessDeniedException: s3a://lake/tables/exports: getFileStatus")
     answers: dict[str, bool | AnalysisException] = {"exports": denied, "erased_users": forbidden, "events": True}
@@ -413,7 +413,7 @@ def test_printed_times_are_utc_on_any_machine(
         monkeypatch.undo()
         time.tzset()
     assert capsys.readouterr().out.count("2017-12-01 08:00:00.000001") == 5
-    run_sql(shop, "SELECT DATE '+10000-01-01' AS day", as_json=False)  # Python has no such year
+    run_sql(shop, "SELECT DATE '+10000-01-01' AS day", as_json=False)  # beyond Python's years
     assert "+10000-01-01" in capsys.readouterr().out
 
 
@@ -440,7 +440,7 @@ def test_tables_against_delta_rs(shop: Runtime, capsys: pytest.CaptureFixture[st
     files = [Path(items["location"]) / name for name in other.file_uris()]
     assert (items["rows"], items["version"]) == (3, other.version())
     assert (items["files"], items["bytes"]) == (len(files), sum(file.stat().st_size for file in files))
-    # A version's time is its commit's file's (Delta's rule); the one inside was taken before that was written.
+    # A version's time is the mtime of its commit file (Delta's rule); the one inside was taken before the write.
     commit = Path(items["location"]) / "_delta_log" / f"{other.version():020}.json"
     written = datetime.fromtimestamp(commit.stat().st_mtime, timezone.utc)
     assert items["written_at"] == written.strftime("%Y-%m-%dT%H:%M:%SZ")
