@@ -1,4 +1,4 @@
-"""The made log: the same for any split of the work, read by ingest, and with the structure that it promises."""
+"""The generated log: the same for any split of the work, readable by ingest, and with the promised structure."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def log() -> pd.DataFrame:
 
 
 def rows_of(frame: DataFrame) -> list[str]:
-    """The rows as texts, sorted."""
+    """The rows as sorted JSON strings."""
     return sorted(frame.select(F.to_json(F.struct("*")).alias("row")).toPandas()["row"])
 
 
@@ -73,7 +73,7 @@ def test_a_block_may_have_no_event(tmp_path: Path, spark: SparkSession) -> None:
 
 
 def test_files_lie_by_day_of_arrival_and_hold_what_the_frame_has(spark: SparkSession, tmp_path: Path) -> None:
-    (tmp_path / "arrived=2020-01-01").mkdir()  # of an older log
+    (tmp_path / "arrived=2020-01-01").mkdir()  # from an older log
     rows, users = superapp.write(spark, WORLD, tmp_path, partitions=2)
     read = spark.read.parquet(str(tmp_path))
     assert rows_of(read.select(*superapp.raw_log(spark, WORLD).columns)) == rows_of(superapp.raw_log(spark, WORLD))
@@ -106,7 +106,7 @@ def test_ingest_reads_the_files_and_makes_each_event_once(
     runtime = make_runtime(f'ingest.data_dir="{tmp_path}"', f'ingest.sources=["{source}"]')
     runtime.execute(ingest.STAGE)
     made = superapp.events(spark, SMALL)
-    assert superapp.raw_log(spark, SMALL).count() > made.count()  # some stand twice
+    assert superapp.raw_log(spark, SMALL).count() > made.count()  # some are duplicated
     assert rows_of(runtime.latest(EVENTS)) == rows_of(made)
 
 
@@ -136,7 +136,7 @@ def test_bots_crawl_in_exact_steps_or_burst() -> None:
 
 def test_items_are_zipf(log: pd.DataFrame) -> None:
     slots = log[(log["vertical"] == RETAIL) & ~log["bot"]].groupby("slot").size().sort_values(ascending=False)
-    # The sixteen tastes' lists lie one over the other, so the slope shows from the tens on.
+    # The sixteen tastes' lists overlap, so the slope shows only from the tens on.
     rank = np.arange(1, len(slots) + 1)
     middle = (rank > 50) & (rank < 1_000)
     slope = np.polyfit(np.log(rank[middle]), np.log(slots.to_numpy()[middle]), 1)[0]
@@ -183,7 +183,7 @@ def test_verticals_have_their_hours_and_days(log: pd.DataFrame) -> None:
 def test_taste_shows_in_what_one_person_takes(log: pd.DataFrame) -> None:
     steps = log[(log["basket"] >= 0) & log["vertical"].isin([GROCERIES, RETAIL])].drop_duplicates("basket")
     assert (steps["group"] == steps["taste"]).mean() > 0.6
-    # One person's retail and groceries, beyond two strangers': what crosses verticals.
+    # One person's retail and groceries agree more than two strangers': the signal across verticals.
     first = steps.sort_values("key").groupby(["user", "vertical"])["group"].first().unstack().dropna()
     together = (first[GROCERIES] == first[RETAIL]).mean()
     by_chance = sum((first[GROCERIES] == g).mean() * (first[RETAIL] == g).mean() for g in range(TASTES))

@@ -53,7 +53,7 @@ SETTINGS = (
 
 
 def fill(runtime: Runtime, table: Table, rows: list[dict[str, Any]], files: int = 1) -> None:
-    """Writes the rows as a stage would; `files` data files for each partition."""
+    """Writes the rows as a stage would; `files` data files per partition."""
     frame = runtime.spark.createDataFrame(rows, table.schema()).repartition(files)
     runtime.execute(Stage("fill", "", lambda r: r.write(table, frame), (), (table,), ()), force=True)
 
@@ -76,10 +76,10 @@ def sequences(rows: list[dict[str, Any]], split: str, first_user: int = 0) -> li
 def fill_all(runtime: Runtime) -> None:
     train_rows = make_rows(240, seed=1)
     counts = item_counts(train_rows)
-    counts[28] = 2  # under vocabulary.min_count
+    counts[28] = 2  # below vocabulary.min_count
     items = [
         {"item_index": number, "item_id": f"i{number}", "item_name": None, "category": None, "unit_price": None}
-        # Of the last one the model knows nothing at all.
+        # The model knows no attribute of the last one.
         | {
             "vertical": "vertical2" if number < 29 else "shop",
             "first_ts": CUT,
@@ -102,7 +102,7 @@ def fill_all(runtime: Runtime) -> None:
     score = make_rows(40, seed=3)
     score[0]["item_index"] = [1] * score[0]["length"]  # only unknown items
     score[1]["item_index"][0] = 999  # an item appended after training
-    # Two earlier versions: their files stay on disk, and must not be read.
+    # Two earlier versions, whose files stay on disk but must not be read.
     for seed in (8, 9):
         fill(runtime, SEQUENCES, sequences(make_rows(50, seed), "train"), files=2)
     fill(runtime, ITEMS, items)
@@ -140,7 +140,7 @@ def test_loss_falls_on_both_ranks_which_end_alike(trained: Runtime) -> None:
 
 
 def active_files(table: Path) -> set[str]:
-    """The train split's files by the table's log, replayed by hand."""
+    """The train split's active files, by replaying the table's log by hand."""
     active: set[str] = set()
     for commit in sorted((table / "_delta_log").glob("*.json")):
         actions = [json.loads(line) for line in commit.read_text().splitlines()]
@@ -165,7 +165,7 @@ def test_model_json_says_what_made_it(trained: Runtime) -> None:
     about = about_of(trained)
     assert about["model_version"] == model_folder(trained).name
     assert (about["as_of"], about["test_from"]) == ("2024-06-01T00:00:00.000000", "2024-06-29T00:00:00.000000")
-    # Version 0 made the table, each write one more.
+    # Version 0 created the table; each write adds one.
     assert about["provenance"]["reads"] == {"sequences": 3, "items": 1, "context_values": 1}
     assert about["provenance"]["config"]["train"]["epochs"] == 6
     assert about["spec"]["context_sizes"]["vertical_index"] == 5
@@ -187,7 +187,7 @@ def test_the_card_the_plot_and_the_run_in_mlflow(trained: Runtime) -> None:
     losses = [value for (value,) in connection.execute(query, [runs[0][0]])]
     connection.close()
     assert losses == [epoch["loss"] for epoch in about["training"]["epochs"]]
-    assert not list(trained.models.glob("*.checkpoints"))  # they have done their work
+    assert not list(trained.models.glob("*.checkpoints"))  # no longer needed
 
 
 def test_tasks_of_spark_train_the_same_model_as_horovodrun(trained: Runtime, tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_vectors_from_duckdb_rank_like_the_model_itself(trained: Runtime) -> Non
         database.sql(f"FROM delta_scan('{trained.path(table)}') ORDER BY {key}").fetchnumpy()
         for table, key in ((USER_EMBEDDINGS, "user_id"), (ITEM_EMBEDDINGS, "item_index"))
     )
-    # Known to the model: counted at least min_count times. Not 28 (2 times), nor 29 (never, and without attributes).
+    # Known to the model: at least min_count events. Not 28 (2 events), nor 29 (none, and without attributes).
     assert all_items["item_index"].tolist() == list(range(2, 29))
     assert all_items["is_cold"].tolist() == [False] * 26 + [True]
     items = {name: column[:-1] for name, column in all_items.items()}
@@ -260,7 +260,7 @@ def test_vectors_from_duckdb_rank_like_the_model_itself(trained: Runtime) -> Non
     assert rows == {}  # a vector for every user
     assert set(users["model_version"]) == set(items["model_version"]) == {about["model_version"]}
     assert set(users["as_of"].astype("datetime64[s]").tolist()) == {CUT}
-    # The cold item is what its vertical says, and no other attribute of it is known.
+    # The cold item's vector is its vertical's; no other attribute of it is known.
     np.testing.assert_array_equal(all_items["vector"][-1], model.table.parts[1].weight[2].detach())
     assert np.any(all_items["vector"][-1])
 
@@ -285,7 +285,7 @@ def test_the_same_command_again_trains_nothing(trained: Runtime) -> None:
     (trained.models / "current.json").unlink()
     assert trained.execute(train.STAGE).skipped
     assert weights.stat().st_mtime_ns == before
-    assert trained.execute(embed_items.STAGE).skipped  # so current.json is there again
+    assert trained.execute(embed_items.STAGE).skipped  # so current.json exists again
     assert trained.execute(score_users.STAGE).skipped
 
 
@@ -363,7 +363,7 @@ def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
     for row in old + new:
         row.update(as_of=CUT + timedelta(days=9))
     fill(runtime, SEQUENCES, old + new, files=2)
-    for _ in range(2):  # the second finds what the first has made
+    for _ in range(2):  # the second finds the first one's model
         report = runtime.execute(train.STAGE)
         about = about_of(runtime)
         assert about["grown_from"] == base
@@ -372,10 +372,10 @@ def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
         before = runtime.version(SEQUENCES)
         DeltaTable.forPath(runtime.spark, runtime.path(SEQUENCES)).optimize().executeCompaction()
     assert report.skipped
-    assert before > about["provenance"]["reads"]["sequences"]  # upkeep has come in between
+    assert before > about["provenance"]["reads"]["sequences"]  # upkeep ran in between
     settings = RunSpec.model_validate_json((model_folder(runtime) / "run.json").read_text()).settings
     assert (settings.epochs, settings.learning_rate) == (1, pytest.approx(0.02 * 0.3))
-    assert settings.batch_size == 2 * 16  # of rows half as long
+    assert settings.batch_size == 2 * 16  # for rows half as long
     assert not (model_folder(runtime) / "rows").exists()
 
     wider = Runtime(make_config(tmp_path / "root", *sets, "train.width=32"), trained.spark)
@@ -384,7 +384,7 @@ def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
     ):
         wider.execute(train.STAGE)
 
-    # What was grown is the newest, and nobody has made it current: align or the gate may have refused it.
+    # The warm-started model is the newest but not current: align or the gate may have refused it.
     def base_with(*more: str) -> str | None:
         found: list[str | None] = []
         stage = Stage("look", "", lambda r: found.append(train.base_of(r)), train.STAGE.reads)
@@ -421,16 +421,16 @@ def test_a_forced_training_that_was_killed_goes_on_and_keeps_what_other_stages_a
 
     monkeypatch.setattr(train, "_train", train_again)
     assert runtime.execute(train.STAGE).skipped
-    # What a training left that was killed as soon as it had its model.
+    # Left by a training that was killed as soon as it had its model.
     left = runtime.models / f"{folder.name}_{runtime.fingerprint_here[:8]}.checkpoints"
     left.mkdir()
     assert runtime.execute(train.STAGE).skipped
     assert not left.exists()
-    left.mkdir()  # and one that was killed before
+    left.mkdir()  # and by one that was killed earlier
     with pytest.raises(InterruptedError):
         runtime.execute(train.STAGE, force=True)
     runtime.execute(train.STAGE, force=True)
-    assert started_from == [False, True]  # it goes on from its own checkpoints alone
+    assert started_from == [False, True]  # it resumes only from its own checkpoints
     assert not list(runtime.models.glob(f"{folder.name}*.checkpoints"))  # another model's stay
     for name in ("alignment.json", "alignment.safetensors"):
         assert (folder / name).read_text() == "how its space was turned"
@@ -444,12 +444,12 @@ def test_a_killed_training_goes_on_over_the_tables_as_they_were_whatever_was_com
     lines: list[str] = []
 
     def delete(runtime: Runtime, user: str) -> None:
-        """As their age has it: the row is only hidden, until training purges it."""
+        """Deletes as age-based retention does: the row is only hidden, until training purges it."""
         stage = Stage("delete", "", lambda r: r.delete(SEQUENCES, F.col("user_id") == user, {KEEP_DAYS: 9}))
         runtime.execute(stage, force=True)
 
     def increment(user: str) -> None:
-        """New rows, and one that goes: it is hidden in the newest version's files."""
+        """New rows, and one deleted, which is hidden in the newest version's files."""
         frame = runtime.spark.createDataFrame(rows, SEQUENCES.schema())
         gone = runtime.latest(SEQUENCES).where(F.col("user_id") == user).select(*SEQUENCES.key)
         merge = Stage("merge", "", lambda r: r.merge(SEQUENCES, frame, gone), (), (SEQUENCES,), ())
@@ -473,7 +473,7 @@ def test_a_killed_training_goes_on_over_the_tables_as_they_were_whatever_was_com
     delete(runtime, "u3")
     runtime.on_progress = hear
     left, begun = train_killed()
-    # The very files that it has purged: purged again they have other names, and rows another order.
+    # The same purged files: a second purge would give other names and another row order.
     shutil.copytree(runtime.root, tmp_path / "whole", ignore=shutil.ignore_patterns("*.checkpoints"))
     whole = Runtime(make_config(tmp_path / "whole", *sets), trained.spark)
     whole.execute(train.STAGE)
@@ -484,7 +484,7 @@ def test_a_killed_training_goes_on_over_the_tables_as_they_were_whatever_was_com
     report = runtime.execute(train.STAGE)
     assert any("goes on from a checkpoint: epoch 2, after 0 steps" in line for line in lines)
     assert any("goes on with the training that was stopped, over the tables as they were" in n for n in report.notes)
-    assert runtime.latest_version(SEQUENCES) == newest  # nothing was purged that is not read
+    assert runtime.latest_version(SEQUENCES) == newest  # nothing unread was purged
     about, expected = about_of(runtime), about_of(whole)
     for of in ("model_version", "weights_sha256", "as_of"):
         assert about[of] == expected[of]
@@ -492,7 +492,7 @@ def test_a_killed_training_goes_on_over_the_tables_as_they_were_whatever_was_com
     assert about["training"]["epochs"][1]["rows_by_rank"] == expected["training"]["epochs"][1]["rows_by_rank"]
     assert not left.exists()
 
-    # Over the newest rows now, and killed again. Forced, it begins anew; so does one with other settings.
+    # Now over the newest rows, and killed again. Forced, it starts over; so does one with other settings.
     runtime.on_progress = hear
     left, begun = train_killed()
     assert begun["reads"]["sequences"] > newest
@@ -511,7 +511,7 @@ def test_a_killed_training_goes_on_over_the_tables_as_they_were_whatever_was_com
             one.execute(train.STAGE, force=force)
     assert began == [(newest, False), (newest, False), (begun["reads"]["sequences"], True)]
 
-    # Without one of its files, or after rows had to go, it can't go on; what is another command's stays.
+    # Without one of its files, or after rows were erased, it can't resume; another command's checkpoints stay.
     answers: list[bool] = []
     look = Stage("look", "", lambda r: answers.append(r.can_go_back(begun)), train.STAGE.reads)
     file = next(Path(runtime.path(ITEMS)).glob("*.parquet"))
@@ -543,7 +543,7 @@ def test_the_rows_of_a_warm_start_are_the_newest_actions_in_the_same_order_each_
         files = train.rows_since(runtime, about, tmp_path / f"rows-{len(found)}")
         found.append([pq.read_table(file.removeprefix("file://")).to_pylist() for file in files])
 
-    for partitions in ("2", "3"):  # of a shuffle, when none is asked for
+    for partitions in ("2", "3"):  # shuffle partitions, when unspecified
         conf = {"spark.sql.shuffle.partitions": partitions, "spark.sql.adaptive.coalescePartitions.enabled": "false"}
         with spark_conf(runtime.spark, conf):
             runtime.execute(Stage("look", "", look, (SEQUENCES,), (), ()), force=True)

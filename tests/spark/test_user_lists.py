@@ -1,4 +1,4 @@
-"""Lists that people hand in: CSV and Parquet by Spark, texts by line, and the copies that a cluster's tasks read."""
+"""Lists that people supply: CSV and Parquet through Spark, text by line, and the copies that a cluster's tasks read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jobs.user_lists import as_ids, copies, ids_of, read_rows, read_users
 
 
 def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> None:
-    """As tools write them: a byte order mark, quotes, other columns."""
+    """As tools write them: a byte order mark, quotes, extra columns."""
     runtime = make_runtime()
     text = '\ufeff"user_id","date"\r\n" ann ","2024-01-01"\r\n"o""neil, b",\r\n,"2024-01-02"\r\n'.encode()
     (tmp_path / "gone.csv").write_bytes(text)
@@ -29,7 +29,7 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
         users = read_users(runtime, UserList(file=name), tmp_path / "likes.toml", tmp_path)
         assert {row["user_id"] for row in users.collect()} == {"ann", 'o"neil, b'}  # type: ignore[union-attr]
     plan = users._jdf.queryExecution().optimizedPlan().toString()  # type: ignore[union-attr]
-    assert plan.count("from_csv(") == 1  # a line is parsed once
+    assert plan.count("from_csv(") == 1  # each line is parsed once
     asked = UserList(sql="SELECT explode(array(' 4711\t', '')) AS user_id")
     assert read_users(runtime, asked, tmp_path / "likes.toml", tmp_path).collect() == [("4711",)]  # type: ignore[union-attr]
     (tmp_path / "gone.csv").write_text("customer;date\nann;2024-01-01\n")
@@ -38,7 +38,7 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
     (tmp_path / "gone.csv").write_text("user_id\nrené\n", encoding="latin-1")
     with pytest.raises(TrailvecError, match=r"the list .*gone\.csv is no UTF-8 text: save it as such"):
         read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path)
-    (tmp_path / "gone.csv").write_text('user_id,name\n"ann","Zoë"\n', encoding="latin-1")  # whatever others say
+    (tmp_path / "gone.csv").write_text('user_id,name\n"ann","Zoë"\n', encoding="latin-1")  # only ids must be UTF-8
     assert read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path).count() == 1  # type: ignore[union-attr]
     (tmp_path / "gone.csv").write_text('note,user_id\n"two é\nlines",ann\nnone,bob\n', encoding="latin-1")
     with pytest.raises(
@@ -58,7 +58,7 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
     (tmp_path / "parts.csv/day=1/b.csv").write_text("note,user_id\n2,bob\n")  # the id is not 2
     with pytest.raises(TrailvecError, match=r"b\.csv has the columns note, user_id, day, other files of the list "):
         read_users(runtime, UserList(file="parts.csv"), tmp_path / "likes.toml", tmp_path)
-    (tmp_path / "gone.tsv").write_text('date\t"user_id"\n2024-01-01\tann\n')  # as ids, its lines would be nobody's
+    (tmp_path / "gone.tsv").write_text('date\t"user_id"\n2024-01-01\tann\n')  # its lines would be nobody's ids
     with pytest.raises(TrailvecError, match=r"the list .*gone\.tsv has a header of 2 columns, and a name as a text"):
         list(read_users(runtime, UserList(file="gone.tsv"), tmp_path / "likes.toml", tmp_path))
     (tmp_path / "none.parquet").mkdir()
@@ -66,7 +66,7 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
     with pytest.raises(TrailvecError, match=r"the list .*none\.parquet holds no file that Spark reads"):
         read_users(runtime, UserList(file="none.parquet"), tmp_path / "likes.toml", tmp_path)
     pd.DataFrame({"user_id": ["ann"]}).to_parquet(tmp_path / "none.parquet/a.parquet")
-    (tmp_path / "none.parquet/b.parquet").touch()  # Spark would read the others alone
+    (tmp_path / "none.parquet/b.parquet").touch()  # Spark would read only the others
     with pytest.raises(TrailvecError, match=r"the list .*none\.parquet/b\.parquet is empty or cut short, no Parquet"):
         read_users(runtime, UserList(file="none.parquet"), tmp_path / "likes.toml", tmp_path)
     (tmp_path / "none.parquet/b.parquet").unlink()
@@ -74,12 +74,12 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
     pd.DataFrame({"user_id": ["bob\t"]}).to_parquet(tmp_path / "none.parquet/eu/b.parquet")
     found = read_users(runtime, UserList(file="none.parquet"), tmp_path / "likes.toml", tmp_path).collect()  # type: ignore[union-attr]
     assert {row["user_id"] for row in found} == {"ann", "bob"}
-    pd.DataFrame({"userid": ["cyd"]}).to_parquet(tmp_path / "none.parquet/c.parquet")  # as user_id NULL
+    pd.DataFrame({"userid": ["cyd"]}).to_parquet(tmp_path / "none.parquet/c.parquet")  # it would read as NULL user_ids
     with pytest.raises(TrailvecError, match=r"c\.parquet has the columns userid, other files of .* have user_id"):
         read_users(runtime, UserList(file="none.parquet"), tmp_path / "likes.toml", tmp_path)
     for name, part in (("none.parquet", "a.parquet"), ("parts.csv", "day=1/a.csv")):
         (tmp_path / name / "task=x").mkdir()
-        shutil.copy(tmp_path / name / part, tmp_path / name / "task=x")  # Spark would read one kind alone
+        shutil.copy(tmp_path / name / part, tmp_path / name / "task=x")  # Spark would read only one kind
         with pytest.raises(TrailvecError, match=rf"the list .*{name} has files in folders of different kinds: lay"):
             read_users(runtime, UserList(file=name), tmp_path / "likes.toml", tmp_path)
     with pytest.raises(TrailvecError, match=r"the list .* is a folder: name a file"):
@@ -106,7 +106,7 @@ def test_of_two_columns_of_ids_neither_is_taken() -> None:
         ('\ufeff"user_id"\r\no\'neil\r\n', ["o'neil"]),
         ("ann\nuser_id\n", ["ann", "user_id"]),
         ("user_id\n", []),
-        ("ann\u00a0\n \ufeffbob\v\n", ["ann\u00a0", "bob"]),  # what is no blank in an event's id is none here
+        ("ann\u00a0\n \ufeffbob\v\n", ["ann\u00a0", "bob"]),  # not stripped from an event's id, so not here
         ('\nann\n"4711"\n', 3),
         ("'4711'\n", 1),
         ("ann\n4711,\n", 2),
@@ -124,11 +124,11 @@ def test_ids_in_a_text(tmp_path: Path, text: str, ids: list[str] | int) -> None:
             list(users)
 
 
-@pytest.mark.parametrize("name", ["gone.csv", "gone[1].parquet"])  # no pattern, a name
+@pytest.mark.parametrize("name", ["gone.csv", "gone[1].parquet"])  # a name, not a glob
 def test_tasks_that_do_not_see_the_drivers_files_read_a_copy(
     make_runtime: Callable[..., Runtime], tmp_path: Path, name: str
 ) -> None:
-    """As on a cluster: the original goes before the first task reads it."""
+    """As on a cluster: the original is removed before the first task reads it."""
     runtime = make_runtime()
     write = pd.DataFrame.to_csv if name.endswith(".csv") else pd.DataFrame.to_parquet
     write(pd.DataFrame({"user_id": ["ann", "bob"]}), tmp_path / name, index=False)

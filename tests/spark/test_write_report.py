@@ -1,4 +1,4 @@
-"""write_report: whom its map of users shows, and what makes its page out of date."""
+"""write_report: which users its map shows, and what makes its page out of date."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def test_users_of_the_last_exports_and_some_of_everybody(
 def test_a_table_that_was_made_anew_is_another_one(
     make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For a page, for labels by SQL, which may read any table, and for the rows that a stage reports; versions of the
-    two say nothing of each other."""
+    """For a page, for labels by SQL, which may read any table, and for the row counts that a stage reports: versions of
+    the two tables are not comparable."""
     runtime = make_runtime('probe.labels={sql="SELECT * FROM exports"}')
     monkeypatch.setattr(write_report, "model_folder", lambda runtime: Path("m1"))
     monkeypatch.setattr(probe, "model_inputs", lambda runtime: {"model_version": "m1"})
