@@ -107,7 +107,7 @@ class Job:
 
 
 def delta_reader() -> duckdb.DuckDBPyConnection:
-    """DuckDB with delta_scan: an independent reader that knows deletion vectors; nothing is downloaded."""
+    """DuckDB with delta_scan: an independent reader that supports deletion vectors; nothing is downloaded."""
     connection = duckdb.connect()
     extension = next(Path(duckdb_extension_delta.__file__).parent.rglob("delta.duckdb_extension"))
     connection.load_extension(extension.as_posix())

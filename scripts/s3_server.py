@@ -144,7 +144,7 @@ class S3Server:
             "-master.telemetry=false",  # no usage reports to its makers
             "-master.electionTimeout=1s",
             "-master.volumeSizeLimitMB=256",
-            "-volume.max=100",  # a bucket takes seven
+            "-volume.max=100",  # a bucket takes seven volumes
         ]
 
     def _answers(self) -> bool:

@@ -236,7 +236,7 @@ def _yarn_settings(data: Path, ports: list[int], memory_mb: int) -> dict[str, ob
         "yarn.resourcemanager.am.max-attempts": 5,  # the upper limit; each job sets its own
         "yarn.scheduler.minimum-allocation-mb": 128,
         "yarn.scheduler.maximum-allocation-mb": memory_mb,
-        "yarn.scheduler.include-port-in-node-name": "true",  # all nodes have one host name
+        "yarn.scheduler.include-port-in-node-name": "true",  # all nodes share one host name
         # Allocates containers and notices a lost node quickly, for tests (defaults: 1 s and 10 minutes).
         "yarn.resourcemanager.nodemanagers.heartbeat-interval-ms": 250,
         "yarn.nm.liveness-monitor.expiry-interval-ms": 60000,

@@ -53,7 +53,7 @@ from training.config import ModelSpec, RunSpec, TrainSettings
 from training.data import read_batches
 
 MAX_LENGTH = 64
-MEDIAN_LENGTH, SPREAD = 8, 0.9  # of the logarithm
+MEDIAN_LENGTH, SPREAD = 8, 0.9  # SPREAD: standard deviation of the logarithm
 ROWS_PER_FILE = 1024
 ITEMS, MANY_ITEMS = 12_000, 100_000
 CONTEXT_SIZES = {"event_type_index": 6, "vertical_index": 6, **BUCKET_SIZES}
@@ -187,7 +187,7 @@ def profile(spec: RunSpec, out: Path) -> str:
     return "\n".join(tables)
 
 
-# ---- as the product starts it ----------------------------------------------------------------------------------
+# ---- started as the product starts it ---------------------------------------------------------------------------
 
 
 def launched(spec: RunSpec, out: Path) -> Epochs:

@@ -233,7 +233,7 @@ def test_training_meets_no_deletion_vector_and_files_of_few_rows(
         add(runtime, EVENTS, to_frame(spark, [late]))
         for stage in (sessionize.STAGE, build_sequences.STAGE):
             runtime.execute(stage)
-        made += 1  # no commit but the merge
+        made += 1  # only the merge committed
         assert runtime.latest_version(SEQUENCES) == made
         assert runtime.latest(SEQUENCES).where("split = 'train' AND user_id = 'a'").collect()[0].length == length
     assert sum(footer.num_rows for footer in train_footers(runtime)) == 4  # the old rows of user a are in no file

@@ -135,7 +135,7 @@ def test_who_is_in_a_segment(shop: Runtime, tmp_path: Path) -> None:
 
     manifest, rows = read(shop)
     near, middle = 3 / np.hypot(3, 0.1), 1 / np.sqrt(2)
-    expected = [("cat", near), ("dan", near), ("eva", middle), ("eve", middle)]  # ties by id; the far one is cut off
+    expected = [("cat", near), ("dan", near), ("eva", middle), ("eve", middle)]  # ties by id; far is cut off
     assert [(row["user_id"], row["rank"]) for row in rows] == [
         (hashed(user), n) for n, (user, _) in enumerate(expected, 1)
     ]

@@ -291,7 +291,7 @@ def test_each_record_is_refused_for_its_first_reason(spark: SparkSession, write:
     allowed = [f"{'ü' * 512},ann,a,{good},,,UTC", "g2, bob\t,\va b ,2024-01-02T00:00:00Z,-1e3,+.5,Europe/Paris"]
     folder = write("log.csv", "\n".join(["id,user,item,at,price,n,zone", *rows.values(), *allowed]))
     rules = [{"reason": "test_order", "when": "user = 'test'"}]
-    item = {"expr": r"nullif(item, '\\N')"}  # as docs/extending.md has it of users
+    item = {"expr": r"nullif(item, '\\N')"}  # as docs/extending.md shows for users
     given = mapping("log.csv", columns={"item_id": item, "quantity": "n", "time_zone": "zone"}, reject=rules)
     found = ingest(spark, folder, given)
     refused = {
@@ -327,7 +327,7 @@ def test_a_broken_json_line_is_kept_as_it_is(spark: SparkSession, write: Callabl
     good = '{"id": "1", "user": "ann", "item": "a", "at": "2023-05-01T10:00:00Z", "price": 1}'
     two = good + good.replace("1", "2")  # two files concatenated, the first without a final newline
     broken = ['"text"', '[{"id": "2"}]', good[:30], two, good + "," + good, good + " and more"]
-    broken.append(good.replace('"price": 1', '"price": 1, "k": 1, "k": 2'))  # which of the two?
+    broken.append(good.replace('"price": 1', '"price": 1, "k": 1, "k": 2'))  # ambiguous
     broken += [good + "], more", good + "," + good + "], more", good + "]", good + "],[" + good, "{}x", good + ","]
     rows = ingest(spark, write("log.json", "\n".join([good, "\t", *broken])), mapping("log.json", "json"))
     assert sorted(row["raw"] for row in rows if row["reason"] == "broken_row") == sorted(broken)

@@ -330,13 +330,13 @@ def test_a_commit_that_another_job_makes_at_that_moment_is_kept(
 
 def test_a_worker_reads_no_directory_of_a_zip_before_each_task(spark: SparkSession) -> None:
     def zips(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        import spark_udfs.ragged  # noqa: F401 - as each of our functions brings it
+        import spark_udfs.ragged  # noqa: F401 - as every UDF of ours imports it
 
         for _ in batches:
             pass
-        import wave  # noqa: F401 - and what lies last on the path
+        import wave  # noqa: F401 - found last on the path
 
-        import pyspark.rddsampler  # noqa: F401 - what is not loaded yet is still found
+        import pyspark.rddsampler  # noqa: F401 - a module not loaded yet is still found
 
         places = [place for place, of in sys.path_importer_cache.items() if isinstance(of, zipimporter)]
         yield pa.RecordBatch.from_arrays([pa.array([f"{places} {sys.path}"])], ["places"])

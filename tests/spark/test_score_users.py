@@ -180,7 +180,7 @@ def test_a_model_without_the_asked_rows_of_evaluation_does_not_become_current(
     item = {"item_id": "i2", "item_index": 2}
     fill(shop, ITEMS, [item | about | counts | {"first_ts": CUT}])
     fill(shop, ITEM_EMBEDDINGS, [])
-    (shop.models / "m1" / WEIGHTS).unlink()  # the page says of an older model what its description does
+    (shop.models / "m1" / WEIGHTS).unlink()  # for an older model, the page needs only its description, not its weights
     strict.execute(write_report.STAGE)  # as the message advises
     assert "Model m2" in (shop.models / "m2" / write_report.PAGE).read_text()
     of_model = {"model_version": "m2", "as_of": CUT, "is_cold": False, "vector": [1.0]}

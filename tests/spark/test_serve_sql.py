@@ -215,16 +215,16 @@ def test_beeline(server: Served, tmp_path: Path) -> None:
     text = "SELECT rank, item_id, vector_norm(array(3F, 4F)) AS five FROM nearest_items('u3', 2) ORDER BY rank"
     answer = beeline(server, text, PASSWORD, tmp_path)
     first, second = server.best_items("u3", 2)
-    # Before them stands beeline's prompt.
+    # Beeline's prompt comes first.
     assert answer.stdout.split()[-3:] == ["rank,item_id,five", f"1,{first},5.0", f"2,{second},5.0"], answer.stderr
 
 
 def test_a_bi_tool_sees_columns(server: Served, tmp_path: Path) -> None:
-    """By JDBC's getColumns, which asks the catalogue."""
+    """Through JDBC's getColumns, which queries the catalogue."""
     answer = beeline(server, "!columns neighbours", PASSWORD, tmp_path)
     for column in NEIGHBOURS.columns:
         assert f",neighbours,{column.name}," in answer.stdout, answer.stdout + answer.stderr
-        assert f",{column.comment}," in answer.stdout.replace("\0", "")  # beeline's quotes
+        assert f",{column.comment}," in answer.stdout.replace("\0", "")  # beeline quotes with NUL characters
 
 
 def test_a_wrong_login_is_refused(server: Served) -> None:
@@ -233,7 +233,7 @@ def test_a_wrong_login_is_refused(server: Served) -> None:
         out, err = process.communicate(timeout=120)
         assert process.returncode != 0
         assert out == ""
-        # The server hangs up after its answer, which gets lost where that is first.
+        # The server closes the connection after its answer, which is lost if the client sees the close first.
         assert "Error validating the login" in err or "TSocket read 0 bytes" in err
     out, err = client(server, ["SELECT 1"]).communicate(timeout=120)
     assert out.strip() == "[[[1]]]", err
@@ -273,7 +273,7 @@ def test_what_is_not_served(
 
 
 def test_a_login_is_bytes_and_is_wiped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes that are no UTF-8 among them."""
+    """Including bytes that are not UTF-8."""
     login = dict(zip(("TRAILVEC_SQL_USER", "TRAILVEC_SQL_PASSWORD"), (b"ada", b"p\xff"), strict=True))
     for name, value in login.items():
         monkeypatch.setenv(name, os.fsdecode(value))
@@ -284,7 +284,7 @@ def test_a_login_is_bytes_and_is_wiped(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in login:
         _forget(name)
         assert name not in os.environ
-    _forget("TRAILVEC_SQL_USER")  # not set: no matter
+    _forget("TRAILVEC_SQL_USER")  # forgetting an unset variable is harmless
 
 
 OWN_TABLE = "database served has a table probes of its own: choose another storage.database"

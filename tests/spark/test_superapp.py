@@ -150,7 +150,7 @@ def test_items_appear_and_die_one_after_another(log: pd.DataFrame) -> None:
     following = lives[lives["slot"].shift(1) == lives["slot"]]
     assert len(followed) > 500
     assert (followed["max"].to_numpy() < following["min"].to_numpy()).all()
-    assert log[log["vertical"] == RIDES]["generation"].max() == 0  # places stay
+    assert log[log["vertical"] == RIDES]["generation"].max() == 0  # places never change
 
 
 def test_people_differ_in_activity_and_come_and_go(log: pd.DataFrame) -> None:
