@@ -76,7 +76,8 @@ def resolved(value: Any, target: str) -> Any:
         return [resolved(inner, target) for inner in value]
     if not isinstance(value, str):
         return value
-    known = {f"var.{name}": given for name, given in variables(target).items()} | {"bundle.target": target}
+    known = {f"var.{name}": given for name, given in variables(target).items()}
+    known |= {"bundle.name": BUNDLE["bundle"]["name"], "bundle.target": target}
     if whole := REFERENCE.fullmatch(value):
         return resolved(known[whole[1]], target)
     return REFERENCE.sub(lambda found: str(resolved(known[found[1]], target)), value)
@@ -120,10 +121,18 @@ def test_the_rest_of_the_bundle_is_such_as_bundles_know() -> None:
     assert [set(yaml.safe_load(file.read_text())) for file in JOB_FILES] == [{"resources"}] * len(JOB_FILES)
     assert sorted(path for pattern in BUNDLE["include"] for path in ROOT.glob(pattern)) == JOB_FILES
     for target in TARGETS:
-        assert JobRunAs.from_dict(resolved(BUNDLE["run_as"], target)).service_principal_name
+        principal = JobRunAs.from_dict(resolved(BUNDLE["run_as"], target)).service_principal_name
+        levels = {}
         for permission in resolved(BUNDLE["permissions"], target):
-            assert JobPermission.from_dict(permission).group_name
-            assert permission["level"] in ("CAN_MANAGE", "CAN_VIEW", "CAN_RUN")  # those of a whole bundle
+            given = JobPermission.from_dict(permission)
+            assert bool(given.group_name) != bool(given.service_principal_name)
+            levels[given.group_name or given.service_principal_name] = permission["level"]
+        assert set(levels.values()) <= {"CAN_MANAGE", "CAN_VIEW", "CAN_RUN"}  # those of a whole bundle
+        assert levels[principal] == "CAN_MANAGE"  # it reads the wheel, and deploys
+        # The same whoever deploys: a second place would be a second set of jobs over the same tables.
+        assert resolved(BUNDLE["workspace"], target) == {
+            "root_path": f"/Workspace/Users/{principal}/.bundle/trailvec/{target}"
+        }
     for name, about in BUNDLE["variables"].items():
         assert set(about) <= {"description", "default", "type"}, name
         assert isinstance(about.get("default", ""), list) == (about.get("type") == "complex"), name
