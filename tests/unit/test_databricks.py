@@ -205,7 +205,6 @@ def test_all_tasks_see_one_configuration(target: str) -> None:
     first, *others = [config_of(task) for task in tasks(target)]
     assert all(config == first for config in others)
     assert first.storage.root == f"/Volumes/{target}/trailvec/warehouse/trailvec"
-    assert first.storage.database == "trailvec"
     assert first.ingest.data_dir == f"/Volumes/{target}/trailvec/landing"
     for mapping in first.ingest.sources:
         assert load_source(mapping).input
