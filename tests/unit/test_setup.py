@@ -14,6 +14,7 @@ import pyspark
 import pytest
 from packaging.requirements import Requirement
 
+from jobs.config import load_config
 from jobs.pipeline import ASIDE, STAGES
 
 ROOT = Path(__file__).parents[2]
@@ -255,6 +256,14 @@ def test_the_clusters_own_settings_of_spark_stay_as_they_are(tmp_path: Path) -> 
     assert sent[:2] == own
     assert [line for line in sent if line.startswith("spark.redaction")] == own[:1]
     assert "spark.yarn.appMasterEnv.PYSPARK_PYTHON /opt/trailvec/bin/python3.11" in sent
+
+
+def test_on_yarn_each_process_of_training_finds_an_executor_of_its_own() -> None:
+    config = load_config(ROOT / "conf/yarn.toml")
+    settings = config.spark.conf
+    assert config.train.processes == int(settings["spark.executor.instances"])
+    assert config.train.threads < int(settings["spark.executor.cores"])
+    assert settings["spark.scheduler.minRegisteredResourcesRatio"] == "1.0"  # the first tasks wait for all
 
 
 def test_the_readmes_tree_names_every_module_but_the_stages() -> None:
