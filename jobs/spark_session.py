@@ -199,9 +199,13 @@ def in_order(rows: DataFrame, key: str) -> pd.DataFrame:
 
 
 def shuffle_tasks(spark: SparkSession) -> int:
-    """The maximum number of tasks after a shuffle: spark.sql.shuffle.partitions, which may be "auto" on Databricks."""
+    """The maximum number of tasks after a shuffle: spark.sql.shuffle.partitions, which may be "auto" on Databricks.
+
+    With "auto" it is Spark's own default, or the number of cores if that is larger: an autoscaling cluster starts with
+    one machine, and gets no other while every task has a core.
+    """
     tasks = str(spark.conf.get("spark.sql.shuffle.partitions"))
-    return int(tasks) if tasks.isdigit() else spark.sparkContext.defaultParallelism
+    return int(tasks) if tasks.isdigit() else max(200, spark.sparkContext.defaultParallelism)
 
 
 @contextlib.contextmanager

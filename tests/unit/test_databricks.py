@@ -16,6 +16,7 @@ import zoneinfo
 from collections.abc import Iterator
 from email.parser import HeaderParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -28,6 +29,7 @@ from jobs.config import Config, load_config
 from jobs.pipeline import ASIDE, STAGES
 from jobs.segments import read_segments
 from jobs.sources import load_source
+from jobs.spark_session import shuffle_tasks
 
 ROOT = Path(__file__).parents[2]
 BUNDLE: dict[str, Any] = yaml.safe_load((ROOT / "databricks.yml").read_text())
@@ -220,6 +222,14 @@ def test_training_fits_its_cluster_and_the_upkeep_of_the_tables(target: str) -> 
     assert 1 <= cluster["num_workers"] <= config.train.processes
     # Its files must be there until it ends, after each of the retries too.
     assert task.job["timeout_seconds"] < config.maintain.retention_hours * 3600
+
+
+@pytest.mark.parametrize(("said", "cores", "tasks"), [("auto", 16, 200), ("auto", 320, 320), ("7", 320, 7)])
+def test_a_cluster_that_has_just_begun_to_grow_gets_more_tasks_than_cores(said: str, cores: int, tasks: int) -> None:
+    """With as many tasks as cores it would not grow."""
+    context = SimpleNamespace(defaultParallelism=cores)
+    session: Any = SimpleNamespace(conf={"spark.sql.shuffle.partitions": said}, sparkContext=context)
+    assert shuffle_tasks(session) == tasks
 
 
 def test_what_a_session_may_not_change_is_the_clusters() -> None:
