@@ -248,14 +248,14 @@ def test_the_clusters_own_settings_of_spark_stay_as_they_are(tmp_path: Path) -> 
         checkout,
         *("sessionize", "--conf", ROOT / "conf/yarn.toml"),
         SPARK_CONF_DIR=str(checkout),
-        TRAILVEC_ENVIRONMENT="local:/opt/trailvec",
+        TRAILVEC_ENVIRONMENT="local:/opt/trailvec-python",
         JAVA_HOME=str(checkout / ".venv"),
     )
     assert (said.returncode, said.stdout) == (0, "the driver\n"), said.stderr
     sent = (checkout / "sent").read_text().splitlines()
     assert sent[:2] == own
     assert [line for line in sent if line.startswith("spark.redaction")] == own[:1]
-    assert "spark.yarn.appMasterEnv.PYSPARK_PYTHON /opt/trailvec/bin/python3.11" in sent
+    assert "spark.yarn.appMasterEnv.PYSPARK_PYTHON /opt/trailvec-python/bin/python3.11" in sent
 
 
 def test_on_yarn_each_process_of_training_finds_an_executor_of_its_own() -> None:
