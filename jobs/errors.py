@@ -146,6 +146,10 @@ _SPARK_MESSAGES = (
         "memoryOverhead) more (docs/sizing.md), and run this stage again; nothing already committed is lost",
     ),
     (
+        r"Checkpoint block \S+ not found",  # of localCheckpoint
+        "a machine that held rows which this stage had made is gone: run it again; nothing already committed is lost",
+    ),
+    (
         r"\[DELTA_TABLE_NOT_FOUND\] ([^\n]+?)\.?(?:\n|$)",
         "{0}: run the stage that makes it; if another job is making it right now, run this one again",
     ),

@@ -234,6 +234,9 @@ def test_a_cluster_that_has_just_begun_to_grow_gets_more_tasks_than_cores(said: 
 
 def test_what_a_session_may_not_change_is_the_clusters() -> None:
     key = "spark.driver.maxResultSize"
+    for task in tasks("prod"):
+        if "autoscale" in task.cluster:
+            assert task.cluster["spark_conf"]["spark.databricks.aggressiveWindowDownS"] == "600"
     unbounded = {task.entry_point for task in tasks("prod") if task.cluster.get("spark_conf", {}).get(key) == "0"}
     assert unbounded >= {"trailvec-train", "trailvec-evaluate"}
 

@@ -112,6 +112,11 @@ _ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
                 f"{file} is not a Parquet file. Expected magic number at tail",
             )
         ),
+        (
+            "org.apache.spark.SparkException: Checkpoint block rdd_1_3 not found! Either the executor\nthat originally",
+            "a machine that held rows which this stage had made is gone: run it again; nothing already committed is "
+            "lost",
+        ),
         *(
             (
                 said,
