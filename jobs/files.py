@@ -196,8 +196,8 @@ class HadoopPath:
             )
         if java.security.UserGroupInformation.isSecurityEnabled():
             raise TrailvecError(
-                f"{self} is on an HDFS with Kerberos, which training can't log in to so far: "
-                f"set storage.root to a local folder that all nodes see"
+                f"{self} is on an HDFS with Kerberos, which training can't log in to so far: train on S3, or on one "
+                f"machine with a copy of the tables (a local storage.root, and HADOOP_CONF_DIR unset)"
             )
         service = self._system.getUri().getHost()
         nodes = settings.get(f"dfs.ha.namenodes.{service}")

@@ -120,6 +120,18 @@ def test_a_local_root_is_refused_where_spark_would_look_for_it_elsewhere() -> No
         refuse_other_files(Path("/lake"), "hdfs://master:8020")
 
 
+def test_with_kerberos_training_is_not_sent_to_local_files_beside_hdfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These are refused as long as HADOOP_CONF_DIR names the cluster."""
+    users = SimpleNamespace(UserGroupInformation=SimpleNamespace(isSecurityEnabled=lambda: True))
+    java = SimpleNamespace(apache=SimpleNamespace(hadoop=SimpleNamespace(security=users)))
+    context = SimpleNamespace(_jvm=SimpleNamespace(org=java), _jsc=SimpleNamespace(hadoopConfiguration=dict))
+    monkeypatch.setattr("jobs.files._context", lambda: context)
+    monkeypatch.setattr(HadoopPath, "_system", SimpleNamespace(getScheme=lambda: "hdfs"))
+    with pytest.raises(TrailvecError, match=r"^hdfs:///lake is on an HDFS with Kerberos.* unset\)$") as told:
+        HadoopPath("hdfs:///lake").shared_url()
+    assert "\n" not in str(told.value)
+
+
 @pytest.mark.parametrize("character", "[]{}*\\")
 def test_a_path_that_spark_takes_for_a_pattern_is_one_sentence(character: str) -> None:
     root = f"a{character}b"
