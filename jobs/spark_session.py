@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyspark
 from delta.tables import DeltaTable
 from py4j.java_gateway import JavaClass, JavaPackage, JVMView
 from pyspark.errors import AnalysisException
@@ -99,6 +100,7 @@ def start_spark(config: Config) -> SparkSession:
             path while Spark's default file system is not local.
     """
     _remember_java_names()
+    forget_other_spark(config.spark.master)
     # This warning is 200 lines of Java stack trace, in addition to an error that says the same.
     warnings.filterwarnings("ignore", "toPandas attempted Arrow optimization because", UserWarning)
     os.environ["JAVA_HOME"] = java_home()
@@ -128,6 +130,13 @@ def start_spark(config: Config) -> SparkSession:
             "Delta's jars are not on Spark's class path: run scripts/setup.sh, or add io.delta:delta-spark_2.12:3.3.3"
         ) from error
     return spark
+
+
+def forget_other_spark(master: str) -> None:
+    """PySpark would start the Spark that SPARK_HOME names, which may be of another version and has no Delta, in the
+    place of the one that was installed with it. (Databricks' session runs already, by a SPARK_HOME of its own.)"""
+    if master and (Path(pyspark.__file__).parent / "jars").is_dir():
+        os.environ.pop("SPARK_HOME", None)
 
 
 def refuse_other_files(root: Place, default: str) -> None:

@@ -97,9 +97,12 @@ archives+=,$work/keys.tar.gz#keys
 # ---- Spark's settings -----------------------------------------------------------------------------------
 
 spark_home=$(python -c 'import pyspark; print(pyspark.__path__[0])')
+# The machine's own Spark gives its settings, and nothing else: it may be of another version, and has no Delta. Its
+# spark-env.sh would name it again.
+export SPARK_CONF_DIR=${SPARK_CONF_DIR:-${SPARK_HOME:-$spark_home}/conf} SPARK_HOME=$spark_home SPARK_ENV_LOADED=1
 {
-  # A properties file replaces the cluster's defaults, so copy them in first.
-  cat "${SPARK_CONF_DIR:-${SPARK_HOME:-$spark_home}/conf}/spark-defaults.conf" 2>/dev/null || true
+  # A properties file replaces the cluster's defaults, so copy them in first, without the locations of its jars.
+  sed -E '/^\s*spark\.yarn\.(archive|jars)\b/d' "$SPARK_CONF_DIR/spark-defaults.conf" 2>/dev/null || true
   echo # its last line may lack a newline
   for where in spark.yarn.appMasterEnv spark.executorEnv; do
     echo "$where.PYSPARK_PYTHON $python"

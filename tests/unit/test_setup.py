@@ -230,7 +230,7 @@ def test_submit_yarn_says_that_conf_has_no_value(tmp_path: Path) -> None:
 
 
 def test_the_clusters_own_settings_of_spark_stay_as_they_are(tmp_path: Path) -> None:
-    """Also where the last one's line has no end."""
+    """Also where the last one's line has no end; but its Spark is not the one that submits, nor are its jars."""
     java = """case "$*" in
       *-version*) echo 'openjdk version "17.0.9"' >&2 ;;
       *) printf 'Container: c_000001\\nLogContents:\\nthe driver\\nEnd of LogType:stdout\\n' ;;
@@ -240,14 +240,16 @@ def test_the_clusters_own_settings_of_spark_stay_as_they_are(tmp_path: Path) -> 
         tmp_path,
         java=java,
         uv='while [ "$1" != --out-dir ]; do shift; done; mkdir "$2"; touch "$2/trailvec-1.whl"',
-        spark_submit=f"{copy}; echo Submitted application application_1_1",
+        spark_submit=f'{copy}; echo "$SPARK_HOME" >"$HOME/spark"; echo Submitted application application_1_1',
     )
     own = ["spark.redaction.regex (?i)pin|secret", "spark.executor.memory 4g"]
-    (checkout / "spark-defaults.conf").write_text("\n".join(own))
+    theirs = ["spark.yarn.archive hdfs:///spark-3.2.zip", " spark.yarn.jars=local:/opt/spark/jars/*"]
+    (checkout / "conf").mkdir()
+    (checkout / "conf/spark-defaults.conf").write_text("\n".join([own[0], *theirs, own[1]]))
     said = submit_yarn(
         checkout,
         *("sessionize", "--conf", ROOT / "conf/yarn.toml"),
-        SPARK_CONF_DIR=str(checkout),
+        SPARK_HOME=str(checkout),
         TRAILVEC_ENVIRONMENT="local:/opt/trailvec-python",
         JAVA_HOME=str(checkout / ".venv"),
     )
@@ -255,7 +257,9 @@ def test_the_clusters_own_settings_of_spark_stay_as_they_are(tmp_path: Path) -> 
     sent = (checkout / "sent").read_text().splitlines()
     assert sent[:2] == own
     assert [line for line in sent if line.startswith("spark.redaction")] == own[:1]
+    assert [line for line in sent if "spark.yarn.archive" in line or "spark.yarn.jars" in line] == []
     assert "spark.yarn.appMasterEnv.PYSPARK_PYTHON /opt/trailvec-python/bin/python3.11" in sent
+    assert (checkout / "spark").read_text() == f"{Path(pyspark.__file__).parent}\n"
 
 
 def test_on_yarn_each_process_of_training_finds_an_executor_of_its_own() -> None:

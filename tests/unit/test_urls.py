@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from jobs.errors import TrailvecError
 from jobs.files import HadoopPath
 from jobs.segment_files import ArrowFolder, check_place, delivered, place_of
 from jobs.segments import Segment
-from jobs.spark_session import refuse_other_files
+from jobs.spark_session import forget_other_spark, refuse_other_files
 from jobs.train import snapshot_files
 from tests.sequence_files import make_rows, make_run
 from training.data import Piece, read_batches
@@ -118,6 +119,14 @@ def test_a_local_root_is_refused_where_spark_would_look_for_it_elsewhere() -> No
     )
     with pytest.raises(TrailvecError, match=said):
         refuse_other_files(Path("/lake"), "hdfs://master:8020")
+
+
+def test_pyspark_starts_the_spark_that_it_was_installed_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARK_HOME", "/opt/spark")
+    forget_other_spark("")
+    assert os.environ["SPARK_HOME"] == "/opt/spark"  # Databricks' own
+    forget_other_spark("local[2]")
+    assert "SPARK_HOME" not in os.environ
 
 
 def test_with_kerberos_training_is_not_sent_to_local_files_beside_hdfs(monkeypatch: pytest.MonkeyPatch) -> None:
