@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs stages on YARN in cluster mode and waits for them to end; prints the driver's output, then one line with the
-# application's id. Exits with 1 if it failed.
+# application's id. Exits with 1 if it failed. If stopped (TERM, INT), it kills the application.
 #   scripts/submit_yarn.sh run --conf conf/mine.toml --to build_sequences
 #   scripts/submit_yarn.sh sessionize --conf conf/mine.toml --set sessionize.gap_minutes=45
 #   scripts/submit_yarn.sh SCRIPT.py --conf conf/mine.toml ...       a Python file of your own, run the same way
@@ -124,17 +124,42 @@ for key, value in spark["conf"].items():
 
 # ---- submit, wait, report --------------------------------------------------------------------------------
 
+# `yarn CLASS ...`, of which Spark's own jars hold only a part.
+yarn_client() {
+  "$JAVA_HOME/bin/java" -Dfile.encoding=UTF-8 -Dsun.stdout.encoding=UTF-8 -cp "$HADOOP_CONF_DIR:$hadoop_jars/*:$spark_home/jars/*" \
+    "org.apache.hadoop.yarn.client.cli.$1" "${@:2}" 2>>"$work/log"
+}
+# A stopped script (Airflow stops a task so) takes its application along, beside which the next one would run.
+stop() {
+  stopped=$1
+  [[ -n $id ]] || return 0 # it may be submitted at this moment
+  trap '' INT TERM
+  if yarn_client ApplicationCLI application -kill "$id" >>"$work/log"; then
+    echo "submit_yarn: stopped, and $id with it" >&2
+  else
+    echo "submit_yarn: stopped, but $id may go on: yarn application -kill $id" >&2
+  fi
+  exit "$stopped"
+}
+
+hadoop_jars=$(python -c 'import sys; print(sys.prefix)')/hadoop
 id=
+stopped=
+trap 'stop 130' INT
+trap 'stop 143' TERM
 while read -r line; do
   printf '%s\n' "$line" >>"$work/log"
   if [[ -z $id && $line =~ Submitted\ application\ (application_[0-9_]+) ]]; then
     id=${BASH_REMATCH[1]}
     echo "submit_yarn: $id is submitted" >&2
+    [[ -z $stopped ]] || stop "$stopped"
   fi
 done < <(
   spark-submit --master yarn --deploy-mode cluster --name "trailvec ${job##*/}" --properties-file "$work/spark.conf" \
     --archives "$archives" "$main" "${command[@]}" 2>&1 && touch "$work/succeeded"
 )
+trap - INT TERM
+[[ -z $stopped ]] || exit "$stopped"
 [[ -n $id ]] || fail "nothing was submitted: $(grep -E 'Exception|Error' "$work/log" | head -n 1 || tail -n 1 "$work/log")"
 
 # The output of the newest driver (the first container of an attempt), out of what YARN collected from all containers.
@@ -144,12 +169,9 @@ words='
   /^End of LogType:/ { inside = 0 }
   inside && NF { said = said $0 "\n" }
   END { printf "%s", said }'
-# `yarn logs`, of which Spark's own jars hold only a part. The logs appear a moment after the end.
-hadoop_jars=$(python -c 'import sys; print(sys.prefix)')/hadoop
+# The logs appear a moment after the end.
 for _ in {1..10}; do
-  "$JAVA_HOME/bin/java" -Dfile.encoding=UTF-8 -Dsun.stdout.encoding=UTF-8 -cp "$HADOOP_CONF_DIR:$hadoop_jars/*:$spark_home/jars/*" \
-    org.apache.hadoop.yarn.client.cli.LogsCLI -applicationId "$id" -log_files stdout 2>>"$work/log" |
-    awk "$words" >"$work/said" || true
+  yarn_client LogsCLI -applicationId "$id" -log_files stdout | awk "$words" >"$work/said" || true
   [[ ! -s $work/said ]] || break
   sleep 1
 done

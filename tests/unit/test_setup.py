@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pyspark
@@ -204,14 +206,21 @@ def a_checkout_of_stubs(tmp_path: Path, **scripts: str) -> Path:
     return checkout
 
 
-def submit_yarn(checkout: Path, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+def start_submit_yarn(checkout: Path, *arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         [checkout / "scripts/submit_yarn.sh", *arguments],
         env={"PATH": os.environ["PATH"], "HOME": str(checkout), "HADOOP_CONF_DIR": str(checkout), **environment},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
+        start_new_session=True,
     )
+
+
+def submit_yarn(checkout: Path, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    with start_submit_yarn(checkout, *arguments, **environment) as process:
+        said, told = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, said, told)
 
 
 def test_without_java_submit_yarn_says_so_in_one_line_before_anything_is_made(tmp_path: Path) -> None:
@@ -229,19 +238,20 @@ def test_submit_yarn_says_that_conf_has_no_value(tmp_path: Path) -> None:
     assert (said.returncode, said.stderr) == (1, "submit_yarn: --conf has no value: give --conf FILE\n")
 
 
+# A JVM that says its version, kills an application, or gives a driver's words; and what builds the wheel.
+JAVA = """case "$*" in
+  *-version*) echo 'openjdk version "17.0.9"' >&2 ;;
+  *ApplicationCLI*) echo "$*" >"$HOME/killed" ;;
+  *) printf 'Container: c_000001\\nLogContents:\\nthe driver\\nEnd of LogType:stdout\\n' ;;
+esac"""
+UV = 'while [ "$1" != --out-dir ]; do shift; done; mkdir "$2"; touch "$2/trailvec-1.whl"'
+
+
 def test_the_clusters_own_settings_of_spark_stay_as_they_are(tmp_path: Path) -> None:
     """Also where the last one's line has no end; but its Spark is not the one that submits, nor are its jars."""
-    java = """case "$*" in
-      *-version*) echo 'openjdk version "17.0.9"' >&2 ;;
-      *) printf 'Container: c_000001\\nLogContents:\\nthe driver\\nEnd of LogType:stdout\\n' ;;
-    esac"""
     copy = 'while [ "$1" != --properties-file ]; do shift; done; cat "$2" >"$HOME/sent"'
-    checkout = a_checkout_of_stubs(
-        tmp_path,
-        java=java,
-        uv='while [ "$1" != --out-dir ]; do shift; done; mkdir "$2"; touch "$2/trailvec-1.whl"',
-        spark_submit=f'{copy}; echo "$SPARK_HOME" >"$HOME/spark"; echo Submitted application application_1_1',
-    )
+    submit = f'{copy}; echo "$SPARK_HOME" >"$HOME/spark"; echo Submitted application application_1_1'
+    checkout = a_checkout_of_stubs(tmp_path, java=JAVA, uv=UV, spark_submit=submit)
     own = ["spark.redaction.regex (?i)pin|secret", "spark.executor.memory 4g"]
     theirs = ["spark.yarn.archive hdfs:///spark-3.2.zip", " spark.yarn.jars=local:/opt/spark/jars/*"]
     (checkout / "conf").mkdir()
@@ -260,6 +270,26 @@ def test_the_clusters_own_settings_of_spark_stay_as_they_are(tmp_path: Path) -> 
     assert [line for line in sent if "spark.yarn.archive" in line or "spark.yarn.jars" in line] == []
     assert "spark.yarn.appMasterEnv.PYSPARK_PYTHON /opt/trailvec-python/bin/python3.11" in sent
     assert (checkout / "spark").read_text() == f"{Path(pyspark.__file__).parent}\n"
+
+
+@pytest.mark.parametrize("kill", [os.kill, os.killpg])  # a person, Airflow
+def test_a_stopped_submit_yarn_takes_its_application_along(tmp_path: Path, kill: Callable[[int, int], None]) -> None:
+    waits = 'for _ in $(seq 300); do [ -e "$HOME/killed" ] || sleep .1; done; exit 1'
+    submit = f"echo Submitted application application_1_1; {waits}"
+    checkout = a_checkout_of_stubs(tmp_path, java=JAVA, uv=UV, spark_submit=submit)
+    with start_submit_yarn(
+        checkout,
+        *("sessionize", "--conf", ROOT / "conf/yarn.toml"),
+        TRAILVEC_ENVIRONMENT="local:/opt/trailvec-python",
+        JAVA_HOME=str(checkout / ".venv"),
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "submit_yarn: application_1_1 is submitted\n"
+        kill(process.pid, signal.SIGTERM)
+        said, told = process.communicate()
+    assert (process.returncode, said) == (143, "")
+    assert told == "submit_yarn: stopped, and application_1_1 with it\n"
+    assert (checkout / "killed").read_text().endswith("ApplicationCLI application -kill application_1_1\n")
 
 
 def test_on_yarn_each_process_of_training_finds_an_executor_of_its_own() -> None:
