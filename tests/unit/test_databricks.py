@@ -258,6 +258,8 @@ def test_the_operations_page_names_commands_jobs_and_files_that_exist() -> None:
     for command in commands:
         _parser(STAGES, ASIDE).parse_args(shlex.split(command))
     assert set(re.findall(r"databricks bundle run (\w+)", page)) <= set(jobs("dev"))
+    (task,) = re.findall(r'"only": \["(\w+)"\]', page)
+    assert task in {task.task["task_key"] for task in tasks("dev")}
     for name, (job, _) in jobs("prod").items():
         assert re.search(rf"^\| {name} \| .* \| {job['description']} \|$", page, re.MULTILINE), name
 
