@@ -201,8 +201,13 @@ class Lake:
             builder = builder.partitionedBy(*table.partition_by)
         if table.cluster_by:
             builder = builder.clusterBy(*table.cluster_by)
-        statistics = {"delta.dataSkippingStatsColumns": ",".join(table.statistics_columns())}
-        for name, value in {**statistics, **table.properties}.items():
+        properties = {
+            "delta.dataSkippingStatsColumns": ",".join(table.statistics_columns()),
+            # A workspace of Databricks may turn them on for all new tables, and readers of plain files refuse those.
+            "delta.enableDeletionVectors": "false",
+            **table.properties,
+        }
+        for name, value in properties.items():
             builder = builder.property(name, value)
         return builder
 

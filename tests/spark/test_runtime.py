@@ -124,7 +124,11 @@ def test_in_a_volume_the_names_are_views_of_the_session(
     runtime = Runtime(make_runtime('storage.database="volumes"').config, spark.newSession())
     put(runtime, CURRENT_MODEL, runtime.spark.createDataFrame([("new",)], CURRENT_MODEL.schema()))
     vector = [("apple", 2, model, datetime(2026, 1, 1), False, [1.0]) for model in ("old", "new")]
-    put(runtime, ITEM_EMBEDDINGS, runtime.spark.createDataFrame(vector, ITEM_EMBEDDINGS.schema()))
+    # As a workspace may have it: what reads plain files, nearest_items and delta-rs, refuses such tables.
+    with spark_conf(runtime.spark, {"spark.databricks.delta.properties.defaults.enableDeletionVectors": "true"}):
+        put(runtime, ITEM_EMBEDDINGS, runtime.spark.createDataFrame(vector, ITEM_EMBEDDINGS.schema()))
+    features = DeltaTable.forPath(runtime.spark, runtime.path(ITEM_EMBEDDINGS)).detail().collect()[0].tableFeatures
+    assert "deletionVectors" not in features
     answer = query(runtime, "SELECT model_version FROM current_item_embeddings")
     assert [row.model_version for row in answer.collect()] == ["new"]
     put(runtime, CURRENT_MODEL, runtime.spark.createDataFrame([("old",)], CURRENT_MODEL.schema()))
