@@ -147,6 +147,8 @@ class Selection:
         lists = Lists(runtime, staging)
         consents = read_consents(runtime, lists.folder) if any(e.segment.consent for e in pending) else None
         self._has_vector = lists.mark("users", lambda: self.users)
+        by_profile = [export.name for export in pending if export.vectors == "profile"]
+        has_profile = lists.mark("profiles", lambda: self._of_model("profile")) if by_profile else None
         self._rules = {
             export.number: rules_of(
                 runtime,
@@ -165,6 +167,8 @@ class Selection:
         self._listed = self._combinations(self._marks)
         self.everyone = self._listed.of(self._has_vector)
         self._note_nobody()
+        if has_profile is not None:
+            self._note_without(has_profile, by_profile)
         self._counts: dict[int, Combinations] = {}
         self._seeds: dict[int, dict[str, int]] = {}
         self._items: dict[int, dict[str, int]] = {}
@@ -197,6 +201,16 @@ class Selection:
                     f"{rule.name}: none of its {listed:,} users has a vector, so nobody is left out by it; are its ids "
                     f"written as in the events?"
                 )
+
+    def _note_without(self, has_profile: int, segments: list[str]) -> None:
+        """Who has come since `profile_users` last ran is in no segment that goes by profiles."""
+        without = self.everyone.total - self.everyone.of(has_profile).total
+        if without:
+            self._runtime.report.notes.append(
+                f"{without:,} of {self.everyone.total:,} users have no row in user_profiles, having come since "
+                f"profile_users ran, so that {', '.join(segments)} can't hold them: run `trailvec profile_users`, then "
+                f"this again"
+            )
 
     def select(self) -> None:
         """Selects the members of each segment."""

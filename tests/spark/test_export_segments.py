@@ -667,13 +667,16 @@ def test_profiles_say_who_is_alike_where_the_model_has_some(shop: Runtime, spark
     with (tmp_path / "seeds.txt").open("a", encoding="utf-8") as seeds:
         seeds.write("ada\n")
     assert exported() == ("profile", ["far", "eve", "cat", "dan"])
-    assert not notes
+    (note,) = notes
+    assert note.startswith(f"2 of {len(USERS)} users have no row in user_profiles, having come since profile_users ran")
+    assert "so that likes can't hold them: run" in note
     manifest, _ = read(shop)
     counts = manifest["counts"]
     assert manifest["as_of"] == "2024-01-01T00:00:00Z"  # the profiles'
     assert (counts["seeds"]["known"], counts["seeds"]["used"]) == (3, 3)
     assert counts["in"] == len(USERS) == counts["exported"] + sum(removed(manifest).values())
     assert exported('vectors = "embedding"') == by_embedding
+    assert not notes
 
 
 def test_a_floor_that_was_too_high_is_lowered(shop: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
