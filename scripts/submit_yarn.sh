@@ -136,6 +136,7 @@ stop() {
   trap '' INT TERM
   if yarn_client ApplicationCLI application -kill "$id" >>"$work/log"; then
     echo "submit_yarn: stopped, and $id with it" >&2
+    wait $! || true # Spark's client takes away what it had sent, keys among it
   else
     echo "submit_yarn: stopped, but $id may go on: yarn application -kill $id" >&2
   fi
@@ -155,6 +156,7 @@ while read -r line; do
     [[ -z $stopped ]] || stop "$stopped"
   fi
 done < <(
+  trap '' TERM # Airflow's is for the whole group
   spark-submit --master yarn --deploy-mode cluster --name "trailvec ${job##*/}" --properties-file "$work/spark.conf" \
     --archives "$archives" "$main" "${command[@]}" 2>&1 && touch "$work/succeeded"
 )

@@ -274,7 +274,7 @@ def test_the_clusters_own_settings_of_spark_stay_as_they_are(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("kill", [os.kill, os.killpg])  # a person, Airflow
 def test_a_stopped_submit_yarn_takes_its_application_along(tmp_path: Path, kill: Callable[[int, int], None]) -> None:
-    waits = 'for _ in $(seq 300); do [ -e "$HOME/killed" ] || sleep .1; done; exit 1'
+    waits = 'for _ in $(seq 300); do [ -e "$HOME/killed" ] || sleep .1; done; sleep 1; touch "$HOME/tidied"; exit 1'
     submit = f"echo Submitted application application_1_1; {waits}"
     checkout = a_checkout_of_stubs(tmp_path, java=JAVA, uv=UV, spark_submit=submit)
     with start_submit_yarn(
@@ -290,6 +290,7 @@ def test_a_stopped_submit_yarn_takes_its_application_along(tmp_path: Path, kill:
     assert (process.returncode, said) == (143, "")
     assert told == "submit_yarn: stopped, and application_1_1 with it\n"
     assert (checkout / "killed").read_text().endswith("ApplicationCLI application -kill application_1_1\n")
+    assert (checkout / "tidied").exists()  # by Spark's client, which goes on till then
 
 
 def test_on_yarn_each_process_of_training_finds_an_executor_of_its_own() -> None:
