@@ -133,8 +133,8 @@ def start_spark(config: Config) -> SparkSession:
 
 
 def forget_other_spark(master: str) -> None:
-    """PySpark would start the Spark that SPARK_HOME names, which may be of another version and has no Delta, in the
-    place of the one that was installed with it. (Databricks' session runs already, by a SPARK_HOME of its own.)"""
+    """Unsets SPARK_HOME: PySpark would start that Spark, which may have another version and lack Delta, instead of the
+    one installed with it. (On Databricks the session runs already, with a SPARK_HOME of its own.)"""
     if master and (Path(pyspark.__file__).parent / "jars").is_dir():
         os.environ.pop("SPARK_HOME", None)
 

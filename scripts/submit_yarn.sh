@@ -129,14 +129,14 @@ yarn_client() {
   "$JAVA_HOME/bin/java" -Dfile.encoding=UTF-8 -Dsun.stdout.encoding=UTF-8 -cp "$HADOOP_CONF_DIR:$hadoop_jars/*:$spark_home/jars/*" \
     "org.apache.hadoop.yarn.client.cli.$1" "${@:2}" 2>>"$work/log"
 }
-# A stopped script (Airflow stops a task so) takes its application along, beside which the next one would run.
+# Airflow stops a task by TERM. The application must end too, or the next attempt would run beside it.
 stop() {
   stopped=$1
   [[ -n $id ]] || return 0 # it may be submitted at this moment
   trap '' INT TERM
   if yarn_client ApplicationCLI application -kill "$id" >>"$work/log"; then
     echo "submit_yarn: stopped, and $id with it" >&2
-    wait $! || true # Spark's client takes away what it had sent, keys among it
+    wait $! || true # Spark's client removes what it had uploaded, keys included
   else
     echo "submit_yarn: stopped, but $id may go on: yarn application -kill $id" >&2
   fi
@@ -156,7 +156,7 @@ while read -r line; do
     [[ -z $stopped ]] || stop "$stopped"
   fi
 done < <(
-  trap '' TERM # Airflow's is for the whole group
+  trap '' TERM # Airflow signals the whole process group
   spark-submit --master yarn --deploy-mode cluster --name "trailvec ${job##*/}" --properties-file "$work/spark.conf" \
     --archives "$archives" "$main" "${command[@]}" 2>&1 && touch "$work/succeeded"
 )

@@ -105,6 +105,6 @@ def test_the_file_and_the_operations_page_name_every_variable() -> None:
 
 def test_the_file_names_every_variable_that_submit_yarn_reads() -> None:
     script = (ROOT / "scripts/submit_yarn.sh").read_text()
-    reads = set(re.findall(r"[A-Z]+_[A-Z_]+", script.partition("# Reads: ")[2].partition("\nset ")[0]))
+    reads = set(re.findall(r"[A-Z]+_[A-Z_]+", script.partition("# Environment variables:\n")[2].partition("\nset ")[0]))
     assert {"HADOOP_CONF_DIR", "TRAILVEC_ENVIRONMENT"} < reads
     assert reads <= set(re.findall(r"\w+", ast.get_docstring(ast.parse(FILE.read_text())) or ""))
