@@ -73,10 +73,14 @@ def test_who_is_on_a_list_of_hashes() -> None:
         (r'{"user":"o\u0027neil","broken', "o'neil"),
         (r'{"user":"jos\u00E9\uD83D\uDE00","broken', "josé😀"),
         (r'{"text":"{\"user\":\"ann\"}"}', "ann"),
+        ('{"user": 17850.0, "item": "x", "broken', "17850"),
+        (r'{"payload": "{\"user_id\": 17850.0}"}', "17850"),
+        ('[{"user":1.785E7', "17850000"),
     ],
 )
 def test_values_of_a_record_that_could_not_be_read(raw: str, value: str) -> None:
     assert value in values(raw)
+    assert asked(mentions([value]), [raw]) == [True]  # erase_users looks by this, ingest by the other
     assert asked(on_list_in_raw(KEY, hashed(KEY, [value])), [raw, "else"]) == [True, False]
 
 
