@@ -140,7 +140,7 @@ _SPARK_MESSAGES = (
     ),
     (
         # Java's own, a crashed Python worker, a lost driver JVM (two messages, both py4j's), a killed YARN container.
-        r"java\.lang\.OutOfMemoryError|exited unexpectedly \(crashed\)|Answer from Java side is empty|"
+        r"(?:java\.lang\.|Spark)OutOfMemoryError|exited unexpectedly \(crashed\)|Answer from Java side is empty|"
         r"^\[Errno 111\] Connection refused$|Exit status: (?:137|143)",
         "a process of Spark's was lost or ran out of memory: give spark.driver.memory or spark.executor.memory (and "
         "memoryOverhead) more (docs/sizing.md), and run this stage again; nothing already committed is lost",

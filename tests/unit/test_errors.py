@@ -126,6 +126,7 @@ _ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
             )
             for said in (
                 "java.lang.OutOfMemoryError: Java heap space",
+                "org.apache.spark.memory.SparkOutOfMemoryError: [UNABLE_TO_ACQUIRE_MEMORY] Unable to acquire 65536",
                 "org.apache.spark.SparkException: Python worker exited unexpectedly (crashed)",
                 "ExecutorLostFailure (executor 2 exited caused by one of the running tasks) Reason: Container from a "
                 "bad node: container_1 on host: w. Exit status: 137. Diagnostics: Container killed on request.",
