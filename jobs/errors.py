@@ -34,6 +34,11 @@ _SPARK_MESSAGES = (
         "{0}: Hadoop reads no file with a colon in its name, nor a pattern's files beside it: rename it",
     ),
     (
+        rf"/tables/({_MADE_AGAIN}|{_ONLY_HERE})/(_change_data/[^\n]*?\.parquet){_DAMAGED}",
+        "{1} of table {0}, which holds changes alone, is damaged: run this stage once with --force (erase_users "
+        "--finish: once maintain_tables has removed it)",
+    ),
+    (
         rf"/tables/({_MADE_AGAIN}){_FILE}{_DAMAGED}",
         "{1} of table {0} is damaged: put it back from a backup (never delete it alone), or move the table's folder "
         "away and run the stage that makes it",

@@ -93,13 +93,21 @@ _ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
                     ", nor move the table away: what it says stands nowhere else",
                 ),
                 (
-                    f"RuntimeException: s3a://b/my t/tables/sessions/_change_data/{_CHANGES} is not a Parquet file. "
+                    f"RuntimeException: s3a://b/my t/tables/sessions/{_ROWS} is not a Parquet file. "
                     "Expected magic number at tail, but found [1, 2, 3, 4]",
-                    f"_change_data/{_CHANGES}",
+                    _ROWS,
                     "sessions",
                     "",
                 ),
             )
+        ),
+        *(
+            (
+                f"RuntimeException: s3a://b/my t/tables/{table}/_change_data/{_CHANGES} is not a Parquet file. ",
+                f"_change_data/{_CHANGES} of table {table}, which holds changes alone, is damaged: run this stage once "
+                "with --force (erase_users --finish: once maintain_tables has removed it)",
+            )
+            for table in ("events", "sessions")
         ),
         *(
             (
