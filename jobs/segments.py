@@ -82,7 +82,7 @@ class Segment(Section):
         None,
         description="a query over the tables but `exports`, with a column user_id; it, and queries of lists, are asked "
         "again once a table has changed, and where they name the current date or time, or read a table that is none of "
-        "trailvec's, each day (UTC); files they can't read, nor draw by chance",
+        "trailvec's, each day (UTC); files they can't read, nor draw by chance: a LIMIT needs an ORDER BY",
     )
     include: tuple[str, ...] = Field((), description="names of segments of the same run: their members, control too")
 

@@ -34,6 +34,7 @@ _BY_CHANCE = {
     *("monotonically_increasing_id", "SparkPartitionID"),
     *("InputFileName", "InputFileBlockStart", "InputFileBlockLength"),
 }
+_OF_ANY_ROW = {"First", "Last", "AnyValue"}  # so are these, of a group's rows; in a window they have an order
 
 
 def prepare(runtime: Runtime) -> None:
@@ -61,8 +62,8 @@ def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
     """As `query`, for SQL from a file, which must be a read-only and repeatable query.
 
     Refuses statements that write, drop or set; queries that start programs (TRANSFORM) or call Java, since these can
-    read the keys in the environment; and queries that are random or take arbitrary rows (LIMIT without ORDER BY), since
-    their result changes between runs or when files are compacted.
+    read the keys in the environment; and queries that are random or take arbitrary rows (LIMIT or OFFSET without ORDER
+    BY, first() of a group), since their result changes between runs or when files are compacted.
 
     Args:
         where: what error messages call the query.
@@ -89,23 +90,26 @@ def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
         names = {plan.nodeName(), *(part.nodeName() for part in _expressions(plan.expressions()))}
         if "CallMethodViaReflection" in names:
             raise TrailvecError(f"{where} calls a method of Java's (reflect or java_method): write it without")
-        if plan.nodeName() == "LocalLimit" and not _is_ordered(plan.child()):
+        if plan.nodeName() in ("LocalLimit", "Offset") and not _is_ordered(plan.child()):
             raise TrailvecError(
-                f"{where} takes any rows (a LIMIT without ORDER BY, or TABLESAMPLE), which are others once the table's "
-                f"files are packed: order by user_id, say"
+                f"{where} takes any rows (a LIMIT or OFFSET without ORDER BY, or TABLESAMPLE), which are others once "
+                f"the table's files are packed: order by user_id, say"
             )
-        if drawn := names & _BY_CHANCE:
+        if drawn := names & (_BY_CHANCE | _OF_ANY_ROW if plan.nodeName() == "Aggregate" else _BY_CHANCE):
             raise TrailvecError(
-                f"{where} draws by chance ({', '.join(sorted(drawn))}), each time others: order by xxhash64(user_id)"
+                f"{where} draws by chance ({', '.join(sorted(drawn))}), each time others: order by xxhash64(user_id), "
+                f"or take min(x) or max_by(x, y) for first(x), last(x) and any_value(x)"
             )
     return answer
 
 
 def _is_ordered(plan: Any) -> bool:
-    """Whether a LIMIT over this Spark plan takes the first rows of an ORDER BY."""
+    """Whether a LIMIT or OFFSET over this Spark plan takes the first rows of an ORDER BY, or the only row."""
     while plan.nodeName() in ("Project", "Offset"):
         plan = plan.child()
-    return bool(plan.nodeName() == "Sort")
+    if plan.nodeName() == "Sort":
+        return bool(getattr(plan, "global")())  # SORT BY and CLUSTER BY: each task's rows alone
+    return bool(plan.nodeName() == "Aggregate" and plan.groupingExpressions().isEmpty())
 
 
 # Plan leaves that read no source themselves.
