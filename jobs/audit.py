@@ -19,6 +19,8 @@ from jobs.errors import TrailvecError
 from jobs.runtime import Runtime
 from jobs.tables import TABLES
 
+_A_DAY = 86_400  # seconds; a commit's time is its writer's, whose clock may be behind
+
 
 def audit(runtime: Runtime, table: str | None = None, since: datetime | None = None) -> list[dict[str, Any]]:
     """One dictionary per commit, newest first.
@@ -34,11 +36,14 @@ def audit(runtime: Runtime, table: str | None = None, since: datetime | None = N
     if since is not None and since.tzinfo is None:
         since = since.replace(tzinfo=timezone.utc)
 
-    def is_newer(commit: Commit) -> bool:
-        return since is None or commit.committed_at >= since.timestamp()
-
-    tables = [one for one in TABLES if table in (None, one.name)]
-    found = [_entry(one.name, commit) for one in tables for commit in takewhile(is_newer, runtime.commits(one))]
+    earliest = 0.0 if since is None else since.timestamp()
+    found = [
+        _entry(one.name, commit)
+        for one in TABLES
+        if table in (None, one.name)
+        for commit in takewhile(lambda commit: commit.committed_at >= earliest - _A_DAY, runtime.commits(one))
+        if commit.committed_at >= earliest
+    ]
     return sorted(found, key=lambda entry: (entry["at"], entry["table"], entry["version"]), reverse=True)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import getpass
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from deltalake import DeltaTable
@@ -13,6 +15,7 @@ from pyspark.sql import SparkSession
 
 from jobs import cli, flag_users
 from jobs.audit import audit
+from jobs.commits import Commit, _commit_of
 from jobs.maintain_tables import compact
 from jobs.runtime import Runtime, Stage, code_version
 from jobs.tables import EVENTS, FLAGGED_USERS
@@ -74,3 +77,13 @@ def test_every_commit_and_who_made_it(
     assert capsys.readouterr().err.strip() == (
         "trailvec: --since yesterday is no time: write it as 2026-01-31 or 2026-01-31T12:00:00Z"
     )
+
+
+def test_a_writers_clock_that_is_behind_hides_no_newer_commit() -> None:
+    def commits(table: object) -> Iterator[Commit]:
+        for version, hour in ((4, 51), (3, 46), (2, 49), (1, 48), (0, 0)):
+            yield _commit_of(version, {"timestamp": 3_600_000 * hour, "operation": "WRITE"})
+        raise AssertionError("the log is read on beyond a day")
+
+    runtime, since = cast(Runtime, SimpleNamespace(commits=commits)), datetime(1970, 1, 3)
+    assert [entry["version"] for entry in audit(runtime, "events", since)] == [4, 2, 1]
