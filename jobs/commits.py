@@ -98,14 +98,15 @@ class History:
         self.newest = self._newest()
 
     def __iter__(self) -> Iterator[Commit]:
-        yield from self._read
-        for version in range(self.newest - len(self._read), max(self.newest - _HISTORY, -1), -1):
-            info = next((line for line in self._lines(f"{version:020}.json") if line.startswith(_COMMIT_INFO)), None)
-            if info is None:  # older commits have been cleaned from the log
-                return
-            commit = _commit_of(version, json.loads(info)["commitInfo"])
-            self._read.append(commit)
-            yield commit
+        for place in range(min(self.newest + 1, _HISTORY)):
+            if place == len(self._read):  # no other iterator, half read, has been here
+                version = self.newest - place
+                lines = self._lines(f"{version:020}.json")
+                info = next((line for line in lines if line.startswith(_COMMIT_INFO)), None)
+                if info is None:  # older commits have been cleaned from the log
+                    return
+                self._read.append(_commit_of(version, json.loads(info)["commitInfo"]))
+            yield self._read[place]
 
     def table_id(self) -> str | None:
         """Delta's id of the table; it changes when the table is dropped and recreated. None: the log does not say."""
