@@ -124,19 +124,20 @@ for key, value in spark["conf"].items():
 
 # ---- submit, wait, report --------------------------------------------------------------------------------
 
-# `yarn CLASS ...`, of which Spark's own jars hold only a part.
-yarn_client() {
+# `hadoop` and `yarn`, of which Spark's own jars hold only a part.
+hadoop() {
   "$JAVA_HOME/bin/java" -Dfile.encoding=UTF-8 -Dsun.stdout.encoding=UTF-8 -cp "$HADOOP_CONF_DIR:$hadoop_jars/*:$spark_home/jars/*" \
-    "org.apache.hadoop.yarn.client.cli.$1" "${@:2}" 2>>"$work/log"
+    "$@" 2>>"$work/log"
 }
 # Airflow stops a task by TERM. The application must end too, or the next attempt would run beside it.
 stop() {
   stopped=$1
   [[ -n $id ]] || return 0 # it may be submitted at this moment
   trap '' INT TERM
-  if yarn_client ApplicationCLI application -kill "$id" >>"$work/log"; then
+  if hadoop org.apache.hadoop.yarn.client.cli.ApplicationCLI application -kill "$id" >>"$work/log"; then
     echo "submit_yarn: stopped, and $id with it" >&2
-    wait $! || true # Spark's client removes what it had uploaded, keys included
+    # The signal has ended Spark's client too (Ctrl-C and Airflow signal the whole process group), which would remove this.
+    hadoop org.apache.hadoop.fs.FsShell -rm -r -f -skipTrash ".sparkStaging/$id" >>"$work/log" || true
   else
     echo "submit_yarn: stopped, but $id may go on: yarn application -kill $id" >&2
   fi
@@ -156,7 +157,6 @@ while read -r line; do
     [[ -z $stopped ]] || stop "$stopped"
   fi
 done < <(
-  trap '' TERM # Airflow signals the whole process group
   spark-submit --master yarn --deploy-mode cluster --name "trailvec ${job##*/}" --properties-file "$work/spark.conf" \
     --archives "$archives" "$main" "${command[@]}" 2>&1 && touch "$work/succeeded"
 )
@@ -173,7 +173,7 @@ words='
   END { printf "%s", said }'
 # The logs appear a moment after the end.
 for _ in {1..10}; do
-  yarn_client LogsCLI -applicationId "$id" -log_files stdout | awk "$words" >"$work/said" || true
+  hadoop org.apache.hadoop.yarn.client.cli.LogsCLI -applicationId "$id" -log_files stdout | awk "$words" >"$work/said" || true
   [[ ! -s $work/said ]] || break
   sleep 1
 done

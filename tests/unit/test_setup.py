@@ -242,6 +242,7 @@ def test_submit_yarn_says_that_conf_has_no_value(tmp_path: Path) -> None:
 JAVA = """case "$*" in
   *-version*) echo 'openjdk version "17.0.9"' >&2 ;;
   *ApplicationCLI*) echo "$*" >"$HOME/killed" ;;
+  *FsShell*) echo "$*" >"$HOME/removed" ;;
   *) printf 'Container: c_000001\\nLogContents:\\nthe driver\\nEnd of LogType:stdout\\n' ;;
 esac"""
 UV = 'while [ "$1" != --out-dir ]; do shift; done; mkdir "$2"; touch "$2/trailvec-1.whl"'
@@ -274,7 +275,7 @@ def test_the_clusters_own_settings_of_spark_stay_as_they_are(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("kill", [os.kill, os.killpg])  # a person, Airflow
 def test_a_stopped_submit_yarn_takes_its_application_along(tmp_path: Path, kill: Callable[[int, int], None]) -> None:
-    waits = 'for _ in $(seq 300); do [ -e "$HOME/killed" ] || sleep .1; done; sleep 1; touch "$HOME/tidied"; exit 1'
+    waits = 'for _ in $(seq 300); do [ -e "$HOME/killed" ] || sleep .1; done; exit 1'
     submit = f"echo Submitted application application_1_1; {waits}"
     checkout = a_checkout_of_stubs(tmp_path, java=JAVA, uv=UV, spark_submit=submit)
     with start_submit_yarn(
@@ -290,7 +291,7 @@ def test_a_stopped_submit_yarn_takes_its_application_along(tmp_path: Path, kill:
     assert (process.returncode, said) == (143, "")
     assert told == "submit_yarn: stopped, and application_1_1 with it\n"
     assert (checkout / "killed").read_text().endswith("ApplicationCLI application -kill application_1_1\n")
-    assert (checkout / "tidied").exists()  # by Spark's client, which goes on till then
+    assert (checkout / "removed").read_text().endswith(" .sparkStaging/application_1_1\n")  # keys are among it
 
 
 def test_on_yarn_each_process_of_training_finds_an_executor_of_its_own() -> None:
