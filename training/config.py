@@ -169,7 +169,8 @@ class TrainSettings(Network):
             raise ValueError(f"plm needs architecture 'xlnet', found {self.architecture!r}")
         if holds_secret(self.tracking_uri):
             raise ValueError(
-                "tracking_uri holds credentials: leave them to MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+                "tracking_uri holds a user, a password or a key: leave them to MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD"
             )
         if self.loss == "gbce" and not self.negatives:
             raise ValueError("gbce needs negatives, found 0")

@@ -70,7 +70,7 @@ from jobs.errors import TrailvecError
             "flag_users.events_per_day=9223372036854775807",
             "Input should be less than or equal to 1000000000: correct it",
         ),
-        ("train.tracking_uri=https://bot:open@mlflow.shop", "tracking_uri holds credentials: leave them to MLFLOW_"),
+        ("train.tracking_uri=https://bot:open@mlflow.shop", "tracking_uri holds a user, a password or a key: leave"),
         ("evaluate.drift.split=valid", "unknown key evaluate.drift.split; split belongs below [evaluate]"),
         ("evaluate.train=3", "unknown key evaluate.train; "),
         (
