@@ -27,7 +27,7 @@ from pyspark.sql import functions as F
 from jobs import align, evaluate
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
-from jobs.model_folders import check_items, check_numbers, model_folder, model_inputs, trained_again
+from jobs.model_folders import check_items, check_numbers, description, model_folder, model_inputs, trained_again
 from jobs.models import encode_sequences
 from jobs.progress import meanwhile
 from jobs.runtime import Runtime, Stage
@@ -221,8 +221,9 @@ def progress_line(users: int, to_do: int, total: int, seconds: float) -> str:
 
 
 def was_scored(runtime: Runtime, version: str) -> bool:
-    """Whether all users once had a vector of the model, so that it has passed the gate before. The notes in
-    user_embeddings' commits tell; if none of them is left, any row of the model counts as a yes."""
+    """Whether all users once had a vector of the model's present weights, so that it has passed the gate before. The
+    notes in user_embeddings' commits tell; if none of them is left, any row of the model counts as a yes."""
+    now = description(runtime, version).get("weights_sha256")  # None: the model's folder is gone
     notes = (said["note"] for said in runtime.noted(USER_EMBEDDINGS) if said["note"]["model"]["version"] == version)
     newest = next(notes, None)
     if newest is not None:
@@ -230,6 +231,7 @@ def was_scored(runtime: Runtime, version: str) -> bool:
             (note.get("chunks") == 1 and not note["into_empty"])  # the last commit of every run
             or note["model"].get("scored")  # written by retire_model
             for note in chain((newest,), notes)
+            if now in (None, note["model"].get("weights", now))  # retire_model's note has none
         )
     return runtime.exists(USER_EMBEDDINGS) and not of_model(runtime.latest(USER_EMBEDDINGS), version).isEmpty()
 

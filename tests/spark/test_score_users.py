@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -437,6 +438,22 @@ def test_an_old_model_is_retired_and_can_be_scored_again(
     write_json(shop.models / "current.json", {"model_version": "m1"})
     assert shop.execute(score_users.STAGE).rows_out["users_encoded"] == USERS
     assert_vectors(shop, model, "m1", score_rows(USERS, seed=1))
+
+
+def test_a_model_trained_again_was_scored_once_all_users_have_vectors_of_its_new_weights(tmp_path: Path) -> None:
+    """Those of its old weights say nothing of them: somebody has to ask again whether it may become current."""
+    (tmp_path / "m1").mkdir()
+    (tmp_path / "m1/model.json").write_text(json.dumps({"weights_sha256": "new"}))
+
+    def was_scored(*notes: tuple[str, int]) -> bool:
+        said = [
+            {"note": {"model": {"version": "m1", "weights": of}, "chunks": n, "into_empty": False}} for of, n in notes
+        ]
+        runtime: Any = SimpleNamespace(models=tmp_path, noted=lambda _: iter(said))
+        return score_users.was_scored(runtime, "m1")
+
+    assert not was_scored(("new", 2), ("old", 1))
+    assert was_scored(("new", 1), ("new", 2), ("old", 1))
 
 
 def test_a_version_is_looked_for_in_the_tables_that_there_are(make_runtime: Callable[..., Runtime]) -> None:
