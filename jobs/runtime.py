@@ -183,13 +183,14 @@ class Runtime(Lake):
 
     def can_go_back(self, provenance: dict[str, Any]) -> bool:
         """Whether the stage can read its tables at the versions in this provenance: the tables are the same ones, those
-        versions and their files still exist, and no rows have been deleted since for an erasure or for their age."""
+        versions and their files still exist, and since then no rows have been deleted for an erasure, nor changed by
+        anything but trailvec (RESTORE, SQL)."""
         assert self._stage is not None
         if not self.read_these(provenance):
             return False
         for table in self._stage.reads:
             version = provenance["reads"][table.name]
-            if not self.kept(table, version) or any(c.housekeeping for c in self._newer(table, version)):
+            if not self.kept(table, version) or any(c.housekeeping or c.foreign for c in self._newer(table, version)):
                 return False
             files = self.at(table, version).inputFiles()  # a manual VACUUM may have deleted more
             if not all(self.place_of(file_of_table(file)).exists() for file in files):

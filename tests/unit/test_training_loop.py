@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jobs.commits import Commit
+from jobs.commits import Commit, _commit_of
 from jobs.errors import TrailvecError, explain
 from jobs.launch_training import _stopped, last_words, launch, launch_in_spark, parse_event
 from jobs.runtime import Runtime, digest
@@ -369,6 +370,28 @@ def test_a_killed_training_is_gone_on_with_over_the_versions_that_it_began_with(
     last = command(11)
     left = {place.name for place in (tmp_path / "models").glob("*.checkpoints")}
     assert left == {last, other}
+
+
+def test_a_killed_training_is_not_gone_on_with_over_rows_that_had_to_go_or_that_others_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime(make_config(tmp_path))
+    runtime._stage = STAGE
+    monkeypatch.setattr(runtime, "kept", lambda *_: True)
+    monkeypatch.setattr(runtime, "at", lambda *_: SimpleNamespace(inputFiles=list))
+
+    def can_go_back(operation: str, **said: Any) -> bool:
+        """After such a commit, of trailvec where it says something."""
+        text = json.dumps({"stage": "s", "reads": {}} | said) if said else ""
+        since = _commit_of(3, {"timestamp": 0, "operation": operation, "userMetadata": text})
+        monkeypatch.setattr(runtime, "_newer", lambda *_: [since])
+        return runtime.can_go_back({"reads": {table.name: 2 for table in STAGE.reads}})
+
+    assert can_go_back("MERGE", note={})
+    assert can_go_back("OPTIMIZE")
+    assert not can_go_back("MERGE", note={"erasure": "e"})
+    assert not can_go_back("DELETE")
+    assert not can_go_back("RESTORE")
 
 
 def test_a_stopped_training_says_what_the_same_command_does(tmp_path: Path) -> None:
