@@ -522,10 +522,9 @@ class Runtime(Lake):
         last = self.last_writer(table) or {}
         return last.get("fingerprint") == self.fingerprint and self.read_these(last)
 
-    @property
-    def fingerprint_here(self) -> str:
-        """The stage's fingerprint combined with the tables' ids, so that it differs once a table is recreated."""
-        return digest({"fingerprint": self.fingerprint, "table_ids": self._table_ids})
+    def fingerprint_here(self, fingerprint: str) -> str:
+        """This fingerprint combined with the tables' ids, so that it differs once a table is recreated."""
+        return digest({"fingerprint": fingerprint, "table_ids": self._table_ids})
 
     def read_these(self, provenance: dict[str, Any]) -> bool:
         """Whether this provenance is of the same tables that the stage reads, not earlier ones of the same names.

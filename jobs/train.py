@@ -199,31 +199,42 @@ def _go_on(runtime: Runtime) -> None:
             if begun["fingerprint"] != now:  # if equal, only maintenance came between: the same rows, in other files
                 remove_tree(place)
         elif (
-            not place.name.endswith(FORCED)
-            and any(place.glob(f"*/{PROGRESS}"))
-            and begun["reads"][SEQUENCES.name] > _newest_learnt(runtime)
+            place.name == f"{_name(runtime, begun['fingerprint'])}.checkpoints"  # else forced, or a copy
+            and any(place.glob(f"[0-9]*/{PROGRESS}"))  # a half-written one's name starts with a dot
+            and not _learnt(runtime, begun)
             and runtime.go_back(begun)
         ):
             if begun["fingerprint"] != now:
                 versions = ", ".join(f"{table} version {version}" for table, version in begun["reads"].items())
-                runtime.report.notes.append(
+                sentence = (
                     f"goes on with the training that was stopped, over the tables as they were then ({versions}): run "
                     f"`trailvec train` again for what came since"
                 )
+                runtime.on_progress(sentence)
+                runtime.report.notes.append(sentence)
             return
 
 
-def _newest_learnt(runtime: Runtime) -> int:
-    """The newest version of sequences on which this command has trained a model; -1 if none."""
+def _learnt(runtime: Runtime, begun: dict[str, Any]) -> bool:
+    """Whether this command has trained a model on the table versions that `begun` reads, or newer ones."""
     models = [description(runtime, file.parent.name) for file in runtime.models.glob(f"*/{ABOUT}")]
     made = [of for model in models if same_command(runtime, of := model.get("provenance", {}))]
-    return max((int(of["reads"][SEQUENCES.name]) for of in made if runtime.read_these(of)), default=-1)
+    return any(
+        all(version <= of["reads"][table] for table, version in begun["reads"].items())
+        for of in made
+        if runtime.read_these(of)
+    )
+
+
+def _name(runtime: Runtime, fingerprint: str) -> str:
+    """The name of the checkpoints' folder of a training with this fingerprint over the present tables."""
+    return f"{fingerprint[:12]}_{runtime.fingerprint_here(fingerprint)[:8]}"
 
 
 def run(runtime: Runtime) -> None:
     _go_on(runtime)
     version = runtime.fingerprint[:12]
-    folder, name = runtime.models / version, f"{version}_{runtime.fingerprint_here[:8]}"
+    folder, name = runtime.models / version, _name(runtime, runtime.fingerprint)
     there = read_about(model_folder(runtime, version)) if has_model(runtime, version) else None
     if there is not None and runtime.read_these(there["provenance"]) and not runtime.forced:
         runtime.report.skipped = True

@@ -155,7 +155,7 @@ def run_tune(runtime: Runtime, trials: int) -> None:
 
     def run(runtime: Runtime) -> None:
         # Covers all inputs of a model, even the [train] values of the searched settings, which no trial uses.
-        name = runtime.fingerprint_here[:12]
+        name = runtime.fingerprint_here(runtime.fingerprint)[:12]
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         study = optuna.create_study(
             storage=f"sqlite:///{runtime.root / 'tune.db'}",

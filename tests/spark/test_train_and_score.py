@@ -422,7 +422,7 @@ def test_a_forced_training_that_was_killed_goes_on_and_keeps_what_other_stages_a
     monkeypatch.setattr(train, "_train", train_again)
     assert runtime.execute(train.STAGE).skipped
     # Left by a training that was killed as soon as it had its model.
-    left = runtime.models / f"{folder.name}_{runtime.fingerprint_here[:8]}.checkpoints"
+    left = runtime.models / f"{folder.name}_{runtime.fingerprint_here(runtime.fingerprint)[:8]}.checkpoints"
     left.mkdir()
     assert runtime.execute(train.STAGE).skipped
     assert not left.exists()

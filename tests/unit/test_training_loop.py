@@ -318,12 +318,14 @@ def test_a_killed_training_is_gone_on_with_over_the_versions_that_it_began_with(
     kept = True
     began: list[tuple[int, str]] = []
     notes: list[str] = []
+    lines: list[str] = []
+    checkpoint = ".00002-0000000000.1f.part"  # half written
 
     def stop(runtime: Runtime, version: str, staging: Path, checkpoints: Path) -> None:
         assert checkpoints.name.startswith(f"{version}_")
         began.append((runtime.version(SEQUENCES), checkpoints.name))
-        (checkpoints / "00002-0000000000").mkdir(parents=True, exist_ok=True)
-        (checkpoints / "00002-0000000000/checkpoint.json").touch()
+        (checkpoints / checkpoint).mkdir(parents=True, exist_ok=True)
+        (checkpoints / checkpoint / "checkpoint.json").touch()
         (checkpoints / "begun.json").write_text(json.dumps(runtime.provenance()))
         raise InterruptedError
 
@@ -344,6 +346,7 @@ def test_a_killed_training_is_gone_on_with_over_the_versions_that_it_began_with(
             ),
         )
         runtime.fingerprint = digest(runtime._facts(STAGE))
+        runtime.on_progress = lines.append
         with pytest.raises(InterruptedError):
             run(runtime)
         assert runtime.went_back == (began[-1][0] < version)
@@ -351,24 +354,37 @@ def test_a_killed_training_is_gone_on_with_over_the_versions_that_it_began_with(
         return began[-1][1]
 
     monkeypatch.setattr("jobs.train._train", stop)
+    models = tmp_path / "models"
+    half = command(6)
+    checkpoint = "00002-0000000000"
     first = command(7)
+    assert first != half
     assert command(9) == first
     assert notes[0].startswith(
         "goes on with the training that was stopped, over the tables as they were then (sequence"
     )
+    assert lines == notes  # at once, and at the end
     forced, other = command(9, force=True), command(9, "train.seed=5")  # they begin anew
-    assert [version for version, _ in began] == [7, 7, 9, 9]
+    assert [version for version, _ in began] == [6, 7, 7, 9, 9]
     assert forced.endswith(".forced.checkpoints")
+    # Under another name it would be gone on with over its tables, but not from its checkpoints.
+    copy = (models / first).rename(models / "copy.checkpoints")
+    shutil.rmtree(models / command(8))
+    assert began[-1][0] == 8
+    copy.rename(models / first)
     # It has a model of newer rows: what it left is not gone on with, until that can't be any more and is removed.
-    made = json.loads((tmp_path / "models" / first / "begun.json").read_text())
-    made["reads"]["sequences"] = 8
-    (tmp_path / "models/m").mkdir()
-    (tmp_path / "models/m/model.json").write_text(json.dumps({"provenance": made}))
+    made = json.loads((models / first / "begun.json").read_text())
+    (models / "m").mkdir()
+    made["reads"] |= {"sequences": 8, "items": 1}
+    (models / "m/model.json").write_text(json.dumps({"provenance": made}))
+    assert command(10) == first  # older items
+    made["reads"]["items"] = 2
+    (models / "m/model.json").write_text(json.dumps({"provenance": made}))
     newer = command(10)
     assert newer != first
     kept = False
     last = command(11)
-    left = {place.name for place in (tmp_path / "models").glob("*.checkpoints")}
+    left = {place.name for place in models.glob("*.checkpoints")}
     assert left == {last, other}
 
 
