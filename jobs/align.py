@@ -103,6 +103,21 @@ def no_ranking(report: dict[str, Any], settings: AlignSettings) -> str | None:
     return f"align.max_ranking_loss says nothing about model {report['model_version']}: its valid split holds nobody"
 
 
+def check_again(runtime: Runtime, folder: Path) -> None:
+    """Raises TrailvecError if this is the current model, retrained to other weights, and must not replace its own
+    vectors, which readers see, or `align` has not checked it yet."""
+    if runtime.newest_current_model() != folder.name or not trained_again(runtime, folder):
+        return
+    report = read_alignment(folder)
+    if report is None:
+        raise TrailvecError(
+            f"model {folder.name}, the current one, was trained again and is not aligned with its vectors of before "
+            f"yet: run `trailvec align` first"
+        )
+    if why := refusal(report, runtime.config.align):
+        raise TrailvecError(why)
+
+
 # ---- the comparison ----------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
+from jobs import align
 from jobs.build_sequences import build_sequences, in_vocabulary, number_actions
 from jobs.cli import stage_main
 from jobs.config import ProfileSettings, SequencesSettings
@@ -368,6 +369,7 @@ def too_late(settings: ProfileSettings, about: dict[str, Any], folder: Place) ->
 
 def run(runtime: Runtime) -> None:
     settings, model_dir = runtime.config.profile, model_folder(runtime)
+    align.check_again(runtime, model_dir)
     sessions = runtime.read(SESSIONS)
     end = cut_times(sessions, runtime.config.sequences, "end_ts").end
     targets = runtime.config.sequences.target_event_types
@@ -415,7 +417,8 @@ STAGE = Stage(
     reads=(SESSIONS, ITEMS, CONTEXT_VALUES),
     writes=(USER_PROFILES,),
     settings=("profile", "sequences", "vocabulary"),
-    also="It also reads the model, and writes the basis of its profiles beside it.",
+    also="It also reads the model and, of the current one that was trained again, its alignment.json, and writes the "
+    "basis of its profiles beside it.",
     inputs=model_inputs,
 )
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +15,10 @@ import scipy.sparse as sp
 
 from jobs.config import ProfileSettings
 from jobs.errors import TrailvecError
-from jobs.profile_users import too_late
+from jobs.profile_users import run, too_late
 from spark_udfs.profile import counts_of
+from tests.conftest import make_config
+from tests.sequence_files import SPEC
 from training.profile import PARTS, WEIGHTS, Basis, Terms, fit_basis, read_basis, write_basis
 
 USERS = 60
@@ -225,3 +230,18 @@ def test_lists_of_a_slice_as_counts() -> None:
     numbers = pa.array([[9], [3, 1], [], [2]], pa.list_(pa.int32())).slice(1)
     values = pa.array([[9.0], [5, 2], [], [7]], pa.list_(pa.float64())).slice(1)
     assert counts_of(numbers, values).toarray().tolist() == [[0, 2, 0, 5], [0, 0, 0, 0], [0, 0, 7, 0]]
+
+
+def test_the_current_models_profiles_stay_until_what_it_was_trained_to_again_is_aligned(tmp_path: Path) -> None:
+    (tmp_path / "m1").mkdir()
+    about = {"spec": SPEC.model_dump(), "weights_sha256": "new"}
+    (tmp_path / "m1/model.json").write_text(json.dumps(about))
+    of_before = {"note": {"model": {"version": "m1", "weights": "old"}}}
+    runtime: Any = SimpleNamespace(
+        config=make_config(tmp_path, "model.version=m1"),
+        models=tmp_path,
+        newest_current_model=lambda: "m1",
+        noted=lambda _: iter([of_before]),
+    )
+    with pytest.raises(TrailvecError, match="model m1, the current one, was trained again and is not aligned with its"):
+        run(runtime)
