@@ -215,11 +215,13 @@ def _watch(runtime: Runtime, stopped: threading.Event) -> None:
     Raises:
         TrailvecError: Spark has died, and with it the server.
     """
-    failing = False
+    failing = ended = False
     while not stopped.wait(_LOOK_AGAIN_SECONDS):
         try:
-            register_tables(runtime)
-            failing = False
+            ended = runtime.spark._jsc.sc().isStopped()
+            if not ended:
+                register_tables(runtime)
+                failing = False
         except (PySparkException, Py4JJavaError, TrailvecError) as error:
             if not failing:
                 said = told(error)
@@ -231,3 +233,8 @@ def _watch(runtime: Runtime, stopped: threading.Event) -> None:
                 "the server's Java has ended, for want of memory as a rule (one partition of an answer has to fit into "
                 "it): give spark.driver.memory more, and start the server again"
             ) from error
+        if ended:
+            raise TrailvecError(
+                "Spark has ended (its application was killed, say), though the server's Java goes on: start the server "
+                "again"
+            )

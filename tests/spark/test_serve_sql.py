@@ -290,6 +290,13 @@ def test_a_login_is_bytes_and_is_wiped(monkeypatch: pytest.MonkeyPatch) -> None:
 OWN_TABLE = "database served has a table probes of its own: choose another storage.database"
 
 
+def spark_that(*, is_stopped: bool) -> Mock:
+    """A runtime with such a Spark."""
+    runtime = Mock()
+    runtime.spark._jsc.sc().isStopped.return_value = is_stopped
+    return runtime
+
+
 def test_what_fails_for_a_while_does_not_end_the_server(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -307,7 +314,7 @@ def test_what_fails_for_a_while_does_not_end_the_server(
 
     monkeypatch.setattr(serve_sql, "_LOOK_AGAIN_SECONDS", 0.0)
     monkeypatch.setattr(serve_sql, "register_tables", look)
-    _watch(Mock(), stopped)
+    _watch(spark_that(is_stopped=False), stopped)
     said = [line.rpartition("): ")[0] for line in capsys.readouterr().err.splitlines()]  # each failure is reported once
     assert said == [f"can't make all tables known ({reason}" for reason in ("the store is away", OWN_TABLE)]
 
@@ -319,7 +326,21 @@ def test_a_server_without_its_java_ends_with_a_sentence(monkeypatch: pytest.Monk
     monkeypatch.setattr(serve_sql, "_LOOK_AGAIN_SECONDS", 0.0)
     monkeypatch.setattr(serve_sql, "register_tables", Mock(side_effect=error))
     with pytest.raises(TrailvecError, match=r"^the server's Java has ended, .* start the server again$"):
-        _watch(Mock(), threading.Event())
+        _watch(spark_that(is_stopped=False), threading.Event())
+
+
+def test_a_server_whose_spark_was_stopped_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Java goes on, as where the application was killed on YARN."""
+    stopped = threading.Event()
+
+    def look(runtime: Runtime) -> None:
+        stopped.set()
+        raise AnalysisException("Cannot call methods on a stopped SparkContext.")
+
+    monkeypatch.setattr(serve_sql, "_LOOK_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(serve_sql, "register_tables", look)
+    with pytest.raises(TrailvecError, match=r"^Spark has ended .*: start the server again$"):
+        _watch(spark_that(is_stopped=True), stopped)
 
 
 def test_what_a_session_lacks_is_not_shared(spark: SparkSession) -> None:
