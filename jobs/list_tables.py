@@ -11,20 +11,22 @@ from rich.table import Table as Grid
 
 from jobs.cli import table_console
 from jobs.runtime import Runtime
+from jobs.sql_names import tables_to_see
 from jobs.tables import TABLES
 
 
 def list_tables(runtime: Runtime) -> list[dict[str, Any]]:
     """One dictionary per table, in the order of TABLES.
 
-    Keys: table, stage (the one that writes it), location, exists; and if it exists: rows, version (Delta's), bytes and
+    Keys: table, stage (the one that writes it), location, exists (None: not to be seen, since this user may not look
+    into its folder); and if it exists: rows, version (Delta's), bytes and
     files (of the current version), written_at (UTC, ISO 8601), last_writer (see `Lake.last_writer`: stage and
     code_version, or None).
     """
-    found = []
+    found, seen = [], tables_to_see(runtime)
     for table in TABLES:
         entry: dict[str, Any] = {"table": table.name, "stage": table.stage, "location": runtime.path(table)}
-        entry["exists"] = runtime.exists(table)
+        entry["exists"] = seen[table.name]
         if entry["exists"]:
             delta = DeltaTable.forPath(runtime.spark, runtime.path(table))
             detail = delta.detail().select("sizeInBytes", "numFiles").collect()[0]
@@ -55,6 +57,9 @@ def print_tables(runtime: Runtime, as_json: bool) -> None:
         numeric = heading in ("rows", "version", "size", "files")
         grid.add_column(heading, justify="right" if numeric else "left", no_wrap=numeric or heading == "table")
     for entry in entries:
+        if entry["exists"] is None:
+            grid.add_row(entry["table"], *["-"] * 4, "not to be seen", "-", style="dim")
+            continue
         if not entry["exists"]:
             grid.add_row(entry["table"], *["-"] * 4, "not there yet", f"run `trailvec {entry['stage']}`", style="dim")
             continue

@@ -19,74 +19,83 @@ _REGISTERED = "spark.trailvec.registered"  # what is registered in the session's
 # By default Delta doesn't put a table's columns into the catalogue, where JDBC's getColumns looks for them. (Set only
 # during registration: on writes by name it would start threads that outlive the commit.)
 _WITH_COLUMNS = {"spark.databricks.delta.catalog.update.enabled": "true"}
-_REFUSED = re.compile(r"AccessControlException: Permission denied|AccessDeniedException: s3a://")
+_REFUSED = re.compile(r"AccessControlException: Permission denied|AccessDeniedException: ")  # HDFS; S3 and Azure
+_TOLD = re.compile(r"^(?:Created Time|Type|Location|View Text): .*", re.MULTILINE)
 _VOLUMES = "/Volumes"  # where Databricks mounts Unity Catalog volumes
 
 
 def register_tables(runtime: Runtime) -> None:
     """Registers all existing tables, and the views of the current model's rows, in `storage.database` and switches to
-    it. Registers nothing if all of them already are and none has been dropped since.
+    it. Leaves alone those that are registered already, unless they have been dropped or replaced since.
 
     Raises:
         TrailvecError: the database has a managed table of such a name; dropping it would delete its files.
     """
     spark, database = runtime.spark, runtime.config.storage.database
-    there = _tables_to_see(runtime)
+    seen = tables_to_see(runtime)
+    there = [table for table in TABLES if seen[table.name]]
     if isinstance(runtime.place, Path) and runtime.place.is_relative_to(_VOLUMES):
         _register_views(runtime, there)
         return
     views = {view: table for view, table in CURRENT.items() if table in there and CURRENT_MODEL in there}
-    names = {table.name for table in there} | views.keys()
-    known = json.dumps([str(runtime.place), database, [table.name for table in there]])
-    if spark.conf.get(_REGISTERED, "") == known and names <= _names_in(spark, database):
+    # A name may still mean a table under another root.
+    root, known = json.loads(spark.conf.get(_REGISTERED, None) or "[[], {}]")
+    here, found = [str(runtime.place), database], _known_in(spark, database)
+    same = {name for name, of in found.items() if root == here and known.get(name) == of}
+    tables = [table for table in there if table.name not in same]
+    old = [view for view in CURRENT if view in found and not (view in views and view in same)]
+    new = {view: table for view, table in views.items() if view not in same}
+    if not tables and not old and not new:
         spark.catalog.setCurrentDatabase(database)
         return
     spark.sql(f"CREATE DATABASE IF NOT EXISTS `{database}`")  # the config has validated the name
     spark.catalog.setCurrentDatabase(database)
-    for table in there:
+    for table in tables:
         name = f"`{database}`.{table.name}"
-        if spark.catalog.tableExists(name) and spark.catalog.getTable(name).tableType == "MANAGED":
+        if spark.catalog.tableExists(name) and spark.catalog.getTable(name).tableType != "EXTERNAL":
             raise TrailvecError(
                 f"database {database} has a table {table.name} of its own: choose another storage.database"
             )
-    for table in there:
-        # Always recreated: the name may still refer to a table under another root.
+    for table in tables:
         spark.sql(f"DROP TABLE IF EXISTS `{database}`.{table.name}")  # external: its files stay
         with spark_conf(spark, _WITH_COLUMNS):
             spark.catalog.createTable(table.name, path=runtime.path(table), source="delta")
-    for view in CURRENT:
+    for view in old:
         spark.sql(f"DROP VIEW IF EXISTS `{database}`.{view}")
-    for view, table in views.items():
+    for view, table in new.items():
         spark.sql(f"CREATE VIEW `{database}`.{view} AS {_current_rows(table, f'`{database}`.')}")
-    spark.conf.set(_REGISTERED, known)
+    spark.conf.set(_REGISTERED, json.dumps([here, _known_in(spark, database)]))
 
 
-def _tables_to_see(runtime: Runtime) -> list[Table]:
-    """The existing tables, except those whose folders this user may not read (e.g. exports, for an analyst).
+def tables_to_see(runtime: Runtime) -> dict[str, bool | None]:
+    """By name, whether each of TABLES exists; None if this user may not read its folder (e.g. exports, for an analyst).
 
     Raises:
         PySparkException, Py4JJavaError: no table is visible and access to a folder is denied (e.g. wrong keys); or the
             store fails.
     """
-    found, refused = [], None
+    seen: dict[str, bool | None] = {}
+    refused = None
     for table in TABLES:
         try:
-            if runtime.exists(table):
-                found.append(table)
+            seen[table.name] = runtime.exists(table)
         except (PySparkException, Py4JJavaError) as error:
             if not _REFUSED.search(str(error)):
                 raise
-            refused = error
-    if refused and not found:
+            seen[table.name], refused = None, error
+    if refused and not any(seen.values()):
         raise refused
-    return found
+    return seen
 
 
-def _names_in(spark: SparkSession, database: str) -> set[str]:
-    """The tables and views in the database; empty if it has been dropped."""
+def _known_in(spark: SparkSession, database: str) -> dict[str, list[str]]:
+    """What the catalogue says of each of our names: its type, location or query, and creation time. Dropped ones are
+    missing."""
     if not spark.catalog.databaseExists(database):
-        return set()
-    return {row.tableName for row in spark.sql(f"SHOW TABLES IN `{database}`").collect()}
+        return {}
+    names = "|".join([*(table.name for table in TABLES), *CURRENT])
+    rows = spark.sql(f"SHOW TABLE EXTENDED IN `{database}` LIKE '{names}'").where("NOT isTemporary").collect()
+    return {row.tableName: _TOLD.findall(row.information) for row in rows}
 
 
 def _register_views(runtime: Runtime, there: list[Table]) -> None:

@@ -16,13 +16,14 @@ import deltalake
 import pytest
 from pyspark.errors import AnalysisException
 from pyspark.sql import Row, SparkSession
+from pyspark.sql.catalog import Catalog
 
 from jobs.errors import TrailvecError
 from jobs.list_tables import list_tables, print_tables
 from jobs.runtime import Runtime
 from jobs.spark_session import start_spark
 from jobs.sql import _cell, ask, query, run_sql
-from jobs.sql_names import _tables_to_see
+from jobs.sql_names import tables_to_see
 from jobs.tables import CURRENT_MODEL, EVENTS, ITEM_EMBEDDINGS, NEIGHBOURS, TABLES, Table
 from spark_udfs import vectors
 from tests.conftest import make_config, put
@@ -342,18 +343,42 @@ def test_a_view_of_the_current_model_comes_with_its_table(shop: Runtime, spark: 
     assert query(shop, "SELECT * FROM current_neighbours").count() == 0
 
 
-def test_what_somebody_dropped_is_known_anew(shop: Runtime, spark: SparkSession) -> None:
+def test_what_somebody_dropped_or_replaced_is_known_anew(
+    shop: Runtime, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put(shop, CURRENT_MODEL, spark.createDataFrame([("m1",)], CURRENT_MODEL.schema()))
-    for dropped in ("TABLE item_embeddings", "VIEW current_item_embeddings", "DATABASE shop CASCADE"):
-        query(shop, f"DROP {dropped}")
-        assert query(shop, "SELECT * FROM current_item_embeddings").count() == 3
+    assert query(shop, "SELECT * FROM current_item_embeddings").count() == 3
+    made: list[str] = []
+    create = Catalog.createTable
+
+    def noted(catalog: Catalog, name: str, **options: Any) -> Any:
+        made.append(name)
+        return create(catalog, name, **options)
+
+    monkeypatch.setattr(Catalog, "createTable", noted)
+    for done, anew in (
+        ("DROP TABLE item_embeddings", ["item_embeddings"]),
+        ("DROP VIEW current_item_embeddings", []),
+        ("CREATE OR REPLACE VIEW current_item_embeddings AS SELECT 5 AS five", []),
+        ("DROP DATABASE shop CASCADE", ["current_model", "item_embeddings"]),
+    ):
+        spark.sql(done)
+        made.clear()
+        assert query(shop, "SELECT vector FROM current_item_embeddings").count() == 3
+        assert made == anew, done
+    spark.sql("DROP TABLE item_embeddings")
+    spark.sql("CREATE TABLE item_embeddings USING delta AS SELECT 5 AS five")
+    with pytest.raises(TrailvecError, match="database shop has a table item_embeddings of its own"):
+        query(shop, "SELECT * FROM item_embeddings")
 
 
 def test_a_table_that_one_may_not_look_into_is_not_there() -> None:
-    """On HDFS and S3; but seeing no table at all is not a valid answer."""
+    """On HDFS, S3 and Azure; but seeing no table at all is not a valid answer."""
     denied = AnalysisException("org.apache.hadoop.security.AccessControlException: Permission denied: user=ana")
     forbidden = AnalysisException("java.nio.file.AccessDeniedException: s3a://lake/tables/exports: getFileStatus")
-    answers: dict[str, bool | AnalysisException] = {"exports": denied, "erased_users": forbidden, "events": True}
+    azure = AnalysisException('java.nio.file.AccessDeniedException: Operation failed: "not authorized", 403, HEAD, …')
+    refused = {"exports": denied, "erasures": azure, "erased_users": forbidden}
+    answers: dict[str, bool | AnalysisException] = {"events": True, **refused}
 
     def exists(table: Table) -> bool:
         answer = answers.get(table.name, False)
@@ -362,13 +387,15 @@ def test_a_table_that_one_may_not_look_into_is_not_there() -> None:
         return answer
 
     runtime = Mock(exists=exists)
-    assert _tables_to_see(runtime) == [EVENTS]
+    seen = tables_to_see(runtime)
+    assert [name for name, there in seen.items() if there is not False] == ["events", *refused]
+    assert [seen[name] for name in refused] == [None, None, None]
     answers["items"] = AnalysisException("the store is away")
     with pytest.raises(AnalysisException, match="the store is away"):
-        _tables_to_see(runtime)
+        tables_to_see(runtime)
     answers.update(events=False, items=False)
     with pytest.raises(AnalysisException, match=r"Permission denied|AccessDenied"):
-        _tables_to_see(runtime)
+        tables_to_see(runtime)
 
 
 def test_the_printed_table(shop: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
@@ -463,3 +490,15 @@ def test_tables_against_delta_rs(shop: Runtime, capsys: pytest.CaptureFixture[st
     printed = capsys.readouterr().out
     assert "item_embeddings" in printed
     assert "run `trailvec ingest`" in printed
+
+
+def test_tables_that_one_may_not_look_into_are_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {table.name: None if table == EVENTS else False for table in TABLES}
+    monkeypatch.setattr("jobs.list_tables.tables_to_see", lambda _: seen)
+    runtime = Mock(path=lambda table: table.name, place=Path("lake"))
+    assert {entry["table"]: entry["exists"] for entry in list_tables(runtime)} == seen
+    print_tables(runtime, as_json=False)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in printed if "not to be seen" in line] == ["events"]
