@@ -40,7 +40,7 @@ from jobs.segment_rules import (
     read_consents,
     rules_of,
 )
-from jobs.segments import Affinity, Segment, SegmentFile, VectorKind
+from jobs.segments import Affinity, Frequency, Segment, SegmentFile, VectorKind
 from jobs.spark_session import in_order
 from jobs.sql import ask
 from jobs.tables import EXPORTS, ITEM_EMBEDDINGS, ITEMS, USER_EMBEDDINGS, USER_PROFILES, of_model
@@ -159,6 +159,7 @@ class Selection:
                 log=self._counting(self._logged_at.get(export.id)),
                 logged_at=self._logged_at.get(export.id),
                 now=now,
+                controlled=self._controlled_like(export),
             )
             for export in pending
         }
@@ -278,6 +279,14 @@ class Selection:
             return self.log
         at, known = F.unix_micros("exported_at"), F.col("export_id").isin([export.id for export in self.exports])
         return self.log.where((at < logged_at) | ((at == logged_at) & ~known))
+
+    def _controlled_like(self, export: Export) -> list[str]:
+        """The segments to be made that have a control group, and of which the same rows of the log count."""
+
+        def looks_at(other: Export) -> tuple[Frequency | None, int | None]:
+            return other.segment.at_most, self._logged_at.get(other.id)
+
+        return [e.name for e in self.pending if e.segment.control_share and looks_at(e) == looks_at(export)]
 
     def _asked(self, export: Export) -> DataFrame:
         """The users that a segment's query returns: segment, user_id, score (NULL)."""
@@ -531,7 +540,8 @@ class Selection:
         if limit is None or not exported or not len(ids):
             return np.zeros(len(ids), np.bool_)
         marked = Marked(marks[rows])
-        of_log = sum(marked.has(mark).astype(np.int64) for mark in self._rules[export.number].exported)
+        exports = self._rules[export.number].exported
+        of_log = sum(np.any([marked.has(mark) for mark in either], axis=0).astype(np.int64) for either in exports)
         of_run = np.array([exported[user] for user in texts(ids)], np.int64)
         return np.asarray((of_run > 0) & (of_run + of_log >= limit.exports))
 

@@ -7,7 +7,7 @@ segments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial, reduce
@@ -69,6 +69,19 @@ class Lists:
             else:
                 self._write(users, self._marks[name])
         return self._marks[name]
+
+    def marks(self, names: Sequence[str], read: Callable[[], DataFrame]) -> list[int]:
+        """The marks of the lists of those names; new ones are read together, as one frame.
+
+        Args:
+            read: gives user_id and `list`, an index into `names`.
+        """
+        if names[0] not in self._marks:
+            first = len(self._marks)
+            self._marks |= {name: number for number, name in enumerate(names, first)}
+            mark = (F.col("list") + first).alias("mark")
+            self._frames.append(read().select("user_id", mark, F.lit(True).alias("holds")))
+        return [self._marks[name] for name in names]
 
     def _write(self, users: Iterator[str], mark: int) -> None:
         """Writes the users into one folder for all text lists, so that Spark reads them at once: planning a hundred
@@ -181,14 +194,16 @@ class Rules:
         steps: in order of evaluation: a user is counted under the first rule that leaves them out.
         seeds: the mark of the segment's seeds.
         suppressing: the steps for lists in `suppress`.
-        exported: the marks of users exported at least once, twice, … within the look-back days of `at_most`.
+        exported: for once, twice, … within the look-back days of `at_most`: the marks of users exported at least so
+            often. A user with any of the marks was; one of them is of users held back from this segment, which counts
+            as an export.
     """
 
     everyone: int
     steps: tuple[Rule, ...]
     seeds: int | None
     suppressing: tuple[Rule, ...]
-    exported: tuple[int, ...]
+    exported: tuple[tuple[int, ...], ...]
 
 
 def rules_of(
@@ -201,17 +216,19 @@ def rules_of(
     log: DataFrame,
     logged_at: int | None,
     now: datetime,
+    controlled: Sequence[str],
 ) -> Rules:
     """The rules of a segment; reads the lists that it names.
 
     Args:
         everyone: as in `Rules`.
         log: the rows of `exports` that count for an export first logged at `logged_at`.
+        controlled: the run's segments with this limit and a control group, first logged at `logged_at`.
     """
     segment, path = file
     steps: list[Rule] = []
     seeds: int | None = None
-    exported: list[int] = []
+    exported: list[tuple[int, ...]] = []
     if segment.seeds is not None:
         seeds = lists.mark(f"seeds of {segment.name}", partial(read_users, runtime, segment.seeds, path, lists.folder))
         steps.append(Rule("seed", seeds))
@@ -228,18 +245,39 @@ def rules_of(
     if segment.at_most is not None:
         limit, since = segment.at_most, now.date() - timedelta(days=segment.at_most.days - 1)
         recent = log.where(F.to_date("exported_at") >= F.lit(since))
-        counts = recent.where(~F.col("is_control")).groupBy("user_id").count()
+        counts, seen = _times_exported(recent), f"since {since}, logged at {logged_at}"
         for n in range(1, limit.exports + 1):
-            name = f"exported {n} times since {since}, logged at {logged_at}"
-            exported.append(lists.mark(name, partial(counts.where, F.col("count") >= n)))
-        steps.append(Rule(limit_name(limit), exported[-1]))
+            mark = lists.mark(f"exported {n} times {seen}", partial(counts.where, F.col("count") >= n))
+            exported.append((mark,))
+        steps.append(Rule(limit_name(limit), mark))
         if segment.control_share:
             # Otherwise they never drop out: each day they fill more places, outranking those not exported yet.
-            own = recent.where(F.col("is_control") & (F.col("segment") == segment.name)).groupBy("user_id").count()
-            name = f"held back of {segment.name} since {since}, logged at {logged_at}"
-            mark = lists.mark(name, partial(own.where, F.col("count") >= limit.exports))
-            steps.append(Rule(f"held back {limit.exports} times in {limit.days} days", mark))
+            names = [
+                f"held back of {name}, and with that {n} of {limit.exports} times {seen}"
+                for name in controlled
+                for n in range(1, limit.exports + 1)
+            ]
+            marks = lists.marks(names, partial(_times_with_held_back, recent, controlled, limit.exports))
+            own = marks[controlled.index(segment.name) * limit.exports :][: limit.exports]
+            exported = [(*of_all, mark) for of_all, mark in zip(exported, own, strict=True)]
+            steps.append(Rule(f"exported or held back {limit.exports} times in {limit.days} days", own[-1]))
     return Rules(everyone, tuple(steps), seeds, tuple(suppressing), tuple(exported))
+
+
+def _times_exported(log: DataFrame) -> DataFrame:
+    """user_id, count: how often."""
+    return log.where(~F.col("is_control")).groupBy("user_id").count()
+
+
+def _times_with_held_back(log: DataFrame, controlled: Sequence[str], limit: int) -> DataFrame:
+    """user_id, list: for each user held back of a segment of `controlled` a row for once, twice, … up to the limit that
+    they were exported, or held back of that segment. The lists are the first segment's `limit`, the second's, …"""
+    held_back = log.where(F.col("is_control") & F.col("segment").isin(*controlled)).groupBy("user_id", "segment")
+    rows = held_back.agg(F.count("*").alias("held")).join(_times_exported(log), "user_id", "left")
+    times = F.least(F.col("held") + F.coalesce("count", F.lit(0)), F.lit(limit)).cast("int")
+    names = F.array(*map(F.lit, controlled))
+    place = F.call_function("array_position", names, F.col("segment")).cast("int") - 1
+    return rows.select("user_id", F.explode(F.sequence(place * limit, place * limit + times - 1)).alias("list"))
 
 
 def limit_name(limit: Frequency) -> str:

@@ -61,8 +61,8 @@ class Frequency(Section):
     """Leaves out users exported `exports` times within `days` days (UTC, including today).
 
     Segments exported earlier in the same run count. Being held back doesn't count for other segments, since the user
-    received nothing. But a user held back from this segment `exports` times is left out of it as if exported, or its
-    control group would fill more of its places every day. Every run that exports counts, even a second one on a day.
+    received nothing. For the segment itself it counts as an export, added to what others exported, or its control group
+    would fill more of its places every day. Every run that exports counts, even a second one on a day.
     """
 
     exports: int = Field(ge=1, le=100)

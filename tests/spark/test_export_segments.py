@@ -792,18 +792,29 @@ def test_who_is_held_back_leaves_as_often_as_who_is_exported(
     held_back = [user for user in users if control_of(user, "n", 0.3)]
     query = "sql = \"SELECT user_id FROM user_embeddings WHERE user_id IN ('{}')\"\n".format("', '".join(users))
     limit = 'at_most = { exports = 2, days = 3 }\ncontrol_share = 0.3\ncontrol_group = "n"\n'
-    paths = write_segments(tmp_path, {"a": limit + query})
-    settings = [f"export.segments={json.dumps(paths)}", "storage.database=segments"]
-    runtime = Runtime(load_config(None, [f'storage.root="{shop.root}"', *settings]), shop.spark)
-    out = {"exported 2 times in 3 days": 3, "held back 2 times in 3 days": 1}
-    for day, left_out in ((1, dict.fromkeys(out, 0)), (2, dict.fromkeys(out, 0)), (3, out), (4, dict.fromkeys(out, 0))):
+    paths = write_segments(tmp_path, {"x": query, "a": limit + query, "y": query})
+    settings = [f'storage.root="{shop.root}"', "storage.database=segments"]
+    nobody = {"exported 2 times in 3 days": 0, "exported or held back 2 times in 3 days": 0}
+    out, by_run = dict(zip(nobody, (3, 1), strict=True)), dict(zip(nobody, (4, 0), strict=True))
+    # x and y are exported once each: x on day 1, y on day 7, both before a.
+    for day, names, left_out in (
+        (1, "xa", nobody),
+        (2, "xa", out),  # once by x, and once held back
+        (4, "xa", nobody),
+        (5, "xa", nobody),
+        (6, "xa", out),  # held back twice
+        (7, "xya", by_run),  # once in the log (day 5), and once by y before a
+    ):
         now = datetime(2024, 3, day, 23, tzinfo=timezone.utc)
         monkeypatch.setattr(export_segments, "_now", lambda now=now: now)
+        asked = json.dumps([path for name in names for path in paths if Path(path).stem == name])
+        runtime = Runtime(load_config(None, [*settings, f"export.segments={asked}"]), shop.spark)
         runtime.execute(STAGE)
         manifest, rows = read(runtime, "a")
         assert removed(manifest) == left_out, day
-        assert [row["user_id"] for row in rows] == ([] if day == 3 else [u for u in users if u not in held_back])
-        assert manifest["counts"]["control"] == (0 if day == 3 else len(held_back) == 1)
+        is_there = left_out == nobody
+        assert [row["user_id"] for row in rows] == [u for u in users if is_there and u not in held_back]
+        assert manifest["counts"]["control"] == (len(held_back) if is_there else 0)
 
 
 def test_of_very_many_items_those_that_most_acted_on_make_an_affinity(
