@@ -18,6 +18,7 @@ from pyspark.sql import functions as F
 
 from jobs.config import DriftSettings
 from jobs.splits import utc
+from jobs.tables import events_of
 from spark_udfs.alignment import mean_cosine, row_cosines
 from spark_udfs.topk import Vectors
 
@@ -79,7 +80,7 @@ def event_counts(sessions: DataFrame, items: DataFrame, cut: datetime, end: date
     """
     start = _start(cut, end)
     known = items.select("item_id", "first_ts")
-    events = sessions.where(F.col("end_ts") >= utc(start)).select(F.explode("events").alias("event")).select("event.*")
+    events = events_of(sessions.where(F.col("end_ts") >= utc(start)), "item_id", "vertical", "event_ts")
     late = F.col("event_ts") >= utc(cut)
     seen = events.where((F.col("event_ts") >= utc(start)) & (F.col("event_ts") < utc(end)))
     # Counted by item first, so that the join moves counts, not events.

@@ -37,7 +37,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from jobs import space
-from jobs.build_sequences import UNKNOWN, in_vocabulary, number_actions, refuse_other_rows
+from jobs.build_sequences import UNKNOWN, in_vocabulary, refuse_other_rows
 from jobs.build_vocabulary import category_value
 from jobs.cli import stage_main
 from jobs.config import GateSettings
@@ -64,7 +64,7 @@ from jobs.ranking import (
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import drawn_by_hash, few_to_all, in_order
 from jobs.splits import Cuts, before_cut, cut_of, cut_times, is_target, refuse_leak, time_at
-from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS, of_model
+from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS, events_of, of_model
 from training.checkpoint import read_about
 from training.floors import Floats, ItemKnn, own_frequency, popularity
 
@@ -445,14 +445,16 @@ def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts)
     each item in the training window, [sample, items]."""
     settings, split = runtime.config.sequences, runtime.config.evaluate.split
     sessions = runtime.read(SESSIONS)
-    vocabulary = in_vocabulary(runtime.read(ITEMS), runtime.config.vocabulary.min_count)
+    vocabulary = in_vocabulary(runtime.read(ITEMS), runtime.config.vocabulary.min_count).select("item_id", "item_index")
     asked = F.broadcast(runtime.spark.createDataFrame(users))
 
     def actions(sessions: DataFrame) -> DataFrame:
-        numbered = number_actions(sessions, vocabulary, runtime.read(CONTEXT_VALUES))
-        numbered = numbered.withColumns({f"in_{name}": before_cut(name, cuts, settings) for name in ("train", split)})
-        numbered = numbered.where(is_target(settings.target_event_types))
-        numbered = numbered.where((F.col("item_index") > UNKNOWN) & (F.col("item_index") < items))
+        # The id says which of a user's events are the last two; by time it is not asked for.
+        ordered = ("event_id",) if settings.split_by == "leave_one_out" else ()
+        events = events_of(sessions, "item_id", "event_ts", "event_type", *ordered)
+        events = events.withColumns({f"in_{name}": before_cut(name, cuts, settings) for name in ("train", split)})
+        numbered = events.where(is_target(settings.target_event_types)).join(vocabulary, "item_id")
+        numbered = numbered.where(F.col("item_index") < items)
         # Sessions may be newer than the rows, and cut times may follow the log's end: leave out what a row asks about.
         numbered = numbered.join(asked, "user_id", "left")
         return numbered.where(F.col("cut_us").isNull() | (F.unix_micros("event_ts") < F.col("cut_us")))

@@ -48,6 +48,7 @@ from jobs.tables import (
     SESSIONS,
     USER_EMBEDDINGS,
     Table,
+    events_of,
     of_model,
 )
 from jobs.user_lists import copies, file_digest, read_items
@@ -297,9 +298,8 @@ def _done_before(sessions: DataFrame, event_types: list[str]) -> DataFrame:
 
 
 def _events(sessions: DataFrame, event_types: list[str]) -> DataFrame:
-    """user_id and the event's columns, one row per event of these types; an empty list means all types."""
-    events = sessions.select("user_id", F.explode("events").alias("event")).select("user_id", "event.*")
-    return events.where(is_target(event_types))
+    """What is read of the events of these types, one row for each; an empty list means all types."""
+    return events_of(sessions, "item_id", "event_ts", "event_type").where(is_target(event_types))
 
 
 def _habits(runtime: Runtime) -> DataFrame:

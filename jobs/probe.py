@@ -31,8 +31,8 @@ from jobs.errors import TrailvecError
 from jobs.files import Place
 from jobs.model_folders import model_folder, model_inputs
 from jobs.profile_users import (
+    OF_EVENTS,
     before,
-    events_of,
     fit,
     item_numbers,
     numbered,
@@ -44,7 +44,7 @@ from jobs.profile_users import (
 from jobs.runtime import Runtime, Stage
 from jobs.splits import Cuts, cut_times, is_target, refuse_leak, time_at, utc
 from jobs.sql import ask
-from jobs.tables import CONTEXT_VALUES, ITEMS, PROBES, SESSIONS, TABLES
+from jobs.tables import CONTEXT_VALUES, ITEMS, PROBES, SESSIONS, TABLES, events_of
 from jobs.user_lists import as_ids, copies, file_digest, read_rows
 from spark_udfs.profile import profiles
 from training.checkpoint import read_about
@@ -229,7 +229,8 @@ def questions(runtime: Runtime, sessions: DataFrame, cuts: Cuts) -> list[Questio
     if settings.activity or settings.event_types:
         cut = cuts.end - timedelta(days=settings.days)
         targets = runtime.config.sequences.target_event_types
-        add(activity_labels(events_of(sessions), cut, targets, settings), utc(cut), cut)
+        events = events_of(sessions, "event_ts", "event_type", "vertical")
+        add(activity_labels(events, cut, targets, settings), utc(cut), cut)
         if not found:
             runtime.report.notes += [
                 f"{task} is not probed: found nobody who did anything of sequences.target_event_types before the log's "
@@ -254,7 +255,7 @@ def features_of(
     from training import probes  # noqa: PLC0415 - only this stage needs scikit-learn
 
     targets = runtime.config.sequences.target_event_types
-    visible = before(events_of(sessions), question.cuts).persist()
+    visible = before(events_of(sessions, *OF_EVENTS), question.cuts).persist()
     counts = visible.groupBy("user_id", "item_id").count().toPandas()
     labelled = sorted(set(question.labels["user_id"]))
     everybody = labelled + sorted(set(counts["user_id"]) - set(labelled))

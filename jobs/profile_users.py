@@ -37,11 +37,12 @@ from jobs.models import encode_sequences
 from jobs.runtime import Runtime, Stage, code_version
 from jobs.spark_session import in_order
 from jobs.splits import Cuts, cut_times, is_target, utc
-from jobs.tables import CONTEXT_VALUES, ITEMS, SESSIONS, USER_PROFILES
+from jobs.tables import CONTEXT_VALUES, EVENT_IN_SESSION, ITEMS, SESSIONS, USER_PROFILES, events_of
 from spark_udfs.profile import KINDS, counts_of, profiles
 from training.checkpoint import rotation_sha256
 from training.profile import ABOUT, TENSORS, Basis, Integers, Terms, fit_basis, read_basis, write_basis
 
+OF_EVENTS = tuple(name for name in EVENT_IN_SESSION if name != "event_id")  # read of each event
 _WINDOWS = (7, 14, 28, 56, 91, 182)  # days before the cut
 _MOST_STATISTICS = 100
 _MOST_TERMS = 50_000  # limits of items, words and categories in the basis: those that most users have
@@ -49,12 +50,6 @@ _HORIZONS = (7, 28)  # days; what the forecast covers from the cut on. It is fit
 
 
 # ---- event features -------------------------------------------------------------------------------------------------
-
-
-def events_of(sessions: DataFrame) -> DataFrame:
-    """One row per event: user_id, `opens` (it is the first of its session) and the event's columns."""
-    exploded = sessions.select("user_id", F.posexplode("events").alias("place", "event"))
-    return exploded.select("user_id", (F.col("place") == 0).alias("opens"), "event.*")
 
 
 def before(events: DataFrame, cuts: DataFrame) -> DataFrame:
@@ -374,7 +369,7 @@ def run(runtime: Runtime) -> None:
     end = cut_times(sessions, runtime.config.sequences, "end_ts").end
     targets = runtime.config.sequences.target_event_types
     # All users share one cut, the log's end, so no join is needed. On disk: it is read a dozen times and log-sized.
-    visible = _until(events_of(sessions).drop("event_id"), utc(end)).persist(StorageLevel.DISK_ONLY)
+    visible = _until(events_of(sessions, *OF_EVENTS), utc(end)).persist(StorageLevel.DISK_ONLY)
     encoded = states(runtime, sessions, None, model_dir, end).persist()  # encoding is the expensive step
     told, numbers = statistics(visible, targets), item_numbers(runtime)
     found, rotation = read_basis(model_dir), rotation_sha256(model_dir)

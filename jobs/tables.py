@@ -98,6 +98,14 @@ def of_model(rows: DataFrame, version: str) -> DataFrame:
     return rows.where(F.col("model_version") == version)
 
 
+def events_of(sessions: DataFrame, *names: str) -> DataFrame:
+    """One row per event of the sessions: user_id, `opens` (it is its session's first), and those of EVENT_IN_SESSION
+    that are named. Of a plain explode's struct Spark reads all fields, also the ids, which are most of it."""
+    fields = F.arrays_zip(*[f"events.{name}" for name in names])
+    exploded = sessions.select("user_id", F.posexplode(fields).alias("place", "event"))
+    return exploded.select("user_id", (F.col("place") == 0).alias("opens"), "event.*")
+
+
 def differences(new: DataFrame, old: DataFrame, table: Table) -> DataFrame:
     """The rows that only one of two frames with the table's columns has, or that differ under the same key: the key,
     and the structs `new` and `old`, NULL if that frame has no such row."""

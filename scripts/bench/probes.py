@@ -31,11 +31,11 @@ from pyspark.sql import functions as F
 from jobs import build_sequences, build_vocabulary, flag_users, ingest, probe, sessionize, train
 from jobs.config import load_config
 from jobs.model_folders import model_folder
-from jobs.profile_users import before, events_of, item_numbers
+from jobs.profile_users import before, item_numbers
 from jobs.runtime import Runtime
 from jobs.spark_session import start_spark
 from jobs.splits import cut_times
-from jobs.tables import PROBES, SESSIONS
+from jobs.tables import EVENT_IN_SESSION, PROBES, SESSIONS, events_of
 
 CONFIG = Path(__file__).parents[2] / "conf/leave_one_out.toml"
 WHEEL = "recbole==1.2.1"
@@ -116,7 +116,7 @@ def coles(runtime: Runtime, folder: Path, epochs: int) -> Iterator[tuple[Any, ..
         for number in range(len(questions))
     ]
     for question, (given, _) in zip(questions, files, strict=True):
-        seen = before(events_of(sessions), question.cuts).join(numbers, "item_id", "left")
+        seen = before(events_of(sessions, *EVENT_IN_SESSION), question.cuts).join(numbers, "item_id", "left")
         local = F.from_utc_timestamp("event_ts", F.col("time_zone"))
         events = seen.orderBy("user_id", "event_ts", "event_id").select(
             "user_id",

@@ -17,13 +17,12 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 from jobs import embed_items, evaluate
-from jobs.build_sequences import number_actions
 from jobs.cli import main
 from jobs.compare_models import Difference, compare, print_differences
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
 from jobs.splits import cut_times, microseconds
-from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS
+from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS, events_of
 from tests.conftest import make_config
 from tests.sequence_files import make_rows, save_model
 from tests.spark.test_score_users import Rows, by_plain_loop, evaluation_row, make_model
@@ -274,15 +273,15 @@ def test_the_stages_figures_are_what_plain_python_counts(shop: tuple[Runtime, Ro
     trained: list[np.ndarray] = []
     met: list[set[str]] = []  # whose sessions are laid out event by event, each time
 
-    def lay_out(sessions: DataFrame, *others: DataFrame) -> DataFrame:
+    def lay_out(sessions: DataFrame, *names: str) -> DataFrame:
         met.append({row.user_id for row in sessions.select("user_id").distinct().collect()})
-        return number_actions(sessions, *others)
+        return events_of(sessions, *names)
 
     def look(runtime: Runtime) -> None:
         cuts = cut_times(runtime.read(SESSIONS), runtime.config.sequences, "end_ts")
         trained.append(evaluate._interactions(runtime, users, 29, cuts)[1].toarray())
 
-    with patch.object(evaluate, "number_actions", lay_out):
+    with patch.object(evaluate, "events_of", lay_out):
         valid.execute(Stage("look", "", look, reads=(SESSIONS, ITEMS, CONTEXT_VALUES)))
     of_rows, of_all, of_known = met
     assert (of_rows, of_known) == ({"u4"}, {"other"})

@@ -24,8 +24,8 @@ def test_events_are_counted_by_vertical_on_both_sides_of_the_cut(spark: SparkSes
     ]
     times = [[time for time, _, _ in of] for of in events]
     sessions = spark.createDataFrame(
-        [(min(of), max(of), session) for of, session in zip(times, events, strict=True)],
-        "start_ts timestamp, end_ts timestamp, "
+        [("u", min(of), max(of), session) for of, session in zip(times, events, strict=True)],
+        "user_id string, start_ts timestamp, end_ts timestamp, "
         "events array<struct<event_ts: timestamp, item_id: string, vertical: string>>",
     )
     items = [("old", at(-11)), ("early", at(-1)), ("late", at(9))]

@@ -21,7 +21,16 @@ from jobs.errors import TrailvecError
 from jobs.files import write_json
 from jobs.runtime import Runtime
 from jobs.splits import cut_times
-from jobs.tables import CURRENT_MODEL, EVENTS, FLAGGED_USERS, ITEMS, PROBES, SESSIONS, USER_PROFILES
+from jobs.tables import (
+    CURRENT_MODEL,
+    EVENTS,
+    FLAGGED_USERS,
+    ITEMS,
+    PROBES,
+    SESSIONS,
+    USER_PROFILES,
+    events_of,
+)
 from tests.conftest import make_config, put, read_delta
 from tests.events import Row, make_event, to_frame
 from tests.sequence_files import SPEC
@@ -158,7 +167,11 @@ def test_five_numbers_and_aggregates_by_hand(make_runtime: Callable[..., Runtime
         ],
     )
     cuts = spark.createDataFrame([(u, CUT.replace(tzinfo=timezone.utc)) for u in "ab"], "user_id string, cut timestamp")
-    visible = profile_users.before(profile_users.events_of(runtime.latest(SESSIONS)), cuts)
+    events = events_of(runtime.latest(SESSIONS), *profile_users.OF_EVENTS)
+    read = events._jdf.queryExecution().sparkPlan().collectLeaves().head().requiredSchema().catalogString()
+    assert "time_zone" in read
+    assert "event_id" not in read  # most of an event's bytes
+    visible = profile_users.before(events, cuts)
     five = {row[0]: tuple(row[1:]) for row in profile_users.rfm(visible, ["purchase"]).collect()}
     log1p = [tuple(math.log1p(x) for x in of) for of in ((0.5, 10, 2, 2, 7), (90, 90, 1, 1, 1))]
     assert five["a"] == pytest.approx(log1p[0])
@@ -181,7 +194,7 @@ def test_pauses_by_hand(make_runtime: Callable[..., Runtime], spark: SparkSessio
     events = [event("a", day) for day in days] + [event("a", 70, event_type="view"), event("b", 95.5)]
     fill(runtime, events)
     cuts = spark.createDataFrame([(u, CUT.replace(tzinfo=timezone.utc)) for u in "ab"], "user_id string, cut timestamp")
-    visible = profile_users.before(profile_users.events_of(runtime.latest(SESSIONS)), cuts)
+    visible = profile_users.before(events_of(runtime.latest(SESSIONS), *profile_users.OF_EVENTS), cuts)
     found = {row["user_id"]: row.asDict() for row in profile_users.pauses(visible, ["purchase"]).collect()}
     logs = {"mean": 10, "median": 3, "most": 30, "longest": 30, "spread": np.std([2, 3, 30, 5]), "last": 38 / 3}
     logs |= {"of_28": 1, "longer": 1}
@@ -207,7 +220,7 @@ def test_of_an_item_a_profile_hears_how_much_of_it_is_taken_at_once(
     fill(runtime, events)
     of_users = [(u, at.replace(tzinfo=timezone.utc)) for u, at in (("a", CUT), ("b", START + timedelta(days=1)))]
     cuts = spark.createDataFrame(of_users, "user_id string, cut timestamp")
-    visible = profile_users.before(profile_users.events_of(runtime.latest(SESSIONS)), cuts)
+    visible = profile_users.before(events_of(runtime.latest(SESSIONS), *profile_users.OF_EVENTS), cuts)
     items = [("i1", 2, 0), ("i2", 3, 0), ("i3", 4, 0)]
     given = (
         visible,
@@ -230,10 +243,9 @@ def test_what_the_forecast_is_fitted_on(make_runtime: Callable[..., Runtime], sp
     known = [event("a", day) for day in (10, 40)] + [event("b", 72)]
     later = [event("a", 75), event("a", 75.5), event("a", 80), event("a", 90, event_type="view"), event("c", 80)]
     fill(runtime, [*known, *later])
-    cuts = [(u, CUT.replace(tzinfo=timezone.utc)) for u in "abc"]
-    visible = profile_users.before(
-        profile_users.events_of(runtime.latest(SESSIONS)), spark.createDataFrame(cuts, "user_id string, cut timestamp")
-    )
+    of_users = [(u, CUT.replace(tzinfo=timezone.utc)) for u in "abc"]
+    cuts = spark.createDataFrame(of_users, "user_id string, cut timestamp")
+    visible = profile_users.before(events_of(runtime.latest(SESSIONS), *profile_users.OF_EVENTS), cuts)
     before, since = profile_users._once(visible, ["purchase"], ("actions", "recency"))
     # The cut is day 100. User b's only event was exactly 28 days before it, and c's came later: a alone was known.
     assert before.toarray() == pytest.approx(np.log1p([[2, 32]]))
