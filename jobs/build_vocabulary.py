@@ -52,17 +52,25 @@ def numbers_of(values: DataFrame, kind: str) -> DataFrame:
 def describe_items(events: DataFrame, cuts: Cuts, settings: SequencesSettings) -> DataFrame:
     """One row per item of the log: every column of ITEMS but the number."""
     price = unit_price()
-    described = (
+    # Spark sorts what it takes a maximum of structs with text of. So events that say the same of an item are counted
+    # first, by hash, and their few rows are sorted instead of the log.
+    alike = (
         events.withColumn("unit_price", F.when(price > 0, price))
         .withColumn("in_training", before_cut("train", cuts, settings))
-        .groupBy("item_id")
+        .groupBy("item_id", *LATEST)
         .agg(
-            *[F.max(_said(name, F.col("event_ts"), F.col)).alias(name) for name in LATEST],
+            F.max("event_ts").alias("last_ts"),
             F.min("event_ts").alias("first_ts"),
             F.count("*").alias("event_count"),
             F.count_if("in_training").alias("train_count"),
             F.count_if(F.col("in_training") & is_target(settings.target_event_types)).alias("target_count"),
         )
+    )
+    counts = ("event_count", "train_count", "target_count")
+    described = alike.groupBy("item_id").agg(
+        *[F.max(_said(name, F.col("last_ts"), F.col)).alias(name) for name in LATEST],
+        F.min("first_ts").alias("first_ts"),
+        *[F.sum(name).alias(name) for name in counts],
     )
     return _unpacked(described)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from jobs import build_vocabulary
 from jobs.errors import TrailvecError
 from jobs.item_facts import attribute_matrix, item_attributes
 from jobs.runtime import Runtime
+from jobs.splits import Cuts
 from jobs.tables import CONTEXT_VALUES, EVENTS, FLAGGED_USERS, ITEMS, Table
 from tests.conftest import add, put, read_delta
 from tests.events import START, Row, make_event, to_frame
@@ -109,6 +111,13 @@ def test_name_and_category_are_the_latest_known(make_runtime: Callable[..., Runt
     row = runtime.latest(ITEMS).collect()[0]
     # A category means something in its own vertical alone.
     assert (row.item_name, row.category, row.vertical) == ("new", "tea", "food")
+
+    # The aggregate that the log goes through, the last in the plan's text, is one that does not sort it.
+    described = build_vocabulary.describe_items(
+        runtime.latest(EVENTS), Cuts(START, START, START), runtime.config.sequences
+    )
+    plan = described._jdf.queryExecution().executedPlan().toString()
+    assert re.findall(r"\w+Aggregate\(", plan)[-1] == "HashAggregate("
 
 
 def test_verticals_and_event_types_are_numbered_within_their_kind(
