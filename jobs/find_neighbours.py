@@ -170,7 +170,8 @@ def with_habit(found: DataFrame, own: DataFrame, k: int) -> DataFrame:
         found: the k best by dot product alone.
         own: the result of `score_habits`.
     """
-    both = own.unionByName(found.select(*own.columns))
+    # By user once, which serves the grouping and the ranking.
+    both = own.unionByName(found.select(*own.columns)).repartition("source_id")
     scored = both.groupBy("source_id", "neighbour_id").agg(F.max("score").alias("score"))
     in_order = Window.partitionBy("source_id").orderBy(F.desc("score"), "neighbour_id")
     return scored.withColumn("rank", F.row_number().over(in_order)).where(F.col("rank") <= k)

@@ -240,6 +240,10 @@ def test_habits_lift_what_a_user_does_again_and_again(
     assert _names(found["user_item_habit"]) != _names(found["user_item"])
     assert expected["u1", 1][0] == "i5"
 
+    none = spark.createDataFrame([], "source_id string, neighbour_id string, score double")
+    plan = find_neighbours.with_habit(none, none, K)._jdf.queryExecution().executedPlan().toString()
+    assert plan.count("Exchange ") == 1
+
     assert runtime.execute(STAGE).skipped
 
     without = Runtime(make_config(runtime.root, *settings, 'neighbours.without=["purchase"]'), spark)
