@@ -107,9 +107,9 @@ class StorageSettings(Section):
 class SparkSettings(Section):
     """How Spark is started, if nothing else has started it (spark-submit's own settings win)."""
 
-    master: str = Field("local[*]", description="empty: that of what started Spark, such as spark-submit")
+    master: str = Field("local[*]", description="empty: the master set by whatever started Spark, such as spark-submit")
     conf: Annotated[dict[str, str], BeforeValidator(_in_quotes), AfterValidator(_not_fixed)] = Field(
-        default_factory=dict, description="spark.* settings, but for those that the rows depend on (SPARK_FIXED)"
+        default_factory=dict, description="spark.* settings, except those that the rows depend on (SPARK_FIXED)"
     )
 
 
@@ -117,27 +117,29 @@ class IngestSettings(Section):
     """files → events."""
 
     sources: list[str] = Field(default_factory=list, description="the sources' mapping files (conf/sources/*.toml)")
-    data_dir: PlaceName = Field(".", min_length=1, description="the folder that a mapping's relative paths start from")
+    data_dir: PlaceName = Field(".", min_length=1, description="the folder that relative paths in a mapping start from")
     max_rejected_share: float = Field(
         0.05,
         ge=0,
         le=1,
-        description="a larger share of refused records, of those that a run has read of one input, stops the job",
+        description="the job stops if it rejects more than this share of the records that a run has read from one "
+        "input",
     )
-    earliest: UtcDatetime = Field(datetime(2000, 1, 1), description="UTC; an event before this is refused")
+    earliest: UtcDatetime = Field(datetime(2000, 1, 1), description="UTC; earlier events are rejected")
     future_tolerance_hours: float = Field(
-        24, ge=0, le=876_000, description="an event later than now plus this is refused"
+        24, ge=0, le=876_000, description="events further in the future than this are rejected"
     )
     negative_amount_event_types: list[str] = Field(
         default_factory=lambda: ["return", "refund"], description="event types whose amount may be negative"
     )
     duplicates: Literal["everywhere", "same_day"] = Field(
         "everywhere",
-        description="where a second event of the same id is looked for: in the whole table, or on its own day (UTC)",
+        description="where duplicates (events with the same id) are searched for: in the whole table, or only within "
+        "a day (UTC)",
     )
-    max_files_per_batch: int = Field(1000, ge=1, description="files read, checked and committed at once")
+    max_files_per_batch: int = Field(1000, ge=1, description="files read, checked and committed together")
     max_records_per_batch: int = Field(
-        5_000_000, ge=1, description="Kafka: records read, checked and committed at once"
+        5_000_000, ge=1, description="Kafka: records read, checked and committed together"
     )
 
 
@@ -148,26 +150,27 @@ class FlagUsersSettings(Section):
     events_per_minute: int = Field(1_000, ge=1, le=10**9, description="more events than this in one minute")
     events_per_day: int = Field(20_000, ge=1, le=10**9, description="more events than this in one day (UTC)")
     constant_interval_events: int = Field(
-        200, ge=3, le=10**9, description="at least this many events of one day, the same time from each to the next"
+        200, ge=3, le=10**9, description="at least this many consecutive events in one day, at a constant interval"
     )
     test_accounts: list[LikePattern] = Field(
-        default_factory=list, description="SQL LIKE patterns of user ids ('qa-%'); a user that matches one is caught"
+        default_factory=list, description="SQL LIKE patterns of user ids ('qa-%'); a user who matches one is flagged"
     )
 
 
 class SessionizeSettings(Section):
     """events → sessions."""
 
-    gap_minutes: Minutes = Field(30, description="a longer pause than this ends a session")
+    gap_minutes: Minutes = Field(30, description="a pause longer than this ends a session")
     gap_minutes_by_vertical: dict[str, Minutes] = Field(
-        default_factory=dict, description="other gaps, by the vertical of the event before the pause"
+        default_factory=dict,
+        description="gaps that override gap_minutes, by the vertical of the event before the pause",
     )
     max_minutes: Minutes | None = Field(
-        None, description="an event later than this after the session's first starts a new one; None: no limit"
+        None, description="an event more than this after the session's first event starts a new session; None: no limit"
     )
-    max_events: int = Field(10_000, ge=1, description="so many events end a session: memory is bounded by it")
+    max_events: int = Field(10_000, ge=1, description="a session ends after this many events, which bounds memory")
     midnight_of: TimeZone | None = Field(
-        None, description="an IANA zone whose midnight ends a session; None: midnight ends none"
+        None, description="IANA time zone whose midnight ends a session; None: midnight ends no session"
     )
     cut_on_vertical: bool = Field(False, description="an event of another vertical starts a new session")
 
@@ -175,19 +178,22 @@ class SessionizeSettings(Section):
 class VocabularySettings(Section):
     """events → items, context_values."""
 
-    min_count: int = Field(
-        5, ge=1, description="an item with fewer events in the training window is unknown to a model"
-    )
+    min_count: int = Field(5, ge=1, description="items with fewer events in the training window are unknown to a model")
 
 
 class SequencesSettings(Section):
     """sessions + items → sequences."""
 
-    max_length: int = Field(64, ge=2, description="actions in a row")
+    max_length: int = Field(64, ge=2, description="maximum number of actions in one row")
     max_parts: int = Field(
-        64, ge=1, description="train rows per user: the newest max_length actions, the ones before, ..."
+        64,
+        ge=1,
+        description="maximum number of train rows per user: the newest max_length actions, the max_length before "
+        "them, ...",
     )
-    split_by: Literal["time", "leave_one_out"] = Field("time", description="leave_one_out only to compare with papers")
+    split_by: Literal["time", "leave_one_out"] = Field(
+        "time", description="leave_one_out is only for comparison with papers"
+    )
     valid_from: UtcDatetime | None = Field(
         None, description=f"UTC; training ends here. None: {VALID_DAYS} days before the log's end"
     )
@@ -197,29 +203,28 @@ class SequencesSettings(Section):
     seen_days: int = Field(
         28,
         ge=0,
-        description="an item acted on in that many days before the cut is not new; 0: ever, as always in leave_one_out "
-        "(there it only says, by 0, that validation during training ranks no item of the user's row)",
+        description="items that the user acted on in this many days before the cut do not count as new; 0: items that "
+        "the user ever acted on, which leave_one_out always uses (there, 0 only makes validation during training "
+        "leave out the items in the user's row)",
     )
-    target_event_types: list[str] = Field(
-        default_factory=list, description="event types that are to be predicted; empty: all"
-    )
+    target_event_types: list[str] = Field(default_factory=list, description="event types to predict; empty: all")
     rows_per_file: int = Field(
         262_144,
         ge=1,
-        description="rows of one split in a file, at most, where all rows are made anew (an increment's MERGE writes "
-        "files of its own); how many files there are follows from it",
+        description="maximum number of rows in one file of a split when the whole table is rebuilt (an incremental "
+        "MERGE writes its own files); the number of files follows from it",
     )
 
 
 class ScoreSettings(Section):
     """sequences + model → user_embeddings."""
 
-    batch_size: int = Field(256, ge=1, description="rows in one forward pass")
+    batch_size: int = Field(256, ge=1, description="rows per forward pass")
     chunk_users: int = Field(
         500_000,
         ge=1,
-        description="a new model's vectors are committed in chunks of about so many users, at most 4 of them (each "
-        "reads the whole table): what a kill may cost",
+        description="a new model's vectors are committed in chunks of about this many users, but at most 4 chunks "
+        "(each reads the whole table); a kill loses at most the work on one chunk",
     )
 
 
@@ -227,17 +232,21 @@ class AlignSettings(Section):
     """What a new model must preserve of the current one to become current itself."""
 
     min_overlap: float = Field(
-        0.1, ge=0, le=1, description="of the 10 nearest items of a user, and of an item, so large a share must stay"
+        0.1,
+        ge=0,
+        le=1,
+        description="minimum share of the 10 nearest items that must stay the same, on average, both of users and of "
+        "items",
     )
     max_ranking_loss: float = Field(
-        0.1, ge=0, le=1, description="NDCG@10 in validation may fall by so large a share of the current model's"
+        0.1, ge=0, le=1, description="maximum relative drop of NDCG@10 in validation below the current model's"
     )
 
 
 class ModelSettings(Section):
     """Which model the stages after training use."""
 
-    version: str | None = Field(None, description="None: the newest trained (models/current.json)")
+    version: str | None = Field(None, description="None: the most recently trained model (models/current.json)")
 
 
 class DriftSettings(Section):
@@ -245,11 +254,17 @@ class DriftSettings(Section):
     with as many before it."""
 
     max_stability: float = Field(0.25, gt=0, description="population stability index of the verticals' shares")
-    max_rate_factor: float = Field(3, gt=1, description="a vertical's events: so many times as many, or as few")
-    min_events: int = Field(1_000, ge=1, description="a vertical with fewer in both times together raises no alarm")
-    max_new_items: float = Field(0.3, gt=0, le=1, description="share of the events with items first seen in that time")
+    max_rate_factor: float = Field(
+        3, gt=1, description="factor by which a vertical's number of events may rise or fall"
+    )
+    min_events: int = Field(
+        1_000, ge=1, description="a vertical with fewer events in both periods together raises no alarm"
+    )
+    max_new_items: float = Field(
+        0.3, gt=0, le=1, description="share of the events after the cut whose items were first seen after it"
+    )
     min_user_cosine: float = Field(
-        0.5, ge=-1, le=1, description="mean cosine of a user's vectors at the cut and the end"
+        0.5, ge=-1, le=1, description="mean over users of the cosine between their vectors at the cut and at the end"
     )
 
 
@@ -260,17 +275,26 @@ class GateSettings(Section):
     """A row of `evaluation`, named by its columns, and the limits a model must meet in it to become current."""
 
     task: str = Field(description="next, new or repeat; or space, drift")
-    method: str = Field(description="model or model_and_habit; or a floor, or of what a figure of space or drift is")
-    metric: str = Field(description="such as ndcg@10, or against a floor model_lead_ndcg@10")
+    method: str = Field(
+        description="model, model_and_habit or a baseline; for space and drift, what the metric is about (column "
+        "method)"
+    )
+    metric: str = Field(description="such as ndcg@10, or model_lead_ndcg@10 for the lead over a baseline")
     slice: str = Field("all", description="all, history, hours or vertical")
-    slice_value: str = Field("all", description="which of them, such as 5-19 or the vertical; all: of slice all")
+    slice_value: str = Field(
+        "all", description="the value within the slice, such as 5-19 or a vertical; all: for slice all"
+    )
     at_least: float | None = Field(
-        None, description="the whole interval lies above it; of a row without one, the value is not below it"
+        None,
+        description="the whole interval must lie above this; in a row without an interval, the value must not be "
+        "below it",
     )
     at_most: float | None = Field(
-        None, description="the whole interval lies below it; of a row without one, the value is not above it"
+        None,
+        description="the whole interval must lie below this; in a row without an interval, the value must not be "
+        "above it",
     )
-    min_users: int = Field(FEW_USERS, ge=1, description="a row with an interval over fewer users does not pass")
+    min_users: int = Field(FEW_USERS, ge=1, description="a row whose interval covers fewer users does not pass")
 
     @model_validator(mode="after")
     def _says_something(self) -> GateSettings:
@@ -282,20 +306,25 @@ class GateSettings(Section):
 class HabitSettings(Section):
     """How a user's repeated actions are added to the model's score (jobs/habit.py)."""
 
-    weight: float = Field(15.0, ge=0, description="of a habit beside the dot product of user and item")
-    decay: float = Field(0.5, gt=0, description="an action weeks ago counts weeks^-decay; one of the last week 1")
+    weight: float = Field(15.0, ge=0, description="weight of the habit relative to the dot product of user and item")
+    decay: float = Field(0.5, gt=0, description="an action counts (weeks ago)^-decay, an action of the last week 1")
 
 
 class EvaluateSettings(Section):
     """vectors + sequences → evaluation."""
 
-    split: Literal["valid", "test"] = Field("test", description="valid to choose settings by, test to report")
+    split: Literal["valid", "test"] = Field("test", description="valid to choose settings, test to report results")
 
-    max_users: int = Field(20_000, ge=1, description="users ranked; a larger log is sampled by hash of user_id")
-    resamples: int = Field(1_000, ge=1, description="of the bootstrap over users that intervals come from")
+    max_users: int = Field(
+        20_000, ge=1, description="maximum number of users to evaluate; if there are more, a sample by hash of user_id"
+    )
+    resamples: int = Field(
+        1_000, ge=1, description="resamples in the bootstrap over users that the intervals come from"
+    )
     drift: DriftSettings = Field(default_factory=DriftSettings)
     gate: list[GateSettings] = Field(
-        default_factory=list, description="what score_users asks of a model's rows before it makes the model current"
+        default_factory=list,
+        description="conditions on a model's rows that score_users checks before it makes the model current",
     )
 
 
@@ -305,30 +334,37 @@ class NeighboursSettings(Section):
     kinds: list[Literal["user_item", "user_user", "item_item"]] = Field(
         default=["user_item", "user_user", "item_item"],
         min_length=1,
-        description="which are found; each meets all pairs: of very many users leave user_user out, or give `cells`",
+        description="which kinds to find; each compares all pairs: with very many users leave out user_user, or set "
+        "`cells`",
     )
     k: int = Field(10, ge=1, description="neighbours of each item or user")
-    block_rows: int = Field(4096, ge=1, description="vectors in one side of a matrix product")
+    block_rows: int = Field(4096, ge=1, description="vectors on each side of a matrix product")
     cells: int = Field(
         0,
         ge=0,
-        description="0: exact. Else an inverted file of so many cells (4 √candidates is a good number; needs faiss)",
+        description="0: exact search; otherwise an inverted file with this many cells (4 √candidates works well; "
+        "needs faiss)",
     )
-    probes: int = Field(16, ge=1, description="cells that a query looks into: more find more and cost more")
-    verticals: list[str] = Field(default_factory=list, description="items of these alone are neighbours; empty: of all")
+    probes: int = Field(16, ge=1, description="cells searched per query: more cells raise recall and cost")
+    verticals: list[str] = Field(
+        default_factory=list,
+        description="only items of these verticals can be neighbours; empty: items of all verticals",
+    )
     in_stock: PlaceName | None = Field(
         None,
-        description="Parquet or CSV (.csv, .csv.gz) with a column item_id, or a folder of such files whose name ends "
-        "so; any other: text, one item id per line: these items alone are neighbours; None: all",
+        description="list of the only items that can be neighbours: Parquet or CSV (.csv, .csv.gz) with a column "
+        "item_id, or a folder of such files with the same ending in its name; any other file: text, one item id per "
+        "line. None: all items",
     )
     without: list[str] = Field(
         default_factory=list,
-        description="event types: a user's items leave out what they did this with (`purchase`: already bought)",
+        description="event types: a user's items leave out those with which the user has such an event (`purchase`: "
+        "already bought)",
     )
     habit: bool = Field(
         False,
-        description="also user_item_habit: a user's items by the model's score and what the user does again and again; "
-        "meets every item that a user ever did what is predicted with",
+        description="also find user_item_habit: a user's items by the model's score plus the user's habit; scores "
+        "every item with which the user ever had an event of a predicted type",
     )
 
     @model_validator(mode="after")
@@ -345,25 +381,25 @@ class MaintainSettings(Section):
         168,
         ge=24,
         le=720,  # Delta itself keeps its history for 30 days
-        description="files that a table dropped are kept so long, for readers that began before; also how long a stage "
-        "may rest and still go on from the changes (raised, it brings back nothing: run the stages first, or once with "
-        "--force)",
+        description="how long files that are no longer part of a table are kept for readers that started earlier; "
+        "also how long a stage can go without running and still continue from the changes (raising it does not bring "
+        "deleted files back: run the stages first, or once with --force)",
     )
     retention_hours_of: Annotated[dict[str, Annotated[float, Field(ge=24, le=720)]], AfterValidator(_known_tables)] = (
-        Field(default_factory=dict, description="the same of single tables, by name")
+        Field(default_factory=dict, description="the same for single tables, by name")
     )
     # Up to a hundred years: times stay in Python's range.
     keep_days: Annotated[dict[str, Annotated[int, Field(ge=1, le=36_500)]], AfterValidator(_known_tables)] = Field(
         default_factory=dict,
-        description="rows that are older by so many whole days (UTC) are deleted, by table: events, rejected_events, "
-        "exports; what is made from events follows in the next run, also when an item was first seen. None named: all "
-        "are kept",
+        description="by table (events, rejected_events, exports): rows older than this many whole days (UTC) are "
+        "deleted; what is derived from events, including when an item was first seen, follows in the next run. A "
+        "table not named keeps all rows",
     )
-    target_file_mb: int = Field(256, ge=1, description="OPTIMIZE packs files together up to this size")
+    target_file_mb: int = Field(256, ge=1, description="OPTIMIZE compacts files up to this size")
     usd_per_gb_month: float = Field(
         0.023,
         ge=0,
-        description="what the store takes for 2**30 bytes; the report's cost goes by it (default: S3 Standard)",
+        description="the storage's price for 2**30 bytes, from which the report computes costs (default: S3 Standard)",
     )
 
     def retention_hours_for(self, table: str) -> float:
@@ -376,9 +412,9 @@ class UserList(Section):
 
     file: PlaceName | None = Field(
         None,
-        description="Parquet or CSV (.csv, .csv.gz) with a column user_id, or a folder of such files whose name ends "
-        "so; any other: text, one user id per line. A relative path starts, in a segment's file, where that lies, else "
-        "in the directory in which the command runs",
+        description="Parquet or CSV (.csv, .csv.gz) with a column user_id, or a folder of such files with the same "
+        "ending in its name; any other file: text, one user id per line. A relative path in a segment's file starts "
+        "from that file's folder, elsewhere from the working directory",
     )
     sql: str | None = Field(None, description="a query over the tables with a column user_id")
 
@@ -394,23 +430,25 @@ class ExportSettings(Section):
 
     segments: list[str] = Field(
         default_factory=list,
-        description="the segments' files (conf/segments/*.toml), from the directory in which the command runs",
+        description="the segments' files (conf/segments/*.toml), relative to the working directory",
     )
     consent: UserList | None = Field(
         None,
-        description="who has consented to what: user_id and a column for each purpose, boolean, or true, false, 1 or 0 "
-        "as text or whole numbers; a file is Parquet or CSV with a header, its path from the directory in which "
-        "the command runs. Who is not in it, or of whom it says nothing, has consented to nothing; of several rows of "
-        "a user all must be true",
+        description="who has consented to what: user_id and one column per purpose, boolean, or true, false, 1 or 0 "
+        "as text or whole numbers; a file is Parquet or CSV with a header, its path relative to the working "
+        "directory. A user who is missing, or whose value is missing, has not consented; if a user has several rows, "
+        "all must be true",
     )
 
 
 class ProfileSettings(Section):
     """sessions + model → user_profiles."""
 
-    fit_users: int = Field(20_000, ge=2, description="users that the basis is fitted on, a sample by hash of user_id")
+    fit_users: int = Field(20_000, ge=2, description="users that the basis is fitted on, sampled by hash of user_id")
     item_width: int = Field(256, ge=1, description="singular directions of the items")
-    width: int = Field(64, ge=1, description="those of amounts, of the words in the items' names, and of categories")
+    width: int = Field(
+        64, ge=1, description="singular directions each of amounts, of the words in item names, and of categories"
+    )
 
 
 class ProbeSettings(Section):
@@ -418,33 +456,36 @@ class ProbeSettings(Section):
 
     labels: UserList | None = Field(
         None,
-        description="what a vector is to foretell: user_id, task, label (0 or 1) and, where a label belongs to a time, "
-        "label_ts (of what is known, what came before it counts); a file is Parquet or CSV with a header",
+        description="labels to predict: user_id, task, label (0 or 1) and, if labels belong to a time, label_ts (only "
+        "what came before it is used); a file is Parquet or CSV with a header",
     )
     activity: list[Literal["inactive", "new_vertical"]] = Field(
         default_factory=list,
-        description="tasks made of the log's last `days`: inactive (nothing of sequences.target_event_types), "
-        "new_vertical (one of them in a vertical in which the user had none before)",
+        description="tasks labelled from the log's last `days`: inactive (no event of sequences.target_event_types), "
+        "new_vertical (such an event in a vertical in which the user had none before)",
     )
     event_types: list[str] = Field(
-        default_factory=list, description="event types: does the user do it in the log's last `days`? A task each"
+        default_factory=list,
+        description="event types, one task each: does the user have such an event in the log's last `days`?",
     )
-    days: float = Field(28, gt=0, description="how long before the log's end the cut of those tasks is")
+    days: float = Field(28, gt=0, description="how many days before the log's end those tasks have their cut")
     heads: tuple[Literal["logistic", "boosting", "mlp"], ...] = Field(
-        ("logistic", "boosting", "mlp"), description="what is learnt on top of the features"
+        ("logistic", "boosting", "mlp"), description="models that are trained on the features"
     )
-    folds: int = Field(5, ge=2, description="of a cross-validation, stratified; by time where labels have one")
+    folds: int = Field(
+        5, ge=2, description="folds of the cross-validation: stratified, or by time if the labels have one"
+    )
     seeds: int = Field(
         5,
         ge=2,
-        description="runs with other folds and other heads, whose spread is the std; by time the folds stay the same, "
-        "and their spread is the std",
+        description="runs with different folds and different heads, whose spread is the std; folds by time stay the "
+        "same, and the std is their spread",
     )
     max_users: int = Field(
         20_000,
         ge=1,
-        description="labelled users of a task, and unlabelled ones whose items the item baseline learns "
-        "from; of more a sample by hash of user_id",
+        description="maximum number of labelled users of a task, and of unlabelled users from whose items the item "
+        "baseline learns; if there are more, a sample by hash of user_id",
     )
 
 

@@ -31,15 +31,15 @@ class Seeds(UserList):
 
     method: Method = Field(
         DEFAULT_METHOD,
-        description="nearest_seed: the highest cosine to any seed; tastes: to any centre of the seeds, clustered; "
-        "classifier: to the direction that parts the seeds from other users",
+        description="nearest_seed: the highest cosine to any seed; tastes: the highest cosine to any cluster centre "
+        "of the seeds; classifier: the cosine to the direction that separates the seeds from other users",
     )
     vectors: VectorKind | None = Field(
         None,
-        description="what users are compared by: user_embeddings or, far better at finding people, user_profiles; "
-        "None: profiles where the current model has them (`trailvec profile_users`)",
+        description="the vectors to compare users by: embedding (user_embeddings) or, far better at finding people, "
+        "profile (user_profiles); None: profile if the current model has profiles (`trailvec profile_users`)",
     )
-    tastes: int = Field(8, ge=1, le=1000, description="how many centres `tastes` looks for")
+    tastes: int = Field(8, ge=1, le=1000, description="number of cluster centres for method `tastes`")
 
 
 class Affinity(Section):
@@ -48,7 +48,9 @@ class Affinity(Section):
 
     items: tuple[str, ...] = Field((), description="item ids")
     vertical: str | None = Field(None, description="all items of a vertical")
-    category: str | None = Field(None, description="all items of a category; with `vertical`: of that vertical alone")
+    category: str | None = Field(
+        None, description="all items of a category; with `vertical`: only those of that vertical"
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> Affinity:
@@ -73,39 +75,41 @@ class Segment(Section):
     """The content of a segment file."""
 
     name: str = Field(pattern=r"^[a-z0-9_-]+$", description="also the name of its folder")
-    owner: str = Field(min_length=1, description="who answers for it")
+    owner: str = Field(min_length=1, description="who is responsible for it")
     purpose: str = Field(min_length=1, description="what it is for")
 
     seeds: Seeds | None = None
     affinity: Affinity | None = None
     sql: str | None = Field(
         None,
-        description="a query over the tables but `exports`, with a column user_id; it, and queries of lists, are asked "
-        "again once a table has changed, and where they name the current date or time, or read a table that is none of "
-        "trailvec's, each day (UTC); files they can't read, nor draw by chance: a LIMIT needs an ORDER BY",
+        description="a query over the tables, except `exports`, with a column user_id. It and the queries of lists "
+        "run again once a table has changed and, if they use the current date or time or read a table that is not "
+        "trailvec's, each day (UTC). They can't read files or draw at random: a LIMIT needs an ORDER BY",
     )
-    include: tuple[str, ...] = Field((), description="names of segments of the same run: their members, control too")
+    include: tuple[str, ...] = Field(
+        (), description="names of segments of the same run, whose members, including their control groups, are taken"
+    )
 
     size: int | None = Field(
-        None, ge=1, description="users to take, the control group too; fewer where there are fewer"
+        None, ge=1, description="number of users to take, including the control group; fewer if there are not as many"
     )
-    threshold: float | None = Field(None, description="the lowest score that is taken")
+    threshold: float | None = Field(None, description="the lowest score to take")
 
     consent: str | None = Field(None, description="a column of export.consent that must be true")
     suppress: tuple[UserList, ...] = Field((), description="lists of users who are never exported")
     at_most: Frequency | None = None
     exclude: tuple[str, ...] = Field((), description="names of segments of the same run whose members are left out")
-    control_share: float = Field(0, ge=0, lt=1, description="share of the members who are held back, by keyed hash")
+    control_share: float = Field(0, ge=0, lt=1, description="share of the members to hold back, chosen by keyed hash")
     control_group: str | None = Field(
         None,
         min_length=1,
-        description="segments that name the same group hold back the same users; None: a group alone",
+        description="segments that name the same group hold back the same users; None: a group of its own",
     )
 
     format: Format = "parquet"
-    columns: tuple[Column, ...] = Field((), description="empty: user_id, and where there is a score score and rank")
+    columns: tuple[Column, ...] = Field((), description="empty: user_id and, if the segment is scored, score and rank")
     user_ids: Literal["hashed", "plain"] = "hashed"
-    approved_by: str | None = Field(None, min_length=1, description="who allowed plain user ids")
+    approved_by: str | None = Field(None, min_length=1, description="who approved plain user ids")
     rows_per_file: int = Field(1_000_000, ge=1)
     destination: Annotated[str, AfterValidator(no_home)] | None = Field(
         None, description="a folder of its own, or a file system's URI (s3://…, hdfs://…); None: exports/<name>"

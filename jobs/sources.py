@@ -68,13 +68,15 @@ class Given(Section):
 class Value(Given):
     """A text or a number."""
 
-    default: str | None = Field(None, description="where the value is missing")
+    default: str | None = Field(None, description="used if the value is missing")
 
 
 class IdValue(Given):
     """The event's id; can be composed of several columns if the log has none."""
 
-    columns: list[str] | None = Field(None, min_length=1, description="joined to one id; missing where one is missing")
+    columns: list[str] | None = Field(
+        None, min_length=1, description="raw columns joined into one id; missing if one of them is missing"
+    )
     separator: str = Field("-", description="between the columns, and before the ordinal")
     sha256: bool = Field(False, description="the id is the hash of the value, or of the joined columns")
     ordinal: bool = Field(False, description="number identical records of one file, so that each has its own id")
@@ -86,9 +88,12 @@ class TimeValue(Given):
 
     format: str | None = Field(
         None,
-        description="of a text: Spark's datetime pattern, epoch_s or epoch_ms; None: ISO 8601, with a zone or without",
+        description="format of a text: a Spark datetime pattern, epoch_s or epoch_ms; None: ISO 8601, with or without "
+        "a zone",
     )
-    zone: str = Field("UTC", description="IANA zone of times and days without one; a day begins at its midnight")
+    zone: str = Field(
+        "UTC", description="IANA time zone of times and days that have none; a day begins at its midnight"
+    )
 
 
 class Columns(Section):
@@ -117,7 +122,7 @@ class Lookup(Section):
 
     path: str
     format: Literal["csv", "parquet"]
-    on: list[str] = Field(min_length=1, description="columns that both have")
+    on: list[str] = Field(min_length=1, description="columns that both sides have")
     delimiter: str = Field(",", description="CSV: between the fields")
 
 
@@ -131,12 +136,12 @@ class Reject(Section):
 class Kafka(Section):
     """A topic."""
 
-    bootstrap_servers: str = Field(description="host:port, several with commas between")
+    bootstrap_servers: str = Field(description="host:port, several separated by commas")
     topic: str
     options: dict[str, str] = Field(
         default_factory=dict,
-        description="further options of Spark's Kafka source; ${NAME} is taken from the environment, so that no "
-        "secret stands here",
+        description="further options of Spark's Kafka source; ${NAME} is taken from the environment, to keep secrets "
+        "out of this file",
     )
 
 
@@ -146,24 +151,26 @@ class Input(Section):
     name: str | None = Field(
         None,
         pattern=r"^[a-z][a-z0-9_]*$",
-        description="how far the input was read is kept under it; None: under its path or topic",
+        description="name under which reading progress is stored; None: under its path or topic",
     )
     path: str | None = Field(
-        None, description="file, folder or pattern (`*`, `?`, `[...]`; no braces), from ingest.data_dir"
+        None, description="file, folder or pattern (`*`, `?`, `[...]`; no braces), relative to ingest.data_dir"
     )
     kafka: Kafka | None = Field(None, description="a topic instead of a path; its values are JSON objects")
     format: Literal["json", "csv", "parquet"] = Field(
-        "json", description="json: one object on each line; csv: one record on each, no line break between quotes"
+        "json", description="json: one object per line; csv: one record per line, no line breaks inside quotes"
     )
     delimiter: str = Field(",", description="CSV: between the fields")
     lookups: list[Lookup] = Field(default_factory=list)
     columns: Columns
     attributes: list[str] = Field(
         default_factory=list,
-        description="raw columns kept in the event's map though something else names them, and those of lookups",
+        description="raw columns to keep in the event's map although the mapping also uses them elsewhere, and lookup "
+        "columns to keep",
     )
     ignore: list[str] = Field(
-        default_factory=list, description="raw columns kept nowhere; all others that nothing names are attributes"
+        default_factory=list,
+        description="raw columns to drop; all others that the mapping does not name become attributes",
     )
     reject: list[Reject] = Field(default_factory=list)
 
@@ -202,7 +209,7 @@ class Input(Section):
 class Source(Section):
     """A mapping file."""
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="stands in the source column of every event")
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="written to the source column of every event")
     input: list[Input] = Field(min_length=1)
 
     @model_validator(mode="after")

@@ -53,105 +53,138 @@ class Network(Section):
     """The training settings that define a model, and that the model's own spec keeps."""
 
     architecture: Architecture = Field(
-        "gpt2", description="the Hugging Face block inside Transformers4Rec; electra's network is bert's"
+        "gpt2", description="the Hugging Face block inside Transformers4Rec; electra has bert's network"
     )
     objective: Objective = Field(
         "clm",
-        description="clm: the action that follows, or a later one; mlm, rtd, plm: hidden actions (training/model.py)",
+        description="what is predicted. clm: the next action, or a later one; mlm, rtd, plm: masked actions "
+        "(training/model.py)",
     )
     width: int = Field(64, ge=8, description="length of the vectors")
-    layers: int = Field(1, ge=1, description="blocks, one behind the other")
-    heads: int = Field(2, ge=1, description="of each block's attention; width is a multiple of them")
-    dropout: float = Field(0.2, ge=0, lt=1, description="share of the blocks' numbers that training sets to 0")
+    layers: int = Field(1, ge=1, description="number of stacked blocks")
+    heads: int = Field(2, ge=1, description="attention heads per block; width must be a multiple of their number")
+    dropout: float = Field(0.2, ge=0, lt=1, description="share of the blocks' activations that training sets to 0")
     loss: Literal["softmax", "gbce"] = Field(
-        "softmax", description="gbce: binary, calibrated for uniform negatives: wants negative_power = 0"
+        "softmax",
+        description="gbce: binary cross-entropy calibrated for uniform negatives; requires negative_power = 0",
     )
-    negatives: int = Field(1024, ge=0, description="items drawn for each batch and shared in it; 0: full softmax")
-    negative_power: float = Field(1.0, ge=0, le=1, description="drawn by count^power: 1 by frequency, 0 all alike")
+    negatives: int = Field(
+        1024, ge=0, description="items sampled for each batch and shared by its rows; 0: full softmax"
+    )
+    negative_power: float = Field(
+        1.0, ge=0, le=1, description="negatives are sampled in proportion to count^power: 1 by frequency, 0 uniformly"
+    )
     gbce_t: float = Field(0.75, ge=0, le=1, description="gbce's calibration; 0: plain binary cross-entropy")
     item_dropout: float = Field(
-        0.0, ge=0, lt=1, description="how often an item's own part is left out, so that its attributes can stand alone"
+        0.0,
+        ge=0,
+        lt=1,
+        description="how often training drops an item's own embedding, so that its attributes learn to stand alone",
     )
     item_precision: Precision = Field(
         "float32",
-        description="numbers of the items' own parts, in training and in the model; bfloat16: half the size",
+        description="number format of the items' own embeddings, in training and in the model; bfloat16: half the size",
     )
 
 
 class TrainSettings(Network):
     """sequences → model."""
 
-    processes: int = Field(1, ge=1, description="Horovod processes; each reads its own part of the data")
-    threads: int = Field(1, ge=1, description="CPU threads of one process")
+    processes: int = Field(1, ge=1, description="Horovod processes; each reads its own share of the data")
+    threads: int = Field(1, ge=1, description="CPU threads per process")
     inputs: tuple[ContextFeature, ...] = Field(
-        CONTEXT_FEATURES, description="what the model reads of an action beside its item"
+        CONTEXT_FEATURES, description="what the model reads of an action besides its item"
     )
     item_attributes: tuple[ItemAttribute, ...] = Field(
-        ITEM_ATTRIBUTES, description="what an item's vector is made of beside its own part"
+        ITEM_ATTRIBUTES, description="attributes whose embeddings are added to the item's own to form its vector"
     )
     start: Literal["svd", "random"] = Field(
-        "svd", description="item vectors begin as an SVD of who acted on what (up to 200,000 items), or by chance"
+        "svd",
+        description="item vectors start from an SVD of which user acted on which item (up to 200,000 items), or at "
+        "random",
     )
     later_share: float = Field(
         1.0,
         ge=0,
         le=1,
-        description="of the actions, those that are asked for later sessions, not the next action; of clm alone",
+        description="share of the actions that learn to predict a later session instead of the next action; clm only",
     )
     shuffle_baskets: bool = Field(
-        True, description="actions of one moment in a new order in each epoch; False: in the log's, by event_id"
+        True,
+        description="shuffle actions with the same timestamp anew in each epoch; False: keep the log's order, by "
+        "event_id",
     )
-    horizon: int = Field(64, ge=1, description="later sessions: any of that many actions after the session's end")
-    batch_size: int = Field(64, ge=1, description="rows in one batch of a process")
+    horizon: int = Field(
+        64, ge=1, description="for later_share: the target is any of this many actions after the session's end"
+    )
+    batch_size: int = Field(64, ge=1, description="rows per batch, in each process")
     local_steps: int = Field(
-        1, ge=1, description="batches whose gradients a process adds up before the processes exchange them: one step"
+        1,
+        ge=1,
+        description="batches whose gradients a process accumulates before the processes exchange them: one step",
     )
-    epochs: int = Field(10, ge=1, description="at most; the learning rate falls over all of them")
+    epochs: int = Field(10, ge=1, description="maximum number of epochs; the learning rate decays over all of them")
     min_steps: int = Field(
-        0, ge=0, description="epochs are raised until they make so many steps: a small log needs more passes"
+        0,
+        ge=0,
+        description="epochs is raised until there are at least this many steps, since a small log needs more passes",
     )
-    patience: int = Field(0, ge=0, description="epochs without a better validation ndcg@10 that end training; 0: never")
-    learning_rate: float = Field(1e-3, gt=0, description="of one process with one batch per step; see rate_scaling")
+    patience: int = Field(
+        0, ge=0, description="training stops after this many epochs without a better validation ndcg@10; 0: never"
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="for one process with one batch per step; see rate_scaling")
     rate_scaling: Literal["sqrt", "none"] = Field(
         "sqrt",
-        description="what processes * local_steps (so many times more rows in a step) multiplies the learning rate by: "
-        "its square root suits Adam (Malladi et al., 2022)",
+        description="how the learning rate is scaled for processes * local_steps, the factor by which a step has more "
+        "rows: sqrt multiplies it by the square root, which suits Adam (Malladi et al., 2022)",
     )
-    warm_up: float = Field(0.05, gt=0, le=1, description="share of all rows over which the learning rate rises")
+    warm_up: float = Field(
+        0.05, gt=0, le=1, description="share of all rows, over all epochs, during which the learning rate rises"
+    )
     weight_decay: float = Field(
-        0.0, ge=0, description="AdamW's: in a step a weight loses this share of itself, times the learning rate"
+        0.0, ge=0, description="AdamW's: each step shrinks a weight by this share, times the learning rate"
     )
-    clip_norm: float = Field(1.0, gt=0, description="the gradient is scaled down to this norm")
+    clip_norm: float = Field(1.0, gt=0, description="a gradient with a larger norm is scaled down to this norm")
     item_optimizer: Literal["auto", "adamw", "rowwise"] = Field(
         "auto",
-        description="of the items' own parts. adamw: a step costs time and memory for every item; rowwise: for those "
-        "that it uses (training/rowwise.py); auto: rowwise from 50,000 items on where there are negatives, and with "
-        "item_precision bfloat16",
+        description="optimizer of the items' own embeddings. adamw: a step costs time and memory for every item; "
+        "rowwise: only for the items that it uses (training/rowwise.py); auto: rowwise from 50,000 items on if there "
+        "are negatives, and with item_precision bfloat16",
     )
-    fp16_gradients: bool = Field(False, description="gradients travel between the processes as 16-bit numbers")
+    fp16_gradients: bool = Field(False, description="processes exchange gradients as 16-bit numbers")
     warm_start: bool = Field(
-        False, description="go on from the current model, over the rows of users who acted since it was trained"
+        False, description="continue from the current model, on the rows of users who acted since it was trained"
     )
-    warm_epochs: int = Field(1, ge=1, description="the epochs of a warm start")
+    warm_epochs: int = Field(1, ge=1, description="number of epochs in a warm start")
     warm_rate: float = Field(
-        0.4, gt=0, description="of the learning rate in a warm start: a full one shakes off what the model knows"
+        0.4,
+        gt=0,
+        description="factor on the learning rate in a warm start: at the full rate, the model forgets what it has "
+        "learnt",
     )
     warm_length: int = Field(
-        64, ge=2, description="of a row, a warm start reads so many of the newest actions; its batches have more rows"
+        64,
+        ge=2,
+        description="number of each row's newest actions that a warm start reads; its batches hold more rows instead",
     )
     seed: int = Field(
-        0, ge=0, lt=2**31, description="of all that is drawn: first weights, order of the rows, negatives, dropout"
+        0,
+        ge=0,
+        lt=2**31,
+        description="seed of everything random: initial weights, order of the rows, negatives, dropout",
     )
     launcher: Literal["local", "spark"] = Field(
         "local",
-        description="local: processes of this machine, by horovodrun where there are several; spark: one task of the "
-        "Spark application for each process (YARN, Databricks)",
+        description="local: processes on this machine, started by horovodrun if there are several; spark: one task of "
+        "the Spark application per process (YARN, Databricks)",
     )
-    checkpoint_minutes: float = Field(10, ge=0, description="between two checkpoints; each epoch's end makes one too")
-    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that stay, beside the best epoch's")
+    checkpoint_minutes: float = Field(
+        10, ge=0, description="minutes between two checkpoints; the end of each epoch also writes one"
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="number of newest checkpoints to keep, besides the best epoch's")
     tracking_uri: str = Field(
         "local",
-        description="where MLflow keeps runs: local (mlflow.db under storage.root), none, a server's address",
+        description="where MLflow stores runs: local (mlflow.db under storage.root), none, or a server's address",
     )
 
     @model_validator(mode="after")
@@ -195,10 +228,12 @@ class TrainSettings(Network):
 class ModelSpec(Network):
     """What a model is built from."""
 
-    sparse: bool = Field(False, description="gradients of the item table hold only the rows that a step has used")
-    max_length: int = Field(description="actions in a row of sequences")
+    sparse: bool = Field(False, description="gradients of the item table hold only the rows used in the step")
+    max_length: int = Field(description="maximum number of actions in a row of sequences")
     items: int = Field(description="rows of the item table: the largest item_index + 1")
-    context_sizes: dict[str, int] = Field(description="rows of each context feature's table; only these are read")
+    context_sizes: dict[str, int] = Field(
+        description="rows of each context feature's table; the model reads no other features"
+    )
     attribute_sizes: dict[str, int] = Field(default_factory=dict, description="rows of each item attribute's table")
 
     @property
@@ -213,16 +248,19 @@ class RunSpec(Section):
     settings: TrainSettings
     model: ModelSpec
     train_files: list[str] = Field(description="URLs (training.stores): the active files of one snapshot of sequences")
-    train_rows: int = Field(description="their rows")
+    train_rows: int = Field(description="number of rows in train_files")
     valid_files: list[str]
-    new_only: bool = Field(False, description="validation ranks what the user has not acted on in the row")
-    item_counts: str = Field(description=".npy, int64 [items]: events of an item that training may see, 0: unknown")
+    new_only: bool = Field(False, description="validation leaves out of the ranking the items in the user's row")
+    item_counts: str = Field(
+        description=".npy, int64 [items]: each item's number of events in the training window; 0: unknown to the model"
+    )
     item_attributes: str | None = Field(None, description=".npy, int32 [attributes, items]; None: the model has none")
-    item_verticals: str | None = Field(None, description=".npy, int64 [items]: an item's place in verticals, or -1")
-    verticals: list[str] = Field([], description="the verticals that validation also reports")
-    start_from: str | None = Field(None, description="the weights of an older model to grow from; None: a fresh one")
+    item_verticals: str | None = Field(None, description=".npy, int64 [items]: an item's position in verticals, or -1")
+    verticals: list[str] = Field([], description="verticals that validation also reports separately")
+    start_from: str | None = Field(None, description="weights of an older model to start from; None: a new model")
     output: str = Field(description="an empty folder: the model's files are written here, model.json last")
     checkpoints: str | None = Field(
-        None, description="a folder of this run alone: checkpoints are written here, and the newest is gone on from"
+        None,
+        description="a folder for this run only: checkpoints are written here, and training resumes from the newest",
     )
-    about: dict[str, Any] = Field(description="goes into model.json as it is")
+    about: dict[str, Any] = Field(description="copied into model.json unchanged")
