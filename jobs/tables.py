@@ -124,17 +124,17 @@ EVENTS = Table(
     "events",
     "Who did what, to which item, when: one row per event, after validation and deduplication.",
     (
-        Column("event_id", "string", "Names the event once; made by the source's mapping where the log has none."),
+        Column("event_id", "string", "Unique id of the event; built by the source's mapping if the log has none."),
         Column("user_id", "string", "The user as the business knows them."),
-        Column("item_id", "string", "The item acted upon, as the business knows it."),
+        Column("item_id", "string", "The item of the event, as the business knows it."),
         Column("event_type", "string", "What was done: purchase, return, redeem_coupon, ..."),
         Column("event_ts", "timestamp", "When it was done, UTC."),
         Column("vertical", "string", "The line of business the event belongs to."),
-        Column("amount", "double", "Money of the event in the source's currency; negative for a return.", True),
+        Column("amount", "double", "Amount of money, in the source's currency; negative for a return.", True),
         Column("quantity", "double", "How many or how much; negative for a return.", True),
-        Column("time_zone", "string", "The user's IANA time zone: hour and weekday are read in it."),
-        Column("item_name", "string", "The item's name for people to read.", True),
-        Column("category", "string", "The item's category inside its vertical.", True),
+        Column("time_zone", "string", "The user's IANA time zone, in which hour and weekday are computed."),
+        Column("item_name", "string", "The item's human-readable name.", True),
+        Column("category", "string", "The item's category within its vertical.", True),
         Column("basket_id", "string", "What was bought or done together.", True),
         Column("attributes", "map<string,string>", "Whatever else the source's mapping keeps.", True),
         Column("source", "string", "The source's mapping that read the event."),
@@ -148,16 +148,19 @@ EVENTS = Table(
 
 REJECTED_EVENTS = Table(
     "rejected_events",
-    "Records of a source that are no events, each with the reason and the raw record.",
+    "Records of a source that ingest rejected, each with the reason and the raw record.",
     (
         Column("source", "string", "The source's mapping that read the record."),
-        Column("file", "string", "The file the record stands in."),
-        Column("user_id", "string", "The user, where the record says who it was: by it erase_users finds them.", True),
-        Column("reason", "string", "Why it was refused: missing_user_id, bad_event_ts, broken_row, ..."),
+        Column("file", "string", "The file that the record comes from."),
+        Column("user_id", "string", "The user, if the record names one; erase_users finds the record by it.", True),
+        Column("reason", "string", "Why it was rejected: missing_user_id, bad_event_ts, broken_row, ..."),
         Column(
-            "raw", "string", "The record as it was read: the raw line of a broken row, else JSON of its columns.", True
+            "raw",
+            "string",
+            "The record as it was read: the raw line of a broken row, otherwise its columns as JSON.",
+            True,
         ),
-        Column("refused_on", "date", "The day (UTC) on which ingest refused it."),
+        Column("refused_on", "date", "The day (UTC) on which ingest rejected it."),
     ),
     key=(),
     stage="ingest",
@@ -167,16 +170,16 @@ REJECTED_EVENTS = Table(
 
 FLAGGED_USERS = Table(
     "flagged_users",
-    "Bots and test accounts: their events stay in events and are left out of all that is made from them.",
+    "Bots and test accounts: their events stay in events, but are left out of everything derived from it.",
     (
-        Column("user_id", "string", "The user; one caught day is enough to leave the user out."),
-        Column("day", "date", "The day (UTC) whose events caught them."),
+        Column("user_id", "string", "The user; one flagged day is enough to leave the user out."),
+        Column("day", "date", "The day (UTC) whose events matched the rule."),
         Column("rule", "string", "events_per_minute, events_per_day, constant_interval or test_account."),
         Column(
             "value",
             "double",
-            "What was measured: the most events in a minute, the day's events, the events in step; of a test account "
-            "the day's events.",
+            "The measured value: the most events in a minute, the day's events, or the longest run of events at a "
+            "constant interval; for a test account, the day's events.",
         ),
     ),
     key=("user_id", "day", "rule"),
@@ -189,20 +192,20 @@ _EVENT_TYPES = {column.name: column.type for column in EVENTS.columns}
 
 SESSIONS = Table(
     "sessions",
-    "Runs of a user's events without a longer pause than the gap, cut by the rules of sessionize; events in order.",
+    "Runs of a user's events, in order, without a pause longer than the gap, cut further by the rules of sessionize.",
     (
         Column(
             "session_id",
             "string",
-            "Stable: the event_id of the session's first event, which only ingest.duplicates = same_day lets stand on "
-            "two days.",
+            "Stable: the event_id of the session's first event. Only with ingest.duplicates = same_day can it occur "
+            "on two days.",
         ),
         Column("user_id", "string", "The user."),
         Column("start_ts", "timestamp", "Time of the first event."),
         Column("end_ts", "timestamp", "Time of the last event."),
         Column("event_count", "int", "Number of events."),
-        Column("verticals", "array<string>", "The verticals met, sorted, each once."),
-        Column("amount", "double", "Sum of the events' amounts; NULL when none has one.", True),
+        Column("verticals", "array<string>", "The distinct verticals, sorted."),
+        Column("amount", "double", "Sum of the events' amounts; NULL if none has one.", True),
         Column(
             "events",
             f"array<struct<{','.join(f'{name}:{_EVENT_TYPES[name]}' for name in EVENT_IN_SESSION)}>>",
@@ -211,7 +214,7 @@ SESSIONS = Table(
         Column(
             "run_start_ts",
             "timestamp",
-            "Start of the run of events without a long pause that the session was cut from; mostly start_ts.",
+            "Start of the run of events without a long pause that the session was cut from; usually equal to start_ts.",
         ),
     ),
     key=("session_id", "start_ts"),
@@ -223,22 +226,28 @@ SESSIONS = Table(
 
 ITEMS = Table(
     "items",
-    "The vocabulary of items. A number is given once and never again: 0 is padding, 1 is unknown.",
+    "The vocabulary of items. A number is assigned once and never reused: 0 is padding, 1 is unknown.",
     (
-        Column("item_index", "int", "The item's number, from 2 on; never changes, never used again."),
+        Column("item_index", "int", "The item's number, from 2 on; it never changes and is never reused."),
         Column("item_id", "string", "The item as the business knows it."),
         Column("item_name", "string", "Its latest name.", True),
         Column("category", "string", "Its latest category.", True),
-        Column("vertical", "string", "The vertical in which its category was said; without a category its latest."),
+        Column(
+            "vertical", "string", "The vertical of the event that gave the category; without a category, its latest."
+        ),
         Column("unit_price", "double", "Its latest price above zero: amount / quantity.", True),
-        Column("first_ts", "timestamp", "When it was first seen, of the events that are kept (maintain.keep_days)."),
-        Column("event_count", "bigint", "Events with it in the whole log."),
-        Column("train_count", "bigint", "Events with it before valid_from: what a model's vocabulary is made by."),
-        Column("target_count", "bigint", "Of those, the events of the types that are to be predicted."),
+        Column("first_ts", "timestamp", "When it was first seen, among the events that are kept (maintain.keep_days)."),
+        Column("event_count", "bigint", "Number of its events in the whole log."),
+        Column(
+            "train_count",
+            "bigint",
+            "Number of its events before valid_from, which decides whether it is in a model's vocabulary.",
+        ),
+        Column("target_count", "bigint", "How many of those are of the event types to predict."),
         Column(
             "said_ts",
             "struct<item_name:timestamp,category:timestamp,vertical:timestamp,unit_price:timestamp>",
-            "When each of these was said last.",
+            "When each of these values was last given.",
         ),
     ),
     key=("item_id",),
@@ -251,7 +260,7 @@ CONTEXT_VALUES = Table(
     "Numbers of verticals, event types and categories, append-only like those of items: 0 is padding, 1 is unknown.",
     (
         Column("kind", "string", "vertical, event_type or category."),
-        Column("value", "string", "The value; of a category vertical/category."),
+        Column("value", "string", "The value; for a category, vertical/category."),
         Column("value_index", "int", "Its number, from 2 on, counted within the kind."),
     ),
     key=("kind", "value"),
@@ -260,38 +269,42 @@ CONTEXT_VALUES = Table(
 
 SEQUENCES = Table(
     "sequences",
-    "What a model reads: up to N actions of a user in order, as parallel lists of numbers, cut by time.",
+    "What a model reads: up to N actions of a user, in order, as parallel lists of numbers, split by time.",
     (
         Column("user_id", "string", "The user."),
-        Column("split", "string", "train, valid, test, or score (the row that gives the user their vector)."),
+        Column("split", "string", "train, valid, test, or score (the row from which the user's vector is computed)."),
         Column("part", "int", "0 holds the newest actions before as_of, 1 the ones before those (train only), ..."),
         Column("as_of", "timestamp", "Every action in the row is strictly before this time."),
-        Column("last_ts", "timestamp", "When the newest of its actions was done."),
+        Column("last_ts", "timestamp", "Time of the newest action in the row."),
         Column("length", "int", "Number of actions in the row."),
-        Column("item_index", "array<int>", "Items; 1 where the item is not in the training window's vocabulary."),
-        Column("event_type_index", "array<int>", "Kinds of action (context_values)."),
+        Column("item_index", "array<int>", "Items; 1 if the item is not in the training window's vocabulary."),
+        Column("event_type_index", "array<int>", "Event types (context_values)."),
         Column("vertical_index", "array<int>", "Verticals (context_values)."),
         Column(
             "gap_bucket",
             "array<int>",
-            "Time since the user's last action: 1 first ever, 2 same moment, then log2 seconds + 3.",
+            "Time since the user's previous action: 1 for the first ever, 2 for the same moment, then log2 seconds + "
+            "3.",
         ),
         Column(
             "session_end",
             "array<int>",
-            "2 at the last action of a session and at the row's newest before the cut, else 1.",
+            "2 at the last action of a session and at the row's newest action before the cut, otherwise 1.",
         ),
         Column("hour", "array<int>", "Hour in the user's zone, 1 to 24."),
         Column("weekday", "array<int>", "Weekday in the user's zone, 1 Sunday to 7 Saturday."),
         Column("price_bucket", "array<int>", "Unit price: 1 unknown, then half-octaves."),
         Column(
-            "target_item_index", "array<int>", "valid/test: what the user did next, inside the window, in order.", True
+            "target_item_index",
+            "array<int>",
+            "valid/test: the items of the user's next actions within the window, in order.",
+            True,
         ),
-        Column("target_ts", "array<timestamp>", "valid/test: when.", True),
+        Column("target_ts", "array<timestamp>", "valid/test: the times of those actions.", True),
         Column(
             "seen_item_index",
             "array<int>",
-            "valid/test: items of the last seen_days before as_of; what is not new.",
+            "valid/test: items of the last seen_days before as_of, which do not count as new.",
             True,
         ),
     ),
@@ -311,16 +324,18 @@ SEQUENCES = Table(
 
 USER_EMBEDDINGS = Table(
     "user_embeddings",
-    "One vector for every user, in the space of item_embeddings of the same model_version; of old models too.",
+    "One vector for every user, in the space of item_embeddings of the same model_version; those of old models are "
+    "kept.",
     (
         Column("user_id", "string", "The user."),
-        Column("model_version", "string", "The model that made the vector; never mix two in a query."),
-        Column("as_of", "timestamp", "Events strictly before this time were seen."),
-        Column("history_length", "int", "How many actions the model read: the newest, where there were more."),
+        Column("model_version", "string", "The model that computed the vector; never mix versions in a query."),
+        Column("as_of", "timestamp", "The vector reflects events strictly before this time."),
+        Column("history_length", "int", "Number of actions that the model read: the newest, if there were more."),
         Column(
             "is_cold",
             "boolean",
-            "The model knows none of those actions' items: the vector is what their kinds, verticals and times say.",
+            "The model knows none of those actions' items: the vector is derived from their event types, verticals "
+            "and times.",
         ),
         Column("vector", "array<float>", "The vector; its dot product with an item's is the model's own score."),
     ),
@@ -331,7 +346,7 @@ USER_EMBEDDINGS = Table(
 
 CURRENT_MODEL = Table(
     "current_model",
-    "The model whose rows the views current_* show: one row, changed when all users have their vector.",
+    "The model whose rows the views current_* show: one row, changed once all users have their vector.",
     (Column("model_version", "string", "The model."),),
     key=("model_version",),
     stage="score_users",
@@ -339,15 +354,17 @@ CURRENT_MODEL = Table(
 
 USER_PROFILES = Table(
     "user_profiles",
-    "A second vector of every user, for other teams' models: it has no place in the items' space.",
+    "A second vector for every user, for other teams' models; it does not lie in the items' space.",
     (
         Column("user_id", "string", "The user."),
-        Column("model_version", "string", "The model whose state is a part of it; never mix two in a query."),
-        Column("as_of", "timestamp", "Events strictly before this time were seen."),
+        Column(
+            "model_version", "string", "The model whose state is part of the vector; never mix versions in a query."
+        ),
+        Column("as_of", "timestamp", "The vector reflects events strictly before this time."),
         Column(
             "vector",
             "array<float>",
-            "State, items, amounts, words, categories, statistics, forecast side by side; their places: "
+            "State, items, amounts, words, categories, statistics and forecast, concatenated; their positions: "
             "models/<version>/profile.json.",
         ),
     ),
@@ -362,12 +379,12 @@ ITEM_EMBEDDINGS = Table(
     (
         Column("item_id", "string", "The item."),
         Column("item_index", "int", "Its number."),
-        Column("model_version", "string", "The model that made the vector; never mix two in a query."),
+        Column("model_version", "string", "The model that computed the vector; never mix versions in a query."),
         Column("as_of", "timestamp", "The model was trained on events strictly before this time."),
         Column(
             "is_cold",
             "boolean",
-            "The model never saw the item (enough): the vector is what its category, vertical and price say.",
+            "The model never saw the item, or too rarely: the vector is derived from its category, vertical and price.",
         ),
         Column("vector", "array<float>", "The vector."),
     ),
@@ -378,45 +395,57 @@ ITEM_EMBEDDINGS = Table(
 
 EVALUATION = Table(
     "evaluation",
-    "One row per metric, of the model and of the floors beside it, whole and in slices; and of the vectors themselves.",
+    "One row per metric of the model and of the baselines, overall and by slice, and per metric of the vectors "
+    "themselves.",
     (
-        Column("model_version", "string", "The model that was evaluated (the floors stand under it too)."),
+        Column("model_version", "string", "The model that was evaluated (the baselines' rows carry it too)."),
         Column("split", "string", "valid or test."),
         Column(
             "task",
             "string",
-            "next: any item; new: not acted on in the last seen_days; repeat: acted on in them. space: no task, the "
-            "vectors themselves. drift: how far events and vectors moved from the cut to the log's end.",
+            "next: any item; new: items not acted on in the last seen_days; repeat: items acted on in that time. "
+            "space: no ranking, the vectors themselves. drift: how far events and vectors moved from the cut to the "
+            "log's end.",
         ),
         Column(
             "method",
             "string",
-            "model, model_and_habit, popularity, own_frequency, item_knn; of task space: items, users, users_items; "
-            "of drift: events, users, alarm.",
+            "model, model_and_habit, popularity, own_frequency, item_knn; for task space: items, users, users_items; "
+            "for drift: events, users, alarm.",
         ),
         Column(
             "metric",
             "string",
-            "recall@10, ndcg@10, recall@20, ndcg@20, mrr@20; popularity_bias@10: mean log popularity of what is "
-            "recommended less that of what was done; coverage@10: share of the catalogue that is recommended to "
-            "somebody; model_lead_ndcg@10, model_and_habit_lead_ndcg@10: by how much that one's ndcg@10 is above the "
-            "method's. Of task space: uniformity, alignment, dead_dimensions, effective_dimensions, norm_popularity, "
-            "hubness@10, same_category@10, same_category_by_chance (jobs/space.py). Of drift: stability_index (of the "
-            "verticals' shares), new_items (share of events), rate (of a vertical: events after the cut for each in as "
-            "long before it), cosine and centroid_cosine of users' vectors; an alarm's is the limit that was passed "
-            "(evaluate.drift).",
+            "recall@10, ndcg@10, recall@20, ndcg@20, mrr@20; popularity_bias@10: mean log popularity of the "
+            "recommended items minus that of the items acted on; coverage@10: share of the catalogue that is "
+            "recommended to at least one user; model_lead_ndcg@10, model_and_habit_lead_ndcg@10: how far that "
+            "method's ndcg@10 is above this row's method's. For task space: uniformity, alignment, dead_dimensions, "
+            "effective_dimensions, norm_popularity, hubness@10, same_category@10, same_category_by_chance "
+            "(jobs/space.py). For drift: stability_index (of the verticals' shares), new_items (share of events), "
+            "rate (of a vertical: events after the cut per event in a period of the same length before it), cosine "
+            "and centroid_cosine of users' vectors; for an alarm, the limit that was exceeded (evaluate.drift).",
         ),
         Column(
             "slice",
             "string",
-            "all; or history: by actions that the model read; hours: from the cut to what was done next; vertical: of "
-            "what was done next (what was done next elsewhere does not count there, nor do items without a number).",
+            "all; or history: by the number of actions that the model read; hours: by the hours from the cut to the "
+            "next action; vertical: by the vertical of the next actions (those in other verticals do not count there, "
+            "nor do items without a number).",
         ),
-        Column("slice_value", "string", "all; or the class, 5-19 or 24-72 (72 excluded) or 100+; or the vertical."),
-        Column("value", "double", "Mean over users; of coverage@10 and of task space the figure itself."),
-        Column("low", "double", "Lower end of the 95 % interval, by a bootstrap over users; NULL for no mean.", True),
-        Column("high", "double", "Its upper end.", True),
-        Column("counted", "bigint", "How many users the value is over; of task space vectors, or pairs of them."),
+        Column(
+            "slice_value", "string", "all; or the class, such as 5-19, 24-72 (72 excluded) or 100+; or the vertical."
+        ),
+        Column("value", "double", "Mean over users; for coverage@10 and task space, the figure itself."),
+        Column(
+            "low",
+            "double",
+            "Lower end of the 95 % interval, by a bootstrap over users; NULL if the value is not a mean.",
+            True,
+        ),
+        Column("high", "double", "Upper end of the interval.", True),
+        Column(
+            "counted", "bigint", "Number of users that the value covers; for task space, of vectors or pairs of them."
+        ),
     ),
     key=("model_version", "split", "task", "method", "metric", "slice", "slice_value"),
     stage="evaluate",
@@ -425,27 +454,27 @@ EVALUATION = Table(
 
 PROBES = Table(
     "probes",
-    "How well a light head on frozen features foretells a label: a model's vectors beside the baselines.",
+    "How well a light head on frozen features predicts a label: a model's vectors compared with baselines.",
     (
-        Column("model_version", "string", "The model whose vectors were probed (the baselines stand under it too)."),
-        Column("task", "string", "What was foretold: a task of the labels, inactive, new_vertical or an event type."),
+        Column("model_version", "string", "The model whose vectors were probed (the baselines' rows carry it too)."),
+        Column("task", "string", "What was predicted: a task of the labels, inactive, new_vertical or an event type."),
         Column(
             "features",
             "string",
-            "vector, profile (that of user_profiles), majority, rfm (five numbers), tfidf_svd (the items), "
-            "aggregates (counts of 1, 7 and 30 days).",
+            "vector, profile (that of user_profiles), majority, rfm (five numbers), tfidf_svd (the items), aggregates "
+            "(counts over 1, 7 and 30 days).",
         ),
-        Column("head", "string", "logistic, boosting, mlp; of the majority prior."),
+        Column("head", "string", "logistic, boosting or mlp; for majority, prior."),
         Column("metric", "string", "auc or average_precision."),
         Column("value", "double", "Mean over the folds and the seeds."),
         Column(
             "std",
             "double",
             "Standard deviation over the seeds; with folds by time (label_ts), which are the same for all seeds, over "
-            "the folds that have both labels.",
+            "the folds that contain both labels.",
         ),
-        Column("users", "bigint", "Labelled users."),
-        Column("positives", "bigint", "Of those, users whose label is 1."),
+        Column("users", "bigint", "Number of labelled users."),
+        Column("positives", "bigint", "Number of those whose label is 1."),
     ),
     key=("model_version", "task", "features", "head", "metric"),
     stage="probe",
@@ -460,12 +489,13 @@ NEIGHBOURS = Table(
         Column(
             "kind",
             "string",
-            "user_item (dot product), user_item_habit (with habits; jobs/habit.py), user_user or item_item (cosine).",
+            "user_item (dot product), user_item_habit (dot product plus habit; jobs/habit.py), user_user or item_item "
+            "(cosine).",
         ),
-        Column("source_id", "string", "Whose neighbours."),
+        Column("source_id", "string", "The user or item whose neighbours are listed."),
         Column("rank", "int", "1 is the nearest."),
         Column("neighbour_id", "string", "The neighbour; never the source itself."),
-        Column("score", "double", "Dot product (and habit) or cosine."),
+        Column("score", "double", "Dot product (plus habit) or cosine."),
     ),
     key=("model_version", "kind", "source_id", "rank"),
     stage="find_neighbours",
@@ -475,15 +505,15 @@ NEIGHBOURS = Table(
 
 EXPORTS = Table(
     "exports",
-    "Who was exported in which segment, and when: the log that the segments' frequency rules look at.",
+    "Who was exported in which segment, and when: the log that the segments' frequency rules use.",
     (
-        Column("export_id", "string", "The export, as its manifest.json names it; the same input gives the same."),
+        Column("export_id", "string", "The export, as named in its manifest.json; the same input gives the same id."),
         Column("segment", "string", "The segment's name."),
-        Column("user_id", "string", "The user, in plain."),
-        Column("is_control", "boolean", "The user was held back as the control group, and stands in no file."),
-        Column("exported_at", "timestamp", "When the export was first made: a repeated one is not logged again."),
+        Column("user_id", "string", "The user, as a plain id."),
+        Column("is_control", "boolean", "The user was held back in the control group and is in no file."),
+        Column("exported_at", "timestamp", "When the export was first made; repeating it logs nothing new."),
         Column("model_version", "string", "The model whose vectors were compared."),
-        Column("destination", "string", "Where the files were put."),
+        Column("destination", "string", "Where the files were written."),
     ),
     key=("export_id", "user_id"),
     stage="export_segments",
@@ -492,31 +522,36 @@ EXPORTS = Table(
 
 ERASURES = Table(
     "erasures",
-    "The receipts of erase_users: one row per request, without a user id.",
+    "The receipts of erase_users: one row per request, without user ids.",
     (
         Column(
-            "erasure_id", "string", "The request: a keyed hash of who asked and of the users; the same again is one."
+            "erasure_id",
+            "string",
+            "The request: a keyed hash of who asked and of the users; the same request again has the same id.",
         ),
-        Column("requested_by", "string", "Who asked for it, as the command was told."),
+        Column("requested_by", "string", "Who asked for it, as given to the command."),
         Column("requested_at", "timestamp", "When the command first ran."),
         Column(
-            "ids_digest", "string", "HMAC-SHA256 of all the users' hashes, sorted: proves a list without showing it."
+            "ids_digest",
+            "string",
+            "HMAC-SHA256 of all the users' hashes, sorted: proves which list it was without revealing it.",
         ),
         Column("users", "bigint", "How many users were to be erased."),
         Column("code_version", "string", "The code that last worked on it."),
         Column(
             "tables",
             "array<struct<table:string,rows:bigint,version_before:bigint,version_after:bigint>>",
-            "Rows taken out of each table that holds users, and its Delta versions; the one before holds them still.",
+            "Rows deleted from each table that holds users, and its Delta versions; the version before still holds "
+            "them.",
             True,
         ),
         Column(
             "exports",
             "array<struct<segment:string,export_id:string,exported_at:timestamp,destination:string,users:bigint>>",
-            "The exports that held some of the users, not as control: whoever has those files is to be told.",
+            "The exports that held some of the users, not as control: whoever has those files must be told.",
             True,
         ),
-        Column("erased_at", "timestamp", "When no table showed the users any more; NULL: not at its end yet.", True),
+        Column("erased_at", "timestamp", "When no table showed the users any more; NULL: not complete yet.", True),
         Column(
             "finished_at",
             "timestamp",
@@ -532,10 +567,12 @@ ERASED_USERS = Table(
     "erased_users",
     "Who was erased and must not come back: ingest drops their events.",
     (
-        Column("user_hash", "string", "HMAC-SHA256 of the user_id with the environment's TRAILVEC_ERASE_KEY, hex."),
+        Column("user_hash", "string", "HMAC-SHA256 of the user_id, keyed with TRAILVEC_ERASE_KEY, hexadecimal."),
         Column("erasure_id", "string", "A request that named the user."),
-        Column("erased_at", "timestamp", "When it first ran."),
-        Column("key_mark", "string", "What the key makes of a fixed text: another key is refused by it."),
+        Column("erased_at", "timestamp", "When that request first ran."),
+        Column(
+            "key_mark", "string", "Fingerprint of the key, by which any other key is refused: its hash of a fixed text."
+        ),
     ),
     key=("user_hash", "erasure_id"),
     stage="erase_users",

@@ -19,14 +19,14 @@ Made from `jobs/tables.py` by `scripts/document_tables.py`: change that file, no
 `storage.root`/tables. Times are UTC with microseconds. Examples run with `trailvec sql` or over JDBC (`trailvec
 serve_sql`). SQL knows a table once its stage has run.
 
-A table that is partitioned by `model_version` keeps rows of every model, of refused ones too. Its view `current_…`
+A table that is partitioned by `model_version` keeps rows of every model, including rejected ones. Its view `current_…`
 shows those of the current model: none until the table's stage has run with it. Read the table itself only to compare
 models, with `model_version` in SELECT and GROUP BY.
 
 DuckDB reads every table (`INSTALL delta; LOAD delta; SELECT * FROM delta_scan('…/tables/events')`), and so does
-delta-rs by its `QueryBuilder`. The `to_pandas` and `to_pyarrow_table` of the pinned deltalake read no table that may
-have deletion vectors (`events`, `sessions`, ...), and under pyarrow 14 none that is partitioned. These readers have
-no views: write `WHERE model_version = (SELECT model_version FROM …)` over `current_model`.
+delta-rs through its `QueryBuilder`. The `to_pandas` and `to_pyarrow_table` of the pinned deltalake read no table
+that may have deletion vectors (`events`, `sessions`, ...), and under pyarrow 14 none that is partitioned. These
+readers have no views: write `WHERE model_version = (SELECT model_version FROM …)` over `current_model`.
 """
 
 EXAMPLES = {

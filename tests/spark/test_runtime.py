@@ -103,7 +103,7 @@ def test_comments_reach_sql(make_runtime: Callable[..., Runtime], spark: SparkSe
     put(runtime, CONTEXT_VALUES, spark.createDataFrame([("vertical", "food", 2)], VALUES))
     register_tables(runtime)
     described = {r.col_name: r for r in spark.sql("DESCRIBE EXTENDED context_values").collect()}
-    assert described["value"].comment == "The value; of a category vertical/category."
+    assert described["value"].comment == "The value; for a category, vertical/category."
     assert described["Comment"].data_type == CONTEXT_VALUES.comment
 
 
