@@ -276,13 +276,13 @@ def _told(value: float | None) -> str:
 
 STAGE = Stage(
     "align",
-    "lay a new model's space onto the current one's, and refuse one that turned too far",
+    "rotate a new model's space into the current one's, and reject a model that changed too much",
     run,
     reads=(ITEMS, CONTEXT_VALUES, SEQUENCES),
     writes=(),
     settings=(),
-    also="It also reads the model and, to lay it onto the current one, current_model, item_embeddings and "
-    "user_embeddings; it writes alignment.json and alignment.safetensors beside the model.",
+    also="It also reads the model and, to align it with the current one, current_model, item_embeddings and "
+    "user_embeddings; it writes alignment.json and alignment.safetensors into the model's folder.",
 )
 
 

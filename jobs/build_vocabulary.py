@@ -251,7 +251,7 @@ def run(runtime: Runtime) -> None:
 
 STAGE = Stage(
     "build_vocabulary",
-    "give items (from vocabulary.min_count events on), categories, verticals and event types numbers, once and for all",
+    "give items (with at least vocabulary.min_count events), categories, verticals and event types permanent numbers",
     run,
     reads=(EVENTS, FLAGGED_USERS),
     writes=(CONTEXT_VALUES, ITEMS),

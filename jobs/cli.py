@@ -51,7 +51,7 @@ def _parser(stages: Sequence[Stage], aside: Sequence[Stage]) -> argparse.Argumen
         "--conf",
         metavar="FILE",
         default=os.environ.get("TRAILVEC_CONF"),
-        help="the configuration, TOML (default: $TRAILVEC_CONF)",
+        help="configuration file, TOML (default: $TRAILVEC_CONF)",
     )
     common.add_argument(
         "--set", metavar="a.b=c", action="append", default=[], help="one setting; wins over the file; repeatable"
@@ -61,26 +61,26 @@ def _parser(stages: Sequence[Stage], aside: Sequence[Stage]) -> argparse.Argumen
     parser = argparse.ArgumentParser(
         prog="trailvec",
         description="Event logs in, vectors of users and items out.",
-        epilog="Every stage skips itself when its tables are up to date; --force runs it all the same.",
+        epilog="A stage whose tables are up to date is skipped; --force runs it anyway.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", parents=[common], help="run all stages, or a part")
+    run = commands.add_parser("run", parents=[common], help="run all stages, or a range of them (--from, --to)")
     names = [stage.name for stage in stages]
     run.add_argument("--from", dest="first", choices=names, default=names[0], help="the first stage to run")
     run.add_argument("--to", dest="last", choices=names, default=names[-1], help="the last stage to run")
-    run.add_argument("--force", action="store_true", help="run stages that are up to date too")
+    run.add_argument("--force", action="store_true", help="also run stages that are up to date")
     for stage in (*stages, *aside):
         command = commands.add_parser(
             stage.name, parents=[common], help=stage.help, description=stage.help, epilog=_about(stage)
         )
-        command.add_argument("--force", action="store_true", help="run it even when it is up to date")
+        command.add_argument("--force", action="store_true", help="run it even if it is up to date")
         if stage.name == "evaluate":
             command.add_argument(
                 "--compare",
                 nargs=2,
                 metavar=("MODEL_A", "MODEL_B"),
-                help="only print how two models (folders under models/) differ, over the same users",
+                help="only print how two models (folders under models/) differ on the same users",
             )
     for name, (add, _) in _BESIDE.items():
         add(partial(commands.add_parser, name, parents=[common]))
@@ -138,7 +138,7 @@ _Add = Callable[..., argparse.ArgumentParser]  # (help, description) → the com
 
 
 def _add_tables(add: _Add) -> None:
-    command = add(help="every table: place, rows, version, size, last writer")
+    command = add(help="list every table: location, rows, version, size, last writer")
     command.add_argument("--json", action="store_true", help="one JSON array instead of a table")
 
 
@@ -149,11 +149,13 @@ def _tables(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def _add_audit(add: _Add) -> None:
-    command = add(help="who ran what, when: the commits of all tables, newest first")
+    command = add(help="show who ran what and when: the commits of all tables, newest first")
     command.add_argument(
-        "--table", metavar="NAME", choices=[table.name for table in TABLES], help="the commits of this table only"
+        "--table", metavar="NAME", choices=[table.name for table in TABLES], help="only the commits of this table"
     )
-    command.add_argument("--since", metavar="TIME", help="later ones only, such as 2026-01-31 or 2026-01-31T12:00:00Z")
+    command.add_argument(
+        "--since", metavar="TIME", help="only later commits; for example 2026-01-31 or 2026-01-31T12:00:00Z"
+    )
     command.add_argument("--json", action="store_true", help="one JSON array instead of a table")
 
 
@@ -184,9 +186,12 @@ def _maintain(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def _add_tune(add: _Add) -> None:
-    command = add(help="look for better settings of training; goes on if stopped")
+    command = add(help="search for better training settings; if stopped, the next run continues")
     command.add_argument(
-        "--trials", type=_count, default=20, help="trainings in all, those of earlier runs too (default: 20)"
+        "--trials",
+        type=_count,
+        default=20,
+        help="total number of trainings, including those of earlier runs (default: 20)",
     )
 
 
@@ -199,7 +204,7 @@ def _tune(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def _add_retire(add: _Add) -> None:
-    command = add(help="take an old model's vectors out of the tables; the current one stays")
+    command = add(help="remove an old model's vectors from the tables; not possible for the current model")
     command.add_argument("version", help="the model's version, a folder under models/")
 
 
@@ -211,22 +216,25 @@ def _retire(config: Config, arguments: argparse.Namespace) -> None:
 
 def _add_erase(add: _Add) -> None:
     command = add(
-        help="take people out of every table, for good, with a receipt",
-        description="Takes people out of every table that holds them and keeps them out; `erasures` has the receipt. "
-        "TRAILVEC_ERASE_KEY, always the same, is the key of the hashes that they are known by from then on.",
+        help="erase people from every table, permanently, with a receipt",
+        description="Erases people from every table that holds them and keeps them out; the receipt is in `erasures`. "
+        "From then on they are known only by hashes keyed with TRAILVEC_ERASE_KEY, which must never change.",
     )
     command.add_argument(
-        "users", nargs="?", metavar="FILE", help="one user id per line, or Parquet or CSV with a column user_id"
+        "users",
+        nargs="?",
+        metavar="FILE",
+        help="a text file with one user id per line, or Parquet or CSV with a column user_id",
     )
     command.add_argument(
         "--sql", metavar="QUERY", help="instead of a file: a query over the tables with a column user_id"
     )
-    command.add_argument("--requested-by", metavar="NAME", help="who asked for it; stands in the receipt")
+    command.add_argument("--requested-by", metavar="NAME", help="who asked for it; recorded in the receipt")
     command.add_argument(
         "--finish",
         action="store_true",
-        help="after maintain_tables: end what was killed, and close the receipts whose users no file on disk holds "
-        "any more",
+        help="after maintain_tables: complete killed erasures, and close the receipts whose users are no longer in "
+        "any file on disk",
     )
 
 
@@ -243,13 +251,15 @@ def _erase(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def _add_sql(add: _Add) -> None:
-    command = add(help="answer one SQL query over the tables")
+    command = add(help="run one SQL query over the tables")
     command.add_argument(
         "query",
-        help="the query; vector_cosine_similarity and its kin are there, and the tables nearest_items('USER', 10) and "
-        "nearest_users('USER', 10)",
+        help="the query; it can use vector_cosine_similarity and the other vector functions, and the table functions "
+        "nearest_items('USER', 10) and nearest_users('USER', 10)",
     )
-    command.add_argument("--json", action="store_true", help="one JSON object per row: of all, not of the first 100")
+    command.add_argument(
+        "--json", action="store_true", help="one JSON object per row, for all rows instead of the first 100"
+    )
 
 
 def _sql(config: Config, arguments: argparse.Namespace) -> None:
@@ -261,8 +271,8 @@ def _sql(config: Config, arguments: argparse.Namespace) -> None:
 def _add_serve(add: _Add) -> None:
     command = add(
         help="serve SQL over JDBC until Ctrl-C",
-        description="Serves SQL over JDBC until Ctrl-C; TRAILVEC_SQL_USER and TRAILVEC_SQL_PASSWORD, where set, are "
-        "asked of every client.",
+        description="Serves SQL over JDBC until Ctrl-C. If TRAILVEC_SQL_USER and TRAILVEC_SQL_PASSWORD are set, every "
+        "client must give them.",
     )
     command.add_argument("--host", default="127.0.0.1", help="the address to serve on (default: 127.0.0.1)")
     command.add_argument("--port", type=_port, default=10000, help="default: 10000")

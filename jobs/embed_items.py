@@ -32,12 +32,12 @@ def run(runtime: Runtime) -> None:
 
 STAGE = Stage(
     "embed_items",
-    "write the vectors of all items: learnt ones, and of cold items what their category and price say",
+    "write the vectors of all items: learnt ones, and for cold items ones derived from category, vertical and price",
     run,
     reads=(ITEMS, CONTEXT_VALUES),
     writes=(ITEM_EMBEDDINGS,),
     settings=(),
-    also="It also reads the model and, of the current one that was trained again, its alignment.json.",
+    also="It also reads the model and, if the current model was trained again, its alignment.json.",
     inputs=model_inputs,
 )
 

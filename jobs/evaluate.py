@@ -540,7 +540,7 @@ def _inputs(runtime: Runtime) -> dict[str, Any]:
 
 STAGE = Stage(
     "evaluate",
-    "rank the catalogue for every test user; the model beside the floors",
+    "rank the catalogue for the test users, by the model and by baselines",
     run,
     reads=(SEQUENCES, SESSIONS, ITEMS, CONTEXT_VALUES, ITEM_EMBEDDINGS),
     writes=(EVALUATION,),

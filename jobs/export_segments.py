@@ -380,13 +380,13 @@ def run(runtime: Runtime) -> None:
 
 STAGE = Stage(
     "export_segments",
-    "the users of each segment, as files with a manifest and a report",
+    "write the users of each segment to files, with a manifest and a report",
     run,
     reads=(CURRENT_MODEL, USER_EMBEDDINGS),  # in this order: a current model's vectors are complete
     writes=(),  # the manifests, not `exports`, say whether the stage is up to date
     settings=("export",),
-    also="It also writes files and the table exports, and reads the lists, the tables that queries name and, where "
-    "they are needed, user_profiles, items, item_embeddings and sessions.",
+    also="It also writes files and the table exports, and reads the lists, the tables that queries name and, if "
+    "needed, user_profiles, items, item_embeddings and sessions.",
 )
 
 

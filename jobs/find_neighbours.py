@@ -320,7 +320,7 @@ def _inputs(runtime: Runtime) -> dict[str, Any]:
 
 STAGE = Stage(
     "find_neighbours",
-    "the nearest items and users of each user, and the nearest items of each item",
+    "find the nearest items and users of each user, and the nearest items of each item",
     run,
     # CURRENT_MODEL first: a model that is current by then has all its vectors.
     reads=(CURRENT_MODEL, USER_EMBEDDINGS, ITEM_EMBEDDINGS, ITEMS, CONTEXT_VALUES, SESSIONS),

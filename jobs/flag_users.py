@@ -128,7 +128,7 @@ def run(runtime: Runtime) -> None:
 
 STAGE = Stage(
     "flag_users",
-    "mark bots and test accounts by rules over each user's day",
+    "flag bots and test accounts by rules on each user's day",
     run,
     reads=(EVENTS,),
     writes=(FLAGGED_USERS,),

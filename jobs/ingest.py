@@ -459,12 +459,12 @@ def inputs(runtime: Runtime) -> dict[str, Any]:
 
 STAGE = Stage(
     "ingest",
-    "read the sources' files, check and deduplicate their records",
+    "read the sources' files and topics, check and deduplicate their records",
     run,
     reads=(),
     writes=(REJECTED_EVENTS, EVENTS),
     settings=("ingest",),
-    also="It also reads erased_users, where somebody was erased.",
+    also="It also reads erased_users, if anybody was erased.",
     inputs=inputs,
 )
 

@@ -402,7 +402,7 @@ def _inputs(runtime: Runtime) -> dict[str, Any]:
 
 STAGE = Stage(
     "probe",
-    "how well the vectors foretell what the model never saw; beside baselines",
+    "measure how well the vectors predict what the model never saw, compared with baselines",
     run,
     reads=(SESSIONS, ITEMS, CONTEXT_VALUES),
     writes=(PROBES,),

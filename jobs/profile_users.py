@@ -407,13 +407,13 @@ def run(runtime: Runtime) -> None:
 
 STAGE = Stage(
     "profile_users",
-    "write a second vector of every user, for other teams' models: sequence, tastes, time and value",
+    "write a second vector for every user, for other teams' models: sequence, tastes, time and value",
     run,
     reads=(SESSIONS, ITEMS, CONTEXT_VALUES),
     writes=(USER_PROFILES,),
     settings=("profile", "sequences", "vocabulary"),
-    also="It also reads the model and, of the current one that was trained again, its alignment.json, and writes the "
-    "basis of its profiles beside it.",
+    also="It also reads the model and, if the current model was trained again, its alignment.json, and writes the "
+    "basis of its profiles into the model's folder.",
     inputs=model_inputs,
 )
 

@@ -296,12 +296,12 @@ def run(runtime: Runtime) -> None:
 
 STAGE = Stage(
     "score_users",
-    "write the vectors of the users whose actions changed, of all users for a new model",
+    "write the vectors of the users whose actions changed, or of all users for a new model",
     run,
     reads=(SEQUENCES,),
     writes=(USER_EMBEDDINGS, CURRENT_MODEL),
     settings=(),  # score.* changes the speed, not the vectors
-    also="It also reads the model and, before it makes it current, its alignment.json, item_embeddings and, for "
+    also="It also reads the model and, before making it current, its alignment.json, item_embeddings and, for "
     "evaluate.gate, evaluation.",
     inputs=model_inputs,
 )

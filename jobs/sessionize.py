@@ -283,7 +283,7 @@ STAGE = Stage(
     reads=(EVENTS, FLAGGED_USERS),
     writes=(SESSIONS,),
     settings=("sessionize",),
-    also="Where verticals have gaps of their own it also looks into context_values.",
+    also="If verticals have gaps of their own, it also reads context_values.",
 )
 
 

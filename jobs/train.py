@@ -439,12 +439,12 @@ def progress_line(event: dict[str, Any]) -> str:
 
 STAGE = Stage(
     "train",
-    "train the model of next actions (Horovod, Petastorm, Transformers4Rec)",
+    "train the next-action model (Horovod, Petastorm, Transformers4Rec)",
     run,
     reads=(SEQUENCES, ITEMS, CONTEXT_VALUES),
     writes=(),
     settings=("train", "vocabulary", "sequences"),
-    also="It also writes a folder of models/, and the files of sequences anew in which deleted rows are hidden.",
+    also="It also writes a folder under models/, and rewrites the files of sequences that have deletion vectors.",
     inputs=lambda runtime: {"grown_from": base_of(runtime)},
 )
 

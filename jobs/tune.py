@@ -181,5 +181,5 @@ def run_tune(runtime: Runtime, trials: int) -> None:
         for key, value in sorted(best.params.items()):
             print(f"{key} = {json.dumps(_written(value))}")
 
-    stage = Stage("tune", "look for better settings of training", run, TRAIN.reads, (), TRAIN.settings, TRAIN.inputs)
+    stage = Stage("tune", "search for better training settings", run, TRAIN.reads, (), TRAIN.settings, TRAIN.inputs)
     runtime.execute(stage)

@@ -161,13 +161,13 @@ def _inputs(runtime: Runtime) -> dict[str, Any]:
 
 STAGE = Stage(
     "write_report",
-    "write the page about the model: ranking, the space, training, versions",
+    "write the report page about the model: ranking, the space, training, versions",
     run,
     reads=(EVALUATION, ITEMS, ITEM_EMBEDDINGS),
     writes=(),
     settings=("evaluate",),
-    also="It also reads the model, current_model and, where they are there, user_embeddings, exports and probes; it "
-    "writes evaluation.html beside the model.",
+    also="It also reads the model, current_model and, if they exist, user_embeddings, exports and probes; it writes "
+    "evaluation.html into the model's folder.",
     inputs=_inputs,
 )
 
