@@ -63,8 +63,8 @@ def requests(net_log: Path) -> set[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", type=Path, help="an HTML file")
-    parser.add_argument("--out", type=Path, default=Path("build/page"), help="for the pictures")
-    parser.add_argument("--chromium", default="chromium", help="the program")
+    parser.add_argument("--out", type=Path, default=Path("build/page"), help="folder for the pictures")
+    parser.add_argument("--chromium", default="chromium", help="the Chromium executable")
     arguments = parser.parse_args()
     binary = shutil.which(arguments.chromium)
     if binary is None:

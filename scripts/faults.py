@@ -278,12 +278,20 @@ def main() -> None:
         "soak": lambda a: soak(a.folder, a.data, a.batches, a.seed),
     }
     parser.add_argument("check", choices=checks)
-    parser.add_argument("--data", type=Path, default=REPOSITORY / "tests/data/online_retail", help="daily CSVs")
     parser.add_argument(
-        "--folder", type=Path, default=Path("build/faults"), help="its CHECK is made anew (default: build/faults)"
+        "--data",
+        type=Path,
+        default=REPOSITORY / "tests/data/online_retail",
+        help="folder of daily CSVs (default: the four used by the tests)",
     )
-    parser.add_argument("--times", type=int, default=10, help="kills: so many (default: 10)")
-    parser.add_argument("--batches", type=int, default=50, help="soak: so many (default: 50)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("build/faults"),
+        help="output folder, whose subfolder CHECK is recreated (default: build/faults)",
+    )
+    parser.add_argument("--times", type=int, default=10, help="kills: number of kills (default: 10)")
+    parser.add_argument("--batches", type=int, default=50, help="soak: number of batches (default: 50)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compared", type=Path, help=argparse.SUPPRESS)  # full_disk passes it when it restarts itself
     arguments = parser.parse_args()

@@ -172,8 +172,10 @@ class Broker:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Runs a real Kafka broker, one node on the loopback.")
-    parser.add_argument("--data", type=Path, default=Path("build/kafka"), help="what it keeps (default: build/kafka)")
-    parser.add_argument("--port", type=int, help="default: the same as before on that data, else a free one")
+    parser.add_argument(
+        "--data", type=Path, default=Path("build/kafka"), help="folder for its data (default: build/kafka)"
+    )
+    parser.add_argument("--port", type=int, help="default: the port last used with that data, otherwise a free one")
     arguments = parser.parse_args()
     broker = Broker(arguments.data, arguments.port)
     run(broker, broker.check, lambda: broker.address)

@@ -179,8 +179,8 @@ class S3Server:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Runs a real S3 server, one process on the loopback.")
-    parser.add_argument("--data", type=Path, default=Path("build/s3"), help="what it keeps (default: build/s3)")
-    parser.add_argument("--bucket", default="trailvec", help="made where it does not exist (default: trailvec)")
+    parser.add_argument("--data", type=Path, default=Path("build/s3"), help="folder for its data (default: build/s3)")
+    parser.add_argument("--bucket", default="trailvec", help="created if it does not exist (default: trailvec)")
     arguments = parser.parse_args()
     server = S3Server(arguments.data)
 

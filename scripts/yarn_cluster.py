@@ -265,9 +265,13 @@ def _write_settings(path: Path, settings: dict[str, object]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Runs a real YARN and HDFS on the loopback.")
-    parser.add_argument("--data", type=Path, default=Path("build/yarn"), help="what it keeps (default: build/yarn)")
-    parser.add_argument("--nodes", type=int, default=2, help="NodeManagers (default: 2)")
-    parser.add_argument("--memory-mb", type=int, default=2560, help="of each for containers (default: 2560)")
+    parser.add_argument(
+        "--data", type=Path, default=Path("build/yarn"), help="folder for its data (default: build/yarn)"
+    )
+    parser.add_argument("--nodes", type=int, default=2, help="number of NodeManagers (default: 2)")
+    parser.add_argument(
+        "--memory-mb", type=int, default=2560, help="memory of each NodeManager for containers (default: 2560)"
+    )
     arguments = parser.parse_args()
     cluster = Cluster(arguments.data, arguments.nodes, arguments.memory_mb)
     run(cluster, cluster.check, lambda: f"export HADOOP_CONF_DIR={cluster.conf}  # {cluster.root}")

@@ -63,9 +63,9 @@ def sessions_of(spark: SparkSession, out: Path) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="100,000 events, 1 counted round")
-    parser.add_argument("--events", type=float, help="about so many (default: 5e6)")
-    parser.add_argument("--rounds", type=int, help="medians of so many (default: 5)")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for the log and what is written")
+    parser.add_argument("--events", type=float, help="approximate number of events (default: 5e6)")
+    parser.add_argument("--rounds", type=int, help="rounds, of which the medians are reported (default: 5)")
+    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="folder for the log and the output")
     arguments = parser.parse_args()
     count = int(arguments.events or (1e5 if arguments.quick else 5e6))
     folder = arguments.folder.absolute()

@@ -123,11 +123,13 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="10,000 events, one batch, ingest to sessionize, no maintain_tables, all cold",
+        help="10,000 events, one batch, ingest to sessionize, no maintain_tables, no warm-up",
     )
-    parser.add_argument("--events", type=float, help="about so many (default: 1e7)")
-    parser.add_argument("--batches", type=int, help="medians of so many (default: 5; quick: 1)")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for the log, tables and the chart")
+    parser.add_argument("--events", type=float, help="approximate number of events (default: 1e7)")
+    parser.add_argument("--batches", type=int, help="batches, of which the median is reported (default: 5; quick: 1)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/bench"), help="folder for the log, the tables and the chart"
+    )
     arguments = parser.parse_args()
     events = int(arguments.events or (1e4 if arguments.quick else 1e7))
     batches = arguments.batches or (1 if arguments.quick else 5)

@@ -160,9 +160,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--warehouse", type=Path, required=True, help="a warehouse of Complete Journey")
     parser.add_argument("--quick", action="store_true", help="the first campaign only")
-    parser.add_argument("--least", type=int, default=40, help="redeemers that a campaign must have (default: 40)")
+    parser.add_argument("--least", type=int, default=40, help="minimum number of redeemers of a campaign (default: 40)")
     parser.add_argument(
-        "--work", type=Path, default=Path("build/bench/lookalike"), help="for the campaigns' warehouses"
+        "--work", type=Path, default=Path("build/bench/lookalike"), help="folder for the campaigns' warehouses"
     )
     arguments = parser.parse_args()
     source = Runtime(load_config("conf/local.toml", [f'storage.root="{arguments.warehouse.absolute()}"']))

@@ -109,10 +109,12 @@ def same(ours: Path, theirs: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="20,000 users and items, 2 rounds, the first of them cold")
-    parser.add_argument("--users", type=float, help="default: 5e4")
-    parser.add_argument("--items", type=float, help="default: 1e5")
-    parser.add_argument("--rounds", type=int, help="medians of so many (default: 5)")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for vectors, results, the chart")
+    parser.add_argument("--users", type=float, help="number of users (default: 5e4)")
+    parser.add_argument("--items", type=float, help="number of items (default: 1e5)")
+    parser.add_argument("--rounds", type=int, help="rounds, of which the medians are reported (default: 5)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/bench"), help="folder for the vectors, the results and the chart"
+    )
     arguments = parser.parse_args()
     default = (20_000, 20_000) if arguments.quick else (50_000, 100_000)
     counts = int(arguments.users or default[0]), int(arguments.items or default[1])

@@ -161,19 +161,25 @@ def table(runtime: Runtime, peer: list[tuple[Any, ...]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--conf", help="a configuration whose road has run")
-    parser.add_argument("--movielens", type=Path, metavar="FOLDER", help="build/bench/movielens, say")
+    parser.add_argument("--conf", help="a configuration whose pipeline has run")
+    parser.add_argument(
+        "--movielens", type=Path, metavar="FOLDER", help="folder for MovieLens-100k, such as build/bench/movielens"
+    )
     parser.add_argument(
         "--set",
         dest="sets",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="one setting of --conf, or of --movielens alone; wins over the file; repeatable",
+        help="one setting for --conf, or for --movielens without --conf; wins over the file; repeatable",
     )
-    parser.add_argument("--coles", action="store_true", help="pytorch-lifestream's CoLES beside them")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for the peer's environment and files")
-    parser.add_argument("--quick", action="store_true", help="with --movielens: one epoch, two seeds: no measure")
+    parser.add_argument("--coles", action="store_true", help="compare with pytorch-lifestream's CoLES")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/bench"), help="folder for the peer's environment and files"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="with --movielens: one epoch, two seeds, only to see that it runs"
+    )
     arguments = parser.parse_args()
     if not arguments.conf and not arguments.movielens:
         parser.error("give --conf, --movielens or both")

@@ -80,11 +80,22 @@ def mapping(events: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=Path, required=True, help="a Parquet file of events")
-    parser.add_argument("--seeds", type=int, default=3, help="models trained (default: 3)")
-    parser.add_argument("--quick", action="store_true", help="one seed, one epoch: no measure of quality")
-    parser.add_argument("--split", choices=("valid", "test"), default="test", help="valid to choose settings by")
-    parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE", help="another setting")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench/quality"), help="for tables and models")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, one model each (default: 3)")
+    parser.add_argument("--quick", action="store_true", help="one seed, one epoch, only to see that it runs")
+    parser.add_argument(
+        "--split", choices=("valid", "test"), default="test", help="valid to choose settings (default: test)"
+    )
+    parser.add_argument(
+        "--set",
+        dest="sets",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting that differs; repeatable",
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/bench/quality"), help="folder for the tables and models"
+    )
     arguments = parser.parse_args()
     if arguments.seeds < 1:
         parser.error(f"--seeds {arguments.seeds}: train at least one model")

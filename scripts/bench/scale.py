@@ -77,14 +77,18 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="10,000 and 30,000 events once, cold: a minute of fixed costs, no measure of growth",
+        help="10,000 and 30,000 events, once and cold: a minute, mostly fixed costs; says nothing about growth",
     )
-    parser.add_argument("--sizes", type=float, nargs="+", help="default: 1e6 1e7 1e8")
+    parser.add_argument("--sizes", type=float, nargs="+", help="numbers of events (default: 1e6 1e7 1e8)")
     parser.add_argument(
-        "--rounds", type=int, help="runs of each size (default: 1 from ten million events on and in --quick, else 5)"
+        "--rounds",
+        type=int,
+        help="runs of each size (default: 1 from ten million events on and with --quick, otherwise 5)",
     )
-    parser.add_argument("--without-ingest", action="store_true", help="events straight from the generator")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for logs, tables and the chart")
+    parser.add_argument("--without-ingest", action="store_true", help="take the events straight from the generator")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/bench"), help="folder for the logs, the tables and the chart"
+    )
     arguments = parser.parse_args()
     sizes = [int(size) for size in arguments.sizes or ([1e4, 3e4] if arguments.quick else [1e6, 1e7, 1e8])]
     folder = arguments.folder.absolute()

@@ -217,10 +217,14 @@ def compare(model_dir: Path, path: str, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="10,000 users, 1 counted round: mostly fixed costs")
-    parser.add_argument("--users", type=float, help="scored in each round (default: 100,000)")
-    parser.add_argument("--rounds", type=int, help="medians of so many (default: 5)")
-    parser.add_argument("--sizes", help="users of the runs that tell growth (default: 1e4,1e5,1e6; quick: none)")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for users, vectors and the chart")
+    parser.add_argument("--users", type=float, help="users scored in each round (default: 100,000)")
+    parser.add_argument("--rounds", type=int, help="rounds, of which the medians are reported (default: 5)")
+    parser.add_argument(
+        "--sizes", help="numbers of users for the runs that measure growth (default: 1e4,1e5,1e6; quick: none)"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/bench"), help="folder for the users, the vectors and the chart"
+    )
     arguments = parser.parse_args()
     users = int(arguments.users or (10_000 if arguments.quick else 100_000))
     sizes = [int(float(n)) for n in (arguments.sizes or ("" if arguments.quick else "1e4,1e5,1e6")).split(",") if n]

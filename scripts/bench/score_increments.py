@@ -73,10 +73,12 @@ def measure(spark: SparkSession, folder: Path, users: int, rounds: int) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="10,000 users, one round, all cold")
-    parser.add_argument("--users", type=float, help="of all (default: 1e6)")
-    parser.add_argument("--rounds", type=int, help="medians of so many (default: 5; quick: 1)")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for users, tables and the chart")
+    parser.add_argument("--quick", action="store_true", help="10,000 users, one round, no warm-up")
+    parser.add_argument("--users", type=float, help="total number of users (default: 1e6)")
+    parser.add_argument("--rounds", type=int, help="rounds, of which the medians are reported (default: 5; quick: 1)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/bench"), help="folder for the users, the tables and the chart"
+    )
     arguments = parser.parse_args()
     users = int(arguments.users or (1e4 if arguments.quick else 1e6))
     rounds = arguments.rounds or (1 if arguments.quick else 5)

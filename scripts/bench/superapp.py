@@ -623,12 +623,14 @@ def _times(microseconds: Ints) -> pa.Array:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes the log of a superapp; conf/sources/superapp.toml reads it.")
     size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--events", type=float, help="about so many events, such as 1e8")
-    size.add_argument("--users", type=float, help="so many users")
+    size.add_argument("--events", type=float, help="approximate number of events, such as 1e8")
+    size.add_argument("--users", type=float, help="number of users")
     parser.add_argument("--days", type=int, default=60, help=f"days of the log, {MOST_DAYS} at most (default: 60)")
-    parser.add_argument("--seed", type=int, default=1, help="another number, another log (default: 1)")
-    parser.add_argument("--out", type=Path, required=True, help="folder that is written; what it holds is replaced")
-    parser.add_argument("--partitions", type=int, help="tasks, and so files in a day (default: four for each core)")
+    parser.add_argument("--seed", type=int, default=1, help="a different seed gives a different log (default: 1)")
+    parser.add_argument("--out", type=Path, required=True, help="output folder; its content is replaced")
+    parser.add_argument(
+        "--partitions", type=int, help="number of tasks, and therefore of files per day (default: four per core)"
+    )
     arguments = parser.parse_args()
     if not 1 <= arguments.days <= MOST_DAYS:
         parser.error(

@@ -217,12 +217,14 @@ def ratios(rates: dict[str, float], prefix: str = "") -> dict[str, float]:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--quick", action="store_true", help="two minutes: few rows, one epoch, no warm-up, QUICK's contestants"
+        "--quick",
+        action="store_true",
+        help="two minutes: few rows, one epoch, no warm-up, only some of the contestants",
     )
-    parser.add_argument("--files", type=int, help="of 1,024 rows each (default: 16)")
-    parser.add_argument("--rounds", type=int, help="medians of so many (default: 5)")
-    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, help="some of the contestants")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for the rows and what is written")
+    parser.add_argument("--files", type=int, help="number of files, of 1,024 rows each (default: 16)")
+    parser.add_argument("--rounds", type=int, help="rounds, of which the medians are reported (default: 5)")
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, help="only these contestants")
+    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="folder for the rows and the output")
     arguments = parser.parse_args()
     if "in memory" in (arguments.only or ()) and "fed" not in arguments.only:
         parser.error("in memory trains on the batches that fed has read: name both")

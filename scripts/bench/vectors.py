@@ -78,9 +78,14 @@ def compare(spark: SparkSession) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="20,000 pairs")
-    parser.add_argument("--pairs", type=float, help="how many (default: 300,000)")
-    parser.add_argument("--rounds", type=int, default=5, help="medians of so many, after two that warm (default: 5)")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for the pairs")
+    parser.add_argument("--pairs", type=float, help="number of pairs (default: 300,000)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="rounds, after two warm-ups, of which the medians are reported (default: 5)",
+    )
+    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="folder for the pairs")
     arguments = parser.parse_args()
     count = int(arguments.pairs or (20_000 if arguments.quick else 300_000))
 
