@@ -38,6 +38,9 @@ def register_tables(runtime: Runtime) -> None:
         _register_views(runtime, there)
         return
     views = {view: table for view, table in CURRENT.items() if table in there and CURRENT_MODEL in there}
+    if not spark.catalog.databaseExists(database):
+        spark.sql(f"CREATE DATABASE IF NOT EXISTS `{database}`")  # the config has validated the name
+    spark.catalog.setCurrentDatabase(database)
     # A name may still mean a table under another root.
     root, known = json.loads(spark.conf.get(_REGISTERED, None) or "[[], {}]")
     here, found = [str(runtime.place), database], _known_in(spark, database)
@@ -46,10 +49,7 @@ def register_tables(runtime: Runtime) -> None:
     old = [view for view in CURRENT if view in found and not (view in views and view in same)]
     new = {view: table for view, table in views.items() if view not in same}
     if not tables and not old and not new:
-        spark.catalog.setCurrentDatabase(database)
         return
-    spark.sql(f"CREATE DATABASE IF NOT EXISTS `{database}`")  # the config has validated the name
-    spark.catalog.setCurrentDatabase(database)
     for table in tables:
         name = f"`{database}`.{table.name}"
         if spark.catalog.tableExists(name) and spark.catalog.getTable(name).tableType != "EXTERNAL":
@@ -91,8 +91,6 @@ def tables_to_see(runtime: Runtime) -> dict[str, bool | None]:
 def _known_in(spark: SparkSession, database: str) -> dict[str, list[str]]:
     """What the catalogue says of each of our names: its type, location or query, and creation time. Dropped ones are
     missing."""
-    if not spark.catalog.databaseExists(database):
-        return {}
     names = "|".join([*(table.name for table in TABLES), *CURRENT])
     rows = spark.sql(f"SHOW TABLE EXTENDED IN `{database}` LIKE '{names}'").where("NOT isTemporary").collect()
     return {row.tableName: _TOLD.findall(row.information) for row in rows}
