@@ -52,8 +52,8 @@ def numbers_of(values: DataFrame, kind: str) -> DataFrame:
 def describe_items(events: DataFrame, cuts: Cuts, settings: SequencesSettings) -> DataFrame:
     """One row per item of the log: every column of ITEMS but the number."""
     price = unit_price()
-    # Spark sorts what it takes a maximum of structs with text of. So events that say the same of an item are counted
-    # first, by hash, and their few rows are sorted instead of the log.
+    # Spark must sort to aggregate the maximum of structs that contain text. So equal descriptions of an item are first
+    # counted by hash, and only these few rows are sorted instead of the log.
     alike = (
         events.withColumn("unit_price", F.when(price > 0, price))
         .withColumn("in_training", before_cut("train", cuts, settings))
@@ -174,8 +174,10 @@ def changed_events(
     before = before.select("user_id").distinct()
     # `flags` also has users who were flagged for one more day. The join avoids reading all flags if none changed.
     changed = flags.select("user_id").distinct()
-    gained = flagged.join(before, "user_id", "left_anti").join(changed, "user_id", "left_semi").localCheckpoint()
-    lost = before.join(flagged, "user_id", "left_anti").join(changed, "user_id", "left_semi").localCheckpoint()
+    gained, lost = (
+        users.join(others, "user_id", "left_anti").join(changed, "user_id", "left_semi").localCheckpoint()
+        for users, others in ((flagged, before), (before, flagged))
+    )
     changes = changes.join(flagged.union(lost), "user_id", "left_anti").select(*OF_EVENTS, "_change_type")
     # The feed is planned and read once, even if both tables use it.
     return changes.localCheckpoint(), gained, lost
@@ -217,7 +219,7 @@ def run(runtime: Runtime) -> None:
     if changed is not None:
         changes, gained, lost = changed
         met, came = changes, F.when(F.col("_change_type").isin("insert", "update_postimage"), 1).otherwise(-1)
-        if not lost.isEmpty():  # nothing of them was counted; reads all events
+        if not lost.isEmpty():  # none of their events were counted; reads all events
             of_turned.append(events.join(lost, "user_id", "left_semi"))
             met = met.union(of_turned[0].select(*OF_EVENTS, F.lit("insert")))
         if not gained.isEmpty():

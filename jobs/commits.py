@@ -99,7 +99,7 @@ class History:
 
     def __iter__(self) -> Iterator[Commit]:
         for place in range(min(self.newest + 1, _HISTORY)):
-            if place == len(self._read):  # no other iterator, half read, has been here
+            if place == len(self._read):  # not read yet, by another iterator either
                 version = self.newest - place
                 lines = self._lines(f"{version:020}.json")
                 info = next((line for line in lines if line.startswith(_COMMIT_INFO)), None)

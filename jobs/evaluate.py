@@ -449,7 +449,7 @@ def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts)
     asked = F.broadcast(runtime.spark.createDataFrame(users))
 
     def actions(sessions: DataFrame) -> DataFrame:
-        # The id says which of a user's events are the last two; by time it is not asked for.
+        # Only leave-one-out needs the id, to order a user's last two events.
         ordered = ("event_id",) if settings.split_by == "leave_one_out" else ()
         events = events_of(sessions, "item_id", "event_ts", "event_type", *ordered)
         events = events.withColumns({f"in_{name}": before_cut(name, cuts, settings) for name in ("train", split)})

@@ -170,7 +170,7 @@ def with_habit(found: DataFrame, own: DataFrame, k: int) -> DataFrame:
         found: the k best by dot product alone.
         own: the result of `score_habits`.
     """
-    # By user once, which serves the grouping and the ranking.
+    # One shuffle by user serves both the grouping and the ranking.
     both = own.unionByName(found.select(*own.columns)).repartition("source_id")
     scored = both.groupBy("source_id", "neighbour_id").agg(F.max("score").alias("score"))
     in_order = Window.partitionBy("source_id").orderBy(F.desc("score"), "neighbour_id")
@@ -299,7 +299,7 @@ def _done_before(sessions: DataFrame, event_types: list[str]) -> DataFrame:
 
 
 def _events(sessions: DataFrame, event_types: list[str]) -> DataFrame:
-    """What is read of the events of these types, one row for each; an empty list means all types."""
+    """The needed columns of the events of these types; an empty list means all types."""
     return events_of(sessions, "item_id", "event_ts", "event_type").where(is_target(event_types))
 
 

@@ -203,7 +203,7 @@ class Lake:
             builder = builder.clusterBy(*table.cluster_by)
         properties = {
             "delta.dataSkippingStatsColumns": ",".join(table.statistics_columns()),
-            # A workspace of Databricks may turn them on for all new tables, and readers of plain files refuse those.
+            # A Databricks workspace may enable them for all new tables, and readers of plain files reject such tables.
             "delta.enableDeletionVectors": "false",
             **table.properties,
         }

@@ -204,7 +204,7 @@ class Selection:
                 )
 
     def _note_without(self, has_profile: int, segments: list[str]) -> None:
-        """Who has come since `profile_users` last ran is in no segment that goes by profiles."""
+        """A note on users newer than the last run of `profile_users`: no segment that uses profiles can hold them."""
         without = self.everyone.total - self.everyone.of(has_profile).total
         if without:
             self._runtime.report.notes.append(
@@ -281,7 +281,7 @@ class Selection:
         return self.log.where((at < logged_at) | ((at == logged_at) & ~known))
 
     def _controlled_like(self, export: Export) -> list[str]:
-        """The segments to be made that have a control group, and of which the same rows of the log count."""
+        """The pending segments with a control group for which the same rows of the log count."""
 
         def looks_at(other: Export) -> tuple[Frequency | None, int | None]:
             return other.segment.at_most, self._logged_at.get(other.id)

@@ -265,13 +265,14 @@ def rules_of(
 
 
 def _times_exported(log: DataFrame) -> DataFrame:
-    """user_id, count: how often."""
+    """user_id, count: how often the user was exported."""
     return log.where(~F.col("is_control")).groupBy("user_id").count()
 
 
 def _times_with_held_back(log: DataFrame, controlled: Sequence[str], limit: int) -> DataFrame:
-    """user_id, list: for each user held back of a segment of `controlled` a row for once, twice, … up to the limit that
-    they were exported, or held back of that segment. The lists are the first segment's `limit`, the second's, …"""
+    """user_id, list: which lists a user held back from a segment of `controlled` is in. Each segment has `limit` lists,
+    in the order of `controlled`: users who were exported, or held back from it, at least once, twice, … `limit` times.
+    """
     held_back = log.where(F.col("is_control") & F.col("segment").isin(*controlled)).groupBy("user_id", "segment")
     rows = held_back.agg(F.count("*").alias("held")).join(_times_exported(log), "user_id", "left")
     times = F.least(F.col("held") + F.coalesce("count", F.lit(0)), F.lit(limit)).cast("int")

@@ -34,7 +34,7 @@ _BY_CHANCE = {
     *("monotonically_increasing_id", "SparkPartitionID"),
     *("InputFileName", "InputFileBlockStart", "InputFileBlockLength"),
 }
-_OF_ANY_ROW = {"First", "Last", "AnyValue"}  # so are these, of a group's rows; in a window they have an order
+_OF_ANY_ROW = {"First", "Last", "AnyValue"}  # arbitrary rows of a group; in a window they have an order
 
 
 def prepare(runtime: Runtime) -> None:

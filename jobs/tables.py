@@ -99,8 +99,9 @@ def of_model(rows: DataFrame, version: str) -> DataFrame:
 
 
 def events_of(sessions: DataFrame, *names: str) -> DataFrame:
-    """One row per event of the sessions: user_id, `opens` (it is its session's first), and those of EVENT_IN_SESSION
-    that are named. Of a plain explode's struct Spark reads all fields, also the ids, which are most of it."""
+    """One row per event of the sessions: user_id, `opens` (whether it is its session's first) and the named columns of
+    EVENT_IN_SESSION. Only these are read: after a plain explode Spark reads all fields, and ids are most of the bytes.
+    """
     fields = F.arrays_zip(*[f"events.{name}" for name in names])
     exploded = sessions.select("user_id", F.posexplode(fields).alias("place", "event"))
     return exploded.select("user_id", (F.col("place") == 0).alias("opens"), "event.*")

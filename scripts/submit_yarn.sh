@@ -97,8 +97,8 @@ archives+=,$work/keys.tar.gz#keys
 # ---- Spark's settings -----------------------------------------------------------------------------------
 
 spark_home=$(python -c 'import pyspark; print(pyspark.__path__[0])')
-# The machine's own Spark gives its settings, and nothing else: it may be of another version, and has no Delta. Its
-# spark-env.sh would name it again.
+# Of the machine's own Spark only the settings are used: it may have another version, and lacks Delta. SPARK_ENV_LOADED
+# skips its spark-env.sh, which would set SPARK_HOME again.
 export SPARK_CONF_DIR=${SPARK_CONF_DIR:-${SPARK_HOME:-$spark_home}/conf} SPARK_HOME=$spark_home SPARK_ENV_LOADED=1
 {
   # A properties file replaces the cluster's defaults, so copy them in first, without the locations of its jars.
@@ -136,7 +136,7 @@ stop() {
   trap '' INT TERM
   if hadoop org.apache.hadoop.yarn.client.cli.ApplicationCLI application -kill "$id" >>"$work/log"; then
     echo "submit_yarn: stopped, and $id with it" >&2
-    # The signal has ended Spark's client too (Ctrl-C and Airflow signal the whole process group), which would remove this.
+    # Spark's client would remove this, but the signal ended it too (Ctrl-C and Airflow signal the process group).
     hadoop org.apache.hadoop.fs.FsShell -rm -r -f -skipTrash ".sparkStaging/$id" >>"$work/log" || true
   else
     echo "submit_yarn: stopped, but $id may go on: yarn application -kill $id" >&2

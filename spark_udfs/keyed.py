@@ -81,7 +81,7 @@ def values(raw: str) -> set[str]:
     found, plain = _pieces(raw), _unescaped(raw)
     if plain != raw:
         found.update([_unescaped(piece) for piece in found], _pieces(plain))
-    if plain.lstrip()[:1] in ("{", "["):  # also JSON that is cut, or that a string of JSON holds; no price of CSV's
+    if plain.lstrip()[:1] in ("{", "["):  # also truncated JSON, or JSON inside a string; not prices in CSV
         found.update(_pieces(_whole(plain)))
     with suppress(ValueError, RecursionError):
         found.update(_leaves(json.loads(raw)))
