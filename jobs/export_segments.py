@@ -98,8 +98,8 @@ def _exports(runtime: Runtime, now: datetime) -> list[Export]:
         if vectors == "profile":
             if not with_profiles:
                 raise TrailvecError(
-                    f"{file.path} compares users by user_profiles, which has none of model {version}: run "
-                    f'`trailvec profile_users` first, or say seeds.vectors = "embedding"'
+                    f"{file.path} compares users by user_profiles, which has no row of model {version}: run "
+                    f'`trailvec profile_users` first, or set seeds.vectors = "embedding"'
                 )
             facts["profiles"] = states[USER_PROFILES.name]
         found[file.segment.name] = Export(number, file.segment, file.path, vectors, digest(facts)[:32])
@@ -112,9 +112,9 @@ def _tell_of_profiles(runtime: Runtime, files: list[SegmentFile], version: str) 
     open_ones = [f.segment.name for f in files if f.segment.seeds is not None and f.segment.seeds.vectors is None]
     if open_ones and not runtime.latest(USER_PROFILES).isEmpty():
         runtime.report.notes.append(
-            f"user_profiles has rows of other models, and none of {version}, the current one: users are compared by "
-            f"user_embeddings, which find fewer of those looked for, in {', '.join(open_ones)}: run "
-            f"`trailvec profile_users`, then this again, or say seeds.vectors"
+            f"user_profiles has rows of other models but none of {version}, the current one, so users are compared by "
+            f"user_embeddings, which finds fewer of the users sought, in {', '.join(open_ones)}: run "
+            f"`trailvec profile_users`, then `trailvec export_segments` again, or set seeds.vectors"
         )
 
 
@@ -142,7 +142,8 @@ def _facts(
     if segment.consent is not None:
         if consent is None:
             raise TrailvecError(
-                f"{file.path} asks for the consent {segment.consent!r}: say in export.consent who gave it"
+                f"{file.path} requires consent {segment.consent!r}, but export.consent is missing: set it to the file "
+                f"or query that says who gave it"
             )
         facts["consent"] = consent.sql or digest_of(Path(str(consent.file)))
     if segment.affinity is not None:
@@ -174,13 +175,13 @@ def _is_timely(runtime: Runtime, text: str, where: str) -> bool:
     read = sources_of(runtime, answer)
     if EXPORTS.name in read.tables:
         raise TrailvecError(
-            f"{where} reads exports, where this export's own members stand as soon as it is made: say at_most or "
-            f"exclude, or lay the users down in a file and name that"
+            f"{where} reads exports, to which this export adds its own members: use at_most or exclude, or write the "
+            f"users to a file and name that instead"
         )
     if read.files is not None:
         raise TrailvecError(
-            f"{where} reads the files {read.files}, whose change nobody notices: name them as a list, file = ..., or "
-            f"make a table of them"
+            f"{where} reads the files {read.files}, whose changes go unnoticed: name them as a list (file = ...), or "
+            f"load them into a table"
         )
     return read.others or names_the_time(text, answer)
 

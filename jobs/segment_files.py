@@ -162,8 +162,8 @@ class Staging:
         """
         if not self._ours.exists():
             raise TrailvecError(
-                "export_segments was started again meanwhile, and the newer run goes on in this one's place: "
-                "wait for its end, then run this again"
+                "export_segments was started again meanwhile, and the newer run replaces this one: wait until it "
+                "ends, then run this again"
             )
 
 
@@ -219,7 +219,7 @@ def check_destinations(runtime: Runtime, files: list[SegmentFile]) -> None:
     for segment, path in files:
         place = destination_of(runtime, segment)
         if place in found:
-            raise TrailvecError(f"{path} and {found[place]} both export to {place}: give each a destination")
+            raise TrailvecError(f"{path} and {found[place]} both export to {place}: give each its own destination")
         for other, its in found.items():
             if _is_inside(place, other) or _is_inside(other, place):
                 raise TrailvecError(
@@ -270,8 +270,8 @@ def check_place(place: ArrowFolder | HadoopPath) -> None:
     """
     if isinstance(place, ArrowFolder) and place.local and os.path.ismount(place.folder):
         raise TrailvecError(
-            f"{place.folder} is a mount point, which a new export can't take the place of: name a folder inside it as "
-            "the segment's destination"
+            f"{place.folder} is a mount point, which an export can't replace: set the segment's destination to a "
+            "folder inside it"
         )
     _files_of_export(place)
     if isinstance(place, HadoopPath):
@@ -323,7 +323,7 @@ def _refusals_told(place: ArrowFolder) -> Iterator[None]:
         yield
     except OSError as error:
         raise TrailvecError(
-            f"{place.folder} can't be read or written ({error}): correct the segment's destination, or who may do so"
+            f"{place.folder} can't be read or written ({error}): correct the segment's destination or its permissions"
         ) from None
 
 

@@ -52,7 +52,7 @@ _SAMPLE = 50_000  # approximate number of users whose scores set the floors: the
 _SEEDS = 20_000  # per segment, vectors sent to the driver: of more seeds, a hash sample of about this size
 _ITEMS = 20_000  # per affinity, vectors sent to the driver and to every task: of more items, the most popular ones
 _IDS = pa.large_string()  # a pyarrow string array is limited to 2 GiB: some 60 million ids
-_NO_DATE = "(a date that Spark can't read is NULL)"  # a reason why a query may return no user
+_NO_DATE = "(a date that Spark can't parse is NULL)"  # a reason why a query may return no user
 _SHOWN = 5  # ids in a note
 _OTHERS = 5_000  # negative examples of a classifier: it fits only some 64 weights
 
@@ -194,12 +194,12 @@ class Selection:
             listed, known = self._listed.of(mark).total, self.everyone.of(mark).total
             if rule.required and not listed:
                 by_query = f" {_NO_DATE}" if consent is not None and consent.sql else ""
-                notes.append(f"{path}: {rule.name} by anybody, so nobody is exported{by_query}")
+                notes.append(f"{path}: {rule.name} from any user, so nobody is exported{by_query}")
             elif suppresses and not listed:
-                notes.append(f"{path}: the query in suppress names nobody, so nobody is left out by it {_NO_DATE}")
+                notes.append(f"{path}: the query in suppress returns no user, so it leaves nobody out {_NO_DATE}")
             elif suppresses and not known:
                 notes.append(
-                    f"{rule.name}: none of its {listed:,} users has a vector, so nobody is left out by it; are its ids "
+                    f"{rule.name}: none of its {listed:,} users has a vector, so it leaves nobody out; are its ids "
                     f"written as in the events?"
                 )
 
@@ -208,9 +208,9 @@ class Selection:
         without = self.everyone.total - self.everyone.of(has_profile).total
         if without:
             self._runtime.report.notes.append(
-                f"{without:,} of {self.everyone.total:,} users have no row in user_profiles, having come since "
-                f"profile_users ran, so that {', '.join(segments)} can't hold them: run `trailvec profile_users`, then "
-                f"this again"
+                f"{without:,} of {self.everyone.total:,} users have no row in user_profiles (new since "
+                f"profile_users last ran), so {', '.join(segments)} can't contain them: run `trailvec profile_users`, "
+                f"then `trailvec export_segments` again"
             )
 
     def select(self) -> None:
@@ -220,11 +220,11 @@ class Selection:
         queried = [export for export in self.pending if export.segment.sql is not None]
         rows = [self._asked(export) for export in queried]
         if queried:
-            runtime.on_progress("the users whom queries name")
+            runtime.on_progress("the users that queries return")
             self._counts = self._count(reduce(DataFrame.unionByName, rows))
             for export in queried:
                 if not self._counts.get(export.number, self.everyone.of_nobody()).total:
-                    runtime.report.notes.append(f"{export.path}: its sql names no user with a vector {_NO_DATE}")
+                    runtime.report.notes.append(f"{export.path}: its sql returns no user with a vector {_NO_DATE}")
         if scored:
             runtime.on_progress("the seeds and a sample")
             for vectors in sorted({export.vectors for export in scored}):
@@ -398,15 +398,15 @@ class Selection:
             raise TrailvecError(f"{export.path}: its list of seeds is empty: correct it")
         if not count["known"]:
             raise TrailvecError(
-                f"{export.path}: none of its {count['given']:,} seeds is a user with a vector of model "
-                f"{self.version} (are its ids written as in the events?): correct the seeds, or run "
+                f"{export.path}: none of its {count['given']:,} seeds has a vector of model "
+                f"{self.version} (are their ids written as in the events?): correct the seeds, or run "
                 f"`trailvec {stage}` first"
             )
         if not count["used"]:
-            drawn = "" if count["cold"] == count["known"] else ", and no other is among those drawn to stand for all"
+            drawn = "" if count["cold"] == count["known"] else ", and the sample of its seeds holds no other"
             raise TrailvecError(
-                f"{export.path}: of its {count['known']:,} seeds {count['cold']:,} are cold, model {self.version} "
-                f"knows none of their items{drawn}: take other seeds, or train a newer model"
+                f"{export.path}: {count['cold']:,} of its {count['known']:,} seeds are cold (model {self.version} "
+                f"knows none of their items){drawn}: use other seeds, or train a newer model"
             )
 
     def _item_anchors(self, exports: list[Export]) -> dict[int, Anchors]:

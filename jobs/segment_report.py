@@ -53,13 +53,13 @@ def page(
         parts += ["<h2>Score by rank</h2>", _curve(scores)]
     parts.append("<h2>Who else exports them</h2>")
     shared = [share for share in overlaps if share.segment > 0]
-    parts += _table("segment", shared) if shared else ["<p>None of the other segments has a member of this one.</p>"]
+    parts += _table("segment", shared) if shared else ["<p>No other segment contains a member of this one.</p>"]
     parts.append("<h2>Where they act</h2>")
     if verticals:
         parts += ["<p>Share of the members (blue) and of all users (grey) who acted in a vertical.</p>"]
         parts += _table("vertical", verticals)
     else:
-        parts.append("<p>Not known: there is no table sessions, or it knows nothing of them.</p>")
+        parts.append("<p>Not known: the table sessions does not exist, or has no vertical for these users.</p>")
     body = "\n".join(parts)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(segment["name"])}</title>'

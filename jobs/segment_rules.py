@@ -135,7 +135,7 @@ def _read_suppressed(runtime: Runtime, users: UserList, path: Path, folder: Plac
     elif (first := next(found, None)) is not None:
         return chain([first], found)
     raise TrailvecError(
-        f"{path}: the list {path.parent / users.file} in suppress holds no user id: correct it, or leave it out"
+        f"{path}: the list {path.parent / users.file} in suppress contains no user id: correct it, or remove it"
     )
 
 
@@ -157,13 +157,13 @@ def consenting(consents: DataFrame, purpose: str, path: Path) -> DataFrame:
     """
     if missing := {"user_id", purpose} - set(consents.columns):
         raise TrailvecError(
-            f"{path} asks for the consent {purpose!r}: export.consent has no column {', '.join(sorted(missing))} "
+            f"{path} requires consent {purpose!r}, but export.consent has no column {', '.join(sorted(missing))} "
             f"(found {', '.join(consents.columns)}): correct one of them"
         )
     said, kind = named_column(purpose), consents.schema[purpose].dataType.simpleString()
     if kind not in ("boolean", *TEXT_OR_WHOLE):  # cast to boolean, NaN and any timestamp would be true
         raise TrailvecError(
-            f"{path} asks for the consent {purpose!r}: that column of export.consent is of type {kind}: "
+            f"{path} requires consent {purpose!r}, but that column of export.consent has type {kind}: "
             f"write true or false"
         )
     if kind != "boolean":
@@ -171,7 +171,7 @@ def consenting(consents: DataFrame, purpose: str, path: Path) -> DataFrame:
         said = text.cast("boolean")
         if wrong := consents.where(said.isNull() & text.rlike(r"\S")).select(text).first():
             raise TrailvecError(
-                f"{path} asks for the consent {purpose!r}: export.consent says {wrong[0]!r} of somebody: "
+                f"{path} requires consent {purpose!r}, but that column of export.consent contains {wrong[0]!r}: "
                 f"write true or false"
             )
     return consents.select(as_ids(consents, "export.consent"), F.coalesce(said, F.lit(False)).alias("holds"))

@@ -145,17 +145,17 @@ class Segment(Section):
         if self.scored and len(limits) != 1:
             raise ValueError(f"{who[0]} needs either size or threshold, found {' and '.join(limits) or 'neither'}")
         if not self.scored and (limits or {"score", "rank"} & set(self.columns)):
-            raise ValueError(f"{who[0]} gives no score: leave out size, threshold and the columns score and rank")
+            raise ValueError(f"{who[0]} gives no scores, so size, threshold and the columns score and rank don't apply")
         if len(set(self.columns)) < len(self.columns):
-            raise ValueError("a column stands in columns twice")
+            raise ValueError("columns lists a column twice")
         if self.user_ids == "plain" and self.approved_by is None:
-            raise ValueError("plain user ids need approved_by, the name of who allowed them")
+            raise ValueError("plain user ids need approved_by, the name of the person who approved them")
         return self
 
     @model_validator(mode="after")
     def _no_secret(self) -> Segment:
         if holds_secret(self.destination or ""):
-            raise ValueError("destination holds credentials: leave them to the environment")
+            raise ValueError("destination contains credentials, which belong in the environment")
         return self
 
 
@@ -176,7 +176,7 @@ def read_segments(paths: list[str]) -> list[SegmentFile]:
     for file in files:
         segment, path = file
         if segment.name in by_name:
-            raise TrailvecError(f"{path} and {by_name[segment.name].path} both say name = {segment.name!r}: rename one")
+            raise TrailvecError(f"{path} and {by_name[segment.name].path} both set name = {segment.name!r}: rename one")
         by_name[segment.name] = file
         for users in segment.lists:
             if users.file is not None and not (path.parent / users.file).exists():
@@ -184,10 +184,14 @@ def read_segments(paths: list[str]) -> list[SegmentFile]:
     for segment, path in files:
         for other in segment.others:
             if other not in by_name:
-                raise TrailvecError(f"{path}: segment {other} is not among export.segments: add its file or correct it")
+                raise TrailvecError(
+                    f"{path}: segment {other} is in no file of export.segments: add its file or correct the name"
+                )
     try:
         order = TopologicalSorter({file.segment.name: file.segment.others for file in files}).static_order()
         return [by_name[name] for name in order]
     except CycleError as error:
         cycle = " → ".join(error.args[1])
-        raise TrailvecError(f"segments include or exclude each other in a circle ({cycle}): take one out") from None
+        raise TrailvecError(
+            f"segments include or exclude each other in a cycle ({cycle}): remove one of these references"
+        ) from None

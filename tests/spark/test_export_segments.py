@@ -246,7 +246,7 @@ def test_of_two_runs_at_once_the_newer_one_exports(shop: Runtime, monkeypatch: p
         log(*arguments)
 
     monkeypatch.setattr(export_segments, "_log_members", overtaken)
-    with pytest.raises(TrailvecError, match="the newer run goes on in this one's place: wait for its end"):
+    with pytest.raises(TrailvecError, match="the newer run replaces this one: wait until it ends"):
         shop.execute(STAGE)
     assert read(shop)[0]["counts"]["exported"] == 4
     assert len(read_delta(shop.root / "tables" / "exports")) == 4
@@ -310,10 +310,10 @@ def test_seeds_by_sql_plain_ids_and_chosen_columns(
         assert id_on(1, timely) == id_on(1, timely) != id_on(2, timely)
 
     for log in ("exports", f"delta.`{shop.path(EXPORTS)}`"):  # a repeated run would find its own members there
-        with pytest.raises(TrailvecError, match=r"likes\.toml: the query of a list of its users reads exports, where"):
+        with pytest.raises(TrailvecError, match=r"likes\.toml: the query of a list of its users reads exports, to"):
             id_on(1, f" = 1 AND user_id NOT IN (SELECT user_id FROM {log})")
     (tmp_path / "in.csv").write_text("ann\n")
-    with pytest.raises(TrailvecError, match=r"likes\.toml: the query of .* reads the files /.*/in\.csv, whose change"):
+    with pytest.raises(TrailvecError, match=r"likes\.toml: the query of .* reads the files /.*/in\.csv, whose changes"):
         id_on(1, f" = 1 AND user_id IN (SELECT _c0 FROM csv.`{tmp_path}/in.csv`)")
     shop.spark.sql("CREATE TABLE theirs USING parquet AS SELECT 'ann' AS user_id")
     shop.spark.sql("CREATE TABLE theirs_too USING delta AS SELECT 'ann' AS user_id")
@@ -340,7 +340,7 @@ def test_all_users_are_seeds(shop: Runtime, tmp_path: Path) -> None:
 
 def test_what_is_refused_while_it_runs(shop: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "seeds.txt").write_text("ghost\nnil\n")
-    with pytest.raises(TrailvecError, match="none of its 2 seeds is a user with a vector of model m1"):
+    with pytest.raises(TrailvecError, match="none of its 2 seeds has a vector of model m1"):
         shop.execute(STAGE)
     (tmp_path / "seeds.txt").write_text("\n")
     with pytest.raises(TrailvecError, match=r"likes\.toml: its list of seeds is empty: correct it"):
@@ -363,15 +363,15 @@ def test_what_is_refused_while_it_runs(shop: Runtime, tmp_path: Path, monkeypatc
         ("size = 4", "size = 4\nthreshold = 0.5", "seeds needs either size or threshold, found size and threshold"),
         ("size = 4", 'size = 4\nsql = "SELECT 1"', "give one of seeds, affinity, sql and include, found seeds and sql"),
         ("size = 4", 'size = 4\nsuppress = [{ file = "gone.txt" }]', r"the list of users .*gone\.txt does not exist"),
-        ("size = 4", 'size = 4\nexclude = ["buyers"]', "segment buyers is not among export.segments: add its file"),
-        ("size = 4", 'size = 4\nexclude = ["likes"]', r"in a circle \(likes → likes\): take one out"),
+        ("size = 4", 'size = 4\nexclude = ["buyers"]', "segment buyers is in no file of export.segments: add its file"),
+        ("size = 4", 'size = 4\nexclude = ["likes"]', r"in a cycle \(likes → likes\): remove one of these"),
         (
             "size = 4",
             'size = 4\ndestination = "~/x"',
             "destination: found '~/x', and ~ is not read here: write the folder",
         ),
-        ("size = 4", 'size = 4\ndestination = "s3://me:pass@bucket/x"', "destination holds credentials: leave them"),
-        ("size = 4", 'size = 4\ndestination = "s3a://me:pa/ss@bucket/x"', "destination holds credentials: leave them"),
+        ("size = 4", 'size = 4\ndestination = "s3://me:pass@bucket/x"', "destination contains credentials, which"),
+        ("size = 4", 'size = 4\ndestination = "s3a://me:pa/ss@bucket/x"', "destination contains credentials, which"),
         ("[seeds]", "[seeds]\nsize = 4", r"unknown key seeds\.size; size belongs above the first \[heading\]"),
         (
             "size = 4",
@@ -388,7 +388,7 @@ def test_what_is_refused_while_it_runs(shop: Runtime, tmp_path: Path, monkeypatc
         ),
         ("size = 4", "size = 0", "size = 0: Input should be greater than or equal to 1"),
         ("size = 4", "sise = 4", "unknown key sise; did you mean size"),
-        ("size = 4", 'size = 4\ncolumns = ["rank", "rank"]', "a column stands in columns twice"),
+        ("size = 4", 'size = 4\ncolumns = ["rank", "rank"]', "columns lists a column twice"),
         ("size = 4", 'size = 4\ncolumns = ["email"]', "columns.0 = 'email'"),
         ('file = "seeds.txt"', "", "likes.toml: seeds: give either file or sql: correct it"),
         ('file = "seeds.txt"', 'file = "seeds.txt"\nsql = "SELECT 1"', "give either file or sql"),
@@ -407,7 +407,7 @@ def test_two_segments_of_one_name(tmp_path: Path) -> None:
     (tmp_path / "seeds.txt").write_text("ann\n")
     for name in ("a.toml", "b.toml"):
         (tmp_path / name).write_text(SEGMENT)
-    with pytest.raises(TrailvecError, match="both say name = 'likes': rename one"):
+    with pytest.raises(TrailvecError, match="both set name = 'likes': rename one"):
         read_segments([str(tmp_path / name) for name in ("a.toml", "b.toml")])
 
 
@@ -656,20 +656,20 @@ def test_profiles_say_who_is_alike_where_the_model_has_some(shop: Runtime, spark
     fill_profiles("m0")
     assert exported() == by_embedding
     (note,) = notes
-    assert note.startswith("user_profiles has rows of other models, and none of m1, the current one: users are")
+    assert note.startswith("user_profiles has rows of other models but none of m1, the current one, so users are")
     assert "in likes: run" in note
     assert "run `trailvec profile_users`" in note
     assert exported('vectors = "embedding"  # asked for') == by_embedding
     assert not notes
-    with pytest.raises(TrailvecError, match=r"compares users by user_profiles, which has none of model m1: run"):
+    with pytest.raises(TrailvecError, match=r"compares users by user_profiles, which has no row of model m1: run"):
         exported('vectors = "profile"')
     fill_profiles("m1")
     with (tmp_path / "seeds.txt").open("a", encoding="utf-8") as seeds:
         seeds.write("ada\n")
     assert exported() == ("profile", ["far", "eve", "cat", "dan"])
     (note,) = notes
-    assert note.startswith(f"2 of {len(USERS)} users have no row in user_profiles, having come since profile_users ran")
-    assert "so that likes can't hold them: run" in note
+    assert note.startswith(f"2 of {len(USERS)} users have no row in user_profiles (new since profile_users last ran), ")
+    assert "so likes can't contain them: run" in note
     manifest, _ = read(shop)
     counts = manifest["counts"]
     assert manifest["as_of"] == "2024-01-01T00:00:00Z"  # the profiles'
@@ -838,10 +838,10 @@ def test_of_very_many_items_those_that_most_acted_on_make_an_affinity(
         for n, item in enumerate(items)
     ]
     put(runtime, ITEMS, spark.createDataFrame(kinds, ITEMS.schema()))
-    no_date = "(a date that Spark can't read is NULL)"
+    no_date = "(a date that Spark can't parse is NULL)"
     assert runtime.execute(STAGE).notes == [
-        f"{paths[2]}: no consent to push by anybody, so nobody is exported {no_date}",
-        f"{paths[2]}: its sql names no user with a vector {no_date}",
+        f"{paths[2]}: no consent to push from any user, so nobody is exported {no_date}",
+        f"{paths[2]}: its sql returns no user with a vector {no_date}",
         f"{paths[1]}: 1 of the 3 items of its affinity have no vector of model m1 (I3); are their ids written as in "
         f"the events?",
     ]
@@ -928,10 +928,10 @@ def test_where_it_goes(shop: Runtime, tmp_path: Path) -> None:
         SEGMENT.replace("size = 4", f'size = 4\n{lists}\ndestination = "file://{place}"')
     )
     assert shop.execute(STAGE).notes == [
-        "suppressed by strangers.txt: none of its 1 users has a vector, so nobody is left out by it; are its ids "
+        "suppressed by strangers.txt: none of its 1 users has a vector, so it leaves nobody out; are its ids "
         "written as in the events?",
-        f"{tmp_path}/likes.toml: the query in suppress names nobody, so nobody is left out by it (a date that Spark "
-        f"can't read is NULL)",
+        f"{tmp_path}/likes.toml: the query in suppress returns no user, so it leaves nobody out (a date that Spark "
+        f"can't parse is NULL)",
     ]
     assert len(read(shop, folder=place)[1]) == 4
     assert {row["destination"] for row in read_delta(shop.root / "tables" / "exports")} == {str(place)}
@@ -989,14 +989,16 @@ def test_what_is_refused_of_lists(shop: Runtime, spark: SparkSession, tmp_path: 
         assert not shop.exports.exists()
 
     (tmp_path / "consent.csv").write_text("user_id,push\nann,true\n")
-    refused('consent = "email"', "asks for the consent 'email': say in export.consent who gave it")
+    refused('consent = "email"', "requires consent 'email', but export.consent is missing: set it to the file or query")
     gone = f'export.consent={{ file = "{tmp_path / "gone.csv"}" }}'
     refused('consent = "email"', r"the list .*gone\.csv can't be read \(No such file or directory\)", gone)
     there = f'export.consent={{ file = "{tmp_path / "consent.csv"}" }}'
     refused('consent = "email"', r"has no column email \(found user_id, push\): correct one of them", there)
     for name, text in {"nobody.txt": "\n", "nobody.csv": "user_id,date\n"}.items():
         (tmp_path / name).write_text(text)
-        refused(f'suppress = [{{ file = "{name}" }}]', f"the list .*/{name} in suppress holds no user id: correct it")
+        refused(
+            f'suppress = [{{ file = "{name}" }}]', f"the list .*/{name} in suppress contains no user id: correct it"
+        )
     (tmp_path / "latin.txt").write_bytes("anna\nrené\n".encode("latin-1"))
     refused('suppress = [{ file = "latin.txt" }]', r"the list .*/latin\.txt is no UTF-8 text .*: save it as such")
     deletes = 'sql = "DELETE FROM user_embeddings"'
@@ -1010,7 +1012,7 @@ def test_what_is_refused_of_lists(shop: Runtime, spark: SparkSession, tmp_path: 
     (tmp_path / "likes.toml").write_text(SEGMENT)
 
     put_users(shop, USERS, cold=USERS)
-    with pytest.raises(TrailvecError, match="of its 3 seeds 3 are cold, model m1 knows none of their items"):
+    with pytest.raises(TrailvecError, match=r"3 of its 3 seeds are cold \(model m1 knows none of their items\): use"):
         shop.execute(STAGE)
 
 
@@ -1024,10 +1026,12 @@ def test_what_a_consent_may_say(spark: SparkSession) -> None:
     assert agreeing("1", "0", "NULL") == ["u0"]
     assert agreeing("'True'", "' 1'", "'no'", "'0'", "' '", "NULL") == ["u0", "u1"]
     for wrong, shown in (("-1", "'-1'"), ("'maybe'", "'maybe'"), ("'NaN'", "'NaN'")):
-        with pytest.raises(TrailvecError, match=f"the consent 'push': export.consent says {shown} of somebody: write"):
+        with pytest.raises(
+            TrailvecError, match=f"consent 'push', but that column of export.consent contains {shown}: write"
+        ):
             agreeing("'1'" if "'" in wrong else "1", wrong)
     for wrong, kind in (("DOUBLE('NaN')", "double"), ("TIMESTAMP '2024-01-01'", "timestamp")):
-        with pytest.raises(TrailvecError, match=f"the consent 'push': that column of export.consent is of type {kind}"):
+        with pytest.raises(TrailvecError, match=f"consent 'push', but that column of export.consent has type {kind}: "):
             agreeing(wrong)
 
 

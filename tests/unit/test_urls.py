@@ -196,7 +196,9 @@ def test_a_destination_that_is_a_link_is_where_it_leads(tmp_path: Path) -> None:
 
 
 def test_a_mount_point_is_no_destination() -> None:
-    with pytest.raises(TrailvecError, match=r"/ is a mount point, .*: name a folder inside it"):
+    with pytest.raises(
+        TrailvecError, match=r"/ is a mount point, .*: set the segment's destination to a folder inside it"
+    ):
         check_place(place_of(SimpleNamespace(), segment("/")))  # type: ignore[arg-type]
 
 
@@ -218,7 +220,7 @@ def test_a_container_is_no_credential_and_what_cannot_be_opened_is_told() -> Non
     with pytest.raises(TrailvecError, match=r"its destination abfss://vectors@account\.dfs\S+ can't be opened"):
         place_of(SimpleNamespace(), segment(ABFSS))  # type: ignore[arg-type]
     for secret in ("s3://me:pass@bucket/x", "s3://me@bucket/x", "abfss://c:pass@account/x", f"{ABFSS}?sig_key=1"):
-        with pytest.raises(TrailvecError, match="destination holds credentials"):
+        with pytest.raises(TrailvecError, match="destination contains credentials"):
             segment(secret)
 
 
