@@ -198,7 +198,7 @@ def _cells(candidates: DataFrame, count: int, metric: Metric, settings: Neighbou
         return find_cells(np.stack(rows["vector"].tolist()), metric, settings.cells, settings.probes)
     except ImportError:
         raise TrailvecError(
-            "neighbours.cells needs faiss: pip install 'trailvec[faiss]', or leave it at 0 for the exact search"
+            "neighbours.cells needs faiss: run `pip install 'trailvec[faiss]'`, or set it to 0 for the exact search"
         ) from None
 
 
@@ -218,7 +218,7 @@ def _run(runtime: Runtime, folder: Place) -> None:
     if settings.without:
         types = sorted(row["event_type"] for row in numbers_of(runtime.read(CONTEXT_VALUES), "event_type").collect())
         runtime.report.notes += [
-            f"neighbours.without leaves out nothing for {name}: no event is of that type (found {', '.join(types)})"
+            f"neighbours.without leaves nothing out for {name}: no event has that type (found {', '.join(types)})"
             for name in settings.without
             if name not in types
         ]
@@ -233,7 +233,7 @@ def _run(runtime: Runtime, folder: Place) -> None:
     if gone and runtime.exists(NEIGHBOURS):
         old = of_model(runtime.latest(NEIGHBOURS), version).where(F.col("kind").isin(gone))
         runtime.report.notes += [
-            f"the rows {kind} of a run before are removed: neighbours.kinds does not name it"
+            f"the rows of kind {kind} from an earlier run are removed, as neighbours.kinds does not name it"
             for kind in sorted(row["kind"] for row in old.select("kind").distinct().collect())
         ]
     # A run replaces the rows of every kind, including kinds that it finds nothing for or that are not configured.
@@ -244,7 +244,7 @@ def _run(runtime: Runtime, folder: Place) -> None:
         if settings.cells:
             shares = recall(every, of_model(runtime.latest(NEIGHBOURS), version), settings)
             told = ", ".join(f"{kind} {share:.3f}" for kind, share in sorted(shares.items()))
-            runtime.report.notes.append(f"share of the exact neighbours that was found, for a sample: {told}")
+            runtime.report.notes.append(f"share of the exact neighbours found, for a sample of queries: {told}")
     if settings.habit:
         runtime.on_progress("habits")
         (search,) = (search for search in every if search.kind == "user_item")
@@ -268,7 +268,7 @@ def _offered(runtime: Runtime, items: DataFrame, folder: Place) -> DataFrame:
         verticals = runtime.read(ITEMS).where("vertical IS NOT NULL").select("vertical").distinct().collect()
         there = sorted(row["vertical"] for row in verticals)
         runtime.report.notes += [
-            f"neighbours.verticals offers nothing of {name}: no item is of that vertical (found {', '.join(there)})"
+            f"neighbours.verticals offers no item for {name}: no item is in that vertical (found {', '.join(there)})"
             for name in settings.verticals
             if name not in there
         ]

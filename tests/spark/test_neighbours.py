@@ -142,7 +142,7 @@ def test_all_three_kinds_against_brute_force(
 
     fewer = Runtime(make_config(runtime.root, f"neighbours.k={K}", 'neighbours.kinds=["item_item"]'), spark)
     assert fewer.execute(STAGE).notes == [
-        f"the rows {kind} of a run before are removed: neighbours.kinds does not name it"
+        f"the rows of kind {kind} from an earlier run are removed, as neighbours.kinds does not name it"
         for kind in ("user_item", "user_user")
     ]
     assert read(fewer) == {"item_item": brute_force(items, items, True)}
@@ -164,8 +164,8 @@ def test_items_in_stock_of_a_vertical_that_a_user_has_not_bought(
     users, items = some("u", 20, 1), some("i", 11, 2) | {"i9": [0.0, 0.0, 0.0]}
     embed(runtime, spark, users, items)
     assert runtime.execute(STAGE).notes == [
-        "neighbours.without leaves out nothing for veiw: no event is of that type (found purchase, search, view)",
-        "neighbours.verticals offers nothing of foot: no item is of that vertical (found food, rides)",
+        "neighbours.without leaves nothing out for veiw: no event has that type (found purchase, search, view)",
+        "neighbours.verticals offers no item for foot: no item is in that vertical (found food, rides)",
     ]
     offered = {item: items[item] for item in ("i1", "i3", "i5", "i9")}
     bought = {(user, item) for user, item, what in DONE if what == "purchase"}
@@ -288,7 +288,7 @@ def test_an_inverted_file_finds_what_lies_in_the_cells_that_it_looks_into(
     assert find_neighbours._cells(cold, 1, "dot", runtime.config.neighbours) is None
 
 
-SHARE = "share of the exact neighbours that was found, for a sample: "
+SHARE = "share of the exact neighbours found, for a sample of queries: "
 
 
 def _names(of: dict[tuple[str, int], tuple[str, float]]) -> dict[tuple[str, int], str]:
