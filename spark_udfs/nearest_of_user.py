@@ -147,13 +147,13 @@ def _table_function(name: str, root: Path, version: str | None) -> Any:
         def eval(self, user_id: str | None, k: int | None = 10) -> Iterator[tuple[int, str, float]]:
             if type(k) is not int or k < 1:  # SQL may pass any type
                 given = "NULL" if k is None else repr(k) if isinstance(k, str) else k
-                raise TrailvecError(f"{name}: k is {given}: write a whole number from 1 on")
+                raise TrailvecError(f"{name}: k is {given}: write a whole number of at least 1")
             if user_id is None:
                 return
             if not _names_a_user(user_id):
                 given = f"{user_id} ({type(user_id).__name__})"
                 raise TrailvecError(
-                    f"{name}: user_id is {given}: write a text or a whole number, as in user_embeddings"
+                    f"{name}: user_id is {given}: write a string or a whole number, as in user_embeddings"
                 )
             if self._tables is None:
                 model = version or current_model(root / "tables")

@@ -97,7 +97,7 @@ def pairwise(name: str, function: Callable[[Vectors, Vectors], Numbers], a: Seri
     left, right = _lengths(name, a, rows), _lengths(name, b, rows)
     if (unequal := left != right).any():
         found = f"{left[unequal][0]} and {right[unequal][0]}"
-        raise TrailvecError(f"{name}: two vectors are of the lengths {found}: compare vectors of one model_version")
+        raise TrailvecError(f"{name}: two vectors have the lengths {found}: compare vectors of one model_version")
     out = np.full(len(a), np.nan, np.float32)
     for some in _by_value(rows, left):
         with np.errstate(over="ignore"):  # FLOAT overflow gives infinity, as in Spark
@@ -140,7 +140,7 @@ def total(name: str, function: Callable[[Vectors], Numbers], vectors: Series) ->
     lengths = np.unique(_lengths(name, vectors, rows))
     if len(lengths) > 1:
         found = " and ".join(str(length) for length in lengths[:2])
-        raise TrailvecError(f"{name}: vectors of a group are of the lengths {found}: group by model_version too")
+        raise TrailvecError(f"{name}: vectors of a group have the lengths {found}: group by model_version too")
     stacked = _stack(vectors, rows)
     stacked = stacked[~np.isnan(stacked).any(axis=1)]
     return function(stacked).tolist() if len(stacked) else None
@@ -157,10 +157,12 @@ def top_k(ids: Series, vectors: Series, queries: Series, ks: Series) -> list[str
     if (kind := pd.api.types.infer_dtype(ids, skipna=True)) not in ("string", "empty"):
         raise TrailvecError(f"vector_top_k takes STRING ids, found {kind}: write CAST(id AS STRING)")
     if not _are_numbers(ks):
-        raise TrailvecError(f"vector_top_k: k is {_shown(ks)}: write one whole number from 1 on")
+        raise TrailvecError(f"vector_top_k: k is {_shown(ks)}: write one whole number of at least 1")
     found = ks.unique()
     if len(found) != 1 or found[0] is None or not (found[0] >= 1 and found[0] % 1 == 0):
-        raise TrailvecError(f"vector_top_k: found k = {', '.join(map(str, found))}: write one whole number from 1 on")
+        raise TrailvecError(
+            f"vector_top_k: found k = {', '.join(map(str, found))}: write one whole number of at least 1"
+        )
     scores = pairwise("vector_top_k", inner_product, vectors, queries).to_numpy()
     valid = ids.notna().to_numpy() & ~np.isnan(scores)
     names = ids.to_numpy()[valid].astype(str)
@@ -171,10 +173,10 @@ def top_k(ids: Series, vectors: Series, queries: Series, ks: Series) -> list[str
 def _given(name: str, vectors: Series) -> npt.NDArray[np.bool_]:
     """Which rows hold a vector, not NULL. Raises TrailvecError: a value is not an array."""
     if isinstance(vectors, pd.DataFrame):  # how Spark passes a struct
-        raise TrailvecError(f"{name} takes ARRAY<FLOAT>, found a struct: give it a vector")
+        raise TrailvecError(f"{name} takes ARRAY<FLOAT>, found a struct: pass a vector")
     given = vectors.notna().to_numpy()
     for found in {type(value).__name__ for value in vectors.to_numpy()[given]} - {"ndarray"}:
-        raise TrailvecError(f"{name} takes ARRAY<FLOAT>, found {found}: give it a vector")
+        raise TrailvecError(f"{name} takes ARRAY<FLOAT>, found {found}: pass a vector")
     return given
 
 

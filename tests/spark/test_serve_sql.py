@@ -390,11 +390,11 @@ def test_what_has_no_neighbours(warehouse: Served) -> None:
     for given, k in (("0", "0"), ("'3'", "'3'"), ("2.5", "2.5")):
         with pytest.raises(PythonException) as caught:
             rows(warehouse.runtime, f"SELECT * FROM nearest_items('u1', {given})")
-        assert explain(caught.value) == f"nearest_items: k is {k}: write a whole number from 1 on"
+        assert explain(caught.value) == f"nearest_items: k is {k}: write a whole number of at least 1"
     for given, user in (("1.0", "1.0 (Decimal)"), ("array('u1')", "['u1'] (list)")):
         with pytest.raises(PythonException) as caught:
             rows(warehouse.runtime, f"SELECT * FROM nearest_items({given}, 3)")
-        sentence = f"nearest_items: user_id is {user}: write a text or a whole number, as in user_embeddings"
+        sentence = f"nearest_items: user_id is {user}: write a string or a whole number, as in user_embeddings"
         assert explain(caught.value) == sentence
 
 

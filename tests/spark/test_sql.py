@@ -115,15 +115,15 @@ def test_the_k_best_of_each_group(spark: SparkSession) -> None:
     [
         (
             "SELECT vector_top_k('a', array(1F), array(1F), 0)",
-            "vector_top_k: found k = 0: write one whole number from 1 on",
+            "vector_top_k: found k = 0: write one whole number of at least 1",
         ),
         (
             "SELECT vector_top_k('a', array(1F), array(1F), 2.5)",
-            "vector_top_k: found k = 2.5: write one whole number from 1 on",
+            "vector_top_k: found k = 2.5: write one whole number of at least 1",
         ),
         (
             "SELECT vector_top_k('a', array(1F), array(1F), NULL)",
-            "vector_top_k: found k = None: write one whole number from 1 on",
+            "vector_top_k: found k = None: write one whole number of at least 1",
         ),
         (
             "SELECT vector_top_k(id, array(1F), array(1F), 1) FROM VALUES (7L), (NULL) AS t(id)",
@@ -135,11 +135,11 @@ def test_the_k_best_of_each_group(spark: SparkSession) -> None:
         ),
         (
             "SELECT vector_cosine_similarity(array(1F, 2F), array(1F))",
-            "vector_cosine_similarity: two vectors are of the lengths 2 and 1: compare vectors of one model_version",
+            "vector_cosine_similarity: two vectors have the lengths 2 and 1: compare vectors of one model_version",
         ),
         (
             "SELECT vector_sum(v) FROM VALUES (array(1F)), (array(1F, 2F)) AS t(v)",
-            "vector_sum: vectors of a group are of the lengths 1 and 2: group by model_version too",
+            "vector_sum: vectors of a group have the lengths 1 and 2: group by model_version too",
         ),
         (
             "SELECT vector_norm(array(1D))",
@@ -175,8 +175,8 @@ def test_the_k_best_of_each_group(spark: SparkSession) -> None:
             "SELECT 1 = (SELECT id FROM range(2))",
             "the SQL can't be run: More than one row returned by a subquery used as an expression.",
         ),
-        ("SELECT * FROM nearest_items('a', true)", "nearest_items: k is True: write a whole number from 1 on"),
-        ("SELECT * FROM nearest_items('a', '3')", "nearest_items: k is '3': write a whole number from 1 on"),
+        ("SELECT * FROM nearest_items('a', true)", "nearest_items: k is True: write a whole number of at least 1"),
+        ("SELECT * FROM nearest_items('a', '3')", "nearest_items: k is '3': write a whole number of at least 1"),
         (
             "SELECT * FROM nearest_items()",
             "the SQL can't be run: User defined table function encountered an error in the 'eval' method: "

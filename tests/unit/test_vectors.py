@@ -145,9 +145,9 @@ NO_NUMBERS = (
             lambda: vectors.pairwise(
                 "vector_f", vectors.inner_product, column([[1.0], [1.0]]), column([None, [1.0, 2.0]])
             ),
-            "vector_f: two vectors are of the lengths 1 and 2",
+            "vector_f: two vectors have the lengths 1 and 2",
         ),
-        (lambda: vectors.total("vector_f", np.sum, column([[1.0], [1.0, 2.0]])), "of the lengths 1 and 2"),
+        (lambda: vectors.total("vector_f", np.sum, column([[1.0], [1.0, 2.0]])), "have the lengths 1 and 2"),
         (
             lambda: vectors.with_degree("f", vectors.norm, column([[1.0]]), pd.Series([3])),
             "the degree of a vector's norm is 3",
@@ -159,7 +159,7 @@ NO_NUMBERS = (
         *(
             (
                 partial(vectors.with_degree, "vector_f", vectors.norm, of, pd.Series([2])),
-                f"FLOAT>, found {found}: give it",
+                f"FLOAT>, found {found}: pass a",
             )
             for of, found in (
                 (pd.DataFrame({"a": [1.0]}), "a struct"),
@@ -169,7 +169,7 @@ NO_NUMBERS = (
             )
         ),
         (lambda: vectors.pairwise("f", vectors.inner_product, column([[1.0]]), pd.Series([1])), "FLOAT>, found int"),
-        (lambda: vectors.total("f", np.sum, pd.Series([date(2020, 1, 1)])), "FLOAT>, found date: give it a vector"),
+        (lambda: vectors.total("f", np.sum, pd.Series([date(2020, 1, 1)])), "FLOAT>, found date: pass a vector"),
         *(
             (
                 partial(vectors.with_degree, "vector_f", vectors.norm, column([[1.0]]), of),
