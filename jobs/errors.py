@@ -23,78 +23,79 @@ _SPARK_MESSAGES = (
     (r"jobs\.errors\.TrailvecError: ([^\n]+)", "{0}"),  # ours, raised in a Python worker or by raise_error
     (
         r"\[INVALID_PANDAS_UDF_PLACEMENT\] The group aggregate pandas UDF `(\w+)`",
-        "{0} can't stand beside Spark's own aggregates in one SELECT: give it a SELECT of its own and join the two",
+        "{0} can't be used beside Spark's own aggregates in one SELECT: put it in its own SELECT and join the two",
     ),
     (
         r"\[PATH_NOT_FOUND\] Path does not exist: (\S+?)\.?(?:\s|$)",
-        "{0} does not exist: correct the path in the source's file",
+        "{0} does not exist: correct the path in the query or mapping",
     ),
     (
         r"URISyntaxException: Relative path in absolute URI: \.?([^\n]+?)(?:\.crc)?(?:\n|$)",
-        "{0}: Hadoop reads no file with a colon in its name, nor a pattern's files beside it: rename it",
+        "{0}: Hadoop can't read a file with a colon in its name, nor a pattern's other files beside it: rename it",
     ),
     (
         rf"/tables/({_MADE_AGAIN}|{_ONLY_HERE})/(_change_data/[^\n]*?\.parquet){_DAMAGED}",
-        "{1} of table {0}, which holds changes alone, is damaged: run this stage once with --force (erase_users "
-        "--finish: once maintain_tables has removed it)",
+        "{1} of table {0}, which holds only changes, is damaged: run this stage once with --force (erase_users "
+        "--finish: run it after maintain_tables has removed the file)",
     ),
     (
         rf"/tables/({_MADE_AGAIN}){_FILE}{_DAMAGED}",
-        "{1} of table {0} is damaged: put it back from a backup (never delete it alone), or move the table's folder "
-        "away and run the stage that makes it",
+        "{1} of table {0} is damaged: restore it from a backup (never delete only this file), or move the table's "
+        "folder away and run the stage that creates it",
     ),
     (
         _OWN_FILE + _DAMAGED,
-        "{1} of table {0} is damaged: put it back from a backup (never delete it alone, nor move the table away: what "
-        "it says stands nowhere else)",
+        "{1} of table {0} is damaged: restore it from a backup (never delete only this file, nor move the table away: "
+        "its rows are stored nowhere else)",
     ),
     (
         r"Could not read footer for file: (\S+?)\. Please",
-        "{0} is not a whole Parquet file (truncated?): fetch it again or take it out of the folder",
+        "{0} is not a complete Parquet file (truncated?): fetch it again or take it out of the folder",
     ),
     (
         r"Parquet column cannot be converted in file (\S+?)\. Column: \[([^\]]*)\], Expected: (\w+), Found: (\w+)",
-        "{0}: column {1} is {3}, in the files beside it {2}: give it the same type or an input of its own",
+        "{0}: column {1} is {3}, but {2} in the files beside it: give it the same type, or the file its own input",
     ),
     (
         r"(\S+) is not a Parquet file",
-        "{0} is not a whole Parquet file (truncated?): fetch it again or take it out of the folder",
+        "{0} is not a complete Parquet file (truncated?): fetch it again or take it out of the folder",
     ),
     (
         # gzip's message, bzip2's; Spark does not say which file
         r"EOFException: Unexpected end of input stream|IOException: unexpected end of stream(?:\n|$)",
-        "a compressed file of the input is cut short (gzip -t FILE, bzip2 -t FILE tell which): fetch it again or take "
-        "it out of the folder",
+        "a compressed input file is truncated (gzip -t FILE or bzip2 -t FILE tells which): fetch it again or take it "
+        "out of the folder",
     ),
     (
         r"Encountered error while reading file (\S+?)\. Details:.*IOException: (not a gzip file|incorrect \w+ check)",
-        "{0} is not packed as its name says ({1}): fetch it again or take it out of the folder",
+        "{0} is not compressed as its name says ({1}): fetch it again or take it out of the folder",
     ),
     (
         r"native zStandard library not available",
-        "Hadoop reads no .zst file here, and the input has one: pack it by gzip or bzip2",
+        "Hadoop can't read .zst files here, and the input has one: compress it with gzip or bzip2",
     ),
     (
         r"AccessControlException: (Permission denied[^\n]*)",
-        "{0}: run as a user who may, or have the owner allow it",
+        "{0}: run as a user with this permission, or ask the owner to grant it",
     ),
     (
         r"ConnectException: Call From \S+ to (\S+)[^\n]*",
-        "{0} does not answer: bring it up, or correct the host and port in storage.root, ingest.data_dir or "
+        "{0} does not answer: start it, or correct the host and port in storage.root, ingest.data_dir or "
         "HADOOP_CONF_DIR",
     ),
     (
         r"UnknownStoreException: `?(s3a://[^/'`]+)",
-        "{0} is no bucket of this store: make it, or correct storage.root, ingest.data_dir or the store's endpoint",
+        "{0} is not a bucket of this store: create it, or correct storage.root, ingest.data_dir or the store's "
+        "endpoint",
     ),
     (
         r"NoAuthWithAWSException|No AWS Credentials provided",
-        "the environment has no AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and this machine no role: export both",
+        "the environment has no AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and this machine has no role: export both",
     ),
     (
         r"AccessDeniedException: (s3a://\S+?):",
-        "{0}: the store refuses the keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or what was done with them: "
-        "correct them, or allow it (docs/operations.md)",
+        "{0}: the store refuses the keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or this operation with "
+        "them: correct the keys, or grant the permission (docs/operations.md)",
     ),
     (
         r"Class org\.apache\.hadoop\.fs\.s3a\.S3AFileSystem not found",
@@ -103,32 +104,31 @@ _SPARK_MESSAGES = (
     ),
     (
         r"\[COLUMN_ALREADY_EXISTS\] The column (\S+) already exists",
-        "several columns are named {0} (case makes no difference): give each a name of its own, the same in all files "
-        "of an input",
+        "several columns are named {0} (ignoring case): give each its own name, the same in all files of an input",
     ),
     (
         r"Illegal Parquet type: INT(?:64|96) \(TIMESTAMP\(NANOS",  # Spark does not say which file
-        "a Parquet file of the input has times in nanoseconds, which Spark can't read: write it again with "
+        "an input Parquet file has times in nanoseconds, which Spark can't read: write it again with "
         'coerce_timestamps="us" (pandas, pyarrow)',
     ),
     (
         r"Cannot fetch offset (\d+) \(GroupId: [^)]*?TopicPartition: ([^)\s]+)\)",
-        "records of {1} from offset {0} on are gone from the topic before they were read: set "
-        'failOnDataLoss = "false" in the input\'s kafka.options to go on without them',
+        "records of {1} from offset {0} on were removed from the topic before they were read: set "
+        'failOnDataLoss = "false" in the input\'s kafka.options to continue without them',
     ),
     (
         r"Partition (\S+?)(?:'s)? offset was changed from",  # to a lower one
-        "{0} holds fewer records than were read of it: the topic was made anew, or is another cluster's; run "
+        "{0} holds fewer records than were read from it: the topic was recreated, or is another cluster's; run "
         "`trailvec ingest --force` once, which reads all of it, or give the input another `name`",
     ),
     (
         r"data may have been (?:lost|missed)",
-        'records are gone from the topic before they were read: set failOnDataLoss = "false" in the input\'s '
-        "kafka.options to go on without them",
+        'records were removed from the topic before they were read: set failOnDataLoss = "false" in the input\'s '
+        "kafka.options to continue without them",
     ),
     (
         r"Multiple streaming (?:jobs|queries)",
-        "another ingest reads the same input right now: run this one again when it has ended; nothing is lost",
+        "another ingest is reading the same input: run this one again when that one has ended; nothing is lost",
     ),
     (
         r"DELTA_CONCURRENT|Concurrent(?:Append|Write|DeleteRead|DeleteDelete|Transaction)Exception",
@@ -136,8 +136,8 @@ _SPARK_MESSAGES = (
     ),
     (
         rf"FileNotFoundException: [^\n]*{_OWN_FILE}",  # the rest differs between file systems
-        "{1} of table {0} is gone: a VACUUM took what this stage goes on from (was maintain.retention_hours raised, or "
-        "VACUUM run by hand?): run it once with --force",
+        "{1} of table {0} is gone: a VACUUM deleted what this stage continues from (was maintain.retention_hours "
+        "raised, or VACUUM run by hand?): run the stage once with --force",
     ),
     (
         r"No space left on device",
@@ -147,24 +147,25 @@ _SPARK_MESSAGES = (
         # Java's own, a crashed Python worker, a lost driver JVM (two messages, both py4j's), a killed YARN container.
         r"(?:java\.lang\.|Spark)OutOfMemoryError|exited unexpectedly \(crashed\)|Answer from Java side is empty|"
         r"^\[Errno 111\] Connection refused$|Exit status: (?:137|143)",
-        "a process of Spark's was lost or ran out of memory: give spark.driver.memory or spark.executor.memory (and "
-        "memoryOverhead) more (docs/sizing.md), and run this stage again; nothing already committed is lost",
+        "a Spark process was lost or ran out of memory: increase spark.driver.memory or spark.executor.memory, and "
+        "memoryOverhead (docs/sizing.md), and run this stage again; nothing already committed is lost",
     ),
     (
         r"Checkpoint block \S+ not found",  # of localCheckpoint
-        "a machine that held rows which this stage had made is gone: run it again; nothing already committed is lost",
+        "a machine that held rows computed by this stage is gone: run the stage again; nothing already committed is "
+        "lost",
     ),
     (
         r"\[DELTA_TABLE_NOT_FOUND\] ([^\n]+?)\.?(?:\n|$)",
-        "{0}: run the stage that makes it; if another job is making it right now, run this one again",
+        "{0}: run the stage that creates it; if another job is creating it now, run this one again",
     ),
     (
         r"No module named '(torch|horovod|petastorm|transformers4rec)\b",
-        "{0} is not in the Python that runs this stage: training and scoring want one with requirements.lock and "
-        "Horovod (on YARN: TRAILVEC_ENVIRONMENT, scripts/submit_yarn.sh)",
+        "{0} is not installed in the Python that runs this stage: training and scoring need one with requirements.lock "
+        "and Horovod (on YARN: TRAILVEC_ENVIRONMENT, scripts/submit_yarn.sh)",
     ),
     (r"\[(?:TABLE_OR_VIEW_NOT_FOUND|UNRESOLVED_COLUMN)[^\]]*\] ([^\n]+)", "{0}"),
-    (r"\[(?:PARSE_SYNTAX_ERROR)[^\]]*\] ([^\n]+)", "the SQL can't be read: {0}"),
+    (r"\[(?:PARSE_SYNTAX_ERROR)[^\]]*\] ([^\n]+)", "the SQL can't be parsed: {0}"),
     # What only fails at run time: patterns, zones and positions that a mapping or a query gives to an expression.
     (
         r"((?:Unknown|Illegal) pattern (?:letter|character): \S|Fail to recognize '[^'\n]*' pattern|"

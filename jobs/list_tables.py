@@ -58,10 +58,10 @@ def print_tables(runtime: Runtime, as_json: bool) -> None:
         grid.add_column(heading, justify="right" if numeric else "left", no_wrap=numeric or heading == "table")
     for entry in entries:
         if entry["exists"] is None:
-            grid.add_row(entry["table"], *["-"] * 4, "not to be seen", "-", style="dim")
+            grid.add_row(entry["table"], *["-"] * 4, "no access", "-", style="dim")
             continue
         if not entry["exists"]:
-            grid.add_row(entry["table"], *["-"] * 4, "not there yet", f"run `trailvec {entry['stage']}`", style="dim")
+            grid.add_row(entry["table"], *["-"] * 4, "not created yet", f"run `trailvec {entry['stage']}`", style="dim")
             continue
         writer = entry["last_writer"]
         grid.add_row(

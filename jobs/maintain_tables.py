@@ -77,7 +77,9 @@ def _maintain(runtime: Runtime, names: Sequence[str], dry_run: bool) -> Iterator
     keep_days = runtime.config.maintain.keep_days
     aging = [table.name for table in TABLES if table.ages_by]
     if wrong := sorted(set(keep_days) - set(aging)):
-        raise TrailvecError(f"maintain.keep_days names {', '.join(wrong)}: only {', '.join(aging)} have rows of an age")
+        raise TrailvecError(
+            f"maintain.keep_days names {', '.join(wrong)}, whose rows have no age: name only {', '.join(aging)}"
+        )
     for table in TABLES:
         if (names and table.name not in names) or not runtime.exists(table):
             continue

@@ -79,26 +79,26 @@ def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
     try:
         parser.parseQuery(text)  # Spark's grammar for queries only, as used for views
     except ParseException:
-        raise TrailvecError(f"{where} is no query (found {' '.join(text.split())[:60]!r}): write a SELECT") from None
+        raise TrailvecError(f"{where} is not a query (found {' '.join(text.split())[:60]!r}): write a SELECT") from None
     try:
         answer = query(runtime, text)
     except TrailvecError as error:
         raise TrailvecError(f"{where}: {error}") from error
     for plan in _nodes(answer._jdf.queryExecution().analyzed()):
         if plan.nodeName() == "ScriptTransformation":
-            raise TrailvecError(f"{where} starts a program (TRANSFORM ... USING): write it without")
+            raise TrailvecError(f"{where} starts a program (TRANSFORM ... USING): remove this clause")
         names = {plan.nodeName(), *(part.nodeName() for part in _expressions(plan.expressions()))}
         if "CallMethodViaReflection" in names:
-            raise TrailvecError(f"{where} calls a method of Java's (reflect or java_method): write it without")
+            raise TrailvecError(f"{where} calls a Java method (reflect or java_method): remove this call")
         if plan.nodeName() in ("LocalLimit", "Offset") and not _is_ordered(plan.child()):
             raise TrailvecError(
-                f"{where} takes any rows (a LIMIT or OFFSET without ORDER BY, or TABLESAMPLE), which are others once "
-                f"the table's files are packed: order by user_id, say"
+                f"{where} takes arbitrary rows (a LIMIT or OFFSET without ORDER BY, or TABLESAMPLE), which change when "
+                f"the table's files are compacted: order by user_id, for example"
             )
         if drawn := names & (_BY_CHANCE | _OF_ANY_ROW if plan.nodeName() == "Aggregate" else _BY_CHANCE):
             raise TrailvecError(
-                f"{where} draws by chance ({', '.join(sorted(drawn))}), each time others: order by xxhash64(user_id), "
-                f"or take min(x) or max_by(x, y) for first(x), last(x) and any_value(x)"
+                f"{where} is not repeatable ({', '.join(sorted(drawn))} may differ each time): order by "
+                f"xxhash64(user_id), or use min(x) or max_by(x, y) instead of first(x), last(x) and any_value(x)"
             )
     return answer
 

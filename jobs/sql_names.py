@@ -54,7 +54,7 @@ def register_tables(runtime: Runtime) -> None:
         name = f"`{database}`.{table.name}"
         if spark.catalog.tableExists(name) and spark.catalog.getTable(name).tableType != "EXTERNAL":
             raise TrailvecError(
-                f"database {database} has a table {table.name} of its own: choose another storage.database"
+                f"database {database} already has another table {table.name}: choose another storage.database"
             )
     for table in tables:
         spark.sql(f"DROP TABLE IF EXISTS `{database}`.{table.name}")  # external: its files stay

@@ -191,7 +191,7 @@ def test_wrong_keys_a_missing_bucket_and_no_keys_are_one_sentence(store: Store) 
     nothing = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
     jobs = {
         "lake/trailvec.*the store refuses the keys in AWS_": store.trailvec("tables", AWS_SECRET_ACCESS_KEY="x" * 32),
-        "s3a://nowhere is no bucket of this store: make it": store.trailvec(
+        "s3a://nowhere is not a bucket of this store: create it": store.trailvec(
             "tables", "--set", 'storage.root="s3a://nowhere/trailvec"'
         ),
         "the environment has no AWS_ACCESS_KEY_ID": store.trailvec("tables", **nothing),

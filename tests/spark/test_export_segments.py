@@ -1002,9 +1002,13 @@ def test_what_is_refused_of_lists(shop: Runtime, spark: SparkSession, tmp_path: 
     (tmp_path / "latin.txt").write_bytes("anna\nrené\n".encode("latin-1"))
     refused('suppress = [{ file = "latin.txt" }]', r"the list .*/latin\.txt is no UTF-8 text .*: save it as such")
     deletes = 'sql = "DELETE FROM user_embeddings"'
-    refused(f"suppress = [{{ {deletes} }}]", "likes.toml: the query of a list of its users is no query .found 'DELETE")
+    refused(
+        f"suppress = [{{ {deletes} }}]", "likes.toml: the query of a list of its users is not a query .found 'DELETE"
+    )
     consent = f"export.consent={{ {deletes} }}"
-    refused('consent = "email"', "export.consent.sql is no query .found 'DELETE FROM user_embeddings'.: write", consent)
+    refused(
+        'consent = "email"', "export.consent.sql is not a query .found 'DELETE FROM user_embeddings'.: write", consent
+    )
     refused(
         'suppress = [{ sql = "SELECT user_id FROM blocked" }]',
         r"likes\.toml: the query of a list of its users: .*`blocked` cannot be",

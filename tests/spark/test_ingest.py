@@ -358,7 +358,7 @@ def test_a_missing_file_or_column_is_named(spark: SparkSession, write: Callable[
         assert str(explain(failed.value)).startswith("the SQL fails: ")
     with pytest.raises(TrailvecError, match=r"source test: .*`itm`.*correct the mapping"):
         ingest(spark, folder, mapping("log.csv", columns={"item_id": {"expr": "upper(itm)"}}))
-    with pytest.raises(TrailvecError, match=r"log\.csv: the SQL can't be read: Syntax error at.*correct the mapping"):
+    with pytest.raises(TrailvecError, match=r"log\.csv: the SQL can't be parsed: Syntax error at.*correct the mapping"):
         ingest(spark, folder, mapping("log.csv", columns={"item_id": {"expr": "upper(("}}))
 
 
@@ -369,7 +369,7 @@ def test_a_cut_parquet_file_is_named(spark: SparkSession, tmp_path: Path) -> Non
     (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(Exception) as error:  # noqa: PT011 - Spark's own, of several types
         ingest(spark, tmp_path, mapping("*.parquet", "parquet"))
-    assert "cut.parquet is not a whole Parquet file" in str(explain(error.value))
+    assert "cut.parquet is not a complete Parquet file" in str(explain(error.value))
 
 
 def test_a_cut_compressed_file_is_told(spark: SparkSession, tmp_path: Path) -> None:
@@ -377,11 +377,11 @@ def test_a_cut_compressed_file_is_told(spark: SparkSession, tmp_path: Path) -> N
     packed = gzip.compress(("id,user,item,at,price\n" + lines).encode())
     files = [
         ("log.csv.gz", packed[:5], r"log\.csv\.gz can't be read"),
-        ("log.csv.gz", packed[:100_000], "bzip2 -t FILE tell which"),
+        ("log.csv.gz", packed[:100_000], "bzip2 -t FILE tells which"),
         ("log.csv.bz2", bz2.compress(packed)[:30], r"log\.csv\.bz2 can't be read"),
         ("log.csv.bz2", lines.encode(), r"log\.csv\.bz2 is no bzip2 file"),
         ("log.json.bz2", b"", r"log\.json\.bz2 is no bzip2 file"),
-        ("log.json.gz", lines.encode(), r"log\.json\.gz is not packed as its name says \(not a gzip file\)"),
+        ("log.json.gz", lines.encode(), r"log\.json\.gz is not compressed as its name says \(not a gzip file\)"),
         ("log.csv.zst", b"", r"log\.csv\.zst can't be read \(.*zStandard"),
         ("log.json.zip", packed, r"log\.json\.zip is packed in a way that Spark does not unpack"),
         ("log.csv.GZ", packed, r"log\.csv\.GZ is packed in a way"),

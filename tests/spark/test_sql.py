@@ -151,10 +151,10 @@ def test_the_k_best_of_each_group(spark: SparkSession) -> None:
         ),
         (
             "SELECT count(*), vector_avg(v) FROM VALUES (array(1F)) AS t(v)",
-            "vector_avg can't stand beside Spark's own aggregates in one SELECT: "
-            "give it a SELECT of its own and join the two",
+            "vector_avg can't be used beside Spark's own aggregates in one SELECT: "
+            "put it in its own SELECT and join the two",
         ),
-        ("SELEC 1", "the SQL can't be read: Syntax error at or near 'SELEC'.(line 1, pos 0)"),
+        ("SELEC 1", "the SQL can't be parsed: Syntax error at or near 'SELEC'.(line 1, pos 0)"),
         (
             "SELECT * FROM evnts",
             "The table or view `evnts` cannot be found. Verify the spelling and correctness of the schema and catalog.",
@@ -205,7 +205,7 @@ def test_errors_are_one_sentence(make_runtime: Callable[..., Runtime], text: str
 def test_what_only_asks_changes_nothing(make_runtime: Callable[..., Runtime], text: str) -> None:
     with pytest.raises(TrailvecError) as caught:
         ask(make_runtime("storage.database=errors"), text, "likes.toml: its sql")
-    assert str(caught.value) == f"likes.toml: its sql is no query (found {text!r}): write a SELECT"
+    assert str(caught.value) == f"likes.toml: its sql is not a query (found {text!r}): write a SELECT"
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_what_only_asks_starts_no_program(make_runtime: Callable[..., Runtime], 
 @pytest.mark.parametrize("text", ["{}", "SELECT user_id FROM ({})", "SELECT 'a' AS user_id WHERE 'a' IN ({})"])
 def test_what_only_asks_reads_no_key(make_runtime: Callable[..., Runtime], text: str) -> None:
     key = "SELECT raise_error(java_method('java.lang.System', 'getenv', 'TRAILVEC_EXPORT_KEY')) AS user_id"
-    with pytest.raises(TrailvecError, match=r"^likes.toml: its sql calls a method of Java's \(reflect"):
+    with pytest.raises(TrailvecError, match=r"^likes.toml: its sql calls a Java method \(reflect"):
         ask(make_runtime("storage.database=errors"), text.format(key), "likes.toml: its sql")
 
 
@@ -248,7 +248,7 @@ def test_what_only_asks_reads_no_key(make_runtime: Callable[..., Runtime], text:
     ],
 )
 def test_what_only_asks_draws_nobody_by_chance(make_runtime: Callable[..., Runtime], text: str) -> None:
-    told = r"^a: its sql draws by chance \(\w+.*\), each time others: order by xxhash64\(user_id\), or "
+    told = r"^a: its sql is not repeatable \(\w+.* may differ each time\): order by xxhash64\(user_id\), or "
     with pytest.raises(TrailvecError, match=told):
         ask(make_runtime("storage.database=errors"), text, "a: its sql")
 
@@ -268,7 +268,9 @@ def test_what_only_asks_draws_nobody_by_chance(make_runtime: Callable[..., Runti
 def test_what_only_asks_takes_no_rows_that_others_could_stand_for(
     make_runtime: Callable[..., Runtime], text: str
 ) -> None:
-    with pytest.raises(TrailvecError, match=r"^a: its sql takes any rows \(a LIMIT or OFFSET without ORDER BY, or "):
+    with pytest.raises(
+        TrailvecError, match=r"^a: its sql takes arbitrary rows \(a LIMIT or OFFSET without ORDER BY, or "
+    ):
         ask(make_runtime("storage.database=errors"), text, "a: its sql")
 
 
@@ -290,7 +292,7 @@ def test_what_asks_is_asked(make_runtime: Callable[..., Runtime]) -> None:
     of_three = "SELECT * FROM (VALUES (0), (1), (2) AS t(a)) ORDER BY a LIMIT 1 OFFSET 1"
     for text in (*texts, by_order, of_three, of_one_row, in_order):
         assert [row[0] for row in ask(runtime, text, "a").collect()] == [1]
-    with pytest.raises(TrailvecError, match=r"^a: the SQL can't be read: Syntax error at or near 'SELEC'"):
+    with pytest.raises(TrailvecError, match=r"^a: the SQL can't be parsed: Syntax error at or near 'SELEC'"):
         ask(runtime, "SELEC 1", "a")
     with pytest.raises(TrailvecError, match=r"^a: The table or view `evnts` cannot be found"):
         ask(runtime, "SELECT * FROM evnts", "a")
@@ -326,7 +328,9 @@ def test_a_table_of_yours_stays(make_runtime: Callable[..., Runtime], spark: Spa
     spark.sql("CREATE TABLE theirs.current_model USING parquet AS SELECT 1 AS a")
     runtime = make_runtime("storage.database=theirs")
     runtime.create(CURRENT_MODEL)
-    with pytest.raises(TrailvecError, match=r"^database theirs has a table current_model of its own: choose another"):
+    with pytest.raises(
+        TrailvecError, match=r"^database theirs already has another table current_model: choose another"
+    ):
         query(runtime, "SELECT 1")
     assert spark.table("theirs.current_model").count() == 1
 
@@ -368,7 +372,7 @@ def test_what_somebody_dropped_or_replaced_is_known_anew(
         assert made == anew, done
     spark.sql("DROP TABLE item_embeddings")
     spark.sql("CREATE TABLE item_embeddings USING delta AS SELECT 5 AS five")
-    with pytest.raises(TrailvecError, match="database shop has a table item_embeddings of its own"):
+    with pytest.raises(TrailvecError, match="database shop already has another table item_embeddings"):
         query(shop, "SELECT * FROM item_embeddings")
 
 
@@ -501,4 +505,4 @@ def test_tables_that_one_may_not_look_into_are_told(
     assert {entry["table"]: entry["exists"] for entry in list_tables(runtime)} == seen
     print_tables(runtime, as_json=False)
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in printed if "not to be seen" in line] == ["events"]
+    assert [line.split()[1] for line in printed if "no access" in line] == ["events"]

@@ -146,7 +146,7 @@ IN_PYTHON = "org.apache.spark.api.python.PythonException: Traceback (most recent
         (LOST_TASK + IN_PYTHON + "ValueError: no such place\nbehind it\n\tat org...", "^no such place$"),
         (
             LOST_TASK + IN_PYTHON + "ModuleNotFoundError: No module named 'horovod'\n\tat",
-            "^horovod is not in the Python",
+            "^horovod is not installed in the Python",
         ),
     ],
 )

@@ -18,59 +18,59 @@ _ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
         (
             "java.lang.IllegalStateException: Cannot fetch offset 30 (GroupId: spark-kafka-source-1-executor, "
             f"TopicPartition: views-2). \n{_LOST}",
-            "records of views-2 from offset 30 on are gone from the topic before they were read: set failOnDataLoss = "
-            '"false" in the input\'s kafka.options to go on without them',
+            "records of views-2 from offset 30 on were removed from the topic before they were read: set "
+            'failOnDataLoss = "false" in the input\'s kafka.options to continue without them',
         ),
         (
             "Partition views-0's offset was changed from 30 to 10, some data may have been missed. \n" + _LOST,
-            "views-0 holds fewer records than were read of it: the topic was made anew, or is another cluster's; run "
+            "views-0 holds fewer records than were read from it: the topic was recreated, or is another cluster's; run "
             "`trailvec ingest --force` once, which reads all of it, or give the input another `name`",
         ),
         (
             f"Added partition views-3 starts from 7 instead of 0. {_LOST}",
-            "records are gone from the topic before they were read: set failOnDataLoss = "
-            '"false" in the input\'s kafka.options to go on without them',
+            "records were removed from the topic before they were read: set failOnDataLoss = "
+            '"false" in the input\'s kafka.options to continue without them',
         ),
         (
             "[PARQUET_TYPE_ILLEGAL] Illegal Parquet type: INT64 (TIMESTAMP(NANOS,true)).",
-            "a Parquet file of the input has times in nanoseconds, which Spark can't read: write it again with "
+            "an input Parquet file has times in nanoseconds, which Spark can't read: write it again with "
             'coerce_timestamps="us" (pandas, pyarrow)',
         ),
         (
             "[COLUMN_ALREADY_EXISTS] The column `id` already exists. Consider to choose another name or rename the",
-            "several columns are named `id` (case makes no difference): give each a name of its own, the same in all "
-            "files of an input",
+            "several columns are named `id` (ignoring case): give each its own name, the same in all files of an input",
         ),
         (
             "java.io.IOException: unexpected end of stream",
-            "a compressed file of the input is cut short (gzip -t FILE, bzip2 -t FILE tell which): fetch it again or "
+            "a compressed input file is truncated (gzip -t FILE or bzip2 -t FILE tells which): fetch it again or "
             "take it out of the folder",
         ),
         (
             "java.lang.RuntimeException: native zStandard library not available: this version of libhadoop was built",
-            "Hadoop reads no .zst file here, and the input has one: pack it by gzip or bzip2",
+            "Hadoop can't read .zst files here, and the input has one: compress it with gzip or bzip2",
         ),
         (
             "java.net.URISyntaxException: Relative path in absolute URI: .a b:1.csv.crc",
-            "a b:1.csv: Hadoop reads no file with a colon in its name, nor a pattern's files beside it: rename it",
+            "a b:1.csv: Hadoop can't read a file with a colon in its name, nor a pattern's other files beside it: "
+            "rename it",
         ),
         (
             "org.apache.hadoop.security.AccessControlException: Permission denied: user=ann, access=WRITE, "
             'inode="/trailvec":hdfs:supergroup:drwxr-xr-x',
             'Permission denied: user=ann, access=WRITE, inode="/trailvec":hdfs:supergroup:drwxr-xr-x: run as a user '
-            "who may, or have the owner allow it",
+            "with this permission, or ask the owner to grant it",
         ),
         (
             "java.net.ConnectException: Call From here/10.0.0.7 to master:8020 failed on connection exception: "
             "java.net.ConnectException: Connection refused; For more details see:  wiki",
-            "master:8020 does not answer: bring it up, or correct the host and port in storage.root, ingest.data_dir "
+            "master:8020 does not answer: start it, or correct the host and port in storage.root, ingest.data_dir "
             "or HADOOP_CONF_DIR",
         ),
         *(
             (
                 f"Caused by: org.apache.spark.SparkFileNotFoundException: {said}\nIt is possible the underlying files",
-                f"{file} of table events is gone: a VACUUM took what this stage goes on from (was "
-                "maintain.retention_hours raised, or VACUUM run by hand?): run it once with --force",
+                f"{file} of table events is gone: a VACUUM deleted what this stage continues from (was "
+                "maintain.retention_hours raised, or VACUUM run by hand?): run the stage once with --force",
             )
             for said, file in (
                 (f"File file:/my t/tables/events/_change_data/{_CHANGES} does not exist", f"_change_data/{_CHANGES}"),
@@ -81,8 +81,8 @@ _ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
         *(
             (
                 said,
-                f"{file} of table {table} is damaged: put it back from a backup (never delete it alone{more})"
-                + ("" if more else ", or move the table's folder away and run the stage that makes it"),
+                f"{file} of table {table} is damaged: restore it from a backup (never delete only this file{more})"
+                + ("" if more else ", or move the table's folder away and run the stage that creates it"),
             )
             for said, file, table, more in (
                 (
@@ -90,7 +90,7 @@ _ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
                     "Please ensure that the file is in either ORC or Parquet format.",
                     f"day=1/{_ROWS}",
                     "events",
-                    ", nor move the table away: what it says stands nowhere else",
+                    ", nor move the table away: its rows are stored nowhere else",
                 ),
                 (
                     f"RuntimeException: s3a://b/my t/tables/sessions/{_ROWS} is not a Parquet file. "
@@ -104,15 +104,15 @@ _ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
         *(
             (
                 f"RuntimeException: s3a://b/my t/tables/{table}/_change_data/{_CHANGES} is not a Parquet file. ",
-                f"_change_data/{_CHANGES} of table {table}, which holds changes alone, is damaged: run this stage once "
-                "with --force (erase_users --finish: once maintain_tables has removed it)",
+                f"_change_data/{_CHANGES} of table {table}, which holds only changes, is damaged: run this stage once "
+                "with --force (erase_users --finish: run it after maintain_tables has removed the file)",
             )
             for table in ("events", "sessions")
         ),
         *(
             (
                 said,
-                f"{file} is not a whole Parquet file (truncated?): fetch it again or take it out of the folder",
+                f"{file} is not a complete Parquet file (truncated?): fetch it again or take it out of the folder",
             )
             for file in ("/data/logs/part-1.parquet", f"file:/landing/tables/orders/{_ROWS}")  # whose table is not ours
             for said in (
@@ -122,14 +122,14 @@ _ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
         ),
         (
             "org.apache.spark.SparkException: Checkpoint block rdd_1_3 not found! Either the executor\nthat originally",
-            "a machine that held rows which this stage had made is gone: run it again; nothing already committed is "
-            "lost",
+            "a machine that held rows computed by this stage is gone: run the stage again; nothing already "
+            "committed is lost",
         ),
         *(
             (
                 said,
-                "a process of Spark's was lost or ran out of memory: give spark.driver.memory or spark.executor.memory "
-                "(and memoryOverhead) more (docs/sizing.md), and run this stage again; nothing already committed is "
+                "a Spark process was lost or ran out of memory: increase spark.driver.memory or spark.executor.memory, "
+                "and memoryOverhead (docs/sizing.md), and run this stage again; nothing already committed is "
                 "lost",
             )
             for said in (
@@ -148,7 +148,7 @@ def test_a_message_of_spark_becomes_a_sentence(said: str, told: str) -> None:
 
 def test_a_jvm_that_was_killed_is_told() -> None:
     for lost in (ConnectionRefusedError(111, "Connection refused"), RuntimeError("Answer from Java side is empty")):
-        assert (explain(lost) or "").startswith("a process of Spark's was lost or ran out of memory: ")
+        assert (explain(lost) or "").startswith("a Spark process was lost or ran out of memory: ")
     assert explain(RuntimeError("<urlopen error [Errno 111] Connection refused>")) is None
 
 

@@ -731,7 +731,9 @@ def test_a_python_without_pytorch_is_one_sentence() -> None:
     here = ModuleNotFoundError("No module named 'torch'")
     there = RuntimeError("...worker.py\nModuleNotFoundError: No module named 'horovod.torch'\n\tat org.apache.spark...")
     for error, name in ((here, "torch"), (there, "horovod")):
-        assert str(explain(error)).startswith(f"{name} is not in the Python that runs this stage: training and scoring")
+        assert str(explain(error)).startswith(
+            f"{name} is not installed in the Python that runs this stage: training and scoring"
+        )
 
 
 def test_a_small_log_is_passed_over_more_often() -> None:
