@@ -73,7 +73,7 @@ class Lake:
         if not isinstance(root, Path):
             raise TrailvecError(
                 f"storage.root = {root}, but tune keeps its trials in a database on a local disk: copy sequences, "
-                f"items and context_values into a local storage.root and search there"
+                f"items and context_values to a local storage.root and run tune there"
             )
         return root
 

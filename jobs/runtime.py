@@ -177,7 +177,7 @@ class Runtime(Lake):
         pinned = self._versions[table.name]
         since = itertools.takewhile(lambda commit: commit.version > pinned, self._commits(table))
         if any(commit.changed_rows for commit in since):
-            raise _changed_by_another_run(table, f"{self.report.stage} began")
+            raise _changed_by_another_run(table, f"since {self.report.stage} began")
         self._versions[table.name] = newest
         self._frames.pop(table.name, None)
 
@@ -232,10 +232,10 @@ class Runtime(Lake):
         versions = [row["model_version"] for row in self.read(CURRENT_MODEL).collect()]
         wanted = self.config.model.version
         if not versions:
-            raise TrailvecError("no model has a vector of every user yet: run `trailvec score_users` first")
+            raise TrailvecError("no model has a vector for every user yet: run `trailvec score_users` first")
         if wanted is not None and wanted != versions[0]:
             raise TrailvecError(
-                f"the current model is {versions[0]}, found model.version = {wanted}: run `trailvec score_users` first"
+                f"the current model is {versions[0]}, but model.version is {wanted}: run `trailvec score_users` first"
             )
         return str(versions[0])
 
@@ -294,8 +294,8 @@ class Runtime(Lake):
             return int(since)
         told, behind = len(self._newer(read, since)), self._versions[read.name] - since
         note = (
-            f"table {written.name} is made anew as a whole: it is {behind:,} commits of table {read.name} behind, of "
-            f"which {told:,} are looked at or still in Delta's log: run the stage more often"
+            f"table {written.name} is rebuilt in full: it is {behind:,} commits behind table {read.name}, of which "
+            f"only {told:,} are recent enough to be read and still in Delta's log: run the stage more often"
         )
         if told < behind and note not in self.report.notes:  # a stage calls this several times
             self.report.notes.append(note)
@@ -430,7 +430,7 @@ class Runtime(Lake):
 
         def write() -> None:
             if made_from is not None and self.stage_version(table) != made_from:
-                raise _changed_by_another_run(table, "this one worked on it")
+                raise _changed_by_another_run(table, "while this one worked on it")
             with spark_conf(self.spark, settings):
                 merge.execute()
 
@@ -445,8 +445,8 @@ class Runtime(Lake):
             if sum(commit.changed_rows and not commit.housekeeping for commit in newer) > 1:
                 self.touch(table, done=False)  # forces a full rebuild
                 raise TrailvecError(
-                    f"another run changed table {table.name} in the moment in which this one wrote to it, and the rows "
-                    f"of both are in it: run `trailvec {table.stage}` again when that one has ended: it makes all anew"
+                    f"another run changed table {table.name} just as this one wrote to it, and the table has the rows "
+                    f"of both: run `trailvec {table.stage}` again when that one has ended, which rebuilds it in full"
                 )
 
     def merge_differences(self, table: Table, differing: DataFrame, where: Column, made_from: int) -> None:
@@ -542,8 +542,7 @@ def _sql_texts(values: str | tuple[str, ...]) -> str:
 
 def _changed_by_another_run(table: Table, during: str) -> TrailvecError:
     return TrailvecError(
-        f"another run changed table {table.name} while {during}: run this again when that one has ended; "
-        f"nothing is lost"
+        f"another run changed table {table.name} {during}: run this again when that one has ended; nothing is lost"
     )
 
 

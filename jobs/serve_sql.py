@@ -116,7 +116,7 @@ def _login() -> str | None:
     if user is None and password is None:
         return None
     if not user or not password:
-        raise TrailvecError(f"one of {_LOGIN[0]} and {_LOGIN[1]} is missing or empty: set both, or none")
+        raise TrailvecError(f"one of {_LOGIN[0]} and {_LOGIN[1]} is missing or empty: set both or neither")
     salt = secrets.token_hex(16)
     # fsencode: the bytes as set, even if they aren't UTF-8.
     digest = hashlib.sha256(os.fsencode(f"{salt}{user}\0{password}")).hexdigest()
@@ -137,11 +137,11 @@ def _forget(name: str) -> None:
 def _check_address(host: str, port: int, with_password: bool) -> None:
     for name in ("HIVE_SERVER2_THRIFT_BIND_HOST", "HIVE_SERVER2_THRIFT_PORT"):
         if name in os.environ:  # overrides the settings given to Spark's server
-            raise TrailvecError(f"{name} is set and would win over --host and --port: unset it")
+            raise TrailvecError(f"{name} is set and would override --host and --port: unset it")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError, OverflowError):
-        raise TrailvecError(f"{host}:{port} is no address of this machine: correct --host or --port") from None
+        raise TrailvecError(f"{host}:{port} is not an address of this machine: correct --host or --port") from None
     loopback = all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)
     if not loopback and not with_password:
         raise TrailvecError(
@@ -153,7 +153,9 @@ def _check_address(host: str, port: int, with_password: bool) -> None:
         try:
             probe.bind(address)
         except OSError as error:
-            raise TrailvecError(f"can't serve on {host}:{port} ({error.strerror}): choose another --port") from None
+            raise TrailvecError(
+                f"can't serve on {host}:{port} ({error.strerror}): choose another --host or --port"
+            ) from None
 
 
 def _share_functions(spark: SparkSession) -> None:
@@ -225,16 +227,16 @@ def _watch(runtime: Runtime, stopped: threading.Event) -> None:
         except (PySparkException, Py4JJavaError, TrailvecError) as error:
             if not failing:
                 said = told(error)
-                again = f"looking again every {_LOOK_AGAIN_SECONDS:g} seconds, the tables known so far are served"
-                print(f"can't make all tables known ({said}): {again}", file=sys.stderr, flush=True)
+                again = f"trying again every {_LOOK_AGAIN_SECONDS:g} seconds; the tables registered so far are served"
+                print(f"can't register all tables ({said}): {again}", file=sys.stderr, flush=True)
             failing = True
         except (Py4JError, ConnectionError) as error:
             raise TrailvecError(
-                "the server's Java has ended, for want of memory as a rule (one partition of an answer has to fit into "
-                "it): give spark.driver.memory more, and start the server again"
+                "the server's Java process has ended, usually for lack of memory (one partition of a result has to fit "
+                "into it): increase spark.driver.memory, and start the server again"
             ) from error
         if ended:
             raise TrailvecError(
-                "Spark has ended (its application was killed, say), though the server's Java goes on: start the server "
-                "again"
+                "Spark has ended (its application was killed, say), but the server's Java process is still running: "
+                "start the server again"
             )

@@ -149,7 +149,7 @@ def refuse_other_files(root: Place, default: str) -> None:
     if isinstance(root, Path) and default.partition(":")[0] not in {"file", "dbfs"}:
         raise TrailvecError(
             f"storage.root = {root} is a path on this machine, but fs.defaultFS is {default}, where Spark would look "
-            f'for it: say storage.root = "{default.rstrip("/")}/..." or unset HADOOP_CONF_DIR, which names it'
+            f'for it: set storage.root = "{default.rstrip("/")}/..." or unset HADOOP_CONF_DIR, which sets it'
         )
 
 

@@ -254,7 +254,7 @@ def test_training_does_not_begin_on_rows_that_another_run_changes(
         put(other, SEQUENCES, other.latest(SEQUENCES))
 
     monkeypatch.setattr(Runtime, "purge", another_run)
-    with pytest.raises(TrailvecError, match="another run changed table sequences while look began"):
+    with pytest.raises(TrailvecError, match="another run changed table sequences since look began"):
         train_footers(runtime)
 
 

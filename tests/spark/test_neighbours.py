@@ -339,5 +339,5 @@ def test_a_model_without_vectors(make_runtime: Callable[..., Runtime], spark: Sp
     with pytest.raises(TrailvecError, match="user_embeddings has no vector of model new: run `trailvec score_users`"):
         runtime.execute(STAGE)
     put(runtime, CURRENT_MODEL, spark.createDataFrame([], CURRENT_MODEL.schema()))
-    with pytest.raises(TrailvecError, match="no model has a vector of every user yet: run `trailvec score_users`"):
+    with pytest.raises(TrailvecError, match="no model has a vector for every user yet: run `trailvec score_users`"):
         runtime.execute(STAGE)

@@ -298,8 +298,8 @@ def test_of_very_many_commits_all_are_told_and_few_are_read_where_few_are_asked_
     for _ in range(2):
         assert runtime.incremental(FLAGGED_USERS, EVENTS) is None
     (note,) = runtime.report.notes
-    assert note.startswith("table flagged_users is made anew as a whole: it is 559 commits of table events behind, of")
-    assert "which 300 are looked at or still in Delta's log" in note
+    assert note.startswith("table flagged_users is rebuilt in full: it is 559 commits behind table events, of")
+    assert "which only 300 are recent enough to be read and still in Delta's log" in note
 
 
 def test_tune_refuses_hdfs_in_one_sentence() -> None:

@@ -337,7 +337,7 @@ def test_a_new_model_killed_in_the_middle_goes_on_while_readers_see_the_old_one_
     item = ("i2", 2, "m2", datetime(2024, 1, 1), False, [1.0])
     for table, of_table in ((ITEM_EMBEDDINGS, [item]), (ITEMS, []), (CONTEXT_VALUES, []), (SESSIONS, [])):
         put(other, table, shop.spark.createDataFrame(of_table, table.schema()))
-    with pytest.raises(TrailvecError, match=r"the current model is m1, found model\.version = m2: run"):
+    with pytest.raises(TrailvecError, match=r"the current model is m1, but model\.version is m2: run"):
         other.execute(find_neighbours.STAGE)
 
     # Meanwhile a user in a finished chunk acts, and another leaves.

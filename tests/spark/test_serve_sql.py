@@ -248,15 +248,15 @@ def test_a_wrong_login_is_refused(server: Served) -> None:
             "0.0.0.0 can be reached from other machines: set TRAILVEC_SQL_USER and TRAILVEC_SQL_PASSWORD, ",
         ),
         ({}, "::", ":: can be reached from other machines"),
-        ({"TRAILVEC_SQL_USER": "ada"}, "127.0.0.1", "TRAILVEC_SQL_PASSWORD is missing or empty: set both, or none"),
+        ({"TRAILVEC_SQL_USER": "ada"}, "127.0.0.1", "TRAILVEC_SQL_PASSWORD is missing or empty: set both or neither"),
         (
             {"TRAILVEC_SQL_USER": "ada", "TRAILVEC_SQL_PASSWORD": ""},
             "0.0.0.0",
-            "TRAILVEC_SQL_PASSWORD is missing or empty: set both, or none",
+            "TRAILVEC_SQL_PASSWORD is missing or empty: set both or neither",
         ),
-        ({}, "nowhere.invalid", "is no address of this machine: correct --host or --port"),
-        ({"HIVE_SERVER2_THRIFT_BIND_HOST": "0.0.0.0"}, "127.0.0.1", "would win over --host and --port: unset it"),
-        ({}, "127.0.0.1", "(Address already in use): choose another --port"),
+        ({}, "nowhere.invalid", "is not an address of this machine: correct --host or --port"),
+        ({"HIVE_SERVER2_THRIFT_BIND_HOST": "0.0.0.0"}, "127.0.0.1", "would override --host and --port: unset it"),
+        ({}, "127.0.0.1", "(Address already in use): choose another --host or --port"),
     ],
 )
 def test_what_is_not_served(
@@ -287,7 +287,7 @@ def test_a_login_is_bytes_and_is_wiped(monkeypatch: pytest.MonkeyPatch) -> None:
     _forget("TRAILVEC_SQL_USER")  # forgetting an unset variable is harmless
 
 
-OWN_TABLE = "database served has a table probes of its own: choose another storage.database"
+OWN_TABLE = "database served already has another table probes: choose another storage.database"
 
 
 def spark_that(*, is_stopped: bool) -> Mock:
@@ -316,7 +316,7 @@ def test_what_fails_for_a_while_does_not_end_the_server(
     monkeypatch.setattr(serve_sql, "register_tables", look)
     _watch(spark_that(is_stopped=False), stopped)
     said = [line.rpartition("): ")[0] for line in capsys.readouterr().err.splitlines()]  # each failure is reported once
-    assert said == [f"can't make all tables known ({reason}" for reason in ("the store is away", OWN_TABLE)]
+    assert said == [f"can't register all tables ({reason}" for reason in ("the store is away", OWN_TABLE)]
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_what_fails_for_a_while_does_not_end_the_server(
 def test_a_server_without_its_java_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(serve_sql, "_LOOK_AGAIN_SECONDS", 0.0)
     monkeypatch.setattr(serve_sql, "register_tables", Mock(side_effect=error))
-    with pytest.raises(TrailvecError, match=r"^the server's Java has ended, .* start the server again$"):
+    with pytest.raises(TrailvecError, match=r"^the server's Java process has ended, .* start the server again$"):
         _watch(spark_that(is_stopped=False), threading.Event())
 
 

@@ -428,7 +428,7 @@ def test_of_two_runs_at_once_the_one_that_ends_later_is_refused(
         return execute(merge)
 
     monkeypatch.setattr(DeltaMergeBuilder, "execute", between)
-    with pytest.raises(TrailvecError, match="the rows of both are in it"):
+    with pytest.raises(TrailvecError, match="the table has the rows of both"):
         tables.run()
     assert in_words(tables.run()) == [["e1"], ["e20"], ["e8", "e9"]]  # a full rebuild
 
