@@ -70,7 +70,7 @@ def print_audit(runtime: Runtime, table: str | None, since: str | None, as_json:
     try:
         earliest = None if since is None else datetime.fromisoformat(since)
     except ValueError as error:
-        raise TrailvecError(f"--since {since} is no time: write it as 2026-01-31 or 2026-01-31T12:00:00Z") from error
+        raise TrailvecError(f"--since {since} is not a time: write it as 2026-01-31 or 2026-01-31T12:00:00Z") from error
     entries = audit(runtime, table, earliest)
     if as_json:
         print(json.dumps(entries, indent=2))
@@ -83,7 +83,7 @@ def print_audit(runtime: Runtime, table: str | None, since: str | None, as_json:
             entry["at"][:19].replace("T", " "),
             entry["table"],
             str(entry["version"]),
-            entry["operation"] if entry["changed_rows"] else f"{entry['operation']} (no row)",
+            entry["operation"] if entry["changed_rows"] else f"{entry['operation']} (no rows)",
             f"erasure {entry['erasure'][:8]}" if entry["erasure"] else entry["stage"] or "-",
             entry["user"] or "-",
             entry["application"] or "-",

@@ -243,7 +243,7 @@ def _erase(config: Config, arguments: argparse.Namespace) -> None:
 
     who = (arguments.users, arguments.sql, arguments.requested_by)
     if arguments.finish and any(who):
-        raise TrailvecError("--finish is for all erasures: give it alone")
+        raise TrailvecError("--finish applies to all erasures: use it without FILE, --sql and --requested-by")
     runtime = Runtime(config)
     with _progress(runtime, "erase_users"):
         report = finish(runtime) if arguments.finish else erase(runtime, *who)
@@ -354,7 +354,7 @@ def guarded(action: Callable[[], None], debug: bool = False) -> int:
         action()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("trailvec: stopped; run the same command again to go on", file=sys.stderr)
+        print("trailvec: stopped; run the same command again to continue", file=sys.stderr)
         return 130
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_has_left():

@@ -89,10 +89,10 @@ def finish(runtime: Runtime) -> Report:
 
 def _erase(runtime: Runtime, file: str | None, sql: str | None, requested_by: str | None) -> None:
     if not requested_by or not requested_by.strip():
-        raise TrailvecError("nobody asked for the erasure: say who did with --requested-by")
+        raise TrailvecError("--requested-by is missing or empty: name who asked for the erasure")
     key = erase_key(runtime)
     if not _holding(runtime):
-        raise TrailvecError(f"no table of users exists under {runtime.place}: is --conf the right one?")
+        raise TrailvecError(f"no table that holds users exists under {runtime.place}: check --conf and storage.root")
     ids = read_ids(runtime, file, sql)
     if not ids:
         raise _nobody_listed(runtime, requested_by)
@@ -100,7 +100,7 @@ def _erase(runtime: Runtime, file: str | None, sql: str | None, requested_by: st
     ids_digest = hashed(key, ["\n".join(hashes)])[0]
     erasure_id = hashed(key, [f"{requested_by}\n{ids_digest}"])[0][:32]
 
-    runtime.on_progress("who must not come back")
+    runtime.on_progress("recording who must not come back")
     _bury(runtime, key, hashes, erasure_id)
     receipt: dict[str, Any] = {
         "erasure_id": erasure_id,
@@ -115,13 +115,13 @@ def _erase(runtime: Runtime, file: str | None, sql: str | None, requested_by: st
     report.rows_in["users"] = len(ids)
     report.rows_out = rows
     if not any(entry["rows"] for entry in receipt["tables"]):
-        report.notes.append("no table held any of them: is it the right list?")
+        report.notes.append("no table held any of the users: check that it is the right list")
     report.notes.extend(map(_tell, receipt["exports"]))
     longest = max(runtime.config.maintain.retention_hours_for(table.name) for table in HOLDING_USERS)
     gone = receipt["erased_at"] + timedelta(hours=longest)
     report.notes.append(
-        f"erasure {erasure_id}: old versions hold them on disk until `trailvec maintain_tables` runs after "
-        f"{gone:%Y-%m-%d %H:%M} UTC; then `trailvec erase_users --finish`"
+        f"erasure {erasure_id}: old versions hold the users on disk until `trailvec maintain_tables` runs after "
+        f"{gone:%Y-%m-%d %H:%M} UTC; then run `trailvec erase_users --finish`"
     )
 
 
@@ -151,16 +151,16 @@ def _nobody_listed(runtime: Runtime, requested_by: str) -> TrailvecError:
         if receipt["erased_at"] is None and receipt["requested_by"] == requested_by:
             return TrailvecError(
                 f"the list of users to erase is empty, but the erasure {receipt['erasure_id']} that {requested_by} "
-                f"asked for at {receipt['requested_at']:%Y-%m-%d %H:%M} UTC did not come to its end: run `trailvec "
-                f"erase_users --finish`, which ends it"
+                f"asked for at {receipt['requested_at']:%Y-%m-%d %H:%M} UTC is not complete: run `trailvec "
+                f"erase_users --finish`, which completes it"
             )
     return TrailvecError("the list of users to erase is empty: nothing was done")
 
 
 def _tell(export: dict[str, Any]) -> str:
     return (
-        f"tell who has it: segment {export['segment']}, exported {export['exported_at']:%Y-%m-%d %H:%M} to "
-        f"{export['destination']}, held {export['users']:,} of them"
+        f"notify the recipient of segment {export['segment']}, exported {export['exported_at']:%Y-%m-%d %H:%M} to "
+        f"{export['destination']}: it held {export['users']:,} of the erased users"
     )
 
 
@@ -343,7 +343,7 @@ def _finish(runtime: Runtime) -> None:
     receipts = _receipts(runtime)
     named = {(receipt["erasure_id"], e["export_id"]) for receipt in receipts for e in receipt["exports"] or []}
 
-    runtime.on_progress("what is on disk")
+    runtime.on_progress("searching the files on disk")
     on_disk = {table.name: _on_disk(runtime, table, tests) for table in there}
     # An unreadable record yields everything that may be one of its values.
     of_hash = {hashed(key, [user])[0]: user for found in on_disk.values() for user in found}
@@ -353,7 +353,7 @@ def _finish(runtime: Runtime) -> None:
     for erasure_id, receipt in killed.items():
         ids = sorted(user for digest, user in held.items() if erasure_id in requests[digest])
         rows.update(_end(runtime, receipt, ids)[1])
-        report.notes.append(f"erasure {erasure_id} had not come to its end: it has now")
+        report.notes.append(f"erasure {erasure_id} was not complete: it is now")
     again = _again(runtime, {d: u for d, u in held.items() if requests[d].isdisjoint(killed)}, requests, tests[1])
     returned = again.total()
 
@@ -380,16 +380,17 @@ def _finish(runtime: Runtime) -> None:
         news = (e for e in receipt["exports"] or [] if (receipt["erasure_id"], e["export_id"]) not in named)
         report.notes.extend(map(_tell, news))
     if returned:
-        report.notes.append(f"{returned:,} rows of erased users had come back and were taken out again")
+        report.notes.append(f"{returned:,} rows of erased users had come back and were deleted again")
     if leftovers:
         report.notes.append(
-            f"{', '.join(map(str, leftovers))} may hold erased users: a job that runs, or a killed one, made it; run "
-            f"export_segments, erase_users, probe or find_neighbours, whose it is, or delete it, then this again"
+            f"{', '.join(map(str, leftovers))} may hold erased users: a running or killed job made it; run "
+            f"export_segments, erase_users, probe or find_neighbours, whichever made it, or delete it, then run this "
+            f"again"
         )
     if held:
         report.notes.append(
             f"old files of {', '.join(name for name, found in on_disk.items() if found)} hold {len(held):,} erased "
-            f"users: run `trailvec maintain_tables` when maintain.retention_hours have passed, then this again"
+            f"users: run `trailvec maintain_tables` when maintain.retention_hours have passed, then run this again"
         )
 
 

@@ -27,8 +27,8 @@ def erase_key(runtime: Runtime) -> bytes:
         marks = runtime.latest(ERASED_USERS).select("key_mark").distinct().collect()
         if any(row["key_mark"] != key_mark(key) for row in marks):
             raise TrailvecError(
-                f"{ERASE_KEY} is another key than the one that users were erased with, who could come back unseen: "
-                f"set the old one"
+                f"{ERASE_KEY} is not the key that users were erased with, so they could come back unnoticed: set the "
+                f"old one"
             )
     return key
 

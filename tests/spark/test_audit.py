@@ -75,7 +75,7 @@ def test_every_commit_and_who_made_it(
     with pytest.raises(SystemExit):
         cli.main([*command, "--since", "yesterday"])
     assert capsys.readouterr().err.strip() == (
-        "trailvec: --since yesterday is no time: write it as 2026-01-31 or 2026-01-31T12:00:00Z"
+        "trailvec: --since yesterday is not a time: write it as 2026-01-31 or 2026-01-31T12:00:00Z"
     )
 
 

@@ -321,7 +321,7 @@ def test_finish_ends_what_was_killed_and_names_exports_that_were_made_meanwhile(
             erase(runtime, sql=hers, requested_by="desk")
     with pytest.raises(TrailvecError, match=r"list of users to erase is empty: nothing was done"):
         erase(runtime, sql=hers, requested_by="somebody else")
-    with pytest.raises(TrailvecError, match=r"that desk asked for .* did not come to its end: .* --finish"):
+    with pytest.raises(TrailvecError, match=r"that desk asked for .* is not complete: .* --finish"):
         erase(runtime, sql=hers, requested_by="desk")
 
     def beside(runtime: Runtime, table: Table, *more: Any) -> None:
@@ -337,8 +337,8 @@ def test_finish_ends_what_was_killed_and_names_exports_that_were_made_meanwhile(
     assert ended.rows_out == {"finished": 0, "events": 1, "exports": 2}
     assert [export["export_id"] for export in receipt["exports"]] == ["x1", "x2"]
     assert [note.split(", exported")[0] for note in ended.notes[:2]] == [
-        f"erasure {receipt['erasure_id']} had not come to its end: it has now",
-        "tell who has it: segment fans",
+        f"erasure {receipt['erasure_id']} was not complete: it is now",
+        "notify the recipient of segment fans",
     ]
     assert "/exports/2" in ended.notes[1]
 
@@ -434,7 +434,10 @@ def test_where_no_table_of_users_is_nobody_is_said_to_be_erased(
     tmp_path: Path, keyed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As without --conf: the receipt would go into an empty warehouse."""
-    for there, said in ((ITEMS, f"no table of users exists under {tmp_path}: is"), (EXPORTS, "list .* does not")):
+    for there, said in (
+        (ITEMS, f"no table that holds users exists under {tmp_path}: check"),
+        (EXPORTS, "list .* does not"),
+    ):
         monkeypatch.setattr(Runtime, "exists", lambda runtime, table, there=there: table == there)
         with pytest.raises(TrailvecError, match=said):
             erase_users._erase(Runtime(make_config(tmp_path)), str(tmp_path / "none.txt"), None, "desk")
@@ -631,10 +634,10 @@ def test_no_receipt_tombstone_or_log_of_operations_shows_an_id_or_the_key(story:
         ({}, ["empty.txt"], "the list of users to erase is empty"),
         ({}, ["--sql", "SELECT 1 AS id"], "it needs a column user_id"),
         ({}, [], "either a file of user ids or --sql"),
-        ({"by": None}, ["ids.txt"], "say who did with --requested-by"),
+        ({"by": None}, ["ids.txt"], "--requested-by is missing or empty: name who asked"),
         ({"key": None}, ["ids.txt"], f"the environment has no {ERASE_KEY}"),
-        ({"key": "another"}, ["ids.txt"], f"{ERASE_KEY} is another key than the one"),
-        ({"by": None}, ["ids.txt", "--finish"], "--finish is for all erasures"),
+        ({"key": "another"}, ["ids.txt"], f"{ERASE_KEY} is not the key that users were erased with"),
+        ({"by": None}, ["ids.txt", "--finish"], "--finish applies to all erasures"),
     ],
 )
 def test_one_sentence_for_what_is_wrong(
