@@ -67,13 +67,14 @@ def check_times(spark: SparkSession, mapping: Input, source: str) -> list[str]:
     pattern = mapping.columns.event_ts.format
     if pattern is not None and pattern not in _EPOCH and not _reads_times(spark, pattern):
         raise TrailvecError(
-            f"source {source}: event_ts: format = {pattern!r} is no datetime pattern of Spark's: write one, such as "
+            f"source {source}: event_ts: format = {pattern!r} is not a Spark datetime pattern: write one, such as "
             f"dd/MM/yyyy HH:mm, or {' or '.join(_EPOCH)}"
         )
     if pattern is not None and zone != "UTC" and may_lack_zone(pattern):
         raise TrailvecError(
-            f"source {source}: event_ts: by format = {pattern!r} a time without a zone would be one of UTC, not of "
-            f"{zone}: give the two forms an input each, or leave format out, which is ISO 8601 with a zone or without"
+            f"source {source}: event_ts: with format = {pattern!r}, a time without a zone would be read as UTC, not as "
+            f"{zone}: give each of the two forms its own input, or leave format out, which reads ISO 8601 with or "
+            "without a zone"
         )
     return zones
 
@@ -129,8 +130,8 @@ def _mapped(raw: DataFrame, mapping: Input, source: str) -> DataFrame:
     is_local = columns.event_ts.zone != "UTC" or columns.event_ts.format is not None
     if columns.event_ts.expr is not None and isinstance(event_ts_type, T.TimestampType) and is_local:
         raise TrailvecError(
-            f"source {source}: event_ts: expr = {columns.event_ts.expr!r} gives an instant, to which zone and format "
-            "can't apply: let it give the text (with format), or use to_timestamp_ntz"
+            f"source {source}: event_ts: expr = {columns.event_ts.expr!r} returns an instant, to which zone and "
+            "format can't apply: have it return the text (with format), or use to_timestamp_ntz"
         )
     own_rules = [F.when(F.expr(rule.when), F.lit(rule.reason)) for rule in mapping.reject]
     ids = {n: _is_no_id(raw, value, mapping) for n, value in columns.given().items() if n in _IDS}

@@ -226,13 +226,13 @@ def _check_share(records: DataFrame, counts: Counter[str | None], read: Counter[
         row = records.where(F.col("reason") == reason).agg(F.min("raw").alias("raw")).collect()[0]
         examples.append(f"{reason} {count:,} (such as {str(row['raw'])[:200]})")
     changed = (
-        "; events that come again, and that the mapping or a lookup now makes otherwise, are refused beside what was "
-        "read before: to correct that, see Backfill in docs/operations.md"
+        "; an event read again that the mapping or a lookup now gives other values conflicts with the one read before, "
+        "and only one of the two is kept: to correct such events, see Backfill in docs/operations.md"
     )
     raise TrailvecError(
         f"{total:,} of {read.total():,} records are refused, more than ingest.max_rejected_share = {allowed:g} allows; "
-        f"nothing of this batch was written: correct the mapping or the files, or allow more; "
-        f"most often: {'; '.join(examples)}{changed if counts['duplicate_event_id'] else ''}"
+        f"nothing of this batch was written: correct the mapping or the files, or raise the limit; "
+        f"most frequent reasons: {'; '.join(examples)}{changed if counts['duplicate_event_id'] else ''}"
     )
 
 
@@ -305,7 +305,7 @@ def _check_gzip(found: dict[str, int]) -> None:
     JSON files."""
     if empty := [path for path, length in found.items() if length == 0 and path.endswith(".gz")]:
         raise TrailvecError(
-            f"{min(empty)} is no gzip file, it has no bytes: fetch it again or take it out of the folder"
+            f"{min(empty)} is not a gzip file (it is empty): fetch it again or take it out of the folder"
         )
 
 
@@ -353,7 +353,7 @@ def _topic(spark: SparkSession, kafka: Kafka, settings: IngestSettings) -> DataF
 def _from_environment(value: str, kafka: Kafka) -> str:
     def look_up(found: re.Match[str]) -> str:
         if found[1] not in os.environ:
-            raise TrailvecError(f"kafka topic {kafka.topic}: its options want ${found[1]}, which is not set: export it")
+            raise TrailvecError(f"kafka topic {kafka.topic}: its options use ${found[1]}, which is not set: export it")
         return os.environ[found[1]]
 
     return re.sub(r"\$\{(\w+)\}", look_up, value)
@@ -370,8 +370,8 @@ def run(runtime: Runtime) -> None:
     names = Counter(source.name for source in sources)
     if twice := [name for name, count in names.items() if count > 1]:
         raise TrailvecError(
-            f"two mappings of ingest.sources are named {twice[0]}: give each a name of its own, since how far each was "
-            "read is kept under it"
+            f"two mappings in ingest.sources are named {twice[0]}: give each a unique name, under which its reading "
+            "progress is stored"
         )
     if settings.duplicates == "everywhere":
         _refuse_ids_of_several_days(runtime)
@@ -383,8 +383,8 @@ def run(runtime: Runtime) -> None:
     elif not runtime.exists(REJECTED_EVENTS) and not runtime.forced:
         # Nothing is read again unasked: a mapping changed since would turn old records into other events.
         runtime.report.notes.append(
-            "table rejected_events was gone, and what was refused before with it: `trailvec ingest --force` reads all "
-            "inputs again"
+            "table rejected_events was missing, and the records refused before are lost with it: run `trailvec ingest "
+            "--force` to read all inputs again"
         )
     runtime.create(EVENTS)  # from here on, another ingest keeps the checkpoints
     for source in sources:
@@ -404,9 +404,9 @@ def _refuse_ids_of_several_days(runtime: Runtime) -> None:
     several = runtime.latest(EVENTS).groupBy("event_id").count().where("count > 1").count()
     if several:
         raise TrailvecError(
-            f"table events at {runtime.path(EVENTS)} holds {several:,} ids on several days, as ingest.duplicates = "
-            f"same_day lets them stand, found everywhere: set it back, or move that folder away and run "
-            f"`trailvec ingest` again, which reads all inputs anew"
+            f"table events at {runtime.path(EVENTS)} holds {several:,} ids on several days, which ingest.duplicates = "
+            f"same_day allows, but everywhere does not: set it back, or move that folder away and run `trailvec "
+            f"ingest`, which then reads all inputs again"
         )
 
 
@@ -422,8 +422,8 @@ def _data_dir(runtime: Runtime, mapping: Input) -> Place:
     is_used = any(str(place / path).startswith(f"{place}/") for path in paths)
     if is_used and (wild := re.search(r"[][{}*?\\]", str(place))):
         raise TrailvecError(
-            f"ingest.data_dir = {place}, a path with {wild[0]}, which Spark takes for a pattern of names: choose one "
-            "without it"
+            f"ingest.data_dir = {place} contains {wild[0]}, which Spark reads as a glob pattern: choose a path without "
+            "it"
         )
     return data_dir
 

@@ -263,7 +263,7 @@ def _open(path: Any, conf: Any) -> Any:
 def _unreadable(file: str, error: Py4JJavaError) -> TrailvecError:
     said = error.java_exception.toString()
     return TrailvecError(
-        f"{file} can't be read ({said}): fetch it again, or packed by gzip, or take it out of the folder"
+        f"{file} can't be read ({said}): fetch it again, compress it with gzip instead, or take it out of the folder"
     )
 
 
@@ -277,8 +277,8 @@ def _check_packing(spark: SparkSession, files: Sequence[str]) -> None:
         path = jvm.org.apache.hadoop.fs.Path(file)
         if _TAR.search(file) or codecs.getCodec(path) is None:
             raise TrailvecError(
-                f"{file} is packed in a way that Spark does not unpack: pack it by gzip, named .gz, or take it out of "
-                "the folder"
+                f"{file} is packed in a way that Spark can't unpack: compress it with gzip (extension .gz), or "
+                "take it out of the folder"
             )
         if not file.endswith(".bz2"):
             continue
@@ -288,7 +288,7 @@ def _check_packing(spark: SparkSession, files: Sequence[str]) -> None:
         finally:
             opened.close()
         if start != list(b"BZh"):
-            raise TrailvecError(f"{file} is no bzip2 file: fetch it again, or take it out of the folder")
+            raise TrailvecError(f"{file} is not a bzip2 file: fetch it again or take it out of the folder")
 
 
 def _check_doubled(file: str, header: str, columns: Sequence[str], names: Sequence[str]) -> None:
@@ -298,8 +298,8 @@ def _check_doubled(file: str, header: str, columns: Sequence[str], names: Sequen
         for place, column in enumerate(columns):
             if column.lower() == f"{name}{place}".lower() and column not in header:
                 raise TrailvecError(
-                    f"{file}: the header has several columns {name}, which the source's mapping names: give each a "
-                    f"name of its own"
+                    f"{file}: the header has several columns named {name}, which the source's mapping uses: give each "
+                    f"a unique name"
                 )
 
 
@@ -460,11 +460,11 @@ def read_csv_table(
         if frames and rows.columns != frames[0].columns:
             found, others = (", ".join(frame.columns[:-3]) for frame in (rows, frames[0]))
             raise TrailvecError(
-                f"{file} has the columns {found}, other files of {what} have {others}: correct its header"
+                f"{file} has the columns {found}; other files of {what} have {others}: correct its header"
             )
         frames.append(rows)
     if not frames:
-        raise TrailvecError(f"{what} is empty, without even a header: fetch it again or take it out")
+        raise TrailvecError(f"{what} is empty, without even a header: fetch it again or remove it")
     return reduce(DataFrame.union, frames)
 
 
@@ -504,7 +504,7 @@ def is_id_type(kind: T.DataType) -> bool:
 
 
 def _both_have(path: str, name: str) -> str:
-    return f"{path}: the column {name} is also one of the records' own: rename it in one of the files"
+    return f"{path}: the records also have a column {name}: rename it in one of the files"
 
 
 def _on(name: str) -> str:
@@ -521,7 +521,9 @@ def _check_columns(path: str, rows: DataFrame, names: Sequence[str]) -> None:
     missing = [name for name in names if name not in found]
     if missing:
         near = difflib.get_close_matches(missing[0], found, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"found {', '.join(found)}: correct the mapping, or take it out"
+        hint = (
+            f"did you mean {near[0]}?" if near else f"found {', '.join(found)}: correct the mapping or remove the file"
+        )
         raise TrailvecError(f"{path} has no column {missing[0]}, which the source's mapping names; {hint}")
 
 

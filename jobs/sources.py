@@ -179,7 +179,7 @@ class Input(Section):
         if (self.path is None) == (self.kafka is None):
             raise ValueError("give either path or kafka")
         if self.kafka is not None and self.format != "json":
-            raise ValueError(f"format = {self.format}, but a topic's values are json")
+            raise ValueError(f"format = {self.format}, but a topic's values are JSON: leave format out")
         return self
 
     @property
@@ -217,9 +217,7 @@ class Source(Section):
         counts = Counter(mapping.key for mapping in self.input)
         if twice := [mapping for mapping in self.input if counts[mapping.key] > 1]:
             what = f"are named {twice[0].name}" if twice[0].name else f"read {twice[0].place}"
-            raise ValueError(
-                f"two inputs {what}: give each a name of its own, since how far each was read is kept under it"
-            )
+            raise ValueError(f"two inputs {what}: give each a unique name, under which its reading progress is stored")
         return self
 
 

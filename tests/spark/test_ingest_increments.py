@@ -193,7 +193,7 @@ def test_where_events_was_moved_away_all_inputs_are_read_again(
 
     shutil.move(runtime.path(REJECTED_EVENTS), tmp_path / "refused")
     (note,) = runtime.execute(STAGE).notes
-    assert note.startswith("table rejected_events was gone, and what was refused before with it")
+    assert note.startswith("table rejected_events was missing, and the records refused before are lost with it")
     assert both_tables(runtime) == (before[0], [])
     runtime.execute(STAGE, force=True)
     assert both_tables(runtime) == before
@@ -268,7 +268,7 @@ def test_files_in_whatever_folder_are_found(make_runtime: Callable[..., Runtime]
     with pytest.raises(TrailvecError, match=r"logs: no such file"):
         runtime.execute(STAGE, force=True)
     twice = runtime.config.ingest.sources[0]
-    with pytest.raises(TrailvecError, match=r"two mappings of ingest\.sources are named shop"):
+    with pytest.raises(TrailvecError, match=r"two mappings in ingest\.sources are named shop"):
         make_runtime(*settings(tmp_path, twice), f"ingest.sources={json.dumps([twice, twice])}").execute(STAGE)
     shutil.rmtree(tmp_path / "logs")
     with pytest.raises(TrailvecError, match=r"logs: no such file"):
@@ -286,7 +286,9 @@ def test_same_day_finds_an_event_again_and_takes_another_day_for_another(
     assert [row["event_ts"].day for row in events(runtime)] == [1, 9]
     (tmp_path / "log2.csv").write_text(HEADER + "1,ann,a,2023-04-30,1\n")
     runtime.spark.sql(f"UPDATE delta.`{runtime.path(EVENTS)}` SET user_id = 'bob'")  # by hand
-    with pytest.raises(TrailvecError, match=r"holds 1 ids on several days.*found everywhere: set it back, or move"):
+    with pytest.raises(
+        TrailvecError, match=r"holds 1 ids on several days.*but everywhere does not: set it back, or move"
+    ):
         make_runtime(*settings(tmp_path, source(tmp_path))).execute(STAGE)
     assert runtime.execute(STAGE).rows_out["events"] == 3
 
@@ -373,7 +375,7 @@ def test_a_secret_of_a_topic_comes_from_the_environment(
         'kafka = { bootstrap_servers = "127.0.0.1:9", topic = "views", '
         'options = { "kafka.sasl.jaas.config" = "password=${VIEWS_PASSWORD}" } }'
     )
-    with pytest.raises(TrailvecError, match=r"its options want \$VIEWS_PASSWORD, which is not set"):
+    with pytest.raises(TrailvecError, match=r"its options use \$VIEWS_PASSWORD, which is not set"):
         make_runtime(*settings(tmp_path, source(tmp_path, place))).execute(STAGE)
 
 

@@ -69,7 +69,11 @@ def test_columns_and_expressions_are_collected(tmp_path: Path) -> None:
     ("old", "new", "said"),
     [
         ('path = "orders.csv"', "", "input.0: give either path or kafka"),
-        ('path = "orders.csv"', 'kafka = { bootstrap_servers = "h:1", topic = "t" }', "format = csv, but a topic's"),
+        (
+            'path = "orders.csv"',
+            'kafka = { bootstrap_servers = "h:1", topic = "t" }',
+            "format = csv, but a topic's values are JSON: leave format out",
+        ),
         ('path = "orders.csv"', 'pth = "orders.csv"\npath = "x"', "unknown key input.0.pth; did you mean path?"),
         ("user_id =", "usr_id =", "unknown key input.0.columns.usr_id; did you mean user_id?"),
         ("zone =", "zoen =", "unknown key input.0.columns.event_ts.zoen; did you mean zone?"),
@@ -97,8 +101,8 @@ def test_a_wrong_mapping_is_one_sentence_that_says_where(tmp_path: Path, old: st
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (("", ""), "two inputs read orders.csv: give each a name"),
-        (('name = "a"', 'name = "a"'), "two inputs are named a: give each a name"),
+        (("", ""), "two inputs read orders.csv: give each a unique name"),
+        (('name = "a"', 'name = "a"'), "two inputs are named a: give each a unique name"),
         (('name = "a"', ""), None),
         (('name = "a"', 'name = "b"'), None),
     ],
