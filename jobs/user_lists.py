@@ -114,8 +114,8 @@ def read_items(runtime: Runtime, file: Path, folder: Place) -> DataFrame:
 
 def _no_bare_id(line: str) -> TrailvecError:
     return TrailvecError(
-        f"{line} is in quotes or ends in a delimiter, and a text holds bare ids: take them out, or name the list .csv, "
-        "with a header"
+        f"{line} is quoted or ends in a delimiter, but a text file holds bare ids: remove quotes and delimiters, or "
+        "name the list .csv and give it a header"
     )
 
 
@@ -126,7 +126,7 @@ def ids_of(rows: DataFrame, where: str, name: str = "user_id") -> DataFrame:
         TrailvecError: there is no such column, or as `as_ids`.
     """
     if name not in rows.columns:
-        raise TrailvecError(f"{where} gives {', '.join(rows.columns) or 'nothing'}: it needs a column {name}")
+        raise TrailvecError(f"{where} has no column {name} (found {', '.join(rows.columns) or 'none'}): add it")
     ids = as_ids(rows, where, name)
     return rows.select(ids).where(f"{name} <> ''")
 
@@ -139,7 +139,7 @@ def as_ids(rows: DataFrame, where: str, name: str = "user_id") -> Column:
             with a missing value into doubles, whose text, 4711.0, matches no id.)
     """
     if rows.columns.count(name) > 1:
-        raise TrailvecError(f"{where} gives {', '.join(rows.columns)}: it needs one column {name}")
+        raise TrailvecError(f"{where} has several columns {name} (found {', '.join(rows.columns)}): keep one")
     kind = rows.schema[name].dataType.simpleString()
     if kind not in TEXT_OR_WHOLE:
         raise TrailvecError(f"{where} has a column {name} of type {kind}: write the ids as text")
@@ -155,8 +155,8 @@ def _read_lines(file: Path) -> Iterator[str]:
             fields = re.split(r"[,;|\t]", first[1].replace('"', ""))
             if len(fields) > 1 and "user_id" in fields:  # read as ids, its lines would match nobody
                 raise TrailvecError(
-                    f"the list {file} has a header of {len(fields)} columns, and a name as a text of one id per line: "
-                    "name it .csv, with commas between the columns, or take out the other columns"
+                    f"the list {file} has a header of {len(fields)} columns, but the name of a text file, which holds "
+                    "one id per line: name it .csv, with commas between the columns, or remove the other columns"
                 )
             for number, text in ids if fields in ([""], ["user_id"]) else chain([first], ids):
                 if _OF_CSV.fullmatch(text):  # would match nobody either
@@ -165,7 +165,7 @@ def _read_lines(file: Path) -> Iterator[str]:
     except IsADirectoryError:
         raise _no_table(file) from None
     except UnicodeDecodeError as error:
-        raise TrailvecError(f"the list {file} is no UTF-8 text ({error.reason}): save it as such") from None
+        raise TrailvecError(f"the list {file} is not UTF-8 text ({error.reason}): save it as UTF-8") from None
 
 
 def _is_table(file: Path) -> bool:
@@ -190,11 +190,14 @@ def read_rows(runtime: Runtime, file: Path, folder: Place, name: str = "user_id"
     parts = data_files(file)
     if not parts:
         raise TrailvecError(
-            f"the list {file} holds no file that Spark reads (names that begin with _ or . it leaves out): add one, or "
+            f"the list {file} holds no file that Spark reads (it skips names that begin with _ or .): add one, or "
             "correct the path"
         )
     if len(by_partition_columns([str(part.relative_to(file)) for part in parts])) > 1:
-        raise TrailvecError(f"the list {file} has files in folders of different kinds: lay them side by side")
+        raise TrailvecError(
+            f"the list {file} has files with different partition columns (column=value), or such folders in several "
+            "places: put them side by side, with the same columns"
+        )
     is_csv = file.name.lower().endswith(_CSV)
     if not is_csv:
         _check_alike(file, parts)
@@ -209,7 +212,7 @@ def read_rows(runtime: Runtime, file: Path, folder: Place, name: str = "user_id"
         if not wrong[BROKEN]:
             raise _other_text(file)
         raise TrailvecError(
-            f"the list {file} has a line that does not fit its header, or a record that goes on in another line (found "
+            f"the list {file} has a line that does not fit its header, or a record that spans several lines (found "
             f"{wrong[LINE]!r}): write each record on one line"
         )
     return rows.drop(FILE, LINE, BROKEN)
@@ -223,11 +226,13 @@ def _check_alike(file: Path, parts: Sequence[Path]) -> None:
         try:
             names = sorted(pq.read_schema(part).names)
         except pa.ArrowInvalid:
-            raise TrailvecError(f"the list {part} is empty or cut short, no Parquet file: fetch it again") from None
+            raise TrailvecError(
+                f"the list {part} is not a complete Parquet file (truncated?): fetch it again"
+            ) from None
         first = first or names
         if names != first:
             raise TrailvecError(
-                f"{part} has the columns {', '.join(names)}, other files of the list {file} have {', '.join(first)}: "
+                f"{part} has the columns {', '.join(names)}; other files of the list {file} have {', '.join(first)}: "
                 "correct it"
             )
 
@@ -237,7 +242,7 @@ def _is_other_text(name: str) -> Column:
 
 
 def _other_text(file: Path) -> TrailvecError:
-    return TrailvecError(f"the list {file} is no UTF-8 text: save it as such")
+    return TrailvecError(f"the list {file} is not UTF-8 text: save it as UTF-8")
 
 
 def _to_tasks(file: Path, folder: Place) -> str:

@@ -632,7 +632,7 @@ def test_no_receipt_tombstone_or_log_of_operations_shows_an_id_or_the_key(story:
     [
         ({}, ["missing.txt"], "the list missing.txt does not exist"),
         ({}, ["empty.txt"], "the list of users to erase is empty"),
-        ({}, ["--sql", "SELECT 1 AS id"], "it needs a column user_id"),
+        ({}, ["--sql", "SELECT 1 AS id"], "has no column user_id (found id): add it"),
         ({}, [], "either a file of user ids or --sql"),
         ({"by": None}, ["ids.txt"], "--requested-by is missing or empty: name who asked"),
         ({"key": None}, ["ids.txt"], f"the environment has no {ERASE_KEY}"),

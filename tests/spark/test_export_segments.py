@@ -323,7 +323,7 @@ def test_seeds_by_sql_plain_ids_and_chosen_columns(
     id_on(1, " = 1 AND user_id IN (WITH exports AS (SELECT 'ann') SELECT * FROM exports)")
 
     (tmp_path / "likes.toml").write_text(text.replace("SELECT user_id", "SELECT history_length"))
-    with pytest.raises(TrailvecError, match="gives history_length: it needs a column user_id"):
+    with pytest.raises(TrailvecError, match=r"has no column user_id \(found history_length\): add it"):
         shop.execute(STAGE)
 
 
@@ -1000,7 +1000,7 @@ def test_what_is_refused_of_lists(shop: Runtime, spark: SparkSession, tmp_path: 
             f'suppress = [{{ file = "{name}" }}]', f"the list .*/{name} in suppress contains no user id: correct it"
         )
     (tmp_path / "latin.txt").write_bytes("anna\nrené\n".encode("latin-1"))
-    refused('suppress = [{ file = "latin.txt" }]', r"the list .*/latin\.txt is no UTF-8 text .*: save it as such")
+    refused('suppress = [{ file = "latin.txt" }]', r"the list .*/latin\.txt is not UTF-8 text .*: save it as UTF-8")
     deletes = 'sql = "DELETE FROM user_embeddings"'
     refused(
         f"suppress = [{{ {deletes} }}]", "likes.toml: the query of a list of its users is not a query .found 'DELETE"

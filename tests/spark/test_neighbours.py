@@ -187,10 +187,10 @@ def test_items_in_stock_of_a_vertical_that_a_user_has_not_bought(
     with pytest.raises(TrailvecError, match="no item is left as a neighbour: correct neighbours"):
         runtime.execute(STAGE)
     stock.write_text('i1\n"i3"\n')
-    with pytest.raises(TrailvecError, match=r"a line of the list .*stock\.txt is in quotes or ends in a delimiter"):
+    with pytest.raises(TrailvecError, match=r"a line of the list .*stock\.txt is quoted or ends in a delimiter"):
         runtime.execute(STAGE)
     stock.write_text("café\ni1\n", encoding="latin-1")
-    with pytest.raises(TrailvecError, match=r"the list .*stock\.txt is no UTF-8 text: save it as such"):
+    with pytest.raises(TrailvecError, match=r"the list .*stock\.txt is not UTF-8 text: save it as UTF-8"):
         runtime.execute(STAGE)
     for write, name in ((pd.DataFrame.to_parquet, "stock.parquet"), (pd.DataFrame.to_csv, "stock.csv")):
         folder = tmp_path / name

@@ -419,7 +419,7 @@ def test_labels_with_times_see_what_came_before_them_and_no_more(
         ("u1, ,1,", "has a label with a blank user_id or task: user u1, task"),
         ("u1,many,1,2017-01-31", "has a label_ts with 1 of the 2 labels of task many: give all of them one, or none"),
         ("u1,inactive,1,", "has labels of task inactive, which probe.activity and probe.event_types ask the log about"),
-        ("u\xe9,many,1,", "labels.csv is no UTF-8 text: save it as such"),
+        ("u\xe9,many,1,", "labels.csv is not UTF-8 text: save it as UTF-8"),
     ],
 )
 def test_a_wrong_label_is_one_sentence(
