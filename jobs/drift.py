@@ -158,17 +158,21 @@ def alarms(drift: Drift, settings: DriftSettings) -> list[Alarm]:
             where = f" (evaluate.drift.{limit} = {getattr(settings, limit):g})"
             found.append(Alarm(limit, vertical, value, said + where))
 
-    moved = f"the verticals' shares of the events moved, stability index {drift.stability:.2f}"
+    moved = f"the verticals' shares of the events have shifted: stability index {drift.stability:.2f}"
     ask("max_stability", drift.stability > settings.max_stability, drift.stability, moved)
     for vertical, count in drift.counts.items():
         rate = drift.rates.get(vertical, math.inf)
         most = settings.max_rate_factor
         beyond = count >= settings.min_events and (rate < 1 / most or rate > most)
-        times = f"{rate:.2f} times the events of the time before" if vertical in drift.rates else "events, none before"
+        times = (
+            f"{rate:.2f} times the events of the period before"
+            if vertical in drift.rates
+            else "events, but none before"
+        )
         ask("max_rate_factor", beyond, rate, f"vertical {vertical} has {times}", vertical)
     before = "" if math.isnan(drift.new_items_before) else f" (before: {drift.new_items_before:.0%})"
-    new = f"{drift.new_items:.0%} of the events are of items new in that time{before}"
+    new = f"{drift.new_items:.0%} of the events after the cut are of items first seen after it{before}"
     ask("max_new_items", drift.new_items > settings.max_new_items, drift.new_items, new)
-    turned = f"users' vectors turned, mean cosine {drift.cosine:.2f} between the cut and the log's end"
+    turned = f"users' vectors have changed direction: mean cosine {drift.cosine:.2f} between the cut and the log's end"
     ask("min_user_cosine", drift.cosine < settings.min_user_cosine, drift.cosine, turned)
     return found

@@ -191,12 +191,12 @@ class HadoopPath:
             return self._s3_url(settings)
         if self._system.getScheme() != "hdfs":
             raise TrailvecError(
-                f"{self} is neither on HDFS nor on S3, and training reads and writes these or local folders alone so "
-                f"far: set storage.root to one of them"
+                f"{self} is neither on HDFS nor on S3, and training can so far use only these and local folders: set "
+                f"storage.root to one of them"
             )
         if java.security.UserGroupInformation.isSecurityEnabled():
             raise TrailvecError(
-                f"{self} is on an HDFS with Kerberos, which training can't log in to so far: train on S3, or on one "
+                f"{self} is on an HDFS with Kerberos, which training does not support yet: train on S3, or on one "
                 f"machine with a copy of the tables (a local storage.root, and HADOOP_CONF_DIR unset)"
             )
         service = self._system.getUri().getHost()
@@ -211,8 +211,8 @@ class HadoopPath:
                 path = java.fs.Path.getPathWithoutSchemeAndAuthority(self._path).toString()
                 return f"webhdfs://{user}@{address}{path}"
         raise TrailvecError(
-            f"no NameNode of {self} answers over HTTP (asked {', '.join(addresses) or 'none'}), by which training "
-            f"reads and writes: correct dfs.namenode.http-address in HADOOP_CONF_DIR, or turn WebHDFS on"
+            f"no NameNode of {self} answers over HTTP (asked {', '.join(addresses) or 'none'}), which training "
+            f"uses to read and write: correct dfs.namenode.http-address in HADOOP_CONF_DIR, or enable WebHDFS"
         )
 
     def _s3_url(self, settings: Any) -> str:
@@ -359,8 +359,8 @@ def _take_access(folder: Path, other: Path) -> None:
 
 def _overtaken(target: Place) -> TrailvecError:
     return TrailvecError(
-        f"another run that began later makes {target} too, and went on in this one's place: "
-        f"wait for its end, then run this again"
+        f"another run that began later also makes {target} and has replaced this one: wait until it ends, then run "
+        f"this again"
     )
 
 

@@ -230,8 +230,8 @@ def _gaps_of_no_vertical(runtime: Runtime) -> list[str]:
         return []
     found = sorted(row["value"] for row in runtime.latest(CONTEXT_VALUES).where("kind = 'vertical'").collect())
     return [
-        f"sessionize.gap_minutes_by_vertical changes nothing for {name}: build_vocabulary has met no such vertical yet "
-        f"(found {', '.join(found)})"
+        f"sessionize.gap_minutes_by_vertical has a gap for {name}, a vertical that build_vocabulary has not seen yet "
+        f"(found {', '.join(found)}): check the name"
         for name in named
         if name not in found
     ]

@@ -81,7 +81,7 @@ def test_of_two_who_fill_a_place_the_later_one_takes_it(tmp_path: Path, fails: b
             if fails:
                 (earlier / "b").write_text("earlier")
 
-    with pytest.raises(TrailvecError, match="another run that began later makes"):
+    with pytest.raises(TrailvecError, match="another run that began later also makes"):
         fill_at_once()
     assert [path.name for path in tmp_path.iterdir()] == ["m1"]
     assert (tmp_path / "m1" / "a").read_text() == "later"

@@ -69,8 +69,10 @@ def test_a_log_that_does_not_reach_over_the_time_before_gives_no_rates() -> None
     assert all(math.isnan(rate) for rate in drift.rates.values())
     assert {alarm.limit for alarm in alarms(drift, LIMITS)} == {"max_stability"}  # shares are of whatever time
     counts["new_after"], counts["new_before"] = [100, 150], [80, 0]
-    (said,) = [a.said for a in alarms(drift_of(counts, none, none, comparable=False), LIMITS) if "new in" in a.said]
-    assert said == "58% of the events are of items new in that time (evaluate.drift.max_new_items = 0.3)"
+    (said,) = [a.said for a in alarms(drift_of(counts, none, none, comparable=False), LIMITS) if "first seen" in a.said]
+    assert (
+        said == "58% of the events after the cut are of items first seen after it (evaluate.drift.max_new_items = 0.3)"
+    )
 
 
 def test_within_the_limits_nobody_is_called() -> None:
@@ -83,8 +85,12 @@ def test_within_the_limits_nobody_is_called() -> None:
         ({"stability": 0.3}, "max_stability", "stability index 0.30 (evaluate.drift.max_stability = 0.25)"),
         ({"rates": {"food": 4.0, "rides": 1.0}}, "max_rate_factor", "vertical food has 4.00 times the events"),
         ({"rates": {"food": 1.0, "rides": 0.2}}, "max_rate_factor", "vertical rides has 0.20 times the events"),
-        ({"rates": {"food": 1.0}}, "max_rate_factor", "vertical rides has events, none before"),
-        ({"new_items": 0.4}, "max_new_items", "40% of the events are of items new in that time (before: 10%"),
+        ({"rates": {"food": 1.0}}, "max_rate_factor", "vertical rides has events, but none before"),
+        (
+            {"new_items": 0.4},
+            "max_new_items",
+            "40% of the events after the cut are of items first seen after it (before: 10%",
+        ),
         ({"cosines": np.array([0.5, 0.25])}, "min_user_cosine", "mean cosine 0.38"),
     ],
 )
