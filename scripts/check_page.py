@@ -45,7 +45,7 @@ def chromium(binary: str, arguments: list[str], profile: Path) -> tuple[str, str
             check=False,
         )
     except subprocess.TimeoutExpired:
-        sys.exit(f"{binary} took longer than {LONGEST} s over {arguments[-1]}: look at it by hand, or try it again")
+        sys.exit(f"{binary} took longer than {LONGEST} s over {arguments[-1]}: check the page by hand, or try again")
     if done.returncode:
         sys.exit(f"{binary} ended with exit code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
     return done.stdout, done.stderr
@@ -69,10 +69,11 @@ def main() -> None:
     binary = shutil.which(arguments.chromium)
     if binary is None:
         sys.exit(
-            f"there is no {arguments.chromium}: install it (Debian: apt-get install chromium), or name it by --chromium"
+            f"{arguments.chromium} is not installed: install it (Debian: apt-get install chromium), or name its path "
+            "with --chromium"
         )
     if not arguments.page.exists():
-        sys.exit(f"there is no {arguments.page}: `trailvec write_report` makes one beside a model")
+        sys.exit(f"{arguments.page} does not exist: `trailvec write_report` writes one into a model's folder")
     address = arguments.page.resolve().as_uri()
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -96,12 +97,12 @@ def main() -> None:
     console = [line for line in said.splitlines() if "CONSOLE" in line]
     found = re.search(r'data-width="(\d+)"', document)
     if found is None:
-        sys.exit(f"{arguments.page} was not loaded inside a frame: look at it by hand")
+        sys.exit(f"{arguments.page} was not loaded inside a frame: check it by hand")
     width = int(found.group(1))
     for line in console:
         print(line, file=sys.stderr)
     for line in sorted(asked):
-        print(f"asked for {line}", file=sys.stderr)
+        print(f"requested {line}", file=sys.stderr)
     print(json.dumps({"console_lines": len(console), "requests": len(asked), "width_on_a_phone": width}))
     sys.exit(bool(console or asked or width > PHONE[0]))
 

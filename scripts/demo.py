@@ -39,7 +39,7 @@ SELECT concat_ws(' · ', collect_list(item_name)) AS items FROM (
 """
 ANSWERS = (
     (
-        "What is used like the most bought item? (cosine of item vectors)",
+        "Which items are used like the most bought one? (cosine of item vectors)",
         """
         SELECT i.item_name, i.vertical, round(n.score, 3) AS cosine
         FROM neighbours n JOIN items i ON i.item_id = n.neighbour_id
@@ -49,7 +49,7 @@ ANSWERS = (
         ORDER BY n.rank""",
     ),
     (
-        "Which big departments are used most alike? (vector functions)",
+        "Which large departments are used most alike? (vector functions)",
         """
         WITH centres AS (
           SELECT i.vertical, vector_avg(e.vector) AS centre FROM current_item_embeddings e JOIN items i USING (item_id)
@@ -126,7 +126,7 @@ def show_users(runtime: Runtime, model: str) -> None:
 
 
 def show_places(runtime: Runtime, model: str) -> None:
-    title("Where things lie")
+    title("Where to find the results")
     lines = [
         f"tables   {runtime.root / 'tables'}   (trailvec tables --conf conf/local.toml)",
         f"model    {runtime.models / model}",

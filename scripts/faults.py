@@ -190,7 +190,7 @@ def full_disk(folder: Path, data: Path, compared: tuple[Job, float]) -> dict[str
     command += ["--data", str(data), "--folder", str(folder), "--compared", str(compared[0].root)]
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     if not done.stdout.strip():
-        raise RuntimeError("the check ended without a result in its mount namespace: what it said stands above")
+        raise RuntimeError("the check ended without a result in its mount namespace: see its output above")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 

@@ -111,7 +111,7 @@ class Broker:
         until = time.monotonic() + _PATIENCE
         while _READY not in self._log.read_text(errors="replace"):
             if self._process.poll() is not None:
-                raise self._failed("ended while it started")
+                raise self._failed("exited while starting")
             if time.monotonic() > until:
                 self.kill()
                 raise self._failed(f"did not start within {_PATIENCE:.0f} s")
@@ -132,7 +132,7 @@ class Broker:
             TrailvecError: it has exited; quotes its last log lines.
         """
         if self._process is None or self._process.poll() is not None:
-            raise self._failed("has ended")
+            raise self._failed("has exited")
 
     def _end(self, how: signal.Signals) -> None:
         if self._process is None:

@@ -94,7 +94,7 @@ class S3Server:
         until = time.monotonic() + _PATIENCE
         while not self._answers():
             if self._process.poll() is not None:
-                raise self._failed("ended while it started")
+                raise self._failed("exited while starting")
             if time.monotonic() > until:
                 self.kill()
                 raise self._failed(f"did not start within {_PATIENCE:.0f} s")
@@ -119,7 +119,7 @@ class S3Server:
             TrailvecError: it has exited; quotes its last log lines.
         """
         if self._process is None or self._process.poll() is not None:
-            raise self._failed("has ended")
+            raise self._failed("has exited")
 
     def _command(self) -> list[str]:
         program = Path(sys.prefix) / "bin" / "weed"

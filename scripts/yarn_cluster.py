@@ -147,7 +147,7 @@ class Cluster:
         """
         for name, process in self._processes.items():
             if process.poll() is not None:
-                raise self._failed(name, "has ended")
+                raise self._failed(name, "has exited")
 
     def live_nodes(self) -> int:
         """The number of NodeManagers that the ResourceManager considers active."""

@@ -334,7 +334,7 @@ def test_a_topic_is_read_once_across_a_broker_that_dies_in_the_middle(
         commit(runtime, frames, batch, *rest)
         if batch[1] in (0, 3):  # the first of a run's two or three batches
             broker.kill()
-            with pytest.raises(TrailvecError, match="has ended"):
+            with pytest.raises(TrailvecError, match="has exited"):
                 broker.check()
             broker.start()
             broker.check()

@@ -62,7 +62,7 @@ def test_a_taken_port_is_told_with_the_brokers_last_lines(tmp_path: Path) -> Non
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(TrailvecError, match=rf"127.0.0.1:{port} ended while it started(.|\n)*already in use"):
+        with pytest.raises(TrailvecError, match=rf"127.0.0.1:{port} exited while starting(.|\n)*already in use"):
             Broker(tmp_path / "kafka", port).start()
 
 

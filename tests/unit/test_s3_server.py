@@ -29,7 +29,7 @@ def test_what_was_written_outlives_a_kill_and_wrong_keys_are_refused(tmp_path: P
         large = bytes(range(256)) * 100_000  # in more than one part
         put(server.filesystem, "bucket/a/large", large)
         server.kill()
-        with pytest.raises(TrailvecError, match="has ended"):
+        with pytest.raises(TrailvecError, match="has exited"):
             server.check()
         server.start()
         server.check()

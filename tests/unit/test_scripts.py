@@ -146,8 +146,8 @@ def looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_any_way_to_look_at_a_page_asks_for_is_told(looked_at: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         check_page.main()
-    asked = [line for line in capsys.readouterr().err.splitlines() if line.startswith("asked for")]
-    assert asked == [f"asked for http://far.away/{way}" for way in ("phone.png", "print.pdf", "screen.png")]
+    asked = [line for line in capsys.readouterr().err.splitlines() if line.startswith("requested")]
+    assert asked == [f"requested http://far.away/{way}" for way in ("phone.png", "print.pdf", "screen.png")]
     assert ended.value.code == 1
 
 
