@@ -21,17 +21,17 @@ check() {
   while entry=$(tar --list --verbose --occurrence=1 --file "$1" "$name" 2>/dev/null); do
     [[ $entry == l* ]] || return 0
     entry=${entry##* -> }
-    [[ $entry != */* ]] || fail "the interpreter in $1 is a link to $entry, which no node has: make the archive by scripts/package_environment.sh"
+    [[ $entry != */* ]] || fail "the interpreter in $1 is a link to $entry, which no node has: make the archive with scripts/package_environment.sh"
     name=bin/$entry
   done
-  fail "$1 has no $name: make the archive by scripts/package_environment.sh"
+  fail "$1 has no $name: make the archive with scripts/package_environment.sh"
 }
 
 profile=${1-}
 case $profile in
   data) lock=requirements-data.lock wheels= ;;
   full) lock=requirements.lock && source scripts/horovod.sh ;;
-  check) check "${2:?which archive?}" && exit ;;
+  check) check "${2:?the archive is missing: give check ARCHIVE}" && exit ;;
   *) fail "found ${profile:-no profile}: give data, full or check ARCHIVE" ;;
 esac
 for tool in patchelf uv python3.11; do

@@ -157,7 +157,7 @@ step() {
   if ((status)); then
     printf 'failed\n'
     tail -n 15 "$log" >&2
-    fail "stopped (the whole log: $log); mend what it says and run the same command again"
+    fail "stopped (the whole log: $log): fix the cause and run the same command again"
   fi
   printf '%d s\n' $((SECONDS - started))
 }
@@ -169,9 +169,9 @@ rm -f "$stamp"
 step "Python environment in .venv" make_environment
 facts | sed -n 1,2p >"$stamp" # what was asked for; the rest once it is done
 step "packages of requirements.lock (3 GB to fetch the first time)" install_packages
-[[ -d $wheels ]] || step "Horovod from its source, once (2 to 6 minutes)" build_horovod
+[[ -d $wheels ]] || step "Horovod from source, once (2 to 6 minutes)" build_horovod
 step "Horovod and trailvec into .venv" install_project
 step "Delta's, Kafka's, Hadoop's and S3's jars" install_jars
-step "Delta's log on S3" compile_log_store
+step "Delta's log store for S3" compile_log_store
 facts >"$stamp"
-echo "setup: done in $SECONDS s; for all that follows: export PATH='$PWD/.venv/bin':\$PATH"
+echo "setup: done in $SECONDS s; for the commands that follow: export PATH='$PWD/.venv/bin':\$PATH"

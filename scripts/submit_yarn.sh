@@ -24,10 +24,10 @@ fail() {
   exit 1
 }
 
-[[ -d ${HADOOP_CONF_DIR-} ]] || fail "HADOOP_CONF_DIR is not the folder of the cluster's settings: export it"
+[[ -d ${HADOOP_CONF_DIR-} ]] || fail "HADOOP_CONF_DIR does not name a folder: export it as the folder of the cluster's settings"
 HADOOP_CONF_DIR=$(realpath "$HADOOP_CONF_DIR")
 export HADOOP_CONF_DIR
-job=${1:?a stage, run, or a Python file}
+job=${1:?the job is missing: give a stage, run or a Python file}
 shift
 conf=${TRAILVEC_CONF-}
 arguments=()
@@ -117,7 +117,7 @@ import json, sys
 
 spark = json.load(sys.stdin)["spark"]
 if spark["master"] != "yarn":
-    sys.exit("submit_yarn: spark.master = %s: extend conf/yarn.toml" % spark["master"])
+    sys.exit("submit_yarn: spark.master = %s is not yarn: extend conf/yarn.toml" % spark["master"])
 for key, value in spark["conf"].items():
     print(key, value.replace("\\", "\\\\"))' <"$work/config.json"
 } >"$work/spark.conf"
@@ -139,7 +139,7 @@ stop() {
     # Spark's client would remove this, but the signal ended it too (Ctrl-C and Airflow signal the process group).
     hadoop org.apache.hadoop.fs.FsShell -rm -r -f -skipTrash ".sparkStaging/$id" >>"$work/log" || true
   else
-    echo "submit_yarn: stopped, but $id may go on: yarn application -kill $id" >&2
+    echo "submit_yarn: stopped, but $id may still be running: run yarn application -kill $id" >&2
   fi
   exit "$stopped"
 }
@@ -182,6 +182,6 @@ if [[ -f $work/succeeded ]]; then
   echo "submit_yarn: $id succeeded" >&2
 else
   why=$(grep '^trailvec: ' "$work/said" | tail -n 1) ||
-    why="$(sed -n 's/.*diagnostics: //p' "$work/log" | tail -n 1), and the driver left no word why (killed, or lost with its node): run this again, it goes on where it was"
+    why="$(sed -n 's/.*diagnostics: //p' "$work/log" | tail -n 1), and the driver left no message (killed, or lost with its node): run this again; it resumes where it stopped"
   fail "$id failed: $why"
 fi
