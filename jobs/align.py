@@ -55,7 +55,7 @@ def refusal(report: dict[str, Any], settings: AlignSettings) -> str | None:
         compared = report.get(kind, {})
         found = compared.get("overlap@10")
         if found is not None and found < settings.min_overlap and compared.get("compared", fewest) >= fewest:
-            reasons.append(f"of {of} 10 nearest items {found:.2%} stay (align.min_overlap = {settings.min_overlap:g})")
+            reasons.append(f"{found:.2%} of {of} 10 nearest items stay (align.min_overlap = {settings.min_overlap:g})")
     ranking = report.get("ranking", {})
     if ranking.get("old") and ranking.get("new") is not None:
         lost = 1 - ranking["new"] / ranking["old"]
@@ -67,8 +67,8 @@ def refusal(report: dict[str, Any], settings: AlignSettings) -> str | None:
     if not reasons:
         return None
     return (
-        f"model {report['model_version']} must not follow {report['onto']}: {', and '.join(reasons)}; "
-        f"train another (train.warm_start keeps the space) or change the limit"
+        f"model {report['model_version']} must not replace {report['onto']}: {', and '.join(reasons)}; "
+        f"train another model (train.warm_start = true keeps the space) or change the limit"
     )
 
 
@@ -78,8 +78,8 @@ def too_few_items(report: dict[str, Any], settings: AlignSettings) -> str | None
     if not by_chance >= settings.min_overlap > 0:
         return None
     return (
-        f"of so few items ({report['shared_items']:,}) {by_chance:.2%} of the 10 nearest would stay by chance alone: "
-        f"align.min_overlap = {settings.min_overlap:g} says nothing about model {report['model_version']}"
+        f"with so few items ({report['shared_items']:,}), {by_chance:.2%} of the 10 nearest would stay by chance "
+        f"alone: align.min_overlap = {settings.min_overlap:g} says nothing about model {report['model_version']}"
     )
 
 
@@ -89,8 +89,8 @@ def too_few_users(report: dict[str, Any], settings: AlignSettings) -> str | None
     if compared >= FEWEST_USERS or not settings.min_overlap:
         return None
     return (
-        f"of those with a vector of model {report['onto']} {compared:,} have not acted since and are not cold (from "
-        f"{FEWEST_USERS} on they count): align.min_overlap asks about items alone for model {report['model_version']}"
+        f"{compared:,} users with a vector of model {report['onto']} have not acted since and are not cold, fewer than "
+        f"the {FEWEST_USERS} needed: align.min_overlap is checked on items alone for model {report['model_version']}"
     )
 
 
@@ -100,7 +100,7 @@ def no_ranking(report: dict[str, Any], settings: AlignSettings) -> str | None:
     ranking = report.get("ranking", {})
     if not ranking.get("old") or ranking.get("new") is not None or settings.max_ranking_loss == 1:
         return None
-    return f"align.max_ranking_loss says nothing about model {report['model_version']}: its valid split holds nobody"
+    return f"align.max_ranking_loss says nothing about model {report['model_version']}: its valid split has no users"
 
 
 def check_again(runtime: Runtime, folder: Path) -> None:
@@ -111,7 +111,7 @@ def check_again(runtime: Runtime, folder: Path) -> None:
     report = read_alignment(folder)
     if report is None:
         raise TrailvecError(
-            f"model {folder.name}, the current one, was trained again and is not aligned with its vectors of before "
+            f"model {folder.name}, the current one, was trained again and is not aligned with its earlier vectors "
             f"yet: run `trailvec align` first"
         )
     if why := refusal(report, runtime.config.align):
@@ -197,7 +197,7 @@ def _align(runtime: Runtime, folder: Path, onto: str | None) -> None:
     report: dict[str, Any] = {
         "model_version": folder.name,
         "onto": onto,
-        "said": f"model {folder.name}: there is nothing to lay it onto, its space is the first",
+        "said": f"model {folder.name}: there are no vectors to align it with: its space stays as it is",
         "provenance": runtime.provenance(),
     }
     # The current model itself, retrained: to other weights, else train would have kept its alignment (jobs/train.py).
@@ -207,7 +207,7 @@ def _align(runtime: Runtime, folder: Path, onto: str | None) -> None:
         return
     if has_no_items(runtime, onto):
         raise TrailvecError(
-            f"model {onto}, the current one, has no item vectors that another could be laid onto: run "
+            f"model {onto}, the current one, has no item vectors to align another model with: run "
             f"`trailvec embed_items --set model.version={onto}` first"
         )
     pairs = _pairs(runtime, folder, onto).persist()
@@ -216,7 +216,7 @@ def _align(runtime: Runtime, folder: Path, onto: str | None) -> None:
     rotation: Vectors | None = None
     if widths == {width}:
         products, shared = cross_products(pairs, width)
-        why = f"{shared:,} items that both have learnt"
+        why = f"{shared:,} items that both have learnt, fewer than the width {width}"
         if shared >= width:
             rotation = rotation_of(products).astype(np.float32)
     else:
@@ -232,10 +232,10 @@ def _align(runtime: Runtime, folder: Path, onto: str | None) -> None:
     report["ranking"] = {"old": _ranking(runtime, onto), "new": _ranking(runtime, folder.name)}
     of_users = report["users"]
     report["said"] = (
-        f"model {folder.name} can't be laid onto {onto} (found {why}): its space is a new one"
+        f"model {folder.name} can't be aligned with {onto} (found {why}): its space is a new one"
         if rotation is None
-        else f"model {folder.name} onto {onto} by {shared:,} items: cosine of a user's old and new vector "
-        f"{_told(of_users['cosine_before'])} → {_told(of_users['cosine_after'])}; of the 10 nearest items stay "
+        else f"model {folder.name} aligned with {onto} by {shared:,} items: cosine of a user's old and new vectors "
+        f"{_told(of_users['cosine_before'])} → {_told(of_users['cosine_after'])}; share of the 10 nearest items kept "
         f"{_told(of_users['overlap@10'])} (users), {_told(report['items']['overlap@10'])} (items)"
     )
     pairs.unpersist()

@@ -80,8 +80,8 @@ def compare(runtime: Runtime, versions: tuple[str, str]) -> list[Difference]:
         split = runtime.config.evaluate.split
         if runtime.read(SEQUENCES).where(F.col("split") == split).isEmpty():
             raise TrailvecError(
-                f"table sequences has no row of split {split}: nothing is ranked: set sequences.{split}_from before "
-                f"the log's end"
+                f"table sequences has no row of split {split}, so nothing can be ranked: with sequences.split_by = "
+                f"time, set sequences.{split}_from to a time within the log and run `trailvec build_sequences`"
             )
         both = [
             (

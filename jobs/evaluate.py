@@ -291,8 +291,7 @@ def measure_drift(runtime: Runtime, rows: pd.DataFrame, cuts: Cuts, model_dir: P
     counts = event_counts(sessions, runtime.read(ITEMS), cut, cuts.end).toPandas()
     if not (comparable := reaches_back(sessions, cut, cuts.end)):
         runtime.report.notes.append(
-            f"no rate of the verticals' events is given: the log does not go back as far before the cut, {cut}, as it "
-            f"goes on after it"
+            f"no event rates of verticals are given: the log covers less time before the cut, {cut}, than after it"
         )
     sample = _by_hash(rows, DRIFT_SAMPLE)[["user_id", "vector"]]
     asked = runtime.spark.createDataFrame(sample[["user_id"]], "user_id string")
@@ -361,7 +360,7 @@ def evaluated_rows(runtime: Runtime, model_dir: Path) -> pd.DataFrame:
     found = in_order(encoded.drop("is_cold"), "user_id")
     if found.empty and not rows.isEmpty():
         raise TrailvecError(
-            f"evaluate.max_users = {settings.max_users} drew none of the users of split {settings.split}: give more"
+            f"evaluate.max_users = {settings.max_users} drew none of the users of split {settings.split}: raise it"
         )
     return found
 
@@ -373,14 +372,14 @@ def _refuse_leak(runtime: Runtime, rows: DataFrame, model_dir: Path) -> None:
         settings = about.get("provenance", {}).get("config", {}).get("sequences", {})
         if settings.get("split_by") == "time":
             raise TrailvecError(
-                f"model {model_dir.name} was trained by time, and has learnt the last action of whoever acted no more: "
-                f"train one under sequences.split_by = leave_one_out, or set that back to time"
+                f"model {model_dir.name} was trained with sequences.split_by = time, and has learnt the last action "
+                f"of users who have not acted since: train one with leave_one_out, or set split_by back to time"
             )
         return
     cut_us = rows.agg(F.min("cut_us")).collect()[0][0]
     if cut_us is not None:
         trained_to = datetime.fromisoformat(about["as_of"])
-        later = f"set sequences.{split}_from later"
+        later = f"set sequences.{split}_from to a later time"
         refuse_leak(model_dir.name, trained_to, time_at(cut_us), asks=f"split {split}", instead=later)
 
 
@@ -411,8 +410,8 @@ def read_catalogue(runtime: Runtime, vectors: DataFrame, version: str) -> Catalo
     if not counts.any():
         types = runtime.config.sequences.target_event_types
         raise TrailvecError(
-            f"no item that the model knows can be ranked: in training nobody acted on one by any of "
-            f"sequences.target_event_types = {json.dumps(types)}: correct them"
+            f"no item that the model knows can be ranked: in training none has an event of "
+            f"sequences.target_event_types = {json.dumps(types)}: correct this setting"
         )
     return Catalogue(matrix, counts)
 
@@ -501,14 +500,14 @@ def refusal(runtime: Runtime, version: str) -> str | None:
         row = found.get((asked.task, cell))
         name = " ".join((asked.task, *(word for word in cell if word != "all")))
         if row is None:
-            reasons.append(f"table evaluation has no row {name} of it in split {settings.split}")
+            reasons.append(f"table evaluation has no row for its {name} in split {settings.split}")
             continue
         reasons += [f"{name} {why}" for why in shortfalls(row.asDict(), asked)]
     if not reasons:
         return None
     return (
-        f"model {version} must not become current (evaluate.gate): {'; '.join(reasons)}: run `trailvec evaluate` where "
-        f"it has not run, else look at its page (`trailvec write_report` writes it), train another or change the gate"
+        f"model {version} must not become current (evaluate.gate): {'; '.join(reasons)}: run `trailvec evaluate` if "
+        f"it has not run, else see its page (from `trailvec write_report`) and train another model or change the gate"
     )
 
 
@@ -523,9 +522,9 @@ def shortfalls(row: dict[str, Any], asked: GateSettings) -> Iterator[str]:
             yield f"is {value:.4f}, not at most {asked.at_most:g}"
         return
     if row["counted"] < asked.min_users:
-        yield f"is over {row['counted']:,} users, fewer than min_users = {asked.min_users:,}"
+        yield f"covers {row['counted']:,} users, fewer than min_users = {asked.min_users:,}"
         return
-    told = f"is {value:.4f} ({low:.4f} to {high:.4f}), not surely"
+    told = f"is {value:.4f} ({low:.4f} to {high:.4f}), not significantly"
     if asked.at_least is not None and not low > asked.at_least:
         yield f"{told} above {asked.at_least:g}"
     if asked.at_most is not None and not high < asked.at_most:

@@ -34,7 +34,10 @@ def _run(runtime: Runtime, version: str) -> None:
     mine = F.col("model_version") == version
     tables = [table for table in _OF_MODELS if runtime.exists(table)]
     if runtime.newest_current_model() == version:
-        raise TrailvecError(f"model {version} is the current one: make another current first (`trailvec score_users`)")
+        raise TrailvecError(
+            f"model {version} is the current one: make another current first with "
+            f"`trailvec score_users --set model.version=...`"
+        )
     counts = {table.name: runtime.latest(table).where(mine).count() for table in tables}
     if not any(counts.values()):
         found = [runtime.latest(table).select("model_version").distinct().collect() for table in tables]

@@ -171,8 +171,8 @@ class Scorer:
         if wanted != found:
             raise TrailvecError(
                 f"table user_embeddings has {found:,} vectors of model {self.version} for {wanted:,} users "
-                f"(did two jobs write it at once?): run this stage again, and if that does not help, "
-                f"`trailvec retire_model {self.version}` before it"
+                f"(did two jobs write to it at once?): run this stage again; if that does not help, run "
+                f"`trailvec retire_model {self.version}` first"
             )
         if self._runtime.newest_current_model() == self.version:
             self._runtime.touch(CURRENT_MODEL)
@@ -214,7 +214,7 @@ def progress_line(users: int, to_do: int, total: int, seconds: float) -> str:
     """`users` of `to_do` were encoded in that time; the others of `total` had been done before."""
     done = f"{total - to_do + users:,} of {total:,} users"
     if not users:  # tasks report their counts when they end
-        return f"{done}, the first tasks run"
+        return f"{done}, first tasks running"
     rate = users / seconds
     left = round(max(to_do - users, 0) / rate)
     return f"{done}  {rate:,.0f} users/s  {left // 60}:{left % 60:02} left"
@@ -258,7 +258,7 @@ def check_successor(runtime: Runtime, version: str, again: bool) -> None:
     # A model that comes back keeps its vectors, whichever model it was aligned to then.
     if (onto := report["onto"]) != current and not comes_back:
         raise TrailvecError(
-            f"model {version} was compared with {onto or 'none'}, and {current} has become current since: "
+            f"model {version} was compared with {onto or 'no model'}, and {current} has become current since: "
             f"run `trailvec align --force` and `trailvec embed_items` first"
         )
     if why := align.refusal(report, runtime.config.align):

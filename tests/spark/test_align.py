@@ -82,7 +82,7 @@ def test_a_new_model_is_laid_onto_the_current_one(shop: Runtime, filled: tuple[P
     with pytest.raises(TrailvecError, match="model m2 is not aligned with m1 yet: run `trailvec align` first"):
         shop.execute(score_users.STAGE)
     report = shop.execute(align.STAGE)
-    assert report.notes[0].startswith("model m2 onto m1 by 27 items: cosine of a user's old and new vector ")
+    assert report.notes[0].startswith("model m2 aligned with m1 by 27 items: cosine of a user's old and new vectors ")
     for stage in (embed_items.STAGE, score_users.STAGE):
         shop.execute(stage)
     assert current(shop) == ({"m2"}, 40)
@@ -117,12 +117,12 @@ def test_a_new_model_is_laid_onto_the_current_one(shop: Runtime, filled: tuple[P
     with pytest.raises(TrailvecError, match="model m2, the current one, was trained again and is not aligned with its"):
         strict.execute(embed_items.STAGE)
     for stage in (align.STAGE, embed_items.STAGE):
-        with pytest.raises(TrailvecError, match=r"model m2 must not follow m2: of an item's 10 nearest items"):
+        with pytest.raises(TrailvecError, match=r"model m2 must not replace m2: [\d.]+% of an item's 10 nearest items"):
             strict.execute(stage)
     unchanged = vectors(shop, ITEM_EMBEDDINGS, "m2")
     assert all(np.array_equal(unchanged[name], vector) for name, vector in items.items())
     report = shop.execute(align.STAGE)
-    assert report.notes[0].startswith("model m2 onto m2 by 27 items: ")
+    assert report.notes[0].startswith("model m2 aligned with m2 by 27 items: ")
     with pytest.raises(
         TrailvecError, match="model m2 was trained or aligned again after its item vectors were written"
     ):
@@ -164,7 +164,7 @@ def test_a_model_that_turned_too_far_does_not_become_current(shop: Runtime, monk
     monkeypatch.setattr(align, "FEWEST_USERS", 1)
     make_unaligned(shop, "m2", seed=2)
     strict = Runtime(make_config(shop.root, "storage.database=scores", "align.min_overlap=0.999"), shop.spark)
-    refused = r"model m2 must not follow m1: of a user's 10 nearest items [\d.]+% stay \(align\.min_overlap = 0\.999\)"
+    refused = r"model m2 must not replace m1: [\d.]+% of a user's 10 nearest items stay \(align\.min_overlap = 0\.999\)"
     for stage in (align.STAGE, align.STAGE, score_users.STAGE):
         with pytest.raises(TrailvecError, match=refused):
             strict.execute(stage)
@@ -182,7 +182,7 @@ def test_a_model_that_turned_too_far_does_not_become_current(shop: Runtime, monk
     make_unaligned(shop, "m3", seed=3)
     for _ in range(2):
         with pytest.raises(
-            TrailvecError, match=r"model m2, the current one, has no item vectors that another could be laid"
+            TrailvecError, match=r"model m2, the current one, has no item vectors to align another model with: "
         ):
             shop.execute(align.STAGE)
         shutil.rmtree(shop.path(ITEM_EMBEDDINGS), ignore_errors=True)  # the second time there is no table
@@ -194,8 +194,8 @@ def test_spaces_of_unlike_width_are_told_apart(shop: Runtime, monkeypatch: pytes
     ranking = {"m1": 0.5, "m2": None, "m3": 0.1}
     monkeypatch.setattr(align, "_ranking", lambda _, version: ranking[version])
     assert shop.execute(align.STAGE).notes == [
-        "model m2 can't be laid onto m1 (found widths {16} and 8): its space is a new one",
-        "align.max_ranking_loss says nothing about model m2: its valid split holds nobody",
+        "model m2 can't be aligned with m1 (found widths {16} and 8): its space is a new one",
+        "align.max_ranking_loss says nothing about model m2: its valid split has no users",
     ]
     told = json.loads((shop.models / "m2" / "alignment.json").read_text())
     assert told["rotation_sha256"] is None
@@ -207,5 +207,5 @@ def test_spaces_of_unlike_width_are_told_apart(shop: Runtime, monkeypatch: pytes
 
     make_unaligned(shop, "m3", seed=3)
     for stage in (align.STAGE, score_users.STAGE):
-        with pytest.raises(TrailvecError, match=r"model m3 must not follow m1: NDCG@10 in validation fell by 80\.00%"):
+        with pytest.raises(TrailvecError, match=r"model m3 must not replace m1: NDCG@10 in validation fell by 80\.00%"):
             shop.execute(stage)

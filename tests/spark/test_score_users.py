@@ -173,9 +173,9 @@ def test_a_model_without_the_asked_rows_of_evaluation_does_not_become_current(
         assert current(shop) == ({"m1"}, USERS)
 
     name = "new popularity model_lead_ndcg@10"
-    refused(f"table evaluation has no row {name} of it in split test; table evaluation has no row")
+    refused(f"table evaluation has no row for its {name} in split test; table evaluation has no row")
     fill(shop, EVALUATION, [evaluation_row("m1", 0.1, 0.2, 0.3), evaluation_row("m2", -0.01, 0.2, 0.3)])
-    refused(f"{name} is 0.2000 (-0.0100 to 0.3000), not surely above 0: run")
+    refused(f"{name} is 0.2000 (-0.0100 to 0.3000), not significantly above 0: run")
     about = {"item_name": None, "category": None, "unit_price": None, "vertical": "food", "said_ts": (None,) * 4}
     counts = dict.fromkeys(("event_count", "train_count", "target_count"), 9)
     item = {"item_id": "i2", "item_index": 2}
@@ -209,7 +209,7 @@ def test_the_current_model_trained_again_is_asked_like_a_new_one_and_changed_in_
     with pytest.raises(TrailvecError, match=r"model m1 must not become current \(evaluate\.gate\)"):
         strict.execute(score_users.STAGE)
     write_alignment(folder, None, aligned | {"items": {"overlap@10": 0.01}})
-    with pytest.raises(TrailvecError, match=r"model m1 must not follow m1: of an item's 10 nearest items 1\.00% stay"):
+    with pytest.raises(TrailvecError, match=r"model m1 must not replace m1: 1\.00% of an item's 10 nearest items stay"):
         shop.execute(score_users.STAGE)
     assert_vectors(shop, old, "m1", rows)
     write_alignment(folder, None, aligned)
@@ -224,11 +224,11 @@ def test_the_current_model_trained_again_is_asked_like_a_new_one_and_changed_in_
     ("interval", "counted", "lacks"),
     [
         ((0.01, 0.49), 30, []),
-        ((-0.01, 0.3), 30, ["is 0.2000 (-0.0100 to 0.3000), not surely above 0"]),
+        ((-0.01, 0.3), 30, ["is 0.2000 (-0.0100 to 0.3000), not significantly above 0"]),
         # A zero interval is a tie, over all users or over one.
-        ((0.0, 0.0), 2_000, ["is 0.2000 (0.0000 to 0.0000), not surely above 0"]),
-        ((0.2, 0.5), 30, ["is 0.2000 (0.2000 to 0.5000), not surely below 0.5"]),
-        ((0.2, 0.2), 29, ["is over 29 users, fewer than min_users = 30"]),
+        ((0.0, 0.0), 2_000, ["is 0.2000 (0.0000 to 0.0000), not significantly above 0"]),
+        ((0.2, 0.5), 30, ["is 0.2000 (0.2000 to 0.5000), not significantly below 0.5"]),
+        ((0.2, 0.2), 29, ["covers 29 users, fewer than min_users = 30"]),
     ],
 )
 def test_what_a_row_lacks_of_what_the_gate_asks(interval: tuple[float, float], counted: int, lacks: list[str]) -> None:
@@ -485,4 +485,4 @@ def test_vectors_written_twice_are_never_made_current(scored: tuple[Runtime, Seq
 
 def test_what_is_said_meanwhile() -> None:
     assert progress_line(500, 1_500, 2_000, 5.0) == "1,000 of 2,000 users  100 users/s  0:10 left"
-    assert progress_line(0, 1_500, 2_000, 5.0) == "500 of 2,000 users, the first tasks run"
+    assert progress_line(0, 1_500, 2_000, 5.0) == "500 of 2,000 users, first tasks running"
