@@ -37,8 +37,8 @@ def model_folder(runtime: Runtime, version: str | None = None) -> Path:
             version = str(json.loads(current.read_text())["model_version"])
         except (ValueError, LookupError, TypeError, RecursionError):
             raise TrailvecError(
-                f"{current} does not say which model is in use: give it one of the form "
-                f'{{"model_version": "..."}} or set model.version'
+                f"{current} does not say which model is in use: write "
+                f'{{"model_version": "..."}} to it or set model.version'
             ) from None
     folder = runtime.models / version
     if not has_model(runtime, version):
@@ -73,12 +73,12 @@ def model_inputs(runtime: Runtime) -> dict[str, str | None]:
 
 
 def check_numbers(
-    runtime: Runtime, about: dict[str, Any], instead: str = "run `trailvec train`, with no model.version set"
+    runtime: Runtime, about: dict[str, Any], instead: str = "run `trailvec train` with model.version unset"
 ) -> None:
     """Raises TrailvecError if the numbers by which the model of `about` knows items and context values are stale: their
     tables were removed, or changed by something else (a RESTORE, say), so a number may have been assigned twice."""
     if what := other_numbers(runtime, about.get("provenance", {})):
-        raise TrailvecError(f"model {about['model_version']} knows items by the numbers of {what}: {instead}")
+        raise TrailvecError(f"model {about['model_version']} uses the numbers of {what}: {instead}")
 
 
 def other_numbers(runtime: Runtime, provenance: dict[str, Any]) -> str | None:
@@ -86,7 +86,7 @@ def other_numbers(runtime: Runtime, provenance: dict[str, Any]) -> str | None:
     told = provenance.get("table_ids", {})  # missing in older versions
     numbered = [table for table in (ITEMS, CONTEXT_VALUES) if told.get(table.name)]
     if any(told[table.name] != runtime.state(table)[0] for table in numbered):
-        what = "were removed and made anew"
+        what = "were removed and created again"
     elif any(_changed_by_others(runtime, table, provenance["reads"][table.name]) for table in numbered):
         what = "something other than trailvec has changed (RESTORE, SQL)"
     else:

@@ -126,8 +126,8 @@ def read_labels(runtime: Runtime, folder: Place) -> DataFrame:
     for condition, what in (
         ("coalesce(trim(user_id), '') = '' OR coalesce(trim(task), '') = ''", "with a blank user_id or task"),
         ("bad > 0", "that is neither 0 nor 1"),
-        ("no_time > 0", "whose label_ts is no time (2017-01-31 08:00:00 is one, a whole number counts seconds)"),
-        ("rows > 1", "twice"),
+        ("no_time > 0", "whose label_ts is not a time (such as 2017-01-31 08:00:00, or a whole number of seconds)"),
+        ("rows > 1", "that is given more than once"),
     ):
         if wrong := checked.where(condition).orderBy("user_id", "task").take(1):
             raise TrailvecError(
@@ -137,13 +137,13 @@ def read_labels(runtime: Runtime, folder: Place) -> DataFrame:
     for row in per_task.orderBy("task").collect():
         if row["task"] in (*settings.activity, *settings.event_types):
             raise TrailvecError(
-                f"{where} has labels of task {row['task']}, which probe.activity and probe.event_types ask the log "
-                f"about: give it another name"
+                f"{where} has labels of task {row['task']}, which probe.activity or probe.event_types takes from "
+                f"the log: rename the task of the labels"
             )
         if 0 < row["timed"] < row["labels"]:
             raise TrailvecError(
-                f"{where} has a label_ts with {row['timed']:,} of the {row['labels']:,} labels of task {row['task']}: "
-                f"give all of them one, or none"
+                f"{where} has a label_ts for {row['timed']:,} of the {row['labels']:,} labels of task {row['task']}: "
+                f"give one for all of them or for none"
             )
     return rows.select("user_id", "task", label.cast("int").alias("label"), "label_ts")
 
@@ -233,7 +233,7 @@ def questions(runtime: Runtime, sessions: DataFrame, cuts: Cuts) -> list[Questio
         add(activity_labels(events, cut, targets, settings), utc(cut), cut)
         if not found:
             runtime.report.notes += [
-                f"{task} is not probed: found nobody who did anything of sequences.target_event_types before the log's "
+                f"{task} is not probed: no user has an event of sequences.target_event_types before the log's "
                 f"last {settings.days:g} days (probe.days)"
                 for task in (*settings.activity, *settings.event_types)
             ]
@@ -312,11 +312,11 @@ def fold_notes(labels: pd.DataFrame, settings: ProbeSettings) -> Iterator[str]:
             continue
         counted = len(list(probes.folds_of(answers, times, settings.folds, 0)))
         if not counted:
-            yield f"{task} is not probed: no fold by label_ts has both labels to learn from and to test on"
+            yield f"{task} is not probed: no fold by label_ts has both labels in its training and its test part"
         elif counted < settings.folds:
             yield (
-                f"{task}: {counted} of {settings.folds} folds by label_ts counted: the others have not both labels to "
-                f"learn from and to test on"
+                f"{task}: {counted} of {settings.folds} folds by label_ts counted: the others lack one of the labels "
+                f"in their training or test part"
             )
 
 
@@ -347,8 +347,8 @@ def run(runtime: Runtime) -> None:
     settings, model_dir = runtime.config.probe, model_folder(runtime)
     if settings.labels is None and not settings.activity and not settings.event_types:
         raise TrailvecError(
-            "nothing is asked: say in probe.labels which labels there are, or in probe.activity and probe.event_types "
-            "what the log itself is to answer"
+            "there is nothing to probe: set probe.labels to a source of labels, or probe.activity or probe.event_types "
+            "to tasks labelled from the log itself"
         )
     sessions = runtime.read(SESSIONS)
     cuts = cut_times(sessions, runtime.config.sequences, "end_ts")
@@ -356,13 +356,13 @@ def run(runtime: Runtime) -> None:
     asked_from = cuts.end - timedelta(days=settings.days)
     if settings.activity or settings.event_types:
         asks = f"probe.days = {settings.days:g}"
-        refuse_leak(model_dir.name, trained_to, asked_from, asks=asks, instead="give fewer days")
+        refuse_leak(model_dir.name, trained_to, asked_from, asks=asks, instead="lower probe.days")
     # Check all questions before any of the slow work starts.
     asked: list[Question] = []
     for question in questions(runtime, sessions, cuts):
         few = question.labels.groupby("task")["label"].agg(rarer)
         runtime.report.notes += [
-            f"{task} is not probed: found {count:,} of its rarer label, fewer than probe.folds = {settings.folds}"
+            f"{task} is not probed: users with its rarer label: {count:,}, fewer than probe.folds = {settings.folds}"
             for task, count in few[few < settings.folds].items()
         ]
         if (few < settings.folds).all():  # the features would be computed for nothing

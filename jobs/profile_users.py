@@ -279,7 +279,7 @@ def fit(runtime: Runtime, visible: DataFrame, encoded: DataFrame, *, numbers: Da
     names = statistic_names(told)
     rows = in_order(profile_rows(visible, sample, numbers, numbered(told, names)), "user_id")
     if rows.empty:
-        raise TrailvecError("no user has an event before the cut: there is nothing to make a profile of")
+        raise TrailvecError("no user has an event before the cut: there is nothing to build profiles from")
     matrix = np.stack([np.asarray(vector, np.float32) for vector in rows["vector"]])
     counts = {kind: _counts(rows[f"{kind}_numbers"], rows[f"{kind}_values"]) for kind in KINDS}
     items = Terms.fit(counts["items"], _MOST_TERMS, presence=True)
@@ -358,7 +358,7 @@ def too_late(settings: ProfileSettings, about: dict[str, Any], folder: Place) ->
         return None
     return (
         f"the profile's basis in {folder} stays as it was fitted, in spite of {', '.join(others)}: set that back, or "
-        f"remove {ABOUT} and {TENSORS} there to have another one fitted, whose places mean something else"
+        f"remove {ABOUT} and {TENSORS} there to fit another one, whose dimensions mean something else"
     )
 
 
@@ -375,12 +375,12 @@ def run(runtime: Runtime) -> None:
     found, rotation = read_basis(model_dir), rotation_sha256(model_dir)
     if found is not None and found[1].get("rotation", rotation) != rotation:  # older code recorded none
         runtime.report.notes.append(
-            f"the profile's basis of model {model_dir.name} is fitted anew: `trailvec align` has turned the model's "
-            f"vectors since, and the places of a profile mean something else now"
+            f"the profile's basis of model {model_dir.name} is fitted again: `trailvec align` has rotated the model's "
+            f"vectors since, so the dimensions of a profile now mean something else"
         )
         found = None
     if found is None:
-        runtime.on_progress("the basis is fitted")
+        runtime.on_progress("fitting the basis")
         basis = fit(runtime, visible, encoded, numbers=numbers, told=told)
         about = {"as_of": end.isoformat(timespec="microseconds"), "code_version": code_version()}
         write_basis(model_dir, basis, about | {"rotation": rotation, "settings": settings.model_dump()})
@@ -399,10 +399,10 @@ def run(runtime: Runtime) -> None:
     current = runtime.newest_current_model()
     if current not in (None, model_dir.name):
         runtime.report.notes.append(
-            f"the profiles of model {current}, which is current and which segments go by, stay as they are: "
-            f"--set model.version={current} brings them up to date"
+            f"the profiles of model {current}, which is current and which segments use, are not updated: "
+            f"run `trailvec profile_users --set model.version={current}`"
         )
-    runtime.report.notes.append(f"model {model_dir.name}: places of the vector: {widths}")
+    runtime.report.notes.append(f"model {model_dir.name}: dimensions of a profile: {widths}")
 
 
 STAGE = Stage(

@@ -275,7 +275,7 @@ def test_the_table_with_labels_of_a_file(
     with pytest.raises(TrailvecError, match="neither 0 nor 1: user u1, task many: correct it"):
         runtime.execute(probe.STAGE)
     model["as_of"] = "2024-04-20T00:00:00.000000"
-    with pytest.raises(TrailvecError, match="give fewer days, or train up to that time"):
+    with pytest.raises(TrailvecError, match=r"lower probe\.days, or train up to that time"):
         runtime.execute(probe.STAGE, force=True)
 
 
@@ -304,10 +304,10 @@ def test_a_task_with_nobody_or_too_few_of_a_label_is_said_and_leaves_no_old_rows
     monkeypatch.setattr(probe, "features_of", features)
     report = runtime.execute(probe.STAGE)
     assert report.notes == [
-        "inactive is not probed: found nobody who did anything of sequences.target_event_types before the log's last "
+        "inactive is not probed: no user has an event of sequences.target_event_types before the log's last "
         "20 days (probe.days)",
-        "rare is not probed: found 1 of its rarer label, fewer than probe.folds = 2",
-        "at once is not probed: no fold by label_ts has both labels to learn from and to test on",
+        "rare is not probed: users with its rarer label: 1, fewer than probe.folds = 2",
+        "at once is not probed: no fold by label_ts has both labels in its training and its test part",
     ]
     assert [r["model_version"] for r in read_delta(runtime.path(PROBES))] == ["m0"]
     assert made == ["at once"]  # computing the others' would be wasted
@@ -372,8 +372,8 @@ def test_what_is_probed_is_what_profile_users_writes(
     write_json(basis_of, about | {"rotation": None})  # fitted before the model was rotated
     put(runtime, CURRENT_MODEL, runtime.spark.createDataFrame([("m0",)], CURRENT_MODEL.schema()))
     note, stale, _ = wider.execute(profile_users.STAGE, force=True).notes
-    assert stale.startswith("the profiles of model m0, which is current and which segments go by, stay as they are: ")
-    assert note.startswith("the profile's basis of model m1 is fitted anew: `trailvec align` has turned the model's ")
+    assert stale.startswith("the profiles of model m0, which is current and which segments use, are not updated: ")
+    assert note.startswith("the profile's basis of model m1 is fitted again: `trailvec align` has rotated the model's ")
     fitted = json.loads(basis_of.read_text())
     assert (fitted["rotation"], fitted["settings"]["width"]) == (rotation_sha256(runtime.models / "m1"), 32)
 
@@ -384,7 +384,7 @@ def test_a_model_that_numbers_other_tables_items_makes_no_profile(
     about = {"model_version": "m1", "spec": SPEC.model_dump(), "weights_sha256": ""}
     about |= {"provenance": {"table_ids": {"items": "removed since"}}}
     monkeypatch.setattr(models, "read_about", lambda folder: about)
-    with pytest.raises(TrailvecError, match=r"m1 knows items by the numbers of tables .*: run `trailvec train`"):
+    with pytest.raises(TrailvecError, match=r"m1 uses the numbers of tables .*: run `trailvec train`"):
         make_runtime(*SETTINGS, root=whole).execute(profile_users.STAGE)
 
 
@@ -412,13 +412,16 @@ def test_labels_with_times_see_what_came_before_them_and_no_more(
     ("row", "said"),
     [
         ("u1,many,0.99,", "has a label that is neither 0 nor 1: user u1, task many"),
-        ("u1,many,1,31.01.2017", "has a label whose label_ts is no time"),
-        ("u1,many,1,49051-01-31", "has a label whose label_ts is no time"),
-        ("u1,many,1,\nu1,many,0,", "has a label twice: user u1, task many"),
+        ("u1,many,1,31.01.2017", "has a label whose label_ts is not a time"),
+        ("u1,many,1,49051-01-31", "has a label whose label_ts is not a time"),
+        ("u1,many,1,\nu1,many,0,", "has a label that is given more than once: user u1, task many"),
         (",many,1,", "has a label with a blank user_id or task: user None, task many"),
         ("u1, ,1,", "has a label with a blank user_id or task: user u1, task"),
-        ("u1,many,1,2017-01-31", "has a label_ts with 1 of the 2 labels of task many: give all of them one, or none"),
-        ("u1,inactive,1,", "has labels of task inactive, which probe.activity and probe.event_types ask the log about"),
+        (
+            "u1,many,1,2017-01-31",
+            "has a label_ts for 1 of the 2 labels of task many: give one for all of them or for none",
+        ),
+        ("u1,inactive,1,", "has labels of task inactive, which probe.activity or probe.event_types takes from"),
         ("u\xe9,many,1,", "labels.csv is not UTF-8 text: save it as UTF-8"),
     ],
 )
@@ -434,5 +437,5 @@ def test_a_wrong_label_is_one_sentence(
 
 def test_nothing_asked_is_said(make_runtime: Callable[..., Runtime], whole: Path, model: dict[str, str]) -> None:
     runtime = make_runtime(root=whole)
-    with pytest.raises(TrailvecError, match="nothing is asked"):
+    with pytest.raises(TrailvecError, match="there is nothing to probe"):
         runtime.execute(probe.STAGE)

@@ -314,7 +314,7 @@ def test_missing_and_damaged_models_and_one_of_other_tables(trained: Runtime) ->
     (of_others / "model.json").write_text(json.dumps(about))
     for version, sentence in (
         ("damaged", r"model\.safetensors is missing"),
-        ("of_others", "knows items by the numbers of tables items and context_values that were removed and made anew"),
+        ("of_others", "uses the numbers of tables items and context_values that were removed and created again"),
     ):
         config = make_config(trained.root, *SETTINGS, f"model.version={version}")
         for stage in (score_users.STAGE, embed_items.STAGE):

@@ -108,8 +108,8 @@ def test_folds_of_one_label_do_not_count() -> None:
     timed = pd.DataFrame({"user_id": [f"u{n}" for n in times], "task": "one", "label": labels, "cut": times})
     none = timed.assign(task="none", label=times // 6)
     assert list(fold_notes(pd.concat([timed, none, timed.assign(task="shuffled", cut=0)]), ProbeSettings(folds=3))) == [
-        "none is not probed: no fold by label_ts has both labels to learn from and to test on",
-        "one: 1 of 3 folds by label_ts counted: the others have not both labels to learn from and to test on",
+        "none is not probed: no fold by label_ts has both labels in its training and its test part",
+        "one: 1 of 3 folds by label_ts counted: the others lack one of the labels in their training or test part",
     ]
 
 

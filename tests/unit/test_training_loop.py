@@ -258,7 +258,7 @@ def test_a_model_of_other_tables_that_had_these_names_is_grown_from(
         assert base_of(runtime) == base
     # The vectors of its items would begin as those of others.
     monkeypatch.setattr(runtime, "_table_ids", {**ids, "items": "made anew"})
-    with pytest.raises(TrailvecError, match=r"model m2 knows items by the numbers of tables .* made anew since: set"):
+    with pytest.raises(TrailvecError, match=r"model m2 uses the numbers of tables .* created again since: set"):
         base_of(runtime)
     monkeypatch.setattr(runtime, "_table_ids", {**ids, "sequences": "made anew"})
     commits.insert(0, replace(restored, version=4))
@@ -272,7 +272,8 @@ def test_rows_with_the_numbers_of_other_tables_are_refused(tmp_path: Path, monke
     made = {"config": runtime.config.model_dump(mode="json"), "reads": {"items": 2}, "table_ids": {"items": "a"}}
     monkeypatch.setattr(runtime, "last_writer", lambda table: made)
     monkeypatch.setattr(runtime, "state", lambda table: ("made anew", 0))
-    with pytest.raises(TrailvecError, match=r"table sequences has the numbers of .* made anew since: run `trailvec b"):
+    refused = r"table sequences has the numbers of .* created again since: run `trailvec b"
+    with pytest.raises(TrailvecError, match=refused):
         run_spec(runtime, "m", tmp_path, None)
 
 
