@@ -22,7 +22,7 @@ from jobs.pictures import Point
 from jobs.ranking import HOURS_NAMES, MODELS, Cell
 from training.metrics import HISTORY_NAMES
 
-TASKS = {"next": "Any next item", "new": "A new item", "repeat": "An item taken again"}
+TASKS = {"next": "Any next item", "new": "A new item", "repeat": "A repeated item"}
 METHODS = {
     "model": "the model",
     "model_and_habit": "the model and habit",
@@ -36,33 +36,39 @@ FEATURES = {
     "tfidf_svd": "TF-IDF and SVD of the items",
     "aggregates": "counts by hand",
     "rfm": "recency, frequency, money",
-    "majority": "nothing (the majority)",
+    "majority": "nothing (majority class)",
 }
 METRICS = ("ndcg@10", "recall@10", "ndcg@20", "recall@20", "mrr@20")
 SLICES = {
-    "history": "By actions of history that the model read",
-    "hours": "By hours from the cut to what was done next",
-    "vertical": "By vertical of what was done next (elsewhere does not count there, nor do items without a number)",
+    "history": "By number of past actions that the model read",
+    "hours": "By hours from the cut to the next action",
+    "vertical": "By vertical of the next actions (those elsewhere do not count, nor do items without a number)",
 }
 SPACE = {
-    ("items", "uniformity"): ("uniformity of items", "0: all point one way; about -4: as even as random directions"),
-    ("users", "uniformity"): ("uniformity of users", "the same of users"),
+    ("items", "uniformity"): (
+        "uniformity of items",
+        "0: all point the same way; about -4: as even as random directions",
+    ),
+    ("users", "uniformity"): ("uniformity of users", "the same for users"),
     ("users_items", "alignment"): (
         "alignment of users with what they do next",
-        "squared distance of directions: 0 the same, 2 nothing to do with each other",
+        "squared distance between directions: 0 identical, 2 unrelated",
     ),
-    ("items", "effective_dimensions"): ("effective dimensions of items", "how many the variance really fills"),
-    ("users", "effective_dimensions"): ("effective dimensions of users", "the same of users"),
+    ("items", "effective_dimensions"): ("effective dimensions of items", "over how many the variance really spreads"),
+    ("users", "effective_dimensions"): ("effective dimensions of users", "the same for users"),
     ("items", "dead_dimensions"): ("dead dimensions of items", "directions with less than 1 % of the widest's spread"),
-    ("users", "dead_dimensions"): ("dead dimensions of users", "the same of users"),
+    ("users", "dead_dimensions"): ("dead dimensions of users", "the same for users"),
     ("items", "norm_popularity"): (
         "length against popularity",
         "rank correlation: 1 the more popular an item, the longer its vector; 0 no relation",
     ),
-    ("items", "hubness@10"): ("hubness of items", "skewness of being a neighbour: 0 no hubs, above 2 strong ones"),
-    ("users", "hubness@10"): ("hubness of users", "the same of users"),
+    ("items", "hubness@10"): (
+        "hubness of items",
+        "skewness of how often each is a neighbour: 0 no hubs, above 2 strong ones",
+    ),
+    ("users", "hubness@10"): ("hubness of users", "the same for users"),
     ("items", "same_category@10"): ("neighbours of the same category", "share of an item's ten nearest"),
-    ("items", "same_category_by_chance"): ("… by chance", "the same share had they been drawn blindly"),
+    ("items", "same_category_by_chance"): ("… by chance", "the same share if they were drawn at random"),
 }
 DRIFT = {
     ("events", "stability_index"): (
@@ -71,13 +77,15 @@ DRIFT = {
     ),
     ("events", "new_items"): ("events of new items", "the share of the events with items first seen after the cut"),
     ("users", "cosine"): ("cosine of a user's vectors", "at the cut and at the log's end: 1 the same"),
-    ("users", "centroid_cosine"): ("cosine of the users' centroids", "the same of the mean of all"),
+    ("users", "centroid_cosine"): ("cosine of the users' centroids", "the same for the mean of all users"),
 }
 LARGEST = 12  # verticals in a picture, at most
-MAPPED_ITEMS = "items, drawn by hash, along the two axes in which their directions differ most (PCA); by vertical"
+MAPPED_ITEMS = (
+    "items, drawn by hash, along the two axes in which their directions differ most (PCA); coloured by vertical"
+)
 MAPPED_USERS = (
-    "users, some of everybody and some of each segment that was exported last, drawn by hash, along the two axes in "
-    "which their directions differ most (PCA); who is in several segments is shown in the smallest"
+    "users, a sample of all and of each segment's last export, drawn by hash, along the two axes in "
+    "which their directions differ most (PCA); a user in several segments is shown in the smallest"
 )
 
 Row = dict[str, Any]
@@ -239,7 +247,7 @@ def _verdict(task: str, model: str, points: Points, users: Users) -> Row:
         word = "better" if lead.low > 0 else "worse" if lead.high < 0 else "level"
         said = {"better": "better than", "worse": "worse than", "level": "level with"}[word]
         if users[task, "all", "all"] < FEW_USERS:
-            word, said = "few", "not surely other than"
+            word, said = "few", "not reliably different from"
         by = f"{lead.value:+.4f}, {lead.low:+.4f} to {lead.high:+.4f}"
         leads.append({"word": word, "said": said, "name": name, "by": by})
     return {
@@ -315,7 +323,7 @@ def _probes(rows: Sequence[Row]) -> Row:
     names = {features: FEATURES[features] for features in points}
     return {
         "picture": _picture(pictures.dots(list(asked), points, names, "AUC; 0.5 is chance", left=0.45)) if rows else "",
-        "columns": ["task", "users", "of them 1", *names.values()],
+        "columns": ["task", "users", "positives", *names.values()],
         "rows": table,
     }
 
@@ -397,4 +405,4 @@ def _versions(versions: list[tuple[str, bool, Row, list[Row]]]) -> Row:
         name = f"{version} (current)" if is_current else version
         network = f"{spec['architecture']}, {spec['width']}" if spec else None
         rows.append([name, about.get("as_of", "")[:10], network, len(epochs) or None, *(best.get(t) for t in TASKS)])
-    return {"columns": ["model", "trained to", "network", "epochs", *TASKS.values()], "rows": rows}
+    return {"columns": ["model", "trained up to", "network", "epochs", *TASKS.values()], "rows": rows}
