@@ -49,7 +49,7 @@ LikePattern = Annotated[str, Field(pattern=r"^([^\\]|\\[_%\\])+$")]
 def _known_zone(name: str) -> str:
     # Not places: "Factory" is unknown to Arrow, "localtime" is whatever the machine is set to.
     if name not in zoneinfo.available_timezones() - {"Factory", "localtime"}:
-        raise ValueError(f"found {name!r}, which is no IANA time zone")
+        raise ValueError(f"found {name!r}, which is not an IANA time zone")
     return name
 
 
@@ -60,13 +60,13 @@ def _known_tables(by_table: dict[str, V]) -> dict[str, V]:
     for name in by_table:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0)
-            raise ValueError(f"no table is named {name}, the nearest name is {near[0]}")
+            raise ValueError(f"no table is named {name}; the nearest name is {near[0]}")
     return by_table
 
 
 def no_home(place: str) -> str:
     if place.startswith("~"):
-        raise ValueError(f"found {place!r}, and ~ is not read here: write the folder in full")
+        raise ValueError(f"found {place!r}, but ~ is not expanded here and has to be written out")
     return place
 
 
@@ -75,7 +75,7 @@ def _in_quotes(conf: Any) -> Any:
     for key, value in conf.items() if isinstance(conf, dict) else ():
         if isinstance(value, dict):
             raise ValueError(
-                f"found a section {key}: a key with dots stands in quotes, as in "
+                f"found a section {key}: a key that contains dots must be in quotes, as in "
                 f'spark.conf."spark.executor.memory" = "4g"'
             )
     return conf
@@ -84,7 +84,7 @@ def _in_quotes(conf: Any) -> Any:
 def _not_fixed(conf: dict[str, str]) -> dict[str, str]:
     for key, value in SPARK_FIXED.items():
         if conf.get(key, value) != value:
-            raise ValueError(f"found {key} = {conf[key]!r}, which is always {value}, since the rows depend on it")
+            raise ValueError(f"found {key} = {conf[key]!r}, which must be {value}, since the rows depend on it")
     return conf
 
 
@@ -299,7 +299,7 @@ class GateSettings(Section):
     @model_validator(mode="after")
     def _says_something(self) -> GateSettings:
         if self.at_least is None and self.at_most is None:
-            raise ValueError("say at_least, at_most or both")
+            raise ValueError("needs at_least, at_most or both, found neither")
         return self
 
 
@@ -370,7 +370,7 @@ class NeighboursSettings(Section):
     @model_validator(mode="after")
     def _has_what_habits_are_added_to(self) -> NeighboursSettings:
         if self.habit and "user_item" not in self.kinds:
-            raise ValueError("habit adds to user_item: name it in kinds too, or set habit = false")
+            raise ValueError("habit = true adds to user_item, so kinds must contain user_item, or habit be false")
         return self
 
 
@@ -421,7 +421,7 @@ class UserList(Section):
     @model_validator(mode="after")
     def _one_of_two(self) -> UserList:
         if (self.file is None) == (self.sql is None):
-            raise ValueError("give either file or sql")
+            raise ValueError("needs exactly one of file and sql")
         return self
 
 
@@ -528,12 +528,11 @@ def load_config(path: str | Path | None = None, sets: list[str] | None = None) -
     # Checked here, not in `train`: the stages before it accept any name and may run for hours.
     if found := not_for_training(place):
         raise TrailvecError(
-            f"storage.root = {place}, a path with {found}, which training can't read: choose one without it"
+            f"storage.root = {place} contains {found}, which training can't read: choose a path without it"
         )
     if wild := re.search(r"[][{}*\\]", place):
         raise TrailvecError(
-            f"storage.root = {place}, a path with {wild[0]}, which Spark takes for a pattern of names: choose one "
-            f"without it"
+            f"storage.root = {place} contains {wild[0]}, which Spark reads as a glob pattern: choose a path without it"
         )
     return config
 
@@ -559,14 +558,14 @@ def parse(model: type[M], values: dict[str, Any], where: str) -> M:
         if first["type"] == "model_type":
             keys = _keys_at(model, first["loc"])
             raise TrailvecError(
-                f"{where}: {key} = {first['input']!r}: write a table, such as {{ {keys[0]} = ... }} (known here: "
+                f"{where}: {key} = {first['input']!r}: write a table, such as {{ {keys[0]} = ... }} (known keys: "
                 f"{', '.join(keys)})"
             ) from None
         if first["type"] != "extra_forbidden":
             raise TrailvecError(f"{where}: {key} = {first['input']!r}: {first['msg']}: correct it") from None
         known = _keys_at(model, first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
         hint = _above(model, first["loc"], first["input"]) or hint
         raise TrailvecError(f"{where}: unknown key {key}; {hint}") from None
 
@@ -602,7 +601,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     except OSError as error:  # such as a folder
         raise TrailvecError(f"{path} can't be read ({error.strerror}): correct the path") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise TrailvecError(f"{path} is no TOML file: {error}: correct it") from None
+        raise TrailvecError(f"{path} is not a valid TOML file: {error}: correct it") from None
 
 
 def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -637,7 +636,7 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
     A part of the key with dots in it must be quoted."""
     key, equals, text = assignment.partition("=")
     if not equals or not key:
-        raise TrailvecError(f"--set {assignment}: found no key=value: write for example --set train.epochs=2")
+        raise TrailvecError(f"--set {assignment}: expected key=value: write, for example, --set train.epochs=2")
     path = _parts(key)
     value: Any = text
     with contextlib.suppress(tomllib.TOMLDecodeError):

@@ -14,7 +14,7 @@ def _no_number(value: Any) -> Any:
     """Pydantic reads a number, even in quotes, as seconds since 1970: 20111101 would be a day in 1970."""
     digits = isinstance(value, str) and value.strip().lstrip("+-").replace(".", "", 1).isdigit()
     if digits or isinstance(value, int | float):
-        raise ValueError(f"found {value!r}, a number, where a time is wanted, such as 2011-11-01T00:00:00")
+        raise ValueError(f"found {value!r}, a number, where a time is expected, such as 2011-11-01T00:00:00")
     return value
 
 
@@ -22,7 +22,7 @@ def _to_utc(value: datetime) -> datetime:
     try:
         return value if value.tzinfo is None else value.astimezone(timezone.utc).replace(tzinfo=None)
     except OverflowError:
-        raise ValueError("found a time beyond the years 1 to 9999") from None
+        raise ValueError("found a time outside the years 1 to 9999") from None
 
 
 # A time without a zone is UTC; one with a zone is converted.
@@ -197,22 +197,24 @@ class TrainSettings(Network):
         if self.architecture == "xlnet" and self.width % 2:
             raise ValueError(f"xlnet needs an even width, found {self.width}")
         if self.architecture == "gpt2" and self.objective != "clm":
-            raise ValueError(f"gpt2 only looks back, found objective {self.objective!r}, which looks both ways")
+            raise ValueError(
+                f"gpt2 only looks back and needs objective 'clm', found {self.objective!r}, which looks both ways"
+            )
         if self.objective == "plm" and self.architecture != "xlnet":
             raise ValueError(f"plm needs architecture 'xlnet', found {self.architecture!r}")
         if holds_secret(self.tracking_uri):
             raise ValueError(
-                "tracking_uri holds a user, a password or a key: leave them to MLFLOW_TRACKING_USERNAME and "
+                "tracking_uri contains a user, a password or a key, which belong in MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD"
             )
         if self.loss == "gbce" and not self.negatives:
             raise ValueError("gbce needs negatives, found 0")
         if self.loss == "gbce" and self.negative_power:
             raise ValueError(
-                f"gbce is calibrated for uniform negatives: set negative_power = 0, found {self.negative_power}"
+                f"gbce is calibrated for uniform negatives and needs negative_power = 0, found {self.negative_power}"
             )
         if self.item_dropout and not self.item_attributes:
-            raise ValueError(f"item_dropout = {self.item_dropout} needs item_attributes to stand alone, found none")
+            raise ValueError(f"item_dropout = {self.item_dropout} needs item_attributes to fall back on, found none")
         if self.item_precision == "bfloat16" and self.item_optimizer == "adamw":
             raise ValueError("item_precision 'bfloat16' needs item_optimizer 'rowwise' or 'auto', found 'adamw'")
         return self

@@ -368,7 +368,7 @@ def test_what_is_refused_while_it_runs(shop: Runtime, tmp_path: Path, monkeypatc
         (
             "size = 4",
             'size = 4\ndestination = "~/x"',
-            "destination: found '~/x', and ~ is not read here: write the folder",
+            "destination: found '~/x', but ~ is not expanded here and has to be written",
         ),
         ("size = 4", 'size = 4\ndestination = "s3://me:pass@bucket/x"', "destination contains credentials, which"),
         ("size = 4", 'size = 4\ndestination = "s3a://me:pa/ss@bucket/x"', "destination contains credentials, which"),
@@ -376,7 +376,7 @@ def test_what_is_refused_while_it_runs(shop: Runtime, tmp_path: Path, monkeypatc
         (
             "size = 4",
             'size = 4\nsuppress = ["seeds.txt"]',
-            r"suppress\.0 = 'seeds\.txt': write a table, such as { file = \.\.\. } \(known here: file, sql\)",
+            r"suppress\.0 = 'seeds\.txt': write a table, such as { file = \.\.\. } \(known keys: file, sql\)",
         ),
         ("size = 4", "size = 4\ncontrol_share = 1", "control_share = 1: Input should be less than 1"),
         ('name = "likes"', 'name = "../likes"', "name = '../likes': String should match pattern"),
@@ -390,8 +390,8 @@ def test_what_is_refused_while_it_runs(shop: Runtime, tmp_path: Path, monkeypatc
         ("size = 4", "sise = 4", "unknown key sise; did you mean size"),
         ("size = 4", 'size = 4\ncolumns = ["rank", "rank"]', "columns lists a column twice"),
         ("size = 4", 'size = 4\ncolumns = ["email"]', "columns.0 = 'email'"),
-        ('file = "seeds.txt"', "", "likes.toml: seeds: give either file or sql: correct it"),
-        ('file = "seeds.txt"', 'file = "seeds.txt"\nsql = "SELECT 1"', "give either file or sql"),
+        ('file = "seeds.txt"', "", "likes.toml: seeds: needs exactly one of file and sql: correct it"),
+        ('file = "seeds.txt"', 'file = "seeds.txt"\nsql = "SELECT 1"', "needs exactly one of file and sql"),
         ("seeds.txt", "none.txt", r"the list of users .*none\.txt does not exist"),
         ('owner = "marketing"', "", "owner is missing"),
     ],

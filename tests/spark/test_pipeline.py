@@ -358,7 +358,7 @@ def test_a_kill_after_a_write_and_the_same_command_end_as_if_nothing_had_happene
     [
         (["run", "--conf", "nowhere.toml"], "trailvec: nowhere.toml does not exist: correct the path"),
         (["train", "--set", "train.epoch=3"], "trailvec: the settings: unknown key train.epoch; did you mean epochs?"),
-        (["run", "--set", "train.epochs"], "trailvec: --set train.epochs: found no key=value"),
+        (["run", "--set", "train.epochs"], "trailvec: --set train.epochs: expected key=value"),
         (["run", "--from", "train", "--to", "ingest"], "trailvec: --from train comes after --to ingest: swap them"),
     ],
 )

@@ -164,7 +164,7 @@ def test_midnight_is_that_of_the_zone() -> None:
 
 
 def test_a_zone_that_nobody_knows_is_refused_by_name() -> None:
-    with pytest.raises(TrailvecError, match=r"sessionize\.midnight_of: found 'Mars', which is no IANA time zone"):
+    with pytest.raises(TrailvecError, match=r"sessionize\.midnight_of: found 'Mars', which is not an IANA time zone"):
         load_config(sets=["sessionize.midnight_of=Mars"])
 
 

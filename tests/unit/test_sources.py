@@ -88,7 +88,7 @@ def test_columns_and_expressions_are_collected(tmp_path: Path) -> None:
         ('user_id = "customer"', "", "input.0.columns.user_id is missing"),
         ('format = "csv"', 'format = "xlsx"', "input.0.format = 'xlsx'"),
         ('"test_order"', '"Test order"', "input.0.reject.0.reason = 'Test order'"),
-        ('name = "shop"', 'name = "shop', "is no TOML file"),
+        ('name = "shop"', 'name = "shop', "is not a valid TOML file"),
     ],
 )
 def test_a_wrong_mapping_is_one_sentence_that_says_where(tmp_path: Path, old: str, new: str, said: str) -> None:

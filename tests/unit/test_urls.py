@@ -106,7 +106,7 @@ def test_a_path_that_training_cannot_read_is_one_sentence(
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / name)
     for sets in ([f"storage.root=s3a://bucket/{name}"], ["storage.root=warehouse"], []):
-        with pytest.raises(TrailvecError, match=f"^storage.root = .*, a path with {found}, which training can't read"):
+        with pytest.raises(TrailvecError, match=f"^storage.root = .* contains {found}, which training can't read"):
             load_config(None, sets)
 
 
@@ -148,7 +148,7 @@ def test_a_path_that_spark_takes_for_a_pattern_is_one_sentence(character: str) -
         with pytest.raises(TrailvecError) as told:
             load_config(None, [f"storage.root='{place}'"])
         assert str(told.value).startswith("storage.root = ")
-        assert f"{root}, a path with {character}, which Spark takes for a pattern" in str(told.value)
+        assert f"{root} contains {character}, which Spark reads as a glob pattern" in str(told.value)
 
 
 @pytest.mark.parametrize(("place", "path", "url"), FORMS)
