@@ -75,7 +75,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise _damaged(folder, f"{ABOUT} is missing") from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise _damaged(folder, f"{ABOUT} is no description of a model") from None
+        raise _damaged(folder, f"{ABOUT} is not a description of a model") from None
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def read_alignment(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise _damaged(folder, f"{ALIGNMENT} is no report on a model's space") from None
+        raise _damaged(folder, f"{ALIGNMENT} is not a report on a model's space") from None
 
 
 def rotation_sha256(folder: Path) -> str | None:
@@ -342,5 +342,5 @@ def _damaged(folder: Path, what: str) -> TrailvecError:
 def _damaged_checkpoint(path: Folder, error: Exception) -> TrailvecError:
     why = str(error).splitlines()[0]
     return TrailvecError(
-        f"the checkpoint {path} is damaged ({why}): remove that folder, and training goes on from the one before it"
+        f"the checkpoint {path} is damaged ({why}): remove that folder, and training resumes from the one before it"
     )

@@ -49,8 +49,8 @@ def start() -> torch.device:
     number = own_gpu(seen, rank())
     if number is None:
         raise TrailvecError(
-            f"train.processes asks for {size()} processes, and process {rank()} finds no GPU of its own (it sees "
-            f"{len(seen[rank()])}): lower it, or hide the GPUs with CUDA_VISIBLE_DEVICES=''"
+            f"train.processes asks for {size()} processes, but no GPU is left for process {rank()} (it sees "
+            f"{len(seen[rank()])}): lower train.processes, or hide the GPUs with CUDA_VISIBLE_DEVICES=''"
         )
     torch.cuda.set_device(number)
     torch.set_float32_matmul_precision("high")  # TF32 for the products that are not in bfloat16

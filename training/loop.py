@@ -172,7 +172,7 @@ def _begin(spec: RunSpec, device: torch.device) -> _Run:
     progress, tensors = read_checkpoint(found) if found else (Progress(ranks=size), {})
     if progress.ranks != size:  # only if started by hand: to `trailvec train`, another number is another model
         raise TrailvecError(
-            f"the checkpoint {found} is of {progress.ranks} processes, this run has {size}: start as many"
+            f"the checkpoint {found} is from {progress.ranks} processes, this run has {size}: start {progress.ranks}"
         )
     progress.rows_sha256 = rows_sha256
     if found:
@@ -263,8 +263,8 @@ def _publish_best(spec: RunSpec, found: Folder, best: Folder) -> None:
         tensors = read_checkpoint(best)[1]
     except TrailvecError:
         raise TrailvecError(
-            f"the checkpoint {found} tells of a best epoch whose checkpoint, {best.name}, is gone or damaged: put that "
-            f"back, or remove {found.name} too, and training goes on from the one before it"
+            f"the checkpoint {found} names a best epoch whose checkpoint, {best.name}, is gone or damaged: restore it, "
+            f"or remove {found.name} too, and training resumes from the one before it"
         ) from None
     save_weights(Path(spec.output), part_of(tensors, "model."))
 
@@ -358,7 +358,7 @@ def _close_epoch(run: _Run, epoch: int) -> None:
     started = time.monotonic()
     if not progress.curve:  # the same on all ranks
         raise TrailvecError(
-            "the train split of table sequences asks for no item that the model knows, so that there is nothing to "
+            "no row in the train split of table sequences has a target that the model knows, so there is nothing to "
             "learn: lower vocabulary.min_count"
         )
     _refuse_broken(run.model, epoch)

@@ -341,7 +341,7 @@ def read_basis(folder: Path) -> tuple[Basis, dict[str, Any]] | None:
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         if sha256_of(folder / TENSORS) != about["sha256"]:
-            raise ValueError("it is not the file that was written")
+            raise ValueError(f"{TENSORS} is not the file that {ABOUT} was written for")
         tensors = load_file(folder / TENSORS)
         terms = {
             kind: Terms(tensors[f"{kind}.numbers"], tensors[f"{kind}.idf"], presence=kind == "items")
@@ -360,6 +360,6 @@ def read_basis(folder: Path) -> tuple[Basis, dict[str, Any]] | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise TrailvecError(
             f"the profile's basis in {folder} is damaged ({error}): remove {ABOUT} and {TENSORS} there, and "
-            f"`trailvec profile_users` makes another"
+            f"`trailvec profile_users` fits a new one"
         ) from None
     return basis, about

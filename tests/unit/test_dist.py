@@ -41,7 +41,7 @@ def test_each_process_of_a_machine_has_its_gpu(machine: pytest.MonkeyPatch, libr
     assert dist.start() == torch.device("cuda", 1)
     machine.setattr(torch.cuda, "device_count", lambda: 1)
     machine.setattr("ctypes.CDLL", lambda name: Driver([b"A" * 16]) if library is None else driver)
-    with pytest.raises(TrailvecError, match=r"processes, and process 1 finds no GPU of its own \(it sees 1\): lower"):
+    with pytest.raises(TrailvecError, match=r"processes, but no GPU is left for process 1 \(it sees 1\): lower"):
         dist.start()
 
 

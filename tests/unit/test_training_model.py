@@ -379,9 +379,9 @@ def test_attributes_learn_to_stand_for_items_that_were_hidden() -> None:
     ("damage", "says"),
     [
         (lambda folder: (folder / "model.json").unlink(), "model.json is missing"),
-        (lambda folder: (folder / "model.json").write_text('{"spec"'), "no description of a model"),
-        (lambda folder: (folder / "model.json").write_text(json.dumps({"spec": {}})), "no description of a model"),
-        (lambda folder: (folder / "model.json").write_text("[" * 100_000), "no description of a model"),
+        (lambda folder: (folder / "model.json").write_text('{"spec"'), "not a description of a model"),
+        (lambda folder: (folder / "model.json").write_text(json.dumps({"spec": {}})), "not a description of a model"),
+        (lambda folder: (folder / "model.json").write_text("[" * 100_000), "not a description of a model"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 900), "not the file that"),
     ],
@@ -406,5 +406,5 @@ def test_weights_that_are_no_model_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(TrailvecError, match="can't be read"):
         ItemVectors(tmp_path / "model.safetensors")
     (tmp_path / "alignment.json").write_text("[" * 100_000)
-    with pytest.raises(TrailvecError, match=r"alignment\.json is no report on a model's space"):
+    with pytest.raises(TrailvecError, match=r"alignment\.json is not a report on a model's space"):
         read_alignment(tmp_path)
