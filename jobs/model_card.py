@@ -15,15 +15,16 @@ def card(about: dict[str, Any]) -> str:
     training = about["training"]
     best = training["epochs"][training["best_epoch"] - 1]
     lines = [f"# Model {about['model_version']}", ""]
-    lines += ["Vectors of users and items in one space, learnt from people's actions in their order.", ""]
+    lines += ["Vectors of users and items in one space, learnt from sequences of people's actions.", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in _facts(about).items()), ""]
     lines += ["![the run](training.svg)", "", "## How well it ranks the next item", ""]
     if "ndcg@10" in best:
         lines += [
-            "Users held out for validation; the whole catalogue is ranked, nothing taken out. These figures chose",
-            "the epoch, so they flatter it. What to report (the test window, new and repeated items, the floors beside",
-            "them) is in the table `evaluation`. There split valid has other figures: a target that the model does not",
-            "know is a miss, here it is left out; items that are never a target are not ranked, here they are.",
+            "Measured on users held out for validation, over all items that the model knows (without those in the",
+            "user's history if `sequences.seen_days` is 0). The epoch was chosen by these figures, so they flatter it.",
+            "The figures to report (the test window, new and repeated items, with the baselines beside them) are in",
+            "the table `evaluation`. There split valid has other figures: a target that the model does not know counts",
+            "as a miss, here it is left out; items that are never a target are not ranked, here they are.",
             *_table("", {"all": {"users": training["held_users"], **best}}),
             *_table("by actions of history", best["by_history"]),
             *_table("by vertical of the next item", best["by_vertical"]),
@@ -34,12 +35,12 @@ def card(about: dict[str, Any]) -> str:
         "",
         "## Known limits",
         "",
-        "- An item that the model does not know has a vector of its attributes alone (`is_cold`), or none where the",
-        "  model knows none of these; in a history it is read as `unknown`.",
-        "- A history of few actions says little; one of unknown items alone says nothing. The table above shows it.",
-        "- Older actions than those it reads do not count.",
-        "- Its vectors are those of another version only as far as alignment.json, beside this card, says.",
-        "- It has learnt what people did, with whatever was shown, sold out or advertised to them at the time.",
+        "- An item that the model does not know has a vector made of its attributes only (`is_cold`), or none if the",
+        "  model knows none of them; in a history it is read as `unknown`.",
+        "- A history of few actions says little, and one of unknown items only says nothing: see the table above.",
+        "- Actions older than those it reads do not count.",
+        "- Its vectors are comparable with another version's only as far as alignment.json, beside this card, says.",
+        "- It has learnt what people did, given what they were shown, and what was sold out or advertised at the time.",
         "",
     ]
     return "\n".join(lines)
@@ -68,10 +69,10 @@ def _facts(about: dict[str, Any]) -> dict[str, str]:
         "validation": validated,
         "network": f"{spec['architecture']}, width {spec['width']}, {spec['layers']} layers, {spec['heads']} heads",
         "history": f"the newest {spec['max_length'] - 1} actions of a user",
-        "items": f"{spec['items']:,} numbers; unknown to the model are those with fewer than "
-        f"{config['vocabulary']['min_count']} events in training",
+        "items": f"{spec['items']:,} numbers; items with fewer than {config['vocabulary']['min_count']} events in "
+        f"training are unknown to the model",
         "trained by": f"{processes} in {seconds}",
-        "epochs": f"{len(epochs)} of at most {training['planned_epochs']}; kept: the best, {training['best_epoch']}",
+        "epochs": f"{len(epochs)} of at most {training['planned_epochs']}; kept: epoch {training['best_epoch']} (best)",
         "loss": f"{epochs[0]['loss']:.4f} in the first epoch, {epochs[-1]['loss']:.4f} in the last",
     }
 
