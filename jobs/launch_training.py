@@ -155,9 +155,9 @@ def _stopped(spec: RunSpec, why: str) -> TrailvecError:
     again = ""
     if found:
         epoch, step = map(int, found.name.split("-"))
-        again = f", and the same command goes on from epoch {epoch} after {step:,} steps"
+        again = f", and the same command resumes from epoch {epoch} after {step:,} steps"
         if found.parent.name.endswith(FORCED):  # which resumes only if the tables are unchanged
-            again += " (if a data job or maintain_tables runs first: from an earlier checkpoint, or anew)"
+            again += " (if a data job or maintain_tables runs first: from an earlier checkpoint, or from scratch)"
     return TrailvecError(f"training stopped: {why}; the old model stays current{again}")
 
 

@@ -97,7 +97,7 @@ class Tracker:
 
     def _give_up(self, error: Exception) -> None:
         self._client = None
-        self._warn(f"MLflow ({self._uri}) failed, the run goes on untracked: {_why(error)}")
+        self._warn(f"MLflow ({self._uri}) failed; the run continues untracked: {_why(error)}")
 
 
 @contextlib.contextmanager
@@ -126,7 +126,7 @@ def attach(uri: str, root: Place, model_version: str, page: tuple[str, str], war
         for run in client.search_runs([experiment.experiment_id], wanted, max_results=1):
             client.log_text(run.info.run_id, page[1], page[0])
     except Exception as error:
-        warn(f"MLflow ({uri}) failed, {page[0]} is not attached: {_why(error)}")
+        warn(f"MLflow ({uri}) failed; {page[0]} is not attached: {_why(error)}")
 
 
 def _why(error: Exception) -> str:
@@ -135,7 +135,7 @@ def _why(error: Exception) -> str:
 
 def _client(uri: str, root: Place) -> Any:
     if uri == "local" and not isinstance(root, Path):
-        raise ValueError(f"its database can't lie under {root}: set train.tracking_uri to none or a server's address")
+        raise ValueError(f"its database can't be under {root}: set train.tracking_uri to none or a server's address")
     # Set before the import: an unreachable server must not delay training by minutes; and no telemetry.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")

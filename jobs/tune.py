@@ -92,8 +92,8 @@ def search(spec: RunSpec, study: optuna.Study, trials: int, folder: Path, say: A
             shutil.rmtree(output, ignore_errors=True)
         if not scores:
             raise TrailvecError(
-                "no user of the valid split did something next that the model knows, so that no trial can be judged: "
-                "set sequences.valid_from earlier or vocabulary.min_count lower"
+                "no user in the valid split has a next item that the model knows, so no trial can be judged: "
+                "set sequences.valid_from earlier or lower vocabulary.min_count"
             )
         return max(scores)
 
@@ -139,18 +139,18 @@ def run_tune(runtime: Runtime, trials: int) -> None:
     settings = runtime.config.train
     if settings.warm_start:
         raise TrailvecError(
-            "tune trains models of other sizes, each from nothing, found train.warm_start = true: "
+            "tune trains models of different sizes, each from scratch, found train.warm_start = true: "
             "set it to false for the search"
         )
     if settings.launcher != "local":
         raise TrailvecError(
-            f'tune trains on this machine alone, found train.launcher = "{settings.launcher}": '
-            f'set it to "local" for the search, on a machine that has the data'
+            f'tune trains only on this machine, found train.launcher = "{settings.launcher}": '
+            f'set it to "local" for the search, and run it on a machine that has the data'
         )
     if all(width % settings.heads for width in WIDTHS):
         raise TrailvecError(
-            f"tune tries the widths {', '.join(map(str, WIDTHS))}, none of them a multiple of train.heads = "
-            f"{settings.heads}: set it to one that divides them, such as 2, for the search"
+            f"tune tries the widths {', '.join(map(str, WIDTHS))}, none of which is a multiple of train.heads = "
+            f"{settings.heads}: set it to a number that divides one of them, such as 2, for the search"
         )
 
     def run(runtime: Runtime) -> None:
@@ -167,7 +167,7 @@ def run_tune(runtime: Runtime, trials: int) -> None:
         # With the same seed, a resumed search would propose its first trials again.
         study.sampler = optuna.samplers.TPESampler(seed=settings.seed + len(study.trials))
         if done := len(_in(study, *ENDED)):
-            runtime.on_progress(f"goes on from {done} trials")
+            runtime.on_progress(f"resumes the search after {done} trials")
         with _folder(runtime.root) as folder:
             spec = run_spec(runtime, name, folder, None)
             if not spec.valid_files:

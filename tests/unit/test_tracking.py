@@ -52,7 +52,7 @@ def test_a_server_that_is_away_costs_one_warning(tmp_path: Path) -> None:
         tracker.metrics(100, {"loss": 4.5})
         tracker.files(tmp_path / "no-such-file")
     assert len(said) == 1
-    assert said[0].startswith("MLflow (http://127.0.0.1:9) failed, the run goes on untracked: ")
+    assert said[0].startswith("MLflow (http://127.0.0.1:9) failed; the run continues untracked: ")
 
 
 def test_a_later_page_goes_to_the_run_of_its_model(tmp_path: Path) -> None:

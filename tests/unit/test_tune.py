@@ -57,7 +57,7 @@ def test_a_search_that_finds_nothing_says_why(tmp_path: Path, monkeypatch: pytes
         tune.search(spec, a_study(tmp_path), 2, tmp_path, lambda text: None)
     # Rank 0 says nothing of the ranking where no user can be judged by.
     monkeypatch.setattr(tune, "launch", lambda run_file, run, hear: hear(TOLD))
-    with pytest.raises(TrailvecError, match="no user of the valid split did something next that the model knows"):
+    with pytest.raises(TrailvecError, match="no user in the valid split has a next item that the model knows"):
         tune.search(spec, a_study(tmp_path), 2, tmp_path, lambda text: None)
     # The same command again, when the disk has room: what failed before is not counted.
     failures = iter([True, False, False])
@@ -75,8 +75,8 @@ def test_a_search_that_finds_nothing_says_why(tmp_path: Path, monkeypatch: pytes
 def test_what_is_no_trial_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for setting, sentence in (
         ("warm_start=true", "found train.warm_start = true"),
-        ('launcher="spark"', "this machine alone"),
-        ("heads=3", "32, 64, 128, none of them a multiple of train.heads = 3: set it"),
+        ('launcher="spark"', "only on this machine"),
+        ("heads=3", "32, 64, 128, none of which is a multiple of train.heads = 3: set it"),
     ):
         with pytest.raises(TrailvecError, match=sentence):
             tune.run_tune(Runtime(make_config(tmp_path, "train.width=96", f"train.{setting}")), 1)
@@ -123,7 +123,7 @@ def test_the_best_of_all_trials_is_said_as_toml(
         assert found == {name: best[name] for name in found}
         assert all(len(line) <= len("learning_rate = 0.000315") for line in text.splitlines())
         assert len(found) == 7
-    assert "goes on from 2 trials" in said
+    assert "resumes the search after 2 trials" in said
     assert "trial 2  training stopped: the loss is nan" in said
     said.clear()
     outcomes.append(0.1)
