@@ -159,12 +159,12 @@ def refuse_other_counts(runtime: Runtime, rows: dict[str, Any], min_count: int) 
     made = runtime.last_writer(ITEMS)
     if made and (was := made["config"]["vocabulary"]["min_count"]) > min_count:
         raise TrailvecError(
-            f"table items was made with vocabulary.min_count = {was}, found {min_count}: rarer items have no row in "
-            f"it: run `trailvec build_vocabulary` and `trailvec build_sequences` first"
+            f"table items was made with vocabulary.min_count = {was}, not {min_count} as configured, so rarer items "
+            f"have no row in it: run `trailvec build_vocabulary` and `trailvec build_sequences` first"
         )
     if made and (other := other_setting(made["config"]["sequences"], rows, "split_by", "valid_from", _TARGETS)):
         raise TrailvecError(
-            f"table items was counted with {other} for the rows of sequences: run `trailvec build_vocabulary` and "
+            f"table items was counted with {other} as for the rows of sequences: run `trailvec build_vocabulary` and "
             f"`trailvec build_sequences` first"
         )
 
@@ -178,10 +178,11 @@ def refuse_other_rows(runtime: Runtime) -> None:
         asked = ("split_by", "valid_from", "test_from", _TARGETS)
         other = other_setting(made["config"]["sequences"], now["sequences"], *asked)
         if (was := made["config"]["vocabulary"]["min_count"]) != min_count:
-            other = f"vocabulary.min_count = {was}, found {min_count}"
+            other = f"vocabulary.min_count = {was}, not {min_count}"
         if other:
             raise TrailvecError(
-                f"table sequences was made with {other}: run `trailvec build_sequences` first, or set it back"
+                f"table sequences was made with {other} as configured: run `trailvec build_sequences` first, or set "
+                f"it back"
             )
     refuse_other_counts(runtime, now["sequences"], min_count)
 
@@ -189,7 +190,7 @@ def refuse_other_rows(runtime: Runtime) -> None:
 def other_setting(made: dict[str, Any], now: dict[str, Any], *names: str) -> str | None:
     """The first of these [sequences] settings that differs, in words; None if none does."""
     differing = (name for name in names if made.get(name) != now.get(name))
-    return next((f"sequences.{name} = {made.get(name)}, found {now.get(name)}" for name in differing), None)
+    return next((f"sequences.{name} = {made.get(name)}, not {now.get(name)}" for name in differing), None)
 
 
 def run(runtime: Runtime) -> None:
@@ -202,8 +203,8 @@ def run(runtime: Runtime) -> None:
     fixed = settings.split_by == "leave_one_out" or (settings.valid_from and settings.test_from)
     if not fixed and not runtime.forced and runtime.exists(SEQUENCES):
         runtime.report.notes.append(
-            "table sequences is made anew as a whole: sequences.valid_from and sequences.test_from are not both given, "
-            "so that the cuts follow the log's end: give both to go by increments, and later ones before each training"
+            "table sequences is rebuilt in full: sequences.valid_from and sequences.test_from are not both set, so "
+            "the cuts follow the log's end: set both to update it by increments, and later ones before each training"
         )
     changes = runtime.incremental(SEQUENCES, SESSIONS) if fixed else None
     # (Not asked for a full rebuild: `previous` would only report that the old versions are gone.)

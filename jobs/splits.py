@@ -40,7 +40,7 @@ def cut_times(rows: DataFrame, settings: SequencesSettings, time: str = "event_t
         last = rows.agg(newest).collect()[0][0]
     if last is None:
         raise TrailvecError(
-            "table events is empty, or has flagged users alone: look into rejected_events and flagged_users, then run "
+            "table events is empty, or all of its users are flagged: check rejected_events and flagged_users, then run "
             "`trailvec ingest --force`, which reads all inputs again"
         )
     # Exclusive, so that the last event too is strictly before it.
@@ -108,6 +108,6 @@ def refuse_leak(model: str, trained_to: datetime, cut: datetime, *, asks: str, i
     """
     if trained_to > cut:
         raise TrailvecError(
-            f"model {model} has learnt from events up to {trained_to}, and {asks} asks about what came after {cut}: "
-            f"{instead}, or train up to that time"
+            f"model {model} was trained on events up to {trained_to}, but {asks} asks about events after {cut}: "
+            f"{instead}, or train only up to that time"
         )

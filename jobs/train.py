@@ -135,7 +135,7 @@ def base_of(runtime: Runtime) -> str | None:
     current = None if runtime.config.model.version else runtime.newest_current_model()
     if current and current != about["model_version"] and has_model(runtime, current):
         about = read_about(model_folder(runtime, current))
-    check_numbers(runtime, about, instead="set train.warm_start = false to begin anew")
+    check_numbers(runtime, about, instead="set train.warm_start = false to train from scratch")
     return str(about["model_version"])
 
 
@@ -159,8 +159,8 @@ def rows_since(runtime: Runtime, about: dict[str, Any], folder: Place) -> list[s
     count = rows.count()
     if not count:
         raise TrailvecError(
-            f"nobody has acted between {about['as_of']}, when model {about['model_version']} was trained, and "
-            f"sequences.valid_from: move it on, or set train.warm_start = false"
+            f"no user acted between {about['as_of']}, up to which model {about['model_version']} was trained, and "
+            f"sequences.valid_from: set sequences.valid_from later, or train.warm_start = false"
         )
     order = F.xxhash64("user_id", "part")  # an order unrelated to the users
     # A resumed training needs the same files again: a global sort would set file boundaries from a sample of the rows.
@@ -207,8 +207,8 @@ def _go_on(runtime: Runtime) -> None:
             if begun["fingerprint"] != now:
                 versions = ", ".join(f"{table} version {version}" for table, version in begun["reads"].items())
                 sentence = (
-                    f"goes on with the training that was stopped, over the tables as they were then ({versions}): run "
-                    f"`trailvec train` again for what came since"
+                    f"resumes the training that was stopped, on the tables as they were then ({versions}): run "
+                    f"`trailvec train` again to train on what came since"
                 )
                 runtime.on_progress(sentence)
                 runtime.report.notes.append(sentence)
@@ -282,12 +282,12 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
     # A min_count raised since does no harm: training treats items that the model must not know as unknown.
     if made and (was := made["config"]["vocabulary"]["min_count"]) > min_count:
         raise TrailvecError(
-            f"table sequences was made with vocabulary.min_count = {was}, found {min_count}, with which a model would "
-            f"know items that no row has: run `trailvec build_vocabulary` and `trailvec build_sequences` first"
+            f"table sequences was made with vocabulary.min_count = {was}, not {min_count} as configured, so a model "
+            f"would know items that are in no row: run `trailvec build_vocabulary` and `trailvec build_sequences` first"
         )
     if made:
         if what := other_numbers(runtime, made):
-            raise TrailvecError(f"table sequences has the numbers of {what}: run `trailvec build_sequences` first")
+            raise TrailvecError(f"table sequences uses the numbers of {what}: run `trailvec build_sequences` first")
         refuse_other_counts(runtime, made["config"]["sequences"], min_count)
     files = training_files(runtime)
     counts = item_counts(runtime.read(ITEMS), min_count)
@@ -301,10 +301,11 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
     rows = count_rows(files["train"])
     if not rows:
         raise TrailvecError(
-            "the train split of table sequences has no rows: no user acted twice before sequences.valid_from"
+            "the train split of table sequences has no rows, since no user has two events in the training window: set "
+            "sequences.valid_from later or ingest more events"
         )
     if not counts.any():
-        raise TrailvecError(f"no item was seen vocabulary.min_count = {min_count} times in training: lower it")
+        raise TrailvecError(f"no item has vocabulary.min_count = {min_count} events in the training window: lower it")
     if not base:
         settings = settings.model_copy(update={"epochs": epochs(settings, rows)})
     places, verticals = item_verticals(runtime.read(ITEMS))
@@ -393,8 +394,8 @@ def check_growth(base: str, old: ModelSpec, new: ModelSpec) -> None:
     if differing := [name for name, value in was.items() if is_now[name] != value]:
         name = differing[0]
         raise TrailvecError(
-            f"model {base} was trained with {name} = {was[name]}, found {is_now[name]}: "
-            f"set it back, or train.warm_start = false to begin anew"
+            f"model {base} was trained with {name} = {was[name]}, not {is_now[name]} as configured: "
+            f"set it back, or set train.warm_start = false to train from scratch"
         )
 
 
@@ -420,14 +421,14 @@ class Listener:
 def progress_line(event: dict[str, Any]) -> str:
     """An event of training.loop as text."""
     if event["event"] == "without_gpus" and event["ranks"]:
-        return f"trains on the CPU: of its processes {', '.join(map(str, event['ranks']))} see no GPU, others do"
+        return f"trains on the CPU: some processes ({', '.join(map(str, event['ranks']))}) see no GPU, others do"
     if event["event"] == "without_gpus":
         return "trains on the CPU: Horovod was built without NCCL, which its exchange between GPUs needs"
     if event["event"] == "left":
         step = f"epoch {event['epoch']}, after {event['step']:,} steps"
-        return f"leaves the checkpoint of {step}: its rows lie in other files now, and would come in another order"
+        return f"discards the checkpoint of {step}: its rows are in other files now, and would come in another order"
     if event["event"] == "resumed":
-        return f"goes on from a checkpoint: epoch {event['epoch']}, after {event['step']:,} steps"
+        return f"resumes from a checkpoint: epoch {event['epoch']}, after {event['step']:,} steps"
     left = round(event["seconds_left"])
     scores = "".join(f"  {name} {event[name]:.4f}" for name in ("recall@10", "ndcg@10") if name in event)
     return (

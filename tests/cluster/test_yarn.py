@@ -267,7 +267,7 @@ def test_training_scoring_and_an_export_end_right_after_killed_executors(
         "score_users",
         "export_segments",
     ]
-    assert any("goes on from a checkpoint" in line for line in lines)
+    assert any("resumes from a checkpoint" in line for line in lines)
 
     found = submit.fetch("lake", tmp_path)
     (folder,) = (path for path in (found / "models").iterdir() if path.is_dir())

@@ -363,7 +363,7 @@ def test_where_cuts_follow_the_logs_end_it_is_said_that_all_rows_are_made_anew(
     assert scored["many", "score", 0]["length"] == 64
     changed = Runtime(make_config(by_default.root, "sequences.max_length=5"), by_default.spark)
     (note,) = changed.execute(build_sequences.STAGE).notes
-    assert note.startswith("table sequences is made anew as a whole: sequences.valid_from and sequences.test_from")
+    assert note.startswith("table sequences is rebuilt in full: sequences.valid_from and sequences.test_from")
     assert changed.execute(build_sequences.STAGE, force=True).notes == []  # as requested
     assert _rows(changed)["many", "score", 0]["length"] == 5
 
@@ -393,13 +393,15 @@ def test_a_vocabulary_that_was_counted_up_to_another_cut_or_lacks_rarer_items_is
     for table in (SESSIONS, CONTEXT_VALUES):
         later.create(table)
     put(earlier, SEQUENCES, spark.createDataFrame([], SEQUENCES.schema()))
-    counted = f"items was counted with sequences.valid_from = {VALID_FROM.isoformat()}, found 2023-03-01T00:00:00"
+    counted = f"items was counted with sequences.valid_from = {VALID_FROM.isoformat()}, not 2023-03-01T00:00:00"
     for stage in (build_sequences.STAGE, train.STAGE):
         with pytest.raises(TrailvecError, match=counted):
             earlier.execute(stage)
     put(rarer, SEQUENCES, spark.createDataFrame([], SEQUENCES.schema()))
     for stage in (build_sequences.STAGE, train.STAGE):
-        with pytest.raises(TrailvecError, match=r"items was made with vocabulary\.min_count = 5, found 4: rarer items"):
+        with pytest.raises(
+            TrailvecError, match=r"items was made with vocabulary\.min_count = 5, not 4 as configured, so rarer items"
+        ):
             rarer.execute(stage)
     same_cut = later.config.model_dump(mode="json")["sequences"]
     build_sequences.refuse_other_counts(later, same_cut, 6)  # rarer items are read as unknown

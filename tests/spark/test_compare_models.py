@@ -147,28 +147,34 @@ def test_a_model_that_has_learnt_from_what_it_is_asked_is_refused(shop: tuple[Ru
         model = make_model(runtime, version, seed=1)
         save_model(runtime.models / version, model, {"model_version": version, "as_of": as_of.isoformat()})
     compare(runtime, ("m1", "m1"))  # trained right up to the cut
-    leak = "model late has learnt from events up to 2024-06-01 00:00:00.000001, and split test asks about what came"
+    leak = "model late was trained on events up to 2024-06-01 00:00:00.000001, but split test asks about events"
     with pytest.raises(TrailvecError, match=leak):
         compare(runtime, ("m1", "late"))
     with pytest.raises(TrailvecError, match=leak):
         evaluate.evaluated_rows(runtime, runtime.models / "late")
     config = make_config(runtime.root, "evaluate.resamples=200", "sequences.split_by=leave_one_out")
     by_user = Runtime(config, runtime.spark)
-    with pytest.raises(TrailvecError, match=r"made with sequences\.split_by = time, found leave_one_out: run"):
+    with pytest.raises(
+        TrailvecError, match=r"made with sequences\.split_by = time, not leave_one_out as configured: run"
+    ):
         compare(by_user, ("m1", "late"))
     items = [row.asDict(recursive=True) for row in runtime.latest(ITEMS).collect()]
     fill(by_user, SEQUENCES, rows)
-    with pytest.raises(TrailvecError, match=r"items was counted with sequences\.split_by = time, found leave_one_out"):
+    with pytest.raises(TrailvecError, match=r"items was counted with sequences\.split_by = time, not leave_one_out"):
         compare(by_user, ("m1", "late"))
     fill(by_user, ITEMS, items)
     compare(by_user, ("m1", "late"))  # each user has a cut
     rarer = Runtime(
         make_config(runtime.root, "vocabulary.min_count=6", "sequences.split_by=leave_one_out"), runtime.spark
     )
-    with pytest.raises(TrailvecError, match=r"sequences was made with vocabulary\.min_count = \d+, found 6: run"):
+    with pytest.raises(
+        TrailvecError, match=r"sequences was made with vocabulary\.min_count = \d+, not 6 as configured: run"
+    ):
         compare(rarer, ("m1", "m1"))  # to the floors more items would be unknown than to the model
     fill(rarer, ITEMS, items)
-    with pytest.raises(TrailvecError, match=r"items was made with vocabulary\.min_count = 6, found \d+: rarer items"):
+    with pytest.raises(
+        TrailvecError, match=r"items was made with vocabulary\.min_count = 6, not \d+ as configured, so rarer items"
+    ):
         compare(by_user, ("m1", "m1"))
     fill(by_user, ITEMS, items)
     told = {"config": {"sequences": {"split_by": "time"}}, "table_ids": {}}

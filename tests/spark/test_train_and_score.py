@@ -295,7 +295,7 @@ def test_failed_training_leaves_the_old_model_current(trained: Runtime) -> None:
     with pytest.raises(TrailvecError, match=r"training stopped: the loss is nan in epoch \d: lower train"):
         Runtime(config, trained.spark).execute(train.STAGE)
     config = make_config(trained.root, *SETTINGS, "vocabulary.min_count=2")
-    with pytest.raises(TrailvecError, match=r"vocabulary\.min_count = 3, found 2, .*: run `trailvec build_vo"):
+    with pytest.raises(TrailvecError, match=r"vocabulary\.min_count = 3, not 2 as .*: run `trailvec build_vo"):
         Runtime(config, trained.spark).execute(train.STAGE)
     assert (trained.models / "current.json").read_text() == current
     assert sorted(path.name for path in trained.models.glob("*/model.json")) == models
@@ -353,7 +353,7 @@ def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
     sets += (f"train.warm_length={MAX_LENGTH // 2}",)
     runtime = Runtime(make_config(tmp_path / "root", *sets), trained.spark)
     base = model_folder(runtime).name
-    with pytest.raises(TrailvecError, match=f"nobody has acted between 2024-06-01.*model {base} was trained"):
+    with pytest.raises(TrailvecError, match=f"no user acted between 2024-06-01.*model {base} was trained"):
         runtime.execute(train.STAGE)
 
     old, new = sequences(make_rows(240, seed=1), "train"), sequences(make_rows(30, seed=7), "train", first_user=500)
@@ -379,7 +379,7 @@ def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
 
     wider = Runtime(make_config(tmp_path / "root", *sets, "train.width=32"), trained.spark)
     with pytest.raises(
-        TrailvecError, match=r"was trained with width = 16, found 32: set it back, or train\.warm_start"
+        TrailvecError, match=r"was trained with width = 16, not 32 as configured: set it back, or set train\.warm"
     ):
         wider.execute(train.STAGE)
 
@@ -484,9 +484,9 @@ def test_a_killed_training_goes_on_over_the_tables_as_they_were_whatever_was_com
     newest = runtime.latest_version(SEQUENCES)
     runtime.on_progress = lines.append
     report = runtime.execute(train.STAGE)
-    assert any(f"goes on from a checkpoint: epoch {epochs[0]}, after 0 steps" in line for line in lines)
+    assert any(f"resumes from a checkpoint: epoch {epochs[0]}, after 0 steps" in line for line in lines)
     for told in (report.notes, lines):  # at once, and at the end
-        assert any("goes on with the training that was stopped, over the tables as they were" in line for line in told)
+        assert any("resumes the training that was stopped, on the tables as they were" in line for line in told)
     assert runtime.latest_version(SEQUENCES) == newest  # nothing unread was purged
     about, expected = about_of(runtime), about_of(whole)
     for of in ("model_version", "weights_sha256", "as_of"):

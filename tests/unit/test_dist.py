@@ -96,7 +96,7 @@ def test_rank_0_says_who_sees_no_gpu(machine: pytest.MonkeyPatch, capsys: pytest
     machine.setattr("horovod.torch.rank", lambda: 0)
     assert dist.start() == torch.device("cpu")
     said = progress_line(json.loads(capsys.readouterr().out))
-    assert said == "trains on the CPU: of its processes 1 see no GPU, others do"
+    assert said == "trains on the CPU: some processes (1) see no GPU, others do"
 
 
 def test_gpus_that_horovod_knows_nothing_of_are_left_alone(

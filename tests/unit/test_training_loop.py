@@ -158,7 +158,7 @@ DRAWS = {"dropout": 0.3, "negatives": 12, "later_share": 0.5, "weight_decay": 0.
 
 def check_resumed(killed: Path, whole: Path, said: str) -> None:
     """After the kill and the second start: all is as if there had been none."""
-    assert "the same command goes on from epoch 2 after" in said
+    assert "the same command resumes from epoch 2 after" in said
     assert said.endswith("steps")
     assert "\n" not in said
     after, expected = training_of(killed), training_of(whole)
@@ -272,8 +272,7 @@ def test_rows_with_the_numbers_of_other_tables_are_refused(tmp_path: Path, monke
     made = {"config": runtime.config.model_dump(mode="json"), "reads": {"items": 2}, "table_ids": {"items": "a"}}
     monkeypatch.setattr(runtime, "last_writer", lambda table: made)
     monkeypatch.setattr(runtime, "state", lambda table: ("made anew", 0))
-    refused = r"table sequences has the numbers of .* created again since: run `trailvec b"
-    with pytest.raises(TrailvecError, match=refused):
+    with pytest.raises(TrailvecError, match=r"table sequences uses the numbers of .* created again since: run `trailvec b"):
         run_spec(runtime, "m", tmp_path, None)
 
 
@@ -361,9 +360,7 @@ def test_a_killed_training_is_gone_on_with_over_the_versions_that_it_began_with(
     first = command(7)
     assert first != half
     assert command(9) == first
-    assert notes[0].startswith(
-        "goes on with the training that was stopped, over the tables as they were then (sequence"
-    )
+    assert notes[0].startswith("resumes the training that was stopped, on the tables as they were then (sequence")
     assert lines == notes  # at once, and at the end
     forced, other = command(9, force=True), command(9, "train.seed=5")  # they begin anew
     assert [version for version, _ in began] == [6, 7, 7, 9, 9]
@@ -415,7 +412,7 @@ def test_a_stopped_training_says_what_the_same_command_does(tmp_path: Path) -> N
     spec = make_run(tmp_path, [make_rows(5)])
     for name, said in (
         ("m", "steps"),
-        ("m.forced", "maintain_tables runs first: from an earlier checkpoint, or anew)"),
+        ("m.forced", "maintain_tables runs first: from an earlier checkpoint, or from scratch)"),
     ):
         folder = tmp_path / f"{name}.checkpoints"
         write_checkpoint(folder, Progress(ranks=1, epoch=2, step=3), {"x": torch.zeros(1)}, keep=1)
