@@ -272,7 +272,9 @@ def test_rows_with_the_numbers_of_other_tables_are_refused(tmp_path: Path, monke
     made = {"config": runtime.config.model_dump(mode="json"), "reads": {"items": 2}, "table_ids": {"items": "a"}}
     monkeypatch.setattr(runtime, "last_writer", lambda table: made)
     monkeypatch.setattr(runtime, "state", lambda table: ("made anew", 0))
-    with pytest.raises(TrailvecError, match=r"table sequences uses the numbers of .* created again since: run `trailvec b"):
+    with pytest.raises(
+        TrailvecError, match=r"table sequences uses the numbers of .* created again since: run `trailvec b"
+    ):
         run_spec(runtime, "m", tmp_path, None)
 
 
