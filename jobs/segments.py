@@ -55,7 +55,7 @@ class Affinity(Section):
     @model_validator(mode="after")
     def _one_way(self) -> Affinity:
         if bool(self.items) == (self.vertical is not None or self.category is not None):
-            raise ValueError("give either items, or a vertical, a category or both")
+            raise ValueError("needs either items, or a vertical, a category or both")
         return self
 
 
@@ -140,7 +140,9 @@ class Segment(Section):
     def _consistent(self) -> Segment:
         who = [name for name in ("seeds", "affinity", "sql", "include") if getattr(self, name)]
         if len(who) != 1:
-            raise ValueError(f"give one of seeds, affinity, sql and include, found {' and '.join(who) or 'none'}")
+            raise ValueError(
+                f"needs exactly one of seeds, affinity, sql and include, found {' and '.join(who) or 'none'}"
+            )
         limits = [name for name in ("size", "threshold") if getattr(self, name) is not None]
         if self.scored and len(limits) != 1:
             raise ValueError(f"{who[0]} needs either size or threshold, found {' and '.join(limits) or 'neither'}")

@@ -61,7 +61,7 @@ class Given(Section):
     def _one_origin(self) -> Given:
         origins = [key for key in ("column", "columns", "constant", "expr") if key in type(self).model_fields]
         if sum(getattr(self, key) is not None for key in origins) != 1:
-            raise ValueError(f"give exactly one of {', '.join(origins)}")
+            raise ValueError(f"needs exactly one of {', '.join(origins)}")
         return self
 
 
@@ -177,9 +177,9 @@ class Input(Section):
     @model_validator(mode="after")
     def _one_place(self) -> Input:
         if (self.path is None) == (self.kafka is None):
-            raise ValueError("give either path or kafka")
+            raise ValueError("needs either path or kafka")
         if self.kafka is not None and self.format != "json":
-            raise ValueError(f"format = {self.format}, but a topic's values are JSON: leave format out")
+            raise ValueError(f"format = {self.format}, but a topic's values are JSON and need no format")
         return self
 
     @property
@@ -217,7 +217,9 @@ class Source(Section):
         counts = Counter(mapping.key for mapping in self.input)
         if twice := [mapping for mapping in self.input if counts[mapping.key] > 1]:
             what = f"are named {twice[0].name}" if twice[0].name else f"read {twice[0].place}"
-            raise ValueError(f"two inputs {what}: give each a unique name, under which its reading progress is stored")
+            raise ValueError(
+                f"two inputs {what}, but each needs a unique name, under which its reading progress is stored"
+            )
         return self
 
 

@@ -126,7 +126,7 @@ def current_model(tables: Path) -> str:
     files = [file_of_table(uri) for uri in uris]
     versions = ds.dataset(files, format="parquet").to_table()["model_version"].to_pylist() if files else []
     if not versions:
-        raise TrailvecError(f"no model has a vector of every user under {tables.parent}: run `trailvec run` first")
+        raise TrailvecError(f"no model has a vector for every user under {tables.parent}: run `trailvec run` first")
     return str(versions[0])
 
 

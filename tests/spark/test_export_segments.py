@@ -361,7 +361,11 @@ def test_what_is_refused_while_it_runs(shop: Runtime, tmp_path: Path, monkeypatc
         ("size = 4", "", "seeds needs either size or threshold, found neither"),
         ("size = 4", "threshold = nan", "threshold = nan: Input should be a finite number: correct it"),
         ("size = 4", "size = 4\nthreshold = 0.5", "seeds needs either size or threshold, found size and threshold"),
-        ("size = 4", 'size = 4\nsql = "SELECT 1"', "give one of seeds, affinity, sql and include, found seeds and sql"),
+        (
+            "size = 4",
+            'size = 4\nsql = "SELECT 1"',
+            "needs exactly one of seeds, affinity, sql and include, found seeds and sql",
+        ),
         ("size = 4", 'size = 4\nsuppress = [{ file = "gone.txt" }]', r"the list of users .*gone\.txt does not exist"),
         ("size = 4", 'size = 4\nexclude = ["buyers"]', "segment buyers is in no file of export.segments: add its file"),
         ("size = 4", 'size = 4\nexclude = ["likes"]', r"in a cycle \(likes → likes\): remove one of these"),

@@ -177,10 +177,10 @@ def test_it_says_what_was_trained_on_and_what_the_figures_are_of() -> None:
         "trained on all of a user's actions but the last two.",
     )
     for about, split, expected in (
-        (timed, "test", f"{before} All figures are of the test window, which training never saw;"),
-        (timed, "valid", f"{before} All figures are of the valid window, which chose the epoch;"),
-        (last, "test", f"{others} All figures are of each user's last action, which training never saw;"),
-        (last, "valid", f"{others} All figures are of each user's last action but one, which chose the epoch;"),
+        (timed, "test", f"{before} All figures are for the test window, which training never saw;"),
+        (timed, "valid", f"{before} All figures are for the valid window, which chose the epoch;"),
+        (last, "test", f"{others} All figures are for each user's last action, which training never saw;"),
+        (last, "valid", f"{others} All figures are for each user's last action but one, which chose the epoch;"),
     ):
         assert expected in " ".join(Page(page(facts(about=about, split=split, **bare))).text.split())
 

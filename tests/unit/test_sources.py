@@ -68,22 +68,22 @@ def test_columns_and_expressions_are_collected(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('path = "orders.csv"', "", "input.0: give either path or kafka"),
+        ('path = "orders.csv"', "", "input.0: needs either path or kafka"),
         (
             'path = "orders.csv"',
             'kafka = { bootstrap_servers = "h:1", topic = "t" }',
-            "format = csv, but a topic's values are JSON: leave format out",
+            "format = csv, but a topic's values are JSON and need no format",
         ),
         ('path = "orders.csv"', 'pth = "orders.csv"\npath = "x"', "unknown key input.0.pth; did you mean path?"),
         ("user_id =", "usr_id =", "unknown key input.0.columns.usr_id; did you mean user_id?"),
         ("zone =", "zoen =", "unknown key input.0.columns.event_ts.zoen; did you mean zone?"),
         ("default =", "defalt =", "unknown key input.0.columns.item_id.defalt; did you mean default?"),
         ("when =", "wen =", "unknown key input.0.reject.0.wen; did you mean when?"),
-        ('{ constant = "purchase" }', '{ constant = "a", expr = "b" }', "give exactly one of column, constant, expr"),
+        ('{ constant = "purchase" }', '{ constant = "a", expr = "b" }', "needs exactly one of column, constant, expr"),
         (
             '{ columns = ["order", "line"] }',
             "{ ordinal = true }",
-            "give exactly one of column, columns, constant, expr",
+            "needs exactly one of column, columns, constant, expr",
         ),
         ('user_id = "customer"', "", "input.0.columns.user_id is missing"),
         ('format = "csv"', 'format = "xlsx"', "input.0.format = 'xlsx'"),
@@ -101,8 +101,8 @@ def test_a_wrong_mapping_is_one_sentence_that_says_where(tmp_path: Path, old: st
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (("", ""), "two inputs read orders.csv: give each a unique name"),
-        (('name = "a"', 'name = "a"'), "two inputs are named a: give each a unique name"),
+        (("", ""), "two inputs read orders.csv, but each needs a unique name"),
+        (('name = "a"', 'name = "a"'), "two inputs are named a, but each needs a unique name"),
         (('name = "a"', ""), None),
         (('name = "a"', 'name = "b"'), None),
     ],
