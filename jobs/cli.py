@@ -324,9 +324,10 @@ def _line(report: Report) -> str:
     def rows(counts: dict[str, int]) -> str:
         return ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "-"
 
-    mark = "[dim]=[/]" if report.skipped else "[green]✓[/]"
-    end = " (up to date)" if report.skipped else ""
-    return f"{mark} {report.stage:<17} {report.seconds:6.1f} s   {rows(report.rows_in)} → {rows(report.rows_out)}{end}"
+    if report.skipped:
+        return f"[dim]=[/] {report.stage:<17} {report.seconds:6.1f} s   up to date"
+    counts = f"{rows(report.rows_in)} → {rows(report.rows_out)}"
+    return f"[green]✓[/] {report.stage:<17} {report.seconds:6.1f} s   {counts}"
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from jobs.files import HadoopPath
@@ -108,6 +109,7 @@ class History:
                 self._read.append(_commit_of(version, json.loads(info)["commitInfo"]))
             yield self._read[place]
 
+    @cached_property
     def table_id(self) -> str | None:
         """Delta's id of the table; it changes when the table is dropped and recreated. None: the log does not say."""
         made = next((line for line in self._lines(f"{0:020}.json") if line.startswith(_METADATA)), None)

@@ -117,11 +117,12 @@ def run(runtime: Runtime) -> None:
         )
         old = runtime.latest(FLAGGED_USERS).join(touched, USER_DAY, "left_semi")
         differing = differences(flag_users(again, settings), old, FLAGGED_USERS).localCheckpoint()
-        if differing.isEmpty():
+        count = differing.count()
+        if count == 0:
             runtime.touch(FLAGGED_USERS)
             return
         within = F.col("old.day").between(F.lit(min(days)), F.lit(max(days)))
-        runtime.merge_differences(FLAGGED_USERS, differing, where=within, made_from=made_from)
+        runtime.merge_differences(FLAGGED_USERS, differing, count, where=within, made_from=made_from)
     finally:
         touched.unpersist()
 

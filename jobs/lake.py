@@ -140,6 +140,10 @@ class Lake:
             self._history[table.name] = History(self.path(table))
         return self._history[table.name]
 
+    def table_id(self, table: Table) -> str | None:
+        """Delta's id of the table, which changes when it is recreated; None if it does not exist."""
+        return self._commits(table).table_id if self.exists(table) else None
+
     def noted(self, table: Table) -> Iterator[dict[str, Any]]:
         """The provenance of the table's commits to which a stage added a `note`, newest first and lazily. Ends where
         something other than trailvec changed rows: earlier notes no longer hold."""

@@ -85,7 +85,7 @@ def other_numbers(runtime: Runtime, provenance: dict[str, Any]) -> str | None:
     """What happened to the tables whose numbers a run of that provenance used; None: the numbers are still valid."""
     told = provenance.get("table_ids", {})  # missing in older versions
     numbered = [table for table in (ITEMS, CONTEXT_VALUES) if told.get(table.name)]
-    if any(told[table.name] != runtime.state(table)[0] for table in numbered):
+    if any(told[table.name] != runtime.table_id(table) for table in numbered):
         what = "were removed and created again"
     elif any(_changed_by_others(runtime, table, provenance["reads"][table.name]) for table in numbered):
         what = "something other than trailvec has changed (RESTORE, SQL)"

@@ -123,7 +123,7 @@ class Runtime(Lake):
         self._history, self._frames = {}, {}
         self.forced, self.went_back = force, False
         self._versions = {table.name: self.latest_version(table) for table in stage.reads}
-        self._table_ids = {table.name: self._commits(table).table_id() for table in stage.reads}
+        self._table_ids = {table.name: self._commits(table).table_id for table in stage.reads}
         self.fingerprint = digest(self._facts(stage))
         if not force and stage.writes and all(self._is_up_to_date(t) for t in stage.writes):
             self.report.skipped = True
@@ -133,17 +133,20 @@ class Runtime(Lake):
                 if self.exists(table):
                     self._refuse_other_columns(table)
             stage.run(self)
-        for table in stage.reads:
-            self.report.rows_in.setdefault(table.name, self._count(table, self._versions[table.name]))
-        for table in stage.writes:
-            self.report.rows_out.setdefault(table.name, self._count(table, self.latest_version(table)))
+        if not self.report.skipped:
+            for table in stage.reads:
+                table_id, version = self._table_ids[table.name], self._versions[table.name]
+                self.report.rows_in[table.name] = self._count(table, table_id, version)
+            for table in stage.writes:
+                version = self.latest_version(table)
+                self.report.rows_out[table.name] = self._count(table, self._commits(table).table_id, version)
         self._history = {}  # so that later commits by others are seen
         self.report.seconds = time.monotonic() - started
         return self.report
 
-    def _count(self, table: Table, version: int) -> int:
+    def _count(self, table: Table, table_id: str | None, version: int) -> int:
         """The table's row count at that version."""
-        key = table.name, self._commits(table).table_id(), version
+        key = table.name, table_id, version
         if key not in self._rows:
             self._rows[key] = self.at(table, version).count()
         return self._rows[key]
@@ -221,7 +224,7 @@ class Runtime(Lake):
 
     def state(self, table: Table) -> tuple[str | None, int]:
         """The table's Delta id and `changed_version`: equal as long as it is the same table with the same rows."""
-        return self._commits(table).table_id(), self.changed_version(table)
+        return self._commits(table).table_id, self.changed_version(table)
 
     def current_model(self) -> str:
         """The version of the model whose vectors the stage reads: the one for which all users have a vector.
@@ -449,17 +452,17 @@ class Runtime(Lake):
                     f"of both: run `trailvec {table.stage}` again when that one has ended, which rebuilds it in full"
                 )
 
-    def merge_differences(self, table: Table, differing: DataFrame, where: Column, made_from: int) -> None:
+    def merge_differences(self, table: Table, differing: DataFrame, count: int, where: Column, made_from: int) -> None:
         """Replaces the `old` rows of jobs.tables.differences by the `new` ones, in one commit.
 
         Args:
             differing: should be checkpointed: it is read several times.
+            count: its rows.
             where, made_from: as in `merge`.
         """
         gone = differing.where("new IS NULL").select(*table.key)
         new = differing.where("new IS NOT NULL").select("new.*")
-        few = differing.count() <= FEW
-        self.merge(table, new, gone, where=where, few=few, made_from=made_from)
+        self.merge(table, new, gone, where=where, few=count <= FEW, made_from=made_from)
 
     def delete(self, table: Table, where: Column, note: dict[str, Any]) -> None:
         """Deletes the rows that match a condition, in one commit; `note` as in `append`."""

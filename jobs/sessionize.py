@@ -271,7 +271,8 @@ def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame, made_from: i
     if rewritten:
         days = {row["day"] for row in rewritten if row["day"] is not None}
         within = within_days(F.col("old.start_ts"), days)
-        runtime.merge_differences(SESSIONS, differing, where=within, made_from=made_from)
+        count = sum(row["count"] for row in rewritten)
+        runtime.merge_differences(SESSIONS, differing, count, where=within, made_from=made_from)
     else:
         runtime.touch(SESSIONS)
 

@@ -52,7 +52,7 @@ def register_tables(runtime: Runtime) -> None:
         return
     for table in tables:
         name = f"`{database}`.{table.name}"
-        if spark.catalog.tableExists(name) and spark.catalog.getTable(name).tableType != "EXTERNAL":
+        if table.name in found and spark.catalog.getTable(name).tableType != "EXTERNAL":
             raise TrailvecError(
                 f"database {database} already has another table {table.name}: choose another storage.database"
             )

@@ -240,14 +240,14 @@ def test_the_commits_are_those_of_deltas_history(make_runtime: Callable[..., Run
     (log / "00000000000000000003.json").unlink()
     assert [c.version for c in History(path)] == [*range(16, 3, -1)]
     (table_id,) = DeltaTable.forPath(spark, path).detail().select("id").collect()[0]
-    assert History(path).table_id() == table_id
+    assert History(path).table_id == table_id
     (log / "00000000000000000000.json").unlink()
-    assert History(path).table_id() == table_id
+    assert History(path).table_id == table_id
     (log / "00000000000000000016.crc").unlink()
-    assert History(path).table_id() == table_id
+    assert History(path).table_id == table_id
     for checksum in log.glob("*.crc"):
         checksum.unlink()
-    assert History(path).table_id() is None
+    assert History(path).table_id is None
     spark.sql(f"DELETE FROM delta.`{path}` WHERE value = 'food'")
     assert History(path).newest == 17
     assert next(iter(History(path))).foreign
