@@ -224,19 +224,22 @@ def run(runtime: Runtime) -> None:
         other_values = _differing(values, old_values.where("kind != 'category'"), ["kind", "value"], "value_index")
     users = changed_users(sessions, changes, other_items, other_values).persist()
     try:
-        earliest = users.agg(*[F.max(may_differ(s, F.col("since"), cuts, settings)).alias(s) for s in SPLITS]).collect()
-        splits = tuple(split for split in SPLITS if earliest[0][split])
+        differ = [F.max(may_differ(split, F.col("since"), cuts, settings)).alias(split) for split in SPLITS]
+        found = users.agg(F.count("*").alias("users"), *differ).collect()[0]
+        splits = tuple(split for split in SPLITS if found[split])
         if splits:
             actions = number_actions(sessions.join(users, "user_id", "left_semi"), items, values)
-            _update(runtime, actions, users, cuts, splits)
+            _update(runtime, actions, users, cuts, splits, few=found["users"] <= FEW)
         else:
             runtime.touch(SEQUENCES)
     finally:
         users.unpersist()
 
 
-def _update(runtime: Runtime, actions: DataFrame, users: DataFrame, cuts: Cuts, splits: tuple[str, ...]) -> None:
-    """Replaces the users' rows of `splits` that may differ."""
+def _update(
+    runtime: Runtime, actions: DataFrame, users: DataFrame, cuts: Cuts, splits: tuple[str, ...], *, few: bool
+) -> None:
+    """Replaces the users' rows of `splits` that may differ; `few`: there are at most FEW users."""
     settings = runtime.config.sequences
 
     def concerned(rows: DataFrame) -> DataFrame:
@@ -250,7 +253,6 @@ def _update(runtime: Runtime, actions: DataFrame, users: DataFrame, cuts: Cuts, 
         before = concerned(runtime.latest(SEQUENCES).select(*SEQUENCES.key).where(F.col("split").isin(*splits)))
         gone = before.join(new, list(SEQUENCES.key), "left_anti")
         # Deletion vectors only hide the old rows. Training, which can't read such files, has them rewritten.
-        few = users.count() <= FEW
         runtime.merge(SEQUENCES, new, deletes=gone, where=F.col("old.split").isin(*splits), few=few)
     finally:
         new.unpersist()

@@ -201,6 +201,11 @@ def to_describe_anew(items: DataFrame, changes: DataFrame, of_turned: Sequence[D
     return touched.where(~F.col("only_came") | nothing_to_add_to).select("item_id")
 
 
+def next_index(items: DataFrame) -> int:
+    """The first number that no item has had."""
+    return int(items.agg(F.coalesce(F.max("item_index") + 1, F.lit(FIRST_INDEX))).collect()[0][0])
+
+
 def run(runtime: Runtime) -> None:
     settings, min_count = runtime.config.sequences, runtime.config.vocabulary.min_count
     flagged = flagged_now(runtime)
@@ -228,24 +233,24 @@ def run(runtime: Runtime) -> None:
             assert counted is not None  # or there were no changes to go by either
             of_turned.append(counted.join(gained, "user_id", "left_semi"))
     new_values = number_context_values(met, runtime.latest(CONTEXT_VALUES), came)
-    runtime.merge(CONTEXT_VALUES, new_values, made_from=values_from)
+    runtime.merge(CONTEXT_VALUES, new_values, insert_only=True, made_from=values_from)
 
-    # A fixed cut does not depend on the log's end, so flagged users may stay in: leaving them out would cost a join.
-    cuts, items = cut_times(runtime.read(EVENTS) if fixed else events, settings), runtime.latest(ITEMS)
-    next_index = items.agg(F.coalesce(F.max("item_index") + 1, F.lit(FIRST_INDEX))).collect()[0][0]
+    items = runtime.latest(ITEMS)
     if changed is None or not fixed:
-        rows = number_items(describe_items(events, cuts, settings), items, min_count, next_index)
+        # A fixed cut does not depend on the log's end, so flagged users may stay in: without them it would cost a join.
+        cuts = cut_times(runtime.read(EVENTS) if fixed else events, settings)
+        rows = number_items(describe_items(events, cuts, settings), items, min_count, next_index(items))
         runtime.merge(ITEMS, rows, made_from=items_from)
         return
+    assert settings.valid_from is not None  # fixed
+    cuts = Cuts(*[settings.valid_from] * 3)  # the others, checked by the full build, change no item
     anew = to_describe_anew(items, changes, of_turned).persist()
     try:
-        known = items.join(anew, "item_id", "left_anti")
-        new_events = changes.join(known.select("item_id"), "item_id", "left_semi")
-        rows = add_events(known, describe_items(new_events, cuts, settings))
+        rows = add_events(items.join(anew, "item_id", "left_anti"), describe_items(changes, cuts, settings))
         if not anew.isEmpty():
             of_log, old = (of.join(anew, "item_id", "left_semi") for of in (events, items))
             described = describe_items(of_log, cuts, settings)
-            rows = rows.unionByName(number_items(described, old, min_count, next_index))
+            rows = rows.unionByName(number_items(described, old, min_count, next_index(items)))
         runtime.merge(ITEMS, rows, made_from=items_from)
     finally:
         anew.unpersist()

@@ -443,7 +443,6 @@ class Runtime(Lake):
             if few:
                 new.unpersist()
         if made_from is not None:
-            self.latest_version(table)  # refreshes the list of commits
             newer = itertools.takewhile(lambda commit: commit.version > made_from, self._commits(table))
             if sum(commit.changed_rows and not commit.housekeeping for commit in newer) > 1:
                 self.touch(table, done=False)  # forces a full rebuild

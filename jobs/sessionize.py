@@ -139,7 +139,7 @@ def spans(changed: DataFrame, gap_us: int) -> DataFrame:
     a million changes in an hour gets one row, which keeps the join with their sessions small.
     """
     in_order = Window.partitionBy("user_id").orderBy("event_ts")
-    times = changed.select("user_id", "event_ts").distinct()
+    times = changed.select("user_id", "event_ts")
     pause = F.unix_micros("event_ts") - F.unix_micros(F.lag("event_ts").over(in_order))
     numbered = times.withColumn("first", (pause.isNull() | (pause > gap_us)).cast("int"))
     return (
@@ -168,7 +168,7 @@ def affected(sessions: DataFrame, touched: DataFrame, gap_us: int) -> DataFrame:
     while True:
         near = sessions.where(meeting_days(F.col("start_ts"), F.col("end_ts"), days))
         runs = near.alias("old").join(touched.alias("span"), meets, "left_semi").select("user_id", "run_start_ts")
-        runs = runs.distinct().localCheckpoint()
+        runs = runs.localCheckpoint()
         found = near.join(few_to_all(runs), ["user_id", "run_start_ts"], "left_semi")
         # The next session of a run begins at most a gap after this one's end.
         until = F.timestamp_micros(F.unix_micros("end_ts") + gap_us)
@@ -183,9 +183,8 @@ def affected(sessions: DataFrame, touched: DataFrame, gap_us: int) -> DataFrame:
 def _days(rows: DataFrame, first: Column, last: Column) -> set[date]:
     """Every day (UTC) from `first` to `last` of any row."""
     # All sessions of a long run start at its first day here: keep only the longest range per first day.
-    longest = rows.groupBy(F.to_date(first).alias("first")).agg(F.max(F.to_date(last)).alias("last"))
-    days = F.explode(F.sequence("first", "last")).alias("day")
-    return {row["day"] for row in longest.select(days).distinct().collect()}
+    longest = rows.groupBy(F.to_date(first).alias("first")).agg(F.max(F.to_date(last)).alias("last")).collect()
+    return {row["first"] + timedelta(days) for row in longest for days in range((row["last"] - row["first"]).days + 1)}
 
 
 def with_changes(sessions: DataFrame, changed: DataFrame) -> DataFrame:

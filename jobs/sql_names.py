@@ -48,7 +48,8 @@ def register_tables(runtime: Runtime) -> None:
     tables = [table for table in there if table.name not in same]
     old = [view for view in CURRENT if view in found and not (view in views and view in same)]
     new = {view: table for view, table in views.items() if view not in same}
-    if not tables and not old and not new:
+    gone = [table for table in TABLES if seen[table.name] is False and _is_of_a_root(table, found)]
+    if not tables and not old and not new and not gone:
         return
     for table in tables:
         name = f"`{database}`.{table.name}"
@@ -56,15 +57,23 @@ def register_tables(runtime: Runtime) -> None:
             raise TrailvecError(
                 f"database {database} already has another table {table.name}: choose another storage.database"
             )
-    for table in tables:
+    for table in (*gone, *tables):
         spark.sql(f"DROP TABLE IF EXISTS `{database}`.{table.name}")  # external: its files stay
+    for table in tables:
         with spark_conf(spark, _WITH_COLUMNS):
             spark.catalog.createTable(table.name, path=runtime.path(table), source="delta")
     for view in old:
         spark.sql(f"DROP VIEW IF EXISTS `{database}`.{view}")
     for view, table in new.items():
         spark.sql(f"CREATE VIEW `{database}`.{view} AS {_current_rows(table, f'`{database}`.')}")
-    spark.conf.set(_REGISTERED, json.dumps([here, _known_in(spark, database)]))
+    ours = {table.name for table in there} | views.keys()
+    registered = {name: of for name, of in _known_in(spark, database).items() if name in ours}
+    spark.conf.set(_REGISTERED, json.dumps([here, registered]))
+
+
+def _is_of_a_root(table: Table, found: dict[str, list[str]]) -> bool:
+    """Whether the catalogue's table of that name is one of ours, of this root or another."""
+    return any(re.fullmatch(f"Location: .*/tables/{table.name}", line) for line in found.get(table.name, []))
 
 
 def tables_to_see(runtime: Runtime) -> dict[str, bool | None]:

@@ -110,11 +110,18 @@ def test_comments_reach_sql(make_runtime: Callable[..., Runtime], spark: SparkSe
 def test_a_name_in_sql_follows_the_root(
     make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    of_root = {}
     for value in ("one", "two"):
-        runtime = make_runtime('storage.database="roots"', root=tmp_path_factory.mktemp(value))
+        runtime = of_root[value] = make_runtime('storage.database="roots"', root=tmp_path_factory.mktemp(value))
         put(runtime, CONTEXT_VALUES, spark.createDataFrame([("vertical", value, 2)], VALUES))
+        if value == "one":
+            put(runtime, CURRENT_MODEL, spark.createDataFrame([("of one",)], CURRENT_MODEL.schema()))
         register_tables(runtime)
         assert spark.sql("SELECT value FROM context_values").collect()[0].value == value
+    assert not spark.catalog.tableExists("current_model")  # the second root has none yet
+    put(of_root["two"], CURRENT_MODEL, spark.createDataFrame([("of two",)], CURRENT_MODEL.schema()))
+    register_tables(of_root["two"])
+    assert spark.sql("SELECT model_version FROM current_model").collect()[0].model_version == "of two"
 
 
 def test_in_a_volume_the_names_are_views_of_the_session(
