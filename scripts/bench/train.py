@@ -6,7 +6,8 @@ turns, medians of the epochs' examples/s:
 
   trailvec           the product's loop, full softmax over 12,000 items
   peer               Transformers4Rec's Trainer and PyarrowDataLoader: same model, initial weights, rows and loss
-  sampled 100k       the loop with sampled softmax over 100,000 items
+  sampled 100k       the loop with sampled softmax over 100,000 items, with the row-wise optimizer that `trailvec train`
+                     takes for so many
   peer 100k          the Trainer with full softmax over them
   peer sampled 100k  the Trainer with its own sampled softmax over them, reported but not compared: its sampling
                      distribution differs
@@ -14,11 +15,12 @@ turns, medians of the epochs' examples/s:
   1 rank, 2 ranks    the model of trailvec and peer from files, started as `trailvec train` starts it, 1 thread per rank
   1 rank sampled, 2 ranks sampled    the model of fed, whose steps are six times as short, started the same way
 
-A first round is not counted. Then ten steps are profiled.
+A first round is not counted. Then up to ten steps are profiled (the rows of --quick give two).
 
 The last line is one JSON object: speedup_vs_t4rec_trainer, speedup_sampled_100k, fed_vs_synthetic, two_rank_speedup,
 two_rank_speedup_sampled (ratios of the above), data_wait_share (the share of the fed loop's time spent waiting for
-batches), and for each contestant the median and the last epoch's loss. cpu_...: the same in CPU seconds, which a busy
+batches, the first one included), data_first_wait_s (that first wait), and for each contestant the median and the last
+epoch's loss. cpu_...: the same in CPU seconds, which a busy
 machine affects less, least of all with OMP_WAIT_POLICY=passive. A chart of seconds per 1,000 rows:
 build/bench/train.svg.
 """
@@ -102,7 +104,13 @@ def run_spec(data: Path, items: int, files: int, **settings: Any) -> RunSpec:
     sizes = chosen.model_dump(include=set(ModelSpec.model_fields))
     return RunSpec(
         settings=chosen,
-        model=ModelSpec(**sizes, max_length=MAX_LENGTH, items=items + 2, context_sizes=CONTEXT_SIZES),
+        model=ModelSpec(
+            **sizes,
+            sparse=chosen.row_wise(items + 2),
+            max_length=MAX_LENGTH,
+            items=items + 2,
+            context_sizes=CONTEXT_SIZES,
+        ),
         train_files=[f"file://{path}" for path in sorted(data.glob("part-*.parquet"))[:files]],
         train_rows=files * ROWS_PER_FILE,
         valid_files=[],
@@ -128,27 +136,32 @@ def trained(spec: RunSpec, out: Path, train: Callable[[RunSpec], None] = loop.tr
 
 
 def watched(spec: RunSpec, out: Path, read: Callable[..., Iterator[Batch]]) -> Epochs:
-    """Runs the loop over the batches of `read`; `waited` is the share of an epoch's time spent waiting for batches."""
-    waits: list[float] = []
+    """Runs the loop over the batches of `read`.
+
+    `waited` is the share of an epoch's time spent waiting for batches, `first_wait` the seconds until the first one.
+    """
+    waits: list[tuple[float, float]] = []
     worked: list[float] = []
 
     def timed(*args: Any, **options: Any) -> Iterator[Batch]:
-        before, waited = cpu_seconds(), 0.0
+        before, waited, first = cpu_seconds(), 0.0, 0.0
         batches = read(*args, **options)
         while True:
             started = time.monotonic()
             batch = next(batches, None)
             waited += time.monotonic() - started
+            first = first or waited
             if batch is None:
                 break
             yield batch
-        waits.append(waited)
+        waits.append((waited, first))
         worked.append(cpu_seconds() - before)
 
     with patch.object(loop, "read_batches", timed):
         epochs = trained(spec, out)
-    for epoch, waited, seconds in zip(epochs, waits, worked, strict=True):
+    for epoch, (waited, first), seconds in zip(epochs, waits, worked, strict=True):
         epoch["waited"] = waited * epoch["rows_per_second"] / spec.train_rows
+        epoch["first_wait"] = first
         epoch["rows_per_cpu_second"] = spec.train_rows / seconds
     return epochs
 
@@ -171,14 +184,17 @@ def in_memory(spec: RunSpec, out: Path) -> Epochs:
 
 
 def profile(spec: RunSpec, out: Path) -> str:
-    """A table of the operators in ten steps, after two warm-up steps."""
+    """A table of the operators in up to ten steps, after two warm-up steps, under the number of steps."""
     tables: list[str] = []
 
     def looked_at(*args: Any, **options: Any) -> Iterator[Batch]:
         batches = read_batches(*args, **options)
         yield from islice(batches, 2)
+        steps = 0
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-            yield from islice(batches, 10)
+            for steps, batch in enumerate(islice(batches, 10), 1):  # noqa: B007 - the last value is the number of steps
+                yield batch
+        tables.append(f"{steps} steps")
         averages = profiler.key_averages()
         tables.extend(averages.table(sort_by=by, row_limit=14) for by in ("self_cpu_time_total", "cpu_time_total"))
 
@@ -276,6 +292,7 @@ def main() -> None:
         by_cpu: dict[str, list[float]] = {name: [] for name in contestants}
         losses: dict[str, list[float]] = {name: [] for name in contestants}
         waited: list[float] = []
+        first_waits: list[float] = []
         for number in range(1 if arguments.quick else 0, rounds + 1):
             for name, run in contestants.items():
                 ran = run()
@@ -285,6 +302,7 @@ def main() -> None:
                 losses[name].append(ran[-1]["loss"])
                 if name == "fed":
                     waited += [epoch["waited"] for epoch in ran]
+                    first_waits += [epoch["first_wait"] for epoch in ran]
                 by_cpu[name] += [epoch["rows_per_cpu_second"] for epoch in ran if "rows_per_cpu_second" in epoch]
                 said(
                     f"round {number} {name:18} examples/s {' '.join(f'{rate:,.0f}' for rate in rates[name])}, per CPU "
@@ -293,13 +311,14 @@ def main() -> None:
         tables = {name: here(profile, spec) for name, spec in (("full", full), ("sampled 100k", sampled_100k))}
 
     for name, table in tables.items():
-        print(f"ten steps, {name}\n{table}")
+        print(f"{name}: {table}")
     bars(folder.parent / "train.svg", {name: [1000 / rate for rate in values] for name, values in rates.items()})
     median = {name: statistics.median(values) for name, values in rates.items()}
     cpu = {name: statistics.median(values) for name, values in by_cpu.items() if values}
     result: dict[str, Any] = {"rounds": rounds} | ratios(median) | ratios(cpu, "cpu_")
     if waited:
         result["data_wait_share"] = statistics.median(waited)
+        result["data_first_wait_s"] = statistics.median(first_waits)
     for name, rate in median.items():
         key = name.replace(" ", "_")
         result |= {f"{key}_examples_per_s": round(rate), f"{key}_loss": statistics.median(losses[name])}
