@@ -334,8 +334,7 @@ class NeighboursSettings(Section):
     kinds: list[Literal["user_item", "user_user", "item_item"]] = Field(
         default=["user_item", "user_user", "item_item"],
         min_length=1,
-        description="which kinds to find; each compares all pairs: with very many users leave out user_user, or set "
-        "`cells`",
+        description="which kinds to find; each compares all pairs: with very many users leave out user_user",
     )
     k: int = Field(10, ge=1, description="neighbours of each item or user")
     block_rows: int = Field(4096, ge=1, description="vectors on each side of a matrix product")
@@ -343,7 +342,7 @@ class NeighboursSettings(Section):
         0,
         ge=0,
         description="0: exact search; otherwise an inverted file with this many cells (4 √candidates works well; "
-        "needs faiss)",
+        "needs faiss); slower than the exact search over 100,000 items (docs/sizing.md)",
     )
     probes: int = Field(16, ge=1, description="cells searched per query: more cells raise recall and cost")
     verticals: list[str] = Field(

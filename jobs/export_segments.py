@@ -1,7 +1,7 @@
 """export_segments: user_embeddings (and what the segments' lists and queries read) → files of each segment, exports.
 
-A segment is a small TOML file (keys: jobs/segments.py; examples: conf/segments/). All segments of a run share one pass
-over the vectors; jobs/segment_members.py selects the members.
+A segment is a small TOML file (keys: jobs/segments.py; examples: conf/segments/). All segments of a run share two reads
+of the vectors; jobs/segment_members.py selects the members.
 
 A segment's folder holds its parts, report.html and manifest.json. It replaces the last export only when it is complete
 (for a `destination` on an object store, the manifest is deleted first and written last). The same input gives the same

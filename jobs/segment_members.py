@@ -1,9 +1,11 @@
-"""Selects the members of all segments of a run, in one pass over the vectors (spark_udfs/likeness.py).
+"""Selects the members of all segments of a run, in two reads of each kind of vectors (spark_udfs/likeness.py).
 
-For a segment of the best `size` users, the pass returns users above a score floor, which is estimated a little too low
-from a hash sample of users. If it was still too high, that segment's pass is repeated with a lower floor. So the result
-is exact, and independent of partitioning: ties go to the smaller user id. Spark drops users whom a list rules out
-(jobs/segment_rules.py). The driver sorts the rest, somewhat more than the members of all segments, and takes the best.
+The first read takes the seeds and a hash sample of users (a list of more than 20,000 seeds takes another, to count
+them); the second scores everybody. For a segment of the best `size` users, it returns users above a score floor, which
+is estimated a little too low from the sample. If it was still too high, that segment's pass is repeated with a lower
+floor. So the result is exact, and independent of partitioning: ties go to the smaller user id. Spark drops users whom a
+list rules out (jobs/segment_rules.py). The driver sorts the rest, somewhat more than the members of all segments, and
+takes the best.
 """
 
 from __future__ import annotations

@@ -355,7 +355,8 @@ CURRENT_MODEL = Table(
 
 USER_PROFILES = Table(
     "user_profiles",
-    "A second vector for every user, for other teams' models; it does not lie in the items' space.",
+    "A second vector for every user, for other teams' models; it does not lie in the items' space. Its dimensions "
+    "change with each new model, so heads trained on it must be trained again; user_embeddings keeps its space.",
     (
         Column("user_id", "string", "The user."),
         Column(

@@ -27,6 +27,28 @@ DuckDB reads every table (`INSTALL delta; LOAD delta; SELECT * FROM delta_scan('
 delta-rs through its `QueryBuilder`. The `to_pandas` and `to_pyarrow_table` of the pinned deltalake read no table
 that may have deletion vectors (`events`, `sessions`, ...), and under pyarrow 14 none that is partitioned. These
 readers have no views: write `WHERE model_version = (SELECT model_version FROM …)` over `current_model`.
+
+## Vector functions
+
+In `trailvec sql`, `trailvec serve_sql` and any session with `spark_udfs.vectors.register(spark)`, over ARRAY<FLOAT>
+(write SELECT before each):
+
+| example | its value | |
+|---|---|---|
+| `vector_inner_product(array(1F, 2F, 3F), array(4F, 5F, 6F))` | 32 | a user's vector and an item's: the model's score |
+| `vector_cosine_similarity(array(1F, 2F, 3F), array(4F, 5F, 6F))` | 0.9746 | how alike two users, or two items, are |
+| `vector_l2_distance(array(1F, 2F, 3F), array(4F, 5F, 6F))` | 5.196 | the Euclidean distance |
+| `vector_norm(array(3F, -4F))` | 5 | the length; other norms: a second argument 1 or `float('inf')` |
+| `vector_normalize(array(3F, 4F))` | [0.6, 0.8] | divided by its norm; the second argument as above |
+| `vector_avg(v) FROM VALUES (array(1F, 2F)), (array(3F, 4F)) AS t(v)` | [2, 3] | aggregate: the mean of a group |
+| `vector_sum(v) FROM VALUES (array(1F, 2F)), (array(3F, 4F)) AS t(v)` | [4, 6] | aggregate: the sum of a group |
+| `vector_top_k(id, v, array(1F, 0F), 1) FROM VALUES ('x', array(1F, 0F)), ('w', array(2F, 0F)) AS t(id, v)` | ['w'] | \
+aggregate: the ids (STRING) of a group's k highest inner products with the third argument, best first |
+
+A NULL vector or element gives NULL, and so does the cosine or the normalised form of a zero vector; aggregates skip
+such rows. An aggregate can't be combined with a built-in one in the same SELECT, and its group must fit into a Python
+worker: for large groups compute the inner product in a subquery and rank by `row_number() OVER (PARTITION BY … ORDER BY
+… DESC)` instead of `vector_top_k`. Queries over real vectors: [queries](queries.md).
 """
 
 EXAMPLES = {
