@@ -298,7 +298,7 @@ def _pass_over_rows(run: _Run, epoch: int) -> None:
         skip=progress.step * settings.local_steps,
         shuffle_baskets=settings.shuffle_baskets,
     )
-    stepped = time.monotonic()
+    stepped, told = time.monotonic(), np.array(progress.sums)
     while True:
         run.optimizer.zero_grad()
         sums = add_gradients(run.model, batches, settings, run.device)
@@ -322,9 +322,11 @@ def _pass_over_rows(run: _Run, epoch: int) -> None:
         if since[ROWS] >= spec.train_rows / CURVE_POINTS and since[POSITIONS] > 0:  # one-action rows have no target
             progress.curve.append([progress.rows_done, _loss(since)])
             progress.curve_sums = progress.sums
-        if rank == 0 and now - run.said > SECONDS_BETWEEN_LINES:
-            run.said = now
-            _say("step", **_figures(spec, progress), learning_rate=run.learning_rate)
+        since = everyone - told
+        if rank == 0 and now - run.said > SECONDS_BETWEEN_LINES and since[POSITIONS] > 0:
+            run.said, told = now, everyone
+            figures = {**_figures(spec, progress), "loss": _loss(since)}  # the epoch's mean would hide a spike
+            _say("step", **figures, learning_rate=run.learning_rate)
         if someone_is_due:  # only rank 0's clock counts
             _refuse_broken(run.model, epoch)
             _save(run)

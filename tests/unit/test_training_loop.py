@@ -34,7 +34,7 @@ from training.batches import FEATURES
 from training.checkpoint import Progress, checkpoints, newest_checkpoint, read_checkpoint, write_checkpoint
 from training.config import RunSpec, TrainSettings
 from training.data import read_held
-from training.loop import knows_bfloat16, rate_factor, scale_gradients, schedule, train
+from training.loop import _move, knows_bfloat16, rate_factor, scale_gradients, schedule, train
 from training.model import build_model
 from training.validation import best_items, validate
 
@@ -538,6 +538,29 @@ def test_rows_that_ask_for_nothing_are_no_point_of_the_curve(tmp_path: Path) -> 
     assert min(loss for _, loss in curve) > 1
     with pytest.raises(TrailvecError, match="no row in the train split of table sequences has a target that the model"):
         train(make_run(tmp_path / "nothing", [short], epochs=1))
+
+
+def test_a_lines_loss_is_that_of_the_steps_since_the_last_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of all its targets: weighted by them, the lines give the epoch's loss. A batch of single actions has no line."""
+    targets: list[float] = []
+
+    def move(run: Any, positions: float) -> None:
+        targets.append(positions)
+        _move(run, positions)
+
+    monkeypatch.setattr("training.loop._move", move)
+    monkeypatch.setattr("training.loop.SECONDS_BETWEEN_LINES", 0)
+    train(make_run(tmp_path, [make_rows(60)], batch_size=4, epochs=2, learning_rate=0.05))
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    said = [[line["loss"] for line in lines if (line["event"], line["epoch"]) == ("step", epoch)] for epoch in (1, 2)]
+    asked, epochs = np.array(targets).reshape(2, 15), training_of(tmp_path)["epochs"]
+    for losses, of_steps, epoch in zip(said, asked, epochs, strict=True):
+        counts = of_steps[of_steps > 0]
+        assert len(losses) == len(counts) < 15
+        assert np.average(losses, weights=counts) == pytest.approx(epoch["loss"])
+    assert max(np.diff(said[0])) > 0.1  # it does not fall evenly, as a mean since the epoch's beginning would
 
 
 def test_the_best_epochs_weights_are_published(tmp_path: Path) -> None:
