@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from horovod.runner.common.util import network
+from horovod.torch import Compression
 
 from jobs.errors import TrailvecError
 from jobs.train import progress_line
@@ -99,6 +100,14 @@ def test_rank_0_says_who_sees_no_gpu(machine: pytest.MonkeyPatch, capsys: pytest
     assert said == "trains on the CPU: some processes (1) see no GPU, others do"
 
 
+def test_an_epochs_line_has_its_figures() -> None:
+    epoch = {"event": "epoch", "epoch": 2, "epochs": 5, "share": 0.5, "loss": 1.25, "ndcg@10": 0.125}
+    epoch |= {"rows_per_second": 12345.6, "padding": 0.25, "data_wait": 0.031, "seconds_left": 125.4}
+    assert progress_line(epoch) == (
+        "epoch 2/5  50%  loss 1.2500  ndcg@10 0.1250  12,346 rows/s  padding 25%  data wait 3%  2:05 left"
+    )
+
+
 def test_gpus_that_horovod_knows_nothing_of_are_left_alone(
     machine: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +135,30 @@ def test_ranks_wait_five_minutes_for_each_other_or_as_long_as_they_are_told(mach
     machine.setenv("HOROVOD_GLOO_TIMEOUT_SECONDS", "9")
     dist.start()
     assert os.environ["HOROVOD_GLOO_TIMEOUT_SECONDS"] == "9"
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_gradients_are_exchanged_in_16_bits_where_that_is_asked_for(machine: pytest.MonkeyPatch, fp16: bool) -> None:
+    asked: list[Any] = []
+    sent: list[torch.Tensor] = []
+
+    def distribute(optimizer: Any, *, compression: Any, **_: object) -> None:
+        asked.append(compression)
+
+    def allgather(part: torch.Tensor, name: str) -> torch.Tensor:
+        sent.append(part)
+        return part
+
+    machine.setattr("horovod.torch.broadcast_parameters", lambda state, root_rank: None)
+    machine.setattr("horovod.torch.DistributedOptimizer", distribute)
+    machine.setattr("horovod.torch.allgather_async", allgather)
+    machine.setattr("horovod.torch.synchronize", lambda handle: handle)
+    model = torch.nn.Linear(2, 2)
+    dist.distribute(model, torch.optim.AdamW(model.parameters()), local_steps=1, fp16=fp16)
+    assert asked == [Compression.fp16 if fp16 else Compression.none]
+    _, values = dist.sum_rows(torch.tensor([1, 4]), torch.ones(2, 3), count=5, fp16=fp16)
+    assert [part.dtype for part in sent] == [torch.int64, torch.float16 if fp16 else torch.float32]
+    assert values.dtype == torch.float32
 
 
 # What Spark says of a job, by Py4J; the thread in which Horovod runs it prints it, and nobody else knows it.
