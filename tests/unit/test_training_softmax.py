@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from tests.sequence_files import ITEMS, SPEC
+from training.model import build_model
 from training.softmax import FrequencySampler, full_softmax, gbce, sampled_softmax
+from training.validation import best_items
 
 COUNTS = torch.tensor([0, 0, 50, 5, 0, 30, 1])
 
@@ -61,6 +67,43 @@ def test_the_full_softmax_and_its_gradients_are_torchs_cross_entropy(monkeypatch
         torch.testing.assert_close(ours, theirs)
     with torch.no_grad():
         torch.testing.assert_close(full_softmax(states, targets, table) * 2, expected)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that an operation gives, in elements."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = func(*args, **(kwargs or {}))
+        sizes = [part.numel() for part in tree_leaves(given) if isinstance(part, torch.Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return given
+
+
+@pytest.mark.parametrize("loss_of", [full_softmax, sampled, binary])
+def test_no_loss_holds_the_scores_of_all_targets_and_items(
+    monkeypatch: pytest.MonkeyPatch, loss_of: Callable[..., torch.Tensor]
+) -> None:
+    monkeypatch.setattr("training.softmax._CHUNK_SCORES", 70)  # ten targets at a time
+    states, table = states_and_table(400)
+    targets = torch.randint(0, 7, (400,), generator=torch.Generator().manual_seed(1))
+    with Largest() as seen:
+        loss_of(states, targets, table).backward()
+    assert seen.elements == states.numel() < 400 * 7  # at most three negatives are drawn
+
+
+@pytest.mark.parametrize(("users", "at_once"), [(8, (4, 256)), (100, (20, 3))])
+def test_the_best_items_are_found_without_all_vectors_or_scores(
+    monkeypatch: pytest.MonkeyPatch, users: int, at_once: tuple[int, int]
+) -> None:
+    for name, number in zip(("ITEMS_AT_ONCE", "USERS_AT_ONCE"), at_once, strict=True):
+        monkeypatch.setattr(f"training.validation.{name}", number)
+    model = build_model(SPEC, torch.ones(ITEMS, dtype=torch.int64)).eval()
+    states = torch.randn(users, SPEC.width)
+    with torch.inference_mode(), Largest() as seen:
+        best_items(model, states, torch.arange(2, 29), None)
+    assert 0 < seen.elements <= states.numel()
 
 
 @pytest.mark.parametrize("loss_of", [full_softmax, sampled, binary])
