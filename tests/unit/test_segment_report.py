@@ -1,0 +1,37 @@
+"""The page next to a segment's files. Whole segments: tests/spark/test_export_segments.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from jobs.segment_report import page
+
+MANIFEST: dict[str, Any] = {
+    "segment": {"name": "s", "purpose": "p", "owner": "o"},
+    "counts": {"in": 5, "removed": [{"rule": "at_most", "users": 1}], "control": 1, "exported": 3},
+    "model_version": "m",
+    "as_of": "2024-06-01",
+    "export_id": "e",
+}
+
+
+def test_the_curve_falls_from_the_best_score_to_the_last() -> None:
+    text = page(MANIFEST, np.array([3, 2, 1], np.float32), [], None)
+    assert '<polyline points="60.0,20.0 340.0,110.0 620.0,200.0"' in text  # the axes: 60 to 620 across, 20 to 200 down
+    assert '<text x="4" y="24">3.0000</text><text x="4" y="204">1.0000</text>' in text
+    assert ">1</text>" in text
+    assert ">3</text></svg>" in text
+    assert "<svg" not in page(MANIFEST, np.array([], np.float32), [], None)
+
+
+def test_the_curve_of_equal_scores_is_level() -> None:
+    for scores, points in (([2], "60.0,20.0"), ([2, 2], "60.0,20.0 620.0,20.0")):
+        assert f'points="{points}"' in page(MANIFEST, np.array(scores, np.float32), [], None)
+
+
+def test_of_many_members_the_curve_has_200_points() -> None:
+    text = page(MANIFEST, np.linspace(1, 0, 1000, dtype=np.float32), [], None)
+    points = text.split('points="')[1].split('"')[0].split()
+    assert (len(points), points[0], points[-1]) == (200, "60.0,20.0", "620.0,200.0")
