@@ -134,7 +134,9 @@ def test_padding_is_what_the_batches_hold_beyond_their_actions(tmp_path: Path) -
 
 
 def kill_in_the_middle(spec: RunSpec, folder: Path, rank: int) -> str:
-    """Starts the run and kills a rank when there is a checkpoint from inside epoch 2; what launch says then."""
+    """Starts the run and kills a rank when there is a checkpoint from inside epoch 2; what launch says then, within a
+    minute."""
+    killed_at: list[float] = []
 
     def kill() -> None:
         while not list(Path(spec.checkpoints or "").glob("00002-*[1-9]*")):
@@ -143,12 +145,14 @@ def kill_in_the_middle(spec: RunSpec, folder: Path, rank: int) -> str:
             environment = Path(f"/proc/{process}/environ").read_text().split("\0")
             if spec.settings.processes == 1 or f"HOROVOD_RANK={rank}" in environment:
                 os.kill(process, signal.SIGKILL)
+                killed_at.append(time.monotonic())
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     with pytest.raises(TrailvecError) as error:
         start(spec, folder)
     killer.join()
+    assert time.monotonic() - killed_at[0] < 60
     assert processes_with(str(folder / "run.json")) == []
     return str(error.value)
 
@@ -695,6 +699,18 @@ def test_learning_rate_grows_with_the_rows_in_a_step() -> None:
 
     assert [factor(scaling, 8) for scaling in ("none", "sqrt")] == [1, 4]
     assert rate_factor(TrainSettings(), 1) == 1
+
+
+def test_a_training_moves_by_the_scaled_and_scheduled_rate(tmp_path: Path) -> None:
+    def after(name: str, **settings: Any) -> str:
+        train(make_run(tmp_path / name, [make_rows(40)], batch_size=4, local_steps=4, epochs=1, **settings))
+        sha256: str = training_of(tmp_path / name)["parameters_sha256_by_rank"][0]
+        return sha256
+
+    scaled = after("sqrt", learning_rate=0.01, rate_scaling="sqrt")
+    assert scaled == after("none", learning_rate=0.02, rate_scaling="none")
+    assert scaled != after("unscaled", learning_rate=0.01, rate_scaling="none")
+    assert scaled != after("warm-up", learning_rate=0.01, rate_scaling="sqrt", warm_up=1)
 
 
 def test_last_words_are_the_cause() -> None:
