@@ -43,6 +43,14 @@ def test_a_space_that_was_only_turned_comes_back() -> None:
     assert report["users"]["overlap@10"] == report["items"]["overlap@10"] == 1
     assert report["centroids"]["b"] == {"items": 30, "cosine": 1.0, "moved": 0.0}
     assert report["items"]["mean_norm"]["old"] == report["items"]["mean_norm"]["new"]
+    # The items of one vertical on the other side, twice as far out.
+    new[:20] *= -2
+    report = compare((new, old), (new, old), pd.Series(["a"] * 20 + ["b"] * 30), found.astype(np.float32))
+    assert report["centroids"]["a"] == {"items": 20, "cosine": -1.0, "moved": 3.0}
+    assert report["centroids"]["b"]["moved"] == 0
+    norms = {name: float(np.sqrt((of**2).sum(axis=1)).mean()) for name, of in (("old", old), ("new", new))}
+    assert norms["new"] > 1.2 * norms["old"]
+    assert report["items"]["mean_norm"] == pytest.approx(norms, abs=1e-4)
 
 
 def by_hand(queries: np.ndarray, candidates: np.ndarray, k: int, cosine: bool) -> list[set[int]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from spark_udfs.encode import LoadedModel, by_length, encode_rows
+from spark_udfs.encode import LoadedModel, _worker_model, by_length, encode_rows
 from tests.sequence_files import CONTEXT_SIZES, ITEMS, MAX_LENGTH, SPEC, item_counts, make_rows, save_model
 from training.batches import FEATURES
 from training.checkpoint import load_model
@@ -92,6 +92,18 @@ def test_items_that_came_after_the_model_are_as_good_as_none() -> None:
     (row,) = make_rows(1)
     row.update({name: (row[name] * 4)[:2] for name in FEATURES}, item_index=[1, 777], length=2)
     assert encode_rows(model, *columns([row]), batch_size=2)[1].tolist() == [True]
+
+
+def test_a_worker_loads_a_model_once_and_computes_with_one_thread(tmp_path: Path) -> None:
+    save_model(tmp_path, make_model(), {"model_version": "m"})
+    weights, threads = str(tmp_path / "model.safetensors"), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        first, again = (_worker_model(weights, SPEC.model_dump_json()) for _ in range(2))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+    assert first is again
 
 
 def test_a_loaded_models_weights_are_those_of_the_file_in_memory(tmp_path: Path) -> None:
