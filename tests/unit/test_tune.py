@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
 import pytest
 
 from jobs import tune
@@ -21,9 +22,13 @@ TOLD: dict[str, Any] = {"event": "epoch", "epoch": 1, "epochs": 1, "share": 1.0,
 TOLD |= {"padding": 0.0, "data_wait": 0.0, "seconds_left": 0.0}
 
 
-def a_study(folder: Path) -> optuna.Study:
+def a_study(folder: Path, pruner: optuna.pruners.BasePruner | None = None) -> optuna.Study:
     return optuna.create_study(
-        storage=f"sqlite:///{folder / 'tune.db'}", study_name="s", load_if_exists=True, direction="maximize"
+        storage=f"sqlite:///{folder / 'tune.db'}",
+        study_name="s",
+        load_if_exists=True,
+        direction="maximize",
+        pruner=pruner,
     )
 
 
@@ -43,6 +48,19 @@ def test_a_search_goes_on_from_the_trials_that_have_ended(tmp_path: Path, monkey
     assert said[0].startswith("trial 0  epoch 1/2")
     assert next(line for line in said if "training stopped: the loss is nan" in line).startswith("trial 2  ")
     assert "Traceback" not in capfd.readouterr().err
+    assert not list(tmp_path.glob("trial-*"))
+
+
+def test_a_trial_that_falls_behind_is_ended_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = make_rows(30, seed=3)
+    spec = make_run(tmp_path / "run", [make_rows(120)], (rows, next_items(rows)), epochs=200, batch_size=20)
+    monkeypatch.setattr(tune, "propose", lambda trial, heads: {0: {}}[trial.number])  # there is no other
+    said: list[str] = []
+    tune.search(spec, a_study(tmp_path, optuna.pruners.ThresholdPruner(lower=2)), 1, tmp_path, said.append)
+    assert [trial.state.name for trial in a_study(tmp_path).trials] == ["PRUNED"]
+    assert {line.split()[3] for line in said} == {"1/200"}
+    running = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert not [line for line in running if str(tmp_path) in " ".join(line)]
     assert not list(tmp_path.glob("trial-*"))
 
 
