@@ -30,7 +30,7 @@ ColumnTest = Callable[[Column], Column]
 _WORD = re.compile(r"\w+")
 _STRUCTURE = re.compile(r"[\s\"'{}\[\](),;:|=]+")
 _FIELDS = re.compile(r"[\t\r\n\"'{}\[\](),;:|=&]+")  # splits at no space: an id may contain spaces
-_REAL = re.compile(r"\b\d{1,40}\.\d{1,40}(?:E\d{1,2})?\b")
+_REAL = re.compile(r"\b\d{1,40}(?:\.\d{1,40}(?:[eE]\+?\d{1,2})?|[eE]\+?\d{1,2})\b")
 _ESCAPES = re.compile(r'(?:\\(?:u[0-9a-fA-F]{4}|["\\/bfnrt]))+')
 
 
@@ -81,8 +81,9 @@ def values(raw: str) -> set[str]:
     found, plain = _pieces(raw), _unescaped(raw)
     if plain != raw:
         found.update([_unescaped(piece) for piece in found], _pieces(plain))
-    if plain.lstrip()[:1] in ("{", "["):  # also truncated JSON, or JSON inside a string; not prices in CSV
-        found.update(_pieces(_whole(plain)))
+    start = min((at for opening in "{[" if (at := plain.find(opening)) >= 0), default=None)
+    if start is not None:  # JSON: truncated, in a string, in a CSV field or after a label; not CSV prices before it
+        found.update(_pieces(_whole(plain[start:])))
     with suppress(ValueError, RecursionError):
         found.update(_leaves(json.loads(raw)))
     return found
@@ -107,7 +108,7 @@ def _unescaped(text: str) -> str:
 
 def _whole(text: str) -> str:
     """The text with 17850.0 rewritten as 17850 (pandas turns integers into floats beside a missing value), and Spark's
-    1.785E7 as 17850000."""
+    1.785E7 or Python's 1e+16 in full."""
 
     def digits(found: re.Match[str]) -> str:
         number = Decimal(found[0])

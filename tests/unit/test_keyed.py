@@ -6,9 +6,13 @@ import hashlib
 import hmac
 import json
 import re
+from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jobs.errors import TrailvecError
 from jobs.keys import key_of
@@ -76,6 +80,12 @@ def test_who_is_on_a_list_of_hashes() -> None:
         ('{"user": 17850.0, "item": "x", "broken', "17850"),
         (r'{"payload": "{\"user_id\": 17850.0}"}', "17850"),
         ('[{"user":1.785E7', "17850000"),
+        (r'"{\"user_id\": 17850.0}"', "17850"),  # JSON encoded twice, as in many Kafka topics
+        ('2024,12.00,"{""user_id"": 17850.0}"', "17850"),
+        ('\ufeff{"user_id": 17850.0, "x', "17850"),
+        ('data: {"user_id": 17850.0}', "17850"),
+        ('{"user_id": 1.785e4}', "17850"),
+        ('{"user_id": 1e+16, "x', "10000000000000000"),  # Python
     ],
 )
 def test_values_of_a_record_that_could_not_be_read(raw: str, value: str) -> None:
@@ -84,9 +94,28 @@ def test_values_of_a_record_that_could_not_be_read(raw: str, value: str) -> None
     assert asked(on_list_in_raw(KEY, hashed(KEY, [value])), [raw, "else"]) == [True, False]
 
 
+@given(
+    user=st.integers(0, 10**17),
+    other=st.integers(100, 10**17),  # shorter ones erasure also finds inside a number: 0 in 1.0, 16 in 1e+16
+    written=st.sampled_from([str, float, "{:e}".format, "{:.16E}".format, "{}.0".format, '"{}"'.format]),
+    around=st.sampled_from(["{}", "\ufeff{}", "data: {}", "[{}", '{{"x": [1, {}', "{},x"]),
+    encode=st.sampled_from([str, json.dumps, lambda text: '7,"{}"'.format(text.replace('"', '""'))]),
+)
+def test_what_erasure_finds_in_json_and_what_ingest_finds_are_the_same(
+    user: int, other: int, written: Callable[[int], object], around: str, encode: Callable[[str], str]
+) -> None:
+    value = str(written(user))
+    user = int(Decimal(value.strip('"')))  # {:e} rounds
+    raw = encode(around.format(f'{{"user_id": {value}}}'))
+    assert str(user) in values(raw)
+    for id_ in {str(user), str(other)}:
+        assert (id_ in values(raw)) == mentions([id_])(raw)
+
+
 def test_a_price_is_nobody() -> None:
     assert values('9,"oat milk,ann,5.00') >= {"9", "oat milk", "ann", "5.00"}
     assert not asked(on_list_in_raw(KEY, hashed(KEY, ["5"])), ['9,"oat milk,ann,5.00'])[0]
+    assert "12" not in values('17850,12.00,"{""user_id"": 17850.0}"')
 
 
 def test_half_of_an_emoji_in_json_stops_nothing() -> None:
