@@ -170,8 +170,10 @@ class Selection:
         self._listed = self._combinations(self._marks)
         self.everyone = self._listed.of(self._has_vector)
         self._note_nobody()
+        self._with: dict[VectorKind, Combinations] = {"embedding": self.everyone}  # those who have that kind of vector
         if has_profile is not None:
-            self._note_without(has_profile, by_profile)
+            self._with["profile"] = self.everyone.of(has_profile)
+            self._note_without_profile(by_profile)
         self._counts: dict[int, Combinations] = {}
         self._seeds: dict[int, dict[str, int]] = {}
         self._items: dict[int, dict[str, int]] = {}
@@ -205,9 +207,9 @@ class Selection:
                     f"written as in the events?"
                 )
 
-    def _note_without(self, has_profile: int, segments: list[str]) -> None:
+    def _note_without_profile(self, segments: list[str]) -> None:
         """A note on users newer than the last run of `profile_users`: no segment that uses profiles can hold them."""
-        without = self.everyone.total - self.everyone.of(has_profile).total
+        without = self.everyone.total - self._with["profile"].total
         if without:
             self._runtime.report.notes.append(
                 f"{without:,} of {self.everyone.total:,} users have no row in user_profiles (new since "
@@ -456,8 +458,8 @@ class Selection:
         """A score that, very probably, at least `wanted` allowed users reach."""
         if export.segment.threshold is not None:
             return export.segment.threshold
-        scores = self._sample[export.number]
-        allowed = int(self.everyone.users[self.everyone.marked.allowed(self._rules[export.number])].sum())
+        scores, of_kind = self._sample[export.number], self._with[export.vectors]
+        allowed = int(of_kind.users[of_kind.marked.allowed(self._rules[export.number])].sum())
         expected = wanted / max(allowed, 1) * len(scores)
         place = int(expected + 4 * np.sqrt(expected) + 4)
         return float(scores[place]) if place < len(scores) else -np.inf

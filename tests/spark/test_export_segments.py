@@ -34,7 +34,7 @@ from jobs.export_segments import STAGE, _published
 from jobs.runtime import Runtime
 from jobs.segment_files import KEY, WRITERS, ArrowFolder, Staging, check_destinations, check_place, laid_down
 from jobs.segment_members import Export
-from jobs.segment_rules import Lists, Marked, allows, consenting
+from jobs.segment_rules import Combinations, Lists, Marked, Rules, allows, consenting
 from jobs.segments import Format, read_segments
 from jobs.tables import EXPORTS, ITEMS, SESSIONS, USER_EMBEDDINGS, USER_PROFILES
 from tests.conftest import make_config, put, read_delta
@@ -709,6 +709,17 @@ def test_a_floor_goes_below_all_whom_another_segment_may_take() -> None:
     export: Any = SimpleNamespace(number=0, segment=segment)
     assert segment_members.Selection._take(selection, export) == "taken"
     assert tried == [1804, 7216]
+
+
+def test_a_floor_goes_by_those_who_have_the_vectors_compared() -> None:
+    """Mark 0: a vector, 1: a profile. Of 1,000 users half have a profile, and all of these are in the sample."""
+    everyone = Combinations(Marked(np.array([[1], [3]])), np.array([500, 500]))
+    scores = np.arange(500, 0, -1, dtype=np.float32)
+    of_kind = {"embedding": everyone, "profile": everyone.of(1)}
+    selection: Any = SimpleNamespace(_sample={0: scores}, _rules={0: Rules(0, (), None, (), ())}, _with=of_kind)
+    export: Any = SimpleNamespace(number=0, vectors="profile", segment=SimpleNamespace(threshold=None))
+    floor = segment_members.Selection._floor(selection, export, 200)
+    assert 200 < (scores >= floor).sum() < 300
 
 
 def test_the_log_of_more_members_than_an_array_of_texts_holds() -> None:
