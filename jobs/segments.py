@@ -87,7 +87,9 @@ class Segment(Section):
         "trailvec's, each day (UTC). They can't read files or draw at random: a LIMIT needs an ORDER BY",
     )
     include: tuple[str, ...] = Field(
-        (), description="names of segments of the same run, whose members, including their control groups, are taken"
+        (),
+        description="names of segments of the same run, whose members, including their control groups, are taken. "
+        "Their exports count for this segment's at_most, so exports = 1 is refused: it would leave nobody",
     )
 
     size: int | None = Field(
@@ -171,7 +173,7 @@ def read_segments(paths: list[str]) -> list[SegmentFile]:
 
     Raises:
         TrailvecError: a file is missing or invalid, two have the same name, one names an unknown segment or, directly
-            or not, itself, or a list is missing.
+            or not, itself, a union's `at_most` leaves nobody, or a list is missing.
     """
     files = [SegmentFile(parse(Segment, read_toml(shipped(path)), path), shipped(path)) for path in paths]
     by_name: dict[str, SegmentFile] = {}
@@ -184,6 +186,12 @@ def read_segments(paths: list[str]) -> list[SegmentFile]:
             if users.file is not None and not (path.parent / users.file).exists():
                 raise TrailvecError(f"{path}: the list of users {path.parent / users.file} does not exist: add it")
     for segment, path in files:
+        if segment.include and segment.at_most is not None and segment.at_most.exports == 1:
+            raise TrailvecError(
+                f"{path}: at_most would count the exports of {', '.join(segment.include)} in this same run, so nobody "
+                f"but their control groups would be left: set at_most in the parts, or write their conditions as one "
+                f"sql segment"
+            )
         for other in segment.others:
             if other not in by_name:
                 raise TrailvecError(

@@ -368,6 +368,11 @@ def test_what_is_refused_while_it_runs(shop: Runtime, tmp_path: Path, monkeypatc
         ),
         ("size = 4", 'size = 4\nsuppress = [{ file = "gone.txt" }]', r"the list of users .*gone\.txt does not exist"),
         ("size = 4", 'size = 4\nexclude = ["buyers"]', "segment buyers is in no file of export.segments: add its file"),
+        (
+            SEGMENT.partition('"a test"\n')[2],
+            'include = ["a", "b"]\nat_most = { exports = 1, days = 7 }',
+            "likes.toml: at_most would count the exports of a, b in this same run, so nobody but their control groups",
+        ),
         ("size = 4", 'size = 4\nexclude = ["likes"]', r"in a cycle \(likes → likes\): remove one of these"),
         (
             "size = 4",
