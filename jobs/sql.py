@@ -34,7 +34,7 @@ _BY_CHANCE = {
     *("monotonically_increasing_id", "SparkPartitionID"),
     *("InputFileName", "InputFileBlockStart", "InputFileBlockLength"),
 }
-_OF_ANY_ROW = {"First", "Last", "AnyValue"}  # arbitrary rows of a group; in a window they have an order
+_OF_ANY_ROW = {"First", "Last", "AnyValue"}  # an arbitrary row of a group, or of a window without ORDER BY
 
 
 def prepare(runtime: Runtime) -> None:
@@ -63,7 +63,8 @@ def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
 
     Refuses statements that write, drop or set; queries that start programs (TRANSFORM) or call Java, since these can
     read the keys in the environment; and queries that are random or take arbitrary rows (LIMIT or OFFSET without ORDER
-    BY, first() of a group), since their result changes between runs or when files are compacted.
+    BY, first() of a group or of a window without ORDER BY), since their result changes between runs or when files are
+    compacted.
 
     Args:
         where: what error messages call the query.
@@ -95,7 +96,8 @@ def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
                 f"{where} takes arbitrary rows (a LIMIT or OFFSET without ORDER BY, or TABLESAMPLE), which change when "
                 f"the table's files are compacted: order by user_id, for example"
             )
-        if drawn := names & (_BY_CHANCE | _OF_ANY_ROW if plan.nodeName() == "Aggregate" else _BY_CHANCE):
+        unordered = plan.nodeName() == "Aggregate" or (plan.nodeName() == "Window" and plan.orderSpec().isEmpty())
+        if drawn := names & (_BY_CHANCE | _OF_ANY_ROW if unordered else _BY_CHANCE):
             raise TrailvecError(
                 f"{where} is not repeatable ({', '.join(sorted(drawn))} may differ each time): order by "
                 f"xxhash64(user_id), or use min(x) or max_by(x, y) instead of first(x), last(x) and any_value(x)"

@@ -245,6 +245,7 @@ def test_what_only_asks_reads_no_key(make_runtime: Callable[..., Runtime], text:
         "SELECT any_value(user_id) AS user_id FROM (VALUES ('a') AS t(user_id))",
         "SELECT 'a' AS user_id WHERE 'a' IN (SELECT first(a) FROM (VALUES ('a', 1) AS t(a, b)) GROUP BY b)",
         "SELECT last_value(user_id) AS user_id FROM (VALUES ('a', 1) AS t(user_id, b)) GROUP BY b",
+        "SELECT first(user_id) OVER (PARTITION BY b) AS user_id FROM (VALUES ('a', 1) AS t(user_id, b))",
     ],
 )
 def test_what_only_asks_draws_nobody_by_chance(make_runtime: Callable[..., Runtime], text: str) -> None:
