@@ -83,7 +83,7 @@ def _exports(runtime: Runtime, now: datetime) -> list[Export]:
     states = {t.name: runtime.state(t) for t in TABLES if t != EXPORTS and runtime.exists(t)}
     digest_of, timely = cache(file_digest), cache(partial(_is_timely, runtime))  # many segments name the same lists
     with_profiles = USER_PROFILES.name in states and not of_model(runtime.latest(USER_PROFILES), version).isEmpty()
-    if not with_profiles and USER_PROFILES.name in states:
+    if not with_profiles:
         _tell_of_profiles(runtime, files, version)
     check_destinations(runtime, files)
     found: dict[str, Export] = {}
@@ -107,14 +107,14 @@ def _exports(runtime: Runtime, now: datetime) -> list[Export]:
 
 
 def _tell_of_profiles(runtime: Runtime, files: list[SegmentFile], version: str) -> None:
-    """Adds a note if the profiles are another model's: after each training, lookalikes use embeddings until
+    """Adds a note on lookalikes that use embeddings only because the model has no profiles: after each training, until
     `profile_users` has run."""
     open_ones = [f.segment.name for f in files if f.segment.seeds is not None and f.segment.seeds.vectors is None]
-    if open_ones and not runtime.latest(USER_PROFILES).isEmpty():
+    if open_ones:
         runtime.report.notes.append(
-            f"user_profiles has rows of other models but none of {version}, the current one, so users are compared by "
-            f"user_embeddings, which finds fewer of the users sought, in {', '.join(open_ones)}: run "
-            f"`trailvec profile_users`, then `trailvec export_segments` again, or set seeds.vectors"
+            f"user_profiles has no row of model {version}, so users are compared by user_embeddings, which finds fewer "
+            f"of the users sought, in {', '.join(open_ones)}: run `trailvec profile_users`, then `trailvec "
+            f"export_segments` again, or set seeds.vectors"
         )
 
 

@@ -665,7 +665,7 @@ def test_profiles_say_who_is_alike_where_the_model_has_some(shop: Runtime, spark
     fill_profiles("m0")
     assert exported() == by_embedding
     (note,) = notes
-    assert note.startswith("user_profiles has rows of other models but none of m1, the current one, so users are")
+    assert note.startswith("user_profiles has no row of model m1, so users are compared by user_embeddings")
     assert "in likes: run" in note
     assert "run `trailvec profile_users`" in note
     assert exported('vectors = "embedding"  # asked for') == by_embedding
@@ -948,6 +948,9 @@ def test_where_it_goes(shop: Runtime, tmp_path: Path) -> None:
         SEGMENT.replace("size = 4", f'size = 4\n{lists}\ndestination = "file://{place}"')
     )
     assert shop.execute(STAGE).notes == [
+        "user_profiles has no row of model m1, so users are compared by user_embeddings, which finds fewer of the "
+        "users sought, in likes: run `trailvec profile_users`, then `trailvec export_segments` again, or set "
+        "seeds.vectors",
         "suppressed by strangers.txt: none of its 1 users has a vector, so it leaves nobody out; are its ids "
         "written as in the events?",
         f"{tmp_path}/likes.toml: the query in suppress returns no user, so it leaves nobody out (a date that Spark "
