@@ -13,6 +13,7 @@ from pyspark.sql import functions as F
 
 from jobs.cli import stage_main
 from jobs.errors import TrailvecError
+from jobs.model_folders import description
 from jobs.runtime import Report, Runtime, Stage
 from jobs.score_users import was_scored
 from jobs.tables import CURRENT, EVALUATION, PROBES
@@ -43,12 +44,13 @@ def _run(runtime: Runtime, version: str) -> None:
         found = [runtime.latest(table).select("model_version").distinct().collect() for table in tables]
         names = ", ".join(sorted({row["model_version"] for rows in found for row in rows})) or "none"
         raise TrailvecError(f"no table has a row of model {version} (found: {names}): correct the version")
-    scored = was_scored(runtime, version)  # recorded in this note, for when Delta's log has dropped the older ones
+    # Recorded in this note, for when Delta's log has dropped the older ones. (`weights` is a key of scorings' notes.)
+    told = {"scored": was_scored(runtime, version), "of": description(runtime, version).get("weights_sha256")}
     for table in tables:
         if not counts[table.name]:
             continue  # even an empty commit would make the table's stage run again
         # The note tells score_users that there is no scoring of this model to resume.
-        runtime.delete(table, mine, note={"model": {"version": version, "retired": True, "scored": scored}})
+        runtime.delete(table, mine, note={"model": {"version": version, "retired": True, **told}})
     runtime.report.rows_out = counts
 
 

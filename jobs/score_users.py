@@ -231,7 +231,7 @@ def was_scored(runtime: Runtime, version: str) -> bool:
             (note.get("chunks") == 1 and not note["into_empty"])  # the last commit of every run
             or note["model"].get("scored")  # written by retire_model
             for note in chain((newest,), notes)
-            if now in (None, note["model"].get("weights", now))  # retire_model's note has none
+            if now in (None, note["model"].get("weights", note["model"].get("of", now)))  # `of`: by retire_model
         )
     return runtime.exists(USER_EMBEDDINGS) and not of_model(runtime.latest(USER_EMBEDDINGS), version).isEmpty()
 

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -18,7 +17,7 @@ import torch
 from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
-from jobs import cli, find_neighbours, score_users, write_report
+from jobs import cli, find_neighbours, retire_model, score_users, write_report
 from jobs.config import GateSettings
 from jobs.errors import TrailvecError
 from jobs.evaluate import shortfalls
@@ -440,20 +439,34 @@ def test_an_old_model_is_retired_and_can_be_scored_again(
     assert_vectors(shop, model, "m1", score_rows(USERS, seed=1))
 
 
-def test_a_model_trained_again_was_scored_once_all_users_have_vectors_of_its_new_weights(tmp_path: Path) -> None:
+def test_a_model_trained_again_was_scored_once_all_users_have_vectors_of_its_new_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those of its old weights say nothing of them: somebody has to ask again whether it may become current."""
     (tmp_path / "m1").mkdir()
-    (tmp_path / "m1/model.json").write_text(json.dumps({"weights_sha256": "new"}))
 
-    def was_scored(*notes: tuple[str, int]) -> bool:
-        said = [
-            {"note": {"model": {"version": "m1", "weights": of}, "chunks": n, "into_empty": False}} for of, n in notes
-        ]
-        runtime: Any = SimpleNamespace(models=tmp_path, noted=lambda _: iter(said))
-        return score_users.was_scored(runtime, "m1")
+    def train(weights: str) -> None:
+        (tmp_path / "m1/model.json").write_text(json.dumps({"weights_sha256": weights}))
 
-    assert not was_scored(("new", 2), ("old", 1))
-    assert was_scored(("new", 1), ("new", 2), ("old", 1))
+    def left(weights: str, chunks: int) -> dict[str, Any]:
+        return {"model": {"version": "m1", "weights": weights}, "chunks": chunks, "into_empty": False}
+
+    def after(*notes: dict[str, Any]) -> Any:
+        return Mock(models=tmp_path, **{"noted.side_effect": lambda _: iter([{"note": note} for note in notes])})
+
+    def was_scored(*notes: dict[str, Any]) -> bool:
+        return score_users.was_scored(after(*notes), "m1")
+
+    train("old")
+    monkeypatch.setattr(retire_model, "F", Mock())  # without Spark
+    runtime = after(left("old", 1))
+    retire_model._run(runtime, "m1")
+    retired = runtime.delete.call_args.kwargs["note"]
+    assert was_scored(retired)
+    train("new")
+    assert not was_scored(left("new", 2), left("old", 1))
+    assert not was_scored(left("new", 2), retired)
+    assert was_scored(left("new", 1), left("new", 2), left("old", 1))
 
 
 def test_a_version_is_looked_for_in_the_tables_that_there_are(make_runtime: Callable[..., Runtime]) -> None:
