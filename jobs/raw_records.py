@@ -25,6 +25,7 @@ from pyspark.sql import types as T
 from jobs.errors import TrailvecError, explain
 from jobs.files import Place
 from jobs.sources import Input, Lookup
+from jobs.spark_session import JSON_MICROSECONDS
 from training.urls import file_url, local_path
 
 # Columns that a raw frame has besides the record's own.
@@ -180,11 +181,11 @@ def _finish(
             records = _parse_json(records, [name for name in named if name not in taken], claimed, taken)
         else:
             rest = [name for name in records.columns if not name.startswith("trailvec_") and name not in claimed]
-            records = records.withColumn(REST, _texts(rest))
+            records = records.withColumn(REST, _texts(records, rest))
         for lookup, rows in zip(mapping.lookups, lookups, strict=True):
             records = _join_lookup(records, rows, lookup, named, place)
         if joined:
-            more = _texts(joined)
+            more = _texts(records, joined)
             records = records.withColumn(REST, F.coalesce(F.map_concat(REST, more), more))
         _check_columns(place, records, mapping.column_names())
         return records
@@ -211,10 +212,21 @@ def as_patterns(files: Sequence[str]) -> list[str]:
     return [re.sub(r"([][{}*?\\])", r"\\\1", file) for file in files]
 
 
-def _texts(names: Sequence[str]) -> Column:
+def _texts(records: DataFrame, names: Sequence[str]) -> Column:
+    """The named columns as a map, without the blank ones. A nested value or bytes become what JSON lines have for them:
+    a cast to string would drop the names of a struct's fields, and make invalid UTF-8 of bytes."""
     if not names:
         return F.lit(None).cast("map<string,string>")
-    pairs = [part for name in names for part in (F.lit(name), text_of(named_column(name)))]
+
+    def text(name: str) -> Column:
+        value, kind = named_column(name), records.schema[name].dataType
+        if isinstance(kind, (T.StructType, T.ArrayType, T.MapType)):
+            value = F.to_json(value, JSON_MICROSECONDS)
+        elif isinstance(kind, T.BinaryType):
+            value = F.translate(F.base64(value), "\r\n", "")  # Spark wraps its lines
+        return text_of(value)
+
+    pairs = [part for name in names for part in (F.lit(name), text(name))]
     return F.map_filter(F.create_map(*pairs), lambda _, value: value.isNotNull())
 
 
@@ -384,7 +396,7 @@ def _parse_json(lines: DataFrame, names: list[str], claimed: set[str], taken: Ma
     in_path = [name for name in lines.columns if name not in (LINE, FILE)]  # they win over the line's, as in Parquet
     rest = F.map_filter(_PARSED, lambda key, value: ~key.isin(*claimed, *in_path) & text_of(value).isNotNull())
     if unclaimed := [name for name in in_path if name not in claimed]:
-        rest = F.map_concat(rest, _texts(unclaimed))
+        rest = F.map_concat(rest, _texts(lines, unclaimed))
     # Parsed as a list of two: the line's object and a sentinel. Of several objects on a line, Spark alone would return
     # the first and silently drop the others. A "]" in the line may also close the list early, after which Spark stops
     # reading: then the sentinel is missing.

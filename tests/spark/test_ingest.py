@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import bz2
 import collections
 import csv
@@ -488,17 +489,27 @@ def test_what_a_folder_says_is_a_column_whatever_folders_are_beside_it(
 def test_a_new_column_is_kept_in_attributes_unless_it_is_ignored(
     spark: SparkSession, tmp_path: Path, form: str
 ) -> None:
-    record = {"id": "1", "user": "ann", "item": "a", "at": "2023-05-01", "price": "1"}
-    newer = record | {"id": "2", "channel": "app", "trace": "x" * 40, "geo": {"lat": 1}}
+    record: Row = {"id": "1", "user": "ann", "item": "a", "at": "2023-05-01", "price": "1"}
+    geo = {"lat": 1, "seen": datetime(2023, 5, 1, 10, 0, 0, 1)}
+    nested = {"geo": geo, "tags": ["x", None], "photo": bytes(range(256))}
+    newer = record | {"id": "2", "channel": "app", "trace": "x" * 40, **nested}
+
+    def in_json(value: Any) -> str:
+        return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value.isoformat())
+
     for name, row in (("old", record), ("new", newer)):
         if form == "json":
-            (tmp_path / f"{name}.json").write_text(json.dumps(row))
+            (tmp_path / f"{name}.json").write_text(json.dumps(row, default=in_json))
         else:
             pq.write_table(pa.Table.from_pylist([row]), tmp_path / f"{name}.parquet")
     first, second = ingest(spark, tmp_path, mapping(f"*.{form}", form, ignore=["trace"]))
-    assert first["attributes"] is None
-    assert second["attributes"].keys() == {"channel", "geo"}
-    assert second["attributes"]["channel"] == "app"
+    assert first["attributes"] is first["reason"] is second["reason"] is None
+    assert second["attributes"] == {
+        "channel": "app",
+        "geo": '{"lat":1,"seen":"2023-05-01T10:00:00.000001"}',
+        "tags": '["x",null]',
+        "photo": in_json(nested["photo"]),
+    }
 
 
 def test_a_type_that_no_id_has_is_refused(spark: SparkSession, tmp_path: Path) -> None:
@@ -708,13 +719,14 @@ def test_a_lookup_never_multiplies_or_loses_records(spark: SparkSession, write: 
     folder = write("log.csv", "id,user,item,at,price\n1,ann,7\t ,2023-05-01,1\n2,ann,8,2023-05-01,1\n")
     table = pa.table(
         {"item": [7, 7, 9], "department": ["toys", "food", "none"]}  # integers here, text in the log
-        | {"sizes": pa.array([[("s", 1)], None, []], pa.map_(pa.string(), pa.int32()))}
+        | {"sizes": pa.array([None, [("s", 1)], []], pa.map_(pa.string(), pa.int32()))}
     )
     pq.write_table(table, folder / "items [1].parquet")
     lookups = [{"path": "items*.parquet", "format": "parquet", "on": ["item"]}]
     columns = {"vertical": {"column": "department", "default": "OTHER"}}
-    rows = ingest(spark, folder, mapping("log.csv", columns=columns, lookups=lookups))
+    rows = ingest(spark, folder, mapping("log.csv", columns=columns, lookups=lookups, attributes=["sizes"]))
     assert [(row["event_id"], row["vertical"]) for row in rows] == [("1", "food"), ("2", "OTHER")]
+    assert [row["attributes"] for row in rows] == [{"sizes": '{"s":1}'}, None]
     doubled = table.set_column(0, "item", pa.array([7.0, None, 9.0]))  # pandas with a missing value: 7.0 is not 7
     pq.write_table(doubled, folder / "items [1].parquet")
     with pytest.raises(TrailvecError, match=r"lookup items\*\.parquet has a column item of type double: write the ids"):
