@@ -21,7 +21,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import date, datetime, timezone
 from functools import reduce
 from pathlib import Path
@@ -37,7 +37,7 @@ from jobs.checked_records import ERASED, check_times, to_events, without_erased
 from jobs.cli import stage_main
 from jobs.config import IngestSettings, shipped
 from jobs.errors import TrailvecError, told
-from jobs.files import Place
+from jobs.files import Place, write_json
 from jobs.pruning import within_days
 from jobs.raw_records import LISTING, find_inputs, folder_of, is_data, read_raw, read_topic
 from jobs.runtime import Runtime, Stage
@@ -258,27 +258,23 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
         again.write_text("", encoding="utf-8")
     reads_again = again.exists()
     now = datetime.now(timezone.utc)
-    read: Counter[str | None] = Counter()
+    counted = checkpoint / "read.json"  # stays until a run finishes, too
+    counts = _counts(counted)
     failed: list[BaseException] = []
 
     def batch(records: DataFrame, batch_number: int) -> None:
         started = time.monotonic()
         try:
-            if mapping.kafka is not None:
-                raw = read_topic(records, mapping, _data_dir(runtime, mapping))
-            else:
-                folder = folder_of(_data_dir(runtime, mapping), str(mapping.path))
-                found = {row["path"]: row["length"] for row in records.collect() if is_data(row["path"], folder)}
-                runtime.on_progress(f"{name}: batch {batch_number}, reading {decimal(sum(found.values()))}")
-                _check_gzip(found)
-                few = len(found) < spark.sparkContext.defaultParallelism
-                spread = few and max(found.values(), default=0) > _ONE_TASK
-                raw = read_raw(spark, mapping, _data_dir(runtime, mapping), sorted(found), spread) if found else []
-            if raw:
+            if raw := _read_batch(runtime, mapping, records, f"{name}: batch {batch_number}"):
                 query = json.loads((checkpoint / "metadata").read_text())["id"]
                 before = runtime.report.rows_in["records"]
                 events = [to_events(frame, mapping, source.name, settings, now, zones=zones) for frame in raw]
+                # A batch repeated after a kill may be among the counts already.
+                earlier = _total(found for number, found in counts.items() if number < batch_number)
+                read = earlier.copy()
                 commit_batch(runtime, events, (f"ingest-{query}", batch_number), read, reads_again)
+                counts[batch_number] = read - earlier
+                write_json(counted, {str(number): list(found.items()) for number, found in counts.items()})
                 count = runtime.report.rows_in["records"] - before
                 seconds = time.monotonic() - started
                 runtime.on_progress(f"{name}: batch {batch_number}, {count:,} records in {seconds:.1f} s")
@@ -295,9 +291,36 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
             raise failed[0] from None
         raise TrailvecError(f"{name}: {told(error)}") from error
     again.unlink(missing_ok=True)
+    counted.unlink(missing_ok=True)
+    read = _total(counts.values())
     runtime.report.notes += [
         f"{name}: {read[reason]:,} {what} dropped" for reason, what in _NO_REFUSAL.items() if read[reason]
     ]
+
+
+def _counts(file: Place) -> dict[int, Counter[str | None]]:
+    """For each batch of the run that the last process has left, its records per reason; empty if that run finished."""
+    if not file.exists():
+        return {}
+    return {int(number): Counter(dict(found)) for number, found in json.loads(file.read_text()).items()}
+
+
+def _total(counts: Iterable[Counter[str | None]]) -> Counter[str | None]:
+    return sum(counts, Counter())
+
+
+def _read_batch(runtime: Runtime, mapping: Input, records: DataFrame, what: str) -> list[DataFrame]:
+    """The raw frames of a batch of the stream: of a topic's records, or of the files that it names."""
+    data_dir = _data_dir(runtime, mapping)
+    if mapping.kafka is not None:
+        return read_topic(records, mapping, data_dir)
+    folder = folder_of(data_dir, str(mapping.path))
+    found = {row["path"]: row["length"] for row in records.collect() if is_data(row["path"], folder)}
+    runtime.on_progress(f"{what}, reading {decimal(sum(found.values()))}")
+    _check_gzip(found)
+    few = len(found) < runtime.spark.sparkContext.defaultParallelism
+    spread = few and max(found.values(), default=0) > _ONE_TASK
+    return read_raw(runtime.spark, mapping, data_dir, sorted(found), spread) if found else []
 
 
 def _check_gzip(found: dict[str, int]) -> None:

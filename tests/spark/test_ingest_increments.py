@@ -200,15 +200,28 @@ def test_where_events_was_moved_away_all_inputs_are_read_again(
 
 
 def test_a_last_batch_of_one_wrong_record_is_weighed_with_those_before_it(
-    make_runtime: Callable[..., Runtime], tmp_path: Path
+    make_runtime: Callable[..., Runtime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sets = ("ingest.max_files_per_batch=1", "ingest.max_rejected_share=0.2")
+    """Also where the run stops after that batch is committed and before Spark notes it, so that it is read again."""
+    sets = ("ingest.max_files_per_batch=1", "ingest.max_rejected_share=0.1")
     runtime = make_runtime(*settings(tmp_path, source(tmp_path), *sets))
     (tmp_path / "log0.csv").write_text(HEADER + "".join(f"{n},ann,a,2023-05-01,1\n" for n in range(9)))
     (tmp_path / "log1.csv").write_text(HEADER + "9,,a,2023-05-01,1\n")
     os.utime(tmp_path / "log0.csv", (1, 1))  # the stream takes the oldest file first
+
+    def stop_after_the_last(text: str) -> None:
+        if "batch 1, 1 records" in text:
+            raise TrailvecError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "on_progress", stop_after_the_last)
+        with pytest.raises(TrailvecError, match="stopped"):
+            runtime.execute(STAGE)
     report = runtime.execute(STAGE)
-    assert (report.rows_in["records"], report.rows_out) == (10, {"events": 9, "rejected_events": 1})
+    assert (report.rows_in["records"], report.rows_out) == (1, {"events": 9, "rejected_events": 1})
+    (tmp_path / "log2.csv").write_text(HEADER + "10,,a,2023-05-01,1\n")
+    with pytest.raises(TrailvecError, match="1 of 1 records are refused"):  # a run of its own
+        runtime.execute(STAGE)
 
 
 def test_a_large_file_is_parsed_in_a_task_for_each_core(
