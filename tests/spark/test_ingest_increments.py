@@ -120,6 +120,24 @@ def test_the_ids_of_a_small_batch_go_to_each_task(
     assert [row["event_id"] for row in events(runtime)] == ["1", "2"]
 
 
+def test_only_files_that_may_hold_an_id_of_the_batch_are_searched(
+    make_runtime: Callable[..., Runtime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime, searched = make_runtime(*settings(tmp_path, source(tmp_path))), []
+
+    def look(runtime: Runtime, ids: DataFrame, where: Column) -> DataFrame | None:
+        searched.append(len(runtime.latest(EVENTS).where(where).inputFiles()))
+        return stored(runtime, ids, where)
+
+    stored = ingest.stored_events
+    monkeypatch.setattr(ingest, "stored_events", look)
+    for number, ids in enumerate((["a1", "a2"], ["z1", "z4"], ["z2", "z3"])):
+        lines = "".join(f"{event_id},ann,a,2023-05-01,1\n" for event_id in ids)
+        (tmp_path / f"log{number}.csv").write_text(HEADER + lines)
+        runtime.execute(STAGE)
+    assert searched == [0, 1]
+
+
 def test_inputs_are_known_by_path_or_name_wherever_they_stand(
     make_runtime: Callable[..., Runtime], tmp_path: Path
 ) -> None:
