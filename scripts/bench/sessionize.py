@@ -35,8 +35,8 @@ from superapp import World, events
 from jobs.build_sequences import number_actions
 from jobs.build_vocabulary import describe_items
 from jobs.config import SequencesSettings, SessionizeSettings
-from jobs.sessionize import find_splits, sessionize
-from jobs.spark_session import spark_conf
+from jobs.sessionize import events_of_a_part, find_splits, sessionize
+from jobs.spark_session import shuffle_tasks, spark_conf
 from jobs.splits import cut_times
 from jobs.tables import EVENT_IN_SESSION
 
@@ -137,7 +137,7 @@ def skew(spark: SparkSession, path: Path, count: int, out: Path) -> dict[str, An
     rows = spark.read.format("delta").load(str(path))
     rows = rows.withColumn("user_id", F.when(heavy, "heavy").otherwise(F.col("user_id")))
     found = {}
-    for name, every in (("", count // (4 * TASKS)), ("_without_splits", count)):
+    for name, every in (("", events_of_a_part(count, TASKS)), ("_without_splits", count)):
         splits = find_splits(rows, SETTINGS, every)
         before = max(s.stageId() for s in stages(spark))
         sessionize(rows, SETTINGS, splits).write.format("delta").mode("overwrite").save(str(out / "skew"))
@@ -190,7 +190,8 @@ def main() -> None:
     def by_spark(make: Callable[[DataFrame], DataFrame], name: str) -> Callable[[], None]:
         return lambda: make(rows).write.format("delta").mode("overwrite").save(str(out / name))
 
-    spark_ones = {"floor": floor, "sessionize": ours(count // 16), "windows": windows, "session_window": session_window}
+    every = events_of_a_part(count, shuffle_tasks(spark))
+    spark_ones = {"floor": floor, "sessionize": ours(every), "windows": windows, "session_window": session_window}
     contestants = {name: by_spark(make, name) for name, make in spark_ones.items()}
     contestants["duckdb"] = lambda: in_duckdb(path, out / "duckdb.parquet", folder / "duckdb")
     contestants = {name: run for name, run in contestants.items() if name in (arguments.only or contestants)}

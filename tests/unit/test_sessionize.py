@@ -6,6 +6,7 @@ import itertools
 from datetime import datetime, timedelta
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from jobs.config import load_config
 from jobs.errors import TrailvecError
+from jobs.sessionize import events_of_a_part
 from spark_udfs.sessionize import Key, Rules, sessionize, split_points
 from tests import oracles
 from tests.events import START, Row, logs, make_event
@@ -238,3 +240,14 @@ def test_no_events_make_no_sessions() -> None:
     assert list(sessionize(iter([]), Rules(1), FIELDS)) == []
     empty = pa.RecordBatch.from_pylist([], SCHEMA)
     assert list(sessionize(iter([empty]), Rules(1), FIELDS)) == []
+
+
+@pytest.mark.parametrize("tasks", [16, 200])
+def test_the_parts_of_a_user_with_a_tenth_of_all_events_spread_over_the_tasks(tasks: int) -> None:
+    """Each part goes to some task, whatever the others do, beside that task's share of all other users' events."""
+    events, chance = 10**9, np.random.default_rng(1)
+    part = events_of_a_part(events, tasks)
+    parts = chance.multinomial(events // 10 // part, [1 / tasks] * tasks, size=1000)
+    load = 0.9 * events / tasks + parts * part
+    assert 1 < (load.max(axis=1) / np.median(load, axis=1)).mean() < 2
+    assert events_of_a_part(100_000, tasks) == 50_000  # a log so small that splits gain nothing
