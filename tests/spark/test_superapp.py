@@ -24,13 +24,16 @@ SMALL = World(users=700, days=4, seed=5, bots=0.003)
 
 @pytest.fixture(scope="module")
 def log() -> pd.DataFrame:
-    """Eight thousand users of a larger world over ten weeks, each event once, with the item's and the user's taste."""
+    """Eight thousand users of a larger world over ten weeks, each event once, with the item's and the user's taste and
+    the user's local hour and weekday."""
     world = World(users=50_000, days=70, seed=3)
     rows = pd.DataFrame(log_of_users(world, 0, 8_000)).drop_duplicates("key")
     ranks = np.array(world.ranks())[rows["vertical"]]
     rows["group"], rows["rank"] = rows["slot"] // ranks, rows["slot"] % ranks
     rows["taste"] = taste_of(world, rows["user"].to_numpy())
     rows["item"] = rows["slot"] * 1024 + rows["generation"] * 4 + rows["vertical"]
+    local = rows["event_ts"] + superapp._offsets(80)[rows["city"], np.clip(rows["event_ts"] // DAY, 0, 79)]
+    rows["hour"], rows["weekday"] = local // 3_600_000_000 % 24, local // DAY % 7
     counts = rows.groupby("user")["basket"].transform("max")
     rows["bot"] = (counts < 0) & (rows.groupby("user")["key"].transform("count") >= 300)
     return rows
@@ -164,20 +167,41 @@ def test_people_differ_in_activity_and_come_and_go(log: pd.DataFrame) -> None:
 
 
 def test_verticals_have_their_hours_and_days(log: pd.DataFrame) -> None:
-    offsets = superapp._offsets(80)
-    day = np.clip(log["event_ts"] // DAY, 0, 79)
-    local = log["event_ts"] + offsets[log["city"], day]
-    hour, weekday = local // 3_600_000_000 % 24, local // DAY % 7
-    people = ~log["bot"]
+    people = log[~log["bot"]]
 
-    def share(vertical: int, values: pd.Series, wanted: set[int]) -> float:
-        return float(values[people & (log["vertical"] == vertical)].isin(wanted).mean())
+    def share(vertical: int, name: str, wanted: set[int]) -> float:
+        return float(people[people["vertical"] == vertical][name].isin(wanted).mean())
 
-    assert share(FOOD, hour, {12, 13, 19, 20}) > 0.45
-    assert share(RIDES, hour, {7, 8, 17, 18}) > 0.4
-    assert share(RETAIL, hour, {20, 21, 22}) > 0.3
-    assert share(RETAIL, hour, {2, 3, 4, 5}) < 0.03
-    assert share(GROCERIES, weekday, {5}) > 0.2  # Saturday
+    assert share(FOOD, "hour", {12, 13, 19, 20}) > 0.45
+    assert share(RIDES, "hour", {7, 8, 17, 18}) > 0.4
+    assert share(RETAIL, "hour", {20, 21, 22}) > 0.3
+    assert share(RETAIL, "hour", {2, 3, 4, 5}) < 0.03
+    assert share(GROCERIES, "weekday", {5}) > 0.2  # Saturday
+
+
+def test_people_have_usual_hours_a_shopping_day_and_favourites(log: pd.DataFrame) -> None:
+    """Two outings of one person agree more often than those of two people."""
+    paid = log[(log["basket"] >= 0) & (log["event_type"] != superapp.RETURN)]
+    outings = paid.drop_duplicates("basket").sample(frac=1, random_state=1)  # in no order
+
+    def lead(vertical: int, name: str, *like: str) -> float:
+        """How many times as often; `like` are the columns in which the two agree anyway."""
+        rows = outings[outings["vertical"] == vertical]
+
+        def agree(by: list[str], one_person: bool) -> float:
+            rows_by = rows.sort_values(by, kind="stable") if by else rows
+            before = rows_by.shift(1)
+            pairs = (rows_by["user"] == before["user"]) == one_person
+            for column in like:
+                pairs &= rows_by[column] == before[column]
+            return float((rows_by[name] == before[name])[pairs].mean())
+
+        return agree([*like, "user"], True) / agree([*like], False)
+
+    for vertical in (RIDES, FOOD, GROCERIES, RETAIL):
+        assert lead(vertical, "hour") > 1.5
+    assert lead(GROCERIES, "weekday") > 1.5
+    assert lead(GROCERIES, "slot", "group") > 1.5
 
 
 def test_taste_shows_in_what_one_person_takes(log: pd.DataFrame) -> None:
