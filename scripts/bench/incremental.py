@@ -3,7 +3,7 @@
 A superapp's log, cut at the end of its last day; the last rows to arrive are held back as batches of 0.1 % each. In one
 Spark session on 2 cores, ingest, flag_users, sessionize, build_vocabulary and build_sequences run once over the rest,
 as a first run would (only once, since it takes minutes; a smaller log warms up the JVM before it); maintain_tables
-clusters their output, as it does each night; then the stages run again after each batch.
+clusters their output, as it does each week; then the stages run again after each batch.
 The last line is one JSON object: share_of_full (seconds of all stages for the median batch over those for the whole
 log), the seconds of each stage for both, and those of maintain_tables, which count in neither. The chart goes to
 build/bench/incremental.svg.

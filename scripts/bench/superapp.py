@@ -119,10 +119,10 @@ class World:
     bots: float = 0.001
 
     @classmethod
-    def of_events(cls, events: int, days: int = 60, seed: int = 1, **shares: float) -> World:
+    def of_events(cls, events: int, days: int = 60, seed: int = 1) -> World:
         """With as many users as make about `events` events."""
-        of_user = days * _EVENTS_A_DAY + shares.get("bots", cls.bots) * _EVENTS_OF_BOT
-        return cls(max(1, round(events / of_user)), days, seed, **shares)
+        of_user = days * _EVENTS_A_DAY + cls.bots * _EVENTS_OF_BOT
+        return cls(max(1, round(events / of_user)), days, seed)
 
     def ranks(self) -> tuple[int, ...]:
         """By vertical: the number of items alive at a time in each group."""
