@@ -96,7 +96,8 @@ def searches(
     """
     sources = {"user": users, "item": items}
     targets = {"user": users, "item": items if offered is None else offered}
-    asked, found = ({name: frame.count() for name, frame in side.items()} for side in (sources, targets))
+    asked = {name: frame.count() for name, frame in sources.items()}
+    found = asked if offered is None else asked | {"item": offered.count()}
     every = []
     for kind in dict.fromkeys(kinds):
         source, target, metric = KINDS[kind]
@@ -226,7 +227,7 @@ def _run(runtime: Runtime, folder: Place) -> None:
         users,
         items,
         settings.kinds,
-        offered=_offered(runtime, items, folder),
+        offered=_offered(runtime, items, folder) if settings.verticals or settings.in_stock is not None else None,
         without=_done_before(runtime.read(SESSIONS), settings.without) if settings.without else None,
     )
     gone = [kind for kind in KINDS if kind not in settings.kinds]
