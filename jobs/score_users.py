@@ -155,8 +155,7 @@ class Scorer:
         if total:
             with self._told(total, total):
                 rows = self.rows(now).join(users, "user_id", "left_semi")
-                old = self.vectors().join(users, "user_id", "left_semi")
-                self._merge(self._encode(rows), old, done=True, note=note)
+                self._merge(self._encode(rows), users, done=True, note=note)
         else:
             runtime.touch(USER_EMBEDDINGS, note=note)
         users.unpersist()
@@ -186,10 +185,10 @@ class Scorer:
         )
         return vectors.withColumn("model_version", F.lit(self.version))
 
-    def _merge(self, new: DataFrame, old: DataFrame, done: bool, note: dict[str, Any]) -> None:
-        """Replaces the vectors `old` by `new`; users without a new vector lose theirs."""
+    def _merge(self, new: DataFrame, users: DataFrame, done: bool, note: dict[str, Any]) -> None:
+        """Writes the vectors `new`; a user of `users` (user_id) without a new vector loses theirs, if they have one."""
         new = new.persist()  # Delta reads it twice
-        gone = old.select(*USER_EMBEDDINGS.key).join(new, "user_id", "left_anti")
+        gone = users.select("user_id", F.lit(self.version).alias("model_version")).join(new, "user_id", "left_anti")
         of_this = F.col("old.model_version") == self.version
         self._runtime.merge(USER_EMBEDDINGS, new, deletes=gone, where=of_this, done=done, note=note)
         new.unpersist()
