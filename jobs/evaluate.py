@@ -62,7 +62,7 @@ from jobs.ranking import (
     top_items,
 )
 from jobs.runtime import Runtime, Stage
-from jobs.spark_session import drawn_by_hash, few_to_all, in_order
+from jobs.spark_session import drawn_by_hash, in_order
 from jobs.splits import Cuts, before_cut, cut_of, cut_times, is_target, refuse_leak, time_at
 from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS, events_of, of_model
 from training.checkpoint import read_about
@@ -354,19 +354,21 @@ def evaluated_rows(runtime: Runtime, model_dir: Path) -> pd.DataFrame:
     hours = "transform(target_ts, t -> (unix_micros(t) - unix_micros(as_of)) / 3.6e9D)"
     rows = runtime.read(SEQUENCES).where(F.col("split") == settings.split)
     rows = rows.withColumn("target_hours", F.expr(hours)).withColumn("cut_us", F.unix_micros("as_of"))
-    _refuse_leak(runtime, rows, model_dir)
+    total, cut_us = rows.agg(F.count("*"), F.min("cut_us")).collect()[0]
+    _refuse_leak(runtime, cut_us, model_dir)
     keep = ["user_id", "cut_us", "item_index", "seen_item_index", "target_item_index", "target_hours"]
-    encoded = encode_sequences(runtime, _sample(rows, settings.max_users), keep, model_dir=model_dir)
+    encoded = encode_sequences(runtime, _sample(rows, total, settings.max_users), keep, model_dir=model_dir)
     found = in_order(encoded.drop("is_cold"), "user_id")
-    if found.empty and not rows.isEmpty():
+    if found.empty and total:
         raise TrailvecError(
             f"evaluate.max_users = {settings.max_users} drew none of the users of split {settings.split}: raise it"
         )
     return found
 
 
-def _refuse_leak(runtime: Runtime, rows: DataFrame, model_dir: Path) -> None:
-    """Raises TrailvecError if the model was trained past the cut of the rows, so that it knows what they ask about."""
+def _refuse_leak(runtime: Runtime, cut_us: int | None, model_dir: Path) -> None:
+    """Raises TrailvecError if the model was trained past `cut_us`, the earliest cut of the rows (None: there are none),
+    so that it knows what they ask about."""
     about, split = read_about(model_dir), runtime.config.evaluate.split
     if runtime.config.sequences.split_by == "leave_one_out":  # each user has their own cut, so as_of tells nothing
         settings = about.get("provenance", {}).get("config", {}).get("sequences", {})
@@ -376,17 +378,15 @@ def _refuse_leak(runtime: Runtime, rows: DataFrame, model_dir: Path) -> None:
                 f"of users who have not acted since: train one with leave_one_out, or set split_by back to time"
             )
         return
-    cut_us = rows.agg(F.min("cut_us")).collect()[0][0]
     if cut_us is not None:
         trained_to = datetime.fromisoformat(about["as_of"])
         later = f"set sequences.{split}_from to a later time"
         refuse_leak(model_dir.name, trained_to, time_at(cut_us), asks=f"split {split}", instead=later)
 
 
-def _sample(rows: DataFrame, max_users: int) -> DataFrame:
-    """About `max_users` rows at most, drawn by a hash of the user."""
-    total = rows.count()
-    return rows if total <= max_users else rows.where(drawn_by_hash(max_users / total, "user_id"))
+def _sample(rows: DataFrame, total: int, most: int) -> DataFrame:
+    """About `most` of the `total` rows at most, drawn by a hash of the user."""
+    return rows if total <= most else rows.where(drawn_by_hash(most / total, "user_id"))
 
 
 def read_catalogue(runtime: Runtime, vectors: DataFrame, version: str) -> Catalogue:
@@ -460,7 +460,7 @@ def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts)
 
     def of(some: DataFrame) -> DataFrame:
         """The sessions of some users, so that no others' events are processed."""
-        return sessions.join(few_to_all(some.select("user_id")), "user_id", "left_semi")
+        return sessions.join(F.broadcast(some.select("user_id")), "user_id", "left_semi")
 
     def matrices(rows: DataFrame, names: list[str], **values: Column) -> list[sp.csr_matrix]:
         """A matrix for each aggregate of `values`, over a user's rows of an item: [users in `names`, items]."""
@@ -473,7 +473,7 @@ def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts)
     own = Own(*matrices(visible, users["user_id"].tolist(), counts=F.count("*"), habits=of_habit))
     # Counted and then sampled: without the checkpoint, the log would be read for each.
     everybody = actions(sessions).where("in_train").select("user_id").distinct().localCheckpoint()
-    known = _sample(everybody, KNN_USERS)
+    known = _sample(everybody, everybody.count(), KNN_USERS)
     names = sorted(row.user_id for row in known.collect())
     return own, *matrices(actions(of(known)).where("in_train"), names, counts=F.count("*"))
 
