@@ -106,7 +106,7 @@ def no_ranking(report: dict[str, Any], settings: AlignSettings) -> str | None:
 def check_again(runtime: Runtime, folder: Path) -> None:
     """Raises TrailvecError if this is the current model, retrained to other weights, and must not replace its own
     vectors, which readers see, or `align` has not checked it yet."""
-    if runtime.newest_current_model() != folder.name or not trained_again(runtime, folder):
+    if not trained_again(runtime, folder) or runtime.newest_current_model() != folder.name:
         return
     report = read_alignment(folder)
     if report is None:
