@@ -176,10 +176,9 @@ def _said(value: float) -> float | None:
 
 def run(runtime: Runtime) -> None:
     folder = model_folder(runtime)
-    onto = runtime.newest_current_model()
     report = read_alignment(folder)
-    if report is None or (runtime.forced and onto != folder.name):
-        _align(runtime, folder, onto)
+    if report is None or (runtime.forced and runtime.newest_current_model() != folder.name):
+        _align(runtime, folder)
         add_to_model(runtime, folder, ROTATION, ALIGNMENT)
         report = read_alignment(folder)
         assert report is not None
@@ -188,12 +187,13 @@ def run(runtime: Runtime) -> None:
     runtime.report.notes.append(report["said"])
     asked = (ask(report, runtime.config.align) for ask in (too_few_items, too_few_users, no_ranking))
     runtime.report.notes += filter(None, asked)
-    if (why := refusal(report, runtime.config.align)) and (onto != folder.name or trained_again(runtime, folder)):
+    why = refusal(report, runtime.config.align)
+    if why and (trained_again(runtime, folder) or runtime.newest_current_model() != folder.name):
         raise TrailvecError(why)
 
 
-def _align(runtime: Runtime, folder: Path, onto: str | None) -> None:
-    about = read_about(folder)
+def _align(runtime: Runtime, folder: Path) -> None:
+    about, onto = read_about(folder), runtime.newest_current_model()
     report: dict[str, Any] = {
         "model_version": folder.name,
         "onto": onto,
