@@ -27,7 +27,7 @@ def item_counts(items: DataFrame, min_count: int) -> npt.NDArray[np.int64]:
 
 
 def item_attributes(items: DataFrame, context_values: DataFrame) -> DataFrame:
-    """item_index and the item's number for each of ITEM_ATTRIBUTES; 0 where it is unknown."""
+    """item_id, item_index and the item's number for each of ITEM_ATTRIBUTES; 0 where it is unknown."""
     numbered = items.withColumn("category", category_value())
     for kind in ("category", "vertical"):
         numbered = numbered.join(numbers_of(context_values, kind), kind, "left")
@@ -36,12 +36,13 @@ def item_attributes(items: DataFrame, context_values: DataFrame) -> DataFrame:
         "vertical": F.coalesce("vertical_index", F.lit(0)),
         "price": F.when(F.col("unit_price").isNull(), 0).otherwise(price_bucket(F.col("unit_price"))),
     }
-    return numbered.select("item_index", *[number_of[name].cast("int").alias(name) for name in ITEM_ATTRIBUTES])
+    numbers = [number_of[name].cast("int").alias(name) for name in ITEM_ATTRIBUTES]
+    return numbered.select("item_id", "item_index", *numbers)
 
 
 def attribute_matrix(attributes: DataFrame, names: Sequence[str], items: int) -> npt.NDArray[np.int32]:
     """int32 [len(names), items] of `item_attributes` rows; items without a row have zeros."""
-    rows = attributes.toPandas()
+    rows = attributes.select("item_index", *names).toPandas()
     matrix = np.zeros((len(names), items), np.int32)
     for place, name in enumerate(names):
         matrix[place, rows["item_index"]] = rows[name]

@@ -67,9 +67,7 @@ def item_vectors(runtime: Runtime, model_dir: Path, turned: bool = True) -> Data
     about = read_about(model_dir)
     check_numbers(runtime, about)
     names = ModelSpec.model_validate(about["spec"]).attribute_sizes
-    items = runtime.read(ITEMS)
-    numbers = item_attributes(items, runtime.read(CONTEXT_VALUES)).select("item_index", *names)
-    rows = items.select("item_id", "item_index").join(numbers, "item_index")
+    rows = item_attributes(runtime.read(ITEMS), runtime.read(CONTEXT_VALUES))
     weights = _ship_weights(runtime.spark, model_dir, about["weights_sha256"])
     rotation = read_rotation(model_dir) if turned else None
     return embed_items(rows.select("item_id", "item_index", *names), weights, rotation)

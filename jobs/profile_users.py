@@ -244,9 +244,8 @@ def _listed(counts: DataFrame) -> DataFrame:
 
 def item_numbers(runtime: Runtime) -> DataFrame:
     """item_id, item_index, category (its number; 0: none) of all items, including rare ones."""
-    items = runtime.read(ITEMS)
-    attributes = item_attributes(items, runtime.read(CONTEXT_VALUES)).select("item_index", "category")
-    return items.select("item_id", "item_index").join(attributes, "item_index")
+    attributes = item_attributes(runtime.read(ITEMS), runtime.read(CONTEXT_VALUES))
+    return attributes.select("item_id", "item_index", "category")
 
 
 def numbered(told: DataFrame, names: tuple[str, ...]) -> DataFrame:
