@@ -15,12 +15,12 @@ from jobs.model_folders import model_folder, model_inputs
 from jobs.models import item_vectors
 from jobs.runtime import Runtime, Stage
 from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS
-from training.checkpoint import read_about
+from training.checkpoint import read_description
 
 
 def run(runtime: Runtime) -> None:
     folder = model_folder(runtime)
-    about = read_about(folder)
+    about = read_description(folder)  # item_vectors checks the weights
     align.check_again(runtime, folder)
     vectors = (
         item_vectors(runtime, folder)

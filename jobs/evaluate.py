@@ -65,7 +65,7 @@ from jobs.runtime import Runtime, Stage
 from jobs.spark_session import drawn_by_hash, in_order
 from jobs.splits import Cuts, before_cut, cut_of, cut_times, is_target, refuse_leak, time_at
 from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS, events_of, of_model
-from training.checkpoint import read_about
+from training.checkpoint import read_description
 from training.floors import Floats, ItemKnn, own_frequency, popularity
 
 TASKS = ("next", "new", "repeat")
@@ -369,7 +369,7 @@ def evaluated_rows(runtime: Runtime, model_dir: Path) -> pd.DataFrame:
 def _refuse_leak(runtime: Runtime, cut_us: int | None, model_dir: Path) -> None:
     """Raises TrailvecError if the model was trained past `cut_us`, the earliest cut of the rows (None: there are none),
     so that it knows what they ask about."""
-    about, split = read_about(model_dir), runtime.config.evaluate.split
+    about, split = read_description(model_dir), runtime.config.evaluate.split
     if runtime.config.sequences.split_by == "leave_one_out":  # each user has their own cut, so as_of tells nothing
         settings = about.get("provenance", {}).get("config", {}).get("sequences", {})
         if settings.get("split_by") == "time":
