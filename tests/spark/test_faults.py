@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -85,6 +86,17 @@ def test_what_lies_beside_the_check_stays(tmp_path: Path, days: Path, monkeypatc
     with pytest.raises(SystemExit):
         faults.main()
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "full_disk"}
+
+
+def test_a_soak_ends_in_the_tables_of_all_days_at_once(tmp_path: Path, days: Path) -> None:
+    """As a command: it starts Spark with settings of its own."""
+    command = [sys.executable, "scripts/faults.py", "soak", "--batches", "2", "--data", str(days)]
+    done = subprocess.run([*command, "--folder", str(tmp_path)], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["batches"], found["wrong"]) == (2, {})
+    assert min(found["rows"][table] for table in ("events", "rejected_events", "sessions")) > 0
+    assert len(list(tmp_path.glob("soak/growing/again-*"))) == 1  # a file came a second time
 
 
 def test_of_two_ingests_at_once_none_loses_or_doubles_a_row(
