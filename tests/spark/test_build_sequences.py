@@ -171,6 +171,26 @@ def test_who_met_an_item_that_becomes_known_has_new_rows(make_runtime: Callable[
     assert by_increments == _rows(runtime)
 
 
+def test_a_user_flagged_later_keeps_no_row(make_runtime: Callable[..., Runtime]) -> None:
+    runtime = make_runtime(*CUTS, "vocabulary.min_count=1")
+    log = [
+        make_event(event_id=f"{user}{n}", user_id=user, item_id="i", event_ts=START + timedelta(hours=hours))
+        for user in "ab"
+        for n, hours in enumerate((0, 1, 20, 50))
+    ]
+    assert {split for user, split, _ in run(runtime, log) if user == "b"} == {"train", "valid", "test", "score"}
+    flag = [("b", START.date(), "events_per_day", 1.0)]
+    add(runtime, FLAGGED_USERS, runtime.spark.createDataFrame(flag, FLAGGED_USERS.schema()))
+    for stage in STAGES:
+        runtime.execute(stage)
+    last = DeltaTable.forPath(runtime.spark, runtime.path(SEQUENCES)).history(1).collect()[0]
+    assert last.operation == "MERGE"
+    by_increment = _rows(runtime)
+    assert {user for user, _, _ in by_increment} == {"a"}
+    runtime.execute(build_sequences.STAGE, force=True)
+    assert by_increment == _rows(runtime)
+
+
 def _rows(runtime: Runtime) -> dict[tuple[str, str, int], Row]:
     rows = runtime.latest(SEQUENCES).collect()
     found = {(r.user_id, r.split, r.part): r.asDict() for r in rows}
