@@ -271,6 +271,7 @@ def batches(chance: random.Random) -> tuple[list[Row], list[tuple[str, list[Row]
     max_minutes=st.sampled_from([30, None]),
     max_events=st.sampled_from([10_000, 2]),
     midnight_of=st.sampled_from(["Europe/London", None]),
+    cut_on_vertical=st.booleans(),
 )
 def test_law_1_any_split_into_batches_ends_in_the_sessions_of_one_batch(
     make_runtime: Callable[..., Runtime],
@@ -279,9 +280,11 @@ def test_law_1_any_split_into_batches_ends_in_the_sessions_of_one_batch(
     max_minutes: float | None,
     max_events: int,
     midnight_of: str | None,
+    cut_on_vertical: bool,
 ) -> None:
     log, sent = log_and_batches
     sets = [*GAPS, f"sessionize.max_events={max_events}"]
+    sets += ["sessionize.cut_on_vertical=true"] if cut_on_vertical else []
     sets += [f"sessionize.max_minutes={max_minutes}"] if max_minutes else []
     sets += [f"sessionize.midnight_of={midnight_of}"] if midnight_of else []
     runtime = make_runtime(*sets, root=tmp_path_factory.mktemp("batches"))
@@ -299,6 +302,7 @@ def test_law_1_any_split_into_batches_ends_in_the_sessions_of_one_batch(
         max_length=timedelta.max if max_minutes is None else timedelta(minutes=max_minutes),
         max_events=max_events,
         midnight_of=midnight_of,
+        cut_on_vertical=cut_on_vertical,
     )
     assert in_words(found) == sorted([e["event_id"] for e in s] for s in expected)
 
