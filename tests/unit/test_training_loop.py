@@ -253,7 +253,7 @@ def test_a_model_of_other_tables_that_had_these_names_is_grown_from(
     monkeypatch.setattr("jobs.train.model_folder", lambda runtime: tmp_path)
     monkeypatch.setattr("jobs.train.read_about", lambda folder: about)
     monkeypatch.setattr(runtime, "provenance", lambda: made)
-    monkeypatch.setattr(runtime, "state", lambda table: (runtime._table_ids[table.name], reads[table.name]))
+    monkeypatch.setattr(runtime, "table_id", lambda table: runtime._table_ids[table.name])
     monkeypatch.setattr(runtime, "commits", lambda table: commits)
     for name in ("version", "changed_version"):
         monkeypatch.setattr(runtime, name, lambda table: reads[table.name])
@@ -275,7 +275,7 @@ def test_rows_with_the_numbers_of_other_tables_are_refused(tmp_path: Path, monke
     runtime = Runtime(make_config(tmp_path))
     made = {"config": runtime.config.model_dump(mode="json"), "reads": {"items": 2}, "table_ids": {"items": "a"}}
     monkeypatch.setattr(runtime, "last_writer", lambda table: made)
-    monkeypatch.setattr(runtime, "state", lambda table: ("made anew", 0))
+    monkeypatch.setattr(runtime, "table_id", lambda table: "made anew")
     with pytest.raises(
         TrailvecError, match=r"table sequences uses the numbers of .* created again since: run `trailvec b"
     ):
