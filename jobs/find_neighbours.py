@@ -227,7 +227,7 @@ def _run(runtime: Runtime, folder: Place) -> None:
         users,
         items,
         settings.kinds,
-        offered=_offered(runtime, items, folder) if settings.verticals or settings.in_stock is not None else None,
+        offered=_offered(runtime, items, folder),
         without=_done_before(runtime.read(SESSIONS), settings.without) if settings.without else None,
     )
     gone = [kind for kind in KINDS if kind not in settings.kinds]
@@ -262,9 +262,11 @@ def _vectors(runtime: Runtime, table: Table, key: str, version: str) -> DataFram
     return rows.select(F.col(key).alias("id"), "vector")
 
 
-def _offered(runtime: Runtime, items: DataFrame, folder: Place) -> DataFrame:
-    """The items that may be neighbours. `folder` as in `read_items`."""
+def _offered(runtime: Runtime, items: DataFrame, folder: Place) -> DataFrame | None:
+    """The items that may be neighbours; None: all. `folder` as in `read_items`."""
     settings = runtime.config.neighbours
+    if not settings.verticals and settings.in_stock is None:
+        return None
     if settings.verticals:
         verticals = runtime.read(ITEMS).where("vertical IS NOT NULL").select("vertical").distinct().collect()
         there = sorted(row["vertical"] for row in verticals)

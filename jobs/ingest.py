@@ -119,15 +119,18 @@ def same_ids(table: str, low: str, high: str, days: Sequence[date] | None) -> Co
 
 
 def commit_batch(
-    runtime: Runtime, frames: list[DataFrame], batch: tuple[str, int], read: Counter[str | None], again: bool
-) -> None:
+    runtime: Runtime, frames: list[DataFrame], batch: tuple[str, int], earlier: Counter[str | None], again: bool
+) -> Counter[str | None]:
     """Deduplicates one batch of records, checks the share refused, and commits it.
 
     Args:
         frames: results of `to_events`.
         batch: its writer and number; rejected_events takes the rows of a batch only once.
-        read: records per reason (None: events) in this run's earlier batches; this batch's are added.
+        earlier: records per reason (None: events) in this run's earlier batches.
         again: the inputs are read again, so rejected_events may already hold what is refused.
+
+    Returns:
+        This batch's records per reason.
 
     Raises:
         TrailvecError: too large a share of the run's records is refused.
@@ -154,8 +157,7 @@ def commit_batch(
         # A stored event is replaced by one with the same id that sorts before it.
         replaced = sum(row["count"] for row in found if row["stored"] and row["reason"] is not None)
         runtime.report.rows_in["records"] += counts.total()
-        read += counts
-        _check_share(records.where(~F.col("stored")), counts, read, settings.max_rejected_share)
+        _check_share(records.where(~F.col("stored")), counts, earlier + counts, settings.max_rejected_share)
         refused = records.where(F.col("reason").isNotNull() & ~F.col("reason").isin(*_NO_REFUSAL))
         refused = refused.withColumn("refused_on", F.current_date())
         if again:
@@ -167,6 +169,7 @@ def commit_batch(
             if same_day:
                 where &= F.to_date("old.event_ts") == F.to_date("new.event_ts")
             runtime.merge(EVENTS, new, where=where, insert_only=replaced == 0, few=few, done=False)
+        return counts
     finally:
         records.unpersist()
         given.unpersist()
@@ -267,17 +270,14 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
         try:
             if raw := _read_batch(runtime, mapping, records, f"{name}: batch {batch_number}"):
                 query = json.loads((checkpoint / "metadata").read_text())["id"]
-                before = runtime.report.rows_in["records"]
                 events = [to_events(frame, mapping, source.name, settings, now, zones=zones) for frame in raw]
                 # A batch repeated after a kill may be among the counts already.
                 earlier = _total(found for number, found in counts.items() if number < batch_number)
-                read = earlier.copy()
-                commit_batch(runtime, events, (f"ingest-{query}", batch_number), read, reads_again)
-                counts[batch_number] = read - earlier
+                of_batch = commit_batch(runtime, events, (f"ingest-{query}", batch_number), earlier, reads_again)
+                counts[batch_number] = of_batch
                 write_json(counted, {str(number): list(found.items()) for number, found in counts.items()})
-                count = runtime.report.rows_in["records"] - before
                 seconds = time.monotonic() - started
-                runtime.on_progress(f"{name}: batch {batch_number}, {count:,} records in {seconds:.1f} s")
+                runtime.on_progress(f"{name}: batch {batch_number}, {of_batch.total():,} records in {seconds:.1f} s")
         except BaseException as error:
             failed.append(error)
             raise RuntimeError("the batch failed") from error  # the JVM does not pass the error on; `failed` does

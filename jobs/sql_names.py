@@ -72,8 +72,10 @@ def register_tables(runtime: Runtime) -> None:
 
 
 def _is_of_a_root(table: Table, found: dict[str, list[str]]) -> bool:
-    """Whether the catalogue's table of that name is one of ours, of this root or another."""
-    return any(re.fullmatch(f"Location: .*/tables/{table.name}", line) for line in found.get(table.name, []))
+    """Whether the catalogue's table of that name is one of ours, of this root or another. (A managed one never is, and
+    would be dropped with its files.)"""
+    told = found.get(table.name, [])
+    return "Type: EXTERNAL" in told and any(re.fullmatch(f"Location: .*/tables/{table.name}", line) for line in told)
 
 
 def tables_to_see(runtime: Runtime) -> dict[str, bool | None]:

@@ -322,10 +322,10 @@ def _pass_over_rows(run: _Run, epoch: int) -> None:
         if since[ROWS] >= spec.train_rows / CURVE_POINTS and since[POSITIONS] > 0:  # one-action rows have no target
             progress.curve.append([progress.rows_done, _loss(since)])
             progress.curve_sums = progress.sums
-        since = everyone - told
-        if rank == 0 and now - run.said > SECONDS_BETWEEN_LINES and since[POSITIONS] > 0:
+        unsaid = everyone - told
+        if rank == 0 and now - run.said > SECONDS_BETWEEN_LINES and unsaid[POSITIONS] > 0:
             run.said, told = now, everyone
-            figures = {**_figures(spec, progress), "loss": _loss(since)}  # the epoch's mean would hide a spike
+            figures = {**_figures(spec, progress), "loss": _loss(unsaid)}  # the epoch's mean would hide a spike
             _say("step", **figures, learning_rate=run.learning_rate)
         if someone_is_due:  # only rank 0's clock counts
             _refuse_broken(run.model, epoch)

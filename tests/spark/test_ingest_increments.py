@@ -174,10 +174,10 @@ def test_a_changed_path_reads_again_and_writes_nothing_again(
 
     commit = ingest.commit_batch
 
-    def only_one(runtime: Runtime, frames: list[DataFrame], batch: tuple[str, int], *rest: Any) -> None:
+    def only_one(runtime: Runtime, frames: list[DataFrame], batch: tuple[str, int], *rest: Any) -> Any:
         if batch[1] == 1:
             raise TrailvecError("stopped")
-        commit(runtime, frames, batch, *rest)
+        return commit(runtime, frames, batch, *rest)
 
     changed = load_source(source(tmp_path, 'path = "log?.csv"\nformat = "csv"'))
     ingest._checkpoint(runtime, changed, changed.input[0]).mkdir()  # as an early kill may leave it
@@ -365,8 +365,8 @@ def test_a_topic_is_read_once_across_a_broker_that_dies_in_the_middle(
 ) -> None:
     commit, dead_after = ingest.commit_batch, []
 
-    def commit_and_kill(runtime: Runtime, frames: list[DataFrame], batch: tuple[str, int], *rest: Any) -> None:
-        commit(runtime, frames, batch, *rest)
+    def commit_and_kill(runtime: Runtime, frames: list[DataFrame], batch: tuple[str, int], *rest: Any) -> Any:
+        counts = commit(runtime, frames, batch, *rest)
         if batch[1] in (0, 3):  # the first of a run's two or three batches
             broker.kill()
             with pytest.raises(TrailvecError, match="has exited"):
@@ -374,6 +374,7 @@ def test_a_topic_is_read_once_across_a_broker_that_dies_in_the_middle(
             broker.start()
             broker.check()
             dead_after.append(batch[1])
+        return counts
 
     def send(first: int, last: int) -> None:
         value = (

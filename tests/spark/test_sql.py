@@ -324,10 +324,12 @@ def test_a_query_joins_tables_by_name(shop: Runtime) -> None:
     assert comments["vector"] == "The vector."
 
 
-def test_a_table_of_yours_stays(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
-    spark.sql("CREATE DATABASE theirs")
+def test_a_table_of_yours_stays(make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path) -> None:
+    spark.sql(f"CREATE DATABASE theirs LOCATION '{tmp_path}/tables'")  # where one of ours might be
     spark.sql("CREATE TABLE theirs.current_model USING parquet AS SELECT 1 AS a")
     runtime = make_runtime("storage.database=theirs")
+    query(runtime, "SELECT 1")  # there is none of ours yet
+    assert spark.table("theirs.current_model").count() == 1
     runtime.create(CURRENT_MODEL)
     with pytest.raises(
         TrailvecError, match=r"^database theirs already has another table current_model: choose another"
