@@ -328,7 +328,8 @@ def test_a_table_of_yours_stays(make_runtime: Callable[..., Runtime], spark: Spa
     spark.sql(f"CREATE DATABASE theirs LOCATION '{tmp_path}/tables'")  # where one of ours might be
     spark.sql("CREATE TABLE theirs.current_model USING parquet AS SELECT 1 AS a")
     runtime = make_runtime("storage.database=theirs")
-    query(runtime, "SELECT 1")  # there is none of ours yet
+    runtime.create(NEIGHBOURS)
+    query(runtime, "SELECT 1")  # registers NEIGHBOURS; of this name there is none of ours yet
     assert spark.table("theirs.current_model").count() == 1
     runtime.create(CURRENT_MODEL)
     with pytest.raises(
