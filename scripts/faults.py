@@ -1,7 +1,7 @@
 """Checks what faults leave behind, with real processes on real days: python scripts/faults.py CHECK [--data FOLDER]
 
-  kills        kills the process and its JVM (SIGKILL) at a random moment of ingest, then of sessionize, then runs to
-               the end; repeats until the given number of kills
+  kills        kills the process and its JVM (SIGKILL) at a random moment of ingest, then of sessionize, both of which
+               add days to tables of the first day, then runs to the end; repeats until the given number of kills
   two_ingests  two identical ingests at once
   full_disk    a disk (tmpfs, in its own mount namespace) that fills up midway, then has room again
   soak         the days in shuffled order, in the given number of batches, some of their files twice
@@ -41,6 +41,8 @@ from jobs.runtime import Runtime
 REPOSITORY = Path(__file__).parents[1]
 TABLES = ("events", "rejected_events", "flagged_users", "sessions")
 _OF_THE_RUN = MappingProxyType({"rejected_events": "refused_on"})  # midnight may fall between two runs
+# A rejected record names its file, whose path differs where days are copied into a folder that grows.
+_OF_THE_FOLDER = MappingProxyType({"rejected_events": "file, refused_on"})
 # Rules strict enough to cut sessions and flag users on these days, so that every stage has something to write.
 CONF = """
 [spark]
@@ -135,43 +137,57 @@ def undisturbed_run(folder: Path, data: Path) -> tuple[Job, float]:
 
 
 def kills(folder: Path, data: Path, compared: tuple[Job, float], times: int, seed: int) -> dict[str, Any]:
-    """Kills ingest and sessionize in turn; then the same command runs to its end."""
-    chance = random.Random(seed)
-    (undisturbed, whole), killed = compared, Job(folder, data, folder / "killed")
+    """Kills ingest and sessionize in turn, while they add the other days to tables of the first; then the same command
+    runs to its end."""
+    chance, growing, first_day = random.Random(seed), folder / "growing", folder / "first_day"
+    (undisturbed, whole), killed = compared, Job(folder, growing, folder / "killed")
+    growing.mkdir()
+    first, *later = sorted(data.glob("*.csv"))
+    shutil.copy(first, growing)
+    killed.run()
+    shutil.copytree(killed.root, first_day)
+    before = _books(killed)
+    for day in later:
+        shutil.copy(day, growing)
+    killed.run()  # to time the two stages
     # Timed from the start of the stage: how long Python, Java and Spark take to start varies too much.
-    written = [path.stat().st_mtime for path in _books(undisturbed).rglob("*")]
+    written = [path.stat().st_mtime for path in _books(killed) - before]
     stages: dict[str, tuple[float, Callable[[], bool]]] = {
-        "ingest": (max(written) - min(written), _books(killed).exists),
-        "sessionize": (undisturbed.seconds()["sessionize"], lambda: "flag_users" in killed.seconds()),
+        "ingest": (max(written) - min(written), lambda: bool(_books(killed) - before)),
+        "sessionize": (killed.seconds()["sessionize"], lambda: "flag_users" in killed.seconds()),
     }
+    left = {"ingest": times - times // 2, "sessionize": times // 2}
     done: list[dict[str, Any]] = []
     wrong: dict[str, int] = {}
-    while len(done) < times:
-        for stage, (length, has_begun) in list(stages.items())[: times - len(done)]:
+    while any(left.values()):
+        shutil.rmtree(killed.root)
+        shutil.copytree(first_day, killed.root)
+        for stage in [stage for stage in stages if left[stage]]:
+            length, has_begun = stages[stage]
             process = killed.start()
             while not has_begun() and process.poll() is None:
                 time.sleep(0.05)
             moment = chance.uniform(0, 0.9) * length
             try:
-                process.wait(moment)  # ends only if it is faster than the undisturbed run
+                process.wait(moment)  # ends only if it is faster than the timed run
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
             if code not in (0, -signal.SIGKILL):
                 raise RuntimeError(f"a run ended by itself with code {code}: {killed.said.read_text()}")
-            before = list(killed.seconds())
-            if code and stage not in before:
-                done.append({"stage": stage, "after_s": round(moment, 1), "of_s": round(length, 1), "done": before})
+            finished = list(killed.seconds())
+            if code and stage not in finished:
+                left[stage] -= 1
+                done.append({"stage": stage, "after_s": round(moment, 1), "of_s": round(length, 1), "done": finished})
                 print(f"killed in {stage}, after {moment:.1f} of {length:.1f} s", flush=True)
         killed.run()
-        wrong |= _wrong(undisturbed.root, killed.root)
-        shutil.rmtree(killed.root)
+        wrong |= _wrong(undisturbed.root, killed.root, without=_OF_THE_FOLDER)
     return {"undisturbed_s": round(whole, 1), "kills": done, "wrong": wrong}
 
 
-def _books(job: Job) -> Path:
-    """The ingest stream's checkpoint, which exists from the first batch on."""
-    return job.root / "checkpoints/ingest"
+def _books(job: Job) -> set[Path]:
+    """The files of the ingest streams' checkpoints in which batches are begun and ended."""
+    return {path for kind in ("offsets", "commits") for path in job.root.glob(f"checkpoints/ingest/*/{kind}/[0-9]*")}
 
 
 def two_ingests(folder: Path, data: Path, compared: tuple[Job, float]) -> dict[str, Any]:
@@ -221,9 +237,7 @@ def full_disk_mounted(folder: Path, data: Path, undisturbed: Path) -> dict[str, 
         filler.unlink()
     kept = {table: count >= before[table] for table, count in _counts(job.root).items()}
     job.run()
-    # A rejected record names its file, whose path differs here.
-    wrong = differences(undisturbed, job.root, without={"rejected_events": "file, refused_on"})
-    return {"full": attempts, "kept": kept, "wrong": {table: rows for table, rows in wrong.items() if rows}}
+    return {"full": attempts, "kept": kept, "wrong": _wrong(undisturbed, job.root, without=_OF_THE_FOLDER)}
 
 
 def _counts(root: Path) -> dict[str, int]:
@@ -265,8 +279,10 @@ def soak(folder: Path, data: Path, batches: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _wrong(one: Path, other: Path, tables: Sequence[str] = TABLES) -> dict[str, int]:
-    return {table: rows for table, rows in differences(one, other, tables).items() if rows}
+def _wrong(
+    one: Path, other: Path, tables: Sequence[str] = TABLES, without: Mapping[str, str] = _OF_THE_RUN
+) -> dict[str, int]:
+    return {table: rows for table, rows in differences(one, other, tables, without).items() if rows}
 
 
 def main() -> None:

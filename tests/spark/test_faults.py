@@ -51,19 +51,20 @@ def test_kills_at_random_moments_leave_no_trace(tmp_path: Path, days: Path, comp
     assert found["wrong"] == {}, found
 
 
-def test_a_run_that_fails_by_itself_is_no_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    undisturbed = Job(tmp_path, tmp_path, tmp_path / "undisturbed")
-    undisturbed.said.write_text("✓ ingest 1.0 s\n✓ flag_users 1.0 s\n✓ sessionize 1.0 s\n")
-    (undisturbed.root / "checkpoints/ingest/retail").mkdir(parents=True)
-    endings = iter(["echo it is broken; exit 1"])
+def test_a_run_that_fails_by_itself_is_no_kill(tmp_path: Path, days: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    books = tmp_path / "killed/checkpoints/ingest/retail/offsets"
+    books.mkdir(parents=True)
+    # A run over the first day, one over all, and the one to be killed.
+    endings = iter(["true", f"touch {books}/1; echo '✓ sessionize 1.0 s'", "echo it is broken; exit 1"])
 
     def start(job: Job) -> subprocess.Popen[bytes]:
         with job.said.open("wb") as said:
-            return subprocess.Popen(["sh", "-c", next(endings, "true")], stdout=said)
+            return subprocess.Popen(["sh", "-c", next(endings)], stdout=said)
 
     monkeypatch.setattr(Job, "start", start)
-    with pytest.raises(RuntimeError, match="code 1: it is broken"):
-        kills(tmp_path, tmp_path, (undisturbed, 3.0), times=2, seed=0)
+    undisturbed = Job(tmp_path, days, tmp_path / "undisturbed")
+    with pytest.raises(RuntimeError, match="a run ended by itself with code 1: it is broken"):
+        kills(tmp_path, days, (undisturbed, 3.0), times=2, seed=0)
 
 
 def test_data_without_days_is_told_and_nothing_is_removed(
