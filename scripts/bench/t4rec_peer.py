@@ -12,9 +12,12 @@ import math
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 import transformers4rec.torch as tr
 from measure import cpu_seconds
@@ -24,7 +27,7 @@ from transformers4rec.config.trainer import T4RecTrainingArguments
 from transformers4rec.config.transformer import GPT2Config
 from transformers4rec.torch.tabular.aggregation import ElementwiseSum
 
-from training.batches import FEATURES
+from training.batches import FEATURES, pad
 from training.config import ModelSpec, RunSpec
 from training.model import SequenceModel, build_model
 
@@ -116,8 +119,32 @@ class Clock(TrainerCallback):
         self.cpu_seconds.append(cpu_seconds() - self._worked)
 
 
+def held_out_batches(spec: RunSpec) -> Iterator[dict[str, torch.Tensor]]:
+    """The rows that no contestant trains on, 256 at a time, padded to the model's maximum length: int64 [rows, length]
+    by feature. They lie beside the counts, as held-out.parquet."""
+    rows = pq.read_table(Path(spec.item_counts).with_name("held-out.parquet"))
+    for batch in rows.to_batches(256):
+        lengths = batch["length"].to_numpy().astype(np.int64)
+        flat = {name: batch[name].flatten().to_numpy() for name in FEATURES}
+        yield {name: torch.from_numpy(pad(flat[name], lengths, spec.model.max_length)).long() for name in FEATURES}
+
+
+@torch.no_grad()
+def held_out_loss(model: torch.nn.Module, spec: RunSpec) -> float:
+    """The mean cross-entropy of each next item of the held-out rows, without dropout."""
+    model.eval()
+    loss, targets = 0.0, 0
+    for batch in held_out_batches(spec):
+        count = int((batch[FEATURES[0]][:, 1:] > 0).sum())
+        # `training` is what makes it predict each item, not only a row's last.
+        loss += count * float(model(batch, training=True)["loss"])
+        targets += count
+    return loss / targets
+
+
 def train(spec: RunSpec) -> list[dict[str, float]]:
-    """Each epoch's `rows_per_second`, `rows_per_cpu_second` and mean `loss` over its steps."""
+    """Each epoch's `rows_per_second`, `rows_per_cpu_second` and mean `loss` over its steps; the last one's
+    `held_out_loss` too, unless the softmax is a sampled one."""
     settings = spec.settings
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
@@ -154,7 +181,7 @@ def train(spec: RunSpec) -> list[dict[str, float]]:
         trainer = tr.Trainer(model, arguments, schema=schema, train_dataset_or_path=paths, callbacks=[clock])
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return [
+    epochs = [
         {
             "rows_per_second": spec.train_rows / seconds,
             "rows_per_cpu_second": spec.train_rows / worked,
@@ -162,3 +189,6 @@ def train(spec: RunSpec) -> list[dict[str, float]]:
         }
         for seconds, worked, loss in zip(clock.seconds, clock.cpu_seconds, losses, strict=True)
     ]
+    if not spec.model.negatives:
+        epochs[-1]["held_out_loss"] = held_out_loss(model, spec)
+    return epochs

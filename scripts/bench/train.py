@@ -6,6 +6,7 @@ turns, medians of the epochs' examples/s:
 
   trailvec           the product's loop, full softmax over 12,000 items
   peer               Transformers4Rec's Trainer and PyarrowDataLoader: same model, initial weights, rows and loss
+  trailvec longer    trailvec for half as many epochs more
   sampled 100k       the loop with sampled softmax over 100,000 items, with the row-wise optimizer that `trailvec train`
                      takes for so many
   peer 100k          the Trainer with full softmax over them
@@ -17,12 +18,13 @@ turns, medians of the epochs' examples/s:
 
 A first round is not counted. Then up to ten steps are profiled (the rows of --quick give two).
 
-The last line is one JSON object: speedup_vs_t4rec_trainer, speedup_sampled_100k, fed_vs_synthetic, two_rank_speedup,
-two_rank_speedup_sampled (ratios of the above), data_wait_share (the share of the fed loop's time spent waiting for
-batches, the first one included), data_first_wait_s (that first wait), and for each contestant the median and the last
-epoch's loss. cpu_...: the same in CPU seconds, which a busy
-machine affects less, least of all with OMP_WAIT_POLICY=passive. A chart of seconds per 1,000 rows:
-build/bench/train.svg.
+The last line is one JSON object: speedup_vs_t4rec_trainer, speedup_at_peers_loss (of trailvec longer, all its epochs
+counted), speedup_sampled_100k, fed_vs_synthetic, two_rank_speedup, two_rank_speedup_sampled; data_wait_share (the share
+of the fed loop's time spent waiting for batches, the first one included), data_first_wait_s (that first wait); for each
+contestant the median and the last epoch's loss: trailvec's is the mean of all actions, the Trainer's that of its steps.
+held_out_loss, of those with a full softmax, is the same figure for both: the mean over the next items of rows that
+neither has trained on. cpu_...: the same in CPU seconds, which a busy machine affects less, least of all with
+OMP_WAIT_POLICY=passive. A chart of seconds per 1,000 rows: build/bench/train.svg.
 """
 
 from __future__ import annotations
@@ -49,25 +51,28 @@ from measure import bars, cpu_seconds, last_line, said
 
 from jobs.launch_training import launch
 from training import loop
-from training.batches import BUCKET_SIZES, FEATURES, MAX_GAP_BUCKET
-from training.checkpoint import read_about
+from training.batches import BUCKET_SIZES, FEATURES, MAX_GAP_BUCKET, TARGET
+from training.checkpoint import read_about, read_tensors
 from training.config import ModelSpec, RunSpec, TrainSettings
 from training.data import read_batches
+from training.model import build_model
 
 MAX_LENGTH = 64
 MEDIAN_LENGTH, SPREAD = 8, 0.9  # SPREAD: standard deviation of the logarithm
 ROWS_PER_FILE = 1024
 ITEMS, MANY_ITEMS = 12_000, 100_000
 CONTEXT_SIZES = {"event_type_index": 6, "vertical_index": 6, **BUCKET_SIZES}
+LONGER = 1.5  # times the epochs: takes trailvec below the peer's held-out loss
 QUICK = ("trailvec", "peer", "sampled 100k", "peer 100k", "fed", "in memory", "1 rank", "2 ranks")
-CONTESTANTS = (*QUICK, "peer sampled 100k", "1 rank sampled", "2 ranks sampled")
+CONTESTANTS = (*QUICK, "trailvec longer", "peer sampled 100k", "1 rank sampled", "2 ranks sampled")
 Epochs = list[dict[str, Any]]
 
 
 def write_rows(folder: Path, items: int, files: int) -> None:
-    """Writes `files` Parquet files of ROWS_PER_FILE rows, one row group each, and the items' counts."""
+    """Writes `files` Parquet files of ROWS_PER_FILE rows, one row group each, as many rows to hold out as one of them,
+    and the items' counts."""
     random = np.random.default_rng(items)
-    rows = files * ROWS_PER_FILE
+    rows = (files + 1) * ROWS_PER_FILE
     lengths = np.exp(random.normal(np.log(MEDIAN_LENGTH), SPREAD, rows)).round().clip(2, MAX_LENGTH).astype(np.int64)
     popularity = (1 / np.arange(1, items + 1)).cumsum()
     following = random.permutation(items)
@@ -88,10 +93,11 @@ def write_rows(folder: Path, items: int, files: int) -> None:
     offsets = pa.array(np.concatenate([[0], lengths.cumsum()]), pa.int32())
     lists = {n: pa.ListArray.from_arrays(offsets, pa.array(actions[n], pa.int32())) for n in FEATURES}
     table = pa.table({"length": pa.array(lengths, pa.int32()), **lists})
-    for number in range(files):
-        pq.write_table(table.slice(number * ROWS_PER_FILE, ROWS_PER_FILE), folder / f"part-{number:03}.parquet")
+    for number, name in enumerate([*(f"part-{number:03}" for number in range(files)), "held-out"]):
+        pq.write_table(table.slice(number * ROWS_PER_FILE, ROWS_PER_FILE), folder / f"{name}.parquet")
     # Every item is known, because Transformers4Rec's softmax covers them all.
-    counts = np.bincount(actions[FEATURES[0]], minlength=items + 2) + 1
+    trained_on = actions[FEATURES[0]][: offsets[files * ROWS_PER_FILE].as_py()]
+    counts = np.bincount(trained_on, minlength=items + 2) + 1
     counts[:2] = 0
     np.save(folder / "counts.npy", counts)
 
@@ -167,7 +173,8 @@ def watched(spec: RunSpec, out: Path, read: Callable[..., Iterator[Batch]]) -> E
 
 
 def fed(spec: RunSpec, out: Path) -> Epochs:
-    """Runs the loop over its files; keeps the last epoch's batches."""
+    """Runs the loop over its files; keeps the last epoch's batches. The last epoch's `held_out_loss` is the model's,
+    unless the softmax is a sampled one."""
 
     def read(*args: Any, **options: Any) -> Iterator[Batch]:
         _kept.clear()
@@ -175,7 +182,24 @@ def fed(spec: RunSpec, out: Path) -> Epochs:
             _kept.append(batch)
             yield batch
 
-    return watched(spec, out, read)
+    epochs = watched(spec, out, read)
+    if not spec.model.negatives:
+        epochs[-1]["held_out_loss"] = held_out_loss(spec, out)
+    return epochs
+
+
+@torch.no_grad()
+def held_out_loss(spec: RunSpec, out: Path) -> float:
+    """The same figure as `t4rec_peer.held_out_loss`, of the model that was last trained here."""
+    model = build_model(spec.model, torch.from_numpy(np.load(spec.item_counts)))
+    model.load_tensors(read_tensors(out / "model.safetensors"))
+    model.eval()
+    loss, targets = 0.0, 0
+    for batch in t4rec_peer.held_out_batches(spec):
+        following = torch.nn.functional.pad(batch[FEATURES[0]][:, 1:], (0, 1))
+        summed, count = model.loss({**batch, TARGET: following})
+        loss, targets = loss + float(summed), targets + count
+    return loss / targets
 
 
 def in_memory(spec: RunSpec, out: Path) -> Epochs:
@@ -217,6 +241,7 @@ def launched(spec: RunSpec, out: Path) -> Epochs:
 
 RATIOS = {
     "speedup_vs_t4rec_trainer": ("trailvec", "peer"),
+    "speedup_at_peers_loss": ("trailvec longer", "peer"),
     "speedup_sampled_100k": ("sampled 100k", "peer 100k"),
     "speedup_sampled_100k_vs_peer_sampled": ("sampled 100k", "peer sampled 100k"),
     "fed_vs_synthetic": ("fed", "in memory"),
@@ -226,8 +251,11 @@ RATIOS = {
 
 
 def ratios(rates: dict[str, float], prefix: str = "") -> dict[str, float]:
-    """Ratios of the contestants' rates, where both were measured."""
-    return {prefix + key: rates[a] / rates[b] for key, (a, b) in RATIOS.items() if a in rates and b in rates}
+    """Ratios of the contestants' rates, where both were measured; of a longer training's rate per epoch of the
+    others."""
+    epochs = {"trailvec longer": LONGER}
+    known = [(key, a, b) for key, (a, b) in RATIOS.items() if a in rates and b in rates]
+    return {prefix + key: rates[a] / epochs.get(a, 1) / rates[b] for key, a, b in known}
 
 
 def parsed() -> argparse.Namespace:
@@ -249,13 +277,13 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parsed()
-    rounds = arguments.rounds or (1 if arguments.quick else 5)
-    folder = arguments.folder.absolute() / "train"
+    folder, rounds = arguments.folder.absolute() / "train", arguments.rounds or (1 if arguments.quick else 5)
     few, epochs = arguments.files or (1 if arguments.quick else 16), 1 if arguments.quick else 2
     for items in (ITEMS, MANY_ITEMS):
         write_rows(folder / str(items), items, few)
 
     full = run_spec(folder / str(ITEMS), ITEMS, max(few // 2, 1), negatives=0, epochs=epochs)
+    more = {"settings": full.settings.model_copy(update={"epochs": round(LONGER * epochs)})}
     sampled = run_spec(folder / str(ITEMS), ITEMS, few, negatives=1024, epochs=epochs)
     sampled_100k = run_spec(folder / str(MANY_ITEMS), MANY_ITEMS, few, negatives=1024)
     full_100k = run_spec(folder / str(MANY_ITEMS), MANY_ITEMS, max(few // 8, 1), negatives=0)
@@ -276,6 +304,7 @@ def main() -> None:
         contestants: dict[str, Callable[[], Epochs]] = {
             "trailvec": functools.partial(here, fed, full),
             "peer": functools.partial(there, full),
+            "trailvec longer": functools.partial(here, fed, full.model_copy(update=more)),
             "sampled 100k": functools.partial(here, fed, sampled_100k),
             "peer 100k": functools.partial(there, full_100k),
             "peer sampled 100k": functools.partial(there, sampled_100k),
@@ -291,6 +320,7 @@ def main() -> None:
         rates: dict[str, list[float]] = {name: [] for name in contestants}
         by_cpu: dict[str, list[float]] = {name: [] for name in contestants}
         losses: dict[str, list[float]] = {name: [] for name in contestants}
+        held_out: dict[str, float | None] = {}  # the same in each round: the seed is
         waited: list[float] = []
         first_waits: list[float] = []
         for number in range(1 if arguments.quick else 0, rounds + 1):
@@ -300,6 +330,7 @@ def main() -> None:
                     continue
                 rates[name] += [epoch["rows_per_second"] for epoch in ran]
                 losses[name].append(ran[-1]["loss"])
+                held_out[name] = ran[-1].get("held_out_loss")
                 if name == "fed":
                     waited += [epoch["waited"] for epoch in ran]
                     first_waits += [epoch["first_wait"] for epoch in ran]
@@ -310,8 +341,7 @@ def main() -> None:
                 )
         tables = {name: here(profile, spec) for name, spec in (("full", full), ("sampled 100k", sampled_100k))}
 
-    for name, table in tables.items():
-        print(f"{name}: {table}")
+    print("\n".join(f"{name}: {table}" for name, table in tables.items()))
     bars(folder.parent / "train.svg", {name: [1000 / rate for rate in values] for name, values in rates.items()})
     median = {name: statistics.median(values) for name, values in rates.items()}
     cpu = {name: statistics.median(values) for name, values in by_cpu.items() if values}
@@ -319,6 +349,7 @@ def main() -> None:
     if waited:
         result["data_wait_share"] = statistics.median(waited)
         result["data_first_wait_s"] = statistics.median(first_waits)
+    result |= {f"{name.replace(' ', '_')}_held_out_loss": loss for name, loss in held_out.items() if loss}
     for name, rate in median.items():
         key = name.replace(" ", "_")
         result |= {f"{key}_examples_per_s": round(rate), f"{key}_loss": statistics.median(losses[name])}
