@@ -1,4 +1,4 @@
-"""Charts as byte-reproducible SVG. The only module that imports matplotlib.
+"""Charts as byte-reproducible SVG. The stages' only module that imports matplotlib.
 
 Text stays text, drawn in the font of the enclosing page; names may contain any characters.
 """

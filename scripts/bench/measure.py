@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from matplotlib.figure import Figure
 from pyspark.sql import DataFrame, SparkSession
 
 from jobs.config import Config, load_config
@@ -203,10 +204,8 @@ def in_turns(
 
 def exponent(points: Sequence[tuple[float, float]]) -> float:
     """The slope of log y against log x by least squares."""
-    xs, ys = [math.log(x) for x, _ in points], [math.log(y) for _, y in points]
-    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
-    covariance = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True))
-    return covariance / sum((x - mean_x) ** 2 for x in xs)
+    xs, ys = zip(*[(math.log(x), math.log(y)) for x, y in points], strict=True)
+    return statistics.linear_regression(xs, ys).slope
 
 
 def last_line(result: dict[str, Any]) -> None:
@@ -239,58 +238,31 @@ def said(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
-_COLOURS = ("#1b6ca8", "#d1495b", "#2a9d5c", "#8d6a9f", "#e09f3e")
-
-
 def chart(path: Path, title: str, series: dict[str, list[tuple[float, float]]], across: str = "events") -> None:
     """An SVG of seconds against events (or `across`), both on log scales; one line per series."""
-    every = [point for points in series.values() for point in points]
-    (left, right), (low, high) = (
-        (math.floor(math.log10(min(v))), math.ceil(math.log10(max(v)) + 1e-9)) for v in zip(*every, strict=True)
-    )
-    width, height = 420, 300
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (math.log10(x) - left) / (right - left)
-        up = (math.log10(y) - low) / (high - low)
-        return round(60 + across * width, 1), round(40 + (1 - up) * height, 1)
-
-    parts = [f'<text x="60" y="22" font-size="14">{title}</text>']
-    for decade in range(left, right + 1):
-        x, _ = place(10**decade, 10**low)
-        parts.append(
-            f'<path d="M{x} 40v{height}" stroke="#ddd"/><text x="{x - 12}" y="{height + 58}">1e{decade}</text>'
-        )
-    for decade in range(low, high + 1):
-        _, y = place(10**left, 10**decade)
-        parts.append(f'<path d="M60 {y}h{width}" stroke="#ddd"/><text x="14" y="{y + 4}">{10.0**decade:g} s</text>')
-    for row, ((name, points), colour) in enumerate(zip(series.items(), _COLOURS, strict=False)):
-        placed = [place(x, y) for x, y in sorted(points)]
-        line = " ".join(f"{x},{y}" for x, y in placed)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>' for x, y in placed]
-        parts.append(f'<text x="{width + 75}" y="{60 + 18 * row}" fill="{colour}">{name}</text>')
-    parts.append(f'<text x="{width - 10}" y="{height + 76}">{across}</text>')
-    _save_svg(path, width + 200, height + 90, parts)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, points in series.items():
+        axes.loglog(*zip(*sorted(points), strict=True), marker="o", label=name)
+    axes.set(title=title, xlabel=across, ylabel="seconds")
+    axes.grid(visible=True, color="#ddd")
+    axes.legend()
+    _save(figure, path)
 
 
 def bars(path: Path, times: dict[str, list[float]], unit: str = "s") -> None:
     """An SVG with a bar for each median and a point for each round."""
-    scale = 400 / max(max(seconds) for seconds in times.values())
-    parts = []
-    for row, (name, seconds) in enumerate(times.items()):
-        y, middle = 20 + 30 * row, statistics.median(seconds)
-        parts.append(f'<text x="8" y="{y + 14}">{name}</text>')
-        parts.append(f'<rect x="120" y="{y}" width="{middle * scale:.1f}" height="20" fill="#9db4c0"/>')
-        parts += [f'<circle cx="{120 + s * scale:.1f}" cy="{y + 10}" r="2.5"/>' for s in seconds]
-        parts.append(f'<text x="540" y="{y + 14}">{middle:.2f} {unit}</text>')
-    _save_svg(path, 610, 30 * len(times) + 30, parts)
+    figure = Figure(figsize=(7, 0.5 + 0.5 * len(times)), layout="constrained")
+    axes = figure.subplots()
+    medians = [statistics.median(values) for values in times.values()]
+    labels = [f"{name}\n{median:.2f} {unit}" for name, median in zip(times, medians, strict=True)]
+    axes.barh(labels, medians, color="#9db4c0")
+    for row, values in enumerate(times.values()):
+        axes.plot(values, [row] * len(values), ".k")
+    axes.invert_yaxis()
+    _save(figure, path)
 
 
-def _save_svg(path: Path, width: int, height: int, parts: list[str]) -> None:
-    body = "\n".join(parts)
+def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        f'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
-    )
+    figure.savefig(path)
