@@ -122,8 +122,8 @@ class IngestSettings(Section):
         0.05,
         ge=0,
         le=1,
-        description="the job stops if it rejects more than this share of the records that a run has read from one "
-        "input",
+        description="the job stops if it rejects more than this share of a batch, and of all records that the run has "
+        "read from one input",
     )
     earliest: UtcDatetime = Field(datetime(2000, 1, 1), description="UTC; earlier events are rejected")
     future_tolerance_hours: float = Field(

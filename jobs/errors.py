@@ -16,6 +16,7 @@ _MADE_AGAIN = (
 )
 _ONLY_HERE = "events|rejected_events|items|context_values|current_model|exports|erasures|erased_users"
 _OWN_FILE = rf"/tables/({_MADE_AGAIN}|{_ONLY_HERE}){_FILE}"
+ANOTHER_INGEST = r"Multiple streaming (?:jobs|queries)"
 _DAMAGED = r"(?: is not a Parquet file|\. Please)"
 
 # (pattern of Spark's message, what to tell the user); {0} is the first group of the pattern.
@@ -127,7 +128,7 @@ _SPARK_MESSAGES = (
         "kafka.options to continue without them",
     ),
     (
-        r"Multiple streaming (?:jobs|queries)",
+        ANOTHER_INGEST,
         "another ingest is reading the same input: run this one again when that one has ended; nothing is lost",
     ),
     (

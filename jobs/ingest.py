@@ -36,7 +36,7 @@ from rich.filesize import decimal
 from jobs.checked_records import ERASED, check_times, to_events, without_erased
 from jobs.cli import stage_main
 from jobs.config import IngestSettings, shipped
-from jobs.errors import TrailvecError, told
+from jobs.errors import ANOTHER_INGEST, TrailvecError, told
 from jobs.files import Place, write_json
 from jobs.pruning import within_days
 from jobs.raw_records import LISTING, find_inputs, folder_of, is_data, read_raw, read_topic
@@ -217,12 +217,12 @@ def _refused(counts: Counter[str | None]) -> Counter[str]:
 
 
 def _check_share(records: DataFrame, counts: Counter[str | None], read: Counter[str | None], allowed: float) -> None:
-    """Stops the job before this batch is written if too large a share is refused.
-
-    The share is that of the run so far, including this batch: the last batch of a topic may be a single bad record.
+    """Stops the job before this batch is written if too large a share is refused, both of the batch and of the run so
+    far: the last batch of a topic may be a single bad record, and an earlier one may have been let through by a higher
+    limit.
     """
     total = _refused(read).total()
-    if total <= allowed * read.total():
+    if any(_refused(part).total() <= allowed * part.total() for part in (counts, read)):
         return
     examples = []
     for reason, count in sorted(_refused(counts).items(), key=lambda item: (-item[1], item[0]))[:3]:
@@ -271,10 +271,10 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
             if raw := _read_batch(runtime, mapping, records, f"{name}: batch {batch_number}"):
                 query = json.loads((checkpoint / "metadata").read_text())["id"]
                 events = [to_events(frame, mapping, source.name, settings, now, zones=zones) for frame in raw]
-                # A batch repeated after a kill may be among the counts already.
+                # A batch repeated after a kill may be among the counts already, which then says what it brought.
                 earlier = _total(found for number, found in counts.items() if number < batch_number)
                 of_batch = commit_batch(runtime, events, (f"ingest-{query}", batch_number), earlier, reads_again)
-                counts[batch_number] = of_batch
+                counts.setdefault(batch_number, of_batch)
                 write_json(counted, {str(number): list(found.items()) for number, found in counts.items()})
                 seconds = time.monotonic() - started
                 runtime.on_progress(f"{name}: batch {batch_number}, {of_batch.total():,} records in {seconds:.1f} s")
@@ -289,6 +289,8 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
     except StreamingQueryException as error:
         if failed:
             raise failed[0] from None
+        if re.search(ANOTHER_INGEST, str(error)):
+            counted.unlink(missing_ok=True)  # the other ingest has ended its run, or writes its counts again
         raise TrailvecError(f"{name}: {told(error)}") from error
     again.unlink(missing_ok=True)
     counted.unlink(missing_ok=True)
@@ -299,10 +301,14 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
 
 
 def _counts(file: Place) -> dict[int, Counter[str | None]]:
-    """For each batch of the run that the last process has left, its records per reason; empty if that run finished."""
+    """For each batch of the run that the last process has left, its records per reason; empty if that run finished, or
+    if the file was cut off with the machine."""
     if not file.exists():
         return {}
-    return {int(number): Counter(dict(found)) for number, found in json.loads(file.read_text()).items()}
+    try:
+        return {int(number): Counter(dict(found)) for number, found in json.loads(file.read_text()).items()}
+    except json.JSONDecodeError:
+        return {}
 
 
 def _total(counts: Iterable[Counter[str | None]]) -> Counter[str | None]:

@@ -145,7 +145,9 @@ def read_raw(
         if mapping.format == "csv":
             groups += _read_csv_files(spark, alike, mapping.delimiter, named, base)
         elif mapping.format == "parquet":
-            groups += [(mapping.place, _with_place(frame)) for frame in _read_parquet(spark, as_patterns(alike), base)]
+            frames = _read_parquet(spark, as_patterns(alike), base)
+            texts = set(named) - set(mapping.attributes)
+            groups += [(mapping.place, _bytes_as_text(_with_place(frame), texts)) for frame in frames]
         else:
             _check_packing(spark, alike)
             groups.append((mapping.place, _read_lines(spark, alike, base)))
@@ -375,15 +377,42 @@ def _read_csv(lines: DataFrame, file: str, header: str, delimiter: str) -> DataF
 def _read_parquet(spark: SparkSession, files: Sequence[str], base: dict[str, str]) -> list[DataFrame]:
     reader = spark.read.options(**base)
     try:
-        return [reader.option("mergeSchema", True).parquet(*files)]
+        merged = reader.option("mergeSchema", True).parquet(*files).schema
+        return [reader.schema(_sorted_by_name(merged)).parquet(*files)]
     except Exception as error:
         if "CANNOT_MERGE_SCHEMAS" not in str(error):
             raise
     # A column's type differs between files: read the files of each schema separately.
-    groups: dict[str, list[str]] = {}
+    groups: dict[T.StructType, list[str]] = {}
     for file in sorted(files):
-        groups.setdefault(reader.parquet(file).schema.json(), []).append(file)
-    return [reader.parquet(*group) for group in groups.values()]
+        groups.setdefault(_sorted_by_name(reader.parquet(file).schema), []).append(file)
+    return [reader.schema(schema).parquet(*group) for schema, group in groups.items()]
+
+
+def _sorted_by_name(schema: T.StructType) -> T.StructType:
+    """The schema with the fields of nested structs sorted. Spark keeps the order of the first file that it merges, so
+    that without this a nested value's JSON text, and with it the event, would depend on the files of its batch."""
+
+    def of(kind: T.DataType) -> T.DataType:
+        if isinstance(kind, T.StructType):
+            return T.StructType([field_of(field) for field in sorted(kind, key=lambda field: field.name)])
+        if isinstance(kind, T.ArrayType):
+            return T.ArrayType(of(kind.elementType), kind.containsNull)
+        if isinstance(kind, T.MapType):
+            return T.MapType(of(kind.keyType), of(kind.valueType), kind.valueContainsNull)
+        return kind
+
+    def field_of(field: T.StructField) -> T.StructField:
+        return T.StructField(field.name, of(field.dataType), field.nullable, field.metadata)
+
+    return T.StructType([field_of(field) for field in schema])
+
+
+def _bytes_as_text(records: DataFrame, names: set[str]) -> DataFrame:
+    """The records with the named binary columns as text: some writers do not mark a column of texts as such. Refused
+    records would have an id in base64, where no erasure finds it."""
+    binary = [f.name for f in records.schema if f.name in names and isinstance(f.dataType, T.BinaryType)]
+    return records.withColumns({name: named_column(name).cast("string") for name in binary})
 
 
 def _parse_json(lines: DataFrame, names: list[str], claimed: set[str], taken: Mapping[str, str]) -> DataFrame:

@@ -512,12 +512,26 @@ def test_a_new_column_is_kept_in_attributes_unless_it_is_ignored(
     }
 
 
+def test_a_nested_value_has_the_same_text_whatever_is_read_beside_it(spark: SparkSession, tmp_path: Path) -> None:
+    """Spark merges the fields of several files in the order of the first: with any first, one of these would change."""
+    given = [{"b": 1, "c": 2}, {"a": 1, "z": 2}, {"b": 1, "z": 2}, {"a": 1, "c": 2}]
+    for number, geo in enumerate(given):
+        row = {"id": str(number), "user": "ann", "item": "a", "at": "2023-05-01", "price": "1", "stops": [{"geo": geo}]}
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / f"{number}.parquet")
+    rows = ingest(spark, tmp_path, mapping("*.parquet", "parquet"))
+    assert [json.loads(row["attributes"]["stops"], object_pairs_hook=list) for row in rows] == [
+        [[("geo", list(geo.items()))]] for geo in given
+    ]
+
+
 def test_a_type_that_no_id_has_is_refused(spark: SparkSession, tmp_path: Path) -> None:
     """17850.0 would be a different user from 17850; an integer and its text are the same user."""
     rest: dict[str, list[Any]] = {"item": ["a"], "at": ["2023-05-01"], "price": [1.0]}
     kinds: dict[str, list[Any]] = {"text": ["17850"], "whole": [17850], "real": [17850.0], "object": [{"id": 17850}]}
     for kind, value in kinds.items():
         pq.write_table(pa.table({"id": [kind], "user": value, **rest}), tmp_path / f"{kind}.parquet")
+    for kind, bytes_ in {"bytes": b"17850", "no text": b"\xff17850"}.items():  # some writers mark no column as text
+        pq.write_table(pa.table({"id": [kind], "user": [bytes_], **rest}), tmp_path / f"{kind}.parquet")
     types = {"missing": (None, pa.float64()), "decimal": ("17850", pa.decimal128(38, 0))}
     types["fraction"] = ("17850", pa.decimal128(38, 10))
     for kind, (value, type) in types.items():
@@ -531,7 +545,8 @@ def test_a_type_that_no_id_has_is_refused(spark: SparkSession, tmp_path: Path) -
             spark, tmp_path, mapping("*.parquet", "parquet", {"user_id": {"column": "user", "default": "nobody"}})
         )
     }
-    assert found["text"] == found["whole"] == ("17850", None)
+    assert found["text"] == found["whole"] == found["bytes"] == ("17850", None)
+    assert found["no text"] == ("\ufffd17850", "invalid_utf8")
     assert found["missing"] == ("nobody", None)
     assert found["decimal"] == ("17850", None)
     # With no user_id, so that an erasure searches the raw record.
@@ -541,7 +556,7 @@ def test_a_type_that_no_id_has_is_refused(spark: SparkSession, tmp_path: Path) -
         row["event_id"]: row["reason"]
         for row in ingest(spark, tmp_path, mapping("*.parquet", "parquet", {"user_id": "item", "category": "user"}))
     }
-    assert by_category.pop("object") == "bad_type_category"
+    assert (by_category.pop("object"), by_category.pop("no text")) == ("bad_type_category", "invalid_utf8")
     assert set(by_category.values()) == {None}
     texts = ["[new] tea", "{tea", {"name": "tea"}, ["tea"]]
     lines_of_texts = [lines[0] | {"id": str(number), "kind": text} for number, text in enumerate(texts)]

@@ -237,8 +237,55 @@ def test_a_last_batch_of_one_wrong_record_is_weighed_with_those_before_it(
             runtime.execute(STAGE)
     report = runtime.execute(STAGE)
     assert (report.rows_in["records"], report.rows_out) == (1, {"events": 9, "rejected_events": 1})
+    assert not any("dropped" in note for note in report.notes)  # the batch that was read again is no repeat
     (tmp_path / "log2.csv").write_text(HEADER + "10,,a,2023-05-01,1\n")
     with pytest.raises(TrailvecError, match="1 of 1 records are refused"):  # a run of its own
+        runtime.execute(STAGE)
+
+
+def test_a_batch_that_was_let_through_stops_no_later_one(
+    make_runtime: Callable[..., Runtime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run that let it through is killed in its next batch; the run that goes on has the usual limit."""
+    sets = [*settings(tmp_path, source(tmp_path)), "ingest.max_files_per_batch=1"]
+    (tmp_path / "log0.csv").write_text(HEADER + "".join(f"{n},,a,2023-05-01,1\n" for n in range(9)))
+    (tmp_path / "log1.csv").write_text(HEADER + "9,ann,a,2023-05-01,1\n")
+    os.utime(tmp_path / "log0.csv", (1, 1))  # the stream takes the oldest file first
+
+    def stop_in_the_last(text: str) -> None:
+        if "batch 1, reading" in text:
+            raise TrailvecError("stopped")
+
+    lenient = make_runtime(*sets, "ingest.max_rejected_share=1")
+    monkeypatch.setattr(lenient, "on_progress", stop_in_the_last)
+    with pytest.raises(TrailvecError, match="stopped"):
+        lenient.execute(STAGE)
+    usual = make_runtime(*sets, "ingest.max_rejected_share=0.1")
+    usual.execute(STAGE)
+    assert len(events(usual)) == 1
+
+
+def test_a_run_that_is_overtaken_in_its_last_batch_leaves_no_counts(
+    make_runtime: Callable[..., Runtime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would be those of another run: its many good records would let any wrong ones pass."""
+    runtime = make_runtime(*settings(tmp_path, source(tmp_path)), "ingest.max_rejected_share=0.1")
+    (tmp_path / "log0.csv").write_text(HEADER + "".join(f"{n},ann,a,2023-05-01,1\n" for n in range(20)))
+    commit = ingest.commit_batch
+
+    def overtaken(*arguments: Any) -> Any:
+        (checkpoint,) = (Path(runtime.config.storage.root) / "checkpoints/ingest").iterdir()
+        (checkpoint / "commits").mkdir(exist_ok=True)
+        (checkpoint / "commits/0").write_text('v1\n{"nextBatchWatermarkMs":0}')
+        return commit(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest, "commit_batch", overtaken)
+        with pytest.raises(TrailvecError, match="another ingest is reading the same input"):
+            runtime.execute(STAGE)
+    assert len(events(runtime)) == 20
+    (tmp_path / "log1.csv").write_text(HEADER + "20,,a,2023-05-01,1\n21,,a,2023-05-01,1\n")
+    with pytest.raises(TrailvecError, match="2 of 2 records are refused"):
         runtime.execute(STAGE)
 
 
