@@ -14,7 +14,18 @@ _FILE = r"/((?:[^\n]*/)?(?:part|cdc)-\d{5}-[0-9a-f-]{36}\S*?\.parquet)"
 _MADE_AGAIN = (
     "flagged_users|sessions|sequences|item_embeddings|user_embeddings|user_profiles|neighbours|evaluation|probes"
 )
-_ONLY_HERE = "events|rejected_events|items|context_values|current_model|exports|erasures|erased_users"
+# No stage makes these again (of the first two, ingest only what the sources still hold).
+ONLY_HERE = (
+    "events",
+    "rejected_events",
+    "items",
+    "context_values",
+    "current_model",
+    "exports",
+    "erasures",
+    "erased_users",
+)
+_ONLY_HERE = "|".join(ONLY_HERE)
 _OWN_FILE = rf"/tables/({_MADE_AGAIN}|{_ONLY_HERE}){_FILE}"
 ANOTHER_INGEST = r"Multiple streaming (?:jobs|queries)"
 _DAMAGED = r"(?: is not a Parquet file|\. Please)"

@@ -18,7 +18,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from jobs.commits import Commit, History
 from jobs.config import Config
-from jobs.errors import TrailvecError
+from jobs.errors import ONLY_HERE, TrailvecError
 from jobs.files import Place, place_of
 from jobs.spark_session import spark_conf, start_spark
 from jobs.tables import CURRENT_MODEL, Table
@@ -218,9 +218,18 @@ class Lake:
     def _refuse_other_columns(self, table: Table) -> None:
         found, wanted = self.latest(table).schema, table.schema()
         if [(f.name, f.dataType) for f in found] != [(f.name, f.dataType) for f in wanted]:
+            if table.stage == "ingest":
+                what = "rebuild the events as in Backfill in docs/operations.md"
+            elif table.name in ONLY_HERE:
+                what = (
+                    "give it those in docs/tables.md, in that order, by ALTER TABLE ... ADD COLUMN (never move that "
+                    "folder away: its rows are stored nowhere else)"
+                )
+            else:
+                what = f"move that folder away and run `trailvec {table.stage}` again"
             raise TrailvecError(
                 f"table {table.name} at {self.path(table)} has the columns of another version of trailvec "
-                f"({', '.join(found.names)}): move that folder away and run `trailvec {table.stage}` again"
+                f"({', '.join(found.names)}): {what}"
             )
 
     def _clear_log(self, table: Table) -> None:

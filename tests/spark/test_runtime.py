@@ -171,6 +171,14 @@ def test_a_table_of_another_version_is_refused_and_kept(
     with pytest.raises(TrailvecError, match="has the columns of another version"):
         put(runtime, wider, spark.createDataFrame([("vertical", "rides", 3, 7)], f"{VALUES}, more int"))
     assert [r.value for r in runtime.latest(CONTEXT_VALUES).collect()] == ["food"]
+    for table, advice in (
+        (CONTEXT_VALUES, "by ALTER TABLE .* ADD COLUMN .never move that folder away"),
+        (EVENTS, "rebuild the events as in Backfill"),
+        (FLAGGED_USERS, "move that folder away and run `trailvec flag_users` again"),
+    ):
+        runtime.create(table)
+        with pytest.raises(TrailvecError, match=f"version of trailvec .*: .*{advice}"):
+            runtime.create(dataclasses.replace(table, columns=(*table.columns, Column("more", "int", "New."))))
 
 
 def test_a_merge_sends_no_old_row_through_a_shuffle_that_no_new_one_meets(
