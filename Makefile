@@ -21,7 +21,7 @@ demo-data: $(DEMO_DATA)/requirements-demo.lock ## fetch the demo's data (Complet
 
 # The copied lock, written last, says that the data is whole.
 $(DEMO_DATA)/requirements-demo.lock: requirements-demo.lock | setup
-	@echo "demo-data: Complete Journey into $(DEMO_DATA) (65 MB)"
+	@echo "demo-data: Complete Journey into $(DEMO_DATA) (32 MB)"
 	@uv pip install --quiet --no-deps --require-hashes --target $(DEMO_DATA) -r $<
 	@cp $< $@
 

@@ -4,7 +4,7 @@
 conf/local.toml with `--set 'probe.labels={file="labels.parquet"}'`); they replace the model's earlier probes.
 --movielens: MovieLens-100k (gender, age of 35 or more), fetched into that folder from PyPI's recbole 1.2.1 if missing;
 the pipeline runs there, with conf/leave_one_out.toml, up to a model, which learns from what users do and from no label.
-The weights of a profile's parts were chosen on Complete Journey's labels; on MovieLens nothing was chosen. --coles:
+The parts of a profile, their widths and weights were chosen on the labels of both sets (docs/decisions/0015). --coles:
 also CoLES of pytorch-lifestream 0.7 on the same events before the same cuts, with the same heads and folds
 (scripts/bench/coles_peer.py), in its own environment, which the first run creates (minutes).
 
