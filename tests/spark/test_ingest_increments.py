@@ -224,11 +224,11 @@ def test_a_last_batch_of_one_wrong_record_is_weighed_with_those_before_it(
     sets = ("ingest.max_files_per_batch=1", "ingest.max_rejected_share=0.1")
     runtime = make_runtime(*settings(tmp_path, source(tmp_path), *sets))
     (tmp_path / "log0.csv").write_text(HEADER + "".join(f"{n},ann,a,2023-05-01,1\n" for n in range(9)))
-    (tmp_path / "log1.csv").write_text(HEADER + "9,,a,2023-05-01,1\n")
+    (tmp_path / "log1.csv").write_text(HEADER + "9,,a,2023-05-01,1\n10,ann,a,2023-05-01,1\n")
     os.utime(tmp_path / "log0.csv", (1, 1))  # the stream takes the oldest file first
 
     def stop_after_the_last(text: str) -> None:
-        if "batch 1, 1 records" in text:
+        if "batch 1, 2 records" in text:
             raise TrailvecError("stopped")
 
     with monkeypatch.context() as patch:
@@ -236,9 +236,9 @@ def test_a_last_batch_of_one_wrong_record_is_weighed_with_those_before_it(
         with pytest.raises(TrailvecError, match="stopped"):
             runtime.execute(STAGE)
     report = runtime.execute(STAGE)
-    assert (report.rows_in["records"], report.rows_out) == (1, {"events": 9, "rejected_events": 1})
-    assert not any("dropped" in note for note in report.notes)  # the batch that was read again is no repeat
-    (tmp_path / "log2.csv").write_text(HEADER + "10,,a,2023-05-01,1\n")
+    assert (report.rows_in["records"], report.rows_out) == (2, {"events": 10, "rejected_events": 1})
+    assert not any("dropped" in note for note in report.notes)  # what the run itself had written is no repeat
+    (tmp_path / "log2.csv").write_text(HEADER + "11,,a,2023-05-01,1\n")
     with pytest.raises(TrailvecError, match="1 of 1 records are refused"):  # a run of its own
         runtime.execute(STAGE)
 
