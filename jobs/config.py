@@ -545,28 +545,36 @@ def parse(model: type[M], values: dict[str, Any], where: str) -> M:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        errors = error.errors(include_url=False)
-        # A mistyped key also leaves the right one missing: report the mistyped one.
-        first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "missing":
-            raise TrailvecError(f"{where}: {key} is missing: add it") from None
-        if first["type"] == "value_error":
-            what = f"{where}: {key}" if key else where
-            raise TrailvecError(f"{what}: {first['ctx']['error']}: correct it") from None
-        if first["type"] == "model_type":
-            keys = _keys_at(model, first["loc"])
-            raise TrailvecError(
-                f"{where}: {key} = {first['input']!r}: write a table, such as {{ {keys[0]} = ... }} (known keys: "
-                f"{', '.join(keys)})"
-            ) from None
-        if first["type"] != "extra_forbidden":
-            raise TrailvecError(f"{where}: {key} = {first['input']!r}: {first['msg']}: correct it") from None
-        known = _keys_at(model, first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
-        hint = _above(model, first["loc"], first["input"]) or hint
-        raise TrailvecError(f"{where}: unknown key {key}; {hint}") from None
+        raise TrailvecError(f"{where}: {_sentence(model, error)}") from None
+
+
+def _sentence(model: type[BaseModel], error: ValidationError) -> str:
+    """What is wrong with a model's values, and how to mend it."""
+    errors = error.errors(include_url=False)
+    # A mistyped key also leaves the right one missing: report the mistyped one.
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"{key} is missing: add it"
+    if first["type"] == "value_error":
+        what = f"{key}: " if key else ""
+        return f"{what}{first['ctx']['error']}: correct it"
+    if first["type"] == "model_type":
+        keys = _keys_at(model, first["loc"])
+        known = ", ".join(keys)
+        return f"{key} = {first['input']!r}: write a table, such as {{ {keys[0]} = ... }} (known keys: {known})"
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key}; {_instead(model, first['loc'], first['input'])}"
+    return f"{key} = {first['input']!r}: {first['msg']}: correct it"
+
+
+def _instead(model: type[BaseModel], location: tuple[int | str, ...], value: Any) -> str:
+    """What may have been meant by an unknown key."""
+    if above := _above(model, location, value):
+        return above
+    known = _keys_at(model, location[:-1])
+    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
 
 
 def _above(model: type[BaseModel], location: tuple[int | str, ...], value: Any) -> str | None:
