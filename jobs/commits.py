@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -75,6 +75,11 @@ def _commit_of(version: int, info: dict[str, Any]) -> Commit:
         housekeeping=not note.keys().isdisjoint(("erasure", KEEP_DAYS)),
         rows_deleted=int(metrics.get("numTargetRowsDeleted") or 0),
     )
+
+
+def newer_than(commits: Iterable[Commit], version: int) -> Iterator[Commit]:
+    """Those of a table's commits, given newest first, that came after that version; lazily."""
+    return itertools.takewhile(lambda commit: commit.version > version, commits)
 
 
 def _provenance(text: str) -> dict[str, Any] | None:

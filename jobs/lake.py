@@ -16,7 +16,7 @@ from py4j.protocol import Py4JJavaError
 from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, SparkSession
 
-from jobs.commits import Commit, History
+from jobs.commits import Commit, History, newer_than
 from jobs.config import Config
 from jobs.errors import ONLY_HERE, TrailvecError
 from jobs.files import Place, place_of
@@ -154,7 +154,7 @@ class Lake:
     def erasure_commits(self, table: Table, erasure: str, after: int, since: float) -> list[Commit]:
         """The table's commits of that erasure, newest first. The log is read back only to version `after` (exclusive)
         and time `since` (seconds since 1970)."""
-        newer = takewhile(lambda commit: commit.version > after and commit.committed_at >= since, self._commits(table))
+        newer = takewhile(lambda commit: commit.committed_at >= since, newer_than(self._commits(table), after))
         return [commit for commit in newer if commit.erasure == erasure]
 
     def last_writer(self, table: Table) -> dict[str, Any] | None:

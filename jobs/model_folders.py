@@ -4,7 +4,6 @@ trained model."""
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from pyspark import SparkFiles
 
+from jobs.commits import newer_than
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, fetch
 from jobs.runtime import Runtime
@@ -96,8 +96,7 @@ def other_numbers(runtime: Runtime, provenance: dict[str, Any]) -> str | None:
 
 def _changed_by_others(runtime: Runtime, table: Table, since: int) -> bool:
     """Whether something other than trailvec changed rows after version `since`, as far back as the log goes."""
-    newer = itertools.takewhile(lambda commit: commit.version > since, runtime.commits(table))
-    return any(commit.foreign for commit in newer)
+    return any(commit.foreign for commit in newer_than(runtime.commits(table), since))
 
 
 def check_items(runtime: Runtime, version: str) -> None:

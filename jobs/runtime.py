@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import re
 import time
@@ -24,7 +23,7 @@ from delta.tables import DeltaTable
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from jobs.commits import Commit
+from jobs.commits import Commit, newer_than
 from jobs.config import Config
 from jobs.errors import TrailvecError
 from jobs.lake import Lake
@@ -178,8 +177,7 @@ class Runtime(Lake):
         """
         newest = self.latest_version(table)
         pinned = self._versions[table.name]
-        since = itertools.takewhile(lambda commit: commit.version > pinned, self._commits(table))
-        if any(commit.changed_rows for commit in since):
+        if any(commit.changed_rows for commit in newer_than(self._commits(table), pinned)):
             raise _changed_by_another_run(table, f"since {self.report.stage} began")
         self._versions[table.name] = newest
         self._frames.pop(table.name, None)
@@ -306,7 +304,7 @@ class Runtime(Lake):
 
     def _newer(self, read: Table, version: int) -> list[Commit]:
         """The known commits after that version, up to the pinned one."""
-        newer = itertools.takewhile(lambda commit: commit.version > version, self._commits(read))
+        newer = newer_than(self._commits(read), version)
         return [commit for commit in newer if commit.version <= self._versions[read.name]]
 
     def kept(self, read: Table, version: int) -> bool:
@@ -443,7 +441,7 @@ class Runtime(Lake):
             if few:
                 new.unpersist()
         if made_from is not None:
-            newer = itertools.takewhile(lambda commit: commit.version > made_from, self._commits(table))
+            newer = newer_than(self._commits(table), made_from)
             if sum(commit.changed_rows and not commit.housekeeping for commit in newer) > 1:
                 self.touch(table, done=False)  # forces a full rebuild
                 raise TrailvecError(
