@@ -45,7 +45,7 @@ from jobs.drift import Alarm, Drift, alarms, drift_of, event_counts, reaches_bac
 from jobs.errors import TrailvecError
 from jobs.habit import habit
 from jobs.item_facts import item_verticals
-from jobs.model_folders import check_items, is_of_before, model_folder, model_inputs
+from jobs.model_folders import check_items, is_stale, model_folder, model_inputs
 from jobs.models import encode_sequences, stacked
 from jobs.ranking import (
     FLOORS,
@@ -487,7 +487,7 @@ def refusal(runtime: Runtime, version: str) -> str | None:
     if not settings.gate:
         return None
     runtime.create(EVALUATION)
-    if is_of_before(runtime, EVALUATION, split=settings.split):
+    if is_stale(runtime, EVALUATION, split=settings.split):
         return (
             f"model {version} must not become current (evaluate.gate): it was trained or aligned again after it was "
             f"evaluated: run `trailvec evaluate` first"

@@ -44,9 +44,9 @@ from jobs.segment_files import (
     delivered,
     destination_of,
     export_key,
-    laid_down,
     place_of,
     read_manifest,
+    staging_area,
     write_parts,
 )
 from jobs.segment_members import Export, Selection, Taken
@@ -373,7 +373,7 @@ def run(runtime: Runtime) -> None:
         runtime.report.skipped = True
         return
     pending = _pending(runtime, exports, found)
-    with laid_down(runtime) as staging:
+    with staging_area(runtime) as staging:
         chosen = Selection(runtime, exports, pending, staging, now)
         chosen.select()
         _publish(runtime, chosen, staging, now)

@@ -101,16 +101,16 @@ def _changed_by_others(runtime: Runtime, table: Table, since: int) -> bool:
 
 def check_items(runtime: Runtime, version: str) -> None:
     """Raises TrailvecError if the stored item vectors are in an old space of the model: users would get the new one."""
-    if is_of_before(runtime, ITEM_EMBEDDINGS):
+    if is_stale(runtime, ITEM_EMBEDDINGS):
         raise TrailvecError(
             f"model {version} was trained or aligned again after its item vectors were written: "
             f"run `trailvec embed_items` first"
         )
 
 
-def is_of_before(runtime: Runtime, table: Table, **of: str) -> bool:
-    """Whether the model in use was trained or aligned again after its rows in the table were written; False if no
-    commit's note says.
+def is_stale(runtime: Runtime, table: Table, **of: str) -> bool:
+    """Whether the model's rows in the table are stale: it was trained or aligned again after they were written. False
+    if the log no longer says.
 
     Args:
         of: only commits whose note has these values count.

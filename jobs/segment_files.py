@@ -147,20 +147,20 @@ class Staging:
         return self.local / name
 
     @property
-    def _ours(self) -> Place:
+    def _marker(self) -> Place:
         return self.shared / "ours"
 
-    def take(self) -> None:
+    def create(self) -> None:
         """Creates it, empty and private, since it will hold user ids."""
         make_private(self.shared)
-        self._ours.write_text("")
+        self._marker.write_text("")
 
     def check(self) -> None:
         """
         Raises:
             TrailvecError: a newer run has begun since.
         """
-        if not self._ours.exists():
+        if not self._marker.exists():
             raise TrailvecError(
                 "export_segments was started again meanwhile, and the newer run replaces this one: wait until it "
                 "ends, then run this again"
@@ -168,7 +168,7 @@ class Staging:
 
 
 @contextmanager
-def laid_down(runtime: Runtime) -> Iterator[Staging]:
+def staging_area(runtime: Runtime) -> Iterator[Staging]:
     """An empty staging area, removed after the block. First removes those of other runs: what a killed run left, and
     that of an older run still going.
 
@@ -179,7 +179,7 @@ def laid_down(runtime: Runtime) -> Iterator[Staging]:
     shared = runtime.staging("exports") / uuid.uuid4().hex
     with TemporaryDirectory() as local:
         staging = Staging(shared, shared if isinstance(shared, Path) else Path(local))
-        staging.take()
+        staging.create()
         try:
             yield staging
         except Exception:

@@ -32,7 +32,7 @@ from jobs.config import load_config
 from jobs.errors import TrailvecError
 from jobs.export_segments import STAGE, _published
 from jobs.runtime import Runtime
-from jobs.segment_files import KEY, WRITERS, ArrowFolder, Staging, check_destinations, check_place, laid_down
+from jobs.segment_files import KEY, WRITERS, ArrowFolder, Staging, check_destinations, check_place, staging_area
 from jobs.segment_members import Export
 from jobs.segment_rules import Combinations, Lists, Marked, Rules, allows, consenting
 from jobs.segments import Format, read_segments
@@ -267,9 +267,9 @@ def test_who_is_overtaken_logs_nothing(shop: Runtime, monkeypatch: pytest.Monkey
 
 
 def test_the_older_run_leaves_what_the_newer_one_has_laid_down(shop: Runtime) -> None:
-    older = laid_down(shop)
+    older = staging_area(shop)
     older.__enter__()
-    with laid_down(shop) as newer:
+    with staging_area(shop) as newer:
         assert newer.local.stat().st_mode & 0o777 == 0o700  # it holds user ids
         (newer.local / "log").mkdir()
         with pytest.raises(TrailvecError, match="newer run"):
