@@ -32,11 +32,9 @@ _STDOUT = 1  # its file descriptor
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; returns if all went well, else exits with the code of `guarded`."""
-    from jobs.pipeline import ASIDE, STAGES  # noqa: PLC0415 - the stages import this module's stage_main
-
-    arguments = _parser(STAGES, ASIDE).parse_args(argv)
+    arguments = _parser().parse_args(argv)
     # Databricks calls this function in its own process, where any exit, even with 0, can count as a failure.
-    if code := guarded(lambda: _run(arguments, STAGES, ASIDE), debug=arguments.debug):
+    if code := guarded(lambda: _run(arguments), debug=arguments.debug):
         sys.exit(code)
 
 
@@ -45,7 +43,9 @@ def stage_main(name: str) -> None:
     main([name, *sys.argv[1:]])
 
 
-def _parser(stages: Sequence[Stage], aside: Sequence[Stage]) -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
+    from jobs.pipeline import ASIDE, STAGES  # noqa: PLC0415 - the stages import this module's stage_main
+
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--conf",
@@ -64,26 +64,12 @@ def _parser(stages: Sequence[Stage], aside: Sequence[Stage]) -> argparse.Argumen
         epilog="A stage whose tables are up to date is skipped; --force runs it anyway.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    run = commands.add_parser("run", parents=[common], help="run all stages, or a range of them (--from, --to)")
-    names = [stage.name for stage in stages]
-    run.add_argument("--from", dest="first", choices=names, default=names[0], help="the first stage to run")
-    run.add_argument("--to", dest="last", choices=names, default=names[-1], help="the last stage to run")
-    run.add_argument("--force", action="store_true", help="also run stages that are up to date")
-    for stage in (*stages, *aside):
-        command = commands.add_parser(
-            stage.name, parents=[common], help=stage.help, description=stage.help, epilog=_about(stage)
-        )
-        command.add_argument("--force", action="store_true", help="run it even if it is up to date")
-        if stage.name == "evaluate":
-            command.add_argument(
-                "--compare",
-                nargs=2,
-                metavar=("MODEL_A", "MODEL_B"),
-                help="only print how two models (folders under models/) differ on the same users",
-            )
-    for name, (add, _) in _BESIDE.items():
-        add(partial(commands.add_parser, name, parents=[common]))
+    add = partial(commands.add_parser, parents=[common])
+    _add_run(add, STAGES)
+    for stage in (*STAGES, *ASIDE):
+        _add_stage(add, stage)
+    for add_one in (_add_tables, _add_audit, _add_maintain, _add_tune, _add_retire, _add_erase, _add_sql, _add_serve):
+        add_one(add)
     return parser
 
 
@@ -111,35 +97,62 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _run(arguments: argparse.Namespace, stages: Sequence[Stage], aside: Sequence[Stage]) -> None:
+def _run(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.conf, arguments.set)
     if arguments.show_config:
         print(json.dumps(config.model_dump(mode="json"), indent=2))
-    elif arguments.command == "run":
-        names = [stage.name for stage in stages]
-        first, last = names.index(arguments.first), names.index(arguments.last)
-        if first > last:
-            raise TrailvecError(f"--from {arguments.first} comes after --to {arguments.last}: swap them")
-        run_stages(Runtime(config), stages[first : last + 1], arguments.force)
-    elif arguments.command in _BESIDE:
-        _, run = _BESIDE[arguments.command]
-        run(config, arguments)
-    elif arguments.command == "evaluate" and arguments.compare:
-        from jobs.compare_models import run_compare  # noqa: PLC0415 - as in the functions of _BESIDE
+    else:
+        arguments.action(config, arguments)
+
+
+# ---- the commands: the arguments and the action of each; an action imports what it alone needs ----------------------
+
+_Add = Callable[..., argparse.ArgumentParser]  # (name, help, description) → the command's parser
+
+
+def _add_run(add: _Add, stages: Sequence[Stage]) -> None:
+    command = add("run", help="run all stages, or a range of them (--from, --to)")
+    names = [stage.name for stage in stages]
+    command.add_argument("--from", dest="first", choices=names, default=names[0], help="the first stage to run")
+    command.add_argument("--to", dest="last", choices=names, default=names[-1], help="the last stage to run")
+    command.add_argument("--force", action="store_true", help="also run stages that are up to date")
+    command.set_defaults(action=partial(_run_range, stages))
+
+
+def _run_range(stages: Sequence[Stage], config: Config, arguments: argparse.Namespace) -> None:
+    names = [stage.name for stage in stages]
+    first, last = names.index(arguments.first), names.index(arguments.last)
+    if first > last:
+        raise TrailvecError(f"--from {arguments.first} comes after --to {arguments.last}: swap them")
+    run_stages(Runtime(config), stages[first : last + 1], arguments.force)
+
+
+def _add_stage(add: _Add, stage: Stage) -> None:
+    command = add(stage.name, help=stage.help, description=stage.help, epilog=_about(stage))
+    command.add_argument("--force", action="store_true", help="run it even if it is up to date")
+    if stage.name == "evaluate":
+        command.add_argument(
+            "--compare",
+            nargs=2,
+            metavar=("MODEL_A", "MODEL_B"),
+            help="only print how two models (folders under models/) differ on the same users",
+        )
+    command.set_defaults(action=partial(_run_stage, stage))
+
+
+def _run_stage(stage: Stage, config: Config, arguments: argparse.Namespace) -> None:
+    if stage.name == "evaluate" and arguments.compare:
+        from jobs.compare_models import run_compare  # noqa: PLC0415
 
         run_compare(Runtime(config), tuple(arguments.compare))
     else:
-        run_stages(Runtime(config), [s for s in (*stages, *aside) if s.name == arguments.command], arguments.force)
-
-
-# ---- commands outside the pipeline: the arguments and the action of each; an action imports what it alone needs ----
-
-_Add = Callable[..., argparse.ArgumentParser]  # (help, description) → the command's parser
+        run_stages(Runtime(config), [stage], arguments.force)
 
 
 def _add_tables(add: _Add) -> None:
-    command = add(help="list every table: location, rows, version, size, last writer")
+    command = add("tables", help="list every table: location, rows, version, size, last writer")
     command.add_argument("--json", action="store_true", help="one JSON array instead of a table")
+    command.set_defaults(action=_tables)
 
 
 def _tables(config: Config, arguments: argparse.Namespace) -> None:
@@ -149,7 +162,7 @@ def _tables(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def _add_audit(add: _Add) -> None:
-    command = add(help="show who ran what and when: the commits of all tables, newest first")
+    command = add("audit", help="show who ran what and when: the commits of all tables, newest first")
     command.add_argument(
         "--table", metavar="NAME", choices=[table.name for table in TABLES], help="only the commits of this table"
     )
@@ -157,6 +170,7 @@ def _add_audit(add: _Add) -> None:
         "--since", metavar="TIME", help="only later commits; for example 2026-01-31 or 2026-01-31T12:00:00Z"
     )
     command.add_argument("--json", action="store_true", help="one JSON array instead of a table")
+    command.set_defaults(action=_audit)
 
 
 def _audit(config: Config, arguments: argparse.Namespace) -> None:
@@ -166,7 +180,7 @@ def _audit(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def _add_maintain(add: _Add) -> None:
-    command = add(help="compact and cluster the tables, delete old files, report sizes")
+    command = add("maintain_tables", help="compact and cluster the tables, delete old files, report sizes")
     command.add_argument(
         "--table",
         metavar="NAME",
@@ -177,6 +191,7 @@ def _add_maintain(add: _Add) -> None:
     )
     command.add_argument("--dry-run", action="store_true", help="report only")
     command.add_argument("--json", action="store_true", help="one JSON array instead of a table")
+    command.set_defaults(action=_maintain)
 
 
 def _maintain(config: Config, arguments: argparse.Namespace) -> None:
@@ -186,13 +201,14 @@ def _maintain(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def _add_tune(add: _Add) -> None:
-    command = add(help="search for better training settings; if stopped, the next run continues")
+    command = add("tune", help="search for better training settings; if stopped, the next run continues")
     command.add_argument(
         "--trials",
         type=_count,
         default=20,
         help="total number of trainings, including those of earlier runs (default: 20)",
     )
+    command.set_defaults(action=_tune)
 
 
 def _tune(config: Config, arguments: argparse.Namespace) -> None:
@@ -204,8 +220,11 @@ def _tune(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def _add_retire(add: _Add) -> None:
-    command = add(help="remove an old model's vectors from the tables; not possible for the current model")
+    command = add(
+        "retire_model", help="remove an old model's vectors from the tables; not possible for the current model"
+    )
     command.add_argument("version", help="the model's version, a folder under models/")
+    command.set_defaults(action=_retire)
 
 
 def _retire(config: Config, arguments: argparse.Namespace) -> None:
@@ -216,6 +235,7 @@ def _retire(config: Config, arguments: argparse.Namespace) -> None:
 
 def _add_erase(add: _Add) -> None:
     command = add(
+        "erase_users",
         help="erase people from every table, permanently, with a receipt",
         description="Erases people from every table that holds them and keeps them out; the receipt is in `erasures`. "
         "From then on they are known only by hashes keyed with TRAILVEC_ERASE_KEY, which must never change.",
@@ -236,6 +256,7 @@ def _add_erase(add: _Add) -> None:
         help="after maintain_tables: complete killed erasures, and close the receipts whose users are no longer in "
         "any file on disk",
     )
+    command.set_defaults(action=_erase)
 
 
 def _erase(config: Config, arguments: argparse.Namespace) -> None:
@@ -251,7 +272,7 @@ def _erase(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def _add_sql(add: _Add) -> None:
-    command = add(help="run one SQL query over the tables")
+    command = add("sql", help="run one SQL query over the tables")
     command.add_argument(
         "query",
         help="the query; it can use vector_cosine_similarity and the other vector functions, and the table functions "
@@ -260,6 +281,7 @@ def _add_sql(add: _Add) -> None:
     command.add_argument(
         "--json", action="store_true", help="one JSON object per row, for all rows instead of the first 100"
     )
+    command.set_defaults(action=_sql)
 
 
 def _sql(config: Config, arguments: argparse.Namespace) -> None:
@@ -270,30 +292,20 @@ def _sql(config: Config, arguments: argparse.Namespace) -> None:
 
 def _add_serve(add: _Add) -> None:
     command = add(
+        "serve_sql",
         help="serve SQL over JDBC until Ctrl-C",
         description="Serves SQL over JDBC until Ctrl-C. If TRAILVEC_SQL_USER and TRAILVEC_SQL_PASSWORD are set, every "
         "client must give them.",
     )
     command.add_argument("--host", default="127.0.0.1", help="the address to serve on (default: 127.0.0.1)")
     command.add_argument("--port", type=_port, default=10000, help="default: 10000")
+    command.set_defaults(action=_serve)
 
 
 def _serve(config: Config, arguments: argparse.Namespace) -> None:
     from jobs.serve_sql import run_serve  # noqa: PLC0415
 
     run_serve(config, arguments.host, arguments.port)
-
-
-_BESIDE: dict[str, tuple[Callable[[_Add], None], Callable[[Config, argparse.Namespace], None]]] = {
-    "tables": (_add_tables, _tables),
-    "audit": (_add_audit, _audit),
-    "maintain_tables": (_add_maintain, _maintain),
-    "tune": (_add_tune, _tune),
-    "retire_model": (_add_retire, _retire),
-    "erase_users": (_add_erase, _erase),
-    "sql": (_add_sql, _sql),
-    "serve_sql": (_add_serve, _serve),
-}
 
 
 def table_console(piped_width: int = 160) -> Console:

@@ -14,7 +14,6 @@ import pytest
 import yaml
 
 from jobs.cli import _parser
-from jobs.pipeline import ASIDE, STAGES
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "conf/airflow/trailvec.py"
@@ -71,7 +70,7 @@ def test_a_job_is_task_by_task_that_of_databricks(job: str) -> None:
 def test_every_task_is_a_command_of_trailvec() -> None:
     for _, _, stages in dags().values():
         for stage in stages:
-            arguments = _parser(STAGES, ASIDE).parse_args([stage, "--conf", "conf/mine.toml"])
+            arguments = _parser().parse_args([stage, "--conf", "conf/mine.toml"])
             assert arguments.command == stage
 
 

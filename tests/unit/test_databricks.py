@@ -26,7 +26,7 @@ from packaging.requirements import Requirement
 
 from jobs.cli import _parser
 from jobs.config import Config, load_config
-from jobs.pipeline import ASIDE, STAGES
+from jobs.pipeline import STAGES
 from jobs.segments import read_segments
 from jobs.sources import load_source
 from jobs.spark_session import shuffle_tasks
@@ -256,7 +256,7 @@ def test_the_operations_page_names_commands_jobs_and_files_that_exist() -> None:
     commands = re.findall(r"`trailvec ([^`]+)`", page)
     assert len(commands) >= 6
     for command in commands:
-        _parser(STAGES, ASIDE).parse_args(shlex.split(command))
+        _parser().parse_args(shlex.split(command))
     assert set(re.findall(r"databricks bundle run (\w+)", page)) <= set(jobs("dev"))
     (task,) = re.findall(r'"only": \["(\w+)"\]', page)
     assert task in {task.task["task_key"] for task in tasks("dev")}
