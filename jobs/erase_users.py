@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ from spark_udfs.keyed import ColumnTest, hashed, key_mark, mentions, of_column, 
 from training.urls import local_path
 
 HOLDING_USERS = tuple(table for table in TABLES if table.user_columns())
+_BEFORE_EXPORTS = tuple(table for table in HOLDING_USERS if table != EXPORTS)
 _AN_HOUR = 3600  # more than the clocks of two machines differ by
 _AGAIN = "finish"  # instead of an erasure's id, in commits that delete returned users
 _EPOCH = datetime.fromtimestamp(0, timezone.utc)
@@ -127,14 +128,11 @@ def _erase(runtime: Runtime, file: str | None, sql: str | None, requested_by: st
 
 def _end(runtime: Runtime, receipt: dict[str, Any], ids: Sequence[str]) -> tuple[dict[str, Any], dict[str, int]]:
     """Deletes the receipt's users and completes it. Also returns, by table, the rows deleted since its last state."""
-    users = _frame(runtime, ids)
-
-    def name_exports() -> None:
-        nonlocal receipt
-        receipt = _open(runtime, receipt, users)
-
-    name_exports()
-    take_out(runtime, users, of_column(mentions(ids)), receipt["erasure_id"], name_exports)
+    users, in_raw = _frame(runtime, ids), of_column(mentions(ids))
+    receipt = _open(runtime, receipt, users)
+    take_out(runtime, _BEFORE_EXPORTS, users, in_raw, receipt["erasure_id"])
+    receipt = _open(runtime, receipt, users)  # a run of export_segments may have logged some of them meanwhile
+    take_out(runtime, (EXPORTS,), users, in_raw, receipt["erasure_id"])
     known = {entry["table"]: entry for entry in receipt["tables"] or []}
     told = _told(runtime, receipt, known)
     rows = {entry["table"]: entry["rows"] - known.get(entry["table"], {"rows": 0})["rows"] for entry in told}
@@ -266,20 +264,16 @@ def _holding(runtime: Runtime) -> list[Table]:
     return [table for table in HOLDING_USERS if runtime.exists(table)]
 
 
-def take_out(
-    runtime: Runtime, users: DataFrame, in_raw: ColumnTest, erasure: str, name_exports: Callable[[], None]
-) -> None:
-    """Deletes the users' rows from every table, and rewrites all files with rows hidden by deletion vectors.
+def take_out(runtime: Runtime, tables: Sequence[Table], users: DataFrame, in_raw: ColumnTest, erasure: str) -> None:
+    """Deletes the users' rows from those of the tables that exist, and rewrites all files with rows hidden by deletion
+    vectors.
 
     Args:
         users: user_id, distinct.
         in_raw: whether a rejected record's text holds one of the users.
-        name_exports: called before the users are deleted from the log of exports.
     """
-    for table in _holding(runtime):
+    for table in filter(runtime.exists, tables):
         runtime.on_progress(table.name)
-        if table == EXPORTS:
-            name_exports()
         for name, where in table.user_columns().items():
             _delete(runtime, table, (name, where), users, erasure)
         if table == REJECTED_EVENTS:
@@ -407,14 +401,12 @@ def _again(runtime: Runtime, held: dict[str, str], requests: dict[str, set[str]]
         return Counter()
     pairs = [(user, erasure_id) for digest, user in held.items() for erasure_id in requests[digest]]
     of_requests = runtime.spark.createDataFrame(pd.DataFrame(pairs, dtype="str"), "user_id string, erasure_id string")
-
-    def name_exports() -> None:
-        found = _exports(runtime, of_requests)
-        if found:
-            _save(runtime, [_with_exports(r, found) for r in _receipts(runtime) if r["erasure_id"] in found])
-
+    users = _frame(runtime, sorted(held.values()))
     before = [(table, runtime.latest_version(table)) for table in _holding(runtime)]
-    take_out(runtime, _frame(runtime, sorted(held.values())), in_raw, _AGAIN, name_exports)
+    take_out(runtime, _BEFORE_EXPORTS, users, in_raw, _AGAIN)
+    if found := _exports(runtime, of_requests):
+        _save(runtime, [_with_exports(r, found) for r in _receipts(runtime) if r["erasure_id"] in found])
+    take_out(runtime, (EXPORTS,), users, in_raw, _AGAIN)
     return Counter(
         {
             table.name: sum(commit.rows_deleted for commit in runtime.erasure_commits(table, _AGAIN, version, 0))
