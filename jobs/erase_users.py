@@ -102,7 +102,7 @@ def _erase(runtime: Runtime, file: str | None, sql: str | None, requested_by: st
     erasure_id = hashed(key, [f"{requested_by}\n{ids_digest}"])[0][:32]
 
     runtime.on_progress("recording who must not come back")
-    _bury(runtime, key, hashes, erasure_id)
+    _add_hashes(runtime, key, hashes, erasure_id)
     receipt: dict[str, Any] = {
         "erasure_id": erasure_id,
         "requested_by": requested_by,
@@ -110,14 +110,14 @@ def _erase(runtime: Runtime, file: str | None, sql: str | None, requested_by: st
         "ids_digest": ids_digest,
         "users": len(ids),
     }
-    receipt, rows = _end(runtime, receipt, ids)
+    receipt, rows = _erase_and_complete(runtime, receipt, ids)
 
     report = runtime.report
     report.rows_in["users"] = len(ids)
     report.rows_out = rows
     if not any(entry["rows"] for entry in receipt["tables"]):
         report.notes.append("no table held any of the users: check that it is the right list")
-    report.notes.extend(map(_tell, receipt["exports"]))
+    report.notes.extend(map(_recipient_note, receipt["exports"]))
     longest = max(runtime.config.maintain.retention_hours_for(table.name) for table in HOLDING_USERS)
     gone = receipt["erased_at"] + timedelta(hours=longest)
     report.notes.append(
@@ -126,13 +126,15 @@ def _erase(runtime: Runtime, file: str | None, sql: str | None, requested_by: st
     )
 
 
-def _end(runtime: Runtime, receipt: dict[str, Any], ids: Sequence[str]) -> tuple[dict[str, Any], dict[str, int]]:
+def _erase_and_complete(
+    runtime: Runtime, receipt: dict[str, Any], ids: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, int]]:
     """Deletes the receipt's users and completes it. Also returns, by table, the rows deleted since its last state."""
     users, in_raw = _frame(runtime, ids), of_column(mentions(ids))
     receipt = _open(runtime, receipt, users)
-    take_out(runtime, _BEFORE_EXPORTS, users, in_raw, receipt["erasure_id"])
+    delete_users(runtime, _BEFORE_EXPORTS, users, in_raw, receipt["erasure_id"])
     receipt = _open(runtime, receipt, users)  # a run of export_segments may have logged some of them meanwhile
-    take_out(runtime, (EXPORTS,), users, in_raw, receipt["erasure_id"])
+    delete_users(runtime, (EXPORTS,), users, in_raw, receipt["erasure_id"])
     known = {entry["table"]: entry for entry in receipt["tables"] or []}
     told = _told(runtime, receipt, known)
     rows = {entry["table"]: entry["rows"] - known.get(entry["table"], {"rows": 0})["rows"] for entry in told}
@@ -155,7 +157,7 @@ def _nobody_listed(runtime: Runtime, requested_by: str) -> TrailvecError:
     return TrailvecError("the list of users to erase is empty: nothing was done")
 
 
-def _tell(export: dict[str, Any]) -> str:
+def _recipient_note(export: dict[str, Any]) -> str:
     return (
         f"notify the recipient of segment {export['segment']}, exported {export['exported_at']:%Y-%m-%d %H:%M} to "
         f"{export['destination']}: it held {export['users']:,} of the erased users"
@@ -185,7 +187,7 @@ def _frame(runtime: Runtime, ids: Sequence[str]) -> DataFrame:
     return runtime.spark.createDataFrame(pd.DataFrame({"user_id": list(ids)}, dtype="str"), "user_id string")
 
 
-def _bury(runtime: Runtime, key: bytes, hashes: Sequence[str], erasure_id: str) -> None:
+def _add_hashes(runtime: Runtime, key: bytes, hashes: Sequence[str], erasure_id: str) -> None:
     """Adds to `erased_users` the hashes that it does not have yet."""
     runtime.create(ERASED_USERS)
     values = pd.DataFrame({"user_hash": list(hashes)}, dtype="str")
@@ -264,7 +266,7 @@ def _holding(runtime: Runtime) -> list[Table]:
     return [table for table in HOLDING_USERS if runtime.exists(table)]
 
 
-def take_out(runtime: Runtime, tables: Sequence[Table], users: DataFrame, in_raw: ColumnTest, erasure: str) -> None:
+def delete_users(runtime: Runtime, tables: Sequence[Table], users: DataFrame, in_raw: ColumnTest, erasure: str) -> None:
     """Deletes the users' rows from those of the tables that exist, and rewrites all files with rows hidden by deletion
     vectors.
 
@@ -346,9 +348,11 @@ def _finish(runtime: Runtime) -> None:
     killed = {receipt["erasure_id"]: receipt for receipt in receipts if receipt["erased_at"] is None}
     for erasure_id, receipt in killed.items():
         ids = sorted(user for digest, user in held.items() if erasure_id in requests[digest])
-        rows.update(_end(runtime, receipt, ids)[1])
+        rows.update(_erase_and_complete(runtime, receipt, ids)[1])
         report.notes.append(f"erasure {erasure_id} was not complete: it is now")
-    again = _again(runtime, {d: u for d, u in held.items() if requests[d].isdisjoint(killed)}, requests, tests[1])
+    again = _erase_returned(
+        runtime, {d: u for d, u in held.items() if requests[d].isdisjoint(killed)}, requests, tests[1]
+    )
     returned = again.total()
 
     waiting = {erasure_id for digest in held for erasure_id in requests[digest]}
@@ -372,7 +376,7 @@ def _finish(runtime: Runtime) -> None:
     report.rows_out |= rows + again
     for receipt in receipts:
         news = (e for e in receipt["exports"] or [] if (receipt["erasure_id"], e["export_id"]) not in named)
-        report.notes.extend(map(_tell, news))
+        report.notes.extend(map(_recipient_note, news))
     if returned:
         report.notes.append(f"{returned:,} rows of erased users had come back and were deleted again")
     if leftovers:
@@ -388,14 +392,16 @@ def _finish(runtime: Runtime) -> None:
         )
 
 
-def _again(runtime: Runtime, held: dict[str, str], requests: dict[str, set[str]], in_raw: ColumnTest) -> Counter[str]:
+def _erase_returned(
+    runtime: Runtime, held: dict[str, str], requests: dict[str, set[str]], in_raw: ColumnTest
+) -> Counter[str]:
     """Deletes again the users that some file holds although their erasures are complete. Returns, by table, the deleted
     rows: those of users who had come back.
 
     Args:
         held: users by their hashes.
         requests: the erasures that named each user, by hash.
-        in_raw: as in `take_out`.
+        in_raw: as in `delete_users`.
     """
     if not held:
         return Counter()
@@ -403,10 +409,10 @@ def _again(runtime: Runtime, held: dict[str, str], requests: dict[str, set[str]]
     of_requests = runtime.spark.createDataFrame(pd.DataFrame(pairs, dtype="str"), "user_id string, erasure_id string")
     users = _frame(runtime, sorted(held.values()))
     before = [(table, runtime.latest_version(table)) for table in _holding(runtime)]
-    take_out(runtime, _BEFORE_EXPORTS, users, in_raw, _AGAIN)
+    delete_users(runtime, _BEFORE_EXPORTS, users, in_raw, _AGAIN)
     if found := _exports(runtime, of_requests):
         _save(runtime, [_with_exports(r, found) for r in _receipts(runtime) if r["erasure_id"] in found])
-    take_out(runtime, (EXPORTS,), users, in_raw, _AGAIN)
+    delete_users(runtime, (EXPORTS,), users, in_raw, _AGAIN)
     return Counter(
         {
             table.name: sum(commit.rows_deleted for commit in runtime.erasure_commits(table, _AGAIN, version, 0))
