@@ -332,51 +332,34 @@ def _finish(runtime: Runtime) -> None:
     tests = erased_tests(runtime)
     if tests is None:
         raise TrailvecError("nobody has been erased here: run `trailvec erase_users FILE --requested-by NAME` first")
-    requests: dict[str, set[str]] = defaultdict(set)
-    for row in runtime.latest(ERASED_USERS).select("user_hash", "erasure_id").collect():
-        requests[row["user_hash"]].add(row["erasure_id"])
-    there = _holding(runtime)
-    receipts = _receipts(runtime)
-    named = {(receipt["erasure_id"], e["export_id"]) for receipt in receipts for e in receipt["exports"] or []}
+    erasures_of = _erasures_by_hash(runtime)
+    earlier = _receipts(runtime)
 
     runtime.on_progress("searching the files on disk")
-    on_disk = {table.name: _on_disk(runtime, table, tests) for table in there}
+    on_disk = {table.name: _on_disk(runtime, table, tests) for table in _holding(runtime)}
     # An unreadable record yields everything that may be one of its values.
-    of_hash = {hashed(key, [user])[0]: user for found in on_disk.values() for user in found}
-    held = {digest: user for digest, user in of_hash.items() if digest in requests}
-    report, rows = runtime.report, Counter[str]()
-    killed = {receipt["erasure_id"]: receipt for receipt in receipts if receipt["erased_at"] is None}
-    for erasure_id, receipt in killed.items():
-        ids = sorted(user for digest, user in held.items() if erasure_id in requests[digest])
-        rows.update(_erase_and_complete(runtime, receipt, ids)[1])
-        report.notes.append(f"erasure {erasure_id} was not complete: it is now")
-    again = _erase_returned(
-        runtime, {d: u for d, u in held.items() if requests[d].isdisjoint(killed)}, requests, tests[1]
-    )
+    found = set[str]().union(*on_disk.values())
+    by_user = zip(found, hashed(key, found), strict=True)
+    held = {user: erasures_of[digest] for user, digest in by_user if digest in erasures_of}
+
+    killed = {receipt["erasure_id"]: receipt for receipt in earlier if receipt["erased_at"] is None}
+    rows = _complete_killed(runtime, killed, held)
+    of_complete = {user: erasures for user, erasures in held.items() if erasures.isdisjoint(killed)}
+    again = _erase_returned(runtime, of_complete, tests[1])
     returned = again.total()
 
-    waiting = {erasure_id for digest in held for erasure_id in requests[digest]}
     # Left by a killed export or list copy, or in use by a job that began before: either may hold erased users.
     leftovers = [*runtime.place.glob(".*.staging"), *runtime.exports.glob(".*")]
-    receipts = _receipts(runtime)
-    changed = []
-    for receipt in receipts:
-        if receipt["erasure_id"] not in waiting:
-            finished_at = receipt["finished_at"] or (_now() if receipt["erased_at"] and not leftovers else None)
-            new = receipt | {"finished_at": finished_at}
-        else:  # returned rows are in old files from now on
-            new = receipt | {"finished_at": None, "erased_at": _now() if returned else receipt["erased_at"]}
-        if new != receipt:
-            changed.append(new)
-    if changed:
+    receipts, waiting = _receipts(runtime), set[str]().union(*held.values())
+    settled = [_settled(r, r["erasure_id"] in waiting, bool(returned), bool(leftovers), _now()) for r in receipts]
+    if changed := [new for old, new in zip(receipts, settled, strict=True) if new != old]:
         _save(runtime, changed)
 
+    report = runtime.report
     report.rows_in["receipts"] = len(receipts)
-    report.rows_out = {"finished": sum(receipt["finished_at"] is not None for receipt in _receipts(runtime))}
+    report.rows_out = {"finished": sum(receipt["finished_at"] is not None for receipt in settled)}
     report.rows_out |= rows + again
-    for receipt in receipts:
-        news = (e for e in receipt["exports"] or [] if (receipt["erasure_id"], e["export_id"]) not in named)
-        report.notes.extend(map(_recipient_note, news))
+    report.notes.extend(map(_recipient_note, _new_exports(earlier, receipts)))
     if returned:
         report.notes.append(f"{returned:,} rows of erased users had come back and were deleted again")
     if leftovers:
@@ -387,27 +370,68 @@ def _finish(runtime: Runtime) -> None:
         )
     if held:
         report.notes.append(
-            f"old files of {', '.join(name for name, found in on_disk.items() if found)} hold {len(held):,} erased "
+            f"old files of {', '.join(name for name, users in on_disk.items() if users)} hold {len(held):,} erased "
             f"users: run `trailvec maintain_tables` when maintain.retention_hours have passed, then run this again"
         )
 
 
-def _erase_returned(
-    runtime: Runtime, held: dict[str, str], requests: dict[str, set[str]], in_raw: ColumnTest
-) -> Counter[str]:
+def _erasures_by_hash(runtime: Runtime) -> dict[str, set[str]]:
+    """By a user's hash: the erasures that named the user."""
+    erasures: dict[str, set[str]] = defaultdict(set)
+    for row in runtime.latest(ERASED_USERS).select("user_hash", "erasure_id").collect():
+        erasures[row["user_hash"]].add(row["erasure_id"])
+    return erasures
+
+
+def _complete_killed(runtime: Runtime, killed: dict[str, dict[str, Any]], held: dict[str, set[str]]) -> Counter[str]:
+    """Completes killed erasures, given by their ids. Returns, by table, the deleted rows.
+
+    Args:
+        held: the users that some file holds, each with the erasures that named them.
+    """
+    rows = Counter[str]()
+    for erasure_id, receipt in killed.items():
+        ids = sorted(user for user, erasures in held.items() if erasure_id in erasures)
+        rows.update(_erase_and_complete(runtime, receipt, ids)[1])
+        runtime.report.notes.append(f"erasure {erasure_id} was not complete: it is now")
+    return rows
+
+
+def _settled(receipt: dict[str, Any], held: bool, returned: bool, leftovers: bool, now: datetime) -> dict[str, Any]:
+    """The receipt after a search of the files on disk: closed, open, or opened again.
+
+    Args:
+        held: some file holds one of its users.
+        returned: rows of users who had come back were deleted from some table.
+        leftovers: there are staging folders, which may hold its users.
+    """
+    if held:  # returned rows are in old files from now on
+        return receipt | {"finished_at": None, "erased_at": now if returned else receipt["erased_at"]}
+    if receipt["finished_at"] is None and receipt["erased_at"] is not None and not leftovers:
+        return receipt | {"finished_at": now}
+    return receipt
+
+
+def _new_exports(earlier: Sequence[dict[str, Any]], receipts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The exports that the receipts name and their earlier states did not."""
+    named = {(receipt["erasure_id"], export["export_id"]) for receipt in earlier for export in receipt["exports"] or []}
+    exports = [(receipt["erasure_id"], export) for receipt in receipts for export in receipt["exports"] or []]
+    return [export for erasure_id, export in exports if (erasure_id, export["export_id"]) not in named]
+
+
+def _erase_returned(runtime: Runtime, held: dict[str, set[str]], in_raw: ColumnTest) -> Counter[str]:
     """Deletes again the users that some file holds although their erasures are complete. Returns, by table, the deleted
     rows: those of users who had come back.
 
     Args:
-        held: users by their hashes.
-        requests: the erasures that named each user, by hash.
+        held: as in `_complete_killed`.
         in_raw: as in `delete_users`.
     """
     if not held:
         return Counter()
-    pairs = [(user, erasure_id) for digest, user in held.items() for erasure_id in requests[digest]]
+    pairs = [(user, erasure_id) for user, erasures in held.items() for erasure_id in erasures]
     of_requests = runtime.spark.createDataFrame(pd.DataFrame(pairs, dtype="str"), "user_id string, erasure_id string")
-    users = _frame(runtime, sorted(held.values()))
+    users = _frame(runtime, sorted(held))
     before = [(table, runtime.latest_version(table)) for table in _holding(runtime)]
     delete_users(runtime, _BEFORE_EXPORTS, users, in_raw, _AGAIN)
     if found := _exports(runtime, of_requests):

@@ -610,6 +610,27 @@ def test_the_receipt_closes_when_nothing_is_left_on_disk(story: SimpleNamespace)
     assert story.receipt["finished_at"] > story.receipt["erased_at"]
 
 
+def test_a_receipt_closes_and_opens_again() -> None:
+    asked, erased, closed, now = (datetime(2023, 5, day, tzinfo=timezone.utc) for day in (1, 2, 3, 4))
+    nowhere = {"held": False, "returned": False, "leftovers": False}
+
+    def times(erased_at: datetime | None, finished_at: datetime | None, **found: bool) -> tuple[Any, Any]:
+        receipt = {"requested_at": asked, "erased_at": erased_at, "finished_at": finished_at}
+        settled = erase_users._settled(receipt, now=now, **nowhere | found)
+        assert settled["requested_at"] == asked
+        return settled["erased_at"], settled["finished_at"]
+
+    assert times(erased, None) == (erased, now)
+    assert times(erased, closed) == (erased, closed)
+    assert times(None, None) == (None, None)  # killed, and begun after the killed ones were completed
+    assert times(erased, None, leftovers=True) == (erased, None)
+    assert times(erased, closed, leftovers=True) == (erased, closed)
+    assert times(erased, None, returned=True) == (erased, now)  # another erasure's users had come back
+    assert times(erased, None, held=True) == (erased, None)
+    assert times(erased, closed, held=True) == (erased, None)
+    assert times(erased, closed, held=True, returned=True, leftovers=True) == (now, None)
+
+
 def test_no_receipt_tombstone_or_log_of_operations_shows_an_id_or_the_key(story: SimpleNamespace) -> None:
     texts = [
         str(read_delta(story.runtime.path(ERASURES))),
