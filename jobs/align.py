@@ -30,7 +30,7 @@ from jobs.errors import TrailvecError
 from jobs.model_folders import add_to_model, description, model_folder, trained_again
 from jobs.models import encode_sequences, item_vectors, stacked
 from jobs.runtime import Runtime, Stage
-from jobs.spark_session import drawn_by_hash, in_order
+from jobs.spark_session import drawn_by_hash, in_order, persisted
 from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_EMBEDDINGS, of_model
 from spark_udfs.alignment import cross_products, mean_cosine, overlap, rotation_of
 from spark_udfs.topk import Metric, Vectors
@@ -210,22 +210,22 @@ def _align(runtime: Runtime, folder: Path) -> None:
             f"model {onto}, the current one, has no item vectors to align another model with: run "
             f"`trailvec embed_items --set model.version={onto}` first"
         )
-    pairs = _pairs(runtime, folder, onto).persist()
     width = int(about["spec"]["width"])
-    widths = {row["width"] for row in pairs.select(F.size("old").alias("width")).distinct().collect()}
     rotation: Vectors | None = None
-    if widths == {width}:
-        products, shared = cross_products(pairs, width)
-        why = f"{shared:,} items that both have learnt, fewer than the width {width}"
-        if shared >= width:
-            rotation = rotation_of(products).astype(np.float32)
-    else:
-        shared, why = pairs.count(), f"widths {widths or '{}'} and {width}"
-    some = (
-        pairs.where(drawn_by_hash(ITEMS_COMPARED / max(1, shared), "item_id", F.lit("align")))
-        .orderBy(F.xxhash64("item_id"), "item_id")
-        .toPandas()
-    )
+    with persisted(_pairs(runtime, folder, onto)) as pairs:
+        widths = {row["width"] for row in pairs.select(F.size("old").alias("width")).distinct().collect()}
+        if widths == {width}:
+            products, shared = cross_products(pairs, width)
+            why = f"{shared:,} items that both have learnt, fewer than the width {width}"
+            if shared >= width:
+                rotation = rotation_of(products).astype(np.float32)
+        else:
+            shared, why = pairs.count(), f"widths {widths or '{}'} and {width}"
+        some = (
+            pairs.where(drawn_by_hash(ITEMS_COMPARED / max(1, shared), "item_id", F.lit("align")))
+            .orderBy(F.xxhash64("item_id"), "item_id")
+            .toPandas()
+        )
     both = in_order(_users(runtime, folder, onto), "user_id")
     items, users = ((stacked(rows["new"], width), stacked(rows["old"], width)) for rows in (some, both))
     report |= {"shared_items": shared, **compare(users, items, some["vertical"], rotation)}
@@ -238,7 +238,6 @@ def _align(runtime: Runtime, folder: Path) -> None:
         f"{_told(of_users['cosine_before'])} → {_told(of_users['cosine_after'])}; share of the 10 nearest items kept "
         f"{_told(of_users['overlap@10'])} (users), {_told(report['items']['overlap@10'])} (items)"
     )
-    pairs.unpersist()
     write_alignment(folder, rotation, report)
 
 

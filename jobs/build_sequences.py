@@ -23,7 +23,7 @@ from jobs.cli import stage_main
 from jobs.config import SequencesSettings
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
-from jobs.spark_session import FEW, few_to_all, spark_conf
+from jobs.spark_session import FEW, few_to_all, persisted, spark_conf
 from jobs.splits import Cuts, cut_times, is_target, microseconds, utc
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES, SESSIONS, conform
 from spark_udfs.sequences import GIVEN, SPLITS, CutRules, cut_sequences
@@ -222,8 +222,7 @@ def run(runtime: Runtime) -> None:
         other_items = _differing(items, in_vocabulary(old_items, min_count), ["item_id"], "item_index")
     if not runtime.is_unchanged(SEQUENCES, CONTEXT_VALUES):
         other_values = _differing(values, old_values.where("kind != 'category'"), ["kind", "value"], "value_index")
-    users = changed_users(sessions, changes, other_items, other_values).persist()
-    try:
+    with persisted(changed_users(sessions, changes, other_items, other_values)) as users:
         differ = [F.max(may_differ(split, F.col("since"), cuts, settings)).alias(split) for split in SPLITS]
         found = users.agg(F.count("*").alias("users"), *differ).collect()[0]
         splits = tuple(split for split in SPLITS if found[split])
@@ -232,8 +231,6 @@ def run(runtime: Runtime) -> None:
             _update(runtime, actions, users, cuts, splits, few=found["users"] <= FEW)
         else:
             runtime.touch(SEQUENCES)
-    finally:
-        users.unpersist()
 
 
 def _update(
@@ -248,14 +245,11 @@ def _update(
             differ |= (F.col("split") == split) & may_differ(split, F.col("since"), cuts, settings)
         return rows.join(users, "user_id").where(differ).drop("since")
 
-    new = concerned(build_sequences(actions, cuts, settings, splits)).persist()
-    try:
+    with persisted(concerned(build_sequences(actions, cuts, settings, splits))) as new:
         before = concerned(runtime.latest(SEQUENCES).select(*SEQUENCES.key).where(F.col("split").isin(*splits)))
         gone = before.join(new, list(SEQUENCES.key), "left_anti")
         # Deletion vectors only hide the old rows. Training, which can't read such files, has them rewritten.
         runtime.merge(SEQUENCES, new, deletes=gone, where=F.col("old.split").isin(*splits), few=few)
-    finally:
-        new.unpersist()
 
 
 STAGE = Stage(

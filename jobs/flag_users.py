@@ -20,6 +20,7 @@ from jobs.cli import stage_main
 from jobs.config import FlagUsersSettings
 from jobs.pruning import within_days
 from jobs.runtime import Runtime, Stage
+from jobs.spark_session import persisted
 from jobs.tables import EVENTS, FLAGGED_USERS, conform, differences
 
 USER_DAY = ["user_id", "day"]
@@ -105,8 +106,7 @@ def run(runtime: Runtime) -> None:
         runtime.write(FLAGGED_USERS, flag_users(events, settings))
         return
     # `changes` holds an updated row twice, before and after: both days are affected.
-    touched = changes.select("user_id", F.to_date("event_ts").alias("day")).distinct().persist()
-    try:
+    with persisted(changes.select("user_id", F.to_date("event_ts").alias("day")).distinct()) as touched:
         days = [row["day"] for row in touched.select("day").distinct().collect()]
         again = (
             events.where(within_days(F.col("event_ts"), days))
@@ -123,8 +123,6 @@ def run(runtime: Runtime) -> None:
             return
         within = F.col("old.day").between(F.lit(min(days)), F.lit(max(days)))
         runtime.merge_differences(FLAGGED_USERS, differing, count, where=within, made_from=made_from)
-    finally:
-        touched.unpersist()
 
 
 STAGE = Stage(

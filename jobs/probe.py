@@ -42,6 +42,7 @@ from jobs.profile_users import (
     statistics,
 )
 from jobs.runtime import Runtime, Stage
+from jobs.spark_session import persisted
 from jobs.splits import Cuts, cut_times, is_target, refuse_leak, time_at, utc
 from jobs.sql import ask
 from jobs.tables import CONTEXT_VALUES, ITEMS, PROBES, SESSIONS, TABLES, events_of
@@ -211,12 +212,11 @@ def questions(runtime: Runtime, sessions: DataFrame, cuts: Cuts) -> list[Questio
     settings, found = runtime.config.probe, []
 
     def add(labels: DataFrame, cut: Column, others: datetime) -> None:
-        of_tasks = labels.select("user_id", "task", "label", cut.alias("cut")).persist()
         bucket = F.pmod(F.xxhash64("user_id"), F.lit(1_000_000))  # puts users in the same order in every sample
         place = F.row_number().over(Window.partitionBy("task").orderBy(bucket, "user_id"))
-        rows = of_tasks.withColumn("place", place).where(F.col("place") <= settings.max_users).drop("place")
-        frame = rows.select("user_id", "task", "label", F.unix_micros("cut").alias("cut")).toPandas()
-        of_tasks.unpersist()
+        with persisted(labels.select("user_id", "task", "label", cut.alias("cut"))) as of_tasks:
+            rows = of_tasks.withColumn("place", place).where(F.col("place") <= settings.max_users).drop("place")
+            frame = rows.select("user_id", "task", "label", F.unix_micros("cut").alias("cut")).toPandas()
         if frame.empty:
             return
         known = frame[["user_id", "cut"]].drop_duplicates()
@@ -224,7 +224,7 @@ def questions(runtime: Runtime, sessions: DataFrame, cuts: Cuts) -> list[Questio
         more = max(0, settings.max_users - len(known))
         rest = sessions.where(F.col("start_ts") < utc(others)).select("user_id").distinct()
         rest = rest.join(asked, "user_id", "left_anti").orderBy(bucket, "user_id").limit(more)
-        found.append(Question(frame, F.broadcast(asked.union(rest.select("user_id", utc(others))).persist())))
+        found.append(Question(frame, F.broadcast(asked.union(rest.select("user_id", utc(others))))))
 
     if settings.activity or settings.event_types:
         cut = cuts.end - timedelta(days=settings.days)
@@ -255,13 +255,8 @@ def features_of(
     from training import probes  # noqa: PLC0415 - only this stage needs scikit-learn
 
     targets = runtime.config.sequences.target_event_types
-    visible = before(events_of(sessions, *OF_EVENTS), question.cuts).persist()
-    counts = visible.groupBy("user_id", "item_id").count().toPandas()
     labelled = sorted(set(question.labels["user_id"]))
-    everybody = labelled + sorted(set(counts["user_id"]) - set(labelled))
-    items = probes.tfidf_svd(matrix(counts, everybody, "item_id", "count"))[: len(labelled)]
     asked = F.broadcast(runtime.spark.createDataFrame(pd.DataFrame({"user_id": labelled})))
-    of_asked = visible.join(asked, "user_id")
 
     def of_labelled(rows: DataFrame) -> Matrix:
         """Zeros for users without events before their cut."""
@@ -270,17 +265,24 @@ def features_of(
         width = len(next(iter(known.values()))) if known else 1
         return np.stack([np.asarray(known.get(user, np.zeros(width)), np.float64) for user in labelled])
 
-    encoded = states(runtime, sessions, question.cuts, model_dir, end).persist()
-    told, numbers = statistics(visible, targets).persist(), item_numbers(runtime)
-    basis = fit(runtime, visible, encoded, numbers=numbers, told=told)
-    encoded_asked, told_asked = encoded.join(asked, "user_id"), numbered(told.join(asked, "user_id"), basis.names)
-    profile = of_labelled(profiles(profile_rows(of_asked, encoded_asked, numbers, told_asked), basis))
-    vector = of_labelled(encoded_asked.select("user_id", "vector"))
-    by_hand = matrix(aggregates(of_asked, runtime.read(ITEMS)).toPandas(), labelled, "name", "value").toarray()
-    five = rfm(of_asked, targets).toPandas().set_index("user_id").reindex(labelled)
-    numbers_of = five.fillna({"recency": five["recency"].max()}).fillna(0.0).to_numpy(np.float64)
-    for frame in (visible, encoded, told):
-        frame.unpersist()
+    with (
+        persisted(question.cuts) as cuts,
+        persisted(before(events_of(sessions, *OF_EVENTS), cuts)) as visible,
+        persisted(states(runtime, sessions, cuts, model_dir, end)) as encoded,
+        persisted(statistics(visible, targets)) as told,
+    ):
+        counts = visible.groupBy("user_id", "item_id").count().toPandas()
+        everybody = labelled + sorted(set(counts["user_id"]) - set(labelled))
+        items = probes.tfidf_svd(matrix(counts, everybody, "item_id", "count"))[: len(labelled)]
+        of_asked = visible.join(asked, "user_id")
+        numbers = item_numbers(runtime)
+        basis = fit(runtime, visible, encoded, numbers=numbers, told=told)
+        encoded_asked, told_asked = encoded.join(asked, "user_id"), numbered(told.join(asked, "user_id"), basis.names)
+        profile = of_labelled(profiles(profile_rows(of_asked, encoded_asked, numbers, told_asked), basis))
+        vector = of_labelled(encoded_asked.select("user_id", "vector"))
+        by_hand = matrix(aggregates(of_asked, runtime.read(ITEMS)).toPandas(), labelled, "name", "value").toarray()
+        five = rfm(of_asked, targets).toPandas().set_index("user_id").reindex(labelled)
+        numbers_of = five.fillna({"recency": five["recency"].max()}).fillna(0.0).to_numpy(np.float64)
     return labelled, {
         "vector": vector,
         "profile": profile,

@@ -35,7 +35,7 @@ from jobs.item_facts import item_attributes
 from jobs.model_folders import add_to_model, model_folder, model_inputs
 from jobs.models import encode_sequences
 from jobs.runtime import Runtime, Stage, code_version
-from jobs.spark_session import in_order
+from jobs.spark_session import in_order, persisted
 from jobs.splits import Cuts, cut_times, is_target, utc
 from jobs.tables import CONTEXT_VALUES, EVENT_IN_SESSION, ITEMS, SESSIONS, USER_PROFILES, events_of
 from spark_udfs.profile import KINDS, counts_of, profiles
@@ -273,17 +273,16 @@ def fit(runtime: Runtime, visible: DataFrame, encoded: DataFrame, *, numbers: Da
     """
     settings, targets = runtime.config.profile, runtime.config.sequences.target_event_types
     bucket = F.xxhash64("user_id")
-    sample = encoded.orderBy(bucket, "user_id").limit(settings.fit_users).persist()
-    visible, told = (of.join(F.broadcast(sample.select("user_id")), "user_id") for of in (visible, told))
-    names = statistic_names(told)
-    rows = in_order(profile_rows(visible, sample, numbers, numbered(told, names)), "user_id")
-    if rows.empty:
-        raise TrailvecError("no user has an event before the cut: there is nothing to build profiles from")
-    matrix = np.stack([np.asarray(vector, np.float32) for vector in rows["vector"]])
-    counts = {kind: _counts(rows[f"{kind}_numbers"], rows[f"{kind}_values"]) for kind in KINDS}
-    items = Terms.fit(counts["items"], _MOST_TERMS, presence=True)
-    earlier, since = _once(visible, targets, names)
-    sample.unpersist()
+    with persisted(encoded.orderBy(bucket, "user_id").limit(settings.fit_users)) as sample:
+        visible, told = (of.join(F.broadcast(sample.select("user_id")), "user_id") for of in (visible, told))
+        names = statistic_names(told)
+        rows = in_order(profile_rows(visible, sample, numbers, numbered(told, names)), "user_id")
+        if rows.empty:
+            raise TrailvecError("no user has an event before the cut: there is nothing to build profiles from")
+        matrix = np.stack([np.asarray(vector, np.float32) for vector in rows["vector"]])
+        counts = {kind: _counts(rows[f"{kind}_numbers"], rows[f"{kind}_values"]) for kind in KINDS}
+        items = Terms.fit(counts["items"], _MOST_TERMS, presence=True)
+        earlier, since = _once(visible, targets, names)
     return fit_basis(
         matrix,
         counts,
@@ -367,10 +366,6 @@ def run(runtime: Runtime) -> None:
     sessions = runtime.read(SESSIONS)
     end = cut_times(sessions, runtime.config.sequences, "end_ts").end
     targets = runtime.config.sequences.target_event_types
-    # All users share one cut, the log's end, so no join is needed. On disk: it is read a dozen times and log-sized.
-    visible = _until(events_of(sessions, *OF_EVENTS), utc(end)).persist(StorageLevel.DISK_ONLY)
-    encoded = states(runtime, sessions, None, model_dir, end).persist()  # encoding is the expensive step
-    told, numbers = statistics(visible, targets), item_numbers(runtime)
     found, rotation = read_basis(model_dir), rotation_sha256(model_dir)
     if found is not None and found[1].get("rotation", rotation) != rotation:  # older code recorded none
         runtime.report.notes.append(
@@ -378,22 +373,26 @@ def run(runtime: Runtime) -> None:
             f"vectors since, so the dimensions of a profile now mean something else"
         )
         found = None
-    if found is None:
-        runtime.on_progress("fitting the basis")
-        basis = fit(runtime, visible, encoded, numbers=numbers, told=told)
-        about = {"as_of": end.isoformat(timespec="microseconds"), "code_version": code_version()}
-        write_basis(model_dir, basis, about | {"rotation": rotation, "settings": settings.model_dump()})
-        add_to_model(runtime, model_dir, TENSORS, ABOUT)
-    else:
-        basis = found[0]
-        if warning := too_late(settings, found[1], runtime.models / model_dir.name):
-            runtime.report.notes.append(warning)
-    terms = _as_rows(runtime, basis.terms["items"].numbers)
-    rows = profiles(profile_rows(visible, encoded, numbers, numbered(told, basis.names), terms), basis)
-    rows = rows.withColumn("model_version", F.lit(model_dir.name)).withColumn("as_of", utc(end))
-    runtime.write(USER_PROFILES, rows)
-    for frame in (visible, encoded):
-        frame.unpersist()
+    with (
+        # All users share one cut, the log's end, so no join is needed. On disk: it is read a dozen times and log-sized.
+        persisted(_until(events_of(sessions, *OF_EVENTS), utc(end)), StorageLevel.DISK_ONLY) as visible,
+        persisted(states(runtime, sessions, None, model_dir, end)) as encoded,  # encoding is the expensive step
+    ):
+        told, numbers = statistics(visible, targets), item_numbers(runtime)
+        if found is None:
+            runtime.on_progress("fitting the basis")
+            basis = fit(runtime, visible, encoded, numbers=numbers, told=told)
+            about = {"as_of": end.isoformat(timespec="microseconds"), "code_version": code_version()}
+            write_basis(model_dir, basis, about | {"rotation": rotation, "settings": settings.model_dump()})
+            add_to_model(runtime, model_dir, TENSORS, ABOUT)
+        else:
+            basis = found[0]
+            if warning := too_late(settings, found[1], runtime.models / model_dir.name):
+                runtime.report.notes.append(warning)
+        terms = _as_rows(runtime, basis.terms["items"].numbers)
+        rows = profiles(profile_rows(visible, encoded, numbers, numbered(told, basis.names), terms), basis)
+        rows = rows.withColumn("model_version", F.lit(model_dir.name)).withColumn("as_of", utc(end))
+        runtime.write(USER_PROFILES, rows)
     widths = ", ".join(f"{part} {width}" for part, width in basis.widths.items())
     current = runtime.newest_current_model()
     if current not in (None, model_dir.name):

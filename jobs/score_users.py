@@ -31,7 +31,7 @@ from jobs.model_folders import check_items, check_numbers, description, model_fo
 from jobs.models import encode_sequences
 from jobs.progress import meanwhile
 from jobs.runtime import Runtime, Stage
-from jobs.spark_session import spark_conf
+from jobs.spark_session import persisted, spark_conf
 from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, SEQUENCES, USER_EMBEDDINGS, of_model
 from spark_udfs.encode import Counts, Summed
 from training.batches import FEATURES
@@ -150,15 +150,14 @@ class Scorer:
             users = changed_users(self.rows(since), self.rows(now))
         else:
             users = changes.where("split = 'score'").select("user_id").distinct()
-        users = users.persist()
-        total = users.count()
-        if total:
-            with self._told(total, total):
-                rows = self.rows(now).join(users, "user_id", "left_semi")
-                self._merge(self._encode(rows), users, done=True, note=note)
-        else:
-            runtime.touch(USER_EMBEDDINGS, note=note)
-        users.unpersist()
+        with persisted(users):
+            total = users.count()
+            if total:
+                with self._told(total, total):
+                    rows = self.rows(now).join(users, "user_id", "left_semi")
+                    self._merge(self._encode(rows), users, done=True, note=note)
+            else:
+                runtime.touch(USER_EMBEDDINGS, note=note)
 
     def make_current(self) -> None:
         """Switches over: from here on, readers of the views see this model.
@@ -187,11 +186,10 @@ class Scorer:
 
     def _merge(self, new: DataFrame, users: DataFrame, done: bool, note: dict[str, Any]) -> None:
         """Writes the vectors `new`; a user of `users` (user_id) without a new vector loses theirs, if they have one."""
-        new = new.persist()  # Delta reads it twice
         gone = users.select("user_id", F.lit(self.version).alias("model_version")).join(new, "user_id", "left_anti")
         of_this = F.col("old.model_version") == self.version
-        self._runtime.merge(USER_EMBEDDINGS, new, deletes=gone, where=of_this, done=done, note=note)
-        new.unpersist()
+        with persisted(new):  # Delta reads it twice
+            self._runtime.merge(USER_EMBEDDINGS, new, deletes=gone, where=of_this, done=done, note=note)
 
     def _note(self, scoring: Scoring, chunk: int) -> dict[str, Any]:
         told = {name: getattr(scoring, name) for name in ("sequences", "chunks", "into_empty")}

@@ -18,6 +18,7 @@ import pandas as pd
 import pyspark
 from delta.tables import DeltaTable
 from py4j.java_gateway import JavaClass, JavaPackage, JVMView
+from pyspark import StorageLevel
 from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -215,6 +216,16 @@ def shuffle_tasks(spark: SparkSession) -> int:
     """
     tasks = str(spark.conf.get("spark.sql.shuffle.partitions"))
     return int(tasks) if tasks.isdigit() else max(200, spark.sparkContext.defaultParallelism)
+
+
+@contextlib.contextmanager
+def persisted(rows: DataFrame, level: StorageLevel = StorageLevel.MEMORY_AND_DISK_DESER) -> Iterator[DataFrame]:
+    """The rows, computed once for every use inside the block."""
+    rows.persist(level)
+    try:
+        yield rows
+    finally:
+        rows.unpersist()
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from jobs.commits import History
 from jobs.config import load_config
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
-from jobs.spark_session import drawn_by_hash, spark_conf
+from jobs.spark_session import drawn_by_hash, persisted, spark_conf
 from jobs.sql import query
 from jobs.sql_names import register_tables
 from jobs.tables import (
@@ -54,6 +54,14 @@ def test_few_rows_go_to_each_task(spark: SparkSession, monkeypatch: pytest.Monke
     with spark_conf(spark, {"spark.sql.autoBroadcastJoinThreshold": "-1"}):  # as when Spark knows no size
         joined = spark.range(9).join(spark_session.few_to_all(few), "id", "left_semi")
         assert join in joined._jdf.queryExecution().executedPlan().toString()  # type: ignore[operator]
+
+
+def test_persisted_rows_are_released_after_an_error_too(spark: SparkSession) -> None:
+    rows = spark.range(3)
+    with contextlib.suppress(ZeroDivisionError), persisted(rows):
+        assert rows.storageLevel.useMemory
+        raise ZeroDivisionError
+    assert not rows.storageLevel.useMemory
 
 
 def test_of_very_many_rows_some_are_drawn_however_small_the_share(spark: SparkSession) -> None:
