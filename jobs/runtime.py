@@ -8,12 +8,13 @@ commit of every table that it writes carries it, the stage is up to date and is 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -27,7 +28,7 @@ from jobs.commits import Commit, newer_than
 from jobs.config import Config
 from jobs.errors import TrailvecError
 from jobs.lake import Lake
-from jobs.spark_session import FEW, known_size, spark_conf
+from jobs.spark_session import FEW, known_size, persisted, spark_conf
 from jobs.tables import CURRENT_MODEL, Table, conform
 from training.urls import file_of_table
 
@@ -65,7 +66,7 @@ class Stage:
 # MERGE is an outer join that keeps the new rows, and Spark can't broadcast the preserved side of an outer join, so the
 # old rows of all affected files get shuffled. With these settings, Spark drops most of them at the scan, by a Bloom
 # filter on the new rows' first key. It builds one only if it would broadcast neither side, the new rows are filtered,
-# and it knows that the old side is larger: `merge` sees to the last two.
+# and it knows that the old side is larger: `_filtering` sees to the last two.
 _FILTERED_MERGE = {
     "spark.sql.optimizer.runtime.bloomFilter.enabled": "true",
     "spark.sql.optimizer.runtime.bloomFilter.creationSideThreshold": str(2**40),
@@ -415,39 +416,32 @@ class Runtime(Lake):
         for name in table.key:
             on &= F.col(f"old.{name}") == F.col(f"new.{name}")
         values = {c.name: F.col(f"new.{c.name}") for c in table.columns}
-        given, settings = new, {}
-        if few:
-            # Cached so that Spark knows its size; checkpointed first, because the commit invalidates caches of frames
-            # that were read from the table.
-            new = new.localCheckpoint(eager=False).persist()
-            new.count()
-            given = new.where(F.col("trailvec_delete") >= F.lit(False))  # always true
-            more = "spark.sql.optimizer.runtime.bloomFilter.applicationSideScanSizeThreshold"
-            settings = _FILTERED_MERGE | {more: str(known_size(new) + 1)}
-        merge = DeltaTable.forPath(self.spark, self.path(table)).alias("old").merge(given.alias("new"), on)
-        if not insert_only:
-            merge = merge.whenMatchedDelete("new.trailvec_delete").whenMatchedUpdate(set=values)
-        merge = merge.whenNotMatchedInsert("NOT new.trailvec_delete", values=values)
+        with contextlib.ExitStack() as until_written:
+            given, settings = until_written.enter_context(_filtering(new)) if few else (new, {})
+            merge = DeltaTable.forPath(self.spark, self.path(table)).alias("old").merge(given.alias("new"), on)
+            if not insert_only:
+                merge = merge.whenMatchedDelete("new.trailvec_delete").whenMatchedUpdate(set=values)
+            merge = merge.whenNotMatchedInsert("NOT new.trailvec_delete", values=values)
 
-        def write() -> None:
-            if made_from is not None and self.stage_version(table) != made_from:
-                raise _changed_by_another_run(table, "while this one worked on it")
-            with spark_conf(self.spark, settings):
-                merge.execute()
+            def write() -> None:
+                if made_from is not None and self.stage_version(table) != made_from:
+                    raise _changed_by_another_run(table, "while this one worked on it")
+                with spark_conf(self.spark, settings):
+                    merge.execute()
 
-        try:
             self._noted_commit(write, done, note)
-        finally:
-            if few:
-                new.unpersist()
         if made_from is not None:
-            newer = newer_than(self._commits(table), made_from)
-            if sum(commit.changed_rows and not commit.housekeeping for commit in newer) > 1:
-                self.touch(table, done=False)  # forces a full rebuild
-                raise TrailvecError(
-                    f"another run changed table {table.name} just as this one wrote to it, and the table has the rows "
-                    f"of both: run `trailvec {table.stage}` again when that one has ended, which rebuilds it in full"
-                )
+            self._refuse_rows_of_two_runs(table, made_from)
+
+    def _refuse_rows_of_two_runs(self, table: Table, made_from: int) -> None:
+        """Raises TrailvecError if another run has changed rows since version `made_from`, beside our own commit."""
+        newer = newer_than(self._commits(table), made_from)
+        if sum(commit.changed_rows and not commit.housekeeping for commit in newer) > 1:
+            self.touch(table, done=False)  # forces a full rebuild
+            raise TrailvecError(
+                f"another run changed table {table.name} just as this one wrote to it, and the table has the rows "
+                f"of both: run `trailvec {table.stage}` again when that one has ended, which rebuilds it in full"
+            )
 
     def merge_differences(self, table: Table, differing: DataFrame, count: int, where: Column, made_from: int) -> None:
         """Replaces the `old` rows of jobs.tables.differences by the `new` ones, in one commit.
@@ -538,6 +532,18 @@ def _sql_texts(values: str | tuple[str, ...]) -> str:
     some = (values,) if isinstance(values, str) else values
     escaped = [value.replace("\\", "\\\\").replace("'", "\\'") for value in some]
     return ", ".join(f"'{value}'" for value in escaped)
+
+
+@contextlib.contextmanager
+def _filtering(new: DataFrame) -> Iterator[tuple[DataFrame, dict[str, str]]]:
+    """The new rows of a MERGE and the settings (_FILTERED_MERGE) with which Spark drops most old rows at the scan."""
+    # Cached so that Spark knows its size; checkpointed first, because the commit invalidates caches of frames that were
+    # read from the table.
+    with persisted(new.localCheckpoint(eager=False)) as rows:
+        rows.count()
+        more = "spark.sql.optimizer.runtime.bloomFilter.applicationSideScanSizeThreshold"
+        filtered = rows.where(F.col("trailvec_delete") >= F.lit(False))  # always true
+        yield filtered, _FILTERED_MERGE | {more: str(known_size(rows) + 1)}
 
 
 def _changed_by_another_run(table: Table, during: str) -> TrailvecError:
