@@ -113,8 +113,8 @@ def base_of(runtime: Runtime) -> str | None:
     """The version of the model for a warm start; None: train from scratch.
 
     `model.version`, if set; else the current model, rather than a newer one that `align` or the gate refused; else, if
-    no model is current yet, the newest. But if this very command has made the model in use, it is that model's own
-    base, so that the same command again finds its model and trains nothing.
+    no model is current yet, the newest. If the model in use was made by this same command, the result is that model's
+    own base, not the model: so repeating the command finds its model and trains nothing.
 
     Raises:
         TrailvecError: the base model uses numbers from tables that have been removed since.
@@ -182,11 +182,11 @@ def count_rows(files: list[str]) -> int:
     return sum(footer.num_rows for footer in footers(files))
 
 
-def _go_on(runtime: Runtime) -> None:
+def _resume_killed_training(runtime: Runtime) -> None:
     """If this very command was killed during training, pins the stage's tables to the versions of that run.
 
-    Not if it is forced, or has since made a model from the same or newer rows. Removes its old checkpoints whose tables
-    can't be read at those versions any more.
+    Does nothing if forced, or if this command has since trained a model on these rows or newer ones. Removes its old
+    checkpoints whose tables can't be read at those versions any more.
     """
     now = runtime.fingerprint
     if runtime.forced or has_model(runtime, now[:12]):
@@ -196,26 +196,28 @@ def _go_on(runtime: Runtime) -> None:
         if not same_command(runtime, begun):
             continue
         if not runtime.can_go_back(begun):
-            if begun["fingerprint"] != now:  # if equal, only maintenance came between: the same rows, in other files
-                remove_tree(place)
-        elif (
-            place.name == f"{_name(runtime, begun['fingerprint'])}.checkpoints"  # else forced, or a copy
-            and any(place.glob(f"[0-9]*/{PROGRESS}"))  # a half-written one's name starts with a dot
-            and not _learnt(runtime, begun)
-            and runtime.go_back(begun)
-        ):
+            # With equal fingerprints only maintenance ran: same rows in other files, so some checkpoints still fit.
             if begun["fingerprint"] != now:
-                versions = ", ".join(f"{table} version {version}" for table, version in begun["reads"].items())
-                sentence = (
-                    f"resumes the training that was stopped, on the tables as they were then ({versions}): run "
-                    f"`trailvec train` again to train on what came since"
-                )
-                runtime.on_progress(sentence)
-                runtime.report.notes.append(sentence)
-            return
+                remove_tree(place)
+            continue
+        if place.name != f"{_name(runtime, begun['fingerprint'])}.checkpoints":  # a forced training's, or a copy
+            continue
+        if not any(place.glob(f"[0-9]*/{PROGRESS}")):  # a half-written one's name starts with a dot
+            continue
+        if _has_newer_model(runtime, begun) or not runtime.go_back(begun):
+            continue
+        if begun["fingerprint"] != now:
+            versions = ", ".join(f"{table} version {version}" for table, version in begun["reads"].items())
+            sentence = (
+                f"resumes the training that was stopped, on the tables as they were then ({versions}): run "
+                f"`trailvec train` again to train on what came since"
+            )
+            runtime.on_progress(sentence)
+            runtime.report.notes.append(sentence)
+        return
 
 
-def _learnt(runtime: Runtime, begun: dict[str, Any]) -> bool:
+def _has_newer_model(runtime: Runtime, begun: dict[str, Any]) -> bool:
     """Whether this command has trained a model on the table versions that `begun` reads, or newer ones."""
     models = [description(runtime, file.parent.name) for file in runtime.models.glob(f"*/{ABOUT}")]
     made = [of for model in models if same_command(runtime, of := model.get("provenance", {}))]
@@ -232,7 +234,7 @@ def _name(runtime: Runtime, fingerprint: str) -> str:
 
 
 def run(runtime: Runtime) -> None:
-    _go_on(runtime)
+    _resume_killed_training(runtime)
     version = runtime.fingerprint[:12]
     folder, name = runtime.models / version, _name(runtime, runtime.fingerprint)
     there = read_about(model_folder(runtime, version)) if has_model(runtime, version) else None
