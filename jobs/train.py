@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from deltalake import DeltaTable
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
@@ -280,17 +279,7 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
             another cut than the vocabulary or use another one's numbers; or the base model can't be grown.
     """
     settings, min_count = runtime.config.train, runtime.config.vocabulary.min_count
-    made = runtime.last_writer(SEQUENCES)
-    # A min_count raised since does no harm: training treats items that the model must not know as unknown.
-    if made and (was := made["config"]["vocabulary"]["min_count"]) > min_count:
-        raise TrailvecError(
-            f"table sequences was made with vocabulary.min_count = {was}, not {min_count} as configured, so a model "
-            f"would know items that are in no row: run `trailvec build_vocabulary` and `trailvec build_sequences` first"
-        )
-    if made:
-        if what := other_numbers(runtime, made):
-            raise TrailvecError(f"table sequences uses the numbers of {what}: run `trailvec build_sequences` first")
-        refuse_other_counts(runtime, made["config"]["sequences"], min_count)
+    _refuse_rows_of_another_vocabulary(runtime)
     files = training_files(runtime)
     counts = item_counts(runtime.read(ITEMS), min_count)
     model = model_spec(runtime.config, len(counts), runtime.read(CONTEXT_VALUES))
@@ -332,14 +321,27 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
         about=about | {"provenance": runtime.provenance(), "grown_from": base},
     )
     attributes = item_attributes(runtime.read(ITEMS), runtime.read(CONTEXT_VALUES))
-    arrays: dict[str, npt.NDArray[Any]] = {
-        "item_counts": counts,
-        "item_verticals": places,
-        "item_attributes": attribute_matrix(attributes, settings.item_attributes, len(counts)),
-    }
-    for name, array in arrays.items():
-        np.save(staging / f"{name}.npy", array)
+    np.save(staging / "item_counts.npy", counts)
+    np.save(staging / "item_verticals.npy", places)
+    matrix = attribute_matrix(attributes, settings.item_attributes, len(counts))
+    np.save(staging / "item_attributes.npy", matrix)
     return spec
+
+
+def _refuse_rows_of_another_vocabulary(runtime: Runtime) -> None:
+    """Raises TrailvecError if sequences was made with a smaller or another vocabulary, or with another cut than it."""
+    made, min_count = runtime.last_writer(SEQUENCES), runtime.config.vocabulary.min_count
+    if not made:
+        return
+    # A min_count raised since does no harm: training treats items that the model must not know as unknown.
+    if (was := made["config"]["vocabulary"]["min_count"]) > min_count:
+        raise TrailvecError(
+            f"table sequences was made with vocabulary.min_count = {was}, not {min_count} as configured, so a model "
+            f"would know items that are in no row: run `trailvec build_vocabulary` and `trailvec build_sequences` first"
+        )
+    if what := other_numbers(runtime, made):
+        raise TrailvecError(f"table sequences uses the numbers of {what}: run `trailvec build_sequences` first")
+    refuse_other_counts(runtime, made["config"]["sequences"], min_count)
 
 
 def warm_settings(settings: TrainSettings, max_length: int) -> TrainSettings:
