@@ -159,7 +159,7 @@ def rank_users(
 
 def model_scorer(rows: pd.DataFrame, catalogue: Catalogue) -> ScoreBlock:
     """The model's own score: the dot product of a row's `vector` and an item's."""
-    vectors = np.stack(list(rows["vector"]))
+    vectors = stacked(rows["vector"])
     return lambda block: np.asarray(vectors[block] @ catalogue.vectors.T)
 
 
@@ -251,7 +251,7 @@ def space_alignment(rows: pd.DataFrame, catalogue: Catalogue) -> Iterator[Result
     """How close users' vectors are to those of what they did next."""
     done = following(rows, "next")
     there = flagged(done.items, catalogue.rankable)
-    users = np.stack(list(rows["vector"]))[done.owners[there]]
+    users = stacked(rows["vector"])[done.owners[there]]
     value = space.alignment(users, catalogue.vectors[done.items[there]])
     if not math.isnan(value):
         yield Result("space", Cell("users_items", "alignment"), value, None, None, int(there.sum()))
@@ -405,7 +405,7 @@ def read_catalogue(runtime: Runtime, vectors: DataFrame, version: str) -> Catalo
     index = items["item_index"].to_numpy()
     size, width = int(index.max()) + 1, len(items["vector"].iloc[0])
     matrix, counts = np.zeros((size, width), np.float32), np.zeros(size, np.int64)
-    matrix[index] = np.stack(list(items["vector"]))
+    matrix[index] = stacked(items["vector"])
     counts[index] = items["target_count"]
     if not counts.any():
         types = runtime.config.sequences.target_event_types

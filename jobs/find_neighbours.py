@@ -36,6 +36,7 @@ from jobs.config import NeighboursSettings
 from jobs.errors import TrailvecError
 from jobs.files import Place
 from jobs.habit import habit
+from jobs.models import stacked
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import drawn_by_hash, shuffle_tasks, spark_conf
 from jobs.splits import cut_times, is_target, microseconds
@@ -196,7 +197,7 @@ def _cells(candidates: DataFrame, count: int, metric: Metric, settings: Neighbou
     if rows.empty:
         return None  # all sampled vectors are zero: none is nearer than another
     try:
-        return find_cells(np.stack(rows["vector"].tolist()), metric, settings.cells, settings.probes)
+        return find_cells(stacked(rows["vector"]), metric, settings.cells, settings.probes)
     except ImportError:
         raise TrailvecError(
             "neighbours.cells needs faiss: run `pip install 'trailvec[faiss]'`, or set it to 0 for the exact search"

@@ -75,7 +75,7 @@ def item_vectors(runtime: Runtime, model_dir: Path, turned: bool = True) -> Data
 
 def stacked(vectors: pd.Series[Any], width: int = 1) -> Vectors:
     """A column of vectors as a matrix, float32 [rows, width]; `width` is only used for a column without rows."""
-    return np.stack(list(vectors)).astype(np.float32) if len(vectors) else np.empty((0, width), np.float32)
+    return np.stack(list(vectors)).astype(np.float32, copy=False) if len(vectors) else np.empty((0, width), np.float32)
 
 
 def _ship_weights(spark: SparkSession, model_dir: Path, sha256: str) -> str:

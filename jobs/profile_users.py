@@ -33,7 +33,7 @@ from jobs.errors import TrailvecError
 from jobs.files import Place
 from jobs.item_facts import item_attributes
 from jobs.model_folders import add_to_model, model_folder, model_inputs
-from jobs.models import encode_sequences
+from jobs.models import encode_sequences, stacked
 from jobs.runtime import Runtime, Stage, code_version
 from jobs.spark_session import in_order, persisted
 from jobs.splits import Cuts, cut_times, is_target, utc
@@ -279,7 +279,7 @@ def fit(runtime: Runtime, visible: DataFrame, encoded: DataFrame, *, numbers: Da
         rows = in_order(profile_rows(visible, sample, numbers, numbered(told, names)), "user_id")
         if rows.empty:
             raise TrailvecError("no user has an event before the cut: there is nothing to build profiles from")
-        matrix = np.stack([np.asarray(vector, np.float32) for vector in rows["vector"]])
+        matrix = stacked(rows["vector"])
         counts = {kind: _counts(rows[f"{kind}_numbers"], rows[f"{kind}_values"]) for kind in KINDS}
         items = Terms.fit(counts["items"], _MOST_TERMS, presence=True)
         earlier, since = _once(visible, targets, names)

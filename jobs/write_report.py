@@ -41,7 +41,7 @@ def examples(items: pd.DataFrame) -> list[Example]:
     Args:
         items: item_id, item_name (None: the id is shown), vertical, target_count, vector (never zero).
     """
-    directions = unit(np.stack(list(items["vector"])))
+    directions = unit(stacked(items["vector"]))
     names = items["item_name"].fillna(items["item_id"]).tolist()
     verticals = items["vertical"].tolist()
     largest = items.groupby("vertical")["target_count"].sum().sort_values(ascending=False, kind="stable")
@@ -129,7 +129,7 @@ def _map(rows: pd.DataFrame, groups: pd.Series[Any]) -> Map:
     """The map of the vectors (none may be zero); an empty map for fewer than two."""
     if len(rows) < 2:
         return Map()
-    points, shares = flat_map(np.stack(list(rows["vector"])))
+    points, shares = flat_map(stacked(rows["vector"]))
     return Map(points, [None if pd.isna(group) else str(group) for group in groups.loc[rows.index]], shares.tolist())
 
 
