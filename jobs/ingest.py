@@ -16,6 +16,7 @@ Records of users erased by erase_users, valid or not, are dropped and only count
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -42,7 +43,7 @@ from jobs.pruning import within_days
 from jobs.raw_records import LISTING, find_inputs, folder_of, is_data, read_raw, read_topic
 from jobs.runtime import Runtime, Stage
 from jobs.sources import Input, Kafka, Source, load_source
-from jobs.spark_session import FEW, JSON_MICROSECONDS
+from jobs.spark_session import FEW, JSON_MICROSECONDS, persisted
 from jobs.tables import EVENTS, REJECTED_EVENTS
 from jobs.tombstones import erased_tests
 from training.stores import remove_tree
@@ -139,19 +140,16 @@ def commit_batch(
     same_day = settings.duplicates == "same_day"
     given = without_erased(reduce(DataFrame.unionByName, frames), erased_tests(runtime))
     given = given.withColumn("stored", F.lit(False))
-    together, where, few = given, F.lit(True), False
-    if not runtime.latest(EVENTS).isEmpty():
-        given = given.persist(StorageLevel.DISK_ONLY)  # scanned for its ids, then deduplicated
-        events = given.where(F.col("reason").isNull())
-        low, high, count = events.agg(F.min("event_id"), F.max("event_id"), F.count("*")).collect()[0]
-        few = count <= FEW
-        days = [row[0] for row in events.select(F.to_date("event_ts")).distinct().collect()] if same_day else None
-        if low is not None:
-            ids, where = events.select("event_id").distinct(), same_ids("old.", low, high, days)
-            stored = stored_events(runtime, F.broadcast(ids) if few else ids, same_ids("", low, high, days))
-            together = given if stored is None else given.unionByName(stored)
-    records = mark_duplicates(together, settings.duplicates).persist(StorageLevel.DISK_ONLY)  # counted, then written
-    try:
+    with contextlib.ExitStack() as until_written:
+        stored, where, few = None, F.lit(True), False
+        if not runtime.latest(EVENTS).isEmpty():
+            # Scanned for its ids, then deduplicated.
+            given = until_written.enter_context(persisted(given, StorageLevel.DISK_ONLY))
+            stored, where, few = _same_events(runtime, given.where(F.col("reason").isNull()), same_day)
+        together = given if stored is None else given.unionByName(stored)
+        marked = mark_duplicates(together, settings.duplicates)
+        # Counted, then written.
+        records = until_written.enter_context(persisted(marked, StorageLevel.DISK_ONLY))
         found = records.groupBy("reason", "stored").count().collect()
         counts = Counter({row["reason"]: int(row["count"]) for row in found if not row["stored"]})
         # A stored event is replaced by one with the same id that sorts before it.
@@ -170,9 +168,23 @@ def commit_batch(
                 where &= F.to_date("old.event_ts") == F.to_date("new.event_ts")
             runtime.merge(EVENTS, new, where=where, insert_only=replaced == 0, few=few, done=False)
         return counts
-    finally:
-        records.unpersist()
-        given.unpersist()
+
+
+def _same_events(runtime: Runtime, events: DataFrame, same_day: bool) -> tuple[DataFrame | None, Column, bool]:
+    """What the events table may hold of a batch's events already.
+
+    Returns:
+        The stored rows (`stored_events`), a condition for MERGE that holds for all of them (over `old.*`), and whether
+        the batch's events are few.
+    """
+    low, high, count = events.agg(F.min("event_id"), F.max("event_id"), F.count("*")).collect()[0]
+    few = count <= FEW
+    if low is None:
+        return None, F.lit(True), few
+    days = [row[0] for row in events.select(F.to_date("event_ts")).distinct().collect()] if same_day else None
+    ids = events.select("event_id").distinct()
+    stored = stored_events(runtime, F.broadcast(ids) if few else ids, same_ids("", low, high, days))
+    return stored, same_ids("old.", low, high, days), few
 
 
 def stored_events(runtime: Runtime, ids: DataFrame, where: Column) -> DataFrame | None:
