@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property, reduce
 from pathlib import Path
@@ -36,13 +36,14 @@ from jobs.segment_rules import (
     Flags,
     Lists,
     Marked,
+    Rules,
     allows,
     deciding,
     limit_name,
     read_consents,
     rules_of,
 )
-from jobs.segments import Affinity, Frequency, Segment, SegmentFile, VectorKind
+from jobs.segments import Affinity, Frequency, Seeds, Segment, SegmentFile, VectorKind
 from jobs.spark_session import in_order
 from jobs.sql import ask
 from jobs.tables import EXPORTS, ITEM_EMBEDDINGS, ITEMS, USER_EMBEDDINGS, USER_PROFILES, of_model
@@ -127,6 +128,49 @@ class Taken:
     counts: dict[str, Any]
 
 
+@dataclass
+class _Work:
+    """What a run finds out about one segment, in this order.
+
+    Attributes:
+        rules: who may be exported.
+        begun_with: the combinations of marks of those who have a vector and are returned by the segment's query or are
+            members of the segments that it includes; not for segments with scores.
+        seeds, items: counts, as in the manifest; empty if the segment has none.
+        anchors: what users are compared with.
+        sample: scores of the allowed users in the sample, descending, float32.
+        floor: the score that candidates reach.
+        candidates: those who reach it, or whom its query or an included segment names, and whom its rules allow.
+    """
+
+    rules: Rules
+    begun_with: Combinations
+    seeds: dict[str, int] = field(default_factory=dict)
+    items: dict[str, int] = field(default_factory=dict)
+    anchors: Anchors = field(init=False)
+    sample: npt.NDArray[np.float32] = field(init=False)
+    floor: float = field(init=False)
+    candidates: Candidates = _NOBODY
+
+
+class LookedUp(NamedTuple):
+    """The users whose vectors are sent to the driver: seeds and a hash sample of everyone.
+
+    Attributes:
+        rows: their words of marks, is_cold, sampled, and draw, a hash by which seeds are drawn.
+        vectors: float32 [users, width]; none is zero.
+        marked: their marks.
+    """
+
+    rows: pd.DataFrame
+    vectors: npt.NDArray[np.float32]
+    marked: Marked
+
+    @property
+    def sampled(self) -> Flags:
+        return self.rows["sampled"].to_numpy(np.bool_)
+
+
 class Selection:
     """Selects the members of the segments that are not exported yet.
 
@@ -151,7 +195,7 @@ class Selection:
         self._has_vector = lists.mark("users", lambda: self.users)
         by_profile = [export.name for export in pending if export.vectors == "profile"]
         has_profile = lists.mark("profiles", lambda: self._of_model("profile")) if by_profile else None
-        self._rules = {
+        rules = {
             export.number: rules_of(
                 runtime,
                 SegmentFile(export.segment, export.path),
@@ -169,18 +213,12 @@ class Selection:
         runtime.on_progress("who may be exported")
         self._listed = self._combinations(self._marks)
         self.everyone = self._listed.of(self._has_vector)
+        self._work = {number: _Work(of, self.everyone.of_nobody()) for number, of in rules.items()}
         self._note_nobody()
         self._with: dict[VectorKind, Combinations] = {"embedding": self.everyone}  # those who have that kind of vector
         if has_profile is not None:
             self._with["profile"] = self.everyone.of(has_profile)
             self._note_without_profile(by_profile)
-        self._counts: dict[int, Combinations] = {}
-        self._seeds: dict[int, dict[str, int]] = {}
-        self._items: dict[int, dict[str, int]] = {}
-        self._anchors: dict[int, Anchors] = {}
-        self._sample: dict[int, npt.NDArray[np.float32]] = {}  # scores of the allowed users in the sample
-        self._floors: dict[int, float] = {}
-        self._candidates: dict[int, Candidates] = {}
         self.taken: dict[str, Taken] = {}
         # By time of first logging (None: never), then by user: the number of segments so far.
         self._exported: defaultdict[int | None, Counter[str]] = defaultdict(Counter)
@@ -190,9 +228,9 @@ class Selection:
         of the events; if a query or a consent yields no user at all, it may have a mistake."""
         notes, consent = self._runtime.report.notes, self._runtime.config.export.consent
         lists = {
-            rule.mark: (export.path, rule, rule in self._rules[export.number].suppressing)
+            rule.mark: (export.path, rule, rule in self._work[export.number].rules.suppressing)
             for export in reversed(self.pending)  # the first segment that names the list is reported
-            for rule in self._rules[export.number].steps
+            for rule in self._work[export.number].rules.steps
         }
         for mark, (path, rule, suppresses) in sorted(lists.items()):
             listed, known = self._listed.of(mark).total, self.everyone.of(mark).total
@@ -225,19 +263,20 @@ class Selection:
         rows = [self._asked(export) for export in queried]
         if queried:
             runtime.on_progress("the users that queries return")
-            self._counts = self._count(reduce(DataFrame.unionByName, rows))
+            self._count(reduce(DataFrame.unionByName, rows))
             for export in queried:
-                if not self._counts.get(export.number, self.everyone.of_nobody()).total:
+                if not self._work[export.number].begun_with.total:
                     runtime.report.notes.append(f"{export.path}: its sql returns no user with a vector {_NO_DATE}")
         if scored:
             runtime.on_progress("the seeds and a sample")
             for vectors in sorted({export.vectors for export in scored}):
                 self._look_up(vectors, [export for export in scored if export.vectors == vectors])
-            self._floors = {export.number: self._floor(export, self._wanted(export)) for export in scored}
+            for export in scored:
+                self._work[export.number].floor = self._floor(export, self._wanted(export))
             rows.append(self._pass(scored))
         runtime.on_progress(f"the scores of {len(scored)} segments")
         if rows:
-            self._candidates = self._allowed(reduce(DataFrame.unionByName, rows))
+            self._keep_allowed(reduce(DataFrame.unionByName, rows))
         limited = {self._logged_at.get(e.id) for e in self.pending if e.segment.at_most is not None}
         for export in self.exports:
             if export in self.pending:
@@ -308,17 +347,14 @@ class Selection:
         found = marked.groupBy(*self._lists.words).count().toPandas()
         return Combinations(Marked(found[self._lists.words].to_numpy()), found["count"].to_numpy())
 
-    def _count(self, rows: DataFrame) -> dict[int, Combinations]:
-        """By segment, the combinations of marks of its users with a vector. (Members known from the log may have lost
-        theirs.)"""
+    def _count(self, rows: DataFrame) -> None:
+        """Sets what segments begin with: those of `rows` (segment, user_id) with a vector. (Members known from the log
+        may have lost theirs.)"""
         words = self._lists.words
         found = self._marked(rows.select("segment", "user_id")).groupBy("segment", *words).count().toPandas()
-        return {
-            int(str(number)): Combinations(Marked(part[words].to_numpy()), part["count"].to_numpy()).of(
-                self._has_vector
-            )
-            for number, part in found.groupby("segment")
-        }
+        for number, part in found.groupby("segment"):
+            combinations = Combinations(Marked(part[words].to_numpy()), part["count"].to_numpy())
+            self._work[int(str(number))].begun_with = combinations.of(self._has_vector)
 
     def _vectors(self, kind: VectorKind) -> DataFrame:
         """user_id, vector, is_cold: the vectors by which users are compared."""
@@ -329,57 +365,61 @@ class Selection:
 
     def _look_up(self, kind: VectorKind, scored: list[Export]) -> None:
         """Sets the anchors of the segments scored by one kind of vectors, and the scores of a sample of users."""
+        marks = [mark for export in scored if (mark := self._work[export.number].rules.seeds) is not None]
+        one_in = {mark: -(-self.everyone.of(mark).total // _SEEDS) or 1 for mark in marks}
+        found = self._seeds_and_sample(kind, one_in)
+        all_are_there = set(one_in.values()) <= {1}
+        self._count_seeds(scored, found.rows.assign(users=1) if all_are_there else self._known(kind, marks))
+        of_items = self._item_anchors([export for export in scored if export.segment.affinity is not None])
+        for export in scored:
+            seeds, work = export.segment.seeds, self._work[export.number]
+            work.anchors = (
+                of_items[export.number] if seeds is None else self._seed_anchors(export, seeds, found, one_in)
+            )
+        scores = Scorer([self._work[export.number].anchors for export in scored]).approximate(found.vectors)
+        for export, of_export in zip(scored, scores, strict=True):
+            work = self._work[export.number]
+            work.sample = np.sort(of_export[found.sampled & found.marked.allowed(work.rules)])[::-1]
+
+    def _seeds_and_sample(self, kind: VectorKind, one_in: dict[int, int]) -> LookedUp:
+        """Seeds and a sample of everyone; of each mark of seeds one in so many is drawn."""
         draw, words = F.xxhash64("user_id"), self._lists.words
         sampled = F.pmod(draw, F.lit(max(1, self.everyone.total // _SAMPLE))) == 0
-        marks = [mark for export in scored if (mark := self._rules[export.number].seeds) is not None]
-        one_in = {mark: -(-self.everyone.of(mark).total // _SEEDS) or 1 for mark in marks}
         some = [
-            self._has_any([mark for mark in marks if one_in[mark] == n]) & (F.pmod(draw, F.lit(n)) == 0)
+            self._has_any([mark for mark, of in one_in.items() if of == n]) & (F.pmod(draw, F.lit(n)) == 0)
             for n in sorted(set(one_in.values()))
         ]
         seeds = self._marks.where(reduce(operator.or_, some, F.lit(False)) & self._has_any([self._has_vector]))
         seeds = seeds.select("user_id", F.lit(True).alias("is_seed"))
-        everyone = self._vectors(kind)
-        chosen = everyone.withColumn("sampled", sampled).join(F.broadcast(seeds), "user_id", "left")
+        chosen = self._vectors(kind).withColumn("sampled", sampled).join(F.broadcast(seeds), "user_id", "left")
         chosen = chosen.where("sampled OR is_seed").withColumn("draw", draw)
-        found = in_order(self._marked(chosen), "user_id")
-        vectors = stacked(found["vector"])
+        rows = in_order(self._marked(chosen), "user_id")
+        vectors, marks = stacked(rows["vector"]), rows[words].to_numpy()
         # Drop zero vectors and profiles of users who have lost their vector since: neither seeds nor candidates.
-        there = vectors.any(axis=1) & Marked(found[words].to_numpy()).has(self._has_vector)
-        vectors, found = vectors[there], found[there]
-        marked, draws = Marked(found[words].to_numpy()), found["draw"].to_numpy()
-        cold, of_sample = found["is_cold"].to_numpy(np.bool_), found["sampled"].to_numpy(np.bool_)
-        self._count_seeds(
-            scored, found.assign(users=1) if set(one_in.values()) <= {1} else self._known(everyone, marks)
-        )
-        of_items = self._item_anchors([export for export in scored if export.segment.affinity is not None])
-        for export in scored:
-            seeds_mark, seed_list = self._rules[export.number].seeds, export.segment.seeds
-            if seeds_mark is None or seed_list is None:
-                self._anchors[export.number] = of_items[export.number]
-                continue
-            seed = marked.has(seeds_mark)
-            others = vectors[of_sample & ~seed]
-            # The rows include those that other segments look up. Cold seeds tell nothing about tastes.
-            used = seed & ~cold & (draws % one_in[seeds_mark] == 0)
-            self._seeds[export.number]["used"] = int(used.sum())
-            self._refuse_seeds(export)
-            self._anchors[export.number] = anchors_of(
-                seed_list.method, vectors[used], others[:: -(-len(others) // _OTHERS) or 1], seed_list.tastes
-            )
-        scores = Scorer([self._anchors[export.number] for export in scored]).approximate(vectors)
-        for export, of_export in zip(scored, scores, strict=True):
-            allowed = of_sample & marked.allowed(self._rules[export.number])
-            self._sample[export.number] = np.sort(of_export[allowed])[::-1]
+        there = vectors.any(axis=1) & Marked(marks).has(self._has_vector)
+        return LookedUp(rows[there], vectors[there], Marked(marks[there]))
+
+    def _seed_anchors(self, export: Export, seeds: Seeds, found: LookedUp, one_in: dict[int, int]) -> Anchors:
+        """The anchors of a segment with seeds; adds how many of these are used to their counts."""
+        work = self._work[export.number]
+        assert work.rules.seeds is not None
+        is_seed = found.marked.has(work.rules.seeds)
+        others = found.vectors[found.sampled & ~is_seed]
+        # The rows include those that other segments look up. Cold seeds tell nothing about tastes.
+        cold, drawn = found.rows["is_cold"].to_numpy(np.bool_), found.rows["draw"] % one_in[work.rules.seeds] == 0
+        used = is_seed & ~cold & drawn.to_numpy()
+        work.seeds["used"] = int(used.sum())
+        self._refuse_seeds(export)
+        return anchors_of(seeds.method, found.vectors[used], others[:: -(-len(others) // _OTHERS) or 1], seeds.tastes)
 
     def _has_any(self, marks: list[int]) -> Column:
         """Whether a row has any of these marks."""
         bits = zip(self._lists.words, self._lists.bits(marks), strict=True)
         return reduce(operator.or_, (F.col(word).bitwiseAND(F.lit(bit)) != 0 for word, bit in bits))
 
-    def _known(self, everyone: DataFrame, marks: list[int]) -> pd.DataFrame:
+    def _known(self, kind: VectorKind, marks: list[int]) -> pd.DataFrame:
         """Counts users (non-zero vector, any of `marks`) by combination of marks and is_cold."""
-        known = everyone.where(F.exists("vector", lambda value: value != 0))
+        known = self._vectors(kind).where(F.exists("vector", lambda value: value != 0))
         seeds = self._marks.where(self._has_any(marks) & self._has_any([self._has_vector]))
         marked = known.join(seeds, "user_id")
         return marked.groupBy(*self._lists.words, "is_cold").agg(F.count("*").alias("users")).toPandas()
@@ -389,14 +429,14 @@ class Selection:
         marked, cold = Marked(found[self._lists.words].to_numpy()), found["is_cold"].to_numpy(np.bool_)
         users = found["users"].to_numpy()
         for export in scored:
-            if (mark := self._rules[export.number].seeds) is not None:
+            if (mark := self._work[export.number].rules.seeds) is not None:
                 seed, given = marked.has(mark), self._listed.of(mark).total
                 known, of_cold = int(users[seed].sum()), int(users[seed & cold].sum())
                 count = {"given": given, "known": known, "cold": of_cold, "unknown": given - known}
-                self._seeds[export.number] = count
+                self._work[export.number].seeds = count
 
     def _refuse_seeds(self, export: Export) -> None:
-        count = self._seeds[export.number]
+        count = self._work[export.number].seeds
         stage = (USER_EMBEDDINGS if export.vectors == "embedding" else USER_PROFILES).stage
         if not count["given"]:
             raise TrailvecError(f"{export.path}: its list of seeds is empty: correct it")
@@ -439,7 +479,7 @@ class Selection:
             vectors, affinity = used["vector"].tolist(), export.segment.affinity
             listed = set(affinity.items) if affinity is not None else set()
             if listed or count > _ITEMS:
-                self._items[export.number] = {"named": len(listed) or count, "used": len(vectors)}
+                self._work[export.number].items = {"named": len(listed) or count, "used": len(vectors)}
             if not vectors:
                 raise TrailvecError(
                     f"{export.path}: no item of its affinity has a vector of model {self.version}: correct the items, "
@@ -458,11 +498,11 @@ class Selection:
         """A score that, very probably, at least `wanted` allowed users reach."""
         if export.segment.threshold is not None:
             return export.segment.threshold
-        scores, of_kind = self._sample[export.number], self._with[export.vectors]
-        allowed = int(of_kind.users[of_kind.marked.allowed(self._rules[export.number])].sum())
-        expected = wanted / max(allowed, 1) * len(scores)
+        work, of_kind = self._work[export.number], self._with[export.vectors]
+        allowed = int(of_kind.users[of_kind.marked.allowed(work.rules)].sum())
+        expected = wanted / max(allowed, 1) * len(work.sample)
         place = int(expected + 4 * np.sqrt(expected) + 4)
-        return float(scores[place]) if place < len(scores) else -np.inf
+        return float(work.sample[place]) if place < len(work.sample) else -np.inf
 
     def _wanted(self, export: Export) -> int:
         """How many allowed users suffice, unless `at_most` or an excluded segment without `size` removes many."""
@@ -472,27 +512,28 @@ class Selection:
     def _pass(self, exports: list[Export]) -> DataFrame:
         passes = []
         for kind in sorted({export.vectors for export in exports}):
-            numbers = [export.number for export in exports if export.vectors == kind]
-            anchors = {number: self._anchors[number] for number in numbers}
-            floors = {number: self._floors[number] for number in numbers}
+            of_kind = {export.number: self._work[export.number] for export in exports if export.vectors == kind}
+            anchors = {number: work.anchors for number, work in of_kind.items()}
+            floors = {number: work.floor for number, work in of_kind.items()}
             passes.append(candidates(self._vectors(kind), anchors, floors))
         return reduce(DataFrame.unionByName, passes)
 
-    def _allowed(self, rows: DataFrame) -> dict[int, Candidates]:
-        """By segment, those of `rows` (segment, user_id, score) that its rules allow."""
+    def _keep_allowed(self, rows: DataFrame) -> None:
+        """Sets segments' candidates: those of `rows` (segment, user_id, score) that their rules allow."""
         words = self._lists.words
-        bits = {number: deciding(self._lists, rules) for number, rules in self._rules.items()}
+        bits = {number: deciding(self._lists, work.rules) for number, work in self._work.items()}
         schema = ", ".join(["segment int", *(f"{name} bigint" for name in next(iter(bits.values())))])
-        of_segment = self._runtime.spark.createDataFrame([(n, *of.values()) for n, of in bits.items()], schema)
+        by_segment = self._runtime.spark.createDataFrame([(n, *of.values()) for n, of in bits.items()], schema)
         # Join the segments' bits after the shuffle, to keep it small.
-        allowed = self._marked(rows).join(F.broadcast(of_segment), "segment").where(allows(self._lists))
+        allowed = self._marked(rows).join(F.broadcast(by_segment), "segment").where(allows(self._lists))
         remove_tree(self._staging.shared / "candidates")
         allowed.select("segment", "user_id", "score", *words).write.parquet(str(self._staging.shared / "candidates"))
         found = ds.dataset(self._staging.from_tasks("candidates"), format="parquet").to_table()
         segments = found["segment"].to_numpy()
         ids, scores = found["user_id"].cast(_IDS).combine_chunks(), pc.fill_null(found["score"], 0.0).to_numpy()
         marks = np.column_stack([found[word].to_numpy() for word in words])
-        return {number: Candidates(ids, scores, marks, rows) for number, rows in _rows_of(segments).items()}
+        for number, of_segment in _rows_of(segments).items():
+            self._work[number].candidates = Candidates(ids, scores, marks, of_segment)
 
     # ---- driver: members
 
@@ -501,21 +542,21 @@ class Selection:
             ids = pa.chunked_array([self.members(name) for name in export.segment.include], _IDS).unique()
             frame = self._runtime.spark.createDataFrame(pd.DataFrame({"user_id": ids.to_pandas()}), "user_id string")
             rows = _without_score(export, frame)
-            self._counts |= self._count(rows)
-            self._candidates |= self._allowed(rows)
+            self._count(rows)
+            self._keep_allowed(rows)
         wanted = self._wanted(export)
         while (taken := self._walk(export)) is None:
             # Members of excluded segments without `size` are only known by now.
             others = (export.segment.size or 0) + sum(len(self.members(name)) for name in export.segment.exclude)
             wanted = others if others > wanted else 4 * wanted
-            self._floors[export.number] = self._floor(export, wanted)
-            self._candidates |= self._allowed(self._pass([export]))
+            self._work[export.number].floor = self._floor(export, wanted)
+            self._keep_allowed(self._pass([export]))
         return taken
 
     def _walk(self, export: Export) -> Taken | None:
         """The segment's members among its candidates; None if too few, while there may be more below the floor."""
-        segment = export.segment
-        found = self._candidates.get(export.number, _NOBODY)
+        segment, work = export.segment, self._work[export.number]
+        found = work.candidates
         rows = found.best_first()
         ids, scores = found.ids.take(pa.array(rows)), found.scores[rows]
         too_often = self._too_often(export, ids, found.marks, rows)
@@ -527,7 +568,7 @@ class Selection:
         if segment.size is not None and len(kept) >= segment.size:
             kept = kept[: segment.size]
             seen = kept[-1] + 1  # counts end with the last member
-        elif segment.size is not None and self._floors[export.number] > -np.inf:
+        elif segment.size is not None and work.floor > -np.inf:
             return None
         members = ids.take(pa.array(kept))
         control = held_back(segment, members)
@@ -544,16 +585,16 @@ class Selection:
         if limit is None or not exported or not len(ids):
             return np.zeros(len(ids), np.bool_)
         marked = Marked(marks[rows])
-        exports = self._rules[export.number].exported
+        exports = self._work[export.number].rules.exported
         of_log = sum(np.any([marked.has(mark) for mark in either], axis=0).astype(np.int64) for either in exports)
         of_run = np.array([exported[user] for user in texts(ids)], np.int64)
         return np.asarray((of_run > 0) & (of_run + of_log >= limit.exports))
 
     def _told(self, export: Export, taken: int, control: int, too_often: int, excluded: int) -> dict[str, Any]:
-        segment = export.segment
-        begun_with = self.everyone if segment.scored else self._counts.get(export.number, self.everyone.of_nobody())
+        segment, work = export.segment, self._work[export.number]
+        begun_with = self.everyone if segment.scored else work.begun_with
         removed: Counter[str] = Counter()  # in rule order
-        for name, out in begun_with.marked.left_out(self._rules[export.number]):
+        for name, out in begun_with.marked.left_out(work.rules):
             removed[name] += int(begun_with.users[out].sum())
         if segment.at_most is not None:
             removed[limit_name(segment.at_most)] += too_often
@@ -568,8 +609,8 @@ class Selection:
             removed[cut] = total - sum(removed.values()) - taken
         steps = [{"rule": rule, "users": count} for rule, count in removed.items()]
         counts = {"in": total, "removed": steps, "control": control, "exported": taken - control}
-        for name, told in (("seeds", self._seeds), ("items", self._items)):
-            counts |= {name: told[export.number]} if export.number in told else {}
+        for name, told in (("seeds", work.seeds), ("items", work.items)):
+            counts |= {name: told} if told else {}
         return counts
 
     def members(self, name: str) -> pa.Array:

@@ -705,11 +705,10 @@ def test_a_floor_that_was_too_high_is_lowered(shop: Runtime, tmp_path: Path, mon
 def test_a_floor_goes_below_all_whom_another_segment_may_take() -> None:
     """How many users a segment without a size takes is not known in advance."""
     tried: list[int] = []
-    selection = Mock(spec=segment_members.Selection, _candidates={}, **{"_wanted.return_value": 4})
+    selection = Mock(spec=segment_members.Selection, _work={0: SimpleNamespace()}, **{"_wanted.return_value": 4})
     selection._walk.side_effect = [None, None, "taken"]
     selection.members.return_value = range(900)
     selection._floor.side_effect = lambda _, wanted: tried.append(wanted)
-    selection._floors = selection._allowed.return_value = {}
     segment = SimpleNamespace(include=(), exclude=("a", "b"), size=4)
     export: Any = SimpleNamespace(number=0, segment=segment)
     assert segment_members.Selection._take(selection, export) == "taken"
@@ -721,7 +720,8 @@ def test_a_floor_goes_by_those_who_have_the_vectors_compared() -> None:
     everyone = Combinations(Marked(np.array([[1], [3]])), np.array([500, 500]))
     scores = np.arange(500, 0, -1, dtype=np.float32)
     of_kind = {"embedding": everyone, "profile": everyone.of(1)}
-    selection: Any = SimpleNamespace(_sample={0: scores}, _rules={0: Rules(0, (), None, (), ())}, _with=of_kind)
+    work = SimpleNamespace(sample=scores, rules=Rules(0, (), None, (), ()))
+    selection: Any = SimpleNamespace(_work={0: work}, _with=of_kind)
     export: Any = SimpleNamespace(number=0, vectors="profile", segment=SimpleNamespace(threshold=None))
     floor = segment_members.Selection._floor(selection, export, 200)
     assert 200 < (scores >= floor).sum() < 300
