@@ -20,7 +20,8 @@ _REGISTERED = "spark.trailvec.registered"  # what is registered in the session's
 # during registration: on writes by name it would start threads that outlive the commit.)
 _WITH_COLUMNS = {"spark.databricks.delta.catalog.update.enabled": "true"}
 _REFUSED = re.compile(r"AccessControlException: Permission denied|AccessDeniedException: ")  # HDFS; S3 and Azure
-_TOLD = re.compile(r"^(?:Created Time|Type|Location|View Text): .*", re.MULTILINE)
+_TOLD = re.compile(r"^(?:Created Time|Type|Provider|Location|View Text): .*", re.MULTILINE)
+_VIEWS = "spark.trailvec.views"  # the names of the session's temporary views, in a volume
 _VOLUMES = "/Volumes"  # where Databricks mounts Unity Catalog volumes
 
 
@@ -29,13 +30,14 @@ def register_tables(runtime: Runtime) -> None:
     it. Leaves alone those that are registered already, unless they have been dropped or replaced since.
 
     Raises:
-        TrailvecError: the database has a managed table of such a name; dropping it would delete its files.
+        TrailvecError: the database has somebody else's table of such a name.
     """
     spark, database = runtime.spark, runtime.config.storage.database
     seen = tables_to_see(runtime)
     there = [table for table in TABLES if seen[table.name]]
-    if isinstance(runtime.place, Path) and runtime.place.is_relative_to(_VOLUMES):
-        _register_views(runtime, there)
+    in_volume = isinstance(runtime.place, Path) and runtime.place.is_relative_to(_VOLUMES)
+    _register_views(runtime, there if in_volume else [])
+    if in_volume:
         return
     views = {view: table for view, table in CURRENT.items() if table in there and CURRENT_MODEL in there}
     if not spark.catalog.databaseExists(database):
@@ -46,36 +48,42 @@ def register_tables(runtime: Runtime) -> None:
     here, found = [str(runtime.place), database], _known_in(spark, database)
     same = {name for name, of in found.items() if root == here and known.get(name) == of}
     tables = [table for table in there if table.name not in same]
-    old = [view for view in CURRENT if view in found and not (view in views and view in same)]
     new = {view: table for view, table in views.items() if view not in same}
-    gone = [table for table in TABLES if seen[table.name] is False and _is_of_a_root(table, found)]
+
+    def is_gone(table: Table) -> bool:
+        # Asked again: another process may have created and registered it since the first look.
+        return seen[table.name] is False and not runtime.exists(table)
+
+    gone = [table for table in TABLES if _is_of_a_root(table, found) and is_gone(table)]
+    old = [view for view, table in CURRENT.items() if view in found and (is_gone(table) or is_gone(CURRENT_MODEL))]
     if not tables and not old and not new and not gone:
         return
     for table in tables:
-        name = f"`{database}`.{table.name}"
-        if table.name in found and spark.catalog.getTable(name).tableType != "EXTERNAL":
+        if table.name in found and not _is_of_a_root(table, found):
             raise TrailvecError(
                 f"database {database} already has another table {table.name}: choose another storage.database"
             )
-    for table in (*gone, *tables):
+    for table in gone:
         spark.sql(f"DROP TABLE IF EXISTS `{database}`.{table.name}")  # external: its files stay
-    for table in tables:
+    for table in tables:  # each at once: other clients of a lasting catalogue miss one name for a moment, not all
+        spark.sql(f"DROP TABLE IF EXISTS `{database}`.{table.name}")
         with spark_conf(spark, _WITH_COLUMNS):
             spark.catalog.createTable(table.name, path=runtime.path(table), source="delta")
     for view in old:
         spark.sql(f"DROP VIEW IF EXISTS `{database}`.{view}")
     for view, table in new.items():
-        spark.sql(f"CREATE VIEW `{database}`.{view} AS {_current_rows(table, f'`{database}`.')}")
+        spark.sql(f"CREATE OR REPLACE VIEW `{database}`.{view} AS {_current_rows(table, f'`{database}`.')}")
     ours = {table.name for table in there} | views.keys()
     registered = {name: of for name, of in _known_in(spark, database).items() if name in ours}
     spark.conf.set(_REGISTERED, json.dumps([here, registered]))
 
 
 def _is_of_a_root(table: Table, found: dict[str, list[str]]) -> bool:
-    """Whether the catalogue's table of that name is one of ours, of this root or another. (A managed one never is, and
-    would be dropped with its files.)"""
+    """Whether the catalogue's table of that name is one of ours, of this root or another, so that we may drop it. (A
+    managed one never is, and would be dropped with its files.)"""
     told = found.get(table.name, [])
-    return "Type: EXTERNAL" in told and any(re.fullmatch(f"Location: .*/tables/{table.name}", line) for line in told)
+    ours = {"Type: EXTERNAL", "Provider: delta"} <= set(told)
+    return ours and any(re.fullmatch(f"Location: .*/tables/{table.name}", line) for line in told)
 
 
 def tables_to_see(runtime: Runtime) -> dict[str, bool | None]:
@@ -100,21 +108,25 @@ def tables_to_see(runtime: Runtime) -> dict[str, bool | None]:
 
 
 def _known_in(spark: SparkSession, database: str) -> dict[str, list[str]]:
-    """What the catalogue says of each of our names: its type, location or query, and creation time. Dropped ones are
-    missing."""
+    """What the catalogue says of each of our names: its type, format, location or query, and creation time. Dropped
+    ones are missing."""
     names = "|".join([*(table.name for table in TABLES), *CURRENT])
     rows = spark.sql(f"SHOW TABLE EXTENDED IN `{database}` LIKE '{names}'").where("NOT isTemporary").collect()
     return {row.tableName: _TOLD.findall(row.information) for row in rows}
 
 
 def _register_views(runtime: Runtime, there: list[Table]) -> None:
-    """As `register_tables`, but with temporary views: Unity Catalog accepts no tables whose files are in a volume."""
-    for table in there:
-        rows = f"SELECT * FROM {runtime.sql_name(table)}"  # noqa: S608 - our own names
-        runtime.spark.sql(f"CREATE OR REPLACE TEMPORARY VIEW {table.name} AS {rows}")
-    for view, table in CURRENT.items():
-        if table in there and CURRENT_MODEL in there:
-            runtime.spark.sql(f"CREATE OR REPLACE TEMPORARY VIEW {view} AS {_current_rows(table)}")
+    """As `register_tables`, but with temporary views: Unity Catalog accepts no tables whose files are in a volume.
+    Drops those of earlier calls, maybe for another root, that are not there."""
+    spark = runtime.spark
+    views = {table.name: f"SELECT * FROM {runtime.sql_name(table)}" for table in there}  # noqa: S608 - our own names
+    if CURRENT_MODEL in there:
+        views |= {view: _current_rows(table) for view, table in CURRENT.items() if table in there}
+    for name in set(json.loads(spark.conf.get(_VIEWS, None) or "[]")) - views.keys():
+        spark.catalog.dropTempView(name)
+    for name, rows in views.items():
+        spark.sql(f"CREATE OR REPLACE TEMPORARY VIEW {name} AS {rows}")
+    spark.conf.set(_VIEWS, json.dumps(list(views)))
 
 
 def _current_rows(table: Table, database: str = "") -> str:

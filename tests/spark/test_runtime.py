@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path, PosixPath
 from random import Random
+from typing import Any
 from zipimport import zipimporter
 
 import pyarrow as pa
@@ -21,6 +22,7 @@ from delta.tables import DeltaTable
 from pyspark.errors import AnalysisException
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.catalog import Catalog
 
 from jobs import commits, spark_session
 from jobs.commits import History
@@ -37,6 +39,7 @@ from jobs.tables import (
     EVENTS,
     FLAGGED_USERS,
     ITEM_EMBEDDINGS,
+    ITEMS,
     Column,
     conform,
 )
@@ -116,16 +119,29 @@ def test_comments_reach_sql(make_runtime: Callable[..., Runtime], spark: SparkSe
 
 
 def test_a_name_in_sql_follows_the_root(
-    make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path_factory: pytest.TempPathFactory
+    make_runtime: Callable[..., Runtime],
+    spark: SparkSession,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    create = Catalog.createTable
+    alone: list[bool] = []
+
+    def noted(catalog: Catalog, name: str, **options: Any) -> Any:
+        alone.append(not catalog.tableExists("items") and not catalog.tableExists("context_values"))
+        return create(catalog, name, **options)
+
+    monkeypatch.setattr(Catalog, "createTable", noted)
     of_root = {}
     for value in ("one", "two"):
         runtime = of_root[value] = make_runtime('storage.database="roots"', root=tmp_path_factory.mktemp(value))
         put(runtime, CONTEXT_VALUES, spark.createDataFrame([("vertical", value, 2)], VALUES))
+        runtime.create(ITEMS)
         if value == "one":
             put(runtime, CURRENT_MODEL, spark.createDataFrame([("of one",)], CURRENT_MODEL.schema()))
         register_tables(runtime)
         assert spark.sql("SELECT value FROM context_values").collect()[0].value == value
+    assert alone.count(True) == 1  # the first; the second root's took their places one by one
     assert not spark.catalog.tableExists("current_model")  # the second root has none yet
     put(of_root["two"], CURRENT_MODEL, spark.createDataFrame([("of two",)], CURRENT_MODEL.schema()))
     register_tables(of_root["two"])
@@ -133,7 +149,11 @@ def test_a_name_in_sql_follows_the_root(
 
 
 def test_in_a_volume_the_names_are_views_of_the_session(
-    make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_runtime: Callable[..., Runtime],
+    spark: SparkSession,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("jobs.sql_names._VOLUMES", str(tmp_path))
     runtime = Runtime(make_runtime('storage.database="volumes"').config, spark.newSession())
@@ -151,6 +171,14 @@ def test_in_a_volume_the_names_are_views_of_the_session(
     assert not spark.catalog.databaseExists("volumes")
     with pytest.raises(AnalysisException, match="current_item_embeddings"):
         spark.newSession().sql("SELECT * FROM current_item_embeddings")
+    for root in (tmp_path / "other", tmp_path_factory.mktemp("outside")):  # in a volume; elsewhere
+        other = Runtime(make_runtime('storage.database="volumes"', root=root).config, runtime.spark)
+        other.create(CURRENT_MODEL)
+        assert query(other, "SELECT * FROM current_model").count() == 0
+        for name in ("item_embeddings", "current_item_embeddings"):
+            with pytest.raises(TrailvecError, match=f"`{name}` cannot be found"):
+                query(other, f"SELECT * FROM {name}")
+        register_tables(runtime)
 
 
 def test_other_models_rows_stay_when_one_models_are_replaced(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -24,7 +25,7 @@ from jobs.runtime import Runtime
 from jobs.spark_session import start_spark
 from jobs.sql import _cell, ask, query, run_sql
 from jobs.sql_names import tables_to_see
-from jobs.tables import CURRENT_MODEL, EVENTS, ITEM_EMBEDDINGS, NEIGHBOURS, TABLES, Table
+from jobs.tables import CURRENT_MODEL, EVENTS, ITEM_EMBEDDINGS, ITEMS, NEIGHBOURS, TABLES, Table
 from spark_udfs import vectors
 from tests.conftest import make_config, put
 
@@ -327,16 +328,19 @@ def test_a_query_joins_tables_by_name(shop: Runtime) -> None:
 def test_a_table_of_yours_stays(make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path) -> None:
     spark.sql(f"CREATE DATABASE theirs LOCATION '{tmp_path}/tables'")  # where one of ours might be
     spark.sql("CREATE TABLE theirs.current_model USING parquet AS SELECT 1 AS a")
+    spark.sql(f"CREATE TABLE theirs.items USING parquet LOCATION '{tmp_path}/lake/tables/items' AS SELECT 1 AS a")
     runtime = make_runtime("storage.database=theirs")
     runtime.create(NEIGHBOURS)
-    query(runtime, "SELECT 1")  # registers NEIGHBOURS; of this name there is none of ours yet
-    assert spark.table("theirs.current_model").count() == 1
-    runtime.create(CURRENT_MODEL)
-    with pytest.raises(
-        TrailvecError, match=r"^database theirs already has another table current_model: choose another"
-    ):
-        query(runtime, "SELECT 1")
-    assert spark.table("theirs.current_model").count() == 1
+    query(runtime, "SELECT 1")  # registers NEIGHBOURS; of these names there are none of ours yet
+    for table in (ITEMS, CURRENT_MODEL):
+        assert spark.table(f"theirs.{table.name}").count() == 1
+        runtime.create(table)
+        with pytest.raises(
+            TrailvecError, match=f"^database theirs already has another table {table.name}: choose another"
+        ):
+            query(runtime, "SELECT 1")
+        assert spark.table(f"theirs.{table.name}").count() == 1
+        shutil.rmtree(runtime.path(table))
 
 
 def test_a_view_of_the_current_model_comes_with_its_table(shop: Runtime, spark: SparkSession) -> None:
@@ -349,6 +353,17 @@ def test_a_view_of_the_current_model_comes_with_its_table(shop: Runtime, spark: 
         query(shop, "SELECT * FROM current_neighbours")
     shop.create(NEIGHBOURS)
     assert query(shop, "SELECT * FROM current_neighbours").count() == 0
+
+
+@pytest.mark.parametrize("look", [False, None])
+def test_what_another_made_since_the_look_or_one_may_not_see_stays(
+    shop: Runtime, spark: SparkSession, monkeypatch: pytest.MonkeyPatch, look: bool | None
+) -> None:
+    put(shop, CURRENT_MODEL, spark.createDataFrame([("m1",)], CURRENT_MODEL.schema()))
+    query(shop, "SELECT 1")
+    seen = tables_to_see(shop) | {ITEM_EMBEDDINGS.name: look}
+    monkeypatch.setattr("jobs.sql_names.tables_to_see", lambda _: seen)
+    assert query(shop, "SELECT * FROM item_embeddings JOIN current_item_embeddings USING (item_id)").count() == 3
 
 
 def test_what_somebody_dropped_or_replaced_is_known_anew(
