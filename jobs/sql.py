@@ -34,7 +34,8 @@ _BY_CHANCE = {
     *("monotonically_increasing_id", "SparkPartitionID"),
     *("InputFileName", "InputFileBlockStart", "InputFileBlockLength"),
 }
-_OF_ANY_ROW = {"First", "Last", "AnyValue"}  # an arbitrary row of a group, or of a window without ORDER BY
+# These depend on the order of a window's rows, the first three also on that of a group's.
+_BY_ORDER = {"First", "Last", "AnyValue", "NthValue", "Lag", "Lead", "RowNumber", "NTile"}
 
 
 def prepare(runtime: Runtime) -> None:
@@ -63,8 +64,8 @@ def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
 
     Refuses statements that write, drop or set; queries that start programs (TRANSFORM) or call Java, since these can
     read the keys in the environment; and queries that are random or take arbitrary rows (LIMIT or OFFSET without ORDER
-    BY, first() of a group or of a window without ORDER BY), since their result changes between runs or when files are
-    compacted.
+    BY, first() of a group or of a window that orders nothing), since their result changes between runs or when files
+    are compacted.
 
     Args:
         where: what error messages call the query.
@@ -96,13 +97,23 @@ def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
                 f"{where} takes arbitrary rows (a LIMIT or OFFSET without ORDER BY, or TABLESAMPLE), which change when "
                 f"the table's files are compacted: order by user_id, for example"
             )
-        unordered = plan.nodeName() == "Aggregate" or (plan.nodeName() == "Window" and plan.orderSpec().isEmpty())
-        if drawn := names & (_BY_CHANCE | _OF_ANY_ROW if unordered else _BY_CHANCE):
+        unordered = plan.nodeName() == "Aggregate" or (
+            plan.nodeName() == "Window" and not _orders(plan.orderSpec(), plan.partitionSpec())
+        )
+        if drawn := names & (_BY_CHANCE | _BY_ORDER if unordered else _BY_CHANCE):
             raise TrailvecError(
                 f"{where} is not repeatable ({', '.join(sorted(drawn))} may differ each time): order by "
-                f"xxhash64(user_id), or use min(x) or max_by(x, y) instead of first(x), last(x) and any_value(x)"
+                f"xxhash64(user_id), use min(x) or max_by(x, y) instead of first(x), last(x) and any_value(x), or give "
+                f"the window an ORDER BY of a column that differs within its partitions"
             )
     return answer
+
+
+def _orders(by: Any, partition: Any) -> bool:
+    """Whether an ORDER BY of a window orders its rows: by anything but constants and what a partition's rows share."""
+    keys = [by.apply(number).child() for number in range(by.size())]
+    shared = [partition.apply(number) for number in range(partition.size())]
+    return any(not key.foldable() and not any(key.semanticEquals(one) for one in shared) for key in keys)
 
 
 def _is_ordered(plan: Any) -> bool:
