@@ -89,7 +89,8 @@ class Segment(Section):
     include: tuple[str, ...] = Field(
         (),
         description="names of segments of the same run, whose members, including their control groups, are taken. "
-        "Their exports count for this segment's at_most, so exports = 1 is refused: it would leave nobody",
+        "Their exports count for this segment's at_most, so exports = 1 (in a union of unions, 2) is refused: it would "
+        "leave nobody",
     )
 
     size: int | None = Field(
@@ -186,12 +187,6 @@ def read_segments(paths: list[str]) -> list[SegmentFile]:
             if users.file is not None and not (path.parent / users.file).exists():
                 raise TrailvecError(f"{path}: the list of users {path.parent / users.file} does not exist: add it")
     for segment, path in files:
-        if segment.include and segment.at_most is not None and segment.at_most.exports == 1:
-            raise TrailvecError(
-                f"{path}: at_most would count the exports of {', '.join(segment.include)} in this same run, so nobody "
-                f"but their control groups would be left: set at_most in the parts, or write their conditions as one "
-                f"sql segment"
-            )
         for other in segment.others:
             if other not in by_name:
                 raise TrailvecError(
@@ -199,9 +194,25 @@ def read_segments(paths: list[str]) -> list[SegmentFile]:
                 )
     try:
         order = TopologicalSorter({file.segment.name: file.segment.others for file in files}).static_order()
-        return [by_name[name] for name in order]
+        ordered = [by_name[name] for name in order]
     except CycleError as error:
         cycle = " → ".join(error.args[1])
         raise TrailvecError(
             f"segments include or exclude each other in a cycle ({cycle}): remove one of these references"
         ) from None
+    _refuse_unions_of_nobody(ordered)
+    return ordered
+
+
+def _refuse_unions_of_nobody(ordered: list[SegmentFile]) -> None:
+    """Raises TrailvecError if the exports of a union's parts alone reach its `at_most`; `ordered`: parts first."""
+    least: dict[str, int] = {}  # exports in this run, at least, of a segment's members outside of control groups
+    for segment, path in ordered:
+        of_parts = min((least[part] for part in segment.include), default=0)
+        least[segment.name] = of_parts + 1
+        if segment.at_most is not None and segment.at_most.exports <= of_parts:
+            raise TrailvecError(
+                f"{path}: at_most would count the exports of {', '.join(segment.include)}, and of what they include, "
+                f"in this same run, at least {of_parts}, so nobody but their control groups would be left: raise "
+                f"at_most.exports, set at_most in the parts, or write their conditions as one sql segment"
+            )

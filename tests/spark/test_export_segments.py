@@ -368,11 +368,6 @@ def test_what_is_refused_while_it_runs(shop: Runtime, tmp_path: Path, monkeypatc
         ),
         ("size = 4", 'size = 4\nsuppress = [{ file = "gone.txt" }]', r"the list of users .*gone\.txt does not exist"),
         ("size = 4", 'size = 4\nexclude = ["buyers"]', "segment buyers is in no file of export.segments: add its file"),
-        (
-            SEGMENT.partition('"a test"\n')[2],
-            'include = ["a", "b"]\nat_most = { exports = 1, days = 7 }',
-            "likes.toml: at_most would count the exports of a, b in this same run, so nobody but their control groups",
-        ),
         ("size = 4", 'size = 4\nexclude = ["likes"]', r"in a cycle \(likes → likes\): remove one of these"),
         (
             "size = 4",
@@ -410,6 +405,30 @@ def test_what_a_segment_file_may_not_say(tmp_path: Path, old: str, new: str, mes
     (tmp_path / "likes.toml").write_text(SEGMENT.replace(old, new))
     with pytest.raises(TrailvecError, match=message):
         read_segments([str(tmp_path / "likes.toml")])
+
+
+def test_a_union_whose_parts_exports_reach_its_limit_would_hold_nobody(tmp_path: Path) -> None:
+    limit = "at_most = {{ exports = {}, days = 7 }}\n".format
+    paths = write_segments(
+        tmp_path,
+        {
+            "nested": 'include = ["both", "union"]\n' + limit(2),
+            "union": 'include = ["both", "a"]\n' + limit(2),  # members of `a` alone have one
+            "both": 'include = ["a", "b"]\n',
+            **{name: 'sql = "SELECT 1 AS user_id"\n' + limit(1) for name in ("a", "b")},
+        },
+    )
+    told = r"nested\.toml: at_most would count the exports of both, union, and of .* in this same run, at least 2, so"
+    with pytest.raises(TrailvecError, match=told):
+        read_segments(paths)
+    write_segments(tmp_path, {"nested": 'include = ["both", "union"]\n' + limit(3)})
+    assert [file.segment.name for file in read_segments(paths)][-1] == "nested"
+    write_segments(tmp_path, {"both": 'include = ["a", "b"]\n' + limit(1)})
+    with pytest.raises(TrailvecError, match=r"both\.toml: at_most would count the exports of a, b, .*at least 1, so"):
+        read_segments(paths)
+    write_segments(tmp_path, {"both": 'include = ["nested", "b"]\n' + limit(1)})
+    with pytest.raises(TrailvecError, match="in a cycle"):
+        read_segments(paths)
 
 
 def test_two_segments_of_one_name(tmp_path: Path) -> None:
