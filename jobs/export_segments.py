@@ -98,8 +98,8 @@ def _exports(runtime: Runtime, now: datetime) -> list[Export]:
         if vectors == "profile":
             if not with_profiles:
                 raise TrailvecError(
-                    f"{file.path} compares users by user_profiles, which has no row of model {version}: run "
-                    f'`trailvec profile_users` first, or set seeds.vectors = "embedding"'
+                    f"{file.path} compares users by user_profiles, which has no row of model {version}: run `trailvec "
+                    f'profile_users --set model.version={version}` first, or set seeds.vectors = "embedding"'
                 )
             facts["profiles"] = states[USER_PROFILES.name]
         found[file.segment.name] = Export(number, file.segment, file.path, vectors, digest(facts)[:32])
@@ -113,8 +113,8 @@ def _tell_of_profiles(runtime: Runtime, files: list[SegmentFile], version: str) 
     if open_ones:
         runtime.report.notes.append(
             f"user_profiles has no row of model {version}, so users are compared by user_embeddings, which finds fewer "
-            f"of the users sought, in {', '.join(open_ones)}: run `trailvec profile_users`, then `trailvec "
-            f"export_segments` again, or set seeds.vectors"
+            f"of the users sought, in {', '.join(open_ones)}: run `trailvec profile_users --set "
+            f"model.version={version}`, then `trailvec export_segments` again, or set seeds.vectors"
         )
 
 

@@ -251,8 +251,8 @@ class Selection:
         if without:
             self._runtime.report.notes.append(
                 f"{without:,} of {self.everyone.total:,} users have no row in user_profiles (new since "
-                f"profile_users last ran), so {', '.join(segments)} can't contain them: run `trailvec profile_users`, "
-                f"then `trailvec export_segments` again"
+                f"profile_users last ran), so {', '.join(segments)} can't contain them: run `trailvec profile_users "
+                f"--set model.version={self.version}`, then `trailvec export_segments` again"
             )
 
     def select(self) -> None:
@@ -444,7 +444,7 @@ class Selection:
             raise TrailvecError(
                 f"{export.path}: none of its {count['given']:,} seeds has a vector of model "
                 f"{self.version} (are their ids written as in the events?): correct the seeds, or run "
-                f"`trailvec {stage}` first"
+                f"`trailvec {stage} --set model.version={self.version}` first"
             )
         if not count["used"]:
             drawn = "" if count["cold"] == count["known"] else ", and the sample of its seeds holds no other"

@@ -340,7 +340,7 @@ def test_all_users_are_seeds(shop: Runtime, tmp_path: Path) -> None:
 
 def test_what_is_refused_while_it_runs(shop: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "seeds.txt").write_text("ghost\nnil\n")
-    with pytest.raises(TrailvecError, match="none of its 2 seeds has a vector of model m1"):
+    with pytest.raises(TrailvecError, match=r"none of its 2 seeds has a vector of model m1 .*set model\.version=m1` f"):
         shop.execute(STAGE)
     (tmp_path / "seeds.txt").write_text("\n")
     with pytest.raises(TrailvecError, match=r"likes\.toml: its list of seeds is empty: correct it"):
@@ -686,10 +686,10 @@ def test_profiles_say_who_is_alike_where_the_model_has_some(shop: Runtime, spark
     (note,) = notes
     assert note.startswith("user_profiles has no row of model m1, so users are compared by user_embeddings")
     assert "in likes: run" in note
-    assert "run `trailvec profile_users`" in note
+    assert "run `trailvec profile_users --set model.version=m1`" in note
     assert exported('vectors = "embedding"  # asked for') == by_embedding
     assert not notes
-    with pytest.raises(TrailvecError, match=r"compares users by user_profiles, which has no row of model m1: run"):
+    with pytest.raises(TrailvecError, match=r"user_profiles, which has no row of model m1: run .*version=m1` first"):
         exported('vectors = "profile"')
     fill_profiles("m1")
     with (tmp_path / "seeds.txt").open("a", encoding="utf-8") as seeds:
@@ -697,6 +697,7 @@ def test_profiles_say_who_is_alike_where_the_model_has_some(shop: Runtime, spark
     assert exported() == ("profile", ["far", "eve", "cat", "dan"])
     (note,) = notes
     assert note.startswith(f"2 of {len(USERS)} users have no row in user_profiles (new since profile_users last ran), ")
+    assert "run `trailvec profile_users --set model.version=m1`" in note
     assert "so likes can't contain them: run" in note
     manifest, _ = read(shop)
     counts = manifest["counts"]
@@ -968,8 +969,8 @@ def test_where_it_goes(shop: Runtime, tmp_path: Path) -> None:
     )
     assert shop.execute(STAGE).notes == [
         "user_profiles has no row of model m1, so users are compared by user_embeddings, which finds fewer of the "
-        "users sought, in likes: run `trailvec profile_users`, then `trailvec export_segments` again, or set "
-        "seeds.vectors",
+        "users sought, in likes: run `trailvec profile_users --set model.version=m1`, then `trailvec export_segments` "
+        "again, or set seeds.vectors",
         "suppressed by strangers.txt: none of its 1 users has a vector, so it leaves nobody out; are its ids "
         "written as in the events?",
         f"{tmp_path}/likes.toml: the query in suppress returns no user, so it leaves nobody out (a date that Spark "
