@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 
 from jobs.errors import _MADE_AGAIN, _ONLY_HERE, explain, first_line
@@ -191,3 +195,23 @@ def test_the_first_line_is_the_errors_own(said: str, first: str) -> None:
 
 def test_of_each_table_it_is_known_whether_a_stage_can_make_it_again() -> None:
     assert sorted(f"{_MADE_AGAIN}|{_ONLY_HERE}".split("|")) == sorted(table.name for table in TABLES)
+
+
+def test_the_messages_quoted_in_the_handbook_are_ours() -> None:
+    root = Path(__file__).parents[2]
+    rows = (root / "docs/operations.md").read_text().partition("## What an alarm means")[2].partition("\n## ")[0]
+    quotes = re.findall(r"`([^`]+)`", "\n".join(line.split(" | ")[0] for line in rows.splitlines() if "| " in line))
+    quotes = [quote for quote in quotes if "…" in quote or " " in quote]  # not a stage's name
+    assert len(quotes) > 20
+    code = [ast.parse(file.read_text()) for folder in ("jobs", "training") for file in (root / folder).glob("*.py")]
+    said = "\n".join(_said(node) for module in code for node in ast.walk(module))
+    for quote in quotes:
+        parts = re.split(r"…|TRAILVEC_\w+|hdfs://", quote)  # what stands for values
+        assert all(part.strip() in said for part in parts), quote
+
+
+def _said(node: ast.AST) -> str:
+    """The text of a string, with … where an f-string has a value; empty for what is no string."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_said(part) or "…" for part in node.values)
+    return node.value.replace("\n", " ") if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
