@@ -33,7 +33,8 @@ from jobs.runtime import Runtime, Stage
 from jobs.spark_session import drawn_by_hash, in_order, persisted
 from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_EMBEDDINGS, of_model
 from spark_udfs.alignment import cross_products, mean_cosine, overlap, rotation_of
-from spark_udfs.topk import Metric, Vectors
+from spark_udfs.topk import Metric
+from training.arrays import Float32
 from training.checkpoint import ALIGNMENT, ROTATION, read_about, read_alignment, write_alignment
 
 USERS_COMPARED, ITEMS_COMPARED, ITEMS_ASKED, NEIGHBOURS = 2_000, 20_000, 2_000, 10
@@ -122,7 +123,7 @@ def check_again(runtime: Runtime, folder: Path) -> None:
 
 
 def compare(
-    users: tuple[Vectors, Vectors], items: tuple[Vectors, Vectors], verticals: pd.Series[str], rotation: Vectors | None
+    users: tuple[Float32, Float32], items: tuple[Float32, Float32], verticals: pd.Series[str], rotation: Float32 | None
 ) -> dict[str, Any]:
     """How similar the new space, once rotated, is to the old one, over the same users and items in both.
 
@@ -133,7 +134,7 @@ def compare(
     """
     report: dict[str, Any] = {}
     first = items[0][:ITEMS_ASKED], items[1][:ITEMS_ASKED]
-    sides: tuple[tuple[str, tuple[Vectors, Vectors], tuple[Vectors, Vectors], Metric], ...] = (
+    sides: tuple[tuple[str, tuple[Float32, Float32], tuple[Float32, Float32], Metric], ...] = (
         ("users", users, users, "dot"),
         ("items", items, first, "cosine"),
     )
@@ -163,7 +164,7 @@ def compare(
     return report
 
 
-def _norms(vectors: Vectors) -> float:
+def _norms(vectors: Float32) -> float:
     return float(np.linalg.norm(vectors, axis=1).mean()) if len(vectors) else float("nan")
 
 
@@ -211,7 +212,7 @@ def _align(runtime: Runtime, folder: Path) -> None:
             f"`trailvec embed_items --set model.version={onto}` first"
         )
     width = int(about["spec"]["width"])
-    rotation: Vectors | None = None
+    rotation: Float32 | None = None
     with persisted(_pairs(runtime, folder, onto)) as pairs:
         widths = {row["width"] for row in pairs.select(F.size("old").alias("width")).distinct().collect()}
         if widths == {width}:

@@ -11,7 +11,6 @@ from datetime import datetime
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
@@ -20,7 +19,7 @@ from jobs.config import DriftSettings
 from jobs.splits import utc
 from jobs.tables import events_of
 from spark_udfs.alignment import mean_cosine, row_cosines
-from spark_udfs.topk import Vectors
+from training.arrays import Float32, Float64, Int64
 
 _LEAST = 1e-4  # the smallest share of a vertical in `stability`: 0 has no logarithm
 
@@ -62,7 +61,7 @@ class Drift:
     counts: dict[str, int]
     new_items: float
     new_items_before: float
-    cosines: npt.NDArray[np.float64]
+    cosines: Float64
     centroid: float
 
     @property
@@ -107,7 +106,7 @@ def _start(cut: datetime, end: datetime) -> datetime:
     return cut - (end - cut)
 
 
-def drift_of(counts: pd.DataFrame, at_cut: Vectors, at_end: Vectors, *, comparable: bool = True) -> Drift:
+def drift_of(counts: pd.DataFrame, at_cut: Float32, at_end: Float32, *, comparable: bool = True) -> Drift:
     """The drift figures.
 
     Args:
@@ -139,7 +138,7 @@ def drift_of(counts: pd.DataFrame, at_cut: Vectors, at_end: Vectors, *, comparab
     )
 
 
-def stability(before: npt.NDArray[np.int64], after: npt.NDArray[np.int64]) -> float:
+def stability(before: Int64, after: Int64) -> float:
     """The population stability index, Σ (q - p) ln(q / p) over the shares p before and q after (Siddiqi 2006): below
     0.1 little has changed, above 0.25 much. Shares are at least 0.0001. NaN if one window is empty."""
     if not before.sum() or not after.sum():

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 from pyspark.sql import Column, DataFrame
@@ -65,8 +64,9 @@ from jobs.runtime import Runtime, Stage
 from jobs.spark_session import drawn_by_hash, in_order
 from jobs.splits import Cuts, before_cut, cut_of, cut_times, is_target, refuse_leak, time_at
 from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS, events_of, of_model
+from training.arrays import Bool, Float32, Float64, Int64
 from training.checkpoint import read_description
-from training.floors import Floats, ItemKnn, own_frequency, popularity
+from training.floors import ItemKnn, own_frequency, popularity
 
 TASKS = ("next", "new", "repeat")
 SPACE_SAMPLE, SPACE_NEIGHBOURS = 10_000, 10  # vectors sampled for `space`, at most; neighbours of each
@@ -77,19 +77,18 @@ _DEEPEST = 20
 _BEYOND = 2**31  # the first number that no item can have
 _LEADING = "ndcg@10"  # the metric of a model's lead over each floor
 
-Integers = npt.NDArray[np.int64]
-ScoreBlock = Callable[[slice], Floats]  # scores of all items, [users of the block, items]; callers may overwrite them
+ScoreBlock = Callable[[slice], Float32]  # scores of all items, [users of the block, items]; callers may overwrite them
 
 
 @dataclass(frozen=True)
 class Catalogue:
     """The items that may be ranked. Arrays are [items]; position i is item number i."""
 
-    vectors: Floats  # [items, width]
-    target_counts: Integers
+    vectors: Float32  # [items, width]
+    target_counts: Int64
 
     @cached_property
-    def rankable(self) -> npt.NDArray[np.bool_]:
+    def rankable(self) -> Bool:
         """Whether the item had an event of a type that is to be predicted in the training window."""
         return self.target_counts > 0
 
@@ -136,11 +135,9 @@ def following(rows: pd.DataFrame, task: str) -> Following:
     return Following(items, offsets, np.array([hours for _, hours in each], np.float64))
 
 
-def rank_users(
-    rows: pd.DataFrame, scorers: dict[str, ScoreBlock], rankable: npt.NDArray[np.bool_]
-) -> dict[tuple[str, bool], Integers]:
+def rank_users(rows: pd.DataFrame, scorers: dict[str, ScoreBlock], rankable: Bool) -> dict[tuple[str, bool], Int64]:
     """The best items of each row, int64 [rows, at most 20], by (method, whether the user's seen items are left out)."""
-    found: dict[tuple[str, bool], list[Integers]] = {}
+    found: dict[tuple[str, bool], list[Int64]] = {}
     at_once = max(1, min(_BLOCK_USERS, _BLOCK_SCORES // len(rankable)))
     for start in range(0, len(rows), at_once):
         block = slice(start, start + at_once)
@@ -169,7 +166,7 @@ def _scorers(rows: pd.DataFrame, own: Own, knn: ItemKnn, catalogue: Catalogue) -
     history = [items[flagged(items, rankable)] for items in histories]
     model = model_scorer(rows, catalogue)
 
-    def model_and_habit(block: slice) -> Floats:
+    def model_and_habit(block: slice) -> Float32:
         scores, habits = model(block), own.habits[block].tocoo()
         scores[habits.row, habits.col] += habits.data  # few entries: adding the matrix would make all float64
         return scores
@@ -184,7 +181,7 @@ def _scorers(rows: pd.DataFrame, own: Own, knn: ItemKnn, catalogue: Catalogue) -
 
 
 def ranking_results(
-    rows: pd.DataFrame, ranked: dict[tuple[str, bool], Integers], known: Known, resamples: int
+    rows: pd.DataFrame, ranked: dict[tuple[str, bool], Int64], known: Known, resamples: int
 ) -> Iterator[Result]:
     """The metrics of the rankings from `rank_users`, overall and by slice, with confidence intervals."""
     for task in TASKS:
@@ -192,7 +189,7 @@ def ranking_results(
         there = np.diff(done.offsets) > 0
         if not there.any():
             continue
-        values: dict[Cell, npt.NDArray[np.float64]] = {}
+        values: dict[Cell, Float64] = {}
         for method in dict.fromkeys(method for method, _ in ranked):
             best = ranked[method, task == "new"]
             of_users = measures(best, done, known.counts)
@@ -216,7 +213,7 @@ def ranking_results(
 # ---- the space ---------------------------------------------------------------------------------------------------
 
 
-def space_results(users: Floats, items: Floats, counts: Integers, classes: Integers) -> Iterator[Result]:
+def space_results(users: Float32, items: Float32, counts: Int64, classes: Int64) -> Iterator[Result]:
     """Metrics of the vectors of a sample of users and of items, float32 [n, width] each.
 
     Args:
@@ -416,9 +413,7 @@ def read_catalogue(runtime: Runtime, vectors: DataFrame, version: str) -> Catalo
     return Catalogue(matrix, counts)
 
 
-def _space_sample(
-    runtime: Runtime, rows: pd.DataFrame, vectors: DataFrame
-) -> tuple[Floats, Floats, Integers, Integers]:
+def _space_sample(runtime: Runtime, rows: pd.DataFrame, vectors: DataFrame) -> tuple[Float32, Float32, Int64, Int64]:
     """The arguments of `space_results`, from at most SPACE_SAMPLE users and items each, drawn by a hash of the id."""
     users = _by_hash(rows, SPACE_SAMPLE)["vector"]
     sample = item_sample(runtime, vectors, "vector", "target_count", category_value().alias("category"))

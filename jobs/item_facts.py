@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from jobs.build_sequences import UNKNOWN, price_bucket
 from jobs.build_vocabulary import category_value, numbers_of
+from training.arrays import Int32, Int64
 from training.config import ITEM_ATTRIBUTES
 
 
-def item_counts(items: DataFrame, min_count: int) -> npt.NDArray[np.int64]:
+def item_counts(items: DataFrame, min_count: int) -> Int64:
     """The train_count of each item, [largest item_index + 1]; 0 for items outside the model's vocabulary.
 
     This is the only place that decides what is in a model's vocabulary; the model stores the result.
@@ -40,7 +40,7 @@ def item_attributes(items: DataFrame, context_values: DataFrame) -> DataFrame:
     return numbered.select("item_id", "item_index", *numbers)
 
 
-def attribute_matrix(attributes: DataFrame, names: Sequence[str], items: int) -> npt.NDArray[np.int32]:
+def attribute_matrix(attributes: DataFrame, names: Sequence[str], items: int) -> Int32:
     """int32 [len(names), items] of `item_attributes` rows; items without a row have zeros."""
     rows = attributes.select("item_index", *names).toPandas()
     matrix = np.zeros((len(names), items), np.int32)
@@ -49,7 +49,7 @@ def attribute_matrix(attributes: DataFrame, names: Sequence[str], items: int) ->
     return matrix
 
 
-def item_verticals(items: DataFrame) -> tuple[npt.NDArray[np.int64], list[str]]:
+def item_verticals(items: DataFrame) -> tuple[Int64, list[str]]:
     """Each item's vertical, int64 [largest item_index + 1], as an index into the returned list of names; -1: none."""
     rows = items.select("item_index", "vertical").toPandas()
     codes, names = pd.factorize(rows["vertical"], sort=True)

@@ -17,7 +17,7 @@ from jobs.model_folders import check_numbers
 from jobs.runtime import Runtime
 from jobs.tables import CONTEXT_VALUES, ITEMS
 from spark_udfs.encode import Counts, embed_items, encode_users
-from spark_udfs.topk import Vectors
+from training.arrays import Float32
 from training.checkpoint import WEIGHTS, read_about, read_rotation
 from training.config import ModelSpec
 
@@ -73,7 +73,7 @@ def item_vectors(runtime: Runtime, model_dir: Path, turned: bool = True) -> Data
     return embed_items(rows.select("item_id", "item_index", *names), weights, rotation)
 
 
-def stacked(vectors: pd.Series[Any], width: int = 1) -> Vectors:
+def stacked(vectors: pd.Series[Any], width: int = 1) -> Float32:
     """A column of vectors as a matrix, float32 [rows, width]; `width` is only used for a column without rows."""
     return np.stack(list(vectors)).astype(np.float32, copy=False) if len(vectors) else np.empty((0, width), np.float32)
 

@@ -48,10 +48,11 @@ from jobs.sql import ask
 from jobs.tables import CONTEXT_VALUES, ITEMS, PROBES, SESSIONS, TABLES, events_of
 from jobs.user_lists import as_ids, copies, file_digest, read_rows
 from spark_udfs.profile import profiles
+from training.arrays import Int64
 from training.checkpoint import read_about
 
 if TYPE_CHECKING:
-    from training.probes import Integers, Labels, Matrix
+    from training.probes import Labels, Matrix
 
 FEATURES = ("vector", "profile", "majority", "rfm", "tfidf_svd", "aggregates")
 _TOP = 10  # the aggregates count the most frequent values of each column, per event type
@@ -298,7 +299,7 @@ def rarer(labels: Any) -> int:
     return int(min(np.bincount(labels, minlength=2)))
 
 
-def asked_of(rows: pd.DataFrame) -> tuple[Labels, Integers | None]:
+def asked_of(rows: pd.DataFrame) -> tuple[Labels, Int64 | None]:
     """A task's labels and their times in microseconds; None if all times are equal: then there is no split by time."""
     times = rows["cut"].to_numpy(np.int64) if rows["cut"].nunique() > 1 else None
     return rows["label"].to_numpy(np.int64), times

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import scipy.sparse as sp
@@ -39,8 +38,9 @@ from jobs.spark_session import in_order, persisted
 from jobs.splits import Cuts, cut_times, is_target, utc
 from jobs.tables import CONTEXT_VALUES, EVENT_IN_SESSION, ITEMS, SESSIONS, USER_PROFILES, events_of
 from spark_udfs.profile import KINDS, counts_of, profiles
+from training.arrays import Float64, Int64
 from training.checkpoint import rotation_sha256
-from training.profile import ABOUT, TENSORS, Basis, Integers, Terms, fit_basis, read_basis, write_basis
+from training.profile import ABOUT, TENSORS, Basis, Terms, fit_basis, read_basis, write_basis
 
 OF_EVENTS = tuple(name for name in EVENT_IN_SESSION if name != "event_id")  # read of each event
 _WINDOWS = (7, 14, 28, 56, 91, 182)  # days before the cut
@@ -297,9 +297,7 @@ def fit(runtime: Runtime, visible: DataFrame, encoded: DataFrame, *, numbers: Da
     )
 
 
-def _once(
-    visible: DataFrame, targets: list[str], names: tuple[str, ...]
-) -> tuple[sp.csr_matrix, npt.NDArray[np.float64]]:
+def _once(visible: DataFrame, targets: list[str], names: tuple[str, ...]) -> tuple[sp.csr_matrix, Float64]:
     """The forecast's training data: the users' statistics `max(_HORIZONS)` days before their cuts, [users, statistics],
     and log(1 + days with a target action) within each horizon from then on, [users, horizons]."""
     ago = max(_HORIZONS)
@@ -330,7 +328,7 @@ def _counts(numbers: pd.Series[Any], values: pd.Series[Any]) -> sp.csr_matrix:
     return counts_of(pa.array(numbers, pa.list_(pa.int32())), pa.array(values, pa.list_(pa.float64())))
 
 
-def _names_of(runtime: Runtime, numbers: Integers) -> list[str]:
+def _names_of(runtime: Runtime, numbers: Int64) -> list[str]:
     """The names of the items with these (ascending) numbers; "" for items without a name."""
     wanted = F.broadcast(_as_rows(runtime, numbers))
     rows = runtime.read(ITEMS).join(wanted, "item_index").select("item_index", "item_name")
@@ -338,7 +336,7 @@ def _names_of(runtime: Runtime, numbers: Integers) -> list[str]:
     return [found.get(number, "") for number in numbers.tolist()]
 
 
-def _as_rows(runtime: Runtime, numbers: Integers) -> DataFrame:
+def _as_rows(runtime: Runtime, numbers: Int64) -> DataFrame:
     """The numbers as a frame with one column, item_index."""
     return runtime.spark.createDataFrame(pd.DataFrame({"item_index": numbers}), "item_index int")
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spark_udfs.topk import keep_best
+from training.arrays import Bool, Float32, Float64, Int64
 from training.metrics import HISTORY_FROM, HISTORY_NAMES, metrics_by_class, rank_metrics
 
 MODELS = ("model", "model_and_habit")  # methods compared with the floors
@@ -25,9 +26,6 @@ SLICED = ("recall@10", "ndcg@10")
 _GROUP = 128  # columns per group in `top_items`
 _SEED = 7
 _WEIGHTS_AT_ONCE = 1 << 21  # bootstrap weights held in memory: 16 MiB
-
-Floats = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
 
 
 class Cell(NamedTuple):
@@ -52,12 +50,12 @@ class Following:
         hours: between the cut and the user's next action, [users]; NaN for users without one.
     """
 
-    items: Integers
-    offsets: Integers
-    hours: Floats
+    items: Int64
+    offsets: Int64
+    hours: Float64
 
     @property
-    def owners(self) -> Integers:
+    def owners(self) -> Int64:
         """The user of each item, [items]."""
         return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
 
@@ -72,26 +70,26 @@ class Known:
         lengths: number of a user's actions that the model reads, [users].
     """
 
-    counts: Integers
-    vertical: Integers
+    counts: Int64
+    vertical: Int64
     verticals: list[str]
-    lengths: Integers
+    lengths: Int64
 
 
-def flatten(lists: list[npt.NDArray[Any]]) -> tuple[Integers, Integers]:
+def flatten(lists: list[npt.NDArray[Any]]) -> tuple[Int64, Int64]:
     """The lists concatenated, and the offsets [lists + 1] at which each begins and the last ends."""
     offsets = np.concatenate([[0], np.cumsum([len(items) for items in lists])]).astype(np.int64)
     return np.concatenate([*lists, np.empty(0, np.int64)]).astype(np.int64), offsets
 
 
-def flagged(items: Integers, flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+def flagged(items: Int64, flags: Bool) -> Bool:
     """Whether each item is within `flags` and flagged there."""
     there = items < len(flags)
     there[there] = flags[items[there]]
     return there
 
 
-def top_items(scores: npt.NDArray[np.float32], k: int) -> Integers:
+def top_items(scores: Float32, k: int) -> Int64:
     """The k best columns of each row, best first, ties by column; -1 where a row has fewer finite scores.
 
     The k-th highest of the column groups' maxima is a lower bound of the k-th best score, so lower scores are dropped
@@ -118,7 +116,7 @@ def top_items(scores: npt.NDArray[np.float32], k: int) -> Integers:
 # ---- per-user values ---------------------------------------------------------------------------------------------
 
 
-def measures(ranked: Integers, following: Following, counts: Integers) -> dict[str, Floats]:
+def measures(ranked: Int64, following: Following, counts: Int64) -> dict[str, Float64]:
     """Per-user values of each metric, float64 [users]; NaN where the user has no action of the task.
 
     popularity_bias@10: mean log popularity of the ten recommended items minus that of the user's next items (rankable
@@ -136,7 +134,7 @@ def measures(ranked: Integers, following: Following, counts: Integers) -> dict[s
     }
 
 
-def _popularity_bias(ranked: Integers, following: Following, counts: Integers) -> Floats:
+def _popularity_bias(ranked: Int64, following: Following, counts: Int64) -> Float64:
     logs = np.log(np.maximum(counts, 1))
     users = len(ranked)
     known = flagged(following.items, counts > 0)
@@ -151,8 +149,8 @@ def _popularity_bias(ranked: Integers, following: Following, counts: Integers) -
 
 
 def sliced(
-    ranked: Integers, following: Following, known: Known, of_users: dict[str, Floats]
-) -> Iterator[tuple[str, str, str, Floats]]:
+    ranked: Int64, following: Following, known: Known, of_users: dict[str, Float64]
+) -> Iterator[tuple[str, str, str, Float64]]:
     """Yields (metric, slice, value, per-user values) for the metrics of SLICED; NaN where a user is not in the slice.
 
     By vertical: only what users did next in that vertical counts. An item that has a number but is not ranked is a miss
@@ -176,9 +174,7 @@ def sliced(
             yield metric, "vertical", known.verticals[vertical], values
 
 
-def _by_vertical(
-    ranked: Integers, following: Following, known: Known
-) -> Iterator[tuple[int, Integers, dict[str, Floats]]]:
+def _by_vertical(ranked: Int64, following: Following, known: Known) -> Iterator[tuple[int, Int64, dict[str, Float64]]]:
     """Yields (vertical, users who acted in it next, their metrics) for the VERTICALS with the most such users."""
     inside = following.items < len(known.vertical)
     vertical = np.where(inside, known.vertical[np.where(inside, following.items, 0)], -1)
@@ -191,7 +187,7 @@ def _by_vertical(
             yield number, users[chosen], {name: values[chosen] for name, values in metrics.items()}
 
 
-def coverage(ranked: Integers, catalogue: int) -> float:
+def coverage(ranked: Int64, catalogue: int) -> float:
     """The share of the catalogue that is recommended to at least one user. It grows with the number of users."""
     return len(np.unique(ranked[ranked >= 0])) / catalogue
 
@@ -199,7 +195,7 @@ def coverage(ranked: Integers, catalogue: int) -> float:
 # ---- confidence --------------------------------------------------------------------------------------------------
 
 
-def bootstrap(values: Floats, resamples: int) -> tuple[Floats, Floats]:
+def bootstrap(values: Float64, resamples: int) -> tuple[Float64, Float64]:
     """Lower and upper ends of the CONFIDENCE interval of each column's mean, [columns] each: percentile bootstrap over
     users (Efron, 1979).
 

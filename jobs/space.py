@@ -13,20 +13,19 @@ from scipy.stats import skew, spearmanr
 
 from jobs.ranking import top_items
 from spark_udfs.alignment import mean_cosine
-from spark_udfs.topk import Vectors, unit_vectors
-
-Integers = npt.NDArray[np.int64]
+from spark_udfs.topk import unit_vectors
+from training.arrays import Float32, Float64, Int64
 
 DEAD = 0.01  # a direction is dead if its spread is at most this fraction of the widest one's
 _ROWS_AT_ONCE = 512
 
 
-def unit(vectors: Vectors) -> Vectors:
+def unit(vectors: Float32) -> Float32:
     """The non-zero vectors, normalised to length 1."""
     return unit_vectors(vectors[vectors.any(axis=1)])
 
 
-def uniformity(vectors: Vectors) -> float:
+def uniformity(vectors: Float32) -> float:
     """log of the mean of exp(-2 ‖x - y‖²) over pairs of directions (Wang & Isola 2020); 0: all equal; the lower, the
     more uniform on the sphere. NaN for fewer than two."""
     directions = unit(vectors)
@@ -37,25 +36,25 @@ def uniformity(vectors: Vectors) -> float:
     return float(np.log((total - n) / (n * (n - 1)))) if n > 1 else float("nan")
 
 
-def alignment(one: Vectors, other: Vectors) -> float:
+def alignment(one: Float32, other: Float32) -> float:
     """The mean of ‖x - y‖² over matching rows' directions (Wang & Isola 2020); 0 to 4, 2 for unrelated pairs. Pairs
     with a zero vector are left out; NaN without a pair."""
     return 2 - 2 * mean_cosine(one, other)  # ‖x - y‖² of unit vectors
 
 
-def spread(vectors: Vectors) -> npt.NDArray[np.float64]:
+def spread(vectors: Float32) -> Float64:
     """Standard deviations along the principal directions, descending, [width]."""
     covariance = np.atleast_2d(np.cov(vectors.astype(np.float64), rowvar=False, bias=True))
     values = np.linalg.eigvalsh(covariance)
     return np.asarray(np.sqrt(np.maximum(values[::-1], 0)))
 
 
-def dead_dimensions(spreads: npt.NDArray[np.float64]) -> int:
+def dead_dimensions(spreads: Float64) -> int:
     """How many principal directions hold next to nothing (not axes, because `align` rotates them)."""
     return int((spreads <= DEAD * spreads.max(initial=0)).sum())
 
 
-def effective_dimensions(spreads: npt.NDArray[np.float64]) -> float:
+def effective_dimensions(spreads: Float64) -> float:
     """exp of the entropy of the directions' variance shares (effective rank: Roy & Vetterli 2007); NaN if there is no
     variance."""
     if not spreads.any():
@@ -64,7 +63,7 @@ def effective_dimensions(spreads: npt.NDArray[np.float64]) -> float:
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def norm_popularity(vectors: Vectors, counts: Integers) -> float:
+def norm_popularity(vectors: Float32, counts: Int64) -> float:
     """Spearman correlation between vector norms and how often the items were acted on. NaN if either is constant."""
     norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
     if len(norms) < 2 or np.ptp(norms) == 0 or np.ptp(counts) == 0:
@@ -72,7 +71,7 @@ def norm_popularity(vectors: Vectors, counts: Integers) -> float:
     return float(spearmanr(norms, counts).statistic)
 
 
-def neighbours(vectors: Vectors, k: int) -> Integers:
+def neighbours(vectors: Float32, k: int) -> Int64:
     """Each row's k nearest other rows by cosine, [n, at most k], nearest first, ties by row number.
 
     No vector may be zero.
@@ -88,14 +87,14 @@ def neighbours(vectors: Vectors, k: int) -> Integers:
     return np.concatenate(found)
 
 
-def hubness(found: Integers) -> float:
+def hubness(found: Int64) -> float:
     """Skewness of how often rows are neighbours of others (Radovanović et al. 2010); 0: no hubs. NaN if all counts are
     equal."""
     times = np.bincount(found.ravel(), minlength=len(found))
     return float(skew(times)) if np.ptp(times) else float("nan")
 
 
-def share_same(found: Integers, classes: Integers) -> tuple[float, float]:
+def share_same(found: Int64, classes: Int64) -> tuple[float, float]:
     """(the share of neighbours in their row's class, its expectation for random neighbours).
 
     Args:
@@ -109,7 +108,7 @@ def share_same(found: Integers, classes: Integers) -> tuple[float, float]:
     return float(same.mean()), float(others.mean() / (len(classes) - 1))
 
 
-def flat_map(vectors: Vectors) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def flat_map(vectors: Float32) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """The directions projected onto their first two principal components, [n, 2], and each component's share of the
     variance. No vector may be zero."""
     directions = unit(vectors).astype(np.float64)

@@ -6,19 +6,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from pyspark.sql import DataFrame
 
 from spark_udfs.arrow import matrix_of
-from spark_udfs.topk import Metric, Vectors, top_k
+from spark_udfs.topk import Metric, top_k
 from spark_udfs.vectors import cosine_similarity
+from training.arrays import Float32, Float64, Int64
 
-Matrix = npt.NDArray[np.float64]
 _QUERIES_AT_ONCE = 256
 
 
-def cross_products(pairs: DataFrame, width: int) -> tuple[Matrix, int]:
+def cross_products(pairs: DataFrame, width: int) -> tuple[Float64, int]:
     """newᵀ old over all rows, float64 [width, width], and the number of rows.
 
     Args:
@@ -40,7 +39,7 @@ def cross_products(pairs: DataFrame, width: int) -> tuple[Matrix, int]:
     return total.reshape(width, width), sum(part["rows"] for part in parts)
 
 
-def rotation_of(products: Matrix) -> Matrix:
+def rotation_of(products: Float64) -> Float64:
     """The orthogonal R (a rotation, possibly with a reflection) that minimises ‖new R - old‖, from newᵀ old.
 
     Orthogonal Procrustes (Schönemann, 1966): if newᵀ old = U S Vᵀ, R is U Vᵀ.
@@ -49,12 +48,12 @@ def rotation_of(products: Matrix) -> Matrix:
     return np.asarray(left @ right)
 
 
-def row_cosines(one: Vectors, other: Vectors) -> Matrix:
+def row_cosines(one: Float32, other: Float32) -> Float64:
     """The cosine of each pair of rows, float64 [rows]; NaN if either is zero, which has no direction."""
     return cosine_similarity(one.astype(np.float64), other.astype(np.float64))
 
 
-def mean_cosine(one: Vectors, other: Vectors) -> float:
+def mean_cosine(one: Float32, other: Float32) -> float:
     """The mean of `row_cosines`, ignoring NaN; NaN if nothing is left."""
     found = row_cosines(one, other)
     there = ~np.isnan(found)
@@ -62,7 +61,7 @@ def mean_cosine(one: Vectors, other: Vectors) -> float:
 
 
 def overlap(
-    queries: tuple[Vectors, Vectors], candidates: tuple[Vectors, Vectors], k: int, metric: Metric, ids: bool = False
+    queries: tuple[Float32, Float32], candidates: tuple[Float32, Float32], k: int, metric: Metric, ids: bool = False
 ) -> float:
     """The mean share of a query's k nearest candidates in one space that are among its k nearest in the other.
 
@@ -74,7 +73,7 @@ def overlap(
     kept = found = 0
     for start in range(0, len(queries[0]), _QUERIES_AT_ONCE):
         block = slice(start, start + _QUERIES_AT_ONCE)
-        pairs: list[npt.NDArray[np.int64]] = []
+        pairs: list[Int64] = []
         for space in (0, 1):
             own = {"query_ids": names[: len(queries[0])][block], "candidate_ids": names} if ids else {}
             rows, columns, _ = top_k(queries[space][block], candidates[space], k, metric, **own)

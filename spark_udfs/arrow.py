@@ -8,13 +8,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from training.arrays import Float32
+
 
 def matrix_of(vectors: pa.ListArray) -> npt.NDArray[Any]:
     """The lists as rows, [rows, width]; there must be at least one."""
     return np.asarray(vectors.flatten().to_numpy()).reshape(len(vectors), -1)
 
 
-def as_lists(vectors: npt.NDArray[np.float32]) -> pa.ListArray:
+def as_lists(vectors: Float32) -> pa.ListArray:
     """Rows of a matrix, float32 [n, width], as Arrow lists.
 
     Their offsets are evenly spaced; Arrow's own lists of fixed size can't be read by Spark 3.5.

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from pyspark import Accumulator, SparkFiles
 from pyspark.accumulators import AccumulatorParam
@@ -19,6 +18,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, BooleanType, FloatType, IntegerType, StructType
 
 from spark_udfs.arrow import as_lists
+from training.arrays import Bool, Float32, Int32, Int64
 from training.batches import FEATURES
 from training.checkpoint import ItemVectors, load_model
 from training.config import ModelSpec
@@ -26,8 +26,6 @@ from training.config import ModelSpec
 if TYPE_CHECKING:
     from training.model import SequenceModel
 
-Integers = npt.NDArray[np.int64]
-Vectors = npt.NDArray[np.float32]  # [n, width]
 # Counted by the workers while they encode, in this order: rows; cold rows; actions read; cells of the item matrices.
 Counts = Accumulator[list[int]]
 
@@ -49,7 +47,7 @@ def encode_users(
     spec: ModelSpec,
     weights: str,
     batch_size: int,
-    rotation: Vectors | None,
+    rotation: Float32 | None,
     counts: Counts | None,
 ) -> DataFrame:
     """The columns `keep` of rows of `sequences`, plus history_length int, is_cold boolean, vector array<float>.
@@ -86,13 +84,13 @@ def encode_users(
     return frame.mapInArrow(encode, schema)
 
 
-def turned(vectors: Vectors, rotation: Vectors | None) -> Vectors:
+def turned(vectors: Float32, rotation: Float32 | None) -> Float32:
     return vectors if rotation is None else vectors @ rotation
 
 
 def encode_rows(
-    model: LoadedModel, lengths: Integers, values: Sequence[npt.NDArray[np.int32]], batch_size: int
-) -> tuple[Vectors, npt.NDArray[np.bool_], int]:
+    model: LoadedModel, lengths: Int64, values: Sequence[Int32], batch_size: int
+) -> tuple[Float32, Bool, int]:
     """Vectors of ragged rows, float32 [rows, width], and which rows are cold, bool [rows], both in the rows' order; and
     the number of cells of their item matrices, padding included.
 
@@ -115,8 +113,8 @@ def encode_rows(
 
 
 def by_length(
-    lengths: Integers, values: Sequence[npt.NDArray[np.int32]], history: int, batch_size: int
-) -> Iterator[tuple[Integers, dict[str, npt.NDArray[np.int32]]]]:
+    lengths: Int64, values: Sequence[Int32], history: int, batch_size: int
+) -> Iterator[tuple[Int64, dict[str, Int32]]]:
     """The rows in batches, shortest first: their numbers [batch], and for each of FEATURES int32 [batch, longest].
 
     Args:
@@ -132,7 +130,7 @@ def by_length(
         yield rows, {name: np.where(inside, of[places], 0) for name, of in zip(FEATURES, values, strict=True)}
 
 
-def embed_items(items: DataFrame, weights: str, rotation: Vectors | None) -> DataFrame:
+def embed_items(items: DataFrame, weights: str, rotation: Float32 | None) -> DataFrame:
     """The vectors of items, except those of which the model knows neither the item nor any attribute.
 
     Args:

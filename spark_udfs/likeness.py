@@ -13,18 +13,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from pyspark.sql import DataFrame
 
 from spark_udfs.arrow import matrix_of
 from spark_udfs.ragged import ranges
-from spark_udfs.topk import Metric, Numbers, Vectors, pair_scores, polar, unit_vectors
+from spark_udfs.topk import Metric, pair_scores, polar, unit_vectors
 from spark_udfs.vectors import norm
+from training.arrays import Float32, Float64, Int64
 
 Method = Literal["nearest_seed", "tastes", "classifier"]
 DEFAULT_METHOD: Method = "classifier"  # finds the most held-out redeemers: scripts/bench/lookalike.py
-Rows = npt.NDArray[np.int64]
 
 _ANCHORS_AT_ONCE = 1024  # of several segments, in one product
 _PRODUCTS_AT_ONCE = 1 << 20  # 4 MB: stays in the CPU cache
@@ -34,14 +33,14 @@ _RIDGE = 0.1  # the classifier's L2 penalty, on standardised coordinates
 class Anchors(NamedTuple):
     """What a segment's users are compared with, float32 [anchors, width], none zero; and by which metric."""
 
-    vectors: Vectors
+    vectors: Float32
     metric: Metric
 
 
 # ---- anchors of a seed list ---------------------------------------------------------------------------------------
 
 
-def anchors_of(method: Method, seeds: Vectors, others: Vectors, tastes: int) -> Anchors:
+def anchors_of(method: Method, seeds: Float32, others: Float32, tastes: int) -> Anchors:
     """The anchors of a seed list. Deterministic for the same seeds in the same order.
 
     Args:
@@ -55,7 +54,7 @@ def anchors_of(method: Method, seeds: Vectors, others: Vectors, tastes: int) -> 
     return Anchors(np.asarray(direction_of(unit_vectors(seeds), unit_vectors(others))[None], np.float32), "cosine")
 
 
-def _centres(unit: Vectors, count: int) -> Vectors:
+def _centres(unit: Float32, count: int) -> Float32:
     """At most `count` k-means centres, without zero ones (of vectors that cancel out), which have no direction."""
     from scipy.cluster.vq import kmeans2  # noqa: PLC0415 - only the driver needs it
 
@@ -68,7 +67,7 @@ def _centres(unit: Vectors, count: int) -> Vectors:
     return found if len(found) else np.asarray(distinct[:count], np.float32)
 
 
-def direction_of(seeds: Numbers | Vectors, others: Numbers | Vectors) -> Numbers:
+def direction_of(seeds: Float64 | Float32, others: Float64 | Float32) -> Float64:
     """The weights of a logistic regression of seeds against others, [width]; both classes weigh the same in total."""
     from scipy.optimize import minimize  # noqa: PLC0415
 
@@ -81,7 +80,7 @@ def direction_of(seeds: Numbers | Vectors, others: Numbers | Vectors) -> Numbers
     sign = np.concatenate([np.ones(len(seeds)), -np.ones(len(others))])
     weight = np.concatenate([np.full(len(part), 0.5 / len(part)) for part in (seeds, others)])
 
-    def loss(point: Numbers) -> tuple[float, Numbers]:
+    def loss(point: Float64) -> tuple[float, Float64]:
         margin = sign * (standard @ point[1:] + point[0])
         slope = -weight * sign * np.exp(-np.logaddexp(0, margin))
         gradient = np.concatenate([[slope.sum()], standard.T @ slope + _RIDGE * point[1:]])
@@ -110,19 +109,19 @@ class _Group(NamedTuple):
     """
 
     metric: Metric
-    segments: Rows
-    first: Rows
-    counts: Rows
-    vectors: Numbers
-    lengths: Numbers
-    prepared: Vectors
-    divided_by: Numbers
+    segments: Int64
+    first: Int64
+    counts: Int64
+    vectors: Float64
+    lengths: Float64
+    prepared: Float32
+    divided_by: Float64
 
-    def scale(self, lengths: Numbers) -> Numbers:
+    def scale(self, lengths: Float64) -> Float64:
         """The factor from a product with a user's unit vector to a score, up to rounding: [segments, users or 1]."""
         return self.divided_by[:, None] * (lengths if self.metric == "dot" else 1.0)
 
-    def products(self, unit: Vectors) -> Iterator[tuple[slice, Vectors, Vectors]]:
+    def products(self, unit: Float32) -> Iterator[tuple[slice, Float32, Float32]]:
         """In blocks of users: which users, their products [anchors, users], and each segment's maximum [segments,
         users]."""
         users_at_once = max(64, _PRODUCTS_AT_ONCE // len(self.prepared))
@@ -131,13 +130,13 @@ class _Group(NamedTuple):
             products = self.prepared @ unit[some].T
             yield some, products, self._best(products)
 
-    def _best(self, products: Vectors) -> Vectors:
+    def _best(self, products: Float32) -> Float32:
         if len(products) == len(self.segments):
             return products
         ranges = zip(self.first, self.first + self.counts, strict=True)
         return np.stack([products[start:end].max(axis=0) for start, end in ranges])  # reduceat is five times as slow
 
-    def exact(self, users: Numbers, lengths: Numbers, rows: Rows, anchors: Rows) -> npt.NDArray[np.float32]:
+    def exact(self, users: Float64, lengths: Float64, rows: Int64, anchors: Int64) -> Float32:
         """The score of each pair of a user (a row of `users`) and an anchor."""
         both = (lengths, self.lengths) if self.metric == "cosine" else None
         return pair_scores(users, self.vectors, (rows, anchors), both)
@@ -153,7 +152,7 @@ class Scorer:
             segments = [number for number, of in enumerate(anchors) if of.metric == metric]
             self._groups += [_group(metric, some, anchors) for some in _together(segments, anchors)]
 
-    def approximate(self, users: Vectors) -> npt.NDArray[np.float32]:
+    def approximate(self, users: Float32) -> Float32:
         """The scores up to rounding, [segments, users]; no vector may be zero."""
         _, lengths, unit = polar(users)
         found = np.empty((self._count, len(users)), np.float32)
@@ -162,7 +161,7 @@ class Scorer:
                 found[group.segments, some] = best * group.scale(lengths[some])
         return found
 
-    def reaching(self, users: Vectors, floors: Numbers) -> Iterator[tuple[Rows, Rows, npt.NDArray[np.float32]]]:
+    def reaching(self, users: Float32, floors: Float64) -> Iterator[tuple[Int64, Int64, Float32]]:
         """The users who score at least a segment's floor: segments, rows of `users`, scores. Each pair comes once.
 
         No vector may be zero.

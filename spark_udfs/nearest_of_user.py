@@ -32,12 +32,13 @@ from pyspark.sql.functions import udtf
 
 from jobs.errors import TrailvecError
 from spark_udfs.arrow import matrix_of
-from spark_udfs.topk import Ids, Metric, Vectors, keep_best, top_k
+from spark_udfs.topk import Ids, Metric, keep_best, top_k
+from training.arrays import Float32
 from training.urls import file_of_table
 
 _BLOCK_ROWS = 1 << 15  # 8 MiB of vectors at width 64
 _KEPT_BYTES = 128 << 20
-Block = tuple[Ids, Vectors]
+Block = tuple[Ids, Float32]
 
 
 class VectorTable:
@@ -79,7 +80,7 @@ class VectorTable:
         if size <= _KEPT_BYTES:
             self._kept = kept
 
-    def vector(self, wanted: str) -> Vectors | None:
+    def vector(self, wanted: str) -> Float32 | None:
         """The vector of one id, as [1, length]."""
         for ids, vectors in self.blocks():
             row = int(np.searchsorted(ids, wanted))

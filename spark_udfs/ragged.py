@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-Int64 = npt.NDArray[np.int64]
+from training.arrays import Int64
 
 
 def distinct(rows: Int64, values: Int64, count: int) -> tuple[Int64, Int64]:

@@ -15,21 +15,17 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from spark_udfs.ragged import distinct, ranges
+from training.arrays import Bool, Int32, Int64
 from training.batches import FEATURES, MAX_GAP_BUCKET, SAME_MOMENT, SESSION_END
 
 SPLITS = ("train", "valid", "test", "score")
 GAP_FIRST = 1  # the gap_bucket of a user's first action
 # The input columns besides user_id, event_ts and `predicted`; gap_bucket is computed here.
 GIVEN = tuple(name for name in FEATURES if name != "gap_bucket")
-
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
-Bool = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

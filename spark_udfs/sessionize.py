@@ -13,13 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from spark_udfs.ragged import distinct
-
-Int64 = npt.NDArray[np.int64]
+from training.arrays import Int64
 
 Key = tuple[str, int, str]  # user_id, event_ts in microseconds, event_id, which alone may recur on several days
 

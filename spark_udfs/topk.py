@@ -27,15 +27,13 @@ from pyspark.sql import functions as F
 
 from spark_udfs.arrow import matrix_of
 from spark_udfs.vectors import inner_product, norm
+from training.arrays import Bool, Float32, Float64, Int64
 
 Metric = Literal["dot", "cosine"]
-Vectors = npt.NDArray[np.float32]  # [n, length]
-Numbers = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.str_]  # [n]
-Integers = npt.NDArray[np.int64]
 # (row of the query, neighbour, score), by row, nearest first; all [at most rows * k]
-Best = tuple[Integers, npt.NDArray[Any], npt.NDArray[np.float32]]
-Pairs = tuple[Integers, Integers]  # (row of the query, row of the candidate); both [n]
+Best = tuple[Int64, npt.NDArray[Any], Float32]
+Pairs = tuple[Int64, Int64]  # (row of the query, row of the candidate); both [n]
 
 _PAIRS_AT_ONCE = 1 << 11  # scored exactly at once: 1 MB of float64 per side, at width 64, stays in the CPU cache
 _COLUMNS = 1024  # candidates per product, so that its result stays in the CPU cache
@@ -48,20 +46,20 @@ BLOCK_CONF = {
     "spark.sql.adaptive.coalescePartitions.parallelismFirst": "false",
 }
 
-# ---- numpy -------------------------------------------------------------------------------------------------------
+# ---- numpy: queries, candidates and other vectors are [n, width] -------------------------------------------------
 
 
 class Nearest:
     """The k best candidates so far, for each query of a block."""
 
-    def __init__(self, queries: Vectors, k: int, metric: Metric) -> None:
+    def __init__(self, queries: Float32, k: int, metric: Metric) -> None:
         """Under "cosine" no vector may be zero, here and in `add`."""
         self._queries, self._lengths, self._unit = polar(queries)
         self._k, self._metric = k, metric
         self._scores = np.full((len(queries), k), -np.inf, np.float32)  # the k best, the lowest first
         self._found: list[Best] = []
 
-    def add(self, names: npt.NDArray[Any], candidates: Vectors, left_out: Pairs = _NO_PAIRS) -> None:
+    def add(self, names: npt.NDArray[Any], candidates: Float32, left_out: Pairs = _NO_PAIRS) -> None:
         """Compares more candidates.
 
         Args:
@@ -99,7 +97,7 @@ class Nearest:
         rows, names, scores = (np.concatenate(parts) for parts in zip(*self._found, strict=True))
         return keep_best(rows, names, scores, self._k)
 
-    def _floor(self, approximate: npt.NDArray[np.float32], scale: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    def _floor(self, approximate: Float32, scale: Float64) -> Float32:
         """The approximate score that a candidate must reach to possibly be among the k best so far: [queries, 1]."""
         # A product of vectors of norm at most 1 is off by at most (width + 2) roundings. Two products are compared, the
         # candidate's and the k-th best's; the rest of the margin covers rounding of scores and of the subtraction.
@@ -113,7 +111,7 @@ class Nearest:
             floor[few] = np.partition(approximate[few], count - self._k, axis=1)[:, count - self._k]
         return np.asarray(np.maximum(floor - margin, lowest), np.float32)[:, None]
 
-    def _take(self, rows: Integers, names: npt.NDArray[Any], scores: npt.NDArray[np.float32]) -> None:
+    def _take(self, rows: Int64, names: npt.NDArray[Any], scores: Float32) -> None:
         there = scores >= self._scores[rows, 0]
         rows, names, scores = rows[there], names[there], scores[there]
         self._found.append((rows, names, scores))
@@ -133,8 +131,8 @@ class Nearest:
 
 
 def top_k(
-    queries: Vectors,
-    candidates: Vectors,
+    queries: Float32,
+    candidates: Float32,
     k: int,
     metric: Metric,
     *,
@@ -152,7 +150,7 @@ def top_k(
     return found.best()
 
 
-def keep_best(rows: Integers, ids: npt.NDArray[Any], scores: npt.NDArray[np.float32], k: int) -> Best:
+def keep_best(rows: Int64, ids: npt.NDArray[Any], scores: Float32, k: int) -> Best:
     """The k highest scores of each row, ties to the smaller id."""
     order = np.lexsort((ids, -scores, rows))
     rows, ids, scores = rows[order], ids[order], scores[order]
@@ -160,7 +158,7 @@ def keep_best(rows: Integers, ids: npt.NDArray[Any], scores: npt.NDArray[np.floa
     return rows[rank < k], ids[rank < k], scores[rank < k]
 
 
-def _first_twins(names: npt.NDArray[Any], vectors: Vectors, count: int) -> npt.NDArray[np.bool_]:
+def _first_twins(names: npt.NDArray[Any], vectors: Float32, count: int) -> Bool:
     """Whether each vector's name is among the `count` smallest of all identical vectors, [n]."""
     whole = np.ascontiguousarray(vectors).view(f"V{vectors.shape[1] * vectors.itemsize}")[:, 0]
     twins = np.unique(whole, return_inverse=True)[1]
@@ -176,20 +174,18 @@ def _same(ids: Ids, others: Ids) -> Pairs:
     return place.astype(np.int64), other.astype(np.int64)
 
 
-def polar(vectors: Vectors) -> tuple[Numbers, Numbers, Vectors]:
+def polar(vectors: Float32) -> tuple[Float64, Float64, Float32]:
     """The vectors in float64, their norms, and float32 unit vectors (zero for a zero vector)."""
     exact = vectors.astype(np.float64)
     lengths = norm(exact)
     return exact, lengths, np.asarray(exact / np.where(lengths > 0, lengths, 1)[:, None], np.float32)
 
 
-def unit_vectors(vectors: Vectors) -> Vectors:
+def unit_vectors(vectors: Float32) -> Float32:
     return polar(vectors)[2]
 
 
-def pair_scores(
-    left: Numbers, right: Numbers, pairs: Pairs, lengths: tuple[Numbers, Numbers] | None
-) -> npt.NDArray[np.float32]:
+def pair_scores(left: Float64, right: Float64, pairs: Pairs, lengths: tuple[Float64, Float64] | None) -> Float32:
     """The score of each pair of a row of `left` and a row of `right`: bit for bit vector_inner_product; given both
     sides' `lengths` (norms, none zero, so that they are not recomputed per pair), vector_cosine_similarity."""
     scores = np.empty(len(pairs[0]), np.float32)
@@ -215,29 +211,29 @@ class Cells:
         probes: number of cells that a query probes: those whose centres score highest with it.
     """
 
-    centres: Vectors
+    centres: Float32
     metric: Metric
     probes: int
 
-    def of_candidates(self, vectors: Vectors) -> Integers:
+    def of_candidates(self, vectors: Float32) -> Int64:
         """Each candidate's cell, [n]."""
         # |x - c|² without |x|², which is the same for all centres.
         return np.asarray(np.argmin(self._squares - 2 * (self._prepared(vectors) @ self.centres.T), axis=1))
 
-    def of_queries(self, vectors: Vectors) -> Integers:
+    def of_queries(self, vectors: Float32) -> Int64:
         """The cells that each query probes, [n, probes]."""
         scores = self._prepared(vectors) @ self.centres.T
         return np.argpartition(-scores, self.probes - 1, axis=1)[:, : self.probes]
 
     @cached_property
-    def _squares(self) -> Numbers:
+    def _squares(self) -> Float64:
         return np.asarray((self.centres.astype(np.float64) ** 2).sum(axis=1))
 
-    def _prepared(self, vectors: Vectors) -> Vectors:
+    def _prepared(self, vectors: Float32) -> Float32:
         return unit_vectors(vectors) if self.metric == "cosine" else vectors
 
 
-def find_cells(sample: Vectors, metric: Metric, cells: int, probes: int) -> Cells:
+def find_cells(sample: Float32, metric: Metric, cells: int, probes: int) -> Cells:
     """Cells by k-means over a sample of the candidates; fewer if the sample is small.
 
     Raises:
@@ -444,7 +440,7 @@ class _Queries:
         return pa.RecordBatch.from_arrays([*columns, pa.array(scores)], ["source_id", "neighbour_id", "score"])
 
 
-def _unpack(block: pa.StructArray) -> tuple[Ids, Vectors]:
+def _unpack(block: pa.StructArray) -> tuple[Ids, Float32]:
     ids = block.field("ids").flatten().to_numpy(zero_copy_only=False).astype(np.str_)
     vectors = np.frombuffer(block.field("vectors")[0].as_py(), np.float32)
     return ids, vectors.reshape(len(ids), -1)

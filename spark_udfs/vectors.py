@@ -36,34 +36,33 @@ from pyspark.sql import SparkSession
 from pyspark.sql.pandas.functions import pandas_udf
 
 from jobs.errors import TrailvecError
+from training.arrays import Bool, Float64, Int64
 
 if TYPE_CHECKING:
     Series = pd.Series[Any]
 else:  # Spark evaluates the annotations of a pandas UDF, and pandas 1.5's class takes no parameter
     Series = pd.Series
 
-Vectors = npt.NDArray[np.float64]  # [n, length]: vectors of equal length, one per row
-Numbers = npt.NDArray[np.float64]  # [n]
 
-# ---- numpy: vectors of equal length, one per row -----------------------------------------------------------------
+# ---- numpy: vectors of equal length, one per row, [n, length], to numbers, [n] -----------------------------------
 
 
-def inner_product(a: Vectors, b: Vectors) -> Numbers:
-    products: Vectors = a * b
+def inner_product(a: Float64, b: Float64) -> Float64:
+    products: Float64 = a * b
     return np.asarray(products.sum(axis=1))
 
 
-def l2_distance(a: Vectors, b: Vectors) -> Numbers:
+def l2_distance(a: Float64, b: Float64) -> Float64:
     return norm(a - b)
 
 
-def cosine_similarity(a: Vectors, b: Vectors) -> Numbers:
+def cosine_similarity(a: Float64, b: Float64) -> Float64:
     """The cosine of each pair of rows; NaN if either is a zero vector."""
     lengths = norm(a) * norm(b)
     return np.divide(inner_product(a, b), lengths, out=np.full(len(a), np.nan), where=lengths > 0)
 
 
-def norm(vectors: Vectors, degree: float = 2.0) -> Numbers:
+def norm(vectors: Float64, degree: float = 2.0) -> Float64:
     """The norm of each row: the sum of absolute values (1), the Euclidean norm (2), the largest absolute value (inf).
 
     Raises:
@@ -78,7 +77,7 @@ def norm(vectors: Vectors, degree: float = 2.0) -> Numbers:
     raise TrailvecError(f"the degree of a vector's norm is {degree:g}: write 1, 2 or float('inf')")
 
 
-def normalize(vectors: Vectors, degree: float = 2.0) -> Vectors:
+def normalize(vectors: Float64, degree: float = 2.0) -> Float64:
     """Each row divided by its norm; a row of NaN for a zero vector."""
     lengths = norm(vectors, degree)[:, None]
     return np.divide(vectors, lengths, out=np.full_like(vectors, np.nan), where=lengths > 0)
@@ -87,7 +86,7 @@ def normalize(vectors: Vectors, degree: float = 2.0) -> Vectors:
 # ---- columns: vectors of any length, with NULLs ------------------------------------------------------------------
 
 
-def pairwise(name: str, function: Callable[[Vectors, Vectors], Numbers], a: Series, b: Series) -> Series:
+def pairwise(name: str, function: Callable[[Float64, Float64], Float64], a: Series, b: Series) -> Series:
     """`function` of each pair of vectors of two columns, as float32; NaN (which Spark reads as NULL) by the rules.
 
     Raises:
@@ -106,7 +105,7 @@ def pairwise(name: str, function: Callable[[Vectors, Vectors], Numbers], a: Seri
 
 
 def with_degree(
-    name: str, function: Callable[[Vectors, float], npt.NDArray[np.float64]], vectors: Series, degrees: Series
+    name: str, function: Callable[[Float64, float], Float64], vectors: Series, degrees: Series
 ) -> list[Any]:
     """`function` of each vector and its degree, as float32 numbers or arrays; None by the rules.
 
@@ -130,7 +129,7 @@ def with_degree(
     return out
 
 
-def total(name: str, function: Callable[[Vectors], Numbers], vectors: Series) -> list[float] | None:
+def total(name: str, function: Callable[[Float64], Float64], vectors: Series) -> list[float] | None:
     """`function` of all valid vectors of a group at once; None if there are none.
 
     Raises:
@@ -170,7 +169,7 @@ def top_k(ids: Series, vectors: Series, queries: Series, ks: Series) -> list[str
     return names[order].tolist() if len(order) else None
 
 
-def _given(name: str, vectors: Series) -> npt.NDArray[np.bool_]:
+def _given(name: str, vectors: Series) -> Bool:
     """Which rows hold a vector, not NULL. Raises TrailvecError: a value is not an array."""
     if isinstance(vectors, pd.DataFrame):  # how Spark passes a struct
         raise TrailvecError(f"{name} takes ARRAY<FLOAT>, found a struct: pass a vector")
@@ -194,7 +193,7 @@ def _shown(values: Series) -> str:
     return repr(first) if isinstance(first, str) else str(first)
 
 
-def _lengths(name: str, vectors: Series, rows: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
+def _lengths(name: str, vectors: Series, rows: npt.NDArray[np.intp]) -> Int64:
     values = vectors.to_numpy()[rows]
     for found in {type(value[0]).__name__ for value in values if len(value)} - {"float32"}:
         raise TrailvecError(f"{name} takes ARRAY<FLOAT>, found {found} elements: write CAST(... AS ARRAY<FLOAT>)")
@@ -207,11 +206,11 @@ def _by_value(rows: npt.NDArray[np.intp], values: npt.NDArray[Any]) -> Iterator[
         yield rows[values == value]
 
 
-def _stack(vectors: Series, rows: npt.NDArray[np.intp]) -> Vectors:
+def _stack(vectors: Series, rows: npt.NDArray[np.intp]) -> Float64:
     values = vectors.to_numpy()[rows]
     if not len(values):
         return np.empty((0, 0))
-    stacked: Vectors = np.concatenate(values).astype(np.float64).reshape(len(values), -1)
+    stacked: Float64 = np.concatenate(values).astype(np.float64).reshape(len(values), -1)
     return stacked
 
 
@@ -220,7 +219,7 @@ def _stack(vectors: Series, rows: npt.NDArray[np.intp]) -> Vectors:
 _EUCLIDEAN = Series([2.0])
 
 
-def _of_pairs(name: str, function: Callable[[Vectors, Vectors], Numbers]) -> Callable[[Series, Series], Series]:
+def _of_pairs(name: str, function: Callable[[Float64, Float64], Float64]) -> Callable[[Series, Series], Series]:
     def of_columns(a: Series, b: Series) -> Series:
         return pairwise(name, function, a, b)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
+
+from training.arrays import Int32, Int64
 
 # The columns of `sequences` that a model reads; the first is the item, the rest is its context.
 FEATURES = (
@@ -34,7 +35,7 @@ BUCKET_SIZES = {
 }
 
 
-def pad(values: npt.NDArray[np.int32], lengths: npt.NDArray[np.int64], width: int) -> npt.NDArray[np.int32]:
+def pad(values: Int32, lengths: Int64, width: int) -> Int32:
     """Ragged rows as one zero-padded matrix.
 
     Args:

@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from jobs.errors import TrailvecError
+from training.arrays import Bool, Float32, Int64
 from training.config import ModelSpec
 from training.stores import Folder, filled, local_file, remove_tree, sha256_of, write_whole
 
@@ -92,7 +92,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
-def write_alignment(folder: Path, rotation: npt.NDArray[np.float32] | None, report: dict[str, Any]) -> None:
+def write_alignment(folder: Path, rotation: Float32 | None, report: dict[str, Any]) -> None:
     """Writes the rotation of a model's vectors (None: they stay as they are), then the report, which marks the model as
     aligned. If killed in between, the model is not aligned, whatever it was before."""
     (folder / ALIGNMENT).unlink(missing_ok=True)
@@ -130,7 +130,7 @@ def rotation_sha256(folder: Path) -> str | None:
     return None if report is None else report["rotation_sha256"]
 
 
-def read_rotation(folder: Path) -> npt.NDArray[np.float32] | None:
+def read_rotation(folder: Path) -> Float32 | None:
     """The rotation of the model's vectors, float32 [width, width]; None: no rotation.
 
     Raises:
@@ -159,9 +159,7 @@ class ItemVectors:
             except SafetensorError as error:
                 raise _damaged(weights.parent, f"{weights.name} holds no items ({error})") from None
 
-    def of(
-        self, items: npt.NDArray[np.int64], attributes: Sequence[npt.NDArray[np.int64]]
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    def of(self, items: Int64, attributes: Sequence[Int64]) -> tuple[Float32, Bool]:
         """The vectors of items, float32 [n, width], and which of them are cold, bool [n].
 
         Args:
@@ -172,7 +170,7 @@ class ItemVectors:
         inside = items < len(self._own)
         place = np.where(inside, items, 0)
         cold = ~inside | (self._counts[place].numpy() == 0)
-        vectors: npt.NDArray[np.float32] = self._own[place].float().numpy() * ~cold[:, None]
+        vectors: Float32 = self._own[place].float().numpy() * ~cold[:, None]
         for part, numbers in zip(self._parts, attributes, strict=True):
             vectors += part[np.where(numbers < len(part), numbers, 0)].numpy()  # row 0 is zero
         return vectors, cold

@@ -21,7 +21,6 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pds
@@ -36,13 +35,12 @@ from petastorm.workers_pool import EmptyResultError, thread_pool  # noqa: E402
 from petastorm.workers_pool.worker_base import WorkerBase  # noqa: E402
 from pyarrow.filesystem import DaskFileSystem  # noqa: E402
 
+from training.arrays import Bool, Int32, Int64  # noqa: E402
 from training.batches import FEATURES, SAME_MOMENT, SESSION_END, TARGET, pad  # noqa: E402
 from training.stores import footers, fsspec_of, parquet_files  # noqa: E402
 from training.urls import file_url  # noqa: E402
 
 Batch = dict[str, torch.Tensor]
-Ints = npt.NDArray[np.int64]
-Values = npt.NDArray[np.int32]
 
 CHUNK_ROWS = 16_384  # about as many rows are shuffled and batched by length together
 READY_ROWS = 8_192  # prefetched as batches, so that the next chunk is made while steps consume them
@@ -274,7 +272,7 @@ def _generator(seed: int, *drawn: int) -> np.random.Generator:
 
 def _shuffled(
     table: pa.Table, max_length: int, shuffle_baskets: bool, random: np.random.Generator
-) -> tuple[Values, Ints]:
+) -> tuple[Int32, Int64]:
     """(values, lengths) of the table's rows, sorted by length; rows of equal length are shuffled by `random`.
 
     `values` has one row per feature, then one left empty for the targets.
@@ -295,7 +293,7 @@ def _shuffled(
     return values, lengths
 
 
-def shuffle_moments(gaps: Values, lengths: Ints, random: np.random.Generator) -> Ints:
+def shuffle_moments(gaps: Int32, lengths: Int64, random: np.random.Generator) -> Int64:
     """A permutation of the actions, [actions], that shuffles those of one moment (the same event_ts: a basket).
 
     The log orders them by event_id, which says nothing about the user, but a model would learn it.
@@ -307,14 +305,14 @@ def shuffle_moments(gaps: Values, lengths: Ints, random: np.random.Generator) ->
 
 
 def choose_targets(
-    items: Values,
-    session_ends: Values,
-    lengths: Ints,
+    items: Int32,
+    session_ends: Int32,
+    lengths: Int64,
     *,
     later_share: float,
     horizon: int,
     random: np.random.Generator,
-) -> tuple[Values, Values]:
+) -> tuple[Int32, Int32]:
     """(session_end, target), both int32 [actions]; `target` is the item that each action is to predict, 0 for none.
 
     A share of the actions, drawn from `random`, predicts not the next action but a random one of the first `horizon`
@@ -336,7 +334,7 @@ def choose_targets(
     return np.where(asked, np.int32(SESSION_END), session_ends), np.where(asked, items[drawn], following)
 
 
-def _batches(values: Values, lengths: Ints, batch_size: int, order: Ints) -> Iterator[Batch]:
+def _batches(values: Int32, lengths: Int64, batch_size: int, order: Int64) -> Iterator[Batch]:
     """The rows, sorted by length, as batches of consecutive rows; yields the batches numbered by `order`, in order."""
     last = np.minimum(np.arange(len(lengths)) // batch_size * batch_size + batch_size, len(lengths)) - 1
     widths = lengths[last]  # each row's padded length: that of its batch's last, longest row
@@ -360,9 +358,9 @@ class Held:
     `actions` int32 [features, users, length]; user u's targets are `targets[offsets[u]:offsets[u + 1]]`.
     """
 
-    actions: npt.NDArray[np.int32]
-    targets: npt.NDArray[np.int64]
-    offsets: npt.NDArray[np.int64]
+    actions: Int32
+    targets: Int64
+    offsets: Int64
 
     def part(self, rank: int, size: int) -> Held:
         """Every size-th user from `rank` on."""
@@ -371,7 +369,7 @@ class Held:
         return Held(self.actions[:, mine], self.targets[np.repeat(mine, counts)], np.cumsum([0, *counts[mine]]))
 
 
-def read_held(files: list[str], max_length: int, known: npt.NDArray[np.bool_], max_users: int) -> Held:
+def read_held(files: list[str], max_length: int, known: Bool, max_users: int) -> Held:
     """The first `max_users` rows of the valid split with a known target; targets are the items at the row's earliest
     target time. Reads `max_users` rows at a time, and many rows if few targets are known.
 
@@ -394,10 +392,10 @@ def read_held(files: list[str], max_length: int, known: npt.NDArray[np.bool_], m
     return Held(np.concatenate(actions, axis=1)[:, :max_users], np.concatenate(targets)[: offsets[-1]], offsets)
 
 
-def _held(rows: pa.RecordBatch, max_length: int, known: npt.NDArray[np.bool_]) -> tuple[Values, Ints, Ints]:
+def _held(rows: pa.RecordBatch, max_length: int, known: Bool) -> tuple[Int32, Int64, Int64]:
     """For the rows with a known target: their actions, all targets concatenated, and the number of targets of each."""
 
-    def flat(name: str) -> Ints:
+    def flat(name: str) -> Int64:
         return np.asarray(pc.list_flatten(rows[name]).to_numpy(), np.int64)
 
     counts = pc.fill_null(pc.list_value_length(rows["target_ts"]), 0).to_numpy()

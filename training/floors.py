@@ -6,21 +6,19 @@ All scores are float32 [users, items]; column i is item number i. The caller dec
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import scipy.sparse as sp
 
-Floats = npt.NDArray[np.float32]
-Integers = npt.NDArray[np.int64]
+from training.arrays import Float32, Int64
 
 _DECAY = 0.7  # of a history item's weight per step back; not a setting: lowering a baseline would let a gate pass
 
 
-def popularity(counts: Integers, users: int) -> Floats:
+def popularity(counts: Int64, users: int) -> Float32:
     """The same for all users: how often an item was acted on in the training window (`counts`, [items])."""
     return np.broadcast_to(counts.astype(np.float32), (users, len(counts))).copy()
 
 
-def own_frequency(own_counts: sp.csr_matrix, counts: Integers) -> Floats:
+def own_frequency(own_counts: sp.csr_matrix, counts: Int64) -> Float32:
     """How often the user acted on the item before the cut (`own_counts`, [users, items]); ties by popularity."""
     tie_break = counts.astype(np.float64) / (counts.max(initial=0) + 1)
     return np.asarray(own_counts.toarray() + tie_break, dtype=np.float32)
@@ -39,7 +37,7 @@ class ItemKnn:
         self._unit = binary @ sp.diags(np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0))
         self._unit = self._unit.tocsr()
 
-    def scores(self, history: Integers, offsets: Integers) -> Floats:
+    def scores(self, history: Int64, offsets: Int64) -> Float32:
         """Scores for the users whose items, oldest first, are history[offsets[u]:offsets[u + 1]]."""
         lengths = np.diff(offsets)
         users = np.repeat(np.arange(len(lengths)), lengths)

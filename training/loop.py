@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from jobs.errors import TrailvecError
 from training import dist
+from training.arrays import Bool, Float64, Int64
 from training.batches import FEATURES
 from training.checkpoint import (
     Progress,
@@ -89,9 +89,9 @@ class _Run:
     random: torch.Tensor
     held: Held | None
     held_users: int
-    known: npt.NDArray[np.bool_]
-    item_verticals: npt.NDArray[np.int64]
-    mine: npt.NDArray[np.float64]
+    known: Bool
+    item_verticals: Int64
+    mine: Float64
     said: float
     saved: float
 
@@ -211,7 +211,7 @@ def _begin(spec: RunSpec, device: torch.device) -> _Run:
     return run
 
 
-def _first_weights(model: SequenceModel, spec: RunSpec, known: npt.NDArray[np.bool_]) -> None:
+def _first_weights(model: SequenceModel, spec: RunSpec, known: Bool) -> None:
     """The initial weights where there is no checkpoint: an older model's, or random ones with item vectors from an SVD,
     as the spec says."""
     if spec.start_from:
@@ -432,7 +432,7 @@ def train_in_executor(run: str, arrays: dict[str, bytes]) -> dict[str, bytes]:
 
 def add_gradients(
     model: SequenceModel, batches: Iterator[Batch], settings: TrainSettings, device: torch.device
-) -> npt.NDArray[np.float64]:
+) -> Float64:
     """Accumulates the gradients of the next `local_steps` batches (fewer at the end): of their summed loss / `_scale`.
 
     Returns:
@@ -515,7 +515,7 @@ def _scale(settings: TrainSettings) -> float:
     return float(settings.batch_size * settings.local_steps * 16)
 
 
-def _loss(sums: npt.NDArray[np.float64]) -> float:
+def _loss(sums: Float64) -> float:
     """The mean loss per position."""
     return float(sums[LOSS] / max(sums[POSITIONS], 1))
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
-Integers = npt.NDArray[np.integer[Any]]
+from training.arrays import Float64, Int64
 
 HISTORY_FROM = (1, 5, 20, 100)  # lower bounds, in actions, of the history-length classes that metrics are split by
 HISTORY_NAMES = ("1-4", "5-19", "20-99", "100+")
 
 
 def metrics_by_class(
-    ranked: Integers, relevant: Integers, offsets: Integers, classes: Integers, count: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], dict[str, npt.NDArray[np.float64]]]:
+    ranked: Int64, relevant: Int64, offsets: Int64, classes: Int64, count: int
+) -> tuple[Int64, Int64, dict[str, Float64]]:
     """`rank_metrics` per class of relevant items: within a class, relevant items of other classes do not count.
 
     Args:
@@ -34,7 +31,7 @@ def metrics_by_class(
     return users, of, rank_metrics(ranked[users], relevant[some][order], np.append(first, len(order)))
 
 
-def rank_metrics(ranked: Integers, relevant: Integers, offsets: Integers) -> dict[str, npt.NDArray[np.float64]]:
+def rank_metrics(ranked: Int64, relevant: Int64, offsets: Int64) -> dict[str, Float64]:
     """Recall, NDCG and MRR at k of every user, with binary gains.
 
     Args:

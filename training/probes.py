@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import scipy.sparse as sp
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.decomposition import TruncatedSVD
@@ -26,9 +25,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-Matrix = npt.NDArray[np.float64]  # [users, features]
-Labels = npt.NDArray[np.int64]  # [users], 0 or 1
-Integers = npt.NDArray[np.int64]
+from training.arrays import Float64, Int64
+
+Matrix = Float64  # [users, features]
+Labels = Int64  # [users], 0 or 1
 
 
 class Logistic(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
@@ -66,7 +66,7 @@ HEADS: dict[str, Callable[[int], Any]] = {
 SEEDLESS = ("majority", "logistic")
 
 
-def folds_of(labels: Labels, times: Integers | None, folds: int, seed: int) -> Iterator[tuple[Integers, Integers]]:
+def folds_of(labels: Labels, times: Int64 | None, folds: int, seed: int) -> Iterator[tuple[Int64, Int64]]:
     """(training rows, test rows) of each fold that counts: one with both labels in training and in test.
 
     Args:
@@ -78,7 +78,7 @@ def folds_of(labels: Labels, times: Integers | None, folds: int, seed: int) -> I
             yield train, test
 
 
-def _all_folds(labels: Labels, times: Integers | None, folds: int, seed: int) -> Iterator[tuple[Integers, Integers]]:
+def _all_folds(labels: Labels, times: Int64 | None, folds: int, seed: int) -> Iterator[tuple[Int64, Int64]]:
     if times is None:
         yield from StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)
         return
@@ -89,7 +89,7 @@ def _all_folds(labels: Labels, times: Integers | None, folds: int, seed: int) ->
 
 
 def probe(
-    features: Matrix, labels: Labels, head: str, *, folds: int, seeds: int, times: Integers | None = None
+    features: Matrix, labels: Labels, head: str, *, folds: int, seeds: int, times: Int64 | None = None
 ) -> dict[str, list[float]]:
     """How well a head on frozen features ranks users by their label.
 

@@ -33,10 +33,9 @@ from safetensors.numpy import load_file, save_file
 from scipy.sparse.linalg import svds
 
 from jobs.errors import TrailvecError
+from training.arrays import Float32, Float64, Int64
 from training.stores import sha256_of, write_whole
 
-Floats = npt.NDArray[np.float32]
-Integers = npt.NDArray[np.int64]
 Counts: TypeAlias = (
     sp.csr_matrix
 )  # float [users, numbers]; a column for each number that an item, category or statistic may have
@@ -71,8 +70,8 @@ class Terms:
             most.
     """
 
-    numbers: Integers
-    idf: Floats
+    numbers: Int64
+    idf: Float32
     presence: bool
 
     @staticmethod
@@ -95,7 +94,7 @@ class Terms:
         weights.data = np.ones_like(weights.data) if self.presence else 1 + np.log(np.maximum(weights.data, 1))
         return _unit(weights.multiply(self.idf).tocsr())
 
-    def beside(self, counts: Counts, usual: Floats) -> sp.csr_matrix:
+    def beside(self, counts: Counts, usual: Float32) -> sp.csr_matrix:
         """[users, numbers] → each amount relative to the term's usual one, clipped, float64 [users, terms]; 1 where
         either is unknown (0)."""
         found = self._of(counts)
@@ -105,14 +104,14 @@ class Terms:
         found.data = np.clip(ratio, _LEAST, _MOST)
         return found
 
-    def usual(self, counts: Counts) -> Floats:
+    def usual(self, counts: Counts) -> Float32:
         """Each term's mean amount over the users with a known one, float32 [terms]; 0 if there are none."""
         found = self._of(counts)
         known = found.data > 0
         terms, amounts = found.indices[known], found.data[known]
         users = np.bincount(terms, minlength=len(self.numbers))
         sums = np.bincount(terms, amounts, minlength=len(self.numbers))
-        means: Floats = (sums / np.maximum(users, 1)).astype(np.float32)
+        means: Float32 = (sums / np.maximum(users, 1)).astype(np.float32)
         return means
 
     def _of(self, counts: Counts) -> sp.csr_matrix:
@@ -160,17 +159,17 @@ class Basis:
     names: tuple[str, ...]
     words: sp.csr_matrix
     terms: dict[str, Terms]
-    usual: Floats
-    directions: dict[str, Floats]
-    shifts: dict[str, Floats]
-    scales: dict[str, Floats]
+    usual: Float32
+    directions: dict[str, Float32]
+    shifts: dict[str, Float32]
+    scales: dict[str, Float32]
 
     @property
     def widths(self) -> dict[str, int]:
         """Each part's dimensions, in the vector's order."""
         return {part: len(self.shifts[part]) for part in PARTS}
 
-    def profiles(self, states: Floats, counts: Mapping[str, Counts]) -> Floats:
+    def profiles(self, states: Float32, counts: Mapping[str, Counts]) -> Float32:
         """float32 [users, width].
 
         Args:
@@ -183,7 +182,7 @@ class Basis:
 
 
 def _weighed(
-    counts: Mapping[str, Counts], words: sp.csr_matrix, terms: Mapping[str, Terms], usual: Floats
+    counts: Mapping[str, Counts], words: sp.csr_matrix, terms: Mapping[str, Terms], usual: Float32
 ) -> dict[str, sp.csr_matrix]:
     """Per kind, the weighted matrix, float64 [users, terms], that the basis takes singular directions of and that is
     projected on them."""
@@ -197,11 +196,11 @@ def _weighed(
 
 
 def _parts(
-    states: Floats,
+    states: Float32,
     counts: Mapping[str, Counts],
     weighed: Mapping[str, sp.csr_matrix],
-    directions: Mapping[str, Floats],
-) -> dict[str, npt.NDArray[np.float64]]:
+    directions: Mapping[str, Float32],
+) -> dict[str, Float64]:
     told = np.zeros((len(states), len(directions["forecast"])))
     given = counts["statistics"][:, : told.shape[1]].toarray()
     told[:, : given.shape[1]] = given
@@ -214,14 +213,14 @@ def _parts(
 
 
 def fit_basis(
-    states: Floats,
+    states: Float32,
     counts: Mapping[str, Counts],
     *,
     names: tuple[str, ...],
     items: Terms,
     item_names: Sequence[str],
     before: Counts,
-    since: npt.NDArray[np.float64],
+    since: Float64,
     item_width: int,
     width: int,
     most: int,
@@ -276,7 +275,7 @@ def _words(names: Sequence[str], most: int) -> sp.csr_matrix:
         return sp.csr_matrix((len(names), 1))
 
 
-def _ridge(before: Counts, since: npt.NDArray[np.float64], statistics: int) -> Floats:
+def _ridge(before: Counts, since: Float64, statistics: int) -> Float32:
     """The coefficients that predict `since` from statistics, without the intercept, float32 [statistics, horizons]."""
     from sklearn.linear_model import Ridge  # noqa: PLC0415
 
@@ -292,7 +291,7 @@ def _ridge(before: Counts, since: npt.NDArray[np.float64], statistics: int) -> F
     return weights
 
 
-def _singular(weights: sp.csr_matrix, width: int) -> Floats:
+def _singular(weights: sp.csr_matrix, width: int) -> Float32:
     """The first right singular vectors, largest singular value first, float32 [terms, width], with fixed signs."""
     width = min(width, *(size - 1 for size in weights.shape))
     if width < 1 or not weights.nnz:

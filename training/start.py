@@ -8,12 +8,12 @@ guess of what comes next (Sarwar et al., 2000, for the factors; measured in docs
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.compute as pc
 import pyarrow.dataset as pds
 import scipy.sparse as sp
 from scipy.sparse.linalg import svds
 
+from training.arrays import Bool, Float32
 from training.stores import parquet_files
 
 MAX_ROWS = 100_000  # of sequences; with MAX_ITEMS this bounds memory, whatever the log's size
@@ -22,9 +22,7 @@ _NORM = 0.1  # root mean square of the vectors' norms: about that of the random 
 _LONGEST = 4 * _NORM  # without a cap, the first epochs would be spent on shortening popular items' vectors
 
 
-def item_factors(
-    files: list[str], known: npt.NDArray[np.bool_], width: int, seed: int, max_rows: int = MAX_ROWS
-) -> npt.NDArray[np.float32]:
+def item_factors(files: list[str], known: Bool, width: int, seed: int, max_rows: int = MAX_ROWS) -> Float32:
     """The right singular vectors of log(1 + count) of the first `max_rows` rows by the known items.
 
     Args:

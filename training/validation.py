@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from training import dist
+from training.arrays import Bool, Float64, Int64
 from training.data import Held, to_batch, to_device
 from training.metrics import HISTORY_FROM, HISTORY_NAMES, metrics_by_class, rank_metrics
 from training.model import SequenceModel
@@ -21,10 +21,10 @@ ITEMS_AT_ONCE, USERS_AT_ONCE = 16_384, 256  # 16 MB of scores, however large the
 def validate(  # noqa: PLR0917 - all of it is what is ranked
     model: SequenceModel,
     held: Held,
-    known: npt.NDArray[np.bool_],
+    known: Bool,
     batch_size: int,
     device: torch.device,
-    item_verticals: npt.NDArray[np.int64],
+    item_verticals: Int64,
     verticals: list[str],
     *,
     new_only: bool = False,
@@ -95,5 +95,5 @@ def best_items(
     return best_of.masked_fill_(best == -torch.inf, -1)
 
 
-def _metric_sums(metrics: dict[str, npt.NDArray[np.float64]], users: npt.NDArray[np.bool_]) -> list[float]:
+def _metric_sums(metrics: dict[str, Float64], users: Bool) -> list[float]:
     return [float(users.sum()), float(metrics["recall"][users].sum()), float(metrics["ndcg"][users].sum())]
