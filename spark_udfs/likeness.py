@@ -17,10 +17,10 @@ import pyarrow as pa
 from pyspark.sql import DataFrame
 
 from spark_udfs.arrow import matrix_of
-from spark_udfs.ragged import ranges
 from spark_udfs.topk import Metric, pair_scores, polar, unit_vectors
 from spark_udfs.vectors import norm
 from training.arrays import Float32, Float64, Int64
+from training.ragged import ranges
 
 Method = Literal["nearest_seed", "tastes", "classifier"]
 DEFAULT_METHOD: Method = "classifier"  # finds the most held-out redeemers: scripts/bench/lookalike.py

@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from spark_udfs.ragged import distinct, ranges
 from training.arrays import Bool, Int32, Int64
 from training.batches import FEATURES, MAX_GAP_BUCKET, SAME_MOMENT, SESSION_END
+from training.ragged import distinct, ranges
 
 SPLITS = ("train", "valid", "test", "score")
 GAP_FIRST = 1  # the gap_bucket of a user's first action

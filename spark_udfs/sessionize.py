@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from spark_udfs.ragged import distinct
 from training.arrays import Int64
+from training.ragged import distinct
 
 Key = tuple[str, int, str]  # user_id, event_ts in microseconds, event_id, which alone may recur on several days
 

@@ -37,6 +37,7 @@ from pyarrow.filesystem import DaskFileSystem  # noqa: E402
 
 from training.arrays import Bool, Int32, Int64  # noqa: E402
 from training.batches import FEATURES, SAME_MOMENT, SESSION_END, TARGET, pad  # noqa: E402
+from training.ragged import ranges  # noqa: E402
 from training.stores import footers, fsspec_of, parquet_files  # noqa: E402
 from training.urls import file_url  # noqa: E402
 
@@ -283,7 +284,7 @@ def _shuffled(
     rows = rows[np.argsort(lengths[rows], kind="stable")]
     ends, lengths = ends[rows], lengths[rows]
     # The positions, among all of the table's actions, of those that the rows keep: their newest.
-    kept = np.repeat(ends - np.cumsum(lengths), lengths) + np.arange(lengths.sum())
+    _, kept = ranges(ends - lengths, ends)
     columns = [pc.list_flatten(table[name]).to_numpy() for name in FEATURES]
     moved = kept[shuffle_moments(columns[GAP][kept], lengths, random)] if shuffle_baskets else kept
     values = np.empty((len(FEATURES) + 1, len(kept)), np.int32)
@@ -340,7 +341,7 @@ def _batches(values: Int32, lengths: Int64, batch_size: int, order: Int64) -> It
     widths = lengths[last]  # each row's padded length: that of its batch's last, longest row
     starts = np.concatenate([[0], np.cumsum(widths)])
     padded = np.zeros((len(values), starts[-1]), np.int32)
-    places = np.repeat(starts[:-1] - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+    _, places = ranges(starts[:-1], starts[:-1] + lengths)
     for feature, column in zip(padded, values, strict=True):
         feature[places] = column
     for first in order * batch_size:

@@ -389,7 +389,7 @@ def test_a_commit_that_another_job_makes_at_that_moment_is_kept(
 
 def test_a_worker_reads_no_directory_of_a_zip_before_each_task(spark: SparkSession) -> None:
     def zips(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        import spark_udfs.ragged  # noqa: F401 - as every UDF of ours imports it
+        import spark_udfs.arrow  # noqa: F401 - as every UDF of ours imports it
 
         for _ in batches:
             pass
