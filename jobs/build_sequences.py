@@ -27,9 +27,8 @@ from jobs.spark_session import FEW, few_to_all, persisted, spark_conf
 from jobs.splits import Cuts, cut_times, is_target, microseconds, utc
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES, SESSIONS, conform
 from spark_udfs.sequences import GIVEN, SPLITS, CutRules, cut_sequences
-from training.batches import MAX_PRICE_BUCKET, SESSION_END
+from training.batches import MAX_PRICE_BUCKET, SESSION_END, UNKNOWN
 
-UNKNOWN = 1
 # Buckets of the context features; 0 is always padding. Those that training uses too are in training/batches.py.
 PRICE_UNKNOWN, PRICE_NOT_POSITIVE, PRICE_MIN = 1, 2, 3
 IN_SESSION = 1

@@ -26,9 +26,10 @@ from jobs.runtime import Runtime, Stage
 from jobs.spark_session import persisted
 from jobs.splits import Cuts, before_cut, cut_times, is_target
 from jobs.tables import CONTEXT_VALUES, EVENTS, FLAGGED_USERS, ITEMS, Table, conform
+from training.batches import FIRST_INDEX
 
-FIRST_INDEX = 2  # 0 is padding, 1 is unknown
 LATEST = ("item_name", "category", "vertical", "unit_price")
+COUNTS = ("event_count", "train_count", "target_count")
 # The columns read of events that were added or removed.
 OF_EVENTS = ("item_id", "event_ts", "event_type", "vertical", "category", "item_name", "amount", "quantity")
 
@@ -67,11 +68,10 @@ def describe_items(events: DataFrame, cuts: Cuts, settings: SequencesSettings) -
             F.count_if(F.col("in_training") & is_target(settings.target_event_types)).alias("target_count"),
         )
     )
-    counts = ("event_count", "train_count", "target_count")
     described = alike.groupBy("item_id").agg(
         *[F.max(_said(name, F.col("last_ts"), F.col)).alias(name) for name in LATEST],
         F.min("first_ts").alias("first_ts"),
-        *[F.sum(name).alias(name) for name in counts],
+        *[F.sum(name).alias(name) for name in COUNTS],
     )
     return _unpacked(described)
 
@@ -110,8 +110,7 @@ def add_events(items: DataFrame, described: DataFrame) -> DataFrame:
         return _said(name, F.col(f"{side}.said_ts.{name}"), lambda column: F.col(f"{side}.{column}"))
 
     latest = [F.greatest(said("old", name), said("new", name)).alias(name) for name in LATEST]
-    counts = ("event_count", "train_count", "target_count")
-    added = [(F.col(f"old.{name}") + F.col(f"new.{name}")).alias(name) for name in counts]
+    added = [(F.col(f"old.{name}") + F.col(f"new.{name}")).alias(name) for name in COUNTS]
     first = F.least("old.first_ts", "new.first_ts").alias("first_ts")
     both = old.join(new, "item_id").select("item_id", "old.item_index", *latest, first, *added)
     return conform(_unpacked(both), ITEMS)
@@ -127,7 +126,7 @@ def number_items(described: DataFrame, items: DataFrame, min_count: int, next_in
     described = described.localCheckpoint()  # else the log is read three times: for old, gone and new items
     old = items.select("item_id", "item_index")
     # An item whose last event is gone (its users were erased) keeps its row and its number, with counts of 0.
-    none = {name: F.lit(0) for name in ("event_count", "train_count", "target_count")}
+    none = {name: F.lit(0) for name in COUNTS}
     gone = items.join(described, "item_id", "left_anti").withColumns(none)
     known = described.join(old, "item_id").unionByName(gone.select(*described.columns, "item_index"))
     new = described.where(F.col("event_count") >= min_count).join(old, "item_id", "left_anti")

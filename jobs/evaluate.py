@@ -36,7 +36,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from jobs import space
-from jobs.build_sequences import UNKNOWN, in_vocabulary, refuse_other_rows
+from jobs.build_sequences import in_vocabulary, refuse_other_rows
 from jobs.build_vocabulary import category_value
 from jobs.cli import stage_main
 from jobs.config import GateSettings
@@ -65,6 +65,7 @@ from jobs.spark_session import drawn_by_hash, in_order
 from jobs.splits import Cuts, before_cut, cut_of, cut_times, is_target, refuse_leak, time_at
 from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS, events_of, of_model
 from training.arrays import Bool, Float32, Float64, Int64
+from training.batches import UNKNOWN
 from training.checkpoint import read_description
 from training.floors import ItemKnn, own_frequency, popularity
 

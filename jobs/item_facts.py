@@ -9,9 +9,10 @@ import pandas as pd
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from jobs.build_sequences import UNKNOWN, price_bucket
+from jobs.build_sequences import price_bucket
 from jobs.build_vocabulary import category_value, numbers_of
 from training.arrays import Int32, Int64
+from training.batches import UNKNOWN
 from training.config import ITEM_ATTRIBUTES
 
 

@@ -40,7 +40,7 @@ from jobs.model_folders import check_numbers, description, has_model, model_fold
 from jobs.runtime import Runtime, Stage
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
 from jobs.tracking import Tracker, tracked
-from training.batches import BUCKET_SIZES, FEATURES
+from training.batches import BUCKET_SIZES, FEATURES, FIRST_INDEX
 from training.checkpoint import ABOUT, PROGRESS, WEIGHTS, read_about, read_description
 from training.config import ModelSpec, RunSpec, TrainSettings
 from training.stores import footers, remove_tree
@@ -53,17 +53,18 @@ TRACKED = ("loss", "learning_rate", "rows_per_second", "padding", "data_wait", "
 
 def model_spec(config: Config, items: int, context_values: DataFrame) -> ModelSpec:
     """The model's sizes, from the configuration and the vocabularies."""
-    rows = context_values.groupBy("kind").agg(F.max("value_index").alias("largest")).collect()
-    largest = {row["kind"]: row["largest"] for row in rows}
+    found = context_values.groupBy("kind").agg((F.max("value_index") + 1).alias("size")).collect()
+    sizes = dict.fromkeys(("category", "vertical", "event_type"), FIRST_INDEX)  # of vocabularies without values
+    sizes |= {row["kind"]: row["size"] for row in found}
     settings = config.train.model_dump(include=set(ModelSpec.model_fields))
     attribute_sizes = {
-        "category": largest.get("category", 1) + 1,
-        "vertical": largest.get("vertical", 1) + 1,
+        "category": sizes["category"],
+        "vertical": sizes["vertical"],
         "price": BUCKET_SIZES["price_bucket"],
     }
     context_sizes = {
-        "event_type_index": largest.get("event_type", 1) + 1,
-        "vertical_index": largest.get("vertical", 1) + 1,
+        "event_type_index": sizes["event_type"],
+        "vertical_index": sizes["vertical"],
         **BUCKET_SIZES,
     }
     return ModelSpec(

@@ -18,6 +18,9 @@ FEATURES = (
     "price_bucket",
 )
 
+# In every vocabulary: the numbers of no action, of any value that it lacks, and of its first value.
+PADDING, UNKNOWN, FIRST_INDEX = 0, 1, 2
+
 TARGET = "target"  # one more column in training: the item that each action is to predict
 
 # The largest number of each context feature that has no vocabulary (jobs/tables.py says what the numbers mean).

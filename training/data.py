@@ -36,7 +36,7 @@ from petastorm.workers_pool.worker_base import WorkerBase  # noqa: E402
 from pyarrow.filesystem import DaskFileSystem  # noqa: E402
 
 from training.arrays import Bool, Int32, Int64  # noqa: E402
-from training.batches import FEATURES, SAME_MOMENT, SESSION_END, TARGET, pad  # noqa: E402
+from training.batches import FEATURES, PADDING, SAME_MOMENT, SESSION_END, TARGET, pad  # noqa: E402
 from training.ragged import ranges  # noqa: E402
 from training.stores import footers, fsspec_of, parquet_files  # noqa: E402
 from training.urls import file_url  # noqa: E402
@@ -111,7 +111,7 @@ def rows_digest(files: list[str]) -> str:
 def padding(batch: Batch) -> tuple[int, int]:
     """How many cells of the batch's item matrix are padding, and how many it has in all."""
     items = batch[FEATURES[ITEM]]
-    return int((items == 0).sum()), items.numel()
+    return int((items == PADDING).sum()), items.numel()
 
 
 def to_batch(actions: torch.Tensor) -> Batch:

@@ -34,12 +34,11 @@ from merlin.schema import ColumnSchema, Schema, Tags  # noqa: E402
 from transformers4rec.config import transformer as blocks  # noqa: E402
 from transformers4rec.torch import masking  # noqa: E402
 
-from training.batches import FEATURES, TARGET  # noqa: E402
+from training.batches import FEATURES, PADDING, TARGET, UNKNOWN  # noqa: E402
 from training.config import ModelSpec  # noqa: E402
 from training.softmax import FrequencySampler, full_softmax, gbce, sampled_softmax  # noqa: E402
 
 ITEM = FEATURES[0]
-UNKNOWN = 1
 
 Batch = dict[str, Tensor]
 
@@ -63,16 +62,16 @@ class ItemTable(nn.Module):
         self.dropout = spec.item_dropout
         if own is None:
             dtype = getattr(torch, spec.item_precision)
-            self.own = nn.Embedding(spec.items, spec.width, padding_idx=0, sparse=spec.sparse, dtype=dtype)
+            self.own = nn.Embedding(spec.items, spec.width, padding_idx=PADDING, sparse=spec.sparse, dtype=dtype)
             nn.init.normal_(self.own.weight, std=_FIRST_STD)
             with torch.no_grad():
-                self.own.weight[0] = 0
+                self.own.weight[PADDING] = 0
         elif own.shape == (spec.items, spec.width):
-            self.own = nn.Embedding.from_pretrained(own, padding_idx=0)  # type: ignore[no-untyped-call]
+            self.own = nn.Embedding.from_pretrained(own, padding_idx=PADDING)  # type: ignore[no-untyped-call]
         else:
             raise RuntimeError(f"the item table is {tuple(own.shape)}, not {(spec.items, spec.width)}")
         self.parts = nn.ModuleList(
-            nn.Embedding(size, spec.width, padding_idx=0) for size in spec.attribute_sizes.values()
+            nn.Embedding(size, spec.width, padding_idx=PADDING) for size in spec.attribute_sizes.values()
         )
         with torch.no_grad():
             for part in self.parts:

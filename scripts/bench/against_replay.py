@@ -28,11 +28,12 @@ from pyspark.sql import functions as F
 from superapp import START, World, events
 
 from jobs.build_sequences import number_actions
-from jobs.build_vocabulary import FIRST_INDEX, describe_items, number_context_values, number_items
+from jobs.build_vocabulary import describe_items, number_context_values, number_items
 from jobs.config import SequencesSettings, SessionizeSettings
 from jobs.sessionize import sessionize
 from jobs.splits import Cuts, before_cut
 from jobs.tables import CONTEXT_VALUES, ITEMS
+from training.batches import FIRST_INDEX
 
 PEER = ("replay-rec[spark]==0.18.0", "pyspark==3.5.9")
 
