@@ -151,11 +151,11 @@ def compare(
             report[name]["cosine_after"] = _said(mean_cosine(new @ rotation, old))
     if rotation is None:
         return report
-    turned = items[0] @ rotation
+    rotated = items[0] @ rotation
     report["centroids"] = {}
     for vertical in sorted(verticals.unique()):
         of = (verticals == vertical).to_numpy()
-        centres = [matrix[of].mean(axis=0, keepdims=True) for matrix in (turned, items[1])]
+        centres = [matrix[of].mean(axis=0, keepdims=True) for matrix in (rotated, items[1])]
         report["centroids"][vertical] = {
             "items": int(of.sum()),
             "cosine": _said(mean_cosine(*centres)),
@@ -245,7 +245,7 @@ def _align(runtime: Runtime, folder: Path) -> None:
 def _pairs(runtime: Runtime, folder: Path, onto: str) -> DataFrame:
     """item_id, vertical, new, old: the items that both models have learnt; new is not rotated."""
     old = of_model(runtime.latest(ITEM_EMBEDDINGS), onto).where("NOT is_cold")
-    new = item_vectors(runtime, folder, turned=False).where(~F.col("is_cold"))
+    new = item_vectors(runtime, folder, aligned=False).where(~F.col("is_cold"))
     both = new.select("item_id", F.col("vector").alias("new")).join(
         old.select("item_id", F.col("vector").alias("old")), "item_id"
     )
@@ -258,7 +258,7 @@ def _users(runtime: Runtime, folder: Path, onto: str) -> DataFrame:
     old = of_model(runtime.latest(USER_EMBEDDINGS), onto).where("NOT is_cold")
     rows = runtime.read(SEQUENCES).where("split = 'score'").join(old, ["user_id", "as_of"], "left_semi")
     rows = rows.where(drawn_by_hash(USERS_COMPARED / max(1, rows.count()), "user_id", F.lit("align")))
-    new = encode_sequences(runtime, rows, ["user_id"], model_dir=folder, turned=False)
+    new = encode_sequences(runtime, rows, ["user_id"], model_dir=folder, aligned=False)
     both = new.where(~F.col("is_cold")).select("user_id", F.col("vector").alias("new"))
     return both.join(old.select("user_id", F.col("vector").alias("old")), "user_id")
 

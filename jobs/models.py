@@ -29,13 +29,13 @@ def encode_sequences(
     *,
     model_dir: Path,
     counts: Counts | None = None,
-    turned: bool = True,
+    aligned: bool = True,
 ) -> DataFrame:
     """The columns `keep` of rows of `sequences` (any split), plus history_length, is_cold and vector: the state at each
     row's last action (spark_udfs.encode.encode_users).
 
     Args:
-        turned: apply the model's alignment rotation (`trailvec align`).
+        aligned: apply the model's alignment rotation (`trailvec align`).
 
     Raises:
         TrailvecError: the model in that folder is damaged, or its item numbers are stale (`check_numbers`).
@@ -48,18 +48,18 @@ def encode_sequences(
         spec=ModelSpec.model_validate(about["spec"]),
         weights=_ship_weights(runtime.spark, model_dir, about["weights_sha256"]),
         batch_size=runtime.config.score.batch_size,
-        rotation=read_rotation(model_dir) if turned else None,
+        rotation=read_rotation(model_dir) if aligned else None,
         counts=counts,
     )
 
 
-def item_vectors(runtime: Runtime, model_dir: Path, turned: bool = True) -> DataFrame:
+def item_vectors(runtime: Runtime, model_dir: Path, aligned: bool = True) -> DataFrame:
     """item_id, item_index, is_cold and vector of the items that the model has learnt or knows attributes of.
 
     Reads the stage's ITEMS and CONTEXT_VALUES.
 
     Args:
-        turned: as in `encode_sequences`.
+        aligned: as in `encode_sequences`.
 
     Raises:
         TrailvecError: the model in that folder is damaged, or its item numbers are stale (`check_numbers`).
@@ -69,7 +69,7 @@ def item_vectors(runtime: Runtime, model_dir: Path, turned: bool = True) -> Data
     names = ModelSpec.model_validate(about["spec"]).attribute_sizes
     rows = item_attributes(runtime.read(ITEMS), runtime.read(CONTEXT_VALUES))
     weights = _ship_weights(runtime.spark, model_dir, about["weights_sha256"])
-    rotation = read_rotation(model_dir) if turned else None
+    rotation = read_rotation(model_dir) if aligned else None
     return embed_items(rows.select("item_id", "item_index", *names), weights, rotation)
 
 

@@ -72,7 +72,7 @@ def encode_users(
             vectors, cold, places = encode_rows(model, lengths, values, batch_size)
             if counts is not None:
                 counts.add([len(read), int(cold.sum()), int(read.sum()), places])
-            found = [pa.array(read.astype(np.int32)), pa.array(cold), as_lists(turned(vectors, rotation))]
+            found = [pa.array(read.astype(np.int32)), pa.array(cold), as_lists(rotated(vectors, rotation))]
             yield pa.RecordBatch.from_arrays([*batch.columns[:kept], *found], schema.names)
 
     # Renamed, because a column of `keep` may be among the inputs too.
@@ -84,7 +84,7 @@ def encode_users(
     return frame.mapInArrow(encode, schema)
 
 
-def turned(vectors: Float32, rotation: Float32 | None) -> Float32:
+def rotated(vectors: Float32, rotation: Float32 | None) -> Float32:
     return vectors if rotation is None else vectors @ rotation
 
 
@@ -152,7 +152,7 @@ def embed_items(items: DataFrame, weights: str, rotation: Float32 | None) -> Dat
                 [
                     *(column.take(pa.array(said)) for column in batch.columns[:2]),
                     pa.array(cold[said]),
-                    as_lists(turned(vectors[said], rotation)),
+                    as_lists(rotated(vectors[said], rotation)),
                 ],
                 ["item_id", "item_index", "is_cold", "vector"],
             )

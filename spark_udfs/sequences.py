@@ -179,15 +179,17 @@ def _rows(parts: list[pa.RecordBatch], rules: CutRules, seen: _Seen) -> pa.Recor
     else:
         valid, test = history.place_of(rules.valid_us), history.place_of(rules.test_us)
     make = {
-        "train": lambda: _unasked("train", history, valid, rules.max_length, most=rules.max_parts, shortest=2),
-        "valid": lambda: _asked("valid", history, (valid, test), rules.valid_us, rules),
-        "test": lambda: _asked("test", history, (test, end), rules.test_us, rules),
-        "score": lambda: _unasked("score", history, end, rules.max_length, most=1, shortest=1),
+        "train": lambda: _rows_without_targets(
+            "train", history, valid, rules.max_length, most=rules.max_parts, shortest=2
+        ),
+        "valid": lambda: _rows_with_targets("valid", history, (valid, test), rules.valid_us, rules),
+        "test": lambda: _rows_with_targets("test", history, (test, end), rules.test_us, rules),
+        "score": lambda: _rows_without_targets("score", history, end, rules.max_length, most=1, shortest=1),
     }
     return _to_batch([make[split]() for split in rules.splits], history, rules, seen)
 
 
-def _unasked(split: str, history: _History, cut: Int64, length: int, *, most: int, shortest: int) -> _Rows:
+def _rows_without_targets(split: str, history: _History, cut: Int64, length: int, *, most: int, shortest: int) -> _Rows:
     """Rows without targets: at most `most` per user, backwards from the cut."""
     count = np.minimum(-(-(cut - history.first) // length), most)
     user = np.repeat(np.arange(len(cut)), count)
@@ -199,7 +201,7 @@ def _unasked(split: str, history: _History, cut: Int64, length: int, *, most: in
     return _Rows(split, user[kept], part[kept], start[kept], stop[kept], (none, none), (none, none))
 
 
-def _asked(split: str, history: _History, cuts: tuple[Int64, Int64], cut_us: int, rules: CutRules) -> _Rows:
+def _rows_with_targets(split: str, history: _History, cuts: tuple[Int64, Int64], cut_us: int, rules: CutRules) -> _Rows:
     """A row for each user with a `predicted` action between the two cuts, and any action before them."""
     recent = np.minimum(history.place_of(_seen_from(cut_us, rules)), cuts[0])
     since, at, until = (np.searchsorted(history.predicted, places) for places in (recent, *cuts))
@@ -238,7 +240,7 @@ def _to_batch(rows: list[_Rows], history: _History, rules: CutRules, seen: _Seen
             row_of_known, known = np.append(row_of_known, np.full(len(more), row)), np.append(known, more)
     known_offsets, known = distinct(row_of_known, known, len(split))
 
-    unasked = pa.array((split == SPLITS.index("train")) | (split == SPLITS.index("score")))
+    without_targets = pa.array((split == SPLITS.index("train")) | (split == SPLITS.index("score")))
 
     def lists(offsets: Int64, values: pa.Array, nulls: pa.Array | None = None) -> pa.ListArray:
         return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, mask=nulls)
@@ -255,9 +257,9 @@ def _to_batch(rows: list[_Rows], history: _History, rules: CutRules, seen: _Seen
             "last_ts": timestamps(last_us),
             "length": pa.array(stop - start, pa.int32()),
             **{name: lists(offsets, pa.array(values, pa.int32())) for name, values in inputs.items()},
-            "target_item_index": lists(target_offsets, pa.array(items[targets], pa.int32()), unasked),
-            "target_ts": lists(target_offsets, timestamps(history.times[targets]), unasked),
-            "seen_item_index": lists(known_offsets, pa.array(known, pa.int32()), unasked),
+            "target_item_index": lists(target_offsets, pa.array(items[targets], pa.int32()), without_targets),
+            "target_ts": lists(target_offsets, timestamps(history.times[targets]), without_targets),
+            "seen_item_index": lists(known_offsets, pa.array(known, pa.int32()), without_targets),
         }
     )
 

@@ -45,7 +45,7 @@ Batch = dict[str, torch.Tensor]
 
 CHUNK_ROWS = 16_384  # about as many rows are shuffled and batched by length together
 READY_ROWS = 8_192  # prefetched as batches, so that the next chunk is made while steps consume them
-ITEM, GAP, END = (FEATURES.index(name) for name in ("item_index", "gap_bucket", "session_end"))
+_ITEM_ROW, _GAP_ROW, _END_ROW = (FEATURES.index(name) for name in ("item_index", "gap_bucket", "session_end"))
 _ORDER, _ROWS, _BATCHES = range(3)  # what a random generator is for
 
 # How often an idle worker checks for a stop signal. Petastorm's 1 ms takes 2 % of a core away from the step.
@@ -91,8 +91,8 @@ def read_batches(
         for number, table in enumerate(_chunks(pieces, per_chunk * batch_size), first):
             random = _generator(seed, _ROWS, number, rank)
             values, lengths = _shuffled(table, max_length, shuffle_baskets, random)
-            values[END], values[-1] = choose_targets(
-                values[ITEM], values[END], lengths, later_share=later_share, horizon=horizon, random=random
+            values[_END_ROW], values[-1] = choose_targets(
+                values[_ITEM_ROW], values[_END_ROW], lengths, later_share=later_share, horizon=horizon, random=random
             )
             order = _generator(seed, _BATCHES, number).permutation(math.ceil(len(lengths) / batch_size))
             yield from _batches(values, lengths, batch_size, order[skipped if number == first else 0 :])
@@ -110,7 +110,7 @@ def rows_digest(files: list[str]) -> str:
 
 def padding(batch: Batch) -> tuple[int, int]:
     """How many cells of the batch's item matrix are padding, and how many it has in all."""
-    items = batch[FEATURES[ITEM]]
+    items = batch[FEATURES[_ITEM_ROW]]
     return int((items == PADDING).sum()), items.numel()
 
 
@@ -278,7 +278,7 @@ def _shuffled(
 
     `values` has one row per feature, then one left empty for the targets.
     """
-    whole = pc.list_value_length(table[FEATURES[ITEM]]).to_numpy().astype(np.int64)
+    whole = pc.list_value_length(table[FEATURES[_ITEM_ROW]]).to_numpy().astype(np.int64)
     ends, lengths = np.cumsum(whole), np.minimum(whole, max_length)
     rows = random.permutation(len(lengths))
     rows = rows[np.argsort(lengths[rows], kind="stable")]
@@ -286,11 +286,11 @@ def _shuffled(
     # The positions, among all of the table's actions, of those that the rows keep: their newest.
     _, kept = ranges(ends - lengths, ends)
     columns = [pc.list_flatten(table[name]).to_numpy() for name in FEATURES]
-    moved = kept[shuffle_moments(columns[GAP][kept], lengths, random)] if shuffle_baskets else kept
+    moved = kept[shuffle_moments(columns[_GAP_ROW][kept], lengths, random)] if shuffle_baskets else kept
     values = np.empty((len(FEATURES) + 1, len(kept)), np.int32)
     for number, column in enumerate(columns):
         # gap_bucket and session_end belong to the position, not to the action there, so they stay in place.
-        np.take(column, kept if number in (GAP, END) else moved, out=values[number], mode="clip")
+        np.take(column, kept if number in (_GAP_ROW, _END_ROW) else moved, out=values[number], mode="clip")
     return values, lengths
 
 

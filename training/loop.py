@@ -58,9 +58,16 @@ FINAL_RATE = 0.05  # of the learning rate, reached at the end along a cosine
 MAX_HELD_USERS = 10_000
 SECONDS_BETWEEN_LINES = 2.0
 CURVE_POINTS = 50  # in an epoch
-# Summed over steps and ranks. places: cells of the batches' item matrices; padding: those without an action; busy:
-# seconds that a rank's steps took; waited: those of them that it spent waiting for data.
-SUMS = ("rows", "positions", "loss", "places", "padding", "waited", "busy")
+# Summed over steps and ranks.
+SUMS = (
+    "rows",  # of `sequences`
+    "positions",  # targets that the model knows
+    "loss",  # over all positions
+    "places",  # cells of the batches' item matrices
+    "padding",  # those of them without an action
+    "waited",  # seconds of `busy` that a rank spent waiting for data
+    "busy",  # seconds that a rank's steps took
+)
 ROWS, POSITIONS, LOSS, _, _, _, BUSY = range(len(SUMS))
 
 
@@ -137,7 +144,7 @@ def train(spec: RunSpec) -> None:
         # All ranks hold the same values, so they decide alike. Without held-out users the last epoch is the best.
         if patience and epoch - 1 - progress.best_epoch >= patience:
             break
-        _pass_over_rows(run, epoch)
+        _train_epoch(run, epoch)
         _close_epoch(run, epoch)
     if dist.rank() == 0:
         training = {
@@ -234,7 +241,7 @@ def _restore(run: _Run, found: Folder, tensors: dict[str, torch.Tensor]) -> None
         progress = run.progress
         if progress.best_epoch:
             _publish_best(run.spec, found, best_checkpoint(found.parent, progress))
-        _say("resumed", epoch=progress.epoch, step=progress.step, rows_done=progress.rows_done)
+        _log_event("resumed", epoch=progress.epoch, step=progress.step, rows_done=progress.rows_done)
 
 
 def _checkpoint_over(rows_sha256: str, folder: Folder) -> Folder | None:
@@ -249,7 +256,7 @@ def _checkpoint_over(rows_sha256: str, folder: Folder) -> Folder | None:
         if progress.step == 0 or progress.rows_sha256 == rows_sha256:
             return found
         remove_tree(found)
-        _say("left", epoch=progress.epoch, step=progress.step)
+        _log_event("left", epoch=progress.epoch, step=progress.step)
     return None
 
 
@@ -269,7 +276,7 @@ def _publish_best(spec: RunSpec, found: Folder, best: Folder) -> None:
     save_weights(Path(spec.output), part_of(tensors, "model."))
 
 
-def _pass_over_rows(run: _Run, epoch: int) -> None:
+def _train_epoch(run: _Run, epoch: int) -> None:
     """The remaining steps of an epoch. A rank that runs out of rows continues with empty steps until all have.
 
     Raises:
@@ -312,7 +319,7 @@ def _pass_over_rows(run: _Run, epoch: int) -> None:
         if not math.isfinite(step["loss"]):
             raise TrailvecError(f"the loss is {step['loss']} in epoch {epoch}: lower train.learning_rate")
         progress.rows_done += step["rows"]
-        _move(run, step["positions"])
+        _optimizer_step(run, step["positions"])
 
         run.mine += sums
         everyone = np.array(progress.sums) + sums_of_all
@@ -326,13 +333,13 @@ def _pass_over_rows(run: _Run, epoch: int) -> None:
         if rank == 0 and now - run.said > SECONDS_BETWEEN_LINES and unsaid[POSITIONS] > 0:
             run.said, told = now, everyone
             figures = {**_figures(spec, progress), "loss": _loss(unsaid)}  # the epoch's mean would hide a spike
-            _say("step", **figures, learning_rate=run.learning_rate)
+            _log_event("step", **figures, learning_rate=run.learning_rate)
         if someone_is_due:  # only rank 0's clock counts
             _refuse_broken(run.model, epoch)
             _save(run)
 
 
-def _move(run: _Run, positions: float) -> None:
+def _optimizer_step(run: _Run, positions: float) -> None:
     """Updates the parameters by the mean gradient over all ranks' `positions` targets."""
     settings = run.spec.settings
     run.optimizer.synchronize()
@@ -381,7 +388,7 @@ def _close_epoch(run: _Run, epoch: int) -> None:
         }
     )
     if rank == 0:
-        _say("epoch", **progress.history[-1])
+        _log_event("epoch", **progress.history[-1])
     if (score := scores.get("ndcg@10", float(epoch))) > progress.best:
         # The best weights go straight to the output folder: a copy in memory would be as large as the model. They must
         # be the same on all ranks.
@@ -539,7 +546,7 @@ def _figures(spec: RunSpec, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _say(event: str, **figures: Any) -> None:
+def _log_event(event: str, **figures: Any) -> None:
     print(json.dumps({"event": event, **figures}), flush=True)
 
 

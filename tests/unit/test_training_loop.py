@@ -34,7 +34,7 @@ from training.batches import FEATURES
 from training.checkpoint import Progress, checkpoints, newest_checkpoint, read_checkpoint, write_checkpoint
 from training.config import RunSpec, TrainSettings
 from training.data import read_held
-from training.loop import _move, knows_bfloat16, rate_factor, scale_gradients, schedule, train
+from training.loop import _optimizer_step, knows_bfloat16, rate_factor, scale_gradients, schedule, train
 from training.model import build_model
 from training.validation import best_items, validate
 
@@ -550,11 +550,11 @@ def test_a_lines_loss_is_that_of_the_steps_since_the_last_line(
     """Of all its targets: weighted by them, the lines give the epoch's loss. A batch of single actions has no line."""
     targets: list[float] = []
 
-    def move(run: Any, positions: float) -> None:
+    def step(run: Any, positions: float) -> None:
         targets.append(positions)
-        _move(run, positions)
+        _optimizer_step(run, positions)
 
-    monkeypatch.setattr("training.loop._move", move)
+    monkeypatch.setattr("training.loop._optimizer_step", step)
     monkeypatch.setattr("training.loop.SECONDS_BETWEEN_LINES", 0)
     train(make_run(tmp_path, [make_rows(60)], batch_size=4, epochs=2, learning_rate=0.05))
     lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
@@ -588,7 +588,7 @@ def test_a_model_that_breaks_is_neither_published_nor_kept(
     def break_it(run: Any, positions: float) -> None:
         run.others[-1].data.view(-1)[-1] = math.inf
 
-    monkeypatch.setattr("training.loop._move", break_it)
+    monkeypatch.setattr("training.loop._optimizer_step", break_it)
     minutes = 0 if batch_size == 10 else 10
     spec = make_run(tmp_path, [make_rows(20)], batch_size=batch_size, epochs=1, checkpoint_minutes=minutes)
     with pytest.raises(TrailvecError, match=r"parameters are not finite in epoch 1: lower train\.learning_rate"):
