@@ -82,6 +82,7 @@ class _Run:
         random: the state of torch's generator when the checkpoint was written.
         held, held_users: this rank's share of the held-out users (None if there are none), and all ranks' count.
         mine: this rank's SUMS in the current epoch; `progress.sums` are those of all ranks.
+        logged: `progress.sums` when the last `step` of the epoch was logged.
         said, saved: when this rank last logged, and last took part in a checkpoint (time.monotonic).
     """
 
@@ -99,6 +100,7 @@ class _Run:
     known: Bool
     item_verticals: Int64
     mine: Float64
+    logged: Float64
     said: float
     saved: float
 
@@ -210,6 +212,7 @@ def _begin(spec: RunSpec, device: torch.device) -> _Run:
         known=known,
         item_verticals=verticals,
         mine=np.zeros(len(SUMS)),
+        logged=np.zeros(len(SUMS)),
         said=time.monotonic(),
         saved=time.monotonic(),
     )
@@ -292,6 +295,7 @@ def _train_epoch(run: _Run, epoch: int) -> None:
     else:
         run.mine = np.zeros(len(SUMS))
         progress.sums = progress.curve_sums = run.mine.tolist()
+    run.logged = np.array(progress.sums)
     batches = read_batches(
         spec.train_files,
         max_length=spec.model.max_length,
@@ -305,7 +309,7 @@ def _train_epoch(run: _Run, epoch: int) -> None:
         skip=progress.step * settings.local_steps,
         shuffle_baskets=settings.shuffle_baskets,
     )
-    stepped, told = time.monotonic(), np.array(progress.sums)
+    stepped = time.monotonic()
     while True:
         run.optimizer.zero_grad()
         sums = add_gradients(run.model, batches, settings, run.device)
@@ -322,18 +326,11 @@ def _train_epoch(run: _Run, epoch: int) -> None:
         _optimizer_step(run, step["positions"])
 
         run.mine += sums
-        everyone = np.array(progress.sums) + sums_of_all
         progress.step += 1
-        progress.sums = everyone.tolist()
-        since = everyone - progress.curve_sums
-        if since[ROWS] >= spec.train_rows / CURVE_POINTS and since[POSITIONS] > 0:  # one-action rows have no target
-            progress.curve.append([progress.rows_done, _loss(since)])
-            progress.curve_sums = progress.sums
-        unsaid = everyone - told
-        if rank == 0 and now - run.said > SECONDS_BETWEEN_LINES and unsaid[POSITIONS] > 0:
-            run.said, told = now, everyone
-            figures = {**_figures(spec, progress), "loss": _loss(unsaid)}  # the epoch's mean would hide a spike
-            _log_event("step", **figures, learning_rate=run.learning_rate)
+        progress.sums = (np.array(progress.sums) + sums_of_all).tolist()
+        _extend_curve(progress, spec.train_rows)
+        if rank == 0 and now - run.said > SECONDS_BETWEEN_LINES:
+            _log_step(run, now)
         if someone_is_due:  # only rank 0's clock counts
             _refuse_broken(run.model, epoch)
             _save(run)
@@ -354,6 +351,25 @@ def _optimizer_step(run: _Run, positions: float) -> None:
         run.optimizer.step()
     if run.items:
         run.items.step(rows, of_rows, run.learning_rate)
+
+
+def _extend_curve(progress: Progress, train_rows: int) -> None:
+    """Adds the mean loss since the curve's last point, once enough rows have been read since then."""
+    since = np.array(progress.sums) - progress.curve_sums
+    if since[ROWS] >= train_rows / CURVE_POINTS and since[POSITIONS] > 0:  # one-action rows have no target
+        progress.curve.append([progress.rows_done, _loss(since)])
+        progress.curve_sums = progress.sums
+
+
+def _log_step(run: _Run, now: float) -> None:
+    """Rank 0: logs `step`, if there was a target since the last one. Its loss is that of the steps since then: the
+    epoch's mean would hide a spike."""
+    sums = np.array(run.progress.sums)
+    since = sums - run.logged
+    if since[POSITIONS] > 0:
+        run.said, run.logged = now, sums
+        figures = {**_figures(run.spec, run.progress), "loss": _loss(since)}
+        _log_event("step", **figures, learning_rate=run.learning_rate)
 
 
 def _close_epoch(run: _Run, epoch: int) -> None:
