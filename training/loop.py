@@ -533,8 +533,8 @@ def _save(run: _Run) -> None:
 
 
 def _scale(settings: TrainSettings) -> float:
-    """A rough guess of all positions, which are not yet known: the summed loss is divided by it, so that gradients fit
-    the range of 16 bits when they are exchanged."""
+    """A constant near the expected number of targets. Dividing the loss by it keeps gradients within 16-bit range;
+    `_optimizer_step` multiplies it back."""
     return float(settings.batch_size * settings.local_steps * 16)
 
 
