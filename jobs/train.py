@@ -20,6 +20,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -405,18 +406,22 @@ def check_growth(base: str, old: ModelSpec, new: ModelSpec) -> None:
 
 
 class Listener:
-    """Forwards rank 0's events: a progress line now and then, all metrics to the tracker."""
+    """Forwards rank 0's events: a progress line now and then, all metrics to the tracker. A line shows the mean loss
+    since the line before it: the last step's alone would hide a spike."""
 
     def __init__(self, on_progress: Callable[[str], None], tracker: Tracker) -> None:
         self._on_progress = on_progress
         self._tracker = tracker
         self._shown = -math.inf
+        self._losses: list[float] = []  # of the steps since
 
     def __call__(self, event: dict[str, Any]) -> None:
-        now = time.monotonic()
-        if event["event"] != "step" or now - self._shown > SECONDS_BETWEEN_LINES:
-            self._shown = now
-            self._on_progress(progress_line(event))
+        now, is_step = time.monotonic(), event["event"] == "step"
+        if is_step:
+            self._losses.append(event["loss"])
+        if not is_step or now - self._shown > SECONDS_BETWEEN_LINES:
+            self._on_progress(progress_line(event | {"loss": fmean(self._losses)} if is_step else event))
+            self._shown, self._losses = now, []
         if event["event"] in ("step", "epoch"):
             prefix = "" if event["event"] == "step" else "epoch_"
             figures = {prefix + name: event[name] for name in TRACKED if name in event}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
 import threading
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from horovod.runner.common.util import network
 from horovod.torch import Compression
 
 from jobs.errors import TrailvecError
-from jobs.train import progress_line
+from jobs.train import Listener, progress_line
 from training import dist
 
 
@@ -106,6 +108,21 @@ def test_an_epochs_line_has_its_figures() -> None:
     assert progress_line(epoch) == (
         "epoch 2/5  50%  loss 1.2500  ndcg@10 0.1250  12,346 rows/s  padding 25%  data wait 3%  2:05 left"
     )
+
+
+def test_a_line_of_steps_has_the_mean_loss_since_the_line_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.count(step=2)
+    monkeypatch.setattr("jobs.train.time", Mock(monotonic=lambda: next(seconds)))
+    lines: list[str] = []
+    tracker = Mock()
+    listener = Listener(lines.append, tracker)
+    step = {"event": "step", "epoch": 1, "epochs": 1, "share": 0.5, "rows_done": 9, "rows_per_second": 1.0}
+    step |= {"padding": 0.0, "data_wait": 0.0, "seconds_left": 0.0}
+    for number in range(12):  # lines at 0 and 12 seconds
+        listener(step | {"loss": 60.0 if number == 3 else 5.0})
+    listener(step | {"event": "epoch", "loss": 9.5})
+    assert [line.split("loss ")[1].split()[0] for line in lines] == ["5.0000", f"{(60 + 5 * 5) / 6:.4f}", "9.5000"]
+    assert [of.args[1]["loss"] for of in tracker.metrics.call_args_list[2:5]] == [5.0, 60.0, 5.0]
 
 
 def test_gpus_that_horovod_knows_nothing_of_are_left_alone(
