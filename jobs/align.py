@@ -107,6 +107,9 @@ def no_ranking(report: dict[str, Any], settings: AlignSettings) -> str | None:
 def check_again(runtime: Runtime, folder: Path) -> None:
     """Raises TrailvecError if this is the current model, retrained to other weights, and must not replace its own
     vectors, which readers see, or `align` has not checked it yet."""
+    newest = next((said["note"]["model"]["version"] for said in runtime.noted(USER_EMBEDDINGS)), None)
+    if newest not in (None, folder.name) and runtime.newest_current_model() != folder.name:
+        return  # a model that was never scored is in no note: the whole log would be read, each time
     if not trained_again(runtime, folder) or runtime.newest_current_model() != folder.name:
         return
     report = read_alignment(folder)
@@ -189,7 +192,7 @@ def run(runtime: Runtime) -> None:
     asked = (ask(report, runtime.config.align) for ask in (too_few_items, too_few_users, no_ranking))
     runtime.report.notes += filter(None, asked)
     why = refusal(report, runtime.config.align)
-    if why and (trained_again(runtime, folder) or runtime.newest_current_model() != folder.name):
+    if why and (runtime.newest_current_model() != folder.name or trained_again(runtime, folder)):
         raise TrailvecError(why)
 
 

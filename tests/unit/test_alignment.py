@@ -2,8 +2,10 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -11,9 +13,10 @@ import pytest
 from scipy.linalg import orthogonal_procrustes
 from scipy.stats import ortho_group
 
-from jobs.align import FEWEST_USERS, _ranking, compare, no_ranking, refusal, too_few_items, too_few_users
+from jobs.align import FEWEST_USERS, _ranking, check_again, compare, no_ranking, refusal, too_few_items, too_few_users
 from jobs.config import AlignSettings
 from jobs.runtime import Runtime
+from jobs.tables import Table
 from spark_udfs.alignment import mean_cosine, overlap, rotation_of
 from tests.conftest import make_config
 from training import checkpoint
@@ -22,6 +25,18 @@ from training.checkpoint import read_alignment, read_rotation, write_alignment
 
 def vectors(rows: int, seed: int, width: int = 8) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(rows, width)).astype(np.float32)
+
+
+def test_a_model_that_was_never_scored_is_not_sought_in_the_whole_log(tmp_path: Path) -> None:
+    read: list[int] = []
+
+    def noted(_: Table) -> Iterator[dict[str, Any]]:
+        for number in range(5):
+            read.append(number)
+            yield {"note": {"model": {"version": "m1", "weights": "w"}}}
+
+    check_again(Mock(noted=noted, newest_current_model=lambda: "m1"), tmp_path / "m2")
+    assert read == [0]
 
 
 def test_the_rotation_is_scipys_and_keeps_all_products() -> None:
