@@ -101,7 +101,10 @@ def no_ranking(report: dict[str, Any], settings: AlignSettings) -> str | None:
     ranking = report.get("ranking", {})
     if not ranking.get("old") or ranking.get("new") is not None or settings.max_ranking_loss == 1:
         return None
-    return f"align.max_ranking_loss says nothing about model {report['model_version']}: its valid split has no users"
+    return (
+        f"align.max_ranking_loss says nothing about model {report['model_version']}: nobody in its valid split has a "
+        f"next item that it knows"
+    )
 
 
 def check_again(runtime: Runtime, folder: Path) -> None:

@@ -86,7 +86,7 @@ def other_numbers(runtime: Runtime, provenance: dict[str, Any]) -> str | None:
     told = provenance.get("table_ids", {})  # missing in older versions
     numbered = [table for table in (ITEMS, CONTEXT_VALUES) if told.get(table.name)]
     if any(told[table.name] != runtime.table_id(table) for table in numbered):
-        what = "were removed and created again"
+        what = "were removed"
     elif any(_changed_by_others(runtime, table, provenance["reads"][table.name]) for table in numbered):
         what = "something other than trailvec has changed (RESTORE, SQL)"
     else:

@@ -195,7 +195,7 @@ def test_spaces_of_unlike_width_are_told_apart(shop: Runtime, monkeypatch: pytes
     monkeypatch.setattr(align, "_ranking", lambda _, version: ranking[version])
     assert shop.execute(align.STAGE).notes == [
         "model m2 can't be aligned with m1 (found widths {16} and 8): its space is a new one",
-        "align.max_ranking_loss says nothing about model m2: its valid split has no users",
+        "align.max_ranking_loss says nothing about model m2: nobody in its valid split has a next item that it knows",
     ]
     told = json.loads((shop.models / "m2" / "alignment.json").read_text())
     assert told["rotation_sha256"] is None

@@ -131,7 +131,7 @@ def test_without_validation_the_gate_says_that_it_says_nothing() -> None:
     settings = AlignSettings(min_overlap=0.5, max_ranking_loss=0.1)
     assert refusal(report_of(0.5, 0.6, 0.2, None), settings) is None
     assert no_ranking(report_of(0.5, 0.6, 0.2, None), settings) == (
-        "align.max_ranking_loss says nothing about model m2: its valid split has no users"
+        "align.max_ranking_loss says nothing about model m2: nobody in its valid split has a next item that it knows"
     )
     for old, new in ((0.2, 0.1), (0.2, 0.0), (None, None), (0.0, None)):
         assert no_ranking(report_of(0.5, 0.6, old, new), settings) is None

@@ -262,7 +262,7 @@ def test_a_model_of_other_tables_that_had_these_names_is_grown_from(
         assert base_of(runtime) == base
     # The vectors of its items would begin as those of others.
     monkeypatch.setattr(runtime, "_table_ids", {**ids, "items": "made anew"})
-    with pytest.raises(TrailvecError, match=r"model m2 uses the numbers of tables .* created again since: set"):
+    with pytest.raises(TrailvecError, match=r"model m2 uses the numbers of tables .* that were removed since: set"):
         base_of(runtime)
     monkeypatch.setattr(runtime, "_table_ids", {**ids, "sequences": "made anew"})
     commits.insert(0, replace(restored, version=4))
@@ -277,7 +277,7 @@ def test_rows_with_the_numbers_of_other_tables_are_refused(tmp_path: Path, monke
     monkeypatch.setattr(runtime, "last_writer", lambda table: made)
     monkeypatch.setattr(runtime, "table_id", lambda table: "made anew")
     with pytest.raises(
-        TrailvecError, match=r"table sequences uses the numbers of .* created again since: run `trailvec b"
+        TrailvecError, match=r"table sequences uses the numbers of .* that were removed since: run `trailvec b"
     ):
         run_spec(runtime, "m", tmp_path, None)
 
