@@ -35,7 +35,7 @@ from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_
 from spark_udfs.alignment import cross_products, mean_cosine, overlap, rotation_of
 from spark_udfs.topk import Metric
 from training.arrays import Float32
-from training.checkpoint import ALIGNMENT, ROTATION, read_about, read_alignment, write_alignment
+from training.checkpoint import ALIGNMENT, ROTATION, read_alignment, read_description, write_alignment
 
 USERS_COMPARED, ITEMS_COMPARED, ITEMS_ASKED, NEIGHBOURS = 2_000, 20_000, 2_000, 10
 # With fewer, chance decides: two users with a true overlap of 20 % are measured below 10 % in 7 % of cases (binomial,
@@ -200,7 +200,7 @@ def run(runtime: Runtime) -> None:
 
 
 def _align(runtime: Runtime, folder: Path) -> None:
-    about, onto = read_about(folder), runtime.newest_current_model()
+    about, onto = read_description(folder), runtime.newest_current_model()
     report: dict[str, Any] = {
         "model_version": folder.name,
         "onto": onto,

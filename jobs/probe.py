@@ -49,7 +49,7 @@ from jobs.tables import CONTEXT_VALUES, ITEMS, PROBES, SESSIONS, TABLES, events_
 from jobs.user_lists import as_ids, copies, file_digest, read_rows
 from spark_udfs.profile import profiles
 from training.arrays import Int64
-from training.checkpoint import read_about
+from training.checkpoint import read_description
 
 if TYPE_CHECKING:
     from training.probes import Labels, Matrix
@@ -355,7 +355,7 @@ def run(runtime: Runtime) -> None:
         )
     sessions = runtime.read(SESSIONS)
     cuts = cut_times(sessions, runtime.config.sequences, "end_ts")
-    trained_to = datetime.fromisoformat(read_about(model_dir)["as_of"])
+    trained_to = datetime.fromisoformat(read_description(model_dir)["as_of"])
     asked_from = cuts.end - timedelta(days=settings.days)
     if settings.activity or settings.event_types:
         asks = f"probe.days = {settings.days:g}"

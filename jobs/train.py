@@ -254,7 +254,7 @@ def run(runtime: Runtime) -> None:
         for left in runtime.models.glob(f"{name}*.checkpoints"):
             remove_tree(left)
     write_json(runtime.models / "current.json", {"model_version": version})
-    about = read_about(model_folder(runtime, version))
+    about = read_description(model_folder(runtime, version))
     training = about["training"]
     best = training["epochs"][training["best_epoch"] - 1]
     scores = ", ".join(f"{name} {best[name]:.4f}" for name in ("recall@10", "ndcg@10") if name in best)

@@ -26,7 +26,7 @@ from jobs.runtime import Runtime, Stage
 from jobs.space import flat_map, unit
 from jobs.tables import EVALUATION, EXPORTS, ITEM_EMBEDDINGS, ITEMS, PROBES, USER_EMBEDDINGS, of_model
 from jobs.tracking import attach
-from training.checkpoint import read_about
+from training.checkpoint import read_description
 from training.stores import write_whole
 
 PAGE = "evaluation.html"
@@ -92,7 +92,7 @@ def _facts(runtime: Runtime, folder: Path) -> Facts:
         fingerprint=runtime.fingerprint,
         version=folder.name,
         split=split,
-        about=read_about(folder),
+        about=read_description(folder),
         rows=by_model[folder.name],
         versions=newest_first,
         items=_map(items.iloc[:MAPPED], items["vertical"]),

@@ -102,7 +102,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
     about = {"as_of": "2024-03-01T00:00:00.000000"}
     monkeypatch.setattr(profile_users, "encode_sequences", encode)
-    monkeypatch.setattr(probe, "read_about", lambda folder: about)
+    monkeypatch.setattr(probe, "read_description", lambda folder: about)
     return about
 
 
