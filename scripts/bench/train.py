@@ -272,6 +272,8 @@ def parsed() -> argparse.Namespace:
     arguments = parser.parse_args()
     if "in memory" in (arguments.only or ()) and "fed" not in arguments.only:
         parser.error("in memory trains on the batches that fed has read: name both")
+    if "trailvec longer" in (arguments.only or ()) and arguments.quick:
+        parser.error("trailvec longer trains for half as many epochs more, and --quick has one epoch: leave one out")
     return arguments
 
 
