@@ -26,7 +26,18 @@ from pyspark.sql import types as T
 
 from jobs.config import IngestSettings
 from jobs.errors import TrailvecError, told
-from jobs.raw_records import BROKEN, FILE, LINE, REST, is_id_type, named_column, stripped, text_of, valid_text
+from jobs.raw_records import (
+    BROKEN,
+    FILE,
+    LINE,
+    REST,
+    is_id_type,
+    is_nested_type,
+    named_column,
+    stripped,
+    text_of,
+    valid_text,
+)
 from jobs.sources import Given, IdValue, Input, TimeValue, Value
 from jobs.spark_session import JSON_MICROSECONDS
 from jobs.tables import EVENTS
@@ -271,7 +282,7 @@ def _is_nested(raw: DataFrame, value: Given, mapping: Input) -> Column:
         text = F.ltrim(given.cast("string"))
         is_json = F.when(text.rlike(r"^[\[{]"), F.get_json_object(text, "$").isNotNull())
         return F.coalesce(is_json, F.lit(False))
-    return F.lit(isinstance(raw.select(given).schema[0].dataType, (T.StructType, T.ArrayType, T.MapType)))
+    return F.lit(is_nested_type(raw.select(given).schema[0].dataType))
 
 
 def _is_valid_text(names: Sequence[str]) -> Column:

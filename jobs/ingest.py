@@ -233,11 +233,11 @@ def _check_share(records: DataFrame, counts: Counter[str | None], read: Counter[
     far: the last batch of a topic may be a single bad record, and an earlier one may have been let through by a higher
     limit.
     """
-    total = _refused(read).total()
-    if any(_refused(part).total() <= allowed * part.total() for part in (counts, read)):
+    refused, total = _refused(counts), _refused(read).total()
+    if refused.total() <= allowed * counts.total() or total <= allowed * read.total():
         return
     examples = []
-    for reason, count in sorted(_refused(counts).items(), key=lambda item: (-item[1], item[0]))[:3]:
+    for reason, count in sorted(refused.items(), key=lambda item: (-item[1], item[0]))[:3]:
         row = records.where(F.col("reason") == reason).agg(F.min("raw").alias("raw")).collect()[0]
         examples.append(f"{reason} {count:,} (such as {str(row['raw'])[:200]})")
     changed = (

@@ -222,7 +222,7 @@ def _texts(records: DataFrame, names: Sequence[str]) -> Column:
 
     def text(name: str) -> Column:
         value, kind = named_column(name), records.schema[name].dataType
-        if isinstance(kind, (T.StructType, T.ArrayType, T.MapType)):
+        if is_nested_type(kind):
             value = F.to_json(value, JSON_MICROSECONDS)
         elif isinstance(kind, T.BinaryType):
             value = F.translate(F.base64(value), "\r\n", "")  # Spark wraps its lines
@@ -375,18 +375,22 @@ def _read_csv(lines: DataFrame, file: str, header: str, delimiter: str) -> DataF
 
 
 def _read_parquet(spark: SparkSession, files: Sequence[str], base: dict[str, str]) -> list[DataFrame]:
-    reader = spark.read.options(**base)
+    def read(files: Sequence[str]) -> DataFrame:
+        records = spark.read.options(**base, mergeSchema="true").parquet(*files)
+        schema = _sorted_by_name(records.schema)
+        # Only if it must be: each reader lists the files.
+        return records if schema == records.schema else spark.read.options(**base).schema(schema).parquet(*files)
+
     try:
-        merged = reader.option("mergeSchema", True).parquet(*files).schema
-        return [reader.schema(_sorted_by_name(merged)).parquet(*files)]
+        return [read(files)]
     except Exception as error:
         if "CANNOT_MERGE_SCHEMAS" not in str(error):
             raise
     # A column's type differs between files: read the files of each schema separately.
     groups: dict[T.StructType, list[str]] = {}
     for file in sorted(files):
-        groups.setdefault(_sorted_by_name(reader.parquet(file).schema), []).append(file)
-    return [reader.schema(schema).parquet(*group) for schema, group in groups.items()]
+        groups.setdefault(_sorted_by_name(spark.read.options(**base).parquet(file).schema), []).append(file)
+    return [read(group) for group in groups.values()]
 
 
 def _sorted_by_name(schema: T.StructType) -> T.StructType:
@@ -536,6 +540,11 @@ def _key(rows: DataFrame, name: str, where: str) -> Column:
     if not is_id_type(kind):
         raise TrailvecError(f"{where} has a column {name} of type {kind.simpleString()}: write the ids as text")
     return stripped(named_column(name).cast("string"))
+
+
+def is_nested_type(kind: T.DataType) -> bool:
+    """Whether values of the type are objects or lists."""
+    return isinstance(kind, (T.StructType, T.ArrayType, T.MapType))
 
 
 def is_id_type(kind: T.DataType) -> bool:

@@ -126,6 +126,10 @@ def run_spec(data: Path, items: int, files: int, **settings: Any) -> RunSpec:
     )
 
 
+def changed(spec: RunSpec, **settings: int) -> RunSpec:
+    return spec.model_copy(update={"settings": spec.settings.model_copy(update=settings)})
+
+
 # ---- trailvec's own contestants, in a process that stays up ----------------------------------------------------
 
 Batch = dict[str, torch.Tensor]
@@ -285,14 +289,12 @@ def main() -> None:
         write_rows(folder / str(items), items, few)
 
     full = run_spec(folder / str(ITEMS), ITEMS, max(few // 2, 1), negatives=0, epochs=epochs)
-    more = {"settings": full.settings.model_copy(update={"epochs": round(LONGER * epochs)})}
     sampled = run_spec(folder / str(ITEMS), ITEMS, few, negatives=1024, epochs=epochs)
     sampled_100k = run_spec(folder / str(MANY_ITEMS), MANY_ITEMS, few, negatives=1024)
     full_100k = run_spec(folder / str(MANY_ITEMS), MANY_ITEMS, max(few // 8, 1), negatives=0)
 
     def launches(count: int, spec: RunSpec) -> Callable[[], Epochs]:
-        settings = spec.settings.model_copy(update={"processes": count, "threads": 1})
-        return functools.partial(launched, spec.model_copy(update={"settings": settings}), folder / "launched")
+        return functools.partial(launched, changed(spec, processes=count, threads=1), folder / "launched")
 
     processes = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, processes) as ours, ProcessPoolExecutor(1, processes) as peer:
@@ -306,7 +308,7 @@ def main() -> None:
         contestants: dict[str, Callable[[], Epochs]] = {
             "trailvec": functools.partial(here, fed, full),
             "peer": functools.partial(there, full),
-            "trailvec longer": functools.partial(here, fed, full.model_copy(update=more)),
+            "trailvec longer": functools.partial(here, fed, changed(full, epochs=round(LONGER * epochs))),
             "sampled 100k": functools.partial(here, fed, sampled_100k),
             "peer 100k": functools.partial(there, full_100k),
             "peer sampled 100k": functools.partial(there, sampled_100k),

@@ -67,6 +67,16 @@ def both_tables(runtime: Runtime) -> tuple[list[dict[str, Any]], list[dict[str, 
     return events(runtime), read_delta(runtime.path(REJECTED_EVENTS))
 
 
+def stops_at(line: str) -> Callable[[str], None]:
+    """In place of `on_progress`: stops the run where it says so."""
+
+    def on_progress(text: str) -> None:
+        if line in text:
+            raise TrailvecError("stopped")
+
+    return on_progress
+
+
 def stop(runtime: Runtime, monkeypatch: pytest.MonkeyPatch, name: str, instead: Callable[..., None]) -> None:
     """Runs ingest with the function `name` replaced by `instead`, which stops it midway."""
     with monkeypatch.context() as patch:
@@ -227,12 +237,8 @@ def test_a_last_batch_of_one_wrong_record_is_weighed_with_those_before_it(
     (tmp_path / "log1.csv").write_text(HEADER + "9,,a,2023-05-01,1\n10,ann,a,2023-05-01,1\n")
     os.utime(tmp_path / "log0.csv", (1, 1))  # the stream takes the oldest file first
 
-    def stop_after_the_last(text: str) -> None:
-        if "batch 1, 2 records" in text:
-            raise TrailvecError("stopped")
-
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "on_progress", stop_after_the_last)
+        patch.setattr(runtime, "on_progress", stops_at("batch 1, 2 records"))
         with pytest.raises(TrailvecError, match="stopped"):
             runtime.execute(STAGE)
     report = runtime.execute(STAGE)
@@ -252,12 +258,8 @@ def test_a_batch_that_was_let_through_stops_no_later_one(
     (tmp_path / "log1.csv").write_text(HEADER + "9,ann,a,2023-05-01,1\n")
     os.utime(tmp_path / "log0.csv", (1, 1))  # the stream takes the oldest file first
 
-    def stop_in_the_last(text: str) -> None:
-        if "batch 1, reading" in text:
-            raise TrailvecError("stopped")
-
     lenient = make_runtime(*sets, "ingest.max_rejected_share=1")
-    monkeypatch.setattr(lenient, "on_progress", stop_in_the_last)
+    monkeypatch.setattr(lenient, "on_progress", stops_at("batch 1, reading"))
     with pytest.raises(TrailvecError, match="stopped"):
         lenient.execute(STAGE)
     usual = make_runtime(*sets, "ingest.max_rejected_share=0.1")
