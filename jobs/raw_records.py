@@ -146,8 +146,8 @@ def read_raw(
             groups += _read_csv_files(spark, alike, mapping.delimiter, named, base)
         elif mapping.format == "parquet":
             frames = _read_parquet(spark, as_patterns(alike), base)
-            texts = set(named) - set(mapping.attributes)
-            groups += [(mapping.place, _bytes_as_text(_with_place(frame), texts)) for frame in frames]
+            ids = mapping.id_columns()
+            groups += [(mapping.place, _bytes_as_text(_with_place(frame), ids)) for frame in frames]
         else:
             _check_packing(spark, alike)
             groups.append((mapping.place, _read_lines(spark, alike, base)))
@@ -171,7 +171,8 @@ def _finish(
     human-readable origin of its columns."""
     if not groups:
         return []
-    lookups = [_read_lookup(groups[0][1].sparkSession, lookup, data_dir, named) for lookup in mapping.lookups]
+    ids = mapping.id_columns()
+    lookups = [_read_lookup(groups[0][1].sparkSession, lookup, data_dir, named, ids) for lookup in mapping.lookups]
     looked_up = {name: lk.path for lk, rows in zip(mapping.lookups, lookups, strict=True) for name in rows.columns}
     # Attributes from a lookup are added to REST after the join; the record's own are in it from the start.
     joined = [name for name in looked_up if name in mapping.attributes]
@@ -412,10 +413,11 @@ def _sorted_by_name(schema: T.StructType) -> T.StructType:
     return T.StructType([field_of(field) for field in schema])
 
 
-def _bytes_as_text(records: DataFrame, names: set[str]) -> DataFrame:
-    """The records with the named binary columns as text: some writers do not mark a column of texts as such. Refused
-    records would have an id in base64, where no erasure finds it."""
-    binary = [f.name for f in records.schema if f.name in names and isinstance(f.dataType, T.BinaryType)]
+def _bytes_as_text(records: DataFrame, ids: Sequence[str]) -> DataFrame:
+    """The records with those of the columns `ids` that are binary as text: some writers do not mark a column of texts as
+    such. A refused record would have its id in base64, where no erasure finds it. (Other columns keep their bytes: an
+    expression may want to count or cut them.)"""
+    binary = [f.name for f in records.schema if f.name in ids and isinstance(f.dataType, T.BinaryType)]
     return records.withColumns({name: named_column(name).cast("string") for name in binary})
 
 
@@ -473,14 +475,16 @@ def _named_columns(mapping: Input) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _read_lookup(spark: SparkSession, lookup: Lookup, data_dir: Place, named: Sequence[str]) -> DataFrame:
+def _read_lookup(
+    spark: SparkSession, lookup: Lookup, data_dir: Place, named: Sequence[str], ids: Sequence[str]
+) -> DataFrame:
     """One row per value of the `on` columns, which become text and are renamed by `_on`."""
     files = [file for file, *_ in find_inputs(spark, data_dir, lookup.path)]
     if lookup.format == "csv":
         rows = read_csv_table(spark, files, lookup.delimiter, named, f"the lookup {lookup.path}", base={})
         rows = rows.where(_is_whole()).drop(FILE, LINE, BROKEN)
     else:
-        rows = spark.read.parquet(*as_patterns(files))
+        rows = _bytes_as_text(spark.read.parquet(*as_patterns(files)), ids)
     _check_columns(lookup.path, rows, lookup.on)
     rest = [name for name in rows.columns if name not in lookup.on]
     keys = [_key(rows, name, f"the lookup {lookup.path}").alias(_on(name)) for name in lookup.on]

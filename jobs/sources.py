@@ -200,6 +200,13 @@ class Input(Section):
         names += [name for lookup in self.lookups for name in lookup.on]
         return list(dict.fromkeys(names + self.attributes))
 
+    def id_columns(self) -> list[str]:
+        """The raw columns whose values are ids as they are, and the lookups' keys."""
+        columns = self.columns
+        ids = [columns.event_id, columns.user_id, columns.item_id, columns.basket_id]
+        names = [value.column for value in ids if value is not None and value.column]
+        return names + [name for lookup in self.lookups for name in lookup.on]
+
     def expressions(self) -> list[str]:
         """The SQL expressions of the mapping."""
         values = self.columns.given().values()

@@ -571,6 +571,30 @@ def test_a_type_that_no_id_has_is_refused(spark: SparkSession, tmp_path: Path) -
     assert in_json == {"text": ("17850", None), "whole": ("17850", None), "real": ("17850.0", None)}
 
 
+def test_bytes_are_text_where_they_are_an_id_alone(spark: SparkSession, tmp_path: Path) -> None:
+    code = bytes.fromhex("e28228a1c3d44142")  # no UTF-8: as a text, its first four characters would be seven bytes
+    table = pa.table(
+        {"id": [b"1"], "card": [b"c1"], "item": [b"a"], "code": [code], "at": ["2023-05-01"], "price": [1.0]}
+    )
+    pq.write_table(table, tmp_path / "log.parquet")
+    pq.write_table(pa.table({"card": [b"c1"], "user": [b"ann"]}), tmp_path / "cards.parquet")
+    (row,) = ingest(
+        spark,
+        tmp_path,
+        mapping(
+            "log.parquet",
+            "parquet",
+            {"category": {"expr": "hex(substring(code, 1, 4))"}},
+            lookups=[{"path": "cards.parquet", "format": "parquet", "on": ["card"]}],
+            attributes=["item", "code", "user"],
+            reject=[{"reason": "odd_code", "when": "length(code) <> 8"}],
+        ),
+    )
+    assert (row["event_id"], row["user_id"], row["item_id"], row["reason"]) == ("1", "ann", "a", None)
+    assert row["category"] == "E28228A1"
+    assert row["attributes"] == {"item": "a", "code": base64.b64encode(code).decode(), "user": "ann"}
+
+
 def test_an_id_of_any_origin_may_be_hashed_and_numbered(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
     folder = write("log.csv", "id,user,item,at,price\n" + "1,ann,a,2023-05-01,1\n" * 2 + ",ann,a,2023-05-01,1\n")
     for origin in ({"column": "id"}, {"expr": "upper(id)"}, {"columns": ["id"]}):
