@@ -198,7 +198,6 @@ def run(runtime: Runtime) -> None:
     # Categories belong to items, not to actions.
     sessions, values = runtime.read(SESSIONS), runtime.read(CONTEXT_VALUES).where("kind != 'category'")
     items = in_vocabulary(runtime.read(ITEMS), min_count)
-    cuts = cut_times(sessions, settings, "end_ts")
     fixed = settings.split_by == "leave_one_out" or (settings.valid_from and settings.test_from)
     if not fixed and not runtime.forced and runtime.exists(SEQUENCES):
         runtime.report.notes.append(
@@ -210,12 +209,18 @@ def run(runtime: Runtime) -> None:
     old_items = None if changes is None else runtime.previous(SEQUENCES, ITEMS)
     old_values = None if changes is None else runtime.previous(SEQUENCES, CONTEXT_VALUES)
     if changes is None or old_items is None or old_values is None:
+        cuts = cut_times(sessions, settings, "end_ts")
         sequences = build_sequences(number_actions(sessions, items, values), cuts, settings)
         # Files of similar size, as many as the rows need, in an order independent of the users.
         shuffled = sequences.hint("rebalance").sortWithinPartitions("split", F.xxhash64("user_id", "split", "part"))
         with spark_conf(runtime.spark, {"spark.sql.files.maxRecordsPerFile": str(settings.rows_per_file)}):
             runtime.write(SEQUENCES, shuffled)
         return
+    # The full build has checked both against the log's end, which nothing else asks for.
+    if settings.valid_from and settings.test_from:
+        cuts = Cuts(settings.valid_from, settings.test_from, end=settings.test_from)
+    else:
+        cuts = cut_times(sessions, settings, "end_ts")
     other_items, other_values = None, None
     if not runtime.is_unchanged(SEQUENCES, ITEMS):
         other_items = _differing(items, in_vocabulary(old_items, min_count), ["item_id"], "item_index")

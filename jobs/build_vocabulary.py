@@ -23,7 +23,6 @@ from jobs.cli import stage_main
 from jobs.config import SequencesSettings
 from jobs.flag_users import flagged_now
 from jobs.runtime import Runtime, Stage
-from jobs.spark_session import persisted
 from jobs.splits import Cuts, before_cut, cut_times, is_target
 from jobs.tables import CONTEXT_VALUES, EVENTS, FLAGGED_USERS, ITEMS, Table, conform
 from training.batches import FIRST_INDEX
@@ -244,13 +243,14 @@ def run(runtime: Runtime) -> None:
         return
     assert settings.valid_from is not None  # fixed
     cuts = Cuts(*[settings.valid_from] * 3)  # the others, checked by the full build, change no item
-    with persisted(to_describe_anew(items, changes, of_turned)) as anew:
-        rows = add_events(items.join(anew, "item_id", "left_anti"), describe_items(changes, cuts, settings))
-        if not anew.isEmpty():
-            of_log, old = (of.join(anew, "item_id", "left_semi") for of in (events, items))
-            described = describe_items(of_log, cuts, settings)
-            rows = rows.unionByName(number_items(described, old, min_count, next_index(items)))
-        runtime.merge(ITEMS, rows, made_from=items_from)
+    # Checkpointed, not persisted: the commit to `items` would plan it again.
+    anew = to_describe_anew(items, changes, of_turned).localCheckpoint()
+    rows = add_events(items.join(anew, "item_id", "left_anti"), describe_items(changes, cuts, settings))
+    if not anew.isEmpty():
+        of_log, old = (of.join(anew, "item_id", "left_semi") for of in (events, items))
+        described = describe_items(of_log, cuts, settings)
+        rows = rows.unionByName(number_items(described, old, min_count, next_index(items)))
+    runtime.merge(ITEMS, rows, made_from=items_from)
 
 
 STAGE = Stage(

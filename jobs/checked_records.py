@@ -63,8 +63,9 @@ _ISO_ZONED = r"\d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?\s*(Z|[+-]\d
 _EPOCH = {"epoch_s": (1_000_000, "decimal(18,6)"), "epoch_ms": (1_000, "decimal(21,6)")}
 
 
-def check_times(spark: SparkSession, mapping: Input, source: str) -> list[str]:
-    """All time zones that Spark knows, for `to_events`.
+def check_times(spark: SparkSession, mapping: Input, source: str) -> Column:
+    """The condition that an event's time_zone is one that Spark knows, for `to_events`. (Made once for all batches: it
+    names 600 zones.)
 
     Raises:
         TrailvecError: the mapping has an unknown zone or format, or one that can't be applied.
@@ -87,18 +88,19 @@ def check_times(spark: SparkSession, mapping: Input, source: str) -> list[str]:
             f"{zone}: give each of the two forms its own input, or leave format out, which reads ISO 8601 with or "
             "without a zone"
         )
-    return zones
+    same_for_all = mapping.columns.time_zone.constant
+    return F.col("time_zone").isin(zones) if same_for_all is None else F.lit(same_for_all in zones)
 
 
 def to_events(
-    raw: DataFrame, mapping: Input, source: str, settings: IngestSettings, now: datetime, *, zones: list[str]
+    raw: DataFrame, mapping: Input, source: str, settings: IngestSettings, now: datetime, *, has_zone: Column
 ) -> DataFrame:
     """The records as rows of EVENTS, with `reason` (NULL: an event), `raw` (of rejected ones) and `file`.
 
     Args:
         raw: what `read_raw` returns.
         now: with time zone UTC; an event later than this by more than the tolerance is rejected.
-        zones: what `check_times` returns for the mapping.
+        has_zone: what `check_times` returns for the mapping.
 
     Raises:
         TrailvecError: the mapping has SQL that Spark refuses, or times that its zone or format can't be applied to.
@@ -110,7 +112,7 @@ def to_events(
 
     # Numbers first: several reasons depend on them.
     numbered = given.withColumns({n: _number(given, n) for n in _NUMBERS})
-    events = numbered.withColumns({"reason": _reason(numbered, settings, now, zones), "source": F.lit(source)})
+    events = numbered.withColumns({"reason": _reason(numbered, settings, now, has_zone), "source": F.lit(source)})
     as_json = F.to_json("record", JSON_MICROSECONDS)
     # An event's texts are valid already. A broken row's user may be a fragment of anything, and no erasure lists
     # {"id": 4711} or 4711.0: NULL makes it search the raw record instead.
@@ -185,7 +187,8 @@ def _text_unless(raw: DataFrame, value: Column, kinds: tuple[type[T.DataType], .
 
 def _known_zones(spark: SparkSession) -> list[str]:
     """The time zones that Spark itself knows: those of Java, which converts the times."""
-    return sorted(str(zone) for zone in spark._jvm.java.time.ZoneId.getAvailableZoneIds())  # type: ignore[union-attr]
+    zones = spark._jvm.java.time.ZoneId.getAvailableZoneIds()  # type: ignore[union-attr]
+    return sorted(str(zones.toString()).strip("[]").split(", "))  # one call, not one a zone
 
 
 def _reads_times(spark: SparkSession, pattern: str) -> bool:
@@ -291,7 +294,7 @@ def _is_valid_text(names: Sequence[str]) -> Column:
     return ~valid_text(F.concat_ws("", *parts)).contains("\ufffd")
 
 
-def _reason(given: DataFrame, settings: IngestSettings, now: datetime, zones: list[str]) -> Column:
+def _reason(given: DataFrame, settings: IngestSettings, now: datetime, has_zone: Column) -> Column:
     """Why a record is not an event; NULL if it is one."""
     event_ts = F.col("event_ts")
     earliest = settings.earliest.replace(tzinfo=timezone.utc)
@@ -308,7 +311,7 @@ def _reason(given: DataFrame, settings: IngestSettings, now: datetime, zones: li
         "event_in_future": event_ts > F.lit(latest),
         **{f"bad_{n}": F.col(_as_given(n)).isNotNull() & F.col(n).isNull() for n in _NUMBERS},
         "negative_amount": (F.col("amount") < 0) & ~may_be_negative,
-        "bad_time_zone": ~F.coalesce(F.col("time_zone").isin(zones), F.lit(False)),
+        "bad_time_zone": ~F.coalesce(has_zone, F.lit(False)),
         **{f"nul_{n}": F.contains(n, F.lit("\0")) for n in _IDS},
         # Bytes first: counting characters has to walk the text.
         **{f"long_{n}": (F.octet_length(n) > _LONGEST_ID) & (F.length(n) > _LONGEST_ID) for n in _IDS},

@@ -320,7 +320,8 @@ def run_stages(runtime: Runtime, stages: Sequence[Stage], force: bool = False) -
     reports = []
     for stage in stages:
         with _progress(runtime, stage.name):
-            report = runtime.execute(stage, force)
+            runtime.execute(stage, force)
+            report = runtime.count_rows()
         reports.append(report)
         _say(report)
     return reports

@@ -13,6 +13,7 @@ import tempfile
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -233,14 +234,14 @@ class HadoopPath:
     def _jvm(self) -> Any:
         return _context()._jvm
 
-    @property
+    @cached_property
     def _path(self) -> Any:
         return self._java_path(self._uri)
 
     def _java_path(self, uri: str) -> Any:
         return self._jvm.org.apache.hadoop.fs.Path(uri)
 
-    @property
+    @cached_property
     def _system(self) -> Any:
         return self._path.getFileSystem(_context()._jsc.hadoopConfiguration())
 

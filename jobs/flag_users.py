@@ -116,7 +116,7 @@ def run(runtime: Runtime) -> None:
             .localCheckpoint()  # else both uses in flag_users would read the table
         )
         old = runtime.latest(FLAGGED_USERS).join(touched, USER_DAY, "left_semi")
-        differing = differences(flag_users(again, settings), old, FLAGGED_USERS).localCheckpoint()
+        differing = differences(flag_users(again, settings), old, FLAGGED_USERS).localCheckpoint(eager=False)
         count = differing.count()
         if count == 0:
             runtime.touch(FLAGGED_USERS)

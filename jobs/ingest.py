@@ -177,11 +177,12 @@ def _same_events(runtime: Runtime, events: DataFrame, same_day: bool) -> tuple[D
         The stored rows (`stored_events`), a condition for MERGE that holds for all of them (over `old.*`), and whether
         the batch's events are few.
     """
-    low, high, count = events.agg(F.min("event_id"), F.max("event_id"), F.count("*")).collect()[0]
+    on_days = [F.collect_set(F.to_date("event_ts"))] if same_day else []
+    low, high, count, *days_of = events.agg(F.min("event_id"), F.max("event_id"), F.count("*"), *on_days).collect()[0]
     few = count <= FEW
     if low is None:
         return None, F.lit(True), few
-    days = [row[0] for row in events.select(F.to_date("event_ts")).distinct().collect()] if same_day else None
+    days = days_of[0] if same_day else None
     ids = events.select("event_id").distinct()
     stored = stored_events(runtime, F.broadcast(ids) if few else ids, same_ids("", low, high, days))
     return stored, same_ids("old.", low, high, days), few
@@ -262,7 +263,7 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
     """
     settings, spark = runtime.config.ingest, runtime.spark
     name = f"{source.name}, {mapping.place}"
-    zones = check_times(spark, mapping, source.name)
+    has_zone = check_times(spark, mapping, source.name)
     checkpoint = _checkpoint(runtime, source, mapping)
     if runtime.forced:
         remove_tree(checkpoint)
@@ -282,7 +283,7 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
         try:
             if raw := _read_batch(runtime, mapping, records, f"{name}: batch {batch_number}"):
                 query = json.loads((checkpoint / "metadata").read_text())["id"]
-                events = [to_events(frame, mapping, source.name, settings, now, zones=zones) for frame in raw]
+                events = [to_events(frame, mapping, source.name, settings, now, has_zone=has_zone) for frame in raw]
                 # A batch repeated after a kill may be among the counts already, which then says what it brought.
                 earlier = _total(found for number, found in counts.items() if number < batch_number)
                 of_batch = commit_batch(runtime, events, (f"ingest-{query}", batch_number), earlier, reads_again)

@@ -6,6 +6,7 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class Lake:
             self._spark = start_spark(self.config)
         return self._spark
 
-    @property
+    @cached_property
     def place(self) -> Place:
         """The folder that holds everything trailvec writes."""
         return self.place_of(self.config.storage.root)
@@ -135,7 +136,7 @@ class Lake:
         return self._commits(table) if self.exists(table) else ()
 
     def _commits(self, table: Table) -> History:
-        """The table's commits, cached until the next commit through this lake."""
+        """The table's commits, cached until this lake commits to it (or `latest_version` is asked)."""
         if table.name not in self._history:
             self._history[table.name] = History(self.path(table))
         return self._history[table.name]
@@ -187,7 +188,7 @@ class Lake:
                 self._refuse_other_columns(table)
                 return
             try:
-                self.commit(self._builder(table).execute)
+                self.commit(table, self._builder(table).execute)
                 return
             except (AnalysisException, Py4JJavaError):
                 # Another job is creating it, or was killed while it did. Waits are short: a full disk ends here too,
@@ -244,8 +245,8 @@ class Lake:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
-    def commit(self, write: Callable[[], Any]) -> None:
-        """One commit to a table; retries after a conflict with another job (maintain_tables, say).
+    def commit(self, table: Table, write: Callable[[], Any]) -> None:
+        """One commit to the table; retries after a conflict with another job (maintain_tables, say).
 
         Raises:
             one of CONFLICTS: all five attempts conflicted, with 15 to 30 seconds of waiting in all.
@@ -253,7 +254,7 @@ class Lake:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 write()
-                self._history = {}
+                self._history.pop(table.name, None)
                 return
             except CONFLICTS:
                 if attempt == _ATTEMPTS:
@@ -267,7 +268,7 @@ class Lake:
         empty turns clustering off. A table without `cluster_by` stays as it is."""
         if table.cluster_by and self._clustered_by(table) != list(by):
             columns = f"({', '.join(by)})" if by else "NONE"
-            self.commit(lambda: self.spark.sql(f"ALTER TABLE {self.sql_name(table)} CLUSTER BY {columns}"))
+            self.commit(table, lambda: self.spark.sql(f"ALTER TABLE {self.sql_name(table)} CLUSTER BY {columns}"))
 
     def _clustered_by(self, table: Table) -> list[str]:
         columns = DeltaTable.forPath(self.spark, self.path(table)).detail().select("clusteringColumns")
@@ -290,7 +291,7 @@ class Lake:
         while True:
             self.cluster(table, ())
             with spark_conf(self.spark, {"spark.databricks.delta.optimize.maxFileSize": "1"}):
-                self.commit(lambda: self.spark.sql(f"REORG TABLE {self.sql_name(table)} {of}APPLY (PURGE)"))
+                self.commit(table, lambda: self.spark.sql(f"REORG TABLE {self.sql_name(table)} {of}APPLY (PURGE)"))
             # Else `maintain_tables` turned clustering on again meanwhile, and the purge may have skipped files.
             if not (table.cluster_by and self._clustered_by(table)):
                 return

@@ -178,7 +178,7 @@ def compact(runtime: Runtime, table: Table) -> None:
     # A full overwrite (in Delta 3.3.3) or a purge turns clustering off, and OPTIMIZE would then only pack files.
     runtime.cluster(table, table.cluster_by)
     with spark_conf(runtime.spark, {f"spark.databricks.delta.optimize.{k}": v for k, v in settings.items()}):
-        runtime.commit(lambda: delta.optimize().executeCompaction())
+        runtime.commit(table, lambda: delta.optimize().executeCompaction())
 
 
 def vacuum(runtime: Runtime, table: Table) -> None:
@@ -188,7 +188,7 @@ def vacuum(runtime: Runtime, table: Table) -> None:
     retention = f"interval {round(hours * 60)} minutes"
     if delta.detail().select("properties").collect()[0][0].get(_RETENTION) != retention:
         set_it = f"ALTER TABLE {runtime.sql_name(table)} SET TBLPROPERTIES ('{_RETENTION}' = '{retention}')"
-        runtime.commit(lambda: runtime.spark.sql(set_it))
+        runtime.commit(table, lambda: runtime.spark.sql(set_it))
     settings = {
         # Two commits per VACUUM would in time push the stages' commits out of the history that trailvec reads.
         "spark.databricks.delta.vacuum.logging.enabled": "false",

@@ -414,9 +414,9 @@ def _sorted_by_name(schema: T.StructType) -> T.StructType:
 
 
 def _bytes_as_text(records: DataFrame, ids: Sequence[str]) -> DataFrame:
-    """The records with those of the columns `ids` that are binary as text: some writers do not mark a column of texts as
-    such. A refused record would have its id in base64, where no erasure finds it. (Other columns keep their bytes: an
-    expression may want to count or cut them.)"""
+    """The records with those of the columns `ids` that are binary as text: some writers do not mark texts as such. A
+    refused record would have its id in base64, where no erasure finds it. (Other columns keep their bytes, which an
+    expression may want to count or to cut.)"""
     binary = [f.name for f in records.schema if f.name in ids and isinstance(f.dataType, T.BinaryType)]
     return records.withColumns({name: named_column(name).cast("string") for name in binary})
 

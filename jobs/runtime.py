@@ -82,7 +82,7 @@ _FILTERED_MERGE = {
 
 @dataclass
 class Report:
-    """What one run of a stage did; row counts by table (or by what else was read or written)."""
+    """What one run of a stage did; row counts by what it read and wrote, and by table (`Runtime.count_rows`)."""
 
     stage: str
     skipped: bool = False
@@ -133,23 +133,23 @@ class Runtime(Lake):
                 if self.exists(table):
                     self._refuse_other_columns(table)
             stage.run(self)
-        if not self.report.skipped:
-            for table in stage.reads:
-                table_id, version = self._table_ids[table.name], self._versions[table.name]
-                self.report.rows_in[table.name] = self._count(table, table_id, version)
-            for table in stage.writes:
-                version = self.latest_version(table)
-                self.report.rows_out[table.name] = self._count(table, self._commits(table).table_id, version)
         self._history = {}  # so that later commits by others are seen
         self.report.seconds = time.monotonic() - started
         return self.report
 
-    def _count(self, table: Table, table_id: str | None, version: int) -> int:
-        """The table's row count at that version."""
-        key = table.name, table_id, version
-        if key not in self._rows:
-            self._rows[key] = self.at(table, version).count()
-        return self._rows[key]
+    def count_rows(self) -> Report:
+        """The report of the stage that ran last, with the row counts of its tables. (Several Spark jobs, a tenth of a
+        small increment, so only who shows them asks.)"""
+        assert self._stage is not None
+        if not self.report.skipped:
+            self.report.rows_in |= {table.name: self.row_count(table) for table in self._stage.reads}
+            for table in self._stage.writes:
+                version = self.latest_version(table)
+                key = table.name, self._commits(table).table_id, version
+                if key not in self._rows:
+                    self._rows[key] = self.at(table, version).count()
+                self.report.rows_out[table.name] = self._rows[key]
+        return self.report
 
     def running_tasks(self) -> str:
         """Spark's active stages as "done/total tasks"; empty if nothing runs or Spark isn't started."""
@@ -165,6 +165,13 @@ class Runtime(Lake):
         if table.name not in self._frames:
             self._frames[table.name] = self.at(table, self._versions[table.name])
         return self._frames[table.name]
+
+    def row_count(self, table: Table) -> int:
+        """The number of rows that `read` returns."""
+        key = table.name, self._table_ids[table.name], self._versions[table.name]
+        if key not in self._rows:
+            self._rows[key] = self.read(table).count()
+        return self._rows[key]
 
     def version(self, table: Table) -> int:
         """The Delta version at which the stage reads the table."""
@@ -223,7 +230,8 @@ class Runtime(Lake):
 
     def state(self, table: Table) -> tuple[str | None, int]:
         """The table's Delta id and `changed_version`: equal as long as it is the same table with the same rows."""
-        return self._commits(table).table_id, self.changed_version(table)
+        changed = self.changed_version(table)  # reads the log anew
+        return self._commits(table).table_id, changed
 
     def current_model(self) -> str:
         """The version of the model whose vectors the stage reads: the one for which all users have a vector.
@@ -257,7 +265,9 @@ class Runtime(Lake):
     def previous(self, written: Table, read: Table) -> DataFrame | None:
         """`read` as it was when `written` was built; None where `written` needs a full rebuild (see `incremental`)."""
         since = self._since(written, read)
-        return None if since is None else self.at(read, since)
+        if since is None:
+            return None
+        return self.read(read) if self._unchanged_since(read, since) else self.at(read, since)
 
     def is_unchanged(self, written: Table, read: Table) -> bool:
         """Whether `read` has the same rows as when `written` was built; False if `written` needs a full rebuild."""
@@ -318,6 +328,12 @@ class Runtime(Lake):
 
     # ---- writing ---------------------------------------------------------------------------------
 
+    def create(self, table: Table) -> None:
+        """As in Lake. (`execute` has checked the columns of the stage's own tables.)"""
+        own = () if self._stage is None else (*self._stage.reads, *self._stage.writes)
+        if table not in own or not self.exists(table):
+            super().create(table)
+
     def write(
         self,
         table: Table,
@@ -376,7 +392,7 @@ class Runtime(Lake):
         self.create(table)
         writer = conform(df, table).write.format("delta").mode(mode).options(**options)
         writer = writer.option("userMetadata", self._metadata(done, note))
-        self.commit(lambda: writer.save(self.path(table)))
+        self.commit(table, lambda: writer.save(self.path(table)))
 
     def merge(
         self,
@@ -429,7 +445,7 @@ class Runtime(Lake):
                 with spark_conf(self.spark, settings):
                     merge.execute()
 
-            self._noted_commit(write, done, note)
+            self._noted_commit(table, write, done, note)
         if made_from is not None:
             self._refuse_rows_of_two_runs(table, made_from)
 
@@ -458,7 +474,7 @@ class Runtime(Lake):
     def delete(self, table: Table, where: Column, note: dict[str, Any]) -> None:
         """Deletes the rows that match a condition, in one commit; `note` as in `append`."""
         rows = DeltaTable.forPath(self.spark, self.path(table))
-        self._noted_commit(lambda: rows.delete(where), True, note)
+        self._noted_commit(table, lambda: rows.delete(where), True, note)
 
     def erase(self, table: Table, users: DataFrame, on: Column, erasure: str) -> None:
         """Deletes the rows that match one of `users` by `on`, a condition over `old.*` and `gone.user_id`.
@@ -470,11 +486,11 @@ class Runtime(Lake):
         """
         rows = DeltaTable.forPath(self.spark, self.path(table)).alias("old")
         merge = rows.merge(users.alias("gone"), on).whenMatchedDelete()
-        self._noted_commit(merge.execute, True, {"erasure": erasure})
+        self._noted_commit(table, merge.execute, True, {"erasure": erasure})
 
-    def _noted_commit(self, write: Callable[[], Any], done: bool, note: dict[str, Any] | None) -> None:
+    def _noted_commit(self, table: Table, write: Callable[[], Any], done: bool, note: dict[str, Any] | None) -> None:
         with spark_conf(self.spark, {"spark.databricks.delta.commitInfo.userMetadata": self._metadata(done, note)}):
-            self.commit(write)
+            self.commit(table, write)
 
     # ---- what ran --------------------------------------------------------------------------------
 

@@ -172,7 +172,7 @@ def affected(sessions: DataFrame, touched: DataFrame, gap_us: int) -> DataFrame:
     while True:
         near = sessions.where(meeting_days(F.col("start_ts"), F.col("end_ts"), days))
         runs = near.alias("old").join(touched.alias("span"), meets, "left_semi").select("user_id", "run_start_ts")
-        runs = runs.localCheckpoint()
+        runs = runs.localCheckpoint(eager=False)  # `few_to_all` counts them
         found = near.join(few_to_all(runs), ["user_id", "run_start_ts"], "left_semi")
         # The next session of a run begins at most a gap after this one's end.
         until = F.timestamp_micros(F.unix_micros("end_ts") + gap_us)
@@ -221,8 +221,10 @@ def run(runtime: Runtime) -> None:
         flagged = flagged_now(runtime)
         events = runtime.read(EVENTS).join(flagged, "user_id", "left_anti")
         settings = runtime.config.sessionize
-        every = events_of_a_part(runtime.read(EVENTS).count(), shuffle_tasks(runtime.spark))
-        runtime.write(SESSIONS, sessionize(events, settings, find_splits(events, settings, every)))
+        count = runtime.row_count(EVENTS)
+        every = events_of_a_part(count, shuffle_tasks(runtime.spark))
+        splits = find_splits(events, settings, every) if count > every else []
+        runtime.write(SESSIONS, sessionize(events, settings, splits))
     else:
         _update(runtime, changed, flags, made_from)
 
@@ -258,7 +260,7 @@ def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame, made_from: i
     changed = changed.select("user_id", *EVENT_IN_SESSION, "_change_type", "_commit_version")
     # Checkpoint, not persist, what is used twice: a commit to a table invalidates everything persisted from it.
     changed = changed.join(flagged.union(turned), "user_id", "left_anti").localCheckpoint()
-    touched = spans(changed, gap_us).localCheckpoint()
+    touched = spans(changed, gap_us).localCheckpoint(eager=False)
     old = affected(sessions, touched, gap_us).localCheckpoint()
 
     events, before = with_changes(old, changed), old
@@ -271,7 +273,7 @@ def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame, made_from: i
         gone = sessions.select("session_id", "user_id", "start_ts").join(few_to_all(turned), "user_id", "left_semi")
         before = old.unionByName(gone, allowMissingColumns=True)
 
-    differing = differences(sessionize(events, settings), before, SESSIONS).localCheckpoint()
+    differing = differences(sessionize(events, settings), before, SESSIONS).localCheckpoint(eager=False)
     rewritten = differing.groupBy(F.to_date("old.start_ts").alias("day")).count().collect()
     if rewritten:
         days = {row["day"] for row in rewritten if row["day"] is not None}

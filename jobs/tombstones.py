@@ -22,14 +22,17 @@ def erase_key(runtime: Runtime) -> bytes:
     Raises:
         TrailvecError: there is none, or it differs from the key of earlier erasures.
     """
+    marks = runtime.latest(ERASED_USERS).select("key_mark").distinct().collect() if runtime.exists(ERASED_USERS) else ()
+    return _key_of_marks({row["key_mark"] for row in marks})
+
+
+def _key_of_marks(marks: set[str]) -> bytes:
     key = key_of(ERASE_KEY, "erased users are known by")
-    if runtime.exists(ERASED_USERS):
-        marks = runtime.latest(ERASED_USERS).select("key_mark").distinct().collect()
-        if any(row["key_mark"] != key_mark(key) for row in marks):
-            raise TrailvecError(
-                f"{ERASE_KEY} is not the key that users were erased with, so they could come back unnoticed: set the "
-                f"old one"
-            )
+    if marks - {key_mark(key)}:
+        raise TrailvecError(
+            f"{ERASE_KEY} is not the key that users were erased with, so they could come back unnoticed: set the old "
+            f"one"
+        )
     return key
 
 
@@ -42,8 +45,8 @@ def erased_tests(runtime: Runtime) -> tuple[ColumnTest, ColumnTest] | None:
     """
     if not runtime.exists(ERASED_USERS):
         return None
-    hashes = [row["user_hash"] for row in runtime.latest(ERASED_USERS).select("user_hash").distinct().collect()]
-    if not hashes:
+    erased = runtime.latest(ERASED_USERS).select("user_hash", "key_mark").distinct().collect()
+    if not erased:
         return None
-    key = erase_key(runtime)
+    key, hashes = _key_of_marks({row["key_mark"] for row in erased}), [row["user_hash"] for row in erased]
     return of_column(on_list(key, hashes)), of_column(on_list_in_raw(key, hashes))

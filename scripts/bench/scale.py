@@ -61,7 +61,7 @@ def measure(spark: SparkSession, events: int, rounds: int, folder: Path, without
                 f"  {stage.name:12}{report.seconds:8.1f} s  "
                 + "  ".join(f"{key} {value:.0f}" for key, value in most.items())
             )
-        found["events"] = report.rows_in[EVENTS.name]
+        found["events"] = stages.count_rows().rows_in[EVENTS.name]
     shutil.rmtree(data)
     return found | {f"{name}_s": round(statistics.median(times), 2) for name, times in seconds.items()}
 

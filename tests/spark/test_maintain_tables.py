@@ -410,14 +410,14 @@ def test_a_conflict_is_tried_again_and_told_when_it_does_not_end(
     monkeypatch.setattr(lake_module, "time", SimpleNamespace(sleep=waited.append))
     real, left = Runtime.commit, [2]
 
-    def meets_others(self: Runtime, write: Callable[[], Any]) -> None:
+    def meets_others(self: Runtime, table: Table, write: Callable[[], Any]) -> None:
         def once() -> None:
             if left[0] > 0:
                 left[0] -= 1
                 raise ConcurrentDeleteReadException("another job deleted a file that this one read", stackTrace="")
             write()
 
-        real(self, once)
+        real(self, table, once)
 
     monkeypatch.setattr(Runtime, "commit", meets_others)
     run_maintain(runtime, ["events"], dry_run=False, as_json=True)

@@ -70,7 +70,7 @@ def test_a_table_that_was_made_anew_is_another_one(
     found = []
     for members in (1, 2):
         fill(runtime, EXPORTS, [member(n, "fans", "e1", 1) for n in range(members)])
-        assert runtime.report.rows_out["exports"] == members
+        assert runtime.count_rows().rows_out["exports"] == members
         found.append((write_report._inputs(runtime), probe._inputs(runtime)))
         shutil.rmtree(runtime.path(EXPORTS))
         spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()  # type: ignore[union-attr]
