@@ -158,9 +158,11 @@ def _nobody_listed(runtime: Runtime, requested_by: str) -> TrailvecError:
 
 
 def _recipient_note(export: dict[str, Any]) -> str:
+    # An upgraded log of exports has none for the older ones.
+    where = export["destination"] or "a place that the log of exports does not name"
     return (
         f"notify the recipient of segment {export['segment']}, exported {export['exported_at']:%Y-%m-%d %H:%M} to "
-        f"{export['destination']}: it held {export['users']:,} of the erased users"
+        f"{where}: it held {export['users']:,} of the erased users"
     )
 
 

@@ -218,14 +218,17 @@ class Lake:
 
     def _refuse_other_columns(self, table: Table) -> None:
         found, wanted = self.latest(table).schema, table.schema()
-        if [(f.name, f.dataType) for f in found] != [(f.name, f.dataType) for f in wanted]:
+        has, needs = ([(f.name, f.dataType) for f in schema] for schema in (found, wanted))
+        if has != needs:
             if table.stage == "ingest":
                 what = "rebuild the events as in Backfill in docs/operations.md"
             elif table.name in ONLY_HERE:
+                can_grow = all(column in needs for column in has)
                 what = (
-                    "give it those in docs/tables.md, in that order, by ALTER TABLE ... ADD COLUMN (never move that "
-                    "folder away: its rows are stored nowhere else)"
-                )
+                    "give it those in docs/tables.md, in that order, by ALTER TABLE ... ADD COLUMN"
+                    if can_grow
+                    else "deploy the version that wrote it, or a later one"
+                ) + " (never move that folder away: its rows are stored nowhere else)"
             else:
                 what = f"move that folder away and run `trailvec {table.stage}` again"
             raise TrailvecError(

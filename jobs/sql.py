@@ -36,6 +36,7 @@ _BY_CHANCE = {
 }
 # These depend on the order of a window's rows, the first three also on that of a group's.
 _BY_ORDER = {"First", "Last", "AnyValue", "NthValue", "Lag", "Lead", "RowNumber", "NTile"}
+_ALL_ROWS = "ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING"  # of a window's partition
 
 
 def prepare(runtime: Runtime) -> None:
@@ -89,7 +90,8 @@ def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
     for plan in _nodes(answer._jdf.queryExecution().analyzed()):
         if plan.nodeName() == "ScriptTransformation":
             raise TrailvecError(f"{where} starts a program (TRANSFORM ... USING): remove this clause")
-        names = {plan.nodeName(), *(part.nodeName() for part in _expressions(plan.expressions()))}
+        parts = list(_expressions(plan.expressions()))
+        names = {plan.nodeName(), *(part.nodeName() for part in parts)}
         if "CallMethodViaReflection" in names:
             raise TrailvecError(f"{where} calls a Java method (reflect or java_method): remove this call")
         if plan.nodeName() in ("LocalLimit", "Offset") and not _is_ordered(plan.child()):
@@ -97,10 +99,12 @@ def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
                 f"{where} takes arbitrary rows (a LIMIT or OFFSET without ORDER BY, or TABLESAMPLE), which change when "
                 f"the table's files are compacted: order by user_id, for example"
             )
-        unordered = plan.nodeName() == "Aggregate" or (
-            plan.nodeName() == "Window" and not _orders(plan.orderSpec(), plan.partitionSpec())
-        )
-        if drawn := names & (_BY_CHANCE | _BY_ORDER if unordered else _BY_CHANCE):
+        unordered = plan.nodeName() == "Aggregate" or (plan.nodeName() == "Window" and not _orders(plan))
+        drawn = names & (_BY_CHANCE | _BY_ORDER if unordered else _BY_CHANCE)
+        if unordered:
+            frames = {part.sql() for part in parts if part.nodeName() == "SpecifiedWindowFrame"} - {_ALL_ROWS}
+            drawn |= {frame for frame in frames if frame.startswith("ROWS")}
+        if drawn:
             raise TrailvecError(
                 f"{where} is not repeatable ({', '.join(sorted(drawn))} may differ each time): order by "
                 f"xxhash64(user_id), use min(x) or max_by(x, y) instead of first(x), last(x) and any_value(x), or give "
@@ -109,11 +113,19 @@ def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
     return answer
 
 
-def _orders(by: Any, partition: Any) -> bool:
-    """Whether an ORDER BY of a window orders its rows: by anything but constants and what a partition's rows share."""
-    keys = [by.apply(number).child() for number in range(by.size())]
+def _orders(window: Any) -> bool:
+    """Whether the ORDER BY of a Window orders its rows: by anything but constants and what a partition's rows share."""
+    by, partition, below = window.orderSpec(), window.partitionSpec(), window.child()
     shared = [partition.apply(number) for number in range(partition.size())]
-    return any(not key.foldable() and not any(key.semanticEquals(one) for one in shared) for key in keys)
+    # What is no column, (SELECT NULL) say, is a column of the plan below.
+    made = below.projectList() if below.nodeName() == "Project" else partition.take(0)
+    constant = [one.toAttribute() for one in _expressions(made) if one.nodeName() == "Alias" and _is_constant(one)]
+    keys = [by.apply(number).child() for number in range(by.size())]
+    return any(not _is_constant(key) and not any(key.semanticEquals(x) for x in (*shared, *constant)) for key in keys)
+
+
+def _is_constant(value: Any) -> bool:
+    return bool(value.foldable() or value.references().isEmpty())
 
 
 def _is_ordered(plan: Any) -> bool:

@@ -161,8 +161,8 @@ def rows_since(runtime: Runtime, about: dict[str, Any], folder: Place) -> list[s
     if not count:
         raise TrailvecError(
             f"no row of the train split has an action from {about['as_of']} on, up to which model "
-            f"{about['model_version']} was trained: ingest newer events, with sequences.split_by = time also set "
-            f"sequences.valid_from later, or set train.warm_start = false"
+            f"{about['model_version']} was trained: ingest newer events (where sequences.valid_from is set, set it "
+            f"later too), or set train.warm_start = false"
         )
     order = F.xxhash64("user_id", "part")  # an order unrelated to the users
     # A resumed training needs the same files again: a global sort would set file boundaries from a sample of the rows.

@@ -137,8 +137,8 @@ def undisturbed_run(folder: Path, data: Path) -> tuple[Job, float]:
 
 
 def kills(folder: Path, data: Path, compared: tuple[Job, float], times: int, seed: int) -> dict[str, Any]:
-    """Kills ingest and sessionize in turn, while they add the other days to tables of the first; then the same command
-    runs to its end."""
+    """Kills ingest and sessionize in turn, while they add the other days to tables of the first and, every other time,
+    while they make the tables of all days; then the same command runs to its end."""
     chance, growing, first_day = random.Random(seed), folder / "growing", folder / "first_day"
     (undisturbed, whole), killed = compared, Job(folder, growing, folder / "killed")
     growing.mkdir()
@@ -159,9 +159,13 @@ def kills(folder: Path, data: Path, compared: tuple[Job, float], times: int, see
     left = {"ingest": times - times // 2, "sessionize": times // 2}
     done: list[dict[str, Any]] = []
     wrong: dict[str, int] = {}
+    from_nothing = True
     while any(left.values()):
         shutil.rmtree(killed.root)
-        shutil.copytree(first_day, killed.root)
+        from_nothing = not from_nothing
+        if not from_nothing:
+            shutil.copytree(first_day, killed.root)
+        before = _books(killed)
         for stage in [stage for stage in stages if left[stage]]:
             length, has_begun = stages[stage]
             process = killed.start()
@@ -179,6 +183,7 @@ def kills(folder: Path, data: Path, compared: tuple[Job, float], times: int, see
             if code and stage not in finished:
                 left[stage] -= 1
                 done.append({"stage": stage, "after_s": round(moment, 1), "of_s": round(length, 1), "done": finished})
+                done[-1]["from_nothing"] = from_nothing
                 print(f"killed in {stage}, after {moment:.1f} of {length:.1f} s", flush=True)
         killed.run()
         wrong |= _wrong(undisturbed.root, killed.root, without=_OF_THE_FOLDER)

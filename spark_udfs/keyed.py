@@ -30,8 +30,8 @@ ColumnTest = Callable[[Column], Column]
 _WORD = re.compile(r"\w+")
 _STRUCTURE = re.compile(r"[\s\"'{}\[\](),;:|=]+")
 _FIELDS = re.compile(r"[\t\r\n\"'{}\[\](),;:|=&]+")  # splits at no space: an id may contain spaces
-# Not within a word or a UUID, whose groups may look like 45e3.
-_REAL = re.compile(r"(?<!\w)(?<!\w-)\d{1,40}(?:\.\d{1,40}(?:[eE]\+?\d{1,2})?|[eE]\+?\d{1,2})(?!-?\w)")
+# Not within a word. Without a point not within a UUID either, whose groups may look like 45e3.
+_REAL = re.compile(r"(?<!\w)\d{1,40}\.\d{1,40}(?:[eE]\+?\d{1,2})?(?!\w)|(?<!\w)(?<!\w-)\d{1,40}[eE]\+?\d{1,2}(?!-?\w)")
 _ESCAPES = re.compile(r'(?:\\(?:u[0-9a-fA-F]{4}|["\\/bfnrt]))+')
 
 

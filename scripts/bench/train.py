@@ -19,12 +19,13 @@ turns, medians of the epochs' examples/s:
 A first round is not counted. Then up to ten steps are profiled (the rows of --quick give two).
 
 The last line is one JSON object: speedup_vs_t4rec_trainer, speedup_at_peers_loss (of trailvec longer, all its epochs
-counted), speedup_sampled_100k, fed_vs_synthetic, two_rank_speedup, two_rank_speedup_sampled; data_wait_share (the share
-of the fed loop's time spent waiting for batches, the first one included), data_first_wait_s (that first wait); for each
-contestant the median and the last epoch's loss: trailvec's is the mean of all actions, the Trainer's that of its steps.
-held_out_loss, of those with a full softmax, is the same figure for both: the mean over the next items of rows that
-neither has trained on. cpu_...: the same in CPU seconds, which a busy machine affects less, least of all with
-OMP_WAIT_POLICY=passive. A chart of seconds per 1,000 rows: build/bench/train.svg.
+counted; left out if its held_out_loss is above the peer's), speedup_sampled_100k, fed_vs_synthetic, two_rank_speedup,
+two_rank_speedup_sampled; data_wait_share (the share of the fed loop's time spent waiting for batches, the first one
+included), data_first_wait_s (that first wait); for each contestant the median and the last epoch's loss: trailvec's is
+the mean of all actions, the Trainer's that of its steps. held_out_loss, of trailvec, peer and trailvec longer, is the
+same figure for all: the mean over the next items of rows that none has trained on. cpu_...: the same in CPU seconds,
+which a busy machine affects less, least of all with OMP_WAIT_POLICY=passive. A chart of seconds per 1,000 rows:
+build/bench/train.svg.
 """
 
 from __future__ import annotations
@@ -262,6 +263,15 @@ def ratios(rates: dict[str, float], prefix: str = "") -> dict[str, float]:
     return {prefix + key: rates[a] / epochs.get(a, 1) / rates[b] for key, a, b in known}
 
 
+def where_reached(found: dict[str, float], held_out: dict[str, float | None]) -> dict[str, float]:
+    """The ratios, without speedup_at_peers_loss if trailvec longer ended above the peer's loss."""
+    ours, theirs = held_out.get("trailvec longer"), held_out.get("peer")
+    if ours is None or theirs is None or ours <= theirs:
+        return found
+    said(f"trailvec longer ended at a held-out loss of {ours:.4f}, above the peer's {theirs:.4f}: no ratio for it")
+    return {key: ratio for key, ratio in found.items() if not key.endswith("speedup_at_peers_loss")}
+
+
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -349,7 +359,7 @@ def main() -> None:
     bars(folder.parent / "train.svg", {name: [1000 / rate for rate in values] for name, values in rates.items()})
     median = {name: statistics.median(values) for name, values in rates.items()}
     cpu = {name: statistics.median(values) for name, values in by_cpu.items() if values}
-    result: dict[str, Any] = {"rounds": rounds} | ratios(median) | ratios(cpu, "cpu_")
+    result: dict[str, Any] = {"rounds": rounds} | where_reached(ratios(median) | ratios(cpu, "cpu_"), held_out)
     if waited:
         result["data_wait_share"] = statistics.median(waited)
         result["data_first_wait_s"] = statistics.median(first_waits)

@@ -215,6 +215,8 @@ def test_a_table_of_another_version_is_refused_and_kept(
         runtime.create(table)
         with pytest.raises(TrailvecError, match=f"version of trailvec .*: .*{advice}"):
             runtime.create(dataclasses.replace(table, columns=(*table.columns, Column("more", "int", "New."))))
+    with pytest.raises(TrailvecError, match=r"value_index\): deploy the version that wrote it, or a later"):
+        runtime.create(dataclasses.replace(CONTEXT_VALUES, columns=CONTEXT_VALUES.columns[:2]))
 
 
 def test_a_merge_sends_no_old_row_through_a_shuffle_that_no_new_one_meets(

@@ -130,6 +130,7 @@ def test_half_of_an_emoji_in_json_stops_nothing() -> None:
         ("12", "a,12.50,b", True),  # rather one too many
         ("17850000", '{"user":1.785E7}', True),
         ("17850000", '{"user":1.785E70}', False),
+        ("17850000", "2023-05-01-1.785E7-mobile", True),
         ("45000", "550e8400-45e3-41d4-a716-446655440000,x", False),  # a group of a UUID
         ("12", "a,112,b", False),
         ("12", "a,12b,b", False),
