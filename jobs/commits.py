@@ -7,9 +7,11 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from jobs.files import HadoopPath
+from jobs.files import HadoopPath, Place, lines_of
+from training.urls import is_mount
 
 _COMMIT_INFO, _METADATA = '{"commitInfo"', '{"metaData"'
 KEEP_DAYS = "keep_days"  # marks, in its note, a commit that deletes rows for their age
@@ -95,11 +97,13 @@ class History:
     """A table's commits, newest first, from the one that was newest when this was created. Each is read from the log's
     files on first use.
 
-    (Delta's own history() costs a Spark job or two, and a stage asks a dozen times.)
+    (Delta's own history() costs a Spark job or two, and a stage asks a dozen times. A local log is read without Java, a
+    hundred calls less; but a mount may show late what Spark has written.)
     """
 
-    def __init__(self, path: str) -> None:
-        self._folder = HadoopPath(path) / "_delta_log"
+    def __init__(self, table: Place) -> None:
+        is_local = isinstance(table, Path) and not is_mount(table)
+        self._folder = (table if is_local else HadoopPath(str(table))) / "_delta_log"
         self._read: list[Commit] = []
         self.newest = self._newest()
 
@@ -142,4 +146,4 @@ class History:
 
     def _lines(self, name: str) -> Iterator[str]:
         file = self._folder / name
-        return file.lines() if file.exists() else iter(())
+        return lines_of(file) if file.exists() else iter(())

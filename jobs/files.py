@@ -269,6 +269,15 @@ def place_of(text: str) -> Place:
     return HadoopPath(text) if path is None else Path(path).absolute()
 
 
+def lines_of(file: Place) -> Iterator[str]:
+    """The lines of a text file, read lazily."""
+    if isinstance(file, Path):
+        with file.open(encoding="utf-8") as lines:
+            yield from (line.rstrip("\n") for line in lines)
+    else:
+        yield from file.lines()
+
+
 def make_private(folder: Place) -> None:
     """Creates the folder and its parents; accessible to its owner only, on stores that have owners."""
     if isinstance(folder, Path):

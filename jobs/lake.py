@@ -138,7 +138,7 @@ class Lake:
     def _commits(self, table: Table) -> History:
         """The table's commits, cached until this lake commits to it (or `latest_version` is asked)."""
         if table.name not in self._history:
-            self._history[table.name] = History(self.path(table))
+            self._history[table.name] = History(self.folder(table))
         return self._history[table.name]
 
     def table_id(self, table: Table) -> str | None:

@@ -23,6 +23,11 @@ def local_path(place: str) -> str | None:
     return path if scheme == "file" else None
 
 
+def is_mount(path: Path) -> bool:
+    """Whether the path is on one of Databricks' mounts."""
+    return path.parts[:2] in (("/", "Volumes"), ("/", "dbfs"))
+
+
 def file_url(place: str) -> str:
     """The URL that Petastorm needs: file:// and an absolute path; a URL of another store is returned as it is."""
     path = local_path(place)

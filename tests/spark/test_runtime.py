@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
-from pathlib import Path, PosixPath
+from pathlib import Path
 from random import Random
 from typing import Any
 from zipimport import zipimporter
@@ -24,10 +24,11 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.catalog import Catalog
 
-from jobs import commits, spark_session
+from jobs import spark_session
 from jobs.commits import History
 from jobs.config import load_config
 from jobs.errors import TrailvecError
+from jobs.files import HadoopPath
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import drawn_by_hash, persisted, spark_conf
 from jobs.sql import query
@@ -258,6 +259,13 @@ def test_a_stage_reads_what_was_there_when_it_began(make_runtime: Callable[..., 
     assert runtime.latest(CONTEXT_VALUES).collect()[0].value == "after"
 
 
+def read_log(path: str) -> History:
+    """Read by Python; the same as through Spark, where the log is on another store or on a mount."""
+    local, by_spark = History(Path(path)), History(HadoopPath(path))
+    assert (local.newest, local.table_id, list(local)) == (by_spark.newest, by_spark.table_id, list(by_spark))
+    return local
+
+
 def test_the_commits_are_those_of_deltas_history(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
     """Across a checkpoint, an upkeep, commits that change no row, and a foreign write; and after a log cleanup."""
     runtime, theirs = make_runtime(), "gdpr-12"
@@ -279,7 +287,7 @@ def test_the_commits_are_those_of_deltas_history(make_runtime: Callable[..., Run
         .selectExpr("version", "timestamp", "operation", "operationParameters.mode AS mode", "userMetadata")
     )
     expected = history.collect()
-    commits = list(History(path))
+    commits = list(read_log(path))
     assert [c.version for c in commits] == [row["version"] for row in expected] == [*range(16, -1, -1)]
     for commit, row in zip(commits, expected, strict=True):
         assert commit.committed_at == pytest.approx(row["timestamp"].timestamp(), abs=5)
@@ -291,38 +299,30 @@ def test_the_commits_are_those_of_deltas_history(make_runtime: Callable[..., Run
     assert [said["note"] for said in runtime.noted(CONTEXT_VALUES)] == [{"seen": 1}]
     assert [c.version for c in commits if c.foreign] == [12]
     (log / "00000000000000000003.json").unlink()
-    assert [c.version for c in History(path)] == [*range(16, 3, -1)]
+    assert [c.version for c in read_log(path)] == [*range(16, 3, -1)]
     (table_id,) = DeltaTable.forPath(spark, path).detail().select("id").collect()[0]
-    assert History(path).table_id == table_id
+    assert read_log(path).table_id == table_id
     (log / "00000000000000000000.json").unlink()
-    assert History(path).table_id == table_id
+    assert read_log(path).table_id == table_id
     (log / "00000000000000000016.crc").unlink()
-    assert History(path).table_id == table_id
+    assert read_log(path).table_id == table_id
     for checksum in log.glob("*.crc"):
         checksum.unlink()
-    assert History(path).table_id is None
+    assert read_log(path).table_id is None
     spark.sql(f"DELETE FROM delta.`{path}` WHERE value = 'food'")
-    assert History(path).newest == 17
-    assert next(iter(History(path))).foreign
+    assert read_log(path).newest == 17
+    assert next(iter(read_log(path))).foreign
     # A reader may find the _last_checkpoint file half written, or empty.
     for text in ('{"version":10,"si', ""):
         (log / "_last_checkpoint").write_text(text)
         (log / "._last_checkpoint.crc").unlink(missing_ok=True)
-        assert History(path).newest == 17
-
-
-class Local(PosixPath):
-    """A file accessed without Spark's JVM."""
-
-    def lines(self) -> Iterator[str]:
-        return iter(self.read_text().splitlines())
+        assert read_log(path).newest == 17
 
 
 def test_of_very_many_commits_all_are_told_and_few_are_read_where_few_are_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A topic polled every minute adds a thousand commits a day, and a nightly stage continues from them."""
-    monkeypatch.setattr(commits, "HadoopPath", Local)
     runtime = Runtime(load_config(None, [f'storage.root="{tmp_path}"']))
     log, now = Path(runtime.path(EVENTS)) / "_delta_log", int(time.time())
     log.mkdir(parents=True)
@@ -336,7 +336,7 @@ def test_of_very_many_commits_all_are_told_and_few_are_read_where_few_are_asked_
     assert [commit.version for commit in found] == [500]
     assert len(runtime._history["events"]._read) == 101
     assert [commit.version for commit in runtime.erasure_commits(EVENTS, "hers", after=0, since=0)] == [500, 50]
-    history = History(runtime.path(EVENTS))
+    history = History(runtime.folder(EVENTS))
     one, other = iter(history), iter(history)  # neither at its end
     assert [next(read).version for read in (one, other, other, one)] == [599, 599, 598, 598]
     assert [commit.version for commit in history] == [*range(599, -1, -1)]

@@ -25,7 +25,7 @@ from jobs.spark_session import forget_other_spark, refuse_other_files
 from jobs.train import snapshot_files
 from tests.sequence_files import make_rows, make_run
 from training.data import Piece, read_batches
-from training.urls import file_url, local_path
+from training.urls import file_url, is_mount, local_path
 
 ABFSS = "abfss://vectors@account.dfs.core.windows.net/trailvec"
 FORMS = [  # a place, its path among this machine's files, its URL
@@ -51,6 +51,7 @@ def test_a_place_has_a_path_where_it_is_mounted_and_a_url_always(place: str, pat
     assert local_path(place) == path
     assert file_url(place) == url
     assert file_url(url) == url
+    assert is_mount(Path(path or "/")) == ("Volumes/" in url or "/dbfs/" in url)
 
 
 def test_a_relative_path_becomes_absolute_in_a_url() -> None:
