@@ -138,8 +138,12 @@ def _mapped(raw: DataFrame, mapping: Input, source: str) -> DataFrame:
         # The hash first: the sort compares a prefix of the first key, and a file's name can't tell its records apart.
         identical = Window.partitionBy(F.sha2(record, 256), FILE).orderBy(FILE)
         raw = raw.withColumn(_ORDINAL, F.row_number().over(identical))
-    event_ts = _given(columns.event_ts)
-    event_ts_type = raw.select(event_ts).schema[0].dataType
+    given = columns.given()
+    values = {n: _given(value) for n, value in given.items()}
+    # As the record has them; an id composed of several columns may have values of any type.
+    origins = {n: _raw(value) for n, value in given.items() if not (isinstance(value, IdValue) and value.columns)}
+    types, types_there = _types(raw, values), _types(raw, origins)
+    event_ts, event_ts_type = values["event_ts"], types["event_ts"]
     is_local = columns.event_ts.zone != "UTC" or columns.event_ts.format is not None
     if columns.event_ts.expr is not None and isinstance(event_ts_type, T.TimestampType) and is_local:
         raise TrailvecError(
@@ -147,20 +151,19 @@ def _mapped(raw: DataFrame, mapping: Input, source: str) -> DataFrame:
             "format can't apply: have it return the text (with format), or use to_timestamp_ntz"
         )
     own_rules = [F.when(F.expr(rule.when), F.lit(rule.reason)) for rule in mapping.reject]
-    ids = {n: _is_no_id(raw, value, mapping) for n, value in columns.given().items() if n in _IDS}
-    others = [n for n in columns.given() if _is_text(n) and n not in _IDS]
-    nested = {n: _is_nested(raw, columns.given()[n], mapping) for n in others}
+    is_json = mapping.format == "json"
+    ids = {n: _is_no_id(origins[n], types_there[n], is_json) for n in _IDS if n in origins}
+    nested = {n: _is_nested(origins[n], types_there[n], is_json) for n in given if _is_text(n) and n not in _IDS}
     bad_types = [F.when(is_bad, f"bad_type_{n}") for n, is_bad in (ids | nested).items()]
-    values = {n: _given(value) for n, value in columns.given().items() if n != "event_ts"}
-    texts = {n: text_of(value) for n, value in values.items() if n not in _NUMBERS}
+    texts = {n: text_of(value) for n, value in values.items() if _is_text(n)}
     texts |= {n: text_of(stripped(values[n].cast("string"))) for n in _LISTED}
-    numbers = {n: _text_unless(raw, value, _NUMBER_TYPES) for n, value in values.items() if n in _NUMBERS}
+    numbers = {n: _text_unless(values[n], types[n], _NUMBER_TYPES) for n in given if n in _NUMBERS}
     missing = F.lit(None).cast("string")
     return raw.select(
         *[texts.get(c.name, missing).alias(c.name) for c in EVENTS.columns if _is_text(c.name)],
         *[numbers.get(n, missing).alias(_as_given(n)) for n in _NUMBERS],
         _time(event_ts, event_ts_type, columns.event_ts).alias("event_ts"),
-        _text_unless(raw, event_ts, _TIME_TYPES).isNotNull().alias("has_event_ts"),
+        _text_unless(event_ts, event_ts_type, _TIME_TYPES).isNotNull().alias("has_event_ts"),
         # NULL rather than an empty map: a new column that is blank must not change the event.
         F.when(F.size(REST) > 0, F.col(REST)).alias("attributes"),
         F.coalesce(F.when(F.col(BROKEN), F.lit(BROKEN_ROW)), *own_rules).alias("own_reason"),
@@ -180,9 +183,14 @@ def _as_given(number: str) -> str:
     return f"given_{number}"
 
 
-def _text_unless(raw: DataFrame, value: Column, kinds: tuple[type[T.DataType], ...]) -> Column:
+def _types(raw: DataFrame, values: dict[str, Column]) -> dict[str, T.DataType]:
+    """The values' types. (One plan for all: each takes Spark some 10 ms.)"""
+    return {f.name: f.dataType for f in raw.select(*[value.alias(n) for n, value in values.items()]).schema}
+
+
+def _text_unless(value: Column, kind: T.DataType, kinds: tuple[type[T.DataType], ...]) -> Column:
     """The value as text, or unchanged if it has one of the types: none of these is blank, and formatting is slow."""
-    return value if isinstance(raw.select(value).schema[0].dataType, kinds) else text_of(value)
+    return value if isinstance(kind, kinds) else text_of(value)
 
 
 def _known_zones(spark: SparkSession) -> list[str]:
@@ -268,24 +276,20 @@ def may_lack_zone(pattern: str) -> bool:
     return any(text.count("[") > text.count("]") for text in before)
 
 
-def _is_no_id(raw: DataFrame, value: Given, mapping: Input) -> Column:
+def _is_no_id(origin: Column, kind: T.DataType, is_json: bool) -> Column:
     """True if the value has a type that no id has: 17850.0 may be 17850 in an earlier file, and nobody would notice."""
-    if isinstance(value, IdValue) and value.columns:
-        return F.lit(False)  # composed of several values, of any type
-    given = _raw(value)
-    if mapping.format == "json":
-        return F.coalesce(F.ltrim(given.cast("string")).rlike(r"^[\[{]"), F.lit(False))  # an object or a list
-    return F.lit(not is_id_type(raw.select(given).schema[0].dataType)) & given.isNotNull()
+    if is_json:
+        return F.coalesce(F.ltrim(origin.cast("string")).rlike(r"^[\[{]"), F.lit(False))  # an object or a list
+    return F.lit(not is_id_type(kind)) & origin.isNotNull()
 
 
-def _is_nested(raw: DataFrame, value: Given, mapping: Input) -> Column:
+def _is_nested(origin: Column, kind: T.DataType, is_json: bool) -> Column:
     """True if the value is an object or a list in its file: its text can't be meant as a name or a category."""
-    given = _raw(value)
-    if mapping.format == "json":  # a plain text may begin like that too: "[new] tea"
-        text = F.ltrim(given.cast("string"))
-        is_json = F.when(text.rlike(r"^[\[{]"), F.get_json_object(text, "$").isNotNull())
-        return F.coalesce(is_json, F.lit(False))
-    return F.lit(is_nested_type(raw.select(given).schema[0].dataType))
+    if is_json:  # a plain text may begin like that too: "[new] tea"
+        text = F.ltrim(origin.cast("string"))
+        is_object = F.when(text.rlike(r"^[\[{]"), F.get_json_object(text, "$").isNotNull())
+        return F.coalesce(is_object, F.lit(False))
+    return F.lit(is_nested_type(kind))
 
 
 def _is_valid_text(names: Sequence[str]) -> Column:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import datetime, timezone
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,13 @@ def _exports(runtime: Runtime, now: datetime) -> list[Export]:
         export_key()  # fails early: it is first needed after all queries
     version = runtime.current_model()
     states = {t.name: runtime.state(t) for t in TABLES if t != EXPORTS and runtime.exists(t)}
-    digest_of, timely = cache(file_digest), cache(partial(_is_timely, runtime))  # many segments name the same lists
+    digest_of, answers = cache(file_digest), dict[str, bool]()  # many segments name the same lists
+
+    def timely(text: str, where: str) -> bool:
+        if text not in answers:
+            answers[text] = _is_timely(runtime, text, where)
+        return answers[text]
+
     with_profiles = USER_PROFILES.name in states and not of_model(runtime.latest(USER_PROFILES), version).isEmpty()
     if not with_profiles:
         _tell_of_profiles(runtime, files, version)

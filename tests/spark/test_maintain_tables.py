@@ -175,7 +175,7 @@ def test_elsewhere_than_on_a_local_disk_files_are_the_same(
     active, disk, sizes = active_files(runtime, EVENTS, version), disk_files(runtime, EVENTS), measure(runtime, EVENTS)
     old = active_files(runtime, EVENTS, version - 2)
     assert sizes["rows_hidden"] == 4
-    monkeypatch.setattr(Runtime, "place", HadoopPath(f"file:{runtime.root}"))
+    monkeypatch.setattr(runtime, "place", HadoopPath(f"file:{runtime.root}"))
     assert measure(runtime, EVENTS) == sizes
     assert disk_files(runtime, EVENTS) == {f"file:{path}": size for path, size in disk.items()}
 
