@@ -88,8 +88,9 @@ def check_times(spark: SparkSession, mapping: Input, source: str) -> Column:
             f"{zone}: give each of the two forms its own input, or leave format out, which reads ISO 8601 with or "
             "without a zone"
         )
-    same_for_all = mapping.columns.time_zone.constant
-    return F.col("time_zone").isin(zones) if same_for_all is None else F.lit(same_for_all in zones)
+    given = mapping.columns.time_zone
+    is_same_for_all = given.constant is not None and given.default is None
+    return F.lit(given.constant in zones) if is_same_for_all else F.col("time_zone").isin(zones)
 
 
 def to_events(
@@ -142,7 +143,8 @@ def _mapped(raw: DataFrame, mapping: Input, source: str) -> DataFrame:
     values = {n: _given(value) for n, value in given.items()}
     # As the record has them; an id composed of several columns may have values of any type.
     origins = {n: _raw(value) for n, value in given.items() if not (isinstance(value, IdValue) and value.columns)}
-    types, types_there = _types(raw, values), _types(raw, origins)
+    rules = {f"reject {number}": F.expr(rule.when) for number, rule in enumerate(mapping.reject)}
+    types, types_there = _types(raw, values), _types(raw, origins | rules)
     event_ts, event_ts_type = values["event_ts"], types["event_ts"]
     is_local = columns.event_ts.zone != "UTC" or columns.event_ts.format is not None
     if columns.event_ts.expr is not None and isinstance(event_ts_type, T.TimestampType) and is_local:
@@ -185,7 +187,9 @@ def _as_given(number: str) -> str:
 
 def _types(raw: DataFrame, values: dict[str, Column]) -> dict[str, T.DataType]:
     """The values' types. (One plan for all: each takes Spark some 10 ms.)"""
-    return {f.name: f.dataType for f in raw.select(*[value.alias(n) for n, value in values.items()]).schema}
+    # An expression over a column that the record lacks would read another value if that had the column's name.
+    rows = raw.select(*[value.alias(f"trailvec_{number}") for number, value in enumerate(values.values())])
+    return dict(zip(values, (field.dataType for field in rows.schema), strict=True))
 
 
 def _text_unless(value: Column, kind: T.DataType, kinds: tuple[type[T.DataType], ...]) -> Column:
@@ -246,6 +250,8 @@ def _is_string(given: DataFrame, name: str) -> bool:
 def _time(value: Column, given: T.DataType, mapping: TimeValue) -> Column:
     """The instant; NULL if it can't be parsed. A local time that daylight saving skips (spring) is read as if the clock
     had not been put forward; of an ambiguous one (autumn) the first is taken."""
+    if isinstance(given, T.BinaryType):
+        value = value.cast("string")
     if isinstance(given, T.TimestampType):
         return value
     if isinstance(given, (T.TimestampNTZType, T.DateType)):

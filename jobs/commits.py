@@ -98,11 +98,11 @@ class History:
     files on first use.
 
     (Delta's own history() costs a Spark job or two, and a stage asks a dozen times. A local log is read without Java, a
-    hundred calls less; but a mount may show late what Spark has written.)
+    hundred calls less. But a mount may show late what Spark has written, and elsewhere Spark may mean another file.)
     """
 
     def __init__(self, table: Place) -> None:
-        is_local = isinstance(table, Path) and not is_mount(table)
+        is_local = isinstance(table, Path) and not is_mount(table) and (table / "_delta_log").is_dir()
         self._folder = (table if is_local else HadoopPath(str(table))) / "_delta_log"
         self._read: list[Commit] = []
         self.newest = self._newest()

@@ -141,6 +141,7 @@ class Runtime(Lake):
         """The report of the stage that ran last, with the row counts of its tables. (Several Spark jobs, a tenth of a
         small increment, so only who shows them asks.)"""
         assert self._stage is not None
+        started = time.monotonic()
         if not self.report.skipped:
             self.report.rows_in |= {table.name: self.row_count(table) for table in self._stage.reads}
             for table in self._stage.writes:
@@ -149,6 +150,7 @@ class Runtime(Lake):
                 if key not in self._rows:
                     self._rows[key] = self.at(table, version).count()
                 self.report.rows_out[table.name] = self._rows[key]
+        self.report.seconds += time.monotonic() - started
         return self.report
 
     def running_tasks(self) -> str:

@@ -597,6 +597,21 @@ def test_bytes_are_text_where_they_are_an_id_alone(spark: SparkSession, tmp_path
     assert row["attributes"] == {"item": "a", "code": base64.b64encode(code).decode(), "user": "ann"}
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"columns": {"category": {"expr": "lower(item_id)"}}},
+        {"reject": [{"reason": "odd", "when": "item_id LIKE 'x%'"}]},
+    ],
+)
+def test_an_expression_reads_columns_of_the_record_not_values_made_of_it(
+    spark: SparkSession, write: Callable[[str, str], Path], more: Row
+) -> None:
+    folder = write("log.csv", "id,user,item,at,price\n1,ann,a,2023-05-01,1\n")
+    with pytest.raises(TrailvecError, match="`item_id`.* cannot be resolved"):
+        ingest(spark, folder, mapping("log.csv", **more))
+
+
 def test_an_id_of_any_origin_may_be_hashed_and_numbered(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
     folder = write("log.csv", "id,user,item,at,price\n" + "1,ann,a,2023-05-01,1\n" * 2 + ",ann,a,2023-05-01,1\n")
     for origin in ({"column": "id"}, {"expr": "upper(id)"}, {"columns": ["id"]}):
