@@ -608,7 +608,7 @@ def test_an_expression_reads_columns_of_the_record_not_values_made_of_it(
     spark: SparkSession, write: Callable[[str, str], Path], more: Row
 ) -> None:
     folder = write("log.csv", "id,user,item,at,price\n1,ann,a,2023-05-01,1\n")
-    with pytest.raises(TrailvecError, match="`item_id`.* cannot be resolved"):
+    with pytest.raises(TrailvecError, match=r"`item_id`.* cannot be resolved"):
         ingest(spark, folder, mapping("log.csv", **more))
 
 
