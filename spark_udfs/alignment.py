@@ -55,9 +55,9 @@ def row_cosines(one: Float32, other: Float32) -> Float64:
 
 def mean_cosine(one: Float32, other: Float32) -> float:
     """The mean of `row_cosines`, ignoring NaN; NaN if nothing is left."""
-    found = row_cosines(one, other)
-    there = ~np.isnan(found)
-    return float(found[there].mean()) if there.any() else float("nan")
+    cosines = row_cosines(one, other)
+    valid = ~np.isnan(cosines)
+    return float(cosines[valid].mean()) if valid.any() else float("nan")
 
 
 def overlap(
@@ -70,7 +70,7 @@ def overlap(
         ids: the queries are the candidates' first rows, and none counts as its own neighbour.
     """
     names = np.array([f"{number:09d}" for number in range(len(candidates[0]))])
-    kept = found = 0
+    shared = total = 0
     for start in range(0, len(queries[0]), _QUERIES_AT_ONCE):
         block = slice(start, start + _QUERIES_AT_ONCE)
         pairs: list[Int64] = []
@@ -78,6 +78,6 @@ def overlap(
             own = {"query_ids": names[: len(queries[0])][block], "candidate_ids": names} if ids else {}
             rows, columns, _ = top_k(queries[space][block], candidates[space], k, metric, **own)
             pairs.append(rows * len(names) + columns)
-        kept += len(np.intersect1d(pairs[0], pairs[1]))
-        found += len(pairs[0])
-    return kept / found if found else float("nan")
+        shared += len(np.intersect1d(pairs[0], pairs[1]))
+        total += len(pairs[0])
+    return shared / total if total else float("nan")

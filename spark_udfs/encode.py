@@ -61,23 +61,23 @@ def encode_users(
         batch_size: rows in one forward pass.
         rotation: [width, width], applied to the states (`trailvec align`); None: no rotation.
     """
-    kept = len(keep)
+    keep_count = len(keep)
 
     def encode(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         model = _worker_model(SparkFiles.get(weights), spec.model_dump_json())
         for batch in batches:
-            lengths = batch.column(kept).to_numpy().astype(np.int64)
-            values = [column.flatten().to_numpy() for column in batch.columns[kept + 1 :]]
-            read = np.minimum(lengths, spec.history_length)
+            lengths = batch.column(keep_count).to_numpy().astype(np.int64)
+            values = [column.flatten().to_numpy() for column in batch.columns[keep_count + 1 :]]
+            read_lengths = np.minimum(lengths, spec.history_length)
             vectors, cold, places = encode_rows(model, lengths, values, batch_size)
             if counts is not None:
-                counts.add([len(read), int(cold.sum()), int(read.sum()), places])
-            found = [pa.array(read.astype(np.int32)), pa.array(cold), as_lists(rotated(vectors, rotation))]
-            yield pa.RecordBatch.from_arrays([*batch.columns[:kept], *found], schema.names)
+                counts.add([len(read_lengths), int(cold.sum()), int(read_lengths.sum()), places])
+            computed = [pa.array(read_lengths.astype(np.int32)), pa.array(cold), as_lists(rotated(vectors, rotation))]
+            yield pa.RecordBatch.from_arrays([*batch.columns[:keep_count], *computed], schema.names)
 
     # Renamed, because a column of `keep` may be among the inputs too.
     frame = rows.select(*keep, *[F.col(name).alias(f"read_{name}") for name in ("length", *FEATURES)])
-    schema = StructType(frame.schema.fields[:kept])
+    schema = StructType(frame.schema.fields[:keep_count])
     for name, kind in (("history_length", IntegerType()), ("is_cold", BooleanType())):
         schema = schema.add(name, kind)
     schema = schema.add("vector", ArrayType(FloatType()))
@@ -147,12 +147,12 @@ def embed_items(items: DataFrame, weights: str, rotation: Float32 | None) -> Dat
         for batch in batches:
             index, *attributes = (column.to_numpy().astype(np.int64) for column in batch.columns[1:])
             vectors, cold = table.of(index, attributes)
-            said = np.flatnonzero(~cold | vectors.any(axis=1))
+            rows = np.flatnonzero(~cold | vectors.any(axis=1))
             yield pa.RecordBatch.from_arrays(
                 [
-                    *(column.take(pa.array(said)) for column in batch.columns[:2]),
-                    pa.array(cold[said]),
-                    as_lists(rotated(vectors[said], rotation)),
+                    *(column.take(pa.array(rows)) for column in batch.columns[:2]),
+                    pa.array(cold[rows]),
+                    as_lists(rotated(vectors[rows], rotation)),
                 ],
                 ["item_id", "item_index", "is_cold", "vector"],
             )

@@ -42,11 +42,11 @@ def hashed(key: bytes, texts: Iterable[str]) -> list[str]:
 
 def digests(key: bytes, texts: Iterable[str]) -> Iterator[bytes]:
     """HMAC-SHA256 of each text."""
-    begun = hmac.new(key, digestmod="sha256")  # processes the key once: hmac.digest per text takes 1.5 times as long
+    keyed = hmac.new(key, digestmod="sha256")  # processes the key once: hmac.digest per text takes 1.5 times as long
     for text in texts:
-        one = begun.copy()
-        one.update(text.encode("utf-8", "surrogatepass"))  # JSON may hold a lone surrogate: "cut \ud83d"
-        yield one.digest()
+        mac = keyed.copy()
+        mac.update(text.encode("utf-8", "surrogatepass"))  # JSON may hold a lone surrogate: "cut \ud83d"
+        yield mac.digest()
 
 
 def key_mark(key: bytes) -> str:
@@ -79,41 +79,41 @@ def values(raw: str) -> set[str]:
     """Everything that may be a value of a record that could not be parsed: JSON values, CSV fields by several
     delimiters, and the pieces between quotes, brackets, commas and the like, also split at spaces. As written and with
     JSON escapes decoded; whole JSON floats (17850.0) also as integers."""
-    found, plain = _pieces(raw), _unescaped(raw)
+    pieces, plain = _pieces(raw), _unescaped(raw)
     if plain != raw:
-        found.update([_unescaped(piece) for piece in found], _pieces(plain))
+        pieces.update([_unescaped(piece) for piece in pieces], _pieces(plain))
     start = min((at for opening in "{[" if (at := plain.find(opening)) >= 0), default=None)
     if start is not None:  # JSON: truncated, in a string, in a CSV field or after a label; not CSV prices before it
-        found.update(_pieces(_whole(plain[start:])))
+        pieces.update(_pieces(_whole(plain[start:])))
     with suppress(ValueError, RecursionError):
-        found.update(_leaves(json.loads(raw)))
-    return found
+        pieces.update(_leaves(json.loads(raw)))
+    return pieces
 
 
 def _pieces(text: str) -> set[str]:
-    found = {*_STRUCTURE.split(text), *map(str.strip, _FIELDS.split(text))} - {""}
+    pieces = {*_STRUCTURE.split(text), *map(str.strip, _FIELDS.split(text))} - {""}
     for delimiter in ",;\t|":
         try:
             fields = next(csv.reader([text], delimiter=delimiter), [])
         except csv.Error:
             continue
-        found.update(field.strip() for field in fields)
-    return found
+        pieces.update(field.strip() for field in fields)
+    return pieces
 
 
 def _unescaped(text: str) -> str:
     """The text with JSON escapes decoded: writers differ in which characters they escape (PHP /, Gson = and '), and in
     the case of their hex digits."""
-    return _ESCAPES.sub(lambda found: str(json.loads(f'"{found[0]}"')), text)
+    return _ESCAPES.sub(lambda match: str(json.loads(f'"{match[0]}"')), text)
 
 
 def _whole(text: str) -> str:
     """The text with 17850.0 rewritten as 17850 (pandas turns integers into floats beside a missing value), and Spark's
     1.785E7 or Python's 1e+16 in full."""
 
-    def digits(found: re.Match[str]) -> str:
-        number = Decimal(found[0])
-        return str(int(number)) if number == int(number) else found[0]
+    def digits(match: re.Match[str]) -> str:
+        number = Decimal(match[0])
+        return str(int(number)) if number == int(number) else match[0]
 
     return _REAL.sub(digits, text)
 
@@ -133,7 +133,7 @@ def _leaves(value: Any) -> Iterator[str]:
 def mentions(ids: Sequence[str]) -> TextTest:
     """Does a text contain one of the ids, as it is or escaped by JSON or CSV, and not inside a longer word or number?
     Errs towards false positives: the id 12 is found in 12.50, too."""
-    found_by, without_words = _by_rarest_word(ids)
+    forms_by_word, without_words = _by_rarest_word(ids)
 
     def holds(raw: str) -> bool:
         plain = _unescaped(raw)
@@ -141,7 +141,7 @@ def mentions(ids: Sequence[str]) -> TextTest:
 
     def is_in(text: str) -> bool:
         for word in _WORD.finditer(text):
-            for offset, form in found_by.get(word[0], ()):
+            for offset, form in forms_by_word.get(word[0], ()):
                 start = word.start() - offset
                 if start >= 0 and text.startswith(form, start) and _stands_alone(text, start, start + len(form)):
                     return True
@@ -155,16 +155,16 @@ def _by_rarest_word(ids: Sequence[str]) -> tuple[dict[str, list[tuple[int, str]]
     text is then scanned word by word once, however many ids there are."""
     forms = {form for text in ids for form in (text, json.dumps(text)[1:-1], text.replace('"', '""'))}
     shared = Counter(word[0] for form in forms for word in _WORD.finditer(form))
-    found: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    by_word: dict[str, list[tuple[int, str]]] = defaultdict(list)
     without: list[str] = []
     for form in forms:
         words = list(_WORD.finditer(form))
         if words:
             rarest = min(words, key=lambda word: (shared[word[0]], word.start()))
-            found[rarest[0]].append((rarest.start(), form))
+            by_word[rarest[0]].append((rarest.start(), form))
         else:
             without.append(form)
-    return dict(found), without
+    return dict(by_word), without
 
 
 def _stands_alone(text: str, start: int, end: int) -> bool:

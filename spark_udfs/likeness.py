@@ -62,9 +62,9 @@ def _centres(unit: Float32, count: int) -> Float32:
     if len(distinct) <= count:
         return np.asarray(distinct, np.float32)
     centres, labels = kmeans2(unit.astype(np.float64), count, iter=50, minit="++", missing="warn", seed=0)
-    found = np.asarray(centres[np.unique(labels)], np.float32)
-    found = found[found.any(axis=1)]
-    return found if len(found) else np.asarray(distinct[:count], np.float32)
+    used = np.asarray(centres[np.unique(labels)], np.float32)
+    used = used[used.any(axis=1)]
+    return used if len(used) else np.asarray(distinct[:count], np.float32)
 
 
 def direction_of(seeds: Float64 | Float32, others: Float64 | Float32) -> Float64:
@@ -86,9 +86,9 @@ def direction_of(seeds: Float64 | Float32, others: Float64 | Float32) -> Float64
         gradient = np.concatenate([[slope.sum()], standard.T @ slope + _RIDGE * point[1:]])
         return float(weight @ np.logaddexp(0, -margin) + _RIDGE / 2 * point[1:] @ point[1:]), gradient
 
-    found = minimize(loss, np.zeros(rows.shape[1] + 1), jac=True, method="L-BFGS-B").x[1:] / scale
+    direction = minimize(loss, np.zeros(rows.shape[1] + 1), jac=True, method="L-BFGS-B").x[1:] / scale
     # Others identical to the seeds separate nothing either: fall back to the seeds' mean.
-    return np.asarray(found if found.any() else rows[: len(seeds)].mean(axis=0))
+    return np.asarray(direction if direction.any() else rows[: len(seeds)].mean(axis=0))
 
 
 # ---- scores -------------------------------------------------------------------------------------------------------
@@ -155,11 +155,11 @@ class Scorer:
     def approximate(self, users: Float32) -> Float32:
         """The scores up to rounding, [segments, users]; no vector may be zero."""
         _, lengths, unit = polar(users)
-        found = np.empty((self._count, len(users)), np.float32)
+        scores = np.empty((self._count, len(users)), np.float32)
         for group in self._groups:
             for some, _, best in group.products(unit):
-                found[group.segments, some] = best * group.scale(lengths[some])
-        return found
+                scores[group.segments, some] = best * group.scale(lengths[some])
+        return scores
 
     def reaching(self, users: Float32, floors: Float64) -> Iterator[tuple[Int64, Int64, Float32]]:
         """The users who score at least a segment's floor: segments, rows of `users`, scores. Each pair comes once.
@@ -241,9 +241,9 @@ def candidates(users: DataFrame, anchors: Mapping[int, Anchors], floors: Mapping
         scorer = Scorer(shared.value)
         for batch in batches:
             vectors = matrix_of(batch.column(1))
-            there = np.flatnonzero(vectors.any(axis=1))
-            for places, rows, scores in scorer.reaching(vectors[there], lowest):
-                ids = batch.column(0).take(pa.array(there[rows]))
+            nonzero = np.flatnonzero(vectors.any(axis=1))
+            for places, rows, scores in scorer.reaching(vectors[nonzero], lowest):
+                ids = batch.column(0).take(pa.array(nonzero[rows]))
                 yield pa.RecordBatch.from_arrays(
                     [pa.array(numbers[places]), ids, pa.array(scores)], ["segment", "user_id", "score"]
                 )

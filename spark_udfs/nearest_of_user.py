@@ -59,13 +59,13 @@ class VectorTable:
             raise TrailvecError(f"table {path.name} has no vector of model {version}: run `trailvec run` first")
         self._dataset = ds.dataset(files, format="parquet")
         self._id_column = id_column
-        self._kept: list[Block] | None = None
+        self._cached: list[Block] | None = None
 
     def blocks(self) -> Iterator[Block]:
-        if self._kept is not None:
-            yield from self._kept
+        if self._cached is not None:
+            yield from self._cached
             return
-        kept: list[Block] = []
+        cached: list[Block] = []
         size = 0
         columns = [self._id_column, "vector"]
         # Minimal read-ahead: by default pyarrow would hold sixteen blocks of each of four files.
@@ -75,16 +75,16 @@ class VectorTable:
             if batch.num_rows:
                 block = _block(batch)
                 size += block[0].nbytes + block[1].nbytes
-                kept = [*kept, block] if size <= _KEPT_BYTES else []
+                cached = [*cached, block] if size <= _KEPT_BYTES else []
                 yield block
         if size <= _KEPT_BYTES:
-            self._kept = kept
+            self._cached = cached
 
-    def vector(self, wanted: str) -> Float32 | None:
+    def vector(self, row_id: str) -> Float32 | None:
         """The vector of one id, as [1, length]."""
         for ids, vectors in self.blocks():
-            row = int(np.searchsorted(ids, wanted))
-            if row < len(ids) and ids[row] == wanted:
+            row = int(np.searchsorted(ids, row_id))
+            if row < len(ids) and ids[row] == row_id:
                 return vectors[row : row + 1]
         return None
 
@@ -109,8 +109,8 @@ def nearest(
         if metric == "cosine":
             directed = vectors.any(axis=1) & (block_ids != user_id)
             some = block_ids[directed], vectors[directed]
-        _, found, found_scores = top_k(query, some[1], k, metric)
-        ids, scores = np.concatenate([ids, some[0][found]]), np.concatenate([scores, found_scores])
+        _, rows, found_scores = top_k(query, some[1], k, metric)
+        ids, scores = np.concatenate([ids, some[0][rows]]), np.concatenate([scores, found_scores])
         _, ids, scores = keep_best(np.zeros(len(ids), np.int64), ids, scores, k)
     for rank, (found_id, score) in enumerate(zip(ids, scores, strict=True), 1):
         yield rank, str(found_id), float(score)
@@ -131,11 +131,11 @@ def current_model(tables: Path) -> str:
     return str(versions[0])
 
 
-def _names_a_user(given: Any) -> bool:
+def _names_a_user(value: Any) -> bool:
     """Whether SQL passed a string or a whole number (a DECIMAL if it is beyond BIGINT)."""
-    if isinstance(given, Decimal):
-        return given.as_tuple().exponent == 0
-    return type(given) in (str, int)
+    if isinstance(value, Decimal):
+        return value.as_tuple().exponent == 0
+    return type(value) in (str, int)
 
 
 def _table_function(name: str, root: Path, version: str | None) -> Any:
@@ -147,14 +147,14 @@ def _table_function(name: str, root: Path, version: str | None) -> Any:
 
         def eval(self, user_id: str | None, k: int | None = 10) -> Iterator[tuple[int, str, float]]:
             if type(k) is not int or k < 1:  # SQL may pass any type
-                given = "NULL" if k is None else repr(k) if isinstance(k, str) else k
-                raise TrailvecError(f"{name}: k is {given}: write a whole number of at least 1")
+                shown = "NULL" if k is None else repr(k) if isinstance(k, str) else k
+                raise TrailvecError(f"{name}: k is {shown}: write a whole number of at least 1")
             if user_id is None:
                 return
             if not _names_a_user(user_id):
-                given = f"{user_id} ({type(user_id).__name__})"
+                shown = f"{user_id} ({type(user_id).__name__})"
                 raise TrailvecError(
-                    f"{name}: user_id is {given}: write a string or a whole number, as in user_embeddings"
+                    f"{name}: user_id is {shown}: write a string or a whole number, as in user_embeddings"
                 )
             if self._tables is None:
                 model = version or current_model(root / "tables")

@@ -101,16 +101,16 @@ def _newest(held: list[pa.RecordBatch], rules: CutRules, seen: _Seen) -> tuple[l
     together = pa.Table.from_batches(held).combine_chunks().to_batches()[0]
     times = together["event_ts"].cast(pa.int64()).to_numpy()
     before_valid = len(times) - 2 if rules.leave_one_out else int(np.searchsorted(times, rules.valid_us))
-    gone = before_valid - rules.farthest
-    if gone <= 0:
+    drop = before_valid - rules.farthest
+    if drop <= 0:
         return [together], seen
-    items = together["item_index"].to_numpy()[:gone].astype(np.int64)
-    predicted = together["predicted"].to_numpy(zero_copy_only=False)[:gone]
+    items = together["item_index"].to_numpy()[:drop].astype(np.int64)
+    predicted = together["predicted"].to_numpy(zero_copy_only=False)[:drop]
 
     def with_items(known: Int64, cut_us: int) -> Int64:
-        return np.union1d(known, items[predicted & (times[:gone] >= _seen_from(cut_us, rules))])
+        return np.union1d(known, items[predicted & (times[:drop] >= _seen_from(cut_us, rules))])
 
-    return [together.slice(gone)], _Seen(with_items(seen.valid, rules.valid_us), with_items(seen.test, rules.test_us))
+    return [together.slice(drop)], _Seen(with_items(seen.valid, rules.valid_us), with_items(seen.test, rules.test_us))
 
 
 def _seen_from(cut_us: int, rules: CutRules) -> int:

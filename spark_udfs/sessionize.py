@@ -116,8 +116,8 @@ def split_points(batches: Iterable[pa.RecordBatch], rules: Rules, every: int) ->
             ahead = int(starts[nearest]) + every
         ahead -= batch.num_rows
         rows = batch.take(pa.array(starts[chosen]))
-        made = [rows["user_id"], rows["event_ts"].cast(pa.int64()), rows["event_id"], pa.array(runs_us[chosen])]
-        yield pa.RecordBatch.from_arrays(made, ["user_id", "event_us", "event_id", "run_us"])
+        columns = [rows["user_id"], rows["event_ts"].cast(pa.int64()), rows["event_id"], pa.array(runs_us[chosen])]
+        yield pa.RecordBatch.from_arrays(columns, ["user_id", "event_us", "event_id", "run_us"])
 
 
 def _cut(
@@ -199,19 +199,19 @@ def _local_days(times: pa.Array, zone: str) -> Int64:
 def _cut_long(times: Int64, starts: Int64, before: _Open | None, rules: Rules) -> Int64:
     """`starts`, plus those where a session would exceed `max_events` or `max_us`: one loop iteration per such start."""
     if before is None or (len(starts) > 0 and starts[0] == 0):
-        first_rows, first_us, held = starts, times[starts], np.zeros(len(starts), np.int64)
+        first_rows, first_us, earlier_events = starts, times[starts], np.zeros(len(starts), np.int64)
     else:  # the batch begins inside a session
         first_rows = np.concatenate(([0], starts))
         first_us = np.concatenate(([before.first_us], times[starts]))
-        held = np.zeros(len(first_rows), np.int64)
-        held[0] = before.events
+        earlier_events = np.zeros(len(first_rows), np.int64)
+        earlier_events[0] = before.events
     ends = np.concatenate((first_rows[1:], [len(times)]))
-    long = ends - first_rows + held > rules.max_events
+    long = ends - first_rows + earlier_events > rules.max_events
     if rules.max_us is not None:
         long |= times[ends - 1] - first_us > rules.max_us
     more: list[int] = []
     for segment in np.flatnonzero(long):
-        row, end, since, already = first_rows[segment], ends[segment], first_us[segment], held[segment]
+        row, end, since, already = first_rows[segment], ends[segment], first_us[segment], earlier_events[segment]
         while True:
             stop = min(end, row + rules.max_events - already)
             if rules.max_us is not None:
@@ -261,5 +261,5 @@ def _distinct_sorted(values: pa.Array, offsets: Int64) -> pa.ListArray:
 def _sums(amounts: pa.Array, offsets: Int64) -> pa.Array:
     """The sum of each slice; NULL if a slice has no value."""
     sums = np.add.reduceat(pc.fill_null(amounts, 0.0).to_numpy(), offsets[:-1])
-    known = np.add.reduceat(pc.is_valid(amounts).to_numpy(zero_copy_only=False).astype(np.int64), offsets[:-1])
-    return pa.array(sums, mask=known == 0)
+    value_counts = np.add.reduceat(pc.is_valid(amounts).to_numpy(zero_copy_only=False).astype(np.int64), offsets[:-1])
+    return pa.array(sums, mask=value_counts == 0)

@@ -57,7 +57,7 @@ class Nearest:
         self._queries, self._lengths, self._unit = polar(queries)
         self._k, self._metric = k, metric
         self._scores = np.full((len(queries), k), -np.inf, np.float32)  # the k best, the lowest first
-        self._found: list[Best] = []
+        self._parts: list[Best] = []
 
     def add(self, names: npt.NDArray[Any], candidates: Float32, left_out: Pairs = _NO_PAIRS) -> None:
         """Compares more candidates.
@@ -92,9 +92,9 @@ class Nearest:
                 self._take(rows, names[columns], pair_scores(self._queries, exact, (rows, columns), both))
 
     def best(self) -> Best:
-        if not self._found:
+        if not self._parts:
             return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
-        rows, names, scores = (np.concatenate(parts) for parts in zip(*self._found, strict=True))
+        rows, names, scores = (np.concatenate(parts) for parts in zip(*self._parts, strict=True))
         return keep_best(rows, names, scores, self._k)
 
     def _floor(self, approximate: Float32, scale: Float64) -> Float32:
@@ -112,22 +112,22 @@ class Nearest:
         return np.asarray(np.maximum(floor - margin, lowest), np.float32)[:, None]
 
     def _take(self, rows: Int64, names: npt.NDArray[Any], scores: Float32) -> None:
-        there = scores >= self._scores[rows, 0]
-        rows, names, scores = rows[there], names[there], scores[there]
-        self._found.append((rows, names, scores))
-        asked = np.unique(rows)
+        improves = scores >= self._scores[rows, 0]
+        rows, names, scores = rows[improves], names[improves], scores[improves]
+        self._parts.append((rows, names, scores))
+        query_rows = np.unique(rows)
         order = np.lexsort((scores, rows))
         rows, scores = rows[order], scores[order]
         # Merge each query's k highest new scores into those that it had.
-        starts, ends = np.searchsorted(rows, asked), np.searchsorted(rows, asked, side="right")
+        starts, ends = np.searchsorted(rows, query_rows), np.searchsorted(rows, query_rows, side="right")
         width = min(self._k, int((ends - starts).max(initial=0)))
         places = ends[:, None] - 1 - np.arange(width)
         inside = places >= starts[:, None]
         new = np.where(inside, scores[np.where(inside, places, 0)], -np.inf).astype(np.float32)
-        both = np.sort(np.concatenate([self._scores[asked], new], axis=1), axis=1)
-        self._scores[asked] = both[:, -self._k :]
-        if sum(len(part[0]) for part in self._found) > 16 * self._scores.size:
-            self._found = [self.best()]
+        both = np.sort(np.concatenate([self._scores[query_rows], new], axis=1), axis=1)
+        self._scores[query_rows] = both[:, -self._k :]
+        if sum(len(part[0]) for part in self._parts) > 16 * self._scores.size:
+            self._parts = [self.best()]
 
 
 def top_k(
@@ -144,10 +144,10 @@ def top_k(
     Neighbours are row numbers in `candidates`: sort those by id to break ties by id. If both ids are given, a
     candidate with the query's own id is excluded. Under "cosine" no vector may be zero.
     """
-    found = Nearest(queries, min(k, len(candidates)), metric)  # capped, because memory grows with k
+    search = Nearest(queries, min(k, len(candidates)), metric)  # capped, because memory grows with k
     own = _NO_PAIRS if query_ids is None or candidate_ids is None else _same(query_ids, candidate_ids)
-    found.add(np.arange(len(candidates)), candidates, own)
-    return found.best()
+    search.add(np.arange(len(candidates)), candidates, own)
+    return search.best()
 
 
 def keep_best(rows: Int64, ids: npt.NDArray[Any], scores: Float32, k: int) -> Best:
@@ -317,12 +317,12 @@ def _in_cells(vectors: DataFrame, cells: Cells, *, asking: bool) -> DataFrame:
     def sort_in(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in _gathered(batches):
             rows = matrix_of(batch.column("vector"))
-            found = shared.value.of_queries(rows) if asking else shared.value.of_candidates(rows)[:, None]
+            cell_numbers = shared.value.of_queries(rows) if asking else shared.value.of_candidates(rows)[:, None]
             columns = [
-                batch.column(name).take(pa.array(np.repeat(np.arange(len(rows)), found.shape[1])))
+                batch.column(name).take(pa.array(np.repeat(np.arange(len(rows)), cell_numbers.shape[1])))
                 for name in ("id", "vector", "left_out")
             ]
-            cell = pa.array(found.reshape(-1), pa.int32())
+            cell = pa.array(cell_numbers.reshape(-1), pa.int32())
             yield pa.RecordBatch.from_arrays([*columns, cell], ["id", "vector", "left_out", "cell"])
 
     schema = "id string, vector array<float>, left_out array<string>, cell int"

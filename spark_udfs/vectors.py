@@ -92,11 +92,11 @@ def pairwise(name: str, function: Callable[[Float64, Float64], Float64], a: Seri
     Raises:
         TrailvecError: a pair is of unequal lengths, or a value is not an ARRAY<FLOAT>.
     """
-    rows = np.flatnonzero(_given(name, a) & _given(name, b))
+    rows = np.flatnonzero(_has_vector(name, a) & _has_vector(name, b))
     left, right = _lengths(name, a, rows), _lengths(name, b, rows)
     if (unequal := left != right).any():
-        found = f"{left[unequal][0]} and {right[unequal][0]}"
-        raise TrailvecError(f"{name}: two vectors have the lengths {found}: compare vectors of one model_version")
+        shown = f"{left[unequal][0]} and {right[unequal][0]}"
+        raise TrailvecError(f"{name}: two vectors have the lengths {shown}: compare vectors of one model_version")
     out = np.full(len(a), np.nan, np.float32)
     for some in _by_value(rows, left):
         with np.errstate(over="ignore"):  # FLOAT overflow gives infinity, as in Spark
@@ -115,9 +115,9 @@ def with_degree(
         TrailvecError: an unknown degree, or a value is not an ARRAY<FLOAT>.
     """
     if not _are_numbers(degrees):
-        raise TrailvecError(f"{name}: the degree is {_shown(degrees)}: write 1, 2 or float('inf')")
+        raise TrailvecError(f"{name}: the degree is {_first_value(degrees)}: write 1, 2 or float('inf')")
     degree = np.broadcast_to(degrees.to_numpy(np.float64, na_value=np.nan), len(vectors))
-    rows = np.flatnonzero(_given(name, vectors) & ~np.isnan(degree))
+    rows = np.flatnonzero(_has_vector(name, vectors) & ~np.isnan(degree))
     out: list[Any] = [None] * len(vectors)
     for same_degree in _by_value(rows, degree[rows]):
         for some in _by_value(same_degree, _lengths(name, vectors, same_degree)):
@@ -135,11 +135,11 @@ def total(name: str, function: Callable[[Float64], Float64], vectors: Series) ->
     Raises:
         TrailvecError: the vectors are of unequal lengths, or a value is not an ARRAY<FLOAT>.
     """
-    rows = np.flatnonzero(_given(name, vectors))
+    rows = np.flatnonzero(_has_vector(name, vectors))
     lengths = np.unique(_lengths(name, vectors, rows))
     if len(lengths) > 1:
-        found = " and ".join(str(length) for length in lengths[:2])
-        raise TrailvecError(f"{name}: vectors of a group have the lengths {found}: group by model_version too")
+        shown = " and ".join(str(length) for length in lengths[:2])
+        raise TrailvecError(f"{name}: vectors of a group have the lengths {shown}: group by model_version too")
     stacked = _stack(vectors, rows)
     stacked = stacked[~np.isnan(stacked).any(axis=1)]
     return function(stacked).tolist() if len(stacked) else None
@@ -156,27 +156,27 @@ def top_k(ids: Series, vectors: Series, queries: Series, ks: Series) -> list[str
     if (kind := pd.api.types.infer_dtype(ids, skipna=True)) not in ("string", "empty"):
         raise TrailvecError(f"vector_top_k takes STRING ids, found {kind}: write CAST(id AS STRING)")
     if not _are_numbers(ks):
-        raise TrailvecError(f"vector_top_k: k is {_shown(ks)}: write one whole number of at least 1")
-    found = ks.unique()
-    if len(found) != 1 or found[0] is None or not (found[0] >= 1 and found[0] % 1 == 0):
+        raise TrailvecError(f"vector_top_k: k is {_first_value(ks)}: write one whole number of at least 1")
+    unique_ks = ks.unique()
+    if len(unique_ks) != 1 or unique_ks[0] is None or not (unique_ks[0] >= 1 and unique_ks[0] % 1 == 0):
         raise TrailvecError(
-            f"vector_top_k: found k = {', '.join(map(str, found))}: write one whole number of at least 1"
+            f"vector_top_k: found k = {', '.join(map(str, unique_ks))}: write one whole number of at least 1"
         )
     scores = pairwise("vector_top_k", inner_product, vectors, queries).to_numpy()
     valid = ids.notna().to_numpy() & ~np.isnan(scores)
     names = ids.to_numpy()[valid].astype(str)
-    order = np.lexsort((names, -scores[valid]))[: int(found[0])]
+    order = np.lexsort((names, -scores[valid]))[: int(unique_ks[0])]
     return names[order].tolist() if len(order) else None
 
 
-def _given(name: str, vectors: Series) -> Bool:
+def _has_vector(name: str, vectors: Series) -> Bool:
     """Which rows hold a vector, not NULL. Raises TrailvecError: a value is not an array."""
     if isinstance(vectors, pd.DataFrame):  # how Spark passes a struct
         raise TrailvecError(f"{name} takes ARRAY<FLOAT>, found a struct: pass a vector")
-    given = vectors.notna().to_numpy()
-    for found in {type(value).__name__ for value in vectors.to_numpy()[given]} - {"ndarray"}:
-        raise TrailvecError(f"{name} takes ARRAY<FLOAT>, found {found}: pass a vector")
-    return given
+    has_vector = vectors.notna().to_numpy()
+    for kind in {type(value).__name__ for value in vectors.to_numpy()[has_vector]} - {"ndarray"}:
+        raise TrailvecError(f"{name} takes ARRAY<FLOAT>, found {kind}: pass a vector")
+    return has_vector
 
 
 def _are_numbers(values: Series) -> bool:
@@ -185,7 +185,7 @@ def _are_numbers(values: Series) -> bool:
     return not isinstance(values, pd.DataFrame) and pd.api.types.infer_dtype(values, skipna=True) in kinds
 
 
-def _shown(values: Series) -> str:
+def _first_value(values: Series) -> str:
     """A column's first value that is not NULL, for an error message."""
     if isinstance(values, pd.DataFrame):
         return "a struct"
@@ -195,8 +195,8 @@ def _shown(values: Series) -> str:
 
 def _lengths(name: str, vectors: Series, rows: npt.NDArray[np.intp]) -> Int64:
     values = vectors.to_numpy()[rows]
-    for found in {type(value[0]).__name__ for value in values if len(value)} - {"float32"}:
-        raise TrailvecError(f"{name} takes ARRAY<FLOAT>, found {found} elements: write CAST(... AS ARRAY<FLOAT>)")
+    for kind in {type(value[0]).__name__ for value in values if len(value)} - {"float32"}:
+        raise TrailvecError(f"{name} takes ARRAY<FLOAT>, found {kind} elements: write CAST(... AS ARRAY<FLOAT>)")
     return np.fromiter((len(value) for value in values), np.int64, len(values))
 
 

@@ -246,9 +246,9 @@ def write_checkpoint(folder: Folder, progress: Progress, tensors: dict[str, torc
 
 def checkpoints(folder: Folder) -> list[Folder]:
     """The complete checkpoints, oldest first."""
-    named = [path for path in folder.glob("[0-9]*-[0-9]*") if re.fullmatch(r"\d+-\d+", path.name)]
-    found = [path for path in named if (path / PROGRESS).exists()]
-    return sorted(found, key=lambda path: tuple(map(int, path.name.split("-"))))
+    candidates = [path for path in folder.glob("[0-9]*-[0-9]*") if re.fullmatch(r"\d+-\d+", path.name)]
+    complete = [path for path in candidates if (path / PROGRESS).exists()]
+    return sorted(complete, key=lambda path: tuple(map(int, path.name.split("-"))))
 
 
 def newest_checkpoint(folder: Folder) -> Folder | None:

@@ -168,18 +168,18 @@ def _chunks(pieces: list[Piece], rows: int) -> Iterator[pa.Table]:
     """The pieces' rows in tables of `rows` rows each; the last may have fewer."""
     if not pieces:
         return
-    held: list[pa.Table] = []
+    buffered: list[pa.Table] = []
     count = 0
     with _PlannedReader(pieces) as reader:
         for piece in pieces:
-            held.append(next(reader).slice(piece.start, piece.stop - piece.start))
-            count += len(held[-1])
+            buffered.append(next(reader).slice(piece.start, piece.stop - piece.start))
+            count += len(buffered[-1])
             while count >= rows:
-                table = pa.concat_tables(held)
+                table = pa.concat_tables(buffered)
                 yield table.slice(0, rows)
-                held, count = [table.slice(rows)], count - rows
+                buffered, count = [table.slice(rows)], count - rows
         if count:
-            yield pa.concat_tables(held)
+            yield pa.concat_tables(buffered)
 
 
 class _PlannedReader(Reader):  # type: ignore[misc]
@@ -208,7 +208,7 @@ class _PlannedReader(Reader):  # type: ignore[misc]
         )
 
     def _filter_row_groups(self, dataset: Any, row_groups: list[Any], *rest: Any) -> tuple[list[int], None]:
-        numbers = {(found.path, found.row_group): number for number, found in enumerate(row_groups)}
+        numbers = {(group.path, group.row_group): number for number, group in enumerate(row_groups)}
         return [numbers[self._path_of[piece.file], piece.row_group] for piece in self._planned], None
 
 
@@ -254,9 +254,9 @@ def _ahead(batches: Generator[Batch, None, None], count: int) -> Iterator[Batch]
 
     try:
         waiting = deque(pool.submit(some) for _ in range(math.ceil(count / at_once)))
-        while made := waiting.popleft().result():
+        while ready := waiting.popleft().result():
             waiting.append(pool.submit(some))
-            yield from made
+            yield from ready
     finally:
         pool.shutdown(cancel_futures=True)
         batches.close()
@@ -330,9 +330,9 @@ def choose_targets(
     start = (np.flatnonzero(closes) + 1)[np.cumsum(closes) - closes]
     later = np.minimum(np.repeat(ends, lengths) - start, horizon)
     share, place = random.random((2, len(items)))
-    asked = (share < later_share) & (later > 0)
-    drawn = np.where(asked, start + (place * later).astype(np.int64), 0)
-    return np.where(asked, np.int32(SESSION_END), session_ends), np.where(asked, items[drawn], following)
+    is_later = (share < later_share) & (later > 0)
+    drawn = np.where(is_later, start + (place * later).astype(np.int64), 0)
+    return np.where(is_later, np.int32(SESSION_END), session_ends), np.where(is_later, items[drawn], following)
 
 
 def _batches(values: Int32, lengths: Int64, batch_size: int, order: Int64) -> Iterator[Batch]:
@@ -403,9 +403,9 @@ def _held(rows: pa.RecordBatch, max_length: int, known: Bool) -> tuple[Int32, In
     owner, items, times = np.repeat(np.arange(len(rows)), counts), flat("target_item_index"), flat("target_ts")
     first = np.zeros(len(rows), np.int64)
     first[counts > 0] = times[(np.cumsum(counts) - counts)[counts > 0]]  # the lists are sorted by time
-    wanted = (times == first[owner]) & (items < len(known)) & known[np.minimum(items, len(known) - 1)]
+    is_target = (times == first[owner]) & (items < len(known)) & known[np.minimum(items, len(known) - 1)]
 
-    users, user_counts = np.unique(owner[wanted], return_counts=True)
+    users, user_counts = np.unique(owner[is_target], return_counts=True)
     lengths = rows["length"].to_numpy().astype(np.int64)
     actions = np.stack([pad(flat(name).astype(np.int32), lengths, max_length)[users] for name in FEATURES])
-    return actions, items[wanted], user_counts
+    return actions, items[is_target], user_counts

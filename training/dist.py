@@ -84,12 +84,12 @@ def _gpus() -> list[str]:
         count, device, uuid = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(16)
         check(cuda.cuInit(0))
         check(cuda.cuDeviceGetCount(ctypes.byref(count)))
-        found = []
+        uuids = []
         for number in range(count.value):
             check(cuda.cuDeviceGet(ctypes.byref(device), number))
             check(cuda.cuDeviceGetUuid_v2(uuid, device))
-            found.append(uuid.raw.hex())
-        return found
+            uuids.append(uuid.raw.hex())
+        return uuids
     except (OSError, AttributeError):  # no such library, or an older one without the function
         return [f"{socket.gethostname()} {number}" for number in range(torch.cuda.device_count())]
 
@@ -115,10 +115,10 @@ def distribute(model: torch.nn.Module, optimizer: torch.optim.Optimizer, local_s
     bits = {torch.bfloat16: torch.int16}  # Horovod doesn't know bfloat16: send its bits
     state = {name: tensor.view(bits.get(tensor.dtype, tensor.dtype)) for name, tensor in model.state_dict().items()}
     hvd.broadcast_parameters(state, root_rank=0)
-    given = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    optimized = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     return hvd.DistributedOptimizer(
         optimizer,
-        named_parameters=[named for named in model.named_parameters() if named[1] in given],
+        named_parameters=[named for named in model.named_parameters() if named[1] in optimized],
         op=hvd.Sum,
         backward_passes_per_step=local_steps,
         compression=hvd.Compression.fp16 if fp16 else hvd.Compression.none,
@@ -206,7 +206,7 @@ def run_in_spark(
     # All on this machine: no other has to reach Horovod's servers, one of which asks for no credentials.
     local = str(SparkContext.getOrCreate().master).startswith("local")
     loopback = {name for _, name in socket.if_nameindex() if name.startswith("lo")}
-    with _hooks_given_back() as of_job, kept_alive(), on_loopback() if local else nullcontext():
+    with _hooks_restored() as of_job, kept_alive(), on_loopback() if local else nullcontext():
         try:
             return list(
                 horovod.spark.run(
@@ -225,20 +225,20 @@ def run_in_spark(
             )
         except Exception as error:
             if of_job and "see the error above" in str(error):
-                raise RuntimeError(_why_a_job_failed(of_job[0])) from of_job[0]
+                raise RuntimeError(_spark_message(of_job[0])) from of_job[0]
             raise
 
 
-def _why_a_job_failed(error: BaseException) -> str:
+def _spark_message(error: BaseException) -> str:
     """One line out of Spark's long error: the Python exception if there is one, else Java's."""
     text = str(error)
-    found = re.search(r"^[\w.]*(?:Error|Exception): (.+)", text, re.MULTILINE)
-    found = found or re.search(r".*(?:Error|Exception): (.+)", text)
-    return explain(error) or (found[1] if found else first_line(error))
+    match = re.search(r"^[\w.]*(?:Error|Exception): (.+)", text, re.MULTILINE)
+    match = match or re.search(r".*(?:Error|Exception): (.+)", text)
+    return explain(error) or (match[1] if match else first_line(error))
 
 
 @contextmanager
-def _hooks_given_back() -> Iterator[list[BaseException]]:
+def _hooks_restored() -> Iterator[list[BaseException]]:
     """Restores the hooks that Horovod replaces in this process when the block ends. Errors of Horovod's Spark thread,
     pages of Java, go into the yielded list instead of stderr."""
     # Horovod installs its own handlers of Ctrl-C and SIGTERM and does not restore ours.

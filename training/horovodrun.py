@@ -28,13 +28,13 @@ from horovod.runner.http import http_server
 def on_loopback() -> Iterator[None]:
     """Within the block, Horovod's servers started by this process listen on 127.0.0.1."""
     modules = http_server, network
-    kept = [module.find_port for module in modules]
+    originals = [module.find_port for module in modules]
     for module in modules:
         module.find_port = _find_loopback_port
     try:
         yield
     finally:
-        for module, find_port in zip(modules, kept, strict=True):
+        for module, find_port in zip(modules, originals, strict=True):
             module.find_port = find_port
 
 
@@ -48,31 +48,31 @@ def _find_loopback_port(make_server: Callable[[tuple[str, int]], TCPServer]) -> 
 def kept_alive() -> Iterator[None]:
     """Within the block, Horovod's requests from this process notice within three minutes that a machine has vanished.
     Without this, its wait for a rank to end would never return."""
-    kept = network.socket
+    original = network.socket
     network.socket = SimpleNamespace(**{**vars(socket), "socket": _alive_socket})
     try:
         yield
     finally:
-        network.socket = kept
+        network.socket = original
 
 
 def _alive_socket(*of_kind: Any) -> socket.socket:
     """A TCP socket that probes a silent peer after a minute, and gives up early on connecting to a dead one."""
-    made = socket.socket(*of_kind)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection = socket.socket(*of_kind)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if sys.platform == "linux":
         options = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 6, socket.TCP_SYNCNT: 3}
         for option, value in options.items():
-            made.setsockopt(socket.IPPROTO_TCP, option, value)
-    return made
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
+    return connection
 
 
-def _said_aloud(name: str) -> bool:
+def _in_command_line(name: str) -> bool:
     """Whether a variable goes into a process's command line: only those that it cannot inherit from this process."""
     return name.startswith("HOROVOD_") or name == "PYTHONUNBUFFERED"
 
 
 if __name__ == "__main__":
-    gloo_run.env_util = SimpleNamespace(is_exportable=_said_aloud)
+    gloo_run.env_util = SimpleNamespace(is_exportable=_in_command_line)
     with on_loopback():
         launch.run_commandline()

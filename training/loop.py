@@ -83,7 +83,7 @@ class _Run:
         held, held_users: this rank's share of the held-out users (None if there are none), and all ranks' count.
         mine: this rank's SUMS in the current epoch; `progress.sums` are those of all ranks.
         logged: `progress.sums` when the last `step` of the epoch was logged.
-        said, saved: when this rank last logged, and last took part in a checkpoint (time.monotonic).
+        logged_at, saved_at: when this rank last logged, and last took part in a checkpoint (time.monotonic).
     """
 
     spec: RunSpec
@@ -101,8 +101,8 @@ class _Run:
     item_verticals: Int64
     mine: Float64
     logged: Float64
-    said: float
-    saved: float
+    logged_at: float
+    saved_at: float
 
     @property
     def learning_rate(self) -> float:
@@ -177,14 +177,15 @@ def _begin(spec: RunSpec, device: torch.device) -> _Run:
     known = item_counts.numpy() > 0
     folder = folder_of(spec.checkpoints) if spec.checkpoints else None
     rows_sha256 = rows_digest(spec.train_files)
-    found = dist.from_first(_checkpoint_over(rows_sha256, folder) if folder and rank == 0 else None)
-    progress, tensors = read_checkpoint(found) if found else (Progress(ranks=size), {})
+    checkpoint = dist.from_first(_checkpoint_over(rows_sha256, folder) if folder and rank == 0 else None)
+    progress, tensors = read_checkpoint(checkpoint) if checkpoint else (Progress(ranks=size), {})
     if progress.ranks != size:  # only if started by hand: to `trailvec train`, another number is another model
         raise TrailvecError(
-            f"the checkpoint {found} is from {progress.ranks} processes, this run has {size}: start {progress.ranks}"
+            f"the checkpoint {checkpoint} is from {progress.ranks} processes, this run has {size}: "
+            f"start {progress.ranks}"
         )
     progress.rows_sha256 = rows_sha256
-    if found:
+    if checkpoint:
         model.load_tensors(part_of(tensors, "model."))
     else:
         _first_weights(model, spec, known)
@@ -213,11 +214,11 @@ def _begin(spec: RunSpec, device: torch.device) -> _Run:
         item_verticals=verticals,
         mine=np.zeros(len(SUMS)),
         logged=np.zeros(len(SUMS)),
-        said=time.monotonic(),
-        saved=time.monotonic(),
+        logged_at=time.monotonic(),
+        saved_at=time.monotonic(),
     )
-    if found:
-        _restore(run, found, tensors)
+    if checkpoint:
+        _restore(run, checkpoint, tensors)
     return run
 
 
@@ -233,7 +234,7 @@ def _first_weights(model: SequenceModel, spec: RunSpec, known: Bool) -> None:
         model.start_from(torch.from_numpy(factors))
 
 
-def _restore(run: _Run, found: Folder, tensors: dict[str, torch.Tensor]) -> None:
+def _restore(run: _Run, checkpoint: Folder, tensors: dict[str, torch.Tensor]) -> None:
     """Loads the rest of the checkpoint, all but the model's weights. Rank 0 also writes the best epoch's weights to
     `spec.output`, and logs `resumed`."""
     load_optimizer(run.model, run.optimizer, part_of(tensors, "optimizer."))
@@ -243,7 +244,7 @@ def _restore(run: _Run, found: Folder, tensors: dict[str, torch.Tensor]) -> None
     if dist.rank() == 0:
         progress = run.progress
         if progress.best_epoch:
-            _publish_best(run.spec, found, best_checkpoint(found.parent, progress))
+            _publish_best(run.spec, checkpoint, best_checkpoint(checkpoint.parent, progress))
         _log_event("resumed", epoch=progress.epoch, step=progress.step, rows_done=progress.rows_done)
 
 
@@ -254,17 +255,17 @@ def _checkpoint_over(rows_sha256: str, folder: Folder) -> Folder | None:
     order of those files. Leftovers of a process killed a day ago or earlier are removed too.
     """
     remove_abandoned(folder)
-    for found in reversed(checkpoints(folder)):
-        progress, _ = read_progress(found)
+    for checkpoint in reversed(checkpoints(folder)):
+        progress, _ = read_progress(checkpoint)
         if progress.step == 0 or progress.rows_sha256 == rows_sha256:
-            return found
-        remove_tree(found)
+            return checkpoint
+        remove_tree(checkpoint)
         _log_event("left", epoch=progress.epoch, step=progress.step)
     return None
 
 
-def _publish_best(spec: RunSpec, found: Folder, best: Folder) -> None:
-    """Rank 0: writes the best epoch's weights so far to `spec.output`, from `best`, the checkpoint that `found` names.
+def _publish_best(spec: RunSpec, checkpoint: Folder, best: Folder) -> None:
+    """Rank 0: writes the best epoch's weights so far to `spec.output`, from `best`, the one that `checkpoint` names.
 
     Raises:
         TrailvecError: `best` is gone or damaged.
@@ -273,8 +274,8 @@ def _publish_best(spec: RunSpec, found: Folder, best: Folder) -> None:
         tensors = read_checkpoint(best)[1]
     except TrailvecError:
         raise TrailvecError(
-            f"the checkpoint {found} names a best epoch whose checkpoint, {best.name}, is gone or damaged: restore it, "
-            f"or remove {found.name} too, and training resumes from the one before it"
+            f"the checkpoint {checkpoint} names a best epoch whose checkpoint, {best.name}, is gone or damaged: "
+            f"restore it, or remove {checkpoint.name} too, and training resumes from the one before it"
         ) from None
     save_weights(Path(spec.output), part_of(tensors, "model."))
 
@@ -315,7 +316,7 @@ def _train_epoch(run: _Run, epoch: int) -> None:
         sums = add_gradients(run.model, batches, settings, run.device)
         now = time.monotonic()
         sums[BUSY], stepped = now - stepped, now
-        due = run.folder is not None and rank == 0 and now - run.saved > 60 * settings.checkpoint_minutes
+        due = run.folder is not None and rank == 0 and now - run.saved_at > 60 * settings.checkpoint_minutes
         *sums_of_all, someone_is_due = dist.total([*sums.tolist(), float(due)])
         step = dict(zip(SUMS, sums_of_all, strict=True))
         if step["rows"] == 0:
@@ -329,7 +330,7 @@ def _train_epoch(run: _Run, epoch: int) -> None:
         progress.step += 1
         progress.sums = (np.array(progress.sums) + sums_of_all).tolist()
         _extend_curve(progress, spec.train_rows)
-        if rank == 0 and now - run.said > SECONDS_BETWEEN_LINES:
+        if rank == 0 and now - run.logged_at > SECONDS_BETWEEN_LINES:
             _log_step(run, now)
         if someone_is_due:  # only rank 0's clock counts
             _refuse_broken(run.model, epoch)
@@ -367,7 +368,7 @@ def _log_step(run: _Run, now: float) -> None:
     sums = np.array(run.progress.sums)
     since = sums - run.logged
     if since[POSITIONS] > 0:
-        run.said, run.logged = now, sums
+        run.logged_at, run.logged = now, sums
         figures = {**_figures(run.spec, run.progress), "loss": _loss(since)}
         _log_event("step", **figures, learning_rate=run.learning_rate)
 
@@ -464,9 +465,9 @@ def add_gradients(
     rows = positions = places = empty = 0
     waited, loss_sum = 0.0, torch.zeros((), dtype=torch.float64, device=device)
     for _ in range(settings.local_steps):
-        asked = time.monotonic()
+        started = time.monotonic()
         batch = next(batches, None)
-        waited += time.monotonic() - asked
+        waited += time.monotonic() - started
         if batch is None:
             break
         of_padding, of_all = padding(batch)
@@ -529,7 +530,7 @@ def _save(run: _Run) -> None:
             moments |= {f"items.{name}": tensor for name, tensor in run.items.tensors().items()}
         keep = run.spec.settings.keep_checkpoints
         write_checkpoint(run.folder, run.progress, {**learnt, **moments, **random}, keep)
-    run.saved = time.monotonic()
+    run.saved_at = time.monotonic()
 
 
 def _scale(settings: TrainSettings) -> float:

@@ -26,8 +26,8 @@ def metrics_by_class(
     # Treat each (user, class) pair as a user of its own.
     pairs = owners[some] * max(1, count) + classes[some]
     order = np.argsort(pairs, kind="stable")
-    found, first = np.unique(pairs[order], return_index=True)
-    users, of = np.divmod(found, max(1, count))
+    unique_pairs, first = np.unique(pairs[order], return_index=True)
+    users, of = np.divmod(unique_pairs, max(1, count))
     return users, of, rank_metrics(ranked[users], relevant[some][order], np.append(first, len(order)))
 
 

@@ -151,8 +151,8 @@ class SequenceModel(nn.Module):
         return loss, count
 
     def _item_loss(self, states: Tensor, targets: Tensor) -> tuple[Tensor, int]:
-        wanted = self.item_counts[targets] > 0
-        states, targets = states[wanted].float(), targets[wanted]
+        is_known = self.item_counts[targets] > 0
+        states, targets = states[is_known].float(), targets[is_known]
         if len(targets) == 0:
             return states.sum() * 0, 0
         if not self.spec.negatives:
@@ -165,14 +165,14 @@ class SequenceModel(nn.Module):
     def _replacement_loss(self, batch: Batch, states: Tensor, targets: Tensor) -> Tensor:
         """Replaced-action detection, averaged over all actions: each masked action is replaced by a masked item of the
         batch, sampled by the model's own scores."""
-        hidden, given = targets > 0, batch[ITEM]
+        hidden, original = targets > 0, batch[ITEM]
         table = self.table(targets[hidden]).detach().T
         # In chunks and in 32 bits: Transformers4Rec itself holds several matrices of all masked actions by all masked
         # items, and under autocast its sampling noise is bfloat16, which takes only 256 values.
         parts = torch.split(states[hidden].detach(), _DRAWN_AT_ONCE)
         drawn = torch.cat([self.masking.sample_from_softmax((part @ table).float()) for part in parts])
-        items = given.masked_scatter(hidden, targets[hidden][drawn])
-        replaced, present = items != given, given > 0
+        items = original.masked_scatter(hidden, targets[hidden][drawn])
+        replaced, present = items != original, original > 0
         doubts = self.discriminator(self._states(self._embed({**batch, ITEM: items}), present)).squeeze(-1)
         return F.binary_cross_entropy_with_logits(doubts[present], replaced[present].float())
 
@@ -195,9 +195,9 @@ class SequenceModel(nn.Module):
         if self.spec.objective != "plm":
             longer[rows, lengths] = self.masking.masked_item_embedding.to(longer.dtype)
             return self._states(longer, present)[rows, lengths].float()
-        asked = F.one_hot(lengths, longer.shape[1]).to(longer.dtype)
-        unseen = asked[:, None, :].expand(-1, longer.shape[1], -1)  # no position sees the masked action's content
-        return self._states(longer, present, perm_mask=unseen, target_mapping=asked[:, None])[:, 0].float()
+        target_mask = F.one_hot(lengths, longer.shape[1]).to(longer.dtype)
+        unseen = target_mask[:, None, :].expand(-1, longer.shape[1], -1)  # no position sees the masked action's content
+        return self._states(longer, present, perm_mask=unseen, target_mapping=target_mask[:, None])[:, 0].float()
 
     def known(self, batch: Batch) -> Batch:
         """The batch with UNKNOWN in place of every number that the model has not learnt."""

@@ -102,7 +102,7 @@ def probe(
         have the same folds: for each fold that counts the mean over the seeds. Empty lists if no fold counts.
     """
     features = one_length(features)  # looks at no label
-    found = []
+    by_seed = []
     for seed in range(1 if times is not None and head in SEEDLESS else seeds):
         of_folds = []
         for train, test in folds_of(labels, times, folds, seed):
@@ -113,8 +113,8 @@ def probe(
             scores = fitted.predict_proba(features[test])[:, 1]
             of_folds.append((roc_auc_score(labels[test], scores), average_precision_score(labels[test], scores)))
         if of_folds:
-            found.append(of_folds)
-    means = [np.mean(each, axis=0) for each in (found if times is None else zip(*found, strict=True))]
+            by_seed.append(of_folds)
+    means = [np.mean(each, axis=0) for each in (by_seed if times is None else zip(*by_seed, strict=True))]
     return {name: [float(mean[place]) for mean in means] for place, name in enumerate(("auc", "average_precision"))}
 
 

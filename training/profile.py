@@ -84,9 +84,9 @@ class Terms:
 
     def present(self, counts: Counts) -> sp.csr_matrix:
         """[users, numbers] → whether a user has each term, 0 or 1, float64 [users, terms]."""
-        found = self._of(counts)
-        found.data = np.ones_like(found.data)
-        return found
+        matrix = self._of(counts)
+        matrix.data = np.ones_like(matrix.data)
+        return matrix
 
     def weigh(self, counts: Counts) -> sp.csr_matrix:
         """[users, numbers] → float64 [users, terms]; non-terms and numbers newer than the basis are ignored."""
@@ -97,18 +97,18 @@ class Terms:
     def beside(self, counts: Counts, usual: Float32) -> sp.csr_matrix:
         """[users, numbers] → each amount relative to the term's usual one, clipped, float64 [users, terms]; 1 where
         either is unknown (0)."""
-        found = self._of(counts)
-        often = usual[found.indices]
-        known = (found.data > 0) & (often > 0)
-        ratio = np.divide(found.data, often, out=np.ones_like(found.data), where=known)
-        found.data = np.clip(ratio, _LEAST, _MOST)
-        return found
+        matrix = self._of(counts)
+        often = usual[matrix.indices]
+        known = (matrix.data > 0) & (often > 0)
+        ratio = np.divide(matrix.data, often, out=np.ones_like(matrix.data), where=known)
+        matrix.data = np.clip(ratio, _LEAST, _MOST)
+        return matrix
 
     def usual(self, counts: Counts) -> Float32:
         """Each term's mean amount over the users with a known one, float32 [terms]; 0 if there are none."""
-        found = self._of(counts)
-        known = found.data > 0
-        terms, amounts = found.indices[known], found.data[known]
+        matrix = self._of(counts)
+        known = matrix.data > 0
+        terms, amounts = matrix.indices[known], matrix.data[known]
         users = np.bincount(terms, minlength=len(self.numbers))
         sums = np.bincount(terms, amounts, minlength=len(self.numbers))
         means: Float32 = (sums / np.maximum(users, 1)).astype(np.float32)
@@ -132,14 +132,14 @@ def _unit(rows: sp.csr_matrix) -> sp.csr_matrix:
 
 def _more_and_less(beside: sp.csr_matrix) -> sp.csr_matrix:
     """Logarithms of the relative amounts, minus the user's own mean; rows of norm 1."""
-    found = beside.copy()
-    found.data = np.log(found.data)
-    each = np.diff(found.indptr)
-    means = np.asarray(found.sum(axis=1)).ravel() / np.maximum(each, 1)
-    found.data = found.data - np.repeat(means, each)
-    found.data[np.abs(found.data) < 1e-9] = 0  # equal up to rounding: must not become a direction
-    found.eliminate_zeros()
-    return _unit(found)
+    logarithms = beside.copy()
+    logarithms.data = np.log(logarithms.data)
+    each = np.diff(logarithms.indptr)
+    means = np.asarray(logarithms.sum(axis=1)).ravel() / np.maximum(each, 1)
+    logarithms.data = logarithms.data - np.repeat(means, each)
+    logarithms.data[np.abs(logarithms.data) < 1e-9] = 0  # equal up to rounding: must not become a direction
+    logarithms.eliminate_zeros()
+    return _unit(logarithms)
 
 
 @dataclass(frozen=True)
@@ -201,14 +201,14 @@ def _parts(
     weighed: Mapping[str, sp.csr_matrix],
     directions: Mapping[str, Float32],
 ) -> dict[str, Float64]:
-    told = np.zeros((len(states), len(directions["forecast"])))
-    given = counts["statistics"][:, : told.shape[1]].toarray()
-    told[:, : given.shape[1]] = given
+    statistics = np.zeros((len(states), len(directions["forecast"])))
+    present = counts["statistics"][:, : statistics.shape[1]].toarray()
+    statistics[:, : present.shape[1]] = present
     return {
         "state": states.astype(np.float64),
         **{part: np.asarray(weights @ directions[part]) for part, weights in weighed.items()},
-        "statistics": told,
-        "forecast": told @ directions["forecast"].astype(np.float64),
+        "statistics": statistics,
+        "forecast": statistics @ directions["forecast"].astype(np.float64),
     }
 
 
@@ -282,12 +282,12 @@ def _ridge(before: Counts, since: Float64, statistics: int) -> Float32:
     weights = np.zeros((statistics, since.shape[1]), np.float32)
     if not len(since):
         return weights
-    told = before[:, :statistics].toarray()
-    spread = told.std(axis=0)
+    features = before[:, :statistics].toarray()
+    spread = features.std(axis=0)
     known = np.flatnonzero(spread > 1e-9)
     if len(known):
-        found = Ridge(_RIDGE).fit(told[:, known] / spread[known], since).coef_.T / spread[known, None]
-        weights[known] = found.reshape(len(known), -1)
+        coefficients = Ridge(_RIDGE).fit(features[:, known] / spread[known], since).coef_.T / spread[known, None]
+        weights[known] = coefficients.reshape(len(known), -1)
     return weights
 
 
@@ -324,8 +324,8 @@ def write_basis(folder: Path, basis: Basis, about: dict[str, object]) -> None:
     save_file(tensors, staged)
     sha256 = sha256_of(staged)
     staged.replace(folder / TENSORS)
-    told = {"widths": basis.widths, "statistics": basis.names, "words": basis.words.shape[1], "sha256": sha256}
-    text = json.dumps({**about, **told}, indent=2)
+    fields = {"widths": basis.widths, "statistics": basis.names, "words": basis.words.shape[1], "sha256": sha256}
+    text = json.dumps({**about, **fields}, indent=2)
     write_whole(folder / ABOUT, text + "\n")
 
 

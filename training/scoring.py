@@ -81,9 +81,9 @@ def _last_of_block(block: Any, hidden: Tensor, lengths: Tensor) -> Tensor:
     query = torch.addmm(bias[:width], normed[place], weight[:, :width]).view(rows, heads, -1).transpose(0, 1)
     keys = weight[:, width : 2 * width].view(width, heads, -1).permute(1, 2, 0)  # [heads, width / heads, width]
     # The key's bias shifts all scores of a row and head alike, so softmax cancels it.
-    asked = (query @ keys).transpose(0, 1) / math.sqrt(width // heads)  # [rows, heads, width]
+    projected = (query @ keys).transpose(0, 1) / math.sqrt(width // heads)  # [rows, heads, width]
     later = torch.arange(length, device=hidden.device) >= lengths[:, None]
-    shares = (asked @ normed.transpose(1, 2)).masked_fill(later[:, None], -math.inf).softmax(dim=-1)
+    shares = (projected @ normed.transpose(1, 2)).masked_fill(later[:, None], -math.inf).softmax(dim=-1)
     pooled = (shares @ normed).transpose(0, 1)  # [heads, rows, width]
     values = weight[:, 2 * width :].view(width, heads, -1).transpose(0, 1)  # [heads, width, width / heads]
     attended = (pooled @ values).transpose(0, 1).reshape(rows, width) + bias[2 * width :]

@@ -101,13 +101,13 @@ class _FullSoftmax(torch.autograd.Function):
         of_states, of_vectors = torch.empty_like(states), torch.zeros_like(vectors)
         rows = max(1, _CHUNK_SCORES // len(vectors))
         for start in range(0, len(states), rows):
-            part, wanted = states[start : start + rows], targets[start : start + rows, None]
+            part, own_target = states[start : start + rows], targets[start : start + rows, None]
             scores = part @ vectors.T
             sums = scores.logsumexp(dim=1, keepdim=True)
-            loss += (sums - scores.gather(1, wanted)).sum()
+            loss += (sums - scores.gather(1, own_target)).sum()
             if any(ctx.needs_input_grad):
                 errors = scores.sub_(sums).exp_()
-                errors.scatter_add_(1, wanted, errors.new_full((1, 1), -1.0).expand_as(wanted))
+                errors.scatter_add_(1, own_target, errors.new_full((1, 1), -1.0).expand_as(own_target))
                 of_states[start : start + rows] = errors @ vectors
                 of_vectors.addmm_(errors.T, part)
         ctx.save_for_backward(of_states, of_vectors)

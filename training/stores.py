@@ -184,8 +184,8 @@ def remove_abandoned(folder: Folder) -> None:
     """Removes what killed processes left of `filled`, if begun a day ago or earlier: newer parts may belong to a run
     that is still going."""
     for part in folder.glob(".*.part"):
-        begun = re.search(r"\.(\d+)-[0-9a-f]+\.part$", part.name)
-        if begun and time.time() - int(begun[1]) > _SECONDS_TO_FILL:
+        match = re.search(r"\.(\d+)-[0-9a-f]+\.part$", part.name)
+        if match and time.time() - int(match[1]) > _SECONDS_TO_FILL:
             remove_tree(part)
 
 
@@ -237,8 +237,8 @@ def _is_remote(name: str) -> bool:
 
 
 def _system_of(url: str) -> Any:
-    if found := _S3.match(url):
-        return _s3_store(*found.groups())
+    if match := _S3.match(url):
+        return _s3_store(*match.groups())
     from fsspec.core import url_to_fs  # noqa: PLC0415 - nothing on a local disk needs it, nor do the data stages
 
     return cast(Any, url_to_fs(url))[0]  # fsspec caches one per host

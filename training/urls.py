@@ -46,12 +46,12 @@ def holds_secret(place: str) -> bool:
     # abfss://container@account…: what parses as a user is the container.
     user = None if parts.scheme in ("abfs", "abfss") else parts.username
     # A secret may contain a slash, where urlsplit would end the host.
-    named = parts.scheme and re.search(r"//[^@]*:[^@]*@", place)
-    return bool(user or parts.password or named or "key" in parts.query.lower())
+    credentials = parts.scheme and re.search(r"//[^@]*:[^@]*@", place)
+    return bool(user or parts.password or credentials or "key" in parts.query.lower())
 
 
 def not_for_training(place: str) -> str | None:
     """The first part of a folder's name that Petastorm (# and ? end a URL's path) or delta-rs (reads %41 as A) can't
     read; None if there is none."""
-    found = re.search(r"[#?]|%[0-9A-Fa-f]{2}", place)
-    return found[0] if found else None
+    match = re.search(r"[#?]|%[0-9A-Fa-f]{2}", place)
+    return match[0] if match else None

@@ -60,8 +60,8 @@ def validate(  # noqa: PLR0917 - all of it is what is ranked
     return {
         "recall@10": everyone["recall@10"],
         "ndcg@10": everyone["ndcg@10"],
-        "by_history": {name: found for name, found in zip(HISTORY_NAMES, of_class, strict=True) if found},
-        "by_vertical": {name: found for name, found in zip(verticals, of_vertical, strict=True) if found},
+        "by_history": {name: mean for name, mean in zip(HISTORY_NAMES, of_class, strict=True) if mean},
+        "by_vertical": {name: mean for name, mean in zip(verticals, of_vertical, strict=True) if mean},
     }
 
 
@@ -89,9 +89,9 @@ def best_items(
                 place = torch.searchsorted(some, excluded[users]).clamp_(max=len(some) - 1)
                 user, column = (some[place] == excluded[users]).nonzero(as_tuple=True)
                 scores[user, place[user, column]] = -torch.inf
-            found = scores.topk(min(k, len(some)), dim=1)
-            best[users], kept = torch.cat([best[users], found.values], 1).topk(k, dim=1)
-            best_of[users] = torch.cat([best_of[users], some[found.indices]], 1).gather(1, kept)
+            top = scores.topk(min(k, len(some)), dim=1)
+            best[users], kept = torch.cat([best[users], top.values], 1).topk(k, dim=1)
+            best_of[users] = torch.cat([best_of[users], some[top.indices]], 1).gather(1, kept)
     return best_of.masked_fill_(best == -torch.inf, -1)
 
 
