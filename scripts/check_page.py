@@ -37,7 +37,7 @@ def chromium(binary: str, arguments: list[str], profile: Path) -> tuple[str, str
     common = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
     quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [binary, *common, *quiet, "--enable-logging=stderr", *arguments],
             capture_output=True,
             text=True,
@@ -46,9 +46,9 @@ def chromium(binary: str, arguments: list[str], profile: Path) -> tuple[str, str
         )
     except subprocess.TimeoutExpired:
         sys.exit(f"{binary} took longer than {LONGEST} s over {arguments[-1]}: check the page by hand, or try again")
-    if done.returncode:
-        sys.exit(f"{binary} ended with exit code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
-    return done.stdout, done.stderr
+    if process.returncode:
+        sys.exit(f"{binary} ended with exit code {process.returncode}: {process.stderr.strip().splitlines()[-1:]}")
+    return process.stdout, process.stderr
 
 
 def requests(net_log: Path) -> set[str]:
@@ -78,33 +78,33 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         profile, frame = Path(folder) / "profile", Path(folder) / "frame.html"
-        shown = {
+        renderings = {
             name: [f"--screenshot={arguments.out / name}.png", f"--window-size={width},{height}"]
             for name, (width, height) in (("phone", PHONE), ("screen", SCREEN))
         }
-        shown["print"] = [f"--print-to-pdf={arguments.out / 'print.pdf'}", "--no-pdf-header-footer"]
-        said, asked = "", set[str]()
-        for name, options in shown.items():
+        renderings["print"] = [f"--print-to-pdf={arguments.out / 'print.pdf'}", "--no-pdf-header-footer"]
+        stderr, urls = "", set[str]()
+        for name, options in renderings.items():
             net_log = Path(folder) / f"{name}.json"
-            said += chromium(binary, [*options, f"--log-net-log={net_log}", address], profile)[1]
-            asked |= requests(net_log)
+            stderr += chromium(binary, [*options, f"--log-net-log={net_log}", address], profile)[1]
+            urls |= requests(net_log)
         frame.write_text(_WIDTHS.format(page=address, width=PHONE[0]))
         document = chromium(
             binary,
             ["--allow-file-access-from-files", "--virtual-time-budget=10000", "--dump-dom", frame.as_uri()],
             profile,
         )[0]
-    console = [line for line in said.splitlines() if "CONSOLE" in line]
-    found = re.search(r'data-width="(\d+)"', document)
-    if found is None:
+    console = [line for line in stderr.splitlines() if "CONSOLE" in line]
+    match = re.search(r'data-width="(\d+)"', document)
+    if match is None:
         sys.exit(f"{arguments.page} was not loaded inside a frame: check it by hand")
-    width = int(found.group(1))
+    width = int(match.group(1))
     for line in console:
         print(line, file=sys.stderr)
-    for line in sorted(asked):
+    for line in sorted(urls):
         print(f"requested {line}", file=sys.stderr)
-    print(json.dumps({"console_lines": len(console), "requests": len(asked), "width_on_a_phone": width}))
-    sys.exit(bool(console or asked or width > PHONE[0]))
+    print(json.dumps({"console_lines": len(console), "requests": len(urls), "width_on_a_phone": width}))
+    sys.exit(bool(console or urls or width > PHONE[0]))
 
 
 if __name__ == "__main__":

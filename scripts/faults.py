@@ -78,15 +78,15 @@ class Job:
     def __init__(self, folder: Path, data: Path, root: Path, files_per_batch: int = 1, to: str = "sessionize") -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._to = to
-        self.root, self.said, self.conf = root, folder / f"{root.name}.log", folder / f"{root.name}.toml"
+        self.root, self.log, self.conf = root, folder / f"{root.name}.log", folder / f"{root.name}.toml"
         source = REPOSITORY / "conf/sources/online_retail.toml"
         self.conf.write_text(CONF.format(source=source, root=root, data=data, files=files_per_batch))
 
     def start(self) -> subprocess.Popen[bytes]:
         """In a process group of its own, so that one signal reaches Python, the JVM and its workers."""
         command = [sys.executable, "-m", "jobs.cli", "run", "--to", self._to, "--conf", str(self.conf)]
-        with self.said.open("wb") as said:
-            return subprocess.Popen(command, stdout=said, stderr=said, cwd=REPOSITORY, start_new_session=True)
+        with self.log.open("wb") as file:
+            return subprocess.Popen(command, stdout=file, stderr=file, cwd=REPOSITORY, start_new_session=True)
 
     def run(self) -> float:
         """Runs to the end and returns the seconds it took.
@@ -101,11 +101,11 @@ class Job:
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each stage that the latest run finished."""
-        done = re.findall(r"^[✓=] (\w+) +([\d.]+) s", self.said.read_text(), re.MULTILINE)
-        return {stage: float(seconds) for stage, seconds in done}
+        finished = re.findall(r"^[✓=] (\w+) +([\d.]+) s", self.log.read_text(), re.MULTILINE)
+        return {stage: float(seconds) for stage, seconds in finished}
 
     def last_line(self) -> str:
-        return (self.said.read_text().strip().splitlines() or ["-"])[-1]
+        return (self.log.read_text().strip().splitlines() or ["-"])[-1]
 
 
 def delta_reader() -> duckdb.DuckDBPyConnection:
@@ -121,13 +121,13 @@ def differences(
 ) -> dict[str, int]:
     """Counts, by table, the rows found in only one of the two warehouses, duplicates included; `without` names columns
     to ignore, by table."""
-    found = {}
+    rows_by_table = {}
     for table in tables:
         columns = f"* EXCLUDE ({without[table]})" if table in without else "*"
         a, b = (f"SELECT {columns} FROM delta_scan('{root}/tables/{table}')" for root in (one, other))
         counts = [f"SELECT count(*) FROM ({x} EXCEPT ALL {y})" for x, y in ((a, b), (b, a))]
-        found[table] = sum(delta_reader().execute(count).fetchall()[0][0] for count in counts)
-    return found
+        rows_by_table[table] = sum(delta_reader().execute(count).fetchall()[0][0] for count in counts)
+    return rows_by_table
 
 
 def undisturbed_run(folder: Path, data: Path) -> tuple[Job, float]:
@@ -156,17 +156,17 @@ def kills(folder: Path, data: Path, compared: tuple[Job, float], times: int, see
         "ingest": (max(written) - min(written), lambda: bool(_books(killed) - before)),
         "sessionize": (killed.seconds()["sessionize"], lambda: "flag_users" in killed.seconds()),
     }
-    left = {"ingest": times - times // 2, "sessionize": times // 2}
-    done: list[dict[str, Any]] = []
+    remaining = {"ingest": times - times // 2, "sessionize": times // 2}
+    records: list[dict[str, Any]] = []
     wrong: dict[str, int] = {}
     from_nothing = True
-    while any(left.values()):
+    while any(remaining.values()):
         shutil.rmtree(killed.root)
         from_nothing = not from_nothing
         if not from_nothing:
             shutil.copytree(first_day, killed.root)
         before = _books(killed)
-        for stage in [stage for stage in stages if left[stage]]:
+        for stage in [stage for stage in stages if remaining[stage]]:
             length, has_begun = stages[stage]
             process = killed.start()
             while not has_begun() and process.poll() is None:
@@ -181,13 +181,15 @@ def kills(folder: Path, data: Path, compared: tuple[Job, float], times: int, see
                 raise RuntimeError(f"a run ended by itself with code {code}: {killed.said.read_text()}")
             finished = list(killed.seconds())
             if code and stage not in finished:
-                left[stage] -= 1
-                done.append({"stage": stage, "after_s": round(moment, 1), "of_s": round(length, 1), "done": finished})
-                done[-1]["from_nothing"] = from_nothing
+                remaining[stage] -= 1
+                records.append(
+                    {"stage": stage, "after_s": round(moment, 1), "of_s": round(length, 1), "done": finished}
+                )
+                records[-1]["from_nothing"] = from_nothing
                 print(f"killed in {stage}, after {moment:.1f} of {length:.1f} s", flush=True)
         killed.run()
         wrong |= _wrong(undisturbed.root, killed.root, without=_OF_THE_FOLDER)
-    return {"undisturbed_s": round(whole, 1), "kills": done, "wrong": wrong}
+    return {"undisturbed_s": round(whole, 1), "kills": records, "wrong": wrong}
 
 
 def _books(job: Job) -> set[Path]:
@@ -200,20 +202,20 @@ def two_ingests(folder: Path, data: Path, compared: tuple[Job, float]) -> dict[s
     other = Job(folder / "other", data, twice.root, to="ingest")
     processes = [twice.start(), other.start()]
     codes = [process.wait() for process in processes]
-    said = [job.last_line() for job in (twice, other)]
+    last_lines = [job.last_line() for job in (twice, other)]
     twice.run()
-    return {"codes": codes, "said": said, "wrong": _wrong(undisturbed.root, twice.root, TABLES[:2])}
+    return {"codes": codes, "said": last_lines, "wrong": _wrong(undisturbed.root, twice.root, TABLES[:2])}
 
 
 def full_disk(folder: Path, data: Path, compared: tuple[Job, float]) -> dict[str, Any]:
     """Restarts this script in a mount namespace, where it may mount a private disk."""
     command = ["unshare", "--map-root-user", "--mount", sys.executable, __file__, "full_disk"]
     command += ["--data", str(data), "--folder", str(folder), "--compared", str(compared[0].root)]
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
-    if not done.stdout.strip():
+    process = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    if not process.stdout.strip():
         raise RuntimeError("the check ended without a result in its mount namespace: see its output above")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
+    return result
 
 
 def full_disk_mounted(folder: Path, data: Path, undisturbed: Path) -> dict[str, Any]:
@@ -235,10 +237,8 @@ def full_disk_mounted(folder: Path, data: Path, undisturbed: Path) -> dict[str, 
     for room in (0, 120_000):
         filler.write_bytes(b"\0" * max(0, free - room))
         code = job.start().wait()
-        attempts.append(
-            {"room": room, "code": code, "said": job.last_line(), "lines": job.said.read_text().count("\n")}
-        )
-        job.said.rename(folder / f"full-{room}.log")
+        attempts.append({"room": room, "code": code, "said": job.last_line(), "lines": job.log.read_text().count("\n")})
+        job.log.rename(folder / f"full-{room}.log")
         filler.unlink()
     kept = {table: count >= before[table] for table, count in _counts(job.root).items()}
     job.run()
@@ -320,13 +320,13 @@ def main() -> None:
     if not any(arguments.data.glob("*.csv")):
         parser.error(f"--data {arguments.data} holds no *.csv: name a folder of daily CSVs of Online Retail")
     if arguments.compared:
-        found = full_disk_mounted(arguments.folder, arguments.data, arguments.compared)
+        result = full_disk_mounted(arguments.folder, arguments.data, arguments.compared)
     else:
         arguments.folder /= arguments.check
         shutil.rmtree(arguments.folder, ignore_errors=True)
-        found = checks[arguments.check](arguments)
-    print(json.dumps(found))
-    sys.exit(1 if found["wrong"] else 0)
+        result = checks[arguments.check](arguments)
+    print(json.dumps(result))
+    sys.exit(1 if result["wrong"] else 0)
 
 
 if __name__ == "__main__":

@@ -100,8 +100,8 @@ class Broker:
             if not (self._data / "topics" / "meta.properties").exists():
                 cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
                 # As one argument, since one id in 64 begins with a minus.
-                named = [f"--cluster-id={cluster}", "-c", str(self._settings)]
-                command = self._java("kafka.tools.StorageTool", "format", *named)
+                options = [f"--cluster-id={cluster}", "-c", str(self._settings)]
+                command = self._java("kafka.tools.StorageTool", "format", *options)
                 if subprocess.run(command, stdout=log, stderr=log, check=False).returncode:
                     raise self._failed("could not format its folder")
             # Its own process group, so that Ctrl-C reaches only this script, which then stops the broker.

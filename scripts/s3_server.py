@@ -109,8 +109,8 @@ class S3Server:
         self._process.wait()
         self._process = None
         for port in self._ports:  # left behind whatever the settings
-            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
-                left.unlink(missing_ok=True)
+            for socket_file in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                socket_file.unlink(missing_ok=True)
 
     def check(self) -> None:
         """Does nothing while the server runs.
@@ -186,8 +186,8 @@ def main() -> None:
 
     def greeting() -> str:
         server.filesystem.create_dir(arguments.bucket)
-        told = {**server.environment, "AWS_ENDPOINT_URL": server.endpoint}
-        exports = [f"export {name}={value}" for name, value in told.items()]
+        environment = {**server.environment, "AWS_ENDPOINT_URL": server.endpoint}
+        exports = [f"export {name}={value}" for name, value in environment.items()]
         # Spark reads these from no environment variable.
         s3a = {"endpoint": server.endpoint, "path.style.access": "true"}
         settings = [f'#   "spark.hadoop.fs.s3a.{name}" = "{value}"' for name, value in s3a.items()]

@@ -27,14 +27,14 @@ _candidates = (_LOWEST + (os.getpid() * 1009 + number) % _COUNT for number in it
 
 def free_ports(count: int) -> list[int]:
     """Distinct loopback ports that are free right now, none returned by an earlier call."""
-    found: list[int] = []
+    ports: list[int] = []
     for port in _candidates:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((HOST, port))
-            found.append(port)
-        if len(found) == count:
+            ports.append(port)
+        if len(ports) == count:
             break
-    return found
+    return ports
 
 
 def failed(what: str, log: Path) -> TrailvecError:
@@ -46,13 +46,13 @@ def failed(what: str, log: Path) -> TrailvecError:
 def run(server: AbstractContextManager[Any], check: Callable[[], None], greeting: Callable[[], str]) -> None:
     """Runs a server as a command until Ctrl-C or SIGTERM, or until `check` raises TrailvecError; prints `greeting()`
     once it is up."""
-    told = threading.Event()
+    stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: told.set())
+        signal.signal(number, lambda *_: stopped.set())
     try:
         with server:
             print(greeting(), flush=True)
-            while not told.wait(0.5):
+            while not stopped.wait(0.5):
                 check()
     except TrailvecError as error:
         sys.exit(f"{Path(sys.argv[0]).stem}: {error}")

@@ -22,7 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from measure import CONF, CORES, bars, environment, last_line, said, session
+from measure import CONF, CORES, bars, environment, last_line, log, session
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from superapp import START, World, events
@@ -99,7 +99,7 @@ def main() -> None:
             answer = peer.stdout.readline()
             if not answer:
                 raise SystemExit("RePlay's process has ended: what it said stands above")
-            said(f"round {number}: trailvec {ours:.2f} s, RePlay {float(answer):.2f} s")
+            log(f"round {number}: trailvec {ours:.2f} s, RePlay {float(answer):.2f} s")
             if number:
                 times["trailvec"].append(ours)
                 times["replay"].append(float(answer))

@@ -35,7 +35,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from measure import chart, last_line, said
+from measure import chart, last_line, log
 from train import CONTEXT_SIZES, MAX_LENGTH, MEDIAN_LENGTH, SPREAD
 
 from training import loop
@@ -172,16 +172,16 @@ def main() -> None:
     rows = BATCH * (arguments.steps or (5 if arguments.quick else 20))
     torch.set_num_threads(1)
 
-    found: dict[tuple[str, int], dict[str, float]] = {}
+    cases: dict[tuple[str, int], dict[str, float]] = {}
     for items in sizes:
         folder = arguments.folder.absolute() / "catalogue"
         write_rows(folder, items, rows)
         for name in arguments.only or OPTIMIZERS:
             if name == "dense" and items > DENSE_UP_TO:
                 continue
-            case = found[name, items] = measured(run_spec(folder, items, rows, **OPTIMIZERS[name]))
+            case = cases[name, items] = measured(run_spec(folder, items, rows, **OPTIMIZERS[name]))
             table = items * WIDTH * (2 if name == "half" else 4) / 1e6
-            said(
+            log(
                 f"{name:8} {items:9,} items  {1000 * case['seconds_per_step']:8.1f} ms a step, "
                 f"peak {case['peak_mb']:6,.0f} MB, of which the table {table:6,.0f} MB, "
                 f"validation {case['validation_s']:.1f} s"
@@ -189,7 +189,7 @@ def main() -> None:
         shutil.rmtree(folder)
 
     lines = {
-        name: [(float(items), case["seconds_per_step"]) for (of, items), case in found.items() if of == name]
+        name: [(float(items), case["seconds_per_step"]) for (of, items), case in cases.items() if of == name]
         for name in OPTIMIZERS
     }
     chart(
@@ -200,17 +200,17 @@ def main() -> None:
     )
     result: dict[str, Any] = {}
     low, high = min(sizes), max(sizes)
-    if ("rowwise", high) in found and high > low:
-        small, large = found["rowwise", low], found["rowwise", high]
+    if ("rowwise", high) in cases and high > low:
+        small, large = cases["rowwise", low], cases["rowwise", high]
         ratio = large["seconds_per_step"] / small["seconds_per_step"]
         growth = (large["peak_mb"] - small["peak_mb"]) * 1e6 / (high - low)
         result |= {f"step_ratio_{NAMES[high]}_to_{NAMES[low]}": ratio, "peak_bytes_per_item": round(growth, 1)}
         result["table_bytes_per_item"] = 4 * WIDTH
     for items in sizes:
-        if ("dense", items) in found and ("rowwise", items) in found:
-            speedup = found["dense", items]["seconds_per_step"] / found["rowwise", items]["seconds_per_step"]
+        if ("dense", items) in cases and ("rowwise", items) in cases:
+            speedup = cases["dense", items]["seconds_per_step"] / cases["rowwise", items]["seconds_per_step"]
             result[f"speedup_vs_dense_{NAMES[items]}"] = speedup
-    for (name, items), case in found.items():
+    for (name, items), case in cases.items():
         result |= {f"{name}_{NAMES[items]}_{what}": value for what, value in case.items()}
     last_line(result)
 

@@ -45,13 +45,13 @@ def read(path: str) -> tuple[npt.NDArray[np.object_], list[dict[str, torch.Tenso
 
 def main() -> None:
     epochs, files = int(sys.argv[1]), sys.argv[2:]
-    given = [read(path) for path in files[::2]]
-    _, users = given[0]
+    parts = [read(path) for path in files[::2]]
+    _, users = parts[0]
     codes = [name for name in users[0] if name not in ("amount", "event_time")]
 
     np.random.seed(0)  # the package draws its slices from NumPy's global state
     torch.manual_seed(0)
-    sizes = {name: 1 + max(int(user[name].max()) for _, all_users in given for user in all_users) for name in codes}
+    sizes = {name: 1 + max(int(user[name].max()) for _, all_users in parts for user in all_users) for name in codes}
     encoder = RnnSeqEncoder(
         trx_encoder=TrxEncoder(
             embeddings_noise=0.003,
@@ -85,7 +85,7 @@ def main() -> None:
         )
 
     model.eval()
-    for (ids, events), out in zip(given, files[1::2], strict=True):
+    for (ids, events), out in zip(parts, files[1::2], strict=True):
         vectors = np.empty((len(events), WIDTH), np.float32)
         by_length = np.argsort([len(user["event_time"]) for user in events])
         with torch.inference_mode():

@@ -31,7 +31,7 @@ from typing import Any
 import duckdb
 import pandas as pd
 from deltalake import DeltaTable
-from measure import Watch, bars, last_line, put, runtime, said, session
+from measure import Watch, bars, last_line, log, put, runtime, session
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -99,7 +99,7 @@ def erase(stages: Runtime, table: Table, users: DataFrame, vectors: bool) -> tup
     return moments[1] - moments[0], moments[2] - moments[0]
 
 
-def left(stages: Runtime, table: Table, ids: pd.DataFrame) -> int:
+def rows_left(stages: Runtime, table: Table, ids: pd.DataFrame) -> int:
     """The users' rows in the files of the current version, including rows hidden by deletion vectors."""
     files = [file_of_table(uri) for uri in DeltaTable(stages.path(table)).file_uris()]
     connection = duckdb.connect()
@@ -115,13 +115,13 @@ def one_round(whole: Runtime, copy: Runtime, table: Table, ids: pd.DataFrame, ve
     before = disk_files(copy, table)
     users = spark.createDataFrame(ids, "user_id string")
     with Watch(spark) as watch:
-        gone, total = erase(copy, table, users, vectors)
-    if rows := left(copy, table, ids):
+        purged_after, total = erase(copy, table, users, vectors)
+    if rows := rows_left(copy, table, ids):
         raise RuntimeError(f"{rows} rows of the erased users are left in the files of {table.name}")
-    written = sum(size for file, size in disk_files(copy, table).items() if file not in before) / 1e6
+    written_mb = sum(size for file, size in disk_files(copy, table).items() if file not in before) / 1e6
     peaks = {f"peak_{kind}_mb": megabytes for kind, megabytes in watch.peak_mb.items()}
     shutil.rmtree(copy.root)
-    return {"s": total, "gone_s": gone, "cpu_s": watch.cpu_s, "mb": written, **peaks}
+    return {"s": total, "gone_s": purged_after, "cpu_s": watch.cpu_s, "mb": written_mb, **peaks}
 
 
 def measure(spark: SparkSession, arguments: argparse.Namespace, users: int, erased: int) -> dict[str, Any]:
@@ -135,29 +135,29 @@ def measure(spark: SparkSession, arguments: argparse.Namespace, users: int, eras
         started = time.monotonic()
         put(whole, table, rows)
         size = sum(disk_files(whole, table).values()) / 1e6
-        said(f"{table.name}: {size:,.0f} MB in {time.monotonic() - started:.1f} s")
+        log(f"{table.name}: {size:,.0f} MB in {time.monotonic() - started:.1f} s")
     step = users // erased
     ids = pd.DataFrame({"user_id": [f"user-{n * step:010}" for n in range(erased)]})
 
-    found: dict[str, list[dict[str, float]]] = {}
+    by_way: dict[str, list[dict[str, float]]] = {}
     for number in range(-1, arguments.rounds):  # the first is a warm-up
         turns = [(name, EVENTS, vectors) for name, vectors in WAYS.items()]
         turns = turns[:: 1 if number % 2 else -1]
         for name, table, vectors in [*turns, ("embeddings", USER_EMBEDDINGS, False)]:
             result = one_round(whole, copy, table, ids, vectors)
-            said(f"round {number} {name:10} " + ", ".join(f"{key} {value:,.1f}" for key, value in result.items()))
+            log(f"round {number} {name:10} " + ", ".join(f"{key} {value:,.1f}" for key, value in result.items()))
             if number >= 0:
-                found.setdefault(name, []).append(result)
+                by_way.setdefault(name, []).append(result)
     events_mb = sum(disk_files(whole, EVENTS).values()) / 1e6
     shutil.rmtree(folder)
     medians = {
         f"{name}_{key}": statistics.median(result[key] for result in results)
-        for name, results in found.items()
+        for name, results in by_way.items()
         for key in results[0]
     }
     bars(
         arguments.folder.absolute() / "erase.svg",
-        {name: [result["cpu_s"] for result in results] for name, results in found.items()},
+        {name: [result["cpu_s"] for result in results] for name, results in by_way.items()},
         "CPU s",
     )
     return {

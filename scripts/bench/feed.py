@@ -124,13 +124,13 @@ def waits(files: list[str], batch_size: int, steps: int) -> tuple[float, float]:
     matrix = torch.rand(256, 256)
     batches, waited, first, began = ours(files, batch_size), 0.0, 0.0, time.perf_counter()
     for _ in range(steps):
-        asked = time.perf_counter()
+        started = time.perf_counter()
         if next(batches, None) is None:
             break
-        given = time.perf_counter()
-        waited += given - asked
+        received = time.perf_counter()
+        waited += received - started
         first = first or waited
-        while time.perf_counter() - given < STEP_SECONDS:
+        while time.perf_counter() - received < STEP_SECONDS:
             matrix @ matrix
     share = waited / (time.perf_counter() - began)
     batches.close()  # type: ignore[attr-defined]
@@ -170,8 +170,8 @@ def main() -> None:
 
     def whole(read: Callable[[list[str], int], int]) -> Callable[[], None]:
         def run() -> None:
-            found = read(files, batch_size)
-            assert found == rows, f"{read.__name__} gave {found} of {rows} rows"
+            count = read(files, batch_size)
+            assert count == rows, f"{read.__name__} gave {count} of {rows} rows"
 
         return run
 

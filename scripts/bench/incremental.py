@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from measure import chart, last_line, runtime, said, session
+from measure import chart, last_line, log, runtime, session
 from pyspark.sql import SparkSession
 from superapp import START, World, write
 
@@ -36,9 +36,9 @@ FIRST = STAGES[:3]  # with --quick, which must finish in a minute
 SHARE = 0.001
 
 
-def keep_back(log: Path, aside: Path, batches: int) -> tuple[int, list[int]]:
+def keep_back(log_folder: Path, aside: Path, batches: int) -> tuple[int, list[int]]:
     """Moves the last rows to arrive out of the log; returns how many rows stay, and the size of each batch."""
-    folders = sorted(log.glob("arrived=*"))
+    folders = sorted(log_folder.glob("arrived=*"))
     counts = {folder: sum(pq.read_metadata(file).num_rows for file in folder.glob("*.parquet")) for folder in folders}
     size = max(1, round(sum(counts.values()) * SHARE))
     tail: list[Path] = []
@@ -49,7 +49,7 @@ def keep_back(log: Path, aside: Path, batches: int) -> tuple[int, list[int]]:
     first = len(rows) - size * batches
     for folder in tail:
         shutil.rmtree(folder)
-    _save(rows.slice(0, first), log, "rest.parquet")
+    _save(rows.slice(0, first), log_folder, "rest.parquet")
     for number in range(batches):
         _save(rows.slice(first + number * size, size), aside / str(number), "batch.parquet")
     return sum(counts.values()) - size * batches, [size] * batches
@@ -67,7 +67,7 @@ def _save(rows: pa.Table, folder: Path, name: str) -> None:
 def run_all(lake: Runtime, stages: Sequence[Stage], what: str) -> dict[str, float]:
     reports = {stage.name: lake.execute(stage) for stage in stages}
     seconds = {name: report.seconds for name, report in reports.items()}
-    said(f"{what}: {sum(seconds.values()):.1f} s; " + ", ".join(f"{name} {s:.1f}" for name, s in seconds.items()))
+    log(f"{what}: {sum(seconds.values()):.1f} s; " + ", ".join(f"{name} {s:.1f}" for name, s in seconds.items()))
     return seconds
 
 
@@ -76,12 +76,12 @@ def measure(spark: SparkSession, events: int, batches: int, folder: Path, quick:
     world = World.of_events(events)
     data = folder / f"incremental-{events}"
     shutil.rmtree(data, ignore_errors=True)
-    log = data / "superapp"
-    write(spark, world, log)
+    log_folder = data / "superapp"
+    write(spark, world, log_folder)
     end = START + timedelta(days=world.days)
-    for late in [f for f in log.glob("arrived=*") if f.name >= f"arrived={end:%Y-%m-%d}"]:
+    for late in [f for f in log_folder.glob("arrived=*") if f.name >= f"arrived={end:%Y-%m-%d}"]:
         shutil.rmtree(late)  # only a week of late events: untypical last batches
-    rows, sizes = keep_back(log, data / "aside", batches)
+    rows, sizes = keep_back(log_folder, data / "aside", batches)
     # Fixed, as between two trainings: if they followed the log's end, all windows would move.
     valid, test = (f"{end - timedelta(days=days):%Y-%m-%dT%H:%M:%SZ}" for days in (14, 7))
     lake = runtime(spark, data / "warehouse", data, f"sequences.valid_from={valid}", f"sequences.test_from={test}")
@@ -91,11 +91,11 @@ def measure(spark: SparkSession, events: int, batches: int, folder: Path, quick:
         started = time.monotonic()
         maintain(lake)
         upkeep = round(time.monotonic() - started, 2)
-        said(f"maintain_tables: {upkeep} s")
+        log(f"maintain_tables: {upkeep} s")
     parts = []
     for number, size in enumerate(sizes):
         for file in (data / "aside" / str(number)).rglob("*.parquet"):
-            target = log / file.parent.name / f"batch-{number}.parquet"
+            target = log_folder / file.parent.name / f"batch-{number}.parquet"
             target.parent.mkdir(exist_ok=True)
             file.rename(target)
         parts.append(run_all(lake, stages, f"batch {number + 1}, {size:,} rows"))

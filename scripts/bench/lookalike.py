@@ -33,7 +33,7 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from measure import last_line, put, said, told
+from measure import last_line, log, put, run_main
 from pyspark.sql import functions as F
 from scipy.sparse import csr_matrix
 
@@ -59,8 +59,8 @@ def campaigns_of(source: Runtime, least: int) -> list[tuple[str, pd.Timestamp, s
         "user_id", F.col("attributes")["campaign_id"].alias("c")
     )
     users = redeemed.distinct().toPandas().groupby("c")["user_id"].agg(set).to_dict()
-    sent = events.where("event_type = 'campaign_received'").groupBy("item_id").agg(F.min("event_ts").alias("start"))
-    starts = {row["item_id"].removeprefix("campaign:"): row["start"] for row in sent.toPandas().to_dict("records")}
+    received = events.where("event_type = 'campaign_received'").groupBy("item_id").agg(F.min("event_ts").alias("start"))
+    starts = {row["item_id"].removeprefix("campaign:"): row["start"] for row in received.toPandas().to_dict("records")}
     return sorted(((c, starts[c], who) for c, who in users.items() if len(who) >= least), key=lambda found: found[1])
 
 
@@ -115,10 +115,10 @@ def alike(vectors: Matrix, seed: Matrix) -> dict[str, Matrix]:
 
 def scores_of(vectors: Matrix, profiles: Matrix, rfm: Matrix, counts: csr_matrix, seed: Matrix) -> dict[str, Matrix]:
     """Each method's score of every user. `seed`: bool mask of the seeds."""
-    found = alike(vectors, seed) | {f"profile_{name}": scores for name, scores in alike(profiles, seed).items()}
+    by_method = alike(vectors, seed) | {f"profile_{name}": scores for name, scores in alike(profiles, seed).items()}
     distances = np.linalg.norm(rfm[:, None] - rfm[seed][None], axis=2)
     similar = (counts @ counts[seed].T).toarray()
-    return found | {
+    return by_method | {
         "rfm_nearest": -distances.min(axis=1),
         "rfm_logistic": rfm @ direction_of(rfm[seed], rfm[~seed]),
         "item_knn": similar.mean(axis=1),
@@ -142,8 +142,8 @@ def recalls(
     assert users == same_users
     rfm, counts = purchases_of(runtime, users, start)
     redeemed = np.array([user in redeemers for user in users])
-    said(f"campaign {campaign}, from {start:%Y-%m-%d}: {redeemed.sum()} redeemers among {len(users):,} users")
-    found: dict[str, list[float]] = {}
+    log(f"campaign {campaign}, from {start:%Y-%m-%d}: {redeemed.sum()} redeemers among {len(users):,} users")
+    by_method: dict[str, list[float]] = {}
     for draw in range(DRAWS):
         seed = redeemed & np.array([share(f"{draw} {campaign} {user}") < 0.5 for user in users])
         hidden = redeemed & ~seed
@@ -152,8 +152,8 @@ def recalls(
         top = round(TOP * (~seed).sum())
         for method, of_users in scores.items():
             first = np.argsort(-np.where(seed, -np.inf, of_users), kind="stable")[:top]
-            found.setdefault(method, []).append(hidden[first].sum() / hidden.sum())
-    return found
+            by_method.setdefault(method, []).append(hidden[first].sum() / hidden.sum())
+    return by_method
 
 
 def main() -> None:
@@ -171,13 +171,13 @@ def main() -> None:
     campaigns = campaigns_of(source, arguments.least)
     if not campaigns:
         raise TrailvecError(f"no campaign in {arguments.warehouse} has {arguments.least} redeemers: lower --least")
-    found = {
+    draws_by_campaign = {
         campaign: recalls(source, campaign, start, users, arguments.work.absolute())
         for campaign, start, users in campaigns[: 1 if arguments.quick else None]
     }
     source.spark.stop()
 
-    by_campaign = {c: {m: statistics.mean(draws) for m, draws in of.items()} for c, of in found.items()}
+    by_campaign = {c: {m: statistics.mean(draws) for m, draws in of.items()} for c, of in draws_by_campaign.items()}
     methods = list(next(iter(by_campaign.values())))
     recall = {method: statistics.mean(of[method] for of in by_campaign.values()) for method in methods}
     best = max(OFFERED, key=lambda method: recall[method])
@@ -189,11 +189,11 @@ def main() -> None:
             "recall": {method: round(value, 4) for method, value in recall.items()},
             "by_campaign": {c: {m: round(v, 4) for m, v in of.items()} for c, of in by_campaign.items()},
             "best": best,
-            "spread": statistics.mean(statistics.stdev(of[best]) for of in found.values()),
+            "spread": statistics.mean(statistics.stdev(of[best]) for of in draws_by_campaign.values()),
             "draws": DRAWS,
         }
     )
 
 
 if __name__ == "__main__":
-    told(main)
+    run_main(main)

@@ -112,8 +112,8 @@ class Watch:
             # A process that the JVM has forked but not yet exec'd has the JVM's pages, under a thread's name.
             processes = [(name.rstrip(".0123456789"), megabytes) for name, megabytes, _ in _descendants(os.getpid())]
             for kind in self.peak_mb:
-                now = sum(megabytes for name, megabytes in processes if name == kind)
-                self.peak_mb[kind] = max(self.peak_mb[kind], now)
+                resident = sum(megabytes for name, megabytes in processes if name == kind)
+                self.peak_mb[kind] = max(self.peak_mb[kind], resident)
 
 
 def stages(spark: SparkSession) -> list[Any]:
@@ -138,7 +138,7 @@ def cpu_seconds() -> float:
 
 def _descendants(root: int) -> list[tuple[str, float, float]]:
     """Name, resident megabytes and CPU seconds (those of exited children included) of each process below `root`."""
-    found: dict[int, tuple[int, str, float, float]] = {}
+    processes: dict[int, tuple[int, str, float, float]] = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
@@ -150,16 +150,16 @@ def _descendants(root: int) -> list[tuple[str, float, float]]:
         fields = rest.split()
         ticks = sum(map(int, fields[11:15]))
         megabytes, seconds = pages * os.sysconf("SC_PAGESIZE") / 1e6, ticks / os.sysconf("SC_CLK_TCK")
-        found[int(folder.name)] = (int(fields[1]), name, megabytes, seconds)
+        processes[int(folder.name)] = (int(fields[1]), name, megabytes, seconds)
 
     def below(pid: int) -> bool:
-        while pid in found:
-            pid = found[pid][0]
+        while pid in processes:
+            pid = processes[pid][0]
             if pid == root:
                 return True
         return False
 
-    return [process[1:] for pid, process in found.items() if below(pid)]
+    return [process[1:] for pid, process in processes.items() if below(pid)]
 
 
 # ---- time -------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def in_turns(
         before(number)
         for name, act in acts.items():
             seconds, work = timed(act)
-            said(f"round {number} {name:22} {seconds:8.2f} s, CPU {work:8.2f} s")
+            log(f"round {number} {name:22} {seconds:8.2f} s, CPU {work:8.2f} s")
             if number > 0:
                 clock[name].append(seconds)
                 cpu[name].append(work)
@@ -219,14 +219,14 @@ def environment(folder: Path, name: str, *packages: str) -> Path:
     place = folder / f"{name}-env"
     python = place / "bin/python"
     if not (place / "whole").exists():
-        said(f"an environment is made for {packages[0]} (minutes, once)")
+        log(f"an environment is made for {packages[0]} (minutes, once)")
         subprocess.run(["uv", "venv", "--quiet", "--clear", "--python", "3.11", place], check=True)
         subprocess.run(["uv", "pip", "install", "--quiet", "--python", python, *packages], check=True)
         (place / "whole").touch()
     return python
 
 
-def told(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None]) -> None:
     """Runs `main`; an error that the user can fix is one sentence, anything else a stack trace."""
     try:
         main()
@@ -234,7 +234,7 @@ def told(main: Callable[[], None]) -> None:
         raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
 
 
-def said(text: str) -> None:
+def log(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 

@@ -79,8 +79,8 @@ def by_trailvec(spark: SparkSession, folder: Path, out: Path, counts: tuple[int,
     users, items = (spark.read.parquet(str(folder / name)) for name in ("users", "items"))
     settings = SETTINGS.model_copy(update={"cells": cells, "k": K})
     with spark_conf(spark, BLOCK_CONF):
-        found = find_neighbours([Search("user_item", users, items, "dot", counts)], settings).drop("kind")
-        found.write.mode("overwrite").parquet(str(out))
+        ranked = find_neighbours([Search("user_item", users, items, "dot", counts)], settings).drop("kind")
+        ranked.write.mode("overwrite").parquet(str(out))
 
 
 def in_numpy(folder: Path, count: int) -> Callable[[], None]:
@@ -88,11 +88,11 @@ def in_numpy(folder: Path, count: int) -> Callable[[], None]:
 
     def run() -> None:
         for start in range(0, count, SETTINGS.block_rows):
-            found = Nearest(users[start : start + SETTINGS.block_rows], K, "dot")
+            nearest = Nearest(users[start : start + SETTINGS.block_rows], K, "dot")
             for first in range(0, len(items), SETTINGS.block_rows):
                 some = slice(first, first + SETTINGS.block_rows)
-                found.add(ids[some].astype(np.str_), items[some])
-            found.best()
+                nearest.add(ids[some].astype(np.str_), items[some])
+            nearest.best()
 
     return run
 

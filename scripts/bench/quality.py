@@ -24,7 +24,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from measure import last_line, said, told
+from measure import last_line, log, run_main
 from pyspark.sql import functions as F
 
 from jobs import build_sequences, build_vocabulary, embed_items, evaluate, flag_users, ingest, sessionize, train
@@ -54,16 +54,16 @@ def mapping(events: Path) -> str:
         TrailvecError: it is not a Parquet file, or a column is missing.
     """
     try:
-        found = pq.read_schema(events).names
+        names = pq.read_schema(events).names
     except (OSError, pa.ArrowInvalid) as error:
         raise TrailvecError(f"{events} can't be read as Parquet ({error}): name a Parquet file of events") from None
-    if missing := [name for name in NEEDED if name not in found]:
+    if missing := [name for name in NEEDED if name not in names]:
         raise TrailvecError(
-            f"{events} lacks the columns {', '.join(missing)}; found {', '.join(found)}: rename the ones that hold them"
+            f"{events} lacks the columns {', '.join(missing)}; found {', '.join(names)}: rename the ones that hold them"
         )
-    lines = [f'{name} = "{name}"' for name in (*NEEDED, *OPTIONAL) if name in found]
-    lines += [f'{name} = {{ constant = "{name}" }}' for name in ("vertical", "event_type") if name not in found]
-    ignored = [name for name in found if name not in (*NEEDED, *OPTIONAL)]
+    lines = [f'{name} = "{name}"' for name in (*NEEDED, *OPTIONAL) if name in names]
+    lines += [f'{name} = {{ constant = "{name}" }}' for name in ("vertical", "event_type") if name not in names]
+    ignored = [name for name in names if name not in (*NEEDED, *OPTIONAL)]
     return "\n".join(
         [
             'name = "log"',
@@ -121,11 +121,11 @@ def main() -> None:
     results: list[dict[tuple[str, str], float]] = []
     for seed in range(1 if arguments.quick else arguments.seeds):
         runtime = Runtime(load_config(CONFIG, [*sets, f"train.seed={seed}"]), spark)
-        runtime.on_progress = said
+        runtime.on_progress = log
         # From the second seed on, all but the last three find their tables up to date.
         for stage in (ingest, flag_users, sessionize, build_vocabulary, build_sequences, train, embed_items, evaluate):
             report = runtime.execute(stage.STAGE)
-            said(f"seed {seed}  {stage.STAGE.name:16} {report.seconds:6.1f} s  {'  '.join(report.notes)}")
+            log(f"seed {seed}  {stage.STAGE.name:16} {report.seconds:6.1f} s  {'  '.join(report.notes)}")
         rows = runtime.latest(EVALUATION).where((F.col("task") == "new") & (F.col("split") == arguments.split))
         rows = rows.where((F.col("model_version") == model_folder(runtime).name) & (F.col("slice") == "all"))
         results.append({(row.method, row.metric): row.value for row in rows.collect()})
@@ -135,7 +135,7 @@ def main() -> None:
 
     result: dict[str, Any] = {}
     for metric in METRICS:
-        seeds = [found["model", metric] for found in results]
+        seeds = [of_seed["model", metric] for of_seed in results]
         result[metric] = statistics.mean(seeds)
         result[f"{metric}_std"] = statistics.stdev(seeds) if len(seeds) > 1 else None
         result[f"{metric}_seeds"] = [round(value, 4) for value in seeds]
@@ -144,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    told(main)
+    run_main(main)

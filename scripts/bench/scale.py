@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import Watch, chart, exponent, last_line, runtime, said, session
+from measure import Watch, chart, exponent, last_line, log, runtime, session
 from pyspark.sql import SparkSession
 from superapp import World, write
 from superapp import events as superapp_events
@@ -29,7 +29,7 @@ from jobs.runtime import Stage
 from jobs.tables import EVENTS
 
 
-def made(world: World) -> Stage:
+def generate_stage(world: World) -> Stage:
     """Replaces ingest: writes the events as ingest would, straight from the generator."""
     return Stage("generate", "", lambda r: r.write(EVENTS, superapp_events(r.spark, world)), (), (EVENTS,), ())
 
@@ -37,13 +37,13 @@ def made(world: World) -> Stage:
 def measure(spark: SparkSession, events: int, rounds: int, folder: Path, without_ingest: bool) -> dict[str, Any]:
     """One size: medians of the stages' seconds, and the maximum memory and spill over all rounds."""
     data, world = folder / f"scale-{events}", World.of_events(events)
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     if not without_ingest:
         started = time.monotonic()
         rows, users = write(spark, world, data / "superapp")
-        found = {"rows": rows, "users": users, "generate_s": round(time.monotonic() - started, 1)}
-        said(f"{events:,} events: {rows:,} rows of {users:,} users in {found['generate_s']} s")
-    to_run = (made(world) if without_ingest else ingest.STAGE, flag_users.STAGE, sessionize.STAGE)
+        result = {"rows": rows, "users": users, "generate_s": round(time.monotonic() - started, 1)}
+        log(f"{events:,} events: {rows:,} rows of {users:,} users in {result['generate_s']} s")
+    to_run = (generate_stage(world) if without_ingest else ingest.STAGE, flag_users.STAGE, sessionize.STAGE)
     seconds: dict[str, list[float]] = {stage.name: [] for stage in to_run}
     for _ in range(rounds):
         root = data / "warehouse"
@@ -56,14 +56,14 @@ def measure(spark: SparkSession, events: int, rounds: int, folder: Path, without
             most = {f"java_mb_{stage.name}": watch.peak_mb["java"], f"python_mb_{stage.name}": watch.peak_mb["python"]}
             most |= {f"spilled_mb_{stage.name}": watch.spilled_mb, f"shuffled_mb_{stage.name}": watch.shuffled_mb}
             most[f"cpu_s_{stage.name}"] = watch.cpu_s
-            found |= {key: max(round(value), found.get(key, 0)) for key, value in most.items()}
-            said(
+            result |= {key: max(round(value), result.get(key, 0)) for key, value in most.items()}
+            log(
                 f"  {stage.name:12}{report.seconds:8.1f} s  "
                 + "  ".join(f"{key} {value:.0f}" for key, value in most.items())
             )
-        found["events"] = stages.count_rows().rows_in[EVENTS.name]
+        result["events"] = stages.count_rows().rows_in[EVENTS.name]
     shutil.rmtree(data)
-    return found | {f"{name}_s": round(statistics.median(times), 2) for name, times in seconds.items()}
+    return result | {f"{name}_s": round(statistics.median(times), 2) for name, times in seconds.items()}
 
 
 def growth(points: list[tuple[float, float]], suffix: str) -> dict[str, float]:
@@ -97,7 +97,7 @@ def main() -> None:
     if not arguments.quick:
         measure(spark, min(sizes), 1, folder, direct)  # JVM warm-up
     few = 1 if arguments.quick else 5
-    found = [
+    results = [
         measure(spark, n, arguments.rounds or (1 if n >= 1e7 else few), folder, direct) for n in sorted(set(sizes))
     ]
     spark.stop()
@@ -105,12 +105,12 @@ def main() -> None:
     result: dict[str, Any] = {}
     lines = {}
     for name in ("sessionize", "flag_users", "generate" if direct else "ingest"):
-        points = [(float(one["events"]), float(one[f"{name}_s"])) for one in found]
+        points = [(float(one["events"]), float(one[f"{name}_s"])) for one in results]
         suffix = "" if name == "sessionize" else f"_{name}"
         result |= growth(points, suffix)
         lines[name] = points
     chart(folder / "scale.svg", "Time against events", lines)
-    last_line(result | {"sizes": found})
+    last_line(result | {"sizes": results})
 
 
 if __name__ == "__main__":

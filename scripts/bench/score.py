@@ -41,7 +41,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import torch
 from feed import make_rows
-from measure import CORES, bars, exponent, in_turns, last_line, said, session, timed
+from measure import CORES, bars, exponent, in_turns, last_line, log, session, timed
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -104,12 +104,12 @@ def columns_of(rows: pa.Table) -> tuple[npt.NDArray[np.int64], list[npt.NDArray[
 
 def padded(rows: pa.Table, bucketed: bool) -> Batches:
     """The batches that trailvec's workers form from the rows, or (not bucketed) batches of users as they come."""
-    found: Batches = []
+    batches: Batches = []
     step = ARROW if bucketed else BATCH
     for start in range(0, len(rows), step):
         for _, batch in by_length(*columns_of(rows.slice(start, step)), SPEC.history_length, BATCH):
-            found.append({name: torch.from_numpy(matrix).long() for name, matrix in batch.items()})
-    return found
+            batches.append({name: torch.from_numpy(matrix).long() for name, matrix in batch.items()})
+    return batches
 
 
 def loop(encode: Callable[[dict[str, torch.Tensor]], torch.Tensor], batches: Batches) -> None:
@@ -203,15 +203,15 @@ def compare(model_dir: Path, path: str, out: Path) -> None:
     """Compares the vectors that trailvec wrote with those of the loops, for some users."""
     rows = pq.read_table(path, columns=["user_id", "length", *FEATURES]).slice(0, 500)
     users = rows["user_id"].to_pylist()
-    made = ds.dataset(out).to_table(["user_id", "vector"], filter=ds.field("user_id").isin(users))
-    written = dict(zip(made["user_id"].to_pylist(), made["vector"].to_pylist(), strict=True))
+    table = ds.dataset(out).to_table(["user_id", "vector"], filter=ds.field("user_id").isin(users))
+    written = dict(zip(table["user_id"].to_pylist(), table["vector"].to_pylist(), strict=True))
     vectors = np.array([written[user] for user in users])
     model = load_model(model_dir / WEIGHTS, SPEC)
     for name, encode in (("forward", model.encode), ("last_state", fast_encoder(model))):
         for places, batch in by_length(*columns_of(rows), SPEC.history_length, BATCH):
             with torch.inference_mode():
-                found = encode({feature: torch.from_numpy(matrix).long() for feature, matrix in batch.items()})
-            assert np.allclose(found.numpy(), vectors[places], atol=1e-5), f"{name} gives other vectors than trailvec"
+                states = encode({feature: torch.from_numpy(matrix).long() for feature, matrix in batch.items()})
+            assert np.allclose(states.numpy(), vectors[places], atol=1e-5), f"{name} gives other vectors than trailvec"
 
 
 def main() -> None:
@@ -248,11 +248,11 @@ def main() -> None:
     padding = encoded(LoadedModel(load_model(model_dir / WEIGHTS, SPEC)), table)
     growth, speeds = [], {}
     for size in sizes:
-        read = partial(trailvec, spark, write_users(folder, size), model_dir, folder / "score-out/ours")
-        seconds, work = timed(read)
+        run = partial(trailvec, spark, write_users(folder, size), model_dir, folder / "score-out/ours")
+        seconds, work = timed(run)
         growth.append((float(size), work))
         speeds[str(size)] = round(size / seconds)
-        said(f"{size:,} users: {seconds:.1f} s, {work:.1f} CPU s")
+        log(f"{size:,} users: {seconds:.1f} s, {work:.1f} CPU s")
     spark.stop()
     shutil.rmtree(folder / "score-out")
     bars(
@@ -261,15 +261,15 @@ def main() -> None:
         unit="us",
     )
 
-    others = {
+    peers = {
         "ratio_to_forward_loop": "forward",
         "ratio_to_last_state_loop": "last_state",
         "speedup_vs_unbucketed": "unbucketed",
         "speedup_vs_row_udf": "row_udf",
         "speedup_vs_ptls": "ptls",
     }
-    result: dict[str, Any] = {key: cpu[name] / cpu["trailvec"] for key, name in others.items()}
-    for key, name in others.items():
+    result: dict[str, Any] = {key: cpu[name] / cpu["trailvec"] for key, name in peers.items()}
+    for key, name in peers.items():
         # A loop uses one core, a Spark job all of them.
         result[f"{key}_wall"] = clock[name] * (1 if name in ("row_udf", "ptls") else 1 / CORES) / clock["trailvec"]
     result["us_per_user"] = {name: round(1e6 * seconds, 1) for name, seconds in cpu.items()}

@@ -17,7 +17,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from measure import Watch, bars, last_line, put, runtime, said, session
+from measure import Watch, bars, last_line, log, put, runtime, session
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from score import write_model, write_users
@@ -39,9 +39,9 @@ def change(lake: Runtime, rows: DataFrame) -> None:
 def score(lake: Runtime) -> dict[str, float]:
     with Watch(lake.spark) as watch:
         report = lake.execute(score_users.STAGE)
-    found = {"users": report.rows_out["users_encoded"], "s": round(report.seconds, 2), "cpu_s": round(watch.cpu_s, 1)}
-    said("{users:,} users encoded: {s} s, {cpu_s} CPU s".format(**found))
-    return found
+    cost = {"users": report.rows_out["users_encoded"], "s": round(report.seconds, 2), "cpu_s": round(watch.cpu_s, 1)}
+    log("{users:,} users encoded: {s} s, {cpu_s} CPU s".format(**cost))
+    return cost
 
 
 def measure(spark: SparkSession, folder: Path, users: int, rounds: int) -> dict[str, Any]:

@@ -37,7 +37,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
-from measure import CONF, Watch, bars, in_turns, last_line, put, said, session
+from measure import CONF, Watch, bars, in_turns, last_line, log, put, session
 from pyspark.sql import SparkSession
 
 from jobs.config import load_config
@@ -106,12 +106,14 @@ def write_segments(data: Path, users: int, count: int, method: Method, purpose: 
     paths = []
     for number in range(count):
         random = np.random.default_rng(number)
-        who = f"affinity = {{ items = {json.dumps([f'item-{n}' for n in random.integers(0, 500, ITEMS_OF_ONE)])} }}"
+        audience = (
+            f"affinity = {{ items = {json.dumps([f'item-{n}' for n in random.integers(0, 500, ITEMS_OF_ONE)])} }}"
+        )
         if number % 5:
             alike = np.flatnonzero(np.isin(cluster, random.choice(CLUSTERS, 2, replace=False)))
             seeds = random.choice(alike, min(SEEDS, len(alike)), replace=False)
             (data / f"seeds-{number}.txt").write_text("\n".join(f"user-{n}" for n in seeds))
-            who = f'seeds = {{ file = "seeds-{number}.txt", method = "{method}" }}'
+            audience = f'seeds = {{ file = "seeds-{number}.txt", method = "{method}" }}'
         text = f"""name = "segment-{number:03d}"
 owner = "bench"
 purpose = "{purpose}"
@@ -119,7 +121,7 @@ size = {max(users // 100, 1)}
 consent = "email"
 suppress = [{{ file = "suppressed.parquet" }}]
 control_share = 0.05
-{who}
+{audience}
 """
         paths.append(str(data / f"segment-{number:03d}.toml"))
         Path(paths[-1]).write_text(text)
@@ -166,7 +168,7 @@ def main() -> None:
     prepare(runtime_over(spark, root, data, []), data, users)
     paths = write_segments(data, users, count, arguments.method, "round 0")
     every, alone = runtime_over(spark, root, data, paths), runtime_over(spark, root, data, paths[1:2])
-    said(f"{users:,} users, {count} segments of {max(users // 100, 1):,}, {arguments.method}")
+    log(f"{users:,} users, {count} segments of {max(users // 100, 1):,}, {arguments.method}")
     peak: dict[str, float] = {}
 
     def segments() -> None:

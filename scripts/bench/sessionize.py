@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-from measure import CORES, bars, in_turns, last_line, of_scala, said, session, stages
+from measure import CORES, bars, in_turns, last_line, log, of_scala, session, stages
 from pyspark.sql import DataFrame, GroupedData, SparkSession, Window
 from pyspark.sql import functions as F
 from superapp import World, events
@@ -46,7 +46,7 @@ WAYS = ("floor", "sessionize", "windows", "session_window", "duckdb")
 SETTINGS = SessionizeSettings(gap_minutes=GAP)
 
 
-def log(spark: SparkSession, count: int, folder: Path) -> Path:
+def events_table(spark: SparkSession, count: int, folder: Path) -> Path:
     """A Delta table of about `count` events, created if missing."""
     path = folder / f"events-{count}"
     if not (path / "_delta_log").exists():
@@ -55,8 +55,8 @@ def log(spark: SparkSession, count: int, folder: Path) -> Path:
 
 
 def floor(rows: DataFrame) -> DataFrame:
-    made = rows.select("user_id", *EVENT_IN_SESSION).repartition("user_id")
-    return made.sortWithinPartitions("user_id", "event_ts", "event_id")
+    distributed = rows.select("user_id", *EVENT_IN_SESSION).repartition("user_id")
+    return distributed.sortWithinPartitions("user_id", "event_ts", "event_id")
 
 
 def ours(every: int) -> Callable[[DataFrame], DataFrame]:
@@ -64,7 +64,7 @@ def ours(every: int) -> Callable[[DataFrame], DataFrame]:
 
 
 def _sessions(grouped: GroupedData) -> DataFrame:
-    made = grouped.agg(
+    sessions = grouped.agg(
         F.min("event_ts").alias("start_ts"),
         F.max("event_ts").alias("end_ts"),
         F.count("*").cast("int").alias("event_count"),
@@ -73,7 +73,7 @@ def _sessions(grouped: GroupedData) -> DataFrame:
         F.array_sort(F.collect_list(F.struct(*EVENT_IN_SESSION))).alias("events"),
         F.min("event_ts").alias("run_start_ts"),
     )
-    return made.withColumn("session_id", F.col("events")[0]["event_id"])
+    return sessions.withColumn("session_id", F.col("events")[0]["event_id"])
 
 
 def windows(rows: DataFrame) -> DataFrame:
@@ -136,15 +136,15 @@ def skew(spark: SparkSession, path: Path, count: int, out: Path) -> dict[str, An
     heavy = F.xxhash64("event_id") % 10 == 0
     rows = spark.read.format("delta").load(str(path))
     rows = rows.withColumn("user_id", F.when(heavy, "heavy").otherwise(F.col("user_id")))
-    found = {}
+    ratios = {}
     for name, every in (("", events_of_a_part(count, TASKS)), ("_without_splits", count)):
         splits = find_splits(rows, SETTINGS, every)
         before = max(s.stageId() for s in stages(spark))
         sessionize(rows, SETTINGS, splits).write.format("delta").mode("overwrite").save(str(out / "skew"))
         seconds = task_seconds(spark, before)
-        found[f"skew_max_to_median{name}"] = round(seconds[-1] / statistics.median(seconds), 2)
-        said(f"tasks{name}, {len(splits)} splits, seconds: {' '.join(f'{s:.1f}' for s in seconds)}")
-    return found
+        ratios[f"skew_max_to_median{name}"] = round(seconds[-1] / statistics.median(seconds), 2)
+        log(f"tasks{name}, {len(splits)} splits, seconds: {' '.join(f'{s:.1f}' for s in seconds)}")
+    return ratios
 
 
 def hot_item(spark: SparkSession, path: Path) -> dict[str, Any]:
@@ -159,15 +159,15 @@ def hot_item(spark: SparkSession, path: Path) -> dict[str, Any]:
     values = spark.createDataFrame([], "kind string, value string, value_index int")
     sessions = sessionize(rows, SETTINGS).localCheckpoint()
     acts = {"grouped": described, "joined": number_actions(sessions, vocabulary, values)}
-    found: dict[str, float] = {}
+    ratios: dict[str, float] = {}
     with spark_conf(spark, {"spark.sql.autoBroadcastJoinThreshold": "-1"}):
-        for name, made in acts.items():
+        for name, frame in acts.items():
             before = max(s.stageId() for s in stages(spark))
-            made.write.format("noop").mode("overwrite").save()
+            frame.write.format("noop").mode("overwrite").save()
             seconds = task_seconds(spark, before, TASKS)
-            found[name] = round(seconds[-1] / statistics.median(seconds), 2)
-            said(f"a hot item, {name}, tasks' seconds: {' '.join(f'{s:.2f}' for s in seconds)}")
-    return {"hot_item_max_to_median": found}
+            ratios[name] = round(seconds[-1] / statistics.median(seconds), 2)
+            log(f"a hot item, {name}, tasks' seconds: {' '.join(f'{s:.2f}' for s in seconds)}")
+    return {"hot_item_max_to_median": ratios}
 
 
 def main() -> None:
@@ -183,7 +183,7 @@ def main() -> None:
 
     spark = session(quick=False)
     folder = arguments.folder.absolute()
-    path, out = log(spark, count, folder), folder / "out"
+    path, out = events_table(spark, count, folder), folder / "out"
     rows = spark.read.format("delta").load(str(path))
     count = rows.count()
 
@@ -225,8 +225,8 @@ def main() -> None:
 
 
 def _shape(spark: SparkSession, path: Path, form: str = "delta") -> tuple[Any, ...]:
-    made = spark.read.format(form).load(str(path))
-    return tuple(made.agg(F.count("*"), F.sum(F.xxhash64("session_id", "start_ts", "end_ts", "events"))).collect()[0])
+    rows = spark.read.format(form).load(str(path))
+    return tuple(rows.agg(F.count("*"), F.sum(F.xxhash64("session_id", "start_ts", "end_ts", "events"))).collect()[0])
 
 
 if __name__ == "__main__":

@@ -164,14 +164,14 @@ def _blocks(world: World, task: int, tasks: int) -> Iterator[pa.RecordBatch]:
 def events(spark: SparkSession, world: World, partitions: int | None = None) -> DataFrame:
     """The log as rows of EVENTS, as ingest would make them from the files: each event once."""
     log = raw_log(spark, World(**(vars(world) | {"doubled": 0.0})), partitions)
-    named = log.withColumns(
+    rows = log.withColumns(
         {
             "item_name": F.expr(ITEM_NAME),
             "attributes": F.create_map(F.lit("district"), F.col("district")),
             "source": F.lit("superapp"),
         }
     )
-    return conform(named, EVENTS)
+    return conform(rows, EVENTS)
 
 
 ITEM_NAME = "concat(category, ' ', substring(item_id, 2))"
@@ -197,8 +197,8 @@ def write(spark: SparkSession, world: World, out: Path, partitions: int | None =
     for old in out.glob("arrived=*"):
         shutil.rmtree(old)
     start, tasks = _tasks(spark, world, partitions)
-    done = start.mapInArrow(make, "rows bigint, users bigint").agg(F.sum("rows"), F.sum("users")).collect()[0]
-    return int(done[0]), int(done[1])
+    totals = start.mapInArrow(make, "rows bigint, users bigint").agg(F.sum("rows"), F.sum("users")).collect()[0]
+    return int(totals[0]), int(totals[1])
 
 
 def _write_blocks(blocks: Iterator[pa.RecordBatch], out: Path, name: str) -> tuple[int, int]:
@@ -475,7 +475,7 @@ def _events(world: World, draw: _Draw, people: Columns, steps: Columns) -> Colum
     where, shelf = steps["where"][step], steps["shelf"][step]
     group = np.choose(vertical, [where, where * 8 + shelf % 8, shelf, shelf])
     slot = group * ranks + rank
-    amount, quantity = _paid(draw, vertical, slot, key, event_type)
+    amount, quantity = _amounts(draw, vertical, slot, key, event_type)
     return {
         "key": key,
         "user": user,
@@ -501,7 +501,7 @@ def _generation(draw: _Draw, vertical: Ints, slot: Ints, event_ts: Ints) -> Ints
     return np.where(life > 0, born / np.maximum(life, 1), 0).astype(np.int64)
 
 
-def _paid(draw: _Draw, vertical: Ints, slot: Ints, key: Ints, event_type: Ints) -> tuple[Floats, Floats]:
+def _amounts(draw: _Draw, vertical: Ints, slot: Ints, key: Ints, event_type: Ints) -> tuple[Floats, Floats]:
     """Amount and quantity of purchases; NaN for other events."""
     bought = (event_type != VIEW) & (event_type != SEARCH)
     many = (vertical == GROCERIES) & (draw("many", key) < 0.25)
@@ -515,13 +515,13 @@ def _returns(world: World, draw: _Draw, log: Columns) -> Columns:
     later = log["event_ts"] + (_DAY * (1 + 13 * draw("backday", log["key"]))).astype(np.int64)
     back = (log["event_type"] == PURCHASE) & (log["vertical"] == RETAIL) & (draw("back", log["key"]) < 0.06)
     back &= later < world.days * _DAY
-    gone = {name: column[back] for name, column in log.items()}
-    return gone | {
-        "key": gone["key"] | (1 << 23),
+    returned = {name: column[back] for name, column in log.items()}
+    return returned | {
+        "key": returned["key"] | (1 << 23),
         "event_ts": later[back],
         "event_type": np.full(back.sum(), RETURN),
-        "amount": -gone["amount"],
-        "quantity": -gone["quantity"],
+        "amount": -returned["amount"],
+        "quantity": -returned["quantity"],
     }
 
 

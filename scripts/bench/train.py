@@ -48,7 +48,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import t4rec_peer
 import torch
-from measure import bars, cpu_seconds, last_line, said
+from measure import bars, cpu_seconds, last_line, log
 
 from jobs.launch_training import launch
 from training import loop
@@ -134,7 +134,7 @@ def changed(spec: RunSpec, **settings: int) -> RunSpec:
 # ---- trailvec's own contestants, in a process that stays up ----------------------------------------------------
 
 Batch = dict[str, torch.Tensor]
-_kept: list[Batch] = []
+_kept_batches: list[Batch] = []
 
 
 def trained(spec: RunSpec, out: Path, train: Callable[[RunSpec], None] = loop.train) -> Epochs:
@@ -182,9 +182,9 @@ def fed(spec: RunSpec, out: Path) -> Epochs:
     unless the softmax is a sampled one."""
 
     def read(*args: Any, **options: Any) -> Iterator[Batch]:
-        _kept.clear()
+        _kept_batches.clear()
         for batch in read_batches(*args, **options):
-            _kept.append(batch)
+            _kept_batches.append(batch)
             yield batch
 
     epochs = watched(spec, out, read)
@@ -209,7 +209,7 @@ def held_out_loss(spec: RunSpec, out: Path) -> float:
 
 def in_memory(spec: RunSpec, out: Path) -> Epochs:
     """Runs the loop over the batches that the last fed epoch kept in memory."""
-    return watched(spec, out, lambda *_, **__: iter(_kept))
+    return watched(spec, out, lambda *_, **__: iter(_kept_batches))
 
 
 def profile(spec: RunSpec, out: Path) -> str:
@@ -259,17 +259,17 @@ def ratios(rates: dict[str, float], prefix: str = "") -> dict[str, float]:
     """Ratios of the contestants' rates, where both were measured; of a longer training's rate per epoch of the
     others."""
     epochs = {"trailvec longer": LONGER}
-    known = [(key, a, b) for key, (a, b) in RATIOS.items() if a in rates and b in rates]
-    return {prefix + key: rates[a] / epochs.get(a, 1) / rates[b] for key, a, b in known}
+    measured = [(key, a, b) for key, (a, b) in RATIOS.items() if a in rates and b in rates]
+    return {prefix + key: rates[a] / epochs.get(a, 1) / rates[b] for key, a, b in measured}
 
 
-def where_reached(found: dict[str, float], held_out: dict[str, float | None]) -> dict[str, float]:
+def where_reached(all_ratios: dict[str, float], held_out: dict[str, float | None]) -> dict[str, float]:
     """The ratios, without speedup_at_peers_loss if trailvec longer ended above the peer's loss."""
     ours, theirs = held_out.get("trailvec longer"), held_out.get("peer")
     if ours is None or theirs is None or ours <= theirs:
-        return found
-    said(f"trailvec longer ended at a held-out loss of {ours:.4f}, above the peer's {theirs:.4f}: no ratio for it")
-    return {key: ratio for key, ratio in found.items() if not key.endswith("speedup_at_peers_loss")}
+        return all_ratios
+    log(f"trailvec longer ended at a held-out loss of {ours:.4f}, above the peer's {theirs:.4f}: no ratio for it")
+    return {key: ratio for key, ratio in all_ratios.items() if not key.endswith("speedup_at_peers_loss")}
 
 
 def parsed() -> argparse.Namespace:
@@ -309,21 +309,21 @@ def main() -> None:
     processes = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, processes) as ours, ProcessPoolExecutor(1, processes) as peer:
 
-        def here(train: Callable[[RunSpec, Path], Any], spec: RunSpec) -> Any:
+        def run_ours(train: Callable[[RunSpec, Path], Any], spec: RunSpec) -> Any:
             return ours.submit(train, spec, folder / "out").result()
 
-        def there(spec: RunSpec) -> Epochs:
+        def run_peer(spec: RunSpec) -> Epochs:
             return peer.submit(t4rec_peer.train, spec).result()
 
         contestants: dict[str, Callable[[], Epochs]] = {
-            "trailvec": functools.partial(here, fed, full),
-            "peer": functools.partial(there, full),
-            "trailvec longer": functools.partial(here, fed, changed(full, epochs=round(LONGER * epochs))),
-            "sampled 100k": functools.partial(here, fed, sampled_100k),
-            "peer 100k": functools.partial(there, full_100k),
-            "peer sampled 100k": functools.partial(there, sampled_100k),
-            "fed": functools.partial(here, fed, sampled),
-            "in memory": functools.partial(here, in_memory, sampled),
+            "trailvec": functools.partial(run_ours, fed, full),
+            "peer": functools.partial(run_peer, full),
+            "trailvec longer": functools.partial(run_ours, fed, changed(full, epochs=round(LONGER * epochs))),
+            "sampled 100k": functools.partial(run_ours, fed, sampled_100k),
+            "peer 100k": functools.partial(run_peer, full_100k),
+            "peer sampled 100k": functools.partial(run_peer, sampled_100k),
+            "fed": functools.partial(run_ours, fed, sampled),
+            "in memory": functools.partial(run_ours, in_memory, sampled),
             "1 rank": launches(1, full),
             "2 ranks": launches(2, full),
             "1 rank sampled": launches(1, sampled),
@@ -339,21 +339,23 @@ def main() -> None:
         first_waits: list[float] = []
         for number in range(1 if arguments.quick else 0, rounds + 1):
             for name, run in contestants.items():
-                ran = run()
+                epochs_of_run = run()
                 if not number:
                     continue
-                rates[name] += [epoch["rows_per_second"] for epoch in ran]
-                losses[name].append(ran[-1]["loss"])
-                held_out[name] = ran[-1].get("held_out_loss")
+                rates[name] += [epoch["rows_per_second"] for epoch in epochs_of_run]
+                losses[name].append(epochs_of_run[-1]["loss"])
+                held_out[name] = epochs_of_run[-1].get("held_out_loss")
                 if name == "fed":
-                    waited += [epoch["waited"] for epoch in ran]
-                    first_waits += [epoch["first_wait"] for epoch in ran]
-                by_cpu[name] += [epoch["rows_per_cpu_second"] for epoch in ran if "rows_per_cpu_second" in epoch]
-                said(
+                    waited += [epoch["waited"] for epoch in epochs_of_run]
+                    first_waits += [epoch["first_wait"] for epoch in epochs_of_run]
+                by_cpu[name] += [
+                    epoch["rows_per_cpu_second"] for epoch in epochs_of_run if "rows_per_cpu_second" in epoch
+                ]
+                log(
                     f"round {number} {name:18} examples/s {' '.join(f'{rate:,.0f}' for rate in rates[name])}, per CPU "
                     f"second {' '.join(f'{rate:,.0f}' for rate in by_cpu[name])}, loss {losses[name][-1]:.4f}"
                 )
-        tables = {name: here(profile, spec) for name, spec in (("full", full), ("sampled 100k", sampled_100k))}
+        tables = {name: run_ours(profile, spec) for name, spec in (("full", full), ("sampled 100k", sampled_100k))}
 
     print("\n".join(f"{name}: {table}" for name, table in tables.items()))
     bars(folder.parent / "train.svg", {name: [1000 / rate for rate in values] for name, values in rates.items()})

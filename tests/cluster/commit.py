@@ -21,7 +21,7 @@ if __name__ == "__main__":
     conf, table, first, last, folder = sys.argv[1:]
     spark = start_spark(load_config(conf))
     # The other writer may be creating the table at the same moment: Delta leaves the retry to the caller.
-    lost = (ConcurrentAppendException, MetadataChangedException, ProtocolChangedException)
+    conflicts = (ConcurrentAppendException, MetadataChangedException, ProtocolChangedException)
     (Path(folder) / f"ready-{first}").touch()
     while not (Path(folder) / "go").exists():
         time.sleep(0.01)
@@ -31,5 +31,5 @@ if __name__ == "__main__":
                 rows = spark.range(number, number + 1, numPartitions=1).write.format("delta").mode("append")
                 rows.option("userMetadata", LONG).save(table)
                 break
-            except lost:
+            except conflicts:
                 continue

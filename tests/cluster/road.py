@@ -58,7 +58,7 @@ def some_users(root: Path, count: int = 3) -> list[str]:
 
 def holding(root: Path, users: list[str]) -> set[str]:
     """The tables with a Parquet file, of any version, that holds one of the users."""
-    found = set()
+    tables = set()
     for table in HOLDING_USERS:
         files = [
             str(file) for file in (root / "tables" / table.name).rglob("*.parquet") if "_delta_log" not in file.parts
@@ -66,24 +66,24 @@ def holding(root: Path, users: list[str]) -> set[str]:
         for name in table.user_columns() if files else ():
             query = f"SELECT count(*) FROM read_parquet(?, union_by_name = true) WHERE {name} IN (SELECT unnest(?))"
             if delta_reader().execute(query, [files, users]).fetchall()[0][0]:
-                found.add(table.name)
-    return found
+                tables.add(table.name)
+    return tables
 
 
-def is_forgotten(said: dict[str, Any], before: Path, after: Path, users: list[str]) -> None:
+def is_forgotten(report: dict[str, Any], before: Path, after: Path, users: list[str]) -> None:
     """Checks what forget.py reported, and the files before and after it."""
     held = holding(before, users)
     assert {"events", "sessions", "sequences"} <= held
-    assert {name for name, rows in said["rows"].items() if rows} == held
-    assert (said["early"], said["finished"]) == ({"finished": 0}, {"finished": 1})
+    assert {name for name, rows in report["rows"].items() if rows} == held
+    assert (report["early"], report["finished"]) == ({"finished": 0}, {"finished": 1})
     assert holding(after, users) == set()
-    for name, entry in said["upkeep"].items():
+    for name, entry in report["upkeep"].items():
         if name == "erasures":  # written to since then
             continue
         is_kept_up(entry, after / "tables" / name)
         if name in held:
             assert entry["bytes_freed"] > 0, name
-    assert {"erasures", "erased_users", *held} <= said["upkeep"].keys()
+    assert {"erasures", "erased_users", *held} <= report["upkeep"].keys()
 
 
 def is_kept_up(entry: dict[str, Any], folder: Path) -> None:

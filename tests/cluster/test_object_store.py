@@ -94,7 +94,7 @@ class Store:
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
         """Starts a process group, so that one signal reaches Python, the JVM and its workers."""
-        told = {**os.environ, **self.server.environment, **environment}
+        job_environment = {**os.environ, **self.server.environment, **environment}
         pipe = subprocess.PIPE
         return subprocess.Popen(
             [sys.executable, *command],
@@ -102,7 +102,7 @@ class Store:
             stderr=pipe,
             text=True,
             cwd=REPOSITORY,
-            env=told,
+            env=job_environment,
             start_new_session=True,
         )
 
@@ -120,9 +120,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
         yield Store(server, tmp_path_factory.mktemp("conf"))
 
 
-def stages_said(said: str) -> list[tuple[str, str]]:
+def finished_stages(output: str) -> list[tuple[str, str]]:
     """(✓ or =, name) of each stage that the job's output reports as finished."""
-    return [(line.split()[0], line.split()[1]) for line in said.splitlines() if line.startswith(("✓", "="))]
+    return [(line.split()[0], line.split()[1]) for line in output.splitlines() if line.startswith(("✓", "="))]
 
 
 @pytest.fixture(scope="module")
@@ -130,17 +130,17 @@ def tables(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the warehouse after a job that was killed midway and the same command again."""
     with store.road() as job:
         assert job.stderr is not None
-        said = ""
-        while "flag_users" not in said:
+        stderr = ""
+        while "flag_users" not in stderr:
             line = job.stderr.readline()
-            assert line, said
-            said += line
+            assert line, stderr
+            stderr += line
         os.killpg(job.pid, signal.SIGKILL)
     with store.road() as job:
-        _, said = job.communicate()
-    assert job.returncode == 0, said
+        _, stderr = job.communicate()
+    assert job.returncode == 0, stderr
     names = [stage.name for stage in ROAD]
-    assert stages_said(said) == [("=", "ingest"), ("=", "flag_users"), *[("✓", name) for name in names[2:]]]
+    assert finished_stages(stderr) == [("=", "ingest"), ("=", "flag_users"), *[("✓", name) for name in names[2:]]]
     copy = tmp_path_factory.mktemp("copy")
     fs.copy_files(f"{BUCKET}/trailvec/tables", str(copy / "tables"), source_filesystem=store.system)
     return copy
@@ -181,8 +181,8 @@ def test_no_commit_of_three_writers_at_once_is_lost(store: Store, tmp_path: Path
         ours += 1
         time.sleep(0.2)
     for job in jobs:
-        _, said = job.communicate()
-        assert job.returncode == 0, said
+        _, stderr = job.communicate()
+        assert job.returncode == 0, stderr
     read = DeltaTable(f"s3://{table}", storage_options=store.options).to_pyarrow_table()
     assert sorted(read["id"].to_pylist()) == [*range(each), *range(100, 100 + each), *range(200, ours)]
 
@@ -197,10 +197,10 @@ def test_wrong_keys_a_missing_bucket_and_no_keys_are_one_sentence(store: Store) 
         "the environment has no AWS_ACCESS_KEY_ID": store.trailvec("tables", **nothing),
     }
     for sentence, job in jobs.items():
-        said, told = job.communicate()
-        assert (job.returncode, said) == (1, ""), told
-        assert re.match(f"trailvec: .*{sentence}", told), told
-        assert told.count("\n") == 1, told
+        stdout, stderr = job.communicate()
+        assert (job.returncode, stdout) == (1, ""), stderr
+        assert re.match(f"trailvec: .*{sentence}", stderr), stderr
+        assert stderr.count("\n") == 1, stderr
 
 
 def test_people_are_erased_and_files_kept_up(store: Store, tables: Path, tmp_path: Path) -> None:
@@ -213,10 +213,10 @@ def test_people_are_erased_and_files_kept_up(store: Store, tables: Path, tmp_pat
     script = str(Path(__file__).with_name("forget.py"))
     environment = {ERASE_KEY: "a key of the tests", "PYTHONPATH": str(REPOSITORY)}
     with store.start(script, str(conf), str(tmp_path / "ids.txt"), **environment) as job:
-        said, told = job.communicate()
-    assert job.returncode == 0, told
+        stdout, stderr = job.communicate()
+    assert job.returncode == 0, stderr
     fs.copy_files(f"{BUCKET}/erased/tables", str(tmp_path / "tables"), source_filesystem=store.system)
-    is_forgotten(json.loads(said.splitlines()[-1]), tables, tmp_path, users)
+    is_forgotten(json.loads(stdout.splitlines()[-1]), tables, tmp_path, users)
 
 
 TRAIN = {
@@ -237,19 +237,19 @@ def test_training_reads_and_writes_on_the_store(
     """Bit-identical to a training from local files. Resuming after a kill: test_yarn.py, and the next test."""
     command = ["train", *[f"--set={key}={json.dumps(value)}" for key, value in TRAIN.items()]]
 
-    def found(pattern: str) -> list[str]:
+    def stored(pattern: str) -> list[str]:
         chosen = fs.FileSelector(f"{BUCKET}/trailvec/models", allow_not_found=True, recursive=True)
         names = [info.path.partition("/models/")[2] for info in store.system.get_file_info(chosen)]
         return [name for name in names if re.fullmatch(pattern, name)]
 
     with store.trailvec(*command) as job:
-        while not found(r"\w+\.checkpoints/\d+-\d+/checkpoint\.json"):
+        while not stored(r"\w+\.checkpoints/\d+-\d+/checkpoint\.json"):
             assert job.poll() is None, job.communicate()
             time.sleep(0.1)
-        _, told = job.communicate()
-    assert job.returncode == 0, told
-    (version,) = {name.partition("/")[0] for name in found(r"\w+/model\.json")}
-    assert found(r".*\.checkpoints/.*|\..*") == []
+        _, stderr = job.communicate()
+    assert job.returncode == 0, stderr
+    (version,) = {name.partition("/")[0] for name in stored(r"\w+/model\.json")}
+    assert stored(r".*\.checkpoints/.*|\..*") == []
 
     fs.copy_files(f"{BUCKET}/trailvec/models", str(tmp_path / "models"), source_filesystem=store.system)
     assert json.loads((tmp_path / "models/current.json").read_text()) == {"model_version": version}
@@ -305,17 +305,17 @@ def test_an_export_is_whole_or_has_no_manifest(
             if failing:
                 raise RuntimeError("stopped")
 
-    def there() -> dict[str, str]:
-        found = store.system.get_file_info(fs.FileSelector(f"{BUCKET}/exports/x"))
-        return {info.base_name: store.system.open_input_file(info.path).read().decode() for info in found}
+    def contents() -> dict[str, str]:
+        infos = store.system.get_file_info(fs.FileSelector(f"{BUCKET}/exports/x"))
+        return {info.base_name: store.system.open_input_file(info.path).read().decode() for info in infos}
 
     export("one")
-    assert there() == dict.fromkeys(parts, "one")
+    assert contents() == dict.fromkeys(parts, "one")
     with pytest.raises(RuntimeError, match="stopped"):
         export("two", failing=True)
-    assert there() == dict.fromkeys(parts, "one")
+    assert contents() == dict.fromkeys(parts, "one")
     export("three")
-    assert there() == dict.fromkeys(parts, "three")
+    assert contents() == dict.fromkeys(parts, "three")
 
 
 SEGMENT = """
@@ -360,8 +360,8 @@ def test_an_export_by_lists_where_nothing_can_be_renamed_is_the_one_over_local_f
     part = pq.read_table(tmp_path / "there/exports/likes/part-00000.parquet")
     assert part.equals(local)
     out = {"u03", "u11", "u04", "u12", *list(angles)[::5]}
-    near = {user: max(math.cos(angle - angles[seed]) for seed in ("u03", "u11")) for user, angle in angles.items()}
-    best = sorted(near.keys() - out, key=lambda user: -near[user])
+    cosines = {user: max(math.cos(angle - angles[seed]) for seed in ("u03", "u11")) for user, angle in angles.items()}
+    best = sorted(cosines.keys() - out, key=lambda user: -cosines[user])
     expected = [hmac.new(b"the key of the tests", user.encode(), "sha256").hexdigest() for user in best[:6]]
     assert part["user_id"].to_pylist() == expected
 

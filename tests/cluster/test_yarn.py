@@ -130,11 +130,11 @@ class Submit:
     def start(self, job: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         """Runs the script; whatever is left of it when the block ends is killed, Spark's client too."""
         command = [str(REPOSITORY / "scripts/submit_yarn.sh"), job, "--conf", str(self.conf), *arguments]
-        told = {"HADOOP_CONF_DIR": str(self.cluster.conf), "TRAILVEC_ENVIRONMENT": str(self.environment)}
-        told["TRAILVEC_EXPORT_KEY"] = EXPORT_KEY
+        environment = {"HADOOP_CONF_DIR": str(self.cluster.conf), "TRAILVEC_ENVIRONMENT": str(self.environment)}
+        environment["TRAILVEC_EXPORT_KEY"] = EXPORT_KEY
         pipe = subprocess.PIPE
         process = subprocess.Popen(
-            command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **told}, start_new_session=True
+            command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment}, start_new_session=True
         )
         try:
             yield process
@@ -145,8 +145,8 @@ class Submit:
     def run(self, job: str, *arguments: str) -> tuple[int, list[str], list[str]]:
         """The exit code, and the lines of stdout and stderr."""
         with self.start(job, *arguments) as process:
-            said, told = process.communicate()
-        return process.returncode, said.splitlines(), told.splitlines()
+            stdout, stderr = process.communicate()
+        return process.returncode, stdout.splitlines(), stderr.splitlines()
 
     def fetch(self, folder: str, to: Path) -> Path:
         """Copies a folder from HDFS."""
@@ -204,14 +204,14 @@ def lake(submit: Submit) -> tuple[list[str], list[str]]:
             ("✓ flag_users", "sessionize", lambda: kill_one("YarnCoarseGrainedExecutorBackend", cluster)),
             ("✓ sessionize", "build_sequences", lambda: restart_node(cluster)),
         ):
-            while after not in said_by_now(cluster):
+            while after not in driver_output(cluster):
                 assert process.poll() is None, process.communicate()
                 time.sleep(0.1)
             strike()
-            assert before not in said_by_now(cluster)
-        said, told = process.communicate()
-    assert process.returncode == 0, (said, told)
-    return said.splitlines(), told.splitlines()
+            assert before not in driver_output(cluster)
+        stdout, stderr = process.communicate()
+    assert process.returncode == 0, (stdout, stderr)
+    return stdout.splitlines(), stderr.splitlines()
 
 
 def restart_node(cluster: Cluster) -> None:
@@ -226,13 +226,13 @@ def restart_node(cluster: Cluster) -> None:
 def test_after_a_lost_driver_executor_and_node_the_rows_are_those_of_a_local_run(
     submit: Submit, lake: tuple[list[str], list[str]], expected: Path, tmp_path: Path
 ) -> None:
-    said, told = lake
+    stdout, stderr = lake
     # The output is the second driver's: what the first had finished is not redone.
-    stages = [line.split()[:2] for line in said if line.startswith(("✓", "="))]
+    stages = [line.split()[:2] for line in stdout if line.startswith(("✓", "="))]
     assert stages[:3] == [["=", stage.name] for stage in ROAD[:3]]
     assert [name for _, name in stages] == [stage.name for stage in ROAD]
     assert stages[-1][0] == "✓"
-    assert [line.split()[-1] for line in told] == ["submitted", "succeeded"]
+    assert [line.split()[-1] for line in stderr] == ["submitted", "succeeded"]
     same_tables(expected, submit.fetch("lake", tmp_path))
 
 
@@ -252,15 +252,15 @@ def test_training_scoring_and_an_export_end_right_after_killed_executors(
     (conf.parent / "segments/never.csv").write_text("\n".join(["user_id", *never]))
     learn = replace(submit, environment=f"local:{sys.prefix}", conf=conf)
     with learn.start(str(Path(__file__).with_name("learn.py"))) as process:
-        for far_enough in (lambda: checkpoints(submit.cluster), lambda: "✓ align" in said_by_now(submit.cluster)):
+        for far_enough in (lambda: checkpoints(submit.cluster), lambda: "✓ align" in driver_output(submit.cluster)):
             while not far_enough():
                 assert process.poll() is None, process.communicate()
                 time.sleep(0.2)
             kill_one("YarnCoarseGrainedExecutorBackend", submit.cluster)
-        assert "score_users" not in said_by_now(submit.cluster)
-        said, told = process.communicate()
-    assert process.returncode == 0, (said, told)
-    lines = said.splitlines()
+        assert "score_users" not in driver_output(submit.cluster)
+        stdout, stderr = process.communicate()
+    assert process.returncode == 0, (stdout, stderr)
+    lines = stdout.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("✓")] == [
         "train",
         "align",
@@ -269,9 +269,9 @@ def test_training_scoring_and_an_export_end_right_after_killed_executors(
     ]
     assert any("resumes from a checkpoint" in line for line in lines)
 
-    found = submit.fetch("lake", tmp_path)
-    (folder,) = (path for path in (found / "models").iterdir() if path.is_dir())
-    assert json.loads((found / "models/current.json").read_text()) == {"model_version": folder.name}
+    copy = submit.fetch("lake", tmp_path)
+    (folder,) = (path for path in (copy / "models").iterdir() if path.is_dir())
+    assert json.loads((copy / "models/current.json").read_text()) == {"model_version": folder.name}
     assert sorted(path.name for path in folder.iterdir()) == sorted(MODEL)
     about = json.loads((folder / "model.json").read_text())
     assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == about["weights_sha256"]
@@ -279,23 +279,23 @@ def test_training_scoring_and_an_export_end_right_after_killed_executors(
     settings |= {name: SETTINGS[name] for name in ("vocabulary.min_count", "sequences.max_length")}
     for name in [name for name in os.environ if name.startswith("OPENBLAS_")]:
         monkeypatch.delenv(name)  # the nodes have none; another kernel would round the first vectors differently
-    again = train_here(found, tmp_path / "here", spark, settings)
+    again = train_here(copy, tmp_path / "here", spark, settings)
     assert about["training"]["processes"] == again["training"]["processes"] == 2
     assert about["training"]["parameters_sha256_by_rank"] == again["training"]["parameters_sha256_by_rank"]
 
-    tables = [f"delta_scan('{found}/tables/{name}')" for name in ("sequences", "user_embeddings")]
+    tables = [f"delta_scan('{copy}/tables/{name}')" for name in ("sequences", "user_embeddings")]
     rows = f"{tables[0]} s LEFT JOIN {tables[1]} e USING (user_id)"
     query = f"SELECT user_id, vector, is_cold FROM {rows} WHERE s.split = 'score' ORDER BY user_id"
     users = delta_reader().execute(query).fetchall()
     assert len({user for user, *_ in users}) == len(users) > 50
     scores = likeness(users, set(never))
-    export = found / "exports/like_the_first"
+    export = copy / "exports/like_the_first"
     assert sorted(path.name for path in export.iterdir()) == ["manifest.json", "part-00000.parquet", "report.html"]
     part = pq.read_table(export / "part-00000.parquet").to_pydict()
     assert part["rank"] == [*range(1, 13)]
     assert part["score"] == pytest.approx([scores[user] for user in part["user_id"]], abs=1e-5)
     assert part["score"] == pytest.approx(sorted(scores.values(), reverse=True)[:12], abs=1e-5)
-    assert [path.name for path in [*found.iterdir(), *(found / "models").iterdir()] if path.name.startswith(".")] == []
+    assert [path.name for path in [*copy.iterdir(), *(copy / "models").iterdir()] if path.name.startswith(".")] == []
 
 
 MODEL = ("alignment.json", "card.md", "model.json", "model.safetensors", "run.json", "training.svg")
@@ -310,10 +310,10 @@ def checkpoints(cluster: Cluster) -> list[str]:
 def listed(cluster: Cluster, folder: str, pattern: str) -> list[str]:
     try:
         with urllib.request.urlopen(f"{cluster.webhdfs}{folder}?op=LISTSTATUS", timeout=30) as answer:
-            found = json.load(answer)["FileStatuses"]["FileStatus"]
+            statuses = json.load(answer)["FileStatuses"]["FileStatus"]
     except urllib.error.HTTPError:  # not there yet
         return []
-    return [name for name in (status["pathSuffix"] for status in found) if re.fullmatch(pattern, name)]
+    return [name for name in (status["pathSuffix"] for status in statuses) if re.fullmatch(pattern, name)]
 
 
 def likeness(users: list[tuple[str, list[float], bool]], never: set[str]) -> dict[str, float]:
@@ -345,16 +345,16 @@ def test_old_events_go_and_files_are_kept_up_on_hdfs(
     config = make_config(Path("unused"), f'storage.root="{root}"', conf=REPOSITORY / "conf/base.toml")
     days = (datetime.now(timezone.utc) - last_kept).days
     upkeep = MaintainSettings.model_construct(retention_hours=0, keep_days={"events": days})
-    (said,) = maintain(Runtime(config.model_copy(update={"maintain": upkeep}), spark), ["events"])
-    assert said["rows_too_old"] > 0
-    assert said["bytes_freed"] > 0
+    (report,) = maintain(Runtime(config.model_copy(update={"maintain": upkeep}), spark), ["events"])
+    assert report["rows_too_old"] > 0
+    assert report["bytes_freed"] > 0
     folder = submit.fetch("kept", tmp_path) / "tables/events"
-    is_kept_up(said, folder)
+    is_kept_up(report, folder)
     # Gone from the files of every version.
     files = [str(file) for file in folder.rglob("*.parquet") if "_delta_log" not in file.parts]
     count = f"SELECT count(*), count(*) FILTER (event_ts < '{last_kept:%F}T00:00:00Z') FROM read_parquet(?)"
-    assert delta_reader().execute(count, [files]).fetchall() == [(said["rows"], 0)]
-    assert said["rows"] > 0
+    assert delta_reader().execute(count, [files]).fetchall() == [(report["rows"], 0)]
+    assert report["rows"] > 0
 
 
 def kill_one(main: str, cluster: Cluster) -> None:
@@ -376,7 +376,7 @@ def driver_log(cluster: Cluster) -> Path | None:
     return max(logs, key=lambda log: log.parent.name, default=None)
 
 
-def said_by_now(cluster: Cluster) -> str:
+def driver_output(cluster: Cluster) -> str:
     log = driver_log(cluster)
     return "" if log is None else log.read_text()
 
@@ -393,30 +393,30 @@ def test_nothing_of_this_machine_is_seen_nor_a_key_in_logs_and_a_failure_is_one_
 ) -> None:
     once = submit.conf.with_name("once.toml")
     once.write_text(submit.conf.read_text() + ONCE)
-    code, said, told = replace(submit, conf=once).run(str(Path(__file__).with_name("look.py")))
-    seen = json.loads(next(line for line in said if line.startswith("{")))
+    code, stdout, stderr = replace(submit, conf=once).run(str(Path(__file__).with_name("look.py")))
+    report = json.loads(next(line for line in stdout if line.startswith("{")))
     containers = re.compile(f"{submit.cluster.data}/node[12]/local/usercache/")
-    assert seen["key"] == hashlib.sha256(EXPORT_KEY.encode()).hexdigest()
+    assert report["key"] == hashlib.sha256(EXPORT_KEY.encode()).hexdigest()
     # The containers' logs, including their launch scripts, and Spark's event log.
     logs = b"".join(file.read_bytes() for file in submit.fetch("tmp", tmp_path).rglob("*") if file.is_file())
     for text, is_there in ((b"launch_container.sh", True), (b"EnvironmentUpdate", True), (b"the key $$", False)):
         assert (text in logs) == is_there, text
     for place in ("driver", "worker"):
-        assert seen[place]["temporary"] == f"{seen[place]['folder']}/tmp"
+        assert report[place]["temporary"] == f"{report[place]['folder']}/tmp"
         assert [
             path
-            for path in [seen[place]["folder"], seen[place]["prefix"], *seen[place]["modules"]]
+            for path in [report[place]["folder"], report[place]["prefix"], *report[place]["modules"]]
             if not containers.match(path)
         ] == []
         # Debian's Python is installed among the system's own libraries.
         base = sysconfig.get_path("stdlib") if sys.base_prefix == "/usr" else sys.base_prefix
-        here = tuple(f"{folder}/" for folder in (sys.prefix, base, REPOSITORY))
-        files = [*seen[place]["path"], *seen[place]["files"]]
-        assert [path for path in files if path.startswith(here) and not path.startswith(SPARK_JARS)] == []
+        local_folders = tuple(f"{folder}/" for folder in (sys.prefix, base, REPOSITORY))
+        files = [*report[place]["path"], *report[place]["files"]]
+        assert [path for path in files if path.startswith(local_folders) and not path.startswith(SPARK_JARS)] == []
     assert code == 1
-    assert said[-1].startswith("trailvec: table sequences does not exist under hdfs://")
-    assert told[-1].startswith("submit_yarn: application_")
-    assert told[-1].endswith(f" failed: {said[-1]}")
+    assert stdout[-1].startswith("trailvec: table sequences does not exist under hdfs://")
+    assert stderr[-1].startswith("submit_yarn: application_")
+    assert stderr[-1].endswith(f" failed: {stdout[-1]}")
 
 
 def test_an_environment_whose_interpreter_stays_here_is_refused(tmp_path: Path) -> None:
@@ -426,6 +426,6 @@ def test_an_environment_whose_interpreter_stays_here_is_refused(tmp_path: Path) 
     with tarfile.open(tmp_path / "linked.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "bin", "bin")
     command = [REPOSITORY / "scripts/package_environment.sh", "check", tmp_path / "linked.tar.gz"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert f"is a link to {os.path.realpath(sys.executable)}, which no node has" in done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout, process.stderr.count("\n")) == (1, "", 1)
+    assert f"is a link to {os.path.realpath(sys.executable)}, which no node has" in process.stderr

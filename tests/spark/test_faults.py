@@ -58,8 +58,8 @@ def test_a_run_that_fails_by_itself_is_no_kill(tmp_path: Path, days: Path, monke
     endings = iter(["true", f"touch {books}/1; echo '✓ sessionize 1.0 s'", "echo it is broken; exit 1"])
 
     def start(job: Job) -> subprocess.Popen[bytes]:
-        with job.said.open("wb") as said:
-            return subprocess.Popen(["sh", "-c", next(endings)], stdout=said)
+        with job.log.open("wb") as file:
+            return subprocess.Popen(["sh", "-c", next(endings)], stdout=file)
 
     monkeypatch.setattr(Job, "start", start)
     undisturbed = Job(tmp_path, days, tmp_path / "undisturbed")
