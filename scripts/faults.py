@@ -96,7 +96,7 @@ class Job:
         """
         started = time.monotonic()
         if self.start().wait():
-            raise RuntimeError(f"the job failed: {self.said.read_text()}")
+            raise RuntimeError(f"the job failed: {self.log.read_text()}")
         return time.monotonic() - started
 
     def seconds(self) -> dict[str, float]:
@@ -178,7 +178,7 @@ def kills(folder: Path, data: Path, compared: tuple[Job, float], times: int, see
                 os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
             if code not in (0, -signal.SIGKILL):
-                raise RuntimeError(f"a run ended by itself with code {code}: {killed.said.read_text()}")
+                raise RuntimeError(f"a run ended by itself with code {code}: {killed.log.read_text()}")
             finished = list(killed.seconds())
             if code and stage not in finished:
                 remaining[stage] -= 1
