@@ -130,11 +130,11 @@ class Submit:
     def start(self, job: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         """Runs the script; whatever is left of it when the block ends is killed, Spark's client too."""
         command = [str(REPOSITORY / "scripts/submit_yarn.sh"), job, "--conf", str(self.conf), *arguments]
-        environment = {"HADOOP_CONF_DIR": str(self.cluster.conf), "TRAILVEC_ENVIRONMENT": str(self.environment)}
-        environment["TRAILVEC_EXPORT_KEY"] = EXPORT_KEY
+        variables = {"HADOOP_CONF_DIR": str(self.cluster.conf), "TRAILVEC_ENVIRONMENT": str(self.environment)}
+        variables["TRAILVEC_EXPORT_KEY"] = EXPORT_KEY
         pipe = subprocess.PIPE
         process = subprocess.Popen(
-            command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment}, start_new_session=True
+            command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **variables}, start_new_session=True
         )
         try:
             yield process
