@@ -30,7 +30,7 @@ from jobs.errors import TrailvecError
 from jobs.model_folders import add_to_model, description, model_folder, trained_again
 from jobs.models import encode_sequences, item_vectors, stacked
 from jobs.runtime import Runtime, Stage
-from jobs.spark_session import drawn_by_hash, in_order, persisted
+from jobs.spark_session import collect_sorted, drawn_by_hash, persisted
 from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_EMBEDDINGS, of_model
 from spark_udfs.alignment import cross_products, mean_cosine, overlap, rotation_of
 from spark_udfs.topk import Metric
@@ -54,9 +54,9 @@ def refusal(report: dict[str, Any], settings: AlignSettings) -> str | None:
     reasons = []
     for kind, of, fewest in (("users", "a user's", FEWEST_USERS), ("items", "an item's", 0)):
         compared = report.get(kind, {})
-        found = compared.get("overlap@10")
-        if found is not None and found < settings.min_overlap and compared.get("compared", fewest) >= fewest:
-            reasons.append(f"{found:.2%} of {of} 10 nearest items stay (align.min_overlap = {settings.min_overlap:g})")
+        share = compared.get("overlap@10")
+        if share is not None and share < settings.min_overlap and compared.get("compared", fewest) >= fewest:
+            reasons.append(f"{share:.2%} of {of} 10 nearest items stay (align.min_overlap = {settings.min_overlap:g})")
     ranking = report.get("ranking", {})
     if ranking.get("old") and ranking.get("new") is not None:
         lost = 1 - ranking["new"] / ranking["old"]
@@ -110,7 +110,7 @@ def no_ranking(report: dict[str, Any], settings: AlignSettings) -> str | None:
 def check_again(runtime: Runtime, folder: Path) -> None:
     """Raises TrailvecError if this is the current model, retrained to other weights, and must not replace its own
     vectors, which readers see, or `align` has not checked it yet."""
-    newest = next((said["note"]["model"]["version"] for said in runtime.noted(USER_EMBEDDINGS)), None)
+    newest = next((provenance["note"]["model"]["version"] for provenance in runtime.noted(USER_EMBEDDINGS)), None)
     if newest not in (None, folder.name) and runtime.newest_current_model() != folder.name:
         return  # a model that was never scored is in no note: the whole log would be read, each time
     if not trained_again(runtime, folder) or runtime.newest_current_model() != folder.name:
@@ -148,13 +148,13 @@ def compare(
         report[name] = {
             "compared": len(new),
             # A rotation leaves neighbours unchanged.
-            "overlap@10": _said(overlap(queries, items, NEIGHBOURS, metric, ids=name == "items")),
-            "overlap@10_by_chance": _said(min(1.0, NEIGHBOURS / max(1, len(items[0]) - (name == "items")))),
-            "mean_norm": {"old": _said(_norms(old)), "new": _said(_norms(new))},
+            "overlap@10": _rounded(overlap(queries, items, NEIGHBOURS, metric, ids=name == "items")),
+            "overlap@10_by_chance": _rounded(min(1.0, NEIGHBOURS / max(1, len(items[0]) - (name == "items")))),
+            "mean_norm": {"old": _rounded(_norms(old)), "new": _rounded(_norms(new))},
         }
         if rotation is not None:
-            report[name]["cosine_before"] = _said(mean_cosine(new, old))
-            report[name]["cosine_after"] = _said(mean_cosine(new @ rotation, old))
+            report[name]["cosine_before"] = _rounded(mean_cosine(new, old))
+            report[name]["cosine_after"] = _rounded(mean_cosine(new @ rotation, old))
     if rotation is None:
         return report
     rotated = items[0] @ rotation
@@ -164,8 +164,8 @@ def compare(
         centres = [matrix[of].mean(axis=0, keepdims=True) for matrix in (rotated, items[1])]
         report["centroids"][vertical] = {
             "items": int(of.sum()),
-            "cosine": _said(mean_cosine(*centres)),
-            "moved": _said(float(np.linalg.norm(centres[0] - centres[1]) / (np.linalg.norm(centres[1]) or 1.0))),
+            "cosine": _rounded(mean_cosine(*centres)),
+            "moved": _rounded(float(np.linalg.norm(centres[0] - centres[1]) / (np.linalg.norm(centres[1]) or 1.0))),
         }
     return report
 
@@ -174,7 +174,7 @@ def _norms(vectors: Float32) -> float:
     return float(np.linalg.norm(vectors, axis=1).mean()) if len(vectors) else float("nan")
 
 
-def _said(value: float) -> float | None:
+def _rounded(value: float) -> float | None:
     return None if np.isnan(value) else round(value, 4)
 
 
@@ -192,8 +192,8 @@ def run(runtime: Runtime) -> None:
     else:
         runtime.report.skipped = True
     runtime.report.notes.append(report["said"])
-    asked = (ask(report, runtime.config.align) for ask in (too_few_items, too_few_users, no_ranking))
-    runtime.report.notes += filter(None, asked)
+    notes = (check(report, runtime.config.align) for check in (too_few_items, too_few_users, no_ranking))
+    runtime.report.notes += filter(None, notes)
     why = refusal(report, runtime.config.align)
     if why and (runtime.newest_current_model() != folder.name or trained_again(runtime, folder)):
         raise TrailvecError(why)
@@ -233,7 +233,7 @@ def _align(runtime: Runtime, folder: Path) -> None:
             .orderBy(F.xxhash64("item_id"), "item_id")
             .toPandas()
         )
-    both = in_order(_users(runtime, folder, onto), "user_id")
+    both = collect_sorted(_users(runtime, folder, onto), "user_id")
     items, users = ((stacked(rows["new"], width), stacked(rows["old"], width)) for rows in (some, both))
     report |= {"shared_items": shared, **compare(users, items, some["vertical"], rotation)}
     report["ranking"] = {"old": _ranking(runtime, onto), "new": _ranking(runtime, folder.name)}
@@ -242,8 +242,8 @@ def _align(runtime: Runtime, folder: Path) -> None:
         f"model {folder.name} can't be aligned with {onto} (found {why}): its space is a new one"
         if rotation is None
         else f"model {folder.name} aligned with {onto} by {shared:,} items: cosine of a user's old and new vectors "
-        f"{_told(of_users['cosine_before'])} → {_told(of_users['cosine_after'])}; share of the 10 nearest items kept "
-        f"{_told(of_users['overlap@10'])} (users), {_told(report['items']['overlap@10'])} (items)"
+        f"{_text(of_users['cosine_before'])} → {_text(of_users['cosine_after'])}; share of the 10 nearest items kept "
+        f"{_text(of_users['overlap@10'])} (users), {_text(report['items']['overlap@10'])} (items)"
     )
     write_alignment(folder, rotation, report)
 
@@ -276,7 +276,7 @@ def _ranking(runtime: Runtime, version: str) -> float | None:
     return epochs[training["best_epoch"] - 1].get("ndcg@10") if epochs else None
 
 
-def _told(value: float | None) -> str:
+def _text(value: float | None) -> str:
     return "?" if value is None else f"{value:.2f}"
 
 

@@ -23,7 +23,7 @@ from jobs.cli import stage_main
 from jobs.config import SequencesSettings
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
-from jobs.spark_session import FEW, few_to_all, persisted, spark_conf
+from jobs.spark_session import FEW, broadcast_if_few, persisted, spark_conf
 from jobs.splits import Cuts, cut_times, is_target, microseconds, utc
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES, SESSIONS, conform
 from spark_udfs.sequences import GIVEN, SPLITS, CutRules, cut_sequences
@@ -88,13 +88,13 @@ def build_sequences(
         splits=splits,
     )
     predicted = is_target(settings.target_event_types).alias("predicted")
-    in_order = (
+    sorted_actions = (
         actions.select("user_id", "event_ts", "event_id", predicted, *GIVEN)
         .repartition("user_id")
         .sortWithinPartitions("user_id", "event_ts", "event_id")
         .drop("event_id")
     )
-    return conform(in_order.mapInArrow(partial(cut_sequences, rules=rules), SEQUENCES.schema()), SEQUENCES)
+    return conform(sorted_actions.mapInArrow(partial(cut_sequences, rules=rules), SEQUENCES.schema()), SEQUENCES)
 
 
 def changed_users(
@@ -110,14 +110,18 @@ def changed_users(
     # Both are rare: late events that bring an item into the training window's vocabulary (though loading a vertical's
     # whole past may bring millions at once), and a new vertical or event type.
     if items is not None and not (items := items.localCheckpoint()).isEmpty():
-        met_items = sessions.select(
+        session_items = sessions.select(
             "user_id", "start_ts", F.explode(F.array_distinct("events.item_id")).alias("item_id")
         )
-        users = users.union(met_items.join(few_to_all(items), "item_id", "left_semi").select("user_id", "start_ts"))
+        users = users.union(
+            session_items.join(broadcast_if_few(items), "item_id", "left_semi").select("user_id", "start_ts")
+        )
     if values is not None and not values.isEmpty():
-        met = sessions.select("user_id", "start_ts", F.explode("events").alias("event"))
+        session_events = sessions.select("user_id", "start_ts", F.explode("events").alias("event"))
         same = F.when(F.col("kind") == "vertical", F.col("event.vertical")).otherwise(F.col("event.event_type"))
-        users = users.union(met.join(F.broadcast(values), same == F.col("value")).select("user_id", "start_ts"))
+        users = users.union(
+            session_events.join(F.broadcast(values), same == F.col("value")).select("user_id", "start_ts")
+        )
     return users.groupBy("user_id").agg(F.min("start_ts").alias("since"))
 
 
@@ -174,8 +178,8 @@ def refuse_other_rows(runtime: Runtime) -> None:
     made, now = runtime.last_writer(SEQUENCES), runtime.provenance()["config"]
     min_count = now["vocabulary"]["min_count"]
     if made:
-        asked = ("split_by", "valid_from", "test_from", _TARGETS)
-        other = other_setting(made["config"]["sequences"], now["sequences"], *asked)
+        names = ("split_by", "valid_from", "test_from", _TARGETS)
+        other = other_setting(made["config"]["sequences"], now["sequences"], *names)
         if (was := made["config"]["vocabulary"]["min_count"]) != min_count:
             other = f"vocabulary.min_count = {was}, not {min_count}"
         if other:

@@ -69,14 +69,14 @@ def describe_items(events: DataFrame, cuts: Cuts, settings: SequencesSettings) -
         )
     )
     described = alike.groupBy("item_id").agg(
-        *[F.max(_said(name, F.col("last_ts"), F.col)).alias(name) for name in LATEST],
+        *[F.max(_value_with_time(name, F.col("last_ts"), F.col)).alias(name) for name in LATEST],
         F.min("first_ts").alias("first_ts"),
         *[F.sum(name).alias(name) for name in COUNTS],
     )
     return _unpacked(described)
 
 
-def _said(name: str, when: Column, value: Callable[[str], Column]) -> Column:
+def _value_with_time(name: str, when: Column, value: Callable[[str], Column]) -> Column:
     """A value and its event's time, as a struct; NULL without a value. The greater of two structs is the later one or,
     at the same time, the one with the greater value.
 
@@ -86,16 +86,16 @@ def _said(name: str, when: Column, value: Callable[[str], Column]) -> Column:
     Args:
         value: returns the column of a name, from an event or a row of ITEMS.
     """
-    said = [when.alias("ts"), value(name).alias(name)]
+    fields = [when.alias("ts"), value(name).alias(name)]
     if name == "vertical":
-        said.insert(0, value("category").isNotNull().alias("with_category"))
+        fields.insert(0, value("category").isNotNull().alias("with_category"))
     elif name == "category":
-        said.insert(1, value("vertical").alias("vertical"))
-    return F.when(value(name).isNotNull(), F.struct(*said))
+        fields.insert(1, value("vertical").alias("vertical"))
+    return F.when(value(name).isNotNull(), F.struct(*fields))
 
 
 def _unpacked(rows: DataFrame) -> DataFrame:
-    """Rows whose LATEST columns are structs of `_said` → the plain values, and said_ts, the time of each."""
+    """Rows whose LATEST columns are structs of `_value_with_time` → the plain values, and said_ts, the time of each."""
     times = F.struct(*[F.col(f"{name}.ts").alias(name) for name in LATEST]).alias("said_ts")
     values = {name: F.col(f"{name}.{name}") for name in LATEST}
     return rows.select("*", times).withColumns(values)
@@ -106,10 +106,10 @@ def add_events(items: DataFrame, described: DataFrame) -> DataFrame:
     either are left out."""
     old, new = items.alias("old"), described.alias("new")
 
-    def said(side: str, name: str) -> Column:
-        return _said(name, F.col(f"{side}.said_ts.{name}"), lambda column: F.col(f"{side}.{column}"))
+    def value_of(side: str, name: str) -> Column:
+        return _value_with_time(name, F.col(f"{side}.said_ts.{name}"), lambda column: F.col(f"{side}.{column}"))
 
-    latest = [F.greatest(said("old", name), said("new", name)).alias(name) for name in LATEST]
+    latest = [F.greatest(value_of("old", name), value_of("new", name)).alias(name) for name in LATEST]
     added = [(F.col(f"old.{name}") + F.col(f"new.{name}")).alias(name) for name in COUNTS]
     first = F.least("old.first_ts", "new.first_ts").alias("first_ts")
     both = old.join(new, "item_id").select("item_id", "old.item_index", *latest, first, *added)
@@ -219,20 +219,20 @@ def run(runtime: Runtime) -> None:
     # Items are written last, so the changes since then include those since context_values was written.
     written = ITEMS if fixed and runtime.last_writer(CONTEXT_VALUES) else CONTEXT_VALUES
     changed = changed_events(runtime, written, flagged)
-    met, came = events.select(*OF_EVENTS), F.lit(1)
+    value_events, came = events.select(*OF_EVENTS), F.lit(1)
     of_turned: list[DataFrame] = []
     if changed is not None:
         changes, gained, lost = changed
-        met, came = changes, F.when(F.col("_change_type").isin("insert", "update_postimage"), 1).otherwise(-1)
+        value_events, came = changes, F.when(F.col("_change_type").isin("insert", "update_postimage"), 1).otherwise(-1)
         if not lost.isEmpty():  # none of their events were counted; reads all events
             of_turned.append(events.join(lost, "user_id", "left_semi"))
-            met = met.union(of_turned[0].select(*OF_EVENTS, F.lit("insert")))
+            value_events = value_events.union(of_turned[0].select(*OF_EVENTS, F.lit("insert")))
         if not gained.isEmpty():
             # As the events were: a bot that came and was flagged at once was never counted, and changes no item.
             counted = runtime.previous(written, EVENTS)
             assert counted is not None  # or there were no changes to go by either
             of_turned.append(counted.join(gained, "user_id", "left_semi"))
-    new_values = number_context_values(met, runtime.latest(CONTEXT_VALUES), came)
+    new_values = number_context_values(value_events, runtime.latest(CONTEXT_VALUES), came)
     runtime.merge(CONTEXT_VALUES, new_values, insert_only=True, made_from=values_from)
 
     items = runtime.latest(ITEMS)

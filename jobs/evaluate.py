@@ -61,7 +61,7 @@ from jobs.ranking import (
     top_items,
 )
 from jobs.runtime import Runtime, Stage
-from jobs.spark_session import drawn_by_hash, in_order
+from jobs.spark_session import collect_sorted, drawn_by_hash
 from jobs.splits import Cuts, before_cut, cut_of, cut_times, is_target, refuse_leak, time_at
 from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS, events_of, of_model
 from training.arrays import Bool, Float32, Float64, Int64
@@ -356,7 +356,7 @@ def evaluated_rows(runtime: Runtime, model_dir: Path) -> pd.DataFrame:
     _refuse_leak(runtime, cut_us, model_dir)
     keep = ["user_id", "cut_us", "item_index", "seen_item_index", "target_item_index", "target_hours"]
     encoded = encode_sequences(runtime, _sample(rows, total, settings.max_users), keep, model_dir=model_dir)
-    found = in_order(encoded.drop("is_cold"), "user_id")
+    found = collect_sorted(encoded.drop("is_cold"), "user_id")
     if found.empty and total:
         raise TrailvecError(
             f"evaluate.max_users = {settings.max_users} drew none of the users of split {settings.split}: raise it"

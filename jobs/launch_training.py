@@ -139,12 +139,12 @@ def last_words(lines: list[str], code: int) -> str:
     killed = [found[1] for text in texts if (found := re.search(r"(\d+) exit with status code 137", text))]
     if not causes and (killed or code in (-signal.SIGKILL, 137) or "Exit code: 137" in texts):
         return f"process {killed[0] if killed else 0} was killed by signal 9 (did the machine run out of memory?)"
-    said = causes[:1] or [text for text in exceptions if _LAUNCHERS not in text][:1]
+    messages = causes[:1] or [text for text in exceptions if _LAUNCHERS not in text][:1]
     # Reported by the other ranks, or by the launcher, about a rank that could no longer report anything itself.
-    if not causes and ("Exit code: -1" in texts or (said and _LOST in said[0])):
+    if not causes and ("Exit code: -1" in texts or (messages and _LOST in messages[0])):
         return "a process was lost, with its executor or its machine"
-    if said:
-        return re.sub(rf"^\S+: +{_PLACES}", "", said[0])
+    if messages:
+        return re.sub(rf"^\S+: +{_PLACES}", "", messages[0])
     if ended := re.search(r"Process name: (\d+)\nExit code: (\d+)", "\n".join(texts)):  # the launcher's report
         return f"process {ended[1]} ended with code {ended[2]}"
     return texts[-1] if texts else f"exit code {code}"

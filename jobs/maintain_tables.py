@@ -123,8 +123,8 @@ def too_old(table: Table, days: int | None) -> Column | None:
 
 def only_hidden(runtime: Runtime, table: Table) -> bool:
     """Whether rows were deleted for their age or for an erasure and not purged since: a kill came in between."""
-    told = (commit for commit in runtime.commits(table) if commit.housekeeping or commit.operation == "REORG")
-    last = next(told, None)
+    commits = (commit for commit in runtime.commits(table) if commit.housekeeping or commit.operation == "REORG")
+    last = next(commits, None)
     return last is not None and last.housekeeping
 
 

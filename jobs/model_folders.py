@@ -83,9 +83,9 @@ def check_numbers(
 
 def other_numbers(runtime: Runtime, provenance: dict[str, Any]) -> str | None:
     """What happened to the tables whose numbers a run of that provenance used; None: the numbers are still valid."""
-    told = provenance.get("table_ids", {})  # missing in older versions
-    numbered = [table for table in (ITEMS, CONTEXT_VALUES) if told.get(table.name)]
-    if any(told[table.name] != runtime.table_id(table) for table in numbered):
+    table_ids = provenance.get("table_ids", {})  # missing in older versions
+    numbered = [table for table in (ITEMS, CONTEXT_VALUES) if table_ids.get(table.name)]
+    if any(table_ids[table.name] != runtime.table_id(table) for table in numbered):
         what = "were removed"
     elif any(_changed_by_others(runtime, table, provenance["reads"][table.name]) for table in numbered):
         what = "something other than trailvec has changed (RESTORE, SQL)"
@@ -117,15 +117,15 @@ def is_stale(runtime: Runtime, table: Table, **of: str) -> bool:
     """
     now = model_inputs(runtime) | of
     keys = ("model_version", *of)
-    notes = (said["note"] for said in runtime.noted(table))
+    notes = (provenance["note"] for provenance in runtime.noted(table))
     return next((note != now for note in notes if all(note.get(key) == now[key] for key in keys)), False)
 
 
 def trained_again(runtime: Runtime, folder: Path) -> bool:
     """Whether the model was retrained to other weights than its users' newest vectors come from; False if no
     commit's note says."""
-    told = (said["note"]["model"] for said in runtime.noted(USER_EMBEDDINGS))
-    newest = next((model for model in told if model["version"] == folder.name and "weights" in model), None)
+    models = (provenance["note"]["model"] for provenance in runtime.noted(USER_EMBEDDINGS))
+    newest = next((model for model in models if model["version"] == folder.name and "weights" in model), None)
     return newest is not None and newest["weights"] != read_description(folder)["weights_sha256"]
 
 

@@ -34,7 +34,7 @@ from jobs.item_facts import item_attributes
 from jobs.model_folders import add_to_model, model_folder, model_inputs
 from jobs.models import encode_sequences, stacked
 from jobs.runtime import Runtime, Stage, code_version
-from jobs.spark_session import in_order, persisted
+from jobs.spark_session import collect_sorted, persisted
 from jobs.splits import Cuts, cut_times, is_target, utc
 from jobs.tables import CONTEXT_VALUES, EVENT_IN_SESSION, ITEMS, SESSIONS, USER_PROFILES, events_of
 from spark_udfs.profile import KINDS, counts_of, profiles
@@ -276,7 +276,7 @@ def fit(runtime: Runtime, visible: DataFrame, encoded: DataFrame, *, numbers: Da
     with persisted(encoded.orderBy(bucket, "user_id").limit(settings.fit_users)) as sample:
         visible, told = (of.join(F.broadcast(sample.select("user_id")), "user_id") for of in (visible, told))
         names = statistic_names(told)
-        rows = in_order(profile_rows(visible, sample, numbers, numbered(told, names)), "user_id")
+        rows = collect_sorted(profile_rows(visible, sample, numbers, numbered(told, names)), "user_id")
         if rows.empty:
             raise TrailvecError("no user has an event before the cut: there is nothing to build profiles from")
         matrix = stacked(rows["vector"])
@@ -317,7 +317,7 @@ def _once(visible: DataFrame, targets: list[str], names: tuple[str, ...]) -> tup
         )
     )
     both = lists.join(came, "user_id", "left").select("user_id", "pairs.number", "pairs.value", "came")
-    rows = in_order(both, "user_id")
+    rows = collect_sorted(both, "user_id")
     none = np.zeros(len(_HORIZONS))
     since = [none if came is None else np.asarray(came, np.float64) for came in rows["came"]]
     return _counts(rows["number"], rows["value"]), np.array(since).reshape(len(rows), len(_HORIZONS))

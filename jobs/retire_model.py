@@ -45,12 +45,12 @@ def _run(runtime: Runtime, version: str) -> None:
         names = ", ".join(sorted({row["model_version"] for rows in found for row in rows})) or "none"
         raise TrailvecError(f"no table has a row of model {version} (found: {names}): correct the version")
     # Recorded in this note, for when Delta's log has dropped the older ones. (`weights` is a key of scorings' notes.)
-    told = {"scored": was_scored(runtime, version), "of": description(runtime, version).get("weights_sha256")}
+    facts = {"scored": was_scored(runtime, version), "of": description(runtime, version).get("weights_sha256")}
     for table in tables:
         if not counts[table.name]:
             continue  # even an empty commit would make the table's stage run again
         # The note tells score_users that there is no scoring of this model to resume.
-        runtime.delete(table, mine, note={"model": {"version": version, "retired": True, **told}})
+        runtime.delete(table, mine, note={"model": {"version": version, "retired": True, **facts}})
     runtime.report.rows_out = counts
 
 

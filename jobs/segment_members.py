@@ -44,7 +44,7 @@ from jobs.segment_rules import (
     rules_of,
 )
 from jobs.segments import Affinity, Frequency, Seeds, Segment, SegmentFile, VectorKind
-from jobs.spark_session import in_order
+from jobs.spark_session import collect_sorted
 from jobs.sql import ask
 from jobs.tables import EXPORTS, ITEM_EMBEDDINGS, ITEMS, USER_EMBEDDINGS, USER_PROFILES, of_model
 from jobs.user_lists import ids_of
@@ -393,7 +393,7 @@ class Selection:
         seeds = seeds.select("user_id", F.lit(True).alias("is_seed"))
         chosen = self._vectors(kind).withColumn("sampled", sampled).join(F.broadcast(seeds), "user_id", "left")
         chosen = chosen.where("sampled OR is_seed").withColumn("draw", draw)
-        rows = in_order(self._marked(chosen), "user_id")
+        rows = collect_sorted(self._marked(chosen), "user_id")
         vectors, marks = stacked(rows["vector"]), rows[words].to_numpy()
         # Drop zero vectors and profiles of users who have lost their vector since: neither seeds nor candidates.
         there = vectors.any(axis=1) & Marked(marks).has(self._has_vector)
@@ -467,7 +467,7 @@ class Selection:
         rows = named.select("item_id", "vector", F.coalesce("event_count", F.lit(0)).alias("events"), *flags)
         counts = rows.agg(*[F.count_if(f"of_{number}").alias(str(number)) for number in wanted]).collect()[0]
         few = [F.col(f"of_{number}") for number in wanted if counts[str(number)] <= _ITEMS]
-        found = in_order(rows.where(reduce(operator.or_, few, F.lit(False))), "item_id")
+        found = collect_sorted(rows.where(reduce(operator.or_, few, F.lit(False))), "item_id")
         anchors = {}
         for export in exports:
             count, of_export = counts[str(export.number)], f"of_{export.number}"
@@ -475,7 +475,7 @@ class Selection:
                 used = found[found[of_export]]
             else:
                 best = rows.where(of_export).orderBy(F.desc("events"), "item_id").limit(_ITEMS)
-                used = in_order(best.select("item_id", "vector"), "item_id")
+                used = collect_sorted(best.select("item_id", "vector"), "item_id")
             vectors, affinity = used["vector"].tolist(), export.segment.affinity
             listed = set(affinity.items) if affinity is not None else set()
             if listed or count > _ITEMS:

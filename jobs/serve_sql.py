@@ -29,7 +29,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 from jobs.config import Config
-from jobs.errors import TrailvecError, told
+from jobs.errors import TrailvecError, spark_message
 from jobs.runtime import Runtime
 from jobs.segment_files import KEY as EXPORT_KEY
 from jobs.sql import prepare
@@ -139,15 +139,15 @@ def _check_address(host: str, port: int, with_password: bool) -> None:
         if name in os.environ:  # overrides the settings given to Spark's server
             raise TrailvecError(f"{name} is set and would override --host and --port: unset it")
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError, OverflowError):
         raise TrailvecError(f"{host}:{port} is not an address of this machine: correct --host or --port") from None
-    loopback = all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)
+    loopback = all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in addresses)
     if not loopback and not with_password:
         raise TrailvecError(
             f"{host} can be reached from other machines: set {_LOGIN[0]} and {_LOGIN[1]}, or serve on 127.0.0.1"
         )
-    family, kind, protocol, _, address = found[0]
+    family, kind, protocol, _, address = addresses[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
         try:
@@ -226,9 +226,9 @@ def _watch(runtime: Runtime, stopped: threading.Event) -> None:
                 failing = False
         except (PySparkException, Py4JJavaError, TrailvecError) as error:
             if not failing:
-                said = told(error)
+                message = spark_message(error)
                 again = f"trying again every {_LOOK_AGAIN_SECONDS:g} seconds; the tables registered so far are served"
-                print(f"can't register all tables ({said}): {again}", file=sys.stderr, flush=True)
+                print(f"can't register all tables ({message}): {again}", file=sys.stderr, flush=True)
             failing = True
         except (Py4JError, ConnectionError) as error:
             raise TrailvecError(

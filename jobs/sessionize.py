@@ -20,7 +20,7 @@ from jobs.config import SessionizeSettings
 from jobs.flag_users import flagged_now
 from jobs.pruning import meeting_days, within_days
 from jobs.runtime import Runtime, Stage
-from jobs.spark_session import few_to_all, shuffle_tasks
+from jobs.spark_session import broadcast_if_few, shuffle_tasks
 from jobs.tables import CONTEXT_VALUES, EVENT_IN_SESSION, EVENTS, FLAGGED_USERS, SESSIONS, conform, differences
 from spark_udfs.sessionize import Rules, split_points
 from spark_udfs.sessionize import sessionize as sessionize_arrow
@@ -168,12 +168,12 @@ def affected(sessions: DataFrame, touched: DataFrame, gap_us: int) -> DataFrame:
         & (F.col("start_ts") <= F.col("to_ts"))
         & (F.col("end_ts") >= F.col("from_ts"))
     )
-    touched, reach = few_to_all(touched), 1
+    touched, reach = broadcast_if_few(touched), 1
     while True:
         near = sessions.where(meeting_days(F.col("start_ts"), F.col("end_ts"), days))
         runs = near.alias("old").join(touched.alias("span"), meets, "left_semi").select("user_id", "run_start_ts")
-        runs = runs.localCheckpoint(eager=False)  # `few_to_all` counts them
-        found = near.join(few_to_all(runs), ["user_id", "run_start_ts"], "left_semi")
+        runs = runs.localCheckpoint(eager=False)  # `broadcast_if_few` counts them
+        found = near.join(broadcast_if_few(runs), ["user_id", "run_start_ts"], "left_semi")
         # The next session of a run begins at most a gap after this one's end.
         until = F.timestamp_micros(F.unix_micros("end_ts") + gap_us)
         beyond = _days(found, F.col("run_start_ts"), until) - days
@@ -199,13 +199,15 @@ def with_changes(sessions: DataFrame, changed: DataFrame) -> DataFrame:
     """
     # The same id can occur on two days (ingest.duplicates = "same_day").
     changed = changed.withColumn("day", F.to_date("event_ts"))
-    there = F.col("_change_type").isin("insert", "update_postimage")
-    newest = F.max_by(F.struct("user_id", *EVENT_IN_SESSION, there.alias("there")), F.struct("_commit_version", there))
+    is_there = F.col("_change_type").isin("insert", "update_postimage")
+    newest = F.max_by(
+        F.struct("user_id", *EVENT_IN_SESSION, is_there.alias("there")), F.struct("_commit_version", is_there)
+    )
     last = changed.groupBy("event_id", "day").agg(newest.alias("event")).select("event.*")
-    held = sessions.select("user_id", F.explode("events").alias("event")).select("user_id", "event.*")
-    met = changed.select("event_id", "day").distinct()
-    same = (held.event_id == met.event_id) & (F.to_date(held.event_ts) == met.day)
-    return held.join(met, same, "left_anti").unionByName(last.where("there").drop("there"))
+    old_events = sessions.select("user_id", F.explode("events").alias("event")).select("user_id", "event.*")
+    changed_ids = changed.select("event_id", "day").distinct()
+    same = (old_events.event_id == changed_ids.event_id) & (F.to_date(old_events.event_ts) == changed_ids.day)
+    return old_events.join(changed_ids, same, "left_anti").unionByName(last.where("there").drop("there"))
 
 
 # ---- the stage ------------------------------------------------------------------------------------------
@@ -270,7 +272,9 @@ def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame, made_from: i
             again = runtime.read(EVENTS).join(back, "user_id", "left_semi")
             events = events.unionByName(again.select("user_id", *EVENT_IN_SESSION))
         # To delete these rows, their keys are enough.
-        gone = sessions.select("session_id", "user_id", "start_ts").join(few_to_all(turned), "user_id", "left_semi")
+        gone = sessions.select("session_id", "user_id", "start_ts").join(
+            broadcast_if_few(turned), "user_id", "left_semi"
+        )
         before = old.unionByName(gone, allowMissingColumns=True)
 
     differing = differences(sessionize(events, settings), before, SESSIONS).localCheckpoint(eager=False)

@@ -80,9 +80,9 @@ def _remember_java_names() -> None:
     cached, which never change, not Java objects.
     """
 
-    def remembering(ask: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+    def remembering(resolve: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
         def remembered(self: Any, name: str) -> Any:
-            answer = ask(self, name)
+            answer = resolve(self, name)
             if isinstance(answer, (JavaClass, JavaPackage)):
                 vars(self)[name] = answer
             return answer
@@ -186,7 +186,7 @@ def known_size(rows: DataFrame) -> int:
     return int(str(rows._jdf.queryExecution().optimizedPlan().stats().sizeInBytes()))
 
 
-def few_to_all(rows: DataFrame) -> DataFrame:
+def broadcast_if_few(rows: DataFrame) -> DataFrame:
     """`rows`, for the right side of a join: broadcast if few, so that the left side needs no shuffle. (Spark does not
     know how many rows a checkpoint holds.)
 
@@ -202,7 +202,7 @@ def drawn_by_hash(share: float, *of: str | Column) -> Column:
     return F.pmod(F.xxhash64(*of), F.lit(1_000_000)) < max(1, round(min(1.0, share) * 1_000_000))
 
 
-def in_order(rows: DataFrame, key: str) -> pd.DataFrame:
+def collect_sorted(rows: DataFrame, key: str) -> pd.DataFrame:
     """The rows on the driver, sorted by `key`. (Sorting in Spark would compute them twice: it first samples them to set
     its range partitions.)"""
     return rows.toPandas().sort_values(key, ignore_index=True)

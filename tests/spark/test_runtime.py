@@ -56,7 +56,7 @@ def test_few_rows_go_to_each_task(spark: SparkSession, monkeypatch: pytest.Monke
     monkeypatch.setattr(spark_session, "FEW", most)
     few = spark.range(3).localCheckpoint()
     with spark_conf(spark, {"spark.sql.autoBroadcastJoinThreshold": "-1"}):  # as when Spark knows no size
-        joined = spark.range(9).join(spark_session.few_to_all(few), "id", "left_semi")
+        joined = spark.range(9).join(spark_session.broadcast_if_few(few), "id", "left_semi")
         assert join in joined._jdf.queryExecution().executedPlan().toString()  # type: ignore[operator]
 
 
