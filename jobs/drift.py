@@ -30,13 +30,13 @@ class Alarm(NamedTuple):
     Attributes:
         limit: its key in evaluate.drift.
         vertical: None if the figure covers all.
-        said: the message for people, with the limit.
+        message: the message for people, with the limit.
     """
 
     limit: str
     vertical: str | None
     value: float
-    said: str
+    message: str
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ def drift_of(counts: pd.DataFrame, at_cut: Float32, at_end: Float32, *, comparab
     )
     after, before = int(counts["after"].sum()), int(counts["before"].sum())
     cosines = row_cosines(at_cut, at_end)
-    there = ~np.isnan(cosines)
-    one, other = at_cut[there].astype(np.float64), at_end[there].astype(np.float64)
+    defined = ~np.isnan(cosines)
+    one, other = at_cut[defined].astype(np.float64), at_end[defined].astype(np.float64)
     return Drift(
         events=after,
         stability=stability(counts["before"].to_numpy(), counts["after"].to_numpy()),
@@ -131,9 +131,9 @@ def drift_of(counts: pd.DataFrame, at_cut: Float32, at_end: Float32, *, comparab
         counts={row.vertical: int(row.all) for row in ordered.itertuples()},
         new_items=int(counts["new_after"].sum()) / after if after else math.nan,
         new_items_before=int(counts["new_before"].sum()) / before if before and comparable else math.nan,
-        cosines=cosines[there],
+        cosines=cosines[defined],
         centroid=mean_cosine(one.mean(axis=0, keepdims=True), other.mean(axis=0, keepdims=True))
-        if there.any()
+        if defined.any()
         else math.nan,
     )
 
@@ -152,13 +152,13 @@ def alarms(drift: Drift, settings: DriftSettings) -> list[Alarm]:
     """The figures beyond their limits."""
     found = []
 
-    def ask(limit: str, beyond: bool, value: float, said: str, vertical: str | None = None) -> None:
+    def check(limit: str, beyond: bool, value: float, message: str, vertical: str | None = None) -> None:
         if beyond:
             where = f" (evaluate.drift.{limit} = {getattr(settings, limit):g})"
-            found.append(Alarm(limit, vertical, value, said + where))
+            found.append(Alarm(limit, vertical, value, message + where))
 
     moved = f"the verticals' shares of the events have shifted: stability index {drift.stability:.2f}"
-    ask("max_stability", drift.stability > settings.max_stability, drift.stability, moved)
+    check("max_stability", drift.stability > settings.max_stability, drift.stability, moved)
     for vertical, count in drift.counts.items():
         rate = drift.rates.get(vertical, math.inf)
         most = settings.max_rate_factor
@@ -168,10 +168,10 @@ def alarms(drift: Drift, settings: DriftSettings) -> list[Alarm]:
             if vertical in drift.rates
             else "events, but none before"
         )
-        ask("max_rate_factor", beyond, rate, f"vertical {vertical} has {times}", vertical)
+        check("max_rate_factor", beyond, rate, f"vertical {vertical} has {times}", vertical)
     before = "" if math.isnan(drift.new_items_before) else f" (before: {drift.new_items_before:.0%})"
     new = f"{drift.new_items:.0%} of the events after the cut are of items first seen after it{before}"
-    ask("max_new_items", drift.new_items > settings.max_new_items, drift.new_items, new)
+    check("max_new_items", drift.new_items > settings.max_new_items, drift.new_items, new)
     turned = f"users' vectors have changed direction: mean cosine {drift.cosine:.2f} between the cut and the log's end"
-    ask("min_user_cosine", drift.cosine < settings.min_user_cosine, drift.cosine, turned)
+    check("min_user_cosine", drift.cosine < settings.min_user_cosine, drift.cosine, turned)
     return found

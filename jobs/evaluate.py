@@ -335,7 +335,7 @@ def run(runtime: Runtime) -> None:
     for task in TASKS:
         of = {r.cell.method: r for r in results if r.task == task and r.cell[1:] == ("ndcg@10", "all", "all")}
         runtime.report.notes.append(f"ndcg@10, {task}: " + ", ".join(f"{m} {r.value:.4f}" for m, r in of.items()))
-    runtime.report.notes += [f"alarm: {alarm.said}" for alarm in raised]
+    runtime.report.notes += [f"alarm: {alarm.message}" for alarm in raised]
 
 
 def evaluated_rows(runtime: Runtime, model_dir: Path) -> pd.DataFrame:
@@ -379,7 +379,7 @@ def _refuse_leak(runtime: Runtime, cut_us: int | None, model_dir: Path) -> None:
     if cut_us is not None:
         trained_to = datetime.fromisoformat(about["as_of"])
         later = f"set sequences.{split}_from to a later time"
-        refuse_leak(model_dir.name, trained_to, time_at(cut_us), asks=f"split {split}", instead=later)
+        refuse_leak(model_dir.name, trained_to, time_at(cut_us), evaluator=f"split {split}", instead=later)
 
 
 def _sample(rows: DataFrame, total: int, most: int) -> DataFrame:

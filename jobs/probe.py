@@ -110,13 +110,13 @@ def read_labels(runtime: Runtime, folder: Place) -> DataFrame:
         raise TrailvecError(
             f"{where} has no column {', '.join(sorted(missing))} (found {', '.join(found.columns)}): add it"
         )
-    given = F.col("label_ts") if "label_ts" in found.columns else F.lit(None)
+    label_time = F.col("label_ts") if "label_ts" in found.columns else F.lit(None)
     rows = found.select(
         as_ids(found, where),
         F.col("task").cast("string"),
         F.col("label").cast("double").alias("label"),
-        given.cast("timestamp").alias("label_ts"),
-        given.isNotNull().alias("has_time"),
+        label_time.cast("timestamp").alias("label_ts"),
+        label_time.isNotNull().alias("has_time"),
     )
     label, time = F.col("label"), F.col("label_ts")
     beyond = time >= utc(datetime(9999, 1, 1))  # e.g. milliseconds: numbers are read as seconds
@@ -220,12 +220,14 @@ def questions(runtime: Runtime, sessions: DataFrame, cuts: Cuts) -> list[Questio
             frame = rows.select("user_id", "task", "label", F.unix_micros("cut").alias("cut")).toPandas()
         if frame.empty:
             return
-        known = frame[["user_id", "cut"]].drop_duplicates()
-        asked = runtime.spark.createDataFrame(known).select("user_id", F.timestamp_micros("cut").alias("cut"))
-        more = max(0, settings.max_users - len(known))
+        labelled = frame[["user_id", "cut"]].drop_duplicates()
+        labelled_cuts = runtime.spark.createDataFrame(labelled).select(
+            "user_id", F.timestamp_micros("cut").alias("cut")
+        )
+        more = max(0, settings.max_users - len(labelled))
         rest = sessions.where(F.col("start_ts") < utc(others)).select("user_id").distinct()
-        rest = rest.join(asked, "user_id", "left_anti").orderBy(bucket, "user_id").limit(more)
-        found.append(Question(frame, F.broadcast(asked.union(rest.select("user_id", utc(others))))))
+        rest = rest.join(labelled_cuts, "user_id", "left_anti").orderBy(bucket, "user_id").limit(more)
+        found.append(Question(frame, F.broadcast(labelled_cuts.union(rest.select("user_id", utc(others))))))
 
     if settings.activity or settings.event_types:
         cut = cuts.end - timedelta(days=settings.days)
@@ -257,7 +259,7 @@ def features_of(
 
     targets = runtime.config.sequences.target_event_types
     labelled = sorted(set(question.labels["user_id"]))
-    asked = F.broadcast(runtime.spark.createDataFrame(pd.DataFrame({"user_id": labelled})))
+    labelled_ids = F.broadcast(runtime.spark.createDataFrame(pd.DataFrame({"user_id": labelled})))
 
     def of_labelled(rows: DataFrame) -> Matrix:
         """Zeros for users without events before their cut."""
@@ -270,19 +272,24 @@ def features_of(
         persisted(question.cuts) as cuts,
         persisted(before(events_of(sessions, *OF_EVENTS), cuts)) as visible,
         persisted(states(runtime, sessions, cuts, model_dir, end)) as encoded,
-        persisted(statistics(visible, targets)) as told,
+        persisted(statistics(visible, targets)) as stats,
     ):
         counts = visible.groupBy("user_id", "item_id").count().toPandas()
         everybody = labelled + sorted(set(counts["user_id"]) - set(labelled))
         items = probes.tfidf_svd(matrix(counts, everybody, "item_id", "count"))[: len(labelled)]
-        of_asked = visible.join(asked, "user_id")
+        visible_labelled = visible.join(labelled_ids, "user_id")
         numbers = item_numbers(runtime)
-        basis = fit(runtime, visible, encoded, numbers=numbers, told=told)
-        encoded_asked, told_asked = encoded.join(asked, "user_id"), numbered(told.join(asked, "user_id"), basis.names)
-        profile = of_labelled(profiles(profile_rows(of_asked, encoded_asked, numbers, told_asked), basis))
-        vector = of_labelled(encoded_asked.select("user_id", "vector"))
-        by_hand = matrix(aggregates(of_asked, runtime.read(ITEMS)).toPandas(), labelled, "name", "value").toarray()
-        five = rfm(of_asked, targets).toPandas().set_index("user_id").reindex(labelled)
+        basis = fit(runtime, visible, encoded, numbers=numbers, stats=stats)
+        encoded_labelled = encoded.join(labelled_ids, "user_id")
+        stats_labelled = numbered(stats.join(labelled_ids, "user_id"), basis.names)
+        profile = of_labelled(
+            profiles(profile_rows(visible_labelled, encoded_labelled, numbers, stats_labelled), basis)
+        )
+        vector = of_labelled(encoded_labelled.select("user_id", "vector"))
+        by_hand = matrix(
+            aggregates(visible_labelled, runtime.read(ITEMS)).toPandas(), labelled, "name", "value"
+        ).toarray()
+        five = rfm(visible_labelled, targets).toPandas().set_index("user_id").reindex(labelled)
         numbers_of = five.fillna({"recency": five["recency"].max()}).fillna(0.0).to_numpy(np.float64)
     return labelled, {
         "vector": vector,
@@ -299,7 +306,7 @@ def rarer(labels: Any) -> int:
     return int(min(np.bincount(labels, minlength=2)))
 
 
-def asked_of(rows: pd.DataFrame) -> tuple[Labels, Int64 | None]:
+def labels_and_times(rows: pd.DataFrame) -> tuple[Labels, Int64 | None]:
     """A task's labels and their times in microseconds; None if all times are equal: then there is no split by time."""
     times = rows["cut"].to_numpy(np.int64) if rows["cut"].nunique() > 1 else None
     return rows["label"].to_numpy(np.int64), times
@@ -310,7 +317,7 @@ def fold_notes(labels: pd.DataFrame, settings: ProbeSettings) -> Iterator[str]:
     from training import probes  # noqa: PLC0415
 
     for task, rows in labels.groupby("task"):
-        answers, times = asked_of(rows)
+        answers, times = labels_and_times(rows)
         if rarer(answers) < settings.folds:
             continue
         counted = len(list(probes.folds_of(answers, times, settings.folds, 0)))
@@ -334,7 +341,7 @@ def results_of(labels: pd.DataFrame, users: list[str], features: dict[str, Matri
     place = {user: number for number, user in enumerate(users)}
     for task, rows in labels.groupby("task"):
         chosen = rows["user_id"].map(place).to_numpy()
-        answers, times = asked_of(rows)
+        answers, times = labels_and_times(rows)
         if rarer(answers) < settings.folds:
             continue  # too few for every fold to have both labels
         for name, of in features.items():
@@ -356,26 +363,26 @@ def run(runtime: Runtime) -> None:
     sessions = runtime.read(SESSIONS)
     cuts = cut_times(sessions, runtime.config.sequences, "end_ts")
     trained_to = datetime.fromisoformat(read_description(model_dir)["as_of"])
-    asked_from = cuts.end - timedelta(days=settings.days)
+    labels_from = cuts.end - timedelta(days=settings.days)
     if settings.activity or settings.event_types:
-        asks = f"probe.days = {settings.days:g}"
-        refuse_leak(model_dir.name, trained_to, asked_from, asks=asks, instead="lower probe.days")
+        evaluator = f"probe.days = {settings.days:g}"
+        refuse_leak(model_dir.name, trained_to, labels_from, evaluator=evaluator, instead="lower probe.days")
     # Check all questions before any of the slow work starts.
-    asked: list[Question] = []
+    probed: list[Question] = []
     for question in questions(runtime, sessions, cuts):
-        few = question.labels.groupby("task")["label"].agg(rarer)
+        rarer_counts = question.labels.groupby("task")["label"].agg(rarer)
         runtime.report.notes += [
             f"{task} is not probed: users with its rarer label: {count:,}, fewer than probe.folds = {settings.folds}"
-            for task, count in few[few < settings.folds].items()
+            for task, count in rarer_counts[rarer_counts < settings.folds].items()
         ]
-        if (few < settings.folds).all():  # the features would be computed for nothing
+        if (rarer_counts < settings.folds).all():  # the features would be computed for nothing
             continue
         tasks = sorted(set(question.labels["task"]))
-        asks, earliest = f"a label of {', '.join(tasks)}", time_at(int(question.labels["cut"].min()))
-        refuse_leak(model_dir.name, trained_to, earliest, asks=asks, instead="leave out such labels")
-        asked.append(question)
+        evaluator, earliest = f"a label of {', '.join(tasks)}", time_at(int(question.labels["cut"].min()))
+        refuse_leak(model_dir.name, trained_to, earliest, evaluator=evaluator, instead="leave out such labels")
+        probed.append(question)
     results = []
-    for question in asked:
+    for question in probed:
         names = ", ".join(sorted(set(question.labels["task"])))
         runtime.on_progress(f"features for {names}")
         users, features = features_of(runtime, sessions, question, model_dir, cuts.end)
@@ -398,8 +405,8 @@ def _inputs(runtime: Runtime) -> dict[str, Any]:
     if labels is not None and labels.file is not None:
         facts["labels"] = file_digest(Path(labels.file))
     if labels is not None and labels.sql is not None:  # the query may read any table except the one written here
-        there = [table for table in TABLES if table != PROBES and runtime.exists(table)]
-        facts["tables"] = {table.name: runtime.state(table) for table in there}
+        tables = [table for table in TABLES if table != PROBES and runtime.exists(table)]
+        facts["tables"] = {table.name: runtime.state(table) for table in tables}
     return facts
 
 

@@ -195,7 +195,7 @@ def states(runtime: Runtime, sessions: DataFrame, cuts: DataFrame | None, model_
 
 
 def profile_rows(
-    visible: DataFrame, encoded: DataFrame, numbers: DataFrame, told: DataFrame, terms: DataFrame | None = None
+    visible: DataFrame, encoded: DataFrame, numbers: DataFrame, stats: DataFrame, terms: DataFrame | None = None
 ) -> DataFrame:
     """The inputs of a profile, one row per user of `encoded`: user_id, vector (the state), and for each of KINDS
     <kind>_numbers array<int> and <kind>_values array<double>. The values are: for items the mean quantity per action
@@ -205,7 +205,7 @@ def profile_rows(
         visible: as `before` returns it.
         encoded: user_id, vector.
         numbers: item_id, item_index, category (its number; 0: none).
-        told: user_id, number, value of the statistics.
+        stats: user_id, number, value of the statistics.
         terms: item_index of the items in the basis: only these are listed. None: all items.
     """
     known = visible.join(numbers, "item_id")
@@ -218,7 +218,7 @@ def profile_rows(
         "categories": known.where("category > 0")
         .groupBy("user_id", F.col("category").alias("number"))
         .agg(F.count("*").alias("value")),
-        "statistics": told,
+        "statistics": stats,
     }
     for kind in KINDS:
         kept = rows.columns
@@ -248,25 +248,25 @@ def item_numbers(runtime: Runtime) -> DataFrame:
     return attributes.select("item_id", "item_index", "category")
 
 
-def numbered(told: DataFrame, names: tuple[str, ...]) -> DataFrame:
+def numbered(stats: DataFrame, names: tuple[str, ...]) -> DataFrame:
     """The statistics, keyed by their position in `names` instead of by name; others are dropped."""
     schema = "name string, number int"
-    places = told.sparkSession.createDataFrame([(name, number) for number, name in enumerate(names)], schema)
-    return told.join(F.broadcast(places), "name").select("user_id", "number", "value")
+    places = stats.sparkSession.createDataFrame([(name, number) for number, name in enumerate(names)], schema)
+    return stats.join(F.broadcast(places), "name").select("user_id", "number", "value")
 
 
-def statistic_names(told: DataFrame) -> tuple[str, ...]:
+def statistic_names(stats: DataFrame) -> tuple[str, ...]:
     """Names of the statistics that are non-zero for the most users, sorted; at most 100."""
-    counted = told.where("value != 0").groupBy("name").count().orderBy(F.desc("count"), "name").limit(_MOST_STATISTICS)
+    counted = stats.where("value != 0").groupBy("name").count().orderBy(F.desc("count"), "name").limit(_MOST_STATISTICS)
     return tuple(sorted(row["name"] for row in counted.collect()))
 
 
-def fit(runtime: Runtime, visible: DataFrame, encoded: DataFrame, *, numbers: DataFrame, told: DataFrame) -> Basis:
+def fit(runtime: Runtime, visible: DataFrame, encoded: DataFrame, *, numbers: DataFrame, stats: DataFrame) -> Basis:
     """The basis, fitted on the driver on at most profile.fit_users users of `encoded`.
 
     Args:
         visible, encoded, numbers: as in `profile_rows`.
-        told: as `statistics` returns it.
+        stats: as `statistics` returns it.
 
     Raises:
         TrailvecError: no user has an event before their cut.
@@ -274,9 +274,9 @@ def fit(runtime: Runtime, visible: DataFrame, encoded: DataFrame, *, numbers: Da
     settings, targets = runtime.config.profile, runtime.config.sequences.target_event_types
     bucket = F.xxhash64("user_id")
     with persisted(encoded.orderBy(bucket, "user_id").limit(settings.fit_users)) as sample:
-        visible, told = (of.join(F.broadcast(sample.select("user_id")), "user_id") for of in (visible, told))
-        names = statistic_names(told)
-        rows = collect_sorted(profile_rows(visible, sample, numbers, numbered(told, names)), "user_id")
+        visible, stats = (of.join(F.broadcast(sample.select("user_id")), "user_id") for of in (visible, stats))
+        names = statistic_names(stats)
+        rows = collect_sorted(profile_rows(visible, sample, numbers, numbered(stats, names)), "user_id")
         if rows.empty:
             raise TrailvecError("no user has an event before the cut: there is nothing to build profiles from")
         matrix = stacked(rows["vector"])
@@ -364,31 +364,31 @@ def run(runtime: Runtime) -> None:
     sessions = runtime.read(SESSIONS)
     end = cut_times(sessions, runtime.config.sequences, "end_ts").end
     targets = runtime.config.sequences.target_event_types
-    found, rotation = read_basis(model_dir), rotation_sha256(model_dir)
-    if found is not None and found[1].get("rotation", rotation) != rotation:  # older code recorded none
+    stored, rotation = read_basis(model_dir), rotation_sha256(model_dir)
+    if stored is not None and stored[1].get("rotation", rotation) != rotation:  # older code recorded none
         runtime.report.notes.append(
             f"the profile's basis of model {model_dir.name} is fitted again: `trailvec align` has rotated the model's "
             f"vectors since, so the dimensions of a profile now mean something else"
         )
-        found = None
+        stored = None
     with (
         # All users share one cut, the log's end, so no join is needed. On disk: it is read a dozen times and log-sized.
         persisted(_until(events_of(sessions, *OF_EVENTS), utc(end)), StorageLevel.DISK_ONLY) as visible,
         persisted(states(runtime, sessions, None, model_dir, end)) as encoded,  # encoding is the expensive step
     ):
-        told, numbers = statistics(visible, targets), item_numbers(runtime)
-        if found is None:
+        stats, numbers = statistics(visible, targets), item_numbers(runtime)
+        if stored is None:
             runtime.on_progress("fitting the basis")
-            basis = fit(runtime, visible, encoded, numbers=numbers, told=told)
+            basis = fit(runtime, visible, encoded, numbers=numbers, stats=stats)
             about = {"as_of": end.isoformat(timespec="microseconds"), "code_version": code_version()}
             write_basis(model_dir, basis, about | {"rotation": rotation, "settings": settings.model_dump()})
             add_to_model(runtime, model_dir, TENSORS, ABOUT)
         else:
-            basis = found[0]
-            if warning := too_late(settings, found[1], runtime.models / model_dir.name):
+            basis = stored[0]
+            if warning := too_late(settings, stored[1], runtime.models / model_dir.name):
                 runtime.report.notes.append(warning)
         terms = _as_rows(runtime, basis.terms["items"].numbers)
-        rows = profiles(profile_rows(visible, encoded, numbers, numbered(told, basis.names), terms), basis)
+        rows = profiles(profile_rows(visible, encoded, numbers, numbered(stats, basis.names), terms), basis)
         rows = rows.withColumn("model_version", F.lit(model_dir.name)).withColumn("as_of", utc(end))
         runtime.write(USER_PROFILES, rows)
     widths = ", ".join(f"{part} {width}" for part, width in basis.widths.items())

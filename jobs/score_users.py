@@ -79,8 +79,10 @@ class Scoring:
 def scoring_so_far(runtime: Runtime, model: dict[str, Any]) -> Scoring | None:
     """How far an earlier run came with this very model; None if there is nothing to resume."""
     # Skip runs that read an earlier table named sequences: its versions held other rows.
-    told = takewhile(runtime.read_these, runtime.noted(USER_EMBEDDINGS))
-    notes = (said["note"] for said in told if said["note"]["model"]["version"] == model["version"])
+    provenances = takewhile(runtime.read_these, runtime.noted(USER_EMBEDDINGS))
+    notes = (
+        provenance["note"] for provenance in provenances if provenance["note"]["model"]["version"] == model["version"]
+    )
     newest = None if runtime.forced else next(notes, None)
     if newest is None or newest["model"] != model or not runtime.kept(SEQUENCES, newest["sequences"]):
         return None
@@ -125,7 +127,10 @@ class Scorer:
             return
         rows = self.rows(scoring.sequences)
         total = rows.count()
-        with self._told(total, total * len(missing) // scoring.chunks), spark_conf(self._runtime.spark, SPLIT):
+        with (
+            self._reporting_progress(total, total * len(missing) // scoring.chunks),
+            spark_conf(self._runtime.spark, SPLIT),
+        ):
             for number in missing:
                 self._score_chunk(scoring, rows, number)
 
@@ -153,7 +158,7 @@ class Scorer:
         with persisted(users):
             total = users.count()
             if total:
-                with self._told(total, total):
+                with self._reporting_progress(total, total):
                     rows = self.rows(now).join(users, "user_id", "left_semi")
                     self._merge(self._encode(rows), users, done=True, note=note)
             else:
@@ -165,10 +170,10 @@ class Scorer:
         Raises:
             TrailvecError: a user has no vector, or more than one.
         """
-        wanted, found = self.rows(self._runtime.version(SEQUENCES)).count(), self.vectors().count()
-        if wanted != found:
+        users, vectors = self.rows(self._runtime.version(SEQUENCES)).count(), self.vectors().count()
+        if users != vectors:
             raise TrailvecError(
-                f"table user_embeddings has {found:,} vectors of model {self.version} for {wanted:,} users "
+                f"table user_embeddings has {vectors:,} vectors of model {self.version} for {users:,} users "
                 f"(did two jobs write to it at once?): run this stage again; if that does not help, run "
                 f"`trailvec retire_model {self.version}` first"
             )
@@ -192,19 +197,19 @@ class Scorer:
             self._runtime.merge(USER_EMBEDDINGS, new, deletes=gone, where=of_this, done=done, note=note)
 
     def _note(self, scoring: Scoring, chunk: int) -> dict[str, Any]:
-        told = {name: getattr(scoring, name) for name in ("sequences", "chunks", "into_empty")}
-        return {"model": self.model, **told, "chunk": chunk}
+        facts = {name: getattr(scoring, name) for name in ("sequences", "chunks", "into_empty")}
+        return {"model": self.model, **facts, "chunk": chunk}
 
-    def _told(self, total: int, to_do: int) -> AbstractContextManager[None]:
+    def _reporting_progress(self, total: int, to_do: int) -> AbstractContextManager[None]:
         """Reports every few seconds how many of `total` users are done, until the block ends; it encodes `to_do` of
         them."""
         started, before = time.monotonic(), self.counts.value[0]
 
-        def tell() -> None:
+        def report() -> None:
             line = progress_line(self.counts.value[0] - before, to_do, total, time.monotonic() - started)
             self._runtime.on_progress(line)
 
-        return meanwhile(tell, SECONDS_BETWEEN_LINES)
+        return meanwhile(report, SECONDS_BETWEEN_LINES)
 
 
 def progress_line(users: int, to_do: int, total: int, seconds: float) -> str:
@@ -213,15 +218,19 @@ def progress_line(users: int, to_do: int, total: int, seconds: float) -> str:
     if not users:  # tasks report their counts when they end
         return f"{done}, first tasks running"
     rate = users / seconds
-    left = round(max(to_do - users, 0) / rate)
-    return f"{done}  {rate:,.0f} users/s  {left // 60}:{left % 60:02} left"
+    seconds_left = round(max(to_do - users, 0) / rate)
+    return f"{done}  {rate:,.0f} users/s  {seconds_left // 60}:{seconds_left % 60:02} left"
 
 
 def was_scored(runtime: Runtime, version: str) -> bool:
     """Whether all users once had a vector of the model's present weights, so that it has passed the gate before. The
     notes in user_embeddings' commits tell; if none of them is left, any row of the model counts as a yes."""
     now = description(runtime, version).get("weights_sha256")  # None: the model's folder is gone
-    notes = (said["note"] for said in runtime.noted(USER_EMBEDDINGS) if said["note"]["model"]["version"] == version)
+    notes = (
+        provenance["note"]
+        for provenance in runtime.noted(USER_EMBEDDINGS)
+        if provenance["note"]["model"]["version"] == version
+    )
     newest = next(notes, None)
     if newest is not None:
         return any(

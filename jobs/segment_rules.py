@@ -115,25 +115,25 @@ class Lists:
         bit = f"shiftleft(1L, mark % {_BITS})"
         words = []
         for word, name in enumerate(self.words):
-            said, denied = (
+            granted, denied = (
                 F.bit_or(F.expr(f"IF({holds} AND mark DIV {_BITS} = {word}, {bit}, 0L)"))
                 for holds in ("holds", "NOT holds")
             )
-            words.append(said.bitwiseAND(F.bitwise_not(denied)).alias(name))
+            words.append(granted.bitwiseAND(F.bitwise_not(denied)).alias(name))
         # Repartition first: hardly any user is twice in a partition, so aggregating before the shuffle saves nothing.
         return frame.repartition("user_id").groupBy("user_id").agg(*words)
 
 
 def _read_suppressed(runtime: Runtime, users: UserList, path: Path, folder: Place) -> DataFrame | Iterator[str]:
     """As `read_users`, but refuses an empty file: everyone who should be in it would be exported."""
-    found = read_users(runtime, users, path, folder)
+    ids = read_users(runtime, users, path, folder)
     if users.file is None:
-        return found
-    if isinstance(found, DataFrame):
-        if not found.isEmpty():
-            return found
-    elif (first := next(found, None)) is not None:
-        return chain([first], found)
+        return ids
+    if isinstance(ids, DataFrame):
+        if not ids.isEmpty():
+            return ids
+    elif (first := next(ids, None)) is not None:
+        return chain([first], ids)
     raise TrailvecError(
         f"{path}: the list {path.parent / users.file} in suppress contains no user id: correct it, or remove it"
     )
@@ -160,21 +160,21 @@ def consenting(consents: DataFrame, purpose: str, path: Path) -> DataFrame:
             f"{path} requires consent {purpose!r}, but export.consent has no column {', '.join(sorted(missing))} "
             f"(found {', '.join(consents.columns)}): correct one of them"
         )
-    said, kind = named_column(purpose), consents.schema[purpose].dataType.simpleString()
+    consent, kind = named_column(purpose), consents.schema[purpose].dataType.simpleString()
     if kind not in ("boolean", *TEXT_OR_WHOLE):  # cast to boolean, NaN and any timestamp would be true
         raise TrailvecError(
             f"{path} requires consent {purpose!r}, but that column of export.consent has type {kind}: "
             f"write true or false"
         )
     if kind != "boolean":
-        text = said.cast("string")  # cast to boolean directly, -1 would be true; via text it is NULL
-        said = text.cast("boolean")
-        if wrong := consents.where(said.isNull() & text.rlike(r"\S")).select(text).first():
+        text = consent.cast("string")  # cast to boolean directly, -1 would be true; via text it is NULL
+        consent = text.cast("boolean")
+        if wrong := consents.where(consent.isNull() & text.rlike(r"\S")).select(text).first():
             raise TrailvecError(
                 f"{path} requires consent {purpose!r}, but that column of export.consent contains {wrong[0]!r}: "
                 f"write true or false"
             )
-    return consents.select(as_ids(consents, "export.consent"), F.coalesce(said, F.lit(False)).alias("holds"))
+    return consents.select(as_ids(consents, "export.consent"), F.coalesce(consent, F.lit(False)).alias("holds"))
 
 
 class Rule(NamedTuple):
@@ -317,12 +317,12 @@ class Marked:
 
     def left_out(self, rules: Rules) -> list[tuple[str, Flags]]:
         """Each rule's name and the rows that it is the first to leave out."""
-        left, found = np.ones(len(self._words), np.bool_), []
+        remaining, by_rule = np.ones(len(self._words), np.bool_), []
         for rule in rules.steps:
-            out = left & (self.has(rule.mark) != rule.required)
-            found.append((rule.name, out))
-            left &= ~out
-        return found
+            out = remaining & (self.has(rule.mark) != rule.required)
+            by_rule.append((rule.name, out))
+            remaining &= ~out
+        return by_rule
 
     def allowed(self, rules: Rules) -> Flags:
         out = [~self.has(rules.everyone), *(flags for _, flags in self.left_out(rules))]
@@ -344,8 +344,8 @@ class Combinations(NamedTuple):
 
     def of(self, mark: int) -> Combinations:
         """The combinations that include the mark."""
-        there = self.marked.has(mark)
-        return Combinations(self.marked[there], self.users[there])
+        includes = self.marked.has(mark)
+        return Combinations(self.marked[includes], self.users[includes])
 
     def of_nobody(self) -> Combinations:
         nobody = np.zeros(len(self.users), np.bool_)

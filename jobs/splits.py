@@ -33,9 +33,9 @@ def cut_times(rows: DataFrame, settings: SequencesSettings, time: str = "event_t
         TrailvecError: the log is empty, or the configured times are out of order.
     """
     newest = F.unix_micros(F.max(time))
-    given = [cut for cut in (settings.valid_from, settings.test_from) if cut is not None]
+    configured = [cut for cut in (settings.valid_from, settings.test_from) if cut is not None]
     # Delta skips files that end before it by their statistics.
-    last = rows.where(F.col(time) >= utc(max(given))).agg(newest).collect()[0][0] if given else None
+    last = rows.where(F.col(time) >= utc(max(configured))).agg(newest).collect()[0][0] if configured else None
     if last is None:
         last = rows.agg(newest).collect()[0][0]
     if last is None:
@@ -96,18 +96,18 @@ def time_at(us: int) -> datetime:
     return datetime(1970, 1, 1) + timedelta(microseconds=us)
 
 
-def refuse_leak(model: str, trained_to: datetime, cut: datetime, *, asks: str, instead: str) -> None:
+def refuse_leak(model: str, trained_to: datetime, cut: datetime, *, evaluator: str, instead: str) -> None:
     """Law 4: a model is evaluated only on events after its training data.
 
     Args:
         trained_to: the model's as_of.
-        asks, instead: for the message: what evaluates on events after the cut; the remedy besides retraining.
+        evaluator, instead: for the message: what evaluates on events after the cut; the remedy besides retraining.
 
     Raises:
         TrailvecError: the model was trained on events after the cut.
     """
     if trained_to > cut:
         raise TrailvecError(
-            f"model {model} was trained on events up to {trained_to}, but {asks} asks about events after {cut}: "
+            f"model {model} was trained on events up to {trained_to}, but {evaluator} asks about events after {cut}: "
             f"{instead}, or train only up to that time"
         )

@@ -69,9 +69,12 @@ def test_a_log_that_does_not_reach_over_the_time_before_gives_no_rates() -> None
     assert all(math.isnan(rate) for rate in drift.rates.values())
     assert {alarm.limit for alarm in alarms(drift, LIMITS)} == {"max_stability"}  # shares are of whatever time
     counts["new_after"], counts["new_before"] = [100, 150], [80, 0]
-    (said,) = [a.said for a in alarms(drift_of(counts, none, none, comparable=False), LIMITS) if "first seen" in a.said]
+    (message,) = [
+        a.message for a in alarms(drift_of(counts, none, none, comparable=False), LIMITS) if "first seen" in a.message
+    ]
     assert (
-        said == "58% of the events after the cut are of items first seen after it (evaluate.drift.max_new_items = 0.3)"
+        message
+        == "58% of the events after the cut are of items first seen after it (evaluate.drift.max_new_items = 0.3)"
     )
 
 
@@ -97,7 +100,7 @@ def test_within_the_limits_nobody_is_called() -> None:
 def test_a_figure_beyond_its_limit_is_said(other: dict[str, object], limit: str, said: str) -> None:
     (alarm,) = alarms(moved(**other), LIMITS)
     assert alarm.limit == limit
-    assert said in alarm.said
+    assert said in alarm.message
 
 
 def test_small_verticals_and_empty_windows_raise_no_alarm() -> None:
