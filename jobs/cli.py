@@ -78,9 +78,9 @@ def _about(stage: Stage) -> str:
     names = {"reads": stage.reads, "writes": stage.writes}
     about = [f"{what} {', '.join(table.name for table in tables)}" for what, tables in names.items() if tables]
     settings = ", ".join(f"[{section}]" for section in stage.settings)
-    asked = f" Its result depends on the settings {settings} (--show-config prints them)." if settings else ""
+    settings_note = f" Its result depends on the settings {settings} (--show-config prints them)." if settings else ""
     also = f" {stage.also}" if stage.also else ""
-    return f"It {' and '.join(about)}.{also}{asked}"
+    return f"It {' and '.join(about)}.{also}{settings_note}"
 
 
 def _count(text: str) -> int:
@@ -230,7 +230,7 @@ def _add_retire(add: _Add) -> None:
 def _retire(config: Config, arguments: argparse.Namespace) -> None:
     from jobs.retire_model import retire  # noqa: PLC0415
 
-    _say(retire(Runtime(config), arguments.version))
+    _print_report(retire(Runtime(config), arguments.version))
 
 
 def _add_erase(add: _Add) -> None:
@@ -268,7 +268,7 @@ def _erase(config: Config, arguments: argparse.Namespace) -> None:
     runtime = Runtime(config)
     with _progress(runtime, "erase_users"):
         report = finish(runtime) if arguments.finish else erase(runtime, *who)
-    _say(report)
+    _print_report(report)
 
 
 def _add_sql(add: _Add) -> None:
@@ -323,11 +323,11 @@ def run_stages(runtime: Runtime, stages: Sequence[Stage], force: bool = False) -
             runtime.execute(stage, force)
             report = runtime.count_rows()
         reports.append(report)
-        _say(report)
+        _print_report(report)
     return reports
 
 
-def _say(report: Report) -> None:
+def _print_report(report: Report) -> None:
     _out.print(_line(report), soft_wrap=True)
     for note in report.notes:
         _out.print(f"    {note}", style="dim", markup=False, soft_wrap=True)
@@ -351,14 +351,14 @@ def _progress(runtime: Runtime, name: str) -> Iterator[None]:
         yield
         return
     with _out.status(name) as status:
-        said = ""
+        message = ""
 
-        def say(text: str) -> None:
-            nonlocal said
-            said = text
+        def show(text: str) -> None:
+            nonlocal message
+            message = text
 
-        runtime.on_progress = say
-        with meanwhile(lambda: status.update(Text(f"{name}  {said}  {runtime.running_tasks()}")), 0.5):
+        runtime.on_progress = show
+        with meanwhile(lambda: status.update(Text(f"{name}  {message}  {runtime.running_tasks()}")), 0.5):
             yield
 
 

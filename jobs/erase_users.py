@@ -135,12 +135,12 @@ def _erase_and_complete(
     delete_users(runtime, _BEFORE_EXPORTS, users, in_raw, receipt["erasure_id"])
     receipt = _open(runtime, receipt, users)  # a run of export_segments may have logged some of them meanwhile
     delete_users(runtime, (EXPORTS,), users, in_raw, receipt["erasure_id"])
-    known = {entry["table"]: entry for entry in receipt["tables"] or []}
-    told = _told(runtime, receipt, known)
-    rows = {entry["table"]: entry["rows"] - known.get(entry["table"], {"rows": 0})["rows"] for entry in told}
+    old_entries = {entry["table"]: entry for entry in receipt["tables"] or []}
+    entries = _table_entries(runtime, receipt, old_entries)
+    rows = {entry["table"]: entry["rows"] - old_entries.get(entry["table"], {"rows": 0})["rows"] for entry in entries}
     # The same list again, and nothing was left to delete: the receipt stays as it is.
     if receipt["tables"] is None or any(rows.values()):
-        receipt = receipt | {"tables": told, "erased_at": _now(), "finished_at": None}
+        receipt = receipt | {"tables": entries, "erased_at": _now(), "finished_at": None}
         _save(runtime, [receipt])
     return receipt, rows
 
@@ -302,20 +302,22 @@ def _delete_unread(runtime: Runtime, in_raw: ColumnTest, erasure: str) -> None:
         runtime.erase(REJECTED_EVENTS, _frame(runtime, texts), F.col("old.user_id").isNull() & same, erasure)
 
 
-def _told(runtime: Runtime, receipt: dict[str, Any], known: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _table_entries(
+    runtime: Runtime, receipt: dict[str, Any], old_entries: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
     """By table: the rows that the erasure's commits (a killed run's too) deleted, and the versions before and after.
 
     Args:
-        known: the receipt's entries so far, by table. Delta forgets old commits, so only newer ones are counted.
+        old_entries: the receipt's entries so far, by table. Delta forgets old commits, so only newer ones are counted.
     """
-    found = []
+    entries = []
     since = receipt["requested_at"].timestamp() - _AN_HOUR
     for table in _holding(runtime):
         newest = runtime.latest_version(table)
-        old = known.get(table.name, {"table": table.name, "rows": 0, "version_before": None, "version_after": -1})
+        old = old_entries.get(table.name, {"table": table.name, "rows": 0, "version_before": None, "version_after": -1})
         newer = runtime.erasure_commits(table, receipt["erasure_id"], old["version_after"], since)
         before = newer[-1].version - 1 if newer else newest
-        found.append(
+        entries.append(
             old
             | {
                 "rows": old["rows"] + sum(commit.rows_deleted for commit in newer),
@@ -323,7 +325,7 @@ def _told(runtime: Runtime, receipt: dict[str, Any], known: dict[str, dict[str, 
                 "version_after": newest,
             }
         )
-    return found
+    return entries
 
 
 # ---- the end ------------------------------------------------------------------------------------------
@@ -473,11 +475,11 @@ def _files(runtime: Runtime, table: Table) -> Iterator[DataFrame]:
             folders[file.removeprefix(runtime.path(table)).rpartition("/")[0]].append(file)
     for folder, files in folders.items():
         parts = [part.split("=", 1) for part in folder.split("/") if "=" in part]
-        rows = _of_those_there(runtime.spark, schema, files)
+        rows = _read_existing(runtime.spark, schema, files)
         yield rows.withColumns({name: F.lit(value) for name, value in parts}).alias("old")
 
 
-def _of_those_there(spark: SparkSession, schema: str, files: list[str]) -> DataFrame:
+def _read_existing(spark: SparkSession, schema: str, files: list[str]) -> DataFrame:
     """The files' rows. A concurrent VACUUM may delete some files before they are read: Spark skips these while it reads
     (`ignoreMissingFiles`), but not while it creates the frame."""
     if not files:
@@ -485,10 +487,10 @@ def _of_those_there(spark: SparkSession, schema: str, files: list[str]) -> DataF
     try:
         return spark.read.schema(schema).option("ignoreMissingFiles", True).parquet(*files)
     except AnalysisException:
-        there = [file for file in files if HadoopPath(file).exists()]
-        if there == files:
+        existing = [file for file in files if HadoopPath(file).exists()]
+        if existing == files:
             raise
-        return _of_those_there(spark, schema, there)
+        return _read_existing(spark, schema, existing)
 
 
 def main() -> None:

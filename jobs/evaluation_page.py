@@ -171,12 +171,12 @@ def page(facts: Facts) -> str:
         + [("training", "Training"), ("versions", "All versions")]
     )
     training = facts.about.get("training")
-    trained, asked = _windows(facts.about, facts.split)
+    trained, evaluated = _windows(facts.about, facts.split)
     return environment.get_template("evaluation.html").render(
         fingerprint=facts.fingerprint,
         version=facts.version,
         trained=trained,
-        asked=asked,
+        evaluated=evaluated,
         split=facts.split,
         sections=sections,
         few_users=FEW_USERS,
@@ -245,11 +245,11 @@ def _verdict(task: str, model: str, points: Points, users: Users) -> Row:
         if lead is None or lead.low is None or lead.high is None:
             continue
         word = "better" if lead.low > 0 else "worse" if lead.high < 0 else "level"
-        said = {"better": "better than", "worse": "worse than", "level": "level with"}[word]
+        comparison = {"better": "better than", "worse": "worse than", "level": "level with"}[word]
         if users[task, "all", "all"] < FEW_USERS:
-            word, said = "few", "not reliably different from"
+            word, comparison = "few", "not reliably different from"
         by = f"{lead.value:+.4f}, {lead.low:+.4f} to {lead.high:+.4f}"
-        leads.append({"word": word, "said": said, "name": name, "by": by})
+        leads.append({"word": word, "comparison": comparison, "name": name, "by": by})
     return {
         "title": f"{TASKS[task]}, {METHODS[model]}",
         "users": users[task, "all", "all"],
@@ -273,15 +273,15 @@ def _task(task: str, points: Points, users: Users) -> Row:
 
 def _classes(task: str, kind: str, users: Users) -> list[str]:
     """The classes of a slice that hold users, in their own order; verticals by number of users, largest first."""
-    there = [value for (of, name, value) in users if of == task and name == kind]
+    present = [value for (of, name, value) in users if of == task and name == kind]
     order = {"history": HISTORY_NAMES, "hours": HOURS_NAMES}.get(kind)
     if order is not None:
-        return [value for value in order if value in there]
-    return sorted(there, key=lambda value: (-users[task, kind, value], value))
+        return [value for value in order if value in present]
+    return sorted(present, key=lambda value: (-users[task, kind, value], value))
 
 
 def _slice_pictures(points: Points, users: Users) -> list[Row]:
-    made = []
+    rows = []
     for kind, caption in SLICES.items():
         classes = _classes("next", kind, users)[:LARGEST]
         if classes:
@@ -289,8 +289,8 @@ def _slice_pictures(points: Points, users: Users) -> list[Row]:
                 method: {c: p for c in classes if (p := points.get(("next", Cell(method, "ndcg@10", kind, c))))}
                 for method in METHODS
             }
-            made.append({"svg": _picture(pictures.dots(classes, values, METHODS, "NDCG@10")), "caption": f"{caption}."})
-    return made
+            rows.append({"svg": _picture(pictures.dots(classes, values, METHODS, "NDCG@10")), "caption": f"{caption}."})
+    return rows
 
 
 def _slice_table(task: str, kind: str, points: Points, users: Users) -> Row | None:
@@ -315,14 +315,14 @@ def _probe_points(rows: Sequence[Row]) -> dict[str, dict[str, Point]]:
 
 def _probes(rows: Sequence[Row]) -> Row:
     points = _probe_points(rows)
-    asked = {row["task"]: (row["users"], row["positives"]) for row in rows}
+    sizes = {row["task"]: (row["users"], row["positives"]) for row in rows}
     table = [
         [task, users, positives, *(of.get(task) for of in points.values())]
-        for task, (users, positives) in asked.items()
+        for task, (users, positives) in sizes.items()
     ]
     names = {features: FEATURES[features] for features in points}
     return {
-        "picture": _picture(pictures.dots(list(asked), points, names, "AUC; 0.5 is chance", left=0.45)) if rows else "",
+        "picture": _picture(pictures.dots(list(sizes), points, names, "AUC; 0.5 is chance", left=0.45)) if rows else "",
         "columns": ["task", "users", "positives", *names.values()],
         "rows": table,
     }
@@ -342,9 +342,9 @@ def _maps(facts: Facts) -> list[Row]:
         {
             "title": title,
             "picture": _picture(pictures.scatter(of.points, of.groups, of.shares, rest)),
-            "caption": told,
+            "caption": caption,
         }
-        for title, of, rest, told in (
+        for title, of, rest, caption in (
             ("A map of items", facts.items, "others", f"{len(facts.items.points):,} {MAPPED_ITEMS}"),
             ("A map of users", facts.users, "everybody", f"{len(facts.users.points):,} {MAPPED_USERS}"),
         )

@@ -155,12 +155,13 @@ def _facts(
     if segment.affinity is not None:
         facts["items"] = {t.name: states[t.name] for t in (ITEMS, ITEM_EMBEDDINGS) if t.name in states}
     queries = [(segment.sql, "its sql"), *((users.sql, "the query of a list of its users") for users in segment.lists)]
-    asked = [(text, f"{file.path}: {name}") for text, name in queries if text]
+    named_queries = [(text, f"{file.path}: {name}") for text, name in queries if text]
     if segment.consent is not None and consent is not None and consent.sql is not None:
-        asked.append((consent.sql, "export.consent.sql"))
-    if asked:
+        named_queries.append((consent.sql, "export.consent.sql"))
+    if named_queries:
         facts["tables"] = states  # a query may read any table but `exports`
-    timely_ones = [query for query in asked if timely(*query)]  # checks all: one that reads `exports` is refused
+    # Checks all: one that reads `exports` is refused.
+    timely_ones = [query for query in named_queries if timely(*query)]
     if segment.needs_key:
         # Another key gives other files. Only a hash of this mark leaves this module.
         facts["key"] = key_mark(export_key())
@@ -178,18 +179,18 @@ def _is_timely(runtime: Runtime, text: str, where: str) -> bool:
             its members were logged would select others. Or it reads files. Or as `ask`.
     """
     answer = ask(runtime, text, where)
-    read = sources_of(runtime, answer)
-    if EXPORTS.name in read.tables:
+    reads = sources_of(runtime, answer)
+    if EXPORTS.name in reads.tables:
         raise TrailvecError(
             f"{where} reads exports, to which this export adds its own members: use at_most or exclude, or write the "
             f"users to a file and name that instead"
         )
-    if read.files is not None:
+    if reads.files is not None:
         raise TrailvecError(
-            f"{where} reads the files {read.files}, whose changes go unnoticed: name them as a list (file = ...), or "
+            f"{where} reads the files {reads.files}, whose changes go unnoticed: name them as a list (file = ...), or "
             f"load them into a table"
         )
-    return read.others or names_the_time(text, answer)
+    return reads.others or names_the_time(text, answer)
 
 
 def _now() -> datetime:
@@ -209,22 +210,22 @@ def _published(runtime: Runtime, export: Export) -> dict[str, Any] | None:
     return manifest if same else None
 
 
-def _pending(runtime: Runtime, exports: list[Export], found: dict[str, dict[str, Any] | None]) -> list[Export]:
+def _pending(runtime: Runtime, exports: list[Export], manifests: dict[str, dict[str, Any] | None]) -> list[Export]:
     """The exports not published yet, and any that one of them includes or excludes and whose members the log does not
     match: it keeps those that other code selected under the same id, and loses those older than `maintain.keep_days`.
 
     Args:
-        found: by segment, what `_published` returned.
+        manifests: by segment, what `_published` returned.
     """
     runtime.create(EXPORTS)
     others = {name for export in exports for name in export.segment.others}
-    there = [export.id for export in exports if found[export.name] is not None and export.name in others]
-    counts = runtime.latest(EXPORTS).where(F.col("export_id").isin(there)).groupBy("export_id").count().collect()
+    published = [export.id for export in exports if manifests[export.name] is not None and export.name in others]
+    counts = runtime.latest(EXPORTS).where(F.col("export_id").isin(published)).groupBy("export_id").count().collect()
     logged = {row["export_id"]: row["count"] for row in counts}
     named: set[str] = set()
     pending: list[Export] = []
     for export in reversed(exports):  # each comes after those that it names
-        manifest = found[export.name]
+        manifest = manifests[export.name]
         members = 0 if manifest is None else manifest["counts"]["exported"] + manifest["counts"]["control"]
         if manifest is None or (export.name in named and logged.get(export.id, 0) != members):
             pending.append(export)
@@ -271,8 +272,8 @@ def _publish(runtime: Runtime, chosen: Selection, staging: Staging, now: datetim
 
 def _provenance(runtime: Runtime) -> dict[str, Any]:
     """What is the same wherever and whenever the same export is made; the rest is in the commit to `exports`."""
-    told = {key: value for key, value in runtime.provenance().items() if key not in ("user", "application")}
-    return told | {"reads": {table.name: runtime.changed_version(table) for table in STAGE.reads}}
+    provenance = {key: value for key, value in runtime.provenance().items() if key not in ("user", "application")}
+    return provenance | {"reads": {table.name: runtime.changed_version(table) for table in STAGE.reads}}
 
 
 def _write_parts(staging: Staging, export: Export, taken: Taken) -> list[dict[str, Any]]:
@@ -288,8 +289,8 @@ def _log_members(runtime: Runtime, chosen: Selection, staging: Staging, now: dat
     folder = staging.local / "log"
     folder.mkdir()
     staging.check()  # two concurrent runs would log members twice
-    there = chosen.log.where(F.col("export_id").isin([export.id for export in chosen.pending]))
-    is_new = there.isEmpty()
+    logged = chosen.log.where(F.col("export_id").isin([export.id for export in chosen.pending]))
+    is_new = logged.isEmpty()
     for export in chosen.pending:
         taken = chosen.taken[export.name]
         count = len(taken.ids)
@@ -307,7 +308,7 @@ def _log_members(runtime: Runtime, chosen: Selection, staging: Staging, now: dat
         pq.write_table(pa.table(columns), folder / f"{export.number:05d}.parquet", use_dictionary=same)
     rows = runtime.spark.read.parquet(staging.to_tasks("log"))
     if not is_new:
-        rows = rows.join(there, ["export_id", "user_id"], "left_anti")
+        rows = rows.join(logged, ["export_id", "user_id"], "left_anti")
     if is_new or not rows.isEmpty():
         runtime.append(EXPORTS, rows)
 
@@ -371,14 +372,14 @@ def _spread(scores: npt.NDArray[np.float32]) -> dict[str, Any]:
 def run(runtime: Runtime) -> None:
     now = _now()
     exports = _exports(runtime, now)
-    found = {export.name: None if runtime.forced else _published(runtime, export) for export in exports}
-    for name, manifest in found.items():
+    manifests = {export.name: None if runtime.forced else _published(runtime, export) for export in exports}
+    for name, manifest in manifests.items():
         if manifest is not None:
             runtime.report.rows_out[name] = manifest["counts"]["exported"]
-    if all(found.values()):
+    if all(manifests.values()):
         runtime.report.skipped = True
         return
-    pending = _pending(runtime, exports, found)
+    pending = _pending(runtime, exports, manifests)
     with staging_area(runtime) as staging:
         chosen = Selection(runtime, exports, pending, staging, now)
         chosen.select()

@@ -255,7 +255,7 @@ def read_manifest(place: ArrowFolder | HadoopPath) -> str | None:
     if isinstance(place, HadoopPath):
         return (place / MANIFEST).read_text() if (place / MANIFEST).exists() else None
     path = f"{place.folder}/{MANIFEST}"
-    with _refusals_told(place):
+    with _explaining_os_errors(place):
         if place.system.get_file_info(path).type == fs.FileType.NotFound:
             return None
         with place.system.open_input_stream(path) as file:
@@ -277,7 +277,7 @@ def check_place(place: ArrowFolder | HadoopPath) -> None:
     if isinstance(place, HadoopPath):
         _make_and_remove(place)
         return
-    with _refusals_told(place):
+    with _explaining_os_errors(place):
         if place.local:
             _make_and_remove(Path(place.folder))
         else:
@@ -297,7 +297,7 @@ def delivered(place: ArrowFolder | HadoopPath, staging: Path) -> Iterator[Path]:
     Raises:
         TrailvecError: as `check_place`.
     """
-    found = _files_of_export(place)
+    old_files = _files_of_export(place)
     if isinstance(place, HadoopPath) or place.local:
         with published(place if isinstance(place, HadoopPath) else Path(place.folder)) as folder:
             yield folder
@@ -306,9 +306,9 @@ def delivered(place: ArrowFolder | HadoopPath, staging: Path) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     yield folder
-    with _refusals_told(place):
+    with _explaining_os_errors(place):
         place.system.create_dir(place.folder, recursive=True)
-        for name in sorted(found, key=lambda name: name != MANIFEST):
+        for name in sorted(old_files, key=lambda name: name != MANIFEST):
             place.system.delete_file(f"{place.folder}/{name}")
         for file in sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST):
             path = f"{place.folder}/{file.name}"
@@ -318,7 +318,7 @@ def delivered(place: ArrowFolder | HadoopPath, staging: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _refusals_told(place: ArrowFolder) -> Iterator[None]:
+def _explaining_os_errors(place: ArrowFolder) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -336,7 +336,7 @@ def _files_of_export(place: ArrowFolder | HadoopPath) -> list[str]:
     if isinstance(place, HadoopPath):
         folder, names = str(place), [file.name for file in place.iterdir()] if place.exists() else []
     else:
-        with _refusals_told(place):
+        with _explaining_os_errors(place):
             found = place.system.get_file_info(fs.FileSelector(place.folder, allow_not_found=True))
         folder, names = place.folder, [info.base_name for info in found]
     if others := sorted(name for name in names if not _OURS.fullmatch(name)):

@@ -134,7 +134,7 @@ class _Work:
 
     Attributes:
         rules: who may be exported.
-        begun_with: the combinations of marks of those who have a vector and are returned by the segment's query or are
+        initial: the combinations of marks of those who have a vector and are returned by the segment's query or are
             members of the segments that it includes; not for segments with scores.
         seeds, items: counts, as in the manifest; empty if the segment has none.
         anchors: what users are compared with.
@@ -144,7 +144,7 @@ class _Work:
     """
 
     rules: Rules
-    begun_with: Combinations
+    initial: Combinations
     seeds: dict[str, int] = field(default_factory=dict)
     items: dict[str, int] = field(default_factory=dict)
     anchors: Anchors = field(init=False)
@@ -260,19 +260,19 @@ class Selection:
         runtime = self._runtime
         scored = [export for export in self.pending if export.segment.scored]
         queried = [export for export in self.pending if export.segment.sql is not None]
-        rows = [self._asked(export) for export in queried]
+        rows = [self._queried_users(export) for export in queried]
         if queried:
             runtime.on_progress("the users that queries return")
             self._count(reduce(DataFrame.unionByName, rows))
             for export in queried:
-                if not self._work[export.number].begun_with.total:
+                if not self._work[export.number].initial.total:
                     runtime.report.notes.append(f"{export.path}: its sql returns no user with a vector {_NO_DATE}")
         if scored:
             runtime.on_progress("the seeds and a sample")
             for vectors in sorted({export.vectors for export in scored}):
                 self._look_up(vectors, [export for export in scored if export.vectors == vectors])
             for export in scored:
-                self._work[export.number].floor = self._floor(export, self._wanted(export))
+                self._work[export.number].floor = self._floor(export, self._needed(export))
             rows.append(self._pass(scored))
         runtime.on_progress(f"the scores of {len(scored)} segments")
         if rows:
@@ -331,7 +331,7 @@ class Selection:
 
         return [e.name for e in self.pending if e.segment.control_share and looks_at(e) == looks_at(export)]
 
-    def _asked(self, export: Export) -> DataFrame:
+    def _queried_users(self, export: Export) -> DataFrame:
         """The users that a segment's query returns: segment, user_id, score (NULL)."""
         where = f"{export.path}: its sql"
         ids = ids_of(ask(self._runtime, str(export.segment.sql), where), where).distinct()
@@ -354,7 +354,7 @@ class Selection:
         found = self._marked(rows.select("segment", "user_id")).groupBy("segment", *words).count().toPandas()
         for number, part in found.groupby("segment"):
             combinations = Combinations(Marked(part[words].to_numpy()), part["count"].to_numpy())
-            self._work[int(str(number))].begun_with = combinations.of(self._has_vector)
+            self._work[int(str(number))].initial = combinations.of(self._has_vector)
 
     def _vectors(self, kind: VectorKind) -> DataFrame:
         """user_id, vector, is_cold: the vectors by which users are compared."""
@@ -367,19 +367,19 @@ class Selection:
         """Sets the anchors of the segments scored by one kind of vectors, and the scores of a sample of users."""
         marks = [mark for export in scored if (mark := self._work[export.number].rules.seeds) is not None]
         one_in = {mark: -(-self.everyone.of(mark).total // _SEEDS) or 1 for mark in marks}
-        found = self._seeds_and_sample(kind, one_in)
-        all_are_there = set(one_in.values()) <= {1}
-        self._count_seeds(scored, found.rows.assign(users=1) if all_are_there else self._known(kind, marks))
+        looked_up = self._seeds_and_sample(kind, one_in)
+        all_drawn = set(one_in.values()) <= {1}
+        self._count_seeds(scored, looked_up.rows.assign(users=1) if all_drawn else self._seed_counts(kind, marks))
         of_items = self._item_anchors([export for export in scored if export.segment.affinity is not None])
         for export in scored:
             seeds, work = export.segment.seeds, self._work[export.number]
             work.anchors = (
-                of_items[export.number] if seeds is None else self._seed_anchors(export, seeds, found, one_in)
+                of_items[export.number] if seeds is None else self._seed_anchors(export, seeds, looked_up, one_in)
             )
-        scores = Scorer([self._work[export.number].anchors for export in scored]).approximate(found.vectors)
+        scores = Scorer([self._work[export.number].anchors for export in scored]).approximate(looked_up.vectors)
         for export, of_export in zip(scored, scores, strict=True):
             work = self._work[export.number]
-            work.sample = np.sort(of_export[found.sampled & found.marked.allowed(work.rules)])[::-1]
+            work.sample = np.sort(of_export[looked_up.sampled & looked_up.marked.allowed(work.rules)])[::-1]
 
     def _seeds_and_sample(self, kind: VectorKind, one_in: dict[int, int]) -> LookedUp:
         """Seeds and a sample of everyone; of each mark of seeds one in so many is drawn."""
@@ -396,38 +396,41 @@ class Selection:
         rows = collect_sorted(self._marked(chosen), "user_id")
         vectors, marks = stacked(rows["vector"]), rows[words].to_numpy()
         # Drop zero vectors and profiles of users who have lost their vector since: neither seeds nor candidates.
-        there = vectors.any(axis=1) & Marked(marks).has(self._has_vector)
-        return LookedUp(rows[there], vectors[there], Marked(marks[there]))
+        usable = vectors.any(axis=1) & Marked(marks).has(self._has_vector)
+        return LookedUp(rows[usable], vectors[usable], Marked(marks[usable]))
 
-    def _seed_anchors(self, export: Export, seeds: Seeds, found: LookedUp, one_in: dict[int, int]) -> Anchors:
+    def _seed_anchors(self, export: Export, seeds: Seeds, looked_up: LookedUp, one_in: dict[int, int]) -> Anchors:
         """The anchors of a segment with seeds; adds how many of these are used to their counts."""
         work = self._work[export.number]
         assert work.rules.seeds is not None
-        is_seed = found.marked.has(work.rules.seeds)
-        others = found.vectors[found.sampled & ~is_seed]
+        is_seed = looked_up.marked.has(work.rules.seeds)
+        others = looked_up.vectors[looked_up.sampled & ~is_seed]
         # The rows include those that other segments look up. Cold seeds tell nothing about tastes.
-        cold, drawn = found.rows["is_cold"].to_numpy(np.bool_), found.rows["draw"] % one_in[work.rules.seeds] == 0
+        cold = looked_up.rows["is_cold"].to_numpy(np.bool_)
+        drawn = looked_up.rows["draw"] % one_in[work.rules.seeds] == 0
         used = is_seed & ~cold & drawn.to_numpy()
         work.seeds["used"] = int(used.sum())
         self._refuse_seeds(export)
-        return anchors_of(seeds.method, found.vectors[used], others[:: -(-len(others) // _OTHERS) or 1], seeds.tastes)
+        return anchors_of(
+            seeds.method, looked_up.vectors[used], others[:: -(-len(others) // _OTHERS) or 1], seeds.tastes
+        )
 
     def _has_any(self, marks: list[int]) -> Column:
         """Whether a row has any of these marks."""
         bits = zip(self._lists.words, self._lists.bits(marks), strict=True)
         return reduce(operator.or_, (F.col(word).bitwiseAND(F.lit(bit)) != 0 for word, bit in bits))
 
-    def _known(self, kind: VectorKind, marks: list[int]) -> pd.DataFrame:
+    def _seed_counts(self, kind: VectorKind, marks: list[int]) -> pd.DataFrame:
         """Counts users (non-zero vector, any of `marks`) by combination of marks and is_cold."""
         known = self._vectors(kind).where(F.exists("vector", lambda value: value != 0))
         seeds = self._marks.where(self._has_any(marks) & self._has_any([self._has_vector]))
         marked = known.join(seeds, "user_id")
         return marked.groupBy(*self._lists.words, "is_cold").agg(F.count("*").alias("users")).toPandas()
 
-    def _count_seeds(self, scored: list[Export], found: pd.DataFrame) -> None:
-        """Counts each segment's known and cold seeds; `found`: number of `users` by marks and is_cold, all seeds."""
-        marked, cold = Marked(found[self._lists.words].to_numpy()), found["is_cold"].to_numpy(np.bool_)
-        users = found["users"].to_numpy()
+    def _count_seeds(self, scored: list[Export], seed_counts: pd.DataFrame) -> None:
+        """Counts each segment's known and cold seeds; `seed_counts`: `users` by marks and is_cold, of all seeds."""
+        marked, cold = Marked(seed_counts[self._lists.words].to_numpy()), seed_counts["is_cold"].to_numpy(np.bool_)
+        users = seed_counts["users"].to_numpy()
         for export in scored:
             if (mark := self._work[export.number].rules.seeds) is not None:
                 seed, given = marked.has(mark), self._listed.of(mark).total
@@ -457,22 +460,22 @@ class Selection:
         """The vectors of the segments' affinity items, in one read, except for segments with more than _ITEMS items."""
         if not exports:
             return {}
-        wanted = {export.number: _is_wanted(export.segment.affinity) for export in exports if export.segment.affinity}
+        conditions = {export.number: _matches(export.segment.affinity) for export in exports if export.segment.affinity}
         for table in (ITEMS, ITEM_EMBEDDINGS):
             self._runtime.latest_version(table)  # if missing, the error says which stage writes it
         items = of_model(self._runtime.latest(ITEM_EMBEDDINGS), self.version)
-        said = self._runtime.latest(ITEMS).select("item_id", "vertical", "category", "event_count")
-        named = items.join(said, "item_id", "left")
-        flags = [F.coalesce(condition, F.lit(False)).alias(f"of_{number}") for number, condition in wanted.items()]
-        rows = named.select("item_id", "vector", F.coalesce("event_count", F.lit(0)).alias("events"), *flags)
-        counts = rows.agg(*[F.count_if(f"of_{number}").alias(str(number)) for number in wanted]).collect()[0]
-        few = [F.col(f"of_{number}") for number in wanted if counts[str(number)] <= _ITEMS]
-        found = collect_sorted(rows.where(reduce(operator.or_, few, F.lit(False))), "item_id")
+        attributes = self._runtime.latest(ITEMS).select("item_id", "vertical", "category", "event_count")
+        described = items.join(attributes, "item_id", "left")
+        flags = [F.coalesce(condition, F.lit(False)).alias(f"of_{number}") for number, condition in conditions.items()]
+        rows = described.select("item_id", "vector", F.coalesce("event_count", F.lit(0)).alias("events"), *flags)
+        counts = rows.agg(*[F.count_if(f"of_{number}").alias(str(number)) for number in conditions]).collect()[0]
+        few = [F.col(f"of_{number}") for number in conditions if counts[str(number)] <= _ITEMS]
+        collected = collect_sorted(rows.where(reduce(operator.or_, few, F.lit(False))), "item_id")
         anchors = {}
         for export in exports:
             count, of_export = counts[str(export.number)], f"of_{export.number}"
             if count <= _ITEMS:
-                used = found[found[of_export]]
+                used = collected[collected[of_export]]
             else:
                 best = rows.where(of_export).orderBy(F.desc("events"), "item_id").limit(_ITEMS)
                 used = collect_sorted(best.select("item_id", "vector"), "item_id")
@@ -494,17 +497,17 @@ class Selection:
             anchors[export.number] = Anchors(np.stack(vectors), "dot")
         return anchors
 
-    def _floor(self, export: Export, wanted: int) -> float:
-        """A score that, very probably, at least `wanted` allowed users reach."""
+    def _floor(self, export: Export, needed: int) -> float:
+        """A score that, very probably, at least `needed` allowed users reach."""
         if export.segment.threshold is not None:
             return export.segment.threshold
         work, of_kind = self._work[export.number], self._with[export.vectors]
         allowed = int(of_kind.users[of_kind.marked.allowed(work.rules)].sum())
-        expected = wanted / max(allowed, 1) * len(work.sample)
+        expected = needed / max(allowed, 1) * len(work.sample)
         place = int(expected + 4 * np.sqrt(expected) + 4)
         return float(work.sample[place]) if place < len(work.sample) else -np.inf
 
-    def _wanted(self, export: Export) -> int:
+    def _needed(self, export: Export) -> int:
         """How many allowed users suffice, unless `at_most` or an excluded segment without `size` removes many."""
         others = (other.segment.size or 0 for other in self.exports if other.name in export.segment.exclude)
         return (export.segment.size or 0) + sum(others)
@@ -544,12 +547,12 @@ class Selection:
             rows = _without_score(export, frame)
             self._count(rows)
             self._keep_allowed(rows)
-        wanted = self._wanted(export)
+        needed = self._needed(export)
         while (taken := self._walk(export)) is None:
             # Members of excluded segments without `size` are only known by now.
             others = (export.segment.size or 0) + sum(len(self.members(name)) for name in export.segment.exclude)
-            wanted = others if others > wanted else 4 * wanted
-            self._work[export.number].floor = self._floor(export, wanted)
+            needed = others if others > needed else 4 * needed
+            self._work[export.number].floor = self._floor(export, needed)
             self._keep_allowed(self._pass([export]))
         return taken
 
@@ -573,8 +576,8 @@ class Selection:
         members = ids.take(pa.array(kept))
         control = held_back(segment, members)
         out = int(too_often[:seen].sum()), int(is_excluded[:seen].sum())
-        told = self._told(export, len(members), int(control.sum()), *out)
-        return Taken(members, scores[kept] if segment.scored else np.empty(0, np.float32), control, told)
+        counts = self._counts_of(export, len(members), int(control.sum()), *out)
+        return Taken(members, scores[kept] if segment.scored else np.empty(0, np.float32), control, counts)
 
     def _too_often(
         self, export: Export, ids: pa.Array, marks: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
@@ -590,27 +593,27 @@ class Selection:
         of_run = np.array([exported[user] for user in texts(ids)], np.int64)
         return np.asarray((of_run > 0) & (of_run + of_log >= limit.exports))
 
-    def _told(self, export: Export, taken: int, control: int, too_often: int, excluded: int) -> dict[str, Any]:
+    def _counts_of(self, export: Export, members: int, control: int, too_often: int, excluded: int) -> dict[str, Any]:
         segment, work = export.segment, self._work[export.number]
-        begun_with = self.everyone if segment.scored else work.begun_with
+        initial = self.everyone if segment.scored else work.initial
         removed: Counter[str] = Counter()  # in rule order
-        for name, out in begun_with.marked.left_out(work.rules):
-            removed[name] += int(begun_with.users[out].sum())
+        for name, out in initial.marked.left_out(work.rules):
+            removed[name] += int(initial.users[out].sum())
         if segment.at_most is not None:
             removed[limit_name(segment.at_most)] += too_often
         if segment.exclude:
             removed[f"member of {', '.join(segment.exclude)}"] = excluded
-        total = begun_with.total
+        total = initial.total
         if segment.scored:
             # Users with a zero vector have no likeness, and rank after all others.
             cut = (
                 f"after the best {segment.size:,}" if segment.size is not None else f"score below {segment.threshold:g}"
             )
-            removed[cut] = total - sum(removed.values()) - taken
+            removed[cut] = total - sum(removed.values()) - members
         steps = [{"rule": rule, "users": count} for rule, count in removed.items()]
-        counts = {"in": total, "removed": steps, "control": control, "exported": taken - control}
-        for name, told in (("seeds", work.seeds), ("items", work.items)):
-            counts |= {name: told} if told else {}
+        counts = {"in": total, "removed": steps, "control": control, "exported": members - control}
+        for name, figures in (("seeds", work.seeds), ("items", work.items)):
+            counts |= {name: figures} if figures else {}
         return counts
 
     def members(self, name: str) -> pa.Array:
@@ -652,7 +655,7 @@ def _without_score(export: Export, ids: DataFrame) -> DataFrame:
     return ids.select(F.lit(export.number).alias("segment"), "user_id", F.lit(None).cast("float").alias("score"))
 
 
-def _is_wanted(affinity: Affinity) -> Column:
+def _matches(affinity: Affinity) -> Column:
     """Whether an item (item_id, vertical, category) matches the affinity."""
     if affinity.items:
         return F.col("item_id").isin(list(affinity.items))

@@ -20,7 +20,7 @@ _REGISTERED = "spark.trailvec.registered"  # what is registered in the session's
 # during registration: on writes by name it would start threads that outlive the commit.)
 _WITH_COLUMNS = {"spark.databricks.delta.catalog.update.enabled": "true"}
 _REFUSED = re.compile(r"AccessControlException: Permission denied|AccessDeniedException: ")  # HDFS; S3 and Azure
-_TOLD = re.compile(r"^(?:Created Time|Type|Provider|Location|View Text): .*", re.MULTILINE)
+_DETAILS = re.compile(r"^(?:Created Time|Type|Provider|Location|View Text): .*", re.MULTILINE)
 _VIEWS = "spark.trailvec.views"  # the names of the session's temporary views, in a volume
 _VOLUMES = "/Volumes"  # where Databricks mounts Unity Catalog volumes
 
@@ -34,32 +34,32 @@ def register_tables(runtime: Runtime) -> None:
     """
     spark, database = runtime.spark, runtime.config.storage.database
     seen = tables_to_see(runtime)
-    there = [table for table in TABLES if seen[table.name]]
+    existing = [table for table in TABLES if seen[table.name]]
     in_volume = isinstance(runtime.place, Path) and runtime.place.is_relative_to(_VOLUMES)
-    _register_views(runtime, there if in_volume else [])
+    _register_views(runtime, existing if in_volume else [])
     if in_volume:
         return
-    views = {view: table for view, table in CURRENT.items() if table in there and CURRENT_MODEL in there}
+    views = {view: table for view, table in CURRENT.items() if table in existing and CURRENT_MODEL in existing}
     if not spark.catalog.databaseExists(database):
         spark.sql(f"CREATE DATABASE IF NOT EXISTS `{database}`")  # the config has validated the name
     spark.catalog.setCurrentDatabase(database)
     # A name may still mean a table under another root.
-    root, known = json.loads(spark.conf.get(_REGISTERED, None) or "[[], {}]")
-    here, found = [str(runtime.place), database], _known_in(spark, database)
-    same = {name for name, of in found.items() if root == here and known.get(name) == of}
-    tables = [table for table in there if table.name not in same]
+    root, registered_before = json.loads(spark.conf.get(_REGISTERED, None) or "[[], {}]")
+    here, entries = [str(runtime.place), database], _catalogue_entries(spark, database)
+    same = {name for name, of in entries.items() if root == here and registered_before.get(name) == of}
+    tables = [table for table in existing if table.name not in same]
     new = {view: table for view, table in views.items() if view not in same}
 
     def is_gone(table: Table) -> bool:
         # Asked again: another process may have created and registered it since the first look.
         return seen[table.name] is False and not runtime.exists(table)
 
-    gone = [table for table in TABLES if _is_of_a_root(table, found) and is_gone(table)]
-    old = [view for view, table in CURRENT.items() if view in found and (is_gone(table) or is_gone(CURRENT_MODEL))]
+    gone = [table for table in TABLES if _is_of_a_root(table, entries) and is_gone(table)]
+    old = [view for view, table in CURRENT.items() if view in entries and (is_gone(table) or is_gone(CURRENT_MODEL))]
     if not tables and not old and not new and not gone:
         return
     for table in tables:
-        if table.name in found and not _is_of_a_root(table, found):
+        if table.name in entries and not _is_of_a_root(table, entries):
             raise TrailvecError(
                 f"database {database} already has another table {table.name}: choose another storage.database"
             )
@@ -73,17 +73,17 @@ def register_tables(runtime: Runtime) -> None:
         spark.sql(f"DROP VIEW IF EXISTS `{database}`.{view}")
     for view, table in new.items():
         spark.sql(f"CREATE OR REPLACE VIEW `{database}`.{view} AS {_current_rows(table, f'`{database}`.')}")
-    ours = {table.name for table in there} | views.keys()
-    registered = {name: of for name, of in _known_in(spark, database).items() if name in ours}
+    ours = {table.name for table in existing} | views.keys()
+    registered = {name: of for name, of in _catalogue_entries(spark, database).items() if name in ours}
     spark.conf.set(_REGISTERED, json.dumps([here, registered]))
 
 
-def _is_of_a_root(table: Table, found: dict[str, list[str]]) -> bool:
+def _is_of_a_root(table: Table, entries: dict[str, list[str]]) -> bool:
     """Whether the catalogue's table of that name is one of ours, of this root or another, so that we may drop it. (A
     managed one never is, and would be dropped with its files.)"""
-    told = found.get(table.name, [])
-    ours = {"Type: EXTERNAL", "Provider: delta"} <= set(told)
-    return ours and any(re.fullmatch(f"Location: .*/tables/{table.name}", line) for line in told)
+    details = entries.get(table.name, [])
+    ours = {"Type: EXTERNAL", "Provider: delta"} <= set(details)
+    return ours and any(re.fullmatch(f"Location: .*/tables/{table.name}", line) for line in details)
 
 
 def tables_to_see(runtime: Runtime) -> dict[str, bool | None]:
@@ -107,21 +107,21 @@ def tables_to_see(runtime: Runtime) -> dict[str, bool | None]:
     return seen
 
 
-def _known_in(spark: SparkSession, database: str) -> dict[str, list[str]]:
+def _catalogue_entries(spark: SparkSession, database: str) -> dict[str, list[str]]:
     """What the catalogue says of each of our names: its type, format, location or query, and creation time. Dropped
     ones are missing."""
     names = "|".join([*(table.name for table in TABLES), *CURRENT])
     rows = spark.sql(f"SHOW TABLE EXTENDED IN `{database}` LIKE '{names}'").where("NOT isTemporary").collect()
-    return {row.tableName: _TOLD.findall(row.information) for row in rows}
+    return {row.tableName: _DETAILS.findall(row.information) for row in rows}
 
 
-def _register_views(runtime: Runtime, there: list[Table]) -> None:
+def _register_views(runtime: Runtime, existing: list[Table]) -> None:
     """As `register_tables`, but with temporary views: Unity Catalog accepts no tables whose files are in a volume.
     Drops those of earlier calls, maybe for another root, that are not there."""
     spark = runtime.spark
-    views = {table.name: f"SELECT * FROM {runtime.sql_name(table)}" for table in there}  # noqa: S608 - our own names
-    if CURRENT_MODEL in there:
-        views |= {view: _current_rows(table) for view, table in CURRENT.items() if table in there}
+    views = {table.name: f"SELECT * FROM {runtime.sql_name(table)}" for table in existing}  # noqa: S608 - our own names
+    if CURRENT_MODEL in existing:
+        views |= {view: _current_rows(table) for view, table in CURRENT.items() if table in existing}
     for name in set(json.loads(spark.conf.get(_VIEWS, None) or "[]")) - views.keys():
         spark.catalog.dropTempView(name)
     for name, rows in views.items():

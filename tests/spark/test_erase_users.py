@@ -367,9 +367,9 @@ def test_files_that_a_vacuum_takes_meanwhile_are_passed_over(spark: SparkSession
     for n in range(2):
         pq.write_table(pa.table({"user_id": [f"u{n}"]}), tmp_path / f"{n}.parquet")
     files = [str(tmp_path / f"{n}.parquet") for n in range(3)]  # the last does not exist
-    rows = erase_users._of_those_there(spark, "user_id string", files)
+    rows = erase_users._read_existing(spark, "user_id string", files)
     assert sorted(row["user_id"] for row in rows.collect()) == ["u0", "u1"]
-    assert erase_users._of_those_there(spark, "user_id string", files[2:]).isEmpty()
+    assert erase_users._read_existing(spark, "user_id string", files[2:]).isEmpty()
 
 
 def test_texts_that_no_utf8_holds_stop_nothing(

@@ -725,7 +725,7 @@ def test_a_floor_that_was_too_high_is_lowered(shop: Runtime, tmp_path: Path, mon
 def test_a_floor_goes_below_all_whom_another_segment_may_take() -> None:
     """How many users a segment without a size takes is not known in advance."""
     tried: list[int] = []
-    selection = Mock(spec=segment_members.Selection, _work={0: SimpleNamespace()}, **{"_wanted.return_value": 4})
+    selection = Mock(spec=segment_members.Selection, _work={0: SimpleNamespace()}, **{"_needed.return_value": 4})
     selection._walk.side_effect = [None, None, "taken"]
     selection.members.return_value = range(900)
     selection._floor.side_effect = lambda _, wanted: tried.append(wanted)

@@ -68,7 +68,7 @@ def test_brackets_are_printed_as_they_are(
     odd = "food [new] of logs/[a-z]*.json, RLIKE '[/]', :star:"
     said = ""
     if by == "note":
-        cli._say(Report("evaluate", notes=[odd]))
+        cli._print_report(Report("evaluate", notes=[odd]))
     elif by == "table":
         grid = Grid("found", caption=odd)
         grid.add_row(odd)
