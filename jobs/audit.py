@@ -49,14 +49,14 @@ def audit(runtime: Runtime, table: str | None = None, since: datetime | None = N
 
 def _entry(table: str, commit: Commit) -> dict[str, Any]:
     at = datetime.fromtimestamp(commit.committed_at, timezone.utc)
-    made = commit.provenance or {}
+    provenance = commit.provenance or {}
     return {
         "at": at.isoformat(timespec="milliseconds"),
         "table": table,
         "version": commit.version,
         "operation": commit.operation,
         "changed_rows": commit.changed_rows,
-        **{key: made.get(key) for key in ("stage", "user", "application", "code_version")},
+        **{key: provenance.get(key) for key in ("stage", "user", "application", "code_version")},
         "erasure": commit.erasure,
     }
 

@@ -159,13 +159,15 @@ def refuse_other_counts(runtime: Runtime, rows: dict[str, Any], min_count: int) 
         TrailvecError: items was counted with other settings, or with a higher min_count, so that rarer items have no
             row.
     """
-    made = runtime.last_writer(ITEMS)
-    if made and (was := made["config"]["vocabulary"]["min_count"]) > min_count:
+    provenance = runtime.last_writer(ITEMS)
+    if provenance and (was := provenance["config"]["vocabulary"]["min_count"]) > min_count:
         raise TrailvecError(
             f"table items was made with vocabulary.min_count = {was}, not {min_count} as configured, so rarer items "
             f"have no row in it: run `trailvec build_vocabulary` and `trailvec build_sequences` first"
         )
-    if made and (other := other_setting(made["config"]["sequences"], rows, "split_by", "valid_from", _TARGETS)):
+    if provenance and (
+        other := other_setting(provenance["config"]["sequences"], rows, "split_by", "valid_from", _TARGETS)
+    ):
         raise TrailvecError(
             f"table items was counted with {other} as for the rows of sequences: run `trailvec build_vocabulary` and "
             f"`trailvec build_sequences` first"
@@ -175,12 +177,12 @@ def refuse_other_counts(runtime: Runtime, rows: dict[str, Any], min_count: int) 
 def refuse_other_rows(runtime: Runtime) -> None:
     """Raises TrailvecError if sequences was made with settings other than today's, which the evaluation would apply to
     its rows, or with item counts other than those in `items`."""
-    made, now = runtime.last_writer(SEQUENCES), runtime.provenance()["config"]
+    provenance, now = runtime.last_writer(SEQUENCES), runtime.provenance()["config"]
     min_count = now["vocabulary"]["min_count"]
-    if made:
+    if provenance:
         names = ("split_by", "valid_from", "test_from", _TARGETS)
-        other = other_setting(made["config"]["sequences"], now["sequences"], *names)
-        if (was := made["config"]["vocabulary"]["min_count"]) != min_count:
+        other = other_setting(provenance["config"]["sequences"], now["sequences"], *names)
+        if (was := provenance["config"]["vocabulary"]["min_count"]) != min_count:
             other = f"vocabulary.min_count = {was}, not {min_count}"
         if other:
             raise TrailvecError(
@@ -190,10 +192,10 @@ def refuse_other_rows(runtime: Runtime) -> None:
     refuse_other_counts(runtime, now["sequences"], min_count)
 
 
-def other_setting(made: dict[str, Any], now: dict[str, Any], *names: str) -> str | None:
+def other_setting(old: dict[str, Any], now: dict[str, Any], *names: str) -> str | None:
     """The first of these [sequences] settings that differs, in words; None if none does."""
-    differing = (name for name in names if made.get(name) != now.get(name))
-    return next((f"sequences.{name} = {made.get(name)}, not {now.get(name)}" for name in differing), None)
+    differing = (name for name in names if old.get(name) != now.get(name))
+    return next((f"sequences.{name} = {old.get(name)}, not {now.get(name)}" for name in differing), None)
 
 
 def run(runtime: Runtime) -> None:

@@ -54,14 +54,16 @@ def differences(
             for best, (_, of) in zip(ranked, (one, other), strict=True)
         ]
         pairs = {metric: np.stack([both[0][metric], both[1][metric]]) for metric in both[0]}
-        there = {metric: ~np.isnan(pair).any(axis=0) for metric, pair in pairs.items()}
-        pairs = {metric: np.where(there[metric], pair, np.nan) for metric, pair in pairs.items() if there[metric].any()}
+        has_both = {metric: ~np.isnan(pair).any(axis=0) for metric, pair in pairs.items()}
+        pairs = {
+            metric: np.where(has_both[metric], pair, np.nan) for metric, pair in pairs.items() if has_both[metric].any()
+        }
         if not pairs:
             continue
         low, high = bootstrap(np.column_stack([pair[1] - pair[0] for pair in pairs.values()]), resamples)
         for number, (metric, pair) in enumerate(pairs.items()):
             means = np.nanmean(pair, axis=1)
-            users = int(there[metric].sum())
+            users = int(has_both[metric].sum())
             found.append(Difference(task, metric, users, *map(float, (*means, low[number], high[number]))))
     return found
 

@@ -145,12 +145,12 @@ def rank_users(rows: pd.DataFrame, scorers: dict[str, ScoreBlock], rankable: Boo
         seen = [np.asarray(items, np.int64) for items in rows["seen_item_index"].iloc[block]]
         items, offsets = flatten(seen)
         users = np.repeat(np.arange(len(seen)), np.diff(offsets))
-        there = items < len(rankable)
+        within = items < len(rankable)
         for method, scorer in scorers.items():
             scores = scorer(block)
             scores[:, ~rankable] = -np.inf
             found.setdefault((method, False), []).append(top_items(scores, _DEEPEST))
-            scores[users[there], items[there]] = -np.inf
+            scores[users[within], items[within]] = -np.inf
             found.setdefault((method, True), []).append(top_items(scores, _DEEPEST))
     return {key: np.concatenate(blocks) for key, blocks in found.items()}
 
@@ -187,18 +187,18 @@ def ranking_results(
     """The metrics of the rankings from `rank_users`, overall and by slice, with confidence intervals."""
     for task in TASKS:
         done = following(rows, task)
-        there = np.diff(done.offsets) > 0
-        if not there.any():
+        has_targets = np.diff(done.offsets) > 0
+        if not has_targets.any():
             continue
         values: dict[Cell, Float64] = {}
         for method in dict.fromkeys(method for method, _ in ranked):
             best = ranked[method, task == "new"]
             of_users = measures(best, done, known.counts)
-            values |= {Cell(method, metric): each[there] for metric, each in of_users.items()}
+            values |= {Cell(method, metric): each[has_targets] for metric, each in of_users.items()}
             for metric, kind, value, each in sliced(best, done, known, of_users):
-                values[Cell(method, metric, kind, value)] = each[there]
-            share = coverage(best[there][:, :10], int((known.counts > 0).sum()))
-            yield Result(task, Cell(method, "coverage@10"), share, None, None, int(there.sum()))
+                values[Cell(method, metric, kind, value)] = each[has_targets]
+            share = coverage(best[has_targets][:, :10], int((known.counts > 0).sum()))
+            yield Result(task, Cell(method, "coverage@10"), share, None, None, int(has_targets.sum()))
         for floor, model in itertools.product(FLOORS, MODELS):
             of_floor, of_model = (values.get(Cell(method, _LEADING)) for method in (floor, model))
             if of_floor is not None and of_model is not None:
@@ -221,8 +221,8 @@ def space_results(users: Float32, items: Float32, counts: Int64, classes: Int64)
         counts, classes: how often each item was acted on, and the number of its category (-1: none), [n].
     """
     for name, vectors in (("items", items), ("users", users)):
-        there = vectors.any(axis=1)
-        vectors = vectors[there]  # noqa: PLW2901 - a zero vector has no direction
+        nonzero = vectors.any(axis=1)
+        vectors = vectors[nonzero]  # noqa: PLW2901 - a zero vector has no direction
         if len(vectors) < 2:
             continue
         spreads = space.spread(vectors)
@@ -234,9 +234,9 @@ def space_results(users: Float32, items: Float32, counts: Int64, classes: Int64)
             f"hubness@{SPACE_NEIGHBOURS}": space.hubness(near),
         }
         if name == "items":
-            same, chance = space.share_same(near, classes[there])
+            same, chance = space.share_same(near, classes[nonzero])
             figures |= {
-                "norm_popularity": space.norm_popularity(vectors, counts[there]),
+                "norm_popularity": space.norm_popularity(vectors, counts[nonzero]),
                 f"same_category@{SPACE_NEIGHBOURS}": same,
                 "same_category_by_chance": chance,
             }
@@ -248,11 +248,11 @@ def space_results(users: Float32, items: Float32, counts: Int64, classes: Int64)
 def space_alignment(rows: pd.DataFrame, catalogue: Catalogue) -> Iterator[Result]:
     """How close users' vectors are to those of what they did next."""
     done = following(rows, "next")
-    there = flagged(done.items, catalogue.rankable)
-    users = stacked(rows["vector"])[done.owners[there]]
-    value = space.alignment(users, catalogue.vectors[done.items[there]])
+    rankable = flagged(done.items, catalogue.rankable)
+    users = stacked(rows["vector"])[done.owners[rankable]]
+    value = space.alignment(users, catalogue.vectors[done.items[rankable]])
     if not math.isnan(value):
-        yield Result("space", Cell("users_items", "alignment"), value, None, None, int(there.sum()))
+        yield Result("space", Cell("users_items", "alignment"), value, None, None, int(rankable.sum()))
 
 
 # ---- drift -------------------------------------------------------------------------------------------------------
@@ -292,8 +292,8 @@ def measure_drift(runtime: Runtime, rows: pd.DataFrame, cuts: Cuts, model_dir: P
             f"no event rates of verticals are given: the log covers less time before the cut, {cut}, than after it"
         )
     sample = _by_hash(rows, DRIFT_SAMPLE)[["user_id", "vector"]]
-    asked = runtime.spark.createDataFrame(sample[["user_id"]], "user_id string")
-    newest = runtime.read(SEQUENCES).where("split = 'score'").join(F.broadcast(asked), "user_id", "left_semi")
+    sampled_users = runtime.spark.createDataFrame(sample[["user_id"]], "user_id string")
+    newest = runtime.read(SEQUENCES).where("split = 'score'").join(F.broadcast(sampled_users), "user_id", "left_semi")
     encoded = encode_sequences(runtime, newest, ["user_id"], model_dir=model_dir).toPandas()
     both = sample.merge(encoded[["user_id", "vector"]], on="user_id", suffixes=("_cut", "_end"))
     return drift_of(counts, stacked(both["vector_cut"]), stacked(both["vector_end"]), comparable=comparable)
@@ -441,7 +441,7 @@ def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts)
     settings, split = runtime.config.sequences, runtime.config.evaluate.split
     sessions = runtime.read(SESSIONS)
     vocabulary = in_vocabulary(runtime.read(ITEMS), runtime.config.vocabulary.min_count).select("item_id", "item_index")
-    asked = F.broadcast(runtime.spark.createDataFrame(users))
+    evaluated_users = F.broadcast(runtime.spark.createDataFrame(users))
 
     def actions(sessions: DataFrame) -> DataFrame:
         # Only leave-one-out needs the id, to order a user's last two events.
@@ -451,7 +451,7 @@ def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts)
         numbered = events.where(is_target(settings.target_event_types)).join(vocabulary, "item_id")
         numbered = numbered.where(F.col("item_index") < items)
         # Sessions may be newer than the rows, and cut times may follow the log's end: leave out what a row asks about.
-        numbered = numbered.join(asked, "user_id", "left")
+        numbered = numbered.join(evaluated_users, "user_id", "left")
         return numbered.where(F.col("cut_us").isNull() | (F.unix_micros("event_ts") < F.col("cut_us")))
 
     def of(some: DataFrame) -> DataFrame:
@@ -464,14 +464,14 @@ def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts)
         places = found["user_id"].map({name: n for n, name in enumerate(names)}), found["item_index"]
         return [sp.csr_matrix((found[name], places), shape=(len(names), items)) for name in values]
 
-    visible = actions(of(asked)).where(f"in_{split}")
+    visible = actions(of(evaluated_users)).where(f"in_{split}")
     of_habit = habit(runtime.config.habit, F.col("cut_us"))
     own = Own(*matrices(visible, users["user_id"].tolist(), counts=F.count("*"), habits=of_habit))
     # Counted and then sampled: without the checkpoint, the log would be read for each.
     everybody = actions(sessions).where("in_train").select("user_id").distinct().localCheckpoint()
-    known = _sample(everybody, everybody.count(), KNN_USERS)
-    names = sorted(row.user_id for row in known.collect())
-    return own, *matrices(actions(of(known)).where("in_train"), names, counts=F.count("*"))
+    sampled_users = _sample(everybody, everybody.count(), KNN_USERS)
+    names = sorted(row.user_id for row in sampled_users.collect())
+    return own, *matrices(actions(of(sampled_users)).where("in_train"), names, counts=F.count("*"))
 
 
 # ---- the gate ----------------------------------------------------------------------------------------------------
@@ -491,14 +491,14 @@ def refusal(runtime: Runtime, version: str) -> str | None:
     rows = of_model(runtime.latest(EVALUATION), version).where(F.col("split") == settings.split)
     found = {(r["task"], Cell.of(r)): r for r in rows.collect()}
     reasons = []
-    for asked in settings.gate:
-        cell = Cell(asked.method, asked.metric, asked.slice, asked.slice_value)
-        row = found.get((asked.task, cell))
-        name = " ".join((asked.task, *(word for word in cell if word != "all")))
+    for criterion in settings.gate:
+        cell = Cell(criterion.method, criterion.metric, criterion.slice, criterion.slice_value)
+        row = found.get((criterion.task, cell))
+        name = " ".join((criterion.task, *(word for word in cell if word != "all")))
         if row is None:
             reasons.append(f"table evaluation has no row for its {name} in split {settings.split}")
             continue
-        reasons += [f"{name} {why}" for why in shortfalls(row.asDict(), asked)]
+        reasons += [f"{name} {why}" for why in shortfalls(row.asDict(), criterion)]
     if not reasons:
         return None
     return (
@@ -507,24 +507,24 @@ def refusal(runtime: Runtime, version: str) -> str | None:
     )
 
 
-def shortfalls(row: dict[str, Any], asked: GateSettings) -> Iterator[str]:
+def shortfalls(row: dict[str, Any], criterion: GateSettings) -> Iterator[str]:
     """How a row of EVALUATION falls short of a gate. An interval that ends exactly at a limit is level with it and does
     not pass; the page calls it level too."""
     value, low, high = row["value"], row["low"], row["high"]
     if low is None:
-        if asked.at_least is not None and not value >= asked.at_least:
-            yield f"is {value:.4f}, not at least {asked.at_least:g}"
-        if asked.at_most is not None and not value <= asked.at_most:
-            yield f"is {value:.4f}, not at most {asked.at_most:g}"
+        if criterion.at_least is not None and not value >= criterion.at_least:
+            yield f"is {value:.4f}, not at least {criterion.at_least:g}"
+        if criterion.at_most is not None and not value <= criterion.at_most:
+            yield f"is {value:.4f}, not at most {criterion.at_most:g}"
         return
-    if row["counted"] < asked.min_users:
-        yield f"covers {row['counted']:,} users, fewer than min_users = {asked.min_users:,}"
+    if row["counted"] < criterion.min_users:
+        yield f"covers {row['counted']:,} users, fewer than min_users = {criterion.min_users:,}"
         return
-    told = f"is {value:.4f} ({low:.4f} to {high:.4f}), not significantly"
-    if asked.at_least is not None and not low > asked.at_least:
-        yield f"{told} above {asked.at_least:g}"
-    if asked.at_most is not None and not high < asked.at_most:
-        yield f"{told} below {asked.at_most:g}"
+    text = f"is {value:.4f} ({low:.4f} to {high:.4f}), not significantly"
+    if criterion.at_least is not None and not low > criterion.at_least:
+        yield f"{text} above {criterion.at_least:g}"
+    if criterion.at_most is not None and not high < criterion.at_most:
+        yield f"{text} below {criterion.at_most:g}"
 
 
 def _inputs(runtime: Runtime) -> dict[str, Any]:

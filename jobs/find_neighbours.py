@@ -97,8 +97,8 @@ def searches(
     """
     sources = {"user": users, "item": items}
     targets = {"user": users, "item": items if offered is None else offered}
-    asked = {name: frame.count() for name, frame in sources.items()}
-    found = asked if offered is None else asked | {"item": offered.count()}
+    query_counts = {name: frame.count() for name, frame in sources.items()}
+    target_counts = query_counts if offered is None else query_counts | {"item": offered.count()}
     every = []
     for kind in dict.fromkeys(kinds):
         source, target, metric = KINDS[kind]
@@ -106,7 +106,7 @@ def searches(
         if kind == "user_item" and without is not None:
             queries = queries.join(without, "id", "left")
             queries = queries.withColumn("left_out", F.coalesce("left_out", F.array().cast("array<string>")))
-        every.append(Search(kind, queries, targets[target], metric, (asked[source], found[target])))
+        every.append(Search(kind, queries, targets[target], metric, (query_counts[source], target_counts[target])))
     return every
 
 
@@ -182,8 +182,8 @@ def with_habit(found: DataFrame, own: DataFrame, k: int) -> DataFrame:
 def recall(every: list[Search], found: DataFrame, settings: NeighboursSettings) -> dict[str, float]:
     """kind → recall of `found`: the share of the exact neighbours of about ASKED queries that it contains."""
     exact = settings.model_copy(update={"cells": 0})
-    asked = [drawn_by_hash(ASKED / max(1, s.counts[0]), "id", F.lit("neighbours")) for s in every]
-    some = [s._replace(queries=s.queries.where(drawn)) for s, drawn in zip(every, asked, strict=True)]
+    samples = [drawn_by_hash(ASKED / max(1, s.counts[0]), "id", F.lit("neighbours")) for s in every]
+    some = [s._replace(queries=s.queries.where(drawn)) for s, drawn in zip(every, samples, strict=True)]
     true = find_neighbours(some, exact).select("kind", "source_id", "neighbour_id")
     hits = true.join(found.select(*true.columns, F.lit(1).alias("hit")), true.columns, "left")
     rows = hits.groupBy("kind").agg((F.count("hit") / F.count(F.lit(1))).alias("recall")).collect()
@@ -245,8 +245,8 @@ def _run(runtime: Runtime, folder: Place) -> None:
         runtime.write(NEIGHBOURS, found, done=not settings.habit, of={"model_version": version, "kind": replaced})
         if settings.cells:
             shares = recall(every, of_model(runtime.latest(NEIGHBOURS), version), settings)
-            told = ", ".join(f"{kind} {share:.3f}" for kind, share in sorted(shares.items()))
-            runtime.report.notes.append(f"share of the exact neighbours found, for a sample of queries: {told}")
+            text = ", ".join(f"{kind} {share:.3f}" for kind, share in sorted(shares.items()))
+            runtime.report.notes.append(f"share of the exact neighbours found, for a sample of queries: {text}")
     if settings.habit:
         runtime.on_progress("habits")
         (search,) = (search for search in every if search.kind == "user_item")
@@ -270,11 +270,11 @@ def _offered(runtime: Runtime, items: DataFrame, folder: Place) -> DataFrame | N
         return None
     if settings.verticals:
         verticals = runtime.read(ITEMS).where("vertical IS NOT NULL").select("vertical").distinct().collect()
-        there = sorted(row["vertical"] for row in verticals)
+        known = sorted(row["vertical"] for row in verticals)
         runtime.report.notes += [
-            f"neighbours.verticals offers no item for {name}: no item is in that vertical (found {', '.join(there)})"
+            f"neighbours.verticals offers no item for {name}: no item is in that vertical (found {', '.join(known)})"
             for name in settings.verticals
-            if name not in there
+            if name not in known
         ]
         of_verticals = runtime.read(ITEMS).where(F.col("vertical").isin(settings.verticals))
         items = items.join(of_verticals.select(F.col("item_id").alias("id")), "id", "left_semi")

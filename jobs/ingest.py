@@ -138,22 +138,22 @@ def commit_batch(
     """
     settings = runtime.config.ingest
     same_day = settings.duplicates == "same_day"
-    given = without_erased(reduce(DataFrame.unionByName, frames), erased_tests(runtime))
-    given = given.withColumn("stored", F.lit(False))
+    incoming = without_erased(reduce(DataFrame.unionByName, frames), erased_tests(runtime))
+    incoming = incoming.withColumn("stored", F.lit(False))
     with contextlib.ExitStack() as until_written:
         stored, where, few = None, F.lit(True), False
         if not runtime.latest(EVENTS).isEmpty():
             # Scanned for its ids, then deduplicated.
-            given = until_written.enter_context(persisted(given, StorageLevel.DISK_ONLY))
-            stored, where, few = _same_events(runtime, given.where(F.col("reason").isNull()), same_day)
-        together = given if stored is None else given.unionByName(stored)
+            incoming = until_written.enter_context(persisted(incoming, StorageLevel.DISK_ONLY))
+            stored, where, few = _same_events(runtime, incoming.where(F.col("reason").isNull()), same_day)
+        together = incoming if stored is None else incoming.unionByName(stored)
         marked = mark_duplicates(together, settings.duplicates)
         # Counted, then written.
         records = until_written.enter_context(persisted(marked, StorageLevel.DISK_ONLY))
-        found = records.groupBy("reason", "stored").count().collect()
-        counts = Counter({row["reason"]: int(row["count"]) for row in found if not row["stored"]})
+        groups = records.groupBy("reason", "stored").count().collect()
+        counts = Counter({row["reason"]: int(row["count"]) for row in groups if not row["stored"]})
         # A stored event is replaced by one with the same id that sorts before it.
-        replaced = sum(row["count"] for row in found if row["stored"] and row["reason"] is not None)
+        replaced = sum(row["count"] for row in groups if row["stored"] and row["reason"] is not None)
         runtime.report.rows_in["records"] += counts.total()
         _check_share(records.where(~F.col("stored")), counts, earlier + counts, settings.max_rejected_share)
         refused = records.where(F.col("reason").isNotNull() & ~F.col("reason").isin(*_NO_REFUSAL))
@@ -199,9 +199,9 @@ def stored_events(runtime: Runtime, ids: DataFrame, where: Column) -> DataFrame 
         where: `same_ids` of these ids.
     """
     table = runtime.latest(EVENTS)
-    there = table.where(where).join(ids, "event_id", "left_semi")
-    found = F.min("event_id"), F.max("event_id"), F.collect_set(F.to_date("event_ts"))
-    low, high, days = there.agg(*found).collect()[0]
+    repeated = table.where(where).join(ids, "event_id", "left_semi")
+    bounds = F.min("event_id"), F.max("event_id"), F.collect_set(F.to_date("event_ts"))
+    low, high, days = repeated.agg(*bounds).collect()[0]
     if low is None:
         return None
     return (
@@ -229,13 +229,15 @@ def _refused(counts: Counter[str | None]) -> Counter[str]:
     return Counter({reason: n for reason, n in counts.items() if reason is not None and reason not in _NO_REFUSAL})
 
 
-def _check_share(records: DataFrame, counts: Counter[str | None], read: Counter[str | None], allowed: float) -> None:
+def _check_share(
+    records: DataFrame, counts: Counter[str | None], run_counts: Counter[str | None], allowed: float
+) -> None:
     """Stops the job before this batch is written if too large a share is refused, both of the batch and of the run so
     far: the last batch of a topic may be a single bad record, and an earlier one may have been let through by a higher
     limit.
     """
-    refused, total = _refused(counts), _refused(read).total()
-    if refused.total() <= allowed * counts.total() or total <= allowed * read.total():
+    refused, total = _refused(counts), _refused(run_counts).total()
+    if refused.total() <= allowed * counts.total() or total <= allowed * run_counts.total():
         return
     examples = []
     for reason, count in sorted(refused.items(), key=lambda item: (-item[1], item[0]))[:3]:
@@ -246,8 +248,8 @@ def _check_share(records: DataFrame, counts: Counter[str | None], read: Counter[
         "and only one of the two is kept: to correct such events, see Backfill in docs/operations.md"
     )
     raise TrailvecError(
-        f"{total:,} of {read.total():,} records are refused, more than ingest.max_rejected_share = {allowed:g} allows; "
-        f"nothing of this batch was written: correct the mapping or the files, or raise the limit; "
+        f"{total:,} of {run_counts.total():,} records are refused, more than ingest.max_rejected_share = "
+        f"{allowed:g} allows; nothing of this batch was written: correct the mapping or the files, or raise the limit; "
         f"most frequent reasons: {'; '.join(examples)}{changed if counts['duplicate_event_id'] else ''}"
     )
 
@@ -274,8 +276,8 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
         again.write_text("", encoding="utf-8")
     reads_again = again.exists()
     now = datetime.now(timezone.utc)
-    counted = checkpoint / "read.json"  # stays until a run finishes, too
-    counts = _counts(counted)
+    counts_file = checkpoint / "read.json"  # stays until a run finishes, too
+    counts = _counts(counts_file)
     failed: list[BaseException] = []
 
     def batch(records: DataFrame, batch_number: int) -> None:
@@ -285,10 +287,10 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
                 query = json.loads((checkpoint / "metadata").read_text())["id"]
                 events = [to_events(frame, mapping, source.name, settings, now, has_zone=has_zone) for frame in raw]
                 # A batch repeated after a kill may be among the counts already, which then says what it brought.
-                earlier = _total(found for number, found in counts.items() if number < batch_number)
+                earlier = _total(reasons for number, reasons in counts.items() if number < batch_number)
                 of_batch = commit_batch(runtime, events, (f"ingest-{query}", batch_number), earlier, reads_again)
                 counts.setdefault(batch_number, of_batch)
-                write_json(counted, {str(number): list(found.items()) for number, found in counts.items()})
+                write_json(counts_file, {str(number): list(reasons.items()) for number, reasons in counts.items()})
                 seconds = time.monotonic() - started
                 runtime.on_progress(f"{name}: batch {batch_number}, {of_batch.total():,} records in {seconds:.1f} s")
         except BaseException as error:
@@ -303,13 +305,13 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
         if failed:
             raise failed[0] from None
         if re.search(ANOTHER_INGEST, str(error)):
-            counted.unlink(missing_ok=True)  # the other ingest has ended its run, or writes its counts again
+            counts_file.unlink(missing_ok=True)  # the other ingest has ended its run, or writes its counts again
         raise TrailvecError(f"{name}: {spark_message(error)}") from error
     again.unlink(missing_ok=True)
-    counted.unlink(missing_ok=True)
-    read = _total(counts.values())
+    counts_file.unlink(missing_ok=True)
+    total = _total(counts.values())
     runtime.report.notes += [
-        f"{name}: {read[reason]:,} {what} dropped" for reason, what in _NO_REFUSAL.items() if read[reason]
+        f"{name}: {total[reason]:,} {what} dropped" for reason, what in _NO_REFUSAL.items() if total[reason]
     ]
 
 
@@ -319,7 +321,7 @@ def _counts(file: Place) -> dict[int, Counter[str | None]]:
     if not file.exists():
         return {}
     try:
-        return {int(number): Counter(dict(found)) for number, found in json.loads(file.read_text()).items()}
+        return {int(number): Counter(dict(reasons)) for number, reasons in json.loads(file.read_text()).items()}
     except json.JSONDecodeError:
         return {}
 
@@ -328,24 +330,24 @@ def _total(counts: Iterable[Counter[str | None]]) -> Counter[str | None]:
     return sum(counts, Counter())
 
 
-def _read_batch(runtime: Runtime, mapping: Input, records: DataFrame, what: str) -> list[DataFrame]:
+def _read_batch(runtime: Runtime, mapping: Input, records: DataFrame, label: str) -> list[DataFrame]:
     """The raw frames of a batch of the stream: of a topic's records, or of the files that it names."""
     data_dir = _data_dir(runtime, mapping)
     if mapping.kafka is not None:
         return read_topic(records, mapping, data_dir)
     folder = folder_of(data_dir, str(mapping.path))
-    found = {row["path"]: row["length"] for row in records.collect() if is_data(row["path"], folder)}
-    runtime.on_progress(f"{what}, reading {decimal(sum(found.values()))}")
-    _check_gzip(found)
-    few = len(found) < runtime.spark.sparkContext.defaultParallelism
-    spread = few and max(found.values(), default=0) > _ONE_TASK
-    return read_raw(runtime.spark, mapping, data_dir, sorted(found), spread) if found else []
+    sizes = {row["path"]: row["length"] for row in records.collect() if is_data(row["path"], folder)}
+    runtime.on_progress(f"{label}, reading {decimal(sum(sizes.values()))}")
+    _check_gzip(sizes)
+    few = len(sizes) < runtime.spark.sparkContext.defaultParallelism
+    spread = few and max(sizes.values(), default=0) > _ONE_TASK
+    return read_raw(runtime.spark, mapping, data_dir, sorted(sizes), spread) if sizes else []
 
 
-def _check_gzip(found: dict[str, int]) -> None:
+def _check_gzip(sizes: dict[str, int]) -> None:
     """Refuses an empty gzip file: it lacks even a header, so an upload failed. Spark would silently accept one among
     JSON files."""
-    if empty := [path for path, length in found.items() if length == 0 and path.endswith(".gz")]:
+    if empty := [path for path, length in sizes.items() if length == 0 and path.endswith(".gz")]:
         raise TrailvecError(
             f"{min(empty)} is not a gzip file (it is empty): fetch it again or take it out of the folder"
         )
@@ -364,9 +366,9 @@ def _has_refused(runtime: Runtime, source: Source) -> bool:
 
 def _listing(spark: SparkSession, mapping: Input, runtime: Runtime) -> DataFrame:
     """The names of the input's files, as a stream; the checkpoint tells Spark which of them are new."""
-    given = _data_dir(runtime, mapping) / str(mapping.path)
-    path = file_url(str(given))
-    if given.is_file():
+    place = _data_dir(runtime, mapping) / str(mapping.path)
+    path = file_url(str(place))
+    if place.is_file():
         # A Spark stream takes a folder or a pattern, not a file. A name in braces makes Hadoop look up that file alone;
         # any other pattern makes it list the whole folder, and fail on a name with a colon.
         folder, _, name = path.rpartition("/")

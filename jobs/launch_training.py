@@ -60,12 +60,12 @@ def launch(run_file: Path, spec: RunSpec, on_event: Callable[[dict[str, Any]], N
     assert child.stdout is not None
     assert child.stderr is not None
     words: deque[str] = deque(maxlen=400)
-    hear = _hearing(on_event, words)  # Horovod's launcher reports on stdout how a process ended
+    on_line = _hearing(on_event, words)  # Horovod's launcher reports on stdout how a process ended
     listener = threading.Thread(target=words.extend, args=(child.stderr,), daemon=True)
     listener.start()
     try:
         for line in child.stdout:
-            hear(line)
+            on_line(line)
         code = child.wait()
     finally:
         # On Ctrl-C or an error here: on SIGTERM, Horovod's launcher ends its processes.
@@ -108,13 +108,13 @@ def launch_in_spark(spec: RunSpec, on_event: Callable[[dict[str, Any]], None]) -
 def _hearing(on_event: Callable[[dict[str, Any]], None], words: deque[str]) -> Callable[[str], None]:
     """A callback for a run's output lines: forwards events and collects everything else in `words`."""
 
-    def hear(line: str) -> None:
+    def on_line(line: str) -> None:
         if event := parse_event(line):
             on_event(event)
         else:
             words.append(line)
 
-    return hear
+    return on_line
 
 
 def parse_event(line: str) -> dict[str, Any] | None:

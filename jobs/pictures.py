@@ -71,12 +71,12 @@ def bars(values: dict[str, dict[str, Point]], names: dict[str, str], first: str)
         names: label of each bar, by key.
         first: the key to highlight by colour.
     """
-    there = {title: [key for key in names if key in group] for title, group in values.items()}
-    heights = [0.5 + 0.15 * len(keys) for keys in there.values()]
+    present = {title: [key for key in names if key in group] for title, group in values.items()}
+    heights = [0.5 + 0.15 * len(keys) for keys in present.values()]
 
     def draw(figure: Any) -> None:
-        plots = figure.subplots(len(there), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-        for axes, (title, keys) in zip(plots, there.items(), strict=True):
+        plots = figure.subplots(len(present), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, (title, keys) in zip(plots, present.items(), strict=True):
             points = [values[title][key] for key in keys]
             colours = [MODEL if key == first else FLOOR for key in keys]
             widths = [point.value for point in points]
@@ -104,9 +104,9 @@ def dots(
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         for number, (key, name) in enumerate(names.items()):
-            there = [place for place, value in enumerate(classes) if value in values.get(key, {})]
-            points = [values[key][classes[place]] for place in there]
-            heights = np.array(there) + 0.6 * ((number + 0.5) / len(names) - 0.5)
+            places = [place for place, value in enumerate(classes) if value in values.get(key, {})]
+            points = [values[key][classes[place]] for place in places]
+            heights = np.array(places) + 0.6 * ((number + 0.5) / len(names) - 0.5)
             axes.errorbar(
                 [point.value for point in points],
                 heights,

@@ -84,9 +84,9 @@ def flatten(lists: list[npt.NDArray[Any]]) -> tuple[Int64, Int64]:
 
 def flagged(items: Int64, flags: Bool) -> Bool:
     """Whether each item is within `flags` and flagged there."""
-    there = items < len(flags)
-    there[there] = flags[items[there]]
-    return there
+    within = items < len(flags)
+    within[within] = flags[items[within]]
+    return within
 
 
 def top_items(scores: Float32, k: int) -> Int64:
@@ -141,9 +141,9 @@ def _popularity_bias(ranked: Int64, following: Following, counts: Int64) -> Floa
     # Repeated items count once.
     pairs = np.unique(following.owners[known] * len(counts) + following.items[known])
     owners, items = pairs // len(counts), pairs % len(counts)
-    there = ranked >= 0
+    is_item = ranked >= 0
     with np.errstate(invalid="ignore"):
-        recommended = np.where(there, logs[ranked], 0.0).sum(axis=1) / there.sum(axis=1)
+        recommended = np.where(is_item, logs[ranked], 0.0).sum(axis=1) / is_item.sum(axis=1)
         done = np.bincount(owners, logs[items], minlength=users) / np.bincount(owners, minlength=users)
     return np.asarray(recommended - done)
 
@@ -205,9 +205,9 @@ def bootstrap(values: Float64, resamples: int) -> tuple[Float64, Float64]:
         values: [users, columns]; NaN where a user has no value: they don't count in that column.
     """
     users, columns = values.shape
-    there = ~np.isnan(values)
+    has_value = ~np.isnan(values)
     # One matrix product gives both the sums and the user counts.
-    both = np.concatenate([np.where(there, values, 0.0), there], axis=1)
+    both = np.concatenate([np.where(has_value, values, 0.0), has_value], axis=1)
     chance = np.random.default_rng(_SEED)
     means = np.empty((resamples, columns))
     at_once = max(1, _WEIGHTS_AT_ONCE // max(1, users))

@@ -220,7 +220,7 @@ class Source(Section):
     input: list[Input] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _told_apart(self) -> Source:
+    def _unique_keys(self) -> Source:
         counts = Counter(mapping.key for mapping in self.input)
         if twice := [mapping for mapping in self.input if counts[mapping.key] > 1]:
             what = f"are named {twice[0].name}" if twice[0].name else f"read {twice[0].place}"

@@ -87,24 +87,24 @@ def neighbours(vectors: Float32, k: int) -> Int64:
     return np.concatenate(found)
 
 
-def hubness(found: Int64) -> float:
+def hubness(nearest: Int64) -> float:
     """Skewness of how often rows are neighbours of others (Radovanović et al. 2010); 0: no hubs. NaN if all counts are
     equal."""
-    times = np.bincount(found.ravel(), minlength=len(found))
+    times = np.bincount(nearest.ravel(), minlength=len(nearest))
     return float(skew(times)) if np.ptp(times) else float("nan")
 
 
-def share_same(found: Int64, classes: Int64) -> tuple[float, float]:
+def share_same(nearest: Int64, classes: Int64) -> tuple[float, float]:
     """(the share of neighbours in their row's class, its expectation for random neighbours).
 
     Args:
         classes: of each row, [n]; -1 for none: such rows are not queried, and as neighbours count as another class.
     """
-    asked = classes >= 0
-    if not asked.any() or not found.shape[1]:
+    has_class = classes >= 0
+    if not has_class.any() or not nearest.shape[1]:
         return float("nan"), float("nan")
-    same = classes[found[asked]] == classes[asked][:, None]
-    others = np.bincount(classes[asked])[classes[asked]] - 1
+    same = classes[nearest[has_class]] == classes[has_class][:, None]
+    others = np.bincount(classes[has_class])[classes[has_class]] - 1
     return float(same.mean()), float(others.mean() / (len(classes) - 1))
 
 

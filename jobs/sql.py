@@ -118,8 +118,8 @@ def _orders(window: Any) -> bool:
     by, partition, below = window.orderSpec(), window.partitionSpec(), window.child()
     shared = [partition.apply(number) for number in range(partition.size())]
     # What is no column, (SELECT NULL) say, is a column of the plan below.
-    made = below.projectList() if below.nodeName() == "Project" else partition.take(0)
-    constant = [one.toAttribute() for one in _expressions(made) if one.nodeName() == "Alias" and _is_constant(one)]
+    projected = below.projectList() if below.nodeName() == "Project" else partition.take(0)
+    constant = [one.toAttribute() for one in _expressions(projected) if one.nodeName() == "Alias" and _is_constant(one)]
     keys = [by.apply(number).child() for number in range(by.size())]
     return any(not _is_constant(key) and not any(key.semanticEquals(x) for x in (*shared, *constant)) for key in keys)
 

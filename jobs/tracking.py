@@ -41,16 +41,16 @@ class Tracker:
         try:
             self._client = _client(self._uri, self._root)
             self._entities = importlib.import_module("mlflow.entities")
-            known = folder_of(spec.checkpoints or "") / "mlflow_run_id"
-            if spec.checkpoints and known.exists():
-                self._run = known.read_text()
+            id_file = folder_of(spec.checkpoints or "") / "mlflow_run_id"
+            if spec.checkpoints and id_file.exists():
+                self._run = id_file.read_text()
                 self._client.update_run(self._run, status="RUNNING")
                 return
             tags = {"mlflow.runName": spec.about["model_version"], "model_version": spec.about["model_version"]}
             self._run = self._client.create_run(self._experiment(), tags=tags).info.run_id
             if spec.checkpoints:
                 folder_of(spec.checkpoints).mkdir(parents=True, exist_ok=True)
-                known.write_text(self._run)
+                id_file.write_text(self._run)
             provenance = spec.about.get("provenance", {})
             versions = {f"version_of_{table}": number for table, number in provenance.get("reads", {}).items()}
             model = spec.model.model_dump(exclude={"context_sizes"})
@@ -122,8 +122,8 @@ def attach(uri: str, root: Place, model_version: str, page: tuple[str, str], war
         experiment = client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
             return
-        wanted = f"tags.model_version = '{model_version}'"
-        for run in client.search_runs([experiment.experiment_id], wanted, max_results=1):
+        tag_filter = f"tags.model_version = '{model_version}'"
+        for run in client.search_runs([experiment.experiment_id], tag_filter, max_results=1):
             client.log_text(run.info.run_id, page[1], page[0])
     except Exception as error:
         warn(f"MLflow ({uri}) failed; {page[0]} is not attached: {_why(error)}")

@@ -123,12 +123,12 @@ def base_of(runtime: Runtime) -> str | None:
     if not runtime.config.train.warm_start or not (runtime.models / "current.json").exists():
         return None
     about = read_about(model_folder(runtime))
-    made = about["provenance"]
+    provenance = about["provenance"]
     same = (
-        same_command(runtime, made)
-        and runtime.read_these(made)
+        same_command(runtime, provenance)
+        and runtime.read_these(provenance)
         # No row has changed since, though maintenance may have run.
-        and all(runtime.changed_version(t) <= made["reads"][t.name] <= runtime.version(t) for t in STAGE.reads)
+        and all(runtime.changed_version(t) <= provenance["reads"][t.name] <= runtime.version(t) for t in STAGE.reads)
     )
     if same:
         base: str | None = about["grown_from"]
@@ -140,11 +140,11 @@ def base_of(runtime: Runtime) -> str | None:
     return str(about["model_version"])
 
 
-def same_command(runtime: Runtime, made: dict[str, Any]) -> bool:
+def same_command(runtime: Runtime, provenance: dict[str, Any]) -> bool:
     """Whether this provenance is of the same code and settings, on whatever rows."""
     now = runtime.provenance()
-    return bool(made.get("code_version") == now["code_version"]) and all(
-        made["config"][section] == now["config"][section] for section in STAGE.settings
+    return bool(provenance.get("code_version") == now["code_version"]) and all(
+        provenance["config"][section] == now["config"][section] for section in STAGE.settings
     )
 
 
@@ -194,22 +194,22 @@ def _resume_killed_training(runtime: Runtime) -> None:
     if runtime.forced or has_model(runtime, now[:12]):
         return
     for place in runtime.models.glob("*.checkpoints"):
-        begun = json.loads((place / BEGUN).read_text()) if (place / BEGUN).exists() else {}
-        if not same_command(runtime, begun):
+        provenance = json.loads((place / BEGUN).read_text()) if (place / BEGUN).exists() else {}
+        if not same_command(runtime, provenance):
             continue
-        if not runtime.can_go_back(begun):
+        if not runtime.can_go_back(provenance):
             # With equal fingerprints only maintenance ran: same rows in other files, so some checkpoints still fit.
-            if begun["fingerprint"] != now:
+            if provenance["fingerprint"] != now:
                 remove_tree(place)
             continue
-        if place.name != f"{_name(runtime, begun['fingerprint'])}.checkpoints":  # a forced training's, or a copy
+        if place.name != f"{_name(runtime, provenance['fingerprint'])}.checkpoints":  # a forced training's, or a copy
             continue
         if not any(place.glob(f"[0-9]*/{PROGRESS}")):  # a half-written one's name starts with a dot
             continue
-        if _has_newer_model(runtime, begun) or not runtime.go_back(begun):
+        if _has_newer_model(runtime, provenance) or not runtime.go_back(provenance):
             continue
-        if begun["fingerprint"] != now:
-            versions = ", ".join(f"{table} version {version}" for table, version in begun["reads"].items())
+        if provenance["fingerprint"] != now:
+            versions = ", ".join(f"{table} version {version}" for table, version in provenance["reads"].items())
             sentence = (
                 f"resumes the training that was stopped, on the tables as they were then ({versions}): run "
                 f"`trailvec train` again to train on what came since"
@@ -219,13 +219,13 @@ def _resume_killed_training(runtime: Runtime) -> None:
         return
 
 
-def _has_newer_model(runtime: Runtime, begun: dict[str, Any]) -> bool:
-    """Whether this command has trained a model on the table versions that `begun` reads, or newer ones."""
+def _has_newer_model(runtime: Runtime, provenance: dict[str, Any]) -> bool:
+    """Whether this command has trained a model on the table versions that `provenance` reads, or newer ones."""
     models = [description(runtime, file.parent.name) for file in runtime.models.glob(f"*/{ABOUT}")]
-    made = [of for model in models if same_command(runtime, of := model.get("provenance", {}))]
+    trained = [of for model in models if same_command(runtime, of := model.get("provenance", {}))]
     return any(
-        all(version <= of["reads"][table] for table, version in begun["reads"].items())
-        for of in made
+        all(version <= of["reads"][table] for table, version in provenance["reads"].items())
+        for of in trained
         if runtime.read_these(of)
     )
 
@@ -239,8 +239,8 @@ def run(runtime: Runtime) -> None:
     _resume_killed_training(runtime)
     version = runtime.fingerprint[:12]
     folder, name = runtime.models / version, _name(runtime, runtime.fingerprint)
-    there = read_about(model_folder(runtime, version)) if has_model(runtime, version) else None
-    if there is not None and runtime.read_these(there["provenance"]) and not runtime.forced:
+    existing = read_about(model_folder(runtime, version)) if has_model(runtime, version) else None
+    if existing is not None and runtime.read_these(existing["provenance"]) and not runtime.forced:
         runtime.report.skipped = True
         remove_tree(runtime.models / f"{name}.checkpoints")  # left by a run killed right after publishing the model
     else:
@@ -249,10 +249,10 @@ def run(runtime: Runtime) -> None:
         checkpoints = runtime.models / f"{name}{FORCED if runtime.forced else '.checkpoints'}"
         with published(folder) as staging:
             _train(runtime, version, staging, checkpoints)
-            if there is not None and read_description(staging)["weights_sha256"] == there["weights_sha256"]:
+            if existing is not None and read_description(staging)["weights_sha256"] == existing["weights_sha256"]:
                 _keep_what_was_added(model_folder(runtime, version), staging)
-        for left in runtime.models.glob(f"{name}*.checkpoints"):
-            remove_tree(left)
+        for old_checkpoints in runtime.models.glob(f"{name}*.checkpoints"):
+            remove_tree(old_checkpoints)
     write_json(runtime.models / "current.json", {"model_version": version})
     about = read_description(model_folder(runtime, version))
     training = about["training"]
@@ -333,18 +333,18 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
 
 def _refuse_rows_of_another_vocabulary(runtime: Runtime) -> None:
     """Raises TrailvecError if sequences was made with a smaller or another vocabulary, or with another cut than it."""
-    made, min_count = runtime.last_writer(SEQUENCES), runtime.config.vocabulary.min_count
-    if not made:
+    provenance, min_count = runtime.last_writer(SEQUENCES), runtime.config.vocabulary.min_count
+    if not provenance:
         return
     # A min_count raised since does no harm: training treats items that the model must not know as unknown.
-    if (was := made["config"]["vocabulary"]["min_count"]) > min_count:
+    if (was := provenance["config"]["vocabulary"]["min_count"]) > min_count:
         raise TrailvecError(
             f"table sequences was made with vocabulary.min_count = {was}, not {min_count} as configured, so a model "
             f"would know items that are in no row: run `trailvec build_vocabulary` and `trailvec build_sequences` first"
         )
-    if what := other_numbers(runtime, made):
+    if what := other_numbers(runtime, provenance):
         raise TrailvecError(f"table sequences uses the numbers of {what}: run `trailvec build_sequences` first")
-    refuse_other_counts(runtime, made["config"]["sequences"], min_count)
+    refuse_other_counts(runtime, provenance["config"]["sequences"], min_count)
 
 
 def warm_settings(settings: TrainSettings, max_length: int) -> TrainSettings:
@@ -440,12 +440,12 @@ def progress_line(event: dict[str, Any]) -> str:
         return f"discards the checkpoint of {step}: its rows are in other files now, and would come in another order"
     if event["event"] == "resumed":
         return f"resumes from a checkpoint: epoch {event['epoch']}, after {event['step']:,} steps"
-    left = round(event["seconds_left"])
+    seconds_left = round(event["seconds_left"])
     scores = "".join(f"  {name} {event[name]:.4f}" for name in ("recall@10", "ndcg@10") if name in event)
     return (
         f"epoch {event['epoch']}/{event['epochs']}  {event['share']:.0%}  loss {event['loss']:.4f}{scores}  "
         f"{event['rows_per_second']:,.0f} rows/s  padding {event['padding']:.0%}  "
-        f"data wait {event['data_wait']:.0%}  {left // 60}:{left % 60:02} left"
+        f"data wait {event['data_wait']:.0%}  {seconds_left // 60}:{seconds_left % 60:02} left"
     )
 
 

@@ -64,7 +64,7 @@ def with_values(spec: RunSpec, values: dict[str, Any], output: Path) -> RunSpec:
     return spec.model_copy(update={"settings": settings, "model": model, "output": str(output), "checkpoints": None})
 
 
-def search(spec: RunSpec, study: optuna.Study, trials: int, folder: Path, say: Any) -> None:
+def search(spec: RunSpec, study: optuna.Study, trials: int, folder: Path, report: Any) -> None:
     """Runs trials until `trials` of the study have completed or been pruned; killed ones don't count."""
 
     def objective(trial: optuna.Trial) -> float:
@@ -74,8 +74,8 @@ def search(spec: RunSpec, study: optuna.Study, trials: int, folder: Path, say: A
         (output / "run.json").write_text(run.model_dump_json())
         scores: list[float] = []
 
-        def hear(event: dict[str, Any]) -> None:
-            say(f"trial {trial.number}  {progress_line(event)}")
+        def on_event(event: dict[str, Any]) -> None:
+            report(f"trial {trial.number}  {progress_line(event)}")
             if event["event"] == "epoch" and METRIC in event:
                 scores.append(event[METRIC])
                 trial.report(event[METRIC], event["epoch"])
@@ -83,9 +83,9 @@ def search(spec: RunSpec, study: optuna.Study, trials: int, folder: Path, say: A
                     raise optuna.TrialPruned
 
         try:
-            launch(output / "run.json", run, hear)
+            launch(output / "run.json", run, on_event)
         except TrailvecError as error:  # e.g. diverged: a learning rate too high for the width
-            say(f"trial {trial.number}  {error}")
+            report(f"trial {trial.number}  {error}")
             trial.set_user_attr("error", str(error))
             return math.nan  # Optuna counts NaN as a failed trial
         finally:
