@@ -23,7 +23,7 @@ from jobs.cli import stage_main
 from jobs.config import SequencesSettings
 from jobs.flag_users import flagged_now
 from jobs.runtime import Runtime, Stage
-from jobs.spark_session import few_to_all
+from jobs.spark_session import broadcast_if_few
 from jobs.splits import Cuts, before_cut, cut_times, is_target
 from jobs.tables import CONTEXT_VALUES, EVENTS, FLAGGED_USERS, ITEMS, Table, conform
 from training.batches import FIRST_INDEX
@@ -245,7 +245,7 @@ def run(runtime: Runtime) -> None:
     assert settings.valid_from is not None  # fixed
     cuts = Cuts(*[settings.valid_from] * 3)  # the others, checked by the full build, change no item
     # Checkpointed, not persisted: the commit to `items` would plan it again.
-    anew = few_to_all(to_describe_anew(items, changes, of_turned).localCheckpoint(eager=False))
+    anew = broadcast_if_few(to_describe_anew(items, changes, of_turned).localCheckpoint(eager=False))
     rows = add_events(items.join(anew, "item_id", "left_anti"), describe_items(changes, cuts, settings))
     if not anew.isEmpty():
         of_log, old = (of.join(anew, "item_id", "left_semi") for of in (events, items))
