@@ -106,10 +106,10 @@ def add_events(items: DataFrame, described: DataFrame) -> DataFrame:
     either are left out."""
     old, new = items.alias("old"), described.alias("new")
 
-    def value_of(side: str, name: str) -> Column:
+    def with_time(side: str, name: str) -> Column:
         return _value_with_time(name, F.col(f"{side}.said_ts.{name}"), lambda column: F.col(f"{side}.{column}"))
 
-    latest = [F.greatest(value_of("old", name), value_of("new", name)).alias(name) for name in LATEST]
+    latest = [F.greatest(with_time("old", name), with_time("new", name)).alias(name) for name in LATEST]
     added = [(F.col(f"old.{name}") + F.col(f"new.{name}")).alias(name) for name in COUNTS]
     first = F.least("old.first_ts", "new.first_ts").alias("first_ts")
     both = old.join(new, "item_id").select("item_id", "old.item_index", *latest, first, *added)

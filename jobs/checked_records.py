@@ -25,7 +25,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from jobs.config import IngestSettings
-from jobs.errors import TrailvecError, spark_message
+from jobs.errors import TrailvecError, one_sentence
 from jobs.raw_records import (
     BROKEN,
     FILE,
@@ -109,7 +109,7 @@ def to_events(
     try:
         given = _mapped(raw, mapping, source)
     except AnalysisException as error:
-        raise TrailvecError(f"source {source}: {spark_message(error)}: correct the mapping") from None
+        raise TrailvecError(f"source {source}: {one_sentence(error)}: correct the mapping") from None
 
     # Numbers first: several reasons depend on them.
     numbered = given.withColumns({n: _number(given, n) for n in _NUMBERS})

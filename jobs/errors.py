@@ -205,7 +205,7 @@ def first_line(error: BaseException) -> str:
     return next(iter(lines), "").removeprefix(": ")
 
 
-def spark_message(error: BaseException) -> str:
+def one_sentence(error: BaseException) -> str:
     """What to say about an error that is not ours: `explain`'s sentence, else its first line."""
     return explain(error) or first_line(error)
 

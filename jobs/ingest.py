@@ -37,7 +37,7 @@ from rich.filesize import decimal
 from jobs.checked_records import ERASED, check_times, to_events, without_erased
 from jobs.cli import stage_main
 from jobs.config import IngestSettings, shipped
-from jobs.errors import ANOTHER_INGEST, TrailvecError, spark_message
+from jobs.errors import ANOTHER_INGEST, TrailvecError, one_sentence
 from jobs.files import Place, write_json
 from jobs.pruning import within_days
 from jobs.raw_records import LISTING, find_inputs, folder_of, is_data, read_raw, read_topic
@@ -306,7 +306,7 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
             raise failed[0] from None
         if re.search(ANOTHER_INGEST, str(error)):
             counts_file.unlink(missing_ok=True)  # the other ingest has ended its run, or writes its counts again
-        raise TrailvecError(f"{name}: {spark_message(error)}") from error
+        raise TrailvecError(f"{name}: {one_sentence(error)}") from error
     again.unlink(missing_ok=True)
     counts_file.unlink(missing_ok=True)
     total = _total(counts.values())

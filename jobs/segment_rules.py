@@ -115,11 +115,11 @@ class Lists:
         bit = f"shiftleft(1L, mark % {_BITS})"
         words = []
         for word, name in enumerate(self.words):
-            granted, denied = (
+            held, not_held = (
                 F.bit_or(F.expr(f"IF({holds} AND mark DIV {_BITS} = {word}, {bit}, 0L)"))
                 for holds in ("holds", "NOT holds")
             )
-            words.append(granted.bitwiseAND(F.bitwise_not(denied)).alias(name))
+            words.append(held.bitwiseAND(F.bitwise_not(not_held)).alias(name))
         # Repartition first: hardly any user is twice in a partition, so aggregating before the shuffle saves nothing.
         return frame.repartition("user_id").groupBy("user_id").agg(*words)
 

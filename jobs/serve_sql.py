@@ -29,7 +29,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 from jobs.config import Config
-from jobs.errors import TrailvecError, spark_message
+from jobs.errors import TrailvecError, one_sentence
 from jobs.runtime import Runtime
 from jobs.segment_files import KEY as EXPORT_KEY
 from jobs.sql import prepare
@@ -226,7 +226,7 @@ def _watch(runtime: Runtime, stopped: threading.Event) -> None:
                 failing = False
         except (PySparkException, Py4JJavaError, TrailvecError) as error:
             if not failing:
-                message = spark_message(error)
+                message = one_sentence(error)
                 again = f"trying again every {_LOOK_AGAIN_SECONDS:g} seconds; the tables registered so far are served"
                 print(f"can't register all tables ({message}): {again}", file=sys.stderr, flush=True)
             failing = True

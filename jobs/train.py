@@ -251,8 +251,8 @@ def run(runtime: Runtime) -> None:
             _train(runtime, version, staging, checkpoints)
             if existing is not None and read_description(staging)["weights_sha256"] == existing["weights_sha256"]:
                 _keep_what_was_added(model_folder(runtime, version), staging)
-        for old_checkpoints in runtime.models.glob(f"{name}*.checkpoints"):
-            remove_tree(old_checkpoints)
+        for own in runtime.models.glob(f"{name}*.checkpoints"):
+            remove_tree(own)
     write_json(runtime.models / "current.json", {"model_version": version})
     about = read_description(model_folder(runtime, version))
     training = about["training"]

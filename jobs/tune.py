@@ -64,7 +64,7 @@ def with_values(spec: RunSpec, values: dict[str, Any], output: Path) -> RunSpec:
     return spec.model_copy(update={"settings": settings, "model": model, "output": str(output), "checkpoints": None})
 
 
-def search(spec: RunSpec, study: optuna.Study, trials: int, folder: Path, report: Any) -> None:
+def search(spec: RunSpec, study: optuna.Study, trials: int, folder: Path, on_progress: Any) -> None:
     """Runs trials until `trials` of the study have completed or been pruned; killed ones don't count."""
 
     def objective(trial: optuna.Trial) -> float:
@@ -75,7 +75,7 @@ def search(spec: RunSpec, study: optuna.Study, trials: int, folder: Path, report
         scores: list[float] = []
 
         def on_event(event: dict[str, Any]) -> None:
-            report(f"trial {trial.number}  {progress_line(event)}")
+            on_progress(f"trial {trial.number}  {progress_line(event)}")
             if event["event"] == "epoch" and METRIC in event:
                 scores.append(event[METRIC])
                 trial.report(event[METRIC], event["epoch"])
@@ -85,7 +85,7 @@ def search(spec: RunSpec, study: optuna.Study, trials: int, folder: Path, report
         try:
             launch(output / "run.json", run, on_event)
         except TrailvecError as error:  # e.g. diverged: a learning rate too high for the width
-            report(f"trial {trial.number}  {error}")
+            on_progress(f"trial {trial.number}  {error}")
             trial.set_user_attr("error", str(error))
             return math.nan  # Optuna counts NaN as a failed trial
         finally:

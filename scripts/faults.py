@@ -121,13 +121,13 @@ def differences(
 ) -> dict[str, int]:
     """Counts, by table, the rows found in only one of the two warehouses, duplicates included; `without` names columns
     to ignore, by table."""
-    rows_by_table = {}
+    differing = {}
     for table in tables:
         columns = f"* EXCLUDE ({without[table]})" if table in without else "*"
         a, b = (f"SELECT {columns} FROM delta_scan('{root}/tables/{table}')" for root in (one, other))
         counts = [f"SELECT count(*) FROM ({x} EXCEPT ALL {y})" for x, y in ((a, b), (b, a))]
-        rows_by_table[table] = sum(delta_reader().execute(count).fetchall()[0][0] for count in counts)
-    return rows_by_table
+        differing[table] = sum(delta_reader().execute(count).fetchall()[0][0] for count in counts)
+    return differing
 
 
 def undisturbed_run(folder: Path, data: Path) -> tuple[Job, float]:

@@ -112,8 +112,8 @@ class Nearest:
         return np.asarray(np.maximum(floor - margin, lowest), np.float32)[:, None]
 
     def _take(self, rows: Int64, names: npt.NDArray[Any], scores: Float32) -> None:
-        improves = scores >= self._scores[rows, 0]
-        rows, names, scores = rows[improves], names[improves], scores[improves]
+        reaches = scores >= self._scores[rows, 0]
+        rows, names, scores = rows[reaches], names[reaches], scores[reaches]
         self._parts.append((rows, names, scores))
         query_rows = np.unique(rows)
         order = np.lexsort((scores, rows))

@@ -225,11 +225,11 @@ def run_in_spark(
             )
         except Exception as error:
             if of_job and "see the error above" in str(error):
-                raise RuntimeError(_spark_message(of_job[0])) from of_job[0]
+                raise RuntimeError(_why_a_job_failed(of_job[0])) from of_job[0]
             raise
 
 
-def _spark_message(error: BaseException) -> str:
+def _why_a_job_failed(error: BaseException) -> str:
     """One line out of Spark's long error: the Python exception if there is one, else Java's."""
     text = str(error)
     match = re.search(r"^[\w.]*(?:Error|Exception): (.+)", text, re.MULTILINE)

@@ -202,8 +202,8 @@ def _parts(
     directions: Mapping[str, Float32],
 ) -> dict[str, Float64]:
     statistics = np.zeros((len(states), len(directions["forecast"])))
-    present = counts["statistics"][:, : statistics.shape[1]].toarray()
-    statistics[:, : present.shape[1]] = present
+    values = counts["statistics"][:, : statistics.shape[1]].toarray()
+    statistics[:, : values.shape[1]] = values
     return {
         "state": states.astype(np.float64),
         **{part: np.asarray(weights @ directions[part]) for part, weights in weighed.items()},
