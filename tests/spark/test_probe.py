@@ -338,9 +338,9 @@ def test_what_is_probed_is_what_profile_users_writes(
 
     with monkeypatch.context() as patch:
         patch.setattr(profile_users, "statistics", statistics)
-        report = runtime.execute(profile_users.STAGE)
+        runtime.execute(profile_users.STAGE)
     assert stored[0]  # read a dozen times, but from the table only once
-    assert report.rows_out == {"user_profiles": 25}
+    assert runtime.count_rows().rows_out == {"user_profiles": 25}
     rows = {r["user_id"]: r for r in read_delta(runtime.path(USER_PROFILES))}
     assert {(r["model_version"], r["as_of"].replace(tzinfo=None)) for r in rows.values()} == {
         ("m1", START + timedelta(days=120))
