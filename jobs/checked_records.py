@@ -143,7 +143,8 @@ def _mapped(raw: DataFrame, mapping: Input, source: str) -> DataFrame:
     values = {n: _given(value) for n, value in given.items()}
     # As the record has them; an id composed of several columns may have values of any type.
     origins = {n: _raw(value) for n, value in given.items() if not (isinstance(value, IdValue) and value.columns)}
-    rules = {f"reject {number}": F.expr(rule.when) for number, rule in enumerate(mapping.reject)}
+    own_rules = [F.when(F.expr(rule.when), F.lit(rule.reason)) for rule in mapping.reject]
+    rules = {f"reject {number}": rule for number, rule in enumerate(own_rules)}  # only to see that they can be resolved
     types, types_there = _types(raw, values), _types(raw, origins | rules)
     event_ts, event_ts_type = values["event_ts"], types["event_ts"]
     is_local = columns.event_ts.zone != "UTC" or columns.event_ts.format is not None
@@ -152,7 +153,6 @@ def _mapped(raw: DataFrame, mapping: Input, source: str) -> DataFrame:
             f"source {source}: event_ts: expr = {columns.event_ts.expr!r} returns an instant, to which zone and "
             "format can't apply: have it return the text (with format), or use to_timestamp_ntz"
         )
-    own_rules = [F.when(F.expr(rule.when), F.lit(rule.reason)) for rule in mapping.reject]
     is_json = mapping.format == "json"
     ids = {n: _is_no_id(origins[n], types_there[n], is_json) for n in _IDS if n in origins}
     nested = {n: _is_nested(origins[n], types_there[n], is_json) for n in given if _is_text(n) and n not in _IDS}

@@ -146,12 +146,20 @@ class Runtime(Lake):
             self.report.rows_in |= {table.name: self.row_count(table) for table in self._stage.reads}
             for table in self._stage.writes:
                 version = self.latest_version(table)
-                key = table.name, self._commits(table).table_id, version
-                if key not in self._rows:
-                    self._rows[key] = self.at(table, version).count()
-                self.report.rows_out[table.name] = self._rows[key]
+                self.report.rows_out[table.name] = self._count(table, self._commits(table).table_id, version)
         self.report.seconds += time.monotonic() - started
         return self.report
+
+    def row_count(self, table: Table) -> int:
+        """The number of rows that `read` returns."""
+        return self._count(table, self._table_ids[table.name], self._versions[table.name])
+
+    def _count(self, table: Table, table_id: str | None, version: int) -> int:
+        """The table's row count at that version."""
+        key = table.name, table_id, version
+        if key not in self._rows:
+            self._rows[key] = self.at(table, version).count()
+        return self._rows[key]
 
     def running_tasks(self) -> str:
         """Spark's active stages as "done/total tasks"; empty if nothing runs or Spark isn't started."""
@@ -167,13 +175,6 @@ class Runtime(Lake):
         if table.name not in self._frames:
             self._frames[table.name] = self.at(table, self._versions[table.name])
         return self._frames[table.name]
-
-    def row_count(self, table: Table) -> int:
-        """The number of rows that `read` returns."""
-        key = table.name, self._table_ids[table.name], self._versions[table.name]
-        if key not in self._rows:
-            self._rows[key] = self.read(table).count()
-        return self._rows[key]
 
     def version(self, table: Table) -> int:
         """The Delta version at which the stage reads the table."""
