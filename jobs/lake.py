@@ -34,6 +34,7 @@ CONFLICTS = (
     exceptions.MetadataChangedException,
     exceptions.ProtocolChangedException,
 )
+_NEVER_MOVED = "never move that folder away: its rows may be stored nowhere else"
 _ATTEMPTS = 5  # per commit, if it conflicts with other jobs' commits
 
 
@@ -220,17 +221,18 @@ class Lake:
         found, wanted = self.latest(table).schema, table.schema()
         has, needs = ([(f.name, f.dataType) for f in schema] for schema in (found, wanted))
         if has != needs:
-            if table.stage == "ingest":
-                what = "rebuild the events as in Backfill in docs/operations.md"
-            elif table.name in ONLY_HERE:
-                can_grow = all(column in needs for column in has)
-                what = (
-                    "give it those in docs/tables.md, in that order, by ALTER TABLE ... ADD COLUMN"
-                    if can_grow
-                    else "deploy the version that wrote it, or a later one"
-                ) + " (never move that folder away: its rows are stored nowhere else)"
-            else:
+            is_of_a_newer_version = len(has) > len(needs) and all(column in has for column in needs)
+            if table.name not in ONLY_HERE:
                 what = f"move that folder away and run `trailvec {table.stage}` again"
+            elif is_of_a_newer_version:
+                what = f"deploy the version that wrote it, or a later one ({_NEVER_MOVED})"
+            elif table.stage == "ingest":
+                what = "rebuild the events as in Backfill in docs/operations.md"
+            else:
+                what = (
+                    "give it those in docs/tables.md, in that order, by ALTER TABLE (ADD COLUMN, ALTER COLUMN ... "
+                    f"AFTER; {_NEVER_MOVED})"
+                )
             raise TrailvecError(
                 f"table {table.name} at {self.path(table)} has the columns of another version of trailvec "
                 f"({', '.join(found.names)}): {what}"

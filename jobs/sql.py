@@ -96,10 +96,13 @@ def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
             raise TrailvecError(f"{where} calls a Java method (reflect or java_method): remove this call")
         if plan.nodeName() in ("LocalLimit", "Offset") and not _is_ordered(plan.child()):
             raise TrailvecError(
-                f"{where} takes arbitrary rows (a LIMIT or OFFSET without ORDER BY, or TABLESAMPLE), which change when "
-                f"the table's files are compacted: order by user_id, for example"
+                f"{where} takes arbitrary rows (a LIMIT or OFFSET without ORDER BY, or with one of a constant, or "
+                f"TABLESAMPLE), which change when the table's files are compacted: order by the column user_id, for "
+                f"example (in double quotes it is a text)"
             )
-        unordered = plan.nodeName() == "Aggregate" or (plan.nodeName() == "Window" and not _orders(plan))
+        unordered = plan.nodeName() == "Aggregate" or (
+            plan.nodeName() == "Window" and not _orders(plan.orderSpec(), plan.child(), plan.partitionSpec())
+        )
         drawn = names & (_BY_CHANCE | _BY_ORDER if unordered else _BY_CHANCE)
         if unordered:
             frames = {part.sql() for part in parts if part.nodeName() == "SpecifiedWindowFrame"} - {_ALL_ROWS}
@@ -113,27 +116,35 @@ def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
     return answer
 
 
-def _orders(window: Any) -> bool:
-    """Whether the ORDER BY of a Window orders its rows: by anything but constants and what a partition's rows share."""
-    by, partition, below = window.orderSpec(), window.partitionSpec(), window.child()
-    shared = [partition.apply(number) for number in range(partition.size())]
-    # What is no column, (SELECT NULL) say, is a column of the plan below.
-    projected = below.projectList() if below.nodeName() == "Project" else partition.take(0)
-    constant = [one.toAttribute() for one in _expressions(projected) if one.nodeName() == "Alias" and _is_constant(one)]
-    keys = [by.apply(number).child() for number in range(by.size())]
-    return any(not _is_constant(key) and not any(key.semanticEquals(x) for x in (*shared, *constant)) for key in keys)
+def _orders(by: Any, below: Any, partition: Any) -> bool:
+    """Whether an ORDER BY orders the rows of the plan below it: by anything but constants and the expressions
+    `partition`, which a window's partition shares."""
+    same = [*_each(partition), *_constants(below)]
+    keys = [key.child() for key in _each(by)]
+    return any(not _is_constant(key) and not any(key.semanticEquals(one) for one in same) for key in keys)
+
+
+def _constants(plan: Any) -> Iterator[Any]:
+    """The columns of a plan that hold one value: (SELECT NULL) in an ORDER BY becomes one too."""
+    while plan.nodeName() in ("Project", "Aggregate", "Window", "Filter", "SubqueryAlias"):
+        if plan.nodeName() in ("Project", "Aggregate"):
+            for one in _each(plan.projectList() if plan.nodeName() == "Project" else plan.aggregateExpressions()):
+                counts = any(part.nodeName() == "AggregateExpression" for part in _expressions(one.children()))
+                if one.nodeName() == "Alias" and _is_constant(one) and not counts:  # count(*) names no column either
+                    yield one.toAttribute()
+        plan = plan.child()
 
 
 def _is_constant(value: Any) -> bool:
-    return bool(value.foldable() or value.references().isEmpty())
+    return bool(value.deterministic() and value.references().isEmpty())
 
 
 def _is_ordered(plan: Any) -> bool:
     """Whether a LIMIT or OFFSET over this Spark plan takes the first rows of an ORDER BY, or the only row."""
     while plan.nodeName() in ("Project", "Offset"):
         plan = plan.child()
-    if plan.nodeName() == "Sort":
-        return bool(getattr(plan, "global")())  # SORT BY and CLUSTER BY: each task's rows alone
+    if plan.nodeName() == "Sort":  # not global: SORT BY and CLUSTER BY, each task's rows alone
+        return getattr(plan, "global")() and _orders(plan.order(), plan.child(), plan.order().take(0))
     return bool(plan.nodeName() == "Aggregate" and plan.groupingExpressions().isEmpty())
 
 
@@ -204,9 +215,14 @@ def _nodes(plan: Any) -> Iterator[Any]:
 
 def _expressions(some: Any) -> Iterator[Any]:
     """The expressions (a Scala Seq) and, recursively, their children."""
-    for number in range(some.size()):
-        yield some.apply(number)
-        yield from _expressions(some.apply(number).children())
+    for one in _each(some):
+        yield one
+        yield from _expressions(one.children())
+
+
+def _each(some: Any) -> Iterator[Any]:
+    """The elements of a Scala Seq."""
+    return (some.apply(number) for number in range(some.size()))
 
 
 def run_sql(runtime: Runtime, text: str, as_json: bool, limit: int = 100) -> None:

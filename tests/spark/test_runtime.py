@@ -209,15 +209,19 @@ def test_a_table_of_another_version_is_refused_and_kept(
         put(runtime, wider, spark.createDataFrame([("vertical", "rides", 3, 7)], f"{VALUES}, more int"))
     assert [r.value for r in runtime.latest(CONTEXT_VALUES).collect()] == ["food"]
     for table, advice in (
-        (CONTEXT_VALUES, "by ALTER TABLE .* ADD COLUMN .never move that folder away"),
+        (CONTEXT_VALUES, "by ALTER TABLE .ADD COLUMN, .* never move that folder away"),
         (EVENTS, "rebuild the events as in Backfill"),
         (FLAGGED_USERS, "move that folder away and run `trailvec flag_users` again"),
     ):
         runtime.create(table)
         with pytest.raises(TrailvecError, match=f"version of trailvec .*: .*{advice}"):
             runtime.create(dataclasses.replace(table, columns=(*table.columns, Column("more", "int", "New."))))
-    with pytest.raises(TrailvecError, match=r"value_index\): deploy the version that wrote it, or a later"):
-        runtime.create(dataclasses.replace(CONTEXT_VALUES, columns=CONTEXT_VALUES.columns[:2]))
+    for table in (CONTEXT_VALUES, EVENTS):  # of a later version
+        with pytest.raises(TrailvecError, match=r"\): deploy the version that wrote it, or a later .*never move"):
+            runtime.create(dataclasses.replace(table, columns=table.columns[:-1]))
+    turned = (*CONTEXT_VALUES.columns[1:], CONTEXT_VALUES.columns[0])
+    with pytest.raises(TrailvecError, match=r"in that order, by ALTER TABLE .* ALTER COLUMN .* AFTER"):
+        runtime.create(dataclasses.replace(CONTEXT_VALUES, columns=turned))
 
 
 def test_a_merge_sends_no_old_row_through_a_shuffle_that_no_new_one_meets(
@@ -279,6 +283,7 @@ def test_the_commits_are_those_of_deltas_history(make_runtime: Callable[..., Run
     spark.sql(f"OPTIMIZE delta.`{path}`")
     spark.sql(f"DELETE FROM delta.`{path}` WHERE value = 'nobody'")
     spark.sql(f"UPDATE delta.`{path}` SET value_index = 3 WHERE value = 'nobody'")
+    spark.sql(f"ALTER TABLE delta.`{path}` ADD COLUMN more INT")  # as after an upgrade
     log = Path(path) / "_delta_log"
     assert list(log.glob("*.checkpoint.parquet"))
     history = (
@@ -288,35 +293,35 @@ def test_the_commits_are_those_of_deltas_history(make_runtime: Callable[..., Run
     )
     expected = history.collect()
     commits = list(read_log(path))
-    assert [c.version for c in commits] == [row["version"] for row in expected] == [*range(16, -1, -1)]
+    assert [c.version for c in commits] == [row["version"] for row in expected] == [*range(17, -1, -1)]
     for commit, row in zip(commits, expected, strict=True):
         assert commit.committed_at == pytest.approx(row["timestamp"].timestamp(), abs=5)
         assert commit.replaced_all == (row["mode"] == "Overwrite")
         said = row["userMetadata"]
         assert commit.provenance == (json.loads(said) if said not in (None, theirs) else None)
-    assert [c.version for c in commits if not c.changed_rows] == [16, 15, 14, 13]
-    assert commits[4].provenance is None
+    assert [c.version for c in commits if not c.changed_rows] == [17, 16, 15, 14, 13]
+    assert commits[5].provenance is None
     assert [said["note"] for said in runtime.noted(CONTEXT_VALUES)] == [{"seen": 1}]
     assert [c.version for c in commits if c.foreign] == [12]
     (log / "00000000000000000003.json").unlink()
-    assert [c.version for c in read_log(path)] == [*range(16, 3, -1)]
+    assert [c.version for c in read_log(path)] == [*range(17, 3, -1)]
     (table_id,) = DeltaTable.forPath(spark, path).detail().select("id").collect()[0]
     assert read_log(path).table_id == table_id
     (log / "00000000000000000000.json").unlink()
     assert read_log(path).table_id == table_id
-    (log / "00000000000000000016.crc").unlink()
+    (log / "00000000000000000017.crc").unlink()
     assert read_log(path).table_id == table_id
     for checksum in log.glob("*.crc"):
         checksum.unlink()
     assert read_log(path).table_id is None
     spark.sql(f"DELETE FROM delta.`{path}` WHERE value = 'food'")
-    assert read_log(path).newest == 17
+    assert read_log(path).newest == 18
     assert next(iter(read_log(path))).foreign
     # A reader may find the _last_checkpoint file half written, or empty.
     for text in ('{"version":10,"si', ""):
         (log / "_last_checkpoint").write_text(text)
         (log / "._last_checkpoint.crc").unlink(missing_ok=True)
-        assert read_log(path).newest == 17
+        assert read_log(path).newest == 18
 
 
 def test_of_very_many_commits_all_are_told_and_few_are_read_where_few_are_asked_for(

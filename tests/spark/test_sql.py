@@ -251,6 +251,10 @@ def test_what_only_asks_reads_no_key(make_runtime: Callable[..., Runtime], text:
         "SELECT lag(user_id) OVER (PARTITION BY b + 1 ORDER BY 1 + b, 'x') FROM (VALUES ('a', 1) AS t(user_id, b))",
         "SELECT * FROM (SELECT row_number() OVER (ORDER BY 1) AS n FROM (VALUES ('a') AS t(user_id))) WHERE n = 1",
         "SELECT row_number() OVER (ORDER BY (SELECT NULL)) AS n FROM (VALUES ('a') AS t(user_id))",
+        "SELECT a, row_number() OVER (ORDER BY (SELECT NULL)) AS n FROM (VALUES ('a') AS t(a)) GROUP BY a",
+        "SELECT row_number() OVER (ORDER BY (SELECT NULL)) FROM (VALUES ('a') AS t(a)) GROUP BY a HAVING a > ''",
+        "SELECT count(*) OVER (PARTITION BY a), row_number() OVER (ORDER BY (SELECT NULL)) FROM (VALUES ('a') AS t(a))",
+        "SELECT row_number() OVER (ORDER BY c) AS n FROM (SELECT a, 1 AS c FROM (VALUES ('a') AS t(a)))",
         "SELECT count(*) OVER (ORDER BY 1 ROWS UNBOUNDED PRECEDING) AS n FROM (VALUES ('a') AS t(user_id))",
         "SELECT sum(1) OVER (ROWS BETWEEN 1 PRECEDING AND CURRENT ROW) AS n FROM (VALUES ('a') AS t(user_id))",
     ],
@@ -271,6 +275,9 @@ def test_what_only_asks_draws_nobody_by_chance(make_runtime: Callable[..., Runti
         "SELECT a FROM (VALUES ('a'), ('b') AS t(a)) CLUSTER BY a LIMIT 1",
         "SELECT a FROM (VALUES ('a'), ('b') AS t(a)) OFFSET 1",
         "SELECT a FROM (VALUES ('a'), ('b') AS t(a)) GROUP BY a LIMIT 1",
+        """SELECT a FROM (VALUES ('a'), ('b') AS t(a)) ORDER BY "a" LIMIT 1""",
+        "SELECT a FROM (VALUES ('a'), ('b') AS t(a)) ORDER BY (SELECT NULL) LIMIT 1",
+        "SELECT a, 1 AS one FROM (VALUES ('a'), ('b') AS t(a)) ORDER BY one LIMIT 1",
     ],
 )
 def test_what_only_asks_takes_no_rows_that_others_could_stand_for(
@@ -297,10 +304,14 @@ def test_what_asks_is_asked(make_runtime: Callable[..., Runtime]) -> None:
     of_one_row = "SELECT 1 AS a WHERE 3 = (SELECT max(b) FROM (VALUES (2), (3) AS t(b)) LIMIT 1)"
     in_order = "SELECT first(a) OVER (PARTITION BY b ORDER BY b, a) FROM (VALUES (1, 2) AS t(a, b)) ORDER BY a OFFSET 0"
     how_many = "SELECT count(*) OVER (PARTITION BY a) FROM (VALUES (1) AS t(a))"
+    groups = (
+        "SELECT row_number() OVER (ORDER BY count(*), a) AS n FROM (VALUES (1) AS t(a)) GROUP BY a ORDER BY n LIMIT 1"
+    )
+    commonest = "SELECT a FROM (VALUES (1), (1), (2) AS t(a)) GROUP BY a ORDER BY count(*) DESC LIMIT 1"
     so_far = "SELECT count(*) OVER (ORDER BY a + 1 ROWS UNBOUNDED PRECEDING) FROM (VALUES (1) AS t(a))"
     texts = ("-- all\nSELECT 1 AS a;", "WITH x AS (SELECT 1 AS a) SELECT * FROM x", "(VALUES (1)) UNION SELECT 1")
     of_three = "SELECT * FROM (VALUES (0), (1), (2) AS t(a)) ORDER BY a LIMIT 1 OFFSET 1"
-    for text in (*texts, by_order, of_three, of_one_row, in_order, how_many, so_far):
+    for text in (*texts, by_order, of_three, of_one_row, in_order, how_many, so_far, groups, commonest):
         assert [row[0] for row in ask(runtime, text, "a").collect()] == [1]
     with pytest.raises(TrailvecError, match=r"^a: the SQL can't be parsed: Syntax error at or near 'SELEC'"):
         ask(runtime, "SELEC 1", "a")
