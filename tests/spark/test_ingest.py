@@ -576,25 +576,39 @@ def test_a_type_that_no_id_has_is_refused(spark: SparkSession, tmp_path: Path) -
 def test_bytes_are_text_where_they_are_an_id_alone(spark: SparkSession, tmp_path: Path) -> None:
     code = bytes.fromhex("e28228a1c3d44142")  # no UTF-8: as a text, its first four characters would be seven bytes
     table = pa.table(
-        {"id": [b"1"], "card": [b"c1"], "item": [b"a"], "code": [code], "at": ["2023-05-01"], "price": [1.0]}
+        {
+            "id": [b"1", b"2"],
+            "card": [b"c1"] * 2,
+            "item": [b"a", code],
+            "code": [code] * 2,
+            "at": [b"1682899200"] * 2,
+            "price": [1.0] * 2,
+        }
     )
     pq.write_table(table, tmp_path / "log.parquet")
     pq.write_table(pa.table({"card": [b"c1"], "user": [b"ann"]}), tmp_path / "cards.parquet")
-    (row,) = ingest(
+    columns = {
+        "category": {"expr": "hex(substring(code, 1, 4))"},
+        "item_id": {"expr": "nullif(item, '')"},
+        "event_ts": {"column": "at", "format": "epoch_s"},
+    }
+    row, other = ingest(
         spark,
         tmp_path,
         mapping(
             "log.parquet",
             "parquet",
-            {"category": {"expr": "hex(substring(code, 1, 4))"}},
+            columns,
             lookups=[{"path": "cards.parquet", "format": "parquet", "on": ["card"]}],
-            attributes=["item", "code", "user"],
+            attributes=["id", "code", "user"],
             reject=[{"reason": "odd_code", "when": "length(code) <> 8"}],
         ),
     )
     assert (row["event_id"], row["user_id"], row["item_id"], row["reason"]) == ("1", "ann", "a", None)
     assert row["category"] == "E28228A1"
-    assert row["attributes"] == {"item": "a", "code": base64.b64encode(code).decode(), "user": "ann"}
+    assert row["attributes"] == {"id": "1", "code": base64.b64encode(code).decode(), "user": "ann"}
+    assert row["event_ts"] == datetime(2023, 5, 1)
+    assert (other["event_id"], other["user_id"], other["reason"]) == ("2", "ann", "invalid_utf8")
 
 
 @pytest.mark.parametrize(

@@ -342,9 +342,13 @@ def test_of_very_many_commits_all_are_told_and_few_are_read_where_few_are_asked_
     assert len(runtime._history["events"]._read) == 101
     assert [commit.version for commit in runtime.erasure_commits(EVENTS, "hers", after=0, since=0)] == [500, 50]
     history = History(runtime.folder(EVENTS))
+    assert isinstance(history._folder, Path)
     one, other = iter(history), iter(history)  # neither at its end
     assert [next(read).version for read in (one, other, other, one)] == [599, 599, 598, 598]
     assert [commit.version for commit in history] == [*range(599, -1, -1)]
+    with monkeypatch.context() as mount:
+        mount.setattr("jobs.commits.is_mount", lambda _: True)  # it may show late what Spark has written
+        assert isinstance(History(runtime.folder(EVENTS))._folder, HadoopPath)
 
     last = {"revisions": {}, "fingerprint": "", "config": {}, "reads": {"events": 40}}
     monkeypatch.setattr(runtime, "last_writer", lambda table: last)
