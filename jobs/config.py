@@ -207,7 +207,10 @@ class SequencesSettings(Section):
         "the user ever acted on, which leave_one_out always uses (there, 0 only makes validation during training "
         "leave out the items in the user's row)",
     )
-    target_event_types: list[str] = Field(default_factory=list, description="event types to predict; empty: all")
+    target_event_types: list[str] = Field(
+        default_factory=list,
+        description="event types to predict, in training and evaluation; the others are context alone; empty: all",
+    )
     rows_per_file: int = Field(
         262_144,
         ge=1,

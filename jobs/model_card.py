@@ -39,6 +39,7 @@ def card(about: dict[str, Any]) -> str:
         "  model knows none of them; in a history it is read as `unknown`.",
         "- A history of few actions says little, and one of unknown items only says nothing: see the table above.",
         "- Actions older than those it reads do not count.",
+        "- An item's category, vertical and price are the log's latest, also from after the actions it is judged by.",
         "- Its vectors are comparable with another version's only as far as alignment.json, beside this card, says.",
         "- It has learnt what people did, given what they were shown, and what was sold out or advertised at the time.",
         "",

@@ -78,6 +78,24 @@ def model_spec(config: Config, items: int, context_values: DataFrame) -> ModelSp
     )
 
 
+def event_types_to_predict(types: list[str], context_values: DataFrame) -> list[int] | None:
+    """The numbers of `sequences.target_event_types`; None: all types.
+
+    Raises:
+        TrailvecError: no event is of these types.
+    """
+    if not types:
+        return None
+    of_types = context_values.where((F.col("kind") == "event_type") & F.col("value").isin(types))
+    numbers = sorted(row["value_index"] for row in of_types.collect())
+    if not numbers:
+        raise TrailvecError(
+            f"there is nothing to predict: no event is of sequences.target_event_types = {json.dumps(types)}: correct "
+            f"this setting"
+        )
+    return numbers
+
+
 def snapshot_files(table: str, version: int, split: str) -> list[str]:
     """URLs (training.urls.file_url) of the split's active data files in that version of the table, sorted."""
     uris = DeltaTable(local_path(table) or table, version).file_uris([("split", "=", split)])
@@ -312,6 +330,9 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
         model=model,
         train_files=files["train"],
         train_rows=rows,
+        target_event_types=event_types_to_predict(
+            runtime.config.sequences.target_event_types, runtime.read(CONTEXT_VALUES)
+        ),
         valid_files=files["valid"],
         new_only=runtime.config.sequences.seen_days == 0,
         item_counts=str(staging / "item_counts.npy"),

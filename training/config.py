@@ -251,6 +251,9 @@ class RunSpec(Section):
     model: ModelSpec
     train_files: list[str] = Field(description="URLs (training.stores): the active files of one snapshot of sequences")
     train_rows: int = Field(description="number of rows in train_files")
+    target_event_types: list[int] | None = Field(
+        None, description="numbers of the event types to predict, the others are context alone; None: all"
+    )
     valid_files: list[str]
     new_only: bool = Field(False, description="validation leaves out of the ranking the items in the user's row")
     item_counts: str = Field(

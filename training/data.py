@@ -13,7 +13,7 @@ import json
 import math
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -45,7 +45,9 @@ Batch = dict[str, torch.Tensor]
 
 CHUNK_ROWS = 16_384  # about as many rows are shuffled and batched by length together
 READY_ROWS = 8_192  # prefetched as batches, so that the next chunk is made while steps consume them
-_ITEM_ROW, _GAP_ROW, _END_ROW = (FEATURES.index(name) for name in ("item_index", "gap_bucket", "session_end"))
+_ITEM_ROW, _TYPE_ROW, _GAP_ROW, _END_ROW = (
+    FEATURES.index(name) for name in ("item_index", "event_type_index", "gap_bucket", "session_end")
+)
 _ORDER, _ROWS, _BATCHES = range(3)  # what a random generator is for
 
 # How often an idle worker checks for a stop signal. Petastorm's 1 ms takes 2 % of a core away from the step.
@@ -63,6 +65,7 @@ def read_batches(
     skip: int = 0,
     later_share: float = 0.0,
     horizon: int = 1,
+    target_types: Sequence[int] | None = None,
     shuffle_baskets: bool = True,
 ) -> Iterator[Batch]:
     """One pass over this rank's rows, each once, prepared in a background thread.
@@ -76,6 +79,7 @@ def read_batches(
         seed: the same on all ranks, another for each pass.
         skip: how many of this rank's first batches to leave out.
         later_share, horizon: see `choose_targets`.
+        target_types: numbers of the event types whose actions can be targets; None: all.
         shuffle_baskets: whether to shuffle the actions of one moment (`shuffle_moments`) or keep the log's order.
 
     Yields:
@@ -91,8 +95,15 @@ def read_batches(
         for number, table in enumerate(_chunks(pieces, per_chunk * batch_size), first):
             random = _generator(seed, _ROWS, number, rank)
             values, lengths = _shuffled(table, max_length, shuffle_baskets, random)
+            is_target = None if target_types is None else np.isin(values[_TYPE_ROW], target_types)
             values[_END_ROW], values[-1] = choose_targets(
-                values[_ITEM_ROW], values[_END_ROW], lengths, later_share=later_share, horizon=horizon, random=random
+                values[_ITEM_ROW],
+                values[_END_ROW],
+                lengths,
+                is_target,
+                later_share=later_share,
+                horizon=horizon,
+                random=random,
             )
             order = _generator(seed, _BATCHES, number).permutation(math.ceil(len(lengths) / batch_size))
             yield from _batches(values, lengths, batch_size, order[skipped if number == first else 0 :])
@@ -309,6 +320,7 @@ def choose_targets(
     items: Int32,
     session_ends: Int32,
     lengths: Int64,
+    is_target: Bool | None = None,
     *,
     later_share: float,
     horizon: int,
@@ -316,23 +328,27 @@ def choose_targets(
 ) -> tuple[Int32, Int32]:
     """(session_end, target), both int32 [actions]; `target` is the item that each action is to predict, 0 for none.
 
-    A share of the actions, drawn from `random`, predicts not the next action but a random one of the first `horizon`
-    actions after its session. These get session_end set, like the newest action before a cut. The next action mostly
-    completes the current visit, while a vector is used to predict later visits; a longer horizon makes the prediction
-    steadier (Pancha et al., PinnerFormer, 2022, train on all actions of a window).
+    Targets are the actions of `is_target`, [actions] (None: all). Each action predicts the next one in its row; but a
+    share of the actions, drawn from `random`, predicts a random one of the first `horizon` after its session. These get
+    session_end set, like the newest action before a cut. The next action mostly completes the current visit, while a
+    vector is used to predict later visits; a longer horizon makes the prediction steadier (Pancha et al., PinnerFormer,
+    2022, train on all actions of a window).
     """
     ends = np.cumsum(lengths)  # of the rows
     closes = session_ends == SESSION_END
     closes[ends - 1] = True
-    following = np.roll(items, -1)
-    following[ends - 1] = 0
-    # Where the next session starts, and how many targets the action's row offers from there on, up to `horizon`.
-    start = (np.flatnonzero(closes) + 1)[np.cumsum(closes) - closes]
-    later = np.minimum(np.repeat(ends, lengths) - start, horizon)
+    # The targets' items, and a 0 for none; how many targets lie before each action, and before the end of its row.
+    of_targets = np.append(items if is_target is None else items[is_target], np.int32(0))
+    before = np.arange(len(items) + 1) if is_target is None else np.concatenate([[0], np.cumsum(is_target)])
+    until = np.repeat(before[ends], lengths)
+    # The first target of the next session, and how many the action's row offers from there on, up to `horizon`.
+    start = before[(np.flatnonzero(closes) + 1)[np.cumsum(closes) - closes]]
+    later = np.minimum(until - start, horizon)
     share, place = random.random((2, len(items)))
     is_later = (share < later_share) & (later > 0)
-    drawn = np.where(is_later, start + (place * later).astype(np.int64), 0)
-    return np.where(is_later, np.int32(SESSION_END), session_ends), np.where(is_later, items[drawn], following)
+    chosen = np.where(is_later, start + (place * later).astype(np.int64), before[1:])
+    found = of_targets[np.where(chosen < until, chosen, len(of_targets) - 1)]
+    return np.where(is_later, np.int32(SESSION_END), session_ends), found
 
 
 def _batches(values: Int32, lengths: Int64, batch_size: int, order: Int64) -> Iterator[Batch]:

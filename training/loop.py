@@ -307,13 +307,16 @@ def _train_epoch(run: _Run, epoch: int) -> None:
         # Other objectives predict no later session, so their rows keep session_end as it is when they are encoded.
         later_share=settings.later_share if spec.model.objective == "clm" else 0.0,
         horizon=settings.horizon,
+        target_types=spec.target_event_types,
         skip=progress.step * settings.local_steps,
         shuffle_baskets=settings.shuffle_baskets,
     )
+    types = spec.target_event_types
+    target_types = None if types is None else torch.tensor(types, device=run.device)
     stepped = time.monotonic()
     while True:
         run.optimizer.zero_grad()
-        sums = add_gradients(run.model, batches, settings, run.device)
+        sums = add_gradients(run.model, batches, settings, run.device, target_types)
         now = time.monotonic()
         sums[BUSY], stepped = now - stepped, now
         due = run.folder is not None and rank == 0 and now - run.saved_at > 60 * settings.checkpoint_minutes
@@ -455,9 +458,14 @@ def train_in_executor(run: str, arrays: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def add_gradients(
-    model: SequenceModel, batches: Iterator[Batch], settings: TrainSettings, device: torch.device
+    model: SequenceModel,
+    batches: Iterator[Batch],
+    settings: TrainSettings,
+    device: torch.device,
+    target_types: torch.Tensor | None = None,
 ) -> Float64:
     """Accumulates the gradients of the next `local_steps` batches (fewer at the end): of their summed loss / `_scale`.
+    `target_types`: see SequenceModel.loss.
 
     Returns:
         The batches' SUMS, float64 [7], with `busy` left at 0.
@@ -473,7 +481,7 @@ def add_gradients(
         of_padding, of_all = padding(batch)
         rows, places, empty = rows + len(batch[FEATURES[0]]), places + of_all, empty + of_padding
         with torch.autocast(device.type, torch.bfloat16, enabled=knows_bfloat16(device)):
-            loss, targets = model.loss(to_device(batch, device))
+            loss, targets = model.loss(to_device(batch, device), target_types)
         if targets > 0:
             (loss / _scale(settings)).backward()  # type: ignore[no-untyped-call]
             positions, loss_sum = positions + targets, loss_sum + loss.detach()

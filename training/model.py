@@ -124,9 +124,10 @@ class SequenceModel(nn.Module):
 
     # ---- training
 
-    def loss(self, batch: Batch) -> tuple[Tensor, int]:
+    def loss(self, batch: Batch, target_types: Tensor | None = None) -> tuple[Tensor, int]:
         """The loss summed over all targets, and the number of targets. UNKNOWN is never a target: it stands for many
-        items.
+        items; nor is, for the objectives that mask actions, one whose event type is not of `target_types`, int64 (None:
+        all). (TARGET, which clm predicts, is chosen by them already.)
 
         In rows made for a larger vocabulary, numbers that the model does not know are read as UNKNOWN, as in `encode`.
         """
@@ -142,10 +143,11 @@ class SequenceModel(nn.Module):
             # Transformers4Rec keeps one action visible, except in a short row whose padding it masks, too: there, such
             # targets are dropped.
             sees = ((self.masking.perm_mask == 0) & (items > 0)[:, None]).any(dim=2)
-            return self._item_loss(self._states(embedded, items > 0, **chosen), info.targets.where(sees, 0))
+            targets = _of_types(info.targets.where(sees, 0), batch, target_types)
+            return self._item_loss(self._states(embedded, items > 0, **chosen), targets)
         hidden = self.masking.apply_mask_to_inputs(embedded, info.schema, training=True)
         states = self._states(hidden, items > 0)
-        loss, count = self._item_loss(states, info.targets)
+        loss, count = self._item_loss(states, _of_types(info.targets, batch, target_types))
         if self.spec.objective == "rtd" and count:
             loss = loss + count * self._replacement_loss(known, states, info.targets)
         return loss, count
@@ -297,6 +299,11 @@ def build_model(
     if attributes is None:
         attributes = torch.empty((0, spec.items), dtype=torch.int32)
     return SequenceModel(spec, item_counts, attributes.int(), own)
+
+
+def _of_types(targets: Tensor, batch: Batch, types: Tensor | None) -> Tensor:
+    """The targets, 0 at actions of other event types than these."""
+    return targets if types is None else targets.where(torch.isin(batch["event_type_index"], types), 0)
 
 
 _FIRST_STD = 0.02  # of the item vectors' coordinates at initialisation

@@ -39,6 +39,7 @@ from training.config import ITEM_ATTRIBUTES, ModelSpec, RunSpec
 CUT = datetime(2024, 6, 1)
 SETTINGS = (
     f"sequences.max_length={MAX_LENGTH}",
+    'sequences.target_event_types=["event_type2", "event_type3"]',
     "vocabulary.min_count=3",
     "train.processes=2",
     "train.epochs=6",
@@ -158,6 +159,15 @@ def test_ranks_read_the_snapshots_active_files_each_row_once(trained: Runtime) -
     for epoch in about_of(trained)["training"]["epochs"]:
         assert all(epoch["rows_by_rank"])
         assert sum(epoch["rows_by_rank"]) == run["train_rows"] == 240
+    assert run["target_event_types"] == [2, 3]
+
+
+def test_the_event_types_to_predict_have_the_numbers_of_the_vocabulary(trained: Runtime) -> None:
+    values = trained.latest(CONTEXT_VALUES)
+    assert train.event_types_to_predict([], values) is None
+    assert train.event_types_to_predict(["event_type3", "vertical2", "nope"], values) == [3]
+    with pytest.raises(TrailvecError, match=r"no event is of sequences\.target_event_types = \[\"nope\"\]: correct"):
+        train.event_types_to_predict(["nope"], values)
 
 
 def test_model_json_says_what_made_it(trained: Runtime) -> None:

@@ -268,6 +268,40 @@ def test_an_action_asked_for_later_sessions_gets_one_of_their_first_actions(hori
     assert {tuple(row) for row in ends.tolist()} == {(2, 2, 2, 2, 1, 2, 1, 2)}
 
 
+@pytest.mark.parametrize("later_share", [0.0, 0.5, 1.0])
+def test_only_actions_of_the_event_types_to_predict_are_targets(tmp_path: Path, later_share: float) -> None:
+    """Against a plain search: of all rows, the items that each action may be asked for."""
+    random, horizon, types = np.random.default_rng(1), 2, [2, 5]
+    rows = []
+    for length in [*range(1, 20)] * 10:
+        row = {name: random.integers(3, 9, length).tolist() for name in FEATURES}
+        first = 100 * (len(rows) + 1)
+        row |= {"length": length, "item_index": list(range(first, first + length)), "gap_bucket": [9] * length}
+        row |= {"event_type_index": random.integers(1, 7, length).tolist()}
+        row |= {"session_end": random.integers(1, 3, length).tolist()}
+        rows.append(row)
+    rows[-1]["event_type_index"] = [1] * 19  # no target
+    settings = {"later_share": later_share, "horizon": horizon, "target_types": types, "max_length": 32}
+    asked: dict[int, list[int]] = {}
+    for batch in read(write_files(tmp_path, rows), **settings):
+        asked |= {
+            row[0]: found for row, found in zip(batch["item_index"].tolist(), batch[TARGET].tolist(), strict=True)
+        }
+    seen = 0
+    for row in rows:
+        items, found = row["item_index"], asked[row["item_index"][0]]
+        wanted = [at for at, kind in enumerate(row["event_type_index"]) if kind in types]
+        for place in range(row["length"]):
+            following = [at for at in wanted if at > place][:1]
+            ends = [at for at in range(place, row["length"]) if row["session_end"][at] == 2 or at == row["length"] - 1]
+            later = [at for at in wanted if at > ends[0]][:horizon]
+            may = following if later_share == 0 or not later else later if later_share == 1 else following + later
+            assert found[place] in ([items[at] for at in may] or [0]), (row, place)
+            seen += bool(may)
+        assert not any(found[row["length"] :])
+    assert seen > 500
+
+
 def test_the_share_of_actions_asked_for_later_sessions_is_a_setting() -> None:
     items, session_ends = [[11, 12, 13, 14]], [[1, 1, 2, 2]]
     ends, asked = targets(items, session_ends, 0.0, 9)

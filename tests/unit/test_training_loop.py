@@ -298,6 +298,25 @@ def test_clm_alone_is_asked_for_later_sessions(tmp_path: Path, monkeypatch: pyte
     assert asked == [0.5, 0]
 
 
+def test_the_event_types_to_predict_reach_the_batches_and_the_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def stop(_: object, types: torch.Tensor | None) -> None:
+        asked.append(types)
+        raise InterruptedError
+
+    monkeypatch.setattr("training.loop.read_batches", lambda *_, target_types, **__: asked.append(target_types))
+    monkeypatch.setattr("training.loop.add_gradients", lambda *given: stop(*given[-2:]))
+    run = make_run(tmp_path, [make_rows(5)])
+    for types in (None, [2, 3]):
+        with pytest.raises(InterruptedError):
+            train(run.model_copy(update={"target_event_types": types}))
+    assert asked[:3] == [None, None, [2, 3]]
+    assert asked[3].tolist() == [2, 3]
+
+
 def test_a_training_over_tables_that_were_made_anew_leaves_the_old_ones_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

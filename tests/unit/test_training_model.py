@@ -186,6 +186,20 @@ def test_plm_asks_nothing_of_an_action_that_sees_no_other_one() -> None:
     assert sum(model.loss(batch)[1] for _ in range(20)) == 0
 
 
+@pytest.mark.parametrize(("architecture", "objective"), [pair for pair in OBJECTIVES if pair[1] != "clm"])
+def test_of_masked_actions_those_of_the_event_types_to_predict_are_asked_for(
+    architecture: str, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, asked, types = make_model(architecture=architecture, objective=objective), [], torch.tensor([2])
+    item_loss, batch = model._item_loss, make_batch(ROWS, SPEC.max_length)
+    monkeypatch.setattr(model, "_item_loss", lambda *given: asked.append(given[1]) or item_loss(*given))
+    with torch.inference_mode():
+        model.loss(batch)
+        model.loss(batch, types)
+    of_all, of_types = (set(batch["event_type_index"][targets > 0].tolist()) for targets in asked)
+    assert of_types == {2} < of_all
+
+
 @pytest.mark.parametrize(
     ("architecture", "objective", "negatives"), [*((*pair, 0) for pair in OBJECTIVES), ("gpt2", "clm", 12)]
 )
