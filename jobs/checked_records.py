@@ -116,10 +116,12 @@ def to_events(
     events = numbered.withColumns({"reason": _reason(numbered, settings, now, has_zone), "source": F.lit(source)})
     as_json = F.to_json("record", JSON_MICROSECONDS)
     # An event's texts are valid already. A broken row's user may be a fragment of anything, and no erasure lists
-    # {"id": 4711} or 4711.0: NULL makes it search the raw record instead.
+    # {"id": 4711} or 4711.0: NULL makes it search the raw record instead. Nor does one list an id that a fixed-width
+    # export has padded with NULs.
     user_id = F.when(F.col("reason").isNull(), F.col("user_id"))
     says_who = (F.col("reason") != BROKEN_ROW) & ~F.col("is_no_user")
-    user_id = user_id.when(says_who, valid_text(F.col("user_id"))).alias("user_id")
+    without_nuls = F.translate(valid_text(F.col("user_id")), "\0", "")
+    user_id = user_id.when(says_who, text_of(stripped(without_nuls))).alias("user_id")
     return events.select(
         *[user_id if c.name == "user_id" else c.name for c in EVENTS.columns],
         "reason",

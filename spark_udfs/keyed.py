@@ -28,8 +28,8 @@ TextTest = Callable[[str], bool]
 ColumnTest = Callable[[Column], Column]
 
 _WORD = re.compile(r"\w+")
-_STRUCTURE = re.compile(r"[\s\"'{}\[\](),;:|=]+")
-_FIELDS = re.compile(r"[\t\r\n\"'{}\[\](),;:|=&]+")  # splits at no space: an id may contain spaces
+_STRUCTURE = re.compile(r"[\s\0\"'{}\[\](),;:|=]+")  # NULs pad the fields of fixed-width exports
+_FIELDS = re.compile(r"[\t\r\n\0\"'{}\[\](),;:|=&]+")  # splits at no space: an id may contain spaces
 # Not within a word. Without a point not within a UUID either, whose groups may look like 45e3.
 _REAL = re.compile(r"(?<!\w)\d{1,40}\.\d{1,40}(?:[eE]\+?\d{1,2})?(?!\w)|(?<!\w)(?<!\w-)\d{1,40}[eE]\+?\d{1,2}(?!-?\w)")
 _ESCAPES = re.compile(r'(?:\\(?:u[0-9a-fA-F]{4}|["\\/bfnrt]))+')

@@ -86,6 +86,8 @@ def test_who_is_on_a_list_of_hashes() -> None:
         ('data: {"user_id": 17850.0}', "17850"),
         ('{"user_id": 1.785e4}', "17850"),
         ('{"user_id": 1e+16, "x', "10000000000000000"),  # Python
+        ("1;ann lee\0\0;x", "ann lee"),  # C
+        (r'{"user":"ann\u0000","broken', "ann"),
     ],
 )
 def test_values_of_a_record_that_could_not_be_read(raw: str, value: str) -> None:
