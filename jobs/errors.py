@@ -38,7 +38,7 @@ _SPARK_MESSAGES = (
         "{0} can't be used beside Spark's own aggregates in one SELECT: put it in its own SELECT and join the two",
     ),
     (
-        r"\[PATH_NOT_FOUND\] Path does not exist: (\S+?)\.?(?:\s|$)",
+        r"\[PATH_NOT_FOUND\] Path does not exist: ([^\n]+?)\.?(?:\n|$)",
         "{0} does not exist: correct the path in the query or mapping",
     ),
     (
@@ -61,7 +61,7 @@ _SPARK_MESSAGES = (
         "its rows are stored nowhere else)",
     ),
     (
-        r"Could not read footer for file: (\S+?)\. Please",
+        r"Could not read footer for file: ([^\n]+?)\. Please",
         "{0} is not a complete Parquet file (truncated?): fetch it again or take it out of the folder",
     ),
     (
@@ -69,7 +69,7 @@ _SPARK_MESSAGES = (
         "{0}: column {1} is {3}, but {2} in the files beside it: give it the same type, or the file its own input",
     ),
     (
-        r"(\S+) is not a Parquet file",
+        r"RuntimeException: ([^\n]+?) is not a Parquet file",
         "{0} is not a complete Parquet file (truncated?): fetch it again or take it out of the folder",
     ),
     (
@@ -105,7 +105,7 @@ _SPARK_MESSAGES = (
         "the environment has no AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and this machine has no role: export both",
     ),
     (
-        r"AccessDeniedException: (s3a://\S+?):",
+        r"AccessDeniedException: (s3a://[^\n]+?):",
         "{0}: the store refuses the keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or this operation with "
         "them: correct the keys, or grant the permission (docs/operations.md)",
     ),
@@ -115,7 +115,7 @@ _SPARK_MESSAGES = (
         "conf/s3.toml",
     ),
     (
-        r"\[COLUMN_ALREADY_EXISTS\] The column (\S+) already exists",
+        r"\[COLUMN_ALREADY_EXISTS\] The column ([^\n]+?) already exists",
         "several columns are named {0} (ignoring case): give each its own name, the same in all files of an input",
     ),
     (
@@ -143,13 +143,15 @@ _SPARK_MESSAGES = (
         "another ingest is reading the same input: run this one again when that one has ended; nothing is lost",
     ),
     (
-        r"DELTA_CONCURRENT|Concurrent(?:Append|Write|DeleteRead|DeleteDelete|Transaction)Exception",
+        r"DELTA_(?:CONCURRENT|METADATA_CHANGED|PROTOCOL_CHANGED)|"
+        r"(?:Concurrent(?:Append|Write|DeleteRead|DeleteDelete|Transaction)|MetadataChanged|ProtocolChanged)Exception",
         "another job wrote to the same table at the same time: run this stage again",
     ),
     (
         rf"FileNotFoundException: [^\n]*{_OWN_FILE}",  # the rest differs between file systems
         "{1} of table {0} is gone: a VACUUM deleted what this stage continues from (was maintain.retention_hours "
-        "raised, or VACUUM run by hand?): run the stage once with --force",
+        "raised, or VACUUM run by hand?): run the stage once with --force; if that stops at the same file, the table "
+        "itself lacks it: restore it from a backup",
     ),
     (
         r"No space left on device",

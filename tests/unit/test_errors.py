@@ -36,13 +36,30 @@ _ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
             '"false" in the input\'s kafka.options to continue without them',
         ),
         (
+            "[PATH_NOT_FOUND] Path does not exist: file:/data/my logs/x.parquet.",
+            "file:/data/my logs/x.parquet does not exist: correct the path in the query or mapping",
+        ),
+        (
+            "java.nio.file.AccessDeniedException: s3a://b/my logs/x.csv: getFileStatus on s3a://b/my logs/x.csv: 403",
+            "s3a://b/my logs/x.csv: the store refuses the keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or this "
+            "operation with them: correct the keys, or grant the permission (docs/operations.md)",
+        ),
+        *(
+            (said, "another job wrote to the same table at the same time: run this stage again")
+            for said in (
+                "[DELTA_METADATA_CHANGED] MetadataChangedException: The metadata of the Delta table has been changed",
+                "io.delta.exceptions.ProtocolChangedException: The protocol version of the Delta table has been",
+            )
+        ),
+        (
             "[PARQUET_TYPE_ILLEGAL] Illegal Parquet type: INT64 (TIMESTAMP(NANOS,true)).",
             "an input Parquet file has times in nanoseconds, which Spark can't read: write it again with "
             'coerce_timestamps="us" (pandas, pyarrow)',
         ),
         (
-            "[COLUMN_ALREADY_EXISTS] The column `id` already exists. Consider to choose another name or rename the",
-            "several columns are named `id` (ignoring case): give each its own name, the same in all files of an input",
+            "[COLUMN_ALREADY_EXISTS] The column `an id` already exists. Consider to choose another name or rename the",
+            "several columns are named `an id` (ignoring case): give each its own name, the same in all files of an "
+            "input",
         ),
         (
             "java.io.IOException: unexpected end of stream",
@@ -74,7 +91,8 @@ _ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
             (
                 f"Caused by: org.apache.spark.SparkFileNotFoundException: {said}\nIt is possible the underlying files",
                 f"{file} of table events is gone: a VACUUM deleted what this stage continues from (was "
-                "maintain.retention_hours raised, or VACUUM run by hand?): run the stage once with --force",
+                "maintain.retention_hours raised, or VACUUM run by hand?): run the stage once with --force; if that "
+                "stops at the same file, the table itself lacks it: restore it from a backup",
             )
             for said, file in (
                 (f"File file:/my t/tables/events/_change_data/{_CHANGES} does not exist", f"_change_data/{_CHANGES}"),
@@ -118,10 +136,11 @@ _ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
                 said,
                 f"{file} is not a complete Parquet file (truncated?): fetch it again or take it out of the folder",
             )
-            for file in ("/data/logs/part-1.parquet", f"file:/landing/tables/orders/{_ROWS}")  # whose table is not ours
+            # The last one's table is not ours.
+            for file in ("file:/data/my logs/part-1.parquet", f"file:/landing/tables/orders/{_ROWS}")
             for said in (
                 f"Could not read footer for file: {file}. Please ensure that the file is in either",
-                f"{file} is not a Parquet file. Expected magic number at tail",
+                f"SparkException: Job aborted: java.lang.RuntimeException: {file} is not a Parquet file. Expected",
             )
         ),
         (
