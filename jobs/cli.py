@@ -244,7 +244,8 @@ def _add_erase(add: _Add) -> None:
         "users",
         nargs="?",
         metavar="FILE",
-        help="a text file with one user id per line, or Parquet or CSV with a column user_id",
+        help="a text file with one user id per line, or Parquet or CSV with a column user_id; also a URI (hdfs://, "
+        "s3a://)",
     )
     command.add_argument(
         "--sql", metavar="QUERY", help="instead of a file: a query over the tables with a column user_id"

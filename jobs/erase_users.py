@@ -33,6 +33,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
@@ -43,7 +44,7 @@ from pyspark.sql import functions as F
 from jobs.cli import stage_main
 from jobs.config import UserList
 from jobs.errors import TrailvecError
-from jobs.files import HadoopPath
+from jobs.files import HadoopPath, place_of
 from jobs.maintain_tables import disk_files
 from jobs.raw_records import valid_text
 from jobs.runtime import Report, Runtime, Stage, code_version
@@ -51,7 +52,6 @@ from jobs.tables import ERASED_USERS, ERASURES, EXPORTS, REJECTED_EVENTS, TABLES
 from jobs.tombstones import erase_key, erased_tests
 from jobs.user_lists import copies, read_users
 from spark_udfs.keyed import ColumnTest, hashed, key_mark, mentions, of_column, values
-from training.urls import local_path
 
 HOLDING_USERS = tuple(table for table in TABLES if table.user_columns())
 _BEFORE_EXPORTS = tuple(table for table in HOLDING_USERS if table != EXPORTS)
@@ -64,7 +64,7 @@ def erase(runtime: Runtime, file: str | None = None, sql: str | None = None, req
     """Deletes the users of a list from all tables; rows_out: how many rows of each.
 
     Args:
-        file: as UserList.file.
+        file: as UserList.file, or the URI of such a list on another store (hdfs://, s3a://).
         sql: instead of a file, a query over the tables with a column user_id.
         requested_by: who asked for it; recorded in the receipt.
 
@@ -174,13 +174,18 @@ def read_ids(runtime: Runtime, file: str | None, sql: str | None) -> list[str]:
     """
     if (file is None) == (sql is None):
         raise TrailvecError("erase_users needs either a file of user ids or --sql")
-    absolute = None if file is None else str(Path(local_path(file) or file).absolute())
-    if absolute is not None and not Path(absolute).exists():
+    place = None if file is None else place_of(file)
+    if isinstance(place, HadoopPath):
+        place = place.qualified(runtime.spark)
+    if place is not None and not place.exists():
         raise TrailvecError(f"the list {file} does not exist: correct the path")
     # A folder per list, so that a concurrent request does not remove another one's copy.
-    of_list = hashlib.sha256(str(absolute).encode()).hexdigest()[:12]
-    with copies(runtime.staging(f"erasures-{of_list}")) as folder:
-        users = read_users(runtime, UserList(file=absolute, sql=sql), Path("erase_users"), folder)
+    of_list = hashlib.sha256(str(place).encode()).hexdigest()[:12]
+    with TemporaryDirectory() as fetched, copies(runtime.staging(f"erasures-{of_list}")) as folder:
+        if isinstance(place, HadoopPath):
+            there, place = place, Path(fetched) / place.name
+            there.get(place)
+        users = read_users(runtime, UserList(file=str(place) if place else None, sql=sql), Path("erase_users"), folder)
         rows = [row["user_id"] for row in users.distinct().collect()] if isinstance(users, DataFrame) else list(users)
     return sorted(set(rows))
 

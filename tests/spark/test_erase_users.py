@@ -444,7 +444,7 @@ def test_where_no_table_of_users_is_nobody_is_said_to_be_erased(
             erase_users._erase(Runtime(make_config(tmp_path)), str(tmp_path / "none.txt"), None, "desk")
 
 
-def test_lists_that_are_read_at_once_keep_their_copies(
+def test_lists_are_read_from_any_store_and_keep_their_copies(
     make_runtime: Callable[..., Runtime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime, lake, meanwhile = make_runtime(), HadoopPath(f"file://{tmp_path}/lake"), []
@@ -462,6 +462,13 @@ def test_lists_that_are_read_at_once_keep_their_copies(
     monkeypatch.setattr(erase_users, "read_users", read)
     assert read_ids(runtime, str(tmp_path / "ann.csv"), None) == ["ann"]
     assert meanwhile == ["bob", "bob"]
+
+    monkeypatch.setattr(erase_users, "place_of", HadoopPath)  # as with hdfs://
+    (tmp_path / "ids.txt").write_text("carl\n")
+    for name, user in (("ids.txt", "carl"), ("ann.csv", "ann")):
+        assert read_ids(runtime, f"file://{tmp_path}/{name}", None) == [user]
+    with pytest.raises(TrailvecError, match=r"the list file:.*/none\.txt does not exist: correct the path"):
+        read_ids(runtime, f"file://{tmp_path}/none.txt", None)
     assert not list((tmp_path / "lake").iterdir())
 
 
