@@ -1,8 +1,8 @@
 """embed_items: items + context_values + the model in use → item_embeddings: a vector for every item.
 
 An item that the model knows gets the vector learnt for it. Any other (too rare in training, or newer than the model) is
-cold: its vector is what the model learnt about its category, its vertical and its price. An item of which the model
-knows none of these gets no row. The vectors are written with the rotation that `trailvec align` found.
+cold: its vector is what the model learnt about its category, its vertical and its price, as they are today. An item of
+which the model knows none of these gets no row. The vectors are written with the rotation that `trailvec align` found.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ def embed_items(items: DataFrame, weights: str, rotation: Float32 | None) -> Dat
     """The vectors of items, except those of which the model knows neither the item nor any attribute.
 
     Args:
-        items: item_id, item_index, and the item's number for each attribute of the model, in the model's order.
+        items: item_id, item_index, and the item's number today for each attribute of the model, in the model's order.
         weights: name of the model's weights among the files that Spark distributes.
         rotation: as in `encode_users`.
 

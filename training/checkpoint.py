@@ -154,8 +154,9 @@ class ItemVectors:
             try:
                 self._own = file.get_tensor("table.own.weight")
                 self._counts = file.get_tensor("item_counts")
-                count = file.get_tensor("table.attributes").shape[0]
-                self._parts = [file.get_tensor(f"table.parts.{place}.weight") for place in range(count)]
+                self._attributes = file.get_tensor("table.attributes")
+                places = range(len(self._attributes))
+                self._parts = [file.get_tensor(f"table.parts.{place}.weight") for place in places]
             except SafetensorError as error:
                 raise _damaged(weights.parent, f"{weights.name} holds no items ({error})") from None
 
@@ -164,14 +165,16 @@ class ItemVectors:
 
         Args:
             items: numbers from the vocabulary, [n]; an item that the model does not know is cold.
-            attributes: for each of spec.attribute_sizes its numbers, [n]; those that the model has not learnt add
-                nothing. A cold item without a learnt attribute gets zeros.
+            attributes: for each of spec.attribute_sizes today's numbers, [n]; they count for cold items only. A known
+                item keeps those that it was trained with: its own part was learnt beside theirs. A number that the
+                model has not learnt adds nothing; a cold item without a learnt one gets zeros.
         """
         inside = items < len(self._own)
         place = np.where(inside, items, 0)
         cold = ~inside | (self._counts[place].numpy() == 0)
         vectors: Float32 = self._own[place].float().numpy() * ~cold[:, None]
-        for part, numbers in zip(self._parts, attributes, strict=True):
+        for part, trained, today in zip(self._parts, self._attributes, attributes, strict=True):
+            numbers = np.where(cold, today, trained[place].numpy())
             vectors += part[np.where(numbers < len(part), numbers, 0)].numpy()  # row 0 is zero
         return vectors, cold
 
