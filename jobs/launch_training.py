@@ -73,7 +73,7 @@ def launch(run_file: Path, spec: RunSpec, on_event: Callable[[dict[str, Any]], N
         child.wait()
     listener.join()
     if code != 0:
-        raise _stopped(spec, last_words(list(words), code))
+        raise _stopped(spec, list(words), code)
 
 
 def launch_in_spark(spec: RunSpec, on_event: Callable[[dict[str, Any]], None]) -> None:
@@ -100,7 +100,7 @@ def launch_in_spark(spec: RunSpec, on_event: Callable[[dict[str, Any]], None]) -
             train_in_executor, arguments, spec.settings.processes, environment, _hearing(on_event, words)
         )
     except Exception as error:  # Horovod raises plain Exception and RuntimeError
-        raise _stopped(spec, last_words([*words, *f"{type(error).__name__}: {error}".splitlines()], 1)) from error
+        raise _stopped(spec, [*words, *f"{type(error).__name__}: {error}".splitlines()], 1) from error
     for name in sorted(files, key=lambda name: name == "model.json"):  # the description comes last, as everywhere
         (Path(spec.output) / name).write_bytes(files[name])
 
@@ -131,8 +131,9 @@ def parse_event(line: str) -> dict[str, Any] | None:
 
 def last_words(lines: list[str], code: int) -> str:
     """The cause of a failed run, from its output: an exception (Python's, or what() of C++), else the signal that
-    killed a process, else that a process was lost, else a process's exit code, else the last line. That a rank lost the
-    others, or the launcher a rank, is a consequence: it counts only if nothing else tells the cause."""
+    killed a process, else that a process was lost, else a process's exit code or another signal, else the last line.
+    That a rank lost the others, or the launcher a rank, is a consequence: it counts only if nothing else tells the
+    cause."""
     texts = [text for line in lines if (text := re.sub(r"^\[\d+\]<std(?:err|out)>:\s*", "", line.strip()))]
     exceptions = [text for text in texts if re.match(r"(?:[\w.]*(?:Error|Exception)|what\(\)): +[^ ]", text)]
     causes = [text for text in exceptions if not _FOLLOWS.search(text)]
@@ -147,13 +148,18 @@ def last_words(lines: list[str], code: int) -> str:
         return re.sub(rf"^\S+: +{_PLACES}", "", messages[0])
     if ended := re.search(r"Process name: (\d+)\nExit code: (\d+)", "\n".join(texts)):  # the launcher's report
         return f"process {ended[1]} ended with code {ended[2]}"
+    if code < 0:
+        return f"a process was ended by signal {-code} ({signal.strsignal(-code)})"
     return texts[-1] if texts else f"exit code {code}"
 
 
-def _stopped(spec: RunSpec, why: str) -> TrailvecError:
+def _stopped(spec: RunSpec, lines: list[str], code: int) -> TrailvecError:
+    why = last_words(lines, code)
+    # Our own errors say what to do first: the same command would only meet them again.
+    says_what_to_do = any(line.rstrip().endswith(f"TrailvecError: {why}") for line in lines)
     found = newest_checkpoint(folder_of(spec.checkpoints)) if spec.checkpoints else None
     again = ""
-    if found:
+    if found and not says_what_to_do:
         epoch, step = map(int, found.name.split("-"))
         again = f", and the same command resumes from epoch {epoch} after {step:,} steps"
         if found.parent.name.endswith(FORCED):  # which resumes only if the tables are unchanged

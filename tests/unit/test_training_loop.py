@@ -441,7 +441,11 @@ def test_a_stopped_training_says_what_the_same_command_does(tmp_path: Path) -> N
     ):
         folder = tmp_path / f"{name}.checkpoints"
         write_checkpoint(folder, Progress(ranks=1, epoch=2, step=3), {"x": torch.zeros(1)}, keep=1)
-        assert str(_stopped(spec.model_copy(update={"checkpoints": str(folder)}), "x")).endswith(said)
+        of_folder = spec.model_copy(update={"checkpoints": str(folder)})
+        assert str(_stopped(of_folder, ["RuntimeError: x"], 1)).endswith(said)
+        # The same command would meet it again.
+        broken = "[1]<stderr>:jobs.errors.TrailvecError: the loss is nan in epoch 2: lower train.learning_rate"
+        assert str(_stopped(of_folder, [broken], 1)).endswith("lower train.learning_rate; the old model stays current")
 
 
 def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> None:
@@ -757,6 +761,8 @@ def test_last_words_are_the_cause() -> None:
     assert last_words([gone, "[1]<stderr>:  what():  std::bad_alloc", *lines[1:]], 1) == "std::bad_alloc"
     assert last_words(["[0]<stderr>:no space", ""], 1) == "no space"
     assert last_words([], -9).startswith("process 0 was killed by signal 9")
+    crashed = last_words(["model.py:31: UserWarning: x", "  warnings.warn("], -11)
+    assert crashed == "a process was ended by signal 11 (Segmentation fault)"
     assert last_words([], 3) == "exit code 3"
 
 
