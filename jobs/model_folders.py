@@ -19,7 +19,11 @@ from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, USER_EMBEDDINGS,
 from training.checkpoint import ABOUT, WEIGHTS, read_about, read_description, rotation_sha256
 
 
-def model_folder(runtime: Runtime, version: str | None = None) -> Path:
+def model_folder(
+    runtime: Runtime,
+    version: str | None = None,
+    instead: str = "set model.version to one of them or run `trailvec train`",
+) -> Path:
     """The folder of a model; None: of the model in use (`model.version` in the configuration, else the newest trained).
 
     If it is not on a local disk, this is the process's local copy, also named after the version; `add_to_model` copies
@@ -44,8 +48,7 @@ def model_folder(runtime: Runtime, version: str | None = None) -> Path:
     if not has_model(runtime, version):
         found = sorted(p.parent.name for p in runtime.models.glob(f"*/{ABOUT}"))
         raise TrailvecError(
-            f"model {version} does not exist under {runtime.models} (found: {', '.join(found) or 'none'}): "
-            f"set model.version to one of them or run `trailvec train`"
+            f"model {version} does not exist under {runtime.models} (found: {', '.join(found) or 'none'}): {instead}"
         )
     return folder if isinstance(folder, Path) else _fetched(folder)
 

@@ -29,7 +29,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from jobs import pictures
-from jobs.build_sequences import refuse_other_counts
+from jobs.build_sequences import other_setting, refuse_other_counts
 from jobs.cli import stage_main
 from jobs.config import Config
 from jobs.errors import TrailvecError
@@ -136,11 +136,13 @@ def base_of(runtime: Runtime) -> str | None:
     own base, not the model: so repeating the command finds its model and trains nothing.
 
     Raises:
-        TrailvecError: the base model uses numbers from tables that have been removed since.
+        TrailvecError: the model in use is gone, or the base model uses numbers from tables that have been removed
+            since.
     """
     if not runtime.config.train.warm_start or not (runtime.models / "current.json").exists():
         return None
-    about = read_about(model_folder(runtime))
+    missing = "set train.warm_start = false to train from scratch, or model.version to one of them to continue from it"
+    about = read_about(model_folder(runtime, instead=missing))
     provenance = about["provenance"]
     same = (
         same_command(runtime, provenance)
@@ -169,24 +171,32 @@ def same_command(runtime: Runtime, provenance: dict[str, Any]) -> bool:
 def rows_since(runtime: Runtime, about: dict[str, Any], folder: Place) -> list[str]:
     """Writes to `folder` the train rows of users who acted after the model `about` was trained; returns file URLs.
 
-    Each row keeps its newest `train.warm_length` actions. Rows, files and order are the same each time.
+    Each row keeps its newest `train.warm_length` actions; a note says how many are left out. Rows, files and order are
+    the same each time.
 
     Raises:
         TrailvecError: there are no such rows.
     """
     rows = runtime.read(SEQUENCES).where((F.col("split") == "train") & (F.col("last_ts") >= F.lit(about["as_of"])))
-    count = rows.count()
+    most = runtime.config.train.warm_length
+    length = F.least("length", F.lit(most)).alias("length")
+    count, actions, kept = rows.agg(F.count("*"), F.sum("length"), F.sum(length)).collect()[0]
     if not count:
+        by_time = runtime.config.sequences.split_by == "time"
+        later = " (where sequences.valid_from is set, set it later too)" if by_time else ""
         raise TrailvecError(
             f"no row of the train split has an action from {about['as_of']} on, up to which model "
-            f"{about['model_version']} was trained: ingest newer events (where sequences.valid_from is set, set it "
-            f"later too), or set train.warm_start = false"
+            f"{about['model_version']} was trained: ingest newer events{later}, or set train.warm_start = false"
+        )
+    if left_out := actions - kept:
+        runtime.report.notes.append(
+            f"leaves out {left_out:,} of {actions:,} actions: it reads the newest train.warm_length = {most} of each "
+            f"row, also of users with more since {about['as_of']}"
         )
     order = F.xxhash64("user_id", "part")  # an order unrelated to the users
     # A resumed training needs the same files again: a global sort would set file boundaries from a sample of the rows.
     files = math.ceil(count / runtime.config.sequences.rows_per_file)
     mixed = rows.repartition(files, order).sortWithinPartitions(order)
-    length = F.least("length", F.lit(runtime.config.train.warm_length)).alias("length")
     newest = [
         F.slice(name, F.greatest(F.col("length") - length, F.lit(0)) + 1, length).alias(name) for name in FEATURES
     ]
@@ -307,14 +317,15 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
     base = base_of(runtime)
     if base:
         old = read_about(model_folder(runtime, base))
-        check_growth(base, ModelSpec.model_validate(old["spec"]), model)
+        check_growth(base, old, model, runtime.config.sequences.split_by)
         files["train"] = rows_since(runtime, old, _rows_folder(runtime, version, staging))
         settings = warm_settings(settings, model.max_length)
     rows = count_rows(files["train"])
     if not rows:
+        by_time = runtime.config.sequences.split_by == "time"
+        where = "in the training window: set sequences.valid_from later or" if by_time else "before the two newest:"
         raise TrailvecError(
-            "the train split of table sequences has no rows, since no user has two events in the training window: set "
-            "sequences.valid_from later or ingest more events"
+            f"the train split of table sequences has no rows, since no user has two events {where} ingest more events"
         )
     if not counts.any():
         raise TrailvecError(f"no item has vocabulary.min_count = {min_count} events in the training window: lower it")
@@ -353,10 +364,17 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
 
 
 def _refuse_rows_of_another_vocabulary(runtime: Runtime) -> None:
-    """Raises TrailvecError if sequences was made with a smaller or another vocabulary, or with another cut than it."""
+    """Raises TrailvecError if sequences was made with a smaller or another vocabulary, or with another cut than it, or
+    by another `split_by` than the one that the model's provenance will say."""
     provenance, min_count = runtime.last_writer(SEQUENCES), runtime.config.vocabulary.min_count
     if not provenance:
         return
+    rows = provenance["config"]["sequences"]
+    if other := other_setting(rows, runtime.config.sequences.model_dump(), "split_by"):
+        raise TrailvecError(
+            f"table sequences was made with {other} as configured: run `trailvec build_vocabulary` and "
+            f"`trailvec build_sequences` first, or set it back"
+        )
     # A min_count raised since does no harm: training treats items that the model must not know as unknown.
     if (was := provenance["config"]["vocabulary"]["min_count"]) > min_count:
         raise TrailvecError(
@@ -365,7 +383,7 @@ def _refuse_rows_of_another_vocabulary(runtime: Runtime) -> None:
         )
     if what := other_numbers(runtime, provenance):
         raise TrailvecError(f"table sequences uses the numbers of {what}: run `trailvec build_sequences` first")
-    refuse_other_counts(runtime, provenance["config"]["sequences"], min_count)
+    refuse_other_counts(runtime, rows, min_count)
 
 
 def warm_settings(settings: TrainSettings, max_length: int) -> TrainSettings:
@@ -411,14 +429,23 @@ def _train(runtime: Runtime, version: str, staging: Path, checkpoints: Place) ->
         tracker.files(staging / "card.md", staging / "training.svg", staging / "model.json")
 
 
-def check_growth(base: str, old: ModelSpec, new: ModelSpec) -> None:
-    """Raises TrailvecError if a model of spec `new` can't be warm-started from `base`, which has spec `old`."""
+def check_growth(base: str, about: dict[str, Any], new: ModelSpec, split_by: str) -> None:
+    """Raises TrailvecError if a model of spec `new`, over rows cut by `split_by`, can't be warm-started from `base`.
+
+    A base whose rows were cut otherwise may have learnt what the new model will be asked.
+
+    Args:
+        about: the base's description (model.json).
+    """
+    old = ModelSpec.model_validate(about["spec"])
     free = {"items", "context_sizes", "attribute_sizes", "dropout", "item_dropout", "negatives", "negative_power"}
     free |= {"loss", "gbce_t", "sparse"}  # they determine no tensor's shape
     free |= {"item_precision"}  # precision is converted
     was, is_now = old.model_dump(exclude=free), new.model_dump(exclude=free)
     was |= {"inputs": list(old.context_sizes), "item_attributes": list(old.attribute_sizes)}
+    was |= {"sequences.split_by": about["provenance"]["config"]["sequences"]["split_by"]}
     is_now |= {"inputs": list(new.context_sizes), "item_attributes": list(new.attribute_sizes)}
+    is_now |= {"sequences.split_by": split_by}
     if differing := [name for name, value in was.items() if is_now[name] != value]:
         name = differing[0]
         raise TrailvecError(

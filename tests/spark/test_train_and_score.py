@@ -561,10 +561,21 @@ def test_the_rows_of_a_warm_start_are_the_newest_actions_in_the_same_order_each_
     for partitions in ("2", "3"):  # shuffle partitions, when unspecified
         conf = {"spark.sql.shuffle.partitions": partitions, "spark.sql.adaptive.coalescePartitions.enabled": "false"}
         with spark_conf(runtime.spark, conf):
-            runtime.execute(Stage("look", "", look, (SEQUENCES,), (), ()), force=True)
+            report = runtime.execute(Stage("look", "", look, (SEQUENCES,), (), ()), force=True)
         DeltaTable.forPath(runtime.spark, runtime.path(SEQUENCES)).optimize().executeCompaction()
+    whole = sum(row["length"] for row in rows)
+    left_out = sum(max(row["length"] - 4, 0) for row in rows)
+    assert report.notes == [
+        f"leaves out {left_out:,} of {whole:,} actions: it reads the newest train.warm_length = 4 of each row, also of "
+        "users with more since 2024-05-01T00:00:00"
+    ]
     assert found[0] == found[1]
     assert len(found[0]) == 3
+    alone = make_runtime("sequences.split_by=leave_one_out")
+    later = {"as_of": "2034-05-01T00:00:00", "model_version": "m"}
+    stage = Stage("look", "", lambda r: train.rows_since(r, later, tmp_path) and None, (SEQUENCES,), (), ())
+    with pytest.raises(TrailvecError, match=r"ingest newer events, or set train\.warm_start = false"):
+        alone.execute(stage, force=True)
     newest = [{name: row[name][-4:] for name in FEATURES} | {"length": min(4, row["length"])} for row in rows]
     assert {len(row["hour"]) for row in newest} == {1, 2, 3, 4}
     written = [row for file in found[0] for row in file]

@@ -26,7 +26,7 @@ from jobs.errors import TrailvecError, explain
 from jobs.launch_training import _stopped, last_words, launch, launch_in_spark, parse_event
 from jobs.runtime import Runtime, digest
 from jobs.tables import SEQUENCES
-from jobs.train import STAGE, base_of, epochs, run, run_spec
+from jobs.train import STAGE, base_of, check_growth, epochs, run, run_spec
 from tests.conftest import make_config
 from tests.sequence_files import ITEMS, MAX_LENGTH, SPEC, item_counts, make_rows, make_run, next_items, write_valid
 from training import dist
@@ -244,13 +244,15 @@ def test_a_model_of_other_tables_that_had_these_names_is_grown_from(
     """One that this very command has made, of these tables, is not: the command would never come to an end."""
     runtime = Runtime(make_config(tmp_path, "train.warm_start=true"))
     (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "current.json").touch()
+    (tmp_path / "models" / "current.json").write_text('{"model_version": "m2"}')
+    with pytest.raises(TrailvecError, match=r"model m2 does not exist .*: set train\.warm_start = false to train from"):
+        base_of(runtime)
     reads, ids = {"sequences": 7, "items": 2, "context_values": 2}, {"sequences": "a", "items": "b"}
     restored = Commit(2, 0.0, "RESTORE", True, False, None, True, None, False, 0)  # before the model was trained
     commits = [replace(restored, version=3, foreign=False), restored]
     made = {"code_version": "c", "config": runtime.config.model_dump(mode="json"), "reads": reads, "table_ids": ids}
     about = {"model_version": "m2", "grown_from": "m1", "provenance": made}
-    monkeypatch.setattr("jobs.train.model_folder", lambda runtime: tmp_path)
+    monkeypatch.setattr("jobs.train.model_folder", lambda runtime, **_: tmp_path)
     monkeypatch.setattr("jobs.train.read_about", lambda folder: about)
     monkeypatch.setattr(runtime, "provenance", lambda: made)
     monkeypatch.setattr(runtime, "table_id", lambda table: runtime._table_ids[table.name])
@@ -279,6 +281,39 @@ def test_rows_with_the_numbers_of_other_tables_are_refused(tmp_path: Path, monke
     with pytest.raises(
         TrailvecError, match=r"table sequences uses the numbers of .* that were removed since: run `trailvec b"
     ):
+        run_spec(runtime, "m", tmp_path, None)
+    # Its model would pass for one that has learnt nobody's last action.
+    runtime = Runtime(make_config(tmp_path, "sequences.split_by=leave_one_out"))
+    monkeypatch.setattr(runtime, "last_writer", lambda table: made)
+    with pytest.raises(
+        TrailvecError, match=r"sequences was made with sequences\.split_by = time, not leave_one_out as"
+    ):
+        run_spec(runtime, "m", tmp_path, None)
+
+
+def test_a_model_that_has_learnt_what_will_be_asked_is_not_grown_from() -> None:
+    about = {"spec": SPEC.model_dump(), "provenance": {"config": {"sequences": {"split_by": "time"}}}}
+    check_growth("m1", about, SPEC.model_copy(update={"items": SPEC.items + 1}), "time")
+    with pytest.raises(
+        TrailvecError,
+        match=r"m1 was trained with sequences\.split_by = time, not leave_one_out as configured: set it b",
+    ):
+        check_growth("m1", about, SPEC, "leave_one_out")
+
+
+@pytest.mark.parametrize(
+    ("split_by", "said"),
+    [("time", "two events in the training window: set sequences.valid_from"), ("leave_one_out", "the two newest: ing")],
+)
+def test_without_rows_the_remedy_fits_the_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split_by: str, said: str
+) -> None:
+    runtime = Runtime(make_config(tmp_path, f"sequences.split_by={split_by}"))
+    nothing = {"training_files": {"train": []}, "item_counts": np.ones(9), "model_spec": SPEC, "base_of": None}
+    for name, value in {**nothing, "_refuse_rows_of_another_vocabulary": None}.items():
+        monkeypatch.setattr(f"jobs.train.{name}", lambda *_, value=value: value)
+    monkeypatch.setattr(runtime, "read", lambda table: None)
+    with pytest.raises(TrailvecError, match=said):
         run_spec(runtime, "m", tmp_path, None)
 
 
