@@ -17,6 +17,8 @@ FEATURES = (
     "weekday",
     "price_bucket",
 )
+# Those that say something of the action's place: where training shuffles a basket, they stay and the others move.
+OF_PLACE = ("gap_bucket", "session_end")
 
 # In every vocabulary: the numbers of no action, of any value that it lacks, and of its first value.
 PADDING, UNKNOWN, FIRST_INDEX = 0, 1, 2

@@ -36,7 +36,7 @@ from petastorm.workers_pool.worker_base import WorkerBase  # noqa: E402
 from pyarrow.filesystem import DaskFileSystem  # noqa: E402
 
 from training.arrays import Bool, Int32, Int64  # noqa: E402
-from training.batches import FEATURES, PADDING, SAME_MOMENT, SESSION_END, TARGET, pad  # noqa: E402
+from training.batches import FEATURES, OF_PLACE, PADDING, SAME_MOMENT, SESSION_END, TARGET, pad  # noqa: E402
 from training.ragged import ranges  # noqa: E402
 from training.stores import footers, fsspec_of, parquet_files  # noqa: E402
 from training.urls import file_url  # noqa: E402
@@ -299,9 +299,8 @@ def _shuffled(
     columns = [pc.list_flatten(table[name]).to_numpy() for name in FEATURES]
     moved = kept[shuffle_moments(columns[_GAP_ROW][kept], lengths, random)] if shuffle_baskets else kept
     values = np.empty((len(FEATURES) + 1, len(kept)), np.int32)
-    for number, column in enumerate(columns):
-        # gap_bucket and session_end belong to the position, not to the action there, so they stay in place.
-        np.take(column, kept if number in (_GAP_ROW, _END_ROW) else moved, out=values[number], mode="clip")
+    for number, (name, column) in enumerate(zip(FEATURES, columns, strict=True)):
+        np.take(column, kept if name in OF_PLACE else moved, out=values[number], mode="clip")
     return values, lengths
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jobs.tables import SEQUENCES
 from tests.sequence_files import MAX_LENGTH, make_rows, write_files
 from training import data
-from training.batches import FEATURES, TARGET, pad
+from training.batches import FEATURES, OF_PLACE, TARGET, pad
 from training.config import CONTEXT_FEATURES
 from training.data import Batch, choose_targets, padding, read_batches, read_held, rows_digest, shuffle_moments
 
@@ -228,9 +228,9 @@ def test_a_basket_comes_in_the_logs_order_where_that_is_wanted(tmp_path: Path, s
     assert (sorted(found) == sorted(as_tuples(rows))) is not shuffle_baskets
 
     def together(row: tuple[tuple[int, ...], ...]) -> Any:
-        """A row without the order of its actions, but for gap_bucket and session_end, which stay with their places."""
+        """A row without the order of its actions, but for the features that stay with their places."""
         features = dict(zip(FEATURES, row, strict=True))
-        staying = [features.pop(name) for name in ("gap_bucket", "session_end")]
+        staying = [features.pop(name) for name in OF_PLACE]
         return staying, sorted(zip(*features.values(), strict=True))
 
     assert sorted(map(together, found)) == sorted(map(together, as_tuples(rows)))
