@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs.errors import _MADE_AGAIN, _ONLY_HERE, explain, first_line
+from jobs.errors import _MADE_AGAIN, _ONLY_HERE, ONLY_HERE, explain, first_line
 from jobs.tables import TABLES
 
+ROOT = Path(__file__).parents[2]
+OPERATIONS = (ROOT / "docs/operations.md").read_text()
 _LOST = "Some data may have been lost because they are not available in Kafka any more; either the data was aged out"
 _CHANGES = "cdc-00000-591396bc-522d-405c-87c4-377008e1ad49.c000.snappy.parquet"
 _ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
@@ -214,15 +216,18 @@ def test_the_first_line_is_the_errors_own(said: str, first: str) -> None:
 
 def test_of_each_table_it_is_known_whether_a_stage_can_make_it_again() -> None:
     assert sorted(f"{_MADE_AGAIN}|{_ONLY_HERE}".split("|")) == sorted(table.name for table in TABLES)
+    upgrade = OPERATIONS.partition("## Upgrade")[2].partition("\n## ")[0]
+    told = [set(re.findall(r"`(\w+)`", point.partition(": ")[0])) for point in upgrade.split("\n- ")[1:]]
+    assert told[0] == set(_MADE_AGAIN.split("|"))
+    assert set().union(*told[1:]) == set(ONLY_HERE)
 
 
 def test_the_messages_quoted_in_the_handbook_are_ours() -> None:
-    root = Path(__file__).parents[2]
-    rows = (root / "docs/operations.md").read_text().partition("## What an alarm means")[2].partition("\n## ")[0]
+    rows = OPERATIONS.partition("## What an alarm means")[2].partition("\n## ")[0]
     quotes = re.findall(r"`([^`]+)`", "\n".join(line.split(" | ")[0] for line in rows.splitlines() if "| " in line))
     quotes = [quote for quote in quotes if "…" in quote or " " in quote]  # not a stage's name
     assert len(quotes) > 20
-    code = [ast.parse(file.read_text()) for folder in ("jobs", "training") for file in (root / folder).glob("*.py")]
+    code = [ast.parse(file.read_text()) for folder in ("jobs", "training") for file in (ROOT / folder).glob("*.py")]
     said = "\n".join(_said(node) for module in code for node in ast.walk(module))
     for quote in quotes:
         parts = re.split(r"…|TRAILVEC_\w+|hdfs://", quote)  # what stands for values
