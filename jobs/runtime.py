@@ -1,9 +1,9 @@
 """The definition of a stage, and the runtime through which it reads and writes.
 
 A stage reads tables at pinned versions and writes each of its tables in one Delta commit, whose user metadata records
-what ran: code version, resolved config, versions read (law 7). The same facts give the stage's fingerprint: if the last
-commit of every table that it writes carries it, the stage is up to date and is skipped, which makes a second
-`trailvec run` quick and a killed one resumable.
+what ran: code version, resolved config, versions read (law 7 of docs/decisions/0002). The same facts give the stage's
+fingerprint: if the last commit of every table that it writes carries it, the stage is up to date and is skipped, which
+makes a second `trailvec run` quick and a killed one resumable.
 """
 
 from __future__ import annotations

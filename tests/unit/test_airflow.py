@@ -1,4 +1,4 @@
-"""Airflow's DAGs describe the road that Databricks' jobs do. Airflow itself is no dependency: the file is read, not run
+"""Airflow's DAGs run what Databricks' jobs run. Airflow itself is no dependency: the file is read, not run
 (how it was run: docs/decisions/0021)."""
 
 from __future__ import annotations
