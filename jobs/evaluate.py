@@ -3,8 +3,9 @@
 What a user did *next* is everything at the first moment after the cut at which they acted: the order within one moment
 (a basket) carries no information. There are three ranking tasks: `next` (any item), `new` (items not acted on in the
 last `sequences.seen_days`; items acted on are left out of the ranking) and `repeat` (the others). Every method ranks
-the whole catalogue of the training window: all items with an event of a type that is to be predicted. An item outside
-it is a miss; each unknown item is a miss of its own, as nobody can say whether two are the same.
+the same items: all that the model knows and that have an event to predict (`sequences.target_event_types`) in the
+training window. Any other item is a miss; each unknown item is a miss of its own, as nobody can say whether two are the
+same.
 The baselines (floors) know what the model knows: counts of the training window, and each user's history up to the cut.
 `model_and_habit` ranks by the model's score plus what the user does repeatedly (jobs/habit.py).
 
@@ -540,7 +541,7 @@ STAGE = Stage(
     reads=(SEQUENCES, SESSIONS, ITEMS, CONTEXT_VALUES, ITEM_EMBEDDINGS),
     writes=(EVALUATION,),
     settings=("habit", "sequences", "vocabulary"),
-    also="It also reads the model.",
+    also="It also reads the model. Of [evaluate], all but the gate changes its result.",
     inputs=_inputs,
 )
 

@@ -330,6 +330,7 @@ STAGE = Stage(
     reads=(CURRENT_MODEL, USER_EMBEDDINGS, ITEM_EMBEDDINGS, ITEMS, CONTEXT_VALUES, SESSIONS),
     writes=(NEIGHBOURS,),
     settings=("neighbours", "habit", "sequences"),
+    also="It also reads the list neighbours.in_stock, if there is one.",
     inputs=_inputs,
 )
 

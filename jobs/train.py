@@ -504,7 +504,8 @@ STAGE = Stage(
     reads=(SEQUENCES, ITEMS, CONTEXT_VALUES),
     writes=(),
     settings=("train", "vocabulary", "sequences"),
-    also="It also writes a folder under models/, and rewrites the files of sequences that have deletion vectors.",
+    also="It also writes a folder under models/, rewrites the files of sequences that have deletion vectors and, with "
+    "train.warm_start, reads current_model and the model that it continues.",
     inputs=lambda runtime: {"grown_from": base_of(runtime)},
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -36,21 +37,23 @@ def test_another_broken_pipe_is_told(capsys: pytest.CaptureFixture[str]) -> None
     assert "unexpected BrokenPipeError: the JVM is gone" in capsys.readouterr().err
 
 
-def test_every_command_has_help_and_a_stage_names_its_tables(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help_and_a_stage_names_its_tables_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
     # A stage that does something with a table has imported it.
     used = {stage.name: vars(sys.modules[f"jobs.{stage.name}"]).values() for stage in (*STAGES, *ASIDE)}
-    tables = {name: {one.name for one in of if isinstance(one, Table)} for name, of in used.items()}
+    names = {name: {one.name for one in of if isinstance(one, Table)} for name, of in used.items()}
+    for stage in (*STAGES, *ASIDE):
+        names[stage.name] |= set(re.findall(r"\.config\.(\w+)", inspect.getsource(stage.inputs)))
     with pytest.raises(SystemExit):
         main(["--help"])
     commands = re.findall(r"^    (\w+)", capsys.readouterr().out, re.MULTILINE)
-    assert tables.keys() | {"run", "erase_users", "serve_sql"} <= set(commands)
+    assert names.keys() | {"run", "erase_users", "serve_sql"} <= set(commands)
     for command in commands:
         with pytest.raises(SystemExit) as ended:
             main([command, "--help"])
         said = capsys.readouterr().out
         assert ended.value.code == 0, command
         words = set(re.findall(r"\w+", said.rpartition("\n\n")[2]))
-        assert tables.get(command, set()) <= words, (command, said)
+        assert names.get(command, set()) <= words, (command, said)
 
 
 @pytest.mark.parametrize("port", ["0", "-1", "65536", "http"])
