@@ -85,7 +85,7 @@ def title(text: str) -> None:
 
 def show_ranking(runtime: Runtime, model: str) -> None:
     title("What a household buys next, in December")
-    screen.print("never seen in training; all items bought before are ranked", style="dim")
+    screen.print("never seen in training; ranked: items bought in training that the model knows", style="dim")
     register_tables(runtime)
     rows = runtime.spark.sql(
         """SELECT task, method, metric, value, counted FROM evaluation
