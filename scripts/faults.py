@@ -1,7 +1,8 @@
 """Checks what faults leave behind, with real processes on real days: python scripts/faults.py CHECK [--data FOLDER]
 
-  kills        kills the process and its JVM (SIGKILL) at a random moment of ingest, then of sessionize, both of which
-               add days to tables of the first day, then runs to the end; repeats until the given number of kills
+  kills        kills the process and its JVM (SIGKILL) at a random moment of ingest, then of sessionize, then runs to
+               the end; repeats until the given number of kills. The stages add days to tables of the first day and,
+               every other time, make the tables of all days; the seed decides which comes first
   two_ingests  two identical ingests at once
   full_disk    a disk (tmpfs, in its own mount namespace) that fills up midway, then has room again
   soak         the days in shuffled order, in the given number of batches, some of their files twice
@@ -159,7 +160,7 @@ def kills(folder: Path, data: Path, compared: tuple[Job, float], times: int, see
     remaining = {"ingest": times - times // 2, "sessionize": times // 2}
     records: list[dict[str, Any]] = []
     wrong: dict[str, int] = {}
-    from_nothing = True
+    from_nothing = chance.random() < 0.5
     while any(remaining.values()):
         shutil.rmtree(killed.root)
         from_nothing = not from_nothing
