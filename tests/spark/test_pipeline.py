@@ -279,7 +279,7 @@ def test_no_line_log_manifest_report_or_model_names_a_user_or_a_secret(undisturb
     texts |= {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
     kinds = ("_delta_log/", "models/", "mlruns/", "mlflow.db", "checkpoints/", "manifest.json")
     assert all(any(kind in name for name in texts) for kind in kinds)  # each kind was searched
-    assert "score_users" in said.getvalue()
+    assert re.search(r"score_users .* sequences [1-9].* → .*current_model 1\n", said.getvalue())  # with its row counts
 
     # Rows belong in tables and exports; compressed, they would hide a name in any case.
     rows = re.compile(r"(tables/(?!.*_delta_log/)|exports/(?!.*(json|html)$)).*")
