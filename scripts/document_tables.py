@@ -26,7 +26,8 @@ models, with `model_version` in SELECT and GROUP BY.
 DuckDB reads every table (`INSTALL delta; LOAD delta; SELECT * FROM delta_scan('…/tables/events')`), and so does
 delta-rs through its `QueryBuilder`. The `to_pandas` and `to_pyarrow_table` of the pinned deltalake read no table
 that may have deletion vectors (`events`, `sessions`, ...), and under pyarrow 14 none that is partitioned. These
-readers have no views: write `WHERE model_version = (SELECT model_version FROM …)` over `current_model`.
+readers have no views: they read `current_model` first, each by its own query
+([12](decisions/0012-scoring-every-user.md)).
 
 ## Vector functions
 

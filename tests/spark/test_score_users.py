@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import duckdb
 import numpy as np
 import pytest
 import torch
@@ -351,10 +352,14 @@ def test_a_new_model_killed_in_the_middle_goes_on_while_readers_see_the_old_one_
     assert_vectors(shop, old, "m1", rows)  # they stay until m1 is retired
     assert current(shop) == ({"m2"}, USERS - 1)
     assert shop.execute(score_users.STAGE).skipped
-    # The same as read by another reader, from the files alone.
-    users, model = (f"delta_scan('{shop.root}/tables/{name}')" for name in ("user_embeddings", "current_model"))
-    text = f"SELECT count(*) FROM {users} WHERE model_version = (SELECT model_version FROM {model})"
-    assert delta_reader().sql(text).fetchall() == [(USERS - 1,)]
+    # The same as read by another reader, from the files alone: docs/decisions/0012.
+    query = (
+        "SELECT u.* FROM delta_scan('…/current_model') c JOIN delta_scan('…/user_embeddings') u USING (model_version)"
+    )
+    found = delta_reader().sql(query.replace("…", f"{shop.root}/tables"))
+    assert (len(found.columns), len(found)) == (len(USER_EMBEDDINGS.columns), USERS - 1)
+    with pytest.raises(duckdb.IOException, match="nowhere/current_model"):  # the first that is opened
+        delta_reader().sql(query.replace("…", "/nowhere"))
 
 
 def test_back_to_an_old_model_only_what_changed_since_is_encoded(scored: tuple[Runtime, SequenceModel]) -> None:
