@@ -432,7 +432,8 @@ class ExportSettings(Section):
 
     segments: list[str] = Field(
         default_factory=list,
-        description="the segments' files (conf/segments/*.toml), relative to the working directory",
+        description="the segments' files (conf/segments/*.toml), relative to the working directory. Segments are "
+        "exported in this order, but each after those that it includes or excludes",
     )
     consent: UserList | None = Field(
         None,

@@ -75,7 +75,7 @@ _WRITERS = 2  # threads: while one hashes ids (the GIL allows only one), the oth
 
 
 def _exports(runtime: Runtime, now: datetime) -> list[Export]:
-    """The configured segments as exports, each after those that it includes or excludes."""
+    """The configured segments as exports, in the order of `read_segments`."""
     files = read_segments(runtime.config.export.segments)
     if any(file.segment.needs_key for file in files):
         export_key()  # fails early: it is first needed after all queries

@@ -62,9 +62,10 @@ class Affinity(Section):
 class Frequency(Section):
     """Leaves out users exported `exports` times within `days` days (UTC, including today).
 
-    Segments exported earlier in the same run count. Being held back doesn't count for other segments, since the user
-    received nothing. For the segment itself it counts as an export, added to what others exported, or its control group
-    would fill more of its places every day. Every run that exports counts, even a second one on a day.
+    Segments exported earlier in the same run count, in the order of `export.segments`, each after those that it names.
+    Being held back doesn't count for other segments, since the user received nothing. For the segment itself it counts
+    as an export, added to what others exported, or its control group would fill more of its places every day. Every run
+    that exports counts, even a second one on a day.
     """
 
     exports: int = Field(ge=1, le=100)
@@ -170,7 +171,7 @@ class SegmentFile(NamedTuple):
 
 
 def read_segments(paths: list[str]) -> list[SegmentFile]:
-    """The segments of the files, each after those that it includes or excludes.
+    """The segments in the order of the files, but each after those that it includes or excludes.
 
     Raises:
         TrailvecError: a file is missing or invalid, two have the same name, one names an unknown segment or, directly
@@ -193,15 +194,32 @@ def read_segments(paths: list[str]) -> list[SegmentFile]:
                     f"{path}: segment {other} is in no file of export.segments: add its file or correct the name"
                 )
     try:
-        order = TopologicalSorter({file.segment.name: file.segment.others for file in files}).static_order()
-        ordered = [by_name[name] for name in order]
+        TopologicalSorter({file.segment.name: file.segment.others for file in files}).prepare()
     except CycleError as error:
         cycle = " → ".join(error.args[1])
         raise TrailvecError(
             f"segments include or exclude each other in a cycle ({cycle}): remove one of these references"
         ) from None
+    ordered = _ordered(files)
     _refuse_unions_of_nobody(ordered)
     return ordered
+
+
+def _ordered(files: list[SegmentFile]) -> list[SegmentFile]:
+    """The files in their order, but each after those that it names. (TopologicalSorter would take whatever names none
+    first, so a later segment's exports would count for an earlier one's `at_most`.)"""
+    ordered: dict[str, SegmentFile] = {}
+
+    def add(file: SegmentFile) -> None:
+        if file.segment.name not in ordered:
+            for other in files:
+                if other.segment.name in file.segment.others:
+                    add(other)
+            ordered[file.segment.name] = file
+
+    for file in files:
+        add(file)
+    return list(ordered.values())
 
 
 def _refuse_unions_of_nobody(ordered: list[SegmentFile]) -> None:

@@ -431,6 +431,14 @@ def test_a_union_whose_parts_exports_reach_its_limit_would_hold_nobody(tmp_path:
         read_segments(paths)
 
 
+def test_segments_are_exported_in_the_files_order_but_each_after_those_that_it_names(tmp_path: Path) -> None:
+    asked = 'sql = "SELECT 1 AS user_id"\n'
+    texts = {"staff": asked, "vip": asked + 'exclude = ["staff"]\n', "mass": asked, "all": 'include = ["b", "a"]\n'}
+    paths = write_segments(tmp_path, texts | {"a": asked, "b": asked})
+    names = [file.segment.name for file in read_segments(paths)]
+    assert names == ["staff", "vip", "mass", "a", "b", "all"]
+
+
 def test_two_segments_of_one_name(tmp_path: Path) -> None:
     (tmp_path / "seeds.txt").write_text("ann\n")
     for name in ("a.toml", "b.toml"):
