@@ -2,7 +2,8 @@
 
 User ids are exported as HMAC-SHA256 under the key in the environment variable TRAILVEC_EXPORT_KEY. The driver hashes
 them as it writes the rows, so neither a Spark plan nor a file ever holds the key. In CSV, all strings are quoted, and
-one that begins with = + - @, a tab or a carriage return is prefixed with ', lest a spreadsheet run it as a formula.
+one that begins with = + - @ (also fullwidth), a tab, a line break or NUL is prefixed with ', lest a spreadsheet run it
+as a formula.
 
 To add a format, add its name, which is also the file extension, to `Format` in jobs/segments.py and its writer to
 `WRITERS`. The same rows must give the same bytes.
@@ -45,7 +46,7 @@ from training.urls import local_path
 KEY = "TRAILVEC_EXPORT_KEY"
 MANIFEST, REPORT = "manifest.json", "report.html"
 _TYPES = {"user_id": pa.string(), "score": pa.float32(), "rank": pa.int32()}
-_FORMULA = r"^([=+\-@\t\r])"
+_FORMULA = r"^([=+\-@\x{FF1D}\x{FF0B}\x{FF0D}\x{FF20}\t\r\n\x00])"  # the second four: fullwidth = + - @
 
 # ---- ids ------------------------------------------------------------------------------------------------------------
 

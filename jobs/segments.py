@@ -107,10 +107,15 @@ class Segment(Section):
     control_group: str | None = Field(
         None,
         min_length=1,
-        description="segments that name the same group hold back the same users; None: a group of its own",
+        description="segments that name the same group hold back the same users; None: the group named after the "
+        "segment",
     )
 
-    format: Format = "parquet"
+    format: Format = Field(
+        "parquet",
+        description="csv.gz: ids that begin with = + - @ (also fullwidth), a tab, a line break or NUL get a ' in "
+        "front, lest a spreadsheet run them as a formula; parquet leaves them as they are",
+    )
     columns: tuple[Column, ...] = Field((), description="empty: user_id and, if the segment is scored, score and rank")
     user_ids: Literal["hashed", "plain"] = "hashed"
     approved_by: str | None = Field(None, min_length=1, description="who approved plain user ids")

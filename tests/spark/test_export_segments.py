@@ -940,16 +940,17 @@ def test_an_earlier_export_counts_where_it_is_made_again(
 
 
 def test_csv_for_spreadsheets(shop: Runtime, tmp_path: Path) -> None:
-    ids = ["=1+1", "+1", "-1", "@sum", "\tx", "\rx", 'say "hi", you', "line\nbreak", "naïve ☕", "plain", "a=b"]
+    begins = "=+-@\t\r\n\0\uff1d\uff0b\uff0d\uff20"  # the last four: fullwidth
+    ids = [*(f"{first}1+1" for first in begins), 'say "hi", you', "line\nbreak", "naïve ☕", "plain", "a=b"]
     put_users(shop, {user: [1.0, n / 10] for n, user in enumerate(ids)} | {"seed": [1.0, 0.0]})
     (tmp_path / "seeds.txt").write_text("seed\n")
-    more = 'size = 100\nformat = "csv.gz"\nrows_per_file = 6\nuser_ids = "plain"\napproved_by = "a"'
+    more = 'size = 100\nformat = "csv.gz"\nrows_per_file = 9\nuser_ids = "plain"\napproved_by = "a"'
     (tmp_path / "likes.toml").write_text(SEGMENT.replace("size = 4", more))
     shop.execute(STAGE)
     manifest, rows = read(shop)
     assert [part["name"] for part in manifest["files"]] == ["part-00000.csv.gz", "part-00001.csv.gz"]
-    shown = [f"'{user}" if user[0] in "=+-@\t\r" else user for user in ids]
-    assert [row[0] for row in rows] == ["user_id", *shown[:6], "user_id", *shown[6:]]
+    shown = [f"'{user}" if user[0] in begins else user for user in ids]
+    assert [row[0] for row in rows] == ["user_id", *shown[:9], "user_id", *shown[9:]]
     assert float(rows[2][1]) == pytest.approx(1 / np.hypot(1, 0.1), rel=1e-6)
     first = bytes_of(shop.exports)
     shop.execute(STAGE, force=True)
