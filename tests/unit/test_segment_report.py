@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.segment_report import page
+from jobs.segment_report import Share, page
 
 MANIFEST: dict[str, Any] = {
     "segment": {"name": "s", "purpose": "p", "owner": "o"},
@@ -29,6 +29,15 @@ def test_the_curve_falls_from_the_best_score_to_the_last() -> None:
 def test_the_curve_of_equal_scores_is_level() -> None:
     for scores, points in (([2], "60.0,20.0"), ([2, 2], "60.0,20.0 620.0,20.0")):
         assert f'points="{points}"' in page(MANIFEST, np.array(scores, np.float32), [], None)
+
+
+def test_what_people_wrote_is_shown_as_it_is() -> None:
+    odd = {"name": "s", "purpose": "<b>&", "owner": "<i>o"}
+    removed = [{"rule": "suppressed by <u>.txt", "users": 1}]
+    manifest = MANIFEST | {"segment": odd, "counts": MANIFEST["counts"] | {"removed": removed}}
+    text = page(manifest, np.array([], np.float32), [Share("a<s", 1.0, None)], [Share("a&b", 1.0, 0.5)])
+    for shown in ("<p>&lt;b&gt;&amp;. Owner: &lt;i&gt;o.", "by &lt;u&gt;.txt<td", "<td>a&lt;s<td", "<td>a&amp;b<td"):
+        assert shown in text
 
 
 def test_of_many_members_the_curve_has_200_points() -> None:
