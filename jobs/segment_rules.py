@@ -230,7 +230,8 @@ def rules_of(
     seeds: int | None = None
     exported: list[tuple[int, ...]] = []
     if segment.seeds is not None:
-        seeds = lists.mark(f"seeds of {segment.name}", partial(read_users, runtime, segment.seeds, path, lists.folder))
+        name = f"seeds {_named(segment.seeds, path)}"
+        seeds = lists.mark(name, partial(read_users, runtime, segment.seeds, path, lists.folder))
         steps.append(Rule("seed", seeds))
     if segment.consent is not None:
         assert consents is not None
@@ -238,7 +239,7 @@ def rules_of(
         steps.append(Rule(f"no consent to {segment.consent}", mark, required=True))
     suppressing: list[Rule] = []
     for users in segment.suppress:
-        name = f"list {users.sql or (path.parent / str(users.file)).resolve()}"
+        name = f"list {_named(users, path)}"
         mark = lists.mark(name, partial(_read_suppressed, runtime, users, path, lists.folder))
         suppressing.append(Rule(f"suppressed by {users.file or 'a query'}", mark))
     steps += suppressing
@@ -262,6 +263,11 @@ def rules_of(
             exported = [(*of_all, mark) for of_all, mark in zip(exported, own, strict=True)]
             steps.append(Rule(f"exported or held back {limit.exports} times in {limit.days} days", own[-1]))
     return Rules(everyone, tuple(steps), seeds, tuple(suppressing), tuple(exported))
+
+
+def _named(users: UserList, path: Path) -> str:
+    """What tells a list from others, in whichever segment's file it is named."""
+    return users.sql or str((path.parent / str(users.file)).resolve())
 
 
 def _times_exported(log: DataFrame) -> DataFrame:

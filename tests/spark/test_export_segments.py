@@ -28,7 +28,7 @@ from pyarrow.fs import LocalFileSystem
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from jobs import export_segments, segment_members
+from jobs import export_segments, segment_members, segment_rules
 from jobs.config import load_config
 from jobs.errors import TrailvecError
 from jobs.export_segments import STAGE, _published
@@ -39,6 +39,7 @@ from jobs.segment_rules import Combinations, Lists, Marked, Rules, allows, conse
 from jobs.segments import Format, read_segments
 from jobs.spark_session import spark_conf
 from jobs.tables import EXPORTS, ITEMS, SESSIONS, USER_EMBEDDINGS, USER_PROFILES
+from jobs.user_lists import read_users
 from tests.conftest import make_config, put, read_delta
 from tests.spark.test_neighbours import embed, put_users
 
@@ -598,7 +599,10 @@ def test_many_segments_in_one_pass_against_plain_python(
         for n, user in enumerate(names)
     ]
     put(runtime, SESSIONS, spark.createDataFrame(visits, SESSIONS.schema()))
+    reads = Mock(wraps=read_users)
+    monkeypatch.setattr(segment_rules, "read_users", reads)
     report = runtime.execute(STAGE)
+    assert sorted(call.args[1].file for call in reads.call_args_list) == ["seeds.txt", "suppressed.parquet"]
 
     def highest(user: str, anchors: list[list[float]], cosine: bool) -> float:
         a, b = np.array(users[user]), np.array(anchors)
