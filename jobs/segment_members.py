@@ -376,10 +376,12 @@ class Selection:
             work.anchors = (
                 of_items[export.number] if seeds is None else self._seed_anchors(export, seeds, looked_up, one_in)
             )
-        scores = Scorer([self._work[export.number].anchors for export in scored]).approximate(looked_up.vectors)
+        # Of the seeds, of which there may be millions in all, only those in the sample are scored.
+        vectors, marked = looked_up.vectors[looked_up.sampled], looked_up.marked[looked_up.sampled]
+        scores = Scorer([self._work[export.number].anchors for export in scored]).approximate(vectors)
         for export, of_export in zip(scored, scores, strict=True):
             work = self._work[export.number]
-            work.sample = np.sort(of_export[looked_up.sampled & looked_up.marked.allowed(work.rules)])[::-1]
+            work.sample = np.sort(of_export[marked.allowed(work.rules)])[::-1]
 
     def _seeds_and_sample(self, kind: VectorKind, one_in: dict[int, int]) -> LookedUp:
         """Seeds and a sample of everyone; of each mark of seeds one in so many is drawn."""
