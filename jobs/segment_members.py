@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, defaultdict
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property, reduce
@@ -44,7 +45,7 @@ from jobs.segment_rules import (
     rules_of,
 )
 from jobs.segments import Affinity, Frequency, Seeds, Segment, SegmentFile, VectorKind
-from jobs.spark_session import collect_sorted
+from jobs.spark_session import collect_sorted, persisted
 from jobs.sql import ask
 from jobs.tables import EXPORTS, ITEM_EMBEDDINGS, ITEMS, USER_EMBEDDINGS, USER_PROFILES, of_model
 from jobs.user_lists import ids_of
@@ -260,23 +261,27 @@ class Selection:
         runtime = self._runtime
         scored = [export for export in self.pending if export.segment.scored]
         queried = [export for export in self.pending if export.segment.sql is not None]
-        rows = [self._queried_users(export) for export in queried]
-        if queried:
-            runtime.on_progress("the users that queries return")
-            self._count(reduce(DataFrame.unionByName, rows))
-            for export in queried:
-                if not self._work[export.number].initial.total:
-                    runtime.report.notes.append(f"{export.path}: its sql returns no user with a vector {_NO_DATE}")
-        if scored:
-            runtime.on_progress("the seeds and a sample")
-            for vectors in sorted({export.vectors for export in scored}):
-                self._look_up(vectors, [export for export in scored if export.vectors == vectors])
-            for export in scored:
-                self._work[export.number].floor = self._floor(export, self._needed(export))
-            rows.append(self._pass(scored))
-        runtime.on_progress(f"the scores of {len(scored)} segments")
-        if rows:
-            self._keep_allowed(reduce(DataFrame.unionByName, rows))
+        rows: list[DataFrame] = []
+        with ExitStack() as until_kept:
+            if queried:
+                runtime.on_progress("the users that queries return")
+                # Else they would run twice, the second time perhaps on tables that have changed since. Persisted one by
+                # one, because Spark takes a union of unions apart and would not find the inner one.
+                rows += [until_kept.enter_context(persisted(self._queried_users(export))) for export in queried]
+                self._count(reduce(DataFrame.unionByName, rows))
+                for export in queried:
+                    if not self._work[export.number].initial.total:
+                        runtime.report.notes.append(f"{export.path}: its sql returns no user with a vector {_NO_DATE}")
+            if scored:
+                runtime.on_progress("the seeds and a sample")
+                for vectors in sorted({export.vectors for export in scored}):
+                    self._look_up(vectors, [export for export in scored if export.vectors == vectors])
+                for export in scored:
+                    self._work[export.number].floor = self._floor(export, self._needed(export))
+                rows.append(self._pass(scored))
+            runtime.on_progress(f"the scores of {len(scored)} segments")
+            if rows:
+                self._keep_allowed(reduce(DataFrame.unionByName, rows))
         limited = {self._logged_at.get(e.id) for e in self.pending if e.segment.at_most is not None}
         for export in self.exports:
             if export in self.pending:
@@ -295,9 +300,13 @@ class Selection:
 
     def _of_model(self, kind: VectorKind) -> DataFrame:
         """The current model's rows in the table of that kind of vectors."""
-        runtime = self._runtime
-        rows = runtime.read(USER_EMBEDDINGS) if kind == "embedding" else runtime.latest(USER_PROFILES)
+        rows = self._runtime.read(USER_EMBEDDINGS) if kind == "embedding" else self._profiles
         return of_model(rows, self.version)
+
+    @cached_property
+    def _profiles(self) -> DataFrame:
+        """The profiles at one version: the stage doesn't pin the table, which need not exist."""
+        return self._runtime.at(USER_PROFILES, self._runtime.latest_version(USER_PROFILES))
 
     def _first_logged(self) -> dict[str, int]:
         """By export id, when the export was first logged, in microseconds; only exports that ever were.
@@ -463,11 +472,12 @@ class Selection:
         if not exports:
             return {}
         conditions = {export.number: _matches(export.segment.affinity) for export in exports if export.segment.affinity}
-        for table in (ITEMS, ITEM_EMBEDDINGS):
-            self._runtime.latest_version(table)  # if missing, the error says which stage writes it
-        items = of_model(self._runtime.latest(ITEM_EMBEDDINGS), self.version)
-        attributes = self._runtime.latest(ITEMS).select("item_id", "vertical", "category", "event_count")
-        described = items.join(attributes, "item_id", "left")
+        # At one version each, as they are read twice. If one is missing, the error says which stage writes it.
+        items, vectors_of = (
+            self._runtime.at(table, self._runtime.latest_version(table)) for table in (ITEMS, ITEM_EMBEDDINGS)
+        )
+        attributes = items.select("item_id", "vertical", "category", "event_count")
+        described = of_model(vectors_of, self.version).join(attributes, "item_id", "left")
         flags = [F.coalesce(condition, F.lit(False)).alias(f"of_{number}") for number, condition in conditions.items()]
         rows = described.select("item_id", "vector", F.coalesce("event_count", F.lit(0)).alias("events"), *flags)
         counts = rows.agg(*[F.count_if(f"of_{number}").alias(str(number)) for number in conditions]).collect()[0]

@@ -674,7 +674,9 @@ def test_many_segments_in_one_pass_against_plain_python(
     assert [row["user_id"] for row in read(runtime, "both")[1]] == both
 
 
-def test_profiles_say_who_is_alike_where_the_model_has_some(shop: Runtime, spark: SparkSession, tmp_path: Path) -> None:
+def test_profiles_say_who_is_alike_where_the_model_has_some(
+    shop: Runtime, spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     notes: list[str] = []
 
     def exported(vectors: str = "") -> tuple[str, list[str]]:
@@ -709,7 +711,15 @@ def test_profiles_say_who_is_alike_where_the_model_has_some(shop: Runtime, spark
     fill_profiles("m1")
     with (tmp_path / "seeds.txt").open("a", encoding="utf-8") as seeds:
         seeds.write("ada\n")
-    assert exported() == ("profile", ["far", "eve", "cat", "dan"])
+    scores = segment_members.Selection._pass
+
+    def of_a_changed_table(*given: Any) -> Any:
+        DeltaTable(shop.path(USER_PROFILES)).delete("user_id = 'far'")
+        return scores(*given)
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(segment_members.Selection, "_pass", of_a_changed_table)
+        assert exported() == ("profile", ["far", "eve", "cat", "dan"])
     (note,) = notes
     assert note.startswith(f"2 of {len(USERS)} users have no row in user_profiles (new since profile_users last ran), ")
     assert "run `trailvec profile_users --set model.version=m1`" in note
@@ -816,14 +826,26 @@ def test_how_often_a_user_is_exported(shop: Runtime, tmp_path: Path, monkeypatch
             "a": 'control_share = 0.3\ncontrol_group = "n"\n' + texts["a"],
             "b": limit + texts["b"],
             "c": limit + texts["c"],
+            "amy": 'size = 1\nexclude = ["a"]\naffinity = { items = ["i1"] }\n',
         },
     )
-    settings = [f"export.segments={json.dumps(paths)}", "storage.database=segments"]
-    runtime = Runtime(load_config(None, [f'storage.root="{shop.root}"', *settings]), shop.spark)
+    settings = [f'storage.root="{shop.root}"', "storage.database=segments"]
+    count, embeddings = segment_members.Selection._count, DeltaTable(shop.path(USER_EMBEDDINGS))
+
+    def counting(*given: Any) -> None:
+        count(*given)
+        embeddings.delete("user_id = 'cat'")
+
     got: list[tuple[str, int]] = []  # (user, day) of each export
     for day in (1, 2, 4):
         now = datetime(2024, 3, day, 23, tzinfo=timezone.utc)
         monkeypatch.setattr(export_segments, "_now", lambda now=now: now)
+        of_day = paths[:3]
+        if day == 4:  # another program changes the table between the two uses of what the queries return
+            of_day = paths
+            monkeypatch.setattr(segment_members.Selection, "_count", counting)
+            got.append(("amy", day))
+        runtime = Runtime(load_config(None, [*settings, f"export.segments={json.dumps(of_day)}"]), shop.spark)
         runtime.execute(STAGE)
         for name, users in asked.items():
             if name == "a":  # it has no limit per days: after the first day it is up to date
