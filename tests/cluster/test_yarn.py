@@ -123,7 +123,7 @@ class Submit:
     """scripts/submit_yarn.sh for one cluster, one environment and one configuration."""
 
     cluster: Cluster
-    environment: Path | str
+    environment: str
     conf: Path
 
     @contextmanager
@@ -184,14 +184,17 @@ def expected(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> P
 def submit(
     cluster: Cluster, environment: Path, spark: SparkSession, tmp_path_factory: pytest.TempPathFactory
 ) -> Submit:
-    """With the log on HDFS, which this JVM reads and writes too."""
+    """With the log on HDFS, which this JVM reads and writes too, and the Python, which the nodes keep from job to job
+    (unpacking it takes each half a minute)."""
     for day in DATA.glob("*.csv"):
         (HadoopPath(cluster.root) / "logs" / day.name).put(day)
+    shipped = HadoopPath(cluster.root) / "environments" / environment.name
+    shipped.put(environment)
     folder = tmp_path_factory.mktemp("conf")
     shutil.copytree(REPOSITORY / "conf", folder, dirs_exist_ok=True)
     text = CONF.format(jars=SPARK_JARS)
     (folder / "test.toml").write_text(text)
-    return Submit(cluster, environment, folder / "test.toml")
+    return Submit(cluster, str(shipped), folder / "test.toml")
 
 
 @pytest.fixture(scope="module")
