@@ -31,6 +31,7 @@ from jobs.raw_records import (
     FILE,
     LINE,
     REST,
+    before_nul,
     is_id_type,
     is_nested_type,
     named_column,
@@ -116,12 +117,10 @@ def to_events(
     events = numbered.withColumns({"reason": _reason(numbered, settings, now, has_zone), "source": F.lit(source)})
     as_json = F.to_json("record", JSON_MICROSECONDS)
     # An event's texts are valid already. A broken row's user may be a fragment of anything, and no erasure lists
-    # {"id": 4711} or 4711.0: NULL makes it search the raw record instead. Nor does one list an id that a fixed-width
-    # export has padded with NULs.
+    # {"id": 4711} or 4711.0: NULL makes it search the raw record instead.
     user_id = F.when(F.col("reason").isNull(), F.col("user_id"))
     says_who = (F.col("reason") != BROKEN_ROW) & ~F.col("is_no_user")
-    without_nuls = F.translate(valid_text(F.col("user_id")), "\0", "")
-    user_id = user_id.when(says_who, text_of(stripped(without_nuls))).alias("user_id")
+    user_id = user_id.when(says_who, text_of(stripped(before_nul(valid_text(F.col("user_id")))))).alias("user_id")
     return events.select(
         *[user_id if c.name == "user_id" else c.name for c in EVENTS.columns],
         "reason",

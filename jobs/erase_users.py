@@ -182,12 +182,18 @@ def read_ids(runtime: Runtime, file: str | None, sql: str | None) -> list[str]:
     # A folder per list, so that a concurrent request does not remove another one's copy.
     of_list = hashlib.sha256(str(place).encode()).hexdigest()[:12]
     with TemporaryDirectory() as fetched, copies(runtime.staging(f"erasures-{of_list}")) as folder:
+        local = place
         if isinstance(place, HadoopPath):
-            there, place = place, Path(fetched) / place.name
-            there.get(place)
-        users = read_users(runtime, UserList(file=str(place) if place else None, sql=sql), Path("erase_users"), folder)
-        rows = [row["user_id"] for row in users.distinct().collect()] if isinstance(users, DataFrame) else list(users)
-    return sorted(set(rows))
+            local = Path(fetched) / place.name
+            place.get(local)
+        of_users = UserList(file=str(local) if local else None, sql=sql)
+        try:
+            users = read_users(runtime, of_users, Path("erase_users"), folder)
+            if isinstance(users, DataFrame):
+                users = (row["user_id"] for row in users.distinct().collect())
+            return sorted(set(users))
+        except TrailvecError as error:
+            raise TrailvecError(str(error).replace(str(local), str(place))) from None
 
 
 def _frame(runtime: Runtime, ids: Sequence[str]) -> DataFrame:

@@ -38,8 +38,12 @@ _SPARK_MESSAGES = (
         "{0} can't be used beside Spark's own aggregates in one SELECT: put it in its own SELECT and join the two",
     ),
     (
-        r"\[PATH_NOT_FOUND\] Path does not exist: ([^\n]+?)\.?(?:\n|$)",
+        r"\[PATH_NOT_FOUND\] Path does not exist: ([^\n]+?)\.?(?: SQLSTATE: \w+)?(?:\n|$)",
         "{0} does not exist: correct the path in the query or mapping",
+    ),
+    (
+        r'No FileSystem for scheme "?(\w+)',
+        "Hadoop knows no {0}:// here: correct the path (on S3 it begins with s3a://)",
     ),
     (
         r"URISyntaxException: Relative path in absolute URI: \.?([^\n]+?)(?:\.crc)?(?:\n|$)",
@@ -92,13 +96,13 @@ _SPARK_MESSAGES = (
     ),
     (
         r"ConnectException: Call From \S+ to (\S+)[^\n]*",
-        "{0} does not answer: start it, or correct the host and port in storage.root, ingest.data_dir or "
-        "HADOOP_CONF_DIR",
+        "{0} does not answer: start it, or correct the host and port in storage.root, ingest.data_dir, the path given "
+        "or HADOOP_CONF_DIR",
     ),
     (
         r"UnknownStoreException: `?(s3a://[^/'`]+)",
-        "{0} is not a bucket of this store: create it, or correct storage.root, ingest.data_dir or the store's "
-        "endpoint",
+        "{0} is not a bucket of this store: create it, or correct storage.root, ingest.data_dir, the path given or the "
+        "store's endpoint",
     ),
     (
         r"NoAuthWithAWSException|No AWS Credentials provided",

@@ -221,11 +221,13 @@ class Lake:
         found, wanted = self.latest(table).schema, table.schema()
         has, needs = ([(f.name, f.dataType) for f in schema] for schema in (found, wanted))
         if has != needs:
-            is_of_a_newer_version = len(has) > len(needs) and all(column in has for column in needs)
             if table.name not in ONLY_HERE:
                 what = f"move that folder away and run `trailvec {table.stage}` again"
-            elif is_of_a_newer_version:
-                what = f"deploy the version that wrote it, or a later one ({_NEVER_MOVED})"
+            elif not all(column in needs for column in has):  # a later version's, most likely
+                what = (
+                    "deploy the version that wrote it, or a later one; if none has these columns, give it those in "
+                    f"docs/tables.md by ALTER TABLE ({_NEVER_MOVED})"
+                )
             elif table.stage == "ingest":
                 what = "rebuild the events as in Backfill in docs/operations.md"
             else:

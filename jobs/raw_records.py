@@ -594,6 +594,11 @@ def stripped(text: Column) -> Column:
     return F.call_function("rtrim", F.lit(BLANKS), without_start)
 
 
+def before_nul(text: Column) -> Column:
+    """The text before its first NUL, as C reads it: some exports pad ids with NULs, or leave old bytes behind one."""
+    return F.substring_index(text, "\0", 1)
+
+
 def text_of(value: Column) -> Column:
     """The value as text; NULL if blank."""
     text = value.cast("string")

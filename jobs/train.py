@@ -78,22 +78,23 @@ def model_spec(config: Config, items: int, context_values: DataFrame) -> ModelSp
     )
 
 
-def event_types_to_predict(types: list[str], context_values: DataFrame) -> list[int] | None:
+def event_types_to_predict(config: Config, items: DataFrame, context_values: DataFrame) -> list[int] | None:
     """The numbers of `sequences.target_event_types`; None: all types.
 
     Raises:
-        TrailvecError: no event is of these types.
+        TrailvecError: no item that a model would know has an event of these types in training.
     """
+    types = config.sequences.target_event_types
     if not types:
         return None
-    of_types = context_values.where((F.col("kind") == "event_type") & F.col("value").isin(types))
-    numbers = sorted(row["value_index"] for row in of_types.collect())
-    if not numbers:
+    known = F.col("train_count") >= config.vocabulary.min_count
+    if items.where(known & (F.col("target_count") > 0)).isEmpty():
         raise TrailvecError(
-            f"there is nothing to predict: no event is of sequences.target_event_types = {json.dumps(types)}: correct "
-            f"this setting"
+            f"there is nothing to predict: no item that a model would know has an event of "
+            f"sequences.target_event_types = {json.dumps(types)} in the training window: correct this setting"
         )
-    return numbers
+    of_types = context_values.where((F.col("kind") == "event_type") & F.col("value").isin(types))
+    return sorted(row["value_index"] for row in of_types.collect())
 
 
 def snapshot_files(table: str, version: int, split: str) -> list[str]:
@@ -141,7 +142,10 @@ def base_of(runtime: Runtime) -> str | None:
     """
     if not runtime.config.train.warm_start or not (runtime.models / "current.json").exists():
         return None
-    missing = "set train.warm_start = false to train from scratch, or model.version to one of them to continue from it"
+    missing = (
+        "set train.warm_start = false to train from scratch, or name one of them to continue from, for this command "
+    )
+    missing += "alone: --set model.version=..."
     about = read_about(model_folder(runtime, instead=missing))
     provenance = about["provenance"]
     same = (
@@ -341,9 +345,7 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
         model=model,
         train_files=files["train"],
         train_rows=rows,
-        target_event_types=event_types_to_predict(
-            runtime.config.sequences.target_event_types, runtime.read(CONTEXT_VALUES)
-        ),
+        target_event_types=event_types_to_predict(runtime.config, runtime.read(ITEMS), runtime.read(CONTEXT_VALUES)),
         valid_files=files["valid"],
         new_only=runtime.config.sequences.seen_days == 0,
         item_counts=str(staging / "item_counts.npy"),
@@ -365,12 +367,12 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
 
 def _refuse_rows_of_another_vocabulary(runtime: Runtime) -> None:
     """Raises TrailvecError if sequences was made with a smaller or another vocabulary, or with another cut than it, or
-    by another `split_by` than the one that the model's provenance will say."""
+    by another `split_by` or other `target_event_types` than those that the model's provenance will say."""
     provenance, min_count = runtime.last_writer(SEQUENCES), runtime.config.vocabulary.min_count
-    if not provenance:
+    if not provenance or runtime.went_back:  # the rows of that version were checked when its training began
         return
     rows = provenance["config"]["sequences"]
-    if other := other_setting(rows, runtime.config.sequences.model_dump(), "split_by"):
+    if other := other_setting(rows, runtime.config.sequences.model_dump(), "split_by", "target_event_types"):
         raise TrailvecError(
             f"table sequences was made with {other} as configured: run `trailvec build_vocabulary` and "
             f"`trailvec build_sequences` first, or set it back"

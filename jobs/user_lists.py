@@ -30,6 +30,7 @@ from jobs.raw_records import (
     FILE,
     LINE,
     as_patterns,
+    before_nul,
     by_partition_columns,
     data_files,
     files_below,
@@ -132,7 +133,7 @@ def ids_of(rows: DataFrame, where: str, name: str = "user_id") -> DataFrame:
 
 
 def as_ids(rows: DataFrame, where: str, name: str = "user_id") -> Column:
-    """The column `name` as text, stripped of blanks as the ids of events are.
+    """The column `name` as text before any NUL (which no event's id holds), stripped of blanks as those are.
 
     Raises:
         TrailvecError: there are several such columns, or its type is neither text nor integer. (pandas turns integers
@@ -143,13 +144,13 @@ def as_ids(rows: DataFrame, where: str, name: str = "user_id") -> Column:
     kind = rows.schema[name].dataType.simpleString()
     if kind not in TEXT_OR_WHOLE:
         raise TrailvecError(f"{where} has a column {name} of type {kind}: write the ids as text")
-    return stripped(F.col(name).cast("string")).alias(name)
+    return stripped(before_nul(F.col(name).cast("string"))).alias(name)
 
 
 def _read_lines(file: Path) -> Iterator[str]:
     try:
         with file.open(encoding="utf-8-sig") as lines:
-            texts = (line.lstrip(f"{BLANKS}\ufeff").rstrip(BLANKS) for line in lines)
+            texts = (line.partition("\0")[0].lstrip(f"{BLANKS}\ufeff").rstrip(BLANKS) for line in lines)
             ids = ((number, text) for number, text in enumerate(texts, 1) if text)
             first = next(ids, (1, ""))
             fields = re.split(r"[,;|\t]", first[1].replace('"', ""))

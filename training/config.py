@@ -115,7 +115,9 @@ class TrainSettings(Network):
         "event_id",
     )
     horizon: int = Field(
-        64, ge=1, description="for later_share: the target is any of this many actions after the session's end"
+        64,
+        ge=1,
+        description="for later_share: the target is any of this many actions to predict after the session's end",
     )
     batch_size: int = Field(64, ge=1, description="rows per batch, in each process")
     local_steps: int = Field(

@@ -327,7 +327,8 @@ def _train_epoch(run: _Run, epoch: int) -> None:
         if not math.isfinite(step["loss"]):
             raise TrailvecError(f"the loss is {step['loss']} in epoch {epoch}: lower train.learning_rate")
         progress.rows_done += step["rows"]
-        _optimizer_step(run, step["positions"])
+        if step["positions"]:  # else Horovod would give zeros as gradients, by which Adam moves on
+            _optimizer_step(run, step["positions"])
 
         run.mine += sums
         progress.step += 1
@@ -348,7 +349,7 @@ def _optimizer_step(run: _Run, positions: float) -> None:
     if run.items:
         rows, of_rows = dist.sum_rows(*run.items.take_gradient(), run.spec.model.items, settings.fp16_gradients)
         gradients.append(of_rows)
-    scale_gradients(gradients, _scale(settings) / max(positions, 1), settings.clip_norm)
+    scale_gradients(gradients, _scale(settings) / positions, settings.clip_norm)
     for group in run.optimizer.param_groups:
         group["lr"] = run.learning_rate
     with run.optimizer.skip_synchronize():
@@ -386,9 +387,10 @@ def _close_epoch(run: _Run, epoch: int) -> None:
     spec, progress, rank, size = run.spec, run.progress, dist.rank(), dist.size()
     started = time.monotonic()
     if not progress.curve:  # the same on all ranks
+        remedy = "" if spec.target_event_types is None else " or correct sequences.target_event_types"
         raise TrailvecError(
             "no row in the train split of table sequences has a target that the model knows, so there is nothing to "
-            "learn: lower vocabulary.min_count"
+            f"learn: lower vocabulary.min_count{remedy}"
         )
     _refuse_broken(run.model, epoch)
     scores: dict[str, Any] = {}

@@ -389,7 +389,7 @@ def test_texts_that_no_utf8_holds_stop_nothing(
         b'"other": "erika", "note": "cut \\ud83d"',
         b'"note": "caf\xe9"',
         b'"note": "cut \\ud83d"',
-        b'"user": "erika \\u0000\\u0000"',
+        b'"user": "erika \\u0000old"',
     )
     users = pa.Array.from_buffers(
         pa.string(), 2, [None, pa.array([0, 4, 9], pa.int32()).buffers()[1], pa.py_buffer(b"caf\xe9erika")]
@@ -419,7 +419,7 @@ def test_texts_that_no_utf8_holds_stop_nothing(
         "'shop' source", "'f' file", "string(user_id)", "'old' reason", "string(raw)", "current_date() refused_on"
     )
     add(runtime, REJECTED_EVENTS, rows)
-    (tmp_path / "ids.txt").write_text("erika\n")
+    (tmp_path / "ids.txt").write_text("erika\0\0\n")
     erase(runtime, str(tmp_path / "ids.txt"), requested_by="desk")
     left = sorted([*kept, ("old", ""), ("old", "caf\ufffd")])
     assert refused() == left
@@ -469,6 +469,9 @@ def test_lists_are_read_from_any_store_and_keep_their_copies(
         assert read_ids(runtime, f"file://{tmp_path}/{name}", None) == [user]
     with pytest.raises(TrailvecError, match=r"the list file:.*/none\.txt does not exist: correct the path"):
         read_ids(runtime, f"file://{tmp_path}/none.txt", None)
+    (tmp_path / "bob.csv").write_text("name\nbob\n")
+    with pytest.raises(TrailvecError, match=rf"the list file:.*{tmp_path}/bob\.csv has no column user_id"):
+        read_ids(runtime, f"file://{tmp_path}/bob.csv", None)
     assert not list((tmp_path / "lake").iterdir())
 
 

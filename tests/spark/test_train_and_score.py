@@ -163,11 +163,19 @@ def test_ranks_read_the_snapshots_active_files_each_row_once(trained: Runtime) -
 
 
 def test_the_event_types_to_predict_have_the_numbers_of_the_vocabulary(trained: Runtime) -> None:
-    values = trained.latest(CONTEXT_VALUES)
-    assert train.event_types_to_predict([], values) is None
-    assert train.event_types_to_predict(["event_type3", "vertical2", "nope"], values) == [3]
-    with pytest.raises(TrailvecError, match=r"no event is of sequences\.target_event_types = \[\"nope\"\]: correct"):
-        train.event_types_to_predict(["nope"], values)
+    def numbers(types: list[str], target_count: int) -> list[int] | None:
+        config = make_config(trained.root, *SETTINGS, f"sequences.target_event_types={json.dumps(types)}")
+        items = trained.latest(ITEMS).withColumn(
+            "target_count", F.when(F.col("train_count") < 3, 9).otherwise(target_count)
+        )
+        return train.event_types_to_predict(config, items, trained.latest(CONTEXT_VALUES))
+
+    assert numbers([], 0) is None
+    assert numbers(["event_type3", "vertical2", "nope"], 1) == [3]
+    with pytest.raises(
+        TrailvecError, match=r"nothing to predict: no item .* types = \[\"nope\"\] in the training window"
+    ):
+        numbers(["nope"], 0)
 
 
 def test_model_json_says_what_made_it(trained: Runtime) -> None:

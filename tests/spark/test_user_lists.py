@@ -69,7 +69,7 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
         read_users(runtime, UserList(file="none.parquet"), tmp_path / "likes.toml", tmp_path)
     (tmp_path / "none.parquet/b.parquet").unlink()
     (tmp_path / "none.parquet/eu").mkdir()
-    pd.DataFrame({"user_id": ["bob\t"]}).to_parquet(tmp_path / "none.parquet/eu/b.parquet")
+    pd.DataFrame({"user_id": ["bob\t\0\0"]}).to_parquet(tmp_path / "none.parquet/eu/b.parquet")
     found = read_users(runtime, UserList(file="none.parquet"), tmp_path / "likes.toml", tmp_path).collect()  # type: ignore[union-attr]
     assert {row["user_id"] for row in found} == {"ann", "bob"}
     pd.DataFrame({"userid": ["cyd"]}).to_parquet(tmp_path / "none.parquet/c.parquet")  # it would read as NULL user_ids

@@ -42,6 +42,14 @@ _ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
             "file:/data/my logs/x.parquet does not exist: correct the path in the query or mapping",
         ),
         (
+            "[PATH_NOT_FOUND] Path does not exist: dbfs:/Volumes/a/b/*.json. SQLSTATE: 42K03\nFile <command-1>",
+            "dbfs:/Volumes/a/b/*.json does not exist: correct the path in the query or mapping",
+        ),
+        (
+            'org.apache.hadoop.fs.UnsupportedFileSystemException: No FileSystem for scheme "s3"',
+            "Hadoop knows no s3:// here: correct the path (on S3 it begins with s3a://)",
+        ),
+        (
             "java.nio.file.AccessDeniedException: s3a://b/my logs/x.csv: getFileStatus on s3a://b/my logs/x.csv: 403",
             "s3a://b/my logs/x.csv: the store refuses the keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or this "
             "operation with them: correct the keys, or grant the permission (docs/operations.md)",
@@ -86,8 +94,8 @@ _ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
         (
             "java.net.ConnectException: Call From here/10.0.0.7 to master:8020 failed on connection exception: "
             "java.net.ConnectException: Connection refused; For more details see:  wiki",
-            "master:8020 does not answer: start it, or correct the host and port in storage.root, ingest.data_dir "
-            "or HADOOP_CONF_DIR",
+            "master:8020 does not answer: start it, or correct the host and port in storage.root, ingest.data_dir, "
+            "the path given or HADOOP_CONF_DIR",
         ),
         *(
             (
