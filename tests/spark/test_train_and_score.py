@@ -173,7 +173,7 @@ def test_the_event_types_to_predict_have_the_numbers_of_the_vocabulary(trained: 
     assert numbers([], 0) is None
     assert numbers(["event_type3", "vertical2", "nope"], 1) == [3]
     with pytest.raises(
-        TrailvecError, match=r"nothing to predict: no item .* types = \[\"nope\"\] in the training window"
+        TrailvecError, match=r"nothing to predict: no item .*types = \[\"nope\"\] in the training window"
     ):
         numbers(["nope"], 0)
 
