@@ -31,13 +31,13 @@ from jobs.raw_records import (
     FILE,
     LINE,
     REST,
-    before_nul,
     is_id_type,
     is_nested_type,
     named_column,
     stripped,
     text_of,
     valid_text,
+    without_padding,
 )
 from jobs.sources import Given, IdValue, Input, TimeValue, Value
 from jobs.spark_session import JSON_MICROSECONDS
@@ -117,10 +117,11 @@ def to_events(
     events = numbered.withColumns({"reason": _reason(numbered, settings, now, has_zone), "source": F.lit(source)})
     as_json = F.to_json("record", JSON_MICROSECONDS)
     # An event's texts are valid already. A broken row's user may be a fragment of anything, and no erasure lists
-    # {"id": 4711} or 4711.0: NULL makes it search the raw record instead.
+    # {"id": 4711}, 4711.0 or an id with a NUL inside: NULL makes it search the raw record instead.
     user_id = F.when(F.col("reason").isNull(), F.col("user_id"))
     says_who = (F.col("reason") != BROKEN_ROW) & ~F.col("is_no_user")
-    user_id = user_id.when(says_who, text_of(stripped(before_nul(valid_text(F.col("user_id")))))).alias("user_id")
+    named = text_of(stripped(without_padding(valid_text(F.col("user_id")))))
+    user_id = user_id.when(says_who & ~named.contains("\0"), named).alias("user_id")
     return events.select(
         *[user_id if c.name == "user_id" else c.name for c in EVENTS.columns],
         "reason",

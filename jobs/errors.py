@@ -43,7 +43,7 @@ _SPARK_MESSAGES = (
     ),
     (
         r'No FileSystem for scheme "?(\w+)',
-        "Hadoop knows no {0}:// here: correct the path (on S3 it begins with s3a://)",
+        "Hadoop knows no {0}:// here: correct the path (on S3 it begins with s3a://), or add that store's jars",
     ),
     (
         r"URISyntaxException: Relative path in absolute URI: \.?([^\n]+?)(?:\.crc)?(?:\n|$)",

@@ -225,8 +225,8 @@ class Lake:
                 what = f"move that folder away and run `trailvec {table.stage}` again"
             elif not all(column in needs for column in has):  # a later version's, most likely
                 what = (
-                    "deploy the version that wrote it, or a later one; if none has these columns, give it those in "
-                    f"docs/tables.md by ALTER TABLE ({_NEVER_MOVED})"
+                    "deploy the version that wrote it, or a later one, or do what its CHANGELOG says of this table "
+                    f"({_NEVER_MOVED})"
                 )
             elif table.stage == "ingest":
                 what = "rebuild the events as in Backfill in docs/operations.md"

@@ -594,9 +594,9 @@ def stripped(text: Column) -> Column:
     return F.call_function("rtrim", F.lit(BLANKS), without_start)
 
 
-def before_nul(text: Column) -> Column:
-    """The text before its first NUL, as C reads it: some exports pad ids with NULs, or leave old bytes behind one."""
-    return F.substring_index(text, "\0", 1)
+def without_padding(text: Column) -> Column:
+    """The text without the NULs behind it: fixed-width exports pad ids with them."""
+    return F.call_function("rtrim", F.lit("\0"), text)
 
 
 def text_of(value: Column) -> Column:

@@ -30,13 +30,13 @@ from jobs.raw_records import (
     FILE,
     LINE,
     as_patterns,
-    before_nul,
     by_partition_columns,
     data_files,
     files_below,
     read_csv_table,
     stripped,
     valid_text,
+    without_padding,
 )
 from jobs.runtime import Runtime
 from jobs.sql import ask
@@ -107,7 +107,7 @@ def read_items(runtime: Runtime, file: Path, folder: Place) -> DataFrame:
     lines = runtime.spark.read.text(as_patterns([_to_tasks(file, folder)]))
     if not lines.where(_is_other_text("value")).isEmpty():
         raise _other_text(file)
-    ids = lines.select(stripped(F.col("value")).alias("item_id"))
+    ids = lines.select(stripped(without_padding(F.col("value"))).alias("item_id"))
     if not ids.where(F.col("item_id").rlike(f"^(?:{_OF_CSV.pattern})$")).isEmpty():
         raise _no_bare_id(f"a line of the list {file}")
     return ids.where("item_id NOT IN ('', 'item_id')")
@@ -133,7 +133,7 @@ def ids_of(rows: DataFrame, where: str, name: str = "user_id") -> DataFrame:
 
 
 def as_ids(rows: DataFrame, where: str, name: str = "user_id") -> Column:
-    """The column `name` as text before any NUL (which no event's id holds), stripped of blanks as those are.
+    """The column `name` as text without NULs behind it, stripped of blanks as the ids of events are.
 
     Raises:
         TrailvecError: there are several such columns, or its type is neither text nor integer. (pandas turns integers
@@ -144,13 +144,13 @@ def as_ids(rows: DataFrame, where: str, name: str = "user_id") -> Column:
     kind = rows.schema[name].dataType.simpleString()
     if kind not in TEXT_OR_WHOLE:
         raise TrailvecError(f"{where} has a column {name} of type {kind}: write the ids as text")
-    return stripped(before_nul(F.col(name).cast("string"))).alias(name)
+    return stripped(without_padding(F.col(name).cast("string"))).alias(name)
 
 
 def _read_lines(file: Path) -> Iterator[str]:
     try:
         with file.open(encoding="utf-8-sig") as lines:
-            texts = (line.partition("\0")[0].lstrip(f"{BLANKS}\ufeff").rstrip(BLANKS) for line in lines)
+            texts = (line.rstrip("\n").rstrip("\0").lstrip(f"{BLANKS}\ufeff").rstrip(BLANKS) for line in lines)
             ids = ((number, text) for number, text in enumerate(texts, 1) if text)
             first = next(ids, (1, ""))
             fields = re.split(r"[,;|\t]", first[1].replace('"', ""))
@@ -160,6 +160,8 @@ def _read_lines(file: Path) -> Iterator[str]:
                     "one id per line: name it .csv, with commas between the columns, or remove the other columns"
                 )
             for number, text in ids if fields in ([""], ["user_id"]) else chain([first], ids):
+                if "\0" in text:  # UTF-16 without a mark; what lies before the NUL may be somebody else's id
+                    raise _other_text(file)
                 if _OF_CSV.fullmatch(text):  # would match nobody either
                     raise _no_bare_id(f"line {number} of the list {file}")
                 yield text
@@ -239,7 +241,9 @@ def _check_alike(file: Path, parts: Sequence[Path]) -> None:
 
 
 def _is_other_text(name: str) -> Column:
-    return valid_text(F.col(name)).contains("\ufffd")  # in place of invalid UTF-8
+    """Whether it holds invalid UTF-8 (which U+FFFD replaces), or a NUL other than as padding, as UTF-16 does."""
+    text = valid_text(F.col(name))
+    return text.contains("\ufffd") | without_padding(text).contains("\0")
 
 
 def _other_text(file: Path) -> TrailvecError:

@@ -497,8 +497,6 @@ def knows_bfloat16(device: torch.device) -> bool:
 
 def scale_gradients(gradients: list[torch.Tensor], factor: float, largest: float) -> None:
     """Multiplies the gradients by `factor`, then clips their global norm to `largest`. In place."""
-    if not gradients:  # no row of the step had a target
-        return
     norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
     norm = factor * float(torch.linalg.vector_norm(norms))
     for gradient in gradients:

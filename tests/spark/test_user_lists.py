@@ -113,6 +113,7 @@ def test_of_two_columns_of_ids_neither_is_taken() -> None:
         ("'4711'\n", 1),
         ("ann\n4711,\n", 2),
         ("user_id\n4711 ; \n", 2),
+        ("ann\0\0\nbob \0\n", ["ann", "bob"]),
     ],
 )
 def test_ids_in_a_text(tmp_path: Path, text: str, ids: list[str] | int) -> None:
@@ -124,6 +125,15 @@ def test_ids_in_a_text(tmp_path: Path, text: str, ids: list[str] | int) -> None:
     else:
         with pytest.raises(TrailvecError, match=rf"line {ids} of the list .*gone\.txt is quoted or ends in a"):
             list(users)
+
+
+@pytest.mark.parametrize("coding", ["utf-16-le", "utf-16-be", "utf-16"])
+def test_another_coding_names_nobody_else(tmp_path: Path, coding: str) -> None:
+    """Without a mark, UTF-16 is valid UTF-8, with a NUL beside each letter: 4711 must not become 4."""
+    (tmp_path / "gone.txt").write_text("4711\n4\n", encoding=coding)
+    runtime: Any = None  # Spark is not asked
+    with pytest.raises(TrailvecError, match=r"the list .*gone\.txt is not UTF-8 text.*: save it as UTF-8"):
+        list(read_users(runtime, UserList(file="gone.txt"), tmp_path / "likes.toml", tmp_path))
 
 
 @pytest.mark.parametrize("name", ["gone.csv", "gone[1].parquet"])  # a name, not a glob

@@ -47,7 +47,7 @@ _ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
         ),
         (
             'org.apache.hadoop.fs.UnsupportedFileSystemException: No FileSystem for scheme "s3"',
-            "Hadoop knows no s3:// here: correct the path (on S3 it begins with s3a://)",
+            "Hadoop knows no s3:// here: correct the path (on S3 it begins with s3a://), or add that store's jars",
         ),
         (
             "java.nio.file.AccessDeniedException: s3a://b/my logs/x.csv: getFileStatus on s3a://b/my logs/x.csv: 403",

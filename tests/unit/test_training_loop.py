@@ -26,7 +26,15 @@ from jobs.errors import TrailvecError, explain
 from jobs.launch_training import _stopped, last_words, launch, launch_in_spark, parse_event
 from jobs.runtime import Runtime, digest
 from jobs.tables import SEQUENCES
-from jobs.train import STAGE, base_of, check_growth, epochs, run, run_spec
+from jobs.train import (
+    STAGE,
+    _refuse_rows_of_another_vocabulary,
+    base_of,
+    check_growth,
+    epochs,
+    run,
+    run_spec,
+)
 from tests.conftest import make_config
 from tests.sequence_files import ITEMS, MAX_LENGTH, SPEC, item_counts, make_rows, make_run, next_items, write_valid
 from training import dist
@@ -293,6 +301,8 @@ def test_rows_with_the_numbers_of_other_tables_are_refused(tmp_path: Path, monke
     monkeypatch.setattr(runtime, "last_writer", lambda table: made)
     with pytest.raises(TrailvecError, match=r"made with sequences\.target_event_types = \[\], not \['ride'\] as"):
         run_spec(runtime, "m", tmp_path, None)
+    runtime.went_back = True  # to the rows of a killed training, which were checked when it began
+    _refuse_rows_of_another_vocabulary(runtime)
 
 
 def test_a_model_that_has_learnt_what_will_be_asked_is_not_grown_from() -> None:
