@@ -288,8 +288,7 @@ def _is_no_id(origin: Column, kind: T.DataType, is_json: bool) -> Column:
     """True if the value has a type that no id has: 17850.0 may be 17850 in an earlier file, and nobody would notice."""
     if is_json:
         return F.coalesce(F.ltrim(origin.cast("string")).rlike(r"^[\[{]"), F.lit(False))  # an object or a list
-    is_id = is_id_type(kind) or isinstance(kind, T.BinaryType)  # bytes are read as UTF-8, as whole columns of ids are
-    return F.lit(not is_id) & origin.isNotNull()
+    return F.lit(not is_id_type(kind)) & origin.isNotNull()
 
 
 def _is_nested(origin: Column, kind: T.DataType, is_json: bool) -> Column:

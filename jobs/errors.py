@@ -38,7 +38,7 @@ _SPARK_MESSAGES = (
         "{0} can't be used beside Spark's own aggregates in one SELECT: put it in its own SELECT and join the two",
     ),
     (
-        r"\[PATH_NOT_FOUND\] Path does not exist: ([^\n]+?)\.?(?: SQLSTATE: \w+)?(?:\n|$)",
+        r"\[PATH_NOT_FOUND\] Path does not exist: ([^\n]+?)\.?(?:\n|$)",
         "{0} does not exist: correct the path in the query or mapping",
     ),
     (
@@ -218,7 +218,7 @@ def one_sentence(error: BaseException) -> str:
 
 def explain(error: BaseException) -> str | None:
     """The one-sentence form of a known Spark or JVM error; None if it is not known."""
-    text = str(error)
+    text = re.sub(r" SQLSTATE: \w+", "", str(error))  # Databricks appends it to Spark's messages
     for pattern, sentence in _SPARK_MESSAGES:
         if found := re.search(pattern, text, re.DOTALL):
             return sentence.format(*found.groups())

@@ -552,9 +552,9 @@ def is_nested_type(kind: T.DataType) -> bool:
 
 
 def is_id_type(kind: T.DataType) -> bool:
-    """Whether it is text, date or integral: the types whose text form is the same in all files."""
+    """Whether it is text, bytes (UTF-8), date or integral: the types whose text form is the same in all files."""
     is_whole = isinstance(kind, T.DecimalType) and kind.scale == 0
-    return is_whole or isinstance(kind, (T.StringType, T.IntegralType, T.DateType, T.NullType))
+    return is_whole or isinstance(kind, (T.StringType, T.BinaryType, T.IntegralType, T.DateType, T.NullType))
 
 
 def _both_have(path: str, name: str) -> str:

@@ -144,8 +144,8 @@ def base_of(runtime: Runtime) -> str | None:
         return None
     missing = (
         "set train.warm_start = false to train from scratch, or name one of them to continue from, for this command "
+        "alone: --set model.version=..."
     )
-    missing += "alone: --set model.version=..."
     about = read_about(model_folder(runtime, instead=missing))
     provenance = about["provenance"]
     same = (
