@@ -1,12 +1,12 @@
 """Raw frames → events: applies a source's mapping to its records, and says why a record is not an event.
 
-No record makes the job fail. One that is not an event gets the first reason that applies, in this order:
-broken_row; the mapping's own rules; invalid_utf8; missing_* (user_id, item_id, event_type, vertical, event_ts,
-event_id; blank counts as missing); bad_type_* (an id that is neither text nor a whole number in a Parquet file, or that
-is an object or a list in a JSON line, where numbers can't be told from texts; another text that is an object or a
-list); bad_event_ts, event_before_earliest, event_in_future, bad_amount, bad_quantity, negative_amount, bad_time_zone;
-nul_* (an id with a NUL character, which numpy drops from the end of strings); long_* (an id of more than 512
-characters). (jobs/ingest.py adds duplicate_event_id, which a single record can't show.)
+No record makes the job fail. One that is not an event gets the first reason that applies, in this order: broken_row;
+the mapping's own rules; invalid_utf8; missing_* (user_id, item_id, event_type, vertical, event_ts, event_id; blank
+counts as missing); bad_type_* (an id that is neither text nor a whole number in a Parquet file, or that is an object or
+a list in a JSON line, where numbers can't be told from texts; another text that is a fraction in a Parquet file, an
+object or a list); bad_event_ts, event_before_earliest, event_in_future, bad_amount, bad_quantity, negative_amount,
+bad_time_zone; nul_* (an id with a NUL character, which numpy drops from the end of strings); long_* (an id of more than
+512 characters). (jobs/ingest.py adds duplicate_event_id, which a single record can't show.)
 
 An id with an ordinal numbers identical records *within one file*: a line that occurs twice in a file is two events,
 while a file that arrives twice, even under another name, is the same events again. The price: a file split between two
@@ -157,8 +157,8 @@ def _mapped(raw: DataFrame, mapping: Input, source: str) -> DataFrame:
         )
     is_json = mapping.format == "json"
     ids = {n: _is_no_id(origins[n], types_there[n], is_json) for n in _IDS if n in origins}
-    nested = {n: _is_nested(origins[n], types_there[n], is_json) for n in given if _is_text(n) and n not in _IDS}
-    bad_types = [F.when(is_bad, f"bad_type_{n}") for n, is_bad in (ids | nested).items()]
+    words = {n: _is_no_word(origins[n], types_there[n], is_json) for n in given if _is_text(n) and n not in _IDS}
+    bad_types = [F.when(is_bad, f"bad_type_{n}") for n, is_bad in (ids | words).items()]
     texts = {n: text_of(value) for n, value in values.items() if _is_text(n)}
     texts |= {n: text_of(stripped(values[n].cast("string"))) for n in _LISTED}
     numbers = {n: _text_unless(values[n], types[n], _NUMBER_TYPES) for n in given if n in _NUMBERS}
@@ -291,13 +291,15 @@ def _is_no_id(origin: Column, kind: T.DataType, is_json: bool) -> Column:
     return F.lit(not is_id_type(kind)) & origin.isNotNull()
 
 
-def _is_nested(origin: Column, kind: T.DataType, is_json: bool) -> Column:
-    """True if the value is an object or a list in its file: its text can't be meant as a name or a category."""
+def _is_no_word(origin: Column, kind: T.DataType, is_json: bool) -> Column:
+    """True if the value's text can't be meant as a name or a category: an object, a list, or, where files have types, a
+    fraction (1.0 is "1" in a file whose column is whole, as pandas writes it without missing values)."""
     if is_json:  # a plain text may begin like that too: "[new] tea"
         text = F.ltrim(origin.cast("string"))
         is_object = F.when(text.rlike(r"^[\[{]"), F.get_json_object(text, "$").isNotNull())
         return F.coalesce(is_object, F.lit(False))
-    return F.lit(is_nested_type(kind))
+    is_fraction = isinstance(kind, T.FractionalType) and not is_id_type(kind)
+    return F.lit(is_nested_type(kind)) | (F.lit(is_fraction) & origin.isNotNull())
 
 
 def _is_valid_text(names: Sequence[str]) -> Column:
