@@ -67,11 +67,11 @@ def read_batches(
     horizon: int = 1,
     target_types: Sequence[int] | None = None,
     shuffle_baskets: bool = True,
-) -> Iterator[Batch]:
-    """One pass over this rank's rows, each once, prepared in a background thread.
+) -> Generator[Batch, None, None]:
+    """One pass over this rank's rows, each once, prepared in a background thread from this call on.
 
     The random draws depend on the arguments alone: not on torch's or numpy's global generators, nor on timing. The
-    thread ends with the pass, or when the iterator is closed; its errors are raised here.
+    thread ends with the pass, or when the generator is closed; its errors are raised with the next batch.
 
     Args:
         files: URLs (training.stores) of Parquet files with the columns of `sequences`; rows of at least one action.
@@ -255,22 +255,28 @@ class _ArrowResults:
             raise StopIteration from end
 
 
-def _ahead(batches: Generator[Batch, None, None], count: int) -> Iterator[Batch]:
-    """The batches, prefetched by a thread: `count` of them or a few more."""
+def _ahead(batches: Generator[Batch, None, None], count: int) -> Generator[Batch, None, None]:
+    """The batches, prefetched by a thread, which starts at once: `count` of them or a few more."""
     pool = ThreadPoolExecutor(1)
     at_once = min(8, count)  # handing over small batches one by one would cost half as much as making them
 
     def some() -> list[Batch]:
         return list(islice(batches, at_once))
 
-    try:
-        waiting = deque(pool.submit(some) for _ in range(math.ceil(count / at_once)))
-        while ready := waiting.popleft().result():
-            waiting.append(pool.submit(some))
-            yield from ready
-    finally:
-        pool.shutdown(cancel_futures=True)
-        batches.close()
+    def hand_over() -> Generator[Batch, None, None]:
+        try:
+            yield {}
+            while ready := waiting.popleft().result():
+                waiting.append(pool.submit(some))
+                yield from ready
+        finally:
+            pool.shutdown(cancel_futures=True)
+            batches.close()
+
+    waiting = deque(pool.submit(some) for _ in range(math.ceil(count / at_once)))
+    handed_over = hand_over()
+    next(handed_over)  # to its `try`: closed before the first batch too, it ends the thread
+    return handed_over
 
 
 # ---- what happens to a chunk ------------------------------------------------------------------------------

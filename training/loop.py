@@ -19,7 +19,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,12 +142,18 @@ def train(spec: RunSpec) -> None:
     torch.set_num_threads(spec.settings.threads)
     run = _begin(spec, device)
     progress, patience = run.progress, spec.settings.patience
-    for epoch in range(progress.epoch, spec.settings.epochs + 1):
-        # All ranks hold the same values, so they decide alike. Without held-out users the last epoch is the best.
-        if patience and epoch - 1 - progress.best_epoch >= patience:
-            break
-        _train_epoch(run, epoch)
-        _close_epoch(run, epoch)
+    batches = _batches(run, progress.epoch)
+    try:
+        for epoch in range(progress.epoch, spec.settings.epochs + 1):
+            # All ranks hold the same values, so they decide alike. Without held-out users the last epoch is the best.
+            if patience and epoch - 1 - progress.best_epoch >= patience:
+                break
+            _train_epoch(run, epoch, batches)
+            if epoch < spec.settings.epochs:
+                batches = _batches(run, epoch + 1)  # whose first rows are read while this one is validated
+            _close_epoch(run, epoch)
+    finally:
+        batches.close()
     if dist.rank() == 0:
         training = {
             "processes": dist.size(),
@@ -280,7 +286,30 @@ def _publish_best(spec: RunSpec, checkpoint: Folder, best: Folder) -> None:
     save_weights(Path(spec.output), part_of(tensors, "model."))
 
 
-def _train_epoch(run: _Run, epoch: int) -> None:
+def _batches(run: _Run, epoch: int) -> Generator[Batch, None, None]:
+    """This rank's batches of an epoch, without those that a resumed epoch has had. Their reading begins at once."""
+    spec, settings, progress = run.spec, run.spec.settings, run.progress
+    return read_batches(
+        spec.train_files,
+        max_length=spec.model.max_length,
+        batch_size=settings.batch_size,
+        rank=dist.rank(),
+        size=dist.size(),
+        seed=_seed(settings, epoch),
+        # Other objectives predict no later session, so their rows keep session_end as it is when they are encoded.
+        later_share=settings.later_share if spec.model.objective == "clm" else 0.0,
+        horizon=settings.horizon,
+        target_types=spec.target_event_types,
+        skip=progress.step * settings.local_steps if epoch == progress.epoch else 0,
+        shuffle_baskets=settings.shuffle_baskets,
+    )
+
+
+def _seed(settings: TrainSettings, epoch: int) -> int:
+    return settings.seed + 1000 * epoch
+
+
+def _train_epoch(run: _Run, epoch: int, batches: Iterator[Batch]) -> None:
     """The remaining steps of an epoch. A rank that runs out of rows continues with empty steps until all have.
 
     Raises:
@@ -288,8 +317,8 @@ def _train_epoch(run: _Run, epoch: int) -> None:
     """
     spec, settings, progress, rank = run.spec, run.spec.settings, run.progress, dist.rank()
     run.model.train()
-    seed = settings.seed + 1000 * epoch
-    torch.manual_seed(seed + rank)  # from here on, each rank draws its own negatives and dropout
+    # From here on, each rank draws its own negatives and dropout.
+    torch.manual_seed(_seed(settings, epoch) + rank)
     if progress.step:
         torch.set_rng_state(run.random)
         run.mine = np.array(progress.rank_sums[rank])
@@ -297,20 +326,6 @@ def _train_epoch(run: _Run, epoch: int) -> None:
         run.mine = np.zeros(len(SUMS))
         progress.sums = progress.curve_sums = run.mine.tolist()
     run.logged = np.array(progress.sums)
-    batches = read_batches(
-        spec.train_files,
-        max_length=spec.model.max_length,
-        batch_size=settings.batch_size,
-        rank=rank,
-        size=dist.size(),
-        seed=seed,
-        # Other objectives predict no later session, so their rows keep session_end as it is when they are encoded.
-        later_share=settings.later_share if spec.model.objective == "clm" else 0.0,
-        horizon=settings.horizon,
-        target_types=spec.target_event_types,
-        skip=progress.step * settings.local_steps,
-        shuffle_baskets=settings.shuffle_baskets,
-    )
     types = spec.target_event_types
     target_types = None if types is None else torch.tensor(types, device=run.device)
     stepped = time.monotonic()

@@ -155,8 +155,10 @@ def watched(spec: RunSpec, out: Path, read: Callable[..., Iterator[Batch]]) -> E
     worked: list[float] = []
 
     def timed(*args: Any, **options: Any) -> Iterator[Batch]:
-        before, waited, first = cpu_seconds(), 0.0, 0.0
-        batches = read(*args, **options)
+        return counted(cpu_seconds(), read(*args, **options))  # which reads ahead from now on
+
+    def counted(before: float, batches: Iterator[Batch]) -> Iterator[Batch]:
+        waited = first = 0.0
         while True:
             started = time.monotonic()
             batch = next(batches, None)
@@ -182,8 +184,11 @@ def fed(spec: RunSpec, out: Path) -> Epochs:
     unless the softmax is a sampled one."""
 
     def read(*args: Any, **options: Any) -> Iterator[Batch]:
+        return kept(read_batches(*args, **options))
+
+    def kept(batches: Iterator[Batch]) -> Iterator[Batch]:
         _kept_batches.clear()
-        for batch in read_batches(*args, **options):
+        for batch in batches:
             _kept_batches.append(batch)
             yield batch
 

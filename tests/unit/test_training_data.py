@@ -3,6 +3,7 @@ import subprocess
 import sys
 import threading
 from datetime import datetime, timezone
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -193,11 +194,12 @@ def test_the_threads_end_with_the_consumer(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(data, "READY_ROWS", 8)
     files = write_files(tmp_path, *(make_rows(8, number) for number in range(20)))
     threads = threading.active_count()
-    batches = read_batches(files, max_length=MAX_LENGTH, batch_size=4, rank=0, size=1, seed=5)
-    assert len(next(batches)["item_index"]) == 4
-    assert threading.active_count() > threads
-    batches.close()  # type: ignore[attr-defined]
-    assert threading.active_count() == threads
+    for batches_taken in (0, 1):
+        batches = read_batches(files, max_length=MAX_LENGTH, batch_size=4, rank=0, size=1, seed=5)
+        assert threading.active_count() > threads  # they read from the start
+        assert [len(batch["item_index"]) for batch in islice(batches, batches_taken)] == [4] * batches_taken
+        batches.close()
+        assert threading.active_count() == threads
 
 
 def test_large_batches_too_are_made_only_a_few_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +210,7 @@ def test_large_batches_too_are_made_only_a_few_ahead(tmp_path: Path, monkeypatch
     files = write_files(tmp_path, make_rows(160))
     batches = read_batches(files, max_length=MAX_LENGTH, batch_size=8, rank=0, size=1, seed=5)
     assert len(next(batches)["item_index"]) == 8
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     assert sum(rows) <= 4 * 8
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +41,7 @@ from training import dist
 from training.batches import FEATURES
 from training.checkpoint import Progress, checkpoints, newest_checkpoint, read_checkpoint, write_checkpoint
 from training.config import RunSpec, TrainSettings
-from training.data import read_held
+from training.data import Batch, read_held
 from training.loop import _optimizer_step, knows_bfloat16, rate_factor, scale_gradients, schedule, train
 from training.model import build_model
 from training.validation import best_items, validate
@@ -352,11 +352,15 @@ def test_the_event_types_to_predict_reach_the_batches_and_the_loss(
 ) -> None:
     asked: list[Any] = []
 
+    def read(types: list[int] | None) -> Generator[Batch, None, None]:
+        asked.append(types)
+        return (batch for batch in ())
+
     def stop(_: object, types: torch.Tensor | None) -> None:
         asked.append(types)
         raise InterruptedError
 
-    monkeypatch.setattr("training.loop.read_batches", lambda *_, target_types, **__: asked.append(target_types))
+    monkeypatch.setattr("training.loop.read_batches", lambda *_, target_types, **__: read(target_types))
     monkeypatch.setattr("training.loop.add_gradients", lambda *given: stop(*given[-2:]))
     run = make_run(tmp_path, [make_rows(5)])
     for types in (None, [2, 3]):
