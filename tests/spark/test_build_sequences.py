@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from jobs.train import rows_since, training_files
 from tests import oracles
 from tests.conftest import add, make_config, put
 from tests.events import START, Row, full_logs, make_event, seeds, to_frame
+from training.batches import UNKNOWN
 
 VALID_FROM, TEST_FROM = datetime(2023, 3, 26, 1, 30), datetime(2023, 3, 27, 12)
 CUTS = [f'sequences.{name}="{t.isoformat()}"' for name, t in (("valid_from", VALID_FROM), ("test_from", TEST_FROM))]
@@ -108,6 +110,8 @@ def test_where_cuts_are_given_the_logs_end_is_looked_for_after_them(spark: Spark
     log = spark.read.format("delta").load(str(table))
     given = SequencesSettings(valid_from=VALID_FROM, test_from=TEST_FROM)
     assert cut_times(log, given).end == newest + timedelta(microseconds=1)
+    at_once = SequencesSettings(valid_from=TEST_FROM, test_from=TEST_FROM)  # which leaves nothing to validate on
+    assert cut_times(log, at_once).test_from == TEST_FROM
 
 
 def _training_events(events: list[Row], leave_one_out: bool) -> list[Row]:
@@ -149,46 +153,6 @@ def test_increments_end_in_the_same_rows_as_one_build(
     by_increments = _rows(runtime)
     runtime.execute(build_sequences.STAGE, force=True)
     assert by_increments == _rows(runtime)
-
-
-def test_who_met_an_item_that_becomes_known_has_new_rows(make_runtime: Callable[..., Runtime]) -> None:
-    """Even without an event of their own in the batch."""
-    runtime = make_runtime(*CUTS, "vocabulary.min_count=2")
-
-    def bought(user: str, item: str, **passed: float) -> Row:
-        when = START + timedelta(**passed)
-        return make_event(event_id=f"{user}-{item}", user_id=user, item_id=item, event_ts=when)
-
-    log = [bought("ann", "rare", hours=1), bought("ann", "i", hours=2), bought("bob", "i", hours=3)]
-    runtime.create(FLAGGED_USERS)
-    for batch in ([*log, bought("last", "i", days=9)], [bought("bob", "rare", hours=3.2)]):
-        add(runtime, EVENTS, to_frame(runtime.spark, batch))
-        for stage in STAGES:
-            runtime.execute(stage)
-    assert list(_rows(runtime)["ann", "score", 0]["item_index"]) == [3, 2]
-    by_increments = _rows(runtime)
-    runtime.execute(build_sequences.STAGE, force=True)
-    assert by_increments == _rows(runtime)
-
-
-def test_a_user_flagged_later_keeps_no_row(make_runtime: Callable[..., Runtime]) -> None:
-    runtime = make_runtime(*CUTS, "vocabulary.min_count=1")
-    log = [
-        make_event(event_id=f"{user}{n}", user_id=user, item_id="i", event_ts=START + timedelta(hours=hours))
-        for user in "ab"
-        for n, hours in enumerate((0, 1, 20, 50))
-    ]
-    assert {split for user, split, _ in run(runtime, log) if user == "b"} == {"train", "valid", "test", "score"}
-    flag = [("b", START.date(), "events_per_day", 1.0)]
-    add(runtime, FLAGGED_USERS, runtime.spark.createDataFrame(flag, FLAGGED_USERS.schema()))
-    for stage in STAGES:
-        runtime.execute(stage)
-    last = DeltaTable.forPath(runtime.spark, runtime.path(SEQUENCES)).history(1).collect()[0]
-    assert last.operation == "MERGE"
-    by_increment = _rows(runtime)
-    assert {user for user, _, _ in by_increment} == {"a"}
-    runtime.execute(build_sequences.STAGE, force=True)
-    assert by_increment == _rows(runtime)
 
 
 def _rows(runtime: Runtime) -> dict[tuple[str, str, int], Row]:
@@ -233,111 +197,142 @@ def train_footers(runtime: Runtime, files: Callable[[Runtime], dict[str, list[st
     return [pq.read_metadata(url.removeprefix("file://")) for url in found["train"]]
 
 
-def test_training_meets_no_deletion_vector_and_files_of_few_rows(
-    make_runtime: Callable[..., Runtime], spark: SparkSession
-) -> None:
-    runtime = make_runtime(*CUTS, "vocabulary.min_count=1", "sequences.rows_per_file=3")
-    early = [
-        make_event(event_id=f"{user}{n}", user_id=user, item_id=f"i{n}", event_ts=START + timedelta(minutes=n))
-        for user in "abcd"
-        for n in range(3)
-    ]
-    edge = make_event(event_id="z", user_id="z", item_id="i0", event_ts=START + timedelta(days=9))
-    run(runtime, [*early, edge])
-    rows = [footer.num_rows for footer in train_footers(runtime)]
-    assert (sum(rows), max(rows) <= 3) == (4, True)
-    made = runtime.latest_version(SEQUENCES)
-    for minutes, length in ((9, 4), (10, 5)):
-        at = START + timedelta(minutes=minutes)
-        late = make_event(event_id=f"a{minutes}", user_id="a", item_id="i1", event_ts=at)
-        add(runtime, EVENTS, to_frame(spark, [late]))
-        for stage in (sessionize.STAGE, build_sequences.STAGE):
+def acts(user: str, at: datetime, item: str = "i") -> Row:
+    return make_event(event_id=f"{user} {at.isoformat()}", user_id=user, item_id=item, event_ts=at)
+
+
+def hour(hours: float) -> datetime:
+    return START + timedelta(hours=hours)
+
+
+def around(cut: datetime) -> list[datetime]:
+    return [cut + timedelta(microseconds=micros) for micros in (-2, -1, 0, 1)]
+
+
+HISTORY = [
+    *[acts(user, hour(at)) for user in ("after", "between", "before", "flagged") for at in (0, 1, 20, 50)],
+    *[acts(f"of-some-{n % 2}", START + timedelta(minutes=n), f"i{n % 3}") for n in range(6)],
+    *(acts("ann", hour(1), "rare"), acts("ann", hour(2)), acts("bob", hour(3))),
+    *(acts("edge-valid", at) for at in around(VALID_FROM)),
+    *(acts("edge-test", at) for at in around(TEST_FROM)),
+    acts("last", START + timedelta(days=9)),
+]
+
+
+@pytest.fixture(scope="module")
+def grown(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A lake and its increments, what was observed after each, and what a training would read then."""
+    sets = [*CUTS, "vocabulary.min_count=2", "sequences.rows_per_file=3"]
+    seen = SimpleNamespace(runtime=Runtime(make_config(tmp_path_factory.mktemp("grown"), *sets), spark))
+    seen.rows, seen.splits, seen.operations, seen.versions = [run(seen.runtime, HISTORY)], [], [], []
+    runtime, seen.files = seen.runtime, [train_footers(seen.runtime)]
+
+    def increment(events: list[Row], stages: tuple[Stage, ...]) -> None:
+        add(runtime, EVENTS, to_frame(spark, events))
+        before = runtime.latest_version(SEQUENCES)
+        for stage in stages:
             runtime.execute(stage)
-        made += 1  # only the merge committed
-        assert runtime.latest_version(SEQUENCES) == made
-        assert runtime.latest(SEQUENCES).where("split = 'train' AND user_id = 'a'").collect()[0].length == length
-    assert sum(footer.num_rows for footer in train_footers(runtime)) == 4  # the old rows of user a are in no file
-    made = runtime.latest_version(SEQUENCES)
-    assert sum(footer.num_rows for footer in train_footers(runtime)) == 4
-    assert runtime.latest_version(SEQUENCES) == made  # nothing was left to rewrite
-    assert runtime.execute(build_sequences.STAGE).skipped  # the purge does not count as a change
+        seen.versions.append((before, runtime.latest_version(SEQUENCES)))
+        table = DeltaTable.forPath(spark, runtime.path(SEQUENCES))
+        seen.operations.append(table.history(1).collect()[0].operation)
+        seen.rows.append(_rows(runtime))
+        reader = spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", before + 1)
+        splits: dict[str, set[str]] = {}
+        for row in reader.load(runtime.path(SEQUENCES)).collect():
+            splits.setdefault(row.user_id, set()).add(row.split)
+        seen.splits.append(splits)
+
+    flag = [("flagged", START.date(), "events_per_day", 1.0)]
+    add(runtime, FLAGGED_USERS, spark.createDataFrame(flag, FLAGGED_USERS.schema()))
+    later = TEST_FROM + timedelta(hours=30)
+    increment([acts("after", later), acts("before", hour(2)), acts("bob", hour(3.2), "rare")], STAGES)
+    numbered_before = (sessionize.STAGE, build_sequences.STAGE)
+    increment([acts("between", VALID_FROM + timedelta(hours=1)), acts("before", hour(2.2))], numbered_before)
+
+    seen.purged = []
+    for _ in range(2):
+        seen.files.append(train_footers(runtime))
+        seen.purged.append(runtime.latest_version(SEQUENCES))
+    seen.last = runtime.execute(build_sequences.STAGE)
+    runtime.execute(build_sequences.STAGE, force=True)
+    seen.anew = _rows(runtime)
+    return seen
+
+
+def test_the_increments_of_the_lake_end_in_the_rows_of_one_build(grown: SimpleNamespace) -> None:
+    assert grown.operations == ["MERGE", "MERGE"]
+    assert grown.rows[-1] == grown.anew
+
+
+def test_who_met_an_item_that_becomes_known_has_new_rows(grown: SimpleNamespace) -> None:
+    """Even without an event of their own in the batch."""
+    first, second, *_ = (list(rows["ann", "score", 0]["item_index"]) for rows in grown.rows)
+    assert (first, second) == ([UNKNOWN, 2], [6, 2])
+
+
+def test_a_user_flagged_later_keeps_no_row(grown: SimpleNamespace) -> None:
+    first, second, *_ = grown.rows
+    assert {split for user, split, _ in first if user == "flagged"} == {"train", "valid", "test", "score"}
+    assert {user for user, *_ in first} - {user for user, *_ in second} == {"flagged"}
+
+
+def test_training_meets_no_deletion_vector_and_files_of_few_rows(grown: SimpleNamespace) -> None:
+    def in_train(rows: dict[tuple[str, str, int], Row]) -> int:
+        return sum(split == "train" for _, split, _ in rows)
+
+    first, *looks = ([footer.num_rows for footer in footers] for footers in grown.files)
+    assert (sum(first), max(first) <= 3) == (in_train(grown.rows[0]), True)
+    assert all(after == before + 1 for before, after in grown.versions)  # only the merge committed
+    assert [rows["before", "train", 0]["length"] for rows in grown.rows] == [2, 3, 4]
+    # The old rows are in no file.
+    assert [sum(look) for look in looks] == [in_train(grown.rows[-1])] * 2
+    assert grown.purged[0] == grown.purged[1]  # nothing was left to rewrite
+    assert grown.last.skipped  # the purge does not count as a change
+
+
+def test_a_batch_of_new_events_leaves_the_rows_of_older_cuts_alone(grown: SimpleNamespace) -> None:
+    counting, same_numbers = grown.splits
+    assert counting["after"] == {"test", "score"}
+    assert same_numbers["between"] == {"valid", "test", "score"}
+    assert counting["before"] == same_numbers["before"] == {"train", "valid", "test", "score"}
+    # All who have no event in the batch, and nothing that became known, keep all their rows.
+    assert counting.keys() == {"after", "before", "ann", "bob", "flagged"}
+    assert same_numbers.keys() == {"between", "before"}
+
+
+def test_an_event_at_the_very_moment_of_the_cut_comes_after_it(grown: SimpleNamespace) -> None:
+    (rows, *_) = grown.rows
+    assert rows["edge-valid", "train", 0]["length"] == rows["edge-test", "test", 0]["length"] == 2
+    for split, cut in (("valid", VALID_FROM), ("test", TEST_FROM)):
+        targets = rows[f"edge-{split}", split, 0]["target_ts"]
+        assert [t - cut for t in targets] == [timedelta(0), timedelta(microseconds=1)]
+
+
+def test_what_comes_after_a_cut_does_not_change_what_lies_before(
+    make_runtime: Callable[..., Runtime], grown: SimpleNamespace
+) -> None:
+    """Law 4: the training rows are identical byte for byte whether or not the later events exist."""
+    late = [acts(f"of-some-{n % 2}", START + timedelta(days=1 + n), f"a{n % 3}") for n in range(6)]
+    late += [acts("ann", VALID_FROM, "rare"), acts("bob", VALID_FROM, "rare")]  # often enough, but not in training
+    other = run(make_runtime(*CUTS, "vocabulary.min_count=2"), [*HISTORY, *late])
+
+    def training_rows(rows: dict[tuple[str, str, int], Row]) -> list[Any]:
+        return sorted((key, row) for key, row in rows.items() if key[1] == "train")
+
+    assert training_rows(other) == training_rows(grown.rows[0])
 
 
 def test_training_does_not_begin_on_rows_that_another_run_changes(
-    make_runtime: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+    grown: SimpleNamespace, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runtime = make_runtime(*CUTS, "vocabulary.min_count=1")
-    run(runtime, [make_event(event_id="a", user_id="a", item_id="i", event_ts=START + timedelta(days=9))])
-    other = make_runtime(*CUTS, "vocabulary.min_count=1")
+    other = Runtime(grown.runtime.config, spark)
 
     def another_run(*_: object) -> None:
         put(other, SEQUENCES, other.latest(SEQUENCES))
 
     monkeypatch.setattr(Runtime, "purge", another_run)
     with pytest.raises(TrailvecError, match="another run changed table sequences since look began"):
-        train_footers(runtime)
-
-
-def test_a_batch_of_new_events_leaves_the_rows_of_older_cuts_alone(
-    make_runtime: Callable[..., Runtime], spark: SparkSession
-) -> None:
-    runtime = make_runtime(*CUTS, "vocabulary.min_count=1")
-    history = [
-        make_event(event_id=f"a{n}", user_id="a", item_id="i", event_ts=START + timedelta(hours=hours))
-        for n, hours in enumerate((0, 1, 20, 50))
-    ]
-    run(runtime, history)
-
-    def splits_of_change(at: datetime, name: str, *between: Stage) -> set[str]:
-        """The splits of the rows changed by one more event."""
-        more = to_frame(spark, [make_event(event_id=name, user_id="a", item_id="i", event_ts=at)])
-        add(runtime, EVENTS, more)
-        before = runtime.latest_version(SEQUENCES)
-        for stage in (sessionize.STAGE, *between, build_sequences.STAGE):
-            runtime.execute(stage)
-        reader = spark.read.format("delta").option("readChangeFeed", "true").option("startingVersion", before + 1)
-        return {row.split for row in reader.load(runtime.path(SEQUENCES)).collect()}
-
-    counting = build_vocabulary.STAGE  # which leaves all indices unchanged
-    assert splits_of_change(TEST_FROM + timedelta(hours=30), "b", counting) == {"test", "score"}
-    assert splits_of_change(VALID_FROM + timedelta(hours=1), "c") == {"valid", "test", "score"}
-    assert splits_of_change(START + timedelta(hours=2), "d") == {"train", "valid", "test", "score"}
-
-
-def test_what_comes_after_a_cut_does_not_change_what_lies_before(
-    make_runtime: Callable[..., Runtime], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """Law 4: the training rows are identical byte for byte whether or not the later events exist."""
-    cuts = ['sequences.valid_from="2023-03-26T00:00:00"', 'sequences.test_from="2023-03-27T00:00:00"']
-    early = [
-        make_event(event_id=f"a{n}", user_id=f"u{n % 2}", item_id=f"i{n % 3}", event_ts=START + timedelta(minutes=n))
-        for n in range(12)
-    ]
-    late = [
-        make_event(event_id=f"b{n}", user_id=f"u{n % 2}", item_id=f"j{n % 3}", event_ts=START + timedelta(days=1 + n))
-        for n in range(6)
-    ]
-    edge = make_event(event_id="c", user_id="u0", item_id="i0", event_ts=START + timedelta(days=7))
-
-    def training_rows(events: list[Row]) -> list[Any]:
-        runtime = make_runtime(*cuts, "vocabulary.min_count=1", root=tmp_path_factory.mktemp("log"))
-        return sorted((k, r) for k, r in run(runtime, events).items() if k[1] == "train")
-
-    assert training_rows([*early, edge]) == training_rows([*early, *late, edge])
-
-
-def test_an_event_at_the_very_moment_of_the_cut_comes_after_it(make_runtime: Callable[..., Runtime]) -> None:
-    cut = datetime(2023, 3, 26)
-    moments = {"a": -2, "b": -1, "c": 0, "d": 1}  # microseconds from the cut
-    events = [
-        make_event(event_id=name, user_id="u", item_id=name, event_ts=cut + timedelta(microseconds=micros))
-        for name, micros in moments.items()
-    ]
-    cuts = [f'sequences.{name}="{time.isoformat()}"' for name, time in (("valid_from", cut), ("test_from", cut))]
-    rows = run(make_runtime(*cuts, "vocabulary.min_count=1"), events)
-    assert rows["u", "train", 0]["length"] == rows["u", "test", 0]["length"] == 2
-    targets = rows["u", "test", 0]["target_ts"]
-    assert [t - cut for t in targets] == [timedelta(0), timedelta(microseconds=1)]
+        train_footers(grown.runtime)
 
 
 @pytest.fixture(scope="module")
