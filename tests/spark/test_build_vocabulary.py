@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from datetime import date, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from jobs.item_facts import attribute_matrix, item_attributes
 from jobs.runtime import Runtime
 from jobs.splits import Cuts
 from jobs.tables import CONTEXT_VALUES, EVENTS, FLAGGED_USERS, ITEMS, Table
-from tests.conftest import add, put, read_delta
+from tests.conftest import add, make_config, put, read_delta
 from tests.events import START, Row, make_event, to_frame
 
 CUTS = ['sequences.valid_from="2023-03-26T00:00:00"', 'sequences.test_from="2023-03-26T00:30:00"']
@@ -43,24 +44,33 @@ def items(runtime: Runtime) -> dict[str, tuple[int, int, int, int]]:
     }
 
 
-def test_numbers_go_by_first_time_and_never_change(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
+def values(runtime: Runtime) -> dict[tuple[str, str], int]:
+    return {(r.kind, r.value): r.value_index for r in runtime.latest(CONTEXT_VALUES).collect()}
+
+
+def test_numbers_go_by_first_time_within_their_kind_and_never_change(make_runtime: Callable[..., Runtime]) -> None:
     runtime = make_runtime(*CUTS, "vocabulary.min_count=2", 'sequences.target_event_types=["purchase"]')
     # 22:00 is START; the cut is two hours later. "c" is seen once only.
     log = [
         event(0, "b", 0),
         event(1, "a", 0.5, event_type="view"),
         event(2, "a", 1),
-        event(3, "b", 3),
+        event(3, "b", 3, vertical="rides"),
         event(4, "c", 3),
     ]
     put_log(runtime, log)
     runtime.execute(build_vocabulary.STAGE)
     assert items(runtime) == {"b": (2, 2, 1, 1), "a": (3, 2, 2, 1)}
+    verticals, types = {("vertical", "food"): 2, ("vertical", "rides"): 3}, {"purchase": 2, "view": 3}
+    first = verticals | {("event_type", name): number for name, number in types.items()}
+    assert values(runtime) == first
 
     # Later "c" is seen again and "z" comes, earlier than all: old numbers stay, new ones follow by their first time.
-    put_log(runtime, [*log, event(5, "c", 4), event(6, "z", -5), event(7, "z", -4)])
+    of_z = [event(n, "z", hours, vertical="ads") for n, hours in ((6, -5), (7, -4))]
+    put_log(runtime, [*log, event(5, "c", 4), *of_z])
     runtime.execute(build_vocabulary.STAGE)
     assert items(runtime) == {"b": (2, 2, 1, 1), "a": (3, 2, 2, 1), "z": (4, 2, 2, 2), "c": (5, 2, 0, 0)}
+    assert values(runtime) == first | {("vertical", "ads"): 4}
 
     # An item that is gone from the log (its users were erased) keeps its row and number, and counts for nothing.
     put_log(runtime, log[:4])
@@ -99,54 +109,9 @@ def test_two_runs_at_once_give_no_number_twice(
     assert sorted(row.value_index for row in verticals) == [2, 3]
 
 
-def test_name_and_category_are_the_latest_known(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
-    runtime = make_runtime(*CUTS, "vocabulary.min_count=1")
-    log = [
-        event(0, "a", 1, item_name="old", category="tea"),
-        event(1, "a", 2, item_name="new", category=None),
-        event(2, "a", 5, item_name=None, category=None, vertical="rides"),
-    ]
-    put_log(runtime, log)
-    runtime.execute(build_vocabulary.STAGE)
-    row = runtime.latest(ITEMS).collect()[0]
-    # A category means something in its own vertical alone.
-    assert (row.item_name, row.category, row.vertical) == ("new", "tea", "food")
-
-    # The aggregate that the log goes through, the last in the plan's text, is one that does not sort it.
-    described = build_vocabulary.describe_items(
-        runtime.latest(EVENTS), Cuts(START, START, START), runtime.config.sequences
-    )
-    plan = described._jdf.queryExecution().executedPlan().toString()
-    assert re.findall(r"\w+Aggregate\(", plan)[-1] == "HashAggregate("
-
-
-def test_verticals_and_event_types_are_numbered_within_their_kind(
-    make_runtime: Callable[..., Runtime], spark: SparkSession
-) -> None:
-    runtime = make_runtime(*CUTS)
-
-    def values() -> dict[tuple[str, str], int]:
-        return {(r.kind, r.value): r.value_index for r in runtime.latest(CONTEXT_VALUES).collect()}
-
-    log = [event(0, "a", 0, vertical="food"), event(1, "a", 5, vertical="rides", event_type="view")]
-    put_log(runtime, log)
-    runtime.execute(build_vocabulary.STAGE)
-    first = {
-        ("vertical", "food"): 2,
-        ("vertical", "rides"): 3,
-        ("event_type", "purchase"): 2,
-        ("event_type", "view"): 3,
-    }
-    assert values() == first
-    put_log(runtime, [*log, event(2, "a", 2, vertical="ads")])
-    runtime.execute(build_vocabulary.STAGE)
-    assert values() == first | {("vertical", "ads"): 4}
-
-
-def test_a_category_is_numbered_within_its_vertical_and_a_price_is_the_latest_above_zero(
-    make_runtime: Callable[..., Runtime], spark: SparkSession
-) -> None:
-    runtime = make_runtime(*CUTS, "vocabulary.min_count=1")
+@pytest.fixture(scope="module")
+def described(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+    """A vocabulary made of events that say different things of their items."""
     log = [
         event(0, "a", 0, category="tea", amount=9.0, quantity=3.0),
         event(1, "a", 1, category="tea", amount=8.0, quantity=None),
@@ -154,32 +119,69 @@ def test_a_category_is_numbered_within_its_vertical_and_a_price_is_the_latest_ab
         event(3, "a", 3, category="tea", amount=5.0, quantity=0.0),
         event(4, "b", 4, category="tea", vertical="retail"),
         event(5, "c", 5, category=None, amount=-1.0, quantity=-2.0),
+        event(6, "named", 6, item_name="old", category="tea"),
+        event(7, "named", 7, item_name="new", category=None),
+        event(8, "named", 8, item_name=None, category=None, vertical="rides"),
     ]
+    runtime = Runtime(make_config(tmp_path_factory.mktemp("described"), *CUTS, "vocabulary.min_count=1"), spark)
     put_log(runtime, log)
     runtime.execute(build_vocabulary.STAGE)
-    rows = runtime.latest(CONTEXT_VALUES).where("kind = 'category'").collect()
-    assert {r.value: r.value_index for r in rows} == {"food/tea": 2, "retail/tea": 3}
-    assert {r.item_id: r.unit_price for r in runtime.latest(ITEMS).collect()} == {"a": 8.0, "b": None, "c": 0.5}
+    return runtime
+
+
+def test_name_and_category_are_the_latest_known(described: Runtime) -> None:
+    (row,) = described.latest(ITEMS).where("item_id = 'named'").collect()
+    # A category means something in its own vertical alone.
+    assert (row.item_name, row.category, row.vertical) == ("new", "tea", "food")
+
+    # The aggregate that the log goes through, the last in the plan's text, is one that does not sort it.
+    anew = build_vocabulary.describe_items(
+        described.latest(EVENTS), Cuts(START, START, START), described.config.sequences
+    )
+    plan = anew._jdf.queryExecution().executedPlan().toString()
+    assert re.findall(r"\w+Aggregate\(", plan)[-1] == "HashAggregate("
+
+
+def test_a_category_is_numbered_within_its_vertical_and_a_price_is_the_latest_above_zero(described: Runtime) -> None:
+    categories = {value: number for (kind, value), number in values(described).items() if kind == "category"}
+    assert categories == {"food/tea": 2, "retail/tea": 3}
+    prices = {r.item_id: r.unit_price for r in described.latest(ITEMS).collect()}
+    assert prices == {"a": 8.0, "b": None, "c": 0.5, "named": None}
 
     # What a model is told of the items: numbers of category and vertical, and the price's half-octave; 0: not known.
-    table = item_attributes(runtime.latest(ITEMS), runtime.latest(CONTEXT_VALUES))
+    table = item_attributes(described.latest(ITEMS), described.latest(CONTEXT_VALUES))
     found = {r.item_index: (r.category, r.vertical, r.price) for r in table.collect()}
-    assert found == {2: (2, 2, 21), 3: (3, 3, 0), 4: (0, 2, 13)}
-    assert attribute_matrix(table, ["price", "category"], 6).tolist() == [[0, 0, 21, 0, 13, 0], [0, 0, 2, 3, 0, 0]]
+    assert found == {2: (2, 2, 21), 3: (3, 3, 0), 4: (0, 2, 13), 5: (2, 2, 0)}
+    matrix = attribute_matrix(table, ["price", "category"], 7).tolist()
+    assert matrix == [[0, 0, 21, 0, 13, 0, 0], [0, 0, 2, 3, 0, 2, 0]]
 
 
-@pytest.mark.parametrize("moving", [False, True])
+def test_an_increment_does_not_count_what_no_change_names(described: Runtime, spark: SparkSession) -> None:
+    add(described, EVENTS, to_frame(spark, [event(9, "b", 2)]))
+    described.execute(build_vocabulary.STAGE)
+    newest = DeltaTable.forPath(spark, described.path(ITEMS)).history(1).collect()[0].operationMetrics
+    assert (newest["numTargetRowsUpdated"], newest["numTargetRowsInserted"]) == ("1", "0")
+
+
 def test_an_increment_ends_as_a_build_of_everything(
-    make_runtime: Callable[..., Runtime], spark: SparkSession, moving: bool
+    make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path
 ) -> None:
     """Law 1: events arrive and go; items come over min_count on the way, or lose all that was said of them; the cut
     moves, or it does not."""
-    runtime = make_runtime(*([] if moving else CUTS), "vocabulary.min_count=2")
+    runtime = make_runtime(*CUTS, "vocabulary.min_count=2", root=tmp_path / "fixed")
+    moving = make_runtime("vocabulary.min_count=2", root=tmp_path / "moving")
+
+    def run_both() -> None:
+        for table in (EVENTS, FLAGGED_USERS):
+            shutil.copytree(runtime.path(table), moving.path(table), dirs_exist_ok=True)
+        for of in (runtime, moving):
+            of.execute(build_vocabulary.STAGE)
+
     log = [event(n, item, n, category="tea") for n, item in enumerate("abacdbacgg")]
     put_log(runtime, log)
-    runtime.execute(build_vocabulary.STAGE)
-    numbers = {item: row[0] for item, row in items(runtime).items()}
-    assert numbers == {"a": 2, "b": 3, "c": 4, "g": 5}
+    run_both()
+    for of in (runtime, moving):
+        assert {item: row[0] for item, row in items(of).items()} == {"a": 2, "b": 3, "c": 4, "g": 5}
     later = [
         event(10, "b", 9, category="mistyped", item_name="renamed", vertical="rides"),
         event(11, "d", -3),
@@ -191,22 +193,23 @@ def test_an_increment_ends_as_a_build_of_everything(
     table = DeltaTable.forPath(spark, runtime.path(EVENTS))
     table.update("event_id = 'e10'", {"category": F.lit("mate")})
     table.delete("event_id IN ('e6', 'e8', 'e9', 'e13')")  # e6 is of item a, e8 and e9 are all of g
-    runtime.execute(build_vocabulary.STAGE)
-    values = runtime.latest(CONTEXT_VALUES).where("kind = 'category'").collect()
-    assert {row.value for row in values} == {"food/tea", "rides/mate"}
-    found = items(runtime)
-    assert {name: row[:2] for name, row in found.items()} == dict(
-        zip("abcgd", [(2, 2), (3, 3), (4, 2), (5, 0), (6, 2)], strict=True)
-    )
-    assert [found[name][2] for name in "abcd"] == ([2, 3, 2, 2] if moving else [1, 1, 0, 1])
+    run_both()
+    for of, in_training in ((runtime, [1, 1, 0, 1]), (moving, [2, 3, 2, 2])):
+        assert {value for kind, value in values(of) if kind == "category"} == {"food/tea", "rides/mate"}
+        found = items(of)
+        assert {name: row[:2] for name, row in found.items()} == dict(
+            zip("abcgd", [(2, 2), (3, 3), (4, 2), (5, 0), (6, 2)], strict=True)
+        )
+        assert [found[name][2] for name in "abcd"] == in_training
     # What comes of g again says less than what is gone said.
     add(runtime, EVENTS, to_frame(spark, [event(14, "g", 10, item_name=None)]))
-    runtime.execute(build_vocabulary.STAGE)
-    g = runtime.latest(ITEMS).where("item_id = 'g'").collect()[0]
-    assert (g.item_index, g.event_count, g.item_name, g.category) == (5, 1, None, None)
-    by_increment = [sorted(runtime.latest(table).collect()) for table in (ITEMS, CONTEXT_VALUES)]
-    runtime.execute(build_vocabulary.STAGE, force=True)
-    assert by_increment == [sorted(runtime.latest(table).collect()) for table in (ITEMS, CONTEXT_VALUES)]
+    run_both()
+    for of in (runtime, moving):
+        g = of.latest(ITEMS).where("item_id = 'g'").collect()[0]
+        assert (g.item_index, g.event_count, g.item_name, g.category) == (5, 1, None, None)
+        by_increment = [sorted(of.latest(table).collect()) for table in (ITEMS, CONTEXT_VALUES)]
+        of.execute(build_vocabulary.STAGE, force=True)
+        assert by_increment == [sorted(of.latest(table).collect()) for table in (ITEMS, CONTEXT_VALUES)]
 
 
 def test_events_that_come_are_added_whatever_their_order(
@@ -229,10 +232,10 @@ def test_events_that_come_are_added_whatever_their_order(
         for n in range(60)
     ]
     runtime = make_runtime(*CUTS, "vocabulary.min_count=3", 'sequences.target_event_types=["purchase"]')
-    put_log(runtime, log[:15])
+    put_log(runtime, log[:20])
     runtime.execute(build_vocabulary.STAGE)
-    for start in range(15, 60, 15):
-        add(runtime, EVENTS, to_frame(spark, log[start : start + 15]))
+    for start in (20, 40):
+        add(runtime, EVENTS, to_frame(spark, log[start : start + 20]))
         runtime.execute(build_vocabulary.STAGE)
 
     found = {row["item_id"]: row for row in read_delta(runtime.root / "tables/items")}
@@ -257,18 +260,6 @@ def test_events_that_come_are_added_whatever_their_order(
         assert row["event_count"] == len(of_item)
         assert row["train_count"] == sum(r["event_ts"] < cut for r in of_item)
     assert len(found) > 5
-
-
-def test_an_increment_does_not_count_what_no_change_names(
-    make_runtime: Callable[..., Runtime], spark: SparkSession
-) -> None:
-    runtime = make_runtime(*CUTS, "vocabulary.min_count=1")
-    put_log(runtime, [event(0, "a", 0), event(1, "b", 5)])
-    runtime.execute(build_vocabulary.STAGE)
-    add(runtime, EVENTS, to_frame(spark, [event(2, "b", 2)]))
-    runtime.execute(build_vocabulary.STAGE)
-    newest = DeltaTable.forPath(spark, runtime.path(ITEMS)).history(1).collect()[0].operationMetrics
-    assert (newest["numTargetRowsUpdated"], newest["numTargetRowsInserted"]) == ("1", "0")
 
 
 def test_after_a_stop_between_its_two_tables_and_the_loss_of_one_all_is_there(
@@ -332,15 +323,12 @@ def test_what_flagged_users_did_counts_for_nothing_while_they_are_flagged(
     log += [event(10, "z", 1), event(12, "a", 1), event(13, "q", 2)]
     add(runtime, EVENTS, to_frame(spark, log[-3:]))
     check("u1")
-    # One flag goes, with events that come; another comes, and an event of that user goes; a third is said once more.
+    # One flag goes, with events that come; another comes, and an event of that user goes.
     log += [event(16, "a", 3), event(17, "q", 3)]
     add(runtime, EVENTS, to_frame(spark, log[-2:]))
     DeltaTable.forPath(spark, runtime.path(EVENTS)).delete("event_id = 'e11'")
     DeltaTable.forPath(spark, path).delete("user_id = 'u1'")
     add(runtime, FLAGGED_USERS, flagged(spark, "u2"))
-    check("u2")
-    DeltaTable.forPath(spark, path).update(set={"day": F.lit(date(2023, 3, 26))})
-    add(runtime, EVENTS, to_frame(spark, [event(20, "new", 4)]))
     check("u2")
     # Where flags only come, the log is not read for the numbers of words.
     add(runtime, FLAGGED_USERS, flagged(spark, "u0"))
@@ -356,8 +344,10 @@ def test_what_flagged_users_did_counts_for_nothing_while_they_are_flagged(
     assert met[0].inputFiles() == []
     found = items(runtime)
     assert numbers == {name: found[name][0] for name in numbers}
-    # A bot that comes and is flagged at once was never counted: the log is not read for its items.
-    add(runtime, EVENTS, to_frame(spark, [event(23, "a", 23, user_id="bot")]))
+    # A bot that comes and is flagged at once was never counted, and flags that are said once more change nothing: the
+    # log is not read for the items of either.
+    DeltaTable.forPath(spark, path).update(set={"day": F.lit(date(2023, 3, 26))})
+    add(runtime, EVENTS, to_frame(spark, [event(20, "new", 4), event(23, "a", 23, user_id="bot")]))
     add(runtime, FLAGGED_USERS, flagged(spark, "bot"))
     describe, anew = build_vocabulary.to_describe_anew, []
 
