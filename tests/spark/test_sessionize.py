@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from datetime import date, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
@@ -311,9 +312,12 @@ def test_law_1_any_split_into_batches_ends_in_the_sessions_of_one_batch(
     assert in_words(found) == sorted([e["event_id"] for e in s] for s in expected)
 
 
-def test_late_events_extend_join_split_and_precede_sessions(make_runtime: Callable[..., Runtime]) -> None:
+@pytest.fixture(scope="module")
+def changing(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Sessions at first and after each change, and which rows each change concerned. No two tests share a user."""
+    seen = SimpleNamespace(sessions=[], changed_rows=[])
     tables = Tables(
-        make_runtime(*GAPS),
+        Runtime(make_config(tmp_path_factory.mktemp("changing"), *GAPS), spark),
         [
             *(event(f"extended-{n}", "extended", 10 * n) for n in range(2)),
             *(event(f"joined-{n}", "joined", 60 * n) for n in range(2)),
@@ -322,9 +326,18 @@ def test_late_events_extend_join_split_and_precede_sessions(make_runtime: Callab
             *(event(f"split-{n}", "split", 50 * n, vertical="rides") for n in range(2)),
             event("far-0", "far", 0),
             event("still-0", "still", 0),
+            # 40 minutes after the meal are too many, 50 after the ride are not.
+            event("rejoined-0", "rejoined", 0, vertical="rides"),
+            event("rejoined-1", "rejoined", 10, vertical="food"),
+            event("rejoined-2", "rejoined", 50),
+            *(event(f"parted-{n}", "parted", 20 * n) for n in range(3)),
+            event("only", "gone", 0),
+            event("bot-0", "bot", 0),
+            event("me-0", "me", 0),
         ],
     )
-    before = {s["user_id"]: s["session_id"] for s in tables.run()}
+    seen.sessions.append(tables.run())
+
     tables.append(
         [
             event("extended-2", "extended", 40),
@@ -334,8 +347,31 @@ def test_late_events_extend_join_split_and_precede_sessions(make_runtime: Callab
             event("far-late", "far", 30 + 1 / 60_000_000),
         ]
     )
-    after = tables.run()
-    assert in_words(after) == [
+    tables.merge([], gone=["rejoined-1", "parted-1", "only"])
+    tables.flag(["bot"], [])
+    tables.append([event("bot-1", "bot", 10), event("me-1", "me", 10)])
+    seen.sessions.append(tables.run())
+    seen.changed_rows.append(tables.changed_rows())
+
+    tables.append([event("bot-2", "bot", 100)])
+    seen.sessions.append(tables.run())
+    tables.flag([], ["bot"])
+    seen.sessions.append(tables.run())
+    seen.changed_rows.append(tables.changed_rows())
+
+    tables.merge([event("still-0", "still", 0, item_name="another name")])
+    seen.sessions.append(tables.run())
+    seen.last_commit, seen.last = tables.last_commit(), tables.runtime.execute(sessionize.STAGE)
+    return seen
+
+
+def of_users(sessions: list[dict[str, Any]], *users: str) -> list[list[str]]:
+    return in_words([s for s in sessions if s["user_id"] in users])
+
+
+def test_late_events_extend_join_split_and_precede_sessions(changing: SimpleNamespace) -> None:
+    first, after, *_ = changing.sessions
+    assert of_users(after, "extended", "far", "joined", "preceded", "split", "still") == [
         ["extended-0", "extended-1", "extended-2"],
         ["far-0"],
         ["far-late"],
@@ -345,10 +381,42 @@ def test_late_events_extend_join_split_and_precede_sessions(make_runtime: Callab
         ["split-1"],
         ["still-0"],
     ]
-    # preceded's session has another first event and so another id: it is deleted and inserted.
-    assert tables.changed_rows() == {"Updated": 3, "Deleted": 2, "Inserted": 3}
+    before = {s["user_id"]: s["session_id"] for s in first}
     assert before["extended"] in {s["session_id"] for s in after}
     assert before["preceded"] not in {s["session_id"] for s in after}
+
+
+def test_only_the_rows_that_a_change_reaches_are_changed(changing: SimpleNamespace) -> None:
+    # preceded's session has another first event and so another id: it is deleted and inserted.
+    updated = ("extended", "joined", "split", "rejoined", "parted", "me")
+    deleted = ("joined", "preceded", "rejoined", "gone", "bot")
+    inserted = ("preceded", "split", "far", "parted")
+    assert changing.changed_rows == [
+        {"Updated": len(updated), "Deleted": len(deleted), "Inserted": len(inserted)},
+        {"Updated": 0, "Deleted": 0, "Inserted": 2},  # the bot's
+    ]
+
+
+def test_an_event_that_goes_can_join_part_and_end_sessions(changing: SimpleNamespace) -> None:
+    first, after, *_ = changing.sessions
+    assert of_users(first, "rejoined") == [["rejoined-0", "rejoined-1"], ["rejoined-2"]]
+    assert of_users(after, "rejoined", "parted", "gone") == [["parted-0"], ["parted-2"], ["rejoined-0", "rejoined-2"]]
+
+
+def test_a_flagged_user_is_left_out_from_then_on_and_comes_back_whole(changing: SimpleNamespace) -> None:
+    first, flagged, still_flagged, back, _ = (of_users(found, "bot", "me") for found in changing.sessions)
+    assert first == [["bot-0"], ["me-0"]]
+    assert flagged == still_flagged == [["me-0", "me-1"]]
+    assert back == [["bot-0", "bot-1"], ["bot-2"], ["me-0", "me-1"]]
+
+
+def test_a_change_that_no_session_shows_rewrites_nothing(changing: SimpleNamespace) -> None:
+    assert changing.sessions[-1] == changing.sessions[-2]
+    assert {k: changing.last_commit[k] for k in ("operation", "numOutputRows")} == {
+        "operation": "WRITE",
+        "numOutputRows": "0",
+    }
+    assert changing.last.skipped
 
 
 def test_one_id_on_two_days_is_two_events(make_runtime: Callable[..., Runtime]) -> None:
@@ -363,22 +431,6 @@ def test_one_id_on_two_days_is_two_events(make_runtime: Callable[..., Runtime]) 
     assert in_words(by_increment) == [["a"], ["b"], ["b", "b"], ["x"], ["x", "y"]]
     tables.runtime.execute(sessionize.STAGE, force=True)
     assert sorted(by_increment, key=repr) == sorted(rows(tables.runtime.latest(SESSIONS)), key=repr)
-
-
-def test_an_event_that_goes_can_join_part_and_end_sessions(make_runtime: Callable[..., Runtime]) -> None:
-    tables = Tables(
-        make_runtime(*GAPS),
-        [
-            # 40 minutes after the meal are too many, 50 after the ride are not.
-            *(event(f"joined-{n}", "joined", m, vertical=v) for n, (m, v) in enumerate([(0, "rides"), (10, "food")])),
-            event("joined-2", "joined", 50),
-            *(event(f"parted-{n}", "parted", 20 * n) for n in range(3)),
-            event("only", "gone", 0),
-        ],
-    )
-    assert in_words(tables.run())[0] == ["joined-0", "joined-1"]
-    tables.merge([], gone=["joined-1", "parted-1", "only"])
-    assert in_words(tables.run()) == [["joined-0", "joined-2"], ["parted-0"], ["parted-2"]]
 
 
 def test_a_late_event_moves_every_cut_of_a_run_that_goes_far_beyond_its_day(
@@ -441,23 +493,6 @@ def test_of_two_runs_at_once_the_one_that_ends_later_is_refused(
     assert in_words(tables.run()) == [["e1"], ["e20"], ["e8", "e9"]]  # a full rebuild
 
 
-def test_a_flagged_user_is_left_out_from_then_on_and_comes_back_whole(make_runtime: Callable[..., Runtime]) -> None:
-    tables = Tables(make_runtime(*GAPS), [event("bot-0", "bot", 0), event("me-0", "me", 0)])
-    assert in_words(tables.run()) == [["bot-0"], ["me-0"]]
-
-    tables.flag(["bot"], [])
-    tables.append([event("bot-1", "bot", 10), event("me-1", "me", 10)])
-    assert in_words(tables.run()) == [["me-0", "me-1"]]
-    assert tables.changed_rows() == {"Updated": 1, "Deleted": 1, "Inserted": 0}
-
-    tables.append([event("bot-2", "bot", 100)])
-    assert in_words(tables.run()) == [["me-0", "me-1"]]
-
-    tables.flag([], ["bot"])
-    assert in_words(tables.run()) == [["bot-0", "bot-1"], ["bot-2"], ["me-0", "me-1"]]
-    assert tables.changed_rows() == {"Updated": 0, "Deleted": 0, "Inserted": 2}
-
-
 def test_a_batch_leaves_the_files_of_other_days_and_the_rows_of_other_users_alone(
     make_runtime: Callable[..., Runtime],
 ) -> None:
@@ -478,15 +513,3 @@ def test_a_batch_leaves_the_files_of_other_days_and_the_rows_of_other_users_alon
     assert int(metrics["numTargetRowsCopied"]) == 0
     assert int(metrics["numTargetFilesRemoved"]) == 0
     assert int(metrics["numTargetDeletionVectorsAdded"]) == 1
-
-
-def test_a_change_that_no_session_shows_rewrites_nothing(make_runtime: Callable[..., Runtime]) -> None:
-    tables = Tables(make_runtime(*GAPS), [event("e", "u", 0)])
-    before = tables.run()
-    tables.merge([event("e", "u", 0, item_name="another name")])
-    assert tables.run() == before
-    assert {k: tables.last_commit()[k] for k in ("operation", "numOutputRows")} == {
-        "operation": "WRITE",
-        "numOutputRows": "0",
-    }
-    assert tables.runtime.execute(sessionize.STAGE).skipped
