@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Collection
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import deltalake
@@ -37,10 +39,9 @@ def embed(runtime: Runtime, spark: SparkSession, users: Vectors, items: Vectors,
     (runtime.models / version).mkdir(parents=True, exist_ok=True)
     write_json(runtime.models / version / "model.json", {})
     write_json(runtime.models / "current.json", {"model_version": version})
-    item_rows = [(item, n, version, AS_OF, False, vector) for n, (item, vector) in enumerate(items.items(), 2)]
     put_users(runtime, users, version)
     put(runtime, CURRENT_MODEL, spark.createDataFrame([(version,)], CURRENT_MODEL.schema()))
-    put(runtime, ITEM_EMBEDDINGS, spark.createDataFrame(item_rows, ITEM_EMBEDDINGS.schema()))
+    put_item_vectors(runtime, items, version)
     put(runtime, ITEMS, spark.createDataFrame([about(item, n) for n, item in enumerate(items, 2)], ITEMS.schema()))
     put(runtime, SESSIONS, spark.createDataFrame([session(*what) for what in DONE], SESSIONS.schema()))
     types = [("event_type", name, number) for number, name in enumerate(("purchase", "search", "view"), 2)]
@@ -48,8 +49,21 @@ def embed(runtime: Runtime, spark: SparkSession, users: Vectors, items: Vectors,
 
 
 def put_users(runtime: Runtime, users: Vectors, version: str = "m1", cold: Collection[str] = ()) -> None:
-    rows = [(user, version, AS_OF, 1, user in cold, vector) for user, vector in users.items()]
+    rows = user_rows(users, version, cold)
     put(runtime, USER_EMBEDDINGS, runtime.spark.createDataFrame(rows, USER_EMBEDDINGS.schema()))
+
+
+def put_item_vectors(runtime: Runtime, items: Vectors, version: str = "m1") -> None:
+    rows = item_rows(items, version)
+    put(runtime, ITEM_EMBEDDINGS, runtime.spark.createDataFrame(rows, ITEM_EMBEDDINGS.schema()))
+
+
+def user_rows(users: Vectors, version: str, cold: Collection[str] = ()) -> list[tuple[Any, ...]]:
+    return [(user, version, AS_OF, 1, user in cold, vector) for user, vector in users.items()]
+
+
+def item_rows(items: Vectors, version: str) -> list[tuple[Any, ...]]:
+    return [(item, n, version, AS_OF, False, vector) for n, (item, vector) in enumerate(items.items(), 2)]
 
 
 AS_OF = datetime(2017, 12, 1, tzinfo=timezone.utc)
@@ -84,6 +98,22 @@ def some(prefix: str, count: int, seed: int) -> Vectors:
     """Vectors of small integers: many ties, some zero vectors."""
     values = np.random.default_rng(seed).integers(-1, 2, size=(count, 3))
     return {f"{prefix}{n}": row.astype(float).tolist() for n, row in enumerate(values)}
+
+
+USERS, ITEMS_OF_USERS = some("u", 20, 1), some("i", 11, 2) | {"i9": [0.0, 0.0, 0.0]}
+
+
+@pytest.fixture(scope="module")
+def filled(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A warehouse with the vectors of USERS and of their items; each test takes a copy."""
+    root = tmp_path_factory.mktemp("filled")
+    embed(Runtime(make_config(root), spark), spark, USERS, ITEMS_OF_USERS)
+    return root
+
+
+@pytest.fixture
+def root(filled: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(filled, tmp_path / "warehouse")
 
 
 def brute_force(
@@ -124,14 +154,17 @@ def read(runtime: Runtime) -> dict[str, dict[tuple[str, int], tuple[str, float]]
 
 
 def test_all_three_kinds_against_brute_force(
-    make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+    make_runtime: Callable[..., Runtime], root: Path, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runtime = make_runtime(f"neighbours.k={K}", "neighbours.block_rows=3")
+    runtime = make_runtime(f"neighbours.k={K}", "neighbours.block_rows=3", root=root)
     monkeypatch.setattr(find_neighbours, "copies", Mock(side_effect=AssertionError("no list is to be copied")))
     users, items = some("1", 20, 1), some("1", 11, 2)  # numeric ids: user 14 is not item 14
     assert [0.0, 0.0, 0.0] in users.values()
-    embed(runtime, spark, {"u0": [9.0, 9.0, 9.0]}, {"i0": [9.0, 9.0, 9.0]}, "old")  # another model's: never used
-    embed(runtime, spark, users, items)
+    of_old = [9.0, 9.0, 9.0]  # another model's: never used
+    both = user_rows(users, "m1") + user_rows({"u0": of_old}, "old")
+    put(runtime, USER_EMBEDDINGS, spark.createDataFrame(both, USER_EMBEDDINGS.schema()))
+    both = item_rows(items, "m1") + item_rows({"i0": of_old}, "old")
+    put(runtime, ITEM_EMBEDDINGS, spark.createDataFrame(both, ITEM_EMBEDDINGS.schema()))
     runtime.execute(STAGE)
     assert read(runtime) == {
         "user_item": brute_force(users, items, False),
@@ -149,7 +182,7 @@ def test_all_three_kinds_against_brute_force(
 
 
 def test_items_in_stock_of_a_vertical_that_a_user_has_not_bought(
-    make_runtime: Callable[..., Runtime], spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_runtime: Callable[..., Runtime], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stock = tmp_path / "stock.txt"
     stock.write_text("\ufeffitem_id\ni1\ni3 \t\n\ni5\ni2\ni9\nunknown\n", encoding="utf-8")
@@ -158,11 +191,10 @@ def test_items_in_stock_of_a_vertical_that_a_user_has_not_bought(
         f'neighbours.in_stock="{stock}"',
         'neighbours.without=["purchase", "veiw"]',
     )
-    runtime = make_runtime(f"neighbours.k={K}", "neighbours.block_rows=3", *filters)
+    runtime = make_runtime(f"neighbours.k={K}", "neighbours.block_rows=3", *filters, root=root)
     listed = read_items(runtime, stock, tmp_path).collect()
     assert [row["item_id"] for row in listed] == ["i1", "i3", "i5", "i2", "i9", "unknown"]
-    users, items = some("u", 20, 1), some("i", 11, 2) | {"i9": [0.0, 0.0, 0.0]}
-    embed(runtime, spark, users, items)
+    users, items = USERS, ITEMS_OF_USERS
     assert runtime.execute(STAGE).notes == [
         "neighbours.without leaves nothing out for veiw: no event has that type (found purchase, search, view)",
         "neighbours.verticals offers no item for foot: no item is in that vertical (found food, rides)",
@@ -207,12 +239,12 @@ def test_items_in_stock_of_a_vertical_that_a_user_has_not_bought(
 
 
 def test_habits_lift_what_a_user_does_again_and_again(
-    make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+    make_runtime: Callable[..., Runtime], root: Path, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = (f"neighbours.k={K}", "neighbours.habit=true", "habit.weight=20.0", "habit.decay=1.0")
-    runtime = make_runtime(*settings, 'sequences.target_event_types=["purchase"]')
-    users, items = some("u", 20, 1), some("i", 11, 2)
-    embed(runtime, spark, users, items)
+    kinds = (f"neighbours.k={K}", 'neighbours.kinds=["user_item", "item_item"]')
+    settings = (*kinds, "neighbours.habit=true", "habit.weight=20.0", "habit.decay=1.0")
+    runtime = make_runtime(*settings, 'sequences.target_event_types=["purchase"]', root=root)
+    users, items = USERS, ITEMS_OF_USERS
     end = datetime(2017, 12, 1, tzinfo=timezone.utc)
     # (user, item, weeks before the log's end): u1 takes i5 every week and i6 once, long ago; an item without a vector;
     # a view
@@ -251,14 +283,14 @@ def test_habits_lift_what_a_user_does_again_and_again(
     assert read(without)["user_item_habit"].keys() == expected.keys()
     assert "i5" not in {item for (user, _), (item, _) in read(without)["user_item_habit"].items() if user == "u1"}
 
-    off = Runtime(make_config(runtime.root, f"neighbours.k={K}"), spark)
+    off = Runtime(make_config(runtime.root, *kinds), spark)
     off.execute(STAGE)
     assert read(off) == {kind: of for kind, of in found.items() if kind != "user_item_habit"}
     assert off.execute(STAGE).skipped
 
 
 def test_an_inverted_file_finds_what_lies_in_the_cells_that_it_looks_into(
-    make_runtime: Callable[..., Runtime], spark: SparkSession
+    make_runtime: Callable[..., Runtime], root: Path, spark: SparkSession
 ) -> None:
     rng = np.random.default_rng(4)
     users, items = (
@@ -271,8 +303,9 @@ def test_an_inverted_file_finds_what_lies_in_the_cells_that_it_looks_into(
         "item_item": brute_force(items, items, True),
     }
     sets = (f"neighbours.k={K}", "neighbours.block_rows=8", "neighbours.cells=6")
-    runtime = make_runtime(*sets, "neighbours.probes=6")  # all cells, so the search is exact
-    embed(runtime, spark, users, items)
+    runtime = make_runtime(*sets, "neighbours.probes=6", root=root)  # all cells, so the search is exact
+    put_users(runtime, users)
+    put_item_vectors(runtime, items)
     assert runtime.execute(STAGE).notes == [f"{SHARE}item_item 1.000, user_item 1.000, user_user 1.000"]
     assert {kind: _names(of) for kind, of in read(runtime).items()} == {k: _names(of) for k, of in exact.items()}
 
@@ -332,9 +365,8 @@ def test_blocks_lie_in_many_tasks_however_few_bytes_and_are_small_however_full_a
     assert sorted(name for row in found for name in row["ids"]) == [f"u{n:02d}" for n in range(60)]
 
 
-def test_a_model_without_vectors(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
-    runtime = make_runtime()
-    embed(runtime, spark, some("u", 3, 1), some("i", 3, 1), "old")
+def test_a_model_without_vectors(make_runtime: Callable[..., Runtime], root: Path, spark: SparkSession) -> None:
+    runtime = make_runtime(root=root)
     put(runtime, CURRENT_MODEL, spark.createDataFrame([("new",)], CURRENT_MODEL.schema()))
     with pytest.raises(TrailvecError, match="user_embeddings has no vector of model new: run `trailvec score_users`"):
         runtime.execute(STAGE)
