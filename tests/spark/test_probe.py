@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -92,9 +92,8 @@ def whole(filled: Path, tmp_path: Path) -> Path:
     return shutil.copytree(filled, tmp_path / "whole")
 
 
-@pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """A model whose vector is its input: the row's items, as four numbers."""
+def make_model(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A model whose vector is its input: the row's items, as four numbers. Returns its description."""
 
     def encode(_: Runtime, rows: DataFrame, keep: list[str], *, model_dir: Path) -> DataFrame:
         padded = F.slice(F.concat(F.reverse("item_index"), F.array_repeat(F.lit(0), 4)), 1, 4)
@@ -104,6 +103,43 @@ def model(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.setattr(profile_users, "encode_sequences", encode)
     monkeypatch.setattr(probe, "read_description", lambda folder: about)
     return about
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    return make_model(monkeypatch)
+
+
+Asked = tuple[pd.DataFrame, list[str], dict[str, np.ndarray]]  # a question's labels, users and features
+
+
+class Probed(NamedTuple):
+    """The whole log's warehouse after a run of the stage, with the labels' file, the run's notes and its questions."""
+
+    root: Path
+    labels: Path
+    notes: list[str]
+    asked: list[Asked]
+
+
+@pytest.fixture(scope="module")
+def probed(filled: Path, spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Probed:
+    root = shutil.copytree(filled, tmp_path_factory.mktemp("probed") / "whole")
+    file = root.parent / "labels.csv"
+    lines = [f"u{n},many,{n % 7 // 4}" for n in range(24)]  # n % 7 determines how long the user was active
+    file.write_text("\n".join(["user_id,task,label", *lines]) + "\n")
+    asked: list[Asked] = []
+    features_of = probe.features_of
+
+    def recorded(runtime: Runtime, sessions: DataFrame, question: probe.Question, *rest: Any) -> Any:
+        asked.append((question.labels, *features_of(runtime, sessions, question, *rest)))
+        return asked[-1][1:]
+
+    with pytest.MonkeyPatch.context() as patch:
+        make_model(patch)
+        patch.setattr(probe, "features_of", recorded)
+        report = Runtime(make_config(root, *SETTINGS, f'probe.labels={{file="{file}"}}'), spark).execute(probe.STAGE)
+    return Probed(root, file, report.notes, asked)
 
 
 def ask(runtime: Runtime, answer: Callable[[probe.Question, datetime], Any]) -> list[Any]:
@@ -120,24 +156,24 @@ def ask(runtime: Runtime, answer: Callable[[probe.Question, datetime], Any]) -> 
     return found
 
 
-def look(runtime: Runtime) -> list[tuple[pd.DataFrame, list[str], dict[str, np.ndarray]]]:
+def look(runtime: Runtime) -> list[Asked]:
     """The labels, users and features of each question."""
 
-    def answer(question: probe.Question, end: datetime) -> tuple[pd.DataFrame, list[str], dict[str, np.ndarray]]:
+    def answer(question: probe.Question, end: datetime) -> Asked:
         return question.labels, *probe.features_of(runtime, runtime.read(SESSIONS), question, Path("m1"), end)
 
     return ask(runtime, answer)
 
 
 def test_labels_by_hand_and_no_feature_knows_what_came_after_the_cut(
-    make_runtime: Callable[..., Runtime], whole: Path, tmp_path: Path, model: dict[str, str]
+    make_runtime: Callable[..., Runtime], probed: Probed, tmp_path: Path, model: dict[str, str]
 ) -> None:
-    runtime, cut_off = (make_runtime(*SETTINGS, root=root) for root in (whole, tmp_path / "cut_off"))
+    runtime, cut_off = (make_runtime(*SETTINGS, root=root) for root in (probed.root, tmp_path / "cut_off"))
     fill(cut_off, [e for e in log() if e["event_ts"] < CUT or e["user_id"] == "late"])
     # The vocabulary's indices depend on the log; those of the whole log are used for both.
     items = runtime.latest(ITEMS).collect()
     put(cut_off, ITEMS, cut_off.spark.createDataFrame(items, ITEMS.schema()))
-    ((labels, users, features),), ((_, same_users, cut_features),) = look(runtime), look(cut_off)
+    ((labels, users, features), _), ((_, same_users, cut_features),) = probed.asked, look(cut_off)
 
     numbers = range(24)
     expected = {
@@ -154,18 +190,25 @@ def test_labels_by_hand_and_no_feature_knows_what_came_after_the_cut(
         assert len(np.unique(of_users, axis=0)) > 1 or name == "majority"
 
 
-def test_five_numbers_and_aggregates_by_hand(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
-    runtime = make_runtime()
-    fill(
-        runtime,
-        [
-            event("a", 90, amount=3.0),
-            event("a", 99.5, "i2", amount=4.0),
-            event("a", 99.5, "i3", event_type="view", amount=None),
-            event("a", 100, amount=50.0),  # exactly at the cut, so not before it
-            event("b", 10, "i2", amount=1.0),
-        ],
-    )
+@pytest.fixture(scope="module")
+def short_logs(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+    """One warehouse for the short logs below: each is of other users, and its test asks only about these."""
+    runtime = Runtime(make_config(tmp_path_factory.mktemp("short")), spark)
+    fill(runtime, [*FIVE, *PAUSES, *TAKEN, *FORECAST])
+    return runtime
+
+
+FIVE = [
+    event("a", 90, amount=3.0),
+    event("a", 99.5, "i2", amount=4.0),
+    event("a", 99.5, "i3", event_type="view", amount=None),
+    event("a", 100, amount=50.0),  # exactly at the cut, so not before it
+    event("b", 10, "i2", amount=1.0),
+]
+
+
+def test_five_numbers_and_aggregates_by_hand(short_logs: Runtime, spark: SparkSession) -> None:
+    runtime = short_logs
     cuts = spark.createDataFrame([(u, CUT.replace(tzinfo=timezone.utc)) for u in "ab"], "user_id string, cut timestamp")
     events = events_of(runtime.latest(SESSIONS), *profile_users.OF_EVENTS)
     read = events._jdf.queryExecution().sparkPlan().collectLeaves().head().requiredSchema().catalogString()
@@ -188,87 +231,85 @@ def test_five_numbers_and_aggregates_by_hand(make_runtime: Callable[..., Runtime
     ]}  # fmt: skip
 
 
-def test_pauses_by_hand(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
-    runtime = make_runtime()
-    days = (50, 50.2, 52, 55, 85, 90)  # days of the log; the pauses: 2, 3, 30, 5
-    events = [event("a", day) for day in days] + [event("a", 70, event_type="view"), event("b", 95.5)]
-    fill(runtime, events)
-    cuts = spark.createDataFrame([(u, CUT.replace(tzinfo=timezone.utc)) for u in "ab"], "user_id string, cut timestamp")
-    visible = profile_users.before(events_of(runtime.latest(SESSIONS), *profile_users.OF_EVENTS), cuts)
+PAUSES = [event("c", day) for day in (50, 50.2, 52, 55, 85, 90)]  # days of the log; the pauses: 2, 3, 30, 5
+PAUSES += [event("c", 70, event_type="view"), event("d", 95.5)]
+
+
+def test_pauses_by_hand(short_logs: Runtime, spark: SparkSession) -> None:
+    cuts = spark.createDataFrame([(u, CUT.replace(tzinfo=timezone.utc)) for u in "cd"], "user_id string, cut timestamp")
+    visible = profile_users.before(events_of(short_logs.latest(SESSIONS), *profile_users.OF_EVENTS), cuts)
     found = {row["user_id"]: row.asDict() for row in profile_users.pauses(visible, ["purchase"]).collect()}
     logs = {"mean": 10, "median": 3, "most": 30, "longest": 30, "spread": np.std([2, 3, 30, 5]), "last": 38 / 3}
     logs |= {"of_28": 1, "longer": 1}
     plain = {"longer_share": 1 / 5, "now_of_median": 10 / 4, "now_of_longest": 10 / 31}
     plain |= {"none_in_28": math.exp(-28 * 5 / 51)}
     expected = {name: math.log1p(value) for name, value in logs.items()} | plain
-    assert {name: found["a"][f"pause_{name}"] for name in expected} == pytest.approx(expected)
+    assert {name: found["c"][f"pause_{name}"] for name in expected} == pytest.approx(expected)
     alone = dict.fromkeys(expected, 0) | {"now_of_median": 0, "none_in_28": math.exp(-28 / 5.5)}
-    assert {name: found["b"][f"pause_{name}"] for name in alone} == pytest.approx(alone)
+    assert {name: found["d"][f"pause_{name}"] for name in alone} == pytest.approx(alone)
 
 
-def test_of_an_item_a_profile_hears_how_much_of_it_is_taken_at_once(
-    make_runtime: Callable[..., Runtime], spark: SparkSession
-) -> None:
-    runtime = make_runtime()
-    quantities = {"a": [("i1", 2.0), ("i1", 5.0), ("i1", -1.0), ("i1", None), ("i2", None), ("i3", 0.0)]}
-    quantities["b"] = [("i2", 3.0), ("i2", 9.0)]  # the second is after b's cut, and before a's
-    events = [
-        event(user, day, item, quantity=quantity)
-        for user, of_user in quantities.items()
-        for day, (item, quantity) in enumerate(of_user)
-    ]
-    fill(runtime, events)
-    of_users = [(u, at.replace(tzinfo=timezone.utc)) for u, at in (("a", CUT), ("b", START + timedelta(days=1)))]
+QUANTITIES = {
+    "e": [("i1", 2.0), ("i1", 5.0), ("i1", -1.0), ("i1", None), ("i2", None), ("i3", 0.0)],
+    "f": [("i2", 3.0), ("i2", 9.0)],  # the second is after f's cut, and before e's
+}
+TAKEN = [
+    event(user, day, item, quantity=quantity)
+    for user, of_user in QUANTITIES.items()
+    for day, (item, quantity) in enumerate(of_user)
+]
+
+
+def test_of_an_item_a_profile_hears_how_much_of_it_is_taken_at_once(short_logs: Runtime, spark: SparkSession) -> None:
+    of_users = [(u, at.replace(tzinfo=timezone.utc)) for u, at in (("e", CUT), ("f", START + timedelta(days=1)))]
     cuts = spark.createDataFrame(of_users, "user_id string, cut timestamp")
-    visible = profile_users.before(events_of(runtime.latest(SESSIONS), *profile_users.OF_EVENTS), cuts)
+    visible = profile_users.before(events_of(short_logs.latest(SESSIONS), *profile_users.OF_EVENTS), cuts)
     items = [("i1", 2, 0), ("i2", 3, 0), ("i3", 4, 0)]
     given = (
         visible,
-        spark.createDataFrame([(user, [1.0]) for user in "ab"], "user_id string, vector array<float>"),
+        spark.createDataFrame([(user, [1.0]) for user in "ef"], "user_id string, vector array<float>"),
         spark.createDataFrame(items, "item_id string, item_index int, category int"),
         spark.createDataFrame([], "user_id string, number int, value double"),
     )
     known = spark.createDataFrame([(2,), (4,)], "item_index int")
     for terms, expected in (
-        (None, {"a": ([2, 3, 4], [3.5, 0, 0]), "b": ([3], [3])}),
-        (known, {"a": ([2, 4], [3.5, 0]), "b": ([], [])}),  # items in the basis
+        (None, {"e": ([2, 3, 4], [3.5, 0, 0]), "f": ([3], [3])}),
+        (known, {"e": ([2, 4], [3.5, 0]), "f": ([], [])}),  # items in the basis
     ):
         rows = profile_users.profile_rows(*given, terms).select("user_id", "items_numbers", "items_values").collect()
         assert {row.user_id: (row.items_numbers, row.items_values) for row in rows} == expected
 
 
-def test_what_the_forecast_is_fitted_on(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
+FORECAST = [event("g", day) for day in (10, 40)] + [event("h", 72)]
+FORECAST += [event("g", 75), event("g", 75.5), event("g", 80), event("g", 90, event_type="view"), event("i", 80)]
+
+
+def test_what_the_forecast_is_fitted_on(short_logs: Runtime, spark: SparkSession) -> None:
     """Statistics of what was known 28 days before the cut, and actions in the 7 and 28 days after that."""
-    runtime = make_runtime()
-    known = [event("a", day) for day in (10, 40)] + [event("b", 72)]
-    later = [event("a", 75), event("a", 75.5), event("a", 80), event("a", 90, event_type="view"), event("c", 80)]
-    fill(runtime, [*known, *later])
-    of_users = [(u, CUT.replace(tzinfo=timezone.utc)) for u in "abc"]
+    of_users = [(u, CUT.replace(tzinfo=timezone.utc)) for u in "ghi"]
     cuts = spark.createDataFrame(of_users, "user_id string, cut timestamp")
-    visible = profile_users.before(events_of(runtime.latest(SESSIONS), *profile_users.OF_EVENTS), cuts)
+    visible = profile_users.before(events_of(short_logs.latest(SESSIONS), *profile_users.OF_EVENTS), cuts)
     before, since = profile_users._once(visible, ["purchase"], ("actions", "recency"))
-    # The cut is day 100. User b's only event was exactly 28 days before it, and c's came later: a alone was known.
+    # The cut is day 100. User h's only event was exactly 28 days before it, and i's came later: g alone was known.
     assert before.toarray() == pytest.approx(np.log1p([[2, 32]]))
     assert since == pytest.approx(np.log1p([[1, 2]]))
 
 
 def test_the_table_with_labels_of_a_file(
-    make_runtime: Callable[..., Runtime], whole: Path, tmp_path: Path, model: dict[str, str]
+    make_runtime: Callable[..., Runtime], probed: Probed, model: dict[str, str]
 ) -> None:
-    file = tmp_path / "labels.csv"
-    lines = [f"u{n},many,{n % 7 // 4}" for n in range(24)]  # n % 7 determines how long the user was active
-    file.write_text("\n".join(["user_id,task,label", *lines]) + "\n")
-    runtime = make_runtime(*SETTINGS, f'probe.labels={{file="{file}"}}', root=whole)
-    report = runtime.execute(probe.STAGE)
+    file = probed.labels
+    runtime = make_runtime(*SETTINGS, f'probe.labels={{file="{file}"}}', root=probed.root)
     rows = read_delta(runtime.path(PROBES))
     assert {r["task"] for r in rows} == {"inactive", "new_vertical", "redeem", "many"}
     assert {(r["model_version"], r["users"]) for r in rows} == {("m1", 24)}
     assert len(rows) == 4 * len(probe.FEATURES) * 2
     assert all(r["value"] == 0.5 for r in rows if (r["features"], r["metric"]) == ("majority", "auc"))
-    assert any(note.startswith("auc, many: vector 0.") for note in report.notes)
+    assert any(note.startswith("auc, many: vector 0.") for note in probed.notes)
     assert runtime.execute(probe.STAGE).skipped
     asked = probe.STAGE.inputs(runtime)
-    file.write_text("\n".join(["user_id,task,label", *reversed(lines)]) + "\n")
+    head, *lines = file.read_text().splitlines()
+    file.write_text("\n".join([head, *reversed(lines)]) + "\n")
     assert probe.STAGE.inputs(runtime) != asked  # so the stage is not skipped
 
     file.write_text("user_id,task,label\nu1,many,2\n")
@@ -322,14 +363,11 @@ def test_a_task_with_nobody_or_too_few_of_a_label_is_said_and_leaves_no_old_rows
 def test_what_is_probed_is_what_profile_users_writes(
     make_runtime: Callable[..., Runtime],
     whole: Path,
-    tmp_path: Path,
+    probed: Probed,
     model: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    file = tmp_path / "labels.csv"
-    file.write_text("\n".join(["user_id,task,label", *(f"u{n},many,{n % 2}" for n in range(24))]) + "\n")
-    only_labels = ("probe.activity=[]", "probe.event_types=[]", f'probe.labels={{file="{file}"}}')
-    runtime = make_runtime(*SETTINGS, *only_labels, root=whole)
+    runtime = make_runtime(*SETTINGS, root=whole)
     told, stored = profile_users.statistics, []
 
     def statistics(visible: DataFrame, targets: list[str]) -> DataFrame:
@@ -345,7 +383,7 @@ def test_what_is_probed_is_what_profile_users_writes(
     assert {(r["model_version"], r["as_of"].replace(tzinfo=None)) for r in rows.values()} == {
         ("m1", START + timedelta(days=120))
     }
-    ((_, users, features),) = look(runtime)
+    _, (_, users, features) = probed.asked
     assert np.stack([rows[user]["vector"] for user in users]) == pytest.approx(features["profile"], abs=1e-6)
     assert len(np.unique(features["profile"], axis=0)) > 20
     assert runtime.execute(profile_users.STAGE).skipped
@@ -360,7 +398,7 @@ def test_what_is_probed_is_what_profile_users_writes(
     put(runtime, EVENTS, to_frame(runtime.spark, [*log(), event("new", 119.5, "brand new")]))
     for stage in (sessionize.STAGE, build_vocabulary.STAGE):
         runtime.execute(stage)
-    wider = make_runtime(*SETTINGS, *only_labels, "profile.width=32", root=whole)
+    wider = make_runtime(*SETTINGS, "profile.width=32", root=whole)
     (note, _) = wider.execute(profile_users.STAGE).notes
     assert f"basis in {whole}/models/m1 stays as it was fitted, in spite of profile.width = 32 (it has 64): " in note
     again = {r["user_id"]: r for r in read_delta(runtime.path(USER_PROFILES))}
