@@ -102,7 +102,11 @@ def current(runtime: Runtime) -> tuple[set[str], int]:
     return {row["model_version"] for row in rows}, len(rows)
 
 
-SETTINGS = ("storage.database=scores", "score.batch_size=7", "score.chunk_users=10")
+SETTINGS = ("storage.database=scores", "score.batch_size=7")
+
+
+def in_chunks(runtime: Runtime, users: int) -> Runtime:
+    return Runtime(make_config(runtime.root, *SETTINGS, f"score.chunk_users={users}"), runtime.spark)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +126,7 @@ def m1_scored(
     runtime = Runtime(make_config(root, *SETTINGS), spark)
     model = make_model(runtime, "m1", seed=1)
     runtime.execute(score_users.STAGE)
+    assert runtime.count_rows().rows_out == {"users_encoded": USERS, "user_embeddings": USERS, "current_model": 1}
     return root, model
 
 
@@ -194,9 +199,10 @@ def test_a_model_without_the_asked_rows_of_evaluation_does_not_become_current(
 def test_the_current_model_trained_again_is_asked_like_a_new_one_and_changed_in_one_commit(
     scored: tuple[Runtime, SequenceModel],
 ) -> None:
-    shop, old = scored
+    runtime, old = scored
+    shop = in_chunks(runtime, 14)
     gate = 'evaluate.gate=[{task="new", method="popularity", metric="model_lead_ndcg@10", at_least=0.0}]'
-    strict = Runtime(make_config(shop.root, *SETTINGS, gate), shop.spark)
+    strict = Runtime(make_config(shop.root, *SETTINGS, "score.chunk_users=14", gate), shop.spark)
     rows = score_rows(USERS, seed=1)
     rows[7] = score_rows(1, seed=9, first_user=7)[0]
     change(shop, [rows[7]], [])
@@ -247,11 +253,9 @@ def test_what_a_row_lacks_of_what_the_gate_asks(interval: tuple[float, float], c
         assert list(shortfalls(evaluation_row("m", None, value, None) | {"counted": 1}, asked)) == lack
 
 
-def test_increments_end_as_a_plain_loop_over_all_users(shop: Runtime) -> None:
-    model = make_model(shop, "m1", seed=1)
+def test_increments_end_as_a_plain_loop_over_all_users(scored: tuple[Runtime, SequenceModel]) -> None:
+    shop, model = scored
     rows = score_rows(USERS, seed=1)
-    shop.execute(score_users.STAGE)
-    assert shop.count_rows().rows_out == {"users_encoded": USERS, "user_embeddings": USERS, "current_model": 1}
     assert_vectors(shop, model, "m1", rows)
     assert shop.execute(score_users.STAGE).skipped
 
@@ -285,8 +289,20 @@ def test_the_vectors_that_an_increment_rewrites_are_written_by_more_than_one_tas
 
 
 def test_a_table_made_anew_as_a_whole_is_compared_with_what_it_was(scored: tuple[Runtime, SequenceModel]) -> None:
-    shop, model = scored
-    rows = score_rows(USERS, seed=1)[:-1]
+    runtime, model = scored
+    shop = in_chunks(runtime, 20)
+    # Removed and recreated with as many commits, it is another table: an equal version means nothing.
+    version = shop.latest_version(SEQUENCES)
+    shutil.rmtree(shop.path(SEQUENCES))
+    shop.spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()  # type: ignore[union-attr]
+    rows = score_rows(USERS, seed=10)
+    fill(shop, SEQUENCES, rows)
+    assert shop.latest_version(SEQUENCES) == version
+    assert shop.execute(score_users.STAGE).rows_out["users_encoded"] == USERS
+    assert_vectors(shop, model, "m1", rows)
+
+    # The same table, written anew.
+    rows = rows[:-1]
     rows[3] = score_rows(1, seed=9, first_user=3)[0]
     fill(shop, SEQUENCES, rows, files=3)
     assert shop.execute(score_users.STAGE).rows_out["users_encoded"] == 1
@@ -294,17 +310,6 @@ def test_a_table_made_anew_as_a_whole_is_compared_with_what_it_was(scored: tuple
 
     # Forced: all users again, into the existing vectors.
     assert shop.execute(score_users.STAGE, force=True).rows_out["users_encoded"] == len(rows)
-    assert_vectors(shop, model, "m1", rows)
-
-    # Removed and recreated with as many commits, it is another table: an equal version means nothing.
-    version = shop.latest_version(SEQUENCES)
-    shutil.rmtree(shop.path(SEQUENCES))
-    shop.spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()  # type: ignore[union-attr]
-    rows = score_rows(len(rows), seed=10)
-    for _ in range(version):
-        fill(shop, SEQUENCES, rows)
-    assert shop.latest_version(SEQUENCES) == version
-    assert shop.execute(score_users.STAGE).rows_out["users_encoded"] == len(rows)
     assert_vectors(shop, model, "m1", rows)
 
 
@@ -315,7 +320,8 @@ class Killed(BaseException):
 def test_a_new_model_killed_in_the_middle_goes_on_while_readers_see_the_old_one_whole(
     scored: tuple[Runtime, SequenceModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shop, old = scored
+    runtime, old = scored
+    shop = in_chunks(runtime, 14)
     new = make_model(shop, "m2", seed=2)
     rows = score_rows(USERS, seed=1)
     seen: list[tuple[set[str], int]] = []
@@ -384,7 +390,7 @@ def test_a_model_compared_with_one_that_is_current_no_more_does_not_become_curre
     for version, seed in (("m2", 2), ("m3", 3)):
         make_model(shop, version, seed)
     monkeypatch.setattr(score_users.Scorer, "score_changed", Mock(side_effect=Killed))
-    with pytest.raises(Killed):  # some of its vectors are written
+    with pytest.raises(Killed):  # its vectors are written, but not what may have changed since
         shop.execute(score_users.STAGE)
     monkeypatch.undo()
 
