@@ -75,13 +75,27 @@ def vectors(runtime: Runtime, table: Any, version: str) -> dict[str, np.ndarray]
     }
 
 
-def test_a_new_model_is_laid_onto_the_current_one(shop: Runtime, filled: tuple[Path, SequenceModel]) -> None:
+def test_a_new_model_is_laid_onto_the_current_one_unless_it_turns_too_far(
+    shop: Runtime, filled: tuple[Path, SequenceModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, old_model = filled
     assert json.loads((shop.models / "m1" / "alignment.json").read_text())["onto"] is None
     model = make_unaligned(shop, "m2", seed=2)
     with pytest.raises(TrailvecError, match="model m2 is not aligned with m1 yet: run `trailvec align` first"):
         shop.execute(score_users.STAGE)
-    report = shop.execute(align.STAGE)
+    strict = Runtime(make_config(shop.root, "storage.database=scores", "align.min_overlap=0.999"), shop.spark)
+    refused = r"model m2 must not replace m1: [\d.]+% of a user's 10 nearest items stay \(align\.min_overlap = 0\.999\)"
+    with monkeypatch.context() as few:
+        few.setattr(align, "FEWEST_USERS", 1)
+        for stage in (align.STAGE, align.STAGE, score_users.STAGE):
+            with pytest.raises(TrailvecError, match=refused):
+                strict.execute(stage)
+    assert current(shop) == ({"m1"}, 40)
+    assert not vectors(shop, USER_EMBEDDINGS, "m2")
+    report = shop.execute(align.STAGE)  # with the limit changed
+    with pytest.raises(TrailvecError, match=r"model m2 has no item vectors yet: run `trailvec embed_items` first"):
+        shop.execute(score_users.STAGE)
+    assert current(shop) == ({"m1"}, 40)
     assert report.notes[0].startswith("model m2 aligned with m1 by 27 items: cosine of a user's old and new vectors ")
     for stage in (embed_items.STAGE, score_users.STAGE):
         shop.execute(stage)
@@ -113,7 +127,6 @@ def test_a_new_model_is_laid_onto_the_current_one(shop: Runtime, filled: tuple[P
         assert shop.execute(stage).skipped
 
     again = make_unaligned(shop, "m2", seed=3)  # as after a forced training on GPUs: the weights differ
-    strict = Runtime(make_config(shop.root, "storage.database=scores", "align.min_overlap=0.999"), shop.spark)
     with pytest.raises(TrailvecError, match="model m2, the current one, was trained again and is not aligned with its"):
         strict.execute(embed_items.STAGE)
     for stage in (align.STAGE, embed_items.STAGE):
@@ -133,6 +146,15 @@ def test_a_new_model_is_laid_onto_the_current_one(shop: Runtime, filled: tuple[P
         shop.execute(stage)
     items = vectors(shop, ITEM_EMBEDDINGS, "m2")
     np.testing.assert_allclose(np.stack([items[f"i{n}"] for n in LEARNT]), raw[again] @ rotation, atol=1e-4)
+
+    shop.spark.sql(f"DELETE FROM delta.`{shop.path(ITEM_EMBEDDINGS)}` WHERE model_version = 'm2'")
+    make_unaligned(shop, "m3", seed=3)
+    for _ in range(2):
+        with pytest.raises(
+            TrailvecError, match=r"model m2, the current one, has no item vectors to align another model with: "
+        ):
+            shop.execute(align.STAGE)
+        shutil.rmtree(shop.path(ITEM_EMBEDDINGS), ignore_errors=True)  # the second time there is no table
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -158,34 +180,6 @@ def test_who_has_acted_since_is_not_compared(spark: SparkSession, monkeypatch: p
     monkeypatch.setattr(align, "encode_sequences", encoded)
     found = align._users(runtime, Path("m2"), "m1").collect()  # type: ignore[arg-type]
     assert [tuple(row) for row in found] == [("same", [1.0], [1.0])]
-
-
-def test_a_model_that_turned_too_far_does_not_become_current(shop: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(align, "FEWEST_USERS", 1)
-    make_unaligned(shop, "m2", seed=2)
-    strict = Runtime(make_config(shop.root, "storage.database=scores", "align.min_overlap=0.999"), shop.spark)
-    refused = r"model m2 must not replace m1: [\d.]+% of a user's 10 nearest items stay \(align\.min_overlap = 0\.999\)"
-    for stage in (align.STAGE, align.STAGE, score_users.STAGE):
-        with pytest.raises(TrailvecError, match=refused):
-            strict.execute(stage)
-    assert current(shop) == ({"m1"}, 40)
-    assert not vectors(shop, USER_EMBEDDINGS, "m2")
-    shop.execute(align.STAGE)  # with the limit changed
-    with pytest.raises(TrailvecError, match=r"model m2 has no item vectors yet: run `trailvec embed_items` first"):
-        shop.execute(score_users.STAGE)
-    assert current(shop) == ({"m1"}, 40)
-    for stage in (embed_items.STAGE, score_users.STAGE):
-        shop.execute(stage)
-    assert current(shop) == ({"m2"}, 40)
-
-    shop.spark.sql(f"DELETE FROM delta.`{shop.path(ITEM_EMBEDDINGS)}` WHERE model_version = 'm2'")
-    make_unaligned(shop, "m3", seed=3)
-    for _ in range(2):
-        with pytest.raises(
-            TrailvecError, match=r"model m2, the current one, has no item vectors to align another model with: "
-        ):
-            shop.execute(align.STAGE)
-        shutil.rmtree(shop.path(ITEM_EMBEDDINGS), ignore_errors=True)  # the second time there is no table
 
 
 def test_spaces_of_unlike_width_are_told_apart(shop: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:

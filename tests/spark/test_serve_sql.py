@@ -33,7 +33,7 @@ from jobs.errors import TrailvecError, explain
 from jobs.runtime import Runtime
 from jobs.serve_sql import SECRETS, _forget, _login, _share_functions, _watch, run_serve
 from jobs.spark_session import java_home
-from jobs.sql import query
+from jobs.sql import prepare, query
 from jobs.tables import (
     CURRENT,
     CURRENT_MODEL,
@@ -122,53 +122,56 @@ def server(warehouse: Served) -> Iterator[Served]:
         process.wait()
 
 
-# A client process: user, password, port and queries come as JSON, answers go back as JSON.
+# A client process: user, password, port and each session's queries come as JSON, the sessions' answers go back as JSON.
+# The sessions run at once, each on its own connection.
 CLIENT = """
 import json, sys
+from concurrent.futures import ThreadPoolExecutor
 from pyhive import hive
 
 asked = json.loads(sys.argv[1])
-cursor = hive.connect("127.0.0.1", asked["port"], username=asked["user"], password=asked["password"],
-                      database="served", auth="CUSTOM").cursor()
-answers = []
-for text in asked["queries"]:
-    cursor.execute(text)
-    answers.append(None if text.startswith("CREATE") else cursor.fetchall())
-print(json.dumps(answers))
+
+def session(queries):
+    cursor = hive.connect("127.0.0.1", asked["port"], username=asked["user"], password=asked["password"],
+                          database="served", auth="CUSTOM").cursor()
+    answers = []
+    for text in queries:
+        cursor.execute(text)
+        answers.append(None if text.startswith("CREATE") else cursor.fetchall())
+    return answers
+
+with ThreadPoolExecutor(len(asked["sessions"])) as pool:
+    print(json.dumps(list(pool.map(session, asked["sessions"]))))
 """
 
 
-def client(server: Served, queries: list[str], user: str = USER, password: str = PASSWORD) -> subprocess.Popen[str]:
-    asked = json.dumps({"port": server.port, "user": user, "password": password, "queries": queries})
+def client(server: Served, *sessions: list[str], user: str = USER, password: str = PASSWORD) -> subprocess.Popen[str]:
+    asked = json.dumps({"port": server.port, "user": user, "password": password, "sessions": sessions})
     command = [sys.executable, "-W", "ignore", "-c", CLIENT, asked]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_ten_clients_at_once(server: Served) -> None:
-    clients = []
-    for n in range(10):
-        clients.append(
-            client(
-                server,
-                [
-                    f"CREATE TEMPORARY VIEW mine AS SELECT 'u{n}' AS user_id",  # the same name in each session
-                    f"SET spark.sql.shuffle.partitions={n + 1}",
-                    "SELECT n.item_id FROM mine, LATERAL nearest_items(mine.user_id, 3) AS n ORDER BY n.rank",
-                    "SELECT i.item_id FROM user_embeddings AS u JOIN item_embeddings AS i USING (model_version) "
-                    "JOIN mine USING (user_id) WHERE model_version = 'm2' "
-                    "ORDER BY vector_inner_product(u.vector, i.vector) DESC, i.item_id LIMIT 3",
-                    "SET spark.sql.shuffle.partitions",
-                ],
-            )
-        )
-    for n, process in enumerate(clients):
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        _, _, by_function, by_query, setting = json.loads(out)
+    sessions = [
+        [
+            f"CREATE TEMPORARY VIEW mine AS SELECT 'u{n}' AS user_id",  # the same name in each session
+            f"SET spark.sql.shuffle.partitions={n + 1}",
+            "SELECT n.item_id FROM mine, LATERAL nearest_items(mine.user_id, 3) AS n ORDER BY n.rank",
+            "SELECT i.item_id FROM user_embeddings AS u JOIN item_embeddings AS i USING (model_version) "
+            "JOIN mine USING (user_id) WHERE model_version = 'm2' "
+            "ORDER BY vector_inner_product(u.vector, i.vector) DESC, i.item_id LIMIT 3",
+            "SET spark.sql.shuffle.partitions",
+        ]
+        for n in range(10)
+    ]
+    out, err = client(server, *sessions).communicate(timeout=300)
+    assert out, err
+    for n, (_, _, by_function, by_query, setting) in enumerate(json.loads(out)):
         expected = [[item] for item in server.best_items(f"u{n}", 3)]
         assert by_function == expected
         assert by_query == expected
         assert setting == [["spark.sql.shuffle.partitions", str(n + 1)]]
+    assert n == 9
 
 
 def test_a_client_finds_the_views_of_the_current_model(server: Served) -> None:
@@ -178,13 +181,13 @@ def test_a_client_finds_the_views_of_the_current_model(server: Served) -> None:
     ]
     out, err = client(server, queries).communicate(timeout=120)
     assert out, err
-    assert json.loads(out) == [[["m2", 12]], [["m2", "i1"]]]
+    assert json.loads(out) == [[[["m2", 12]], [["m2", "i1"]]]]
 
 
 def test_no_client_reads_a_secret_of_the_environment(server: Served) -> None:
     queries = [f"SELECT reflect('java.lang.System', 'getenv', '{name}')" for name in ("PATH", *SECRETS)]
     out, err = client(server, queries).communicate(timeout=120)
-    [[[path]], *secrets] = json.loads(out)
+    [[[[path]], *secrets]] = json.loads(out)
     assert path, err
     assert secrets == [[["null"]]] * 4  # as Spark writes Java's null
 
@@ -195,7 +198,8 @@ def test_no_program_of_a_client_reads_a_secret_of_the_servers_processes(server: 
     program = "SELECT TRANSFORM('x') USING 'xargs -0 -n1 < /proc/{}/environ' AS (line STRING)"
     out, err = client(server, [program.format(process) for process in (server.pid, "$PPID")]).communicate(timeout=120)
     assert out, err
-    for lines in json.loads(out):
+    (answers,) = json.loads(out)
+    for lines in answers:
         values = {name: value for name, _, value in ((line or "").partition("=") for [line] in lines)}
         assert values["PATH"]
         assert not any(values.get(name) for name in SECRETS)
@@ -228,7 +232,10 @@ def test_a_bi_tool_sees_columns(server: Served, tmp_path: Path) -> None:
 
 
 def test_a_wrong_login_is_refused(server: Served) -> None:
-    tries = [client(server, ["SELECT 1"], *login) for login in ((USER, "wrong"), ("eve", PASSWORD), ("", ""))]
+    tries = [
+        client(server, ["SELECT 1"], user=user, password=password)
+        for user, password in ((USER, "wrong"), ("eve", PASSWORD), ("", ""))
+    ]
     for process in tries:
         out, err = process.communicate(timeout=120)
         assert process.returncode != 0
@@ -236,7 +243,7 @@ def test_a_wrong_login_is_refused(server: Served) -> None:
         # The server closes the connection after its answer, which is lost if the client sees the close first.
         assert "Error validating the login" in err or "TSocket read 0 bytes" in err
     out, err = client(server, ["SELECT 1"]).communicate(timeout=120)
-    assert out.strip() == "[[[1]]]", err
+    assert out.strip() == "[[[[1]]]]", err
 
 
 @pytest.mark.parametrize(
@@ -431,7 +438,9 @@ def test_the_pages_examples_can_be_run(warehouse: Served, make_runtime: Callable
     runtime = make_runtime("storage.database=examples", root=warehouse.runtime.root)
     for table in TABLES:
         runtime.create(table)
-        query(runtime, EXAMPLES[table.name])  # Spark resolves all its tables, columns and functions
+    prepare(runtime)
+    for table in TABLES:
+        runtime.spark.sql(EXAMPLES[table.name])  # Spark resolves all its tables, columns and functions
 
 
 def rows_of_model(model: str, more: int) -> list[tuple[Table, list[tuple[Any, ...]]]]:
@@ -481,10 +490,15 @@ def test_no_documented_query_mixes_models(make_runtime: Callable[..., Runtime], 
     named = re.compile(rf"\b(current_)?({'|'.join(kept_by_model)})\b|\bnearest_")
     texts = [text for text in (*EXAMPLES.values(), *(text for _, text in queries())) if named.search(text)]
     assert len(texts) == 15
-    answers = {text: rows(runtime, text) for text in texts}
+
+    def ask_all() -> dict[str, list[tuple[Any, ...]]]:
+        prepare(runtime)
+        return {text: [tuple(row) for row in spark.sql(text).collect()] for text in texts}
+
+    answers = ask_all()
     assert [text for text, answer in answers.items() if not answer] == []
 
     fill(m1=0, m3=2)
-    assert [text for text, answer in answers.items() if rows(runtime, text) != answer] == []
+    assert [text for text, answer in ask_all().items() if answer != answers[text]] == []
     shown = " UNION ALL ".join(f"SELECT '{view}' AS view, model_version FROM {view}" for view in CURRENT)
     assert sorted(rows(runtime, f"SELECT DISTINCT * FROM ({shown})")) == [(view, "m2") for view in sorted(CURRENT)]

@@ -319,16 +319,24 @@ def test_what_asks_is_asked(make_runtime: Callable[..., Runtime]) -> None:
         ask(runtime, "SELECT * FROM evnts", "a")
 
 
-@pytest.fixture
-def shop(make_runtime: Callable[..., Runtime], spark: SparkSession) -> Runtime:
-    """Three items' vectors in this test's own database."""
-    runtime = make_runtime("storage.database=shop")
-    spark.sql("DROP DATABASE IF EXISTS shop CASCADE")  # the session is shared: drop the last test's tables
+@pytest.fixture(scope="module")
+def filled(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A warehouse with three items' vectors; each test takes a copy."""
+    runtime = Runtime(make_config(tmp_path_factory.mktemp("filled")), spark)
     rows = [
         (item, n, "m1", datetime(2017, 12, 1, tzinfo=timezone.utc), False, vector)
         for n, (item, vector) in enumerate([("bread", [1.0, 0.0]), ("butter", [1.0, 1.0]), ("nails", [-1.0, 2.0])], 2)
     ]
     put(runtime, ITEM_EMBEDDINGS, spark.createDataFrame(rows, ITEM_EMBEDDINGS.schema()))
+    return runtime.root
+
+
+@pytest.fixture
+def shop(filled: Path, make_runtime: Callable[..., Runtime], spark: SparkSession) -> Runtime:
+    """Three items' vectors in this test's own database."""
+    runtime = make_runtime("storage.database=shop")
+    spark.sql("DROP DATABASE IF EXISTS shop CASCADE")  # the session is shared: drop the last test's tables
+    shutil.copytree(filled, runtime.root)
     return runtime
 
 
