@@ -78,14 +78,15 @@ class Job:
 
     def __init__(self, folder: Path, data: Path, root: Path, files_per_batch: int = 1, to: str = "sessionize") -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._to = to
+        self.stages = STAGES[: [stage.name for stage in STAGES].index(to) + 1]
+        self.data = data
         self.root, self.log, self.conf = root, folder / f"{root.name}.log", folder / f"{root.name}.toml"
         source = REPOSITORY / "conf/sources/online_retail.toml"
         self.conf.write_text(CONF.format(source=source, root=root, data=data, files=files_per_batch))
 
     def start(self) -> subprocess.Popen[bytes]:
         """In a process group of its own, so that one signal reaches Python, the JVM and its workers."""
-        command = [sys.executable, "-m", "jobs.cli", "run", "--to", self._to, "--conf", str(self.conf)]
+        command = [sys.executable, "-m", "jobs.cli", "run", "--to", self.stages[-1].name, "--conf", str(self.conf)]
         with self.log.open("wb") as file:
             return subprocess.Popen(command, stdout=file, stderr=file, cwd=REPOSITORY, start_new_session=True)
 
@@ -131,25 +132,32 @@ def differences(
     return differing
 
 
-def undisturbed_run(folder: Path, data: Path) -> tuple[Job, float]:
+def undisturbed_run(folder: Path, data: Path, run: Callable[[Job], float] = Job.run) -> tuple[Job, float]:
     """The run that the others are compared with, and its seconds."""
     job = Job(folder, data, folder / "undisturbed")
-    return job, job.run()
+    return job, run(job)
 
 
-def kills(folder: Path, data: Path, compared: tuple[Job, float], times: int, seed: int) -> dict[str, Any]:
-    """Kills ingest and sessionize in turn, while they add the other days to tables of the first and, every other time,
-    while they make the tables of all days; then the same command runs to its end."""
-    chance, growing, first_day = random.Random(seed), folder / "growing", folder / "first_day"
-    (undisturbed, whole), killed = compared, Job(folder, growing, folder / "killed")
-    growing.mkdir()
+def first_day(folder: Path, data: Path, run: Callable[[Job], float] = Job.run) -> Job:
+    """A job that has made the tables of the first day, and whose folder of days has since grown to all of them."""
+    growing = folder / "growing"
+    growing.mkdir(parents=True)
     first, *later = sorted(data.glob("*.csv"))
     shutil.copy(first, growing)
-    killed.run()
-    shutil.copytree(killed.root, first_day)
-    before = _books(killed)
+    job = Job(folder, growing, folder / "first_day")
+    run(job)
     for day in later:
         shutil.copy(day, growing)
+    return job
+
+
+def kills(folder: Path, compared: tuple[Job, float], first: Job, times: int, seed: int) -> dict[str, Any]:
+    """Kills ingest and sessionize in turn, while they add the other days to tables of the first and, every other time,
+    while they make the tables of all days; then the same command runs to its end."""
+    chance = random.Random(seed)
+    (undisturbed, whole), killed = compared, Job(folder, first.data, folder / "killed")
+    shutil.copytree(first.root, killed.root)
+    before = _books(killed)
     killed.run()  # to time the two stages
     # Timed from the start of the stage: how long Python, Java and Spark take to start varies too much.
     written = [path.stat().st_mtime for path in _books(killed) - before]
@@ -165,7 +173,7 @@ def kills(folder: Path, data: Path, compared: tuple[Job, float], times: int, see
         shutil.rmtree(killed.root)
         from_nothing = not from_nothing
         if not from_nothing:
-            shutil.copytree(first_day, killed.root)
+            shutil.copytree(first.root, killed.root)
         before = _books(killed)
         for stage in [stage for stage in stages if remaining[stage]]:
             length, has_begun = stages[stage]
@@ -198,20 +206,22 @@ def _books(job: Job) -> set[Path]:
     return {path for kind in ("offsets", "commits") for path in job.root.glob(f"checkpoints/ingest/*/{kind}/[0-9]*")}
 
 
-def two_ingests(folder: Path, data: Path, compared: tuple[Job, float]) -> dict[str, Any]:
-    undisturbed, twice = compared[0], Job(folder, data, folder / "twice", to="ingest")
-    other = Job(folder / "other", data, twice.root, to="ingest")
+def two_ingests(folder: Path, compared: tuple[Job, float], run: Callable[[Job], float] = Job.run) -> dict[str, Any]:
+    undisturbed = compared[0]
+    twice = Job(folder, undisturbed.data, folder / "twice", to="ingest")
+    other = Job(folder / "other", undisturbed.data, twice.root, to="ingest")
     processes = [twice.start(), other.start()]
     codes = [process.wait() for process in processes]
     last_lines = [job.last_line() for job in (twice, other)]
-    twice.run()
+    run(twice)
     return {"codes": codes, "said": last_lines, "wrong": _wrong(undisturbed.root, twice.root, TABLES[:2])}
 
 
-def full_disk(folder: Path, data: Path, compared: tuple[Job, float]) -> dict[str, Any]:
+def full_disk(folder: Path, compared: tuple[Job, float], first: Job) -> dict[str, Any]:
     """Restarts this script in a mount namespace, where it may mount a private disk."""
     command = ["unshare", "--map-root-user", "--mount", sys.executable, __file__, "full_disk"]
-    command += ["--data", str(data), "--folder", str(folder), "--compared", str(compared[0].root)]
+    command += ["--data", str(first.data), "--folder", str(folder)]
+    command += ["--compared", str(compared[0].root), "--first-day", str(first.root)]
     process = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     if not process.stdout.strip():
         raise RuntimeError("the check ended without a result in its mount namespace: see its output above")
@@ -219,18 +229,13 @@ def full_disk(folder: Path, data: Path, compared: tuple[Job, float]) -> dict[str
     return result
 
 
-def full_disk_mounted(folder: Path, data: Path, undisturbed: Path) -> dict[str, Any]:
-    disk, growing = folder / "disk", folder / "growing"
+def full_disk_mounted(folder: Path, data: Path, undisturbed: Path, first: Path) -> dict[str, Any]:
+    disk = folder / "disk"
     disk.mkdir(parents=True)
-    growing.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", disk], check=True)
-    job = Job(folder, growing, disk / "warehouse")
-    first, *later = sorted(data.glob("*.csv"))
-    shutil.copy(first, growing)
-    job.run()
+    job = Job(folder, data, disk / "warehouse")
+    shutil.copytree(first, job.root)
     before = _counts(job.root)
-    for file in later:
-        shutil.copy(file, growing)
     filler = disk / "filler"
     free = shutil.disk_usage(disk).free
     attempts = []
@@ -259,7 +264,6 @@ def soak(folder: Path, data: Path, batches: int, seed: int) -> dict[str, Any]:
     growing.mkdir(parents=True)
     in_batches, at_once = (Job(folder, growing, folder / name, files_per_batch=1000) for name in ("batches", "once"))
     runtime = Runtime(load_config(in_batches.conf))
-    stages = STAGES[: [stage.name for stage in STAGES].index("sessionize") + 1]
     days = sorted(data.glob("*.csv"))
     chance.shuffle(days)
     edges = [0, *sorted(chance.sample(range(1, len(days)), min(batches, len(days)) - 1)), len(days)]
@@ -270,10 +274,10 @@ def soak(folder: Path, data: Path, batches: int, seed: int) -> dict[str, Any]:
         if start and chance.random() < 0.3:
             again = chance.choice(days[:start])
             shutil.copy(again, growing / f"again-{number}-{again.name}")
-        seconds.append(round(sum(runtime.execute(stage).seconds for stage in stages), 1))
+        seconds.append(round(sum(runtime.execute(stage).seconds for stage in in_batches.stages), 1))
         print(f"batch {number + 1}: {stop - start} days, {seconds[-1]} s", flush=True)
     once = Runtime(load_config(at_once.conf), runtime.spark)
-    whole = round(sum(once.execute(stage).seconds for stage in stages), 1)
+    whole = round(sum(once.execute(stage).seconds for stage in at_once.stages), 1)
     # A record rejected twice is recorded twice, each time with its file, even within one batch.
     return {
         "batches": len(seconds),
@@ -294,9 +298,11 @@ def _wrong(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     checks: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-        "kills": lambda a: kills(a.folder, a.data, undisturbed_run(a.folder, a.data), a.times, a.seed),
-        "two_ingests": lambda a: two_ingests(a.folder, a.data, undisturbed_run(a.folder, a.data)),
-        "full_disk": lambda a: full_disk(a.folder, a.data, undisturbed_run(a.folder, a.data)),
+        "kills": lambda a: kills(
+            a.folder, undisturbed_run(a.folder, a.data), first_day(a.folder, a.data), a.times, a.seed
+        ),
+        "two_ingests": lambda a: two_ingests(a.folder, undisturbed_run(a.folder, a.data)),
+        "full_disk": lambda a: full_disk(a.folder, undisturbed_run(a.folder, a.data), first_day(a.folder, a.data)),
         "soak": lambda a: soak(a.folder, a.data, a.batches, a.seed),
     }
     parser.add_argument("check", choices=checks)
@@ -315,13 +321,14 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=10, help="kills: number of kills (default: 10)")
     parser.add_argument("--batches", type=int, default=50, help="soak: number of batches (default: 50)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compared", type=Path, help=argparse.SUPPRESS)  # full_disk passes it when it restarts itself
+    for path in ("--compared", "--first-day"):  # full_disk passes them when it restarts itself
+        parser.add_argument(path, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.folder, arguments.data = arguments.folder.absolute(), arguments.data.absolute()
     if not any(arguments.data.glob("*.csv")):
         parser.error(f"--data {arguments.data} holds no *.csv: name a folder of daily CSVs of Online Retail")
     if arguments.compared:
-        result = full_disk_mounted(arguments.folder, arguments.data, arguments.compared)
+        result = full_disk_mounted(arguments.folder, arguments.data, arguments.compared, arguments.first_day)
     else:
         arguments.folder /= arguments.check
         shutil.rmtree(arguments.folder, ignore_errors=True)

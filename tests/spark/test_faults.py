@@ -7,14 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from deltalake import write_deltalake
+from pyspark.sql import SparkSession
 
+from jobs.config import load_config
+from jobs.runtime import Runtime
 from scripts import faults
-from scripts.faults import Job, differences, full_disk, kills, two_ingests, undisturbed_run
+from scripts.faults import Job, differences, first_day, full_disk, kills, two_ingests, undisturbed_run
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +31,27 @@ def days(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory, days: Path) -> tuple[Job, float]:
-    return undisturbed_run(tmp_path_factory.mktemp("undisturbed"), days)
+def run_here(spark: SparkSession) -> Callable[[Job], float]:
+    """Runs a job in this process' Spark, which is up already. Not one whose tables are removed and made anew: Delta
+    keeps what it has read of a table's log by its path."""
+
+    def run(job: Job) -> float:
+        runtime = Runtime(load_config(job.conf), spark)
+        return sum(runtime.execute(stage).seconds for stage in job.stages)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def compared(
+    tmp_path_factory: pytest.TempPathFactory, days: Path, run_here: Callable[[Job], float]
+) -> tuple[Job, float]:
+    return undisturbed_run(tmp_path_factory.mktemp("undisturbed"), days, run_here)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory, days: Path, run_here: Callable[[Job], float]) -> Job:
+    return first_day(tmp_path_factory.mktemp("first"), days, run_here)
 
 
 def test_differences_are_seen(tmp_path: Path) -> None:
@@ -41,8 +64,8 @@ def test_differences_are_seen(tmp_path: Path) -> None:
     assert differences(tmp_path / "one", tmp_path / "one", ["sessions"]) == {"sessions": 0}
 
 
-def test_kills_at_random_moments_leave_no_trace(tmp_path: Path, days: Path, compared: tuple[Job, float]) -> None:
-    found = kills(tmp_path, days, compared, times=2, seed=os.getpid())
+def test_kills_at_random_moments_leave_no_trace(tmp_path: Path, compared: tuple[Job, float], first: Job) -> None:
+    found = kills(tmp_path, compared, first, times=2, seed=os.getpid())
     # In either order: a stage that ends before its moment is started again, and killed after the other.
     assert sorted((kill["stage"], kill["done"]) for kill in found["kills"]) == [
         ("ingest", []),
@@ -52,19 +75,19 @@ def test_kills_at_random_moments_leave_no_trace(tmp_path: Path, days: Path, comp
 
 
 def test_a_run_that_fails_by_itself_is_no_kill(tmp_path: Path, days: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    books = tmp_path / "killed/checkpoints/ingest/retail/offsets"
-    books.mkdir(parents=True)
-    # A run over the first day, one over all, and the one to be killed.
-    endings = iter(["true", f"touch {books}/1; echo '✓ sessionize 1.0 s'", "echo it is broken; exit 1"])
+    books = "checkpoints/ingest/retail/offsets"
+    (tmp_path / "first_day" / books).mkdir(parents=True)
+    # The run that is timed, and the one to be killed.
+    endings = iter([f"touch {tmp_path}/killed/{books}/1; echo '✓ sessionize 1.0 s'", "echo it is broken; exit 1"])
 
     def start(job: Job) -> subprocess.Popen[bytes]:
         with job.log.open("wb") as file:
             return subprocess.Popen(["sh", "-c", next(endings)], stdout=file)
 
     monkeypatch.setattr(Job, "start", start)
-    undisturbed = Job(tmp_path, days, tmp_path / "undisturbed")
+    undisturbed, first = (Job(tmp_path, days, tmp_path / name) for name in ("undisturbed", "first_day"))
     with pytest.raises(RuntimeError, match="a run ended by itself with code 1: it is broken"):
-        kills(tmp_path, days, (undisturbed, 3.0), times=2, seed=0)
+        kills(tmp_path, (undisturbed, 3.0), first, times=2, seed=0)
 
 
 def test_data_without_days_is_told_and_nothing_is_removed(
@@ -82,6 +105,7 @@ def test_data_without_days_is_told_and_nothing_is_removed(
 def test_what_lies_beside_the_check_stays(tmp_path: Path, days: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").touch()
     monkeypatch.setattr(faults, "undisturbed_run", lambda folder, _: folder.mkdir(parents=True))
+    monkeypatch.setattr(faults, "first_day", lambda *_: None)
     monkeypatch.setattr(faults, "full_disk", lambda *_: {"wrong": {}})
     monkeypatch.setattr(sys, "argv", ["faults.py", "full_disk", "--folder", str(tmp_path), "--data", str(days)])
     with pytest.raises(SystemExit):
@@ -89,31 +113,39 @@ def test_what_lies_beside_the_check_stays(tmp_path: Path, days: Path, monkeypatc
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "full_disk"}
 
 
-def test_a_soak_ends_in_the_tables_of_all_days_at_once(tmp_path: Path, days: Path) -> None:
-    """As a command: it starts Spark with settings of its own."""
-    command = [sys.executable, "scripts/faults.py", "soak", "--batches", "2", "--data", str(days)]
-    done = subprocess.run([*command, "--folder", str(tmp_path)], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_a_soak_ends_in_the_tables_of_all_days_at_once(
+    spark: SparkSession,
+    tmp_path: Path,
+    days: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(faults, "Runtime", lambda config, _=None: Runtime(config, spark))
+    command = ["faults.py", "soak", "--batches", "2", "--data", str(days), "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stopped:
+        faults.main()
+    assert stopped.value.code == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (found["batches"], found["wrong"]) == (2, {})
     assert min(found["rows"][table] for table in ("events", "rejected_events", "sessions")) > 0
     assert len(list(tmp_path.glob("soak/growing/again-*"))) == 1  # a file came a second time
 
 
 def test_of_two_ingests_at_once_none_loses_or_doubles_a_row(
-    tmp_path: Path, days: Path, compared: tuple[Job, float]
+    tmp_path: Path, compared: tuple[Job, float], run_here: Callable[[Job], float]
 ) -> None:
-    found = two_ingests(tmp_path, days, compared)
+    found = two_ingests(tmp_path, compared, run_here)
     assert found["wrong"] == {}, found
     assert 0 in found["codes"], found
     for code, said in zip(found["codes"], found["said"], strict=True):
         assert code == 0 or (said.startswith("trailvec: ") and "unexpected" not in said), said
 
 
-def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path, days: Path, compared: tuple[Job, float]) -> None:
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path, compared: tuple[Job, float], first: Job) -> None:
     if subprocess.run(["unshare", "--map-root-user", "--mount", "true"], check=False, capture_output=True).returncode:
         pytest.skip("this system lets nobody but root make a mount namespace")
-    found = full_disk(tmp_path, days, compared)
+    found = full_disk(tmp_path, compared, first)
     assert found["wrong"] == {}, found
     assert all(found["kept"].values()), found
     assert any(one["code"] for one in found["full"]), found
