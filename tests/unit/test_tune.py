@@ -13,6 +13,7 @@ import pytest
 from jobs import tune
 from jobs.cli import main
 from jobs.errors import TrailvecError
+from jobs.launch_training import launch
 from jobs.runtime import Runtime
 from tests.conftest import make_config
 from tests.sequence_files import make_rows, make_run, next_items
@@ -37,6 +38,14 @@ def test_a_search_goes_on_from_the_trials_that_have_ended(tmp_path: Path, monkey
     spec = make_run(tmp_path / "run", [make_rows(120)], (rows, next_items(rows)), epochs=2, batch_size=20)
     rates = {0: 0.03, 2: 1e30, 3: 1e-9}  # one learns all that there is, one fails, one learns nothing
     monkeypatch.setattr(tune, "propose", lambda trial, heads: {"learning_rate": rates[trial.number], "width": 8})
+
+    def learn(run_file: Path, run: RunSpec, hear: Any) -> None:
+        if run.settings.learning_rate == rates[3]:  # no process is needed to learn nothing
+            hear({**TOLD, tune.METRIC: 0.0})
+        else:
+            launch(run_file, run, hear)
+
+    monkeypatch.setattr(tune, "launch", learn)
     said: list[str] = []
     tune.search(spec, a_study(tmp_path), 1, tmp_path, said.append)
     a_study(tmp_path).ask()  # what a kill leaves: a trial that is said to be running
