@@ -162,17 +162,18 @@ def kill_in_the_middle(spec: RunSpec, folder: Path, rank: int) -> str:
     killer.join()
     assert time.monotonic() - killed_at[0] < 60
     assert processes_with(str(folder / "run.json")) == []
-    return str(error.value)
+    said = str(error.value)
+    assert "the same command resumes from epoch 2 after" in said
+    assert said.endswith("steps")
+    assert "\n" not in said
+    return said
 
 
 DRAWS = {"dropout": 0.3, "negatives": 12, "later_share": 0.5, "weight_decay": 0.01, "learning_rate": 0.02}
 
 
-def check_resumed(killed: Path, whole: Path, said: str) -> None:
+def check_resumed(killed: Path, whole: Path) -> None:
     """After the kill and the second start: all is as if there had been none."""
-    assert "the same command resumes from epoch 2 after" in said
-    assert said.endswith("steps")
-    assert "\n" not in said
     after, expected = training_of(killed), training_of(whole)
     assert after["parameters_sha256_by_rank"] == expected["parameters_sha256_by_rank"]
     assert after["curve"] == expected["curve"]
@@ -191,16 +192,24 @@ def test_a_killed_process_goes_on_to_the_same_parameters(tmp_path: Path, table: 
     parts, rows = [make_rows(60, 1), make_rows(60, 2)], make_rows(20, 3)
     settings = {**DRAWS, "batch_size": 2, "epochs": 2, "local_steps": 2}
     whole = make_run(tmp_path / "whole", parts, (rows, next_items(rows)), model, **settings)
-    killed = make_run(tmp_path / "killed", parts, (rows, next_items(rows)), model, **settings, checkpoint_minutes=0)
+    settings |= {"checkpoint_minutes": 0, "keep_checkpoints": 99}
+    killed = make_run(tmp_path / "killed", parts, (rows, next_items(rows)), model, **settings)
     train(whole)
-    said = kill_in_the_middle(killed, tmp_path / "killed", rank=0)
-    assert said.startswith("training stopped: process 0 was killed by signal 9")
-    assert not (tmp_path / "killed/model/model.json").exists()
+    if table:
+        said = kill_in_the_middle(killed, tmp_path / "killed", rank=0)
+        assert said.startswith("training stopped: process 0 was killed by signal 9")
+        assert not (tmp_path / "killed/model/model.json").exists()
+    else:  # what it leaves, without a process
+        train(killed)
+        inside = [place for place in checkpoints(tmp_path / "killed/checkpoints") if place.name > "00002-0000000000"]
+        for checkpoint in inside[1:]:
+            shutil.rmtree(checkpoint)
+        (tmp_path / "killed/model/model.json").unlink()
     left = newest_checkpoint(tmp_path / "killed/checkpoints")
     assert left is not None
     assert read_checkpoint(left)[0].step > 0  # in the middle of the epoch
     train(killed)
-    check_resumed(tmp_path / "killed", tmp_path / "whole", said)
+    check_resumed(tmp_path / "killed", tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("killed_in", "goes_on_from"), [(2, ["00002-0000000000"]), (1, [])])
@@ -240,7 +249,7 @@ def test_a_killed_rank_ends_the_run_which_goes_on_and_stops_early_as_without(tmp
     assert said.startswith("training stopped: process 1 was killed by signal 9")
     resumed = start(killed, tmp_path / "killed")
     assert (resumed[0]["event"], resumed[0]["epoch"], resumed[0]["step"] > 0) == ("resumed", 2, True)
-    check_resumed(tmp_path / "killed", tmp_path / "whole", said)
+    check_resumed(tmp_path / "killed", tmp_path / "whole")
     training = training_of(tmp_path / "killed")
     assert (len(training["epochs"]), training["best_epoch"], training["held_users"]) == (2, 1, 3)
     assert training["parameters_sha256_by_rank"][0] == training["parameters_sha256_by_rank"][1]
