@@ -33,7 +33,7 @@ from spark_udfs.encode import LoadedModel, encode_rows
 from tests.conftest import make_config
 from tests.sequence_files import MAX_LENGTH, item_counts, make_rows
 from training.batches import FEATURES
-from training.checkpoint import WEIGHTS, load_model, newest_checkpoint
+from training.checkpoint import WEIGHTS, Progress, load_model, newest_checkpoint, write_checkpoint
 from training.config import ITEM_ATTRIBUTES, ModelSpec, RunSpec
 
 CUT = datetime(2024, 6, 1)
@@ -102,9 +102,8 @@ def fill_all(runtime: Runtime) -> None:
     score = make_rows(40, seed=3)
     score[0]["item_index"] = [1] * score[0]["length"]  # only unknown items
     score[1]["item_index"][0] = 999  # an item appended after training
-    # Two earlier versions, whose files stay on disk but must not be read.
-    for seed in (8, 9):
-        fill(runtime, SEQUENCES, sequences(make_rows(50, seed), "train"), files=2)
+    # An earlier version, whose files stay on disk but must not be read.
+    fill(runtime, SEQUENCES, sequences(make_rows(50, seed=8), "train"), files=2)
     fill(runtime, ITEMS, items)
     fill(runtime, CONTEXT_VALUES, values)
     rows = sequences(train_rows, "train") + sequences(valid, "valid") + sequences(score, "score")
@@ -183,7 +182,7 @@ def test_model_json_says_what_made_it(trained: Runtime) -> None:
     assert about["model_version"] == model_folder(trained).name
     assert (about["as_of"], about["test_from"]) == ("2024-06-01T00:00:00.000000", "2024-06-29T00:00:00.000000")
     # Version 0 created the table; each write adds one.
-    assert about["provenance"]["reads"] == {"sequences": 3, "items": 1, "context_values": 1}
+    assert about["provenance"]["reads"] == {"sequences": 2, "items": 1, "context_values": 1}
     assert about["provenance"]["config"]["train"]["epochs"] == 6
     assert about["spec"]["context_sizes"]["vertical_index"] == 5
 
@@ -191,7 +190,7 @@ def test_model_json_says_what_made_it(trained: Runtime) -> None:
 def test_the_card_the_plot_and_the_run_in_mlflow(trained: Runtime) -> None:
     about = about_of(trained)
     text = (model_folder(trained) / "card.md").read_text()
-    assert "| data | sequences version 3, items version 1, context_values version 1 |" in text
+    assert "| data | sequences version 2, items version 1, context_values version 1 |" in text
     best = about["training"]["epochs"][about["training"]["best_epoch"] - 1]
     assert f"| vertical2 | {best['by_vertical']['vertical2']['users']} |" in text
     assert sum(group["users"] for group in best["by_history"].values()) == about["training"]["held_users"] <= 20
@@ -309,7 +308,8 @@ def test_the_same_command_again_trains_nothing(trained: Runtime) -> None:
 def test_failed_training_leaves_the_old_model_current(trained: Runtime) -> None:
     current = (trained.models / "current.json").read_text()
     models = sorted(path.name for path in trained.models.glob("*/model.json"))
-    config = make_config(trained.root, *SETTINGS, "train.processes=1", "train.learning_rate=1e30", "train.epochs=2")
+    sets = (*SETTINGS, "train.processes=1", "train.learning_rate=1e30", "train.epochs=2", "train.tracking_uri=none")
+    config = make_config(trained.root, *sets)
     with pytest.raises(TrailvecError, match=r"training stopped: the loss is nan in epoch \d: lower train"):
         Runtime(config, trained.spark).execute(train.STAGE)
     config = make_config(trained.root, *SETTINGS, "vocabulary.min_count=2")
@@ -368,7 +368,7 @@ def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
 ) -> None:
     shutil.copytree(trained.root, tmp_path / "root")
     sets = (*SETTINGS, "train.processes=1", "train.warm_start=true", "train.warm_rate=0.3")
-    sets += (f"train.warm_length={MAX_LENGTH // 2}",)
+    sets += (f"train.warm_length={MAX_LENGTH // 2}", "train.tracking_uri=none")
     runtime = Runtime(make_config(tmp_path / "root", *sets), trained.spark)
     base = model_folder(runtime).name
     with pytest.raises(
@@ -458,7 +458,7 @@ def test_a_forced_training_that_was_killed_goes_on_and_keeps_what_other_stages_a
 def test_a_killed_training_goes_on_over_the_tables_as_they_were_whatever_was_committed_since(
     trained: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sets = (*SETTINGS, "train.processes=1", "train.epochs=3")
+    sets = (*SETTINGS, "train.processes=1", "train.epochs=3", "train.tracking_uri=none")
     rows = sequences(make_rows(60, seed=7), "train", first_user=500)
     lines: list[str] = []
     epochs: list[int] = []  # of the newest checkpoint that each killed training has left
@@ -479,6 +479,10 @@ def test_a_killed_training_goes_on_over_the_tables_as_they_were_whatever_was_com
         lines.append(line)
         if "epoch 2/3" in line:
             raise InterruptedError
+
+    def leave_a_checkpoint(_: Path, spec: RunSpec, on_event: Callable[..., None]) -> None:
+        write_checkpoint(Path(spec.checkpoints or ""), Progress(ranks=1, step=1), {}, keep=1)
+        raise InterruptedError
 
     def train_killed() -> tuple[Any, dict[str, Any]]:
         before = set(runtime.models.glob("*.checkpoints"))
@@ -515,8 +519,9 @@ def test_a_killed_training_goes_on_over_the_tables_as_they_were_whatever_was_com
     assert about["training"]["epochs"][1]["rows_by_rank"] == expected["training"]["epochs"][1]["rows_by_rank"]
     assert not left.exists()
 
-    # Now over the newest rows, and killed again. Forced, it starts over; so does one with other settings.
-    runtime.on_progress = hear
+    # Now over the newest rows, and killed again, without processes. Forced, it starts over; so does one with other
+    # settings.
+    monkeypatch.setattr(train, "launch", leave_a_checkpoint)
     left, begun = train_killed()
     assert begun["reads"]["sequences"] > newest
     increment("u6")
