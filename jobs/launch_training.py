@@ -137,8 +137,11 @@ def last_words(lines: list[str], code: int) -> str:
     texts = [text for line in lines if (text := re.sub(r"^\[\d+\]<std(?:err|out)>:\s*", "", line.strip()))]
     exceptions = [text for text in texts if re.match(r"(?:[\w.]*(?:Error|Exception)|what\(\)): +[^ ]", text)]
     causes = [text for text in exceptions if not _FOLLOWS.search(text)]
+    # The launcher's report of one process; in Spark there is no other.
+    ended = re.search(r"Process name: (\d+)\nExit code: (\d+)", "\n".join(texts))
     killed = [found[1] for text in texts if (found := re.search(r"(\d+) exit with status code 137", text))]
-    if not causes and (killed or code in (-signal.SIGKILL, 137) or "Exit code: 137" in texts):
+    killed += [ended[1]] if ended and ended[2] == "137" else []
+    if not causes and (killed or code in (-signal.SIGKILL, 137)):
         return f"process {killed[0] if killed else 0} was killed by signal 9 (did the machine run out of memory?)"
     messages = causes[:1] or [text for text in exceptions if _LAUNCHERS not in text][:1]
     # Reported by the other ranks, or by the launcher, about a rank that could no longer report anything itself.
@@ -146,7 +149,7 @@ def last_words(lines: list[str], code: int) -> str:
         return "a process was lost, with its executor or its machine"
     if messages:
         return re.sub(rf"^\S+: +{_PLACES}", "", messages[0])
-    if ended := re.search(r"Process name: (\d+)\nExit code: (\d+)", "\n".join(texts)):  # the launcher's report
+    if ended:
         return f"process {ended[1]} ended with code {ended[2]}"
     if code < 0:
         return f"a process was ended by signal {-code} ({signal.strsignal(-code)})"

@@ -1,9 +1,13 @@
 """The stages train, embed_items and score_users over real Delta tables, with two real Horovod processes."""
 
 import json
+import re
 import shutil
 import sqlite3
+import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -206,7 +210,22 @@ def test_the_card_the_plot_and_the_run_in_mlflow(trained: Runtime) -> None:
     assert not list(trained.models.glob("*.checkpoints"))  # no longer needed
 
 
+def kill_a_rank(checkpoints: Path, killed_at: list[float]) -> None:
+    """Kills (SIGKILL) rank 1 of the training in Spark's tasks, once there is a checkpoint."""
+    ranks: list[psutil.Process] = []
+    while not ranks:
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):  # it has ended meanwhile
+                if "horovod.spark.task.gloo_exec_fn" in process.cmdline() and process.environ()["HOROVOD_RANK"] == "1":
+                    ranks.append(process)
+    while not any(checkpoints.glob("0*")):
+        time.sleep(0.01)
+    ranks[0].kill()
+    killed_at.append(time.monotonic())
+
+
 def test_tasks_of_spark_train_the_same_model_as_horovodrun(trained: Runtime, tmp_path: Path) -> None:
+    """After one of them was killed."""
     counts = item_facts.item_counts(trained.latest(ITEMS), min_count=3)
     np.save(tmp_path / "counts.npy", counts)
     attributes = item_facts.item_attributes(trained.latest(ITEMS), trained.latest(CONTEXT_VALUES))
@@ -221,6 +240,16 @@ def test_tasks_of_spark_train_the_same_model_as_horovodrun(trained: Runtime, tmp
             "checkpoints": str(tmp_path / "checkpoints"),
         }
     )
+    each_step = spec.settings.model_copy(update={"checkpoint_minutes": 0})
+    killed_at: list[float] = []
+    threading.Thread(target=kill_a_rank, args=(tmp_path / "checkpoints", killed_at), daemon=True).start()
+    with pytest.raises(TrailvecError) as error:
+        launch_in_spark(spec.model_copy(update={"settings": each_step}), lambda event: None)
+    assert time.monotonic() - killed_at[0] < 60
+    # Which process: only if Horovod, which asks each once a second, finds this one ended first.
+    assert re.fullmatch(r"training stopped: .+; the old .+ the same command resumes from epoch \d .+", str(error.value))
+    assert not (output / "model.json").exists()
+
     events: list[dict[str, Any]] = []
     listening: set[str] = set()
 
@@ -231,7 +260,8 @@ def test_tasks_of_spark_train_the_same_model_as_horovodrun(trained: Runtime, tmp
 
     launch_in_spark(spec, hear)
     assert listening == {"127.0.0.1"}
-    assert [event["epoch"] for event in events if event["event"] == "epoch"] == [1, 2, 3, 4, 5, 6]
+    assert events[0]["event"] == "resumed"
+    assert [event["epoch"] for event in events if event["event"] == "epoch"] == [*range(events[0]["epoch"], 7)]
     about = json.loads((output / "model.json").read_text())
     expected = about_of(trained)["training"]["parameters_sha256_by_rank"]
     assert about["training"]["parameters_sha256_by_rank"] == expected

@@ -811,7 +811,7 @@ def test_last_words_are_the_cause() -> None:
     assert killed.startswith("process 1 was killed by signal 9")
     launchers = "RuntimeError: Horovod detected that one or more processes exited with non-zero status"
     shut_down = "[0]<stderr>:RuntimeError: Horovod has been shut down. This was caused by an exception"
-    assert last_words([gone, shut_down, launchers, "Process name: 1", "Exit code: 137"], 1).startswith("process 0 was")
+    assert last_words([gone, shut_down, launchers, "Process name: 1", "Exit code: 137"], 1).startswith("process 1 was")
     assert last_words([gone, launchers], 1) == "the other rank is gone"
     assert last_words([shut_down, launchers], 1) == "a process was lost, with its executor or its machine"
     assert last_words([gone, launchers, "Process name: 1", "Exit code: -1"], 1).startswith("a process was lost, with")
