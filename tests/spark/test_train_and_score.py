@@ -214,6 +214,7 @@ def kill_a_rank(checkpoints: Path, killed_at: list[float]) -> None:
     """Kills (SIGKILL) rank 1 of the training in Spark's tasks, once there is a checkpoint."""
     ranks: list[psutil.Process] = []
     while not ranks:
+        time.sleep(0.2)
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):  # it has ended meanwhile
                 if "horovod.spark.task.gloo_exec_fn" in process.cmdline() and process.environ()["HOROVOD_RANK"] == "1":
