@@ -47,7 +47,6 @@ from tests.cluster.road import (
     ROAD,
     SETTINGS,
     is_kept_up,
-    run_here,
     same_tables,
     some_users,
     train_here,
@@ -170,14 +169,6 @@ def environment() -> Path:
     script = REPOSITORY / "scripts/package_environment.sh"
     done = subprocess.run([script, "data"], stdout=subprocess.PIPE, text=True, check=True)
     return Path(done.stdout.strip())
-
-
-@pytest.fixture(scope="module")
-def expected(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same stages, run locally."""
-    root = tmp_path_factory.mktemp("expected")
-    run_here(spark, root)
-    return root
 
 
 @pytest.fixture(scope="module")
