@@ -7,12 +7,13 @@ One round per seed.
 
 The last line is one JSON object, of medians: speedup (seconds of the training loop, anew / grown), speedup_of_stage
 (the same of the whole stage), share_of_quality (ndcg@10, grown / anew), and for `before`, `grown` and `anew` the
-ndcg@10 and the seconds. A chart of ndcg@10 goes to build/bench/grow.svg.
+ndcg@10 and the seconds. A chart goes to build/bench/grow.svg.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
 from collections.abc import Sequence
@@ -39,10 +40,11 @@ AS_IT_WAS = ("train.warm_start=true", "train.learning_rate=1e-12")  # nothing mo
 def trained(lake: Runtime) -> tuple[str, dict[str, float]]:
     """The model's version, and its ndcg@10, seconds of training and of the stage."""
     report = lake.execute(train.STAGE)
-    folder = model_folder(lake)
-    training = read_about(folder)["training"]
+    # Not the model in use, which `model.version` names where a model is grown: the one just trained.
+    version: str = json.loads((lake.models / "current.json").read_text())["model_version"]
+    training = read_about(model_folder(lake, version))["training"]
     ndcg = training["epochs"][training["best_epoch"] - 1]["ndcg@10"]
-    return folder.name, {"ndcg": ndcg, "s": training["seconds"], "stage_s": report.seconds}
+    return version, {"ndcg": ndcg, "s": training["seconds"], "stage_s": report.seconds}
 
 
 def measure(spark: SparkSession, events: int, seeds: Sequence[int], folder: Path, epochs: int) -> dict[str, Any]:
@@ -83,7 +85,12 @@ def measure(spark: SparkSession, events: int, seeds: Sequence[int], folder: Path
             )
     shutil.rmtree(data)
 
-    bars(folder / "grow.svg", {name: [one["ndcg"] for one in of] for name, of in rounds.items()}, unit="ndcg@10")
+    quality = {name: statistics.median(one["ndcg"] for one in of) for name, of in rounds.items()}
+    bars(
+        folder / "grow.svg",
+        {f"{name}: ndcg@10 {quality[name]:.4f}": [one["s"] for one in of] for name, of in rounds.items()},
+        unit="s of training",
+    )
 
     def ratio(figure: str, one: str, other: str) -> float:
         pairs = zip(rounds[one], rounds[other], strict=True)
