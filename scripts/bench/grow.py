@@ -21,13 +21,14 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from incremental import STAGES, run_all
 from measure import bars, last_line, log, run_main, runtime, session
 from pyspark.sql import SparkSession
 from superapp import START, World, write
 
-from jobs import build_sequences, build_vocabulary, flag_users, ingest, sessionize, train
+from jobs import train
 from jobs.model_folders import model_folder
-from jobs.runtime import Runtime, Stage
+from jobs.runtime import Runtime
 from training.checkpoint import read_about
 
 WEEK = timedelta(days=7)
@@ -37,13 +38,14 @@ EPOCHS = 6
 AS_IT_WAS = ("train.warm_start=true", "train.learning_rate=1e-12")  # nothing moves
 
 
-def trained(lake: Runtime) -> tuple[str, dict[str, float]]:
-    """The model's version, and its ndcg@10, seconds of training and of the stage."""
+def trained(lake: Runtime, what: str) -> tuple[str, dict[str, float]]:
+    """The model's version, and its ndcg@10, seconds of training and of the stage. Logs them, as `what`."""
     report = lake.execute(train.STAGE)
     # Not the model in use, which `model.version` names where a model is grown: the one just trained.
     version: str = json.loads((lake.models / "current.json").read_text())["model_version"]
     training = read_about(model_folder(lake, version))["training"]
     ndcg = training["epochs"][training["best_epoch"] - 1]["ndcg@10"]
+    log(f"{what}: ndcg@10 {ndcg:.4f}, {training['seconds']:.1f} s, stage {report.seconds:.1f} s")
     return version, {"ndcg": ndcg, "s": training["seconds"], "stage_s": report.seconds}
 
 
@@ -61,14 +63,10 @@ def measure(spark: SparkSession, events: int, seeds: Sequence[int], folder: Path
         ]
         return runtime(spark, data / "warehouse", data, *SETTINGS, f"train.epochs={epochs}", *cuts, *sets)
 
-    def prepare(cut: datetime, stages: Sequence[Stage]) -> None:
-        for stage in stages:
-            lake(cut).execute(stage)
-
     earlier, later = end - 3 * WEEK, end - 2 * WEEK
-    prepare(earlier, (ingest.STAGE, flag_users.STAGE, sessionize.STAGE, build_vocabulary.STAGE, build_sequences.STAGE))
-    bases = {seed: trained(lake(earlier, f"train.seed={seed}"))[0] for seed in seeds}
-    prepare(later, (build_vocabulary.STAGE, build_sequences.STAGE))
+    run_all(lake(earlier), STAGES, f"data up to {earlier:%F}")
+    bases = {seed: trained(lake(earlier, f"train.seed={seed}"), f"seed {seed}, a week earlier")[0] for seed in seeds}
+    run_all(lake(later), STAGES, f"data up to {later:%F}")
     rounds: dict[str, list[dict[str, float]]] = {"before": [], "grown": [], "anew": []}
     for seed, base in bases.items():
         grow = f'model.version="{base}"', f"train.seed={seed}"
@@ -77,12 +75,7 @@ def measure(spark: SparkSession, events: int, seeds: Sequence[int], folder: Path
             ("grown", ("train.warm_start=true", *grow)),
             ("anew", (f"train.seed={seed}",)),
         ):
-            rounds[name].append(trained(lake(later, *sets))[1])
-            log(
-                f"seed {seed}, {name}: ndcg@10 {{ndcg:.4f}}, {{s:.1f}} s, stage {{stage_s:.1f}} s".format(
-                    **rounds[name][-1]
-                )
-            )
+            rounds[name].append(trained(lake(later, *sets), f"seed {seed}, {name}")[1])
     shutil.rmtree(data)
 
     quality = {name: statistics.median(one["ndcg"] for one in of) for name, of in rounds.items()}
