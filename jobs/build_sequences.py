@@ -6,8 +6,8 @@ user, one sort by (user_id, event_ts, event_id), then Arrow (`spark_udfs/sequenc
 
 An incremental run rebuilds the rows of users whose sessions changed since the last run, or who acted on an item, a
 vertical or an event type whose number changed, and only in the splits that the change reaches. One MERGE replaces the
-old rows. Cut times that follow the log's end (the default) change every user's rows: set `valid_from` and `test_from`
-to run incrementally.
+old rows. The cut times are those up to which build_vocabulary has counted. When they move (by default each week),
+every user's rows change, and all are rebuilt.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jobs.config import SequencesSettings
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import FEW, broadcast_if_few, persisted, spark_conf
-from jobs.splits import Cuts, cut_times, is_target, microseconds, utc
+from jobs.splits import Cuts, cut_times, is_target, log_end, microseconds, noted_cuts, utc
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES, SESSIONS, conform
 from spark_udfs.sequences import GIVEN, SPLITS, CutRules, cut_sequences
 from training.batches import MAX_PRICE_BUCKET, SESSION_END, UNKNOWN
@@ -32,7 +32,7 @@ from training.batches import MAX_PRICE_BUCKET, SESSION_END, UNKNOWN
 # Buckets of the context features; 0 is always padding. Those that training uses too are in training/batches.py.
 PRICE_UNKNOWN, PRICE_NOT_POSITIVE, PRICE_MIN = 1, 2, 3
 IN_SESSION = 1
-_TARGETS = "target_event_types"
+_SETTINGS = ("split_by", "valid_from", "test_from", "target_event_types")  # those that items and sequences share
 
 
 def number_actions(sessions: DataFrame, vocabulary: DataFrame, values: DataFrame) -> DataFrame:
@@ -147,13 +147,14 @@ def in_vocabulary(items: DataFrame, min_count: int) -> DataFrame:
     return items.where(F.col("train_count") >= min_count)
 
 
-def refuse_other_counts(runtime: Runtime, rows: dict[str, Any], min_count: int) -> None:
+def refuse_other_counts(runtime: Runtime, rows: dict[str, Any], min_count: int, cuts: Cuts | None = None) -> None:
     """Law 4: the counts in `items` decide what a model may know. build_vocabulary took them before its own cut, which
     must therefore be the cut of the rows too; and `items` must have all items that a model may know.
 
     Args:
         rows: the [sequences] settings that the rows are made with, as a commit's provenance has them.
         min_count: the number of events from which a model is to know an item.
+        cuts: those of the rows; None: not known, or to be those of the counts.
 
     Raises:
         TrailvecError: items was counted with other settings, or with a higher min_count, so that rarer items have no
@@ -165,12 +166,16 @@ def refuse_other_counts(runtime: Runtime, rows: dict[str, Any], min_count: int) 
             f"table items was made with vocabulary.min_count = {was}, not {min_count} as configured, so rarer items "
             f"have no row in it: run `trailvec build_vocabulary` and `trailvec build_sequences` first"
         )
-    if provenance and (
-        other := other_setting(provenance["config"]["sequences"], rows, "split_by", "valid_from", _TARGETS)
-    ):
+    if provenance and (other := other_setting(provenance["config"]["sequences"], rows, *_SETTINGS)):
         raise TrailvecError(
             f"table items was counted with {other} as for the rows of sequences: run `trailvec build_vocabulary` and "
             f"`trailvec build_sequences` first"
+        )
+    counted = noted_cuts(provenance)
+    if cuts and counted and not cuts.are_those_of(counted) and rows["split_by"] == "time":
+        raise TrailvecError(
+            f"table items was counted up to {counted.valid_from}, to which training's end has moved since the rows of "
+            f"sequences were cut, at {cuts.valid_from}: run `trailvec build_sequences` first"
         )
 
 
@@ -180,8 +185,7 @@ def refuse_other_rows(runtime: Runtime) -> None:
     provenance, now = runtime.last_writer(SEQUENCES), runtime.provenance()["config"]
     min_count = now["vocabulary"]["min_count"]
     if provenance:
-        names = ("split_by", "valid_from", "test_from", _TARGETS)
-        other = other_setting(provenance["config"]["sequences"], now["sequences"], *names)
+        other = other_setting(provenance["config"]["sequences"], now["sequences"], *_SETTINGS)
         if (was := provenance["config"]["vocabulary"]["min_count"]) != min_count:
             other = f"vocabulary.min_count = {was}, not {min_count}"
         if other:
@@ -189,7 +193,7 @@ def refuse_other_rows(runtime: Runtime) -> None:
                 f"table sequences was made with {other} as configured: run `trailvec build_sequences` first, or set "
                 f"it back"
             )
-    refuse_other_counts(runtime, now["sequences"], min_count)
+    refuse_other_counts(runtime, now["sequences"], min_count, noted_cuts(provenance))
 
 
 def other_setting(old: dict[str, Any], now: dict[str, Any], *names: str) -> str | None:
@@ -204,29 +208,25 @@ def run(runtime: Runtime) -> None:
     # Categories belong to items, not to actions.
     sessions, values = runtime.read(SESSIONS), runtime.read(CONTEXT_VALUES).where("kind != 'category'")
     items = in_vocabulary(runtime.read(ITEMS), min_count)
-    fixed = settings.split_by == "leave_one_out" or (settings.valid_from and settings.test_from)
-    if not fixed and not runtime.forced and runtime.exists(SEQUENCES):
+    # Unknown if something other than trailvec has changed rows of items since.
+    cuts = noted_cuts(runtime.last_writer(ITEMS)) or cut_times(log_end(sessions, "end_ts"), settings)
+    noted = noted_cuts(runtime.last_writer(SEQUENCES))
+    fixed = settings.split_by == "leave_one_out" or cuts.are_those_of(noted)
+    if noted and not fixed and not runtime.forced:
         runtime.report.notes.append(
-            "table sequences is rebuilt in full: sequences.valid_from and sequences.test_from are not both set, so "
-            "the cuts follow the log's end: set both to update it by increments, and later ones before each training"
+            f"table sequences is rebuilt in full: the cuts have moved to {cuts.valid_from} and {cuts.test_from}"
         )
     changes = runtime.incremental(SEQUENCES, SESSIONS) if fixed else None
     # (Not asked for a full rebuild: `previous` would only report that the old versions are gone.)
     old_items = None if changes is None else runtime.previous(SEQUENCES, ITEMS)
     old_values = None if changes is None else runtime.previous(SEQUENCES, CONTEXT_VALUES)
     if changes is None or old_items is None or old_values is None:
-        cuts = cut_times(sessions, settings, "end_ts")
         sequences = build_sequences(number_actions(sessions, items, values), cuts, settings)
         # Files of similar size, as many as the rows need, in an order independent of the users.
         shuffled = sequences.hint("rebalance").sortWithinPartitions("split", F.xxhash64("user_id", "split", "part"))
         with spark_conf(runtime.spark, {"spark.sql.files.maxRecordsPerFile": str(settings.rows_per_file)}):
-            runtime.write(SEQUENCES, shuffled)
+            runtime.write(SEQUENCES, shuffled, note=cuts.note())
         return
-    # The full build has checked both against the log's end, which nothing else asks for.
-    if settings.valid_from and settings.test_from:
-        cuts = Cuts(settings.valid_from, settings.test_from, end=settings.test_from)
-    else:
-        cuts = cut_times(sessions, settings, "end_ts")
     other_items, other_values = None, None
     if not runtime.is_unchanged(SEQUENCES, ITEMS):
         other_items = _differing(items, in_vocabulary(old_items, min_count), ["item_id"], "item_index")
@@ -240,7 +240,7 @@ def run(runtime: Runtime) -> None:
             actions = number_actions(sessions.join(users, "user_id", "left_semi"), items, values)
             _update(runtime, actions, users, cuts, splits, few=found["users"] <= FEW)
         else:
-            runtime.touch(SEQUENCES)
+            runtime.touch(SEQUENCES, note=cuts.note())
 
 
 def _update(
@@ -259,7 +259,8 @@ def _update(
         before = concerned(runtime.latest(SEQUENCES).select(*SEQUENCES.key).where(F.col("split").isin(*splits)))
         gone = before.join(new, list(SEQUENCES.key), "left_anti")
         # Deletion vectors only hide the old rows. Training, which can't read such files, has them rewritten.
-        runtime.merge(SEQUENCES, new, deletes=gone, where=F.col("old.split").isin(*splits), few=few)
+        where = F.col("old.split").isin(*splits)
+        runtime.merge(SEQUENCES, new, deletes=gone, where=where, few=few, note=cuts.note())
 
 
 STAGE = Stage(

@@ -6,10 +6,10 @@ item_id. Counts and names of existing rows are updated, their numbers never. To 
 in one task: the limit is 10^8 new items at once, not the log's size. A flagged user's events do not count, as long as
 the user is flagged.
 
-With a fixed cut (`sequences.valid_from`), later runs are incremental: new events are added to the rows of their items,
-and all other rows stay as they are. Four kinds of items are recomputed from the whole log: those that lost an event,
-those of users who were flagged or unflagged, those without a row yet (they had too few events for one, so there is
-nothing to add to), and those that had no events left.
+It also decides on the cut times (`jobs/splits.py`). As long as training's cut stays, runs are incremental: new events
+are added to the rows of their items, and all other rows stay as they are. Four kinds of items are recomputed from the
+whole log: those that lost an event, those of users who were flagged or unflagged, those without a row yet (they had too
+few events for one, so there is nothing to add to), and those that had no events left.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jobs.config import SequencesSettings
 from jobs.flag_users import flagged_now
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import broadcast_if_few
-from jobs.splits import Cuts, before_cut, cut_times, is_target
+from jobs.splits import Cuts, before_cut, cut_times, is_target, log_end, noted_cuts
 from jobs.tables import CONTEXT_VALUES, EVENTS, FLAGGED_USERS, ITEMS, Table, conform
 from training.batches import FIRST_INDEX
 
@@ -214,8 +214,10 @@ def run(runtime: Runtime) -> None:
     runtime.create(CONTEXT_VALUES)
     # Two concurrent runs could give one number to two items: the later commit is refused (`made_from`).
     items_from, values_from = (runtime.stage_version(table) for table in (ITEMS, CONTEXT_VALUES))
+    noted = noted_cuts(runtime.last_writer(ITEMS))
+    cuts = cut_times(log_end(events, since=noted), settings)
     # Items without a changed event keep their rows only if the cut stays; in leave-one-out every event moves a cut.
-    fixed = settings.split_by == "time" and settings.valid_from is not None
+    fixed = settings.split_by == "time" and noted is not None and noted.valid_from == cuts.valid_from
     # Items are written last, so the changes since then include those since context_values was written.
     written = ITEMS if fixed and runtime.last_writer(CONTEXT_VALUES) else CONTEXT_VALUES
     changed = changed_events(runtime, written, flagged)
@@ -237,13 +239,9 @@ def run(runtime: Runtime) -> None:
 
     items = runtime.latest(ITEMS)
     if changed is None or not fixed:
-        # A fixed cut does not depend on the log's end, so flagged users may stay in: without them it would cost a join.
-        cuts = cut_times(runtime.read(EVENTS) if fixed else events, settings)
         rows = number_items(describe_items(events, cuts, settings), items, min_count, next_index(items))
-        runtime.merge(ITEMS, rows, made_from=items_from)
+        runtime.merge(ITEMS, rows, made_from=items_from, note=cuts.note())
         return
-    assert settings.valid_from is not None  # fixed
-    cuts = Cuts(*[settings.valid_from] * 3)  # the others, checked by the full build, change no item
     # Checkpointed, not persisted: the commit to `items` would plan it again.
     anew = broadcast_if_few(to_describe_anew(items, changes, of_turned).localCheckpoint(eager=False))
     rows = add_events(items.join(anew, "item_id", "left_anti"), describe_items(changes, cuts, settings))
@@ -251,7 +249,7 @@ def run(runtime: Runtime) -> None:
         of_log, old = (of.join(anew, "item_id", "left_semi") for of in (events, items))
         described = describe_items(of_log, cuts, settings)
         rows = rows.unionByName(number_items(described, old, min_count, next_index(items)))
-    runtime.merge(ITEMS, rows, made_from=items_from)
+    runtime.merge(ITEMS, rows, made_from=items_from, note=cuts.note())
 
 
 STAGE = Stage(

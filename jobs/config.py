@@ -195,10 +195,16 @@ class SequencesSettings(Section):
         "time", description="leave_one_out is only for comparison with papers"
     )
     valid_from: UtcDatetime | None = Field(
-        None, description=f"UTC; training ends here. None: {VALID_DAYS} days before the log's end"
+        None, description=f"UTC; training ends here. None: {VALID_DAYS} days before the log's end (see cut_step_days)"
     )
     test_from: UtcDatetime | None = Field(
-        None, description=f"UTC; validation ends here. None: {TEST_DAYS} days before the log's end"
+        None, description=f"UTC; validation ends here. None: {TEST_DAYS} days before the log's end (see cut_step_days)"
+    )
+    cut_step_days: int = Field(
+        7,
+        ge=1,
+        description="cuts that follow the log's end move on by this many days at a time, at midnight UTC (by weeks, on "
+        "Mondays); a run that moves them rebuilds items and sequences, the others are incremental",
     )
     seen_days: int = Field(
         28,

@@ -24,7 +24,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -63,7 +63,7 @@ from jobs.ranking import (
 )
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import collect_sorted, drawn_by_hash
-from jobs.splits import Cuts, before_cut, cut_of, cut_times, is_target, refuse_leak, time_at
+from jobs.splits import Cuts, before_cut, cut_of, cut_times, is_target, log_end, noted_cuts, refuse_leak, time_at
 from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS, events_of, of_model
 from training.arrays import Bool, Float32, Float64, Int64
 from training.batches import UNKNOWN
@@ -312,7 +312,9 @@ def run(runtime: Runtime) -> None:
     vectors = of_model(runtime.read(ITEM_EMBEDDINGS), version).where("NOT is_cold")
     rows = evaluated_rows(runtime, model_dir)
     catalogue = read_catalogue(runtime, vectors, version)
-    cuts = cut_times(runtime.read(SESSIONS), runtime.config.sequences, "end_ts")
+    noted = noted_cuts(runtime.last_writer(SEQUENCES))
+    end = log_end(runtime.read(SESSIONS), "end_ts", since=noted)
+    cuts = replace(noted, end=end) if noted else cut_times(end, runtime.config.sequences)
     results: list[Result] = []
     if len(rows):
         size = len(catalogue.target_counts)
@@ -451,7 +453,7 @@ def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts)
         events = events.withColumns({f"in_{name}": before_cut(name, cuts, settings) for name in ("train", split)})
         numbered = events.where(is_target(settings.target_event_types)).join(vocabulary, "item_id")
         numbered = numbered.where(F.col("item_index") < items)
-        # Sessions may be newer than the rows, and cut times may follow the log's end: leave out what a row asks about.
+        # Sessions may be newer than the rows: leave out what a row asks about.
         numbered = numbered.join(evaluated_users, "user_id", "left")
         return numbered.where(F.col("cut_us").isNull() | (F.unix_micros("event_ts") < F.col("cut_us")))
 

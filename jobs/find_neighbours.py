@@ -39,7 +39,7 @@ from jobs.habit import habit
 from jobs.models import stacked
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import drawn_by_hash, shuffle_tasks, spark_conf
-from jobs.splits import cut_times, is_target, microseconds
+from jobs.splits import is_target, log_end, microseconds
 from jobs.tables import (
     CONTEXT_VALUES,
     CURRENT_MODEL,
@@ -310,7 +310,7 @@ def _events(sessions: DataFrame, event_types: list[str]) -> DataFrame:
 def _habits(runtime: Runtime) -> DataFrame:
     """user_id, item_id, habit at the log's end, over the events of the predicted types."""
     settings, sessions = runtime.config.sequences, runtime.read(SESSIONS)
-    end = cut_times(sessions, settings, "end_ts").end
+    end = log_end(sessions, "end_ts")
     of_pair = habit(runtime.config.habit, F.lit(microseconds(end)))
     events = _events(sessions, settings.target_event_types)
     return events.groupBy("user_id", "item_id").agg(of_pair.alias("habit"))

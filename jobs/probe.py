@@ -43,7 +43,7 @@ from jobs.profile_users import (
 )
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import persisted
-from jobs.splits import Cuts, cut_times, is_target, refuse_leak, time_at, utc
+from jobs.splits import is_target, log_end, refuse_leak, time_at, utc
 from jobs.sql import ask
 from jobs.tables import CONTEXT_VALUES, ITEMS, PROBES, SESSIONS, TABLES, events_of
 from jobs.user_lists import as_ids, copies, file_digest, read_rows
@@ -208,7 +208,7 @@ class Question:
     cuts: DataFrame
 
 
-def questions(runtime: Runtime, sessions: DataFrame, cuts: Cuts) -> list[Question]:
+def questions(runtime: Runtime, sessions: DataFrame, end: datetime) -> list[Question]:
     """One question for the tasks from the log, one for the labels without a time, one per task with timed labels."""
     settings, found = runtime.config.probe, []
 
@@ -230,7 +230,7 @@ def questions(runtime: Runtime, sessions: DataFrame, cuts: Cuts) -> list[Questio
         found.append(Question(frame, F.broadcast(labelled_cuts.union(rest.select("user_id", utc(others))))))
 
     if settings.activity or settings.event_types:
-        cut = cuts.end - timedelta(days=settings.days)
+        cut = end - timedelta(days=settings.days)
         targets = runtime.config.sequences.target_event_types
         events = events_of(sessions, "event_ts", "event_type", "vertical")
         add(activity_labels(events, cut, targets, settings), utc(cut), cut)
@@ -243,7 +243,7 @@ def questions(runtime: Runtime, sessions: DataFrame, cuts: Cuts) -> list[Questio
     if settings.labels is not None:
         with copies(runtime.staging("labels")) as folder:
             labels = read_labels(runtime, folder).localCheckpoint()
-        add(labels.where("label_ts IS NULL"), utc(cuts.end), cuts.end)
+        add(labels.where("label_ts IS NULL"), utc(end), end)
         timed = labels.where("label_ts IS NOT NULL")
         first = timed.groupBy("task").agg(F.unix_micros(F.min("label_ts")).alias("first")).orderBy("task").collect()
         for row in first:
@@ -361,15 +361,15 @@ def run(runtime: Runtime) -> None:
             "to tasks labelled from the log itself"
         )
     sessions = runtime.read(SESSIONS)
-    cuts = cut_times(sessions, runtime.config.sequences, "end_ts")
+    end = log_end(sessions, "end_ts")
     trained_to = datetime.fromisoformat(read_description(model_dir)["as_of"])
-    labels_from = cuts.end - timedelta(days=settings.days)
+    labels_from = end - timedelta(days=settings.days)
     if settings.activity or settings.event_types:
         evaluator = f"probe.days = {settings.days:g}"
         refuse_leak(model_dir.name, trained_to, labels_from, evaluator=evaluator, instead="lower probe.days")
     # Check all questions before any of the slow work starts.
     probed: list[Question] = []
-    for question in questions(runtime, sessions, cuts):
+    for question in questions(runtime, sessions, end):
         rarer_counts = question.labels.groupby("task")["label"].agg(rarer)
         runtime.report.notes += [
             f"{task} is not probed: users with its rarer label: {count:,}, fewer than probe.folds = {settings.folds}"
@@ -385,7 +385,7 @@ def run(runtime: Runtime) -> None:
     for question in probed:
         names = ", ".join(sorted(set(question.labels["task"])))
         runtime.on_progress(f"features for {names}")
-        users, features = features_of(runtime, sessions, question, model_dir, cuts.end)
+        users, features = features_of(runtime, sessions, question, model_dir, end)
         runtime.on_progress(f"heads for {names}")
         results += [(model_dir.name, *row) for row in results_of(question.labels, users, features, settings)]
         runtime.report.notes += fold_notes(question.labels, settings)

@@ -35,7 +35,7 @@ from jobs.model_folders import add_to_model, model_folder, model_inputs
 from jobs.models import encode_sequences, stacked
 from jobs.runtime import Runtime, Stage, code_version
 from jobs.spark_session import collect_sorted, persisted
-from jobs.splits import Cuts, cut_times, is_target, utc
+from jobs.splits import Cuts, is_target, log_end, utc
 from jobs.tables import CONTEXT_VALUES, EVENT_IN_SESSION, ITEMS, SESSIONS, USER_PROFILES, events_of
 from spark_udfs.profile import KINDS, counts_of, profiles
 from training.arrays import Float64, Int64
@@ -362,7 +362,7 @@ def run(runtime: Runtime) -> None:
     settings, model_dir = runtime.config.profile, model_folder(runtime)
     align.check_again(runtime, model_dir)
     sessions = runtime.read(SESSIONS)
-    end = cut_times(sessions, runtime.config.sequences, "end_ts").end
+    end = log_end(sessions, "end_ts")
     targets = runtime.config.sequences.target_event_types
     stored, rotation = read_basis(model_dir), rotation_sha256(model_dir)
     if stored is not None and stored[1].get("rotation", rotation) != rotation:  # older code recorded none

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
@@ -11,31 +12,51 @@ from pyspark.sql import functions as F
 from jobs.config import TEST_DAYS, VALID_DAYS, SequencesSettings
 from jobs.errors import TrailvecError
 
+_A_MONDAY = datetime(1970, 1, 5)
+_NOTE = "cuts"
+
 
 @dataclass(frozen=True)
 class Cuts:
-    """UTC: training < valid_from ≤ validation < test_from ≤ test < end. All events are before `end`."""
+    """UTC: training < valid_from ≤ validation < test_from ≤ test < end. All events are before `end`.
+
+    The stage that decides on them, build_vocabulary, and build_sequences note them in their commits.
+    """
 
     valid_from: datetime
     test_from: datetime
     end: datetime
 
+    def are_those_of(self, other: Cuts | None) -> bool:
+        """Whether both cut at the same times, wherever the log ends."""
+        return other is not None and (self.valid_from, self.test_from) == (other.valid_from, other.test_from)
 
-def cut_times(rows: DataFrame, settings: SequencesSettings, time: str = "event_ts") -> Cuts:
-    """The cut times of a log, in one pass over the time column; if cuts are configured, only over files after the later
-    one.
+    def note(self) -> dict[str, dict[str, str]]:
+        """As a note for a commit's provenance; `noted_cuts` reads it."""
+        return {_NOTE: {name: time.isoformat() for name, time in asdict(self).items()}}
+
+
+def noted_cuts(provenance: dict[str, Any] | None) -> Cuts | None:
+    """The cuts that a commit with this provenance (`Lake.last_writer`) was made with; None if they are not known."""
+    noted = ((provenance or {}).get("note") or {}).get(_NOTE)
+    return None if noted is None else Cuts(**{name: datetime.fromisoformat(time) for name, time in noted.items()})
+
+
+def log_end(rows: DataFrame, time: str = "event_ts", since: Cuts | None = None) -> datetime:
+    """The moment after the log's newest event, UTC, in one pass over the time column.
 
     Args:
         rows: events or sessions.
-        time: the column whose maximum is the log's end: `event_ts` of events, `end_ts` of sessions.
+        time: the column whose maximum is the log's newest time: `event_ts` of events, `end_ts` of sessions.
+        since: cuts of an earlier log: only files with times from its end on are read, if there are any.
 
     Raises:
-        TrailvecError: the log is empty, or the configured times are out of order.
+        TrailvecError: the log is empty.
     """
     newest = F.unix_micros(F.max(time))
-    configured = [cut for cut in (settings.valid_from, settings.test_from) if cut is not None]
-    # Delta skips files that end before it by their statistics.
-    last = rows.where(F.col(time) >= utc(max(configured))).agg(newest).collect()[0][0] if configured else None
+    last = None
+    if since is not None:  # Delta skips the other files by their statistics
+        last = rows.where(F.col(time) >= utc(since.end - timedelta(microseconds=1))).agg(newest).collect()[0][0]
     if last is None:
         last = rows.agg(newest).collect()[0][0]
     if last is None:
@@ -43,11 +64,21 @@ def cut_times(rows: DataFrame, settings: SequencesSettings, time: str = "event_t
             "table events is empty, or all of its users are flagged: check rejected_events and flagged_users, then run "
             "`trailvec ingest --force`, which reads all inputs again"
         )
-    # Exclusive, so that the last event too is strictly before it.
-    end = time_at(last + 1)
+    return time_at(last + 1)  # exclusive, so that the last event too is before it
+
+
+def cut_times(end: datetime, settings: SequencesSettings) -> Cuts:
+    """The cuts of a log that ends at `end`: those configured; otherwise so many days before the last midnight, UTC, at
+    which cuts move, which is every `cut_step_days` days (if these are weeks, on Mondays).
+
+    Raises:
+        TrailvecError: the configured times are out of order.
+    """
+    step = timedelta(days=settings.cut_step_days)
+    moved = end - (end - _A_MONDAY) % step
     cuts = Cuts(
-        valid_from=settings.valid_from or end - timedelta(days=VALID_DAYS),
-        test_from=settings.test_from or end - timedelta(days=TEST_DAYS),
+        valid_from=settings.valid_from or moved - timedelta(days=VALID_DAYS),
+        test_from=settings.test_from or moved - timedelta(days=TEST_DAYS),
         end=end,
     )
     if not cuts.valid_from <= cuts.test_from <= cuts.end:

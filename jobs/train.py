@@ -39,6 +39,7 @@ from jobs.launch_training import FORCED, launch, launch_in_spark
 from jobs.model_card import card
 from jobs.model_folders import check_numbers, description, has_model, model_folder, other_numbers
 from jobs.runtime import Runtime, Stage
+from jobs.splits import noted_cuts
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
 from jobs.tracking import Tracker, tracked
 from training.batches import BUCKET_SIZES, FEATURES, FIRST_INDEX
@@ -385,7 +386,7 @@ def _refuse_rows_of_another_vocabulary(runtime: Runtime) -> None:
         )
     if what := other_numbers(runtime, provenance):
         raise TrailvecError(f"table sequences uses the numbers of {what}: run `trailvec build_sequences` first")
-    refuse_other_counts(runtime, rows, min_count)
+    refuse_other_counts(runtime, rows, min_count, noted_cuts(provenance))
 
 
 def warm_settings(settings: TrainSettings, max_length: int) -> TrainSettings:

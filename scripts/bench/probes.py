@@ -34,7 +34,7 @@ from jobs.model_folders import model_folder
 from jobs.profile_users import before, item_numbers
 from jobs.runtime import Runtime
 from jobs.spark_session import start_spark
-from jobs.splits import cut_times
+from jobs.splits import log_end
 from jobs.tables import EVENT_IN_SESSION, PROBES, SESSIONS, events_of
 
 CONFIG = Path(__file__).parents[2] / "conf/leave_one_out.toml"
@@ -109,8 +109,8 @@ def movielens(folder: Path) -> list[str]:
 def coles(runtime: Runtime, folder: Path, epochs: int) -> Iterator[tuple[Any, ...]]:
     """Rows like those of `probe.results_of`, for the features `coles`."""
     python, sessions = environment(folder, "coles", *PEER), runtime.latest(SESSIONS)
-    cuts = cut_times(sessions, runtime.config.sequences, "end_ts")
-    numbers, questions = item_numbers(runtime), probe.questions(runtime, sessions, cuts)
+    end = log_end(sessions, "end_ts")
+    numbers, questions = item_numbers(runtime), probe.questions(runtime, sessions, end)
     files = [
         [folder / f"coles-{kind}-{number}.parquet" for kind in ("events", "vectors")]
         for number in range(len(questions))

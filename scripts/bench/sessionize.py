@@ -37,7 +37,7 @@ from jobs.build_vocabulary import describe_items
 from jobs.config import SequencesSettings, SessionizeSettings
 from jobs.sessionize import events_of_a_part, find_splits, sessionize
 from jobs.spark_session import shuffle_tasks, spark_conf
-from jobs.splits import cut_times
+from jobs.splits import cut_times, log_end
 from jobs.tables import EVENT_IN_SESSION
 
 GAP = 30
@@ -153,7 +153,7 @@ def hot_item(spark: SparkSession, path: Path) -> dict[str, Any]:
     hot = F.xxhash64("event_id") % 10 == 0
     rows = rows.withColumn("item_id", F.when(hot, "hot").otherwise(F.col("item_id"))).localCheckpoint()
     settings = SequencesSettings()
-    described = describe_items(rows, cut_times(rows, settings), settings)
+    described = describe_items(rows, cut_times(log_end(rows), settings), settings)
     by_id = Window.orderBy("item_id")
     vocabulary = described.select("item_id", F.row_number().over(by_id).alias("item_index")).localCheckpoint()
     values = spark.createDataFrame([], "kind string, value string, value_index int")

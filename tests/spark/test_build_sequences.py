@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from jobs import build_sequences, build_vocabulary, sessionize, train
 from jobs.config import SequencesSettings, SessionizeSettings
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
-from jobs.splits import cut_times
+from jobs.splits import Cuts, cut_times, log_end, noted_cuts
 from jobs.tables import CONTEXT_VALUES, EVENTS, FLAGGED_USERS, ITEMS, SEQUENCES, SESSIONS, conform
 from jobs.train import rows_since, training_files
 from tests import oracles
@@ -77,7 +78,7 @@ def test_equals_the_plain_python_sequences(
     )
     sessions = sessionize.sessionize(to_frame(spark, events, partitions), SessionizeSettings())
     actions = build_sequences.number_actions(sessions, build_sequences.in_vocabulary(items_frame, 2), values_frame)
-    cuts = cut_times(to_frame(spark, events), rules)
+    cuts = cut_times(log_end(to_frame(spark, events)), rules)
     rows = build_sequences.build_sequences(actions, cuts, rules).collect()
     found = {(r.user_id, r.split, r.part): r.asDict() for r in rows}
 
@@ -97,21 +98,23 @@ def test_equals_the_plain_python_sequences(
         assert {name: found[key][name] for name in row} == row, key
 
 
-def test_where_cuts_are_given_the_logs_end_is_looked_for_after_them(spark: SparkSession, tmp_path: Path) -> None:
-    """Files that end before the cuts are not opened: here they have been deleted."""
+def test_the_logs_end_is_looked_for_after_the_one_that_is_known(spark: SparkSession, tmp_path: Path) -> None:
+    """Older files are not opened: here they have been deleted. If all that is newer is gone, they are."""
     table, newest = tmp_path / "log", TEST_FROM + timedelta(days=3)
     for day in (VALID_FROM, newest):
         row = make_event(event_id=str(day), user_id="u", item_id="i", event_ts=day)
         to_frame(spark, [row]).write.format("delta").mode("append").save(str(table))
         if day == VALID_FROM:
             early = list(table.glob("*.parquet"))
+    beyond = Cuts(VALID_FROM, TEST_FROM, end=newest + timedelta(days=1))
+    assert log_end(spark.read.format("delta").load(str(table)), since=beyond) == newest + timedelta(microseconds=1)
     for file in early:
         file.unlink()
     log = spark.read.format("delta").load(str(table))
-    given = SequencesSettings(valid_from=VALID_FROM, test_from=TEST_FROM)
-    assert cut_times(log, given).end == newest + timedelta(microseconds=1)
+    known = Cuts(VALID_FROM, TEST_FROM, end=newest + timedelta(microseconds=1))
+    assert log_end(log, since=known) == known.end
     at_once = SequencesSettings(valid_from=TEST_FROM, test_from=TEST_FROM)  # which leaves nothing to validate on
-    assert cut_times(log, at_once).test_from == TEST_FROM
+    assert cut_times(known.end, at_once).test_from == TEST_FROM
 
 
 def _training_events(events: list[Row], leave_one_out: bool) -> list[Row]:
@@ -371,16 +374,41 @@ def test_the_clock_change_is_read_in_the_users_zone(scored: dict[tuple[str, str,
     assert row["weekday"] == [1, 1, 2]
 
 
-def test_where_cuts_follow_the_logs_end_it_is_said_that_all_rows_are_made_anew(
-    by_default: Runtime, scored: dict[tuple[str, str, int], Row]
+def test_cuts_that_follow_the_logs_end_move_on_mondays_and_only_then_all_rows_are_made_anew(
+    by_default: Runtime, scored: dict[tuple[str, str, int], Row], spark: SparkSession
 ) -> None:
     assert by_default.report.notes == []  # there was no table
     assert scored["many", "score", 0]["length"] == 64
-    changed = Runtime(make_config(by_default.root, "sequences.max_length=5"), by_default.spark)
-    (note,) = changed.execute(build_sequences.STAGE).notes
-    assert note.startswith("table sequences is rebuilt in full: sequences.valid_from and sequences.test_from")
-    assert changed.execute(build_sequences.STAGE, force=True).notes == []  # as requested
-    assert _rows(changed)["many", "score", 0]["length"] == 5
+    monday = datetime(2023, 6, 5)
+    newest = max(row["last_ts"] for row in scored.values())
+    assert monday - timedelta(days=7) < newest < monday - timedelta(days=2)
+
+    def night(at: datetime, week: datetime) -> str:
+        """What came in a night whose last event is at `at`: the operation that wrote the rows, cut from `week` on."""
+        add(by_default, EVENTS, to_frame(spark, [acts("one", at)]))
+        for stage in STAGES:
+            by_default.execute(stage)
+        (commit,) = DeltaTable.forPath(spark, by_default.path(SEQUENCES)).history(1).collect()
+        rows = _rows(by_default)
+        cuts = {split: {row["as_of"] for (_, of, _), row in rows.items() if of == split} for split in ("train", "test")}
+        assert cuts == {"train": {week - timedelta(days=56)}, "test": {week - timedelta(days=28)}}
+        notes = list(by_default.report.notes)
+        assert by_default.execute(build_sequences.STAGE, force=True).notes == []  # as requested
+        assert rows == _rows(by_default)
+        return " ".join([commit.operation, *notes])
+
+    assert night(newest + timedelta(days=1), monday - timedelta(days=7)) == "MERGE"
+    # The log's end is the moment after its newest event.
+    assert night(monday - timedelta(microseconds=2), monday - timedelta(days=7)) == "MERGE"
+    moved = "table sequences is rebuilt in full: the cuts have moved to 2023-04-10 00:00:00 and 2023-05-08 00:00:00"
+    assert night(monday - timedelta(microseconds=1), monday) == f"WRITE {moved}"
+
+
+@pytest.mark.parametrize(("days", "first"), [(1, "2023-06-07"), (7, "2023-06-05"), (14, "2023-05-29")])
+def test_cuts_move_by_so_many_days(days: int, first: str) -> None:
+    settings, end = SequencesSettings(cut_step_days=days), datetime(2023, 6, 7, 9)
+    assert cut_times(end, settings).test_from + timedelta(days=28) == datetime.fromisoformat(first)
+    assert noted_cuts({"note": cut_times(end, settings).note()}) == cut_times(end, settings)
 
 
 def test_cuts_out_of_order_or_an_empty_log_are_refused(
@@ -420,6 +448,28 @@ def test_a_vocabulary_that_was_counted_up_to_another_cut_or_lacks_rarer_items_is
             rarer.execute(stage)
     same_cut = later.config.model_dump(mode="json")["sequences"]
     build_sequences.refuse_other_counts(later, same_cut, 6)  # rarer items are read as unknown
+
+
+def test_rows_cut_before_training_s_end_moved_are_refused(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    """Law 4, too: build_vocabulary has counted up to the next week's cut, and build_sequences was killed."""
+    runtime, week = make_runtime(), timedelta(days=7)
+    cuts = Cuts(VALID_FROM, TEST_FROM, TEST_FROM)
+    for table, of in ((SEQUENCES, cuts), (ITEMS, Cuts(VALID_FROM + week, TEST_FROM + week, TEST_FROM + week))):
+        empty = spark.createDataFrame([], table.schema())
+        write = partial(Runtime.write, table=table, df=empty, note=of.note())
+        runtime.execute(Stage("put", "", write), force=True)
+    for table in (SESSIONS, CONTEXT_VALUES):
+        runtime.create(table)
+    look = Stage("look", "", build_sequences.refuse_other_rows, reads=(SEQUENCES, ITEMS))
+    for stage in (train.STAGE, look):
+        with pytest.raises(
+            TrailvecError,
+            match=f"counted up to {VALID_FROM + week}, to which training's end has moved since the rows of sequences "
+            f"were cut, at {VALID_FROM}: run `trailvec build_sequences` first",
+        ):
+            runtime.execute(stage)
 
 
 def test_a_missing_table_names_the_stage_that_makes_it(make_runtime: Callable[..., Runtime]) -> None:

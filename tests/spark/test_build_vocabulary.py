@@ -207,6 +207,9 @@ def test_an_increment_ends_as_a_build_of_everything(
     for of in (runtime, moving):
         g = of.latest(ITEMS).where("item_id = 'g'").collect()[0]
         assert (g.item_index, g.event_count, g.item_name, g.category) == (5, 1, None, None)
+        # The moving cut has not moved since.
+        newest = DeltaTable.forPath(spark, of.path(ITEMS)).history(1).collect()[0].operationMetrics
+        assert newest["numTargetRowsUpdated"] == "1"
         by_increment = [sorted(of.latest(table).collect()) for table in (ITEMS, CONTEXT_VALUES)]
         of.execute(build_vocabulary.STAGE, force=True)
         assert by_increment == [sorted(of.latest(table).collect()) for table in (ITEMS, CONTEXT_VALUES)]

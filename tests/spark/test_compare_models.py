@@ -21,7 +21,7 @@ from jobs.cli import main
 from jobs.compare_models import Difference, compare, print_differences
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
-from jobs.splits import cut_times, microseconds
+from jobs.splits import cut_times, log_end, microseconds
 from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS, events_of
 from tests.conftest import make_config
 from tests.sequence_files import make_rows, save_model
@@ -213,7 +213,7 @@ def test_an_evaluation_replaces_its_models_rows_of_its_split_alone(shop: tuple[R
 
 
 def test_the_stages_figures_are_what_plain_python_counts(shop: tuple[Runtime, Rows]) -> None:
-    """The log is a day longer than the sequences; some items are unknown, or came after the model."""
+    """Another week has begun since the sequences were cut; some items are unknown, or came after the model."""
     runtime, rows = shop
     make_model(runtime, "m1", seed=1)
     about = {"model_version": "m1", "as_of": CUT, "is_cold": False, "vector": [1.0] * 16}
@@ -228,7 +228,7 @@ def test_the_stages_figures_are_what_plain_python_counts(shop: tuple[Runtime, Ro
         ("u4", 21, day / 2),
         ("u4", 22, -27.5 * day),
         ("other", 4, -60 * day),
-        ("other", 4, 29 * day),
+        ("other", 4, 30 * day),  # a Monday
     ]
     fill(runtime, SESSIONS, [session_of(user, f"i{item}", CUT + after) for user, item, after in log])
     runtime.execute(evaluate.STAGE)
@@ -271,7 +271,7 @@ def test_the_stages_figures_are_what_plain_python_counts(shop: tuple[Runtime, Ro
         "run `trailvec evaluate` first"
     )
 
-    # Today's training window ends a day after the one that rows of the valid split were cut by.
+    # Today's training window ends two days after the one that rows of the valid split were cut by.
     valid = Runtime(make_config(runtime.root, 'evaluate.split="valid"'), runtime.spark)
     users = pd.DataFrame({"user_id": ["u4"], "cut_us": [microseconds(CUT - 28 * day)]})
     trained: list[np.ndarray] = []
@@ -282,7 +282,7 @@ def test_the_stages_figures_are_what_plain_python_counts(shop: tuple[Runtime, Ro
         return events_of(sessions, *names)
 
     def look(runtime: Runtime) -> None:
-        cuts = cut_times(runtime.read(SESSIONS), runtime.config.sequences, "end_ts")
+        cuts = cut_times(log_end(runtime.read(SESSIONS), "end_ts"), runtime.config.sequences)
         trained.append(evaluate._interactions(runtime, users, 29, cuts)[1].toarray())
 
     with patch.object(evaluate, "events_of", lay_out):

@@ -20,7 +20,7 @@ from jobs import build_vocabulary, models, probe, profile_users, sessionize
 from jobs.errors import TrailvecError
 from jobs.files import write_json
 from jobs.runtime import Runtime
-from jobs.splits import cut_times
+from jobs.splits import log_end
 from jobs.tables import (
     CURRENT_MODEL,
     EVENTS,
@@ -148,8 +148,8 @@ def ask(runtime: Runtime, answer: Callable[[probe.Question, datetime], Any]) -> 
 
     def go(running: Runtime) -> None:
         sessions = running.read(SESSIONS)
-        cuts = cut_times(sessions, running.config.sequences, "end_ts")
-        found.extend(answer(question, cuts.end) for question in probe.questions(running, sessions, cuts))
+        end = log_end(sessions, "end_ts")
+        found.extend(answer(question, end) for question in probe.questions(running, sessions, end))
 
     stage = probe.STAGE
     runtime.execute(type(stage)("ask", "", go, stage.reads, (), ()), force=True)
