@@ -345,6 +345,11 @@ class NeighboursSettings(Section):
         min_length=1,
         description="which kinds to find; each compares all pairs: with very many users leave out user_user",
     )
+    metrics: dict[Literal["user_item", "user_user", "item_item"], Literal["dot", "cosine"]] = Field(
+        default_factory=dict,
+        description="by kind, what makes a neighbour near: dot (product) or cosine; a kind that is not named: dot for "
+        "user_item, which is the model's own score, cosine for the others",
+    )
     k: int = Field(10, ge=1, description="neighbours of each item or user")
     block_rows: int = Field(4096, ge=1, description="vectors on each side of a matrix product")
     cells: int = Field(
@@ -379,6 +384,8 @@ class NeighboursSettings(Section):
     def _has_what_habits_are_added_to(self) -> NeighboursSettings:
         if self.habit and "user_item" not in self.kinds:
             raise ValueError("habit = true adds to user_item, so kinds must contain user_item, or habit be false")
+        if self.habit and self.metrics.get("user_item") == "cosine":
+            raise ValueError("habit = true adds to dot products, so metrics.user_item must be dot, or habit be false")
         return self
 
 

@@ -2,8 +2,8 @@
 
 For the current model: for each user, the items with the highest dot product (the model's own score, over its whole
 vocabulary) and the users with the highest cosine; for each item, the items with the highest cosine. All three kinds, or
-those in `neighbours.kinds`. The search is exact, in blocks (spark_udfs/topk.py). A zero vector has no direction: it
-neither has cosine neighbours nor is one.
+those in `neighbours.kinds`; by the other metric if `neighbours.metrics` says so. The search is exact, in blocks
+(spark_udfs/topk.py). A zero vector has no direction: it neither has cosine neighbours nor is one.
 
 With `neighbours.habit`, also user_item_habit: a user's items ranked by the model's score plus the user's habit
 (jobs/habit.py), as exact as user_item.
@@ -19,10 +19,11 @@ trailvec find_neighbours --conf conf/local.toml --set neighbours.k=20 --set 'nei
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import reduce
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,6 +84,7 @@ def searches(
     users: DataFrame,
     items: DataFrame,
     kinds: Iterable[str] = tuple(KINDS),
+    metrics: Mapping[Any, Metric] = MappingProxyType({}),
     *,
     offered: DataFrame | None = None,
     without: DataFrame | None = None,
@@ -92,6 +94,7 @@ def searches(
     Args:
         users, items: id string, vector array<float>, all of one model.
         kinds: a subset of KINDS.
+        metrics: kind → its metric, instead of that of KINDS.
         offered: the rows of `items` that may be neighbours; None: all.
         without: id string, left_out array<string>: the items to exclude for a user (user_item only).
     """
@@ -106,7 +109,8 @@ def searches(
         if kind == "user_item" and without is not None:
             queries = queries.join(without, "id", "left")
             queries = queries.withColumn("left_out", F.coalesce("left_out", F.array().cast("array<string>")))
-        every.append(Search(kind, queries, targets[target], metric, (query_counts[source], target_counts[target])))
+        counts = query_counts[source], target_counts[target]
+        every.append(Search(kind, queries, targets[target], metrics.get(kind, metric), counts))
     return every
 
 
@@ -228,6 +232,7 @@ def _run(runtime: Runtime, folder: Place) -> None:
         users,
         items,
         settings.kinds,
+        settings.metrics,
         offered=_offered(runtime, items, folder),
         without=_done_before(runtime.read(SESSIONS), settings.without) if settings.without else None,
     )

@@ -496,7 +496,7 @@ NEIGHBOURS = Table(
             "kind",
             "string",
             "user_item (dot product), user_item_habit (dot product plus habit; jobs/habit.py), user_user or item_item "
-            "(cosine).",
+            "(cosine); by the other metric if neighbours.metrics says so.",
         ),
         Column("source_id", "string", "The user or item whose neighbours are listed."),
         Column("rank", "int", "1 is the nearest."),

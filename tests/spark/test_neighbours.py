@@ -117,7 +117,11 @@ def root(filled: Path, tmp_path: Path) -> Path:
 
 
 def brute_force(
-    sources: Vectors, targets: Vectors, cosine: bool, without: set[tuple[str, str]] = frozenset()
+    sources: Vectors,
+    targets: Vectors,
+    cosine: bool,
+    without: set[tuple[str, str]] = frozenset(),
+    same_kind: bool | None = None,
 ) -> dict[tuple[str, int], tuple[str, float]]:
     found = {}
     for source, a in sources.items():
@@ -129,7 +133,8 @@ def brute_force(
                 if not lengths:
                     continue
                 score /= lengths
-            itself = source == target and cosine  # dot products pair users with items: equal ids do not matter
+            # By default dot products pair users with items: equal ids do not matter.
+            itself = source == target and (cosine if same_kind is None else same_kind)
             if not itself and (source, target) not in without:
                 scored.append((-np.float32(score), target))
         for rank, (score, target) in enumerate(sorted(scored)[:K], 1):
@@ -172,6 +177,15 @@ def test_all_three_kinds_against_brute_force(
         "item_item": brute_force(items, items, True),
     }
     assert runtime.execute(STAGE).skipped
+
+    turned = 'neighbours.metrics={user_item="cosine", item_item="dot"}'
+    other = Runtime(make_config(runtime.root, f"neighbours.k={K}", turned), spark)
+    other.execute(STAGE)
+    assert read(other) == {
+        "user_item": brute_force(users, items, True, same_kind=False),
+        "user_user": brute_force(users, users, True),
+        "item_item": brute_force(items, items, False, same_kind=True),
+    }
 
     fewer = Runtime(make_config(runtime.root, f"neighbours.k={K}", 'neighbours.kinds=["item_item"]'), spark)
     assert fewer.execute(STAGE).notes == [

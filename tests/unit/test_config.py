@@ -26,6 +26,10 @@ from jobs.errors import TrailvecError
             'neighbours={ habit = true, kinds = ["item_item"] }',
             "neighbours: habit = true adds to user_item, so kinds must contain user_item, or habit be false",
         ),
+        (
+            'neighbours={ habit = true, metrics = { user_item = "cosine" } }',
+            "neighbours: habit = true adds to dot products, so metrics.user_item must be dot, or habit be false",
+        ),
         ("ingest.sources=5", "ingest.sources = 5: Input should be a valid list"),
         ("train.epochs=many", "train.epochs = 'many': Input should be a valid integer"),
         ("train.heads=3", "width must be a multiple of heads = 3, found 64"),
