@@ -380,28 +380,30 @@ def test_cuts_that_follow_the_logs_end_move_on_mondays_and_only_then_all_rows_ar
     assert by_default.report.notes == []  # there was no table
     assert scored["many", "score", 0]["length"] == 64
     monday = datetime(2023, 6, 5)
-    newest = max(row["last_ts"] for row in scored.values())
-    assert monday - timedelta(days=7) < newest < monday - timedelta(days=2)
+    assert monday - timedelta(days=7) < max(row["last_ts"] for row in scored.values()) < monday - timedelta(days=2)
 
-    def night(at: datetime, week: datetime) -> str:
-        """What came in a night whose last event is at `at`: the operation that wrote the rows, cut from `week` on."""
+    def night(at: datetime) -> tuple[str, dict[tuple[str, str, int], Row]]:
+        """What came in a night whose last event is at `at`: the operation that wrote the rows, and the rows."""
         add(by_default, EVENTS, to_frame(spark, [acts("one", at)]))
         for stage in STAGES:
             by_default.execute(stage)
         (commit,) = DeltaTable.forPath(spark, by_default.path(SEQUENCES)).history(1).collect()
-        rows = _rows(by_default)
-        cuts = {split: {row["as_of"] for (_, of, _), row in rows.items() if of == split} for split in ("train", "test")}
-        assert cuts == {"train": {week - timedelta(days=56)}, "test": {week - timedelta(days=28)}}
-        notes = list(by_default.report.notes)
-        assert by_default.execute(build_sequences.STAGE, force=True).notes == []  # as requested
-        assert rows == _rows(by_default)
-        return " ".join([commit.operation, *notes])
+        return commit.operation, _rows(by_default)
 
-    assert night(newest + timedelta(days=1), monday - timedelta(days=7)) == "MERGE"
+    def cuts(rows: dict[tuple[str, str, int], Row]) -> list[set[datetime]]:
+        return [{row["as_of"] for (_, of, _), row in rows.items() if of == split} for split in ("train", "test")]
+
     # The log's end is the moment after its newest event.
-    assert night(monday - timedelta(microseconds=2), monday - timedelta(days=7)) == "MERGE"
+    operation, rows = night(monday - timedelta(microseconds=2))
+    assert operation == "MERGE"
+    assert cuts(rows) == [{monday - timedelta(days=7 + 56)}, {monday - timedelta(days=7 + 28)}]
+    assert by_default.execute(build_sequences.STAGE, force=True).notes == []  # as requested
+    assert rows == _rows(by_default)
+    operation, rows = night(monday - timedelta(microseconds=1))
+    assert operation == "WRITE"
     moved = "table sequences is rebuilt in full: the cuts have moved to 2023-04-10 00:00:00 and 2023-05-08 00:00:00"
-    assert night(monday - timedelta(microseconds=1), monday) == f"WRITE {moved}"
+    assert by_default.report.notes == [moved]
+    assert cuts(rows) == [{monday - timedelta(days=56)}, {monday - timedelta(days=28)}]
 
 
 @pytest.mark.parametrize(("days", "first"), [(1, "2023-06-07"), (7, "2023-06-05"), (14, "2023-05-29")])
