@@ -12,6 +12,7 @@ every user's rows change, and all are rebuilt.
 
 from __future__ import annotations
 
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from jobs.config import SequencesSettings
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import FEW, broadcast_if_few, persisted, spark_conf
-from jobs.splits import Cuts, cut_times, is_target, log_end, microseconds, noted_cuts, utc
+from jobs.splits import Cuts, cut_of, cut_times, is_target, log_end, microseconds, noted_cuts, utc
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES, SESSIONS, conform
 from spark_udfs.sequences import GIVEN, SPLITS, CutRules, cut_sequences
 from training.batches import MAX_PRICE_BUCKET, SESSION_END, UNKNOWN
@@ -147,18 +148,18 @@ def in_vocabulary(items: DataFrame, min_count: int) -> DataFrame:
     return items.where(F.col("train_count") >= min_count)
 
 
-def refuse_other_counts(runtime: Runtime, rows: dict[str, Any], min_count: int, cuts: Cuts | None = None) -> None:
+def refuse_other_counts(runtime: Runtime, rows: dict[str, Any], min_count: int, cut: datetime | None = None) -> None:
     """Law 4: the counts in `items` decide what a model may know. build_vocabulary took them before its own cut, which
-    must therefore be the cut of the rows too; and `items` must have all items that a model may know.
+    must therefore not be later than that of the rows; and `items` must have all items that a model may know.
 
     Args:
         rows: the [sequences] settings that the rows are made with, as a commit's provenance has them.
         min_count: the number of events from which a model is to know an item.
-        cuts: those of the rows; None: not known, or to be those of the counts.
+        cut: of the rows; None: not known, or to be that of the counts.
 
     Raises:
-        TrailvecError: items was counted with other settings, or with a higher min_count, so that rarer items have no
-            row.
+        TrailvecError: items was counted up to a later cut, with other settings, or with a higher min_count, so that
+            rarer items have no row.
     """
     provenance = runtime.last_writer(ITEMS)
     if provenance and (was := provenance["config"]["vocabulary"]["min_count"]) > min_count:
@@ -172,14 +173,14 @@ def refuse_other_counts(runtime: Runtime, rows: dict[str, Any], min_count: int, 
             f"`trailvec build_sequences` first"
         )
     counted = noted_cuts(provenance)
-    if cuts and counted and not cuts.are_those_of(counted) and rows["split_by"] == "time":
+    if cut and counted and counted.valid_from > cut and rows["split_by"] == "time":
         raise TrailvecError(
-            f"table items was counted up to {counted.valid_from}, to which training's end has moved since the rows of "
-            f"sequences were cut, at {cuts.valid_from}: run `trailvec build_sequences` first"
+            f"table items was counted up to {counted.valid_from}, since training's end has moved, but the rows of "
+            f"sequences were cut at {cut}: run `trailvec build_sequences` first"
         )
 
 
-def refuse_other_rows(runtime: Runtime) -> None:
+def refuse_other_rows(runtime: Runtime, split: str) -> None:
     """Raises TrailvecError if sequences was made with settings other than today's, which the evaluation would apply to
     its rows, or with item counts other than those in `items`."""
     provenance, now = runtime.last_writer(SEQUENCES), runtime.provenance()["config"]
@@ -190,10 +191,11 @@ def refuse_other_rows(runtime: Runtime) -> None:
             other = f"vocabulary.min_count = {was}, not {min_count}"
         if other:
             raise TrailvecError(
-                f"table sequences was made with {other} as configured: run `trailvec build_sequences` first, or set "
-                f"it back"
+                f"table sequences was made with {other} as configured: run `trailvec build_vocabulary` and "
+                f"`trailvec build_sequences` first, or set it back"
             )
-    refuse_other_counts(runtime, now["sequences"], min_count, noted_cuts(provenance))
+    cuts = noted_cuts(provenance)
+    refuse_other_counts(runtime, now["sequences"], min_count, cut_of(split, cuts) if cuts else None)
 
 
 def other_setting(old: dict[str, Any], now: dict[str, Any], *names: str) -> str | None:

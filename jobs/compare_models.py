@@ -83,7 +83,8 @@ def compare(runtime: Runtime, versions: tuple[str, str]) -> list[Difference]:
         if runtime.read(SEQUENCES).where(F.col("split") == split).isEmpty():
             raise TrailvecError(
                 f"table sequences has no row of split {split}, so nothing can be ranked: with sequences.split_by = "
-                f"time, set sequences.{split}_from to a time within the log and run `trailvec build_sequences`"
+                f"time, set sequences.{split}_from to a time within the log, then run `trailvec build_vocabulary` and "
+                f"`trailvec build_sequences`"
             )
         both = [
             (

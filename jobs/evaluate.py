@@ -350,8 +350,8 @@ def evaluated_rows(runtime: Runtime, model_dir: Path) -> pd.DataFrame:
         TrailvecError: the model in that folder is damaged, has learnt from what these rows ask about, or knows items by
             numbers other than today's; the rows were made with other settings; or evaluate.max_users drew nobody.
     """
-    refuse_other_rows(runtime)
     settings = runtime.config.evaluate
+    refuse_other_rows(runtime, settings.split)
     hours = "transform(target_ts, t -> (unix_micros(t) - unix_micros(as_of)) / 3.6e9D)"
     rows = runtime.read(SEQUENCES).where(F.col("split") == settings.split)
     rows = rows.withColumn("target_hours", F.expr(hours)).withColumn("cut_us", F.unix_micros("as_of"))

@@ -58,7 +58,7 @@ def _facts(about: dict[str, Any]) -> dict[str, str]:
     else:
         trained = f"actions before {about['as_of']}"
         # None if nobody acted before it; missing in models of older versions.
-        test_from = about.get("test_from") or sequences["test_from"] or f"{TEST_DAYS} days before the log's end"
+        test_from = about.get("test_from") or sequences["test_from"] or f"about {TEST_DAYS} days before the log's end"
         validated = f"actions from {about['as_of']} to {test_from}"
     processes, seconds = f"{training['processes']} processes ({training['device']})", f"{training['seconds']:,.0f} s"
     return {

@@ -187,11 +187,17 @@ def rows_since(runtime: Runtime, about: dict[str, Any], folder: Place) -> list[s
     length = F.least("length", F.lit(most)).alias("length")
     count, actions, kept = rows.agg(F.count("*"), F.sum("length"), F.sum(length)).collect()[0]
     if not count:
-        by_time = runtime.config.sequences.split_by == "time"
-        later = " (where sequences.valid_from is set, set it later too)" if by_time else ""
+        sequences = runtime.config.sequences
+        if sequences.split_by == "leave_one_out":
+            remedy = "ingest newer events"
+        elif sequences.valid_from is not None:
+            remedy = "set sequences.valid_from to a later time and run the data stages"
+        else:
+            step = f"sequences.cut_step_days = {sequences.cut_step_days}"
+            remedy = f"run the data stages once training's end has moved on (every {step})"
         raise TrailvecError(
             f"no row of the train split has an action from {about['as_of']} on, up to which model "
-            f"{about['model_version']} was trained: ingest newer events{later}, or set train.warm_start = false"
+            f"{about['model_version']} was trained: {remedy}, or set train.warm_start = false"
         )
     if left_out := actions - kept:
         runtime.report.notes.append(
@@ -386,7 +392,8 @@ def _refuse_rows_of_another_vocabulary(runtime: Runtime) -> None:
         )
     if what := other_numbers(runtime, provenance):
         raise TrailvecError(f"table sequences uses the numbers of {what}: run `trailvec build_sequences` first")
-    refuse_other_counts(runtime, rows, min_count, noted_cuts(provenance))
+    cuts = noted_cuts(provenance)
+    refuse_other_counts(runtime, rows, min_count, cuts.valid_from if cuts else None)
 
 
 def warm_settings(settings: TrainSettings, max_length: int) -> TrainSettings:

@@ -5,10 +5,11 @@
 
     SELECT u.user_id, n.item_id FROM seeds AS u, LATERAL nearest_items(u.user_id, 5) AS n      for a few users
 
-The number defaults to 10. Exact, with the scores and tie-breaking of find_neighbours. A user without a vector gives no
-rows; to keep such users, write seeds AS u LEFT JOIN LATERAL nearest_items(u.user_id, 5) AS n ON true (without ON true
-they are lost). Both sides use the model `model.version`, or, if that is not set, the one that is current when a task
-starts: a query of several tasks (many users) may mix two models during a switch, while current_neighbours never does.
+The number defaults to 10. Exact, with the scores and tie-breaking of find_neighbours, but whatever neighbours.metrics
+says. A user without a vector gives no rows; to keep such users, write seeds AS u LEFT JOIN LATERAL
+nearest_items(u.user_id, 5) AS n ON true (without ON true they are lost). Both sides use the model `model.version`, or,
+if that is not set, the one that is current when a task starts: a query of several tasks (many users) may mix two
+models during a switch, while current_neighbours never does.
 
 Spark 3.5 runs such a function row by row in a Python worker, which has no Spark session. The function lists the active
 files of the Delta tables with delta-rs and reads them with pyarrow, block by block, so its memory is bounded however

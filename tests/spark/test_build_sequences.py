@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -455,21 +456,27 @@ def test_a_vocabulary_that_was_counted_up_to_another_cut_or_lacks_rarer_items_is
 def test_rows_cut_before_training_s_end_moved_are_refused(
     make_runtime: Callable[..., Runtime], spark: SparkSession
 ) -> None:
-    """Law 4, too: build_vocabulary has counted up to the next week's cut, and build_sequences was killed."""
+    """Law 4, too: build_vocabulary has counted up to the next week's cut, and build_sequences was killed. What split
+    test asks about lies behind both."""
     runtime, week = make_runtime(), timedelta(days=7)
-    cuts = Cuts(VALID_FROM, TEST_FROM, TEST_FROM)
-    for table, of in ((SEQUENCES, cuts), (ITEMS, Cuts(VALID_FROM + week, TEST_FROM + week, TEST_FROM + week))):
+    cuts = Cuts(VALID_FROM, VALID_FROM + 2 * week, VALID_FROM + 3 * week)
+    for table, of in ((SEQUENCES, cuts), (ITEMS, replace(cuts, valid_from=VALID_FROM + week))):
         empty = spark.createDataFrame([], table.schema())
         write = partial(Runtime.write, table=table, df=empty, note=of.note())
         runtime.execute(Stage("put", "", write), force=True)
     for table in (SESSIONS, CONTEXT_VALUES):
         runtime.create(table)
-    look = Stage("look", "", build_sequences.refuse_other_rows, reads=(SEQUENCES, ITEMS))
-    for stage in (train.STAGE, look):
+
+    def asks(split: str) -> Stage:
+        look = partial(build_sequences.refuse_other_rows, split=split)
+        return Stage("look", "", look, reads=(SEQUENCES, ITEMS))
+
+    runtime.execute(asks("test"))
+    for stage in (train.STAGE, asks("valid")):
         with pytest.raises(
             TrailvecError,
-            match=f"counted up to {VALID_FROM + week}, to which training's end has moved since the rows of sequences "
-            f"were cut, at {VALID_FROM}: run `trailvec build_sequences` first",
+            match=f"counted up to {VALID_FROM + week}, since training's end has moved, but the rows of sequences were "
+            f"cut at {VALID_FROM}: run `trailvec build_sequences` first",
         ):
             runtime.execute(stage)
 

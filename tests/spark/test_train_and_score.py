@@ -403,7 +403,8 @@ def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
     runtime = Runtime(make_config(tmp_path / "root", *sets), trained.spark)
     base = model_folder(runtime).name
     with pytest.raises(
-        TrailvecError, match=f"no row of the train split .* 2024-06-01.*model {base} was trained: ingest"
+        TrailvecError,
+        match=f"no row of the train split .* 2024-06-01.*model {base} was trained: run the data stages once",
     ):
         runtime.execute(train.STAGE)
 
