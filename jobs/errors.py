@@ -27,6 +27,8 @@ ONLY_HERE = (
 )
 _ONLY_HERE = "|".join(ONLY_HERE)
 _OWN_FILE = rf"/tables/({_MADE_AGAIN}|{_ONLY_HERE}){_FILE}"
+# Spark takes a file's name for read as soon as it has planned a batch with it, whether the batch then fails or not.
+FETCH_AGAIN = "fetch it again, or take it out of the folder (a good copy that comes later needs another name)"
 ANOTHER_INGEST = r"Multiple streaming (?:jobs|queries)"
 _DAMAGED = r"(?: is not a Parquet file|\. Please)"
 
@@ -66,7 +68,7 @@ _SPARK_MESSAGES = (
     ),
     (
         r"Could not read footer for file: ([^\n]+?)\. Please",
-        "{0} is not a complete Parquet file (truncated?): fetch it again or take it out of the folder",
+        f"{{0}} is not a complete Parquet file (truncated?): {FETCH_AGAIN}",
     ),
     (
         r"Parquet column cannot be converted in file (\S+?)\. Column: \[([^\]]*)\], Expected: (\w+), Found: (\w+)",
@@ -74,17 +76,16 @@ _SPARK_MESSAGES = (
     ),
     (
         r"RuntimeException: ([^\n]+?) is not a Parquet file",
-        "{0} is not a complete Parquet file (truncated?): fetch it again or take it out of the folder",
+        f"{{0}} is not a complete Parquet file (truncated?): {FETCH_AGAIN}",
     ),
     (
         # gzip's message, bzip2's; Spark does not say which file
         r"EOFException: Unexpected end of input stream|IOException: unexpected end of stream(?:\n|$)",
-        "a compressed input file is truncated (gzip -t FILE or bzip2 -t FILE tells which): fetch it again or take it "
-        "out of the folder",
+        f"a compressed input file is truncated (gzip -t FILE or bzip2 -t FILE tells which): {FETCH_AGAIN}",
     ),
     (
         r"Encountered error while reading file (\S+?)\. Details:.*IOException: (not a gzip file|incorrect \w+ check)",
-        "{0} is not compressed as its name says ({1}): fetch it again or take it out of the folder",
+        f"{{0}} is not compressed as its name says ({{1}}): {FETCH_AGAIN}",
     ),
     (
         r"native zStandard library not available",
@@ -136,6 +137,12 @@ _SPARK_MESSAGES = (
         r"Partition (\S+?)(?:'s)? offset was changed from",  # to a lower one
         "{0} holds fewer records than were read from it: the topic was recreated, or is another cluster's; run "
         "`trailvec ingest --force` once, which reads all of it, or give the input another `name`",
+    ),
+    (
+        # Spark says this of partitions that had been read, before it compares the others' offsets
+        r"\(([^()]*)\) are gone",
+        "partitions {0} are gone: the topic was recreated with fewer, or is another cluster's; run `trailvec "
+        "ingest --force` once, which reads all of it, or give the input another `name`",
     ),
     (
         r"data may have been (?:lost|missed)",

@@ -37,7 +37,7 @@ from rich.filesize import decimal
 from jobs.checked_records import ERASED, check_times, to_events, without_erased
 from jobs.cli import stage_main
 from jobs.config import IngestSettings, shipped
-from jobs.errors import ANOTHER_INGEST, TrailvecError, one_sentence
+from jobs.errors import ANOTHER_INGEST, FETCH_AGAIN, TrailvecError, one_sentence
 from jobs.files import Place, write_json
 from jobs.pruning import within_days
 from jobs.raw_records import LISTING, find_inputs, folder_of, is_data, read_raw, read_topic
@@ -244,8 +244,9 @@ def _check_share(
         row = records.where(F.col("reason") == reason).agg(F.min("raw").alias("raw")).collect()[0]
         examples.append(f"{reason} {count:,} (such as {str(row['raw'])[:200]})")
     changed = (
-        "; an event read again that the mapping or a lookup now gives other values conflicts with the one read before, "
-        "and only one of the two is kept: to correct such events, see Backfill in docs/operations.md"
+        "; an event read again with other values conflicts with the one read before, and only one of the two is kept: "
+        "name columns that differ from delivery to delivery (a new one, or a folder's column=value) under `ignore`; if "
+        "the mapping or a lookup has changed, see Backfill in docs/operations.md"
     )
     raise TrailvecError(
         f"{total:,} of {run_counts.total():,} records are refused, more than ingest.max_rejected_share = "
@@ -348,9 +349,7 @@ def _check_gzip(sizes: dict[str, int]) -> None:
     """Refuses an empty gzip file: it lacks even a header, so an upload failed. Spark would silently accept one among
     JSON files."""
     if empty := [path for path, length in sizes.items() if length == 0 and path.endswith(".gz")]:
-        raise TrailvecError(
-            f"{min(empty)} is not a gzip file (it is empty): fetch it again or take it out of the folder"
-        )
+        raise TrailvecError(f"{min(empty)} is not a gzip file (it is empty): {FETCH_AGAIN}")
 
 
 def _checkpoint(runtime: Runtime, source: Source, mapping: Input) -> Place:

@@ -22,7 +22,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from jobs.errors import TrailvecError, explain
+from jobs.errors import FETCH_AGAIN, TrailvecError, explain
 from jobs.files import Place
 from jobs.sources import Input, Lookup
 from jobs.spark_session import JSON_MICROSECONDS
@@ -277,9 +277,7 @@ def _open(path: Any, conf: Any) -> Any:
 
 def _unreadable(file: str, error: Py4JJavaError) -> TrailvecError:
     said = error.java_exception.toString()
-    return TrailvecError(
-        f"{file} can't be read ({said}): fetch it again, compress it with gzip instead, or take it out of the folder"
-    )
+    return TrailvecError(f"{file} can't be read ({said}): compress it with gzip instead, {FETCH_AGAIN}")
 
 
 def _check_packing(spark: SparkSession, files: Sequence[str]) -> None:
@@ -303,7 +301,7 @@ def _check_packing(spark: SparkSession, files: Sequence[str]) -> None:
         finally:
             opened.close()
         if start != list(b"BZh"):
-            raise TrailvecError(f"{file} is not a bzip2 file: fetch it again or take it out of the folder")
+            raise TrailvecError(f"{file} is not a bzip2 file: {FETCH_AGAIN}")
 
 
 def _check_doubled(file: str, header: str, columns: Sequence[str], names: Sequence[str]) -> None:

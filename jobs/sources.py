@@ -79,7 +79,9 @@ class IdValue(Given):
     )
     separator: str = Field("-", description="between the columns, and before the ordinal")
     sha256: bool = Field(False, description="the id is the hash of the value, or of the joined columns")
-    ordinal: bool = Field(False, description="number identical records of one file, so that each has its own id")
+    ordinal: bool = Field(
+        False, description="number identical records of one file, each of which then has its own id (not for topics)"
+    )
 
 
 class TimeValue(Given):
@@ -180,6 +182,11 @@ class Input(Section):
             raise ValueError("needs either path or kafka")
         if self.kafka is not None and self.format != "json":
             raise ValueError(f"format = {self.format}, but a topic's values are JSON and need no format")
+        if self.kafka is not None and self.columns.event_id.ordinal:
+            raise ValueError(
+                "event_id.ordinal numbers the identical records of a file, which a topic does not have: make the id of "
+                "columns that differ"
+            )
         return self
 
     @property

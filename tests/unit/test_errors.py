@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.errors import _MADE_AGAIN, _ONLY_HERE, ONLY_HERE, explain, first_line
+from jobs.errors import _MADE_AGAIN, _ONLY_HERE, FETCH_AGAIN, ONLY_HERE, explain, first_line
 from jobs.tables import TABLES
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +36,11 @@ _ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
             f"Added partition views-3 starts from 7 instead of 0. {_LOST}",
             "records were removed from the topic before they were read: set failOnDataLoss = "
             '"false" in the input\'s kafka.options to continue without them',
+        ),
+        (
+            f"Set(views-2, views-1) are gone. Some data may have been missed. {_LOST}",
+            "partitions views-2, views-1 are gone: the topic was recreated with fewer, or is another cluster's; "
+            "run `trailvec ingest --force` once, which reads all of it, or give the input another `name`",
         ),
         (
             "[PATH_NOT_FOUND] Path does not exist: file:/data/my logs/x.parquet.",
@@ -73,8 +78,8 @@ _ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
         ),
         (
             "java.io.IOException: unexpected end of stream",
-            "a compressed input file is truncated (gzip -t FILE or bzip2 -t FILE tells which): fetch it again or "
-            "take it out of the folder",
+            "a compressed input file is truncated (gzip -t FILE or bzip2 -t FILE tells which): fetch it again, or take "
+            "it out of the folder (a good copy that comes later needs another name)",
         ),
         (
             "java.lang.RuntimeException: native zStandard library not available: this version of libhadoop was built",
@@ -144,7 +149,7 @@ _ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
         *(
             (
                 said,
-                f"{file} is not a complete Parquet file (truncated?): fetch it again or take it out of the folder",
+                f"{file} is not a complete Parquet file (truncated?): {FETCH_AGAIN}",
             )
             # The last one's table is not ours.
             for file in ("file:/data/my logs/part-1.parquet", f"file:/landing/tables/orders/{_ROWS}")

@@ -65,6 +65,19 @@ def test_columns_and_expressions_are_collected(tmp_path: Path) -> None:
     assert mapping.expressions() == ["upper(department)", "customer = 'test'"]
 
 
+def test_identical_records_of_a_topic_cannot_be_numbered(tmp_path: Path) -> None:
+    topic = GOOD.replace('path = "orders.csv"', 'kafka = { bootstrap_servers = "h:1", topic = "t" }')
+    topic = topic.replace('format = "csv"', 'format = "json"')
+    path = tmp_path / "shop.toml"
+    path.write_text(topic)
+    load_source(path)
+    path.write_text(topic.replace('"line"] }', '"line"], ordinal = true }'))
+    with pytest.raises(
+        TrailvecError, match=r"event_id\.ordinal numbers the identical records of a file, which a topic"
+    ):
+        load_source(path)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
