@@ -189,6 +189,11 @@ _SPARK_MESSAGES = (
         "{0} is not installed in the Python that runs this stage: training and scoring need one with requirements.lock "
         "and Horovod (on YARN: TRAILVEC_ENVIRONMENT, scripts/submit_yarn.sh)",
     ),
+    (
+        r"Could not resolve `(nearest_(?:items|users))` to a table-valued function",
+        "{0} reads the tables' files itself and needs them on a local disk, which storage.root is not: read the view "
+        "current_neighbours instead",
+    ),
     (r"\[(?:TABLE_OR_VIEW_NOT_FOUND|UNRESOLVED_COLUMN)[^\]]*\] ([^\n]+)", "{0}"),
     (r"\[(?:PARSE_SYNTAX_ERROR)[^\]]*\] ([^\n]+)", "the SQL can't be parsed: {0}"),
     # What only fails at run time: patterns, zones and positions that a mapping or a query gives to an expression.

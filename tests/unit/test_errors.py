@@ -43,6 +43,11 @@ _ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
             "run `trailvec ingest --force` once, which reads all of it, or give the input another `name`",
         ),
         (
+            "[UNRESOLVABLE_TABLE_VALUED_FUNCTION] Could not resolve `nearest_items` to a table-valued function. Please",
+            "nearest_items reads the tables' files itself and needs them on a local disk, which storage.root is not: "
+            "read the view current_neighbours instead",
+        ),
+        (
             "[PATH_NOT_FOUND] Path does not exist: file:/data/my logs/x.parquet.",
             "file:/data/my logs/x.parquet does not exist: correct the path in the query or mapping",
         ),
