@@ -41,6 +41,12 @@ class Seeds(UserList):
     )
     tastes: int = Field(8, ge=1, le=1000, description="number of cluster centres for method `tastes`")
 
+    @model_validator(mode="after")
+    def _tastes_by_their_method(self) -> Seeds:
+        if "tastes" in self.model_fields_set and self.method != "tastes":
+            raise ValueError(f"tastes needs method 'tastes', found {self.method!r}")
+        return self
+
 
 class Affinity(Section):
     """The items to score users by: a user's score is the highest dot product of their vector with any of these items,
@@ -159,6 +165,8 @@ class Segment(Section):
             raise ValueError(f"{who[0]} gives no scores, so size, threshold and the columns score and rank don't apply")
         if len(set(self.columns)) < len(self.columns):
             raise ValueError("columns lists a column twice")
+        if self.control_group is not None and not self.control_share:
+            raise ValueError("control_group needs a control_share above 0, or it holds nobody back")
         if self.user_ids == "plain" and self.approved_by is None:
             raise ValueError("plain user ids need approved_by, the name of the person who approved them")
         return self

@@ -400,6 +400,16 @@ def test_what_is_refused_while_it_runs(shop: Runtime, tmp_path: Path, monkeypatc
             r"suppress\.0 = 'seeds\.txt': write a table, such as { file = \.\.\. } \(known keys: file, sql\)",
         ),
         ("size = 4", "size = 4\ncontrol_share = 1", "control_share = 1: Input should be less than 1"),
+        (
+            "size = 4",
+            'size = 4\ncontrol_group = "all"',
+            r"likes\.toml: control_group needs a control_share above 0, or",
+        ),
+        (
+            'method = "nearest_seed"',
+            "tastes = 3",
+            "seeds: tastes needs method 'tastes', found 'classifier': correct it",
+        ),
         ('name = "likes"', 'name = "../likes"', "name = '../likes': String should match pattern"),
         ("size = 4", 'size = 4\nuser_ids = "plain"', r"likes.toml: plain user ids need approved_by, .*: correct it"),
         (
@@ -602,7 +612,7 @@ def test_many_segments_in_one_pass_against_plain_python(
             "rest": 'size = 25\nexclude = ["near", "fond"]\n' + of_seeds,
             "near": f"size = 40\n{rules}{held}{of_seeds}",
             "fond": f'size = 30\n{held}{of_all}{rules}affinity = {{ items = ["i0", "i4"] }}\n',
-            "fruit": 'threshold = 2.5\ncontrol_group = "all"\naffinity = { vertical = "FRUIT" }\n',
+            "fruit": 'threshold = 2.5\naffinity = { vertical = "FRUIT" }\n',
             "asked": "sql = \"SELECT user_id FROM user_embeddings WHERE user_id < 'ü050' UNION SELECT 'nobody'\"\n"
             + rules,
             "both": 'include = ["asked", "fond"]\nconsent = "push"\nexclude = ["near"]\n',
