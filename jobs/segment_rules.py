@@ -238,10 +238,13 @@ def rules_of(
         mark = lists.mark(f"consent {segment.consent}", partial(consenting, consents, segment.consent, path))
         steps.append(Rule(f"no consent to {segment.consent}", mark, required=True))
     suppressing: list[Rule] = []
+    queries = [users.sql for users in segment.suppress if users.sql is not None]
     for users in segment.suppress:
         name = f"list {_named(users, path)}"
         mark = lists.mark(name, partial(_read_suppressed, runtime, users, path, lists.folder))
-        suppressing.append(Rule(f"suppressed by {users.file or 'a query'}", mark))
+        # Rules of one name would be counted as one.
+        query = "a query" if len(queries) < 2 or users.sql is None else f"query {queries.index(users.sql) + 1}"
+        suppressing.append(Rule(f"suppressed by {users.file or query}", mark))
     steps += suppressing
     if segment.at_most is not None:
         limit, since = segment.at_most, now.date() - timedelta(days=segment.at_most.days - 1)

@@ -36,8 +36,8 @@ from jobs.export_segments import STAGE, _published
 from jobs.runtime import Runtime
 from jobs.segment_files import KEY, WRITERS, ArrowFolder, Staging, check_destinations, check_place, staging_area
 from jobs.segment_members import Export
-from jobs.segment_rules import Combinations, Lists, Marked, Rules, allows, consenting
-from jobs.segments import Format, read_segments
+from jobs.segment_rules import Combinations, Lists, Marked, Rules, allows, consenting, rules_of
+from jobs.segments import Format, Segment, SegmentFile, read_segments
 from jobs.spark_session import spark_conf
 from jobs.tables import EXPORTS, ITEMS, SESSIONS, USER_EMBEDDINGS, USER_PROFILES
 from jobs.user_lists import read_users
@@ -1182,6 +1182,24 @@ def test_what_a_consent_may_say(spark: SparkSession) -> None:
     for wrong, kind in (("DOUBLE('NaN')", "double"), ("TIMESTAMP '2024-01-01'", "timestamp")):
         with pytest.raises(TrailvecError, match=f"consent 'push', but that column of export.consent has type {kind}: "):
             agreeing(wrong)
+
+
+def test_queries_that_suppress_are_told_apart() -> None:
+    """The counts by rule go by its name."""
+
+    def names(*lists: dict[str, str]) -> list[str]:
+        given = {"name": "x", "owner": "o", "purpose": "p", "sql": "SELECT 'ann' AS user_id", "suppress": lists}
+        file = SegmentFile(Segment.model_validate(given), Path("x.toml"))
+        nothing: Any = Mock()
+        rest: Any = {"everyone": 0, "log": None, "logged_at": None, "now": None, "controlled": ()}
+        return [rule.name for rule in rules_of(nothing, file, nothing, None, **rest).steps]
+
+    assert names({"sql": "A"}, {"file": "a.csv"}) == ["suppressed by a query", "suppressed by a.csv"]
+    assert names({"sql": "A"}, {"file": "a.csv"}, {"sql": "B"}) == [
+        "suppressed by query 1",
+        "suppressed by a.csv",
+        "suppressed by query 2",
+    ]
 
 
 def test_more_lists_than_a_word_has_bits_are_told_apart(
