@@ -127,7 +127,9 @@ class Segment(Section):
     approved_by: str | None = Field(None, min_length=1, description="who approved plain user ids")
     rows_per_file: int = Field(1_000_000, ge=1)
     destination: Annotated[str, AfterValidator(no_home)] | None = Field(
-        None, description="a folder of its own, or a file system's URI (s3://…, hdfs://…); None: exports/<name>"
+        None,
+        description="a folder of its own, or a file system's URI (s3://…, hdfs://…); None: exports/<name>. A relative "
+        "path starts from the working directory, not, as those of lists, from the segment's file",
     )
 
     @property

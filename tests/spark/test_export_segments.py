@@ -487,7 +487,7 @@ def test_two_segments_of_one_name(tmp_path: Path) -> None:
         ),
         ("s3://bucket/x/y?region=r", "s3://bucket/x?region=r", "one lies inside the other: give"),
         ("s3://bucket/x?region=r", "s3://bucket/xy?region=r", None),
-        ("b", None, None),  # a folder b beside the configuration file, which is not under /exports
+        ("b", None, None),  # a folder b in the working directory, which is not under /exports
     ],
 )
 def test_two_segments_of_one_place(tmp_path: Path, one: str, other: str | None, message: str | None) -> None:
