@@ -445,8 +445,9 @@ class ExportSettings(Section):
 
     segments: list[str] = Field(
         default_factory=list,
-        description="the segments' files (conf/segments/*.toml), relative to the working directory. Segments are "
-        "exported in this order, but each after those that it includes or excludes",
+        description="the segments' files, relative to the working directory. Wildcards in a file's name stand for all "
+        "files of such names (conf/segments/*.toml), in alphabetical order. Segments are exported in this order, but "
+        "each after those that it includes or excludes",
     )
     consent: UserList | None = Field(
         None,

@@ -9,6 +9,7 @@ of the segments in `exclude`. Each key is documented at its field below.
 
 from __future__ import annotations
 
+from glob import glob
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -192,7 +193,7 @@ def read_segments(paths: list[str]) -> list[SegmentFile]:
         TrailvecError: a file is missing or invalid, two have the same name, one names an unknown segment or, directly
             or not, itself, a union's `at_most` leaves nobody, or a list is missing.
     """
-    files = [SegmentFile(parse(Segment, read_toml(shipped(path)), path), shipped(path)) for path in paths]
+    files = [SegmentFile(parse(Segment, read_toml(path), str(path)), path) for path in _paths(paths)]
     by_name: dict[str, SegmentFile] = {}
     for file in files:
         segment, path = file
@@ -218,6 +219,17 @@ def read_segments(paths: list[str]) -> list[SegmentFile]:
     ordered = _ordered(files)
     _refuse_unions_of_nobody(ordered)
     return ordered
+
+
+def _paths(patterns: list[str]) -> list[Path]:
+    """Each file once, where it first comes: one named before a pattern that matches it, too, is exported before."""
+    found: list[Path] = []
+    for pattern in patterns:
+        path = shipped(pattern)
+        folder = shipped(path.parent)
+        matching = [] if path.exists() else sorted(glob(path.name, root_dir=folder))
+        found += [folder / name for name in matching] or [path]
+    return list(dict.fromkeys(found))
 
 
 def _ordered(files: list[SegmentFile]) -> list[SegmentFile]:

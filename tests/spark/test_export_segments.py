@@ -506,7 +506,22 @@ def test_the_segments_of_the_repository_are_some() -> None:
     (file,) = read_segments(["conf/segments/lookalike_demo.toml"])
     assert file.segment.size == 200
     assert file.segment.user_ids == "hashed"
-    assert len(read_segments([str(path) for path in Path("conf/segments").glob("*.toml")])) > 1
+
+
+def test_a_pattern_stands_for_all_segments_that_it_matches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_segments(tmp_path, dict.fromkeys("cab", "sql = \"SELECT 'ann' AS user_id\"\n"))
+    (tmp_path / "b[1].toml").write_text((tmp_path / "b.toml").read_text().replace('"b"', '"b1"'))
+    (tmp_path / ".b.toml").write_text("unfinished")
+
+    def names(*paths: str) -> list[str]:
+        return [file.segment.name for file in read_segments(list(paths))]
+
+    assert names(f"{tmp_path}/*.toml") == ["a", "b", "b1", "c"]
+    assert names(f"{tmp_path}/c.toml", f"{tmp_path}/?.toml", f"{tmp_path}/b[1].toml") == ["c", "a", "b", "b1"]
+    with pytest.raises(TrailvecError, match=r"/z\*\.toml does not exist: correct the path"):
+        names(f"{tmp_path}/z*.toml")
+    monkeypatch.chdir(tmp_path)  # then trailvec's own
+    assert set(names("conf/segments/*.toml")) >= {"lookalike_demo", "produce_fans"}
 
 
 # ---- rules, all kinds of segments at once ---------------------------------------------------------------------------
