@@ -57,7 +57,7 @@ _SEEDS = 20_000  # per segment, vectors sent to the driver: of more seeds, a has
 _ITEMS = 20_000  # per affinity, vectors sent to the driver and to every task: of more items, the most popular ones
 _IDS = pa.large_string()  # a pyarrow string array is limited to 2 GiB: some 60 million ids
 _NO_DATE = "(a date that Spark can't parse is NULL)"  # a reason why a query may return no user
-_SHOWN = 5  # ids in a note
+_SHOWN = 5  # ids or names in a note or message
 _OTHERS = 5_000  # negative examples of a classifier: it fits only some 64 weights
 
 
@@ -496,6 +496,7 @@ class Selection:
             if listed or count > _ITEMS:
                 self._work[export.number].items = {"named": len(listed) or count, "used": len(vectors)}
             if not vectors:
+                _refuse_unknown_names(export, items)
                 raise TrailvecError(
                     f"{export.path}: no item of its affinity has a vector of model {self.version}: correct the items, "
                     f"or run `trailvec embed_items` first"
@@ -665,6 +666,26 @@ def _rows_of(segments: npt.NDArray[np.int64]) -> dict[int, npt.NDArray[np.int64]
 
 def _without_score(export: Export, ids: DataFrame) -> DataFrame:
     return ids.select(F.lit(export.number).alias("segment"), "user_id", F.lit(None).cast("float").alias("score"))
+
+
+def _refuse_unknown_names(export: Export, items: DataFrame) -> None:
+    """Raises TrailvecError if no item is in the vertical, or none in the category, that the segment's affinity names;
+    the message shows those with the nearest names. `items`: vertical, category."""
+    affinity, within = export.segment.affinity, ""
+    assert affinity is not None
+    for kind, wanted in (("vertical", affinity.vertical), ("category", affinity.category)):
+        if wanted is None:
+            continue
+        others, items = items.where(F.col(kind).isNotNull()), items.where(F.col(kind) == wanted)
+        if items.isEmpty():
+            distance = F.levenshtein(F.lower(kind), F.lower(F.lit(wanted)))
+            nearest = others.select(kind).distinct().orderBy(distance, kind).limit(_SHOWN).collect()
+            names = ", ".join(repr(row[0]) for row in nearest)
+            raise TrailvecError(
+                f"{export.path}: no item{within} is in {kind} {wanted!r} (the nearest names: {names or 'none'}): "
+                f"correct it"
+            )
+        within = f" of {kind} {wanted!r}"
 
 
 def _matches(affinity: Affinity) -> Column:

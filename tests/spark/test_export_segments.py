@@ -1007,6 +1007,16 @@ def test_of_very_many_items_those_that_most_acted_on_make_an_affinity(
     assert [row["user_id"] for row in rows] == ["cat", "ann", "bob"]
     assert manifest["counts"]["items"] == {"named": 3, "used": 2}
 
+    for names, message in (
+        ('vertical = "Toys"', r"no item is in vertical 'Toys' \(the nearest names: 'TOYS', 'FRUIT'\): correct it"),
+        ('vertical = "TOYS", category = "x"', r"no item of vertical 'TOYS' is in category 'x' \(the nearest .* none\)"),
+    ):
+        write_segments(tmp_path, {"fruit": f"size = 3\naffinity = {{ {names} }}\n"})
+        (file,) = read_segments(paths[:1])
+        selection: Any = SimpleNamespace(_runtime=runtime, version="m1", _work={})
+        with pytest.raises(TrailvecError, match=message):
+            segment_members.Selection._item_anchors(selection, [Export(0, *file, "embedding", "x")])
+
 
 def test_an_earlier_export_counts_where_it_is_made_again(
     shop: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
