@@ -135,8 +135,8 @@ class _Work:
 
     Attributes:
         rules: who may be exported.
-        initial: the combinations of marks of those who have a vector and are returned by the segment's query or are
-            members of the segments that it includes; not for segments with scores.
+        initial: the combinations of marks of those whom the segment's query returns or who are members of the segments
+            that it includes, with a vector or without; not for segments with scores.
         seeds, items: counts, as in the manifest; empty if the segment has none.
         anchors: what users are compared with.
         sample: scores of the allowed users in the sample, descending, float32.
@@ -270,7 +270,7 @@ class Selection:
                 rows += [until_kept.enter_context(persisted(self._queried_users(export))) for export in queried]
                 self._count(reduce(DataFrame.unionByName, rows))
                 for export in queried:
-                    if not self._work[export.number].initial.total:
+                    if not self._work[export.number].initial.of(self._has_vector).total:
                         runtime.report.notes.append(f"{export.path}: its sql returns no user with a vector {_NO_DATE}")
             if scored:
                 runtime.on_progress("the seeds and a sample")
@@ -343,8 +343,7 @@ class Selection:
     def _queried_users(self, export: Export) -> DataFrame:
         """The users that a segment's query returns: segment, user_id, score (NULL)."""
         where = f"{export.path}: its sql"
-        ids = ids_of(ask(self._runtime, str(export.segment.sql), where), where).distinct()
-        return _without_score(export, ids.join(self.users.select("user_id"), "user_id", "left_semi"))
+        return _without_score(export, ids_of(ask(self._runtime, str(export.segment.sql), where), where).distinct())
 
     def _marked(self, rows: DataFrame) -> DataFrame:
         """The rows with their users' marks joined on, as words."""
@@ -357,13 +356,12 @@ class Selection:
         return Combinations(Marked(found[self._lists.words].to_numpy()), found["count"].to_numpy())
 
     def _count(self, rows: DataFrame) -> None:
-        """Sets what segments begin with: those of `rows` (segment, user_id) with a vector. (Members known from the log
-        may have lost theirs.)"""
+        """Sets what segments begin with: `rows` (segment, user_id)."""
         words = self._lists.words
         found = self._marked(rows.select("segment", "user_id")).groupBy("segment", *words).count().toPandas()
         for number, part in found.groupby("segment"):
             combinations = Combinations(Marked(part[words].to_numpy()), part["count"].to_numpy())
-            self._work[int(str(number))].initial = combinations.of(self._has_vector)
+            self._work[int(str(number))].initial = combinations
 
     def _vectors(self, kind: VectorKind) -> DataFrame:
         """user_id, vector, is_cold: the vectors by which users are compared."""
@@ -609,14 +607,16 @@ class Selection:
     def _counts_of(self, export: Export, members: int, control: int, too_often: int, excluded: int) -> dict[str, Any]:
         segment, work = export.segment, self._work[export.number]
         initial = self.everyone if segment.scored else work.initial
+        known, total = initial.of(self._has_vector), initial.total
         removed: Counter[str] = Counter()  # in rule order
-        for name, out in initial.marked.left_out(work.rules):
-            removed[name] += int(initial.users[out].sum())
+        if not segment.scored:  # users new since the last scoring, or flagged; included members may have lost theirs
+            removed["no vector"] = total - known.total
+        for name, out in known.marked.left_out(work.rules):
+            removed[name] += int(known.users[out].sum())
         if segment.at_most is not None:
             removed[limit_name(segment.at_most)] += too_often
         if segment.exclude:
             removed[f"member of {', '.join(segment.exclude)}"] = excluded
-        total = initial.total
         if segment.scored:
             # Users with a zero vector have no likeness, and rank after all others.
             cut = (

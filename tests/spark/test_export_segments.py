@@ -719,6 +719,8 @@ def test_many_segments_in_one_pass_against_plain_python(
         - sum(score >= met for user, score in likeness.items() if user in near + fond),
     }
     assert removed(read(runtime, "both")[0])["no consent to push"] == len({*asked, *fond} - pushed)
+    counts = read(runtime, "asked")[0]["counts"]
+    assert (counts["in"], counts["removed"][0]) == (51, {"rule": "no vector", "users": 1})  # nobody
 
     page = (runtime.exports / "asked" / "report.html").read_text()
     share = len({*asked} & {*both}) / len(asked)
@@ -930,7 +932,7 @@ def test_how_often_a_user_is_exported(shop: Runtime, tmp_path: Path, monkeypatch
                 got += [(user, day) for user in sent]
                 manifest, rows = read(runtime, name)
                 assert [row["user_id"] for row in rows] == sent, (day, name)
-                assert removed(manifest) == {"exported 2 times in 3 days": len(users) - len(sent)}
+                assert removed(manifest) == {"no vector": 0, "exported 2 times in 3 days": len(users) - len(sent)}
     logged = read_delta(shop.root / "tables" / "exports")
     assert sorted((r["user_id"], r["exported_at"].day) for r in logged if not r["is_control"]) == sorted(got)
     assert [r["user_id"] for r in logged if r["is_control"]] == held_back
@@ -962,7 +964,7 @@ def test_who_is_held_back_leaves_as_often_as_who_is_exported(
         runtime = Runtime(load_config(None, [*settings, f"export.segments={asked}"]), shop.spark)
         runtime.execute(STAGE)
         manifest, rows = read(runtime, "a")
-        assert removed(manifest) == left_out, day
+        assert removed(manifest) == {"no vector": 0} | left_out, day
         is_there = left_out == nobody
         assert [row["user_id"] for row in rows] == [u for u in users if is_there and u not in held_back]
         assert manifest["counts"]["control"] == (len(held_back) if is_there else 0)
@@ -977,7 +979,8 @@ def test_of_very_many_items_those_that_most_acted_on_make_an_affinity(
 ) -> None:
     monkeypatch.setattr(segment_members, "_ITEMS", 2)
     fruit, named = 'affinity = { vertical = "FRUIT" }\n', 'affinity = { items = ["i0", "I3", "i3"] }\n'
-    nobody = 'consent = "push"\nsql = "SELECT user_id FROM user_embeddings WHERE as_of > DATE(\'31.10.2011\')"\n'
+    query = "SELECT user_id FROM user_embeddings WHERE as_of > DATE('31.10.2011') UNION SELECT 'ghost'"
+    nobody = f'consent = "push"\nsql = "{query}"\n'
     texts = {"fruit": f"size = 3\n{fruit}", "named": f"size = 3\n{named}", "nobody": nobody}
     paths = write_segments(tmp_path, texts)
     consent = "export.consent={ sql = \"SELECT 'ann' AS user_id, DATE('x') < DATE('y') AS push\" }"
