@@ -81,11 +81,11 @@ def _exports(runtime: Runtime, now: datetime) -> list[Export]:
         export_key()  # fails early: it is first needed after all queries
     version = runtime.current_model()
     states = {t.name: runtime.state(t) for t in TABLES if t != EXPORTS and runtime.exists(t)}
-    digest_of, answers = cache(file_digest), dict[str, bool]()  # many segments name the same lists
+    digest_of, answers = cache(file_digest), dict[str, tuple[set[str], bool]]()  # many segments name the same lists
 
-    def timely(text: str, where: str) -> bool:
+    def reads(text: str, where: str) -> tuple[set[str], bool]:
         if text not in answers:
-            answers[text] = _is_timely(runtime, text, where)
+            answers[text] = _reads(runtime, text, where)
         return answers[text]
 
     with_profiles = USER_PROFILES.name in states and not of_model(runtime.latest(USER_PROFILES), version).isEmpty()
@@ -96,7 +96,7 @@ def _exports(runtime: Runtime, now: datetime) -> list[Export]:
     for number, file in enumerate(files):
         others = [found[name].id for name in file.segment.others]
         facts = {"model_version": version, "others": others} | _facts(
-            runtime, file, states, now, digest_of=digest_of, timely=timely
+            runtime, file, states, now, digest_of=digest_of, reads=reads
         )
         vectors: VectorKind = "embedding"
         if file.segment.seeds is not None:
@@ -131,13 +131,13 @@ def _facts(
     now: datetime,
     *,
     digest_of: Callable[[Path], str],
-    timely: Callable[[str, str], bool],
+    reads: Callable[[str, str], tuple[set[str], bool]],
 ) -> dict[str, Any]:
     """What else determines an export's members, as plain values. Not the code: new code must not log members again.
 
     Args:
         states: `Runtime.state` of all tables but `exports`.
-        digest_of, timely: `file_digest` and `_is_timely`.
+        digest_of, reads: `file_digest` and `_reads`.
     """
     segment, consent = file.segment, runtime.config.export.consent
     facts: dict[str, Any] = {
@@ -158,21 +158,22 @@ def _facts(
     named_queries = [(text, f"{file.path}: {name}") for text, name in queries if text]
     if segment.consent is not None and consent is not None and consent.sql is not None:
         named_queries.append((consent.sql, "export.consent.sql"))
-    if named_queries:
-        facts["tables"] = states  # a query may read any table but `exports`
-    # Checks all: one that reads `exports` is refused.
-    timely_ones = [query for query in named_queries if timely(*query)]
+    answers = [reads(*query) for query in named_queries]
+    if answers:
+        # The functions nearest_items and nearest_users read the first three, which a plan doesn't show.
+        names = {CURRENT_MODEL.name, USER_EMBEDDINGS.name, ITEM_EMBEDDINGS.name}.union(*(read for read, _ in answers))
+        facts["tables"] = {name: state for name, state in states.items() if name in names}
     if segment.needs_key:
         # Another key gives other files. Only a hash of this mark leaves this module.
         facts["key"] = key_mark(export_key())
-    if segment.at_most is not None or timely_ones:
+    if segment.at_most is not None or any(timely for _, timely in answers):
         facts["day"] = now.date().isoformat()
     return facts
 
 
-def _is_timely(runtime: Runtime, text: str, where: str) -> bool:
-    """Whether a query may give another answer tomorrow: it names the time, or reads a table that is not trailvec's,
-    whose version is not part of an export's id.
+def _reads(runtime: Runtime, text: str, where: str) -> tuple[set[str], bool]:
+    """The names of trailvec's tables that a query reads, and whether it may give another answer tomorrow though these
+    stay: it names the time, or reads a table that is not trailvec's, whose version is not part of an export's id.
 
     Raises:
         TrailvecError: the query reads `exports`: each export would change the next one, and an export made again after
@@ -190,7 +191,7 @@ def _is_timely(runtime: Runtime, text: str, where: str) -> bool:
             f"{where} reads the files {reads.files}, whose changes go unnoticed: name them as a list (file = ...), or "
             f"load them into a table"
         )
-    return reads.others or names_the_time(text, answer)
+    return reads.tables, reads.others or names_the_time(text, answer)
 
 
 def _now() -> datetime:

@@ -91,9 +91,9 @@ class Segment(Section):
     sql: str | None = Field(
         None,
         description="a query over the tables, except `exports`, with a column user_id; its users without a vector are "
-        "left out. It and the queries of lists run again once a table has changed and, if they use the current date or "
-        "time or read a table that is not trailvec's, each day (UTC). They can't read files or draw at random: a LIMIT "
-        "needs an ORDER BY",
+        "left out. It and the queries of lists run again once a table that they read has changed and, if they use the "
+        "current date or time or read a table that is not trailvec's, each day (UTC). They can't read files or draw at "
+        "random: a LIMIT needs an ORDER BY",
     )
     include: tuple[str, ...] = Field(
         (),

@@ -39,7 +39,7 @@ from jobs.segment_members import Export
 from jobs.segment_rules import Combinations, Lists, Marked, Rules, allows, consenting, rules_of
 from jobs.segments import Format, Segment, SegmentFile, read_segments
 from jobs.spark_session import spark_conf
-from jobs.tables import EXPORTS, ITEMS, SESSIONS, USER_EMBEDDINGS, USER_PROFILES
+from jobs.tables import EXPORTS, ITEM_EMBEDDINGS, ITEMS, SESSIONS, USER_EMBEDDINGS, USER_PROFILES
 from jobs.user_lists import read_users
 from tests.conftest import make_config, put, read_delta
 from tests.spark.test_neighbours import embed, put_item_vectors, put_users
@@ -338,6 +338,17 @@ def test_seeds_by_sql_plain_ids_and_chosen_columns(
         condition = f" = 1 AND user_id IN (SELECT user_id FROM {theirs})"
         assert id_on(1, condition) == id_on(1, condition) != id_on(2, condition)
     id_on(1, " = 1 AND user_id IN (WITH exports AS (SELECT 'ann') SELECT * FROM exports)")
+
+    # The tables read, by views of views too, are part of it, and those that nearest_items reads unseen. Others are not.
+    shop.spark.sql("CREATE VIEW wares AS SELECT item_id FROM items")
+    shop.spark.sql("CREATE VIEW mine AS SELECT item_id FROM wares")
+    of_items = " = 1 AND user_id NOT IN (SELECT item_id FROM mine)"
+    before = [id_on(1, condition) for condition in (" = 1", of_items)]
+    DeltaTable(shop.path(ITEMS)).delete()
+    after = [id_on(1, condition) for condition in (" = 1", of_items)]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [True, False]
+    DeltaTable(shop.path(ITEM_EMBEDDINGS)).delete()
+    assert id_on(1, " = 1") != before[0]
 
     (tmp_path / "likes.toml").write_text(text.replace("SELECT user_id", "SELECT history_length"))
     with pytest.raises(TrailvecError, match=r"has no column user_id \(found history_length\): add it"):
