@@ -67,6 +67,8 @@ from jobs.tables import (
 from jobs.user_lists import file_digest
 from spark_udfs.keyed import key_mark
 
+# A segment's keys that change neither its members nor who gets them under which ids.
+_LOOKS = {"owner", "purpose", "approved_by", "format", "columns", "rows_per_file"}
 _BINS = 20  # of the histogram of scores
 _WRITERS = 2  # threads: while one hashes ids (the GIL allows only one), the other compresses a file
 
@@ -141,7 +143,9 @@ def _facts(
     """
     segment, consent = file.segment, runtime.config.export.consent
     facts: dict[str, Any] = {
-        "segment": segment.model_dump(mode="json"),
+        # Correcting how it looks must not make another export: `at_most` would count the first one. Plain instead of
+        # hashed ids, or another destination, do: who got them, or what they say about people, is another matter.
+        "segment": segment.model_dump(mode="json", exclude=_LOOKS),
         "users": states[USER_EMBEDDINGS.name],
         "files": [digest_of(file.path.parent / users.file) for users in segment.lists if users.file is not None],
     }
@@ -199,13 +203,14 @@ def _now() -> datetime:
 
 
 def _published(runtime: Runtime, export: Export) -> dict[str, Any] | None:
-    """The manifest, if this very export is published already and was made by this code."""
+    """The manifest, if this very export is published already, as its file says and by this code."""
     text = read_manifest(place_of(runtime, export.segment))
     if text is None:
         return None
     try:
         manifest: dict[str, Any] = json.loads(text)
         same = (manifest["export_id"], manifest["provenance"]["code_version"]) == (export.id, code_version())
+        same = same and manifest["segment"] == export.segment.model_dump(mode="json")
     except (ValueError, LookupError, TypeError):  # damaged, or not an export's
         return None
     return manifest if same else None

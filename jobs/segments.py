@@ -72,7 +72,8 @@ class Frequency(Section):
     Segments exported earlier in the same run count, in the order of `export.segments`, each after those that it names.
     Being held back doesn't count for other segments, since the user received nothing. For the segment itself it counts
     as an export, added to what others exported, or its control group would fill more of its places every day. Every run
-    that exports counts, even a second one on a day.
+    that exports counts, even a second one on a day, but not one that gives the same export another owner, purpose,
+    approved_by, format, columns or rows_per_file: these users were exported already.
     """
 
     exports: int = Field(ge=1, le=100)

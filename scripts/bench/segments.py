@@ -96,9 +96,9 @@ def prepare(runtime: Runtime, data: Path, users: int) -> None:
     put(runtime, ITEMS, spark.createDataFrame(kinds, ITEMS.schema()))
 
 
-def write_segments(data: Path, users: int, count: int, method: Method, purpose: str) -> list[str]:
-    """Writes the segments' files and their seed lists (users of two clusters each). Another purpose makes them
-    different exports, with their own rows in the log."""
+def write_segments(data: Path, users: int, count: int, method: Method, group: str) -> list[str]:
+    """Writes the segments' files and their seed lists (users of two clusters each). Another control group makes
+    them different exports, with their own rows in the log."""
     first = pq.read_table(data / "users" / "0000.parquet", columns=["vector"])["vector"].combine_chunks()
     vectors = first.flatten().to_numpy().reshape(-1, WIDTH)
     centres = np.random.default_rng(1).normal(size=(CLUSTERS, WIDTH)).astype(np.float32)
@@ -116,11 +116,12 @@ def write_segments(data: Path, users: int, count: int, method: Method, purpose: 
             audience = f'seeds = {{ file = "seeds-{number}.txt", method = "{method}" }}'
         text = f"""name = "segment-{number:03d}"
 owner = "bench"
-purpose = "{purpose}"
+purpose = "to be timed"
 size = {max(users // 100, 1)}
 consent = "email"
 suppress = [{{ file = "suppressed.parquet" }}]
 control_share = 0.05
+control_group = "{group}"
 {audience}
 """
         paths.append(str(data / f"segment-{number:03d}.toml"))

@@ -211,6 +211,15 @@ def test_a_rerun_is_skipped_and_a_forced_one_gives_the_same_bytes(
     assert is_pending()
     monkeypatch.setenv(KEY, SECRET)
     assert not is_pending()
+    now = datetime(2024, 3, 1, tzinfo=timezone.utc)
+    (before,) = export_segments._exports(shop, now)
+    for line in ('format = "csv.gz"', 'columns = ["user_id"]', "rows_per_file = 3", 'approved_by = "a"', "threshold"):
+        text = SEGMENT.replace("size = 4", f"size = 4\n{line}").replace("size = 4\nthreshold", "threshold = 0.1")
+        (tmp_path / "likes.toml").write_text(text)
+        assert is_pending()
+        (export,) = export_segments._exports(shop, now)
+        assert (export.id == before.id) == ("threshold" not in line)  # who is in it
+    (tmp_path / "likes.toml").write_text(SEGMENT)
     shutil.rmtree(shop.path(USER_EMBEDDINGS))  # another table of that name, at the same version
     shop.spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()  # type: ignore[union-attr]
     put_users(shop, {user: USERS[user] for user in ("ann", "far")})
@@ -1060,12 +1069,16 @@ def test_an_earlier_export_counts_where_it_is_made_again(
     assert len(read(runtime, "a")[1]) == 2
     assert len(read(runtime, "d")[1]) == 2  # each user had one export
     assert [row["user_id"] for row in read(runtime, "f")[1]] == ["dan"]  # e took cat
-    # Repeated on its day, a limited export is unchanged: later exports, in that run or since, do not matter.
-    for name in "abdf":
+    # Repeated on its day, a limited export is unchanged: later exports, in that run or since, do not matter. The same
+    # holds for one (d) that should only look otherwise.
+    with Path(d).open("a") as file:
+        file.write('format = "csv.gz"\n')
+    for name in "abf":
         shutil.rmtree(runtime.exports / name)
     for hour, force in ((5, False), (6, True)):
         runtime = run(5, hour, [new, b, a, d, e, f, g], force)
-        assert [len(read(runtime, name)[1]) for name in "bad"] == [0, 2, 2]
+        assert [len(read(runtime, name)[1]) for name in "ba"] == [0, 2]
+        assert read(runtime, "d")[1] == [["user_id"], ["ann"], ["bob"]]
         assert [row["user_id"] for row in read(runtime, "f")[1]] == ["dan"]
     assert len(read_delta(shop.root / "tables" / "exports")) == 9
 
