@@ -424,6 +424,28 @@ def test_a_topic_is_read_once_across_a_broker_that_dies_in_the_middle(
         rows = spark.range(first, last).selectExpr(value).union(spark.sql("SELECT 'no json' AS value"))
         rows.write.format("kafka").option("kafka.bootstrap.servers", broker.address).option("topic", "views").save()
 
+    def transaction(value: str, *, abort: bool) -> None:
+        """A record written in a transaction, which is then committed or aborted."""
+        jvm: Any = spark._jvm
+        text = "org.apache.kafka.common.serialization.StringSerializer"
+        settings = {"bootstrap.servers": broker.address, "transactional.id": "one"}
+        settings |= {"key.serializer": text, "value.serializer": text}
+        producer = jvm.org.apache.kafka.clients.producer.KafkaProducer(jvm.java.util.HashMap(settings))
+        producer.initTransactions()
+        producer.beginTransaction()
+        producer.send(jvm.org.apache.kafka.clients.producer.ProducerRecord("views", value)).get()
+        (producer.abortTransaction if abort else producer.commitTransaction)()
+        producer.close()
+
+    def recreate() -> None:
+        """The topic again, empty, with one partition instead of three."""
+        jvm: Any = spark._jvm
+        kafka = jvm.org.apache.kafka.clients.admin
+        admin = kafka.Admin.create(jvm.java.util.HashMap({"bootstrap.servers": broker.address}))
+        admin.deleteTopics(jvm.java.util.List.of("views")).all().get()
+        admin.createTopics(jvm.java.util.List.of(kafka.NewTopic("views", 1, 1))).all().get()
+        admin.close()
+
     with Broker(tmp_path / "kafka") as broker:
         place = f'kafka = {{ bootstrap_servers = "{broker.address}", topic = "views" }}'
         runtime = make_runtime(*settings(tmp_path, source(tmp_path, place), "ingest.max_records_per_batch=50"))
@@ -431,12 +453,19 @@ def test_a_topic_is_read_once_across_a_broker_that_dies_in_the_middle(
         send(0, 100)
         assert runtime.execute(STAGE).rows_in["records"] == 101
         send(90, 150)  # ten of them repeated
+        transaction("neither json", abort=True)
         report = runtime.execute(STAGE)
+        monkeypatch.setattr(ingest, "commit_batch", commit)
+        recreate()
+        transaction('{"id": "new", "user": "u", "item": "i", "at": "2023-05-02T10:00:00Z", "price": 1}', abort=False)
+        with pytest.raises(TrailvecError, match=r"topic views: partitions views-., views-. are gone: the topic was"):
+            runtime.execute(STAGE)
+        assert runtime.execute(STAGE, force=True).rows_in["records"] == 1
     assert dead_after == [0]
     assert report.rows_in["records"] == 61
     found = events(runtime)
-    assert {row["event_id"] for row in found} == {str(n) for n in range(150)}
-    assert len(found) == 150
+    assert {row["event_id"] for row in found} == {"new", *map(str, range(150))}
+    assert len(found) == 151
     assert dict(found[0]["attributes"]) == {"channel": "app"}
     refused = read_delta(runtime.path(REJECTED_EVENTS))
     assert [row["reason"] for row in refused] == ["broken_row", "broken_row"]
