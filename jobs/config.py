@@ -210,8 +210,8 @@ class SequencesSettings(Section):
         28,
         ge=0,
         description="items that the user acted on in this many days before the cut do not count as new; 0: items that "
-        "the user ever acted on, which leave_one_out always uses (there, 0 only makes validation during training "
-        "leave out the items in the user's row)",
+        "the user ever acted on, which leave_one_out always uses. With 0 validation during training asks for new items "
+        "only, otherwise for any",
     )
     target_event_types: list[str] = Field(
         default_factory=list,

@@ -20,8 +20,8 @@ def card(about: dict[str, Any]) -> str:
     lines += ["![the run](training.svg)", "", "## How well it ranks the next item", ""]
     if "ndcg@10" in best:
         lines += [
-            "Measured on users held out for validation, over all items that the model knows (without those in the",
-            "user's history if `sequences.seen_days` is 0). The epoch was chosen by these figures, so they flatter it.",
+            "Measured on users held out for validation, over all items that the model knows (those new to the",
+            "user if `sequences.seen_days` is 0). The epoch was chosen by these figures, so they flatter it.",
             "The figures to report (the test window, new and repeated items, with the baselines beside them) are in",
             "the table `evaluation`. There split valid has other figures: a target that the model does not know counts",
             "as a miss, here it is left out; items that are never a target are not ranked, here they are.",

@@ -71,14 +71,16 @@ def write_files(folder: Path, *parts: list[dict[str, Any]], row_group_size: int 
     return urls
 
 
-def write_valid(folder: Path, rows: list[dict[str, Any]], targets: list[list[int]]) -> list[str]:
-    """Writes a file of the valid split: each row with its user's next items, all at one time."""
+def write_valid(
+    folder: Path, rows: list[dict[str, Any]], targets: list[list[int]], seen: list[list[int]] | None = None
+) -> list[str]:
+    """Writes a file of the valid split: each row with its user's next items, all at one time, and those not new."""
     path = folder / "valid.parquet"
     held = [
-        {**row, "target_item_index": items, "target_ts": [0] * len(items)}
-        for row, items in zip(rows, targets, strict=True)
+        {**row, "target_item_index": items, "target_ts": [0] * len(items), "seen_item_index": old}
+        for row, items, old in zip(rows, targets, seen or [[]] * len(rows), strict=True)
     ]
-    lists = ((name, pa.list_(pa.int32())) for name in (*FEATURES, "target_item_index"))
+    lists = ((name, pa.list_(pa.int32())) for name in (*FEATURES, "target_item_index", "seen_item_index"))
     schema = pa.schema([("length", pa.int32()), *lists, ("target_ts", pa.list_(pa.int64()))])
     pq.write_table(pa.Table.from_pylist(held, schema), path)
     return [f"file://{path}"]

@@ -257,7 +257,7 @@ class RunSpec(Section):
         None, description="numbers of the event types to predict, the others are context alone; None: all"
     )
     valid_files: list[str]
-    new_only: bool = Field(False, description="validation leaves out of the ranking the items in the user's row")
+    new_only: bool = Field(False, description="validation neither ranks nor asks for items that the user has acted on")
     item_counts: str = Field(
         description=".npy, int64 [items]: each item's number of events in the training window; 0: unknown to the model"
     )

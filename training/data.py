@@ -36,7 +36,7 @@ from petastorm.workers_pool.worker_base import WorkerBase  # noqa: E402
 from pyarrow.filesystem import DaskFileSystem  # noqa: E402
 
 from training.arrays import Bool, Int32, Int64  # noqa: E402
-from training.batches import FEATURES, OF_PLACE, PADDING, SAME_MOMENT, SESSION_END, TARGET, pad  # noqa: E402
+from training.batches import FEATURES, OF_PLACE, PADDING, SAME_MOMENT, SESSION_END, TARGET, UNKNOWN, pad  # noqa: E402
 from training.ragged import ranges  # noqa: E402
 from training.stores import footers, fsspec_of, parquet_files  # noqa: E402
 from training.urls import file_url  # noqa: E402
@@ -375,58 +375,86 @@ def _batches(values: Int32, lengths: Int64, batch_size: int, order: Int64) -> It
 
 @dataclass(frozen=True)
 class Held:
-    """Users held out for validation: their history and their next items.
+    """Users held out for validation: their history, their next items, and the items not to rank for them.
 
-    `actions` int32 [features, users, length]; user u's targets are `targets[offsets[u]:offsets[u + 1]]`.
+    `actions` int32 [features, users, length]; user u's targets are `targets[offsets[u]:offsets[u + 1]]`, and `seen` and
+    `seen_offsets` are alike.
     """
 
     actions: Int32
     targets: Int64
     offsets: Int64
+    seen: Int64
+    seen_offsets: Int64
 
     def part(self, rank: int, size: int) -> Held:
         """Every size-th user from `rank` on."""
-        counts = np.diff(self.offsets)
-        mine = np.arange(len(counts)) % size == rank
-        return Held(self.actions[:, mine], self.targets[np.repeat(mine, counts)], np.cumsum([0, *counts[mine]]))
+        mine = np.arange(len(self.offsets) - 1) % size == rank
+
+        def of_mine(values: Int64, offsets: Int64) -> tuple[Int64, Int64]:
+            counts = np.diff(offsets)
+            return values[np.repeat(mine, counts)], np.cumsum([0, *counts[mine]])
+
+        return Held(self.actions[:, mine], *of_mine(self.targets, self.offsets), *of_mine(self.seen, self.seen_offsets))
 
 
-def read_held(files: list[str], max_length: int, known: Bool, max_users: int) -> Held:
+def read_held(files: list[str], max_length: int, known: Bool, max_users: int, *, new_only: bool = False) -> Held:
     """The first `max_users` rows of the valid split with a known target; targets are the items at the row's earliest
     target time. Reads `max_users` rows at a time, and many rows if few targets are known.
 
     Args:
         files: URLs of the split's files (Spark has spread the users over them by hash).
         known: whether the model knows an item, [items]; other targets are left out.
+        new_only: the items of a row's `seen_item_index` are neither targets nor to be ranked, as in evaluate's task
+            `new`.
     """
-    columns = ["length", *FEATURES, "target_item_index", "target_ts"]
+    columns = ["length", *FEATURES, "target_item_index", "target_ts", *["seen_item_index"] * new_only]
     system, paths = parquet_files(files)
     rows = pds.dataset(paths, filesystem=system).to_batches(
         columns=columns, batch_size=max_users, batch_readahead=1, fragment_readahead=1
     )
-    parts = [(np.empty((len(FEATURES), 0, max_length), np.int32), np.empty(0, np.int64), np.empty(0, np.int64))]
+    none = np.empty(0, np.int64)
+    parts = [(np.empty((len(FEATURES), 0, max_length), np.int32), none, none, none, none)]
     for batch in rows:
-        parts.append(_held(batch, max_length, known))
-        if sum(len(counts) for _, _, counts in parts) >= max_users:
+        parts.append(_held(batch, max_length, known, new_only))
+        if sum(len(counts) for _, _, counts, _, _ in parts) >= max_users:
             break
-    actions, targets, counts = zip(*parts, strict=True)
-    offsets = np.cumsum([0, *np.concatenate(counts)[:max_users]])
-    return Held(np.concatenate(actions, axis=1)[:, :max_users], np.concatenate(targets)[: offsets[-1]], offsets)
+    actions, targets, counts, seen, seen_counts = zip(*parts, strict=True)
+
+    def first(values: tuple[Int64, ...], counts: tuple[Int64, ...]) -> tuple[Int64, Int64]:
+        offsets = np.cumsum([0, *np.concatenate(counts)[:max_users]])
+        return np.concatenate(values)[: offsets[-1]], offsets
+
+    return Held(np.concatenate(actions, axis=1)[:, :max_users], *first(targets, counts), *first(seen, seen_counts))
 
 
-def _held(rows: pa.RecordBatch, max_length: int, known: Bool) -> tuple[Int32, Int64, Int64]:
-    """For the rows with a known target: their actions, all targets concatenated, and the number of targets of each."""
+def _held(
+    rows: pa.RecordBatch, max_length: int, known: Bool, new_only: bool
+) -> tuple[Int32, Int64, Int64, Int64, Int64]:
+    """For the rows with a known target: their actions, all targets concatenated, and the number of targets of each; the
+    same of the items not to rank."""
 
     def flat(name: str) -> Int64:
         return np.asarray(pc.list_flatten(rows[name]).to_numpy(), np.int64)
 
-    counts = pc.fill_null(pc.list_value_length(rows["target_ts"]), 0).to_numpy()
-    owner, items, times = np.repeat(np.arange(len(rows)), counts), flat("target_item_index"), flat("target_ts")
+    def owners(name: str) -> Int64:
+        return np.repeat(np.arange(len(rows)), pc.fill_null(pc.list_value_length(rows[name]), 0).to_numpy())
+
+    owner, items, times = owners("target_ts"), flat("target_item_index"), flat("target_ts")
+    seen_owner, seen = np.empty((2, 0), np.int64)
+    if new_only:
+        seen_owner, seen = owners("seen_item_index"), flat("seen_item_index")
+        base = 1 + max(int(items.max(initial=0)), int(seen.max(initial=0)))
+        # An unknown item is nobody's old one.
+        new = (items == UNKNOWN) | ~np.isin(owner * base + items, seen_owner * base + seen)
+        owner, items, times = owner[new], items[new], times[new]
     first = np.zeros(len(rows), np.int64)
-    first[counts > 0] = times[(np.cumsum(counts) - counts)[counts > 0]]  # the lists are sorted by time
+    starts = np.flatnonzero(np.diff(owner, prepend=-1))
+    first[owner[starts]] = times[starts]  # the lists are sorted by time
     is_target = (times == first[owner]) & (items < len(known)) & known[np.minimum(items, len(known) - 1)]
 
     users, user_counts = np.unique(owner[is_target], return_counts=True)
     lengths = rows["length"].to_numpy().astype(np.int64)
     actions = np.stack([pad(flat(name).astype(np.int32), lengths, max_length)[users] for name in FEATURES])
-    return actions, items[is_target], user_counts
+    seen_counts = np.bincount(seen_owner, minlength=len(rows))[users]
+    return actions, items[is_target], user_counts, seen[np.isin(seen_owner, users)], seen_counts

@@ -202,7 +202,8 @@ def _begin(spec: RunSpec, device: torch.device) -> _Run:
     optimizer = torch.optim.AdamW(others, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     optimizer = dist.distribute(model, optimizer, settings.local_steps, settings.fp16_gradients)
 
-    held = read_held(spec.valid_files, spec.model.history_length, known, MAX_HELD_USERS) if spec.valid_files else None
+    length, files = spec.model.history_length, spec.valid_files
+    held = read_held(files, length, known, MAX_HELD_USERS, new_only=spec.new_only) if files else None
     verticals = np.load(spec.item_verticals, mmap_mode="r") if spec.item_verticals else np.full(len(known), -1)
     run = _Run(
         spec=spec,
@@ -412,7 +413,7 @@ def _close_epoch(run: _Run, epoch: int) -> None:
     if run.held is not None:
         of_verticals = run.item_verticals, spec.verticals
         batch_size = spec.settings.batch_size
-        scores = validate(run.model, run.held, run.known, batch_size, run.device, *of_verticals, new_only=spec.new_only)
+        scores = validate(run.model, run.held, run.known, batch_size, run.device, *of_verticals)
     everyone, by_rank = dict(zip(SUMS, progress.sums, strict=True)), dist.gather(run.mine)
     progress.history.append(
         {

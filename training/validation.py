@@ -26,8 +26,6 @@ def validate(  # noqa: PLR0917 - all of it is what is ranked
     device: torch.device,
     item_verticals: Int64,
     verticals: list[str],
-    *,
-    new_only: bool = False,
 ) -> dict[str, Any]:
     """Recall@10 and NDCG@10 of the next item over all known items, averaged over the users of all ranks.
 
@@ -40,8 +38,8 @@ def validate(  # noqa: PLR0917 - all of it is what is ranked
     for start in range(0, len(states), batch_size):
         batch = to_batch(torch.from_numpy(held.actions[:, start : start + batch_size]))
         states[start : start + batch_size] = encode(to_device(batch, device))
-    own = torch.from_numpy(held.actions[0]).long().to(device) if new_only else None
-    top_items = best_items(model, states, torch.from_numpy(np.flatnonzero(known)).to(device), own).cpu().numpy()
+    ranked = torch.from_numpy(np.flatnonzero(known)).to(device)
+    top_items = best_items(model, states, ranked, (held.seen, held.seen_offsets)).cpu().numpy()
     metrics = rank_metrics(top_items, held.targets, held.offsets)
     classes = np.searchsorted(HISTORY_FROM, (held.actions[0] > 0).sum(axis=1), side="right") - 1
     sums = [_metric_sums(metrics, np.ones(len(classes), bool))]
@@ -66,7 +64,7 @@ def validate(  # noqa: PLR0917 - all of it is what is ranked
 
 
 def best_items(
-    model: SequenceModel, states: torch.Tensor, items: torch.Tensor, excluded: torch.Tensor | None, k: int = 10
+    model: SequenceModel, states: torch.Tensor, items: torch.Tensor, excluded: tuple[Int64, Int64], k: int = 10
 ) -> torch.Tensor:
     """The best-scoring items for each state, best first, int64 [users, at most k]; padded with -1.
 
@@ -75,9 +73,11 @@ def best_items(
     Args:
         states: float32 [users, width].
         items: int64 [n], sorted: the items to rank.
-        excluded: int64 [users, any]: items not to rank for that user; None: none.
+        excluded: the items not to rank for each user, concatenated, and where each user's begin, [users + 1].
     """
     k = min(k, len(items))
+    unwanted, offsets = torch.from_numpy(excluded[0]).to(states.device), excluded[1]
+    owner = torch.from_numpy(np.repeat(np.arange(len(states)), np.diff(offsets))).to(states.device)
     best = torch.full((len(states), k), -torch.inf, device=states.device)
     best_of = torch.zeros((len(states), k), dtype=torch.int64, device=states.device)
     for some in torch.split(items, ITEMS_AT_ONCE):
@@ -85,10 +85,10 @@ def best_items(
         for start in range(0, len(states), USERS_AT_ONCE):
             users = slice(start, start + USERS_AT_ONCE)
             scores = states[users] @ vectors  # in 32 bits (a GPU rounds factors to TF32): 16 would make ties
-            if excluded is not None:
-                place = torch.searchsorted(some, excluded[users]).clamp_(max=len(some) - 1)
-                user, column = (some[place] == excluded[users]).nonzero(as_tuple=True)
-                scores[user, place[user, column]] = -torch.inf
+            theirs = slice(offsets[start], offsets[start + len(scores)])
+            place = torch.searchsorted(some, unwanted[theirs]).clamp_(max=len(some) - 1)
+            found = some[place] == unwanted[theirs]
+            scores[owner[theirs][found] - start, place[found]] = -torch.inf
             top = scores.topk(min(k, len(some)), dim=1)
             best[users], kept = torch.cat([best[users], top.values], 1).topk(k, dim=1)
             best_of[users] = torch.cat([best_of[users], some[top.indices]], 1).gather(1, kept)

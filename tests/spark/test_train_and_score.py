@@ -43,6 +43,7 @@ from training.config import ITEM_ATTRIBUTES, ModelSpec, RunSpec
 CUT = datetime(2024, 6, 1)
 SETTINGS = (
     f"sequences.max_length={MAX_LENGTH}",
+    "sequences.seen_days=0",
     'sequences.target_event_types=["event_type2", "event_type3"]',
     "vocabulary.min_count=3",
     "train.processes=2",
@@ -424,7 +425,9 @@ def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
         DeltaTable.forPath(runtime.spark, runtime.path(SEQUENCES)).optimize().executeCompaction()
     assert report.skipped
     assert before > about["provenance"]["reads"]["sequences"]  # upkeep ran in between
-    settings = RunSpec.model_validate_json((model_folder(runtime) / "run.json").read_text()).settings
+    spec = RunSpec.model_validate_json((model_folder(runtime) / "run.json").read_text())
+    settings = spec.settings
+    assert spec.new_only
     assert (settings.epochs, settings.learning_rate) == (1, pytest.approx(0.02 * 0.3))
     assert settings.batch_size == 2 * 16  # for rows half as long
     assert not (model_folder(runtime) / "rows").exists()

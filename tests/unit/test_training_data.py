@@ -20,7 +20,7 @@ from tests.sequence_files import MAX_LENGTH, make_rows, write_files
 from training import data
 from training.batches import FEATURES, OF_PLACE, TARGET, pad
 from training.config import CONTEXT_FEATURES
-from training.data import Batch, choose_targets, padding, read_batches, read_held, rows_digest, shuffle_moments
+from training.data import Batch, Held, choose_targets, padding, read_batches, read_held, rows_digest, shuffle_moments
 
 
 def test_a_feature_is_named_alike_in_the_table_in_a_batch_and_in_the_settings() -> None:
@@ -363,3 +363,31 @@ def test_held_targets_are_the_known_items_of_the_first_moment(tmp_path: Path) ->
     pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "more.parquet")
     more = read_held([f"file://{tmp_path}/more.parquet"], MAX_LENGTH, known, max_users=2)
     assert (more.targets.tolist(), more.offsets.tolist(), more.actions.shape[1]) == ([3, 4], [0, 1, 2], 2)
+
+
+def test_held_targets_that_are_not_new_are_passed_over(tmp_path: Path) -> None:
+    def held(max_users: int) -> Held:
+        files = [f"file://{tmp_path}/valid.parquet"]
+        return read_held(files, MAX_LENGTH, np.arange(10) > 1, max_users, new_only=True)
+
+    nexts = [  # items acted on before, then items and times of the targets
+        ([4, 5], [4, 3, 6], [1, 2, 2]),  # the first moment that has a new one
+        ([3], [3], [1]),  # nothing new: not held
+        ([], [3], [1]),
+        ([1, 7], [1, 3], [1, 2]),  # an unknown item is nobody's old one: not held
+        ([2, 3, 8], [9, 2], [1, 1]),
+    ]
+    rows = make_rows(5)
+    for row, (seen, items, times) in zip(rows, nexts, strict=True):
+        row.update(seen_item_index=seen, target_item_index=items, target_ts=times)
+    lists = [(name, pa.list_(pa.int32())) for name in (*FEATURES, "target_item_index", "seen_item_index")]
+    schema = pa.schema([("length", pa.int32()), *lists, ("target_ts", pa.list_(pa.int64()))])
+    pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "valid.parquet")
+
+    assert (held(9).targets.tolist(), held(9).offsets.tolist()) == ([3, 6, 3, 9], [0, 2, 3, 4])
+    for found, seen, offsets in (
+        (held(9), [4, 5, 2, 3, 8], [0, 2, 2, 5]),
+        (held(2), [4, 5], [0, 2, 2]),
+        (held(9).part(0, 2), [4, 5, 2, 3, 8], [0, 2, 5]),
+    ):
+        assert (found.seen.tolist(), found.seen_offsets.tolist()) == (seen, offsets)

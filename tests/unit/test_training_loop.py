@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from jobs.commits import Commit, _commit_of
 from jobs.errors import TrailvecError, explain
 from jobs.launch_training import _stopped, last_words, launch, launch_in_spark, parse_event
+from jobs.ranking import flatten
 from jobs.runtime import Runtime, digest
 from jobs.tables import SEQUENCES
 from jobs.train import (
@@ -601,20 +602,50 @@ def test_validation_by_history_and_by_vertical(tmp_path: Path) -> None:
         assert group["ndcg@10"] == pytest.approx(np.mean(expected[name])), name
 
 
+def test_validation_for_new_items_asks_for_and_ranks_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dist.start()
+    rows = make_rows(3)
+    for row in rows:
+        row.update({name: [2, 3, 6] for name in FEATURES} | {"length": 3})
+    files = write_valid(tmp_path, rows, [[2, 5], [2], [3]], seen=[[2, 3], [3], [3]])
+    known = np.arange(ITEMS) > 1
+    model: Any = SimpleNamespace(
+        spec=SimpleNamespace(width=1), eval=lambda: None, item_vectors=lambda items: -items[:, None].float()
+    )
+    monkeypatch.setattr(
+        "training.validation.fast_encoder", lambda model: lambda batch: torch.ones(len(batch["hour"]), 1)
+    )
+
+    def found(*, new_only: bool) -> dict[str, Any]:
+        held = read_held(files, MAX_LENGTH - 1, known, 100, new_only=new_only)
+        return validate(model, held, known, 7, torch.device("cpu"), np.zeros(ITEMS, np.int64), ["food"])
+
+    # Of the first user's, 2 is a repeat, and 5 comes after 4. The second has only viewed 2. The third has nothing new.
+    new = found(new_only=True)
+    assert (new["by_vertical"]["food"]["users"], new["recall@10"]) == (2, 1)
+    assert new["ndcg@10"] == pytest.approx((1 / math.log2(3) + 1) / 2)
+    # All at 2, 3, 4, 5, ...: both of the first user's at 1 and 4, the second's at 1, the third's at 2.
+    of_first = (1 + 1 / math.log2(5)) / (1 + 1 / math.log2(3))
+    assert found(new_only=False)["ndcg@10"] == pytest.approx((of_first + 1 + 1 / math.log2(3)) / 3)
+    train(make_run(tmp_path, [make_rows(5)], epochs=1).model_copy(update={"valid_files": files, "new_only": True}))
+    assert training_of(tmp_path)["held_users"] == 2
+
+
 def test_the_best_items_are_those_of_all_scores_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.validation.ITEMS_AT_ONCE", 4)  # fewer than are asked for
     monkeypatch.setattr("training.validation.USERS_AT_ONCE", 3)
     torch.manual_seed(0)
     model = build_model(SPEC, torch.from_numpy(item_counts(make_rows(200)))).eval()
     states, items = torch.randn(8, SPEC.width), torch.arange(2, 29)
-    excluded = torch.randint(0, ITEMS, (8, 6))
+    excluded = [np.random.default_rng(user).integers(0, ITEMS, 9 - user) for user in range(8)]
     with torch.inference_mode():
         scores = states @ model.item_vectors().T
         expected = (scores[:, 2:29].argsort(dim=1, descending=True) + 2).tolist()
-        assert best_items(model, states, items, None).tolist() == [row[:10] for row in expected]
-        found = best_items(model, states, items, excluded, k=25).tolist()
+        nothing = np.empty(0, np.int64), np.zeros(9, np.int64)
+        assert best_items(model, states, items, nothing).tolist() == [row[:10] for row in expected]
+        found = best_items(model, states, items, flatten(excluded), k=25).tolist()
     for user, row in enumerate(expected):
-        left = [item for item in row if item not in excluded[user].tolist()][:25]
+        left = [item for item in row if item not in excluded[user]][:25]
         assert found[user] == left + [-1] * (25 - len(left))  # no excluded item where too few are left
 
 

@@ -102,7 +102,7 @@ def test_the_best_items_are_found_without_all_vectors_or_scores(
     model = build_model(SPEC, torch.ones(ITEMS, dtype=torch.int64)).eval()
     states = torch.randn(users, SPEC.width)
     with torch.inference_mode(), Largest() as seen:
-        best_items(model, states, torch.arange(2, 29), None)
+        best_items(model, states, torch.arange(2, 29), (np.empty(0, np.int64), np.zeros(users + 1, np.int64)))
     assert 0 < seen.elements <= states.numel()
 
 
