@@ -167,7 +167,7 @@ def _stopped(spec: RunSpec, lines: list[str], code: int) -> TrailvecError:
         again = f", and the same command resumes from epoch {epoch} after {step:,} steps"
         if found.parent.name.endswith(FORCED):  # which resumes only if the tables are unchanged
             again += " (if a data job or maintain_tables runs first: from an earlier checkpoint, or from scratch)"
-    return TrailvecError(f"training stopped: {why}; the old model stays current{again}")
+    return TrailvecError(f"training stopped: {why}; no model was replaced{again}")
 
 
 def _die_with_parent() -> None:

@@ -57,7 +57,8 @@ def training(about: dict[str, Any], *, narrow: bool = False) -> str:
         for metric, colour in (("ndcg@10", MODEL), ("recall@10", ACCENT)):
             ranking.plot([e["epoch"] for e in epochs], [e[metric] for e in epochs], "o-", color=colour, label=metric)
         ranking.axvline(facts["best_epoch"], color="#bbb", linestyle=":")
-        ranking.set(title="next item, held-out users", xlabel="epoch", xticks=[e["epoch"] for e in epochs])
+        ranking.set(title="next item, held-out users", xlabel="epoch")
+        ranking.xaxis.get_major_locator().set_params(integer=True)
         ranking.legend()
 
     return _picture(draw, (_NARROW, 4.4) if narrow else (9, 3.2), about["model_version"])

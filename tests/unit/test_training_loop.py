@@ -508,7 +508,7 @@ def test_a_stopped_training_says_what_the_same_command_does(tmp_path: Path) -> N
         assert str(_stopped(of_folder, ["RuntimeError: x"], 1)).endswith(said)
         # The same command would meet it again.
         broken = "[1]<stderr>:jobs.errors.TrailvecError: the loss is nan in epoch 2: lower train.learning_rate"
-        assert str(_stopped(of_folder, [broken], 1)).endswith("lower train.learning_rate; the old model stays current")
+        assert str(_stopped(of_folder, [broken], 1)).endswith("lower train.learning_rate; no model was replaced")
 
 
 def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> None:
@@ -746,7 +746,7 @@ def test_bytes_that_are_no_text_are_heard_too(tmp_path: Path, monkeypatch: pytes
     process.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(process))
     heard: list[Any] = []
-    with pytest.raises(TrailvecError, match="training stopped: no \ufffd; the old model stays current"):
+    with pytest.raises(TrailvecError, match="training stopped: no \ufffd; no model was replaced"):
         launch(tmp_path / "run.json", make_run(tmp_path, [make_rows(5)]), heard.append)
     assert heard == [{"event": 1}]
 
