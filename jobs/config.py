@@ -528,6 +528,15 @@ class Config(Section):
     export: ExportSettings = ExportSettings()
     maintain: MaintainSettings = MaintainSettings()
 
+    @model_validator(mode="after")
+    def _grows_over_time(self) -> Config:
+        if self.train.warm_start and self.sequences.split_by == "leave_one_out":
+            raise ValueError(
+                "train.warm_start = true continues from the time up to which a model was trained, but with "
+                "sequences.split_by = leave_one_out each user has a cut of their own, so one of the two must go"
+            )
+        return self
+
 
 def load_config(path: str | Path | None = None, sets: list[str] | None = None) -> Config:
     """The configuration from a file (None: all defaults) and `a.b=c` settings, resolved.

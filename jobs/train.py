@@ -188,9 +188,7 @@ def rows_since(runtime: Runtime, about: dict[str, Any], folder: Place) -> list[s
     count, actions, kept = rows.agg(F.count("*"), F.sum("length"), F.sum(length)).collect()[0]
     if not count:
         sequences = runtime.config.sequences
-        if sequences.split_by == "leave_one_out":
-            remedy = "ingest newer events"
-        elif sequences.valid_from is not None:
+        if sequences.valid_from is not None:
             remedy = "set sequences.valid_from to a later time and run the data stages"
         else:
             step = f"sequences.cut_step_days = {sequences.cut_step_days}"
@@ -328,7 +326,7 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
     base = base_of(runtime)
     if base:
         old = read_about(model_folder(runtime, base))
-        check_growth(base, old, model, runtime.config.sequences.split_by)
+        check_growth(base, old, model)
         files["train"] = rows_since(runtime, old, _rows_folder(runtime, version, staging))
         settings = warm_settings(settings, model.max_length)
     rows = count_rows(files["train"])
@@ -439,23 +437,24 @@ def _train(runtime: Runtime, version: str, staging: Path, checkpoints: Place) ->
         tracker.files(staging / "card.md", staging / "training.svg", staging / "model.json")
 
 
-def check_growth(base: str, about: dict[str, Any], new: ModelSpec, split_by: str) -> None:
-    """Raises TrailvecError if a model of spec `new`, over rows cut by `split_by`, can't be warm-started from `base`.
-
-    A base whose rows were cut otherwise may have learnt what the new model will be asked.
+def check_growth(base: str, about: dict[str, Any], new: ModelSpec) -> None:
+    """Raises TrailvecError if a model of spec `new`, over rows cut by time, can't be warm-started from `base`.
 
     Args:
         about: the base's description (model.json).
     """
+    if about["provenance"]["config"]["sequences"]["split_by"] == "leave_one_out":
+        raise TrailvecError(
+            f"model {base} was trained with sequences.split_by = leave_one_out, and may have learnt what the new one "
+            f"will be asked: set train.warm_start = false to train from scratch"
+        )
     old = ModelSpec.model_validate(about["spec"])
     free = {"items", "context_sizes", "attribute_sizes", "dropout", "item_dropout", "negatives", "negative_power"}
     free |= {"loss", "gbce_t", "sparse"}  # they determine no tensor's shape
     free |= {"item_precision"}  # precision is converted
     was, is_now = old.model_dump(exclude=free), new.model_dump(exclude=free)
     was |= {"inputs": list(old.context_sizes), "item_attributes": list(old.attribute_sizes)}
-    was |= {"sequences.split_by": about["provenance"]["config"]["sequences"]["split_by"]}
     is_now |= {"inputs": list(new.context_sizes), "item_attributes": list(new.attribute_sizes)}
-    is_now |= {"sequences.split_by": split_by}
     if differing := [name for name, value in was.items() if is_now[name] != value]:
         name = differing[0]
         raise TrailvecError(

@@ -619,11 +619,11 @@ def test_the_rows_of_a_warm_start_are_the_newest_actions_in_the_same_order_each_
     ]
     assert found[0] == found[1]
     assert len(found[0]) == 3
-    alone = make_runtime("sequences.split_by=leave_one_out")
+    fixed = make_runtime("sequences.valid_from=2024-06-01")
     later = {"as_of": "2034-05-01T00:00:00", "model_version": "m"}
     stage = Stage("look", "", lambda r: train.rows_since(r, later, tmp_path) and None, (SEQUENCES,), (), ())
-    with pytest.raises(TrailvecError, match=r"ingest newer events, or set train\.warm_start = false"):
-        alone.execute(stage, force=True)
+    with pytest.raises(TrailvecError, match=r"set sequences\.valid_from to a later time and"):
+        fixed.execute(stage, force=True)
     newest = [{name: row[name][-4:] for name in FEATURES} | {"length": min(4, row["length"])} for row in rows]
     assert {len(row["hour"]) for row in newest} == {1, 2, 3, 4}
     written = [row for file in found[0] for row in file]

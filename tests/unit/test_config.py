@@ -94,6 +94,16 @@ def test_a_wrong_setting_is_one_sentence(assignment: str, said: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_model_of_users_with_cuts_of_their_own_does_not_grow() -> None:
+    """A user who acted since would count as one who did not."""
+    sets = ["train.warm_start=true", "sequences.split_by=leave_one_out"]
+    assert all(load_config(None, [alone]) for alone in sets)
+    with pytest.raises(
+        TrailvecError, match=r"settings: train\.warm_start = true .* so one of the two must go: correct it"
+    ):
+        load_config(None, sets)
+
+
 def test_a_time_is_taken_in_every_way_to_write_it() -> None:
     for text in ("2011-11-01", '"2011-11-01"', "2011-11-01T00:00:00", "2011-11-01T01:00:00+01:00"):
         assert load_config(None, [f"sequences.valid_from={text}"]).sequences.valid_from == datetime(2011, 11, 1)
