@@ -186,7 +186,7 @@ def refuse_other_rows(runtime: Runtime, split: str) -> None:
     provenance, now = runtime.last_writer(SEQUENCES), runtime.provenance()["config"]
     min_count = now["vocabulary"]["min_count"]
     if provenance:
-        other = other_setting(provenance["config"]["sequences"], now["sequences"], *_SETTINGS)
+        other = other_setting(provenance["config"]["sequences"], now["sequences"], *_SETTINGS, "seen_days")
         if (was := provenance["config"]["vocabulary"]["min_count"]) != min_count:
             other = f"vocabulary.min_count = {was}, not {min_count}"
         if other:

@@ -372,12 +372,13 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
 
 def _refuse_rows_of_another_vocabulary(runtime: Runtime) -> None:
     """Raises TrailvecError if sequences was made with a smaller or another vocabulary, or with another cut than it, or
-    by another `split_by` or other `target_event_types` than those that the model's provenance will say."""
+    with other settings than those that the model's provenance will say."""
     provenance, min_count = runtime.last_writer(SEQUENCES), runtime.config.vocabulary.min_count
     if not provenance or runtime.went_back:  # the rows of that version were checked when its training began
         return
     rows = provenance["config"]["sequences"]
-    if other := other_setting(rows, runtime.config.sequences.model_dump(), "split_by", "target_event_types"):
+    names = "split_by", "target_event_types", "max_length", "max_parts", "seen_days"
+    if other := other_setting(rows, runtime.config.sequences.model_dump(), *names):
         raise TrailvecError(
             f"table sequences was made with {other} as configured: run `trailvec build_vocabulary` and "
             f"`trailvec build_sequences` first, or set it back"

@@ -148,6 +148,9 @@ def test_a_model_that_has_learnt_from_what_it_is_asked_is_refused(
         compare(runtime, ("m1", "late"))
     with pytest.raises(TrailvecError, match=leak):
         evaluate.evaluated_rows(runtime, runtime.models / "late")
+    weekly = Runtime(make_config(runtime.root, "sequences.seen_days=7"), runtime.spark)
+    with pytest.raises(TrailvecError, match=r"sequences was made with sequences\.seen_days = 28, not 7 as configured"):
+        compare(weekly, ("m1", "m1"))  # what is new is in the rows
     config = make_config(runtime.root, "evaluate.resamples=200", "sequences.split_by=leave_one_out")
     by_user = Runtime(config, runtime.spark)
     with pytest.raises(

@@ -300,17 +300,18 @@ def test_rows_with_the_numbers_of_other_tables_are_refused(tmp_path: Path, monke
         TrailvecError, match=r"table sequences uses the numbers of .* that were removed since: run `trailvec b"
     ):
         run_spec(runtime, "m", tmp_path, None)
-    # Its model would pass for one that has learnt nobody's last action.
-    runtime = Runtime(make_config(tmp_path, "sequences.split_by=leave_one_out"))
-    monkeypatch.setattr(runtime, "last_writer", lambda table: made)
-    with pytest.raises(
-        TrailvecError, match=r"sequences was made with sequences\.split_by = time, not leave_one_out as"
+    for setting, said in (
+        # Its model would pass for one that has learnt nobody's last action.
+        ("split_by=leave_one_out", "split_by = time, not leave_one_out"),
+        ('target_event_types=["ride"]', r"target_event_types = \[\], not \['ride'\]"),
+        ("max_length=32", "max_length = 64, not 32"),  # half of a row would not be learnt
+        ("max_parts=1", "max_parts = 64, not 1"),
+        ("seen_days=0", "seen_days = 28, not 0"),
     ):
-        run_spec(runtime, "m", tmp_path, None)
-    runtime = Runtime(make_config(tmp_path, 'sequences.target_event_types=["ride"]'))
-    monkeypatch.setattr(runtime, "last_writer", lambda table: made)
-    with pytest.raises(TrailvecError, match=r"made with sequences\.target_event_types = \[\], not \['ride'\] as"):
-        run_spec(runtime, "m", tmp_path, None)
+        runtime = Runtime(make_config(tmp_path, f"sequences.{setting}"))
+        monkeypatch.setattr(runtime, "last_writer", lambda table: made)
+        with pytest.raises(TrailvecError, match=rf"table sequences was made with sequences\.{said} as configured: run"):
+            run_spec(runtime, "m", tmp_path, None)
     runtime.went_back = True  # to the rows of a killed training, which were checked when it began
     _refuse_rows_of_another_vocabulary(runtime)
 
