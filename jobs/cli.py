@@ -206,7 +206,8 @@ def _add_tune(add: _Add) -> None:
         "--trials",
         type=_count,
         default=20,
-        help="total number of trainings, including those of earlier runs (default: 20)",
+        help="total number of trainings, including those of earlier runs; the first has the configured settings "
+        "(default: 20)",
     )
     command.set_defaults(action=_tune)
 

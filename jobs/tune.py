@@ -1,9 +1,9 @@
 """tune: searches for better training settings, by the ranking metric of the validation users.
 
-Each trial is a training as by `trailvec train`, with different values for a few settings. Optuna proposes them, and
-prunes trials that do worse than the median. Trials are stored in `tune.db` under storage.root: the same command resumes
-the search, and other data or another value in [train] starts a new one. No model is kept: put the printed settings into
-the configuration and train.
+Each trial is a training as by `trailvec train`. The first has the configured settings; the others differ from it in a
+few values, which Optuna proposes, and are pruned if they do worse than the median. Trials are stored in `tune.db` under
+storage.root: the same command resumes the search, and other data or another value in [train] starts a new one. No model
+is kept: put the printed settings into the configuration and train.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from training.config import RunSpec
 
 METRIC = "ndcg@10"
 LOCK = "lock"
+CONFIGURED = "configured"  # an attribute of the trial of the configured settings
 State = optuna.trial.TrialState
 ENDED = (State.COMPLETE, State.PRUNED)
 WIDTHS = (32, 64, 128)
@@ -65,12 +66,19 @@ def with_values(spec: RunSpec, values: dict[str, Any], output: Path) -> RunSpec:
 
 
 def search(spec: RunSpec, study: optuna.Study, trials: int, folder: Path, on_progress: Any) -> None:
-    """Runs trials until `trials` of the study have completed or been pruned; killed ones don't count."""
+    """Runs trials until `trials` of the study have completed or been pruned; killed ones don't count.
+
+    The first has the spec's own settings, some of which are never proposed, such as no negatives."""
+    untried = configured_trial(study) is None
 
     def objective(trial: optuna.Trial) -> float:
+        nonlocal untried
         output = folder / f"trial-{trial.number}"
         output.mkdir()
-        run = with_values(spec, propose(trial, spec), output)
+        if untried:
+            trial.set_user_attr(CONFIGURED, True)
+        run = with_values(spec, {} if untried else propose(trial, spec), output)
+        untried = False  # tried once a run, even if it fails
         (output / "run.json").write_text(run.model_dump_json())
         scores: list[float] = []
 
@@ -105,6 +113,11 @@ def search(spec: RunSpec, study: optuna.Study, trials: int, folder: Path, on_pro
             raise TrailvecError(
                 f"more than {trials} trials failed; the last one: {last.user_attrs.get('error', 'stopped')}"
             )
+
+
+def configured_trial(study: optuna.Study) -> optuna.trial.FrozenTrial | None:
+    """The trial of the configured settings; None: none has ended."""
+    return next((trial for trial in _in(study, *ENDED) if CONFIGURED in trial.user_attrs), None)
 
 
 def _in(study: optuna.Study, *states: optuna.trial.TrialState) -> list[optuna.trial.FrozenTrial]:
@@ -154,7 +167,7 @@ def run_tune(runtime: Runtime, trials: int) -> None:
         )
 
     def run(runtime: Runtime) -> None:
-        # Covers all inputs of a model, even the [train] values of the searched settings, which no trial uses.
+        # Covers all inputs of a model, also the [train] values of the searched settings, which the first trial uses.
         name = runtime.fingerprint_here(runtime.fingerprint)[:12]
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         study = optuna.create_study(
@@ -175,8 +188,13 @@ def run_tune(runtime: Runtime, trials: int) -> None:
                     "the valid split of table sequences has no rows: set sequences.valid_from before the log's end"
                 )
             search(spec, study, trials, folder, runtime.on_progress)
-        best = study.best_trial
+        best, configured = study.best_trial, configured_trial(study)
         print(f"# {METRIC} {best.value:.4f} on the validation users, trial {best.number} of {len(study.trials)}")
+        if configured == best:
+            print("# with the configured settings: there is nothing to change")
+            return
+        if configured:
+            print(f"# {METRIC} {configured.value:.4f} with the configured settings, trial {configured.number}")
         print("[train]")
         for key, value in sorted(best.params.items()):
             print(f"{key} = {json.dumps(_written(value))}")

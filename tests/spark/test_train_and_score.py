@@ -249,7 +249,9 @@ def test_tasks_of_spark_train_the_same_model_as_horovodrun(trained: Runtime, tmp
         launch_in_spark(spec.model_copy(update={"settings": each_step}), lambda event: None)
     assert time.monotonic() - killed_at[0] < 60
     # Which process: only if Horovod, which asks each once a second, finds this one ended first.
-    assert re.fullmatch(r"training stopped: .+; no model .+ the same command resumes from epoch \d .+", str(error.value))
+    assert re.fullmatch(
+        r"training stopped: .+; no model .+ the same command resumes from epoch \d .+", str(error.value)
+    )
     assert not (output / "model.json").exists()
 
     events: list[dict[str, Any]] = []

@@ -17,7 +17,7 @@ from jobs.launch_training import launch
 from jobs.runtime import Runtime
 from tests.conftest import make_config
 from tests.sequence_files import make_rows, make_run, next_items
-from training.config import RunSpec
+from training.config import RunSpec, TrainSettings
 
 TOLD: dict[str, Any] = {"event": "epoch", "epoch": 1, "epochs": 1, "share": 1.0, "loss": 1.0, "rows_per_second": 1.0}
 TOLD |= {"padding": 0.0, "data_wait": 0.0, "seconds_left": 0.0}
@@ -35,8 +35,12 @@ def a_study(folder: Path, pruner: optuna.pruners.BasePruner | None = None) -> op
 
 def test_a_search_goes_on_from_the_trials_that_have_ended(tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
     rows = make_rows(30, seed=3)
-    spec = make_run(tmp_path / "run", [make_rows(120)], (rows, next_items(rows)), epochs=2, batch_size=20)
-    rates = {0: 0.03, 2: 1e30, 3: 1e-9}  # one learns all that there is, one fails, one learns nothing
+    own = {"epochs": 2, "batch_size": 20, "learning_rate": 0.03}
+    spec = make_run(tmp_path / "run", [make_rows(120)], (rows, next_items(rows)), **own)
+    rates = {
+        2: 1e30,
+        3: 1e-9,
+    }  # the first one, of the spec's own, learns all that there is; one fails, one learns nothing
     monkeypatch.setattr(tune, "propose", lambda trial, heads: {"learning_rate": rates[trial.number], "width": 8})
 
     def learn(run_file: Path, run: RunSpec, hear: Any) -> None:
@@ -63,7 +67,7 @@ def test_a_search_goes_on_from_the_trials_that_have_ended(tmp_path: Path, monkey
 def test_a_trial_that_falls_behind_is_ended_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = make_rows(30, seed=3)
     spec = make_run(tmp_path / "run", [make_rows(120)], (rows, next_items(rows)), epochs=200, batch_size=20)
-    monkeypatch.setattr(tune, "propose", lambda trial, heads: {0: {}}[trial.number])  # there is no other
+    monkeypatch.setattr(tune, "propose", lambda trial, heads: {}[trial.number])  # there is no other
     said: list[str] = []
     tune.search(spec, a_study(tmp_path, optuna.pruners.ThresholdPruner(lower=2)), 1, tmp_path, said.append)
     assert [trial.state.name for trial in a_study(tmp_path).trials] == ["PRUNED"]
@@ -96,7 +100,9 @@ def test_a_search_that_finds_nothing_says_why(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(tune, "launch", fail_once)
     tune.search(spec, a_study(tmp_path), 2, tmp_path, lambda text: None)
-    assert [trial.state.name for trial in a_study(tmp_path).trials[-3:]] == ["FAIL", "COMPLETE", "COMPLETE"]
+    last = a_study(tmp_path).trials[-3:]
+    assert [trial.state.name for trial in last] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert [tune.CONFIGURED in trial.user_attrs for trial in last] == [True, False, False]
 
 
 def test_what_is_no_trial_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,18 +151,23 @@ def test_the_best_of_all_trials_is_said_as_toml(
         tune.run_tune(runtime, trials)
         head, _, text = capsys.readouterr().out.partition("\n")
         assert head == f"# ndcg@10 0.4000 on the validation users, trial 1 of {of}"
+        head, _, text = text.partition("\n")
+        assert head == "# ndcg@10 0.2000 with the configured settings, trial 0"
         best = run_specs[1].settings.model_dump()
         found = tomllib.loads(text)["train"]
         assert found == {name: best[name] for name in found}
         assert all(len(line) <= len("learning_rate = 0.000315") for line in text.splitlines())
         assert len(found) == 7
+    assert [run.settings == TrainSettings(dropout=0.0) for run in run_specs] == [True, False, False, False]
     assert "resumes the search after 2 trials" in said
     assert "trial 2  training stopped: the loss is nan" in said
     said.clear()
     outcomes.append(0.1)
     monkeypatch.setattr(runtime, "_table_ids", {"sequences": "made anew"})
     tune.run_tune(runtime, 1)  # as many commits, other rows
-    assert "trial 0 of 1" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(
+        "trial 0 of 1\n# with the configured settings: there is nothing to change\n"
+    )
 
 
 def test_two_searches_under_one_root_leave_each_others_folder_alone(
