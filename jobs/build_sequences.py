@@ -33,7 +33,7 @@ from training.batches import MAX_PRICE_BUCKET, SESSION_END, UNKNOWN
 # Buckets of the context features; 0 is always padding. Those that training uses too are in training/batches.py.
 PRICE_UNKNOWN, PRICE_NOT_POSITIVE, PRICE_MIN = 1, 2, 3
 IN_SESSION = 1
-_SETTINGS = ("split_by", "valid_from", "test_from", "target_event_types")  # those that items and sequences share
+SHARED_SETTINGS = ("split_by", "valid_from", "test_from", "target_event_types")  # those that items and sequences share
 
 
 def number_actions(sessions: DataFrame, vocabulary: DataFrame, values: DataFrame) -> DataFrame:
@@ -167,7 +167,7 @@ def refuse_other_counts(runtime: Runtime, rows: dict[str, Any], min_count: int, 
             f"table items was made with vocabulary.min_count = {was}, not {min_count} as configured, so rarer items "
             f"have no row in it: run `trailvec build_vocabulary` and `trailvec build_sequences` first"
         )
-    if provenance and (other := other_setting(provenance["config"]["sequences"], rows, *_SETTINGS)):
+    if provenance and (other := other_setting(provenance["config"]["sequences"], rows, *SHARED_SETTINGS)):
         raise TrailvecError(
             f"table items was counted with {other} as for the rows of sequences: run `trailvec build_vocabulary` and "
             f"`trailvec build_sequences` first"
@@ -186,7 +186,7 @@ def refuse_other_rows(runtime: Runtime, split: str) -> None:
     provenance, now = runtime.last_writer(SEQUENCES), runtime.provenance()["config"]
     min_count = now["vocabulary"]["min_count"]
     if provenance:
-        other = other_setting(provenance["config"]["sequences"], now["sequences"], *_SETTINGS, "seen_days")
+        other = other_setting(provenance["config"]["sequences"], now["sequences"], *SHARED_SETTINGS, "seen_days")
         if (was := provenance["config"]["vocabulary"]["min_count"]) != min_count:
             other = f"vocabulary.min_count = {was}, not {min_count}"
         if other:
@@ -204,15 +204,28 @@ def other_setting(old: dict[str, Any], now: dict[str, Any], *names: str) -> str 
     return next((f"sequences.{name} = {old.get(name)}, not {now.get(name)}" for name in differing), None)
 
 
+def _cuts_of_counts(runtime: Runtime) -> Cuts:
+    """The cuts up to which build_vocabulary has counted `items`. If something other than trailvec has changed its rows
+    since (a RESTORE, say), they are not known: then those of today's log.
+
+    Raises:
+        TrailvecError: code that noted no cuts has counted it, or two runs at once.
+    """
+    provenance = runtime.last_writer(ITEMS)
+    if provenance is None:
+        return cut_times(log_end(runtime.read(SESSIONS), "end_ts"), runtime.config.sequences)
+    if (cuts := noted_cuts(provenance)) is None:
+        raise TrailvecError("table items does not say up to when it was counted: run `trailvec build_vocabulary` first")
+    return cuts
+
+
 def run(runtime: Runtime) -> None:
     settings, min_count = runtime.config.sequences, runtime.config.vocabulary.min_count
     refuse_other_counts(runtime, runtime.provenance()["config"]["sequences"], min_count)
     # Categories belong to items, not to actions.
     sessions, values = runtime.read(SESSIONS), runtime.read(CONTEXT_VALUES).where("kind != 'category'")
     items = in_vocabulary(runtime.read(ITEMS), min_count)
-    # Unknown if something other than trailvec has changed rows of items since.
-    cuts = noted_cuts(runtime.last_writer(ITEMS)) or cut_times(log_end(sessions, "end_ts"), settings)
-    noted = noted_cuts(runtime.last_writer(SEQUENCES))
+    cuts, noted = _cuts_of_counts(runtime), noted_cuts(runtime.last_writer(SEQUENCES))
     fixed = settings.split_by == "leave_one_out" or cuts.are_those_of(noted)
     if noted and not fixed and not runtime.forced:
         runtime.report.notes.append(

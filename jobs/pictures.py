@@ -58,7 +58,7 @@ def training(about: dict[str, Any], *, narrow: bool = False) -> str:
             ranking.plot([e["epoch"] for e in epochs], [e[metric] for e in epochs], "o-", color=colour, label=metric)
         ranking.axvline(facts["best_epoch"], color="#bbb", linestyle=":")
         ranking.set(title="next item, held-out users", xlabel="epoch")
-        ranking.xaxis.get_major_locator().set_params(integer=True)
+        ranking.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         ranking.legend()
 
     return _picture(draw, (_NARROW, 4.4) if narrow else (9, 3.2), about["model_version"])

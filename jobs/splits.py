@@ -84,7 +84,8 @@ def cut_times(end: datetime, settings: SequencesSettings) -> Cuts:
     if not cuts.valid_from <= cuts.test_from <= cuts.end:
         raise TrailvecError(
             f"sequences.valid_from = {cuts.valid_from} and sequences.test_from = {cuts.test_from} must be in order "
-            f"and not after the log's end, {cuts.end}: correct them"
+            f"and not after the log's end, {cuts.end}: correct them (one that is not set follows the "
+            f"log's end: set both)"
         )
     return cuts
 

@@ -19,6 +19,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,7 +30,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from jobs import pictures
-from jobs.build_sequences import other_setting, refuse_other_counts
+from jobs.build_sequences import SHARED_SETTINGS, other_setting, refuse_other_counts
 from jobs.cli import stage_main
 from jobs.config import Config
 from jobs.errors import TrailvecError
@@ -39,7 +40,7 @@ from jobs.launch_training import FORCED, launch, launch_in_spark
 from jobs.model_card import card
 from jobs.model_folders import check_numbers, description, has_model, model_folder, other_numbers
 from jobs.runtime import Runtime, Stage
-from jobs.splits import noted_cuts
+from jobs.splits import noted_cuts, time_at
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
 from jobs.tracking import Tracker, tracked
 from training.batches import BUCKET_SIZES, FEATURES, FIRST_INDEX
@@ -165,6 +166,19 @@ def base_of(runtime: Runtime) -> str | None:
     return str(about["model_version"])
 
 
+def _has_learnt_all(runtime: Runtime) -> str | None:
+    """If the model to grow from was trained up to the present cut already, a sentence that says so. (Between two moves
+    of the cut a nightly `trailvec run` has to go on with that model.)"""
+    if (base := base_of(runtime)) is None:
+        return None
+    trained_to = datetime.fromisoformat(read_description(model_folder(runtime, base))["as_of"])
+    newest = F.unix_micros(F.max("as_of"))
+    cut_us = runtime.read(SEQUENCES).where("split = 'train'").agg(newest).collect()[0][0]
+    if cut_us is None or time_at(cut_us) > trained_to:
+        return None
+    return f"nothing is new to model {base}: it was trained up to {trained_to}, where training still ends"
+
+
 def same_command(runtime: Runtime, provenance: dict[str, Any]) -> bool:
     """Whether this provenance is of the same code and settings, on whatever rows."""
     now = runtime.provenance()
@@ -187,15 +201,10 @@ def rows_since(runtime: Runtime, about: dict[str, Any], folder: Place) -> list[s
     length = F.least("length", F.lit(most)).alias("length")
     count, actions, kept = rows.agg(F.count("*"), F.sum("length"), F.sum(length)).collect()[0]
     if not count:
-        sequences = runtime.config.sequences
-        if sequences.valid_from is not None:
-            remedy = "set sequences.valid_from to a later time and run the data stages"
-        else:
-            step = f"sequences.cut_step_days = {sequences.cut_step_days}"
-            remedy = f"run the data stages once training's end has moved on (every {step})"
         raise TrailvecError(
             f"no row of the train split has an action from {about['as_of']} on, up to which model "
-            f"{about['model_version']} was trained: {remedy}, or set train.warm_start = false"
+            f"{about['model_version']} was trained: run the data stages on newer events, up to a later "
+            f"sequences.valid_from, or set train.warm_start = false"
         )
     if left_out := actions - kept:
         runtime.report.notes.append(
@@ -280,6 +289,10 @@ def run(runtime: Runtime) -> None:
     if existing is not None and runtime.read_these(existing["provenance"]) and not runtime.forced:
         runtime.report.skipped = True
         remove_tree(runtime.models / f"{name}.checkpoints")  # left by a run killed right after publishing the model
+    elif not runtime.forced and (learnt := _has_learnt_all(runtime)):
+        runtime.report.skipped = True
+        runtime.report.notes.append(learnt)
+        return
     else:
         # Next to the model's folder, which only appears when training is done. After a kill, the same command finds
         # them, unless the tables were recreated. A forced training doesn't resume from another one's checkpoints.
@@ -377,8 +390,8 @@ def _refuse_rows_of_another_vocabulary(runtime: Runtime) -> None:
     if not provenance or runtime.went_back:  # the rows of that version were checked when its training began
         return
     rows = provenance["config"]["sequences"]
-    names = "split_by", "target_event_types", "max_length", "max_parts", "seen_days"
-    if other := other_setting(rows, runtime.config.sequences.model_dump(), *names):
+    names = *SHARED_SETTINGS, "max_length", "max_parts", "seen_days"
+    if other := other_setting(rows, runtime.config.model_dump(mode="json")["sequences"], *names):
         raise TrailvecError(
             f"table sequences was made with {other} as configured: run `trailvec build_vocabulary` and "
             f"`trailvec build_sequences` first, or set it back"

@@ -625,7 +625,13 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--events", type=float, help="approximate number of events, such as 1e8")
     size.add_argument("--users", type=float, help="number of users")
-    parser.add_argument("--days", type=int, default=60, help=f"days of the log, {MOST_DAYS} at most (default: 60)")
+    parser.add_argument(
+        "--days",
+        type=int,
+        default=60,
+        help=f"days of the log, {MOST_DAYS} at most (default: 60, "
+        "too few for a training without sequences.valid_from and test_from)",
+    )
     parser.add_argument("--seed", type=int, default=1, help="a different seed gives a different log (default: 1)")
     parser.add_argument("--out", type=Path, required=True, help="output folder; its content is replaced")
     parser.add_argument(

@@ -438,6 +438,9 @@ def test_a_vocabulary_that_was_counted_up_to_another_cut_or_lacks_rarer_items_is
     put(later, ITEMS, spark.createDataFrame([], ITEMS.schema()))
     for table in (SESSIONS, CONTEXT_VALUES):
         later.create(table)
+    # As by code that did not note its cuts.
+    with pytest.raises(TrailvecError, match="items does not say up to when it was counted: run `trailvec build_vocab"):
+        later.execute(build_sequences.STAGE)
     put(earlier, SEQUENCES, spark.createDataFrame([], SEQUENCES.schema()))
     counted = f"items was counted with sequences.valid_from = {VALID_FROM.isoformat()}, not 2023-03-01T00:00:00"
     for stage in (build_sequences.STAGE, train.STAGE):

@@ -307,6 +307,7 @@ def test_rows_with_the_numbers_of_other_tables_are_refused(tmp_path: Path, monke
         ("max_length=32", "max_length = 64, not 32"),  # half of a row would not be learnt
         ("max_parts=1", "max_parts = 64, not 1"),
         ("seen_days=0", "seen_days = 28, not 0"),
+        ("valid_from=2024-06-01", "valid_from = None, not 2024-06-01T00:00:00"),
     ):
         runtime = Runtime(make_config(tmp_path, f"sequences.{setting}"))
         monkeypatch.setattr(runtime, "last_writer", lambda table: made)
@@ -877,7 +878,7 @@ def test_what_tasks_of_spark_are_given_and_why_there_were_none(tmp_path: Path, m
         raise Exception("Timed out waiting for tasks to start")
 
     monkeypatch.setattr(dist, "run_in_spark", run_in_spark)
-    with pytest.raises(TrailvecError, match=r"training stopped: Timed out waiting for tasks to start; the"):
+    with pytest.raises(TrailvecError, match=r"training stopped: Timed out waiting for tasks to start; no model"):
         launch_in_spark(spec, print)
     # A file of a module's name in the folder where an executor works is not that module.
     assert given == [{"OMP_NUM_THREADS": "3", "PYTHONSAFEPATH": "1"}]
