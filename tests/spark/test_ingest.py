@@ -910,7 +910,7 @@ def test_a_second_run_is_skipped_and_a_forced_one_changes_no_row(
     assert runtime.count_rows().rows_out["events"] == 3  # a new file is seen
     mapping = Path(_source(folder))
     mapping.write_text(mapping.read_text().replace('"item"', '{ expr = "upper(item)" }'))
-    with pytest.raises(TrailvecError, match=r"duplicate_event_id .*now gives other values .*see Backfill"):
+    with pytest.raises(TrailvecError, match=r"duplicate_event_id .*with other values .*`ignore`.*see Backfill"):
         make_runtime(*_settings(folder, [str(mapping)])).execute(STAGE, force=True)
 
 
