@@ -14,7 +14,7 @@ cells. Candidates in them are compared as above; those elsewhere are missed (rec
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -44,6 +44,8 @@ BLOCK_CONF = {
     "spark.sql.execution.arrow.maxRecordsPerBatch": "4",  # a row holds two blocks, some megabytes
     # Few partitions of candidates: in each, a block of queries starts over, with no k-th score to prune by.
     "spark.sql.adaptive.coalescePartitions.parallelismFirst": "false",
+    # A partition of candidates is held while the queries meet it: in memory that Spark can spill.
+    "spark.sql.cartesianProductExec.buffer.in.memory.threshold": "1",
 }
 
 # ---- numpy: queries, candidates and other vectors are [n, width] -------------------------------------------------
@@ -85,7 +87,8 @@ class Nearest:
                 if early is None:
                     early = _first_twins(names, candidates, self._k + int(np.bincount(out_rows).max(initial=0)))
                 near &= early[start : start + _COLUMNS]
-            rows, columns = np.nonzero(near)
+            # Not np.nonzero(near), which takes as long as the product.
+            rows, columns = np.divmod(np.flatnonzero(near), near.shape[1])
             if len(rows):
                 columns += start
                 both = (self._lengths, lengths) if self._metric == "cosine" else None
@@ -95,7 +98,8 @@ class Nearest:
         if not self._parts:
             return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
         rows, names, scores = (np.concatenate(parts) for parts in zip(*self._parts, strict=True))
-        return keep_best(rows, names, scores, self._k)
+        reaches = scores >= self._scores[rows, 0]  # most were among the best only when they came: sorting is slow
+        return keep_best(rows[reaches], names[reaches], scores[reaches], self._k)
 
     def _floor(self, approximate: Float32, scale: Float64) -> Float32:
         """The approximate score that a candidate must reach to possibly be among the k best so far: [queries, 1]."""
@@ -290,9 +294,7 @@ def nearest(
         queries = queries.withColumn("left_out", F.array().cast("array<string>"))
     candidates = candidates.withColumn("left_out", F.array().cast("array<string>"))
     if cells is None:
-        of_queries = _blocks(_numbered(queries, counts[0], block_rows, tasks), "query")
-        of_candidates = _blocks(_numbered(candidates, counts[1], block_rows), "candidate")
-        pairs = of_queries.drop("cell").crossJoin(of_candidates.drop("cell"))
+        pairs = _all_pairs(queries, candidates, [-(-count // block_rows) or 1 for count in counts], tasks)
     else:
         of_queries, of_candidates = (
             _blocks(_numbered_in_cells(_in_cells(side, cells, asking=asking), block_rows), name)
@@ -341,12 +343,19 @@ def _gathered(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         yield from pa.Table.from_batches(some).combine_chunks().to_batches()
 
 
-def _numbered(vectors: DataFrame, count: int, block_rows: int, tasks: int | None = None) -> DataFrame:
-    """Adds a constant column cell, and a column block, by hash. `count`: about how many vectors there are; `tasks`:
-    maximum number of partitions; None: left to Spark."""
-    blocks = -(-count // block_rows) or 1
-    numbered = vectors.withColumns({"cell": F.lit(0), "block": F.pmod(F.xxhash64("id"), F.lit(blocks))})
-    return numbered if tasks is None else numbered.repartition(min(tasks, blocks), "block")
+def _all_pairs(queries: DataFrame, candidates: DataFrame, blocks: Sequence[int], tasks: int) -> DataFrame:
+    """Each block of queries with each block of candidates. `blocks`: how many there are of each."""
+    # The blocks are shuffled as such: Spark computes each partition of a product once per partition of the other side.
+    of_queries = _blocks(_numbered(queries, blocks[0]), "query").repartition(min(tasks, blocks[0]), "query_block")
+    of_candidates = _blocks(_numbered(candidates, blocks[1]), "candidate").repartition("candidate_block")
+    # By the hint a block of queries meets all candidates of a task before the next block does. Spark would otherwise
+    # broadcast a small side of queries, each candidate would meet them one by one, and every meeting would start over.
+    return of_queries.drop("cell").crossJoin(of_candidates.drop("cell").hint("shuffle_replicate_nl"))
+
+
+def _numbered(vectors: DataFrame, blocks: int) -> DataFrame:
+    """Adds a constant column cell, and a column block, by hash."""
+    return vectors.withColumns({"cell": F.lit(0), "block": F.pmod(F.xxhash64("id"), F.lit(blocks))})
 
 
 def _numbered_in_cells(vectors: DataFrame, block_rows: int) -> DataFrame:

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Callable, Collection
 from datetime import datetime, timedelta, timezone
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -366,8 +367,16 @@ def test_partitions_and_blocks_do_not_matter(spark: SparkSession) -> None:
 def test_blocks_lie_in_many_tasks_however_few_bytes_and_are_small_however_full_a_cell(spark: SparkSession) -> None:
     users = spark.createDataFrame([(f"u{n:02d}", [float(n)]) for n in range(60)], "id string, vector array<float>")
     rows = users.withColumn("left_out", F.array().cast("array<string>"))
-    blocks = topk._blocks(topk._numbered(rows, 60, 7, tasks=4), "query")
-    assert len({row[0] for row in blocks.select(F.spark_partition_id()).collect()}) > 2
+    with spark_conf(spark, BLOCK_CONF):
+        pairs = topk._all_pairs(rows, rows, (9, 8), tasks=4).select(
+            F.spark_partition_id(), "query_block", "candidate_block"
+        )
+        task_of_pair = {(query, candidate): task for task, query, candidate in pairs.collect()}
+    assert sorted(task_of_pair) == [(query, candidate) for query in range(9) for candidate in range(8)]
+    assert len(set(task_of_pair.values())) > 2
+    # No block of queries starts over in its task.
+    runs = [place for place, _ in groupby((task, query) for (query, _), task in task_of_pair.items())]
+    assert len(runs) == len(set(runs))
 
     # Cell 1 has 40 of the 60 users, many times the mean: its blocks are no larger, and no block number is used twice.
     cell = F.greatest(F.lit(1), F.col("vector")[0] - 38).cast("int")
