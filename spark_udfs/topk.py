@@ -221,8 +221,8 @@ class Cells:
 
     def of_candidates(self, vectors: Float32) -> Int64:
         """Each candidate's cell, [n]."""
-        # |x - c|² without |x|², which is the same for all centres.
-        return np.asarray(np.argmin(self._squares - 2 * (self._prepared(vectors) @ self.centres.T), axis=1))
+        # |x - c|² without |x|², which is the same for all centres, halved and negated: one pass over the products less.
+        return np.asarray(np.argmax(self._prepared(vectors) @ self.centres.T - self._half_squares, axis=1))
 
     def of_queries(self, vectors: Float32) -> Int64:
         """The cells that each query probes, [n, probes]."""
@@ -230,8 +230,8 @@ class Cells:
         return np.argpartition(-scores, self.probes - 1, axis=1)[:, : self.probes]
 
     @cached_property
-    def _squares(self) -> Float64:
-        return np.asarray((self.centres.astype(np.float64) ** 2).sum(axis=1))
+    def _half_squares(self) -> Float32:
+        return np.asarray((self.centres.astype(np.float64) ** 2).sum(axis=1) / 2, np.float32)
 
     def _prepared(self, vectors: Float32) -> Float32:
         return unit_vectors(vectors) if self.metric == "cosine" else vectors
@@ -247,8 +247,8 @@ def find_cells(sample: Float32, metric: Metric, cells: int, probes: int) -> Cell
 
     vectors = unit_vectors(sample) if metric == "cosine" else sample
     count = max(1, min(cells, len(vectors)))
-    means = faiss.Kmeans(
-        vectors.shape[1], count, niter=20, seed=1, spherical=metric == "cosine", min_points_per_centroid=1
+    means = faiss.Kmeans(  # with as many rounds as faiss's own inverted files
+        vectors.shape[1], count, niter=10, seed=1, spherical=metric == "cosine", min_points_per_centroid=1
     )
     means.train(np.ascontiguousarray(vectors))
     return Cells(np.asarray(means.centroids), metric, min(probes, count))
