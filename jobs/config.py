@@ -356,7 +356,7 @@ class NeighboursSettings(Section):
         0,
         ge=0,
         description="0: exact search; otherwise an inverted file with this many cells (4 √candidates works well; "
-        "needs faiss); slower than the exact search over 100,000 items, faster over a million (docs/sizing.md)",
+        "needs faiss); pays over a million candidates and many queries (docs/sizing.md)",
     )
     probes: int = Field(16, ge=1, description="cells searched per query: more cells raise recall and cost")
     verticals: list[str] = Field(

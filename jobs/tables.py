@@ -330,7 +330,8 @@ SEQUENCES = Table(
 USER_EMBEDDINGS = Table(
     "user_embeddings",
     "One vector for every user, in the space of item_embeddings of the same model_version; those of old models are "
-    "kept.",
+    "kept. Each is as of its as_of: joined with labels of earlier days it knows what came after them (`trailvec probe` "
+    "makes vectors as of each label).",
     (
         Column("user_id", "string", "The user."),
         Column("model_version", "string", "The model that computed the vector; never mix versions in a query."),
@@ -422,8 +423,10 @@ EVALUATION = Table(
         Column(
             "metric",
             "string",
-            "recall@10, ndcg@10, recall@20, ndcg@20, mrr@20; popularity_bias@10: mean log popularity of the "
-            "recommended items minus that of the items acted on; coverage@10: share of the catalogue that is "
+            "recall@10, recall@20: share of what the user did next that is among the 10 or 20 best; ndcg@10, ndcg@20: "
+            "the same, higher ranks counting more, 1 is perfect; mrr@20: 1 / rank of the first hit, 0 if it is not "
+            "among the 20 best; popularity_bias@10: mean log popularity of the recommended items minus that of the "
+            "items acted on; coverage@10: share of the catalogue that is "
             "recommended to at least one user; model_lead_ndcg@10, model_and_habit_lead_ndcg@10: how far that "
             "method's ndcg@10 is above this row's method's. For task space: uniformity, alignment, dead_dimensions, "
             "effective_dimensions, norm_popularity, hubness@10, same_category@10, same_category_by_chance "

@@ -345,7 +345,8 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
     rows = count_rows(files["train"])
     if not rows:
         by_time = runtime.config.sequences.split_by == "time"
-        where = "in the training window: set sequences.valid_from later or" if by_time else "before the two newest:"
+        later = "set sequences.valid_from and test_from later, or"
+        where = f"in the training window: {later}" if by_time else "before the two newest:"
         raise TrailvecError(
             f"the train split of table sequences has no rows, since no user has two events {where} ingest more events"
         )

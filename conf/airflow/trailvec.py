@@ -4,7 +4,8 @@ Airflow's variables say how a stage is started on its workers (they need no trai
   trailvec_home   the folder that the configuration's relative paths start from (storage.root, ingest.sources, .venv/s3
                   of conf/s3.toml): mostly the checkout, /opt/trailvec. Airflow itself would start a task in a folder
                   that it deletes afterwards, a relative warehouse with it
-  trailvec_run    the command before the stage's name: trailvec, or /opt/trailvec/scripts/submit_yarn.sh
+  trailvec_run    the command before the stage's name: /opt/trailvec/.venv/bin/trailvec, or
+                  /opt/trailvec/scripts/submit_yarn.sh
   trailvec_conf   the configuration, an absolute path
 The rest comes from the workers' environment: TRAILVEC_ERASE_KEY, TRAILVEC_EXPORT_KEY, and on YARN HADOOP_CONF_DIR and
 TRAILVEC_ENVIRONMENT, one Python with requirements.lock for all four jobs (local:/opt/trailvec-python, or an archive
