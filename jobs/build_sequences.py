@@ -231,6 +231,8 @@ def run(runtime: Runtime) -> None:
         runtime.report.notes.append(
             f"table sequences is rebuilt in full: the cuts have moved to {cuts.valid_from} and {cuts.test_from}"
         )
+    fixed = fixed and runtime.exists(SEQUENCES)
+    made_from = runtime.stage_version(SEQUENCES) if fixed else -1  # read before deciding whether to go on incrementally
     changes = runtime.incremental(SEQUENCES, SESSIONS) if fixed else None
     # (Not asked for a full rebuild: `previous` would only report that the old versions are gone.)
     old_items = None if changes is None else runtime.previous(SEQUENCES, ITEMS)
@@ -253,15 +255,23 @@ def run(runtime: Runtime) -> None:
         splits = tuple(split for split in SPLITS if found[split])
         if splits:
             actions = number_actions(sessions.join(users, "user_id", "left_semi"), items, values)
-            _update(runtime, actions, users, cuts, splits, few=found["users"] <= FEW)
+            _update(runtime, actions, users, cuts, splits, few=found["users"] <= FEW, made_from=made_from)
         else:
             runtime.touch(SEQUENCES, note=cuts.note())
 
 
 def _update(
-    runtime: Runtime, actions: DataFrame, users: DataFrame, cuts: Cuts, splits: tuple[str, ...], *, few: bool
+    runtime: Runtime,
+    actions: DataFrame,
+    users: DataFrame,
+    cuts: Cuts,
+    splits: tuple[str, ...],
+    *,
+    few: bool,
+    made_from: int,
 ) -> None:
-    """Replaces the users' rows of `splits` that may differ; `few`: there are at most FEW users."""
+    """Replaces the users' rows of `splits` that may differ; `few`: there are at most FEW users; `made_from`: as in
+    `Runtime.merge`."""
     settings = runtime.config.sequences
 
     def concerned(rows: DataFrame) -> DataFrame:
@@ -275,7 +285,7 @@ def _update(
         gone = before.join(new, list(SEQUENCES.key), "left_anti")
         # Deletion vectors only hide the old rows. Training, which can't read such files, has them rewritten.
         where = F.col("old.split").isin(*splits)
-        runtime.merge(SEQUENCES, new, deletes=gone, where=where, few=few, note=cuts.note())
+        runtime.merge(SEQUENCES, new, deletes=gone, where=where, few=few, note=cuts.note(), made_from=made_from)
 
 
 STAGE = Stage(

@@ -19,6 +19,7 @@ from training.checkpoint import read_description
 
 
 def run(runtime: Runtime) -> None:
+    facts = model_inputs(runtime)  # before the model is read: if it changes meanwhile, the vectors count as stale
     folder = model_folder(runtime)
     about = read_description(folder)  # item_vectors checks the weights
     align.check_again(runtime, folder)
@@ -27,7 +28,7 @@ def run(runtime: Runtime) -> None:
         .withColumn("model_version", F.lit(about["model_version"]))
         .withColumn("as_of", F.to_timestamp(F.lit(about["as_of"])))
     )
-    runtime.write(ITEM_EMBEDDINGS, vectors, note=model_inputs(runtime))
+    runtime.write(ITEM_EMBEDDINGS, vectors, note=facts)
 
 
 STAGE = Stage(

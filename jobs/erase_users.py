@@ -344,11 +344,13 @@ def _table_entries(
 
 def _finish(runtime: Runtime) -> None:
     key = erase_key(runtime)
+    # First, as an erasure stores its hashes before its receipt: an erasure that runs beside the search, which does not
+    # know its users, must stay open.
+    earlier = _receipts(runtime)
     tests = erased_tests(runtime)
     if tests is None:
         raise TrailvecError("nobody has been erased here: run `trailvec erase_users FILE --requested-by NAME` first")
     erasures_of = _erasures_by_hash(runtime)
-    earlier = _receipts(runtime)
 
     runtime.on_progress("searching the files on disk")
     on_disk = {table.name: _on_disk(runtime, table, tests) for table in _holding(runtime)}
@@ -365,7 +367,9 @@ def _finish(runtime: Runtime) -> None:
 
     # Left by a killed export or list copy, or in use by a job that began before: either may hold erased users.
     leftovers = [*runtime.place.glob(".*.staging"), *runtime.exports.glob(".*")]
-    receipts, waiting = _receipts(runtime), set[str]().union(*held.values())
+    searched_for = {receipt["erasure_id"] for receipt in earlier}
+    receipts = [receipt for receipt in _receipts(runtime) if receipt["erasure_id"] in searched_for]
+    waiting = set[str]().union(*held.values())
     settled = [_settled(r, r["erasure_id"] in waiting, bool(returned), bool(leftovers), _now()) for r in receipts]
     if changed := [new for old, new in zip(receipts, settled, strict=True) if new != old]:
         _save(runtime, changed)

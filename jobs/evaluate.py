@@ -305,6 +305,7 @@ def measure_drift(runtime: Runtime, rows: pd.DataFrame, cuts: Cuts, model_dir: P
 
 def run(runtime: Runtime) -> None:
     settings = runtime.config.evaluate
+    facts = model_inputs(runtime)  # before the model is read: if it changes meanwhile, the figures count as stale
     model_dir = model_folder(runtime)
     version = model_dir.name
     check_items(runtime, version)
@@ -333,8 +334,8 @@ def run(runtime: Runtime) -> None:
     results += space_results(*_space_sample(runtime, rows, vectors))
     table = [(version, settings.split, r.task, *r.cell, r.value, r.low, r.high, r.counted) for r in results]
     frame = runtime.spark.createDataFrame(table, EVALUATION.schema()).coalesce(1)
-    note = {**model_inputs(runtime), "split": settings.split}
-    runtime.write(EVALUATION, frame, of={"model_version": version, "split": settings.split}, note=note)
+    of_run = {"model_version": version, "split": settings.split}
+    runtime.write(EVALUATION, frame, of=of_run, note={**facts, "split": settings.split})
     for task in TASKS:
         of = {r.cell.method: r for r in results if r.task == task and r.cell[1:] == ("ndcg@10", "all", "all")}
         runtime.report.notes.append(f"ndcg@10, {task}: " + ", ".join(f"{m} {r.value:.4f}" for m, r in of.items()))

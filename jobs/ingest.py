@@ -269,6 +269,8 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
     has_zone = check_times(spark, mapping, source.name)
     checkpoint = _checkpoint(runtime, source, mapping)
     if runtime.forced:
+        # First, so that no kill leaves a checkpoint without offsets, which Spark would start again under the same id.
+        (checkpoint / "metadata").unlink(missing_ok=True)
         remove_tree(checkpoint)
     again = checkpoint / "again"  # a marker that stays until a run finishes, through any kills
     # Tests for Spark's first file, not the folder: a kill may come between the next two lines.

@@ -17,10 +17,8 @@ from training.config import ITEM_ATTRIBUTES
 
 
 def item_counts(items: DataFrame, min_count: int) -> Int64:
-    """The train_count of each item, [largest item_index + 1]; 0 for items outside the model's vocabulary.
-
-    This is the only place that decides what is in a model's vocabulary; the model stores the result.
-    """
+    """The train_count of each item, [largest item_index + 1]; 0 for items outside the model's vocabulary. The model
+    stores it."""
     rows = items.select("item_index", "train_count").toPandas()
     counts = np.zeros(_size(rows), np.int64)
     counts[rows["item_index"]] = rows["train_count"].where(rows["train_count"] >= min_count, 0)

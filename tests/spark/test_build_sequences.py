@@ -19,7 +19,7 @@ import pytest
 from delta.tables import DeltaTable
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from jobs import build_sequences, build_vocabulary, sessionize, train
@@ -27,7 +27,7 @@ from jobs.config import SequencesSettings, SessionizeSettings
 from jobs.errors import TrailvecError
 from jobs.runtime import Runtime, Stage
 from jobs.splits import Cuts, cut_times, log_end, noted_cuts
-from jobs.tables import CONTEXT_VALUES, EVENTS, FLAGGED_USERS, ITEMS, SEQUENCES, SESSIONS, conform
+from jobs.tables import CONTEXT_VALUES, EVENTS, FLAGGED_USERS, ITEMS, SEQUENCES, SESSIONS, Table, conform
 from jobs.train import rows_since, training_files
 from tests import oracles
 from tests.conftest import add, make_config, put
@@ -324,6 +324,24 @@ def test_what_comes_after_a_cut_does_not_change_what_lies_before(
         return sorted((key, row) for key, row in rows.items() if key[1] == "train")
 
     assert training_rows(other) == training_rows(grown.rows[0])
+
+
+def test_two_builds_at_once_do_not_mix(
+    grown: SimpleNamespace, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime(grown.runtime.config, spark)
+    add(runtime, EVENTS, to_frame(spark, [acts("bob", hour(3.4))]))
+    runtime.execute(sessionize.STAGE)
+
+    def meanwhile(written: Table, read: Table) -> DataFrame | None:
+        changes = incremental(written, read)
+        Runtime(runtime.config, spark).execute(build_sequences.STAGE)
+        return changes
+
+    incremental = runtime.incremental
+    monkeypatch.setattr(runtime, "incremental", meanwhile)
+    with pytest.raises(TrailvecError, match="another run changed table sequences while this one worked on it"):
+        runtime.execute(build_sequences.STAGE)
 
 
 def test_training_does_not_begin_on_rows_that_another_run_changes(

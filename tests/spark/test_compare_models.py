@@ -20,6 +20,7 @@ from jobs import embed_items, evaluate
 from jobs.cli import main
 from jobs.compare_models import Difference, compare, print_differences
 from jobs.errors import TrailvecError
+from jobs.models import item_vectors
 from jobs.runtime import Runtime, Stage
 from jobs.splits import cut_times, log_end, microseconds
 from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS, events_of
@@ -113,7 +114,7 @@ def test_a_pipe_gets_a_line_for_each_metric(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_model_that_is_not_there_or_has_no_vectors_of_its_own_is_one_sentence(
-    shop: tuple[Runtime, Rows], capsys: pytest.CaptureFixture[str]
+    shop: tuple[Runtime, Rows], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime, _ = shop
     make_model(runtime, "m1", seed=1)
@@ -125,9 +126,15 @@ def test_a_model_that_is_not_there_or_has_no_vectors_of_its_own_is_one_sentence(
         runtime.create(table)
     with pytest.raises(TrailvecError, match="no vector of an item that model m1 knows: run `trailvec embed_items`"):
         runtime.execute(evaluate.STAGE)
+
+    def trained_again_meanwhile(runtime: Runtime, folder: Path) -> DataFrame:
+        vectors = item_vectors(runtime, folder)
+        shutil.rmtree(folder)
+        make_model(runtime, "m1", seed=2)
+        return vectors
+
+    monkeypatch.setattr(embed_items, "item_vectors", trained_again_meanwhile)
     runtime.execute(embed_items.STAGE)
-    shutil.rmtree(runtime.models / "m1")
-    make_model(runtime, "m1", seed=2)
     with pytest.raises(TrailvecError, match="m1 was trained or aligned again after its item vectors were written: run"):
         runtime.execute(evaluate.STAGE)
 

@@ -260,7 +260,9 @@ def test_after_vacuum_no_parquet_file_holds_them(story: SimpleNamespace) -> None
     assert all(parquet_files(story.runtime, table) for table in HOLDING_USERS)
 
 
-def test_a_row_that_an_update_hid_goes_too(make_runtime: Callable[..., Runtime], tmp_path: Path, keyed: None) -> None:
+def test_a_row_that_an_update_hid_goes_too(
+    make_runtime: Callable[..., Runtime], tmp_path: Path, keyed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Her event was corrected once: the old file now shows only bob's, and must be rewritten all the same."""
     runtime = make_runtime()
     old, new = (
@@ -290,7 +292,20 @@ def test_a_row_that_an_update_hid_goes_too(make_runtime: Callable[..., Runtime],
         assert report.rows_out == {"finished": 0}
         assert str(folder) in report.notes[0]
         folder.rmdir()
+
+    # An erasure that runs beside the search stays open: the search does not know its users.
+    on_disk = erase_users._on_disk
+
+    def beside(*given: Any) -> set[str]:
+        monkeypatch.setattr(erase_users, "_on_disk", on_disk)
+        (tmp_path / "ids.txt").write_text("bob\n")
+        erase(Runtime(runtime.config, runtime.spark), str(tmp_path / "ids.txt"), requested_by="another desk")
+        return on_disk(*given)
+
+    monkeypatch.setattr(erase_users, "_on_disk", beside)
     assert finish(runtime).rows_out == {"finished": 1}
+    open_until_searched = {receipt["requested_by"]: receipt["finished_at"] is None for receipt in receipts(runtime)}
+    assert open_until_searched == {"desk": False, "another desk": True}
 
 
 def test_finish_ends_what_was_killed_and_names_exports_that_were_made_meanwhile(
