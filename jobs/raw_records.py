@@ -516,9 +516,12 @@ def read_csv_table(
 
 
 def _is_whole() -> Column:
-    """True, else the job fails with a clear error: there is no table for rejected lookup rows."""
+    """True, else the job fails with a clear error: there is no table for rejected lookup rows. It gives the row's
+    length, by which it can be found, not the row, which may say who somebody is."""
     said = F.format_string(
-        "jobs.errors.TrailvecError: %s: the row %s can't be split into the header's columns: correct it", FILE, LINE
+        "jobs.errors.TrailvecError: %s: a row of %d characters can't be split into the header's columns: correct it",
+        FILE,
+        F.length(LINE),
     )
     return F.when(F.col(BROKEN), F.raise_error(said)).otherwise(True)
 

@@ -9,6 +9,7 @@ driver's files, so they read a copy next to the tables, which is deleted afterwa
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import uuid
 from collections.abc import Iterator, Sequence
@@ -215,10 +216,20 @@ def read_rows(runtime: Runtime, file: Path, folder: Place, name: str = "user_id"
         if not wrong[BROKEN]:
             raise _other_text(file)
         raise TrailvecError(
-            f"the list {file} has a line that does not fit its header, or a record that spans several lines (found "
-            f"{wrong[LINE]!r}): write each record on one line"
+            f"{_line_of(parts, wrong[LINE]) or f'a line of the list {file}'} does not fit its header, or is "
+            "part of a record that spans several lines: write each record on one line"
         )
     return rows.drop(FILE, LINE, BROKEN)
+
+
+def _line_of(parts: Sequence[Path], text: str) -> str | None:
+    """Where the first line with this text is. An error shows that, as the text may say who somebody is."""
+    for part in parts:
+        with pa.input_stream(str(part)) as raw, io.TextIOWrapper(raw, "utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.rstrip("\n") == text:
+                    return f"line {number} of the list {part}"
+    return None  # Java may read invalid UTF-8 in another way
 
 
 def _check_alike(file: Path, parts: Sequence[Path]) -> None:

@@ -313,7 +313,7 @@ def test_the_table_with_labels_of_a_file(
     assert probe.STAGE.inputs(runtime) != asked  # so the stage is not skipped
 
     file.write_text("user_id,task,label\nu1,many,2\n")
-    with pytest.raises(TrailvecError, match="neither 0 nor 1: user u1, task many: correct it"):
+    with pytest.raises(TrailvecError, match=r"neither 0 nor 1 \(task many, users: 1\): correct it"):
         runtime.execute(probe.STAGE)
     model["as_of"] = "2024-04-20T00:00:00.000000"
     with pytest.raises(TrailvecError, match=r"lower probe\.days, or train only up to that time"):
@@ -451,12 +451,12 @@ def test_labels_with_times_see_what_came_before_them_and_no_more(
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ("u1,many,0.99,", "has a label that is neither 0 nor 1: user u1, task many"),
+        ("u1,many,0.99,", r"has a label that is neither 0 nor 1 \(task many, users: 1\): correct it"),
         ("u1,many,1,31.01.2017", "has a label whose label_ts is not a time"),
         ("u1,many,1,49051-01-31", "has a label whose label_ts is not a time"),
-        ("u1,many,1,\nu1,many,0,", "has a label that is given more than once: user u1, task many"),
-        (",many,1,", "has a label with a blank user_id or task: user None, task many"),
-        ("u1, ,1,", "has a label with a blank user_id or task: user u1, task"),
+        ("u1,many,1,\nu1,many,0,", r"has a label that is given more than once \(task many, users: 1\): correct it"),
+        (",many,1,", r"has a label with a blank user_id or task \(task many, users: 1\)"),
+        ("u1, ,1,", r"has a label with a blank user_id or task \(task  , users: 1\)"),
         (
             "u1,many,1,2017-01-31",
             "has a label_ts for 1 of the 2 labels of task many: give one for all of them or for none",

@@ -41,14 +41,15 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
     (tmp_path / "gone.csv").write_text('user_id,name\n"ann","Zoë"\n', encoding="latin-1")  # only ids must be UTF-8
     assert read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path).count() == 1  # type: ignore[union-attr]
     (tmp_path / "gone.csv").write_text('note,user_id\n"two é\nlines",ann\nnone,bob\n', encoding="latin-1")
-    with pytest.raises(TrailvecError, match=r"the list .*gone\.csv has .* a record that spans several lines.*\"two"):
+    with pytest.raises(TrailvecError, match=r"line 2 of the list .*gone\.csv does .* is part of a record that spans"):
         read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path)
     (tmp_path / "gone.csv").write_text('user_id,note\nann,TV 55"\nbob,"TV 55"" or 60"""\n')  # an inch sign
     found = read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path).collect()  # type: ignore[union-attr]
     assert {row["user_id"] for row in found} == {"ann", "bob"}
     (tmp_path / "gone.csv").write_text("name,user_id\nSmith, Ann,ann\n")  # the id is not " Ann"
-    with pytest.raises(TrailvecError, match=r"gone\.csv has a line that does not fit its header.*'Smith, Ann,ann'"):
+    with pytest.raises(TrailvecError, match=r"line 2 of the list .*gone\.csv does not fit its header") as error:
         read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path)
+    assert "Ann" not in str(error.value)  # whoever is to be erased would stay in logs
     (tmp_path / "parts.csv/day=1").mkdir(parents=True)
     (tmp_path / "parts.csv/day=1/a.csv").write_text("user_id,note\nann,1\n")
     found = read_rows(runtime, tmp_path / "parts.csv", tmp_path).collect()
