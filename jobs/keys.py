@@ -13,6 +13,7 @@ from pathlib import Path
 from jobs.errors import TrailvecError
 
 _FILE = "TRAILVEC_KEYS"
+_SHORTEST = 16  # bytes
 
 
 def key_of(name: str, what: str) -> bytes:
@@ -30,3 +31,17 @@ def key_of(name: str, what: str) -> bytes:
     if not key:
         raise TrailvecError(f"the environment has no {name}, the key that {what}: export {name}=...")
     return key.encode()
+
+
+def long_enough(name: str, key: bytes) -> bytes:
+    """The same key.
+
+    Raises:
+        TrailvecError: it is so short that who has one id and its hash can find it by trying, and with it all ids.
+    """
+    if len(key) < _SHORTEST:
+        raise TrailvecError(
+            f"{name} has {len(key)} bytes, so few that it could be guessed from a hash: make one of at least "
+            f"{_SHORTEST}, with `python -c 'import secrets; print(secrets.token_hex(32))'`, and keep it"
+        )
+    return key

@@ -35,7 +35,7 @@ from pyarrow import csv, fs
 
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, Place, fetch, make_private, published
-from jobs.keys import key_of
+from jobs.keys import key_of, long_enough
 from jobs.runtime import Runtime
 from jobs.segments import Format, Segment, SegmentFile
 from jobs.user_lists import file_digest
@@ -52,7 +52,7 @@ _FORMULA = r"^([=+\-@\x{FF1D}\x{FF0B}\x{FF0D}\x{FF20}\t\r\n\x00])"  # the second
 
 
 def export_key() -> bytes:
-    return key_of(KEY, "user ids are hashed with")
+    return long_enough(KEY, key_of(KEY, "user ids are hashed with"))
 
 
 def held_back(segment: Segment, users: pa.Array) -> npt.NDArray[np.bool_]:

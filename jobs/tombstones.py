@@ -8,7 +8,7 @@ other key is refused.
 from __future__ import annotations
 
 from jobs.errors import TrailvecError
-from jobs.keys import key_of
+from jobs.keys import key_of, long_enough
 from jobs.runtime import Runtime
 from jobs.tables import ERASED_USERS
 from spark_udfs.keyed import ColumnTest, key_mark, of_column, on_list, on_list_in_raw
@@ -20,7 +20,7 @@ def erase_key(runtime: Runtime) -> bytes:
     """The key from the environment.
 
     Raises:
-        TrailvecError: there is none, or it differs from the key of earlier erasures.
+        TrailvecError: there is none, or it differs from the key of earlier erasures, or is too short for a first one.
     """
     marks = runtime.latest(ERASED_USERS).select("key_mark").distinct().collect() if runtime.exists(ERASED_USERS) else ()
     return _key_of_marks({row["key_mark"] for row in marks})
@@ -33,7 +33,7 @@ def _key_of_marks(marks: set[str]) -> bytes:
             f"{ERASE_KEY} is not the key that users were erased with, so they could come back unnoticed: set the old "
             f"one"
         )
-    return key
+    return key if marks else long_enough(ERASE_KEY, key)  # one in use can't be changed any more
 
 
 def erased_tests(runtime: Runtime) -> tuple[ColumnTest, ColumnTest] | None:

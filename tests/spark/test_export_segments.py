@@ -207,7 +207,7 @@ def test_a_rerun_is_skipped_and_a_forced_one_gives_the_same_bytes(
     assert is_pending()  # the list has changed
     (tmp_path / "seeds.txt").write_bytes(seeds)
     assert not is_pending()
-    monkeypatch.setenv(KEY, "another key")
+    monkeypatch.setenv(KEY, "another key of the tests")
     assert is_pending()
     monkeypatch.setenv(KEY, SECRET)
     assert not is_pending()

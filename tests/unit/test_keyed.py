@@ -16,7 +16,10 @@ from hypothesis import strategies as st
 
 from jobs.errors import TrailvecError
 from jobs.keys import key_of
-from spark_udfs.keyed import TextTest, hashed, mentions, on_list, on_list_in_raw, values
+from jobs.segment_files import KEY as EXPORT_KEY
+from jobs.segment_files import export_key
+from jobs.tombstones import ERASE_KEY, _key_of_marks
+from spark_udfs.keyed import TextTest, hashed, key_mark, mentions, on_list, on_list_in_raw, values
 
 KEY = b"a key"
 
@@ -45,6 +48,20 @@ def test_a_key_is_the_environments_or_that_of_a_file(tmp_path: Path, monkeypatch
     assert key_of("TRAILVEC_A", "opens") == "é $$".encode()
     monkeypatch.setenv("TRAILVEC_A", "mine")
     assert key_of("TRAILVEC_A", "opens") == b"mine"
+
+
+def test_a_key_that_could_be_guessed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not an erasures' key in use: it can't be changed."""
+    for name in (EXPORT_KEY, ERASE_KEY):
+        monkeypatch.setenv(name, "x" * 15)
+    with pytest.raises(TrailvecError, match="TRAILVEC_EXPORT_KEY has 15 bytes, so few that it could be guessed"):
+        export_key()
+    with pytest.raises(TrailvecError, match="TRAILVEC_ERASE_KEY has 15 bytes, so few that it could be guessed"):
+        _key_of_marks(set())
+    assert _key_of_marks({key_mark(b"x" * 15)}) == b"x" * 15
+    for name in (EXPORT_KEY, ERASE_KEY):
+        monkeypatch.setenv(name, "x" * 16)
+    assert export_key() == _key_of_marks(set()) == b"x" * 16
 
 
 def test_who_is_on_a_list_of_hashes() -> None:
