@@ -249,7 +249,10 @@ def _add_erase(add: _Add) -> None:
         "s3a://)",
     )
     command.add_argument(
-        "--sql", metavar="QUERY", help="instead of a file: a query over the tables with a column user_id"
+        "--sql",
+        metavar="QUERY",
+        help="instead of a file: a query over the tables with a column user_id; without ids in it, which the "
+        "machine's process list would show",
     )
     command.add_argument("--requested-by", metavar="NAME", help="who asked for it; recorded in the receipt")
     command.add_argument(

@@ -5,8 +5,9 @@ TRAILVEC_SQL_USER=ada TRAILVEC_SQL_PASSWORD=… trailvec serve_sql --conf conf/l
 
 Each client has its own session, so USE, SET and temporary views are private to it. The functions are in the registry
 that every new session copies. Clients may do whatever the server's account may, including writing and running programs
-(SELECT TRANSFORM ... USING). The server wipes trailvec's secrets from its environment; the environment of the process
-that started it, a shell or a wrapper, stays readable to programs of the same account.
+(SELECT TRANSFORM ... USING). The server wipes trailvec's secrets and MLflow's from its environment, but not a
+store's keys or the variables that Kafka's options name (`${NAME}`); the environment of the process that started it, a
+shell or a wrapper, stays readable to programs of the same account.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from spark_udfs.nearest_of_user import TABLE_FUNCTIONS
 from spark_udfs.vectors import FUNCTIONS
 
 _LOGIN = ("TRAILVEC_SQL_USER", "TRAILVEC_SQL_PASSWORD")
-SECRETS = (*_LOGIN, EXPORT_KEY, ERASE_KEY)
+_TRACKING = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")  # only train needs them
+SECRETS = (*_LOGIN, EXPORT_KEY, ERASE_KEY, *_TRACKING)
 _LOGIN_CLASS = "TrailvecLogin"
 _CLASS_PATH = "spark.driver.extraClassPath"
 _LOOK_AGAIN_SECONDS = 10.0

@@ -31,7 +31,7 @@ from pyspark.sql import SparkSession
 from jobs import serve_sql
 from jobs.errors import TrailvecError, explain
 from jobs.runtime import Runtime
-from jobs.serve_sql import SECRETS, _forget, _login, _share_functions, _watch, run_serve
+from jobs.serve_sql import _forget, _login, _share_functions, _watch, run_serve
 from jobs.spark_session import java_home
 from jobs.sql import prepare, query
 from jobs.tables import (
@@ -56,6 +56,9 @@ from spark_udfs import nearest_of_user, vectors
 from tests.conftest import SPARK_CONF, add, make_config, put, read_delta
 
 USER, PASSWORD = "ada", "pä-ss"  # beeline itself accepts no space or quote in a password
+SECRETS = {"TRAILVEC_SQL_USER": USER, "TRAILVEC_SQL_PASSWORD": PASSWORD}
+SECRETS |= {"TRAILVEC_EXPORT_KEY": "k1", "TRAILVEC_ERASE_KEY": "k2"}
+SECRETS |= {f"MLFLOW_TRACKING_{name}": "m" for name in ("USERNAME", "PASSWORD", "TOKEN")}
 LENGTH = 8
 NOON = datetime(2017, 12, 1, 12, tzinfo=timezone.utc)
 
@@ -105,9 +108,7 @@ def server(warehouse: Served) -> Iterator[Served]:
     command = [sys.executable, "-m", "jobs.cli", "serve_sql", "--port", str(warehouse.port)]
     command += ["--set", f'storage.root="{warehouse.runtime.root}"', "--set", "storage.database=served"]
     command += ["--set", "spark.master=local[2]", "--set", f"spark.conf={{{conf}}}"]
-    login = {"TRAILVEC_SQL_USER": USER, "TRAILVEC_SQL_PASSWORD": PASSWORD}
-    environment = os.environ | {"TRAILVEC_EXPORT_KEY": "k1", "TRAILVEC_ERASE_KEY": "k2"} | login
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=os.environ | SECRETS, stdout=subprocess.PIPE, text=True)
     warehouse.pid = process.pid
     try:
         assert process.stdout is not None
@@ -189,7 +190,7 @@ def test_no_client_reads_a_secret_of_the_environment(server: Served) -> None:
     out, err = client(server, queries).communicate(timeout=120)
     [[[[path]], *secrets]] = json.loads(out)
     assert path, err
-    assert secrets == [[["null"]]] * 4  # as Spark writes Java's null
+    assert secrets == [[["null"]]] * len(SECRETS)  # as Spark writes Java's null
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
