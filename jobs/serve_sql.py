@@ -1,6 +1,6 @@
 """`trailvec serve_sql`: Spark's own Thrift server over the tables, with trailvec's functions, for JDBC and ODBC.
 
-trailvec serve_sql --conf conf/local.toml                          # on this machine only: 127.0.0.1:10000
+trailvec serve_sql --conf conf/local.toml        # 127.0.0.1:10000, for every account of this machine
 TRAILVEC_SQL_USER=ada TRAILVEC_SQL_PASSWORD=… trailvec serve_sql --conf conf/local.toml --host 0.0.0.0
 
 Each client has its own session, so USE, SET and temporary views are private to it. The functions are in the registry
@@ -148,6 +148,12 @@ def _check_address(host: str, port: int, with_password: bool) -> None:
     if not loopback and not with_password:
         raise TrailvecError(
             f"{host} can be reached from other machines: set {_LOGIN[0]} and {_LOGIN[1]}, or serve on 127.0.0.1"
+        )
+    if not with_password:
+        print(
+            f"no password is set: every account of this machine may read the tables and run programs as this one; "
+            f"set {_LOGIN[0]} and {_LOGIN[1]} to keep others out",
+            file=sys.stderr,
         )
     family, kind, protocol, _, address = addresses[0]
     with socket.socket(family, kind, protocol) as probe:

@@ -31,7 +31,7 @@ from pyspark.sql import SparkSession
 from jobs import serve_sql
 from jobs.errors import TrailvecError, explain
 from jobs.runtime import Runtime
-from jobs.serve_sql import _forget, _login, _share_functions, _watch, run_serve
+from jobs.serve_sql import _check_address, _forget, _login, _share_functions, _watch, run_serve
 from jobs.spark_session import java_home
 from jobs.sql import prepare, query
 from jobs.tables import (
@@ -278,6 +278,13 @@ def test_what_is_not_served(
         with pytest.raises(TrailvecError) as caught:
             run_serve(make_config(tmp_path), host, taken.getsockname()[1])
     assert message in str(caught.value)
+
+
+def test_who_may_connect_without_a_password_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    _check_address("127.0.0.1", 0, with_password=True)
+    assert not capsys.readouterr().err
+    _check_address("127.0.0.1", 0, with_password=False)
+    assert capsys.readouterr().err.startswith("no password is set: every account of this machine may read the tables")
 
 
 def test_a_login_is_bytes_and_is_wiped(monkeypatch: pytest.MonkeyPatch) -> None:
