@@ -277,8 +277,12 @@ def _publish(runtime: Runtime, chosen: Selection, staging: Staging, now: datetim
 
 
 def _provenance(runtime: Runtime) -> dict[str, Any]:
-    """What is the same wherever and whenever the same export is made; the rest is in the commit to `exports`."""
+    """What is the same wherever and whenever the same export is made; the rest is in the commit to `exports`, and so is
+    the rest of the configuration, whose test accounts and queries may name people: recipients need not know them."""
     provenance = {key: value for key, value in runtime.provenance().items() if key not in ("user", "application")}
+    config = provenance["config"]
+    export = {key: value for key, value in config["export"].items() if key != "consent"}
+    provenance["config"] = {"export": export, "model": config["model"]}
     return provenance | {"reads": {table.name: runtime.changed_version(table) for table in STAGE.reads}}
 
 

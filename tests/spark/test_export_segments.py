@@ -192,6 +192,8 @@ def test_a_rerun_is_skipped_and_a_forced_one_gives_the_same_bytes(
     assert not report.skipped
     assert bytes_of(shop.exports) == first
     assert {"user", "application"}.isdisjoint(read(shop)[0]["provenance"])  # they differ between processes
+    config = read(shop)[0]["provenance"]["config"]
+    assert (config.keys(), config["export"].keys()) == ({"export", "model"}, {"segments"})
     logged = {row["user_id"] for row in read_delta(shop.root / "tables" / "exports")}
     assert len(read_delta(shop.root / "tables" / "exports")) == len(logged) == 4  # logged once
     put(shop, EXPORTS, shop.latest(EXPORTS).where("user_id <> 'cat'"))  # as if other code had not selected her
