@@ -148,6 +148,7 @@ EVENTS = Table(
     stage="ingest",
     cluster_by=("event_ts",),
     properties=_INCREMENTAL,
+    personal=("basket_id",),  # often made of the customer and the day
     ages_by="event_ts",
 )
 
