@@ -302,6 +302,11 @@ def test_on_yarn_each_process_of_training_finds_an_executor_of_its_own() -> None
     assert settings["spark.scheduler.minRegisteredResourcesRatio"] == "1.0"  # the first tasks wait for all
 
 
+def test_on_yarn_driver_and_executors_ask_who_connects_and_encrypt() -> None:
+    settings = load_config(ROOT / "conf/yarn.toml").spark.conf
+    assert settings["spark.authenticate"] == settings["spark.network.crypto.enabled"] == "true"
+
+
 def test_the_readmes_tree_names_every_module_but_the_stages() -> None:
     tree = (ROOT / "README.md").read_text().partition("## Where things are")[2].partition("## ")[0]
     stages = {stage.name for stage in (*STAGES, *ASIDE)}
