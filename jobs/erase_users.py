@@ -19,9 +19,10 @@ completes what was begun.)
 5. The receipt is completed: rows by table, versions before and after.
 
 Older versions hold the users until VACUUM deletes their files, after the retention (`trailvec maintain_tables`).
-`--finish` then reads every Parquet file on disk, whatever version it belongs to, for anybody who was ever erased. It
-deletes again whoever is back in a table (a job that began before step 1 may have written after step 3), completes
-erasures that were killed, and closes the receipts whose users are in no file, once no staging folder is left either.
+`--finish` then reads every Parquet file of the tables on disk, whatever version it belongs to, for anybody who was ever
+erased. It deletes again whoever is back in a table (a job that began before step 1 may have written after step 3),
+completes erasures that were killed, and closes the receipts whose users are in no file, once no staging folder is left
+either, nor a table that somebody made with CREATE TABLE in SQL.
 
 Key: TRAILVEC_ERASE_KEY in the environment; it must never change (jobs/tombstones.py). Why: docs/decisions/0017.
 """
@@ -44,7 +45,7 @@ from pyspark.sql import functions as F
 from jobs.cli import stage_main
 from jobs.config import UserList
 from jobs.errors import TrailvecError
-from jobs.files import HadoopPath, place_of
+from jobs.files import HadoopPath, Place, place_of
 from jobs.maintain_tables import disk_files
 from jobs.raw_records import valid_text
 from jobs.runtime import Report, Runtime, Stage, code_version
@@ -367,10 +368,11 @@ def _finish(runtime: Runtime) -> None:
 
     # Left by a killed export or list copy, or in use by a job that began before: either may hold erased users.
     leftovers = [*runtime.place.glob(".*.staging"), *runtime.exports.glob(".*")]
+    made = _made_in_sql(runtime)
     searched_for = {receipt["erasure_id"] for receipt in earlier}
     receipts = [receipt for receipt in _receipts(runtime) if receipt["erasure_id"] in searched_for]
-    waiting = set[str]().union(*held.values())
-    settled = [_settled(r, r["erasure_id"] in waiting, bool(returned), bool(leftovers), _now()) for r in receipts]
+    waiting, left_over = set[str]().union(*held.values()), bool(leftovers or made)
+    settled = [_settled(r, r["erasure_id"] in waiting, bool(returned), left_over, _now()) for r in receipts]
     if changed := [new for old, new in zip(receipts, settled, strict=True) if new != old]:
         _save(runtime, changed)
 
@@ -387,11 +389,22 @@ def _finish(runtime: Runtime) -> None:
             f"export_segments, erase_users, probe or find_neighbours, whichever made it, or delete it, then run this "
             f"again"
         )
+    if made:
+        report.notes.append(
+            f"{', '.join(map(str, made))} may hold erased users: somebody made it with CREATE TABLE; "
+            f"delete it, or move it out of storage.root, then run this again"
+        )
     if held:
         report.notes.append(
             f"old files of {', '.join(name for name, users in on_disk.items() if users)} hold {len(held):,} erased "
             f"users: run `trailvec maintain_tables` when maintain.retention_hours have passed, then run this again"
         )
+
+
+def _made_in_sql(runtime: Runtime) -> list[Place]:
+    """The folders of tables made by `trailvec sql` or clients of serve_sql: their catalogue ended with the session."""
+    databases = runtime.place.glob("spark/*.db/*")
+    return [*databases, *(folder for folder in runtime.place.glob("spark/*") if not folder.name.endswith(".db"))]
 
 
 def _erasures_by_hash(runtime: Runtime) -> dict[str, set[str]]:
@@ -422,7 +435,7 @@ def _settled(receipt: dict[str, Any], held: bool, returned: bool, leftovers: boo
     Args:
         held: some file holds one of its users.
         returned: rows of users who had come back were deleted from some table.
-        leftovers: there are staging folders, which may hold its users.
+        leftovers: there are staging folders or tables made in SQL, which may hold its users.
     """
     if held:  # returned rows are in old files from now on
         return receipt | {"finished_at": None, "erased_at": now if returned else receipt["erased_at"]}

@@ -565,7 +565,7 @@ ERASURES = Table(
         Column(
             "finished_at",
             "timestamp",
-            "When no file on disk held them any more (`trailvec erase_users --finish`).",
+            "When no file of any table held them any more (`trailvec erase_users --finish`).",
             True,
         ),
     ),

@@ -277,7 +277,7 @@ def test_a_row_that_an_update_hid_goes_too(
     rows = duckdb.execute("SELECT user_id FROM read_parquet(?)", [list(map(str, files))]).fetchall()
     assert rows == [("bob",)]
 
-    # No table file holds her any more, but a file left by a killed export may.
+    # No table file holds her any more, but a file left by a killed export may, or a table made in SQL.
     for table in HOLDING_USERS:
         if runtime.exists(table):
             vacuum(expired(runtime), table)
@@ -285,6 +285,8 @@ def test_a_row_that_an_update_hid_goes_too(
         runtime.root / ".exports.staging",
         runtime.root / ".erasures-0123456789ab.staging",
         runtime.exports / ".segment.9ab.staging",
+        runtime.root / "spark/trailvec.db/made_in_sql",
+        runtime.root / "spark/made_in_default",
     ]
     for folder in left:
         folder.mkdir(parents=True)
