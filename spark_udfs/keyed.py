@@ -1,7 +1,8 @@
 """Keyed hashes (HMAC-SHA256) of user ids, tests against a list of such hashes, and the search for ids in raw records.
 
-The keys and ids reach the workers pickled inside the functions, so that no plan or log shows them. Above 1 MiB (from some
-30,000 erased users on) PySpark passes such a function on in a file of Spark's temporary folder, which a kill may leave.
+The keys and ids reach the workers pickled inside the functions, so that no plan or log shows them. Above 1 MiB (from
+some 30,000 erased users on) PySpark passes such a function on in a file of Spark's temporary folder, which a kill may
+leave.
 """
 
 from __future__ import annotations
