@@ -114,6 +114,15 @@ class HadoopPath:
         """See the module function `make_private`."""
         self._system.mkdirs(self._path, self._jvm.org.apache.hadoop.fs.permission.FsPermission("700"))
 
+    def take_access(self, other: HadoopPath) -> None:
+        """See the module function `_take_access`."""
+        status = self._system.getFileStatus(other._path)
+        for owner, group in ((status.getOwner(), None), (None, status.getGroup())):
+            with contextlib.suppress(Py4JJavaError):
+                self._system.setOwner(self._path, owner, group)
+        with contextlib.suppress(Py4JJavaError):
+            self._system.setPermission(self._path, status.getPermission())
+
     def lines(self) -> Iterator[str]:
         """The lines of a text file, read lazily."""
         io = self._jvm.java.io
@@ -318,7 +327,7 @@ def file_sizes(folder: Place, without: str) -> dict[str, int]:
 def published(target: Place) -> Iterator[Path]:
     """A local folder to fill. When the block ends without an error, a rename puts the folder in target's place. On S3,
     which has no rename, target is deleted and the files are copied there, those that describe the others (JSON) last.
-    A local target keeps its owner, group and mode.
+    Elsewhere target keeps its owner, group and mode.
 
     A killed block leaves a staging folder under another name, which the next block with the same target removes. It
     can't tell such a leftover from the folder of a running block: of two concurrent blocks on a local disk, the one
@@ -345,12 +354,17 @@ def published(target: Place) -> Iterator[Path]:
             local = Path(folder) / target.name
             local.mkdir()
             yield local
+            assert isinstance(target, HadoopPath)
             if not staging.renames:
                 remove_tree(target)
                 for file in sorted(local.iterdir(), key=descriptions_last):
-                    (target / file.name).put(file)  # type: ignore[union-attr]  # both are of one kind
+                    (target / file.name).put(file)
                 return
-            staging.put(local)
+            staging.mkdir()
+            if target.is_dir():
+                staging.take_access(target)  # first: HDFS gives new files their folder's group
+            for file in local.iterdir():
+                (staging / file.name).put(file)
     if not staging.exists():
         raise _overtaken(target)
     remove_tree(target)

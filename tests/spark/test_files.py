@@ -56,6 +56,18 @@ def test_a_folder_is_published_whole_or_not_at_all(store: HadoopPath) -> None:
     assert (names(store), names(store / "m1")) == (["m1"], ["b"])
 
 
+def test_whoever_could_look_into_a_folder_of_hadoops_can_still(store: HadoopPath, tmp_path: Path) -> None:
+    here = tmp_path / "store/m1"
+    here.mkdir(parents=True)
+    here.chmod(0o750)
+    before = here.stat()
+    with published(store / "m1") as folder:
+        (folder / "a").write_text("new")
+    after = here.stat()
+    assert after.st_ino != before.st_ino
+    assert after.st_mode == before.st_mode
+
+
 def test_whoever_could_look_into_a_folder_can_still(tmp_path: Path) -> None:
     (tmp_path / "m1").mkdir()
     (tmp_path / "m1").chmod(0o2710)
