@@ -3,7 +3,8 @@
 A file may say `extends = "base.toml"` (a path beside it, else in trailvec's own conf/); its own values win, and
 `--set a.b=c` wins over both. conf/ ships with trailvec, also in its wheel, so `conf/base.toml` is found from any
 directory (`shipped`).
-An unknown key is an error that names the nearest known one. Each key is documented here, in its description.
+An unknown key is an error that names the nearest known one, or the section that has it. Each key is documented here, in
+its description.
 Relative paths in values start from the working directory.
 """
 
@@ -14,6 +15,7 @@ import difflib
 import re
 import tomllib
 import zoneinfo
+from collections.abc import Iterator
 from datetime import date, datetime, time
 from pathlib import Path
 from types import UnionType
@@ -587,7 +589,7 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
         what = f"{key}: " if key else ""
         return f"{what}{first['ctx']['error']}: correct it"
     if first["type"] == "model_type":
-        keys = _keys_at(model, first["loc"])
+        keys = _keys(_section_at(model, first["loc"]))
         known = ", ".join(keys)
         return f"{key} = {first['input']!r}: write a table, such as {{ {keys[0]} = ... }} (known keys: {known})"
     if first["type"] == "extra_forbidden":
@@ -597,23 +599,29 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
 
 def _instead(model: type[BaseModel], location: tuple[int | str, ...], value: Any) -> str:
     """What may have been meant by an unknown key."""
-    if above := _above(model, location, value):
-        return above
-    known = _keys_at(model, location[:-1])
-    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+    *around, name = map(str, location)
+    known = _keys(_section_at(model, location[:-1]))
+
+    def near(cutoff: float) -> list[str]:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+        return [f"did you mean {key}?" for key in nearest if key != name]  # --set extends: not a setting
+
+    homes = [] if name in around else [*_homes(model, name, value)]
+    # Before a mere likeness: [train] max_length is not warm_length. More places, such as all columns, help nobody.
+    elsewhere = [f"{name} belongs {' or '.join(homes)}"] if 1 <= len(homes) <= 3 else []
+    return [*near(0.85), *elsewhere, *near(0.5), f"known keys: {', '.join(known)}"][0]
 
 
-def _above(model: type[BaseModel], location: tuple[int | str, ...], value: Any) -> str | None:
-    """Where an unknown key belongs, if to an enclosing section: in TOML, a key below a [heading] is in that section."""
-    *around, name = location
-    for depth in range(len(around)):
-        outer = (*around[:depth],)
-        is_section = _keys_at(model, (*outer, name)) != _keys_at(model, outer)
-        if str(name) in _keys_at(model, outer) and (not is_section or isinstance(value, dict | list)):
-            place = f"below [{'.'.join(map(str, outer))}]" if outer else "above the first [heading]"
-            return f"{name} belongs {place}"
-    return None
+def _homes(model: type[BaseModel], name: str, value: Any, path: str = "", several: bool = False) -> Iterator[str]:
+    """Where in a TOML file a key of this name belongs; a section's name only with a section as its value."""
+    field = model.model_fields.get(name)
+    is_section = field is not None and _section(field.annotation) is not None
+    if name in _keys(model) and (not is_section or isinstance(value, dict | list)):
+        yield f"below [[{path}]]" if several else f"below [{path}]" if path else "above the first [heading]"
+    for key, field in model.model_fields.items():
+        if section := _section(field.annotation):
+            repeats = get_origin(field.annotation) in (list, tuple)
+            yield from _homes(section, name, value, f"{path}.{key}" if path else key, repeats)
 
 
 def shipped(path: str | Path) -> Path:
@@ -711,12 +719,20 @@ def _is_text(path: list[str]) -> bool:
     return any(w is str or getattr(w, "__origin__", None) is str for w in wanted)
 
 
-def _keys_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The known keys of the section at a validation error's location."""
+def _section_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
+    """The section at a validation error's location, or around it."""
     for part in location:
-        annotation = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
-        candidates = [annotation, *get_args(annotation)]
-        inner = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        if inner:
-            model = inner[0]
-    return list(model.model_fields)
+        field = model.model_fields.get(str(part))
+        model = (field and _section(field.annotation)) or model
+    return model
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field of this type holds, perhaps several times or not at all."""
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _keys(section: type[BaseModel]) -> list[str]:
+    """The keys that a section knows; a whole configuration can also extend another."""
+    return [*section.model_fields, *(["extends"] if section is Config else [])]

@@ -91,6 +91,12 @@ def test_identical_records_of_a_topic_cannot_be_numbered(tmp_path: Path) -> None
         ),
         ('path = "orders.csv"', 'pth = "orders.csv"\npath = "x"', "unknown key input.0.pth; did you mean path?"),
         ("user_id =", "usr_id =", "unknown key input.0.columns.usr_id; did you mean user_id?"),
+        (
+            "user_id =",
+            'ignore = ["x"]\nuser_id =',
+            "unknown key input.0.columns.ignore; ignore belongs below [[input]]",
+        ),
+        ("user_id =", 'default = "x"\nuser_id =', "unknown key input.0.columns.default; known keys: event_id, user_id"),
         ("zone =", "zoen =", "unknown key input.0.columns.event_ts.zoen; did you mean zone?"),
         ("default =", "defalt =", "unknown key input.0.columns.item_id.defalt; did you mean default?"),
         ("when =", "wen =", "unknown key input.0.reject.0.wen; did you mean when?"),
