@@ -44,8 +44,17 @@ SPARK_FIXED = {
     # A write that changes nothing (an empty table stays empty) still records what ran.
     "spark.databricks.delta.skipRecordingEmptyCommits": "false",
 }
-# A LIKE pattern that Spark accepts: a backslash only before _, % or another backslash.
-LikePattern = Annotated[str, Field(pattern=r"^([^\\]|\\[_%\\])+$")]
+
+
+def written_as(pattern: str, words: str) -> AfterValidator:
+    """For a text: what it must be, as a pattern and in words that go on from "which"."""
+
+    def written(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"found {text!r}, which {words}")
+        return text
+
+    return AfterValidator(written)
 
 
 def _known_zone(name: str) -> str:
@@ -93,6 +102,16 @@ def _not_fixed(conf: dict[str, str]) -> dict[str, str]:
 VALID_DAYS, TEST_DAYS = 56, 28  # before the log's end: where training and validation end by default
 Minutes = Annotated[float, Field(gt=0, le=52_560_000)]  # up to a hundred years: times stay in Python's range
 TimeZone = Annotated[str, AfterValidator(_known_zone)]
+DatabaseName = Annotated[
+    str,
+    written_as(
+        r"[A-Za-z_][A-Za-z0-9_]*", "must consist of letters (a-z, A-Z), digits and _, and not begin with a digit"
+    ),
+]
+LikePattern = Annotated[  # as Spark accepts it
+    str,
+    written_as(r"([^\\]|\\[_%\\])+", "must not be empty, and have a backslash only before _, % or another backslash"),
+]
 # A folder or a file. Databricks' URIs become local mount paths: dbfs:/Volumes/… is /Volumes/…, dbfs:/… is /dbfs/….
 PlaceName = Annotated[str, AfterValidator(no_home), AfterValidator(lambda place: local_path(place) or place)]
 
@@ -103,7 +122,7 @@ class StorageSettings(Section):
     root: PlaceName = Field(
         "build/warehouse", min_length=1, description="folder or file system URI that holds everything trailvec writes"
     )
-    database: str = Field("trailvec", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="name of the database in SQL")
+    database: DatabaseName = Field("trailvec", description="name of the database in SQL")
 
 
 class SparkSettings(Section):
@@ -582,19 +601,34 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
     errors = error.errors(include_url=False)
     # A mistyped key also leaves the right one missing: report the mistyped one.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    key = ".".join(str(part) for part in first["loc"])
+    key, value = ".".join(map(str, first["loc"])), first["input"]
     if first["type"] == "missing":
         return f"{key} is missing: add it"
     if first["type"] == "value_error":
         what = f"{key}: " if key else ""
         return f"{what}{first['ctx']['error']}: correct it"
-    if first["type"] == "model_type":
-        keys = _keys(_section_at(model, first["loc"]))
-        known = ", ".join(keys)
-        return f"{key} = {first['input']!r}: write a table, such as {{ {keys[0]} = ... }} (known keys: {known})"
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key}; {_instead(model, first['loc'], first['input'])}"
-    return f"{key} = {first['input']!r}: {first['msg']}: correct it"
+        return f"unknown key {key}; {_instead(model, first['loc'], value)}"
+    found = "{ ... }" if isinstance(value, dict) else repr(value)
+    shape = _shape(model, first["loc"], first["type"])
+    return f"{key} = {found}: " + (f"write {shape}" if shape else f"{first['msg']}: correct it")
+
+
+def _shape(model: type[BaseModel], location: tuple[int | str, ...], wrong: str) -> str | None:
+    """What to write where a table or a list is wanted; `wrong`: the type of pydantic's error."""
+    section = _section_at(model, location)
+    keys = _keys(section)
+    table, known = f"{{ {keys[0]} = ... }}", f"(known keys: {', '.join(keys)})"
+    if wrong == "model_type":
+        return f"a table, such as {table} {known}"
+    if wrong == "dict_type":
+        return 'a table with its texts in quotes, such as { a = "b" }'
+    if wrong not in ("list_type", "tuple_type"):
+        return None
+    if section is _section_at(model, location[:-1]):
+        return 'a list of texts in quotes, such as ["a", "b"]'
+    heading = ".".join(part for part in location if isinstance(part, str))
+    return f"a list of tables, such as [{table}], or each of them below [[{heading}]] {known}"
 
 
 def _instead(model: type[BaseModel], location: tuple[int | str, ...], value: Any) -> str:

@@ -16,7 +16,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field, model_validator
 
-from jobs.config import UserList, no_home, parse, read_toml, shipped
+from jobs.config import UserList, no_home, parse, read_toml, shipped, written_as
 from jobs.errors import TrailvecError
 from spark_udfs.likeness import DEFAULT_METHOD, Method
 from training.config import Section
@@ -83,7 +83,9 @@ class Frequency(Section):
 class Segment(Section):
     """The content of a segment file."""
 
-    name: str = Field(pattern=r"^[a-z0-9_-]+$", description="also the name of its folder")
+    name: Annotated[str, written_as(r"[a-z0-9_-]+", "must consist of lower-case letters (a-z), digits, _ and -")] = (
+        Field(description="also the name of its folder")
+    )
     owner: str = Field(min_length=1, description="who is responsible for it")
     purpose: str = Field(min_length=1, description="what it is for")
 

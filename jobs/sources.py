@@ -37,12 +37,17 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from jobs.config import parse, read_toml, shipped
+from jobs.config import parse, read_toml, shipped, written_as
 from training.config import Section
+
+Name = Annotated[
+    str,
+    written_as(r"[a-z][a-z0-9_]*", "must consist of lower-case letters (a-z), digits and _, and begin with a letter"),
+]
 
 
 class Given(Section):
@@ -131,7 +136,7 @@ class Lookup(Section):
 class Reject(Section):
     """Records that the source rejects."""
 
-    reason: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    reason: Name
     when: str = Field(description="a Spark SQL condition over the raw columns")
 
 
@@ -150,10 +155,8 @@ class Kafka(Section):
 class Input(Section):
     """One kind of file, or one topic."""
 
-    name: str | None = Field(
-        None,
-        pattern=r"^[a-z][a-z0-9_]*$",
-        description="name under which reading progress is stored; None: under its path or topic",
+    name: Name | None = Field(
+        None, description="name under which reading progress is stored; None: under its path or topic"
     )
     path: str | None = Field(
         None, description="file, folder or pattern (`*`, `?`, `[...]`; no braces), relative to ingest.data_dir"
@@ -223,7 +226,7 @@ class Input(Section):
 class Source(Section):
     """A mapping file."""
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="written to the source column of every event")
+    name: Name = Field(description="written to the source column of every event")
     input: list[Input] = Field(min_length=1)
 
     @model_validator(mode="after")

@@ -421,6 +421,11 @@ def test_what_is_refused_while_it_runs(shop: Runtime, tmp_path: Path, monkeypatc
             'size = 4\nsuppress = ["seeds.txt"]',
             r"suppress\.0 = 'seeds\.txt': write a table, such as { file = \.\.\. } \(known keys: file, sql\)",
         ),
+        (
+            "size = 4",
+            'size = 4\nsuppress = "optout.txt"',
+            r"suppress = 'optout\.txt': write a list of tables, such as \[",
+        ),
         ("size = 4", "size = 4\ncontrol_share = 1", "control_share = 1: Input should be less than 1"),
         (
             "size = 4",
@@ -432,7 +437,7 @@ def test_what_is_refused_while_it_runs(shop: Runtime, tmp_path: Path, monkeypatc
             "tastes = 3",
             "seeds: tastes needs method 'tastes', found 'classifier': correct it",
         ),
-        ('name = "likes"', 'name = "../likes"', "name = '../likes': String should match pattern"),
+        ('name = "likes"', 'name = "../likes"', "name: found '../likes', which must consist of"),
         ("size = 4", 'size = 4\nuser_ids = "plain"', r"likes.toml: plain user ids need approved_by, .*: correct it"),
         (
             "size = 4",

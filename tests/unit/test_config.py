@@ -30,7 +30,7 @@ from jobs.errors import TrailvecError
             'neighbours={ habit = true, metrics = { user_item = "cosine" } }',
             "neighbours: habit = true adds to dot products, so metrics.user_item must be dot, or habit be false",
         ),
-        ("ingest.sources=5", "ingest.sources = 5: Input should be a valid list"),
+        ("ingest.sources=5", 'ingest.sources = 5: write a list of texts in quotes, such as ["a", "b"]'),
         ("train.epochs=many", "train.epochs = 'many': Input should be a valid integer"),
         ("train.heads=3", "width must be a multiple of heads = 3, found 64"),
         ("train.loss=gbce", "gbce is calibrated for uniform negatives and needs negative_power = 0, found 1.0"),
@@ -57,7 +57,7 @@ from jobs.errors import TrailvecError
         ('storage.root=""', "storage.root = '': String should have at least 1 character"),
         ('ingest.data_dir=""', "ingest.data_dir = '': String should have at least 1 character"),
         ("maintain.keep_days={ events = 99999999 }", "events = 99999999: Input should be less than or equal to 36500"),
-        ("storage.root.a=b", "storage.root = {'a': 'b'}: Input should be a valid string"),
+        ("storage.root.a=b", "storage.root = { ... }: Input should be a valid string"),
         (
             'spark.conf."spark.sql.session.timeZone"="Europe/Berlin"',
             "spark.conf: found spark.sql.session.timeZone = 'Europe/Berlin', which must be UTC, since the rows "
@@ -69,6 +69,23 @@ from jobs.errors import TrailvecError
             "spark.conf: found a section spark: a key that contains dots must be in quotes, as in "
             'spark.conf."spark.executor.memory" = "4g": correct it',
         ),
+        ("probe.heads=mlp", 'probe.heads = \'mlp\': write a list of texts in quotes, such as ["a", "b"]'),
+        (
+            "neighbours.metrics=[dot]",
+            "metrics = '[dot]': write a table with its texts in quotes, such as { a = \"b\" }",
+        ),
+        (
+            "evaluate.gate={ task = 'next' }",
+            "evaluate.gate = { ... }: write a list of tables, such as [{ task = ... }], or each of them below "
+            "[[evaluate.gate]] (known keys: task, method",
+        ),
+        ("storage.database=a-b", "storage.database: found 'a-b', which must consist of letters (a-z, A-Z), digits and"),
+        ("storage.database=1a", "storage.database: found '1a', which must consist of letters (a-z, A-Z), digits and"),
+        (
+            "flag_users.test_accounts=['a', 'qa\\x']",
+            "test_accounts.1: found 'qa\\\\x', which must not be empty, and have a backslash only before _, % or",
+        ),
+        ("flag_users.test_accounts=['']", "test_accounts.0: found '', which must not be empty, and have a backslash"),
         ("modle.version=a", "unknown key modle; did you mean model?"),
         (
             "flag_users.events_per_day=9223372036854775807",

@@ -108,7 +108,18 @@ def test_identical_records_of_a_topic_cannot_be_numbered(tmp_path: Path) -> None
         ),
         ('user_id = "customer"', "", "input.0.columns.user_id is missing"),
         ('format = "csv"', 'format = "xlsx"', "input.0.format = 'xlsx'"),
-        ('"test_order"', '"Test order"', "input.0.reject.0.reason = 'Test order'"),
+        ('"test_order"', '"Test order"', "input.0.reject.0.reason: found 'Test order', which must consist of lower-"),
+        (
+            "[[input]]\n",
+            "[input]\n",
+            "input = { ... }: write a list of tables, such as [{ name = ... }], or each of them below [[input]]",
+        ),
+        ("[[input.reject]]", "[input.reject]", "or each of them below [[input.reject]] (known keys: reason, when)"),
+        (
+            'name = "shop"',
+            'name = "1shop"',
+            "name: found '1shop', which must consist of lower-case letters (a-z), digits",
+        ),
         ('name = "shop"', 'name = "shop', "is not a valid TOML file"),
     ],
 )
