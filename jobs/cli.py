@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -64,7 +65,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog="A stage whose tables are up to date is skipped; --force runs it anyway.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add = partial(commands.add_parser, parents=[common])
+
+    def add(name: str, **texts: Any) -> argparse.ArgumentParser:
+        # What the list of commands says of one, its own --help says too.
+        return commands.add_parser(name, parents=[common], **{"description": texts["help"], **texts})
+
     _add_run(add, STAGES)
     for stage in (*STAGES, *ASIDE):
         _add_stage(add, stage)
@@ -107,7 +112,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 # ---- the commands: the arguments and the action of each; an action imports what it alone needs ----------------------
 
-_Add = Callable[..., argparse.ArgumentParser]  # (name, help, description) → the command's parser
+_Add = Callable[..., argparse.ArgumentParser]  # (name, help, description (default: help), epilog) → the parser
 
 
 def _add_run(add: _Add, stages: Sequence[Stage]) -> None:
@@ -128,7 +133,7 @@ def _run_range(stages: Sequence[Stage], config: Config, arguments: argparse.Name
 
 
 def _add_stage(add: _Add, stage: Stage) -> None:
-    command = add(stage.name, help=stage.help, description=stage.help, epilog=_about(stage))
+    command = add(stage.name, help=stage.help, epilog=_about(stage))
     command.add_argument("--force", action="store_true", help="run it even if it is up to date")
     if stage.name == "evaluate":
         command.add_argument(
@@ -180,7 +185,11 @@ def _audit(config: Config, arguments: argparse.Namespace) -> None:
 
 
 def _add_maintain(add: _Add) -> None:
-    command = add("maintain_tables", help="compact and cluster the tables, delete old files, report sizes")
+    command = add(
+        "maintain_tables",
+        help="compact and cluster tables, delete old files, and old rows if maintain.keep_days is set, report sizes",
+        epilog="Its settings are [maintain] (--show-config prints them).",
+    )
     command.add_argument(
         "--table",
         metavar="NAME",
@@ -222,7 +231,8 @@ def _tune(config: Config, arguments: argparse.Namespace) -> None:
 
 def _add_retire(add: _Add) -> None:
     command = add(
-        "retire_model", help="remove an old model's vectors from the tables; not possible for the current model"
+        "retire_model",
+        help="remove an old model's vectors, profiles and neighbours from the tables; the current model is refused",
     )
     command.add_argument("version", help="the model's version, a folder under models/")
     command.set_defaults(action=_retire)

@@ -43,6 +43,7 @@ def test_every_command_has_help_and_a_stage_names_its_tables_and_settings(capsys
     names = {name: {one.name for one in of if isinstance(one, Table)} for name, of in used.items()}
     for stage in (*STAGES, *ASIDE):
         names[stage.name] |= set(re.findall(r"\.config\.(\w+)", inspect.getsource(stage.inputs)))
+    names["maintain_tables"] = {"maintain"}
     with pytest.raises(SystemExit):
         main(["--help"])
     commands = re.findall(r"^    (\w+)", capsys.readouterr().out, re.MULTILINE)
@@ -52,6 +53,8 @@ def test_every_command_has_help_and_a_stage_names_its_tables_and_settings(capsys
             main([command, "--help"])
         said = capsys.readouterr().out
         assert ended.value.code == 0, command
+        about = said.split("\n\n")[1]  # after the usage
+        assert not about.startswith(("options:", "positional arguments:")), (command, said)
         words = set(re.findall(r"\w+", said.rpartition("\n\n")[2]))
         assert names.get(command, set()) <= words, (command, said)
 
