@@ -93,6 +93,9 @@ def _in_quotes(conf: Any) -> Any:
 
 
 def _not_fixed(conf: dict[str, str]) -> dict[str, str]:
+    for key in conf:
+        if "." not in key:
+            raise ValueError(f"found {key}, which has no dot, so it is no setting of Spark and belongs elsewhere")
     for key, value in SPARK_FIXED.items():
         if conf.get(key, value) != value:
             raise ValueError(f"found {key} = {conf[key]!r}, which must be {value}, since the rows depend on it")

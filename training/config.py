@@ -5,7 +5,16 @@ from __future__ import annotations
 from datetime import datetime, timezone
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from training.urls import holds_secret
 
@@ -33,6 +42,17 @@ class Section(BaseModel):
     """A section of the configuration: immutable; unknown keys and non-finite numbers are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic takes true as 1, which would turn a limit off."""
+        wanted = cls.model_fields[str(info.field_name)].annotation
+        kinds = {getattr(kind, "__origin__", kind) for kind in (wanted, *get_args(wanted))}
+        found = value.values() if isinstance(value, dict) else [value]
+        if kinds & {int, float} and any(isinstance(one, bool) for one in found):
+            raise ValueError("found true or false where a number is expected")
+        return value
 
 
 Architecture = Literal["gpt2", "xlnet", "bert", "electra"]

@@ -86,6 +86,14 @@ from jobs.errors import TrailvecError
             "test_accounts.1: found 'qa\\\\x', which must not be empty, and have a backslash only before _, % or",
         ),
         ("flag_users.test_accounts=['']", "test_accounts.0: found '', which must not be empty, and have a backslash"),
+        (
+            'spark.conf={ master = "local[1]" }',
+            "spark.conf: found master, which has no dot, so it is no setting of Spark",
+        ),
+        ("train.epochs=true", "train.epochs: found true or false where a number is expected: correct it"),
+        ("ingest.max_rejected_share=true", "max_rejected_share: found true or false where a number is expected"),
+        ("sessionize.max_minutes=false", "sessionize.max_minutes: found true or false where a number is expected"),
+        ("maintain.keep_days={ events = true }", "maintain.keep_days: found true or false where a number is expected"),
         ("modle.version=a", "unknown key modle; did you mean model?"),
         (
             "flag_users.events_per_day=9223372036854775807",
