@@ -41,7 +41,7 @@ class FrequencySampler(nn.Module):
         self.register_buffer("cumulative", weight.div_(self.total).cumsum(0), persistent=False)
 
     def sample(self) -> tuple[Tensor, Tensor]:
-        """The distinct drawn items, int64 [n], and each one's probability of being drawn, float32 [n]."""
+        """The distinct drawn items, sorted, int64 [n], and each one's probability of being drawn, float32 [n]."""
         points = torch.rand(self.draws, dtype=torch.float64, device=self.cumulative.device) * self.cumulative[-1]
         drawn = torch.searchsorted(self.cumulative, points, right=True).unique()  # type: ignore[no-untyped-call]
         # An item drawn twice is kept once, so its probability is that of being drawn at all: 1 - (1 - p)^draws.
@@ -57,10 +57,35 @@ def sampled_softmax(states: Tensor, targets: Tensor, vectors: Vectors, sampler: 
     over all items (Bengio & Senécal, 2008; Khrylchenko et al., "Correcting the LogQ Correction", 2025).
     """
     drawn, chance = sampler.sample()
-    scores = _products(states, vectors(drawn)) - chance.log()
-    scores = scores.masked_fill(targets[:, None] == drawn, -torch.inf)
-    own = (states * vectors(targets)).sum(dim=1)
-    return (torch.logaddexp(own, scores.logsumexp(dim=1)) - own).sum()
+    negatives, own = vectors(drawn), vectors(targets)
+    with torch.autocast(states.device.type, enabled=False):
+        return _SampledSoftmax.apply(states, targets, own, drawn, negatives, chance)  # type: ignore[no-untyped-call,no-any-return]
+
+
+class _SampledSoftmax(torch.autograd.Function):
+    """Computes gradients with the loss, in the same array of scores: with fewer passes over it than autograd makes, and
+    none of it kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        states, targets, own, drawn, negatives, chance = inputs
+        scores = torch.addmm(-chance.log().to(states.dtype), states, negatives.T)
+        # `drawn` is sorted. A target greater than all of it gets the last place, where it is not.
+        place = torch.searchsorted(drawn, targets).clamp_(max=len(drawn) - 1)[:, None]
+        is_target = drawn[place] == targets[:, None]
+        scores.scatter_(1, place, scores.gather(1, place).masked_fill_(is_target, -torch.inf))
+        of_target = (states * own).sum(dim=1, keepdim=True)
+        sums = torch.logaddexp(of_target, scores.logsumexp(dim=1, keepdim=True))
+        if any(ctx.needs_input_grad):
+            errors, own_error = scores.sub_(sums).exp_(), torch.expm1(of_target - sums)
+            of_states = (errors @ negatives).addcmul_(own_error, own)
+            ctx.save_for_backward(of_states, own_error * states, errors.T @ states)
+        return (sums - of_target).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        of_states, of_own, of_negatives = (saved * gradients[0] for saved in ctx.saved_tensors)
+        return of_states, None, of_own, None, of_negatives, None
 
 
 def gbce(

@@ -135,6 +135,32 @@ def test_the_sampled_softmax_is_the_corrected_sum_over_the_drawn(monkeypatch: py
     assert float(found) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("targets", [[3, 5, 3, 6, 2, 0], [2], []])
+@pytest.mark.parametrize("drawn", [[1, 2, 3, 5], [2], [4]])  # with targets before, among and after the drawn
+def test_the_sampled_softmax_is_autograds_and_keeps_no_scores(
+    targets: list[int], drawn: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = FrequencySampler(COUNTS, draws=3, power=1.0)
+    items, chances = torch.tensor(drawn), torch.linspace(0.01, 0.9, len(drawn))
+    monkeypatch.setattr(sampler, "sample", lambda: (items, chances))
+    states, table = states_and_table(len(targets))
+    of, kept = torch.tensor(targets, dtype=torch.int64), [0]
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: kept.append(saved.numel()) or saved, lambda saved: saved
+    ):
+        found = sampled_softmax(states, of, lambda rows: table[rows], sampler)
+    assert max(kept) <= max(states.numel(), table[items].numel())
+    scores = (states @ table[items].T - chances.log()).masked_fill(of[:, None] == items, -torch.inf)
+    own = (states * table[of]).sum(dim=1)
+    expected = (torch.logaddexp(own, scores.logsumexp(dim=1)) - own).sum()
+    for ours, theirs in zip(
+        (found, *torch.autograd.grad(2 * found, (states, table))),
+        (expected, *torch.autograd.grad(2 * expected, (states, table))),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
 def test_the_correction_makes_the_sum_under_the_softmax_right_on_average() -> None:
     torch.manual_seed(1)
     states, table = states_and_table(1)
