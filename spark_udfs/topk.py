@@ -428,7 +428,11 @@ class _Queries:
         names = block.field("left_out").flatten().dictionary_encode()
         counts = block.field("left_out_counts").flatten().to_numpy()
         once = names.dictionary.to_numpy(zero_copy_only=False).astype(np.str_)
-        self._left_out, self._which = once, names.indices.to_numpy()
+        # In order: `_same` sorts them at every meeting, which takes little time then.
+        order = np.argsort(once)
+        place = np.empty(len(order), np.int64)
+        place[order] = np.arange(len(order))
+        self._left_out, self._which = once[order], place[names.indices.to_numpy()]
         self._rows = np.repeat(np.arange(len(counts)), counts)
 
     def meet(self, block: pa.StructArray) -> None:

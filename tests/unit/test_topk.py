@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from spark_udfs import topk
@@ -105,6 +105,13 @@ def test_cosines_among_the_same_vectors_leave_the_vector_itself_out(users: Named
     st.dictionaries(names, st.sets(names, max_size=4), max_size=6),
     st.integers(1, 4),
     st.lists(st.integers(0, 9), max_size=3),
+)
+@example(  # left out in no order
+    {name: [1.0, 1.0] for name in "0ab"},
+    {name: [1.0, 1.0] for name in "0ab"},
+    {"0": {"b"}, "a": {"0"}, "b": {"a"}},
+    3,
+    [],
 )
 def test_what_is_left_out_is_not_found(users: Named, items: Named, out: LeftOut, k: int, cuts: list[int]) -> None:
     assert run(users, items, k, "dot", cuts, out) == brute_force(users, items, k, "dot", out)
