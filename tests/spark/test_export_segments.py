@@ -729,6 +729,7 @@ def test_many_segments_in_one_pass_against_plain_python(
     assert [row["score"] for row in rows] == pytest.approx([likeness[row["user_id"]] for row in rows], rel=1e-6)
     assert [row["rank"] for row in rows] == list(range(1, len(rows) + 1))
     assert manifest["counts"]["control"] == 40 - len(rows) > 0
+    assert sum(manifest["score"]["histogram"]["counts"]) == len(rows)  # of those in the files alone
     others = [user for user in names if user not in seeds]
     assert removed(manifest) == {
         "seed": 7,
