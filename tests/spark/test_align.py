@@ -161,25 +161,45 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-def test_who_has_acted_since_is_not_compared(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_has_acted_since_or_is_cold_is_not_compared(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that encodes a history as one number, and the same model again: only what users did since can differ."""
     later = CUT + timedelta(days=1)
     rows = [("same", "score", CUT, 1.0), ("acted", "score", later, 2.0), ("same", "test", later, 3.0)]
+    rows += [("was cold", "score", CUT, 4.0), ("is cold", "score", CUT, 5.0)]
     sequences = spark.createDataFrame(rows, "user_id string, split string, as_of timestamp, state float")
     made = [("same", "m1", CUT, [1.0]), ("acted", "m1", CUT, [1.5]), ("acted", "m0", later, [2.5])]
+    made += [("was cold", "m1", CUT, [4.0]), ("is cold", "m1", CUT, [5.0])]
     schema = "user_id string, model_version string, as_of timestamp, vector array<float>"
-    tables = {
-        SEQUENCES.name: sequences,
-        USER_EMBEDDINGS.name: spark.createDataFrame(made, schema).withColumn("is_cold", F.lit(0) > 0),
-    }
+    old = spark.createDataFrame(made, schema).withColumn("is_cold", F.col("user_id") == "was cold")
+    tables = {SEQUENCES.name: sequences, USER_EMBEDDINGS.name: old}
     runtime = SimpleNamespace(read=lambda t: tables[t.name], latest=lambda t: tables[t.name])
 
     def encoded(_: object, rows: DataFrame, keep: list[str], **of: object) -> DataFrame:
-        return rows.select(*keep, (F.lit(0) > 0).alias("is_cold"), F.array("state").alias("vector"))
+        is_cold = (F.col("user_id") == "is cold").alias("is_cold")
+        return rows.select(*keep, is_cold, F.array("state").alias("vector"))
 
     monkeypatch.setattr(align, "encode_sequences", encoded)
     found = align._users(runtime, Path("m2"), "m1").collect()  # type: ignore[arg-type]
     assert [tuple(row) for row in found] == [("same", [1.0], [1.0])]
+
+
+def test_items_cold_to_either_model_are_not_compared(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cold item's vector is not learnt: it comes from the item's attributes."""
+    names = ("learnt", "was cold", "is cold", "new")
+    old = [(name, "m1", [1.0], name == "was cold") for name in names[:3]] + [("new", "m0", [1.0], False)]
+    new = spark.createDataFrame(
+        [(name, [2.0], name == "is cold") for name in names], "item_id string, vector array<float>, is_cold boolean"
+    )
+    schema = "item_id string, model_version string, vector array<float>, is_cold boolean"
+    tables = {
+        ITEM_EMBEDDINGS.name: spark.createDataFrame(old, schema),
+        ITEMS.name: spark.createDataFrame([(name, "food") for name in names], "item_id string, vertical string"),
+    }
+    runtime = SimpleNamespace(read=lambda t: tables[t.name], latest=lambda t: tables[t.name])
+    monkeypatch.setattr(align, "item_vectors", lambda *_, **of: new)
+    found = align._pairs(runtime, Path("m2"), "m1")  # type: ignore[arg-type]
+    rows = found.select("item_id", "vertical", "new", "old").collect()
+    assert [tuple(row) for row in rows] == [("learnt", "food", [2.0], [1.0])]
 
 
 def test_spaces_of_unlike_width_are_told_apart(shop: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
