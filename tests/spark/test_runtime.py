@@ -328,6 +328,7 @@ def test_the_commits_are_those_of_deltas_history(make_runtime: Callable[..., Run
         assert read_log(path).newest == 18
 
 
+@pytest.mark.usefixtures("spark")
 def test_of_very_many_commits_all_are_told_and_few_are_read_where_few_are_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,6 +360,9 @@ def test_of_very_many_commits_all_are_told_and_few_are_read_where_few_are_asked_
     monkeypatch.setattr(runtime, "provenance", lambda: last)
     runtime._stage, runtime._versions = Stage("flag_users", "", lambda r: None), {"events": 599}
     assert (runtime._since(FLAGGED_USERS, EVENTS), runtime.report.notes) == (40, [])
+    with monkeypatch.context() as upgrade:
+        upgrade.setattr(runtime, "provenance", lambda: last | {"revisions": {"flagged_users": 2}})
+        assert runtime._since(FLAGGED_USERS, EVENTS) is None
     (log / f"{299:020}.json").unlink()
     runtime._history.clear()
     for _ in range(2):
