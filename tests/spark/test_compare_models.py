@@ -22,7 +22,7 @@ from jobs.compare_models import Difference, compare, print_differences
 from jobs.errors import TrailvecError
 from jobs.models import item_vectors
 from jobs.runtime import Runtime, Stage
-from jobs.splits import cut_times, log_end, microseconds
+from jobs.splits import Cuts, cut_times, log_end, microseconds
 from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS, events_of
 from tests.conftest import make_config
 from tests.sequence_files import make_rows, save_model
@@ -63,9 +63,10 @@ def shop(filled: tuple[Path, Rows], make_runtime: Callable[..., Runtime]) -> tup
     return runtime, copy.deepcopy(rows)
 
 
-def session_of(user: str, item: str, when: datetime) -> dict[str, Any]:
+def session_of(user: str, item: str, when: datetime, event_type: str) -> dict[str, Any]:
     """A session of one event."""
-    event = {"event_ts": when, "event_id": f"{user}-{when}", "item_id": item, "event_type": "buy", "vertical": "food"}
+    event = {"event_ts": when, "event_id": f"{user}-{when}", "item_id": item, "event_type": event_type}
+    event["vertical"] = "food"
     event |= {"amount": None, "quantity": None, "time_zone": "UTC"}
     of = {"session_id": event["event_id"], "user_id": user, "verticals": ["food"], "events": [event], "event_count": 1}
     return of | {"amount": None} | dict.fromkeys(("start_ts", "end_ts", "run_start_ts"), when)
@@ -225,28 +226,43 @@ def test_an_evaluation_replaces_its_models_rows_of_its_split_alone(shop: tuple[R
 def test_the_stages_figures_are_what_plain_python_counts(shop: tuple[Runtime, Rows]) -> None:
     """Another week has begun since the sequences were cut; some items are unknown, or came after the model."""
     runtime, rows = shop
-    make_model(runtime, "m1", seed=1)
-    about = {"model_version": "m1", "as_of": CUT, "is_cold": False, "vector": [1.0] * 16}
-    fill(runtime, ITEM_EMBEDDINGS, [{"item_id": f"i{n}", "item_index": n} | about for n in range(2, 29)])
-    for row, following in zip(rows, ([4], [1, 1, 4], [29], [21], [21]), strict=False):
+    settings = (*SETTINGS, 'sequences.target_event_types=["buy"]')
+    items = [row.asDict(recursive=True) for row in runtime.latest(ITEMS).collect()]
+    runtime = Runtime(make_config(runtime.root, *settings), runtime.spark)
+    fill(runtime, ITEMS, items)
+    model = make_model(runtime, "m1", seed=1)
+    vectors = model.item_vectors().detach().numpy()
+    about = {"model_version": "m1", "as_of": CUT, "is_cold": False}
+    embedded = [{"item_id": f"i{n}", "item_index": n, "vector": vectors[n].tolist()} | about for n in range(2, 29)]
+    fill(runtime, ITEM_EMBEDDINGS, embedded)
+    for row, following in zip(rows, ([4], [1, 1, 4], [29], [22], [21]), strict=False):
         row.update(target_item_index=following, target_ts=[CUT] * len(following))
     rows[0].update({name: (rows[0][name] * 20)[:20] for name in FEATURES}, length=20)
-    fill(runtime, SEQUENCES, rows)
     day = timedelta(days=1)
+    newest = sequences(make_rows(USERS, seed=2), "score")
+    fill(runtime, SEQUENCES, rows + newest, note=Cuts(CUT - 28 * day, CUT, CUT).note())
     log = [
-        ("u3", 21, -day),
-        ("u4", 21, day / 2),
-        ("u4", 22, -27.5 * day),
-        ("other", 4, -60 * day),
-        ("other", 4, 30 * day),  # a Monday
+        ("u3", 22, -day, "buy"),  # the model ranks it low
+        ("u4", 21, -2 * day, "view"),
+        ("u4", 21, day / 2, "buy"),
+        ("u4", 22, -27.5 * day, "buy"),
+        *[("other", item, -60 * day, "buy") for item in (4, 16, 28)],
+        *[("another", item, -50 * day, "buy") for item in (4, 11, 26)],
+        ("other", 4, 30 * day, "buy"),  # a Monday
     ]
-    fill(runtime, SESSIONS, [session_of(user, f"i{item}", CUT + after) for user, item, after in log])
+    sessions = [session_of(user, f"i{item}", CUT + after, of) for user, item, after, of in log]
+    fill(runtime, SESSIONS, sessions)
     runtime.execute(evaluate.STAGE)
 
-    table = runtime.latest(EVALUATION).where("task = 'next' AND metric = 'recall@10'").collect()
-    found = {(r["method"], r["slice"], r["slice_value"]): r for r in table}
-    popular = sorted((n for n in range(2, 29) if n % 5), key=lambda n: (-(n % 5), n))[:10]
-    own = {"u3": 21, "u4": 22}  # the other one of u4's is what the row asks
+    evaluation = runtime.latest(EVALUATION).collect()
+    found = {
+        (r["method"], r["slice"], r["slice_value"]): r
+        for r in evaluation
+        if (r["task"], r["metric"]) == ("next", "recall@10")
+    }
+    rankable = [n for n in range(2, 29) if n % 5]
+    popular = sorted(rankable, key=lambda n: (-(n % 5), n))[:10]
+    own = {"u3": 22, "u4": 22}  # the other one of u4's is what the row asks
 
     def recall(best: list[int], targets: list[int]) -> float:
         hits = set(best) & set(targets)
@@ -270,8 +286,40 @@ def test_the_stages_figures_are_what_plain_python_counts(shop: tuple[Runtime, Ro
         "5-19": USERS - few,  # a model reads so many of longer rows
     }
 
+    states = {user: state for user, (state, *_) in by_plain_loop(model, rows).items()}
+    values = [
+        recall(sorted(rankable, key=lambda n, user=user: -float(states[user] @ vectors[n]))[:10], of)
+        for user, of in targets.items()
+    ]
+    assert mean("model", "all", "all") == (np.mean(values), USERS)
+    buyers = {n: {user for user, item, after, _ in log if item == n and after < -28 * day} for n in rankable}
+
+    def likeness(one: int, other: int) -> float:
+        both = buyers[one] & buyers[other]
+        return len(both) / math.sqrt(len(buyers[one]) * len(buyers[other])) if both else 0.0
+
+    values = []
+    for row in rows:
+        history = [n for n in reversed(row["item_index"]) if n in rankable]
+        scores = {n: sum(0.7**step * likeness(one, n) for step, one in enumerate(history)) for n in rankable}
+        best = sorted(rankable, key=lambda n: (-round(scores[n], 5), n))[:10]
+        values.append(recall(best, row["target_item_index"]))
+    assert mean("item_knn", "all", "all") == (np.mean(values), USERS)
+
+    whole = {(r["method"], r["metric"]): r for r in evaluation if r["task"] in ("space", "drift")}
+    pairs = [(states[user], vectors[n]) for user, of in targets.items() for n in of if n in rankable]
+    apart = [one / np.linalg.norm(one) - other / np.linalg.norm(other) for one, other in pairs]
+    row = whole["users_items", "alignment"]
+    assert (row["value"], row["counted"]) == (pytest.approx(np.mean([each @ each for each in apart])), len(pairs))
+    later = {user: state for user, (state, *_) in by_plain_loop(model, newest).items()}
+    cosines = [
+        one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+        for one, other in ((states[user], later[user]) for user in targets)
+    ]
+    assert whole["users", "cosine"]["value"] == pytest.approx(np.mean(cosines))
+
     gate = 'evaluate.gate=[{task="next", method="model", metric="ndcg@10", at_least=0.0}]'
-    asked = Runtime(make_config(runtime.root, "evaluate.resamples=200", gate), runtime.spark)
+    asked = Runtime(make_config(runtime.root, *settings, gate), runtime.spark)
     assert asked.execute(evaluate.STAGE).skipped
     assert evaluate.refusal(asked, "m1") is None
     shutil.rmtree(runtime.models / "m1")
@@ -298,6 +346,6 @@ def test_the_stages_figures_are_what_plain_python_counts(shop: tuple[Runtime, Ro
     with patch.object(evaluate, "events_of", lay_out):
         valid.execute(Stage("look", "", look, reads=(SESSIONS, ITEMS, CONTEXT_VALUES)))
     of_rows, of_all, of_known = met
-    assert (of_rows, of_known) == ({"u4"}, {"other"})
+    assert (of_rows, of_known) == ({"u4"}, {"other", "another"})
     assert of_rows | of_known < of_all
-    assert np.argwhere(trained[0]).tolist() == [[0, 4]]  # of `other`
+    assert np.argwhere(trained[0]).tolist() == [[0, 4], [0, 11], [0, 26], [1, 4], [1, 16], [1, 28]]  # without u4

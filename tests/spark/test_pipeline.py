@@ -199,7 +199,6 @@ def test_slices_coverage_and_the_space_are_what_plain_python_counts(undisturbed:
     correlation = norms.corr(pd.Series([i["target_count"] for i in learnt]).rank())
     assert whole["space", "items", "norm_popularity"]["value"] == pytest.approx(correlation)
     assert whole["space", "items", "norm_popularity"]["counted"] == len(learnt)
-    assert 0 < whole["space", "users_items", "alignment"]["value"] < 4
 
     actions = [event for session in read_delta(tables / "sessions") for event in session["events"]]
     end, month = max(event["event_ts"] for event in actions), timedelta(days=28)
@@ -214,7 +213,6 @@ def test_slices_coverage_and_the_space_are_what_plain_python_counts(undisturbed:
     (rate,) = [r for r in evaluation if (r["task"], r["metric"]) == ("drift", "rate")]  # there is only one vertical
     assert rate["value"] == pytest.approx(len(late) / len(early))
     assert whole["drift", "events", "stability_index"]["value"] == 0
-    assert 0 < whole["drift", "users", "cosine"]["value"] < 1
 
 
 def test_a_habit_is_what_plain_python_sums(undisturbed: Runtime) -> None:

@@ -57,10 +57,12 @@ SETTINGS = (
 )
 
 
-def fill(runtime: Runtime, table: Table, rows: list[dict[str, Any]], files: int = 1) -> None:
-    """Writes the rows as a stage would; `files` data files per partition."""
+def fill(
+    runtime: Runtime, table: Table, rows: list[dict[str, Any]], files: int = 1, note: dict[str, Any] | None = None
+) -> None:
+    """Writes the rows as a stage would, with its `note`; `files` data files per partition."""
     frame = runtime.spark.createDataFrame(rows, table.schema()).repartition(files)
-    runtime.execute(Stage("fill", "", lambda r: r.write(table, frame), (), (table,), ()), force=True)
+    runtime.execute(Stage("fill", "", lambda r: r.write(table, frame, note=note), (), (table,), ()), force=True)
 
 
 def sequences(rows: list[dict[str, Any]], split: str, first_user: int = 0) -> list[dict[str, Any]]:
