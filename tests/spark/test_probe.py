@@ -194,7 +194,7 @@ def test_labels_by_hand_and_no_feature_knows_what_came_after_the_cut(
 def short_logs(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
     """One warehouse for the short logs below: each is of other users, and its test asks only about these."""
     runtime = Runtime(make_config(tmp_path_factory.mktemp("short")), spark)
-    fill(runtime, [*FIVE, *PAUSES, *TAKEN, *FORECAST])
+    fill(runtime, [*FIVE, *ABROAD, *PAUSES, *TAKEN, *FORECAST])
     return runtime
 
 
@@ -229,6 +229,35 @@ def test_five_numbers_and_aggregates_by_hand(short_logs: Runtime, spark: SparkSe
         ("purchase", "item_id|i1", 30, 1),
         *[("view", what, within, 1) for what in ("all|", "vertical|food", "item_id|i3") for within in (1, 7, 30)],
     ]}  # fmt: skip
+
+
+ABROAD = [  # at 12:00, 12:20 and 22:00 of one Tuesday in New York; the last on a Wednesday in UTC
+    event("j", 85 + hours / 24, "i1", time_zone="America/New_York", **values)
+    for hours, values in (
+        (16, {"amount": 4.0, "quantity": 2.0}),
+        (16 + 1 / 3, {"amount": None, "quantity": None, "event_type": "view", "vertical": "rides"}),
+        (26, {"amount": 5.0}),
+    )
+]
+
+
+def test_statistics_by_hand(short_logs: Runtime, spark: SparkSession) -> None:
+    cuts = spark.createDataFrame([("j", CUT.replace(tzinfo=timezone.utc))], "user_id string, cut timestamp")
+    visible = profile_users.before(events_of(short_logs.latest(SESSIONS), *profile_users.OF_EVENTS), cuts)
+    first, view, last = (15 - hours / 24 for hours in (16, 16 + 1 / 3, 26))  # days before the cut
+    amounts = np.log1p([4, 0, 5])
+    logs = {f"actions_{d}": 1 if d == 14 else 3 for d in (14, 28, 56, 91, 182)}
+    logs |= {f"days_{d}": 1 for d in (14, 28, 56, 91, 182)}
+    logs |= {"per_session": 3 / 2, "per_day": 9, "type_purchase": 2, "type_view": 1}
+    logs |= {"recency": last, "tenure": first, "actions": 2, "active_days": 2, "amount": 9}  # days of UTC
+    plain = {"hour_3": 2 / 3, "hour_5": 1 / 3, "weekday_3": 1, "vertical_food": 2 / 3, "vertical_rides": 1 / 3}
+    plain |= {"closeness_purchase": 1 / (1 + math.log1p(last)), "closeness_view": 1 / (1 + math.log1p(view))}
+    plain |= {"amount_mean": amounts.mean(), "amount_spread": amounts.std(), "quantity": np.log1p([2, 0, 1]).mean()}
+    plain |= {"pause_none_in_28": math.exp(-28 / (first + 1))}  # the other statistics of pauses are 0: there is none
+    expected = {name: math.log1p(value) for name, value in logs.items()} | plain
+    found = profile_users.statistics(visible, ["purchase"]).where("value != 0").collect()
+    assert {row["name"]: row["value"] for row in found} == pytest.approx(expected)
+    assert len(found) == len(expected)
 
 
 PAUSES = [event("c", day) for day in (50, 50.2, 52, 55, 85, 90)]  # days of the log; the pauses: 2, 3, 30, 5
