@@ -189,7 +189,7 @@ class Runtime(Lake):
         newest = self.latest_version(table)
         pinned = self._versions[table.name]
         if any(commit.changed_rows for commit in newer_than(self._commits(table), pinned)):
-            raise _changed_by_another_run(table, f"since {self.report.stage} began")
+            raise changed_by_another_run(table, f"since {self.report.stage} began")
         self._versions[table.name] = newest
         self._frames.pop(table.name, None)
 
@@ -444,7 +444,7 @@ class Runtime(Lake):
 
             def write() -> None:
                 if made_from is not None and self.stage_version(table) != made_from:
-                    raise _changed_by_another_run(table, "while this one worked on it")
+                    raise changed_by_another_run(table, "while this one worked on it")
                 with spark_conf(self.spark, settings):
                     merge.execute()
 
@@ -565,7 +565,7 @@ def _filtering(new: DataFrame) -> Iterator[tuple[DataFrame, dict[str, str]]]:
         yield filtered, _FILTERED_MERGE | {more: str(known_size(rows) + 1)}
 
 
-def _changed_by_another_run(table: Table, during: str) -> TrailvecError:
+def changed_by_another_run(table: Table, during: str) -> TrailvecError:
     return TrailvecError(
         f"another run changed table {table.name} {during}: run this again when that one has ended; nothing is lost"
     )

@@ -6,6 +6,7 @@
   chunks done scores the rest at the same version of sequences, then applies what has changed since.
 - Current model retrained to other weights: it must pass the checks of a new model; then all users in one commit,
   because the model is being read meanwhile.
+- Forced, with vectors in the table: all users in one commit, which replaces whatever rows the model had.
 
 Last, the single row of current_model changes: readers of current_user_embeddings see all of the old model before that,
 and all of the new one afterwards. Vectors of old models stay until `trailvec retire_model`. If a history is longer than
@@ -16,6 +17,7 @@ How and why: docs/decisions/0012.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain, takewhile
@@ -30,7 +32,7 @@ from jobs.errors import TrailvecError
 from jobs.model_folders import check_items, check_numbers, description, model_folder, model_inputs, trained_again
 from jobs.models import encode_sequences
 from jobs.progress import meanwhile
-from jobs.runtime import Runtime, Stage
+from jobs.runtime import Runtime, Stage, changed_by_another_run
 from jobs.spark_session import persisted, spark_conf
 from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, SEQUENCES, USER_EMBEDDINGS, of_model
 from spark_udfs.encode import Counts, Summed
@@ -68,28 +70,61 @@ class Scoring:
         chunks: the number of chunks; a user's chunk is a hash of their id.
         done: the numbers of the committed chunks.
         into_empty: the table had no vectors of the model at the start, so chunks only append rows.
+        after: the newest version of user_embeddings, before the scoring's own commits, that may have changed the
+            model's vectors (`begun_after`).
     """
 
     sequences: int
     chunks: int
     done: frozenset[int]
     into_empty: bool
+    after: int = 0
+
+
+def commits_of(runtime: Runtime, version: str) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """The commits to user_embeddings that may have changed the model's vectors, newest first: number and note.
+
+    The note is None if something other than trailvec made the commit, or a run that read an earlier table named
+    sequences: its versions held other rows.
+    """
+    for commit in runtime.commits(USER_EMBEDDINGS):
+        provenance = commit.provenance or {}
+        note = provenance.get("note") or {}
+        if commit.foreign or note.get("model", {}).get("version") == version:
+            yield commit.version, note if note and runtime.read_these(provenance) else None
+
+
+def of_one_scoring(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
+    """Whether two notes are of chunks that together are one scoring."""
+    if one is None or other is None:
+        return False
+    return all(one.get(key) == other.get(key) for key in ("model", "sequences", "chunks"))
+
+
+def newest_of_others(runtime: Runtime, version: str, note: dict[str, Any] | None = None) -> int | None:
+    """The newest commit that may have changed the model's vectors and is not of the scoring that left this note."""
+    return next((number for number, said in commits_of(runtime, version) if not of_one_scoring(said, note)), None)
+
+
+def begun_after(runtime: Runtime, version: str, note: dict[str, Any] | None = None) -> int:
+    """`Scoring.after` of the scoring that left this note; None: of one that begins now."""
+    newest = newest_of_others(runtime, version, note)
+    if newest is not None:
+        return newest
+    # All commits of which the log no longer tells came before its oldest.
+    return min((commit.version for commit in runtime.commits(USER_EMBEDDINGS)), default=0)
 
 
 def scoring_so_far(runtime: Runtime, model: dict[str, Any]) -> Scoring | None:
     """How far an earlier run came with this very model; None if there is nothing to resume."""
-    # Skip runs that read an earlier table named sequences: its versions held other rows.
-    provenances = takewhile(runtime.read_these, runtime.noted(USER_EMBEDDINGS))
-    notes = (
-        provenance["note"] for provenance in provenances if provenance["note"]["model"]["version"] == model["version"]
-    )
+    notes = (note for _, note in commits_of(runtime, model["version"]))
     newest = None if runtime.forced else next(notes, None)
     if newest is None or newest["model"] != model or not runtime.kept(SEQUENCES, newest["sequences"]):
         return None
-    run = ("model", "sequences", "chunks")
-    of_run = takewhile(lambda note: all(note[key] == newest[key] for key in run), notes)
-    done = frozenset(note["chunk"] for note in (newest, *of_run))
-    return Scoring(newest["sequences"], newest["chunks"], done, newest["into_empty"])
+    of_scoring = takewhile(lambda note: of_one_scoring(note, newest), notes)
+    done = frozenset(note["chunk"] for note in chain((newest,), of_scoring) if note)
+    after = begun_after(runtime, model["version"], newest)
+    return Scoring(newest["sequences"], newest["chunks"], done, newest["into_empty"], after)
 
 
 # ---- the stage ----------------------------------------------------------------------------------------
@@ -139,7 +174,15 @@ class Scorer:
         note = self._note(scoring, number)
         chunk = self._encode(rows.where(mine) if scoring.chunks > 1 else rows)
         if scoring.into_empty:
-            self._runtime.append(USER_EMBEDDINGS, chunk, done=False, note=note)
+            # Of several runs that began after the same commit, Delta lets one write the chunk.
+            batch = (f"{self.version} after {scoring.after}", number)
+            self._runtime.append(USER_EMBEDDINGS, chunk, batch=batch, done=False, note=note)
+            if (newest_of_others(self._runtime, self.version, note) or 0) > scoring.after:
+                raise changed_by_another_run(USER_EMBEDDINGS, "while this one worked on it")
+        elif scoring.chunks == 1:
+            with persisted(chunk):  # so that a conflict with other jobs costs no second encoding
+                of = {"model_version": self.version}
+                self._runtime.write(USER_EMBEDDINGS, chunk, done=False, note=note, of=of)
         else:
             self._merge(chunk, self.vectors().where(mine), done=False, note=note)
 
@@ -172,10 +215,11 @@ class Scorer:
         """
         users, vectors = self.rows(self._runtime.version(SEQUENCES)).count(), self.vectors().count()
         if users != vectors:
+            self._runtime.touch(USER_EMBEDDINGS, done=False)  # else the stage would count as up to date
             raise TrailvecError(
                 f"table user_embeddings has {vectors:,} vectors of model {self.version} for {users:,} users "
-                f"(did two jobs write to it at once?): run this stage again; if that does not help, run "
-                f"`trailvec retire_model {self.version}` first"
+                f"(did two jobs write to it at once?): run `trailvec score_users --force` once no other run of it "
+                f"goes on"
             )
         if self._runtime.newest_current_model() == self.version:
             self._runtime.touch(CURRENT_MODEL)
@@ -280,13 +324,17 @@ def run(runtime: Runtime) -> None:
     check_successor(runtime, scorer.version, again)
     check_items(runtime, scorer.version)
     runtime.create(USER_EMBEDDINGS)
-    now = runtime.version(SEQUENCES)
+    now, begun_at = runtime.version(SEQUENCES), runtime.latest_version(USER_EMBEDDINGS)
     scoring = scoring_so_far(runtime, scorer.model)
     if scoring is None:
+        # As of the commits that `begun_after` reads: a run beside this one may write between the two.
+        into_empty = of_model(runtime.at(USER_EMBEDDINGS, begun_at), scorer.version).isEmpty()
         chunks = min(MAX_CHUNKS, -(-scorer.rows(now).count() // runtime.config.score.chunk_users) or 1)
         if again and runtime.newest_current_model() == scorer.version:
             chunks = 1  # readers would see vectors of two trainings mixed
-        scoring = Scoring(now, chunks, frozenset(), into_empty=scorer.vectors().isEmpty())
+        if runtime.forced and not into_empty:
+            chunks = 1  # whatever rows the model has are replaced
+        scoring = Scoring(now, chunks, frozenset(), into_empty, begun_after(runtime, scorer.version))
     scorer.score_all(scoring)
     scorer.score_changed(scoring.sequences)
     scorer.make_current()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from deltalake import DeltaTable
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 
 from jobs import cli, find_neighbours, retire_model, score_users, write_report
 from jobs.config import GateSettings
@@ -30,6 +31,7 @@ from jobs.spark_session import spark_conf
 from jobs.sql import query
 from jobs.tables import (
     CONTEXT_VALUES,
+    CURRENT_MODEL,
     EVALUATION,
     ITEM_EMBEDDINGS,
     ITEMS,
@@ -37,6 +39,7 @@ from jobs.tables import (
     SEQUENCES,
     SESSIONS,
     USER_EMBEDDINGS,
+    Table,
 )
 from scripts.faults import delta_reader
 from tests.conftest import make_config, put, read_delta
@@ -487,24 +490,65 @@ def test_a_version_is_looked_for_in_the_tables_that_there_are(make_runtime: Call
         retire(runtime, "typo")
 
 
-def test_vectors_written_twice_are_never_made_current(scored: tuple[Runtime, SequenceModel]) -> None:
+def test_vectors_written_twice_are_never_made_current_and_repaired_by_force(
+    scored: tuple[Runtime, SequenceModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     shop, _ = scored
-    make_model(shop, "m2", seed=2)
-    about = json.loads((shop.models / "m2" / "model.json").read_text())
-    assert about["model_version"] == "m2"
-    real = score_users.Scorer.score_all
+    new = make_model(shop, "m2", seed=2)
+    real = Runtime.append
 
-    def twice(self: score_users.Scorer, scoring: score_users.Scoring) -> None:
-        real(self, scoring)
-        real(self, scoring)
+    def twice(self: Runtime, table: Table, df: DataFrame, **rest: Any) -> None:
+        for _ in range(2):
+            real(self, table, df, **rest | {"batch": None})
 
-    score_users.Scorer.score_all = twice  # type: ignore[method-assign]
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(Runtime, "append", twice)
         with pytest.raises(TrailvecError, match="80 vectors of model m2 for 40 users"):
             shop.execute(score_users.STAGE)
-    finally:
-        score_users.Scorer.score_all = real  # type: ignore[method-assign]
     assert current(shop) == ({"m1"}, USERS)
+    fill(shop, CURRENT_MODEL, [{"model_version": "m2"}])  # as another run may have done just before
+    for _ in range(2):  # it never counts as up to date
+        with pytest.raises(TrailvecError, match=r"80 vectors .*: run `trailvec score_users --force`"):
+            shop.execute(score_users.STAGE)
+    assert shop.execute(score_users.STAGE, force=True).rows_out["users_encoded"] == USERS
+    assert_vectors(shop, new, "m2", score_rows(USERS, seed=1))
+    assert current(shop) == ({"m2"}, USERS)
+    assert shop.execute(score_users.STAGE).skipped
+
+
+@pytest.mark.parametrize("other", ["killed in between", "whole", "of other sequences"])
+def test_two_runs_that_begin_at_once_write_each_vector_once(
+    scored: tuple[Runtime, SequenceModel], monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    shop = in_chunks(scored[0], 14)
+    new = make_model(shop, "m2", seed=2)
+    rows = score_rows(USERS, seed=1)
+    real = score_users.Scorer._score_chunk
+    calls = 0
+
+    def chunk(self: score_users.Scorer, *rest: Any) -> None:
+        nonlocal calls
+        calls += 1
+        call = calls
+        if call == 1:  # the other run begins and writes before the first one's first commit
+            if other == "of other sequences":
+                rows[7] = score_rows(1, seed=9, first_user=7)[0]
+                change(shop, [rows[7]], [])
+            with contextlib.suppress(Killed):
+                Runtime(shop.config, shop.spark).execute(score_users.STAGE)
+        if call == 3 and other == "killed in between":
+            raise Killed
+        real(self, *rest)
+
+    monkeypatch.setattr(score_users.Scorer, "_score_chunk", chunk)
+    if other == "killed in between":
+        shop.execute(score_users.STAGE)
+    else:
+        with pytest.raises(TrailvecError, match="another run changed table user_embeddings while this one worked"):
+            shop.execute(score_users.STAGE)
+    assert_vectors(shop, new, "m2", rows)
+    assert current(shop) == ({"m2"}, USERS)
+    assert shop.execute(score_users.STAGE).skipped
 
 
 def test_what_is_said_meanwhile() -> None:
