@@ -65,6 +65,7 @@ def log() -> list[Row]:
         events += [event(f"u{n}", 105)] if n % 2 else []
         events += [event(f"u{n}", 110, "coupon", event_type="redeem", vertical="coupons")] if n % 3 == 0 else []
         events += [event(f"u{n}", 111, "ride", vertical="rides")] if n % 3 == 1 and n % 2 else []
+    events += [event("u0", 100, "coupon", event_type="redeem", vertical="coupons")]  # at the cut, so not before it
     return [*events, event("late", 120 - 1e-6 / 86400)]
 
 
