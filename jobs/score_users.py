@@ -37,7 +37,7 @@ from jobs.spark_session import persisted, spark_conf
 from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, SEQUENCES, USER_EMBEDDINGS, of_model
 from spark_udfs.encode import Counts, Summed
 from training.batches import FEATURES
-from training.checkpoint import read_about, read_alignment, rotation_sha256
+from training.checkpoint import read_about, read_alignment, read_description, rotation_sha256
 
 MAX_CHUNKS = 4
 SECONDS_BETWEEN_LINES = 5.0
@@ -207,6 +207,21 @@ class Scorer:
             else:
                 runtime.touch(USER_EMBEDDINGS, note=note)
 
+    def refuse_if_overtaken(self, compared_with: str | None) -> None:
+        """Raises TrailvecError if another model has become current than the one that this model was compared with
+        (`check_successor`), or if this one was trained or aligned again, so that its vectors may be of two spaces."""
+        if (now := self._runtime.newest_current_model()) not in (compared_with, self.version):
+            raise TrailvecError(
+                f"model {now} has become current while this run scored, and {self.version} was not compared with it: "
+                f"run `trailvec align --force` and `trailvec embed_items` first if {self.version} is to follow it"
+            )
+        weights = read_description(self._folder)["weights_sha256"]
+        if (weights, rotation_sha256(self._folder)) != (self.model["weights"], self.model["rotation"]):
+            raise TrailvecError(
+                f"model {self.version} was trained or aligned again while this run scored: run this again, which "
+                f"scores all its users anew"
+            )
+
     def make_current(self) -> None:
         """Switches over: from here on, readers of the views see this model.
 
@@ -286,22 +301,28 @@ def was_scored(runtime: Runtime, version: str) -> bool:
     return runtime.exists(USER_EMBEDDINGS) and not of_model(runtime.latest(USER_EMBEDDINGS), version).isEmpty()
 
 
-def check_successor(runtime: Runtime, version: str, again: bool) -> None:
-    """Raises TrailvecError if the model may not become current: it fails a check, or a check has not been run yet.
+def check_successor(runtime: Runtime, version: str, again: bool) -> str | None:
+    """Checks whether the model may become current.
 
     Args:
         again: it was retrained after its vectors were computed, so it is checked even if it is the current model.
+
+    Returns:
+        The current model, which it was compared with.
+
+    Raises:
+        TrailvecError: it fails a check, or a check has not been run yet.
     """
     runtime.create(CURRENT_MODEL)
     current = runtime.newest_current_model()
     if current == version and not again:
-        return
+        return current
     comes_back = not again and was_scored(runtime, version)
     # For a model that passed before, today's evaluation window is no reason to keep a worse one current.
     if not comes_back and (why := evaluate.refusal(runtime, version)):
         raise TrailvecError(why)
     if current is None:
-        return
+        return None
     report = read_alignment(model_folder(runtime))
     if report is None:
         raise TrailvecError(f"model {version} is not aligned with {current} yet: run `trailvec align` first")
@@ -316,12 +337,13 @@ def check_successor(runtime: Runtime, version: str, again: bool) -> None:
     # If no model has item vectors, there is nothing that the user vectors could mismatch.
     if runtime.exists(ITEM_EMBEDDINGS) and align.has_no_items(runtime, version):
         raise TrailvecError(f"model {version} has no item vectors yet: run `trailvec embed_items` first")
+    return current
 
 
 def run(runtime: Runtime) -> None:
     scorer = Scorer(runtime)
     again = trained_again(runtime, model_folder(runtime))
-    check_successor(runtime, scorer.version, again)
+    compared_with = check_successor(runtime, scorer.version, again)
     check_items(runtime, scorer.version)
     runtime.create(USER_EMBEDDINGS)
     now, begun_at = runtime.version(SEQUENCES), runtime.latest_version(USER_EMBEDDINGS)
@@ -336,7 +358,9 @@ def run(runtime: Runtime) -> None:
             chunks = 1  # whatever rows the model has are replaced
         scoring = Scoring(now, chunks, frozenset(), into_empty, begun_after(runtime, scorer.version))
     scorer.score_all(scoring)
+    scorer.refuse_if_overtaken(compared_with)  # before the commit by which the model counts as scored
     scorer.score_changed(scoring.sequences)
+    scorer.refuse_if_overtaken(compared_with)
     scorer.make_current()
 
     users, cold, actions, places = scorer.counts.value

@@ -181,8 +181,10 @@ def test_a_model_without_the_asked_rows_of_evaluation_does_not_become_current(
         assert current(shop) == ({"m1"}, USERS)
 
     name = "new popularity model_lead_ndcg@10"
+    others = [evaluation_row("m1", 0.1, 0.2, 0.3), evaluation_row("m2", 0.1, 0.2, 0.3) | {"split": "valid"}]
+    fill(shop, EVALUATION, others)
     refused(f"table evaluation has no row for its {name} in split test; table evaluation has no row")
-    fill(shop, EVALUATION, [evaluation_row("m1", 0.1, 0.2, 0.3), evaluation_row("m2", -0.01, 0.2, 0.3)])
+    fill(shop, EVALUATION, [*others, evaluation_row("m2", -0.01, 0.2, 0.3)])
     refused(f"{name} is 0.2000 (-0.0100 to 0.3000), not significantly above 0: run")
     about = {"item_name": None, "category": None, "unit_price": None, "vertical": "food", "said_ts": (None,) * 4}
     counts = dict.fromkeys(("event_count", "train_count", "target_count"), 9)
@@ -401,6 +403,31 @@ def test_a_model_compared_with_one_that_is_current_no_more_does_not_become_curre
         write_json(shop.models / "current.json", {"model_version": version})
         shop.execute(score_users.STAGE)
         assert current(shop)[0] == {version}
+
+    def made_current(version: str) -> None:
+        put(shop, CURRENT_MODEL, shop.spark.createDataFrame([(version,)], CURRENT_MODEL.schema()))
+
+    # Another model becomes current, or this one is aligned again, while it is scored.
+    folder, score_all = shop.models / "m2", score_users.Scorer.score_all
+    aligned = json.loads((folder / "alignment.json").read_text())
+    for meanwhile, refused in (
+        (lambda: made_current("m9"), "m9 has become current while this run scored, and m2 was not compared with it"),
+        (
+            lambda: write_alignment(folder, np.eye(16, dtype=np.float32), aligned),
+            "m2 was trained or aligned again while this run scored",
+        ),
+    ):
+
+        def scored_and(*given: Any, meanwhile: Callable[[], None] = meanwhile) -> None:
+            score_all(*given)
+            meanwhile()
+
+        with monkeypatch.context() as patched:
+            patched.setattr(score_users.Scorer, "score_all", scored_and)
+            with pytest.raises(TrailvecError, match=refused):
+                use("m2")
+        made_current("m1")
+        write_alignment(folder, None, aligned)
 
     use("m2")
     refused = "model m3 was compared with m1, and m2 has become current since: run `trailvec align --force` and"
