@@ -226,12 +226,11 @@ def run(runtime: Runtime) -> None:
     sessions, values = runtime.read(SESSIONS), runtime.read(CONTEXT_VALUES).where("kind != 'category'")
     items = in_vocabulary(runtime.read(ITEMS), min_count)
     cuts, noted = _cuts_of_counts(runtime), noted_cuts(runtime.last_writer(SEQUENCES))
-    fixed = settings.split_by == "leave_one_out" or cuts.are_those_of(noted)
+    fixed = runtime.exists(SEQUENCES) and (settings.split_by == "leave_one_out" or cuts.are_those_of(noted))
     if noted and not fixed and not runtime.forced:
         runtime.report.notes.append(
             f"table sequences is rebuilt in full: the cuts have moved to {cuts.valid_from} and {cuts.test_from}"
         )
-    fixed = fixed and runtime.exists(SEQUENCES)
     made_from = runtime.stage_version(SEQUENCES) if fixed else -1  # read before deciding whether to go on incrementally
     changes = runtime.incremental(SEQUENCES, SESSIONS) if fixed else None
     # (Not asked for a full rebuild: `previous` would only report that the old versions are gone.)

@@ -98,8 +98,13 @@ class Nearest:
         if not self._parts:
             return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
         rows, names, scores = (np.concatenate(parts) for parts in zip(*self._parts, strict=True))
-        reaches = scores >= self._scores[rows, 0]  # most were among the best only when they came: sorting is slow
-        return keep_best(rows[reaches], names[reaches], scores[reaches], self._k)
+        # Most were among the best only when they came, and sorting is slow.
+        return keep_best(*self._still_best(rows, names, scores), self._k)
+
+    def _still_best(self, rows: Int64, names: npt.NDArray[Any], scores: Float32) -> Best:
+        """Those that reach their query's k-th best score so far."""
+        reaches = scores >= self._scores[rows, 0]
+        return rows[reaches], names[reaches], scores[reaches]
 
     def _floor(self, approximate: Float32, scale: Float64) -> Float32:
         """The approximate score that a candidate must reach to possibly be among the k best so far: [queries, 1]."""
@@ -116,8 +121,7 @@ class Nearest:
         return np.asarray(np.maximum(floor - margin, lowest), np.float32)[:, None]
 
     def _take(self, rows: Int64, names: npt.NDArray[Any], scores: Float32) -> None:
-        reaches = scores >= self._scores[rows, 0]
-        rows, names, scores = rows[reaches], names[reaches], scores[reaches]
+        rows, names, scores = self._still_best(rows, names, scores)
         self._parts.append((rows, names, scores))
         query_rows = np.unique(rows)
         order = np.lexsort((scores, rows))
