@@ -6,7 +6,7 @@ unexport SPARK_HOME PYTHONPATH
 DEMO_DATA := build/demo-data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo-data demo test check lock clean distclean
+.PHONY: help setup demo-data demo test check benchmarks lock clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,12 @@ check: setup ## lint, formatting, types and import rules, in under a minute
 	mypy
 	MYPYPATH=scripts/bench mypy scripts/bench
 	lint-imports --no-logo
+
+# Those that need no data from elsewhere. No test runs them: a change may break one unseen.
+BENCHMARKS := sessionize scale incremental segments neighbours vectors score score_increments erase feed train catalogue grow
+
+benchmarks: setup ## run each benchmark once with --quick, some ten minutes, to see that none is broken
+	@for name in $(BENCHMARKS); do python scripts/bench/$$name.py --quick || exit 1; done
 
 COMPILE := uv pip compile pyproject.toml --generate-hashes --no-annotate --no-header --quiet \
 	--python-version 3.11 --python-platform x86_64-unknown-linux-gnu

@@ -39,7 +39,7 @@ from jobs.cli import stage_main
 from jobs.config import IngestSettings, shipped
 from jobs.errors import ANOTHER_INGEST, FETCH_AGAIN, TrailvecError, one_sentence
 from jobs.files import Place, write_json
-from jobs.pruning import within_days
+from jobs.pruning import id_ranges, within_days
 from jobs.raw_records import LISTING, find_inputs, folder_of, is_data, read_raw, read_topic
 from jobs.runtime import Runtime, Stage
 from jobs.sources import Input, Kafka, Source, load_source
@@ -103,16 +103,19 @@ def mark_duplicates(records: DataFrame, duplicates: str) -> DataFrame:
     )
 
 
-def same_ids(table: str, low: str, high: str, days: Sequence[date] | None) -> Column:
+def same_ids(table: str, ids: Sequence[tuple[str, str]], days: Sequence[date] | None) -> Column:
     """A condition that holds for all rows of the events table that have an event_id of a batch. It uses only literals,
     so that Delta can skip files by their statistics.
 
     Args:
         table: the table's alias followed by a dot, or "".
-        low, high: the batch's smallest and largest event_id. Ids that grow with time (most do) are in few files.
+        ids: ranges (first, last; inclusive) that hold the batch's event_ids. Ids that grow with time are in few files.
         days: the days on which such a row may be; None: any.
     """
-    condition = F.col(f"{table}event_id").between(low, high)
+    event_id = F.col(f"{table}event_id")
+    condition = F.lit(False)
+    for first, last in ids:
+        condition |= event_id.between(first, last)
     return condition if days is None else condition & within_days(F.col(f"{table}event_ts"), days)
 
 
@@ -177,15 +180,17 @@ def _same_events(runtime: Runtime, events: DataFrame, same_day: bool) -> tuple[D
         The stored rows (`stored_events`), a condition for MERGE that holds for all of them (over `old.*`), and whether
         the batch's events are few.
     """
-    on_days = [F.collect_set(F.to_date("event_ts"))] if same_day else []
-    low, high, count, *days_of = events.agg(F.min("event_id"), F.max("event_id"), F.count("*"), *on_days).collect()[0]
-    few = count <= FEW
-    if low is None:
+    bounds = F.min("event_id").alias("first"), F.max("event_id").alias("last"), F.count("*").alias("events")
+    of_days = events.groupBy(F.to_date("event_ts").alias("day")).agg(*bounds).collect()
+    few = sum(row["events"] for row in of_days) <= FEW
+    if not of_days:
         return None, F.lit(True), few
-    days = days_of[0] if same_day else None
+    # A range of ids for each day: one late event would make a single range as long as it is late.
+    bounds_of_ids = id_ranges((row["first"], row["last"]) for row in of_days)
+    days = [row["day"] for row in of_days] if same_day else None
     ids = events.select("event_id").distinct()
-    stored = stored_events(runtime, F.broadcast(ids) if few else ids, same_ids("", low, high, days))
-    return stored, same_ids("old.", low, high, days), few
+    stored = stored_events(runtime, F.broadcast(ids) if few else ids, same_ids("", bounds_of_ids, days))
+    return stored, same_ids("old.", bounds_of_ids, days), few
 
 
 def stored_events(runtime: Runtime, ids: DataFrame, where: Column) -> DataFrame | None:
@@ -205,7 +210,7 @@ def stored_events(runtime: Runtime, ids: DataFrame, where: Column) -> DataFrame 
     if low is None:
         return None
     return (
-        table.where(same_ids("", low, high, days))
+        table.where(same_ids("", [(low, high)], days))
         .join(ids, "event_id", "left_semi")
         .select(
             *[c.name for c in EVENTS.columns],

@@ -15,6 +15,20 @@ from pyspark.sql import functions as F
 _MOST_RANGES = 64  # each is checked against every file's statistics
 
 
+def id_ranges(ranges: Iterable[tuple[str, str]], most: int = _MOST_RANGES) -> list[tuple[str, str]]:
+    """At most `most` ranges (first, last; inclusive) that hold all of `ranges` and do not overlap: those that overlap
+    become one, then neighbours, if there are still too many."""
+    apart: list[tuple[str, str]] = []
+    for first, last in sorted(ranges):
+        if apart and first <= apart[-1][1]:
+            apart[-1] = (apart[-1][0], max(last, apart[-1][1]))
+        else:
+            apart.append((first, last))
+    together = -(-len(apart) // most) or 1
+    neighbours = [apart[place : place + together] for place in range(0, len(apart), together)]
+    return [(some[0][0], some[-1][1]) for some in neighbours]
+
+
 def day_ranges(days: Iterable[date], most: int = _MOST_RANGES) -> list[tuple[date, date]]:
     """The days as at most `most` ranges (first, last): if there are more, the shortest gaps are filled."""
     ordered = sorted(set(days))

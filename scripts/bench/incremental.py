@@ -71,9 +71,11 @@ def run_all(lake: Runtime, stages: Sequence[Stage], what: str) -> dict[str, floa
     return seconds
 
 
-def measure(spark: SparkSession, events: int, batches: int, folder: Path, quick: bool = False) -> dict[str, Any]:
+def measure(
+    spark: SparkSession, events: int, batches: int, folder: Path, *, quick: bool, ids_by_time: bool
+) -> dict[str, Any]:
     stages = FIRST if quick else STAGES
-    world = World.of_events(events)
+    world = World.of_events(events, ids_by_time=ids_by_time)
     data = folder / f"incremental-{events}"
     shutil.rmtree(data, ignore_errors=True)
     log_folder = data / "superapp"
@@ -108,6 +110,7 @@ def measure(spark: SparkSession, events: int, batches: int, folder: Path, quick:
         {name: [(sizes[0], batch[name]), (rows, full[name])] for name in full},
     )
     return {
+        "ids_by_time": ids_by_time,
         "rows": rows,
         "batch_rows": sizes[0],
         "batches": len(sizes),
@@ -128,16 +131,19 @@ def main() -> None:
     parser.add_argument("--events", type=float, help="approximate number of events (default: 1e7)")
     parser.add_argument("--batches", type=int, help="batches, of which the median is reported (default: 5; quick: 1)")
     parser.add_argument(
+        "--ids-by-time", action="store_true", help="event_ids that grow with time (default: in no order)"
+    )
+    parser.add_argument(
         "--folder", type=Path, default=Path("build/bench"), help="folder for the log, the tables and the chart"
     )
     arguments = parser.parse_args()
     events = int(arguments.events or (1e4 if arguments.quick else 1e7))
-    batches = arguments.batches or (1 if arguments.quick else 5)
+    batches, folder = arguments.batches or (1 if arguments.quick else 5), arguments.folder.absolute()
 
     spark = session(arguments.quick, tiny=arguments.quick)
     if not arguments.quick:
-        measure(spark, 100_000, 2, arguments.folder.absolute())  # JVM warm-up
-    result = measure(spark, events, batches, arguments.folder.absolute(), arguments.quick)
+        measure(spark, 100_000, 2, folder, quick=False, ids_by_time=arguments.ids_by_time)  # JVM warm-up
+    result = measure(spark, events, batches, folder, quick=arguments.quick, ids_by_time=arguments.ids_by_time)
     spark.stop()
     last_line(result)
 

@@ -109,6 +109,8 @@ class World:
         late: share of events that arrive one to seven days after they happened.
         doubled: share of events that are duplicated.
         bots: share of users that are bots.
+        ids_by_time: event_ids begin with the time, as UUIDs of version 7 do; otherwise they have no order, like ids
+            from many servers.
     """
 
     users: int
@@ -117,12 +119,13 @@ class World:
     late: float = 0.01
     doubled: float = 0.005
     bots: float = 0.001
+    ids_by_time: bool = False
 
     @classmethod
-    def of_events(cls, events: int, days: int = 60, seed: int = 1) -> World:
+    def of_events(cls, events: int, days: int = 60, seed: int = 1, *, ids_by_time: bool = False) -> World:
         """With as many users as make about `events` events."""
         of_user = days * _EVENTS_A_DAY + cls.bots * _EVENTS_OF_BOT
-        return cls(max(1, round(events / of_user)), days, seed)
+        return cls(max(1, round(events / of_user)), days, seed, ids_by_time=ids_by_time)
 
     def ranks(self) -> tuple[int, ...]:
         """By vertical: the number of items alive at a time in each group."""
@@ -576,9 +579,11 @@ def _arrow(world: World, log: Columns) -> pa.RecordBatch:
     salt = _Draw(world.seed).bits("ids", np.zeros(1))
     bought = log["basket"] >= 0
     baskets = _hex(_mix(log["basket"].astype(np.uint64) + salt + salt), 8)
+    ids = _hex(_mix(log["key"].astype(np.uint64) + salt), 8)  # a bijection, so ids are unique
+    if world.ids_by_time:
+        ids = pc.binary_join_element_wise(_hex(log["event_ts"] + start, 8), ids, "")
     columns = {
-        # A bijection, so ids are unique; unordered, like ids from many servers.
-        "event_id": _hex(_mix(log["key"].astype(np.uint64) + salt), 8),
+        "event_id": ids,
         "user_id": _hex(log["user"], 4, b"u"),
         "item_id": _hex((log["slot"] << 8) | np.minimum(log["generation"], 255), 4, b"rfgs", log["vertical"]),
         "event_type": _words(TYPES, log["event_type"]),

@@ -253,7 +253,7 @@ def batches(chance: random.Random) -> tuple[list[Row], list[tuple[str, list[Row]
     """A log of many users and its batches: in any order, some events repeated, some wrong at first."""
     log = [
         e | {"event_id": f"{n}-{e['event_id']}", "user_id": f"{n}-{e['user_id']}"}
-        for n in range(8)
+        for n in range(100)
         for e in make_log(chance, chance.randint(1, 24))
     ]
     how = ["append", chance.choice(["append", "merge"]), "merge"]
