@@ -2,11 +2,11 @@
 
 No record makes the job fail. One that is not an event gets the first reason that applies, in this order: broken_row;
 the mapping's own rules; invalid_utf8; missing_* (user_id, item_id, event_type, vertical, event_ts, event_id; blank
-counts as missing); bad_type_* (an id that is neither text nor a whole number in a Parquet file, or that is an object or
-a list in a JSON line, where numbers can't be told from texts; another text that is a fraction in a Parquet file, an
-object or a list); bad_event_ts, event_before_earliest, event_in_future, bad_amount, bad_quantity, negative_amount,
-bad_time_zone; nul_* (an id with a NUL character, which numpy drops from the end of strings); long_* (an id of more than
-512 characters). (jobs/ingest.py adds duplicate_event_id, which a single record can't show.)
+counts as missing); bad_type_* (an id that is neither text nor a whole number: in a JSON line an object, a list or,
+without quotes, a fraction; another text that is a fraction in a Parquet file, an object or a list); bad_event_ts,
+event_before_earliest, event_in_future, bad_amount, bad_quantity, negative_amount, bad_time_zone; nul_* (an id with a
+NUL character, which numpy drops from the end of strings); long_* (an id of more than 512 characters).
+(jobs/ingest.py adds duplicate_event_id, which a single record can't show.)
 
 An id with an ordinal numbers identical records *within one file*: a line that occurs twice in a file is two events,
 while a file that arrives twice, even under another name, is the same events again. The price: a file split between two
@@ -16,6 +16,7 @@ identical lines looks like a file and its copy, so the two lines become one even
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
 
@@ -58,6 +59,7 @@ _NUMBER_TYPES = (T.DoubleType, T.IntegralType)
 _TIME_TYPES = (T.TimestampType, T.TimestampNTZType, T.DateType)
 _ZONE_LETTERS = "VzOXxZ"
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
+_FRACTION = r"^-?\d+(\.\d+([eE][+-]?\d+)?|[eE][+-]?\d+)$"  # or with an exponent, as JSON has them
 _ISO_LOCAL = r"\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?)?"
 _ISO_ZONED = r"\d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?\s*(Z|[+-]\d{2}(:?\d{2})?)"
 # Microseconds per unit, and the widest decimal whose microseconds still fit into 64 bits.
@@ -156,7 +158,7 @@ def _mapped(raw: DataFrame, mapping: Input, source: str) -> DataFrame:
             "format can't apply: have it return the text (with format), or use to_timestamp_ntz"
         )
     is_json = mapping.format == "json"
-    ids = {n: _is_no_id(origins[n], types_there[n], is_json) for n in _IDS if n in origins}
+    ids = {n: _is_no_id(given[n], origins[n], types_there[n], is_json) for n in _IDS if n in origins}
     words = {n: _is_no_word(origins[n], types_there[n], is_json) for n in given if _is_text(n) and n not in _IDS}
     bad_types = [F.when(is_bad, f"bad_type_{n}") for n, is_bad in (ids | words).items()]
     texts = {n: text_of(value) for n, value in values.items() if _is_text(n)}
@@ -284,11 +286,17 @@ def may_lack_zone(pattern: str) -> bool:
     return any(text.count("[") > text.count("]") for text in before)
 
 
-def _is_no_id(origin: Column, kind: T.DataType, is_json: bool) -> Column:
+def _is_no_id(value: Given, origin: Column, kind: T.DataType, is_json: bool) -> Column:
     """True if the value has a type that no id has: 17850.0 may be 17850 in an earlier file, and nobody would notice."""
-    if is_json:
-        return F.coalesce(F.ltrim(origin.cast("string")).rlike(r"^[\[{]"), F.lit(False))  # an object or a list
-    return F.lit(not is_id_type(kind)) & origin.isNotNull()
+    if not is_json:
+        return F.lit(not is_id_type(kind)) & origin.isNotNull()
+    text = origin.cast("string")
+    is_wrong = F.ltrim(text).rlike(r"^[\[{]")  # an object or a list
+    if value.column is not None:
+        # All values of a JSON line are read as texts: only the line itself tells 17850.0 from "17850.0".
+        is_number = F.col(LINE).rlike(rf'"{re.escape(value.column)}"\s*:\s*[-\d]')
+        is_wrong |= F.when(text.rlike(_FRACTION), is_number)
+    return F.coalesce(is_wrong, F.lit(False))
 
 
 def _is_no_word(origin: Column, kind: T.DataType, is_json: bool) -> Column:

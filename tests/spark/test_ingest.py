@@ -540,7 +540,9 @@ def test_a_type_that_no_id_has_is_refused(spark: SparkSession, tmp_path: Path) -
         user = pa.array([value and Decimal(value)], type)
         pq.write_table(pa.table({"id": [kind], "user": user, **rest}), tmp_path / f"{kind}.parquet")
     lines = [{"id": kind, "user": value[0]} | {k: v[0] for k, v in rest.items()} for kind, value in kinds.items()]
-    (tmp_path / "log.json").write_text("\n".join(map(json.dumps, lines)))
+    lines += [lines[0] | {"id": "quoted", "user": "17850.0"}, lines[0] | {"id": "exponent", "user": 1.785e44}]
+    compact = json.dumps(lines[2] | {"id": "compact"}, separators=(",", ":"))
+    (tmp_path / "log.json").write_text("\n".join([*map(json.dumps, lines), compact]))
     found = {
         row["event_id"]: (row["user_id"], row["reason"])
         for row in ingest(
@@ -570,8 +572,8 @@ def test_a_type_that_no_id_has_is_refused(spark: SparkSession, tmp_path: Path) -
     assert [row["reason"] for row in found_texts] == [None, None, "bad_type_category", "bad_type_category"]
     rows = ingest(spark, tmp_path, mapping("log.json", "json"))
     in_json = {row["event_id"]: (row["user_id"], row["reason"]) for row in rows}
-    assert in_json.pop("object") == (None, "bad_type_user_id")
-    assert in_json == {"text": ("17850", None), "whole": ("17850", None), "real": ("17850.0", None)}
+    assert {in_json.pop(kind) for kind in ("object", "real", "exponent", "compact")} == {(None, "bad_type_user_id")}
+    assert in_json == {"text": ("17850", None), "whole": ("17850", None), "quoted": ("17850.0", None)}
 
 
 def test_bytes_are_text_where_they_are_an_id_alone(spark: SparkSession, tmp_path: Path) -> None:
