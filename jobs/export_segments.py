@@ -82,6 +82,12 @@ def _exports(runtime: Runtime, now: datetime) -> list[Export]:
     if any(file.segment.needs_key for file in files):
         export_key()  # fails early: it is first needed after all queries
     version = runtime.current_model()
+    if any(file.segment.affinity is not None for file in files):
+        for table in (ITEMS, ITEM_EMBEDDINGS):
+            runtime.pin(table)
+    if runtime.exists(USER_PROFILES):
+        runtime.pin(USER_PROFILES)
+    # Those pinned above, or by the stage, are read at these very versions, whatever is committed meanwhile.
     states = {t.name: runtime.state(t) for t in TABLES if t != EXPORTS and runtime.exists(t)}
     digest_of, answers = cache(file_digest), dict[str, tuple[set[str], bool]]()  # many segments name the same lists
 
@@ -90,7 +96,7 @@ def _exports(runtime: Runtime, now: datetime) -> list[Export]:
             answers[text] = _reads(runtime, text, where)
         return answers[text]
 
-    with_profiles = USER_PROFILES.name in states and not of_model(runtime.latest(USER_PROFILES), version).isEmpty()
+    with_profiles = USER_PROFILES.name in states and not of_model(runtime.read(USER_PROFILES), version).isEmpty()
     if not with_profiles:
         _tell_of_profiles(runtime, files, version)
     check_destinations(runtime, files)
@@ -157,7 +163,7 @@ def _facts(
             )
         facts["consent"] = consent.sql or digest_of(Path(str(consent.file)))
     if segment.affinity is not None:
-        facts["items"] = {t.name: states[t.name] for t in (ITEMS, ITEM_EMBEDDINGS) if t.name in states}
+        facts["items"] = {t.name: states[t.name] for t in (ITEMS, ITEM_EMBEDDINGS)}
     queries = [(segment.sql, "its sql"), *((users.sql, "the query of a list of its users") for users in segment.lists)]
     named_queries = [(text, f"{file.path}: {name}") for text, name in queries if text]
     if segment.consent is not None and consent is not None and consent.sql is not None:
@@ -299,7 +305,8 @@ def _log_members(runtime: Runtime, chosen: Selection, staging: Staging, now: dat
     folder = staging.local / "log"
     folder.mkdir()
     staging.check()  # two concurrent runs would log members twice
-    logged = chosen.log.where(F.col("export_id").isin([export.id for export in chosen.pending]))
+    # Not `chosen.log`: an older run may have logged them since, just before its staging was removed.
+    logged = runtime.latest(EXPORTS).where(F.col("export_id").isin([export.id for export in chosen.pending]))
     is_new = logged.isEmpty()
     for export in chosen.pending:
         taken = chosen.taken[export.name]

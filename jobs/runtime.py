@@ -176,6 +176,14 @@ class Runtime(Lake):
             self._frames[table.name] = self.at(table, self._versions[table.name])
         return self._frames[table.name]
 
+    def pin(self, table: Table) -> None:
+        """Lets the stage `read` a table that it does not always need, at its newest version now.
+
+        Raises:
+            TrailvecError: the table does not exist.
+        """
+        self._versions[table.name] = self.latest_version(table)
+
     def version(self, table: Table) -> int:
         """The Delta version at which the stage reads the table."""
         return self._versions[table.name]

@@ -189,7 +189,7 @@ class Selection:
         self._runtime, self._staging, self.exports, self.pending = runtime, staging, exports, pending
         self.version = runtime.current_model()
         self.users = self._of_model("embedding").select("user_id", "vector", "is_cold")
-        self.log = runtime.latest(EXPORTS)
+        self.log = runtime.at(EXPORTS, runtime.latest_version(EXPORTS))
         self._logged_at = self._first_logged()
         lists = Lists(runtime, staging)
         consents = read_consents(runtime, lists.folder) if any(e.segment.consent for e in pending) else None
@@ -300,13 +300,7 @@ class Selection:
 
     def _of_model(self, kind: VectorKind) -> DataFrame:
         """The current model's rows in the table of that kind of vectors."""
-        rows = self._runtime.read(USER_EMBEDDINGS) if kind == "embedding" else self._profiles
-        return of_model(rows, self.version)
-
-    @cached_property
-    def _profiles(self) -> DataFrame:
-        """The profiles at one version: the stage doesn't pin the table, which need not exist."""
-        return self._runtime.at(USER_PROFILES, self._runtime.latest_version(USER_PROFILES))
+        return of_model(self._runtime.read(USER_EMBEDDINGS if kind == "embedding" else USER_PROFILES), self.version)
 
     def _first_logged(self) -> dict[str, int]:
         """By export id, when the export was first logged, in microseconds; only exports that ever were.
@@ -470,10 +464,7 @@ class Selection:
         if not exports:
             return {}
         conditions = {export.number: _matches(export.segment.affinity) for export in exports if export.segment.affinity}
-        # At one version each, as they are read twice. If one is missing, the error says which stage writes it.
-        items, vectors_of = (
-            self._runtime.at(table, self._runtime.latest_version(table)) for table in (ITEMS, ITEM_EMBEDDINGS)
-        )
+        items, vectors_of = (self._runtime.read(table) for table in (ITEMS, ITEM_EMBEDDINGS))
         attributes = items.select("item_id", "vertical", "category", "event_count")
         described = of_model(vectors_of, self.version).join(attributes, "item_id", "left")
         flags = [F.coalesce(condition, F.lit(False)).alias(f"of_{number}") for number, condition in conditions.items()]

@@ -248,8 +248,19 @@ def test_a_crash_before_the_manifest_leaves_no_half_export(
     assert [path.name for path in shop.exports.iterdir() if not path.name.startswith(".")] == []
     before = read_delta(log)
     assert len(before) == 4
+    logged = shop.spark.createDataFrame(before, EXPORTS.schema())
+    DeltaTable(str(log)).delete()
+    lists_of = segment_rules.rules_of
 
-    shop.execute(STAGE)
+    def logs_meanwhile(*given: Any, **more: Any) -> Rules:
+        """As an older run does that has just lost its staging."""
+        if not read_delta(log):
+            put(Runtime(shop.config, shop.spark), EXPORTS, logged)
+        return lists_of(*given, **more)
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(segment_members, "rules_of", logs_meanwhile)
+        shop.execute(STAGE)
     whole = bytes_of(shop.exports)
     assert read(shop)[0]["counts"]["exported"] == 4
     assert sorted(map(str, read_delta(log))) == sorted(map(str, before))
@@ -814,14 +825,14 @@ def test_profiles_say_who_is_alike_where_the_model_has_some(
     fill_profiles("m1")
     with (tmp_path / "seeds.txt").open("a", encoding="utf-8") as seeds:
         seeds.write("ada\n")
-    scores = segment_members.Selection._pass
+    pending = export_segments._pending
 
     def of_a_changed_table(*given: Any) -> Any:
-        DeltaTable(shop.path(USER_PROFILES)).delete("user_id = 'far'")
-        return scores(*given)
+        DeltaTable(shop.path(USER_PROFILES)).delete("user_id = 'far'")  # after the export's id has been made
+        return pending(*given)
 
     with monkeypatch.context() as meanwhile:
-        meanwhile.setattr(segment_members.Selection, "_pass", of_a_changed_table)
+        meanwhile.setattr(export_segments, "_pending", of_a_changed_table)
         (note,), found = exported()
     assert found == {"likes": ("profile", ["far", "eve", "cat", "dan"]), "asked": by_embedding}
     assert note.startswith(f"2 of {len(USERS)} users have no row in user_profiles (new since profile_users last ran), ")
@@ -1024,6 +1035,14 @@ def test_of_very_many_items_those_that_most_acted_on_make_an_affinity(
         for n, item in enumerate(items)
     ]
     put(runtime, ITEMS, spark.createDataFrame(kinds, ITEMS.schema()))
+    pending = export_segments._pending
+
+    def of_changed_tables(*given: Any) -> Any:
+        for table in (ITEMS, ITEM_EMBEDDINGS):  # after the exports' ids have been made
+            DeltaTable(runtime.path(table)).delete("item_id = 'i1'")
+        return pending(*given)
+
+    monkeypatch.setattr(export_segments, "_pending", of_changed_tables)
     no_date = "(a date that Spark can't parse is NULL)"
     assert runtime.execute(STAGE).notes == [
         f"{paths[2]}: no consent to push from any user, so nobody is exported {no_date}",
