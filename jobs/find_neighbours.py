@@ -209,8 +209,8 @@ def _cells(candidates: DataFrame, count: int, metric: Metric, settings: Neighbou
 
 
 def run(runtime: Runtime) -> None:
-    folder = runtime.staging("neighbours")
-    with copies(folder) if runtime.config.neighbours.in_stock is not None else nullcontext():
+    staging = runtime.staging("neighbours")
+    with copies(staging) if runtime.config.neighbours.in_stock is not None else nullcontext(staging) as folder:
         _run(runtime, folder)
 
 

@@ -13,7 +13,7 @@ import io
 import re
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 
@@ -63,14 +63,29 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def copies(folder: Place) -> Iterator[Place]:
-    """A folder for `read_rows`. As it holds user ids, it is removed after the block, and before, if a kill left it."""
+    """A folder for `read_rows`, inside `folder`. As it holds user ids, it is removed after the block, and before, if a
+    kill left it. So of two blocks at once with the same `folder`, the one that started later wins.
+
+    Raises:
+        TrailvecError: a block that started later removed this one's files, and this one failed.
+    """
     remove_tree(folder)
-    if not isinstance(folder, Path):
-        make_private(folder)
+    own = folder / uuid.uuid4().hex
+    if not isinstance(own, Path):
+        make_private(own)
     try:
-        yield folder
+        yield own
+    except Exception as error:
+        if isinstance(own, Path) or own.exists():
+            raise
+        raise TrailvecError(
+            f"another run that began later has removed the lists that this one had copied to {folder}: wait until it "
+            f"ends, then run this again"
+        ) from error
     finally:
-        remove_tree(folder)
+        remove_tree(own)
+        with suppress(OSError):  # not empty: a newer run's copies are in it
+            folder.rmdir()
 
 
 def read_users(runtime: Runtime, users: UserList, path: Path, folder: Place) -> DataFrame | Iterator[str]:

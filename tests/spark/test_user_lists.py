@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from pyspark.sql import SparkSession
 
 from jobs.config import UserList
 from jobs.errors import TrailvecError
@@ -148,6 +149,18 @@ def test_tasks_that_do_not_see_the_drivers_files_read_a_copy(
     with copies(HadoopPath(f"file://{tmp_path}/lake/.labels.staging")) as folder:
         users = read_users(runtime, UserList(file=name), tmp_path / "likes.toml", folder)
         (tmp_path / name).unlink()
-        assert (tmp_path / "lake/.labels.staging").stat().st_mode & 0o777 == 0o700  # they are user ids
+        assert [path.stat().st_mode & 0o777 for path in (tmp_path / "lake/.labels.staging").iterdir()] == [0o700]
         assert {row["user_id"] for row in users.collect()} == {"ann", "bob"}  # type: ignore[union-attr]
     assert [path for path in (tmp_path / "lake").rglob("*") if not path.name.endswith(".crc")] == []
+
+
+def test_of_two_runs_at_once_the_newer_one_keeps_its_copies(spark: SparkSession, tmp_path: Path) -> None:
+    staging = HadoopPath(f"file://{tmp_path}/.neighbours.staging")
+    older = copies(staging)
+    older.__enter__()
+    with copies(staging) as newer:
+        (newer / "stock.txt").write_text("i1")
+        with pytest.raises(TrailvecError, match="began later has removed the lists that this one had copied to"):
+            older.__exit__(FileNotFoundError, FileNotFoundError("stock.txt"), None)
+        assert (newer / "stock.txt").read_text() == "i1"
+    assert not staging.exists()
