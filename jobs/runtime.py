@@ -104,6 +104,7 @@ class Runtime(Lake):
         # Row counts by table name, id and version, kept between stages: what one writes the next one reads.
         self._rows: dict[tuple[str, str | None, int], int] = {}
         self.fingerprint = ""
+        self.inputs: dict[str, Any] = {}  # `Stage.inputs`, as in the fingerprint: asked again, they may have changed
         self.forced = False
         self.went_back = False  # `go_back`
         self.report = Report("")
@@ -223,12 +224,12 @@ class Runtime(Lake):
         Returns False, with nothing changed, if today's other inputs give a different fingerprint.
         """
         assert self._stage is not None
-        before = self._versions, self.fingerprint
+        before = self._versions, self.fingerprint, self.inputs
         self._versions, self._frames = dict(provenance["reads"]), {}
         self.fingerprint = digest(self._facts(self._stage))
         self.went_back = self.fingerprint == provenance["fingerprint"]
         if not self.went_back:
-            (self._versions, self.fingerprint), self._frames = before, {}
+            (self._versions, self.fingerprint, self.inputs), self._frames = before, {}
         return self.went_back
 
     def changed_version(self, table: Table) -> int:
@@ -530,13 +531,15 @@ class Runtime(Lake):
         return json.dumps(self.provenance() | ({} if done else {"fingerprint": None}) | words, sort_keys=True)
 
     def _facts(self, stage: Stage) -> dict[str, Any]:
+        """What the fingerprint is made of; sets `inputs`."""
+        self.inputs = stage.inputs(self)
         settings = self.config.model_dump(mode="json", include=set(stage.settings))
         return {
             "stage": stage.name,
             "code": code_version(),
             "settings": settings,
             "reads": {table.name: self.changed_version(table) for table in stage.reads},
-            "inputs": stage.inputs(self),
+            "inputs": self.inputs,
         }
 
     def _is_up_to_date(self, table: Table) -> bool:

@@ -50,6 +50,7 @@ from training.stores import footers, remove_tree
 from training.urls import file_of_table, file_url, local_path
 
 SECONDS_BETWEEN_LINES = 10.0
+FROM_SCRATCH = "set train.warm_start = false to train from scratch"
 BEGUN = "begun.json"  # among the checkpoints: the provenance of their training
 TRACKED = ("loss", "learning_rate", "rows_per_second", "padding", "data_wait", "recall@10", "ndcg@10")
 
@@ -144,10 +145,7 @@ def base_of(runtime: Runtime) -> str | None:
     """
     if not runtime.config.train.warm_start or not (runtime.models / "current.json").exists():
         return None
-    missing = (
-        "set train.warm_start = false to train from scratch, or name one of them to continue from, for this command "
-        "alone: --set model.version=..."
-    )
+    missing = f"{FROM_SCRATCH}, or name one of them to continue from, for this command alone: --set model.version=..."
     about = read_about(model_folder(runtime, instead=missing))
     provenance = about["provenance"]
     same = (
@@ -162,14 +160,14 @@ def base_of(runtime: Runtime) -> str | None:
     current = None if runtime.config.model.version else runtime.newest_current_model()
     if current and current != about["model_version"] and has_model(runtime, current):
         about = read_about(model_folder(runtime, current))
-    check_numbers(runtime, about, instead="set train.warm_start = false to train from scratch")
+    check_numbers(runtime, about, instead=FROM_SCRATCH)
     return str(about["model_version"])
 
 
 def _has_learnt_all(runtime: Runtime) -> str | None:
     """If the model to grow from was trained up to the present cut already, a sentence that says so. (Between two moves
     of the cut a nightly `trailvec run` has to go on with that model.)"""
-    if (base := base_of(runtime)) is None:
+    if (base := runtime.inputs.get("grown_from")) is None:
         return None
     trained_to = datetime.fromisoformat(read_description(model_folder(runtime, base))["as_of"])
     newest = F.unix_micros(F.max("as_of"))
@@ -201,10 +199,13 @@ def rows_since(runtime: Runtime, about: dict[str, Any], folder: Place) -> list[s
     length = F.least("length", F.lit(most)).alias("length")
     count, actions, kept = rows.agg(F.count("*"), F.sum("length"), F.sum(length)).collect()[0]
     if not count:
+        base, again = about.get("grown_from"), ""
+        if base and has_model(runtime, base):  # perhaps the model itself is to be trained again, with --force
+            again = f", or continue {base} again, as that model did (--set model.version={base})"
         raise TrailvecError(
             f"no row of the train split has an action from {about['as_of']} on, up to which model "
             f"{about['model_version']} was trained: run the data stages on newer events, up to a later "
-            f"sequences.valid_from, or set train.warm_start = false"
+            f"sequences.valid_from, or set train.warm_start = false{again}"
         )
     if left_out := actions - kept:
         runtime.report.notes.append(
@@ -336,9 +337,9 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
     files = training_files(runtime)
     counts = item_counts(runtime.read(ITEMS), min_count)
     model = model_spec(runtime.config, len(counts), runtime.read(CONTEXT_VALUES))
-    base = base_of(runtime)
+    base: str | None = runtime.inputs.get("grown_from")
     if base:
-        old = read_about(model_folder(runtime, base))
+        old = read_about(model_folder(runtime, base, instead=FROM_SCRATCH))
         check_growth(base, old, model)
         files["train"] = rows_since(runtime, old, _rows_folder(runtime, version, staging))
         settings = warm_settings(settings, model.max_length)

@@ -454,7 +454,14 @@ def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
     grown, other = about["model_version"], "train.warm_rate=0.5"
     assert base_with() == base_with(other) == base
     assert base_with(other, f"model.version={grown}") == grown
+    again = Runtime(make_config(tmp_path / "root", *sets, other, f"model.version={grown}"), trained.spark)
+    with pytest.raises(
+        TrailvecError, match=rf"false, or continue {base} again, .* did \(--set model\.version={base}\)$"
+    ):
+        again.execute(train.STAGE, force=True)
     shutil.rmtree(runtime.models / base)
+    with pytest.raises(TrailvecError, match=rf"model {base} does not exist .*: set train\.warm_start = false to train"):
+        runtime.execute(train.STAGE, force=True)
     assert base_with(other) == grown
 
 

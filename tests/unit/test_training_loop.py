@@ -29,6 +29,7 @@ from jobs.runtime import Runtime, digest
 from jobs.tables import SEQUENCES
 from jobs.train import (
     STAGE,
+    _has_learnt_all,
     _refuse_rows_of_another_vocabulary,
     base_of,
     check_growth,
@@ -335,12 +336,37 @@ def test_without_rows_the_remedy_fits_the_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split_by: str, said: str
 ) -> None:
     runtime = Runtime(make_config(tmp_path, f"sequences.split_by={split_by}"))
-    nothing = {"training_files": {"train": []}, "item_counts": np.ones(9), "model_spec": SPEC, "base_of": None}
+    nothing = {"training_files": {"train": []}, "item_counts": np.ones(9), "model_spec": SPEC}
     for name, value in {**nothing, "_refuse_rows_of_another_vocabulary": None}.items():
         monkeypatch.setattr(f"jobs.train.{name}", lambda *_, value=value: value)
     monkeypatch.setattr(runtime, "read", lambda table: None)
     with pytest.raises(TrailvecError, match=said):
         run_spec(runtime, "m", tmp_path, None)
+
+
+def test_a_model_grows_from_the_base_that_its_version_is_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another model may become current before training begins."""
+    runtime = Runtime(make_config(tmp_path, "train.warm_start=true"))
+    bases, asked = iter(["m1", "m2", "m3"]), []
+
+    def folder(runtime: Runtime, version: str, **_: str) -> Path:
+        asked.append(version)
+        raise InterruptedError
+
+    for name in ("training_files", "item_counts", "model_spec", "_refuse_rows_of_another_vocabulary"):
+        monkeypatch.setattr(f"jobs.train.{name}", lambda *_: [])
+    for name in ("read", "changed_version"):
+        monkeypatch.setattr(runtime, name, lambda table: None)
+    monkeypatch.setattr("jobs.train.base_of", lambda runtime: next(bases))
+    monkeypatch.setattr("jobs.train.model_folder", folder)
+    runtime._facts(STAGE)
+    with pytest.raises(InterruptedError):
+        _has_learnt_all(runtime)
+    with pytest.raises(InterruptedError):
+        run_spec(runtime, "m", tmp_path, None)
+    assert asked == ["m1", "m1"]
 
 
 def test_clm_alone_is_asked_for_later_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
