@@ -266,7 +266,8 @@ def _users(runtime: Runtime, folder: Path, onto: str) -> DataFrame:
     rows = rows.where(drawn_by_hash(USERS_COMPARED / max(1, rows.count()), "user_id", F.lit("align")))
     new = encode_sequences(runtime, rows, ["user_id"], model_dir=folder, aligned=False)
     both = new.where(~F.col("is_cold")).select("user_id", F.col("vector").alias("new"))
-    return both.join(old.select("user_id", F.col("vector").alias("old")), "user_id")
+    # Spark can't know how few they are, and would shuffle everyone's old vector.
+    return F.broadcast(both).join(old.select("user_id", F.col("vector").alias("old")), "user_id")
 
 
 def _ranking(runtime: Runtime, version: str) -> float | None:
