@@ -215,12 +215,19 @@ def questions(runtime: Runtime, sessions: DataFrame, end: datetime) -> list[Ques
 
     def add(labels: DataFrame, cut: Column, others: datetime) -> None:
         bucket = F.pmod(F.xxhash64("user_id"), F.lit(1_000_000))  # puts users in the same order in every sample
-        place = F.row_number().over(Window.partitionBy("task").orderBy(bucket, "user_id"))
         with persisted(labels.select("user_id", "task", "label", cut.alias("cut"))) as of_tasks:
-            rows = of_tasks.withColumn("place", place).where(F.col("place") <= settings.max_users).drop("place")
-            frame = rows.select("user_id", "task", "label", F.unix_micros("cut").alias("cut")).toPandas()
-        if frame.empty:
+            # One query per task: a window by task would send all users of a task to one Spark task to be sorted.
+            drawn = [
+                of_tasks.where(F.col("task") == row["task"])
+                .orderBy(bucket, "user_id")
+                .limit(settings.max_users)
+                .select("user_id", "task", "label", F.unix_micros("cut").alias("cut"))
+                .toPandas()
+                for row in of_tasks.select("task").distinct().orderBy("task").collect()
+            ]
+        if not drawn:
             return
+        frame = pd.concat(drawn, ignore_index=True)
         labelled = frame[["user_id", "cut"]].drop_duplicates()
         labelled_cuts = runtime.spark.createDataFrame(labelled).select(
             "user_id", F.timestamp_micros("cut").alias("cut")

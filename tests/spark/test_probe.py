@@ -478,6 +478,23 @@ def test_labels_with_times_see_what_came_before_them_and_no_more(
         runtime.execute(probe.STAGE)
 
 
+def test_of_too_many_labelled_users_each_task_keeps_the_first_by_a_hash(
+    make_runtime: Callable[..., Runtime], whole: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "labels.csv"
+    labelled = {"few": [4, 5], "many": range(24), "odd": range(1, 24, 2)}
+    rows = [f"u{n},{task},{n % 2}" for task, numbers in labelled.items() for n in numbers]
+    file.write_text("\n".join(["user_id,task,label", *rows]) + "\n")
+    asked = ("probe.activity=[]", "probe.event_types=[]", "probe.max_users=5", f'probe.labels={{file="{file}"}}')
+    runtime = make_runtime(*SETTINGS, *asked, root=whole)
+    ((labels, cuts),) = ask(runtime, lambda question, _: (question.labels, question.cuts.collect()))
+    hashes = runtime.spark.range(24).select(F.concat(F.lit("u"), "id").alias("user_id"))
+    place = {r.user_id: r.hash % 1_000_000 for r in hashes.withColumn("hash", F.xxhash64("user_id")).collect()}
+    drawn = {task: sorted((f"u{n}" for n in numbers), key=place.__getitem__)[:5] for task, numbers in labelled.items()}
+    assert {task: of["user_id"].tolist() for task, of in labels.groupby("task")} == drawn
+    assert {row.user_id for row in cuts} == {user for users in drawn.values() for user in users}
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
