@@ -21,7 +21,10 @@ def popularity(counts: Int64, users: int) -> Float32:
 def own_frequency(own_counts: sp.csr_matrix, counts: Int64) -> Float32:
     """How often the user acted on the item before the cut (`own_counts`, [users, items]); ties by popularity."""
     tie_break = counts.astype(np.float64) / (counts.max(initial=0) + 1)
-    return np.asarray(own_counts.toarray() + tie_break, dtype=np.float32)
+    scores = np.broadcast_to(tie_break.astype(np.float32), own_counts.shape).copy()
+    own = own_counts.tocoo()  # few entries: adding the matrix would make all float64
+    scores[own.row, own.col] = own.data + tie_break[own.col]
+    return scores
 
 
 class ItemKnn:
@@ -36,6 +39,7 @@ class ItemKnn:
         norms = np.sqrt(np.asarray(binary.sum(axis=0)).ravel())
         self._unit = binary @ sp.diags(np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0))
         self._unit = self._unit.tocsr()
+        self._users_of = self._unit.T.tocsr()  # or each product would convert it
 
     def scores(self, history: Int64, offsets: Int64) -> Float32:
         """Scores for the users whose items, oldest first, are history[offsets[u]:offsets[u + 1]]."""
@@ -46,4 +50,4 @@ class ItemKnn:
         # Duplicate (user, item) entries add up, which is the sum over s.
         weights = sp.csr_matrix((np.power(_DECAY, steps_back, dtype=np.float32), (users, history)), shape=shape)
         # (H Uᵀ) U: through the users, with no items-by-items matrix.
-        return np.asarray(((weights @ self._unit.T) @ self._unit).toarray(), dtype=np.float32)
+        return np.asarray(((weights @ self._users_of) @ self._unit).toarray(), dtype=np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -43,6 +44,19 @@ def test_item_knn_equals_plain_python(training: list[list[int]], history: list[l
 def test_own_frequency_goes_by_the_users_count_and_then_by_popularity() -> None:
     scores = own_frequency(counts_of([[1, 1, 2], []]), np.array([0, 1, 5, 9, 0, 0]))
     assert top_items(scores, 4).tolist() == [[1, 2, 3, 0], [3, 2, 1, 0]]
+
+
+def test_own_frequency_takes_the_memory_of_its_scores_and_no_matrix_of_doubles() -> None:
+    random = np.random.default_rng(1)
+    counts = random.integers(0, 1_000, 50_000)
+    own = sp.csr_matrix(sp.random(20, len(counts), 0.001, random_state=1) * 100).astype(np.int64)
+    tracemalloc.start()
+    scores = own_frequency(own, counts)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert scores.dtype == np.float32
+    assert peak < 2 * scores.nbytes
+    assert np.array_equal(scores, (own.toarray() + counts / (counts.max() + 1)).astype(np.float32))
 
 
 def test_popularity_is_the_same_for_everybody() -> None:
