@@ -34,7 +34,7 @@ from jobs.item_facts import item_attributes
 from jobs.model_folders import add_to_model, model_folder, model_inputs
 from jobs.models import encode_sequences, stacked
 from jobs.runtime import Runtime, Stage, code_version
-from jobs.spark_session import collect_sorted, persisted
+from jobs.spark_session import broadcast_if_few, collect_sorted, persisted
 from jobs.splits import Cuts, is_target, log_end, utc
 from jobs.tables import CONTEXT_VALUES, EVENT_IN_SESSION, ITEMS, SESSIONS, USER_PROFILES, events_of
 from spark_udfs.profile import KINDS, counts_of, profiles
@@ -245,7 +245,8 @@ def _listed(counts: DataFrame) -> DataFrame:
 def item_numbers(runtime: Runtime) -> DataFrame:
     """item_id, item_index, category (its number; 0: none) of all items, including rare ones."""
     attributes = item_attributes(runtime.read(ITEMS), runtime.read(CONTEXT_VALUES))
-    return attributes.select("item_id", "item_index", "category")
+    # Spark overestimates what these joins return, and would shuffle the log by item, once for items and for categories.
+    return broadcast_if_few(attributes.select("item_id", "item_index", "category").localCheckpoint())
 
 
 def numbered(stats: DataFrame, names: tuple[str, ...]) -> DataFrame:

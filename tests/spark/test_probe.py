@@ -20,6 +20,7 @@ from jobs import build_vocabulary, models, probe, profile_users, sessionize
 from jobs.errors import TrailvecError
 from jobs.files import write_json
 from jobs.runtime import Runtime
+from jobs.spark_session import spark_conf
 from jobs.splits import log_end
 from jobs.tables import (
     CURRENT_MODEL,
@@ -290,10 +291,17 @@ TAKEN = [
 ]
 
 
-def test_of_an_item_a_profile_hears_how_much_of_it_is_taken_at_once(short_logs: Runtime, spark: SparkSession) -> None:
+def test_of_an_item_a_profile_hears_how_much_of_it_is_taken_at_once(
+    short_logs: Runtime, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
     of_users = [(u, at.replace(tzinfo=timezone.utc)) for u, at in (("e", CUT), ("f", START + timedelta(days=1)))]
     cuts = spark.createDataFrame(of_users, "user_id string, cut timestamp")
     visible = profile_users.before(events_of(short_logs.latest(SESSIONS), *profile_users.OF_EVENTS), cuts)
+    monkeypatch.setattr(short_logs, "read", short_logs.latest)  # which only a stage may do
+    with spark_conf(spark, {"spark.sql.autoBroadcastJoinThreshold": "-1"}):  # as if items were too many for Spark's own
+        looked_up = visible.join(profile_users.item_numbers(short_logs), "item_id")
+        plan = looked_up._jdf.queryExecution().toString()
+    assert "Exchange hashpartitioning(item_id" not in plan  # the log is not shuffled
     items = [("i1", 2, 0), ("i2", 3, 0), ("i3", 4, 0)]
     given = (
         visible,
