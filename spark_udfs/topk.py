@@ -37,7 +37,7 @@ Pairs = tuple[Int64, Int64]  # (row of the query, row of the candidate); both [n
 
 _PAIRS_AT_ONCE = 1 << 11  # scored exactly at once: 1 MB of float64 per side, at width 64, stays in the CPU cache
 _COLUMNS = 1024  # candidates per product, so that its result stays in the CPU cache
-_SORTED_AT_ONCE = 256  # vectors assigned to cells in one product: 20 MB of float64 at 10,000 cells
+_SORTED_AT_ONCE = 256  # vectors assigned to cells in one product: 10 MB of float32 at 10,000 cells
 _NO_PAIRS = np.empty(0, np.int64), np.empty(0, np.int64)
 # The Spark settings that `nearest` needs.
 BLOCK_CONF = {
