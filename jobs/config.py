@@ -625,6 +625,9 @@ def _shape(model: type[BaseModel], location: tuple[int | str, ...], wrong: str) 
     if wrong == "model_type":
         return f"a table, such as {table} {known}"
     if wrong == "dict_type":
+        _, values = get_args(section.model_fields[str(location[-1])].annotation)
+        if (*get_args(values), values)[0] in (int, float):  # perhaps Annotated with its limits
+            return "a table of numbers, such as { a = 30 }"
         return 'a table with its texts in quotes, such as { a = "b" }'
     if wrong not in ("list_type", "tuple_type"):
         return None

@@ -74,6 +74,10 @@ from jobs.errors import TrailvecError
             "neighbours.metrics=[dot]",
             "metrics = '[dot]': write a table with its texts in quotes, such as { a = \"b\" }",
         ),
+        ("maintain.keep_days=5", "maintain.keep_days = 5: write a table of numbers, such as { a = 30 }"),
+        ("maintain.retention_hours_of=a", "maintain.retention_hours_of = 'a': write a table of numbers, such as"),
+        ("sessionize.gap_minutes_by_vertical=5", "gap_minutes_by_vertical = 5: write a table of numbers, such as"),
+        ("spark.conf=x", "spark.conf = 'x': write a table with its texts in quotes, such as { a = \"b\" }"),
         (
             "evaluate.gate={ task = 'next' }",
             "evaluate.gate = { ... }: write a list of tables, such as [{ task = ... }], or each of them below "
