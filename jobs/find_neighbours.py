@@ -187,7 +187,10 @@ def recall(every: list[Search], found: DataFrame, settings: NeighboursSettings) 
     """kind → recall of `found`: the share of the exact neighbours of about ASKED queries that it contains."""
     exact = settings.model_copy(update={"cells": 0})
     samples = [drawn_by_hash(ASKED / max(1, s.counts[0]), "id", F.lit("neighbours")) for s in every]
-    some = [s._replace(queries=s.queries.where(drawn)) for s, drawn in zip(every, samples, strict=True)]
+    some = [
+        s._replace(queries=s.queries.where(drawn), counts=(min(ASKED, s.counts[0]), s.counts[1]))
+        for s, drawn in zip(every, samples, strict=True)
+    ]
     true = find_neighbours(some, exact).select("kind", "source_id", "neighbour_id")
     hits = true.join(found.select(*true.columns, F.lit(1).alias("hit")), true.columns, "left")
     rows = hits.groupBy("kind").agg((F.count("hit") / F.count(F.lit(1))).alias("recall")).collect()

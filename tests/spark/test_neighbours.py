@@ -305,7 +305,7 @@ def test_habits_lift_what_a_user_does_again_and_again(
 
 
 def test_an_inverted_file_finds_what_lies_in_the_cells_that_it_looks_into(
-    make_runtime: Callable[..., Runtime], root: Path, spark: SparkSession
+    make_runtime: Callable[..., Runtime], root: Path, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(4)
     users, items = (
@@ -321,7 +321,13 @@ def test_an_inverted_file_finds_what_lies_in_the_cells_that_it_looks_into(
     runtime = make_runtime(*sets, "neighbours.probes=6", root=root)  # all cells, so the search is exact
     put_users(runtime, users)
     put_item_vectors(runtime, items)
-    assert runtime.execute(STAGE).notes == [f"{SHARE}item_item 1.000, user_item 1.000, user_user 1.000"]
+    with monkeypatch.context() as patch:
+        searches = Mock(side_effect=nearest)
+        patch.setattr(find_neighbours, "nearest", searches)
+        patch.setattr(find_neighbours, "ASKED", 30)
+        assert runtime.execute(STAGE).notes == [f"{SHARE}item_item 1.000, user_item 1.000, user_user 1.000"]
+    counts = [call.kwargs["counts"] for call in searches.call_args_list]
+    assert counts[3:] == [(30, 120), (30, 90), (30, 120)]  # for the exact search, those of the sample
     assert {kind: _names(of) for kind, of in read(runtime).items()} == {k: _names(of) for k, of in exact.items()}
 
     report = Runtime(make_config(runtime.root, *sets, "neighbours.probes=2"), spark).execute(STAGE)
