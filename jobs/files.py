@@ -26,6 +26,7 @@ from training.stores import descriptions_last, remove_tree, write_whole
 from training.urls import local_path
 
 _SECONDS_FOR_AN_ANSWER = 10.0
+_ACLS = "system.posix_acl_access", "system.posix_acl_default"  # a folder's own, and what is made in it gets
 
 
 class Stat(NamedTuple):
@@ -120,8 +121,14 @@ class HadoopPath:
         for owner, group in ((status.getOwner(), None), (None, status.getGroup())):
             with contextlib.suppress(Py4JJavaError):
                 self._system.setOwner(self._path, owner, group)
+        mode = status.getPermission()
         with contextlib.suppress(Py4JJavaError):
-            self._system.setPermission(self._path, status.getPermission())
+            if status.hasAcl():  # sets the mode too, whose bits of the group are then the ACL's mask
+                entries = self._system.getAclStatus(other._path).getEntries()
+                names = self._jvm.org.apache.hadoop.fs.permission
+                self._system.setAcl(self._path, names.AclUtil.getAclFromPermAndEntries(mode, entries))
+            else:
+                self._system.setPermission(self._path, mode)
 
     def lines(self) -> Iterator[str]:
         """The lines of a text file, read lazily."""
@@ -372,13 +379,20 @@ def published(target: Place) -> Iterator[Path]:
 
 
 def _take_access(folder: Path, other: Path) -> None:
-    """Gives the folder the owner, group and mode of `other`, as far as this user and the file system allow."""
+    """Gives the folder the owner, group, mode and ACL of `other`, as far as this user and the file system allow."""
     there = other.stat()
     for uid, gid in ((there.st_uid, -1), (-1, there.st_gid)):
         with contextlib.suppress(OSError):
             os.chown(folder, uid, gid)
+    mode, lists = stat.S_IMODE(there.st_mode), dict[str, bytes]()
+    for name in _ACLS:
+        with contextlib.suppress(OSError):  # it has none
+            lists[name] = os.getxattr(other, name)
+    # With an ACL, the mode's bits of the group are its mask: without the ACL they would let the whole group in.
     with contextlib.suppress(OSError):
-        folder.chmod(stat.S_IMODE(there.st_mode))
+        folder.chmod(mode & ~stat.S_IRWXG if _ACLS[0] in lists else mode)
+        for name, access in lists.items():
+            os.setxattr(folder, name, access)  # of the two the first sets the mode's bits too
 
 
 def _overtaken(target: Place) -> TrailvecError:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from pyspark.sql import SparkSession
@@ -79,6 +81,28 @@ def test_whoever_could_look_into_a_folder_can_still(tmp_path: Path) -> None:
     after = (tmp_path / "m1").stat()
     assert after.st_ino != before.st_ino
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+
+
+def test_whoever_an_acl_lets_into_a_folder_can_still_but_not_its_whole_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access, nobody = "system.posix_acl_access", 0xFFFFFFFF
+    # As in linux/posix_acl_xattr.h: the owner rwx, user 1234 r-x, the group and all others nothing, the mask r-x.
+    entries = ((1, 7, nobody), (2, 5, 1234), (4, 0, nobody), (16, 5, nobody), (32, 0, nobody))
+    (tmp_path / "m1").mkdir()
+    try:
+        os.setxattr(tmp_path / "m1", access, struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *e) for e in entries))
+    except OSError:
+        pytest.skip("this file system has no ACLs")
+    before = os.getxattr(tmp_path / "m1", access)
+    assert (tmp_path / "m1").stat().st_mode & 0o777 == 0o750
+    with published(tmp_path / "m1") as folder:
+        (folder / "a").write_text("new")
+    assert os.getxattr(tmp_path / "m1", access) == before
+    monkeypatch.setattr(os, "setxattr", Mock(side_effect=OSError))
+    with published(tmp_path / "m1") as folder:
+        (folder / "a").write_text("newer")
+    assert (tmp_path / "m1").stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("fails", [False, True])
