@@ -123,7 +123,8 @@ def scoring_so_far(runtime: Runtime, model: dict[str, Any]) -> Scoring | None:
         return None
     of_scoring = takewhile(lambda note: of_one_scoring(note, newest), notes)
     done = frozenset(note["chunk"] for note in chain((newest,), of_scoring) if note)
-    after = begun_after(runtime, model["version"], newest)
+    # Not asked of the log again: once Delta has cleaned that, the answer is another, and so would be the chunks' ids.
+    after = newest["after"] if "after" in newest else begun_after(runtime, model["version"], newest)
     return Scoring(newest["sequences"], newest["chunks"], done, newest["into_empty"], after)
 
 
@@ -213,10 +214,11 @@ class Scorer:
         if (now := self._runtime.newest_current_model()) not in (compared_with, self.version):
             raise TrailvecError(
                 f"model {now} has become current while this run scored, and {self.version} was not compared with it: "
-                f"run `trailvec align --force` and `trailvec embed_items` first if {self.version} is to follow it"
+                f"run this again if {self.version} is to follow it, or else set model.version = {now}"
             )
-        weights = read_description(self._folder)["weights_sha256"]
-        if (weights, rotation_sha256(self._folder)) != (self.model["weights"], self.model["rotation"]):
+        folder = model_folder(self._runtime, self.version)  # brings a local copy up to date
+        weights = read_description(folder)["weights_sha256"]
+        if (weights, rotation_sha256(folder)) != (self.model["weights"], self.model["rotation"]):
             raise TrailvecError(
                 f"model {self.version} was trained or aligned again while this run scored: run this again, which "
                 f"scores all its users anew"
@@ -231,10 +233,15 @@ class Scorer:
         users, vectors = self.rows(self._runtime.version(SEQUENCES)).count(), self.vectors().count()
         if users != vectors:
             self._runtime.touch(USER_EMBEDDINGS, done=False)  # else the stage would count as up to date
+            if vectors < users:
+                mend = "(was somebody erased meanwhile?): run `trailvec score_users` again"
+            else:
+                mend = (
+                    "(did two jobs write to it at once?): run `trailvec score_users --force` once no other run of it "
+                    "goes on"
+                )
             raise TrailvecError(
-                f"table user_embeddings has {vectors:,} vectors of model {self.version} for {users:,} users "
-                f"(did two jobs write to it at once?): run `trailvec score_users --force` once no other run of it "
-                f"goes on"
+                f"table user_embeddings has {vectors:,} vectors of model {self.version} for {users:,} users {mend}"
             )
         if self._runtime.newest_current_model() == self.version:
             self._runtime.touch(CURRENT_MODEL)
@@ -256,7 +263,7 @@ class Scorer:
             self._runtime.merge(USER_EMBEDDINGS, new, deletes=gone, where=of_this, done=done, note=note)
 
     def _note(self, scoring: Scoring, chunk: int) -> dict[str, Any]:
-        facts = {name: getattr(scoring, name) for name in ("sequences", "chunks", "into_empty")}
+        facts = {name: getattr(scoring, name) for name in ("sequences", "chunks", "into_empty", "after")}
         return {"model": self.model, **facts, "chunk": chunk}
 
     def _reporting_progress(self, total: int, to_do: int) -> AbstractContextManager[None]:
@@ -285,17 +292,16 @@ def was_scored(runtime: Runtime, version: str) -> bool:
     """Whether all users once had a vector of the model's present weights, so that it has passed the gate before. The
     notes in user_embeddings' commits tell; if none of them is left, any row of the model counts as a yes."""
     now = description(runtime, version).get("weights_sha256")  # None: the model's folder is gone
-    notes = (
-        provenance["note"]
+    told = (
+        (provenance["note"], provenance["fingerprint"] is not None)
         for provenance in runtime.noted(USER_EMBEDDINGS)
         if provenance["note"]["model"]["version"] == version
     )
-    newest = next(notes, None)
+    newest = next(told, None)
     if newest is not None:
         return any(
-            (note.get("chunks") == 1 and not note["into_empty"])  # the last commit of every run
-            or note["model"].get("scored")  # written by retire_model
-            for note in chain((newest,), notes)
+            done and ("chunks" in note or note["model"].get("scored"))  # a run's last commit, or retire_model's
+            for note, done in chain((newest,), told)
             if now in (None, note["model"].get("weights", note["model"].get("of", now)))  # `of`: by retire_model
         )
     return runtime.exists(USER_EMBEDDINGS) and not of_model(runtime.latest(USER_EMBEDDINGS), version).isEmpty()

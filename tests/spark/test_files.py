@@ -17,6 +17,7 @@ from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, fetch, file_sizes, make_private, published, write_json
 from jobs.model_folders import add_to_model, has_model, model_folder
 from jobs.runtime import Runtime
+from jobs.score_users import Scorer
 from training.checkpoint import describe_weights
 from training.config import ModelSpec
 
@@ -186,6 +187,12 @@ def test_a_model_elsewhere_is_read_from_a_whole_copy_and_added_to_there(
     assert names(runtime.models / "m2") == ["model.json", "model.safetensors", "page.html", "vectors"]
     add("new")
     assert (model_folder(runtime) / "vectors.json").read_text() == "new"
+
+    scorer = Scorer(runtime)
+    with published(runtime.models / "m2") as folder:
+        model(folder, b"trained again")
+    with pytest.raises(TrailvecError, match="model m2 was trained or aligned again while this run scored"):
+        scorer.refuse_if_overtaken(None)
 
     (store / "models" / "m2" / "model.safetensors").write_text("damaged")
     with pytest.raises(

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -399,32 +400,42 @@ def test_a_model_compared_with_one_that_is_current_no_more_does_not_become_curre
         shop.execute(score_users.STAGE)
     monkeypatch.undo()
 
-    def use(version: str) -> None:
+    def use(version: str, force: bool = False) -> None:
         write_json(shop.models / "current.json", {"model_version": version})
-        shop.execute(score_users.STAGE)
+        shop.execute(score_users.STAGE, force=force)
         assert current(shop)[0] == {version}
 
     def made_current(version: str) -> None:
-        put(shop, CURRENT_MODEL, shop.spark.createDataFrame([(version,)], CURRENT_MODEL.schema()))
+        row = shop.spark.createDataFrame([(version,)], CURRENT_MODEL.schema())
+        put(Runtime(shop.config, shop.spark), CURRENT_MODEL, row)  # another run
 
     # Another model becomes current, or this one is aligned again, while it is scored.
-    folder, score_all = shop.models / "m2", score_users.Scorer.score_all
+    folder = shop.models / "m2"
     aligned = json.loads((folder / "alignment.json").read_text())
-    for meanwhile, refused in (
-        (lambda: made_current("m9"), "m9 has become current while this run scored, and m2 was not compared with it"),
+    overtaken = "m9 has become current while this run scored, and m2 was not compared with it"
+    for step, meanwhile, refused in (
         (
+            "score_all",
             lambda: write_alignment(folder, np.eye(16, dtype=np.float32), aligned),
             "m2 was trained or aligned again while this run scored",
         ),
+        ("score_all", lambda: made_current("m9"), overtaken),
+        ("score_changed", lambda: made_current("m9"), overtaken),
     ):
+        real = getattr(score_users.Scorer, step)
 
-        def scored_and(*given: Any, meanwhile: Callable[[], None] = meanwhile) -> None:
-            score_all(*given)
+        def scored_and(
+            *given: Any, real: Callable[..., None] = real, meanwhile: Callable[[], None] = meanwhile
+        ) -> None:
+            real(*given)
             meanwhile()
 
         with monkeypatch.context() as patched:
-            patched.setattr(score_users.Scorer, "score_all", scored_and)
+            patched.setattr(score_users.Scorer, step, scored_and)
             with pytest.raises(TrailvecError, match=refused):
+                use("m2", force=True)  # replaces in one commit what rows there are, which is not yet the run's last
+        if step == "score_all" and refused == overtaken:  # the next attempt is refused too
+            with pytest.raises(TrailvecError, match="model m2 was compared with m1, and m9 has become current since"):
                 use("m2")
         made_current("m1")
         write_alignment(folder, None, aligned)
@@ -489,25 +500,26 @@ def test_a_model_trained_again_was_scored_once_all_users_have_vectors_of_its_new
     def train(weights: str) -> None:
         (tmp_path / "m1/model.json").write_text(json.dumps({"weights_sha256": weights}))
 
-    def left(weights: str, chunks: int) -> dict[str, Any]:
-        return {"model": {"version": "m1", "weights": weights}, "chunks": chunks, "into_empty": False}
+    def left(weights: str, done: bool) -> dict[str, Any]:
+        note = {"model": {"version": "m1", "weights": weights}, "chunks": 1, "into_empty": False}
+        return {"note": note, "fingerprint": "run" if done else None}
 
-    def after(*notes: dict[str, Any]) -> Any:
-        return Mock(models=tmp_path, **{"noted.side_effect": lambda _: iter([{"note": note} for note in notes])})
+    def after(*commits: dict[str, Any]) -> Any:
+        return Mock(models=tmp_path, **{"noted.side_effect": lambda _: iter(commits)})
 
-    def was_scored(*notes: dict[str, Any]) -> bool:
-        return score_users.was_scored(after(*notes), "m1")
+    def was_scored(*commits: dict[str, Any]) -> bool:
+        return score_users.was_scored(after(*commits), "m1")
 
     train("old")
     monkeypatch.setattr(retire_model, "F", Mock())  # without Spark
-    runtime = after(left("old", 1))
+    runtime = after(left("old", done=True))
     retire_model._run(runtime, "m1")
-    retired = runtime.delete.call_args.kwargs["note"]
+    retired = {"note": runtime.delete.call_args.kwargs["note"], "fingerprint": "retired"}
     assert was_scored(retired)
     train("new")
-    assert not was_scored(left("new", 2), left("old", 1))
-    assert not was_scored(left("new", 2), retired)
-    assert was_scored(left("new", 1), left("new", 2), left("old", 1))
+    assert not was_scored(left("new", done=False), left("old", done=True))
+    assert not was_scored(left("new", done=False), retired)
+    assert was_scored(left("new", done=True), left("new", done=False), left("old", done=True))
 
 
 def test_a_version_is_looked_for_in_the_tables_that_there_are(make_runtime: Callable[..., Runtime]) -> None:
@@ -576,6 +588,27 @@ def test_two_runs_that_begin_at_once_write_each_vector_once(
     assert_vectors(shop, new, "m2", rows)
     assert current(shop) == ({"m2"}, USERS)
     assert shop.execute(score_users.STAGE).skipped
+
+
+def test_the_chunks_of_a_scoring_keep_their_ids_when_delta_cleans_its_log() -> None:
+    model = {"version": "m2"}
+    begun = score_users.Scoring(sequences=3, chunks=4, done=frozenset(), into_empty=True, after=1)
+    note = score_users.Scorer._note(Mock(model=model), begun, 0)
+    commits = [
+        Mock(version=version, foreign=False, provenance={"note": said})
+        for version, said in ((9, note), (8, {"model": {"version": "m1"}}))
+    ]
+    runtime = Mock(forced=False, **{"commits.return_value": commits})
+    assert score_users.scoring_so_far(runtime, model) == replace(begun, done=frozenset({0}))
+
+
+def test_too_few_vectors_need_no_force() -> None:
+    scorer = Mock(version="m2")
+    scorer.rows.return_value.count.return_value = 40
+    scorer.vectors.return_value.count.return_value = 39
+    said = "39 vectors of model m2 for 40 users (was somebody erased meanwhile?): run `trailvec score_users` again"
+    with pytest.raises(TrailvecError, match=re.escape(said)):
+        score_users.Scorer.make_current(scorer)
 
 
 def test_what_is_said_meanwhile() -> None:
