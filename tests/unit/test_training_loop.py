@@ -72,47 +72,95 @@ def training_of(folder: Path) -> dict[str, Any]:
     return about
 
 
-@pytest.mark.parametrize("table", [{}, ROW_WISE], ids=["adamw", "rowwise"])
-def test_two_ranks_and_local_steps_step_like_one_with_all_their_rows(tmp_path: Path, table: dict[str, Any]) -> None:
-    # Unequal ranks, one row group for both: the mean must be over all positions, not over ranks.
-    rows = make_rows(49)
-    parts = [rows]
-    same = {"epochs": 3, "learning_rate": 0.05, "rate_scaling": "none", "model": SPEC.model_copy(update=table)}
-    two = make_run(tmp_path / "two", parts, processes=2, batch_size=13, local_steps=2, **same)
-    local = make_run(tmp_path / "local", parts, processes=1, batch_size=10, local_steps=5, **same)
-    one = make_run(tmp_path / "one", parts, processes=1, batch_size=50, **same)
-    said = start(two, tmp_path / "two")
-    train(local)
-    train(one)
+# Unequal ranks, one row group for both: the mean must be over all positions, not over ranks.
+UNEQUAL: dict[str, Any] = {"parts": [make_rows(49)], "epochs": 3, "learning_rate": 0.05, "rate_scaling": "none"}
+# Of two ranks the first has no row in any step, and the other the same as one alone.
+ONE_ROW: dict[str, Any] = {
+    **UNEQUAL,
+    "parts": [[row for row in make_rows(20) if row["length"] > 3][:1]],
+    "model": SPEC.model_copy(update=HALF),
+}
+DRAWS = {"dropout": 0.3, "negatives": 12, "later_share": 0.5, "weight_decay": 0.01, "learning_rate": 0.02}
+# All items are right for each of the three users of two ranks: no epoch is better than the first, and training ends
+# after two of the nine.
+SHORT: dict[str, Any] = {
+    **DRAWS,
+    "parts": [make_rows(60, 1), make_rows(60, 2)],
+    "valid": (make_rows(3, 3), [list(range(2, 29))] * 3),
+    "model": DRAWING.model_copy(update=ROW_WISE),  # the table's rows by the one optimizer, all else by AdamW
+    "batch_size": 4,
+    "epochs": 9,
+    "patience": 1,
+    "fp16_gradients": True,
+    "processes": 2,
+}
+TwoRanks = tuple[Path, list[dict[str, Any]]]
+_TRAIN_ALL = """
+import sys
+from pathlib import Path
+from training.config import RunSpec
+from training.loop import train
 
-    assert [(line["event"], line["epoch"]) for line in said if line["event"] == "epoch"] == [
-        ("epoch", 1),
-        ("epoch", 2),
-        ("epoch", 3),
-    ]
-    after = {name: training_of(tmp_path / name) for name in ("one", "two", "local")}
+for run_file in sys.argv[1:]:
+    train(RunSpec.model_validate_json(Path(run_file).read_text()))
+"""
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> TwoRanks:
+    """Trainings by two ranks, each in a folder of its name, and what they said: one after the other in the same two
+    processes, which take longer to import PyTorch than to train."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    files = []
+    in_steps = UNEQUAL | {"processes": 2, "batch_size": 13, "local_steps": 2}
+    for name, settings in {
+        "adamw": in_steps,
+        "rowwise": in_steps | {"model": SPEC.model_copy(update=ROW_WISE)},
+        "one_row": ONE_ROW | {"processes": 2},
+        "short": SHORT,
+    }.items():
+        files.append(str(folder / name / "run.json"))
+        spec = make_run(folder / name, **settings)
+        Path(files[-1]).write_text(spec.model_dump_json())
+    launcher = [sys.executable, "-m", "training.horovodrun", "--gloo", "-np", "2", "-H", "localhost:2"]
+    done = subprocess.run(
+        [*launcher, sys.executable, "-c", _TRAIN_ALL, *files], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, [event for line in done.stdout.splitlines() if (event := parse_event(line))]
+
+
+def test_one_of_two_ranks_says_when_an_epoch_ends(two_ranks: TwoRanks) -> None:
+    said = [line["epoch"] for line in two_ranks[1] if line["event"] == "epoch"]
+    assert said == [*[1, 2, 3] * 3, 1, 2]
+
+
+@pytest.mark.parametrize(("name", "table"), [("adamw", {}), ("rowwise", ROW_WISE)], ids=["adamw", "rowwise"])
+def test_two_ranks_and_local_steps_step_like_one_with_all_their_rows(
+    tmp_path: Path, two_ranks: TwoRanks, name: str, table: dict[str, Any]
+) -> None:
+    same = UNEQUAL | {"model": SPEC.model_copy(update=table)}
+    train(make_run(tmp_path / "local", **same, processes=1, batch_size=10, local_steps=5))
+    train(make_run(tmp_path / "one", **same, processes=1, batch_size=50))
+
+    folders = {"one": tmp_path / "one", "two": two_ranks[0] / name, "local": tmp_path / "local"}
+    after = {name: training_of(folder) for name, folder in folders.items()}
     assert sorted(after["two"]["epochs"][0]["rows_by_rank"]) == [24, 25]
     assert after["one"]["epochs"][0]["rows_by_rank"] == [49]
     losses = {name: [epoch["loss"] for epoch in training["epochs"]] for name, training in after.items()}
     assert losses["two"][2] < losses["two"][0]
-    tensors = {name: load_file(tmp_path / name / "model/model.safetensors") for name in after}
+    tensors = {name: load_file(folder / "model/model.safetensors") for name, folder in folders.items()}
     for other in ("two", "local"):
         assert losses[other] == pytest.approx(losses["one"], rel=1e-4)
         for name, tensor in tensors["one"].items():
             torch.testing.assert_close(tensors[other][name], tensor, atol=1e-3, rtol=0)
 
 
-def test_a_rank_without_rows_takes_part(tmp_path: Path) -> None:
-    """Of two ranks the first has no row in any step, and the other the same as one alone."""
-    rows = [row for row in make_rows(20) if row["length"] > 3][:1]
-    model = SPEC.model_copy(update=HALF)
-    same = {"epochs": 3, "learning_rate": 0.05, "rate_scaling": "none", "model": model}
-    two = make_run(tmp_path / "two", [rows], processes=2, **same)
-    one = make_run(tmp_path / "one", [rows], processes=1, **same)
-    start(two, tmp_path / "two")
-    train(one)
-    assert training_of(tmp_path / "two")["epochs"][0]["rows_by_rank"] == [0, 1]
-    tensors = [load_file(tmp_path / name / "model/model.safetensors") for name in ("two", "one")]
+def test_a_rank_without_rows_takes_part(tmp_path: Path, two_ranks: TwoRanks) -> None:
+    two = two_ranks[0] / "one_row"
+    train(make_run(tmp_path, **ONE_ROW, processes=1))
+    assert training_of(two)["epochs"][0]["rows_by_rank"] == [0, 1]
+    tensors = [load_file(folder / "model/model.safetensors") for folder in (two, tmp_path)]
     assert tensors[0]["table.own.weight"].dtype == torch.bfloat16
     for name, tensor in tensors[1].items():
         torch.testing.assert_close(tensors[0][name], tensor, atol=1e-4, rtol=0)
@@ -169,9 +217,6 @@ def kill_in_the_middle(spec: RunSpec, folder: Path, rank: int) -> str:
     assert said.endswith("steps")
     assert "\n" not in said
     return said
-
-
-DRAWS = {"dropout": 0.3, "negatives": 12, "later_share": 0.5, "weight_decay": 0.01, "learning_rate": 0.02}
 
 
 def check_resumed(killed: Path, whole: Path) -> None:
@@ -238,21 +283,16 @@ def test_a_place_inside_an_epoch_is_left_where_the_rows_lie_in_other_files(
     assert [epoch["rows_by_rank"] for epoch in after["epochs"]] == [[60], [60]]
 
 
-def test_a_killed_rank_ends_the_run_which_goes_on_and_stops_early_as_without(tmp_path: Path) -> None:
-    model = DRAWING.model_copy(update=ROW_WISE)  # the table's rows by the one optimizer, all else by AdamW
-    # All items are right for each of the three users of two ranks: no epoch is better than the first, and training ends
-    # after two of the nine.
-    parts, valid = [make_rows(60, 1), make_rows(60, 2)], (make_rows(3, 3), [list(range(2, 29))] * 3)
-    settings = {**DRAWS, "batch_size": 4, "epochs": 9, "patience": 1, "fp16_gradients": True, "processes": 2}
-    whole = make_run(tmp_path / "whole", parts, valid, model, **settings)
-    killed = make_run(tmp_path / "killed", parts, valid, model, **settings, checkpoint_minutes=0)
-    start(whole, tmp_path / "whole")
-    said = kill_in_the_middle(killed, tmp_path / "killed", rank=1)
+def test_a_killed_rank_ends_the_run_which_goes_on_and_stops_early_as_without(
+    tmp_path: Path, two_ranks: TwoRanks
+) -> None:
+    killed = make_run(tmp_path, **SHORT, checkpoint_minutes=0)
+    said = kill_in_the_middle(killed, tmp_path, rank=1)
     assert said.startswith("training stopped: process 1 was killed by signal 9")
-    resumed = start(killed, tmp_path / "killed")
+    resumed = start(killed, tmp_path)
     assert (resumed[0]["event"], resumed[0]["epoch"], resumed[0]["step"] > 0) == ("resumed", 2, True)
-    check_resumed(tmp_path / "killed", tmp_path / "whole")
-    training = training_of(tmp_path / "killed")
+    check_resumed(tmp_path, two_ranks[0] / "short")
+    training = training_of(tmp_path)
     assert (len(training["epochs"]), training["best_epoch"], training["held_users"]) == (2, 1, 3)
     assert training["parameters_sha256_by_rank"][0] == training["parameters_sha256_by_rank"][1]
 
