@@ -57,7 +57,7 @@ master = "local[2]"
 "spark.databricks.delta.snapshotPartitions" = "1"
 "spark.sql.codegen.wholeStage" = "false"      # small data, many plans: compiling them costs more than it saves
 "spark.sql.codegen.factoryMode" = "NO_CODEGEN"
-"spark.driver.extraJavaOptions" = "-XX:TieredStopAtLevel=1"
+"spark.driver.extraJavaOptions" = "-XX:+UseSerialGC -XX:TieredStopAtLevel=1"
 [storage]
 root = "{root}"
 [ingest]
