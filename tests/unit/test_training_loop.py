@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import psutil
@@ -29,6 +30,7 @@ from jobs.runtime import Runtime, digest
 from jobs.tables import SEQUENCES
 from jobs.train import (
     STAGE,
+    Listener,
     _has_learnt_all,
     _refuse_rows_of_another_vocabulary,
     base_of,
@@ -233,16 +235,20 @@ def check_resumed(killed: Path, whole: Path) -> None:
     assert one.read_bytes() == other.read_bytes()
 
 
-@pytest.mark.parametrize("table", [{}, HALF], ids=["adamw", "rowwise"])
-def test_a_killed_process_goes_on_to_the_same_parameters(tmp_path: Path, table: dict[str, Any]) -> None:
-    model = DRAWING.model_copy(update=table)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, HALF, {"architecture": "electra", "objective": "rtd"}, {"architecture": "xlnet", "objective": "plm"}],
+    ids=["adamw", "rowwise", "rtd", "plm"],
+)
+def test_a_killed_process_goes_on_to_the_same_parameters(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = DRAWING.model_copy(update=changes)
     parts, rows = [make_rows(60, 1), make_rows(60, 2)], make_rows(20, 3)
     settings = {**DRAWS, "batch_size": 2, "epochs": 2, "local_steps": 2}
     whole = make_run(tmp_path / "whole", parts, (rows, next_items(rows)), model, **settings)
     settings |= {"checkpoint_minutes": 0, "keep_checkpoints": 99}
     killed = make_run(tmp_path / "killed", parts, (rows, next_items(rows)), model, **settings)
     train(whole)
-    if table:
+    if changes == HALF:
         said = kill_in_the_middle(killed, tmp_path / "killed", rank=0)
         assert said.startswith("training stopped: process 0 was killed by signal 9")
         assert not (tmp_path / "killed/model/model.json").exists()
@@ -594,6 +600,22 @@ def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) 
         train(spec)
 
 
+def test_a_warm_start_begins_with_the_weights_of_its_base(tmp_path: Path) -> None:
+    """At a rate that moves nothing: the base's weights, and new items whose own parts are zero."""
+    rows = make_rows(60)
+    train(make_run(tmp_path / "base", [rows], epochs=1, learning_rate=0.05))
+    weights = tmp_path / "base/model/model.safetensors"
+    new = next(row for row in rows if row["length"] == 5) | {"item_index": list(range(ITEMS, ITEMS + 5))}
+    model = SPEC.model_copy(update={"items": ITEMS + 5})
+    spec = make_run(tmp_path / "grown", [[*rows, new]], model=model, epochs=1, learning_rate=1e-12)
+    train(spec.model_copy(update={"start_from": str(weights)}))
+    base, grown = load_file(weights), load_file(tmp_path / "grown/model/model.safetensors")
+    own = grown.pop("table.own.weight")
+    torch.testing.assert_close(own, torch.cat([base["table.own.weight"], torch.zeros(5, 16)]), atol=1e-9, rtol=0)
+    for name in grown.keys() - {"item_counts", "table.attributes"}:
+        torch.testing.assert_close(grown[name], base[name], atol=1e-9, rtol=0)
+
+
 def test_the_newest_checkpoints_and_the_best_epochs_stay(tmp_path: Path) -> None:
     for epoch in range(1, 6):
         for step in (0, 12):
@@ -731,7 +753,8 @@ def test_rows_that_ask_for_nothing_are_no_point_of_the_curve(tmp_path: Path) -> 
 def test_a_lines_loss_is_that_of_the_steps_since_the_last_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Of all its targets: weighted by them, the lines give the epoch's loss. A batch of single actions has no line."""
+    """Of all its targets: weighted by them, the lines give the epoch's loss. A batch of single actions has no line. The
+    lines are also what is tracked."""
     targets: list[float] = []
 
     def step(run: Any, positions: float) -> None:
@@ -748,6 +771,12 @@ def test_a_lines_loss_is_that_of_the_steps_since_the_last_line(
         assert counts.all()  # a step without targets moves nothing, whatever Horovod would give as gradients
         assert len(losses) == len(counts) < 15
         assert np.average(losses, weights=counts) == pytest.approx(epoch["loss"])
+    tracker = Mock()
+    listener = Listener(lambda text: None, tracker)
+    for line in lines:
+        listener(line)
+    given = [call.args for call in tracker.metrics.call_args_list]
+    assert [figures["loss"] for _, figures in given if "loss" in figures] == said[0] + said[1]
 
 
 def test_the_best_epochs_weights_are_published(tmp_path: Path) -> None:
@@ -884,7 +913,7 @@ def test_learning_rate_grows_with_the_rows_in_a_step() -> None:
     assert rate_factor(TrainSettings(), 1) == 1
 
 
-def test_a_training_moves_by_the_scaled_and_scheduled_rate(tmp_path: Path) -> None:
+def test_a_training_moves_by_the_scaled_and_scheduled_rate_and_as_configured(tmp_path: Path) -> None:
     def after(name: str, **settings: Any) -> str:
         train(make_run(tmp_path / name, [make_rows(40)], batch_size=4, local_steps=4, epochs=1, **settings))
         sha256: str = training_of(tmp_path / name)["parameters_sha256_by_rank"][0]
@@ -893,7 +922,8 @@ def test_a_training_moves_by_the_scaled_and_scheduled_rate(tmp_path: Path) -> No
     scaled = after("sqrt", learning_rate=0.01, rate_scaling="sqrt")
     assert scaled == after("none", learning_rate=0.02, rate_scaling="none")
     assert scaled != after("unscaled", learning_rate=0.01, rate_scaling="none")
-    assert scaled != after("warm-up", learning_rate=0.01, rate_scaling="sqrt", warm_up=1)
+    for name, value in {"warm_up": 1, "clip_norm": 1e-6, "start": "random"}.items():
+        assert scaled != after(name, learning_rate=0.01, rate_scaling="sqrt", **{name: value}), name
 
 
 def test_last_words_are_the_cause() -> None:

@@ -143,6 +143,23 @@ def test_a_row_has_the_same_vector_whatever_its_neighbours(architecture: str, ob
     assert torch.pdist(alone).max() > 0.1
 
 
+@pytest.mark.parametrize(
+    ("architecture", "names"),
+    [
+        ("gpt2", ("n_embd", "n_layer", "n_head", "n_inner")),
+        ("xlnet", ("d_model", "n_layer", "n_head", "d_inner")),
+        *(
+            (name, ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"))
+            for name in ("bert", "electra")
+        ),
+    ],
+)
+def test_a_block_has_the_configured_sizes_and_dropout(architecture: str, names: tuple[str, ...]) -> None:
+    transformer = make_model(architecture=architecture, width=24, layers=3, heads=4, dropout=0.375).transformer
+    assert [getattr(transformer.config, name) for name in names] == [24, 3, 4, 96]
+    assert {part.p for part in transformer.modules() if isinstance(part, torch.nn.Dropout)} == {0.375}
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "xlnet", "bert", "electra"])
 def test_what_comes_later_is_never_seen_in_causal_training(architecture: str) -> None:
     model = make_model(architecture=architecture)
@@ -363,19 +380,23 @@ def test_a_grown_model_keeps_what_it_knew_and_reads_new_items_by_their_attribute
         build_model(spec.model_copy(update={"layers": 2}), counts, attributes).grow_from(old.tensors())
 
 
-def test_attributes_learn_to_stand_for_items_that_were_hidden() -> None:
-    """Half of the items are of one category and always follow that category; three of them are never seen."""
+@pytest.mark.parametrize("item_dropout", [0.0, 0.3])
+def test_attributes_learn_to_stand_for_items_that_were_hidden(item_dropout: float) -> None:
+    """Half of the items are of one category, and of these every other one is cheap. Both are those of the item before;
+    of each kind some items are never seen."""
     torch.manual_seed(0)
-    attributes = torch.zeros((1, ITEMS), dtype=torch.int64)
+    attributes = torch.zeros((2, ITEMS), dtype=torch.int64)
     attributes[0, 2:16], attributes[0, 16:30] = 1, 2
+    attributes[1, 2::2], attributes[1, 3::2] = 1, 2
     random = np.random.default_rng(2)
     counts = torch.zeros(ITEMS, dtype=torch.int64)
-    counts[2:13] = counts[16:27] = 9
-    spec = SPEC.model_copy(update={"attribute_sizes": {"category": 3}, "context_sizes": {}, "item_dropout": 0.3})
+    counts[2:12] = counts[16:26] = 9
+    sizes = {"category": 3, "price": 3}
+    spec = SPEC.model_copy(update={"attribute_sizes": sizes, "context_sizes": {}, "item_dropout": item_dropout})
     model = build_model(spec, counts, attributes)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    firsts = random.choice([2, 16], 200)[:, None]
-    items = torch.from_numpy(firsts + random.integers(0, 11, (200, SPEC.max_length)))
+    firsts = random.choice([2, 3, 16, 17], 200)[:, None]
+    items = torch.from_numpy(firsts + 2 * random.integers(0, 5, (200, SPEC.max_length)))
     batch = with_targets({name: items for name in FEATURES})
     for _ in range(60):
         loss, count = model.loss(batch)
@@ -385,10 +406,11 @@ def test_attributes_learn_to_stand_for_items_that_were_hidden() -> None:
     model.eval()
     with torch.inference_mode():
         scores = model.encode({name: items[:, :7] for name in FEATURES}) @ model.item_vectors().T
-    hidden = {2: [13, 14, 15], 16: [27, 28, 29]}
-    for first, other in ((2, 16), (16, 2)):
+    hidden = {2: [12, 14], 3: [13, 15], 16: [26, 28], 17: [27, 29]}
+    for first, mine in hidden.items():
         of_kind = scores[torch.from_numpy(firsts[:, 0] == first)]
-        assert (of_kind[:, hidden[first]].min(1).values > of_kind[:, hidden[other]].max(1).values).all()
+        others = [item for other, items in hidden.items() if other != first for item in items]
+        assert (of_kind[:, mine].min(1).values > of_kind[:, others].max(1).values).all()
 
 
 @pytest.mark.parametrize(
