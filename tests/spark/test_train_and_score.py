@@ -32,6 +32,7 @@ from jobs.models import encode_sequences
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import spark_conf
 from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_EMBEDDINGS, Table
+from jobs.tune import run_tune
 from scripts.faults import delta_reader
 from spark_udfs.encode import LoadedModel, encode_rows
 from tests.conftest import make_config
@@ -188,6 +189,29 @@ def test_the_event_types_to_predict_have_the_numbers_of_the_vocabulary(trained: 
         TrailvecError, match=r"nothing to predict: no item .*types = \[\"nope\"\] in the training window"
     ):
         numbers(["nope"], 0)
+
+
+def test_a_model_reads_only_the_configured_inputs_and_attributes(trained: Runtime) -> None:
+    def sizes(*sets: str) -> tuple[list[str], list[str]]:
+        config = make_config(trained.root, *SETTINGS, *sets)
+        spec = train.model_spec(config, 30, trained.latest(CONTEXT_VALUES))
+        return list(spec.context_sizes), list(spec.attribute_sizes)
+
+    assert sizes('train.inputs=["hour"]', 'train.item_attributes=["price"]') == (["hour"], ["price"])
+    assert sizes("train.inputs=[]", "train.item_attributes=[]") == ([], [])
+
+
+def test_the_search_for_settings_reads_these_tables_and_resumes(
+    trained: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+    runtime = Runtime(make_config(trained.root, *SETTINGS, "train.processes=1", "train.epochs=1"), trained.spark)
+    runtime.on_progress = said.append
+    for _ in range(2):
+        run_tune(runtime, 1)
+        assert re.match(r"# ndcg@10 0\.\d{4} on the validation users, trial 0 of 1\n", capsys.readouterr().out)
+    assert any(line.startswith("trial 0  epoch 1/1") for line in said)
+    assert said[-1] == "resumes the search after 1 trials"  # and no trial after it
 
 
 def test_model_json_says_what_made_it(trained: Runtime) -> None:
@@ -444,6 +468,10 @@ def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
     assert (settings.epochs, settings.learning_rate) == (1, pytest.approx(0.02 * 0.3))
     assert settings.batch_size == 2 * 16  # for rows half as long
     assert not (model_folder(runtime) / "rows").exists()
+    # Its only step, at the end of the schedule, has moved nothing far.
+    old_weights, grown = (load_file(runtime.models / of / WEIGHTS) for of in (base, about["model_version"]))
+    for name, tensor in old_weights.items():
+        np.testing.assert_allclose(grown[name], tensor, atol=1e-3, err_msg=name)
 
     wider = Runtime(make_config(tmp_path / "root", *sets, "train.width=32"), trained.spark)
     with pytest.raises(
