@@ -140,17 +140,18 @@ def train(spec: RunSpec) -> None:
     if device.type == "cpu":
         _keep_freed_memory()
     torch.set_num_threads(spec.settings.threads)
-    run = _begin(spec, device)
-    progress, patience = run.progress, spec.settings.patience
-    batches = _batches(run, progress.epoch)
+    checkpoint, progress = _resumed_from(spec)
+    patience = spec.settings.patience
+    batches = _batches(spec, progress, progress.epoch)  # whose first rows are read while the model is set up
     try:
+        run = _begin(spec, device, checkpoint, progress)
         for epoch in range(progress.epoch, spec.settings.epochs + 1):
             # All ranks hold the same values, so they decide alike. Without held-out users the last epoch is the best.
             if patience and epoch - 1 - progress.best_epoch >= patience:
                 break
             _train_epoch(run, epoch, batches)
             if epoch < spec.settings.epochs:
-                batches = _batches(run, epoch + 1)  # whose first rows are read while this one is validated
+                batches = _batches(spec, progress, epoch + 1)  # whose first rows are read while this one is validated
             _close_epoch(run, epoch)
     finally:
         batches.close()
@@ -169,11 +170,31 @@ def train(spec: RunSpec) -> None:
         describe_weights(Path(spec.output), spec.model, {**spec.about, "training": training})
 
 
-def _begin(spec: RunSpec, device: torch.device) -> _Run:
-    """Sets up this rank: the same initial weights on all ranks, or the newest checkpoint, which every rank reads.
+def _resumed_from(spec: RunSpec) -> tuple[Folder | None, Progress]:
+    """The newest checkpoint (None: there is none), and its progress, or that of a new run.
 
     Raises:
         TrailvecError: the checkpoint is damaged or of another number of processes.
+    """
+    size = dist.size()
+    folder = folder_of(spec.checkpoints) if spec.checkpoints else None
+    rows_sha256 = rows_digest(spec.train_files)
+    checkpoint = dist.from_first(_checkpoint_over(rows_sha256, folder) if folder and dist.rank() == 0 else None)
+    progress = read_progress(checkpoint)[0] if checkpoint else Progress(ranks=size)
+    if progress.ranks != size:  # only if started by hand: to `trailvec train`, another number is another model
+        raise TrailvecError(
+            f"the checkpoint {checkpoint} is from {progress.ranks} processes, this run has {size}: "
+            f"start {progress.ranks}"
+        )
+    progress.rows_sha256 = rows_sha256
+    return checkpoint, progress
+
+
+def _begin(spec: RunSpec, device: torch.device, checkpoint: Folder | None, progress: Progress) -> _Run:
+    """Sets up this rank: the same initial weights on all ranks, or those of the checkpoint, which every rank reads.
+
+    Raises:
+        TrailvecError: the checkpoint is damaged.
     """
     settings, rank, size = spec.settings, dist.rank(), dist.size()
     torch.manual_seed(settings.seed)
@@ -181,16 +202,7 @@ def _begin(spec: RunSpec, device: torch.device) -> _Run:
     attributes = torch.from_numpy(np.load(spec.item_attributes)) if spec.item_attributes else None
     model = build_model(spec.model, item_counts, attributes)
     known = item_counts.numpy() > 0
-    folder = folder_of(spec.checkpoints) if spec.checkpoints else None
-    rows_sha256 = rows_digest(spec.train_files)
-    checkpoint = dist.from_first(_checkpoint_over(rows_sha256, folder) if folder and rank == 0 else None)
-    progress, tensors = read_checkpoint(checkpoint) if checkpoint else (Progress(ranks=size), {})
-    if progress.ranks != size:  # only if started by hand: to `trailvec train`, another number is another model
-        raise TrailvecError(
-            f"the checkpoint {checkpoint} is from {progress.ranks} processes, this run has {size}: "
-            f"start {progress.ranks}"
-        )
-    progress.rows_sha256 = rows_sha256
+    tensors = read_checkpoint(checkpoint)[1] if checkpoint else {}
     if checkpoint:
         model.load_tensors(part_of(tensors, "model."))
     else:
@@ -208,7 +220,7 @@ def _begin(spec: RunSpec, device: torch.device) -> _Run:
     run = _Run(
         spec=spec,
         device=device,
-        folder=folder,
+        folder=folder_of(spec.checkpoints) if spec.checkpoints else None,
         model=model,
         items=items,
         others=others,
@@ -287,9 +299,9 @@ def _publish_best(spec: RunSpec, checkpoint: Folder, best: Folder) -> None:
     save_weights(Path(spec.output), part_of(tensors, "model."))
 
 
-def _batches(run: _Run, epoch: int) -> Generator[Batch, None, None]:
+def _batches(spec: RunSpec, progress: Progress, epoch: int) -> Generator[Batch, None, None]:
     """This rank's batches of an epoch, without those that a resumed epoch has had. Their reading begins at once."""
-    spec, settings, progress = run.spec, run.spec.settings, run.progress
+    settings = spec.settings
     return read_batches(
         spec.train_files,
         max_length=spec.model.max_length,

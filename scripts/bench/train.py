@@ -150,6 +150,7 @@ def watched(spec: RunSpec, out: Path, read: Callable[..., Iterator[Batch]]) -> E
     """Runs the loop over the batches of `read`.
 
     `waited` is the share of an epoch's time spent waiting for batches, `first_wait` the seconds until the first one.
+    The first epoch's `rows_per_cpu_second` includes setting up the model, since its rows are read meanwhile.
     """
     waits: list[tuple[float, float]] = []
     worked: list[float] = []

@@ -431,6 +431,17 @@ def test_clm_alone_is_asked_for_later_sessions(tmp_path: Path, monkeypatch: pyte
     assert asked == [0.5, 0]
 
 
+def test_rows_are_read_while_the_model_is_set_up_and_no_longer_if_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = Mock()
+    monkeypatch.setattr("training.loop.read_batches", lambda *_, **__: batches)
+    monkeypatch.setattr("training.loop.build_model", Mock(side_effect=InterruptedError))
+    with pytest.raises(InterruptedError):
+        train(make_run(tmp_path, [make_rows(5)]))
+    batches.close.assert_called_once_with()
+
+
 def test_the_event_types_to_predict_reach_the_batches_and_the_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -591,12 +602,13 @@ def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) 
     write_checkpoint(folder, Progress(ranks=2), {"x": torch.zeros(1)}, keep=1)
     with pytest.raises(TrailvecError, match="is from 2 processes, this run has 1: start 2"):
         train(spec)
-    state = folder / "00001-0000000000/state.safetensors"
+    write_checkpoint(folder, Progress(ranks=1, epoch=2), {"x": torch.zeros(1)}, keep=1)
+    state = folder / "00002-0000000000/state.safetensors"
     state.write_bytes(state.read_bytes()[:-1] + b"x")
-    with pytest.raises(TrailvecError, match=r"00001-0000000000 is damaged \(state\.safetensors is not the file"):
+    with pytest.raises(TrailvecError, match=r"00002-0000000000 is damaged \(state\.safetensors is not the file"):
         train(spec)
-    (folder / "00001-0000000000/checkpoint.json").write_text("[" * 100_000)
-    with pytest.raises(TrailvecError, match=r"00001-0000000000 is damaged \(maximum recursion depth exceeded"):
+    (folder / "00002-0000000000/checkpoint.json").write_text("[" * 100_000)
+    with pytest.raises(TrailvecError, match=r"00002-0000000000 is damaged \(maximum recursion depth exceeded"):
         train(spec)
 
 
