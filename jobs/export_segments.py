@@ -68,7 +68,8 @@ from jobs.user_lists import file_digest
 from spark_udfs.keyed import key_mark
 
 # A segment's keys that change neither its members nor who gets them under which ids.
-_LOOKS = {"owner", "purpose", "approved_by", "format", "columns", "rows_per_file"}
+_LOOKS: dict[str, Any] = dict.fromkeys(("owner", "purpose", "approved_by", "format", "columns", "rows_per_file"), True)
+_LOOKS |= {"suppress": {"__all__": {"may_be_empty"}}}
 _BINS = 20  # of the histogram of scores
 _WRITERS = 2  # threads: while one hashes ids (the GIL allows only one), the other compresses a file
 

@@ -215,6 +215,7 @@ class Selection:
         self._listed = self._combinations(self._marks)
         self.everyone = self._listed.of(self._has_vector)
         self._work = {number: _Work(of, self.everyone.of_nobody()) for number, of in rules.items()}
+        self._refuse_empty_lists()
         self._note_nobody()
         self._with: dict[VectorKind, Combinations] = {"embedding": self.everyone}  # those who have that kind of vector
         if has_profile is not None:
@@ -224,9 +225,22 @@ class Selection:
         # By time of first logging (None: never), then by user: the number of segments so far.
         self._exported: defaultdict[int | None, Counter[str]] = defaultdict(Counter)
 
+    def _refuse_empty_lists(self) -> None:
+        """Raises TrailvecError if a suppression list that must not be empty is: a query with a mistyped date, or a file
+        cut short, would export everyone who should be left out."""
+        for export in self.pending:
+            suppressing = self._work[export.number].rules.suppressing
+            for users, rule in zip(export.segment.suppress, suppressing, strict=True):
+                if not users.may_be_empty and not self._listed.of(rule.mark).total:
+                    by_query = f" {_NO_DATE}" if users.sql is not None else ""
+                    raise TrailvecError(
+                        f"{export.path}: no user at all is {rule.name}{by_query}: correct that list, or write "
+                        f"may_be_empty = true beside it"
+                    )
+
     def _note_nobody(self) -> None:
         """Notes lists that look wrong: if a suppression list matches no known user, its ids may be written unlike those
-        of the events; if a query or a consent yields no user at all, it may have a mistake."""
+        of the events; if nobody consents, the query or file may have a mistake."""
         notes, consent = self._runtime.report.notes, self._runtime.config.export.consent
         lists = {
             rule.mark: (export.path, rule, rule in self._work[export.number].rules.suppressing)
@@ -238,9 +252,7 @@ class Selection:
             if rule.required and not listed:
                 by_query = f" {_NO_DATE}" if consent is not None and consent.sql else ""
                 notes.append(f"{path}: {rule.name} from any user, so nobody is exported{by_query}")
-            elif suppresses and not listed:
-                notes.append(f"{path}: the query in suppress returns no user, so it leaves nobody out {_NO_DATE}")
-            elif suppresses and not known:
+            elif suppresses and listed and not known:
                 notes.append(
                     f"{rule.name}: none of its {listed:,} users has a vector, so it leaves nobody out; are its ids "
                     f"written as in the events?"

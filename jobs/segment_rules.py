@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial, reduce
-from itertools import chain, islice
+from itertools import islice
 from operator import and_
 from pathlib import Path
 from typing import NamedTuple
@@ -124,21 +124,6 @@ class Lists:
         return frame.repartition("user_id").groupBy("user_id").agg(*words)
 
 
-def _read_suppressed(runtime: Runtime, users: UserList, path: Path, folder: Place) -> DataFrame | Iterator[str]:
-    """As `read_users`, but refuses an empty file: everyone who should be in it would be exported."""
-    ids = read_users(runtime, users, path, folder)
-    if users.file is None:
-        return ids
-    if isinstance(ids, DataFrame):
-        if not ids.isEmpty():
-            return ids
-    elif (first := next(ids, None)) is not None:
-        return chain([first], ids)
-    raise TrailvecError(
-        f"{path}: the list {path.parent / users.file} in suppress contains no user id: correct it, or remove it"
-    )
-
-
 def read_consents(runtime: Runtime, folder: Place) -> DataFrame:
     """user_id and one column per purpose, from export.consent; a user may have several rows. `folder`: as for
     `read_users`."""
@@ -241,7 +226,7 @@ def rules_of(
     queries = [users.sql for users in segment.suppress if users.sql is not None]
     for users in segment.suppress:
         name = f"list {_named(users, path)}"
-        mark = lists.mark(name, partial(_read_suppressed, runtime, users, path, lists.folder))
+        mark = lists.mark(name, partial(read_users, runtime, users, path, lists.folder))
         # Rules of one name would be counted as one.
         query = "a query" if len(queries) < 2 or users.sql is None else f"query {queries.index(users.sql) + 1}"
         suppressing.append(Rule(f"suppressed by {users.file or query}", mark))

@@ -49,6 +49,16 @@ class Seeds(UserList):
         return self
 
 
+class Suppressed(UserList):
+    """Users who are never exported."""
+
+    may_be_empty: bool = Field(
+        False,
+        description="whether the list may hold no user at all; if not, nothing is exported then, because everyone who "
+        "should be on it would be",
+    )
+
+
 class Affinity(Section):
     """The items to score users by: a user's score is the highest dot product of their vector with any of these items,
     that is, the model's own score of that item."""
@@ -111,7 +121,7 @@ class Segment(Section):
     threshold: float | None = Field(None, description="the lowest score to take")
 
     consent: str | None = Field(None, description="a column of export.consent that must be true")
-    suppress: tuple[UserList, ...] = Field((), description="lists of users who are never exported")
+    suppress: tuple[Suppressed, ...] = Field((), description="lists of users who are never exported")
     at_most: Frequency | None = None
     exclude: tuple[str, ...] = Field((), description="names of segments of the same run whose members are left out")
     control_share: float = Field(0, ge=0, lt=1, description="share of the members to hold back, chosen by keyed hash")

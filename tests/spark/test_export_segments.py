@@ -221,6 +221,13 @@ def test_a_rerun_is_skipped_and_a_forced_one_gives_the_same_bytes(
         assert is_pending()
         (export,) = export_segments._exports(shop, now)
         assert (export.id == before.id) == ("threshold" not in line)  # who is in it
+    of_lists = set()
+    for more in ("", ", may_be_empty = true"):
+        line = f'size = 4\nsuppress = [{{ file = "seeds.txt"{more} }}]'
+        (tmp_path / "likes.toml").write_text(SEGMENT.replace("size = 4", line))
+        assert is_pending()
+        of_lists |= {export.id for export in export_segments._exports(shop, now)}
+    assert len(of_lists) == 1
     (tmp_path / "likes.toml").write_text(SEGMENT)
     shutil.rmtree(shop.path(USER_EMBEDDINGS))  # another table of that name, at the same version
     shop.spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()  # type: ignore[union-attr]
@@ -430,7 +437,8 @@ def test_what_is_refused_while_it_runs(shop: Runtime, tmp_path: Path, monkeypatc
         (
             "size = 4",
             'size = 4\nsuppress = ["seeds.txt"]',
-            r"suppress\.0 = 'seeds\.txt': write a table, such as { file = \.\.\. } \(known keys: file, sql\)",
+            r"suppress\.0 = 'seeds\.txt': write a table, such as { file = \.\.\. } "
+            r"\(known keys: file, sql, may_be_empty\)",
         ),
         (
             "size = 4",
@@ -1143,7 +1151,7 @@ def test_where_it_goes(shop: Runtime, tmp_path: Path) -> None:
     place = tmp_path / "bucket" / "likes"
     for name, user in {"strangers": "ann.0", "known": "far"}.items():
         (tmp_path / f"{name}.txt").write_text(user)
-    queried = "{ sql = \"SELECT 'ann' AS user_id WHERE false\" }"
+    queried = "{ sql = \"SELECT 'ann' AS user_id WHERE false\", may_be_empty = true }"
     lists = f'suppress = [{{ file = "strangers.txt" }}, {{ file = "known.txt" }}, {queried}]'
     (tmp_path / "likes.toml").write_text(
         SEGMENT.replace("size = 4", f'size = 4\n{lists}\ndestination = "file://{place}"')
@@ -1157,8 +1165,6 @@ def test_where_it_goes(shop: Runtime, tmp_path: Path) -> None:
         "again, or set seeds.vectors",
         "suppressed by strangers.txt: none of its 1 users has a vector, so it leaves nobody out; are its ids "
         "written as in the events?",
-        f"{tmp_path}/likes.toml: the query in suppress returns no user, so it leaves nobody out (a date that Spark "
-        f"can't parse is NULL)",
     ]
     assert len(read(shop, folder=place)[1]) == 4
     assert {row["destination"] for row in read_delta(shop.root / "tables" / "exports")} == {str(place)}
@@ -1221,8 +1227,14 @@ def test_what_is_refused_of_lists(shop: Runtime, spark: SparkSession, tmp_path: 
     for name, text in {"nobody.txt": "\n", "nobody.csv": "user_id,date\n"}.items():
         (tmp_path / name).write_text(text)
         refused(
-            f'suppress = [{{ file = "{name}" }}]', f"the list .*/{name} in suppress contains no user id: correct it"
+            f'suppress = [{{ file = "seeds.txt" }}, {{ file = "{name}" }}]',
+            f"likes.toml: no user at all is suppressed by {name}: correct that list, or write may_be_empty = true",
         )
+    since = "sql = \"SELECT user_id FROM user_embeddings WHERE as_of > DATE('2017-13-01')\""
+    refused(
+        f'suppress = [{{ file = "nobody.txt", may_be_empty = true }}, {{ {since} }}]',
+        r"no user at all is suppressed by a query \(a date that Spark can't parse is NULL\): correct that list",
+    )
     (tmp_path / "latin.txt").write_bytes("anna\nrené\n".encode("latin-1"))
     refused('suppress = [{ file = "latin.txt" }]', r"the list .*/latin\.txt is not UTF-8 text .*: save it as UTF-8")
     deletes = 'sql = "DELETE FROM user_embeddings"'
