@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +41,7 @@ from jobs.segments import Format, Segment, SegmentFile, read_segments
 from jobs.spark_session import spark_conf
 from jobs.tables import EXPORTS, ITEM_EMBEDDINGS, ITEMS, SESSIONS, USER_EMBEDDINGS, USER_PROFILES
 from jobs.user_lists import read_users
+from spark_udfs.likeness import candidates
 from tests.conftest import make_config, put, read_delta
 from tests.spark.test_neighbours import embed, put_item_vectors, put_users
 
@@ -677,7 +678,7 @@ def test_many_segments_in_one_pass_against_plain_python(
             "asked": "sql = \"SELECT user_id FROM user_embeddings WHERE user_id < 'ü050' UNION SELECT 'nobody'\"\n"
             + rules,
             "both": 'include = ["asked", "fond"]\nconsent = "push"\nexclude = ["near"]\n',
-            "sweet": 'size = 20\naffinity = { vertical = "FRUIT", category = "SWEET" }\n',
+            "sweet": 'size = 20\nformat = "csv.gz"\naffinity = { vertical = "FRUIT", category = "SWEET" }\n',
             "middle": 'size = 20\nseeds = { file = "seeds.txt", method = "tastes", tastes = 1 }\n',
             "alike": 'size = 20\nseeds = { file = "seeds.txt" }\n',
         },
@@ -700,10 +701,22 @@ def test_many_segments_in_one_pass_against_plain_python(
         for n, user in enumerate(names)
     ]
     put(runtime, SESSIONS, spark.createDataFrame(visits, SESSIONS.schema()))
-    reads = Mock(wraps=read_users)
-    monkeypatch.setattr(segment_rules, "read_users", reads)
-    report = runtime.execute(STAGE)
+    sample = segment_members.Selection._seeds_and_sample
+    with (
+        patch.object(segment_rules, "read_users", wraps=read_users) as reads,
+        patch.object(segment_members, "candidates", wraps=candidates) as passes,
+        patch.object(segment_members.Selection, "_seeds_and_sample", autospec=True, side_effect=sample) as samples,
+    ):
+        report = runtime.execute(STAGE)
     assert sorted(call.args[1].file for call in reads.call_args_list) == ["seeds.txt", "suppressed.parquet"]
+    # Two reads of the vectors for all segments with a score, and one more for each whose floor was too high.
+    assert samples.call_count == 1
+    first, *again = (len(call.args[1]) for call in passes.call_args_list)
+    assert (first, set(again)) in ((7, set()), (7, {1}))
+    made = bytes_of(runtime.exports)
+    with spark_conf(spark, {"spark.sql.shuffle.partitions": "3"}):
+        runtime.execute(STAGE, force=True)
+    assert bytes_of(runtime.exports) == made
 
     def highest(user: str, anchors: Sequence[Sequence[float] | np.ndarray], cosine: bool) -> float:
         a, b = np.array(users[user]), np.array(anchors)
@@ -743,7 +756,9 @@ def test_many_segments_in_one_pass_against_plain_python(
     assert 0 < len(fruit) < 100
     assert report.rows_out == {name: len(members) for name, members in expected.items()}
     for name, members in expected.items():
-        assert [row["user_id"] for row in read(runtime, name)[1]] == members, name
+        rows = read(runtime, name)[1]
+        ids = [row[0] for row in rows[1:]] if name == "sweet" else [row["user_id"] for row in rows]
+        assert ids == members, name
     manifest, rows = read(runtime, "near")
     assert [row["score"] for row in rows] == pytest.approx([likeness[row["user_id"]] for row in rows], rel=1e-6)
     assert [row["rank"] for row in rows] == list(range(1, len(rows) + 1))
