@@ -96,15 +96,16 @@ def too_few_users(report: dict[str, Any], settings: AlignSettings) -> str | None
 
 
 def no_ranking(report: dict[str, Any], settings: AlignSettings) -> str | None:
-    """Why the limit on the ranking can't be applied, in one sentence; None if it can, if there is no limit, or if the
-    current model's ranking is not known either."""
-    ranking = report.get("ranking", {})
-    if not ranking.get("old") or ranking.get("new") is not None or settings.max_ranking_loss == 1:
+    """Why the limit on the ranking can't be applied, in one sentence; None if it can, if there is no limit, or if
+    neither model has a ranking to compare."""
+    old, new = (report.get("ranking", {}).get(which) for which in ("old", "new"))
+    if bool(old) == (new is not None) or settings.max_ranking_loss == 1:
         return None
-    return (
-        f"align.max_ranking_loss says nothing about model {report['model_version']}: nobody in its valid split has a "
-        f"next item that it knows"
-    )
+    if new is None:
+        why = "nobody in its valid split has a next item that it knows"
+    else:
+        why = f"NDCG@10 in validation of {report['onto']} is {'not known' if old is None else '0'}"
+    return f"align.max_ranking_loss says nothing about model {report['model_version']}: {why}"
 
 
 def check_again(runtime: Runtime, folder: Path) -> None:

@@ -133,6 +133,10 @@ def test_without_validation_the_gate_says_that_it_says_nothing() -> None:
     assert no_ranking(report_of(0.5, 0.6, 0.2, None), settings) == (
         "align.max_ranking_loss says nothing about model m2: nobody in its valid split has a next item that it knows"
     )
+    for old, said in ((None, "not known"), (0.0, "0")):
+        assert no_ranking(report_of(0.5, 0.6, old, 0.2), settings) == (
+            f"align.max_ranking_loss says nothing about model m2: NDCG@10 in validation of m1 is {said}"
+        )
     for old, new in ((0.2, 0.1), (0.2, 0.0), (None, None), (0.0, None)):
         assert no_ranking(report_of(0.5, 0.6, old, new), settings) is None
     assert no_ranking({"model_version": "m2", "onto": None}, settings) is None
