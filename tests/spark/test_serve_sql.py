@@ -13,18 +13,22 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
+from urllib.parse import unquote
 
 import deltalake
 import numpy as np
+import pyarrow as pa
 import pyspark
 import pytest
 from deltalake.exceptions import DeltaProtocolError
 from py4j.protocol import Py4JNetworkError
+from pyarrow.dataset import dataset
 from pyspark.errors import AnalysisException, PythonException
 from pyspark.sql import SparkSession
 
@@ -76,6 +80,16 @@ class Served:
     def best_items(self, user: str, k: int) -> list[str]:
         scores = {item: float(self.users[user] @ vector) for item, vector in self.items.items()}
         return sorted(scores, key=lambda item: (-scores[item], item))[:k]
+
+    def cosines(self, user: str) -> dict[str, float]:
+        """With each other user, the nearest first."""
+        own = self.users[user]
+        scores = {
+            other: float(own @ vector / np.linalg.norm(own) / np.linalg.norm(vector))
+            for other, vector in self.users.items()
+            if other != user
+        }
+        return dict(sorted(scores.items(), key=lambda pair: -pair[1]))
 
 
 @pytest.fixture(scope="module")
@@ -175,14 +189,26 @@ def test_ten_clients_at_once(server: Served) -> None:
     assert n == 9
 
 
-def test_a_client_finds_the_views_of_the_current_model(server: Served) -> None:
+def test_a_client_finds_the_views_of_the_current_model_and_the_functions(server: Served) -> None:
+    ones = f"array({', '.join(['1F'] * LENGTH)})"
     queries = [
         "SELECT DISTINCT model_version, count(*) OVER () FROM current_user_embeddings",
         "SELECT model_version, neighbour_id FROM current_neighbours",
+        "SELECT n.user_id FROM nearest_users('u0', 3) AS n ORDER BY n.rank",
+        "SELECT to_json(vector_avg(vector)), to_json(vector_sum(vector)), "
+        f"to_json(vector_top_k(user_id, vector, {ones}, 2)) FROM current_user_embeddings",
     ]
     out, err = client(server, queries).communicate(timeout=120)
     assert out, err
-    assert json.loads(out) == [[[["m2", 12]], [["m2", "i1"]]]]
+    [[of_users, of_neighbours, nearest, [aggregates]]] = json.loads(out)
+    assert (of_users, of_neighbours) == ([["m2", 12]], [["m2", "i1"]])
+    assert nearest == [[user] for user in list(server.cosines("u0"))[:3]]
+    mean, total, best = map(json.loads, aggregates)
+    vectors = np.stack(list(server.users.values()))
+    assert mean == pytest.approx(vectors.mean(axis=0).tolist(), rel=1e-6)
+    assert total == vectors.sum(axis=0).tolist()
+    sums = {user: float(vector.sum()) for user, vector in server.users.items()}
+    assert best == sorted(sums, key=lambda user: (-sums[user], user))[:2]
 
 
 def test_no_client_reads_a_secret_of_the_environment(server: Served) -> None:
@@ -388,13 +414,9 @@ def test_nearest_items_are_those_of_the_current_model(warehouse: Served, monkeyp
 
 
 def test_nearest_users_leave_the_user_out(warehouse: Served) -> None:
-    cosines = {
-        user: float(v @ warehouse.users["u0"] / np.linalg.norm(v) / np.linalg.norm(warehouse.users["u0"]))
-        for user, v in warehouse.users.items()
-        if user != "u0"
-    }
+    cosines = warehouse.cosines("u0")
     found = rows(warehouse.runtime, "SELECT rank, user_id, score FROM nearest_users('u0', 4)")
-    assert [user for _, user, _ in found] == sorted(cosines, key=lambda user: -cosines[user])[:4]
+    assert [user for _, user, _ in found] == list(cosines)[:4]
     assert [score for *_, score in found] == pytest.approx([cosines[user] for _, user, _ in found], rel=1e-6)
 
 
@@ -436,6 +458,69 @@ def test_others_read_the_same_rows(
         deltalake.DeltaTable(runtime.path(EVENTS)).to_pyarrow_table()
     with pytest.raises(TypeError, match=r"field\(\)"):
         deltalake.DeltaTable(warehouse.runtime.path(NEIGHBOURS)).to_pyarrow_table()
+
+
+def test_delta_rs_reads_the_current_model_as_the_docs_say(warehouse: Served) -> None:
+    """By both recipes of docs/decisions/0012; and its QueryBuilder opens every table."""
+    folder, runtime = warehouse.runtime.root / "tables", warehouse.runtime
+    current = deltalake.DeltaTable(folder / "current_model")
+    vectors = deltalake.DeltaTable(folder / "user_embeddings")
+    builder = deltalake.QueryBuilder().register("u", vectors).register("c", current)
+    query = "SELECT u.* FROM u WHERE model_version = (SELECT model_version FROM c)"
+    by_query = builder.execute(query).read_all()
+
+    version = current.to_pandas()["model_version"][0]
+    files = [uri for uri in map(unquote, vectors.file_uris()) if f"/model_version={version}/" in uri]
+    by_files = dataset(files, format="parquet").to_table()
+    for answer in (by_query, by_files):
+        found = zip(*(answer.column(name).to_pylist() for name in ("user_id", "vector")), strict=True)
+        assert sorted(found) == sorted((user, vector.tolist()) for user, vector in warehouse.users.items())
+
+    counts = {"user_embeddings": 24, "item_embeddings": 80, "neighbours": 2, "current_model": 1}
+    for table in TABLES:
+        runtime.create(table)
+        builder = deltalake.QueryBuilder().register("t", deltalake.DeltaTable(folder / table.name))
+        count = builder.execute("SELECT count(*) AS n FROM t").read_all().column("n").to_pylist()
+        assert (table.name, count) == (table.name, [counts.get(table.name, 0)])
+
+
+def test_a_reader_sees_one_model_whole_while_models_change(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    """A model's vectors come, then the switch to it, many times during each query."""
+    runtime, users = make_runtime("storage.database=switched"), 20
+
+    def rows_of(model: str) -> list[tuple[Any, ...]]:
+        return [(f"u{n}", model, NOON, 3, False, [1.0]) for n in range(users)]
+
+    put(runtime, USER_EMBEDDINGS, spark.createDataFrame(rows_of("m0"), USER_EMBEDDINGS.schema()))
+    put(runtime, CURRENT_MODEL, spark.createDataFrame([("m0",)], CURRENT_MODEL.schema()))
+    prepare(runtime)
+    names, ended = [column.name for column in USER_EMBEDDINGS.columns], threading.Event()
+
+    def switch() -> int:
+        """By delta-rs, whose commits take a hundredth of the time of Spark's."""
+        switches = 0
+        while not ended.wait(0.05):
+            switches += 1
+            new = f"m{switches}"
+            columns = map(list, zip(*rows_of(new), strict=True))
+            deltalake.write_deltalake(runtime.path(USER_EMBEDDINGS), pa.table([*columns], names), mode="append")
+            deltalake.write_deltalake(
+                runtime.path(CURRENT_MODEL), pa.table([[new]], ["model_version"]), mode="overwrite"
+            )
+        return switches
+
+    with ThreadPoolExecutor(1) as other:
+        switching = other.submit(switch)
+        try:
+            query = "SELECT model_version, count(*) FROM current_user_embeddings GROUP BY model_version"
+            seen = [[tuple(row) for row in spark.sql(query).collect()] for _ in range(4)]
+        finally:
+            ended.set()
+        assert switching.result() > 4
+    assert [[count for _, count in answer] for answer in seen] == [[users]] * 4
+    assert len({model for [(model, _)] in seen}) > 1
 
 
 def test_the_page_of_tables_is_up_to_date() -> None:
