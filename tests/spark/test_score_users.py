@@ -357,8 +357,14 @@ def test_a_new_model_killed_in_the_middle_goes_on_while_readers_see_the_old_one_
     gone = [row for row in rows if row["user_id"] == of_new[1]]
     change(shop, acted, gone)
     monkeypatch.setattr(score_users.Scorer, "_score_chunk", real)
+    monkeypatch.setattr(score_users, "SECONDS_BETWEEN_LINES", 0.02)
+    said: list[str] = []
+    monkeypatch.setattr(shop, "on_progress", said.append)
     report = shop.execute(score_users.STAGE)
     assert report.rows_out["users_encoded"] == USERS - len(of_new) + 1
+    lines = [re.fullmatch(r"(\d+) of 40 users  [\d,]+ users/s  \d+:\d\d left", line) for line in said]
+    # One of three chunks was left to do: its users are added to those of the two others.
+    assert [int(line[1]) for line in lines if line][-1] == USERS - USERS // 3 + USERS - len(of_new)
     left = [row for row in rows if row["user_id"] not in of_new[:2]] + acted
     assert_vectors(shop, new, "m2", left)
     assert_vectors(shop, old, "m1", rows)  # they stay until m1 is retired
