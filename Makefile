@@ -39,7 +39,7 @@ check: setup ## lint, formatting, types and import rules, in under a minute
 # Those that need no data from elsewhere. No test runs them: a change may break one unseen.
 BENCHMARKS := sessionize scale incremental segments neighbours vectors score score_increments erase feed train catalogue grow
 
-benchmarks: setup ## run each benchmark once with --quick, some ten minutes, to see that none is broken
+benchmarks: setup ## run the benchmarks that need no data from elsewhere, with --quick, to see that none is broken
 	@for name in $(BENCHMARKS); do python scripts/bench/$$name.py --quick || exit 1; done
 
 COMPILE := uv pip compile pyproject.toml --generate-hashes --no-annotate --no-header --quiet \

@@ -16,7 +16,6 @@ identical lines looks like a file and its copy, so the two lines become one even
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
 
@@ -288,14 +287,14 @@ def may_lack_zone(pattern: str) -> bool:
 
 def _is_no_id(value: Given, origin: Column, kind: T.DataType, is_json: bool) -> Column:
     """True if the value has a type that no id has: 17850.0 may be 17850 in an earlier file, and nobody would notice."""
-    if not is_json:
-        return F.lit(not is_id_type(kind)) & origin.isNotNull()
-    text = origin.cast("string")
-    is_wrong = F.ltrim(text).rlike(r"^[\[{]")  # an object or a list
-    if value.column is not None:
-        # All values of a JSON line are read as texts: only the line itself tells 17850.0 from "17850.0".
-        is_number = F.col(LINE).rlike(rf'"{re.escape(value.column)}"\s*:\s*[-\d]')
-        is_wrong |= F.when(text.rlike(_FRACTION), is_number)
+    is_wrong = F.lit(not is_id_type(kind)) & origin.isNotNull()
+    if is_json:
+        text = origin.cast("string")
+        is_wrong |= F.ltrim(text).rlike(r"^[\[{]")  # an object or a list
+        if value.column is not None:
+            # All values of a JSON line are read as texts. Read once more as a number, "17850.0" is NULL.
+            number = T.StructType([T.StructField(value.column, T.DoubleType())])
+            is_wrong |= F.when(text.rlike(_FRACTION), F.from_json(LINE, number).getField(value.column).isNotNull())
     return F.coalesce(is_wrong, F.lit(False))
 
 

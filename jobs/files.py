@@ -123,6 +123,8 @@ class HadoopPath:
                 self._system.setOwner(self._path, owner, group)
         mode = status.getPermission()
         with contextlib.suppress(Py4JJavaError):
+            if self._system.getFileStatus(self._path).hasAcl():  # what the parent has given it
+                self._system.removeAcl(self._path)
             if status.hasAcl():  # sets the mode too, whose bits of the group are then the ACL's mask
                 entries = self._system.getAclStatus(other._path).getEntries()
                 names = self._jvm.org.apache.hadoop.fs.permission
@@ -386,6 +388,8 @@ def _take_access(folder: Path, other: Path) -> None:
             os.chown(folder, uid, gid)
     mode, lists = stat.S_IMODE(there.st_mode), dict[str, bytes]()
     for name in _ACLS:
+        with contextlib.suppress(OSError):  # what the parent has given it
+            os.removexattr(folder, name)
         with contextlib.suppress(OSError):  # it has none
             lists[name] = os.getxattr(other, name)
     # With an ACL, the mode's bits of the group are its mask: without the ACL they would let the whole group in.

@@ -234,7 +234,10 @@ class Scorer:
         if users != vectors:
             self._runtime.touch(USER_EMBEDDINGS, done=False)  # else the stage would count as up to date
             if vectors < users:
-                mend = "(was somebody erased meanwhile?): run `trailvec score_users` again"
+                mend = (
+                    "(was somebody erased meanwhile?): run `trailvec score_users` again or, if that says the same, "
+                    "with --force"
+                )
             else:
                 mend = (
                     "(did two jobs write to it at once?): run `trailvec score_users --force` once no other run of it "

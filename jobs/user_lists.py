@@ -281,5 +281,6 @@ def _to_tasks(file: Path, folder: Place) -> str:
     if isinstance(folder, Path):
         return file_url(str(file))  # Spark would look up a bare path in Hadoop's default file system
     copy = folder / uuid.uuid4().hex / file.name
+    make_private(copy.parent)  # also where a newer run has just removed `folder` (`copies`)
     copy.put(file)
     return str(copy)

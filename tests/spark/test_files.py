@@ -100,6 +100,11 @@ def test_whoever_an_acl_lets_into_a_folder_can_still_but_not_its_whole_group(
     with published(tmp_path / "m1") as folder:
         (folder / "a").write_text("new")
     assert os.getxattr(tmp_path / "m1", access) == before
+    (tmp_path / "m2").mkdir(mode=0o750)
+    os.setxattr(tmp_path, "system.posix_acl_default", before)  # which all that is made here from now on inherits
+    with published(tmp_path / "m2"):
+        pass
+    assert (os.listxattr(tmp_path / "m2"), (tmp_path / "m2").stat().st_mode & 0o777) == ([], 0o750)
     monkeypatch.setattr(os, "setxattr", Mock(side_effect=OSError))
     with published(tmp_path / "m1") as folder:
         (folder / "a").write_text("newer")

@@ -541,6 +541,7 @@ def test_a_type_that_no_id_has_is_refused(spark: SparkSession, tmp_path: Path) -
         pq.write_table(pa.table({"id": [kind], "user": user, **rest}), tmp_path / f"{kind}.parquet")
     lines = [{"id": kind, "user": value[0]} | {k: v[0] for k, v in rest.items()} for kind, value in kinds.items()]
     lines += [lines[0] | {"id": "quoted", "user": "17850.0"}, lines[0] | {"id": "exponent", "user": 1.785e44}]
+    lines += [lines[0] | {"id": "inside", "user": "12e45", "at": "2023-05-01", "parent": {"user": 17}}]
     compact = json.dumps(lines[2] | {"id": "compact"}, separators=(",", ":"))
     (tmp_path / "log.json").write_text("\n".join([*map(json.dumps, lines), compact]))
     found = {
@@ -573,7 +574,12 @@ def test_a_type_that_no_id_has_is_refused(spark: SparkSession, tmp_path: Path) -
     rows = ingest(spark, tmp_path, mapping("log.json", "json"))
     in_json = {row["event_id"]: (row["user_id"], row["reason"]) for row in rows}
     assert {in_json.pop(kind) for kind in ("object", "real", "exponent", "compact")} == {(None, "bad_type_user_id")}
-    assert in_json == {"text": ("17850", None), "whole": ("17850", None), "quoted": ("17850.0", None)}
+    assert [in_json.pop(kind) for kind in ("quoted", "inside")] == [("17850.0", None), ("12e45", None)]
+    assert in_json == {"text": ("17850", None), "whole": ("17850", None)}
+    escaped = json.dumps({"id": "1", "Käufer": 17850.0, "item": "a", "at": "2023-05-01", "price": 1.0})
+    (tmp_path / "escaped.json").write_text(escaped)
+    (row,) = ingest(spark, tmp_path, mapping("escaped.json", "json", {"user_id": "Käufer"}))
+    assert row["reason"] == "bad_type_user_id"
 
 
 def test_bytes_are_text_where_they_are_an_id_alone(spark: SparkSession, tmp_path: Path) -> None:

@@ -51,9 +51,11 @@ def test_own_frequency_takes_the_memory_of_its_scores_and_no_matrix_of_doubles()
     counts = random.integers(0, 1_000, 50_000)
     own = sp.csr_matrix(sp.random(20, len(counts), 0.001, random_state=1) * 100).astype(np.int64)
     tracemalloc.start()
-    scores = own_frequency(own, counts)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    try:
+        scores = own_frequency(own, counts)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
     assert scores.dtype == np.float32
     assert peak < 2 * scores.nbytes
     assert np.array_equal(scores, (own.toarray() + counts / (counts.max() + 1)).astype(np.float32))
