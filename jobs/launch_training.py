@@ -22,6 +22,8 @@ from training.config import RunSpec
 from training.stores import folder_of
 
 FORCED = ".forced.checkpoints"  # suffix of a forced training's checkpoint folder
+_LINES = 20_000  # kept of the output: a failing process prints the cause first, each other one 30 lines after it
+_EXCEPTION = re.compile(r"[\w.]*(?:Error|Exception|Invalid|Timeout)(?:: +[^ ]|$)|what\(\): +[^ ]")
 _FOLLOWS = re.compile(r"HorovodInternalError|: Horovod (?:has been shut down|detected)|gloo/")
 _LOST = ": Horovod has been shut down"
 _LAUNCHERS = ": Horovod detected"
@@ -59,7 +61,7 @@ def launch(run_file: Path, spec: RunSpec, on_event: Callable[[dict[str, Any]], N
     )
     assert child.stdout is not None
     assert child.stderr is not None
-    words: deque[str] = deque(maxlen=400)
+    words: deque[str] = deque(maxlen=_LINES)
     on_line = _hearing(on_event, words)  # Horovod's launcher reports on stdout how a process ended
     listener = threading.Thread(target=words.extend, args=(child.stderr,), daemon=True)
     listener.start()
@@ -87,7 +89,7 @@ def launch_in_spark(spec: RunSpec, on_event: Callable[[dict[str, Any]], None]) -
     from training import dist  # noqa: PLC0415 - loads PyTorch, which `launch` keeps out of this process
     from training.loop import train_in_executor  # noqa: PLC0415
 
-    words: deque[str] = deque(maxlen=400)
+    words: deque[str] = deque(maxlen=_LINES)
     environment = {
         "OMP_NUM_THREADS": str(spec.settings.threads),
         "PYTHONSAFEPATH": "1",  # as above, for an executor's working directory
@@ -135,7 +137,7 @@ def last_words(lines: list[str], code: int) -> str:
     That a rank lost the others, or the launcher a rank, is a consequence: it counts only if nothing else tells the
     cause."""
     texts = [text for line in lines if (text := re.sub(r"^\[\d+\]<std(?:err|out)>:\s*", "", line.strip()))]
-    exceptions = [text for text in texts if re.match(r"(?:[\w.]*(?:Error|Exception)|what\(\)): +[^ ]", text)]
+    exceptions = [text for text in texts if _EXCEPTION.match(text)]
     causes = [text for text in exceptions if not _FOLLOWS.search(text)]
     # The launcher's report of one process; in Spark there is no other.
     ended = re.search(r"Process name: (\d+)\nExit code: (\d+)", "\n".join(texts))

@@ -161,7 +161,11 @@ class TrainSettings(Network):
         "rows: sqrt multiplies it by the square root, which suits Adam (Malladi et al., 2022)",
     )
     warm_up: float = Field(
-        0.05, gt=0, le=1, description="share of all rows, over all epochs, during which the learning rate rises"
+        0.05,
+        gt=0,
+        le=1,
+        description="share of all rows, over all epochs, during which the learning rate rises; the decay sets in "
+        "at the beginning, so a large share lowers the peak (.05: by .6 %, .5: by 28 %)",
     )
     weight_decay: float = Field(
         0.0, ge=0, description="AdamW's: each step shrinks a weight by this share, times the learning rate"

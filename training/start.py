@@ -47,7 +47,8 @@ def item_factors(files: list[str], known: Bool, width: int, seed: int, max_rows:
     rank = min(width, smaller - 1)
     if rank < 1 or counts.nnz == 0:
         return factors
-    _, _, right = svds(counts, k=rank, v0=np.random.default_rng(seed).standard_normal(smaller))
+    _, values, right = svds(counts, k=rank, v0=np.random.default_rng(seed).standard_normal(smaller))
+    right[values <= 1e-6 * values.max()] = 0  # of a matrix of lower rank: directions of no meaning
     factors[:, :rank] = right.T
     lengths = np.linalg.norm(factors, axis=1, keepdims=True)
     scale = _NORM / np.sqrt(np.mean(lengths[known] ** 2))

@@ -963,6 +963,8 @@ def test_last_words_are_the_cause() -> None:
     assert last_words(lines[1:], 1) == "process 0 ended with code 134"
     assert last_words([gone, "[1]<stderr>:  what():  std::bad_alloc", *lines[1:]], 1) == "std::bad_alloc"
     assert last_words(["[0]<stderr>:no space", ""], 1) == "no space"
+    for cause in ("pyarrow.lib.ArrowInvalid: no Parquet", "requests.exceptions.ReadTimeout: 60 s", "MemoryError"):
+        assert last_words([f"[1]<stderr>:{cause}", gone, shut_down, launchers], 1) in cause
     assert last_words([], -9).startswith("process 0 was killed by signal 9")
     crashed = last_words(["model.py:31: UserWarning: x", "  warnings.warn("], -11)
     assert crashed == "a process was ended by signal 11 (Segmentation fault)"
@@ -990,6 +992,20 @@ def test_what_tasks_of_spark_are_given_and_why_there_were_none(tmp_path: Path, m
         launch_in_spark(spec, print)
     # A file of a module's name in the folder where an executor works is not that module.
     assert given == [{"OMP_NUM_THREADS": "3", "PYTHONSAFEPATH": "1"}]
+
+
+def test_the_first_of_many_processes_to_fail_is_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_in_spark(function: object, arguments: object, processes: int, environment: object, hear: Callable) -> None:
+        hear("[9]<stderr>:OSError: the disk is gone")
+        for rank in range(64):
+            for _ in range(30):
+                hear(f"[{rank}]<stderr>:  File loop.py, line 1, in train")
+            hear(f"[{rank}]<stderr>:horovod.common.exceptions.HorovodInternalError: another rank is gone")
+        raise RuntimeError("Horovod detected that one or more processes exited")
+
+    monkeypatch.setattr(dist, "run_in_spark", run_in_spark)
+    with pytest.raises(TrailvecError, match="training stopped: the disk is gone;"):
+        launch_in_spark(make_run(tmp_path, [make_rows(5)]), print)
 
 
 def test_a_python_without_pytorch_is_one_sentence() -> None:

@@ -40,6 +40,14 @@ def test_no_vector_is_much_longer_than_the_others(tmp_path: Path) -> None:
     assert lengths.argmax() == 2
 
 
+def test_rows_that_are_all_alike_say_nothing_of_other_items(tmp_path: Path) -> None:
+    known = np.arange(30) > 1
+    rows = [{**row, "item_index": [2, 3]} for row in make_rows(20)]
+    files = write_files(tmp_path, [{**row, "length": 2, **{f: row[f][:2] for f in FEATURES[1:]}} for row in rows])
+    found = item_factors(files, known, width=8, seed=1)
+    assert np.flatnonzero(np.abs(found).max(axis=1) > 1e-9).tolist() == [2, 3]
+
+
 def test_the_same_files_give_the_same_start_and_few_rows_leave_zeros(tmp_path: Path) -> None:
     rows = make_rows(4)
     files, known = write_files(tmp_path, rows), item_counts(rows) > 0
