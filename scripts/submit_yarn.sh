@@ -9,8 +9,8 @@
 # Environment variables:
 #   HADOOP_CONF_DIR      the cluster
 #   TRAILVEC_ENVIRONMENT the Python's archive, a file or a URI on the cluster (which nodes cache from job to job); or
-#                        local:FOLDER, an environment in that folder on every node, so that nothing is shipped
-#                        (default: built here, profile data)
+#                        local:FOLDER, the archive unpacked into that folder on every node, so that no Python is
+#                        shipped (default: built here, profile data)
 #   TRAILVEC_ERASE_KEY, TRAILVEC_EXPORT_KEY  for the driver, which finds them through jobs/keys.py
 set -euo pipefail
 repository=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

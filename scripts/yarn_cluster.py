@@ -10,7 +10,9 @@ ResourceManager and some NodeManagers, each in its own JVM.
 
 Uses Spark's jars and those that scripts/setup.sh put into .venv/hadoop. Copy files to HDFS with Spark's own
 `spark-class org.apache.hadoop.fs.FsShell -put FOLDER /logs`. The driver and executors of conf/yarn.toml are larger than
-these nodes: a configuration that extends it must give each at most 2,560 MB, overhead included, and 4 cores.
+these nodes, and more: a configuration that extends it must give each at most 2,560 MB, overhead included, and 4 cores,
+and set spark.executor.instances and train.processes to as many as fit beside the driver (with a driver of 2,560 MB, one
+executor): Spark waits up to 300 s for all of them at each submission.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ Airflow's variables say how a stage is started on its workers (they need no trai
                   /opt/trailvec/scripts/submit_yarn.sh
   trailvec_conf   the configuration, an absolute path
 The rest comes from the workers' environment: TRAILVEC_ERASE_KEY, TRAILVEC_EXPORT_KEY, and on YARN HADOOP_CONF_DIR and
-TRAILVEC_ENVIRONMENT, one Python with requirements.lock for all four jobs (local:/opt/trailvec-python, or an archive
-of profile `full` on HDFS): what scripts/submit_yarn.sh packs without it has no PyTorch, and training and scoring fail.
+TRAILVEC_ENVIRONMENT, one Python with requirements.lock for all four jobs (the archive of profile `full`, unpacked on
+every node, local:/opt/trailvec-python, or on HDFS): what scripts/submit_yarn.sh packs without it has no PyTorch, and
+training and scoring fail.
 """
 
 from __future__ import annotations
