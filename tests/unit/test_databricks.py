@@ -26,7 +26,7 @@ from packaging.requirements import Requirement
 
 from jobs.cli import _parser
 from jobs.config import Config, load_config
-from jobs.pipeline import STAGES
+from jobs.pipeline import ASIDE, STAGES
 from jobs.segments import read_segments
 from jobs.sources import load_source
 from jobs.spark_session import shuffle_tasks
@@ -200,6 +200,8 @@ def test_every_entry_point_is_the_projects_own(target: str) -> None:
         assert task.task["python_wheel_task"]["package_name"] == PROJECT["name"]
         assert task.entry_point == f"trailvec-{task.task['task_key'].replace('_', '-')}"
         assert PROJECT["scripts"][task.entry_point] == f"jobs.{task.task['task_key']}:main"
+    for stage in ASIDE:  # in no task
+        assert PROJECT["scripts"][f"trailvec-{stage.name.replace('_', '-')}"] == f"jobs.{stage.name}:main"
 
 
 @pytest.mark.parametrize("target", TARGETS)
