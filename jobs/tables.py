@@ -383,7 +383,8 @@ USER_PROFILES = Table(
 
 ITEM_EMBEDDINGS = Table(
     "item_embeddings",
-    "One vector for every item of a model's vocabulary, in the space of its user_embeddings.",
+    "One vector for every item of which a model knows anything, in the space of its user_embeddings: also for one that "
+    "it never saw, if it knows the category, the vertical or the price.",
     (
         Column("item_id", "string", "The item."),
         Column("item_index", "int", "Its number."),
