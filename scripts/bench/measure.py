@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
 from matplotlib.figure import Figure
 from pyspark.sql import DataFrame, SparkSession
 
@@ -110,7 +111,7 @@ class Watch:
     def _sample(self) -> None:
         while not self._done.wait(0.5):
             # A process that the JVM has forked but not yet exec'd has the JVM's pages, under a thread's name.
-            processes = [(name.rstrip(".0123456789"), megabytes) for name, megabytes, _ in _descendants(os.getpid())]
+            processes = [(name.rstrip(".0123456789"), megabytes) for name, megabytes, _ in _descendants()]
             for kind in self.peak_mb:
                 resident = sum(megabytes for name, megabytes in processes if name == kind)
                 self.peak_mb[kind] = max(self.peak_mb[kind], resident)
@@ -133,33 +134,14 @@ def cpu_seconds() -> float:
     """CPU seconds of this process and its descendants, including those that have exited."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     own = time.process_time() + ended.ru_utime + ended.ru_stime
-    return own + sum(seconds for _, _, seconds in _descendants(os.getpid()))
+    return own + sum(seconds for _, _, seconds in _descendants())
 
 
-def _descendants(root: int) -> list[tuple[str, float, float]]:
-    """Name, resident megabytes and CPU seconds (those of exited children included) of each process below `root`."""
-    processes: dict[int, tuple[int, str, float, float]] = {}
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(")")
-            pages = int((folder / "statm").read_text().split()[1])
-        except OSError:  # it has exited meanwhile
-            continue
-        fields = rest.split()
-        ticks = sum(map(int, fields[11:15]))
-        megabytes, seconds = pages * os.sysconf("SC_PAGESIZE") / 1e6, ticks / os.sysconf("SC_CLK_TCK")
-        processes[int(folder.name)] = (int(fields[1]), name, megabytes, seconds)
-
-    def below(pid: int) -> bool:
-        while pid in processes:
-            pid = processes[pid][0]
-            if pid == root:
-                return True
-        return False
-
-    return [process[1:] for pid, process in processes.items() if below(pid)]
+def _descendants() -> Iterator[tuple[str, float, float]]:
+    """Name, resident megabytes and CPU seconds (those of exited children included) of each process below this one."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has exited meanwhile
+            yield process.name(), process.memory_info().rss / 1e6, sum(process.cpu_times()[:4])
 
 
 # ---- time -------------------------------------------------------------------------------------------------
