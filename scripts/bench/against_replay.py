@@ -12,7 +12,6 @@ ends a session at a pause of exactly 30 minutes. A chart goes to build/bench/rep
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import shutil
 import statistics
@@ -22,7 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from measure import CONF, CORES, bars, environment, last_line, log, session
+from measure import CONF, CORES, bars, environment, last_line, log, options, session
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from superapp import START, World, events
@@ -62,11 +61,9 @@ def sessions_of(spark: SparkSession, out: Path) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="100,000 events, 1 counted round")
+    parser = options(__doc__, quick="100,000 events, 1 counted round", folder="the log and the output")
     parser.add_argument("--events", type=float, help="approximate number of events (default: 5e6)")
     parser.add_argument("--rounds", type=int, help="rounds, of which the medians are reported (default: 5)")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="folder for the log and the output")
     arguments = parser.parse_args()
     count = int(arguments.events or (1e5 if arguments.quick else 5e6))
     folder = arguments.folder.absolute()

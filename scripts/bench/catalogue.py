@@ -20,7 +20,6 @@ A chart of seconds by items goes to build/bench/catalogue.svg.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import multiprocessing
 import os
@@ -35,7 +34,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from measure import chart, last_line, log
+from measure import chart, last_line, log, options
 from train import CONTEXT_SIZES, MAX_LENGTH, MEDIAN_LENGTH, SPREAD
 
 from training import loop
@@ -161,12 +160,10 @@ def _memory(what: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="10,000 and 100,000 items, 5 steps")
+    parser = options(__doc__, quick="10,000 and 100,000 items, 5 steps", folder="the rows and the output")
     parser.add_argument("--steps", type=int, help="steps per epoch (default: 20)")
     parser.add_argument("--items", type=int, nargs="+", choices=NAMES, help="only these catalogue sizes")
     parser.add_argument("--only", nargs="+", choices=OPTIMIZERS, help="only these optimizers")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="folder for the rows and the output")
     arguments = parser.parse_args()
     sizes = arguments.items or ([10_000, 100_000] if arguments.quick else list(NAMES))
     rows = BATCH * (arguments.steps or (5 if arguments.quick else 20))

@@ -25,13 +25,12 @@ import os
 import shutil
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import duckdb
 import pandas as pd
 from deltalake import DeltaTable
-from measure import Watch, bars, last_line, log, put, runtime, session
+from measure import Watch, bars, last_line, log, options, put, runtime, session
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -172,15 +171,13 @@ def measure(spark: SparkSession, arguments: argparse.Namespace, users: int, eras
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="100,000 users, 100 of them erased, one round")
+    parser = options(__doc__, quick="100,000 users, 100 of them erased, one round", folder="the tables and the chart")
     parser.add_argument("--users", type=float, help="number of users (default: 1e7)")
     parser.add_argument("--erase", type=float, help="number of users to erase (default: 1 in 1,000)")
     parser.add_argument("--width", type=int, default=64, help="length of a vector (default: 64)")
     parser.add_argument(
         "--rounds", type=int, help="rounds, after one warm-up, of which the medians are reported (default: 3)"
     )
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="folder for the tables and the chart")
     arguments = parser.parse_args()
     users = int(arguments.users or (1e5 if arguments.quick else 1e7))
     erased = int(arguments.erase or max(1, users // 1000))

@@ -19,7 +19,6 @@ build/bench/feed.svg.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 import warnings
@@ -32,7 +31,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from measure import bars, in_turns, last_line
+from measure import bars, in_turns, last_line, options
 
 from training.batches import FEATURES, pad
 from training.data import CHUNK_ROWS, padding, read_batches
@@ -150,12 +149,10 @@ def paddings(files: list[str], batch_size: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="16,384 rows, 3 rounds, the first of them cold")
+    parser = options(__doc__, quick="16,384 rows, 3 rounds, the first of them cold", folder="the files and the chart")
     parser.add_argument("--rows", type=int, help="number of rows (default: 131072)")
     parser.add_argument("--rounds", type=int, help="rounds, of which the medians are reported (default: 5)")
     parser.add_argument("--batch-size", type=int, default=64, help="rows per batch (default: 64, as in training)")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="folder for the files and the chart")
     arguments = parser.parse_args()
     rows = arguments.rows or (16_384 if arguments.quick else 131_072)
     rounds = arguments.rounds or (3 if arguments.quick else 5)

@@ -12,7 +12,6 @@ ndcg@10 and the seconds. A chart goes to build/bench/grow.svg.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from incremental import STAGES, run_all
-from measure import bars, last_line, log, run_main, runtime, session
+from measure import bars, last_line, log, options, run_main, runtime, session
 from pyspark.sql import SparkSession
 from superapp import START, World, write
 
@@ -104,15 +103,13 @@ def measure(spark: SparkSession, events: int, seeds: Sequence[int], folder: Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="10,000 events, one seed, one epoch: only to see that it runs"
+    parser = options(
+        __doc__,
+        quick="10,000 events, one seed, one epoch: only to see that it runs",
+        folder="the log, the tables and the chart",
     )
     parser.add_argument("--events", type=float, help="approximate number of events (default: 6e5)")
     parser.add_argument("--seeds", type=int, help="rounds, each with a seed of its own (default: 3; quick: 1)")
-    parser.add_argument(
-        "--folder", type=Path, default=Path("build/bench"), help="folder for the log, the tables and the chart"
-    )
     arguments = parser.parse_args()
     events = int(arguments.events or (1e4 if arguments.quick else 6e5))
     seeds = range(arguments.seeds or (1 if arguments.quick else 3))

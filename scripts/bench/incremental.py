@@ -11,7 +11,6 @@ build/bench/incremental.svg.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import statistics
 import time
@@ -23,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from measure import chart, last_line, log, runtime, session
+from measure import chart, last_line, log, options, runtime, session
 from pyspark.sql import SparkSession
 from superapp import START, World, write
 
@@ -122,19 +121,15 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="10,000 events, one batch, ingest to sessionize, no maintain_tables, no warm-up",
+    parser = options(
+        __doc__,
+        quick="10,000 events, one batch, ingest to sessionize, no maintain_tables, no warm-up",
+        folder="the log, the tables and the chart",
     )
     parser.add_argument("--events", type=float, help="approximate number of events (default: 1e7)")
     parser.add_argument("--batches", type=int, help="batches, of which the median is reported (default: 5; quick: 1)")
     parser.add_argument(
         "--ids-by-time", action="store_true", help="event_ids that grow with time (default: in no order)"
-    )
-    parser.add_argument(
-        "--folder", type=Path, default=Path("build/bench"), help="folder for the log, the tables and the chart"
     )
     arguments = parser.parse_args()
     events = int(arguments.events or (1e4 if arguments.quick else 1e7))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import resource
@@ -188,6 +189,14 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
     """The slope of log y against log x by least squares."""
     xs, ys = zip(*[(math.log(x), math.log(y)) for x, y in points], strict=True)
     return statistics.linear_regression(xs, ys).slope
+
+
+def options(text: str | None, quick: str, folder: str) -> argparse.ArgumentParser:
+    """A parser with the options that nearly all benchmarks have; `folder`: what the folder is for."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help=f"folder for {folder}")
+    return parser
 
 
 def last_line(result: dict[str, Any]) -> None:

@@ -16,7 +16,6 @@ build/bench/neighbours.svg.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import statistics
 from collections.abc import Callable
@@ -28,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
-from measure import CORES, bars, in_turns, last_line, session
+from measure import CORES, bars, in_turns, last_line, options, session
 from pyspark.sql import SparkSession
 
 from jobs.config import NeighboursSettings
@@ -107,14 +106,14 @@ def same(ours: Path, theirs: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="20,000 users and items, 2 rounds, the first of them cold")
+    parser = options(
+        __doc__,
+        quick="20,000 users and items, 2 rounds, the first of them cold",
+        folder="the vectors, the results and the chart",
+    )
     parser.add_argument("--users", type=float, help="number of users (default: 5e4)")
     parser.add_argument("--items", type=float, help="number of items (default: 1e5)")
     parser.add_argument("--rounds", type=int, help="rounds, of which the medians are reported (default: 5)")
-    parser.add_argument(
-        "--folder", type=Path, default=Path("build/bench"), help="folder for the vectors, the results and the chart"
-    )
     arguments = parser.parse_args()
     default = (20_000, 20_000) if arguments.quick else (50_000, 100_000)
     counts = int(arguments.users or default[0]), int(arguments.items or default[1])

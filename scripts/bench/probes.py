@@ -16,7 +16,6 @@ features.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import subprocess
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from measure import environment, last_line, log, run_main
+from measure import environment, last_line, log, options, run_main
 from pyspark.sql import functions as F
 
 from jobs import build_sequences, build_vocabulary, flag_users, ingest, probe, sessionize, train
@@ -161,7 +160,11 @@ def table(runtime: Runtime, peer: list[tuple[Any, ...]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(
+        __doc__,
+        quick="with --movielens: one epoch, two seeds, only to see that it runs",
+        folder="the peer's environment and files",
+    )
     parser.add_argument("--conf", help="a configuration whose pipeline has run")
     parser.add_argument(
         "--movielens", type=Path, metavar="FOLDER", help="folder for MovieLens-100k, such as build/bench/movielens"
@@ -175,12 +178,6 @@ def main() -> None:
         help="one setting for --conf, or for --movielens without --conf; wins over the file; repeatable",
     )
     parser.add_argument("--coles", action="store_true", help="compare with pytorch-lifestream's CoLES")
-    parser.add_argument(
-        "--folder", type=Path, default=Path("build/bench"), help="folder for the peer's environment and files"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="with --movielens: one epoch, two seeds, only to see that it runs"
-    )
     arguments = parser.parse_args()
     if not arguments.conf and not arguments.movielens:
         parser.error("give --conf, --movielens or both")

@@ -12,14 +12,13 @@ goes to build/bench/scale.svg.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-from measure import Watch, chart, exponent, last_line, log, runtime, session
+from measure import Watch, chart, exponent, last_line, log, options, runtime, session
 from pyspark.sql import SparkSession
 from superapp import World, write
 from superapp import events as superapp_events
@@ -73,11 +72,10 @@ def growth(points: list[tuple[float, float]], suffix: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="10,000 and 30,000 events, once and cold: a minute, mostly fixed costs; says nothing about growth",
+    parser = options(
+        __doc__,
+        quick="10,000 and 30,000 events, once and cold: a minute, mostly fixed costs; says nothing about growth",
+        folder="the logs, the tables and the chart",
     )
     parser.add_argument("--sizes", type=float, nargs="+", help="numbers of events (default: 1e6 1e7 1e8)")
     parser.add_argument(
@@ -86,9 +84,6 @@ def main() -> None:
         help="runs of each size (default: 1 from ten million events on and with --quick, otherwise 5)",
     )
     parser.add_argument("--without-ingest", action="store_true", help="take the events straight from the generator")
-    parser.add_argument(
-        "--folder", type=Path, default=Path("build/bench"), help="folder for the logs, the tables and the chart"
-    )
     arguments = parser.parse_args()
     sizes = [int(size) for size in arguments.sizes or ([1e4, 3e4] if arguments.quick else [1e6, 1e7, 1e8])]
     folder = arguments.folder.absolute()

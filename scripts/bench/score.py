@@ -25,7 +25,6 @@ goes to build/bench/score.svg.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import statistics
 from collections.abc import Callable, Iterator
@@ -41,7 +40,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import torch
 from feed import make_rows
-from measure import CORES, bars, exponent, in_turns, last_line, log, session, timed
+from measure import CORES, bars, exponent, in_turns, last_line, log, options, session, timed
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -215,15 +214,15 @@ def compare(model_dir: Path, path: str, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="10,000 users, 1 counted round: mostly fixed costs")
+    parser = options(
+        __doc__,
+        quick="10,000 users, 1 counted round: mostly fixed costs",
+        folder="the users, the vectors and the chart",
+    )
     parser.add_argument("--users", type=float, help="users scored in each round (default: 100,000)")
     parser.add_argument("--rounds", type=int, help="rounds, of which the medians are reported (default: 5)")
     parser.add_argument(
         "--sizes", help="numbers of users for the runs that measure growth (default: 1e4,1e5,1e6; quick: none)"
-    )
-    parser.add_argument(
-        "--folder", type=Path, default=Path("build/bench"), help="folder for the users, the vectors and the chart"
     )
     arguments = parser.parse_args()
     users = int(arguments.users or (10_000 if arguments.quick else 100_000))

@@ -11,13 +11,12 @@ the end. A chart goes to build/bench/score_increments.svg.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import statistics
 from pathlib import Path
 from typing import Any
 
-from measure import Watch, bars, last_line, log, put, runtime, session
+from measure import Watch, bars, last_line, log, options, put, runtime, session
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from score import write_model, write_users
@@ -72,13 +71,9 @@ def measure(spark: SparkSession, folder: Path, users: int, rounds: int) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="10,000 users, one round, no warm-up")
+    parser = options(__doc__, quick="10,000 users, one round, no warm-up", folder="the users, the tables and the chart")
     parser.add_argument("--users", type=float, help="total number of users (default: 1e6)")
     parser.add_argument("--rounds", type=int, help="rounds, of which the medians are reported (default: 5; quick: 1)")
-    parser.add_argument(
-        "--folder", type=Path, default=Path("build/bench"), help="folder for the users, the tables and the chart"
-    )
     arguments = parser.parse_args()
     users = int(arguments.users or (1e4 if arguments.quick else 1e6))
     rounds = arguments.rounds or (1 if arguments.quick else 5)

@@ -22,7 +22,6 @@ with the members alone: the sort, the files, the log. 10 million users are 2.6 G
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -37,7 +36,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
-from measure import CONF, Watch, bars, in_turns, last_line, log, put, session
+from measure import CONF, Watch, bars, in_turns, last_line, log, options, put, session
 from pyspark.sql import SparkSession
 
 from jobs.config import load_config
@@ -145,17 +144,15 @@ def dropped(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="50,000 users, 20 segments, 1 counted round: mostly fixed costs"
+    parser = options(
+        __doc__,
+        quick="50,000 users, 20 segments, 1 counted round: mostly fixed costs",
+        folder="the tables, the files and the chart",
     )
     parser.add_argument("--users", type=float, help="number of users (default: 1,000,000)")
     parser.add_argument("--segments", type=int, help="number of segments (default: 100)")
     parser.add_argument("--method", choices=get_args(Method), default=DEFAULT_METHOD, help="method of the lookalikes")
     parser.add_argument("--rounds", type=int, help="rounds, of which the medians are reported (default: 5)")
-    parser.add_argument(
-        "--folder", type=Path, default=Path("build/bench"), help="folder for the tables, the files and the chart"
-    )
     arguments = parser.parse_args()
     users = int(arguments.users or (50_000 if arguments.quick else 1_000_000))
     count = arguments.segments or (20 if arguments.quick else 100)

@@ -19,7 +19,6 @@ without splits, hot_item_max_to_median; and the medians. A chart goes to build/b
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import statistics
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-from measure import CORES, bars, in_turns, last_line, log, of_scala, session, stages
+from measure import CORES, bars, in_turns, last_line, log, of_scala, options, session, stages
 from pyspark.sql import DataFrame, GroupedData, SparkSession, Window
 from pyspark.sql import functions as F
 from superapp import World, events
@@ -171,12 +170,14 @@ def hot_item(spark: SparkSession, path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="100,000 events, one cold round, no log with a hot item")
+    parser = options(
+        __doc__,
+        quick="100,000 events, one cold round, no log with a hot item",
+        folder="the log and the output",
+    )
     parser.add_argument("--events", type=float, help="approximate number of events (default: 5e6)")
     parser.add_argument("--rounds", type=int, help="rounds, of which the medians are reported (default: 5)")
     parser.add_argument("--only", nargs="+", choices=WAYS, help="only these contestants, without ratios")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="folder for the log and the output")
     arguments = parser.parse_args()
     count = int(arguments.events or (100_000 if arguments.quick else 5_000_000))
     rounds = arguments.rounds or (1 if arguments.quick else 5)

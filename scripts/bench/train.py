@@ -48,7 +48,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import t4rec_peer
 import torch
-from measure import bars, cpu_seconds, last_line, log
+from measure import bars, cpu_seconds, last_line, log, options
 
 from jobs.launch_training import launch
 from training import loop
@@ -279,16 +279,14 @@ def where_reached(all_ratios: dict[str, float], held_out: dict[str, float | None
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="two minutes: few rows, one epoch, no warm-up, only some of the contestants",
+    parser = options(
+        __doc__,
+        quick="two minutes: few rows, one epoch, no warm-up, only some of the contestants",
+        folder="the rows and the output",
     )
     parser.add_argument("--files", type=int, help="number of files, of 1,024 rows each (default: 16)")
     parser.add_argument("--rounds", type=int, help="rounds, of which the medians are reported (default: 5)")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, help="only these contestants")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="folder for the rows and the output")
     arguments = parser.parse_args()
     if "in memory" in (arguments.only or ()) and "fed" not in arguments.only:
         parser.error("in memory trains on the batches that fed has read: name both")

@@ -12,14 +12,13 @@ First, both versions of each function must give the same numbers. The last line 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import in_turns, last_line, session
+from measure import in_turns, last_line, options, session
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -76,8 +75,7 @@ def compare(spark: SparkSession) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="20,000 pairs")
+    parser = options(__doc__, quick="20,000 pairs", folder="the pairs")
     parser.add_argument("--pairs", type=float, help="number of pairs (default: 300,000)")
     parser.add_argument(
         "--rounds",
@@ -85,7 +83,6 @@ def main() -> None:
         default=5,
         help="rounds, after two warm-ups, of which the medians are reported (default: 5)",
     )
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="folder for the pairs")
     arguments = parser.parse_args()
     count = int(arguments.pairs or (20_000 if arguments.quick else 300_000))
 

@@ -24,7 +24,7 @@ SLOW = {"catalogue.py", "score.py", "score_increments.py", "train.py"}
 SCRIPTS = sorted(
     path
     for path in (*BENCH.glob("*.py"), *Path("scripts").glob("*.py"))
-    if "add_argument(" in path.read_text() and path.name not in SLOW
+    if "parse_args(" in path.read_text() and path.name not in SLOW
 )
 
 
