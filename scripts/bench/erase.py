@@ -114,13 +114,13 @@ def one_round(whole: Runtime, copy: Runtime, table: Table, ids: pd.DataFrame, ve
     before = disk_files(copy, table)
     users = spark.createDataFrame(ids, "user_id string")
     with Watch(spark) as watch:
-        purged_after, total = erase(copy, table, users, vectors)
+        gone, total = erase(copy, table, users, vectors)
     if rows := rows_left(copy, table, ids):
         raise RuntimeError(f"{rows} rows of the erased users are left in the files of {table.name}")
     written_mb = sum(size for file, size in disk_files(copy, table).items() if file not in before) / 1e6
     peaks = {f"peak_{kind}_mb": megabytes for kind, megabytes in watch.peak_mb.items()}
     shutil.rmtree(copy.root)
-    return {"s": total, "gone_s": purged_after, "cpu_s": watch.cpu_s, "mb": written_mb, **peaks}
+    return {"s": total, "gone_s": gone, "cpu_s": watch.cpu_s, "mb": written_mb, **peaks}
 
 
 def measure(spark: SparkSession, arguments: argparse.Namespace, users: int, erased: int) -> dict[str, Any]:
