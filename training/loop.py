@@ -204,7 +204,7 @@ def _begin(spec: RunSpec, device: torch.device, checkpoint: Folder | None, progr
     known = item_counts.numpy() > 0
     tensors = read_checkpoint(checkpoint)[1] if checkpoint else {}
     if checkpoint:
-        model.load_tensors(part_of(tensors, "model."))
+        model.load_state_dict(part_of(tensors, "model."))
     else:
         _first_weights(model, spec, known)
     model.to(device)
@@ -492,7 +492,7 @@ def add_gradients(
     batches: Iterator[Batch],
     settings: TrainSettings,
     device: torch.device,
-    target_types: torch.Tensor | None = None,
+    target_types: torch.Tensor | None,
 ) -> Float64:
     """Accumulates the gradients of the next `local_steps` batches (fewer at the end): of their summed loss / `_scale`.
     `target_types`: see SequenceModel.loss.

@@ -255,19 +255,6 @@ class SequenceModel(nn.Module):
         """Everything learnt or counted, including `item_counts`; each tensor once."""
         return {name: tensor.detach() for name, tensor in self.state_dict().items()}
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Loads the result of `tensors()`.
-
-        Raises:
-            KeyError: a tensor is missing, or there is one too many.
-            RuntimeError: a tensor has another shape.
-        """
-        mine = self.tensors()
-        if odd := mine.keys() ^ tensors.keys():
-            raise KeyError(", ".join(sorted(odd)))
-        for name, tensor in mine.items():
-            tensor.copy_(tensors[name])
-
     # ---- parts
 
     def _embed(self, batch: Batch) -> Tensor:

@@ -203,7 +203,7 @@ def fed(spec: RunSpec, out: Path) -> Epochs:
 def held_out_loss(spec: RunSpec, out: Path) -> float:
     """The same figure as `t4rec_peer.held_out_loss`, of the model that was last trained here."""
     model = build_model(spec.model, torch.from_numpy(np.load(spec.item_counts)))
-    model.load_tensors(read_tensors(out / "model.safetensors"))
+    model.load_state_dict(read_tensors(out / "model.safetensors"))
     model.eval()
     loss, targets = 0.0, 0
     for batch in t4rec_peer.held_out_batches(spec):
