@@ -13,6 +13,7 @@ and so does one that `align` has rotated since, because the basis was fitted on 
 from __future__ import annotations
 
 from datetime import datetime
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,9 @@ def statistics(visible: DataFrame, targets: list[str]) -> DataFrame:
         "per_day": F.log1p(F.greatest(F.sum("amount"), F.lit(0.0)) / _distinct(day)),
         "quantity": F.avg(F.log1p(F.greatest("quantity", F.lit(0.0)))),
     }
-    long = _long(visible.groupBy("user_id").agg(*[value.alias(name) for name, value in wide.items()]))
-    long = long.union(_long(rfm(visible, targets))).union(_long(pauses(visible, targets)))
+    aggregates = visible.groupBy("user_id").agg(*[value.alias(name) for name, value in wide.items()])
+    parts = (aggregates, rfm(visible, targets), pauses(visible, targets))
+    long = reduce(DataFrame.union, [of_users.unpivot("user_id", None, "name", "value") for of_users in parts])
     types = visible.groupBy("user_id", "event_type").agg(F.log1p(count).alias("n"), F.log1p(F.min("days")).alias("d"))
     for prefix, value in (("type", F.col("n")), ("closeness", 1 / (1 + F.col("d")))):
         long = long.union(types.select("user_id", F.concat(F.lit(f"{prefix}_"), "event_type"), value))
@@ -167,13 +169,6 @@ def pauses(visible: DataFrame, targets: list[str]) -> DataFrame:
     }
     wide = {name: F.log1p(value) for name, value in logs.items()} | plain
     return rows.select("user_id", *[F.coalesce(value, F.lit(0.0)).alias(f"pause_{n}") for n, value in wide.items()])
-
-
-def _long(wide: DataFrame) -> DataFrame:
-    """Unpivots all columns but user_id: user_id, name, value."""
-    names = [name for name in wide.columns if name != "user_id"]
-    pairs = F.array(*[F.struct(F.lit(n).alias("name"), F.col(n).cast("double").alias("value")) for n in names])
-    return wide.select("user_id", F.explode(pairs).alias("pair")).select("user_id", "pair.*")
 
 
 def states(runtime: Runtime, sessions: DataFrame, cuts: DataFrame | None, model_dir: Path, end: datetime) -> DataFrame:
