@@ -121,14 +121,15 @@ def delta_reader() -> duckdb.DuckDBPyConnection:
 def differences(
     one: Path, other: Path, tables: Sequence[str] = TABLES, without: Mapping[str, str] = _OF_THE_RUN
 ) -> dict[str, int]:
-    """Counts, by table, the rows found in only one of the two warehouses, duplicates included; `without` names columns
-    to ignore, by table."""
+    """Counts, by table, the rows found in only one of the two warehouses, duplicates included; equal tables are left
+    out. `without` names columns to ignore, by table."""
     differing = {}
     for table in tables:
         columns = f"* EXCLUDE ({without[table]})" if table in without else "*"
         a, b = (f"SELECT {columns} FROM delta_scan('{root}/tables/{table}')" for root in (one, other))
         counts = [f"SELECT count(*) FROM ({x} EXCEPT ALL {y})" for x, y in ((a, b), (b, a))]
-        differing[table] = sum(delta_reader().execute(count).fetchall()[0][0] for count in counts)
+        if rows := sum(delta_reader().execute(count).fetchall()[0][0] for count in counts):
+            differing[table] = rows
     return differing
 
 
@@ -197,7 +198,7 @@ def kills(folder: Path, compared: tuple[Job, float], first: Job, times: int, see
                 records[-1]["from_nothing"] = from_nothing
                 print(f"killed in {stage}, after {moment:.1f} of {length:.1f} s", flush=True)
         killed.run()
-        wrong |= _wrong(undisturbed.root, killed.root, without=_OF_THE_FOLDER)
+        wrong |= differences(undisturbed.root, killed.root, without=_OF_THE_FOLDER)
     return {"undisturbed_s": round(whole, 1), "kills": records, "wrong": wrong}
 
 
@@ -214,7 +215,7 @@ def two_ingests(folder: Path, compared: tuple[Job, float], run: Callable[[Job], 
     codes = [process.wait() for process in processes]
     last_lines = [job.last_line() for job in (twice, other)]
     run(twice)
-    return {"codes": codes, "said": last_lines, "wrong": _wrong(undisturbed.root, twice.root, TABLES[:2])}
+    return {"codes": codes, "said": last_lines, "wrong": differences(undisturbed.root, twice.root, TABLES[:2])}
 
 
 def full_disk(folder: Path, compared: tuple[Job, float], first: Job) -> dict[str, Any]:
@@ -248,7 +249,7 @@ def full_disk_mounted(folder: Path, data: Path, undisturbed: Path, first: Path) 
         filler.unlink()
     kept = {table: count >= before[table] for table, count in _counts(job.root).items()}
     job.run()
-    return {"full": attempts, "kept": kept, "wrong": _wrong(undisturbed, job.root, without=_OF_THE_FOLDER)}
+    return {"full": attempts, "kept": kept, "wrong": differences(undisturbed, job.root, without=_OF_THE_FOLDER)}
 
 
 def _counts(root: Path) -> dict[str, int]:
@@ -285,14 +286,8 @@ def soak(folder: Path, data: Path, batches: int, seed: int) -> dict[str, Any]:
         "last_s": seconds[-1],
         "once_s": whole,
         "rows": _counts(once.root),
-        "wrong": _wrong(once.root, runtime.root),
+        "wrong": differences(once.root, runtime.root),
     }
-
-
-def _wrong(
-    one: Path, other: Path, tables: Sequence[str] = TABLES, without: Mapping[str, str] = _OF_THE_RUN
-) -> dict[str, int]:
-    return {table: rows for table, rows in differences(one, other, tables, without).items() if rows}
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ def test_differences_are_seen(tmp_path: Path) -> None:
         write_deltalake(tmp_path / name / "tables/sessions", table)
     # One missing "b", one extra "c".
     assert differences(tmp_path / "one", tmp_path / "other", ["sessions"]) == {"sessions": 2}
-    assert differences(tmp_path / "one", tmp_path / "one", ["sessions"]) == {"sessions": 0}
+    assert differences(tmp_path / "one", tmp_path / "one", ["sessions"]) == {}
 
 
 def test_kills_at_random_moments_leave_no_trace(tmp_path: Path, compared: tuple[Job, float], first: Job) -> None:
