@@ -90,16 +90,15 @@ def other_numbers(runtime: Runtime, provenance: dict[str, Any]) -> str | None:
     numbered = [table for table in (ITEMS, CONTEXT_VALUES) if table_ids.get(table.name)]
     if any(table_ids[table.name] != runtime.table_id(table) for table in numbered):
         what = "were removed"
-    elif any(_changed_by_others(runtime, table, provenance["reads"][table.name]) for table in numbered):
+    elif any(  # as far back as the log goes
+        commit.foreign
+        for table in numbered
+        for commit in newer_than(runtime.commits(table), provenance["reads"][table.name])
+    ):
         what = "something other than trailvec has changed (RESTORE, SQL)"
     else:
         return None
     return f"tables items and context_values that {what} since"
-
-
-def _changed_by_others(runtime: Runtime, table: Table, since: int) -> bool:
-    """Whether something other than trailvec changed rows after version `since`, as far back as the log goes."""
-    return any(commit.foreign for commit in newer_than(runtime.commits(table), since))
 
 
 def check_items(runtime: Runtime, version: str) -> None:

@@ -34,7 +34,8 @@ class _LastStates:
     def __init__(self, model: SequenceModel) -> None:
         self._model = model
         self._names = list(model.spec.context_sizes)
-        context = [] if model.inputs is None else [_context_table(model.inputs, name) for name in self._names]
+        inputs: Any = model.inputs  # None if there are no names
+        context = [cast(Tensor, inputs.categorical_module.embedding_tables[name].weight) for name in self._names]
         scale = math.sqrt(model.spec.width)  # as in SequenceModel._embed
         attributes = [cast(Tensor, part.weight) * scale for part in model.table.parts]
         with torch.no_grad():
@@ -63,10 +64,6 @@ class _LastStates:
         places = torch.stack([n + start for n, start in zip(numbers, self._starts, strict=True)], dim=-1)
         summed = F.embedding_bag(places.flatten(end_dim=1), self._small, mode="sum")
         return embedded + summed.view_as(embedded)
-
-
-def _context_table(inputs: Any, name: str) -> Tensor:
-    return cast(Tensor, inputs.categorical_module.embedding_tables[name].weight)
 
 
 def _last_of_block(block: Any, hidden: Tensor, lengths: Tensor) -> Tensor:
