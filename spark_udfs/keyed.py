@@ -15,16 +15,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import pandas as pd
 from pyspark.sql import Column
 from pyspark.sql.pandas.functions import pandas_udf
 
-if TYPE_CHECKING:
-    Series = pd.Series[Any]
-else:  # Spark evaluates the annotations of a pandas UDF, and pandas 1.5's class takes no parameter
-    Series = pd.Series
+from spark_udfs.vectors import Series
 
 TextTest = Callable[[str], bool]
 ColumnTest = Callable[[Column], Column]
