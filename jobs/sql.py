@@ -194,8 +194,7 @@ def sources_of(runtime: Runtime, answer: DataFrame) -> Sources:
             continue
         roots: list[str] = []
         if node.nodeName() == "LogicalRelation" and is_instance_of(gateway, node.relation(), _OF_FILES):
-            found = node.relation().location().rootPaths()
-            roots = [found.apply(number).toUri().getPath() for number in range(found.size())]
+            roots = [path.toUri().getPath() for path in _each(node.relation().location().rootPaths())]
         if roots and known.keys() >= set(roots):
             tables.update(known[root] for root in roots)
         elif roots and node.catalogTable().isEmpty() and is_instance_of(gateway, node.relation().location(), _LISTED):
@@ -209,8 +208,8 @@ def _nodes(plan: Any) -> Iterator[Any]:
     """A plan's nodes (Java objects), including those of its subqueries."""
     yield plan
     for parts in (plan.children(), plan.subqueries()):
-        for number in range(parts.size()):
-            yield from _nodes(parts.apply(number))
+        for part in _each(parts):
+            yield from _nodes(part)
 
 
 def _expressions(some: Any) -> Iterator[Any]:
