@@ -30,7 +30,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from jobs import pictures
-from jobs.build_sequences import SHARED_SETTINGS, other_setting, refuse_other_counts
+from jobs.build_sequences import SHARED_SETTINGS, in_vocabulary, other_setting, refuse_other_counts
 from jobs.cli import stage_main
 from jobs.config import Config
 from jobs.errors import TrailvecError
@@ -90,8 +90,7 @@ def event_types_to_predict(config: Config, items: DataFrame, context_values: Dat
     types = config.sequences.target_event_types
     if not types:
         return None
-    known = F.col("train_count") >= config.vocabulary.min_count
-    if items.where(known & (F.col("target_count") > 0)).isEmpty():
+    if in_vocabulary(items, config.vocabulary.min_count).where("target_count > 0").isEmpty():
         raise TrailvecError(
             f"there is nothing to predict: no item that a model would know has an event of "
             f"sequences.target_event_types = {json.dumps(types)} in the training window: correct this setting"
