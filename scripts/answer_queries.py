@@ -9,7 +9,6 @@ line `-- its title` and ends with a semicolon. All run in one Spark session, in 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +19,7 @@ from jobs.config import load_config
 from jobs.model_folders import model_folder
 from jobs.runtime import Runtime
 from jobs.sql import prepare
+from training.checkpoint import read_description
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -63,7 +63,7 @@ def main() -> None:
     arguments = parser.parse_args()
     runtime = Runtime(load_config(arguments.conf, arguments.set))
     folder = model_folder(runtime)
-    trained = json.loads((folder / "model.json").read_text())["provenance"]["config"]["train"]
+    trained = read_description(folder)["provenance"]["config"]["train"]
     parts = [_HEAD.format(model=folder.name, epochs=trained["epochs"])]
     prepare(runtime)
     for number, (title, text) in enumerate(queries(), 1):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import glob
-import hashlib
 import json
 import statistics
 import time
@@ -35,6 +34,7 @@ from jobs.ranking import FLOORS
 from jobs.runtime import Runtime
 from jobs.spark_session import start_spark
 from jobs.tables import EVALUATION, EVENTS, ITEMS
+from training.stores import sha256_of
 
 CONFIG = Path(__file__).parents[2] / "conf/leave_one_out.toml"
 NEEDED = ("event_id", "user_id", "item_id", "event_ts")
@@ -102,9 +102,8 @@ def main() -> None:
     started = time.monotonic()
     events = arguments.events.absolute()
     text = mapping(events)
-    with events.open("rb") as file:  # so that results for the same file are reused
-        content = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = arguments.folder.absolute() / f"{events.stem}-{content[:8]}"
+    # Named after the content, so that results for the same file are reused.
+    folder = arguments.folder.absolute() / f"{events.stem}-{sha256_of(events)[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "source.toml"
     source.write_text(text, encoding="utf-8")
