@@ -23,7 +23,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import reduce
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,11 +82,11 @@ class Search(NamedTuple):
 def searches(
     users: DataFrame,
     items: DataFrame,
-    kinds: Iterable[str] = tuple(KINDS),
-    metrics: Mapping[Any, Metric] = MappingProxyType({}),
+    kinds: Iterable[str],
+    metrics: Mapping[Any, Metric],
     *,
-    offered: DataFrame | None = None,
-    without: DataFrame | None = None,
+    offered: DataFrame | None,
+    without: DataFrame | None,
 ) -> list[Search]:
     """The searches to run, one per kind.
 

@@ -61,7 +61,7 @@ def mean_cosine(one: Float32, other: Float32) -> float:
 
 
 def overlap(
-    queries: tuple[Float32, Float32], candidates: tuple[Float32, Float32], k: int, metric: Metric, ids: bool = False
+    queries: tuple[Float32, Float32], candidates: tuple[Float32, Float32], k: int, metric: Metric, ids: bool
 ) -> float:
     """The mean share of a query's k nearest candidates in one space that are among its k nearest in the other.
 

@@ -164,9 +164,9 @@ def _blocks(world: World, task: int, tasks: int) -> Iterator[pa.RecordBatch]:
         yield _arrow(world, log_of_users(world, block * _USERS_IN_BLOCK))
 
 
-def events(spark: SparkSession, world: World, partitions: int | None = None) -> DataFrame:
+def events(spark: SparkSession, world: World) -> DataFrame:
     """The log as rows of EVENTS, as ingest would make them from the files: each event once."""
-    log = raw_log(spark, World(**(vars(world) | {"doubled": 0.0})), partitions)
+    log = raw_log(spark, World(**(vars(world) | {"doubled": 0.0})))
     rows = log.withColumns(
         {
             "item_name": F.expr(ITEM_NAME),
@@ -221,11 +221,9 @@ def _write_blocks(blocks: Iterator[pa.RecordBatch], out: Path, name: str) -> tup
         held.clear()
 
     for block in blocks:
-        rows, users, waiting = (
-            rows + len(block),
-            users + pc.count_distinct(block["user_id"]).as_py(),
-            waiting + len(block),
-        )
+        rows += len(block)
+        users += pc.count_distinct(block["user_id"]).as_py()
+        waiting += len(block)
         # The day is in the folder's name.
         plain = block.select([name for name in block.schema.names if name != "arrived"])
         for day, first, count in _runs(block["arrived"]):
