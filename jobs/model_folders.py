@@ -46,10 +46,8 @@ def model_folder(
             ) from None
     folder = runtime.models / version
     if not has_model(runtime, version):
-        found = sorted(p.parent.name for p in runtime.models.glob(f"*/{ABOUT}"))
-        raise TrailvecError(
-            f"model {version} does not exist under {runtime.models} (found: {', '.join(found) or 'none'}): {instead}"
-        )
+        found = ", ".join(sorted(all_models(runtime))) or "none"
+        raise TrailvecError(f"model {version} does not exist under {runtime.models} (found: {found}): {instead}")
     return folder if isinstance(folder, Path) else _fetched(folder)
 
 
@@ -129,6 +127,12 @@ def trained_again(runtime: Runtime, folder: Path) -> bool:
     models = (provenance["note"]["model"] for provenance in runtime.noted(USER_EMBEDDINGS))
     newest = next((model for model in models if model["version"] == folder.name and "weights" in model), None)
     return newest is not None and newest["weights"] != read_description(folder)["weights_sha256"]
+
+
+def all_models(runtime: Runtime) -> list[str]:
+    """The versions of all models."""
+    # A hidden folder is one that `published` fills or replaces, or that a kill has left.
+    return [file.parent.name for file in runtime.models.glob(f"[!.]*/{ABOUT}")]
 
 
 def has_model(runtime: Runtime, version: str) -> bool:

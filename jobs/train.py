@@ -38,13 +38,13 @@ from jobs.files import HadoopPath, Place, published, shared_url, write_json
 from jobs.item_facts import attribute_matrix, item_attributes, item_counts, item_verticals
 from jobs.launch_training import FORCED, launch, launch_in_spark
 from jobs.model_card import card
-from jobs.model_folders import check_numbers, description, has_model, model_folder, other_numbers
+from jobs.model_folders import all_models, check_numbers, description, has_model, model_folder, other_numbers
 from jobs.runtime import Runtime, Stage
 from jobs.splits import noted_cuts, time_at
 from jobs.tables import CONTEXT_VALUES, ITEMS, SEQUENCES
 from jobs.tracking import Tracker, tracked
 from training.batches import BUCKET_SIZES, FEATURES, FIRST_INDEX
-from training.checkpoint import ABOUT, PROGRESS, WEIGHTS, read_about, read_description
+from training.checkpoint import PROGRESS, WEIGHTS, read_about, read_description
 from training.config import ModelSpec, RunSpec, TrainSettings
 from training.stores import footers, remove_tree
 from training.urls import file_of_table, file_url, local_path
@@ -267,7 +267,7 @@ def _resume_killed_training(runtime: Runtime) -> None:
 
 def _has_newer_model(runtime: Runtime, provenance: dict[str, Any]) -> bool:
     """Whether this command has trained a model on the table versions that `provenance` reads, or newer ones."""
-    models = [description(runtime, file.parent.name) for file in runtime.models.glob(f"*/{ABOUT}")]
+    models = [description(runtime, version) for version in all_models(runtime)]
     trained = [of for model in models if same_command(runtime, of := model.get("provenance", {}))]
     return any(
         all(version <= of["reads"][table] for table, version in provenance["reads"].items())

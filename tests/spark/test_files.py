@@ -165,6 +165,7 @@ def test_a_model_elsewhere_is_read_from_a_whole_copy_and_added_to_there(
         with published(runtime.models / version) as folder:
             model(folder, version.encode())
     write_json(runtime.models / "current.json", {"model_version": "m2"})
+    (runtime.models / ".m3.9ab.staging" / "model.json").write_text("what a kill left")
     with pytest.raises(TrailvecError, match=r"model m3 does not exist under \S+/models \(found: m1, m2\)"):
         model_folder(runtime, "m3")
     assert (has_model(runtime, "m1"), has_model(runtime, "m3")) == (True, False)

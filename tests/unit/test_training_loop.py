@@ -546,6 +546,8 @@ def test_a_killed_training_is_gone_on_with_over_the_versions_that_it_began_with(
     # It has a model of newer rows: what it left is not gone on with, until that can't be any more and is removed.
     made = json.loads((models / first / "begun.json").read_text())
     (models / "m").mkdir()
+    (models / ".m.1f.staging").mkdir()  # of a run killed before its model was in place
+    (models / ".m.1f.staging/model.json").write_text(json.dumps({"provenance": made}))
     made["reads"] |= {"sequences": 8, "items": 1}
     (models / "m/model.json").write_text(json.dumps({"provenance": made}))
     assert command(10) == first  # older items
