@@ -338,9 +338,9 @@ def published(target: Place) -> Iterator[Path]:
     which has no rename, target is deleted and the files are copied there, those that describe the others (JSON) last.
     Elsewhere target keeps its owner, group and mode.
 
-    A killed block leaves a staging folder under another name, which the next block with the same target removes. It
-    can't tell such a leftover from the folder of a running block: of two concurrent blocks on a local disk, the one
-    that started later wins.
+    A killed block leaves hidden folders beside target (the staging folder, and on a local disk the old one), which the
+    next block with the same target removes. It can't tell such a leftover from the folder of a running block: of two
+    concurrent blocks the one that started later wins, but for S3.
 
     Raises:
         TrailvecError: another block with the same target started later and removed this one's staging folder.
@@ -374,10 +374,29 @@ def published(target: Place) -> Iterator[Path]:
                 staging.take_access(target)  # first: HDFS gives new files their folder's group
             for file in local.iterdir():
                 (staging / file.name).put(file)
+            # If the folder was removed meanwhile, the next put has made it again.
+            if staging.exists() and _names(staging) != _names(local):
+                remove_tree(staging)
     if not staging.exists():
         raise _overtaken(target)
-    remove_tree(target)
-    staging.replace(target)  # type: ignore[arg-type]  # both are of one kind
+    _put_in_place(staging, target)
+
+
+def _put_in_place(staging: Place, target: Place) -> None:
+    if not isinstance(target, Path):
+        remove_tree(target)  # on HDFS in one step
+        staging.replace(target)  # type: ignore[arg-type]  # both are of one kind
+        return
+    # Moved away first: a kill while it is deleted, file by file, would leave half a folder in its place.
+    old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.old.staging")
+    with contextlib.suppress(FileNotFoundError):
+        target.rename(old)
+    staging.replace(target)  # type: ignore[arg-type]
+    remove_tree(old)
+
+
+def _names(folder: Place) -> set[str]:
+    return {file.name for file in folder.iterdir()}
 
 
 def _take_access(folder: Path, other: Path) -> None:

@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import pytest
 from pyspark.sql import SparkSession
 
+from jobs import files
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, fetch, file_sizes, make_private, published, write_json
 from jobs.model_folders import add_to_model, has_model, model_folder
@@ -127,6 +128,55 @@ def test_of_two_who_fill_a_place_the_later_one_takes_it(tmp_path: Path, fails: b
         fill_at_once()
     assert [path.name for path in tmp_path.iterdir()] == ["m1"]
     assert (tmp_path / "m1" / "a").read_text() == "later"
+
+
+def test_on_hadoops_systems_too_where_the_earlier_one_is_copying(
+    store: HadoopPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = HadoopPath.put
+
+    def beside(path: HadoopPath, source: Path) -> None:
+        monkeypatch.setattr(HadoopPath, "put", put)
+        put(path, source)
+        with published(store / "m1") as later:
+            (later / "a").write_text("later")
+
+    def fill_at_once() -> None:
+        with published(store / "m1") as earlier:
+            for name in ("a", "b"):
+                (earlier / name).write_text("earlier")
+
+    monkeypatch.setattr(HadoopPath, "put", beside)
+    with pytest.raises(TrailvecError, match="another run that began later also makes"):
+        fill_at_once()
+    assert (names(store), names(store / "m1")) == (["m1"], ["a"])
+    assert (store / "m1" / "a").read_text() == "later"
+
+
+def test_a_kill_leaves_no_half_folder_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(text: str) -> None:
+        with published(tmp_path / "m1") as folder:
+            for name in ("a", "b"):
+                (folder / name).write_text(text)
+
+    def killed(folder: Path, *_: Path) -> None:
+        if folder.is_dir():
+            next(folder.iterdir()).unlink()
+            raise KeyboardInterrupt
+
+    fill("old")
+    with monkeypatch.context() as while_deleting:
+        while_deleting.setattr(files, "remove_tree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fill("new")
+    assert {file.name: file.read_text() for file in (tmp_path / "m1").iterdir()} == {"a": "new", "b": "new"}
+    with monkeypatch.context() as between_renames:
+        between_renames.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fill("newer")
+    assert not (tmp_path / "m1").exists()
+    fill("newest")
+    assert [path.name for path in tmp_path.iterdir()] == ["m1"]
 
 
 def test_a_json_file_takes_the_place_of_the_old_one(store: HadoopPath) -> None:
