@@ -276,7 +276,8 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
     if runtime.forced:
         # First, so that no kill leaves a checkpoint without offsets, which Spark would start again under the same id.
         (checkpoint / "metadata").unlink(missing_ok=True)
-        remove_tree(checkpoint)
+    if not (checkpoint / "metadata").exists():
+        remove_tree(checkpoint)  # also what a kill left of one: Spark would go on with its offsets under a new id
     again = checkpoint / "again"  # a marker that stays until a run finishes, through any kills
     # Tests for Spark's first file, not the folder: a kill may come between the next two lines.
     if not (checkpoint / "metadata").exists() and (runtime.forced or _has_refused(runtime, source)):

@@ -36,6 +36,7 @@ from jobs.runtime import Runtime
 from jobs.sources import Input
 from jobs.tables import EVENTS, REJECTED_EVENTS, Table
 from tests.conftest import read_delta
+from training.stores import remove_tree
 
 ONLINE_RETAIL = Path("tests/data/online_retail")
 NOW = datetime(2024, 1, 1, tzinfo=timezone.utc)
@@ -900,7 +901,7 @@ def test_online_retail_against_plain_python(make_runtime: Callable[..., Runtime]
 
 
 def test_a_second_run_is_skipped_and_a_forced_one_changes_no_row(
-    make_runtime: Callable[..., Runtime], write: Callable[[str, str], Path]
+    make_runtime: Callable[..., Runtime], write: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write("log.csv", "id,user,item,at,price\n1,ann,a,2023-05-01,1\n2,bob,b,2023-05-01,1\n")
     runtime = make_runtime(*_settings(folder, [_source(folder)], share=1))
@@ -913,9 +914,20 @@ def test_a_second_run_is_skipped_and_a_forced_one_changes_no_row(
     assert [row["reason"] for row in before[1]].count("missing_user_id") == 2
     assert not runtime.execute(STAGE, force=True).skipped
     assert [stored(runtime, table) for table in (EVENTS, REJECTED_EVENTS)] == before
+
+    def killed(checkpoint: Path) -> None:
+        (checkpoint / ".metadata.crc").unlink()
+        remove_tree(checkpoint / "sources")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as while_removing:
+        while_removing.setattr("jobs.ingest.remove_tree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            runtime.execute(STAGE, force=True)
     write("log2.csv", "id,user,item,at,price\n3,cyd,c,2023-05-01,1\n")
     runtime.execute(STAGE)
     assert runtime.count_rows().rows_out["events"] == 3  # a new file is seen
+    assert [stored(runtime, REJECTED_EVENTS)] == before[1:]
     mapping = Path(_source(folder))
     mapping.write_text(mapping.read_text().replace('"item"', '{ expr = "upper(item)" }'))
     with pytest.raises(TrailvecError, match=r"duplicate_event_id .*with other values .*`ignore`.*see Backfill"):
