@@ -21,8 +21,8 @@ completes what was begun.)
 Older versions hold the users until VACUUM deletes their files, after the retention (`trailvec maintain_tables`).
 `--finish` then reads every Parquet file of the tables on disk, whatever version it belongs to, for anybody who was ever
 erased. It deletes again whoever is back in a table (a job that began before step 1 may have written after step 3),
-completes erasures that were killed, and closes the receipts whose users are in no file, once no staging folder is left
-either, nor a table that somebody made with CREATE TABLE in SQL.
+completes erasures that were killed (those killed before step 2 it only names), and closes the receipts whose users are
+in no file, once no staging folder is left either, nor a table that somebody made with CREATE TABLE in SQL.
 
 Key: TRAILVEC_ERASE_KEY in the environment; it must never change (jobs/tombstones.py). Why: docs/decisions/0017.
 """
@@ -358,7 +358,11 @@ def _finish(runtime: Runtime) -> None:
     # An unreadable record yields everything that may be one of its values.
     found = set[str]().union(*on_disk.values())
     by_user = zip(found, hashed(key, found), strict=True)
-    held = {user: erasures_of[digest] for user, digest in by_user if digest in erasures_of}
+    named = {user: erasures_of[digest] for user, digest in by_user if digest in erasures_of}
+    # Killed before its receipt, or running: only its own command writes down whom to notify, before it deletes.
+    known = {receipt["erasure_id"] for receipt in earlier}
+    unopened = sorted(set[str]().union(*named.values()) - known)
+    held = {user: mine for user, erasures in named.items() if (mine := erasures & known)}
 
     killed = {receipt["erasure_id"]: receipt for receipt in earlier if receipt["erased_at"] is None}
     rows = _complete_killed(runtime, killed, held)
@@ -381,6 +385,11 @@ def _finish(runtime: Runtime) -> None:
     report.rows_out = {"finished": sum(receipt["finished_at"] is not None for receipt in settled)}
     report.rows_out |= rows + again
     report.notes.extend(map(_recipient_note, _new_exports(earlier, receipts)))
+    report.notes.extend(
+        f"erasure {erasure_id} has no receipt yet, and files hold users whom it named: unless it still runs, run its "
+        f"command again, with the same list and --requested-by"
+        for erasure_id in unopened
+    )
     if returned:
         report.notes.append(f"{returned:,} rows of erased users had come back and were deleted again")
     if leftovers:

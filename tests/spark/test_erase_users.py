@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import duckdb
 import pyarrow as pa
@@ -327,6 +328,15 @@ def test_finish_ends_what_was_killed_and_names_exports_that_were_made_meanwhile(
     put(runtime, EXPORTS, export(1))
     hers = "SELECT user_id FROM events WHERE user_id = 'erika'"
     delete = erase_users._delete
+
+    with monkeypatch.context() as kill:
+        kill.setattr(erase_users, "_open", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            erase(runtime, sql=hers, requested_by="desk")
+    # Nobody is deleted without a receipt that says who has exports of them.
+    (note,) = finish(runtime).notes
+    assert "has no receipt yet" in note
+    assert (runtime.latest(EVENTS).count(), runtime.latest(EXPORTS).count(), runtime.exists(ERASURES)) == (2, 1, False)
 
     def killed(runtime: Runtime, table: Table, *more: Any) -> None:
         delete(runtime, table, *more)
