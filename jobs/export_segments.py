@@ -343,8 +343,8 @@ def _overlaps(chosen: Selection) -> dict[str, list[Share]]:
     names = [export.name for export in chosen.exports]
     members = [chosen.members(name) for name in names]
     users = pa.concat_arrays(members).dictionary_encode().indices.to_numpy()
-    rows = np.repeat(np.arange(len(names)), [len(ids) for ids in members])
-    holds = csr_matrix((np.ones(len(users), np.int64), (rows, users)), shape=(len(names), users.max(initial=-1) + 1))
+    starts = np.cumsum([0, *map(len, members)])
+    holds = csr_matrix((np.ones(len(users), np.int64), users, starts), shape=(len(names), users.max(initial=-1) + 1))
     common = (holds @ holds.T).toarray()
     return {
         name: [

@@ -111,7 +111,11 @@ def _write_csv(rows: pa.Table, path: Path) -> None:
         csv.write_csv(pa.table(columns, names=rows.column_names), packed)
 
 
-WRITERS: dict[Format, Callable[[pa.Table, Path], None]] = {"parquet": pq.write_table, "csv.gz": _write_csv}
+def _write_parquet(rows: pa.Table, path: Path) -> None:
+    pq.write_table(rows, path, use_dictionary=False)  # hardly a value comes twice: a dictionary only costs
+
+
+WRITERS: dict[Format, Callable[[pa.Table, Path], None]] = {"parquet": _write_parquet, "csv.gz": _write_csv}
 _OURS = re.compile(rf"part-\d{{5,}}\.({'|'.join(map(re.escape, WRITERS))})|{re.escape(MANIFEST)}|{re.escape(REPORT)}")
 
 

@@ -88,7 +88,7 @@ class Candidates(NamedTuple):
     Attributes:
         ids: large_string; shared with other segments, so it has their candidates too.
         scores: float32 [ids]; 0 for segments without scores.
-        marks: int64 [ids, words].
+        marks: int64 [ids, words]; empty if no segment of the run has `at_most`.
         rows: indices of the segment's own candidates.
     """
 
@@ -99,7 +99,7 @@ class Candidates(NamedTuple):
 
     def best_first(self) -> npt.NDArray[np.int64]:
         """`rows` by descending score; ties by id."""
-        order = self.rows[np.argsort(-self.scores[self.rows], kind="stable")]
+        order = self.rows[np.argsort(-self.scores[self.rows])]
         same = np.diff(self.scores[order]) == 0
         tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
         if len(tied):
@@ -537,7 +537,8 @@ class Selection:
 
     def _keep_allowed(self, rows: DataFrame) -> None:
         """Sets segments' candidates: those of `rows` (segment, user_id, score) that their rules allow."""
-        words = self._lists.words
+        limited = any(export.segment.at_most is not None for export in self.pending)
+        words = self._lists.words if limited else []  # only `_too_often` looks at them again
         bits = {number: deciding(self._lists, work.rules) for number, work in self._work.items()}
         schema = ", ".join(["segment int", *(f"{name} bigint" for name in next(iter(bits.values())))])
         by_segment = self._runtime.spark.createDataFrame([(n, *of.values()) for n, of in bits.items()], schema)
@@ -548,7 +549,7 @@ class Selection:
         found = ds.dataset(self._staging.from_tasks("candidates"), format="parquet").to_table()
         segments = found["segment"].to_numpy()
         ids, scores = found["user_id"].cast(_IDS).combine_chunks(), pc.fill_null(found["score"], 0.0).to_numpy()
-        marks = np.column_stack([found[word].to_numpy() for word in words])
+        marks = np.array([found[word].to_numpy() for word in words], np.int64).T
         for number, of_segment in _rows_of(segments).items():
             self._work[number].candidates = Candidates(ids, scores, marks, of_segment)
 
@@ -575,6 +576,8 @@ class Selection:
         segment, work = export.segment, self._work[export.number]
         found = work.candidates
         rows = found.best_first()
+        if segment.at_most is None and not segment.exclude:  # none of the best drops out, so no other moves up
+            rows = rows[: segment.size]
         ids, scores = found.ids.take(pa.array(rows)), found.scores[rows]
         too_often = self._too_often(export, ids, found.marks, rows)
         is_excluded = np.zeros(len(rows), np.bool_)
@@ -661,10 +664,10 @@ class Selection:
 
 def _rows_of(segments: npt.NDArray[np.int64]) -> dict[int, npt.NDArray[np.int64]]:
     """Row indices by segment; `segments`: each row's segment."""
-    order = np.argsort(segments, kind="stable")
-    numbers, starts = np.unique(segments[order], return_index=True)
-    parts = np.split(order, starts)[1:]  # the part before the first start is empty
-    return {int(number): part for number, part in zip(numbers, parts, strict=True)}
+    counts = np.bincount(segments)
+    narrow = segments.astype(np.min_scalar_type(len(counts)))  # up to 16 bits numpy sorts by radix
+    parts = np.split(np.argsort(narrow, kind="stable"), np.cumsum(counts)[:-1])
+    return {number: part for number, part in enumerate(parts) if len(part)}
 
 
 def _without_score(export: Export, ids: DataFrame) -> DataFrame:

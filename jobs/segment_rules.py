@@ -30,6 +30,7 @@ from jobs.raw_records import named_column
 from jobs.runtime import Runtime
 from jobs.segment_files import Staging
 from jobs.segments import Frequency, SegmentFile
+from jobs.spark_session import shuffle_tasks
 from jobs.sql import ask
 from jobs.user_lists import TEXT_OR_WHOLE, as_ids, read_rows, read_users
 
@@ -121,7 +122,10 @@ class Lists:
             )
             words.append(held.bitwiseAND(F.bitwise_not(not_held)).alias(name))
         # Repartition first: hardly any user is twice in a partition, so aggregating before the shuffle saves nothing.
-        return frame.repartition("user_id").groupBy("user_id").agg(*words)
+        # Into a fixed number of partitions, sorted: else Spark merges small ones, and each join with the persisted rows
+        # shuffles and sorts all of them again.
+        parts = frame.repartition(shuffle_tasks(self._runtime.spark), "user_id")
+        return parts.groupBy("user_id").agg(*words).sortWithinPartitions("user_id")
 
 
 def read_consents(runtime: Runtime, folder: Place) -> DataFrame:

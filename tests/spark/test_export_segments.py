@@ -38,7 +38,7 @@ from jobs.segment_files import KEY, WRITERS, ArrowFolder, Staging, check_destina
 from jobs.segment_members import Export
 from jobs.segment_rules import Combinations, Lists, Marked, Rules, allows, consenting, rules_of
 from jobs.segments import Format, Segment, SegmentFile, read_segments
-from jobs.spark_session import spark_conf
+from jobs.spark_session import persisted, spark_conf
 from jobs.tables import EXPORTS, ITEM_EMBEDDINGS, ITEMS, SESSIONS, USER_EMBEDDINGS, USER_PROFILES
 from jobs.user_lists import read_users
 from spark_udfs.likeness import candidates
@@ -1330,3 +1330,11 @@ def test_more_lists_than_a_word_has_bits_are_told_apart(
     bits["forbidden"] = lists.bits([62])
     decided = rows.withColumns({f"{kind}_{n}": F.lit(bit) for kind, of in bits.items() for n, bit in enumerate(of)})
     assert decided.where(allows(lists)).isEmpty()
+
+    # Persisted, they are neither shuffled nor sorted again by a join: the candidates alone are.
+    with spark_conf(runtime.spark, {"spark.sql.autoBroadcastJoinThreshold": "-1"}), persisted(rows) as kept:
+        kept.count()
+        candidates = runtime.spark.createDataFrame([("u1",)], "user_id string")
+        plan = candidates.join(kept, "user_id", "left")._jdf.queryExecution().executedPlan().toString()
+    above = plan[: plan.index("InMemoryTableScan")]
+    assert (above.count("Exchange "), above.count("Sort ")) == (1, 1), above

@@ -29,9 +29,10 @@ def asked(test: TextTest, texts: list[str]) -> list[bool]:
 
 
 def test_hashes_are_hmac_sha256() -> None:
-    assert hashed(KEY, ["ann", "é"]) == [
-        hmac.new(KEY, text.encode(), hashlib.sha256).hexdigest() for text in ("ann", "é")
-    ]
+    for key in (KEY, b"k" * 64, b"longer than SHA-256's block of 64 bytes " * 2):
+        assert hashed(key, ["ann", "é", ""]) == [
+            hmac.new(key, text.encode(), hashlib.sha256).hexdigest() for text in ("ann", "é", "")
+        ]
 
 
 def test_a_key_is_the_environments_or_that_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
