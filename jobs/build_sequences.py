@@ -256,7 +256,7 @@ def run(runtime: Runtime) -> None:
             actions = number_actions(sessions.join(users, "user_id", "left_semi"), items, values)
             _update(runtime, actions, users, cuts, splits, few=found["users"] <= FEW, made_from=made_from)
         else:
-            runtime.touch(SEQUENCES, note=cuts.note())
+            runtime.touch(SEQUENCES, note=cuts.note(), made_from=made_from)
 
 
 def _update(

@@ -119,7 +119,7 @@ def run(runtime: Runtime) -> None:
         differing = differences(flag_users(again, settings), old, FLAGGED_USERS).localCheckpoint(eager=False)
         count = differing.count()
         if count == 0:
-            runtime.touch(FLAGGED_USERS)
+            runtime.touch(FLAGGED_USERS, made_from=made_from)
             return
         within = F.col("old.day").between(F.lit(min(days)), F.lit(max(days)))
         runtime.merge_differences(FLAGGED_USERS, differing, count, where=within, made_from=made_from)

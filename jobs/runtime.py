@@ -386,10 +386,30 @@ class Runtime(Lake):
         options = {} if batch is None else {"txnAppId": batch[0], "txnVersion": str(batch[1])}
         self._save(table, df, "append", options, done=done, note=note)
 
-    def touch(self, table: Table, note: dict[str, Any] | None = None, done: bool = True) -> None:
-        """Records by an empty commit that the stage found nothing to change; `done` and `note` as in `append`."""
+    def touch(
+        self, table: Table, note: dict[str, Any] | None = None, done: bool = True, made_from: int | None = None
+    ) -> None:
+        """Records by an empty commit that the stage found nothing to change.
+
+        Args:
+            done, note: as in `append`.
+            made_from: the `stage_version` in which it found nothing to change, as in `merge`.
+
+        Raises:
+            TrailvecError: another run has changed rows since `made_from`, so there may be something to change.
+        """
         self.create(table)
+        self._refuse_other_version(table, made_from)
         self.append(table, self.latest(table).limit(0), done=done, note=note)
+        # Delta lets an append follow whatever came in between. (Older: it has cleaned its log.)
+        if made_from is not None and self.stage_version(table) > made_from:
+            self.touch(table, done=False)  # forces a full rebuild
+            raise changed_by_another_run(table, "while this one worked on it")
+
+    def _refuse_other_version(self, table: Table, made_from: int | None) -> None:
+        """Raises TrailvecError if `made_from` is not the newest `stage_version`; None: not checked."""
+        if made_from is not None and self.stage_version(table) != made_from:
+            raise changed_by_another_run(table, "while this one worked on it")
 
     def _save(
         self,
@@ -452,8 +472,7 @@ class Runtime(Lake):
             merge = merge.whenNotMatchedInsert("NOT new.trailvec_delete", values=values)
 
             def write() -> None:
-                if made_from is not None and self.stage_version(table) != made_from:
-                    raise changed_by_another_run(table, "while this one worked on it")
+                self._refuse_other_version(table, made_from)
                 with spark_conf(self.spark, settings):
                     merge.execute()
 

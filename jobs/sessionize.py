@@ -285,7 +285,7 @@ def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame, made_from: i
         count = sum(row["count"] for row in rewritten)
         runtime.merge_differences(SESSIONS, differing, count, where=within, made_from=made_from)
     else:
-        runtime.touch(SESSIONS)
+        runtime.touch(SESSIONS, made_from=made_from)
 
 
 STAGE = Stage(

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from datetime import date, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -316,6 +317,35 @@ def test_of_two_runs_at_once_the_one_that_ends_later_is_refused(
     with pytest.raises(TrailvecError, match="another run changed table flagged_users"):
         runtime.execute(STAGE)
     assert set(flags(runtime.latest(FLAGGED_USERS)).values()) == {4.0}  # from the run that finished
+
+
+def test_nothing_changed_is_not_noted_over_older_rows_that_another_run_wrote_meanwhile(
+    make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = make_runtime(*RULES)
+    bot = events_at("bot", seconds(0, 1, 2, 3))
+    put(slow, EVENTS, to_frame(spark, bot[:1]))
+    write, other = slow.write, Runtime(slow.config, spark)
+    append = other.append
+
+    def last(*rows_without_the_bot: Any) -> None:
+        def meanwhile(*given: Any, **more: Any) -> None:
+            monkeypatch.setattr(other, "append", append)
+            write(*rows_without_the_bot)
+            append(*given, **more)
+
+        change(slow, to_frame(spark, bot))
+        other.execute(STAGE)
+        change(slow, to_frame(spark, events_at("quiet", seconds(0))))
+        monkeypatch.setattr(other, "append", meanwhile)
+        with pytest.raises(TrailvecError, match="another run changed table flagged_users while this one worked on it"):
+            other.execute(STAGE)
+
+    monkeypatch.setattr(slow, "write", last)
+    slow.execute(STAGE)
+    assert flags(slow.latest(FLAGGED_USERS)) == {}
+    other.execute(STAGE)
+    assert set(flags(other.latest(FLAGGED_USERS)).values()) == {4.0}
 
 
 def test_other_rules_make_all_rows_anew(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
