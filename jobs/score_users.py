@@ -123,8 +123,9 @@ def scoring_so_far(runtime: Runtime, model: dict[str, Any]) -> Scoring | None:
         return None
     of_scoring = takewhile(lambda note: of_one_scoring(note, newest), notes)
     done = frozenset(note["chunk"] for note in chain((newest,), of_scoring) if note)
-    # Not asked of the log again: once Delta has cleaned that, the answer is another, and so would be the chunks' ids.
-    after = newest["after"] if "after" in newest else begun_after(runtime, model["version"], newest)
+    # Chunks' ids are made of it: not asked of the log again, since once Delta has cleaned that, the answer is another.
+    stored = newest["into_empty"] and "after" in newest
+    after = newest["after"] if stored else begun_after(runtime, model["version"], newest)
     return Scoring(newest["sequences"], newest["chunks"], done, newest["into_empty"], after)
 
 
@@ -180,12 +181,28 @@ class Scorer:
             self._runtime.append(USER_EMBEDDINGS, chunk, batch=batch, done=False, note=note)
             if (newest_of_others(self._runtime, self.version, note) or 0) > scoring.after:
                 raise changed_by_another_run(USER_EMBEDDINGS, "while this one worked on it")
-        elif scoring.chunks == 1:
+            return
+        if scoring.chunks == 1:
             with persisted(chunk):  # so that a conflict with other jobs costs no second encoding
                 of = {"model_version": self.version}
                 self._runtime.write(USER_EMBEDDINGS, chunk, done=False, note=note, of=of)
         else:
             self._merge(chunk, self.vectors().where(mine), done=False, note=note)
+        self.refuse_older_vectors(scoring)
+
+    def refuse_older_vectors(self, scoring: Scoring, done: bool = False) -> None:
+        """Raises TrailvecError if another run has written vectors of older sequences, or by other weights, since the
+        scoring began: an increment from it would miss them. (Newer ones are as right as its own.)
+
+        Args:
+            done: the increment is written, so the next run must not go on from it.
+        """
+        self._runtime.latest_version(USER_EMBEDDINGS)  # others may have written
+        later = (said for number, said in commits_of(self._runtime, self.version) if number > scoring.after)
+        if any(s is None or s["model"] != self.model or s["sequences"] < scoring.sequences for s in later):
+            if done:  # a note of no weights: all users are scored anew
+                self._runtime.touch(USER_EMBEDDINGS, note={"model": {"version": self.version}}, done=False)
+            raise changed_by_another_run(USER_EMBEDDINGS, "while this one worked on it")
 
     def score_changed(self, since: int) -> None:
         """Applies what changed in sequences after its version `since`, in one MERGE."""
@@ -368,7 +385,9 @@ def run(runtime: Runtime) -> None:
         scoring = Scoring(now, chunks, frozenset(), into_empty, begun_after(runtime, scorer.version))
     scorer.score_all(scoring)
     scorer.refuse_if_overtaken(compared_with)  # before the commit by which the model counts as scored
+    scorer.refuse_older_vectors(scoring)
     scorer.score_changed(scoring.sequences)
+    scorer.refuse_older_vectors(scoring, done=True)
     scorer.refuse_if_overtaken(compared_with)
     scorer.make_current()
 

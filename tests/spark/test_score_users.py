@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -19,6 +20,7 @@ import pytest
 import torch
 from deltalake import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from jobs import cli, find_neighbours, retire_model, score_users, write_report
 from jobs.config import GateSettings
@@ -26,7 +28,7 @@ from jobs.errors import TrailvecError
 from jobs.evaluate import shortfalls
 from jobs.files import write_json
 from jobs.retire_model import retire
-from jobs.runtime import Runtime, Stage
+from jobs.runtime import Report, Runtime, Stage
 from jobs.score_users import progress_line
 from jobs.spark_session import spark_conf
 from jobs.sql import query
@@ -43,7 +45,7 @@ from jobs.tables import (
     Table,
 )
 from scripts.faults import delta_reader
-from tests.conftest import make_config, put, read_delta
+from tests.conftest import add, make_config, put, read_delta
 from tests.sequence_files import MAX_LENGTH, SPEC, item_counts, make_rows, save_model
 from tests.spark.test_train_and_score import CUT, fill, sequences
 from training.batches import FEATURES
@@ -603,16 +605,91 @@ def test_two_runs_that_begin_at_once_write_each_vector_once(
     assert shop.execute(score_users.STAGE).skipped
 
 
-def test_the_chunks_of_a_scoring_keep_their_ids_when_delta_cleans_its_log() -> None:
-    model = {"version": "m2"}
-    begun = score_users.Scoring(sequences=3, chunks=4, done=frozenset(), into_empty=True, after=1)
-    note = score_users.Scorer._note(Mock(model=model), begun, 0)
+def test_of_two_runs_that_replace_vectors_the_one_of_newer_sequences_stops(
+    scored: tuple[Runtime, SequenceModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its note would say of the other's vectors that they are of its sequences: it began before those came, so it
+    does not look at them again."""
+    shop = in_chunks(scored[0], 14)
+    new = make_model(shop, "m2", seed=2)
+    left_over = shop.latest(USER_EMBEDDINGS).limit(1).withColumn("model_version", F.lit("m2"))
+    add(shop, USER_EMBEDDINGS, left_over)  # so that chunks are merged
+    rows = score_rows(USERS, seed=9)
+    real = score_users.Scorer._score_chunk
+    calls: list[tuple[Any, ...]] = []
+
+    def chunk(*given: Any) -> None:
+        calls.append(given)
+        if len(calls) == 1:  # the other run begins before the first one's first commit
+            change(shop, rows, [])
+            with pytest.raises(TrailvecError, match="another run changed table user_embeddings while this one worked"):
+                Runtime(shop.config, shop.spark).execute(score_users.STAGE)
+            raise Killed
+        if len(calls) == 3:  # and has written the first chunk when the first one does
+            real(*calls[0])
+        real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(score_users.Scorer, "_score_chunk", chunk)
+        with pytest.raises(Killed):
+            shop.execute(score_users.STAGE)
+    assert len(calls) == 3
+    shop.execute(score_users.STAGE)
+    assert_vectors(shop, new, "m2", rows)
+
+
+def commits_with(*notes: tuple[int, dict[str, Any] | None]) -> Mock:
+    """A runtime with these commits of user_embeddings, newest first: number and note (None: not by trailvec)."""
     commits = [
-        Mock(version=version, foreign=False, provenance={"note": said})
-        for version, said in ((9, note), (8, {"model": {"version": "m1"}}))
+        Mock(version=version, foreign=said is None, provenance=said and {"note": said}) for version, said in notes
     ]
-    runtime = Mock(forced=False, **{"commits.return_value": commits})
-    assert score_users.scoring_so_far(runtime, model) == replace(begun, done=frozenset({0}))
+    return Mock(forced=False, **{"commits.return_value": commits})
+
+
+@pytest.mark.parametrize(("into_empty", "after"), [(True, 1), (False, 8)])
+def test_the_chunks_of_a_scoring_keep_their_ids_when_delta_cleans_its_log(into_empty: bool, after: int) -> None:
+    """Merged chunks have no ids."""
+    model = {"version": "m2"}
+    begun = score_users.Scoring(sequences=3, chunks=4, done=frozenset(), into_empty=into_empty, after=1)
+    note = score_users.Scorer._note(Mock(model=model), begun, 0)
+    runtime = commits_with((9, note), (8, {"model": {"version": "m1"}}))
+    assert score_users.scoring_so_far(runtime, model) == replace(begun, done=frozenset({0}), after=after)
+
+
+@pytest.mark.parametrize(
+    ("weights", "sequences", "refused"), [("w", 4, False), ("w", 2, True), ("others", 4, True), (None, 0, True)]
+)
+def test_no_run_goes_on_from_an_increment_that_missed_older_vectors_written_beside_it(
+    monkeypatch: pytest.MonkeyPatch, weights: str | None, sequences: int, refused: bool
+) -> None:
+    """The increment takes the vectors of sequences 3 to 5, while another run commits vectors of `sequences`."""
+    model = {"version": "m2", "weights": "w"}
+
+    def of(sequences: int, weights: str = "w") -> dict[str, Any]:
+        facts = {"sequences": sequences, "chunks": 1, "chunk": 0, "into_empty": False, "after": 0}
+        return {"model": model | {"weights": weights}, **facts}
+
+    before = [(7, of(3)), (6, of(2))]
+    runtime = commits_with(*before)
+    runtime.report = Report("score_users")
+    beside = (8, weights and of(sequences, weights))
+    scorer = Mock(version="m2", model=model, _runtime=runtime, started=0, **{"counts.value": (0, 0, 0, 0)})
+    scorer.score_changed.side_effect = lambda _: setattr(
+        runtime.commits, "return_value", commits_with((9, of(5)), beside, *before).commits()
+    )
+    scorer.refuse_older_vectors = partial(score_users.Scorer.refuse_older_vectors, scorer)
+    monkeypatch.setattr(score_users, "Scorer", lambda _: scorer)
+    for name in ("model_folder", "trained_again", "check_successor", "check_items"):
+        monkeypatch.setattr(score_users, name, Mock())
+    if refused:
+        with pytest.raises(TrailvecError, match="another run changed table user_embeddings while this one worked"):
+            score_users.run(runtime)
+        note = runtime.touch.call_args.kwargs["note"]
+        assert score_users.scoring_so_far(commits_with((10, note), (9, of(5))), model) is None
+    else:
+        score_users.run(runtime)
+    scorer.score_changed.assert_called_once_with(3)
+    assert scorer.make_current.called != refused
 
 
 def test_too_few_vectors_need_no_force() -> None:
