@@ -12,6 +12,7 @@ and so does one that `align` has rotated since, because the basis was fitted on 
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from functools import reduce
 from pathlib import Path
@@ -354,6 +355,16 @@ def too_late(settings: ProfileSettings, about: dict[str, Any], folder: Place) ->
     )
 
 
+def _refuse_other_basis(runtime: Runtime, version: str, sha256: str | None) -> None:
+    """Raises TrailvecError if the stored basis of the model is not the one with this hash; None: if there is one."""
+    about = runtime.models / version / ABOUT
+    if (json.loads(about.read_text())["sha256"] if about.exists() else None) != sha256:
+        raise TrailvecError(
+            f"another run has fitted a basis of model {version}'s profiles while this one worked: run `trailvec "
+            f"profile_users` again when that one has ended"
+        )
+
+
 def run(runtime: Runtime) -> None:
     settings, model_dir = runtime.config.profile, model_folder(runtime)
     align.check_again(runtime, model_dir)
@@ -361,6 +372,7 @@ def run(runtime: Runtime) -> None:
     end = log_end(sessions, "end_ts")
     targets = runtime.config.sequences.target_event_types
     stored, rotation = read_basis(model_dir), rotation_sha256(model_dir)
+    sha256 = None if stored is None else stored[1]["sha256"]
     if stored is not None and stored[1].get("rotation", rotation) != rotation:  # older code recorded none
         runtime.report.notes.append(
             f"the profile's basis of model {model_dir.name} is fitted again: `trailvec align` has rotated the model's "
@@ -377,7 +389,8 @@ def run(runtime: Runtime) -> None:
             runtime.on_progress("fitting the basis")
             basis = fit(runtime, visible, encoded, numbers=numbers, stats=stats)
             about = {"as_of": end.isoformat(timespec="microseconds"), "code_version": code_version()}
-            write_basis(model_dir, basis, about | {"rotation": rotation, "settings": settings.model_dump()})
+            _refuse_other_basis(runtime, model_dir.name, sha256)
+            sha256 = write_basis(model_dir, basis, about | {"rotation": rotation, "settings": settings.model_dump()})
             add_to_model(runtime, model_dir, TENSORS, ABOUT)
         else:
             basis = stored[0]
@@ -387,6 +400,11 @@ def run(runtime: Runtime) -> None:
         rows = profiles(profile_rows(visible, encoded, numbers, numbered(stats, basis.names), terms), basis)
         rows = rows.withColumn("model_version", F.lit(model_dir.name)).withColumn("as_of", utc(end))
         runtime.write(USER_PROFILES, rows)
+    try:
+        _refuse_other_basis(runtime, model_dir.name, sha256)
+    except TrailvecError:
+        runtime.touch(USER_PROFILES, done=False)  # else profiles of a basis that is gone would count as up to date
+        raise
     widths = ", ".join(f"{part} {width}" for part, width in basis.widths.items())
     current = runtime.newest_current_model()
     if current not in (None, model_dir.name):

@@ -307,8 +307,9 @@ def _singular(weights: sp.csr_matrix, width: int) -> Float32:
     return np.ascontiguousarray((rows * np.where(signs, signs, 1)).T, np.float32)
 
 
-def write_basis(folder: Path, basis: Basis, about: dict[str, object]) -> None:
-    """Writes both files into a model's folder, each atomically; the JSON, which makes them a basis, comes last."""
+def write_basis(folder: Path, basis: Basis, about: dict[str, object]) -> str:
+    """Writes both files into a model's folder, each atomically; the JSON, which makes them a basis, comes last.
+    Returns the `sha256` that it states."""
     (folder / ABOUT).unlink(missing_ok=True)
     tensors: dict[str, npt.NDArray[np.generic]] = {
         "words.starts": basis.words.indptr.astype(np.int64),
@@ -327,6 +328,7 @@ def write_basis(folder: Path, basis: Basis, about: dict[str, object]) -> None:
     fields = {"widths": basis.widths, "statistics": basis.names, "words": basis.words.shape[1], "sha256": sha256}
     text = json.dumps({**about, **fields}, indent=2)
     write_whole(folder / ABOUT, text + "\n")
+    return sha256
 
 
 def read_basis(folder: Path) -> tuple[Basis, dict[str, Any]] | None:

@@ -446,8 +446,27 @@ def test_what_is_probed_is_what_profile_users_writes(
     assert again["u3"]["vector"][:timeless] == pytest.approx(rows["u3"]["vector"][:timeless], abs=1e-6)
 
     write_json(basis_of, about | {"rotation": None})  # fitted before the model was rotated
+    # Another run fits a basis while this one fits its own, and another while this one writes its rows.
+    tensors_of = basis_of.with_suffix(".safetensors")
+    unrotated, tensors = basis_of.read_text(), tensors_of.read_bytes()
+    others = "another run has fitted a basis of model m1's profiles while this one worked"
+
+    def fit(*given: Any, **more: Any) -> None:
+        write_json(basis_of, about | {"sha256": "another"})
+
+    def write(*given: Any) -> None:
+        Runtime.write(wider, *given)
+        tensors_of.write_bytes(tensors)
+        basis_of.write_text(unrotated)
+
+    for where, name, meanwhile in ((profile_users, "fit", fit), (wider, "write", write)):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, meanwhile)
+            with pytest.raises(TrailvecError, match=others):
+                wider.execute(profile_users.STAGE, force=True)
+        basis_of.write_text(unrotated)
     put(runtime, CURRENT_MODEL, runtime.spark.createDataFrame([("m0",)], CURRENT_MODEL.schema()))
-    note, stale, _ = wider.execute(profile_users.STAGE, force=True).notes
+    note, stale, _ = wider.execute(profile_users.STAGE).notes  # not skipped, though the rows were written
     assert stale.startswith("the profiles of model m0, which is current and which segments use, are not updated: ")
     assert note.startswith("the profile's basis of model m1 is fitted again: `trailvec align` has rotated the model's ")
     fitted = json.loads(basis_of.read_text())
