@@ -11,7 +11,7 @@ completes what was begun.)
 
 1. Keyed hashes of the users go into `erased_users`: from here on ingest drops whatever arrives of them.
 2. The receipt is opened, with the exports that hold the users. (Step 3 deletes them from the log of exports, so the log
-   is read once more just before: a run of export_segments may have logged some meanwhile.)
+   is read once more just before, and as it was then: a run of export_segments may have logged some meanwhile.)
 3. Their rows are deleted from each table with a column of user ids, by a MERGE with the list as a frame, so that no id
    appears in a query or in Delta's log of operations. In rejected_events, this includes records whose user could not
    be read and whose text holds one of the ids.
@@ -135,7 +135,7 @@ def _erase_and_complete(
     receipt = _open(runtime, receipt, users)
     delete_users(runtime, _BEFORE_EXPORTS, users, in_raw, receipt["erasure_id"])
     receipt = _open(runtime, receipt, users)  # a run of export_segments may have logged some of them meanwhile
-    delete_users(runtime, (EXPORTS,), users, in_raw, receipt["erasure_id"])
+    receipt = _delete_exports(runtime, receipt, users, in_raw)
     old_entries = {entry["table"]: entry for entry in receipt["tables"] or []}
     entries = _table_entries(runtime, receipt, old_entries)
     rows = {entry["table"]: entry["rows"] - old_entries.get(entry["table"], {"rows": 0})["rows"] for entry in entries}
@@ -144,6 +144,18 @@ def _erase_and_complete(
         receipt = receipt | {"tables": entries, "erased_at": _now(), "finished_at": None}
         _save(runtime, [receipt])
     return receipt, rows
+
+
+def _delete_exports(runtime: Runtime, receipt: dict[str, Any], users: DataFrame, in_raw: ColumnTest) -> dict[str, Any]:
+    """Deletes the receipt's users from the log of exports. Returns the receipt with all exports whose rows it
+    deleted, those too that were logged after the receipt was saved."""
+    before = runtime.latest_version(EXPORTS) if runtime.exists(EXPORTS) else -1
+    delete_users(runtime, (EXPORTS,), users, in_raw, receipt["erasure_id"])
+    deleted = runtime.erasure_commits(EXPORTS, receipt["erasure_id"], before, 0) if before >= 0 else []
+    if not deleted:
+        return receipt
+    of_erasure = users.withColumn("erasure_id", F.lit(receipt["erasure_id"]))
+    return _with_exports(receipt, _exports(runtime, of_erasure, deleted[0].version - 1))
 
 
 def _nobody_listed(runtime: Runtime, requested_by: str) -> TrailvecError:
@@ -230,16 +242,18 @@ def _with_exports(receipt: dict[str, Any], found: dict[str, list[dict[str, Any]]
     return receipt | {"exports": sorted(by_id.values(), key=lambda e: (e["exported_at"], e["export_id"]))}
 
 
-def _exports(runtime: Runtime, users: DataFrame) -> dict[str, list[dict[str, Any]]]:
+def _exports(runtime: Runtime, users: DataFrame, version: int | None = None) -> dict[str, list[dict[str, Any]]]:
     """By erasure, the exports whose files hold some of its users.
 
     Args:
         users: user_id, erasure_id.
+        version: of the log of exports; None: the newest.
     """
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     if not runtime.exists(EXPORTS):
         return found
-    held = runtime.latest(EXPORTS).where("NOT is_control").join(F.broadcast(users), "user_id")
+    log = runtime.latest(EXPORTS) if version is None else runtime.at(EXPORTS, version)
+    held = log.where("NOT is_control").join(F.broadcast(users), "user_id")
     counts = held.groupBy("erasure_id", "segment", "export_id", "destination").agg(
         F.unix_micros(F.min("exported_at")).alias("exported_at"), F.count("*").alias("users")
     )

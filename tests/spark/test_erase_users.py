@@ -354,15 +354,17 @@ def test_finish_ends_what_was_killed_and_names_exports_that_were_made_meanwhile(
     def beside(runtime: Runtime, table: Table, *more: Any) -> None:
         if table == EVENTS:  # an export_segments run that began earlier logs its members
             runtime.append(EXPORTS, export(2))
+        if table == EXPORTS:  # and another, after the log was read for the last time
+            runtime.append(EXPORTS, export(4))
         delete(runtime, table, *more)
 
     with monkeypatch.context() as meanwhile:
         meanwhile.setattr(erase_users, "_delete", beside)
         ended = finish(runtime)
     (receipt,) = receipts(runtime)
-    assert {entry["table"]: entry["rows"] for entry in receipt["tables"]} == {"events": 1, "exports": 2}
-    assert ended.rows_out == {"finished": 0, "events": 1, "exports": 2}
-    assert [export["export_id"] for export in receipt["exports"]] == ["x1", "x2"]
+    assert {entry["table"]: entry["rows"] for entry in receipt["tables"]} == {"events": 1, "exports": 3}
+    assert ended.rows_out == {"finished": 0, "events": 1, "exports": 3}
+    assert [export["export_id"] for export in receipt["exports"]] == ["x1", "x2", "x4"]
     assert [note.split(", exported")[0] for note in ended.notes[:2]] == [
         f"erasure {receipt['erasure_id']} was not complete: it is now",
         "notify the recipient of segment fans",
@@ -385,9 +387,9 @@ def test_finish_ends_what_was_killed_and_names_exports_that_were_made_meanwhile(
         seen.append((receipts(runtime), runtime.latest_version(EVENTS), runtime.latest_version(EXPORTS)))
     assert seen[0] == seen[1]  # the same list again changes nothing
     ((receipt,), *_) = seen[0]
-    assert {entry["table"]: entry["rows"] for entry in receipt["tables"]} == {"events": 2, "exports": 2}
+    assert {entry["table"]: entry["rows"] for entry in receipt["tables"]} == {"events": 2, "exports": 3}
     assert receipt["erased_at"] > old["erased_at"]
-    assert [export["export_id"] for export in receipt["exports"]] == ["x1", "x2", "x3"]
+    assert [export["export_id"] for export in receipt["exports"]] == ["x1", "x2", "x3", "x4"]
 
 
 def test_files_that_a_vacuum_takes_meanwhile_are_passed_over(spark: SparkSession, tmp_path: Path) -> None:
