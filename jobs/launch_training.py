@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from training.stores import folder_of
 
 FORCED = ".forced.checkpoints"  # suffix of a forced training's checkpoint folder
 _LINES = 20_000  # kept of the output: a failing process prints the cause first, each other one 30 lines after it
-_EXCEPTION = re.compile(r"[\w.]*(?:Error|Exception|Invalid|Timeout)(?:: +[^ ]|$)|what\(\): +[^ ]")
+_EXCEPTION = re.compile(r"(?:[\w.]*(?:Error|Exception)|what\(\)): +[^ ]")  # outside a traceback
+_PROCESS = r"\[\d+\]<std(?:err|out)>:"  # before each line of one of several processes
 _FOLLOWS = re.compile(r"HorovodInternalError|: Horovod (?:has been shut down|detected)|gloo/")
 _LOST = ": Horovod has been shut down"
 _LAUNCHERS = ": Horovod detected"
@@ -131,13 +132,28 @@ def parse_event(line: str) -> dict[str, Any] | None:
     return event
 
 
+def _exceptions(lines: Iterable[str]) -> Iterator[str]:
+    """The lines that name an exception: the first one that is not indented after the head of a process's traceback, or
+    one that looks like it."""
+    within: set[str] = set()  # the processes whose traceback goes on
+    for line in lines:
+        found = re.match(_PROCESS, line)
+        process = found[0] if found else ""
+        text = line[len(process) :].rstrip()
+        if text.startswith("Traceback (most recent call last)"):
+            within.add(process)
+        elif (process in within and text and not text[0].isspace()) or _EXCEPTION.match(text.strip()):
+            within.discard(process)
+            yield text.strip()
+
+
 def last_words(lines: list[str], code: int) -> str:
     """The cause of a failed run, from its output: an exception (Python's, or what() of C++), else the signal that
     killed a process, else that a process was lost, else a process's exit code or another signal, else the last line.
     That a rank lost the others, or the launcher a rank, is a consequence: it counts only if nothing else tells the
     cause."""
-    texts = [text for line in lines if (text := re.sub(r"^\[\d+\]<std(?:err|out)>:\s*", "", line.strip()))]
-    exceptions = [text for text in texts if _EXCEPTION.match(text)]
+    texts = [text for line in lines if (text := re.sub(_PROCESS, "", line).strip())]
+    exceptions = list(_exceptions(lines))
     causes = [text for text in exceptions if not _FOLLOWS.search(text)]
     # The launcher's report of one process; in Spark there is no other.
     ended = re.search(r"Process name: (\d+)\nExit code: (\d+)", "\n".join(texts))

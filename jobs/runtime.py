@@ -404,7 +404,10 @@ class Runtime(Lake):
         # Delta lets an append follow whatever came in between. (Older: it has cleaned its log.)
         if made_from is not None and self.stage_version(table) > made_from:
             self.touch(table, done=False)  # forces a full rebuild
-            raise changed_by_another_run(table, "while this one worked on it")
+            raise TrailvecError(
+                f"another run changed table {table.name} just as this one noted that nothing had changed: run "
+                f"`trailvec {table.stage}` again when that one has ended, which rebuilds it in full"
+            )
 
     def _refuse_other_version(self, table: Table, made_from: int | None) -> None:
         """Raises TrailvecError if `made_from` is not the newest `stage_version`; None: not checked."""

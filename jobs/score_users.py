@@ -125,6 +125,8 @@ def scoring_so_far(runtime: Runtime, model: dict[str, Any]) -> Scoring | None:
     done = frozenset(note["chunk"] for note in chain((newest,), of_scoring) if note)
     # Chunks' ids are made of it: not asked of the log again, since once Delta has cleaned that, the answer is another.
     stored = newest["into_empty"] and "after" in newest
+    if stored and (newest_of_others(runtime, model["version"], newest) or 0) > newest["after"]:
+        return None  # others have changed the vectors between its chunks, whose ids are used up
     after = newest["after"] if stored else begun_after(runtime, model["version"], newest)
     return Scoring(newest["sequences"], newest["chunks"], done, newest["into_empty"], after)
 
@@ -198,8 +200,8 @@ class Scorer:
             done: the increment is written, so the next run must not go on from it.
         """
         self._runtime.latest_version(USER_EMBEDDINGS)  # others may have written
-        later = (said for number, said in commits_of(self._runtime, self.version) if number > scoring.after)
-        if any(s is None or s["model"] != self.model or s["sequences"] < scoring.sequences for s in later):
+        later = takewhile(lambda commit: commit[0] > scoring.after, commits_of(self._runtime, self.version))
+        if any(s is None or s["model"] != self.model or s["sequences"] < scoring.sequences for _, s in later):
             if done:  # a note of no weights: all users are scored anew
                 self._runtime.touch(USER_EMBEDDINGS, note={"model": {"version": self.version}}, done=False)
             raise changed_by_another_run(USER_EMBEDDINGS, "while this one worked on it")

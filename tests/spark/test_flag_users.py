@@ -338,7 +338,7 @@ def test_nothing_changed_is_not_noted_over_older_rows_that_another_run_wrote_mea
         other.execute(STAGE)
         change(slow, to_frame(spark, events_at("quiet", seconds(0))))
         monkeypatch.setattr(other, "append", meanwhile)
-        with pytest.raises(TrailvecError, match="another run changed table flagged_users while this one worked on it"):
+        with pytest.raises(TrailvecError, match="flagged_users just as this one noted that nothing had changed"):
             other.execute(STAGE)
 
     monkeypatch.setattr(slow, "write", last)

@@ -656,6 +656,19 @@ def test_the_chunks_of_a_scoring_keep_their_ids_when_delta_cleans_its_log(into_e
     assert score_users.scoring_so_far(runtime, model) == replace(begun, done=frozenset({0}), after=after)
 
 
+def test_a_scoring_whose_chunks_ids_are_used_up_begins_anew() -> None:
+    """Otherwise each run would take the same ids, write nothing, and be refused for the other commit."""
+    model = {"version": "m2"}
+    begun = score_users.Scoring(sequences=3, chunks=2, done=frozenset(), into_empty=True, after=1)
+    first, second = (score_users.Scorer._note(Mock(model=model), begun, number) for number in (0, 1))
+    resumed = replace(begun, done=frozenset({0, 1}))
+    assert score_users.scoring_so_far(commits_with((3, second), (2, first), (1, None)), model) == resumed
+    retired = {"model": model | {"retired": True}}
+    for beside in (None, retired):
+        runtime = commits_with((4, second), (3, beside), (2, first), (1, {"model": {"version": "m1"}}))
+        assert score_users.scoring_so_far(runtime, model) is None
+
+
 @pytest.mark.parametrize(
     ("weights", "sequences", "refused"), [("w", 4, False), ("w", 2, True), ("others", 4, True), (None, 0, True)]
 )

@@ -965,8 +965,10 @@ def test_last_words_are_the_cause() -> None:
     assert last_words(lines[1:], 1) == "process 0 ended with code 134"
     assert last_words([gone, "[1]<stderr>:  what():  std::bad_alloc", *lines[1:]], 1) == "std::bad_alloc"
     assert last_words(["[0]<stderr>:no space", ""], 1) == "no space"
-    for cause in ("pyarrow.lib.ArrowInvalid: no Parquet", "requests.exceptions.ReadTimeout: 60 s", "MemoryError"):
-        assert last_words([f"[1]<stderr>:{cause}", gone, shut_down, launchers], 1) in cause
+    head, call = "Traceback (most recent call last):", '  File "loop.py", line 3, in train'
+    for cause, said in (("pyarrow.lib.ArrowInvalid: no Parquet", "no Parquet"), ("queue.Empty", "queue.Empty")):
+        lines = [f"[0]<stderr>:{head}", *(f"[1]<stderr>:{line}" for line in (head, call, cause)), f"[0]<stderr>:{call}"]
+        assert last_words([*lines, gone, shut_down, launchers], 1) == said
     assert last_words([], -9).startswith("process 0 was killed by signal 9")
     crashed = last_words(["model.py:31: UserWarning: x", "  warnings.warn("], -11)
     assert crashed == "a process was ended by signal 11 (Segmentation fault)"
