@@ -348,38 +348,49 @@ def published(target: Place) -> Iterator[Path]:
     for other in target.parent.glob(f".{target.name}.*staging"):
         remove_tree(other)
     staging = target.with_name(f".{target.name}.{uuid.uuid4().hex}.staging")
-    if isinstance(staging, Path):
+    claims = isinstance(staging, Path) or staging.renames
+    if claims:  # on HDFS too before the block: a block that starts later must find it there
         staging.mkdir(parents=True)
-        if isinstance(target, Path) and target.is_dir():
-            _take_access(staging, target)
-        try:
-            yield staging
-        except Exception as error:
-            if staging.exists():
-                raise
-            raise _overtaken(target) from error
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            local = Path(folder) / target.name
-            local.mkdir()
-            yield local
-            assert isinstance(target, HadoopPath)
-            if not staging.renames:
-                remove_tree(target)
-                for file in sorted(local.iterdir(), key=descriptions_last):
-                    (target / file.name).put(file)
-                return
-            staging.mkdir()
+    try:
+        if isinstance(target, Path):
+            assert isinstance(staging, Path)
             if target.is_dir():
-                staging.take_access(target)  # first: HDFS gives new files their folder's group
-            for file in local.iterdir():
-                (staging / file.name).put(file)
-            # If the folder was removed meanwhile, the next put has made it again.
-            if staging.exists() and _names(staging) != _names(local):
-                remove_tree(staging)
+                _take_access(staging, target)
+            yield staging
+        else:
+            assert isinstance(staging, HadoopPath)
+            with tempfile.TemporaryDirectory() as folder:
+                local = Path(folder) / target.name
+                local.mkdir()
+                yield local
+                if not claims:
+                    remove_tree(target)
+                    for file in sorted(local.iterdir(), key=descriptions_last):
+                        (target / file.name).put(file)
+                    return
+                _copy(local, staging, target)
+    except Exception as error:
+        if claims and not staging.exists():
+            raise _overtaken(target) from error
+        if isinstance(staging, HadoopPath):
+            remove_tree(staging)
+        raise
     if not staging.exists():
         raise _overtaken(target)
     _put_in_place(staging, target)
+
+
+def _copy(local: Path, staging: HadoopPath, target: HadoopPath) -> None:
+    """Copies the files into the staging folder. Leaves none if it was removed before or meanwhile."""
+    if not staging.exists():
+        return
+    if target.is_dir():
+        staging.take_access(target)  # first: HDFS gives new files their folder's group
+    for file in local.iterdir():
+        (staging / file.name).put(file)
+    # If the folder was removed meanwhile, the next put has made it again.
+    if staging.exists() and _names(staging) != _names(local):
+        remove_tree(staging)
 
 
 def _put_in_place(staging: Place, target: Place) -> None:

@@ -130,23 +130,32 @@ def test_of_two_who_fill_a_place_the_later_one_takes_it(tmp_path: Path, fails: b
     assert (tmp_path / "m1" / "a").read_text() == "later"
 
 
-def test_on_hadoops_systems_too_where_the_earlier_one_is_copying(
-    store: HadoopPath, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("then", ["before the copy", "after a file of it", "in a file of it"])
+def test_on_hadoops_systems_too_whenever_the_later_one_comes(
+    store: HadoopPath, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
     put = HadoopPath.put
+
+    def fill_beside() -> None:
+        with published(store / "m1") as later:
+            (later / "a").write_text("later")
 
     def beside(path: HadoopPath, source: Path) -> None:
         monkeypatch.setattr(HadoopPath, "put", put)
         put(path, source)
-        with published(store / "m1") as later:
-            (later / "a").write_text("later")
+        fill_beside()
+        if then == "in a file of it":
+            raise InterruptedError("as HDFS closes a file that was deleted while it was written")
 
     def fill_at_once() -> None:
         with published(store / "m1") as earlier:
             for name in ("a", "b"):
                 (earlier / name).write_text("earlier")
+            if then == "before the copy":
+                fill_beside()
+            else:
+                monkeypatch.setattr(HadoopPath, "put", beside)
 
-    monkeypatch.setattr(HadoopPath, "put", beside)
     with pytest.raises(TrailvecError, match="another run that began later also makes"):
         fill_at_once()
     assert (names(store), names(store / "m1")) == (["m1"], ["a"])
