@@ -46,6 +46,7 @@ from jobs.segment_files import (
     export_key,
     place_of,
     read_manifest,
+    remove_replaced_export,
     staging_area,
     write_parts,
 )
@@ -391,9 +392,10 @@ def run(runtime: Runtime) -> None:
     now = _now()
     exports = _exports(runtime, now)
     manifests = {export.name: None if runtime.forced else _published(runtime, export) for export in exports}
-    for name, manifest in manifests.items():
-        if manifest is not None:
-            runtime.report.rows_out[name] = manifest["counts"]["exported"]
+    for export in exports:
+        if (manifest := manifests[export.name]) is not None:
+            runtime.report.rows_out[export.name] = manifest["counts"]["exported"]
+            remove_replaced_export(place_of(runtime, export.segment))
     if all(manifests.values()):
         runtime.report.skipped = True
         return

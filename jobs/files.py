@@ -393,6 +393,13 @@ def _copy(local: Path, staging: HadoopPath, target: HadoopPath) -> None:
         remove_tree(staging)
 
 
+def remove_replaced(target: Place) -> None:
+    """Removes the old folder that `published` left beside target when it was killed right after replacing it. Keeps the
+    folder of a block that is filling target now."""
+    for old in target.parent.glob(f".{target.name}.*.old.staging"):
+        remove_tree(old)
+
+
 def _put_in_place(staging: Place, target: Place) -> None:
     if not isinstance(target, Path):
         remove_tree(target)  # on HDFS in one step

@@ -34,7 +34,7 @@ from pandas.util import hash_array
 from pyarrow import csv, fs
 
 from jobs.errors import TrailvecError
-from jobs.files import HadoopPath, Place, fetch, make_private, published
+from jobs.files import HadoopPath, Place, fetch, make_private, published, remove_replaced
 from jobs.keys import key_of, long_enough
 from jobs.runtime import Runtime
 from jobs.segments import Format, Segment, SegmentFile
@@ -293,6 +293,12 @@ def _make_and_remove(target: Place) -> None:
     folder = target.with_name(f".{target.name}.check.staging")  # if killed here, `published` cleans up this name
     folder.mkdir(parents=True, exist_ok=True)
     remove_tree(folder)
+
+
+def remove_replaced_export(place: ArrowFolder | HadoopPath) -> None:
+    """Removes what a run that was killed right after it published this export left of the one before."""
+    if isinstance(place, ArrowFolder) and place.local:  # elsewhere nothing is moved away
+        remove_replaced(Path(place.folder))
 
 
 @contextmanager

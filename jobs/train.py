@@ -34,7 +34,7 @@ from jobs.build_sequences import SHARED_SETTINGS, in_vocabulary, other_setting, 
 from jobs.cli import stage_main
 from jobs.config import Config
 from jobs.errors import TrailvecError
-from jobs.files import HadoopPath, Place, published, shared_url, write_json
+from jobs.files import HadoopPath, Place, published, remove_replaced, shared_url, write_json
 from jobs.item_facts import attribute_matrix, item_attributes, item_counts, item_verticals
 from jobs.launch_training import FORCED, launch, launch_in_spark
 from jobs.model_card import card
@@ -288,7 +288,9 @@ def run(runtime: Runtime) -> None:
     existing = read_about(model_folder(runtime, version)) if has_model(runtime, version) else None
     if existing is not None and runtime.read_these(existing["provenance"]) and not runtime.forced:
         runtime.report.skipped = True
-        remove_tree(runtime.models / f"{name}.checkpoints")  # left by a run killed right after publishing the model
+        # Left by a run killed right after publishing the model.
+        remove_tree(runtime.models / f"{name}.checkpoints")
+        remove_replaced(folder)
     elif not runtime.forced and (learnt := _has_learnt_all(runtime)):
         runtime.report.skipped = True
         runtime.report.notes.append(learnt)

@@ -15,7 +15,7 @@ from pyspark.sql import SparkSession
 
 from jobs import files
 from jobs.errors import TrailvecError
-from jobs.files import HadoopPath, fetch, file_sizes, make_private, published, write_json
+from jobs.files import HadoopPath, fetch, file_sizes, make_private, published, remove_replaced, write_json
 from jobs.model_folders import add_to_model, has_model, model_folder
 from jobs.runtime import Runtime
 from jobs.score_users import Scorer
@@ -179,6 +179,10 @@ def test_a_kill_leaves_no_half_folder_in_its_place(tmp_path: Path, monkeypatch: 
         with pytest.raises(KeyboardInterrupt):
             fill("new")
     assert {file.name: file.read_text() for file in (tmp_path / "m1").iterdir()} == {"a": "new", "b": "new"}
+    assert len([*tmp_path.iterdir()]) == 2
+    (tmp_path / ".m1.9ab.staging").mkdir()  # of a run that is filling it
+    remove_replaced(tmp_path / "m1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".m1.9ab.staging", "m1"]
     with monkeypatch.context() as between_renames:
         between_renames.setattr(Path, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
