@@ -32,6 +32,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,6 +50,7 @@ from jobs.files import HadoopPath, Place, place_of
 from jobs.maintain_tables import disk_files
 from jobs.raw_records import valid_text
 from jobs.runtime import Report, Runtime, Stage, code_version
+from jobs.spark_session import spark_conf
 from jobs.tables import ERASED_USERS, ERASURES, EXPORTS, REJECTED_EVENTS, TABLES, Table
 from jobs.tombstones import erase_key, erased_tests
 from jobs.user_lists import copies, read_users
@@ -135,8 +137,13 @@ def _erase_and_complete(
     receipt = _open(runtime, receipt, users)
     delete_users(runtime, _BEFORE_EXPORTS, users, in_raw, receipt["erasure_id"])
     receipt = _open(runtime, receipt, users)  # a run of export_segments may have logged some of them meanwhile
-    receipt = _delete_exports(runtime, receipt, users, in_raw)
+    delete_users(runtime, (EXPORTS,), users, in_raw, receipt["erasure_id"])
     old_entries = {entry["table"]: entry for entry in receipt["tables"] or []}
+    after = old_entries.get(EXPORTS.name, {"version_after": -1})["version_after"]
+    of_erasure = users.withColumn("erasure_id", F.lit(receipt["erasure_id"]))
+    since = receipt["requested_at"].timestamp() - _AN_HOUR
+    found = _deleted_exports(runtime, of_erasure, receipt["erasure_id"], after, since)
+    receipt = _with_exports(receipt, found)
     entries = _table_entries(runtime, receipt, old_entries)
     rows = {entry["table"]: entry["rows"] - old_entries.get(entry["table"], {"rows": 0})["rows"] for entry in entries}
     # The same list again, and nothing was left to delete: the receipt stays as it is.
@@ -144,18 +151,6 @@ def _erase_and_complete(
         receipt = receipt | {"tables": entries, "erased_at": _now(), "finished_at": None}
         _save(runtime, [receipt])
     return receipt, rows
-
-
-def _delete_exports(runtime: Runtime, receipt: dict[str, Any], users: DataFrame, in_raw: ColumnTest) -> dict[str, Any]:
-    """Deletes the receipt's users from the log of exports. Returns the receipt with all exports whose rows it
-    deleted, those too that were logged after the receipt was saved."""
-    before = runtime.latest_version(EXPORTS) if runtime.exists(EXPORTS) else -1
-    delete_users(runtime, (EXPORTS,), users, in_raw, receipt["erasure_id"])
-    deleted = runtime.erasure_commits(EXPORTS, receipt["erasure_id"], before, 0) if before >= 0 else []
-    if not deleted:
-        return receipt
-    of_erasure = users.withColumn("erasure_id", F.lit(receipt["erasure_id"]))
-    return _with_exports(receipt, _exports(runtime, of_erasure, deleted[0].version - 1))
 
 
 def _nobody_listed(runtime: Runtime, requested_by: str) -> TrailvecError:
@@ -261,6 +256,34 @@ def _exports(runtime: Runtime, users: DataFrame, version: int | None = None) -> 
         export = row.asDict() | {"exported_at": _EPOCH + timedelta(microseconds=row["exported_at"])}
         found[export.pop("erasure_id")].append(export)
     return found
+
+
+def _deleted_exports(
+    runtime: Runtime, users: DataFrame, erasure: str, after: int, since: float
+) -> dict[str, list[dict[str, Any]]]:
+    """`_exports` of the log as it was just before each of the erasure's commits (a killed run's too) deleted rows of
+    it: those too that were logged after the receipt was saved.
+
+    Args:
+        users: as in `_exports`.
+        erasure, after, since: as in `Lake.erasure_commits`.
+    """
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    commits = runtime.erasure_commits(EXPORTS, erasure, after, since) if runtime.exists(EXPORTS) else []
+    # Since a killed run, VACUUM may have deleted files, and Delta the log of that version: what is left is read.
+    with spark_conf(runtime.spark, {"spark.sql.files.ignoreMissingFiles": "true"}):
+        for commit in commits:
+            with suppress(AnalysisException):
+                for erasure_id, exports in _exports(runtime, users, commit.version - 1).items():
+                    found[erasure_id] += exports
+    return found
+
+
+def _name_exports(runtime: Runtime, found: dict[str, list[dict[str, Any]]]) -> None:
+    """Adds the exports from `_exports` to their receipts."""
+    named = [(r, _with_exports(r, found)) for r in _receipts(runtime) if r["erasure_id"] in found]
+    if changed := [new for old, new in named if new != old]:
+        _save(runtime, changed)
 
 
 def _save(runtime: Runtime, receipts: Sequence[dict[str, Any]]) -> None:
@@ -489,9 +512,12 @@ def _erase_returned(runtime: Runtime, held: dict[str, set[str]], in_raw: ColumnT
     users = _frame(runtime, sorted(held))
     before = [(table, runtime.latest_version(table)) for table in _holding(runtime)]
     delete_users(runtime, _BEFORE_EXPORTS, users, in_raw, _AGAIN)
-    if found := _exports(runtime, of_requests):
-        _save(runtime, [_with_exports(r, found) for r in _receipts(runtime) if r["erasure_id"] in found])
+    _name_exports(runtime, _exports(runtime, of_requests))
     delete_users(runtime, (EXPORTS,), users, in_raw, _AGAIN)
+    named = set[str]().union(*held.values())
+    # `_settled` moves these times on when rows were deleted.
+    since = min(r["erased_at"].timestamp() for r in _receipts(runtime) if r["erasure_id"] in named) - _AN_HOUR
+    _name_exports(runtime, _deleted_exports(runtime, of_requests, _AGAIN, -1, since))
     return Counter(
         {
             table.name: sum(commit.rows_deleted for commit in runtime.erasure_commits(table, _AGAIN, version, 0))

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
+from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, SparkSession
 
 from jobs import build_sequences, build_vocabulary, cli, commits, erase_users, flag_users, ingest, sessionize
@@ -338,43 +339,46 @@ def test_finish_ends_what_was_killed_and_names_exports_that_were_made_meanwhile(
     assert "has no receipt yet" in note
     assert (runtime.latest(EVENTS).count(), runtime.latest(EXPORTS).count(), runtime.exists(ERASURES)) == (2, 1, False)
 
-    def killed(runtime: Runtime, table: Table, *more: Any) -> None:
-        delete(runtime, table, *more)
-        raise KeyboardInterrupt
+    numbers = itertools.count(2)
 
+    def beside(runtime: Runtime, table: Table, *more: Any) -> None:
+        """Runs of export_segments that began earlier log their members, even after the log was read for the last
+        time."""
+        if table in (EVENTS, EXPORTS):
+            runtime.append(EXPORTS, export(next(numbers)))
+        delete(runtime, table, *more)
+
+    def killed(runtime: Runtime, table: Table, *more: Any) -> None:
+        beside(runtime, table, *more)
+        if table == EXPORTS:
+            raise KeyboardInterrupt
+
+    (first,) = (file for file in parquet_files(runtime, EXPORTS) if pq.read_metadata(file).num_rows)
     with monkeypatch.context() as kill:
         kill.setattr(erase_users, "_delete", killed)
         with pytest.raises(KeyboardInterrupt):
             erase(runtime, sql=hers, requested_by="desk")
+    first.unlink()  # as VACUUM may
     with pytest.raises(TrailvecError, match=r"list of users to erase is empty: nothing was done"):
         erase(runtime, sql=hers, requested_by="somebody else")
     with pytest.raises(TrailvecError, match=r"that desk asked for .* is not complete: .* --finish"):
         erase(runtime, sql=hers, requested_by="desk")
 
-    def beside(runtime: Runtime, table: Table, *more: Any) -> None:
-        if table == EVENTS:  # an export_segments run that began earlier logs its members
-            runtime.append(EXPORTS, export(2))
-        if table == EXPORTS:  # and another, after the log was read for the last time
-            runtime.append(EXPORTS, export(4))
-        delete(runtime, table, *more)
-
     with monkeypatch.context() as meanwhile:
         meanwhile.setattr(erase_users, "_delete", beside)
-        ended = finish(runtime)
+        ended, again = finish(runtime), finish(runtime)
     (receipt,) = receipts(runtime)
-    assert {entry["table"]: entry["rows"] for entry in receipt["tables"]} == {"events": 1, "exports": 3}
-    assert ended.rows_out == {"finished": 0, "events": 1, "exports": 3}
-    assert [export["export_id"] for export in receipt["exports"]] == ["x1", "x2", "x4"]
+    assert {entry["table"]: entry["rows"] for entry in receipt["tables"]} == {"events": 1, "exports": 5}
+    assert ended.rows_out == {"finished": 0, "events": 1, "exports": 5}
+    assert again.rows_out == {"finished": 0, "exports": 2}
+    named = [f"x{n}" for n in range(1, 8)]
+    assert [export["export_id"] for export in receipt["exports"]] == named
     assert [note.split(", exported")[0] for note in ended.notes[:2]] == [
         f"erasure {receipt['erasure_id']} was not complete: it is now",
         "notify the recipient of segment fans",
     ]
-    assert "/exports/2" in ended.notes[1]
-
-    add(runtime, EXPORTS, export(3))  # and one that logs them even later
-    again = finish(runtime)
-    assert again.rows_out == {"finished": 0, "exports": 1}
-    assert "/exports/3" in again.notes[0]
+    told = [[n for note in report.notes for n in range(1, 8) if f"/exports/{n}" in note] for report in (ended, again)]
+    assert told == [[3, 4, 5], [6, 7]]
 
     # She is back, and so is the request. Delta's log no longer has the commits before it.
     add(runtime, EVENTS, to_frame(spark, events[:1]))
@@ -387,9 +391,9 @@ def test_finish_ends_what_was_killed_and_names_exports_that_were_made_meanwhile(
         seen.append((receipts(runtime), runtime.latest_version(EVENTS), runtime.latest_version(EXPORTS)))
     assert seen[0] == seen[1]  # the same list again changes nothing
     ((receipt,), *_) = seen[0]
-    assert {entry["table"]: entry["rows"] for entry in receipt["tables"]} == {"events": 2, "exports": 3}
+    assert {entry["table"]: entry["rows"] for entry in receipt["tables"]} == {"events": 2, "exports": 5}
     assert receipt["erased_at"] > old["erased_at"]
-    assert [export["export_id"] for export in receipt["exports"]] == ["x1", "x2", "x3", "x4"]
+    assert [export["export_id"] for export in receipt["exports"]] == named
 
 
 def test_files_that_a_vacuum_takes_meanwhile_are_passed_over(spark: SparkSession, tmp_path: Path) -> None:
@@ -399,6 +403,14 @@ def test_files_that_a_vacuum_takes_meanwhile_are_passed_over(spark: SparkSession
     rows = erase_users._read_existing(spark, "user_id string", files)
     assert sorted(row["user_id"] for row in rows.collect()) == ["u0", "u1"]
     assert erase_users._read_existing(spark, "user_id string", files[2:]).isEmpty()
+
+
+def test_a_log_of_exports_whose_older_versions_delta_has_forgotten_stops_nothing() -> None:
+    runtime = Mock()
+    runtime.erasure_commits.return_value = [Mock(version=3)]
+    runtime.at.side_effect = AnalysisException("Cannot time travel Delta table to version 2")
+    assert erase_users._deleted_exports(runtime, Mock(), "e", -1, 0) == {}
+    runtime.at.assert_called_once_with(EXPORTS, 2)
 
 
 def test_texts_that_no_utf8_holds_stop_nothing(
