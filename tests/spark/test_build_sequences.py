@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -346,6 +347,14 @@ def test_two_builds_at_once_do_not_mix(
     monkeypatch.setattr(runtime, "incremental", meanwhile)
     with pytest.raises(TrailvecError, match="another run changed table sequences while this one worked on it"):
         runtime.execute(build_sequences.STAGE)
+
+    # Other counts alone change no row: this is noted of those that the other run left.
+    runtime.execute(build_vocabulary.STAGE)
+    touch = Mock()
+    monkeypatch.setattr(runtime, "incremental", incremental)
+    monkeypatch.setattr(runtime, "touch", touch)
+    runtime.execute(build_sequences.STAGE)
+    assert touch.call_args.kwargs["made_from"] == runtime.stage_version(SEQUENCES)
 
 
 def test_training_does_not_begin_on_rows_that_another_run_changes(

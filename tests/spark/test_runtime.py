@@ -267,6 +267,24 @@ def test_a_stage_reads_what_was_there_when_it_began(make_runtime: Callable[..., 
     assert runtime.latest(CONTEXT_VALUES).collect()[0].value == "after"
 
 
+def test_nothing_to_change_is_noted_only_over_the_rows_in_which_it_was_found(
+    make_runtime: Callable[..., Runtime], spark: SparkSession
+) -> None:
+    runtime = make_runtime()
+    for word in ("ours", "another run's"):
+        put(runtime, CONTEXT_VALUES, spark.createDataFrame([("vertical", word, 2)], VALUES))
+    newest = runtime.stage_version(CONTEXT_VALUES)
+
+    def touch(made_from: int) -> None:
+        runtime.execute(Stage("touch", "", lambda r: r.touch(CONTEXT_VALUES, made_from=made_from)), force=True)
+
+    with pytest.raises(TrailvecError, match="another run changed table context_values while this one worked on it"):
+        touch(newest - 1)
+    assert runtime.latest_version(CONTEXT_VALUES) == newest  # no commit that would force a full rebuild
+    touch(newest)
+    assert runtime.latest_version(CONTEXT_VALUES) == newest + 1
+
+
 def read_log(path: str) -> History:
     """Read by Python; the same as through Spark, where the log is on another store or on a mount."""
     local, by_spark = History(Path(path)), History(HadoopPath(path))

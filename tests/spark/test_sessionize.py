@@ -10,6 +10,7 @@ from datetime import date, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from unittest.mock import Mock
 from urllib.parse import urlsplit
 
 import pytest
@@ -360,7 +361,11 @@ def changing(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> S
     seen.changed_rows.append(tables.changed_rows())
 
     tables.merge([event("still-0", "still", 0, item_name="another name")])
-    seen.sessions.append(tables.run())
+    with pytest.MonkeyPatch.context() as patch:
+        seen.touch = Mock(wraps=tables.runtime.touch)
+        patch.setattr(tables.runtime, "touch", seen.touch)
+        seen.sessions.append(tables.run())
+    seen.stage_version = tables.runtime.stage_version(SESSIONS)
     seen.last_commit, seen.last = tables.last_commit(), tables.runtime.execute(sessionize.STAGE)
     return seen
 
@@ -417,6 +422,7 @@ def test_a_change_that_no_session_shows_rewrites_nothing(changing: SimpleNamespa
         "numOutputRows": "0",
     }
     assert changing.last.skipped
+    assert changing.touch.call_args.kwargs == {"made_from": changing.stage_version}
 
 
 def test_one_id_on_two_days_is_two_events(make_runtime: Callable[..., Runtime]) -> None:
