@@ -90,7 +90,7 @@ def test_a_log_of_any_name_and_columns_has_a_mapping(tmp_path: Path, monkeypatch
     assert glob.glob(given["path"], root_dir=tmp_path) == [log.name]
 
 
-def test_cpu_seconds_are_of_this_process_and_of_ended_ones_below() -> None:
+def test_cpu_seconds_are_of_this_process_and_of_running_and_ended_ones_below() -> None:
     def work(seconds: float) -> str:
         return f"import time\nwhile time.process_time() < {seconds}: pass"
 
@@ -100,6 +100,12 @@ def test_cpu_seconds_are_of_this_process_and_of_ended_ones_below() -> None:
     exec(work(time.process_time() + 0.2))
     assert ended - before >= 0.15
     assert cpu_seconds() - ended >= 0.15
+    others = cpu_seconds() - time.process_time()
+    waiting = work(0.2) + "\nimport sys\nsys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", waiting], stdin=subprocess.PIPE):
+        until = time.monotonic() + 30
+        while cpu_seconds() - time.process_time() - others < 0.15:
+            assert time.monotonic() < until
 
 
 def test_contestants_take_turns_and_warm_ones_are_not_counted() -> None:
