@@ -491,8 +491,10 @@ def _settled(receipt: dict[str, Any], held: bool, returned: bool, leftovers: boo
 
 
 def _new_exports(earlier: Sequence[dict[str, Any]], receipts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The exports that the receipts name and their earlier states did not."""
-    named = {(receipt["erasure_id"], export["export_id"]) for receipt in earlier for export in receipt["exports"] or []}
+    """The exports that the receipts name and their earlier states did not, or that a killed command wrote down and told
+    nobody."""
+    told = [receipt for receipt in earlier if receipt["erased_at"] is not None]
+    named = {(receipt["erasure_id"], export["export_id"]) for receipt in told for export in receipt["exports"] or []}
     exports = [(receipt["erasure_id"], export) for receipt in receipts for export in receipt["exports"] or []]
     return [export for erasure_id, export in exports if (erasure_id, export["export_id"]) not in named]
 

@@ -378,7 +378,7 @@ def test_finish_ends_what_was_killed_and_names_exports_that_were_made_meanwhile(
         "notify the recipient of segment fans",
     ]
     told = [[n for note in report.notes for n in range(1, 8) if f"/exports/{n}" in note] for report in (ended, again)]
-    assert told == [[3, 4, 5], [6, 7]]
+    assert told == [[1, 2, 3, 4, 5], [6, 7]]
 
     # She is back, and so is the request. Delta's log no longer has the commits before it.
     add(runtime, EVENTS, to_frame(spark, events[:1]))
