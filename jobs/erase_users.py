@@ -402,10 +402,11 @@ def _finish(runtime: Runtime) -> None:
     held = {user: mine for user, erasures in named.items() if (mine := erasures & known)}
 
     killed = {receipt["erasure_id"]: receipt for receipt in earlier if receipt["erased_at"] is None}
-    rows = _complete_killed(runtime, killed, held)
     of_complete = {user: erasures for user, erasures in held.items() if erasures.isdisjoint(killed)}
     again = _erase_returned(runtime, of_complete, tests[1])
     returned = again.total()
+    # Last: once its receipt is complete, no later run notes its recipients.
+    rows = _complete_killed(runtime, killed, held)
 
     # Left by a killed export or list copy, or in use by a job that began before: either may hold erased users.
     leftovers = [*runtime.place.glob(".*.staging"), *runtime.exports.glob(".*")]
@@ -432,8 +433,8 @@ def _finish(runtime: Runtime) -> None:
     if leftovers:
         report.notes.append(
             f"{', '.join(map(str, leftovers))} may hold erased users: a running or killed job made it; run "
-            f"export_segments, erase_users, probe or find_neighbours, whichever made it, or delete it, then run this "
-            f"again"
+            f"export_segments (with --force, if there is nothing to do), erase_users, probe or find_neighbours, "
+            f"whichever made it, or delete it, then run this again"
         )
     if made:
         report.notes.append(
@@ -491,8 +492,8 @@ def _settled(receipt: dict[str, Any], held: bool, returned: bool, leftovers: boo
 
 
 def _new_exports(earlier: Sequence[dict[str, Any]], receipts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The exports that the receipts name and their earlier states did not, or that a killed command wrote down and told
-    nobody."""
+    """The exports that the receipts name and their earlier states did not; all of those of erasures that were killed,
+    which told nobody."""
     told = [receipt for receipt in earlier if receipt["erased_at"] is not None]
     named = {(receipt["erasure_id"], export["export_id"]) for receipt in told for export in receipt["exports"] or []}
     exports = [(receipt["erasure_id"], export) for receipt in receipts for export in receipt["exports"] or []]

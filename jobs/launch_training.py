@@ -24,6 +24,8 @@ from training.stores import folder_of
 FORCED = ".forced.checkpoints"  # suffix of a forced training's checkpoint folder
 _LINES = 20_000  # kept of the output: a failing process prints the cause first, each other one 30 lines after it
 _EXCEPTION = re.compile(r"(?:[\w.]*(?:Error|Exception)|what\(\)): +[^ ]")  # outside a traceback
+# A shell's word for a signal, which may follow a traceback that was cut short.
+_SHELLS = re.compile(r"(?:Terminated|Killed|Aborted)\b(?!:)")
 _PROCESS = r"\[\d+\]<std(?:err|out)>:"  # before each line of one of several processes
 _FOLLOWS = re.compile(r"HorovodInternalError|: Horovod (?:has been shut down|detected)|gloo/")
 _LOST = ": Horovod has been shut down"
@@ -142,6 +144,8 @@ def _exceptions(lines: Iterable[str]) -> Iterator[str]:
         text = line[len(process) :].rstrip()
         if text.startswith("Traceback (most recent call last)"):
             within.add(process)
+        elif _SHELLS.match(text):
+            within.discard(process)
         elif (process in within and text and not text[0].isspace()) or _EXCEPTION.match(text.strip()):
             within.discard(process)
             yield text.strip()

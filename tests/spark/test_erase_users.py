@@ -366,19 +366,24 @@ def test_finish_ends_what_was_killed_and_names_exports_that_were_made_meanwhile(
 
     with monkeypatch.context() as meanwhile:
         meanwhile.setattr(erase_users, "_delete", beside)
-        ended, again = finish(runtime), finish(runtime)
+        ended = finish(runtime)
+        meanwhile.setattr(erase_users, "_delete", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finish(runtime)
+        meanwhile.setattr(erase_users, "_delete", beside)
+        again = finish(runtime)
     (receipt,) = receipts(runtime)
     assert {entry["table"]: entry["rows"] for entry in receipt["tables"]} == {"events": 1, "exports": 5}
     assert ended.rows_out == {"finished": 0, "events": 1, "exports": 5}
     assert again.rows_out == {"finished": 0, "exports": 2}
-    named = [f"x{n}" for n in range(1, 8)]
+    named = [f"x{n}" for n in range(1, 10)]
     assert [export["export_id"] for export in receipt["exports"]] == named
     assert [note.split(", exported")[0] for note in ended.notes[:2]] == [
         f"erasure {receipt['erasure_id']} was not complete: it is now",
         "notify the recipient of segment fans",
     ]
-    told = [[n for note in report.notes for n in range(1, 8) if f"/exports/{n}" in note] for report in (ended, again)]
-    assert told == [[1, 2, 3, 4, 5], [6, 7]]
+    told = [[n for note in report.notes for n in range(1, 10) if f"/exports/{n}" in note] for report in (ended, again)]
+    assert told == [[1, 2, 3, 4, 5], [7, 8, 9]]  # 6 was written down by the `--finish` that was killed
 
     # She is back, and so is the request. Delta's log no longer has the commits before it.
     add(runtime, EVENTS, to_frame(spark, events[:1]))

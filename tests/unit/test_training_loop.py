@@ -969,6 +969,8 @@ def test_last_words_are_the_cause() -> None:
     for cause, said in (("pyarrow.lib.ArrowInvalid: no Parquet", "no Parquet"), ("queue.Empty", "queue.Empty")):
         lines = [f"[0]<stderr>:{head}", *(f"[1]<stderr>:{line}" for line in (head, call, cause)), f"[0]<stderr>:{call}"]
         assert last_words([*lines, gone, shut_down, launchers], 1) == said
+    lines = [f"[0]<stderr>:{line}" for line in (head, call, "Terminated")]
+    assert last_words([*lines, "Process 1 exit with status code 137."], 1).startswith("process 1 was killed by signal")
     assert last_words([], -9).startswith("process 0 was killed by signal 9")
     crashed = last_words(["model.py:31: UserWarning: x", "  warnings.warn("], -11)
     assert crashed == "a process was ended by signal 11 (Segmentation fault)"
