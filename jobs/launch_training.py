@@ -26,7 +26,7 @@ _LINES = 20_000  # kept of the output: a failing process prints the cause first,
 _EXCEPTION = re.compile(r"(?:[\w.]*(?:Error|Exception)|what\(\)): +[^ ]")  # outside a traceback
 # A shell's word for a signal, which may follow a traceback that was cut short.
 _SHELLS = re.compile(r"(?:Terminated|Killed|Aborted)\b(?!:)")
-_PROCESS = r"\[\d+\]<std(?:err|out)>:"  # before each line of one of several processes
+_PROCESS = r"^\[\d+\]<std(?:err|out)>:"  # before each line of one of several processes
 _FOLLOWS = re.compile(r"HorovodInternalError|: Horovod (?:has been shut down|detected)|gloo/")
 _LOST = ": Horovod has been shut down"
 _LAUNCHERS = ": Horovod detected"

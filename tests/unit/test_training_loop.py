@@ -965,6 +965,7 @@ def test_last_words_are_the_cause() -> None:
     assert last_words(lines[1:], 1) == "process 0 ended with code 134"
     assert last_words([gone, "[1]<stderr>:  what():  std::bad_alloc", *lines[1:]], 1) == "std::bad_alloc"
     assert last_words(["[0]<stderr>:no space", ""], 1) == "no space"
+    assert last_words(["[0]<stderr>:see [1]<stderr>: above"], 1) == "see [1]<stderr>: above"
     head, call = "Traceback (most recent call last):", '  File "loop.py", line 3, in train'
     for cause, said in (("pyarrow.lib.ArrowInvalid: no Parquet", "no Parquet"), ("queue.Empty", "queue.Empty")):
         lines = [f"[0]<stderr>:{head}", *(f"[1]<stderr>:{line}" for line in (head, call, cause)), f"[0]<stderr>:{call}"]
