@@ -60,10 +60,36 @@ def held_back(segment: Segment, users: pa.Array) -> npt.NDArray[np.bool_]:
     same in every run, and independent between groups. (An HMAC per member took as long as writing the files.)"""
     if not segment.control_share:
         return np.zeros(len(users), np.bool_)
-    group = f"control\0{segment.control_group or segment.name}"
-    key = b64encode(hmac.digest(export_key(), group.encode(), "sha256"))[:16].decode()  # pandas requires 16 characters
-    hashes = hash_array(texts(users), encoding="utf8", hash_key=key, categorize=False)
+    hashes = _fast_hashes(f"control\0{segment.control_group or segment.name}", users)
     return np.asarray(hashes < np.uint64(int(segment.control_share * 2**64)))
+
+
+def _fast_hashes(purpose: str, users: pa.Array) -> npt.NDArray[np.uint64]:
+    """Hashes of the users under a key of that purpose, which HMAC makes of the export key."""
+    key = b64encode(hmac.digest(export_key(), purpose.encode(), "sha256"))[
+        :16
+    ].decode()  # pandas requires 16 characters
+    return np.asarray(hash_array(texts(users), encoding="utf8", hash_key=key, categorize=False))
+
+
+def tied(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """The places at which a sorted array has a value that it has more than once."""
+    same = np.diff(scores) == 0
+    return np.flatnonzero(np.append(same, False) | np.append(False, same))
+
+
+def _by_hash_where_tied(segment: Segment, ids: pa.Array, scores: npt.NDArray[np.float32] | None) -> pa.Array:
+    """The users in an order that does not depend on their ids: where ids are numbers given one after the other, an
+    order by id tells whose hash is whose.
+
+    Args:
+        scores: descending; None: all are equal.
+    """
+    scores = np.zeros(len(ids), np.float32) if scores is None else scores
+    places, order = tied(scores), np.arange(len(ids))
+    hashes = _fast_hashes(f"order\0{segment.name}", ids.take(pa.array(places)))
+    order[places] = places[np.lexsort((hashes, -scores[places]))]
+    return ids.take(pa.array(order))
 
 
 def texts(users: pa.Array) -> npt.NDArray[np.object_]:
@@ -78,11 +104,17 @@ def texts(users: pa.Array) -> npt.NDArray[np.object_]:
 def write_parts(
     folder: Path, segment: Segment, ids: pa.Array, scores: npt.NDArray[np.float32] | None
 ) -> list[dict[str, Any]]:
-    """Writes the rows, best first, to the segment's files; returns each file's name, rows, bytes and sha256.
+    """Writes the rows to the segment's files; returns each file's name, rows, bytes and sha256.
 
     There is always a first part, so that even an empty segment loads with its columns.
+
+    Args:
+        ids: best first.
+        scores: theirs; None if the segment has none.
     """
     names = segment.exported_columns
+    if segment.user_ids == "hashed":
+        ids = _by_hash_where_tied(segment, ids, scores)
     parts: list[dict[str, Any]] = []
     for start in range(0, max(len(ids), 1), segment.rows_per_file):
         of_part = ids.slice(start, segment.rows_per_file)

@@ -31,7 +31,7 @@ from pyspark.sql import functions as F
 from jobs.errors import TrailvecError
 from jobs.models import stacked
 from jobs.runtime import Runtime
-from jobs.segment_files import Staging, held_back, texts
+from jobs.segment_files import Staging, held_back, texts, tied
 from jobs.segment_rules import (
     Combinations,
     Flags,
@@ -100,12 +100,11 @@ class Candidates(NamedTuple):
     def best_first(self) -> npt.NDArray[np.int64]:
         """`rows` by descending score; ties by id."""
         order = self.rows[np.argsort(-self.scores[self.rows])]
-        same = np.diff(self.scores[order]) == 0
-        tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
-        if len(tied):
-            keys = pa.table({"score": self.scores[order[tied]], "id": self.ids.take(pa.array(order[tied]))})
+        places = tied(self.scores[order])
+        if len(places):
+            keys = pa.table({"score": self.scores[order[places]], "id": self.ids.take(pa.array(order[places]))})
             by_id = pc.sort_indices(keys, [("score", "descending"), ("id", "ascending")]).to_numpy()
-            order[tied] = order[tied][by_id]
+            order[places] = order[places][by_id]
         return order
 
 

@@ -49,6 +49,8 @@ _SETTINGS = {
     # Stream large results partition by partition instead of collecting them in the server's memory. (A single
     # partition that exceeds the memory still kills the server.)
     "spark.sql.thriftServer.incrementalCollect": "true",
+    # Spark's page shows all clients' statements to whoever opens it, and lets them kill jobs: it asks for no password.
+    "spark.ui.enabled": "false",
 }
 # Compiled at run time by Janino, which Spark ships for its generated code, so there is no jar to build or ship. Hive
 # instantiates the class for each connection. It holds a salted digest, not the password. Hive passes each byte of a

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
+import stat
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -97,8 +100,8 @@ def start_spark(config: Config) -> SparkSession:
     """The running session, or a new one with the configuration's settings.
 
     Raises:
-        TrailvecError: there is no suitable Java, Delta's jars are not on Spark's class path, or storage.root is a local
-            path while Spark's default file system is not local.
+        TrailvecError: there is no suitable Java, Delta's jars are not on Spark's class path, storage.root is a local
+            path while Spark's default file system is not local, or another account may read the temporary files.
     """
     _remember_java_names()
     forget_other_spark(config.spark.master)
@@ -115,6 +118,7 @@ def start_spark(config: Config) -> SparkSession:
         builder = builder.master(config.spark.master)
     settings = {
         **_SPARK_DEFAULTS,
+        **(_closed_to_other_accounts() if re.match(r"local(\[|$)", config.spark.master) else {}),
         "spark.sql.warehouse.dir": str(place_of(config.storage.root) / "spark"),
         **config.spark.conf,
     }
@@ -131,6 +135,22 @@ def start_spark(config: Config) -> SparkSession:
             "Delta's jars are not on Spark's class path: run scripts/setup.sh, or add io.delta:delta-spark_2.12:3.3.3"
         ) from error
     return spark
+
+
+def _closed_to_other_accounts() -> dict[str, str]:
+    """Settings of a Spark that is one process of this machine: by default whoever has an account there may read its
+    shuffled and cached rows in /tmp, and fetch blocks from its ports (on loopback, but without any credentials)."""
+    scratch = Path(tempfile.gettempdir()) / f"trailvec-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        scratch.mkdir(mode=0o700)
+    found = scratch.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise TrailvecError(
+            f"{scratch}, where Spark keeps rows while it works, is not a folder that only this account can read: "
+            "remove it, or set TMPDIR to a folder of this account"
+        )
+    # (Spark makes the secret itself.)
+    return {"spark.local.dir": str(scratch), "spark.authenticate": "true"}
 
 
 def forget_other_spark(master: str) -> None:

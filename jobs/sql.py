@@ -21,7 +21,7 @@ from rich.table import Table as Grid
 from jobs.cli import table_console
 from jobs.errors import TrailvecError, explain, first_line
 from jobs.runtime import Runtime
-from jobs.spark_session import JSON_MICROSECONDS
+from jobs.spark_session import JSON_MICROSECONDS, spark_conf
 from jobs.sql_names import register_tables
 from jobs.tables import TABLES
 from spark_udfs import nearest_of_user, vectors
@@ -64,9 +64,9 @@ def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
     """As `query`, for SQL from a file, which must be a read-only and repeatable query.
 
     Refuses statements that write, drop or set; queries that start programs (TRANSFORM) or call Java, since these can
-    read the keys in the environment; and queries that are random or take arbitrary rows (LIMIT or OFFSET without ORDER
-    BY, first() of a group or of a window that orders nothing), since their result changes between runs or when files
-    are compacted.
+    read the keys in the environment (${env:NAME}, Spark's other way to it, is text like any other); and queries that
+    are random or take arbitrary rows (LIMIT or OFFSET without ORDER BY, first() of a group or of a window that orders
+    nothing), since their result changes between runs or when files are compacted.
 
     Args:
         where: what error messages call the query.
@@ -75,18 +75,20 @@ def ask(runtime: Runtime, text: str, where: str) -> DataFrame:
         TrailvecError: it is not such a query, or Spark refuses it.
     """
     parser = runtime.spark._jsparkSession.sessionState().sqlParser()
-    try:
-        parser.parsePlan(text)
-    except PySparkException as error:
-        raise TrailvecError(f"{where}: {_one_sentence(error)}") from error
-    try:
-        parser.parseQuery(text)  # Spark's grammar for queries only, as used for views
-    except ParseException:
-        raise TrailvecError(f"{where} is not a query (found {' '.join(text.split())[:60]!r}): write a SELECT") from None
-    try:
-        answer = query(runtime, text)
-    except TrailvecError as error:
-        raise TrailvecError(f"{where}: {error}") from error
+    with spark_conf(runtime.spark, {"spark.sql.variable.substitute": "false"}):
+        try:
+            parser.parsePlan(text)
+        except PySparkException as error:
+            raise TrailvecError(f"{where}: {_one_sentence(error)}") from error
+        try:
+            parser.parseQuery(text)  # Spark's grammar for queries only, as used for views
+        except ParseException:
+            found = " ".join(text.split())[:60]
+            raise TrailvecError(f"{where} is not a query (found {found!r}): write a SELECT") from None
+        try:
+            answer = query(runtime, text)
+        except TrailvecError as error:
+            raise TrailvecError(f"{where}: {error}") from error
     for plan in _nodes(answer._jdf.queryExecution().analyzed()):
         if plan.nodeName() == "ScriptTransformation":
             raise TrailvecError(f"{where} starts a program (TRANSFORM ... USING): remove this clause")

@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+_SECRET_PARAMETER = re.compile("(?i)key|secret|password|passwd|token|credential|sig=")  # in a URL's query
+
 
 def local_path(place: str) -> str | None:
     """The local path of a file: or dbfs: URL; a path is returned as it is. None: another store (s3://, abfss://,
@@ -47,7 +49,7 @@ def holds_secret(place: str) -> bool:
     user = None if parts.scheme in ("abfs", "abfss") else parts.username
     # A secret may contain a slash, where urlsplit would end the host.
     credentials = parts.scheme and re.search(r"//[^@]*:[^@]*@", place)
-    return bool(user or parts.password or credentials or "key" in parts.query.lower())
+    return bool(user or parts.password or credentials or _SECRET_PARAMETER.search(parts.query))
 
 
 def not_for_training(place: str) -> str | None:

@@ -34,7 +34,16 @@ from jobs.config import load_config
 from jobs.errors import TrailvecError
 from jobs.export_segments import STAGE, _published
 from jobs.runtime import Runtime
-from jobs.segment_files import KEY, WRITERS, ArrowFolder, Staging, check_destinations, check_place, staging_area
+from jobs.segment_files import (
+    KEY,
+    WRITERS,
+    ArrowFolder,
+    Staging,
+    check_destinations,
+    check_place,
+    staging_area,
+    write_parts,
+)
 from jobs.segment_members import Export
 from jobs.segment_rules import Combinations, Lists, Marked, Rules, allows, consenting, rules_of
 from jobs.segments import Format, Segment, SegmentFile, read_segments
@@ -134,9 +143,10 @@ def hashed(user: str) -> str:
 
 
 def best_four() -> list[tuple[str, float]]:
-    """The members of SEGMENT and their scores."""
+    """The members of SEGMENT and their scores, as in the files: ties by a hash; far is cut off."""
     near, middle = 3 / np.hypot(3, 0.1), 1 / np.sqrt(2)
-    return [("cat", near), ("dan", near), ("eva", middle), ("eve", middle)]  # ties by id; far is cut off
+    scores = {"cat": near, "dan": near, "eva": middle, "eve": middle}
+    return sorted(scores.items(), key=lambda of: (-of[1], fast_hash(of[0], "order\0likes")))
 
 
 def test_who_is_in_a_segment_and_that_the_key_is_nowhere(
@@ -590,11 +600,15 @@ def write_segments(folder: Path, texts: dict[str, str]) -> list[str]:
 
 
 def control_of(user: str, group: str, share: float) -> bool:
-    digest = hmac.new(SECRET.encode(), f"control\0{group}".encode(), hashlib.sha256).digest()
+    return fast_hash(user, f"control\0{group}") / 2**64 < share
+
+
+def fast_hash(user: str, purpose: str) -> int:
+    digest = hmac.new(SECRET.encode(), purpose.encode(), hashlib.sha256).digest()
     value = siphash(base64.b64encode(digest)[:16], user.encode())
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # pandas applies SplitMix64's finaliser
         value = (value ^ value >> shift) * factor % 2**64
-    return (value ^ value >> 31) / 2**64 < share
+    return value ^ value >> 31
 
 
 def siphash(key: bytes, text: bytes) -> int:
@@ -630,6 +644,21 @@ def siphash(key: bytes, text: bytes) -> int:
 def test_siphash_gives_what_its_paper_says() -> None:
     """The paper's test vector (appendix A) validates the oracle."""
     assert siphash(bytes(range(16)), bytes(range(15))) == 0xA129CA6149BE45E5
+
+
+def test_the_order_of_hashed_ids_does_not_tell_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the ids, whoever knows that they are the numbers from 0 to 49 knows all of them."""
+    monkeypatch.setenv(KEY, SECRET)
+    ids = [f"{n:02d}" for n in range(50)]
+    segment = Segment(name="all", owner="o", purpose="p", sql="SELECT user_id FROM user_embeddings", rows_per_file=20)
+    files = write_parts(tmp_path, segment, pa.array(ids, pa.large_string()), None)
+    found = [user for file in files for user in pq.read_table(tmp_path / file["name"])["user_id"].to_pylist()]
+    assert found == [hashed(user) for user in sorted(ids, key=lambda user: fast_hash(user, "order\0all"))]
+    # With scores, only those of equal ones move.
+    scores = np.array([2.0] * 20 + [1.5] + [1.0] * 28 + [0.5], np.float32)
+    (file, *_) = write_parts(tmp_path, segment.model_copy(update={"rows_per_file": 50}), pa.array(ids), scores)
+    expected = sorted(range(50), key=lambda n: (-scores[n], fast_hash(ids[n], "order\0all")))
+    assert pq.read_table(tmp_path / file["name"])["user_id"].to_pylist() == [hashed(ids[n]) for n in expected]
 
 
 def best(scores: dict[str, float], size: int) -> list[str]:

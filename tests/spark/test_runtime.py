@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import stat
 import sys
 import threading
 import time
@@ -482,3 +483,33 @@ def test_own_java_options_come_beside_ours(spark: SparkSession) -> None:
     system = spark._jvm.java.lang.System  # type: ignore[union-attr]
     found = [system.getProperty(name) for name in ("delta.log.cacheSize", "arrow.enable_null_check_for_get")]
     assert found == ["64", "false"]
+
+
+# ---- the session ----------------------------------------------------------------------------------------------------
+
+
+def test_other_accounts_read_neither_sparks_files_nor_its_ports(spark: SparkSession) -> None:
+    spark.range(9).repartition(2).collect()
+    inside = spark._jsc.sc().env()  # type: ignore[union-attr]
+    folders = [Path(folder) for folder in inside.blockManager().diskBlockManager().localDirsString()]
+    assert any(path.is_file() for folder in folders for path in folder.rglob("*"))
+    for folder in folders:
+        assert any(stat.S_IMODE(parent.stat().st_mode) == 0o700 for parent in folder.parents)
+    assert inside.securityManager().isAuthenticationEnabled()
+
+
+@pytest.mark.parametrize("fault", ["mode", "link", "file"])
+def test_a_temporary_folder_that_others_may_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    scratch = Path(spark_session._closed_to_other_accounts()["spark.local.dir"])
+    assert stat.S_IMODE(scratch.stat().st_mode) == 0o700
+    assert spark_session._closed_to_other_accounts() == {"spark.local.dir": str(scratch), "spark.authenticate": "true"}
+    if fault == "mode":
+        scratch.chmod(0o750)
+    else:
+        scratch.rename(tmp_path / "private")
+        scratch.symlink_to(tmp_path / "private") if fault == "link" else scratch.write_text("")
+    with pytest.raises(TrailvecError, match=r"is not a folder that only this account can read: remove it, or set"):
+        spark_session._closed_to_other_accounts()

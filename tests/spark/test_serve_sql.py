@@ -119,7 +119,9 @@ def warehouse(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> 
 def server(warehouse: Served) -> Iterator[Served]:
     """The command, serving with a password; must exit with 0 when told to stop."""
     (warehouse.port,) = free_ports(1)
-    conf = ", ".join(f'"{k}"={json.dumps(v)}' for k, v in (SPARK_CONF | {"spark.driver.memory": "1g"}).items())
+    given = SPARK_CONF | {"spark.driver.memory": "1g"}
+    del given["spark.ui.enabled"]  # the command's own
+    conf = ", ".join(f'"{k}"={json.dumps(v)}' for k, v in given.items())
     command = [sys.executable, "-m", "jobs.cli", "serve_sql", "--port", str(warehouse.port)]
     command += ["--set", f'storage.root="{warehouse.runtime.root}"', "--set", "storage.database=served"]
     command += ["--set", "spark.master=local[2]", "--set", f"spark.conf={{{conf}}}"]
@@ -218,6 +220,12 @@ def test_no_client_reads_a_secret_of_the_environment(server: Served) -> None:
     [[[[path]], *secrets]] = json.loads(out)
     assert path, err
     assert secrets == [[["null"]]] * len(SECRETS)  # as Spark writes Java's null
+
+
+def test_no_page_shows_what_clients_ask(server: Served) -> None:
+    """Spark's, which asks for no password."""
+    out, err = client(server, ["SET spark.ui.enabled"]).communicate(timeout=120)
+    assert json.loads(out) == [[[["spark.ui.enabled", "false"]]]], err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")

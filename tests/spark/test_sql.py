@@ -225,6 +225,14 @@ def test_what_only_asks_starts_no_program(make_runtime: Callable[..., Runtime], 
         ask(make_runtime("storage.database=errors"), text.format(program), "likes.toml: its sql")
 
 
+def test_what_only_asks_substitutes_no_variable(make_runtime: Callable[..., Runtime]) -> None:
+    """Spark's parser replaces ${env:NAME} by the environment's, and leaves no trace of it in the plan."""
+    runtime, text = make_runtime("storage.database=errors"), "SELECT '${env:PATH} ${system:user.name}' AS user_id"
+    assert ask(runtime, text, "a").collect()[0].user_id == "${env:PATH} ${system:user.name}"
+    with pytest.raises(TrailvecError, match=r"\$\{env:PATH\}"):
+        ask(runtime, "SELECT user_id FROM `${env:PATH}`", "a")
+
+
 @pytest.mark.parametrize("text", ["{}", "SELECT user_id FROM ({})", "SELECT 'a' AS user_id WHERE 'a' IN ({})"])
 def test_what_only_asks_reads_no_key(make_runtime: Callable[..., Runtime], text: str) -> None:
     key = "SELECT raise_error(java_method('java.lang.System', 'getenv', 'TRAILVEC_EXPORT_KEY')) AS user_id"
