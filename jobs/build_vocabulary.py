@@ -227,13 +227,13 @@ def run(runtime: Runtime) -> None:
         changes, gained, lost = changed
         value_events, came = changes, F.when(F.col("_change_type").isin("insert", "update_postimage"), 1).otherwise(-1)
         if not lost.isEmpty():  # none of their events were counted; reads all events
-            of_turned.append(events.join(lost, "user_id", "left_semi"))
+            of_turned.append(events.join(broadcast_if_few(lost), "user_id", "left_semi"))
             value_events = value_events.union(of_turned[0].select(*OF_EVENTS, F.lit("insert")))
         if not gained.isEmpty():
             # As the events were: a bot that came and was flagged at once was never counted, and changes no item.
             counted = runtime.previous(written, EVENTS)
             assert counted is not None  # or there were no changes to go by either
-            of_turned.append(counted.join(gained, "user_id", "left_semi"))
+            of_turned.append(counted.join(broadcast_if_few(gained), "user_id", "left_semi"))
     new_values = number_context_values(value_events, runtime.latest(CONTEXT_VALUES), came)
     runtime.merge(CONTEXT_VALUES, new_values, insert_only=True, made_from=values_from)
 

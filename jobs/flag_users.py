@@ -20,7 +20,7 @@ from jobs.cli import stage_main
 from jobs.config import FlagUsersSettings
 from jobs.pruning import within_days
 from jobs.runtime import Runtime, Stage
-from jobs.spark_session import persisted
+from jobs.spark_session import FEW, broadcast_if_few, persisted
 from jobs.tables import EVENTS, FLAGGED_USERS, conform, differences
 
 USER_DAY = ["user_id", "day"]
@@ -92,8 +92,13 @@ def _caught(rule: str, measured: str, holds: Column) -> Column:
 
 
 def flagged_now(runtime: Runtime) -> DataFrame:
-    """The distinct user_id of all flagged users. Reads the stage's FLAGGED_USERS."""
-    return runtime.read(FLAGGED_USERS).select("user_id").distinct()
+    """The distinct user_id of all flagged users, for the right side of a join with events: as in `broadcast_if_few`.
+    Reads the stage's FLAGGED_USERS."""
+    users = runtime.read(FLAGGED_USERS).select("user_id").distinct()
+    if runtime.row_count(FLAGGED_USERS) <= FEW:  # from Delta's log
+        return F.broadcast(users)
+    # A bot caught each day of a year has 365 rows: by these, Spark would shuffle all events instead of few users.
+    return broadcast_if_few(users.localCheckpoint(eager=False))
 
 
 def run(runtime: Runtime) -> None:

@@ -269,7 +269,7 @@ def _update(runtime: Runtime, changed: DataFrame, flags: DataFrame, made_from: i
     if not turned.isEmpty():
         back = turned.join(flagged, "user_id", "left_anti").localCheckpoint()
         if not back.isEmpty():  # avoids reading all events in vain
-            again = runtime.read(EVENTS).join(back, "user_id", "left_semi")
+            again = runtime.read(EVENTS).join(broadcast_if_few(back), "user_id", "left_semi")
             events = events.unionByName(again.select("user_id", *EVENT_IN_SESSION))
         # To delete these rows, their keys are enough.
         gone = sessions.select("session_id", "user_id", "start_ts").join(

@@ -22,12 +22,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyspark.sql import DataFrame, SparkSession
 
+from jobs import build_vocabulary, sessionize
 from jobs.config import FlagUsersSettings, load_config
 from jobs.errors import TrailvecError
 from jobs.flag_users import STAGE, flag_users
 from jobs.runtime import Runtime, Stage
-from jobs.tables import EVENTS, FLAGGED_USERS, Table
-from tests.conftest import put
+from jobs.spark_session import spark_conf
+from jobs.tables import EVENTS, FLAGGED_USERS, ITEMS, SESSIONS, Table
+from scripts.bench.measure import Watch
+from tests.conftest import add, put
 from tests.events import Row, make_event, seeds, to_frame
 
 NOON = datetime(2023, 3, 25, 12, 0)
@@ -390,3 +393,40 @@ def test_an_increment_reads_only_the_files_of_the_days_touched(
     runtime.execute(STAGE)
     found = flags(runtime.latest(FLAGGED_USERS))
     assert {(user, day.day) for user, day, _ in found} == {("bot", 25), ("late", 26)}
+
+
+def test_no_event_is_shuffled_to_find_the_users_who_are_flagged(
+    make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spark judges by the rows, of which a bot has one a day: here as if all tables were large."""
+    sets = ['sequences.valid_from="2023-03-25T12:00:00"', 'sequences.test_from="2023-03-25T12:00:01"']
+    runtime = make_runtime(*sets, "vocabulary.min_count=1")
+    log = [event for n in range(300) for event in events_at(f"u{n}", seconds(*range(10)))]
+    random.Random(2).shuffle(log)
+    put(runtime, EVENTS, to_frame(spark, log))
+    days = [(user, date(2023, 3, 25) + timedelta(days=n), "test_account", 1.0) for user in ("u1", "u2") for n in (0, 1)]
+    put(runtime, FLAGGED_USERS, spark.createDataFrame(days, FLAGGED_USERS.schema()))
+    shuffled = []
+
+    def run() -> None:
+        for stage in (sessionize.STAGE, build_vocabulary.STAGE):
+            with Watch(spark) as watch, spark_conf(spark, {"spark.sql.autoBroadcastJoinThreshold": "-1"}):
+                assert not runtime.execute(stage).skipped
+            shuffled.append(watch.shuffled_mb)
+
+    run()
+    assert {row.user_id for row in runtime.latest(SESSIONS).collect()} == {f"u{n}" for n in range(300)} - {"u1", "u2"}
+    DeltaTable.forPath(spark, runtime.path(FLAGGED_USERS)).delete("user_id = 'u1'")
+    add(runtime, FLAGGED_USERS, spark.createDataFrame([("u3", *days[0][1:])], FLAGGED_USERS.schema()))
+    add(
+        runtime,
+        EVENTS,
+        to_frame(spark, [event | {"event_id": "late", "item_id": "new"} for event in events_at("u4", seconds(11))]),
+    )
+    monkeypatch.setattr("jobs.flag_users.FEW", 0)  # more rows than are broadcast without counting the users
+    run()
+    assert {row.user_id for row in runtime.latest(SESSIONS).collect()} == {f"u{n}" for n in range(300)} - {"u2", "u3"}
+    counts = {row.item_id: row.event_count for row in runtime.latest(ITEMS).collect()}
+    assert sum(counts.values()) == 298 * 10 + 1
+    once, *others = shuffled  # sessionize's own shuffle of the log, by user
+    assert max(others) < 0.5 * once, shuffled  # most of it the rows of sessions that MERGE compares
