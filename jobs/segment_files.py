@@ -58,9 +58,9 @@ def export_key() -> bytes:
 def held_back(segment: Segment, users: pa.Array) -> npt.NDArray[np.bool_]:
     """Which users are in the control group, by pandas' keyed hash (SipHash-2-4, mixed) under the group's own key: the
     same in every run, and independent between groups. (An HMAC per member took as long as writing the files.)"""
-    if not segment.control_share:
+    if segment.group is None:
         return np.zeros(len(users), np.bool_)
-    hashes = _fast_hashes(f"control\0{segment.control_group or segment.name}", users)
+    hashes = _fast_hashes(f"control\0{segment.group}", users)
     return np.asarray(hashes < np.uint64(int(segment.control_share * 2**64)))
 
 

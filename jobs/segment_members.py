@@ -40,6 +40,7 @@ from jobs.segment_rules import (
     Rules,
     allows,
     deciding,
+    held_back_name,
     limit_name,
     read_consents,
     rules_of,
@@ -205,7 +206,7 @@ class Selection:
                 log=self._counting(self._logged_at.get(export.id)),
                 logged_at=self._logged_at.get(export.id),
                 now=now,
-                controlled=self._controlled_like(export),
+                controlled=self._groups_like(export),
             )
             for export in pending
         }
@@ -221,8 +222,9 @@ class Selection:
             self._with["profile"] = self.everyone.of(has_profile)
             self._note_without_profile(by_profile)
         self.taken: dict[str, Taken] = {}
-        # By time of first logging (None: never), then by user: the number of segments so far.
+        # By time of first logging (None: never), then by user: the number of segments so far; `_held` by group, too.
         self._exported: defaultdict[int | None, Counter[str]] = defaultdict(Counter)
+        self._held: defaultdict[tuple[int | None, str | None], Counter[str]] = defaultdict(Counter)
 
     def _refuse_empty_lists(self) -> None:
         """Raises TrailvecError if a suppression list that must not be empty is: a query with a mistyped date, or a file
@@ -301,6 +303,7 @@ class Selection:
             if (logged_at := self._logged_at.get(export.id)) in limited:
                 ids, control = self._members(export.name)
                 self._exported[logged_at].update(texts(ids.filter(pa.array(~control))))
+                self._held[logged_at, export.segment.group].update(texts(ids.filter(pa.array(control))))
         self._marks.unpersist()
 
     def as_of(self, kind: VectorKind) -> str:
@@ -337,13 +340,15 @@ class Selection:
         at, known = F.unix_micros("exported_at"), F.col("export_id").isin([export.id for export in self.exports])
         return self.log.where((at < logged_at) | ((at == logged_at) & ~known))
 
-    def _controlled_like(self, export: Export) -> list[str]:
-        """The pending segments with a control group for which the same rows of the log count."""
+    def _groups_like(self, export: Export) -> dict[str, list[str]]:
+        """The control groups of the pending segments for which the same rows of the log count, and the segments that
+        hold back each."""
 
         def looks_at(other: Export) -> tuple[Frequency | None, int | None]:
             return other.segment.at_most, self._logged_at.get(other.id)
 
-        return [e.name for e in self.pending if e.segment.control_share and looks_at(e) == looks_at(export)]
+        groups = [other.segment.group for other in self.pending if looks_at(other) == looks_at(export)]
+        return {group: [e.name for e in self.exports if e.segment.group == group] for group in groups if group}
 
     def _queried_users(self, export: Export) -> DataFrame:
         """The users that a segment's query returns: segment, user_id, score (NULL)."""
@@ -578,7 +583,7 @@ class Selection:
         if segment.at_most is None and not segment.exclude:  # none of the best drops out, so no other moves up
             rows = rows[: segment.size]
         ids, scores = found.ids.take(pa.array(rows)), found.scores[rows]
-        too_often = self._too_often(export, ids, found.marks, rows)
+        by_exports, too_often = self._too_often(export, ids, found.marks, rows)
         is_excluded = np.zeros(len(rows), np.bool_)
         if segment.exclude:
             excluded = pa.concat_arrays([self.members(name) for name in segment.exclude])
@@ -591,25 +596,41 @@ class Selection:
             return None
         members = ids.take(pa.array(kept))
         control = held_back(segment, members)
-        out = int(too_often[:seen].sum()), int(is_excluded[:seen].sum())
-        counts = self._counts_of(export, len(members), int(control.sum()), *out)
+        dropped = {}
+        if segment.at_most is not None:
+            dropped[limit_name(segment.at_most)] = by_exports
+            if segment.group is not None:
+                dropped[held_back_name(segment.at_most)] = too_often & ~by_exports
+        if segment.exclude:
+            dropped[f"member of {', '.join(segment.exclude)}"] = is_excluded
+        out = {name: int(flags[:seen].sum()) for name, flags in dropped.items()}
+        counts = self._counts_of(export, len(members), int(control.sum()), out)
         return Taken(members, scores[kept] if segment.scored else np.empty(0, np.float32), control, counts)
 
     def _too_often(
         self, export: Export, ids: pa.Array, marks: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
-    ) -> Flags:
-        """Which of `ids` (marks at `rows`) reach the limit by earlier segments of this run together with the log. Spark
-        has already dropped those who reach it by the log alone."""
-        limit, exported = export.segment.at_most, self._exported[self._logged_at.get(export.id)]
-        if limit is None or not exported or not len(ids):
-            return np.zeros(len(ids), np.bool_)
-        marked = Marked(marks[rows])
-        exports = self._work[export.number].rules.exported
-        of_log = sum(np.any([marked.has(mark) for mark in either], axis=0).astype(np.int64) for either in exports)
-        of_run = np.array([exported[user] for user in texts(ids)], np.int64)
-        return np.asarray((of_run > 0) & (of_run + of_log >= limit.exports))
+    ) -> tuple[Flags, Flags]:
+        """Which of `ids` (marks at `rows`) reach the limit by earlier segments of this run together with the log: by
+        exports alone, and with the times they were held back. Spark has already dropped those who reach it by the log
+        alone."""
+        limit, logged_at = export.segment.at_most, self._logged_at.get(export.id)
+        exported = self._exported[logged_at]
+        held = self._held[logged_at, export.segment.group]  # nobody if the segment has no group
+        if limit is None or not (exported or held) or not len(ids):
+            return np.zeros(len(ids), np.bool_), np.zeros(len(ids), np.bool_)
+        marked, users, lists = Marked(marks[rows]), texts(ids), self._work[export.number].rules.exported
 
-    def _counts_of(self, export: Export, members: int, control: int, too_often: int, excluded: int) -> dict[str, Any]:
+        def reached(kinds: int, of_run: npt.NDArray[np.int64]) -> Flags:
+            """By `of_run`, the times in this run, and the first `kinds` lists of each number of times."""
+            logged = sum(np.any([marked.has(mark) for mark in of[:kinds]], axis=0).astype(np.int64) for of in lists)
+            return np.asarray((of_run > 0) & (of_run + logged >= limit.exports))
+
+        exports = np.array([exported[user] for user in users], np.int64)
+        with_held = exports + np.array([held[user] for user in users], np.int64) if held else exports
+        return reached(1, exports), reached(2, with_held)
+
+    def _counts_of(self, export: Export, members: int, control: int, dropped: dict[str, int]) -> dict[str, Any]:
+        """The manifest's counts. `dropped`: users who left the candidates, by rule."""
         segment, work = export.segment, self._work[export.number]
         initial = self.everyone if segment.scored else work.initial
         known, total = initial.of(self._has_vector), initial.total
@@ -618,10 +639,8 @@ class Selection:
             removed["no vector"] = total - known.total
         for name, out in known.marked.left_out(work.rules):
             removed[name] += int(known.users[out].sum())
-        if segment.at_most is not None:
-            removed[limit_name(segment.at_most)] += too_often
-        if segment.exclude:
-            removed[f"member of {', '.join(segment.exclude)}"] = excluded
+        for name, users in dropped.items():
+            removed[name] += users
         if segment.scored:
             # Users with a zero vector have no likeness, and rank after all others.
             cut = (

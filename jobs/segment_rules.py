@@ -7,7 +7,7 @@ segments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial, reduce
@@ -184,8 +184,8 @@ class Rules:
         seeds: the mark of the segment's seeds.
         suppressing: the steps for lists in `suppress`.
         exported: for once, twice, … within the look-back days of `at_most`: the marks of users exported at least so
-            often. A user with any of the marks was; one of them is of users held back from this segment, which counts
-            as an export.
+            often and, if the segment has a control group, of users held back by a segment of that group, which counts
+            as an export. A user with any of the marks was.
     """
 
     everyone: int
@@ -205,14 +205,15 @@ def rules_of(
     log: DataFrame,
     logged_at: int | None,
     now: datetime,
-    controlled: Sequence[str],
+    controlled: Mapping[str, Sequence[str]],
 ) -> Rules:
     """The rules of a segment; reads the lists that it names.
 
     Args:
         everyone: as in `Rules`.
         log: the rows of `exports` that count for an export first logged at `logged_at`.
-        controlled: the run's segments with this limit and a control group, first logged at `logged_at`.
+        controlled: by control group of the run's segments with this limit, first logged at `logged_at`: the segments
+            that hold back that group.
     """
     segment, path = file
     steps: list[Rule] = []
@@ -243,17 +244,17 @@ def rules_of(
             mark = lists.mark(f"exported {n} times {seen}", partial(counts.where, F.col("count") >= n))
             exported.append((mark,))
         steps.append(Rule(limit_name(limit), mark))
-        if segment.control_share:
+        if segment.group is not None:
             # Otherwise they never drop out: each day they fill more places, outranking those not exported yet.
             names = [
-                f"held back of {name}, and with that {n} of {limit.exports} times {seen}"
-                for name in controlled
+                f"held back in {group}, and with that {n} of {limit.exports} times {seen}"
+                for group in controlled
                 for n in range(1, limit.exports + 1)
             ]
             marks = lists.marks(names, partial(_times_with_held_back, recent, controlled, limit.exports))
-            own = marks[controlled.index(segment.name) * limit.exports :][: limit.exports]
+            own = marks[list(controlled).index(segment.group) * limit.exports :][: limit.exports]
             exported = [(*of_all, mark) for of_all, mark in zip(exported, own, strict=True)]
-            steps.append(Rule(f"exported or held back {limit.exports} times in {limit.days} days", own[-1]))
+            steps.append(Rule(held_back_name(limit), own[-1]))
     return Rules(everyone, tuple(steps), seeds, tuple(suppressing), tuple(exported))
 
 
@@ -267,20 +268,25 @@ def _times_exported(log: DataFrame) -> DataFrame:
     return log.where(~F.col("is_control")).groupBy("user_id").count()
 
 
-def _times_with_held_back(log: DataFrame, controlled: Sequence[str], limit: int) -> DataFrame:
-    """user_id, list: which lists a user held back from a segment of `controlled` is in. Each segment has `limit` lists,
-    in the order of `controlled`: users who were exported, or held back from it, at least once, twice, … `limit` times.
+def _times_with_held_back(log: DataFrame, controlled: Mapping[str, Sequence[str]], limit: int) -> DataFrame:
+    """user_id, list: which lists a user held back in a group of `controlled` is in. Each group has `limit` lists, in
+    the order of `controlled`: users who were exported, or held back in it, at least once, twice, … `limit` times.
     """
-    held_back = log.where(F.col("is_control") & F.col("segment").isin(*controlled)).groupBy("user_id", "segment")
+    places = {name: place for place, names in enumerate(controlled.values()) for name in names}
+    place = F.create_map(*[F.lit(each) for pair in places.items() for each in pair])[F.col("segment")]
+    held_back = log.where(F.col("is_control") & F.col("segment").isin(*places)).groupBy("user_id", place.alias("place"))
     rows = held_back.agg(F.count("*").alias("held")).join(_times_exported(log), "user_id", "left")
     times = F.least(F.col("held") + F.coalesce("count", F.lit(0)), F.lit(limit)).cast("int")
-    names = F.array(*map(F.lit, controlled))
-    place = F.call_function("array_position", names, F.col("segment")).cast("int") - 1
-    return rows.select("user_id", F.explode(F.sequence(place * limit, place * limit + times - 1)).alias("list"))
+    first = F.col("place") * limit
+    return rows.select("user_id", F.explode(F.sequence(first, first + times - 1)).alias("list"))
 
 
 def limit_name(limit: Frequency) -> str:
     return f"exported {limit.exports} times in {limit.days} days"
+
+
+def held_back_name(limit: Frequency) -> str:
+    return f"exported or held back {limit.exports} times in {limit.days} days"
 
 
 def deciding(lists: Lists, rules: Rules) -> dict[str, int]:

@@ -80,10 +80,12 @@ class Frequency(Section):
     """Leaves out users exported `exports` times within `days` days (UTC, including today).
 
     Segments exported earlier in the same run count, in the order of `export.segments`, each after those that it names.
-    Being held back doesn't count for other segments, since the user received nothing. For the segment itself it counts
-    as an export, added to what others exported, or its control group would fill more of its places every day. Every run
-    that exports counts, even a second one on a day, but not one that gives the same export another owner, purpose,
-    approved_by, format, columns or rows_per_file: these users were exported already.
+    For a segment with a control group, being held back by the segment itself or by another of the same control group
+    counts as an export, added to what others exported: else those held back would fill more of its places every day, or
+    with every segment. For all other segments it doesn't count, since the user received nothing. The log has no control
+    groups: they are those of today's segments, and being held back by one that `export.segments` no longer names counts
+    for none. Every run that exports counts, even a second one on a day, but not one that gives the same export another
+    owner, purpose, approved_by, format, columns or rows_per_file: these users were exported already.
     """
 
     exports: int = Field(ge=1, le=100)
@@ -128,8 +130,8 @@ class Segment(Section):
     control_group: str | None = Field(
         None,
         min_length=1,
-        description="segments that name the same group hold back the same users; None: the group named after the "
-        "segment",
+        description="segments that name the same group hold back the same users, and being held back by one counts for "
+        "the at_most of all; None: the group named after the segment",
     )
 
     format: Format = Field(
@@ -150,6 +152,11 @@ class Segment(Section):
     @property
     def scored(self) -> bool:
         return self.seeds is not None or self.affinity is not None
+
+    @property
+    def group(self) -> str | None:
+        """The name of the control group, if there is one."""
+        return self.control_group or self.name if self.control_share else None
 
     @property
     def exported_columns(self) -> tuple[Column, ...]:
