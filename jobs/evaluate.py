@@ -7,6 +7,8 @@ the same items: all that the model knows and that have an event to predict (`seq
 training window. Any other item is a miss; each unknown item is a miss of its own, as nobody can say whether two are the
 same.
 The baselines (floors) know what the model knows: counts of the training window, and each user's history up to the cut.
+For item-kNN too the order within one moment carries no information, except in leave-one-out, which asks for the last
+action by id.
 `model_and_habit` ranks by the model's score plus what the user does repeatedly (jobs/habit.py).
 
 Each metric is also given for slices of the users (jobs/ranking.py), with a confidence interval from a bootstrap over
@@ -66,7 +68,7 @@ from jobs.spark_session import collect_sorted, drawn_by_hash
 from jobs.splits import Cuts, before_cut, cut_of, cut_times, is_target, log_end, noted_cuts, refuse_leak, time_at
 from jobs.tables import CONTEXT_VALUES, EVALUATION, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, SESSIONS, events_of, of_model
 from training.arrays import Bool, Float32, Float64, Int64
-from training.batches import UNKNOWN
+from training.batches import SAME_MOMENT, UNKNOWN
 from training.checkpoint import read_description
 from training.floors import ItemKnn, own_frequency, popularity
 
@@ -162,10 +164,25 @@ def model_scorer(rows: pd.DataFrame, catalogue: Catalogue) -> ScoreBlock:
     return lambda block: np.asarray(vectors[block] @ catalogue.vectors.T)
 
 
-def _scorers(rows: pd.DataFrame, own: Own, knn: ItemKnn, catalogue: Catalogue) -> dict[str, ScoreBlock]:
-    counts, rankable = catalogue.target_counts, catalogue.rankable
-    histories = (np.asarray(items) for items in rows["item_index"])
-    history = [items[flagged(items, rankable)] for items in histories]
+def histories(rows: pd.DataFrame, rankable: Bool, *, ordered: bool) -> tuple[list[Int64], list[Int64]]:
+    """Each row's rankable items, oldest first, and a number for each item that is the same within a moment.
+
+    Args:
+        ordered: whether the order within a moment counts, so that each action has a number of its own.
+    """
+    items, moments = [], []
+    for row in rows.itertuples():
+        rankable_here = flagged(np.asarray(row.item_index), rankable)
+        begins = np.asarray(row.gap_bucket) != SAME_MOMENT
+        items.append(np.asarray(row.item_index)[rankable_here])
+        moments.append(np.cumsum(begins | ordered)[rankable_here])
+    return items, moments
+
+
+def _scorers(rows: pd.DataFrame, own: Own, knn: ItemKnn, catalogue: Catalogue, split_by: str) -> dict[str, ScoreBlock]:
+    counts = catalogue.target_counts
+    # Leave-one-out asks for the last action by id, so there the order within a moment is part of the question.
+    history, moments = histories(rows, catalogue.rankable, ordered=split_by == "leave_one_out")
     model = model_scorer(rows, catalogue)
 
     def model_and_habit(block: slice) -> Float32:
@@ -178,7 +195,7 @@ def _scorers(rows: pd.DataFrame, own: Own, knn: ItemKnn, catalogue: Catalogue) -
         "model_and_habit": model_and_habit,
         "popularity": lambda block: popularity(counts, len(history[block])),
         "own_frequency": lambda block: own_frequency(own.counts[block], counts),
-        "item_knn": lambda block: knn.scores(*flatten(history[block])),
+        "item_knn": lambda block: knn.scores(flatten(history[block])[0], *flatten(moments[block])),
     }
 
 
@@ -320,7 +337,7 @@ def run(runtime: Runtime) -> None:
     if len(rows):
         size = len(catalogue.target_counts)
         own, interactions = _interactions(runtime, rows[["user_id", "cut_us"]], size, cuts)
-        scorers = _scorers(rows, own, ItemKnn(interactions), catalogue)
+        scorers = _scorers(rows, own, ItemKnn(interactions), catalogue, runtime.config.sequences.split_by)
         ranked = rank_users(rows, scorers, catalogue.rankable)
         verticals = item_verticals(runtime.read(ITEMS))
         known = Known(catalogue.target_counts, *verticals, rows["history_length"].to_numpy())
@@ -344,8 +361,8 @@ def run(runtime: Runtime) -> None:
 
 def evaluated_rows(runtime: Runtime, model_dir: Path) -> pd.DataFrame:
     """The rows that a model is evaluated on, sorted by user_id: user_id, cut_us (microseconds since 1970), item_index,
-    seen_item_index, target_item_index, target_hours (since the cut), history_length (actions that the model reads),
-    vector. Reads the stage's SEQUENCES.
+    gap_bucket, seen_item_index, target_item_index, target_hours (since the cut), history_length (actions that the model
+    reads), vector. Reads the stage's SEQUENCES.
 
     Raises:
         TrailvecError: the model in that folder is damaged, has learnt from what these rows ask about, or knows items by
@@ -358,7 +375,7 @@ def evaluated_rows(runtime: Runtime, model_dir: Path) -> pd.DataFrame:
     rows = rows.withColumn("target_hours", F.expr(hours)).withColumn("cut_us", F.unix_micros("as_of"))
     total, cut_us = rows.agg(F.count("*"), F.min("cut_us")).collect()[0]
     _refuse_leak(runtime, cut_us, model_dir)
-    keep = ["user_id", "cut_us", "item_index", "seen_item_index", "target_item_index", "target_hours"]
+    keep = ["user_id", "cut_us", "item_index", "gap_bucket", "seen_item_index", "target_item_index", "target_hours"]
     encoded = encode_sequences(runtime, _sample(rows, total, settings.max_users), keep, model_dir=model_dir)
     found = collect_sorted(encoded.drop("is_cold"), "user_id")
     if found.empty and total:

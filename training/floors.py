@@ -30,7 +30,8 @@ def own_frequency(own_counts: sp.csr_matrix, counts: Int64) -> Float32:
 class ItemKnn:
     """Item-kNN: the cosine of two items over the users who acted on them; a history item's weight decays per step back.
 
-    score(u, j) = sum over s of 0.7^s * cosine(history[-1 - s], j); an item is its own nearest neighbour.
+    score(u, j) = sum over the items i of u's history of 0.7^steps(i) * cosine(i, j), where steps(i) is the number of
+    later moments in the history; an item is its own nearest neighbour.
     """
 
     def __init__(self, interactions: sp.csr_matrix) -> None:
@@ -41,11 +42,17 @@ class ItemKnn:
         self._unit = self._unit.tocsr()
         self._users_of = self._unit.T.tocsr()  # or each product would convert it
 
-    def scores(self, history: Int64, offsets: Int64) -> Float32:
-        """Scores for the users whose items, oldest first, are history[offsets[u]:offsets[u + 1]]."""
+    def scores(self, history: Int64, moments: Int64, offsets: Int64) -> Float32:
+        """Scores for the users whose items, oldest first, are history[offsets[u]:offsets[u + 1]].
+
+        Args:
+            moments: a number for each item of `history`, the same for a user's items of one moment (a basket), whose
+                order says nothing.
+        """
         lengths = np.diff(offsets)
         users = np.repeat(np.arange(len(lengths)), lengths)
-        steps_back = np.repeat(offsets[1:], lengths) - 1 - np.arange(len(history))
+        steps = np.cumsum(np.diff(moments, prepend=0) != 0)
+        steps_back = np.repeat(steps[offsets[1:] - 1], lengths) - steps if len(steps) else steps
         shape = (len(lengths), self._unit.shape[1])
         # Duplicate (user, item) entries add up, which is the sum over s.
         weights = sp.csr_matrix((np.power(_DECAY, steps_back, dtype=np.float32), (users, history)), shape=shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tracemalloc
+from random import Random
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,12 +14,15 @@ import scipy.sparse as sp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.evaluate import following, relevant_items
+from jobs.evaluate import following, histories, relevant_items
 from jobs.ranking import flatten, measures, top_items
+from training.batches import SAME_MOMENT
 from training.floors import ItemKnn, own_frequency, popularity
 
 ITEMS = 6
-histories = st.lists(st.lists(st.integers(0, ITEMS - 1), max_size=8), min_size=1, max_size=5)
+numbers = st.integers(0, ITEMS - 1)
+users_items = st.lists(st.lists(numbers, max_size=8), min_size=1, max_size=5)
+users_baskets = st.lists(st.lists(st.lists(numbers, min_size=1, max_size=3), max_size=4), min_size=1, max_size=5)
 
 
 def counts_of(lists: list[list[int]]) -> sp.csr_matrix:
@@ -26,19 +30,54 @@ def counts_of(lists: list[list[int]]) -> sp.csr_matrix:
     return sp.csr_matrix(np.array(rows, np.int64).reshape(len(lists), ITEMS))
 
 
-@given(training=histories, history=histories)
-def test_item_knn_equals_plain_python(training: list[list[int]], history: list[list[int]]) -> None:
+def scores_of(training: list[list[int]], history: list[list[list[int]]]) -> np.ndarray:
+    """ItemKnn's scores for users with these baskets."""
+    items = [np.array([item for basket in baskets for item in basket]) for baskets in history]
+    moments = [np.array([n for n, basket in enumerate(baskets) for _ in basket]) for baskets in history]
+    return ItemKnn(counts_of(training)).scores(flatten(items)[0], *flatten(moments))
+
+
+@given(training=users_items, history=users_baskets)
+def test_item_knn_equals_plain_python(training: list[list[int]], history: list[list[list[int]]]) -> None:
     users_of = [{u for u, items in enumerate(training) if item in items} for item in range(ITEMS)]
 
     def cosine(a: int, b: int) -> float:
         both = len(users_of[a] & users_of[b])
         return both / math.sqrt(len(users_of[a]) * len(users_of[b])) if both else 0.0
 
-    found = ItemKnn(counts_of(training)).scores(*flatten([np.array(items, np.int64) for items in history]))
-    for user, items in enumerate(history):
+    found = scores_of(training, history)
+    for user, baskets in enumerate(history):
+        back = [(step, item) for step, basket in enumerate(reversed(baskets)) for item in basket]
         for candidate in range(ITEMS):
-            expected = sum(0.7**step * cosine(item, candidate) for step, item in enumerate(reversed(items)))
+            expected = sum(0.7**step * cosine(item, candidate) for step, item in back)
             assert found[user, candidate] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@given(training=users_items, history=users_baskets, random=st.randoms(use_true_random=False))
+def test_the_order_within_a_basket_changes_no_score(
+    training: list[list[int]], history: list[list[list[int]]], random: Random
+) -> None:
+    shuffled = [[random.sample(basket, len(basket)) for basket in baskets] for baskets in history]
+    assert scores_of(training, shuffled) == pytest.approx(scores_of(training, history), rel=1e-5, abs=1e-6)
+
+
+def test_a_step_back_is_a_moment_unless_actions_are_ordered() -> None:
+    """By hand: each item is like itself alone (cosine 1), so a score is the weight of the item's step."""
+    same = SAME_MOMENT
+    rows = pd.DataFrame(
+        # The row begins within a moment; item 9 is unknown, and 5 alone at its moment can't be ranked.
+        {"item_index": [[0, 1, 2, 9, 3, 5, 4], [9], [2]], "gap_bucket": [[same, same, 8, same, same, 8, 8], [1], [1]]}
+    )
+    rankable, knn = np.arange(ITEMS) < 5, ItemKnn(sp.csr_matrix(np.eye(ITEMS)))
+
+    def scores(*, ordered: bool) -> np.ndarray:
+        items, moments = histories(rows, rankable, ordered=ordered)
+        return knn.scores(flatten(items)[0], *flatten(moments))
+
+    nobody, other = np.zeros(ITEMS), np.eye(ITEMS)[2]
+    assert scores(ordered=False) == pytest.approx(np.array([[0.49, 0.49, 0.7, 0.7, 1, 0], nobody, other]))
+    by_action = [0.7**4, 0.7**3, 0.7**2, 0.7, 1, 0]
+    assert scores(ordered=True) == pytest.approx(np.array([by_action, nobody, other]))
 
 
 def test_own_frequency_goes_by_the_users_count_and_then_by_popularity() -> None:
