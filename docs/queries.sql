@@ -3,9 +3,10 @@ SELECT category, count(DISTINCT user_id) AS households, count(*) AS purchases, r
 FROM events WHERE event_type = 'purchase' GROUP BY category ORDER BY purchases DESC LIMIT 5;
 
 -- The shopping trips of a week: when households shop, and how large the baskets are
-SELECT date_format(from_utc_timestamp(start_ts, 'America/New_York'), 'EEEE') AS weekday, count(*) AS sessions,
-       percentile(event_count, 0.5) AS median_events, round(avg(amount), 2) AS mean_dollars
-FROM sessions GROUP BY weekday ORDER BY sessions DESC;
+SELECT date_format(from_utc_timestamp(start_ts, 'America/New_York'), 'EEEE') AS weekday, count(*) AS trips,
+       percentile(bought, 0.5) AS median_items, round(avg(amount), 2) AS mean_dollars
+FROM (SELECT *, size(filter(events, e -> e.event_type = 'purchase')) AS bought FROM sessions) WHERE bought > 0
+GROUP BY weekday ORDER BY trips DESC;
 
 -- How far back a vector looks: actions read by the model for each household
 SELECT CASE WHEN history_length < 64 THEN 'under 64' WHEN history_length < 255 THEN '64 to 254' ELSE '255 (all it reads)' END AS actions,
