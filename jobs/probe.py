@@ -13,6 +13,7 @@ the cuts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 
 FEATURES = ("vector", "profile", "majority", "rfm", "tfidf_svd", "aggregates")
 _TOP = 10  # the aggregates count the most frequent values of each column, per event type
-_WINDOWS = (1, 7, 30)  # days before the cut
+_WINDOWS = {"1": 1.0, "7": 7.0, "30": 30.0, "ever": math.inf}  # days before the cut, by name
 _COLUMNS = ("vertical", "category", "item_id")
 
 
@@ -158,7 +159,7 @@ def aggregates(visible: DataFrame, items: DataFrame) -> DataFrame:
     """user_id, name, value: typical hand-crafted features, in long form.
 
     For each event type, log counts of all events and of its ten most frequent verticals, categories and items, within
-    1, 7 and 30 days before the cut.
+    1, 7 and 30 days before the cut and at any time before it.
     """
     named = visible.join(items.select("item_id", "category"), "item_id", "left")
     values = F.array(
@@ -172,14 +173,17 @@ def aggregates(visible: DataFrame, items: DataFrame) -> DataFrame:
     order = Window.partitionBy("event_type", "column").orderBy(F.desc("count"), "value")
     counted = long.where("value IS NOT NULL").groupBy(*what).count()
     top = counted.withColumn("place", F.row_number().over(order)).where(F.col("place") <= _TOP).select(*what)
-    recent = long.where(F.col("days") <= max(_WINDOWS)).join(F.broadcast(top), what)
-    counts = recent.groupBy("user_id", *what).agg(
-        F.array(
-            *[
-                F.struct(F.lit(d).alias("within"), F.log1p(F.count_if(F.col("days") <= d)).alias("count"))
-                for d in _WINDOWS
-            ]
-        ).alias("counts")
+    counts = (
+        long.join(F.broadcast(top), what)
+        .groupBy("user_id", *what)
+        .agg(
+            F.array(
+                *[
+                    F.struct(F.lit(name).alias("within"), F.log1p(F.count_if(F.col("days") <= days)).alias("count"))
+                    for name, days in _WINDOWS.items()
+                ]
+            ).alias("counts")
+        )
     )
     each = counts.select("user_id", *what, F.explode("counts").alias("of")).select("user_id", *what, "of.*")
     return each.select("user_id", F.concat_ws("|", *what, "within").alias("name"), F.col("count").alias("value"))

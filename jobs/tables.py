@@ -473,7 +473,7 @@ PROBES = Table(
             "features",
             "string",
             "vector, profile (that of user_profiles), majority, rfm (five numbers), tfidf_svd (the items), aggregates "
-            "(counts over 1, 7 and 30 days).",
+            "(counts over 1, 7 and 30 days and all time).",
         ),
         Column("head", "string", "logistic, boosting or mlp; for majority, prior."),
         Column("metric", "string", "auc or average_precision."),

@@ -16,6 +16,7 @@ without an event before it has no vector and is left out.
   random                             a hash of the user
   rfm_nearest                        recency, frequency, money of purchases (logarithms, standardised): nearest seed
   rfm_logistic                       logistic regression on the same
+  rfm_and_counts                     the same, with the logarithms of how many events of each type a user ever had
   item_knn, item_knn_nearest         cosine of the users' purchase counts per item: mean over the seeds, or maximum
 
 The last line is one JSON object: recall by method (the mean over campaigns), by_campaign, best (among the methods that
@@ -34,6 +35,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from measure import last_line, log, put, run_main
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from scipy.sparse import csr_matrix
 
@@ -79,17 +81,24 @@ def warehouse_before(source: Runtime, start: pd.Timestamp, folder: Path) -> Runt
     return runtime
 
 
-def purchases_of(runtime: Runtime, users: list[str], start: pd.Timestamp) -> tuple[Matrix, csr_matrix]:
-    """Standardised recency, frequency, money [users, 3]; and item counts [users, items], rows of unit length."""
-    bought = runtime.latest(EVENTS).where("event_type = 'purchase'")
+def standardised(columns: list[Any]) -> Matrix:
+    """The logarithms of these numbers of users, [users, columns]."""
+    logs = np.log1p(np.column_stack(columns))
+    return np.asarray((logs - logs.mean(axis=0)) / logs.std(axis=0))
+
+
+def without_vectors(events: DataFrame, users: list[str], start: pd.Timestamp) -> tuple[Matrix, Matrix, csr_matrix]:
+    """Recency, frequency, money of purchases, standardised [users, 3]; the same with the user's counts of each event
+    type; and item counts [users, items], rows of unit length. `events`: those before `start`."""
+    bought = events.where("event_type = 'purchase'")
     by_user = bought.groupBy("user_id").agg(
         F.max("event_ts").alias("last"), F.countDistinct("basket_id").alias("baskets"), F.sum("amount").alias("money")
     )
     facts = by_user.toPandas().set_index("user_id").reindex(users)
     days = facts["last"].rsub(start).dt.total_seconds() / 86_400
-    rfm = np.log1p(
-        np.column_stack([days.fillna(365), facts["baskets"].fillna(0), facts["money"].fillna(0).clip(lower=0)])
-    )
+    rfm = [days.fillna(365), facts["baskets"].fillna(0), facts["money"].fillna(0).clip(lower=0)]
+    of_types = events.groupBy("user_id").pivot("event_type").count().toPandas().set_index("user_id").reindex(users)
+    by_type = [of_types[name].fillna(0) for name in of_types]
     items = bought.groupBy("user_id", "item_id").count().toPandas()
     items = items[items["user_id"].isin(set(users))]
     of_users: Any = pd.Index(users)
@@ -98,7 +107,7 @@ def purchases_of(runtime: Runtime, users: list[str], start: pd.Timestamp) -> tup
     counts = csr_matrix((items["count"].to_numpy(float), (rows, columns)), shape=(len(users), len(names)))
     lengths = np.sqrt(counts.multiply(counts).sum(axis=1)).A1
     scale = csr_matrix((1 / np.where(lengths > 0, lengths, 1), (range(len(users)), range(len(users)))))
-    return (rfm - rfm.mean(axis=0)) / rfm.std(axis=0), scale @ counts
+    return standardised(rfm), standardised([*rfm, *by_type]), scale @ counts
 
 
 def share(text: str) -> float:
@@ -113,14 +122,14 @@ def alike(vectors: Matrix, seed: Matrix) -> dict[str, Matrix]:
     return dict(zip([*anchors, "mean"], Scorer([*anchors.values(), mean]).approximate(vectors), strict=True))
 
 
-def scores_of(vectors: Matrix, profiles: Matrix, rfm: Matrix, counts: csr_matrix, seed: Matrix) -> dict[str, Matrix]:
-    """Each method's score of every user. `seed`: bool mask of the seeds."""
-    by_method = alike(vectors, seed) | {f"profile_{name}": scores for name, scores in alike(profiles, seed).items()}
+def baselines(rfm: Matrix, rfm_and_counts: Matrix, counts: csr_matrix, seed: Matrix) -> dict[str, Matrix]:
+    """The scores of every user by what `without_vectors` returns. `seed`: bool mask of the seeds."""
     distances = np.linalg.norm(rfm[:, None] - rfm[seed][None], axis=2)
     similar = (counts @ counts[seed].T).toarray()
-    return by_method | {
+    return {
         "rfm_nearest": -distances.min(axis=1),
         "rfm_logistic": rfm @ direction_of(rfm[seed], rfm[~seed]),
+        "rfm_and_counts": rfm_and_counts @ direction_of(rfm_and_counts[seed], rfm_and_counts[~seed]),
         "item_knn": similar.mean(axis=1),
         "item_knn_nearest": similar.max(axis=1),
     }
@@ -140,14 +149,15 @@ def recalls(
     users, vectors = vectors_of(runtime, USER_EMBEDDINGS, version)
     same_users, profiles = vectors_of(runtime, USER_PROFILES, version)
     assert users == same_users
-    rfm, counts = purchases_of(runtime, users, start)
+    facts = without_vectors(runtime.latest(EVENTS), users, start)
     redeemed = np.array([user in redeemers for user in users])
     log(f"campaign {campaign}, from {start:%Y-%m-%d}: {redeemed.sum()} redeemers among {len(users):,} users")
     by_method: dict[str, list[float]] = {}
     for draw in range(DRAWS):
         seed = redeemed & np.array([share(f"{draw} {campaign} {user}") < 0.5 for user in users])
         hidden = redeemed & ~seed
-        scores = scores_of(vectors, profiles, rfm, counts, seed)
+        scores = alike(vectors, seed) | {f"profile_{name}": of for name, of in alike(profiles, seed).items()}
+        scores |= baselines(*facts, seed)
         scores["random"] = np.array([share(f"random {draw} {user}") for user in users])
         top = round(TOP * (~seed).sum())
         for method, of_users in scores.items():

@@ -224,12 +224,15 @@ def test_five_numbers_and_aggregates_by_hand(short_logs: Runtime, spark: SparkSe
 
     rows = probe.aggregates(visible, runtime.latest(ITEMS)).where("value > 0").collect()
     counts = {(r.user_id, r.name): round(math.expm1(r.value), 6) for r in rows}
-    assert counts == {("a", f"{kind}|{what}|{within}"): n for kind, what, within, n in [
+    long_ago = {("b", f"purchase|{what}|ever"): 1 for what in ("all|", "vertical|food", "item_id|i2")}
+    assert counts == long_ago | {("a", f"{kind}|{what}|{within}"): n for kind, what, within, n in [
         ("purchase", "all|", 1, 1), ("purchase", "all|", 7, 1), ("purchase", "all|", 30, 2),
         ("purchase", "vertical|food", 1, 1), ("purchase", "vertical|food", 7, 1), ("purchase", "vertical|food", 30, 2),
         ("purchase", "item_id|i2", 1, 1), ("purchase", "item_id|i2", 7, 1), ("purchase", "item_id|i2", 30, 1),
         ("purchase", "item_id|i1", 30, 1),
-        *[("view", what, within, 1) for what in ("all|", "vertical|food", "item_id|i3") for within in (1, 7, 30)],
+        ("purchase", "all|", "ever", 2), ("purchase", "vertical|food", "ever", 2),
+        ("purchase", "item_id|i1", "ever", 1), ("purchase", "item_id|i2", "ever", 1),
+        *[("view", what, d, 1) for what in ("all|", "vertical|food", "item_id|i3") for d in (1, 7, 30, "ever")],
     ]}  # fmt: skip
 
 
