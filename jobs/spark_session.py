@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import locale
 import os
 import re
 import shutil
@@ -100,14 +101,16 @@ def start_spark(config: Config) -> SparkSession:
     """The running session, or a new one with the configuration's settings.
 
     Raises:
-        TrailvecError: there is no suitable Java, Delta's jars are not on Spark's class path, storage.root is a local
-            path while Spark's default file system is not local, or another account may read the temporary files.
+        TrailvecError: there is no suitable Java, or it does not take files' names as UTF-8; Delta's jars are not on
+            Spark's class path; storage.root is a local path while Spark's default file system is not local; or another
+            account may read the temporary files.
     """
     _remember_java_names()
     forget_other_spark(config.spark.master)
     # This warning is 200 lines of Java stack trace, in addition to an error that says the same.
     warnings.filterwarnings("ignore", "toPandas attempted Arrow optimization because", UserWarning)
     os.environ["JAVA_HOME"] = java_home()
+    names_in_utf8()
     # Otherwise Spark looks up the machine's address, and warns about what it finds.
     if config.spark.master.startswith("local"):
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
@@ -125,6 +128,7 @@ def start_spark(config: Config) -> SparkSession:
     for key, value in settings.items():
         builder = builder.config(key, value)
     spark = builder.getOrCreate()
+    refuse_other_names(str(spark._jvm.java.lang.System.getProperty("sun.jnu.encoding")))  # type: ignore[union-attr]
     system: Any = spark._jvm.org.apache.hadoop.fs.FileSystem  # type: ignore[union-attr]
     refuse_other_files(place_of(config.storage.root), str(system.getDefaultUri(spark._jsc.hadoopConfiguration())))
     try:
@@ -158,6 +162,26 @@ def forget_other_spark(master: str) -> None:
     one installed with it. (On Databricks the session runs already, with a SPARK_HOME of its own.)"""
     if master and (Path(pyspark.__file__).parent / "jars").is_dir():
         os.environ.pop("SPARK_HOME", None)
+
+
+def names_in_utf8() -> None:
+    """Makes a Java that this process starts take files' names as UTF-8, as Python does whatever the locale. (With
+    LC_ALL=C Java would take them as ASCII, and leave all others out of a folder's list without an error.)"""
+    if sys.getfilesystemencoding() == "utf-8" and locale.getencoding() != "UTF-8":
+        os.environ["LC_ALL"] = "C.UTF-8"
+
+
+def refuse_other_names(encoding: str) -> None:
+    """For a Java that was started before Python (by spark-submit).
+
+    Raises:
+        TrailvecError: `encoding`, as which it takes files' names, is not UTF-8.
+    """
+    if encoding != "UTF-8":
+        raise TrailvecError(
+            f"Java takes the names of files as {encoding} instead of UTF-8 and would leave out those with other "
+            f"characters: export LC_ALL=C.UTF-8 and start it again"
+        )
 
 
 def refuse_other_files(root: Place, default: str) -> None:

@@ -1,0 +1,75 @@
+"""How Spark is started, without starting it: what its builder and its Java are given."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from jobs import spark_session
+from jobs.config import load_config
+from jobs.errors import TrailvecError
+from jobs.spark_session import start_spark
+
+
+class Builder:
+    """Of a session whose Java takes files' names as ASCII, so that start_spark ends there."""
+
+    def __init__(self) -> None:
+        self.settings = dict[str, str]()
+
+    def appName(self, _: str) -> Builder:
+        return self
+
+    def master(self, master: str) -> Builder:
+        return self.config("spark.master", master)
+
+    def config(self, key: str, value: str) -> Builder:
+        self.settings[key] = value
+        return self
+
+    def getOrCreate(self) -> Any:
+        system = SimpleNamespace(getProperty={"sun.jnu.encoding": "ANSI_X3.4-1968"}.get)
+        return SimpleNamespace(_jvm=SimpleNamespace(java=SimpleNamespace(lang=SimpleNamespace(System=system))))
+
+
+@pytest.fixture
+def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    made = Builder()
+    monkeypatch.setattr(spark_session, "SparkSession", SimpleNamespace(builder=made))
+    return made
+
+
+def started(*sets: str) -> None:
+    with pytest.raises(TrailvecError) as told:
+        start_spark(load_config(None, list(sets)))
+    assert str(told.value) == (
+        "Java takes the names of files as ANSI_X3.4-1968 instead of UTF-8 and would leave out those with other "
+        "characters: export LC_ALL=C.UTF-8 and start it again"
+    )
+
+
+@pytest.mark.parametrize(("encoding", "found"), [("ANSI_X3.4-1968", "C.UTF-8"), ("UTF-8", "de_DE.UTF-8")])
+def test_a_java_of_another_encoding_than_utf_8_is_refused_and_none_is_started(
+    builder: Builder, monkeypatch: pytest.MonkeyPatch, encoding: str, found: str
+) -> None:
+    os.environ["LC_ALL"] = "de_DE.UTF-8"  # not installed, in the first case
+    monkeypatch.setattr("locale.getencoding", lambda: encoding)
+    started()
+    assert os.environ["LC_ALL"] == found
+
+
+def test_with_lc_all_c_java_takes_names_as_utf_8() -> None:
+    show = (
+        "import subprocess; from jobs.spark_session import java_home, names_in_utf8; names_in_utf8();"
+        "subprocess.run([f'{java_home()}/bin/java', '-XshowSettings:properties', '-version'], check=True)"
+    )
+    command, environment = [sys.executable, "-c", show], os.environ | {"LC_ALL": "C"}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+    assert re.findall(r"sun\.jnu\.encoding = (.*)", said) == ["UTF-8"]
