@@ -123,7 +123,9 @@ class StorageSettings(Section):
     """Where tables, models and exports are stored."""
 
     root: PlaceName = Field(
-        "build/warehouse", min_length=1, description="folder or file system URI that holds everything trailvec writes"
+        "build/warehouse",
+        min_length=1,
+        description="folder or file system URI that holds everything trailvec writes; on Databricks in a volume",
     )
     database: DatabaseName = Field("trailvec", description="name of the database in SQL")
 
@@ -567,7 +569,7 @@ def load_config(path: str | Path | None = None, sets: list[str] | None = None) -
 
     Raises:
         TrailvecError: the file is missing or not TOML, a key is unknown, a value has the wrong type, or storage.root is
-            a path that training or Spark can't read.
+            a path that training or Spark can't read, or another folder for each.
     """
     values = _read_with_bases(shipped(path)) if path is not None else {}
     for assignment in sets or []:
@@ -579,6 +581,12 @@ def load_config(path: str | Path | None = None, sets: list[str] | None = None) -
     if found := not_for_training(place):
         raise TrailvecError(
             f"storage.root = {place} contains {found}, which training can't read: choose a path without it"
+        )
+    # Python finds the mount there, but Spark takes the path for one within DBFS, dbfs:/dbfs/….
+    if Path(place).parts[:2] == ("/", "dbfs"):
+        raise TrailvecError(
+            f"storage.root = {place} is on DBFS, but outside of its volumes Python and Spark would each use another "
+            f"folder: choose one in a volume, /Volumes/catalog/schema/volume/..."
         )
     if wild := re.search(r"[][{}*\\]", place):
         raise TrailvecError(

@@ -47,7 +47,7 @@ from jobs.cli import stage_main
 from jobs.config import UserList
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, Place, place_of
-from jobs.maintain_tables import disk_files
+from jobs.maintain_tables import active_files, disk_files
 from jobs.raw_records import valid_text
 from jobs.runtime import Report, Runtime, Stage, code_version
 from jobs.spark_session import spark_conf
@@ -83,7 +83,8 @@ def finish(runtime: Runtime) -> Report:
     disk.
 
     Raises:
-        TrailvecError: the key is missing or not the one used before; nobody has been erased yet.
+        TrailvecError: the key is missing or not the one used before; nobody has been erased yet; or files of a table
+            are not where they should be.
     """
     return runtime.execute(Stage("erase_users", "", _finish), force=True)
 
@@ -546,11 +547,23 @@ def _on_disk(runtime: Runtime, table: Table, tests: tuple[ColumnTest, ColumnTest
 
 
 def _files(runtime: Runtime, table: Table) -> Iterator[DataFrame]:
-    """The table's Parquet files on disk, a frame per folder, with the partition values from the folder's name."""
+    """The table's Parquet files on disk, a frame per folder, with the partition values from the folder's name.
+
+    Raises:
+        TrailvecError: files of the newest version are not among them, so that they prove nothing.
+    """
+    # Listed first: a job may commit meanwhile.
+    newest = {file["path"].rpartition("/")[2] for file in active_files(runtime, table, runtime.latest_version(table))}
+    on_disk = disk_files(runtime, table)
+    if missing := newest - {file.rpartition("/")[2] for file in on_disk}:
+        raise TrailvecError(
+            f"{len(missing):,} files of table {table.name}, such as {min(missing)}, are not in {runtime.path(table)}, "
+            f"so no receipt can be closed: check storage.root, or restore the table's folder"
+        )
     names = {*table.user_columns(), *(["raw"] if table == REJECTED_EVENTS else [])}
     schema = ", ".join(f"`{c.name}` {c.type}" for c in table.columns if c.name in names)
     folders: dict[str, list[str]] = defaultdict(list)
-    for file in disk_files(runtime, table):
+    for file in on_disk:
         if file.endswith(".parquet"):
             folders[file.removeprefix(runtime.path(table)).rpartition("/")[0]].append(file)
     for folder, files in folders.items():

@@ -186,7 +186,7 @@ def refuse_other_names(encoding: str) -> None:
 
 def refuse_other_files(root: Place, default: str) -> None:
     """Python resolves a path on this machine, Spark in Hadoop's default file system: these must be the same. (dbfs:/ is
-    allowed: Databricks mounts it on its machines.)
+    allowed: dbfs:/Volumes is mounted at /Volumes, and load_config refuses a root elsewhere on it.)
 
     Raises:
         TrailvecError: they are not the same.

@@ -297,6 +297,14 @@ def test_a_row_that_an_update_hid_goes_too(
         assert str(folder) in report.notes[0]
         folder.rmdir()
 
+    # Where nothing was read, nothing is proven: a folder that only Spark sees, say.
+    with monkeypatch.context() as blind:
+        blind.setattr("jobs.maintain_tables.file_sizes", lambda *_, **__: {})
+        with pytest.raises(
+            TrailvecError, match=r"^\d+ files of table events, such as part-\S+, are not in /.*/events,"
+        ):
+            finish(runtime)
+
     # An erasure that runs beside the search stays open: the search does not know its users.
     on_disk = erase_users._on_disk
 

@@ -142,6 +142,12 @@ def test_with_kerberos_training_is_not_sent_to_local_files_beside_hdfs(monkeypat
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize("root", ["dbfs:/mnt/lake", "/dbfs/mnt/lake", "dbfs:///dbfs", "file:/dbfs/Volumes/c/s/v"])
+def test_a_root_that_spark_and_python_would_find_in_two_folders_is_one_sentence(root: str) -> None:
+    with pytest.raises(TrailvecError, match=r"^storage.root = /dbfs\S* is on DBFS, .* in a volume, /Volumes/catalog/"):
+        load_config(None, [f"storage.root={root}"])
+
+
 @pytest.mark.parametrize("character", "[]{}*\\")
 def test_a_path_that_spark_takes_for_a_pattern_is_one_sentence(character: str) -> None:
     root = f"a{character}b"
@@ -264,13 +270,14 @@ def test_where_nothing_can_be_renamed_the_manifest_goes_first_and_comes_last(tmp
 
 @pytest.mark.parametrize(("place", "path"), [(place, path) for place, path, _ in FORMS])
 def test_the_configuration_knows_what_is_mounted_by_its_path(place: str, path: str | None) -> None:
-    keys = ("storage.root", "ingest.data_dir", "neighbours.in_stock", "probe.labels.file", "export.consent.file")
+    keys = ["ingest.data_dir", "neighbours.in_stock", "probe.labels.file", "export.consent.file"]
+    keys += [] if (path or "").startswith("/dbfs/") else ["storage.root"]
     config = load_config(None, [f'{key}="{place}"' for key in keys])
     labels, consent = config.probe.labels, config.export.consent
     assert labels is not None
     assert consent is not None
-    assert config.storage.root == config.ingest.data_dir == (path or place)
-    assert config.neighbours.in_stock == labels.file == consent.file == (path or place)
+    assert config.storage.root == (path or place) or "storage.root" not in keys
+    assert config.ingest.data_dir == config.neighbours.in_stock == labels.file == consent.file == (path or place)
 
 
 def test_a_list_whom_to_erase_is_found_by_its_mounted_name(tmp_path: Path) -> None:
