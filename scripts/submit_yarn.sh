@@ -101,8 +101,9 @@ spark_home=$(python -c 'import pyspark; print(pyspark.__path__[0])')
 # skips its spark-env.sh, which would set SPARK_HOME again.
 export SPARK_CONF_DIR=${SPARK_CONF_DIR:-${SPARK_HOME:-$spark_home}/conf} SPARK_HOME=$spark_home SPARK_ENV_LOADED=1
 {
-  # A properties file replaces the cluster's defaults, so copy them in first, without the locations of its jars.
-  sed -E '/^\s*spark\.yarn\.(archive|jars)\b/d' "$SPARK_CONF_DIR/spark-defaults.conf" 2>/dev/null || true
+  # A properties file replaces the cluster's defaults, so copy them in first, without the locations of its jars and of its
+  # Python, which would win over PYSPARK_PYTHON.
+  sed -E '/^\s*spark\.(yarn\.(archive|jars)|pyspark\.(driver\.)?python|yarn\.appMasterEnv\.PYSPARK_DRIVER_PYTHON)\b/d' "$SPARK_CONF_DIR/spark-defaults.conf" 2>/dev/null || true
   echo # its last line may lack a newline
   for where in spark.yarn.appMasterEnv spark.executorEnv; do
     echo "$where.PYSPARK_PYTHON $python"

@@ -249,12 +249,14 @@ UV = 'while [ "$1" != --out-dir ]; do shift; done; mkdir "$2"; touch "$2/trailve
 
 
 def test_the_clusters_own_settings_of_spark_stay_as_they_are(tmp_path: Path) -> None:
-    """Also where the last one's line has no end; but its Spark is not the one that submits, nor are its jars."""
+    """Also where the last one's line has no end; but its Spark is not the one that submits, nor its jars and Python."""
     copy = 'while [ "$1" != --properties-file ]; do shift; done; cat "$2" >"$HOME/sent"'
     submit = f'{copy}; echo "$SPARK_HOME" >"$HOME/spark"; echo Submitted application application_1_1'
     checkout = a_checkout_of_stubs(tmp_path, java=JAVA, uv=UV, spark_submit=submit)
     own = ["spark.redaction.regex (?i)pin|secret", "spark.executor.memory 4g"]
     theirs = ["spark.yarn.archive hdfs:///spark-3.2.zip", " spark.yarn.jars=local:/opt/spark/jars/*"]
+    theirs += ["spark.pyspark.python /usr/bin/python3", "spark.pyspark.driver.python=/usr/bin/python3"]
+    theirs += ["spark.yarn.appMasterEnv.PYSPARK_DRIVER_PYTHON /usr/bin/python3"]
     (checkout / "conf").mkdir()
     (checkout / "conf/spark-defaults.conf").write_text("\n".join([own[0], *theirs, own[1]]))
     said = submit_yarn(
@@ -268,7 +270,7 @@ def test_the_clusters_own_settings_of_spark_stay_as_they_are(tmp_path: Path) -> 
     sent = (checkout / "sent").read_text().splitlines()
     assert sent[:2] == own
     assert [line for line in sent if line.startswith("spark.redaction")] == own[:1]
-    assert [line for line in sent if "spark.yarn.archive" in line or "spark.yarn.jars" in line] == []
+    assert set(sent) & {line.strip() for line in theirs} == set()
     assert "spark.yarn.appMasterEnv.PYSPARK_PYTHON /opt/trailvec-python/bin/python3.11" in sent
     assert (checkout / "spark").read_text() == f"{Path(pyspark.__file__).parent}\n"
 
