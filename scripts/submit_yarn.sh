@@ -44,7 +44,7 @@ while (($#)); do
   shift
 done
 [[ -f $conf ]] || fail "the configuration ${conf:-(none)} does not exist: give --conf FILE"
-conf=$(realpath "$conf")
+conf=$(cd -P "$(dirname "$conf")" && pwd)/${conf##*/} # not the folder that a link of this name leads to
 environment=${TRAILVEC_ENVIRONMENT-}
 [[ -z $environment || $environment == *://* || $environment == local:* ]] || environment=$(realpath "$environment")
 if [[ $job == *.py ]]; then
@@ -83,7 +83,12 @@ else
 fi
 uv build --quiet --python "$(command -v python)" --no-build-isolation --out-dir "$work/dist" . >&2
 mv "$work"/dist/trailvec-*.whl "$work/trailvec.zip" # YARN unpacks files named *.zip
-tar --create --gzip --directory "${conf%/*}" --file "$work/conf.tar.gz" .
+# Of links, what they lead to: the nodes do not have it.
+(
+  cd "${conf%/*}"
+  find -L . -type f -print0 |
+    tar --create --gzip --dereference --hard-dereference --null --files-from - --file "$work/conf.tar.gz"
+)
 # A variable would appear in the script that launches the driver, which nodes keep among the logs and whose bash expands
 # $ and ` in it (jobs/keys.py). An archive like the others, because --files would override spark.files.
 python -c '

@@ -275,6 +275,35 @@ def test_the_clusters_own_settings_of_spark_stay_as_they_are(tmp_path: Path) -> 
     assert (checkout / "spark").read_text() == f"{Path(pyspark.__file__).parent}\n"
 
 
+def test_links_in_the_configurations_folder_reach_the_cluster_as_what_they_lead_to(tmp_path: Path) -> None:
+    archives = 'while [ "$1" != --archives ]; do shift; done; echo "$2" | tr , "\\n" >"$HOME/archives"'
+    unpack = 'mkdir "$HOME/sent"; tar -xzf "$(sed -n "s/#conf$//p" "$HOME/archives")" -C "$HOME/sent"'
+    submit = f'{archives}; {unpack}; echo "$*" >"$HOME/command"; echo Submitted application application_1_1'
+    checkout = a_checkout_of_stubs(tmp_path, java=JAVA, uv=UV, spark_submit=submit)
+    elsewhere, conf = tmp_path / "elsewhere", checkout / "mine"
+    for folder in (elsewhere / "sources", conf):
+        folder.mkdir(parents=True)
+    (elsewhere / "of_the_team.toml").write_text('extends = "near.toml"')
+    (elsewhere / "sources/shop.toml").write_text('name = "shop"')
+    near = f'extends = "{ROOT}/conf/yarn.toml"'
+    (conf / "near.toml").write_text(near)
+    (conf / "mine.toml").symlink_to(elsewhere / "of_the_team.toml")
+    (conf / "sources").symlink_to(elsewhere / "sources")
+    (conf / ".#mine.toml").symlink_to("me@here.1")  # an editor's lock leads nowhere
+    said = submit_yarn(
+        checkout,
+        *("sessionize", "--conf", conf / "mine.toml"),
+        TRAILVEC_ENVIRONMENT="local:/opt/trailvec-python",
+        JAVA_HOME=str(checkout / ".venv"),
+    )
+    assert (said.returncode, said.stdout) == (0, "the driver\n"), said.stderr
+    assert "--conf=conf/mine.toml" in (checkout / "command").read_text()
+    shutil.rmtree(elsewhere)  # no node has it
+    sent = {str(p.relative_to(checkout / "sent")): p.read_text() for p in checkout.glob("sent/**/*") if p.is_file()}
+    texts = {"mine.toml": 'extends = "near.toml"', "near.toml": near, "sources/shop.toml": 'name = "shop"'}
+    assert sent == texts
+
+
 @pytest.mark.parametrize("kill", [os.kill, os.killpg])  # a person, Airflow
 def test_a_stopped_submit_yarn_takes_its_application_along(tmp_path: Path, kill: Callable[[int, int], None]) -> None:
     waits = 'for _ in $(seq 300); do [ -e "$HOME/killed" ] || sleep .1; done; exit 1'
