@@ -131,9 +131,14 @@ class StorageSettings(Section):
 
 
 class SparkSettings(Section):
-    """How Spark is started, if nothing else has started it (spark-submit's own settings win)."""
+    """How Spark is started, if nothing else has started it. What is set here wins over what spark-submit was given, but
+    for its master and what Java needed as it started (the driver's memory)."""
 
-    master: str = Field("local[*]", description="empty: the master set by whatever started Spark, such as spark-submit")
+    master: str = Field(
+        "local[*]",
+        description="empty: the master set by whatever started Spark. The master that spark-submit was given wins, "
+        "unless it is local[*], which spark-submit has by default",
+    )
     conf: Annotated[dict[str, str], BeforeValidator(_in_quotes), AfterValidator(_not_fixed)] = Field(
         default_factory=dict, description="spark.* settings, except those that the rows depend on (SPARK_FIXED)"
     )

@@ -22,7 +22,7 @@ import pandas as pd
 import pyspark
 from delta.tables import DeltaTable
 from py4j.java_gateway import JavaClass, JavaPackage, JVMView
-from pyspark import StorageLevel
+from pyspark import SparkConf, SparkContext, StorageLevel
 from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -111,17 +111,18 @@ def start_spark(config: Config) -> SparkSession:
     warnings.filterwarnings("ignore", "toPandas attempted Arrow optimization because", UserWarning)
     os.environ["JAVA_HOME"] = java_home()
     names_in_utf8()
+    master = _master(config)
     # Otherwise Spark looks up the machine's address, and warns about what it finds.
-    if config.spark.master.startswith("local"):
+    if master.startswith("local"):
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
     # Python workers use this interpreter (by default the first python3 on the PATH).
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     builder = SparkSession.builder.appName("trailvec")
-    if config.spark.master:
-        builder = builder.master(config.spark.master)
+    if master:
+        builder = builder.master(master)
     settings = {
         **_SPARK_DEFAULTS,
-        **(_closed_to_other_accounts() if re.match(r"local(\[|$)", config.spark.master) else {}),
+        **(_closed_to_other_accounts() if re.match(r"local(\[|$)", master) else {}),
         "spark.sql.warehouse.dir": str(place_of(config.storage.root) / "spark"),
         **config.spark.conf,
     }
@@ -139,6 +140,16 @@ def start_spark(config: Config) -> SparkSession:
             "Delta's jars are not on Spark's class path: run scripts/setup.sh, or add io.delta:delta-spark_2.12:3.3.3"
         ) from error
     return spark
+
+
+def _master(config: Config) -> str:
+    """The master that spark-submit was given, if it has started us; else the configuration's."""
+    if not config.spark.master or "PYSPARK_GATEWAY_PORT" not in os.environ:
+        return config.spark.master
+    SparkContext._ensure_initialized()  # so that SparkConf has what spark-submit was given
+    default = "local[*]"  # of spark-submit
+    given = SparkConf().get("spark.master", default)
+    return config.spark.master if given == default else given
 
 
 def _closed_to_other_accounts() -> dict[str, str]:

@@ -40,7 +40,9 @@ class Builder:
 
 @pytest.fixture
 def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
-    monkeypatch.setattr(os, "environ", dict(os.environ))
+    """A process of its own, in which no Spark runs."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYSPARK_GATEWAY_PORT"}
+    monkeypatch.setattr(os, "environ", environment)
     made = Builder()
     monkeypatch.setattr(spark_session, "SparkSession", SimpleNamespace(builder=made))
     return made
@@ -63,6 +65,31 @@ def test_a_java_of_another_encoding_than_utf_8_is_refused_and_none_is_started(
     monkeypatch.setattr("locale.getencoding", lambda: encoding)
     started()
     assert os.environ["LC_ALL"] == found
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "runs_on"),
+    [
+        ("local[*]", "yarn", "yarn"),
+        ("local[2]", "local[3]", "local[3]"),
+        ("yarn", "local[*]", "yarn"),  # given none
+        ("yarn", "yarn", "yarn"),  # scripts/submit_yarn.sh
+        ("", "yarn", None),  # left to it
+        ("local[2]", None, "local[2]"),  # without spark-submit
+    ],
+)
+def test_the_master_that_spark_submit_was_given_wins(
+    builder: Builder, monkeypatch: pytest.MonkeyPatch, own: str, given: str | None, runs_on: str | None
+) -> None:
+    java: list[dict[str, str]] = []  # its settings, once it is connected to
+    if given is not None:
+        os.environ["PYSPARK_GATEWAY_PORT"] = "1"
+    submitted = SimpleNamespace(_ensure_initialized=lambda: java.append({"spark.master": str(given)}))
+    monkeypatch.setattr(spark_session, "SparkContext", submitted)
+    monkeypatch.setattr(spark_session, "SparkConf", lambda: java[0] if java else {})
+    started(f'spark.master="{own}"')
+    assert builder.settings.get("spark.master") == runs_on
+    assert ("spark.local.dir" in builder.settings) == (runs_on or "").startswith("local")
 
 
 def test_with_lc_all_c_java_takes_names_as_utf_8() -> None:
