@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -42,7 +43,7 @@ from jobs.raw_records import (
 from jobs.runtime import Runtime
 from jobs.sql import ask
 from training.stores import remove_tree, sha256_of
-from training.urls import file_url
+from training.urls import file_url, is_mount
 
 _CSV = (".csv", ".csv.gz")
 _OF_CSV = re.compile(r"""(["']).*\1|.*[,;|]""")
@@ -277,10 +278,17 @@ def _other_text(file: Path) -> TrailvecError:
 
 
 def _to_tasks(file: Path, folder: Place) -> str:
-    """A URL under which Spark's tasks can read a local file: of a copy, if `folder` is on shared storage."""
-    if isinstance(folder, Path):
+    """A URL under which Spark's tasks can read a local file or folder: of a copy, if `folder` is on shared storage and
+    the file is not."""
+    if isinstance(folder, Path) and (is_mount(file) or not is_mount(folder)):
         return file_url(str(file))  # Spark would look up a bare path in Hadoop's default file system
     copy = folder / uuid.uuid4().hex / file.name
     make_private(copy.parent)  # also where a newer run has just removed `folder` (`copies`)
-    copy.put(file)
-    return str(copy)
+    if not isinstance(copy, Path):
+        copy.put(file)
+        return str(copy)
+    for part in data_files(file) if file.is_dir() else [file]:
+        target = copy / part.relative_to(file)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(part, target)  # a mount may refuse the mode
+    return file_url(str(copy))

@@ -23,6 +23,7 @@ from jobs.segment_files import ArrowFolder, check_place, delivered, place_of
 from jobs.segments import Segment
 from jobs.spark_session import forget_other_spark, refuse_other_files
 from jobs.train import snapshot_files
+from jobs.user_lists import _to_tasks, copies
 from tests.sequence_files import make_rows, make_run
 from training.data import Piece, read_batches
 from training.urls import file_url, is_mount, local_path
@@ -284,6 +285,28 @@ def test_a_list_whom_to_erase_is_found_by_its_mounted_name(tmp_path: Path) -> No
     (tmp_path / "ids.txt").write_text("erika\n")
     runtime = SimpleNamespace(staging=lambda name: tmp_path / name)
     assert read_ids(runtime, f"file:{tmp_path}/ids.txt", None) == ["erika"]  # type: ignore[arg-type]
+
+
+def test_tasks_on_other_machines_read_a_list_of_the_driver_as_a_copy_on_the_mount(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume = tmp_path / "Volumes"
+    monkeypatch.setattr("jobs.user_lists.is_mount", lambda path: path.is_relative_to(volume))
+    there = volume / "there.csv"
+    for file in (tmp_path / "a.csv", tmp_path / "b.parquet/day=1/part", there):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(file.name)
+    with copies(volume / ".lists.staging") as folder:
+        for name, part in (("a.csv", ""), ("b.parquet", "/day=1/part")):
+            url = _to_tasks(tmp_path / name, folder)
+            assert url.startswith(f"file://{folder}/")
+            assert url.endswith(f"/{name}")
+            copy = Path(url.removeprefix("file://") + part)
+            assert copy.read_text() == copy.name == (tmp_path / f"{name}{part}").name
+        assert _to_tasks(there, folder) == f"file://{there}"
+    assert list(volume.iterdir()) == [there]
+    with copies(tmp_path / ".lists.staging") as folder:  # one machine
+        assert _to_tasks(tmp_path / "a.csv", folder) == f"file://{tmp_path}/a.csv"
 
 
 def test_files_that_come_with_trailvec_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
