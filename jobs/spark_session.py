@@ -47,10 +47,12 @@ JSON_MICROSECONDS = {
     "timestampNTZFormat": "yyyy-MM-dd'T'HH:mm:ss.SSSSSS",
 }
 
-_SPARK_DEFAULTS = {
-    **SPARK_FIXED,
+_DELTA = {
     "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+}
+_SPARK_DEFAULTS = {
+    **SPARK_FIXED,
     # These values are all distinct: building a dictionary, only to discard it as too large, took a tenth of sessionize.
     **{
         f"spark.hadoop.parquet.enable.dictionary#{column}": "false"
@@ -122,6 +124,8 @@ def start_spark(config: Config) -> SparkSession:
         builder = builder.master(master)
     settings = {
         **_SPARK_DEFAULTS,
+        # Databricks' session has a Delta of its own, whose catalogue this would replace.
+        **({} if "DATABRICKS_RUNTIME_VERSION" in os.environ else _DELTA),
         **(_closed_to_other_accounts() if re.match(r"local(\[|$)", master) else {}),
         "spark.sql.warehouse.dir": str(place_of(config.storage.root) / "spark"),
         **config.spark.conf,

@@ -16,6 +16,8 @@ from jobs.config import load_config
 from jobs.errors import TrailvecError
 from jobs.spark_session import start_spark
 
+_GIVEN = {"PYSPARK_GATEWAY_PORT", "DATABRICKS_RUNTIME_VERSION"}  # by whoever starts Python
+
 
 class Builder:
     """Of a session whose Java takes files' names as ASCII, so that start_spark ends there."""
@@ -41,7 +43,7 @@ class Builder:
 @pytest.fixture
 def builder(monkeypatch: pytest.MonkeyPatch) -> Builder:
     """A process of its own, in which no Spark runs."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYSPARK_GATEWAY_PORT"}
+    environment = {name: value for name, value in os.environ.items() if name not in _GIVEN}
     monkeypatch.setattr(os, "environ", environment)
     made = Builder()
     monkeypatch.setattr(spark_session, "SparkSession", SimpleNamespace(builder=made))
@@ -90,6 +92,16 @@ def test_the_master_that_spark_submit_was_given_wins(
     started(f'spark.master="{own}"')
     assert builder.settings.get("spark.master") == runs_on
     assert ("spark.local.dir" in builder.settings) == (runs_on or "").startswith("local")
+
+
+@pytest.mark.parametrize("databricks", [True, False])
+def test_the_session_of_databricks_keeps_its_own_delta(builder: Builder, databricks: bool) -> None:
+    if databricks:
+        os.environ["DATABRICKS_RUNTIME_VERSION"] = "15.4"
+    started('spark.master=""')
+    delta = {"spark.sql.extensions", "spark.sql.catalog.spark_catalog"}
+    assert delta & builder.settings.keys() == (set() if databricks else delta)
+    assert builder.settings["spark.sql.session.timeZone"] == "UTC"
 
 
 def test_with_lc_all_c_java_takes_names_as_utf_8() -> None:
