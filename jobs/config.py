@@ -41,6 +41,12 @@ SPARK_FIXED = {
     "spark.sql.sources.partitionColumnTypeInference.enabled": "false",
     # Parquet timestamps as microseconds, not INT96: what other readers expect.
     "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
+    # Dates before 1582 and times before 1900 (0001-01-01 for "none") are what the file says: by default a single one
+    # fails the job, unless Spark wrote the file. (Files of Spark 2 and older say so, and are read by their calendar.)
+    **{
+        f"spark.sql.parquet.{mode}": "CORRECTED"
+        for mode in ("datetimeRebaseModeInRead", "int96RebaseModeInRead", "datetimeRebaseModeInWrite")
+    },
     # A write that changes nothing (an empty table stays empty) still records what ran.
     "spark.databricks.delta.skipRecordingEmptyCommits": "false",
 }
