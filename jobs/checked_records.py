@@ -53,6 +53,8 @@ _IDS = ("event_id", "user_id", "item_id", "basket_id")
 _LISTED = ("user_id", "item_id")  # also named in user-supplied lists, where blanks are stripped too
 _LONGEST_ID = 512
 _NUMBERS = ("amount", "quantity")
+# Two amounts of 1e308 add up to infinity, which would make every profile NaN; below this, no number of them does.
+_TOO_LARGE = 1e100
 # Not 32-bit floats, whose text is another number than their 64-bit value, nor times, which Spark casts to numbers.
 _NUMBER_TYPES = (T.DoubleType, T.IntegralType)
 _TIME_TYPES = (T.TimestampType, T.TimestampNTZType, T.DateType)
@@ -239,10 +241,10 @@ def _raw(value: Given) -> Column:
 
 
 def _number(given: DataFrame, name: str) -> Column:
-    """As double; NULL if it is not a finite number."""
+    """As double; NULL if it is not a number, or too large."""
     value = F.col(_as_given(name))
     number = value.cast("double")
-    is_number = F.abs(number) < float("inf")
+    is_number = F.abs(number) < _TOO_LARGE
     return F.when(value.rlike(_NUMBER) & is_number if _is_string(given, _as_given(name)) else is_number, number)
 
 

@@ -176,9 +176,25 @@ class Basis:
             states: float32 [users, the model's width].
             counts: each [users, numbers]: `items`, how much of it the user takes at once (0: unknown); `categories`,
                 how often; `statistics`, their values.
+
+        Raises:
+            TrailvecError: a count is not finite.
         """
+        _refuse_infinite(counts, self.names)
         parts = _parts(states, counts, _weighed(counts, self.words, self.terms, self.usual), self.directions)
         return np.hstack([(parts[part] - self.shifts[part]) * self.scales[part] for part in PARTS]).astype(np.float32)
+
+
+def _refuse_infinite(counts: Mapping[str, Counts], names: Sequence[str]) -> None:
+    """A single one would make the basis, and with it every user's profile, NaN."""
+    for kind, of in counts.items():
+        found = np.unique(of.indices[~np.isfinite(of.data)]).tolist()
+        if found:
+            what = "quantity" if kind == "items" else " and ".join(names[n] for n in found)
+            raise TrailvecError(
+                f"users have infinite statistics ({what}): table events holds amounts or quantities of 1e100 or more, "
+                f"which ingest now refuses: rebuild the events as in Backfill in docs/operations.md"
+            )
 
 
 def _weighed(
@@ -237,7 +253,12 @@ def fit_basis(
         item_width: number of singular directions of items; fewer if there are fewer.
         width: number of those of amounts, of words and of categories.
         most: maximum number of words, and of categories.
+
+    Raises:
+        TrailvecError: a count is not finite.
     """
+    _refuse_infinite(counts, names)
+    _refuse_infinite({"statistics": before}, names)
     words = _words(item_names, most)
     of_words = items.present(counts["items"]) @ words
     terms = {
@@ -358,6 +379,8 @@ def read_basis(folder: Path) -> tuple[Basis, dict[str, Any]] | None:
             {part: tensors[f"{part}.shift"] for part in PARTS},
             {part: tensors[f"{part}.scale"] for part in PARTS},
         )
+        if not all(np.isfinite(of).all() for part in PARTS for of in (basis.shifts[part], basis.scales[part])):
+            raise ValueError("its numbers are not finite")
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise TrailvecError(
             f"the profile's basis in {folder} is damaged ({error}): remove {ABOUT} and {TENSORS} there, and "

@@ -34,7 +34,9 @@ def sample() -> tuple[np.ndarray, dict[str, sp.csr_matrix]]:
     return random.normal(3, size=(USERS, 4)).astype(np.float32), matrices
 
 
-def fitted(states: np.ndarray, counts: dict[str, sp.csr_matrix], most: int = 100) -> Basis:
+def fitted(
+    states: np.ndarray, counts: dict[str, sp.csr_matrix], most: int = 100, before: sp.csr_matrix | None = None
+) -> Basis:
     items = Terms.fit(counts["items"], most, presence=True)
     names = [f"{('red', 'green', 'blue')[n % 3]} item, no {n} of many" for n in range(len(items.numbers))]
     names[0] = ""  # has none
@@ -45,7 +47,7 @@ def fitted(states: np.ndarray, counts: dict[str, sp.csr_matrix], most: int = 100
         names=("a", "b", "same"),
         items=items,
         item_names=names,
-        before=once,
+        before=once if before is None else before,
         since=np.log1p(np.arange(2.0 * len(states))).reshape(len(states), 2),
         item_width=7,
         width=5,
@@ -212,6 +214,35 @@ def test_what_is_the_same_for_all_users_of_the_fit_is_0_for_those_who_come_later
     states, counts = sample
     basis = fitted(states[:1], {kind: of[:1] for kind, of in counts.items()})
     assert not basis.profiles(states, counts).any()
+
+
+@pytest.mark.parametrize(("kind", "said"), [("statistics", "b"), ("before", "b"), ("items", "quantity")])
+def test_no_amount_makes_a_profile_infinite(
+    sample: tuple[np.ndarray, dict[str, sp.csr_matrix]], kind: str, said: str
+) -> None:
+    """Older versions stored amounts whose sum overflows."""
+    basis, (states, counts) = fitted(*sample), sample
+    infinite = counts["statistics" if kind == "before" else kind].tolil()
+    infinite[3, 1] = np.inf
+    refused = pytest.raises(TrailvecError, match=rf"infinite statistics \({said}\): table events holds amounts or")
+    if kind == "before":
+        with refused:
+            fitted(states, counts, before=infinite.tocsr())
+        return
+    with refused:
+        fitted(states, counts | {kind: infinite.tocsr()})
+    with refused:  # of a user who was not in the sample
+        basis.profiles(states, counts | {kind: infinite.tocsr()})
+
+
+def test_a_basis_that_is_not_finite_is_refused(
+    sample: tuple[np.ndarray, dict[str, sp.csr_matrix]], tmp_path: Path
+) -> None:
+    basis = fitted(*sample)
+    basis.shifts["statistics"][1] = np.nan
+    write_basis(tmp_path, basis, {})
+    with pytest.raises(TrailvecError, match=r"damaged \(its numbers are not finite\): remove profile.json and"):
+        read_basis(tmp_path)
 
 
 def test_settings_that_come_too_late_for_a_basis_are_said() -> None:
