@@ -46,7 +46,7 @@ from jobs.tracking import Tracker, tracked
 from training.batches import BUCKET_SIZES, FEATURES, FIRST_INDEX
 from training.checkpoint import PROGRESS, WEIGHTS, read_about, read_description
 from training.config import ModelSpec, RunSpec, TrainSettings
-from training.stores import footers, remove_tree
+from training.stores import remove_tree, row_groups
 from training.urls import file_of_table, file_url, local_path
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -227,7 +227,7 @@ def rows_since(runtime: Runtime, about: dict[str, Any], folder: Place) -> list[s
 
 def count_rows(files: list[str]) -> int:
     """The number of rows in the Parquet files at these URLs."""
-    return sum(footer.num_rows for footer in footers(files))
+    return sum(rows for groups in row_groups(files) for rows, _ in groups)
 
 
 def _resume_killed_training(runtime: Runtime) -> None:

@@ -38,7 +38,7 @@ from pyarrow.filesystem import DaskFileSystem  # noqa: E402
 from training.arrays import Bool, Int32, Int64  # noqa: E402
 from training.batches import FEATURES, OF_PLACE, PADDING, SAME_MOMENT, SESSION_END, TARGET, UNKNOWN, pad  # noqa: E402
 from training.ragged import ranges  # noqa: E402
-from training.stores import footers, fsspec_of, parquet_files  # noqa: E402
+from training.stores import fsspec_of, parquet_files, row_groups  # noqa: E402
 from training.urls import file_url  # noqa: E402
 
 Batch = dict[str, torch.Tensor]
@@ -154,9 +154,9 @@ class Piece:
 def _row_groups(files: tuple[str, ...]) -> tuple[tuple[str, int, int, int], ...]:
     """(URL, number in the file, rows, compressed bytes) of every row group, from the files' footers."""
     return tuple(
-        (url, number, group.num_rows, sum(group.column(n).total_compressed_size for n in range(group.num_columns)))
-        for url, footer in zip(files, footers(list(files)), strict=True)
-        for number, group in ((number, footer.row_group(number)) for number in range(footer.num_row_groups))
+        (url, number, *sizes)
+        for url, groups in zip(files, row_groups(list(files)), strict=True)
+        for number, sizes in enumerate(groups)
     )
 
 
