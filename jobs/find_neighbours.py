@@ -66,6 +66,7 @@ KINDS: dict[str, tuple[str, str, Metric]] = {
 WITH_HABIT = "user_item_habit"
 
 SAMPLE_OF_CELL = 64  # candidates per cell, on average, that the centroids are trained on
+SAMPLED = 1_000_000  # at most so many in all: each takes 2 KB of the driver's memory at width 64 (docs/sizing.md)
 ASKED = 500  # queries also searched exactly, to measure the recall of the inverted file
 
 
@@ -197,7 +198,7 @@ def recall(every: list[Search], found: DataFrame, settings: NeighboursSettings) 
 
 
 def _cells(candidates: DataFrame, count: int, metric: Metric, settings: NeighboursSettings) -> Cells | None:
-    share = SAMPLE_OF_CELL * settings.cells / max(1, count)
+    share = min(SAMPLE_OF_CELL * settings.cells, SAMPLED) / max(1, count)
     sample = candidates.where(drawn_by_hash(share, "id", F.lit("neighbours")))
     rows = sample.where(F.exists("vector", lambda x: x != 0)).orderBy("id").select("vector").toPandas()
     if rows.empty:

@@ -24,7 +24,7 @@ from jobs.errors import TrailvecError
 from jobs.files import write_json
 from jobs.find_neighbours import STAGE
 from jobs.runtime import Runtime
-from jobs.spark_session import spark_conf
+from jobs.spark_session import drawn_by_hash, spark_conf
 from jobs.tables import CONTEXT_VALUES, CURRENT_MODEL, ITEM_EMBEDDINGS, ITEMS, SESSIONS, USER_EMBEDDINGS
 from jobs.user_lists import read_items
 from spark_udfs import topk
@@ -339,7 +339,13 @@ def test_an_inverted_file_finds_what_lies_in_the_cells_that_it_looks_into(
         assert 0.5 < shares[kind] < 1
     assert report.notes == [SHARE + ", ".join(f"{kind} {share:.3f}" for kind, share in sorted(shares.items()))]
     cold = spark.createDataFrame([("i1", [0.0, 0.0])], "id string, vector array<float>")
+    drawn = Mock(side_effect=drawn_by_hash)
+    monkeypatch.setattr(find_neighbours, "drawn_by_hash", drawn)
     assert find_neighbours._cells(cold, 1, "dot", runtime.config.neighbours) is None
+    many = runtime.config.neighbours.model_copy(update={"cells": 89_443})  # 5.7 million vectors would be too many
+    for cells, count, expected in ((many, 500_000_000, 1_000_000), (runtime.config.neighbours, 1_000, 6 * 64)):
+        find_neighbours._cells(cold, count, "dot", cells)
+        assert drawn.call_args.args[0] * count == pytest.approx(expected)
 
 
 SHARE = "share of the exact neighbours found, for a sample of queries: "
