@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,9 +11,7 @@ import scipy.sparse as sp
 from pyspark.sql import DataFrame
 
 from spark_udfs.arrow import as_lists, matrix_of
-
-if TYPE_CHECKING:
-    from training.profile import Basis
+from training.profile import AT_ONCE, Basis
 
 KINDS = ("items", "categories", "statistics")
 
@@ -31,8 +29,8 @@ def profiles(rows: DataFrame, basis: Basis) -> DataFrame:
     shared = rows.sparkSession.sparkContext.broadcast(basis)
 
     def make(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in batches:
-            users, states, *lists = batch.columns
+        for part in (batch.slice(start, AT_ONCE) for batch in batches for start in range(0, len(batch), AT_ONCE)):
+            users, states, *lists = part.columns
             pairs = zip(KINDS, lists[::2], lists[1::2], strict=True)
             vectors = shared.value.profiles(matrix_of(states), {kind: counts_of(n, v) for kind, n, v in pairs})
             yield pa.RecordBatch.from_arrays([users, as_lists(vectors)], ["user_id", "vector"])

@@ -55,6 +55,7 @@ WEIGHTS = {
 _DIRECTIONS = ("items", "amounts", "words", "categories", "forecast")
 _LEAST, _MOST = 0.1, 4.0  # bounds of an amount relative to the item's usual one: limits typos such as 1,000 pieces
 _RIDGE = 30.0  # the L2 penalty, on statistics of standard deviation 1
+AT_ONCE = 512  # users to weigh the counts of at once: it takes half a kilobyte for each item that a user has
 TENSORS, ABOUT = "profile.safetensors", "profile.json"
 
 
@@ -260,14 +261,17 @@ def fit_basis(
     _refuse_infinite(counts, names)
     _refuse_infinite({"statistics": before}, names)
     words = _words(item_names, most)
-    of_words = items.present(counts["items"]) @ words
     terms = {
         "items": items,
-        "words": Terms.fit(of_words, most, presence=False),
+        "words": Terms.fit(items.present(counts["items"]) @ words, most, presence=False),
         "categories": Terms.fit(counts["categories"], most, presence=False),
     }
     usual = items.usual(counts["items"])
-    weighed = _weighed(counts, words, terms, usual)
+    blocks = [
+        _weighed({kind: of[start : start + AT_ONCE] for kind, of in counts.items()}, words, terms, usual)
+        for start in range(0, len(states), AT_ONCE)
+    ]
+    weighed = {kind: sp.vstack([block.pop(kind) for block in blocks], "csr") for kind in list(blocks[0])}
     directions = {kind: _singular(of, item_width if kind == "items" else width) for kind, of in weighed.items()}
     directions["forecast"] = _ridge(before, since, len(names))
     shifts, scales = {}, {}

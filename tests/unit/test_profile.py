@@ -16,10 +16,11 @@ import scipy.sparse as sp
 from jobs.config import ProfileSettings
 from jobs.errors import TrailvecError
 from jobs.profile_users import run, too_late
-from spark_udfs.profile import counts_of
+from spark_udfs.arrow import as_lists
+from spark_udfs.profile import KINDS, counts_of, profiles
 from tests.conftest import make_config
 from tests.sequence_files import SPEC
-from training.profile import PARTS, WEIGHTS, Basis, Terms, fit_basis, read_basis, write_basis
+from training.profile import AT_ONCE, PARTS, WEIGHTS, Basis, Terms, _weighed, fit_basis, read_basis, write_basis
 
 USERS = 60
 
@@ -261,6 +262,45 @@ def test_lists_of_a_slice_as_counts() -> None:
     numbers = pa.array([[9], [3, 1], [], [2]], pa.list_(pa.int32())).slice(1)
     values = pa.array([[9.0], [5, 2], [], [7]], pa.list_(pa.float64())).slice(1)
     assert counts_of(numbers, values).toarray().tolist() == [[0, 2, 0, 5], [0, 0, 0, 0], [0, 0, 7, 0]]
+
+
+def test_users_are_weighed_some_at_a_time_and_alike(
+    sample: tuple[np.ndarray, dict[str, sp.csr_matrix]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All users of an Arrow batch, or of a fit, would take more memory than a worker or the driver has."""
+    weighed: list[int] = []
+
+    def count(counts: dict[str, sp.csr_matrix], *basis: Any) -> dict[str, sp.csr_matrix]:
+        weighed.append(counts["items"].shape[0])
+        return _weighed(counts, *basis)
+
+    monkeypatch.setattr("training.profile._weighed", count)
+    random = np.random.default_rng(1)
+    rows = random.integers(0, USERS, 1500)
+    states, counts = sample[0][rows], {kind: of[rows] for kind, of in sample[1].items()}
+    basis = fitted(states, counts)
+    assert weighed == [AT_ONCE, AT_ONCE, 1500 - 2 * AT_ONCE]
+    monkeypatch.setattr("training.profile.AT_ONCE", 1500)
+    at_once = fitted(states, counts)
+    for part, directions in at_once.directions.items():
+        assert basis.directions[part] == pytest.approx(directions, abs=1e-5), part
+
+    def lists(of: np.ndarray, offsets: np.ndarray) -> pa.ListArray:
+        return pa.ListArray.from_arrays(offsets, pa.array(of))
+
+    columns = [lists(of, counts[kind].indptr) for kind in KINDS for of in (counts[kind].indices, counts[kind].data)]
+    users = pa.array([f"u{n}" for n in range(1500)])
+    batch = pa.RecordBatch.from_arrays([users, as_lists(states), *columns], list("abcdefgh"))
+    context = SimpleNamespace(broadcast=lambda of: SimpleNamespace(value=of))
+    frame: Any = SimpleNamespace(
+        sparkSession=SimpleNamespace(sparkContext=context), mapInArrow=lambda make, _: list(make([batch, batch[:0]]))
+    )
+    expected = basis.profiles(states, counts)
+    weighed.clear()
+    found = pa.Table.from_batches(profiles(frame, basis))
+    assert max(weighed) == AT_ONCE
+    assert found["user_id"].to_pylist() == users.to_pylist()
+    assert np.array(found["vector"].to_pylist()) == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_current_models_profiles_stay_until_what_it_was_trained_to_again_is_aligned(tmp_path: Path) -> None:
