@@ -261,8 +261,7 @@ def _time(value: Column, given: T.DataType, mapping: TimeValue) -> Column:
         return value
     if isinstance(given, (T.TimestampNTZType, T.DateType)):
         # Years that need more digits (a database's "infinity") overflow, which would fail the job.
-        first, last = (F.lit(day).cast("date") for day in ("0001-01-01", "9999-12-31"))
-        value = F.when(value.between(first, last), value)
+        value = F.when(F.year(value).between(1, 9999), value)
         # The session's time zone is UTC, so the cast keeps the wall-clock time.
         return F.to_utc_timestamp(value.cast("timestamp"), mapping.zone)
     if mapping.format in _EPOCH:

@@ -46,6 +46,7 @@ from training.urls import local_path
 KEY = "TRAILVEC_EXPORT_KEY"
 MANIFEST, REPORT = "manifest.json", "report.html"
 _TYPES = {"user_id": pa.string(), "score": pa.float32(), "rank": pa.int32()}
+_AT_ONCE = 100_000  # ids as Python strings take ten times their bytes
 _FORMULA = r"^([=+\-@\x{FF1D}\x{FF0B}\x{FF0D}\x{FF20}\t\r\n\x00])"  # the second four: fullwidth = + - @
 
 # ---- ids ------------------------------------------------------------------------------------------------------------
@@ -69,7 +70,11 @@ def _fast_hashes(purpose: str, users: pa.Array) -> npt.NDArray[np.uint64]:
     key = b64encode(hmac.digest(export_key(), purpose.encode(), "sha256"))[
         :16
     ].decode()  # pandas requires 16 characters
-    return np.asarray(hash_array(texts(users), encoding="utf8", hash_key=key, categorize=False))
+    hashes = np.empty(len(users), np.uint64)
+    for start in range(0, len(users), _AT_ONCE):
+        some = texts(users.slice(start, _AT_ONCE))
+        hashes[start : start + len(some)] = hash_array(some, encoding="utf8", hash_key=key, categorize=False)
+    return hashes
 
 
 def tied(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:

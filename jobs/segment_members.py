@@ -191,6 +191,9 @@ class Selection:
         self.users = self._of_model("embedding").select("user_id", "vector", "is_cold")
         self.log = runtime.at(EXPORTS, runtime.latest_version(EXPORTS))
         self._logged_at = self._first_logged()
+        self._holders = defaultdict[str | None, list[str]](list)  # by control group: the segments that hold it back
+        for export in exports:
+            self._holders[export.segment.group].append(export.name)
         lists = Lists(runtime, staging)
         consents = read_consents(runtime, lists.folder) if any(e.segment.consent for e in pending) else None
         self._has_vector = lists.mark("users", lambda: self.users)
@@ -342,13 +345,15 @@ class Selection:
 
     def _groups_like(self, export: Export) -> dict[str, list[str]]:
         """The control groups of the pending segments for which the same rows of the log count, and the segments that
-        hold back each."""
+        hold back each; none where nothing counts."""
+        if export.segment.at_most is None:
+            return {}
 
         def looks_at(other: Export) -> tuple[Frequency | None, int | None]:
             return other.segment.at_most, self._logged_at.get(other.id)
 
-        groups = [other.segment.group for other in self.pending if looks_at(other) == looks_at(export)]
-        return {group: [e.name for e in self.exports if e.segment.group == group] for group in groups if group}
+        groups = {other.segment.group: None for other in self.pending if looks_at(other) == looks_at(export)}
+        return {group: self._holders[group] for group in groups if group}
 
     def _queried_users(self, export: Export) -> DataFrame:
         """The users that a segment's query returns: segment, user_id, score (NULL)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import importlib.util
 import locale
@@ -126,7 +127,7 @@ def start_spark(config: Config) -> SparkSession:
         **_SPARK_DEFAULTS,
         # Databricks' session has a Delta of its own, whose catalogue this would replace.
         **({} if "DATABRICKS_RUNTIME_VERSION" in os.environ else _DELTA),
-        **(_closed_to_other_accounts() if re.match(r"local(\[|$)", master) else {}),
+        **(_closed_to_other_accounts(config) if re.match(r"local(\[|$)", master) else {}),
         "spark.sql.warehouse.dir": str(place_of(config.storage.root) / "spark"),
         **config.spark.conf,
     }
@@ -156,9 +157,17 @@ def _master(config: Config) -> str:
     return config.spark.master if given == default else given
 
 
-def _closed_to_other_accounts() -> dict[str, str]:
+def _closed_to_other_accounts(config: Config) -> dict[str, str]:
     """Settings of a Spark that is one process of this machine: by default whoever has an account there may read its
-    shuffled and cached rows in /tmp, and fetch blocks from its ports (on loopback, but without any credentials)."""
+    shuffled and cached rows in /tmp, and fetch blocks from its ports (on loopback, but without any credentials).
+
+    Raises:
+        TrailvecError: its folder in /tmp belongs to another account, say.
+    """
+    closed = {"spark.authenticate": "true"}  # Spark makes the secret itself
+    submitted = "PYSPARK_GATEWAY_PORT" in os.environ and SparkConf().get("spark.local.dir", None)
+    if submitted or "spark.local.dir" in config.spark.conf or "SPARK_LOCAL_DIRS" in os.environ:
+        return closed  # to a folder of the user's choice
     scratch = Path(tempfile.gettempdir()) / f"trailvec-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         scratch.mkdir(mode=0o700)
@@ -168,8 +177,7 @@ def _closed_to_other_accounts() -> dict[str, str]:
             f"{scratch}, where Spark keeps rows while it works, is not a folder that only this account can read: "
             "remove it, or set TMPDIR to a folder of this account"
         )
-    # (Spark makes the secret itself.)
-    return {"spark.local.dir": str(scratch), "spark.authenticate": "true"}
+    return closed | {"spark.local.dir": str(scratch)}
 
 
 def forget_other_spark(master: str) -> None:
@@ -187,15 +195,16 @@ def names_in_utf8() -> None:
 
 
 def refuse_other_names(encoding: str) -> None:
-    """For a Java that was started before Python (by spark-submit).
+    """For a Java that was started before Python (by spark-submit), or where C.UTF-8 is unknown.
 
     Raises:
-        TrailvecError: `encoding`, as which it takes files' names, is not UTF-8.
+        TrailvecError: `encoding`, as which it takes files' names, is not Python's.
     """
-    if encoding != "UTF-8":
+    if codecs.lookup(encoding).name != (ours := sys.getfilesystemencoding()):
         raise TrailvecError(
-            f"Java takes the names of files as {encoding} instead of UTF-8 and would leave out those with other "
-            f"characters: export LC_ALL=C.UTF-8 and start it again"
+            f"Java takes the names of files as {encoding} and Python as {ours}, so files with other characters would "
+            f"be left out: set LC_ALL to a UTF-8 locale that `locale -a` lists, such as C.UTF-8 (on YARN: "
+            f"spark.yarn.appMasterEnv.LC_ALL and spark.executorEnv.LC_ALL in [spark.conf])"
         )
 
 

@@ -72,12 +72,13 @@ def copies(folder: Place) -> Iterator[Place]:
     """
     remove_tree(folder)
     own = folder / uuid.uuid4().hex
-    if not isinstance(own, Path):
+    is_shared = not isinstance(own, Path) or is_mount(own)
+    if is_shared:
         make_private(own)
     try:
         yield own
     except Exception as error:
-        if isinstance(own, Path) or own.exists():
+        if not is_shared or own.exists():
             raise
         raise TrailvecError(
             f"another run that began later has removed the lists that this one had copied to {folder}: wait until it "

@@ -17,7 +17,7 @@ repository=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Prefer the environment that scripts/setup.sh made, whatever the PATH; without one, use the PATH's.
 [[ ! -x $repository/.venv/bin/python ]] || export PATH=$repository/.venv/bin:$PATH
 # Spark would pass them on to every container, though they name folders of this machine.
-unset PYTHONPATH PYSPARK_PYTHON PYSPARK_DRIVER_PYTHON
+unset PYTHONPATH PYSPARK_PYTHON PYSPARK_DRIVER_PYTHON CDPATH
 
 fail() {
   printf 'submit_yarn: %s\n' "$*" >&2
@@ -86,7 +86,7 @@ mv "$work"/dist/trailvec-*.whl "$work/trailvec.zip" # YARN unpacks files named *
 # Of links, what they lead to: the nodes do not have it.
 (
   cd "${conf%/*}"
-  find -L . -type f -print0 |
+  { find -L . -type f -print0 || true; } | # it fails where links form a loop, after it has listed all
     tar --create --gzip --dereference --hard-dereference --null --files-from - --file "$work/conf.tar.gz"
 )
 # A variable would appear in the script that launches the driver, which nodes keep among the logs and whose bash expands

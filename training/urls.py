@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-_SECRET_PARAMETER = re.compile("(?i)key|secret|password|passwd|token|credential|sig=")  # in a URL's query
+_SECRET_PARAMETER = re.compile("(?i)key|secret|password|passwd|pwd|token|credential|sig=")  # in a URL's query
 
 
 def local_path(place: str) -> str | None:
@@ -49,7 +49,7 @@ def holds_secret(place: str) -> bool:
     user = None if parts.scheme in ("abfs", "abfss") else parts.username
     # A secret may contain a slash, where urlsplit would end the host.
     credentials = parts.scheme and re.search(r"//[^@]*:[^@]*@", place)
-    return bool(user or parts.password or credentials or _SECRET_PARAMETER.search(parts.query))
+    return bool(user or parts.password or credentials or _SECRET_PARAMETER.search(unquote(parts.query)))
 
 
 def not_for_training(place: str) -> str | None:

@@ -11,6 +11,7 @@ import io
 import json
 import shutil
 import subprocess
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -30,7 +31,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 from sklearn.linear_model import LogisticRegression
 
-from jobs import export_segments, segment_members, segment_rules
+from jobs import export_segments, segment_files, segment_members, segment_rules
 from jobs.config import load_config
 from jobs.errors import TrailvecError
 from jobs.export_segments import STAGE, _published
@@ -660,6 +661,19 @@ def test_the_order_of_hashed_ids_does_not_tell_them(tmp_path: Path, monkeypatch:
     (file, *_) = write_parts(tmp_path, segment.model_copy(update={"rows_per_file": 50}), pa.array(ids), scores)
     expected = sorted(range(50), key=lambda n: (-scores[n], fast_hash(ids[n], "order\0all")))
     assert pq.read_table(tmp_path / file["name"])["user_id"].to_pylist() == [hashed(ids[n]) for n in expected]
+
+
+def test_the_order_of_hashed_ids_takes_few_bytes_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run may have ten million members; as Python strings their ids would take 2 GB."""
+    monkeypatch.setenv(KEY, SECRET)
+    segment = Segment(name="all", owner="o", purpose="p", sql="SELECT user_id FROM user_embeddings")
+    ids = pa.array([f"user-{n:010d}" for n in range(300_000)], pa.large_string())
+    tracemalloc.start()
+    try:
+        segment_files._by_hash_where_tied(segment, ids, None)
+        assert tracemalloc.get_traced_memory()[1] < 100 * len(ids)
+    finally:
+        tracemalloc.stop()
 
 
 def best(scores: dict[str, float], size: int) -> list[str]:

@@ -503,13 +503,19 @@ def test_a_temporary_folder_that_others_may_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    scratch = Path(spark_session._closed_to_other_accounts()["spark.local.dir"])
+    monkeypatch.delenv("SPARK_LOCAL_DIRS", raising=False)
+    config = load_config()
+    scratch = Path(spark_session._closed_to_other_accounts(config)["spark.local.dir"])
     assert stat.S_IMODE(scratch.stat().st_mode) == 0o700
-    assert spark_session._closed_to_other_accounts() == {"spark.local.dir": str(scratch), "spark.authenticate": "true"}
+    both = {"spark.local.dir": str(scratch), "spark.authenticate": "true"}
+    assert spark_session._closed_to_other_accounts(config) == both
     if fault == "mode":
         scratch.chmod(0o750)
     else:
         scratch.rename(tmp_path / "private")
         scratch.symlink_to(tmp_path / "private") if fault == "link" else scratch.write_text("")
     with pytest.raises(TrailvecError, match=r"is not a folder that only this account can read: remove it, or set"):
-        spark_session._closed_to_other_accounts()
+        spark_session._closed_to_other_accounts(config)
+    # A folder of the user's choice needs none.
+    own = load_config(None, ['spark.conf={ "spark.local.dir" = "/big" }'])
+    assert spark_session._closed_to_other_accounts(own) == {"spark.authenticate": "true"}

@@ -107,10 +107,13 @@ from jobs.errors import TrailvecError
             "train.tracking_uri=https://bot:open@mlflow.shop",
             "tracking_uri contains a user, a password or a key, which belong in",
         ),
-        (
-            "train.tracking_uri=postgresql:///mlflow?host=db&user=bot&password=open",
-            "tracking_uri contains a user, a password or a key, which belong in",
-        ),
+        *[
+            (f"train.tracking_uri={uri}", "tracking_uri contains a user, a password or a key, which belong in")
+            for uri in (
+                "postgresql:///mlflow?host=db&user=bot&password=open",
+                "mssql+pyodbc:///?odbc_connect=DRIVER%3DODBC%3BUID%3Dbot%3BP%57D%3Dopen",
+            )
+        ],
         ("train.max_length=50", "unknown key train.max_length; max_length belongs below [sequences]"),
         ("score.max_users=5", "unknown key score.max_users; max_users belongs below [evaluate] or below [probe]"),
         ("epochs=2", "unknown key epochs; epochs belongs below [train]"),

@@ -290,6 +290,7 @@ def test_links_in_the_configurations_folder_reach_the_cluster_as_what_they_lead_
     (conf / "mine.toml").symlink_to(elsewhere / "of_the_team.toml")
     (conf / "sources").symlink_to(elsewhere / "sources")
     (conf / ".#mine.toml").symlink_to("me@here.1")  # an editor's lock leads nowhere
+    (conf / "loop").symlink_to(conf)
     said = submit_yarn(
         checkout,
         *("sessionize", "--conf", conf / "mine.toml"),

@@ -54,8 +54,9 @@ def started(*sets: str) -> None:
     with pytest.raises(TrailvecError) as told:
         start_spark(load_config(None, list(sets)))
     assert str(told.value) == (
-        "Java takes the names of files as ANSI_X3.4-1968 instead of UTF-8 and would leave out those with other "
-        "characters: export LC_ALL=C.UTF-8 and start it again"
+        "Java takes the names of files as ANSI_X3.4-1968 and Python as utf-8, so files with other characters would be "
+        "left out: set LC_ALL to a UTF-8 locale that `locale -a` lists, such as C.UTF-8 (on YARN: "
+        "spark.yarn.appMasterEnv.LC_ALL and spark.executorEnv.LC_ALL in [spark.conf])"
     )
 
 
@@ -86,12 +87,14 @@ def test_the_master_that_spark_submit_was_given_wins(
     java: list[dict[str, str]] = []  # its settings, once it is connected to
     if given is not None:
         os.environ["PYSPARK_GATEWAY_PORT"] = "1"
-    submitted = SimpleNamespace(_ensure_initialized=lambda: java.append({"spark.master": str(given)}))
+    own_folder = {"spark.local.dir": "/big"} if given == "local[3]" else {}
+    submitted = SimpleNamespace(_ensure_initialized=lambda: java.append({"spark.master": str(given)} | own_folder))
     monkeypatch.setattr(spark_session, "SparkContext", submitted)
     monkeypatch.setattr(spark_session, "SparkConf", lambda: java[0] if java else {})
     started(f'spark.master="{own}"')
     assert builder.settings.get("spark.master") == runs_on
-    assert ("spark.local.dir" in builder.settings) == (runs_on or "").startswith("local")
+    assert ("spark.authenticate" in builder.settings) == (runs_on or "").startswith("local")
+    assert ("spark.local.dir" in builder.settings) == (runs_on == "local[2]")  # or it has one
 
 
 @pytest.mark.parametrize("databricks", [True, False])
@@ -102,6 +105,11 @@ def test_the_session_of_databricks_keeps_its_own_delta(builder: Builder, databri
     delta = {"spark.sql.extensions", "spark.sql.catalog.spark_catalog"}
     assert delta & builder.settings.keys() == (set() if databricks else delta)
     assert builder.settings["spark.sql.session.timeZone"] == "UTC"
+
+
+def test_java_and_python_may_both_take_names_as_latin_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "iso8859-1")
+    spark_session.refuse_other_names("ISO-8859-1")
 
 
 def test_with_lc_all_c_java_takes_names_as_utf_8() -> None:

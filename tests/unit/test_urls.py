@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -305,6 +306,14 @@ def test_tasks_on_other_machines_read_a_list_of_the_driver_as_a_copy_on_the_moun
             assert copy.read_text() == copy.name == (tmp_path / f"{name}{part}").name
         assert _to_tasks(there, folder) == f"file://{there}"
     assert list(volume.iterdir()) == [there]
+
+    def lose_the_copies() -> None:
+        with copies(volume / ".lists.staging") as folder:
+            shutil.rmtree(folder)
+            raise FileNotFoundError(folder)
+
+    with pytest.raises(TrailvecError, match=r"^another run that began later has removed the lists"):
+        lose_the_copies()
     with copies(tmp_path / ".lists.staging") as folder:  # one machine
         assert _to_tasks(tmp_path / "a.csv", folder) == f"file://{tmp_path}/a.csv"
 
