@@ -98,13 +98,22 @@ SHORT: dict[str, Any] = {
 }
 TwoRanks = tuple[Path, list[dict[str, Any]]]
 _TRAIN_ALL = """
-import sys
+import json, resource, sys, torch
 from pathlib import Path
 from training.config import RunSpec
 from training.loop import train
 
+def fresh_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(10_000_000)  # 40 MB, freed at once: more than malloc keeps by itself
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = fresh_pages()
 for run_file in sys.argv[1:]:
     train(RunSpec.model_validate_json(Path(run_file).read_text()))
+fresh_pages()
+print(json.dumps({"event": "fresh_pages", "before": before, "kept": fresh_pages()}))
 """
 
 
@@ -135,6 +144,12 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> TwoRanks:
 def test_one_of_two_ranks_says_when_an_epoch_ends(two_ranks: TwoRanks) -> None:
     said = [line["epoch"] for line in two_ranks[1] if line["event"] == "epoch"]
     assert said == [*[1, 2, 3] * 3, 1, 2]
+
+
+def test_a_steps_memory_serves_the_next_one(two_ranks: TwoRanks) -> None:
+    pages = [line for line in two_ranks[1] if line["event"] == "fresh_pages"]
+    assert len(pages) == 2
+    assert all(of["kept"] < 100 < of["before"] for of in pages)
 
 
 @pytest.mark.parametrize(("name", "table"), [("adamw", {}), ("rowwise", ROW_WISE)], ids=["adamw", "rowwise"])
@@ -1028,26 +1043,3 @@ def test_a_python_without_pytorch_is_one_sentence() -> None:
 def test_a_small_log_is_passed_over_more_often() -> None:
     settings = TrainSettings(epochs=3, min_steps=100, batch_size=10, processes=2)  # 20 rows in a step
     assert [epochs(settings, rows) for rows in (1, 20, 21, 980, 1000, 100_000)] == [100, 100, 50, 3, 3, 3]
-
-
-_FRESH_PAGES = """
-import resource, torch
-from training.loop import _keep_freed_memory
-
-def fresh_pages():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
-        torch.ones(10_000_000)  # 40 MB, freed at once: more than malloc keeps by itself
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-print(fresh_pages())
-_keep_freed_memory()
-fresh_pages()
-print(fresh_pages())
-"""
-
-
-def test_a_steps_memory_serves_the_next_one() -> None:
-    told = subprocess.run([sys.executable, "-c", _FRESH_PAGES], check=True, capture_output=True).stdout
-    before, kept = map(int, told.split())
-    assert kept < 100 < before
