@@ -71,6 +71,14 @@ def write_files(folder: Path, *parts: list[dict[str, Any]], row_group_size: int 
     return urls
 
 
+def damage(url: str) -> None:
+    """Overwrites the data pages of a Parquet file; its footer stays."""
+    path = Path(url.removeprefix("file://"))
+    good = path.read_bytes()
+    footer = int.from_bytes(good[-8:-4], "little") + 8
+    path.write_bytes(b"\0" * (len(good) - footer) + good[-footer:])
+
+
 def write_valid(
     folder: Path, rows: list[dict[str, Any]], targets: list[list[int]], seen: list[list[int]] | None = None
 ) -> list[str]:
