@@ -311,7 +311,9 @@ class Selection:
 
     def as_of(self, kind: VectorKind) -> str:
         """The latest `as_of` of the vectors of that kind, ISO 8601: they know events before it."""
-        return str(self._of_model(kind).agg(F.date_format(F.max("as_of"), "yyyy-MM-dd'T'HH:mm:ssX")).collect()[0][0])
+        # The microseconds too: it is one after the newest event.
+        newest = F.date_format(F.max("as_of"), "yyyy-MM-dd'T'HH:mm:ss.SSSSSSX")
+        return str(self._of_model(kind).agg(newest).collect()[0][0])
 
     # ---- Spark: candidates
 

@@ -188,7 +188,7 @@ def test_who_is_in_a_segment_and_that_the_key_is_nowhere(
     }
     assert {row["export_id"] for row in logged} == {manifest["export_id"]}
     assert manifest["model_version"] == "m1"
-    assert manifest["as_of"] == "2017-12-01T00:00:00Z"
+    assert manifest["as_of"] == "2017-12-01T00:00:00.000000Z"
     assert manifest["segment"]["owner"] == "marketing"
     assert manifest["provenance"]["reads"] == {"current_model": 1, "user_embeddings": 1}
 
@@ -877,7 +877,7 @@ def test_profiles_say_who_is_alike_where_the_model_has_some(
         seeds = {seed: [1.0, 0.0, 0.0] for seed in ("ann", "amy", "bob")}
         others = {"cat": [0.0, 1.0, 0.0], "dan": [0.0, 0.0, 1.0], "eve": [2.0, 1.0, 0.0], "far": [3.0, 0.0, 0.0]}
         gone = {"bot": [4.0, 0.0, 0.0], "ada": [1.0, 0.0, 0.0]}  # had profiles, but no longer have vectors
-        now = datetime(2024, 1, 1, tzinfo=timezone.utc)
+        now = datetime(2024, 1, 1, 0, 0, 0, 1, tzinfo=timezone.utc)  # the newest event was at midnight
         everyone = seeds | others | gone  # none for eva and nil
         rows = [(user, version, now, vector) for user, vector in everyone.items()]
         put(shop, USER_PROFILES, spark.createDataFrame(rows, USER_PROFILES.schema()))
@@ -911,10 +911,10 @@ def test_profiles_say_who_is_alike_where_the_model_has_some(
     assert "so likes can't contain them: run" in note
     manifest, _ = read(shop)
     counts = manifest["counts"]
-    assert manifest["as_of"] == "2024-01-01T00:00:00Z"  # the profiles'
+    assert manifest["as_of"] == "2024-01-01T00:00:00.000001Z"  # the profiles'
     assert (counts["seeds"]["known"], counts["seeds"]["used"]) == (3, 3)
     assert counts["in"] == len(USERS) == counts["exported"] + sum(removed(manifest).values())
-    assert read(shop, "asked")[0]["as_of"] == "2017-12-01T00:00:00Z"
+    assert read(shop, "asked")[0]["as_of"] == "2017-12-01T00:00:00.000000Z"
 
 
 def test_a_floor_that_was_too_high_is_lowered(shop: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
