@@ -373,7 +373,7 @@ def test_the_same_command_again_trains_nothing(trained: Runtime) -> None:
 
 def test_failed_training_leaves_the_old_model_current(trained: Runtime) -> None:
     current = (trained.models / "current.json").read_text()
-    models = sorted(path.name for path in trained.models.glob("*/model.json"))
+    models = sorted(path.parent.name for path in trained.models.glob("*/model.json"))
     sets = (*SETTINGS, "train.processes=1", "train.learning_rate=1e30", "train.epochs=2", "train.tracking_uri=none")
     config = make_config(trained.root, *sets)
     with pytest.raises(TrailvecError, match=r"training stopped: the loss is nan in epoch \d: lower train"):
@@ -382,7 +382,7 @@ def test_failed_training_leaves_the_old_model_current(trained: Runtime) -> None:
     with pytest.raises(TrailvecError, match=r"vocabulary\.min_count = 3, not 2 as .*: run `trailvec build_vo"):
         Runtime(config, trained.spark).execute(train.STAGE)
     assert (trained.models / "current.json").read_text() == current
-    assert sorted(path.name for path in trained.models.glob("*/model.json")) == models
+    assert sorted(path.parent.name for path in trained.models.glob("*/model.json")) == models
 
 
 def test_missing_and_damaged_models_and_one_of_other_tables(trained: Runtime) -> None:
