@@ -48,8 +48,8 @@ def logs(draw: st.DrawFn, max_events: int = 40) -> list[Row]:
 
 
 # Hypothesis' first example is always the simplest: a log of one event, a waste among few examples. For a seed the
-# simplest is 0, which is as good as any.
-seeds = st.randoms(use_true_random=True)
+# simplest is 0, by which a test of one example would see the same log in each run.
+seeds = st.randoms(use_true_random=True).filter(lambda chance: repr(chance) != "Random(0)")
 
 
 def full_logs(count: int) -> st.SearchStrategy[list[Row]]:

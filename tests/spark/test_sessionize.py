@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 import pytest
 from delta.tables import DeltaMergeBuilder, DeltaTable
 from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from pyspark.sql import DataFrame, SparkSession
 
 from jobs import sessionize
@@ -109,13 +108,9 @@ def test_order_and_partitioning_of_the_events_do_not_matter(
     assert in_words(first) == sorted([e["event_id"] for e in s] for s in oracles.sessions(events, *ORACLE_GAPS))
 
 
-@settings(max_examples=2)
-@given(
-    events=full_logs(120),
-    max_minutes=st.sampled_from([None, 30]),
-    max_events=st.sampled_from([2, 10_000]),
-    every=st.sampled_from([1, 7]),
-)
+@pytest.mark.parametrize(("max_minutes", "max_events", "every"), [(None, 2, 1), (30, 10_000, 7)])
+@settings(max_examples=1)
+@given(events=full_logs(120))
 def test_parting_the_users_with_many_events_changes_nothing(
     spark: SparkSession, events: list[Row], max_minutes: float | None, max_events: int, every: int
 ) -> None:
@@ -271,14 +266,12 @@ def batches(chance: random.Random) -> tuple[list[Row], list[tuple[str, list[Row]
 
 
 # No shrinking: with Spark it takes an hour.
-@settings(max_examples=2, phases=[Phase.explicit, Phase.reuse, Phase.generate])
-@given(
-    log_and_batches=seeds.map(batches),
-    max_minutes=st.sampled_from([30, None]),
-    max_events=st.sampled_from([10_000, 2]),
-    midnight_of=st.sampled_from(["Europe/London", None]),
-    cut_on_vertical=st.booleans(),
+@pytest.mark.parametrize(
+    ("max_minutes", "max_events", "midnight_of", "cut_on_vertical"),
+    [(30, 10_000, "Europe/London", False), (None, 2, None, True)],
 )
+@settings(max_examples=1, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(log_and_batches=seeds.map(batches))
 def test_law_1_any_split_into_batches_ends_in_the_sessions_of_one_batch(
     make_runtime: Callable[..., Runtime],
     tmp_path_factory: pytest.TempPathFactory,
