@@ -152,9 +152,17 @@ def first_day(folder: Path, data: Path, run: Callable[[Job], float] = Job.run) -
     return job
 
 
-def kills(folder: Path, compared: tuple[Job, float], first: Job, times: int, seed: int) -> dict[str, Any]:
+def kills(
+    folder: Path,
+    compared: tuple[Job, float],
+    first: Job,
+    *,
+    times: int,
+    seed: int,
+    run: Callable[[Job], float] = Job.run,
+) -> dict[str, Any]:
     """Kills ingest and sessionize in turn, while they add the other days to tables of the first and, every other time,
-    while they make the tables of all days; then the same command runs to its end."""
+    while they make the tables of all days; then the same command runs to its end, over a copy of what was left."""
     chance = random.Random(seed)
     (undisturbed, whole), killed = compared, Job(folder, first.data, folder / "killed")
     shutil.copytree(first.root, killed.root)
@@ -197,8 +205,10 @@ def kills(folder: Path, compared: tuple[Job, float], first: Job, times: int, see
                 )
                 records[-1]["from_nothing"] = from_nothing
                 print(f"killed in {stage}, after {moment:.1f} of {length:.1f} s", flush=True)
-        killed.run()
-        wrong |= differences(undisturbed.root, killed.root, without=_OF_THE_FOLDER)
+        ended = Job(folder, first.data, folder / f"ended-{len(records)}")
+        shutil.copytree(killed.root, ended.root)
+        run(ended)
+        wrong |= differences(undisturbed.root, ended.root, without=_OF_THE_FOLDER)
     return {"undisturbed_s": round(whole, 1), "kills": records, "wrong": wrong}
 
 
@@ -294,7 +304,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     checks: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "kills": lambda a: kills(
-            a.folder, undisturbed_run(a.folder, a.data), first_day(a.folder, a.data), a.times, a.seed
+            a.folder,
+            undisturbed_run(a.folder, a.data),
+            first_day(a.folder, a.data),
+            times=a.times,
+            seed=a.seed,
         ),
         "two_ingests": lambda a: two_ingests(a.folder, undisturbed_run(a.folder, a.data)),
         "full_disk": lambda a: full_disk(a.folder, undisturbed_run(a.folder, a.data), first_day(a.folder, a.data)),

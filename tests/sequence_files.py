@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.launch_training import parse_event
 from training.batches import BUCKET_SIZES, FEATURES
 from training.checkpoint import describe_weights, save_weights
 from training.config import ModelSpec, RunSpec, TrainSettings
@@ -30,6 +34,18 @@ SPEC = ModelSpec(
     items=ITEMS,
     context_sizes=CONTEXT_SIZES,
 )
+
+
+def train_here(_: Path, spec: RunSpec, on_event: Callable[[dict[str, Any]], None]) -> None:
+    """In place of `launch` where no process needs to end by itself: in this one, in which PyTorch is imported once."""
+    from training.loop import train
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        train(spec)
+    for line in said.getvalue().splitlines():
+        if event := parse_event(line):
+            on_event(event)
 
 
 def save_model(folder: Path, model: SequenceModel, about: dict[str, Any]) -> None:

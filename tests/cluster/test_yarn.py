@@ -386,7 +386,8 @@ def test_nothing_of_this_machine_is_seen_nor_a_key_in_logs_and_a_failure_is_one_
     submit: Submit, tmp_path: Path
 ) -> None:
     once = submit.conf.with_name("once.toml")
-    once.write_text(submit.conf.read_text() + ONCE)
+    one = submit.conf.read_text().replace('"spark.executor.instances" = "2"', '"spark.executor.instances" = "1"')
+    once.write_text(one + ONCE)
     code, stdout, stderr = replace(submit, conf=once).run(str(Path(__file__).with_name("look.py")))
     report = json.loads(next(line for line in stdout if line.startswith("{")))
     containers = re.compile(f"{submit.cluster.data}/node[12]/local/usercache/")

@@ -64,8 +64,10 @@ def test_differences_are_seen(tmp_path: Path) -> None:
     assert differences(tmp_path / "one", tmp_path / "one", ["sessions"]) == {}
 
 
-def test_kills_at_random_moments_leave_no_trace(tmp_path: Path, compared: tuple[Job, float], first: Job) -> None:
-    found = kills(tmp_path, compared, first, times=2, seed=os.getpid())
+def test_kills_at_random_moments_leave_no_trace(
+    tmp_path: Path, compared: tuple[Job, float], first: Job, run_here: Callable[[Job], float]
+) -> None:
+    found = kills(tmp_path, compared, first, times=2, seed=os.getpid(), run=run_here)
     # In either order: a stage that ends before its moment is started again, and killed after the other.
     assert sorted((kill["stage"], kill["done"]) for kill in found["kills"]) == [
         ("ingest", []),

@@ -64,6 +64,7 @@ USER, PASSWORD = "ada", "pä-ss"  # beeline itself accepts no space or quote in 
 SECRETS = {"TRAILVEC_SQL_USER": USER, "TRAILVEC_SQL_PASSWORD": PASSWORD}
 SECRETS |= {"TRAILVEC_EXPORT_KEY": "k1", "TRAILVEC_ERASE_KEY": "k2"}
 SECRETS |= {f"MLFLOW_TRACKING_{name}": "m" for name in ("USERNAME", "PASSWORD", "TOKEN")}
+SHORT_LIVED = "-XX:+UseSerialGC -XX:TieredStopAtLevel=1"  # options of Java
 LENGTH = 8
 NOON = datetime(2017, 12, 1, 12, tzinfo=timezone.utc)
 
@@ -119,7 +120,8 @@ def warehouse(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> 
 def server(warehouse: Served) -> Iterator[Served]:
     """The command, serving with a password; must exit with 0 when told to stop."""
     (warehouse.port,) = free_ports(1)
-    given = SPARK_CONF | {"spark.driver.memory": "1g"}
+    # (For the few queries that it answers, Java's optimising compiler costs more than it saves.)
+    given = SPARK_CONF | {"spark.driver.memory": "1g", "spark.driver.extraJavaOptions": SHORT_LIVED}
     del given["spark.ui.enabled"]  # the command's own
     conf = ", ".join(f'"{k}"={json.dumps(v)}' for k, v in given.items())
     command = [sys.executable, "-m", "jobs.cli", "serve_sql", "--port", str(warehouse.port)]
@@ -246,7 +248,7 @@ def beeline(server: Served, text: str, password: str, folder: Path) -> subproces
     secret.write_text(password, encoding="utf-8")
     command = [Path(pyspark.__file__).parent / "bin" / "beeline", "-n", USER, "-w", secret, "--silent=true"]
     command += ["-u", f"jdbc:hive2://127.0.0.1:{server.port}/served", "--outputformat=csv2", "-e", text]
-    environment = os.environ | {"JAVA_HOME": java_home(), "JAVA_TOOL_OPTIONS": "-Dfile.encoding=UTF-8"}
+    environment = os.environ | {"JAVA_HOME": java_home(), "JAVA_TOOL_OPTIONS": f"-Dfile.encoding=UTF-8 {SHORT_LIVED}"}
     environment.pop("SPARK_HOME", None)
     return subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=300)
 

@@ -24,7 +24,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 from safetensors.numpy import load_file
 
-from jobs import embed_items, item_facts, score_users, train
+from jobs import embed_items, item_facts, score_users, train, tune
 from jobs.errors import TrailvecError
 from jobs.launch_training import launch_in_spark
 from jobs.model_folders import model_folder
@@ -32,15 +32,13 @@ from jobs.models import encode_sequences
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import spark_conf
 from jobs.tables import CONTEXT_VALUES, ITEM_EMBEDDINGS, ITEMS, SEQUENCES, USER_EMBEDDINGS, Table
-from jobs.tune import run_tune
 from scripts.faults import delta_reader
 from spark_udfs.encode import LoadedModel, encode_rows
 from tests.conftest import make_config
-from tests.sequence_files import MAX_LENGTH, item_counts, make_rows
+from tests.sequence_files import MAX_LENGTH, item_counts, make_rows, train_here
 from training.batches import FEATURES
 from training.checkpoint import WEIGHTS, Progress, load_model, newest_checkpoint, write_checkpoint
 from training.config import ITEM_ATTRIBUTES, ModelSpec, RunSpec
-from training.loop import train as train_rows
 
 CUT = datetime(2024, 6, 1)
 SETTINGS = (
@@ -131,11 +129,6 @@ def trained(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Ru
     return runtime
 
 
-def train_here(_: Path, spec: RunSpec, on_event: Callable[..., None]) -> None:
-    """In place of `launch` where nothing is heard or killed: in this process, which has imported PyTorch."""
-    train_rows(spec)
-
-
 def about_of(runtime: Runtime) -> dict[str, Any]:
     about: dict[str, Any] = json.loads((model_folder(runtime) / "model.json").read_text())
     return about
@@ -202,13 +195,14 @@ def test_a_model_reads_only_the_configured_inputs_and_attributes(trained: Runtim
 
 
 def test_the_search_for_settings_reads_these_tables_and_resumes(
-    trained: Runtime, capsys: pytest.CaptureFixture[str]
+    trained: Runtime, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tune, "launch", train_here)
     said: list[str] = []
     runtime = Runtime(make_config(trained.root, *SETTINGS, "train.processes=1", "train.epochs=1"), trained.spark)
     runtime.on_progress = said.append
     for _ in range(2):
-        run_tune(runtime, 1)
+        tune.run_tune(runtime, 1)
         assert re.match(r"# ndcg@10 0\.\d{4} on the validation users, trial 0 of 1\n", capsys.readouterr().out)
     assert any(line.startswith("trial 0  epoch 1/1") for line in said)
     assert said[-1] == "resumes the search after 1 trials"  # and no trial after it
@@ -371,12 +365,13 @@ def test_the_same_command_again_trains_nothing(trained: Runtime) -> None:
     assert trained.execute(score_users.STAGE).skipped
 
 
-def test_failed_training_leaves_the_old_model_current(trained: Runtime) -> None:
+def test_failed_training_leaves_the_old_model_current(trained: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "launch", train_here)
     current = (trained.models / "current.json").read_text()
     models = sorted(path.parent.name for path in trained.models.glob("*/model.json"))
     sets = (*SETTINGS, "train.processes=1", "train.learning_rate=1e30", "train.epochs=2", "train.tracking_uri=none")
     config = make_config(trained.root, *sets)
-    with pytest.raises(TrailvecError, match=r"training stopped: the loss is nan in epoch \d: lower train"):
+    with pytest.raises(TrailvecError, match=r"^the loss is nan in epoch \d: lower train"):
         Runtime(config, trained.spark).execute(train.STAGE)
     config = make_config(trained.root, *SETTINGS, "vocabulary.min_count=2")
     with pytest.raises(TrailvecError, match=r"vocabulary\.min_count = 3, not 2 as .*: run `trailvec build_vo"):
@@ -594,7 +589,9 @@ def test_a_killed_training_goes_on_over_the_tables_as_they_were_whatever_was_com
     increment("u4")
     newest = runtime.latest_version(SEQUENCES)
     runtime.on_progress = lines.append
-    report = runtime.execute(train.STAGE)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "launch", train_here)
+        report = runtime.execute(train.STAGE)
     assert any(f"resumes from a checkpoint: epoch {epochs[0]}, after 0 steps" in line for line in lines)
     for told in (report.notes, lines):  # at once, and at the end
         assert any("resumes the training that was stopped, on the tables as they were" in line for line in told)

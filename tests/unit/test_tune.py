@@ -16,7 +16,7 @@ from jobs.errors import TrailvecError
 from jobs.launch_training import launch
 from jobs.runtime import Runtime
 from tests.conftest import make_config
-from tests.sequence_files import make_rows, make_run, next_items
+from tests.sequence_files import make_rows, make_run, next_items, train_here
 from training.config import RunSpec, TrainSettings
 
 TOLD: dict[str, Any] = {"event": "epoch", "epoch": 1, "epochs": 1, "share": 1.0, "loss": 1.0, "rows_per_second": 1.0}
@@ -37,17 +37,15 @@ def test_a_search_goes_on_from_the_trials_that_have_ended(tmp_path: Path, monkey
     rows = make_rows(30, seed=3)
     own = {"epochs": 2, "batch_size": 20, "learning_rate": 0.03}
     spec = make_run(tmp_path / "run", [make_rows(120)], (rows, next_items(rows)), **own)
-    rates = {
-        2: 1e30,
-        3: 1e-9,
-    }  # the first one, of the spec's own, learns all that there is; one fails, one learns nothing
+    # The first one, of the spec's own, learns all that there is; one fails, one learns nothing.
+    rates = {2: 1e30, 3: 1e-9}
     monkeypatch.setattr(tune, "propose", lambda trial, heads: {"learning_rate": rates[trial.number], "width": 8})
 
     def learn(run_file: Path, run: RunSpec, hear: Any) -> None:
-        if run.settings.learning_rate == rates[3]:  # no process is needed to learn nothing
+        if run.settings.learning_rate == rates[3]:  # nothing needs to run to learn nothing
             hear({**TOLD, tune.METRIC: 0.0})
         else:
-            launch(run_file, run, hear)
+            (launch if run.settings.learning_rate == rates[2] else train_here)(run_file, run, hear)
 
     monkeypatch.setattr(tune, "launch", learn)
     said: list[str] = []
