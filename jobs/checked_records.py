@@ -29,9 +29,11 @@ from jobs.errors import TrailvecError, one_sentence
 from jobs.raw_records import (
     BROKEN,
     FILE,
+    INVALID,
     LINE,
     REST,
     is_id_type,
+    is_invalid,
     is_nested_type,
     named_column,
     stripped,
@@ -136,9 +138,10 @@ def to_events(
 
 def _mapped(raw: DataFrame, mapping: Input, source: str) -> DataFrame:
     """The mapping applied: EVENTS' columns as the record gives them (numbers still unparsed, named by `_as_given`), and
-    what `_reason` and `to_events` need: has_event_ts, own_reason, bad_type, is_no_user, record, line and file."""
+    what `_reason` and `to_events` need: has_event_ts, own_reason, bad_type, is_no_user, is_invalid, record, line and
+    file."""
     columns = mapping.columns
-    fields = [named_column(name) for name in raw.columns if name not in (FILE, LINE, BROKEN, REST)]
+    fields = [named_column(name) for name in raw.columns if name not in (FILE, LINE, BROKEN, INVALID, REST)]
     if columns.event_id.ordinal:
         record = F.coalesce(F.col(LINE), F.to_json(F.struct(*fields), JSON_MICROSECONDS))
         # The hash first: the sort compares a prefix of the first key, and a file's name can't tell its records apart.
@@ -176,6 +179,7 @@ def _mapped(raw: DataFrame, mapping: Input, source: str) -> DataFrame:
         F.coalesce(F.when(F.col(BROKEN), F.lit(BROKEN_ROW)), *own_rules).alias("own_reason"),
         F.coalesce(F.lit(None).cast("string"), *bad_types).alias("bad_type"),
         ids["user_id"].alias("is_no_user"),
+        F.col(INVALID).alias("is_invalid"),
         F.struct(*fields).alias("record"),
         F.col(LINE).alias("line"),
         F.col(FILE).alias("file"),
@@ -314,9 +318,11 @@ def _is_no_word(origin: Column, kind: T.DataType, is_json: bool) -> Column:
 
 
 def _is_valid_text(names: Sequence[str]) -> Column:
-    """False if some bytes are not UTF-8: Java reads them as U+FFFD, which no clean log contains."""
+    """False if some bytes are not UTF-8. Java reads these as U+FFFD; but whoever wrote a clean log may have done so
+    too, and then the record's own bytes tell."""
     parts = [*map(F.col, names), F.array_join(F.map_values("attributes"), "")]
-    return ~valid_text(F.concat_ws("", *parts)).contains("\ufffd")
+    text = F.concat_ws("", *parts)
+    return ~(valid_text(text).contains("\ufffd") & (F.col("is_invalid") | is_invalid(text)))
 
 
 def _reason(given: DataFrame, settings: IngestSettings, now: datetime, has_zone: Column) -> Column:

@@ -1,6 +1,6 @@
 """Files and topics → raw frames: a source's records as read, before any validation.
 
-A frame has the record's own columns, those of the mapping's lookups, and FILE, LINE, BROKEN and REST.
+A frame has the record's own columns, those of the mapping's lookups, and FILE, LINE, BROKEN, INVALID and REST.
 `jobs/checked_records.py` turns them into events.
 """
 
@@ -32,12 +32,14 @@ from training.urls import file_url, local_path
 FILE = "trailvec_file"  # the file's URI, or the topic's name, partition and offset
 LINE = "trailvec_line"  # the record's text; NULL where the columns hold all of it
 BROKEN = "trailvec_broken"  # the line could not be split into columns
+INVALID = "trailvec_invalid"  # some bytes are not UTF-8: if a value holds U+FFFD, it may stand for them
 REST = "trailvec_rest"  # columns that the mapping doesn't mention, as a map
 
 _PACKED = re.compile(r"[.](zip|7z|xz|rar|tar|tgz|gz|bz2|zst|lz4|snappy|deflate)$", re.IGNORECASE)
 _TAR = re.compile(r"[.]tar([.]\w+)?$", re.IGNORECASE)  # an archive of several files, which no codec splits
 BLANKS = " \t\n\x0b\f\r"
 
+_INVALID_THERE = "trailvec_invalid_there"  # INVALID of a lookup's row
 _END = "trailvec_end"
 _PARSED = "trailvec_parsed"
 _OBJECTS = "trailvec_objects"
@@ -125,7 +127,8 @@ def _no_such_file(path: Place) -> TrailvecError:
 def read_raw(
     spark: SparkSession, mapping: Input, data_dir: Place, files: Sequence[str], spread: bool = False
 ) -> list[DataFrame]:
-    """The records of some of an input's files: their own columns, those of the lookups, FILE, LINE, BROKEN and REST.
+    """The records of some of an input's files: their own columns, those of the lookups, FILE, LINE, BROKEN, INVALID
+    and REST.
 
     CSV and JSON columns are strings (a nested JSON value is its JSON text); Parquet columns keep their types. Files
     with different columns become separate frames.
@@ -185,6 +188,7 @@ def _finish(
         else:
             rest = [name for name in records.columns if not name.startswith("trailvec_") and name not in claimed]
             records = records.withColumn(REST, _texts(records, rest))
+            records = _checked(records) if mapping.format == "parquet" else records
         for lookup, rows in zip(mapping.lookups, lookups, strict=True):
             records = _join_lookup(records, rows, lookup, named, place)
         if joined:
@@ -369,6 +373,7 @@ def _read_csv(lines: DataFrame, file: str, header: str, delimiter: str) -> DataF
             FILE,
             F.when(is_broken, F.col(LINE)).alias(LINE),
             is_broken.alias(BROKEN),
+            _is_invalid_line(F.concat_ws("", *[parsed[f"_{place}"] for place in range(len(names))])).alias(INVALID),
         )
     )
 
@@ -419,6 +424,18 @@ def _bytes_as_text(records: DataFrame, ids: Sequence[str]) -> DataFrame:
     return records.withColumns({name: named_column(name).cast("string") for name in binary})
 
 
+def _is_invalid_line(texts: Column) -> Column:
+    """INVALID of a line that was parsed to these texts. (To look at the bytes of each would take a tenth of ingest.)"""
+    return texts.contains("\ufffd") & is_invalid(F.col(LINE))
+
+
+def _checked(records: DataFrame) -> DataFrame:
+    """The records with INVALID."""
+    # A cast to text keeps the bytes, also of nested values. Those of binary ones are no text to begin with.
+    texts = [named_column(f.name).cast("string") for f in records.schema if not isinstance(f.dataType, T.BinaryType)]
+    return records.withColumn(INVALID, is_invalid(F.concat_ws("", *texts)))
+
+
 def _parse_json(lines: DataFrame, names: list[str], claimed: set[str], taken: Mapping[str, str]) -> DataFrame:
     """One object per non-blank line; keys that the mapping doesn't name go into REST.
 
@@ -454,6 +471,7 @@ def _parse_json(lines: DataFrame, names: list[str], claimed: set[str], taken: Ma
             FILE,
             LINE,
             is_broken.alias(BROKEN),
+            _is_invalid_line(F.array_join(F.map_values(_PARSED), "")).alias(INVALID),
             rest.alias(REST),
         )
     )
@@ -476,13 +494,14 @@ def _named_columns(mapping: Input) -> list[str]:
 def _read_lookup(
     spark: SparkSession, lookup: Lookup, data_dir: Place, named: Sequence[str], ids: Sequence[str]
 ) -> DataFrame:
-    """One row per value of the `on` columns, which become text and are renamed by `_on`."""
+    """One row per value of the `on` columns, which become text and are renamed by `_on`; with _INVALID_THERE."""
     files = [file for file, *_ in find_inputs(spark, data_dir, lookup.path)]
     if lookup.format == "csv":
         rows = read_csv_table(spark, files, lookup.delimiter, named, f"the lookup {lookup.path}", base={})
         rows = rows.where(_is_whole()).drop(FILE, LINE, BROKEN)
     else:
-        rows = _bytes_as_text(spark.read.parquet(*as_patterns(files)), ids)
+        rows = _checked(_bytes_as_text(spark.read.parquet(*as_patterns(files)), ids))
+    rows = rows.withColumnRenamed(INVALID, _INVALID_THERE)
     _check_columns(lookup.path, rows, lookup.on)
     rest = [name for name in rows.columns if name not in lookup.on]
     keys = [_key(rows, name, f"the lookup {lookup.path}").alias(_on(name)) for name in lookup.on]
@@ -497,7 +516,7 @@ def _read_lookup(
 def read_csv_table(
     spark: SparkSession, files: Sequence[str], delimiter: str, named: Sequence[str], what: str, *, base: dict[str, str]
 ) -> DataFrame:
-    """The rows of files with the same header, with FILE, LINE and BROKEN; `what`: how errors call the files.
+    """The rows of files with the same header, with FILE, LINE, BROKEN and INVALID; `what`: how errors call the files.
 
     Raises:
         TrailvecError: the files have no header, or different ones, or one that repeats a column of `named`.
@@ -505,7 +524,7 @@ def read_csv_table(
     frames: list[DataFrame] = []
     for file, rows in _read_csv_files(spark, files, delimiter, named, base):
         if frames and rows.columns != frames[0].columns:
-            found, others = (", ".join(frame.columns[:-3]) for frame in (rows, frames[0]))
+            found, others = (", ".join(frame.columns[:-4]) for frame in (rows, frames[0]))
             raise TrailvecError(
                 f"{file} has the columns {found}; other files of {what} have {others}: correct its header"
             )
@@ -532,7 +551,8 @@ def _join_lookup(records: DataFrame, rows: DataFrame, lookup: Lookup, named: Seq
         raise TrailvecError(_both_have(lookup.path, min(wanted)))
     rows = rows.drop(*both)  # not named by the mapping (`_c0`, where pandas wrote its index into both files)
     same = [_key(records, name, place) == F.col(_on(name)) for name in lookup.on]
-    return records.join(rows, reduce(Column.__and__, same), "left").drop(*map(_on, lookup.on))
+    joined = records.join(rows, reduce(Column.__and__, same), "left").drop(*map(_on, lookup.on))
+    return joined.withColumn(INVALID, F.col(INVALID) | F.coalesce(_INVALID_THERE, F.lit(False))).drop(_INVALID_THERE)
 
 
 def _key(rows: DataFrame, name: str, where: str) -> Column:
@@ -585,6 +605,11 @@ def _check_columns(path: str, rows: DataFrame, names: Sequence[str]) -> None:
 def valid_text(value: Column) -> Column:
     """The text with U+FFFD for invalid UTF-8. Spark's readers keep such bytes, Python and DuckDB refuse them."""
     return F.decode(F.encode(value, "UTF-8"), "UTF-8")
+
+
+def is_invalid(text: Column) -> Column:
+    """Whether some of its bytes are not UTF-8, as Spark's readers keep them."""
+    return valid_text(text) != text
 
 
 def stripped(text: Column) -> Column:

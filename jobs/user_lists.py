@@ -30,11 +30,13 @@ from jobs.raw_records import (
     BLANKS,
     BROKEN,
     FILE,
+    INVALID,
     LINE,
     as_patterns,
     by_partition_columns,
     data_files,
     files_below,
+    is_invalid,
     read_csv_table,
     stripped,
     valid_text,
@@ -123,7 +125,7 @@ def read_items(runtime: Runtime, file: Path, folder: Place) -> DataFrame:
     if file.is_dir():
         raise _no_table(file)
     lines = runtime.spark.read.text(as_patterns([_to_tasks(file, folder)]))
-    if not lines.where(_is_other_text("value")).isEmpty():
+    if not lines.where(_is_other_text("value", is_invalid(F.col("value")))).isEmpty():
         raise _other_text(file)
     ids = lines.select(stripped(without_padding(F.col("value"))).alias("item_id"))
     if not ids.where(F.col("item_id").rlike(f"^(?:{_OF_CSV.pattern})$")).isEmpty():
@@ -228,7 +230,7 @@ def read_rows(runtime: Runtime, file: Path, folder: Place, name: str = "user_id"
     if not is_csv:
         return runtime.spark.read.options(**base).parquet(*as_patterns(files))
     rows = read_csv_table(runtime.spark, files, ",", (), f"the list {file}", base=base)
-    is_other = _is_other_text(name) if name in rows.columns else F.lit(False)
+    is_other = _is_other_text(name, F.col(INVALID)) if name in rows.columns else F.lit(False)
     if (wrong := rows.where(F.col(BROKEN) | is_other).first()) is not None:
         if not wrong[BROKEN]:
             raise _other_text(file)
@@ -236,7 +238,7 @@ def read_rows(runtime: Runtime, file: Path, folder: Place, name: str = "user_id"
             f"{_line_of(parts, wrong[LINE]) or f'a line of the list {file}'} does not fit its header, or is "
             "part of a record that spans several lines: write each record on one line"
         )
-    return rows.drop(FILE, LINE, BROKEN)
+    return rows.drop(FILE, LINE, BROKEN, INVALID)
 
 
 def _line_of(parts: Sequence[Path], text: str) -> str | None:
@@ -268,10 +270,11 @@ def _check_alike(file: Path, parts: Sequence[Path]) -> None:
             )
 
 
-def _is_other_text(name: str) -> Column:
-    """Whether it holds invalid UTF-8 (which U+FFFD replaces), or a NUL other than as padding, as UTF-16 does."""
+def _is_other_text(name: str, in_line: Column) -> Column:
+    """Whether it holds invalid UTF-8 (which U+FFFD replaces; `in_line`: whether its line does), or a NUL other than as
+    padding, as UTF-16 does."""
     text = valid_text(F.col(name))
-    return text.contains("\ufffd") | without_padding(text).contains("\0")
+    return (in_line & text.contains("\ufffd")) | without_padding(text).contains("\0")
 
 
 def _other_text(file: Path) -> TrailvecError:

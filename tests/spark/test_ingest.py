@@ -680,6 +680,45 @@ def test_bytes_that_are_no_utf8_are_refused(spark: SparkSession, tmp_path: Path,
     assert second["reason"] == third["reason"] == "invalid_utf8"
 
 
+@pytest.mark.parametrize("form", ["csv", "json", "parquet"])
+def test_a_replacement_character_is_a_text_like_any_other(spark: SparkSession, tmp_path: Path, form: str) -> None:
+    """What read Latin-1 as UTF-8 long before us wrote it: such a file is valid."""
+    queries = [b"caf\xef\xbf\xbd", b"caf\\ufffd" if form == "json" else b"\xef\xbf\xbd", b"caf\xe9"]
+    rows = list(enumerate(queries, 1))
+    lines = {
+        "csv": [b"id,user,item,at,price,query", *(b"%d,ann,a,2023-05-01,1,%s" % row for row in rows)],
+        "json": [
+            b'{"id": "%d", "user": "ann", "item": "a", "at": "2023-05-01", "price": 1, "query": "%s"}' % row
+            for row in rows
+        ],
+    }
+    if form == "parquet":
+        texts = pa.array(queries).view(pa.string())  # unchecked
+        same = {name: ["1"] * 3 for name in ("user", "item", "price")} | {"at": ["2023-05-01"] * 3}
+        more = {"query": texts.take([0, 1, 0]), "nested": pa.StructArray.from_arrays([texts], ["text"])}
+        table = pa.table({"id": ["1", "2", "3"], **same, **more})
+        pq.write_table(table, tmp_path / "log.parquet")
+    else:
+        (tmp_path / f"log.{form}").write_bytes(b"\n".join(lines[form]))
+    first, second, third = ingest(spark, tmp_path, mapping(f"log.{form}", form))
+    assert (first["reason"], first["attributes"]["query"]) == (None, "caf\ufffd")
+    assert (second["reason"], second["attributes"]["query"][-1]) == (None, "\ufffd")
+    assert third["reason"] == "invalid_utf8"
+
+
+def test_a_lookup_s_bytes_that_are_no_utf8_are_refused(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
+    folder = write("log.csv", "id,user,item,at,price\n" + "".join(f"{i},ann,{i},2023-05-01,1\n" for i in "abc"))
+    kinds = [b"item,kind", b"a,caf\xe9", b"b,caf\xef\xbf\xbd"]
+    (folder / "kinds.csv").write_bytes(b"\n".join(kinds))
+    texts = pa.array([line.split(b",")[1] for line in kinds[1:]]).view(pa.string())
+    pq.write_table(pa.table({"item": ["a", "b"], "kind": texts}), folder / "kinds.parquet")
+    for form in ("csv", "parquet"):
+        lookups = [{"path": f"kinds.{form}", "format": form, "on": ["item"]}]
+        found = ingest(spark, folder, mapping("log.csv", columns={"category": "kind"}, lookups=lookups))
+        assert [(row["reason"], row["category"]) for row in found[1:]] == [(None, "caf\ufffd"), (None, None)]
+        assert found[0]["reason"] == "invalid_utf8"
+
+
 def test_a_negative_amount_is_for_returns_alone(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
     lines = ["1,return,-1", "2,buy,-1", "3,buy,0", "4,buy,", "5,buy,-0.0"]
     text = ["id,kind,price,user,item,at", *[f"{line},ann,a,2023-05-01" for line in lines]]

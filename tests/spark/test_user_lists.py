@@ -39,6 +39,10 @@ def test_lists_in_csv(make_runtime: Callable[..., Runtime], tmp_path: Path) -> N
     (tmp_path / "gone.csv").write_text("user_id\nrené\n", encoding="latin-1")
     with pytest.raises(TrailvecError, match=r"the list .*gone\.csv is not UTF-8 text: save it as UTF-8"):
         read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path)
+    (tmp_path / "gone.csv").write_text("user_id\nren\ufffd\n", encoding="utf-8")  # as events may call her
+    assert read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path).collect() == [
+        ("ren\ufffd",)
+    ]  # type: ignore[union-attr]
     (tmp_path / "gone.csv").write_text('user_id,name\n"ann","Zoë"\n', encoding="latin-1")  # only ids must be UTF-8
     assert read_users(runtime, UserList(file="gone.csv"), tmp_path / "likes.toml", tmp_path).count() == 1  # type: ignore[union-attr]
     (tmp_path / "gone.csv").write_text('note,user_id\n"two é\nlines",ann\nnone,bob\n', encoding="latin-1")
