@@ -223,11 +223,17 @@ def stored_events(runtime: Runtime, ids: DataFrame, where: Column) -> DataFrame 
 
 
 def _not_yet_refused(runtime: Runtime, refused: DataFrame) -> DataFrame:
+    """The refused records that the table does not hold. A million of them may be equal (`{}` or `,,,`), so both joins
+    compare keys alone: another condition would be tested for every pair."""
     runtime.create(REJECTED_EVENTS)
-    names = ("source", "reason", "raw")
-    same = reduce(Column.__and__, [F.col(f"new.{name}").eqNullSafe(F.col(f"old.{name}")) for name in names])
-    same &= F.col("old.file").isin(F.col("new.file"), F.lit(_STORED))
-    return refused.alias("new").join(runtime.latest(REJECTED_EVENTS).alias("old"), same, "left_anti")
+    old = runtime.latest(REJECTED_EVENTS).alias("old")
+
+    def same(*names: str) -> Column:
+        return reduce(Column.__and__, [F.col(f"new.{name}").eqNullSafe(F.col(f"old.{name}")) for name in names])
+
+    new = refused.alias("new").join(old, same("source", "reason", "raw", "file"), "left_anti")
+    replaced = old.where(F.col("old.file") == _STORED)
+    return new.join(replaced, same("source", "reason", "raw"), "left_anti")
 
 
 def _refused(counts: Counter[str | None]) -> Counter[str]:

@@ -31,12 +31,12 @@ from pyspark.sql import functions as F
 from jobs.checked_records import check_times, to_events
 from jobs.config import IngestSettings
 from jobs.errors import TrailvecError, explain
-from jobs.ingest import REPEAT, STAGE, _check_gzip, mark_duplicates
+from jobs.ingest import _STORED, REPEAT, STAGE, _check_gzip, _not_yet_refused, mark_duplicates
 from jobs.raw_records import find_files, read_raw
 from jobs.runtime import Runtime
 from jobs.sources import Input
 from jobs.tables import EVENTS, REJECTED_EVENTS, Table
-from tests.conftest import read_delta
+from tests.conftest import add, read_delta
 from training.stores import remove_tree
 
 ONLINE_RETAIL = Path("tests/data/online_retail")
@@ -991,6 +991,29 @@ def test_a_second_run_is_skipped_and_a_forced_one_changes_no_row(
     mapping.write_text(mapping.read_text().replace('"item"', '{ expr = "upper(item)" }'))
     with pytest.raises(TrailvecError, match=r"duplicate_event_id .*with other values .*`ignore`.*see Backfill"):
         make_runtime(*_settings(folder, [str(mapping)])).execute(STAGE, force=True)
+
+
+def test_refused_records_are_looked_up_by_keys_alone(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
+    """A condition beside the keys would be tested for every pair of equal records: a million of `{}` have one key."""
+    runtime = make_runtime()
+
+    def refused(*rows: tuple[str, str, str | None]) -> DataFrame:
+        whole = [("shop", file, None, reason, raw, date(2024, 1, 1)) for file, reason, raw in rows]
+        return spark.createDataFrame(whole, REJECTED_EVENTS.schema())
+
+    held = [("a", "broken_row", "{}"), ("a", "broken_row", None), (_STORED, "duplicate_event_id", "1")]
+    add(runtime, REJECTED_EVENTS, refused(*held))
+    new = [("b", "broken_row", "{}"), ("a", "odd", "{}"), ("b", "broken_row", None), (_STORED, "odd", "1")]
+    left = _not_yet_refused(runtime, refused(*held, ("b", "duplicate_event_id", "1"), *new))
+    assert {(row["file"], row["reason"], row["raw"]) for row in left.collect()} == set(new)
+
+    def conditions(plan: Any) -> Iterator[bool]:
+        if plan.nodeName().endswith("Join"):
+            yield plan.condition().isDefined()
+        for number in range(plan.children().size()):
+            yield from conditions(plan.children().apply(number))
+
+    assert list(conditions(left._jdf.queryExecution().sparkPlan())) == [False, False]
 
 
 # ---- Complete Journey, its schema with a few rows made by hand -----------------------------------------
