@@ -12,7 +12,8 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -251,24 +252,36 @@ def _by_header(spark: SparkSession, files: Sequence[str]) -> dict[str, list[str]
     conf = spark._jsc.hadoopConfiguration()
     codecs = jvm.org.apache.hadoop.io.compress.CompressionCodecFactory(conf)
     _check_packing(spark, files)
-    groups: dict[str, list[str]] = {}
-    for file in sorted(files):
+
+    def header_of(file: str) -> str | None:
         path = jvm.org.apache.hadoop.fs.Path(file)
         codec = codecs.getCodec(path)
         opened = reader = _open(path, conf)
         try:
             text = opened if codec is None else codec.createInputStream(opened)
             reader = jvm.java.io.BufferedReader(jvm.java.io.InputStreamReader(text, "UTF-8"))
-            header = reader.readLine()
+            header: str | None = reader.readLine()
             while header is not None and not header.removeprefix("\ufeff").strip():
                 header = reader.readLine()
+            return header
         except Py4JJavaError as error:
             raise _unreadable(file, error) from None
         finally:
             reader.close()
+
+    groups: dict[str, list[str]] = {}
+    names = sorted(files)
+    for file, header in zip(names, _readers().map(header_of, names), strict=True):
         if header is not None:  # else the file is empty
             groups.setdefault(header, []).append(file)
     return groups
+
+
+@cache
+def _readers() -> ThreadPoolExecutor:
+    """Threads that wait for an object store, which takes a tenth of a second to open a file. Kept, since each has a
+    thread and a connection in Java that would outlive it."""
+    return ThreadPoolExecutor(16)
 
 
 def _open(path: Any, conf: Any) -> Any:

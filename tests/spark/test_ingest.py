@@ -12,6 +12,7 @@ import json
 import math
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
@@ -32,7 +33,7 @@ from jobs.checked_records import check_times, to_events
 from jobs.config import IngestSettings
 from jobs.errors import TrailvecError, explain
 from jobs.ingest import _STORED, REPEAT, STAGE, _check_gzip, _not_yet_refused, mark_duplicates
-from jobs.raw_records import find_files, read_raw
+from jobs.raw_records import _by_header, _open, find_files, read_raw
 from jobs.runtime import Runtime
 from jobs.sources import Input
 from jobs.tables import EVENTS, REJECTED_EVENTS, Table
@@ -725,6 +726,27 @@ def test_a_negative_amount_is_for_returns_alone(spark: SparkSession, write: Call
     given = mapping("log.csv", columns={"event_type": "kind"})
     rows = ingest(spark, write("log.csv", "\n".join(text)), given, negative_amount_event_types=["return"])
     assert {row["event_id"]: row["reason"] for row in rows if row["reason"]} == {"2": "negative_amount"}
+
+
+def test_the_headers_of_many_files_are_read_at_a_time(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On S3, each takes a tenth of a second."""
+    both = threading.Barrier(2, timeout=60)
+
+    def opened(path: Any, conf: Any) -> Any:
+        both.wait()
+        return _open(path, conf)
+
+    monkeypatch.setattr("jobs.raw_records._open", opened)
+    files = [f"file://{tmp_path}/{name}" for name in ("d.csv", "b.csv", "a.csv", "c.csv")]
+    for file, header in zip(files, ("id,user\n1,ann\n", "id,user", "", "id"), strict=True):
+        Path(file.removeprefix("file://")).write_text(header)
+    assert list(_by_header(spark, files).items()) == [("id,user", [files[1], files[0]]), ("id", [files[3]])]
+    gone = [f"file://{tmp_path}/{name}" for name in ("z.csv", "y.csv", "a.csv", "x.csv")]
+    monkeypatch.undo()
+    with pytest.raises(TrailvecError, match=r"/x\.csv can't be read"):
+        _by_header(spark, gone)
 
 
 def test_a_file_name_is_no_pattern(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
