@@ -209,8 +209,11 @@ class Lake:
             builder = builder.clusterBy(*table.cluster_by)
         properties = {
             "delta.dataSkippingStatsColumns": ",".join(table.statistics_columns()),
-            # A Databricks workspace may enable them for all new tables, and readers of plain files reject such tables.
+            # A Databricks workspace or cluster may set these for all new tables. Readers of plain files refuse tables
+            # with the first, and do not find columns and files under the names that the others give them.
             "delta.enableDeletionVectors": "false",
+            "delta.columnMapping.mode": "none",
+            "delta.randomizeFilePrefixes": "false",
             **table.properties,
         }
         for name, value in properties.items():

@@ -18,6 +18,7 @@ from typing import Any
 from zipimport import zipimporter
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from delta.tables import DeltaTable
 from pyspark.errors import AnalysisException
@@ -161,11 +162,17 @@ def test_in_a_volume_the_names_are_views_of_the_session(
     runtime = Runtime(make_runtime('storage.database="volumes"').config, spark.newSession())
     put(runtime, CURRENT_MODEL, runtime.spark.createDataFrame([("new",)], CURRENT_MODEL.schema()))
     vector = [("apple", 2, model, datetime(2026, 1, 1), False, [1.0]) for model in ("old", "new")]
-    # As a workspace may have it: what reads plain files, nearest_items and delta-rs, refuses such tables.
-    with spark_conf(runtime.spark, {"spark.databricks.delta.properties.defaults.enableDeletionVectors": "true"}):
+    # As a workspace may have it: what reads plain files (nearest_items, delta-rs, training) refuses such tables, or
+    # finds neither their columns nor their files.
+    defaults = {"enableDeletionVectors": "true", "columnMapping.mode": "name", "randomizeFilePrefixes": "true"}
+    names = {f"spark.databricks.delta.properties.defaults.{name}": value for name, value in defaults.items()}
+    with spark_conf(runtime.spark, names):
         put(runtime, ITEM_EMBEDDINGS, runtime.spark.createDataFrame(vector, ITEM_EMBEDDINGS.schema()))
     features = DeltaTable.forPath(runtime.spark, runtime.path(ITEM_EMBEDDINGS)).detail().collect()[0].tableFeatures
-    assert "deletionVectors" not in features
+    assert not {"deletionVectors", "columnMapping"} & set(features)
+    files = list(Path(runtime.path(ITEM_EMBEDDINGS)).glob("model_version=*/part-*.parquet"))
+    columns = [name for name in ITEM_EMBEDDINGS.schema().names if name != "model_version"]
+    assert [pq.read_schema(file).names for file in files] == [columns] * 2
     answer = query(runtime, "SELECT model_version FROM current_item_embeddings")
     assert [row.model_version for row in answer.collect()] == ["new"]
     put(runtime, CURRENT_MODEL, runtime.spark.createDataFrame([("old",)], CURRENT_MODEL.schema()))
