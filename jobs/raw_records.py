@@ -188,8 +188,8 @@ def _finish(
             records = _parse_json(records, [name for name in named if name not in taken], claimed, taken)
         else:
             rest = [name for name in records.columns if not name.startswith("trailvec_") and name not in claimed]
+            records = _checked(records, named) if mapping.format == "parquet" else records
             records = records.withColumn(REST, _texts(records, rest))
-            records = _checked(records) if mapping.format == "parquet" else records
         for lookup, rows in zip(mapping.lookups, lookups, strict=True):
             records = _join_lookup(records, rows, lookup, named, place)
         if joined:
@@ -442,10 +442,17 @@ def _is_invalid_line(texts: Column) -> Column:
     return texts.contains("\ufffd") & is_invalid(F.col(LINE))
 
 
-def _checked(records: DataFrame) -> DataFrame:
-    """The records with INVALID."""
-    # A cast to text keeps the bytes, also of nested values. Those of binary ones are no text to begin with.
-    texts = [named_column(f.name).cast("string") for f in records.schema if not isinstance(f.dataType, T.BinaryType)]
+def _checked(records: DataFrame, named: Sequence[str]) -> DataFrame:
+    """The records with INVALID, by their texts, nested ones too. (Binary columns are no texts, unless the mapping names
+    them: an expression may take them for such. Numbers and times have no other bytes, and formatting them is slow.)"""
+
+    def may_hold_text(field: T.StructField) -> bool:
+        if isinstance(field.dataType, T.BinaryType):
+            return field.name in named
+        return isinstance(field.dataType, T.StringType) or is_nested_type(field.dataType)
+
+    fields = [field for field in records.schema if not field.name.startswith("trailvec_") and may_hold_text(field)]
+    texts = [named_column(field.name).cast("string") for field in fields]  # a cast keeps the bytes
     return records.withColumn(INVALID, is_invalid(F.concat_ws("", *texts)))
 
 
@@ -513,7 +520,7 @@ def _read_lookup(
         rows = read_csv_table(spark, files, lookup.delimiter, named, f"the lookup {lookup.path}", base={})
         rows = rows.where(_is_whole()).drop(FILE, LINE, BROKEN)
     else:
-        rows = _checked(_bytes_as_text(spark.read.parquet(*as_patterns(files)), ids))
+        rows = _checked(_bytes_as_text(spark.read.parquet(*as_patterns(files)), ids), named)
     rows = rows.withColumnRenamed(INVALID, _INVALID_THERE)
     _check_columns(lookup.path, rows, lookup.on)
     rest = [name for name in rows.columns if name not in lookup.on]

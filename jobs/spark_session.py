@@ -203,7 +203,12 @@ def refuse_other_names(encoding: str) -> None:
     Raises:
         TrailvecError: `encoding`, as which it takes files' names, is not Python's.
     """
-    if codecs.lookup(encoding).name != (ours := sys.getfilesystemencoding()):
+    ours = sys.getfilesystemencoding()
+    try:
+        is_ours = codecs.lookup(encoding).name == ours
+    except LookupError:  # Python has none of that name
+        is_ours = False
+    if not is_ours:
         raise TrailvecError(
             f"Java takes the names of files as {encoding} and Python as {ours}, so files with other characters would "
             f"be left out: set LC_ALL to a UTF-8 locale that `locale -a` lists, such as C.UTF-8 (on YARN: "

@@ -178,7 +178,9 @@ def kills(
     records: list[dict[str, Any]] = []
     wrong: dict[str, int] = {}
     from_nothing = chance.random() < 0.5
-    while any(remaining.values()):
+    for number in itertools.count():  # of rounds, some of which may end before they are killed
+        if not any(remaining.values()):
+            break
         shutil.rmtree(killed.root)
         from_nothing = not from_nothing
         if not from_nothing:
@@ -205,7 +207,7 @@ def kills(
                 )
                 records[-1]["from_nothing"] = from_nothing
                 print(f"killed in {stage}, after {moment:.1f} of {length:.1f} s", flush=True)
-        ended = Job(folder, first.data, folder / f"ended-{len(records)}")
+        ended = Job(folder, first.data, folder / f"ended-{number}")
         shutil.copytree(killed.root, ended.root)
         run(ended)
         wrong |= differences(undisturbed.root, ended.root, without=_OF_THE_FOLDER)

@@ -28,7 +28,7 @@ from pyspark.sql import DataFrame, SparkSession
 from jobs import build_sequences, build_vocabulary, cli, commits, erase_users, flag_users, ingest, sessionize
 from jobs import lake as lake_module
 from jobs.config import UserList
-from jobs.erase_users import HOLDING_USERS, erase, finish, read_ids
+from jobs.erase_users import HOLDING_USERS, _files, erase, finish, read_ids
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, Place
 from jobs.maintain_tables import maintain, vacuum
@@ -764,3 +764,14 @@ def test_ingest_refuses_to_run_blind(story: SimpleNamespace, monkeypatch: pytest
     with pytest.raises(TrailvecError, match=ERASE_KEY):
         forced.execute(ingest.STAGE, force=True)
     assert forced.latest_version(EVENTS) == version
+
+
+def test_files_that_name_their_columns_otherwise_close_no_receipt(make_runtime: Callable[..., Runtime]) -> None:
+    """As in tables made where a cluster maps the columns of all new tables: no search by name finds anybody there."""
+    runtime = make_runtime()
+    runtime.create(EVENTS)
+    assert list(_files(runtime, EVENTS)) == []
+    mapped = "'delta.feature.columnMapping' = 'supported', 'delta.columnMapping.mode' = 'name'"
+    runtime.spark.sql(f"ALTER TABLE {runtime.sql_name(EVENTS)} SET TBLPROPERTIES ({mapped})")
+    with pytest.raises(TrailvecError, match=r"^table events has delta.columnMapping.mode = name, so its files name"):
+        list(_files(runtime, EVENTS))

@@ -406,7 +406,22 @@ def test_no_event_is_shuffled_to_find_the_users_who_are_flagged(
     put(runtime, EVENTS, to_frame(spark, log))
     days = [(user, date(2023, 3, 25) + timedelta(days=n), "test_account", 1.0) for user in ("u1", "u2") for n in (0, 1)]
     put(runtime, FLAGGED_USERS, spark.createDataFrame(days, FLAGGED_USERS.schema()))
-    shuffled = []
+    shuffled, joined = [], []
+    cut, anew = sessionize.sessionize, build_vocabulary.to_describe_anew
+
+    def broadcasts(rows: DataFrame) -> int:
+        return str(rows._jdf.queryExecution().sparkPlan()).count("BroadcastHashJoin")
+
+    def noting_cut(events: DataFrame, *rest: Any) -> DataFrame:
+        joined.append(broadcasts(events))
+        return cut(events, *rest)
+
+    def noting_anew(items: DataFrame, changes: DataFrame, of_turned: list[DataFrame]) -> DataFrame:
+        joined.extend(map(broadcasts, of_turned))
+        return anew(items, changes, of_turned)
+
+    monkeypatch.setattr(sessionize, "sessionize", noting_cut)
+    monkeypatch.setattr(build_vocabulary, "to_describe_anew", noting_anew)
 
     def run() -> None:
         for stage in (sessionize.STAGE, build_vocabulary.STAGE):
@@ -428,5 +443,7 @@ def test_no_event_is_shuffled_to_find_the_users_who_are_flagged(
     assert {row.user_id for row in runtime.latest(SESSIONS).collect()} == {f"u{n}" for n in range(300)} - {"u2", "u3"}
     counts = {row.item_id: row.event_count for row in runtime.latest(ITEMS).collect()}
     assert sum(counts.values()) == 298 * 10 + 1
-    once, *others = shuffled  # sessionize's own shuffle of the log, by user
-    assert max(others) < 0.5 * once, shuffled  # most of it the rows of sessions that MERGE compares
+    # All events; those of who is no longer flagged, twice (these among all who are not), and of who is flagged now.
+    assert joined == [1, 1, 2, 1]
+    once, by_vocabulary, *_ = shuffled  # sessionize's own shuffle of the log, by user
+    assert by_vocabulary < 0.5 * once, shuffled

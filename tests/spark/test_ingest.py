@@ -707,6 +707,16 @@ def test_a_replacement_character_is_a_text_like_any_other(spark: SparkSession, t
     assert third["reason"] == "invalid_utf8"
 
 
+def test_bytes_that_an_expression_makes_text_of_are_checked_too(spark: SparkSession, tmp_path: Path) -> None:
+    """Of two people whose names end in different bytes it would make one user."""
+    names = [b"REN\xef\xbf\xbd", b"REN\xc9", b"REN\xc8"]
+    same = {name: ["1"] * 3 for name in ("item", "price")} | {"at": ["2023-05-01"] * 3}
+    pq.write_table(pa.table({"id": ["1", "2", "3"], "name": names, **same}), tmp_path / "log.parquet")
+    found = ingest(spark, tmp_path, mapping("log.parquet", "parquet", {"user_id": {"expr": "lower(name)"}}))
+    assert [(row["reason"], row["user_id"]) for row in found[:1]] == [(None, "ren\ufffd")]
+    assert [row["reason"] for row in found[1:]] == ["invalid_utf8"] * 2
+
+
 def test_a_lookup_s_bytes_that_are_no_utf8_are_refused(spark: SparkSession, write: Callable[[str, str], Path]) -> None:
     folder = write("log.csv", "id,user,item,at,price\n" + "".join(f"{i},ann,{i},2023-05-01,1\n" for i in "abc"))
     kinds = [b"item,kind", b"a,caf\xe9", b"b,caf\xef\xbf\xbd"]

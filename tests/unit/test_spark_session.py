@@ -110,6 +110,8 @@ def test_the_session_of_databricks_keeps_its_own_delta(builder: Builder, databri
 def test_java_and_python_may_both_take_names_as_latin_1(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "iso8859-1")
     spark_session.refuse_other_names("ISO-8859-1")
+    with pytest.raises(TrailvecError, match=r"as EUC-JP-LINUX and Python as iso8859-1, so files"):
+        spark_session.refuse_other_names("EUC-JP-LINUX")  # a name of Java's alone
 
 
 def test_with_lc_all_c_java_takes_names_as_utf_8() -> None:
