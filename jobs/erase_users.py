@@ -39,7 +39,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
-from delta.tables import DeltaTable
 from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -554,8 +553,7 @@ def _files(runtime: Runtime, table: Table) -> Iterator[DataFrame]:
         TrailvecError: files of the newest version are not among them, or have other names for the columns, so that
             they prove nothing.
     """
-    properties = DeltaTable.forPath(runtime.spark, runtime.path(table)).detail().select("properties").collect()[0][0]
-    if (mode := properties.get("delta.columnMapping.mode", "none")) != "none":
+    if (mode := runtime.detail(table, "properties").get("delta.columnMapping.mode", "none")) != "none":
         raise TrailvecError(
             f"table {table.name} has delta.columnMapping.mode = {mode}, so its files name the columns otherwise and no "
             f"receipt can be closed: rewrite it with mode none and VACUUM it, then run this again"

@@ -281,8 +281,11 @@ class Lake:
             self.commit(table, lambda: self.spark.sql(f"ALTER TABLE {self.sql_name(table)} CLUSTER BY {columns}"))
 
     def _clustered_by(self, table: Table) -> list[str]:
-        columns = DeltaTable.forPath(self.spark, self.path(table)).detail().select("clusteringColumns")
-        return list(columns.collect()[0][0])
+        return list(self.detail(table, "clusteringColumns"))
+
+    def detail(self, table: Table, name: str) -> Any:
+        """What Delta's DESCRIBE DETAIL says under that name, such as the table's `properties`, a dict of texts."""
+        return DeltaTable.forPath(self.spark, self.path(table)).detail().select(name).collect()[0][0]
 
     def purge(self, table: Table, where: str | None = None) -> None:
         """Rewrites the files in which deletion vectors hide rows, so that no file of the newest version holds them.

@@ -186,7 +186,7 @@ def vacuum(runtime: Runtime, table: Table) -> None:
     delta = DeltaTable.forPath(runtime.spark, runtime.path(table))
     hours = runtime.config.maintain.retention_hours_for(table.name)
     retention = f"interval {round(hours * 60)} minutes"
-    if delta.detail().select("properties").collect()[0][0].get(_RETENTION) != retention:
+    if runtime.detail(table, "properties").get(_RETENTION) != retention:
         set_it = f"ALTER TABLE {runtime.sql_name(table)} SET TBLPROPERTIES ('{_RETENTION}' = '{retention}')"
         runtime.commit(table, lambda: runtime.spark.sql(set_it))
     settings = {

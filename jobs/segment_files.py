@@ -67,9 +67,8 @@ def held_back(segment: Segment, users: pa.Array) -> npt.NDArray[np.bool_]:
 
 def _fast_hashes(purpose: str, users: pa.Array) -> npt.NDArray[np.uint64]:
     """Hashes of the users under a key of that purpose, which HMAC makes of the export key."""
-    key = b64encode(hmac.digest(export_key(), purpose.encode(), "sha256"))[
-        :16
-    ].decode()  # pandas requires 16 characters
+    digest = hmac.digest(export_key(), purpose.encode(), "sha256")
+    key = b64encode(digest)[:16].decode()  # pandas requires 16 characters
     hashes = np.empty(len(users), np.uint64)
     for start in range(0, len(users), _AT_ONCE):
         some = texts(users.slice(start, _AT_ONCE))

@@ -151,13 +151,17 @@ def start_spark(config: Config) -> SparkSession:
 
 
 def _master(config: Config) -> str:
-    """The master that spark-submit was given, if it has started us; else the configuration's."""
-    if not config.spark.master or "PYSPARK_GATEWAY_PORT" not in os.environ:
-        return config.spark.master
+    """The master that spark-submit was given, unless it is its default; else the configuration's."""
+    given = _submitted("spark.master") if config.spark.master else None
+    return config.spark.master if given in (None, "local[*]") else given
+
+
+def _submitted(key: str) -> str | None:
+    """A setting that spark-submit was given; None if there is none, or something else has started us."""
+    if "PYSPARK_GATEWAY_PORT" not in os.environ:
+        return None
     SparkContext._ensure_initialized()  # so that SparkConf has what spark-submit was given
-    default = "local[*]"  # of spark-submit
-    given = SparkConf().get("spark.master", default)
-    return config.spark.master if given == default else given
+    return SparkConf().get(key, None)
 
 
 def _closed_to_other_accounts(config: Config) -> dict[str, str]:
@@ -168,8 +172,8 @@ def _closed_to_other_accounts(config: Config) -> dict[str, str]:
         TrailvecError: its folder in /tmp belongs to another account, say.
     """
     closed = {"spark.authenticate": "true"}  # Spark makes the secret itself
-    submitted = "PYSPARK_GATEWAY_PORT" in os.environ and SparkConf().get("spark.local.dir", None)
-    if submitted or "spark.local.dir" in config.spark.conf or "SPARK_LOCAL_DIRS" in os.environ:
+    key = "spark.local.dir"
+    if key in config.spark.conf or "SPARK_LOCAL_DIRS" in os.environ or _submitted(key) is not None:
         return closed  # to a folder of the user's choice
     scratch = Path(tempfile.gettempdir()) / f"trailvec-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
@@ -180,7 +184,7 @@ def _closed_to_other_accounts(config: Config) -> dict[str, str]:
             f"{scratch}, where Spark keeps rows while it works, is not a folder that only this account can read: "
             "remove it, or set TMPDIR to a folder of this account"
         )
-    return closed | {"spark.local.dir": str(scratch)}
+    return closed | {key: str(scratch)}
 
 
 def forget_other_spark(master: str) -> None:

@@ -74,13 +74,12 @@ def copies(folder: Place) -> Iterator[Place]:
     """
     remove_tree(folder)
     own = folder / uuid.uuid4().hex
-    is_shared = not isinstance(own, Path) or is_mount(own)
-    if is_shared:
+    if _is_shared(own):
         make_private(own)
     try:
         yield own
     except Exception as error:
-        if not is_shared or own.exists():
+        if not _is_shared(own) or own.exists():
             raise
         raise TrailvecError(
             f"another run that began later has removed the lists that this one had copied to {folder}: wait until it "
@@ -281,10 +280,15 @@ def _other_text(file: Path) -> TrailvecError:
     return TrailvecError(f"the list {file} is not UTF-8 text: save it as UTF-8")
 
 
+def _is_shared(folder: Place) -> bool:
+    """Whether it is not on this machine alone, so that lists are copied into it."""
+    return not isinstance(folder, Path) or is_mount(folder)
+
+
 def _to_tasks(file: Path, folder: Place) -> str:
     """A URL under which Spark's tasks can read a local file or folder: of a copy, if `folder` is on shared storage and
     the file is not."""
-    if isinstance(folder, Path) and (is_mount(file) or not is_mount(folder)):
+    if not _is_shared(folder) or (isinstance(folder, Path) and is_mount(file)):
         return file_url(str(file))  # Spark would look up a bare path in Hadoop's default file system
     copy = folder / uuid.uuid4().hex / file.name
     make_private(copy.parent)  # also where a newer run has just removed `folder` (`copies`)

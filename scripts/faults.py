@@ -178,9 +178,8 @@ def kills(
     records: list[dict[str, Any]] = []
     wrong: dict[str, int] = {}
     from_nothing = chance.random() < 0.5
-    for number in itertools.count():  # of rounds, some of which may end before they are killed
-        if not any(remaining.values()):
-            break
+    rounds = itertools.count()  # some may end before they are killed
+    while any(remaining.values()):
         shutil.rmtree(killed.root)
         from_nothing = not from_nothing
         if not from_nothing:
@@ -207,7 +206,7 @@ def kills(
                 )
                 records[-1]["from_nothing"] = from_nothing
                 print(f"killed in {stage}, after {moment:.1f} of {length:.1f} s", flush=True)
-        ended = Job(folder, first.data, folder / f"ended-{number}")
+        ended = Job(folder, first.data, folder / f"ended-{next(rounds)}")
         shutil.copytree(killed.root, ended.root)
         run(ended)
         wrong |= differences(undisturbed.root, ended.root, without=_OF_THE_FOLDER)
