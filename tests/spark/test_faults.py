@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -139,9 +140,10 @@ def test_of_two_ingests_at_once_none_loses_or_doubles_a_row(
 ) -> None:
     found = two_ingests(tmp_path, compared, run_here)
     assert found["wrong"] == {}, found
-    assert 0 in found["codes"], found
+    # Rarely each of the two stops the other (a test of test_ingest_increments.py has them do so).
     for code, said in zip(found["codes"], found["said"], strict=True):
-        assert code == 0 or (said.startswith("trailvec: ") and "unexpected" not in said), said
+        by_the_other = re.match("trailvec: .*another (ingest is reading the same input|job wrote)", said)
+        assert code == 0 or by_the_other, said
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path, compared: tuple[Job, float], first: Job) -> None:

@@ -278,6 +278,33 @@ def test_a_run_that_is_overtaken_in_its_last_batch_leaves_no_counts(
         runtime.execute(STAGE)
 
 
+def test_two_runs_that_stop_each_other_lose_nothing(
+    make_runtime: Callable[..., Runtime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that starts between two writes of another one can enter the next batch's files, lose the batch before to
+    it, and so leave an entry on which the other stops as well."""
+    runtime = make_runtime(*settings(tmp_path, source(tmp_path)), "ingest.max_files_per_batch=1")
+    logs = [tmp_path / f"log{n}.csv" for n in range(3)]
+    for n, log in enumerate(logs):
+        log.write_text(HEADER + f"{n},ann,a,2023-05-01,1\n")
+        os.utime(log, (n + 1, n + 1))  # the stream takes the oldest file first
+    commit = ingest.commit_batch
+
+    def entered_by_another(*arguments: Any) -> Any:
+        (checkpoint,) = (Path(runtime.config.storage.root) / "checkpoints/ingest").iterdir()
+        entry = {"path": logs[1].as_uri(), "timestamp": 2000, "batchId": 1}
+        (checkpoint / "sources/0/1").write_text(f"v1\n{json.dumps(entry)}")
+        return commit(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest, "commit_batch", entered_by_another)
+        with pytest.raises(TrailvecError, match="another ingest is reading the same input"):
+            runtime.execute(STAGE)
+    assert len(events(runtime)) == 1
+    runtime.execute(STAGE)
+    assert len(events(runtime)) == 3
+
+
 def test_a_large_file_is_parsed_in_a_task_for_each_core(
     make_runtime: Callable[..., Runtime], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
