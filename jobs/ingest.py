@@ -282,8 +282,11 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
     if runtime.forced:
         # First, so that no kill leaves a checkpoint without offsets, which Spark would start again under the same id.
         (checkpoint / "metadata").unlink(missing_ok=True)
-    if not (checkpoint / "metadata").exists():
-        remove_tree(checkpoint)  # also what a kill left of one: Spark would go on with its offsets under a new id
+    begun = ("offsets", "commits", "sources")
+    if not (checkpoint / "metadata").exists() and any((checkpoint / name).exists() for name in begun):
+        # What a kill left of one: Spark would go on with its offsets under a new id. (Another run that is just starting
+        # has none of the three yet: its folder stays.)
+        remove_tree(checkpoint)
     again = checkpoint / "again"  # a marker that stays until a run finishes, through any kills
     # Tests for Spark's first file, not the folder: a kill may come between the next two lines.
     if not (checkpoint / "metadata").exists() and (runtime.forced or _has_refused(runtime, source)):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,10 @@ from jobs.runtime import Runtime, Stage
 from jobs.spark_session import start_spark
 from jobs.tables import Table
 from scripts.faults import delta_reader
+
+# PySpark turns a datetime without a zone, as tests write them, into a time by the zone of this process.
+os.environ["TZ"] = "UTC"
+time.tzset()
 
 # The first example includes imports and Spark's code generation; a fixture that only creates folders may be shared.
 settings.register_profile(
