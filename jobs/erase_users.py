@@ -22,7 +22,8 @@ Older versions hold the users until VACUUM deletes their files, after the retent
 `--finish` then reads every Parquet file of the tables on disk, whatever version it belongs to, for anybody who was ever
 erased. It deletes again whoever is back in a table (a job that began before step 1 may have written after step 3),
 completes erasures that were killed (those killed before step 2 it only names), and closes the receipts whose users are
-in no file, once no staging folder is left either, nor a table that somebody made with CREATE TABLE in SQL.
+in no file, once no staging folder or half-written file is left either, nor a table that somebody made with CREATE TABLE
+in SQL.
 
 Key: TRAILVEC_ERASE_KEY in the environment; it must never change (jobs/tombstones.py). Why: docs/decisions/0017.
 """
@@ -32,6 +33,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -46,7 +48,7 @@ from pyspark.sql import functions as F
 from jobs.cli import stage_main
 from jobs.config import UserList
 from jobs.errors import TrailvecError
-from jobs.files import HadoopPath, Place, place_of
+from jobs.files import HadoopPath, Place, four_bytes, place_of
 from jobs.maintain_tables import active_files, disk_files
 from jobs.raw_records import valid_text
 from jobs.runtime import Report, Runtime, Stage, code_version
@@ -60,6 +62,8 @@ HOLDING_USERS = tuple(table for table in TABLES if table.user_columns())
 _BEFORE_EXPORTS = tuple(table for table in HOLDING_USERS if table != EXPORTS)
 _AN_HOUR = 3600  # more than the clocks of two machines differ by
 _AGAIN = "finish"  # instead of an erasure's id, in commits that delete returned users
+_PARQUET = b"PAR1"  # the end of a whole Parquet file
+_READERS = 16  # files whose ends are read at once
 _EPOCH = datetime.fromtimestamp(0, timezone.utc)
 
 
@@ -392,7 +396,9 @@ def _finish(runtime: Runtime) -> None:
     erasures_of = _erasures_by_hash(runtime)
 
     runtime.on_progress("searching the files on disk")
-    on_disk = {table.name: _on_disk(runtime, table, tests) for table in _holding(runtime)}
+    searched = {table.name: _on_disk(runtime, table, tests) for table in _holding(runtime)}
+    on_disk = {name: users for name, (users, _) in searched.items()}
+    half_written = [file for _, files in searched.values() for file in files]
     # An unreadable record yields everything that may be one of its values.
     found = set[str]().union(*on_disk.values())
     by_user = zip(found, hashed(key, found), strict=True)
@@ -414,7 +420,7 @@ def _finish(runtime: Runtime) -> None:
     made = _made_in_sql(runtime)
     searched_for = {receipt["erasure_id"] for receipt in earlier}
     receipts = [receipt for receipt in _receipts(runtime) if receipt["erasure_id"] in searched_for]
-    waiting, left_over = set[str]().union(*held.values()), bool(leftovers or made)
+    waiting, left_over = set[str]().union(*held.values()), bool(leftovers or made or half_written)
     settled = [_settled(r, r["erasure_id"] in waiting, bool(returned), left_over, _now()) for r in receipts]
     if changed := [new for old, new in zip(receipts, settled, strict=True) if new != old]:
         _save(runtime, changed)
@@ -441,6 +447,12 @@ def _finish(runtime: Runtime) -> None:
         report.notes.append(
             f"{', '.join(map(str, made))} may hold erased users: somebody made it with CREATE TABLE; "
             f"delete it, or move it out of storage.root, then run this again"
+        )
+    if half_written:
+        report.notes.append(
+            f"{len(half_written):,} half-written files of tables, such as {half_written[0]}, could not be read and may "
+            f"hold erased users: a job is writing them, or was killed; run `trailvec maintain_tables`, which deletes "
+            f"those older than maintain.retention_hours, when these have passed, then run this again"
         )
     if held:
         report.notes.append(
@@ -483,7 +495,7 @@ def _settled(receipt: dict[str, Any], held: bool, returned: bool, leftovers: boo
     Args:
         held: some file holds one of its users.
         returned: rows of users who had come back were deleted from some table.
-        leftovers: there are staging folders or tables made in SQL, which may hold its users.
+        leftovers: there are staging folders, half-written files or tables made in SQL, which may hold its users.
     """
     if held:  # returned rows are in old files from now on
         return receipt | {"finished_at": None, "erased_at": now if returned else receipt["erased_at"]}
@@ -530,12 +542,14 @@ def _erase_returned(runtime: Runtime, held: dict[str, set[str]], in_raw: ColumnT
     )
 
 
-def _on_disk(runtime: Runtime, table: Table, tests: tuple[ColumnTest, ColumnTest]) -> set[str]:
-    """The erased users that some Parquet file of the table holds (for an unreadable record: all its possible values).
-    Reads the user id columns of every file on disk, including files of no version and of the change feed."""
+def _on_disk(runtime: Runtime, table: Table, tests: tuple[ColumnTest, ColumnTest]) -> tuple[set[str], list[str]]:
+    """The erased users that some Parquet file of the table holds (for an unreadable record: all its possible values),
+    and the files that are half-written. Reads the user id columns of every other file on disk, including files of no
+    version and of the change feed."""
     is_erased, holds_erased = tests
     found: set[str] = set()
-    for rows in _files(runtime, table):
+    whole, half_written = _files(runtime, table)
+    for rows in _frames(runtime, table, whole):
         for name, where in table.user_columns().items():
             users = rows.where(where).select(valid_text(F.col(f"old.{name}")).alias("user_id")).distinct()
             found.update(row["user_id"] for row in users.where(is_erased(F.col("user_id"))).collect())
@@ -543,11 +557,11 @@ def _on_disk(runtime: Runtime, table: Table, tests: tuple[ColumnTest, ColumnTest
             raw = valid_text(F.col("raw")).alias("raw")
             texts = rows.where("user_id IS NULL").select(raw).distinct().where(holds_erased(F.col("raw")))
             found.update(*[values(row["raw"]) for row in texts.collect()])
-    return found
+    return found, half_written
 
 
-def _files(runtime: Runtime, table: Table) -> Iterator[DataFrame]:
-    """The table's Parquet files on disk, a frame per folder, with the partition values from the folder's name.
+def _files(runtime: Runtime, table: Table) -> tuple[list[str], list[str]]:
+    """The table's Parquet files on disk: the whole ones, and those of no current version that are half-written.
 
     Raises:
         TrailvecError: files of the newest version are not among them, or have other names for the columns, so that
@@ -566,15 +580,34 @@ def _files(runtime: Runtime, table: Table) -> Iterator[DataFrame]:
             f"{len(missing):,} files of table {table.name}, such as {min(missing)}, are not in {runtime.path(table)}, "
             f"so no receipt can be closed: check storage.root, or restore the table's folder"
         )
+    files = [file for file in on_disk if file.endswith(".parquet")]
+    # Delta writes to a file's final name, and what a killed job wrote stays there until VACUUM: Spark would stop at it.
+    others = [file for file in files if file.rpartition("/")[2] not in newest]
+    with ThreadPoolExecutor(_READERS) as readers:  # some 50 ms a file on an object store
+        whole = readers.map(lambda file: _is_whole(runtime, file, on_disk[file]), others)
+        half_written = [file for file, is_whole in zip(others, whole, strict=True) if not is_whole]
+    return sorted({*files} - {*half_written}), half_written
+
+
+def _is_whole(runtime: Runtime, file: str, size: int) -> bool:
+    """Whether a Parquet file has its end, or VACUUM has deleted it meanwhile."""
+    place = Path(file) if isinstance(runtime.place, Path) else HadoopPath(file)
+    try:
+        return size > len(_PARQUET) and four_bytes(place, size - len(_PARQUET)) == _PARQUET
+    except FileNotFoundError:
+        return True
+
+
+def _frames(runtime: Runtime, table: Table, files: Sequence[str]) -> Iterator[DataFrame]:
+    """The rows of the table's files, a frame per folder, with the partition values from the folder's name."""
     names = {*table.user_columns(), *(["raw"] if table == REJECTED_EVENTS else [])}
     schema = ", ".join(f"`{c.name}` {c.type}" for c in table.columns if c.name in names)
     folders: dict[str, list[str]] = defaultdict(list)
-    for file in on_disk:
-        if file.endswith(".parquet"):
-            folders[file.removeprefix(runtime.path(table)).rpartition("/")[0]].append(file)
-    for folder, files in folders.items():
+    for file in files:
+        folders[file.removeprefix(runtime.path(table)).rpartition("/")[0]].append(file)
+    for folder, of_folder in folders.items():
         parts = [part.split("=", 1) for part in folder.split("/") if "=" in part]
-        rows = _read_existing(runtime.spark, schema, files)
+        rows = _read_existing(runtime.spark, schema, of_folder)
         yield rows.withColumns({name: F.lit(value) for name, value in parts}).alias("old")
 
 

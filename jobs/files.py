@@ -142,6 +142,20 @@ class HadoopPath:
         finally:
             reader.close()
 
+    def four_bytes(self, at: int) -> bytes:
+        """See the module function `four_bytes`."""
+        try:
+            stream = self._system.open(self._path)
+        except Py4JJavaError as error:
+            if "FileNotFoundException" in str(error.java_exception):
+                raise FileNotFoundError(self._uri) from None
+            raise
+        try:
+            stream.seek(at)
+            return int(stream.readInt()).to_bytes(4, "big", signed=True)
+        finally:
+            stream.close()
+
     def read_text(self) -> str:
         return "\n".join(self.lines())
 
@@ -294,6 +308,19 @@ def lines_of(file: Place) -> Iterator[str]:
             yield from (line.rstrip("\n") for line in lines)
     else:
         yield from file.lines()
+
+
+def four_bytes(file: Place, at: int) -> bytes:
+    """The four bytes of the file that begin at byte `at`.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+    """
+    if isinstance(file, HadoopPath):
+        return file.four_bytes(at)
+    with file.open("rb") as stream:
+        stream.seek(at)
+        return stream.read(4)
 
 
 def make_private(folder: Place) -> None:

@@ -10,6 +10,7 @@ import itertools
 import json
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -297,6 +298,14 @@ def test_a_row_that_an_update_hid_goes_too(
         assert str(folder) in report.notes[0]
         folder.rmdir()
 
+    # So may a file of no version that a job has only begun to write, which no reader can open.
+    half = Path(runtime.path(EVENTS)) / f"part-00009-{uuid.uuid4()}-c000.snappy.parquet"
+    half.write_bytes(b"PAR1" + bytes(65536))
+    report = finish(runtime)
+    assert report.rows_out == {"finished": 0}
+    assert f"1 half-written files of tables, such as {half}, could not be read" in report.notes[0]
+    half.unlink()
+
     # Where nothing was read, nothing is proven: a folder that only Spark sees, say.
     with monkeypatch.context() as blind:
         blind.setattr("jobs.maintain_tables.file_sizes", lambda *_, **__: {})
@@ -308,7 +317,7 @@ def test_a_row_that_an_update_hid_goes_too(
     # An erasure that runs beside the search stays open: the search does not know its users.
     on_disk = erase_users._on_disk
 
-    def beside(*given: Any) -> set[str]:
+    def beside(*given: Any) -> tuple[set[str], list[str]]:
         monkeypatch.setattr(erase_users, "_on_disk", on_disk)
         (tmp_path / "ids.txt").write_text("bob\n")
         erase(Runtime(runtime.config, runtime.spark), str(tmp_path / "ids.txt"), requested_by="another desk")
@@ -318,6 +327,14 @@ def test_a_row_that_an_update_hid_goes_too(
     assert finish(runtime).rows_out == {"finished": 1}
     open_until_searched = {receipt["requested_by"]: receipt["finished_at"] is None for receipt in receipts(runtime)}
     assert open_until_searched == {"desk": False, "another desk": True}
+
+    # Half-written files hide nobody who is back, not even beside the rows of other files.
+    add(runtime, EVENTS, to_frame(runtime.spark, [new | {"event_id": "e3"}]))
+    half.write_bytes(b"PAR1")
+    report = finish(runtime)
+    assert report.rows_out == {"finished": 0, "events": 1}
+    assert [note for note in report.notes if "1 half-written files" in note]
+    assert {row["user_id"] for row in read_delta(runtime.path(EVENTS))} == set()
 
 
 def test_finish_ends_what_was_killed_and_names_exports_that_were_made_meanwhile(
@@ -770,8 +787,8 @@ def test_files_that_name_their_columns_otherwise_close_no_receipt(make_runtime: 
     """As in tables made where a cluster maps the columns of all new tables: no search by name finds anybody there."""
     runtime = make_runtime()
     runtime.create(EVENTS)
-    assert list(_files(runtime, EVENTS)) == []
+    assert _files(runtime, EVENTS) == ([], [])
     mapped = "'delta.feature.columnMapping' = 'supported', 'delta.columnMapping.mode' = 'name'"
     runtime.spark.sql(f"ALTER TABLE {runtime.sql_name(EVENTS)} SET TBLPROPERTIES ({mapped})")
     with pytest.raises(TrailvecError, match=r"^table events has delta.columnMapping.mode = name, so its files name"):
-        list(_files(runtime, EVENTS))
+        _files(runtime, EVENTS)

@@ -15,7 +15,7 @@ from pyspark.sql import SparkSession
 
 from jobs import files
 from jobs.errors import TrailvecError
-from jobs.files import HadoopPath, fetch, file_sizes, make_private, published, remove_replaced, write_json
+from jobs.files import HadoopPath, fetch, file_sizes, four_bytes, make_private, published, remove_replaced, write_json
 from jobs.model_folders import add_to_model, has_model, model_folder
 from jobs.runtime import Runtime
 from jobs.score_users import Scorer
@@ -270,6 +270,16 @@ def test_a_model_elsewhere_is_read_from_a_whole_copy_and_added_to_there(
         model_folder(runtime)
     with pytest.raises(TrailvecError, match="is damaged"):  # again, since the copy is not kept
         model_folder(runtime)
+
+
+def test_bytes_are_read_at_their_place(store: HadoopPath, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/file").write_bytes(b"PAR1\x00\xff\xfe\xfdPAR1")
+    for place in (tmp_path / "store", store):
+        found = [four_bytes(place / "file", at) for at in (0, 4, 5)]
+        assert found == [b"PAR1", b"\x00\xff\xfe\xfd", b"\xff\xfe\xfdP"]
+        with pytest.raises(FileNotFoundError):
+            four_bytes(place / "none", 0)
 
 
 def test_every_file_but_hidden_ones_and_those_of_one_folder(store: HadoopPath, tmp_path: Path) -> None:
