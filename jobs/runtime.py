@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import re
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -104,6 +105,7 @@ class Runtime(Lake):
         # Row counts by table name, id and version, kept between stages: what one writes the next one reads.
         self._rows: dict[tuple[str, str | None, int], int] = {}
         self.fingerprint = ""
+        self._run = ""  # a name in the commits of this run alone: two runs may share an application and a fingerprint
         self.inputs: dict[str, Any] = {}  # `Stage.inputs`, as in the fingerprint: asked again, they may have changed
         self.forced = False
         self.went_back = False  # `go_back`
@@ -120,7 +122,7 @@ class Runtime(Lake):
         """
         started = time.monotonic()
         self.report = Report(stage.name)
-        self._stage = stage
+        self._stage, self._run = stage, uuid.uuid4().hex
         self._history, self._frames = {}, {}
         self.forced, self.went_back = force, False
         self._versions = {table.name: self.latest_version(table) for table in stage.reads}
@@ -484,9 +486,9 @@ class Runtime(Lake):
             self._refuse_rows_of_two_runs(table, made_from)
 
     def _refuse_rows_of_two_runs(self, table: Table, made_from: int) -> None:
-        """Raises TrailvecError if another run has changed rows since version `made_from`, beside our own commit."""
-        newer = newer_than(self._commits(table), made_from)
-        if sum(commit.changed_rows and not commit.housekeeping for commit in newer) > 1:
+        """Raises TrailvecError if another run has changed rows since version `made_from`."""
+        newer = (c for c in newer_than(self._commits(table), made_from) if c.changed_rows and not c.housekeeping)
+        if any((commit.provenance or {}).get("run") != self._run for commit in newer):
             self.touch(table, done=False)  # forces a full rebuild
             raise TrailvecError(
                 f"another run changed table {table.name} just as this one wrote to it, and the table has the rows "
@@ -550,7 +552,9 @@ class Runtime(Lake):
 
     def _metadata(self, done: bool, note: dict[str, Any] | None) -> str:
         words = {} if note is None else {"note": note}
-        return json.dumps(self.provenance() | ({} if done else {"fingerprint": None}) | words, sort_keys=True)
+        fingerprint = self.fingerprint if done else None
+        said = self.provenance() | {"fingerprint": fingerprint, "run": self._run} | words
+        return json.dumps(said, sort_keys=True)
 
     def _facts(self, stage: Stage) -> dict[str, Any]:
         """What the fingerprint is made of; sets `inputs`."""

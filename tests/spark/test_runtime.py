@@ -20,9 +20,9 @@ from zipimport import zipimporter
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from delta.tables import DeltaTable
+from delta.tables import DeltaMergeBuilder, DeltaTable
 from pyspark.errors import AnalysisException
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.catalog import Catalog
 
@@ -291,6 +291,36 @@ def test_nothing_to_change_is_noted_only_over_the_rows_in_which_it_was_found(
     assert runtime.latest_version(CONTEXT_VALUES) == newest  # no commit that would force a full rebuild
     touch(newest)
     assert runtime.latest_version(CONTEXT_VALUES) == newest + 1
+
+
+@pytest.mark.parametrize("ours", [0, 1])
+def test_another_runs_rows_are_seen_though_our_own_merge_may_change_none(
+    make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch, ours: int
+) -> None:
+    """Both runs are of one stage and one Spark application."""
+    runtime = make_runtime()
+    put(runtime, CONTEXT_VALUES, spark.createDataFrame([("vertical", "before", 2)], VALUES))
+    made_from, execute = runtime.stage_version(CONTEXT_VALUES), DeltaMergeBuilder.execute
+
+    def merge(runtime: Runtime, word: str, count: int) -> None:
+        rows = spark.createDataFrame([("vertical", word, 3)], VALUES).limit(count)
+        runtime.merge(CONTEXT_VALUES, rows, insert_only=True, made_from=made_from)
+
+    def run(word: str, count: int) -> None:
+        stage = Stage("merge", "", lambda r: merge(r, word, count), reads=(), writes=(), settings=())
+        Runtime(runtime.config, spark).execute(stage, force=True)
+
+    def between(builder: DeltaMergeBuilder) -> DataFrame:
+        monkeypatch.setattr(DeltaMergeBuilder, "execute", execute)
+        run("another run's", 1)
+        return execute(builder)
+
+    monkeypatch.setattr(DeltaMergeBuilder, "execute", between)
+    with pytest.raises(TrailvecError, match="another run changed table context_values just as this one wrote to it"):
+        run("ours", ours)
+    last = Runtime(runtime.config, spark).last_writer(CONTEXT_VALUES)
+    assert last is not None
+    assert last["fingerprint"] is None  # the next run rebuilds the table
 
 
 def read_log(path: str) -> History:
