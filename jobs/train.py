@@ -331,7 +331,8 @@ def run_spec(runtime: Runtime, version: str, staging: Path, checkpoints: Place |
 
     Raises:
         TrailvecError: there is nothing to train on; the rows or the items are of a smaller vocabulary; the rows are of
-            another cut than the vocabulary or use another one's numbers; or the base model can't be grown.
+            another cut than the vocabulary, were made before items came into it or use another one's numbers; or the
+            base model can't be grown.
     """
     settings, min_count = runtime.config.train, runtime.config.vocabulary.min_count
     _refuse_rows_of_another_vocabulary(runtime)
@@ -409,6 +410,34 @@ def _refuse_rows_of_another_vocabulary(runtime: Runtime) -> None:
         raise TrailvecError(f"table sequences uses the numbers of {what}: run `trailvec build_sequences` first")
     cuts = noted_cuts(provenance)
     refuse_other_counts(runtime, rows, min_count, cuts.valid_from if cuts else None)
+    _refuse_items_unknown_to_the_rows(runtime, provenance)
+
+
+def _refuse_items_unknown_to_the_rows(runtime: Runtime, provenance: dict[str, Any]) -> None:
+    """Raises TrailvecError if `items` has items that the model would know and that sequences was made without: late
+    events bring some, even if the cut stays. The model would only ever see them as negatives, and no longer treat them
+    as cold.
+
+    Args:
+        provenance: of sequences.
+    """
+    since = provenance["reads"].get(ITEMS.name)
+    if since is None or since >= runtime.changed_version(ITEMS):
+        return
+    if not runtime.kept(ITEMS, since):
+        raise TrailvecError(
+            f"table sequences was made from version {since} of table items, which has changed and can no longer be "
+            f"compared with today's: run `trailvec build_sequences` first"
+        )
+    now = in_vocabulary(runtime.read(ITEMS), runtime.config.vocabulary.min_count)
+    then = in_vocabulary(runtime.at(ITEMS, since), provenance["config"]["vocabulary"]["min_count"])
+    added = now.join(then, "item_id", "left_anti").agg(F.count("*").alias("items"), F.min("item_id").alias("one"))
+    found = added.collect()[0]
+    if found["items"]:
+        raise TrailvecError(
+            f"table items has {found['items']:,} items that are unknown in the rows of table sequences, such as "
+            f"{found['one']}, since they came into the vocabulary later: run `trailvec build_sequences` first"
+        )
 
 
 def warm_settings(settings: TrainSettings, max_length: int) -> TrainSettings:

@@ -516,6 +516,56 @@ def test_rows_cut_before_training_s_end_moved_are_refused(
             runtime.execute(stage)
 
 
+def test_rows_made_before_items_came_into_the_vocabulary_are_refused(
+    make_runtime: Callable[..., Runtime], spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Late events bring an item in while the cut stays. No user of a session acted on it, so build_sequences then only
+    notes that it has nothing to change."""
+    runtime = make_runtime("vocabulary.min_count=5")
+    note = Cuts(VALID_FROM, TEST_FROM, TEST_FROM + timedelta(days=7)).note()
+
+    def count(**train_counts: int) -> None:
+        rows = [(item, ord(item), n, n) for item, n in train_counts.items()]
+        counted = spark.createDataFrame(rows, "item_id string, item_index int, event_count long, train_count long")
+        unknown = [F.lit(None).alias(name) for name in build_vocabulary.LATEST]
+        others = {name: F.lit(None) for name in ("item_name", "category", "unit_price")}
+        others |= {"vertical": F.lit("shop"), "first_ts": F.lit(START), "target_count": F.lit(0)}
+        counted = counted.withColumns(others | {"said_ts": F.struct(*unknown)})
+        runtime.execute(Stage("count", "", lambda r: r.merge(ITEMS, counted, note=note)), force=True)
+
+    def refusal() -> str:
+        with pytest.raises(TrailvecError) as refused:
+            runtime.execute(train.STAGE)
+        return str(refused.value)
+
+    for table in (SESSIONS, CONTEXT_VALUES):
+        runtime.create(table)
+    count(a=5, b=4, c=4)
+    runtime.execute(build_sequences.STAGE)
+    passed = refusal()
+    assert "the train split of table sequences has no rows" in passed
+    count(a=6, c=3)  # no more than the counts, as on most days
+    assert refusal() == passed
+    count(b=5)
+    assert refusal() == (
+        "table items has 1 items that are unknown in the rows of table sequences, such as b, since they came into the "
+        "vocabulary later: run `trailvec build_sequences` first"
+    )
+    runtime.execute(build_sequences.STAGE)
+    assert runtime.stage_version(SEQUENCES) < runtime.latest_version(SEQUENCES)  # nothing to change
+    assert refusal() == passed
+    assert runtime.execute(build_sequences.STAGE).skipped
+    assert refusal() == passed
+
+    since = runtime.latest_version(ITEMS)
+    count(a=7)
+    kept = Runtime.kept
+    monkeypatch.setattr(Runtime, "kept", lambda self, table, version: table != ITEMS and kept(self, table, version))
+    assert f"was made from version {since} of table items, which has changed and can no longer be" in refusal()
+    runtime.execute(build_sequences.STAGE)
+    assert refusal() == passed
+
+
 def test_a_missing_table_names_the_stage_that_makes_it(make_runtime: Callable[..., Runtime]) -> None:
     with pytest.raises(TrailvecError, match="run `trailvec sessionize` first"):
         make_runtime().execute(build_sequences.STAGE)
