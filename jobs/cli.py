@@ -226,7 +226,8 @@ def _tune(config: Config, arguments: argparse.Namespace) -> None:
 
     runtime = Runtime(config)
     with _progress(runtime, "tune"):
-        run_tune(runtime, arguments.trials)
+        found = run_tune(runtime, arguments.trials)
+    print("\n".join(found))  # not before: on a terminal, the status line takes stdout to stderr
 
 
 def _add_retire(add: _Add) -> None:

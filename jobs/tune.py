@@ -143,8 +143,8 @@ def _folder(root: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_tune(runtime: Runtime, trials: int) -> None:
-    """Runs the search, reports each trial's progress, and prints the best settings as TOML.
+def run_tune(runtime: Runtime, trials: int) -> list[str]:
+    """Runs the search, reports each trial's progress, and returns the best settings as lines of TOML.
 
     Raises:
         TrailvecError: the configured training is not suitable for trials, or a trial can't be judged.
@@ -165,6 +165,8 @@ def run_tune(runtime: Runtime, trials: int) -> None:
             f"tune tries the widths {', '.join(map(str, WIDTHS))}, none of which is a multiple of train.heads = "
             f"{settings.heads}: set it to a number that divides one of them, such as 2, for the search"
         )
+
+    found: list[str] = []
 
     def run(runtime: Runtime) -> None:
         # Covers all inputs of a model, also the [train] values of the searched settings, which the first trial uses.
@@ -189,15 +191,15 @@ def run_tune(runtime: Runtime, trials: int) -> None:
                 )
             search(spec, study, trials, folder, runtime.on_progress)
         best, configured = study.best_trial, configured_trial(study)
-        print(f"# {METRIC} {best.value:.4f} on the validation users, trial {best.number} of {len(study.trials)}")
+        found.append(f"# {METRIC} {best.value:.4f} on the validation users, trial {best.number} of {len(study.trials)}")
         if configured == best:
-            print("# with the configured settings: there is nothing to change")
+            found.append("# with the configured settings: there is nothing to change")
             return
         if configured:
-            print(f"# {METRIC} {configured.value:.4f} with the configured settings, trial {configured.number}")
-        print("[train]")
-        for key, value in sorted(best.params.items()):
-            print(f"{key} = {json.dumps(_written(value))}")
+            found.append(f"# {METRIC} {configured.value:.4f} with the configured settings, trial {configured.number}")
+        found.append("[train]")
+        found.extend(f"{key} = {json.dumps(_written(value))}" for key, value in sorted(best.params.items()))
 
     stage = Stage("tune", "search for better training settings", run, TRAIN.reads, (), TRAIN.settings, TRAIN.inputs)
     runtime.execute(stage)
+    return found

@@ -195,15 +195,15 @@ def test_a_model_reads_only_the_configured_inputs_and_attributes(trained: Runtim
 
 
 def test_the_search_for_settings_reads_these_tables_and_resumes(
-    trained: Runtime, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    trained: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tune, "launch", train_here)
     said: list[str] = []
     runtime = Runtime(make_config(trained.root, *SETTINGS, "train.processes=1", "train.epochs=1"), trained.spark)
     runtime.on_progress = said.append
     for _ in range(2):
-        tune.run_tune(runtime, 1)
-        assert re.match(r"# ndcg@10 0\.\d{4} on the validation users, trial 0 of 1\n", capsys.readouterr().out)
+        found = tune.run_tune(runtime, 1)
+        assert re.fullmatch(r"# ndcg@10 0\.\d{4} on the validation users, trial 0 of 1", found[0])
     assert any(line.startswith("trial 0  epoch 1/1") for line in said)
     assert said[-1] == "resumes the search after 1 trials"  # and no trial after it
 

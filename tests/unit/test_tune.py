@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import io
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,9 @@ from typing import Any
 import optuna
 import psutil
 import pytest
+from rich.console import Console
 
-from jobs import tune
+from jobs import cli, tune
 from jobs.cli import main
 from jobs.errors import TrailvecError
 from jobs.launch_training import launch
@@ -128,9 +131,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runtime:
     return runtime
 
 
-def test_the_best_of_all_trials_is_said_as_toml(
-    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_best_of_all_trials_is_said_as_toml(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an earlier run's too; one that failed is made up for."""
     outcomes: list[float | None] = [0.2, 0.4, None, 0.3]
     run_specs: list[RunSpec] = []
@@ -146,15 +147,13 @@ def test_the_best_of_all_trials_is_said_as_toml(
     said: list[str] = []
     runtime.on_progress = said.append
     for trials, of in ((2, 2), (3, 4)):
-        tune.run_tune(runtime, trials)
-        head, _, text = capsys.readouterr().out.partition("\n")
+        head, of_configured, *lines = tune.run_tune(runtime, trials)
         assert head == f"# ndcg@10 0.4000 on the validation users, trial 1 of {of}"
-        head, _, text = text.partition("\n")
-        assert head == "# ndcg@10 0.2000 with the configured settings, trial 0"
+        assert of_configured == "# ndcg@10 0.2000 with the configured settings, trial 0"
         best = run_specs[1].settings.model_dump()
-        found = tomllib.loads(text)["train"]
+        found = tomllib.loads("\n".join(lines))["train"]
         assert found == {name: best[name] for name in found}
-        assert all(len(line) <= len("learning_rate = 0.000315") for line in text.splitlines())
+        assert all(len(line) <= len("learning_rate = 0.000315") for line in lines)
         assert len(found) == 7
     assert [run.settings == TrainSettings(dropout=0.0) for run in run_specs] == [True, False, False, False]
     assert "resumes the search after 2 trials" in said
@@ -162,10 +161,21 @@ def test_the_best_of_all_trials_is_said_as_toml(
     said.clear()
     outcomes.append(0.1)
     monkeypatch.setattr(runtime, "_table_ids", {"sequences": "made anew"})
-    tune.run_tune(runtime, 1)  # as many commits, other rows
-    assert capsys.readouterr().out.endswith(
-        "trial 0 of 1\n# with the configured settings: there is nothing to change\n"
-    )
+    found = tune.run_tune(runtime, 1)  # as many commits, other rows
+    assert found[0].endswith("trial 0 of 1")
+    assert found[1:] == ["# with the configured settings: there is nothing to change"]
+
+
+def test_the_settings_go_to_stdout_also_while_a_terminal_shows_the_status(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `trailvec tune > best.toml` does: on a terminal, the status line redirects stdout to its own console."""
+    terminal = io.StringIO()
+    monkeypatch.setattr(cli, "_out", Console(file=terminal, force_terminal=True))
+    monkeypatch.setattr(tune, "search", lambda spec, study, *_: study.add_trial(optuna.trial.create_trial(value=0.5)))
+    cli._tune(runtime.config, argparse.Namespace(trials=1))
+    assert capsys.readouterr().out == "# ndcg@10 0.5000 on the validation users, trial 0 of 1\n[train]\n"
+    assert "tune" in terminal.getvalue()  # the status line
 
 
 def test_two_searches_under_one_root_leave_each_others_folder_alone(
