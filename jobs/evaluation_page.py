@@ -129,7 +129,7 @@ class Facts:
         rows: the model's rows of EVALUATION for that split.
         versions: for each model in EVALUATION: its version, whether it is current, the contents of its model.json (if
             it still exists) and its rows.
-        sample: how many items the examples were searched in.
+        sample: how many items the examples and their neighbours were chosen from.
         probes: rows of the table probes.
     """
 

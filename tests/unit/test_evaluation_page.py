@@ -163,6 +163,7 @@ def test_it_says_what_the_rows_say() -> None:
     assert "dead dimensions of items 1 directions with" in said
     assert "Alarm: 0.3750 is beyond evaluate.drift.max_stability" in said
     assert "cosine of a user's vectors 0.8750 0.7500 to 1.0000" in said
+    assert "In a sample of 9,876 items: the one acted on most in each of the largest verticals" in said
     assert "abc123 (current)" in said
     assert "old 0.0312" in said
 
