@@ -338,18 +338,20 @@ def _repeated(text: str, count: int) -> pa.Array:
 
 
 def _overlaps(chosen: Selection) -> dict[str, list[Share]]:
-    """By segment: the share of its members that each of the other segments holds too."""
+    """By segment: the share of its members that each of the other segments exports (not: only holds back) too."""
     from scipy.sparse import csr_matrix  # noqa: PLC0415 - a fraction of a second, and only this needs it
 
     names = [export.name for export in chosen.exports]
-    members = [chosen.members(name) for name in names]
+    members, control = zip(*map(chosen.members_and_control, names), strict=True)
     users = pa.concat_arrays(members).dictionary_encode().indices.to_numpy()
     starts = np.cumsum([0, *map(len, members)])
-    holds = csr_matrix((np.ones(len(users), np.int64), users, starts), shape=(len(names), users.max(initial=-1) + 1))
-    common = (holds @ holds.T).toarray()
+    exported, shape = ~np.concatenate(control), (len(names), users.max(initial=-1) + 1)
+    holds = csr_matrix((np.ones(len(users), np.int64), users, starts), shape=shape)
+    exports = csr_matrix((exported.astype(np.int64), users, starts), shape=shape)
+    common = (holds @ exports.T).toarray()
     return {
         name: [
-            Share(other, common[row, column] / max(common[row, row], 1), None)
+            Share(other, common[row, column] / max(len(members[row]), 1), None)
             for column, other in enumerate(names)
             if column != row
         ]

@@ -304,7 +304,7 @@ class Selection:
                 runtime.on_progress(f"segment {export.name}")
                 self.taken[export.name] = self._take(export)
             if (logged_at := self._logged_at.get(export.id)) in limited:
-                ids, control = self._members(export.name)
+                ids, control = self.members_and_control(export.name)
                 self._exported[logged_at].update(texts(ids.filter(pa.array(~control))))
                 self._held[logged_at, export.segment.group].update(texts(ids.filter(pa.array(control))))
         self._marks.unpersist()
@@ -662,9 +662,9 @@ class Selection:
 
     def members(self, name: str) -> pa.Array:
         """The members of a configured segment: as just selected or, if this run doesn't export it, from the log."""
-        return self._members(name)[0]
+        return self.members_and_control(name)[0]
 
-    def _members(self, name: str) -> tuple[pa.Array, Flags]:
+    def members_and_control(self, name: str) -> tuple[pa.Array, Flags]:
         """As `members`, with flags of who is held back."""
         if name in self.taken:
             return self.taken[name].ids, self.taken[name].control

@@ -34,7 +34,7 @@ def page(
     Args:
         manifest: the content of manifest.json.
         scores: of the members, descending; empty if the segment has no scores.
-        overlaps: the shares of the segment's members that are also in each other segment.
+        overlaps: the shares of the segment's members that each other segment exports too.
         verticals: the shares of its members, and of everyone, who acted in each vertical; None: not known.
     """
     segment, counts = manifest["segment"], manifest["counts"]
@@ -53,7 +53,7 @@ def page(
         parts += ["<h2>Score by rank</h2>", _curve(scores)]
     parts.append("<h2>Who else exports them</h2>")
     shared = [share for share in overlaps if share.segment > 0]
-    parts += _table("segment", shared) if shared else ["<p>No other segment contains a member of this one.</p>"]
+    parts += _table("segment", shared) if shared else ["<p>No other segment exports a member of this one.</p>"]
     parts.append("<h2>Where they act</h2>")
     if verticals:
         parts += ["<p>Share of the members (blue) and of all users (grey) who acted in a vertical.</p>"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from jobs.export_segments import _overlaps
 from jobs.segment_report import Share, page
 
 MANIFEST: dict[str, Any] = {
@@ -44,3 +47,19 @@ def test_of_many_members_the_curve_has_200_points() -> None:
     text = page(MANIFEST, np.linspace(1, 0, 1000, dtype=np.float32), [], None)
     points = text.split('points="')[1].split('"')[0].split()
     assert (len(points), points[0], points[-1]) == (200, "60.0,20.0", "620.0,200.0")
+
+
+def test_another_segment_exports_only_those_whom_it_does_not_hold_back() -> None:
+    """Of a's four members, b exports y and holds back x; c shares nobody and d has no member."""
+    members = {"a": {"w": 0, "x": 0, "y": 1, "z": 1}, "b": {"x": 1, "y": 0}, "c": {"v": 0}, "d": {}}  # 1: held back
+    chosen: Any = SimpleNamespace(
+        exports=[SimpleNamespace(name=name) for name in members],
+        members_and_control=lambda name: (
+            pa.array(list(members[name]), pa.large_string()),
+            np.array(list(members[name].values()), np.bool_),
+        ),
+    )
+    found = {name: {share.name: share.segment for share in shares} for name, shares in _overlaps(chosen).items()}
+    assert found["a"] == {"b": 1 / 4, "c": 0, "d": 0}
+    assert found["b"] == {"a": 1 / 2, "c": 0, "d": 0}  # x, whom b itself holds back; a holds back y
+    assert found["d"] == {"a": 0, "b": 0, "c": 0}
