@@ -89,8 +89,8 @@ def show_ranking(runtime: Runtime, model: str) -> None:
     register_tables(runtime)
     rows = runtime.spark.sql(
         """SELECT task, method, metric, value, counted FROM evaluation
-        WHERE model_version = :model AND slice = 'all' AND task IN ('next', 'new', 'repeat')""",
-        {"model": model},
+        WHERE model_version = :model AND split = :split AND slice = 'all' AND task IN ('next', 'new', 'repeat')""",
+        {"model": model, "split": runtime.config.evaluate.split},  # rows of the other split stay in the table
     ).collect()
     value = {(r.task, r.method, r.metric): r.value for r in rows}
     users = {r.task: r.counted for r in rows if r.metric == "ndcg@10"}

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import glob
 import runpy
+import sqlite3
 import subprocess
 import sys
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
-from scripts import check_page
+from jobs.config import Config
+from jobs.evaluation_page import METHODS
+from scripts import check_page, demo
 from scripts.answer_queries import _cell
 from scripts.bench.measure import cpu_seconds, exponent, in_turns
 
@@ -162,3 +168,32 @@ def test_a_browser_that_hangs_is_told(looked_at: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(check_page, "LONGEST", 0.2)
     with pytest.raises(SystemExit, match=r"chromium took longer than 0\.2 s over file://"):
         check_page.main()
+
+
+def test_the_demo_shows_the_split_that_the_configuration_evaluates(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SQLite answers its query, over a table with the rows of both splits, and of another model."""
+    table = sqlite3.connect(":memory:")
+    table.row_factory = lambda cursor, row: SimpleNamespace(
+        **{of[0]: v for of, v in zip(cursor.description, row, strict=True)}
+    )
+    table.execute("CREATE TABLE evaluation (model_version, split, task, method, metric, slice, value, counted)")
+    metrics = ("ndcg@10", "recall@10", "ndcg@20", "recall@20", "mrr@20")
+    for model, split, value, users in (("m", "test", 0.25, 77), ("m", "valid", 0.75, 88), ("n", "test", 0.5, 99)):
+        rows = [
+            (model, split, task, method, metric, "all", value, users)
+            for task in demo.TASKS
+            for method in METHODS
+            for metric in metrics
+        ]
+        table.executemany(f"INSERT INTO evaluation VALUES ({', '.join('?' * 8)})", rows)
+    monkeypatch.setattr(demo, "register_tables", lambda runtime: None)
+    monkeypatch.setattr(demo, "screen", Console(width=160))
+    spark = SimpleNamespace(sql=lambda text, values: SimpleNamespace(collect=table.execute(text, values).fetchall))
+    runtime: Any = SimpleNamespace(config=Config(), spark=spark)
+    demo.show_ranking(runtime, "m")
+    said = capsys.readouterr().out
+    assert said.count("77 users") == len(demo.TASKS)
+    assert said.count("0.2500") == len(demo.TASKS) * len(METHODS) * len(metrics)
+    assert "0.7500" not in said
