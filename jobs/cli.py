@@ -29,6 +29,8 @@ from jobs.tables import TABLES
 
 _out = Console(stderr=True, highlight=False, emoji=False)
 _STDOUT = 1  # its file descriptor
+# Characters by which a value of the log could move a terminal's cursor, clear its screen or set its title.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -331,6 +333,11 @@ def table_console(piped_width: int = 160) -> Console:
     return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
+def printable(text: str) -> str:
+    """The text with control characters, but for newlines and tabs, as \\xNN."""
+    return text.translate(_CONTROLS)
+
+
 def run_stages(runtime: Runtime, stages: Sequence[Stage], force: bool = False) -> list[Report]:
     """Runs the stages in order in one Spark session, and reports each as it ends."""
     reports = []
@@ -346,7 +353,7 @@ def run_stages(runtime: Runtime, stages: Sequence[Stage], force: bool = False) -
 def _print_report(report: Report) -> None:
     _out.print(_line(report), soft_wrap=True)
     for note in report.notes:
-        _out.print(f"    {note}", style="dim", markup=False, soft_wrap=True)
+        _out.print(f"    {printable(note)}", style="dim", markup=False, soft_wrap=True)
 
 
 def _line(report: Report) -> str:
@@ -394,7 +401,7 @@ def guarded(action: Callable[[], None], debug: bool = False) -> int:
         sentence = str(error) if isinstance(error, TrailvecError) else explain(error)
         if sentence is None:
             sentence = f"unexpected {type(error).__name__}: {first_line(error)} (run with --debug for the stack trace)"
-        print(f"trailvec: {sentence}", file=sys.stderr)
+        print(f"trailvec: {printable(sentence)}", file=sys.stderr)
         return 1
     return 0
 

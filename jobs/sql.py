@@ -18,7 +18,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 from rich.table import Table as Grid
 
-from jobs.cli import table_console
+from jobs.cli import printable, table_console
 from jobs.errors import TrailvecError, explain, first_line
 from jobs.runtime import Runtime
 from jobs.spark_session import JSON_MICROSECONDS, spark_conf
@@ -288,7 +288,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, list):
         shown = ", ".join(_cell(element) for element in value[:_SHOWN_ELEMENTS])
         return f"[{shown}, … {len(value):,} in all]" if len(value) > _SHOWN_ELEMENTS else f"[{shown}]"
-    return str(value)
+    return printable(str(value))
 
 
 def _one_sentence(error: PySparkException | Py4JJavaError) -> TrailvecError:

@@ -490,6 +490,8 @@ def test_the_printed_table(shop: Runtime, capsys: pytest.CaptureFixture[str]) ->
         (bytearray(b"\0\xff"), "X'00FF'"),
         ({"a": Decimal("1.5"), "b": None}, "{a: 1.5, b: NULL}"),
         (Row(x=1.23456789, inner=Row(d="2011-01-01")), "{x: 1.23457, inner: {d: 2011-01-01}}"),
+        ("milk\x1b[2J\x1b]0;mine\x07\r\x9b1m\x7f\n\tÜ", "milk\\x1b[2J\\x1b]0;mine\\x07\\x0d\\x9b1m\\x7f\n\tÜ"),
+        ({"\x1b": ["\x00"]}, "{\\x1b: [\\x00]}"),
         ([{"a": [1, 2, 3, 4]}], "[{a: [1, 2, 3, … 4 in all]}]"),
     ],
 )

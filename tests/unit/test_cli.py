@@ -15,6 +15,7 @@ from rich.table import Table as Grid
 from jobs import cli
 from jobs.cli import guarded, main, table_console
 from jobs.config import Config
+from jobs.errors import TrailvecError
 from jobs.pipeline import ASIDE, STAGES
 from jobs.runtime import Report, Runtime
 from jobs.tables import Table
@@ -92,3 +93,15 @@ def test_brackets_are_printed_as_they_are(
                 time.sleep(0.1)  # a status is drawn twice a second
                 said += capsys.readouterr().err
     assert odd in said + capsys.readouterr().err
+
+
+def test_what_notes_and_errors_quote_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    odd, shown = "food\x1b[2J\x9b2J", r"food\x1b[2J\x9b2J"
+
+    def fail() -> None:
+        raise TrailvecError(f"no vertical {odd}")
+
+    cli._print_report(Report("evaluate", notes=[f"alarm: {odd}"]))
+    assert f"alarm: {shown}" in capsys.readouterr().err
+    assert guarded(fail) == 1
+    assert capsys.readouterr().err == f"trailvec: no vertical {shown}\n"
