@@ -369,7 +369,11 @@ def _drift(points: Points, rows: Sequence[Row]) -> Row:
     return {
         "rows": figures,
         "alarms": [
-            {"limit": row["metric"], "of": "" if row["slice"] == "all" else row["slice_value"], "value": row["value"]}
+            {
+                "limit": row["metric"],
+                "of": "" if row["slice"] == "all" else row["slice_value"],
+                "value": None if math.isinf(row["value"]) else row["value"],  # a rate over no event before the cut
+            }
             for row in of
             if row["method"] == "alarm"
         ],

@@ -86,6 +86,7 @@ ROWS = [
     row("drift", "events", "rate", 1.25, "vertical", EVIL, None, None),
     row("drift", "alarm", "max_stability", 0.375, "all", "all", None, None),
     row("drift", "alarm", "max_rate_factor", 1.25, "vertical", EVIL, None, None),
+    row("drift", "alarm", "max_rate_factor", float("inf"), "vertical", "rides", None, None),
 ]
 
 
@@ -161,7 +162,9 @@ def test_it_says_what_the_rows_say() -> None:
     assert "5-19 1,234 0.1875 0.1250 to 0.2500" in said
     assert "hubness of items 1.3750" in said
     assert "dead dimensions of items 1 directions with" in said
-    assert "Alarm: 0.3750 is beyond evaluate.drift.max_stability" in said
+    assert "Alarm: 0.3750 is beyond evaluate.drift.max_stability." in said
+    none_before = "rides: events after the cut, but none in as many days before it"
+    assert f"Alarm: {none_before} (evaluate.drift.max_rate_factor)." in said
     assert "cosine of a user's vectors 0.8750 0.7500 to 1.0000" in said
     assert "In a sample of 9,876 items: the one acted on most in each of the largest verticals" in said
     assert "abc123 (current)" in said
