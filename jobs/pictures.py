@@ -51,7 +51,7 @@ def training(about: dict[str, Any], *, narrow: bool = False) -> str:
     def draw(figure: Any) -> None:
         loss, ranking = figure.subplots(2, 1) if narrow else figure.subplots(1, 2)
         rows, losses = zip(*facts["curve"], strict=True)
-        loss.plot(rows, losses, color=MODEL)
+        loss.plot(rows, losses, color=MODEL, marker="o" if len(rows) == 1 else "")  # a line needs two points
         loss.set(title="training loss", xlabel="rows read")
         epochs = [epoch for epoch in facts["epochs"] if "ndcg@10" in epoch]
         for metric, colour in (("ndcg@10", MODEL), ("recall@10", ACCENT)):

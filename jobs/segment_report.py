@@ -85,10 +85,11 @@ def _curve(scores: npt.NDArray[np.float32]) -> str:
     x = 60 + 560 * places / max(len(scores) - 1, 1)
     y = 20 + 180 * (high - scores[places].astype(np.float64)) / ((high - low) or 1)
     line = " ".join(f"{across:.1f},{down:.1f}" for across, down in zip(x, y, strict=True))
+    dot = f'<circle cx="{x[0]:.1f}" cy="{y[0]:.1f}" r="3" fill="#1b6ca8"/>' if len(x) == 1 else ""  # it has no line
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" width="660" height="240" font-size="12">'
         f'<path d="M60 20v180h560" fill="none" stroke="#bbb"/>'
-        f'<polyline points="{line}" fill="none" stroke="#1b6ca8" stroke-width="2"/>'
+        f'<polyline points="{line}" fill="none" stroke="#1b6ca8" stroke-width="2"/>{dot}'
         f'<text x="4" y="24">{high:.4f}</text><text x="4" y="204">{low:.4f}</text>'
         f'<text x="60" y="220">1</text><text x="620" y="220" text-anchor="end">{len(scores):,}</text></svg>'
     )

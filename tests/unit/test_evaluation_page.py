@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jobs.evaluation_page import Example, Facts, Map, Neighbour, figure, page
-from jobs.pictures import Point, bars, dots
+from jobs.pictures import Point, bars, dots, training
 from tests.unit.test_model_card import ABOUT
 
 EVIL = "<script>alert('1')</script> & \"$5\" _or_ more"
@@ -249,6 +249,14 @@ def test_names_in_any_letters_and_values_below_where_an_axis_begins() -> None:
     assert ">餐厅<" in drawn
     assert ">模型<" in drawn
     assert ">0.3<" in drawn  # a number on the axis
+
+
+def test_a_loss_of_one_step_is_a_dot() -> None:
+    for curve in ([(512, 7.0)], [(512, 7.0), (1024, 6.0)]):
+        about = ABOUT | {"training": ABOUT["training"] | {"curve": curve}}
+        loss, _, ranking = training(about).partition('id="axes_2"')
+        assert loss.count("fill: #1b6ca8") == (len(curve) == 1)  # its lines are strokes
+        assert "fill: #1b6ca8" in ranking  # the dots of the epochs
 
 
 def test_the_same_facts_give_the_same_bytes() -> None:

@@ -31,7 +31,9 @@ def test_the_curve_falls_from_the_best_score_to_the_last() -> None:
 
 def test_the_curve_of_equal_scores_is_level() -> None:
     for scores, points in (([2], "60.0,20.0"), ([2, 2], "60.0,20.0 620.0,20.0")):
-        assert f'points="{points}"' in page(MANIFEST, np.array(scores, np.float32), [], None)
+        text = page(MANIFEST, np.array(scores, np.float32), [], None)
+        assert f'points="{points}"' in text
+        assert text.count('<circle cx="60.0" cy="20.0"') == (len(scores) == 1)  # a line of one point is not drawn
 
 
 def test_what_people_wrote_is_shown_as_it_is() -> None:
