@@ -256,7 +256,11 @@ def _print(runtime: Runtime, entries: list[dict[str, Any]]) -> None:
             decimal(entry["bytes_freed"]),
             f"{entry['usd_per_month']:,.2f}",
         )
-    table_console().print(grid)
+    console = table_console()
+    # A narrow terminal breaks its lines, which can be made wider again; rich would break or cut each number.
+    needed = console.measure(grid, options=console.options.update(max_width=1_000)).maximum
+    console.width = max(console.width, needed)
+    console.print(grid)
 
 
 def main() -> None:

@@ -520,14 +520,16 @@ def test_the_command_prints_a_table_or_json(
     assert stopped.value.code == 2
 
 
-def test_the_table_of_a_usual_warehouse_fits_into_100_columns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("width", [40, 80, 160])
+def test_the_table_of_a_usual_warehouse_fits_into_100_columns_and_breaks_no_number(
+    width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     entry = {"table": "rejected_events", "rows": 1_477_998, "rows_too_old": 0, "rows_hidden": 0, "bytes": 41_800_000}
     entry |= {"files_before": 12, "files": 1, "small_files": 1, "bytes_on_disk": 886, "bytes_freed": 0}
     monkeypatch.setattr(
         module, "maintain", lambda *_: [entry | {"usd_per_month": 1234.5, "seconds": 64.6, "conflict": False}]
     )
+    monkeypatch.setattr(module, "table_console", lambda: cli.table_console(piped_width=width))
     run_maintain(Runtime(make_config(tmp_path)), [], dry_run=False, as_json=False)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
