@@ -19,7 +19,7 @@ _HISTORY = 5_000  # newest commits of a table that are read; a stage further beh
 # Operations that rewrite or drop files or change the table's metadata, but no rows.
 _UPKEEP = {
     *("OPTIMIZE", "REORG", "VACUUM START", "VACUUM END", "CLUSTER BY", "SET TBLPROPERTIES", "UNSET TBLPROPERTIES"),
-    *("UPGRADE PROTOCOL", "ADD COLUMNS", "CHANGE COLUMN", "ADD CONSTRAINT", "DROP CONSTRAINT"),
+    *("UPGRADE PROTOCOL", "REMOVE COLUMN MAPPING", "ADD COLUMNS", "CHANGE COLUMN", "ADD CONSTRAINT", "DROP CONSTRAINT"),
 }
 
 

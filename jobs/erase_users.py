@@ -60,6 +60,8 @@ from spark_udfs.keyed import ColumnTest, hashed, key_mark, mentions, of_column, 
 
 HOLDING_USERS = tuple(table for table in TABLES if table.user_columns())
 _BEFORE_EXPORTS = tuple(table for table in HOLDING_USERS if table != EXPORTS)
+# Rejected records whose user no list names. (Rows of unreleased versions have a refused id, such as 4711.0, as user.)
+_UNREAD = "(old.user_id IS NULL OR old.reason IN ('bad_type_user_id', 'nul_user_id'))"
 _AN_HOUR = 3600  # more than the clocks of two machines differ by
 _AGAIN = "finish"  # instead of an erasure's id, in commits that delete returned users
 _PARQUET = b"PAR1"  # the end of a whole Parquet file
@@ -348,12 +350,12 @@ def _delete(runtime: Runtime, table: Table, column: tuple[str, str], users: Data
 
 
 def _delete_unread(runtime: Runtime, in_raw: ColumnTest, erasure: str) -> None:
-    """Deletes rejected records without a known user whose text holds one of the users. Their hashes serve as keys."""
-    unread = runtime.latest(REJECTED_EVENTS).where("user_id IS NULL").where(in_raw(valid_text(F.col("raw"))))
+    """Deletes the `_UNREAD` rejected records whose text holds one of the users. Their hashes serve as keys."""
+    unread = runtime.latest(REJECTED_EVENTS).alias("old").where(_UNREAD).where(in_raw(valid_text(F.col("raw"))))
     texts = [row[0] for row in unread.select(F.sha2("raw", 256)).distinct().collect()]
     if texts:
         same = F.sha2("old.raw", 256) == F.col("gone.user_id")
-        runtime.erase(REJECTED_EVENTS, _frame(runtime, texts), F.col("old.user_id").isNull() & same, erasure)
+        runtime.erase(REJECTED_EVENTS, _frame(runtime, texts), F.expr(_UNREAD) & same, erasure)
 
 
 def _table_entries(
@@ -555,7 +557,7 @@ def _on_disk(runtime: Runtime, table: Table, tests: tuple[ColumnTest, ColumnTest
             found.update(row["user_id"] for row in users.where(is_erased(F.col("user_id"))).collect())
         if table == REJECTED_EVENTS:
             raw = valid_text(F.col("raw")).alias("raw")
-            texts = rows.where("user_id IS NULL").select(raw).distinct().where(holds_erased(F.col("raw")))
+            texts = rows.where(_UNREAD).select(raw).distinct().where(holds_erased(F.col("raw")))
             found.update(*[values(row["raw"]) for row in texts.collect()])
     return found, half_written
 
@@ -600,7 +602,7 @@ def _is_whole(runtime: Runtime, file: str, size: int) -> bool:
 
 def _frames(runtime: Runtime, table: Table, files: Sequence[str]) -> Iterator[DataFrame]:
     """The rows of the table's files, a frame per folder, with the partition values from the folder's name."""
-    names = {*table.user_columns(), *(["raw"] if table == REJECTED_EVENTS else [])}
+    names = {*table.user_columns(), *(["reason", "raw"] if table == REJECTED_EVENTS else [])}
     schema = ", ".join(f"`{c.name}` {c.type}" for c in table.columns if c.name in names)
     folders: dict[str, list[str]] = defaultdict(list)
     for file in files:

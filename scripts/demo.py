@@ -132,7 +132,7 @@ def show_places(runtime: Runtime, model: str) -> None:
         f"model    {runtime.models / model}",
         f"page     {runtime.models / model / PAGE}   (open it in a browser)",
     ]
-    for manifest in sorted(runtime.exports.glob("*/manifest.json")):
+    for manifest in sorted([*runtime.exports.glob("*/manifest.json")]):
         exported = json.loads(manifest.read_text())["counts"]["exported"]
         lines.append(f"segment  {manifest.parent}   ({exported:,} users, ids hashed)")
     lines.append('\nNext: [bold].venv/bin/trailvec sql --conf conf/local.toml "SELECT * FROM items LIMIT 5"[/]')

@@ -492,7 +492,11 @@ def test_texts_that_no_utf8_holds_stop_nothing(
         "'shop' source", "'f' file", "string(user_id)", "'old' reason", "string(raw)", "current_date() refused_on"
     )
     add(runtime, REJECTED_EVENTS, rows)
-    (tmp_path / "ids.txt").write_text("erika\0\0\n")
+    as_pandas_writes = rows.limit(1).selectExpr(
+        "source", "file", "'4711.0' user_id", "'bad_type_user_id' reason", """'{"user": 4711.0}' raw""", "refused_on"
+    )
+    add(runtime, REJECTED_EVENTS, as_pandas_writes)
+    (tmp_path / "ids.txt").write_text("erika\0\0\n4711\n")
     erase(runtime, str(tmp_path / "ids.txt"), requested_by="desk")
     left = sorted([*kept, ("old", ""), ("old", "caf\ufffd")])
     assert refused() == left
@@ -501,7 +505,9 @@ def test_texts_that_no_utf8_holds_stop_nothing(
         "shop, log*.parquet: 1 records of erased users dropped",
     ]
     assert refused() == sorted([*left, *kept])
-    assert "1 erased users" in finish(runtime).notes[-1]
+    add(runtime, REJECTED_EVENTS, as_pandas_writes)
+    assert "2 erased users" in finish(runtime).notes[-1]
+    assert refused() == sorted([*left, *kept])
 
 
 def test_where_no_table_of_users_is_nobody_is_said_to_be_erased(

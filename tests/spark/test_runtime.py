@@ -394,7 +394,7 @@ def test_of_very_many_commits_all_are_told_and_few_are_read_where_few_are_asked_
     log.mkdir(parents=True)
     said = json.dumps({"stage": "erase_users", "reads": {}, "note": {"erasure": "hers"}})
     for version in range(600):
-        info = {"timestamp": 1000 * (now + version), "operation": "MERGE"}
+        info = {"timestamp": 1000 * (now + version), "operation": "REMOVE COLUMN MAPPING" if version == 7 else "MERGE"}
         info |= {"userMetadata": said} if version in {50, 500} else {}
         (log / f"{version:020}.json").write_text(json.dumps({"commitInfo": info}))
     (log / "_last_checkpoint").write_text('{"version": 599}')
@@ -407,6 +407,7 @@ def test_of_very_many_commits_all_are_told_and_few_are_read_where_few_are_asked_
     one, other = iter(history), iter(history)  # neither at its end
     assert [next(read).version for read in (one, other, other, one)] == [599, 599, 598, 598]
     assert [commit.version for commit in history] == [*range(599, -1, -1)]
+    assert [commit.version for commit in history if not commit.foreign] == [500, 50, 7]
     with monkeypatch.context() as mount:
         mount.setattr("jobs.commits.is_mount", lambda _: True)  # it may show late what Spark has written
         assert isinstance(History(runtime.folder(EVENTS))._folder, HadoopPath)
