@@ -16,10 +16,11 @@ from training.urls import is_mount
 _COMMIT_INFO, _METADATA = '{"commitInfo"', '{"metaData"'
 KEEP_DAYS = "keep_days"  # marks, in its note, a commit that deletes rows for their age
 _HISTORY = 5_000  # newest commits of a table that are read; a stage further behind rebuilds its table
+UNMAPPED = "REMOVE COLUMN MAPPING"  # delta.columnMapping.mode = none
 # Operations that rewrite or drop files or change the table's metadata, but no rows.
 _UPKEEP = {
     *("OPTIMIZE", "REORG", "VACUUM START", "VACUUM END", "CLUSTER BY", "SET TBLPROPERTIES", "UNSET TBLPROPERTIES"),
-    *("UPGRADE PROTOCOL", "REMOVE COLUMN MAPPING", "ADD COLUMNS", "CHANGE COLUMN", "ADD CONSTRAINT", "DROP CONSTRAINT"),
+    *("UPGRADE PROTOCOL", UNMAPPED, "ADD COLUMNS", "CHANGE COLUMN", "ADD CONSTRAINT", "DROP CONSTRAINT"),
 }
 
 

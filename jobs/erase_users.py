@@ -60,8 +60,10 @@ from spark_udfs.keyed import ColumnTest, hashed, key_mark, mentions, of_column, 
 
 HOLDING_USERS = tuple(table for table in TABLES if table.user_columns())
 _BEFORE_EXPORTS = tuple(table for table in HOLDING_USERS if table != EXPORTS)
-# Rejected records whose user no list names. (Rows of unreleased versions have a refused id, such as 4711.0, as user.)
-_UNREAD = "(old.user_id IS NULL OR old.reason IN ('bad_type_user_id', 'nul_user_id'))"
+# Rejected records whose user no list names. Those of unreleased versions may have an id as user that is refused now, a
+# fraction, an object, base64 or with a NUL, whatever else was the reason.
+_UNREAD = """(old.user_id IS NULL OR old.reason = 'bad_type_user_id' OR old.user_id RLIKE '^-?[0-9]+[.]0+$'
+    OR substr(old.user_id, 1, 1) IN ('{', '[') OR instr(old.user_id, char(0)) > 0)"""
 _AN_HOUR = 3600  # more than the clocks of two machines differ by
 _AGAIN = "finish"  # instead of an erasure's id, in commits that delete returned users
 _PARQUET = b"PAR1"  # the end of a whole Parquet file

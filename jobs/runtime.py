@@ -25,7 +25,7 @@ from delta.tables import DeltaTable
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from jobs.commits import Commit, newer_than
+from jobs.commits import UNMAPPED, Commit, newer_than
 from jobs.config import Config
 from jobs.errors import TrailvecError
 from jobs.lake import Lake
@@ -293,13 +293,15 @@ class Runtime(Lake):
         return since >= self.changed_version(read)
 
     def changes(self, read: Table, since: int) -> DataFrame | None:
-        """What changed in `read` after its version `since`, as in `incremental`; None if it was overwritten as a whole
-        or the changes are no longer retained."""
+        """What changed in `read` after its version `since`, as in `incremental`; None if it was overwritten as a whole,
+        its columns were mapped until then, or the changes are no longer retained."""
         until = self._versions[read.name]
         if self._unchanged_since(read, since):
             nothing = self.read(read).limit(0).withColumn("_change_type", F.lit("insert"))
             return nothing.withColumn("_commit_version", F.lit(until).cast("bigint"))
-        if any(commit.replaced_all for commit in self._newer(read, since)) or not self.kept(read, since):
+        # Delta reads no feed from files of mapped columns once they are mapped no longer.
+        ends_feed = (c.replaced_all or c.operation == UNMAPPED for c in self._newer(read, since))
+        if any(ends_feed) or not self.kept(read, since):
             return None
         reader = self.spark.read.format("delta").option("readChangeFeed", "true")
         return reader.option("startingVersion", since + 1).option("endingVersion", until).load(self.path(read))

@@ -492,10 +492,16 @@ def test_texts_that_no_utf8_holds_stop_nothing(
         "'shop' source", "'f' file", "string(user_id)", "'old' reason", "string(raw)", "current_date() refused_on"
     )
     add(runtime, REJECTED_EVENTS, rows)
-    as_pandas_writes = rows.limit(1).selectExpr(
-        "source", "file", "'4711.0' user_id", "'bad_type_user_id' reason", """'{"user": 4711.0}' raw""", "refused_on"
+    refused_ids = [
+        ("4711.0", "missing_item_id", '{"user": 4711.0}'),
+        ('{"id":4711}', "bad_amount", '{"user": {"id": 4711}}'),
+        ("4711\0", "bad_amount", '{"user": "4711"}'),
+        ("NDcxMQ==", "bad_type_user_id", '{"user": "4711"}'),
+    ]
+    as_users = runtime.spark.createDataFrame(refused_ids, "user_id string, reason string, raw string").selectExpr(
+        "'shop' source", "'f' file", "user_id", "reason", "raw", "current_date() refused_on"
     )
-    add(runtime, REJECTED_EVENTS, as_pandas_writes)
+    add(runtime, REJECTED_EVENTS, as_users)
     (tmp_path / "ids.txt").write_text("erika\0\0\n4711\n")
     erase(runtime, str(tmp_path / "ids.txt"), requested_by="desk")
     left = sorted([*kept, ("old", ""), ("old", "caf\ufffd")])
@@ -505,7 +511,7 @@ def test_texts_that_no_utf8_holds_stop_nothing(
         "shop, log*.parquet: 1 records of erased users dropped",
     ]
     assert refused() == sorted([*left, *kept])
-    add(runtime, REJECTED_EVENTS, as_pandas_writes)
+    add(runtime, REJECTED_EVENTS, as_users)
     assert "2 erased users" in finish(runtime).notes[-1]
     assert refused() == sorted([*left, *kept])
 

@@ -417,6 +417,9 @@ def test_of_very_many_commits_all_are_told_and_few_are_read_where_few_are_asked_
     monkeypatch.setattr(runtime, "provenance", lambda: last)
     runtime._stage, runtime._versions = Stage("flag_users", "", lambda r: None), {"events": 599}
     assert (runtime._since(FLAGGED_USERS, EVENTS), runtime.report.notes) == (40, [])
+    with monkeypatch.context() as retained:
+        retained.setattr(runtime, "kept", lambda *_: True)
+        assert runtime.changes(EVENTS, 3) is None  # Delta would refuse to read it
     with monkeypatch.context() as upgrade:
         upgrade.setattr(runtime, "provenance", lambda: last | {"revisions": {"flagged_users": 2}})
         assert runtime._since(FLAGGED_USERS, EVENTS) is None
