@@ -588,16 +588,15 @@ def _files(runtime: Runtime, table: Table) -> tuple[list[str], list[str]]:
     # Delta writes to a file's final name, and what a killed job wrote stays there until VACUUM: Spark would stop at it.
     others = [file for file in files if file.rpartition("/")[2] not in newest]
     with ThreadPoolExecutor(_READERS) as readers:  # some 50 ms a file on an object store
-        whole = readers.map(lambda file: _is_whole(runtime, file, on_disk[file]), others)
+        whole = readers.map(lambda file: _is_whole(file, on_disk[file]), others)
         half_written = [file for file, is_whole in zip(others, whole, strict=True) if not is_whole]
     return sorted({*files} - {*half_written}), half_written
 
 
-def _is_whole(runtime: Runtime, file: str, size: int) -> bool:
+def _is_whole(file: str, size: int) -> bool:
     """Whether a Parquet file has its end, or VACUUM has deleted it meanwhile."""
-    place = Path(file) if isinstance(runtime.place, Path) else HadoopPath(file)
     try:
-        return size > len(_PARQUET) and four_bytes(place, size - len(_PARQUET)) == _PARQUET
+        return size > len(_PARQUET) and four_bytes(place_of(file), size - len(_PARQUET)) == _PARQUET
     except FileNotFoundError:
         return True
 

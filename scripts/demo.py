@@ -13,6 +13,7 @@ from rich.table import Table as Grid
 from jobs.cli import guarded, run_stages
 from jobs.config import load_config
 from jobs.evaluation_page import METHODS
+from jobs.files import Place
 from jobs.model_folders import model_folder
 from jobs.pipeline import STAGES
 from jobs.runtime import Runtime
@@ -132,7 +133,8 @@ def show_places(runtime: Runtime, model: str) -> None:
         f"model    {runtime.models / model}",
         f"page     {runtime.models / model / PAGE}   (open it in a browser)",
     ]
-    for manifest in sorted([*runtime.exports.glob("*/manifest.json")]):
+    manifests: list[Place] = [*runtime.exports.glob("*/manifest.json")]
+    for manifest in sorted(manifests):
         exported = json.loads(manifest.read_text())["counts"]["exported"]
         lines.append(f"segment  {manifest.parent}   ({exported:,} users, ids hashed)")
     lines.append('\nNext: [bold].venv/bin/trailvec sql --conf conf/local.toml "SELECT * FROM items LIMIT 5"[/]')

@@ -80,6 +80,22 @@ def stops_at(line: str) -> Callable[[str], None]:
     return on_progress
 
 
+def stopped_by_another(runtime: Runtime, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
+    """Runs ingest; while it commits a batch, another run writes a file into the checkpoint, on which it stops."""
+    commit = ingest.commit_batch
+
+    def beside(*arguments: Any) -> Any:
+        (checkpoint,) = (Path(runtime.config.storage.root) / "checkpoints/ingest").iterdir()
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        (checkpoint / name).write_text(text)
+        return commit(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest, "commit_batch", beside)
+        with pytest.raises(TrailvecError, match="another ingest is reading the same input"):
+            runtime.execute(STAGE)
+
+
 def stop(runtime: Runtime, monkeypatch: pytest.MonkeyPatch, name: str, instead: Callable[..., None]) -> None:
     """Runs ingest with the function `name` replaced by `instead`, which stops it midway."""
     with monkeypatch.context() as patch:
@@ -266,18 +282,7 @@ def test_a_run_that_is_overtaken_in_its_last_batch_leaves_no_counts(
     """They would be those of another run: its many good records would let any wrong ones pass."""
     runtime = make_runtime(*settings(tmp_path, source(tmp_path)), "ingest.max_rejected_share=0.1")
     (tmp_path / "log0.csv").write_text(HEADER + "".join(f"{n},ann,a,2023-05-01,1\n" for n in range(20)))
-    commit = ingest.commit_batch
-
-    def overtaken(*arguments: Any) -> Any:
-        (checkpoint,) = (Path(runtime.config.storage.root) / "checkpoints/ingest").iterdir()
-        (checkpoint / "commits").mkdir(exist_ok=True)
-        (checkpoint / "commits/0").write_text('v1\n{"nextBatchWatermarkMs":0}')
-        return commit(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ingest, "commit_batch", overtaken)
-        with pytest.raises(TrailvecError, match="another ingest is reading the same input"):
-            runtime.execute(STAGE)
+    stopped_by_another(runtime, monkeypatch, "commits/0", 'v1\n{"nextBatchWatermarkMs":0}')
     assert len(events(runtime)) == 20
     (tmp_path / "log1.csv").write_text(HEADER + "20,,a,2023-05-01,1\n21,,a,2023-05-01,1\n")
     with pytest.raises(TrailvecError, match="2 of 2 records are refused"):
@@ -294,18 +299,8 @@ def test_two_runs_that_stop_each_other_lose_nothing(
     for n, log in enumerate(logs):
         log.write_text(HEADER + f"{n},ann,a,2023-05-01,1\n")
         os.utime(log, (n + 1, n + 1))  # the stream takes the oldest file first
-    commit = ingest.commit_batch
-
-    def entered_by_another(*arguments: Any) -> Any:
-        (checkpoint,) = (Path(runtime.config.storage.root) / "checkpoints/ingest").iterdir()
-        entry = {"path": logs[1].as_uri(), "timestamp": 2000, "batchId": 1}
-        (checkpoint / "sources/0/1").write_text(f"v1\n{json.dumps(entry)}")
-        return commit(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ingest, "commit_batch", entered_by_another)
-        with pytest.raises(TrailvecError, match="another ingest is reading the same input"):
-            runtime.execute(STAGE)
+    entry = {"path": logs[1].as_uri(), "timestamp": 2000, "batchId": 1}
+    stopped_by_another(runtime, monkeypatch, "sources/0/1", f"v1\n{json.dumps(entry)}")
     assert len(events(runtime)) == 1
     runtime.execute(STAGE)
     assert len(events(runtime)) == 3
