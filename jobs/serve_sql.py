@@ -197,6 +197,8 @@ def _start(spark: SparkSession, host: str, port: int, login: str | None, scratch
         "hive.server2.thrift.bind.host": host,
         "hive.server2.thrift.port": str(port),
         "hive.server2.authentication": "CUSTOM" if login else "NONE",
+        # Hive's default reads HDFS as whatever name a client logs in with, instead of as the server's account.
+        "hive.server2.enable.doAs": "false",
         "hive.exec.scratchdir": str(scratch / "scratch"),
         "hive.exec.local.scratchdir": str(scratch / "local"),
         "hive.downloaded.resources.dir": str(scratch / "resources"),

@@ -6,6 +6,7 @@ trailvec sql --conf conf/local.toml "SELECT vertical, count(*) AS events FROM ev
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,9 @@ from spark_udfs import nearest_of_user, vectors
 
 _FAILURES = (PySparkException, Py4JJavaError)  # the second: run-time failures for which PySpark has no class
 _SHOWN_ELEMENTS = 3  # per array
+_TIMES = (T.DateType, T.TimestampType, T.TimestampNTZType, T.DayTimeIntervalType, T.YearMonthIntervalType)
+# Characters that can move a terminal's cursor and that Spark's JSON leaves as they are; read back, they are equal.
+_JSON_CONTROLS = {code: f"\\u{code:04x}" for code in range(127, 160)}
 # Spark's names of plan nodes and expressions that are random or depend on a table's physical files.
 _BY_CHANCE = {
     *("Rand", "Randn", "Uuid", "Shuffle", "Sample"),
@@ -230,14 +234,17 @@ def run_sql(runtime: Runtime, text: str, as_json: bool, limit: int = 100) -> Non
     """Prints the result: a table of the first `limit` rows, or all rows as JSON lines.
 
     Raises:
-        TrailvecError: Spark refuses the query, or it fails at run time.
+        TrailvecError: Spark refuses the query, or it fails at run time; or JSON is asked for and two columns share a
+            name, of which readers of JSON would keep the last.
     """
     answer = query(runtime, text)
+    if as_json and (twice := [name for name, count in Counter(answer.columns).items() if count > 1]):
+        raise TrailvecError(f"two columns of the result are named {twice[0]}: give one another name with AS")
     try:
         if as_json:
             line = F.to_json(F.struct("*"), JSON_MICROSECONDS | {"ignoreNullFields": "false"})
             for row in answer.select(line).toLocalIterator():
-                print(row[0])
+                print(row[0].translate(_JSON_CONTROLS))
         elif answer.columns:
             _print_rows(answer.columns, _times_as_text(answer.limit(limit + 1)).collect(), limit)
     except _FAILURES as error:
@@ -245,14 +252,15 @@ def run_sql(runtime: Runtime, text: str, as_json: bool, limit: int = 100) -> Non
 
 
 def _times_as_text(answer: DataFrame) -> DataFrame:
-    """The rows with dates and times (nested ones too) as text formatted by Spark in the session's zone, UTC: Python
-    would use the machine's zone and can't represent years after 9999. Columns are numbered, since names may repeat."""
+    """The rows with dates, times and intervals (nested ones too) as text formatted by Spark in the session's zone, UTC:
+    Python would use the machine's zone, can't represent years after 9999, and shows minus one minute as a day less
+    24 hours but a minute. Columns are numbered, since names may repeat."""
     numbered = answer.toDF(*map(str, range(len(answer.columns))))
     return numbered.select([F.col(field.name).cast(_text_of_times(field.dataType)) for field in numbered.schema])
 
 
 def _text_of_times(kind: T.DataType) -> T.DataType:
-    if isinstance(kind, (T.DateType, T.TimestampType, T.TimestampNTZType)):
+    if isinstance(kind, _TIMES):
         return T.StringType()
     if isinstance(kind, T.ArrayType):
         return T.ArrayType(_text_of_times(kind.elementType), kind.containsNull)
@@ -266,10 +274,13 @@ def _text_of_times(kind: T.DataType) -> T.DataType:
 def _print_rows(columns: list[str], rows: list[Row], limit: int) -> None:
     grid = Grid()
     for column in columns:
-        grid.add_column(column, overflow="fold")
+        grid.add_column(column, overflow="fold", min_width=2)
     for row in rows[:limit]:
         grid.add_row(*[_cell(value) for value in row])
     console = table_console()
+    # Rich leaves columns out for which it has no room, and of a column of width 1 the characters of width 2: too wide a
+    # table is for the terminal to wrap.
+    console.width = max(console.width, 1 + 5 * len(columns))
     console.print(grid)
     more = f"the first {limit:,} rows; there are more rows: add a WHERE, or --json for all"
     console.print(more if len(rows) > limit else f"{len(rows):,} row{'s' * (len(rows) != 1)}")

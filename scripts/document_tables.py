@@ -47,10 +47,11 @@ In `trailvec sql`, `trailvec serve_sql` and any session with `spark_udfs.vectors
 aggregate: the ids (STRING) of a group's k highest inner products with the third argument, best first |
 
 A NULL vector or element gives NULL, and so does the cosine or the normalised form of a zero vector; aggregates skip
-such rows. NaN counts as NULL, and without GROUP BY an aggregate over no rows gives no row (a built-in one: NULL). An
-aggregate can't be combined with a built-in one in the same SELECT, and its group must fit into a Python worker: for
-large groups compute the inner product in a subquery and rank by `row_number() OVER (PARTITION BY … ORDER BY … DESC)`
-instead of `vector_top_k`. Queries over real vectors: [queries](queries.md).
+such rows. NaN counts as NULL, and without GROUP BY an aggregate over no rows gives no row (a built-in one: NULL). CASE
+and IF guard no function, which gets all rows: leave out vectors of another length by WHERE. An aggregate can't be
+combined with a built-in one in the same SELECT, and its group must fit into a Python worker: for large groups compute
+the inner product in a subquery and rank by `row_number() OVER (PARTITION BY … ORDER BY … DESC)` instead of
+`vector_top_k`. Queries over real vectors: [queries](queries.md).
 """
 
 EXAMPLES = {

@@ -16,9 +16,10 @@ vector_top_k. The rules:
 * `degree` is 1, 2 (the default) or float('inf').
 * Unequal lengths, elements that are not FLOAT, ids that are not STRING, and any other degree are errors.
 
-Three limits of Spark 3.5's pandas UDFs: these aggregates can't be combined with a built-in one in the same SELECT; a
-whole group must fit in the memory of one Python worker; and without GROUP BY, an aggregate over no rows gives no row,
-where a built-in one gives a row with NULL.
+Limits of Spark 3.5's pandas UDFs: these aggregates can't be combined with a built-in one in the same SELECT; a whole
+group must fit in the memory of one Python worker; without GROUP BY, an aggregate over no rows gives no row, where a
+built-in one gives a row with NULL; and CASE or IF guards no function, which gets all rows: vectors of unequal lengths
+have to be left out by a WHERE.
 
 Source of the rules: https://apache.github.io/spark/api/sql/vector-functions and the pages of the same functions at
 https://docs.databricks.com/aws/en/sql/language-manual/functions/vector_norm.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import itertools
 import json
@@ -228,6 +229,13 @@ def test_no_page_shows_what_clients_ask(server: Served) -> None:
     """Spark's, which asks for no password."""
     out, err = client(server, ["SET spark.ui.enabled"]).communicate(timeout=120)
     assert json.loads(out) == [[[["spark.ui.enabled", "false"]]]], err
+
+
+def test_files_are_read_as_the_server_not_as_the_name_a_client_logs_in_with(server: Served) -> None:
+    """On HDFS that name would be an account. (VALUES has the optimizer call Java, on the statement's thread.)"""
+    who = "SELECT reflect('org.apache.hadoop.security.UserGroupInformation', 'getCurrentUser') FROM VALUES (1)"
+    out, err = client(server, [who]).communicate(timeout=120)
+    assert json.loads(out)[0][0][0][0].split()[0] == getpass.getuser(), err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from jobs.errors import TrailvecError
 from jobs.list_tables import list_tables, print_tables
 from jobs.runtime import Runtime
 from jobs.spark_session import start_spark
-from jobs.sql import _cell, ask, query, run_sql
+from jobs.sql import _cell, _print_rows, ask, query, run_sql
 from jobs.sql_names import tables_to_see
 from jobs.tables import CURRENT_MODEL, EVENTS, ITEM_EMBEDDINGS, ITEMS, NEIGHBOURS, TABLES, Table
 from spark_udfs import vectors
@@ -476,6 +477,16 @@ def test_the_printed_table(shop: Runtime, capsys: pytest.CaptureFixture[str]) ->
     assert "[red]x[/red]" in printed
 
 
+def test_a_table_too_wide_for_the_terminal_loses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither columns nor characters that take two columns of the terminal."""
+    names = [f"name{n}" for n in range(100, 145)]
+    values = [f"牛乳x{n}" for n in range(100, 145)]
+    _print_rows(names, [Row(*values)], 10)
+    cells = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    shown = ["".join(parts) for parts in zip(*filter(None, cells), strict=True)]
+    assert shown == [name + value for name, value in zip(names, values, strict=True)]
+
+
 @pytest.mark.parametrize(
     ("value", "shown"),
     [
@@ -513,6 +524,10 @@ def test_printed_times_are_utc_on_any_machine(
     assert capsys.readouterr().out.count("2017-12-01 08:00:00.000001") == 5
     run_sql(shop, "SELECT DATE '+10000-01-01' AS day", as_json=False)  # beyond Python's years
     assert "+10000-01-01" in capsys.readouterr().out
+    run_sql(shop, "SELECT INTERVAL '-1' MINUTE AS i, array(INTERVAL '1-2' YEAR TO MONTH) AS a", as_json=False)
+    printed = capsys.readouterr().out
+    assert "INTERVAL '-01' MINUTE" in printed
+    assert "[INTERVAL '1-2' YEAR TO MONTH]" in printed
 
 
 def test_json_lines(shop: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
@@ -521,6 +536,12 @@ def test_json_lines(shop: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["item_id"] for line in lines] == ["bread", "butter", "nails"]
     assert lines[1] == {"item_id": "butter", "vector": [1.0, 1.0], "nothing": None, "t": "2017-12-01T00:00:00.000001Z"}
+    run_sql(shop, "SELECT decode(X'C29B7F', 'UTF-8') AS a", as_json=True)  # what clears a terminal's screen, and delete
+    printed = capsys.readouterr().out
+    assert printed == '{"a":"\\u009b\\u007f"}\n'
+    assert json.loads(printed) == {"a": "\x9b\x7f"}
+    with pytest.raises(TrailvecError, match="two columns of the result are named a: give one another name with AS"):
+        run_sql(shop, "SELECT 1 AS a, 2 AS b, 3 AS a", as_json=True)
 
 
 def test_tables_against_delta_rs(shop: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
