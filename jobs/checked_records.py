@@ -18,6 +18,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
+from functools import reduce
+from operator import or_
 
 from pyspark.errors import AnalysisException, IllegalArgumentException, SparkUpgradeException
 from pyspark.sql import Column, DataFrame, SparkSession, Window
@@ -63,6 +65,11 @@ _TIME_TYPES = (T.TimestampType, T.TimestampNTZType, T.DateType)
 _ZONE_LETTERS = "VzOXxZ"
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 _FRACTION = r"^-?\d+(\.\d+([eE][+-]?\d+)?|[eE][+-]?\d+)$"  # or with an exponent, as JSON has them
+# A JSON escape of one half of a UTF-16 pair without the other; not an escaped backslash before "ud83d".
+_HALF = (
+    r"(?<!\\)(?:\\\\)*"
+    r"(?:\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+)
 _ISO_LOCAL = r"\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?)?"
 _ISO_ZONED = r"\d{4}-\d{2}-\d{2}[T ]\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?\s*(Z|[+-]\d{2}(:?\d{2})?)"
 # Microseconds per unit, and the widest decimal whose microseconds still fit into 64 bits.
@@ -325,6 +332,13 @@ def _is_valid_text(names: Sequence[str]) -> Column:
     return ~(valid_text(text).contains("\ufffd") & (F.col("is_invalid") | is_invalid(text)))
 
 
+def _has_half_a_character(ids: Sequence[str]) -> Column:
+    """Whether an id has a question mark that may stand for half a character: JSON can hold half of a UTF-16 pair, left
+    by what cuts texts in JavaScript, and Java makes a question mark of it. Of two users it would make one."""
+    marked = reduce(or_, [F.coalesce(F.contains(name, F.lit("?")), F.lit(False)) for name in ids])
+    return marked & F.coalesce(F.col("line").rlike(_HALF), F.lit(False))
+
+
 def _reason(given: DataFrame, settings: IngestSettings, now: datetime, has_zone: Column) -> Column:
     """Why a record is not an event; NULL if it is one."""
     event_ts = F.col("event_ts")
@@ -333,7 +347,7 @@ def _reason(given: DataFrame, settings: IngestSettings, now: datetime, has_zone:
     may_be_negative = F.col("event_type").isin(*settings.negative_amount_event_types)
     texts = [c.name for c in EVENTS.columns if _is_text(c.name)]
     texts += [_as_given(n) for n in _NUMBERS if _is_string(given, _as_given(n))]
-    unread = {"invalid_utf8": ~_is_valid_text(texts)}
+    unread = {"invalid_utf8": ~_is_valid_text(texts) | _has_half_a_character(_IDS)}
     unread |= {f"missing_{name}": F.col(name).isNull() for name in _REQUIRED}
     unread["missing_event_ts"] = ~F.col("has_event_ts")
     wrong = {

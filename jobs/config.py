@@ -39,6 +39,9 @@ SPARK_FIXED = {
     "spark.sql.legacy.timeParserPolicy": "CORRECTED",
     # A folder store=007 means "007", whatever the other folders' values look like.
     "spark.sql.sources.partitionColumnTypeInference.enabled": "false",
+    # A time without a zone is one in the zone that its mapping names, not in UTC.
+    "spark.sql.parquet.inferTimestampNTZ.enabled": "true",
+    "spark.sql.timestampType": "TIMESTAMP_LTZ",
     # Parquet timestamps as microseconds, not INT96: what other readers expect.
     "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
     # Dates before 1582 and times before 1900 (0001-01-01 for "none") are what the file says: by default a single one

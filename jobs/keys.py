@@ -27,7 +27,7 @@ def key_of(name: str, what: str) -> bytes:
     """
     key = os.environ.get(name)
     if not key and (file := os.environ.get(_FILE)):
-        key = json.loads(Path(file).read_text()).get(name)
+        key = json.loads(Path(file).read_text("utf-8")).get(name)
     if not key:
         raise TrailvecError(f"the environment has no {name}, the key that {what}: export {name}=...")
     return key.encode()

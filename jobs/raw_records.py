@@ -86,9 +86,20 @@ def data_files(top: Path) -> list[Path]:
     """The file itself, or all files below the folder, sorted.
 
     As in Spark, names that begin with `_` or `.` are not data, except partition folders such as _column=value.
+
+    Raises:
+        TrailvecError: a name is not UTF-8, so that Java would not list the file.
     """
     inside = files_below(top) if top.is_dir() else [top]
-    return sorted(file for file in inside if file.is_file() and is_data(str(file), top) and not _is_hidden(file.name))
+    files = sorted(file for file in inside if file.is_file() and is_data(str(file), top) and not _is_hidden(file.name))
+    for file in files:
+        try:
+            str(file).encode()
+        except UnicodeEncodeError:
+            shown = str(file).encode(errors="backslashreplace").decode()
+            said = f"the name of {shown} is not UTF-8, so Spark would leave the file out: rename it"
+            raise TrailvecError(said) from None
+    return files
 
 
 def files_below(folder: Path) -> Iterator[Path]:

@@ -464,7 +464,7 @@ def _rows_folder(runtime: Runtime, version: str, staging: Path) -> Place:
 def _train(runtime: Runtime, version: str, staging: Path, checkpoints: Place) -> None:
     settings = runtime.config.train
     spec = run_spec(runtime, version, staging, checkpoints)
-    (staging / "run.json").write_text(spec.model_dump_json(indent=2))
+    (staging / "run.json").write_text(spec.model_dump_json(indent=2), "utf-8")
     checkpoints.mkdir(parents=True, exist_ok=True)
     write_json(checkpoints / BEGUN, runtime.provenance())  # which versions to read on resuming
     with tracked(settings.tracking_uri, runtime.place, spec, runtime.report.notes.append) as tracker:

@@ -79,7 +79,7 @@ def search(spec: RunSpec, study: optuna.Study, trials: int, folder: Path, on_pro
             trial.set_user_attr(CONFIGURED, True)
         run = with_values(spec, {} if untried else propose(trial, spec), output)
         untried = False  # tried once a run, even if it fails
-        (output / "run.json").write_text(run.model_dump_json())
+        (output / "run.json").write_text(run.model_dump_json(), "utf-8")
         scores: list[float] = []
 
         def on_event(event: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import json
 import re
+import string
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -29,6 +30,8 @@ ColumnTest = Callable[[Column], Column]
 _WORD = re.compile(r"\w+")
 _STRUCTURE = re.compile(r"[\s\0\"'{}\[\](),;:|=]+")  # NULs pad the fields of fixed-width exports
 _FIELDS = re.compile(r"[\t\r\n\0\"'{}\[\](),;:|=&]+")  # splits at no space: an id may contain spaces
+# Delimiters that no value is likely to hold, as Hive's \x01; a full stop, a hyphen and the like stand within values.
+_RARE_DELIMITERS = re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f^~\u00a4\u00a6\u00a7\u00ac]")
 # Not within a word. Without a point not within a UUID either, whose groups may look like 45e3.
 _REAL = re.compile(r"(?<!\w)\d{1,40}\.\d{1,40}(?:[eE]\+?\d{1,2})?(?!\w)|(?<!\w)(?<!\w-)\d{1,40}[eE]\+?\d{1,2}(?!-?\w)")
 _ESCAPES = re.compile(r'(?:\\(?:u[0-9a-fA-F]{4}|["\\/bfnrt]))+')
@@ -92,14 +95,14 @@ def values(raw: str) -> set[str]:
 
 
 def _pieces(text: str) -> set[str]:
-    pieces = {*_STRUCTURE.split(text), *map(str.strip, _FIELDS.split(text))} - {""}
-    for delimiter in ",;\t|":
-        try:
-            fields = next(csv.reader([text], delimiter=delimiter), [])
-        except csv.Error:
-            continue
-        pieces.update(field.strip() for field in fields)
-    return pieces
+    fields = _FIELDS.split(text)
+    for delimiter in {*",;\t|", *_RARE_DELIMITERS.findall(text)}:
+        with suppress(csv.Error):
+            fields += next(csv.reader([text], delimiter=delimiter), [])
+    # An id is stripped of ASCII's blanks alone: a no-break space at its end is part of it, or was not meant.
+    return {*_STRUCTURE.split(text), *map(str.strip, fields), *(field.strip(string.whitespace) for field in fields)} - {
+        ""
+    }
 
 
 def _unescaped(text: str) -> str:

@@ -604,4 +604,4 @@ def _log_event(event: str, **figures: Any) -> None:
 
 
 if __name__ == "__main__":
-    train(RunSpec.model_validate_json(Path(sys.argv[1]).read_text()))
+    train(RunSpec.model_validate_json(Path(sys.argv[1]).read_text("utf-8")))

@@ -53,7 +53,7 @@ def holds_secret(place: str) -> bool:
 
 
 def not_for_training(place: str) -> str | None:
-    """The first part of a folder's name that Petastorm (# and ? end a URL's path) or delta-rs (reads %41 as A) can't
-    read; None if there is none."""
-    match = re.search(r"[#?]|%[0-9A-Fa-f]{2}", place)
+    """The first part of a folder's name that Petastorm (# and ? end a URL's path) or delta-rs (reads %41 as A, and
+    panics at | and ^) can't read; None if there is none."""
+    match = re.search(r"[#?|^]|%[0-9A-Fa-f]{2}", place)
     return match[0] if match else None

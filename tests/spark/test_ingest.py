@@ -681,6 +681,29 @@ def test_bytes_that_are_no_utf8_are_refused(spark: SparkSession, tmp_path: Path,
     assert second["reason"] == third["reason"] == "invalid_utf8"
 
 
+def test_an_id_with_half_a_character_is_refused(spark: SparkSession, tmp_path: Path) -> None:
+    """JSON escapes halves of UTF-16 pairs. Another text may lose its end: nobody is told apart by it."""
+    users = {
+        r"ann\ud83d": None,
+        r"ann\uDE00": None,
+        r"ann\ude00\ud83d": None,
+        r"ann\ud83dx?": None,
+        r"ann\ud83d\ude00?": "ann😀?",
+        r"ann\\ud83d?": r"ann\ud83d?",
+        "ann?": "ann?",
+        "ann": "ann",
+    }
+    end = r', "query": "a \ud83d?"'
+    lines = [
+        f'{{"id": "{n}", "user": "{user}", "item": "a", "at": "2023-05-01", "price": 1{end if user == "ann" else ""}}}'
+        for n, user in enumerate(users)
+    ]
+    (tmp_path / "log.json").write_text("\n".join(lines))
+    found = ingest(spark, tmp_path, mapping("log.json", "json"))
+    assert [row["reason"] for row in found] == [None if user else "invalid_utf8" for user in users.values()]
+    assert [row["user_id"] for row in found if not row["reason"]] == [user for user in users.values() if user]
+
+
 @pytest.mark.parametrize("form", ["csv", "json", "parquet"])
 def test_a_replacement_character_is_a_text_like_any_other(spark: SparkSession, tmp_path: Path, form: str) -> None:
     """What read Latin-1 as UTF-8 long before us wrote it: such a file is valid."""

@@ -64,6 +64,8 @@ from jobs.errors import TrailvecError
             "depend on it: correct it",
         ),
         ('spark.conf."spark.sql.ansi.enabled"="true"', "spark.sql.ansi.enabled = 'true', which must be false"),
+        ('spark.conf."spark.sql.parquet.inferTimestampNTZ.enabled"="false"', "enabled = 'false', which must be true"),
+        ('spark.conf."spark.sql.timestampType"="TIMESTAMP_NTZ"', "TIMESTAMP_NTZ', which must be TIMESTAMP_LTZ"),
         (
             "spark.conf.spark.executor.memory=4g",
             "spark.conf: found a section spark: a key that contains dots must be in quotes, as in "

@@ -106,6 +106,12 @@ def test_who_is_on_a_list_of_hashes() -> None:
         ('{"user_id": 1e+16, "x', "10000000000000000"),  # Python
         ("1;ann lee\0\0;x", "ann lee"),  # C
         (r'{"user":"ann\u0000","broken', "ann"),
+        ("1\x01ann lee\x012023", "ann lee"),  # Hive
+        ('1^"ann lee"^x', "ann lee"),
+        ("1~|~ann~|~x", "ann"),
+        ("1,ann\u00a0,x,extra", "ann\u00a0"),  # a no-break space
+        ("1; \u3000ann ;x", "\u3000ann"),
+        ('{"user":"ann\u2003","broken', "ann\u2003"),
     ],
 )
 def test_values_of_a_record_that_could_not_be_read(raw: str, value: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from jobs.checked_records import may_lack_zone
+from jobs.errors import TrailvecError
 from jobs.files import HadoopPath, Place
 from jobs.raw_records import find_files, folder_of, is_data
 from jobs.user_lists import file_digest
@@ -21,6 +23,14 @@ def test_a_linked_folder_is_looked_into_as_spark_does(tmp_path: Path) -> None:
     (tmp_path / "disk/b.csv").write_text("id\n2\n")
     assert find_files(tmp_path, "logs") == [tmp_path / "logs" / name for name in ("2024/a.csv", "2024/b.csv", "a.csv")]
     assert file_digest(tmp_path / "logs") != before
+
+
+def test_a_file_whose_name_java_does_not_list_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    for name in ("grün.csv".encode(), "Verkäufe.csv".encode("latin-1")):
+        Path(os.fsdecode(os.fsencode(tmp_path / "logs") + b"/" + name)).touch()
+    with pytest.raises(TrailvecError, match=r"the name of .*/logs/Verk\\udce4ufe.csv is not UTF-8, so Spark would"):
+        find_files(tmp_path, "logs")
 
 
 @pytest.mark.parametrize(

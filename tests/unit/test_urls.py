@@ -102,7 +102,9 @@ def test_petastorm_reads_a_table_whose_path_has_a_space_and_an_umlaut(tmp_path: 
     assert sum(len(batch["item_index"]) for batch in batches) == 20
 
 
-@pytest.mark.parametrize(("name", "found"), [("a#b", "#"), ("a?b", r"\?"), ("a%20b", "%20")])
+@pytest.mark.parametrize(
+    ("name", "found"), [("a#b", "#"), ("a?b", r"\?"), ("a%20b", "%20"), ("a|b", r"\|"), ("a^b", r"\^")]
+)
 def test_a_path_that_training_cannot_read_is_one_sentence(
     name: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
