@@ -264,6 +264,7 @@ def read_checkpoint(path: Folder) -> tuple[Progress, dict[str, torch.Tensor]]:
 
     Raises:
         TrailvecError: the checkpoint is damaged.
+        OSError: it could not be read, which says nothing about it: a full disk, a store that does not answer.
     """
     from safetensors.torch import load_file  # noqa: PLC0415
 
@@ -273,7 +274,7 @@ def read_checkpoint(path: Folder) -> tuple[Progress, dict[str, torch.Tensor]]:
             if sha256_of(state) != state_sha256:
                 raise ValueError(f"{STATE} is not the file that {PROGRESS} was written for")
             return progress, load_file(state)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (FileNotFoundError, ValueError, SafetensorError) as error:
         raise _damaged_checkpoint(path, error) from None
 
 
@@ -282,11 +283,12 @@ def read_progress(path: Folder) -> tuple[Progress, str]:
 
     Raises:
         TrailvecError: `checkpoint.json` is missing or damaged.
+        OSError: it could not be read.
     """
     try:
         about = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
         return Progress.model_validate(about["progress"]), str(about["state_sha256"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged_checkpoint(path, error) from None
 
 
@@ -331,8 +333,9 @@ def _name(epoch: int, step: int) -> str:
 
 def _open(path: Path) -> Any:
     try:
+        path.open("rb").close()  # safetensors calls a file missing whatever keeps it from opening it
         return safe_open(path, "pt")
-    except (FileNotFoundError, SafetensorError, OSError) as error:
+    except (FileNotFoundError, SafetensorError) as error:
         raise _damaged(path.parent, f"{path.name} can't be read ({error})") from None
 
 

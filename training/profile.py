@@ -385,7 +385,7 @@ def read_basis(folder: Path) -> tuple[Basis, dict[str, Any]] | None:
         )
         if not all(np.isfinite(of).all() for part in PARTS for of in (basis.shifts[part], basis.scales[part])):
             raise ValueError("its numbers are not finite")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise TrailvecError(
             f"the profile's basis in {folder} is damaged ({error}): remove {ABOUT} and {TENSORS} there, and "
             f"`trailvec profile_users` fits a new one"

@@ -252,7 +252,26 @@ def _system_of(url: str) -> Any:
         return _s3_store(*match.groups())
     from fsspec.core import url_to_fs  # noqa: PLC0415 - nothing on a local disk needs it, nor do the data stages
 
+    _register_webhdfs()
     return cast(Any, url_to_fs(url))[0]  # fsspec caches one per host
+
+
+@cache
+def _register_webhdfs() -> None:
+    import fsspec  # noqa: PLC0415
+    from fsspec.implementations.webhdfs import WebHDFS  # noqa: PLC0415
+
+    class Store(WebHDFS):  # type: ignore[misc]
+        def _connect(self) -> None:
+            super()._connect()
+            self.session.hooks["response"].append(self._check)
+
+        def _check(self, answer: Any, **_: Any) -> None:
+            """fsspec looks at the NameNode's errors alone: a DataNode's would count as the file's content."""
+            if not answer.url.startswith(self.url):
+                answer.raise_for_status()
+
+    fsspec.register_implementation("webhdfs", Store, clobber=True)
 
 
 @cache

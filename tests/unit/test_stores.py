@@ -1,16 +1,21 @@
-"""What training does in a store, over fsspec's own store in memory; WebHDFS itself: tests/cluster."""
+"""What training does in a store, over fsspec's own store in memory, or a small WebHDFS; HDFS itself: tests/cluster."""
 
 from __future__ import annotations
 
+import errno
+import json
 import pickle
 import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Thread
+from types import SimpleNamespace
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import fsspec
 import pyarrow as pa
@@ -20,12 +25,22 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from jobs.errors import TrailvecError
+from jobs.launch_training import _stopped
 from jobs.train import count_rows
 from training import stores
 from training.batches import FEATURES
-from training.checkpoint import Progress, best_checkpoint, newest_checkpoint, read_checkpoint, write_checkpoint
+from training.checkpoint import (
+    ItemVectors,
+    Progress,
+    best_checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+    read_progress,
+    write_checkpoint,
+)
 from training.data import Piece, _PlannedReader, _row_groups
 from training.loop import _checkpoint_over
+from training.profile import read_basis
 from training.stores import StorePath, filled, fsspec_of, local_file, parquet_files, remove_tree, row_groups
 
 
@@ -33,6 +48,55 @@ from training.stores import StorePath, filled, fsspec_of, local_file, parquet_fi
 def store() -> Iterator[StorePath]:
     yield StorePath("memory://models/m1.checkpoints/")
     fsspec.filesystem("memory").rm("/", recursive=True)
+
+
+class Hdfs(BaseHTTPRequestHandler):
+    """A NameNode, and under /data a DataNode (operation READ), of local files, as far as reading needs them."""
+
+    broken: dict[str, int]  # an operation that fails: its status
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        asked = {name: value[0] for name, value in parse_qs(url.query).items()}
+        operation = asked.get("op", "READ")
+        file = Path(url.path.removeprefix("/data").removeprefix("/webhdfs/v1"))
+        if operation in self.broken:
+            self._answer(self.broken[operation], {"RemoteException": {"exception": "IOException", "message": "busy"}})
+        elif not file.exists():
+            self._answer(404, {"RemoteException": {"exception": "FileNotFoundException", "message": "no such file"}})
+        elif operation == "LISTSTATUS":
+            self._answer(200, {"FileStatuses": {"FileStatus": [self._status(entry) for entry in file.iterdir()]}})
+        elif operation == "GETFILESTATUS":
+            self._answer(200, {"FileStatus": self._status(file)})
+        elif operation == "OPEN":
+            offset, length = asked["offset"], asked["length"]
+            self._answer(307, {}, f"http://{self.headers['Host']}/data{file}?offset={offset}&length={length}")
+        else:
+            start = int(asked["offset"])
+            self._answer(200, file.read_bytes()[start : start + int(asked["length"])])
+
+    def _answer(self, status: int, content: Any, location: str = "") -> None:
+        self.send_response(status)
+        if location:
+            self.send_header("Location", location)
+        self.end_headers()
+        self.wfile.write(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+    def _status(self, file: Path) -> dict[str, Any]:
+        return {"pathSuffix": file.name, "type": "FILE", "length": file.stat().st_size}
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hdfs(tmp_path: Path) -> Iterator[StorePath]:
+    """The folder `tmp_path` as a WebHDFS gives it, which fails at `Hdfs.broken`."""
+    Hdfs.broken = {}
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hdfs) as server:
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield StorePath(f"webhdfs://me@127.0.0.1:{server.server_port}{tmp_path}")
+        server.shutdown()
 
 
 def test_checkpoints_in_a_store_are_those_of_a_folder(store: StorePath, tmp_path: Path) -> None:
@@ -98,6 +162,46 @@ def test_what_is_damaged_in_a_store_is_told(store: StorePath) -> None:
     (whole / "state.safetensors").write_text("damaged")
     with pytest.raises(TrailvecError, match=r"^the checkpoint memory://models/m1\S+ is damaged \(state.safetensors is"):
         read_checkpoint(whole)
+
+
+def test_what_can_not_be_read_now_is_not_called_damaged(
+    hdfs: StorePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever followed the advice to delete it would lose the training."""
+    write_checkpoint(tmp_path / "m", Progress(ranks=1, step=2), {"model.x": torch.ones(1)}, keep=1)
+    newest = newest_checkpoint(hdfs / "m")
+    assert newest is not None
+    assert read_checkpoint(newest)[1]["model.x"].tolist() == [1.0]
+    Hdfs.broken = {"READ": 403}  # in JSON, which must not count as the file's content
+    for read in (read_progress, read_checkpoint):
+        with pytest.raises(OSError, match=r"^403 Client Error"):
+            read(newest)
+    Hdfs.broken = {}
+
+    def get(_: StorePath, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(StorePath, "get", get)
+        with pytest.raises(OSError, match="No space left") as error:
+            read_checkpoint(newest)
+    spec: Any = SimpleNamespace(checkpoints=str(hdfs / "m"))
+    assert str(_stopped(spec, [f"[1]<stderr>:OSError: {error.value}"], 1)) == (
+        "training stopped: [Errno 28] No space left on device; no model was replaced, and the same command resumes "
+        "from epoch 1 after 2 steps"
+    )
+    (tmp_path / "m" / newest.name / "state.safetensors").unlink()
+    with pytest.raises(TrailvecError, match=r"is damaged \(no such file\): remove that folder"):
+        read_checkpoint(newest)
+
+    no_way = tmp_path / "model.safetensors"
+    no_way.symlink_to(no_way)  # it is there, but nobody can open it, not even root
+    with pytest.raises(OSError, match="symbolic links"):
+        ItemVectors(no_way)
+    (tmp_path / "profile.json").write_text("{}")
+    (tmp_path / "profile.safetensors").symlink_to(no_way)
+    with pytest.raises(OSError, match="symbolic links"):
+        read_basis(tmp_path)
 
 
 def test_a_rename_that_the_store_does_not_do_is_an_error(store: StorePath, monkeypatch: pytest.MonkeyPatch) -> None:
