@@ -238,11 +238,12 @@ def write_checkpoint(folder: Folder, progress: Progress, tensors: dict[str, torc
         for path in (local / STATE, local / PROGRESS):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    newest = checkpoints(folder)[-keep:]
+    complete = checkpoints(folder)
+    newest = complete[-keep:]
     kept = {path.name for path in newest} | {best_checkpoint(folder, progress).name}
     # If a newer one turns out damaged, the run resumes from an earlier one, which may name another best epoch.
     kept |= {best_checkpoint(folder, of).name for path in newest if (of := _progress_or_none(path))}
-    for old in checkpoints(folder):
+    for old in complete:
         if old.name not in kept:
             remove_tree(old)
 

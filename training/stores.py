@@ -45,7 +45,11 @@ class StorePath:
         return self._url.rpartition("/")[2]
 
     def exists(self) -> bool:
-        return bool(self._system.exists(self._path))
+        try:
+            self._system.info(self._path)  # fsspec's own `exists` takes any error for a no
+        except FileNotFoundError:
+            return False
+        return True
 
     def glob(self, pattern: str) -> list[StorePath]:
         """The folder's entries whose names match the pattern; none if the folder does not exist."""

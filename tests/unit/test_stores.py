@@ -33,6 +33,7 @@ from training.checkpoint import (
     ItemVectors,
     Progress,
     best_checkpoint,
+    checkpoints,
     newest_checkpoint,
     read_checkpoint,
     read_progress,
@@ -202,6 +203,23 @@ def test_what_can_not_be_read_now_is_not_called_damaged(
     (tmp_path / "profile.safetensors").symlink_to(no_way)
     with pytest.raises(OSError, match="symbolic links"):
         read_basis(tmp_path)
+
+
+def test_a_checkpoint_that_a_store_does_not_tell_of_just_now_is_not_passed_over(
+    hdfs: StorePath, tmp_path: Path
+) -> None:
+    """The run would begin again from an older one, or remove the newest."""
+    for step in (1, 2):
+        write_checkpoint(tmp_path / "m", Progress(ranks=1, step=step), {"model.x": torch.ones(1)}, keep=2)
+    (tmp_path / "m/00001-0000000009").mkdir()  # not complete
+    assert [path.name for path in checkpoints(hdfs / "m")] == ["00001-0000000001", "00001-0000000002"]
+    assert newest_checkpoint(hdfs / "none") is None
+    Hdfs.broken = {"GETFILESTATUS": 503}
+    with pytest.raises(OSError, match=r"^503 Server Error"):
+        newest_checkpoint(hdfs / "m")
+    Hdfs.broken = {"GETFILESTATUS": 500}  # of those whose JSON fsspec reads
+    with pytest.raises(RuntimeError, match="busy"):
+        newest_checkpoint(hdfs / "m")
 
 
 def test_a_rename_that_the_store_does_not_do_is_an_error(store: StorePath, monkeypatch: pytest.MonkeyPatch) -> None:
