@@ -3,7 +3,8 @@
 - Model already scored: only users whose sequence changed since, from the change data feed of sequences, or by comparing
   two versions if the table was rebuilt. One MERGE; users who have disappeared lose their vector.
 - New model: all users, in chunks by a hash of user_id, one commit per chunk with a note of it. A run that finds some
-  chunks done scores the rest at the same version of sequences, then applies what has changed since.
+  chunks done scores the rest at the same version of sequences, but for users who have left since, then applies what
+  has changed since.
 - Current model retrained to other weights: it must pass the checks of a new model; then all users in one commit,
   because the model is being read meanwhile.
 - Forced, with vectors in the table: all users in one commit, which replaces whatever rows the model had.
@@ -33,7 +34,7 @@ from jobs.model_folders import check_items, check_numbers, description, model_fo
 from jobs.models import encode_sequences
 from jobs.progress import meanwhile
 from jobs.runtime import Runtime, Stage, changed_by_another_run
-from jobs.spark_session import persisted, spark_conf
+from jobs.spark_session import broadcast_if_few, persisted, spark_conf
 from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, SEQUENCES, USER_EMBEDDINGS, of_model
 from spark_udfs.encode import Counts, Summed
 from training.batches import FEATURES
@@ -166,6 +167,10 @@ class Scorer:
             return
         rows = self.rows(scoring.sequences)
         total = rows.count()
+        if scoring.sequences != (now := self._runtime.version(SEQUENCES)):
+            # An erased user must not come back, not even until `score_changed`.
+            gone = rows.select("user_id").join(self.rows(now), "user_id", "left_anti").localCheckpoint(eager=False)
+            rows = rows.join(broadcast_if_few(gone), "user_id", "left_anti")
         with (
             self._reporting_progress(total, total * len(missing) // scoring.chunks),
             spark_conf(self._runtime.spark, SPLIT),

@@ -361,30 +361,43 @@ def test_a_new_model_killed_in_the_middle_goes_on_while_readers_see_the_old_one_
     with pytest.raises(TrailvecError, match=r"the current model is m1, but model\.version is m2: run"):
         other.execute(find_neighbours.STAGE)
 
-    # Meanwhile a user in a finished chunk acts, and another leaves.
+    # Meanwhile a user in a finished chunk acts, another leaves, and one in the chunk that is left to do is erased.
     acted = score_rows(1, seed=8, first_user=int(of_new[0][1:]))
     gone = [row for row in rows if row["user_id"] == of_new[1]]
     change(shop, acted, gone)
+    erased = next(row["user_id"] for row in rows if row["user_id"] not in of_new)
+
+    def erase(runtime: Runtime) -> None:
+        for table in (SEQUENCES, USER_EMBEDDINGS):
+            runtime.delete(table, F.col("user_id") == erased, {"erasure": "e"})
+
+    shop.execute(Stage("erase", "", erase))
     monkeypatch.setattr(score_users.Scorer, "_score_chunk", real)
     monkeypatch.setattr(score_users, "meanwhile", at_the_end)
     said: list[str] = []
     monkeypatch.setattr(shop, "on_progress", said.append)
+    with monkeypatch.context() as once_more:
+        once_more.setattr(score_users.Scorer, "score_changed", Mock(side_effect=Killed))
+        with pytest.raises(Killed):
+            shop.execute(score_users.STAGE)
+    assert erased not in {r["user_id"] for r in read_delta(shop.path(USER_EMBEDDINGS))}
     report = shop.execute(score_users.STAGE)
-    assert report.rows_out["users_encoded"] == USERS - len(of_new) + 1
+    assert report.rows_out["users_encoded"] == 1
     lines = [re.fullmatch(r"(\d+) of 40 users  [\d,]+ users/s  \d+:\d\d left", line) for line in said]
     # One of three chunks was left to do: its users are added to those of the two others.
-    assert [int(line[1]) for line in lines if line][-1] == USERS - USERS // 3 + USERS - len(of_new)
+    assert [int(line[1]) for line in lines if line][-1] == USERS - USERS // 3 + USERS - len(of_new) - 1
+    rows = [row for row in rows if row["user_id"] != erased]
     left = [row for row in rows if row["user_id"] not in of_new[:2]] + acted
     assert_vectors(shop, new, "m2", left)
     assert_vectors(shop, old, "m1", rows)  # they stay until m1 is retired
-    assert current(shop) == ({"m2"}, USERS - 1)
+    assert current(shop) == ({"m2"}, USERS - 2)
     assert shop.execute(score_users.STAGE).skipped
     # The same as read by another reader, from the files alone: docs/decisions/0012.
     query = (
         "SELECT u.* FROM delta_scan('…/current_model') c JOIN delta_scan('…/user_embeddings') u USING (model_version)"
     )
     found = delta_reader().sql(query.replace("…", f"{shop.root}/tables"))
-    assert (len(found.columns), len(found)) == (len(USER_EMBEDDINGS.columns), USERS - 1)
+    assert (len(found.columns), len(found)) == (len(USER_EMBEDDINGS.columns), USERS - 2)
     with pytest.raises(duckdb.IOException, match="nowhere/current_model"):  # the first that is opened
         delta_reader().sql(query.replace("…", "/nowhere"))
 
