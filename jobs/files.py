@@ -22,7 +22,7 @@ from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
 from jobs.errors import TrailvecError
-from training.stores import descriptions_last, remove_tree, write_whole
+from training.stores import descriptions_last, flush, remove_tree, write_whole
 from training.urls import local_path
 
 _SECONDS_FOR_AN_ANSWER = 10.0
@@ -363,7 +363,7 @@ def file_sizes(folder: Place, without: str) -> dict[str, int]:
 def published(target: Place) -> Iterator[Path]:
     """A local folder to fill. When the block ends without an error, a rename puts the folder in target's place. On S3,
     which has no rename, target is deleted and the files are copied there, those that describe the others (JSON) last.
-    Elsewhere target keeps its owner, group and mode.
+    Elsewhere target keeps its owner, group and mode. On a local disk it survives a power cut once the block has ended.
 
     A killed block leaves hidden folders beside target (the staging folder, and on a local disk the old one), which the
     next block with the same target removes. It can't tell such a leftover from the folder of a running block: of two
@@ -384,6 +384,8 @@ def published(target: Place) -> Iterator[Path]:
             if target.is_dir():
                 _take_access(staging, target)
             yield staging
+            for place in (*staging.rglob("*"), staging):
+                flush(place)
         else:
             assert isinstance(staging, HadoopPath)
             with tempfile.TemporaryDirectory() as folder:
@@ -437,6 +439,7 @@ def _put_in_place(staging: Place, target: Place) -> None:
     with contextlib.suppress(FileNotFoundError):
         target.rename(old)
     staging.replace(target)  # type: ignore[arg-type]
+    flush(target.parent)
     remove_tree(old)
 
 

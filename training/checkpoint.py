@@ -18,7 +18,6 @@ tensors are `model.<name>` (as in a model), `optimizer.<parameter>.<key>`, `item
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from safetensors.numpy import load_file, save_file
 from jobs.errors import TrailvecError
 from training.arrays import Bool, Float32, Int64
 from training.config import ModelSpec
-from training.stores import Folder, filled, local_file, remove_tree, sha256_of, write_whole
+from training.stores import Folder, filled, flush, local_file, remove_tree, sha256_of, write_whole
 
 if TYPE_CHECKING:  # torch and Transformers4Rec take seconds to import; reading the vectors needs neither
     import torch
@@ -236,8 +235,7 @@ def write_checkpoint(folder: Folder, progress: Progress, tensors: dict[str, torc
         text = json.dumps({"progress": progress.model_dump(), "state_sha256": sha256_of(local / STATE)}, indent=1)
         (local / PROGRESS).write_text(text + "\n", encoding="utf-8")
         for path in (local / STATE, local / PROGRESS):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            flush(path)
     complete = checkpoints(folder)
     newest = complete[-keep:]
     kept = {path.name for path in newest} | {best_checkpoint(folder, progress).name}

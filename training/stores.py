@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import hashlib
+import os
 import re
 import shutil
 import tempfile
@@ -150,6 +151,18 @@ def write_whole(file: Path, text: str) -> None:
     part = file.with_name(f".{file.name}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(file)
+
+
+def flush(place: Path) -> None:
+    """Returns once a local file's content, or the names in a folder, would survive a power cut."""
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not place.is_dir():  # some mounts can't do it for folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -510,6 +510,35 @@ def test_a_training_over_tables_that_were_made_anew_leaves_the_old_ones_checkpoi
     assert found[0] == found[1] != found[2]
 
 
+def test_a_model_is_on_the_disk_before_its_checkpoints_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut in between there would be neither."""
+    runtime = Runtime(make_config(tmp_path))
+    runtime.fingerprint = "feed" * 16
+    model = runtime.models / runtime.fingerprint[:12]
+    flushed: dict[int, bool] = {}  # by inode, which a rename keeps: whether the model was in place then
+
+    def make(runtime: Runtime, version: str, staging: Path, checkpoints: Path) -> None:
+        checkpoints.mkdir()
+        for name in ("model.json", "model.safetensors"):
+            (staging / name).write_text("x")
+
+    def remove(folder: Path) -> None:
+        assert folder.name.endswith(".checkpoints")
+        assert flushed == {
+            **{place.stat().st_ino: False for place in (model, model / "model.json", model / "model.safetensors")},
+            runtime.models.stat().st_ino: True,
+        }
+        raise InterruptedError
+
+    monkeypatch.setattr("jobs.train._train", make)
+    monkeypatch.setattr("jobs.train.remove_tree", remove)
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.update({os.fstat(file).st_ino: model.exists()}))
+    with pytest.raises(InterruptedError):
+        run(runtime)
+
+
 def test_a_killed_training_is_gone_on_with_over_the_versions_that_it_began_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
