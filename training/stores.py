@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -26,6 +26,9 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 _BYTES_AT_ONCE = 64 * 1024 * 1024  # block size of an upload; each block is a separate append
+# Of HDFS, for which fsspec waits for ever. Less than Gloo's 300 (training.dist), so that this is told and not that the
+# other ranks have waited in vain; enough for a block, which is sent within it.
+_SECONDS_FOR_AN_ANSWER = 120.0
 _SECONDS_TO_FILL = 24 * 3600  # longer than any write takes, even with clock skew between two machines
 
 
@@ -282,6 +285,7 @@ def _register_webhdfs() -> None:
         def _connect(self) -> None:
             super()._connect()
             self.session.hooks["response"].append(self._check)
+            self.session.request = partial(self.session.request, timeout=_SECONDS_FOR_AN_ANSWER)
 
         def _check(self, answer: Any, **_: Any) -> None:
             """fsspec looks at the NameNode's errors alone: a DataNode's would count as the file's content."""

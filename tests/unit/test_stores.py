@@ -54,14 +54,17 @@ def store() -> Iterator[StorePath]:
 class Hdfs(BaseHTTPRequestHandler):
     """A NameNode, and under /data a DataNode (operation READ), of local files, as far as reading needs them."""
 
-    broken: dict[str, int]  # an operation that fails: its status
+    broken: dict[str, int]  # an operation that fails: its status; 0: no answer
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         asked = {name: value[0] for name, value in parse_qs(url.query).items()}
         operation = asked.get("op", "READ")
         file = Path(url.path.removeprefix("/data").removeprefix("/webhdfs/v1"))
-        if operation in self.broken:
+        if self.broken.get(operation) == 0:
+            self.connection.settimeout(5)
+            self.rfile.read(1)  # until the other side has enough
+        elif operation in self.broken:
             self._answer(self.broken[operation], {"RemoteException": {"exception": "IOException", "message": "busy"}})
         elif not file.exists():
             self._answer(404, {"RemoteException": {"exception": "FileNotFoundException", "message": "no such file"}})
@@ -220,6 +223,17 @@ def test_a_checkpoint_that_a_store_does_not_tell_of_just_now_is_not_passed_over(
     Hdfs.broken = {"GETFILESTATUS": 500}  # of those whose JSON fsspec reads
     with pytest.raises(RuntimeError, match="busy"):
         newest_checkpoint(hdfs / "m")
+
+
+def test_no_rank_waits_for_ever_for_a_store(hdfs: StorePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "_SECONDS_FOR_AN_ANSWER", 0.2)
+    (tmp_path / "file").write_text("x")
+    for operation in ("GETFILESTATUS", "READ"):  # of the NameNode, of a DataNode
+        Hdfs.broken = {operation: 0}
+        with pytest.raises(OSError, match="Read timed out"):
+            (hdfs / "file").read_text()
+    Hdfs.broken = {}
+    assert (hdfs / "file").read_text() == "x"
 
 
 def test_a_rename_that_the_store_does_not_do_is_an_error(store: StorePath, monkeypatch: pytest.MonkeyPatch) -> None:
