@@ -19,7 +19,7 @@ from typing import Any
 from jobs.errors import TrailvecError
 from training.checkpoint import newest_checkpoint
 from training.config import RunSpec
-from training.stores import folder_of
+from training.stores import Folder, folder_of
 
 FORCED = ".forced.checkpoints"  # suffix of a forced training's checkpoint folder
 _LINES = 20_000  # kept of the output: a failing process prints the cause first, each other one 30 lines after it
@@ -182,9 +182,14 @@ def _stopped(spec: RunSpec, lines: list[str], code: int) -> TrailvecError:
     why = last_words(lines, code)
     # Our own errors say what to do first: the same command would only meet them again.
     says_what_to_do = any(line.rstrip().endswith(f"TrailvecError: {why}") for line in lines)
-    found = newest_checkpoint(folder_of(spec.checkpoints)) if spec.checkpoints else None
+    found: Folder | None = None
     again = ""
-    if found and not says_what_to_do:
+    try:
+        if spec.checkpoints and not says_what_to_do:
+            found = newest_checkpoint(folder_of(spec.checkpoints))
+    except Exception:  # the store may be what failed; the cause is to be told, not this
+        again = f", and the same command resumes if {spec.checkpoints}, which can't be read now, holds a checkpoint"
+    if found:
         epoch, step = map(int, found.name.split("-"))
         again = f", and the same command resumes from epoch {epoch} after {step:,} steps"
         if found.parent.name.endswith(FORCED):  # which resumes only if the tables are unchanged

@@ -650,6 +650,11 @@ def test_a_stopped_training_says_what_the_same_command_does(tmp_path: Path) -> N
         # The same command would meet it again.
         broken = "[1]<stderr>:jobs.errors.TrailvecError: the loss is nan in epoch 2: lower train.learning_rate"
         assert str(_stopped(of_folder, [broken], 1)).endswith("lower train.learning_rate; no model was replaced")
+    unreachable = spec.model_copy(update={"checkpoints": "webhdfs://u@127.0.0.1:9/x"})
+    assert str(_stopped(unreachable, ["requests.exceptions.ConnectionError: Read failed"], 1)) == (
+        "training stopped: Read failed; no model was replaced, and the same command resumes if "
+        "webhdfs://u@127.0.0.1:9/x, which can't be read now, holds a checkpoint"
+    )
 
 
 def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) -> None:
