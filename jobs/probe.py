@@ -274,11 +274,11 @@ def features_of(
     labelled_ids = F.broadcast(runtime.spark.createDataFrame(pd.DataFrame({"user_id": labelled})))
 
     def of_labelled(rows: DataFrame) -> Matrix:
-        """Zeros for users without events before their cut."""
+        """Zeros for users without events before their cut (`unknown_notes`)."""
         found = rows.toPandas()
-        known = dict(zip(found["user_id"], found["vector"], strict=True))
-        width = len(next(iter(known.values()))) if known else 1
-        return np.stack([np.asarray(known.get(user, np.zeros(width)), np.float64) for user in labelled])
+        of_user = dict(zip(found["user_id"], found["vector"], strict=True))
+        width = len(next(iter(of_user.values()))) if of_user else 1
+        return np.stack([np.asarray(of_user.get(user, np.zeros(width)), np.float64) for user in labelled])
 
     with (
         persisted(question.cuts) as cuts,
@@ -287,7 +287,9 @@ def features_of(
         persisted(statistics(visible, targets)) as stats,
     ):
         counts = visible.groupBy("user_id", "item_id").count().toPandas()
-        everybody = labelled + sorted(set(counts["user_id"]) - set(labelled))
+        known = set(counts["user_id"])
+        runtime.report.notes += unknown_notes(question.labels, known)
+        everybody = labelled + sorted(known - set(labelled))
         items = probes.tfidf_svd(matrix(counts, everybody, "item_id", "count"))[: len(labelled)]
         visible_labelled = visible.join(labelled_ids, "user_id")
         numbers = item_numbers(runtime)
@@ -311,6 +313,17 @@ def features_of(
         "tfidf_svd": items,
         "aggregates": probes.standardised(np.asarray(by_hand, np.float64)),
     }
+
+
+def unknown_notes(labels: pd.DataFrame, known: set[str]) -> Iterator[str]:
+    """Notes on the question's tasks with users who are not among the `known`, those with an event before their cut."""
+    for task, users in labels.groupby("task")["user_id"]:
+        if unknown := int((~users.isin(known)).sum()):
+            yield (
+                f"{unknown:,} of {len(users):,} labelled users of {task} have no event before their label: their "
+                f"features are all the same, so each AUC also says how well having no event predicts the label; are "
+                f"their ids written as in the events? If so, leave them out"
+            )
 
 
 def rarer(labels: Any) -> int:

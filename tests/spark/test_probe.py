@@ -508,6 +508,26 @@ def test_labels_with_times_see_what_came_before_them_and_no_more(
         runtime.execute(probe.STAGE)
 
 
+def test_labelled_users_without_events_are_counted(
+    make_runtime: Callable[..., Runtime], whole: Path, tmp_path: Path, model: dict[str, str]
+) -> None:
+    """Four ids are not in the log, and `late` acts only after the label."""
+    file = tmp_path / "labels.csv"
+    strange = [*(f"U{n}" for n in range(4)), "late"]
+    users = [f"u{n}" for n in range(24)]
+    rows = [f"{user},many,{user in strange:d},2024-04-10" for user in [*users, *strange]]
+    rows += [f"{user},known,1,2024-04-10" for user in users]
+    file.write_text("\n".join(["user_id,task,label,label_ts", *rows]) + "\n")
+    asked = ("probe.activity=[]", "probe.event_types=[]", f'probe.labels={{file="{file}"}}')
+    runtime = make_runtime(*SETTINGS, *asked, root=whole)
+    _, (_, labelled, features) = look(runtime)
+    (note,) = runtime.report.notes
+    assert note.startswith("5 of 29 labelled users of many have no event before their label: ")
+    unknown = np.isin(labelled, strange)
+    for name, of_users in features.items():
+        assert len(np.unique(of_users[unknown], axis=0)) == 1, name
+
+
 def test_of_too_many_labelled_users_each_task_keeps_the_first_by_a_hash(
     make_runtime: Callable[..., Runtime], whole: Path, tmp_path: Path
 ) -> None:
