@@ -331,12 +331,17 @@ SEQUENCES = Table(
 USER_EMBEDDINGS = Table(
     "user_embeddings",
     "One vector for every user, in the space of item_embeddings of the same model_version; those of old models are "
-    "kept. Each is as of its as_of: joined with labels of earlier days it knows what came after them (`trailvec probe` "
-    "makes vectors as of each label).",
+    "kept. Each reflects all that the user did until it was last updated: joined with labels of earlier days it knows "
+    "what came after them (`trailvec probe` makes vectors as of each label).",
     (
         Column("user_id", "string", "The user."),
         Column("model_version", "string", "The model that computed the vector; never mix versions in a query."),
-        Column("as_of", "timestamp", "The vector reflects events strictly before this time."),
+        Column(
+            "as_of",
+            "timestamp",
+            "The moment after the user's last action, not when the vector was made. Don't join labels by it: "
+            "`as_of <= label_ts` keeps only users who did nothing after the label (join by the night of your copy).",
+        ),
         Column("history_length", "int", "Number of actions that the model read: the newest, if there were more."),
         Column(
             "is_cold",
@@ -368,7 +373,11 @@ USER_PROFILES = Table(
         Column(
             "model_version", "string", "The model whose state is part of the vector; never mix versions in a query."
         ),
-        Column("as_of", "timestamp", "The vector reflects events strictly before this time."),
+        Column(
+            "as_of",
+            "timestamp",
+            "The log's end when profile_users last ran: the vector reflects events strictly before this time.",
+        ),
         Column(
             "vector",
             "array<float>",
