@@ -403,9 +403,9 @@ def _refuse_leak(runtime: Runtime, cut_us: int | None, model_dir: Path) -> None:
         refuse_leak(model_dir.name, trained_to, time_at(cut_us), evaluator=f"split {split}", instead=later)
 
 
-def _sample(rows: DataFrame, total: int, most: int) -> DataFrame:
-    """About `most` of the `total` rows at most, drawn by a hash of the user."""
-    return rows if total <= most else rows.where(drawn_by_hash(most / total, "user_id"))
+def _sample(rows: DataFrame, total: int, most: int, *salt: Column) -> DataFrame:
+    """About `most` of the `total` rows at most, drawn by a hash of the user (and of `salt`)."""
+    return rows if total <= most else rows.where(drawn_by_hash(most / total, "user_id", *salt))
 
 
 def read_catalogue(runtime: Runtime, vectors: DataFrame, version: str) -> Catalogue:
@@ -490,8 +490,12 @@ def _interactions(runtime: Runtime, users: pd.DataFrame, items: int, cuts: Cuts)
     own = Own(*matrices(visible, users["user_id"].tolist(), counts=F.count("*"), habits=of_habit))
     # Counted and then sampled: without the checkpoint, the log would be read for each.
     everybody = actions(sessions).where("in_train").select("user_id").distinct().localCheckpoint()
-    sampled_users = _sample(everybody, everybody.count(), KNN_USERS)
+    total = everybody.count()
+    # Salted: by the hash that draws the evaluated users, all of them would be in this sample too.
+    sampled_users = _sample(everybody, total, KNN_USERS, F.lit("item_knn"))
     names = sorted(row.user_id for row in sampled_users.collect())
+    if len(names) < total:
+        runtime.report.notes.append(f"item_knn learnt from {len(names):,} of {total:,} users, a sample")
     return own, *matrices(actions(of(sampled_users)).where("in_train"), names, counts=F.count("*"))
 
 

@@ -344,8 +344,34 @@ def test_the_stages_figures_are_what_plain_python_counts(shop: tuple[Runtime, Ro
         trained.append(evaluate._interactions(runtime, users, 29, cuts)[1].toarray())
 
     with patch.object(evaluate, "events_of", lay_out):
-        valid.execute(Stage("look", "", look, reads=(SESSIONS, ITEMS, CONTEXT_VALUES)))
+        report = valid.execute(Stage("look", "", look, reads=(SESSIONS, ITEMS, CONTEXT_VALUES)))
+    assert not report.notes
     of_rows, of_all, of_known = met
     assert (of_rows, of_known) == ({"u4"}, {"other", "another"})
     assert of_rows | of_known < of_all
     assert np.argwhere(trained[0]).tolist() == [[0, 4], [0, 11], [0, 26], [1, 4], [1, 16], [1, 28]]  # without u4
+
+
+def test_of_too_many_users_item_knn_learns_from_a_sample_of_its_own(shop: tuple[Runtime, Rows]) -> None:
+    runtime, _ = shop
+    early = CUT - timedelta(days=1)
+    fill(runtime, SESSIONS, [session_of(f"v{n}", "i4", early, "buy") for n in range(300)])
+    evaluated = evaluate._sample(runtime.latest(SESSIONS).select("user_id"), 300, 10).toPandas()
+    laid_out: list[set[str]] = []  # the users of each layout: those evaluated, all, those that item-kNN learns from
+    trained: list[np.ndarray] = []
+
+    def lay_out(sessions: DataFrame, *names: str) -> DataFrame:
+        laid_out.append({row.user_id for row in sessions.select("user_id").distinct().collect()})
+        return events_of(sessions, *names)
+
+    def look(runtime: Runtime) -> None:
+        users = evaluated.assign(cut_us=microseconds(CUT))
+        trained.append(evaluate._interactions(runtime, users, 29, Cuts(CUT, CUT, CUT))[1].toarray())
+
+    with patch.object(evaluate, "events_of", lay_out), patch.object(evaluate, "KNN_USERS", 10):
+        report = runtime.execute(Stage("look", "", look, reads=(SESSIONS, ITEMS, CONTEXT_VALUES)))
+    asked, everybody, known = laid_out
+    assert (asked, len(everybody)) == (set(evaluated["user_id"]), 300)
+    assert 0 < len(known) == len(trained[0]) < 30
+    assert not asked <= known
+    assert report.notes == [f"item_knn learnt from {len(known)} of 300 users, a sample"]
