@@ -261,7 +261,10 @@ def _publish(runtime: Runtime, chosen: Selection, staging: Staging, now: datetim
         parts = {e.name: writers.submit(_write_parts, staging, e, chosen.taken[e.name]) for e in chosen.pending}
         _log_members(runtime, chosen, staging, now)
         overlaps, verticals = _overlaps(chosen), _verticals(runtime, chosen, staging)
-        as_of = {kind: chosen.as_of(kind) for kind in {export.vectors for export in chosen.pending}}
+        kinds = {export.vectors for export in chosen.pending}
+        as_of = {kind: chosen.as_of(kind) for kind in kinds | ({"embedding"} if "profile" in kinds else set())}
+        if "profile" in kinds:
+            chosen.note_old_profiles(as_of)
         for export in chosen.pending:
             taken, segment, files = chosen.taken[export.name], export.segment, parts[export.name].result()
             manifest = {

@@ -58,6 +58,7 @@ _SEEDS = 20_000  # per segment, vectors sent to the driver: of more seeds, a has
 _ITEMS = 20_000  # per affinity, vectors sent to the driver and to every task: of more items, the most popular ones
 _IDS = pa.large_string()  # a pyarrow string array is limited to 2 GiB: some 60 million ids
 _NO_DATE = "(a date that Spark can't parse is NULL)"  # a reason why a query may return no user
+_OLD_PROFILES = 7  # days by which profiles may be older than the newest of the embeddings without a note
 _SHOWN = 5  # ids or names in a note or message
 _OTHERS = 5_000  # negative examples of a classifier: it fits only some 64 weights
 
@@ -314,6 +315,22 @@ class Selection:
         # The microseconds too: it is one after the newest event.
         newest = F.date_format(F.max("as_of"), "yyyy-MM-dd'T'HH:mm:ss.SSSSSSX")
         return str(self._of_model(kind).agg(newest).collect()[0][0])
+
+    def note_old_profiles(self, as_of: dict[VectorKind, str]) -> None:
+        """A note if the profiles are much older than the embeddings: no nightly job renews them.
+
+        Args:
+            as_of: of both kinds.
+        """
+        # "None" if no user has a vector any more.
+        behind = (pd.to_datetime(as_of["embedding"], errors="coerce") - pd.to_datetime(as_of["profile"])).days
+        if behind > _OLD_PROFILES:
+            names = ", ".join(export.name for export in self.pending if export.vectors == "profile")
+            self._runtime.report.notes.append(
+                f"user_profiles knows nothing of the last {behind:,} days (profile_users last ran at the log's end of "
+                f"{as_of['profile'][:10]}), so {names} may miss users who have changed: run `trailvec profile_users "
+                f"--set model.version={self.version}`, then `trailvec export_segments` again"
+            )
 
     # ---- Spark: candidates
 

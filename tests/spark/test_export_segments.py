@@ -15,7 +15,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -873,17 +873,17 @@ def test_profiles_say_who_is_alike_where_the_model_has_some(
             found[name] = manifest["vectors"], [names[row["user_id"]] for row in rows]
         return [note for note in report.notes if "user_profiles" in note], found
 
-    def fill_profiles(version: str) -> None:
+    def fill_profiles(version: str, as_of: datetime) -> None:
         seeds = {seed: [1.0, 0.0, 0.0] for seed in ("ann", "amy", "bob")}
         others = {"cat": [0.0, 1.0, 0.0], "dan": [0.0, 0.0, 1.0], "eve": [2.0, 1.0, 0.0], "far": [3.0, 0.0, 0.0]}
         gone = {"bot": [4.0, 0.0, 0.0], "ada": [1.0, 0.0, 0.0]}  # had profiles, but no longer have vectors
-        now = datetime(2024, 1, 1, 0, 0, 0, 1, tzinfo=timezone.utc)  # the newest event was at midnight
         everyone = seeds | others | gone  # none for eva and nil
-        rows = [(user, version, now, vector) for user, vector in everyone.items()]
+        rows = [(user, version, as_of, vector) for user, vector in everyone.items()]
         put(shop, USER_PROFILES, spark.createDataFrame(rows, USER_PROFILES.schema()))
 
     by_embedding = {name: ("embedding", [user for user, _ in best_four(name)]) for name in ("likes", "asked")}
-    fill_profiles("m0")
+    now = datetime(2024, 1, 1, 0, 0, 0, 1, tzinfo=timezone.utc)  # the newest event was at midnight
+    fill_profiles("m0", now)
     (note,), found = exported()
     assert found == by_embedding
     assert note.startswith("user_profiles has no row of model m1, so users are compared by user_embeddings")
@@ -893,7 +893,7 @@ def test_profiles_say_who_is_alike_where_the_model_has_some(
     with pytest.raises(TrailvecError, match=r"user_profiles, which has no row of model m1: run .*version=m1` first"):
         shop.execute(STAGE)
     (tmp_path / "likes.toml").write_text(SEGMENT)
-    fill_profiles("m1")
+    fill_profiles("m1", now)
     with (tmp_path / "seeds.txt").open("a", encoding="utf-8") as seeds:
         seeds.write("ada\n")
     pending = export_segments._pending
@@ -914,7 +914,18 @@ def test_profiles_say_who_is_alike_where_the_model_has_some(
     assert manifest["as_of"] == "2024-01-01T00:00:00.000001Z"  # the profiles'
     assert (counts["seeds"]["known"], counts["seeds"]["used"]) == (3, 3)
     assert counts["in"] == len(USERS) == counts["exported"] + sum(removed(manifest).values())
+    of_embeddings = datetime(2017, 12, 1, tzinfo=timezone.utc)
     assert read(shop, "asked")[0]["as_of"] == "2017-12-01T00:00:00.000000Z"
+
+    fill_profiles("m1", of_embeddings - timedelta(days=30))
+    (_, note), _ = exported()
+    assert note.startswith(
+        "user_profiles knows nothing of the last 30 days (profile_users last ran at the log's end of 2017-11-01), "
+    )
+    assert "so likes may miss users who have changed: run" in note
+    fill_profiles("m1", of_embeddings - timedelta(days=7))
+    (note,), _ = exported()
+    assert "have no row in user_profiles" in note
 
 
 def test_a_floor_that_was_too_high_is_lowered(shop: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
