@@ -249,9 +249,9 @@ class SequencesSettings(Section):
     seen_days: int = Field(
         28,
         ge=0,
-        description="items that the user acted on in this many days before the cut do not count as new; 0: items that "
-        "the user ever acted on, which leave_one_out always uses. With 0 validation during training asks for new items "
-        "only, otherwise for any",
+        description="items of which the user had an event of target_event_types in this many days before the cut do "
+        "not count as new (those that they only viewed do, where purchases are predicted); 0: in all time, which "
+        "leave_one_out always uses. With 0 validation during training asks for new items only, otherwise for any",
     )
     target_event_types: list[str] = Field(
         default_factory=list,

@@ -1,11 +1,11 @@
 """evaluate: sequences (valid or test rows) + item_embeddings + the model → evaluation.
 
 What a user did *next* is everything at the first moment after the cut at which they acted: the order within one moment
-(a basket) carries no information. There are three ranking tasks: `next` (any item), `new` (items not acted on in the
-last `sequences.seen_days`; items acted on are left out of the ranking) and `repeat` (the others). Every method ranks
-the same items: all that the model knows and that have an event to predict (`sequences.target_event_types`) in the
-training window. Any other item is a miss; each unknown item is a miss of its own, as nobody can say whether two are the
-same.
+(a basket) carries no information. There are three ranking tasks: `next` (any item), `new` (items of which the user had
+no event to predict (`sequences.target_event_types`) in the last `sequences.seen_days`; the others are left out of the
+ranking) and `repeat` (the others). An item that a user viewed and did not buy is new, where purchases are predicted.
+Every method ranks the same items: all that the model knows and that have an event to predict in the training window.
+Any other item is a miss; each unknown item is a miss of its own, as nobody can say whether two are the same.
 The baselines (floors) know what the model knows: counts of the training window, and each user's history up to the cut.
 For item-kNN too the order within one moment carries no information, except in leave-one-out, which asks for the last
 action by id.

@@ -310,7 +310,8 @@ SEQUENCES = Table(
         Column(
             "seen_item_index",
             "array<int>",
-            "valid/test: items of the last seen_days before as_of, which do not count as new.",
+            "valid/test: items of which the user had an event of sequences.target_event_types in the last seen_days "
+            "before as_of: they do not count as new.",
             True,
         ),
     ),
@@ -421,7 +422,8 @@ EVALUATION = Table(
         Column(
             "task",
             "string",
-            "next: any item; new: items not acted on in the last seen_days; repeat: items acted on in that time. "
+            "next: any item; new: items of which the user had no event of sequences.target_event_types in the last "
+            "seen_days; repeat: the others. "
             "space: no ranking, the vectors themselves. drift: how far events and vectors moved from the cut to the "
             "log's end.",
         ),

@@ -37,7 +37,8 @@ class CutRules:
         max_parts: the most train rows per user: the newest max_length actions, the max_length before them, ...
         valid_us, test_us: the cuts; train shares valid's.
         leave_one_out: cut before the last action but one (train, valid) and before the last (test) instead.
-        seen_us: an item acted on within this time before a cut is not new after it; None: acted on ever.
+        seen_us: an item with a `predicted` action within this time before a cut is not new after it; None: with one at
+            any time. Other actions don't count: what a user looked at and did not buy is worth recommending.
         splits: the ones to make, out of SPLITS.
     """
 
@@ -114,7 +115,7 @@ def _newest(held: list[pa.RecordBatch], rules: CutRules, seen: _Seen) -> tuple[l
 
 
 def _seen_from(cut_us: int, rules: CutRules) -> int:
-    """The time from which on an action makes its item not new at the cut."""
+    """The time from which on a `predicted` action makes its item not new at the cut."""
     if rules.leave_one_out or rules.seen_us is None:
         return int(np.iinfo(np.int64).min)
     return cut_us - rules.seen_us

@@ -281,7 +281,9 @@ class RunSpec(Section):
         None, description="numbers of the event types to predict, the others are context alone; None: all"
     )
     valid_files: list[str]
-    new_only: bool = Field(False, description="validation neither ranks nor asks for items that the user has acted on")
+    new_only: bool = Field(
+        False, description="validation neither ranks nor asks for items of which the user had an event to predict"
+    )
     item_counts: str = Field(
         description=".npy, int64 [items]: each item's number of events in the training window; 0: unknown to the model"
     )

@@ -111,6 +111,21 @@ def test_what_a_long_history_no_longer_holds_is_still_seen(days: int) -> None:
         assert row["seen_item_index"] == list(range(first - 24 if days else 2, first))
 
 
+def test_what_was_put_into_a_cart_but_not_bought_is_new() -> None:
+    done = [("purchase", "bread"), ("cart", "wine"), ("purchase", "wine"), ("purchase", "bread")]
+    events = [
+        make_event(event_id=str(n), user_id="u", item_id=item, event_type=kind, event_ts=START + timedelta(hours=n))
+        for n, (kind, item) in enumerate(done)
+    ]
+    numbers, types = {"bread": 2, "wine": 3}, {"cart": 2, "purchase": 3}
+    cut = microseconds(START + timedelta(hours=2))
+    rules = CutRules(max_length=4, max_parts=1, valid_us=cut, test_us=cut)
+    for targets, seen in ((["purchase"], [2]), ([], [2, 3])):
+        by_user = oracles.actions(events, numbers, {events[0]["vertical"]: 2}, types, targets)
+        row = rows_of(cut_sequences(batches(by_user, 9), rules))["u", "test", 0]
+        assert (row["target_item_index"], row["seen_item_index"]) == ([3, 2], seen)
+
+
 def test_what_is_no_longer_held_was_seen_by_its_own_user_alone() -> None:
     by_user = hourly({"u": range(40), "v": range(36, 40), "w": range(1)})
     cut = microseconds(START + timedelta(hours=38))
