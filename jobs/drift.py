@@ -1,6 +1,7 @@
 """How far the log and the vectors have drifted: the days from an evaluation's cut on, against as many days before it.
 
-Drift does not say that a model is bad: it says that what comes in is no longer what the model was trained on.
+Drift does not say that a model is bad: it says that what comes in is no longer what came in just before the cut.
+For the test split these are about the weeks of validation, so what changed slowly since training does not show.
 """
 
 from __future__ import annotations
