@@ -41,6 +41,10 @@ USERS_COMPARED, ITEMS_COMPARED, ITEMS_ASKED, NEIGHBOURS = 2_000, 20_000, 2_000, 
 # With fewer, chance decides: two users with a true overlap of 20 % are measured below 10 % in 7 % of cases (binomial,
 # 20 independent neighbours).
 FEWEST_USERS = 50
+_ASKED = (  # what decides which items validation asks for, and which it ranks
+    *(("sequences", name) for name in ("split_by", "target_event_types", "seen_days")),
+    ("vocabulary", "min_count"),
+)
 
 
 def has_no_items(runtime: Runtime, version: str) -> bool:
@@ -98,11 +102,13 @@ def too_few_users(report: dict[str, Any], settings: AlignSettings) -> str | None
 def no_ranking(report: dict[str, Any], settings: AlignSettings) -> str | None:
     """Why the limit on the ranking can't be applied, in one sentence; None if it can, if there is no limit, or if
     neither model has a ranking to compare."""
-    old, new = (report.get("ranking", {}).get(which) for which in ("old", "new"))
+    old, new, asks = (report.get("ranking", {}).get(which) for which in ("old", "new", "asks"))
     if bool(old) == (new is not None) or settings.max_ranking_loss == 1:
         return None
     if new is None:
         why = "nobody in its valid split has a next item that it knows"
+    elif asks:
+        why = f"its validation asks something else than that of {report['onto']} ({asks})"
     else:
         why = f"NDCG@10 in validation of {report['onto']} is {'not known' if old is None else '0'}"
     return f"align.max_ranking_loss says nothing about model {report['model_version']}: {why}"
@@ -237,7 +243,7 @@ def _align(runtime: Runtime, folder: Path) -> None:
     both = collect_sorted(_users(runtime, folder, onto), "user_id")
     items, users = ((stacked(rows["new"], width), stacked(rows["old"], width)) for rows in (some, both))
     report |= {"shared_items": shared, **compare(users, items, some["vertical"], rotation)}
-    report["ranking"] = {"old": _ranking(runtime, onto), "new": _ranking(runtime, folder.name)}
+    report["ranking"] = _rankings(runtime, onto, folder.name)
     of_users = report["users"]
     report["said"] = (
         f"model {folder.name} can't be aligned with {onto} (found {why}): its space is a new one"
@@ -269,6 +275,25 @@ def _users(runtime: Runtime, folder: Path, onto: str) -> DataFrame:
     both = new.where(~F.col("is_cold")).select("user_id", F.col("vector").alias("new"))
     # Spark can't know how few they are, and would shuffle everyone's old vector.
     return F.broadcast(both).join(old.select("user_id", F.col("vector").alias("old")), "user_id")
+
+
+def _rankings(runtime: Runtime, onto: str, version: str) -> dict[str, Any]:
+    """NDCG@10 of the old and the new model. The old one is None, and `asks` names the setting, if it answers another
+    question than the new one."""
+    configs = [description(runtime, of).get("provenance", {}).get("config", {}) for of in (version, onto)]
+    asks = _asks_otherwise(*configs)
+    return {"old": None if asks else _ranking(runtime, onto), "new": _ranking(runtime, version), "asks": asks}
+
+
+def _asks_otherwise(new: dict[str, Any], old: dict[str, Any]) -> str | None:
+    """The first setting by which the validations of two models ask different questions, in words; None: they ask the
+    same, or a model does not say. Arguments: the configuration in each model's provenance."""
+    for section, name in _ASKED:
+        now, was = (config.get(section, {}).get(name) for config in (new, old))
+        # As validation asks for new items only with seen_days = 0, other days make no difference.
+        if None not in (now, was) and now != was and not (name == "seen_days" and now and was):
+            return f"{section}.{name} = {now}, not {was}"
+    return None
 
 
 def _ranking(runtime: Runtime, version: str) -> float | None:

@@ -13,7 +13,17 @@ import pytest
 from scipy.linalg import orthogonal_procrustes
 from scipy.stats import ortho_group
 
-from jobs.align import FEWEST_USERS, _ranking, check_again, compare, no_ranking, refusal, too_few_items, too_few_users
+from jobs.align import (
+    FEWEST_USERS,
+    _ranking,
+    _rankings,
+    check_again,
+    compare,
+    no_ranking,
+    refusal,
+    too_few_items,
+    too_few_users,
+)
 from jobs.config import AlignSettings
 from jobs.runtime import Runtime
 from jobs.tables import Table
@@ -196,6 +206,42 @@ def test_a_models_ranking_is_read_from_its_description_alone(tmp_path: Path) -> 
     for text, found in ((json.dumps({"training": training}), 0.3), ("{}", None), ("[]", None), ("{", None)):
         (folder / "model.json").write_text(text)
         assert _ranking(runtime, "m1") == found
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "asks"),
+    [
+        ({"sequences": {"seen_days": 28}}, {"sequences": {"seen_days": 0}}, "sequences.seen_days = 0, not 28"),
+        ({"sequences": {"seen_days": 28}}, {"sequences": {"seen_days": 14}}, None),
+        (
+            {"sequences": {"target_event_types": []}},
+            {"sequences": {"target_event_types": ["buy"]}},
+            "sequences.target_event_types = ['buy'], not []",
+        ),
+        ({"vocabulary": {"min_count": 5}}, {"vocabulary": {"min_count": 9}}, "vocabulary.min_count = 9, not 5"),
+        ({}, {"vocabulary": {"min_count": 9}}, None),
+    ],
+)
+def test_answers_to_two_questions_are_not_compared(
+    tmp_path: Path, was: dict[str, Any], now: dict[str, Any], asks: str | None
+) -> None:
+    """With seen_days = 0 validation asks for new items alone, which is harder: a model as good scores half as much."""
+    runtime = Runtime(make_config(tmp_path))
+    for version, ndcg, config in (("m1", 0.12, was), ("m2", 0.06, now)):
+        (tmp_path / "models" / version).mkdir(parents=True)
+        training = {"best_epoch": 1, "epochs": [{"ndcg@10": ndcg}]}
+        about = {"training": training, "provenance": {"config": config}}
+        (tmp_path / "models" / version / "model.json").write_text(json.dumps(about))
+    report = {"model_version": "m2", "onto": "m1", "ranking": _rankings(runtime, "m1", "m2")}
+    if asks is None:
+        assert "NDCG@10 in validation fell by 50.00%" in str(refusal(report, AlignSettings()))
+        assert no_ranking(report, AlignSettings()) is None
+    else:
+        assert refusal(report, AlignSettings()) is None
+        assert no_ranking(report, AlignSettings()) == (
+            f"align.max_ranking_loss says nothing about model m2: its validation asks something else than that of m1 "
+            f"({asks})"
+        )
 
 
 def test_a_kill_while_an_alignment_is_made_anew_leaves_a_model_that_is_not_aligned(
