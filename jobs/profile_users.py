@@ -351,7 +351,8 @@ def too_late(settings: ProfileSettings, about: dict[str, Any], folder: Place) ->
         return None
     return (
         f"the profile's basis in {folder} stays as it was fitted, in spite of {', '.join(others)}: set that back, or "
-        f"remove {ABOUT} and {TENSORS} there to fit another one, whose dimensions mean something else"
+        f"remove {ABOUT} and {TENSORS} there and run `trailvec profile_users --force`, which fits another one, whose "
+        f"dimensions mean something else"
     )
 
 

@@ -388,6 +388,6 @@ def read_basis(folder: Path) -> tuple[Basis, dict[str, Any]] | None:
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise TrailvecError(
             f"the profile's basis in {folder} is damaged ({error}): remove {ABOUT} and {TENSORS} there, and "
-            f"`trailvec profile_users` fits a new one"
+            f"`trailvec profile_users --force` fits a new one"
         ) from None
     return basis, about

@@ -448,9 +448,17 @@ def test_what_is_probed_is_what_profile_users_writes(
     assert again.keys() == rows.keys() | {"new"}
     assert again["u3"]["vector"][:timeless] == pytest.approx(rows["u3"]["vector"][:timeless], abs=1e-6)
 
+    tensors_of = basis_of.with_suffix(".safetensors")
+    files = {file: file.read_bytes() for file in (basis_of, tensors_of)}
+    for file in files:  # as the note says
+        file.unlink()
+    wider.execute(profile_users.STAGE, force="and run `trailvec profile_users --force`" in note)
+    assert json.loads(basis_of.read_text())["settings"]["width"] == 32
+    for file, content in files.items():
+        file.write_bytes(content)
+
     write_json(basis_of, about | {"rotation": None})  # fitted before the model was rotated
     # Another run fits a basis while this one fits its own, and another while this one writes its rows.
-    tensors_of = basis_of.with_suffix(".safetensors")
     unrotated, tensors = basis_of.read_text(), tensors_of.read_bytes()
     others = "another run has fitted a basis of model m1's profiles while this one worked"
 

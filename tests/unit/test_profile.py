@@ -253,8 +253,8 @@ def test_settings_that_come_too_late_for_a_basis_are_said() -> None:
     assert too_late(ProfileSettings(width=8), {"as_of": "2024"}, folder) is None  # older code told none
     assert too_late(ProfileSettings(fit_users=9, width=8), told, folder) == (
         "the profile's basis in /models/m1 stays as it was fitted, in spite of profile.fit_users = 9 (it has 20000), "
-        "profile.width = 8 (it has 64): set that back, or remove profile.json and profile.safetensors there to fit "
-        "another one, whose dimensions mean something else"
+        "profile.width = 8 (it has 64): set that back, or remove profile.json and profile.safetensors there and run "
+        "`trailvec profile_users --force`, which fits another one, whose dimensions mean something else"
     )
 
 
