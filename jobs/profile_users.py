@@ -29,7 +29,7 @@ from pyspark.sql import functions as F
 from jobs import align
 from jobs.build_sequences import build_sequences, in_vocabulary, number_actions
 from jobs.cli import stage_main
-from jobs.config import ProfileSettings, SequencesSettings
+from jobs.config import Config, SequencesSettings
 from jobs.errors import TrailvecError
 from jobs.files import Place
 from jobs.item_facts import item_attributes
@@ -46,6 +46,7 @@ from training.profile import ABOUT, TENSORS, Basis, Terms, fit_basis, read_basis
 
 OF_EVENTS = tuple(name for name in EVENT_IN_SESSION if name != "event_id")  # read of each event
 _WINDOWS = (7, 14, 28, 56, 91, 182)  # days before the cut
+_TYPES = "sequences.target_event_types"
 _MOST_STATISTICS = 100
 _MOST_TERMS = 50_000  # limits of items, words and categories in the basis: those that most users have
 _HORIZONS = (7, 28)  # days; what the forecast covers from the cut on. It is fitted as of max(_HORIZONS) days before
@@ -338,15 +339,14 @@ def _as_rows(runtime: Runtime, numbers: Int64) -> DataFrame:
     return runtime.spark.createDataFrame(pd.DataFrame({"item_index": numbers}), "item_index int")
 
 
-def too_late(settings: ProfileSettings, about: dict[str, Any], folder: Place) -> str | None:
+def too_late(config: Config, about: dict[str, Any], folder: Place) -> str | None:
     """A warning that names the settings changed since the basis in that folder was fitted; None if none changed, or the
     basis doesn't record them."""
-    fitted = about.get("settings", {})  # older code recorded none
-    others = [
-        f"profile.{name} = {value} (it has {fitted[name]})"
-        for name, value in settings.model_dump().items()
-        if fitted.get(name, value) != value
-    ]
+    now = {f"profile.{name}": value for name, value in config.profile.model_dump().items()}
+    now[_TYPES] = sorted(config.sequences.target_event_types)
+    fitted = {f"profile.{name}": value for name, value in about.get("settings", {}).items()}  # older code recorded none
+    fitted[_TYPES] = about.get("target_event_types", now[_TYPES])  # likewise
+    others = [f"{name} = {of} (it has {fitted[name]})" for name, of in now.items() if fitted.get(name, of) != of]
     if not others:
         return None
     return (
@@ -380,6 +380,8 @@ def run(runtime: Runtime) -> None:
             f"vectors since, so the dimensions of a profile now mean something else"
         )
         stored = None
+    if stored is not None:  # else its statistics would mean something else
+        targets = stored[1].get("target_event_types", targets)  # older code recorded none
     with (
         # All users share one cut, the log's end, so no join is needed. On disk: it is read a dozen times and log-sized.
         persisted(_until(events_of(sessions, *OF_EVENTS), utc(end)), StorageLevel.DISK_ONLY) as visible,
@@ -389,13 +391,19 @@ def run(runtime: Runtime) -> None:
         if stored is None:
             runtime.on_progress("fitting the basis")
             basis = fit(runtime, visible, encoded, numbers=numbers, stats=stats)
-            about = {"as_of": end.isoformat(timespec="microseconds"), "code_version": code_version()}
+            about: dict[str, object] = {
+                "as_of": end.isoformat(timespec="microseconds"),
+                "code_version": code_version(),
+                "rotation": rotation,
+                "settings": settings.model_dump(),
+                "target_event_types": sorted(targets),
+            }
             _refuse_other_basis(runtime, model_dir.name, sha256)
-            sha256 = write_basis(model_dir, basis, about | {"rotation": rotation, "settings": settings.model_dump()})
+            sha256 = write_basis(model_dir, basis, about)
             add_to_model(runtime, model_dir, TENSORS, ABOUT)
         else:
             basis = stored[0]
-            if warning := too_late(settings, stored[1], runtime.models / model_dir.name):
+            if warning := too_late(runtime.config, stored[1], runtime.models / model_dir.name):
                 runtime.report.notes.append(warning)
         terms = _as_rows(runtime, basis.terms["items"].numbers)
         rows = profiles(profile_rows(visible, encoded, numbers, numbered(stats, basis.names), terms), basis)

@@ -434,26 +434,28 @@ def test_what_is_probed_is_what_profile_users_writes(
     write_json(basis_of, about)  # as written by older code
     write_alignment(runtime.models / "m1", np.eye(4, dtype=np.float32), {})
 
-    # A new user arrives: the coordinates keep their meaning, and users without new events keep the time-independent
-    # parts.
+    # A new user arrives: the coordinates keep their meaning, whatever is configured now, and users without new events
+    # keep theirs, since the log's end stays.
     put(runtime, EVENTS, to_frame(runtime.spark, [*log(), event("new", 119.5, "brand new")]))
     for stage in (sessionize.STAGE, build_vocabulary.STAGE):
         runtime.execute(stage)
-    wider = make_runtime(*SETTINGS, "profile.width=32", root=whole)
+    wider = make_runtime(*SETTINGS, "profile.width=32", 'sequences.target_event_types=["redeem"]', root=whole)
     (note, _) = wider.execute(profile_users.STAGE).notes
-    assert f"basis in {whole}/models/m1 stays as it was fitted, in spite of profile.width = 32 (it has 64): " in note
+    assert (
+        f"basis in {whole}/models/m1 stays as it was fitted, in spite of profile.width = 32 (it has 64), "
+        f"sequences.target_event_types = ['redeem'] (it has []): "
+    ) in note
     again = {r["user_id"]: r for r in read_delta(runtime.path(USER_PROFILES))}
-    widths = json.loads(basis_of.read_text())["widths"]
-    timeless = sum(width for part, width in widths.items() if part not in ("statistics", "forecast"))
     assert again.keys() == rows.keys() | {"new"}
-    assert again["u3"]["vector"][:timeless] == pytest.approx(rows["u3"]["vector"][:timeless], abs=1e-6)
+    assert again["u3"]["vector"] == pytest.approx(rows["u3"]["vector"], abs=1e-6)
 
     tensors_of = basis_of.with_suffix(".safetensors")
     files = {file: file.read_bytes() for file in (basis_of, tensors_of)}
     for file in files:  # as the note says
         file.unlink()
     wider.execute(profile_users.STAGE, force="and run `trailvec profile_users --force`" in note)
-    assert json.loads(basis_of.read_text())["settings"]["width"] == 32
+    fitted = json.loads(basis_of.read_text())
+    assert (fitted["settings"]["width"], fitted["target_event_types"]) == (32, ["redeem"])
     for file, content in files.items():
         file.write_bytes(content)
 

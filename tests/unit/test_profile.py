@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 import scipy.sparse as sp
 
-from jobs.config import ProfileSettings
+from jobs.config import Config, ProfileSettings
 from jobs.errors import TrailvecError
 from jobs.profile_users import run, too_late
 from spark_udfs.arrow import as_lists
@@ -249,9 +249,10 @@ def test_a_basis_that_is_not_finite_is_refused(
 def test_settings_that_come_too_late_for_a_basis_are_said() -> None:
     told = {"settings": ProfileSettings().model_dump()}
     folder = Path("/models/m1")
-    assert too_late(ProfileSettings(), told, folder) is None
-    assert too_late(ProfileSettings(width=8), {"as_of": "2024"}, folder) is None  # older code told none
-    assert too_late(ProfileSettings(fit_users=9, width=8), told, folder) == (
+    assert too_late(Config(), told, folder) is None
+    changed = Config(profile=ProfileSettings(fit_users=9, width=8))
+    assert too_late(changed, {"as_of": "2024"}, folder) is None  # older code told none
+    assert too_late(changed, told, folder) == (
         "the profile's basis in /models/m1 stays as it was fitted, in spite of profile.fit_users = 9 (it has 20000), "
         "profile.width = 8 (it has 64): set that back, or remove profile.json and profile.safetensors there and run "
         "`trailvec profile_users --force`, which fits another one, whose dimensions mean something else"
