@@ -53,7 +53,7 @@ from jobs.segment_files import (
 from jobs.segment_members import Export, Selection, Taken
 from jobs.segment_report import Share, page
 from jobs.segments import SegmentFile, VectorKind, read_segments
-from jobs.sql import ask, names_the_time, sources_of
+from jobs.sql import UNSEEN, ask, names_the_time, sources_of
 from jobs.tables import (
     CURRENT_MODEL,
     EXPORTS,
@@ -172,8 +172,7 @@ def _facts(
         named_queries.append((consent.sql, "export.consent.sql"))
     answers = [reads(*query) for query in named_queries]
     if answers:
-        # The functions nearest_items and nearest_users read the first three, which a plan doesn't show.
-        names = {CURRENT_MODEL.name, USER_EMBEDDINGS.name, ITEM_EMBEDDINGS.name}.union(*(read for read, _ in answers))
+        names = UNSEEN.union(*(read for read, _ in answers))
         facts["tables"] = {name: state for name, state in states.items() if name in names}
     if segment.needs_key:
         # Another key gives other files. Only a hash of this mark leaves this module.

@@ -14,6 +14,7 @@ the cuts.
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -45,7 +46,7 @@ from jobs.profile_users import (
 from jobs.runtime import Runtime, Stage
 from jobs.spark_session import persisted
 from jobs.splits import is_target, log_end, refuse_leak, time_at, utc
-from jobs.sql import ask
+from jobs.sql import UNSEEN, ask, names_the_time, sources_of
 from jobs.tables import CONTEXT_VALUES, ITEMS, PROBES, SESSIONS, TABLES, events_of
 from jobs.user_lists import as_ids, copies, file_digest, read_rows
 from spark_udfs.profile import profiles
@@ -55,6 +56,7 @@ from training.checkpoint import read_description
 if TYPE_CHECKING:
     from training.probes import Labels, Matrix
 
+_QUERY = "the query of probe.labels"
 FEATURES = ("vector", "profile", "majority", "rfm", "tfidf_svd", "aggregates")
 _TOP = 10  # the aggregates count the most frequent values of each column, per event type
 _WINDOWS = {"1": 1.0, "7": 7.0, "30": 30.0, "ever": math.inf}  # days before the cut, by name
@@ -103,8 +105,7 @@ def read_labels(runtime: Runtime, folder: Place) -> DataFrame:
     labels = settings.labels
     assert labels is not None
     if labels.sql is not None:
-        where = "the query of probe.labels"
-        found = ask(runtime, labels.sql, where)
+        where, found = _QUERY, ask(runtime, labels.sql, _QUERY)
     else:
         where, found = f"probe.labels, {labels.file},", read_rows(runtime, Path(str(labels.file)), folder)
     if missing := {"user_id", "task", "label"} - set(found.columns):
@@ -429,9 +430,13 @@ def _inputs(runtime: Runtime) -> dict[str, Any]:
     facts: dict[str, Any] = {**model_inputs(runtime)}
     if labels is not None and labels.file is not None:
         facts["labels"] = file_digest(Path(labels.file))
-    if labels is not None and labels.sql is not None:  # the query may read any table except the one written here
-        tables = [table for table in TABLES if table != PROBES and runtime.exists(table)]
-        facts["tables"] = {table.name: runtime.state(table) for table in tables}
+    if labels is not None and labels.sql is not None:
+        answer = ask(runtime, labels.sql, _QUERY)
+        read = sources_of(runtime, answer)
+        names = UNSEEN | read.tables - {PROBES.name}  # which this stage writes itself
+        facts["tables"] = {t.name: runtime.state(t) for t in TABLES if t.name in names and runtime.exists(t)}
+        if read.files is not None or read.others or names_the_time(labels.sql, answer):
+            facts["run"] = uuid.uuid4().hex  # nothing tells whether the answer is still the same, so ask each time
     return facts
 
 
@@ -442,7 +447,8 @@ STAGE = Stage(
     reads=(SESSIONS, ITEMS, CONTEXT_VALUES),
     writes=(PROBES,),
     settings=("probe", "profile", "sequences", "vocabulary"),
-    also="It also reads the model and the labels.",
+    also="It also reads the model and the labels. With labels by a query that reads files, tables that are not "
+    "trailvec's or the current time, it is never skipped.",
     inputs=_inputs,
 )
 

@@ -24,7 +24,7 @@ from jobs.errors import TrailvecError, explain, first_line
 from jobs.runtime import Runtime
 from jobs.spark_session import JSON_MICROSECONDS, spark_conf
 from jobs.sql_names import register_tables
-from jobs.tables import TABLES
+from jobs.tables import CURRENT_MODEL, ITEM_EMBEDDINGS, TABLES, USER_EMBEDDINGS
 from spark_udfs import nearest_of_user, vectors
 
 _FAILURES = (PySparkException, Py4JJavaError)  # the second: run-time failures for which PySpark has no class
@@ -154,6 +154,8 @@ def _is_ordered(plan: Any) -> bool:
     return bool(plan.nodeName() == "Aggregate" and plan.groupingExpressions().isEmpty())
 
 
+# Tables that nearest_items and nearest_users may read, which a plan doesn't show.
+UNSEEN = frozenset(table.name for table in (CURRENT_MODEL, USER_EMBEDDINGS, ITEM_EMBEDDINGS))
 # Plan leaves that read no source themselves.
 _WITHOUT_SOURCE = {"OneRowRelation", "LocalRelation", "Range", "CTERelationRef"}
 _OF_FILES = "org.apache.spark.sql.execution.datasources.HadoopFsRelation"

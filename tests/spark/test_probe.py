@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ from jobs.tables import (
     USER_PROFILES,
     events_of,
 )
-from tests.conftest import make_config, put, read_delta
+from tests.conftest import add, make_config, put, read_delta
 from tests.events import Row, make_event, to_frame
 from tests.sequence_files import SPEC
 from training.checkpoint import rotation_sha256, write_alignment
@@ -536,6 +537,32 @@ def test_labelled_users_without_events_are_counted(
     unknown = np.isin(labelled, strange)
     for name, of_users in features.items():
         assert len(np.unique(of_users[unknown], axis=0)) == 1, name
+
+
+def test_labels_by_a_query_are_asked_again_if_what_it_reads_may_have_changed(
+    make_runtime: Callable[..., Runtime], whole: Path, tmp_path: Path
+) -> None:
+    stage = replace(probe.STAGE, run=lambda running: running.touch(PROBES))
+    runtime = make_runtime(root=whole)
+    outside = f"delta.`{tmp_path / 'outside'}`"
+    runtime.spark.sql(f"CREATE TABLE {outside} USING delta AS SELECT 'u1' AS user_id")
+
+    def skipped(table: str, more: str = "") -> bool:
+        query = f"SELECT user_id, 'a' AS task, 1 AS label FROM {table}{more}"
+        return make_runtime(f'probe.labels={{sql="{query}"}}', root=whole).execute(stage).skipped
+
+    assert [skipped("flagged_users"), skipped("flagged_users")] == [False, True]
+    put(runtime, USER_PROFILES, runtime.spark.createDataFrame([], USER_PROFILES.schema()))  # which it does not read
+    assert skipped("flagged_users")
+    flag = [("u2", START.date(), "test_account", 1.0)]
+    add(runtime, FLAGGED_USERS, runtime.spark.createDataFrame(flag, FLAGGED_USERS.schema()))
+    assert [skipped("flagged_users"), skipped("flagged_users")] == [False, True]
+
+    assert not skipped(outside)
+    runtime.spark.sql(f"INSERT OVERWRITE {outside} VALUES ('u2')")
+    assert not skipped(outside)
+    timely = " WHERE current_date() > DATE '2020-01-01'"
+    assert [skipped("flagged_users", timely), skipped("flagged_users", timely)] == [False, False]
 
 
 def test_of_too_many_labelled_users_each_task_keeps_the_first_by_a_hash(
