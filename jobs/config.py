@@ -84,6 +84,16 @@ def _known_tables(by_table: dict[str, V]) -> dict[str, V]:
     return by_table
 
 
+def _aging_tables(by_table: dict[str, V]) -> dict[str, V]:
+    from jobs.tables import TABLES  # noqa: PLC0415 - as above
+
+    aging = [table.name for table in TABLES if table.ages_by]
+    for name in _known_tables(by_table):
+        if name not in aging:
+            raise ValueError(f"the rows of {name} have no age; name only {', '.join(aging)}")
+    return by_table
+
+
 def no_home(place: str) -> str:
     if place.startswith("~"):
         raise ValueError(f"found {place!r}, but ~ is not expanded here and has to be written out")
@@ -112,7 +122,8 @@ def _not_fixed(conf: dict[str, str]) -> dict[str, str]:
 
 
 VALID_DAYS, TEST_DAYS = 56, 28  # before the log's end: where training and validation end by default
-Minutes = Annotated[float, Field(gt=0, le=52_560_000)]  # up to a hundred years: times stay in Python's range
+_MOST_DAYS = 36_500  # up to a hundred years: times stay in Python's range
+Minutes = Annotated[float, Field(gt=0, le=_MOST_DAYS * 1440)]
 TimeZone = Annotated[str, AfterValidator(_known_zone)]
 DatabaseName = Annotated[
     str,
@@ -243,12 +254,14 @@ class SequencesSettings(Section):
     cut_step_days: int = Field(
         7,
         ge=1,
+        le=_MOST_DAYS,
         description="cuts that follow the log's end move on by this many days at a time, at midnight UTC (by weeks, on "
         "Mondays); a run that moves them rebuilds items and sequences, the others are incremental",
     )
     seen_days: int = Field(
         28,
         ge=0,
+        le=_MOST_DAYS,
         description="items of which the user had an event of target_event_types in this many days before the cut do "
         "not count as new (those that they only viewed do, where purchases are predicted); 0: in all time, which "
         "leave_one_out always uses. With 0 validation during training asks for new items only, otherwise for any",
@@ -263,6 +276,12 @@ class SequencesSettings(Section):
         description="maximum number of rows in one file of a split when the whole table is rebuilt (an incremental "
         "MERGE writes its own files); the number of files follows from it",
     )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> SequencesSettings:
+        if self.valid_from and self.test_from and self.valid_from > self.test_from:
+            raise ValueError(f"valid_from = {self.valid_from} must not be after test_from = {self.test_from}")
+        return self
 
 
 class ScoreSettings(Section):
@@ -323,7 +342,7 @@ FEW_USERS = 30  # a confidence interval over fewer is too narrow to trust (docs/
 class GateSettings(Section):
     """A row of `evaluation`, named by its columns, and the limits a model must meet in it to become current."""
 
-    task: str = Field(description="next, new or repeat; or space, drift")
+    task: Literal["next", "new", "repeat", "space", "drift"] = Field(description="next, new or repeat; or space, drift")
     method: str = Field(
         description="model, model_and_habit or a baseline; for space and drift, what the metric is about (column "
         "method)"
@@ -349,6 +368,8 @@ class GateSettings(Section):
     def _says_something(self) -> GateSettings:
         if self.at_least is None and self.at_most is None:
             raise ValueError("needs at_least, at_most or both, found neither")
+        if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
+            raise ValueError(f"no value is at_least = {self.at_least:g} and at_most = {self.at_most:g}")
         return self
 
 
@@ -421,7 +442,11 @@ class NeighboursSettings(Section):
     )
 
     @model_validator(mode="after")
-    def _has_what_habits_are_added_to(self) -> NeighboursSettings:
+    def _has_what_is_changed(self) -> NeighboursSettings:
+        if self.without and "user_item" not in self.kinds:
+            raise ValueError(
+                "without leaves items out of user_item, so kinds must contain user_item, or without be empty"
+            )
         if self.habit and "user_item" not in self.kinds:
             raise ValueError("habit = true adds to user_item, so kinds must contain user_item, or habit be false")
         if self.habit and self.metrics.get("user_item") == "cosine":
@@ -443,8 +468,7 @@ class MaintainSettings(Section):
     retention_hours_of: Annotated[dict[str, Annotated[float, Field(ge=24, le=720)]], AfterValidator(_known_tables)] = (
         Field(default_factory=dict, description="the same for single tables, by name")
     )
-    # Up to a hundred years: times stay in Python's range.
-    keep_days: Annotated[dict[str, Annotated[int, Field(ge=1, le=36_500)]], AfterValidator(_known_tables)] = Field(
+    keep_days: Annotated[dict[str, Annotated[int, Field(ge=1, le=_MOST_DAYS)]], AfterValidator(_aging_tables)] = Field(
         default_factory=dict,
         description="by table (events, rejected_events, exports): rows older than this many whole days (UTC) are "
         "deleted; what is derived from events, including when an item was first seen, follows in the next run. A "
@@ -525,7 +549,9 @@ class ProbeSettings(Section):
         default_factory=list,
         description="event types, one task each: does the user have such an event in the log's last `days`?",
     )
-    days: float = Field(28, gt=0, description="how many days before the log's end those tasks have their cut")
+    days: float = Field(
+        28, gt=0, le=_MOST_DAYS, description="how many days before the log's end those tasks have their cut"
+    )
     heads: tuple[Literal["logistic", "boosting", "mlp"], ...] = Field(
         ("logistic", "boosting", "mlp"), description="models that are trained on the features"
     )

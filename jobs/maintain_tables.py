@@ -63,9 +63,6 @@ def maintain(runtime: Runtime, names: Sequence[str] = (), dry_run: bool = False)
     current version; bytes_on_disk (including older versions' files); these four also with `_before` unless `dry_run`;
     usd_per_month (cost of bytes_on_disk at maintain.usd_per_gb_month); bytes_freed; rows_too_old (deleted, or with
     `dry_run` to be deleted); seconds; conflict (True if upkeep gave up after repeated conflicts with other jobs).
-
-    Raises:
-        TrailvecError: maintain.keep_days names a table whose rows have no age.
     """
     found: list[dict[str, Any]] = []
     stage = Stage("maintain_tables", "", lambda r: found.extend(_maintain(r, names, dry_run)))
@@ -75,11 +72,6 @@ def maintain(runtime: Runtime, names: Sequence[str] = (), dry_run: bool = False)
 
 def _maintain(runtime: Runtime, names: Sequence[str], dry_run: bool) -> Iterator[dict[str, Any]]:
     keep_days = runtime.config.maintain.keep_days
-    aging = [table.name for table in TABLES if table.ages_by]
-    if wrong := sorted(set(keep_days) - set(aging)):
-        raise TrailvecError(
-            f"maintain.keep_days names {', '.join(wrong)}, whose rows have no age: name only {', '.join(aging)}"
-        )
     for table in TABLES:
         if (names and table.name not in names) or not runtime.exists(table):
             continue

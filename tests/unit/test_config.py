@@ -19,6 +19,29 @@ from jobs.errors import TrailvecError
             "maintain.keep_days: no table is named evnets; the nearest name is events",
         ),
         ("maintain.retention_hours_of={ sesions = 24 }", "no table is named sesions; the nearest name is sessions"),
+        (
+            "maintain.keep_days={ sessions = 3 }",
+            "keep_days: the rows of sessions have no age; name only events, rejected_events, exports: correct it",
+        ),
+        (
+            "sequences={ valid_from = 2012-01-02, test_from = 2012-01-01 }",
+            "sequences: valid_from = 2012-01-02 00:00:00 must not be after test_from = 2012-01-01 00:00:00: correct it",
+        ),
+        ("sequences.cut_step_days=36501", "cut_step_days = 36501: Input should be less than or equal to 36500"),
+        ("sequences.seen_days=36501", "seen_days = 36501: Input should be less than or equal to 36500: correct it"),
+        ("probe.days=1e9", "probe.days = 1000000000.0: Input should be less than or equal to 36500: correct it"),
+        (
+            "evaluate.gate=[{ task = 'nxt', method = 'model', metric = 'ndcg@10', at_least = 0.1 }]",
+            "evaluate.gate.0.task = 'nxt': Input should be 'next', 'new', 'repeat', 'space' or 'drift': correct it",
+        ),
+        (
+            "evaluate.gate=[{ task = 'new', method = 'model', metric = 'ndcg@10', at_least = 0.2, at_most = 0.1 }]",
+            "evaluate.gate.0: no value is at_least = 0.2 and at_most = 0.1: correct it",
+        ),
+        (
+            'neighbours={ without = ["purchase"], kinds = ["item_item"] }',
+            "neighbours: without leaves items out of user_item, so kinds must contain user_item, or without be empty",
+        ),
         ("sequences.valid_from=20111101", "sequences.valid_from: found 20111101, a number, where a time is expected"),
         ('sequences.valid_from="20111101"', "valid_from: found '20111101', a number, where a time is expected"),
         ("ingest.earliest=1.5e9", "ingest.earliest: found 1500000000.0, a number, where a time is expected"),
