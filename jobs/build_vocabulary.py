@@ -236,6 +236,13 @@ def run(runtime: Runtime) -> None:
             of_turned.append(counted.join(broadcast_if_few(gained), "user_id", "left_semi"))
     new_values = number_context_values(value_events, runtime.latest(CONTEXT_VALUES), came)
     runtime.merge(CONTEXT_VALUES, new_values, insert_only=True, made_from=values_from)
+    if settings.target_event_types:
+        types = sorted(row["event_type"] for row in numbers_of(runtime.latest(CONTEXT_VALUES), "event_type").collect())
+        runtime.report.notes += [
+            f"sequences.target_event_types names {name}, but no event has that type yet (found {', '.join(types)})"
+            for name in settings.target_event_types
+            if name not in types
+        ]
 
     items = runtime.latest(ITEMS)
     if changed is None or not fixed:

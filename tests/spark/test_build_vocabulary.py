@@ -49,7 +49,8 @@ def values(runtime: Runtime) -> dict[tuple[str, str], int]:
 
 
 def test_numbers_go_by_first_time_within_their_kind_and_never_change(make_runtime: Callable[..., Runtime]) -> None:
-    runtime = make_runtime(*CUTS, "vocabulary.min_count=2", 'sequences.target_event_types=["purchase"]')
+    targets = 'sequences.target_event_types=["purchase", "purchsae"]'
+    runtime = make_runtime(*CUTS, "vocabulary.min_count=2", targets)
     # 22:00 is START; the cut is two hours later. "c" is seen once only.
     log = [
         event(0, "b", 0),
@@ -59,7 +60,9 @@ def test_numbers_go_by_first_time_within_their_kind_and_never_change(make_runtim
         event(4, "c", 3),
     ]
     put_log(runtime, log)
-    runtime.execute(build_vocabulary.STAGE)
+    assert runtime.execute(build_vocabulary.STAGE).notes == [
+        "sequences.target_event_types names purchsae, but no event has that type yet (found purchase, view)"
+    ]
     assert items(runtime) == {"b": (2, 2, 1, 1), "a": (3, 2, 2, 1)}
     verticals, types = {("vertical", "food"): 2, ("vertical", "rides"): 3}, {"purchase": 2, "view": 3}
     first = verticals | {("event_type", name): number for name, number in types.items()}
