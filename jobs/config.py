@@ -773,6 +773,12 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     if isinstance(value, int | float | date | time) and _is_text(path):
         value = text.strip()  # a model's version may consist of digits only
+    if isinstance(value, dict) and (section := _fixed_section(path)):  # would drop what the file has set in it
+        name = ".".join(path)
+        raise TrailvecError(
+            f"--set {assignment}: {name} is a section, which this would replace in whole: set each of its keys by "
+            f"itself, such as --set {name}.{next(iter(value), _keys(section)[0])}=..."
+        )
     *parents, last = path
     for parent in parents:
         values = values.setdefault(parent, {})
@@ -792,6 +798,19 @@ def _parts(key: str) -> list[str]:
         return parts
     except ValueError:
         return key.split(".")
+
+
+def _fixed_section(path: list[str]) -> type[BaseModel] | None:
+    """The section of this name, if every configuration has it. (One that may be missing, such as a list of users, is
+    set in whole.)"""
+    section: type[BaseModel] = Config
+    for name in path:
+        field = section.model_fields.get(name)
+        kind = field and field.annotation
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            return None
+        section = kind
+    return section
 
 
 def _is_text(path: list[str]) -> bool:

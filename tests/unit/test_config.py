@@ -12,7 +12,7 @@ from jobs.errors import TrailvecError
 
 
 @pytest.mark.parametrize(
-    ("assignment", "said"),
+    ("assignments", "said"),
     [
         (
             "maintain.keep_days={ evnets = 3 }",
@@ -24,7 +24,7 @@ from jobs.errors import TrailvecError
             "keep_days: the rows of sessions have no age; name only events, rejected_events, exports: correct it",
         ),
         (
-            "sequences={ valid_from = 2012-01-02, test_from = 2012-01-01 }",
+            "sequences.valid_from=2012-01-02; sequences.test_from=2012-01-01",
             "sequences: valid_from = 2012-01-02 00:00:00 must not be after test_from = 2012-01-01 00:00:00: correct it",
         ),
         ("sequences.cut_step_days=36501", "cut_step_days = 36501: Input should be less than or equal to 36500"),
@@ -39,27 +39,27 @@ from jobs.errors import TrailvecError
             "evaluate.gate.0: no value is at_least = 0.2 and at_most = 0.1: correct it",
         ),
         (
-            'neighbours={ without = ["purchase"], kinds = ["item_item"] }',
+            'neighbours.without=["purchase"]; neighbours.kinds=["item_item"]',
             "neighbours: without leaves items out of user_item, so kinds must contain user_item, or without be empty",
         ),
         ("sequences.valid_from=20111101", "sequences.valid_from: found 20111101, a number, where a time is expected"),
         ('sequences.valid_from="20111101"', "valid_from: found '20111101', a number, where a time is expected"),
         ("ingest.earliest=1.5e9", "ingest.earliest: found 1500000000.0, a number, where a time is expected"),
         (
-            'neighbours={ habit = true, kinds = ["item_item"] }',
+            'neighbours.habit=true; neighbours.kinds=["item_item"]',
             "neighbours: habit = true adds to user_item, so kinds must contain user_item, or habit be false",
         ),
         (
-            'neighbours={ habit = true, metrics = { user_item = "cosine" } }',
+            'neighbours.habit=true; neighbours.metrics={ user_item = "cosine" }',
             "neighbours: habit = true adds to dot products, so metrics.user_item must be dot, or habit be false",
         ),
         ("ingest.sources=5", 'ingest.sources = 5: write a list of texts in quotes, such as ["a", "b"]'),
         ("train.epochs=many", "train.epochs = 'many': Input should be a valid integer"),
         ("train.heads=3", "width must be a multiple of heads = 3, found 64"),
         ("train.loss=gbce", "gbce is calibrated for uniform negatives and needs negative_power = 0, found 1.0"),
-        ("train={ architecture = 'xlnet', heads = 3, width = 9 }", "xlnet needs an even width, found 9"),
+        ("train.architecture=xlnet; train.heads=3; train.width=9", "xlnet needs an even width, found 9"),
         (
-            "train={ item_dropout = 0.1, item_attributes = [] }",
+            "train.item_dropout=0.1; train.item_attributes=[]",
             "item_dropout = 0.1 needs item_attributes to fall back on, found none",
         ),
         ('train.inputs=["hour", "weekday", "hour"]', "train: inputs names 'hour' more than once: correct it"),
@@ -156,9 +156,9 @@ from jobs.errors import TrailvecError
         ),
     ],
 )
-def test_a_wrong_setting_is_one_sentence(assignment: str, said: str) -> None:
+def test_a_wrong_setting_is_one_sentence(assignments: str, said: str) -> None:
     with pytest.raises(TrailvecError) as error:
-        load_config(None, [assignment])
+        load_config(None, assignments.split("; "))
     assert str(error.value).startswith("the settings: ")
     assert said in str(error.value)
     assert "\n" not in str(error.value)
@@ -189,6 +189,23 @@ def test_a_quoted_part_of_a_key_may_have_dots() -> None:
     config = load_config(None, sets)
     assert config.spark.conf == {"spark.executor.memory": "4g", "spark.executor.cores": "4"}
     assert config.train.epochs == 2
+
+
+def test_a_section_is_not_replaced_in_whole(tmp_path: Path) -> None:
+    """What the file has set in it would be lost without a word."""
+    file = tmp_path / "mine.toml"
+    file.write_text('[train]\nbatch_size = 7\n[probe]\nlabels = { file = "a.csv" }\n[evaluate.drift]\nmin_events = 7')
+    for assignment, example in (
+        ("train={ epochs = 1 }", "train.epochs"),
+        ("evaluate.drift={}", "evaluate.drift.max_stab"),
+    ):
+        name = assignment.partition("=")[0]
+        with pytest.raises(TrailvecError, match=f"{name} is a section, .* by itself, such as --set {example}"):
+            load_config(file, [assignment])
+    # A list of users is either a file or a query: the other goes.
+    labels = load_config(file, ['probe.labels={ sql = "SELECT 1" }']).probe.labels
+    assert labels is not None
+    assert (labels.file, labels.sql) == (None, "SELECT 1")
 
 
 def test_a_file_extends_the_one_beside_it_or_else_trailvecs_own(tmp_path: Path) -> None:
