@@ -325,9 +325,12 @@ def _habits(runtime: Runtime) -> DataFrame:
 
 
 def _inputs(runtime: Runtime) -> dict[str, Any]:
-    file = runtime.config.neighbours.in_stock
+    settings, file = runtime.config, runtime.config.neighbours.in_stock
     stock = None if file is None else file_digest(_stock_list(file))
-    return {"model_version": runtime.current_model(), "in_stock": stock}
+    facts: dict[str, Any] = {"model_version": runtime.current_model(), "in_stock": stock}
+    if settings.neighbours.habit:  # what only `_habits` reads
+        facts |= {"habit": settings.habit.model_dump(), "of_types": settings.sequences.target_event_types}
+    return facts
 
 
 STAGE = Stage(
@@ -337,8 +340,9 @@ STAGE = Stage(
     # CURRENT_MODEL first: a model that is current by then has all its vectors.
     reads=(CURRENT_MODEL, USER_EMBEDDINGS, ITEM_EMBEDDINGS, ITEMS, CONTEXT_VALUES, SESSIONS),
     writes=(NEIGHBOURS,),
-    settings=("neighbours", "habit", "sequences"),
-    also="It also reads the list neighbours.in_stock, if there is one.",
+    settings=("neighbours",),
+    also="It also reads the list neighbours.in_stock, if there is one. With neighbours.habit, [habit] and "
+    "sequences.target_event_types change its result, too.",
     inputs=_inputs,
 )
 

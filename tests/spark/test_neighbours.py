@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from itertools import groupby
 from pathlib import Path
@@ -178,6 +179,9 @@ def test_all_three_kinds_against_brute_force(
         "item_item": brute_force(items, items, True),
     }
     assert runtime.execute(STAGE).skipped
+    same = (f"neighbours.k={K}", "neighbours.block_rows=3")
+    unread = ("habit.weight=20.0", "sequences.seen_days=7", 'sequences.target_event_types=["purchase"]')
+    assert make_runtime(*same, *unread, root=root).execute(STAGE).skipped
 
     turned = 'neighbours.metrics={user_item="cosine", item_item="dot"}'
     other = Runtime(make_config(runtime.root, f"neighbours.k={K}", turned), spark)
@@ -292,6 +296,13 @@ def test_habits_lift_what_a_user_does_again_and_again(
     assert plan.count("Exchange ") == 1
 
     assert runtime.execute(STAGE).skipped
+    targets, idle = 'sequences.target_event_types=["purchase"]', replace(STAGE, run=lambda running: None)
+    for changed, skipped in (
+        ("sequences.seen_days=7", True),
+        ("habit.weight=21.0", False),
+        ("sequences.target_event_types=[]", False),
+    ):
+        assert make_runtime(*settings, targets, changed, root=root).execute(idle).skipped == skipped, changed
 
     without = Runtime(make_config(runtime.root, *settings, 'neighbours.without=["purchase"]'), spark)
     without.execute(STAGE)
