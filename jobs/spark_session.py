@@ -52,6 +52,8 @@ _DELTA = {
     "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
 }
+# Of make setup; another Spark may lack it.
+_LOG_STORES = Path(pyspark.__file__).parent / "jars" / "trailvec-log-stores.jar"
 _SPARK_DEFAULTS = {
     **SPARK_FIXED,
     # These values are all distinct: building a dictionary, only to discard it as too large, took a tenth of sessionize.
@@ -130,6 +132,8 @@ def start_spark(config: Config) -> SparkSession:
         **_SPARK_DEFAULTS,
         # Databricks' session has a Delta of its own, whose catalogue this would replace.
         **({} if "DATABRICKS_RUNTIME_VERSION" in os.environ else _DELTA),
+        # Delta's own store for local disks loses a commit if another process makes one in the same instant.
+        **({"spark.delta.logStore.file.impl": "trailvec.LinkLogStore"} if _LOG_STORES.exists() else {}),
         **(_closed_to_other_accounts(config) if re.match(r"local(\[|$)", master) else {}),
         "spark.sql.warehouse.dir": str(place_of(config.storage.root) / "spark"),
         **config.spark.conf,

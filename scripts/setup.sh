@@ -18,7 +18,7 @@ source scripts/horovod.sh
 # Everything that the environment is built from; it is up to date if its stamp matches.
 facts() {
   printf '%s\n' "$PWD" "$gpu"
-  sha256sum pyproject.toml requirements.lock requirements-horovod.lock scripts/{setup.sh,horovod.sh,cxx17.sh,trust_store.py,ivysettings.xml,jars.sha256} scripts/s3/*.scala
+  sha256sum pyproject.toml requirements.lock requirements-horovod.lock scripts/{setup.sh,horovod.sh,cxx17.sh,trust_store.py,ivysettings.xml,jars.sha256} scripts/log_stores/*.scala
 }
 
 version_of() { sed -n "s/^$1==\([^ ]*\).*/\1/p" requirements.lock; }
@@ -118,13 +118,16 @@ jars_are_right() { (cd .venv && sha256sum --check --quiet -) <scripts/jars.sha25
 # Removes other versions too: two versions of a jar on the class path are worse than none.
 remove_jars() { rm -f .venv/{kafka,hadoop,s3}/*.jar "$jars"/{delta,commons-pool2,kafka-clients,spark-sql-kafka,spark-token-provider-kafka}-*.jar; }
 
-# The log store for Delta's commits on S3, compiled with the Scala compiler that Spark ships.
-compile_log_store() {
-  local java
+# The log stores for Delta's commits on local disks and on S3, compiled with the Scala compiler that Spark ships; in a jar
+# beside Spark's, and in one beside those that a cluster needs for S3.
+compile_log_stores() {
+  local java jar=$jars/trailvec-log-stores.jar
   java=$(python -c 'from jobs.spark_session import java_home; print(java_home())')/bin/java
   "$java" -cp "$(printf '%s:' "$jars"/scala-{compiler,library,reflect}-*.jar)" scala.tools.nsc.Main \
-    -Xfatal-warnings -d .venv/s3/trailvec-s3.jar -classpath "$(printf '%s:' \
-    "$jars"/{delta-storage,hadoop-client-api,scala-library}-*.jar .venv/s3/{hadoop-aws,aws-java-sdk-bundle}-*.jar)" scripts/s3/*.scala
+    -Xfatal-warnings -d "$jar" -classpath "$(printf '%s:' \
+    "$jars"/{delta-storage,hadoop-client-api,scala-library}-*.jar .venv/s3/{hadoop-aws,aws-java-sdk-bundle}-*.jar)" scripts/log_stores/*.scala
+  rm -f .venv/s3/trailvec-*.jar
+  cp "$jar" .venv/s3/
 }
 
 # On a terminal, prints a dot every five seconds.
@@ -172,6 +175,6 @@ step "packages of requirements.lock (3 GB to fetch the first time)" install_pack
 [[ -d $wheels ]] || step "Horovod from source, once (2 to 6 minutes)" build_horovod
 step "Horovod and trailvec into .venv" install_project
 step "Delta's, Kafka's, Hadoop's and S3's jars" install_jars
-step "Delta's log store for S3" compile_log_store
+step "Delta's log stores" compile_log_stores
 facts >"$stamp"
 echo "setup: done in $SECONDS s; for the commands that follow: export PATH='$PWD/.venv/bin':\$PATH"

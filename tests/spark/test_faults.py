@@ -9,11 +9,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pyarrow as pa
 import pytest
 from deltalake import write_deltalake
+from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 
 from jobs.config import load_config
@@ -133,6 +136,34 @@ def test_a_soak_ends_in_the_tables_of_all_days_at_once(
     assert (found["batches"], found["wrong"]) == (2, {})
     assert min(found["rows"][table] for table in ("events", "rejected_events", "sessions")) > 0
     assert len(list(tmp_path.glob("soak/growing/again-*"))) == 1  # a file came a second time
+
+
+def test_of_several_writers_of_a_version_one_has_it(spark: SparkSession, tmp_path: Path) -> None:
+    """Each with a store of its own, as in processes of their own: Delta's default locks within one."""
+    jvm, hadoop = spark._jvm, spark._jsc.hadoopConfiguration()
+    assert spark.conf.get("spark.delta.logStore.file.impl") == "trailvec.LinkLogStore"
+    together = Barrier(4)
+
+    def write(writer: int) -> list[int]:
+        store, had = jvm.trailvec.LinkLogStore(hadoop), []
+        for version in range(100):
+            lines = jvm.java.util.ArrayList()
+            lines.add(str(writer))
+            together.wait(60)
+            try:
+                store.write(
+                    jvm.org.apache.hadoop.fs.Path(f"file:{tmp_path}/{version}"), lines.iterator(), False, hadoop
+                )
+                had.append(version)
+            except Py4JJavaError as error:
+                assert str(error.java_exception).startswith("java.nio.file.FileAlreadyExistsException: ")  # noqa: PT017
+        return had
+
+    with ThreadPoolExecutor(4) as pool:
+        had = list(pool.map(write, range(4)))
+    found = {int(file.name): int(file.read_text()) for file in tmp_path.iterdir()}
+    assert found == {version: writer for writer, versions in enumerate(had) for version in versions}
+    assert sum(map(len, had)) == len(found) == 100
 
 
 def test_of_two_ingests_at_once_none_loses_or_doubles_a_row(
