@@ -333,10 +333,12 @@ def _is_valid_text(names: Sequence[str]) -> Column:
 
 
 def _has_half_a_character(ids: Sequence[str]) -> Column:
-    """Whether an id has a question mark that may stand for half a character: JSON can hold half of a UTF-16 pair, left
-    by what cuts texts in JavaScript, and Java makes a question mark of it. Of two users it would make one."""
-    marked = reduce(or_, [F.coalesce(F.contains(name, F.lit("?")), F.lit(False)) for name in ids])
-    return marked & F.coalesce(F.col("line").rlike(_HALF), F.lit(False))
+    """Whether an id has a question mark that stands for half a character: JSON can hold half of a UTF-16 pair, left by
+    what cuts texts in JavaScript, and Java makes a question mark of it. Of two users it would make one. (A question
+    mark of the id's own stands in the line too.)"""
+    marked = [F.contains(name, F.lit("?")) & ~F.contains("line", F.col(name)) for name in ids]
+    any_marked = reduce(or_, [F.coalesce(each, F.lit(False)) for each in marked])
+    return any_marked & F.coalesce(F.col("line").rlike(_HALF), F.lit(False))
 
 
 def _reason(given: DataFrame, settings: IngestSettings, now: datetime, has_zone: Column) -> Column:

@@ -261,7 +261,9 @@ def _publish(runtime: Runtime, chosen: Selection, staging: Staging, now: datetim
         _log_members(runtime, chosen, staging, now)
         overlaps, verticals = _overlaps(chosen), _verticals(runtime, chosen, staging)
         kinds = {export.vectors for export in chosen.pending}
-        as_of = {kind: chosen.as_of(kind) for kind in kinds | ({"embedding"} if "profile" in kinds else set())}
+        if "profile" in kinds:
+            kinds.add("embedding")
+        as_of = {kind: chosen.as_of(kind) for kind in kinds}
         if "profile" in kinds:
             chosen.note_old_profiles(as_of)
         for export in chosen.pending:

@@ -318,10 +318,10 @@ def features_of(
 
 def unknown_notes(labels: pd.DataFrame, known: set[str]) -> Iterator[str]:
     """Notes on the question's tasks with users who are not among the `known`, those with an event before their cut."""
-    for task, users in labels.groupby("task")["user_id"]:
-        if unknown := int((~users.isin(known)).sum()):
+    for task, rows in labels.groupby("task"):
+        if unknown := int((~rows["user_id"].isin(known)).sum()):
             yield (
-                f"{unknown:,} of {len(users):,} labelled users of {task} have no event before their label: their "
+                f"{unknown:,} of {len(rows):,} labelled users of {task} have no event before their label: their "
                 f"features are all the same, so each AUC also says how well having no event predicts the label; are "
                 f"their ids written as in the events? If so, leave them out"
             )

@@ -322,8 +322,9 @@ class Selection:
         Args:
             as_of: of both kinds.
         """
-        # "None" if no user has a vector any more.
-        behind = (pd.to_datetime(as_of["embedding"], errors="coerce") - pd.to_datetime(as_of["profile"])).days
+        if not self.everyone.total:  # then there is no such time
+            return
+        behind = (datetime.fromisoformat(as_of["embedding"]) - datetime.fromisoformat(as_of["profile"])).days
         if behind > _OLD_PROFILES:
             names = ", ".join(export.name for export in self.pending if export.vectors == "profile")
             self._runtime.report.notes.append(

@@ -53,7 +53,7 @@ _DELTA = {
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
 }
 # Of make setup; another Spark may lack it.
-_LOG_STORES = Path(pyspark.__file__).parent / "jars" / "trailvec-log-stores.jar"
+_LOG_STORE = Path(pyspark.__file__).parent / "jars" / "trailvec-local.jar"
 _SPARK_DEFAULTS = {
     **SPARK_FIXED,
     # These values are all distinct: building a dictionary, only to discard it as too large, took a tenth of sessionize.
@@ -133,7 +133,7 @@ def start_spark(config: Config) -> SparkSession:
         # Databricks' session has a Delta of its own, whose catalogue this would replace.
         **({} if "DATABRICKS_RUNTIME_VERSION" in os.environ else _DELTA),
         # Delta's own store for local disks loses a commit if another process makes one in the same instant.
-        **({"spark.delta.logStore.file.impl": "trailvec.LinkLogStore"} if _LOG_STORES.exists() else {}),
+        **({"spark.delta.logStore.file.impl": "trailvec.LinkLogStore"} if _LOG_STORE.exists() else {}),
         **(_closed_to_other_accounts(config) if re.match(r"local(\[|$)", master) else {}),
         "spark.sql.warehouse.dir": str(place_of(config.storage.root) / "spark"),
         **config.spark.conf,

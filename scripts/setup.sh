@@ -118,16 +118,21 @@ jars_are_right() { (cd .venv && sha256sum --check --quiet -) <scripts/jars.sha25
 # Removes other versions too: two versions of a jar on the class path are worse than none.
 remove_jars() { rm -f .venv/{kafka,hadoop,s3}/*.jar "$jars"/{delta,commons-pool2,kafka-clients,spark-sql-kafka,spark-token-provider-kafka}-*.jar; }
 
-# The log stores for Delta's commits on local disks and on S3, compiled with the Scala compiler that Spark ships; in a jar
-# beside Spark's, and in one beside those that a cluster needs for S3.
+# The log stores for Delta's commits on local disks and on S3, compiled with the Scala compiler that Spark ships. Each has
+# a jar of its own: Spark's class loader does not see the S3 jars that a cluster adds by spark.jars.
 compile_log_stores() {
-  local java jar=$jars/trailvec-log-stores.jar
+  rm -f "$jars"/trailvec-*.jar .venv/s3/trailvec-*.jar
+  compile_scala LinkLogStore "$jars/trailvec-local.jar"
+  compile_scala ConditionalPutLogStore .venv/s3/trailvec-s3.jar
+}
+
+compile_scala() {
+  local java
   java=$(python -c 'from jobs.spark_session import java_home; print(java_home())')/bin/java
   "$java" -cp "$(printf '%s:' "$jars"/scala-{compiler,library,reflect}-*.jar)" scala.tools.nsc.Main \
-    -Xfatal-warnings -d "$jar" -classpath "$(printf '%s:' \
-    "$jars"/{delta-storage,hadoop-client-api,scala-library}-*.jar .venv/s3/{hadoop-aws,aws-java-sdk-bundle}-*.jar)" scripts/log_stores/*.scala
-  rm -f .venv/s3/trailvec-*.jar
-  cp "$jar" .venv/s3/
+    -Xfatal-warnings -d "$2" -classpath "$(printf '%s:' \
+    "$jars"/{delta-storage,hadoop-client-api,scala-library}-*.jar .venv/s3/{hadoop-aws,aws-java-sdk-bundle}-*.jar)" \
+    "scripts/log_stores/$1.scala"
 }
 
 # On a terminal, prints a dot every five seconds.

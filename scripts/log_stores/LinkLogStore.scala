@@ -3,6 +3,7 @@ package trailvec
 import java.lang.{Boolean => JavaBoolean}
 import java.nio.charset.StandardCharsets.UTF_8
 import java.nio.file.{FileAlreadyExistsException, Files, FileSystemException, Paths}
+import java.nio.file.attribute.PosixFilePermissions
 import java.util.{Iterator => JavaIterator, UUID}
 
 import scala.collection.JavaConverters._
@@ -10,6 +11,7 @@ import scala.collection.JavaConverters._
 import io.delta.storage.HDFSLogStore
 import org.apache.hadoop.conf.Configuration
 import org.apache.hadoop.fs.Path
+import org.apache.hadoop.fs.permission.FsPermission
 
 /** Delta's commits on a local disk, safe for any number of processes: a version's file is written beside its place and
   * linked there, which the operating system refuses where there is one.
@@ -20,15 +22,18 @@ import org.apache.hadoop.fs.Path
 class LinkLogStore(initial: Configuration) extends HDFSLogStore(initial) {
   override def write(path: Path, actions: JavaIterator[String], overwrite: JavaBoolean, conf: Configuration): Unit = {
     val lines = actions.asScala.toSeq
-    if (overwrite || !link(path, lines)) super.write(path, lines.iterator.asJava, overwrite, conf)
+    if (overwrite || !link(path, lines, conf)) super.write(path, lines.iterator.asJava, overwrite, conf)
   }
 
   /** False if the file system has no links. */
-  private def link(path: Path, lines: Seq[String]): Boolean = {
+  private def link(path: Path, lines: Seq[String], conf: Configuration): Boolean = {
     val place = Paths.get(path.toUri)
     val written = place.resolveSibling(s".${place.getFileName}.${UUID.randomUUID}.tmp")
+    // As Hadoop gives all of a table's other files, whatever the process's own mask.
+    val mode = FsPermission.getFileDefault.applyUMask(FsPermission.getUMask(conf)).toString
     try {
       Files.write(written, lines.map(_ + "\n").mkString.getBytes(UTF_8))
+      Files.setPosixFilePermissions(written, PosixFilePermissions.fromString(mode))
       Files.createLink(place, written)
       true
     } catch {

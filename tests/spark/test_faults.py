@@ -143,6 +143,8 @@ def test_of_several_writers_of_a_version_one_has_it(spark: SparkSession, tmp_pat
     jvm, hadoop = spark._jvm, spark._jsc.hadoopConfiguration()
     assert spark.conf.get("spark.delta.logStore.file.impl") == "trailvec.LinkLogStore"
     together = Barrier(4)
+    masked = jvm.org.apache.hadoop.conf.Configuration(hadoop)
+    masked.set("fs.permissions.umask-mode", "027")  # not this process's
 
     def write(writer: int) -> list[int]:
         store, had = jvm.trailvec.LinkLogStore(hadoop), []
@@ -152,7 +154,7 @@ def test_of_several_writers_of_a_version_one_has_it(spark: SparkSession, tmp_pat
             together.wait(60)
             try:
                 store.write(
-                    jvm.org.apache.hadoop.fs.Path(f"file:{tmp_path}/{version}"), lines.iterator(), False, hadoop
+                    jvm.org.apache.hadoop.fs.Path(f"file:{tmp_path}/{version}"), lines.iterator(), False, masked
                 )
                 had.append(version)
             except Py4JJavaError as error:
@@ -164,6 +166,7 @@ def test_of_several_writers_of_a_version_one_has_it(spark: SparkSession, tmp_pat
     found = {int(file.name): int(file.read_text()) for file in tmp_path.iterdir()}
     assert found == {version: writer for writer, versions in enumerate(had) for version in versions}
     assert sum(map(len, had)) == len(found) == 100
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o640}
 
 
 def test_of_two_ingests_at_once_none_loses_or_doubles_a_row(

@@ -691,11 +691,11 @@ def test_an_id_with_half_a_character_is_refused(spark: SparkSession, tmp_path: P
         r"ann\ud83d\ude00?": "ann😀?",
         r"ann\\ud83d?": r"ann\ud83d?",
         "ann?": "ann?",
-        "ann": "ann",
+        "bob?": "bob?",
     }
     end = r', "query": "a \ud83d?"'
     lines = [
-        f'{{"id": "{n}", "user": "{user}", "item": "a", "at": "2023-05-01", "price": 1{end if user == "ann" else ""}}}'
+        f'{{"id": "{n}", "user": "{user}", "item": "a", "at": "2023-05-01", "price": 1{end if user == "bob?" else ""}}}'
         for n, user in enumerate(users)
     ]
     (tmp_path / "log.json").write_text("\n".join(lines))
