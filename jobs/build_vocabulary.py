@@ -51,6 +51,12 @@ def numbers_of(values: DataFrame, kind: str) -> DataFrame:
     return of_kind.select(F.col("value").alias(kind), F.col("value_index").alias(f"{kind}_index"))
 
 
+def absent_event_types(values: DataFrame, named: Sequence[str]) -> tuple[list[str], str]:
+    """Those of the named types that no event has, by CONTEXT_VALUES, and the types that there are, in words."""
+    types = sorted(row["event_type"] for row in numbers_of(values, "event_type").collect())
+    return [name for name in named if name not in types], ", ".join(types)
+
+
 def describe_items(events: DataFrame, cuts: Cuts, settings: SequencesSettings) -> DataFrame:
     """One row per item of the log: every column of ITEMS but the number."""
     price = unit_price()
@@ -237,11 +243,10 @@ def run(runtime: Runtime) -> None:
     new_values = number_context_values(value_events, runtime.latest(CONTEXT_VALUES), came)
     runtime.merge(CONTEXT_VALUES, new_values, insert_only=True, made_from=values_from)
     if settings.target_event_types:
-        types = sorted(row["event_type"] for row in numbers_of(runtime.latest(CONTEXT_VALUES), "event_type").collect())
+        absent, types = absent_event_types(runtime.latest(CONTEXT_VALUES), settings.target_event_types)
         runtime.report.notes += [
-            f"sequences.target_event_types names {name}, but no event has that type yet (found {', '.join(types)})"
-            for name in settings.target_event_types
-            if name not in types
+            f"sequences.target_event_types names {name}, but no event has that type yet (found {types})"
+            for name in absent
         ]
 
     items = runtime.latest(ITEMS)

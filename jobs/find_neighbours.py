@@ -30,7 +30,7 @@ import pyarrow as pa
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
-from jobs.build_vocabulary import numbers_of
+from jobs.build_vocabulary import absent_event_types
 from jobs.cli import stage_main
 from jobs.config import NeighboursSettings
 from jobs.errors import TrailvecError
@@ -225,11 +225,10 @@ def _run(runtime: Runtime, folder: Place) -> None:
         for table, key in ((USER_EMBEDDINGS, "user_id"), (ITEM_EMBEDDINGS, "item_id"))
     )
     if settings.without:
-        types = sorted(row["event_type"] for row in numbers_of(runtime.read(CONTEXT_VALUES), "event_type").collect())
+        absent, types = absent_event_types(runtime.read(CONTEXT_VALUES), settings.without)
         runtime.report.notes += [
-            f"neighbours.without leaves nothing out for {name}: no event has that type (found {', '.join(types)})"
-            for name in settings.without
-            if name not in types
+            f"neighbours.without leaves nothing out for {name}: no event has that type (found {types})"
+            for name in absent
         ]
     every = searches(
         users,

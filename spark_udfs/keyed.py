@@ -100,9 +100,8 @@ def _pieces(text: str) -> set[str]:
         with suppress(csv.Error):
             fields += next(csv.reader([text], delimiter=delimiter), [])
     # An id is stripped of ASCII's blanks alone: a no-break space at its end is part of it, or was not meant.
-    return {*_STRUCTURE.split(text), *map(str.strip, fields), *(field.strip(string.whitespace) for field in fields)} - {
-        ""
-    }
+    stripped = (field.strip(string.whitespace) for field in fields)
+    return {*_STRUCTURE.split(text), *map(str.strip, fields), *stripped} - {""}
 
 
 def _unescaped(text: str) -> str:
