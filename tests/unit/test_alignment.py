@@ -14,6 +14,7 @@ from scipy.linalg import orthogonal_procrustes
 from scipy.stats import ortho_group
 
 from jobs.align import (
+    FEWEST_HELD,
     FEWEST_USERS,
     _ranking,
     _rankings,
@@ -242,6 +243,22 @@ def test_answers_to_two_questions_are_not_compared(
             f"align.max_ranking_loss says nothing about model m2: its validation asks something else than that of m1 "
             f"({asks})"
         )
+
+
+@pytest.mark.parametrize(("held", "decide"), [(3, False), (FEWEST_HELD - 1, False), (FEWEST_HELD, True)])
+def test_a_ranking_of_few_held_out_users_decides_for_nobody(tmp_path: Path, held: int, decide: bool) -> None:
+    runtime = Runtime(make_config(tmp_path))
+    for version, ndcg, users in (("m1", 0.3333, 2 * FEWEST_HELD), ("m2", 0.0, held)):
+        (tmp_path / "models" / version).mkdir(parents=True)
+        training = {"best_epoch": 1, "epochs": [{"ndcg@10": ndcg}], "held_users": users}
+        (tmp_path / "models" / version / "model.json").write_text(json.dumps({"training": training}))
+    report = {"model_version": "m2", "onto": "m1", "ranking": _rankings(runtime, "m1", "m2")}
+    assert (refusal(report, AlignSettings()) is not None) == decide
+    few = (
+        f"align.max_ranking_loss says nothing about model m2: a validation had {held:,} held-out users, fewer than the "
+        f"1,000 needed"
+    )
+    assert no_ranking(report, AlignSettings()) == (None if decide else few)
 
 
 def test_a_kill_while_an_alignment_is_made_anew_leaves_a_model_that_is_not_aligned(
