@@ -439,7 +439,9 @@ def _close_epoch(run: _Run, epoch: int) -> None:
     )
     if rank == 0:
         _log_event("epoch", **progress.history[-1])
-    if (score := scores.get("ndcg@10", float(epoch))) > progress.best:
+    # Of epochs that place no held-out item among the first ten, as few users may ask for, the last one: an epoch 1 that
+    # is kept for its zero, or that ends a patient training, would be worse than none held out.
+    if (score := scores.get("ndcg@10", float(epoch))) > progress.best or score == progress.best == 0:
         # The best weights go straight to the output folder: a copy in memory would be as large as the model. They must
         # be the same on all ranks.
         progress.best, progress.best_epoch, progress.best_sha256 = score, epoch, dist.gather(digest(run.model))

@@ -726,9 +726,25 @@ def test_what_an_older_checkpoint_calls_its_best_stays(tmp_path: Path) -> None:
 def test_training_ends_when_validation_gets_no_better(tmp_path: Path) -> None:
     rows = make_rows(6, seed=4)
     settings = {"epochs": 9, "patience": 2, "learning_rate": 1e-12}  # so small a step changes nothing
-    train(make_run(tmp_path, [make_rows(18)], (rows, next_items(rows)), **settings))
+    train(make_run(tmp_path, [make_rows(18)], (rows, [row["item_index"][-1:] for row in rows]), **settings))
     training = training_of(tmp_path)
+    assert training["epochs"][0]["ndcg@10"] > 0
     assert (len(training["epochs"]), training["best_epoch"]) == (3, 1)
+
+
+@pytest.mark.parametrize("patience", [0, 1])
+def test_of_epochs_that_are_right_for_no_held_out_user_the_last_one_is_published(tmp_path: Path, patience: int) -> None:
+    """Two users ask for an item that no row of training has, so the ranking is 0 however much is learnt."""
+    rows = [row for row in make_rows(120) if 28 not in row["item_index"]]
+    settings = {"epochs": 3, "patience": patience, "learning_rate": 0.02}
+    spec = make_run(tmp_path, [rows], (rows[:2], [[28]] * 2), **settings)
+    counts = np.load(spec.item_counts)
+    counts[28] = 1  # known, or it would not be asked for
+    np.save(spec.item_counts, counts)
+    train(spec)
+    training = training_of(tmp_path)
+    assert [epoch["ndcg@10"] for epoch in training["epochs"]] == [0, 0, 0]
+    assert training["best_epoch"] == 3
 
 
 def test_validation_by_history_and_by_vertical(tmp_path: Path) -> None:
