@@ -237,10 +237,17 @@ class Runtime(Lake):
     def changed_version(self, table: Table) -> int:
         """The newest version that changed rows, up to the pinned version (of a table that isn't pinned, the newest).
 
-        Maintenance alone doesn't move it, so what was derived from the table stays up to date.
+        Maintenance alone doesn't move it, so what was derived from the table stays up to date. Of changes of which
+        Delta's log no longer tells it is the oldest known commit.
         """
         at = self._versions[table.name] if table.name in self._versions else self.latest_version(table)
-        return next((c.version for c in self._commits(table) if c.changed_rows and c.version <= at), at)
+        oldest = at
+        for commit in self._commits(table):
+            if commit.version <= at:
+                oldest = commit.version
+                if commit.changed_rows:
+                    break
+        return oldest
 
     def state(self, table: Table) -> tuple[str | None, int]:
         """The table's Delta id and `changed_version`: equal as long as it is the same table with the same rows."""
@@ -295,7 +302,7 @@ class Runtime(Lake):
     def changes(self, read: Table, since: int) -> DataFrame | None:
         """What changed in `read` after its version `since`, as in `incremental`; None if it was overwritten as a whole,
         its columns were mapped until then, or the changes are no longer retained."""
-        until = self._versions[read.name]
+        until, since = self._versions[read.name], self.past_upkeep(read, since)
         if self._unchanged_since(read, since):
             nothing = self.read(read).limit(0).withColumn("_change_type", F.lit("insert"))
             return nothing.withColumn("_commit_version", F.lit(until).cast("bigint"))
@@ -318,12 +325,14 @@ class Runtime(Lake):
         since = last["reads"].get(read.name) if self.read_these(last) else None
         if since is None:
             return None
+        since = self.past_upkeep(read, since)
         if self.kept(read, since):
-            return int(since)
-        told, behind = len(self._newer(read, since)), self._versions[read.name] - since
+            return since
+        told, behind = len(self._recent(read, since)), self._versions[read.name] - since
         note = (
             f"table {written.name} is rebuilt in full: it is {behind:,} commits behind table {read.name}, of which "
-            f"only {told:,} are recent enough to be read and still in Delta's log: run the stage more often"
+            f"only {told:,} are recent enough to be read (maintain.retention_hours) and still in Delta's log: run the "
+            f"stage more often"
         )
         if told < behind and note not in self.report.notes:  # a stage calls this several times
             self.report.notes.append(note)
@@ -334,13 +343,25 @@ class Runtime(Lake):
         newer = newer_than(self._commits(read), version)
         return [commit for commit in newer if commit.version <= self._versions[read.name]]
 
+    def past_upkeep(self, read: Table, version: int) -> int:
+        """The newest version that has the rows of `version`, up to the pinned one: the commits between change none, and
+        its files stay part of the table for longer."""
+        for commit in reversed(self._newer(read, version)):
+            if commit.version != version + 1 or commit.changed_rows:
+                break
+            version += 1
+        return version
+
+    def _recent(self, read: Table, version: int) -> list[Commit]:
+        """The commits after that version whose changes can still be read."""
+        # Files removed by the commit after `version` exist until VACUUM deletes them.
+        oldest = time.time() - self.config.maintain.retention_hours_for(read.name) * 3600
+        return [commit for commit in self._newer(read, version) if commit.committed_at > oldest]
+
     def kept(self, read: Table, version: int) -> bool:
         """Whether that version of a table that the stage reads, and all changes since, can still be read."""
         until = self._versions[read.name]
-        # Files removed by the commit after `version` exist until VACUUM deletes them.
-        oldest = time.time() - self.config.maintain.retention_hours_for(read.name) * 3600
-        commits = self._newer(read, version)
-        return version <= until and len(commits) == until - version and all(c.committed_at > oldest for c in commits)
+        return version <= until and len(self._recent(read, version)) == until - version
 
     # ---- writing ---------------------------------------------------------------------------------
 

@@ -120,7 +120,9 @@ def scoring_so_far(runtime: Runtime, model: dict[str, Any]) -> Scoring | None:
     """How far an earlier run came with this very model; None if there is nothing to resume."""
     notes = (note for _, note in commits_of(runtime, model["version"]))
     newest = None if runtime.forced else next(notes, None)
-    if newest is None or newest["model"] != model or not runtime.kept(SEQUENCES, newest["sequences"]):
+    if newest is None or newest["model"] != model:
+        return None
+    if not runtime.kept(SEQUENCES, runtime.past_upkeep(SEQUENCES, newest["sequences"])):
         return None
     of_scoring = takewhile(lambda note: of_one_scoring(note, newest), notes)
     done = frozenset(note["chunk"] for note in chain((newest,), of_scoring) if note)
@@ -154,6 +156,7 @@ class Scorer:
         self.started = time.monotonic()
 
     def rows(self, version: int) -> DataFrame:
+        version = self._runtime.past_upkeep(SEQUENCES, version)
         return self._runtime.at(SEQUENCES, version).where("split = 'score'")
 
     def vectors(self) -> DataFrame:

@@ -392,10 +392,10 @@ def test_of_very_many_commits_all_are_told_and_few_are_read_where_few_are_asked_
     runtime = Runtime(load_config(None, [f'storage.root="{tmp_path}"']))
     log, now = Path(runtime.path(EVENTS)) / "_delta_log", int(time.time())
     log.mkdir(parents=True)
-    said = json.dumps({"stage": "erase_users", "reads": {}, "note": {"erasure": "hers"}})
+    said_by = json.dumps({"stage": "erase_users", "reads": {}, "note": {"erasure": "hers"}})
     for version in range(600):
         info = {"timestamp": 1000 * (now + version), "operation": "REMOVE COLUMN MAPPING" if version == 7 else "MERGE"}
-        info |= {"userMetadata": said} if version in {50, 500} else {}
+        info |= {"userMetadata": said_by} if version in {50, 500} else {}
         (log / f"{version:020}.json").write_text(json.dumps({"commitInfo": info}))
     (log / "_last_checkpoint").write_text('{"version": 599}')
     found = runtime.erasure_commits(EVENTS, "hers", after=-1, since=now + 500)
@@ -423,13 +423,25 @@ def test_of_very_many_commits_all_are_told_and_few_are_read_where_few_are_asked_
     with monkeypatch.context() as upgrade:
         upgrade.setattr(runtime, "provenance", lambda: last | {"revisions": {"flagged_users": 2}})
         assert runtime._since(FLAGGED_USERS, EVENTS) is None
+    said = runtime.report.notes
+    for version in (41, 42, 43):  # upkeep, which ran longer ago than files are kept
+        info = {"timestamp": 1000 * (now - 200 * 3600), "operation": "OPTIMIZE", "operationMetrics": {}}
+        (log / f"{version:020}.json").write_text(json.dumps({"commitInfo": info}))
+    runtime._history.clear()
+    assert (runtime._since(FLAGGED_USERS, EVENTS), said) == (43, [])
+    info = {"timestamp": 1000 * (now - 200 * 3600), "operation": "MERGE", "userMetadata": said_by}
+    (log / f"{43:020}.json").write_text(json.dumps({"commitInfo": info}))
+    runtime._history.clear()
+    assert runtime._since(FLAGGED_USERS, EVENTS) is None
+    assert "it is 557 commits behind table events, of which only 556 are recent enough to be read" in said[0]
+    said.clear()
     (log / f"{299:020}.json").unlink()
     runtime._history.clear()
     for _ in range(2):
         assert runtime.incremental(FLAGGED_USERS, EVENTS) is None
     (note,) = runtime.report.notes
     assert note.startswith("table flagged_users is rebuilt in full: it is 559 commits behind table events, of")
-    assert "which only 300 are recent enough to be read and still in Delta's log" in note
+    assert "which only 300 are recent enough to be read (maintain.retention_hours) and still in Delta's log" in note
 
 
 def test_tune_refuses_hdfs_in_one_sentence() -> None:

@@ -669,6 +669,17 @@ def test_the_chunks_of_a_scoring_keep_their_ids_when_delta_cleans_its_log(into_e
     assert score_users.scoring_so_far(runtime, model) == replace(begun, done=frozenset({0}), after=after)
 
 
+def test_a_scoring_goes_on_past_upkeep_that_is_older_than_the_retention() -> None:
+    """Version 3 can no longer be read, but 5, which upkeep made of it, can."""
+    begun = score_users.Scoring(sequences=3, chunks=4, done=frozenset({0}), into_empty=True, after=1)
+    runtime = commits_with((9, score_users.Scorer._note(Mock(model={"version": "m2"}), begun, 0)))
+    runtime.past_upkeep.side_effect = lambda _, version: version + 2
+    runtime.kept.side_effect = lambda _, version: version == 5
+    assert score_users.scoring_so_far(runtime, {"version": "m2"}) == begun
+    score_users.Scorer.rows(Mock(_runtime=runtime), 3)
+    runtime.at.assert_called_once_with(SEQUENCES, 5)
+
+
 def test_a_scoring_whose_chunks_ids_are_used_up_begins_anew() -> None:
     """Otherwise each run would take the same ids, write nothing, and be refused for the other commit."""
     model = {"version": "m2"}
