@@ -164,16 +164,17 @@ def base_of(runtime: Runtime) -> str | None:
 
 
 def _has_learnt_all(runtime: Runtime) -> str | None:
-    """If the model to grow from was trained up to the present cut already, a sentence that says so. (Between two moves
-    of the cut a nightly `trailvec run` has to go on with that model.)"""
+    """If the model to grow from was trained up to the present cut already, or to the last action before it, a sentence
+    that says so. (Until there are newer ones a nightly `trailvec run` has to go on with that model.)"""
     if (base := runtime.inputs.get("grown_from")) is None:
         return None
     trained_to = datetime.fromisoformat(read_description(model_folder(runtime, base))["as_of"])
-    newest = F.unix_micros(F.max("as_of"))
-    cut_us = runtime.read(SEQUENCES).where("split = 'train'").agg(newest).collect()[0][0]
-    if cut_us is None or time_at(cut_us) > trained_to:
+    newest = (F.unix_micros(F.max(name)) for name in ("as_of", "last_ts"))
+    cut_us, last_us = runtime.read(SEQUENCES).where("split = 'train'").agg(*newest).collect()[0]
+    if cut_us is None or (time_at(cut_us) > trained_to and time_at(last_us) >= trained_to):
         return None
-    return f"nothing is new to model {base}: it was trained up to {trained_to}, where training still ends"
+    ends = "still ends" if time_at(cut_us) <= trained_to else "ends later, but without an action since"
+    return f"nothing is new to model {base}: it was trained up to {trained_to}, where training {ends}"
 
 
 def same_command(runtime: Runtime, provenance: dict[str, Any]) -> bool:
@@ -424,6 +425,7 @@ def _refuse_items_unknown_to_the_rows(runtime: Runtime, provenance: dict[str, An
     since = provenance["reads"].get(ITEMS.name)
     if since is None or since >= runtime.changed_version(ITEMS):
         return
+    since = runtime.past_upkeep(ITEMS, since)
     if not runtime.kept(ITEMS, since):
         raise TrailvecError(
             f"table sequences was made from version {since} of table items, which has changed and can no longer be "

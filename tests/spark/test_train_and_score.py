@@ -440,6 +440,16 @@ def test_a_warm_start_grows_from_the_current_model_over_new_rows_and_only_once(
     ]
     with pytest.raises(TrailvecError, match=f"no row of the train split .* 2024-06-01.*model {base} was trained: run"):
         runtime.execute(train.STAGE, force=True)
+    quiet = sequences(make_rows(240, seed=1), "train")
+    for row in quiet:
+        row.update(as_of=CUT + timedelta(days=9))
+    fill(runtime, SEQUENCES, quiet, files=2)
+    report = runtime.execute(train.STAGE)
+    assert report.skipped
+    assert report.notes == [
+        f"nothing is new to model {base}: it was trained up to 2024-06-01 00:00:00, where training ends later, but "
+        f"without an action since"
+    ]
 
     old, new = sequences(make_rows(240, seed=1), "train"), sequences(make_rows(30, seed=7), "train", first_user=500)
     for row in new:
