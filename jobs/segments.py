@@ -211,16 +211,25 @@ def read_segments(paths: list[str]) -> list[SegmentFile]:
     """The segments in the order of the files, but each after those that it includes or excludes.
 
     Raises:
-        TrailvecError: a file is missing or invalid, two have the same name, one names an unknown segment or, directly
-            or not, itself, a union's `at_most` leaves nobody, or a list is missing.
+        TrailvecError: a file is missing or invalid, two have the same name, or the same control group and different
+            shares, one names an unknown segment or, directly or not, itself, a union's `at_most` leaves nobody, or a
+            list is missing.
     """
     files = [SegmentFile(parse(Segment, read_toml(path), str(path)), path) for path in _paths(paths)]
     by_name: dict[str, SegmentFile] = {}
+    by_group: dict[str, SegmentFile] = {}
     for file in files:
         segment, path = file
         if segment.name in by_name:
             raise TrailvecError(f"{path} and {by_name[segment.name].path} both set name = {segment.name!r}: rename one")
         by_name[segment.name] = file
+        if segment.group is not None:
+            first, where = by_group.setdefault(segment.group, file)
+            if segment.control_share != first.control_share:  # one would export some whom the other holds back
+                raise TrailvecError(
+                    f"{path} and {where} share the control group {segment.group}, but the one's control_share is "
+                    f"{segment.control_share:g}, the other's {first.control_share:g}: give both the same"
+                )
         for users in segment.lists:
             if users.file is not None and not (path.parent / users.file).exists():
                 raise TrailvecError(f"{path}: the list of users {path.parent / users.file} does not exist: add it")

@@ -529,6 +529,22 @@ def test_segments_are_exported_in_the_files_order_but_each_after_those_that_it_n
     assert names == ["staff", "vip", "mass", "a", "b", "all"]
 
 
+@pytest.mark.parametrize(("group", "refused"), [('control_group = "all"\n', True), ("", False)])
+def test_a_control_group_has_one_share(tmp_path: Path, group: str, refused: bool) -> None:
+    """Of two shares, the segment of the lower one would export some whom the other holds back."""
+    asked = f'sql = "SELECT 1 AS user_id"\n{group}'
+    shares = {"a": 0.1, "b": 0.1, "c": 0.2}
+    paths = write_segments(tmp_path, {name: f"control_share = {share}\n{asked}" for name, share in shares.items()})
+    if refused:
+        said = (
+            r"c\.toml and .*a\.toml share the control group all, but .* control_share is 0\.2, the other's 0\.1: give"
+        )
+        with pytest.raises(TrailvecError, match=said):
+            read_segments(paths)
+    else:
+        assert len(read_segments(paths)) == 3
+
+
 def test_two_segments_of_one_name(tmp_path: Path) -> None:
     (tmp_path / "seeds.txt").write_text("ann\n")
     for name in ("a.toml", "b.toml"):
