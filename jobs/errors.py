@@ -129,6 +129,15 @@ _SPARK_MESSAGES = (
         'coerce_timestamps="us" (pandas, pyarrow)',
     ),
     (
+        r"Timed out waiting for a node assignment|Failed to create new KafkaAdminClient",
+        "no Kafka broker answers: start it, or correct bootstrap_servers and what the input's kafka.options say of "
+        "credentials",
+    ),
+    (
+        r"UnknownTopicOrPartitionException",
+        "the Kafka broker has no such topic: create it, or correct the input's topic",
+    ),
+    (
         r"Cannot fetch offset (\d+) \(GroupId: [^)]*?TopicPartition: ([^)\s]+)\)",
         "records of {1} from offset {0} on were removed from the topic before they were read: set "
         'failOnDataLoss = "false" in the input\'s kafka.options to continue without them',

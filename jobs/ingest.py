@@ -403,6 +403,7 @@ def _topic(spark: SparkSession, kafka: Kafka, settings: IngestSettings) -> DataF
         "kafka.bootstrap.servers": kafka.bootstrap_servers,
         "subscribe": kafka.topic,
         "startingOffsets": "earliest",
+        "startingOffsetsByTimestampStrategy": "latest",  # a partition without records since a startingTimestamp
         "maxOffsetsPerTrigger": str(settings.max_records_per_batch),
         "kafka.isolation.level": "read_committed",  # else records of aborted transactions are read too
         **{key: _from_environment(value, kafka) for key, value in kafka.options.items()},

@@ -29,7 +29,7 @@ Kafka records without a value (a compacted topic's tombstones) and blank lines a
 
 `jobs/checked_records.py` applies the mapping. There may be several inputs, one per kind of record. Reading progress is
 stored under an input's path or topic: two inputs with the same one need a `name` each, and an input with a name can
-change its path without being read again.
+change its pattern (`orders` to `orders/*`) without being read again. Files that have moved are new files.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -150,6 +150,16 @@ class Kafka(Section):
         description="further options of Spark's Kafka source; ${NAME} is taken from the environment, to keep secrets "
         "out of this file",
     )
+
+    @model_validator(mode="after")
+    def _begins_where_it_did(self) -> Self:
+        """`ingest --force` and a backfill begin anew: at the topic's end they would leave out what came meanwhile."""
+        if any((key.lower(), value) == ("startingoffsets", "latest") for key, value in self.options.items()):
+            raise ValueError(
+                "startingOffsets = latest would be another place whenever the topic is read again: give a "
+                "startingTimestamp (milliseconds since 1970) instead"
+            )
+        return self
 
 
 class Input(Section):

@@ -22,6 +22,15 @@ _ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
     ("said", "told"),
     [
         (
+            "TimeoutException: Timed out waiting for a node assignment. Call: describeTopics",
+            "no Kafka broker answers: start it, or correct bootstrap_servers and what the input's kafka.options say of "
+            "credentials",
+        ),
+        (
+            "UnknownTopicOrPartitionException: This server does not host this topic-partition.",
+            "the Kafka broker has no such topic: create it, or correct the input's topic",
+        ),
+        (
             "java.lang.IllegalStateException: Cannot fetch offset 30 (GroupId: spark-kafka-source-1-executor, "
             f"TopicPartition: views-2). \n{_LOST}",
             "records of views-2 from offset 30 on were removed from the topic before they were read: set "

@@ -89,6 +89,11 @@ def test_identical_records_of_a_topic_cannot_be_numbered(tmp_path: Path) -> None
             'kafka = { bootstrap_servers = "h:1", topic = "t" }',
             "format = csv, but a topic's values are JSON and need no format",
         ),
+        (
+            'path = "orders.csv"',
+            'kafka = { bootstrap_servers = "h:1", topic = "t", options = { startingoffsets = "latest" } }',
+            "input.0.kafka: startingOffsets = latest would be another place whenever the topic is read again: give a",
+        ),
         ('path = "orders.csv"', 'pth = "orders.csv"\npath = "x"', "unknown key input.0.pth; did you mean path?"),
         ("user_id =", "usr_id =", "unknown key input.0.columns.usr_id; did you mean user_id?"),
         (
