@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, time, timedelta
 from typing import NamedTuple
 
 import numpy as np
@@ -104,6 +104,11 @@ def reaches_back(sessions: DataFrame, cut: datetime, end: datetime) -> bool:
 
 
 def _start(cut: datetime, end: datetime) -> datetime:
+    """Where the window before the cut begins. In a log of dates the newest event stands for its whole day: n dates are
+    compared with n, not with n - 1."""
+    newest = end - timedelta(microseconds=1)
+    if newest.time() == time.min:
+        end = newest + timedelta(days=1)
     return cut - (end - cut)
 
 

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
+from datetime import datetime, timedelta, timezone
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from jobs.config import DriftSettings
-from jobs.drift import Drift, alarms, drift_of, stability
+from jobs.drift import Drift, _start, alarms, drift_of, stability
 
 LIMITS = DriftSettings(max_stability=0.25, max_rate_factor=3, min_events=100, max_new_items=0.3, min_user_cosine=0.5)
+
+
+@pytest.mark.parametrize(("newest", "start"), [("06 00:00", "01 00:00"), ("06 12:00", "01 11:59:59.999999")])
+def test_in_a_log_of_dates_as_many_are_before_the_cut_as_after_it(newest: str, start: str) -> None:
+    """3 June is the last day before the cut: of the dates 1 to 6 June three are on each side."""
+    cut, after, before = (
+        datetime.fromisoformat(f"2024-06-{day}").replace(tzinfo=timezone.utc) for day in ("04", newest, start)
+    )
+    assert _start(cut, after + timedelta(microseconds=1)) == before
 
 
 def moved(**other: object) -> Drift:
