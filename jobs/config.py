@@ -198,7 +198,13 @@ class FlagUsersSettings(Section):
     """events → flagged_users: which users are bots or test accounts. To turn a rule off, set it to a number that nobody
     reaches: 1_000_000_000, the largest allowed."""
 
-    events_per_minute: int = Field(1_000, ge=1, le=10**9, description="more events than this in one minute")
+    events_per_minute: int = Field(
+        1_000,
+        ge=1,
+        le=10**9,
+        description="more events than this in one minute (in a log of dates without "
+        "times, a day is one minute: set it to events_per_day)",
+    )
     events_per_day: int = Field(20_000, ge=1, le=10**9, description="more events than this in one day (UTC)")
     constant_interval_events: int = Field(
         200, ge=3, le=10**9, description="at least this many consecutive events in one day, at a constant interval"
@@ -318,8 +324,8 @@ class ModelSettings(Section):
 
 
 class DriftSettings(Section):
-    """Limits beyond which the drift of the log or the vectors raises an alarm; the days from the cut on are compared
-    with as many before it."""
+    """Limits beyond which the drift of the log or the vectors raises an alarm. The verticals' shares and events from
+    the cut on are compared with those of as many days before it."""
 
     max_stability: float = Field(0.25, gt=0, description="population stability index of the verticals' shares")
     max_rate_factor: float = Field(
@@ -567,8 +573,8 @@ class ProbeSettings(Section):
     max_users: int = Field(
         20_000,
         ge=1,
-        description="maximum number of labelled users of a task, and of unlabelled users from whose items the item "
-        "baseline learns; if there are more, a sample by hash of user_id",
+        description="maximum number of labelled users of a task; if there are more, a sample by hash of user_id. If "
+        "there are fewer, unlabelled users, from whose items the item baseline learns too, fill up to this number",
     )
 
 

@@ -457,7 +457,7 @@ EVALUATION = Table(
         Column(
             "slice_value", "string", "all; or the class, such as 5-19, 24-72 (72 excluded) or 100+; or the vertical."
         ),
-        Column("value", "double", "Mean over users; for coverage@10 and task space, the figure itself."),
+        Column("value", "double", "Mean over users; for coverage@10 and the tasks space and drift, the figure itself."),
         Column(
             "low",
             "double",
@@ -466,7 +466,10 @@ EVALUATION = Table(
         ),
         Column("high", "double", "Upper end of the interval.", True),
         Column(
-            "counted", "bigint", "Number of users that the value covers; for task space, of vectors or pairs of them."
+            "counted",
+            "bigint",
+            "Number of users that the value covers; for task space, of vectors or pairs of them; for task drift, of "
+            "events, except for the cosines of users' vectors.",
         ),
     ),
     key=("model_version", "split", "task", "method", "metric", "slice", "slice_value"),
