@@ -10,10 +10,11 @@ import gzip
 import hashlib
 import json
 import math
+import random
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from functools import reduce
@@ -993,10 +994,10 @@ def test_a_column_that_the_records_and_a_lookup_have_is_told(
 # ---- Online Retail, four real days against plain Python -----------------------------------------------
 
 
-def _retail_oracle() -> Iterator[tuple[str, Row]]:
-    """(event_id or the reason for rejection, line) of each line of the fixture, by csv and hashlib."""
+def _retail_oracle(files: Iterable[Path]) -> Iterator[tuple[str, Row]]:
+    """(event_id or the reason for rejection, line) of each line of the files, by csv and hashlib."""
     id_columns = ["InvoiceNo", "StockCode", "Description", "Quantity", "UnitPrice", "InvoiceDate", "CustomerID"]
-    for path in sorted(ONLINE_RETAIL.glob("*.csv")):
+    for path in files:
         times: collections.Counter[tuple[str, ...]] = collections.Counter()
         with path.open(newline="", encoding="utf-8") as file:
             for line in csv.DictReader(file):
@@ -1010,17 +1011,30 @@ def _retail_oracle() -> Iterator[tuple[str, Row]]:
                     yield hashlib.sha256("-".join(parts).encode()).hexdigest(), line
 
 
-RETAIL = ("conf/sources/online_retail.toml",)
-
-
-def test_online_retail_against_plain_python(make_runtime: Callable[..., Runtime]) -> None:
-    runtime = make_runtime(*_settings(ONLINE_RETAIL, [*RETAIL], 0.6))
-    report = runtime.execute(STAGE)
-    oracle = list(_retail_oracle())
-    expected = {key: line for key, line in oracle if len(key) == 64}
-    refused = collections.Counter(key for key, _ in oracle if len(key) != 64)
-    assert len(expected) + sum(refused.values()) == len(oracle) == report.rows_in["records"]
-    assert min(refused.values()) > 0  # the fixture has both kinds
+def test_growing_folders_of_online_retail_end_in_what_plain_python_finds(
+    make_runtime: Callable[..., Runtime], tmp_path: Path
+) -> None:
+    """Law 1: days in any order, and one of them again a run later, under another name and with its lines shuffled."""
+    folder = tmp_path / "growing"
+    folder.mkdir()
+    sources = ["conf/sources/online_retail.toml"]
+    runtime = make_runtime(*_settings(folder, sources, 0.6), "ingest.max_files_per_batch=2")
+    days = sorted(ONLINE_RETAIL.glob("*.csv"))
+    records = []
+    for number, arriving in enumerate(([days[2]], [days[3], days[0], days[2], days[1]])):
+        for day in arriving:
+            header, *lines = day.read_text(encoding="utf-8").splitlines()
+            random.Random(number).shuffle(lines)
+            (folder / f"{number}-{day.name}").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+        records.append(runtime.execute(STAGE).rows_in["records"])
+    assert runtime.execute(STAGE).skipped
+    first, every = (list(_retail_oracle(files)) for files in ([days[2]], folder.iterdir()))
+    assert records == [len(first), len(every) - len(first)]
+    expected = {key: line for key, line in every if len(key) == 64}
+    refused = collections.Counter(key for key, _ in every if len(key) != 64)  # each time, with its file
+    repeated = sum(len(key) == 64 for key, _ in first)
+    assert len(expected) + repeated + refused.total() == len(every)
+    assert min(repeated, *refused.values()) > 0  # the fixture has each kind
 
     assert collections.Counter(row["reason"] for row in stored(runtime, REJECTED_EVENTS)) == refused
     events = {row["event_id"]: row for row in stored(runtime, EVENTS)}
@@ -1041,6 +1055,7 @@ def test_online_retail_against_plain_python(make_runtime: Callable[..., Runtime]
         assert (row["basket_id"], row["item_name"]) == (line["InvoiceNo"], line["Description"].strip())
         assert dict(row["attributes"]) == {"Country": line["Country"]}
         assert (row["time_zone"], row["vertical"], row["source"]) == ("Europe/London", "GIFTS", "online_retail")
+        assert row["category"] is None
     assert returns > 0
 
 
