@@ -52,9 +52,14 @@ def logs(draw: st.DrawFn, max_events: int = 40) -> list[Row]:
 seeds = st.randoms(use_true_random=True).filter(lambda chance: repr(chance) != "Random(0)")
 
 
-def full_logs(count: int) -> st.SearchStrategy[list[Row]]:
-    """Logs of exactly `count` events, for tests with few examples, each of which takes Spark seconds."""
-    return seeds.map(lambda chance: make_log(chance, count))
+def full_logs(count: int, logs: int = 1) -> st.SearchStrategy[list[Row]]:
+    """Logs of exactly `count` events, for tests with few examples, each of which takes Spark seconds; `logs` of them in
+    one, each of other users."""
+
+    def of_others(event: Row, number: int) -> Row:
+        return event | {name: event[name] + "'" * number for name in ("event_id", "user_id")}
+
+    return seeds.map(lambda chance: [of_others(e, n) for n in range(logs) for e in make_log(chance, count)])
 
 
 def make_event(**values: Any) -> Row:

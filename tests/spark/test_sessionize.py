@@ -28,11 +28,13 @@ from tests.conftest import make_config, put
 from tests.events import START, Row, full_logs, make_event, make_log, seeds, to_frame
 
 GAPS = ("sessionize.gap_minutes=30", "sessionize.gap_minutes_by_vertical={rides = 60}")
+DAY = 24 * 60  # minutes
 ORACLE_GAPS = (timedelta(minutes=30), {"rides": timedelta(hours=1)})
 
 
 def rows(frame: DataFrame) -> list[dict[str, Any]]:
-    return sorted((r.asDict(recursive=True) for r in frame.collect()), key=lambda r: r["session_id"])
+    found = (r.asDict(recursive=True) for r in frame.collect())
+    return sorted(found, key=lambda r: (r["session_id"], r["start_ts"], r["user_id"]))
 
 
 def in_words(sessions: list[dict[str, Any]]) -> list[list[str]]:
@@ -57,10 +59,11 @@ class Tables:
 
     nobody_flagged: ClassVar[str]
 
-    def __init__(self, runtime: Runtime, events: list[Row]) -> None:
+    def __init__(self, runtime: Runtime, events: list[Row] | None = None) -> None:
         self.runtime, self.spark = runtime, runtime.spark
-        shutil.copytree(self.nobody_flagged, runtime.path(FLAGGED_USERS))
-        put(runtime, EVENTS, to_frame(self.spark, events))
+        if events is not None:  # else the tables are there
+            shutil.copytree(self.nobody_flagged, runtime.path(FLAGGED_USERS))
+            put(runtime, EVENTS, to_frame(self.spark, events))
 
     def _commit(self, write: Callable[[Runtime], None]) -> None:
         self.runtime.execute(Stage("send", "", write, reads=(), writes=(), settings=()), force=True)
@@ -94,8 +97,24 @@ class Tables:
         return {kind: int(metrics[f"numTargetRows{kind}"]) for kind in ("Inserted", "Updated", "Deleted")}
 
 
-@settings(max_examples=5)
-@given(events=full_logs(80), chance=seeds)
+Begun = Callable[[Runtime], Tables]
+
+
+@pytest.fixture(scope="module")
+def begun(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Begun:
+    """Gives a runtime a copy of the tables after a first run: event e1 of user u, and its session."""
+    first = Tables(Runtime(make_config(tmp_path_factory.mktemp("begun")), spark), [event("e1", "u", 0)])
+    assert in_words(first.run()) == [["e1"]]
+
+    def copy(runtime: Runtime) -> Tables:
+        shutil.copytree(first.runtime.root, runtime.root)
+        return Tables(runtime)
+
+    return copy
+
+
+@settings(max_examples=1)
+@given(events=full_logs(80, logs=5), chance=seeds)
 def test_order_and_partitioning_of_the_events_do_not_matter(
     spark: SparkSession, events: list[Row], chance: random.Random
 ) -> None:
@@ -213,11 +232,12 @@ def test_the_stage_writes_once_and_then_is_up_to_date(
     assert written["config"]["sessionize"]["gap_minutes"] == 61
 
 
-def test_a_table_that_was_made_anew_is_another_one(make_runtime: Callable[..., Runtime], spark: SparkSession) -> None:
+def test_a_table_that_was_made_anew_is_another_one(
+    make_runtime: Callable[..., Runtime], begun: Begun, spark: SparkSession
+) -> None:
     """First with as many commits as before, then with one more: versions of two tables are not comparable."""
     runtime = make_runtime()
-    tables = Tables(runtime, [event("e1", "u", 0)])
-    assert in_words(tables.run()) == [["e1"]]
+    tables = begun(runtime)
     for first, more in (("e2", []), ("e3", ["e4"])):
         shutil.rmtree(runtime.path(EVENTS))
         spark._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()  # type: ignore[union-attr]
@@ -228,11 +248,10 @@ def test_a_table_that_was_made_anew_is_another_one(make_runtime: Callable[..., R
 
 
 def test_sessions_that_somebody_else_changed_are_made_anew(
-    make_runtime: Callable[..., Runtime], spark: SparkSession
+    make_runtime: Callable[..., Runtime], begun: Begun, spark: SparkSession
 ) -> None:
     runtime = make_runtime()
-    tables = Tables(runtime, [event("e1", "u", 0)])
-    tables.run()
+    tables = begun(runtime)
     version = runtime.latest_version(SESSIONS)
     tables.append([event("e2", "u", 600)])
     assert in_words(tables.run()) == [["e1"], ["e2"]]
@@ -245,53 +264,57 @@ def test_sessions_that_somebody_else_changed_are_made_anew(
 # ---- batch by batch -------------------------------------------------------------------------------------
 
 
-def batches(chance: random.Random) -> tuple[list[Row], list[tuple[str, list[Row]]]]:
-    """A log of many users and its batches: in any order, some events repeated, some wrong at first."""
+def batches(chance: random.Random, how: tuple[str, ...]) -> tuple[list[Row], list[list[Row]]]:
+    """A log of many users and its batches, one for each of `how` they come: in any order, some events repeated, some
+    wrong at first."""
     log = [
         e | {"event_id": f"{n}-{e['event_id']}", "user_id": f"{n}-{e['user_id']}"}
         for n in range(100)
         for e in make_log(chance, chance.randint(1, 24))
     ]
-    how = ["append", chance.choice(["append", "merge"]), "merge"]
-    sent: list[tuple[str, list[Row]]] = [(name, []) for name in how]
+    sent: list[list[Row]] = [[] for _ in how]
     for e in log:
-        number = chance.randrange(3)
-        again = [n for n in range(number + 1, 3) if sent[n][0] == "merge"]
+        number = chance.randrange(len(how))
+        again = [n for n in range(number + 1, len(how)) if how[n] == "merge"]
         kind = chance.choice(["once", "once", "again", "wrong"] if again else ["once"])
         times = {"event_ts": e["event_ts"] + timedelta(minutes=chance.choice([-31, -1, 1, 45]))}
-        sent[number][1].append(e | times | {"vertical": "retail"} if kind == "wrong" else e)
+        sent[number].append(e | times | {"vertical": "retail"} if kind == "wrong" else e)
         if kind != "once":
-            sent[chance.choice(again)][1].append(e)
+            sent[chance.choice(again)].append(e)
     return log, sent
 
 
 # No shrinking: with Spark it takes an hour.
 @pytest.mark.parametrize(
-    ("max_minutes", "max_events", "midnight_of", "cut_on_vertical"),
-    [(30, 10_000, "Europe/London", False), (None, 2, None, True)],
+    ("how", "max_minutes", "max_events", "midnight_of", "cut_on_vertical"),
+    [
+        (("append", "append", "merge"), 30, 10_000, "Europe/London", False),
+        (("append", "merge"), None, 2, None, True),
+    ],
 )
 @settings(max_examples=1, phases=[Phase.explicit, Phase.reuse, Phase.generate])
-@given(log_and_batches=seeds.map(batches))
+@given(chance=seeds)
 def test_law_1_any_split_into_batches_ends_in_the_sessions_of_one_batch(
     make_runtime: Callable[..., Runtime],
     tmp_path_factory: pytest.TempPathFactory,
-    log_and_batches: tuple[list[Row], list[tuple[str, list[Row]]]],
+    chance: random.Random,
+    how: tuple[str, ...],
     max_minutes: float | None,
     max_events: int,
     midnight_of: str | None,
     cut_on_vertical: bool,
 ) -> None:
-    log, sent = log_and_batches
+    log, sent = batches(chance, how)
     sets = [*GAPS, f"sessionize.max_events={max_events}"]
     sets += ["sessionize.cut_on_vertical=true"] if cut_on_vertical else []
     sets += [f"sessionize.max_minutes={max_minutes}"] if max_minutes else []
     sets += [f"sessionize.midnight_of={midnight_of}"] if midnight_of else []
     runtime = make_runtime(*sets, root=tmp_path_factory.mktemp("batches"))
 
-    tables = Tables(runtime, sent[0][1])
+    tables = Tables(runtime, sent[0])
     found = tables.run()
-    for how, events in sent[1:]:
-        tables.append(events) if how == "append" else tables.merge(events)
+    for name, events in zip(how[1:], sent[1:], strict=True):
+        tables.append(events) if name == "append" else tables.merge(events)
         found = tables.run()
         assert tables.last_commit()["operation"] == "MERGE"
     assert found == rows(sessionize.sessionize(to_frame(runtime.spark, log), runtime.config.sessionize))
@@ -328,6 +351,8 @@ def changing(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> S
             event("only", "gone", 0),
             event("bot-0", "bot", 0),
             event("me-0", "me", 0),
+            event("a", "ann", 0),
+            event("x", "bob", 0),
         ],
     )
     seen.sessions.append(tables.run())
@@ -339,6 +364,8 @@ def changing(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> S
             event("preceded-late", "preceded", 70),
             event("split-late", "split", 10),
             event("far-late", "far", 30 + 1 / 60_000_000),
+            *(event("b", "ann", minutes) for minutes in (9 * DAY + 115, 2 * DAY)),
+            event("x", "ann", 3 * DAY),
         ]
     )
     tables.merge([], gone=["rejoined-1", "parted-1", "only"])
@@ -347,7 +374,7 @@ def changing(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> S
     seen.sessions.append(tables.run())
     seen.changed_rows.append(tables.changed_rows())
 
-    tables.append([event("bot-2", "bot", 100)])
+    tables.append([event("bot-2", "bot", 100), event("b", "ann", 9 * DAY + 125), event("y", "bob", 5)])
     seen.sessions.append(tables.run())
     tables.flag([], ["bot"])
     seen.sessions.append(tables.run())
@@ -360,6 +387,8 @@ def changing(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> S
         seen.sessions.append(tables.run())
     seen.stage_version = tables.runtime.stage_version(SESSIONS)
     seen.last_commit, seen.last = tables.last_commit(), tables.runtime.execute(sessionize.STAGE)
+    tables.runtime.execute(sessionize.STAGE, force=True)
+    seen.anew = rows(tables.runtime.latest(SESSIONS))
     return seen
 
 
@@ -388,7 +417,7 @@ def test_only_the_rows_that_a_change_reaches_are_changed(changing: SimpleNamespa
     # preceded's session has another first event and so another id: it is deleted and inserted.
     updated = ("extended", "joined", "split", "rejoined", "parted", "me")
     deleted = ("joined", "preceded", "rejoined", "gone", "bot")
-    inserted = ("preceded", "split", "far", "parted")
+    inserted = ("preceded", "split", "far", "parted", "ann", "ann", "ann")
     assert changing.changed_rows == [
         {"Updated": len(updated), "Deleted": len(deleted), "Inserted": len(inserted)},
         {"Updated": 0, "Deleted": 0, "Inserted": 2},  # the bot's
@@ -418,27 +447,24 @@ def test_a_change_that_no_session_shows_rewrites_nothing(changing: SimpleNamespa
     assert changing.touch.call_args.kwargs == {"made_from": changing.stage_version}
 
 
-def test_one_id_on_two_days_is_two_events(make_runtime: Callable[..., Runtime]) -> None:
+def test_all_increments_end_in_the_rows_of_one_build(changing: SimpleNamespace) -> None:
+    assert changing.sessions[-1] == changing.anew
+
+
+def test_one_id_on_two_days_is_two_events(changing: SimpleNamespace) -> None:
     """As `ingest.duplicates = "same_day"` allows."""
-    tables, day = Tables(make_runtime(*GAPS), [event("a", "ann", 0), event("x", "bob", 0)]), 24 * 60
-    tables.run()
-    tables.append([event("b", "ann", 9 * day + 115), event("b", "ann", 2 * day), event("x", "ann", 3 * day)])
-    by_increment = tables.run()
-    assert in_words(by_increment) == [["a"], ["b"], ["b"], ["x"], ["x"]]
-    tables.append([event("b", "ann", 9 * day + 125), event("y", "bob", 5)])  # after midnight
-    by_increment = tables.run()
-    assert in_words(by_increment) == [["a"], ["b"], ["b", "b"], ["x"], ["x", "y"]]
-    tables.runtime.execute(sessionize.STAGE, force=True)
-    assert sorted(by_increment, key=repr) == sorted(rows(tables.runtime.latest(SESSIONS)), key=repr)
+    first, second, third, *_ = (of_users(found, "ann", "bob") for found in changing.sessions)
+    assert first == [["a"], ["x"]]
+    assert second == [["a"], ["b"], ["b"], ["x"], ["x"]]
+    assert third == [["a"], ["b"], ["b", "b"], ["x"], ["x", "y"]]  # the newest b came after midnight
 
 
 def test_a_late_event_moves_every_cut_of_a_run_that_goes_far_beyond_its_day(
     make_runtime: Callable[..., Runtime],
 ) -> None:
-    day = 24 * 60
     tables = Tables(
-        make_runtime(f"sessionize.gap_minutes={2 * day}", "sessionize.max_events=2"),
-        [event(f"e{n:02}", "u", 1.5 * day * n) for n in range(40)],
+        make_runtime(f"sessionize.gap_minutes={2 * DAY}", "sessionize.max_events=2"),
+        [event(f"e{n:02}", "u", 1.5 * DAY * n) for n in range(40)],
     )
     assert in_words(tables.run())[0] == ["e00", "e01"]
     tables.append([event("late", "u", -1)])
@@ -458,11 +484,10 @@ class Early(Runtime):
 
 
 def test_of_two_runs_at_once_the_one_that_ends_later_is_refused(
-    make_runtime: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+    make_runtime: Callable[..., Runtime], begun: Begun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise e9 would be in two sessions: the early run's, and the one that begins with e8."""
-    tables = Tables(make_runtime(), [event("e1", "u", 0)])
-    tables.run()
+    tables = begun(make_runtime())
     tables.append([event("e8", "u", 45), event("e9", "u", 60)])
 
     def meanwhile(written: Table, read: Table) -> DataFrame | None:
@@ -495,13 +520,12 @@ def test_of_two_runs_at_once_the_one_that_ends_later_is_refused(
 def test_a_batch_leaves_the_files_of_other_days_and_the_rows_of_other_users_alone(
     make_runtime: Callable[..., Runtime],
 ) -> None:
-    day = 24 * 60
     tables = Tables(make_runtime(*GAPS), [event(f"a{n}", f"a{n}", 0) for n in range(20)])
     tables.run()
     first_day = tables.runtime.latest(SESSIONS).inputFiles()
-    tables.append([event(f"b{n}", f"b{n}", 5 * day) for n in range(20)])
+    tables.append([event(f"b{n}", f"b{n}", 5 * DAY) for n in range(20)])
     tables.run()
-    tables.append([event("b3-late", "b3", 5 * day + 1)])
+    tables.append([event("b3-late", "b3", 5 * DAY + 1)])
     for file in first_day:
         Path(urlsplit(file).path).unlink()  # any reader would fail
     tables.runtime.execute(sessionize.STAGE)
