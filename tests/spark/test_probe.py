@@ -22,10 +22,10 @@ from jobs.errors import TrailvecError
 from jobs.files import write_json
 from jobs.runtime import Runtime
 from jobs.spark_session import spark_conf
-from jobs.splits import log_end
+from jobs.splits import Cuts, log_end
 from jobs.tables import (
+    CONTEXT_VALUES,
     CURRENT_MODEL,
-    EVENTS,
     FLAGGED_USERS,
     ITEMS,
     PROBES,
@@ -36,6 +36,7 @@ from jobs.tables import (
 from tests.conftest import add, make_config, put, read_delta
 from tests.events import Row, make_event, to_frame
 from tests.sequence_files import SPEC
+from training.batches import FIRST_INDEX
 from training.checkpoint import rotation_sha256, write_alignment
 
 START = datetime(2024, 1, 1)
@@ -71,11 +72,26 @@ def log() -> list[Row]:
     return [*events, event("late", 120 - 1e-6 / 86400)]
 
 
-def fill(runtime: Runtime, events: list[Row]) -> None:
-    put(runtime, EVENTS, to_frame(runtime.spark, events))
-    put(runtime, FLAGGED_USERS, runtime.spark.createDataFrame([], FLAGGED_USERS.schema()))
-    for stage in (sessionize.STAGE, build_vocabulary.STAGE):
-        runtime.execute(stage)
+def fill(runtime: Runtime, events: list[Row], min_count: int = 1) -> None:
+    """Makes the tables that a probe reads of these events, as their stages would."""
+    spark = runtime.spark
+    put(runtime, SESSIONS, sessions_of(runtime, events))
+    put(runtime, ITEMS, items_of(runtime, events, FIRST_INDEX, min_count))
+    none = spark.createDataFrame([], CONTEXT_VALUES.schema())
+    put(runtime, CONTEXT_VALUES, build_vocabulary.number_context_values(to_frame(spark, events), none))
+
+
+def sessions_of(runtime: Runtime, events: list[Row]) -> DataFrame:
+    return sessionize.sessionize(to_frame(runtime.spark, events), runtime.config.sessionize)
+
+
+def items_of(runtime: Runtime, events: list[Row], first_index: int, min_count: int = 1) -> DataFrame:
+    log, none = to_frame(runtime.spark, events), runtime.spark.createDataFrame([], ITEMS.schema())
+    described = build_vocabulary.describe_items(log, Cuts(CUT, CUT, CUT), runtime.config.sequences)
+    return build_vocabulary.number_items(described, none, min_count, first_index)
+
+
+def describe_model(runtime: Runtime) -> None:
     folder = runtime.models / "m1"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "model.json", {"spec": SPEC.model_dump(), "weights_sha256": ""})
@@ -86,7 +102,10 @@ def fill(runtime: Runtime, events: list[Row]) -> None:
 def filled(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A warehouse of the whole log; each test takes a copy."""
     root = tmp_path_factory.mktemp("filled")
-    fill(Runtime(make_config(root, *SETTINGS), spark), log())
+    runtime = Runtime(make_config(root, *SETTINGS), spark)
+    fill(runtime, log())
+    put(runtime, FLAGGED_USERS, spark.createDataFrame([], FLAGGED_USERS.schema()))
+    describe_model(runtime)
     return root
 
 
@@ -172,10 +191,10 @@ def test_labels_by_hand_and_no_feature_knows_what_came_after_the_cut(
     make_runtime: Callable[..., Runtime], probed: Probed, tmp_path: Path, model: dict[str, str]
 ) -> None:
     runtime, cut_off = (make_runtime(*SETTINGS, root=root) for root in (probed.root, tmp_path / "cut_off"))
-    fill(cut_off, [e for e in log() if e["event_ts"] < CUT or e["user_id"] == "late"])
-    # The vocabulary's indices depend on the log; those of the whole log are used for both.
-    items = runtime.latest(ITEMS).collect()
-    put(cut_off, ITEMS, cut_off.spark.createDataFrame(items, ITEMS.schema()))
+    put(cut_off, SESSIONS, sessions_of(cut_off, [e for e in log() if e["event_ts"] < CUT or e["user_id"] == "late"]))
+    describe_model(cut_off)
+    for table in (ITEMS, CONTEXT_VALUES):  # whose numbers depend on the log; those of the whole log are used for both
+        shutil.copytree(runtime.path(table), cut_off.path(table))
     ((labels, users, features), _), ((_, same_users, cut_features),) = probed.asked, look(cut_off)
 
     numbers = range(24)
@@ -195,9 +214,9 @@ def test_labels_by_hand_and_no_feature_knows_what_came_after_the_cut(
 
 @pytest.fixture(scope="module")
 def short_logs(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    """One warehouse for the short logs below: each is of other users, and its test asks only about these."""
+    """Sessions and items of the short logs below: each is of other users, and its test asks only about these."""
     runtime = Runtime(make_config(tmp_path_factory.mktemp("short")), spark)
-    fill(runtime, [*FIVE, *ABROAD, *PAUSES, *TAKEN, *FORECAST])
+    fill(runtime, [*FIVE, *ABROAD, *PAUSES, *TAKEN, *FORECAST], min_count=5)
     return runtime
 
 
@@ -437,9 +456,9 @@ def test_what_is_probed_is_what_profile_users_writes(
 
     # A new user arrives: the coordinates keep their meaning, whatever is configured now, and users without new events
     # keep theirs, since the log's end stays.
-    put(runtime, EVENTS, to_frame(runtime.spark, [*log(), event("new", 119.5, "brand new")]))
-    for stage in (sessionize.STAGE, build_vocabulary.STAGE):
-        runtime.execute(stage)
+    came = [event("new", 119.5, "brand new")]
+    add(runtime, SESSIONS, sessions_of(runtime, came))
+    add(runtime, ITEMS, items_of(runtime, came, build_vocabulary.next_index(runtime.latest(ITEMS))))
     wider = make_runtime(*SETTINGS, "profile.width=32", 'sequences.target_event_types=["redeem"]', root=whole)
     (note, _) = wider.execute(profile_users.STAGE).notes
     assert (
@@ -531,7 +550,14 @@ def test_labelled_users_without_events_are_counted(
     file.write_text("\n".join(["user_id,task,label,label_ts", *rows]) + "\n")
     asked = ("probe.activity=[]", "probe.event_types=[]", f'probe.labels={{file="{file}"}}')
     runtime = make_runtime(*SETTINGS, *asked, root=whole)
-    _, (_, labelled, features) = look(runtime)
+
+    def of_many(question: probe.Question, end: datetime) -> Any:
+        if set(question.labels["task"]) == {"many"}:
+            return probe.features_of(runtime, runtime.read(SESSIONS), question, Path("m1"), end)
+        return question.labels["task"].unique().tolist()
+
+    others, (labelled, features) = ask(runtime, of_many)
+    assert others == ["known"]
     (note,) = runtime.report.notes
     assert note.startswith("5 of 29 labelled users of many have no event before their label: ")
     unknown = np.isin(labelled, strange)
