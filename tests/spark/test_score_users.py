@@ -11,7 +11,7 @@ from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import Mock
 
 import duckdb
@@ -73,6 +73,15 @@ def score_rows(count: int, seed: int, first_user: int = 0) -> Rows:
     return [row | {"user_id": f"u{first_user + number}"} for number, row in enumerate(rows)]
 
 
+def first_rows() -> Rows:
+    """The score rows of all users, u0 … u39. The model knows no item of the last five but one of u38 and one of u39,
+    which is too old to be read."""
+    rows = score_rows(USERS, seed=1)
+    for row, items in zip(rows[-5:], ([1] * 8, [29] * 8, [5000] * 8, [1] * 7 + [4], [4] + [1] * 7), strict=True):
+        row.update({name: (row[name] * 8)[:8] for name in FEATURES}, length=8, item_index=items)
+    return rows
+
+
 def change(runtime: Runtime, upserts: Rows, deletes: Rows) -> None:
     """One MERGE into sequences, as build_sequences does it."""
     new, gone = (runtime.spark.createDataFrame(rows, SEQUENCES.schema()) for rows in (upserts, deletes))
@@ -104,6 +113,13 @@ def assert_vectors(runtime: Runtime, model: SequenceModel, version: str, rows: R
 
 
 def current(runtime: Runtime) -> tuple[set[str], int]:
+    """The current model and the number of its vectors, as read by DuckDB."""
+    models = {row["model_version"] for row in read_delta(runtime.path(CURRENT_MODEL))}
+    return models, sum(row["model_version"] in models for row in read_delta(runtime.path(USER_EMBEDDINGS)))
+
+
+def in_view(runtime: Runtime) -> tuple[set[str], int]:
+    """The same by the view."""
     rows = query(runtime, "SELECT user_id, model_version FROM current_user_embeddings").collect()
     return {row["model_version"] for row in rows}, len(rows)
 
@@ -115,25 +131,33 @@ def in_chunks(runtime: Runtime, users: int) -> Runtime:
     return Runtime(make_config(runtime.root, *SETTINGS, f"score.chunk_users={users}"), runtime.spark)
 
 
-@pytest.fixture(scope="module")
-def filled(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 users to score and a few training rows; each test takes a copy."""
-    runtime = Runtime(make_config(tmp_path_factory.mktemp("filled"), *SETTINGS), spark)
-    fill(runtime, SEQUENCES, score_rows(USERS, seed=1) + sequences(make_rows(6, seed=2), "train"), files=2)
-    return runtime.root
+class Lake(NamedTuple):
+    """A lake to copy, its newest model, and what score_users said."""
+
+    root: Path
+    model: SequenceModel
+    notes: list[str]
 
 
 @pytest.fixture(scope="module")
-def m1_scored(
-    filled: Path, spark: SparkSession, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, SequenceModel]:
-    """The same with the users' vectors by the current model, m1; and the model."""
-    root = shutil.copytree(filled, tmp_path_factory.mktemp("scored") / "warehouse")
-    runtime = Runtime(make_config(root, *SETTINGS), spark)
+def m1_scored(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Lake:
+    """40 users to score and a few training rows, with the users' vectors by the current model, m1."""
+    runtime = Runtime(make_config(tmp_path_factory.mktemp("scored"), *SETTINGS), spark)
+    fill(runtime, SEQUENCES, first_rows() + sequences(make_rows(6, seed=2), "train"), files=2)
     model = make_model(runtime, "m1", seed=1)
     runtime.execute(score_users.STAGE)
-    assert runtime.count_rows().rows_out == {"users_encoded": USERS, "user_embeddings": USERS, "current_model": 1}
-    return root, model
+    report = runtime.count_rows()
+    assert report.rows_out == {"users_encoded": USERS, "user_embeddings": USERS, "current_model": 1}
+    return Lake(runtime.root, model, report.notes)
+
+
+@pytest.fixture(scope="module")
+def m2_scored(m1_scored: Lake, spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Lake:
+    """The same after m2, too, has scored all users and become current."""
+    root = shutil.copytree(m1_scored.root, tmp_path_factory.mktemp("scored-twice") / "warehouse")
+    runtime = Runtime(make_config(root, *SETTINGS), spark)
+    model = make_model(runtime, "m2", seed=2)
+    return Lake(root, model, runtime.execute(score_users.STAGE).notes)
 
 
 @pytest.fixture
@@ -143,18 +167,17 @@ def empty(make_runtime: Callable[..., Runtime], spark: SparkSession) -> Runtime:
 
 
 @pytest.fixture
-def shop(empty: Runtime, filled: Path) -> Runtime:
-    """40 users to score and a few training rows; no model."""
-    shutil.copytree(filled, empty.root)
-    return empty
+def scored(empty: Runtime, m1_scored: Lake) -> tuple[Runtime, SequenceModel]:
+    """The lake scored by the current model, m1; and m1."""
+    shutil.copytree(m1_scored.root, empty.root)
+    return empty, m1_scored.model
 
 
 @pytest.fixture
-def scored(empty: Runtime, m1_scored: tuple[Path, SequenceModel]) -> tuple[Runtime, SequenceModel]:
-    """The same, scored by the current model, m1."""
-    root, model = m1_scored
-    shutil.copytree(root, empty.root)
-    return empty, model
+def scored_twice(empty: Runtime, m1_scored: Lake, m2_scored: Lake) -> tuple[Runtime, SequenceModel]:
+    """The lake scored by m1 and then by m2; and m1."""
+    shutil.copytree(m2_scored.root, empty.root)
+    return empty, m1_scored.model
 
 
 def evaluation_row(version: str, low: float | None, value: float, high: float | None) -> dict[str, Any]:
@@ -211,7 +234,7 @@ def test_the_current_model_trained_again_is_asked_like_a_new_one_and_changed_in_
     shop = in_chunks(runtime, 14)
     gate = 'evaluate.gate=[{task="new", method="popularity", metric="model_lead_ndcg@10", at_least=0.0}]'
     strict = Runtime(make_config(shop.root, *SETTINGS, "score.chunk_users=14", gate), shop.spark)
-    rows = score_rows(USERS, seed=1)
+    rows = first_rows()
     rows[7] = score_rows(1, seed=9, first_user=7)[0]
     change(shop, [rows[7]], [])
     assert strict.execute(score_users.STAGE).rows_out["users_encoded"] == 1  # same weights: no gate
@@ -263,15 +286,18 @@ def test_what_a_row_lacks_of_what_the_gate_asks(interval: tuple[float, float], c
 
 def test_increments_end_as_a_plain_loop_over_all_users(scored: tuple[Runtime, SequenceModel]) -> None:
     shop, model = scored
-    rows = score_rows(USERS, seed=1)
+    rows = first_rows()
     assert_vectors(shop, model, "m1", rows)
     assert shop.execute(score_users.STAGE).skipped
 
     changed = score_rows(3, seed=3, first_user=5) + score_rows(2, seed=4, first_user=USERS)
     training = sequences(make_rows(6, seed=5), "train")  # of u0, u1, u2: their score rows do not change
     change(shop, changed + training, rows[20:22])
-    report = shop.execute(score_users.STAGE)
+    with spark_conf(shop.spark, {"spark.sql.adaptive.coalescePartitions.enabled": "false"}):
+        report = shop.execute(score_users.STAGE)
     assert report.rows_out["users_encoded"] == 5
+    newest, *_ = (c for c in DeltaTable(shop.path(USER_EMBEDDINGS)).history() if c["operation"] == "MERGE")
+    assert newest["operationMetrics"]["numTargetFilesAdded"] == "2"  # spark.sql.shuffle.partitions: not by one task
     rows = rows[:5] + rows[8:20] + rows[22:] + changed
     assert_vectors(shop, model, "m1", rows)
     assert shop.execute(score_users.STAGE).skipped
@@ -283,17 +309,6 @@ def test_increments_end_as_a_plain_loop_over_all_users(scored: tuple[Runtime, Se
     assert shop.execute(score_users.STAGE).rows_out["users_encoded"] == 1
     rows = [row for row in rows if row["user_id"] != "u5"] + last
     assert_vectors(shop, model, "m1", rows)
-
-
-def test_the_vectors_that_an_increment_rewrites_are_written_by_more_than_one_task(
-    scored: tuple[Runtime, SequenceModel],
-) -> None:
-    shop, _ = scored
-    change(shop, score_rows(USERS, seed=3), [])
-    with spark_conf(shop.spark, {"spark.sql.adaptive.coalescePartitions.enabled": "false"}):
-        shop.execute(score_users.STAGE)
-    newest, *_ = (c for c in DeltaTable(shop.path(USER_EMBEDDINGS)).history() if c["operation"] == "MERGE")
-    assert newest["operationMetrics"]["numTargetFilesAdded"] == "2"  # spark.sql.shuffle.partitions
 
 
 def test_a_table_made_anew_as_a_whole_is_compared_with_what_it_was(scored: tuple[Runtime, SequenceModel]) -> None:
@@ -338,7 +353,7 @@ def test_a_new_model_killed_in_the_middle_goes_on_while_readers_see_the_old_one_
     runtime, old = scored
     shop = in_chunks(runtime, 14)
     new = make_model(shop, "m2", seed=2)
-    rows = score_rows(USERS, seed=1)
+    rows = first_rows()
     seen: list[tuple[set[str], int]] = []
     real = score_users.Scorer._score_chunk
 
@@ -346,7 +361,7 @@ def test_a_new_model_killed_in_the_middle_goes_on_while_readers_see_the_old_one_
         if len(seen) == 2:
             raise Killed
         real(self, scoring, *rest)
-        seen.append(current(Runtime(shop.config, shop.spark)))
+        seen.append(in_view(Runtime(shop.config, shop.spark)))
 
     monkeypatch.setattr(score_users.Scorer, "_score_chunk", chunk)
     with pytest.raises(Killed):
@@ -390,7 +405,7 @@ def test_a_new_model_killed_in_the_middle_goes_on_while_readers_see_the_old_one_
     left = [row for row in rows if row["user_id"] not in of_new[:2]] + acted
     assert_vectors(shop, new, "m2", left)
     assert_vectors(shop, old, "m1", rows)  # they stay until m1 is retired
-    assert current(shop) == ({"m2"}, USERS - 2)
+    assert in_view(shop) == current(shop) == ({"m2"}, USERS - 2)
     assert shop.execute(score_users.STAGE).skipped
     # The same as read by another reader, from the files alone: docs/decisions/0012.
     query = (
@@ -402,11 +417,9 @@ def test_a_new_model_killed_in_the_middle_goes_on_while_readers_see_the_old_one_
         delta_reader().sql(query.replace("…", "/nowhere"))
 
 
-def test_back_to_an_old_model_only_what_changed_since_is_encoded(scored: tuple[Runtime, SequenceModel]) -> None:
-    shop, model = scored
-    make_model(shop, "m2", seed=2)
-    shop.execute(score_users.STAGE)
-    rows = score_rows(USERS, seed=1)
+def test_back_to_an_old_model_only_what_changed_since_is_encoded(scored_twice: tuple[Runtime, SequenceModel]) -> None:
+    shop, model = scored_twice
+    rows = first_rows()
     rows[7] = score_rows(1, seed=9, first_user=7)[0]
     change(shop, [rows[7]], [])
     write_json(shop.models / "current.json", {"model_version": "m1"})
@@ -472,34 +485,24 @@ def test_a_model_compared_with_one_that_is_current_no_more_does_not_become_curre
     refused = "model m3 was compared with m1, and m2 has become current since: run `trailvec align --force` and"
     with pytest.raises(TrailvecError, match=refused):
         use("m3")
-    for version in ("m1", "m3", "m2"):  # back to a model that was current, and on to one compared with it
+    for version in ("m1", "m3"):  # back to a model that was current, and on to one compared with it
         use(version)
 
 
-def test_cold_users(shop: Runtime) -> None:
-    model = make_model(shop, "m1", seed=1)
-    rows = score_rows(4, seed=1)
-    for row, items in zip(rows, ([1] * 8, [29] * 8, [5000] * 8, [1] * 7 + [4]), strict=True):
-        row.update({name: (row[name] * 8)[:8] for name in FEATURES}, length=8, item_index=items)
-    rows.append(rows[3] | {"user_id": "u4", "item_index": [4] + [1] * 7})  # the known item is too old to be read
-    fill(shop, SEQUENCES, rows)
-    report = shop.execute(score_users.STAGE)
-    assert "5 users encoded" in report.notes[0]
-    assert "4 of them cold" in report.notes[0]
-    assert_vectors(shop, model, "m1", rows)
-    found = {r["user_id"]: r for r in read_delta(shop.path(USER_EMBEDDINGS))}
-    assert [found[f"u{n}"]["is_cold"] for n in range(5)] == [True, True, True, False, True]
+def test_cold_users(m1_scored: Lake) -> None:
+    assert "40 users encoded" in m1_scored.notes[0]
+    assert "4 of them cold" in m1_scored.notes[0]
+    found = {r["user_id"]: r for r in read_delta(m1_scored.root / "tables/user_embeddings")}
+    assert [user for user, r in sorted(found.items()) if r["is_cold"]] == ["u35", "u36", "u37", "u39"]
     assert all(np.isfinite(r["vector"]).all() and np.any(r["vector"]) for r in found.values())
-    assert found["u0"]["vector"] != found["u1"]["vector"]  # by their context
+    assert found["u35"]["vector"] != found["u36"]["vector"]  # by their context
 
 
 def test_an_old_model_is_retired_and_can_be_scored_again(
-    scored: tuple[Runtime, SequenceModel], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    scored_twice: tuple[Runtime, SequenceModel], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shop, model = scored
+    shop, model = scored_twice
     shop.create(NEIGHBOURS)
-    make_model(shop, "m2", seed=2)
-    shop.execute(score_users.STAGE)
     with pytest.raises(TrailvecError, match="model m2 is the current one"):
         retire(shop, "m2")
     with pytest.raises(TrailvecError, match=r"no table has a row of model m9 \(found: m1, m2\)"):
@@ -516,7 +519,7 @@ def test_an_old_model_is_retired_and_can_be_scored_again(
 
     write_json(shop.models / "current.json", {"model_version": "m1"})
     assert shop.execute(score_users.STAGE).rows_out["users_encoded"] == USERS
-    assert_vectors(shop, model, "m1", score_rows(USERS, seed=1))
+    assert_vectors(shop, model, "m1", first_rows())
 
 
 def test_a_model_trained_again_was_scored_once_all_users_have_vectors_of_its_new_weights(
@@ -578,7 +581,7 @@ def test_vectors_written_twice_are_never_made_current_and_repaired_by_force(
         with pytest.raises(TrailvecError, match=r"80 vectors .*: run `trailvec score_users --force`"):
             shop.execute(score_users.STAGE)
     assert shop.execute(score_users.STAGE, force=True).rows_out["users_encoded"] == USERS
-    assert_vectors(shop, new, "m2", score_rows(USERS, seed=1))
+    assert_vectors(shop, new, "m2", first_rows())
     assert current(shop) == ({"m2"}, USERS)
     assert shop.execute(score_users.STAGE).skipped
 
@@ -587,9 +590,9 @@ def test_vectors_written_twice_are_never_made_current_and_repaired_by_force(
 def test_two_runs_that_begin_at_once_write_each_vector_once(
     scored: tuple[Runtime, SequenceModel], monkeypatch: pytest.MonkeyPatch, other: str
 ) -> None:
-    shop = in_chunks(scored[0], 14)
+    shop = in_chunks(scored[0], 20)
     new = make_model(shop, "m2", seed=2)
-    rows = score_rows(USERS, seed=1)
+    rows = first_rows()
     real = score_users.Scorer._score_chunk
     calls = 0
 
@@ -623,7 +626,7 @@ def test_of_two_runs_that_replace_vectors_the_one_of_newer_sequences_stops(
 ) -> None:
     """Else its note would say of the other's vectors that they are of its sequences: it began before those came, so it
     does not look at them again."""
-    shop = in_chunks(scored[0], 14)
+    shop = in_chunks(scored[0], 20)
     new = make_model(shop, "m2", seed=2)
     left_over = shop.latest(USER_EMBEDDINGS).limit(1).withColumn("model_version", F.lit("m2"))
     add(shop, USER_EMBEDDINGS, left_over)  # so that chunks are merged
