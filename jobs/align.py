@@ -42,7 +42,8 @@ USERS_COMPARED, ITEMS_COMPARED, ITEMS_ASKED, NEIGHBOURS = 2_000, 20_000, 2_000, 
 # 20 independent neighbours).
 FEWEST_USERS = 50
 # With fewer held-out users, too: of two models as good (simulated: a quarter of the users hit, a mean of .125), the
-# later one's NDCG@10 is over a tenth lower in 11 % of cases with 1,000 users, in 36 % with 100, in 69 % with three.
+# later one's NDCG@10, if the earlier one's is above 0, is over a tenth lower in 11 % of cases with 1,000 users, in 36 %
+# with 100, in 69 % with three.
 FEWEST_HELD = 1_000
 _ASKED = (  # what decides which items validation asks for, and which it ranks
     *(("sequences", name) for name in ("split_by", "target_event_types", "seen_days")),
@@ -56,6 +57,11 @@ def has_no_items(runtime: Runtime, version: str) -> bool:
     return not runtime.exists(ITEM_EMBEDDINGS) or of_model(runtime.latest(ITEM_EMBEDDINGS), version).isEmpty()
 
 
+def _few_held(report: dict[str, Any]) -> bool:
+    """Whether a model's validation has too few users for its ranking to be compared."""
+    return bool(report.get("ranking", {}).get("held_users", FEWEST_HELD) < FEWEST_HELD)  # older versions: not written
+
+
 def refusal(report: dict[str, Any], settings: AlignSettings) -> str | None:
     """Why the model must not become current, in one sentence with the figures; None if it may."""
     reasons = []
@@ -65,8 +71,7 @@ def refusal(report: dict[str, Any], settings: AlignSettings) -> str | None:
         if share is not None and share < settings.min_overlap and compared.get("compared", fewest) >= fewest:
             reasons.append(f"{share:.2%} of {of} 10 nearest items stay (align.min_overlap = {settings.min_overlap:g})")
     ranking = report.get("ranking", {})
-    enough = ranking.get("held_users", FEWEST_HELD) >= FEWEST_HELD  # older versions did not write it
-    if ranking.get("old") and ranking.get("new") is not None and enough:
+    if ranking.get("old") and ranking.get("new") is not None and not _few_held(report):
         lost = 1 - ranking["new"] / ranking["old"]
         if lost > settings.max_ranking_loss:
             reasons.append(
@@ -108,16 +113,15 @@ def no_ranking(report: dict[str, Any], settings: AlignSettings) -> str | None:
     neither model has a ranking to compare."""
     ranking = report.get("ranking", {})
     old, new, asks = (ranking.get(which) for which in ("old", "new", "asks"))
-    held = ranking.get("held_users", FEWEST_HELD)
-    comparable = bool(old) == (new is not None)
-    if (comparable and (not old or held >= FEWEST_HELD)) or settings.max_ranking_loss == 1:
+    nothing_missing = bool(old) == (new is not None) and not (old and _few_held(report))
+    if nothing_missing or settings.max_ranking_loss == 1:
         return None
     if new is None:
         why = "nobody in its valid split has a next item that it knows"
     elif asks:
         why = f"its validation asks something else than that of {report['onto']} ({asks})"
-    elif comparable:
-        why = f"a validation had {held:,} held-out users, fewer than the {FEWEST_HELD:,} needed"
+    elif old:
+        why = f"a validation had {ranking['held_users']:,} held-out users, fewer than the {FEWEST_HELD:,} needed"
     else:
         why = f"NDCG@10 in validation of {report['onto']} is {'not known' if old is None else '0'}"
     return f"align.max_ranking_loss says nothing about model {report['model_version']}: {why}"
