@@ -242,11 +242,10 @@ class Runtime(Lake):
         """
         at = self._versions[table.name] if table.name in self._versions else self.latest_version(table)
         oldest = at
-        for commit in self._commits(table):
-            if commit.version <= at:
-                oldest = commit.version
-                if commit.changed_rows:
-                    break
+        for commit in (c for c in self._commits(table) if c.version <= at):
+            oldest = commit.version
+            if commit.changed_rows:
+                break
         return oldest
 
     def state(self, table: Table) -> tuple[str | None, int]:

@@ -446,6 +446,21 @@ def test_of_very_many_commits_all_are_told_and_few_are_read_where_few_are_asked_
     assert "which only 300 are recent enough to be read (maintain.retention_hours) and still in Delta's log" in note
 
 
+@pytest.mark.usefixtures("spark")
+def test_upkeep_does_not_count_as_a_change_where_the_log_no_longer_tells_of_the_last_one(tmp_path: Path) -> None:
+    runtime = Runtime(load_config(None, [f'storage.root="{tmp_path}"']))
+    log = Path(runtime.path(EVENTS)) / "_delta_log"
+    log.mkdir(parents=True)
+    for newest in (46, 48):
+        for version in range(45, newest + 1):
+            info = {"timestamp": 1000, "operation": "OPTIMIZE"}
+            (log / f"{version:020}.json").write_text(json.dumps({"commitInfo": info}))
+        (log / "_last_checkpoint").write_text(json.dumps({"version": newest}))
+        runtime._history.clear()
+        runtime._versions = {"events": newest}
+        assert runtime.changed_version(EVENTS) == 45
+
+
 def test_tune_refuses_hdfs_in_one_sentence() -> None:
     runtime = Runtime(load_config(None, ['storage.root="hdfs://namenode/trailvec"']))
     refused = r"^storage\.root = hdfs://namenode/trailvec, but tune keeps its trials in a database on a local disk"
