@@ -154,7 +154,9 @@ class Kafka(Section):
     @model_validator(mode="after")
     def _begins_where_it_did(self) -> Self:
         """`ingest --force` and a backfill begin anew: at the topic's end they would leave out what came meanwhile."""
-        if any((key.lower(), value) == ("startingoffsets", "latest") for key, value in self.options.items()):
+        if any(
+            (key.lower(), value.strip().lower()) == ("startingoffsets", "latest") for key, value in self.options.items()
+        ):
             raise ValueError(
                 "startingOffsets = latest would be another place whenever the topic is read again: give a "
                 "startingTimestamp (milliseconds since 1970) instead"

@@ -91,7 +91,7 @@ def test_identical_records_of_a_topic_cannot_be_numbered(tmp_path: Path) -> None
         ),
         (
             'path = "orders.csv"',
-            'kafka = { bootstrap_servers = "h:1", topic = "t", options = { startingoffsets = "latest" } }',
+            'kafka = { bootstrap_servers = "h:1", topic = "t", options = { startingoffsets = " Latest" } }',
             "input.0.kafka: startingOffsets = latest would be another place whenever the topic is read again: give a",
         ),
         ('path = "orders.csv"', 'pth = "orders.csv"\npath = "x"', "unknown key input.0.pth; did you mean path?"),
