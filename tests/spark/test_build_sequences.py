@@ -433,6 +433,8 @@ def test_cuts_that_follow_the_logs_end_move_on_mondays_and_only_then_all_rows_ar
     operation, rows = night(monday - timedelta(microseconds=2))
     assert operation == "MERGE"
     assert cuts(rows) == [{monday - timedelta(days=7 + 56)}, {monday - timedelta(days=7 + 28)}]
+    assert by_default.execute(build_sequences.STAGE, force=True).notes == []  # as requested
+    assert rows == _rows(by_default)
     operation, rows = night(monday - timedelta(microseconds=1))
     assert operation == "WRITE"
     moved = "table sequences is rebuilt in full: the cuts have moved to 2023-04-10 00:00:00 and 2023-05-08 00:00:00"
