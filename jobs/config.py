@@ -313,7 +313,11 @@ class AlignSettings(Section):
         "items",
     )
     max_ranking_loss: float = Field(
-        0.1, ge=0, le=1, description="maximum relative drop of NDCG@10 in validation below the current model's"
+        0.1,
+        ge=0,
+        le=1,
+        description="maximum relative drop of NDCG@10 in validation below the current model's, if both have at least "
+        "1,000 held-out users",
     )
 
 

@@ -104,8 +104,8 @@ def reaches_back(sessions: DataFrame, cut: datetime, end: datetime) -> bool:
 
 
 def _start(cut: datetime, end: datetime) -> datetime:
-    """Where the window before the cut begins. In a log of dates the newest event stands for its whole day: n dates are
-    compared with n, not with n - 1."""
+    """Where the window before the cut begins. In a log of dates (midnights in UTC) the newest event stands for its
+    whole day: n dates are compared with n, not with n - 1."""
     newest = end - timedelta(microseconds=1)
     if newest.time() == time.min:
         end = newest + timedelta(days=1)

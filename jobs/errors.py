@@ -130,8 +130,8 @@ _SPARK_MESSAGES = (
     ),
     (
         r"Timed out waiting for a node assignment|Failed to create new KafkaAdminClient",
-        "no Kafka broker answers: start it, or correct bootstrap_servers and what the input's kafka.options say of "
-        "credentials",
+        "no connection to a Kafka broker: start it, or correct bootstrap_servers and what the input's "
+        "kafka.options say of credentials",
     ),
     (
         r"UnknownTopicOrPartitionException",

@@ -152,7 +152,10 @@ class TrainSettings(Network):
         description="epochs is raised until there are at least this many steps, since a small log needs more passes",
     )
     patience: int = Field(
-        0, ge=0, description="training stops after this many epochs without a better validation ndcg@10; 0: never"
+        0,
+        ge=0,
+        description="training stops after this many epochs without a better validation ndcg@10 (those before its first "
+        "above 0 don't count); 0: never",
     )
     learning_rate: float = Field(1e-3, gt=0, description="for one process with one batch per step; see rate_scaling")
     rate_scaling: Literal["sqrt", "none"] = Field(

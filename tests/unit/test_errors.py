@@ -23,8 +23,8 @@ _ROWS = "part-00001-0b7f0a2c-7a2e-4b52-9a55-0e4f6a1a2b3c-c000.snappy.parquet"
     [
         (
             "TimeoutException: Timed out waiting for a node assignment. Call: describeTopics",
-            "no Kafka broker answers: start it, or correct bootstrap_servers and what the input's kafka.options say of "
-            "credentials",
+            "no connection to a Kafka broker: start it, or correct bootstrap_servers and what the input's "
+            "kafka.options say of credentials",
         ),
         (
             "UnknownTopicOrPartitionException: This server does not host this topic-partition.",
