@@ -324,10 +324,15 @@ class Runtime(Lake):
         since = last["reads"].get(read.name) if self.read_these(last) else None
         if since is None:
             return None
-        since = self.past_upkeep(read, since)
-        if self.kept(read, since):
-            return since
-        told, behind = len(self._recent(read, since)), self._versions[read.name] - since
+        return self.followed(written, read, since)
+
+    def followed(self, written: Table, read: Table, version: int) -> int | None:
+        """`version` of `read`, from which `written` was made, past the upkeep since; None, and a note that `written` is
+        rebuilt in full, if that version or the changes since can't be read any more."""
+        version = self.past_upkeep(read, version)
+        if self.kept(read, version):
+            return version
+        told, behind = len(self._recent(read, version)), self._versions[read.name] - version
         note = (
             f"table {written.name} is rebuilt in full: it is {behind:,} commits behind table {read.name}, of which "
             f"only {told:,} are recent enough to be read (maintain.retention_hours) and still in Delta's log: run the "

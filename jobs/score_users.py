@@ -122,7 +122,7 @@ def scoring_so_far(runtime: Runtime, model: dict[str, Any]) -> Scoring | None:
     newest = None if runtime.forced else next(notes, None)
     if newest is None or newest["model"] != model:
         return None
-    if not runtime.kept(SEQUENCES, runtime.past_upkeep(SEQUENCES, newest["sequences"])):
+    if runtime.followed(USER_EMBEDDINGS, SEQUENCES, newest["sequences"]) is None:
         return None
     of_scoring = takewhile(lambda note: of_one_scoring(note, newest), notes)
     done = frozenset(note["chunk"] for note in chain((newest,), of_scoring) if note)

@@ -35,6 +35,7 @@ change its pattern (`orders` to `orders/*`) without being read again. Files that
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -154,11 +155,10 @@ class Kafka(Section):
     @model_validator(mode="after")
     def _begins_where_it_did(self) -> Self:
         """`ingest --force` and a backfill begin anew: at the topic's end they would leave out what came meanwhile."""
-        if any(
-            (key.lower(), value.strip().lower()) == ("startingoffsets", "latest") for key, value in self.options.items()
-        ):
+        begin = next((value for key, value in self.options.items() if key.lower() == "startingoffsets"), "")
+        if begin.strip().lower() == "latest" or re.search(r":\s*-1\b", begin):  # by partition, -1 is the latest
             raise ValueError(
-                "startingOffsets = latest would be another place whenever the topic is read again: give a "
+                f"startingOffsets = {begin.strip()} would be another place whenever the topic is read again: give a "
                 "startingTimestamp (milliseconds since 1970) instead"
             )
         return self

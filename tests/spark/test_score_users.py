@@ -673,14 +673,22 @@ def test_the_chunks_of_a_scoring_keep_their_ids_when_delta_cleans_its_log(into_e
 
 
 def test_a_scoring_goes_on_past_upkeep_that_is_older_than_the_retention() -> None:
-    """Version 3 can no longer be read, but 5, which upkeep made of it, can."""
+    """Version 3 can no longer be read, but 5, which upkeep made of it, can; until that is too old as well."""
     begun = score_users.Scoring(sequences=3, chunks=4, done=frozenset({0}), into_empty=True, after=1)
     runtime = commits_with((9, score_users.Scorer._note(Mock(model={"version": "m2"}), begun, 0)))
+    runtime.report, runtime._versions = Report("score_users"), {"sequences": 9}
     runtime.past_upkeep.side_effect = lambda _, version: version + 2
     runtime.kept.side_effect = lambda _, version: version == 5
+    runtime.followed = partial(Runtime.followed, runtime)
     assert score_users.scoring_so_far(runtime, {"version": "m2"}) == begun
+    assert runtime.report.notes == []
     score_users.Scorer.rows(Mock(_runtime=runtime), 3)
     runtime.at.assert_called_once_with(SEQUENCES, 5)
+    runtime.kept.side_effect = lambda *_: False
+    runtime._recent.return_value = ["version 9"]
+    assert score_users.scoring_so_far(runtime, {"version": "m2"}) is None
+    said = "table user_embeddings is rebuilt in full: it is 4 commits behind table sequences, of which only 1 are"
+    assert runtime.report.notes[0].startswith(said)
 
 
 def test_a_scoring_whose_chunks_ids_are_used_up_begins_anew() -> None:
