@@ -27,7 +27,7 @@ DEFAULT_METHOD: Method = "classifier"  # finds the most held-out redeemers: scri
 
 _ANCHORS_AT_ONCE = 1024  # of several segments, in one product
 _PRODUCTS_AT_ONCE = 1 << 20  # 4 MB: stays in the CPU cache
-_RIDGE = 0.1  # the classifier's L2 penalty, on standardised coordinates
+_RIDGE = 1 / 3  # the classifier's L2 penalty, times coordinates per seed: scripts/bench/lookalike.py, decision 13
 
 
 class Anchors(NamedTuple):
@@ -68,7 +68,13 @@ def _centres(unit: Float32, count: int) -> Float32:
 
 
 def direction_of(seeds: Float64 | Float32, others: Float64 | Float32) -> Float64:
-    """The weights of a logistic regression of seeds against others, [width]; both classes weigh the same in total."""
+    """The weights of a logistic regression of seeds against others, [width]; both classes weigh the same in total.
+
+    Coordinates are standardised and penalised (L2), the more the fewer seeds there are for each. A coordinate whose
+    mean differs between the classes by more than chance is penalised less, in proportion: a generalised ridge whose
+    prior variances are estimated from the data (empirical Bayes). So a single number that tells seeds from others
+    counts beside hundreds that do not.
+    """
     from scipy.optimize import minimize  # noqa: PLC0415
 
     if not len(others):  # nothing to separate the seeds from
@@ -77,16 +83,22 @@ def direction_of(seeds: Float64 | Float32, others: Float64 | Float32) -> Float64
     spread = rows.std(axis=0)
     scale = np.where(spread > 0, spread, 1.0)
     standard = (rows - rows.mean(axis=0)) / scale
+    difference = standard[: len(seeds)].mean(axis=0) - standard[len(seeds) :].mean(axis=0)
+    beyond_chance = np.maximum(difference**2 - 1 / len(seeds) - 1 / len(others), 0)
+    variance = 1 + beyond_chance / (beyond_chance.mean() or 1)
+    standard *= np.sqrt(variance)
+    ridge = _RIDGE * rows.shape[1] / len(seeds)
     sign = np.concatenate([np.ones(len(seeds)), -np.ones(len(others))])
     weight = np.concatenate([np.full(len(part), 0.5 / len(part)) for part in (seeds, others)])
 
     def loss(point: Float64) -> tuple[float, Float64]:
         margin = sign * (standard @ point[1:] + point[0])
         slope = -weight * sign * np.exp(-np.logaddexp(0, margin))
-        gradient = np.concatenate([[slope.sum()], standard.T @ slope + _RIDGE * point[1:]])
-        return float(weight @ np.logaddexp(0, -margin) + _RIDGE / 2 * point[1:] @ point[1:]), gradient
+        gradient = np.concatenate([[slope.sum()], standard.T @ slope + ridge * point[1:]])
+        return float(weight @ np.logaddexp(0, -margin) + ridge / 2 * point[1:] @ point[1:]), gradient
 
-    direction = minimize(loss, np.zeros(rows.shape[1] + 1), jac=True, method="L-BFGS-B").x[1:] / scale
+    found = minimize(loss, np.zeros(rows.shape[1] + 1), jac=True, method="L-BFGS-B").x[1:]
+    direction = found * np.sqrt(variance) / scale
     # Others identical to the seeds separate nothing either: fall back to the seeds' mean.
     return np.asarray(direction if direction.any() else rows[: len(seeds)].mean(axis=0))
 
