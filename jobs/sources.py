@@ -155,12 +155,12 @@ class Kafka(Section):
     @model_validator(mode="after")
     def _begins_where_it_did(self) -> Self:
         """`ingest --force` and a backfill begin anew: at the topic's end they would leave out what came meanwhile."""
-        begin = next((value for key, value in self.options.items() if key.lower() == "startingoffsets"), "")
-        if begin.strip().lower() == "latest" or re.search(r":\s*-1\b", begin):  # by partition, -1 is the latest
-            raise ValueError(
-                f"startingOffsets = {begin.strip()} would be another place whenever the topic is read again: give a "
-                "startingTimestamp (milliseconds since 1970) instead"
-            )
+        for begin in (value.strip() for key, value in self.options.items() if key.lower() == "startingoffsets"):
+            if begin.lower() == "latest" or re.search(r":\s*-1\b", begin):  # by partition, -1 is the latest
+                raise ValueError(
+                    f"startingOffsets = {begin} would be another place whenever the topic is read again: give a "
+                    "startingTimestamp (milliseconds since 1970) instead"
+                )
         return self
 
 

@@ -82,11 +82,10 @@ def direction_of(seeds: Float64 | Float32, others: Float64 | Float32) -> Float64
     rows = np.concatenate([seeds, others]).astype(np.float64)
     spread = rows.std(axis=0)
     scale = np.where(spread > 0, spread, 1.0)
-    standard = (rows - rows.mean(axis=0)) / scale
-    difference = standard[: len(seeds)].mean(axis=0) - standard[len(seeds) :].mean(axis=0)
+    difference = (rows[: len(seeds)].mean(axis=0) - rows[len(seeds) :].mean(axis=0)) / scale
     beyond_chance = np.maximum(difference**2 - 1 / len(seeds) - 1 / len(others), 0)
-    variance = 1 + beyond_chance / (beyond_chance.mean() or 1)
-    standard *= np.sqrt(variance)
+    scale /= np.sqrt(1 + beyond_chance / (beyond_chance.mean() or 1))  # larger coordinates need smaller weights
+    standard = (rows - rows.mean(axis=0)) / scale
     ridge = _RIDGE * rows.shape[1] / len(seeds)
     sign = np.concatenate([np.ones(len(seeds)), -np.ones(len(others))])
     weight = np.concatenate([np.full(len(part), 0.5 / len(part)) for part in (seeds, others)])
@@ -97,8 +96,7 @@ def direction_of(seeds: Float64 | Float32, others: Float64 | Float32) -> Float64
         gradient = np.concatenate([[slope.sum()], standard.T @ slope + ridge * point[1:]])
         return float(weight @ np.logaddexp(0, -margin) + ridge / 2 * point[1:] @ point[1:]), gradient
 
-    found = minimize(loss, np.zeros(rows.shape[1] + 1), jac=True, method="L-BFGS-B").x[1:]
-    direction = found * np.sqrt(variance) / scale
+    direction = minimize(loss, np.zeros(rows.shape[1] + 1), jac=True, method="L-BFGS-B").x[1:] / scale
     # Others identical to the seeds separate nothing either: fall back to the seeds' mean.
     return np.asarray(direction if direction.any() else rows[: len(seeds)].mean(axis=0))
 

@@ -91,7 +91,8 @@ def test_identical_records_of_a_topic_cannot_be_numbered(tmp_path: Path) -> None
         ),
         (
             'path = "orders.csv"',
-            'kafka = { bootstrap_servers = "h:1", topic = "t", options = { startingoffsets = " Latest" } }',
+            'kafka = { bootstrap_servers = "h:1", topic = "t", '
+            'options = { startingOffsets = "earliest", startingoffsets = " Latest" } }',
             "input.0.kafka: startingOffsets = Latest would be another place whenever the topic is read again: give a",
         ),
         (
