@@ -193,7 +193,7 @@ def main() -> None:
     best = max(OFFERED, key=lambda method: recall[method])
     for method in sorted(recall, key=lambda name: -recall[name]):
         each = "  ".join(f"{of[method]:.3f}" for of in by_campaign.values())
-        print(f"{method:<18} {recall[method]:.3f}   {each}")
+        print(f"{method:<20} {recall[method]:.3f}   {each}")
     last_line(
         {
             "recall": {method: round(value, 4) for method, value in recall.items()},
