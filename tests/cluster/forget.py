@@ -1,4 +1,5 @@
-"""An erasure, upkeep and the proof, wherever the tables are stored. Started by test_object_store.py.
+"""An erasure, upkeep and the proof, wherever the tables are stored, then a command on a bucket that does not exist.
+Started by test_object_store.py.
 
 python forget.py CONF IDS
 """
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jobs.cli import main
 from jobs.config import load_config
 from jobs.erase_users import erase, finish
 from jobs.maintain_tables import maintain
@@ -26,4 +28,5 @@ def forget(runtime: Runtime, ids: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(forget(Runtime(load_config(sys.argv[1])), Path(sys.argv[2]))))
+    print(json.dumps(forget(Runtime(load_config(sys.argv[1])), Path(sys.argv[2]))), flush=True)
+    main(["tables", "--conf", sys.argv[1], "--set", 'storage.root="s3a://nowhere/trailvec"'])

@@ -251,27 +251,24 @@ def test_no_program_of_a_client_reads_a_secret_of_the_servers_processes(server: 
         assert not any(values.get(name) for name in SECRETS)
 
 
-def beeline(server: Served, text: str, password: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def beeline(server: Served, texts: list[str], password: str, folder: Path) -> subprocess.CompletedProcess[str]:
     secret = folder / "password"
     secret.write_text(password, encoding="utf-8")
     command = [Path(pyspark.__file__).parent / "bin" / "beeline", "-n", USER, "-w", secret, "--silent=true"]
-    command += ["-u", f"jdbc:hive2://127.0.0.1:{server.port}/served", "--outputformat=csv2", "-e", text]
+    command += ["-u", f"jdbc:hive2://127.0.0.1:{server.port}/served", "--outputformat=csv2"]
+    command += [part for text in texts for part in ("-e", text)]
     environment = os.environ | {"JAVA_HOME": java_home(), "JAVA_TOOL_OPTIONS": f"-Dfile.encoding=UTF-8 {SHORT_LIVED}"}
     environment.pop("SPARK_HOME", None)
     return subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=300)
 
 
-def test_beeline(server: Served, tmp_path: Path) -> None:
+def test_beeline_and_the_columns_that_a_bi_tool_sees(server: Served, tmp_path: Path) -> None:
+    """The columns through JDBC's getColumns, which queries the catalogue."""
     text = "SELECT rank, item_id, vector_norm(array(3F, 4F)) AS five FROM nearest_items('u3', 2) ORDER BY rank"
-    answer = beeline(server, text, PASSWORD, tmp_path)
+    answer = beeline(server, [text, "!columns neighbours"], PASSWORD, tmp_path)
     first, second = server.best_items("u3", 2)
-    # Beeline's prompt comes first.
-    assert answer.stdout.split()[-3:] == ["rank,item_id,five", f"1,{first},5.0", f"2,{second},5.0"], answer.stderr
-
-
-def test_a_bi_tool_sees_columns(server: Served, tmp_path: Path) -> None:
-    """Through JDBC's getColumns, which queries the catalogue."""
-    answer = beeline(server, "!columns neighbours", PASSWORD, tmp_path)
+    rows = "\n".join(["rank,item_id,five", f"1,{first},5.0", f"2,{second},5.0", ""])
+    assert rows in answer.stdout, answer.stdout + answer.stderr
     for column in NEIGHBOURS.columns:
         assert f",neighbours,{column.name}," in answer.stdout, answer.stdout + answer.stderr
         assert f",{column.comment}," in answer.stdout.replace("\0", "")  # beeline quotes with NUL characters
