@@ -295,7 +295,7 @@ def _rankings(runtime: Runtime, onto: str, version: str) -> dict[str, Any]:
     None, and `asks` names the setting, if it answers another question than the new one."""
     abouts = [description(runtime, of) for of in (version, onto)]
     asks = _asks_otherwise(*(about.get("provenance", {}).get("config", {}) for about in abouts))
-    old, new = (_ranking(runtime, of) for of in (onto, version))
+    new, old = map(_ranking, abouts)
     held = min(about.get("training", {}).get("held_users", FEWEST_HELD) for about in abouts)
     return {"old": None if asks else old, "new": new, "asks": asks, "held_users": held}
 
@@ -311,9 +311,9 @@ def _asks_otherwise(new: dict[str, Any], old: dict[str, Any]) -> str | None:
     return None
 
 
-def _ranking(runtime: Runtime, version: str) -> float | None:
+def _ranking(about: dict[str, Any]) -> float | None:
     """NDCG@10 of the kept epoch in the model's own validation; None if it is not known (any more)."""
-    training = description(runtime, version).get("training", {})
+    training = about.get("training", {})
     epochs = training.get("epochs", [])
     return epochs[training["best_epoch"] - 1].get("ndcg@10") if epochs else None
 

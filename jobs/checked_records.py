@@ -107,14 +107,14 @@ def check_times(spark: SparkSession, mapping: Input, source: str) -> Column:
 
 
 def to_events(
-    raw: DataFrame, mapping: Input, source: str, settings: IngestSettings, now: datetime, *, has_zone: Column
+    raw: DataFrame, mapping: Input, source: str, settings: IngestSettings, now: datetime, *, zone_is_known: Column
 ) -> DataFrame:
     """The records as rows of EVENTS, with `reason` (NULL: an event), `raw` (of rejected ones) and `file`.
 
     Args:
         raw: what `read_raw` returns.
         now: with time zone UTC; an event later than this by more than the tolerance is rejected.
-        has_zone: what `check_times` returns for the mapping.
+        zone_is_known: what `check_times` returns for the mapping.
 
     Raises:
         TrailvecError: the mapping has SQL that Spark refuses, or times that its zone or format can't be applied to.
@@ -126,7 +126,7 @@ def to_events(
 
     # Numbers first: several reasons depend on them.
     numbered = given.withColumns({n: _number(given, n) for n in _NUMBERS})
-    events = numbered.withColumns({"reason": _reason(numbered, settings, now, has_zone), "source": F.lit(source)})
+    events = numbered.withColumns({"reason": _reason(numbered, settings, now, zone_is_known), "source": F.lit(source)})
     as_json = F.to_json("record", JSON_MICROSECONDS)
     # An event's texts are valid already. A broken row's user may be a fragment of anything, and no erasure lists
     # {"id": 4711}, 4711.0 or an id with a NUL inside: NULL makes it search the raw record instead.
@@ -341,7 +341,7 @@ def _has_half_a_character(ids: Sequence[str]) -> Column:
     return any_marked & F.coalesce(F.col("line").rlike(_HALF), F.lit(False))
 
 
-def _reason(given: DataFrame, settings: IngestSettings, now: datetime, has_zone: Column) -> Column:
+def _reason(given: DataFrame, settings: IngestSettings, now: datetime, zone_is_known: Column) -> Column:
     """Why a record is not an event; NULL if it is one."""
     event_ts = F.col("event_ts")
     earliest = settings.earliest.replace(tzinfo=timezone.utc)
@@ -358,7 +358,7 @@ def _reason(given: DataFrame, settings: IngestSettings, now: datetime, has_zone:
         "event_in_future": event_ts > F.lit(latest),
         **{f"bad_{n}": F.col(_as_given(n)).isNotNull() & F.col(n).isNull() for n in _NUMBERS},
         "negative_amount": (F.col("amount") < 0) & ~may_be_negative,
-        "bad_time_zone": ~F.coalesce(has_zone, F.lit(False)),
+        "bad_time_zone": ~F.coalesce(zone_is_known, F.lit(False)),
         **{f"nul_{n}": F.contains(n, F.lit("\0")) for n in _IDS},
         # Bytes first: counting characters has to walk the text.
         **{f"long_{n}": (F.octet_length(n) > _LONGEST_ID) & (F.length(n) > _LONGEST_ID) for n in _IDS},

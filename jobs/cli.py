@@ -338,16 +338,13 @@ def printable(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
-def run_stages(runtime: Runtime, stages: Sequence[Stage], force: bool = False) -> list[Report]:
+def run_stages(runtime: Runtime, stages: Sequence[Stage], force: bool = False) -> None:
     """Runs the stages in order in one Spark session, and reports each as it ends."""
-    reports = []
     for stage in stages:
         with _progress(runtime, stage.name):
             runtime.execute(stage, force)
             report = runtime.count_rows()
-        reports.append(report)
         _print_report(report)
-    return reports
 
 
 def _print_report(report: Report) -> None:

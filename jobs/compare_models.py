@@ -96,7 +96,7 @@ def compare(runtime: Runtime, versions: tuple[str, str]) -> list[Difference]:
         found.extend(differences(both[0], both[1], runtime.config.evaluate.resamples))
 
     stage = Stage("compare", "", act, reads=(SEQUENCES, ITEMS, CONTEXT_VALUES))
-    runtime.execute(stage, force=True)
+    runtime.execute(stage)
     return found
 
 

@@ -83,7 +83,7 @@ def erase(runtime: Runtime, file: str | None = None, sql: str | None = None, req
         TrailvecError: the list is empty, missing or has no column user_id; requested_by is empty; the key is missing or
             not the one used before; there is no table of users.
     """
-    return runtime.execute(Stage("erase_users", "", lambda r: _erase(r, file, sql, requested_by)), force=True)
+    return runtime.execute(Stage("erase_users", "", lambda r: _erase(r, file, sql, requested_by)))
 
 
 def finish(runtime: Runtime) -> Report:
@@ -94,7 +94,7 @@ def finish(runtime: Runtime) -> Report:
         TrailvecError: the key is missing or not the one used before; nobody has been erased yet; or files of a table
             are not where they should be.
     """
-    return runtime.execute(Stage("erase_users", "", _finish), force=True)
+    return runtime.execute(Stage("erase_users", "", _finish))
 
 
 # ---- one request --------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from jobs.segment_files import (
     delivered,
     destination_of,
     export_key,
-    place_of,
+    open_destination,
     read_manifest,
     remove_replaced_export,
     staging_area,
@@ -211,7 +211,7 @@ def _now() -> datetime:
 
 def _published(runtime: Runtime, export: Export) -> dict[str, Any] | None:
     """The manifest, if this very export is published already, as its file says and by this code."""
-    text = read_manifest(place_of(runtime, export.segment))
+    text = read_manifest(open_destination(runtime, export.segment))
     if text is None:
         return None
     try:
@@ -253,7 +253,7 @@ def _publish(runtime: Runtime, chosen: Selection, staging: Staging, now: datetim
     """Logs the members, then puts each segment's files in place. Threads write the files meanwhile: the log is Spark's
     work, the files are the driver's."""
     for export in chosen.pending:
-        check_place(place_of(runtime, export.segment))
+        check_place(open_destination(runtime, export.segment))
     with ExitStack() as stack:
         writers = ThreadPoolExecutor(_WRITERS)
         stack.callback(writers.shutdown, cancel_futures=True)
@@ -279,7 +279,7 @@ def _publish(runtime: Runtime, chosen: Selection, staging: Staging, now: datetim
                 "files": files,
                 "provenance": _provenance(runtime),
             }
-            with delivered(place_of(runtime, segment), staging.local) as folder:
+            with delivered(open_destination(runtime, segment), staging.local) as folder:
                 for file in files:
                     shutil.move(staging.parts_of(export.name) / file["name"], folder)
                 report = page(manifest, taken.scores, overlaps[export.name], verticals[export.name])
@@ -401,7 +401,7 @@ def run(runtime: Runtime) -> None:
     for export in exports:
         if (manifest := manifests[export.name]) is not None:
             runtime.report.rows_out[export.name] = manifest["counts"]["exported"]
-            remove_replaced_export(place_of(runtime, export.segment))
+            remove_replaced_export(open_destination(runtime, export.segment))
     if all(manifests.values()):
         runtime.report.skipped = True
         return

@@ -277,7 +277,7 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
     """
     settings, spark = runtime.config.ingest, runtime.spark
     name = f"{source.name}, {mapping.place}"
-    has_zone = check_times(spark, mapping, source.name)
+    zone_is_known = check_times(spark, mapping, source.name)
     checkpoint = _checkpoint(runtime, source, mapping)
     if runtime.forced:
         # First, so that no kill leaves a checkpoint without offsets, which Spark would start again under the same id.
@@ -303,7 +303,9 @@ def follow(runtime: Runtime, source: Source, mapping: Input) -> None:
         try:
             if raw := _read_batch(runtime, mapping, records, f"{name}: batch {batch_number}"):
                 query = json.loads((checkpoint / "metadata").read_text())["id"]
-                events = [to_events(frame, mapping, source.name, settings, now, has_zone=has_zone) for frame in raw]
+                events = [
+                    to_events(frame, mapping, source.name, settings, now, zone_is_known=zone_is_known) for frame in raw
+                ]
                 # A batch repeated after a kill may be among the counts already, which then says what it brought.
                 earlier = _total(reasons for number, reasons in counts.items() if number < batch_number)
                 of_batch = commit_batch(runtime, events, (f"ingest-{query}", batch_number), earlier, reads_again)

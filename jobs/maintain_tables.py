@@ -66,7 +66,7 @@ def maintain(runtime: Runtime, names: Sequence[str] = (), dry_run: bool = False)
     """
     found: list[dict[str, Any]] = []
     stage = Stage("maintain_tables", "", lambda r: found.extend(_maintain(r, names, dry_run)))
-    runtime.execute(stage, force=True)  # as a stage, so that its commits have provenance
+    runtime.execute(stage)  # as a stage, so that its commits have provenance
     return found
 
 

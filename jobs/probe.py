@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -356,8 +356,23 @@ def fold_notes(labels: pd.DataFrame, settings: ProbeSettings) -> Iterator[str]:
             )
 
 
-def results_of(labels: pd.DataFrame, users: list[str], features: dict[str, Matrix], settings: ProbeSettings) -> Any:
-    """Yields (task, features, head, metric, mean, std, users, positives) for one question.
+class Result(NamedTuple):
+    """A row of PROBES without its model."""
+
+    task: str
+    features: str
+    head: str
+    metric: str
+    value: float
+    std: float
+    users: int
+    positives: int
+
+
+def results_of(
+    labels: pd.DataFrame, users: list[str], features: dict[str, Matrix], settings: ProbeSettings
+) -> Iterator[Result]:
+    """The results of one question.
 
     Args:
         labels: user_id, task, label, cut (microseconds).
@@ -375,8 +390,8 @@ def results_of(labels: pd.DataFrame, users: list[str], features: dict[str, Matri
                 found = probes.probe(of[chosen], answers, head, folds=settings.folds, seeds=settings.seeds, times=times)
                 for metric, values in found.items():
                     if values:
-                        spread = float(np.std(values))
-                        yield task, name, head, metric, float(np.mean(values)), spread, len(rows), int(answers.sum())
+                        value, std = float(np.mean(values)), float(np.std(values))
+                        yield Result(str(task), name, head, metric, value, std, len(rows), int(answers.sum()))
 
 
 def run(runtime: Runtime) -> None:
@@ -407,20 +422,22 @@ def run(runtime: Runtime) -> None:
         evaluator, earliest = f"a label of {', '.join(tasks)}", time_at(int(question.labels["cut"].min()))
         refuse_leak(model_dir.name, trained_to, earliest, evaluator=evaluator, instead="leave out such labels")
         probed.append(question)
-    results = []
+    results: list[Result] = []
     for question in probed:
         names = ", ".join(sorted(set(question.labels["task"])))
         runtime.on_progress(f"features for {names}")
         users, features = features_of(runtime, sessions, question, model_dir, end)
         runtime.on_progress(f"heads for {names}")
-        results += [(model_dir.name, *row) for row in results_of(question.labels, users, features, settings)]
+        results += results_of(question.labels, users, features, settings)
         runtime.report.notes += fold_notes(question.labels, settings)
-    frame = runtime.spark.createDataFrame(results, PROBES.schema()).coalesce(1)
+    rows = [(model_dir.name, *result) for result in results]
+    frame = runtime.spark.createDataFrame(rows, PROBES.schema()).coalesce(1)
     runtime.write(PROBES, frame, of={"model_version": model_dir.name})
-    for task in dict.fromkeys(row[1] for row in results):
+    for task in dict.fromkeys(result.task for result in results):
         best: dict[str, tuple[float, float]] = {}
         for name in FEATURES:
-            scores = [(row[5], row[6]) for row in results if row[1:3] == (task, name) and row[4] == "auc"]
+            of_heads = (r for r in results if (r.task, r.features, r.metric) == (task, name, "auc"))
+            scores = [(result.value, result.std) for result in of_heads]
             best |= {name: max(scores)} if scores else {}
         runtime.report.notes.append(f"auc, {task}: " + ", ".join(f"{n} {v:.3f}±{s:.3f}" for n, (v, s) in best.items()))
 

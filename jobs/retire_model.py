@@ -28,7 +28,7 @@ def retire(runtime: Runtime, version: str) -> Report:
     Raises:
         TrailvecError: it is the current model, or no table has a row of it.
     """
-    return runtime.execute(Stage("retire_model", "", lambda r: _run(r, version)), force=True)
+    return runtime.execute(Stage("retire_model", "", lambda r: _run(r, version)))
 
 
 def _run(runtime: Runtime, version: str) -> None:

@@ -275,7 +275,7 @@ def _is_inside(place: str, other: str) -> bool:
     return settings == others and folder.startswith(f"{outer}/")
 
 
-def place_of(runtime: Runtime, segment: Segment) -> ArrowFolder | HadoopPath:
+def open_destination(runtime: Runtime, segment: Segment) -> ArrowFolder | HadoopPath:
     destination = destination_of(runtime, segment)
     if local_path(destination) is not None:
         return ArrowFolder(fs.LocalFileSystem(), destination, local=True)

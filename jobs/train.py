@@ -396,7 +396,7 @@ def _refuse_rows_of_another_vocabulary(runtime: Runtime) -> None:
         return
     rows = provenance["config"]["sequences"]
     names = *SHARED_SETTINGS, "max_length", "max_parts", "seen_days"
-    if other := other_setting(rows, runtime.config.model_dump(mode="json")["sequences"], *names):
+    if other := other_setting(rows, runtime.config.sequences.model_dump(mode="json"), *names):
         raise TrailvecError(
             f"table sequences was made with {other} as configured: run `trailvec build_vocabulary` and "
             f"`trailvec build_sequences` first, or set it back"
@@ -494,7 +494,7 @@ def check_growth(base: str, about: dict[str, Any], new: ModelSpec) -> None:
     if about["provenance"]["config"]["sequences"]["split_by"] == "leave_one_out":
         raise TrailvecError(
             f"model {base} was trained with sequences.split_by = leave_one_out, and may have learnt what the new one "
-            f"will be asked: set train.warm_start = false to train from scratch"
+            f"will be asked: {FROM_SCRATCH}"
         )
     old = ModelSpec.model_validate(about["spec"])
     free = {"items", "context_sizes", "attribute_sizes", "dropout", "item_dropout", "negatives", "negative_power"}
@@ -507,7 +507,7 @@ def check_growth(base: str, about: dict[str, Any], new: ModelSpec) -> None:
         name = differing[0]
         raise TrailvecError(
             f"model {base} was trained with {name} = {was[name]}, not {is_now[name]} as configured: "
-            f"set it back, or set train.warm_start = false to train from scratch"
+            f"set it back, or {FROM_SCRATCH}"
         )
 
 

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import argparse
 import base64
-import signal
+import contextlib
 import subprocess
 import sys
-import time
 import uuid
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import pyspark
 
 from jobs.errors import TrailvecError
 from jobs.spark_session import java_home
-from scripts.servers import HOST, failed, free_ports, run
+from scripts.servers import HOST, OneProcess, free_ports, run
 
 # A topic is created on the first write, with three partitions, so that order across partitions is not guaranteed.
 _SETTINGS = """\
@@ -57,8 +56,8 @@ _READY = "Kafka Server started"  # logged once clients may connect
 _PATIENCE = 180.0  # seconds to start or to stop; an idle machine needs three
 
 
-class Broker:
-    """A broker over one data folder; as a context manager it runs inside the block.
+class Broker(OneProcess):
+    """A broker over one data folder.
 
     Attributes:
         address: host:port for `kafka.bootstrap.servers`; the same after a restart.
@@ -70,18 +69,9 @@ class Broker:
             data: holds the broker's data, settings and log (broker.log); created if missing.
             port: None: the port of the broker that used this folder before, else a free one.
         """
-        self._data = data.absolute()
-        self._settings = self._data / "server.properties"
-        self._log = self._data / "broker.log"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._settings = data.absolute() / "server.properties"
         self.address = f"{HOST}:{port or self._port_before() or free_ports(1)[0]}"
-
-    def __enter__(self) -> Broker:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+        super().__init__(data, "broker.log", f"the broker at {self.address}", _PATIENCE)
 
     def start(self) -> None:
         """Returns once clients may connect.
@@ -96,54 +86,26 @@ class Broker:
             port=self.address.split(":")[1], controller=free_ports(1)[0], logs=self._data / "topics"
         )
         self._settings.write_text(settings)
-        with self._log.open("wb") as log:
-            if not (self._data / "topics" / "meta.properties").exists():
-                cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-                # As one argument, since one id in 64 begins with a minus.
-                options = [f"--cluster-id={cluster}", "-c", str(self._settings)]
-                command = self._java("kafka.tools.StorageTool", "format", *options)
+        if not (self._data / "topics" / "meta.properties").exists():
+            cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+            # As one argument, since one id in 64 begins with a minus.
+            options = [f"--cluster-id={cluster}", "-c", str(self._settings)]
+            command = self._java("kafka.tools.StorageTool", "format", *options)
+            with self._log.open("wb") as log:
                 if subprocess.run(command, stdout=log, stderr=log, check=False).returncode:
                     raise self._failed("could not format its folder")
-            # Its own process group, so that Ctrl-C reaches only this script, which then stops the broker.
-            self._process = subprocess.Popen(
-                self._java("kafka.Kafka", str(self._settings)), stdout=log, stderr=log, start_new_session=True
-            )
-        until = time.monotonic() + _PATIENCE
-        while _READY not in self._log.read_text(errors="replace"):
-            if self._process.poll() is not None:
-                raise self._failed("exited while starting")
-            if time.monotonic() > until:
-                self.kill()
-                raise self._failed(f"did not start within {_PATIENCE:.0f} s")
-            time.sleep(0.1)
+        self._run(
+            self._java("kafka.Kafka", str(self._settings)), lambda: _READY in self._log.read_text(errors="replace")
+        )
 
     def stop(self) -> None:
         """Shuts the broker down cleanly; does nothing if it is not running."""
-        self._end(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """Kills the broker with SIGKILL, as a crash would."""
-        self._end(signal.SIGKILL)
-
-    def check(self) -> None:
-        """Does nothing while the broker runs.
-
-        Raises:
-            TrailvecError: it has exited; quotes its last log lines.
-        """
-        if self._process is None or self._process.poll() is not None:
-            raise self._failed("has exited")
-
-    def _end(self, how: signal.Signals) -> None:
         if self._process is None:
             return
-        self._process.send_signal(how)  # a no-op if it has already exited
-        try:
+        self._process.terminate()  # a no-op if it has already exited
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_PATIENCE)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process = None
+        self.kill()
 
     def _java(self, main: str, *arguments: str) -> list[str]:
         own, sparks = Path(sys.prefix) / "kafka", Path(pyspark.__file__).parent / "jars"
@@ -165,9 +127,6 @@ class Broker:
             return None
         listeners = next(line for line in self._settings.read_text().splitlines() if line.startswith("listeners="))
         return int(listeners.split(",")[0].rpartition(":")[2])
-
-    def _failed(self, what: str) -> TrailvecError:
-        return failed(f"the broker at {self.address} {what}", self._log)
 
 
 def main() -> None:

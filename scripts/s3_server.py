@@ -17,9 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import secrets
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -27,15 +25,15 @@ from pathlib import Path
 from pyarrow import fs
 
 from jobs.errors import TrailvecError
-from scripts.servers import HOST, failed, free_ports, run
+from scripts.servers import HOST, OneProcess, free_ports, run
 
 REGION = "us-east-1"  # any would do; without one, clients try to discover it
 _PARTS = ("master", "volume", "filer", "s3")
 _PATIENCE = 120.0  # seconds to start; an idle machine needs four
 
 
-class S3Server:
-    """A server over one data folder; as a context manager it runs inside the block.
+class S3Server(OneProcess):
+    """A server over one data folder.
 
     Attributes:
         endpoint: http://host:port; the same after a restart of this object.
@@ -47,25 +45,16 @@ class S3Server:
         Args:
             data: holds the server's data and log (server.log); created if missing.
         """
-        self._data = data.absolute()
-        self._log = self._data / "server.log"
-        self._process: subprocess.Popen[bytes] | None = None
         self._ports = free_ports(2 * len(_PARTS))
         self._key, self._secret = f"key{secrets.token_hex(8)}", secrets.token_hex(16)
         self.endpoint = f"http://{HOST}:{self._ports[_PARTS.index('s3')]}"
+        super().__init__(data, "server.log", f"the S3 server at {self.endpoint}", _PATIENCE)
         self.environment = {
             "AWS_ACCESS_KEY_ID": self._key,
             "AWS_SECRET_ACCESS_KEY": self._secret,
             "AWS_REGION": REGION,
             "AWS_EC2_METADATA_DISABLED": "true",  # not an EC2 instance: no point in querying its metadata service
         }
-
-    def __enter__(self) -> S3Server:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
 
     @property
     def filesystem(self) -> fs.S3FileSystem:
@@ -88,38 +77,17 @@ class S3Server:
         keys = [{"accessKey": self._key, "secretKey": self._secret}]
         identities = {"identities": [{"name": "tests", "credentials": keys, "actions": ["Admin"]}]}
         (self._data / "identities.json").write_text(json.dumps(identities))
-        with self._log.open("wb") as log:
-            # Its own process group, so that Ctrl-C reaches only this script, which then stops the server.
-            self._process = subprocess.Popen(self._command(), stdout=log, stderr=log, start_new_session=True)
-        until = time.monotonic() + _PATIENCE
-        while not self._answers():
-            if self._process.poll() is not None:
-                raise self._failed("exited while starting")
-            if time.monotonic() > until:
-                self.kill()
-                raise self._failed(f"did not start within {_PATIENCE:.0f} s")
-            time.sleep(0.1)
+        self._run(self._command(), self._answers)
+
+    def stop(self) -> None:
+        """Kills the server: what it acknowledged is on disk, and a clean shutdown takes 15 s."""
+        self.kill()
 
     def kill(self) -> None:
-        """Kills the server with SIGKILL, as a crash would; does nothing if it is not running. What it acknowledged is
-        on disk, and a clean shutdown takes 15 s."""
-        if self._process is None:
-            return
-        self._process.kill()  # a no-op if it has already exited
-        self._process.wait()
-        self._process = None
+        super().kill()
         for port in self._ports:  # left behind whatever the settings
             for socket_file in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                 socket_file.unlink(missing_ok=True)
-
-    def check(self) -> None:
-        """Does nothing while the server runs.
-
-        Raises:
-            TrailvecError: it has exited; quotes its last log lines.
-        """
-        if self._process is None or self._process.poll() is not None:
-            raise self._failed("has exited")
 
     def _command(self) -> list[str]:
         program = Path(sys.prefix) / "bin" / "weed"
@@ -172,9 +140,6 @@ class S3Server:
         except OSError:
             return False
         return any(rack["DataNodes"] for center in centers for rack in center["Racks"] or [])
-
-    def _failed(self, what: str) -> TrailvecError:
-        return failed(f"the S3 server at {self.endpoint} {what}", self._log)
 
 
 def main() -> None:

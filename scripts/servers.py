@@ -7,12 +7,14 @@ import itertools
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from jobs.errors import TrailvecError
 
@@ -41,6 +43,71 @@ def failed(what: str, log: Path) -> TrailvecError:
     """An error that says what went wrong, with the last lines of the server's log."""
     last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
     return TrailvecError(f"{what}: see {log}, which ends:\n{last}")
+
+
+class OneProcess:
+    """A server that is one process over one data folder; as a context manager it runs inside the block. A subclass has
+    `start`, which calls `_run`, and `stop`."""
+
+    def __init__(self, data: Path, log: str, name: str, patience: float) -> None:
+        """
+        Args:
+            data: the folder.
+            log: the log's name in it.
+            name: in errors.
+            patience: the longest that it may take to start, in seconds.
+        """
+        self._data = data.absolute()
+        self._log = self._data / log
+        self._name, self._patience = name, patience
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        """Kills the server with SIGKILL, as a crash would; does nothing if it is not running."""
+        if self._process is None:
+            return
+        self._process.kill()  # a no-op if it has already exited
+        self._process.wait()
+        self._process = None
+
+    def check(self) -> None:
+        """Does nothing while the server runs.
+
+        Raises:
+            TrailvecError: it has exited; quotes its last log lines.
+        """
+        if self._process is None or self._process.poll() is not None:
+            raise self._failed("has exited")
+
+    def _run(self, command: Sequence[str], is_up: Callable[[], bool]) -> None:
+        """Starts the process, its output in the log, and returns once `is_up()`."""
+        with self._log.open("wb") as log:
+            # Its own process group, so that Ctrl-C reaches only the script, which then stops the server.
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        until = time.monotonic() + self._patience
+        while not is_up():
+            if self._process.poll() is not None:
+                raise self._failed("exited while starting")
+            if time.monotonic() > until:
+                self.kill()
+                raise self._failed(f"did not start within {self._patience:.0f} s")
+            time.sleep(0.1)
+
+    def _failed(self, what: str) -> TrailvecError:
+        return failed(f"{self._name} {what}", self._log)
 
 
 def run(server: AbstractContextManager[Any], check: Callable[[], None], greeting: Callable[[], str]) -> None:

@@ -105,8 +105,8 @@ def movielens(folder: Path) -> list[str]:
     ]
 
 
-def coles(runtime: Runtime, folder: Path, epochs: int) -> Iterator[tuple[Any, ...]]:
-    """Rows like those of `probe.results_of`, for the features `coles`."""
+def coles(runtime: Runtime, folder: Path, epochs: int) -> Iterator[probe.Result]:
+    """The results of the features `coles`."""
     python, sessions = environment(folder, "coles", *PEER), runtime.latest(SESSIONS)
     end = log_end(sessions, "end_ts")
     numbers, questions = item_numbers(runtime), probe.questions(runtime, sessions, end)
@@ -140,10 +140,10 @@ def coles(runtime: Runtime, folder: Path, epochs: int) -> Iterator[tuple[Any, ..
         yield from probe.results_of(question.labels, users, {"coles": vectors}, runtime.config.probe)
 
 
-def table(runtime: Runtime, peer: list[tuple[Any, ...]]) -> dict[str, Any]:
+def table(runtime: Runtime, peer: list[probe.Result]) -> dict[str, Any]:
     """Prints the probes of the current model beside the peer's; returns AUC and std by task and features."""
     rows = runtime.latest(PROBES).where(f"model_version = '{model_folder(runtime).name}' AND metric = 'auc'").toPandas()
-    beside = pd.DataFrame(peer, columns=[c.name for c in PROBES.columns if c.name != "model_version"])
+    beside = pd.DataFrame(peer, columns=probe.Result._fields)
     rows = pd.concat([rows, beside[beside["metric"] == "auc"]])
     features = (*probe.FEATURES, *(["coles"] if peer else []))
     best = rows.sort_values("value").groupby(["task", "features"]).tail(1).set_index(["task", "features"])

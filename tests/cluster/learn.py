@@ -14,4 +14,4 @@ NAMES = ("train", "align", "score_users", "export_segments")
 if __name__ == "__main__":
     conf = sys.argv[1].removeprefix("--conf=")
     stages = [stage for stage in STAGES if stage.name in NAMES]
-    sys.exit(guarded(lambda: run_stages(Runtime(load_config(conf)), stages) and None))
+    sys.exit(guarded(lambda: run_stages(Runtime(load_config(conf)), stages)))

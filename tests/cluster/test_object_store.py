@@ -32,7 +32,7 @@ from jobs import export_segments, segment_files
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath
 from jobs.runtime import Runtime
-from jobs.segment_files import KEY, MANIFEST, ArrowFolder, delivered, place_of
+from jobs.segment_files import KEY, MANIFEST, ArrowFolder, delivered, open_destination
 from jobs.segments import Segment
 from jobs.tombstones import ERASE_KEY
 from scripts.s3_server import S3Server
@@ -286,7 +286,7 @@ def place(host: str) -> Callable[[str], ArrowFolder]:
     def at(folder: str) -> ArrowFolder:
         where = f"s3://{folder}?endpoint_override={quoted}&scheme=http&region=us-east-1"
         segment = Segment.model_construct(name="x", owner="", purpose="", destination=where)
-        return place_of(Runtime(make_config(Path("unused"))), segment)
+        return open_destination(Runtime(make_config(Path("unused"))), segment)
 
     return at
 

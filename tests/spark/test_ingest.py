@@ -64,9 +64,10 @@ def to_records(spark: SparkSession, data_dir: Path, given: Input, **settings: An
     files = [f"file://{file}" for file in find_files(data_dir, str(given.path))]
     settings = {"negative_amount_event_types": ["view"]} | settings
     frames = read_raw(spark, given, data_dir, files)
-    has_zone, limits = check_times(spark, given, "test"), IngestSettings(**settings)
+    zone_is_known, limits = check_times(spark, given, "test"), IngestSettings(**settings)
     return reduce(
-        DataFrame.unionByName, [to_events(raw, given, "test", limits, NOW, has_zone=has_zone) for raw in frames]
+        DataFrame.unionByName,
+        [to_events(raw, given, "test", limits, NOW, zone_is_known=zone_is_known) for raw in frames],
     )
 
 

@@ -26,6 +26,7 @@ from jobs.align import (
     too_few_users,
 )
 from jobs.config import AlignSettings
+from jobs.model_folders import description
 from jobs.runtime import Runtime
 from jobs.tables import Table
 from spark_udfs.alignment import mean_cosine, overlap, rotation_of
@@ -200,13 +201,13 @@ def test_of_few_items_the_gate_says_that_it_says_nothing() -> None:
 
 def test_a_models_ranking_is_read_from_its_description_alone(tmp_path: Path) -> None:
     runtime = Runtime(make_config(tmp_path))
-    assert _ranking(runtime, "m1") is None
+    assert _ranking(description(runtime, "m1")) is None
     folder = tmp_path / "models" / "m1"
     folder.mkdir(parents=True)
     training = {"best_epoch": 2, "epochs": [{"ndcg@10": 0.1}, {"ndcg@10": 0.3}, {"ndcg@10": 0.2}]}
     for text, found in ((json.dumps({"training": training}), 0.3), ("{}", None), ("[]", None), ("{", None)):
         (folder / "model.json").write_text(text)
-        assert _ranking(runtime, "m1") == found
+        assert _ranking(description(runtime, "m1")) == found
 
 
 @pytest.mark.parametrize(

@@ -151,9 +151,11 @@ def test_results_hold_the_users_of_each_task_and_leave_out_what_has_too_few() ->
     settings = ProbeSettings(heads=["logistic"], folds=2, seeds=2)
     shuffled = pd.concat([few, full]).sample(frac=1, random_state=0)
     rows = list(results_of(shuffled, users, features, settings))
-    assert {row[0] for row in rows} == {"told"}
-    assert {row[1]: row[4] for row in rows if row[3] == "auc"} == {name: 1.0 for name in features} | {"majority": 0.5}
-    assert {(row[6], row[7]) for row in rows} == {(40, 20)}
+    assert {row.task for row in rows} == {"told"}
+    assert {row.features: row.value for row in rows if row.metric == "auc"} == {name: 1.0 for name in features} | {
+        "majority": 0.5
+    }
+    assert {(row.users, row.positives) for row in rows} == {(40, 20)}
 
 
 def test_a_model_trained_again_under_its_version_is_another_one(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from jobs.config import load_config, parse, shipped
 from jobs.erase_users import read_ids
 from jobs.errors import TrailvecError
 from jobs.files import HadoopPath
-from jobs.segment_files import ArrowFolder, check_place, delivered, place_of
+from jobs.segment_files import ArrowFolder, check_place, delivered, open_destination
 from jobs.segments import Segment
 from jobs.spark_session import forget_other_spark, refuse_other_files
 from jobs.train import snapshot_files
@@ -185,12 +185,12 @@ def segment(destination: str | None) -> Segment:
 
 @pytest.mark.parametrize(("place", "path"), [(place, path) for place, path, _ in FORMS if path is not None])
 def test_a_mounted_destination_is_written_as_a_folder(place: str, path: str) -> None:
-    found = place_of(SimpleNamespace(exports=Path("/elsewhere")), segment(place))  # type: ignore[arg-type]
+    found = open_destination(SimpleNamespace(exports=Path("/elsewhere")), segment(place))  # type: ignore[arg-type]
     assert (type(found.system), found.folder, found.local) == (fs.LocalFileSystem, path, True)
 
 
 def test_a_segment_without_destination_goes_beside_the_others() -> None:
-    found = place_of(SimpleNamespace(exports=Path("/Volumes/c/s/v/exports")), segment(None))  # type: ignore[arg-type]
+    found = open_destination(SimpleNamespace(exports=Path("/Volumes/c/s/v/exports")), segment(None))  # type: ignore[arg-type]
     assert (found.folder, found.local) == ("/Volumes/c/s/v/exports/fans", True)
 
 
@@ -198,7 +198,7 @@ def test_a_destination_that_is_a_link_is_where_it_leads(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "fans").symlink_to(tmp_path / "disk" / "fans")
     for text in ("old", "new"):
-        place = place_of(SimpleNamespace(), segment(str(tmp_path / "fans")))  # type: ignore[arg-type]
+        place = open_destination(SimpleNamespace(), segment(str(tmp_path / "fans")))  # type: ignore[arg-type]
         check_place(place)
         with delivered(place, tmp_path) as folder:
             (folder / "manifest.json").write_text(text)
@@ -210,26 +210,26 @@ def test_a_mount_point_is_no_destination() -> None:
     with pytest.raises(
         TrailvecError, match=r"/ is a mount point, .*: set the segment's destination to a folder inside it"
     ):
-        check_place(place_of(SimpleNamespace(), segment("/")))  # type: ignore[arg-type]
+        check_place(open_destination(SimpleNamespace(), segment("/")))  # type: ignore[arg-type]
 
 
 def test_what_goes_to_hdfs_goes_by_hadoop() -> None:
     runtime = SimpleNamespace(exports=HadoopPath("hdfs://namenode/trailvec/exports"))
     for destination, folder in ((None, "trailvec/exports/fans"), ("hdfs://namenode/crm/fans", "crm/fans")):
-        found = place_of(runtime, segment(destination))  # type: ignore[arg-type]
+        found = open_destination(runtime, segment(destination))  # type: ignore[arg-type]
         assert isinstance(found, HadoopPath)
         assert str(found) == f"hdfs://namenode/{folder}"
 
 
 def test_a_bucket_is_opened_by_its_own_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobs.segment_files.fs.FileSystem", SimpleNamespace(from_uri=lambda uri: ("s3", uri[5:])))
-    found = place_of(SimpleNamespace(), segment("s3://bucket/fans"))  # type: ignore[arg-type]
+    found = open_destination(SimpleNamespace(), segment("s3://bucket/fans"))  # type: ignore[arg-type]
     assert found == ("s3", "bucket/fans", False)
 
 
 def test_a_container_is_no_credential_and_what_cannot_be_opened_is_told() -> None:
     with pytest.raises(TrailvecError, match=r"its destination abfss://vectors@account\.dfs\S+ can't be opened"):
-        place_of(SimpleNamespace(), segment(ABFSS))  # type: ignore[arg-type]
+        open_destination(SimpleNamespace(), segment(ABFSS))  # type: ignore[arg-type]
     for secret in ("s3://me:pass@bucket/x", "s3://me@bucket/x", "abfss://c:pass@account/x", f"{ABFSS}?sig_key=1"):
         with pytest.raises(TrailvecError, match="destination contains credentials"):
             segment(secret)
