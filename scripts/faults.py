@@ -229,19 +229,23 @@ def two_ingests(folder: Path, compared: tuple[Job, float], run: Callable[[Job], 
     return {"codes": codes, "said": last_lines, "wrong": differences(undisturbed.root, twice.root, TABLES[:2])}
 
 
-def full_disk(folder: Path, compared: tuple[Job, float], first: Job) -> dict[str, Any]:
-    """Restarts this script in a mount namespace, where it may mount a private disk."""
+def full_disk(
+    folder: Path, compared: tuple[Job, float], first: Job, run: Callable[[Job], float] = Job.run
+) -> dict[str, Any]:
+    """Restarts this script in a mount namespace, where it may mount a private disk; then the same command runs to its
+    end, over a copy of what was left."""
     command = ["unshare", "--map-root-user", "--mount", sys.executable, __file__, "full_disk"]
-    command += ["--data", str(first.data), "--folder", str(folder)]
-    command += ["--compared", str(compared[0].root), "--first-day", str(first.root)]
+    command += ["--data", str(first.data), "--folder", str(folder), "--first-day", str(first.root)]
     process = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     if not process.stdout.strip():
         raise RuntimeError("the check ended without a result in its mount namespace: see its output above")
     result: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
-    return result
+    ended = Job(folder, first.data, folder / "ended")
+    run(ended)
+    return result | {"wrong": differences(compared[0].root, ended.root, without=_OF_THE_FOLDER)}
 
 
-def full_disk_mounted(folder: Path, data: Path, undisturbed: Path, first: Path) -> dict[str, Any]:
+def full_disk_mounted(folder: Path, data: Path, first: Path) -> dict[str, Any]:
     disk = folder / "disk"
     disk.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", disk], check=True)
@@ -259,8 +263,8 @@ def full_disk_mounted(folder: Path, data: Path, undisturbed: Path, first: Path) 
         job.log.rename(folder / f"full-{room}.log")
         filler.unlink()
     kept = {table: count >= before[table] for table, count in _counts(job.root).items()}
-    job.run()
-    return {"full": attempts, "kept": kept, "wrong": differences(undisturbed, job.root, without=_OF_THE_FOLDER)}
+    shutil.copytree(job.root, folder / "ended")  # the disk goes with this process
+    return {"full": attempts, "kept": kept}
 
 
 def _counts(root: Path) -> dict[str, int]:
@@ -331,20 +335,20 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=10, help="kills: number of kills (default: 10)")
     parser.add_argument("--batches", type=int, default=50, help="soak: number of batches (default: 50)")
     parser.add_argument("--seed", type=int, default=0)
-    for path in ("--compared", "--first-day"):  # full_disk passes them when it restarts itself
-        parser.add_argument(path, type=Path, help=argparse.SUPPRESS)
+    # full_disk passes it when it restarts itself.
+    parser.add_argument("--first-day", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.folder, arguments.data = arguments.folder.absolute(), arguments.data.absolute()
     if not any(arguments.data.glob("*.csv")):
         parser.error(f"--data {arguments.data} holds no *.csv: name a folder of daily CSVs of Online Retail")
-    if arguments.compared:
-        result = full_disk_mounted(arguments.folder, arguments.data, arguments.compared, arguments.first_day)
+    if arguments.first_day:
+        result = full_disk_mounted(arguments.folder, arguments.data, arguments.first_day)
     else:
         arguments.folder /= arguments.check
         shutil.rmtree(arguments.folder, ignore_errors=True)
         result = checks[arguments.check](arguments)
     print(json.dumps(result))
-    sys.exit(1 if result["wrong"] else 0)
+    sys.exit(1 if result.get("wrong") else 0)
 
 
 if __name__ == "__main__":

@@ -180,10 +180,12 @@ def test_of_two_ingests_at_once_none_loses_or_doubles_a_row(
         assert code == 0 or by_the_other, said
 
 
-def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path, compared: tuple[Job, float], first: Job) -> None:
+def test_a_full_disk_is_one_sentence_and_loses_nothing(
+    tmp_path: Path, compared: tuple[Job, float], first: Job, run_here: Callable[[Job], float]
+) -> None:
     if subprocess.run(["unshare", "--map-root-user", "--mount", "true"], check=False, capture_output=True).returncode:
         pytest.skip("this system lets nobody but root make a mount namespace")
-    found = full_disk(tmp_path, compared, first)
+    found = full_disk(tmp_path, compared, first, run_here)
     assert found["wrong"] == {}, found
     assert all(found["kept"].values()), found
     assert any(one["code"] for one in found["full"]), found
