@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -45,7 +46,7 @@ def failed(what: str, log: Path) -> TrailvecError:
     return TrailvecError(f"{what}: see {log}, which ends:\n{last}")
 
 
-class OneProcess:
+class OneProcess(ABC):
     """A server that is one process over one data folder; as a context manager it runs inside the block. A subclass has
     `start`, which calls `_run`, and `stop`."""
 
@@ -69,11 +70,11 @@ class OneProcess:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def start(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def start(self) -> None: ...
 
-    def stop(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def stop(self) -> None: ...
 
     def kill(self) -> None:
         """Kills the server with SIGKILL, as a crash would; does nothing if it is not running."""

@@ -361,6 +361,8 @@ def test_an_export_by_lists_where_nothing_can_be_renamed_is_the_one_by_cosines(
     expected = [hmac.new(b"the key of the tests", user.encode(), "sha256").hexdigest() for user in best[:6]]
     assert part["user_id"].to_pylist() == expected
     assert part["score"].to_pylist() == pytest.approx([cosines[user] for user in best[:6]], abs=1e-5)
+    assert part["rank"].to_pylist() == [*range(1, 7)]
+    assert part.column_names == ["user_id", "score", "rank"]
 
 
 def test_an_export_to_a_missing_bucket_is_one_sentence(place: Callable[[str], ArrowFolder], tmp_path: Path) -> None:
