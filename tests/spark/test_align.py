@@ -206,7 +206,7 @@ def test_spaces_of_unlike_width_are_told_apart(shop: Runtime, monkeypatch: pytes
     monkeypatch.setattr("tests.spark.test_score_users.SPEC", SPEC.model_copy(update={"width": 8}))
     make_unaligned(shop, "m2", seed=2)
     ranking = {"m1": 0.5, "m2": None, "m3": 0.1}
-    monkeypatch.setattr(align, "_ranking", lambda _, version: ranking[version])
+    monkeypatch.setattr(align, "_ranking", lambda about: ranking[about["model_version"]])
     assert shop.execute(align.STAGE).notes == [
         "model m2 can't be aligned with m1 (found widths {16} and 8): its space is a new one",
         "align.max_ranking_loss says nothing about model m2: nobody in its valid split has a next item that it knows",
