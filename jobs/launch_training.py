@@ -66,7 +66,9 @@ def launch(run_file: Path, spec: RunSpec, on_event: Callable[[dict[str, Any]], N
     assert child.stderr is not None
     words: deque[str] = deque(maxlen=_LINES)
     on_line = _hearing(on_event, words)  # Horovod's launcher reports on stdout how a process ended
-    listener = threading.Thread(target=words.extend, args=(child.stderr,), daemon=True)
+    # Apart from stdout: a line of one within a traceback on the other would count as its exception.
+    errors: deque[str] = deque(maxlen=_LINES)
+    listener = threading.Thread(target=errors.extend, args=(child.stderr,), daemon=True)
     listener.start()
     try:
         for line in child.stdout:
@@ -78,7 +80,7 @@ def launch(run_file: Path, spec: RunSpec, on_event: Callable[[dict[str, Any]], N
         child.wait()
     listener.join()
     if code != 0:
-        raise _stopped(spec, list(words), code)
+        raise _stopped(spec, [*words, *errors], code)
 
 
 def launch_in_spark(spec: RunSpec, on_event: Callable[[dict[str, Any]], None]) -> None:

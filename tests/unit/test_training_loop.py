@@ -1054,6 +1054,27 @@ def test_last_words_are_the_cause() -> None:
     assert last_words([], 3) == "exit code 3"
 
 
+def test_a_line_on_stdout_within_a_traceback_on_stderr_is_not_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Horovod's launcher writes to both when it ends: stdout, which it buffers, after its traceback's first lines."""
+    launcher = tmp_path / "launcher.sh"
+    launcher.write_text(
+        """#!/bin/sh
+        echo 'Traceback (most recent call last):' >&2
+        sleep 0.2
+        echo 'Process 1 exit with status code 137.'
+        echo 'Process 0 exit with status code 143.'
+        sleep 0.2
+        echo 'RuntimeError: Horovod detected that one or more processes exited with non-zero status' >&2
+        exit 1"""
+    )
+    launcher.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(launcher))
+    with pytest.raises(TrailvecError, match="training stopped: process 1 was killed by signal 9"):
+        launch(tmp_path / "run.json", make_run(tmp_path, [make_rows(5)]), print)
+
+
 def test_a_line_that_a_kill_cut_short_is_no_event() -> None:
     line = '[0]<stdout>:{"event": "epoch", "loss": 2.5}'
     assert parse_event(line) == {"event": "epoch", "loss": 2.5}
