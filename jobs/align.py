@@ -205,10 +205,9 @@ def run(runtime: Runtime) -> None:
     folder = model_folder(runtime)
     report = read_alignment(folder)
     if report is None or (runtime.forced and runtime.newest_current_model() != folder.name):
-        _align(runtime, folder)
+        rotation, report = _align(runtime, folder)
+        write_alignment(folder, rotation, report)
         add_to_model(runtime, folder, ROTATION, ALIGNMENT)
-        report = read_alignment(folder)
-        assert report is not None
     else:
         runtime.report.skipped = True
     runtime.report.notes.append(report["said"])
@@ -219,7 +218,8 @@ def run(runtime: Runtime) -> None:
         raise TrailvecError(why)
 
 
-def _align(runtime: Runtime, folder: Path) -> None:
+def _align(runtime: Runtime, folder: Path) -> tuple[Float32 | None, dict[str, Any]]:
+    """The model's rotation into the current one's space, float32 [width, width], if there is one; and the report."""
     about, onto = read_description(folder), runtime.newest_current_model()
     report: dict[str, Any] = {
         "model_version": folder.name,
@@ -230,8 +230,7 @@ def _align(runtime: Runtime, folder: Path) -> None:
     # The current model itself, retrained: to other weights, else train would have kept its alignment (jobs/train.py).
     itself = onto == folder.name
     if onto is None or (itself and has_no_items(runtime, onto)):
-        write_alignment(folder, None, report)
-        return
+        return None, report
     if has_no_items(runtime, onto):
         raise TrailvecError(
             f"model {onto}, the current one, has no item vectors to align another model with: run "
@@ -265,7 +264,7 @@ def _align(runtime: Runtime, folder: Path) -> None:
         f"{_text(of_users['cosine_before'])} → {_text(of_users['cosine_after'])}; share of the 10 nearest items kept "
         f"{_text(of_users['overlap@10'])} (users), {_text(report['items']['overlap@10'])} (items)"
     )
-    write_alignment(folder, rotation, report)
+    return rotation, report
 
 
 def _pairs(runtime: Runtime, folder: Path, onto: str) -> DataFrame:

@@ -394,7 +394,6 @@ class EvaluateSettings(Section):
     """vectors + sequences → evaluation."""
 
     split: Literal["valid", "test"] = Field("test", description="valid to choose settings, test to report results")
-
     max_users: int = Field(
         20_000, ge=1, description="maximum number of users to evaluate; if there are more, a sample by hash of user_id"
     )
