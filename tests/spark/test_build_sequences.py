@@ -552,11 +552,18 @@ def test_rows_made_before_items_came_into_the_vocabulary_are_refused(
     assert runtime.execute(build_sequences.STAGE).skipped
     assert refusal() == passed
 
-    since = runtime.latest_version(ITEMS)
+    since, kept = runtime.latest_version(ITEMS), Runtime.kept
+
+    def keep(oldest: int) -> None:
+        """Of `items`, no version before `oldest` can be read any more."""
+        monkeypatch.setattr(Runtime, "kept", lambda self, t, v: v >= oldest if t == ITEMS else kept(self, t, v))
+
+    runtime.execute(Stage("upkeep", "", lambda r: r.touch(ITEMS, note=note)), force=True)
     count(a=7)
-    kept = Runtime.kept
-    monkeypatch.setattr(Runtime, "kept", lambda self, table, version: table != ITEMS and kept(self, table, version))
-    assert f"was made from version {since} of table items, which has changed and can no longer be" in refusal()
+    keep(since + 1)  # which has the rows of `since`
+    assert refusal() == passed
+    keep(since + 2)
+    assert f"was made from version {since + 1} of table items, which has changed and can no longer be" in refusal()
     runtime.execute(build_sequences.STAGE)
     assert refusal() == passed
 
