@@ -34,7 +34,6 @@ CONF = {
     "spark.sql.shuffle.partitions": "16",
     "spark.driver.host": "127.0.0.1",
     "spark.driver.bindAddress": "127.0.0.1",
-    "spark.databricks.delta.snapshotPartitions": "2",
 }
 # A short run compiles more than it computes. (Without the optimising compiler, Java reserves only 48 MB for compiled
 # code, and interprets whatever no longer fits.)

@@ -97,6 +97,16 @@ def test_the_master_that_spark_submit_was_given_wins(
     assert ("spark.local.dir" in builder.settings) == (runs_on == "local[2]")  # or it has one
 
 
+@pytest.mark.parametrize(
+    ("conf", "tasks"), [("{}", "2"), ('{ "spark.databricks.delta.snapshotPartitions" = "16" }', "16")]
+)
+def test_a_tables_log_is_read_in_two_tasks_unless_the_configuration_says_otherwise(
+    builder: Builder, conf: str, tasks: str
+) -> None:
+    started(f"spark.conf={conf}")
+    assert builder.settings["spark.databricks.delta.snapshotPartitions"] == tasks
+
+
 @pytest.mark.parametrize("databricks", [True, False])
 def test_the_session_of_databricks_keeps_its_own_delta(builder: Builder, databricks: bool) -> None:
     if databricks:
