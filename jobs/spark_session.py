@@ -69,8 +69,9 @@ _SPARK_DEFAULTS = {
     "spark.sql.inMemoryColumnarStorage.compressed": "false",
     # Otherwise MERGE sends all rows of a partition (all users' vectors of a model) to one task and one file.
     "spark.databricks.delta.merge.repartitionBeforeWrite.enabled": "false",
-    # Tasks that read a table's log, whenever it has changed or is asked for files. Delta's default, 50, suits logs of
-    # millions of files: on two cores an increment of a few hundred events took 41 s with it, and 19 s with this.
+    # Tasks that read a table's log, whenever it has changed or is asked for files. With Delta's default, 50, an
+    # increment of a few hundred events took 41 s on two cores, and with this 19 s. Set more for logs of many thousands
+    # of files.
     "spark.databricks.delta.snapshotPartitions": "2",
     # Nothing reads this copy of a table's files that Delta adds to its checksums. Where the machine's time zone is not
     # UTC, it reads the whole log for it after each commit: two more Spark jobs, about half a second.
