@@ -366,18 +366,20 @@ def _transformer(spec: ModelSpec) -> nn.Module:
         if name == "mask_emb" and spec.objective != "plm":
             parameter.requires_grad_(False)
     if spec.architecture == "gpt2":
-        _pass_history_on(transformer)
+        _pass_history_on(transformer, math.sqrt(spec.max_length) / 2)
     return cast(nn.Module, transformer)
 
 
-def _pass_history_on(transformer: nn.Module) -> None:
-    """Initialises value and output projections to the identity, so that attention starts as the mean of its inputs.
+def _pass_history_on(transformer: nn.Module, factor: float) -> None:
+    """Initialises value and output projections to the identity, and `factor` times it, so that attention starts as a
+    multiple of the mean of its inputs.
 
     With tied weights that mean already scores the history's items above all others. People mostly repeat what they did
-    before, which takes many epochs to learn from small random projections.
+    before, which takes many epochs to learn from small random projections. A mean of n unrelated vectors is sqrt(n)
+    times shorter than they are: without the factor a long history weighs less than the last action, which is added to it.
     """
     for layer in transformer.h:
         width = layer.attn.c_proj.weight.shape[0]
         with torch.no_grad():
-            layer.attn.c_proj.weight.copy_(torch.eye(width))
+            layer.attn.c_proj.weight.copy_(factor * torch.eye(width))
             layer.attn.c_attn.weight[:, 2 * width :] = torch.eye(width)

@@ -160,6 +160,23 @@ def test_a_block_has_the_configured_sizes_and_dropout(architecture: str, names: 
     assert {part.p for part in transformer.modules() if isinstance(part, torch.nn.Dropout)} == {0.375}
 
 
+def test_at_the_start_the_last_action_does_not_drown_a_long_history() -> None:
+    """40 items, five times each, and then another one, which scores 6 to 8 times as high as they do if attention begins
+    as a plain mean."""
+    items, history = 1000, torch.arange(2, 42).repeat(5)
+    changes = {"items": items, "max_length": len(history) + 2, "width": 64, "context_sizes": {}, "attribute_sizes": {}}
+    ratios = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = build_model(SPEC.model_copy(update=changes), torch.full((items,), 5)).eval()
+        row = torch.cat([history[torch.randperm(len(history))], torch.tensor([500])])
+        with torch.inference_mode():
+            scores = model.encode({"item_index": row[None]})[0] @ model.item_vectors().T
+        assert scores[2:42].mean() > scores[42:500].mean()
+        ratios.append(float(scores[500] / scores[2:42].mean()))
+    assert max(ratios) < 5
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "xlnet", "bert", "electra"])
 def test_what_comes_later_is_never_seen_in_causal_training(architecture: str) -> None:
     model = make_model(architecture=architecture)
