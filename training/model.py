@@ -376,7 +376,7 @@ def _pass_history_on(transformer: nn.Module, factor: float) -> None:
 
     With tied weights that mean already scores the history's items above all others. People mostly repeat what they did
     before, which takes many epochs to learn from small random projections. A mean of n unrelated vectors is sqrt(n)
-    times shorter than they are: without the factor a long history weighs less than the last action, which is added to it.
+    times shorter than they are: without the factor a long history weighs less than the last action.
     """
     for layer in transformer.h:
         width = layer.attn.c_proj.weight.shape[0]
