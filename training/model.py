@@ -371,8 +371,8 @@ def _transformer(spec: ModelSpec) -> nn.Module:
 
 
 def _pass_history_on(transformer: nn.Module, factor: float) -> None:
-    """Initialises the value projection to the identity and the output projection to `factor` times it, so that attention
-    starts as that multiple of the mean of its inputs.
+    """Initialises the value projection to the identity and the output projection to `factor` times it, so that
+    attention starts as that multiple of the mean of its inputs.
 
     With tied weights that mean already scores the history's items above all others. People mostly repeat what they did
     before, which takes many epochs to learn from small random projections. A mean of n unrelated vectors is sqrt(n)
