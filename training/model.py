@@ -365,12 +365,11 @@ def _transformer(spec: ModelSpec) -> nn.Module:
             parameter.requires_grad_(False)
         if name == "mask_emb" and spec.objective != "plm":
             parameter.requires_grad_(False)
-    if spec.architecture == "gpt2":
-        _pass_history_on(transformer, math.sqrt(spec.max_length) / 2)
+    _pass_history_on(transformer, spec.width, math.sqrt(spec.max_length) / 2)
     return cast(nn.Module, transformer)
 
 
-def _pass_history_on(transformer: nn.Module, factor: float) -> None:
+def _pass_history_on(transformer: nn.Module, width: int, factor: float) -> None:
     """Initialises the value projection to the identity and the output projection to `factor` times it, so that
     attention starts as that multiple of the mean of its inputs.
 
@@ -378,8 +377,12 @@ def _pass_history_on(transformer: nn.Module, factor: float) -> None:
     before, which takes many epochs to learn from small random projections. A mean of n unrelated vectors is sqrt(n)
     times shorter than they are: without the factor a long history weighs less than the last action.
     """
-    for layer in transformer.h:
-        width = layer.attn.c_proj.weight.shape[0]
-        with torch.no_grad():
-            layer.attn.c_proj.weight.copy_(factor * torch.eye(width))
-            layer.attn.c_attn.weight[:, 2 * width :] = torch.eye(width)
+    identity = torch.eye(width)
+    with torch.no_grad():
+        for name, weight in transformer.named_parameters():
+            if name.endswith("attn.c_attn.weight"):  # GPT-2: queries, keys and values beside each other
+                weight[:, 2 * width :] = identity
+            elif name.endswith(("rel_attn.v", "attention.self.value.weight")):  # XLNet, by heads; BERT and ELECTRA
+                weight.copy_(identity.view_as(weight))
+            elif name.endswith(("attn.c_proj.weight", "rel_attn.o", "attention.output.dense.weight")):
+                weight.copy_(factor * identity.view_as(weight))
