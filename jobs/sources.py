@@ -156,9 +156,10 @@ class Kafka(Section):
     def _begins_where_it_did(self) -> Self:
         """`ingest --force` and a backfill begin anew: at the topic's end they would leave out what came meanwhile."""
         for begin in (value.strip() for key, value in self.options.items() if key.lower() == "startingoffsets"):
-            if begin.lower() == "latest" or re.search(r":\s*-1\b", begin):  # by partition, -1 is the latest
+            # By partition, -1 is the latest; a name's value may be anything.
+            if begin.lower() == "latest" or re.search(r":\s*-1\b|\$\{", begin):
                 raise ValueError(
-                    f"startingOffsets = {begin} would be another place whenever the topic is read again: give a "
+                    f"startingOffsets = {begin} may be another place whenever the topic is read again: give a "
                     "startingTimestamp (milliseconds since 1970) instead"
                 )
         return self
