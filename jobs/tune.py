@@ -1,9 +1,9 @@
 """tune: searches for better training settings, by the ranking metric of the validation users.
 
 Each trial is a training as by `trailvec train`. The first has the configured settings; the others differ from it in a
-few values, which Optuna proposes, and are pruned if they do worse than the median. Trials are stored in `tune.db` under
-storage.root: the same command resumes the search, and other data or another value in [train] starts a new one. No model
-is kept: put the printed settings into the configuration and train.
+few values, which Optuna proposes, and are pruned if they do worse than the median at the same epoch. Trials are stored
+in `tune.db` under storage.root: the same command resumes the search, and other data or another value in [train] starts
+a new one. No model is kept: put the printed settings into the configuration and train.
 """
 
 from __future__ import annotations
@@ -33,22 +33,30 @@ CONFIGURED = "configured"  # an attribute of the trial of the configured setting
 State = optuna.trial.TrialState
 ENDED = (State.COMPLETE, State.PRUNED)
 WIDTHS = (32, 64, 128)
+BLOCKS = {"clm": "gpt2", "mlm": "bert"}  # which leads depends on the log: docs/decisions/0022
 
 
 def propose(trial: optuna.Trial, spec: RunSpec) -> dict[str, Any]:
     """Values of [train] for one trial: the settings that matter most for ranking in a run like `spec`."""
     heads = spec.settings.heads  # which the width must be a multiple of
-    values = {
-        "learning_rate": trial.suggest_float("learning_rate", 3e-4, 5e-3, log=True),
-        "dropout": trial.suggest_float("dropout", 0.0, 0.5, step=0.1),
-        "width": trial.suggest_categorical("width", [width for width in WIDTHS if width % heads == 0]),
-        "layers": trial.suggest_int("layers", 1, 3),
-        "weight_decay": trial.suggest_float("weight_decay", 1e-3, 1.0, log=True),
-        "negatives": trial.suggest_categorical("negatives", [256, 1024, 4096]),
-    }
-    if spec.model.objective == "clm":  # other objectives have no such targets
-        values["later_share"] = trial.suggest_float("later_share", 0.0, 1.0, step=0.25)
-    return {name: _written(value) for name, value in values.items()}
+    trial.suggest_float("learning_rate", 3e-4, 5e-3, log=True)
+    trial.suggest_float("dropout", 0.0, 0.5, step=0.1)
+    trial.suggest_categorical("width", [width for width in WIDTHS if width % heads == 0])
+    trial.suggest_int("layers", 1, 3)
+    trial.suggest_float("weight_decay", 1e-3, 1.0, log=True)
+    trial.suggest_categorical("negatives", [256, 1024, 4096])
+    objective: str = spec.model.objective
+    if BLOCKS.get(objective) == spec.model.architecture:  # another pair was chosen on purpose
+        objective = trial.suggest_categorical("objective", list(BLOCKS))
+    if objective == "clm":  # other objectives have no such targets
+        trial.suggest_float("later_share", 0.0, 1.0, step=0.25)
+    return values_of(trial.params)
+
+
+def values_of(params: dict[str, Any]) -> dict[str, Any]:
+    """Values of [train] for a trial's parameters: an objective brings its block."""
+    values = {name: _written(value) for name, value in params.items()}
+    return values | {"architecture": BLOCKS[params["objective"]]} if "objective" in params else values
 
 
 def _written(value: float) -> float:
@@ -198,7 +206,7 @@ def run_tune(runtime: Runtime, trials: int) -> list[str]:
         if configured:
             found.append(f"# {METRIC} {configured.value:.4f} with the configured settings, trial {configured.number}")
         found.append("[train]")
-        found.extend(f"{key} = {json.dumps(_written(value))}" for key, value in sorted(best.params.items()))
+        found.extend(f"{key} = {json.dumps(value)}" for key, value in sorted(values_of(best.params).items()))
 
     stage = Stage("tune", "search for better training settings", run, TRAIN.reads, (), TRAIN.settings, TRAIN.inputs)
     runtime.execute(stage)

@@ -154,7 +154,7 @@ def test_the_best_of_all_trials_is_said_as_toml(runtime: Runtime, monkeypatch: p
         found = tomllib.loads("\n".join(lines))["train"]
         assert found == {name: best[name] for name in found}
         assert all(len(line) <= len("learning_rate = 0.000315") for line in lines)
-        assert len(found) == 7
+        assert len(found) == 9
     assert [run.settings == TrainSettings(dropout=0.0) for run in run_specs] == [True, False, False, False]
     assert "resumes the search after 2 trials" in said
     assert "trial 2  training stopped: the loss is nan" in said
@@ -205,7 +205,7 @@ def test_searched_settings_reach_the_run_and_the_model(tmp_path: Path) -> None:
     spec = make_run(tmp_path, [make_rows(3)])
     trial = optuna.trial.FixedTrial(
         {"learning_rate": 0.001, "dropout": 3 * 0.1, "width": 32, "layers": 2, "weight_decay": 0.1, "negatives": 256}
-        | {"later_share": 0.5}
+        | {"objective": "clm", "later_share": 0.5}
     )
     values = tune.propose(trial, spec)
     run = tune.with_values(spec, values, tmp_path / "out")
@@ -217,8 +217,16 @@ def test_searched_settings_reach_the_run_and_the_model(tmp_path: Path) -> None:
         of_heads = spec.settings.model_copy(update={"heads": heads})
         tune.propose(drawn, spec.model_copy(update={"settings": of_heads}))
         assert drawn.distributions["width"] == optuna.distributions.CategoricalDistribution(widths)
-    masked = spec.model_copy(update={"model": spec.model.model_copy(update={"objective": "mlm"})})
-    assert "later_share" not in tune.propose(optuna.create_study().ask(), masked)
+    # An objective brings its block, unless the spec's own pair is another one; only clm has later targets.
+    both = trial.params | {"objective": "mlm"}
+    values = tune.propose(optuna.trial.FixedTrial(both), spec)
+    masked = tune.with_values(spec, values, tmp_path / "out")
+    assert (masked.model.objective, masked.model.architecture, "later_share" in values) == ("mlm", "bert", False)
+    TrainSettings.model_validate(masked.settings.model_dump())
+    other = spec.model.model_copy(update={"objective": "mlm", "architecture": "xlnet"})
+    assert not {"later_share", "objective", "architecture"} & set(
+        tune.propose(optuna.create_study().ask(), spec.model_copy(update={"model": other}))
+    )
     # A trial's optimizer is that of a training with its values: rowwise from 50,000 items on, but for 0 negatives.
     many = spec.model_copy(update={"model": spec.model.model_copy(update={"items": 50_000})})
     for negatives, row_wise in ((256, True), (0, False)):
